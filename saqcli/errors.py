@@ -1,0 +1,89 @@
+"""Everything that can go wrong and that a person can act on, in one tree.
+
+    SaqError                      exit code 1
+    ├── ConfigError               a setting, file or option that makes no sense
+    ├── UnknownModel              no such network; names near matches
+    ├── WeightsMismatch           weights that do not belong to the network
+    ├── UnsafeWeights             a weight file that would run code when loaded
+    ├── DataError                 a data set that cannot be read as asked
+    ├── UnsupportedModel          a network that cannot be wrapped or traced
+    ├── PolicyMismatch            a policy that was made for another network
+    ├── UnperturbedLayer          a quantized layer that took no part in the loss
+    ├── TrainingDiverged          the loss stopped being a number
+    ├── RunDirectoryError         a run directory that is taken, foreign or damaged
+    ├── CorruptArtifact           a file that is truncated, tampered with or foreign
+    ├── ExportMismatch            exit code 3: an artifact that does not equal the model
+    ├── InfeasibleBudget          exit code 4: no configuration meets the budget
+    └── Interrupted               exit code 130: stopped by the user, work saved
+
+A message has three parts: what was asked, what is true, what to do. The command line prints it on one
+line and exits with ``exit_code``; no traceback.
+"""
+
+
+class SaqError(Exception):
+    """An error that the user can act on."""
+
+    exit_code = 1
+
+
+class ConfigError(SaqError):
+    """A setting, file or option that makes no sense."""
+
+
+class UnknownModel(SaqError):
+    """No such network."""
+
+
+class WeightsMismatch(SaqError):
+    """Weights that do not belong to the network."""
+
+
+class UnsafeWeights(SaqError):
+    """A weight file that would run code when loaded."""
+
+
+class DataError(SaqError):
+    """A data set that cannot be read as asked."""
+
+
+class UnsupportedModel(SaqError):
+    """A network that cannot be wrapped or traced."""
+
+
+class PolicyMismatch(SaqError):
+    """A bit configuration that was made for another network."""
+
+
+class UnperturbedLayer(SaqError):
+    """A quantized layer that took no part in the loss."""
+
+
+class TrainingDiverged(SaqError):
+    """The loss stopped being a number."""
+
+
+class RunDirectoryError(SaqError):
+    """A run directory that is taken, foreign or damaged."""
+
+
+class CorruptArtifact(SaqError):
+    """A file that is truncated, tampered with or foreign."""
+
+
+class ExportMismatch(SaqError):
+    """An artifact that does not compute what the model computes."""
+
+    exit_code = 3
+
+
+class InfeasibleBudget(SaqError):
+    """No bit configuration meets the budget."""
+
+    exit_code = 4
+
+
+class Interrupted(SaqError):
+    """Stopped by the user; the work so far is saved."""
+
+    exit_code = 130

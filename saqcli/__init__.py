@@ -1,0 +1,27 @@
+"""Sharpness-aware quantization of pretrained vision models under a hard BOP budget.
+
+The public names load on first use, so that ``import saqcli`` and ``saq --help`` stay quick.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from saqcli._version import __version__
+
+_PUBLIC = {
+    "BitConfig": "saqcli.quant.bits",
+    "Budget": "saqcli.quant.cost",
+    "LayerBits": "saqcli.quant.bits",
+    "SaqError": "saqcli.errors",
+    "load": "saqcli.workflows.restore",
+    "load_model": "saqcli.io.models",
+    "quantize": "saqcli.workflows.quantize",
+}
+
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'saqcli' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

@@ -1,0 +1,28 @@
+"""Plain quantization-aware training: one pass, the base optimizer's step. What every other minimizer is compared with."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from saqcli.algorithms.minimizers import Chunk
+
+
+class QAT:
+    """Descends on the loss at the quantized weights."""
+
+    def __init__(self, model: nn.Module, base: torch.optim.Optimizer) -> None:
+        self.base = base
+
+    def step(self, chunks: Sequence["Chunk"]) -> Tensor:
+        """One update; gradients of the chunks add up by their shares."""
+        self.base.zero_grad()
+        losses = []
+        for chunk in chunks:
+            loss = chunk.loss() * chunk.share
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        self.base.step()
+        return torch.stack(losses).sum()

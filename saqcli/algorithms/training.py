@@ -1,0 +1,185 @@
+"""The only loops over batches: one epoch of training, one pass of evaluation."""
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saqcli.algorithms.minimizers import Chunk, Minimizer
+from saqcli.errors import DataError, TrainingDiverged
+from saqcli.progress import Task
+
+Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, C, H, W) and labels (N,)
+
+
+@dataclass
+class Score:
+    """Accuracy and loss over a number of images.
+
+    Attributes:
+        images: how many were counted; unreadable ones (label below 0) are not.
+        loss: mean cross-entropy.
+        top1: percent.
+        top5: percent; equals 100 with five classes or fewer.
+        skipped: unreadable images left out.
+    """
+
+    images: int = 0
+    loss: float = 0.0
+    top1: float = 0.0
+    top5: float = 0.0
+    skipped: int = 0
+
+
+class Meter:
+    """Sums over batches; ``score()`` divides at the end."""
+
+    def __init__(self) -> None:
+        self.images = self.skipped = 0
+        self.loss = 0.0
+        self.right1 = self.right5 = 0
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Count one batch: logits (N, classes), labels (N,)."""
+        readable = labels >= 0
+        if not readable.all():
+            self.skipped += int((~readable).sum())
+            logits, labels = logits[readable], labels[readable]
+        if not len(labels):
+            return
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        self.images += len(labels)
+        self.loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        self.right1 += int(best[:, 0].sum())
+        self.right5 += int(best.sum())
+
+    def score(self) -> Score:
+        """Means over everything counted so far."""
+        count = max(self.images, 1)
+        return Score(
+            self.images, self.loss / count, 100 * self.right1 / count, 100 * self.right5 / count, self.skipped
+        )
+
+
+def evaluate(
+    predict: Callable[[Tensor], Tensor],
+    batches: Batches,
+    task: Task,
+    *,
+    device: torch.device,
+    keep: list[Tensor] | None = None,
+) -> Score:
+    """Accuracy and loss of ``predict``.
+
+    Args:
+        predict: images (N, C, H, W) to logits (N, classes); a model in eval mode, or an ONNX session.
+        batches: deterministic.
+        task: told about every batch.
+        device: of the images that ``predict`` gets.
+        keep: filled with the best class of every counted image, in order.
+
+    Raises:
+        DataError: not one readable image.
+    """
+    meter = Meter()
+    with torch.inference_mode():
+        for images, labels in batches:
+            logits = predict(images.to(device, non_blocking=True)).cpu()
+            labels = labels.cpu()
+            meter.update(logits, labels)
+            if keep is not None:
+                keep.append(logits[labels >= 0].argmax(1))
+            task.advance(images=len(labels), top1=100 * meter.right1 / max(meter.images, 1))
+    if not meter.images:
+        raise DataError("not one image could be read: there is nothing to evaluate")
+    return meter.score()
+
+
+@dataclass
+class EpochSettings:
+    """What one epoch of training needs beside model, minimizer and batches.
+
+    Attributes:
+        criterion: logits and labels to a mean loss.
+        device: of the model.
+        sharpness_batch: images that share one perturbation (m-sharpness); the batch is split into such chunks.
+        autocast: mixed precision around the forward pass; quantizers stay in float32.
+        after_step: called with the number of steps done in this epoch; it steps the schedule, saves, or stops.
+    """
+
+    criterion: Callable[[Tensor, Tensor], Tensor]
+    device: torch.device
+    sharpness_batch: int
+    after_step: Callable[[int], None]
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def train_epoch(
+    model: nn.Module, minimizer: Minimizer, batches: Batches, task: Task, settings: EpochSettings, skip: int = 0
+) -> Score:
+    """One pass over ``batches``; loss and accuracy are those of the unperturbed model in training mode.
+
+    Args:
+        model: wrapped, quantizers installed.
+        minimizer: moves the weights.
+        batches: training images and labels.
+        task: told about every step.
+        settings: the rest.
+        skip: batches to pass over without a step: those done before an interruption.
+
+    Raises:
+        TrainingDiverged: the loss is no finite number.
+    """
+    model.train()
+    meter = Meter()
+    for index, (images, labels) in enumerate(batches):
+        if index < skip:
+            continue
+        images = images.to(settings.device, non_blocking=True)
+        labels = labels.to(settings.device, non_blocking=True)
+        pieces = [_Piece(model, *part, settings) for part in _split(images, labels, settings.sharpness_batch)]
+        loss = minimizer.step([Chunk(piece, len(piece.labels) / len(labels)) for piece in pieces])
+        if not math.isfinite(loss.item()):
+            raise TrainingDiverged(
+                f"the loss is {loss.item()} at step {index + 1} of this epoch: lower --lr, or --rho"
+            )
+        for piece in pieces:
+            meter.update(piece.logits, piece.labels)
+        so_far = meter.score()
+        task.advance(images=len(labels), loss=so_far.loss, top1=so_far.top1)
+        settings.after_step(index + 1)
+    return meter.score()
+
+
+class _Piece:
+    """The loss of one chunk, as a closure that keeps the logits of its first call."""
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, settings: EpochSettings) -> None:
+        self.model = model
+        self.images = images
+        self.labels = labels
+        self.settings = settings
+        self._logits: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        with self.settings.autocast():
+            logits = self.model(self.images)
+        if self._logits is None:
+            self._logits = logits.detach()
+        return self.settings.criterion(logits.float(), self.labels)
+
+    @property
+    def logits(self) -> Tensor:
+        """Of the first call: at the unperturbed weights."""
+        if self._logits is None:
+            raise RuntimeError("the minimizer never asked for the loss of this chunk")
+        return self._logits
+
+
+def _split(images: Tensor, labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(images.split(size), labels.split(size), strict=True))

@@ -1,0 +1,119 @@
+"""Which layer gets which bits: the object a search returns, a run obeys and a person edits (``policy.json``)."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from saqcli.errors import ConfigError, PolicyMismatch
+
+MIN_BITS, MAX_BITS = 2, 8
+FLOAT_BITS = 32  # what an operand left in floating point counts as
+PINNED_BITS = 8  # first layer and classifier, Liu et al. (arXiv:2111.12273), section 5
+
+Bits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS, strict=True)]
+
+
+class LayerBits(BaseModel):
+    """Bit-widths of one layer; None leaves that operand in floating point."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weight: Bits | None
+    activation: Bits | None
+
+    def __str__(self) -> str:
+        """As in ``w4a4``."""
+        return f"w{self.weight or FLOAT_BITS}a{self.activation or FLOAT_BITS}"
+
+
+class BitConfig(BaseModel):
+    """The bits of every quantized layer of one network. This is ``policy.json``.
+
+    Attributes:
+        schema_version: of the file format.
+        model: canonical name, such as ``timm/resnet18``.
+        layers: by qualified name in the float model, in execution order.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    model: str
+    layers: dict[str, LayerBits]
+
+    def check_fits(self, model: str, names: list[str]) -> None:
+        """Refuse to be applied to another network.
+
+        Raises:
+            PolicyMismatch: names the layers that differ.
+        """
+        missing = [name for name in names if name not in self.layers]
+        unknown = [name for name in self.layers if name not in set(names)]
+        if missing or unknown:
+            parts = [
+                f"{title} {', '.join(some[:5])}{f' and {len(some) - 5} more' if len(some) > 5 else ''}"
+                for title, some in (("it lacks", missing), ("it alone has", unknown))
+                if some
+            ]
+            raise PolicyMismatch(
+                f"the policy was made for {self.model} and does not fit {model}: {'; '.join(parts)}. "
+                "Search a policy for this model, or edit the names"
+            )
+
+    def to_json(self) -> str:
+        """The text of ``policy.json``: a line a layer, so that it can be edited and compared."""
+        lines = ",\n".join(f'    "{name}": {bits.model_dump_json()}' for name, bits in self.layers.items())
+        return (
+            f'{{\n  "schema_version": {self.schema_version},\n  "model": "{self.model}",\n'
+            f'  "layers": {{\n{lines}\n  }}\n}}\n'
+        )
+
+
+def parse_bits(text: str) -> LayerBits:
+    """``4`` or ``w4a8`` as bits for every searched layer.
+
+    Raises:
+        ConfigError: not of that form, or a width outside 2..8.
+
+    Example:
+        >>> str(parse_bits("w4a8"))
+        'w4a8'
+    """
+    match = re.fullmatch(r"\s*(?:(\d+)|w(\d+)a(\d+))\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"--bits {text} is no bit-width: give one number such as 4, or w4a8")
+    weight, activation = (int(match[1]),) * 2 if match[1] else (int(match[2]), int(match[3]))
+    for bits in (weight, activation):
+        if not MIN_BITS <= bits <= MAX_BITS:
+            raise ConfigError(
+                f"--bits {text} asks for {bits} bits: quantizers have {MIN_BITS} to {MAX_BITS}. "
+                "Leave --bits away for the float model"
+            )
+    return LayerBits(weight=weight, activation=activation)
+
+
+def parse_candidates(text: str) -> tuple[int, ...]:
+    """``2,3,4`` as bit-widths a layer may choose from, ascending and without repeats.
+
+    Raises:
+        ConfigError: not a list of integers from 2 to 8.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and MIN_BITS <= int(part) <= MAX_BITS for part in parts):
+        raise ConfigError(
+            f"--candidates {text}: give bit-widths from {MIN_BITS} to {MAX_BITS}, such as 2,3,4,5,6,8"
+        )
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def uniform(model: str, pins: Mapping[str, LayerBits | None], bits: LayerBits) -> BitConfig:
+    """The configuration that gives ``bits`` to every layer that is not pinned.
+
+    Args:
+        model: canonical name of the network.
+        pins: every layer by name, in execution order; its bits if it is pinned, else None.
+        bits: of the others.
+    """
+    return BitConfig(model=model, layers={name: pin or bits for name, pin in pins.items()})

@@ -1,0 +1,110 @@
+"""What the inputs of every layer look like on real images: their range, their sign, and a sample of their values.
+
+From these come the clipping levels of the activations, whether a quantizer must be signed, and the error that each
+bit-width would make. Weights need no data: they are fitted tensor by tensor.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from saqcli.quant.layers import QuantizedLayer, quantized_layers
+from saqcli.quant.quantizers import Quantizer
+
+SAMPLES_PER_BATCH = 8192  # values kept of a layer's input in each batch; 8 batches of them place a level to 1 %
+
+
+@dataclass
+class InputStatistics:
+    """What was seen at the input of one layer.
+
+    Attributes:
+        lowest: least value.
+        highest: greatest value.
+        samples: values drawn evenly from every batch, one dimension.
+    """
+
+    lowest: float = float("inf")
+    highest: float = float("-inf")
+    _drawn: list[Tensor] = field(default_factory=list)
+
+    @property
+    def signed(self) -> bool:
+        """Negative values occur, so the quantizer must have negative levels."""
+        return self.lowest < 0
+
+    @property
+    def samples(self) -> Tensor:
+        """The values drawn so far."""
+        return torch.cat(self._drawn) if self._drawn else torch.zeros(1)
+
+    def update(self, x: Tensor, generator: torch.Generator) -> None:
+        """Take in one batch."""
+        flat = x.detach().float().flatten()
+        low, high = torch.aminmax(flat)
+        self.lowest, self.highest = min(self.lowest, low.item()), max(self.highest, high.item())
+        if flat.numel() > SAMPLES_PER_BATCH:
+            index = torch.randint(flat.numel(), (SAMPLES_PER_BATCH,), generator=generator)
+            flat = flat[index.to(flat.device)]
+        self._drawn.append(flat.cpu())
+
+
+class _Observer(nn.Module):
+    """Stands where the input quantizer will be, and passes its input on."""
+
+    def __init__(self, statistics: InputStatistics, generator: torch.Generator) -> None:
+        super().__init__()
+        self.statistics = statistics
+        self.generator = generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``, noted."""
+        self.statistics.update(x, self.generator)
+        return x
+
+
+@contextmanager
+def _observed(layers: Mapping[str, QuantizedLayer], seed: int) -> Iterator[dict[str, InputStatistics]]:
+    generator = torch.Generator().manual_seed(seed)
+    statistics = {name: InputStatistics() for name in layers}
+    before = {name: layer.input_quantizer for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.input_quantizer = _Observer(statistics[name], generator)
+        yield statistics
+    finally:
+        for name, layer in layers.items():
+            layer.input_quantizer = before[name]
+
+
+@torch.no_grad()
+def observe(model: nn.Module, batches: Iterable[Tensor], seed: int = 0) -> dict[str, InputStatistics]:
+    """Run ``batches`` through the float model in eval mode and note the input of every quantized layer.
+
+    Args:
+        model: wrapped; its mode is restored.
+        batches: images, (N, C, H, W), on the model's device.
+        seed: of the draw of sample values.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with _observed(quantized_layers(model), seed) as statistics:
+            for images in batches:
+                model(images)
+    finally:
+        model.train(training)
+    return statistics
+
+
+def fit(model: nn.Module, statistics: Mapping[str, InputStatistics]) -> None:
+    """Set every clipping level of every installed quantizer, all candidates included."""
+    for name, layer in quantized_layers(model).items():
+        if isinstance(layer.weight_quantizer, Quantizer):
+            layer.weight_quantizer.fit(layer.effective_weight().detach())
+        if isinstance(layer.input_quantizer, Quantizer):
+            samples = statistics[name].samples
+            layer.input_quantizer.fit(samples.to(layer.latent_weight().device))

@@ -1,0 +1,178 @@
+"""From a float network to a quantized one and back: wrap, install quantizers, set bits, unwrap.
+
+    wrap      every convolution and linear layer becomes a quantized layer that still computes in floating point
+    install   gives the layers their quantizers, once the traced and calibrated facts are known
+    apply     sets the active bits everywhere; the only writer of bits
+    unwrap    the same modules with their float classes back
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from saqcli.errors import ConfigError, UnsupportedModel
+from saqcli.quant import grids
+from saqcli.quant.bits import BitConfig
+from saqcli.quant.grids import WeightGrid
+from saqcli.quant.layers import (
+    CONVOLUTIONS,
+    TRANSPOSED,
+    QuantizedLayer,
+    quantized_layers,
+    unwrap_layer,
+    wrap_layer,
+)
+from saqcli.quant.quantizers import QUANTIZERS, Family, Quantizer
+from saqcli.quant.routing import RoutedParent, routed_class
+from saqcli.quant.special import check_attention
+
+WRAPPED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, nn.MultiheadAttention)
+
+
+class Scheme(BaseModel):
+    """How a network is quantized, apart from the bits of each layer.
+
+    Attributes:
+        quantizer: name in ``QUANTIZERS``.
+        weight_grid: ``auto`` (the paper's up to 7 bits, int8 at 8), ``paper`` or ``zero``.
+        granularity: a clipping level per output ``channel`` of a weight, or one per ``tensor``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quantizer: str = "clip"
+    weight_grid: WeightGrid = "auto"
+    granularity: Literal["channel", "tensor"] = "channel"
+
+    def level_shape(self, layer: QuantizedLayer) -> tuple[int, ...]:
+        """Shape of one clipping level of the layer's weight; broadcasts against it."""
+        weight = layer.latent_weight()
+        if self.granularity == "tensor":
+            return ()
+        return tuple(size if d == layer.channel_dim else 1 for d, size in enumerate(weight.shape))
+
+    def weight_quantizer(self, layer: QuantizedLayer, candidates: Iterable[int]) -> Quantizer:
+        """A quantizer for the layer's weight, its levels not yet fitted."""
+        family = _family(self.quantizer)
+        by_bits = {bits: grids.weights(bits, self.weight_grid) for bits in candidates}
+        return family.weight(by_bits, self.level_shape(layer)).to(layer.latent_weight().device)
+
+    def input_quantizer(self, layer: QuantizedLayer, candidates: Iterable[int], *, signed: bool) -> Quantizer:
+        """A quantizer for the layer's input, its levels not yet fitted."""
+        family = _family(self.quantizer)
+        by_bits = {bits: grids.activations(bits, signed=signed) for bits in candidates}
+        return family.activation(by_bits).to(layer.latent_weight().device)
+
+
+def _family(name: str) -> Family:
+    if name not in QUANTIZERS:
+        raise ConfigError(f"there is no quantizer {name!r}: choose from {', '.join(QUANTIZERS)}")
+    return QUANTIZERS[name]
+
+
+def wrap(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Turn every convolution, linear layer and packed attention of ``model`` into a quantized layer, in place.
+
+    Returns:
+        The quantized layers by name. They compute in floating point until ``install``.
+
+    Raises:
+        UnsupportedModel: nothing to quantize, wrapped already, or an attention variant without packed projections.
+    """
+    modules = dict(model.named_modules())
+    if any(isinstance(module, QuantizedLayer) for module in modules.values()):
+        raise UnsupportedModel("this model is quantized already: start from the float model")
+    for name, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention):
+            check_attention(module, name)
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # its fused path would read weights and skip the input quantizers
+        if isinstance(module, WRAPPED):
+            wrap_layer(module)
+    layers = quantized_layers(model)
+    if not layers:
+        raise UnsupportedModel("this model has no convolution and no linear layer: there is nothing to quantize")
+    return layers
+
+
+def unwrap(model: nn.Module) -> None:
+    """Give every module its float class back, in place; weights stay as training left them."""
+    for layer in quantized_layers(model).values():
+        unwrap_layer(layer)
+    for module in model.modules():
+        if isinstance(module, RoutedParent):
+            module.__class__ = module.float_class  # type: ignore[assignment]
+
+
+def leave_float(model: nn.Module, names: Iterable[str]) -> None:
+    """Give some layers their float class back, in place: those that never run."""
+    for name in names:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, QuantizedLayer)
+        unwrap_layer(layer)
+
+
+def route(model: nn.Module, parents: Iterable[str], layers: Iterable[str]) -> None:
+    """Make ``parents`` quantize the inputs of ``layers``, whose weights they take and multiply with themselves."""
+    for name in parents:
+        parent = model.get_submodule(name)
+        if not isinstance(parent, RoutedParent):
+            parent.__class__ = routed_class(type(parent))
+    for name in layers:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, QuantizedLayer)
+        layer.routed = True
+
+
+def install(
+    model: nn.Module,
+    scheme: Scheme,
+    config: BitConfig,
+    signed: Mapping[str, bool],
+    candidates: Mapping[str, Iterable[int]] | None = None,
+) -> None:
+    """Give every quantized layer its quantizers, levels not yet fitted, and make ``config`` the active bits.
+
+    Args:
+        model: wrapped.
+        scheme: which quantizers.
+        config: the active bits of every quantized layer.
+        signed: whether a layer's input has negative values, by name.
+        candidates: further bit-widths a layer can be switched to later, by name.
+
+    Raises:
+        PolicyMismatch: ``config`` names other layers than the model has.
+    """
+    layers = quantized_layers(model)
+    config.check_fits(config.model, list(layers))
+    for name, layer in layers.items():
+        bits = config.layers[name]
+        more = set((candidates or {}).get(name, ()))
+        if bits.weight is not None:
+            layer.weight_quantizer = scheme.weight_quantizer(layer, more | {bits.weight})
+        if bits.activation is not None:
+            layer.input_quantizer = scheme.input_quantizer(layer, more | {bits.activation}, signed=signed[name])
+    apply(model, config)
+
+
+def apply(model: nn.Module, config: BitConfig) -> None:
+    """Set the active bits of every quantizer."""
+    for name, layer in quantized_layers(model).items():
+        bits = config.layers[name]
+        for quantizer, width in ((layer.weight_quantizer, bits.weight), (layer.input_quantizer, bits.activation)):
+            if isinstance(quantizer, Quantizer) and width is not None:
+                quantizer.select(width)
+
+
+def active_bits(model: nn.Module, name: str, order: Iterable[str]) -> BitConfig:
+    """The bits that ``model`` computes with right now, read off its layers.
+
+    Args:
+        model: wrapped, with quantizers installed.
+        name: canonical name of the network.
+        order: names of the layers in execution order.
+    """
+    layers = quantized_layers(model)
+    return BitConfig(model=name, layers={layer: layers[layer].bits for layer in order})

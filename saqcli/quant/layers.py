@@ -1,0 +1,165 @@
+"""The one quantized layer: any layer's own class, with a read-only ``weight`` that is quantized on the way out.
+
+Wrapping swaps a module's ``__class__`` for a subclass made on the fly. The float Parameter stays where it was, in
+``_parameters["weight"]``, so ``parameters()``, ``state_dict()``, optimizers and data-parallel wrappers see it under its
+old name; every forward that reads ``self.weight``, timm's or torch's, computes with Q(w). No layer type is listed.
+
+The *port* is where sharpness-aware training enters: ``quantized_weight()`` returns ``Q(w) + perturbation`` while a
+perturbation is set. A zero leaf in the port collects dL/dQ(w), bit for bit what ``retain_grad`` on Q(w) would.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saqcli.quant.bits import LayerBits
+from saqcli.quant.quantizers.base import Quantizer
+from saqcli.quant.routing import hand_out
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class QuantizedLayer(nn.Module):
+    """Mixin of every quantized layer; comes first in the method resolution order.
+
+    Attributes:
+        float_class: the class the module had before.
+        weight_quantizer: identity until ``convert.install`` puts a ``Quantizer`` there.
+        input_quantizer: likewise, for the layer's input.
+        perturbation: the port; same shape as the weight the layer multiplies with, or None.
+        routed: a parent reads ``weight`` and multiplies with it itself (see ``routing``).
+    """
+
+    float_class: type[nn.Module]
+    weight_name = "weight"
+    weight_quantizer: nn.Module
+    input_quantizer: nn.Module
+    perturbation: Tensor | None
+    routed: bool
+
+    def latent_weight(self) -> nn.Parameter:
+        """The float weight that training moves."""
+        weight = self._parameters[self.weight_name]
+        assert weight is not None
+        return weight
+
+    def effective_weight(self) -> Tensor:
+        """What the float layer multiplies with: the latent weight, unless the layer derives another from it."""
+        return self.latent_weight()
+
+    def quantized_weight(self) -> Tensor:
+        """Q(w), or Q(w) + perturbation while the port is filled."""
+        quantized: Tensor = self.weight_quantizer(self.effective_weight())
+        return quantized if self.perturbation is None else quantized + self.perturbation
+
+    @property
+    def bits(self) -> LayerBits:
+        """The active bit-widths; None where an operand is still in floating point."""
+        weight, inputs = self.weight_quantizer, self.input_quantizer
+        return LayerBits(
+            weight=weight.bits if isinstance(weight, Quantizer) else None,
+            activation=inputs.bits if isinstance(inputs, Quantizer) else None,
+        )
+
+    @property
+    def channel_dim(self) -> int:
+        """The weight's dimension of output channels."""
+        return 1 if issubclass(self.float_class, TRANSPOSED) else 0
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's own forward, over a quantized input."""
+        output: Tensor = super().forward(self.input_quantizer(input), *args, **kwargs)  # type: ignore[misc]
+        return output
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle by float class, since the quantized class exists only at run time."""
+        return _rebuild, (self.float_class,), self.__dict__
+
+
+def _read_weight(layer: QuantizedLayer) -> Tensor:
+    try:
+        weight = layer.quantized_weight()
+    except AttributeError as error:  # nn.Module would take it for a missing attribute and return the float weight
+        raise RuntimeError(f"quantized weight of {layer.float_class.__name__}: {error}") from error
+    return hand_out(weight, layer)
+
+
+@functools.cache
+def quantized_class(float_class: type[nn.Module]) -> type[QuantizedLayer]:
+    """The quantized sister of a layer class."""
+    from saqcli.quant.special import special_mixin
+
+    mixin = special_mixin(float_class)
+    members: dict[str, Any] = {"float_class": float_class, "__module__": __name__}
+    if mixin is None:
+        mixin = QuantizedLayer
+        members["weight"] = property(_read_weight)
+    return type(f"Quantized{float_class.__name__}", (mixin, float_class), members)
+
+
+def _rebuild(float_class: type[nn.Module]) -> QuantizedLayer:
+    cls = quantized_class(float_class)
+    return cls.__new__(cls)
+
+
+def wrap_layer(module: nn.Module) -> QuantizedLayer:
+    """Turn ``module`` itself into a quantized layer that still computes in floating point."""
+    module.weight_quantizer = nn.Identity()
+    module.input_quantizer = nn.Identity()
+    module.perturbation = None
+    module.routed = False
+    module.__class__ = quantized_class(type(module))
+    assert isinstance(module, QuantizedLayer)
+    return module
+
+
+def unwrap_layer(layer: QuantizedLayer) -> nn.Module:
+    """The same module object with its float class back; its latent weight as training left it."""
+    for name in ("weight_quantizer", "input_quantizer", "perturbation", "routed"):
+        delattr(layer, name)
+    layer.__class__ = layer.float_class  # type: ignore[assignment]
+    return layer
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Every quantized layer by qualified name, in order of registration."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def zero_ports(layers: Iterable[QuantizedLayer]) -> list[Tensor]:
+    """A zero leaf for every layer, shape and dtype of its effective weight; its gradient is dL/dQ(w)."""
+    return [torch.zeros_like(layer.latent_weight(), requires_grad=True) for layer in layers]
+
+
+@contextmanager
+def perturbed(layers: Sequence[QuantizedLayer], perturbations: Sequence[Tensor]) -> Iterator[None]:
+    """Within the context every layer computes with Q(w) + perturbation; afterwards with Q(w), whatever happens."""
+    try:
+        for layer, perturbation in zip(layers, perturbations, strict=True):
+            layer.perturbation = perturbation
+        yield
+    finally:
+        for layer in layers:
+            layer.perturbation = None
+
+
+@contextmanager
+def frozen_batch_stats(model: nn.Module) -> Iterator[None]:
+    """Within the context batch norms normalize as before but leave their running statistics alone."""
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats
+    ]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

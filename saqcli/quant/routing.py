@@ -1,0 +1,115 @@
+"""Weights that a parent takes: ``F.linear(x, self.qkv.weight)`` quantizes the weight but not the input.
+
+A few networks (timm's beit, eva and swin_v2 attention, torchvision's Swin) never call their projection as a module.
+Reading ``weight`` hands out a tensor; while a ``Route`` is active it remembers who handed it out, and quantizes the
+other operand when that very tensor reaches a linear or convolution operator. Which parents need a route is found in the
+traced pass (``trace.py``), not listed.
+"""
+
+import functools
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from saqcli.quant.layers import QuantizedLayer
+
+# Operators that multiply an input (argument 0) by a weight (argument 1).
+WEIGHT_OPERATORS = {
+    F.linear,
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    torch.conv_transpose1d,
+    torch.conv_transpose2d,
+    torch.conv_transpose3d,
+}
+
+_active: ContextVar["HandedOut | None"] = ContextVar("saq_handed_out", default=None)
+
+
+def hand_out(weight: Tensor, layer: "QuantizedLayer") -> Tensor:
+    """``weight``, remembered as ``layer``'s by the innermost active listener."""
+    listener = _active.get()
+    if listener is not None:
+        listener.remember(weight, layer)
+    return weight
+
+
+class HandedOut(TorchFunctionMode):
+    """Hears which layer handed out which weight tensor while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._handed: list[tuple[Tensor, QuantizedLayer]] = []
+
+    def remember(self, weight: Tensor, layer: "QuantizedLayer") -> None:
+        """Called by ``hand_out``."""
+        self._handed.append((weight, layer))
+
+    def owner(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "QuantizedLayer | None":
+        """The layer whose weight this operator call multiplies with."""
+        if func not in WEIGHT_OPERATORS:
+            return None
+        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        return next((layer for tensor, layer in reversed(self._handed) if tensor is weight), None)
+
+    def __enter__(self) -> "HandedOut":
+        self._token = _active.set(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        _active.reset(self._token)
+        self._handed.clear()
+
+
+class Route(HandedOut):
+    """Quantizes the input wherever a parent multiplies with a routed layer's weight itself."""
+
+    def remember(self, weight: Tensor, layer: "QuantizedLayer") -> None:
+        """Only routed layers concern us: the others quantize their input in their own forward."""
+        if layer.routed:
+            super().remember(weight, layer)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The operator, over a quantized input where the weight is a routed one."""
+        kwargs = kwargs or {}
+        layer = self.owner(func, args, kwargs)
+        if layer is not None:
+            args = (layer.input_quantizer(args[0]), *args[1:])
+        return func(*args, **kwargs)
+
+
+class RoutedParent(nn.Module):
+    """Mixin of a module that multiplies with its children's weights itself."""
+
+    float_class: type[nn.Module]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward under a ``Route``."""
+        with Route():
+            return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle by float class, as quantized layers do."""
+        return _rebuild_parent, (self.float_class,), self.__dict__
+
+
+@functools.cache
+def routed_class(float_class: type[nn.Module]) -> type[RoutedParent]:
+    """The routed sister of a module class."""
+    members = {"float_class": float_class, "__module__": __name__}
+    return type(f"Routed{float_class.__name__}", (RoutedParent, float_class), members)
+
+
+def _rebuild_parent(float_class: type[nn.Module]) -> RoutedParent:
+    cls = routed_class(float_class)
+    return cls.__new__(cls)

@@ -1,0 +1,115 @@
+"""The two kinds of layers whose multiplication is not ``operator(input, self.weight)``.
+
+Standardized convolutions (timm's BiT and NFNet families) derive the weight they multiply with: that one is quantized,
+since quantizing before standardization would leave the integer grid. ``nn.MultiheadAttention`` packs three projections
+into one Parameter and has a fused path that would bypass the quantizers, so its forward is written out.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saqcli.errors import UnsupportedModel
+from saqcli.quant.layers import QuantizedLayer
+from saqcli.quant.routing import hand_out
+
+STANDARDIZED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+
+
+def special_mixin(float_class: type[nn.Module]) -> type[QuantizedLayer] | None:
+    """The mixin for a class that needs its own forward, or None."""
+    if issubclass(float_class, nn.MultiheadAttention):
+        return QuantizedAttention
+    if any(base.__name__ in STANDARDIZED and base.__module__.startswith("timm.") for base in float_class.__mro__):
+        return QuantizedStandardized
+    return None
+
+
+class QuantizedStandardized(QuantizedLayer):
+    """Weight-standardized convolution: standardize, then quantize, then convolve."""
+
+    def effective_weight(self) -> Tensor:
+        """The standardized weight, (C_out, C_in / groups, K, K); gain and scale as timm applies them."""
+        layer: Any = self
+        weight = self.latent_weight()
+        gain = (layer.gain * layer.scale).view(-1) if hasattr(layer, "gain") else None
+        flat = weight.reshape(1, weight.shape[0], -1)
+        standard = F.batch_norm(flat, None, None, weight=gain, training=True, momentum=0.0, eps=layer.eps)
+        return standard.reshape_as(weight)
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Pad as the float layer does, then convolve with the quantized standardized weight."""
+        layer: Any = self
+        x = self.input_quantizer(input)
+        if getattr(layer, "same_pad", False):
+            from timm.layers import pad_same
+
+            x = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
+        padding = (0, 0) if getattr(layer, "same_pad", False) else layer.padding
+        weight = hand_out(self.quantized_weight(), self)
+        return F.conv2d(x, weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+
+
+class QuantizedAttention(QuantizedLayer):
+    """``nn.MultiheadAttention`` with its packed input projection quantized; ``out_proj`` is a layer of its own."""
+
+    weight_name = "in_proj_weight"
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention over (N, L, E), or (L, N, E) where not batch first; returns no attention weights."""
+        layer: Any = self
+        same = query is key and key is value
+        if not layer.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        q, k, v = self._projections(query, key, value, same)
+        heads, dim = layer.num_heads, layer.head_dim
+        q, k, v = (x.unflatten(-1, (heads, dim)).transpose(1, 2) for x in (q, k, v))  # (N, H, L, E / H)
+        mask = attn_mask
+        if key_padding_mask is not None:
+            blocked = key_padding_mask[:, None, None, :]
+            blocked = blocked if blocked.dtype == torch.bool else blocked != 0
+            hidden = torch.zeros_like(blocked, dtype=q.dtype).masked_fill(blocked, float("-inf"))
+            mask = hidden if mask is None else mask + hidden
+        elif mask is not None and mask.dtype == torch.bool:
+            mask = ~mask  # nn.MultiheadAttention masks where True, the functional form keeps where True
+        dropout = layer.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=is_causal and mask is None)
+        output = layer.out_proj(mixed.transpose(1, 2).flatten(2))
+        return (output if layer.batch_first else output.transpose(0, 1)), None
+
+    def _projections(self, query: Tensor, key: Tensor, value: Tensor, same: bool) -> Sequence[Tensor]:
+        layer: Any = self
+        weight = hand_out(self.quantized_weight(), self)
+        if same:
+            return F.linear(self.input_quantizer(query), weight, layer.in_proj_bias).chunk(3, dim=-1)
+        biases = (None,) * 3 if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)
+        return tuple(
+            F.linear(self.input_quantizer(x), w, b)
+            for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True)
+        )
+
+
+def check_attention(module: nn.MultiheadAttention, name: str) -> None:
+    """Refuse the variants of attention that no classifier uses.
+
+    Raises:
+        UnsupportedModel: separate projection weights, or learned key and value biases.
+    """
+    if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
+        raise UnsupportedModel(
+            f"attention {name} has separate projection weights or extra keys, which saq cannot quantize: "
+            "use a model with packed projections"
+        )

@@ -13,7 +13,7 @@ _PUBLIC = {
     "Budget": "saqcli.quant.cost",
     "LayerBits": "saqcli.quant.bits",
     "SaqError": "saqcli.errors",
-    "load": "saqcli.workflows.restore",
+    "load": "saqcli.workflows.predictors",
     "load_model": "saqcli.io.models",
     "quantize": "saqcli.workflows.quantize",
 }

@@ -38,10 +38,13 @@ class Score:
 class Meter:
     """Sums over batches; ``score()`` divides at the end."""
 
-    def __init__(self) -> None:
-        self.images = self.skipped = 0
-        self.loss = 0.0
-        self.right1 = self.right5 = 0
+    def __init__(
+        self, images: int = 0, skipped: int = 0, loss: float = 0.0, right1: int = 0, right5: int = 0
+    ) -> None:
+        """``vars(meter)`` gives the arguments that make an equal one."""
+        self.images, self.skipped = images, skipped
+        self.loss = loss
+        self.right1, self.right5 = right1, right5
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Count one batch: logits (N, classes), labels (N,)."""
@@ -110,17 +113,25 @@ class EpochSettings:
         sharpness_batch: images that share one perturbation (m-sharpness); the batch is split into such chunks.
         autocast: mixed precision around the forward pass; quantizers stay in float32.
         after_step: called with the number of steps done in this epoch; it steps the schedule, saves, or stops.
+        after_skip: called once batches done before an interruption are passed over; puts the random state back.
     """
 
     criterion: Callable[[Tensor, Tensor], Tensor]
     device: torch.device
     sharpness_batch: int
     after_step: Callable[[int], None]
+    after_skip: Callable[[], None]
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 def train_epoch(
-    model: nn.Module, minimizer: Minimizer, batches: Batches, task: Task, settings: EpochSettings, skip: int = 0
+    model: nn.Module,
+    minimizer: Minimizer,
+    batches: Batches,
+    task: Task,
+    settings: EpochSettings,
+    meter: Meter,
+    skip: int = 0,
 ) -> Score:
     """One pass over ``batches``; loss and accuracy are those of the unperturbed model in training mode.
 
@@ -130,15 +141,17 @@ def train_epoch(
         batches: training images and labels.
         task: told about every step.
         settings: the rest.
+        meter: counts on.
         skip: batches to pass over without a step: those done before an interruption.
 
     Raises:
         TrainingDiverged: the loss is no finite number.
     """
     model.train()
-    meter = Meter()
     for index, (images, labels) in enumerate(batches):
         if index < skip:
+            if index == skip - 1:
+                settings.after_skip()
             continue
         images = images.to(settings.device, non_blocking=True)
         labels = labels.to(settings.device, non_blocking=True)

@@ -1,0 +1,34 @@
+"""The family of exporters: a quantized model in, a file out.
+
+An exporter writes to the path it is given and nothing else; the workflow gives it a temporary one, verifies the file, and
+renames it into place. To add one: write ``saqcli/algorithms/exporters/NAME.py`` and add its line here.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from saqcli.algorithms.exporters.facts import ModelFacts
+from saqcli.algorithms.exporters.onnx_qdq import OnnxQdqExporter
+from saqcli.algorithms.exporters.safetensors import SafetensorsExporter
+
+
+class Exporter(Protocol):
+    """Writes one kind of file."""
+
+    @property
+    def suffix(self) -> str:
+        """Of the files it writes."""
+
+    def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
+        """Write the quantized ``model``, in eval mode, to ``path``."""
+
+
+EXPORTERS: dict[str, Callable[[], Exporter]] = {
+    "safetensors": SafetensorsExporter,
+    "qdq": OnnxQdqExporter,
+}
+
+__all__ = ["EXPORTERS", "Exporter", "ModelFacts"]

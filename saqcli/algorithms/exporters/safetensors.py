@@ -1,0 +1,120 @@
+"""The model in one safetensors file: packed integer codes, steps, the float remainder, and ``ModelFacts``.
+
+    NAME.codes       weight codes, packed into exactly their bits (see ``quant.packing``)
+    NAME.step        what a code is worth, per output channel or one; value = step * code
+    everything else  under its own name in the model's state: biases, norms, clipping levels, unquantized weights
+
+Loading builds the float architecture, wraps it, and puts ``step * code`` where the float weight was. Quantizing that again
+gives the same codes, so the loaded model equals the saved one bit for bit. No code is ever read from the file.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from saqcli.algorithms.exporters.facts import ModelFacts
+from saqcli.errors import CorruptArtifact
+from saqcli.quant import convert
+from saqcli.quant.fake_quantize import step_of
+from saqcli.quant.layers import QuantizedLayer, quantized_layers
+from saqcli.quant.packing import pack, unpack
+from saqcli.quant.quantizers import Quantizer
+from saqcli.strict import parse_json
+
+FORMAT = "saq.model"
+
+
+class SafetensorsExporter:
+    """Writes the whole model, to be evaluated or exported further by ``saq``."""
+
+    suffix = ".safetensors"
+
+    def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
+        """Write ``path``; ``example`` is not needed."""
+        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        for name, layer in quantized_layers(model).items():
+            quantizer = layer.weight_quantizer
+            if stores_codes(layer) and isinstance(quantizer, Quantizer):
+                del state[f"{name}.{layer.weight_name}"]
+                codes = quantizer.codes(layer.latent_weight())
+                state[f"{name}.codes"] = pack(codes, quantizer.grid(), quantizer.bits)
+                state[f"{name}.step"] = quantizer.step().detach().cpu().flatten()
+        metadata = {"format": FORMAT, "facts": facts.model_dump_json()}
+        save_file({name: value.clone() for name, value in state.items()}, path, metadata=metadata)
+
+
+def stores_codes(layer: QuantizedLayer) -> bool:
+    """Whether the float weight can be rebuilt from codes; not where another weight is derived from it."""
+    return type(layer).effective_weight is QuantizedLayer.effective_weight
+
+
+def read_facts(path: Path) -> ModelFacts:
+    """The description in a file written by ``SafetensorsExporter``.
+
+    Raises:
+        CorruptArtifact: not such a file, damaged, or of another version.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CorruptArtifact(f"{path} cannot be read as safetensors: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise CorruptArtifact(
+            f"{path} holds no quantized model of saq: give a run directory, or the model.safetensors in its artifacts/"
+        )
+    return parse_json(ModelFacts, metadata.get("facts", ""), str(path), CorruptArtifact)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of the file, by name.
+
+    Raises:
+        CorruptArtifact: truncated or damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no mapping
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CorruptArtifact(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def rebuild(model: nn.Module, facts: ModelFacts, tensors: Mapping[str, Tensor], source: str) -> nn.Module:
+    """Turn the float architecture ``model`` into the quantized model that was saved, in place.
+
+    Raises:
+        CorruptArtifact: tensors are missing, left over or of another shape.
+    """
+    restore_structure(model, facts)
+    state = dict(tensors)
+    for name, layer in quantized_layers(model).items():
+        quantizer = layer.weight_quantizer
+        if stores_codes(layer) and isinstance(quantizer, Quantizer) and f"{name}.codes" in state:
+            level = state.get(f"{name}.weight_quantizer.clipping_level")
+            if level is None or level.shape != quantizer.clipping_level.shape:
+                raise CorruptArtifact(f"{source}: the clipping level of {name} is missing or of another shape")
+            codes = unpack(
+                state.pop(f"{name}.codes"), quantizer.grid(), quantizer.bits, tuple(layer.latent_weight().shape)
+            )
+            state.pop(f"{name}.step", None)
+            state[f"{name}.{layer.weight_name}"] = codes * step_of(level[0], quantizer.grid())
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise CorruptArtifact(f"{source} does not fit {facts.policy.model}: {detail}") from None
+    return model.eval()
+
+
+def restore_structure(model: nn.Module, facts: ModelFacts) -> None:
+    """Wrap the float architecture and install quantizers as ``facts`` tell, levels unset, in place."""
+    layers = convert.wrap(model)
+    convert.leave_float(model, [name for name in layers if name not in facts.policy.layers])
+    for parent, children in facts.routed.items():
+        convert.route(model, [parent], children)
+    convert.install(model, facts.scheme, facts.policy, facts.signed)
+

@@ -1,0 +1,50 @@
+"""The Typer application: one command a file."""
+
+from typing import Annotated
+
+import typer
+
+from saqcli._version import __version__
+from saqcli.cli.demo import demo_command
+from saqcli.cli.evaluate import eval_command
+from saqcli.cli.export import export_command
+from saqcli.cli.models import models_command
+from saqcli.cli.profile import profile_command
+from saqcli.cli.quantize import quantize_command
+
+app = typer.Typer(
+    name="saq",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Sharpness-aware quantization of pretrained vision models under a hard budget of bit-operations.",
+)
+
+app.command("quantize")(quantize_command)
+app.command("eval")(eval_command)
+app.command("export")(export_command)
+app.command("profile")(profile_command)
+app.command("models")(models_command)
+app.command("demo")(demo_command)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"saq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

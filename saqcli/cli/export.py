@@ -1,0 +1,47 @@
+"""``saq export``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saqcli.cli import options as o
+from saqcli.cli.screen import print_json, progress_for, reporting
+
+
+@reporting
+def export_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a model.safetensors.")],
+    onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="The file to write.")],
+    style: Annotated[str, typer.Option(help="How quantizers are written: qdq.")] = "qdq",
+    data: o.Data = None,
+    batch_size: o.BatchSize = None,
+    workers: o.Workers = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
+    json_output: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Write a quantized model as ONNX, and compare it with the model before it gets its name.
+
+    Example: `saq export runs/resnet18-w4a4 --onnx resnet18.onnx --data imagenet`
+    """
+    from saqcli.config import DataSection
+    from saqcli.strict import parse_object
+    from saqcli.workflows.export import export
+
+    images = o.given({"path": data, "eval_batch_size": batch_size, "workers": workers})
+    result = export(
+        run,
+        onnx,
+        style=style,
+        data=parse_object(DataSection, images, "options"),
+        overwrite=overwrite,
+        progress=progress_for(json_output=json_output, quiet=quiet),
+    ).to_dict()
+    if json_output:
+        print_json(result)
+        return
+    from saqcli.cli.tables import show_export
+
+    show_export(result)

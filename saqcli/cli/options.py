@@ -1,0 +1,132 @@
+"""Options with one name and one meaning wherever they apply."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saqcli.errors import ConfigError
+
+MODEL = "Model"
+IMAGES = "Images"
+BITS = "Bits"
+TRAINING = "Training"
+RUN = "Run"
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Network: `resnet18` (timm first, then torchvision), `timm/NAME`, `torchvision/NAME` or `saq/NAME`.",
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="Local float weights: .safetensors, .pth, .pt or .th. Never runs code.", rich_help_panel=MODEL),
+]
+Pretrained = Annotated[
+    bool | None,
+    typer.Option("--pretrained/--no-pretrained", help="Published weights, or random ones.", rich_help_panel=MODEL),
+]
+NumClasses = Annotated[int | None, typer.Option(min=1, help="Classes of the model.", rich_help_panel=MODEL)]
+InChans = Annotated[int | None, typer.Option(min=1, help="Channels of an image.", rich_help_panel=MODEL)]
+ModelKwargs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K=V,...", help="For the model's builder, such as pad_type=same,bn_eps=0.001.", rich_help_panel=MODEL
+    ),
+]
+InputSize = Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels.", rich_help_panel=IMAGES)]
+Mean = Annotated[str | None, typer.Option(metavar="R,G,B", help="Of pixels in 0..1.", rich_help_panel=IMAGES)]
+Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Of pixels in 0..1.", rich_help_panel=IMAGES)]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder with train/ and val/, a folder a class in each; or a timm data set such as torch/cifar100.",
+        rich_help_panel=IMAGES,
+    ),
+]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Images a step.", rich_help_panel=IMAGES)]
+Workers = Annotated[int | None, typer.Option(min=0, help="Processes that read images.", rich_help_panel=IMAGES)]
+BadImages = Annotated[
+    str | None,
+    typer.Option(metavar="refuse|skip", help="What to do with an image that cannot be read.", rich_help_panel=IMAGES),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; by default the GPU if there is one.")]
+Bits = Annotated[str | None, typer.Option(help="The same bits in every layer: 4, or w4a8.", rich_help_panel=BITS)]
+Policy = Annotated[Path | None, typer.Option(help="Bits of every layer, as a policy.json.", rich_help_panel=BITS)]
+Candidates = Annotated[
+    str | None, typer.Option(metavar="2,3,4", help="Bit-widths that a layer may have.", rich_help_panel=BITS)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show where an unexpected error came from.")]
+
+
+def parse_numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    """``0.5,0.5,0.5`` as numbers.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option} {text}: give numbers separated by commas, such as 0.485,0.456,0.406") from None
+
+
+def parse_assignments(text: str | None, option: str) -> dict[str, Any] | None:
+    """``a=1,b=same`` as a dictionary; values are numbers or booleans where they look like it.
+
+    Raises:
+        ConfigError: a part without ``=``.
+    """
+    if text is None:
+        return None
+    values: dict[str, Any] = {}
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"{option} {text}: give NAME=VALUE pairs separated by commas, such as pad_type=same")
+        values[key.strip()] = _literal(value.strip())
+    return values
+
+
+def _literal(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text.lower() if text.lower() in ('true', 'false') else text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def model_options(
+    *,
+    weights: Path | None,
+    pretrained: bool | None,
+    num_classes: int | None,
+    in_chans: int | None,
+    model_kwargs: str | None,
+    input_size: int | None,
+    mean: str | None,
+    std: str | None,
+) -> dict[str, Any]:
+    """The given ones as keys of the configuration's ``model`` section; None where not given."""
+    return {
+        "weights": None if weights is None else str(weights),
+        "pretrained": pretrained,
+        "num_classes": num_classes,
+        "in_chans": in_chans,
+        "kwargs": parse_assignments(model_kwargs, "--model-kwargs"),
+        "input_size": input_size,
+        "mean": parse_numbers(mean, "--mean"),
+        "std": parse_numbers(std, "--std"),
+    }
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Without those that were not given."""
+    return {name: value for name, value in options.items() if value is not None}

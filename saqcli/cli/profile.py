@@ -1,0 +1,67 @@
+"""``saq profile``."""
+
+
+
+from saqcli.cli import options as o
+from saqcli.cli.screen import print_json, progress_for, reporting
+
+
+@reporting
+def profile_command(
+    model: o.Model,
+    bits: o.Bits = None,
+    policy: o.Policy = None,
+    candidates: o.Candidates = None,
+    weights: o.Weights = None,
+    pretrained: o.Pretrained = None,
+    num_classes: o.NumClasses = None,
+    in_chans: o.InChans = None,
+    input_size: o.InputSize = None,
+    model_kwargs: o.ModelKwargs = None,
+    json_output: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """MACs, bit-operations and size of a network at given bits, and the budgets it can reach. Needs no data.
+
+    Example: `saq profile resnet18 --bits 4`
+    """
+    from saqcli.config import ModelSection
+    from saqcli.errors import ConfigError
+    from saqcli.quant.bits import parse_candidates
+    from saqcli.quant.cost import DEFAULT_CANDIDATES
+    from saqcli.strict import parse_object
+    from saqcli.workflows.profile import profile
+
+    if bits is not None and policy is not None:
+        raise ConfigError("--bits and --policy both say what the bits are: give one of them")
+    section = {
+        "name": model,
+        **o.given(
+            o.model_options(
+                weights=weights,
+                pretrained=bool(pretrained) and weights is None,
+                num_classes=num_classes,
+                in_chans=in_chans,
+                model_kwargs=model_kwargs,
+                input_size=input_size,
+                mean=None,
+                std=None,
+            )
+        ),
+    }
+    result = profile(
+        parse_object(ModelSection, section, "options"),
+        bits=bits,
+        policy=policy,
+        candidates=parse_candidates(candidates) if candidates else DEFAULT_CANDIDATES,
+        progress=progress_for(json_output=json_output, quiet=quiet),
+    ).to_dict()
+    if json_output:
+        print_json(result)
+        return
+    from saqcli.cli.tables import show_profile
+
+    show_profile(result)
+
+

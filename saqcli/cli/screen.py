@@ -1,0 +1,142 @@
+"""What a person sees: progress on stderr, the answer on stdout, one line for an error.
+
+On a terminal progress is a live line with a bar, figures, images per second and the time left; elsewhere it is a plain line now and
+then; under ``--json`` and ``--quiet`` it is nothing.
+"""
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec
+
+import typer
+
+from saqcli.errors import SaqError
+from saqcli.progress import SILENT, Progress, Task
+
+SECONDS_BETWEEN_LINES = 10.0  # of plain progress
+
+P = ParamSpec("P")
+
+
+def progress_for(*, json_output: bool, quiet: bool) -> Progress:
+    """Where a command's progress goes."""
+    if json_output or quiet:
+        return SILENT
+    return _Live() if sys.stderr.isatty() else _Plain()
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    typer.echo(json.dumps(value))
+
+
+def reporting(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn errors of ``command`` into one line on stderr and an exit code; every command is wrapped in it."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except SaqError as error:
+            _complain(str(error))
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            _complain("interrupted")
+            raise typer.Exit(130) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            if kwargs.get("verbose"):
+                raise
+            _complain(f"unexpected {type(error).__name__}: {error}. Please report it with the output of --verbose")
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def _complain(message: str) -> None:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+
+
+def _figures(figures: dict[str, float]) -> str:
+    texts = {"loss": "loss {:.3f}", "top1": "top-1 {:.2f} %"}
+    return ", ".join(texts.get(name, name + " {:.3g}").format(value) for name, value in figures.items())
+
+
+class _PlainTask:
+    """Counts, and says a line now and then."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.total = title, total
+        self.done = self.images = 0
+        self.start = self.said = time.monotonic()
+
+    def advance(self, steps: int = 1, *, images: int = 0, **figures: float) -> None:
+        """Count, and speak if it is time."""
+        self.done += steps
+        self.images += images
+        now = time.monotonic()
+        if now - self.said >= SECONDS_BETWEEN_LINES:
+            self.said = now
+            elapsed = now - self.start
+            left = elapsed / max(self.done, 1) * (self.total - self.done)
+            rate = f", {self.images / elapsed:.0f} images/s" if self.images else ""
+            more = f", {_figures(figures)}" if figures else ""
+            typer.echo(f"{self.title}: {self.done}/{self.total}{more}{rate}, {left:.0f} s left", err=True)
+
+
+class _Plain:
+    @contextmanager
+    def task(self, title: str, total: int) -> Iterator[Task]:
+        """A task told in lines."""
+        yield _PlainTask(title, total)
+
+    def note(self, text: str) -> None:
+        """One line."""
+        typer.echo(text, err=True)
+
+
+class _LiveTask:
+    """Moves a rich progress bar."""
+
+    def __init__(self, bar: Any, handle: Any) -> None:
+        self.bar, self.handle = bar, handle
+        self.images = 0
+        self.start = time.monotonic()
+
+    def advance(self, steps: int = 1, *, images: int = 0, **figures: float) -> None:
+        """Move the bar."""
+        self.images += images
+        rate = f"{self.images / max(time.monotonic() - self.start, 1e-9):.0f} images/s" if self.images else ""
+        self.bar.update(self.handle, advance=steps, figures=_figures(figures), rate=rate)
+
+
+class _Live:
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True)
+
+    @contextmanager
+    def task(self, title: str, total: int) -> Iterator[Task]:
+        """A task drawn as a bar that disappears when it is done."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("[dim]{task.fields[rate]}"),
+            TimeRemainingColumn(compact=True),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            yield _LiveTask(bar, bar.add_task(title, total=total, figures="", rate=""))
+
+    def note(self, text: str) -> None:
+        """One line above the bars."""
+        self.console.print(text, highlight=False)

@@ -1,0 +1,109 @@
+"""Results as tables for the eye, printed on stdout."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from saqcli.units import format_quantity
+
+
+def _table(title: str, columns: Iterable[str], left: int = 1) -> Table:
+    """A table whose first ``left`` columns are text and whose others are numbers."""
+    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=index >= left)
+    return table
+
+
+def _bits(value: int | None) -> str:
+    return "float" if value is None else str(value)
+
+
+def show_profile(result: dict[str, Any]) -> None:
+    """Every layer with its costs, then the sums."""
+    console = Console()
+    size = "x".join(map(str, result["input_size"]))
+    table = _table(
+        f"{result['model']}, input {size}, {result['num_classes']} classes",
+        ("layer", "kind", "group", "MACs", "weights", "inputs", "BOPs", "share"),
+        left=3,
+    )
+    for layer in result["layers"]:
+        table.add_row(
+            layer["name"] + (" (pinned)" if layer["pinned"] else ""),
+            layer["kind"],
+            layer["group"] if layer["group"] != layer["name"] else "",
+            format_quantity(layer["macs"]),
+            _bits(layer["weight_bits"]),
+            _bits(layer["activation_bits"]),
+            format_quantity(layer["bops"]),
+            f"{100 * layer['bops'] / result['bops']:.1f} %",
+        )
+    console.print(table)
+    for left in result["unquantized"]:
+        console.print(f"left in floating point: {left['name']}, which {left['reason']}", highlight=False)
+    console.print(
+        f"\n{format_quantity(result['macs'], 'MACs')}, {format_quantity(result['bops'], 'BOPs')} "
+        f"of {format_quantity(result['float_bops'], 'BOPs')} in floating point "
+        f"({result['float_bops'] / result['bops']:.1f} times fewer)\n"
+        f"size {format_quantity(result['size_bytes'], 'B')} of {format_quantity(result['float_size_bytes'], 'B')}\n"
+        f"reachable budgets: {format_quantity(result['floor_bops'])} to {format_quantity(result['ceiling_bops'], 'BOPs')}",
+        highlight=False,
+    )
+
+
+def show_quantized(result: dict[str, Any]) -> None:
+    """Float beside quantized, the budget, and the files written."""
+    console = Console()
+    table = _table(f"{result['model']} on {result['images']} images", ("", "float", "calibrated", "quantized"))
+    table.add_row(
+        "top-1",
+        f"{result['float_top1']:.2f} %",
+        f"{result['calibrated_top1']:.2f} %",
+        f"[bold]{result['top1']:.2f} %[/bold]",
+    )
+    table.add_row("top-5", f"{result['float_top5']:.2f} %", "", f"{result['top5']:.2f} %")
+    table.add_row("BOPs", format_quantity(result["float_bops"]), "", format_quantity(result["bops"]))
+    table.add_row(
+        "size", format_quantity(result["float_size_bytes"], "B"), "", format_quantity(result["size_bytes"], "B")
+    )
+    console.print(table)
+    reduction = f"{result['bops_reduction']:.1f} times fewer BOPs"
+    if result["budget_bops"]:
+        share = 100 * result["bops"] / result["budget_bops"]
+        reduction += f", {share:.2f} % of the budget of {format_quantity(result['budget_bops'], 'BOPs')}"
+    console.print(f"\n{reduction}", highlight=False)
+    console.print(
+        f"ONNX agrees with PyTorch on {100 * result['onnx_argmax_agreement']:.2f} % of {result['onnx_images']} images",
+        highlight=False,
+    )
+    for path in result["artifacts"].values():
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+def show_evaluation(result: dict[str, Any]) -> None:
+    """Accuracy in one line."""
+    skipped = f", {result['skipped']} unreadable images left out" if result["skipped"] else ""
+    Console().print(
+        f"[bold]top-1 {result['top1']:.2f} %[/bold], top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} on "
+        f"{result['images']} images ({result['images_per_second']:.0f} a second){skipped}",
+        highlight=False,
+    )
+
+
+def show_export(result: dict[str, Any]) -> None:
+    """The file and how it was verified."""
+    console = Console()
+    console.print(
+        f"wrote {result['onnx']} ({format_quantity(result['size_bytes'], 'B')}, style {result['style']}, "
+        f"opset {result['opset']})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"verified in ONNX Runtime, optimized and not: same best class on {100 * result['argmax_agreement']:.2f} % of "
+        f"{result['images']} images, logits differ by {result['max_abs_diff']:.3g} at most",
+        highlight=False,
+    )

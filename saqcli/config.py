@@ -1,0 +1,219 @@
+"""Everything a run can be told, in one strict object; ``config.json`` is it, resolved.
+
+Settings come from five places, later ones winning: the defaults here, a recipe (``saqcli/recipes/NAME.toml``), a file given
+with ``--config``, ``--set section.key=value``, and the command's own options. Running the resulting ``config.json`` again
+gives the same run. Unknown keys are errors.
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from saqcli.errors import ConfigError
+from saqcli.strict import parse_object
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(_Section):
+    """Which network, and how its images are prepared. None leaves the choice to the network."""
+
+    name: str
+    weights: str | None = None
+    pretrained: bool = True
+    num_classes: Positive | None = None
+    in_chans: Positive | None = None
+    kwargs: dict[str, Any] = {}
+    input_size: Positive | tuple[int, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+class DataSection(_Section):
+    """Which images, and how they are fed.
+
+    ``augmentation`` "auto" is ``cifar`` (pad 4, crop, flip) up to 64 pixels and ``imagenet`` (random resized crop, flip)
+    above. ``workers`` None decides by image size.
+    """
+
+    path: str | None = None
+    batch_size: Positive = 128
+    eval_batch_size: Positive = 256
+    workers: Annotated[int, Field(ge=0)] | None = None
+    augmentation: Literal["auto", "imagenet", "cifar", "none"] = "auto"
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    calibration_images: Positive = 512
+    verify_images: Positive = 2000
+    bad_images: Literal["refuse", "skip"] = "refuse"
+
+
+class QuantizationSection(_Section):
+    """Which quantizers, and where the bits come from: ``bits``, ``bops`` or ``policy``."""
+
+    bits: str | None = None
+    bops: str | None = None
+    policy: str | None = None
+    searcher: str = "error"
+    candidates: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+    quantizer: str = "clip"
+    weight_grid: Literal["auto", "paper", "zero"] = "auto"
+    granularity: Literal["channel", "tensor"] = "channel"
+
+
+class TrainingSection(_Section):
+    """How the quantized network is fine-tuned.
+
+    ``clip_lr_factor`` scales the learning rate of clipping levels; they have no weight decay unless ``decay_clips``.
+    ``sharpness_batch`` images share one perturbation. ``rho`` None takes the paper's radius for the mean bit-width.
+    ``minimizer`` holds further keyword arguments of the method.
+    """
+
+    method: str = "saq"
+    epochs: Annotated[int, Field(ge=0)] = 3
+    optimizer: str = "sgd"
+    lr: Rate = 0.01
+    momentum: NotNegative = 0.9
+    weight_decay: NotNegative = 1e-4
+    clip_lr_factor: NotNegative = 0.1
+    decay_clips: bool = False
+    schedule: str = "cosine"
+    milestones: tuple[int, ...] = ()
+    warmup_epochs: NotNegative = 0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rho: NotNegative | None = None
+    rho_unit: Literal["deviation", "absolute"] = "deviation"
+    sharpness_batch: Positive = 128
+    precision: Literal["float32", "bfloat16"] = "float32"
+    minimizer: dict[str, Any] = {}
+
+
+class RunSection(_Section):
+    """Seed, device, and how often to save."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: str = "auto"
+    checkpoint_minutes: Rate = 10.0
+
+
+class RunConfig(_Section):
+    """All of it. This is ``config.json``."""
+
+    schema_version: Literal[1] = 1
+    recipe: str = "quick"
+    model: ModelSection
+    data: DataSection = DataSection()
+    quantization: QuantizationSection = QuantizationSection()
+    training: TrainingSection = TrainingSection()
+    run: RunSection = RunSection()
+
+    def to_json(self) -> str:
+        """The text of ``config.json``."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = files("saqcli") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def resolve(
+    *,
+    recipe: str | None = None,
+    file: Path | None = None,
+    assignments: Mapping[str, str] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """The configuration that defaults, recipe, file, assignments and options make together.
+
+    Args:
+        recipe: name of a recipe; None takes the file's, or ``quick``.
+        file: TOML or JSON.
+        assignments: ``section.key`` to text, as given with ``--set``; read as TOML where it is, else as a string.
+        options: ``section.key`` to value; None values were not given.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown key, a value of the wrong kind.
+    """
+    given = _read(file) if file else {}
+    name = recipe or given.get("recipe") or "quick"
+    tree: dict[str, Any] = {}
+    _merge(tree, _read_recipe(name))
+    _merge(tree, given)
+    tree["recipe"] = name
+    for key, text in (assignments or {}).items():
+        _assign(tree, key, _value(text))
+    for key, value in (options or {}).items():
+        if value is not None:
+            _assign(tree, key, value)
+    if "name" not in tree.setdefault("model", {}):
+        raise ConfigError("no model was named: give MODEL, such as timm/resnet18, or --config with one")
+    return parse_object(RunConfig, tree, str(file) if file else "configuration")
+
+
+def first_difference(one: RunConfig, other: RunConfig) -> str | None:
+    """``section.key: old -> new`` of the first setting that differs, or None."""
+    old, new = one.model_dump(), other.model_dump()
+    for section, values in old.items():
+        if not isinstance(values, dict):
+            if values != new[section]:
+                return f"{section}: {values} -> {new[section]}"
+            continue
+        for key, value in values.items():
+            if value != new[section][key]:
+                return f"{section}.{key}: {value} -> {new[section][key]}"
+    return None
+
+
+def _read_recipe(name: str) -> dict[str, Any]:
+    if name not in recipes():
+        raise ConfigError(f"there is no recipe {name!r}: choose from {', '.join(recipes())}")
+    return tomllib.loads((files("saqcli") / "recipes" / f"{name}.toml").read_text())
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text()
+        tree = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read as a configuration: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file} cannot be read as a configuration: it holds no sections")
+    return tree
+
+
+def _merge(tree: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    section, dot, name = key.partition(".")
+    if not dot:
+        raise ConfigError(f"--set {key}: name a section and a key, such as training.lr=0.01")
+    target = tree.setdefault(section, {})
+    *path, last = name.split(".")
+    for part in path:
+        target = target.setdefault(part, {})
+    target[last] = value
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

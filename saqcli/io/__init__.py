@@ -1,0 +1,1 @@
+"""The outside world: networks and their weights, data, run directories, other processes."""

@@ -1,0 +1,184 @@
+"""Reading one image after another, when some cannot be read.
+
+A data set of a million files has a few that are truncated or are no images at all. timm passes over them with
+a logged warning and takes the neighbour instead, so that an accuracy may count one image twice and nobody
+knows. Here it is said: ``refuse`` names the file; ``replace`` takes the next readable image, which is right
+for training; ``leave_out`` gives the label ``LEFT_OUT``, which evaluation counts neither right nor wrong.
+"""
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import IO, Literal, Protocol
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from saqcli.errors import DataError
+from saqcli.io.transforms import ImageTransform
+
+LEFT_OUT = -1  # the label of an image that could not be read and must not be counted
+
+Encoded = str | IO[bytes] | Image.Image
+Unreadable = Literal["refuse", "replace", "leave_out"]
+
+# What Pillow's decoders raise on damaged files.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+
+
+class Source(Protocol):
+    """Images with their labels, in any order: a list, a torchvision data set, a timm reader."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, index: int, /) -> tuple[Encoded, int]:
+        """An image, or the file that holds it, and its label."""
+
+
+class Stream(Protocol):
+    """Images with their labels, one after another: timm's iterable data sets."""
+
+    def __len__(self) -> int:
+        """About how many there are."""
+
+    def __iter__(self) -> Iterator[tuple[Encoded, int]]:
+        """Each image once."""
+
+    def set_epoch(self, count: int, /) -> None:
+        """Choose the order of the next pass."""
+
+    def set_loader_cfg(self, num_workers: int | None = None) -> None:
+        """Tell how many worker processes share the stream."""
+
+
+@dataclass(eq=False)
+class ImageSet(Dataset[tuple[Tensor | Image.Image, int]]):
+    """Labelled images with random access.
+
+    Attributes:
+        source: where they come from.
+        labels: of all images, known without reading them, or None.
+        num_classes: labels are below it.
+        name: what messages call the set.
+        transform: from the image to the tensor (C, H, W); a loader sets it.
+        unreadable: what to do about an image that cannot be read.
+        mode: Pillow's name of the colours that the network reads, RGB or L.
+    """
+
+    source: Source
+    labels: Sequence[int] | None
+    num_classes: int
+    name: str
+    transform: ImageTransform | None = None
+    unreadable: Unreadable = "refuse"
+    mode: str = "RGB"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | Image.Image, int]:
+        """The image at ``index`` and its label, or what stands in for it if it cannot be read.
+
+        Raises:
+            DataError: an unreadable image under ``refuse``, no readable one under ``replace``, or a label
+                outside [0, num_classes).
+        """
+        for step in range(len(self) if self.unreadable == "replace" else 1):
+            place = (index + step) % len(self)
+            item: Encoded | None = None
+            try:
+                item, label = self.source[place]
+                image = decode(item, self.mode)
+            except _DAMAGE as error:
+                if self.unreadable == "refuse":
+                    what = item if isinstance(item, str) else f"image {place} of {self.name}"
+                    raise _unreadable(what, error) from error
+                continue
+            return self._transformed(image), check_label(label, self.num_classes, self.name)
+        if self.unreadable == "replace":
+            raise DataError(f"none of the {len(self)} images of {self.name} can be read: check the files")
+        return self._transformed(Image.new(self.mode, (32, 32))), LEFT_OUT
+
+    def _transformed(self, image: Image.Image) -> Tensor | Image.Image:
+        return image if self.transform is None else self.transform(image)
+
+    def pick(self, indices: Sequence[int]) -> "ImageSet":
+        """The set of the images at ``indices``, in that order."""
+        labels = None if self.labels is None else [self.labels[index] for index in indices]
+        return replace(self, source=_Picked(self.source, indices), labels=labels)
+
+
+@dataclass(frozen=True)
+class _Picked:
+    """Some of the images of a source."""
+
+    source: Source
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int, /) -> tuple[Encoded, int]:
+        return self.source[self.indices[index]]
+
+
+@dataclass(eq=False)
+class ImageStream(IterableDataset[tuple[Tensor | Image.Image, int]]):
+    """Labelled images that come one after another (wds/, hfids/, tfds/); attributes as in ``ImageSet``.
+
+    The stream's own reader decides what happens to an image that cannot be read.
+    """
+
+    source: Stream
+    num_classes: int
+    name: str
+    transform: ImageTransform | None = None
+    mode: str = "RGB"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[tuple[Tensor | Image.Image, int]]:
+        for item, label in self.source:
+            image = decode(item, self.mode)
+            tensor = image if self.transform is None else self.transform(image)
+            yield tensor, check_label(label, self.num_classes, self.name)
+
+
+def decode(item: Encoded, mode: str = "RGB") -> Image.Image:
+    """The image in colour ``mode``, whatever it was: grey, palette, CMYK, 16 bits a channel, animated.
+
+    Transparency is dropped, of an animation the first frame is taken, and 16 bits lose their lower half
+    (Pillow's ``convert`` would make everything above 255 white).
+    """
+    if not isinstance(item, Image.Image):
+        with Image.open(item) as opened:
+            return decode(opened, mode)
+    if item.mode.startswith("I"):
+        item = Image.fromarray((np.asarray(item) >> 8).clip(0, 255).astype(np.uint8))
+    if item.mode == "P" and "transparency" in item.info:
+        item = item.convert("RGBA")  # straight to RGB, Pillow warns
+    return item.convert(mode)
+
+
+def check_label(label: int, num_classes: int, name: str) -> int:
+    """``label`` as a plain integer.
+
+    Raises:
+        DataError: it is outside [0, num_classes).
+    """
+    label = int(label)
+    if not 0 <= label < num_classes:
+        raise DataError(
+            f"{name} has the label {label}, the model classes 0 to {num_classes - 1}: "
+            "give data with the model's labels, or another --num-classes"
+        )
+    return label
+
+
+def _unreadable(what: str, error: BaseException) -> DataError:
+    reason = " ".join(str(error).replace(repr(what), "it").split()) or type(error).__name__
+    return DataError(f"cannot read {what} ({reason}): replace or remove it, or give --bad-images skip")

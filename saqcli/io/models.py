@@ -1,0 +1,262 @@
+"""From the name of a network to a float model, its preprocessing, and what is needed to build it again.
+
+``resnet18`` is looked for in timm, then torchvision, then among the networks of the papers; a prefix
+(``timm/``, ``torchvision/``, ``saq/``) says which one is meant. Weights come from a local file, from
+where the library publishes them, or are random.
+"""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from saqcli.errors import ConfigError, SaqError, UnknownModel, UnsupportedModel, WeightsMismatch
+from saqcli.io.preprocessing import Preprocessing as Preprocessing
+from saqcli.io.weights import load_into, read_state_dict, sha256_of
+from saqcli.io.zoos import ZOOS, Architecture, Zoo
+
+_RESERVED = {  # builder arguments that are ours to set
+    "num_classes": "use --num-classes",
+    "pretrained": "use --pretrained or --no-pretrained",
+    "weights": "use --weights",
+    "checkpoint_path": "use --weights",
+    "pretrained_cfg": "use --weights",
+    "pretrained_cfg_overlay": "use --weights",
+    "features_only": "saq needs the classifier, leave it out",
+}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the user asks for; None leaves the choice to the network or its weights.
+
+    Attributes:
+        name: as the user gave it.
+        weights: a local file; excludes published weights.
+        pretrained: take published weights if no file is given.
+        num_classes: rows of the classifier.
+        in_chans: channels of an image.
+        kwargs: for the library's builder.
+        input_size: one side, (H, W) or (C, H, W).
+        mean: per channel, of pixels scaled to 0..1.
+        std: likewise.
+    """
+
+    name: str
+    weights: Path | None = None
+    pretrained: bool = True
+    num_classes: int | None = None
+    in_chans: int | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    input_size: int | tuple[int, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+@dataclass
+class LoadedModel:
+    """A float network, ready to be wrapped.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        name: canonical, like ``timm/resnet18.a1_in1k`` or ``saq/resnet20``.
+        num_classes: rows of the classifier.
+        preprocessing: what its images go through.
+        weights_source: name of the weight file, tag of the published weights, or ``random``.
+        weights_sha256: of the weight file, if there is one.
+        build: what ``build_architecture`` takes; JSON can hold it if it could hold the user's kwargs.
+        notes: what was decided for the user, one line each.
+    """
+
+    model: nn.Module
+    name: str
+    num_classes: int
+    preprocessing: Preprocessing
+    weights_source: str
+    weights_sha256: str | None
+    build: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def load_model(spec: ModelSpec) -> LoadedModel:
+    """The network that ``spec`` asks for.
+
+    Raises:
+        UnknownModel: no network of that name.
+        UnsupportedModel: it has no classifier, or cannot be built here.
+        ConfigError: arguments that do not suit it.
+        SaqError: its published weights cannot be had.
+        CorruptArtifact, UnsafeWeights, WeightsMismatch: the weight file; see ``saqcli.io.weights``.
+    """
+    prefix, name = _resolve(spec.name)
+    zoo = ZOOS[prefix]
+    notes: list[str] = []
+    state = read_state_dict(spec.weights) if spec.weights else None  # before time is spent on building
+    arch, preprocessing = _architecture(zoo, f"{prefix}/{name}", spec)
+    sha256 = None
+    with _building(f"{prefix}/{name}", arch.kwargs):
+        if spec.weights and state is not None:
+            model, arch = _from_state(zoo, prefix, arch, state, spec, notes)
+            source, sha256 = spec.weights.name, sha256_of(spec.weights)
+        elif spec.pretrained:
+            model, name, source = zoo.fetch(arch)
+            if arch.num_classes != (published := zoo.default_classes(name)):
+                notes.append(
+                    f"{source} has {published} classes: the {arch.num_classes} asked for start random"
+                )
+        else:
+            model, source = zoo.build(arch), "random"
+    build = asdict(arch) | {"name": f"{prefix}/{name}"}
+    return LoadedModel(
+        model.eval(), build["name"], arch.num_classes, preprocessing, source, sha256, build, notes
+    )
+
+
+def build_architecture(build: Mapping[str, Any]) -> nn.Module:
+    """The network of ``LoadedModel.build`` with random weights, in eval mode.
+
+    Raises:
+        ConfigError: a key is missing or unknown, or the arguments do not suit the network.
+        UnknownModel: the installed libraries do not know it.
+    """
+    keys = {"name", "num_classes", "in_chans", "kwargs"}
+    if wrong := keys ^ set(build):
+        raise ConfigError(
+            f"the architecture's {', '.join(sorted(wrong))} is missing or unknown: it needs {sorted(keys)}"
+        )
+    prefix, name = _resolve(build["name"])
+    with _building(build["name"], build["kwargs"]):
+        return ZOOS[prefix].build(Architecture(**{**build, "name": name})).eval()
+
+
+def list_models(pattern: str | None = None) -> list[str]:
+    """Names of networks, with prefix, in order of search.
+
+    Args:
+        pattern: a shell pattern; without a slash it is matched against what follows the prefix, with a dot
+            in it timm's names with the tags of published weights are matched too. None lists all.
+    """
+    pattern = (pattern or "*").lower()
+    return [
+        f"{prefix}/{name}"
+        for prefix, zoo in ZOOS.items()
+        for name in zoo.names(tags="." in pattern)
+        if fnmatch.fnmatchcase(f"{prefix}/{name}" if "/" in pattern else name, pattern)
+    ]
+
+
+def _resolve(name: str) -> tuple[str, str]:
+    """Prefix and library name of the network that a user calls ``name``."""
+    prefix, slash, rest = name.partition("/")
+    candidates = [(prefix, rest)] if slash else [(known, name) for known in ZOOS]
+    for prefix, short in candidates:
+        if prefix in ZOOS and ZOOS[prefix].knows(short):
+            return prefix, short
+    near = _near(candidates[0][1])
+    hint = f"near are {', '.join(near)}" if near else "nothing is near"
+    raise UnknownModel(f"no network is called {name!r}: {hint}; `saq models PATTERN` lists them")
+
+
+def _near(name: str) -> list[str]:
+    """Up to five known names that look like ``name``."""
+    name = name.lower()
+    architecture, dot, _ = name.partition(".")
+    full: dict[str, str] = {}
+    for known in list_models("*.*" if dot else None) + list_models():
+        full.setdefault(known.partition("/")[2], known)
+    tagged = [short for short in full if dot and short.startswith(f"{architecture}.")]
+    alike = difflib.get_close_matches(name, tagged or full, n=4, cutoff=0.7)
+    within = sorted((short for short in full if len(name) > 2 and name in short), key=len)
+    return [full[short] for short in dict.fromkeys(alike + tagged + within)][:5]
+
+
+def _architecture(zoo: Zoo, name: str, spec: ModelSpec) -> tuple[Architecture, Preprocessing]:
+    """What to build for ``spec``, and what its images go through."""
+    for argument in _RESERVED.keys() & spec.kwargs.keys():
+        raise ConfigError(f"{name} cannot take {argument} as a model argument: {_RESERVED[argument]}")
+    kwargs = dict(spec.kwargs)
+    short = name.partition("/")[2]
+    in_chans = kwargs.pop("in_chans", None) or spec.in_chans or 3
+    num_classes = zoo.default_classes(short) if spec.num_classes is None else spec.num_classes
+    if num_classes < 1:
+        if spec.num_classes is not None:
+            raise ConfigError(f"{name} was asked for {num_classes} classes: --num-classes must be at least 1")
+        raise UnsupportedModel(
+            f"{name} has no classifier, it gives features: pass --num-classes, or choose another"
+        )
+    asked = spec.input_size or kwargs.get("img_size") or kwargs.get("image_size")
+    size = None if asked is None else _height_width(asked, in_chans)
+    default = zoo.preprocessing(short, size)
+    height, width = size or default.input_size[1:]
+    preprocessing = replace(
+        default,
+        input_size=(in_chans, height, width),
+        mean=spec.mean or _per_channel(default.mean, in_chans),
+        std=spec.std or _per_channel(default.std, in_chans),
+    )
+    return zoo.sized(Architecture(short, num_classes, in_chans, kwargs), (height, width)), preprocessing
+
+
+def _height_width(size: int | tuple[int, ...], in_chans: int) -> tuple[int, int]:
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) == 3 and sides[0] == in_chans:
+        sides = sides[1:]
+    if len(sides) != 2 or min(sides) < 1:
+        raise ConfigError(
+            f"input size {size} is no size of a {in_chans}-channel image: give one side, or height and width"
+        )
+    return sides[0], sides[1]
+
+
+def _per_channel(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
+    """``values``, or their average for every channel if the image has another number of channels."""
+    return values if len(values) == in_chans else (sum(values) / len(values),) * in_chans
+
+
+def _from_state(
+    zoo: Zoo, prefix: str, arch: Architecture, state: Mapping[str, Tensor], spec: ModelSpec, notes: list[str]
+) -> tuple[nn.Module, Architecture]:
+    """The network with the file's weights; the file decides the number of classes if the user does not."""
+    name, source = f"{prefix}/{arch.name}", spec.weights.name if spec.weights else ""
+    model = zoo.build(arch)
+    heads = zoo.classifiers(model)
+    head = state.get(f"{heads[0]}.weight") if heads else None
+    if spec.num_classes is None and head is not None and len(head) != arch.num_classes:
+        notes.append(f"{name} has {len(head)} classes, as {source} has, instead of {arch.num_classes}")
+        arch = replace(arch, num_classes=len(head))
+        model = zoo.build(arch)
+    try:
+        load_into(model, state, source, name=name, classifiers=heads)
+    except WeightsMismatch:
+        if (converted := zoo.convert(arch, state)) is None:
+            raise
+        load_into(model, converted, source, name=name, classifiers=heads)
+        notes.append(f"{source} was written for another version of {name}: its parameters were converted")
+    return model, arch
+
+
+@contextmanager
+def _building(name: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what a library raises while building into one line."""
+    try:
+        yield
+    except SaqError:
+        raise
+    except Exception as error:
+        if found := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+            raise ConfigError(f"{name} has no argument {found[1]!r}: correct --model-kwargs") from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if kwargs:
+            raise ConfigError(
+                f"{name} cannot be built with {dict(kwargs)} ({reason}): correct --model-kwargs "
+                "or --input-size"
+            ) from error
+        raise UnsupportedModel(
+            f"{name} cannot be built ({reason}): choose another, see `saq models`"
+        ) from error

@@ -1,0 +1,65 @@
+"""The networks of the papers that neither timm nor torchvision has, and their table.
+
+All take 32 x 32 images. They have no published weights under these names: train one, or load a file.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from saqcli.io.networks.mobilenetv2_cifar import MobileNetV2Cifar
+from saqcli.io.networks.preresnet_cifar import PreResNet
+from saqcli.io.networks.resnet_cifar import ResNet
+
+__all__ = ["NETWORKS", "NetworkEntry"]
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what the known ResNet weights were trained with
+_CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+
+
+@dataclass(frozen=True)
+class NetworkEntry:
+    """How to build a network of ours, and what it expects of an image.
+
+    Attributes:
+        build: called with ``num_classes`` and optionally ``in_chans`` (3); random weights.
+        num_classes: the classes of the paper's data set.
+        description: one line for a listing.
+        mean: per channel, of pixels scaled to 0..1.
+        std: likewise.
+        input_size: (C, H, W).
+    """
+
+    build: Callable[..., nn.Module]
+    num_classes: int
+    description: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    input_size: tuple[int, int, int] = (3, 32, 32)
+
+
+def _resnet(depth: int) -> NetworkEntry:
+    description = f"ResNet-{depth} for CIFAR-10 with parameter-free shortcuts"
+    return NetworkEntry(partial(ResNet, depth), 10, description, *_IMAGENET)
+
+
+def _preresnet(depth: int) -> NetworkEntry:
+    description = f"pre-activation ResNet-{depth} for CIFAR-100, the network of the SAQ paper"
+    return NetworkEntry(partial(PreResNet, depth), 100, description, *_CIFAR100)
+
+
+NETWORKS: dict[str, NetworkEntry] = {
+    "preresnet20": _preresnet(20),
+    "preresnet32": _preresnet(32),
+    "preresnet44": _preresnet(44),
+    "preresnet56": _preresnet(56),
+    "resnet20": _resnet(20),
+    "resnet32": _resnet(32),
+    "resnet44": _resnet(44),
+    "resnet56": _resnet(56),
+    "mobilenetv2_cifar": NetworkEntry(
+        MobileNetV2Cifar, 100, "MobileNetV2 for CIFAR-100, the network of the SAQ paper", *_CIFAR100
+    ),
+}

@@ -1,0 +1,94 @@
+"""What an image goes through before a network sees it.
+
+It belongs to the weights, not to the data: the same picture scaled or normalized otherwise costs points of
+accuracy that no quantizer can win back. So it travels with the model, into the run directory and the export.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from saqcli.errors import ConfigError
+
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+_CROP_MODES = ("center", "squash", "border")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Scale, crop and normalization of an evaluation image.
+
+    Attributes:
+        input_size: (C, H, W) that the network receives.
+        mean: per channel, subtracted from pixels scaled to 0..1.
+        std: per channel, divides what is left.
+        interpolation: as Pillow names it.
+        crop_pct: side of the crop over the side that the image was scaled to; 1 crops nothing.
+        crop_mode: as in ``timm.data.create_transform``.
+
+    Raises:
+        ConfigError: the values contradict each other or lie out of range.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        if len(self.input_size) != 3 or min(self.input_size) < 1:
+            raise ConfigError(
+                f"input size {self.input_size} is not channels, height, width: give three sizes above 0"
+            )
+        if not len(self.mean) == len(self.std) == self.input_size[0]:
+            raise ConfigError(
+                f"mean has {len(self.mean)} numbers and std {len(self.std)}, the image has "
+                f"{self.input_size[0]} channels: give one number a channel"
+            )
+        if not all(map(math.isfinite, self.mean)) or not all(0 < s < math.inf for s in self.std):
+            raise ConfigError(
+                f"mean {self.mean} and std {self.std} cannot normalize: give numbers, std above 0"
+            )
+        if not 0 < self.crop_pct <= 1:
+            raise ConfigError(f"crop_pct {self.crop_pct} is not in (0, 1]: give 1 to crop nothing")
+        for what, value, known in (
+            ("interpolation", self.interpolation, _INTERPOLATIONS),
+            ("crop_mode", self.crop_mode, _CROP_MODES),
+        ):
+            if value not in known:
+                raise ConfigError(f"{what} {value!r} is not known: choose from {', '.join(known)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """What ``to_dict`` wrote.
+
+        Raises:
+            ConfigError: a key is missing or unknown, or a value is not of its kind.
+        """
+        known = {field.name for field in fields(cls)}
+        if wrong := known ^ set(values):
+            kinds = [f"{key} is {'missing' if key in known else 'unknown'}" for key in sorted(wrong)]
+            raise ConfigError(f"preprocessing: {', '.join(kinds)}; its keys are {', '.join(sorted(known))}")
+        try:
+            channels, height, width = map(int, values["input_size"])
+            return cls(
+                input_size=(channels, height, width),
+                mean=tuple(map(float, values["mean"])),
+                std=tuple(map(float, values["std"])),
+                interpolation=str(values["interpolation"]),
+                crop_pct=float(values["crop_pct"]),
+                crop_mode=str(values["crop_mode"]),
+            )
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"preprocessing {dict(values)} cannot be read ({error}): correct the value"
+            ) from error

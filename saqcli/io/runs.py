@@ -1,0 +1,184 @@
+"""The run directory: everything a run leaves behind, enough to read, resume and repeat it.
+
+    manifest.json     who made it, from what, how it ended, and the SHA-256 of every artifact
+    config.json       the resolved configuration
+    policy.json       the bits of every layer
+    metrics.jsonl     one object a line
+    checkpoints/      last.pt: model, optimizer, schedule, random state, position in the epoch
+    artifacts/        model.safetensors, model.onnx
+    report.md         what a person reads first
+"""
+
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from saqcli._version import __version__
+from saqcli.config import RunConfig
+from saqcli.errors import Interrupted, RunDirectoryError
+from saqcli.io.files import replacing, write_text
+from saqcli.io.weights import sha256_of
+from saqcli.strict import parse_json
+
+
+class RunManifest(BaseModel):
+    """Who made this run directory, from what, and how it ended. This is ``manifest.json``.
+
+    Attributes:
+        command: as typed.
+        status: ``running`` also after a crash.
+        started: UTC.
+        versions: of saq and of what its numbers depend on.
+        artifacts: relative path to SHA-256.
+        results: the figures that ``saq quantize`` printed.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = 1
+    command: list[str]
+    status: Literal["running", "interrupted", "failed", "finished"]
+    started: str
+    versions: dict[str, str]
+    artifacts: dict[str, str] = {}
+    results: dict[str, Any] = {}
+
+
+class RunDirectory:
+    """A run directory that exists."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.policy_path = path / "policy.json"
+        self.checkpoint_path = path / "checkpoints" / "last.pt"
+        self.safetensors_path = path / "artifacts" / "model.safetensors"
+        self.onnx_path = path / "artifacts" / "model.onnx"
+        self.report_path = path / "report.md"
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """An existing run directory.
+
+        Raises:
+            RunDirectoryError: ``path`` is none.
+        """
+        if not (path / "manifest.json").is_file():
+            raise RunDirectoryError(f"{path} is no run directory: it has no manifest.json")
+        return cls(path)
+
+    @classmethod
+    def start(cls, path: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> "RunDirectory":
+        """Make ``path`` a run directory for ``config``, or go on with the one that is there.
+
+        Raises:
+            RunDirectoryError: it holds a run and neither ``resume`` nor ``overwrite`` was given, it holds other files,
+                or it cannot be written.
+        """
+        run = cls(path)
+        if path.exists() and not path.is_dir():
+            raise RunDirectoryError(f"{path} is a file: give another --run-dir")
+        if path.is_dir() and any(path.iterdir()):
+            if not (path / "manifest.json").is_file():
+                raise RunDirectoryError(f"{path} holds other files and no run: give another --run-dir")
+            status = run.manifest().status
+            if resume:
+                run._update(status="running")
+                return run
+            if not overwrite:
+                raise RunDirectoryError(
+                    f"{path} already holds a {status} run: give --resume to go on with it, --overwrite to replace it, "
+                    "or another --run-dir"
+                )
+            run._clear()
+        manifest = RunManifest(
+            command=sys.argv, status="running", started=datetime.now(UTC).isoformat(timespec="seconds"), versions=versions()
+        )
+        write_text(path / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
+        write_text(path / "config.json", config.to_json())
+        return run
+
+    def manifest(self) -> RunManifest:
+        """What ``manifest.json`` says."""
+        return parse_json(RunManifest, self._read("manifest.json"), f"{self.path}/manifest.json", RunDirectoryError)
+
+    def config(self) -> RunConfig:
+        """What ``config.json`` says."""
+        return parse_json(RunConfig, self._read("config.json"), f"{self.path}/config.json", RunDirectoryError)
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Within the context the run is ``running``; its end is noted in the manifest, whatever it is."""
+        try:
+            yield
+        except (Interrupted, KeyboardInterrupt):
+            self._update(status="interrupted")
+            raise
+        except BaseException:
+            self._update(status="failed")
+            raise
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Note the results and the hashes of all artifacts, and that the run is finished."""
+        paths = sorted(path for path in (self.path / "artifacts").glob("*") if not path.name.startswith("."))
+        hashes = {path.relative_to(self.path).as_posix(): sha256_of(path) for path in paths}
+        self._update(status="finished", results=results, artifacts=hashes)
+
+    def log(self, **values: Any) -> None:
+        """Append one object to ``metrics.jsonl``."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint by ``state``, tensors and plain values only."""
+        with replacing(self.checkpoint_path) as temporary:
+            torch.save(state, temporary)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The last checkpoint, on the CPU, or None if there is none.
+
+        Raises:
+            RunDirectoryError: damaged.
+        """
+        if not self.checkpoint_path.is_file():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load has no error of its own
+            raise RunDirectoryError(
+                f"{self.checkpoint_path} is damaged ({type(error).__name__}): start again with --overwrite"
+            ) from None
+        return state
+
+    def _read(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunDirectoryError(f"{self.path / name} cannot be read: {error}") from None
+
+    def _update(self, **changes: Any) -> None:
+        manifest = self.manifest().model_copy(update=changes)
+        write_text(self.path / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
+
+    def _clear(self) -> None:
+        """Remove what a run wrote, and nothing else."""
+        for name in ("checkpoints", "artifacts"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in ("policy.json", "metrics.jsonl", "report.md", "config.json"):
+            (self.path / name).unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Of saq, Python and the libraries that the numbers depend on."""
+    from importlib.metadata import version
+
+    names = ("torch", "torchvision", "timm", "onnxruntime")
+    return {"saq": __version__, "python": platform.python_version()} | {name: version(name) for name in names}

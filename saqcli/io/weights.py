@@ -1,0 +1,199 @@
+"""Weight files: read without running code, and load exactly or say what does not fit.
+
+A ``.pth`` file is a pickle, and a pickle may run anything. It is read by torch's restricted unpickler only,
+which knows tensors and plain containers; there is no switch to trust a file. What training scripts wrap
+around the tensors (``state_dict``, ``module.``) is taken off; what remains must fit the network exactly.
+"""
+
+import contextlib
+import hashlib
+import pickle
+import pickletools
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from saqcli.errors import ConfigError, CorruptArtifact, UnsafeWeights, WeightsMismatch
+
+_PICKLES = (".pth", ".pt", ".th", ".bin", ".tar", ".ckpt")
+_NESTS = ("state_dict", "model_state_dict", "model", "net")
+_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+_NAMED = 5  # keys that a message lists before it counts
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weight file by parameter name, on the CPU.
+
+    Raises:
+        ConfigError: no such file, or not a weight file by its name.
+        CorruptArtifact: the file is empty, truncated, or holds something else than tensors by name.
+        UnsafeWeights: the file would have to run code to be read; none was run.
+    """
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ConfigError(
+            f"weights {path} cannot be read: it {what}; give a .safetensors, .pth, .pt or .th file"
+        )
+    if path.suffix not in (".safetensors", *_PICKLES):
+        raise ConfigError(
+            f"weights {path} cannot be read: {path.suffix or 'no suffix'} is no weight format; "
+            "give a .safetensors, .pth, .pt or .th file"
+        )
+    try:
+        if path.stat().st_size == 0:
+            raise CorruptArtifact(f"weights {path} are empty (0 bytes): fetch or write the file again")
+        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    except OSError as error:
+        raise ConfigError(
+            f"weights {path} cannot be read ({error.strerror or error}): check the file"
+        ) from error
+    return _unwrap(content, path)
+
+
+def load_into(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    *,
+    name: str = "the network",
+    classifiers: Sequence[str] = (),
+) -> None:
+    """Load ``state`` into ``model``, every tensor in its place; ``num_batches_tracked`` may be absent.
+
+    Args:
+        model: changed in place; half loaded if this raises.
+        state: tensors by parameter name.
+        source: what to call the weights in a message.
+        name: what to call the network in a message.
+        classifiers: names of the layers with one row a class, to tell a wrong number of classes as such.
+
+    Raises:
+        WeightsMismatch: a tensor is missing, left over or of another shape.
+    """
+    own = model.state_dict()
+    counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
+    try:
+        model.load_state_dict({**counters, **state}, strict=True)
+    except RuntimeError as error:  # torch is the judge: layers may rename old keys of their own
+        raise WeightsMismatch(
+            _misfit({**counters, **state}, own, source, name, classifiers, error)
+        ) from error
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise CorruptArtifact(
+            f"weights {path} are damaged ({error}): fetch or write the file again"
+        ) from error
+    return tensors
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about how the file was pickled, which its reader cannot change
+            return torch.load(path, weights_only=True, map_location="cpu")
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything, from EOFError to KeyError
+        if code := _code_in(error) or _code_of(path):
+            raise UnsafeWeights(
+                f"weights {path} hold code ({code}) beside tensors: nothing was run; where you trust the "
+                "file, convert it to .safetensors, or save model.state_dict() alone"
+            ) from error
+        raise CorruptArtifact(
+            f"weights {path} are damaged or foreign: fetch or write the file again"
+        ) from error
+
+
+def _code_in(error: Exception) -> str:
+    """What a pickle wanted to call, by the restricted unpickler's refusal; empty if it is merely damaged."""
+    if "TorchScript" in str(error):
+        return "a TorchScript program"
+    if not isinstance(error, pickle.UnpicklingError):
+        return ""
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return found[1]
+    return "an object that is no tensor" if "allowlisted" in str(error) else ""
+
+
+def _code_of(path: Path) -> str:
+    """What a plain pickle of protocol 3 or later would call; torch's unpickler stops before it can tell."""
+    data = path.read_bytes()
+    if data[:1] != b"\x80" or data[1:2] not in (b"\x03", b"\x04", b"\x05"):
+        return ""
+    called, strings = [], ["", ""]
+    with contextlib.suppress(ValueError):  # a damaged end
+        for opcode, argument, _ in pickletools.genops(data):  # reads, never runs
+            if opcode.name in ("GLOBAL", "STACK_GLOBAL"):
+                called.append(argument.replace(" ", ".") if argument else ".".join(strings))
+            elif isinstance(argument, str):
+                strings = [strings[1], argument]
+    return next(
+        (name for name in called if not name.startswith(("torch.", "collections."))), "".join(called[:1])
+    )
+
+
+def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict inside what a training script saved."""
+    while isinstance(content, Mapping):
+        nested = next((content[key] for key in _NESTS if isinstance(content.get(key), Mapping)), None)
+        if nested is None:
+            break
+        content = nested
+    if not isinstance(content, Mapping) or not content:
+        what = "nothing" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+        raise CorruptArtifact(f"weights {path} hold {what}, not tensors by name: save model.state_dict()")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CorruptArtifact(
+                f"weights {path} hold a {type(value).__name__} under {key!r}, where a tensor should be: save "
+                "model.state_dict()"
+            )
+    state = {key: value.detach() for key, value in content.items()}
+    while prefix := next((p for p in _WRAPPERS if all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _misfit(
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    source: str,
+    name: str,
+    classifiers: Sequence[str],
+    error: RuntimeError,
+) -> str:
+    """One line on how ``state`` differs from the network's ``own``."""
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    misshapen = [key for key in own if key in state and state[key].shape != own[key].shape]
+    heads = {f"{layer}.{part}" for layer in classifiers for part in ("weight", "bias")}
+    if misshapen and not missing and not unexpected and heads.issuperset(misshapen):
+        theirs, asked = len(state[misshapen[0]]), len(own[misshapen[0]])
+        return f"{source} has {theirs} classes, {name} was asked for {asked}: pass --num-classes {theirs}"
+    shapes = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in misshapen]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes))
+    parts = [f"{len(keys)} {kind} ({_listed(keys)})" for kind, keys in kinds if keys]
+    reason = ", ".join(parts) or " ".join(str(error).split())
+    return f"{source} does not fit {name}: {reason}; give its own weights, or name the network these are of"
+
+
+def _listed(keys: Sequence[str]) -> str:
+    more = len(keys) - _NAMED
+    return ", ".join(keys[:_NAMED]) + (f" and {more} more" if more > 0 else "")

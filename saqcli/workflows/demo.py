@@ -1,0 +1,110 @@
+"""``saq demo``: the whole job offline, on the handwritten digits that come with scikit-learn.
+
+    1,797 real images of 8 x 8 pixels (UCI ML hand-written digits), written as a folder of PNG files
+    a float ResNet-20 trained on them, a minute on two cores
+    the same ``quantize`` workflow that ``saq quantize`` runs, under a budget
+"""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from saqcli.algorithms.minimizers import MINIMIZERS
+from saqcli.algorithms.training import EpochSettings, Meter, train_epoch
+from saqcli.config import RunConfig, resolve
+from saqcli.io.files import replacing
+from saqcli.io.loaders import seed_everything
+from saqcli.progress import Progress
+from saqcli.workflows.finetune import make_optimizer, make_schedule
+from saqcli.workflows.quantize import quantize
+from saqcli.workflows.setup import Images, load_float, pick_device
+
+MODEL = "saq/resnet20"
+SIDE = 16  # pixels; the digits have 8 and are doubled
+PIXEL_MEAN, PIXEL_STD = 0.305, 0.376  # of the digits, scaled to 0..1
+VALIDATION_SHARE = 5  # every fifth image of a class is for validation
+FLOAT_EPOCHS, FLOAT_LR = 12, 0.05
+
+
+def demo(run_dir: Path, *, bops: str, epochs: int, seed: int, progress: Progress) -> dict[str, Any]:
+    """Run it all below ``run_dir``, replacing an earlier demo there; returns what ``saq quantize --json`` prints."""
+    data, weights, quantized = (run_dir / name for name in ("digits", "float.safetensors", "quantized"))
+    progress.note(f"writing {write_digits(data)} handwritten digits to {data}")
+    config = demo_config(data, weights, bops=bops, epochs=epochs, seed=seed)
+    progress.note(f"training a float {MODEL} for {FLOAT_EPOCHS} epochs")
+    train_float(config, weights, progress)
+    progress.note(f"quantizing it under {bops}")
+    outcome = quantize(config, quantized, overwrite=True, progress=progress)
+    return outcome.to_dict(quantized)
+
+
+def demo_config(data: Path, weights: Path, *, bops: str, epochs: int, seed: int) -> RunConfig:
+    """The configuration of the quantization: digits are neither flipped nor colourful."""
+    return resolve(
+        options={
+            "model.name": MODEL,
+            "model.weights": str(weights),
+            "model.num_classes": 10,
+            "model.in_chans": 1,
+            "model.input_size": SIDE,
+            "model.mean": (PIXEL_MEAN,),
+            "model.std": (PIXEL_STD,),
+            "data.path": str(data),
+            "data.augmentation": "none",
+            "data.batch_size": 64,
+            "quantization.bops": bops,
+            "training.epochs": epochs,
+            "run.seed": seed,
+        }
+    )
+
+
+def write_digits(folder: Path) -> int:
+    """Write the digits as ``folder/{train,val}/CLASS/INDEX.png``; returns how many there are."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    seen = [0] * 10
+    for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        split = "val" if seen[label] % VALIDATION_SHARE == 0 else "train"
+        seen[label] += 1
+        path = folder / split / str(label) / f"{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray((pixels * 255 / 16).astype("uint8"))
+        image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(path)
+    return len(digits.images)
+
+
+def train_float(config: RunConfig, weights: Path, progress: Progress) -> None:
+    """Train the float network from random weights and save it to ``weights``."""
+    device = pick_device(config.run.device)
+    seed_everything(config.run.seed)
+    section = config.model.model_copy(update={"weights": None, "pretrained": False})
+    loaded = load_float(section, progress)
+    model = loaded.model.to(device)
+    images = Images.open(config, loaded.num_classes, loaded.preprocessing, device)
+    training = config.training.model_copy(update={"lr": FLOAT_LR, "epochs": FLOAT_EPOCHS, "warmup_epochs": 1})
+    loader = images.training()
+    optimizer = make_optimizer(model, training)
+    schedule = make_schedule(optimizer, training, len(loader))
+    minimizer = MINIMIZERS["qat"](model, optimizer)
+    for epoch in range(FLOAT_EPOCHS):
+        start = epoch * len(loader)
+        settings = EpochSettings(
+            criterion=nn.CrossEntropyLoss(),
+            device=device,
+            sharpness_batch=config.data.batch_size,
+            after_step=lambda step, start=start: schedule.step_update(start + step),
+            after_skip=lambda: None,
+        )
+        loader.set_epoch(epoch)
+        with progress.task(f"float epoch {epoch + 1} of {FLOAT_EPOCHS}", len(loader)) as task:
+            train_epoch(model, minimizer, loader, task, settings, Meter())
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    with replacing(weights) as temporary:
+        save_file(state, temporary)
+
+

@@ -1,0 +1,107 @@
+"""``saq profile``: what a network costs at given bits, layer by layer. Needs no data and no training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saqcli.config import ModelSection
+from saqcli.progress import Progress
+from saqcli.quant.bits import BitConfig, parse_bits
+from saqcli.quant.cost import size_bytes
+from saqcli.quant.trace import Trace
+from saqcli.workflows.setup import Network, float_policy, load_float, read_policy, wrap_and_trace
+
+NEVER_RUNS = "does not run in evaluation"
+NOT_A_LAYER = "multiplies with a weight that is not its own parameter"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Costs of a network under one bit configuration.
+
+    Attributes:
+        network: traced.
+        policy: the bits.
+        floor_bops: with every free layer at the fewest bits.
+        ceiling_bops: with every free layer at the most bits.
+        size: bytes of the quantized model, weights packed.
+        float_size: bytes of the float model.
+    """
+
+    network: Network
+    policy: BitConfig
+    floor_bops: int
+    ceiling_bops: int
+    size: int
+    float_size: int
+
+    @property
+    def bops(self) -> int:
+        """Bit-operations for one image."""
+        return self.network.costs.bops(self.policy)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``--json`` prints it."""
+        costs, traced = self.network.costs, self.network.traced
+        return {
+            "model": self.network.name,
+            "input_size": list(self.network.loaded.preprocessing.input_size),
+            "num_classes": self.network.loaded.num_classes,
+            "macs": costs.macs,
+            "bops": self.bops,
+            "float_bops": costs.float_bops,
+            "floor_bops": self.floor_bops,
+            "ceiling_bops": self.ceiling_bops,
+            "size_bytes": self.size,
+            "float_size_bytes": self.float_size,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "kind": layer.kind,
+                    "macs": layer.macs,
+                    "weight_bits": self.policy.layers[layer.name].weight,
+                    "activation_bits": self.policy.layers[layer.name].activation,
+                    "bops": layer.bops(self.policy.layers[layer.name]),
+                    "pinned": layer.pinned is not None,
+                    "group": layer.group,
+                    "norm": traced.layers[layer.name].norm,
+                }
+                for layer in costs.layers
+            ],
+            "unquantized": unquantized(traced),
+        }
+
+
+def unquantized(traced: Trace) -> list[dict[str, Any]]:
+    """What is left in floating point, why, and its multiply-accumulates."""
+    multiplying = [
+        {"name": layer.name, "kind": layer.kind, "macs": layer.macs, "reason": NOT_A_LAYER}
+        for layer in traced.unquantized.values()
+    ]
+    return multiplying + [{"name": name, "kind": None, "macs": 0, "reason": NEVER_RUNS} for name in traced.idle]
+
+
+def profile(
+    section: ModelSection,
+    *,
+    bits: str | None,
+    policy: Path | None,
+    candidates: tuple[int, ...],
+    progress: Progress,
+) -> Profile:
+    """The costs of a network at ``bits``, under ``policy``, or in floating point where neither is given.
+
+    Raises:
+        SaqError: no such model, or a policy that does not fit it.
+    """
+    uniform = parse_bits(bits) if bits else None  # a typing error should not cost the time to load a model
+    network = wrap_and_trace(load_float(section, progress))
+    if policy is not None:
+        config = read_policy(policy, network)
+    elif uniform is not None:
+        config = network.costs.uniform(network.name, uniform)
+    else:
+        config = float_policy(network)
+    floor, ceiling = network.costs.reachable(candidates)
+    sizes = (size_bytes(network.model, wanted) for wanted in (config, None))
+    return Profile(network, config, floor, ceiling, *sizes)

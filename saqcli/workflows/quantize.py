@@ -1,0 +1,343 @@
+"""``saq quantize``: from a float network and a budget to a fine-tuned, exported, verified one.
+
+    load        float model, images
+    bits        as asked, or searched under the budget
+    calibrate   clipping levels and signs from training images
+    train       sharpness-aware, checkpointed
+    export      safetensors and ONNX, each compared with the model
+
+Every phase can be resumed after.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from saqcli._version import __version__
+from saqcli.algorithms.exporters import ModelFacts
+from saqcli.algorithms.exporters.safetensors import restore_structure
+from saqcli.algorithms.minimizers import MINIMIZERS
+from saqcli.algorithms.searchers import SEARCHERS, SearchProblem
+from saqcli.algorithms.training import Score, evaluate
+from saqcli.config import RunConfig, first_difference
+from saqcli.errors import ConfigError, RunDirectoryError
+from saqcli.io.files import write_text
+from saqcli.io.loaders import Loader
+from saqcli.io.models import build_architecture
+from saqcli.io.preprocessing import Preprocessing
+from saqcli.io.runs import RunDirectory
+from saqcli.progress import SILENT, Progress
+from saqcli.quant import convert
+from saqcli.quant.bits import BitConfig, parse_bits
+from saqcli.quant.calibrate import InputStatistics, fit, observe
+from saqcli.quant.convert import Scheme
+from saqcli.quant.cost import Budget, size_bytes
+from saqcli.quant.quantizers import QUANTIZERS
+from saqcli.workflows.export import export_verified
+from saqcli.workflows.finetune import finetune
+from saqcli.workflows.report import write_report
+from saqcli.workflows.setup import (
+    Images,
+    Network,
+    explicit_policy,
+    load_float,
+    parse_budget,
+    pick_device,
+    wrap_and_trace,
+)
+
+
+@dataclass
+class Outcome:
+    """What ``saq quantize`` did; the figures of the report.
+
+    Attributes:
+        model: canonical name.
+        float_score: of the float model on the validation images.
+        calibrated_score: after calibration, before any training.
+        score: at the end.
+        bops: of the policy.
+        float_bops: of the float model.
+        budget_bops: that was asked for, or None.
+        size: bytes of the quantized model.
+        float_size: bytes of the float model.
+        policy: bits of every layer.
+        artifacts: name to path of the files written.
+        agreement: share of images on which the ONNX file has the same best class.
+        verified_images: on how many that was measured.
+    """
+
+    model: str
+    float_score: Score
+    calibrated_score: Score
+    bops: int
+    float_bops: int
+    budget_bops: int | None
+    size: int
+    float_size: int
+    policy: BitConfig
+    score: Score = field(default_factory=Score)
+    artifacts: dict[str, str] = field(default_factory=dict)
+    agreement: float = 0.0
+    verified_images: int = 0
+
+    def to_dict(self, run_dir: Path) -> dict[str, Any]:
+        """As ``--json`` prints it; accuracies in percent."""
+        return {
+            "run_dir": str(run_dir),
+            "model": self.model,
+            "top1": self.score.top1,
+            "top5": self.score.top5,
+            "loss": self.score.loss,
+            "images": self.score.images,
+            "float_top1": self.float_score.top1,
+            "float_top5": self.float_score.top5,
+            "calibrated_top1": self.calibrated_score.top1,
+            "bops": self.bops,
+            "float_bops": self.float_bops,
+            "budget_bops": self.budget_bops,
+            "bops_reduction": self.float_bops / self.bops,
+            "size_bytes": self.size,
+            "float_size_bytes": self.float_size,
+            "onnx_argmax_agreement": self.agreement,
+            "onnx_images": self.verified_images,
+            "policy": self.policy.model_dump()["layers"],
+            "artifacts": self.artifacts,
+        }
+
+
+def quantize(
+    config: RunConfig, run_dir: Path, *, resume: bool = False, overwrite: bool = False, progress: Progress = SILENT
+) -> Outcome:
+    """Quantize as ``config`` says and leave a run directory.
+
+    Args:
+        config: resolved.
+        run_dir: made if it is not there.
+        resume: go on with the run in ``run_dir``.
+        overwrite: replace the run in ``run_dir``.
+        progress: told about everything that takes time.
+
+    Raises:
+        SaqError: anything the user can act on; work done so far stays in ``run_dir``.
+    """
+    check(config)
+    device = pick_device(config.run.device)
+    run = RunDirectory(run_dir)
+    begun = resume and run.load_checkpoint() is not None
+    if resume and (run_dir / "config.json").is_file():
+        _check_same(run.config(), config, run_dir)
+    if begun:
+        run = RunDirectory.start(run_dir, config, resume=True, overwrite=False)
+    else:
+        network, images = prepare(config, device, progress)
+        run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite)
+    with run.recorded():
+        if not begun:
+            begin(config, network, images, run, device, progress)
+        return complete(config, run, device, progress)
+
+
+def check(config: RunConfig) -> None:
+    """Refuse what can be seen to be wrong before anything is loaded."""
+    for kind, name, table in (
+        ("method", config.training.method, MINIMIZERS),
+        ("searcher", config.quantization.searcher, SEARCHERS),
+        ("quantizer", config.quantization.quantizer, QUANTIZERS),
+    ):
+        if name not in table:
+            raise ConfigError(f"there is no {kind} {name!r}: choose from {', '.join(table)}")
+    if config.quantization.bits:
+        parse_bits(config.quantization.bits)
+
+
+def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tuple[Network, Images]:
+    """Load, wrap and trace the network, and open its images: nothing is written yet.
+
+    Raises:
+        SaqError: unusable model, data, policy, or a budget that nothing meets.
+    """
+    loaded = load_float(config.model, progress)
+    images = Images.open(config, loaded.num_classes, loaded.preprocessing, device)
+    network = wrap_and_trace(loaded)
+    if explicit_policy(config, network) is None:
+        budget = parse_budget(config.quantization.bops or "", network)
+        budget.check_reachable(network.costs, config.quantization.candidates, network.name)
+    network.model.to(device)
+    return network, images
+
+
+def begin(
+    config: RunConfig, network: Network, images: Images, run: RunDirectory, device: torch.device, progress: Progress
+) -> None:
+    """Score the float model, choose bits, calibrate, score again; leave the first checkpoint."""
+    model = network.model
+    validation = images.validation()
+    float_score = score(model, validation, "evaluating float", device, progress)
+    float_size = size_bytes(model, None)
+    statistics = calibrate(network, images, config, progress)
+    policy, budget = choose_bits(config, network, statistics, progress)
+    quantized = install_quantizers(config, network, policy, statistics)
+    calibrated = score(quantized, validation, "evaluating calibrated", device, progress)
+    progress.note(f"float {float_score.top1:.2f} %, calibrated {calibrated.top1:.2f} % top-1")
+    outcome = Outcome(
+        network.name,
+        float_score,
+        calibrated,
+        network.costs.bops(policy),
+        network.costs.float_bops,
+        budget.bops if budget else None,
+        size_bytes(quantized, policy),
+        float_size,
+        policy,
+    )
+    facts = describe(config, network, policy, statistics, images)
+    write_text(run.policy_path, policy.to_json())
+    run.log(phase="float", **asdict(float_score))
+    run.log(phase="calibrated", **asdict(calibrated))
+    run.save_checkpoint(
+        {"facts": facts.model_dump_json(), "outcome": _pack(outcome), "model": quantized.state_dict()}
+    )
+
+
+def complete(config: RunConfig, run: RunDirectory, device: torch.device, progress: Progress) -> Outcome:
+    """From the last checkpoint to the end: train, score, export, report."""
+    state = run.load_checkpoint()
+    if state is None:
+        raise RunDirectoryError(f"{run.path} holds no checkpoint: start again with --overwrite")
+    facts = ModelFacts.model_validate_json(state["facts"])
+    outcome = _unpack(state["outcome"])
+    model = build_architecture(facts.build)
+    restore_structure(model, facts)
+    model.load_state_dict(state["model"])
+    model.to(device)
+    images = open_images(config, facts, device)
+    if config.training.epochs:
+        finetune(model, config, images, run, state, progress)
+    outcome.score = score(model, images.validation(), "evaluating", device, progress)
+    run.log(phase="quantized", **asdict(outcome.score))
+    batches = open_images(config, facts, torch.device("cpu")).validation(config.data.verify_images)
+    for style, path in (("safetensors", run.safetensors_path), ("qdq", run.onnx_path)):
+        verdict = export_verified(model, facts, path, style, batches, len(batches), progress)
+        outcome.artifacts[style] = str(path)
+        outcome.agreement, outcome.verified_images = verdict.argmax_agreement, verdict.images
+    outcome.artifacts |= {"policy": str(run.policy_path), "report": str(run.report_path)}
+    write_report(run.report_path, config, outcome.to_dict(run.path))
+    run.finish(outcome.to_dict(run.path))
+    return outcome
+
+
+def score(
+    model: nn.Module, loader: Loader, title: str, device: torch.device, progress: Progress
+) -> Score:
+    """Accuracy of ``model`` in eval mode."""
+    model.eval()
+    with progress.task(title, len(loader)) as task:
+        return evaluate(model, loader, task, device=device)
+
+
+def calibrate(
+    network: Network, images: Images, config: RunConfig, progress: Progress
+) -> dict[str, InputStatistics]:
+    """What the inputs of all layers look like on a few training images."""
+    loader = images.calibration()
+
+    def told() -> Any:
+        with progress.task("calibrating", len(loader)) as task:
+            for batch, _ in loader:
+                yield batch
+                task.advance(images=len(batch))
+
+    return observe(network.model, told(), config.run.seed)
+
+
+def choose_bits(
+    config: RunConfig, network: Network, statistics: Mapping[str, InputStatistics], progress: Progress
+) -> tuple[BitConfig, Budget | None]:
+    """The policy that was given, or the one that the searcher finds under the budget."""
+    policy = explicit_policy(config, network)
+    if policy is not None:
+        return policy, None
+    wanted = config.quantization
+    budget = parse_budget(wanted.bops or "", network)
+    problem = SearchProblem(
+        network.model,
+        network.name,
+        network.costs,
+        budget,
+        tuple(sorted(wanted.candidates)),
+        scheme_of(config),
+        statistics,
+        progress,
+    )
+    return SEARCHERS[wanted.searcher]().search(problem), budget
+
+
+def scheme_of(config: RunConfig) -> Scheme:
+    """Which quantizers the configuration asks for."""
+    wanted = config.quantization
+    return Scheme(quantizer=wanted.quantizer, weight_grid=wanted.weight_grid, granularity=wanted.granularity)
+
+
+def install_quantizers(
+    config: RunConfig, network: Network, policy: BitConfig, statistics: Mapping[str, InputStatistics]
+) -> nn.Module:
+    """Give every layer its quantizers at the policy's bits, with fitted levels."""
+    signed = {name: facts.signed for name, facts in statistics.items()}
+    convert.install(network.model, scheme_of(config), policy, signed)
+    fit(network.model, statistics)
+    return network.model
+
+
+def describe(
+    config: RunConfig,
+    network: Network,
+    policy: BitConfig,
+    statistics: Mapping[str, InputStatistics],
+    images: Images,
+) -> ModelFacts:
+    """What the exported files will say about the model."""
+    loaded = network.loaded
+    return ModelFacts(
+        saq_version=__version__,
+        build=loaded.build,
+        preprocessing=loaded.preprocessing.to_dict(),
+        policy=policy,
+        scheme=scheme_of(config),
+        signed={name: facts.signed for name, facts in statistics.items()},
+        routed=network.traced.routed,
+        class_names=images.train.class_names,
+        source=loaded.weights_source,
+        source_sha256=loaded.weights_sha256,
+    )
+
+
+def open_images(config: RunConfig, facts: ModelFacts, device: torch.device) -> Images:
+    """The images of a run that is under way."""
+    preprocessing = Preprocessing.from_dict(facts.preprocessing)
+    return Images.open(config, int(facts.build["num_classes"]), preprocessing, device)
+
+
+def _check_same(before: RunConfig, now: RunConfig, run_dir: Path) -> None:
+    difference = first_difference(before, now)
+    if difference:
+        raise ConfigError(
+            f"{run_dir} was started with other settings ({difference}): give the same ones to --resume, "
+            "or start anew with --overwrite"
+        )
+
+
+def _pack(outcome: Outcome) -> dict[str, Any]:
+    packed = asdict(outcome)
+    packed["policy"] = outcome.policy.to_json()
+    return packed
+
+
+def _unpack(packed: dict[str, Any]) -> Outcome:
+    scores = {name: Score(**packed[name]) for name in ("float_score", "calibrated_score", "score")}
+    return Outcome(**{**packed, **scores, "policy": BitConfig.model_validate_json(packed["policy"])})
+

@@ -1,0 +1,85 @@
+"""Does a file compute what the model computes? Run both on the same images and compare.
+
+Logits of an ONNX graph with Q/DQ nodes are not bit-equal to PyTorch's: the two sum in different orders, and where an activation
+lies on the edge between two codes, the last bit of such a sum decides, and the difference becomes a whole step. What must hold is
+that such edges are rare: nearly every image has the same best class, and the logits differ by little on average.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from saqcli.algorithms.training import Batches
+from saqcli.progress import Progress
+
+LEAST_AGREEMENT = 0.99  # share of images with the same best class
+LARGEST_MEAN_DIFFERENCE = 0.1  # of logits, in units of their standard deviation
+
+
+@dataclass
+class Verdict:
+    """How two predictors compare.
+
+    Attributes:
+        images: compared.
+        argmax_agreement: share of images with the same best class, 0 to 1.
+        max_abs_diff: largest difference of a logit.
+        mean_abs_diff: mean difference of a logit, in units of the logits' standard deviation.
+        problems: what is wrong with the file itself, a line each.
+    """
+
+    images: int
+    argmax_agreement: float
+    max_abs_diff: float
+    mean_abs_diff: float
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def verified(self) -> bool:
+        """Whether the file may be used in place of the model."""
+        return (
+            not self.problems
+            and self.argmax_agreement >= LEAST_AGREEMENT
+            and self.mean_abs_diff <= LARGEST_MEAN_DIFFERENCE
+        )
+
+
+def compare(
+    reference: Callable[[Tensor], Tensor],
+    candidates: dict[str, Callable[[Tensor], Tensor]],
+    batches: Batches,
+    total: int,
+    progress: Progress,
+) -> Verdict:
+    """Compare every candidate with the reference on all batches; the verdict is of the worst.
+
+    Args:
+        reference: images (N, C, H, W) to logits (N, classes): the PyTorch model.
+        candidates: the same file run in several ways, by name.
+        batches: images on the device of the reference; labels are not used.
+        total: number of batches.
+        progress: told about every batch.
+    """
+    truth: list[Tensor] = []
+    answers: dict[str, list[Tensor]] = {name: [] for name in candidates}
+    with progress.task("verifying", total) as task, torch.inference_mode():
+        for images, _ in batches:
+            truth.append(reference(images).float().cpu())
+            for name, predict in candidates.items():
+                answers[name].append(predict(images).float().cpu())
+            task.advance(images=len(images))
+    verdicts = [judge(torch.cat(truth), torch.cat(answer)) for answer in answers.values()]
+    return max(verdicts, key=lambda verdict: (not verdict.verified, verdict.max_abs_diff))
+
+
+def judge(truth: Tensor, answer: Tensor) -> Verdict:
+    """The verdict on two sets of logits, (N, classes) each."""
+    if truth.shape != answer.shape or not answer.isfinite().all():
+        problem = f"it answers {tuple(answer.shape)} where {tuple(truth.shape)} finite numbers are expected"
+        return Verdict(len(truth), 0.0, float("inf"), float("inf"), [problem])
+    difference = (truth - answer).abs()
+    spread = float(truth.std()) or 1.0
+    agreement = (truth.argmax(1) == answer.argmax(1)).double().mean()
+    return Verdict(len(truth), float(agreement), float(difference.max()), float(difference.mean()) / spread)

@@ -1,0 +1,24 @@
+"""What every test may lean on: one seed, and the data and weights that lie beside the repository."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def shared_data() -> Path:
+    """The folder of real data and weights, or a skip where it is not there."""
+    path = Path(__file__).resolve().parents[2] / "shared"
+    if not (path / "data").is_dir():
+        pytest.skip(f"needs real data and weights in {path}")
+    return path
+
+
+@pytest.fixture
+def shared() -> Path:
+    return shared_data()

@@ -1,0 +1,343 @@
+"""From a name to a model: resolution, weights from every source, preprocessing, and building it again."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from saqcli.errors import ConfigError, SaqError, UnknownModel, UnsupportedModel, WeightsMismatch
+from saqcli.io.models import ModelSpec, Preprocessing, build_architecture, list_models, load_model
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def random(name: str, **spec: Any) -> ModelSpec:
+    return ModelSpec(name, pretrained=False, **spec)
+
+
+def refusal(spec: ModelSpec, kind: type[SaqError]) -> str:
+    with pytest.raises(kind) as caught:
+        load_model(spec)
+    assert type(caught.value) is kind
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("resnet18", "timm/resnet18"),
+        ("timm/resnet18.a1_in1k", "timm/resnet18.a1_in1k"),
+        ("torchvision/resnet18", "torchvision/resnet18"),
+        ("squeezenet1_1", "torchvision/squeezenet1_1"),  # timm has none
+        ("preresnet20", "saq/preresnet20"),
+        ("saq/mobilenetv2_cifar", "saq/mobilenetv2_cifar"),
+    ],
+)
+def test_a_name_is_looked_for_in_order(asked: str, found: str) -> None:
+    loaded = load_model(random(asked))
+    assert (loaded.name, loaded.weights_source, loaded.weights_sha256) == (found, "random", None)
+    assert not loaded.model.training
+
+
+@pytest.mark.parametrize(
+    ("asked", "near"),
+    [
+        ("resnet81", "timm/resnet"),
+        ("timm/resnet18.a9_in1k", "timm/resnet18.a1_in1k"),
+        ("saq/preresnet21", "saq/preresnet20"),
+        ("mobilenetv2_100d", "timm/mobilenetv2_100"),
+        ("hub/resnet18", "timm/resnet18"),
+        ("", "nothing is near"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_near_ones(asked: str, near: str) -> None:
+    message = refusal(random(asked), UnknownModel)
+    assert near in message
+    assert "saq models" in message
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("resnet18", ["timm/resnet18", "torchvision/resnet18"]),
+        ("saq/*net20", ["saq/preresnet20", "saq/resnet20"]),
+        ("torchvision/squeeze*", ["torchvision/squeezenet1_0", "torchvision/squeezenet1_1"]),
+        ("resnet18.a?_in1k", ["timm/resnet18.a1_in1k", "timm/resnet18.a2_in1k", "timm/resnet18.a3_in1k"]),
+        ("nothing-like-it", []),
+    ],
+)
+def test_listing_matches_patterns(pattern: str, names: list[str]) -> None:
+    assert list_models(pattern) == names
+
+
+def test_listing_holds_classifiers_only() -> None:
+    names = list_models()
+    assert {name.partition("/")[0] for name in names} == {"timm", "torchvision", "saq"}
+    assert not [name for name in names if "fasterrcnn" in name or "deeplab" in name or "raft" in name]
+
+
+@pytest.mark.parametrize(
+    ("spec", "input_size", "crop_pct"),
+    [
+        (random("timm/resnet18"), (3, 224, 224), 0.95),
+        (random("timm/resnet18", input_size=288), (3, 288, 288), 1.0),  # timm's test-time size and crop
+        (random("timm/resnet18", input_size=(96, 128)), (3, 96, 128), 0.95),
+        (random("torchvision/resnet18"), (3, 224, 224), 224 / 256),
+        (random("saq/resnet20"), (3, 32, 32), 1.0),
+    ],
+)
+def test_preprocessing_is_that_of_the_published_weights(
+    spec: ModelSpec, input_size: tuple[int, ...], crop_pct: float
+) -> None:
+    found = load_model(spec).preprocessing
+    assert (found.input_size, found.crop_pct) == (input_size, pytest.approx(crop_pct))
+    assert (found.mean, found.std) == IMAGENET
+
+
+def test_preprocessing_can_be_overridden() -> None:
+    found = load_model(
+        random("saq/resnet20", mean=(0.5,) * 3, std=(0.25,) * 3, input_size=(3, 64, 48))
+    ).preprocessing
+    assert (found.mean, found.std, found.input_size) == ((0.5,) * 3, (0.25,) * 3, (3, 64, 48))
+
+
+def test_preprocessing_follows_the_number_of_channels() -> None:
+    loaded = load_model(random("timm/resnet18", in_chans=1))
+    assert loaded.preprocessing.input_size == (1, 224, 224)
+    assert loaded.preprocessing.mean == pytest.approx((0.449,))
+    assert loaded.model(torch.randn(1, 1, 32, 32)).shape == (1, 1000)
+
+
+def test_preprocessing_survives_json() -> None:
+    found = load_model(random("timm/resnet18")).preprocessing
+    assert Preprocessing.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"colour": 1}, "colour is unknown"),
+        ({"mean": None}, "mean"),
+        ({"mean": [0.5]}, "one number a channel"),
+        ({"std": [1, 1, 0]}, "above 0"),
+        ({"input_size": [3, 0, 224]}, "above 0"),
+        ({"input_size": [224, 224]}, "cannot be read"),
+        ({"crop_pct": 0}, "crop_pct"),
+        ({"interpolation": "magic"}, "bicubic"),
+        ({"crop_mode": "magic"}, "center"),
+    ],
+)
+def test_preprocessing_that_makes_no_sense_is_refused(change: dict[str, Any], said: str) -> None:
+    good = Preprocessing((3, 32, 32), *IMAGENET, interpolation="bilinear", crop_pct=1.0).to_dict()
+    with pytest.raises(ConfigError, match=said):
+        Preprocessing.from_dict(good | change)
+
+
+def test_preprocessing_with_a_missing_key_is_refused() -> None:
+    with pytest.raises(ConfigError, match="std is missing"):
+        Preprocessing.from_dict(
+            {
+                "input_size": [3, 1, 1],
+                "mean": [0, 0, 0],
+                "interpolation": "box",
+                "crop_pct": 1,
+                "crop_mode": "center",
+            }
+        )
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        random("timm/test_resnet", num_classes=7, in_chans=1, kwargs={"drop_rate": 0.1}),
+        random("timm/test_vit", input_size=96),
+        random("torchvision/squeezenet1_1", num_classes=7),
+        random("torchvision/vit_b_16", input_size=32, num_classes=2),
+        random("saq/preresnet20", num_classes=5),
+    ],
+)
+def test_the_architecture_is_built_again_from_json(spec: ModelSpec) -> None:
+    loaded = load_model(spec)
+    again = build_architecture(json.loads(json.dumps(loaded.build)))
+    again.load_state_dict(loaded.model.state_dict(), strict=True)
+    assert not again.training
+    images = torch.randn(2, *loaded.preprocessing.input_size)
+    with torch.no_grad():
+        scores = again(images)
+        assert scores.shape == (2, loaded.num_classes)
+        assert torch.equal(scores, loaded.model(images))
+
+
+def test_an_architecture_with_a_wrong_key_is_refused() -> None:
+    with pytest.raises(ConfigError, match="in_chans"):
+        build_architecture({"name": "saq/resnet20", "num_classes": 10, "kwargs": {}})
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (random("timm/resnet18", kwargs={"foo": 1}), "no argument 'foo'"),
+        (random("torchvision/resnet18", kwargs={"foo": 1}), "no argument 'foo'"),
+        (random("saq/resnet20", kwargs={"foo": 1}), "no argument 'foo'"),
+        (random("timm/resnet18", kwargs={"checkpoint_path": "x"}), "--weights"),
+        (random("timm/resnet18", kwargs={"num_classes": 3}), "--num-classes"),
+        (random("timm/resnet18", kwargs={"block_args": 5}), "--model-kwargs"),
+        (random("torchvision/resnet18", in_chans=1), "under timm/"),
+        (random("saq/resnet20", num_classes=0), "at least 1"),
+        (random("saq/resnet20", input_size=-4), "one side"),
+        (random("saq/resnet20", mean=(0.5,)), "one number a channel"),
+    ],
+)
+def test_arguments_that_do_not_suit_are_refused(spec: ModelSpec, said: str) -> None:
+    assert said in refusal(spec, ConfigError)
+
+
+def test_a_network_without_classifier_needs_a_number_of_classes() -> None:
+    assert "--num-classes" in refusal(random("timm/vit_small_patch16_224.dino"), UnsupportedModel)
+
+
+def test_arguments_reach_the_builder() -> None:
+    model = load_model(random("timm/mobilenetv2_100", kwargs={"pad_type": "same", "bn_eps": 0.001})).model
+    assert type(model.conv_stem).__name__ == "Conv2dSame"
+    assert model.bn1.eps == 0.001
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "inferred"),
+    [("saq/resnet20", None, 12), ("timm/test_resnet", None, 12), ("torchvision/squeezenet1_1", None, 12),
+     ("timm/test_resnet", 12, 12)],
+)  # fmt: skip
+def test_the_file_decides_the_number_of_classes(
+    tmp_path: Path, name: str, classes: int | None, inferred: int
+) -> None:
+    original = load_model(random(name, num_classes=12))
+    torch.save({"state_dict": original.model.state_dict()}, path := tmp_path / "w.pth")
+    loaded = load_model(ModelSpec(name, weights=path, num_classes=classes))
+    assert (loaded.num_classes, loaded.weights_source, loaded.build["num_classes"]) == (
+        inferred,
+        "w.pth",
+        inferred,
+    )
+    assert len(loaded.weights_sha256 or "") == 64
+    assert bool(loaded.notes) == (classes is None)
+    images = torch.randn(2, *loaded.preprocessing.input_size)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(images), original.model(images))
+
+
+def test_asking_for_other_classes_than_the_file_has_is_refused(tmp_path: Path) -> None:
+    save_file(
+        load_model(random("timm/resnet18", num_classes=10)).model.state_dict(),
+        path := tmp_path / "w.safetensors",
+    )
+    message = refusal(ModelSpec("resnet18", weights=path, num_classes=100), WeightsMismatch)
+    assert message == "w.safetensors has 10 classes, timm/resnet18 was asked for 100: pass --num-classes 10"
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    save_file(load_model(random("saq/resnet20")).model.state_dict(), path := tmp_path / "w.safetensors")
+    assert "does not fit saq/resnet32" in refusal(ModelSpec("saq/resnet32", weights=path), WeightsMismatch)
+    assert "does not fit timm/test_resnet" in refusal(
+        ModelSpec("timm/test_resnet", weights=path), WeightsMismatch
+    )
+
+
+def test_weights_for_another_input_size_are_converted_by_timm(tmp_path: Path) -> None:
+    save_file(load_model(random("timm/test_vit")).model.state_dict(), path := tmp_path / "w.safetensors")
+    loaded = load_model(ModelSpec("timm/test_vit", weights=path, input_size=96))
+    assert "converted" in loaded.notes[0]
+    assert loaded.model(torch.randn(1, 3, 96, 96)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize(
+    ("spec", "file"),
+    [
+        (ModelSpec("saq/resnet20"), "cifar10_resnet20"),
+        (ModelSpec("torchvision/squeezenet1_1"), "imagenet_squeezenet1_1"),
+        (
+            ModelSpec("timm/mobilenetv2_100", kwargs={"pad_type": "same", "bn_eps": 0.001}, mean=(0.5,) * 3),
+            "imagenet_mobilenetv2_100_from_int8",
+        ),
+    ],
+)
+def test_real_weights_load(shared: Path, spec: ModelSpec, file: str) -> None:
+    loaded = load_model(replace(spec, weights=shared / "data" / "weights" / f"{file}.safetensors"))
+    assert loaded.notes == []
+    assert loaded.weights_source == f"{file}.safetensors"
+
+
+def offline(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """What asking for published weights says where nothing is cached and nothing can be reached."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody listens there
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    started = time.perf_counter()
+    message = refusal(ModelSpec(name), SaqError)
+    assert time.perf_counter() - started < 10
+    return message
+
+
+@pytest.mark.parametrize("name", ["timm/test_resnet.r160_in1k", "torchvision/squeezenet1_1"])
+def test_without_a_network_the_message_says_to_give_weights(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    message = offline(name, monkeypatch, tmp_path)
+    assert f"the pretrained weights of {name} could not be fetched" in message
+    assert "--weights FILE" in message
+    assert "--no-pretrained" in message
+
+
+@pytest.mark.parametrize("name", ["saq/resnet20", "timm/coatnet_0_224"])
+def test_a_network_without_published_weights_says_so(name: str) -> None:
+    message = refusal(ModelSpec(name), SaqError)
+    assert message.startswith(f"{name} has no published weights: give --weights FILE")
+    assert "--no-pretrained" in message
+
+
+def test_cached_weights_of_timm_are_used_without_a_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    original = load_model(random("timm/test_resnet"))
+    folder = tmp_path / "models--timm--test_resnet.r160_in1k"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (snapshot := folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    save_file(original.model.state_dict(), snapshot / "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    loaded = load_model(ModelSpec("timm/test_resnet"))
+    assert (loaded.name, loaded.weights_source) == (
+        "timm/test_resnet.r160_in1k",
+        "timm/test_resnet.r160_in1k",
+    )
+    assert torch.equal(loaded.model.fc.weight, original.model.fc.weight)
+    other = load_model(ModelSpec("timm/test_resnet", num_classes=4))
+    assert "start random" in other.notes[0]
+    assert torch.equal(other.model.conv1[0].weight, original.model.conv1[0].weight)
+
+
+def test_cached_weights_of_torchvision_are_used_without_a_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from torchvision.models import SqueezeNet1_1_Weights
+
+    original = load_model(random("torchvision/squeezenet1_1")).model
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    url = SqueezeNet1_1_Weights.DEFAULT.url
+    torch.save(original.state_dict(), tmp_path / "hub" / "checkpoints" / url.rpartition("/")[2])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    loaded = load_model(ModelSpec("torchvision/squeezenet1_1"))
+    assert loaded.weights_source == "SqueezeNet1_1_Weights.IMAGENET1K_V1"
+    assert torch.equal(loaded.model.classifier[1].weight, original.classifier[1].weight)
+    other = load_model(ModelSpec("torchvision/squeezenet1_1", num_classes=4))
+    assert "start random" in other.notes[0]
+    assert torch.equal(other.model.features[0].weight, original.features[0].weight)

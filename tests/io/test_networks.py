@@ -1,0 +1,100 @@
+"""The networks of the papers: their sizes to the last MAC, and that real weights fit them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from saqcli.io.networks import NETWORKS
+
+
+def layer_macs(model: nn.Module, side: int = 32) -> list[int]:
+    """MACs of every convolution and linear layer for one image, counted from what passes through."""
+    counts: list[int] = []
+
+    def count(layer: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        counts.append(layer.weight[0].numel() * output.numel())
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, side, side))
+    for hook in hooks:
+        hook.remove()
+    return counts
+
+
+def bops(macs: list[int], bits: int) -> int:
+    """BOPs with first and last layer at 8 x 8 bits and the others at ``bits``."""
+    return 64 * (macs[0] + macs[-1]) + bits**2 * sum(macs[1:-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "float_bops", "four_bits", "three_bits"),
+    [
+        ("preresnet20", 22, 41798.6, 674.6, 392.1),
+        ("mobilenetv2_cifar", 58, 93460.6, 1508.9, 877.1),
+    ],
+)
+def test_bops_are_those_printed_in_the_paper(
+    name: str, layers: int, float_bops: float, four_bits: float, three_bits: float
+) -> None:
+    macs = layer_macs(NETWORKS[name].build(num_classes=100))
+    assert len(macs) == layers
+    assert round(1024 * sum(macs) / 1e6, 1) == float_bops
+    assert round(bops(macs, 4) / 1e6, 1) == four_bits
+    assert round(bops(macs, 3) / 1e6, 1) == three_bits
+
+
+def test_preresnet20_counts_exactly() -> None:
+    macs = layer_macs(NETWORKS["preresnet20"].build(num_classes=100))
+    assert sorted(macs) == sorted([442_368, *[2_359_296] * 16, *[1_179_648] * 2, *[131_072] * 2, 6_400])
+    assert sum(macs) == 40_818_944
+    assert bops(macs, 4) == 674_643_968
+
+
+def test_resnet20_has_no_parameters_in_its_shortcuts() -> None:
+    macs = layer_macs(NETWORKS["resnet20"].build(num_classes=100))
+    assert len(macs) == 20
+    assert sum(macs) == 40_556_800
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_takes_other_classes_and_channels(name: str) -> None:
+    model = NETWORKS[name].build(num_classes=7, in_chans=1).eval()
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("depth", [20, 32, 44, 56])
+@pytest.mark.parametrize("family", ["resnet", "preresnet"])
+def test_the_name_says_the_depth(family: str, depth: int) -> None:
+    model = NETWORKS[f"{family}{depth}"].build(num_classes=10)
+    layers = [
+        m for m in model.modules() if isinstance(m, nn.Linear) or getattr(m, "kernel_size", 0) == (3, 3)
+    ]
+    assert len(layers) == depth
+
+
+@pytest.mark.parametrize("depth", [19, 2, 21])
+def test_a_depth_that_is_not_6n_plus_2_is_refused(depth: int) -> None:
+    with pytest.raises(ValueError, match="6n \\+ 2"):
+        NETWORKS["resnet20"].build.func(depth, num_classes=10)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("depth", [20, 56])
+def test_real_weights_give_the_outputs_of_their_own_network(
+    shared: Path, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shared / "data" / "weights"
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    import arch
+
+    reference, _ = arch.load(f"cifar10_resnet{depth}")
+    model = NETWORKS[f"resnet{depth}"].build(num_classes=10).eval()
+    model.load_state_dict(load_file(folder / f"cifar10_resnet{depth}.safetensors"), strict=True)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(images), reference(images))

@@ -1,8 +1,8 @@
 """Everything a run can be told, in one strict object; ``config.json`` is it, resolved.
 
-Settings come from five places, later ones winning: the defaults here, a recipe (``saqcli/recipes/NAME.toml``), a file given
-with ``--config``, ``--set section.key=value``, and the command's own options. Running the resulting ``config.json`` again
-gives the same run. Unknown keys are errors.
+Settings come from five places, later ones winning: the defaults here, a recipe
+(``saqcli/recipes/NAME.toml``), a file given with ``--config``, ``--set section.key=value``, and the command's
+own options. Running the resulting ``config.json`` again gives the same run. Unknown keys are errors.
 """
 
 import json
@@ -43,8 +43,8 @@ class ModelSection(_Section):
 class DataSection(_Section):
     """Which images, and how they are fed.
 
-    ``augmentation`` "auto" is ``cifar`` (pad 4, crop, flip) up to 64 pixels and ``imagenet`` (random resized crop, flip)
-    above. ``workers`` None decides by image size.
+    ``augmentation`` "auto" is ``cifar`` (pad 4, crop, flip) up to 64 pixels and ``imagenet`` (random resized
+    crop, flip) above. ``workers`` None decides by image size.
     """
 
     path: str | None = None
@@ -74,9 +74,9 @@ class QuantizationSection(_Section):
 class TrainingSection(_Section):
     """How the quantized network is fine-tuned.
 
-    ``clip_lr_factor`` scales the learning rate of clipping levels; they have no weight decay unless ``decay_clips``.
-    ``sharpness_batch`` images share one perturbation. ``rho`` None takes the paper's radius for the mean bit-width.
-    ``minimizer`` holds further keyword arguments of the method.
+    ``clip_lr_factor`` scales the learning rate of clipping levels; they have no weight decay unless
+    ``decay_clips``. ``sharpness_batch`` images share one perturbation. ``rho`` None takes the paper's radius
+    for the mean bit-width. ``minimizer`` holds further keyword arguments of the method.
     """
 
     method: str = "saq"
@@ -125,7 +125,9 @@ class RunConfig(_Section):
 def recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     folder = files("saqcli") / "recipes"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
 
 
 def resolve(
@@ -140,7 +142,8 @@ def resolve(
     Args:
         recipe: name of a recipe; None takes the file's, or ``quick``.
         file: TOML or JSON.
-        assignments: ``section.key`` to text, as given with ``--set``; read as TOML where it is, else as a string.
+        assignments: ``section.key`` to text, as given with ``--set``; read as TOML where it is, else as a
+            string.
         options: ``section.key`` to value; None values were not given.
 
     Raises:

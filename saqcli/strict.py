@@ -1,7 +1,7 @@
 """Reading what other programs or people wrote: strict, and with one clear line when it does not fit.
 
-Every object that reaches the disk is a pydantic model that forbids unknown keys. Pydantic's own report takes a
-screen; a person wants the first thing that is wrong, where it is, and what was expected.
+Every object that reaches the disk is a pydantic model that forbids unknown keys. Pydantic's own report takes
+a screen; a person wants the first thing that is wrong, where it is, and what was expected.
 """
 
 from typing import TypeVar

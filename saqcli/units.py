@@ -26,10 +26,11 @@ def parse_quantity(text: str) -> int:
         raise ConfigError(f"{text!r} is no quantity: give a number with a unit, such as 34G, 674.6M or 500K")
     whole, _, fraction = match[1].partition(".")
     digits = int(whole + fraction)
-    value, remainder = divmod(digits * _FACTORS[match[2].upper()], 10 ** len(fraction))
+    scale: int = 10 ** len(fraction)
+    value, remainder = divmod(digits * _FACTORS[match[2].upper()], scale)
     if value == 0:
         raise ConfigError(f"{text!r} is no quantity to work with: it must be above zero")
-    return value + (1 if 2 * remainder >= 10 ** len(fraction) else 0)
+    return value + (1 if 2 * remainder >= scale else 0)
 
 
 def format_quantity(value: float, unit: str = "") -> str:

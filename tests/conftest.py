@@ -22,3 +22,13 @@ def shared_data() -> Path:
 @pytest.fixture
 def shared() -> Path:
     return shared_data()
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with handwritten digits as ``images/`` and a network trained on them as ``float.safetensors``."""
+    from tests.digits import make
+
+    folder = tmp_path_factory.mktemp("digits")
+    make(folder)
+    return folder

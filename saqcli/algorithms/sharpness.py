@@ -1,13 +1,13 @@
 """Where the loss rises fastest: the perturbation of sharpness-aware quantization.
 
-The perturbed set of SAQ (Case 3 of Liu et al., arXiv:2111.12273) is the *quantized* weight of every layer, and with it
-biases, norm parameters and activation clipping levels, under one joint norm:
+The perturbed set of SAQ (Case 3 of Liu et al., arXiv:2111.12273) is the *quantized* weight of every layer,
+and with it biases, norm parameters and activation clipping levels, under one joint norm:
 
     e_p = rho * s_p**2 * g_p / sqrt(sum_q ||s_q g_q||**2 + tiny)          g_p = dL/dp at Q(w)
 
 ``s_p`` is the standard deviation of the layer's float weight, 1 for everything else. With the paper's weight
-normalization every deviation is 1 and this is its Eq. 11; without it, the same rho means the same relative change in any
-network. ``unit="absolute"`` sets every s_p to 1.
+normalization every deviation is 1 and this is its Eq. 11; without it, the same rho means the same relative
+change in any network. ``unit="absolute"`` sets every s_p to 1.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,12 @@ from saqcli.quant.layers import QuantizedLayer, perturbed, quantized_layers, zer
 TINY = 1e-12  # guards a gradient of zero
 RadiusUnit = Literal["deviation", "absolute"]
 Kind = Literal["weights", "biases", "norms", "activation_clips", "weight_clips"]
-PERTURBED: tuple[Kind, ...] = ("weights", "biases", "norms", "activation_clips")  # as in the released SAQ code
+PERTURBED: tuple[Kind, ...] = (
+    "weights",
+    "biases",
+    "norms",
+    "activation_clips",
+)  # as in the released SAQ code
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -57,7 +62,8 @@ class PerturbedSet:
         self.parameters = list(_parameters(model, set(kinds)))
 
     def gradients(self, loss: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-        """The loss and its gradients to the quantized weights, then to the parameters; none accumulates anywhere.
+        """The loss and its gradients to the quantized weights, then to the parameters; none accumulates
+        anywhere.
 
         Raises:
             UnperturbedLayer: not one quantized layer takes part in the loss.
@@ -91,7 +97,11 @@ class PerturbedSet:
         members: list[Tensor] = [*(layer.latent_weight() for layer in self.layers), *self.parameters]
         scales = self.deviations(unit)
         scaled = [g if s is None or g is None else g * s for g, s in zip(gradients, scales, strict=True)]
-        squares = [s.float().square().sum() if s.dtype != torch.float64 else s.square().sum() for s in scaled if s is not None]
+        squares = [
+            s.float().square().sum() if s.dtype != torch.float64 else s.square().sum()
+            for s in scaled
+            if s is not None
+        ]
         norm = torch.stack(squares).sum().sqrt()
         factor = rho / (norm + TINY)
         steps = [

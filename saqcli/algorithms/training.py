@@ -46,6 +46,11 @@ class Meter:
         self.loss = loss
         self.right1, self.right5 = right1, right5
 
+    def clear(self) -> None:
+        """Start again at zero."""
+        self.images = self.skipped = self.right1 = self.right5 = 0
+        self.loss = 0.0
+
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Count one batch: logits (N, classes), labels (N,)."""
         readable = labels >= 0
@@ -110,17 +115,20 @@ class EpochSettings:
     Attributes:
         criterion: logits and labels to a mean loss.
         device: of the model.
-        sharpness_batch: images that share one perturbation (m-sharpness); the batch is split into such chunks.
+        sharpness_batch: images that share one perturbation (m-sharpness); the batch is split into such
+            chunks.
         autocast: mixed precision around the forward pass; quantizers stay in float32.
-        after_step: called with the number of steps done in this epoch; it steps the schedule, saves, or stops.
-        after_skip: called once batches done before an interruption are passed over; puts the random state back.
+        after_step: called with the number of steps done in this epoch; it steps the schedule, saves, or
+            stops.
+        after_skip: called once batches done before an interruption are passed over; puts the random state
+            back.
     """
 
     criterion: Callable[[Tensor, Tensor], Tensor]
     device: torch.device
     sharpness_batch: int
     after_step: Callable[[int], None]
-    after_skip: Callable[[], None]
+    after_skip: Callable[[], None] = lambda: None
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
@@ -195,4 +203,4 @@ class _Piece:
 
 
 def _split(images: Tensor, labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(images.split(size), labels.split(size), strict=True))
+    return list(zip(torch.split(images, size), torch.split(labels, size), strict=True))

@@ -19,7 +19,7 @@ def demo_command(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """The whole job on 1,797 real handwritten digits, offline: train a small float net, quantize it, export it, check it."""
+    """The whole job offline, on 1,797 real handwritten digits: train a float net, quantize, export, check."""
     from saqcli.workflows.demo import demo
 
     progress = progress_for(json_output=json_output, quiet=quiet)

@@ -12,7 +12,9 @@ from saqcli.cli.screen import print_json, progress_for, reporting
 def eval_command(
     target: Annotated[
         str,
-        typer.Argument(metavar="TARGET", help="A model name, a run directory, a .safetensors or an .onnx file."),
+        typer.Argument(
+            metavar="TARGET", help="A model name, a run directory, a .safetensors or an .onnx file."
+        ),
     ],
     data: o.Data = None,
     weights: o.Weights = None,
@@ -54,7 +56,9 @@ def eval_command(
             )
         ),
     }
-    images = o.given({"path": data, "eval_batch_size": batch_size, "workers": workers, "bad_images": bad_images})
+    images = o.given(
+        {"path": data, "eval_batch_size": batch_size, "workers": workers, "bad_images": bad_images}
+    )
     result = evaluate_target(
         target,
         parse_object(ModelSection, section, "options"),

@@ -10,7 +10,9 @@ from saqcli.cli.screen import print_json, reporting
 
 @reporting
 def models_command(
-    pattern: Annotated[str | None, typer.Argument(metavar="[PATTERN]", help="Shell pattern, such as 'resnet*'.")] = None,
+    pattern: Annotated[
+        str | None, typer.Argument(metavar="[PATTERN]", help="Shell pattern, such as 'resnet*'.")
+    ] = None,
     json_output: o.Json = False,
     verbose: o.Verbose = False,
 ) -> None:
@@ -23,7 +25,9 @@ def models_command(
 
     names = list_models(pattern)
     if not names:
-        raise UnknownModel(f"no network matches {pattern!r}: try a wider pattern such as '*{(pattern or '').strip('*')}*'")
+        raise UnknownModel(
+            f"no network matches {pattern!r}: try a wider pattern such as '*{(pattern or '').strip('*')}*'"
+        )
     if json_output:
         print_json({"models": names})
         return

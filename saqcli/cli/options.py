@@ -23,21 +23,29 @@ Model = Annotated[
 ]
 Weights = Annotated[
     Path | None,
-    typer.Option(help="Local float weights: .safetensors, .pth, .pt or .th. Never runs code.", rich_help_panel=MODEL),
+    typer.Option(
+        help="Local float weights: .safetensors, .pth, .pt or .th. Never runs code.", rich_help_panel=MODEL
+    ),
 ]
 Pretrained = Annotated[
     bool | None,
-    typer.Option("--pretrained/--no-pretrained", help="Published weights, or random ones.", rich_help_panel=MODEL),
+    typer.Option(
+        "--pretrained/--no-pretrained", help="Published weights, or random ones.", rich_help_panel=MODEL
+    ),
 ]
 NumClasses = Annotated[int | None, typer.Option(min=1, help="Classes of the model.", rich_help_panel=MODEL)]
 InChans = Annotated[int | None, typer.Option(min=1, help="Channels of an image.", rich_help_panel=MODEL)]
 ModelKwargs = Annotated[
     str | None,
     typer.Option(
-        metavar="K=V,...", help="For the model's builder, such as pad_type=same,bn_eps=0.001.", rich_help_panel=MODEL
+        metavar="K=V,...",
+        help="For the model's builder, such as pad_type=same,bn_eps=0.001.",
+        rich_help_panel=MODEL,
     ),
 ]
-InputSize = Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels.", rich_help_panel=IMAGES)]
+InputSize = Annotated[
+    int | None, typer.Option(min=1, help="Side of the images in pixels.", rich_help_panel=IMAGES)
+]
 Mean = Annotated[str | None, typer.Option(metavar="R,G,B", help="Of pixels in 0..1.", rich_help_panel=IMAGES)]
 Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Of pixels in 0..1.", rich_help_panel=IMAGES)]
 Data = Annotated[
@@ -49,14 +57,22 @@ Data = Annotated[
     ),
 ]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Images a step.", rich_help_panel=IMAGES)]
-Workers = Annotated[int | None, typer.Option(min=0, help="Processes that read images.", rich_help_panel=IMAGES)]
+Workers = Annotated[
+    int | None, typer.Option(min=0, help="Processes that read images.", rich_help_panel=IMAGES)
+]
 BadImages = Annotated[
     str | None,
-    typer.Option(metavar="refuse|skip", help="What to do with an image that cannot be read.", rich_help_panel=IMAGES),
+    typer.Option(
+        metavar="refuse|skip", help="What to do with an image that cannot be read.", rich_help_panel=IMAGES
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; by default the GPU if there is one.")]
-Bits = Annotated[str | None, typer.Option(help="The same bits in every layer: 4, or w4a8.", rich_help_panel=BITS)]
-Policy = Annotated[Path | None, typer.Option(help="Bits of every layer, as a policy.json.", rich_help_panel=BITS)]
+Bits = Annotated[
+    str | None, typer.Option(help="The same bits in every layer: 4, or w4a8.", rich_help_panel=BITS)
+]
+Policy = Annotated[
+    Path | None, typer.Option(help="Bits of every layer, as a policy.json.", rich_help_panel=BITS)
+]
 Candidates = Annotated[
     str | None, typer.Option(metavar="2,3,4", help="Bit-widths that a layer may have.", rich_help_panel=BITS)
 ]
@@ -76,7 +92,9 @@ def parse_numbers(text: str | None, option: str) -> tuple[float, ...] | None:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"{option} {text}: give numbers separated by commas, such as 0.485,0.456,0.406") from None
+        raise ConfigError(
+            f"{option} {text}: give numbers separated by commas, such as 0.485,0.456,0.406"
+        ) from None
 
 
 def parse_assignments(text: str | None, option: str) -> dict[str, Any] | None:
@@ -91,14 +109,18 @@ def parse_assignments(text: str | None, option: str) -> dict[str, Any] | None:
     for part in text.split(","):
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"{option} {text}: give NAME=VALUE pairs separated by commas, such as pad_type=same")
+            raise ConfigError(
+                f"{option} {text}: give NAME=VALUE pairs separated by commas, such as pad_type=same"
+            )
         values[key.strip()] = _literal(value.strip())
     return values
 
 
 def _literal(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text.lower() if text.lower() in ('true', 'false') else text}")["value"]
+        return tomllib.loads(f"value = {text.lower() if text.lower() in ('true', 'false') else text}")[
+            "value"
+        ]
     except tomllib.TOMLDecodeError:
         return text
 

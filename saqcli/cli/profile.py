@@ -1,7 +1,5 @@
 """``saq profile``."""
 
-
-
 from saqcli.cli import options as o
 from saqcli.cli.screen import print_json, progress_for, reporting
 
@@ -63,5 +61,3 @@ def profile_command(
     from saqcli.cli.tables import show_profile
 
     show_profile(result)
-
-

@@ -26,17 +26,22 @@ def quantize_command(
     bops: Annotated[
         str | None,
         typer.Option(
-            "--bops", "--budget", help="Budget of bit-operations: 34G, 500M, or w4a4 for its cost.", rich_help_panel=o.BITS
+            "--bops",
+            "--budget",
+            help="Budget of bit-operations: 34G, 500M, or w4a4 for its cost.",
+            rich_help_panel=o.BITS,
         ),
     ] = None,
     bits: o.Bits = None,
     policy: o.Policy = None,
     searcher: Annotated[
-        str | None, typer.Option(help="How bits are found under a budget: error, uniform.", rich_help_panel=o.BITS)
+        str | None,
+        typer.Option(help="How bits are found under a budget: error, uniform.", rich_help_panel=o.BITS),
     ] = None,
     candidates: o.Candidates = None,
     weight_grid: Annotated[
-        str | None, typer.Option(metavar="auto|paper|zero", help="Levels of the weights.", rich_help_panel=o.BITS)
+        str | None,
+        typer.Option(metavar="auto|paper|zero", help="Levels of the weights.", rich_help_panel=o.BITS),
     ] = None,
     weights: o.Weights = None,
     pretrained: o.Pretrained = None,
@@ -55,24 +60,32 @@ def quantize_command(
     lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=o.TRAINING)] = None,
     rho: Annotated[
         float | None,
-        typer.Option(help="Radius of the perturbation, in deviations of each layer's weights.", rich_help_panel=o.TRAINING),
+        typer.Option(
+            help="Radius of the perturbation, in deviations of each layer's weights.",
+            rich_help_panel=o.TRAINING,
+        ),
     ] = None,
     rho_unit: Annotated[
-        str | None, typer.Option(metavar="deviation|absolute", help="Unit of --rho.", rich_help_panel=o.TRAINING)
+        str | None,
+        typer.Option(metavar="deviation|absolute", help="Unit of --rho.", rich_help_panel=o.TRAINING),
     ] = None,
     batch_size: o.BatchSize = None,
     workers: o.Workers = None,
     bad_images: o.BadImages = None,
     recipe: Annotated[str | None, typer.Option(help="Settings to start from.", rich_help_panel=o.RUN)] = None,
     config: Annotated[
-        Path | None, typer.Option(help="TOML or JSON, such as the config.json of a run.", rich_help_panel=o.RUN)
+        Path | None,
+        typer.Option(help="TOML or JSON, such as the config.json of a run.", rich_help_panel=o.RUN),
     ] = None,
     assign: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting; may be repeated.", rich_help_panel=o.RUN),
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", help="Any setting; may be repeated.", rich_help_panel=o.RUN
+        ),
     ] = None,
     run_dir: Annotated[
-        Path | None, typer.Option(help="Where everything goes; by default runs/NAME-BITS.", rich_help_panel=o.RUN)
+        Path | None,
+        typer.Option(help="Where everything goes; by default runs/NAME-BITS.", rich_help_panel=o.RUN),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --run-dir.", rich_help_panel=o.RUN)
@@ -80,7 +93,9 @@ def quantize_command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in --run-dir.", rich_help_panel=o.RUN)
     ] = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of everything random.", rich_help_panel=o.RUN)] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of everything random.", rich_help_panel=o.RUN)
+    ] = None,
     device: o.Device = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the settings and costs, then stop.", rich_help_panel=o.RUN)
@@ -89,7 +104,8 @@ def quantize_command(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Quantize a pretrained network to given bits or under a budget, fine-tune it, export it, and check the result.
+    """Quantize a pretrained network to given bits or under a budget, fine-tune it, export it, and check the
+    result.
 
     Example: `saq quantize resnet18 --bops 34G --data imagenet`
     """
@@ -169,7 +185,9 @@ def default_run_dir(config: "RunConfig") -> Path:
     wanted = config.quantization
     bits = wanted.bops or wanted.bits or (Path(wanted.policy).stem if wanted.policy else "float")
     bits = bits.strip().lower()
-    return Path("runs") / f"{config.model.name.split('/')[-1]}-{f'w{bits}a{bits}' if bits.isdigit() else bits}"
+    return (
+        Path("runs") / f"{config.model.name.split('/')[-1]}-{f'w{bits}a{bits}' if bits.isdigit() else bits}"
+    )
 
 
 def _show_plan(config: "RunConfig", target: Path, *, json_output: bool) -> None:

@@ -1,7 +1,7 @@
 """What a person sees: progress on stderr, the answer on stdout, one line for an error.
 
-On a terminal progress is a live line with a bar, figures, images per second and the time left; elsewhere it is a plain line now and
-then; under ``--json`` and ``--quiet`` it is nothing.
+On a terminal progress is a live line with a bar, figures, images per second and the time left; elsewhere it
+is a plain line now and then; under ``--json`` and ``--quiet`` it is nothing.
 """
 
 import functools
@@ -52,7 +52,9 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
         except Exception as error:
             if kwargs.get("verbose"):
                 raise
-            _complain(f"unexpected {type(error).__name__}: {error}. Please report it with the output of --verbose")
+            _complain(
+                f"unexpected {type(error).__name__}: {error}. Please report it with the output of --verbose"
+            )
             raise typer.Exit(1) from None
 
     return run

@@ -49,7 +49,8 @@ def show_profile(result: dict[str, Any]) -> None:
         f"of {format_quantity(result['float_bops'], 'BOPs')} in floating point "
         f"({result['float_bops'] / result['bops']:.1f} times fewer)\n"
         f"size {format_quantity(result['size_bytes'], 'B')} of {format_quantity(result['float_size_bytes'], 'B')}\n"
-        f"reachable budgets: {format_quantity(result['floor_bops'])} to {format_quantity(result['ceiling_bops'], 'BOPs')}",
+        f"reachable budgets: {format_quantity(result['floor_bops'])} to "
+        f"{format_quantity(result['ceiling_bops'], 'BOPs')}",
         highlight=False,
     )
 
@@ -57,7 +58,9 @@ def show_profile(result: dict[str, Any]) -> None:
 def show_quantized(result: dict[str, Any]) -> None:
     """Float beside quantized, the budget, and the files written."""
     console = Console()
-    table = _table(f"{result['model']} on {result['images']} images", ("", "float", "calibrated", "quantized"))
+    table = _table(
+        f"{result['model']} on {result['images']} images", ("", "float", "calibrated", "quantized")
+    )
     table.add_row(
         "top-1",
         f"{result['float_top1']:.2f} %",
@@ -67,7 +70,10 @@ def show_quantized(result: dict[str, Any]) -> None:
     table.add_row("top-5", f"{result['float_top5']:.2f} %", "", f"{result['top5']:.2f} %")
     table.add_row("BOPs", format_quantity(result["float_bops"]), "", format_quantity(result["bops"]))
     table.add_row(
-        "size", format_quantity(result["float_size_bytes"], "B"), "", format_quantity(result["size_bytes"], "B")
+        "size",
+        format_quantity(result["float_size_bytes"], "B"),
+        "",
+        format_quantity(result["size_bytes"], "B"),
     )
     console.print(table)
     reduction = f"{result['bops_reduction']:.1f} times fewer BOPs"

@@ -94,6 +94,26 @@ def check_same_classes(train: Split, val: Split) -> None:
         )
 
 
+def check_trained_on(split: Split, class_names: Sequence[str], num_classes: int, model: str) -> None:
+    """Refuse images of other classes than a model was trained on.
+
+    Args:
+        split: to evaluate on, its labels already those of a network of ``num_classes``.
+        class_names: of the training images; fewer than ``num_classes`` where folders were numbered by ImageNet.
+        num_classes: of the model.
+        model: what the message calls it.
+
+    Raises:
+        DataError: the classes differ.
+    """
+    strangers = [name for name in split.class_names if name not in set(class_names)]
+    if strangers and len(class_names) == num_classes:
+        raise DataError(
+            f"{split.name} has the classes {some(strangers, 3)}, {model} was trained on {some(class_names, 3)}: "
+            "give images of the same classes"
+        )
+
+
 def subset(split: Split, count: int, seed: int) -> Split:
     """``count`` images of ``split``, drawn evenly over its classes; all of them if it has no more.
 

@@ -11,7 +11,8 @@ from saqcli.errors import RunDirectoryError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, with its suffix; renamed to ``path`` if the context ends without an error.
+    """A temporary path beside ``path``, with its suffix; renamed to ``path`` if the context ends without an
+    error.
 
     Raises:
         RunDirectoryError: the folder cannot be written to, or the disk is full.

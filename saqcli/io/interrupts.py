@@ -1,4 +1,5 @@
-"""Stopping between two steps: Ctrl-C and SIGTERM ask, the loop finishes its step, saves, and says how to go on.
+"""Stopping between two steps: Ctrl-C and SIGTERM ask, the loop finishes its step, saves, and says how to go
+on.
 
 A second Ctrl-C stops at once.
 """

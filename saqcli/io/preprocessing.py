@@ -24,7 +24,8 @@ class Preprocessing:
         mean: per channel, subtracted from pixels scaled to 0..1.
         std: per channel, divides what is left.
         interpolation: as Pillow names it.
-        crop_pct: side of the crop over the side that the image was scaled to; 1 crops nothing.
+        crop_pct: side of the crop over the side that the image was scaled to; 1 crops nothing, and a few of
+            timm's networks see more than the whole image (1.15).
         crop_mode: as in ``timm.data.create_transform``.
 
     Raises:
@@ -52,8 +53,8 @@ class Preprocessing:
             raise ConfigError(
                 f"mean {self.mean} and std {self.std} cannot normalize: give numbers, std above 0"
             )
-        if not 0 < self.crop_pct <= 1:
-            raise ConfigError(f"crop_pct {self.crop_pct} is not in (0, 1]: give 1 to crop nothing")
+        if not 0 < self.crop_pct < math.inf:
+            raise ConfigError(f"crop_pct {self.crop_pct} is not above 0: give 1 to crop nothing")
         for what, value, known in (
             ("interpolation", self.interpolation, _INTERPOLATIONS),
             ("crop_mode", self.crop_mode, _CROP_MODES),

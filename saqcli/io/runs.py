@@ -1,12 +1,12 @@
 """The run directory: everything a run leaves behind, enough to read, resume and repeat it.
 
-    manifest.json     who made it, from what, how it ended, and the SHA-256 of every artifact
-    config.json       the resolved configuration
-    policy.json       the bits of every layer
-    metrics.jsonl     one object a line
-    checkpoints/      last.pt: model, optimizer, schedule, random state, position in the epoch
-    artifacts/        model.safetensors, model.onnx
-    report.md         what a person reads first
+manifest.json     who made it, from what, how it ended, and the SHA-256 of every artifact
+config.json       the resolved configuration
+policy.json       the bits of every layer
+metrics.jsonl     one object a line
+checkpoints/      last.pt: model, optimizer, schedule, random state, position in the epoch
+artifacts/        model.safetensors, model.onnx
+report.md         what a person reads first
 """
 
 import json
@@ -80,35 +80,49 @@ class RunDirectory:
         """Make ``path`` a run directory for ``config``, or go on with the one that is there.
 
         Raises:
-            RunDirectoryError: it holds a run and neither ``resume`` nor ``overwrite`` was given, it holds other files,
-                or it cannot be written.
+            RunDirectoryError: it holds a run and neither ``resume`` nor ``overwrite`` was given, it holds
+                other files, or it cannot be written.
         """
         run = cls(path)
-        if path.exists() and not path.is_dir():
-            raise RunDirectoryError(f"{path} is a file: give another --run-dir")
-        if path.is_dir() and any(path.iterdir()):
-            if not (path / "manifest.json").is_file():
-                raise RunDirectoryError(f"{path} holds other files and no run: give another --run-dir")
-            status = run.manifest().status
+        if run.check_usable(resume=resume, overwrite=overwrite):
             if resume:
                 run._update(status="running")
                 return run
-            if not overwrite:
-                raise RunDirectoryError(
-                    f"{path} already holds a {status} run: give --resume to go on with it, --overwrite to replace it, "
-                    "or another --run-dir"
-                )
             run._clear()
         manifest = RunManifest(
-            command=sys.argv, status="running", started=datetime.now(UTC).isoformat(timespec="seconds"), versions=versions()
+            command=sys.argv,
+            status="running",
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=versions(),
         )
         write_text(path / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
         write_text(path / "config.json", config.to_json())
         return run
 
+    def check_usable(self, *, resume: bool, overwrite: bool) -> bool:
+        """Whether there is a run already; to be asked before any time is spent.
+
+        Raises:
+            RunDirectoryError: as ``start``.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunDirectoryError(f"{self.path} is a file: give another --run-dir")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return False
+        if not (self.path / "manifest.json").is_file():
+            raise RunDirectoryError(f"{self.path} holds other files and no run: give another --run-dir")
+        if not resume and not overwrite:
+            raise RunDirectoryError(
+                f"{self.path} already holds a {self.manifest().status} run: give --resume to go on with it, "
+                "--overwrite to replace it, or another --run-dir"
+            )
+        return True
+
     def manifest(self) -> RunManifest:
         """What ``manifest.json`` says."""
-        return parse_json(RunManifest, self._read("manifest.json"), f"{self.path}/manifest.json", RunDirectoryError)
+        return parse_json(
+            RunManifest, self._read("manifest.json"), f"{self.path}/manifest.json", RunDirectoryError
+        )
 
     def config(self) -> RunConfig:
         """What ``config.json`` says."""

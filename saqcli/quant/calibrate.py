@@ -1,7 +1,8 @@
-"""What the inputs of every layer look like on real images: their range, their sign, and a sample of their values.
+"""What the inputs of every layer look like on real images: their range, their sign, and a sample of their
+values.
 
-From these come the clipping levels of the activations, whether a quantizer must be signed, and the error that each
-bit-width would make. Weights need no data: they are fitted tensor by tensor.
+From these come the clipping levels of the activations, whether a quantizer must be signed, and the error that
+each bit-width would make. Weights need no data: they are fitted tensor by tensor.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from saqcli.quant.layers import QuantizedLayer, quantized_layers
 from saqcli.quant.quantizers import Quantizer
 
-SAMPLES_PER_BATCH = 8192  # values kept of a layer's input in each batch; 8 batches of them place a level to 1 %
+SAMPLES_PER_BATCH = (
+    8192  # values kept of a layer's input in each batch; 8 batches of them place a level to 1 %
+)
 
 
 @dataclass

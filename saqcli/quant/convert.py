@@ -1,9 +1,9 @@
 """From a float network to a quantized one and back: wrap, install quantizers, set bits, unwrap.
 
-    wrap      every convolution and linear layer becomes a quantized layer that still computes in floating point
-    install   gives the layers their quantizers, once the traced and calibrated facts are known
-    apply     sets the active bits everywhere; the only writer of bits
-    unwrap    the same modules with their float classes back
+wrap      every convolution and linear layer becomes a quantized layer that still computes in floating point
+install   gives the layers their quantizers, once the traced and calibrated facts are known
+apply     sets the active bits everywhere; the only writer of bits
+unwrap    the same modules with their float classes back
 """
 
 from collections.abc import Iterable, Mapping
@@ -73,13 +73,15 @@ def _family(name: str) -> Family:
 
 
 def wrap(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """Turn every convolution, linear layer and packed attention of ``model`` into a quantized layer, in place.
+    """Turn every convolution, linear layer and packed attention of ``model`` into a quantized layer, in
+    place.
 
     Returns:
         The quantized layers by name. They compute in floating point until ``install``.
 
     Raises:
-        UnsupportedModel: nothing to quantize, wrapped already, or an attention variant without packed projections.
+        UnsupportedModel: nothing to quantize, wrapped already, or an attention variant without packed
+            projections.
     """
     modules = dict(model.named_modules())
     if any(isinstance(module, QuantizedLayer) for module in modules.values()):
@@ -88,12 +90,16 @@ def wrap(model: nn.Module) -> dict[str, QuantizedLayer]:
         if isinstance(module, nn.MultiheadAttention):
             check_attention(module, name)
         if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # its fused path would read weights and skip the input quantizers
+            module.activation_relu_or_gelu = (
+                0  # its fused path would read weights and skip the input quantizers
+            )
         if isinstance(module, WRAPPED):
             wrap_layer(module)
     layers = quantized_layers(model)
     if not layers:
-        raise UnsupportedModel("this model has no convolution and no linear layer: there is nothing to quantize")
+        raise UnsupportedModel(
+            "this model has no convolution and no linear layer: there is nothing to quantize"
+        )
     return layers
 
 
@@ -153,7 +159,9 @@ def install(
         if bits.weight is not None:
             layer.weight_quantizer = scheme.weight_quantizer(layer, more | {bits.weight})
         if bits.activation is not None:
-            layer.input_quantizer = scheme.input_quantizer(layer, more | {bits.activation}, signed=signed[name])
+            layer.input_quantizer = scheme.input_quantizer(
+                layer, more | {bits.activation}, signed=signed[name]
+            )
     apply(model, config)
 
 
@@ -161,7 +169,10 @@ def apply(model: nn.Module, config: BitConfig) -> None:
     """Set the active bits of every quantizer."""
     for name, layer in quantized_layers(model).items():
         bits = config.layers[name]
-        for quantizer, width in ((layer.weight_quantizer, bits.weight), (layer.input_quantizer, bits.activation)):
+        for quantizer, width in (
+            (layer.weight_quantizer, bits.weight),
+            (layer.input_quantizer, bits.activation),
+        ):
             if isinstance(quantizer, Quantizer) and width is not None:
                 quantizer.select(width)
 

@@ -2,9 +2,9 @@
 
     BOPs = sum over layers of MACs * weight bits * activation bits          for one image
 
-Counted are convolutions (projection shortcuts included) and linear layers (the classifier included); biases, norms,
-pooling, additions and activations are free; an operand left in floating point counts 32 bits. First layer and classifier
-have 8 bits. This is the counter of Liu et al. (arXiv:2111.12273), to the last digit.
+Counted are convolutions (projection shortcuts included) and linear layers (the classifier included); biases,
+norms, pooling, additions and activations are free; an operand left in floating point counts 32 bits. First
+layer and classifier have 8 bits. This is the counter of Liu et al. (arXiv:2111.12273), to the last digit.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,7 +64,7 @@ class CostModel:
     @property
     def macs(self) -> int:
         """Multiply-accumulates for one image."""
-        return sum(layer.macs for layer in (*self.layers, *self.unquantized))
+        return sum(layer.macs for layer in self.layers) + sum(layer.macs for layer in self.unquantized)
 
     @property
     def float_bops(self) -> int:
@@ -113,8 +113,8 @@ class Budget:
         if self.bops < floor:
             raise InfeasibleBudget(
                 f"no configuration of {model} meets {format_quantity(self.bops, 'BOPs')}: with every free layer at "
-                f"{min(candidates)} bits it needs {format_quantity(floor, 'BOPs')} (reachable: {format_quantity(floor)} "
-                f"to {format_quantity(ceiling, 'BOPs')}). Raise the budget"
+                f"{min(candidates)} bits it needs {format_quantity(floor, 'BOPs')} "
+                f"(reachable: {format_quantity(floor)} to {format_quantity(ceiling, 'BOPs')}). Raise the budget"
                 + (" or allow fewer bits with --candidates" if min(candidates) > 2 else "")
             )
 

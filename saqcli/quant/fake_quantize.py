@@ -1,4 +1,5 @@
-"""The one numerical kernel: rounding onto a grid, with the gradients of Liu et al. (arXiv:2111.12273, section 3).
+"""The one numerical kernel: rounding onto a grid, with the gradients of Liu et al. (arXiv:2111.12273, section
+3).
 
     step  = |level| / highest
     code  = clamp(round(x / step), lowest, highest)               stride 1
@@ -79,4 +80,4 @@ def fake_quantize(x: Tensor, level: Tensor, grid: Grid) -> Tensor:
     """
     if x.dtype in (torch.bfloat16, torch.float16):
         x = x.float()
-    return FakeQuantize.apply(x, level, grid)  # type: ignore[no-any-return, no-untyped-call]
+    return FakeQuantize.apply(x, level, grid)  # type: ignore[no-any-return]

@@ -7,8 +7,9 @@ A grid is described by its codes alone; the step comes from a clipping level, th
     integer weights, b bits   -2**(b-1) ... 2**(b-1) - 1;   at 8 bits -127 ... 127
     activations               0 ... 2**b - 1, or -2**(b-1) ... 2**(b-1) - 1 where the input is signed
 
-The paper's weights (arXiv:2111.12273, Eq. 1 and 3-5) are ``a * (2 D - 1)`` with D in {0, 1/n, ..., 1}; in units of
-``a / n`` these are exactly the odd integers above, so that they can be stored as integers with zero point 0.
+The paper's weights (arXiv:2111.12273, Eq. 1 and 3-5) are ``a * (2 D - 1)`` with D in {0, 1/n, ..., 1}; in
+units of ``a / n`` these are exactly the odd integers above, so that they can be stored as integers with zero
+point 0.
 """
 
 from typing import Literal, NamedTuple

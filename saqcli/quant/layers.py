@@ -1,14 +1,16 @@
-"""The one quantized layer: any layer's own class, with a read-only ``weight`` that is quantized on the way out.
+"""The one quantized layer: any layer's own class, with a read-only ``weight`` that is quantized on the way
+out.
 
-Wrapping swaps a module's ``__class__`` for a subclass made on the fly. The float Parameter stays where it was, in
-``_parameters["weight"]``, so ``parameters()``, ``state_dict()``, optimizers and data-parallel wrappers see it under its
-old name; every forward that reads ``self.weight``, timm's or torch's, computes with Q(w). No layer type is listed.
+Wrapping swaps a module's ``__class__`` for a subclass made on the fly. The float Parameter stays where it
+was, in ``_parameters["weight"]``, so ``parameters()``, ``state_dict()``, optimizers and data-parallel
+wrappers see it under its old name; every forward that reads ``self.weight``, timm's or torch's, computes with
+Q(w). No layer type is listed.
 
-The *port* is where sharpness-aware training enters: ``quantized_weight()`` returns ``Q(w) + perturbation`` while a
-perturbation is set. A zero leaf in the port collects dL/dQ(w), bit for bit what ``retain_grad`` on Q(w) would.
+The *port* is where sharpness-aware training enters: ``quantized_weight()`` returns ``Q(w) + perturbation``
+while a perturbation is set. A zero leaf in the port collects dL/dQ(w), bit for bit what ``retain_grad`` on
+Q(w) would.
 """
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -73,7 +75,7 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's own forward, over a quantized input."""
-        output: Tensor = super().forward(self.input_quantizer(input), *args, **kwargs)  # type: ignore[misc]
+        output: Tensor = super().forward(self.input_quantizer(input), *args, **kwargs)
         return output
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -84,14 +86,24 @@ class QuantizedLayer(nn.Module):
 def _read_weight(layer: QuantizedLayer) -> Tensor:
     try:
         weight = layer.quantized_weight()
-    except AttributeError as error:  # nn.Module would take it for a missing attribute and return the float weight
+    except (
+        AttributeError
+    ) as error:  # nn.Module would take it for a missing attribute and return the float weight
         raise RuntimeError(f"quantized weight of {layer.float_class.__name__}: {error}") from error
     return hand_out(weight, layer)
 
 
-@functools.cache
+_classes: dict[type[nn.Module], type[QuantizedLayer]] = {}  # made so far; a class is made once
+
+
 def quantized_class(float_class: type[nn.Module]) -> type[QuantizedLayer]:
     """The quantized sister of a layer class."""
+    if float_class not in _classes:
+        _classes[float_class] = _make_class(float_class)
+    return _classes[float_class]
+
+
+def _make_class(float_class: type[nn.Module]) -> type[QuantizedLayer]:
     from saqcli.quant.special import special_mixin
 
     mixin = special_mixin(float_class)
@@ -111,10 +123,10 @@ def wrap_layer(module: nn.Module) -> QuantizedLayer:
     """Turn ``module`` itself into a quantized layer that still computes in floating point."""
     module.weight_quantizer = nn.Identity()
     module.input_quantizer = nn.Identity()
-    module.perturbation = None
-    module.routed = False
     module.__class__ = quantized_class(type(module))
     assert isinstance(module, QuantizedLayer)
+    module.perturbation = None
+    module.routed = False
     return module
 
 
@@ -154,7 +166,9 @@ def frozen_batch_stats(model: nn.Module) -> Iterator[None]:
     norms = [
         module
         for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.training
+        and module.track_running_stats
     ]
     try:
         for norm in norms:

@@ -1,7 +1,8 @@
 """Where clipping levels start: at the least squared error between a tensor and its quantized self.
 
-A coarse scan over fractions of the largest magnitude finds the basin; a few fixed-point steps finish: with the
-codes q held, the best step is <x, q> / <q, q>, and neither half of the iteration can raise the error (Lloyd, 1982).
+A coarse scan over fractions of the largest magnitude finds the basin; a few fixed-point steps finish: with
+the codes q held, the best step is <x, q> / <q, q>, and neither half of the iteration can raise the error
+(Lloyd, 1982).
 """
 
 import torch
@@ -21,7 +22,8 @@ def best_level(x: Tensor, grid: Grid, shape: tuple[int, ...] = ()) -> Tensor:
     Args:
         x: values to represent, any shape.
         grid: the codes.
-        shape: of the result; must broadcast against ``x``, for instance ``(C_out, 1, 1, 1)`` for a level a channel.
+        shape: of the result; must broadcast against ``x``, for instance ``(C_out, 1, 1, 1)`` for a level a
+            channel.
 
     Returns:
         Positive and finite even where a channel is constant or all zero.
@@ -55,9 +57,7 @@ def noise_to_signal(x: Tensor, level: Tensor, grid: Grid) -> float:
     return float(squared_error(x, level, grid).double().sum()) / power if power > 0 else 0.0
 
 
-def _better(
-    x: Tensor, grid: Grid, level: Tensor, error: Tensor, proposal: Tensor
-) -> tuple[Tensor, Tensor]:
+def _better(x: Tensor, grid: Grid, level: Tensor, error: Tensor, proposal: Tensor) -> tuple[Tensor, Tensor]:
     """Channel by channel, whichever of two levels errs less."""
     candidate = squared_error(x, proposal, grid)
     improves = candidate < error

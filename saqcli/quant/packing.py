@@ -1,7 +1,7 @@
 """Integer codes in exactly their bits: 4-bit weights take half a byte, 3-bit weights three eighths.
 
-A code is stored as its index on the grid, ``(code - lowest) / stride``, most significant bit first, indices back to back,
-the last byte filled up with zeros.
+A code is stored as its index on the grid, ``(code - lowest) / stride``, most significant bit first, indices
+back to back, the last byte filled up with zeros.
 """
 
 import numpy as np

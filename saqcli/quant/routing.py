@@ -1,12 +1,11 @@
 """Weights that a parent takes: ``F.linear(x, self.qkv.weight)`` quantizes the weight but not the input.
 
-A few networks (timm's beit, eva and swin_v2 attention, torchvision's Swin) never call their projection as a module.
-Reading ``weight`` hands out a tensor; while a ``Route`` is active it remembers who handed it out, and quantizes the
-other operand when that very tensor reaches a linear or convolution operator. Which parents need a route is found in the
-traced pass (``trace.py``), not listed.
+A few networks (timm's beit, eva and swin_v2 attention, torchvision's Swin) never call their projection as a
+module. Reading ``weight`` hands out a tensor; while a ``Route`` is active it remembers who handed it out, and
+quantizes the other operand when that very tensor reaches a linear or convolution operator. Which parents need
+a route is found in the traced pass (``trace.py``), not listed.
 """
 
-import functools
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -60,11 +59,11 @@ class HandedOut(TorchFunctionMode):
 
     def __enter__(self) -> "HandedOut":
         self._token = _active.set(self)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         _active.reset(self._token)
         self._handed.clear()
 
@@ -103,11 +102,15 @@ class RoutedParent(nn.Module):
         return _rebuild_parent, (self.float_class,), self.__dict__
 
 
-@functools.cache
+_classes: dict[type[nn.Module], type[RoutedParent]] = {}  # made so far; a class is made once
+
+
 def routed_class(float_class: type[nn.Module]) -> type[RoutedParent]:
     """The routed sister of a module class."""
-    members = {"float_class": float_class, "__module__": __name__}
-    return type(f"Routed{float_class.__name__}", (RoutedParent, float_class), members)
+    if float_class not in _classes:
+        members = {"float_class": float_class, "__module__": __name__}
+        _classes[float_class] = type(f"Routed{float_class.__name__}", (RoutedParent, float_class), members)
+    return _classes[float_class]
 
 
 def _rebuild_parent(float_class: type[nn.Module]) -> RoutedParent:

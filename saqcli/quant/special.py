@@ -1,8 +1,9 @@
 """The two kinds of layers whose multiplication is not ``operator(input, self.weight)``.
 
-Standardized convolutions (timm's BiT and NFNet families) derive the weight they multiply with: that one is quantized,
-since quantizing before standardization would leave the integer grid. ``nn.MultiheadAttention`` packs three projections
-into one Parameter and has a fused path that would bypass the quantizers, so its forward is written out.
+Standardized convolutions (timm's BiT and NFNet families) derive the weight they multiply with: that one is
+quantized, since quantizing before standardization would leave the integer grid. ``nn.MultiheadAttention``
+packs three projections into one Parameter and has a fused path that would bypass the quantizers, so its
+forward is written out.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,9 @@ def special_mixin(float_class: type[nn.Module]) -> type[QuantizedLayer] | None:
     """The mixin for a class that needs its own forward, or None."""
     if issubclass(float_class, nn.MultiheadAttention):
         return QuantizedAttention
-    if any(base.__name__ in STANDARDIZED and base.__module__.startswith("timm.") for base in float_class.__mro__):
+    if any(
+        base.__name__ in STANDARDIZED and base.__module__.startswith("timm.") for base in float_class.__mro__
+    ):
         return QuantizedStandardized
     return None
 
@@ -76,7 +79,9 @@ class QuantizedAttention(QuantizedLayer):
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q, k, v = self._projections(query, key, value, same)
         heads, dim = layer.num_heads, layer.head_dim
-        q, k, v = (x.unflatten(-1, (heads, dim)).transpose(1, 2) for x in (q, k, v))  # (N, H, L, E / H)
+        q, k, v = (
+            x.reshape(*x.shape[:-1], heads, dim).transpose(1, 2) for x in (q, k, v)
+        )  # (N, H, L, E / H)
         mask = attn_mask
         if key_padding_mask is not None:
             blocked = key_padding_mask[:, None, None, :]

@@ -1,12 +1,14 @@
 """One recorded forward pass that tells what a layer costs, reads, feeds and shares.
 
-The pass runs over a wrapped, still floating-point model in eval mode. Every multiplication with a layer's weight is
-recognised by the weight tensor itself, so it is seen wherever it happens: in the layer's own forward, in a parent that
-takes the weight, in a layer called several times. The flow of tensors from operator to operator gives the rest:
+The pass runs over a wrapped, still floating-point model in eval mode. Every multiplication with a layer's
+weight is recognised by the weight tensor itself, so it is seen wherever it happens: in the layer's own
+forward, in a parent that takes the weight, in a layer called several times. The flow of tensors from operator
+to operator gives the rest:
 
     norm     the first normalization a layer's output reaches through element-wise operators alone
     group    layers whose outputs meet in an addition, and go nowhere else: a projection shortcut and the last
-             convolution of its branch. An identity shortcut ties nothing, since its tensor is also read by the branch.
+             convolution of its branch. An identity shortcut ties nothing, since its tensor is also read by
+             the branch.
 """
 
 from dataclasses import dataclass
@@ -20,13 +22,13 @@ from saqcli.quant.layers import TRANSPOSED, QuantizedLayer, quantized_layers
 from saqcli.quant.routing import WEIGHT_OPERATORS, HandedOut
 
 _ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
-# Operators that pass a layer's output on, number by number or image by image: the tensor is still "that layer's".
-_CARRIERS = {
-    "batch_norm", "group_norm", "layer_norm", "instance_norm", "relu", "relu_", "relu6", "hardtanh", "hardtanh_", "silu",
-    "gelu", "hardswish", "leaky_relu", "elu", "sigmoid", "clamp", "clamp_", "clamp_min", "dropout", "contiguous",
-    "identity", "mul", "mul_", "__mul__", "div", "__truediv__", "float", "to", "reshape", "view", "flatten", "permute",
-    "transpose", "pad",
-}  # fmt: skip
+# Operators that pass a layer's output on, number by number or image by image: the tensor is still "that
+# layer's".
+_CARRIERS = set(
+    "batch_norm group_norm layer_norm instance_norm relu relu_ relu6 hardtanh hardtanh_ silu gelu hardswish "
+    "leaky_relu elu sigmoid clamp clamp_ clamp_min dropout contiguous identity mul mul_ __mul__ div __truediv__ "
+    "float to reshape view flatten permute transpose pad".split()
+)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -64,7 +66,8 @@ class Trace:
     Attributes:
         layers: by name, in order of first execution.
         idle: wrapped layers that never ran (auxiliary heads); they stay in floating point.
-        unquantized: modules that multiply with a weight that is no layer's (conditional convolutions), by name.
+        unquantized: modules that multiply with a weight that is no layer's (conditional convolutions), by
+            name.
         routed: layers whose weight a parent multiplies with itself, by name of that parent.
         outputs: what the model returned for the traced input.
     """
@@ -161,7 +164,9 @@ class _Tracer(HandedOut):
 
     def _multiplied_in_float(self, func: Any, x: Tensor, weight: Tensor, output: Tensor) -> None:
         name, module = self.running[-1]
-        entry = self.unquantized.setdefault(name, LayerTrace(name, type(module).__name__, weight.numel(), group=name))
+        entry = self.unquantized.setdefault(
+            name, LayerTrace(name, type(module).__name__, weight.numel(), group=name)
+        )
         entry.macs += _macs(weight, x, output, transposed="transpose" in func.__name__)
         entry.calls += 1
         self._remember(output, _Flow(None))

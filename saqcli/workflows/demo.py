@@ -1,8 +1,8 @@
 """``saq demo``: the whole job offline, on the handwritten digits that come with scikit-learn.
 
-    1,797 real images of 8 x 8 pixels (UCI ML hand-written digits), written as a folder of PNG files
-    a float ResNet-20 trained on them, a minute on two cores
-    the same ``quantize`` workflow that ``saq quantize`` runs, under a budget
+1,797 real images of 8 x 8 pixels (UCI ML hand-written digits), written as a folder of PNG files
+a float ResNet-20 trained on them, a minute on two cores
+the same ``quantize`` workflow that ``saq quantize`` runs, under a budget
 """
 
 from pathlib import Path
@@ -78,7 +78,9 @@ def write_digits(folder: Path) -> int:
     return len(digits.images)
 
 
-def train_float(config: RunConfig, weights: Path, progress: Progress) -> None:
+def train_float(
+    config: RunConfig, weights: Path, progress: Progress, *, epochs: int = FLOAT_EPOCHS
+) -> None:
     """Train the float network from random weights and save it to ``weights``."""
     device = pick_device(config.run.device)
     seed_everything(config.run.seed)
@@ -86,25 +88,25 @@ def train_float(config: RunConfig, weights: Path, progress: Progress) -> None:
     loaded = load_float(section, progress)
     model = loaded.model.to(device)
     images = Images.open(config, loaded.num_classes, loaded.preprocessing, device)
-    training = config.training.model_copy(update={"lr": FLOAT_LR, "epochs": FLOAT_EPOCHS, "warmup_epochs": 1})
+    training = config.training.model_copy(update={"lr": FLOAT_LR, "epochs": epochs, "warmup_epochs": 1})
     loader = images.training()
     optimizer = make_optimizer(model, training)
     schedule = make_schedule(optimizer, training, len(loader))
     minimizer = MINIMIZERS["qat"](model, optimizer)
-    for epoch in range(FLOAT_EPOCHS):
-        start = epoch * len(loader)
+    for epoch in range(epochs):
+
+        def after_step(step: int, start: int = epoch * len(loader)) -> None:
+            schedule.step_update(start + step)
+
         settings = EpochSettings(
             criterion=nn.CrossEntropyLoss(),
             device=device,
             sharpness_batch=config.data.batch_size,
-            after_step=lambda step, start=start: schedule.step_update(start + step),
-            after_skip=lambda: None,
+            after_step=after_step,
         )
         loader.set_epoch(epoch)
-        with progress.task(f"float epoch {epoch + 1} of {FLOAT_EPOCHS}", len(loader)) as task:
+        with progress.task(f"float epoch {epoch + 1} of {epochs}", len(loader)) as task:
             train_epoch(model, minimizer, loader, task, settings, Meter())
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     with replacing(weights) as temporary:
         save_file(state, temporary)
-
-

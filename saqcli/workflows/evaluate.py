@@ -6,6 +6,7 @@ from typing import Any
 
 from saqcli.algorithms.training import Score, evaluate
 from saqcli.config import DataSection, ModelSection
+from saqcli.io.data import check_trained_on
 from saqcli.io.loaders import Loader
 from saqcli.progress import Progress
 from saqcli.workflows.predictors import Predictor, open_target
@@ -49,6 +50,8 @@ def evaluate_target(
     """
     predictor = open_target(target, section, pick_device(device), progress)
     split = open_named(data, "val", predictor.num_classes)
+    if predictor.facts is not None:
+        check_trained_on(split, predictor.facts.class_names, predictor.num_classes, predictor.name)
     loader = validation_loader(split, predictor.preprocessing, data, predictor.device)
     start = time.perf_counter()
     score = score_predictor(predictor, loader, progress)

@@ -13,6 +13,7 @@ from saqcli.algorithms.exporters.onnx_qdq import OPSET
 from saqcli.algorithms.training import Batches
 from saqcli.config import DataSection
 from saqcli.errors import ConfigError, ExportMismatch
+from saqcli.io.data import check_trained_on
 from saqcli.io.files import replacing
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.runs import RunDirectory
@@ -82,7 +83,9 @@ def export(
         count = len(batches)
         verdict = export_verified(model, facts, path, style, batches, count, progress)
         return Export(path, style, verdict)
-    split = open_named(data, "val", int(facts.build["num_classes"]))
+    classes = int(facts.build["num_classes"])
+    split = open_named(data, "val", classes)
+    check_trained_on(split, facts.class_names, classes, str(source))
     loader = validation_loader(split, preprocessing, data, torch.device("cpu"))
     return Export(path, style, export_verified(model, facts, path, style, loader, len(loader), progress))
 
@@ -96,7 +99,8 @@ def export_verified(
     count: int,
     progress: Progress,
 ) -> Verdict:
-    """Write ``path`` in ``style`` and compare it with ``model`` on ``count`` batches, before it gets its name.
+    """Write ``path`` in ``style`` and compare it with ``model`` on ``count`` batches, before it gets its
+    name.
 
     Raises:
         ExportMismatch: they differ; nothing is left at ``path``.
@@ -109,8 +113,8 @@ def export_verified(
         verdict = compare(model, _readers(exporter.suffix, temporary), batches, count, progress)
         if not verdict.verified:
             detail = "; ".join(verdict.problems) or (
-                f"the best class agrees on {100 * verdict.argmax_agreement:.2f} % of {verdict.images} images and logits "
-                f"differ by up to {verdict.max_abs_diff:.3g}"
+                f"the best class agrees on {100 * verdict.argmax_agreement:.2f} % of {verdict.images} images "
+                f"and logits differ by up to {verdict.max_abs_diff:.3g}"
             )
             raise ExportMismatch(f"{path.name} does not equal the model ({detail}): nothing was written")
     return verdict
@@ -131,4 +135,4 @@ def random_batches(preprocessing: Preprocessing, seed: int = 0) -> list[tuple[Te
     """Normal noise in the place of normalized images."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(RANDOM_IMAGES, *preprocessing.input_size, generator=generator)
-    return [(batch, torch.zeros(len(batch), dtype=torch.long)) for batch in images.split(RANDOM_BATCH)]
+    return [(batch, torch.zeros(len(batch), dtype=torch.long)) for batch in torch.split(images, RANDOM_BATCH)]

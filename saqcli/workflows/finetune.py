@@ -1,7 +1,9 @@
-"""Quantization-aware training of an installed, calibrated model; saved so that it can stop at any step and go on.
+"""Quantization-aware training of an installed, calibrated model; saved so that it can stop at any step and go
+on.
 
-An epoch's images depend on (seed, epoch) alone. A checkpoint inside an epoch holds the number of steps done and the random
-states; resuming draws the same images again, passes over those done, and continues bit for bit.
+An epoch's images depend on (seed, epoch) alone. A checkpoint inside an epoch holds the number of steps done
+and the random states; resuming draws the same images again, passes over those done, and continues bit for
+bit.
 """
 
 import random
@@ -102,9 +104,10 @@ def finetune(
             run.log(phase="train", epoch=epoch + 1, lr=lr, **asdict(trained))
             run.log(phase="val", epoch=epoch + 1, **asdict(score))
             progress.note(
-                f"epoch {epoch + 1}: loss {trained.loss:.3f}, training {trained.top1:.2f} %, validation {score.top1:.2f} %"
+                f"epoch {epoch + 1}: loss {trained.loss:.3f}, training {trained.top1:.2f} %, "
+                f"validation {score.top1:.2f} %"
             )
-            meter.__init__()  # type: ignore[misc]
+            meter.clear()
             save(epoch + 1, 0)
             saved_at = time.monotonic()
             if stop.signal:
@@ -131,7 +134,9 @@ def make_optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.O
             groups, training.optimizer, lr=training.lr, momentum=training.momentum
         )
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"timm has no optimizer {training.optimizer!r}, or not with these settings: {error}") from None
+        raise ConfigError(
+            f"timm has no optimizer {training.optimizer!r}, or not with these settings: {error}"
+        ) from None
     return optimizer
 
 

@@ -11,10 +11,12 @@ from saqcli.workflows.setup import explicit_policy, float_policy, load_float, pa
 
 
 def plan(config: RunConfig, run_dir: Path, progress: Progress) -> dict[str, Any]:
-    """The resolved configuration and the profile of the network; under a budget at float bits, since nothing is searched.
+    """The resolved configuration and the profile of the network; under a budget at float bits, since nothing
+    is searched.
 
     Raises:
-        SaqError: what would stop the run at once: an unknown model, a policy that does not fit, a budget that nothing meets.
+        SaqError: what would stop the run at once: an unknown model, a policy that does not fit, a budget that
+            nothing meets.
     """
     network = wrap_and_trace(load_float(config.model.model_copy(update={"pretrained": False}), progress))
     policy = explicit_policy(config, network)

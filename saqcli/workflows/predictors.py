@@ -1,4 +1,4 @@
-"""Anything that can be evaluated, as a function from images to logits: a name, a run, a safetensors or an ONNX file."""
+"""Anything that can be evaluated, as a function from images to logits: a name, a run, a file."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,7 +60,9 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
     if path.is_dir():
         return open_safetensors(finished_model(RunDirectory.open(path)), device)
     if path.is_file():
-        raise ConfigError(f"{path} is no model file of saq: give MODEL --weights {path}, to evaluate float weights")
+        raise ConfigError(
+            f"{path} is no model file of saq: give MODEL --weights {path}, to evaluate float weights"
+        )
     loaded = load_float(section, progress)
     return Predictor(loaded.model.to(device), loaded.name, loaded.num_classes, loaded.preprocessing, device)
 
@@ -145,7 +147,8 @@ def load(path: str | Path) -> nn.Module:
         path: ``model.safetensors``, or the directory that ``saq quantize`` left.
 
     Returns:
-        In eval mode on the CPU; bit-equal to the model that was saved. Its input is normalized images (N, C, H, W).
+        In eval mode on the CPU; bit-equal to the model that was saved. Its input is normalized images (N, C,
+        H, W).
 
     Raises:
         SaqError: no such thing, or a damaged one.

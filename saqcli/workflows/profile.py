@@ -78,7 +78,9 @@ def unquantized(traced: Trace) -> list[dict[str, Any]]:
         {"name": layer.name, "kind": layer.kind, "macs": layer.macs, "reason": NOT_A_LAYER}
         for layer in traced.unquantized.values()
     ]
-    return multiplying + [{"name": name, "kind": None, "macs": 0, "reason": NEVER_RUNS} for name in traced.idle]
+    return multiplying + [
+        {"name": name, "kind": None, "macs": 0, "reason": NEVER_RUNS} for name in traced.idle
+    ]
 
 
 def profile(

@@ -111,7 +111,12 @@ class Outcome:
 
 
 def quantize(
-    config: RunConfig, run_dir: Path, *, resume: bool = False, overwrite: bool = False, progress: Progress = SILENT
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
 ) -> Outcome:
     """Quantize as ``config`` says and leave a run directory.
 
@@ -128,6 +133,7 @@ def quantize(
     check(config)
     device = pick_device(config.run.device)
     run = RunDirectory(run_dir)
+    run.check_usable(resume=resume, overwrite=overwrite)
     begun = resume and run.load_checkpoint() is not None
     if resume and (run_dir / "config.json").is_file():
         _check_same(run.config(), config, run_dir)
@@ -172,7 +178,12 @@ def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tupl
 
 
 def begin(
-    config: RunConfig, network: Network, images: Images, run: RunDirectory, device: torch.device, progress: Progress
+    config: RunConfig,
+    network: Network,
+    images: Images,
+    run: RunDirectory,
+    device: torch.device,
+    progress: Progress,
 ) -> None:
     """Score the float model, choose bits, calibrate, score again; leave the first checkpoint."""
     model = network.model
@@ -231,9 +242,7 @@ def complete(config: RunConfig, run: RunDirectory, device: torch.device, progres
     return outcome
 
 
-def score(
-    model: nn.Module, loader: Loader, title: str, device: torch.device, progress: Progress
-) -> Score:
+def score(model: nn.Module, loader: Loader, title: str, device: torch.device, progress: Progress) -> Score:
     """Accuracy of ``model`` in eval mode."""
     model.eval()
     with progress.task(title, len(loader)) as task:
@@ -340,4 +349,3 @@ def _pack(outcome: Outcome) -> dict[str, Any]:
 def _unpack(packed: dict[str, Any]) -> Outcome:
     scores = {name: Score(**packed[name]) for name in ("float_score", "calibrated_score", "score")}
     return Outcome(**{**packed, **scores, "policy": BitConfig.model_validate_json(packed["policy"])})
-

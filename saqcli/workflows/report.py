@@ -24,7 +24,8 @@ def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
     budget = results["budget_bops"]
     share = f" ({100 * results['bops'] / budget:.2f} % of {format_quantity(budget)})" if budget else ""
     layers = "\n".join(
-        f"| `{name}` | {bits['weight'] or 32} | {bits['activation'] or 32} |" for name, bits in results["policy"].items()
+        f"| `{name}` | {bits['weight'] or 32} | {bits['activation'] or 32} |"
+        for name, bits in results["policy"].items()
     )
     return f"""# {results["model"]}, quantized
 
@@ -33,13 +34,17 @@ def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
 | top-1 | {results["float_top1"]:.2f} % | {results["calibrated_top1"]:.2f} % | {results["top1"]:.2f} % |
 | top-5 | {results["float_top5"]:.2f} % |  | {results["top5"]:.2f} % |
 | BOPs | {format_quantity(results["float_bops"])} |  | {format_quantity(results["bops"])}{share} |
-| size | {format_quantity(results["float_size_bytes"], "B")} |  | {format_quantity(results["size_bytes"], "B")} |
+| size | {format_quantity(results["float_size_bytes"], "B")} |  | {
+        format_quantity(results["size_bytes"], "B")
+    } |
 
-Evaluated on {results["images"]} images. BOPs are reduced {results["bops_reduction"]:.1f} times. The ONNX file has the same best
-class as the PyTorch model on {100 * results["onnx_argmax_agreement"]:.2f} % of {results["onnx_images"]} images.
+Evaluated on {results["images"]} images. BOPs are reduced {results["bops_reduction"]:.1f} times. The ONNX file
+has the same best class as the PyTorch model on {100 * results["onnx_argmax_agreement"]:.2f} % of
+{results["onnx_images"]} images.
 
-Method {config.training.method}, {config.training.epochs} epochs, learning rate {config.training.lr:g}, seed {config.run.seed},
-recipe {config.recipe}. Run it again with `saq quantize --config config.json --run-dir NEW`.
+Method {config.training.method}, {config.training.epochs} epochs, learning rate {config.training.lr:g}, seed
+{config.run.seed}, recipe {config.recipe}. Run it again with `saq quantize --config config.json --run-dir
+NEW`.
 
 ## Bits
 

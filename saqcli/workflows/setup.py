@@ -132,7 +132,9 @@ def explicit_policy(config: RunConfig, network: Network) -> BitConfig | None:
     given = [name for name in ("bits", "bops", "policy") if getattr(wanted, name) is not None]
     if len(given) != 1:
         asked = " and ".join(f"--{name}" for name in given) or "none of them"
-        raise ConfigError(f"one of --bits, --bops and --policy says what to quantize to, and {asked} was given")
+        raise ConfigError(
+            f"one of --bits, --bops and --policy says what to quantize to, and {asked} was given"
+        )
     if wanted.policy is not None:
         return read_policy(Path(wanted.policy), network)
     if wanted.bits is not None:
@@ -208,7 +210,9 @@ class Images:
 def open_named(section: DataSection, split: Literal["train", "val"], num_classes: int) -> Split:
     """One split of ``--data``."""
     if section.path is None:
-        raise ConfigError("no images were named: give --data DIR with train/ and val/, a folder a class in each")
+        raise ConfigError(
+            "no images were named: give --data DIR with train/ and val/, a folder a class in each"
+        )
     return open_split(section.path, split, num_classes=num_classes, bad_images=section.bad_images)
 
 

@@ -1,8 +1,9 @@
 """Does a file compute what the model computes? Run both on the same images and compare.
 
-Logits of an ONNX graph with Q/DQ nodes are not bit-equal to PyTorch's: the two sum in different orders, and where an activation
-lies on the edge between two codes, the last bit of such a sum decides, and the difference becomes a whole step. What must hold is
-that such edges are rare: nearly every image has the same best class, and the logits differ by little on average.
+Logits of an ONNX graph with Q/DQ nodes are not bit-equal to PyTorch's: the two sum in different orders, and
+where an activation lies on the edge between two codes, the last bit of such a sum decides, and the difference
+becomes a whole step. What must hold is that such edges are rare: nearly every image has the same best class,
+and the logits differ by little on average.
 """
 
 from collections.abc import Callable

@@ -4,9 +4,10 @@
                                                      Conv --Add(bias)-- BatchNormalization -- ...
     integer weight (INT4 / INT8 / INT16) --Dequant--'
 
-Three choices keep the numbers, each answering something that ONNX Runtime does on its own (``docs/export.md``): weights are
-integer constants behind DequantizeLinear, packed to INT4 where their codes fit; the bias is an Add of its own, since a bias inside
-Conv or Gemm between quantized tensors is rounded to int32; activations live in 8-bit containers behind a float Clip.
+Three choices keep the numbers, each answering something that ONNX Runtime does on its own
+(``docs/export.md``): weights are integer constants behind DequantizeLinear, packed to INT4 where their codes
+fit; the bias is an Add of its own, since a bias inside Conv or Gemm between quantized tensors is rounded to
+int32; activations live in 8-bit containers behind a float Clip.
 """
 
 import copy
@@ -84,7 +85,9 @@ def _trace(frozen: nn.Module, example: Tensor) -> ir.Model:
     batch = torch.export.Dim("batch", min=1, max=65536)
     example = example.cpu()
     if len(example) < 2:
-        example = example.expand(2, *example.shape[1:]).contiguous()  # a batch of one would be taken for a constant
+        example = example.expand(
+            2, *example.shape[1:]
+        ).contiguous()  # a batch of one would be taken for a constant
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     try:
@@ -148,7 +151,9 @@ def _reshaped(graph: ir.Graph, bias: ir.Value, node: ir.Node) -> ir.Value:
     array = bias.const_value.numpy()
     spatial = len(node.inputs[1].shape) - 2
     tensor = ir.tensor(array.reshape(1, -1, *(1,) * spatial), name=f"{bias.name}_of_{node.name}")
-    value = ir.Value(name=tensor.name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+    value = ir.Value(
+        name=tensor.name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype)
+    )
     graph.register_initializer(value)
     return value
 
@@ -176,7 +181,9 @@ def read_onnx_facts(path: Path) -> ModelFacts:
     try:
         properties = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
     except Exception as error:  # protobuf, onnx and the file system each have their own
-        raise CorruptArtifact(f"{path} cannot be read as ONNX: {' '.join(str(error).split())[:200]}") from None
+        raise CorruptArtifact(
+            f"{path} cannot be read as ONNX: {' '.join(str(error).split())[:200]}"
+        ) from None
     if "saq.facts" not in properties:
         raise CorruptArtifact(f"{path} was not exported by saq: its preprocessing is unknown")
     return parse_json(ModelFacts, properties["saq.facts"], str(path), CorruptArtifact)

@@ -1,14 +1,15 @@
 """Two operators that stand for quantizers while a graph is exported, and what they become in ONNX.
 
 ``saq::quantize_input`` becomes Clip, QuantizeLinear, DequantizeLinear; ``saq::dequantize_weight`` becomes one
-DequantizeLinear over an integer constant. Both compute in PyTorch exactly what the fake quantizers compute, so the exported
-module can be run and compared before ONNX comes in. Importing this module registers the operators with PyTorch; only the
-exporter imports it.
+DequantizeLinear over an integer constant. Both compute in PyTorch exactly what the fake quantizers compute,
+so the exported module can be run and compared before ONNX comes in. Importing this module registers the
+operators with PyTorch; only the exporter imports it.
 
-Plain PyTorch arithmetic would be exported as divisions and roundings, and ``torch.fake_quantize_*`` cannot be exported at
-most bit-widths (see ``docs/export.md``).
+Plain PyTorch arithmetic would be exported as divisions and roundings, and ``torch.fake_quantize_*`` cannot be
+exported at most bit-widths (see ``docs/export.md``).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def _weight_to_onnx(codes: Any, step: Any, dim: int) -> Any:
 
 
 # Annotated with ``int``, attributes arrive as Python integers.
-TRANSLATIONS = {
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.saq.quantize_input.default: _input_to_onnx,
     torch.ops.saq.dequantize_weight.default: _weight_to_onnx,
 }

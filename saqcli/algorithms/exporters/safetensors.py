@@ -2,17 +2,18 @@
 
     NAME.codes       weight codes, packed into exactly their bits (see ``quant.packing``)
     NAME.step        what a code is worth, per output channel or one; value = step * code
-    everything else  under its own name in the model's state: biases, norms, clipping levels, unquantized weights
+    everything else  under its own name in the model's state: biases, norms, clipping levels, unquantized
+    weights
 
-Loading builds the float architecture, wraps it, and puts ``step * code`` where the float weight was. Quantizing that again
-gives the same codes, so the loaded model equals the saved one bit for bit. No code is ever read from the file.
+Loading builds the float architecture, wraps it, and puts ``step * code`` where the float weight was.
+Quantizing that again gives the same codes, so the loaded model equals the saved one bit for bit. No code is
+ever read from the file.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -78,7 +79,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no mapping
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}
     except (OSError, safetensors.SafetensorError) as error:
         raise CorruptArtifact(f"{path} cannot be read as safetensors: {error}") from None
 
@@ -96,9 +98,14 @@ def rebuild(model: nn.Module, facts: ModelFacts, tensors: Mapping[str, Tensor], 
         if stores_codes(layer) and isinstance(quantizer, Quantizer) and f"{name}.codes" in state:
             level = state.get(f"{name}.weight_quantizer.clipping_level")
             if level is None or level.shape != quantizer.clipping_level.shape:
-                raise CorruptArtifact(f"{source}: the clipping level of {name} is missing or of another shape")
+                raise CorruptArtifact(
+                    f"{source}: the clipping level of {name} is missing or of another shape"
+                )
             codes = unpack(
-                state.pop(f"{name}.codes"), quantizer.grid(), quantizer.bits, tuple(layer.latent_weight().shape)
+                state.pop(f"{name}.codes"),
+                quantizer.grid(),
+                quantizer.bits,
+                tuple(layer.latent_weight().shape),
             )
             state.pop(f"{name}.step", None)
             state[f"{name}.{layer.weight_name}"] = codes * step_of(level[0], quantizer.grid())
@@ -117,4 +124,3 @@ def restore_structure(model: nn.Module, facts: ModelFacts) -> None:
     for parent, children in facts.routed.items():
         convert.route(model, [parent], children)
     convert.install(model, facts.scheme, facts.policy, facts.signed)
-

@@ -1,4 +1,4 @@
-"""Plain quantization-aware training: one pass, the base optimizer's step. What every other minimizer is compared with."""
+"""Plain quantization-aware training: one pass, the base optimizer's step. What the others are compared with."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

@@ -5,12 +5,13 @@
     pass 2    gradients of L(Q(w) + e) through the straight-through estimator; batch statistics frozen
     update    the base optimizer's step on the unperturbed weights
 
-This is Case 3 of Liu et al. (arXiv:2111.12273, Eq. 10-11). Perturbing w before quantization instead (Case 2, plain SAM)
-is mostly swallowed by the rounding. Pass 1 takes only the gradients it needs and accumulates nothing, so chunks of a
-batch and data-parallel shards each ascend on their own data, as sharpness-aware minimization prescribes.
+This is Case 3 of Liu et al. (arXiv:2111.12273, Eq. 10-11). Perturbing w before quantization instead (Case 2,
+plain SAM) is mostly swallowed by the rounding. Pass 1 takes only the gradients it needs and accumulates
+nothing, so chunks of a batch and data-parallel shards each ascend on their own data, as sharpness-aware
+minimization prescribes.
 
-Differs from the paper: batch-norm statistics are updated in pass 1 only, as is usual for SAM; the released code updates
-them in both (``bn_second_pass="update"``).
+Differs from the paper: batch-norm statistics are updated in pass 1 only, as is usual for SAM; the released
+code updates them in both (``bn_second_pass="update"``).
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,9 @@
 """The family of searchers: a problem in, a bit configuration within the budget out.
 
-A searcher is handed everything it may need (the wrapped model with its input statistics, costs, budget, candidates) and
-returns one configuration that the budget admits. To add one: write ``saqcli/algorithms/searchers/NAME.py`` with a class
-that has ``search``, and add its line here. The contract tests run over the table.
+A searcher is handed everything it may need (the wrapped model with its input statistics, costs, budget,
+candidates) and returns one configuration that the budget admits. To add one: write
+``saqcli/algorithms/searchers/NAME.py`` with a class that has ``search``, and add its line here. The contract
+tests run over the table.
 """
 
 from collections.abc import Callable

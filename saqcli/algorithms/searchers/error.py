@@ -1,8 +1,8 @@
 """Bits by quantization error alone: seconds, no training, an exact knapsack.
 
-The output noise of a layer, relative to its signal, is to first order the sum of the noise-to-signal ratios of its
-weight and of its input. The searcher minimises the sum of these over all layers under the budget. It knows nothing of how
-much a layer's noise matters to the loss; it is what a learned search must beat.
+The output noise of a layer, relative to its signal, is to first order the sum of the noise-to-signal ratios
+of its weight and of its input. The searcher minimises the sum of these over all layers under the budget. It
+knows nothing of how much a layer's noise matters to the loss; it is what a learned search must beat.
 """
 
 import torch
@@ -28,10 +28,16 @@ class ErrorKnapsack:
         fixed = problem.costs.bops(problem.costs.uniform(problem.name, options[0])) - sum(
             layer.bops(options[0]) for members in groups.values() for layer in members
         )
-        costs = [[sum(layer.bops(bits) for layer in members) for bits in options] for members in groups.values()]
+        costs = [
+            [sum(layer.bops(bits) for layer in members) for bits in options] for members in groups.values()
+        ]
         losses = [[_sum(noise, members, bits) for bits in problem.candidates] for members in groups.values()]
         limit = problem.budget.bops - fixed
-        chosen = choose(costs, losses, limit, least=int(BUDGET_USE * problem.budget.bops) + 1 - fixed) if groups else []
+        chosen = (
+            choose(costs, losses, limit, least=int(BUDGET_USE * problem.budget.bops) + 1 - fixed)
+            if groups
+            else []
+        )
         by_layer = {
             layer.name: options[index]
             for members, index in zip(groups.values(), chosen, strict=True)

@@ -1,8 +1,9 @@
-"""What every quantizer is: a grid and a trainable clipping level for each candidate bit-width, one of them active.
+"""What every quantizer is: a grid and a trainable clipping level for each candidate bit-width, one of them
+active.
 
 Levels of all candidates are one stacked Parameter ``(candidates, *shape)``, so that every pass uses the same
-parameters whatever bits are active (data-parallel training needs no search for unused ones) and switching bits is
-one assignment.
+parameters whatever bits are active (data-parallel training needs no search for unused ones) and switching
+bits is one assignment.
 """
 
 from abc import ABC, abstractmethod
@@ -44,7 +45,9 @@ class Quantizer(nn.Module, ABC):
             ConfigError: no such candidate.
         """
         if bits not in self.candidates:
-            raise ConfigError(f"this quantizer was built for {self.candidates} bits and cannot switch to {bits}")
+            raise ConfigError(
+                f"this quantizer was built for {self.candidates} bits and cannot switch to {bits}"
+            )
         self._active = self.candidates.index(bits)
 
     def grid(self) -> Grid:

@@ -1,11 +1,11 @@
 """The quantizer of SAQ: uniform, with a learned clipping level and the rounding residual as its gradient.
 
-Weights on the paper's odd-integer grid or the integer grid, activations in [0, a] or, where the input is signed,
-on the signed grid of the same number of levels. Formulas and gradients stand in ``fake_quantize``.
+Weights on the paper's odd-integer grid or the integer grid, activations in [0, a] or, where the input is
+signed, on the signed grid of the same number of levels. Formulas and gradients stand in ``fake_quantize``.
 
-Source: Liu et al., arXiv:2111.12273, section 3. Differs from the paper: levels start at the least squared error
-(and a level per output channel) instead of at 1 with normalized weights, so that wrapping a pretrained network
-keeps its function as well as the bits allow.
+Source: Liu et al., arXiv:2111.12273, section 3. Differs from the paper: levels start at the least squared
+error (and a level per output channel) instead of at 1 with normalized weights, so that wrapping a pretrained
+network keeps its function as well as the bits allow.
 """
 
 import torch

@@ -1,0 +1,572 @@
+"""Minimizers: their limits, an independent twin, and that they leave nothing behind."""
+
+import inspect
+import io
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from networks import NETWORKS, TwoHeads, images, quantize, seeded
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saqcli.algorithms.minimizers import MINIMIZERS, Chunk, Minimizer
+from saqcli.algorithms.minimizers.qat import QAT
+from saqcli.algorithms.minimizers.saq import SAQ
+from saqcli.algorithms.sharpness import PERTURBED, Kind, PerturbedSet, RadiusUnit
+from saqcli.errors import UnperturbedLayer
+from saqcli.quant import convert
+from saqcli.quant.bits import BitConfig, LayerBits
+from saqcli.quant.convert import Scheme
+from saqcli.quant.layers import quantized_layers
+
+RHO = 0.3
+Batch = tuple[Tensor, Tensor]
+
+
+def batch(count: int = 16, seed: int = 3) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return images(count, seed), torch.randint(0, 5, (count,), generator=generator)
+
+
+def loss_of(model: nn.Module, data: Batch) -> Callable[[], Tensor]:
+    return lambda: F.cross_entropy(model(data[0]), data[1])
+
+
+def chunks_of(model: nn.Module, data: Batch, size: int) -> list[Chunk]:
+    total = len(data[1])
+    pieces = zip(data[0].split(size), data[1].split(size), strict=True)
+    return [Chunk(loss_of(model, piece), len(piece[1]) / total) for piece in pieces]
+
+
+def trainable(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return quantize(NETWORKS[name]).model.to(dtype).train()
+
+
+def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=1e-3)
+
+
+def still(model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer whose step moves nothing."""
+    return torch.optim.SGD(model.parameters(), lr=0.0)
+
+
+def make(method: str, model: nn.Module, base: torch.optim.Optimizer) -> Minimizer:
+    """Any minimizer of the table, at a radius where it has one."""
+    options = {"rho": RHO} if "rho" in inspect.signature(MINIMIZERS[method]).parameters else {}
+    return MINIMIZERS[method](model, base, **options)
+
+
+def snapshot(model: nn.Module, base: torch.optim.Optimizer | None = None) -> list[tuple[str, Tensor]]:
+    """Every tensor of the model and of the optimizer's state, copied."""
+    tensors = [(name, value.detach().clone()) for name, value in model.state_dict().items()]
+    if base is not None:
+        for index, state in base.state_dict()["state"].items():
+            tensors += [(f"{index}.{key}", v.clone()) for key, v in state.items() if isinstance(v, Tensor)]
+    return tensors
+
+
+def assert_bitwise_equal(one: list[tuple[str, Tensor]], other: list[tuple[str, Tensor]]) -> None:
+    assert [name for name, _ in one] == [name for name, _ in other]
+    different = [name for (name, a), (_, b) in zip(one, other, strict=True) if not torch.equal(a, b)]
+    assert not different
+
+
+def norms(model: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
+    return (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+
+
+# An independent SAQ in float64: one convolution with bias, batch norm, ReLU, one linear layer.
+
+
+def twin_quantize(x: Tensor, level: Tensor, bits: int, kind: str) -> Tensor:
+    """The paper's formulas, straight-through by detaching the rounding residual."""
+    if kind == "paper":
+        n = 2**bits - 1
+        u = (torch.clamp(x / level, -1, 1) + 1) / 2
+        return level * (2 * (u + (torch.round(u * n) / n - u).detach()) - 1)
+    low, n = {
+        "integer": (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1),
+        "int8": (-127, 127),
+        "unsigned": (0, 2**bits - 1),
+    }[kind]
+    u = torch.maximum(torch.minimum(x / level, torch.ones_like(x)), torch.full_like(x, low / n))
+    return level * (u + (torch.round(u * n) / n - u).detach())
+
+
+def twin_loss(p: dict[str, Tensor], e: dict[str, Tensor], data: Batch, kinds: dict[str, Any]) -> Tensor:
+    """Loss at ``p + e``; ``Qw`` and ``Qv``, the quantized weights, are perturbed after quantization."""
+    p = {name: value + e[name] if name in e else value for name, value in p.items()}
+    x = twin_quantize(data[0], p["conv_a"], 4, "integer")
+    x = F.conv2d(x, twin_quantize(p["w"], p["w_a"], *kinds["w"]) + e["Qw"], p["b"])
+    mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+    kinds["seen"] = (mean.detach(), (variance * x.numel() / 3 / (x.numel() / 3 - 1)).detach())
+    shape = (1, -1, 1, 1)
+    x = (x - mean.view(shape)) / (variance.view(shape) + 1e-5).sqrt() * p["g"].view(shape) + p["s"].view(shape)
+    x = twin_quantize(torch.relu(x).flatten(1), p["linear_a"], 3, "unsigned")
+    logits = x @ (twin_quantize(p["v"], p["v_a"], *kinds["v"]) + e["Qv"]).T + p["c"]
+    return -torch.log_softmax(logits, 1)[torch.arange(len(x)), data[1]].mean()
+
+
+def twin_step(
+    p: dict[str, Tensor], buffers: dict[str, Tensor], data: Batch, unit: RadiusUnit, kinds: dict[str, Any]
+) -> Tensor:
+    """One update of SAQ, in place."""
+    moved = ["b", "g", "s", "c", "conv_a", "linear_a"]
+    zero = {name: torch.zeros_like(p[name]) for name in moved}
+    zero |= {"Qw": torch.zeros_like(p["w"]), "Qv": torch.zeros_like(p["v"])}
+    for value in zero.values():
+        value.requires_grad_(True)
+    first = twin_loss(p, zero, data, kinds)
+    g = dict(zip(zero, torch.autograd.grad(first, list(zero.values())), strict=True))
+    for name, value in zip(("mean", "var"), kinds["seen"], strict=True):
+        buffers[name] = 0.9 * buffers[name] + 0.1 * value
+    scale = {name: 1.0 for name in g}
+    if unit == "deviation":
+        for name, weight in (("Qw", p["w"]), ("Qv", p["v"])):
+            centred = weight.detach() - weight.detach().mean()
+            scale[name] = float((centred.square().sum() / (weight.numel() - 1)).sqrt())
+    norm = sum((scale[name] ** 2 * g[name].square()).sum() for name in g) ** 0.5
+    e = {name: RHO * scale[name] ** 2 * g[name] / norm for name in g}
+    gradients = torch.autograd.grad(twin_loss(p, e, data, kinds), list(p.values()))
+    for (name, value), gradient in zip(p.items(), gradients, strict=True):
+        gradient = gradient + 0.01 * value.detach()
+        velocity = 0.9 * buffers[name] + gradient if name in buffers else gradient
+        buffers[name] = velocity
+        p[name] = (value.detach() - 0.05 * (gradient + 0.9 * velocity)).requires_grad_(True)
+    return first.detach()
+
+
+def twin_model(grid: str) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
+    """A float64 network with levels set by hand, its tensors under the twin's names, and its grids."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 5))
+    model.double().train()
+    convert.wrap(model)
+    widths = {"0": LayerBits(weight=8, activation=4), "4": LayerBits(weight=2, activation=3)}
+    policy = BitConfig(model="twin", layers=widths)
+    convert.install(model, Scheme(weight_grid=grid), policy, {"0": True, "4": False})  # type: ignore[arg-type]
+    model.double()
+    layers = quantized_layers(model)
+    conv, linear, norm = layers["0"], layers["4"], model[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    with torch.no_grad():  # levels that clip some values and not others
+        for layer in (conv, linear):
+            deviation = layer.latent_weight().std()
+            layer.weight_quantizer.clipping_level.uniform_(1.1, 1.5).mul_(deviation)  # type: ignore[operator, union-attr]
+        conv.input_quantizer.clipping_level.fill_(1.7)  # type: ignore[operator, union-attr]
+        linear.input_quantizer.clipping_level.fill_(1.9)  # type: ignore[operator, union-attr]
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.uniform_(-0.5, 0.5)
+    members = {
+        "w": conv.latent_weight(), "b": conv.bias, "w_a": conv.weight_quantizer.clipping_level,
+        "conv_a": conv.input_quantizer.clipping_level, "g": norm.weight, "s": norm.bias,
+        "v": linear.latent_weight(), "c": linear.bias, "v_a": linear.weight_quantizer.clipping_level,
+        "linear_a": linear.input_quantizer.clipping_level,
+    }  # fmt: skip
+    assert {id(p) for p in members.values()} == {id(p) for p in model.parameters()}
+    kinds = {
+        "paper": {"w": (8, "paper"), "v": (2, "paper")},
+        "auto": {"w": (8, "int8"), "v": (2, "paper")},
+        "zero": {"w": (8, "int8"), "v": (2, "integer")},
+    }[grid]
+    return model, members, dict(kinds)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("grid", ["auto", "paper", "zero"])
+@pytest.mark.parametrize("unit", ["deviation", "absolute"])
+def test_saq_equals_its_formulas_written_out(unit: RadiusUnit, grid: str) -> None:
+    model, members, kinds = twin_model(grid)
+    p = {name: value.detach().clone() for name, value in members.items()}
+    for name in ("w_a", "v_a", "conv_a", "linear_a"):
+        p[name] = p[name][0]
+    for value in p.values():
+        value.requires_grad_(True)
+    buffers = {"mean": torch.zeros(3).double(), "var": torch.ones(3).double()}
+    base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01)
+    minimizer = SAQ(model, base, rho=RHO, rho_unit=unit)
+
+    for step in range(5):
+        x, labels = batch(16, seed=step)
+        data = (x.double(), labels)
+        expected = twin_step(p, buffers, data, unit, kinds)
+        loss = minimizer.step([Chunk(loss_of(model, data), 1.0)])
+        assert abs(loss - expected) < 1e-10
+
+    for name, value in members.items():
+        assert (value.detach().reshape(p[name].shape) - p[name]).abs().max() < 1e-10, name
+    (norm,) = norms(model)
+    assert (norm.running_mean - buffers["mean"]).abs().max() < 1e-10
+    assert (norm.running_var - buffers["var"]).abs().max() < 1e-10
+
+
+# Limits.
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_radius_of_zero_is_plain_training_bitwise(network: str) -> None:
+    ends = []
+    for make_it in (QAT, lambda model, base: SAQ(model, base, rho=0.0)):
+        model = trainable(network)
+        base = sgd(model)
+        minimizer = make_it(model, base)
+        for step in range(5):
+            minimizer.step(chunks_of(model, batch(16, seed=step), 8))
+        ends.append(snapshot(model, base))
+
+    assert any("momentum_buffer" in name for name, _ in ends[0])
+    assert_bitwise_equal(*ends)
+
+
+def test_a_radius_above_zero_is_not_plain_training() -> None:
+    model = trainable("conv_bn")
+    other = deepcopy(model)
+    data = batch()
+    QAT(model, sgd(model)).step(chunks_of(model, data, 16))
+    SAQ(other, sgd(other), rho=RHO).step(chunks_of(other, data, 16))
+
+    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)]
+    assert all(moved)
+
+
+# The perturbation.
+
+
+@pytest.mark.parametrize("unit", ["deviation", "absolute"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_joint_norm_of_the_scaled_perturbation_is_the_radius(network: str, unit: RadiusUnit) -> None:
+    model = trainable(network, torch.float64)
+    x, labels = batch()
+    members = PerturbedSet(model)
+    _, gradients = members.gradients(loss_of(model, (x.double(), labels)))
+    found = members.ascent(gradients, RHO, unit)
+
+    total = sum(float(step.square().sum()) for step in found.parameters)
+    for layer, step in zip(members.layers, found.weights, strict=True):
+        scale = layer.effective_weight().std() if unit == "deviation" else torch.tensor(1.0)
+        total += float((step / scale).square().sum())
+    assert total**0.5 == pytest.approx(RHO, rel=1e-9)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_quantized_layer_is_perturbed_in_the_second_pass_alone(network: str) -> None:
+    model = trainable(network)
+    layers = quantized_layers(model)
+    data = batch()
+    seen: list[dict[str, float]] = []
+
+    def loss() -> Tensor:
+        seen.append({name: float(layer.perturbation.abs().max()) for name, layer in layers.items()})  # type: ignore[union-attr]
+        return loss_of(model, data)()
+
+    SAQ(model, sgd(model), rho=RHO).step([Chunk(loss, 1.0)])
+    first, second = seen
+    assert not any(first.values())
+    assert all(second.values())
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_perturbation_raises_the_loss(network: str) -> None:
+    model = trainable(network, torch.float64)
+    x, labels = batch()
+    loss = loss_of(model, (x.double(), labels))
+    members = PerturbedSet(model, ["weights"])  # in which the loss is smooth, all but the codes behind
+    before, gradients = members.gradients(loss)
+    with members.applied(members.ascent(gradients, 0.05, "deviation")), torch.no_grad():
+        assert loss() > before
+
+
+KINDS: dict[Kind, set[str]] = {
+    "biases": {"3.bias", "7.bias"},
+    "norms": {"1.weight", "1.bias", "4.weight", "4.bias"},
+    "activation_clips": {f"{name}.input_quantizer.clipping_level" for name in "037"},
+    "weight_clips": {f"{name}.weight_quantizer.clipping_level" for name in "037"},
+    "weights": set(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_kinds_asked_for_are_moved(kind: Kind) -> None:
+    model = trainable("conv_bn")
+    members = PerturbedSet(model, [kind])
+    _, gradients = members.gradients(loss_of(model, batch()))
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    with members.applied(members.ascent(gradients, RHO, "deviation")):
+        moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+        ports = {layer.perturbation is not None for layer in quantized_layers(model).values()}
+
+    assert moved == KINDS[kind]
+    assert ports == {kind == "weights"}
+
+
+def test_frozen_parameters_are_not_moved() -> None:
+    model = trainable("conv_bn")
+    frozen = [value for norm in norms(model) for value in norm.parameters()]
+    for value in frozen:
+        value.requires_grad_(False)
+
+    assert not {id(p) for p in PerturbedSet(model).parameters} & {id(p) for p in frozen}
+
+
+def test_a_layer_that_did_not_run_counts_as_zero() -> None:
+    model = quantize(TwoHeads).model.double().train()
+    assert isinstance(model, TwoHeads)
+    model.use_auxiliary = False
+    x, labels = batch()
+    members = PerturbedSet(model, ["weights"])
+    _, gradients = members.gradients(loss_of(model, (x.double(), labels)))
+    found = members.ascent(gradients, RHO, "absolute")
+
+    steps = dict(zip(quantized_layers(model), found.weights, strict=True))
+    assert not steps["auxiliary"].any()
+    assert sum(float(step.square().sum()) for step in steps.values()) ** 0.5 == pytest.approx(RHO, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", MINIMIZERS)
+def test_a_layer_that_did_not_run_stays_as_it_is(method: str) -> None:
+    model = quantize(TwoHeads).model.train()
+    assert isinstance(model, TwoHeads)
+    model.use_auxiliary = False
+    before = snapshot(model.auxiliary)
+    make(method, model, sgd(model)).step(chunks_of(model, batch(), 8))
+
+    assert_bitwise_equal(snapshot(model.auxiliary), before)
+    assert all(value.isfinite().all() for _, value in snapshot(model))
+
+
+def test_a_loss_that_no_quantized_layer_takes_part_in_is_refused() -> None:
+    model = trainable("conv_bn")
+    norm = next(norms(model))
+
+    with pytest.raises(UnperturbedLayer, match="nothing to perturb"):
+        SAQ(model, sgd(model), rho=RHO).step([Chunk(lambda: norm.weight.square().sum(), 1.0)])
+    assert all(layer.perturbation is None for layer in quantized_layers(model).values())
+
+
+@pytest.mark.parametrize("method", MINIMIZERS)
+def test_gradients_of_zero_leave_finite_weights(method: str) -> None:
+    model = trainable("conv_bn")
+    x, _ = batch()
+    make(method, model, sgd(model)).step([Chunk(lambda: model(x).sum() * 0, 1.0)])
+
+    assert all(value.isfinite().all() for _, value in snapshot(model))
+
+
+@pytest.mark.parametrize("method", MINIMIZERS)
+def test_a_layer_of_a_single_weight_leaves_finite_weights(method: str) -> None:
+    """Its deviation is that of one number."""
+    network = nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(36, 5))
+    model = quantize(lambda: network).model.train()
+    minimizer = make(method, model, sgd(model))
+    for _ in range(2):
+        minimizer.step(chunks_of(model, batch(), 8))
+
+    assert all(value.isfinite().all() for _, value in snapshot(model))
+
+
+def test_a_set_without_members_perturbs_nothing() -> None:
+    model = quantize(lambda: nn.Sequential(nn.Flatten(), nn.Linear(108, 5, bias=False))).model.train()
+    data = batch()
+    twin = deepcopy(model)
+    SAQ(model, sgd(model), rho=RHO, perturb=["biases"]).step(chunks_of(model, data, 16))
+    QAT(twin, sgd(twin)).step(chunks_of(twin, data, 16))
+
+    assert_bitwise_equal(snapshot(model), snapshot(twin))
+
+
+# Side effects.
+
+
+@pytest.mark.parametrize("method", MINIMIZERS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_step_of_length_zero_leaves_every_parameter_bitwise(network: str, method: str) -> None:
+    model = trainable(network)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    make(method, model, still(model)).step(chunks_of(model, batch(), 8))
+
+    assert_bitwise_equal([(n, v.detach()) for n, v in model.named_parameters()], list(before.items()))
+    assert all(layer.perturbation is None for layer in quantized_layers(model).values())
+    assert all(norm.track_running_stats for norm in norms(model))
+
+
+@pytest.mark.parametrize("fails_in", [1, 2])
+def test_an_exception_leaves_the_model_as_it_was(fails_in: int) -> None:
+    model = trainable("conv_bn")
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    data, calls = batch(), []
+
+    def loss() -> Tensor:
+        calls.append(1)
+        value = loss_of(model, data)()
+        if len(calls) == fails_in:
+            raise KeyboardInterrupt
+        return value
+
+    with pytest.raises(KeyboardInterrupt):
+        SAQ(model, sgd(model), rho=RHO).step([Chunk(loss, 1.0)])
+
+    assert len(calls) == fails_in
+    assert_bitwise_equal([(n, v.detach()) for n, v in model.named_parameters()], list(before.items()))
+    assert all(layer.perturbation is None for layer in quantized_layers(model).values())
+    assert all(norm.track_running_stats for norm in norms(model))
+    assert all(int(norm.num_batches_tracked) == 1 for norm in norms(model))  # type: ignore[arg-type]
+
+
+def test_batch_statistics_are_counted_once_and_are_those_of_the_unperturbed_pass() -> None:
+    model = trainable("conv_bn")
+    plain = deepcopy(model)
+    data = batch()
+    SAQ(model, still(model), rho=RHO).step(chunks_of(model, data, 16))
+    with torch.no_grad():
+        plain(data[0])
+
+    assert all(int(norm.num_batches_tracked) == 1 for norm in norms(model))  # type: ignore[arg-type]
+    assert_bitwise_equal(snapshot(model), snapshot(plain))
+
+
+def test_batch_statistics_are_updated_by_both_passes_on_request() -> None:
+    model = trainable("conv_bn")
+    plain = deepcopy(model)
+    data = batch()
+    SAQ(model, still(model), rho=RHO, bn_second_pass="update").step(chunks_of(model, data, 16))
+    with torch.no_grad():
+        plain(data[0])
+
+    for norm, once in zip(norms(model), norms(plain), strict=True):
+        assert int(norm.num_batches_tracked) == 2  # type: ignore[arg-type]
+        assert not torch.equal(norm.running_mean, once.running_mean)  # type: ignore[arg-type]
+
+
+def test_norms_in_eval_mode_stay_untouched() -> None:
+    model = trainable("conv_bn")
+    frozen = next(norms(model)).eval()
+    before = snapshot(frozen)
+    SAQ(model, still(model), rho=RHO).step(chunks_of(model, batch(), 16))
+
+    assert_bitwise_equal(snapshot(frozen), before)
+    assert frozen.track_running_stats
+
+
+@pytest.mark.parametrize("method", MINIMIZERS)
+def test_the_returned_loss_is_that_of_the_unperturbed_model(method: str) -> None:
+    model = trainable("conv_bn")
+    plain = deepcopy(model)
+    data = batch(16)
+    loss = make(method, model, sgd(model)).step(chunks_of(model, data, 12))  # chunks of 12 and 4
+    expected = [chunk.loss() * chunk.share for chunk in chunks_of(plain, data, 12)]
+
+    assert torch.equal(loss, torch.stack(expected).sum().detach())
+    assert not loss.requires_grad
+
+
+# Chunks.
+
+
+def gradients_of(minimizer: Callable[[nn.Module, torch.optim.Optimizer], Minimizer], model: nn.Module,
+                 chunks: Callable[[nn.Module], list[Chunk]]) -> list[Tensor]:  # fmt: skip
+    """What the minimizer hands the optimizer; ``model`` is left as it is."""
+    model = deepcopy(model)
+    minimizer(model, still(model)).step(chunks(model))
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    """To the rounding of float64 sums of fewer than 10,000 terms: 10,000 * 2**-53 is 1.1e-12."""
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 1.1e-12 * max(1.0, float(b.abs().max()))
+
+
+@pytest.mark.parametrize("network", ["conv_bn", "token_mlp"])
+def test_every_chunk_is_perturbed_by_its_own_gradient(network: str) -> None:
+    model = trainable(network, torch.float64)
+    x, labels = batch(32)
+    data = (x.double(), labels)
+
+    def saq(model: nn.Module, base: torch.optim.Optimizer) -> Minimizer:
+        return SAQ(model, base, rho=RHO)
+
+    together = gradients_of(saq, model, lambda model: chunks_of(model, data, 8))
+    alone = [
+        gradients_of(saq, model, lambda model, i=i: [Chunk(chunks_of(model, data, 8)[i].loss, 1.0)])  # type: ignore[misc]
+        for i in range(4)
+    ]
+    assert_close(together, [torch.stack(parts).mean(0) for parts in zip(*alone, strict=True)])
+    whole = gradients_of(saq, model, lambda model: chunks_of(model, data, 32))
+    assert any((a - b).abs().max() > 1e-6 for a, b in zip(together, whole, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [8, 12])
+@pytest.mark.parametrize("network", ["token_mlp", "attention", "standardized", "transposed"])
+def test_chunks_do_not_change_plain_training_without_batch_norm(network: str, sizes: int) -> None:
+    model = trainable(network, torch.float64)
+    x, labels = batch(32)
+    data = (x.double(), labels)
+
+    assert_close(
+        gradients_of(QAT, model, lambda model: chunks_of(model, data, sizes)),
+        gradients_of(QAT, model, lambda model: chunks_of(model, data, 32)),
+    )
+
+
+# State.
+
+
+@pytest.mark.parametrize("method", MINIMIZERS)
+def test_a_minimizer_keeps_no_state_between_steps(method: str) -> None:
+    kept, fresh = trainable("conv_bn"), trainable("conv_bn")
+    base, other = sgd(kept), sgd(fresh)
+    minimizer = make(method, kept, base)
+    for step in range(3):
+        data = batch(16, seed=step)
+        minimizer.step(chunks_of(kept, data, 8))
+        make(method, fresh, other).step(chunks_of(fresh, data, 8))
+
+    assert_bitwise_equal(snapshot(kept, base), snapshot(fresh, other))
+    assert {key for state in base.state.values() for key in state} == {"momentum_buffer"}
+    assert not hasattr(minimizer, "state_dict")
+
+
+@pytest.mark.parametrize("method", MINIMIZERS)
+def test_training_continues_bitwise_from_saved_state(method: str) -> None:
+    straight = trainable("conv_bn")
+    base = sgd(straight)
+    minimizer = make(method, straight, base)
+    saved = io.BytesIO()
+    for step in range(6):
+        if step == 3:
+            torch.save({"model": straight.state_dict(), "base": base.state_dict()}, saved)
+        minimizer.step(chunks_of(straight, batch(16, seed=step), 8))
+
+    saved.seek(0)
+    state = torch.load(saved, weights_only=True)
+    resumed = quantize(NETWORKS["conv_bn"], seed=9).model.train()
+    resumed.load_state_dict(state["model"])
+    other = sgd(resumed)
+    other.load_state_dict(state["base"])
+    minimizer = make(method, resumed, other)
+    for step in range(3, 6):
+        minimizer.step(chunks_of(resumed, batch(16, seed=step), 8))
+
+    assert_bitwise_equal(snapshot(resumed, other), snapshot(straight, base))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", MINIMIZERS)
+def test_training_lowers_the_loss(method: str, network: str) -> None:
+    """Classes that one linear layer could tell apart: the sign of a channel's mean, in two bits."""
+    with seeded(0):
+        model = trainable(network)
+    x = images(64, seed=5)
+    labels = (x[:, 0].mean((1, 2)) > 0).long() + 2 * (x[:, 1].mean((1, 2)) > 0).long()
+    base = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    minimizer = make(method, model, base)
+    losses = [float(minimizer.step(chunks_of(model, (x, labels), 64))) for _ in range(40)]
+
+    assert sum(losses[-5:]) / 5 < 0.9 * losses[0]
+
+
+def test_perturbed_by_default_are_weights_biases_norms_and_activation_clips() -> None:
+    """What the released code perturbs; clipping levels of weights are trained but stay in place."""
+    assert set(PERTURBED) == {"weights", "biases", "norms", "activation_clips"}

@@ -1,0 +1,422 @@
+"""Properties of every quantizer in the table, and the closed forms of the one from the paper."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import BITS, bits, levels, tensors
+from torch import Tensor
+
+from saqcli.errors import ConfigError
+from saqcli.quant import grids
+from saqcli.quant.grids import Grid
+from saqcli.quant.quantizers import QUANTIZERS, Quantizer
+
+ROWS = 3
+FLOAT64_EPS = torch.finfo(torch.float64).eps
+
+
+class Case(NamedTuple):
+    """A quantizer of the table on one of its grids; ``channels`` gives every row its own level."""
+
+    family: str
+    operand: str
+    channels: bool
+
+    def grid(self, width: int) -> Grid:
+        if self.operand in ("paper", "zero", "auto"):
+            return grids.weights(width, self.operand)  # type: ignore[arg-type]
+        return grids.activations(width, signed=self.operand == "signed")
+
+    def build(self, level: float, widths: tuple[int, ...] = tuple(BITS)) -> Quantizer:
+        """All ``widths`` as candidates; rows have the levels level, 2 level, 3 level where they have their own."""
+        family = QUANTIZERS[self.family]
+        by_bits = {width: self.grid(width) for width in widths}
+        if self.operand in ("signed", "unsigned"):
+            quantizer: Quantizer = family.activation(by_bits)
+        else:
+            quantizer = family.weight(by_bits, (ROWS, 1) if self.channels else ())
+        with torch.no_grad():
+            row = torch.tensor([[1.0], [2.0], [3.0]]) if self.channels else torch.tensor(1.0)
+            for position in range(len(widths)):
+                quantizer.clipping_level[position] = level * row
+        return quantizer
+
+
+CASES = [
+    Case(family, operand, channels)
+    for family in QUANTIZERS
+    for operand in ("paper", "zero", "auto", "unsigned", "signed")
+    for channels in ((False, True) if operand in ("paper", "zero", "auto") else (False,))
+]
+CLIP_CASES = [case for case in CASES if case.family == "clip"]
+
+
+def _name(case: Case) -> str:
+    return f"{case.family}-{case.operand}{'-channels' if case.channels else ''}"
+
+
+every_quantizer = pytest.mark.parametrize("case", CASES, ids=_name)
+every_clip = pytest.mark.parametrize("case", CLIP_CASES, ids=_name)
+
+
+def bounds(quantizer: Quantizer) -> tuple[Tensor, Tensor]:
+    """Least and greatest value of the active grid."""
+    step, grid = quantizer.step().detach(), quantizer.grid()
+    return step * grid.lowest, step * grid.highest
+
+
+# Grids
+
+
+@pytest.mark.parametrize("width", BITS)
+def test_the_papers_weights_are_all_levels_of_two_d_minus_one(width: int) -> None:
+    n = 2**width - 1
+    grid = grids.paper_weights(width)
+    codes = list(range(grid.lowest, grid.highest + 1, grid.stride))
+    assert codes == [2 * d - n for d in range(n + 1)]
+    assert grid.levels == 2**width
+
+
+@pytest.mark.parametrize("width", BITS)
+def test_integer_weights_are_twos_complement_and_int8_is_symmetric(width: int) -> None:
+    grid = grids.integer_weights(width)
+    assert grid == ((-127, 127, 1) if width == 8 else (-(2 ** (width - 1)), 2 ** (width - 1) - 1, 1))
+
+
+@pytest.mark.parametrize("width", BITS)
+def test_auto_is_the_papers_grid_up_to_seven_bits_and_int8_at_eight(width: int) -> None:
+    expected = grids.integer_weights(8) if width == 8 else grids.paper_weights(width)
+    assert grids.weights(width, "auto") == expected
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("width", BITS)
+def test_zero_is_a_level_of_every_activation_grid(width: int, signed: bool) -> None:
+    grid = grids.activations(width, signed=signed)
+    assert grid.levels == 2**width
+    assert 0 in range(grid.lowest, grid.highest + 1, grid.stride)
+
+
+# Values
+
+
+@every_quantizer
+@given(x=tensors(ROWS), level=levels(), width=bits())
+def test_at_most_two_to_the_bits_values_and_none_beyond_the_grid(
+    case: Case, x: Tensor, level: float, width: int
+) -> None:
+    quantizer = case.build(level)
+    quantizer.select(width)
+    many = torch.cat([x, torch.linspace(-2, 2, 600).expand(ROWS, -1) * level], dim=1)
+    with torch.no_grad():
+        q = quantizer(many)
+    low, high = bounds(quantizer)
+    for row in q if case.channels else [q]:
+        assert row.unique().numel() <= 2**width
+    assert ((q >= low) & (q <= high)).all()
+
+
+@every_quantizer
+@given(x=tensors(ROWS, torch.float64), level=levels(), width=bits())
+def test_quantizing_twice_is_quantizing_once(case: Case, x: Tensor, level: float, width: int) -> None:
+    quantizer = case.build(level).double()
+    quantizer.select(width)
+    with torch.no_grad():
+        once = quantizer(x)
+        assert torch.equal(quantizer(once), once)
+
+
+@every_quantizer
+@given(x=tensors(ROWS), level=levels(), width=bits())
+def test_order_is_kept(case: Case, x: Tensor, level: float, width: int) -> None:
+    quantizer = case.build(level)
+    quantizer.select(width)
+    with torch.no_grad():
+        q = quantizer(x.sort(dim=1).values)
+    assert (q.diff(dim=1) >= 0).all()
+
+
+@every_quantizer
+@given(x=tensors(ROWS, torch.float64), level=levels(), width=bits())
+def test_inside_the_range_the_error_is_at_most_half_a_spacing(
+    case: Case, x: Tensor, level: float, width: int
+) -> None:
+    quantizer = case.build(level).double()
+    quantizer.select(width)
+    low, high = bounds(quantizer)
+    x = torch.minimum(torch.maximum(x, low), high)
+    with torch.no_grad():
+        error = (quantizer(x) - x).abs()
+    half = quantizer.step().detach() * quantizer.grid().stride / 2
+    # x / step and code * step are rounded once each: relative to the level, an eps apiece, doubled for safety.
+    assert (error <= half + 4 * FLOAT64_EPS * torch.maximum(high, -low)).all()
+
+
+@every_quantizer
+@given(x=tensors(ROWS), level=levels(), width=bits())
+def test_beyond_the_range_the_nearest_end_is_taken(case: Case, x: Tensor, level: float, width: int) -> None:
+    quantizer = case.build(level)
+    quantizer.select(width)
+    low, high = (bound.expand_as(x) for bound in bounds(quantizer))
+    with torch.no_grad():
+        q = quantizer(x)
+    assert torch.equal(q[x >= high], high[x >= high])
+    assert torch.equal(q[x <= low], low[x <= low])
+
+
+@every_quantizer
+@given(x=tensors(ROWS), level=levels(), width=bits())
+def test_step_times_codes_is_the_output_to_the_bit(case: Case, x: Tensor, level: float, width: int) -> None:
+    quantizer = case.build(level)
+    quantizer.select(width)
+    with torch.no_grad():
+        assert torch.equal(quantizer.step() * quantizer.codes(x), quantizer(x))
+
+
+@every_quantizer
+@given(x=tensors(ROWS), level=levels(), width=bits())
+def test_codes_are_integers_of_the_grid(case: Case, x: Tensor, level: float, width: int) -> None:
+    quantizer = case.build(level)
+    quantizer.select(width)
+    codes, grid = quantizer.codes(x), quantizer.grid()
+    assert codes.dtype == torch.int32
+    assert ((codes >= grid.lowest) & (codes <= grid.highest)).all()
+    assert ((codes - grid.lowest) % grid.stride == 0).all()
+
+
+@every_clip
+@given(x=tensors(ROWS), level=levels(), width=bits())
+def test_the_arithmetic_is_that_of_quantize_linear_and_dequantize_linear(
+    case: Case, x: Tensor, level: float, width: int
+) -> None:
+    """Division by the step, round half to even, saturate, multiply: float32 throughout, as ONNX defines it."""
+    quantizer = case.build(level)
+    quantizer.select(width)
+    grid = quantizer.grid()
+    values = x.numpy()
+    step = np.abs(quantizer.level().detach().numpy()) / np.float32(grid.highest)
+    scaled = values / step
+    if grid.stride == 1:
+        codes = np.clip(np.rint(scaled), grid.lowest, grid.highest)
+    else:
+        n = np.float32(grid.highest)
+        codes = 2 * np.clip(np.rint((scaled + n) / 2), 0, n) - n
+    twin = codes.astype(np.float32) * step
+    assert twin.dtype == np.float32
+    with torch.no_grad():
+        assert torch.equal(quantizer(x), torch.from_numpy(twin))
+
+
+@every_quantizer
+@given(x=tensors(ROWS), level=levels(), width=bits())
+def test_zero_stays_zero_wherever_the_grid_has_it(case: Case, x: Tensor, level: float, width: int) -> None:
+    quantizer = case.build(level)
+    quantizer.select(width)
+    with torch.no_grad():
+        q = quantizer(torch.zeros_like(x))
+    assert bool((q == 0).all()) == (quantizer.grid().stride == 1)
+
+
+@every_quantizer
+@pytest.mark.parametrize("width", BITS)
+def test_bfloat16_is_computed_in_float32(case: Case, width: int) -> None:
+    quantizer = case.build(1.0)
+    quantizer.select(width)
+    x = torch.randn(ROWS, 40).bfloat16()
+    with torch.no_grad():
+        q = quantizer(x)
+        assert q.dtype == torch.float32
+        assert torch.equal(q, quantizer(x.float()))
+
+
+@every_quantizer
+@pytest.mark.parametrize("width", BITS)
+def test_autocast_changes_nothing(case: Case, width: int) -> None:
+    quantizer = case.build(1.0)
+    quantizer.select(width)
+    x = torch.randn(ROWS, 40)
+    with torch.no_grad():
+        expected = quantizer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(quantizer(x), expected)
+
+
+@every_quantizer
+def test_the_input_is_left_alone(case: Case) -> None:
+    x = torch.randn(ROWS, 40)
+    before = x.clone()
+    case.build(1.0)(x).sum().backward()
+    assert torch.equal(x, before)
+
+
+# Candidates
+
+
+@every_quantizer
+def test_switching_bits_and_back_restores_the_output_to_the_bit(case: Case) -> None:
+    quantizer = case.build(1.0)
+    quantizer.fit(torch.randn(ROWS, 200))  # a level of its own for every candidate
+    x = torch.randn(ROWS, 40)
+    with torch.no_grad():
+        before = {}
+        for width in BITS:
+            quantizer.select(width)
+            before[width] = quantizer(x)
+        assert not torch.equal(before[2], before[8])
+        for width in reversed(BITS):
+            quantizer.select(width)
+            assert quantizer.bits == width
+            assert torch.equal(quantizer(x), before[width])
+
+
+@every_quantizer
+@pytest.mark.parametrize("width", BITS)
+def test_inactive_levels_get_a_zero_gradient_and_the_active_one_does_not(case: Case, width: int) -> None:
+    quantizer = case.build(1.0)
+    quantizer.select(width)
+    quantizer(3 * torch.randn(ROWS, 40)).square().sum().backward()
+    grad = quantizer.clipping_level.grad
+    assert grad is not None
+    for position, candidate in enumerate(quantizer.candidates):
+        assert bool((grad[position] != 0).all()) == (candidate == width)
+
+
+@every_quantizer
+def test_a_width_that_is_no_candidate_is_refused(case: Case) -> None:
+    quantizer = case.build(1.0, (2, 4))
+    with pytest.raises(ConfigError, match="cannot switch to 3"):
+        quantizer.select(3)
+    assert quantizer.bits == 2
+
+
+@every_quantizer
+def test_candidates_ascend_whatever_order_they_come_in(case: Case) -> None:
+    assert case.build(1.0, (8, 2, 5)).candidates == (2, 5, 8)
+
+
+@every_quantizer
+@pytest.mark.parametrize("width", BITS)
+def test_fitted_levels_err_less_than_clipping_nothing(case: Case, width: int) -> None:
+    x = torch.randn(ROWS, 500)
+    x = x.relu() if case.operand == "unsigned" else x
+    quantizer = case.build(float(x.abs().max()), (width,))
+    with torch.no_grad():
+        before = (quantizer(x) - x).square().sum()
+        quantizer.fit(x)
+        assert (quantizer(x) - x).square().sum() < before
+
+
+# Gradients
+
+
+@every_quantizer
+@given(x=tensors(ROWS), level=levels(), width=bits())
+def test_the_gradient_passes_straight_through_inside_and_stops_outside(
+    case: Case, x: Tensor, level: float, width: int
+) -> None:
+    quantizer = case.build(level)
+    quantizer.select(width)
+    high = quantizer.level().detach().expand_as(x)
+    low = high * (quantizer.grid().lowest / quantizer.grid().highest)
+    x = torch.cat([x, high[:, :1], low[:, :1]], dim=1).requires_grad_()  # the ends belong to the inside
+    upstream = torch.cos(torch.arange(x.numel())).view_as(x)
+    quantizer(x).backward(upstream)
+    high, low = (torch.cat([b, b[:, :1], b[:, :1]], dim=1) for b in (high, low))
+    assert torch.equal(x.grad, upstream * ((x >= low) & (x <= high)))
+
+
+def twin_weights(x: float, a: float, width: int) -> tuple[float, float, float, bool]:
+    """Q, dQ/dx, dQ/da of the paper's weights with D and u (arXiv:2111.12273, Eq. 1-8), and whether x is too near a
+    rounding or clipping boundary for two orders of the same arithmetic to agree."""
+    s = 2**width - 1
+    u = min(max(x / a, -1.0), 1.0)
+    scaled = (u + 1) / 2 * s
+    d = round(scaled) / s
+    inside = abs(x / a) <= 1
+    grad_a = (2 * d - 1) - x / a if inside else (1.0 if x > 0 else -1.0)
+    return a * (2 * d - 1), float(inside), grad_a, _near_edge(scaled) or abs(abs(x / a) - 1) < 1e-9
+
+
+def twin_activations(z: float, a: float, width: int) -> tuple[float, float, float, bool]:
+    """Likewise for the paper's unsigned activations."""
+    s = 2**width - 1
+    scaled = min(max(z / a, 0.0), 1.0) * s
+    d = round(scaled) / s
+    inside = 0 <= z / a <= 1
+    grad_a = (d - z / a) if inside else float(z > a)
+    return a * d, float(inside), grad_a, _near_edge(scaled) or abs(z / a - 1) < 1e-9
+
+
+def _near_edge(scaled: float) -> bool:
+    return abs(scaled % 1 - 0.5) < 1e-9
+
+
+def check_against_twin(quantizer: Quantizer, x: Tensor, twin: object) -> None:
+    level = quantizer.level().detach().expand(x.shape[0], 1)
+    rows = [[twin(v, level[r].item(), quantizer.bits) for v in x[r].tolist()] for r in range(x.shape[0])]  # type: ignore[operator]
+    value, grad_x, grad_a = (torch.tensor([[e[k] for e in row] for row in rows]) for k in range(3))
+    clear = ~torch.tensor([[e[3] for e in row] for row in rows])
+    upstream = torch.cos(torch.arange(x.numel(), dtype=torch.float64)).view_as(x) * clear
+    x = x.clone().requires_grad_()
+    q = quantizer(x)
+    q.backward(upstream)
+
+    torch.testing.assert_close(q.detach()[clear], value[clear], rtol=1e-9, atol=0)
+    assert torch.equal(x.grad, upstream * grad_x)
+    expected = (upstream * grad_a).sum_to_size(quantizer.level().shape)
+    # Terms of order 1 may cancel in the sum, so the allowance grows with their number.
+    actual = quantizer.clipping_level.grad[quantizer.candidates.index(quantizer.bits)]
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-13 * x.numel())
+
+
+@pytest.mark.parametrize("channels", [False, True])
+@given(x=tensors(ROWS, torch.float64), level=levels(), width=bits())
+def test_weights_are_the_papers_formula_written_with_d_and_u(
+    channels: bool, x: Tensor, level: float, width: int
+) -> None:
+    quantizer = Case("clip", "paper", channels).build(level).double()
+    quantizer.select(width)
+    check_against_twin(quantizer, x, twin_weights)
+
+
+@given(x=tensors(ROWS, torch.float64), level=levels(), width=bits())
+def test_activations_are_the_papers_formula_written_with_d(x: Tensor, level: float, width: int) -> None:
+    quantizer = Case("clip", "unsigned", False).build(level).double()
+    quantizer.select(width)
+    check_against_twin(quantizer, x, twin_activations)
+
+
+@every_clip
+@given(x=tensors(ROWS, torch.float64), level=levels(), width=bits(), sign=st.sampled_from([1.0, -1.0]))
+def test_the_level_gets_the_rounding_residual_inside_and_the_end_outside(
+    case: Case, x: Tensor, level: float, width: int, sign: float
+) -> None:
+    """The closed form on every grid; a negative level acts as its magnitude and its gradient turns round."""
+    quantizer = case.build(sign * level).double()
+    quantizer.select(width)
+    upstream = torch.cos(torch.arange(x.numel(), dtype=torch.float64)).view_as(x)
+    q = quantizer(x)
+    q.backward(upstream)
+    a, grid = quantizer.level().detach().abs(), quantizer.grid()
+    inside = (x <= a) & (x >= a * (grid.lowest / grid.highest))
+    terms = torch.where(
+        inside, (q.detach() - x) / a, torch.where(x > 0, 1.0, grid.lowest / grid.highest).double()
+    )
+    expected = sign * (upstream * terms).sum_to_size(a.shape)
+    actual = quantizer.clipping_level.grad[quantizer.candidates.index(width)]
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-13 * x.numel())
+
+
+@every_clip
+def test_a_level_of_zero_stays_finite(case: Case) -> None:
+    quantizer = case.build(0.0)
+    x = torch.randn(ROWS, 20, requires_grad=True)
+    q = quantizer(x)
+    q.sum().backward()
+    for tensor in (q, x.grad, quantizer.clipping_level.grad):
+        assert tensor is not None
+        assert tensor.isfinite().all()

@@ -1,0 +1,234 @@
+"""The command line as a user meets it: exit codes, stdout, stderr, and the files that appear."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from saqcli.cli import app
+from tests.digits import float_options, MODEL
+
+pytestmark = pytest.mark.usefixtures("digits")
+
+
+def saq(*arguments: object) -> Any:
+    """Run a command in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def last_error(result: Any) -> str:
+    """The one line that went wrong; nothing else may stand on stderr under --quiet or --json."""
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert lines, f"no error on stderr; stdout: {result.stdout}"
+    assert lines[-1].startswith("error: ")
+    assert "Traceback" not in result.stderr
+    return lines[-1]
+
+
+class TestProfile:
+    def test_prints_the_published_bops_of_resnet18(self) -> None:
+        result = saq("profile", "torchvision/resnet18", "--bits", 4, "--no-pretrained", "--json")
+
+        assert result.exit_code == 0
+        found = json.loads(result.stdout)
+        assert found["bops"] == 34_714_419_200
+        assert found["float_bops"] == 1_857_611_104_256 == 1024 * found["macs"]
+        assert found["floor_bops"] == 14_367_850_496
+        assert {"name", "kind", "macs", "weight_bits", "activation_bits", "bops", "pinned"} <= set(found["layers"][0])
+        assert sum(layer["bops"] for layer in found["layers"]) == found["bops"]
+        assert [layer["name"] for layer in found["layers"] if layer["pinned"]] == ["conv1", "fc"]
+
+    @pytest.mark.parametrize(
+        ("model", "bits", "bops"),
+        [
+            ("saq/preresnet20", 4, 674_643_968),
+            ("saq/preresnet20", 3, 392_052_736),
+            ("saq/mobilenetv2_cifar", 4, 1_508_933_632),
+            ("saq/mobilenetv2_cifar", 3, 877_131_776),
+        ],
+    )
+    def test_prints_the_published_bops_of_the_cifar_networks(self, model: str, bits: int, bops: int) -> None:
+        result = saq("profile", model, "--num-classes", 100, "--bits", bits, "--json")
+
+        assert json.loads(result.stdout)["bops"] == bops
+
+    def test_shows_a_table_for_people(self) -> None:
+        result = saq("profile", "saq/resnet20", "--bits", 4)
+
+        assert result.exit_code == 0
+        assert "layer1.0.conv1" in result.stdout
+        assert "reachable budgets" in result.stdout
+
+    def test_a_policy_can_be_checked(self, tmp_path: Path, digits: Path) -> None:
+        policy = {"schema_version": 1, "model": "saq/resnet20", "layers": {"conv1": {"weight": 8, "activation": 8}}}
+        path = tmp_path / "policy.json"
+        path.write_text(json.dumps(policy))
+
+        result = saq("profile", "saq/resnet20", "--policy", path)
+
+        assert result.exit_code == 1
+        assert "layer1.0.conv1" in last_error(result)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("arguments", "code", "says"),
+        [
+            (["profile", "resnet17"], 1, "resnet18"),
+            (["profile", "resnet18", "--bits", "9"], 1, "2 to 8"),
+            (["profile", "resnet18", "--bits", "4", "--policy", "p.json"], 1, "one of them"),
+            (["quantize", "saq/resnet20", "--bits", "9"], 1, "2 to 8"),
+            (["quantize", "saq/resnet20", "--bops", "34"], 1, "unit"),
+            (["quantize", "saq/resnet20", "--no-pretrained", "--bits", "4"], 1, "--data"),
+            (["quantize", "saq/resnet20", "--bits", "4", "--method", "magic"], 1, "saq"),
+            (["quantize", "saq/resnet20", "--bits", "4", "--recipe", "magic"], 1, "quick"),
+            (["quantize", "saq/resnet20", "--bits", "4", "--set", "training.speed=1"], 1, "speed"),
+            (["quantize", "--bits", "4"], 1, "MODEL"),
+            (["eval", "saq/resnet20", "--no-pretrained", "--data", "/no/such/folder"], 1, "/no/such/folder"),
+            (["eval", "model.onnx", "--data", "x"], 1, "model.onnx"),
+            (["eval", "--no-such-option"], 2, "No such option"),
+            (["profile"], 2, "Missing argument"),
+        ],
+    )
+    def test_say_what_to_do_in_one_line(self, arguments: list[str], code: int, says: str) -> None:
+        result = saq(*arguments)
+
+        assert result.exit_code == code
+        assert says in result.stderr
+        if code == 1:
+            assert says in last_error(result)
+
+    def test_a_budget_below_the_floor_names_the_reachable_range(self, digits: Path, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+
+        result = saq("quantize", MODEL, *float_options(digits), "--bops", "1M", "--run-dir", run, "--quiet")
+
+        assert result.exit_code == 4
+        assert "reachable: 42.51 M" in last_error(result)
+        assert not run.exists()
+
+    def test_weights_of_another_network_are_refused(self, digits: Path, tmp_path: Path) -> None:
+        options = float_options(digits)
+
+        result = saq("quantize", "saq/resnet32", *options, "--bits", 4, "--run-dir", tmp_path / "run", "--quiet")
+
+        assert result.exit_code == 1
+        assert "does not fit saq/resnet32" in last_error(result)
+
+    def test_a_pickle_that_carries_code_is_refused_and_not_run(self, digits: Path, tmp_path: Path) -> None:
+        class Bomb:
+            def __reduce__(self) -> Any:
+                return os.mkdir, (str(tmp_path / "exploded"),)
+
+        path = tmp_path / "weights.pth"
+        torch.save({"conv1.weight": Bomb()}, path)
+
+        result = saq("eval", MODEL, "--weights", path, "--data", digits / "images", "--quiet")
+
+        assert result.exit_code == 1
+        assert "code" in last_error(result)
+        assert not (tmp_path / "exploded").exists()
+
+    def test_an_unreadable_image_is_named_or_skipped_as_asked(self, digits: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "images"
+        for label in range(10):
+            (folder / str(label)).mkdir(parents=True)
+            source = sorted((digits / "images" / "val" / str(label)).iterdir())[0]
+            (folder / str(label) / "good.png").write_bytes(source.read_bytes())
+        (folder / "3" / "broken.png").write_bytes(b"no image")
+        options = [*float_options(digits)]
+        options[options.index("--data") + 1] = str(folder)
+
+        refused = saq("eval", MODEL, *options, "--json")
+        skipped = saq("eval", MODEL, *options, "--json", "--bad-images", "skip")
+
+        assert refused.exit_code == 1
+        assert "broken.png" in last_error(refused)
+        assert skipped.exit_code == 0
+        assert (json.loads(skipped.stdout)["images"], json.loads(skipped.stdout)["skipped"]) == (10, 1)
+
+    def test_an_empty_class_folder_is_named(self, digits: Path, tmp_path: Path) -> None:
+        for label in range(10):
+            (tmp_path / "images" / str(label)).mkdir(parents=True)
+
+        result = saq("eval", MODEL, *float_options(digits, data=tmp_path / "images"), "--json")
+
+        assert result.exit_code == 1
+        assert str(tmp_path / "images") in last_error(result)
+
+
+class TestModels:
+    def test_lists_names_that_match(self) -> None:
+        result = saq("models", "saq/*")
+
+        assert result.exit_code == 0
+        assert "saq/preresnet20" in result.stdout.split()
+
+    def test_refuses_a_pattern_that_matches_nothing(self) -> None:
+        assert saq("models", "nosuchnet*").exit_code == 1
+
+
+class TestInstalledProgram:
+    def test_help_answers_without_importing_torch(self) -> None:
+        code = "import sys; import saqcli.cli; sys.exit('torch' in sys.modules)"
+
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+    def test_an_error_reaches_the_shell_as_one_line_and_a_code(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "saqcli", "profile", "resnet17"], capture_output=True, text=True, check=False
+        )
+
+        assert done.returncode == 1
+        assert done.stdout == ""
+        assert len(done.stderr.strip().splitlines()) == 1
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_a_signal_leaves_a_checkpoint_and_resuming_gives_the_same_weights(
+        self, digits: Path, tmp_path: Path, number: int, code: int
+    ) -> None:
+        options = [*float_options(digits), "--bits", "3", "--epochs", "2", "--batch-size", "128", "--quiet"]
+        whole, broken = tmp_path / "whole", tmp_path / "broken"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+        def command(run: Path, *more: str) -> list[str]:
+            return [sys.executable, "-m", "saqcli", "quantize", MODEL, *options, "--run-dir", str(run), *more]
+
+        assert subprocess.run(command(whole), env=environment, check=False).returncode == 0
+        process = subprocess.Popen(command(broken), env=environment, stderr=subprocess.PIPE, text=True)
+        _wait_for(broken / "checkpoints" / "last.pt", process)
+        time.sleep(1.0)  # into the first epoch
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=120)
+
+        assert process.returncode == code
+        assert "--resume" in stderr
+        assert json.loads((broken / "manifest.json").read_text())["status"] == "interrupted"
+
+        assert subprocess.run(command(broken, "--resume"), env=environment, check=False).returncode == 0
+        assert json.loads((broken / "manifest.json").read_text())["status"] == "finished"
+        assert _tensors(whole) == _tensors(broken)
+
+
+def _wait_for(path: Path, process: Any) -> None:
+    for _ in range(1200):
+        if path.exists():
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    raise AssertionError(f"{path} did not appear")
+
+
+def _tensors(run: Path) -> dict[str, bytes]:
+    from safetensors.torch import load_file
+
+    tensors = load_file(run / "artifacts" / "model.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Makes ``python -m saqcli`` and ``torchrun -m saqcli`` do what ``saq`` does."""
+"""Makes ``python -m saqcli`` do what ``saq`` does."""
 
 from saqcli.cli import main
 

@@ -19,6 +19,7 @@ from saqcli.strict import parse_object
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+BitWidth = Annotated[int, Field(ge=2, le=8)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -65,7 +66,7 @@ class QuantizationSection(_Section):
     bops: str | None = None
     policy: str | None = None
     searcher: str = "error"
-    candidates: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+    candidates: Annotated[tuple[BitWidth, ...], Field(min_length=1)] = (2, 3, 4, 5, 6, 8)
     quantizer: str = "clip"
     weight_grid: Literal["auto", "paper", "zero"] = "auto"
     granularity: Literal["channel", "tensor"] = "channel"
@@ -82,10 +83,10 @@ class TrainingSection(_Section):
     method: str = "saq"
     epochs: Annotated[int, Field(ge=0)] = 3
     optimizer: str = "sgd"
-    lr: Rate = 0.01
+    lr: Rate = 0.005
     momentum: NotNegative = 0.9
     weight_decay: NotNegative = 1e-4
-    clip_lr_factor: NotNegative = 0.1
+    clip_lr_factor: NotNegative = 1.0
     decay_clips: bool = False
     schedule: str = "cosine"
     milestones: tuple[int, ...] = ()
@@ -160,7 +161,7 @@ def resolve(
     for key, value in (options or {}).items():
         if value is not None:
             _assign(tree, key, value)
-    if "name" not in tree.setdefault("model", {}):
+    if not isinstance(tree.setdefault("model", {}), dict) or "name" not in tree["model"]:
         raise ConfigError("no model was named: give MODEL, such as timm/resnet18, or --config with one")
     return parse_object(RunConfig, tree, str(file) if file else "configuration")
 
@@ -208,10 +209,12 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     section, dot, name = key.partition(".")
     if not dot:
         raise ConfigError(f"--set {key}: name a section and a key, such as training.lr=0.01")
-    target = tree.setdefault(section, {})
+    target: Any = tree.setdefault(section, {})
     *path, last = name.split(".")
     for part in path:
-        target = target.setdefault(part, {})
+        target = target.setdefault(part, {}) if isinstance(target, dict) else None
+    if not isinstance(target, dict):
+        raise ConfigError(f"--set {key}: there is nothing below {key.rpartition('.')[0]}")
     target[last] = value
 
 

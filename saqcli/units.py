@@ -23,7 +23,10 @@ def parse_quantity(text: str) -> int:
     """
     match = _QUANTITY.fullmatch(text)
     if match is None:
-        raise ConfigError(f"{text!r} is no quantity: give a number with a unit, such as 34G, 674.6M or 500K")
+        raise ConfigError(
+            f"{text!r} is no quantity: give a number with a unit, such as 34G, 674.6M or 500K, "
+            "or w4a4 for what uniform 4 bits cost"
+        )
     whole, _, fraction = match[1].partition(".")
     digits = int(whole + fraction)
     scale: int = 10 ** len(fraction)

@@ -191,31 +191,43 @@ class TestInstalledProgram:
         assert done.stdout == ""
         assert len(done.stderr.strip().splitlines()) == 1
 
+    @pytest.fixture(scope="class")
+    def whole(self, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """A run that nobody interrupted."""
+        run = tmp_path_factory.mktemp("whole") / "run"
+        assert subprocess.run(_command(digits, run), env=_single_threaded(), check=False).returncode == 0
+        return run
+
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     def test_a_signal_leaves_a_checkpoint_and_resuming_gives_the_same_weights(
-        self, digits: Path, tmp_path: Path, number: int, code: int
+        self, digits: Path, tmp_path: Path, whole: Path, number: int, code: int
     ) -> None:
-        options = [*float_options(digits), "--bits", "3", "--epochs", "2", "--batch-size", "128", "--quiet"]
-        whole, broken = tmp_path / "whole", tmp_path / "broken"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-        def command(run: Path, *more: str) -> list[str]:
-            return [sys.executable, "-m", "saqcli", "quantize", MODEL, *options, "--run-dir", str(run), *more]
-
-        assert subprocess.run(command(whole), env=environment, check=False).returncode == 0
-        process = subprocess.Popen(command(broken), env=environment, stderr=subprocess.PIPE, text=True)
-        _wait_for(broken / "checkpoints" / "last.pt", process)
+        run = tmp_path / "run"
+        process = subprocess.Popen(
+            _command(digits, run), env=_single_threaded(), stderr=subprocess.PIPE, text=True
+        )
+        _wait_for(run / "checkpoints" / "last.pt", process)
         time.sleep(1.0)  # into the first epoch
         process.send_signal(number)
         _, stderr = process.communicate(timeout=120)
 
         assert process.returncode == code
         assert "--resume" in stderr
-        assert json.loads((broken / "manifest.json").read_text())["status"] == "interrupted"
+        assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
 
-        assert subprocess.run(command(broken, "--resume"), env=environment, check=False).returncode == 0
-        assert json.loads((broken / "manifest.json").read_text())["status"] == "finished"
-        assert _tensors(whole) == _tensors(broken)
+        again = [sys.executable, "-m", "saqcli", "quantize", "--run-dir", str(run), "--resume", "--quiet"]
+        assert subprocess.run(again, env=_single_threaded(), check=False).returncode == 0
+        assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
+        assert _tensors(whole) == _tensors(run)
+
+
+def _command(digits: Path, run: Path) -> list[str]:
+    options = [*float_options(digits), "--bits", "3", "--epochs", "2", "--quiet", "--run-dir", str(run)]
+    return [sys.executable, "-m", "saqcli", "quantize", MODEL, *options]
+
+
+def _single_threaded() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def _wait_for(path: Path, process: Any) -> None:

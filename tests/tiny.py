@@ -88,7 +88,11 @@ def depthwise() -> tuple[nn.Module, Shape]:
 def grouped() -> tuple[nn.Module, Shape]:
     """Grouped convolutions with biases, no norm."""
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1, groups=4), nn.ReLU(), *_head(12)
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, padding=1, groups=4),
+        nn.ReLU(),
+        *_head(12),
     )
     return net, (3, 6, 6)
 
@@ -141,7 +145,9 @@ class Borrower(nn.Module):
 
 def functional() -> tuple[nn.Module, Shape]:
     """A parent that takes its child's weight."""
-    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), Borrower(16), nn.ReLU(), nn.Linear(16, CLASSES))
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), Borrower(16), nn.ReLU(), nn.Linear(16, CLASSES)
+    )
     return net, (3, 4, 4)
 
 
@@ -211,7 +217,11 @@ def quantized(
     config = BitConfig(model="tiny", layers=dict.fromkeys(layers, LayerBits(weight=bits, activation=bits)))
     signed = {name: statistics[name].signed for name in layers}
     convert.install(
-        net, scheme or convert.Scheme(), config, signed, dict.fromkeys(layers, candidates) if candidates else None
+        net,
+        scheme or convert.Scheme(),
+        config,
+        signed,
+        dict.fromkeys(layers, candidates) if candidates else None,
     )
     calibrate.fit(net, statistics)
     return layers

@@ -66,14 +66,16 @@ class PerturbedSet:
         anywhere.
 
         Raises:
-            UnperturbedLayer: not one quantized layer takes part in the loss.
+            UnperturbedLayer: not one quantized layer, or no member at all, takes part in the loss.
         """
         ports = zero_ports(self.layers)
         with perturbed(self.layers, ports), torch.enable_grad():
             value = loss()
-        gradients = torch.autograd.grad(value, [*ports, *self.parameters], allow_unused=True)
-        if self.layers and all(gradient is None for gradient in gradients[: len(ports)]):
-            raise UnperturbedLayer("no quantized layer takes part in the loss: there is nothing to perturb")
+        members = [*ports, *self.parameters]
+        gradients = torch.autograd.grad(value, members, allow_unused=True) if members else ()
+        if all(gradient is None for gradient in gradients[: len(ports) or None]):
+            what = "quantized layer" if self.layers else "tensor of the perturbed kinds"
+            raise UnperturbedLayer(f"no {what} takes part in the loss: there is nothing to perturb")
         return value.detach(), list(gradients)
 
     def deviations(self, unit: RadiusUnit) -> list[Tensor | None]:
@@ -128,8 +130,10 @@ class PerturbedSet:
 
 
 def _deviation(layer: QuantizedLayer) -> Tensor:
+    """Of the weight; a single number has none and gives its magnitude."""
     with torch.no_grad():
-        return layer.effective_weight().std()
+        weight = layer.effective_weight()
+        return weight.std() if weight.numel() > 1 else weight.abs().sum()
 
 
 def _parameters(model: nn.Module, kinds: set[Kind]) -> Iterator[nn.Parameter]:

@@ -56,7 +56,7 @@ Data = Annotated[
         rich_help_panel=IMAGES,
     ),
 ]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Images a step.", rich_help_panel=IMAGES)]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Images at a time.", rich_help_panel=IMAGES)]
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that read images.", rich_help_panel=IMAGES)
 ]

@@ -109,13 +109,8 @@ def quantize_command(
 
     Example: `saq quantize resnet18 --bops 34G --data imagenet`
     """
-    from saqcli.quant.bits import parse_bits, parse_candidates
-    from saqcli.units import parse_quantity
+    from saqcli.quant.bits import parse_candidates
 
-    if bits is not None:
-        parse_bits(bits)
-    if bops is not None and not bops.strip().lower().startswith("w"):
-        parse_quantity(bops)
     named = o.model_options(
         weights=weights,
         pretrained=pretrained,

@@ -9,6 +9,11 @@ from rich.table import Table
 from saqcli.units import format_quantity
 
 
+def _say(console: Console, text: str) -> None:
+    """A line that wraps nowhere, so that it can be searched and cut."""
+    console.print(text, highlight=False, soft_wrap=True)
+
+
 def _table(title: str, columns: Iterable[str], left: int = 1) -> Table:
     """A table whose first ``left`` columns are text and whose others are numbers."""
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
@@ -43,15 +48,15 @@ def show_profile(result: dict[str, Any]) -> None:
         )
     console.print(table)
     for left in result["unquantized"]:
-        console.print(f"left in floating point: {left['name']}, which {left['reason']}", highlight=False)
-    console.print(
+        _say(console, f"left in floating point: {left['name']}, which {left['reason']}")
+    _say(
+        console,
         f"\n{format_quantity(result['macs'], 'MACs')}, {format_quantity(result['bops'], 'BOPs')} "
         f"of {format_quantity(result['float_bops'], 'BOPs')} in floating point "
         f"({result['float_bops'] / result['bops']:.1f} times fewer)\n"
         f"size {format_quantity(result['size_bytes'], 'B')} of {format_quantity(result['float_size_bytes'], 'B')}\n"
         f"reachable budgets: {format_quantity(result['floor_bops'])} to "
         f"{format_quantity(result['ceiling_bops'], 'BOPs')}",
-        highlight=False,
     )
 
 
@@ -80,36 +85,35 @@ def show_quantized(result: dict[str, Any]) -> None:
     if result["budget_bops"]:
         share = 100 * result["bops"] / result["budget_bops"]
         reduction += f", {share:.2f} % of the budget of {format_quantity(result['budget_bops'], 'BOPs')}"
-    console.print(f"\n{reduction}", highlight=False)
-    console.print(
+    _say(console, f"\n{reduction}")
+    _say(
+        console,
         f"ONNX agrees with PyTorch on {100 * result['onnx_argmax_agreement']:.2f} % of {result['onnx_images']} images",
-        highlight=False,
     )
     for path in result["artifacts"].values():
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        _say(console, f"wrote {path}")
 
 
 def show_evaluation(result: dict[str, Any]) -> None:
     """Accuracy in one line."""
     skipped = f", {result['skipped']} unreadable images left out" if result["skipped"] else ""
-    Console().print(
+    _say(
+        Console(),
         f"[bold]top-1 {result['top1']:.2f} %[/bold], top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} on "
         f"{result['images']} images ({result['images_per_second']:.0f} a second){skipped}",
-        highlight=False,
     )
 
 
 def show_export(result: dict[str, Any]) -> None:
     """The file and how it was verified."""
     console = Console()
-    console.print(
+    _say(
+        console,
         f"wrote {result['onnx']} ({format_quantity(result['size_bytes'], 'B')}, style {result['style']}, "
         f"opset {result['opset']})",
-        highlight=False,
-        soft_wrap=True,
     )
-    console.print(
+    _say(
+        console,
         f"verified in ONNX Runtime, optimized and not: same best class on {100 * result['argmax_agreement']:.2f} % of "
         f"{result['images']} images, logits differ by {result['max_abs_diff']:.3g} at most",
-        highlight=False,
     )

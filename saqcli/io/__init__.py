@@ -1,1 +1,1 @@
-"""The outside world: networks and their weights, data, run directories, other processes."""
+"""The outside world: networks and their weights, data, run directories, signals."""

@@ -4,13 +4,14 @@ manifest.json     who made it, from what, how it ended, and the SHA-256 of every
 config.json       the resolved configuration
 policy.json       the bits of every layer
 metrics.jsonl     one object a line
-checkpoints/      last.pt: model, optimizer, schedule, random state, position in the epoch
+checkpoints/      last.pt: model, optimizer, random state, position in the epoch
 artifacts/        model.safetensors, model.onnx
 report.md         what a person reads first
 """
 
 import json
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -133,12 +134,19 @@ class RunDirectory:
         """Within the context the run is ``running``; its end is noted in the manifest, whatever it is."""
         try:
             yield
-        except (Interrupted, KeyboardInterrupt):
+        except Interrupted:
             self._update(status="interrupted")
             raise
+        except KeyboardInterrupt:
+            self._update(status="interrupted")
+            raise Interrupted(f"stopped as asked: {self.how_to_resume()}") from None
         except BaseException:
             self._update(status="failed")
             raise
+
+    def how_to_resume(self) -> str:
+        """The command that goes on with this run."""
+        return f"go on with `saq quantize --run-dir {shlex.quote(str(self.path))} --resume`"
 
     def finish(self, results: dict[str, Any]) -> None:
         """Note the results and the hashes of all artifacts, and that the run is finished."""

@@ -1,5 +1,6 @@
 """Which layer gets which bits: the object a search returns, a run obeys and a person edits (``policy.json``)."""
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
@@ -11,6 +12,8 @@ from saqcli.errors import ConfigError, PolicyMismatch
 MIN_BITS, MAX_BITS = 2, 8
 FLOAT_BITS = 32  # what an operand left in floating point counts as
 PINNED_BITS = 8  # first layer and classifier, Liu et al. (arXiv:2111.12273), section 5
+
+_WIDTHS = {str(bits) for bits in range(MIN_BITS, MAX_BITS + 1)}
 
 Bits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS, strict=True)]
 
@@ -64,9 +67,11 @@ class BitConfig(BaseModel):
 
     def to_json(self) -> str:
         """The text of ``policy.json``: a line a layer, so that it can be edited and compared."""
-        lines = ",\n".join(f'    "{name}": {bits.model_dump_json()}' for name, bits in self.layers.items())
+        lines = ",\n".join(
+            f"    {json.dumps(name)}: {bits.model_dump_json()}" for name, bits in self.layers.items()
+        )
         return (
-            f'{{\n  "schema_version": {self.schema_version},\n  "model": "{self.model}",\n'
+            f'{{\n  "schema_version": {self.schema_version},\n  "model": {json.dumps(self.model)},\n'
             f'  "layers": {{\n{lines}\n  }}\n}}\n'
         )
 
@@ -101,7 +106,7 @@ def parse_candidates(text: str) -> tuple[int, ...]:
         ConfigError: not a list of integers from 2 to 8.
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and MIN_BITS <= int(part) <= MAX_BITS for part in parts):
+    if not all(part in _WIDTHS for part in parts):
         raise ConfigError(
             f"--candidates {text}: give bit-widths from {MIN_BITS} to {MAX_BITS}, such as 2,3,4,5,6,8"
         )

@@ -89,10 +89,8 @@ def wrap(model: nn.Module) -> dict[str, QuantizedLayer]:
     for name, module in modules.items():
         if isinstance(module, nn.MultiheadAttention):
             check_attention(module, name)
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = (
-                0  # its fused path would read weights and skip the input quantizers
-            )
+    for module in modules.values():
+        _forbid_fused_path(module)
         if isinstance(module, WRAPPED):
             wrap_layer(module)
     layers = quantized_layers(model)
@@ -110,6 +108,27 @@ def unwrap(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, RoutedParent):
             module.__class__ = module.float_class  # type: ignore[assignment]
+        _allow_fused_path(module)
+
+
+# What lets torch's encoders take a fused path, which reads weights and skips the input quantizers.
+_FUSED = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+)
+
+
+def _forbid_fused_path(module: nn.Module) -> None:
+    for kind, switch, off in _FUSED:
+        if isinstance(module, kind):
+            module.fused_before = getattr(module, switch)
+            setattr(module, switch, off)
+
+
+def _allow_fused_path(module: nn.Module) -> None:
+    for kind, switch, _ in _FUSED:
+        if isinstance(module, kind) and "fused_before" in module.__dict__:
+            setattr(module, switch, module.__dict__.pop("fused_before"))
 
 
 def leave_float(model: nn.Module, names: Iterable[str]) -> None:

@@ -1,8 +1,9 @@
 """Where clipping levels start: at the least squared error between a tensor and its quantized self.
 
-A coarse scan over fractions of the largest magnitude finds the basin; a few fixed-point steps finish: with
-the codes q held, the best step is <x, q> / <q, q>, and neither half of the iteration can raise the error
-(Lloyd, 1982).
+A coarse scan downwards from the level that clips nothing finds the basin, two finer scans around the best so
+far find its bottom, and a few fixed-point steps finish: with the codes q held, the best step is
+<x, q> / <q, q>, and neither half of the iteration can raise the error (Lloyd, 1982). The finer scans are needed:
+from 5 bits on the error has many local minima, and without them it stays up to 9 % above the best.
 """
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 from saqcli.quant.fake_quantize import codes_of, step_of
 from saqcli.quant.grids import Grid
 
-SCAN = tuple(round(1.0 * 0.86**k, 4) for k in range(16))  # fractions of max |x|: 1 down to 0.10
-FIXED_POINT_STEPS = 6
+SCAN = tuple(0.88**k for k in range(28))  # fractions of the level that clips nothing: 1 down to 0.03
+FINER = (0.88 ** (1 / 5), 0.88 ** (1 / 25))  # ratios of the finer scans: four steps either way fill a gap
+FINER_STEPS = 4
+FIXED_POINT_STEPS = 4
 EMPTY_FRACTION = 2.0**-26  # level of an all-zero channel, as a fraction of the tensor's largest magnitude
 
 
@@ -29,13 +32,15 @@ def best_level(x: Tensor, grid: Grid, shape: tuple[int, ...] = ()) -> Tensor:
         Positive and finite even where a channel is constant or all zero.
     """
     x = x.detach().float()
-    largest = _reduce(x.abs(), shape, "amax")
-    whole = largest.amax().item()
-    floor = whole * EMPTY_FRACTION if whole > 0 else 1.0
-    largest = largest.clamp_min(floor)
-    level, error = largest, squared_error(x, largest, grid)
+    floor = _floor(float(x.abs().max()), grid)
+    widest = _widest(x, grid, shape).clamp_min(floor)
+    level, error = widest, squared_error(x, widest, grid)
     for fraction in SCAN[1:]:
-        level, error = _better(x, grid, level, error, largest * fraction)
+        level, error = _better(x, grid, level, error, (widest * fraction).clamp_min(floor))
+    for ratio in FINER:
+        centre = level
+        for k in (k for j in range(1, FINER_STEPS + 1) for k in (j, -j)):
+            level, error = _better(x, grid, level, error, (centre * ratio**k).clamp_min(floor))
     for _ in range(FIXED_POINT_STEPS):
         codes = codes_of(x, step_of(level, grid), grid)
         numerator, denominator = _reduce(x * codes, shape, "sum"), _reduce(codes * codes, shape, "sum")
@@ -55,6 +60,21 @@ def noise_to_signal(x: Tensor, level: Tensor, grid: Grid) -> float:
     x = x.detach().float()
     power = float(x.double().square().sum())
     return float(squared_error(x, level, grid).double().sum()) / power if power > 0 else 0.0
+
+
+def _floor(largest: float, grid: Grid) -> float:
+    """The least level of any channel: of no weight beside the others, and never 0."""
+    if largest > 0:
+        return largest * EMPTY_FRACTION
+    return 1.0 if grid.stride == 1 else EMPTY_FRACTION  # a grid without zero has no other way to be near it
+
+
+def _widest(x: Tensor, grid: Grid, shape: tuple[int, ...]) -> Tensor:
+    """The least level at which nothing is clipped; a grid may reach further below zero than above."""
+    above = _reduce(x, shape, "amax")
+    if grid.lowest == 0:
+        return above
+    return torch.maximum(above, _reduce(-x, shape, "amax") * (grid.highest / -grid.lowest))
 
 
 def _better(x: Tensor, grid: Grid, level: Tensor, error: Tensor, proposal: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,12 +23,16 @@ def unpack(packed: Tensor, grid: Grid, bits: int, shape: tuple[int, ...]) -> Ten
     """The codes that ``pack`` stored, int32 in ``shape``.
 
     Raises:
-        CorruptArtifact: not the number of bytes that the shape needs, or an index outside the grid.
+        CorruptArtifact: not the number of bytes that the shape needs, an index outside the grid, or filling that is not
+            zero.
     """
     count = int(np.prod(shape))
     if packed.dtype != torch.uint8 or packed.numel() != -(-count * bits // 8):
         raise CorruptArtifact(f"{packed.numel()} bytes cannot hold {count} codes of {bits} bits")
-    table = np.unpackbits(packed.cpu().numpy())[: count * bits].reshape(count, bits)
+    stream = np.unpackbits(packed.cpu().numpy())
+    if stream[count * bits :].any():
+        raise CorruptArtifact("the bits behind the last code are not zero")
+    table = stream[: count * bits].reshape(count, bits)
     index = np.packbits(np.pad(table, ((0, 0), (8 - bits, 0))), axis=1).ravel().astype(np.int32)
     if count and int(index.max()) >= grid.levels:
         raise CorruptArtifact(f"code {int(index.max())} lies outside a grid of {grid.levels} levels")

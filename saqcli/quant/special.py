@@ -82,14 +82,12 @@ class QuantizedAttention(QuantizedLayer):
         q, k, v = (
             x.reshape(*x.shape[:-1], heads, dim).transpose(1, 2) for x in (q, k, v)
         )  # (N, H, L, E / H)
-        mask = attn_mask
+        mask = None if attn_mask is None else _additive(attn_mask, q.dtype)
+        if mask is not None and mask.dim() == 3:
+            mask = mask.reshape(-1, heads, *mask.shape[1:])  # (N * H, L, S): one for every head
         if key_padding_mask is not None:
-            blocked = key_padding_mask[:, None, None, :]
-            blocked = blocked if blocked.dtype == torch.bool else blocked != 0
-            hidden = torch.zeros_like(blocked, dtype=q.dtype).masked_fill(blocked, float("-inf"))
-            mask = hidden if mask is None else mask + hidden
-        elif mask is not None and mask.dtype == torch.bool:
-            mask = ~mask  # nn.MultiheadAttention masks where True, the functional form keeps where True
+            padding = _additive(key_padding_mask, q.dtype)[:, None, None, :]
+            mask = padding if mask is None else mask + padding
         dropout = layer.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=is_causal and mask is None)
         output = layer.out_proj(mixed.transpose(1, 2).flatten(2))
@@ -97,14 +95,22 @@ class QuantizedAttention(QuantizedLayer):
 
     def _projections(self, query: Tensor, key: Tensor, value: Tensor, same: bool) -> Sequence[Tensor]:
         layer: Any = self
-        weight = hand_out(self.quantized_weight(), self)
+        weight = self.quantized_weight()
         if same:
-            return F.linear(self.input_quantizer(query), weight, layer.in_proj_bias).chunk(3, dim=-1)
+            x = self.input_quantizer(query)
+            return F.linear(x, hand_out(weight, self), layer.in_proj_bias).chunk(3, dim=-1)
         biases = (None,) * 3 if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)
         return tuple(
-            F.linear(self.input_quantizer(x), w, b)
+            F.linear(self.input_quantizer(x), hand_out(w, self), b)
             for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True)
         )
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """``mask`` as numbers to add to the scores; a boolean one hides where it is True."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
 
 
 def check_attention(module: nn.MultiheadAttention, name: str) -> None:

@@ -127,7 +127,7 @@ class _Tracer(HandedOut):
                 flow.readers += 1
         layer = self.owner(func, args, kwargs)
         if layer is not None:
-            self._multiplied(layer, args[0], output)
+            self._multiplied(layer, inputs[0], inputs[1], output)
         elif func in WEIGHT_OPERATORS:
             self._multiplied_in_float(func, inputs[0], inputs[1], output)
         elif name in _ADDITIONS:
@@ -145,12 +145,11 @@ class _Tracer(HandedOut):
         self.flows[id(tensor)] = flow
         self.alive.append(tensor)
 
-    def _multiplied(self, layer: QuantizedLayer, x: Tensor, output: Tensor) -> None:
+    def _multiplied(self, layer: QuantizedLayer, x: Tensor, weight: Tensor, output: Tensor) -> None:
         name = self.names[id(layer)]
-        weight = layer.latent_weight()
         entry = self.layers.get(name)
         if entry is None:
-            entry = LayerTrace(name, layer.float_class.__name__, weight.numel(), group=name)
+            entry = LayerTrace(name, layer.float_class.__name__, layer.latent_weight().numel(), group=name)
             self.layers[name] = entry
         entry.macs += _macs(weight, x, output, transposed=issubclass(layer.float_class, TRANSPOSED))
         entry.calls += 1
@@ -220,7 +219,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         with tracer:
             tracer._remember(example, _Flow(None, is_image=True))
             output = model(example)
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         shape = "x".join(map(str, example.shape[1:]))
         raise UnsupportedModel(f"the model does not run on an image of {shape}: {reason}") from error
@@ -228,8 +227,9 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         for handle in handles:
             handle.remove()
         model.train(training)
-    if not isinstance(output, Tensor):
-        raise UnsupportedModel(f"the model returns a {type(output).__name__} where class scores are expected")
+    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(example):
+        what = f"tensor of {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise UnsupportedModel(f"the model returns a {what} where class scores, (1, classes), are expected")
     tracer.join_groups()
     idle = [name for name in tracer.names.values() if name not in tracer.layers]
     return Trace(tracer.layers, idle, tracer.unquantized, tracer.routed, output)

@@ -78,9 +78,7 @@ def write_digits(folder: Path) -> int:
     return len(digits.images)
 
 
-def train_float(
-    config: RunConfig, weights: Path, progress: Progress, *, epochs: int = FLOAT_EPOCHS
-) -> None:
+def train_float(config: RunConfig, weights: Path, progress: Progress, *, epochs: int = FLOAT_EPOCHS) -> None:
     """Train the float network from random weights and save it to ``weights``."""
     device = pick_device(config.run.device)
     seed_everything(config.run.seed)

@@ -212,8 +212,6 @@ def _autocast(training: TrainingSection, device: torch.device) -> AbstractContex
 
 
 def _interrupted(stop: StopRequest, run: RunDirectory) -> Interrupted:
-    error = Interrupted(
-        f"stopped as asked; the work so far is saved: go on with `saq quantize --run-dir {run.path} --resume`"
-    )
+    error = Interrupted(f"stopped as asked, the work so far is saved: {run.how_to_resume()}")
     error.exit_code = stop.exit_code
     return error

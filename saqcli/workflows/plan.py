@@ -7,6 +7,7 @@ from saqcli.config import RunConfig
 from saqcli.progress import Progress
 from saqcli.quant.cost import size_bytes
 from saqcli.workflows.profile import Profile
+from saqcli.workflows.quantize import check
 from saqcli.workflows.setup import explicit_policy, float_policy, load_float, parse_budget, wrap_and_trace
 
 
@@ -18,6 +19,7 @@ def plan(config: RunConfig, run_dir: Path, progress: Progress) -> dict[str, Any]
         SaqError: what would stop the run at once: an unknown model, a policy that does not fit, a budget that
             nothing meets.
     """
+    check(config)
     network = wrap_and_trace(load_float(config.model.model_copy(update={"pretrained": False}), progress))
     policy = explicit_policy(config, network)
     candidates = config.quantization.candidates

@@ -75,8 +75,7 @@ def finished_model(run: RunDirectory) -> Path:
     """
     if not run.safetensors_path.is_file():
         raise RunDirectoryError(
-            f"{run.path} holds no model yet, its run is {run.manifest().status}: "
-            f"finish it with `saq quantize --run-dir {run.path} --resume`"
+            f"{run.path} holds no model yet, its run is {run.manifest().status}: {run.how_to_resume()}"
         )
     return run.safetensors_path
 

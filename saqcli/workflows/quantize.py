@@ -10,9 +10,8 @@ Every phase can be resumed after.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ from saqcli._version import __version__
 from saqcli.algorithms.exporters import ModelFacts
 from saqcli.algorithms.exporters.safetensors import restore_structure
 from saqcli.algorithms.minimizers import MINIMIZERS
-from saqcli.algorithms.searchers import SEARCHERS, SearchProblem
+from saqcli.algorithms.searchers import SEARCHERS
 from saqcli.algorithms.training import Score, evaluate
 from saqcli.config import RunConfig, first_difference
 from saqcli.errors import ConfigError, RunDirectoryError
@@ -33,14 +32,17 @@ from saqcli.io.runs import RunDirectory
 from saqcli.progress import SILENT, Progress
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig, parse_bits
-from saqcli.quant.calibrate import InputStatistics, fit, observe
-from saqcli.quant.convert import Scheme
-from saqcli.quant.cost import Budget, size_bytes
+from saqcli.quant.calibrate import InputStatistics
+from saqcli.quant.cost import size_bytes
 from saqcli.quant.quantizers import QUANTIZERS
+from saqcli.units import parse_quantity
+from saqcli.workflows.calibration import calibrate, choose_bits, install_quantizers, scheme_of
 from saqcli.workflows.export import export_verified
 from saqcli.workflows.finetune import finetune
+from saqcli.workflows.outcome import Outcome
 from saqcli.workflows.report import write_report
 from saqcli.workflows.setup import (
+    UNIFORM_BUDGET,
     Images,
     Network,
     explicit_policy,
@@ -49,65 +51,6 @@ from saqcli.workflows.setup import (
     pick_device,
     wrap_and_trace,
 )
-
-
-@dataclass
-class Outcome:
-    """What ``saq quantize`` did; the figures of the report.
-
-    Attributes:
-        model: canonical name.
-        float_score: of the float model on the validation images.
-        calibrated_score: after calibration, before any training.
-        score: at the end.
-        bops: of the policy.
-        float_bops: of the float model.
-        budget_bops: that was asked for, or None.
-        size: bytes of the quantized model.
-        float_size: bytes of the float model.
-        policy: bits of every layer.
-        artifacts: name to path of the files written.
-        agreement: share of images on which the ONNX file has the same best class.
-        verified_images: on how many that was measured.
-    """
-
-    model: str
-    float_score: Score
-    calibrated_score: Score
-    bops: int
-    float_bops: int
-    budget_bops: int | None
-    size: int
-    float_size: int
-    policy: BitConfig
-    score: Score = field(default_factory=Score)
-    artifacts: dict[str, str] = field(default_factory=dict)
-    agreement: float = 0.0
-    verified_images: int = 0
-
-    def to_dict(self, run_dir: Path) -> dict[str, Any]:
-        """As ``--json`` prints it; accuracies in percent."""
-        return {
-            "run_dir": str(run_dir),
-            "model": self.model,
-            "top1": self.score.top1,
-            "top5": self.score.top5,
-            "loss": self.score.loss,
-            "images": self.score.images,
-            "float_top1": self.float_score.top1,
-            "float_top5": self.float_score.top5,
-            "calibrated_top1": self.calibrated_score.top1,
-            "bops": self.bops,
-            "float_bops": self.float_bops,
-            "budget_bops": self.budget_bops,
-            "bops_reduction": self.float_bops / self.bops,
-            "size_bytes": self.size,
-            "float_size_bytes": self.float_size,
-            "onnx_argmax_agreement": self.agreement,
-            "onnx_images": self.verified_images,
-            "policy": self.policy.model_dump()["layers"],
-            "artifacts": self.artifacts,
-        }
 
 
 def quantize(
@@ -159,6 +102,8 @@ def check(config: RunConfig) -> None:
             raise ConfigError(f"there is no {kind} {name!r}: choose from {', '.join(table)}")
     if config.quantization.bits:
         parse_bits(config.quantization.bits)
+    if config.quantization.bops and not UNIFORM_BUDGET.fullmatch(config.quantization.bops.strip()):
+        parse_quantity(config.quantization.bops)
 
 
 def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tuple[Network, Images]:
@@ -211,7 +156,7 @@ def begin(
     run.log(phase="float", **asdict(float_score))
     run.log(phase="calibrated", **asdict(calibrated))
     run.save_checkpoint(
-        {"facts": facts.model_dump_json(), "outcome": _pack(outcome), "model": quantized.state_dict()}
+        {"facts": facts.model_dump_json(), "outcome": outcome.pack(), "model": quantized.state_dict()}
     )
 
 
@@ -221,10 +166,11 @@ def complete(config: RunConfig, run: RunDirectory, device: torch.device, progres
     if state is None:
         raise RunDirectoryError(f"{run.path} holds no checkpoint: start again with --overwrite")
     facts = ModelFacts.model_validate_json(state["facts"])
-    outcome = _unpack(state["outcome"])
+    outcome = Outcome.unpack(state["outcome"])
     model = build_architecture(facts.build)
     restore_structure(model, facts)
     model.load_state_dict(state["model"])
+    outcome.policy = convert.active_bits(model, facts.policy.model, facts.policy.layers)
     model.to(device)
     images = open_images(config, facts, device)
     if config.training.epochs:
@@ -247,59 +193,6 @@ def score(model: nn.Module, loader: Loader, title: str, device: torch.device, pr
     model.eval()
     with progress.task(title, len(loader)) as task:
         return evaluate(model, loader, task, device=device)
-
-
-def calibrate(
-    network: Network, images: Images, config: RunConfig, progress: Progress
-) -> dict[str, InputStatistics]:
-    """What the inputs of all layers look like on a few training images."""
-    loader = images.calibration()
-
-    def told() -> Any:
-        with progress.task("calibrating", len(loader)) as task:
-            for batch, _ in loader:
-                yield batch
-                task.advance(images=len(batch))
-
-    return observe(network.model, told(), config.run.seed)
-
-
-def choose_bits(
-    config: RunConfig, network: Network, statistics: Mapping[str, InputStatistics], progress: Progress
-) -> tuple[BitConfig, Budget | None]:
-    """The policy that was given, or the one that the searcher finds under the budget."""
-    policy = explicit_policy(config, network)
-    if policy is not None:
-        return policy, None
-    wanted = config.quantization
-    budget = parse_budget(wanted.bops or "", network)
-    problem = SearchProblem(
-        network.model,
-        network.name,
-        network.costs,
-        budget,
-        tuple(sorted(wanted.candidates)),
-        scheme_of(config),
-        statistics,
-        progress,
-    )
-    return SEARCHERS[wanted.searcher]().search(problem), budget
-
-
-def scheme_of(config: RunConfig) -> Scheme:
-    """Which quantizers the configuration asks for."""
-    wanted = config.quantization
-    return Scheme(quantizer=wanted.quantizer, weight_grid=wanted.weight_grid, granularity=wanted.granularity)
-
-
-def install_quantizers(
-    config: RunConfig, network: Network, policy: BitConfig, statistics: Mapping[str, InputStatistics]
-) -> nn.Module:
-    """Give every layer its quantizers at the policy's bits, with fitted levels."""
-    signed = {name: facts.signed for name, facts in statistics.items()}
-    convert.install(network.model, scheme_of(config), policy, signed)
-    fit(network.model, statistics)
-    return network.model
 
 
 def describe(
@@ -338,14 +231,3 @@ def _check_same(before: RunConfig, now: RunConfig, run_dir: Path) -> None:
             f"{run_dir} was started with other settings ({difference}): give the same ones to --resume, "
             "or start anew with --overwrite"
         )
-
-
-def _pack(outcome: Outcome) -> dict[str, Any]:
-    packed = asdict(outcome)
-    packed["policy"] = outcome.policy.to_json()
-    return packed
-
-
-def _unpack(packed: dict[str, Any]) -> Outcome:
-    scores = {name: Score(**packed[name]) for name in ("float_score", "calibrated_score", "score")}
-    return Outcome(**{**packed, **scores, "policy": BitConfig.model_validate_json(packed["policy"])})

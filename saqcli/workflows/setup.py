@@ -1,5 +1,6 @@
 """What every verb needs: device, float model, data, and the traced network with its costs."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,7 @@ from saqcli.quant.trace import Trace, trace
 from saqcli.strict import parse_json
 from saqcli.units import parse_quantity
 
+UNIFORM_BUDGET = re.compile(r"w\d+a\d+", re.IGNORECASE)  # a budget given as what uniform bits cost
 SMALL_IMAGES = 64  # pixels; up to here images are trained on whole, above on random crops
 
 
@@ -116,7 +118,7 @@ def read_policy(path: Path, network: Network) -> BitConfig:
 
 def parse_budget(text: str, network: Network) -> Budget:
     """``34G``, or ``w4a4``: what uniform 4 bits cost in this network."""
-    if text.strip().lower().startswith("w"):
+    if UNIFORM_BUDGET.fullmatch(text.strip()):
         bits = parse_bits(text)
         return Budget(network.costs.bops(network.costs.uniform(network.name, bits)))
     return Budget(parse_quantity(text))

@@ -128,7 +128,7 @@ def standardized() -> nn.Module:
         nn.ReLU(),
         StdConv2d(4, 6, 3),
         nn.Flatten(),
-        nn.Linear(6 * 16, CLASSES),
+        nn.Linear(6 * 36, CLASSES),
     )
 
 

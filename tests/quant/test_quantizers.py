@@ -358,7 +358,9 @@ def _near_edge(scaled: float) -> bool:
 def check_against_twin(quantizer: Quantizer, x: Tensor, twin: object) -> None:
     level = quantizer.level().detach().expand(x.shape[0], 1)
     rows = [[twin(v, level[r].item(), quantizer.bits) for v in x[r].tolist()] for r in range(x.shape[0])]  # type: ignore[operator]
-    value, grad_x, grad_a = (torch.tensor([[e[k] for e in row] for row in rows]) for k in range(3))
+    value, grad_x, grad_a = (
+        torch.tensor([[e[k] for e in row] for row in rows], dtype=torch.float64) for k in range(3)
+    )
     clear = ~torch.tensor([[e[3] for e in row] for row in rows])
     upstream = torch.cos(torch.arange(x.numel(), dtype=torch.float64)).view_as(x) * clear
     x = x.clone().requires_grad_()
@@ -403,9 +405,8 @@ def test_the_level_gets_the_rounding_residual_inside_and_the_end_outside(
     q.backward(upstream)
     a, grid = quantizer.level().detach().abs(), quantizer.grid()
     inside = (x <= a) & (x >= a * (grid.lowest / grid.highest))
-    terms = torch.where(
-        inside, (q.detach() - x) / a, torch.where(x > 0, 1.0, grid.lowest / grid.highest).double()
-    )
+    ends = torch.full_like(x, grid.lowest / grid.highest).masked_fill(x > 0, 1.0)
+    terms = torch.where(inside, (q.detach() - x) / a, ends)
     expected = sign * (upstream * terms).sum_to_size(a.shape)
     actual = quantizer.clipping_level.grad[quantizer.candidates.index(width)]
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-13 * x.numel())

@@ -1,8 +1,8 @@
 """What an exported file says about itself, beside its tensors: enough to build, feed and check the model again."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.convert import Scheme
@@ -38,3 +38,12 @@ class ModelFacts(BaseModel):
     class_names: tuple[str, ...] = ()
     source: str = ""
     source_sha256: str | None = None
+
+    @model_validator(mode="after")
+    def _signs_are_known(self) -> Self:
+        unknown = [
+            name for name, bits in self.policy.layers.items() if bits.activation and name not in self.signed
+        ]
+        if unknown:
+            raise ValueError(f"whether the input of {unknown[0]} is signed is not told")
+        return self

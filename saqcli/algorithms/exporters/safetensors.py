@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from saqcli.algorithms.exporters.facts import ModelFacts
-from saqcli.errors import CorruptArtifact
+from saqcli.errors import CorruptArtifact, SaqError
 from saqcli.quant import convert
 from saqcli.quant.fake_quantize import step_of
 from saqcli.quant.layers import QuantizedLayer, quantized_layers
@@ -89,26 +90,21 @@ def rebuild(model: nn.Module, facts: ModelFacts, tensors: Mapping[str, Tensor], 
     """Turn the float architecture ``model`` into the quantized model that was saved, in place.
 
     Raises:
-        CorruptArtifact: tensors are missing, left over or of another shape.
+        CorruptArtifact: the description contradicts itself or the architecture, or tensors are missing, left over or of
+            another shape.
     """
-    restore_structure(model, facts)
+    try:
+        restore_structure(model, facts)
+    except SaqError as error:
+        raise CorruptArtifact(f"{source} describes a model that cannot be built: {error}") from None
     state = dict(tensors)
     for name, layer in quantized_layers(model).items():
         quantizer = layer.weight_quantizer
         if stores_codes(layer) and isinstance(quantizer, Quantizer) and f"{name}.codes" in state:
-            level = state.get(f"{name}.weight_quantizer.clipping_level")
-            if level is None or level.shape != quantizer.clipping_level.shape:
-                raise CorruptArtifact(
-                    f"{source}: the clipping level of {name} is missing or of another shape"
-                )
-            codes = unpack(
-                state.pop(f"{name}.codes"),
-                quantizer.grid(),
-                quantizer.bits,
-                tuple(layer.latent_weight().shape),
-            )
-            state.pop(f"{name}.step", None)
-            state[f"{name}.{layer.weight_name}"] = codes * step_of(level[0], quantizer.grid())
+            try:
+                state[f"{name}.{layer.weight_name}"] = _weight(state, name, layer, quantizer)
+            except CorruptArtifact as error:
+                raise CorruptArtifact(f"{source}, layer {name}: {error}") from None
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -117,9 +113,30 @@ def rebuild(model: nn.Module, facts: ModelFacts, tensors: Mapping[str, Tensor], 
     return model.eval()
 
 
+def _weight(state: dict[str, Tensor], name: str, layer: QuantizedLayer, quantizer: Quantizer) -> Tensor:
+    """``step * code`` of one layer, both taken out of ``state``."""
+    grid, shape = quantizer.grid(), tuple(layer.latent_weight().shape)
+    packed, step = state.pop(f"{name}.codes"), state.pop(f"{name}.step", None)
+    level = state.get(f"{name}.weight_quantizer.clipping_level")
+    if level is None or level.shape != quantizer.clipping_level.shape:
+        raise CorruptArtifact("the clipping level is missing or of another shape")
+    expected = step_of(level[0], grid)
+    if step is None or step.shape != expected.flatten().shape or not torch.allclose(step, expected.flatten()):
+        raise CorruptArtifact("the steps of the codes do not belong to its grid and clipping level")
+    return unpack(packed, grid, quantizer.bits, shape) * expected
+
+
 def restore_structure(model: nn.Module, facts: ModelFacts) -> None:
-    """Wrap the float architecture and install quantizers as ``facts`` tell, levels unset, in place."""
+    """Wrap the float architecture and install quantizers as ``facts`` tell, levels unset, in place.
+
+    Raises:
+        SaqError: they tell of layers that the architecture does not have.
+    """
     layers = convert.wrap(model)
+    modules = dict(model.named_modules())
+    for parent, children in facts.routed.items():
+        if parent not in modules or not set(children) <= set(layers) & set(facts.policy.layers):
+            raise CorruptArtifact(f"it has no {parent} that multiplies with {', '.join(children)}")
     convert.leave_float(model, [name for name in layers if name not in facts.policy.layers])
     for parent, children in facts.routed.items():
         convert.route(model, [parent], children)

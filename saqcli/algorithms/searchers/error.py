@@ -22,6 +22,11 @@ class ErrorKnapsack:
     def search(self, problem: SearchProblem) -> BitConfig:
         """Measure every layer at every candidate, then solve the knapsack exactly."""
         problem.budget.check_reachable(problem.costs, problem.candidates, problem.name)
+        ceiling = problem.costs.uniform(
+            problem.name, LayerBits(weight=max(problem.candidates), activation=max(problem.candidates))
+        )
+        if problem.budget.admits(problem.costs.bops(ceiling)):
+            return ceiling  # nothing to choose, even where fewer bits err as little
         groups = decisions(problem.costs.layers)
         noise = measure_noise(problem)
         options = [LayerBits(weight=bits, activation=bits) for bits in problem.candidates]
@@ -33,11 +38,8 @@ class ErrorKnapsack:
         ]
         losses = [[_sum(noise, members, bits) for bits in problem.candidates] for members in groups.values()]
         limit = problem.budget.bops - fixed
-        chosen = (
-            choose(costs, losses, limit, least=int(BUDGET_USE * problem.budget.bops) + 1 - fixed)
-            if groups
-            else []
-        )
+        wanted = -(-round(1000 * BUDGET_USE) * problem.budget.bops // 1000)  # rounded up
+        chosen = choose(costs, losses, limit, least=wanted - fixed)
         by_layer = {
             layer.name: options[index]
             for members, index in zip(groups.values(), chosen, strict=True)

@@ -12,7 +12,7 @@ from saqcli.quant.quantizers.clip import ClipActivation, ClipWeight
 
 
 class Family(NamedTuple):
-    """The two halves of a quantizer and what ``--quantizer`` says about it."""
+    """The two halves of a quantizer and what a list of quantizers says about it."""
 
     weight: type[Quantizer]
     activation: type[Quantizer]

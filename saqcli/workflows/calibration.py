@@ -1,0 +1,68 @@
+"""From a traced float network to a calibrated quantized one: look at inputs, choose bits, fit quantizers."""
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from saqcli.algorithms.searchers import SEARCHERS, SearchProblem
+from saqcli.config import RunConfig
+from saqcli.progress import Progress
+from saqcli.quant import convert
+from saqcli.quant.bits import BitConfig
+from saqcli.quant.calibrate import InputStatistics, fit, observe
+from saqcli.quant.convert import Scheme
+from saqcli.quant.cost import Budget
+from saqcli.workflows.setup import Images, Network, explicit_policy, parse_budget
+
+
+def calibrate(
+    network: Network, images: Images, config: RunConfig, progress: Progress
+) -> dict[str, InputStatistics]:
+    """What the inputs of all layers look like on a few training images."""
+    loader = images.calibration()
+
+    def told() -> Iterator[Tensor]:
+        with progress.task("calibrating", len(loader)) as task:
+            for batch, _ in loader:
+                yield batch
+                task.advance(images=len(batch))
+
+    return observe(network.model, told(), config.run.seed)
+
+
+def choose_bits(
+    config: RunConfig, network: Network, statistics: Mapping[str, InputStatistics], progress: Progress
+) -> tuple[BitConfig, Budget | None]:
+    """The policy that was given, or the one that the searcher finds under the budget."""
+    policy = explicit_policy(config, network)
+    if policy is not None:
+        return policy, None
+    wanted = config.quantization
+    budget = parse_budget(wanted.bops or "", network)
+    problem = SearchProblem(
+        network.model,
+        network.name,
+        network.costs,
+        budget,
+        tuple(sorted(wanted.candidates)),
+        scheme_of(config),
+        statistics,
+        progress,
+    )
+    return SEARCHERS[wanted.searcher]().search(problem), budget
+
+
+def scheme_of(config: RunConfig) -> Scheme:
+    """Which quantizers the configuration asks for."""
+    wanted = config.quantization
+    return Scheme(quantizer=wanted.quantizer, weight_grid=wanted.weight_grid, granularity=wanted.granularity)
+
+
+def install_quantizers(
+    config: RunConfig, network: Network, policy: BitConfig, statistics: Mapping[str, InputStatistics]
+) -> nn.Module:
+    """Give every layer its quantizers at the policy's bits, with fitted levels."""
+    signed = {name: facts.signed for name, facts in statistics.items()}
+    convert.install(network.model, scheme_of(config), policy, signed)
+    fit(network.model, statistics)
+    return network.model

@@ -1,0 +1,79 @@
+"""What ``saq quantize`` did: the figures of the report, kept in the checkpoint while the run is under way."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saqcli.algorithms.training import Score
+from saqcli.quant.bits import BitConfig
+
+
+@dataclass
+class Outcome:
+    """What ``saq quantize`` did; the figures of the report.
+
+    Attributes:
+        model: canonical name.
+        float_score: of the float model on the validation images.
+        calibrated_score: after calibration, before any training.
+        score: at the end.
+        bops: of the policy.
+        float_bops: of the float model.
+        budget_bops: that was asked for, or None.
+        size: bytes of the quantized model.
+        float_size: bytes of the float model.
+        policy: bits of every layer.
+        artifacts: name to path of the files written.
+        agreement: share of images on which the ONNX file has the same best class.
+        verified_images: on how many that was measured.
+    """
+
+    model: str
+    float_score: Score
+    calibrated_score: Score
+    bops: int
+    float_bops: int
+    budget_bops: int | None
+    size: int
+    float_size: int
+    policy: BitConfig
+    score: Score = field(default_factory=Score)
+    artifacts: dict[str, str] = field(default_factory=dict)
+    agreement: float = 0.0
+    verified_images: int = 0
+
+    def to_dict(self, run_dir: Path) -> dict[str, Any]:
+        """As ``--json`` prints it; accuracies in percent."""
+        return {
+            "run_dir": str(run_dir),
+            "model": self.model,
+            "top1": self.score.top1,
+            "top5": self.score.top5,
+            "loss": self.score.loss,
+            "images": self.score.images,
+            "float_top1": self.float_score.top1,
+            "float_top5": self.float_score.top5,
+            "calibrated_top1": self.calibrated_score.top1,
+            "bops": self.bops,
+            "float_bops": self.float_bops,
+            "budget_bops": self.budget_bops,
+            "bops_reduction": self.float_bops / self.bops,
+            "size_bytes": self.size,
+            "float_size_bytes": self.float_size,
+            "onnx_argmax_agreement": self.agreement,
+            "onnx_images": self.verified_images,
+            "policy": self.policy.model_dump()["layers"],
+            "artifacts": self.artifacts,
+        }
+
+    def pack(self) -> dict[str, Any]:
+        """Plain values that a checkpoint can hold."""
+        packed = asdict(self)
+        packed["policy"] = self.policy.to_json()
+        return packed
+
+    @classmethod
+    def unpack(cls, packed: dict[str, Any]) -> "Outcome":
+        """What ``pack`` made."""
+        scores = {name: Score(**packed[name]) for name in ("float_score", "calibrated_score", "score")}
+        return cls(**{**packed, **scores, "policy": BitConfig.model_validate_json(packed["policy"])})

@@ -1,0 +1,167 @@
+"""The story that the README tells, on real handwritten digits: quantize under a budget, evaluate, export, do it again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import saqcli
+from saqcli.cli import app
+from tests.digits import MODEL, float_options
+
+UNIFORM_3 = 92_640_256  # BOPs of saq/resnet20 on 16 x 16 grey images at 3 bits, first and last layer at 8
+
+
+def saq(*arguments: object) -> Any:
+    """The JSON that a command prints; it must succeed."""
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run under the cost of uniform 3 bits, given as a number."""
+    return tmp_path_factory.mktemp("story") / "run"
+
+
+@pytest.fixture(scope="module")
+def quantized(run: Path, digits: Path) -> dict[str, Any]:
+    """What ``saq quantize`` printed for it."""
+    budget = f"{UNIFORM_3 / 1e6:f}M"
+    answer: dict[str, Any] = saq(
+        "quantize", MODEL, *float_options(digits), "--bops", budget, "--epochs", 1, "--run-dir", run
+    )
+    return answer
+
+
+def test_the_budget_is_met_and_used(quantized: dict[str, Any]) -> None:
+    assert quantized["budget_bops"] == UNIFORM_3
+    assert 0.985 * UNIFORM_3 <= quantized["bops"] <= UNIFORM_3
+    assert quantized["bops_reduction"] == pytest.approx(quantized["float_bops"] / quantized["bops"])
+
+
+def test_accuracy_stays_within_three_points_of_float(quantized: dict[str, Any]) -> None:
+    assert quantized["float_top1"] > 90
+    assert quantized["top1"] > quantized["float_top1"] - 3
+
+
+def test_the_run_directory_holds_what_was_promised(quantized: dict[str, Any], run: Path) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+
+    assert manifest["status"] == "finished"
+    assert set(manifest["artifacts"]) == {"artifacts/model.onnx", "artifacts/model.safetensors"}
+    assert all((run / name).is_file() for name in ("config.json", "policy.json", "report.md", "metrics.jsonl"))
+    assert json.loads((run / "policy.json").read_text())["layers"] == quantized["policy"]
+    assert f"{quantized['top1']:.2f} %" in (run / "report.md").read_text()
+
+
+def test_run_safetensors_and_onnx_score_the_same(quantized: dict[str, Any], run: Path, digits: Path) -> None:
+    data = ("--data", digits / "images")
+    scores = [
+        saq("eval", target, *data)
+        for target in (run, run / "artifacts" / "model.safetensors", run / "artifacts" / "model.onnx")
+    ]
+
+    assert scores[0]["top1"] == scores[1]["top1"] == quantized["top1"]
+    assert scores[2]["top1"] == pytest.approx(quantized["top1"], abs=100 / quantized["images"])
+    assert quantized["onnx_argmax_agreement"] >= 0.99
+
+
+def test_the_policy_can_be_profiled_and_costs_what_was_said(quantized: dict[str, Any], run: Path) -> None:
+    options = ("--num-classes", 10, "--in-chans", 1, "--input-size", 16)
+
+    assert saq("profile", MODEL, *options, "--policy", run / "policy.json")["bops"] == quantized["bops"]
+
+
+def test_loading_gives_a_module_at_exactly_that_policy(quantized: dict[str, Any], run: Path) -> None:
+    from saqcli.quant.convert import active_bits
+
+    model = saqcli.load(run)
+
+    found = active_bits(model, MODEL, quantized["policy"])
+    assert found.model_dump()["layers"] == quantized["policy"]
+
+
+def test_another_policy_gives_other_outputs_and_other_costs(run: Path, digits: Path, tmp_path: Path) -> None:
+    policy = json.loads((run / "policy.json").read_text())
+    for bits in list(policy["layers"].values())[1:-1]:
+        bits["weight"] = bits["activation"] = 2
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps(policy))
+
+    answer = saq(
+        *("quantize", MODEL, *float_options(digits), "--policy", path, "--epochs", 0),
+        *("--run-dir", tmp_path / "two"),
+    )
+    images = torch.randn(4, 1, 16, 16)
+
+    assert answer["bops"] < 0.6 * UNIFORM_3
+    assert answer["top1"] == answer["calibrated_top1"]
+    with torch.no_grad():
+        assert not torch.equal(saqcli.load(run)(images), saqcli.load(tmp_path / "two")(images))
+
+
+def test_the_configuration_run_again_gives_the_same_metrics(quantized: dict[str, Any], run: Path, tmp_path: Path) -> None:
+    again = saq("quantize", "--config", run / "config.json", "--run-dir", tmp_path / "again")
+
+    assert (tmp_path / "again" / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
+    assert again["policy"] == quantized["policy"]
+
+
+def test_a_finished_run_is_neither_replaced_nor_lost(quantized: dict[str, Any], run: Path, digits: Path) -> None:
+    before = (run / "artifacts" / "model.safetensors").read_bytes()
+
+    result = CliRunner().invoke(
+        app, ["quantize", MODEL, *float_options(digits), "--bits", "4", "--run-dir", str(run)]
+    )
+
+    assert result.exit_code == 1
+    assert "--overwrite" in result.stderr
+    assert (run / "artifacts" / "model.safetensors").read_bytes() == before
+
+
+def test_export_writes_a_verified_file_and_refuses_to_replace_it(quantized: dict[str, Any], run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+
+    answer = saq("export", run, "--onnx", path)
+    second = CliRunner().invoke(app, ["export", str(run), "--onnx", str(path)])
+
+    assert answer["verified"] is True
+    assert answer["size_bytes"] == path.stat().st_size
+    assert second.exit_code == 1
+    assert "--overwrite" in second.stderr
+
+
+def test_an_artifact_that_does_not_equal_the_model_leaves_no_file_and_exits_3(
+    quantized: dict[str, Any], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from saqcli.algorithms import exporters
+    from saqcli.algorithms.exporters.onnx_qdq import OnnxQdqExporter
+    from saqcli.quant.layers import quantized_layers
+
+    class Broken(OnnxQdqExporter):
+        def export(self, model: Any, example: Any, path: Path, facts: Any) -> None:
+            for layer in quantized_layers(model).values():
+                layer.latent_weight().data.neg_()
+            super().export(model, example, path, facts)
+            for layer in quantized_layers(model).values():
+                layer.latent_weight().data.neg_()
+
+    monkeypatch.setitem(exporters.EXPORTERS, "qdq", Broken)
+
+    result = CliRunner().invoke(app, ["export", str(run), "--onnx", str(tmp_path / "broken.onnx")])
+
+    assert result.exit_code == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_runs_offline_to_the_end(tmp_path: Path) -> None:
+    answer = saq("demo", "--run-dir", tmp_path / "demo", "--epochs", 1)
+
+    assert answer["float_top1"] > 95
+    assert answer["top1"] > 90
+    assert answer["bops"] <= answer["budget_bops"]

@@ -1,0 +1,229 @@
+"""The policy file and the notations of bits and quantities: what is written is read again, and nothing else is."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import BITS
+from strategies import bits as widths
+
+from saqcli.errors import ConfigError, PolicyMismatch
+from saqcli.quant.bits import BitConfig, LayerBits, parse_bits, parse_candidates, uniform
+from saqcli.strict import parse_json
+from saqcli.units import format_quantity, parse_quantity
+
+W4A4 = LayerBits(weight=4, activation=4)
+layer_bits = st.builds(LayerBits, weight=st.none() | widths(), activation=st.none() | widths())
+names = st.text(min_size=1, max_size=20)
+
+
+def policy(**changes: object) -> str:
+    """The text of a small policy with some keys changed."""
+    tree = {"schema_version": 1, "model": "timm/resnet18", "layers": {"fc": {"weight": 4, "activation": 8}}}
+    return json.dumps({**tree, **changes})
+
+
+# The file
+
+
+@given(model=names, layers=st.dictionaries(names, layer_bits, max_size=6))
+def test_a_policy_survives_its_file(model: str, layers: dict[str, LayerBits]) -> None:
+    config = BitConfig(model=model, layers=layers)
+    restored = parse_json(BitConfig, config.to_json(), "policy.json")
+    assert restored == config
+    assert list(restored.layers) == list(layers)  # in execution order
+
+
+def test_a_policy_has_a_line_a_layer() -> None:
+    config = BitConfig(model="timm/resnet18", layers={"conv1": W4A4, "layer1.0.conv1": W4A4})
+    lines = config.to_json().splitlines()
+    assert [line.strip() for line in lines[4:6]] == [
+        '"conv1": {"weight":4,"activation":4},',
+        '"layer1.0.conv1": {"weight":4,"activation":4}',
+    ]
+
+
+def test_a_missing_version_means_the_first() -> None:
+    assert parse_json(BitConfig, '{"model": "m", "layers": {}}', "policy.json").schema_version == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (policy(comment="mine"), "unknown key 'comment'"),
+        (policy(layers={"fc": {"weight": 4, "activation": 8, "group": 1}}), "unknown key 'layers.fc.group'"),
+        (policy(layers={"fc": {"weight": 4}}), "key 'layers.fc.activation' is missing"),
+        ('{"layers": {}}', "key 'model' is missing"),
+        (policy(schema_version=2), "schema_version"),
+        (policy(schema_version="1"), "schema_version"),
+        (policy(layers={"fc": {"weight": 1, "activation": 8}}), "layers.fc.weight"),
+        (policy(layers={"fc": {"weight": 9, "activation": 8}}), "layers.fc.weight"),
+        (policy(layers={"fc": {"weight": 4, "activation": 32}}), "layers.fc.activation"),
+        (policy(layers={"fc": {"weight": 4.0, "activation": 8}}), "layers.fc.weight"),
+        (policy(layers={"fc": {"weight": 4.5, "activation": 8}}), "layers.fc.weight"),
+        (policy(layers={"fc": {"weight": "4", "activation": 8}}), "layers.fc.weight"),
+        (policy(layers={"fc": {"weight": True, "activation": 8}}), "layers.fc.weight"),
+        (policy(layers=[1, 2]), "layers"),
+        (policy()[:-1], "JSON"),
+        ("", "JSON"),
+    ],
+)
+def test_a_policy_that_does_not_fit_its_schema_is_refused_with_the_place(text: str, reason: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_json(BitConfig, text, "policy.json")
+    assert str(refusal.value).startswith("policy.json: ")
+    assert reason.lower() in str(refusal.value).lower()
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_policy_cannot_be_changed_in_place() -> None:
+    config = BitConfig(model="m", layers={"fc": W4A4})
+    with pytest.raises(ValueError, match="frozen"):
+        config.model = "other"
+    with pytest.raises(ValueError, match="frozen"):
+        config.layers["fc"].weight = 8
+
+
+# Fitting a network
+
+
+def test_a_policy_fits_the_network_it_was_made_for_in_any_order() -> None:
+    BitConfig(model="m", layers={"a": W4A4, "b": W4A4}).check_fits("m", ["b", "a"])
+
+
+def test_a_misfit_names_both_sides() -> None:
+    config = BitConfig(model="timm/resnet18", layers={"a": W4A4, "old": W4A4})
+    with pytest.raises(PolicyMismatch) as refusal:
+        config.check_fits("timm/resnet50", ["a", "new"])
+    message = str(refusal.value)
+    for part in ("timm/resnet18", "timm/resnet50", "it lacks new", "it alone has old"):
+        assert part in message
+
+
+def test_a_misfit_names_only_the_side_that_differs() -> None:
+    config = BitConfig(model="m", layers={"a": W4A4})
+    with pytest.raises(PolicyMismatch, match="it lacks b") as refusal:
+        config.check_fits("m", ["a", "b"])
+    assert "alone" not in str(refusal.value)
+
+
+def test_a_long_misfit_is_cut_short_and_counted() -> None:
+    config = BitConfig(model="m", layers={})
+    with pytest.raises(PolicyMismatch, match=r"n0, n1, n2, n3, n4 and 7 more"):
+        config.check_fits("m", [f"n{k}" for k in range(12)])
+
+
+def test_pins_stay_where_bits_are_uniform() -> None:
+    pin = LayerBits(weight=8, activation=8)
+    config = uniform("m", {"conv1": pin, "mid": None, "fc": pin}, W4A4)
+    assert list(config.layers.items()) == [("conv1", pin), ("mid", W4A4), ("fc", pin)]
+
+
+# Notations
+
+
+@pytest.mark.parametrize("width", BITS)
+def test_one_number_is_both_operands(width: int) -> None:
+    assert parse_bits(str(width)) == LayerBits(weight=width, activation=width)
+
+
+@given(weight=widths(), activation=widths())
+def test_bits_survive_their_notation(weight: int, activation: int) -> None:
+    bits = LayerBits(weight=weight, activation=activation)
+    assert parse_bits(str(bits)) == bits
+    assert parse_bits(f" W{weight}A{activation} ") == bits
+
+
+def test_an_operand_in_floating_point_reads_as_32_bits() -> None:
+    assert str(LayerBits(weight=None, activation=8)) == "w32a8"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "four", "4.5", "-4", "w4", "a4", "w4a", "4a4", "w4 a4", "4,4", "w4a4a4"]
+)
+def test_what_is_no_bit_width_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no bit-width"):
+        parse_bits(text)
+
+
+@pytest.mark.parametrize("text", ["0", "1", "9", "32", "w1a4", "w4a9", "w16a16"])
+def test_bits_that_no_quantizer_has_are_refused_with_the_range(text: str) -> None:
+    with pytest.raises(ConfigError, match="2 to 8"):
+        parse_bits(text)
+
+
+@given(chosen=st.lists(widths(), min_size=1))
+def test_candidates_ascend_without_repeats(chosen: list[int]) -> None:
+    assert parse_candidates(",".join(map(str, chosen))) == tuple(sorted(set(chosen)))
+    assert parse_candidates(" , ".join(map(str, chosen))) == tuple(sorted(set(chosen)))
+
+
+@pytest.mark.parametrize(
+    "text", ["", ",", "2,", "2;3", "2 3", "1,2", "8,9", "2,-3", "2.0,3", "two", "²,3", "2,3,x"]
+)
+def test_candidates_that_are_no_bit_widths_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--candidates"):
+        parse_candidates(text)
+
+
+@given(text=st.text(max_size=8))
+def test_any_text_is_read_or_refused_in_one_way(text: str) -> None:
+    for parse in (parse_bits, parse_candidates, parse_quantity):
+        try:
+            parse(text)
+        except ConfigError:
+            continue
+
+
+# Quantities
+
+FACTORS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@given(
+    whole=st.integers(0, 10**6),
+    thousandths=st.integers(0, 999),
+    unit=st.sampled_from(sorted(FACTORS)),
+    suffix=st.sampled_from(["", "B", "BOPs", " BOPs", "bops"]),
+    lower=st.booleans(),
+)
+def test_quantities_are_exact_integers(
+    whole: int, thousandths: int, unit: str, suffix: str, lower: bool
+) -> None:
+    value = (whole * 1000 + thousandths) * FACTORS[unit] // 1000
+    text = f"{whole}.{thousandths:03d}{unit.lower() if lower else unit}{suffix}"
+    if value == 0:
+        with pytest.raises(ConfigError, match="above zero"):
+            parse_quantity(text)
+    else:
+        assert parse_quantity(text) == value
+
+
+@given(value=st.integers(1000, 10**16 - 10**12))
+def test_a_formatted_quantity_is_read_again_to_four_digits(value: int) -> None:
+    text = format_quantity(value, "BOPs")
+    assert abs(parse_quantity(text) - value) <= 0.0005 * value * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (34_714_419_200, "34.71 GBOPs"),
+        (674_643_968, "674.6 MBOPs"),
+        (1_857_611_104_256, "1.858 TBOPs"),
+        (1_000, "1 KBOPs"),
+        (999, "999 BOPs"),
+        (0, "0 BOPs"),
+    ],
+)
+def test_quantities_read_as_in_the_documentation(value: int, text: str) -> None:
+    assert format_quantity(value, "BOPs") == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "34", "G", "-3G", "1e9", "3 4G", "3GG", "3P", "nanG", "0x3G", ".5G", "1,5G", "3GBit"]
+)
+def test_a_quantity_without_number_or_unit_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no quantity"):
+        parse_quantity(text)

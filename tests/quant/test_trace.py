@@ -1,0 +1,445 @@
+"""What one traced pass tells: costs to the last digit, groups, norms, signs; and the budget that stands on them."""
+
+import functools
+from math import ceil
+
+import pytest
+import timm
+import tiny
+import torch
+import torchvision
+from golden import FLOAT, GOLDEN, MACS, Golden
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from saqcli.errors import InfeasibleBudget, UnsupportedModel
+from saqcli.io.networks import NETWORKS
+from saqcli.quant import convert
+from saqcli.quant.bits import BitConfig, LayerBits
+from saqcli.quant.cost import Budget, CostModel, LayerCost, cost_model, decisions, size_bytes
+from saqcli.quant.layers import quantized_layers
+from saqcli.quant.trace import Trace, trace
+
+W8A8 = LayerBits(weight=8, activation=8)
+BUILDERS = {
+    "resnet18": (torchvision.models.resnet18, 224),
+    "resnet50": (torchvision.models.resnet50, 224),
+    "mobilenetv2": (torchvision.models.mobilenet_v2, 224),
+    "mobilenetv2_100": (functools.partial(torchvision.models.mobilenet_v2, num_classes=100), 224),
+    "preresnet20": (functools.partial(NETWORKS["preresnet20"].build, num_classes=100), 32),
+    "mobilenetv2_cifar": (functools.partial(NETWORKS["mobilenetv2_cifar"].build, num_classes=100), 32),
+}
+
+
+def traced(net: nn.Module, shape: tuple[int, ...]) -> Trace:
+    convert.wrap(net)
+    return trace(net, tiny.images(shape, 1))
+
+
+@functools.cache
+def known(name: str, side: int | None = None) -> Trace:
+    """One of ``BUILDERS``, traced once; a smaller side is quicker where only the graph matters."""
+    build, full = BUILDERS[name]
+    return traced(build(), (3, side or full, side or full))
+
+
+def at(costs: CostModel, bits: int) -> int:
+    """BOPs with all free layers at ``bits``."""
+    if bits == FLOAT:
+        return costs.float_bops
+    return costs.bops(costs.uniform("", LayerBits(weight=bits, activation=bits)))
+
+
+def groups(found: Trace) -> list[list[str]]:
+    """The groups of more than one layer."""
+    members: dict[str, list[str]] = {}
+    for layer in found.layers.values():
+        members.setdefault(layer.group, []).append(layer.name)
+    return [names for names in members.values() if len(names) > 1]
+
+
+# Golden numbers
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda g: f"{g.network}-{g.bits}")
+def test_bops_are_the_published_ones_to_the_last_digit(golden: Golden) -> None:
+    assert at(cost_model(known(golden.network)), golden.bits) == golden.bops
+
+
+@pytest.mark.parametrize("name", MACS)
+def test_macs_are_the_published_ones_to_the_last_digit(name: str) -> None:
+    assert cost_model(known(name)).macs == MACS[name]
+
+
+@pytest.mark.parametrize("golden", [g for g in GOLDEN if g.published], ids=lambda g: f"{g.network}-{g.bits}")
+def test_golden_integers_round_to_what_the_paper_prints(golden: Golden) -> None:
+    value, unit = golden.published.split()
+    assert f"{golden.bops / {'M': 1e6, 'G': 1e9}[unit]:.1f}" == value
+
+
+def test_timm_and_torchvision_resnet18_cost_the_same() -> None:
+    assert cost_model(traced(timm.create_model("resnet18"), (3, 224, 224))).macs == MACS["resnet18"]
+
+
+def test_the_layers_of_preresnet20_cost_what_the_layer_table_says() -> None:
+    macs = sorted(layer.macs for layer in known("preresnet20").layers.values())
+    assert macs == sorted([442_368, *[2_359_296] * 16, *[1_179_648] * 2, *[131_072] * 2, 6_400])
+
+
+# Another counter
+
+
+def flop_counter_macs(net: nn.Module, shape: tuple[int, ...]) -> int:
+    """torch counts two operations a multiply-accumulate."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net.eval()(tiny.images(shape, 1))
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("name", tiny.EXACT)
+def test_macs_of_tiny_networks_equal_those_of_torchs_counter(name: str) -> None:
+    net, shape = tiny.EXACT[name]()
+    expected = flop_counter_macs(net, shape)
+    assert expected > 0
+    found = traced(net, shape)
+    assert sum(layer.macs for layer in found.layers.values()) == expected
+    assert not found.unquantized
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        torchvision.models.resnet18,
+        torchvision.models.mobilenet_v2,
+        functools.partial(timm.create_model, "resnet18"),
+        functools.partial(timm.create_model, "mobilenetv2_100"),
+    ],
+    ids=["torchvision resnet18", "torchvision mobilenet_v2", "timm resnet18", "timm mobilenetv2_100"],
+)
+def test_macs_of_known_networks_equal_those_of_torchs_counter(build: object) -> None:
+    net = build()  # type: ignore[operator]
+    expected = flop_counter_macs(net, (3, 64, 64))
+    assert cost_model(traced(net, (3, 64, 64))).macs == expected
+
+
+def test_packed_attention_counts_its_projections() -> None:
+    net, shape = tiny.attention()
+    found = traced(net, shape)
+    tokens = 4
+    assert found.layers["attention"].macs == tokens * 12 * 36
+    assert found.layers["attention.out_proj"].macs == tokens * 12 * 12
+
+
+class Cross(nn.Module):
+    """Tokens asked by learned queries: query, key and value are not one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 12, 4, 4)
+        self.queries = nn.Parameter(torch.randn(1, 5, 12))
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)  # (N, 4, 12)
+        queries = self.queries.expand(len(x), -1, -1)  # (N, 5, 12)
+        return self.head(self.attention(queries, x, x, need_weights=False)[0].mean(1))
+
+
+def test_cross_attention_is_one_layer_with_the_macs_of_three_projections() -> None:
+    found = traced(Cross(), (3, 8, 8))
+    assert not found.idle
+    assert not found.unquantized
+    assert found.layers["attention"].macs == (5 + 4 + 4) * 12 * 12
+
+
+# Groups, norms, signs
+
+
+def test_the_shortcuts_of_resnet18_share_bits_with_the_end_of_their_branch_and_nothing_else_does() -> None:
+    expected = [[f"layer{k}.0.conv2", f"layer{k}.0.downsample.0"] for k in (2, 3, 4)]
+    assert groups(known("resnet18", 64)) == expected
+    assert groups(traced(timm.create_model("resnet18"), (3, 64, 64))) == expected
+
+
+def test_the_shortcuts_of_resnet50_share_bits_with_the_end_of_their_branch() -> None:
+    assert groups(known("resnet50", 64)) == [
+        [f"layer{k}.0.conv3", f"layer{k}.0.downsample.0"] for k in (1, 2, 3, 4)
+    ]
+
+
+def test_the_convolution_shortcuts_of_preresnet20_share_bits_with_their_branch() -> None:
+    pairs = groups(known("preresnet20"))
+    assert [set(pair) for pair in pairs] == [{f"layer{k}.0.conv2", f"layer{k}.0.shortcut"} for k in (2, 3)]
+
+
+def test_the_four_projections_of_mobilenetv2_for_cifar_are_tied() -> None:
+    pairs = groups(known("mobilenetv2_cifar"))
+    assert [len(pair) for pair in pairs] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2", "resnet18"])
+def test_identity_shortcuts_tie_nothing(name: str) -> None:
+    found = known(name, 64)
+    tied = {layer for pair in groups(found) for layer in pair}
+    assert all(layer.group == layer.name for layer in found.layers.values() if layer.name not in tied)
+    assert name != "mobilenetv2" or not tied
+
+
+def test_tiny_residual_ties_its_projection_only() -> None:
+    net, shape = tiny.residual()
+    assert groups(traced(net, shape)) == [["3.main.3", "3.shortcut.0"]]
+
+
+def test_every_convolution_of_resnet18_names_the_norm_that_follows() -> None:
+    layers = known("resnet18", 64).layers
+    for name, layer in layers.items():
+        expected = name.replace("conv", "bn").replace("downsample.0", "downsample.1")
+        assert layer.norm == (None if name == "fc" else expected)
+
+
+def test_a_norm_behind_an_addition_belongs_to_nobody() -> None:
+    layers = known("preresnet20").layers
+    assert layers["layer1.0.conv1"].norm == "layer1.0.bn2"
+    assert layers["layer1.0.conv2"].norm is None
+
+
+def test_a_layer_norm_in_front_of_a_layer_follows_the_one_before() -> None:
+    net, shape = tiny.tokens()
+    layers = traced(net, shape).layers
+    assert {name: layer.norm for name, layer in layers.items() if layer.norm} == {"patches": "norm"}
+
+
+def test_only_what_has_negative_inputs_is_signed() -> None:
+    assert [n for n, layer in known("resnet18", 64).layers.items() if layer.input_is_signed] == ["conv1"]
+    net, shape = tiny.depthwise()
+    signed = [n for n, layer in traced(net, shape).layers.items() if layer.input_is_signed]
+    assert signed == ["0", "2.expand.0", "3.expand.0"]  # image and linear bottlenecks
+
+
+# Calls
+
+
+class Odd(nn.Module):
+    """A layer that runs twice, one that never does, and a convolution that is mixed for every image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.twice = nn.Conv2d(8, 8, 3, padding=1)
+        self.auxiliary = nn.Linear(8, 5)
+        self.experts = nn.Parameter(torch.randn(2, 8, 8, 1, 1))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(F.relu(self.twice(self.stem(x))))
+        x = F.conv2d(x, self.experts.mean(0))
+        x = x.mean((2, 3))
+        return self.head(x) if not self.training else self.auxiliary(x)
+
+
+def test_a_layer_that_runs_twice_is_counted_twice() -> None:
+    layer = traced(Odd(), (3, 4, 4)).layers["twice"]
+    assert layer.calls == 2
+    assert layer.macs == 2 * 8 * 8 * 9 * 16
+    assert layer.weight_count == 8 * 8 * 9
+
+
+def test_a_layer_that_never_runs_is_idle() -> None:
+    found = traced(Odd(), (3, 4, 4))
+    assert found.idle == ["auxiliary"]
+    assert list(found.layers) == ["stem", "twice", "head"]
+
+
+def test_a_mixed_convolution_is_counted_at_32_bits_whatever_the_policy() -> None:
+    found = traced(Odd(), (3, 4, 4))
+    (entry,) = found.unquantized.values()
+    mixed = 8 * 8 * 16
+    assert entry.macs == mixed
+    costs = cost_model(found)
+    quantized_macs = sum(layer.macs for layer in costs.layers)
+    assert costs.macs == quantized_macs + mixed
+    assert at(costs, 8) == 64 * quantized_macs + 1024 * mixed
+    assert at(costs, 2) == 64 * (3 * 8 + 0) * 16 + 64 * 40 + 4 * found.layers["twice"].macs + 1024 * mixed
+
+
+def test_timms_conditional_convolution_is_found_by_name() -> None:
+    class Conditional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 1)
+            self.mixed = timm.layers.CondConv2d(4, 6, 3, padding=1, num_experts=2)
+            self.head = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.mixed(self.stem(x), torch.full((len(x), 2), 0.5))
+            return self.head(x.mean((2, 3)))
+
+    found = traced(Conditional(), (3, 4, 4))
+    assert {name: entry.macs for name, entry in found.unquantized.items()} == {"mixed": 4 * 6 * 9 * 16}
+
+
+def test_a_weight_that_a_parent_takes_is_the_layers_own() -> None:
+    net, shape = tiny.functional()
+    found = traced(net, shape)
+    assert found.routed == {"3": ["3.qkv"]}
+    assert found.layers["3.qkv"].macs == 16 * 16
+
+
+def test_tracing_leaves_mode_hooks_and_statistics_alone() -> None:
+    net, shape = tiny.conv_bn()
+    net.train()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    traced(net, shape)
+    assert net.training
+    assert all(module.training for module in net.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_a_traced_model_computes_what_it_computed() -> None:
+    net, x = tiny.build("residual")
+    with torch.no_grad():
+        expected = net(x[:1])
+    convert.wrap(net)
+    assert torch.equal(trace(net, x[:1]).outputs, expected)
+
+
+@pytest.mark.parametrize("side", [1, 3])
+def test_an_image_the_model_cannot_take_is_refused_with_its_shape(side: int) -> None:
+    net, _ = tiny.mlp()
+    with pytest.raises(UnsupportedModel, match=f"does not run on an image of 3x{side}x{side}"):
+        traced(net, (3, side, side))
+
+
+@pytest.mark.parametrize("output", [lambda x: (x, x), lambda x: x.unsqueeze(-1), lambda x: x.flatten()])
+def test_an_output_that_is_no_row_of_scores_is_refused(output: object) -> None:
+    class Strange(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.shape = tiny.mlp()
+
+        def forward(self, x: Tensor) -> object:
+            return output(self.net(x))  # type: ignore[operator]
+
+    with pytest.raises(UnsupportedModel, match="class scores"):
+        traced(Strange(), (3, 4, 4))
+
+
+# Pins, budget, size
+
+
+def test_first_layer_and_classifier_are_pinned_to_8_bits() -> None:
+    pins = cost_model(known("resnet18", 64)).pins
+    assert {name: pin for name, pin in pins.items() if pin} == {"conv1": W8A8, "fc": W8A8}
+
+
+def test_every_layer_that_reads_the_image_and_every_classifier_is_pinned() -> None:
+    class TwoStems(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+            self.mid = nn.Conv2d(4, 4, 1)
+            self.head, self.distilled = nn.Linear(4, 5), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.mid(self.one(x) * self.two(x)).mean((2, 3))
+            return (self.distilled(x) + self.head(x)) / 2
+
+    costs = cost_model(traced(TwoStems(), (3, 4, 4)), classifiers=["distilled"])
+    assert [name for name, pin in costs.pins.items() if pin is None] == ["mid"]
+
+
+def test_a_layer_without_quantizers_costs_32_bits() -> None:
+    layer = LayerCost("a", "Linear", 10, 10, "a", None)
+    assert layer.bops(LayerBits(weight=None, activation=None)) == 10 * 1024
+    assert layer.bops(LayerBits(weight=4, activation=None)) == 10 * 128
+
+
+def test_a_budget_admits_its_very_bound() -> None:
+    assert Budget(100).admits(100)
+    assert not Budget(100).admits(101)
+
+
+def test_the_reachable_range_is_that_of_fewest_and_most_bits() -> None:
+    costs = cost_model(known("resnet18"))
+    assert costs.reachable((4, 2, 3)) == (at(costs, 2), at(costs, 4))
+
+
+def test_a_budget_below_the_floor_is_refused_with_the_range_and_the_floor_itself_is_not() -> None:
+    costs = cost_model(known("resnet18"))
+    floor = 14_367_850_496
+    Budget(floor).check_reachable(costs, (2, 4), "timm/resnet18")
+    with pytest.raises(InfeasibleBudget) as refusal:
+        Budget(floor - 1).check_reachable(costs, (2, 4), "timm/resnet18")
+    for part in ("timm/resnet18", "at 2 bits", "14.37 G to 34.71 GBOPs", "Raise the budget"):
+        assert part in str(refusal.value)
+    assert "--candidates" not in str(refusal.value)  # there are no fewer bits than 2
+    with pytest.raises(InfeasibleBudget, match="--candidates"):
+        Budget(floor).check_reachable(costs, (3, 4), "timm/resnet18")
+
+
+def test_a_group_takes_one_decision_and_pinned_layers_take_none() -> None:
+    costs = cost_model(known("resnet18"))
+    found = decisions(costs.layers)
+    assert len(found) == 16  # the count of SAMQ's decisions on ResNet-18
+    assert {layer.name for group in found.values() for layer in group} == {
+        name for name, pin in costs.pins.items() if pin is None
+    }
+
+
+def test_size_counts_packed_weights_a_step_a_channel_and_floats_for_the_rest() -> None:
+    net, _shape = tiny.conv_bn()
+    config = BitConfig(
+        model="tiny",
+        layers={
+            "0": W8A8,
+            "3": LayerBits(weight=3, activation=3),
+            "8": LayerBits(weight=None, activation=4),
+        },
+    )
+    convert.wrap(net)
+    weights = 3 * 8 * 9 + 4 * 8 + ceil(8 * 8 * 9 * 3 / 8) + 4 * 8 + 4 * 8 * 5
+    rest = 4 * (5 + 2 * (8 + 8 + 8 + 8))  # the head's bias; scale, shift, mean and variance of two norms
+    assert size_bytes(net, config) == weights + rest
+
+
+def test_the_float_size_is_four_bytes_a_number() -> None:
+    net, _shape = tiny.conv_bn()
+    numbers = [*net.parameters(), *(b for b in net.buffers() if b.is_floating_point())]
+    expected = 4 * sum(t.numel() for t in numbers)
+    assert size_bytes(net, None) == expected
+    convert.wrap(net)
+    assert size_bytes(net, None) == expected
+
+
+def test_quantizers_do_not_change_the_size() -> None:
+    net, x = tiny.build("transposed")
+    config = BitConfig(
+        model="tiny", layers=dict.fromkeys(("0", "2", "4", "7"), LayerBits(weight=4, activation=4))
+    )
+    twin, _ = tiny.build("transposed")
+    convert.wrap(twin)
+    tiny.quantized(net, x, candidates=(2, 3))
+    assert list(quantized_layers(net)) == list(config.layers)
+    assert size_bytes(net, config) == size_bytes(twin, config)
+
+
+def test_a_tied_weight_is_stored_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+            self.two.weight = self.one.weight
+
+    net = Tied()
+    convert.wrap(net)
+    config = BitConfig(model="tiny", layers=dict.fromkeys(("one", "two"), LayerBits(weight=4, activation=4)))
+    assert size_bytes(net, config) == 18 + 4 * 6
+
+
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_tiny_networks_are_tiny(name: str) -> None:
+    net, _ = tiny.TINY[name]()
+    assert sum(p.numel() for p in net.parameters()) < 10_000

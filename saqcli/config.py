@@ -55,7 +55,7 @@ class DataSection(_Section):
     augmentation: Literal["auto", "imagenet", "cifar", "none"] = "auto"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     calibration_images: Positive = 512
-    verify_images: Positive = 2000
+    verify_images: Positive = 500
     bad_images: Literal["refuse", "skip"] = "refuse"
 
 

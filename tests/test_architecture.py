@@ -27,7 +27,7 @@ ALLOWED = {
 FAMILIES = {
     "algorithms/minimizers": set(),
     "algorithms/searchers": {"problem", "knapsack"},
-    "algorithms/exporters": {"facts", "operators"},
+    "algorithms/exporters": {"facts", "operators", "onnx_layerwise"},
     "quant/quantizers": {"base"},
 }
 

@@ -88,7 +88,8 @@ def show_quantized(result: dict[str, Any]) -> None:
     _say(console, f"\n{reduction}")
     _say(
         console,
-        f"ONNX agrees with PyTorch on {100 * result['onnx_argmax_agreement']:.2f} % of {result['onnx_images']} images",
+        f"ONNX equals PyTorch layer by layer to {result['onnx_layers_error']:.1e}, and in the best class on "
+        f"{100 * result['onnx_argmax_agreement']:.2f} % of {result['onnx_images']} images",
     )
     for path in result["artifacts"].values():
         _say(console, f"wrote {path}")
@@ -114,6 +115,10 @@ def show_export(result: dict[str, Any]) -> None:
     )
     _say(
         console,
-        f"verified in ONNX Runtime, optimized and not: same best class on {100 * result['argmax_agreement']:.2f} % of "
-        f"{result['images']} images, logits differ by {result['max_abs_diff']:.3g} at most",
+        f"layer by layer, {result['layers']} tensors equal PyTorch's to {result['layers_error']:.1e} of their range",
+    )
+    _say(
+        console,
+        f"end to end the best class is the same on {100 * result['argmax_agreement']:.2f} % of {result['images']} "
+        f"images, logits differ by {result['max_abs_diff']:.3g} at most",
     )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.algorithms.exporters import EXPORTERS, ModelFacts
-from saqcli.algorithms.exporters.onnx_qdq import OPSET
+from saqcli.algorithms.exporters.onnx_layerwise import check_layers
+from saqcli.algorithms.exporters.onnx_qdq import OPSET, frozen_copy
 from saqcli.algorithms.training import Batches
 from saqcli.config import DataSection
 from saqcli.errors import ConfigError, ExportMismatch
@@ -22,6 +23,7 @@ from saqcli.workflows.predictors import finished_model, onnx_session, restore
 from saqcli.workflows.setup import open_named, validation_loader
 from saqcli.workflows.verify import Verdict, compare
 
+LAYERWISE_IMAGES = 4  # all activations of which are held in memory
 RANDOM_IMAGES = 64  # that a file is verified on where no data is given
 RANDOM_BATCH = 16
 
@@ -49,6 +51,8 @@ class Export:
             "verified": self.verdict.verified,
             "images": self.verdict.images,
             "argmax_agreement": self.verdict.argmax_agreement,
+            "layers": self.verdict.layers,
+            "layers_error": self.verdict.layers_error,
             "max_abs_diff": self.verdict.max_abs_diff,
             "mean_abs_diff": self.verdict.mean_abs_diff,
             "size_bytes": self.path.stat().st_size,
@@ -110,7 +114,14 @@ def export_verified(
     example = torch.zeros(2, *Preprocessing.from_dict(facts.preprocessing).input_size)
     with replacing(path) as temporary:
         exporter.export(model, example, temporary, facts)
-        verdict = compare(model, _readers(exporter.suffix, temporary), batches, count, progress)
+        if exporter.suffix == ".onnx":
+            verdict = compare(model, _sessions(temporary), batches, count, progress)
+            _prove_layers(verdict, temporary, model, batches)
+        else:
+            loaded, _ = restore(temporary)
+            verdict = compare(model, {"loaded": loaded}, [next(iter(batches))], 1, progress)
+            if verdict.max_abs_diff > 0:
+                verdict.problems.append(f"logits differ by up to {verdict.max_abs_diff:.3g} where none may")
         if not verdict.verified:
             detail = "; ".join(verdict.problems) or (
                 f"the best class agrees on {100 * verdict.argmax_agreement:.2f} % of {verdict.images} images "
@@ -120,11 +131,21 @@ def export_verified(
     return verdict
 
 
-def _readers(suffix: str, path: Path) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Every way in which a file is run to be verified."""
-    if suffix == ".safetensors":
-        model, _ = restore(path)
-        return {"loaded": model}
+def _prove_layers(verdict: Verdict, path: Path, model: nn.Module, batches: Batches) -> None:
+    """Compare the graph with the model layer by layer, on a few images."""
+    images = next(iter(batches))[0][:LAYERWISE_IMAGES]
+    check = check_layers(path, frozen_copy(model), images)
+    verdict.layers, verdict.layers_error = check.tensors, check.largest_error
+    if not check.passed:
+        reason = (
+            check.problem
+            or f"a layer that is fed the same input differs by {check.largest_error:.2g} of its range"
+        )
+        verdict.problems.append(reason)
+
+
+def _sessions(path: Path) -> dict[str, Callable[[Tensor], Tensor]]:
+    """An ONNX file, run without graph optimizations and with the default ones."""
     return {
         "unoptimized": onnx_session(path, optimized=False),
         "optimized": onnx_session(path, optimized=True),

@@ -26,6 +26,7 @@ class Outcome:
         artifacts: name to path of the files written.
         agreement: share of images on which the ONNX file has the same best class.
         verified_images: on how many that was measured.
+        layers_error: largest relative difference of one layer of the ONNX file that is fed PyTorch's input.
     """
 
     model: str
@@ -41,6 +42,7 @@ class Outcome:
     artifacts: dict[str, str] = field(default_factory=dict)
     agreement: float = 0.0
     verified_images: int = 0
+    layers_error: float = 0.0
 
     def to_dict(self, run_dir: Path) -> dict[str, Any]:
         """As ``--json`` prints it; accuracies in percent."""
@@ -62,6 +64,7 @@ class Outcome:
             "float_size_bytes": self.float_size,
             "onnx_argmax_agreement": self.agreement,
             "onnx_images": self.verified_images,
+            "onnx_layers_error": self.layers_error,
             "policy": self.policy.model_dump()["layers"],
             "artifacts": self.artifacts,
         }

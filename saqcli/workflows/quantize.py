@@ -175,13 +175,16 @@ def complete(config: RunConfig, run: RunDirectory, device: torch.device, progres
     images = open_images(config, facts, device)
     if config.training.epochs:
         finetune(model, config, images, run, state, progress)
-    outcome.score = score(model, images.validation(), "evaluating", device, progress)
+        outcome.score = score(model, images.validation(), "evaluating", device, progress)
+    else:
+        outcome.score = outcome.calibrated_score
     run.log(phase="quantized", **asdict(outcome.score))
     batches = open_images(config, facts, torch.device("cpu")).validation(config.data.verify_images)
     for style, path in (("safetensors", run.safetensors_path), ("qdq", run.onnx_path)):
         verdict = export_verified(model, facts, path, style, batches, len(batches), progress)
         outcome.artifacts[style] = str(path)
         outcome.agreement, outcome.verified_images = verdict.argmax_agreement, verdict.images
+        outcome.layers_error = verdict.layers_error
     outcome.artifacts |= {"policy": str(run.policy_path), "report": str(run.report_path)}
     write_report(run.report_path, config, outcome.to_dict(run.path))
     run.finish(outcome.to_dict(run.path))

@@ -1,9 +1,10 @@
 """Does a file compute what the model computes? Run both on the same images and compare.
 
-Logits of an ONNX graph with Q/DQ nodes are not bit-equal to PyTorch's: the two sum in different orders, and
-where an activation lies on the edge between two codes, the last bit of such a sum decides, and the difference
-becomes a whole step. What must hold is that such edges are rare: nearly every image has the same best class,
-and the logits differ by little on average.
+A safetensors file must give the same logits, bit for bit. An ONNX graph with Q/DQ nodes cannot: the two runtimes sum
+in different orders, where an activation lies on the edge between two codes the last bit of such a sum decides, and the
+difference becomes a whole step, which a deep network multiplies. So the graph is proved layer by layer
+(``onnx_layerwise``); end to end it is only asked that little is left of that: nearly every image has the same
+best class, and the logits differ by little on average.
 """
 
 from collections.abc import Callable
@@ -15,8 +16,8 @@ from torch import Tensor
 from saqcli.algorithms.training import Batches
 from saqcli.progress import Progress
 
-LEAST_AGREEMENT = 0.99  # share of images with the same best class
-LARGEST_MEAN_DIFFERENCE = 0.1  # of logits, in units of their standard deviation
+LEAST_AGREEMENT = 0.95  # share of images with the same best class
+LARGEST_MEAN_DIFFERENCE = 0.2  # of logits, in units of their standard deviation
 
 
 @dataclass
@@ -28,6 +29,8 @@ class Verdict:
         argmax_agreement: share of images with the same best class, 0 to 1.
         max_abs_diff: largest difference of a logit.
         mean_abs_diff: mean difference of a logit, in units of the logits' standard deviation.
+        layers: parts of the graph that were compared one by one; 0 where the file is no graph.
+        layers_error: largest difference of any of them, relative to the largest magnitude of its tensor.
         problems: what is wrong with the file itself, a line each.
     """
 
@@ -36,6 +39,8 @@ class Verdict:
     max_abs_diff: float
     mean_abs_diff: float
     problems: list[str] = field(default_factory=list)
+    layers: int = 0
+    layers_error: float = 0.0
 
     @property
     def verified(self) -> bool:

@@ -181,7 +181,9 @@ class Bank(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.branches = nn.ModuleDict({f"{kind}_{bits}": SINGLE[kind]() for kind in SINGLE for bits in ALL_BITS})
+        self.branches = nn.ModuleDict(
+            {f"{kind}_{bits}": SINGLE[kind]() for kind in SINGLE for bits in ALL_BITS}
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([branch(x).flatten(1) for branch in self.branches.values()], 1)

@@ -17,7 +17,6 @@ from networks import (
     ALL_BITS,
     CLASSES,
     NETWORKS,
-    SINGLE,
     Bank,
     Quantized,
     bank_bits,
@@ -40,6 +39,12 @@ from saqcli.workflows.predictors import onnx_session
 from saqcli.workflows.verify import judge
 
 GRIDS = ("auto", "paper", "zero")
+# "auto" is the paper's grid or the integer one: single layers see each at all bits, deep networks meet the default.
+EXPORTED = [
+    ("bank", "paper"),
+    ("bank", "zero"),
+    *((name, grid) for name in NETWORKS for grid in ("auto", "zero")),
+]
 EPSILON = 2.0**-24  # relative rounding error of one float32 operation
 INT4, INT8, INT16 = onnx.TensorProto.INT4, onnx.TensorProto.INT8, onnx.TensorProto.INT16
 
@@ -78,7 +83,9 @@ def answer(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def weights_of(quantized: Quantized) -> dict[str, QuantizedLayer]:
-    return {n: layer for n, layer in quantized.layers.items() if isinstance(layer.weight_quantizer, Quantizer)}
+    return {
+        n: layer for n, layer in quantized.layers.items() if isinstance(layer.weight_quantizer, Quantizer)
+    }
 
 
 # Every exporter.
@@ -229,7 +236,8 @@ def test_a_truncated_file_is_refused(part: float, good: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\x89PNG\r\n\x1a\n" + bytes(64), b"PK\x03\x04" + bytes(200), bytes(range(256)), b"\xff" * 64]
+    "content",
+    [b"", b"\x89PNG\r\n\x1a\n" + bytes(64), b"PK\x03\x04" + bytes(200), bytes(range(256)), b"\xff" * 64],
 )
 def test_a_foreign_file_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
@@ -297,7 +305,9 @@ TAMPERED: dict[str, Callable[[dict[str, Any]], None]] = {
 
 
 @pytest.mark.parametrize("change", TAMPERED.values(), ids=TAMPERED)
-def test_tampered_facts_are_refused(change: Callable[[dict[str, Any]], None], good: Path, tmp_path: Path) -> None:
+def test_tampered_facts_are_refused(
+    change: Callable[[dict[str, Any]], None], good: Path, tmp_path: Path
+) -> None:
     facts = json.loads(network("conv_bn").facts.model_dump_json())
     change(facts)
     path = tmp_path / "model.safetensors"
@@ -384,18 +394,22 @@ def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
 def dequantized(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, onnx.TensorProto]]:
     """Every DequantizeLinear over an integer constant."""
     known = constants(graph)
-    return ((n, known[n.input[0]]) for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in known)
+    return (
+        (n, known[n.input[0]]) for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in known
+    )
 
 
-@pytest.fixture(params=[(name, grid) for name in ("bank", *NETWORKS) for grid in GRIDS], ids="-".join)
+@pytest.fixture(params=EXPORTED, ids="-".join)
 def exported(request: pytest.FixtureRequest, folder: Path) -> tuple[Quantized, Path]:
-    """Every network on every grid, as a file."""
+    """Every network, as a file."""
     name, grid = request.param
     quantized = network(name, grid, "channel")
     return quantized, written(folder, "qdq", quantized, f"{name}-{grid}")
 
 
-def test_there_is_one_dequantizer_of_integers_for_every_quantized_weight(exported: tuple[Quantized, Path]) -> None:
+def test_there_is_one_dequantizer_of_integers_for_every_quantized_weight(
+    exported: tuple[Quantized, Path],
+) -> None:
     quantized, path = exported
 
     assert len(list(dequantized(graph_of(path)))) == len(weights_of(quantized))
@@ -477,7 +491,9 @@ def test_inputs_are_quantized_into_eight_bits_behind_a_clip(exported: tuple[Quan
         assert step in full or (before is not None and before.op_type == "Clip"), node.name
 
 
-def test_the_file_is_of_opset_21_and_tells_nothing_of_where_it_was_made(exported: tuple[Quantized, Path]) -> None:
+def test_the_file_is_of_opset_21_and_tells_nothing_of_where_it_was_made(
+    exported: tuple[Quantized, Path],
+) -> None:
     path = exported[1]
     model = onnx.load(str(path))
 
@@ -501,8 +517,10 @@ def test_no_constant_is_left_unused(exported: tuple[Quantized, Path]) -> None:
 
 
 @pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
-@pytest.mark.parametrize("grid", GRIDS)
-def test_a_single_layer_equals_the_model_to_float32_rounding(grid: str, optimized: bool, folder: Path) -> None:
+@pytest.mark.parametrize("grid", ["paper", "zero"])
+def test_a_single_layer_equals_the_model_to_float32_rounding(
+    grid: str, optimized: bool, folder: Path
+) -> None:
     """Products of the same codes, summed in another order: each sum of K terms is within K + 2 roundings of the true
     one, times the sum of magnitudes; 2 for the steps and the bias."""
     quantized = network("bank", grid, "channel")
@@ -541,18 +559,16 @@ def magnitudes(branch: nn.Module, layer: QuantizedLayer, x: Tensor) -> tuple[Ten
     elif isinstance(layer, nn.ConvTranspose2d):
         sums = nn.functional.conv_transpose2d(inputs, weight, bias, kind.stride, kind.padding)
     else:
-        padding = kind.padding
-        if sums_padded := getattr(kind, "same_pad", False):
-            assert sums_padded
-            padding = "same"
+        padding = "same" if getattr(kind, "same_pad", False) else kind.padding
         sums = nn.functional.conv2d(inputs, weight, bias, kind.stride, padding, kind.dilation, kind.groups)
     assert sums.shape == output.shape
-    return sums.flatten(1), weight[0].numel() * (weight.shape[0] if isinstance(layer, nn.ConvTranspose2d) else 1)
+    return sums.flatten(1), weight[0].numel() * (
+        weight.shape[0] if isinstance(layer, nn.ConvTranspose2d) else 1
+    )
 
 
 @pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "grid"), [pair for pair in EXPORTED if pair[0] != "bank"])
 def test_a_deep_network_agrees_with_the_model(name: str, grid: str, optimized: bool, folder: Path) -> None:
     """An activation on the edge of two codes may fall either way, hence no bound on the largest difference; the median
     image has none: its largest difference is that of a few thousand float32 roundings."""
@@ -668,7 +684,9 @@ def test_onnx_of_others_is_refused(folder: Path, tmp_path: Path) -> None:
     refused_onnx(tmp_path)
 
 
-@pytest.mark.parametrize("change", ["newer_schema", "unknown_key", "no_policy", "no_signs", "bits_out_of_range"])
+@pytest.mark.parametrize(
+    "change", ["newer_schema", "unknown_key", "no_policy", "no_signs", "bits_out_of_range"]
+)
 def test_onnx_with_tampered_facts_is_refused(change: str, folder: Path, tmp_path: Path) -> None:
     model = onnx.load(str(written(folder, "qdq", network("conv_bn"), "conv_bn-auto")))
     facts = json.loads(model.metadata_props[0].value)
@@ -688,6 +706,8 @@ def test_facts_survive_as_json() -> None:
 
 def test_safetensors_hold_no_code(folder: Path) -> None:
     """Nothing but numbers and JSON."""
-    with safetensors.safe_open(written(folder, "safetensors", network("conv_bn"), "conv_bn-auto"), "pt") as file:
+    with safetensors.safe_open(
+        written(folder, "safetensors", network("conv_bn"), "conv_bn-auto"), "pt"
+    ) as file:
         assert set(file.metadata()) == {"format", "facts"}
         json.loads(file.metadata()["facts"])

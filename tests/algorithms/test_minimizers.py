@@ -106,7 +106,9 @@ def twin_loss(p: dict[str, Tensor], e: dict[str, Tensor], data: Batch, kinds: di
     mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
     kinds["seen"] = (mean.detach(), (variance * x.numel() / 3 / (x.numel() / 3 - 1)).detach())
     shape = (1, -1, 1, 1)
-    x = (x - mean.view(shape)) / (variance.view(shape) + 1e-5).sqrt() * p["g"].view(shape) + p["s"].view(shape)
+    x = (x - mean.view(shape)) / (variance.view(shape) + 1e-5).sqrt() * p["g"].view(shape) + p["s"].view(
+        shape
+    )
     x = twin_quantize(torch.relu(x).flatten(1), p["linear_a"], 3, "unsigned")
     logits = x @ (twin_quantize(p["v"], p["v_a"], *kinds["v"]) + e["Qv"]).T + p["c"]
     return -torch.log_softmax(logits, 1)[torch.arange(len(x)), data[1]].mean()
@@ -125,7 +127,7 @@ def twin_step(
     g = dict(zip(zero, torch.autograd.grad(first, list(zero.values())), strict=True))
     for name, value in zip(("mean", "var"), kinds["seen"], strict=True):
         buffers[name] = 0.9 * buffers[name] + 0.1 * value
-    scale = {name: 1.0 for name in g}
+    scale = dict.fromkeys(g, 1.0)
     if unit == "deviation":
         for name, weight in (("Qw", p["w"]), ("Qv", p["v"])):
             centred = weight.detach() - weight.detach().mean()

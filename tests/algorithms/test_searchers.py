@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -83,7 +83,9 @@ def test_the_choice_is_the_best_of_all_and_within_the_limit(instance: tuple[Cost
 
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(instances(), st.integers(900, 1000))
-def test_the_least_cost_is_honoured_where_possible(instance: tuple[Costs, Losses, int], per_mille: int) -> None:
+def test_the_least_cost_is_honoured_where_possible(
+    instance: tuple[Costs, Losses, int], per_mille: int
+) -> None:
     costs, losses, limit = instance
     least = limit * per_mille // 1000
     chosen = choose(costs, losses, limit, least)
@@ -127,8 +129,7 @@ class Chain(nn.Module):
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
-        pairs = zip(widths, widths[1:], strict=False)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairs)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
 
 @cache
@@ -199,7 +200,11 @@ def test_every_layer_is_there_in_order_with_its_pin_or_a_candidate(method: str) 
         assert list(found.layers) == [layer.name for layer in asked.costs.layers]
         for layer in asked.costs.layers:
             bits = found.layers[layer.name]
-            assert bits == layer.pinned if layer.pinned else {bits.weight, bits.activation} <= set(asked.candidates)
+            assert (
+                bits == layer.pinned
+                if layer.pinned
+                else {bits.weight, bits.activation} <= set(asked.candidates)
+            )
 
 
 @each_searcher
@@ -247,7 +252,9 @@ def test_a_budget_at_or_above_the_ceiling_gives_the_ceiling(method: str, factor:
 
 @each_searcher
 @pytest.mark.parametrize("value", [0.0, 0.5])
-def test_layers_that_few_bits_hold_exactly_still_get_all_bits_that_the_budget_allows(method: str, value: float) -> None:
+def test_layers_that_few_bits_hold_exactly_still_get_all_bits_that_the_budget_allows(
+    method: str, value: float
+) -> None:
     for seed in range(0, CASES, 5):
         asked = problem(seed)
         model = Chain([3] * (len(asked.costs.layers) + 1))
@@ -268,7 +275,8 @@ def test_uniform_is_the_greatest_candidate_that_fits() -> None:
         fitting = [
             bits
             for bits in asked.candidates
-            if asked.costs.bops(asked.costs.uniform("", LayerBits(weight=bits, activation=bits))) <= asked.budget.bops
+            if asked.costs.bops(asked.costs.uniform("", LayerBits(weight=bits, activation=bits)))
+            <= asked.budget.bops
         ]
         best = LayerBits(weight=max(fitting), activation=max(fitting))
         assert solved("uniform", seed) == asked.costs.uniform(asked.name, best)
@@ -327,7 +335,9 @@ def test_traced_networks_are_searched_within_their_budget(network: str, method: 
     costs = cost_model(traced)
     statistics = calibrate.observe(model, [images(8)])
     four = costs.bops(costs.uniform("", LayerBits(weight=4, activation=4)))
-    asked = SearchProblem(model, network, costs, Budget(four), (2, 3, 4, 5, 6, 8), Scheme(), statistics, SILENT)
+    asked = SearchProblem(
+        model, network, costs, Budget(four), (2, 3, 4, 5, 6, 8), Scheme(), statistics, SILENT
+    )
     bops = costs.bops(SEARCHERS[method]().search(asked))
 
     assert 1000 * bops >= 985 * four  # 4 bits everywhere would use it all

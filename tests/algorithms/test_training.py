@@ -155,7 +155,14 @@ def test_an_epoch_reports_loss_and_accuracy_of_the_unperturbed_model(method: str
 
 def test_an_epoch_trains_in_training_mode() -> None:
     model = quantize(NETWORKS["conv_bn"]).model.eval()
-    train_epoch(model, QAT(model, torch.optim.SGD(model.parameters(), lr=0.1)), batches(2), Watch(), settings(), Meter())
+    train_epoch(
+        model,
+        QAT(model, torch.optim.SGD(model.parameters(), lr=0.1)),
+        batches(2),
+        Watch(),
+        settings(),
+        Meter(),
+    )
 
     assert model.training
     assert int(model.get_submodule("1").num_batches_tracked) == 4  # 2 batches of 2 chunks  # type: ignore[arg-type]
@@ -264,7 +271,9 @@ def test_a_loss_that_is_no_number_stops_training_before_anything_is_saved() -> N
     base = torch.optim.SGD(model.parameters(), lr=0.01)
 
     with pytest.raises(TrainingDiverged, match=r"step 2 of this epoch: lower --lr"):
-        train_epoch(model, SAQ(model, base, rho=0.1), data, Watch(), settings(after_step=heard.append), Meter())
+        train_epoch(
+            model, SAQ(model, base, rho=0.1), data, Watch(), settings(after_step=heard.append), Meter()
+        )
     assert heard == [1]
 
 
@@ -279,7 +288,9 @@ def test_autocast_surrounds_the_forward_pass_and_the_loss_stays_in_float32() -> 
     raw: list[torch.dtype] = []
     model.register_forward_hook(lambda module, args, output: raw.append(output.dtype))
     base = torch.optim.SGD(model.parameters(), lr=0.01)
-    half = EpochSettings(criterion, CPU, 16, lambda done: None, lambda: None, lambda: torch.autocast("cpu", torch.bfloat16))
+    half = EpochSettings(
+        criterion, CPU, 16, lambda done: None, lambda: None, lambda: torch.autocast("cpu", torch.bfloat16)
+    )
     train_epoch(model, SAQ(model, base, rho=0.1), batches(1), Watch(), half, Meter())
 
     assert set(raw) == {torch.bfloat16}

@@ -33,7 +33,8 @@ def quantized(run: Path, digits: Path) -> dict[str, Any]:
     """What ``saq quantize`` printed for it."""
     budget = f"{UNIFORM_3 / 1e6:f}M"
     answer: dict[str, Any] = saq(
-        "quantize", MODEL, *float_options(digits), "--bops", budget, "--epochs", 1, "--run-dir", run
+        "quantize", MODEL, *float_options(digits), "--bops", budget, "--epochs", 2, "--batch-size", 64,
+        "--set", "data.augmentation=none", "--run-dir", run
     )
     return answer
 

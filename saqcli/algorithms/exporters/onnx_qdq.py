@@ -55,6 +55,7 @@ class OnnxQdqExporter:
         graph = _trace(frozen_copy(model), example)
         _split_bias(graph.graph)
         _pack_weights(graph.graph)
+        _strip_defaults(graph.graph)
         for clean in (
             passes.RemoveUnusedNodesPass(),
             passes.RemoveUnusedFunctionsPass(),
@@ -170,6 +171,19 @@ def _pack_weights(graph: ir.Graph) -> None:
         if array.size and INT4_RANGE[0] <= array.min() and array.max() <= INT4_RANGE[1]:
             packed = ir.tensor(array.astype(ml_dtypes.int4), dtype=ir.DataType.INT4, name=codes.name)
             codes.const_value, codes.type = packed, ir.TensorType(ir.DataType.INT4)
+
+
+def _strip_defaults(graph: ir.Graph) -> None:
+    """Remove attributes that only repeat the standard's defaults; some readers trip over them."""
+    for node in graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            scalar = (
+                node.inputs[1] is not None
+                and node.inputs[1].shape is not None
+                and not len(node.inputs[1].shape)
+            )
+            for name in ("output_dtype", "block_size", "saturate", *(("axis",) if scalar else ())):
+                node.attributes.pop(name, None)
 
 
 def read_onnx_facts(path: Path) -> ModelFacts:

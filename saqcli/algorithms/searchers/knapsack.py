@@ -1,12 +1,13 @@
 """The exact multiple-choice knapsack: one choice a group, least total loss, total cost within a limit.
 
-Solved as an integer program by HiGHS through ``scipy.optimize.milp``. Costs are integers up to 10**15, the solver works in
-floating point with a tolerance of about 1e-6: every answer is checked in exact integers, and one that the tolerance let slip
-out of bounds is ruled out before asking again. Only where more than ``RULED_OUT`` such answers come in a row are the bounds
-drawn in by the tolerance instead.
+Solved as an integer program by HiGHS through ``scipy.optimize.milp``. Costs are integers up to 10**15, the solver
+works in floating point with a tolerance of about 1e-6: every answer is checked in exact integers, and one that the
+tolerance let slip out of bounds is ruled out before asking again. Only where more than ``RULED_OUT`` such answers
+come in a row are the bounds drawn in by the tolerance instead.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -78,7 +79,7 @@ def _solve(
     loss = np.array([value for group in losses for value in group]) * usable
     loss = loss / max(float(np.abs(loss).max()), 1e-300)
     one_each = np.zeros((len(costs), edges[-1]))
-    for group, (first, last) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for group, (first, last) in enumerate(pairwise(edges)):
         one_each[group, first:last] = 1
     constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(weight[None], least, most)]
     for chosen in refused:
@@ -94,4 +95,4 @@ def _solve(
     )
     if answer.x is None:
         return None
-    return [int(np.argmax(answer.x[first:last])) for first, last in zip(edges[:-1], edges[1:], strict=True)]
+    return [int(np.argmax(answer.x[first:last])) for first, last in pairwise(edges)]

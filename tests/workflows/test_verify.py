@@ -1,0 +1,144 @@
+"""When a file counts as equal to the model."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from saqcli.progress import SILENT
+from saqcli.workflows.verify import LARGEST_MEAN_DIFFERENCE, LEAST_AGREEMENT, Verdict, compare, judge
+
+
+def logits(count: int = 200) -> Tensor:
+    """Rows whose best class is 0, ahead of the next by at least 6."""
+    scores = torch.rand(count, 10)
+    scores[:, 0] += 7
+    return scores
+
+
+def test_equal_logits_are_verified_without_difference() -> None:
+    truth = logits()
+
+    assert judge(truth, truth.clone()) == Verdict(200, 1.0, 0.0, 0.0)
+    assert judge(truth, truth.clone()).verified
+
+
+@pytest.mark.parametrize("shape", [(200, 9), (199, 10), (200, 10, 1), (2000,), (0, 10)])
+def test_another_shape_is_not_verified(shape: tuple[int, ...]) -> None:
+    verdict = judge(logits(), torch.zeros(shape))
+
+    assert not verdict.verified
+    assert str(shape) in verdict.problems[0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_number_that_is_not_finite_is_not_verified(bad: float) -> None:
+    truth = logits()
+    answer = truth.clone()
+    answer[7, 3] = bad
+
+    assert not judge(truth, answer).verified
+    assert judge(truth, answer).problems
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_model_that_answers_no_number_verifies_nothing(bad: float) -> None:
+    truth = logits()
+    truth[7, 3] = bad
+
+    assert not judge(truth, truth.clone()).verified
+    assert not judge(truth, logits()).verified
+
+
+@pytest.mark.parametrize(("wrong", "verified"), [(0, True), (1, True), (10, True), (11, False), (200, False)])
+def test_agreement_of_95_percent_is_enough_and_less_is_not(wrong: int, verified: bool) -> None:
+    truth = logits(200)
+    answer = truth.clone()
+    answer[:wrong, 0], answer[:wrong, 1] = truth[:wrong, 1], truth[:wrong, 0]
+    verdict = judge(truth, answer)
+
+    assert LEAST_AGREEMENT == 0.95
+    assert verdict.argmax_agreement == pytest.approx(1 - wrong / 200)
+    assert (verdict.argmax_agreement >= LEAST_AGREEMENT) == verified
+    assert verdict.verified == (verified and verdict.mean_abs_diff <= LARGEST_MEAN_DIFFERENCE)
+
+
+@pytest.mark.parametrize(("share", "verified"), [(0.5, True), (0.99, True), (1.01, False), (20.0, False)])
+def test_mean_difference_is_bounded_in_deviations_of_the_logits(share: float, verified: bool) -> None:
+    """A shift of all logits leaves every best class as it is."""
+    truth = logits()
+    shift = share * LARGEST_MEAN_DIFFERENCE * float(truth.std())
+    verdict = judge(truth, truth + shift)
+
+    assert verdict.argmax_agreement == 1.0
+    assert verdict.mean_abs_diff == pytest.approx(share * LARGEST_MEAN_DIFFERENCE, rel=1e-4)
+    assert verdict.verified == verified
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_verdict_does_not_depend_on_the_scale_of_the_logits(scale: float) -> None:
+    truth = logits()
+    answer = truth + 0.01 * torch.randn_like(truth)
+    one, other = judge(truth, answer), judge(scale * truth, scale * answer)
+
+    assert other.mean_abs_diff == pytest.approx(one.mean_abs_diff, rel=1e-3)
+    assert other.max_abs_diff == pytest.approx(scale * one.max_abs_diff, rel=1e-3)
+
+
+def test_one_image_that_is_far_off_shows_in_the_largest_difference() -> None:
+    truth = logits()
+    answer = truth.clone()
+    answer[5, 0] += 3
+    verdict = judge(truth, answer)
+
+    assert verdict.verified
+    assert verdict.max_abs_diff == pytest.approx(3, rel=1e-5)
+
+
+@pytest.mark.parametrize("classes", [1, 10])
+def test_constant_logits_are_compared_without_dividing_by_zero(classes: int) -> None:
+    truth = torch.full((8, classes), 2.0)
+
+    assert judge(truth, truth.clone()).verified
+    assert not judge(truth, truth + 1).verified
+
+
+def test_a_problem_with_the_file_outweighs_equal_numbers() -> None:
+    assert not Verdict(8, 1.0, 0.0, 0.0, ["no facts"]).verified
+
+
+def test_comparing_gives_the_verdict_of_the_worst_candidate() -> None:
+    images = logits(64)
+    batches = [(batch, torch.zeros(len(batch))) for batch in images.split(10)]
+    candidates = {
+        "equal": lambda x: x,
+        "reversed": lambda x: x.flip(1),
+        "shifted": lambda x: x + 1e-3,
+    }
+    verdict = compare(lambda x: x, candidates, batches, len(batches), SILENT)
+
+    assert (verdict.images, verdict.argmax_agreement) == (64, 0.0)
+    assert compare(lambda x: x, {"equal": lambda x: x}, batches, 7, SILENT).verified
+
+
+def test_a_candidate_that_fails_outweighs_one_that_differs_more() -> None:
+    """One image far off is allowed; every best class wrong is not."""
+    images = torch.rand(200, 10)
+    images[:, 0] += 2e-2 + images[:, 1:].amax(1) - images[:, 0]
+
+    def one_far_off(x: Tensor) -> Tensor:
+        y = x.clone()
+        y[0, 0] += 5
+        return y
+
+    def all_slightly_wrong(x: Tensor) -> Tensor:
+        y = x.clone()
+        y[:, 0] -= 4e-2
+        return y
+
+    candidates = {"far": one_far_off, "wrong": all_slightly_wrong}
+    verdict = compare(lambda x: x, candidates, [(images, torch.zeros(200))], 1, SILENT)
+
+    assert not verdict.verified
+    assert verdict.argmax_agreement == 0.0

@@ -48,7 +48,9 @@ def stepper(model: str, method: str | None, images: torch.Tensor, labels: torch.
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="saq/resnet20")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--side", type=int, default=32)

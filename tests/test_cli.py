@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from saqcli.cli import app
-from tests.digits import float_options, MODEL
+from tests.digits import MODEL, float_options
 
 pytestmark = pytest.mark.usefixtures("digits")
 
@@ -42,7 +42,9 @@ class TestProfile:
         assert found["bops"] == 34_714_419_200
         assert found["float_bops"] == 1_857_611_104_256 == 1024 * found["macs"]
         assert found["floor_bops"] == 14_367_850_496
-        assert {"name", "kind", "macs", "weight_bits", "activation_bits", "bops", "pinned"} <= set(found["layers"][0])
+        assert {"name", "kind", "macs", "weight_bits", "activation_bits", "bops", "pinned"} <= set(
+            found["layers"][0]
+        )
         assert sum(layer["bops"] for layer in found["layers"]) == found["bops"]
         assert [layer["name"] for layer in found["layers"] if layer["pinned"]] == ["conv1", "fc"]
 
@@ -68,7 +70,11 @@ class TestProfile:
         assert "reachable budgets" in result.stdout
 
     def test_a_policy_can_be_checked(self, tmp_path: Path, digits: Path) -> None:
-        policy = {"schema_version": 1, "model": "saq/resnet20", "layers": {"conv1": {"weight": 8, "activation": 8}}}
+        policy = {
+            "schema_version": 1,
+            "model": "saq/resnet20",
+            "layers": {"conv1": {"weight": 8, "activation": 8}},
+        }
         path = tmp_path / "policy.json"
         path.write_text(json.dumps(policy))
 
@@ -118,7 +124,9 @@ class TestRefusals:
     def test_weights_of_another_network_are_refused(self, digits: Path, tmp_path: Path) -> None:
         options = float_options(digits)
 
-        result = saq("quantize", "saq/resnet32", *options, "--bits", 4, "--run-dir", tmp_path / "run", "--quiet")
+        result = saq(
+            "quantize", "saq/resnet32", *options, "--bits", 4, "--run-dir", tmp_path / "run", "--quiet"
+        )
 
         assert result.exit_code == 1
         assert "does not fit saq/resnet32" in last_error(result)
@@ -184,7 +192,10 @@ class TestInstalledProgram:
 
     def test_an_error_reaches_the_shell_as_one_line_and_a_code(self) -> None:
         done = subprocess.run(
-            [sys.executable, "-m", "saqcli", "profile", "resnet17"], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "saqcli", "profile", "resnet17"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
         assert done.returncode == 1

@@ -203,4 +203,6 @@ class _Piece:
 
 
 def _split(images: Tensor, labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(torch.split(images, size), torch.split(labels, size), strict=True))
+    """Chunks of at most ``size`` images, as equal as they can be: a batch norm cannot use a single image."""
+    count = -(-len(labels) // size)
+    return list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))

@@ -52,7 +52,8 @@ def quantize_command(
     std: o.Std = None,
     model_kwargs: o.ModelKwargs = None,
     method: Annotated[
-        str | None, typer.Option(help="saq (sharpness-aware) or qat (plain).", rich_help_panel=o.TRAINING)
+        str | None,
+        typer.Option(help="saq, asaq (adaptive), sam, case1, or qat (plain).", rich_help_panel=o.TRAINING),
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(min=0, help="Of fine-tuning; 0 calibrates only.", rich_help_panel=o.TRAINING)

@@ -115,25 +115,32 @@ def twin_loss(p: dict[str, Tensor], e: dict[str, Tensor], data: Batch, kinds: di
 
 
 def twin_step(
-    p: dict[str, Tensor], buffers: dict[str, Tensor], data: Batch, unit: RadiusUnit, kinds: dict[str, Any]
+    p: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    data: Batch,
+    unit: RadiusUnit,
+    kinds: dict[str, Any],
+    method: str = "saq",
 ) -> Tensor:
-    """One update of SAQ, in place."""
-    moved = ["b", "g", "s", "c", "conv_a", "linear_a"]
+    """One update, in place."""
+    small = ["b", "g", "s", "c", "conv_a", "linear_a"]
+    moved = [*small, "w", "v", "w_a", "v_a"] if method == "sam" else small
     zero = {name: torch.zeros_like(p[name]) for name in moved}
     zero |= {"Qw": torch.zeros_like(p["w"]), "Qv": torch.zeros_like(p["v"])}
     for value in zero.values():
         value.requires_grad_(True)
     first = twin_loss(p, zero, data, kinds)
-    g = dict(zip(zero, torch.autograd.grad(first, list(zero.values())), strict=True))
+    g = dict(zip(zero, torch.autograd.grad(first, list(zero.values()), retain_graph=True), strict=True))
+    if method == "case1":
+        g["Qw"], g["Qv"] = torch.autograd.grad(first, [p["w"], p["v"]])
+    if method == "sam":
+        del g["Qw"], g["Qv"]
     for name, value in zip(("mean", "var"), kinds["seen"], strict=True):
         buffers[name] = 0.9 * buffers[name] + 0.1 * value
-    scale = dict.fromkeys(g, 1.0)
-    if unit == "deviation":
-        for name, weight in (("Qw", p["w"]), ("Qv", p["v"])):
-            centred = weight.detach() - weight.detach().mean()
-            scale[name] = float((centred.square().sum() / (weight.numel() - 1)).sqrt())
-    norm = sum((scale[name] ** 2 * g[name].square()).sum() for name in g) ** 0.5
-    e = {name: RHO * scale[name] ** 2 * g[name] / norm for name in g}
+    scale = twin_scales(p, unit, kinds, adaptive=method == "asaq")
+    norm = sum((scale.get(name, 1.0) * g[name]).square().sum() for name in g) ** 0.5
+    e = {name: torch.zeros_like(value) for name, value in zero.items()}
+    e |= {name: RHO * scale.get(name, 1.0) ** 2 * g[name] / norm for name in g}
     gradients = torch.autograd.grad(twin_loss(p, e, data, kinds), list(p.values()))
     for (name, value), gradient in zip(p.items(), gradients, strict=True):
         gradient = gradient + 0.01 * value.detach()
@@ -141,6 +148,25 @@ def twin_step(
         buffers[name] = velocity
         p[name] = (value.detach() - 0.05 * (gradient + 0.9 * velocity)).requires_grad_(True)
     return first.detach()
+
+
+def twin_scales(
+    p: dict[str, Tensor], unit: RadiusUnit, kinds: dict[str, Any], *, adaptive: bool
+) -> dict[str, Any]:
+    """T of every tensor that has another than 1."""
+    scale: dict[str, Any] = {}
+    for name in ("w", "v"):
+        weight = p[name].detach()
+        deviation = 1.0
+        if unit == "deviation":
+            deviation = float(((weight - weight.mean()).square().sum() / (weight.numel() - 1)).sqrt())
+        scale[name] = scale[f"Q{name}"] = deviation
+        if adaptive:
+            quantized = twin_quantize(weight, p[f"{name}_a"].detach(), *kinds[name])
+            scale[f"Q{name}"] = quantized.abs() + 0.01 * deviation
+    if adaptive:
+        scale |= {name: p[name].detach().abs() + 0.01 for name in ("g", "conv_a", "linear_a")}
+    return scale
 
 
 def twin_model(grid: str) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
@@ -180,7 +206,8 @@ def twin_model(grid: str) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]
 
 @pytest.mark.parametrize("grid", ["auto", "paper", "zero"])
 @pytest.mark.parametrize("unit", ["deviation", "absolute"])
-def test_saq_equals_its_formulas_written_out(unit: RadiusUnit, grid: str) -> None:
+@pytest.mark.parametrize("method", [name for name in MINIMIZERS if name != "qat"])
+def test_every_method_equals_its_formulas_written_out(method: str, unit: RadiusUnit, grid: str) -> None:
     model, members, kinds = twin_model(grid)
     p = {name: value.detach().clone() for name, value in members.items()}
     for name in ("w_a", "v_a", "conv_a", "linear_a"):
@@ -189,12 +216,12 @@ def test_saq_equals_its_formulas_written_out(unit: RadiusUnit, grid: str) -> Non
         value.requires_grad_(True)
     buffers = {"mean": torch.zeros(3).double(), "var": torch.ones(3).double()}
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01)
-    minimizer = SAQ(model, base, rho=RHO, rho_unit=unit)
+    minimizer = MINIMIZERS[method](model, base, rho=RHO, rho_unit=unit)
 
     for step in range(5):
         x, labels = batch(16, seed=step)
         data = (x.double(), labels)
-        expected = twin_step(p, buffers, data, unit, kinds)
+        expected = twin_step(p, buffers, data, unit, kinds, method)
         loss = minimizer.step([Chunk(loss_of(model, data), 1.0)])
         assert abs(loss - expected) < 1e-10
 
@@ -209,18 +236,55 @@ def test_saq_equals_its_formulas_written_out(unit: RadiusUnit, grid: str) -> Non
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_radius_of_zero_is_plain_training_bitwise(network: str) -> None:
+@pytest.mark.parametrize("method", [name for name in MINIMIZERS if name != "qat"])
+def test_a_radius_of_zero_is_plain_training_bitwise(method: str, network: str) -> None:
     ends = []
-    for make_it in (QAT, lambda model, base: SAQ(model, base, rho=0.0)):
+    for name in ("qat", method):
         model = trainable(network)
         base = sgd(model)
-        minimizer = make_it(model, base)
+        minimizer = make(name, model, base, rho=0.0)
         for step in range(5):
             minimizer.step(chunks_of(model, batch(16, seed=step), 8))
         ends.append(snapshot(model, base))
 
     assert any("momentum_buffer" in name for name, _ in ends[0])
     assert_bitwise_equal(*ends)
+
+
+def test_case_1_is_saq_bitwise_where_nothing_is_clipped_and_not_otherwise() -> None:
+    for widen, same in ((100.0, True), (0.5, False)):
+        ends = []
+        for method in ("saq", "case1"):
+            model = trainable("conv_bn")
+            with torch.no_grad():
+                for layer in quantized_layers(model).values():
+                    layer.weight_quantizer.clipping_level.mul_(widen)  # type: ignore[operator, union-attr]
+            base = sgd(model)
+            make(method, model, base).step(chunks_of(model, batch(16), 16))
+            ends.append(snapshot(model, base))
+        equal = all(torch.equal(one, other) for (_, one), (_, other) in zip(*ends, strict=True))
+        assert equal == same
+
+
+def test_sam_moves_few_quantized_weights_and_saq_all_of_them() -> None:
+    """Rounding swallows a perturbation of the float weights: the reason for SAQ."""
+    shares = {}
+    for method in ("sam", "saq"):
+        model = trainable("conv_bn")
+        layers = list(quantized_layers(model).values())
+        before = [layer.quantized_weight().detach() for layer in layers]
+        kind = "latent_weights" if method == "sam" else "weights"
+        minimizer = MINIMIZERS[method](model, still(model), rho=0.05, perturb=(kind,))
+        _, gradients = minimizer.set.gradients(loss_of(model, batch()))  # type: ignore[attr-defined]
+        perturbation = minimizer.set.ascent(gradients, 0.05, "deviation")  # type: ignore[attr-defined]
+        with minimizer.set.applied(perturbation):  # type: ignore[attr-defined]
+            moved = [
+                layer.quantized_weight().detach() != old for layer, old in zip(layers, before, strict=True)
+            ]
+        shares[method] = float(torch.cat([m.flatten() for m in moved]).double().mean())
+
+    assert shares["saq"] > 0.9
+    assert 0 < shares["sam"] < 0.2 * shares["saq"]
 
 
 def test_a_radius_above_zero_is_not_plain_training() -> None:

@@ -1,4 +1,4 @@
-"""The story that the README tells, on real handwritten digits: quantize under a budget, evaluate, export, do it again."""
+"""The story that the README tells, on real handwritten digits: quantize, evaluate, export, do it again."""
 
 import json
 from pathlib import Path
@@ -33,8 +33,19 @@ def quantized(run: Path, digits: Path) -> dict[str, Any]:
     """What ``saq quantize`` printed for it."""
     budget = f"{UNIFORM_3 / 1e6:f}M"
     answer: dict[str, Any] = saq(
-        "quantize", MODEL, *float_options(digits), "--bops", budget, "--epochs", 2, "--batch-size", 64,
-        "--set", "data.augmentation=none", "--run-dir", run
+        "quantize",
+        MODEL,
+        *float_options(digits),
+        "--bops",
+        budget,
+        "--epochs",
+        2,
+        "--batch-size",
+        64,
+        "--set",
+        "data.augmentation=none",
+        "--run-dir",
+        run,
     )
     return answer
 
@@ -55,7 +66,9 @@ def test_the_run_directory_holds_what_was_promised(quantized: dict[str, Any], ru
 
     assert manifest["status"] == "finished"
     assert set(manifest["artifacts"]) == {"artifacts/model.onnx", "artifacts/model.safetensors"}
-    assert all((run / name).is_file() for name in ("config.json", "policy.json", "report.md", "metrics.jsonl"))
+    assert all(
+        (run / name).is_file() for name in ("config.json", "policy.json", "report.md", "metrics.jsonl")
+    )
     assert json.loads((run / "policy.json").read_text())["layers"] == quantized["policy"]
     assert f"{quantized['top1']:.2f} %" in (run / "report.md").read_text()
 
@@ -106,14 +119,18 @@ def test_another_policy_gives_other_outputs_and_other_costs(run: Path, digits: P
         assert not torch.equal(saqcli.load(run)(images), saqcli.load(tmp_path / "two")(images))
 
 
-def test_the_configuration_run_again_gives_the_same_metrics(quantized: dict[str, Any], run: Path, tmp_path: Path) -> None:
+def test_the_configuration_run_again_gives_the_same_metrics(
+    quantized: dict[str, Any], run: Path, tmp_path: Path
+) -> None:
     again = saq("quantize", "--config", run / "config.json", "--run-dir", tmp_path / "again")
 
     assert (tmp_path / "again" / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
     assert again["policy"] == quantized["policy"]
 
 
-def test_a_finished_run_is_neither_replaced_nor_lost(quantized: dict[str, Any], run: Path, digits: Path) -> None:
+def test_a_finished_run_is_neither_replaced_nor_lost(
+    quantized: dict[str, Any], run: Path, digits: Path
+) -> None:
     before = (run / "artifacts" / "model.safetensors").read_bytes()
 
     result = CliRunner().invoke(
@@ -125,7 +142,9 @@ def test_a_finished_run_is_neither_replaced_nor_lost(quantized: dict[str, Any], 
     assert (run / "artifacts" / "model.safetensors").read_bytes() == before
 
 
-def test_export_writes_a_verified_file_and_refuses_to_replace_it(quantized: dict[str, Any], run: Path, tmp_path: Path) -> None:
+def test_export_writes_a_verified_file_and_refuses_to_replace_it(
+    quantized: dict[str, Any], run: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "model.onnx"
 
     answer = saq("export", run, "--onnx", path)

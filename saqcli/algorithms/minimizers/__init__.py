@@ -9,7 +9,10 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from saqcli.algorithms.minimizers.asaq import ASAQ
+from saqcli.algorithms.minimizers.case1 import Case1
 from saqcli.algorithms.minimizers.qat import QAT
+from saqcli.algorithms.minimizers.sam import SAM
 from saqcli.algorithms.minimizers.saq import SAQ
 
 
@@ -34,7 +37,10 @@ class Minimizer(Protocol):
 
 MINIMIZERS: dict[str, Callable[..., Minimizer]] = {
     "qat": QAT,
+    "sam": SAM,
+    "case1": Case1,
     "saq": SAQ,
+    "asaq": ASAQ,
 }
 
 __all__ = ["MINIMIZERS", "Chunk", "Minimizer"]

@@ -45,12 +45,12 @@ class DataSection(_Section):
     """Which images, and how they are fed.
 
     ``augmentation`` "auto" is ``cifar`` (pad 4, crop, flip) up to 64 pixels and ``imagenet`` (random resized
-    crop, flip) above. ``workers`` None decides by image size.
+    crop, flip) above. ``workers`` and ``eval_batch_size`` None decide by image size.
     """
 
     path: str | None = None
     batch_size: Positive = 128
-    eval_batch_size: Positive = 256
+    eval_batch_size: Positive | None = None
     workers: Annotated[int, Field(ge=0)] | None = None
     augmentation: Literal["auto", "imagenet", "cifar", "none"] = "auto"
     crop_scale: tuple[float, float] = (0.08, 1.0)

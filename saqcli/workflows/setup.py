@@ -23,6 +23,7 @@ from saqcli.strict import parse_json
 from saqcli.units import parse_quantity
 
 UNIFORM_BUDGET = re.compile(r"w\d+a\d+", re.IGNORECASE)  # a budget given as what uniform bits cost
+CALIBRATION_BATCH = 64
 SMALL_IMAGES = 64  # pixels; up to here images are trained on whole, above on random crops
 
 
@@ -177,14 +178,15 @@ class Images:
 
     def training(self) -> Loader:
         """Shuffled and augmented; call ``set_epoch`` before each pass."""
-        small = max(self.preprocessing.input_size[1:]) <= SMALL_IMAGES
         wanted = self.section.augmentation
         return make_loader(
             self.train,
             self.preprocessing,
             batch_size=self.section.batch_size,
             training=True,
-            augmentation=("cifar" if small else "imagenet") if wanted == "auto" else wanted,
+            augmentation=("cifar" if is_small(self.preprocessing) else "imagenet")
+            if wanted == "auto"
+            else wanted,
             workers=workers_of(self.section, self.preprocessing),
             device=self.device,
             seed=self.seed,
@@ -197,7 +199,7 @@ class Images:
         return calibration_loader(
             self.train,
             self.preprocessing,
-            batch_size=min(64, self.section.eval_batch_size),
+            batch_size=CALIBRATION_BATCH,
             workers=workers_of(self.section, self.preprocessing),
             device=self.device,
             seed=self.seed,
@@ -230,13 +232,18 @@ def validation_loader(
     return make_loader(
         split,
         preprocessing,
-        batch_size=section.eval_batch_size,
+        batch_size=section.eval_batch_size or (256 if is_small(preprocessing) else 64),
         training=False,
         workers=workers_of(section, preprocessing),
         device=device,
         seed=seed,
         limit=limit,
     )
+
+
+def is_small(preprocessing: Preprocessing) -> bool:
+    """Whether images are small enough to be trained on whole, and many at a time."""
+    return max(preprocessing.input_size[1:]) <= SMALL_IMAGES
 
 
 def workers_of(section: DataSection, preprocessing: Preprocessing) -> int:

@@ -102,7 +102,7 @@ class TrainingSection(_Section):
 class RunSection(_Section):
     """Seed, device, and how often to save."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"
     checkpoint_minutes: Rate = 10.0
 

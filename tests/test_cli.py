@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,7 +98,28 @@ class TestRefusals:
             (["quantize", "saq/resnet20", "--bits", "4", "--method", "magic"], 1, "saq"),
             (["quantize", "saq/resnet20", "--bits", "4", "--recipe", "magic"], 1, "quick"),
             (["quantize", "saq/resnet20", "--bits", "4", "--set", "training.speed=1"], 1, "speed"),
+            (["quantize", "saq/resnet20", "--bits", "4", "--set", "training.schedule=foo"], 1, "foo"),
+            (["quantize", "saq/resnet20", "--bits", "4", "--set", "training.optimizer=foo"], 1, "foo"),
+            (["quantize", "saq/resnet20", "--bits", "4", "--set", "training.minimizer.foo=1"], 1, "foo"),
+            (
+                ["quantize", "saq/resnet20", "--bits", "4", "--set", "training.minimizer.bn_second_pass=x"],
+                1,
+                "freeze",
+            ),
+            (["quantize", "saq/resnet20", "--bits", "4", "--seed", "99999999999999999999"], 1, "seed"),
+            (["quantize", "saq/resnet20", "--bits", "4", "--set", "training.lr.x=1"], 1, "training.lr"),
+            (
+                ["quantize", "saq/resnet20", "--bops", "4G", "--set", "quantization.candidates=[1,12]"],
+                1,
+                "candidates",
+            ),
+            (["quantize", "--resume", "--run-dir", "/no/such/run"], 1, "/no/such/run"),
             (["quantize", "--bits", "4"], 1, "MODEL"),
+            (
+                ["eval", "timm/test_vit", "--no-pretrained", "--num-classes", "9", "--input-size", "33"],
+                1,
+                "33",
+            ),
             (["eval", "saq/resnet20", "--no-pretrained", "--data", "/no/such/folder"], 1, "/no/such/folder"),
             (["eval", "model.onnx", "--data", "x"], 1, "model.onnx"),
             (["eval", "--no-such-option"], 2, "No such option"),
@@ -171,6 +193,56 @@ class TestRefusals:
 
         assert result.exit_code == 1
         assert str(tmp_path / "images") in last_error(result)
+
+    def test_a_diverging_training_is_named_and_not_finished(self, digits: Path, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        options = [
+            *float_options(digits),
+            "--bits",
+            4,
+            "--epochs",
+            1,
+            "--lr",
+            "1e6",
+            "--run-dir",
+            run,
+            "--quiet",
+        ]
+
+        result = saq("quantize", MODEL, *options)
+
+        assert result.exit_code == 1
+        assert "--lr" in last_error(result)
+        assert json.loads((run / "manifest.json").read_text())["status"] == "failed"
+        assert not (run / "artifacts").exists()
+
+    def test_a_run_that_failed_before_any_work_can_be_started_again(
+        self, digits: Path, tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "images"
+        shutil.copytree(digits / "images", folder)
+        broken = folder / "val" / "3" / "broken.png"
+        broken.write_bytes(b"no image")
+        options = [*float_options(digits, data=folder), "--bits", 4, "--epochs", 0, "--json"]
+
+        first = saq("quantize", MODEL, *options, "--run-dir", tmp_path / "run")
+        broken.unlink()
+        second = saq("quantize", MODEL, *options, "--run-dir", tmp_path / "run")
+
+        assert first.exit_code == 1
+        assert "broken.png" in last_error(first)
+        assert second.exit_code == 0, second.stderr
+
+    def test_a_run_directory_that_holds_other_files_is_left_alone(self, digits: Path, tmp_path: Path) -> None:
+        (tmp_path / "mine.txt").write_text("mine")
+
+        result = saq(
+            "quantize", MODEL, *float_options(digits), "--bits", 4, "--overwrite", "--run-dir", tmp_path
+        )
+
+        assert result.exit_code == 1
+        assert "other files" in last_error(result)
+        assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 class TestModels:

@@ -1,6 +1,5 @@
 """The only loops over batches: one epoch of training, one pass of evaluation."""
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -164,11 +163,10 @@ def train_epoch(
         images = images.to(settings.device, non_blocking=True)
         labels = labels.to(settings.device, non_blocking=True)
         pieces = [_Piece(model, *part, settings) for part in _split(images, labels, settings.sharpness_batch)]
-        loss = minimizer.step([Chunk(piece, len(piece.labels) / len(labels)) for piece in pieces])
-        if not math.isfinite(loss.item()):
-            raise TrainingDiverged(
-                f"the loss is {loss.item()} at step {index + 1} of this epoch: lower --lr, or --rho"
-            )
+        try:
+            minimizer.step([Chunk(piece, len(piece.labels) / len(labels)) for piece in pieces])
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"step {index + 1} of this epoch: {error}") from None
         for piece in pieces:
             meter.update(piece.logits, piece.labels)
         so_far = meter.score()

@@ -7,7 +7,7 @@ import typer
 
 from saqcli.cli import options as o
 from saqcli.cli.screen import print_json, progress_for, reporting
-from saqcli.errors import ConfigError
+from saqcli.errors import ConfigError, RunDirectoryError
 
 if TYPE_CHECKING:
     from saqcli.config import RunConfig
@@ -171,8 +171,13 @@ def _resolve(
         if not equals:
             raise ConfigError(f"--set {text}: give SECTION.KEY=VALUE, such as training.lr=0.01")
         pairs[key.strip()] = value.strip()
-    if resumed is not None and config is None and (resumed / "config.json").is_file():
-        config = resumed / "config.json"
+    if resumed is not None and config is None:
+        if (resumed / "config.json").is_file():
+            config = resumed / "config.json"
+        elif given["model.name"] is None:
+            raise RunDirectoryError(
+                f"{resumed} holds no run to go on with: give MODEL and its options to start one"
+            )
     return resolve(recipe=recipe, file=config, assignments=pairs, options=given)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import IO, Literal, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
@@ -180,5 +180,8 @@ def check_label(label: int, num_classes: int, name: str) -> int:
 
 
 def _unreadable(what: str, error: BaseException) -> DataError:
-    reason = " ".join(str(error).replace(repr(what), "it").split()) or type(error).__name__
+    reason = (
+        " ".join(str(error).replace(repr(what), "").split()).removesuffix(" file") or type(error).__name__
+    )
+    reason = "it is no image" if isinstance(error, UnidentifiedImageError) else reason
     return DataError(f"cannot read {what} ({reason}): replace or remove it, or give --bad-images skip")

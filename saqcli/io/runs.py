@@ -112,12 +112,16 @@ class RunDirectory:
             return False
         if not (self.path / "manifest.json").is_file():
             raise RunDirectoryError(f"{self.path} holds other files and no run: give another --run-dir")
-        if not resume and not overwrite:
+        if not resume and not overwrite and self._holds_work():
             raise RunDirectoryError(
                 f"{self.path} already holds a {self.manifest().status} run: give --resume to go on with it, "
                 "--overwrite to replace it, or another --run-dir"
             )
         return True
+
+    def _holds_work(self) -> bool:
+        """Whether starting over would lose anything."""
+        return self.checkpoint_path.exists() or self.manifest().status in ("finished", "running")
 
     def manifest(self) -> RunManifest:
         """What ``manifest.json`` says."""

@@ -61,7 +61,8 @@ class BitConfig(BaseModel):
                 if some
             ]
             raise PolicyMismatch(
-                f"the policy was made for {self.model} and does not fit {model}: {'; '.join(parts)}. "
+                f"the policy{'' if self.model == model else f', made for {self.model},'} does not fit {model}: "
+                f"{'; '.join(parts)}. "
                 "Search a policy for this model, or edit the names"
             )
 

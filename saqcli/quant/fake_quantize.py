@@ -62,7 +62,7 @@ class FakeQuantize(torch.autograd.Function):
         grad_level = None
         if ctx.needs_input_grad[1]:
             residual = quantized.addcmul(x, inside.to(x.dtype), value=-1).mul_(grad)
-            grad_level = residual.sum_to_size(level.shape) / bound * level.sign()
+            grad_level = residual.sum_to_size(level.shape) / bound * torch.where(level < 0, -1, 1)
         return grad_x, grad_level, None
 
 

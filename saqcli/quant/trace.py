@@ -213,23 +213,35 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda m, _, name=name: tracer.enter(name, m)))
         handles.append(module.register_forward_hook(lambda m, x, _, name=name: tracer.leave(name, m, x)))
-    training = model.training
     try:
-        model.eval()
         with tracer:
             tracer._remember(example, _Flow(None, is_image=True))
-            output = model(example)
+            output = try_model(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    tracer.join_groups()
+    idle = [name for name in tracer.names.values() if name not in tracer.layers]
+    return Trace(tracer.layers, idle, tracer.unquantized, tracer.routed, output)
+
+
+@torch.no_grad()
+def try_model(model: nn.Module, example: Tensor) -> Tensor:
+    """What ``model`` returns for one image (1, C, H, W) in eval mode; its mode is restored.
+
+    Raises:
+        UnsupportedModel: the forward pass fails, or its output is no (1, classes) tensor.
+    """
+    training = model.training
+    try:
+        output = model.eval()(example)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         shape = "x".join(map(str, example.shape[1:]))
         raise UnsupportedModel(f"the model does not run on an image of {shape}: {reason}") from error
     finally:
-        for handle in handles:
-            handle.remove()
         model.train(training)
     if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(example):
         what = f"tensor of {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise UnsupportedModel(f"the model returns a {what} where class scores, (1, classes), are expected")
-    tracer.join_groups()
-    idle = [name for name in tracer.names.values() if name not in tracer.layers]
-    return Trace(tracer.layers, idle, tracer.unquantized, tracer.routed, output)
+    return output

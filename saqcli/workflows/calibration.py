@@ -39,6 +39,11 @@ def choose_bits(
         return policy, None
     wanted = config.quantization
     budget = parse_budget(wanted.bops or "", network)
+    _, ceiling = network.costs.reachable(wanted.candidates)
+    if budget.bops > ceiling:
+        progress.note(
+            f"the budget is above what {max(wanted.candidates)} bits everywhere cost: all layers get them"
+        )
     problem = SearchProblem(
         network.model,
         network.name,

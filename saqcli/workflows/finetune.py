@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from saqcli.algorithms.divergence import check_epoch
 from saqcli.algorithms.minimizers import MINIMIZERS, Minimizer
 from saqcli.algorithms.training import EpochSettings, Meter, evaluate, train_epoch
 from saqcli.config import RunConfig, TrainingSection
@@ -74,6 +75,8 @@ def finetune(
             done = position["step"] if epoch == position["epoch"] else 0
             schedule.step_update(epoch * len(loader) + done)
 
+            lr = optimizer.param_groups[0]["lr"]
+
             def after_step(step: int, epoch: int = epoch) -> None:
                 nonlocal saved_at
                 schedule.step_update(epoch * len(loader) + step)
@@ -100,7 +103,7 @@ def finetune(
             model.eval()
             with progress.task("evaluating", len(validation)) as task:
                 score = evaluate(model, validation, task, device=images.device)
-            lr = optimizer.param_groups[0]["lr"]
+            check_epoch(score.loss, len(images.val.class_names))
             run.log(phase="train", epoch=epoch + 1, lr=lr, **asdict(trained))
             run.log(phase="val", epoch=epoch + 1, **asdict(score))
             progress.note(
@@ -144,16 +147,23 @@ def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingSection, s
     """timm's schedule of that name, stepped after every update; ``steps`` an epoch."""
     from timm.scheduler import create_scheduler_v2
 
-    schedule, _ = create_scheduler_v2(
-        optimizer,
-        sched=training.schedule,
-        num_epochs=training.epochs,
-        warmup_epochs=training.warmup_epochs,
-        decay_milestones=list(training.milestones),
-        decay_rate=0.1,
-        step_on_epochs=False,
-        updates_per_epoch=steps,
-    )
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            sched=training.schedule,
+            num_epochs=training.epochs,
+            warmup_epochs=training.warmup_epochs,
+            decay_milestones=list(training.milestones),
+            decay_rate=0.1,
+            step_on_epochs=False,
+            updates_per_epoch=steps,
+        )
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"timm has no schedule {training.schedule!r}, or not so: {error}") from None
+    if schedule is None:
+        raise ConfigError(
+            f"training.schedule {training.schedule!r} moves nothing: give constant, cosine or step"
+        )
     return schedule
 
 
@@ -169,7 +179,21 @@ def make_minimizer(
     try:
         return MINIMIZERS[training.method](model, optimizer, **options)
     except TypeError as error:
-        raise ConfigError(f"method {training.method} does not take these options: {error}") from None
+        reason = str(error).rpartition("() ")[2]
+        raise ConfigError(f"method {training.method} does not take these options: {reason}") from None
+
+
+def check_training(config: RunConfig) -> None:
+    """Refuse options that optimizer, schedule or minimizer do not take, before any time is spent.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    model = nn.Linear(1, 1)
+    optimizer = make_optimizer(model, config.training)
+    make_minimizer(model, optimizer, config, side=SMALL_IMAGES)
+    if config.training.epochs:
+        make_schedule(optimizer, config.training, steps=1)
 
 
 def default_rho(model: nn.Module, side: int) -> float:

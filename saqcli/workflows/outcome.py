@@ -53,6 +53,7 @@ class Outcome:
             "top5": self.score.top5,
             "loss": self.score.loss,
             "images": self.score.images,
+            "skipped": self.score.skipped,
             "float_top1": self.float_score.top1,
             "float_top5": self.float_score.top5,
             "calibrated_top1": self.calibrated_score.top1,

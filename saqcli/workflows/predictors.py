@@ -16,6 +16,7 @@ from saqcli.io.models import build_architecture
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
+from saqcli.quant.trace import try_model
 from saqcli.workflows.setup import load_float
 
 
@@ -53,6 +54,12 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
         SaqError: no such thing, or a damaged one.
     """
     path = Path(target).expanduser()
+    if not target.strip():
+        raise ConfigError(
+            "no TARGET was named: give a model name, a run directory, a .safetensors or an .onnx file"
+        )
+    if path.suffix in (".onnx", ".safetensors") or path.is_dir():
+        _check_no_model_options(target, section)
     if path.suffix == ".onnx":
         return open_onnx(path)
     if path.suffix == ".safetensors":
@@ -64,7 +71,18 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
             f"{path} is no model file of saq: give MODEL --weights {path}, to evaluate float weights"
         )
     loaded = load_float(section, progress)
+    try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size))
     return Predictor(loaded.model.to(device), loaded.name, loaded.num_classes, loaded.preprocessing, device)
+
+
+def _check_no_model_options(target: str, section: ModelSection) -> None:
+    """A file that describes itself cannot be told otherwise."""
+    plain = ModelSection(name=section.name).model_dump()
+    given = [name.replace("_", "-") for name, value in section.model_dump().items() if value != plain[name]]
+    if given:
+        raise ConfigError(
+            f"{target} brings its own network and preprocessing: leave --{', --'.join(given)} away"
+        )
 
 
 def finished_model(run: RunDirectory) -> Path:

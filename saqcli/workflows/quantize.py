@@ -38,7 +38,7 @@ from saqcli.quant.quantizers import QUANTIZERS
 from saqcli.units import parse_quantity
 from saqcli.workflows.calibration import calibrate, choose_bits, install_quantizers, scheme_of
 from saqcli.workflows.export import export_verified
-from saqcli.workflows.finetune import finetune
+from saqcli.workflows.finetune import check_training, finetune
 from saqcli.workflows.outcome import Outcome
 from saqcli.workflows.report import write_report
 from saqcli.workflows.setup import (
@@ -100,6 +100,7 @@ def check(config: RunConfig) -> None:
     ):
         if name not in table:
             raise ConfigError(f"there is no {kind} {name!r}: choose from {', '.join(table)}")
+    check_training(config)
     if config.quantization.bits:
         parse_bits(config.quantization.bits)
     if config.quantization.bops and not UNIFORM_BUDGET.fullmatch(config.quantization.bops.strip()):

@@ -270,7 +270,7 @@ def test_a_loss_that_is_no_number_stops_training_before_anything_is_saved() -> N
     data[1][0].fill_(math.nan)
     base = torch.optim.SGD(model.parameters(), lr=0.01)
 
-    with pytest.raises(TrainingDiverged, match=r"step 2 of this epoch: lower --lr"):
+    with pytest.raises(TrainingDiverged, match=r"step 2 of this epoch: the loss is nan"):
         train_epoch(
             model, SAQ(model, base, rho=0.1), data, Watch(), settings(after_step=heard.append), Meter()
         )

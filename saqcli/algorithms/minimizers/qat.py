@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from saqcli.algorithms.divergence import check_step
+
 if TYPE_CHECKING:
     from saqcli.algorithms.minimizers import Chunk
 
@@ -24,5 +26,7 @@ class QAT:
             loss = chunk.loss() * chunk.share
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
+        total = torch.stack(losses).sum()
+        check_step(total)
         self.base.step()
-        return torch.stack(losses).sum()
+        return total

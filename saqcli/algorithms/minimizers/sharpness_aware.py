@@ -11,12 +11,14 @@ Chunks of a batch and data-parallel shards each ascend on their own data, as sha
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from saqcli.algorithms.divergence import check_step
 from saqcli.algorithms.sharpness import PERTURBED, Adaptive, Kind, PerturbedSet, RadiusUnit
+from saqcli.errors import ConfigError
 from saqcli.quant.layers import frozen_batch_stats
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ class SharpnessAware:
         rho_unit: ``deviation`` (of each layer's weights) or ``absolute``.
         perturb: which tensors ascend; None for what the method is known for.
         bn_second_pass: whether pass 2 updates the running statistics of batch norms.
+
+    Raises:
+        ConfigError: a word that is not among an option's choices.
     """
 
     perturbed_kinds: ClassVar[tuple[Kind, ...]] = PERTURBED
@@ -53,19 +58,33 @@ class SharpnessAware:
         self.base = base
         self.rho = rho
         self.rho_unit: RadiusUnit = rho_unit
+        _check("bn_second_pass", bn_second_pass, ("freeze", "update"))
+        _check("rho_unit", rho_unit, get_args(RadiusUnit))
+        for kind in perturb or ():
+            _check("perturb", kind, get_args(Kind))
         self.freeze = bn_second_pass == "freeze"
         self.set = PerturbedSet(model, self.perturbed_kinds if perturb is None else perturb)
 
     def step(self, chunks: Sequence["Chunk"]) -> Tensor:
         """One update; every chunk is perturbed by its own gradient."""
         self.base.zero_grad()
-        losses = []
+        losses, norms = [], []
         for chunk in chunks:
             loss, gradients = self.set.gradients(chunk.loss, through_rounding=self.through_rounding)
             perturbation = self.set.ascent(gradients, self.rho, self.rho_unit, self.adaptive)
+            norms.append(perturbation.norm)
             stats = frozen_batch_stats(self.model) if self.freeze else nullcontext()
             with self.set.applied(perturbation), stats:
-                (chunk.loss() * chunk.share).backward()  # type: ignore[no-untyped-call]
+                perturbed_loss = chunk.loss() * chunk.share
+                perturbed_loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss * chunk.share)
+            norms.append(perturbed_loss.detach())
+        total = torch.stack(losses).sum()
+        check_step(total, *norms)
         self.base.step()
-        return torch.stack(losses).sum()
+        return total
+
+
+def _check(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{option} {value!r} is not known: choose from {', '.join(choices)}")

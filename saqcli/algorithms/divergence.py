@@ -1,0 +1,38 @@
+"""A loss or gradient that is no number stops training before it touches the weights.
+
+Fake quantization hides an overflow from later layers, since it clamps: what is not caught in the step that
+made it is not seen until the network is spoiled.
+"""
+
+import math
+
+from torch import Tensor
+
+from saqcli.errors import TrainingDiverged
+
+LARGEST_LOSS = 100.0  # times ln(classes), the loss of guessing; no network that learns is near it
+
+
+def check_step(loss: Tensor, *norms: Tensor) -> None:
+    """To be asked before the optimizer's step.
+
+    Raises:
+        TrainingDiverged: the loss, or a norm of its gradients, is not finite.
+    """
+    values = [loss.item(), *(norm.item() for norm in norms)]
+    if not all(map(math.isfinite, values)):
+        raise TrainingDiverged(f"the loss is {values[0]:g} and cannot be descended: {_advice()}")
+
+
+def check_epoch(loss: float, classes: int) -> None:
+    """To be asked after an epoch, of the validation loss.
+
+    Raises:
+        TrainingDiverged: it is not finite, or absurd.
+    """
+    if not loss <= LARGEST_LOSS * math.log(max(classes, 2)):
+        raise TrainingDiverged(f"the validation loss has become {loss:g}: {_advice()}")
+
+
+def _advice() -> str:
+    return "start again with a lower --lr, or --rho, and --overwrite"

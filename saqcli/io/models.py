@@ -158,18 +158,20 @@ def _resolve(name: str) -> tuple[str, str]:
     for prefix, short in candidates:
         if prefix in ZOOS and ZOOS[prefix].knows(short):
             return prefix, short
-    near = _near(candidates[0][1])
+    near = _near(candidates[0][1], prefix if slash and prefix in ZOOS else None)
     hint = f"near are {', '.join(near)}" if near else "nothing is near"
     raise UnknownModel(f"no network is called {name!r}: {hint}; `saq models PATTERN` lists them")
 
 
-def _near(name: str) -> list[str]:
-    """Up to five known names that look like ``name``."""
+def _near(name: str, prefix: str | None) -> list[str]:
+    """Up to five known names that look like ``name``, of one library where the user named it."""
     name = name.lower()
     architecture, dot, _ = name.partition(".")
     full: dict[str, str] = {}
     for known in list_models("*.*" if dot else None) + list_models():
-        full.setdefault(known.partition("/")[2], known)
+        library, _, short = known.partition("/")
+        if prefix in (None, library):
+            full.setdefault(short, known)
     tagged = [short for short in full if dot and short.startswith(f"{architecture}.")]
     alike = difflib.get_close_matches(name, tagged or full, n=4, cutoff=0.7)
     within = sorted((short for short in full if len(name) > 2 and name in short), key=len)

@@ -1,0 +1,89 @@
+"""Pretrained networks on real images: what is loaded, seen and counted is what others measured.
+
+The archives and weights lie beside the repository; without them these tests are skipped.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from saqcli.cli import app
+
+
+def saq(*arguments: object) -> Any:
+    """The JSON that a command prints; it must succeed."""
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All 8,000 test images as PNG files, and a few of them again as training images to calibrate on."""
+    from tests.conftest import shared_data
+
+    data = shared_data() / "data"
+    folder = tmp_path_factory.mktemp("cifar10")
+    archives = [str(data / "cifar10" / "test.tar")]
+    subprocess.run([sys.executable, str(data / "unpack.py"), str(folder), *archives], check=True)
+    for label in sorted((folder / "test").iterdir()):
+        (folder / "train" / label.name).mkdir(parents=True)
+        for image in sorted(label.iterdir())[::16]:
+            (folder / "train" / label.name / image.name).write_bytes(image.read_bytes())
+    return folder
+
+
+def test_resnet20_scores_what_was_published(cifar10: Path, shared: Path) -> None:
+    weights = shared / "data" / "weights" / "cifar10_resnet20.safetensors"
+
+    found = saq("eval", "saq/resnet20", "--weights", weights, "--data", cifar10)
+
+    assert found["images"] == 8000
+    assert found["top1"] == pytest.approx(91.67, abs=0.03)
+
+
+@pytest.mark.slow
+def test_resnet20_at_4_bits_is_within_6_points_after_calibration(
+    cifar10: Path, shared: Path, tmp_path: Path
+) -> None:
+    weights = shared / "data" / "weights" / "cifar10_resnet20.safetensors"
+    options = ("--weights", weights, "--data", cifar10, "--epochs", 0, "--run-dir", tmp_path / "run")
+
+    found = saq("quantize", "saq/resnet20", *options, "--bits", 4)
+    onnx = saq("eval", found["artifacts"]["qdq"], "--data", cifar10)
+
+    assert found["bops"] == 670_081_024
+    assert found["top1"] > found["float_top1"] - 6
+    assert onnx["top1"] == pytest.approx(found["top1"], abs=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "weights", "options", "top1"),
+    [
+        ("torchvision/squeezenet1_1", "imagenet_squeezenet1_1", [], 59.75),
+        (
+            "timm/mobilenetv2_100",
+            "imagenet_mobilenetv2_100_from_int8",
+            ["--model-kwargs", "pad_type=same,bn_eps=0.001", "--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5"],
+            67.5,
+        ),
+    ],
+)
+def test_imagenet_networks_score_what_was_measured_on_some_of_the_classes(
+    model: str, weights: str, options: list[str], top1: float, shared: Path, tmp_path: Path
+) -> None:
+    data = shared / "data"
+    subprocess.run(["tar", "xf", data / "imagenette" / "val.tar", "-C", tmp_path], check=True)
+
+    found = saq(
+        "eval", model, "--weights", data / "weights" / f"{weights}.safetensors", "--data", tmp_path, *options
+    )
+
+    assert found["images"] == 400
+    assert found["top1"] == pytest.approx(top1, abs=0.26)  # one image

@@ -1,5 +1,6 @@
 """``saq export``: from a finished run to a file, proved equal to the model before it gets its name."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.workflows.predictors import finished_model, onnx_session, restore
 from saqcli.workflows.setup import open_named, validation_loader
-from saqcli.workflows.verify import Verdict, compare
+from saqcli.workflows.verify import PYTORCH, Verdict, compare
 
 LAYERWISE_IMAGES = 4  # all activations of which are held in memory
 RANDOM_IMAGES = 64  # that a file is verified on where no data is given
@@ -51,6 +52,7 @@ class Export:
             "verified": self.verdict.verified,
             "images": self.verdict.images,
             "argmax_agreement": self.verdict.argmax_agreement,
+            "pytorch_agreement": self.verdict.pytorch_agreement,
             "layers": self.verdict.layers,
             "layers_error": self.verdict.layers_error,
             "max_abs_diff": self.verdict.max_abs_diff,
@@ -115,7 +117,9 @@ def export_verified(
     with replacing(path) as temporary:
         exporter.export(model, example, temporary, facts)
         if exporter.suffix == ".onnx":
-            verdict = compare(model, _sessions(temporary), batches, count, progress)
+            exact = copy.deepcopy(model).double()
+            runs: dict[str, Callable[[Tensor], Tensor]] = {**_sessions(temporary), PYTORCH: model}
+            verdict = compare(lambda images: exact(images.double()), runs, batches, count, progress)
             _prove_layers(verdict, temporary, model, batches)
         else:
             loaded, _ = restore(temporary)

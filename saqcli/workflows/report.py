@@ -41,10 +41,9 @@ def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
 Evaluated on {results["images"]} images. BOPs are reduced {
         results["bops_reduction"]:.1f} times. Every layer of the
 ONNX file, fed what PyTorch feeds it, returns what PyTorch returns to {
-        results["onnx_layers_error"]:.1e} of its range; end
-to end the best class is the same on {100 * results["onnx_argmax_agreement"]:.2f} % of {
-        results["onnx_images"]
-    } images.
+        results["onnx_layers_error"]:.1e} of its range;
+end to end it has the best class of the model in float64 on {100 * results["onnx_argmax_agreement"]:.2f} % of
+{results["onnx_images"]} images.
 
 Method {config.training.method}, {config.training.epochs} epochs, learning rate {config.training.lr:g}, seed
 {config.run.seed}, recipe {config.recipe}. Run it again with `saq quantize --config config.json --run-dir

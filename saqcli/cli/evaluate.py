@@ -37,31 +37,27 @@ def eval_command(
 
     Example: `saq eval runs/resnet18-w4a4 --data imagenet`
     """
-    from saqcli.config import DataSection, ModelSection
+    from saqcli.config import DataSection
     from saqcli.strict import parse_object
     from saqcli.workflows.evaluate import evaluate_target
 
-    section = {
-        "name": target,
-        **o.given(
-            o.model_options(
-                weights=weights,
-                pretrained=pretrained,
-                num_classes=num_classes,
-                in_chans=in_chans,
-                model_kwargs=model_kwargs,
-                input_size=input_size,
-                mean=mean,
-                std=std,
-            )
-        ),
-    }
+    section = o.model_section(
+        target,
+        weights=weights,
+        pretrained=pretrained,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        model_kwargs=model_kwargs,
+        input_size=input_size,
+        mean=mean,
+        std=std,
+    )
     images = o.given(
         {"path": data, "eval_batch_size": batch_size, "workers": workers, "bad_images": bad_images}
     )
     result = evaluate_target(
         target,
-        parse_object(ModelSection, section, "options"),
+        section,
         parse_object(DataSection, images, "options"),
         device=device or "auto",
         progress=progress_for(json_output=json_output, quiet=quiet),

@@ -2,11 +2,14 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from saqcli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from saqcli.config import ModelSection
 
 MODEL = "Model"
 IMAGES = "Images"
@@ -147,6 +150,14 @@ def model_options(
         "mean": parse_numbers(mean, "--mean"),
         "std": parse_numbers(std, "--std"),
     }
+
+
+def model_section(name: str, **options: Any) -> "ModelSection":
+    """The ``model`` section of the configuration; ``options`` as for ``model_options``."""
+    from saqcli.config import ModelSection
+    from saqcli.strict import parse_object
+
+    return parse_object(ModelSection, {"name": name, **given(model_options(**options))}, "options")
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -24,35 +24,29 @@ def profile_command(
 
     Example: `saq profile resnet18 --bits 4`
     """
-    from saqcli.config import ModelSection
+    from saqcli.config import QuantizationSection
     from saqcli.errors import ConfigError
     from saqcli.quant.bits import parse_candidates
-    from saqcli.quant.cost import DEFAULT_CANDIDATES
-    from saqcli.strict import parse_object
     from saqcli.workflows.profile import profile
 
     if bits is not None and policy is not None:
         raise ConfigError("--bits and --policy both say what the bits are: give one of them")
-    section = {
-        "name": model,
-        **o.given(
-            o.model_options(
-                weights=weights,
-                pretrained=bool(pretrained) and weights is None,
-                num_classes=num_classes,
-                in_chans=in_chans,
-                model_kwargs=model_kwargs,
-                input_size=input_size,
-                mean=None,
-                std=None,
-            )
-        ),
-    }
+    section = o.model_section(
+        model,
+        weights=weights,
+        pretrained=bool(pretrained) and weights is None,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        model_kwargs=model_kwargs,
+        input_size=input_size,
+        mean=None,
+        std=None,
+    )
     result = profile(
-        parse_object(ModelSection, section, "options"),
+        section,
         bits=bits,
         policy=policy,
-        candidates=parse_candidates(candidates) if candidates else DEFAULT_CANDIDATES,
+        candidates=parse_candidates(candidates) if candidates else QuantizationSection().candidates,
         progress=progress_for(json_output=json_output, quiet=quiet),
     ).to_dict()
     if json_output:

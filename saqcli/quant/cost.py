@@ -14,13 +14,12 @@ from math import ceil
 from torch import nn
 
 from saqcli.errors import InfeasibleBudget
-from saqcli.quant.bits import FLOAT_BITS, PINNED_BITS, BitConfig, LayerBits
+from saqcli.quant.bits import FLOAT_BITS, PINNED_BITS, BitConfig, LayerBits, uniform
 from saqcli.quant.layers import QuantizedLayer
 from saqcli.quant.quantizers import Quantizer
 from saqcli.quant.trace import LayerTrace, Trace
 from saqcli.units import format_quantity
 
-DEFAULT_CANDIDATES = (2, 3, 4, 5, 6, 8)
 BUDGET_USE = 0.985  # share of the budget that a configuration should use where the candidates allow it
 
 
@@ -83,7 +82,7 @@ class CostModel:
 
     def uniform(self, model: str, bits: LayerBits) -> BitConfig:
         """The configuration with ``bits`` in every layer that is not pinned."""
-        return BitConfig(model=model, layers={layer.name: layer.pinned or bits for layer in self.layers})
+        return uniform(model, self.pins, bits)
 
     def reachable(self, candidates: Sequence[int]) -> tuple[int, int]:
         """BOPs with all free layers at the fewest and at the most bits: floor and ceiling."""

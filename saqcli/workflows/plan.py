@@ -5,8 +5,7 @@ from typing import Any
 
 from saqcli.config import RunConfig
 from saqcli.progress import Progress
-from saqcli.quant.cost import size_bytes
-from saqcli.workflows.profile import Profile
+from saqcli.workflows.profile import measure
 from saqcli.workflows.quantize import check
 from saqcli.workflows.setup import explicit_policy, float_policy, load_float, parse_budget, wrap_and_trace
 
@@ -28,11 +27,9 @@ def plan(config: RunConfig, run_dir: Path, progress: Progress) -> dict[str, Any]
         budget = parse_budget(config.quantization.bops or "", network)
         budget.check_reachable(network.costs, candidates, network.name)
         policy = float_policy(network)
-    floor, ceiling = network.costs.reachable(candidates)
-    sizes = (size_bytes(network.model, wanted) for wanted in (policy, None))
     return {
         "run_dir": str(run_dir),
         "config": config.model_dump(mode="json"),
         "budget_bops": budget.bops if budget else None,
-        "profile": Profile(network, policy, floor, ceiling, *sizes).to_dict(),
+        "profile": measure(network, policy, candidates).to_dict(),
     }

@@ -1,5 +1,6 @@
 """``saq profile``: what a network costs at given bits, layer by layer. Needs no data and no training."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,11 @@ def profile(
         config = network.costs.uniform(network.name, uniform)
     else:
         config = float_policy(network)
+    return measure(network, config, candidates)
+
+
+def measure(network: Network, policy: BitConfig, candidates: Sequence[int]) -> Profile:
+    """The costs of a traced network under ``policy``, and what ``candidates`` can reach."""
     floor, ceiling = network.costs.reachable(candidates)
-    sizes = (size_bytes(network.model, wanted) for wanted in (config, None))
-    return Profile(network, config, floor, ceiling, *sizes)
+    sizes = (size_bytes(network.model, wanted) for wanted in (policy, None))
+    return Profile(network, policy, floor, ceiling, *sizes)

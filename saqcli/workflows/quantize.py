@@ -12,6 +12,7 @@ Every phase can be resumed after.
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,18 +78,19 @@ def quantize(
     device = pick_device(config.run.device)
     run = RunDirectory(run_dir)
     run.check_usable(resume=resume, overwrite=overwrite)
-    begun = resume and run.load_checkpoint() is not None
+    state = run.load_checkpoint() if resume else None
     if resume and (run_dir / "config.json").is_file():
         _check_same(run.config(), config, run_dir)
-    if begun:
+    if state is not None:
         run = RunDirectory.start(run_dir, config, resume=True, overwrite=False)
     else:
         network, images = prepare(config, device, progress)
         run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite)
     with run.recorded():
-        if not begun:
+        if state is None:
             begin(config, network, images, run, device, progress)
-        return complete(config, run, device, progress)
+            state = run.load_checkpoint()
+        return complete(config, run, state, device, progress)
 
 
 def check(config: RunConfig) -> None:
@@ -161,9 +163,14 @@ def begin(
     )
 
 
-def complete(config: RunConfig, run: RunDirectory, device: torch.device, progress: Progress) -> Outcome:
-    """From the last checkpoint to the end: train, score, export, report."""
-    state = run.load_checkpoint()
+def complete(
+    config: RunConfig,
+    run: RunDirectory,
+    state: dict[str, Any] | None,
+    device: torch.device,
+    progress: Progress,
+) -> Outcome:
+    """From the last checkpoint, ``state``, to the end: train, score, export, report."""
     if state is None:
         raise RunDirectoryError(f"{run.path} holds no checkpoint: start again with --overwrite")
     facts = ModelFacts.model_validate_json(state["facts"])

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from saqcli.algorithms.minimizers import MINIMIZERS, Chunk
+from saqcli.algorithms.minimizers import MINIMIZERS, MicroBatch
 from saqcli.config import ModelSection
 from saqcli.progress import SILENT
 from saqcli.quant import convert
@@ -38,7 +38,7 @@ def stepper(model: str, method: str | None, images: torch.Tensor, labels: torch.
     base = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
     options = {"rho": 0.9} if method == "saq" else {}
     minimizer = MINIMIZERS[method or "qat"](net, base, **options)
-    chunk = Chunk(lambda: nn.functional.cross_entropy(net(images), labels), 1.0)
+    chunk = [MicroBatch(lambda *, ascent=False: nn.functional.cross_entropy(net(images), labels), 1.0)]
 
     def step() -> None:
         minimizer.step([chunk]).item()

@@ -78,6 +78,13 @@ class TrainingSection(_Section):
     ``clip_lr_factor`` scales the learning rate of clipping levels; they have no weight decay unless
     ``decay_clips``. ``sharpness_batch`` images share one perturbation. ``rho`` None takes the paper's radius
     for the mean bit-width. ``minimizer`` holds further keyword arguments of the method.
+
+    The ascent can be made cheaper: only every ``sam_interval``-th step, going on in between with ``sam_reuse`` times
+    what the last one added; on ``ascent_fraction`` of the images; in bfloat16.
+
+    ``micro_batch`` images are in one forward pass, None for all that share a perturbation. ``clip_grad`` is the
+    largest joint norm of the gradients. ``ema_decay`` 0 is no averaging of weights. ``mixup`` and ``cutmix`` are the
+    alphas of their beta distributions, 0 for none.
     """
 
     method: str = "saq"
@@ -95,6 +102,18 @@ class TrainingSection(_Section):
     rho: NotNegative | None = None
     rho_unit: Literal["deviation", "absolute"] = "deviation"
     sharpness_batch: Positive = 128
+    sam_interval: Positive = 1
+    sam_reuse: NotNegative = 0.0
+    ascent_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    ascent_precision: Literal["same", "bfloat16"] = "same"
+    micro_batch: Positive | None = None
+    clip_grad: Rate | None = None
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
+    distill: bool = False
+    distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    distill_temperature: Rate = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
     minimizer: dict[str, Any] = {}
 

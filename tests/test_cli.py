@@ -245,6 +245,37 @@ class TestRefusals:
         assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+class TestTrainingOptions:
+    def test_what_cannot_work_is_refused_in_one_line(self, digits: Path, tmp_path: Path) -> None:
+        given = ["quantize", MODEL, *float_options(digits), "--bits", 4, "--run-dir", tmp_path / "run"]
+        for options, expected in (
+            (["--mixup", 0.2, "--batch-size", 33], "even"),
+            (["--ascent-fraction", 0], "ascent_fraction"),
+            (["--ema", 1], "ema_decay"),
+            (["--clip-grad", 0], "clip_grad"),
+            (["--precision", "float16"], "precision"),
+            (["--optimizer", "nosuch"], "nosuch"),
+        ):
+            result = saq(*given, *options)
+            assert result.exit_code == 1, options
+            assert expected in last_error(result)
+        assert not (tmp_path / "run").exists()
+
+    def test_distilling_from_random_weights_is_refused(self, digits: Path) -> None:
+        result = saq(
+            *("quantize", "saq/resnet20", "--no-pretrained", "--bits", 4, "--distill"),
+            *("--data", digits / "images"),
+        )
+        assert result.exit_code == 1
+        assert "--weights" in last_error(result)
+
+    def test_efficient_stands_for_settings_that_flags_override(self) -> None:
+        base = ["quantize", "saq/resnet20", "--no-pretrained", "--bits", 4, "--dry-run", "--json"]
+        for options, interval in (([], 1), (["--efficient"], 5), (["--efficient", "--sam-interval", 3], 3)):
+            plan = json.loads(saq(*base, *options).stdout)
+            assert plan["config"]["training"]["sam_interval"] == interval
+
+
 class TestModels:
     def test_lists_names_that_match(self) -> None:
         result = saq("models", "saq/*")
@@ -305,7 +336,12 @@ class TestInstalledProgram:
 
 
 def _command(digits: Path, run: Path) -> list[str]:
-    options = [*float_options(digits), "--bits", "3", "--epochs", "2", "--quiet", "--run-dir", str(run)]
+    """A run with every kind of state that a checkpoint must hold."""
+    options = [
+        *(*float_options(digits), "--bits", "3", "--epochs", "2", "--quiet", "--run-dir", str(run)),
+        *("--sam-interval", "3", "--sam-reuse", "0.5", "--ema", "0.9", "--mixup", "0.2", "--cutmix", "0.5"),
+        *("--distill", "--micro-batch", "24", "--clip-grad", "1"),
+    ]
     return [sys.executable, "-m", "saqcli", "quantize", MODEL, *options]
 
 

@@ -87,13 +87,18 @@ class PerturbedSet:
         self.parameters = [member.parameter for member in self._members]
 
     def gradients(
-        self, loss: Callable[[], Tensor], *, through_rounding: bool = False
+        self,
+        loss: Callable[[], Tensor],
+        *,
+        through_rounding: bool = False,
+        also: Sequence[nn.Parameter] = (),
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The loss and its gradients to the quantized weights, then to the parameters; none accumulates anywhere.
 
         Args:
             loss: runs the forward pass.
             through_rounding: take dL/dw, zero where w is clipped, in the place of dL/dQ(w) (Case 1).
+            also: further parameters, whose gradients come last.
 
         Raises:
             UnperturbedLayer: not one quantized layer, or no member at all, takes part in the loss.
@@ -103,8 +108,8 @@ class PerturbedSet:
             value = loss()
         weights = [layer.latent_weight() for layer in self.layers] if through_rounding else ports
         members = [*weights, *self.parameters]
-        gradients = torch.autograd.grad(value, members, allow_unused=True) if members else ()
-        if all(gradient is None for gradient in gradients[: len(ports) or None]):
+        gradients = torch.autograd.grad(value, [*members, *also], allow_unused=True) if members else ()
+        if all(gradient is None for gradient in gradients[: len(ports) or len(members)]):
             what = "quantized layer" if self.layers else "tensor of the perturbed kinds"
             raise UnperturbedLayer(f"no {what} takes part in the loss: there is nothing to perturb")
         return value.detach(), list(gradients)

@@ -1,14 +1,14 @@
 """The only loops over batches: one epoch of training, one pass of evaluation."""
 
+import itertools
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saqcli.algorithms.minimizers import Chunk, Minimizer
+from saqcli.algorithms.minimizers import Minimizer
+from saqcli.algorithms.objective import Objective, as_chunks
 from saqcli.errors import DataError, TrainingDiverged
 from saqcli.progress import Task
 
@@ -112,23 +112,23 @@ class EpochSettings:
     """What one epoch of training needs beside model, minimizer and batches.
 
     Attributes:
-        criterion: logits and labels to a mean loss.
+        objective: what is minimized.
         device: of the model.
         sharpness_batch: images that share one perturbation (m-sharpness); the batch is split into such
             chunks.
-        autocast: mixed precision around the forward pass; quantizers stay in float32.
         after_step: called with the number of steps done in this epoch; it steps the schedule, saves, or
             stops.
         after_skip: called once batches done before an interruption are passed over; puts the random state
             back.
+        micro_batch: most images in one forward pass; gradients accumulate over those of a chunk. None for no limit.
     """
 
-    criterion: Callable[[Tensor, Tensor], Tensor]
+    objective: Objective
     device: torch.device
     sharpness_batch: int
     after_step: Callable[[int], None]
     after_skip: Callable[[], None] = lambda: None
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    micro_batch: int | None = None
 
 
 def train_epoch(
@@ -162,45 +162,16 @@ def train_epoch(
             continue
         images = images.to(settings.device, non_blocking=True)
         labels = labels.to(settings.device, non_blocking=True)
-        pieces = [_Piece(model, *part, settings) for part in _split(images, labels, settings.sharpness_batch)]
+        pieces = settings.objective.pieces(
+            model, images, labels, settings.sharpness_batch, settings.micro_batch
+        )
         try:
-            minimizer.step([Chunk(piece, len(piece.labels) / len(labels)) for piece in pieces])
+            minimizer.step(as_chunks(pieces))
         except TrainingDiverged as error:
             raise TrainingDiverged(f"step {index + 1} of this epoch: {error}") from None
-        for piece in pieces:
-            meter.update(piece.logits, piece.labels)
+        for piece in itertools.chain(*pieces):
+            meter.update(*piece.counted())
         so_far = meter.score()
         task.advance(images=len(labels), loss=so_far.loss, top1=so_far.top1)
         settings.after_step(index + 1)
     return meter.score()
-
-
-class _Piece:
-    """The loss of one chunk, as a closure that keeps the logits of its first call."""
-
-    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, settings: EpochSettings) -> None:
-        self.model = model
-        self.images = images
-        self.labels = labels
-        self.settings = settings
-        self._logits: Tensor | None = None
-
-    def __call__(self) -> Tensor:
-        with self.settings.autocast():
-            logits = self.model(self.images)
-        if self._logits is None:
-            self._logits = logits.detach()
-        return self.settings.criterion(logits.float(), self.labels)
-
-    @property
-    def logits(self) -> Tensor:
-        """Of the first call: at the unperturbed weights."""
-        if self._logits is None:
-            raise RuntimeError("the minimizer never asked for the loss of this chunk")
-        return self._logits
-
-
-def _split(images: Tensor, labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    """Chunks of at most ``size`` images, as equal as they can be: a batch norm cannot use a single image."""
-    count = -(-len(labels) // size)
-    return list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saqcli.cli import options as o
+from saqcli.cli import training_options as t
 from saqcli.cli.screen import print_json, progress_for, reporting
 from saqcli.errors import ConfigError, RunDirectoryError
 
@@ -51,25 +52,25 @@ def quantize_command(
     mean: o.Mean = None,
     std: o.Std = None,
     model_kwargs: o.ModelKwargs = None,
-    method: Annotated[
-        str | None,
-        typer.Option(help="saq, asaq (adaptive), sam, case1, or qat (plain).", rich_help_panel=o.TRAINING),
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=0, help="Of fine-tuning; 0 calibrates only.", rich_help_panel=o.TRAINING)
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=o.TRAINING)] = None,
-    rho: Annotated[
-        float | None,
-        typer.Option(
-            help="Radius of the perturbation, in deviations of each layer's weights.",
-            rich_help_panel=o.TRAINING,
-        ),
-    ] = None,
-    rho_unit: Annotated[
-        str | None,
-        typer.Option(metavar="deviation|absolute", help="Unit of --rho.", rich_help_panel=o.TRAINING),
-    ] = None,
+    method: t.Method = None,
+    epochs: t.Epochs = None,
+    optimizer: t.Optimizer = None,
+    lr: t.LearningRate = None,
+    rho: t.Rho = None,
+    rho_unit: t.RhoUnit = None,
+    sharpness_batch: t.SharpnessBatch = None,
+    efficient: t.Efficient = False,
+    sam_interval: t.SamInterval = None,
+    sam_reuse: t.SamReuse = None,
+    ascent_fraction: t.AscentFraction = None,
+    precision: t.Precision = None,
+    micro_batch: t.MicroBatch = None,
+    clip_grad: t.ClipGrad = None,
+    ema: t.Ema = None,
+    label_smoothing: t.LabelSmoothing = None,
+    mixup: t.Mixup = None,
+    cutmix: t.Cutmix = None,
+    distill: t.Distill = None,
     batch_size: o.BatchSize = None,
     workers: o.Workers = None,
     bad_images: o.BadImages = None,
@@ -134,14 +135,30 @@ def quantize_command(
         "quantization.searcher": searcher,
         "quantization.candidates": parse_candidates(candidates) if candidates else None,
         "quantization.weight_grid": weight_grid,
-        "training.method": method,
-        "training.epochs": epochs,
-        "training.lr": lr,
-        "training.rho": rho,
-        "training.rho_unit": rho_unit,
         "run.seed": seed,
         "run.device": device,
     }
+    given |= t.training_settings(
+        efficient=efficient,
+        method=method,
+        epochs=epochs,
+        optimizer=optimizer,
+        lr=lr,
+        rho=rho,
+        rho_unit=rho_unit,
+        sharpness_batch=sharpness_batch,
+        sam_interval=sam_interval,
+        sam_reuse=sam_reuse,
+        ascent_fraction=ascent_fraction,
+        precision=precision,
+        micro_batch=micro_batch,
+        clip_grad=clip_grad,
+        ema_decay=ema,
+        label_smoothing=label_smoothing,
+        mixup=mixup,
+        cutmix=cutmix,
+        distill=distill,
+    )
     resolved = _resolve(recipe, config, assign or [], given, run_dir if resume else None)
     target = run_dir or default_run_dir(resolved)
     progress = progress_for(json_output=json_output, quiet=quiet)

@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from saqcli.algorithms.minimizers import MINIMIZERS
+from saqcli.algorithms.objective import Objective
 from saqcli.algorithms.training import EpochSettings, Meter, train_epoch
 from saqcli.config import RunConfig, resolve
 from saqcli.io.files import replacing
 from saqcli.io.loaders import seed_everything
 from saqcli.progress import Progress
-from saqcli.workflows.finetune import make_optimizer, make_schedule
+from saqcli.workflows.optimization import make_optimizer, make_schedule
 from saqcli.workflows.quantize import quantize
 from saqcli.workflows.setup import Images, load_float, pick_device
 
@@ -97,7 +98,7 @@ def train_float(config: RunConfig, weights: Path, progress: Progress, *, epochs:
             schedule.step_update(start + step)
 
         settings = EpochSettings(
-            criterion=nn.CrossEntropyLoss(),
+            objective=Objective(nn.CrossEntropyLoss()),
             device=device,
             sharpness_batch=config.data.batch_size,
             after_step=after_step,

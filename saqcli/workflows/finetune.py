@@ -8,7 +8,6 @@ bit.
 
 import random
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -17,19 +16,14 @@ import torch
 from torch import nn
 
 from saqcli.algorithms.divergence import check_epoch
-from saqcli.algorithms.minimizers import MINIMIZERS, Minimizer
 from saqcli.algorithms.training import EpochSettings, Meter, evaluate, train_epoch
-from saqcli.config import RunConfig, TrainingSection
-from saqcli.errors import ConfigError, Interrupted
+from saqcli.config import RunConfig
+from saqcli.errors import Interrupted
 from saqcli.io.interrupts import StopRequest, deferred_interrupts
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
-from saqcli.quant.layers import quantized_layers
-from saqcli.workflows.setup import SMALL_IMAGES, Images
-
-# Liu et al. (arXiv:2111.12273), section 5: radius by bit-width, for images of 32 and of 224 pixels.
-SMALL_IMAGE_RHO = {2: 0.4, 3: 0.7, 4: 0.9}
-LARGE_IMAGE_RHO = {2: 0.15, 3: 0.15, 4: 0.3}
+from saqcli.workflows.optimization import make_minimizer, make_objective, make_optimizer, make_schedule
+from saqcli.workflows.setup import Images
 
 
 def finetune(
@@ -39,16 +33,22 @@ def finetune(
     run: RunDirectory,
     state: dict[str, Any],
     progress: Progress,
+    *,
+    num_classes: int,
+    teacher: nn.Module | None = None,
 ) -> None:
     """Train to the end of the schedule, from ``state`` on.
 
     Args:
-        model: wrapped, quantizers installed, loaded from ``state``.
+        model: wrapped, quantizers installed, loaded from ``state``; left with the weights that training found, or
+            with their average where the settings ask for it.
         config: of the run.
         images: to train on and to score after every epoch.
         run: where checkpoints and metrics go.
         state: the last checkpoint; further ones keep its other entries.
         progress: told about every step.
+        num_classes: logits of the model.
+        teacher: the float model in eval mode, where it is to be learned from.
 
     Raises:
         Interrupted: a signal asked to stop; the checkpoint is saved.
@@ -59,14 +59,20 @@ def finetune(
     optimizer = make_optimizer(model, training)
     schedule = make_schedule(optimizer, training, len(loader))
     minimizer = make_minimizer(model, optimizer, config, max(images.preprocessing.input_size[1:]))
+    average = Average(model, training.ema_decay) if training.ema_decay else None
     position = {"epoch": 0, "step": 0, **state.get("position", {})}
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
+        minimizer.load_state_dict(state["minimizer"])
+        if average:
+            average.load_state_dict(state["average"])
     meter = Meter(**state.get("meter", {}))
+    objective = make_objective(training, images.device, num_classes, teacher)
     saved_at = time.monotonic()
 
     def save(epoch: int, step: int) -> None:
         state.update(model=model.state_dict(), optimizer=optimizer.state_dict(), meter=vars(meter))
+        state.update(minimizer=minimizer.state_dict(), average=average and average.state_dict())
         state.update(position={"epoch": epoch, "step": step}, random=random_state())
         run.save_checkpoint(state)
 
@@ -80,6 +86,8 @@ def finetune(
             def after_step(step: int, epoch: int = epoch) -> None:
                 nonlocal saved_at
                 schedule.step_update(epoch * len(loader) + step)
+                if average:
+                    average.update(model, epoch * len(loader) + step)
                 due = time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes
                 if stop.signal or due:
                     save(epoch, step)
@@ -88,21 +96,21 @@ def finetune(
                     raise _interrupted(stop, run)
 
             settings = EpochSettings(
-                criterion=nn.CrossEntropyLoss(label_smoothing=training.label_smoothing),
+                objective=objective,
                 device=images.device,
                 sharpness_batch=training.sharpness_batch,
                 after_step=after_step,
                 after_skip=lambda: set_random_state(state["random"]),
-                autocast=lambda: _autocast(training, images.device),
+                micro_batch=training.micro_batch,
             )
             loader.set_epoch(epoch)
             with progress.task(f"epoch {epoch + 1} of {training.epochs}", len(loader)) as task:
                 task.advance(done)
                 trained = train_epoch(model, minimizer, loader, task, settings, meter, skip=done)
             validation = images.validation()
-            model.eval()
+            judged = average.module if average else model.eval()
             with progress.task("evaluating", len(validation)) as task:
-                score = evaluate(model, validation, task, device=images.device)
+                score = evaluate(judged, validation, task, device=images.device)
             check_epoch(score.loss, len(images.val.class_names))
             run.log(phase="train", epoch=epoch + 1, lr=lr, **asdict(trained))
             run.log(phase="val", epoch=epoch + 1, **asdict(score))
@@ -115,93 +123,36 @@ def finetune(
             saved_at = time.monotonic()
             if stop.signal:
                 raise _interrupted(stop, run)
+    if average:
+        model.load_state_dict(average.state_dict())
 
 
-def make_optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.Optimizer:
-    """timm's optimizer of that name; clipping levels have a group of their own."""
-    from timm.optim import create_optimizer_v2
+class Average:
+    """The exponential moving average of a model's weights and statistics, by timm; short runs average less."""
 
-    clips = [p for name, p in model.named_parameters() if name.endswith("clipping_level")]
-    ids = {id(p) for p in clips}
-    others = [p for p in model.parameters() if id(p) not in ids]
-    groups = [
-        {"params": others, "weight_decay": training.weight_decay},
-        {
-            "params": clips,
-            "lr": training.lr * training.clip_lr_factor,
-            "weight_decay": training.weight_decay if training.decay_clips else 0.0,
-        },
-    ]
-    try:
-        optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            groups, training.optimizer, lr=training.lr, momentum=training.momentum
-        )
-    except (AssertionError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"timm has no optimizer {training.optimizer!r}, or not with these settings: {error}"
-        ) from None
-    return optimizer
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """Starts as a copy of ``model``; ``decay`` is that of a long run."""
+        from timm.utils import ModelEmaV3
 
+        self._ema = ModelEmaV3(model, decay, use_warmup=True)
 
-def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingSection, steps: int) -> Any:
-    """timm's schedule of that name, stepped after every update; ``steps`` an epoch."""
-    from timm.scheduler import create_scheduler_v2
+    @property
+    def module(self) -> nn.Module:
+        """The averaged model, in eval mode."""
+        module: nn.Module = self._ema.module
+        return module
 
-    try:
-        schedule, _ = create_scheduler_v2(
-            optimizer,
-            sched=training.schedule,
-            num_epochs=training.epochs,
-            warmup_epochs=training.warmup_epochs,
-            decay_milestones=list(training.milestones),
-            decay_rate=0.1,
-            step_on_epochs=False,
-            updates_per_epoch=steps,
-        )
-    except (AssertionError, ValueError) as error:
-        raise ConfigError(f"timm has no schedule {training.schedule!r}, or not so: {error}") from None
-    if schedule is None:
-        raise ConfigError(
-            f"training.schedule {training.schedule!r} moves nothing: give constant, cosine or step"
-        )
-    return schedule
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after ``step`` updates of the run."""
+        self._ema.update(model, step)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Of the averaged model."""
+        return self.module.state_dict()
 
-def make_minimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, side: int
-) -> Minimizer:
-    """The method's minimizer, with the paper's radius where none is given."""
-    training = config.training
-    options = dict(training.minimizer)
-    if training.method != "qat":
-        rho = default_rho(model, side) if training.rho is None else training.rho
-        options = {"rho": rho, "rho_unit": training.rho_unit, **options}
-    try:
-        return MINIMIZERS[training.method](model, optimizer, **options)
-    except TypeError as error:
-        reason = str(error).rpartition("() ")[2]
-        raise ConfigError(f"method {training.method} does not take these options: {reason}") from None
-
-
-def check_training(config: RunConfig) -> None:
-    """Refuse options that optimizer, schedule or minimizer do not take, before any time is spent.
-
-    Raises:
-        ConfigError: names the option.
-    """
-    model = nn.Linear(1, 1)
-    optimizer = make_optimizer(model, config.training)
-    make_minimizer(model, optimizer, config, side=SMALL_IMAGES)
-    if config.training.epochs:
-        make_schedule(optimizer, config.training, steps=1)
-
-
-def default_rho(model: nn.Module, side: int) -> float:
-    """The paper's radius for the mean bit-width of the free layers' weights and images of ``side`` pixels."""
-    widths = [layer.bits.weight or 8 for layer in quantized_layers(model).values()]
-    free = [bits for bits in widths if bits < 8] or [8]
-    nearest = min(4, max(2, round(sum(free) / len(free))))
-    return (SMALL_IMAGE_RHO if side <= SMALL_IMAGES else LARGE_IMAGE_RHO)[nearest]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what ``state_dict`` gave."""
+        self.module.load_state_dict(state)
 
 
 def random_state() -> dict[str, Any]:
@@ -227,12 +178,6 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _autocast(training: TrainingSection, device: torch.device) -> AbstractContextManager[Any]:
-    if training.precision == "bfloat16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
 
 
 def _interrupted(stop: StopRequest, run: RunDirectory) -> Interrupted:

@@ -39,7 +39,8 @@ from saqcli.quant.quantizers import QUANTIZERS
 from saqcli.units import parse_quantity
 from saqcli.workflows.calibration import calibrate, choose_bits, install_quantizers, scheme_of
 from saqcli.workflows.export import export_verified
-from saqcli.workflows.finetune import check_training, finetune
+from saqcli.workflows.finetune import finetune
+from saqcli.workflows.optimization import check_training
 from saqcli.workflows.outcome import Outcome
 from saqcli.workflows.report import write_report
 from saqcli.workflows.setup import (
@@ -182,7 +183,9 @@ def complete(
     model.to(device)
     images = open_images(config, facts, device)
     if config.training.epochs:
-        finetune(model, config, images, run, state, progress)
+        classes = int(facts.build["num_classes"])
+        teacher = _teacher(config, device, progress)
+        finetune(model, config, images, run, state, progress, num_classes=classes, teacher=teacher)
         outcome.score = score(model, images.validation(), "evaluating", device, progress)
     else:
         outcome.score = outcome.calibrated_score
@@ -197,6 +200,13 @@ def complete(
     write_report(run.report_path, config, outcome.to_dict(run.path))
     run.finish(outcome.to_dict(run.path))
     return outcome
+
+
+def _teacher(config: RunConfig, device: torch.device, progress: Progress) -> nn.Module | None:
+    """The float model, where the settings ask to learn from it."""
+    if not config.training.distill:
+        return None
+    return load_float(config.model, progress).model.to(device).eval().requires_grad_(False)
 
 
 def score(model: nn.Module, loader: Loader, title: str, device: torch.device, progress: Progress) -> Score:

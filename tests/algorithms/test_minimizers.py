@@ -1,6 +1,5 @@
 """Minimizers: their limits, an independent twin, and that they leave nothing behind."""
 
-import inspect
 import io
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -9,6 +8,20 @@ from typing import Any
 import pytest
 import torch
 from networks import NETWORKS, TwoHeads, images, quantize, seeded
+from steps import (
+    RHO,
+    Batch,
+    assert_bitwise_equal,
+    batch,
+    chunks_of,
+    loss_of,
+    make,
+    one_chunk,
+    sgd,
+    snapshot,
+    still,
+    trainable,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,58 +34,6 @@ from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.quant.layers import quantized_layers
-
-RHO = 0.3
-Batch = tuple[Tensor, Tensor]
-
-
-def batch(count: int = 16, seed: int = 3) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    return images(count, seed), torch.randint(0, 5, (count,), generator=generator)
-
-
-def loss_of(model: nn.Module, data: Batch) -> Callable[[], Tensor]:
-    return lambda: F.cross_entropy(model(data[0]), data[1])
-
-
-def chunks_of(model: nn.Module, data: Batch, size: int) -> list[Chunk]:
-    total = len(data[1])
-    pieces = zip(data[0].split(size), data[1].split(size), strict=True)
-    return [Chunk(loss_of(model, piece), len(piece[1]) / total) for piece in pieces]
-
-
-def trainable(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return quantize(NETWORKS[name]).model.to(dtype).train()
-
-
-def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=1e-3)
-
-
-def still(model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer whose step moves nothing."""
-    return torch.optim.SGD(model.parameters(), lr=0.0)
-
-
-def make(method: str, model: nn.Module, base: torch.optim.Optimizer, rho: float = RHO) -> Minimizer:
-    """Any minimizer of the table, at a radius where it has one."""
-    options = {"rho": rho} if "rho" in inspect.signature(MINIMIZERS[method]).parameters else {}
-    return MINIMIZERS[method](model, base, **options)
-
-
-def snapshot(model: nn.Module, base: torch.optim.Optimizer | None = None) -> list[tuple[str, Tensor]]:
-    """Every tensor of the model and of the optimizer's state, copied."""
-    tensors = [(name, value.detach().clone()) for name, value in model.state_dict().items()]
-    if base is not None:
-        for index, state in base.state_dict()["state"].items():
-            tensors += [(f"{index}.{key}", v.clone()) for key, v in state.items() if isinstance(v, Tensor)]
-    return tensors
-
-
-def assert_bitwise_equal(one: list[tuple[str, Tensor]], other: list[tuple[str, Tensor]]) -> None:
-    assert [name for name, _ in one] == [name for name, _ in other]
-    different = [name for (name, a), (_, b) in zip(one, other, strict=True) if not torch.equal(a, b)]
-    assert not different
 
 
 def norms(model: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
@@ -222,7 +183,7 @@ def test_every_method_equals_its_formulas_written_out(method: str, unit: RadiusU
         x, labels = batch(16, seed=step)
         data = (x.double(), labels)
         expected = twin_step(p, buffers, data, unit, kinds, method)
-        loss = minimizer.step([Chunk(loss_of(model, data), 1.0)])
+        loss = minimizer.step(one_chunk(loss_of(model, data)))
         assert abs(loss - expected) < 1e-10
 
     for name, value in members.items():
@@ -324,11 +285,11 @@ def test_every_quantized_layer_is_perturbed_in_the_second_pass_alone(network: st
     data = batch()
     seen: list[dict[str, float]] = []
 
-    def loss() -> Tensor:
+    def loss(*, ascent: bool = False) -> Tensor:
         seen.append({name: float(layer.perturbation.detach().abs().max()) for name, layer in layers.items()})  # type: ignore[union-attr]
         return loss_of(model, data)()
 
-    SAQ(model, sgd(model), rho=RHO).step([Chunk(loss, 1.0)])
+    SAQ(model, sgd(model), rho=RHO).step(one_chunk(loss))
     first, second = seen
     assert not any(first.values())
     assert all(second.values())
@@ -408,7 +369,7 @@ def test_a_loss_that_no_quantized_layer_takes_part_in_is_refused() -> None:
     norm = next(norms(model))
 
     with pytest.raises(UnperturbedLayer, match="nothing to perturb"):
-        SAQ(model, sgd(model), rho=RHO).step([Chunk(lambda: norm.weight.square().sum(), 1.0)])
+        SAQ(model, sgd(model), rho=RHO).step(one_chunk(lambda *, ascent=False: norm.weight.square().sum()))
     assert all(layer.perturbation is None for layer in quantized_layers(model).values())
 
 
@@ -416,7 +377,7 @@ def test_a_loss_that_no_quantized_layer_takes_part_in_is_refused() -> None:
 def test_gradients_of_zero_leave_finite_weights(method: str) -> None:
     model = trainable("conv_bn")
     x, _ = batch()
-    make(method, model, sgd(model)).step([Chunk(lambda: model(x).sum() * 0, 1.0)])
+    make(method, model, sgd(model)).step(one_chunk(lambda *, ascent=False: model(x).sum() * 0))
 
     assert all(value.isfinite().all() for _, value in snapshot(model))
 
@@ -462,7 +423,7 @@ def test_an_exception_leaves_the_model_as_it_was(fails_in: int) -> None:
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     data, calls = batch(), []
 
-    def loss() -> Tensor:
+    def loss(*, ascent: bool = False) -> Tensor:
         calls.append(1)
         value = loss_of(model, data)()
         if len(calls) == fails_in:
@@ -470,7 +431,7 @@ def test_an_exception_leaves_the_model_as_it_was(fails_in: int) -> None:
         return value
 
     with pytest.raises(KeyboardInterrupt):
-        SAQ(model, sgd(model), rho=RHO).step([Chunk(loss, 1.0)])
+        SAQ(model, sgd(model), rho=RHO).step(one_chunk(loss))
 
     assert len(calls) == fails_in
     assert_bitwise_equal([(n, v.detach()) for n, v in model.named_parameters()], list(before.items()))
@@ -520,7 +481,7 @@ def test_the_returned_loss_is_that_of_the_unperturbed_model(method: str) -> None
     plain = deepcopy(model)
     data = batch(16)
     loss = make(method, model, sgd(model)).step(chunks_of(model, data, 12))  # chunks of 12 and 4
-    expected = [chunk.loss() * chunk.share for chunk in chunks_of(plain, data, 12)]
+    expected = [chunk[0].loss() * chunk[0].share for chunk in chunks_of(plain, data, 12)]
 
     assert torch.equal(loss, torch.stack(expected).sum().detach())
     assert not loss.requires_grad
@@ -554,7 +515,7 @@ def test_every_chunk_is_perturbed_by_its_own_gradient(network: str) -> None:
 
     together = gradients_of(saq, model, lambda model: chunks_of(model, data, 8))
     alone = [
-        gradients_of(saq, model, lambda model, i=i: [Chunk(chunks_of(model, data, 8)[i].loss, 1.0)])  # type: ignore[misc]
+        gradients_of(saq, model, lambda model, i=i: one_chunk(chunks_of(model, data, 8)[i][0].loss))  # type: ignore[misc]
         for i in range(4)
     ]
     assert_close(together, [torch.stack(parts).mean(0) for parts in zip(*alone, strict=True)])
@@ -578,30 +539,29 @@ def test_chunks_do_not_change_plain_training_without_batch_norm(network: str, si
 # State.
 
 
-@pytest.mark.parametrize("method", MINIMIZERS)
-def test_a_minimizer_keeps_no_state_between_steps(method: str) -> None:
-    kept, fresh = trainable("conv_bn"), trainable("conv_bn")
-    base, other = sgd(kept), sgd(fresh)
-    minimizer = make(method, kept, base)
-    for step in range(3):
-        data = batch(16, seed=step)
-        minimizer.step(chunks_of(kept, data, 8))
-        make(method, fresh, other).step(chunks_of(fresh, data, 8))
-
-    assert_bitwise_equal(snapshot(kept, base), snapshot(fresh, other))
-    assert {key for state in base.state.values() for key in state} == {"momentum_buffer"}
-    assert not hasattr(minimizer, "state_dict")
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "interval": {"interval": 2},
+    "reuse": {"interval": 2, "reuse": 0.7},
+}
 
 
-@pytest.mark.parametrize("method", MINIMIZERS)
-def test_training_continues_bitwise_from_saved_state(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "strategy"),
+    [("qat", "full"), *((method, name) for method in MINIMIZERS if method != "qat" for name in STRATEGIES)],
+)
+def test_training_continues_bitwise_from_saved_state(method: str, strategy: str) -> None:
+    """Saved after three steps, in the middle of an interval."""
     straight = trainable("conv_bn")
     base = sgd(straight)
-    minimizer = make(method, straight, base)
+    minimizer = make(method, straight, base, **STRATEGIES[strategy])
     saved = io.BytesIO()
     for step in range(6):
         if step == 3:
-            torch.save({"model": straight.state_dict(), "base": base.state_dict()}, saved)
+            torch.save(
+                {"model": straight.state_dict(), "base": base.state_dict(), "own": minimizer.state_dict()},
+                saved,
+            )
         minimizer.step(chunks_of(straight, batch(16, seed=step), 8))
 
     saved.seek(0)
@@ -610,11 +570,21 @@ def test_training_continues_bitwise_from_saved_state(method: str) -> None:
     resumed.load_state_dict(state["model"])
     other = sgd(resumed)
     other.load_state_dict(state["base"])
-    minimizer = make(method, resumed, other)
+    minimizer = make(method, resumed, other, **STRATEGIES[strategy])
+    minimizer.load_state_dict(state["own"])
     for step in range(3, 6):
         minimizer.step(chunks_of(resumed, batch(16, seed=step), 8))
 
     assert_bitwise_equal(snapshot(resumed, other), snapshot(straight, base))
+
+
+@pytest.mark.parametrize("method", MINIMIZERS)
+def test_the_base_optimizers_state_is_its_own(method: str) -> None:
+    model = trainable("conv_bn")
+    base = sgd(model)
+    make(method, model, base).step(chunks_of(model, batch(16), 8))
+
+    assert {key for state in base.state.values() for key in state} == {"momentum_buffer"}
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from saqcli.algorithms.minimizers import MINIMIZERS, Chunk
 from saqcli.algorithms.minimizers.qat import QAT
 from saqcli.algorithms.minimizers.saq import SAQ
+from saqcli.algorithms.objective import Objective
 from saqcli.algorithms.training import EpochSettings, Meter, Score, evaluate, train_epoch
 from saqcli.errors import DataError, TrainingDiverged
 from saqcli.progress import Task
@@ -38,7 +40,7 @@ def settings(
     after_step: Callable[[int], None] = lambda done: None,
     after_skip: Callable[[], None] = lambda: None,
 ) -> EpochSettings:
-    return EpochSettings(F.cross_entropy, CPU, m, after_step, after_skip)
+    return EpochSettings(Objective(F.cross_entropy), CPU, m, after_step, after_skip)
 
 
 def random_logits(count: int, classes: int = 10) -> tuple[Tensor, Tensor]:
@@ -172,14 +174,19 @@ class Recorder:
     """A minimizer that notes the chunks it gets and moves nothing."""
 
     def __init__(self) -> None:
-        self.shares: list[list[float]] = []
+        self.shares: list[list[list[float]]] = []
         self.losses: list[float] = []
 
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
-        values = [chunk.loss() * chunk.share for chunk in chunks]
-        self.shares.append([chunk.share for chunk in chunks])
+        values = [loss() * share for chunk in chunks for loss, share in chunk]
+        self.shares.append([[micro_batch.share for micro_batch in chunk] for chunk in chunks])
         self.losses.append(sum(value.item() for value in values))
         return torch.stack(values).sum().detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @pytest.mark.parametrize(("m", "sizes"), [(8, [8, 8]), (16, [16]), (128, [16]), (6, [6, 5, 5])])
@@ -189,7 +196,19 @@ def test_a_batch_is_split_into_chunks_that_share_a_perturbation(m: int, sizes: l
     ((x, labels),) = batches(1)
     train_epoch(model, recorder, [(x, labels)], Watch(), settings(m), Meter())
 
-    assert recorder.shares == [[size / 16 for size in sizes]]
+    assert recorder.shares == [[[size / 16] for size in sizes]]
+    assert recorder.losses[0] == pytest.approx(float(F.cross_entropy(model(x), labels).detach()), rel=1e-5)
+
+
+def test_a_chunk_is_cut_into_micro_batches() -> None:
+    model = quantize(NETWORKS["token_mlp"]).model
+    recorder = Recorder()
+    wanted = settings(8)
+    wanted.micro_batch = 3
+    ((x, labels),) = batches(1)
+    train_epoch(model, recorder, [(x, labels)], Watch(), wanted, Meter())
+
+    assert recorder.shares == [[[size / 16 for size in (3, 3, 2)]] * 2]
     assert recorder.losses[0] == pytest.approx(float(F.cross_entropy(model(x), labels).detach()), rel=1e-5)
 
 
@@ -288,9 +307,8 @@ def test_autocast_surrounds_the_forward_pass_and_the_loss_stays_in_float32() -> 
     raw: list[torch.dtype] = []
     model.register_forward_hook(lambda module, args, output: raw.append(output.dtype))
     base = torch.optim.SGD(model.parameters(), lr=0.01)
-    half = EpochSettings(
-        criterion, CPU, 16, lambda done: None, lambda: None, lambda: torch.autocast("cpu", torch.bfloat16)
-    )
+    objective = Objective(criterion, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    half = EpochSettings(objective, CPU, 16, lambda done: None)
     train_epoch(model, SAQ(model, base, rho=0.1), batches(1), Watch(), half, Meter())
 
     assert set(raw) == {torch.bfloat16}

@@ -83,18 +83,23 @@ def test_a_depth_that_is_not_6n_plus_2_is_refused(depth: int) -> None:
         NETWORKS["resnet20"].build.func(depth, num_classes=10)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("depth", [20, 56])
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [("resnet20", 10), ("resnet56", 10), ("resnet8s", 100), ("resnet20s", 100), ("resnet32s", 100)],
+)
 def test_real_weights_give_the_outputs_of_their_own_network(
-    shared: Path, depth: int, monkeypatch: pytest.MonkeyPatch
+    shared: Path, name: str, classes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shared / "data" / "weights"
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     import arch
 
-    reference, _ = arch.load(f"cifar10_resnet{depth}")
-    model = NETWORKS[f"resnet{depth}"].build(num_classes=10).eval()
-    model.load_state_dict(load_file(folder / f"cifar10_resnet{depth}.safetensors"), strict=True)
+    reference, expected = arch.load(f"cifar{classes}_{name}")
+    entry = NETWORKS[name]
+    model = entry.build(num_classes=classes).eval()
+    model.load_state_dict(load_file(folder / f"cifar{classes}_{name}.safetensors"), strict=True)
+    assert (entry.num_classes, entry.mean, entry.std) == (classes, expected["mean"], expected["std"])
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(model(images), reference(images))

@@ -5,34 +5,29 @@ A minimizer is handed the model and the base optimizer, then one list of chunks 
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from saqcli.algorithms.minimizers.asaq import ASAQ
+from saqcli.algorithms.minimizers.batches import Chunk, MicroBatch
 from saqcli.algorithms.minimizers.case1 import Case1
 from saqcli.algorithms.minimizers.qat import QAT
 from saqcli.algorithms.minimizers.sam import SAM
 from saqcli.algorithms.minimizers.saq import SAQ
 
 
-class Chunk(NamedTuple):
-    """A part of the batch on which a perturbation is computed of its own.
-
-    Attributes:
-        loss: runs the forward pass on the chunk and returns its mean loss; may be called twice.
-        share: of the batch's images; the shares of a step sum to 1.
-    """
-
-    loss: Callable[[], Tensor]
-    share: float
-
-
 class Minimizer(Protocol):
-    """Moves the weights once per call. Keeps no state beside the base optimizer's."""
+    """Moves the weights once per call."""
 
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
         """One update over all chunks; returns the mean loss at the unperturbed weights."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it carries from step to step beside the base optimizer's state; tensors and plain values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what ``state_dict`` gave: the steps that follow are the same."""
 
 
 MINIMIZERS: dict[str, Callable[..., Minimizer]] = {
@@ -43,4 +38,4 @@ MINIMIZERS: dict[str, Callable[..., Minimizer]] = {
     "asaq": ASAQ,
 }
 
-__all__ = ["MINIMIZERS", "Chunk", "Minimizer"]
+__all__ = ["MINIMIZERS", "Chunk", "MicroBatch", "Minimizer"]

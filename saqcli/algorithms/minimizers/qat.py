@@ -1,15 +1,13 @@
 """Plain quantization-aware training: one pass, the base optimizer's step. What the others are compared with."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from saqcli.algorithms.divergence import check_step
-
-if TYPE_CHECKING:
-    from saqcli.algorithms.minimizers import Chunk
+from saqcli.algorithms.minimizers.batches import Chunk, accumulate
 
 
 class QAT:
@@ -18,15 +16,17 @@ class QAT:
     def __init__(self, model: nn.Module, base: torch.optim.Optimizer) -> None:
         self.base = base
 
-    def step(self, chunks: Sequence["Chunk"]) -> Tensor:
+    def step(self, chunks: Sequence[Chunk]) -> Tensor:
         """One update; gradients of the chunks add up by their shares."""
         self.base.zero_grad()
-        losses = []
-        for chunk in chunks:
-            loss = chunk.loss() * chunk.share
-            loss.backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
-        total = torch.stack(losses).sum()
+        total = torch.stack([accumulate(chunk) for chunk in chunks]).sum()
         check_step(total)
         self.base.step()
         return total
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing beside the base optimizer's."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to put back."""

@@ -7,22 +7,27 @@
 
 Chunks of a batch and data-parallel shards each ascend on their own data, as sharpness-aware minimization prescribes
 (Foret et al., arXiv:2010.01412, section 4.1: m-sharpness).
+
+With an ``interval`` of k only every k-th step ascends, the first one included; the others are plain, or go on with
+what the last ascent added (``look_ahead``).
 """
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from saqcli.algorithms.divergence import check_step
+from saqcli.algorithms.minimizers.batches import Chunk, accumulate
+from saqcli.algorithms.minimizers.look_ahead import LookAhead
 from saqcli.algorithms.sharpness import PERTURBED, Adaptive, Kind, PerturbedSet, RadiusUnit
 from saqcli.errors import ConfigError
 from saqcli.quant.layers import frozen_batch_stats
 
-if TYPE_CHECKING:
-    from saqcli.algorithms.minimizers import Chunk
+Gradients = list[Tensor | None]
 
 
 class SharpnessAware:
@@ -35,9 +40,11 @@ class SharpnessAware:
         rho_unit: ``deviation`` (of each layer's weights) or ``absolute``.
         perturb: which tensors ascend; None for what the method is known for.
         bn_second_pass: whether pass 2 updates the running statistics of batch norms.
+        interval: ascend at every ``interval``-th step.
+        reuse: at the steps between, how much of the last ascent is added, see ``LookAhead``; 0 for nothing.
 
     Raises:
-        ConfigError: a word that is not among an option's choices.
+        ConfigError: a word that is not among an option's choices, or an interval below 1.
     """
 
     perturbed_kinds: ClassVar[tuple[Kind, ...]] = PERTURBED
@@ -53,6 +60,8 @@ class SharpnessAware:
         rho_unit: RadiusUnit = "deviation",
         perturb: Sequence[Kind] | None = None,
         bn_second_pass: Literal["freeze", "update"] = "freeze",
+        interval: int = 1,
+        reuse: float = 0.0,
     ) -> None:
         self.model = model
         self.base = base
@@ -62,27 +71,86 @@ class SharpnessAware:
         _check("rho_unit", rho_unit, get_args(RadiusUnit))
         for kind in perturb or ():
             _check("perturb", kind, get_args(Kind))
+        if interval < 1:
+            raise ConfigError(f"interval {interval} is not possible: give 1 to ascend at every step, or more")
         self.freeze = bn_second_pass == "freeze"
         self.set = PerturbedSet(model, self.perturbed_kinds if perturb is None else perturb)
+        self.interval = interval
+        self.done = 0  # steps so far
+        trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad]
+        self.look_ahead = LookAhead(trained, reuse) if reuse and interval > 1 else None
 
-    def step(self, chunks: Sequence["Chunk"]) -> Tensor:
+    def step(self, chunks: Sequence[Chunk]) -> Tensor:
         """One update; every chunk is perturbed by its own gradient."""
         self.base.zero_grad()
+        ascending = self.done % self.interval == 0
+        if ascending:
+            total, norms, plain = self._ascend(chunks)
+        else:
+            total, norms, plain = torch.stack([accumulate(chunk) for chunk in chunks]).sum(), [], []
+        check_step(total, *norms)
+        if self.look_ahead and ascending:
+            self.look_ahead.remember(plain)
+        elif self.look_ahead:
+            self.look_ahead.add()
+        self.base.step()
+        self.done += 1
+        return total
+
+    def _ascend(self, chunks: Sequence[Chunk]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Both passes over every chunk; gradients at the perturbed points are left in the parameters.
+
+        Returns:
+            The loss at the weights; norms that must be finite; the gradients at the weights where the look-ahead wants
+            them.
+        """
         losses, norms = [], []
+        plain: Gradients = [None] * len(self.look_ahead.parameters) if self.look_ahead else []
         for chunk in chunks:
-            loss, gradients = self.set.gradients(chunk.loss, through_rounding=self.through_rounding)
-            perturbation = self.set.ascent(gradients, self.rho, self.rho_unit, self.adaptive)
-            norms.append(perturbation.norm)
+            share = sum(micro_batch.share for micro_batch in chunk)
+            loss, gradients = self._first_pass(chunk, share)
+            members = len(gradients) - len(plain)
+            plain = _plus(plain, gradients[members:], share)
+            perturbation = self.set.ascent(gradients[:members], self.rho, self.rho_unit, self.adaptive)
             stats = frozen_batch_stats(self.model) if self.freeze else nullcontext()
             with self.set.applied(perturbation), stats:
-                perturbed_loss = chunk.loss() * chunk.share
-                perturbed_loss.backward()  # type: ignore[no-untyped-call]
-            losses.append(loss * chunk.share)
-            norms.append(perturbed_loss.detach())
-        total = torch.stack(losses).sum()
-        check_step(total, *norms)
-        self.base.step()
-        return total
+                perturbed_loss = accumulate(chunk)
+            losses.append(loss * share)
+            norms += [perturbation.norm, perturbed_loss]
+        like = self.look_ahead.parameters if self.look_ahead else []
+        known = [torch.zeros_like(p) if g is None else g for p, g in zip(like, plain, strict=True)]
+        return torch.stack(losses).sum(), norms, known
+
+    def _first_pass(self, chunk: Chunk, share: float) -> tuple[Tensor, Gradients]:
+        """Mean loss of the chunk and its gradients to the perturbed set, then to what the look-ahead follows."""
+        also = self.look_ahead.parameters if self.look_ahead else []
+        losses: list[Tensor] = []
+        total: Gradients | None = None
+        for micro_batch in chunk:
+            loss, gradients = self.set.gradients(
+                partial(micro_batch.loss, ascent=True), through_rounding=self.through_rounding, also=also
+            )
+            part = micro_batch.share / share
+            losses.append(loss * part)
+            total = gradients if len(chunk) == 1 else _plus(total or [None] * len(gradients), gradients, part)
+        assert total is not None
+        return torch.stack(losses).sum(), total
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in the interval it is, and what it goes on with."""
+        return {"done": self.done, "look_ahead": self.look_ahead and self.look_ahead.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what ``state_dict`` gave."""
+        self.done = state["done"]
+        if self.look_ahead:
+            self.look_ahead.load_state_dict(state["look_ahead"])
+
+
+def _plus(sums: Gradients, gradients: Gradients, factor: float) -> Gradients:
+    """``sums + factor * gradients``; None stands for zero."""
+    scaled = [None if g is None else g * factor for g in gradients]
+    return [a if b is None else b if a is None else a + b for a, b in zip(sums, scaled, strict=True)]
 
 
 def _check(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -12,11 +12,13 @@ from torch import nn
 from saqcli.io.networks.mobilenetv2_cifar import MobileNetV2Cifar
 from saqcli.io.networks.preresnet_cifar import PreResNet
 from saqcli.io.networks.resnet_cifar import ResNet
+from saqcli.io.networks.resnet_s_cifar import ResNetS
 
 __all__ = ["NETWORKS", "NetworkEntry"]
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what the known ResNet weights were trained with
 _CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+_CIFAR100_S = ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))  # what the known "s" weights were trained with
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,19 @@ def _preresnet(depth: int) -> NetworkEntry:
     return NetworkEntry(partial(PreResNet, depth), 100, description, *_CIFAR100)
 
 
+def _resnet_s(depth: int) -> NetworkEntry:
+    description = f"ResNet-{depth} with a stem of 64 channels for CIFAR-100"
+    return NetworkEntry(partial(ResNetS, depth), 100, description, *_CIFAR100_S)
+
+
 NETWORKS: dict[str, NetworkEntry] = {
     "preresnet20": _preresnet(20),
     "preresnet32": _preresnet(32),
     "preresnet44": _preresnet(44),
     "preresnet56": _preresnet(56),
+    "resnet8s": _resnet_s(8),
+    "resnet20s": _resnet_s(20),
+    "resnet32s": _resnet_s(32),
     "resnet20": _resnet(20),
     "resnet32": _resnet(32),
     "resnet44": _resnet(44),

@@ -1,0 +1,182 @@
+"""Top-1 and loss after a short fine-tuning with every method, from the same calibrated network, over several seeds.
+
+    python benchmarks/minimizers.py --model saq/resnet20 --weights FILE --data DIR --out results --bits 2,4 --seeds 3
+
+Every (bits, method, seed) is one line of ``results/results.jsonl``; those that stand there are not run again, so the
+script can be stopped at any time and started anew. The trained states lie beside it, for ``saq analyze`` and
+``eigenvalues.py``. ``--table`` prints what has been measured so far as Markdown, and runs nothing.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saqcli.algorithms.training import EpochSettings, Meter, train_epoch
+from saqcli.config import RunConfig, resolve
+from saqcli.io.files import replacing
+from saqcli.progress import SILENT
+from saqcli.workflows.calibration import calibrate, install_quantizers
+from saqcli.workflows.optimization import make_minimizer, make_objective, make_optimizer, make_schedule
+from saqcli.workflows.quantize import prepare, score
+from saqcli.workflows.setup import explicit_policy, pick_device
+
+# What is compared: settings of the training section.
+METHODS: dict[str, dict[str, Any]] = {
+    "qat": {"method": "qat"},
+    "sam": {"method": "sam"},
+    "case1": {"method": "case1"},
+    "saq": {"method": "saq"},
+    "asaq": {"method": "asaq"},
+    "saq interval 5": {"method": "saq", "sam_interval": 5},
+    "saq interval 5, reuse 0.7": {"method": "saq", "sam_interval": 5, "sam_reuse": 0.7},
+    "saq fraction 0.25": {"method": "saq", "ascent_fraction": 0.25},
+    "saq fraction 0.25, bfloat16": {
+        "method": "saq",
+        "ascent_fraction": 0.25,
+        "ascent_precision": "bfloat16",
+    },
+}
+
+
+def run(config: RunConfig, initial: dict[str, Any], parts: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    """Train from the calibrated state ``initial``; figures and the state at the end."""
+    network, images, device = parts
+    model, training = network.model, config.training
+    model.load_state_dict(initial)
+    loader = images(config).training()
+    optimizer = make_optimizer(model, training)
+    schedule = make_schedule(optimizer, training, len(loader))
+    minimizer = make_minimizer(model, optimizer, config, side=network.loaded.preprocessing.input_size[1])
+    objective = make_objective(training, device, network.loaded.num_classes)
+    start = time.perf_counter()
+    for epoch in range(training.epochs):
+        schedule.step_update(epoch * len(loader))
+        settings = EpochSettings(
+            objective,
+            device,
+            training.sharpness_batch,
+            lambda step, epoch=epoch: schedule.step_update(epoch * len(loader) + step),
+        )
+        loader.set_epoch(epoch)
+        with SILENT.task("", 0) as task:
+            trained = train_epoch(model, minimizer, loader, task, settings, Meter())
+    seconds = time.perf_counter() - start
+    found = score(model, images(config).validation(), "", device, SILENT)
+    figures = {"top1": found.top1, "loss": found.loss, "train_loss": trained.loss, "seconds": seconds}
+    return figures, {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def measure(wanted: argparse.Namespace) -> None:
+    """Run what has not been run yet."""
+    device = pick_device(wanted.device)
+    results = wanted.out / "results.jsonl"
+    done = {(r["bits"], r["name"], r["seed"]) for r in read(results)}
+    chosen = wanted.methods.split(";") if wanted.methods else list(METHODS)
+    for bits in wanted.bits.split(","):
+        options = {
+            "model.name": wanted.model,
+            "model.weights": wanted.weights,
+            "data.path": wanted.data,
+            "quantization.bits": bits,
+            "training.epochs": wanted.epochs,
+            "training.lr": wanted.lr,
+            "training.rho": wanted.rho,
+        }
+        base = resolve(options=options)
+        network, calibration_images = prepare(base, device, SILENT)
+        statistics_ = calibrate(network, calibration_images, base, SILENT)
+        policy = explicit_policy(base, network)
+        assert policy is not None
+        install_quantizers(base, network, policy, statistics_)
+        initial = {name: value.clone() for name, value in network.model.state_dict().items()}
+
+        def images(config: RunConfig, opened: Any = calibration_images) -> Any:
+            return type(opened)(
+                opened.train, opened.val, opened.preprocessing, config.data, device, config.run.seed
+            )
+
+        for seed in range(wanted.first_seed, wanted.first_seed + wanted.seeds):
+            for name in chosen:
+                if (bits, name, seed) in done:
+                    continue
+                changes = {f"training.{key}": value for key, value in METHODS[name].items()}
+                config = resolve(options=options | changes | {"run.seed": seed})
+                figures, state = run(config, initial, (network, images, device))
+                line = {
+                    "bits": bits,
+                    "name": name,
+                    "seed": seed,
+                    "threads": torch.get_num_threads(),
+                    **figures,
+                }
+                with replacing(wanted.out / f"{bits}-{name.replace(' ', '_')}-{seed}.pt") as path:
+                    torch.save(state, path)
+                with results.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(json.dumps(line), flush=True)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines measured so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over the seeds, as Markdown."""
+    rows = ["| bits | method | seeds | top-1 | loss | top-1 above qat, seed by seed |", "|--|--|--|--|--|--|"]
+    for bits in sorted({line["bits"] for line in lines}):
+        of = {
+            name: {r["seed"]: r for r in lines if (r["bits"], r["name"]) == (bits, name)} for name in METHODS
+        }
+        for name, runs in of.items():
+            if not runs:
+                continue
+            shared = sorted(set(runs) & set(of["qat"]))
+            gains = [runs[seed]["top1"] - of["qat"][seed]["top1"] for seed in shared]
+            rows.append(
+                f"| {bits} | {name} | {len(runs)} | {spread([r['top1'] for r in runs.values()], 2)} | "
+                f"{spread([r['loss'] for r in runs.values()], 4)} | {spread(gains, 2)} |"
+            )
+    return "\n".join(rows)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """``mean +- deviation``."""
+    if not values:
+        return ""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+def main() -> None:
+    """Measure, or print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="saq/resnet20")
+    parser.add_argument("--weights")
+    parser.add_argument("--data")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--bits", default="2,4")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--lr", type=float, default=0.005)
+    parser.add_argument("--rho", type=float, help="of all methods; by default the paper's for the bits")
+    parser.add_argument("--methods", help="separated by semicolons; by default all")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--table", action="store_true")
+    wanted = parser.parse_args()
+    if not wanted.table:
+        wanted.out.mkdir(parents=True, exist_ok=True)
+        measure(wanted)
+    print(table(read(wanted.out / "results.jsonl")))
+
+
+if __name__ == "__main__":
+    main()

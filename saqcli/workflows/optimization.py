@@ -1,0 +1,172 @@
+"""From the training section of the settings to the parts that train: optimizer, schedule, minimizer, objective."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saqcli.algorithms.minimizers import MINIMIZERS, Minimizer
+from saqcli.algorithms.objective import Distillation, Objective
+from saqcli.config import RunConfig, TrainingSection
+from saqcli.errors import ConfigError
+from saqcli.quant.layers import quantized_layers
+from saqcli.workflows.setup import SMALL_IMAGES
+
+# Liu et al. (arXiv:2111.12273), section 5: radius by bit-width, for images of 32 and of 224 pixels.
+SMALL_IMAGE_RHO = {2: 0.4, 3: 0.7, 4: 0.9}
+LARGE_IMAGE_RHO = {2: 0.15, 3: 0.15, 4: 0.3}
+
+
+def make_optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.Optimizer:
+    """timm's optimizer of that name; clipping levels have a group of their own."""
+    from timm.optim import create_optimizer_v2
+
+    clips = [p for name, p in model.named_parameters() if name.endswith("clipping_level")]
+    ids = {id(p) for p in clips}
+    others = [p for p in model.parameters() if id(p) not in ids]
+    groups = [
+        {"params": others, "weight_decay": training.weight_decay},
+        {
+            "params": clips,
+            "lr": training.lr * training.clip_lr_factor,
+            "weight_decay": training.weight_decay if training.decay_clips else 0.0,
+        },
+    ]
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            groups, training.optimizer, lr=training.lr, momentum=training.momentum
+        )
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"timm has no optimizer {training.optimizer!r}, or not with these settings: {error}"
+        ) from None
+    if training.clip_grad is not None:
+        most = training.clip_grad
+
+        def clip(*_: Any) -> None:
+            nn.utils.clip_grad_norm_([*others, *clips], most)
+
+        optimizer.register_step_pre_hook(clip)
+    return optimizer
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingSection, steps: int) -> Any:
+    """timm's schedule of that name, stepped after every update; ``steps`` an epoch."""
+    from timm.scheduler import create_scheduler_v2
+
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            sched=training.schedule,
+            num_epochs=training.epochs,
+            warmup_epochs=training.warmup_epochs,
+            decay_milestones=list(training.milestones),
+            decay_rate=0.1,
+            step_on_epochs=False,
+            updates_per_epoch=steps,
+        )
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"timm has no schedule {training.schedule!r}, or not so: {error}") from None
+    if schedule is None:
+        raise ConfigError(
+            f"training.schedule {training.schedule!r} moves nothing: give constant, cosine or step"
+        )
+    return schedule
+
+
+def make_minimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, side: int
+) -> Minimizer:
+    """The method's minimizer, with the paper's radius where none is given."""
+    training = config.training
+    options = dict(training.minimizer)
+    if training.method != "qat":
+        rho = default_rho(model, side) if training.rho is None else training.rho
+        options = {
+            "rho": rho,
+            "rho_unit": training.rho_unit,
+            "interval": training.sam_interval,
+            "reuse": training.sam_reuse,
+            **options,
+        }
+    try:
+        return MINIMIZERS[training.method](model, optimizer, **options)
+    except TypeError as error:
+        reason = str(error).rpartition("() ")[2]
+        raise ConfigError(f"method {training.method} does not take these options: {reason}") from None
+
+
+def make_objective(
+    training: TrainingSection,
+    device: torch.device,
+    num_classes: int,
+    teacher: Callable[[Tensor], Tensor] | None = None,
+) -> Objective:
+    """What is minimized: cross-entropy, with the mixing, smoothing and distillation that the settings ask for.
+
+    Args:
+        training: the settings.
+        device: of the model.
+        num_classes: logits of the model.
+        teacher: the float model, where it is to be learned from.
+    """
+    autocast = partial(_autocast, training.precision, device)
+    ascent = None if training.ascent_precision == "same" else partial(_autocast, "bfloat16", device)
+    mix = None
+    if training.mixup or training.cutmix:
+        from timm.data import Mixup
+
+        mix = Mixup(
+            mixup_alpha=training.mixup,
+            cutmix_alpha=training.cutmix,
+            label_smoothing=training.label_smoothing,
+            num_classes=num_classes,
+        )
+    return Objective(
+        criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if mix else training.label_smoothing),
+        mix=mix,
+        distillation=Distillation(teacher, training.distill_weight, training.distill_temperature)
+        if teacher
+        else None,
+        autocast=autocast,
+        ascent_autocast=ascent,
+        ascent_fraction=training.ascent_fraction,
+    )
+
+
+def _autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+def check_training(config: RunConfig) -> None:
+    """Refuse options that optimizer, schedule, minimizer or objective do not take, before any time is spent.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    training = config.training
+    model = nn.Linear(1, 1)
+    optimizer = make_optimizer(model, training)
+    make_minimizer(model, optimizer, config, side=SMALL_IMAGES)
+    if training.epochs:
+        make_schedule(optimizer, training, steps=1)
+    if (training.mixup or training.cutmix) and config.data.batch_size % 2:
+        raise ConfigError(
+            f"--batch-size {config.data.batch_size} cannot be mixed: images are blended in pairs, give an even number"
+        )
+    if training.distill and not (config.model.pretrained or config.model.weights):
+        raise ConfigError(
+            "--distill learns from the float model, whose weights are random with --no-pretrained: "
+            "give --weights FILE, or leave --distill away"
+        )
+
+
+def default_rho(model: nn.Module, side: int) -> float:
+    """The paper's radius for the mean bit-width of the free layers' weights and images of ``side`` pixels."""
+    widths = [layer.bits.weight or 8 for layer in quantized_layers(model).values()]
+    free = [bits for bits in widths if bits < 8] or [8]
+    nearest = min(4, max(2, round(sum(free) / len(free))))
+    return (SMALL_IMAGE_RHO if side <= SMALL_IMAGES else LARGE_IMAGE_RHO)[nearest]

@@ -1,19 +1,22 @@
-"""Time of one training step: float, plain QAT and SAQ on the same batches, as ratios to QAT.
+"""Time of one training step: float, plain QAT, SAQ and its cheaper strategies on the same batch, as ratios to QAT.
 
-    python benchmarks/step_time.py [--model saq/resnet20] [--batch-size 128] [--steps 12]
+    python benchmarks/step_time.py [--model saq/resnet20] [--batch-size 128] [--rounds 5]
 
-The three are interleaved, so that whatever else the machine does disturbs all of them; medians are printed.
+A round is five steps of each, interleaved, so that whatever else the machine does disturbs all of them; medians
+over the rounds are printed.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from saqcli.algorithms.minimizers import MINIMIZERS, MicroBatch
+from saqcli.algorithms.minimizers import MINIMIZERS
+from saqcli.algorithms.objective import Objective, as_chunks
 from saqcli.config import ModelSection
 from saqcli.progress import SILENT
 from saqcli.quant import convert
@@ -22,26 +25,47 @@ from saqcli.quant.calibrate import fit, observe
 from saqcli.quant.convert import Scheme
 from saqcli.workflows.setup import load_float, pick_device, wrap_and_trace
 
+STEPS = 5  # a round; an interval of 5 ascends once in it
 
-def stepper(model: str, method: str | None, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-    """A function that does one step of ``method`` (None: float) on the batch."""
+# Method, and what the ascent costs: share of the images, in bfloat16, options of the minimizer.
+CONTENDERS: dict[str, tuple[str, float, bool, dict[str, Any]]] = {
+    "qat": ("qat", 1.0, False, {}),
+    "saq": ("saq", 1.0, False, {}),
+    "saq, ascent in bfloat16": ("saq", 1.0, True, {}),
+    "saq interval 5": ("saq", 1.0, False, {"interval": 5}),
+    "saq interval 5, reuse 0.7": ("saq", 1.0, False, {"interval": 5, "reuse": 0.7}),
+    "saq fraction 0.25": ("saq", 0.25, False, {}),
+    "saq fraction 0.25, bfloat16": ("saq", 0.25, True, {}),
+}
+
+
+def stepper(
+    model: str, name: str | None, images: torch.Tensor, labels: torch.Tensor, bits: int
+) -> Callable[[], None]:
+    """A function that does one step of a contender (None: float) on the batch."""
+    method, fraction, half, options = CONTENDERS[name or "qat"]
     loaded = load_float(ModelSection(name=model, pretrained=False), SILENT)
     net = loaded.model
-    if method is not None:
+    if name is not None:
         network = wrap_and_trace(loaded)
         net.to(images.device)
-        policy = network.costs.uniform(network.name, LayerBits(weight=4, activation=4))
+        policy = network.costs.uniform(network.name, LayerBits(weight=bits, activation=bits))
         statistics_ = observe(net, [images[:32]])
         convert.install(net, Scheme(), policy, {name: s.signed for name, s in statistics_.items()})
         fit(net, statistics_)
     net.to(images.device).train()
     base = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
-    options = {"rho": 0.9} if method == "saq" else {}
-    minimizer = MINIMIZERS[method or "qat"](net, base, **options)
-    chunk = [MicroBatch(lambda *, ascent=False: nn.functional.cross_entropy(net(images), labels), 1.0)]
+    if method == "saq":
+        options = {"rho": 0.9, **options}
+    minimizer = MINIMIZERS[method](net, base, **options)
+    objective = Objective(
+        nn.CrossEntropyLoss(),
+        ascent_fraction=fraction,
+        ascent_autocast=(lambda: torch.autocast(images.device.type, torch.bfloat16)) if half else None,
+    )
 
     def step() -> None:
-        minimizer.step([chunk]).item()
+        minimizer.step(as_chunks(objective.pieces(net, images, labels, chunk=len(labels)))).item()
 
     return step
 
@@ -54,26 +78,31 @@ def main() -> None:
     parser.add_argument("--model", default="saq/resnet20")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--side", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     wanted = parser.parse_args()
     device = pick_device(wanted.device)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(wanted.batch_size, 3, wanted.side, wanted.side, generator=generator).to(device)
     labels = torch.randint(10, (wanted.batch_size,), generator=generator).to(device)
-    steps = {name or "float": stepper(wanted.model, name, images, labels) for name in (None, "qat", "saq")}
+    steps = {
+        name or "float": stepper(wanted.model, name, images, labels, wanted.bits)
+        for name in (None, *CONTENDERS)
+    }
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(wanted.steps + 2):
+    for round_ in range(wanted.rounds + 1):
         for name, step in steps.items():
             start = time.perf_counter()
-            step()
-            if round_ >= 2:
-                times[name].append(time.perf_counter() - start)
+            for _ in range(STEPS):
+                step()
+            if round_:  # the first one warms up
+                times[name].append((time.perf_counter() - start) / STEPS)
     qat = statistics.median(times["qat"])
     print(f"{wanted.model}, batch {wanted.batch_size}, {device}, {torch.get_num_threads()} threads")
     for name, values in times.items():
         median = statistics.median(values)
-        print(f"{name:6s} {1000 * median:8.1f} ms   {median / qat:5.2f} x QAT")
+        print(f"{name:30s} {1000 * median:8.1f} ms   {median / qat:5.2f} x QAT")
 
 
 if __name__ == "__main__":

@@ -156,6 +156,7 @@ def analyze_command(
     settings = o.given(
         {
             "seed": seed,
+            "rho": rho,
             "rho_unit": rho_unit,
             "starts": starts,
             "iterations": iterations,

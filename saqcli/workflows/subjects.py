@@ -25,6 +25,7 @@ from saqcli.io.loaders import calibration_loader
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
+from saqcli.quant.bits import parse_bits
 from saqcli.quant.layers import quantized_layers
 from saqcli.workflows.calibration import calibrate, choose_bits, install_quantizers
 from saqcli.workflows.predictors import check_no_model_options, finished_model, restore
@@ -81,7 +82,7 @@ def check_target(target: str, bits: str | None, policy: Path | None) -> None:
     """Refuse what can be seen to be no subject before anything is loaded.
 
     Raises:
-        ConfigError: an ONNX file, a quantized model with ``--bits``, a float one without.
+        ConfigError: an ONNX file, a quantized model with ``--bits``, a float one without, or bits out of range.
     """
     path, given = Path(target).expanduser(), bits is not None or policy is not None
     if not target.strip():
@@ -105,6 +106,8 @@ def check_target(target: str, bits: str | None, policy: Path | None) -> None:
                 f"{target} is a float model: give --bits 4 or --policy FILE, to be calibrated at, "
                 "or a run directory or .safetensors file"
             )
+        if bits is not None:
+            parse_bits(bits)
 
 
 def open_subject(

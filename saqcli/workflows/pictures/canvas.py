@@ -61,6 +61,7 @@ def save(figure: "Figure", path: Path) -> list[Path]:
         target = path.with_name(path.name + suffix)
         with replacing(target) as temporary:
             figure.savefig(temporary, dpi=PIXELS_PER_INCH, metadata=metadata)
+        figure.set_layout_engine("none")  # the second file takes the places that the first one found
         written.append(target)
     return written
 

@@ -59,7 +59,7 @@ def _panel(ax: Any, name: str, operand: Operand) -> None:
     for code in (operand.lowest, operand.highest):
         ax.axvline(code, color="#444444", linewidth=0.8, linestyle=(0, (3, 2)), zorder=1)
     for mask, colour in ((~outside, COLOURS[0]), (outside, ACCENT)):
-        ax.bar(middles[mask], shares[mask], width=edges[1] - edges[0], color=colour, zorder=2)
+        ax.stairs(np.where(mask, shares, 0.0), edges, fill=True, color=colour, zorder=2)
     # One spike, such as the zeros behind a ReLU, would hide all else: it may run out of the panel.
     rest = np.sort(shares)[-2] if len(shares) > 1 else shares.max()
     top = min(shares.max(), max(4 * rest, 1e-9))

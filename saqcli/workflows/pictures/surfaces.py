@@ -87,7 +87,15 @@ def _surface(parts: list[Part], low: float, high: float) -> "Figure":
         axis, fine = _finer(np.array(reading.axis), z)
         x, y = np.meshgrid(axis, axis)
         ax.plot_surface(
-            x, y, fine, cmap=MAP, norm=colours.norm, rcount=len(axis), ccount=len(axis), linewidth=0
+            x,
+            y,
+            fine,
+            cmap=MAP,
+            norm=colours.norm,
+            rcount=len(axis),
+            ccount=len(axis),
+            linewidth=0,
+            rasterized=True,  # thousands of faces make no good SVG
         )
         ax.set_zlim(low, high)
         ax.set_zticks(at, [_number(10**tick) for tick in at])

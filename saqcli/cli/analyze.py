@@ -48,7 +48,7 @@ def analyze_command(
         bool, _flag("--landscape", help="Loss over a plane through the quantized weights.")
     ] = False,
     everything: Annotated[
-        bool, _flag("--all", help="All of them. Without any of these: the first four.")
+        bool, _flag("--all", help="All of them. Without any of these flags the first four run.")
     ] = False,
     bits: o.Bits = None,
     policy: o.Policy = None,
@@ -68,26 +68,32 @@ def analyze_command(
         typer.Option(metavar="deviation|absolute", help="Unit of --rho.", rich_help_panel=HOW),
     ] = None,
     starts: Annotated[
-        int | None, typer.Option(min=1, help="Of the power iteration; 3.", rich_help_panel=HOW)
+        int | None, typer.Option(min=1, help="Of the power iteration; by default 3.", rich_help_panel=HOW)
     ] = None,
     iterations: Annotated[
-        int | None, typer.Option(min=1, help="At most, for a start; 100.", rich_help_panel=HOW)
+        int | None, typer.Option(min=1, help="Of a start, at most; by default 100.", rich_help_panel=HOW)
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=2, help="Random vectors of the trace; 64.", rich_help_panel=HOW)
+        int | None,
+        typer.Option(min=2, help="Random vectors of the trace; by default 64.", rich_help_panel=HOW),
     ] = None,
     candidates: Annotated[
         str | None,
-        typer.Option(metavar="2,3,4", help="Bit-widths of the sensitivity; 2,3,4,6,8.", rich_help_panel=HOW),
+        typer.Option(
+            metavar="2,3,4", help="Bit-widths of the sensitivity; by default 2,3,4,6,8.", rich_help_panel=HOW
+        ),
     ] = None,
     grid: Annotated[
         int | None,
-        typer.Option(min=3, help="Points along each axis of the landscape, odd; 21.", rich_help_panel=HOW),
+        typer.Option(
+            min=3, help="Points along each axis of the landscape, odd; by default 21.", rich_help_panel=HOW
+        ),
     ] = None,
     span: Annotated[
         float | None,
         typer.Option(
-            help="The landscape reaches from -span to span, in filter norms; 1.", rich_help_panel=HOW
+            help="The landscape reaches from -span to span, in filter norms; by default 1.",
+            rich_help_panel=HOW,
         ),
     ] = None,
     seed: Annotated[

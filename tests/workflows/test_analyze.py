@@ -144,13 +144,13 @@ class TestTargets:
         self, run: Path, data: tuple[object, ...], digits: Path, tmp_path: Path
     ) -> None:
         file = run / "artifacts" / "model.safetensors"
-        options = ("--against", file, *SMALL, "--landscape", "--distributions", "--out", tmp_path)
+        options = ("--against", file, *SMALL, "--landscape", "--sensitivity", "--out", tmp_path)
 
         found = answer("analyze", run, *data, *options)
 
         assert found["against"]["instruments"]["landscape"] == found["instruments"]["landscape"]
         assert (tmp_path / "against" / "landscape.json").is_file()
-        assert (tmp_path / "distributions_inputs_against.svg").is_file()
+        assert (tmp_path / "sensitivity_against.svg").is_file()
         before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*g")}
         answer("analyze", run, *data, *options, "--resume")  # draws again from the files
         assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*g")} == before

@@ -1,6 +1,8 @@
 """What ``saq analyze`` measured, as a short table for the eye; the whole of it is in the files."""
 
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -34,8 +36,14 @@ def show_analysis(result: dict[str, Any]) -> None:
         for line in _lines(model["instruments"]):
             where = f"{name}: " if len(models) > 1 else ""
             console.print(f"{where}{line}", highlight=False, soft_wrap=True, markup=False)
-    for path in result["files"]:
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
+    counts = Counter(Path(path).suffix for path in result["files"])
+    drawn = f", and {counts['.png']} pictures as PNG and SVG" if counts[".png"] else ""
+    console.print(
+        f"wrote {counts['.json']} readings as JSON{drawn} to {result['out']}",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def _rows(model: dict[str, Any]) -> dict[str, str]:

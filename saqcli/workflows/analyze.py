@@ -119,19 +119,11 @@ def analyze(request: Request, progress: Progress = SILENT) -> Analysis:
     """
     _check(request)
     device = pick_device(request.device)
-    opened = [
-        open_subject(
-            target,
-            request.section or ModelSection(name=target),
-            request.bits,
-            request.policy,
-            request.view,
-            device,
-            progress,
-        )
-        for target in (request.target, request.against)
-        if target is not None
-    ]
+    section = request.section or ModelSection(name=request.target)
+    wanted = [(request.target, section, request.bits, request.policy)]
+    if request.against is not None:
+        wanted.append((request.against, ModelSection(name=request.against), None, None))
+    opened = [open_subject(*one, request.view, device, progress) for one in wanted]
     settings = _with_radius(request, opened[0])
     folders = [
         AnalysisFolder(path, facts_of(one, request.view), settings)

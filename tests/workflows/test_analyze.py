@@ -129,13 +129,13 @@ class TestTargets:
         assert found["loss"] == everything["loss"]
 
     def test_a_float_model_is_calibrated_as_a_run_without_epochs(
-        self, digits: Path, tmp_path: Path, everything: dict[str, Any]
+        self, run: Path, digits: Path, tmp_path: Path, everything: dict[str, Any]
     ) -> None:
-        options = ("--bits", 4, "--images", 40, "--sharpness", "--out", tmp_path)
+        options = ("--bits", 4, "--images", 40, "--sharpness", "--out", tmp_path, "--against", run)
 
         found = answer("analyze", MODEL, *float_options(digits), *options)
 
-        assert found["loss"] == everything["loss"]
+        assert found["loss"] == everything["loss"] == found["against"]["loss"]
         mine, other = found["instruments"]["sharpness"], everything["instruments"]["sharpness"]
         assert mine["rho"] == other["rho"] == 0.9
         assert mine["sharpness"] == pytest.approx(other["sharpness"], rel=1e-5)

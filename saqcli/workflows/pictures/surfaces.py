@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 Part = tuple[str, LandscapeReading, Array]  # title, reading, logarithms of its losses
 LEVELS = 48  # of colour
+FEWEST_TICKS = 4
 FINE = 80  # steps along each side of a drawn surface, at least
 LEAST = 1e-6  # losses below are drawn as this: a logarithm has no zero
 MAP = "viridis"
@@ -131,14 +132,20 @@ def _colour_bar(figure: "Figure", image: Any, axes: Any, low: float, high: float
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Logarithms of round losses between two logarithms; at least one."""
+    """Logarithms of round losses between two logarithms."""
+    from matplotlib.ticker import MaxNLocator
+
     decades = high - low
     steps = (1,) if decades > 5 else (1, 3) if decades > 2 else (1, 2, 5) if decades > 0.8 else range(1, 10)
     first, last = math.floor(low), math.ceil(high)
     found = [k + math.log10(step) for k in range(first, last + 1) for step in steps]
-    return [tick for tick in found if low < tick < high] or [(low + high) / 2]
+    ticks = [tick for tick in found if low < tick < high]
+    if len(ticks) < FEWEST_TICKS:  # a landscape of less than a decade
+        even = [math.log10(loss) for loss in MaxNLocator(6).tick_values(10**low, 10**high) if loss > 0]
+        ticks = [tick for tick in even if low < tick < high]
+    return ticks
 
 
 def _number(value: float) -> str:
-    """Three significant digits, without an exponent where there is room."""
-    return f"{value:.3g}" if value >= 0.001 else f"{value:.1e}"
+    """Four significant digits, without an exponent where there is room."""
+    return f"{value:.4g}" if value >= 0.001 else f"{value:.1e}"

@@ -1,5 +1,6 @@
 """What ``saq analyze`` measured, as a short table for the eye; the whole of it is in the files."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -101,7 +102,7 @@ def _distributions(reading: dict[str, Any]) -> dict[str, str]:
 
 
 def _landscape(reading: dict[str, Any]) -> dict[str, str]:
-    found = [value for row in reading["loss"] for value in row if value is not None]
+    found = [value for row in reading["loss"] for value in row if value is not None] or [math.nan]
     size = f"{reading['grid']} x {reading['grid']}, span {reading['span']:g}"
     return {"landscape, least loss": f"{min(found):.4g}", f"  {size}": f"up to {max(found):.4g}"}
 

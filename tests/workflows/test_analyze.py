@@ -9,7 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from saqcli.algorithms.instruments import INSTRUMENTS, Subject
+from saqcli.algorithms.instruments.landscape import LandscapeReading
 from saqcli.cli import app
+from saqcli.workflows.pictures import draw
 from tests.digits import MODEL, float_options
 
 
@@ -241,6 +243,21 @@ class TestGoingOn:
         assert "unknown key 'surprise'" in last_error(result)
         assert replaced.exit_code == 0
         assert "surprise" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [[[None] * 3] * 3, [[0.0] * 3] * 3, [[None, 1e30, 2.0], [1.0, 0.0, 1.0], [None, 3.0, 1e-9]]],
+    ids=["nothing", "flat", "steep"],
+)
+def test_any_landscape_can_be_drawn(losses: Any, tmp_path: Path) -> None:
+    reading = LandscapeReading(grid=3, span=1.0, done=9, loss=losses, top1=losses, cosine=0.0)
+
+    drawn = draw("landscape", [("a/b", reading), ("c/b", reading)], tmp_path)
+
+    assert [path.name for path in drawn if path.stat().st_size > 1000] == [
+        f"landscape_{kind}{suffix}" for kind in ("contour", "surface") for suffix in (".png", ".svg")
+    ]
 
 
 class TestRefusals:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 Part = tuple[str, LandscapeReading, Array]  # title, reading, logarithms of its losses
 LEVELS = 48  # of colour
-FEWEST_TICKS = 4
+FEWEST_TICKS, MOST_TICKS = 4, 10
 FINE = 80  # steps along each side of a drawn surface, at least
 LEAST = 1e-6  # losses below are drawn as this: a logarithm has no zero
 MAP = "viridis"
@@ -143,9 +143,9 @@ def _ticks(low: float, high: float) -> list[float]:
     if len(ticks) < FEWEST_TICKS:  # a landscape of less than a decade
         even = [math.log10(loss) for loss in MaxNLocator(6).tick_values(10**low, 10**high) if loss > 0]
         ticks = [tick for tick in even if low < tick < high]
-    return ticks
+    return ticks[:: -(-len(ticks) // MOST_TICKS) or 1]
 
 
 def _number(value: float) -> str:
     """Four significant digits, without an exponent where there is room."""
-    return f"{value:.4g}" if value >= 0.001 else f"{value:.1e}"
+    return f"{value:.4g}" if value >= 0.001 or value == 0 else f"{value:.1e}"

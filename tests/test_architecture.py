@@ -27,6 +27,7 @@ ALLOWED = {
 FAMILIES = {
     "algorithms/minimizers": {"batches", "look_ahead", "sharpness_aware"},
     "algorithms/searchers": {"problem", "knapsack"},
+    "algorithms/instruments": {"base", "curvature", "inputs"},
     "algorithms/exporters": {"facts", "operators", "onnx_layerwise"},
     "quant/quantizers": {"base"},
 }

@@ -29,6 +29,7 @@ TABLES = {
     "MINIMIZERS": "algorithms/minimizers",
     "SEARCHERS": "algorithms/searchers",
     "EXPORTERS": "algorithms/exporters",
+    "INSTRUMENTS": "algorithms/instruments",
 }
 
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)

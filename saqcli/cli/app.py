@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from saqcli._version import __version__
+from saqcli.cli.analyze import analyze_command
 from saqcli.cli.demo import demo_command
 from saqcli.cli.evaluate import eval_command
 from saqcli.cli.export import export_command
@@ -26,6 +27,7 @@ app.command("quantize")(quantize_command)
 app.command("eval")(eval_command)
 app.command("export")(export_command)
 app.command("profile")(profile_command)
+app.command("analyze")(analyze_command)
 app.command("models")(models_command)
 app.command("demo")(demo_command)
 

@@ -59,7 +59,7 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
             "no TARGET was named: give a model name, a run directory, a .safetensors or an .onnx file"
         )
     if path.suffix in (".onnx", ".safetensors") or path.is_dir():
-        _check_no_model_options(target, section)
+        check_no_model_options(target, section)
     if path.suffix == ".onnx":
         return open_onnx(path)
     if path.suffix == ".safetensors":
@@ -75,7 +75,7 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
     return Predictor(loaded.model.to(device), loaded.name, loaded.num_classes, loaded.preprocessing, device)
 
 
-def _check_no_model_options(target: str, section: ModelSection) -> None:
+def check_no_model_options(target: str, section: ModelSection) -> None:
     """A file that describes itself cannot be told otherwise."""
     plain = ModelSection(name=section.name).model_dump()
     given = [name.replace("_", "-") for name, value in section.model_dump().items() if value != plain[name]]

@@ -1,0 +1,221 @@
+"""``saq analyze``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saqcli.cli import options as o
+from saqcli.cli.screen import print_json, progress_for, reporting
+
+INSTRUMENTS = "Instruments"
+HOW = "How they measure"
+FILES = "Files"
+
+
+def _flag(*names: str, help: str) -> typer.models.OptionInfo:
+    option: typer.models.OptionInfo = typer.Option(*names, help=help, rich_help_panel=INSTRUMENTS)
+    return option
+
+
+@reporting
+def analyze_command(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="A run directory, a .safetensors file, or a model name with --bits or --policy.",
+        ),
+    ],
+    data: o.Data = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="TARGET", help="A second run directory or .safetensors file, to compare with."),
+    ] = None,
+    sharpness: Annotated[bool, _flag("--sharpness", help="Rise of the loss within radius --rho.")] = False,
+    eigenvalue: Annotated[
+        bool, _flag("--eigenvalue", "--hessian", help="Largest eigenvalue of the Hessian.")
+    ] = False,
+    flips: Annotated[bool, _flag("--flips", help="Share of weights whose code changes in Case 2.")] = False,
+    distributions: Annotated[
+        bool, _flag("--distributions", help="Weights and inputs against their grids.")
+    ] = False,
+    trace: Annotated[bool, _flag("--trace", help="Trace of every layer's Hessian block.")] = False,
+    sensitivity: Annotated[
+        bool, _flag("--sensitivity", help="Loss and top-1 with one layer at each of --candidates.")
+    ] = False,
+    landscape: Annotated[
+        bool, _flag("--landscape", help="Loss over a plane through the quantized weights.")
+    ] = False,
+    everything: Annotated[
+        bool, _flag("--all", help="All of them. Without any of these flags the first four run.")
+    ] = False,
+    bits: o.Bits = None,
+    policy: o.Policy = None,
+    images: Annotated[
+        int,
+        typer.Option(min=1, help="Drawn evenly over the classes.", rich_help_panel=o.IMAGES),
+    ] = 500,
+    split: Annotated[
+        str, typer.Option(metavar="train|val", help="Where they come from.", rich_help_panel=o.IMAGES)
+    ] = "train",
+    rho: Annotated[
+        float | None,
+        typer.Option(help="Radius; by default the one of training at these bits.", rich_help_panel=HOW),
+    ] = None,
+    rho_unit: Annotated[
+        str | None,
+        typer.Option(metavar="deviation|absolute", help="Unit of --rho.", rich_help_panel=HOW),
+    ] = None,
+    starts: Annotated[
+        int | None, typer.Option(min=1, help="Of the power iteration; by default 3.", rich_help_panel=HOW)
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="Of a start, at most; by default 100.", rich_help_panel=HOW)
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=2, help="Random vectors of the trace; by default 64.", rich_help_panel=HOW),
+    ] = None,
+    candidates: Annotated[
+        str | None,
+        typer.Option(
+            metavar="2,3,4", help="Bit-widths of the sensitivity; by default 2,3,4,6,8.", rich_help_panel=HOW
+        ),
+    ] = None,
+    grid: Annotated[
+        int | None,
+        typer.Option(
+            min=3, help="Points along each axis of the landscape, odd; by default 21.", rich_help_panel=HOW
+        ),
+    ] = None,
+    span: Annotated[
+        float | None,
+        typer.Option(
+            help="The landscape reaches from -span to span, in filter norms; by default 1.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of images, directions and random vectors.", rich_help_panel=HOW)
+    ] = 0,
+    weights: o.Weights = None,
+    pretrained: o.Pretrained = None,
+    num_classes: o.NumClasses = None,
+    in_chans: o.InChans = None,
+    input_size: o.InputSize = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    model_kwargs: o.ModelKwargs = None,
+    batch_size: o.BatchSize = None,
+    workers: o.Workers = None,
+    bad_images: o.BadImages = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where JSON and pictures go; by default RUN/analysis or analysis/NAME.",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what is in --out.", rich_help_panel=FILES)
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is in --out.", rich_help_panel=FILES)
+    ] = False,
+    device: o.Device = None,
+    json_output: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Look into a quantized model: sharpness, Hessian, flips, distributions, sensitivity, loss landscape; JSON
+    and pictures.
+
+    Example: `saq analyze runs/saq --against runs/qat --landscape --data imagenet`
+    """
+    from saqcli.algorithms.instruments import INSTRUMENTS as TABLE
+    from saqcli.algorithms.instruments import Settings
+    from saqcli.config import DataSection
+    from saqcli.errors import ConfigError
+    from saqcli.quant.bits import parse_candidates
+    from saqcli.strict import parse_object
+    from saqcli.workflows.analyze import Request, analyze
+    from saqcli.workflows.subjects import View
+
+    if split not in ("train", "val"):
+        raise ConfigError(f"--split {split} is not known: choose train or val")
+    if grid is not None and grid % 2 == 0:
+        raise ConfigError(f"--grid {grid} has no point in the middle: give an odd number, such as {grid + 1}")
+    asked = {
+        "sharpness": sharpness,
+        "eigenvalue": eigenvalue,
+        "flips": flips,
+        "distributions": distributions,
+        "trace": trace,
+        "sensitivity": sensitivity,
+        "landscape": landscape,
+    }
+    chosen = tuple(name for name in TABLE if everything or asked[name]) or tuple(
+        name for name, instrument in TABLE.items() if instrument.quick
+    )
+    settings = o.given(
+        {
+            "seed": seed,
+            "rho": rho,
+            "rho_unit": rho_unit,
+            "starts": starts,
+            "iterations": iterations,
+            "samples": samples,
+            "candidates": parse_candidates(candidates) if candidates else None,
+            "grid": grid,
+            "span": span,
+        }
+    )
+    section = o.model_section(
+        target,
+        weights=weights,
+        pretrained=pretrained,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        model_kwargs=model_kwargs,
+        input_size=input_size,
+        mean=mean,
+        std=std,
+    )
+    pictures = o.given(
+        {"path": data, "eval_batch_size": batch_size, "workers": workers, "bad_images": bad_images}
+    )
+    request = Request(
+        target=target,
+        view=View(parse_object(DataSection, pictures, "options"), split, images, seed),  # type: ignore[arg-type]
+        instruments=chosen,
+        out=out or default_out(target, bits, policy),
+        settings=parse_object(Settings, settings, "options"),
+        rho=rho,
+        against=against,
+        section=section,
+        bits=bits,
+        policy=policy,
+        device=device or "auto",
+        resume=resume,
+        overwrite=overwrite,
+    )
+    result = analyze(request, progress_for(json_output=json_output, quiet=quiet)).to_dict()
+    if json_output:
+        print_json(result)
+        return
+    from saqcli.cli.readings import show_analysis
+
+    show_analysis(result)
+
+
+def default_out(target: str, bits: str | None, policy: Path | None) -> Path:
+    """Inside a run directory; beside everything else for a file or a float model."""
+    path = Path(target)
+    if path.is_dir():
+        return path / "analysis"
+    if path.suffix == ".safetensors":
+        return Path("analysis") / path.stem
+    wanted = (policy.stem if policy else bits or "float").strip().lower()
+    return Path("analysis") / f"{path.name}-{f'w{wanted}a{wanted}' if wanted.isdigit() else wanted}"

@@ -1,0 +1,238 @@
+"""``saq analyze``: from a quantized model and images to readings, as JSON and as pictures.
+
+open       the model, a second one to compare with, the images
+take up    readings that are there already, with ``--resume``
+measure    one instrument after the other; each writes its JSON as soon as it is done
+draw       PNG and SVG
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saqcli.algorithms.instruments import INSTRUMENTS, Reading, Session, Settings
+from saqcli.config import ModelSection
+from saqcli.errors import ConfigError, Interrupted, RunDirectoryError
+from saqcli.io.interrupts import deferred_interrupts
+from saqcli.progress import SILENT, Progress
+from saqcli.workflows.analysis_files import AGAINST, AnalysisFolder, SubjectFacts, facts_of
+from saqcli.workflows.finetune import default_rho
+from saqcli.workflows.pictures import draw
+from saqcli.workflows.setup import pick_device
+from saqcli.workflows.subjects import Opened, View, check_target, open_subject
+
+SECONDS_BETWEEN_SAVES = 5.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``saq analyze`` is asked for.
+
+    Attributes:
+        target: run directory, ``.safetensors`` file or model name.
+        view: which images.
+        instruments: names in ``INSTRUMENTS``.
+        out: folder of the results.
+        settings: of the instruments.
+        rho: radius; None for the one that training would take.
+        against: a second quantized model, measured likewise.
+        section: options of a model name.
+        bits: of a float model.
+        policy: likewise.
+        device: ``auto``, ``cpu``, ``cuda``.
+        resume: take up what is in ``out``.
+        overwrite: replace it.
+    """
+
+    target: str
+    view: View
+    instruments: tuple[str, ...]
+    out: Path
+    settings: Settings = field(default_factory=Settings)
+    rho: float | None = None
+    against: str | None = None
+    section: ModelSection | None = None
+    bits: str | None = None
+    policy: Path | None = None
+    device: str = "auto"
+    resume: bool = False
+    overwrite: bool = False
+
+    @property
+    def folders(self) -> list[Path]:
+        """Of the model, and of the second one."""
+        return [self.out] if self.against is None else [self.out, self.out / AGAINST]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The readings of one model."""
+
+    facts: SubjectFacts
+    readings: dict[str, Reading]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Accuracies in percent."""
+        return {
+            "target": self.facts.target,
+            "model": self.facts.model,
+            "images": self.facts.images,
+            "loss": self.facts.loss,
+            "top1": self.facts.top1,
+            "instruments": {name: reading.to_dict() for name, reading in self.readings.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What ``saq analyze`` found.
+
+    Attributes:
+        out: folder of the files.
+        first: the model.
+        second: the one it was compared with.
+        files: written or taken up, JSON first.
+    """
+
+    out: Path
+    first: Measured
+    second: Measured | None
+    files: list[Path]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``--json`` prints it."""
+        against = None if self.second is None else self.second.to_dict()
+        return {
+            "out": str(self.out),
+            **self.first.to_dict(),
+            "against": against,
+            "files": [str(path) for path in self.files],
+        }
+
+
+def analyze(request: Request, progress: Progress = SILENT) -> Analysis:
+    """Measure, write and draw what ``request`` asks for.
+
+    Raises:
+        SaqError: anything the user can act on; readings finished so far stay in the folder.
+    """
+    _check(request)
+    device = pick_device(request.device)
+    section = request.section or ModelSection(name=request.target)
+    wanted = [(request.target, section, request.bits, request.policy)]
+    if request.against is not None:
+        wanted.append((request.against, ModelSection(name=request.against), None, None))
+    opened = [open_subject(*one, request.view, device, progress) for one in wanted]
+    settings = _with_radius(request, opened[0])
+    folders = [
+        AnalysisFolder(path, facts_of(one, request.view), settings)
+        for path, one in zip(request.folders, opened, strict=True)
+    ]
+    there = [
+        {name: folder.load(name) if request.resume else None for name in request.instruments}
+        for folder in folders
+    ]
+    measured = [
+        Measured(folder.facts, _measure_all(one, folder, settings, earlier, progress))
+        for one, folder, earlier in zip(opened, folders, there, strict=True)
+    ]
+    files = [folder.path_of(name) for folder in folders for name in request.instruments]
+    with progress.task("drawing", len(request.instruments)) as task:
+        for name in request.instruments:
+            subjects = [(one.facts.target, one.readings[name]) for one in measured]
+            files += draw(name, subjects, request.out)
+            task.advance()
+    return Analysis(request.out, measured[0], measured[1] if len(measured) > 1 else None, files)
+
+
+def _check(request: Request) -> None:
+    """Refuse what can be seen to be wrong before anything is loaded."""
+    unknown = [name for name in request.instruments if name not in INSTRUMENTS]
+    if unknown or not request.instruments:
+        asked = unknown[0] if unknown else "none"
+        raise ConfigError(f"there is no instrument {asked!r}: choose from {', '.join(INSTRUMENTS)}")
+    check_target(request.target, request.bits, request.policy)
+    if request.against is not None:
+        path = Path(request.against).expanduser()
+        if path.suffix != ".safetensors" and not path.is_dir():
+            raise ConfigError(
+                f"--against {request.against} is no quantized model: give a run directory or a .safetensors file"
+            )
+    if request.view.data.path is None:
+        raise ConfigError(
+            "no images were named: give --data DIR with train/ and val/, a folder a class in each"
+        )
+    if request.resume and request.overwrite:
+        raise ConfigError("--resume goes on with what is there and --overwrite replaces it: give one of them")
+    if request.out.exists() and not request.out.is_dir():
+        raise RunDirectoryError(f"{request.out} is a file: give another --out")
+    there = [
+        path
+        for folder in request.folders
+        for name in request.instruments
+        if (path := folder / f"{name}.json").exists()
+    ]
+    if there and not request.resume and not request.overwrite:
+        raise RunDirectoryError(
+            f"{there[0]} is already there: give --resume to go on with it, --overwrite to replace it, "
+            "or another --out"
+        )
+
+
+def _with_radius(request: Request, first: Opened) -> Settings:
+    """The settings with the radius that was asked for, or that training would take for the first model."""
+    rho = default_rho(first.subject.model, first.side) if request.rho is None else request.rho
+    return request.settings.model_copy(update={"rho": rho})
+
+
+def _measure_all(
+    opened: Opened,
+    folder: AnalysisFolder,
+    settings: Settings,
+    earlier: dict[str, Reading | None],
+    progress: Progress,
+) -> dict[str, Reading]:
+    """Every instrument that ``earlier`` names; each is saved as soon as it is done."""
+    readings: dict[str, Reading] = {}
+    for name, before in earlier.items():
+        if before is not None and before.finished:
+            readings[name] = before
+            continue
+        session = Session(progress, before)
+        try:
+            if INSTRUMENTS[name].resumable:
+                readings[name] = _measure_resumable(name, opened, folder, settings, session)
+            else:
+                readings[name] = INSTRUMENTS[name].measure(opened.subject, settings, session)
+        except KeyboardInterrupt:
+            raise _interrupted(folder.path, 130) from None
+        folder.save(name, readings[name])
+    return readings
+
+
+def _measure_resumable(
+    name: str, opened: Opened, folder: AnalysisFolder, settings: Settings, session: Session
+) -> Reading:
+    """Save what there is now and then, and when a signal asks to stop."""
+    saved_at = time.monotonic()
+    with deferred_interrupts() as stop:
+
+        def keep(reading: Reading) -> None:
+            nonlocal saved_at
+            if stop.signal or time.monotonic() - saved_at > SECONDS_BETWEEN_SAVES:
+                folder.save(name, reading)
+                saved_at = time.monotonic()
+            if stop.signal:
+                raise _interrupted(folder.path, stop.exit_code)
+
+        session = Session(session.progress, session.earlier, keep)
+        return INSTRUMENTS[name].measure(opened.subject, settings, session)
+
+
+def _interrupted(folder: Path, exit_code: int) -> Interrupted:
+    error = Interrupted(
+        f"stopped as asked, what was measured so far is in {folder}: go on with the same command and --resume"
+    )
+    error.exit_code = exit_code
+    return error

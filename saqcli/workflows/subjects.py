@@ -1,0 +1,237 @@
+"""What ``saq analyze`` looks at: a quantized model with its latent weights, where they are there, and a fixed
+set of images.
+
+A run directory brings the model that it exported; the latent weights come from its checkpoint, and are taken
+only if they give the very same quantized weights. A ``.safetensors`` file has none. A float model is
+calibrated at the bits that are asked for, just as ``saq quantize --epochs 0`` does.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from saqcli.algorithms.exporters import ModelFacts
+from saqcli.algorithms.instruments import Subject
+from saqcli.algorithms.training import Score
+from saqcli.config import DataSection, ModelSection, RunConfig, resolve
+from saqcli.errors import ConfigError, DataError, RunDirectoryError
+from saqcli.io.data import check_trained_on
+from saqcli.io.loaders import calibration_loader
+from saqcli.io.preprocessing import Preprocessing
+from saqcli.io.runs import RunDirectory
+from saqcli.progress import Progress
+from saqcli.quant.bits import parse_bits
+from saqcli.quant.layers import quantized_layers
+from saqcli.workflows.calibration import calibrate, choose_bits, install_quantizers
+from saqcli.workflows.predictors import check_no_model_options, finished_model, restore
+from saqcli.workflows.quantize import describe, prepare
+from saqcli.workflows.setup import is_small, open_named, workers_of
+
+SMALL_BATCH, LARGE_BATCH = 128, 16  # images at a time, up to 64 pixels and above: differentiated twice
+
+
+@dataclass(frozen=True)
+class View:
+    """Which images, and how many.
+
+    Attributes:
+        data: ``--data`` and how it is read.
+        split: of the data.
+        images: drawn evenly over the classes.
+        seed: of the draw.
+    """
+
+    data: DataSection
+    split: Literal["train", "val"]
+    images: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A subject and where it came from.
+
+    Attributes:
+        target: as it was named.
+        facts: of its model.
+        subject: ready to be measured.
+        sha256: of all tensors of the model.
+        images_sha256: of the images, their labels and how they are batched.
+        score: of the model on these images.
+    """
+
+    target: str
+    facts: ModelFacts
+    subject: Subject
+    sha256: str
+    images_sha256: str
+    score: Score
+
+    @property
+    def side(self) -> int:
+        """Pixels along the longer side of an image."""
+        return max(Preprocessing.from_dict(self.facts.preprocessing).input_size[1:])
+
+
+def check_target(target: str, bits: str | None, policy: Path | None) -> None:
+    """Refuse what can be seen to be no subject before anything is loaded.
+
+    Raises:
+        ConfigError: an ONNX file, a quantized model with ``--bits``, a float one without, or bits out of range.
+    """
+    path, given = Path(target).expanduser(), bits is not None or policy is not None
+    if not target.strip():
+        raise ConfigError("no TARGET was named: give a run directory, a .safetensors file, or a model name")
+    if path.suffix == ".onnx":
+        raise ConfigError(
+            f"{path} is an ONNX graph, in which nothing can be perturbed or differentiated: "
+            "give the run directory or the .safetensors file that it came from"
+        )
+    if (path.suffix == ".safetensors" or path.is_dir()) and given:
+        raise ConfigError(
+            f"{target} is quantized already and has its own bits: leave --bits and --policy away"
+        )
+    if path.suffix != ".safetensors" and not path.is_dir():
+        if path.is_file():
+            raise ConfigError(
+                f"{path} is no model file of saq: give MODEL --weights {path} --bits 4, to analyze float weights"
+            )
+        if not given:
+            raise ConfigError(
+                f"{target} is a float model: give --bits 4 or --policy FILE, to be calibrated at, "
+                "or a run directory or .safetensors file"
+            )
+        if bits is not None:
+            parse_bits(bits)
+
+
+def open_subject(
+    target: str,
+    section: ModelSection,
+    bits: str | None,
+    policy: Path | None,
+    view: View,
+    device: torch.device,
+    progress: Progress,
+) -> Opened:
+    """The subject that ``target`` names.
+
+    Args:
+        target: a run directory, a ``.safetensors`` file, or the name of a float model.
+        section: further options of a model name.
+        bits: of a float model.
+        policy: likewise.
+        view: the images.
+        device: of model and images.
+        progress: for calibration and notes.
+
+    Raises:
+        SaqError: no such thing, a damaged one, or images that do not fit it.
+    """
+    path, latent = Path(target).expanduser(), True
+    if path.suffix == ".safetensors" or path.is_dir():
+        check_no_model_options(target, section)
+        run = RunDirectory.open(path) if path.is_dir() else None
+        model, facts = restore(path if run is None else finished_model(run))
+        latent = run is not None and _take_latent_weights(model, run, progress)
+    else:
+        model, facts = _calibrated(section, bits, policy, view, device, progress)
+    model = model.to(device).eval()
+    batches = _images(facts, view, target, device, progress)
+    layers = quantized_layers(model)
+    ordered = {name: layers[name] for name in facts.policy.layers}
+    subject = Subject(model, ordered, batches, facts.scheme, latent)
+    score = subject.score()
+    return Opened(target, facts, subject, _hash_model(model), _hash_images(batches), score)
+
+
+def _calibrated(
+    section: ModelSection,
+    bits: str | None,
+    policy: Path | None,
+    view: View,
+    device: torch.device,
+    progress: Progress,
+) -> tuple[nn.Module, ModelFacts]:
+    """A float model, quantized and calibrated without training."""
+    options = {"quantization.bits": bits, "quantization.policy": str(policy) if policy else None}
+    named = {f"model.{key}": value for key, value in section.model_dump().items()}
+    base = resolve(options=named | options | {"run.seed": view.seed})
+    config = RunConfig.model_validate({**base.model_dump(), "data": view.data.model_dump()})
+    network, images = prepare(config, device, progress)
+    statistics = calibrate(network, images, config, progress)
+    chosen, _ = choose_bits(config, network, statistics, progress)
+    model = install_quantizers(config, network, chosen, statistics)
+    return model, describe(config, network, chosen, statistics, images)
+
+
+@torch.no_grad()
+def _take_latent_weights(model: nn.Module, run: RunDirectory, progress: Progress) -> bool:
+    """Put the latent weights of the run's checkpoint into ``model``; False, and nothing done, where they do
+    not quantize to its weights."""
+    try:
+        state = (run.load_checkpoint() or {}).get("model", {})
+    except RunDirectoryError:
+        state = {}
+    before = {}
+    for name, layer in quantized_layers(model).items():
+        latent, found = layer.latent_weight(), state.get(f"{name}.{layer.weight_name}")
+        quantized = layer.quantized_weight()
+        before[name] = latent.clone()
+        if found is not None and found.shape == latent.shape:
+            latent.copy_(found)
+        if found is None or not torch.equal(layer.quantized_weight(), quantized):
+            for other, value in before.items():
+                quantized_layers(model)[other].latent_weight().copy_(value)
+            progress.note(f"{run.checkpoint_path} does not hold the latent weights of the model: left out")
+            return False
+    return True
+
+
+def _images(
+    facts: ModelFacts, view: View, target: str, device: torch.device, progress: Progress
+) -> list[tuple[Tensor, Tensor]]:
+    """The images of ``view`` as the model wants them, held in memory."""
+    classes, preprocessing = int(facts.build["num_classes"]), Preprocessing.from_dict(facts.preprocessing)
+    split = open_named(view.data, view.split, classes)
+    check_trained_on(split, facts.class_names, classes, target)
+    loader = calibration_loader(
+        split,
+        preprocessing,
+        batch_size=view.data.eval_batch_size or (SMALL_BATCH if is_small(preprocessing) else LARGE_BATCH),
+        workers=workers_of(view.data, preprocessing),
+        device=device,
+        seed=view.seed,
+        images=view.images,
+    )
+    batches = []
+    with progress.task("reading images", len(loader)) as task:
+        for images, labels in loader:
+            kept = labels >= 0
+            if kept.any():
+                batches.append((images[kept].clone(), labels[kept].clone()))
+            task.advance(images=len(labels))
+    if not batches:
+        raise DataError("not one image could be read: there is nothing to analyze on")
+    return batches
+
+
+def _hash_model(model: nn.Module) -> str:
+    tensors = sorted(model.state_dict().items())
+    return _hash(part for name, value in tensors for part in (name.encode(), value))
+
+
+def _hash_images(batches: Iterable[tuple[Tensor, Tensor]]) -> str:
+    return _hash(part for images, labels in batches for part in (repr(images.shape).encode(), images, labels))
+
+
+def _hash(parts: Iterable[bytes | Tensor]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else part.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -64,9 +64,7 @@ Precision = Annotated[
 ]
 MicroBatch = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="Images in one forward pass; gradients accumulate.", rich_help_panel=EFFICIENCY
-    ),
+    typer.Option(min=1, help="Images in one forward pass; gradients accumulate.", rich_help_panel=EFFICIENCY),
 ]
 ClipGrad = Annotated[
     float | None, typer.Option(help="Largest norm of the gradients.", rich_help_panel=REGULARIZATION)
@@ -80,12 +78,8 @@ Ema = Annotated[
 LabelSmoothing = Annotated[
     float | None, typer.Option(help="From 0 to below 1.", rich_help_panel=REGULARIZATION)
 ]
-Mixup = Annotated[
-    float | None, typer.Option(min=0, help="Alpha of mixup.", rich_help_panel=REGULARIZATION)
-]
-Cutmix = Annotated[
-    float | None, typer.Option(min=0, help="Alpha of cutmix.", rich_help_panel=REGULARIZATION)
-]
+Mixup = Annotated[float | None, typer.Option(min=0, help="Alpha of mixup.", rich_help_panel=REGULARIZATION)]
+Cutmix = Annotated[float | None, typer.Option(min=0, help="Alpha of cutmix.", rich_help_panel=REGULARIZATION)]
 Distill = Annotated[
     bool | None,
     typer.Option("--distill", help="Learn from the float model too.", rich_help_panel=REGULARIZATION),

@@ -17,7 +17,7 @@ from saqcli.errors import ConfigError, Interrupted, RunDirectoryError
 from saqcli.io.interrupts import deferred_interrupts
 from saqcli.progress import SILENT, Progress
 from saqcli.workflows.analysis_files import AGAINST, AnalysisFolder, SubjectFacts, facts_of
-from saqcli.workflows.finetune import default_rho
+from saqcli.workflows.optimization import default_rho
 from saqcli.workflows.pictures import draw
 from saqcli.workflows.setup import pick_device
 from saqcli.workflows.subjects import Opened, View, check_target, open_subject

@@ -23,7 +23,7 @@ from saqcli.progress import SILENT
 from saqcli.workflows.calibration import calibrate, install_quantizers
 from saqcli.workflows.optimization import make_minimizer, make_objective, make_optimizer, make_schedule
 from saqcli.workflows.quantize import prepare, score
-from saqcli.workflows.setup import explicit_policy, pick_device
+from saqcli.workflows.setup import Images, explicit_policy, pick_device
 
 # What is compared: settings of the training section.
 METHODS: dict[str, dict[str, Any]] = {
@@ -43,12 +43,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(config: RunConfig, initial: dict[str, Any], parts: Any) -> tuple[dict[str, float], dict[str, Any]]:
-    """Train from the calibrated state ``initial``; figures and the state at the end."""
-    network, images, device = parts
+def run(config: RunConfig, prepared: "Prepared") -> tuple[dict[str, float], dict[str, Any]]:
+    """Train from the calibrated state; figures and the state at the end."""
+    network, device = prepared.network, prepared.device
     model, training = network.model, config.training
-    model.load_state_dict(initial)
-    loader = images(config).training()
+    model.load_state_dict(prepared.initial)
+    loader = prepared.images(config).training()
     optimizer = make_optimizer(model, training)
     schedule = make_schedule(optimizer, training, len(loader))
     minimizer = make_minimizer(model, optimizer, config, side=network.loaded.preprocessing.input_size[1])
@@ -66,19 +66,16 @@ def run(config: RunConfig, initial: dict[str, Any], parts: Any) -> tuple[dict[st
         with SILENT.task("", 0) as task:
             trained = train_epoch(model, minimizer, loader, task, settings, Meter())
     seconds = time.perf_counter() - start
-    found = score(model, images(config).validation(), "", device, SILENT)
+    found = score(model, prepared.images(config).validation(), "", device, SILENT)
     figures = {"top1": found.top1, "loss": found.loss, "train_loss": trained.loss, "seconds": seconds}
     return figures, {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def measure(wanted: argparse.Namespace) -> None:
-    """Run what has not been run yet."""
-    device = pick_device(wanted.device)
-    results = wanted.out / "results.jsonl"
-    done = {(r["bits"], r["name"], r["seed"]) for r in read(results)}
-    chosen = wanted.methods.split(";") if wanted.methods else list(METHODS)
-    for bits in wanted.bits.split(","):
-        options = {
+class Prepared:
+    """A network, calibrated at given bits, and what it is trained with."""
+
+    def __init__(self, wanted: argparse.Namespace, bits: str) -> None:
+        self.options = {
             "model.name": wanted.model,
             "model.weights": wanted.weights,
             "data.path": wanted.data,
@@ -87,26 +84,46 @@ def measure(wanted: argparse.Namespace) -> None:
             "training.lr": wanted.lr,
             "training.rho": wanted.rho,
         }
-        base = resolve(options=options)
-        network, calibration_images = prepare(base, device, SILENT)
-        statistics_ = calibrate(network, calibration_images, base, SILENT)
-        policy = explicit_policy(base, network)
+        self.device = pick_device(wanted.device)
+        base = resolve(options=self.options)
+        self.network, self._images = prepare(base, self.device, SILENT)
+        statistics_ = calibrate(self.network, self._images, base, SILENT)
+        policy = explicit_policy(base, self.network)
         assert policy is not None
-        install_quantizers(base, network, policy, statistics_)
-        initial = {name: value.clone() for name, value in network.model.state_dict().items()}
+        install_quantizers(base, self.network, policy, statistics_)
+        self.initial = {name: value.clone() for name, value in self.network.model.state_dict().items()}
 
-        def images(config: RunConfig, opened: Any = calibration_images) -> Any:
-            return type(opened)(
-                opened.train, opened.val, opened.preprocessing, config.data, device, config.run.seed
-            )
+    def config(self, name: str, seed: int) -> RunConfig:
+        """The settings of one run."""
+        changes = {f"training.{key}": value for key, value in METHODS[name].items()}
+        return resolve(options=self.options | changes | {"run.seed": seed})
 
+    def images(self, config: RunConfig) -> Images:
+        """Fed as ``config`` says."""
+        opened = self._images
+        return Images(
+            opened.train, opened.val, opened.preprocessing, config.data, self.device, config.run.seed
+        )
+
+
+def state_path(wanted: argparse.Namespace, bits: str, name: str, seed: int) -> Path:
+    """Where the trained state of a run lies."""
+    path: Path = wanted.out / f"{bits}-{name.replace(' ', '_')}-{seed}.pt"
+    return path
+
+
+def measure(wanted: argparse.Namespace) -> None:
+    """Run what has not been run yet."""
+    results = wanted.out / "results.jsonl"
+    done = {(r["bits"], r["name"], r["seed"]) for r in read(results)}
+    chosen = wanted.methods.split(";") if wanted.methods else list(METHODS)
+    for bits in wanted.bits.split(","):
+        prepared = Prepared(wanted, bits)
         for seed in range(wanted.first_seed, wanted.first_seed + wanted.seeds):
             for name in chosen:
                 if (bits, name, seed) in done:
                     continue
-                changes = {f"training.{key}": value for key, value in METHODS[name].items()}
-                config = resolve(options=options | changes | {"run.seed": seed})
-                figures, state = run(config, initial, (network, images, device))
+                figures, state = run(prepared.config(name, seed), prepared)
                 line = {
                     "bits": bits,
                     "name": name,
@@ -114,11 +131,16 @@ def measure(wanted: argparse.Namespace) -> None:
                     "threads": torch.get_num_threads(),
                     **figures,
                 }
-                with replacing(wanted.out / f"{bits}-{name.replace(' ', '_')}-{seed}.pt") as path:
+                with replacing(state_path(wanted, bits, name, seed)) as path:
                     torch.save(state, path)
-                with results.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                print(json.dumps(line), flush=True)
+                append(results, line)
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """One more line, on the screen too."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(line), flush=True)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -126,9 +148,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def table(lines: list[dict[str, Any]], eigenvalues: list[dict[str, Any]]) -> str:
     """Mean and standard deviation over the seeds, as Markdown."""
-    rows = ["| bits | method | seeds | top-1 | loss | top-1 above qat, seed by seed |", "|--|--|--|--|--|--|"]
+    rows = [
+        "| bits | method | seeds | top-1 | loss | top-1 above qat, seed by seed | largest eigenvalue |",
+        "|--|--|--|--|--|--|--|",
+    ]
     for bits in sorted({line["bits"] for line in lines}):
         of = {
             name: {r["seed"]: r for r in lines if (r["bits"], r["name"]) == (bits, name)} for name in METHODS
@@ -138,9 +163,10 @@ def table(lines: list[dict[str, Any]]) -> str:
                 continue
             shared = sorted(set(runs) & set(of["qat"]))
             gains = [runs[seed]["top1"] - of["qat"][seed]["top1"] for seed in shared]
+            sharp = [r["eigenvalue"] for r in eigenvalues if (r["bits"], r["name"]) == (bits, name)]
             rows.append(
                 f"| {bits} | {name} | {len(runs)} | {spread([r['top1'] for r in runs.values()], 2)} | "
-                f"{spread([r['loss'] for r in runs.values()], 4)} | {spread(gains, 2)} |"
+                f"{spread([r['loss'] for r in runs.values()], 4)} | {spread(gains, 2)} | {spread(sharp, 1)} |"
             )
     return "\n".join(rows)
 
@@ -153,10 +179,10 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
-def main() -> None:
-    """Measure, or print the table."""
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options of this script and of ``eigenvalues.py``."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="saq/resnet20")
     parser.add_argument("--weights")
@@ -170,12 +196,18 @@ def main() -> None:
     parser.add_argument("--rho", type=float, help="of all methods; by default the paper's for the bits")
     parser.add_argument("--methods", help="separated by semicolons; by default all")
     parser.add_argument("--device", default="auto")
+    return parser
+
+
+def main() -> None:
+    """Measure, or print the table."""
+    parser = arguments(__doc__)
     parser.add_argument("--table", action="store_true")
     wanted = parser.parse_args()
     if not wanted.table:
         wanted.out.mkdir(parents=True, exist_ok=True)
         measure(wanted)
-    print(table(read(wanted.out / "results.jsonl")))
+    print(table(read(wanted.out / "results.jsonl"), read(wanted.out / "eigenvalues.jsonl")))
 
 
 if __name__ == "__main__":

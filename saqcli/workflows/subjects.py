@@ -175,7 +175,8 @@ def _take_latent_weights(model: nn.Module, run: RunDirectory, progress: Progress
     """Put the latent weights of the run's checkpoint into ``model``; False, and nothing done, where they do
     not quantize to its weights."""
     try:
-        state = (run.load_checkpoint() or {}).get("model", {})
+        checkpoint = run.load_checkpoint() or {}
+        state = checkpoint.get("average") or checkpoint.get("model", {})
     except RunDirectoryError:
         state = {}
     before = {}

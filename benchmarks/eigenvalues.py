@@ -1,0 +1,56 @@
+"""Largest Hessian eigenvalue of every state that ``minimizers.py`` has left, on the same training images.
+
+    python benchmarks/eigenvalues.py --model saq/resnet20 --weights FILE --data DIR --out results --images 250
+
+Give the same model, weights, data and folder as there. One line a state in ``results/eigenvalues.jsonl``; those that
+stand there are not measured again. ``minimizers.py --table`` shows them beside the accuracies.
+"""
+
+import torch
+from minimizers import METHODS, Prepared, append, arguments, read, state_path
+
+from saqcli.algorithms.instruments import INSTRUMENTS, Session, Settings, Subject
+from saqcli.io.loaders import calibration_loader
+from saqcli.quant.layers import quantized_layers
+
+
+def main() -> None:
+    """Measure what has not been measured yet."""
+    parser = arguments(__doc__)
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--starts", type=int, default=1)
+    parser.add_argument("--tolerance", type=float, default=1e-3)
+    wanted = parser.parse_args()
+    results = wanted.out / "eigenvalues.jsonl"
+    done = {(r["bits"], r["name"], r["seed"]) for r in read(results)}
+    chosen = wanted.methods.split(";") if wanted.methods else list(METHODS)
+    for bits in wanted.bits.split(","):
+        prepared = None
+        for seed in range(wanted.first_seed, wanted.first_seed + wanted.seeds):
+            for name in chosen:
+                path = state_path(wanted, bits, name, seed)
+                if (bits, name, seed) in done or not path.is_file():
+                    continue
+                prepared = prepared or Prepared(wanted, bits)
+                model = prepared.network.model
+                model.load_state_dict(torch.load(path, weights_only=True))
+                images = prepared.images(prepared.config(name, 0))
+                loader = calibration_loader(
+                    images.train,
+                    images.preprocessing,
+                    batch_size=128,
+                    workers=0,
+                    device=prepared.device,
+                    seed=0,
+                    images=wanted.images,
+                )
+                batches = [(x.clone(), labels.clone()) for x, labels in loader]
+                subject = Subject(model.eval(), quantized_layers(model), batches)
+                settings = Settings(starts=wanted.starts, tolerance=wanted.tolerance)
+                reading = INSTRUMENTS["eigenvalue"].measure(subject, settings, Session())
+                line = {"bits": bits, "name": name, "seed": seed, "images": subject.images}
+                append(results, line | reading.to_dict())
+
+
+if __name__ == "__main__":
+    main()

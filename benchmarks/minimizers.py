@@ -9,6 +9,7 @@ script can be stopped at any time and started anew. The trained states lie besid
 
 import argparse
 import json
+import re
 import statistics
 import time
 from pathlib import Path
@@ -95,7 +96,8 @@ class Prepared:
 
     def config(self, name: str, seed: int) -> RunConfig:
         """The settings of one run."""
-        changes = {f"training.{key}": value for key, value in METHODS[name].items()}
+        settings = json.loads(name) if name.startswith("{") else METHODS[name]
+        changes = {f"training.{key}": value for key, value in settings.items()}
         return resolve(options=self.options | changes | {"run.seed": seed})
 
     def images(self, config: RunConfig) -> Images:
@@ -108,7 +110,8 @@ class Prepared:
 
 def state_path(wanted: argparse.Namespace, bits: str, name: str, seed: int) -> Path:
     """Where the trained state of a run lies."""
-    path: Path = wanted.out / f"{bits}-{name.replace(' ', '_')}-{seed}.pt"
+    plain = re.sub(r"[^\w.]+", "_", name).strip("_")
+    path: Path = wanted.out / f"{bits}-{plain}-{seed}.pt"
     return path
 
 
@@ -194,7 +197,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--lr", type=float, default=0.005)
     parser.add_argument("--rho", type=float, help="of all methods; by default the paper's for the bits")
-    parser.add_argument("--methods", help="separated by semicolons; by default all")
+    parser.add_argument("--methods", help="names or JSON objects of training settings, with semicolons")
     parser.add_argument("--device", default="auto")
     return parser
 

@@ -28,7 +28,7 @@ FAMILIES = {
     "algorithms/minimizers": {"sharpness_aware"},
     "algorithms/searchers": {"problem", "knapsack"},
     "algorithms/exporters": {"facts", "operators", "onnx_layerwise"},
-    "quant/quantizers": {"base"},
+    "quant/quantizers": {"base", "learned_step", "offset_search", "tanh_weight"},
 }
 
 

@@ -60,7 +60,13 @@ def choose_bits(
 def scheme_of(config: RunConfig) -> Scheme:
     """Which quantizers the configuration asks for."""
     wanted = config.quantization
-    return Scheme(quantizer=wanted.quantizer, weight_grid=wanted.weight_grid, granularity=wanted.granularity)
+    return Scheme(
+        quantizer=wanted.quantizer,
+        weight_grid=wanted.weight_grid,
+        granularity=wanted.granularity,
+        weight_normalization=wanted.weight_normalization,
+        clip_init=wanted.clip_init,
+    )
 
 
 def install_quantizers(
@@ -69,5 +75,5 @@ def install_quantizers(
     """Give every layer its quantizers at the policy's bits, with fitted levels."""
     signed = {name: facts.signed for name, facts in statistics.items()}
     convert.install(network.model, scheme_of(config), policy, signed)
-    fit(network.model, statistics)
+    fit(network.model, statistics, config.quantization.clip_init)
     return network.model

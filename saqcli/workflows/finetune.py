@@ -25,6 +25,7 @@ from saqcli.io.interrupts import StopRequest, deferred_interrupts
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.quant.layers import quantized_layers
+from saqcli.quant.quantizers import quantizers_of
 from saqcli.workflows.setup import SMALL_IMAGES, Images
 
 # Liu et al. (arXiv:2111.12273), section 5: radius by bit-width, for images of 32 and of 224 pixels.
@@ -118,10 +119,10 @@ def finetune(
 
 
 def make_optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.Optimizer:
-    """timm's optimizer of that name; clipping levels have a group of their own."""
+    """timm's optimizer of that name; what quantizers learn has a group of its own."""
     from timm.optim import create_optimizer_v2
 
-    clips = [p for name, p in model.named_parameters() if name.endswith("clipping_level")]
+    clips = [p for quantizer in quantizers_of(model) for p in quantizer.parameters()]
     ids = {id(p) for p in clips}
     others = [p for p in model.parameters() if id(p) not in ids]
     groups = [

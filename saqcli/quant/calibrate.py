@@ -122,6 +122,39 @@ def fit(model: nn.Module, statistics: Mapping[str, InputStatistics], clip_init: 
             _start(layer.input_quantizer, samples, clip_init, linear)
 
 
+@torch.no_grad()
+def settle_batch_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Estimate the running statistics of every batch norm anew, as means over ``batches``; all else stays in eval mode.
+
+    Weight normalization takes the mean out of every weight. That shifts what a convolution returns by much where its
+    inputs are positive, and a batch norm in training mode would take the shift out again.
+
+    Args:
+        model: quantized; its mode is restored.
+        batches: images, (N, C, H, W), on the model's device.
+    """
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
+    modes = {module: module.training for module in model.modules()}
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over all batches
+            norm.train()
+        for images in batches:
+            model(images)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, training in modes.items():
+            module.training = training
+
+
 def _start(quantizer: Quantizer, x: Tensor, clip_init: ClipInit, linear: bool) -> None:
     if clip_init == "paper":
         quantizer.fit_as_published(x, linear=linear)

@@ -9,7 +9,7 @@ from saqcli.config import RunConfig
 from saqcli.progress import Progress
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig
-from saqcli.quant.calibrate import InputStatistics, fit, observe
+from saqcli.quant.calibrate import InputStatistics, fit, observe, settle_batch_norms
 from saqcli.quant.convert import Scheme
 from saqcli.quant.cost import Budget
 from saqcli.workflows.setup import Images, Network, explicit_policy, parse_budget
@@ -19,15 +19,16 @@ def calibrate(
     network: Network, images: Images, config: RunConfig, progress: Progress
 ) -> dict[str, InputStatistics]:
     """What the inputs of all layers look like on a few training images."""
+    return observe(network.model, _told("calibrating", images, progress), config.run.seed)
+
+
+def _told(title: str, images: Images, progress: Progress) -> Iterator[Tensor]:
+    """The calibration images, batch by batch, with their progress."""
     loader = images.calibration()
-
-    def told() -> Iterator[Tensor]:
-        with progress.task("calibrating", len(loader)) as task:
-            for batch, _ in loader:
-                yield batch
-                task.advance(images=len(batch))
-
-    return observe(network.model, told(), config.run.seed)
+    with progress.task(title, len(loader)) as task:
+        for batch, _ in loader:
+            yield batch
+            task.advance(images=len(batch))
 
 
 def choose_bits(
@@ -70,10 +71,17 @@ def scheme_of(config: RunConfig) -> Scheme:
 
 
 def install_quantizers(
-    config: RunConfig, network: Network, policy: BitConfig, statistics: Mapping[str, InputStatistics]
+    config: RunConfig,
+    network: Network,
+    policy: BitConfig,
+    statistics: Mapping[str, InputStatistics],
+    images: Images,
+    progress: Progress,
 ) -> nn.Module:
     """Give every layer its quantizers at the policy's bits, with fitted levels."""
     signed = {name: facts.signed for name, facts in statistics.items()}
     convert.install(network.model, scheme_of(config), policy, signed)
     fit(network.model, statistics, config.quantization.clip_init)
+    if config.quantization.weight_normalization:
+        settle_batch_norms(network.model, _told("settling batch norms", images, progress))
     return network.model

@@ -139,7 +139,7 @@ def begin(
     float_size = size_bytes(model, None)
     statistics = calibrate(network, images, config, progress)
     policy, budget = choose_bits(config, network, statistics, progress)
-    quantized = install_quantizers(config, network, policy, statistics)
+    quantized = install_quantizers(config, network, policy, statistics, images, progress)
     calibrated = score(quantized, validation, "evaluating calibrated", device, progress)
     progress.note(f"float {float_score.top1:.2f} %, calibrated {calibrated.top1:.2f} % top-1")
     outcome = Outcome(

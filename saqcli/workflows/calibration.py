@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from saqcli.algorithms.searchers import SEARCHERS, SearchProblem
 from saqcli.config import RunConfig
+from saqcli.io.loaders import Loader
 from saqcli.progress import Progress
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig
@@ -19,12 +20,11 @@ def calibrate(
     network: Network, images: Images, config: RunConfig, progress: Progress
 ) -> dict[str, InputStatistics]:
     """What the inputs of all layers look like on a few training images."""
-    return observe(network.model, _told("calibrating", images, progress), config.run.seed)
+    return observe(network.model, _told("calibrating", images.calibration(), progress), config.run.seed)
 
 
-def _told(title: str, images: Images, progress: Progress) -> Iterator[Tensor]:
-    """The calibration images, batch by batch, with their progress."""
-    loader = images.calibration()
+def _told(title: str, loader: Loader, progress: Progress) -> Iterator[Tensor]:
+    """The images of ``loader``, batch by batch, with their progress."""
     with progress.task(title, len(loader)) as task:
         for batch, _ in loader:
             yield batch
@@ -83,5 +83,8 @@ def install_quantizers(
     convert.install(network.model, scheme_of(config), policy, signed)
     fit(network.model, statistics, config.quantization.clip_init)
     if config.quantization.weight_normalization:
-        settle_batch_norms(network.model, _told("settling batch norms", images, progress))
+        # As training sees them: without its augmentation running statistics are others, and accuracy is lower.
+        loader = images.training(limit=config.data.calibration_images)
+        loader.set_epoch(0)
+        settle_batch_norms(network.model, _told("settling batch norms", loader, progress))
     return network.model

@@ -10,6 +10,8 @@ from torch import Tensor
 from saqcli.quant import grids
 from saqcli.quant.grids import Grid
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer
+from saqcli.quant.quantizers.learned_step import LearnedStep
+from saqcli.quant.quantizers.tanh_weight import TanhWeight
 
 ROWS = 3
 WEIGHT_GRIDS = ("paper", "zero", "auto")
@@ -62,11 +64,24 @@ def set_levels(quantizer: Quantizer, level: Tensor) -> None:
             quantizer.offset[position] = level / grid.highest * grid.lowest  # type: ignore[index, operator]
 
 
+SHARED = {"lsq_plus": LearnedStep, "pact": TanhWeight}  # weights that another family has too
+
+
+def _weights(family: str) -> list[tuple[str, bool]]:
+    """Grids, and whether each row has a level: all for the first family, and no more than are needed for the others."""
+    if family == "clip":
+        return [(grid, channels) for grid in WEIGHT_GRIDS for channels in (False, True)]
+    kind = QUANTIZERS[family].weight
+    if family in SHARED and not {"forward", "fit", "step", "codes"} & set(vars(kind)):
+        assert issubclass(kind, SHARED[family])
+        return [("paper", True)]
+    return [(grid, channels) for grid in ("paper", "zero") for channels in (False, True)]
+
+
 CASES = [
     Case(family, operand, channels)
     for family in QUANTIZERS
-    for operand in (*WEIGHT_GRIDS, "unsigned", "signed")
-    for channels in ((False, True) if operand in WEIGHT_GRIDS else (False,))
+    for operand, channels in (*_weights(family), ("unsigned", False), ("signed", False))
 ]
 
 

@@ -52,7 +52,10 @@ def compare(
         expected = (upstream * terms).sum_to_size(quantizer.shape)
         # Terms as large as the highest code may cancel in the sum.
         torch.testing.assert_close(
-            parameter.grad[active], expected, rtol=1e-9, atol=1e-12 * float(terms.abs().max()) * x.numel()
+            parameter.grad[active],
+            expected,
+            rtol=1e-9,
+            atol=1e-13 * max(1.0, float(terms.abs().max())) * x.numel(),
         )
 
 
@@ -60,8 +63,10 @@ def _table(rows: list[list[float]]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-LSQ = [Case(f, o, c) for f in ("lsq", "lsq_plus") for o in ("paper", "zero") for c in (False, True)] + [
-    Case("lsq", operand, False) for operand in ("unsigned", "signed")
+LSQ = [Case("lsq", o, c) for o in ("paper", "zero") for c in (False, True)] + [
+    Case("lsq_plus", "paper", True),
+    Case("lsq", "unsigned", False),
+    Case("lsq", "signed", False),
 ]
 
 
@@ -219,7 +224,9 @@ def test_pact_learns_from_what_it_cuts_off_alone(
     compare(quantizer, torch.cat([x, torch.full((ROWS, 1), level)], 1), twin)
 
 
-@each([Case(f, o, c) for f in ("pact", "dorefa") for o in ("paper", "zero") for c in (False, True)])
+@each(
+    [Case("dorefa", o, c) for o in ("paper", "zero") for c in (False, True)] + [Case("pact", "paper", True)]
+)
 @given(x=tensors(ROWS, torch.float64), level=levels(), width=bits())
 def test_tanh_weights_are_the_papers_formula(case: Case, x: Tensor, level: float, width: int) -> None:
     """arXiv:1606.06160, Eq. 9 times the level; the gradient is that of tanh(w) / max|tanh(w)| with the maximum held."""

@@ -100,7 +100,7 @@ def test_levels_start_as_published(granularity: str, normalized: bool) -> None:
 
     first, second, head = layers
     for name in (first, second):
-        weight = layers[name].latent_weight()
+        weight = layers[name].latent_weight().detach()
         expected = 1.0 if normalized else float(weight.std())
         levels = layers[name].weight_quantizer.clipping_level  # type: ignore[union-attr]
         torch.testing.assert_close(levels, torch.full_like(levels, expected))  # type: ignore[arg-type]

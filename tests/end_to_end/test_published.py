@@ -10,9 +10,12 @@ from typer.testing import CliRunner
 
 import saqcli
 from saqcli.cli import app
-from saqcli.config import recipes, resolve
+from saqcli.config import TrainingSection, recipes, resolve
+from saqcli.quant.convert import Scheme
+from saqcli.quant.quantizers import QUANTIZERS
 from saqcli.workflows.calibration import scheme_of
 from saqcli.workflows.finetune import check_training, make_optimizer, make_schedule
+from tests import tiny
 from tests.digits import MODEL, float_options
 
 QUICK = ("--set", "data.calibration_images=128", "--set", "data.verify_images=50")
@@ -129,6 +132,23 @@ def test_a_run_whose_weights_are_transformed_is_resumed_from_latent_weights(
     assert saq("eval", run, "--data", digits / "images")["top1"] == answer["top1"]
     with torch.no_grad():
         assert saqcli.load(run)(torch.randn(2, 1, 16, 16)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_what_quantizers_learn_has_an_optimizer_group_of_its_own(name: str) -> None:
+    net, x = tiny.build("conv_bn")
+    layers = tiny.quantized(net, x, scheme=Scheme(quantizer=name))
+    training = TrainingSection(lr=0.1, clip_lr_factor=0.5, weight_decay=1e-3)
+    optimizer = make_optimizer(net, training)
+    learned = [
+        p for layer in layers.values() for q in (layer.weight_quantizer, layer.input_quantizer)
+        for p in q.parameters()
+    ]  # fmt: skip
+    others, clips = optimizer.param_groups
+    assert {id(p) for p in clips["params"]} == {id(p) for p in learned}
+    assert len(others["params"]) + len(learned) == len(list(net.parameters()))
+    assert (clips["lr"], clips["weight_decay"]) == (0.05, 0.0)
+    assert (others["lr"], others["weight_decay"]) == (0.1, 1e-3)
 
 
 def test_granularity_and_weight_normalization_are_options(digits: Path, tmp_path: Path) -> None:

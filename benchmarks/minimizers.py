@@ -91,7 +91,7 @@ class Prepared:
         statistics_ = calibrate(self.network, self._images, base, SILENT)
         policy = explicit_policy(base, self.network)
         assert policy is not None
-        install_quantizers(base, self.network, policy, statistics_)
+        install_quantizers(base, self.network, policy, statistics_, self._images, SILENT)
         self.initial = {name: value.clone() for name, value in self.network.model.state_dict().items()}
 
     def config(self, name: str, seed: int) -> RunConfig:

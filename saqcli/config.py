@@ -70,6 +70,8 @@ class QuantizationSection(_Section):
     quantizer: str = "clip"
     weight_grid: Literal["auto", "paper", "zero"] = "auto"
     granularity: Literal["channel", "tensor"] = "channel"
+    weight_normalization: bool = False
+    clip_init: Literal["error", "paper"] = "error"
 
 
 class TrainingSection(_Section):

@@ -29,7 +29,7 @@ FAMILIES = {
     "algorithms/searchers": {"problem", "knapsack"},
     "algorithms/instruments": {"base", "curvature", "inputs"},
     "algorithms/exporters": {"facts", "operators", "onnx_layerwise"},
-    "quant/quantizers": {"base"},
+    "quant/quantizers": {"base", "learned_step", "offset_search", "tanh_weight"},
 }
 
 

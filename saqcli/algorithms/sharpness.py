@@ -211,10 +211,12 @@ def _members(model: nn.Module, kinds: set[Kind]) -> Iterator[_Member]:
                 chosen.append((module.latent_weight(), True, module))
             if "biases" in kinds:
                 chosen += [(module._parameters.get(name), False, None) for name in ("bias", "in_proj_bias")]
-            if "activation_clips" in kinds:
-                chosen.append((getattr(module.input_quantizer, "clipping_level", None), True, None))
-            if "weight_clips" in kinds:
-                chosen.append((getattr(module.weight_quantizer, "clipping_level", None), True, None))
+            for kind, quantizer in (
+                ("activation_clips", module.input_quantizer),
+                ("weight_clips", module.weight_quantizer),
+            ):
+                if kind in kinds:  # levels and steps multiply; an offset shifts
+                    chosen += [(p, name != "offset", None) for name, p in quantizer.named_parameters()]
         for parameter, scales, layer in chosen:
             if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))

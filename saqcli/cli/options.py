@@ -79,6 +79,26 @@ Policy = Annotated[
 Candidates = Annotated[
     str | None, typer.Option(metavar="2,3,4", help="Bit-widths that a layer may have.", rich_help_panel=BITS)
 ]
+QuantizerName = Annotated[
+    str | None,
+    typer.Option("--quantizer", help="clip, lsq, lsq_plus, pact or dorefa.", rich_help_panel=BITS),
+]
+Granularity = Annotated[
+    str | None,
+    typer.Option(
+        metavar="channel|tensor",
+        help="Levels for every output channel of a weight, or for all of it.",
+        rich_help_panel=BITS,
+    ),
+]
+WeightNorm = Annotated[
+    bool | None,
+    typer.Option(
+        "--weight-norm/--no-weight-norm",
+        help="Quantize convolutions in deviations from the mean weight.",
+        rich_help_panel=BITS,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show where an unexpected error came from.")]

@@ -8,16 +8,18 @@ each bit-width would make. Weights need no data: they are fitted tensor by tenso
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from saqcli.quant.layers import QuantizedLayer, quantized_layers
+from saqcli.quant.layers import QuantizedLayer, is_convolution, quantized_layers
 from saqcli.quant.quantizers import Quantizer
 
 SAMPLES_PER_BATCH = (
     8192  # values kept of a layer's input in each batch; 8 batches of them place a level to 1 %
 )
+ClipInit = Literal["error", "paper"]
 
 
 @dataclass
@@ -103,11 +105,58 @@ def observe(model: nn.Module, batches: Iterable[Tensor], seed: int = 0) -> dict[
     return statistics
 
 
-def fit(model: nn.Module, statistics: Mapping[str, InputStatistics]) -> None:
-    """Set every clipping level of every installed quantizer, all candidates included."""
+def fit(model: nn.Module, statistics: Mapping[str, InputStatistics], clip_init: ClipInit = "error") -> None:
+    """Set the levels, steps and offsets of every installed quantizer, all candidates included.
+
+    Args:
+        model: with quantizers installed.
+        statistics: by layer, from ``observe``.
+        clip_init: at the least squared ``error``, or as in the SAQ ``paper``.
+    """
     for name, layer in quantized_layers(model).items():
+        linear = not is_convolution(layer)
         if isinstance(layer.weight_quantizer, Quantizer):
-            layer.weight_quantizer.fit(layer.effective_weight().detach())
+            _start(layer.weight_quantizer, layer.effective_weight().detach(), clip_init, linear)
         if isinstance(layer.input_quantizer, Quantizer):
-            samples = statistics[name].samples
-            layer.input_quantizer.fit(samples.to(layer.latent_weight().device))
+            samples = statistics[name].samples.to(layer.latent_weight().device)
+            _start(layer.input_quantizer, samples, clip_init, linear)
+
+
+@torch.no_grad()
+def settle_batch_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Estimate the running statistics of every batch norm anew, as means over ``batches``; all else stays in eval mode.
+
+    Weight normalization takes the mean out of every weight. That shifts what a convolution returns by much where its
+    inputs are positive, and a batch norm in training mode would take the shift out again.
+
+    Args:
+        model: quantized; its mode is restored.
+        batches: images, (N, C, H, W), on the model's device.
+    """
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
+    modes = {module: module.training for module in model.modules()}
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over all batches
+            norm.train()
+        for images in batches:
+            model(images)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, training in modes.items():
+            module.training = training
+
+
+def _start(quantizer: Quantizer, x: Tensor, clip_init: ClipInit, linear: bool) -> None:
+    if clip_init == "paper":
+        quantizer.fit_as_published(x, linear=linear)
+    else:
+        quantizer.fit(x)

@@ -3,6 +3,7 @@
 wrap      every convolution and linear layer becomes a quantized layer that still computes in floating point
 install   gives the layers their quantizers, once the traced and calibrated facts are known
 apply     sets the active bits everywhere; the only writer of bits
+fold      leaves nothing of the weight quantizers but rounding, for files
 unwrap    the same modules with their float classes back
 """
 
@@ -15,12 +16,15 @@ from torch import nn
 from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.quant import grids
 from saqcli.quant.bits import BitConfig
+from saqcli.quant.calibrate import ClipInit
 from saqcli.quant.grids import WeightGrid
 from saqcli.quant.layers import (
     CONVOLUTIONS,
     TRANSPOSED,
     QuantizedLayer,
+    is_convolution,
     quantized_layers,
+    stores_codes,
     unwrap_layer,
     wrap_layer,
 )
@@ -38,6 +42,8 @@ class Scheme(BaseModel):
         quantizer: name in ``QUANTIZERS``.
         weight_grid: ``auto`` (the paper's up to 7 bits, int8 at 8), ``paper`` or ``zero``.
         granularity: a clipping level per output ``channel`` of a weight, or one per ``tensor``.
+        weight_normalization: quantize the weights of convolutions in deviations from their mean (``clip`` alone).
+        clip_init: levels start at the least squared ``error``, or as in the SAQ ``paper`` (``clip`` alone).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,6 +51,26 @@ class Scheme(BaseModel):
     quantizer: str = "clip"
     weight_grid: WeightGrid = "auto"
     granularity: Literal["channel", "tensor"] = "channel"
+    weight_normalization: bool = False
+    clip_init: ClipInit = "error"
+
+    def check(self) -> None:
+        """Refuse an unknown quantizer, and options that the quantizer does not have.
+
+        Raises:
+            ConfigError: names the option.
+        """
+        if _family(self.quantizer).normalized is not None:
+            return
+        able = ", ".join(name for name, family in QUANTIZERS.items() if family.normalized is not None)
+        if self.weight_normalization:
+            raise ConfigError(
+                f"quantizer {self.quantizer} has no weight normalization: choose {able}, or --no-weight-norm"
+            )
+        if self.clip_init == "paper":
+            raise ConfigError(
+                f"clip_init paper is not defined for quantizer {self.quantizer}: choose {able}, or clip_init error"
+            )
 
     def level_shape(self, layer: QuantizedLayer) -> tuple[int, ...]:
         """Shape of one clipping level of the layer's weight; broadcasts against it."""
@@ -55,9 +81,14 @@ class Scheme(BaseModel):
 
     def weight_quantizer(self, layer: QuantizedLayer, candidates: Iterable[int]) -> Quantizer:
         """A quantizer for the layer's weight, its levels not yet fitted."""
+        self.check()
         family = _family(self.quantizer)
+        kind = family.weight
+        if self.weight_normalization and is_convolution(layer):
+            assert family.normalized is not None
+            kind = family.normalized
         by_bits = {bits: grids.weights(bits, self.weight_grid) for bits in candidates}
-        return family.weight(by_bits, self.level_shape(layer)).to(layer.latent_weight().device)
+        return kind(by_bits, self.level_shape(layer)).to(layer.latent_weight().device)
 
     def input_quantizer(self, layer: QuantizedLayer, candidates: Iterable[int], *, signed: bool) -> Quantizer:
         """A quantizer for the layer's input, its levels not yet fitted."""
@@ -194,6 +225,20 @@ def apply(model: nn.Module, config: BitConfig) -> None:
         ):
             if isinstance(quantizer, Quantizer) and width is not None:
                 quantizer.select(width)
+
+
+def fold(model: nn.Module) -> None:
+    """Give every weight quantizer its plain form, in place; not one output bit changes.
+
+    Layers that derive their weight from the latent one (standardized convolutions) stay as they are: files hold
+    their float weight.
+    """
+    for layer in quantized_layers(model).values():
+        quantizer, weight = layer.weight_quantizer, layer.latent_weight()
+        if isinstance(quantizer, Quantizer) and stores_codes(layer):
+            layer.weight_quantizer, folded = quantizer.fold(weight)
+            if folded is not weight:  # a parameter of its own: another layer may share the old one
+                layer._parameters[layer.weight_name] = nn.Parameter(folded.detach(), weight.requires_grad)
 
 
 def active_bits(model: nn.Module, name: str, order: Iterable[str]) -> BitConfig:

@@ -16,7 +16,7 @@ from torch import nn
 from saqcli.errors import InfeasibleBudget
 from saqcli.quant.bits import FLOAT_BITS, PINNED_BITS, BitConfig, LayerBits, uniform
 from saqcli.quant.layers import QuantizedLayer
-from saqcli.quant.quantizers import Quantizer
+from saqcli.quant.quantizers import quantizers_of
 from saqcli.quant.trace import LayerTrace, Trace
 from saqcli.units import format_quantity
 
@@ -153,9 +153,11 @@ def size_bytes(model: nn.Module, config: BitConfig | None) -> int:
             packed.add(id(weight))
             total += ceil(weight.numel() * (bits or FLOAT_BITS) / 8)
             total += 4 * weight.shape[layer.channel_dim] if bits else 0
-    levels = {id(m.clipping_level) for m in model.modules() if isinstance(m, Quantizer)}
-    total += sum(4 * p.numel() for p in model.parameters() if id(p) not in packed | levels)
-    return total + sum(4 * b.numel() for b in model.buffers() if b.is_floating_point())
+    counted = packed | {id(t) for q in quantizers_of(model) for t in (*q.parameters(), *q.buffers())}
+    total += sum(4 * p.numel() for p in model.parameters() if id(p) not in counted)
+    return total + sum(
+        4 * b.numel() for b in model.buffers() if b.is_floating_point() and id(b) not in counted
+    )
 
 
 def decisions(layers: Iterable[LayerCost]) -> Mapping[str, list[LayerCost]]:

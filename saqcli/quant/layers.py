@@ -143,6 +143,16 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
 
+def is_convolution(layer: QuantizedLayer) -> bool:
+    """Whether the float layer is a convolution, transposed or not."""
+    return issubclass(layer.float_class, (*CONVOLUTIONS, *TRANSPOSED))
+
+
+def stores_codes(layer: QuantizedLayer) -> bool:
+    """Whether the float weight can be rebuilt from codes; not where another weight is derived from it."""
+    return type(layer).effective_weight is QuantizedLayer.effective_weight
+
+
 def zero_ports(layers: Iterable[QuantizedLayer]) -> list[Tensor]:
     """A zero leaf for every layer, shape and dtype of its effective weight; its gradient is dL/dQ(w)."""
     return [torch.zeros_like(layer.latent_weight(), requires_grad=True) for layer in layers]

@@ -32,7 +32,7 @@ def best_level(x: Tensor, grid: Grid, shape: tuple[int, ...] = ()) -> Tensor:
         Positive and finite even where a channel is constant or all zero.
     """
     x = x.detach().float()
-    floor = _floor(float(x.abs().max()), grid)
+    floor = least_level(float(x.abs().max()), grid)
     widest = _widest(x, grid, shape).clamp_min(floor)
     level, error = widest, squared_error(x, widest, grid)
     for fraction in SCAN[1:]:
@@ -43,7 +43,7 @@ def best_level(x: Tensor, grid: Grid, shape: tuple[int, ...] = ()) -> Tensor:
             level, error = _better(x, grid, level, error, (centre * ratio**k).clamp_min(floor))
     for _ in range(FIXED_POINT_STEPS):
         codes = codes_of(x, step_of(level, grid), grid)
-        numerator, denominator = _reduce(x * codes, shape, "sum"), _reduce(codes * codes, shape, "sum")
+        numerator, denominator = reduce_to(x * codes, shape, "sum"), reduce_to(codes * codes, shape, "sum")
         proposal = torch.where(denominator > 0, numerator / denominator.clamp_min(1) * grid.highest, level)
         level, error = _better(x, grid, level, error, proposal.clamp_min(floor))
     return level
@@ -52,7 +52,7 @@ def best_level(x: Tensor, grid: Grid, shape: tuple[int, ...] = ()) -> Tensor:
 def squared_error(x: Tensor, level: Tensor, grid: Grid) -> Tensor:
     """Sum of squared errors of quantizing ``x``, in the shape of ``level``."""
     step = step_of(level, grid)
-    return _reduce((codes_of(x, step, grid) * step - x).square_(), tuple(level.shape), "sum")
+    return reduce_to((codes_of(x, step, grid) * step - x).square_(), tuple(level.shape), "sum")
 
 
 def noise_to_signal(x: Tensor, level: Tensor, grid: Grid) -> float:
@@ -62,7 +62,7 @@ def noise_to_signal(x: Tensor, level: Tensor, grid: Grid) -> float:
     return float(squared_error(x, level, grid).double().sum()) / power if power > 0 else 0.0
 
 
-def _floor(largest: float, grid: Grid) -> float:
+def least_level(largest: float, grid: Grid) -> float:
     """The least level of any channel: of no weight beside the others, and never 0."""
     if largest > 0:
         return largest * EMPTY_FRACTION
@@ -71,10 +71,10 @@ def _floor(largest: float, grid: Grid) -> float:
 
 def _widest(x: Tensor, grid: Grid, shape: tuple[int, ...]) -> Tensor:
     """The least level at which nothing is clipped; a grid may reach further below zero than above."""
-    above = _reduce(x, shape, "amax")
+    above = reduce_to(x, shape, "amax")
     if grid.lowest == 0:
         return above
-    return torch.maximum(above, _reduce(-x, shape, "amax") * (grid.highest / -grid.lowest))
+    return torch.maximum(above, reduce_to(-x, shape, "amax") * (grid.highest / -grid.lowest))
 
 
 def _better(x: Tensor, grid: Grid, level: Tensor, error: Tensor, proposal: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def _better(x: Tensor, grid: Grid, level: Tensor, error: Tensor, proposal: Tenso
     return torch.where(improves, proposal, level), torch.where(improves, candidate, error)
 
 
-def _reduce(x: Tensor, shape: tuple[int, ...], how: str) -> Tensor:
+def reduce_to(x: Tensor, shape: tuple[int, ...], how: str) -> Tensor:
     """``x`` reduced to ``shape`` by sum or maximum."""
     dims = [d for d in range(x.dim()) if not shape or shape[d] == 1]
     reduced: Tensor = getattr(x, how)(dim=dims, keepdim=bool(shape)) if dims else x

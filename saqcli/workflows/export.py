@@ -20,6 +20,7 @@ from saqcli.io.files import replacing
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
+from saqcli.quant import convert
 from saqcli.workflows.predictors import finished_model, onnx_session, restore
 from saqcli.workflows.setup import open_named, validation_loader
 from saqcli.workflows.verify import PYTORCH, Verdict, compare
@@ -117,7 +118,11 @@ def export_verified(
     with replacing(path) as temporary:
         exporter.export(model, example, temporary, facts)
         if exporter.suffix == ".onnx":
-            exact = copy.deepcopy(model).double()
+            exact = copy.deepcopy(model)
+            convert.fold(
+                exact
+            )  # so that its codes are those of the file: a transformation would round otherwise
+            exact.double()
             runs: dict[str, Callable[[Tensor], Tensor]] = {**_sessions(temporary), PYTORCH: model}
             verdict = compare(lambda images: exact(images.double()), runs, batches, count, progress)
             _prove_layers(verdict, temporary, model, batches)

@@ -13,6 +13,7 @@ from saqcli.algorithms.objective import Distillation, Objective
 from saqcli.config import RunConfig, TrainingSection
 from saqcli.errors import ConfigError
 from saqcli.quant.layers import quantized_layers
+from saqcli.quant.quantizers import quantizers_of
 from saqcli.workflows.setup import SMALL_IMAGES
 
 # Liu et al. (arXiv:2111.12273), section 5: radius by bit-width, for images of 32 and of 224 pixels.
@@ -21,10 +22,10 @@ LARGE_IMAGE_RHO = {2: 0.15, 3: 0.15, 4: 0.3}
 
 
 def make_optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.Optimizer:
-    """timm's optimizer of that name; clipping levels have a group of their own."""
+    """timm's optimizer of that name; what quantizers learn has a group of its own."""
     from timm.optim import create_optimizer_v2
 
-    clips = [p for name, p in model.named_parameters() if name.endswith("clipping_level")]
+    clips = [p for quantizer in quantizers_of(model) for p in quantizer.parameters()]
     ids = {id(p) for p in clips}
     others = [p for p in model.parameters() if id(p) not in ids]
     groups = [

@@ -35,7 +35,6 @@ from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig, parse_bits
 from saqcli.quant.calibrate import InputStatistics
 from saqcli.quant.cost import size_bytes
-from saqcli.quant.quantizers import QUANTIZERS
 from saqcli.units import parse_quantity
 from saqcli.workflows.calibration import calibrate, choose_bits, install_quantizers, scheme_of
 from saqcli.workflows.export import export_verified
@@ -99,10 +98,10 @@ def check(config: RunConfig) -> None:
     for kind, name, table in (
         ("method", config.training.method, MINIMIZERS),
         ("searcher", config.quantization.searcher, SEARCHERS),
-        ("quantizer", config.quantization.quantizer, QUANTIZERS),
     ):
         if name not in table:
             raise ConfigError(f"there is no {kind} {name!r}: choose from {', '.join(table)}")
+    scheme_of(config).check()
     check_training(config)
     if config.quantization.bits:
         parse_bits(config.quantization.bits)
@@ -141,7 +140,7 @@ def begin(
     float_size = size_bytes(model, None)
     statistics = calibrate(network, images, config, progress)
     policy, budget = choose_bits(config, network, statistics, progress)
-    quantized = install_quantizers(config, network, policy, statistics)
+    quantized = install_quantizers(config, network, policy, statistics, images, progress)
     calibrated = score(quantized, validation, "evaluating calibrated", device, progress)
     progress.note(f"float {float_score.top1:.2f} %, calibrated {calibrated.top1:.2f} % top-1")
     outcome = Outcome(

@@ -176,8 +176,8 @@ class Images:
         check_same_classes(train, val)
         return cls(train, val, preprocessing, config.data, device, config.run.seed)
 
-    def training(self) -> Loader:
-        """Shuffled and augmented; call ``set_epoch`` before each pass."""
+    def training(self, limit: int | None = None) -> Loader:
+        """Shuffled and augmented, ``limit`` images at most; call ``set_epoch`` before each pass."""
         wanted = self.section.augmentation
         return make_loader(
             self.train,
@@ -190,7 +190,8 @@ class Images:
             workers=workers_of(self.section, self.preprocessing),
             device=self.device,
             seed=self.seed,
-            drop_last=self.train.images >= self.section.batch_size,
+            drop_last=limit is None and self.train.images >= self.section.batch_size,
+            limit=limit,
             crop_scale=self.section.crop_scale,
         )
 

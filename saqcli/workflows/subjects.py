@@ -166,7 +166,7 @@ def _calibrated(
     network, images = prepare(config, device, progress)
     statistics = calibrate(network, images, config, progress)
     chosen, _ = choose_bits(config, network, statistics, progress)
-    model = install_quantizers(config, network, chosen, statistics)
+    model = install_quantizers(config, network, chosen, statistics, images, progress)
     return model, describe(config, network, chosen, statistics, images)
 
 

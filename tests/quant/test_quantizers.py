@@ -1,10 +1,9 @@
 """Properties of every quantizer in the table, and the closed forms of the one from the paper."""
 
-from typing import NamedTuple
-
 import numpy as np
 import pytest
 import torch
+from cases import CASES, ROWS, Case, bounds, each, plain_of
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import BITS, bits, levels, tensors
@@ -12,61 +11,14 @@ from torch import Tensor
 
 from saqcli.errors import ConfigError
 from saqcli.quant import grids
-from saqcli.quant.grids import Grid
-from saqcli.quant.quantizers import QUANTIZERS, Quantizer
+from saqcli.quant.quantizers import Quantizer, quantizers_of
 
-ROWS = 3
 FLOAT64_EPS = torch.finfo(torch.float64).eps
 
-
-class Case(NamedTuple):
-    """A quantizer of the table on one of its grids; ``channels`` gives every row its own level."""
-
-    family: str
-    operand: str
-    channels: bool
-
-    def grid(self, width: int) -> Grid:
-        if self.operand in ("paper", "zero", "auto"):
-            return grids.weights(width, self.operand)  # type: ignore[arg-type]
-        return grids.activations(width, signed=self.operand == "signed")
-
-    def build(self, level: float, widths: tuple[int, ...] = tuple(BITS)) -> Quantizer:
-        """All ``widths`` as candidates; rows have the levels level, 2 level, 3 level where they have their own."""
-        family = QUANTIZERS[self.family]
-        by_bits = {width: self.grid(width) for width in widths}
-        if self.operand in ("signed", "unsigned"):
-            quantizer: Quantizer = family.activation(by_bits)
-        else:
-            quantizer = family.weight(by_bits, (ROWS, 1) if self.channels else ())
-        with torch.no_grad():
-            row = torch.tensor([[1.0], [2.0], [3.0]]) if self.channels else torch.tensor(1.0)
-            for position in range(len(widths)):
-                quantizer.clipping_level[position] = level * row
-        return quantizer
-
-
-CASES = [
-    Case(family, operand, channels)
-    for family in QUANTIZERS
-    for operand in ("paper", "zero", "auto", "unsigned", "signed")
-    for channels in ((False, True) if operand in ("paper", "zero", "auto") else (False,))
-]
-CLIP_CASES = [case for case in CASES if case.family == "clip"]
-
-
-def _name(case: Case) -> str:
-    return f"{case.family}-{case.operand}{'-channels' if case.channels else ''}"
-
-
-every_quantizer = pytest.mark.parametrize("case", CASES, ids=_name)
-every_clip = pytest.mark.parametrize("case", CLIP_CASES, ids=_name)
-
-
-def bounds(quantizer: Quantizer) -> tuple[Tensor, Tensor]:
-    """Least and greatest value of the active grid."""
-    step, grid = quantizer.step().detach(), quantizer.grid()
-    return step * grid.lowest, step * grid.highest
+every_quantizer = each(CASES)
+every_clip = each([case for case in CASES if case.family == "clip"])
+every_straight = each([case for case in CASES if not case.squeezes])
+every_learner = each([case for case in CASES if case.learns])
 
 
 # Grids
@@ -127,7 +79,7 @@ def test_quantizing_twice_is_quantizing_once(case: Case, x: Tensor, level: float
     quantizer.select(width)
     with torch.no_grad():
         once = quantizer(x)
-        assert torch.equal(quantizer(once), once)
+        assert torch.equal(plain_of(quantizer, x)(once), once)
 
 
 @every_quantizer
@@ -147,6 +99,7 @@ def test_inside_the_range_the_error_is_at_most_half_a_spacing(
 ) -> None:
     quantizer = case.build(level).double()
     quantizer.select(width)
+    quantizer = plain_of(quantizer, x)
     low, high = bounds(quantizer)
     x = torch.minimum(torch.maximum(x, low), high)
     with torch.no_grad():
@@ -161,6 +114,7 @@ def test_inside_the_range_the_error_is_at_most_half_a_spacing(
 def test_beyond_the_range_the_nearest_end_is_taken(case: Case, x: Tensor, level: float, width: int) -> None:
     quantizer = case.build(level)
     quantizer.select(width)
+    quantizer = plain_of(quantizer, x)
     low, high = (bound.expand_as(x) for bound in bounds(quantizer))
     with torch.no_grad():
         q = quantizer(x)
@@ -188,7 +142,26 @@ def test_codes_are_integers_of_the_grid(case: Case, x: Tensor, level: float, wid
     assert ((codes - grid.lowest) % grid.stride == 0).all()
 
 
-@every_clip
+@every_quantizer
+@given(x=tensors(ROWS), level=levels(), width=bits())
+def test_the_plain_form_computes_the_same_to_the_bit(case: Case, x: Tensor, level: float, width: int) -> None:
+    """Also once the weight is stored as codes: what a file does."""
+    quantizer = case.build(level)
+    quantizer.select(width)
+    with torch.no_grad():
+        q = quantizer(x)
+        plain, folded = quantizer.fold(x)
+        stored = plain.step() * quantizer.codes(x)
+        assert torch.equal(plain(folded), q)
+        assert torch.equal(plain(stored), q)
+    assert plain.bits == width
+    assert plain.candidates == quantizer.candidates
+    if not case.squeezes:
+        assert plain is quantizer
+        assert folded is x
+
+
+@every_quantizer
 @given(x=tensors(ROWS), level=levels(), width=bits())
 def test_the_arithmetic_is_that_of_quantize_linear_and_dequantize_linear(
     case: Case, x: Tensor, level: float, width: int
@@ -196,9 +169,12 @@ def test_the_arithmetic_is_that_of_quantize_linear_and_dequantize_linear(
     """Division by the step, round half to even, saturate, multiply: float32 throughout, as ONNX defines it."""
     quantizer = case.build(level)
     quantizer.select(width)
+    quantizer = plain_of(quantizer, x)
     grid = quantizer.grid()
     values = x.numpy()
-    step = np.abs(quantizer.level().detach().numpy()) / np.float32(grid.highest)
+    step = quantizer.step().detach().numpy()
+    if case.family == "clip":
+        assert np.array_equal(step, np.abs(quantizer.level().detach().numpy()) / np.float32(grid.highest))  # type: ignore[operator]
     scaled = values / step
     if grid.stride == 1:
         codes = np.clip(np.rint(scaled), grid.lowest, grid.highest)
@@ -247,8 +223,8 @@ def test_autocast_changes_nothing(case: Case, width: int) -> None:
 
 @every_quantizer
 def test_the_input_is_left_alone(case: Case) -> None:
-    x = torch.randn(ROWS, 40)
-    before = x.clone()
+    x = torch.randn(ROWS, 40, requires_grad=True)
+    before = x.detach().clone()
     case.build(1.0)(x).sum().backward()
     assert torch.equal(x, before)
 
@@ -273,16 +249,44 @@ def test_switching_bits_and_back_restores_the_output_to_the_bit(case: Case) -> N
             assert torch.equal(quantizer(x), before[width])
 
 
-@every_quantizer
+@every_learner
 @pytest.mark.parametrize("width", BITS)
 def test_inactive_levels_get_a_zero_gradient_and_the_active_one_does_not(case: Case, width: int) -> None:
     quantizer = case.build(1.0)
     quantizer.select(width)
     quantizer(3 * torch.randn(ROWS, 40)).square().sum().backward()
-    grad = quantizer.clipping_level.grad
-    assert grad is not None
-    for position, candidate in enumerate(quantizer.candidates):
-        assert bool((grad[position] != 0).all()) == (candidate == width)
+    assert list(quantizer.parameters())
+    for parameter in quantizer.parameters():
+        assert parameter.grad is not None
+        for position, candidate in enumerate(quantizer.candidates):
+            assert bool((parameter.grad[position] != 0).all()) == (candidate == width)
+
+
+@each([case for case in CASES if not case.learns])
+def test_what_learns_nothing_has_no_parameters_and_keeps_its_levels_in_its_state(case: Case) -> None:
+    quantizer = case.build(1.5)
+    assert not list(quantizer.parameters())
+    assert set(quantizer.state_dict()) == {"clipping_level"}
+
+
+@every_quantizer
+def test_the_state_is_all_that_it_takes_to_build_it_again(case: Case) -> None:
+    quantizer, again = case.build(1.0), case.build(3.0)
+    x = torch.randn(ROWS, 200)
+    quantizer.fit(x)
+    again.load_state_dict(quantizer.state_dict())
+    for width in BITS:
+        quantizer.select(width)
+        again.select(width)
+        with torch.no_grad():
+            assert torch.equal(again(x), quantizer(x))
+
+
+def test_the_quantizers_of_a_model_are_found() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.ReLU(), CASES[0].build(1.0), torch.nn.Sequential(CASES[-1].build(1.0))
+    )
+    assert [type(found) for found in quantizers_of(model)] == [type(model[1]), type(model[2][0])]
 
 
 @every_quantizer
@@ -313,15 +317,18 @@ def test_fitted_levels_err_less_than_clipping_nothing(case: Case, width: int) ->
 # Gradients
 
 
-@every_quantizer
+@every_straight
 @given(x=tensors(ROWS), level=levels(), width=bits())
 def test_the_gradient_passes_straight_through_inside_and_stops_outside(
     case: Case, x: Tensor, level: float, width: int
 ) -> None:
     quantizer = case.build(level)
     quantizer.select(width)
-    high = quantizer.level().detach().expand_as(x)
-    low = high * (quantizer.grid().lowest / quantizer.grid().highest)
+    if hasattr(quantizer, "level"):
+        high = quantizer.level().detach().expand_as(x)
+        low = high * (quantizer.grid().lowest / quantizer.grid().highest)
+    else:
+        low, high = (bound.expand_as(x) for bound in bounds(quantizer))
     x = torch.cat([x, high[:, :1], low[:, :1]], dim=1).requires_grad_()  # the ends belong to the inside
     upstream = torch.cos(torch.arange(x.numel())).view_as(x)
     quantizer(x).backward(upstream)

@@ -22,7 +22,7 @@ from saqcli.quant.fake_quantize import codes_of
 from saqcli.quant.grids import Grid
 from saqcli.quant.quantizers import Quantizer
 
-FULL_RANGES = ((0, 255), (-128, 127))  # of UINT8 and INT8: QuantizeLinear saturates there by itself
+LARGEST_SPAN = 255  # of UINT8 and INT8: QuantizeLinear saturates there by itself
 
 
 @torch.library.custom_op("saq::quantize_input", mutates_args=())
@@ -50,12 +50,19 @@ def _(codes: Tensor, step: Tensor, dim: int) -> Tensor:
 
 def _input_to_onnx(x: Any, step: Any, lowest: int, highest: int) -> Any:
     """Clip in floating point, so that narrower grids fit the 8-bit container; its bounds fold to constants."""
-    dtype = ir.DataType.INT8 if lowest < 0 else ir.DataType.UINT8
-    zero = op.Constant(value=ir.tensor(np.zeros((), dtype.numpy()), dtype=dtype))
-    if (lowest, highest) not in FULL_RANGES:
+    dtype, offset = _container(lowest, highest)
+    zero = op.Constant(value=ir.tensor(np.array(offset, dtype.numpy()), dtype=dtype))
+    if highest - lowest < LARGEST_SPAN:
         bounds = (op.Mul(step, op.Constant(value_float=float(code))) for code in (lowest, highest))
         x = op.Clip(x, *bounds)
     return op.DequantizeLinear(op.QuantizeLinear(x, step, zero), step, zero)
+
+
+def _container(lowest: int, highest: int) -> tuple[ir.DataType, int]:
+    """The 8-bit type that holds the codes, and the integer that stands for zero in it."""
+    if lowest < 0 and lowest >= -128 and highest <= 127:
+        return ir.DataType.INT8, 0
+    return ir.DataType.UINT8, -lowest
 
 
 def _weight_to_onnx(codes: Any, step: Any, dim: int) -> Any:
@@ -94,6 +101,7 @@ class ExportedWeight(nn.Module):
     def __init__(self, quantizer: Quantizer, weight: Tensor, dim: int) -> None:
         super().__init__()
         self.dim = dim
+        quantizer, weight = quantizer.fold(weight)
         container = torch.int8 if quantizer.grid().highest <= 127 else torch.int16
         self.register_buffer("codes", quantizer.codes(weight).to(container))
         step = quantizer.step().detach()

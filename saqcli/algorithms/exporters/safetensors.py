@@ -5,11 +5,12 @@
     everything else  under its own name in the model's state: biases, norms, clipping levels, unquantized
     weights
 
-Loading builds the float architecture, wraps it, and puts ``step * code`` where the float weight was.
-Quantizing that again gives the same codes, so the loaded model equals the saved one bit for bit. No code is
-ever read from the file.
+Weight quantizers are saved, and loaded, in their plain form (``convert.fold``). Loading builds the float
+architecture, wraps it, and puts ``step * code`` where the float weight was. Quantizing that again gives the same
+codes, so the loaded model equals the saved one bit for bit. No code is ever read from the file.
 """
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,8 +22,7 @@ from torch import Tensor, nn
 from saqcli.algorithms.exporters.facts import ModelFacts
 from saqcli.errors import CorruptArtifact, SaqError
 from saqcli.quant import convert
-from saqcli.quant.fake_quantize import step_of
-from saqcli.quant.layers import QuantizedLayer, quantized_layers
+from saqcli.quant.layers import QuantizedLayer, quantized_layers, stores_codes
 from saqcli.quant.packing import pack, unpack
 from saqcli.quant.quantizers import Quantizer
 from saqcli.strict import parse_json
@@ -37,6 +37,8 @@ class SafetensorsExporter:
 
     def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
         """Write ``path``; ``example`` is not needed."""
+        model = copy.deepcopy(model)
+        convert.fold(model)
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         for name, layer in quantized_layers(model).items():
             quantizer = layer.weight_quantizer
@@ -47,11 +49,6 @@ class SafetensorsExporter:
                 state[f"{name}.step"] = quantizer.step().detach().cpu().flatten()
         metadata = {"format": FORMAT, "facts": facts.model_dump_json()}
         save_file({name: value.clone() for name, value in state.items()}, path, metadata=metadata)
-
-
-def stores_codes(layer: QuantizedLayer) -> bool:
-    """Whether the float weight can be rebuilt from codes; not where another weight is derived from it."""
-    return type(layer).effective_weight is QuantizedLayer.effective_weight
 
 
 def read_facts(path: Path) -> ModelFacts:
@@ -95,6 +92,7 @@ def rebuild(model: nn.Module, facts: ModelFacts, tensors: Mapping[str, Tensor], 
     """
     try:
         restore_structure(model, facts)
+        convert.fold(model)
     except SaqError as error:
         raise CorruptArtifact(f"{source} describes a model that cannot be built: {error}") from None
     state = dict(tensors)
@@ -117,10 +115,14 @@ def _weight(state: dict[str, Tensor], name: str, layer: QuantizedLayer, quantize
     """``step * code`` of one layer, both taken out of ``state``."""
     grid, shape = quantizer.grid(), tuple(layer.latent_weight().shape)
     packed, step = state.pop(f"{name}.codes"), state.pop(f"{name}.step", None)
-    level = state.get(f"{name}.weight_quantizer.clipping_level")
-    if level is None or level.shape != quantizer.clipping_level.shape:
-        raise CorruptArtifact("the clipping level is missing or of another shape")
-    expected = step_of(level[0], grid)
+    prefix = f"{name}.weight_quantizer."
+    try:
+        quantizer.load_state_dict(
+            {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        )
+    except RuntimeError:
+        raise CorruptArtifact("what its quantizer needs is missing or of another shape") from None
+    expected = quantizer.step().detach()
     if step is None or step.shape != expected.flatten().shape or not torch.allclose(step, expected.flatten()):
         raise CorruptArtifact("the steps of the codes do not belong to its grid and clipping level")
     return unpack(packed, grid, quantizer.bits, shape) * expected

@@ -1,8 +1,9 @@
 """Bits by quantization error alone: seconds, no training, an exact knapsack.
 
 The output noise of a layer, relative to its signal, is to first order the sum of the noise-to-signal ratios
-of its weight and of its input. The searcher minimises the sum of these over all layers under the budget. It
-knows nothing of how much a layer's noise matters to the loss; it is what a learned search must beat.
+of its weight and of its input, each on the scheme's grid at the level of least squared error, whatever the
+quantizer. The searcher minimises the sum of these over all layers under the budget. It knows nothing of how
+much a layer's noise matters to the loss; it is what a learned search must beat.
 """
 
 import torch

@@ -1,26 +1,51 @@
 """The family of quantizers: one file each, one line each in the table.
 
-A quantizer is a module that maps a tensor onto a ``Grid``, with a clipping level for every candidate
+A quantizer is a module that maps a tensor onto a ``Grid``, with numbers of its own for every candidate
 bit-width. To add one: write ``saqcli/quant/quantizers/NAME.py`` with a weight and an activation class derived
 from ``Quantizer``, and add its line here. The property tests run over the table.
 """
 
 from typing import NamedTuple
 
-from saqcli.quant.quantizers.base import Quantizer
-from saqcli.quant.quantizers.clip import ClipActivation, ClipWeight
+from saqcli.quant.quantizers.base import Quantizer, quantizers_of
+from saqcli.quant.quantizers.clip import ClipActivation, ClipWeight, NormalizedClipWeight
+from saqcli.quant.quantizers.dorefa import DorefaActivation, DorefaWeight
+from saqcli.quant.quantizers.lsq import LsqActivation, LsqWeight
+from saqcli.quant.quantizers.lsq_plus import LsqPlusActivation, LsqPlusWeight
+from saqcli.quant.quantizers.pact import PactActivation, PactWeight
 
 
 class Family(NamedTuple):
-    """The two halves of a quantizer and what a list of quantizers says about it."""
+    """The two halves of a quantizer and what a list of quantizers says about it.
+
+    Attributes:
+        weight: class for weights.
+        activation: class for the inputs of layers.
+        description: one line.
+        normalized: class for weights under weight normalization; None where there is none.
+    """
 
     weight: type[Quantizer]
     activation: type[Quantizer]
     description: str
+    normalized: type[Quantizer] | None = None
 
 
 QUANTIZERS: dict[str, Family] = {
-    "clip": Family(ClipWeight, ClipActivation, "learned clipping level, as in SAQ (arXiv:2111.12273)"),
+    "clip": Family(
+        ClipWeight,
+        ClipActivation,
+        "learned clipping level, as in SAQ (arXiv:2111.12273)",
+        NormalizedClipWeight,
+    ),
+    "lsq": Family(LsqWeight, LsqActivation, "learned step (arXiv:1902.08153)"),
+    "lsq_plus": Family(
+        LsqPlusWeight, LsqPlusActivation, "learned step, inputs with a learned offset (arXiv:2004.09576)"
+    ),
+    "pact": Family(
+        PactWeight, PactActivation, "tanh weights, inputs clipped where learned (arXiv:1805.06085)"
+    ),
+    "dorefa": Family(DorefaWeight, DorefaActivation, "tanh weights, nothing learned (arXiv:1606.06160)"),
 }
 
-__all__ = ["QUANTIZERS", "Family", "Quantizer"]
+__all__ = ["QUANTIZERS", "Family", "Quantizer", "quantizers_of"]

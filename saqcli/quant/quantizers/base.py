@@ -1,13 +1,16 @@
-"""What every quantizer is: a grid and a trainable clipping level for each candidate bit-width, one of them
-active.
+"""What every quantizer is: a grid for each candidate bit-width, one of them active, and how large its steps are.
 
-Levels of all candidates are one stacked Parameter ``(candidates, *shape)``, so that every pass uses the same
-parameters whatever bits are active (data-parallel training needs no search for unused ones) and switching
-bits is one assignment.
+Numbers that say so (clipping levels, step sizes, offsets) are stacked over all candidates, ``(candidates,
+*shape)``, so that every pass uses the same parameters whatever bits are active (data-parallel training needs no
+search for unused ones) and switching bits is one assignment.
+
+A quantizer that transforms its tensor before it rounds has a *plain form*, which ``fold`` gives: a quantizer
+and a weight that compute the same quantized weight to the last bit, with nothing but rounding left. Files hold
+plain forms, since a weight that is stored as ``step * code`` must not be transformed again.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from saqcli.errors import ConfigError
 from saqcli.quant.fake_quantize import codes_of, step_of
 from saqcli.quant.grids import Grid
+from saqcli.quant.levels import best_level
 
 
 class Quantizer(nn.Module, ABC):
@@ -22,7 +26,7 @@ class Quantizer(nn.Module, ABC):
 
     Attributes:
         candidates: bit-widths to choose from, ascending; one where precision is fixed.
-        clipping_level: trainable, ``(len(candidates), *shape)``, in units of the tensor.
+        shape: of one clipping level or step; broadcasts against the tensor.
     """
 
     def __init__(self, grids: Mapping[int, Grid], shape: tuple[int, ...] = ()) -> None:
@@ -30,7 +34,7 @@ class Quantizer(nn.Module, ABC):
         super().__init__()
         self.grids = dict(sorted(grids.items()))
         self.candidates = tuple(self.grids)
-        self.clipping_level = nn.Parameter(torch.ones(len(self.candidates), *shape))
+        self.shape = shape
         self._active = 0
 
     @property
@@ -54,13 +58,9 @@ class Quantizer(nn.Module, ABC):
         """The active codes."""
         return self.grids[self.bits]
 
-    def level(self) -> Tensor:
-        """The active clipping level, differentiable, in the shape that broadcasts against the tensor."""
-        return self.clipping_level[self._active]
-
+    @abstractmethod
     def step(self) -> Tensor:
-        """The active step: ``value = step * code``."""
-        return step_of(self.level(), self.grid())
+        """The active step, positive, in ``shape``: ``value = step * code``, of the plain form at least."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -68,13 +68,76 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def fit(self, x: Tensor) -> None:
-        """Set the levels of all candidates so that they represent ``x`` well."""
+        """Set what belongs to all candidates so that they represent ``x`` well."""
+
+    def fit_as_published(self, x: Tensor, *, linear: bool) -> None:
+        """Set what belongs to all candidates as the SAQ paper does; ``linear``: of a layer that is no convolution.
+
+        Raises:
+            ConfigError: the quantizer is not that paper's.
+        """
+        raise ConfigError(f"{type(self).__name__} has no initial levels of SAQ: give clip_init error")
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        """The integers that stand for ``x``: ``step() * codes(x)`` is ``forward(x)``."""
+        """The integers that stand for ``x``: in the plain form ``step() * codes(x)`` is ``forward(x)``."""
         return codes_of(x.detach().float(), self.step(), self.grid()).to(torch.int32)
+
+    def fold(self, weight: Tensor) -> "tuple[Quantizer, Tensor]":
+        """The plain form: a quantizer that transforms nothing, and the weight to give it.
+
+        Args:
+            weight: what this quantizer is given.
+
+        Returns:
+            ``(plain, w)``: ``plain(w)`` equals ``self(weight)`` to the last bit, and ``plain.step() * plain.codes(w)``
+            likewise. The very arguments where there is nothing to fold. Holds at the active bits.
+        """
+        return self, weight
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""
-        return f"bits={self.bits}, candidates={self.candidates}, shape={tuple(self.clipping_level.shape[1:])}"
+        return f"bits={self.bits}, candidates={self.candidates}, shape={self.shape}"
+
+
+class LevelQuantizer(Quantizer):
+    """A quantizer with a clipping level, the value of its highest code, for each candidate.
+
+    Attributes:
+        clipping_level: ``(len(candidates), *shape)``, in units of the tensor; a parameter where it is ``trained``.
+    """
+
+    trained = True
+    clipping_level: Tensor
+
+    def __init__(self, grids: Mapping[int, Grid], shape: tuple[int, ...] = ()) -> None:
+        super().__init__(grids, shape)
+        levels = torch.ones(len(self.candidates), *shape)
+        if self.trained:
+            self.clipping_level = nn.Parameter(levels)
+        else:
+            self.register_buffer("clipping_level", levels)
+
+    def level(self) -> Tensor:
+        """The active clipping level, differentiable, in the shape that broadcasts against the tensor."""
+        return self.clipping_level[self._active]
+
+    def step(self) -> Tensor:
+        """The active step: the clipping level over the highest code."""
+        return step_of(self.level(), self.grid())
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Levels of least squared error on ``x``, for every candidate."""
+        for row, grid in zip(self.clipping_level, self.grids.values(), strict=True):
+            row.copy_(best_level(x, grid, self.shape))
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """``x`` in float32 at least: quantizers compute there whatever autocast does around them."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def quantizers_of(model: nn.Module) -> Iterator[Quantizer]:
+    """Every quantizer in ``model``, in order of registration."""
+    return (module for module in model.modules() if isinstance(module, Quantizer))

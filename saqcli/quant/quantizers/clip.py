@@ -3,34 +3,107 @@
 Weights on the paper's odd-integer grid or the integer grid, activations in [0, a] or, where the input is
 signed, on the signed grid of the same number of levels. Formulas and gradients stand in ``fake_quantize``.
 
-Source: Liu et al., arXiv:2111.12273, section 3. Differs from the paper: levels start at the least squared
-error (and a level per output channel) instead of at 1 with normalized weights, so that wrapping a pretrained
-network keeps its function as well as the bits allow.
+With weight normalization a weight is quantized in deviations from its mean, both taken over the whole tensor
+and held constant in the gradient:
+
+    Q(w)   = fake_quantize(w - mean(w), a * std(w))
+    dL/dw  = G * inside          dL/da = std(w) * dL/dlevel
+
+Source: Liu et al., arXiv:2111.12273, section 3, and the released code, whose normalization is that of APoT
+(arXiv:1909.13144). Differs from the paper:
+
+- By default levels start at the least squared error and weights are not normalized, so that wrapping a
+  pretrained network keeps its function as well as the bits allow. ``fit_as_published`` starts as the paper does.
+- The normalized weight is multiplied by its deviation again (decision 0011): behind it a batch norm makes no
+  difference, and running statistics and networks without batch norm keep working.
 """
 
 import torch
 from torch import Tensor
 
-from saqcli.quant.fake_quantize import fake_quantize
+from saqcli.quant.fake_quantize import codes_of, fake_quantize
 from saqcli.quant.levels import best_level
-from saqcli.quant.quantizers.base import Quantizer
+from saqcli.quant.quantizers.base import LevelQuantizer, Quantizer, full_precision
+
+LEAST_DEVIATION = 1e-8  # guards a constant weight
+PUBLISHED_LEVEL = 1.0  # of convolutions: their weights have deviation 1 there
+PUBLISHED_FRACTION = 0.8  # of the largest magnitude, for other layers; the released code
 
 
-class _Clip(Quantizer):
+class _Clip(LevelQuantizer):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` clamped to the clipping level and rounded onto the grid."""
         return fake_quantize(x, self.level(), self.grid())
 
     @torch.no_grad()
-    def fit(self, x: Tensor) -> None:
-        """Levels of least squared error on ``x``, for every candidate."""
-        for row, grid in zip(self.clipping_level, self.grids.values(), strict=True):
-            row.copy_(best_level(x, grid, tuple(row.shape)))
+    def fit_as_published(self, x: Tensor, *, linear: bool) -> None:
+        """1 for convolutions, 0.8 of the largest magnitude for other layers; all candidates alike."""
+        level = PUBLISHED_FRACTION * float(x.abs().max()) if linear else self._published_level(x)
+        self.clipping_level.fill_(level if level > 0 else PUBLISHED_LEVEL)
+
+    def _published_level(self, x: Tensor) -> float:
+        return PUBLISHED_LEVEL
 
 
 class ClipWeight(_Clip):
     """Weights: a level per output channel or one for the tensor."""
 
+    def _published_level(self, x: Tensor) -> float:
+        return float(_mean_and_deviation(x)[1])  # what 1 is where weights are normalized
+
 
 class ClipActivation(_Clip):
     """Inputs of a layer: one level."""
+
+    @torch.no_grad()
+    def fit_as_published(self, x: Tensor, *, linear: bool) -> None:
+        """As above, but for signed inputs (the image, linear bottlenecks): the paper leaves the one in floating point
+        and clips the other at 0, so they start at the least squared error.
+        """
+        if self.grid().lowest < 0:
+            self.fit(x)
+        else:
+            super().fit_as_published(x, linear=linear)
+
+
+class NormalizedClipWeight(ClipWeight):
+    """Weights in deviations from their mean; levels and ``step()`` are in deviations until folded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` less its mean, on the grid of level ``a * std(x)``."""
+        x = full_precision(x)
+        mean, deviation = _mean_and_deviation(x)
+        return fake_quantize(x - mean, self.level() * deviation, self.grid())
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """The integers that stand for ``x`` less its mean."""
+        plain, centred = self.fold(x.detach().float())
+        return codes_of(centred, plain.step(), self.grid()).to(torch.int32)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Levels of least squared error on the centred weight."""
+        mean, deviation = _mean_and_deviation(x)
+        for row, grid in zip(self.clipping_level, self.grids.values(), strict=True):
+            row.copy_(best_level(x - mean, grid, self.shape) / deviation)
+
+    def _published_level(self, x: Tensor) -> float:
+        return PUBLISHED_LEVEL
+
+    @torch.no_grad()
+    def fold(self, weight: Tensor) -> tuple[Quantizer, Tensor]:
+        """``ClipWeight`` with levels ``a * std``, and ``weight`` less its mean."""
+        mean, deviation = _mean_and_deviation(weight)
+        plain = ClipWeight(self.grids, self.shape).to(self.clipping_level)
+        plain.clipping_level.copy_(self.clipping_level * deviation)
+        plain.select(self.bits)
+        return plain, weight - mean
+
+
+@torch.no_grad()
+def _mean_and_deviation(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Over the whole tensor, the deviation unbiased; constants to autograd. A single number has mean 0."""
+    if w.numel() == 1:
+        return w.new_zeros(()), w.abs().sum().clamp_min(LEAST_DEVIATION)
+    return w.mean(), w.std().clamp_min(LEAST_DEVIATION)

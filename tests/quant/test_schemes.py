@@ -1,0 +1,204 @@
+"""What a scheme asks for: which quantizer a layer gets, where its levels start, what is refused, what is folded."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from saqcli.errors import ConfigError
+from saqcli.quant import calibrate, convert, grids
+from saqcli.quant.calibrate import settle_batch_norms
+from saqcli.quant.convert import Scheme
+from saqcli.quant.cost import size_bytes
+from saqcli.quant.layers import quantized_layers
+from saqcli.quant.quantizers import QUANTIZERS, Quantizer
+from saqcli.quant.quantizers.clip import ClipWeight, NormalizedClipWeight
+from tests import tiny
+
+PLAIN = [name for name in QUANTIZERS if QUANTIZERS[name].normalized is None]
+NORMALIZED = Scheme(weight_normalization=True)
+FOLDED = {
+    "clip_normalized": NORMALIZED,
+    **{name: Scheme(quantizer=name) for name in ("pact", "dorefa")},
+}
+
+
+def weight_quantizers(net: nn.Module) -> dict[str, Quantizer]:
+    return {
+        name: layer.weight_quantizer
+        for name, layer in quantized_layers(net).items()
+        if isinstance(layer.weight_quantizer, Quantizer)
+    }
+
+
+@torch.no_grad()
+def answer(net: nn.Module, x: Tensor) -> Tensor:
+    logits: Tensor = net(x)
+    return logits
+
+
+@pytest.mark.parametrize("name", ["residual", "transposed"])
+def test_weight_normalization_is_for_convolutions_alone(name: str) -> None:
+    net, x = tiny.build(name)
+    layers = tiny.quantized(net, x, scheme=NORMALIZED)
+    kinds = {name: type(quantizer) for name, quantizer in weight_quantizers(net).items()}
+    for name, layer in layers.items():
+        linear = issubclass(layer.float_class, nn.Linear)
+        assert kinds[name] is (ClipWeight if linear else NormalizedClipWeight)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_a_quantizer_does_not_have_is_refused_in_one_line(name: str) -> None:
+    for scheme in (
+        Scheme(quantizer=name, weight_normalization=True),
+        Scheme(quantizer=name, clip_init="paper"),
+    ):
+        with pytest.raises(ConfigError, match=f"quantizer {name}.*choose clip") as refusal:
+            scheme.check()
+        assert "\n" not in str(refusal.value)
+        net, x = tiny.build("conv_bn")
+        with pytest.raises(ConfigError):
+            tiny.quantized(net, x, scheme=scheme)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_what_a_quantizer_has_is_accepted(name: str) -> None:
+    Scheme(quantizer=name).check()
+    if name not in PLAIN:
+        Scheme(quantizer=name, weight_normalization=True, clip_init="paper").check()
+
+
+def test_an_unknown_quantizer_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no quantizer 'magic'.*lsq_plus"):
+        Scheme(quantizer="magic").check()
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_published_levels_of_saq_are_refused_where_they_mean_nothing(family: str) -> None:
+    net, x = tiny.build("conv_bn")
+    tiny.quantized(net, x, scheme=Scheme(quantizer=family))
+    with pytest.raises(ConfigError, match="no initial levels of SAQ"):
+        calibrate.fit(net, {name: calibrate.InputStatistics() for name in quantized_layers(net)}, "paper")
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_levels_start_as_published(granularity: str, normalized: bool) -> None:
+    """1 for convolutions, 0.8 of the largest magnitude for the linear layer, least squared error for the image."""
+    scheme = Scheme(granularity=granularity, weight_normalization=normalized, clip_init="paper")  # type: ignore[arg-type]
+    net, x = tiny.build("conv_bn")
+    inputs: dict[str, Tensor] = {}
+    float_layers = {name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    for name, module in float_layers.items():
+        module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].detach()}))
+    answer(net, x)
+    layers = tiny.quantized(net, x, scheme=scheme)
+    by_error = {name: float(layer.input_quantizer.level().detach()) for name, layer in layers.items()}  # type: ignore[operator]
+    statistics = {name: calibrate.InputStatistics() for name in layers}
+    for name, entry in statistics.items():
+        entry.update(inputs[name], torch.Generator())
+    calibrate.fit(net, statistics, "paper")
+
+    first, second, head = layers
+    for name in (first, second):
+        weight = layers[name].latent_weight().detach()
+        expected = 1.0 if normalized else float(weight.std())
+        levels = layers[name].weight_quantizer.clipping_level  # type: ignore[union-attr]
+        torch.testing.assert_close(levels, torch.full_like(levels, expected))  # type: ignore[arg-type]
+    level = {name: float(layers[name].input_quantizer.level().detach()) for name in layers}  # type: ignore[operator]
+    assert level[first] == by_error[first]
+    assert level[second] == 1.0
+    assert level[head] == pytest.approx(0.8 * float(inputs[head].abs().max()))
+    assert float(layers[head].weight_quantizer.clipping_level.detach().flatten()[0]) == pytest.approx(  # type: ignore[union-attr]
+        0.8 * float(layers[head].latent_weight().detach().abs().max())
+    )
+
+
+@pytest.mark.parametrize("scheme", FOLDED.values(), ids=FOLDED)
+@pytest.mark.parametrize("name", ["residual", "transposed", "attention"])
+def test_folding_changes_no_output_bit_and_folding_again_changes_nothing(name: str, scheme: Scheme) -> None:
+    net, x = tiny.build(name)
+    tiny.quantized(net, x, scheme=scheme)
+    before = answer(net, x)
+    kinds = {type(quantizer) for quantizer in weight_quantizers(net).values()}
+    convert.fold(net)
+    assert torch.equal(answer(net, x), before)
+    folded = weight_quantizers(net)
+    assert not kinds & {type(quantizer) for quantizer in folded.values()} - {ClipWeight}
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    convert.fold(net)
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    assert all(
+        one is other for one, other in zip(folded.values(), weight_quantizers(net).values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("scheme", FOLDED.values(), ids=FOLDED)
+def test_layers_that_share_a_weight_are_folded_each(scheme: Scheme) -> None:
+    net, x = tiny.build("residual")
+    convs = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    convs[-1].weight = convs[-2].weight
+    tiny.quantized(net, x, scheme=scheme)
+    before = answer(net, x)
+    convert.fold(net)
+    assert torch.equal(answer(net, x), before)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_what_belongs_to_quantizers_is_not_counted_as_weights(name: str) -> None:
+    sizes = []
+    for quantizer in (name, "clip"):
+        net, x = tiny.build("conv_bn")
+        layers = tiny.quantized(net, x, scheme=Scheme(quantizer=quantizer))
+        sizes.append(size_bytes(net, convert.active_bits(net, "tiny", layers)))
+    assert sizes[0] == sizes[1]
+
+
+def test_a_single_weight_can_be_normalized() -> None:
+    """Its deviation is not defined."""
+    quantizer = NormalizedClipWeight({4: grids.weights(4, "paper")})
+    w = torch.full((1, 1, 1, 1), -0.7, requires_grad=True)
+    quantizer.fit(w.detach())
+    q = quantizer(w)
+    q.sum().backward()
+    assert q.item() == pytest.approx(-0.7, rel=1e-6)
+    assert quantizer.clipping_level.grad is not None
+    assert quantizer.clipping_level.grad.isfinite().all()
+
+
+def test_settled_norms_hold_the_mean_statistics_of_the_batches_and_all_else_is_as_before() -> None:
+    net, x = tiny.build("conv_bn")
+    batches = [x, x + 1]
+    momenta = [m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    parameters = {name: p.clone() for name, p in net.named_parameters()}
+    net[1].eval()  # type: ignore[index]
+    modes = [module.training for module in net.modules()]
+
+    settle_batch_norms(net, batches)
+
+    conv, norm = net[0], net[1]  # type: ignore[index]
+    outputs = [answer(conv, batch) for batch in batches]
+    means = torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0)
+    variances = torch.stack([y.var((0, 2, 3)) for y in outputs]).mean(0)
+    torch.testing.assert_close(norm.running_mean, means)
+    torch.testing.assert_close(norm.running_var, variances)
+    assert [m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)] == momenta
+    assert [module.training for module in net.modules()] == modes
+    assert all(torch.equal(p, parameters[name]) for name, p in net.named_parameters())
+
+
+def test_settling_undoes_what_taking_the_mean_out_of_the_weights_did() -> None:
+    """Where channels sum to 1 the mean of a 1 x 1 convolution adds one number everywhere: statistics alone move."""
+    net = nn.Sequential(
+        nn.Conv2d(4, 6, 1, bias=False), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(24, 5)
+    ).eval()
+    with torch.no_grad():
+        net[0].weight.add_(1.0)
+    x = torch.randn(64, 4, 2, 2).softmax(1)
+    settle_batch_norms(net, [x])
+    truth = answer(net, x)
+    tiny.quantized(net, x, bits=8, scheme=NORMALIZED)
+    off = (answer(net, x) - truth).abs().max()
+    settle_batch_norms(net, [x])
+
+    assert off > 1
+    assert (answer(net, x) - truth).abs().max() < off / 20

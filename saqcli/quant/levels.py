@@ -65,7 +65,7 @@ def noise_to_signal(x: Tensor, level: Tensor, grid: Grid) -> float:
 def least_level(largest: float, grid: Grid) -> float:
     """The least level of any channel: of no weight beside the others, and never 0."""
     if largest > 0:
-        return largest * EMPTY_FRACTION
+        return max(largest * EMPTY_FRACTION, torch.finfo(torch.float32).tiny)
     return 1.0 if grid.stride == 1 else EMPTY_FRACTION  # a grid without zero has no other way to be near it
 
 

@@ -1,5 +1,6 @@
 """From the training section of the settings to the parts that train: optimizer, schedule, minimizer, objective."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -81,13 +82,17 @@ def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingSection, s
 def make_minimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, side: int
 ) -> Minimizer:
-    """The method's minimizer, with the paper's radius where none is given."""
+    """The method's minimizer, with the paper's radius where none is given.
+
+    A perturbation that is found on a share F of the images points along the gradient of all of them by about sqrt(F)
+    alone, where the noise of single images outweighs it; so it is made longer by 1 / sqrt(F).
+    """
     training = config.training
     options = dict(training.minimizer)
     if training.method != "qat":
         rho = default_rho(model, side) if training.rho is None else training.rho
         options = {
-            "rho": rho,
+            "rho": rho / math.sqrt(training.ascent_fraction),
             "rho_unit": training.rho_unit,
             "interval": training.sam_interval,
             "reuse": training.sam_reuse,

@@ -1,9 +1,9 @@
 """What ``saq analyze`` looks at: a quantized model with its latent weights, where they are there, and a fixed
 set of images.
 
-A run directory brings the model that it exported; the latent weights come from its checkpoint, and are taken
-only if they give the very same quantized weights. A ``.safetensors`` file has none. A float model is
-calibrated at the bits that are asked for, just as ``saq quantize --epochs 0`` does.
+A run directory brings the model that it exported, with the latent weights of its checkpoint if they give the very
+same quantized weights. A ``.safetensors`` file has none. A float model is calibrated at the bits that are asked
+for, just as ``saq quantize --epochs 0`` does.
 """
 
 import hashlib
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.algorithms.exporters import ModelFacts
+from saqcli.algorithms.exporters.safetensors import restore_structure
 from saqcli.algorithms.instruments import Subject
 from saqcli.algorithms.training import Score
 from saqcli.config import DataSection, ModelSection, RunConfig, resolve
 from saqcli.errors import ConfigError, DataError, RunDirectoryError
 from saqcli.io.data import check_trained_on
 from saqcli.io.loaders import calibration_loader
+from saqcli.io.models import build_architecture
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
@@ -138,7 +140,8 @@ def open_subject(
         check_no_model_options(target, section)
         run = RunDirectory.open(path) if path.is_dir() else None
         model, facts = restore(path if run is None else finished_model(run))
-        latent = run is not None and _take_latent_weights(model, run, progress)
+        trained = None if run is None else _with_latent_weights(model, facts, run, progress)
+        model, latent = trained or model, trained is not None
     else:
         model, facts = _calibrated(section, bits, policy, view, device, progress)
     model = model.to(device).eval()
@@ -171,27 +174,24 @@ def _calibrated(
 
 
 @torch.no_grad()
-def _take_latent_weights(model: nn.Module, run: RunDirectory, progress: Progress) -> bool:
-    """Put the latent weights of the run's checkpoint into ``model``; False, and nothing done, where they do
-    not quantize to its weights."""
+def _with_latent_weights(
+    model: nn.Module, facts: ModelFacts, run: RunDirectory, progress: Progress
+) -> nn.Module | None:
+    """The model as training left it in the run's checkpoint; None where that is not the exported ``model``."""
+    trained = build_architecture(facts.build)
+    restore_structure(trained, facts)
     try:
         checkpoint = run.load_checkpoint() or {}
-        state = checkpoint.get("average") or checkpoint.get("model", {})
-    except RunDirectoryError:
-        state = {}
-    before = {}
-    for name, layer in quantized_layers(model).items():
-        latent, found = layer.latent_weight(), state.get(f"{name}.{layer.weight_name}")
-        quantized = layer.quantized_weight()
-        before[name] = latent.clone()
-        if found is not None and found.shape == latent.shape:
-            latent.copy_(found)
-        if found is None or not torch.equal(layer.quantized_weight(), quantized):
-            for other, value in before.items():
-                quantized_layers(model)[other].latent_weight().copy_(value)
-            progress.note(f"{run.checkpoint_path} does not hold the latent weights of the model: left out")
-            return False
-    return True
+        trained.load_state_dict(checkpoint.get("average") or checkpoint.get("model", {}))
+    except (RunDirectoryError, RuntimeError):
+        same = False
+    else:
+        pairs = zip(quantized_layers(model).values(), quantized_layers(trained).values(), strict=True)
+        same = all(torch.equal(one.quantized_weight(), other.quantized_weight()) for one, other in pairs)
+    if same:
+        return trained
+    progress.note(f"{run.checkpoint_path} does not hold the latent weights of the model: left out")
+    return None
 
 
 def _images(

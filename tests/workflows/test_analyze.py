@@ -111,6 +111,19 @@ class TestTargets:
         first = found["instruments"]["distributions"]["layers"][0]["weights"]
         assert first["error"] < 1e-10  # on the grid already
 
+    @pytest.mark.parametrize("options", [("--weight-norm",), ("--quantizer", "dorefa")])
+    def test_weights_that_are_transformed_before_rounding_have_latent_ones_too(
+        self, digits: Path, data: tuple[object, ...], tmp_path: Path, options: tuple[str, ...]
+    ) -> None:
+        run = tmp_path / "run"
+        quick = ("--bits", 4, "--epochs", 0, "--run-dir", run, "--set", "data.verify_images=20")
+        answer("quantize", MODEL, *float_options(digits), *quick, *options)
+
+        found = answer("analyze", run, *data, "--flips")["instruments"]["flips"]
+
+        assert found["reason"] is None
+        assert 0 < found["share"] < 0.1
+
     def test_latent_weights_of_another_state_are_left_out(
         self, run: Path, data: tuple[object, ...], tmp_path: Path, everything: dict[str, Any]
     ) -> None:

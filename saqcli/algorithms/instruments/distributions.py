@@ -91,8 +91,8 @@ def measure_distributions(subject: Subject, settings: Settings, session: Session
 def _operand(quantizer: object, x: Tensor) -> Operand | None:
     if not isinstance(quantizer, Quantizer):
         return None
+    quantizer, x = quantizer.fold(x.detach())  # in the units of its step
     grid, step = quantizer.grid(), quantizer.step().double()
-    x = x.detach()
     codes = quantizer.codes(x)
     index = ((codes - grid.lowest) // grid.stride).flatten().long()
     counts = torch.bincount(index, minlength=grid.levels).double().cpu()

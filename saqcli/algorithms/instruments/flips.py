@@ -113,7 +113,7 @@ class _Part:
 
     def __init__(self, quantizer: Quantizer, before: Tensor, after: Tensor) -> None:
         self.bits = quantizer.bits
-        step = quantizer.step()
+        step = quantizer.fold(before)[0].step()
         codes = quantizer.codes(before), quantizer.codes(after)
         e = (after - before).double()
         moved = ((codes[1] - codes[0]) * step).double()

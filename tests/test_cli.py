@@ -15,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from saqcli.cli import app
+from saqcli.cli.training_options import EFFICIENT
 from tests.digits import MODEL, float_options
 
 pytestmark = pytest.mark.usefixtures("digits")
@@ -255,6 +256,10 @@ class TestTrainingOptions:
             (["--clip-grad", 0], "clip_grad"),
             (["--precision", "float16"], "precision"),
             (["--optimizer", "nosuch"], "nosuch"),
+            (["--optimizer", "adahessian"], "twice"),
+            (["--sam-reuse", 0.5], "--sam-interval"),
+            (["--sam-reuse", 0.5, "--sam-interval", 5, "--ascent-fraction", 0.5], "--ascent-fraction"),
+            (["--set", "training.minimizer.rho=abc"], "rho"),
         ):
             result = saq(*given, *options)
             assert result.exit_code == 1, options
@@ -271,9 +276,14 @@ class TestTrainingOptions:
 
     def test_efficient_stands_for_settings_that_flags_override(self) -> None:
         base = ["quantize", "saq/resnet20", "--no-pretrained", "--bits", 4, "--dry-run", "--json"]
-        for options, interval in (([], 1), (["--efficient"], 5), (["--efficient", "--sam-interval", 3], 3)):
+        for options, fraction in (
+            ([], 1),
+            (["--efficient"], EFFICIENT["ascent_fraction"]),
+            (["--efficient", "--ascent-fraction", 0.5], 0.5),
+            (["--efficient", "--set", "training.ascent_fraction=0.4"], 0.4),
+        ):
             plan = json.loads(saq(*base, *options).stdout)
-            assert plan["config"]["training"]["sam_interval"] == interval
+            assert plan["config"]["training"]["ascent_fraction"] == fraction
 
 
 class TestModels:

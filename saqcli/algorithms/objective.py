@@ -77,12 +77,14 @@ class Objective:
         """
         targets = labels
         if self.mix is not None:
-            images, targets = self.mix(images, labels)
+            even = len(labels) - len(labels) % 2  # images are mixed in pairs
+            images, targets = self.mix(images[:even], labels[:even])
             labels = targets.argmax(1)
         tensors = [images, labels, targets]
         if self.distillation is not None:
             with torch.no_grad(), self.autocast():
-                tensors.append(self.distillation.teacher(images))
+                parts = torch.split(images, micro_batch or chunk)
+                tensors.append(torch.cat([self.distillation.teacher(part) for part in parts]))
         return [
             [Piece(model, self, *part) for part in _cut(tensors_of_chunk, micro_batch or chunk)]
             for tensors_of_chunk in _cut(tensors, chunk)

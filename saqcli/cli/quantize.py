@@ -146,6 +146,7 @@ def quantize_command(
     }
     given |= t.training_settings(
         efficient=efficient,
+        assigned=[text.partition("=")[0].strip() for text in assign or []],
         method=method,
         epochs=epochs,
         optimizer=optimizer,

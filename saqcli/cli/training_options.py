@@ -1,5 +1,6 @@
 """Options of ``saq quantize`` that say how it trains."""
 
+from collections.abc import Container
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +11,7 @@ EFFICIENCY = "Training, cheaper"
 REGULARIZATION = "Training, further"
 
 # What --efficient stands for; docs/reproduction.md has the measurements that chose it.
-EFFICIENT: dict[str, Any] = {"sam_interval": 5}
+EFFICIENT: dict[str, Any] = {"ascent_fraction": 0.2}
 
 Method = Annotated[
     str | None,
@@ -40,7 +41,7 @@ Efficient = Annotated[
     bool,
     typer.Option(
         "--efficient",
-        help="The cheap strategy that measured best: --sam-interval 5.",
+        help="The cheap strategy that measured best: --ascent-fraction 0.2.",
         rich_help_panel=EFFICIENCY,
     ),
 ]
@@ -56,7 +57,10 @@ SamReuse = Annotated[
 ]
 AscentFraction = Annotated[
     float | None,
-    typer.Option(help="Share of the images that find the perturbation.", rich_help_panel=EFFICIENCY),
+    typer.Option(
+        help="Share F of the images that find the perturbation; its radius is then rho / sqrt(F).",
+        rich_help_panel=EFFICIENCY,
+    ),
 ]
 Precision = Annotated[
     str | None,
@@ -86,14 +90,17 @@ Distill = Annotated[
 ]
 
 
-def training_settings(*, efficient: bool, **options: Any) -> dict[str, Any]:
+def training_settings(*, efficient: bool, assigned: Container[str], **options: Any) -> dict[str, Any]:
     """The given ones as keys of the configuration's ``training`` section; None where not given.
 
     Args:
         efficient: of ``EFFICIENT``, whatever was not given otherwise.
+        assigned: keys that ``--set`` gives.
         options: setting to value.
     """
-    if efficient:
-        for name, value in EFFICIENT.items():
-            options[name] = value if options[name] is None else options[name]
-    return {f"training.{name}": value for name, value in options.items()}
+    given = {f"training.{name}": value for name, value in options.items()}
+    for name, value in EFFICIENT.items() if efficient else ():
+        key = f"training.{name}"
+        if given[key] is None and key not in assigned:
+            given[key] = value
+    return given

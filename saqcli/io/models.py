@@ -72,6 +72,7 @@ class LoadedModel:
         weights_sha256: of the weight file, if there is one.
         build: what ``build_architecture`` takes; JSON can hold it if it could hold the user's kwargs.
         notes: what was decided for the user, one line each.
+        trained: whether all its weights are; not those of a new head, or random ones.
     """
 
     model: nn.Module
@@ -82,6 +83,7 @@ class LoadedModel:
     weights_sha256: str | None
     build: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    trained: bool = True
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:
@@ -99,7 +101,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     notes: list[str] = []
     state = read_state_dict(spec.weights) if spec.weights else None  # before time is spent on building
     arch, preprocessing = _architecture(zoo, f"{prefix}/{name}", spec)
-    sha256 = None
+    sha256, trained = None, True
     with _building(f"{prefix}/{name}", arch.kwargs):
         if spec.weights and state is not None:
             model, arch = _from_state(zoo, prefix, arch, state, spec, notes)
@@ -110,11 +112,12 @@ def load_model(spec: ModelSpec) -> LoadedModel:
                 notes.append(
                     f"{source} has {published} classes: the {arch.num_classes} asked for start random"
                 )
+                trained = False
         else:
-            model, source = zoo.build(arch), "random"
+            model, source, trained = zoo.build(arch), "random", False
     build = asdict(arch) | {"name": f"{prefix}/{name}"}
     return LoadedModel(
-        model.eval(), build["name"], arch.num_classes, preprocessing, source, sha256, build, notes
+        model.eval(), build["name"], arch.num_classes, preprocessing, source, sha256, build, notes, trained
     )
 
 

@@ -138,6 +138,8 @@ def settle_batch_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
         for module in model.modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
     ]
+    if not norms:
+        return
     modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
     model.eval()

@@ -121,7 +121,7 @@ def export_verified(
             exact = copy.deepcopy(model)
             convert.fold(
                 exact
-            )  # so that its codes are those of the file: a transformation would round otherwise
+            )  # its codes are then those of the file: a transformation would round otherwise
             exact.double()
             runs: dict[str, Callable[[Tensor], Tensor]] = {**_sessions(temporary), PYTORCH: model}
             verdict = compare(lambda images: exact(images.double()), runs, batches, count, progress)

@@ -63,7 +63,8 @@ def finetune(
     position = {"epoch": 0, "step": 0, **state.get("position", {})}
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
-        minimizer.load_state_dict(state["minimizer"])
+        if "minimizer" in state:  # not in checkpoints of earlier versions
+            minimizer.load_state_dict(state["minimizer"])
         if average:
             average.load_state_dict(state["average"])
     meter = Meter(**state.get("meter", {}))

@@ -45,13 +45,18 @@ def make_optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.O
         raise ConfigError(
             f"timm has no optimizer {training.optimizer!r}, or not with these settings: {error}"
         ) from None
+    if getattr(optimizer, "is_second_order", False):
+        raise ConfigError(
+            f"--optimizer {training.optimizer} differentiates twice, which quantizers do not pass on: choose another"
+        )
     if training.clip_grad is not None:
         most = training.clip_grad
 
         def clip(*_: Any) -> None:
             nn.utils.clip_grad_norm_([*others, *clips], most)
 
-        optimizer.register_step_pre_hook(clip)
+        inner = getattr(optimizer, "_base_optimizer", optimizer)  # timm's lookahead runs no hooks of its own
+        inner.register_step_pre_hook(clip)
     return optimizer
 
 
@@ -90,14 +95,15 @@ def make_minimizer(
     training = config.training
     options = dict(training.minimizer)
     if training.method != "qat":
-        rho = default_rho(model, side) if training.rho is None else training.rho
         options = {
-            "rho": rho / math.sqrt(training.ascent_fraction),
+            "rho": default_rho(model, side) if training.rho is None else training.rho,
             "rho_unit": training.rho_unit,
             "interval": training.sam_interval,
             "reuse": training.sam_reuse,
             **options,
         }
+        if isinstance(options["rho"], int | float):
+            options["rho"] /= math.sqrt(training.ascent_fraction)
     try:
         return MINIMIZERS[training.method](model, optimizer, **options)
     except TypeError as error:
@@ -159,14 +165,14 @@ def check_training(config: RunConfig) -> None:
     make_minimizer(model, optimizer, config, side=SMALL_IMAGES)
     if training.epochs:
         make_schedule(optimizer, training, steps=1)
+    if training.sam_reuse and (training.sam_interval == 1 or training.ascent_fraction < 1):
+        raise ConfigError(
+            "--sam-reuse goes on with the last perturbation in the steps between, and compares gradients of the same "
+            "images: give --sam-interval 2 or more, and no --ascent-fraction"
+        )
     if (training.mixup or training.cutmix) and config.data.batch_size % 2:
         raise ConfigError(
             f"--batch-size {config.data.batch_size} cannot be mixed: images are blended in pairs, give an even number"
-        )
-    if training.distill and not (config.model.pretrained or config.model.weights):
-        raise ConfigError(
-            "--distill learns from the float model, whose weights are random with --no-pretrained: "
-            "give --weights FILE, or leave --distill away"
         )
 
 

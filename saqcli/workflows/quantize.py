@@ -116,6 +116,11 @@ def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tupl
         SaqError: unusable model, data, policy, or a budget that nothing meets.
     """
     loaded = load_float(config.model, progress)
+    if config.training.distill and not loaded.trained:
+        raise ConfigError(
+            f"--distill learns from the float model, and the weights of {loaded.name} are random, or those of its "
+            "classifier: give --weights FILE with all of them, or leave --distill away"
+        )
     images = Images.open(config, loaded.num_classes, loaded.preprocessing, device)
     network = wrap_and_trace(loaded)
     if explicit_policy(config, network) is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import NETWORKS, quantize
 from steps import (
     assert_bitwise_equal,
     batch,
@@ -25,7 +26,9 @@ from torch.nn import functional as F
 from saqcli.algorithms.minimizers import MINIMIZERS, MicroBatch
 from saqcli.algorithms.objective import Objective, as_chunks
 from saqcli.errors import ConfigError
+from saqcli.quant.convert import Scheme
 from saqcli.quant.layers import quantized_layers
+from saqcli.quant.quantizers import QUANTIZERS
 
 ASCENDING = [name for name in MINIMIZERS if name != "qat"]
 
@@ -63,10 +66,26 @@ def test_an_interval_alternates_between_the_method_and_plain_steps_bitwise(
     assert_bitwise_equal(train(method, interval=interval), snapshot(model, base))
 
 
-def test_an_interval_below_1_is_refused() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"interval": 0},
+        {"interval": 2.5},
+        {"reuse": -1},
+        {"rho": "abc"},
+        {"rho": -0.1},
+        {"rho": float("nan")},
+        {"eta": -5},
+        {"numerator": "foo"},
+        {"perturb": "weights"},
+        {"perturb": ["weight"]},
+        {"bn_second_pass": "sometimes"},
+    ],
+)
+def test_options_that_cannot_be_are_refused_at_once(options: dict[str, Any]) -> None:
     model = trainable("conv_bn")
-    with pytest.raises(ConfigError, match="interval 0"):
-        make("saq", model, sgd(model), interval=0)
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        make("asaq", model, sgd(model), **options)
 
 
 # Going on with the last ascent.
@@ -154,16 +173,25 @@ def eval_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("network", ["conv_bn", "residual", "token_mlp", "attention", "standardized"])
-@pytest.mark.parametrize("method", MINIMIZERS)
-def test_four_micro_batches_of_32_are_one_of_128(method: str, network: str) -> None:
+CASES = [
+    *((method, network, "clip") for method in MINIMIZERS for network in ("conv_bn", "token_mlp")),
+    *(("saq", network, "clip") for network in ("residual", "attention", "standardized")),
+    *(("saq", "token_mlp", quantizer) for quantizer in QUANTIZERS if quantizer != "clip"),
+]
+
+
+@pytest.mark.parametrize(("method", "network", "quantizer"), CASES)
+def test_four_micro_batches_of_32_are_one_of_128(method: str, network: str, quantizer: str) -> None:
     """In float64: sums of 128 terms in another order differ by at most 128 eps of their terms, here of order 1; a
     hundredfold is allowed for the way through the network and three steps."""
     ends = []
     for size in (128, 32):
-        model = eval_norms(trainable(network, torch.float64))
+        model = quantize(NETWORKS[network], scheme=Scheme(quantizer=quantizer)).model.double().train()
         minimizer = make(
-            method, model, sgd(model), **({} if method == "qat" else {"interval": 2, "reuse": 0.5})
+            method,
+            eval_norms(model),
+            sgd(model),
+            **({} if method == "qat" else {"interval": 2, "reuse": 0.5}),
         )
         for step in range(3):
             x, labels = batch(128, seed=step)

@@ -29,6 +29,13 @@ def test_both_passes_see_the_same_mixed_images(method: str) -> None:
     assert not torch.equal(seen[0], x)
 
 
+def test_an_odd_batch_is_mixed_without_its_last_image() -> None:
+    model = trainable("conv_bn")
+    chunks = Objective(nn.CrossEntropyLoss(), mix=mixing()).pieces(model, *batch(15), chunk=16)
+
+    assert [len(piece.labels) for chunk in chunks for piece in chunk] == [14]
+
+
 def test_mixed_targets_are_shares_and_count_as_their_largest() -> None:
     model = trainable("conv_bn")
     ((piece,),) = Objective(nn.CrossEntropyLoss(), mix=mixing()).pieces(model, *batch(16), chunk=16)
@@ -58,7 +65,7 @@ def test_distillation_is_its_formula_written_out(weight: float, temperature: flo
     assert piece().item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_teacher_is_asked_once_a_batch_and_gets_no_gradient() -> None:
+def test_the_teacher_is_asked_once_about_every_image_and_gets_no_gradient() -> None:
     model, teacher = trainable("conv_bn"), nn.Sequential(nn.Flatten(), nn.Linear(108, CLASSES))
     asked: list[Tensor] = []
 
@@ -70,8 +77,7 @@ def test_the_teacher_is_asked_once_a_batch_and_gets_no_gradient() -> None:
     pieces = objective.pieces(model, *batch(16), chunk=8, micro_batch=4)
     make("saq", model, sgd(model)).step(as_chunks(pieces))
 
-    (seen,) = asked
-    assert torch.equal(seen, torch.cat([piece.images for chunk in pieces for piece in chunk]))
+    assert torch.equal(torch.cat(asked), torch.cat([piece.images for chunk in pieces for piece in chunk]))
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 

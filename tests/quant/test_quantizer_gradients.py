@@ -79,7 +79,8 @@ def test_lsq_is_equations_1_to_3_with_the_gradient_scale(
     quantizer = case.build(sign * level).double()
     quantizer.select(width)
     grid = case.grid(width)
-    shared = x.numel() / (ROWS if case.channels else 1)
+    of_one_image = case.operand in ("signed", "unsigned")
+    shared = x.numel() / (ROWS if case.channels or of_one_image else 1)
     scale = 1 / math.sqrt(shared * grid.highest)
 
     def twin(value: float, row: int) -> tuple[float, float, dict[str, float], bool]:
@@ -122,7 +123,7 @@ def test_lsq_plus_is_its_equations_with_the_offset_on_a_code(
     quantizer.select(width)
     lowest = min(0, max(-top, round(offset / step)))
     free = -top <= round(offset / step) <= 0
-    scale = 1 / math.sqrt(x.numel() * top)
+    scale = 1 / math.sqrt(x.numel() / len(x) * top)
     upstream = upstream_of(x)
     outside = sum(
         g for v, g in zip(x.flatten().tolist(), upstream.flatten().tolist(), strict=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from saqcli.algorithms.minimizers.sharpness_aware import SharpnessAware
+from saqcli.algorithms.minimizers.sharpness_aware import SharpnessAware, check_choice, check_number
 from saqcli.algorithms.sharpness import Adaptive
 
 
@@ -37,5 +37,7 @@ class ASAQ(SharpnessAware):
         numerator: Literal["t2", "p2"] = "t2",
         **options: Any,
     ) -> None:
+        check_choice("numerator", numerator, ("t2", "p2"))
+        check_number("eta", eta, least=0)
         super().__init__(model, base, rho=rho, **options)
         self.adaptive = Adaptive(eta, numerator)

@@ -12,6 +12,7 @@ With an ``interval`` of k only every k-th step ascends, the first one included; 
 what the last ascent added (``look_ahead``).
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -63,16 +64,22 @@ class SharpnessAware:
         interval: int = 1,
         reuse: float = 0.0,
     ) -> None:
+        check_number("rho", rho, least=0)
+        check_number("reuse", reuse, least=0)
+        if not isinstance(interval, int) or interval < 1:
+            raise ConfigError(
+                f"interval {interval!r} is not possible: give 1 to ascend at every step, or more"
+            )
         self.model = model
         self.base = base
         self.rho = rho
         self.rho_unit: RadiusUnit = rho_unit
-        _check("bn_second_pass", bn_second_pass, ("freeze", "update"))
-        _check("rho_unit", rho_unit, get_args(RadiusUnit))
-        for kind in perturb or ():
-            _check("perturb", kind, get_args(Kind))
-        if interval < 1:
-            raise ConfigError(f"interval {interval} is not possible: give 1 to ascend at every step, or more")
+        check_choice("bn_second_pass", bn_second_pass, ("freeze", "update"))
+        check_choice("rho_unit", rho_unit, get_args(RadiusUnit))
+        for kind in [perturb] if isinstance(perturb, str) else perturb or ():
+            check_choice("perturb", kind, get_args(Kind))
+        if isinstance(perturb, str):
+            raise ConfigError(f"perturb {perturb!r} is one word: give a list, such as [{perturb!r}]")
         self.freeze = bn_second_pass == "freeze"
         self.set = PerturbedSet(model, self.perturbed_kinds if perturb is None else perturb)
         self.interval = interval
@@ -153,6 +160,13 @@ def _plus(sums: Gradients, gradients: Gradients, factor: float) -> Gradients:
     return [a if b is None else b if a is None else a + b for a, b in zip(sums, scaled, strict=True)]
 
 
-def _check(option: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is not among ``choices``."""
     if value not in choices:
         raise ConfigError(f"{option} {value!r} is not known: choose from {', '.join(choices)}")
+
+
+def check_number(option: str, value: object, least: float) -> None:
+    """Refuse what is no finite number, or below ``least``."""
+    if not isinstance(value, int | float) or not least <= value < math.inf:
+        raise ConfigError(f"{option} {value!r} is not possible: give a number from {least} on")

@@ -37,11 +37,14 @@ class _ScaleGradient(torch.autograd.Function):
         return grads[0] * ctx.factor, None
 
 
-def scale_gradient(parameter: Tensor, x: Tensor, highest: int) -> Tensor:
-    """``parameter``, its gradient scaled by 1 / sqrt(N * highest); N numbers of ``x`` share one of its elements."""
-    shared = x.numel() / max(1, parameter.numel())
-    factor = float(max(1.0, shared * highest)) ** -0.5
-    return _ScaleGradient.apply(parameter, factor)  # type: ignore[no-any-return]
+def scale_gradient(parameter: Tensor, count: float, highest: int) -> Tensor:
+    """``parameter``, its gradient scaled by 1 / sqrt(count * highest); ``count`` numbers share one of its elements."""
+    return _ScaleGradient.apply(parameter, max(1.0, count * highest) ** -0.5)  # type: ignore[no-any-return]
+
+
+def features(x: Tensor) -> float:
+    """Numbers of ``x``, (N, ...), that belong to one image: how images are batched must not change a gradient."""
+    return x.numel() / max(1, len(x))
 
 
 class LearnedStep(Quantizer):
@@ -66,8 +69,12 @@ class LearnedStep(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid of the active step."""
-        grid = self.grid()
-        return fake_quantize(x, scale_gradient(self.level(), x, grid.highest), grid)
+        grid, level = self.grid(), self.level()
+        return fake_quantize(x, scale_gradient(level, self.sharing(x), grid.highest), grid)
+
+    def sharing(self, x: Tensor) -> float:
+        """How many numbers of ``x`` share a step."""
+        return x.numel() / max(1, self.level().numel())
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:

@@ -8,12 +8,13 @@ Source: Esser et al., arXiv:1902.08153, Eq. 1-3 and section 2.2. Differs from th
 
 - Steps start at the least squared error (``levels.best_level``) instead of at 2 * mean|x| / sqrt(highest), so
   that a pretrained network keeps its function as well as the bits allow.
-- N is the count of numbers that share a step: for weights all of them, or a channel's where each has its own;
-  for activations the whole tensor with its batch, where the paper counts the features of one image.
+- Where each channel of a weight has a step of its own, N counts the weights of a channel.
 - Weights are on whatever grid the scheme asks for, also the one of odd codes.
 """
 
-from saqcli.quant.quantizers.learned_step import LearnedStep
+from torch import Tensor
+
+from saqcli.quant.quantizers.learned_step import LearnedStep, features
 
 
 class LsqWeight(LearnedStep):
@@ -22,3 +23,7 @@ class LsqWeight(LearnedStep):
 
 class LsqActivation(LearnedStep):
     """Inputs of a layer: one step."""
+
+    def sharing(self, x: Tensor) -> float:
+        """The features of one image, as in the paper."""
+        return features(x)

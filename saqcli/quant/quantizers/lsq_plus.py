@@ -9,7 +9,7 @@ offset o are learned, and the codes run from ``lowest`` to ``lowest + top``, ``t
     dL/dx  = G * inside
     dL/ds  = g * sum G * [ inside * (round(x / s) - x / s) + above * top ]
     dL/do  = g * sum G * [ below + above ]
-    g      = 1 / sqrt(N * top)                          N numbers in the tensor, with its batch
+    g      = 1 / sqrt(N * top)                          N features of one image
 
 Where ``round(o / s)`` is clamped, the ends are fixed codes: dL/ds gets ``below * lowest + above * (lowest + top)``
 from them, and dL/do is zero unless a step of descent would bring o back.
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from saqcli.quant.fake_quantize import TINY
 from saqcli.quant.grids import Grid
 from saqcli.quant.quantizers.base import Quantizer, full_precision
-from saqcli.quant.quantizers.learned_step import LearnedStep, scale_gradient
+from saqcli.quant.quantizers.learned_step import LearnedStep, features, scale_gradient
 from saqcli.quant.quantizers.offset_search import best_range
 
 
@@ -72,8 +72,8 @@ class LsqPlusActivation(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` clamped to the learned range and rounded."""
         x = full_precision(x)
-        step = scale_gradient(self.step(), x, self.top)
-        offset = scale_gradient(self.offset[self._active], x, self.top)
+        step = scale_gradient(self.step(), features(x), self.top)
+        offset = scale_gradient(self.offset[self._active], features(x), self.top)
         return _Asymmetric.apply(x, step, offset, self.top)  # type: ignore[no-any-return]
 
     @torch.no_grad()

@@ -1,0 +1,36 @@
+"""From settings to optimizer and minimizer: what is asked for reaches the step."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from saqcli.algorithms.minimizers.sharpness_aware import SharpnessAware
+from saqcli.config import ModelSection, RunConfig, TrainingSection
+from saqcli.workflows.optimization import make_minimizer, make_optimizer
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lion", "lookahead_sgd", "lookahead_adamw"])
+def test_gradients_are_clipped_before_the_step_of_any_optimizer(optimizer: str) -> None:
+    model = nn.Linear(4, 3)
+    found = make_optimizer(model, TrainingSection(optimizer=optimizer, clip_grad=1e-3))
+    (100 * model(torch.randn(8, 4))).square().sum().backward()
+    found.step()
+
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None))
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize(("fraction", "radius"), [(1.0, 0.6), (0.25, 1.2)])
+@pytest.mark.parametrize("options", [{"rho": 0.6}, {"minimizer": {"rho": 0.6}}])
+def test_a_radius_found_on_a_part_of_the_images_is_longer(
+    fraction: float, radius: float, options: dict[str, float]
+) -> None:
+    training = TrainingSection(ascent_fraction=fraction, **options)  # type: ignore[arg-type]
+    config = RunConfig(model=ModelSection(name="any"), training=training)
+    model = nn.Linear(1, 1)
+    minimizer = make_minimizer(model, make_optimizer(model, training), config, side=32)
+
+    assert isinstance(minimizer, SharpnessAware)
+    assert minimizer.rho == pytest.approx(radius)

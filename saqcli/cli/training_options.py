@@ -58,7 +58,7 @@ SamReuse = Annotated[
 AscentFraction = Annotated[
     float | None,
     typer.Option(
-        help="Share F of the images that find the perturbation; its radius is then rho / sqrt(F).",
+        help="Share of the images that find the perturbation.",
         rich_help_panel=EFFICIENCY,
     ),
 ]

@@ -1,6 +1,5 @@
 """From the training section of the settings to the parts that train: optimizer, schedule, minimizer, objective."""
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -87,11 +86,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingSection, s
 def make_minimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, side: int
 ) -> Minimizer:
-    """The method's minimizer, with the paper's radius where none is given.
-
-    A perturbation that is found on a share F of the images points along the gradient of all of them by about sqrt(F)
-    alone, where the noise of single images outweighs it; so it is made longer by 1 / sqrt(F).
-    """
+    """The method's minimizer, with the paper's radius where none is given."""
     training = config.training
     options = dict(training.minimizer)
     if training.method != "qat":
@@ -102,8 +97,6 @@ def make_minimizer(
             "reuse": training.sam_reuse,
             **options,
         }
-        if isinstance(options["rho"], int | float):
-            options["rho"] /= math.sqrt(training.ascent_fraction)
     try:
         return MINIMIZERS[training.method](model, optimizer, **options)
     except TypeError as error:

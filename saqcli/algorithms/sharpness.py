@@ -26,6 +26,7 @@ from saqcli.quant.layers import QuantizedLayer, perturbed, quantized_layers, zer
 
 TINY = 1e-12  # guards a gradient of zero
 RadiusUnit = Literal["deviation", "absolute"]
+Gradients = list[Tensor | None]  # None where a tensor took no part in the loss
 Kind = Literal["weights", "latent_weights", "biases", "norms", "activation_clips", "weight_clips"]
 PERTURBED: tuple[Kind, ...] = (
     "weights",
@@ -92,7 +93,7 @@ class PerturbedSet:
         *,
         through_rounding: bool = False,
         also: Sequence[nn.Parameter] = (),
-    ) -> tuple[Tensor, list[Tensor | None]]:
+    ) -> tuple[Tensor, Gradients]:
         """The loss and its gradients to the quantized weights, then to the parameters; none accumulates anywhere.
 
         Args:
@@ -176,6 +177,15 @@ class PerturbedSet:
             with torch.no_grad():
                 for parameter, value in zip(self.parameters, before, strict=True):
                     parameter.copy_(value)
+
+
+def add_up(sums: Gradients, gradients: Gradients, factor: float = 1.0) -> Gradients:
+    """``sums + factor * gradients``, tensor by tensor; None stands for zero, and no ``sums`` for all zeros."""
+    if factor != 1.0:
+        gradients = [None if g is None else g * factor for g in gradients]
+    if not sums:
+        return gradients
+    return [a if b is None else b if a is None else a + b for a, b in zip(sums, gradients, strict=True)]
 
 
 def _square(g: Tensor) -> Tensor:

@@ -136,7 +136,6 @@ def analyze_command(
     """
     from saqcli.algorithms.instruments import INSTRUMENTS as TABLE
     from saqcli.algorithms.instruments import Settings
-    from saqcli.config import DataSection
     from saqcli.errors import ConfigError
     from saqcli.quant.bits import parse_candidates
     from saqcli.strict import parse_object
@@ -145,8 +144,6 @@ def analyze_command(
 
     if split not in ("train", "val"):
         raise ConfigError(f"--split {split} is not known: choose train or val")
-    if grid is not None and grid % 2 == 0:
-        raise ConfigError(f"--grid {grid} has no point in the middle: give an odd number, such as {grid + 1}")
     asked = {
         "sharpness": sharpness,
         "eigenvalue": eigenvalue,
@@ -183,12 +180,10 @@ def analyze_command(
         mean=mean,
         std=std,
     )
-    pictures = o.given(
-        {"path": data, "eval_batch_size": batch_size, "workers": workers, "bad_images": bad_images}
-    )
+    pictures = o.data_section(path=data, eval_batch_size=batch_size, workers=workers, bad_images=bad_images)
     request = Request(
         target=target,
-        view=View(parse_object(DataSection, pictures, "options"), split, images, seed),  # type: ignore[arg-type]
+        view=View(pictures, split, images, seed),  # type: ignore[arg-type]
         instruments=chosen,
         out=out or default_out(target, bits, policy),
         settings=parse_object(Settings, settings, "options"),
@@ -217,5 +212,5 @@ def default_out(target: str, bits: str | None, policy: Path | None) -> Path:
         return path / "analysis"
     if path.suffix == ".safetensors":
         return Path("analysis") / path.stem
-    wanted = (policy.stem if policy else bits or "float").strip().lower()
-    return Path("analysis") / f"{path.name}-{f'w{wanted}a{wanted}' if wanted.isdigit() else wanted}"
+    wanted = policy.stem if policy else bits or "float"
+    return Path("analysis") / f"{path.name}-{o.folder_of_bits(wanted)}"

@@ -37,8 +37,6 @@ def eval_command(
 
     Example: `saq eval runs/resnet18-w4a4 --data imagenet`
     """
-    from saqcli.config import DataSection
-    from saqcli.strict import parse_object
     from saqcli.workflows.evaluate import evaluate_target
 
     section = o.model_section(
@@ -52,13 +50,11 @@ def eval_command(
         mean=mean,
         std=std,
     )
-    images = o.given(
-        {"path": data, "eval_batch_size": batch_size, "workers": workers, "bad_images": bad_images}
-    )
+    images = o.data_section(path=data, eval_batch_size=batch_size, workers=workers, bad_images=bad_images)
     result = evaluate_target(
         target,
         section,
-        parse_object(DataSection, images, "options"),
+        images,
         device=device or "auto",
         progress=progress_for(json_output=json_output, quiet=quiet),
     ).to_dict()

@@ -26,16 +26,13 @@ def export_command(
 
     Example: `saq export runs/resnet18-w4a4 --onnx resnet18.onnx --data imagenet`
     """
-    from saqcli.config import DataSection
-    from saqcli.strict import parse_object
     from saqcli.workflows.export import export
 
-    images = o.given({"path": data, "eval_batch_size": batch_size, "workers": workers})
     result = export(
         run,
         onnx,
         style=style,
-        data=parse_object(DataSection, images, "options"),
+        data=o.data_section(path=data, eval_batch_size=batch_size, workers=workers),
         overwrite=overwrite,
         progress=progress_for(json_output=json_output, quiet=quiet),
     ).to_dict()

@@ -9,7 +9,7 @@ import typer
 from saqcli.errors import ConfigError
 
 if TYPE_CHECKING:
-    from saqcli.config import ModelSection
+    from saqcli.config import DataSection, ModelSection
 
 MODEL = "Model"
 IMAGES = "Images"
@@ -178,6 +178,20 @@ def model_section(name: str, **options: Any) -> "ModelSection":
     from saqcli.strict import parse_object
 
     return parse_object(ModelSection, {"name": name, **given(model_options(**options))}, "options")
+
+
+def data_section(**settings: Any) -> "DataSection":
+    """The ``data`` section of the configuration; None where not given."""
+    from saqcli.config import DataSection
+    from saqcli.strict import parse_object
+
+    return parse_object(DataSection, given(settings), "options")
+
+
+def folder_of_bits(bits: str) -> str:
+    """Bits, or a budget, as a part of a folder's name: ``w4a4`` for ``4``."""
+    bits = bits.strip().lower()
+    return f"w{bits}a{bits}" if bits.isdigit() else bits
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

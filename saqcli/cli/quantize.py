@@ -209,10 +209,7 @@ def default_run_dir(config: "RunConfig") -> Path:
     """``runs/resnet18-w4a4``: the network's name and what it is quantized to."""
     wanted = config.quantization
     bits = wanted.bops or wanted.bits or (Path(wanted.policy).stem if wanted.policy else "float")
-    bits = bits.strip().lower()
-    return (
-        Path("runs") / f"{config.model.name.split('/')[-1]}-{f'w{bits}a{bits}' if bits.isdigit() else bits}"
-    )
+    return Path("runs") / f"{config.model.name.split('/')[-1]}-{o.folder_of_bits(bits)}"
 
 
 def _show_plan(config: "RunConfig", target: Path, *, json_output: bool) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from saqcli.cli.tables import plain_table, say
 from saqcli.workflows.pictures.canvas import titles
 
 MOST_LAYERS = 5  # named in a line; all of them are in the files
@@ -18,13 +18,7 @@ def show_analysis(result: dict[str, Any]) -> None:
     """A column a model, a row a figure; then the files."""
     console = Console()
     models = [result, *([result["against"]] if result["against"] else [])]
-    table = Table(
-        title=f"{result['model']} on {result['images']} images",
-        title_justify="left",
-        header_style="bold",
-        box=None,
-        pad_edge=False,
-    )
+    table = plain_table(f"{result['model']} on {result['images']} images")
     table.add_column("")
     names = titles([model["target"] for model in models])
     for name in names:
@@ -36,15 +30,10 @@ def show_analysis(result: dict[str, Any]) -> None:
     for name, model in zip(names, models, strict=True):
         for line in _lines(model["instruments"]):
             where = f"{name}: " if len(models) > 1 else ""
-            console.print(f"{where}{line}", highlight=False, soft_wrap=True, markup=False)
+            say(console, f"{where}{line}", markup=False)
     counts = Counter(Path(path).suffix for path in result["files"])
     drawn = f", and {counts['.png']} pictures as PNG and SVG" if counts[".png"] else ""
-    console.print(
-        f"wrote {counts['.json']} readings as JSON{drawn} to {result['out']}",
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
-    )
+    say(console, f"wrote {counts['.json']} readings as JSON{drawn} to {result['out']}", markup=False)
 
 
 def _rows(model: dict[str, Any]) -> dict[str, str]:

@@ -9,17 +9,22 @@ from rich.table import Table
 from saqcli.units import format_quantity
 
 
-def _say(console: Console, text: str) -> None:
+def say(console: Console, text: str, *, markup: bool = True) -> None:
     """A line that wraps nowhere, so that it can be searched and cut."""
-    console.print(text, highlight=False, soft_wrap=True)
+    console.print(text, highlight=False, soft_wrap=True, markup=markup)
 
 
 def _table(title: str, columns: Iterable[str], left: int = 1) -> Table:
     """A table whose first ``left`` columns are text and whose others are numbers."""
-    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    table = plain_table(title)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < left else "right", no_wrap=index >= left)
     return table
+
+
+def plain_table(title: str) -> Table:
+    """A table without lines, its columns still to be added."""
+    return Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
 
 
 def _bits(value: int | None) -> str:
@@ -48,8 +53,8 @@ def show_profile(result: dict[str, Any]) -> None:
         )
     console.print(table)
     for left in result["unquantized"]:
-        _say(console, f"left in floating point: {left['name']}, which {left['reason']}")
-    _say(
+        say(console, f"left in floating point: {left['name']}, which {left['reason']}")
+    say(
         console,
         f"\n{format_quantity(result['macs'], 'MACs')}, {format_quantity(result['bops'], 'BOPs')} "
         f"of {format_quantity(result['float_bops'], 'BOPs')} in floating point "
@@ -85,20 +90,20 @@ def show_quantized(result: dict[str, Any]) -> None:
     if result["budget_bops"]:
         share = 100 * result["bops"] / result["budget_bops"]
         reduction += f", {share:.2f} % of the budget of {format_quantity(result['budget_bops'], 'BOPs')}"
-    _say(console, f"\n{reduction}")
-    _say(
+    say(console, f"\n{reduction}")
+    say(
         console,
         f"ONNX equals PyTorch layer by layer to {result['onnx_layers_error']:.1e}, and has the best class of "
         f"the model in float64 on {100 * result['onnx_argmax_agreement']:.2f} % of {result['onnx_images']} images",
     )
     for path in result["artifacts"].values():
-        _say(console, f"wrote {path}")
+        say(console, f"wrote {path}")
 
 
 def show_evaluation(result: dict[str, Any]) -> None:
     """Accuracy in one line."""
     skipped = f", {result['skipped']} unreadable images left out" if result["skipped"] else ""
-    _say(
+    say(
         Console(),
         f"[bold]top-1 {result['top1']:.2f} %[/bold], top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} on "
         f"{result['images']} images ({result['images_per_second']:.0f} a second){skipped}",
@@ -108,16 +113,16 @@ def show_evaluation(result: dict[str, Any]) -> None:
 def show_export(result: dict[str, Any]) -> None:
     """The file and how it was verified."""
     console = Console()
-    _say(
+    say(
         console,
         f"wrote {result['onnx']} ({format_quantity(result['size_bytes'], 'B')}, style {result['style']}, "
         f"opset {result['opset']})",
     )
-    _say(
+    say(
         console,
         f"layer by layer, {result['layers']} tensors equal PyTorch's to {result['layers_error']:.1e} of their range",
     )
-    _say(
+    say(
         console,
         f"end to end it has the best class of the model in float64 on {100 * result['argmax_agreement']:.2f} % of "
         f"{result['images']} images; PyTorch in float32 has it on {100 * result['pytorch_agreement']:.2f} %",

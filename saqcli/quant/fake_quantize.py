@@ -57,7 +57,7 @@ class FakeQuantize(torch.autograd.Function):
         x, quantized, level = ctx.saved_tensors
         grid: Grid = ctx.grid
         bound = level.abs().clamp_min(TINY)
-        inside = _between(x.detach(), bound.detach() * (grid.lowest / grid.highest), bound.detach())
+        inside = between(x.detach(), bound.detach() * (grid.lowest / grid.highest), bound.detach())
         grad_x = grad * inside if ctx.needs_input_grad[0] else None
         grad_level = None
         if ctx.needs_input_grad[1]:
@@ -66,7 +66,7 @@ class FakeQuantize(torch.autograd.Function):
         return grad_x, grad_level, None
 
 
-def _between(x: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+def between(x: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     """1 where x lies in the closed range, else 0, in the dtype of x: on a CPU four times as fast as with booleans."""
     inside = torch.le(x, highest, out=torch.empty_like(x))
     return inside.mul_(torch.ge(x, lowest, out=torch.empty_like(x)))

@@ -19,7 +19,7 @@ from saqcli.progress import SILENT, Progress
 from saqcli.workflows.analysis_files import AGAINST, AnalysisFolder, SubjectFacts, facts_of
 from saqcli.workflows.optimization import default_rho
 from saqcli.workflows.pictures import draw
-from saqcli.workflows.setup import pick_device
+from saqcli.workflows.setup import named_data, pick_device
 from saqcli.workflows.subjects import Opened, View, check_target, open_subject
 
 SECONDS_BETWEEN_SAVES = 5.0
@@ -159,10 +159,10 @@ def _check(request: Request) -> None:
             raise ConfigError(
                 f"--against {request.against} is no quantized model: give a run directory or a .safetensors file"
             )
-    if request.view.data.path is None:
-        raise ConfigError(
-            "no images were named: give --data DIR with train/ and val/, a folder a class in each"
-        )
+    named_data(request.view.data)
+    grid = request.settings.grid
+    if grid % 2 == 0:
+        raise ConfigError(f"--grid {grid} has no point in the middle: give an odd number, such as {grid + 1}")
     if request.resume and request.overwrite:
         raise ConfigError("--resume goes on with what is there and --overwrite replaces it: give one of them")
     if request.out.exists() and not request.out.is_dir():

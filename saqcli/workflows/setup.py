@@ -214,11 +214,20 @@ class Images:
 
 def open_named(section: DataSection, split: Literal["train", "val"], num_classes: int) -> Split:
     """One split of ``--data``."""
+    return open_split(named_data(section), split, num_classes=num_classes, bad_images=section.bad_images)
+
+
+def named_data(section: DataSection) -> str:
+    """``--data``; to be asked early where much is done before images are opened.
+
+    Raises:
+        ConfigError: none was named.
+    """
     if section.path is None:
         raise ConfigError(
             "no images were named: give --data DIR with train/ and val/, a folder a class in each"
         )
-    return open_split(section.path, split, num_classes=num_classes, bad_images=section.bad_images)
+    return section.path
 
 
 def validation_loader(

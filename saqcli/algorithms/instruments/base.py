@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.algorithms.sharpness import RadiusUnit
+from saqcli.algorithms.sharpness import Gradients, PerturbedSet, RadiusUnit, add_up
 from saqcli.algorithms.training import Score, evaluate
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.convert import Scheme
@@ -118,6 +118,15 @@ class Subject:
         """Loss and accuracy over all images, just as ``saq eval`` computes them."""
         with SILENT.task("", len(self.batches)) as task:
             return evaluate(self.model, self.batches, task, device=self.device)
+
+    def gradients(self, of: PerturbedSet, title: str, session: "Session") -> Gradients:
+        """Gradients of the mean loss over all images to the members of ``of``, told as ``title``."""
+        sums: Gradients = []
+        with session.progress.task(title, len(self.batches)) as task:
+            for loss, (images, _) in zip(self.losses(), self.batches, strict=True):
+                sums = add_up(sums, of.gradients(loss)[1])
+                task.advance(images=len(images))
+        return sums
 
     def losses(self) -> Iterator[Callable[[], Tensor]]:
         """A function for every batch: its share of the mean cross-entropy; the shares add up to the mean."""

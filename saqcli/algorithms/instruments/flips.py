@@ -72,17 +72,8 @@ def measure_flips(subject: Subject, settings: Settings, session: Session) -> Fli
         reason = "the latent weights are not there: they are in the checkpoint of a run directory"
         return FlipsReading(reason=reason, rho=settings.rho, rho_unit=settings.rho_unit)
     perturbed_set = PerturbedSet(subject.model, ("latent_weights",))
-    sums: list[Tensor] = []
-    with session.progress.task("flips", len(subject.batches)) as task:
-        for loss, (images, _) in zip(subject.losses(), subject.batches, strict=True):
-            found = perturbed_set.gradients(loss)[1]
-            gradients = [
-                torch.zeros_like(p) if g is None else g
-                for g, p in zip(found, perturbed_set.parameters, strict=True)
-            ]
-            sums = [a + b for a, b in zip(sums, gradients, strict=True)] if sums else gradients
-            task.advance(images=len(images))
-    perturbation = perturbed_set.ascent(sums, settings.rho, settings.rho_unit)
+    gradients = subject.gradients(perturbed_set, "flips", session)
+    perturbation = perturbed_set.ascent(gradients, settings.rho, settings.rho_unit)
     quantized = {
         name: (layer, layer.weight_quantizer)
         for name, layer in subject.layers.items()

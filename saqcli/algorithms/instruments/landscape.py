@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from saqcli.algorithms.instruments.base import Reading, Session, Settings, Subject, finite, seeded
+from saqcli.algorithms.instruments.curvature import Vector, dot
 from saqcli.quant.layers import QuantizedLayer, perturbed
 
 PARALLEL = 1e-6  # a filter of the second direction with less than this share left is not made orthogonal
@@ -121,9 +122,6 @@ def directions(layers: dict[str, QuantizedLayer], seed: int) -> tuple[list[Tenso
     return first, second
 
 
-def _cosine(one: list[Tensor], two: list[Tensor]) -> float:
-    def inner(a: list[Tensor], b: list[Tensor]) -> float:
-        return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
-
-    norms = (inner(one, one) * inner(two, two)) ** 0.5
-    return inner(one, two) / norms if norms > 0 else 0.0
+def _cosine(one: Vector, two: Vector) -> float:
+    norms = (dot(one, one) * dot(two, two)) ** 0.5
+    return dot(one, two) / norms if norms > 0 else 0.0

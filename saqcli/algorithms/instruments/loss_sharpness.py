@@ -9,9 +9,9 @@ Source: the sharpness of Liu et al. (arXiv:2111.12273, Eq. 10-11); ``sharpness``
 import math
 
 import torch
-from torch import Tensor
 
 from saqcli.algorithms.instruments.base import Reading, Session, Settings, Subject, finite
+from saqcli.algorithms.instruments.curvature import dot
 from saqcli.algorithms.sharpness import PerturbedSet
 
 
@@ -48,16 +48,13 @@ def measure_sharpness(subject: Subject, settings: Settings, session: Session) ->
         UnperturbedLayer: not one quantized layer takes part in the loss.
     """
     perturbed_set = PerturbedSet(subject.model, ("weights",))
-    gradients: list[Tensor | None] = []
-    with session.progress.task("sharpness", len(subject.batches)) as task:
-        for loss, (images, _) in zip(subject.losses(), subject.batches, strict=True):
-            gradients = _add(gradients, perturbed_set.gradients(loss)[1])
-            task.advance(images=len(images))
+    gradients = subject.gradients(perturbed_set, "sharpness", session)
     perturbation = perturbed_set.ascent(gradients, settings.rho, settings.rho_unit)
     before = subject.score()
     with perturbed_set.applied(perturbation):
         after = subject.score()
     with torch.no_grad():
+        moved = perturbation.weights
         weights = [layer.quantized_weight().detach() for layer in perturbed_set.layers]
     return SharpnessReading(
         rho=settings.rho,
@@ -68,16 +65,5 @@ def measure_sharpness(subject: Subject, settings: Settings, session: Session) ->
         top1=before.top1,
         perturbed_top1=after.top1,
         gradient_norm=float(perturbation.norm),
-        relative_norm=_norm(perturbation.weights) / _norm(weights),
+        relative_norm=math.sqrt(dot(moved, moved)) / math.sqrt(dot(weights, weights)),
     )
-
-
-def _add(sums: list[Tensor | None], more: list[Tensor | None]) -> list[Tensor | None]:
-    """Gradients added up; None counts as zero."""
-    if not sums:
-        return more
-    return [b if a is None else a if b is None else a + b for a, b in zip(sums, more, strict=True)]
-
-
-def _norm(tensors: list[Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))

@@ -24,11 +24,17 @@ from torch import Tensor, nn
 from saqcli.algorithms.divergence import check_step
 from saqcli.algorithms.minimizers.batches import Chunk, accumulate
 from saqcli.algorithms.minimizers.look_ahead import LookAhead
-from saqcli.algorithms.sharpness import PERTURBED, Adaptive, Kind, PerturbedSet, RadiusUnit
+from saqcli.algorithms.sharpness import (
+    PERTURBED,
+    Adaptive,
+    Gradients,
+    Kind,
+    PerturbedSet,
+    RadiusUnit,
+    add_up,
+)
 from saqcli.errors import ConfigError
 from saqcli.quant.layers import frozen_batch_stats
-
-Gradients = list[Tensor | None]
 
 
 class SharpnessAware:
@@ -112,35 +118,34 @@ class SharpnessAware:
             them.
         """
         losses, norms = [], []
-        plain: Gradients = [None] * len(self.look_ahead.parameters) if self.look_ahead else []
+        also = self.look_ahead.parameters if self.look_ahead else []
+        plain: Gradients = []
         for chunk in chunks:
             share = sum(micro_batch.share for micro_batch in chunk)
             loss, gradients = self._first_pass(chunk, share)
-            members = len(gradients) - len(plain)
-            plain = _plus(plain, gradients[members:], share)
+            members = len(gradients) - len(also)
+            plain = add_up(plain, gradients[members:], share)
             perturbation = self.set.ascent(gradients[:members], self.rho, self.rho_unit, self.adaptive)
             stats = frozen_batch_stats(self.model) if self.freeze else nullcontext()
             with self.set.applied(perturbation), stats:
                 perturbed_loss = accumulate(chunk)
             losses.append(loss * share)
             norms += [perturbation.norm, perturbed_loss]
-        like = self.look_ahead.parameters if self.look_ahead else []
-        known = [torch.zeros_like(p) if g is None else g for p, g in zip(like, plain, strict=True)]
+        known = [torch.zeros_like(p) if g is None else g for p, g in zip(also, plain, strict=True)]
         return torch.stack(losses).sum(), norms, known
 
     def _first_pass(self, chunk: Chunk, share: float) -> tuple[Tensor, Gradients]:
         """Mean loss of the chunk and its gradients to the perturbed set, then to what the look-ahead follows."""
         also = self.look_ahead.parameters if self.look_ahead else []
         losses: list[Tensor] = []
-        total: Gradients | None = None
+        total: Gradients = []
         for micro_batch in chunk:
             loss, gradients = self.set.gradients(
                 partial(micro_batch.loss, ascent=True), through_rounding=self.through_rounding, also=also
             )
             part = micro_batch.share / share
             losses.append(loss * part)
-            total = gradients if len(chunk) == 1 else _plus(total or [None] * len(gradients), gradients, part)
-        assert total is not None
+            total = add_up(total, gradients, part)
         return torch.stack(losses).sum(), total
 
     def state_dict(self) -> dict[str, Any]:
@@ -152,12 +157,6 @@ class SharpnessAware:
         self.done = state["done"]
         if self.look_ahead:
             self.look_ahead.load_state_dict(state["look_ahead"])
-
-
-def _plus(sums: Gradients, gradients: Gradients, factor: float) -> Gradients:
-    """``sums + factor * gradients``; None stands for zero."""
-    scaled = [None if g is None else g * factor for g in gradients]
-    return [a if b is None else b if a is None else a + b for a, b in zip(sums, scaled, strict=True)]
 
 
 def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:

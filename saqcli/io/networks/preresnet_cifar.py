@@ -12,6 +12,8 @@ Source: He et al., arXiv:1603.05027; Liu et al. (SAQ), arXiv:2111.12273.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saqcli.io.networks.depth import blocks_per_stage
+
 
 class _Block(nn.Module):
     """bn-relu-conv-bn-relu-conv + shortcut; ``first`` takes the shortcut after the first bn-relu."""
@@ -44,9 +46,7 @@ class PreResNet(nn.Module):
 
     def __init__(self, depth: int, num_classes: int, in_chans: int = 3) -> None:
         super().__init__()
-        blocks, rest = divmod(depth - 2, 6)
-        if rest or blocks < 1:
-            raise ValueError(f"a CIFAR ResNet has 6n + 2 layers, not {depth}")
+        blocks = blocks_per_stage(depth)
         self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
         self.layer1 = _stage(blocks, 16, 16, stride=1)
         self.layer2 = _stage(blocks, 16, 32, stride=2)

@@ -10,6 +10,8 @@ for it: ``conv1``, ``bn1``, ``layer{1,2,3}.{i}.{conv1,bn1,conv2,bn2}``, ``linear
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saqcli.io.networks.depth import blocks_per_stage
+
 
 class _Block(nn.Module):
     """relu(conv-bn-relu-conv-bn + shortcut)."""
@@ -41,9 +43,7 @@ class ResNet(nn.Module):
 
     def __init__(self, depth: int, num_classes: int, in_chans: int = 3) -> None:
         super().__init__()
-        blocks, rest = divmod(depth - 2, 6)
-        if rest or blocks < 1:
-            raise ValueError(f"a CIFAR ResNet has 6n + 2 layers, not {depth}")
+        blocks = blocks_per_stage(depth)
         self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = _stage(blocks, 16, 16, stride=1)

@@ -10,6 +10,8 @@ Source: the ``pretrained`` networks of github.com/karanchahal/distiller, whose p
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saqcli.io.networks.depth import blocks_per_stage
+
 
 class _Block(nn.Module):
     """conv-bn-relu-conv-bn + shortcut, no ReLU behind."""
@@ -42,9 +44,7 @@ class ResNetS(nn.Module):
 
     def __init__(self, depth: int, num_classes: int, in_chans: int = 3) -> None:
         super().__init__()
-        blocks, rest = divmod(depth - 2, 6)
-        if rest or blocks < 1:
-            raise ValueError(f"a CIFAR ResNet has 6n + 2 layers, not {depth}")
+        blocks = blocks_per_stage(depth)
         self.conv1 = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.layer1 = _stage(blocks, 64, 16, stride=1)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saqcli.quant.fake_quantize import TINY
+from saqcli.quant.fake_quantize import TINY, between
 from saqcli.quant.grids import Grid
 from saqcli.quant.quantizers.base import Quantizer, full_precision
 from saqcli.quant.quantizers.learned_step import LearnedStep, features, scale_gradient
@@ -106,8 +106,8 @@ class _Asymmetric(torch.autograd.Function):
         top: int = ctx.top
         lowest = _lowest(step, offset, top)
         wanted = (offset / step).round()
-        below, above = x < step * lowest, x > step * (lowest + top)
-        inside = ~(below | above)
+        low, high = step * lowest, step * (lowest + top)
+        below, above, inside = x < low, x > high, between(x.detach(), low, high)
         under, over = (grad * below).sum(), (grad * above).sum()
         ends = torch.where(wanted == lowest, over * top, under * lowest + over * (lowest + top))
         grad_step = (grad * inside * (quantized - x)).sum() / step + ends

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saqcli.quant.fake_quantize import TINY, codes_of, step_of
+from saqcli.quant.fake_quantize import TINY, between, codes_of, step_of
 from saqcli.quant.grids import Grid
 from saqcli.quant.quantizers.base import LevelQuantizer, full_precision
 from saqcli.quant.quantizers.tanh_weight import TanhWeight
@@ -56,4 +56,4 @@ class _Pact(torch.autograd.Function):
         lowest = ctx.grid.lowest / ctx.grid.highest  # in units of the level
         low = level * lowest
         grad_level = (grad * (x >= level)).sum() + (grad * (x < low)).sum() * lowest
-        return grad * ((x >= low) & (x <= level)), grad_level, None
+        return grad * between(x.detach(), low, level), grad_level, None

@@ -21,10 +21,11 @@ from saqcli.algorithms.training import EpochSettings, Meter, train_epoch
 from saqcli.config import RunConfig, resolve
 from saqcli.io.files import replacing
 from saqcli.progress import SILENT
+from saqcli.workflows.bits import given_policy
 from saqcli.workflows.calibration import calibrate, install_quantizers
 from saqcli.workflows.optimization import make_minimizer, make_objective, make_optimizer, make_schedule
 from saqcli.workflows.quantize import prepare, score
-from saqcli.workflows.setup import Images, explicit_policy, pick_device
+from saqcli.workflows.setup import Images, pick_device
 
 # What is compared: settings of the training section.
 METHODS: dict[str, dict[str, Any]] = {
@@ -89,7 +90,7 @@ class Prepared:
         base = resolve(options=self.options)
         self.network, self._images = prepare(base, self.device, SILENT)
         statistics_ = calibrate(self.network, self._images, base, SILENT)
-        policy = explicit_policy(base, self.network)
+        policy = given_policy(base.quantization, self.network)
         assert policy is not None
         install_quantizers(base, self.network, policy, statistics_, self._images, SILENT)
         self.initial = {name: value.clone() for name, value in self.network.model.state_dict().items()}

@@ -20,6 +20,7 @@ from saqcli.strict import parse_object
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 BitWidth = Annotated[int, Field(ge=2, le=8)]
+Widths = Annotated[tuple[BitWidth, ...], Field(min_length=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -60,18 +61,63 @@ class DataSection(_Section):
 
 
 class QuantizationSection(_Section):
-    """Which quantizers, and where the bits come from: ``bits``, ``bops`` or ``policy``."""
+    """Which quantizers, and where the bits come from: ``bits``, a budget (``bops``, ``size`` in bytes), or ``policy``.
+
+    ``candidates`` are the widths of weights and inputs together, unless ``activation_candidates`` are given for the
+    inputs. ``pins`` narrow them by pattern of layer names: ``4``, ``3-6``, ``w4a8``; of several that match, the last.
+    """
 
     bits: str | None = None
     bops: str | None = None
+    size: str | None = None
     policy: str | None = None
     searcher: str = "error"
-    candidates: Annotated[tuple[BitWidth, ...], Field(min_length=1)] = (2, 3, 4, 5, 6, 8)
+    candidates: Widths = (2, 3, 4, 5, 6, 8)
+    activation_candidates: Widths | None = None
+    pins: dict[str, str] = {}
     quantizer: str = "clip"
     weight_grid: Literal["auto", "paper", "zero"] = "auto"
     granularity: Literal["channel", "tensor"] = "channel"
     weight_normalization: bool = False
     clip_init: Literal["error", "paper"] = "error"
+
+
+class ProxySection(_Section):
+    """A small data set that is searched on in the place of the network's own, and the network built for it.
+
+    None takes what the network has; ``data`` None is the path of the data section, ``num_classes`` None is the number
+    of its class folders. ``epochs`` of training in floating point come first, None for one if the classifier is new.
+    """
+
+    data: str | None = None
+    num_classes: Positive | None = None
+    input_size: Positive | None = None
+    weights: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    epochs: Annotated[int, Field(ge=0)] | None = None
+
+
+class SearchSection(_Section):
+    """What a search looks at, and how it trains.
+
+    ``images`` of ``classes`` classes are drawn from the training split by seed, None for all. The share ``held_out`` of
+    them is not trained on; ``scoring_images`` of that compare configurations. ``epochs`` and ``rho`` None are the
+    searcher's own; ``options`` hold further keyword arguments, by searcher. ``pareto`` budgets make a front.
+    """
+
+    epochs: Rate | None = None
+    rho: NotNegative | None = None
+    images: Positive | None = None
+    classes: Positive | None = None
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    scoring_images: Positive = 2048
+    optimizer: str = "sgd"
+    lr: Rate = 0.01
+    weight_decay: NotNegative = 1e-4
+    pareto: Annotated[int, Field(ge=0)] = 0
+    proxy: ProxySection | None = None
+    options: dict[str, dict[str, Any]] = {}
 
 
 class TrainingSection(_Section):
@@ -136,6 +182,7 @@ class RunConfig(_Section):
     model: ModelSection
     data: DataSection = DataSection()
     quantization: QuantizationSection = QuantizationSection()
+    search: SearchSection = SearchSection()
     training: TrainingSection = TrainingSection()
     run: RunSection = RunSection()
 

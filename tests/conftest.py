@@ -1,6 +1,10 @@
 """What every test may lean on: one seed, and the data and weights that lie beside the repository."""
 
+import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would be in each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

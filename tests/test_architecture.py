@@ -26,7 +26,19 @@ ALLOWED = {
 # Plugins of one family do not know each other; these files are what they share.
 FAMILIES = {
     "algorithms/minimizers": {"batches", "look_ahead", "sharpness_aware"},
-    "algorithms/searchers": {"problem", "knapsack"},
+    "algorithms/searchers": {
+        "problem",
+        "knapsack",
+        "separable",
+        "sampling",
+        "supernet",
+        "controller",
+        "reinforce",
+        "alternation",
+        "sharp_cost",
+        "descent",
+        "mixture",
+    },
     "algorithms/instruments": {"base", "curvature", "inputs"},
     "algorithms/exporters": {"facts", "operators", "onnx_layerwise"},
     "quant/quantizers": {"base", "learned_step", "offset_search", "tanh_weight"},

@@ -216,12 +216,7 @@ def quantized(
     layers = quantized_layers(net)
     config = BitConfig(model="tiny", layers=dict.fromkeys(layers, LayerBits(weight=bits, activation=bits)))
     signed = {name: statistics[name].signed for name in layers}
-    convert.install(
-        net,
-        scheme or convert.Scheme(),
-        config,
-        signed,
-        dict.fromkeys(layers, candidates) if candidates else None,
-    )
+    more = [LayerBits(weight=width, activation=width) for width in candidates]
+    convert.install(net, scheme or convert.Scheme(), config, signed, dict.fromkeys(layers, more))
     calibrate.fit(net, statistics)
     return layers

@@ -79,6 +79,49 @@ Policy = Annotated[
 Candidates = Annotated[
     str | None, typer.Option(metavar="2,3,4", help="Bit-widths that a layer may have.", rich_help_panel=BITS)
 ]
+ActivationCandidates = Annotated[
+    str | None,
+    typer.Option(
+        metavar="4,8",
+        help="Bit-widths of inputs, if they are to be chosen apart from weights.",
+        rich_help_panel=BITS,
+    ),
+]
+Bops = Annotated[
+    str | None,
+    typer.Option(
+        "--bops",
+        "--budget",
+        help="Budget of bit-operations: 34G, 500M, or w4a4 for its cost.",
+        rich_help_panel=BITS,
+    ),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        help="Budget of bytes: 5MB, or w4a4 for its size; alone or with --bops.", rich_help_panel=BITS
+    ),
+]
+Pin = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN=BITS",
+        help="Bits of the layers that a pattern matches: 'layer4.*=8', '*.conv1=3-6', 'fc=w8a4'. May be repeated.",
+        rich_help_panel=BITS,
+    ),
+]
+SearcherName = Annotated[
+    str | None,
+    typer.Option(
+        "--searcher",
+        help="How bits are found under a budget: samq, asga, hawq, sensitivity, random, error or uniform.",
+        rich_help_panel=BITS,
+    ),
+]
+WeightGrid = Annotated[
+    str | None,
+    typer.Option(metavar="auto|paper|zero", help="Levels of the weights.", rich_help_panel=BITS),
+]
 QuantizerName = Annotated[
     str | None,
     typer.Option("--quantizer", help="clip, lsq, lsq_plus, pact or dorefa.", rich_help_panel=BITS),
@@ -146,6 +189,23 @@ def _literal(text: str) -> Any:
         ]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def parse_pins(texts: list[str] | None) -> dict[str, str] | None:
+    """``PATTERN=BITS`` pairs as a dictionary, in their order.
+
+    Raises:
+        ConfigError: a text without ``=``.
+    """
+    if not texts:
+        return None
+    pins = {}
+    for text in texts:
+        pattern, equals, bits = text.rpartition("=")
+        if not equals or not pattern.strip():
+            raise ConfigError(f"--pin {text}: give PATTERN=BITS, such as 'layer4.*=8' or '*.conv1=3-6'")
+        pins[pattern.strip()] = bits.strip()
+    return pins
 
 
 def model_options(

@@ -127,3 +127,22 @@ def show_export(result: dict[str, Any]) -> None:
         f"end to end it has the best class of the model in float64 on {100 * result['argmax_agreement']:.2f} % of "
         f"{result['images']} images; PyTorch in float32 has it on {100 * result['pytorch_agreement']:.2f} %",
     )
+
+
+def show_searched(result: dict[str, Any]) -> None:
+    """The policy as a picture, then what it costs."""
+    from saqcli.cli.policy_view import show_policy
+
+    show_policy(result["policy"], result["layers"])
+    console = Console()
+    costs = [format_quantity(result["bops"], "BOPs"), format_quantity(result["size_bytes"], "B")]
+    bounds = [
+        f"{100 * result[used] / result[bound]:.2f} % of the budget of {format_quantity(result[bound], unit)}"
+        for used, bound, unit in (("bops", "budget_bops", "BOPs"), ("size_bytes", "budget_bytes", "B"))
+        if result[bound]
+    ]
+    say(console, f"\n{result['searcher']} found {', '.join(costs)}: {' and '.join(bounds)}")
+    if result["scoring_top1"] is not None:
+        say(console, f"top-1 {result['scoring_top1']:.2f} % on the search's scoring images, not fine-tuned")
+    for path in result["artifacts"].values():
+        say(console, f"wrote {path}")

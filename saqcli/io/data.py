@@ -124,14 +124,56 @@ def subset(split: Split, count: int, seed: int) -> Split:
     Raises:
         DataError: a stream, which cannot be drawn from.
     """
+    return replace(split, dataset=_random_access(split).pick(_order(split, seed)[:count]))
+
+
+def _random_access(split: Split) -> ImageSet:
     if isinstance(split.dataset, ImageStream):
         raise DataError(
             f"{split.name} is a stream, from which no images can be drawn: give a folder of images"
         )
+    return split.dataset
+
+
+def _order(split: Split, seed: int) -> list[int]:
+    """All images, shuffled, classes taking turns."""
     order = np.random.default_rng(seed).permutation(split.images)
-    if split.dataset.labels is not None:
-        order = _taking_turns(order, split.dataset.labels)
-    return replace(split, dataset=split.dataset.pick(order[:count].tolist()))
+    labels = _random_access(split).labels
+    found: list[int] = (order if labels is None else _taking_turns(order, labels)).tolist()
+    return found
+
+
+def divide(split: Split, share: float, seed: int) -> tuple[Split, Split]:
+    """Two parts of ``split``, each with its part of every class: ``share`` of the images, and the rest.
+
+    Raises:
+        DataError: a stream, or a part without an image.
+    """
+    count = round(share * split.images)
+    if not 0 < count < split.images:
+        raise DataError(
+            f"{split.name} has {split.images} images, too few to hold {share:.0%} of them out: give more images"
+        )
+    order = _order(split, seed)
+    return (
+        replace(split, dataset=_random_access(split).pick(order[:count])),
+        replace(split, dataset=_random_access(split).pick(order[count:])),
+    )
+
+
+def some_classes(split: Split, count: int, seed: int) -> Split:
+    """The images of ``count`` classes of ``split``, drawn by ``seed``; labels and the number of classes stay.
+
+    Raises:
+        DataError: a stream, or labels that are not known beforehand.
+    """
+    labels = _random_access(split).labels
+    if labels is None:
+        raise DataError(f"the labels of {split.name} are not known beforehand: classes cannot be drawn")
+    present = sorted(set(labels))
+    chosen = set(np.random.default_rng(seed).permutation(present)[:count].tolist())
+    kept = [index for index, label in enumerate(labels) if label in chosen]
+    return replace(split, dataset=_random_access(split).pick(kept))
 
 
 def _taking_turns(order: "np.ndarray[Any, np.dtype[np.int64]]", labels: Sequence[int]) -> Any:

@@ -46,6 +46,7 @@ class ModelSpec:
         input_size: one side, (H, W) or (C, H, W).
         mean: per channel, of pixels scaled to 0..1.
         std: likewise.
+        new_head: where a weight file has other classes than are asked for, let the classifier start random.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ModelSpec:
     input_size: int | tuple[int, ...] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    new_head: bool = False
 
 
 @dataclass
@@ -104,7 +106,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     sha256, trained = None, True
     with _building(f"{prefix}/{name}", arch.kwargs):
         if spec.weights and state is not None:
-            model, arch = _from_state(zoo, prefix, arch, state, spec, notes)
+            model, arch, trained = _from_state(zoo, prefix, arch, state, spec, notes)
             source, sha256 = spec.weights.name, sha256_of(spec.weights)
         elif spec.pretrained:
             model, name, source = zoo.fetch(arch)
@@ -226,8 +228,11 @@ def _per_channel(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
 
 def _from_state(
     zoo: Zoo, prefix: str, arch: Architecture, state: Mapping[str, Tensor], spec: ModelSpec, notes: list[str]
-) -> tuple[nn.Module, Architecture]:
-    """The network with the file's weights; the file decides the number of classes if the user does not."""
+) -> tuple[nn.Module, Architecture, bool]:
+    """The network with the file's weights, and whether these are all that it has.
+
+    The file decides the number of classes if the user does not.
+    """
     name, source = f"{prefix}/{arch.name}", spec.weights.name if spec.weights else ""
     model = zoo.build(arch)
     heads = zoo.classifiers(model)
@@ -236,6 +241,13 @@ def _from_state(
         notes.append(f"{name} has {len(head)} classes, as {source} has, instead of {arch.num_classes}")
         arch = replace(arch, num_classes=len(head))
         model = zoo.build(arch)
+    trained = head is None or len(head) == arch.num_classes or not spec.new_head
+    if not trained:
+        own = model.state_dict()
+        state = {k: own[k] if k.rpartition(".")[0] in heads and k in own else v for k, v in state.items()}
+        notes.append(
+            f"{source} has another classifier: the {arch.num_classes} classes asked for start random"
+        )
     try:
         load_into(model, state, source, name=name, classifiers=heads)
     except WeightsMismatch:
@@ -243,7 +255,7 @@ def _from_state(
             raise
         load_into(model, converted, source, name=name, classifiers=heads)
         notes.append(f"{source} was written for another version of {name}: its parameters were converted")
-    return model, arch
+    return model, arch, trained
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 manifest.json     who made it, from what, how it ended, and the SHA-256 of every artifact
 config.json       the resolved configuration
 policy.json       the bits of every layer
+search.json       how they were found, where a search found them; policy.png, policy.svg, pareto.* are its pictures
 metrics.jsonl     one object a line
-checkpoints/      last.pt: model, optimizer, random state, position in the epoch
+checkpoints/      last.pt: model, optimizer, random state, position in the epoch; search.pt: a search under way
 artifacts/        model.safetensors, model.onnx
 report.md         what a person reads first
 """
@@ -36,6 +37,7 @@ class RunManifest(BaseModel):
 
     Attributes:
         command: as typed.
+        verb: the command of saq.
         status: ``running`` also after a crash.
         started: UTC.
         versions: of saq and of what its numbers depend on.
@@ -47,6 +49,7 @@ class RunManifest(BaseModel):
 
     schema_version: Literal[1] = 1
     command: list[str]
+    verb: str = "quantize"
     status: Literal["running", "interrupted", "failed", "finished"]
     started: str
     versions: dict[str, str]
@@ -57,13 +60,16 @@ class RunManifest(BaseModel):
 class RunDirectory:
     """A run directory that exists."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, verb: str = "quantize") -> None:
+        """``verb`` is the command that made it."""
+        self.path, self.verb = path, verb
         self.policy_path = path / "policy.json"
         self.checkpoint_path = path / "checkpoints" / "last.pt"
         self.safetensors_path = path / "artifacts" / "model.safetensors"
         self.onnx_path = path / "artifacts" / "model.onnx"
         self.report_path = path / "report.md"
+        self.search_path = path / "search.json"
+        self.search_state_path = path / "checkpoints" / "search.pt"
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
@@ -77,14 +83,16 @@ class RunDirectory:
         return cls(path)
 
     @classmethod
-    def start(cls, path: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> "RunDirectory":
+    def start(
+        cls, path: Path, config: RunConfig, *, resume: bool, overwrite: bool, verb: str = "quantize"
+    ) -> "RunDirectory":
         """Make ``path`` a run directory for ``config``, or go on with the one that is there.
 
         Raises:
             RunDirectoryError: it holds a run and neither ``resume`` nor ``overwrite`` was given, it holds
                 other files, or it cannot be written.
         """
-        run = cls(path)
+        run = cls(path, verb)
         if run.check_usable(resume=resume, overwrite=overwrite):
             if resume:
                 run._update(status="running")
@@ -92,6 +100,7 @@ class RunDirectory:
             run._clear()
         manifest = RunManifest(
             command=sys.argv,
+            verb=verb,
             status="running",
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
@@ -112,6 +121,11 @@ class RunDirectory:
             return False
         if not (self.path / "manifest.json").is_file():
             raise RunDirectoryError(f"{self.path} holds other files and no run: give another --run-dir")
+        there = self.manifest().verb
+        if resume and there != self.verb:
+            raise RunDirectoryError(
+                f"{self.path} holds a run of `saq {there}`: give another --run-dir, or --overwrite to replace it"
+            )
         if not resume and not overwrite and self._holds_work():
             raise RunDirectoryError(
                 f"{self.path} already holds a {self.manifest().status} run: give --resume to go on with it, "
@@ -121,7 +135,8 @@ class RunDirectory:
 
     def _holds_work(self) -> bool:
         """Whether starting over would lose anything."""
-        return self.checkpoint_path.exists() or self.manifest().status in ("finished", "running")
+        there = self.checkpoint_path.exists() or self.search_state_path.exists() or self.search_path.exists()
+        return there or self.manifest().status in ("finished", "running")
 
     def manifest(self) -> RunManifest:
         """What ``manifest.json`` says."""
@@ -150,7 +165,7 @@ class RunDirectory:
 
     def how_to_resume(self) -> str:
         """The command that goes on with this run."""
-        return f"go on with `saq quantize --run-dir {shlex.quote(str(self.path))} --resume`"
+        return f"go on with `saq {self.verb} --run-dir {shlex.quote(str(self.path))} --resume`"
 
     def finish(self, results: dict[str, Any]) -> None:
         """Note the results and the hashes of all artifacts, and that the run is finished."""
@@ -174,15 +189,24 @@ class RunDirectory:
         Raises:
             RunDirectoryError: damaged.
         """
-        if not self.checkpoint_path.is_file():
-            return None
-        try:
-            state: dict[str, Any] = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load has no error of its own
-            raise RunDirectoryError(
-                f"{self.checkpoint_path} is damaged ({type(error).__name__}): start again with --overwrite"
-            ) from None
-        return state
+        return _load(self.checkpoint_path)
+
+    def save_search(self, state: dict[str, Any]) -> None:
+        """Replace the state of the search under way, tensors and plain values only."""
+        with replacing(self.search_state_path) as temporary:
+            torch.save(state, temporary)
+
+    def load_search(self) -> dict[str, Any] | None:
+        """The state of a search that was stopped, or None.
+
+        Raises:
+            RunDirectoryError: damaged.
+        """
+        return _load(self.search_state_path)
+
+    def end_search(self) -> None:
+        """The search is done: its state is not needed any more."""
+        self.search_state_path.unlink(missing_ok=True)
 
     def _read(self, name: str) -> str:
         try:
@@ -198,8 +222,22 @@ class RunDirectory:
         """Remove what a run wrote, and nothing else."""
         for name in ("checkpoints", "artifacts"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in ("policy.json", "metrics.jsonl", "report.md", "config.json"):
+        for name in ("policy.json", "metrics.jsonl", "report.md", "config.json", "search.json"):
             (self.path / name).unlink(missing_ok=True)
+        for name in ("policy.png", "policy.svg", "pareto.json", "pareto.csv", "pareto.png", "pareto.svg"):
+            (self.path / name).unlink(missing_ok=True)
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no error of its own
+        raise RunDirectoryError(
+            f"{path} is damaged ({type(error).__name__}): start again with --overwrite"
+        ) from None
+    return state
 
 
 def versions() -> dict[str, str]:

@@ -77,8 +77,8 @@ class BitConfig(BaseModel):
         )
 
 
-def parse_bits(text: str) -> LayerBits:
-    """``4`` or ``w4a8`` as bits for every searched layer.
+def parse_bits(text: str, option: str = "--bits") -> LayerBits:
+    """``4`` or ``w4a8`` as bits for every searched layer; ``option`` is what a message names.
 
     Raises:
         ConfigError: not of that form, or a width outside 2..8.
@@ -89,12 +89,12 @@ def parse_bits(text: str) -> LayerBits:
     """
     match = re.fullmatch(r"\s*(?:(\d+)|w(\d+)a(\d+))\s*", text, re.IGNORECASE)
     if match is None:
-        raise ConfigError(f"--bits {text} is no bit-width: give one number such as 4, or w4a8")
+        raise ConfigError(f"{option} {text} is no bit-width: give one number such as 4, or w4a8")
     weight, activation = (int(match[1]),) * 2 if match[1] else (int(match[2]), int(match[3]))
     for bits in (weight, activation):
         if not MIN_BITS <= bits <= MAX_BITS:
             raise ConfigError(
-                f"--bits {text} asks for {bits} bits: quantizers have {MIN_BITS} to {MAX_BITS}. "
+                f"{option} {text} asks for {bits} bits: quantizers have {MIN_BITS} to {MAX_BITS}. "
                 "Leave --bits away for the float model"
             )
     return LayerBits(weight=weight, activation=activation)
@@ -123,3 +123,16 @@ def uniform(model: str, pins: Mapping[str, LayerBits | None], bits: LayerBits) -
         bits: of the others.
     """
     return BitConfig(model=model, layers={name: pin or bits for name, pin in pins.items()})
+
+
+def mean_bits(layers: Mapping[str, LayerBits], macs: Mapping[str, int]) -> tuple[float, float]:
+    """Bits of weights and of inputs that a multiply-accumulate has on average.
+
+    Args:
+        layers: bits of every layer; what is left in floating point counts 32.
+        macs: multiply-accumulates of every layer for one image.
+    """
+    total = sum(macs[name] for name in layers) or 1
+    weights = sum(macs[name] * (bits.weight or FLOAT_BITS) for name, bits in layers.items())
+    inputs = sum(macs[name] * (bits.activation or FLOAT_BITS) for name, bits in layers.items())
+    return weights / total, inputs / total

@@ -15,7 +15,7 @@ from torch import nn
 
 from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.quant import grids
-from saqcli.quant.bits import BitConfig
+from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.calibrate import ClipInit
 from saqcli.quant.grids import WeightGrid
 from saqcli.quant.layers import (
@@ -187,7 +187,7 @@ def install(
     scheme: Scheme,
     config: BitConfig,
     signed: Mapping[str, bool],
-    candidates: Mapping[str, Iterable[int]] | None = None,
+    options: Mapping[str, Iterable[LayerBits]] | None = None,
 ) -> None:
     """Give every quantized layer its quantizers, levels not yet fitted, and make ``config`` the active bits.
 
@@ -196,7 +196,7 @@ def install(
         scheme: which quantizers.
         config: the active bits of every quantized layer.
         signed: whether a layer's input has negative values, by name.
-        candidates: further bit-widths a layer can be switched to later, by name.
+        options: further bits a layer can be switched to later, by name.
 
     Raises:
         PolicyMismatch: ``config`` names other layers than the model has.
@@ -205,26 +205,30 @@ def install(
     config.check_fits(config.model, list(layers))
     for name, layer in layers.items():
         bits = config.layers[name]
-        more = set((candidates or {}).get(name, ()))
+        more = list((options or {}).get(name, ()))
         if bits.weight is not None:
-            layer.weight_quantizer = scheme.weight_quantizer(layer, more | {bits.weight})
+            widths = {bits.weight, *(option.weight for option in more if option.weight)}
+            layer.weight_quantizer = scheme.weight_quantizer(layer, widths)
         if bits.activation is not None:
-            layer.input_quantizer = scheme.input_quantizer(
-                layer, more | {bits.activation}, signed=signed[name]
-            )
+            widths = {bits.activation, *(option.activation for option in more if option.activation)}
+            layer.input_quantizer = scheme.input_quantizer(layer, widths, signed=signed[name])
     apply(model, config)
 
 
 def apply(model: nn.Module, config: BitConfig) -> None:
     """Set the active bits of every quantizer."""
     for name, layer in quantized_layers(model).items():
-        bits = config.layers[name]
-        for quantizer, width in (
-            (layer.weight_quantizer, bits.weight),
-            (layer.input_quantizer, bits.activation),
-        ):
-            if isinstance(quantizer, Quantizer) and width is not None:
-                quantizer.select(width)
+        set_bits(layer, config.layers[name])
+
+
+def set_bits(layer: QuantizedLayer, bits: LayerBits) -> None:
+    """Set the active bits of one layer's quantizers; an operand without a quantizer is left as it is."""
+    for quantizer, width in (
+        (layer.weight_quantizer, bits.weight),
+        (layer.input_quantizer, bits.activation),
+    ):
+        if isinstance(quantizer, Quantizer) and width is not None:
+            quantizer.select(width)
 
 
 def fold(model: nn.Module) -> None:

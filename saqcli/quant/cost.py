@@ -1,26 +1,40 @@
 """What a bit configuration costs: bit-operations and bytes, from the traced layers alone.
 
-    BOPs = sum over layers of MACs * weight bits * activation bits          for one image
+    BOPs  = sum over layers of MACs * weight bits * activation bits          for one image
+    bytes = weights at their bits, packed, a 32-bit step an output channel, and 32-bit floats for the rest
 
 Counted are convolutions (projection shortcuts included) and linear layers (the classifier included); biases,
 norms, pooling, additions and activations are free; an operand left in floating point counts 32 bits. First
 layer and classifier have 8 bits. This is the counter of Liu et al. (arXiv:2111.12273), to the last digit.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
+from typing import NamedTuple
 
-from torch import nn
-
-from saqcli.errors import InfeasibleBudget
 from saqcli.quant.bits import FLOAT_BITS, PINNED_BITS, BitConfig, LayerBits, uniform
-from saqcli.quant.layers import QuantizedLayer
-from saqcli.quant.quantizers import quantizers_of
 from saqcli.quant.trace import LayerTrace, Trace
 from saqcli.units import format_quantity
 
 BUDGET_USE = 0.985  # share of the budget that a configuration should use where the candidates allow it
+UNITS = ("BOPs", "B")  # of the two parts of a cost
+
+
+class Cost(NamedTuple):
+    """What is paid for a configuration.
+
+    Attributes:
+        bops: bit-operations for one image.
+        size: bytes.
+    """
+
+    bops: int
+    size: int
+
+    def __str__(self) -> str:
+        """As in ``34.71 GBOPs, 5.87 MB``."""
+        return f"{format_quantity(self.bops, 'BOPs')}, {format_quantity(self.size, 'B')}"
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,8 @@ class LayerCost:
         weight_count: elements of the weight.
         group: layers of one group share their bits.
         pinned: bits that are fixed beforehand, or None where they are free.
+        channels: output channels, each with a step of its own.
+        stored: False where another layer holds the same weight.
     """
 
     name: str
@@ -42,10 +58,23 @@ class LayerCost:
     weight_count: int
     group: str
     pinned: LayerBits | None
+    channels: int = 0
+    stored: bool = True
 
     def bops(self, bits: LayerBits) -> int:
         """Bit-operations at ``bits``."""
         return self.macs * (bits.weight or FLOAT_BITS) * (bits.activation or FLOAT_BITS)
+
+    def size(self, bits: LayerBits) -> int:
+        """Bytes of the weight at ``bits``."""
+        if not self.stored:
+            return 0
+        steps = 4 * self.channels if bits.weight else 0
+        return ceil(self.weight_count * (bits.weight or FLOAT_BITS) / 8) + steps
+
+    def cost(self, bits: LayerBits) -> Cost:
+        """Both."""
+        return Cost(self.bops(bits), self.size(bits))
 
 
 @dataclass(frozen=True)
@@ -55,10 +84,12 @@ class CostModel:
     Attributes:
         layers: the quantized ones.
         unquantized: modules that multiply but are not quantized; counted at 32 bits.
+        other_bytes: of everything that is no weight of a layer.
     """
 
     layers: tuple[LayerCost, ...]
     unquantized: tuple[LayerTrace, ...] = ()
+    other_bytes: int = 0
 
     @property
     def macs(self) -> int:
@@ -71,51 +102,64 @@ class CostModel:
         return self.macs * FLOAT_BITS**2
 
     @property
+    def float_size(self) -> int:
+        """Bytes of the float model."""
+        nothing = LayerBits(weight=None, activation=None)
+        return self.other_bytes + sum(layer.size(nothing) for layer in self.layers)
+
+    @property
     def pins(self) -> dict[str, LayerBits | None]:
         """The pinned bits of every layer, None where free."""
         return {layer.name: layer.pinned for layer in self.layers}
 
     def bops(self, config: BitConfig) -> int:
         """Bit-operations under ``config``."""
+        return self.cost(config).bops
+
+    def size(self, config: BitConfig) -> int:
+        """Bytes under ``config``."""
+        return self.cost(config).size
+
+    def cost(self, config: BitConfig) -> Cost:
+        """Both."""
+        costs = [layer.cost(config.layers[layer.name]) for layer in self.layers]
         fixed = sum(layer.macs for layer in self.unquantized) * FLOAT_BITS**2
-        return fixed + sum(layer.bops(config.layers[layer.name]) for layer in self.layers)
+        return Cost(
+            fixed + sum(cost.bops for cost in costs), self.other_bytes + sum(cost.size for cost in costs)
+        )
 
     def uniform(self, model: str, bits: LayerBits) -> BitConfig:
         """The configuration with ``bits`` in every layer that is not pinned."""
         return uniform(model, self.pins, bits)
 
-    def reachable(self, candidates: Sequence[int]) -> tuple[int, int]:
-        """BOPs with all free layers at the fewest and at the most bits: floor and ceiling."""
-        return tuple(  # type: ignore[return-value]
-            self.bops(self.uniform("", LayerBits(weight=bits, activation=bits)))
-            for bits in (min(candidates), max(candidates))
-        )
-
 
 @dataclass(frozen=True)
 class Budget:
-    """An upper bound on bit-operations."""
+    """Upper bounds; None where there is none.
 
-    bops: int
+    Attributes:
+        bops: bit-operations for one image.
+        size: bytes.
+    """
 
-    def admits(self, bops: int) -> bool:
+    bops: int | None = None
+    size: int | None = None
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """Index into a ``Cost`` and value of every bound."""
+        return [(index, bound) for index, bound in enumerate((self.bops, self.size)) if bound is not None]
+
+    def admits(self, cost: Cost) -> bool:
         """Whether a configuration of that cost may be used."""
-        return bops <= self.bops
+        return all(cost[index] <= bound for index, bound in self.bounds())
 
-    def check_reachable(self, costs: CostModel, candidates: Sequence[int], model: str) -> None:
-        """Refuse at once what no configuration can meet.
+    def used_by(self, cost: Cost) -> bool:
+        """Whether that cost is ``BUDGET_USE`` of a bound at least, so that little is left over."""
+        return any(1000 * cost[index] >= round(1000 * BUDGET_USE) * bound for index, bound in self.bounds())
 
-        Raises:
-            InfeasibleBudget: names the reachable range.
-        """
-        floor, ceiling = costs.reachable(candidates)
-        if self.bops < floor:
-            raise InfeasibleBudget(
-                f"no configuration of {model} meets {format_quantity(self.bops, 'BOPs')}: with every free layer at "
-                f"{min(candidates)} bits it needs {format_quantity(floor, 'BOPs')} "
-                f"(reachable: {format_quantity(floor)} to {format_quantity(ceiling, 'BOPs')}). Raise the budget"
-                + (" or allow fewer bits with --candidates" if min(candidates) > 2 else "")
-            )
+    def __str__(self) -> str:
+        """As in ``34 GBOPs and 5 MB``."""
+        return " and ".join(format_quantity(bound, UNITS[index]) for index, bound in self.bounds())
 
 
 def cost_model(traced: Trace, classifiers: Iterable[str] = ()) -> CostModel:
@@ -130,40 +174,16 @@ def cost_model(traced: Trace, classifiers: Iterable[str] = ()) -> CostModel:
     pinned = reading | {names[-1]} | set(classifiers)
     bits = LayerBits(weight=PINNED_BITS, activation=PINNED_BITS)
     layers = tuple(
-        LayerCost(t.name, t.kind, t.macs, t.weight_count, t.group, bits if t.name in pinned else None)
+        LayerCost(
+            name=t.name,
+            kind=t.kind,
+            macs=t.macs,
+            weight_count=t.weight_count,
+            group=t.group,
+            pinned=bits if t.name in pinned else None,
+            channels=t.channels,
+            stored=t.stored,
+        )
         for t in traced.layers.values()
     )
-    return CostModel(layers, tuple(traced.unquantized.values()))
-
-
-def size_bytes(model: nn.Module, config: BitConfig | None) -> int:
-    """Bytes of the weights at their bits, packed, and of everything else in 32-bit floats.
-
-    Args:
-        model: wrapped or float.
-        config: bits of the quantized layers; None counts the float model.
-    """
-    total, packed = 0, set()
-    for name, layer in model.named_modules():
-        if not isinstance(layer, QuantizedLayer):
-            continue
-        weight = layer.latent_weight()
-        bits = config.layers[name].weight if config and name in config.layers else None
-        if id(weight) not in packed:
-            packed.add(id(weight))
-            total += ceil(weight.numel() * (bits or FLOAT_BITS) / 8)
-            total += 4 * weight.shape[layer.channel_dim] if bits else 0
-    counted = packed | {id(t) for q in quantizers_of(model) for t in (*q.parameters(), *q.buffers())}
-    total += sum(4 * p.numel() for p in model.parameters() if id(p) not in counted)
-    return total + sum(
-        4 * b.numel() for b in model.buffers() if b.is_floating_point() and id(b) not in counted
-    )
-
-
-def decisions(layers: Iterable[LayerCost]) -> Mapping[str, list[LayerCost]]:
-    """Free layers by group, in execution order; each group takes one decision."""
-    groups: dict[str, list[LayerCost]] = {}
-    for layer in layers:
-        if layer.pinned is None:
-            groups.setdefault(layer.group, []).append(layer)
-    return groups
+    return CostModel(layers, tuple(traced.unquantized.values()), traced.other_bytes)

@@ -8,7 +8,7 @@ to operator gives the rest:
     norm     the first normalization a layer's output reaches through element-wise operators alone
     group    layers whose outputs meet in an addition, and go nowhere else: a projection shortcut and the last
              convolution of its branch. An identity shortcut ties nothing, since its tensor is also read by
-             the branch.
+             the branch. Layers with the same weight are a group too.
 """
 
 from dataclasses import dataclass
@@ -46,6 +46,8 @@ class LayerTrace:
         group: name of the first layer of its precision group, its own where it is alone.
         norm: the normalization that follows, if any.
         reads_image: nothing but layout operators lies between the image and this layer.
+        channels: output channels of the weight.
+        stored: its weight is its own; False where an earlier layer has the same one.
     """
 
     name: str
@@ -57,6 +59,8 @@ class LayerTrace:
     group: str = ""
     norm: str | None = None
     reads_image: bool = False
+    channels: int = 0
+    stored: bool = True
 
 
 @dataclass
@@ -70,6 +74,7 @@ class Trace:
             name.
         routed: layers whose weight a parent multiplies with itself, by name of that parent.
         outputs: what the model returned for the traced input.
+        other_bytes: of everything that is no weight of a layer: biases, norms, buffers, idle layers; 32-bit floats.
     """
 
     layers: dict[str, LayerTrace]
@@ -77,6 +82,7 @@ class Trace:
     unquantized: dict[str, LayerTrace]
     routed: dict[str, list[str]]
     outputs: Tensor
+    other_bytes: int = 0
 
 
 @dataclass
@@ -103,6 +109,8 @@ class _Tracer(HandedOut):
         super().__init__()
         self.names = {id(layer): name for name, layer in quantized_layers(model).items()}
         self.layers: dict[str, LayerTrace] = {}
+        self.stored: dict[int, str] = {}  # latent weights seen so far, and the first layer with each
+        self.shared: list[tuple[str, str]] = []  # layers with the same weight
         self.unquantized: dict[str, LayerTrace] = {}
         self.routed: dict[str, list[str]] = {}
         self.flows: dict[int, _Flow] = {}
@@ -149,7 +157,12 @@ class _Tracer(HandedOut):
         name = self.names[id(layer)]
         entry = self.layers.get(name)
         if entry is None:
-            entry = LayerTrace(name, layer.float_class.__name__, layer.latent_weight().numel(), group=name)
+            latent = layer.latent_weight()
+            entry = LayerTrace(name, layer.float_class.__name__, latent.numel(), group=name)
+            entry.channels, entry.stored = latent.shape[layer.channel_dim], id(latent) not in self.stored
+            first = self.stored.setdefault(id(latent), name)
+            if not entry.stored:
+                self.shared.append((first, name))
             self.layers[name] = entry
         entry.macs += _macs(weight, x, output, transposed=issubclass(layer.float_class, TRANSPOSED))
         entry.calls += 1
@@ -184,12 +197,16 @@ class _Tracer(HandedOut):
 
     def join_groups(self) -> None:
         """Give layers whose outputs meet, and go nowhere else, one group."""
-        for one, other in self.meetings:
-            if one.producer and other.producer and one.read_once() and other.read_once():
-                first, second = (self.layers[flow.producer].group for flow in (one, other) if flow.producer)
-                for layer in self.layers.values():
-                    if layer.group == second:
-                        layer.group = first
+        pairs = [
+            (one.producer, other.producer)
+            for one, other in self.meetings
+            if one.producer and other.producer and one.read_once() and other.read_once()
+        ]
+        for one_name, other_name in (*pairs, *self.shared):
+            first, second = self.layers[one_name].group, self.layers[other_name].group
+            for layer in self.layers.values():
+                if layer.group == second:
+                    layer.group = first
 
 
 def _macs(weight: Tensor, x: Tensor, output: Tensor, *, transposed: bool) -> int:
@@ -222,7 +239,10 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
             handle.remove()
     tracer.join_groups()
     idle = [name for name in tracer.names.values() if name not in tracer.layers]
-    return Trace(tracer.layers, idle, tracer.unquantized, tracer.routed, output)
+    numbers: list[Tensor] = [p for p in model.parameters() if id(p) not in tracer.stored]
+    numbers += [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    other = sum(4 * tensor.numel() for tensor in numbers)
+    return Trace(tracer.layers, idle, tracer.unquantized, tracer.routed, output, other)
 
 
 @torch.no_grad()

@@ -1,10 +1,9 @@
-"""From a traced float network to a calibrated quantized one: look at inputs, choose bits, fit quantizers."""
+"""From a traced float network to a calibrated quantized one: look at inputs, fit quantizers."""
 
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from saqcli.algorithms.searchers import SEARCHERS, SearchProblem
 from saqcli.config import RunConfig
 from saqcli.io.loaders import Loader
 from saqcli.progress import Progress
@@ -12,8 +11,7 @@ from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibrate import InputStatistics, fit, observe, settle_batch_norms
 from saqcli.quant.convert import Scheme
-from saqcli.quant.cost import Budget
-from saqcli.workflows.setup import Images, Network, explicit_policy, parse_budget
+from saqcli.workflows.setup import Images, Network
 
 
 def calibrate(
@@ -29,33 +27,6 @@ def _told(title: str, loader: Loader, progress: Progress) -> Iterator[Tensor]:
         for batch, _ in loader:
             yield batch
             task.advance(images=len(batch))
-
-
-def choose_bits(
-    config: RunConfig, network: Network, statistics: Mapping[str, InputStatistics], progress: Progress
-) -> tuple[BitConfig, Budget | None]:
-    """The policy that was given, or the one that the searcher finds under the budget."""
-    policy = explicit_policy(config, network)
-    if policy is not None:
-        return policy, None
-    wanted = config.quantization
-    budget = parse_budget(wanted.bops or "", network)
-    _, ceiling = network.costs.reachable(wanted.candidates)
-    if budget.bops > ceiling:
-        progress.note(
-            f"the budget is above what {max(wanted.candidates)} bits everywhere cost: all layers get them"
-        )
-    problem = SearchProblem(
-        network.model,
-        network.name,
-        network.costs,
-        budget,
-        tuple(sorted(wanted.candidates)),
-        scheme_of(config),
-        statistics,
-        progress,
-    )
-    return SEARCHERS[wanted.searcher]().search(problem), budget
 
 
 def scheme_of(config: RunConfig) -> Scheme:

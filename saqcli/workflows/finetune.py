@@ -6,13 +6,10 @@ and the random states; resuming draws the same images again, passes over those d
 bit.
 """
 
-import random
 import time
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from saqcli.algorithms.divergence import check_epoch
@@ -23,6 +20,7 @@ from saqcli.io.interrupts import StopRequest, deferred_interrupts
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.workflows.optimization import make_minimizer, make_objective, make_optimizer, make_schedule
+from saqcli.workflows.random_state import random_state, set_random_state
 from saqcli.workflows.setup import Images
 
 
@@ -154,31 +152,6 @@ class Average:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what ``state_dict`` gave."""
         self.module.load_state_dict(state)
-
-
-def random_state() -> dict[str, Any]:
-    """Of Python, NumPy and torch, in values that a checkpoint can hold."""
-    version, internal, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state()
-    state: dict[str, Any] = {
-        "python": [version, list(internal), gauss],
-        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what ``random_state`` noted."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _interrupted(stop: StopRequest, run: RunDirectory) -> Interrupted:

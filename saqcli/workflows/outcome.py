@@ -26,6 +26,7 @@ class Outcome:
         artifacts: name to path of the files written.
         agreement: share of images on which the ONNX file has the same best class.
         verified_images: on how many that was measured.
+        budget_bytes: that was asked for, or None.
         layers_error: largest relative difference of one layer of the ONNX file that is fed PyTorch's input.
     """
 
@@ -43,6 +44,7 @@ class Outcome:
     agreement: float = 0.0
     verified_images: int = 0
     layers_error: float = 0.0
+    budget_bytes: int | None = None
 
     def to_dict(self, run_dir: Path) -> dict[str, Any]:
         """As ``--json`` prints it; accuracies in percent."""
@@ -60,6 +62,7 @@ class Outcome:
             "bops": self.bops,
             "float_bops": self.float_bops,
             "budget_bops": self.budget_bops,
+            "budget_bytes": self.budget_bytes,
             "bops_reduction": self.float_bops / self.bops,
             "size_bytes": self.size,
             "float_size_bytes": self.float_size,

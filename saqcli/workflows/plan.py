@@ -1,13 +1,15 @@
-"""``saq quantize --dry-run``: what a run would cost, before it takes any time."""
+"""``saq quantize --dry-run`` and ``saq search --dry-run``: what a run would cost, before it takes any time."""
 
 from pathlib import Path
 from typing import Any
 
 from saqcli.config import RunConfig
 from saqcli.progress import Progress
+from saqcli.quant.cost import Budget
+from saqcli.workflows.bits import budget_of, float_policy, given_policy, space_of
 from saqcli.workflows.profile import measure
 from saqcli.workflows.quantize import check
-from saqcli.workflows.setup import explicit_policy, float_policy, load_float, parse_budget, wrap_and_trace
+from saqcli.workflows.setup import load_float, wrap_and_trace
 
 
 def plan(config: RunConfig, run_dir: Path, progress: Progress) -> dict[str, Any]:
@@ -20,16 +22,17 @@ def plan(config: RunConfig, run_dir: Path, progress: Progress) -> dict[str, Any]
     """
     check(config)
     network = wrap_and_trace(load_float(config.model.model_copy(update={"pretrained": False}), progress))
-    policy = explicit_policy(config, network)
-    candidates = config.quantization.candidates
-    budget = None
+    section = config.quantization
+    policy, space = given_policy(section, network), space_of(section, network)
+    budget = Budget()
     if policy is None:
-        budget = parse_budget(config.quantization.bops or "", network)
-        budget.check_reachable(network.costs, candidates, network.name)
+        budget = budget_of(section, network)
+        space.check_reachable(budget)
         policy = float_policy(network)
     return {
         "run_dir": str(run_dir),
         "config": config.model_dump(mode="json"),
-        "budget_bops": budget.bops if budget else None,
-        "profile": measure(network, policy, candidates).to_dict(),
+        "budget_bops": budget.bops,
+        "budget_bytes": budget.size,
+        "profile": measure(network, policy, space).to_dict(),
     }

@@ -1,6 +1,5 @@
 """``saq profile``: what a network costs at given bits, layer by layer. Needs no data and no training."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,11 @@ from typing import Any
 from saqcli.config import ModelSection
 from saqcli.progress import Progress
 from saqcli.quant.bits import BitConfig, parse_bits
-from saqcli.quant.cost import size_bytes
+from saqcli.quant.cost import Cost
+from saqcli.quant.space import Candidates, SearchSpace, search_space
 from saqcli.quant.trace import Trace
-from saqcli.workflows.setup import Network, float_policy, load_float, read_policy, wrap_and_trace
+from saqcli.workflows.bits import float_policy, read_policy
+from saqcli.workflows.setup import Network, load_float, wrap_and_trace
 
 NEVER_RUNS = "does not run in evaluation"
 NOT_A_LAYER = "multiplies with a weight that is not its own parameter"
@@ -23,18 +24,14 @@ class Profile:
     Attributes:
         network: traced.
         policy: the bits.
-        floor_bops: with every free layer at the fewest bits.
-        ceiling_bops: with every free layer at the most bits.
-        size: bytes of the quantized model, weights packed.
-        float_size: bytes of the float model.
+        floor: cost with every free layer at the fewest bits.
+        ceiling: with every free layer at the most bits.
     """
 
     network: Network
     policy: BitConfig
-    floor_bops: int
-    ceiling_bops: int
-    size: int
-    float_size: int
+    floor: Cost
+    ceiling: Cost
 
     @property
     def bops(self) -> int:
@@ -51,26 +48,33 @@ class Profile:
             "macs": costs.macs,
             "bops": self.bops,
             "float_bops": costs.float_bops,
-            "floor_bops": self.floor_bops,
-            "ceiling_bops": self.ceiling_bops,
-            "size_bytes": self.size,
-            "float_size_bytes": self.float_size,
-            "layers": [
-                {
-                    "name": layer.name,
-                    "kind": layer.kind,
-                    "macs": layer.macs,
-                    "weight_bits": self.policy.layers[layer.name].weight,
-                    "activation_bits": self.policy.layers[layer.name].activation,
-                    "bops": layer.bops(self.policy.layers[layer.name]),
-                    "pinned": layer.pinned is not None,
-                    "group": layer.group,
-                    "norm": traced.layers[layer.name].norm,
-                }
-                for layer in costs.layers
-            ],
+            "floor_bops": self.floor.bops,
+            "ceiling_bops": self.ceiling.bops,
+            "floor_size_bytes": self.floor.size,
+            "ceiling_size_bytes": self.ceiling.size,
+            "size_bytes": costs.size(self.policy),
+            "float_size_bytes": costs.float_size,
+            "layers": layer_rows(self.network, self.policy),
             "unquantized": unquantized(traced),
         }
+
+
+def layer_rows(network: Network, policy: BitConfig) -> list[dict[str, Any]]:
+    """Every layer with its bits and costs under ``policy``, in execution order."""
+    return [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "macs": layer.macs,
+            "weight_bits": policy.layers[layer.name].weight,
+            "activation_bits": policy.layers[layer.name].activation,
+            "bops": layer.bops(policy.layers[layer.name]),
+            "pinned": layer.pinned is not None,
+            "group": layer.group,
+            "norm": network.traced.layers[layer.name].norm,
+        }
+        for layer in network.costs.layers
+    ]
 
 
 def unquantized(traced: Trace) -> list[dict[str, Any]]:
@@ -105,11 +109,9 @@ def profile(
         config = network.costs.uniform(network.name, uniform)
     else:
         config = float_policy(network)
-    return measure(network, config, candidates)
+    return measure(network, config, search_space(network.name, network.costs, Candidates(candidates)))
 
 
-def measure(network: Network, policy: BitConfig, candidates: Sequence[int]) -> Profile:
-    """The costs of a traced network under ``policy``, and what ``candidates`` can reach."""
-    floor, ceiling = network.costs.reachable(candidates)
-    sizes = (size_bytes(network.model, wanted) for wanted in (policy, None))
-    return Profile(network, policy, floor, ceiling, *sizes)
+def measure(network: Network, policy: BitConfig, space: SearchSpace) -> Profile:
+    """The costs of a traced network under ``policy``, and what can be reached in ``space``."""
+    return Profile(network, policy, space.floor, space.ceiling)

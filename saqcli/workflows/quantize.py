@@ -21,9 +21,8 @@ from saqcli._version import __version__
 from saqcli.algorithms.exporters import ModelFacts
 from saqcli.algorithms.exporters.safetensors import restore_structure
 from saqcli.algorithms.minimizers import MINIMIZERS
-from saqcli.algorithms.searchers import SEARCHERS
 from saqcli.algorithms.training import Score, evaluate
-from saqcli.config import RunConfig, first_difference
+from saqcli.config import RunConfig
 from saqcli.errors import ConfigError, RunDirectoryError
 from saqcli.io.files import write_text
 from saqcli.io.loaders import Loader
@@ -32,26 +31,19 @@ from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import SILENT, Progress
 from saqcli.quant import convert
-from saqcli.quant.bits import BitConfig, parse_bits
+from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibrate import InputStatistics
-from saqcli.quant.cost import size_bytes
-from saqcli.units import parse_quantity
-from saqcli.workflows.calibration import calibrate, choose_bits, install_quantizers, scheme_of
+from saqcli.quant.cost import Budget
+from saqcli.workflows.bits import budget_of, check_bits, given_policy, space_of
+from saqcli.workflows.calibration import calibrate, install_quantizers, scheme_of
 from saqcli.workflows.export import export_verified
+from saqcli.workflows.find_bits import make_searcher, pose
 from saqcli.workflows.finetune import finetune
 from saqcli.workflows.optimization import check_training
 from saqcli.workflows.outcome import Outcome
 from saqcli.workflows.report import write_report
-from saqcli.workflows.setup import (
-    UNIFORM_BUDGET,
-    Images,
-    Network,
-    explicit_policy,
-    load_float,
-    parse_budget,
-    pick_device,
-    wrap_and_trace,
-)
+from saqcli.workflows.search import keep_search, search_and_stop
+from saqcli.workflows.setup import Images, Network, check_same, load_float, pick_device, wrap_and_trace
 
 
 def quantize(
@@ -80,7 +72,7 @@ def quantize(
     run.check_usable(resume=resume, overwrite=overwrite)
     state = run.load_checkpoint() if resume else None
     if resume and (run_dir / "config.json").is_file():
-        _check_same(run.config(), config, run_dir)
+        check_same(run.config(), config, run_dir)
     if state is not None:
         run = RunDirectory.start(run_dir, config, resume=True, overwrite=False)
     else:
@@ -95,18 +87,14 @@ def quantize(
 
 def check(config: RunConfig) -> None:
     """Refuse what can be seen to be wrong before anything is loaded."""
-    for kind, name, table in (
-        ("method", config.training.method, MINIMIZERS),
-        ("searcher", config.quantization.searcher, SEARCHERS),
-    ):
-        if name not in table:
-            raise ConfigError(f"there is no {kind} {name!r}: choose from {', '.join(table)}")
+    if config.training.method not in MINIMIZERS:
+        raise ConfigError(
+            f"there is no method {config.training.method!r}: choose from {', '.join(MINIMIZERS)}"
+        )
+    make_searcher(config)
     scheme_of(config).check()
     check_training(config)
-    if config.quantization.bits:
-        parse_bits(config.quantization.bits)
-    if config.quantization.bops and not UNIFORM_BUDGET.fullmatch(config.quantization.bops.strip()):
-        parse_quantity(config.quantization.bops)
+    check_bits(config.quantization)
 
 
 def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tuple[Network, Images]:
@@ -123,9 +111,8 @@ def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tupl
         )
     images = Images.open(config, loaded.num_classes, loaded.preprocessing, device)
     network = wrap_and_trace(loaded)
-    if explicit_policy(config, network) is None:
-        budget = parse_budget(config.quantization.bops or "", network)
-        budget.check_reachable(network.costs, config.quantization.candidates, network.name)
+    if given_policy(config.quantization, network) is None:
+        space_of(config.quantization, network).check_reachable(budget_of(config.quantization, network))
     network.model.to(device)
     return network, images
 
@@ -142,9 +129,8 @@ def begin(
     model = network.model
     validation = images.validation()
     float_score = score(model, validation, "evaluating float", device, progress)
-    float_size = size_bytes(model, None)
     statistics = calibrate(network, images, config, progress)
-    policy, budget = choose_bits(config, network, statistics, progress)
+    policy, budget = choose_bits(config, network, images, statistics, run, progress)
     quantized = install_quantizers(config, network, policy, statistics, images, progress)
     calibrated = score(quantized, validation, "evaluating calibrated", device, progress)
     progress.note(f"float {float_score.top1:.2f} %, calibrated {calibrated.top1:.2f} % top-1")
@@ -154,18 +140,37 @@ def begin(
         calibrated,
         network.costs.bops(policy),
         network.costs.float_bops,
-        budget.bops if budget else None,
-        size_bytes(quantized, policy),
-        float_size,
+        budget.bops,
+        network.costs.size(policy),
+        network.costs.float_size,
         policy,
+        budget_bytes=budget.size,
     )
     facts = describe(config, network, policy, statistics, images)
-    write_text(run.policy_path, policy.to_json())
     run.log(phase="float", **asdict(float_score))
     run.log(phase="calibrated", **asdict(calibrated))
     run.save_checkpoint(
         {"facts": facts.model_dump_json(), "outcome": outcome.pack(), "model": quantized.state_dict()}
     )
+    run.end_search()
+
+
+def choose_bits(
+    config: RunConfig,
+    network: Network,
+    images: Images,
+    statistics: Mapping[str, InputStatistics],
+    run: RunDirectory,
+    progress: Progress,
+) -> tuple[BitConfig, Budget]:
+    """The policy that was given, or the one that the searcher finds under the budget; kept in the run."""
+    policy = given_policy(config.quantization, network)
+    if policy is not None:
+        write_text(run.policy_path, policy.to_json())
+        return policy, Budget()
+    searched = search_and_stop(config, pose(config, network, images, statistics, progress), run)
+    keep_search(searched, config, run)
+    return searched.policy, searched.budget
 
 
 def complete(
@@ -247,12 +252,3 @@ def open_images(config: RunConfig, facts: ModelFacts, device: torch.device) -> I
     """The images of a run that is under way."""
     preprocessing = Preprocessing.from_dict(facts.preprocessing)
     return Images.open(config, int(facts.build["num_classes"]), preprocessing, device)
-
-
-def _check_same(before: RunConfig, now: RunConfig, run_dir: Path) -> None:
-    difference = first_difference(before, now)
-    if difference:
-        raise ConfigError(
-            f"{run_dir} was started with other settings ({difference}): give the same ones to --resume, "
-            "or start anew with --overwrite"
-        )

@@ -1,6 +1,5 @@
 """What every verb needs: device, float model, data, and the traced network with its costs."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,7 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from saqcli.config import DataSection, ModelSection, RunConfig
+from saqcli.config import DataSection, ModelSection, RunConfig, first_difference
 from saqcli.errors import ConfigError
 from saqcli.io.data import Split, check_same_classes, open_split
 from saqcli.io.loaders import Loader, calibration_loader, default_workers, make_loader
@@ -16,13 +15,9 @@ from saqcli.io.models import LoadedModel, ModelSpec, load_model
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.progress import Progress
 from saqcli.quant import convert
-from saqcli.quant.bits import BitConfig, LayerBits, parse_bits
-from saqcli.quant.cost import Budget, CostModel, cost_model
+from saqcli.quant.cost import CostModel, cost_model
 from saqcli.quant.trace import Trace, trace
-from saqcli.strict import parse_json
-from saqcli.units import parse_quantity
 
-UNIFORM_BUDGET = re.compile(r"w\d+a\d+", re.IGNORECASE)  # a budget given as what uniform bits cost
 CALIBRATION_BATCH = 64
 SMALL_IMAGES = 64  # pixels; up to here images are trained on whole, above on random crops
 
@@ -68,8 +63,11 @@ def pick_device(asked: str) -> torch.device:
     return device
 
 
-def load_float(section: ModelSection, progress: Progress) -> LoadedModel:
-    """The float model that the configuration names; what was decided for the user is noted."""
+def load_float(section: ModelSection, progress: Progress, *, new_head: bool = False) -> LoadedModel:
+    """The float model that the configuration names; what was decided for the user is noted.
+
+    With ``new_head`` a weight file may have another number of classes: the classifier then starts random.
+    """
     loaded = load_model(
         ModelSpec(
             name=section.name,
@@ -81,6 +79,7 @@ def load_float(section: ModelSection, progress: Progress) -> LoadedModel:
             input_size=section.input_size,
             mean=section.mean,
             std=section.std,
+            new_head=new_head,
         )
     )
     for note in loaded.notes:
@@ -98,57 +97,6 @@ def wrap_and_trace(loaded: LoadedModel) -> Network:
     for parent, children in traced.routed.items():
         convert.route(loaded.model, [parent], children)
     return Network(loaded, traced, cost_model(traced))
-
-
-def read_policy(path: Path, network: Network) -> BitConfig:
-    """A policy file, checked against the network.
-
-    Raises:
-        ConfigError: unreadable, of a foreign version, or with unknown keys.
-        PolicyMismatch: made for another network.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--policy {path} cannot be read: {error}") from None
-    policy = parse_json(BitConfig, text, str(path))
-    names = [layer.name for layer in network.costs.layers]
-    policy.check_fits(network.name, names)
-    return policy.model_copy(update={"layers": {name: policy.layers[name] for name in names}})
-
-
-def parse_budget(text: str, network: Network) -> Budget:
-    """``34G``, or ``w4a4``: what uniform 4 bits cost in this network."""
-    if UNIFORM_BUDGET.fullmatch(text.strip()):
-        bits = parse_bits(text)
-        return Budget(network.costs.bops(network.costs.uniform(network.name, bits)))
-    return Budget(parse_quantity(text))
-
-
-def explicit_policy(config: RunConfig, network: Network) -> BitConfig | None:
-    """The configuration that ``--bits`` or ``--policy`` gives; None where a search must find it.
-
-    Raises:
-        ConfigError: more than one of bits, budget and policy, or none.
-    """
-    wanted = config.quantization
-    given = [name for name in ("bits", "bops", "policy") if getattr(wanted, name) is not None]
-    if len(given) != 1:
-        asked = " and ".join(f"--{name}" for name in given) or "none of them"
-        raise ConfigError(
-            f"one of --bits, --bops and --policy says what to quantize to, and {asked} was given"
-        )
-    if wanted.policy is not None:
-        return read_policy(Path(wanted.policy), network)
-    if wanted.bits is not None:
-        return network.costs.uniform(network.name, parse_bits(wanted.bits))
-    return None
-
-
-def float_policy(network: Network) -> BitConfig:
-    """Every layer in floating point."""
-    nothing = LayerBits(weight=None, activation=None)
-    return BitConfig(model=network.name, layers={layer.name: nothing for layer in network.costs.layers})
 
 
 @dataclass(frozen=True)
@@ -259,3 +207,17 @@ def is_small(preprocessing: Preprocessing) -> bool:
 def workers_of(section: DataSection, preprocessing: Preprocessing) -> int:
     """How many processes read images."""
     return default_workers(preprocessing) if section.workers is None else section.workers
+
+
+def check_same(before: RunConfig, now: RunConfig, run_dir: Path) -> None:
+    """Refuse to go on with a run under other settings.
+
+    Raises:
+        ConfigError: names the first setting that differs.
+    """
+    difference = first_difference(before, now)
+    if difference:
+        raise ConfigError(
+            f"{run_dir} was started with other settings ({difference}): give the same ones to --resume, "
+            "or start anew with --overwrite"
+        )

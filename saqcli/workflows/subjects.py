@@ -29,7 +29,8 @@ from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.quant.bits import parse_bits
 from saqcli.quant.layers import quantized_layers
-from saqcli.workflows.calibration import calibrate, choose_bits, install_quantizers
+from saqcli.workflows.bits import given_policy
+from saqcli.workflows.calibration import calibrate, install_quantizers
 from saqcli.workflows.predictors import check_no_model_options, finished_model, restore
 from saqcli.workflows.quantize import describe, prepare
 from saqcli.workflows.setup import is_small, open_named, workers_of
@@ -168,7 +169,8 @@ def _calibrated(
     config = RunConfig.model_validate({**base.model_dump(), "data": view.data.model_dump()})
     network, images = prepare(config, device, progress)
     statistics = calibrate(network, images, config, progress)
-    chosen, _ = choose_bits(config, network, statistics, progress)
+    chosen = given_policy(config.quantization, network)
+    assert chosen is not None  # no budget was given
     model = install_quantizers(config, network, chosen, statistics, images, progress)
     return model, describe(config, network, chosen, statistics, images)
 

@@ -12,7 +12,7 @@ import saqcli
 from saqcli.cli import app
 from tests.digits import MODEL, float_options
 
-UNIFORM_3 = 92_640_256  # BOPs of saq/resnet20 on 16 x 16 grey images at 3 bits, first and last layer at 8
+UNIFORM_3 = 92_640_256  # BOPs, just below what 3 bits cost saq/resnet20 on 16 x 16 grey images
 
 
 def saq(*arguments: object) -> Any:

@@ -8,10 +8,11 @@ from saqcli.errors import ConfigError
 from saqcli.quant import calibrate, convert, grids
 from saqcli.quant.calibrate import settle_batch_norms
 from saqcli.quant.convert import Scheme
-from saqcli.quant.cost import size_bytes
+from saqcli.quant.cost import cost_model
 from saqcli.quant.layers import quantized_layers
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer
 from saqcli.quant.quantizers.clip import ClipWeight, NormalizedClipWeight
+from saqcli.quant.trace import trace
 from tests import tiny
 
 PLAIN = [name for name in QUANTIZERS if QUANTIZERS[name].normalized is None]
@@ -144,13 +145,23 @@ def test_layers_that_share_a_weight_are_folded_each(scheme: Scheme) -> None:
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_what_belongs_to_quantizers_is_not_counted_as_weights(name: str) -> None:
-    sizes = []
-    for quantizer in (name, "clip"):
-        net, x = tiny.build("conv_bn")
-        layers = tiny.quantized(net, x, scheme=Scheme(quantizer=quantizer))
-        sizes.append(size_bytes(net, convert.active_bits(net, "tiny", layers)))
-    assert sizes[0] == sizes[1]
+def test_the_size_is_that_of_packed_weights_steps_and_floats_whatever_the_quantizer(name: str) -> None:
+    """Counted in the quantized network itself, where quantizers hold numbers of their own."""
+    twin, x = tiny.build("conv_bn")
+    convert.wrap(twin)
+    costs = cost_model(trace(twin, x[:1]))
+    net, x = tiny.build("conv_bn")
+    layers = tiny.quantized(net, x, bits=3, scheme=Scheme(quantizer=name), candidates=(2, 5))
+    own = [
+        p for module in net.modules() if isinstance(module, Quantizer) for p in module.state_dict().values()
+    ]
+    weights = [layer.latent_weight() for layer in layers.values()]
+    kept = {t.data_ptr() for t in (*own, *weights)}
+    floats = [t for t in net.state_dict().values() if t.is_floating_point() and t.data_ptr() not in kept]
+    packed = sum(-(-3 * weight.numel() // 8) + 4 * len(weight) for weight in weights)
+
+    config = convert.active_bits(net, "tiny", [layer.name for layer in costs.layers])
+    assert costs.size(config) == packed + 4 * sum(t.numel() for t in floats)
 
 
 def test_a_single_weight_can_be_normalized() -> None:

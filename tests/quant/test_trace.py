@@ -17,8 +17,8 @@ from saqcli.errors import InfeasibleBudget, UnsupportedModel
 from saqcli.io.networks import NETWORKS
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig, LayerBits
-from saqcli.quant.cost import Budget, CostModel, LayerCost, cost_model, decisions, size_bytes
-from saqcli.quant.layers import quantized_layers
+from saqcli.quant.cost import Budget, Cost, CostModel, LayerCost, cost_model
+from saqcli.quant.space import Candidates, SearchSpace, search_space
 from saqcli.quant.trace import Trace, trace
 
 W8A8 = LayerBits(weight=8, activation=8)
@@ -358,39 +358,50 @@ def test_a_layer_without_quantizers_costs_32_bits() -> None:
 
 
 def test_a_budget_admits_its_very_bound() -> None:
-    assert Budget(100).admits(100)
-    assert not Budget(100).admits(101)
+    for budget in (Budget(100), Budget(100, 7), Budget(size=7)):
+        assert budget.admits(Cost(100, 7))
+    assert not Budget(100).admits(Cost(101, 0))
+    assert not Budget(size=7).admits(Cost(0, 8))
+    assert not Budget(100, 7).admits(Cost(101, 7))
+    assert not Budget(100, 7).admits(Cost(100, 8))
+
+
+def space_of(costs: CostModel, *candidates: int) -> SearchSpace:
+    return search_space("timm/resnet18", costs, Candidates(candidates))
 
 
 def test_the_reachable_range_is_that_of_fewest_and_most_bits() -> None:
     costs = cost_model(known("resnet18"))
-    assert costs.reachable((4, 2, 3)) == (at(costs, 2), at(costs, 4))
+    space = space_of(costs, 4, 2, 3)
+    assert (space.floor.bops, space.ceiling.bops) == (at(costs, 2), at(costs, 4))
+    for end, bits in ((space.floor, 2), (space.ceiling, 4)):
+        assert end == costs.cost(costs.uniform("", LayerBits(weight=bits, activation=bits)))
 
 
 def test_a_budget_below_the_floor_is_refused_with_the_range_and_the_floor_itself_is_not() -> None:
     costs = cost_model(known("resnet18"))
     floor = 14_367_850_496
-    Budget(floor).check_reachable(costs, (2, 4), "timm/resnet18")
+    space_of(costs, 2, 4).check_reachable(Budget(floor))
     with pytest.raises(InfeasibleBudget) as refusal:
-        Budget(floor - 1).check_reachable(costs, (2, 4), "timm/resnet18")
-    for part in ("timm/resnet18", "at 2 bits", "14.37 G to 34.71 GBOPs", "Raise the budget"):
+        space_of(costs, 2, 4).check_reachable(Budget(floor - 1))
+    for part in ("timm/resnet18", "at its fewest bits", "14.37 G to 34.71 GBOPs", "Raise the budget"):
         assert part in str(refusal.value)
     assert "--candidates" not in str(refusal.value)  # there are no fewer bits than 2
     with pytest.raises(InfeasibleBudget, match="--candidates"):
-        Budget(floor).check_reachable(costs, (3, 4), "timm/resnet18")
+        space_of(costs, 3, 4).check_reachable(Budget(floor))
 
 
 def test_a_group_takes_one_decision_and_pinned_layers_take_none() -> None:
     costs = cost_model(known("resnet18"))
-    found = decisions(costs.layers)
+    found = space_of(costs, 2, 3, 4).decisions
     assert len(found) == 16  # the count of SAMQ's decisions on ResNet-18
-    assert {layer.name for group in found.values() for layer in group} == {
+    assert {layer.name for decision in found for layer in decision.members} == {
         name for name, pin in costs.pins.items() if pin is None
     }
 
 
 def test_size_counts_packed_weights_a_step_a_channel_and_floats_for_the_rest() -> None:
-    net, _shape = tiny.conv_bn()
+    net, shape = tiny.conv_bn()
     config = BitConfig(
         model="tiny",
         layers={
@@ -399,44 +410,46 @@ def test_size_counts_packed_weights_a_step_a_channel_and_floats_for_the_rest() -
             "8": LayerBits(weight=None, activation=4),
         },
     )
-    convert.wrap(net)
     weights = 3 * 8 * 9 + 4 * 8 + ceil(8 * 8 * 9 * 3 / 8) + 4 * 8 + 4 * 8 * 5
     rest = 4 * (5 + 2 * (8 + 8 + 8 + 8))  # the head's bias; scale, shift, mean and variance of two norms
-    assert size_bytes(net, config) == weights + rest
+    costs = cost_model(traced(net, shape))
+    assert costs.size(config) == costs.cost(config).size == weights + rest
 
 
-def test_the_float_size_is_four_bytes_a_number() -> None:
-    net, _shape = tiny.conv_bn()
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_the_float_size_is_four_bytes_a_number(name: str) -> None:
+    net, shape = tiny.TINY[name]()
     numbers = [*net.parameters(), *(b for b in net.buffers() if b.is_floating_point())]
     expected = 4 * sum(t.numel() for t in numbers)
-    assert size_bytes(net, None) == expected
-    convert.wrap(net)
-    assert size_bytes(net, None) == expected
+    assert cost_model(traced(net, shape)).float_size == expected
 
 
-def test_quantizers_do_not_change_the_size() -> None:
-    net, x = tiny.build("transposed")
-    config = BitConfig(
-        model="tiny", layers=dict.fromkeys(("0", "2", "4", "7"), LayerBits(weight=4, activation=4))
-    )
-    twin, _ = tiny.build("transposed")
-    convert.wrap(twin)
-    tiny.quantized(net, x, candidates=(2, 3))
-    assert list(quantized_layers(net)) == list(config.layers)
-    assert size_bytes(net, config) == size_bytes(twin, config)
+def test_a_layer_that_never_runs_is_stored_in_floats() -> None:
+    net = Odd()
+    costs = cost_model(traced(net, (3, 4, 4)))
+    config = costs.uniform("", W8A8)
+    assert costs.float_size == 4 * sum(p.numel() for p in net.parameters())
+    quantized = [net.stem, net.twice, net.head]
+    packed = sum(layer.weight.numel() + 4 * layer.weight.shape[0] for layer in quantized)
+    floats = sum(p.numel() for p in net.parameters()) - sum(layer.weight.numel() for layer in quantized)
+    assert costs.size(config) == packed + 4 * floats
 
 
 def test_a_tied_weight_is_stored_once() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.one, self.two = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+            self.one, self.two = nn.Linear(12, 12, bias=False), nn.Linear(12, 12, bias=False)
             self.two.weight = self.one.weight
 
-    net = Tied()
-    convert.wrap(net)
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x.flatten(1)))
+
+    costs = cost_model(traced(Tied(), (3, 2, 2)))
     config = BitConfig(model="tiny", layers=dict.fromkeys(("one", "two"), LayerBits(weight=4, activation=4)))
-    assert size_bytes(net, config) == 18 + 4 * 6
+    assert costs.size(config) == 72 + 4 * 12
+    assert costs.float_size == 4 * 144
+    assert len({layer.group for layer in costs.layers}) == 1  # they cannot have different bits either
 
 
 @pytest.mark.parametrize("name", tiny.TINY)

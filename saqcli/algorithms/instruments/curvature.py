@@ -15,13 +15,12 @@ Source of the choice of variables: Liu et al., arXiv:2111.12273, section 5, whic
 eigenvalue of the quantized models; products as in Pearlmutter (1994).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
+from saqcli.algorithms import hessian
 from saqcli.algorithms.instruments.base import Subject
 from saqcli.quant.layers import perturbed, zero_ports
 
@@ -42,40 +41,14 @@ def hessian_products(subject: Subject, vectors: Sequence[Vector]) -> list[Vector
     sums: list[Vector] = [[torch.zeros_like(part) for part in vector] for vector in vectors]
     for loss in subject.losses():
         ports = zero_ports(layers)
-        with _frozen_parameters(subject.model), perturbed(layers, ports), torch.enable_grad():
-            # The fused attention kernels cannot be differentiated twice; the plain one computes the same.
-            with sdpa_kernel(SDPBackend.MATH):
-                value = loss()
-            gradients = torch.autograd.grad(value, ports, create_graph=True, allow_unused=True)
-            for index, vector in enumerate(vectors):
-                along = [
-                    (gradient * part).sum()
-                    for gradient, part in zip(gradients, vector, strict=True)
-                    if gradient is not None and gradient.requires_grad
-                ]
-                if not along:
-                    continue
-                product = torch.autograd.grad(
-                    torch.stack(along).sum(), ports, retain_graph=True, materialize_grads=True
-                )
-                for total, part in zip(sums[index], product, strict=True):
-                    total += part.detach()
+        with hessian.twice_differentiable(subject.model), perturbed(layers, ports):
+            product_with = hessian.HessianProduct(loss(), ports)
+            for total, vector in zip(sums, vectors, strict=True):
+                for part, more in zip(total, product_with(vector), strict=True):
+                    part += more
     return sums
 
 
 def dot(one: Vector, other: Vector) -> float:
     """Inner product over all layers, summed in float64."""
     return sum(float((a.double() * b.double()).sum()) for a, b in zip(one, other, strict=True))
-
-
-@contextmanager
-def _frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """Within the context no parameter collects a graph: only the ports are variables."""
-    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in moving:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in moving:
-            parameter.requires_grad_(True)

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from saqcli.algorithms.minimizers.sharpness_aware import SharpnessAware, check_choice, check_number
+from saqcli.algorithms.minimizers.sharpness_aware import SharpnessAware
+from saqcli.algorithms.options import check_choice, check_number
 from saqcli.algorithms.sharpness import Adaptive
 
 

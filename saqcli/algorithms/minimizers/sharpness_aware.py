@@ -12,7 +12,6 @@ With an ``interval`` of k only every k-th step ascends, the first one included; 
 what the last ascent added (``look_ahead``).
 """
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from saqcli.algorithms.divergence import check_step
 from saqcli.algorithms.minimizers.batches import Chunk, accumulate
 from saqcli.algorithms.minimizers.look_ahead import LookAhead
+from saqcli.algorithms.options import check_choice, check_count, check_number
 from saqcli.algorithms.sharpness import (
     PERTURBED,
     Adaptive,
@@ -72,10 +72,7 @@ class SharpnessAware:
     ) -> None:
         check_number("rho", rho, least=0)
         check_number("reuse", reuse, least=0)
-        if not isinstance(interval, int) or interval < 1:
-            raise ConfigError(
-                f"interval {interval!r} is not possible: give 1 to ascend at every step, or more"
-            )
+        check_count("interval", interval)
         self.model = model
         self.base = base
         self.rho = rho
@@ -157,15 +154,3 @@ class SharpnessAware:
         self.done = state["done"]
         if self.look_ahead:
             self.look_ahead.load_state_dict(state["look_ahead"])
-
-
-def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
-    """Refuse a word that is not among ``choices``."""
-    if value not in choices:
-        raise ConfigError(f"{option} {value!r} is not known: choose from {', '.join(choices)}")
-
-
-def check_number(option: str, value: object, least: float) -> None:
-    """Refuse what is no finite number, or below ``least``."""
-    if not isinstance(value, int | float) or not least <= value < math.inf:
-        raise ConfigError(f"{option} {value!r} is not possible: give a number from {least} on")

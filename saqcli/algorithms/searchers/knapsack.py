@@ -1,4 +1,4 @@
-"""The exact multiple-choice knapsack: one choice a group, least total loss, total cost within a limit.
+"""The exact multiple-choice knapsack: one choice a group, least total loss, total costs within limits.
 
 Solved as an integer program by HiGHS through ``scipy.optimize.milp``. Costs are integers up to 10**15, the solver
 works in floating point with a tolerance of about 1e-6: every answer is checked in exact integers, and one that the
@@ -6,86 +6,167 @@ tolerance let slip out of bounds is ruled out before asking again. Only where mo
 come in a row are the bounds drawn in by the tolerance instead.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from saqcli.algorithms.searchers.problem import Found, SearchProblem
 from saqcli.errors import InfeasibleBudget
+from saqcli.quant.cost import BUDGET_USE, Budget
+from saqcli.quant.space import SearchSpace
 
 RULED_OUT = 20  # answers out of bounds by the solver's tolerance, before the bounds are drawn in
 
 
-def choose(
-    costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], limit: int, least: int = 0
-) -> list[int]:
+class Resource(NamedTuple):
+    """Something that every option takes some of.
+
+    Attributes:
+        costs: of every option, by group.
+        limit: greatest total, never exceeded.
+        least: least total wanted.
+    """
+
+    costs: Sequence[Sequence[int]]
+    limit: int
+    least: int = 0
+
+    def total(self, chosen: Sequence[int]) -> int:
+        """What a choice takes."""
+        return sum(group[index] for group, index in zip(self.costs, chosen, strict=True))
+
+    def admits(self, chosen: Sequence[int]) -> bool:
+        """Whether that lies within the bounds."""
+        return self.least <= self.total(chosen) <= self.limit
+
+
+def best_choice(space: SearchSpace, budget: Budget, losses: Sequence[Sequence[float]]) -> list[int]:
+    """The choice of least total loss that the budget admits; it uses the budget where any choice does.
+
+    Args:
+        space: what may be chosen.
+        budget: never exceeded.
+        losses: of every option, by decision; they add up. What is no finite number counts as worse than all.
+
+    Raises:
+        InfeasibleBudget: the budget is below the floor.
+    """
+    space.check_reachable(budget)
+    losses = _finite(losses)
+    ceiling = [len(decision.options) - 1 for decision in space.decisions]
+    if budget.admits(space.ceiling):
+        return ceiling  # nothing to choose, even where fewer bits err as little
+    resources = [
+        Resource(
+            [[cost[index] for cost in decision.costs] for decision in space.decisions],
+            bound - space.fixed_cost[index],
+        )
+        for index, bound in budget.bounds()
+    ]
+    chosen = choose(losses, resources)
+    if budget.used_by(space.cost(chosen)):
+        return chosen
+    best: list[int] | None = None
+    for place, (index, bound) in enumerate(budget.bounds()):
+        wanted = -(-round(1000 * BUDGET_USE) * bound // 1000)  # rounded up
+        asked = list(resources)
+        asked[place] = asked[place]._replace(least=wanted - space.fixed_cost[index])
+        found = _within(losses, asked)
+        if found is not None and (best is None or _loss(losses, found) < _loss(losses, best)):
+            best = found
+    return chosen if best is None else best
+
+
+def indifferent(problem: SearchProblem) -> Found:
+    """What fits and uses the budget where nothing is known of the options, since nothing had to be learned."""
+    space = problem.space
+    alike = [[0.0] * len(decision.options) for decision in space.decisions]
+    return Found(
+        best_choice(space, problem.budget, alike), lambda budget: [best_choice(space, budget, alike)]
+    )
+
+
+def choose(losses: Sequence[Sequence[float]], resources: Sequence[Resource]) -> list[int]:
     """The index of the chosen option of every group.
 
     Args:
-        costs: of every option, by group.
-        losses: likewise.
-        limit: greatest total cost, never exceeded.
-        least: least total cost wanted; given up where no choice lies in [least, limit].
+        losses: of every option, by group.
+        resources: with their limits; a ``least`` is given up where no choice lies between it and the limit.
 
     Raises:
-        InfeasibleBudget: even the cheapest choices exceed the limit.
+        InfeasibleBudget: no choice stays within the limits.
     """
-    cheapest = [min(range(len(group)), key=group.__getitem__) for group in costs]
-    if _total(costs, cheapest) > limit:
-        raise InfeasibleBudget(f"the cheapest choice costs {_total(costs, cheapest)}, the limit is {limit}")
-    for lower in dict.fromkeys((max(least, 0), 0)):
-        chosen = _within(costs, losses, limit, lower)
-        if chosen is not None:
-            return chosen
+    chosen = _within(losses, resources)
+    if chosen is None and any(resource.least > 0 for resource in resources):
+        chosen = _within(losses, [resource._replace(least=0) for resource in resources])
+    if chosen is not None:
+        return chosen
+    # Where the solver finds nothing although there is something, it is the cheapest, short of the limit by rounding.
+    cheapest = [min(range(len(group)), key=group.__getitem__) for group in resources[0].costs]
+    for resource in resources:
+        if resource.total(cheapest) > resource.limit:
+            raise InfeasibleBudget(
+                f"the cheapest choice costs {resource.total(cheapest)}, the limit is {resource.limit}"
+            )
     return cheapest
 
 
-def _within(
-    costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], limit: int, lower: int
-) -> list[int] | None:
-    """The best choice with a total cost in [lower, limit], checked in exact integers; None where there is none."""
+def _finite(losses: Sequence[Sequence[float]]) -> Sequence[Sequence[float]]:
+    known = [loss for row in losses for loss in row if math.isfinite(loss)] or [0.0]
+    worse = max(known) + max(map(abs, known)) + 1.0
+    return [[loss if math.isfinite(loss) else worse for loss in row] for row in losses]
+
+
+def _loss(losses: Sequence[Sequence[float]], chosen: Sequence[int]) -> float:
+    return sum(group[index] for group, index in zip(losses, chosen, strict=True))
+
+
+def _within(losses: Sequence[Sequence[float]], resources: Sequence[Resource]) -> list[int] | None:
+    """The best choice within all bounds, checked in exact integers; None where there is none."""
+    if not losses:
+        return [] if all(resource.admits([]) for resource in resources) else None
     refused: list[list[int]] = []
     for slack in (*(0.0,) * RULED_OUT, 2e-6, 1e-5, 1e-4, 1e-3):
-        chosen = _solve(
-            costs, losses, limit, lower / max(limit, 1) + (slack if lower else 0), 1 - slack, refused
-        )
+        chosen = _solve(losses, resources, slack, refused)
         if chosen is None and not slack:
             return None
         if chosen is not None:
-            if lower <= _total(costs, chosen) <= limit:
+            if all(resource.admits(chosen) for resource in resources):
                 return chosen
             refused.append(chosen)
     return None
 
 
-def _total(costs: Sequence[Sequence[int]], chosen: Sequence[int]) -> int:
-    return sum(group[index] for group, index in zip(costs, chosen, strict=True))
-
-
 def _solve(
-    costs: Sequence[Sequence[int]],
     losses: Sequence[Sequence[float]],
-    limit: int,
-    least: float,
-    most: float,
+    resources: Sequence[Resource],
+    slack: float,
     refused: Sequence[Sequence[int]],
 ) -> list[int] | None:
-    """The best choice that costs between ``least`` and ``most`` times ``limit``, to the solver's tolerance."""
-    edges = np.cumsum([0, *(len(group) for group in costs)])
-    spare = limit - sum(min(group) for group in costs)
-    usable = np.array([cost - min(group) <= spare for group in costs for cost in group])
-    weight = np.array([cost / max(limit, 1) for group in costs for cost in group]) * usable
-    loss = np.array([value for group in losses for value in group]) * usable
-    loss = loss / max(float(np.abs(loss).max()), 1e-300)
-    one_each = np.zeros((len(costs), edges[-1]))
+    """The best choice within bounds drawn in by ``slack``, to the solver's tolerance."""
+    edges = np.cumsum([0, *(len(group) for group in losses)])
+    one_each = np.zeros((len(losses), edges[-1]))
     for group, (first, last) in enumerate(pairwise(edges)):
         one_each[group, first:last] = 1
-    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(weight[None], least, most)]
+    constraints = [LinearConstraint(one_each, 1, 1)]
+    usable = np.ones(edges[-1], dtype=bool)
+    for costs, limit, least in resources:
+        spare = limit - sum(min(group) for group in costs)
+        affordable = np.array([cost - min(group) <= spare for group in costs for cost in group])
+        weight = np.array([cost / max(limit, 1) for group in costs for cost in group]) * affordable
+        lower = max(least, 0) / max(limit, 1)
+        constraints.append(LinearConstraint(weight[None], lower + (slack if lower else 0), 1 - slack))
+        usable &= affordable
     for chosen in refused:
         same = np.zeros(edges[-1])
         same[edges[:-1] + chosen] = 1
-        constraints.append(LinearConstraint(same[None], 0, len(costs) - 1))
+        constraints.append(LinearConstraint(same[None], 0, len(losses) - 1))
+    loss = np.array([value for group in losses for value in group]) * usable
+    loss = loss / max(float(np.abs(loss).max()), 1e-300)
     answer = milp(
         loss,
         integrality=np.ones(edges[-1]),

@@ -1,0 +1,92 @@
+"""How many images it takes to rank configurations: rank correlation of a few with all held-out images.
+
+    python benchmarks/ranking.py --model saq/resnet20 --weights FILE --data DIR --budget w3a3 --configurations 40
+
+Random configurations that use the budget are evaluated, calibrated, on every held-out image of a search; top-1 and loss
+on the first 256, 512, ... of them are compared with those on all by Spearman's rank correlation, and so is the loss on
+few with the top-1 on all.
+"""
+
+import argparse
+import copy
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+from torch.nn import functional as F
+
+from saqcli.algorithms.searchers.problem import SearchProblem
+from saqcli.algorithms.searchers.sampling import Sampler
+from saqcli.algorithms.searchers.supernet import Supernet
+from saqcli.config import resolve
+from saqcli.progress import SILENT
+from saqcli.workflows.bits import budget_of, space_of
+from saqcli.workflows.calibration import calibrate, scheme_of
+from saqcli.workflows.search import prepare_search
+from saqcli.workflows.search_images import search_images
+from saqcli.workflows.setup import pick_device
+
+SIZES = (256, 512, 1024, 2048, 4096)
+
+
+def main() -> None:
+    """Evaluate, compare, print a line a size."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="saq/resnet20")
+    parser.add_argument("--weights")
+    parser.add_argument("--data")
+    parser.add_argument("--budget", default="w3a3")
+    parser.add_argument("--configurations", type=int, default=40)
+    wanted = parser.parse_args()
+    config = resolve(
+        options={
+            "model.name": wanted.model,
+            "model.weights": wanted.weights,
+            "data.path": wanted.data,
+            "quantization.bops": wanted.budget,
+            "search.scoring_images": 10**9,
+        }
+    )
+    network, images = prepare_search(config, pick_device("auto"), SILENT)
+    assert images is not None
+    space, budget = space_of(config.quantization, network), budget_of(config.quantization, network)
+    problem = SearchProblem(
+        model=copy.deepcopy(network.model),
+        space=space,
+        budget=budget,
+        scheme=scheme_of(config),
+        statistics=calibrate(network, images, config, SILENT),
+        images=search_images(images, config.search, SILENT),
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+    )
+    supernet = Supernet(problem)
+    choices = Sampler(space, budget, torch.Generator().manual_seed(0)).draw_distinct(wanted.configurations)
+    losses, right = (torch.stack(rows) for rows in zip(*(judged(supernet, c) for c in choices), strict=True))
+    count = losses.shape[1]
+    print(f"{len(choices)} configurations, {count} held-out images")
+    print(
+        "| images | top-1 with top-1 on all | loss with loss on all | loss with top-1 on all |\n|--|--|--|--|"
+    )
+    for size in (*(size for size in SIZES if size < count), count):
+        pairs = ((right, right), (losses, losses), (losses, -right))
+        found = [spearmanr(some[:, :size].mean(1), every.mean(1)).statistic for some, every in pairs]
+        print(f"| {size} | " + " | ".join(f"{value:.3f}" for value in found) + " |")
+
+
+@torch.no_grad()
+def judged(supernet: Supernet, choice: list[int]) -> tuple[Tensor, Tensor]:
+    """Loss and whether the best class is right, of every held-out image."""
+    supernet.select(choice)
+    model = supernet.model.eval()
+    losses, right = [], []
+    for images, labels in supernet.problem.images.scoring:
+        logits = model(images)
+        losses.append(F.cross_entropy(logits, labels, reduction="none").double().cpu())
+        right.append((logits.argmax(1) == labels).double().cpu())
+    return torch.cat(losses), torch.cat(right)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""What a search is worth: top-1 after the same short fine-tuning under the policy of every searcher, over seeds.
+
+    python benchmarks/searchers.py --model saq/resnet20 --weights FILE --data DIR --out results --seeds 3
+
+Every search and every fine-tuning is one line of ``results/results.jsonl``; those that stand there are not run again,
+so the script can be stopped at any time and started anew. Equal policies are trained once. The cost of a search is told
+in units of one epoch of plain QAT on all training images, timed by ``--time``; on a CPU both are processor time, which
+other work on the machine changes little. ``--table`` prints what has been measured so far as Markdown.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from minimizers import append, read, spread
+
+from saqcli.algorithms.minimizers.qat import QAT
+from saqcli.algorithms.searchers.problem import NO_MEMORY
+from saqcli.algorithms.training import EpochSettings, Meter, train_epoch
+from saqcli.config import RunConfig, resolve
+from saqcli.io.files import write_text
+from saqcli.progress import SILENT
+from saqcli.quant.bits import BitConfig
+from saqcli.quant.calibrate import InputStatistics
+from saqcli.workflows.calibration import calibrate, install_quantizers
+from saqcli.workflows.find_bits import find_bits, pose
+from saqcli.workflows.optimization import make_minimizer, make_objective, make_optimizer, make_schedule
+from saqcli.workflows.quantize import score
+from saqcli.workflows.setup import Images, Network, load_float, open_named, pick_device, wrap_and_trace
+
+# What is compared: a searcher and its options.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "uniform": ("uniform", {}),
+    "error": ("error", {}),
+    "random": ("random", {}),
+    "sensitivity": ("sensitivity", {}),
+    "hawq": ("hawq", {}),
+    "samq": ("samq", {}),
+    "samq without sharpness": ("samq", {"sharpness": False}),
+    "asga": ("asga", {}),
+    "asga without pass 2": ("asga", {"align": "none"}),
+}
+
+
+class Bench:
+    """A network with its images, calibrated once, to be searched and trained many times."""
+
+    def __init__(self, wanted: argparse.Namespace) -> None:
+        self.wanted, self.device = wanted, pick_device("auto")
+        config = self.config("w4a4", "uniform", 0)
+        loaded = load_float(config.model, SILENT)
+        train, val = (open_named(config.data, split, loaded.num_classes) for split in ("train", "val"))
+        self._images = (train, val, loaded.preprocessing)
+        self.network: Network = wrap_and_trace(loaded)
+        self.network.model.to(self.device)
+        self.statistics: dict[str, InputStatistics] = calibrate(
+            self.network, self.images(config), config, SILENT
+        )
+
+    def config(self, budget: str, name: str, seed: int) -> RunConfig:
+        """The settings of one run."""
+        searcher, options = VARIANTS[name]
+        given = {
+            "model.name": self.wanted.model,
+            "model.weights": self.wanted.weights,
+            "data.path": self.wanted.data,
+            "quantization.bops": budget,
+            "quantization.searcher": searcher,
+            "search.options": {searcher: options},
+            "search.proxy": json.loads(self.wanted.proxy) if self.wanted.proxy else None,
+            "training.method": self.wanted.method,
+            "training.epochs": self.wanted.epochs,
+            "training.lr": self.wanted.lr,
+            "run.seed": seed,
+        }
+        assignments = dict(text.split("=", 1) for text in self.wanted.assign or [])
+        return resolve(options=given, assignments=assignments)
+
+    def images(self, config: RunConfig) -> Images:
+        """Fed as ``config`` says."""
+        return Images(*self._images, config.data, self.device, config.run.seed)
+
+    def search(self, budget: str, name: str, seed: int) -> dict[str, Any]:
+        """Search once; the policy and what it took."""
+        config, busy = self.config(budget, name, seed), time.process_time()
+        statistics_ = None if self.wanted.proxy else self.statistics
+        posed = pose(config, self.network, self.images(config), statistics_, SILENT)
+        found = find_bits(config, posed, NO_MEMORY)
+        bits = [bits.model_dump() for bits in found.policy.layers.values()]
+        return {
+            "policy": found.policy.model_dump(),
+            "bits": " ".join(_pair(b["weight"], b["activation"]) for b in bits),
+            "bops": found.cost.bops,
+            "budget_bops": found.budget.bops,
+            "seconds": found.seconds,
+            "cpu_seconds": time.process_time() - busy,
+        }
+
+    def train(self, policy: BitConfig, seed: int) -> dict[str, float]:
+        """Calibrate at ``policy`` and train; accuracy before and after, in percent."""
+        config = self.config("w4a4", "uniform", seed)
+        network = Network(copy.copy(self.network.loaded), self.network.traced, self.network.costs)
+        network.loaded.model = copy.deepcopy(self.network.model)
+        images, training = self.images(config), config.training
+        model = install_quantizers(config, network, policy, self.statistics, images, SILENT)
+        before = score(model, images.validation(), "", self.device, SILENT)
+        loader = images.training()
+        optimizer = make_optimizer(model, training)
+        schedule = make_schedule(optimizer, training, len(loader))
+        minimizer = make_minimizer(model, optimizer, config, side=self._images[2].input_size[1])
+        objective = make_objective(training, self.device, network.loaded.num_classes)
+        start = time.perf_counter()
+        for epoch in range(training.epochs):
+            schedule.step_update(epoch * len(loader))
+            settings = EpochSettings(
+                objective,
+                self.device,
+                training.sharpness_batch,
+                lambda step, epoch=epoch: schedule.step_update(epoch * len(loader) + step),
+            )
+            loader.set_epoch(epoch)
+            with SILENT.task("", 0) as task:
+                train_epoch(model, minimizer, loader, task, settings, Meter())
+        seconds = time.perf_counter() - start
+        after = score(model, images.validation(), "", self.device, SILENT)
+        return {
+            "calibrated": before.top1,
+            "top1": after.top1,
+            "loss": after.loss,
+            "train_seconds": seconds,
+        }
+
+    def epoch_seconds(self, steps: int = 12) -> float:
+        """Of one epoch of plain QAT at uniform 4 bits, from the median of some steps."""
+        config = self.config("w4a4", "uniform", 0)
+        network = Network(copy.copy(self.network.loaded), self.network.traced, self.network.costs)
+        network.loaded.model = copy.deepcopy(self.network.model)
+        images = self.images(config)
+        policy = find_bits(config, pose(config, network, images, self.statistics, SILENT), NO_MEMORY).policy
+        model = install_quantizers(config, network, policy, self.statistics, images, SILENT)
+        loader, minimizer = images.training(), QAT(model, make_optimizer(model, config.training))
+        objective = make_objective(config.training, self.device, network.loaded.num_classes)
+        marks: list[float] = []
+
+        def mark(step: int) -> None:
+            marks.append(time.process_time() if self.device.type == "cpu" else time.perf_counter())
+            if step == steps:
+                raise StopIteration
+
+        settings = EpochSettings(objective, self.device, 128, mark)
+        loader.set_epoch(0)
+        try:
+            with SILENT.task("", 0) as task:
+                train_epoch(model, minimizer, loader, task, settings, Meter())
+        except StopIteration:
+            pass
+        each = [b - a for a, b in itertools.pairwise(marks)]  # not the first, which warms up
+        return statistics.median(each) * len(loader)
+
+
+def _pair(weight: int | None, activation: int | None) -> str:
+    return f"{weight}" if weight == activation else f"{weight}/{activation}"
+
+
+def measure(wanted: argparse.Namespace) -> None:
+    """Search and train what has not been done yet."""
+    bench = Bench(wanted)
+    results = wanted.out / "results.jsonl"
+    if wanted.time:
+        seconds = bench.epoch_seconds()
+        append(results, {"kind": "epoch", "seconds": seconds, "threads": torch.get_num_threads()})
+        return
+    suffix = f" {wanted.suffix}" if wanted.suffix else ""
+    chosen = wanted.searchers.split(";") if wanted.searchers else list(VARIANTS)
+    for budget in wanted.budgets.split(","):
+        for name in chosen:
+            for seed in range(wanted.search_seeds):
+                found = _search(bench, results, budget, name, name + suffix, seed)
+                if found is not None and not wanted.search_only:
+                    _train(bench, results, budget, name + suffix, seed, found)
+
+
+def _search(
+    bench: Bench, results: Path, budget: str, name: str, title: str, seed: int
+) -> dict[str, Any] | None:
+    key = {"kind": "search", "budget": budget, "name": title, "seed": seed}
+    for line in read(results):
+        if key.items() <= line.items():
+            return line
+    line = {**key, **bench.search(budget, name, seed)}
+    folder = results.parent / "policies"
+    write_text(
+        folder / f"{budget}-{title.replace(' ', '_')}-{seed}.json",
+        BitConfig.model_validate(line["policy"]).to_json(),
+    )
+    append(results, line)
+    return line
+
+
+def _train(
+    bench: Bench, results: Path, budget: str, title: str, search_seed: int, found: dict[str, Any]
+) -> None:
+    for seed in range(bench.wanted.seeds):
+        key = {"kind": "train", "bits": found["bits"], "seed": seed, "method": bench.wanted.method}
+        if any(key.items() <= line.items() for line in read(results)):
+            continue
+        figures = bench.train(BitConfig.model_validate(found["policy"]), seed)
+        append(results, {**key, "budget": budget, "name": title, "search_seed": search_seed, **figures})
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Top-1 over seeds beside BOPs and the cost of the search, as Markdown."""
+    epoch = statistics.median([r["seconds"] for r in lines if r["kind"] == "epoch"] or [float("nan")])
+    rows = []
+    for method in sorted({r["method"] for r in lines if r["kind"] == "train"}):
+        trained: dict[str, list[dict[str, Any]]] = {}
+        for r in lines:
+            if r["kind"] == "train" and r["method"] == method:
+                trained.setdefault(r["bits"], []).append(r)
+        for budget in sorted({r["budget"] for r in lines if r["kind"] == "search"}):
+            rows += [
+                f"\n{budget}, fine-tuned with {method}\n",
+                "| searcher | searches | % of the budget | search cost | calibrated top-1 | top-1 | loss | runs |",
+                "|--|--|--|--|--|--|--|--|",
+            ]
+            found = [r for r in lines if r["kind"] == "search" and r["budget"] == budget]
+            for name in dict.fromkeys(r["name"] for r in found):
+                mine = [r for r in found if r["name"] == name]
+                runs = [run for r in mine for run in trained.get(r["bits"], [])]
+                if not runs:
+                    continue
+                used = [100 * r["bops"] / r["budget_bops"] for r in mine]
+                cost = statistics.median([r.get("cpu_seconds", r["seconds"]) for r in mine]) / epoch
+                rows.append(
+                    f"| {name} | {len(mine)} | {min(used):.2f} | {cost:.2f} | "
+                    f"{spread([r['calibrated'] for r in runs], 2)} | {spread([r['top1'] for r in runs], 2)} | "
+                    f"{spread([r['loss'] for r in runs], 4)} | {len(runs)} |"
+                )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Parse the options, measure, print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="saq/resnet20")
+    parser.add_argument("--weights")
+    parser.add_argument("--data")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--budgets", default="w3a3,w4a4")
+    parser.add_argument("--searchers", help="separated by ;")
+    parser.add_argument("--search-seeds", type=int, default=1, help="searches of each kind")
+    parser.add_argument("--seeds", type=int, default=3, help="fine-tunings of each policy")
+    parser.add_argument("--method", default="qat")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--proxy", help="JSON of the search.proxy settings")
+    parser.add_argument("--suffix", default="", help="of the searchers' names in the results")
+    parser.add_argument("--set", dest="assign", action="append", help="any setting")
+    parser.add_argument("--search-only", action="store_true")
+    parser.add_argument("--time", action="store_true", help="time an epoch of plain QAT, and nothing else")
+    parser.add_argument("--table", action="store_true")
+    wanted = parser.parse_args()
+    if wanted.table:
+        print(table(read(wanted.out / "results.jsonl")))
+        return
+    wanted.out.mkdir(parents=True, exist_ok=True)
+    measure(wanted)
+
+
+if __name__ == "__main__":
+    main()

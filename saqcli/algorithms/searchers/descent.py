@@ -1,0 +1,246 @@
+"""ASGA under way: what learns, step by step. The formulas stand in ``asga``."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from saqcli.algorithms.divergence import check_step
+from saqcli.algorithms.searchers.knapsack import best_choice
+from saqcli.algorithms.searchers.mixture import Mixtures
+from saqcli.algorithms.searchers.problem import Batches, SearchProblem, remaining
+from saqcli.algorithms.searchers.supernet import Supernet
+from saqcli.algorithms.sharpness import Gradients, Perturbation, PerturbedSet, RadiusUnit, add_up
+from saqcli.quant.layers import frozen_batch_stats
+from saqcli.units import format_quantity
+
+Align = Literal["sagm", "none"]
+RISE = 0.1  # of all steps, until the budget weighs in full
+THRIFT = 1e-3  # weight of the expected cost itself
+MEMORY = 0.9  # of the running mean of the gap
+LEFT_OUT = -1  # label of an image that could not be read
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How ASGA searches.
+
+    Attributes:
+        epochs: passes over the images; a fraction ends within one.
+        step_images: of a batch, for one step.
+        rho_min: least radius.
+        rho_max: greatest radius, and the first.
+        rho_unit: ``deviation`` (of each layer's weights) or ``absolute``.
+        alignment: ``a``, how far the ascent is drawn back along the gradient, which aligns the two gradients.
+        align: ``sagm``, or ``none`` for the same search on the plain loss, without a second pass.
+        cost_weight: ``lambda``.
+        logit_lr: first learning rate of the logits.
+        temperature_end: softmax temperature at the last step, from 1 at the first; 1 keeps it.
+        bilevel: learn the logits on held-out images.
+    """
+
+    epochs: float
+    step_images: int
+    rho_min: float
+    rho_max: float
+    rho_unit: RadiusUnit
+    alignment: float
+    align: Align
+    cost_weight: float
+    logit_lr: float
+    temperature_end: float
+    bilevel: bool
+
+
+class Descent:
+    """One search under way: what learns, and how far it is.
+
+    Attributes:
+        model: with mixtures for quantizers.
+        phases: of an epoch: images, and what learns on them.
+        total: batches of the whole search.
+        done: batches so far; a step may be on a part of one.
+        rho: radius of the next step.
+        gap: running mean of h; None before the first step.
+        trace: loss and h of every step so far.
+    """
+
+    def __init__(self, settings: Settings, problem: SearchProblem) -> None:
+        self.settings, self.problem = settings, problem
+        self.supernet = Supernet(problem)
+        self.model = problem.model
+        self.optimizer = problem.optimizer(self.model)
+        self.mixtures = Mixtures(self.supernet)
+        self.logits = self.mixtures.parameters()
+        self.logit_optimizer = torch.optim.Adam(self.logits, lr=settings.logit_lr)
+        groups = self.optimizer.param_groups
+        self.weights = [p for group in groups for p in group["params"] if p.requires_grad]
+        self.set = PerturbedSet(self.model, ("weights", "biases", "norms"))
+        self._rates = [group["lr"] for group in self._groups()]
+        images = problem.images
+        self.phases: list[tuple[Batches, set[str]]] = [(images.whole, {"weights", "logits"})]
+        if settings.bilevel:
+            self.phases = [(images.training, {"weights"}), (images.held_out, {"logits"})]
+        self.total = settings.epochs * sum(len(batches) for batches, _ in self.phases)
+        self.done = 0.0
+        self.rho = settings.rho_max
+        self.gap: float | None = None
+        self.trace: list[tuple[float, float]] = []
+        self._since = 0  # steps before this epoch
+
+    def run(self) -> None:
+        """All steps, from where the memory left off."""
+        kept = self.problem.memory.load()
+        epoch, phase, index = (0, 0, 0) if kept is None else self._load(kept)
+        self.model.train()
+        while epoch < self.settings.epochs:
+            self._pass(epoch, phase, index)
+            phase, index = phase + 1, 0
+            if phase == len(self.phases):
+                self._note(epoch)
+                epoch, phase = epoch + 1, 0
+
+    def _pass(self, epoch: int, place: int, start: int) -> None:
+        """One phase of an epoch, from batch number ``start`` on."""
+        problem, (batches, learning) = self.problem, self.phases[place]
+        count = min(len(batches), math.ceil((self.settings.epochs - epoch) * len(batches)))
+        with problem.progress.task(f"search epoch {epoch + 1} of {self.settings.epochs:g}", count) as task:
+            task.advance(start)
+            for index, (images, labels) in remaining(batches, epoch, start, problem.memory):
+                if index == count:
+                    break
+                on_device = (tensor.to(problem.device) for tensor in (images, labels))
+                pieces = -(
+                    -len(labels) // self.settings.step_images
+                )  # as equal as can be: norms need two images
+                parts = (torch.tensor_split(tensor, pieces) for tensor in on_device)
+                for part in zip(*parts, strict=True):
+                    self.step(
+                        partial(self._loss, *part),
+                        len(part[1]) / len(labels),
+                        weights="weights" in learning,
+                        logits="logits" in learning,
+                    )
+                task.advance(
+                    images=len(labels),
+                    loss=self.trace[-1][0],
+                    entropy=self.mixtures.entropy(),
+                    cost=max(self.mixtures.used(problem.budget).tolist()),
+                )
+                problem.memory.offer(partial(self._state, epoch, place, index + 1))
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.model(images), labels, ignore_index=LEFT_OUT)
+
+    def step(
+        self, loss: Callable[[], Tensor], share: float = 1.0, *, weights: bool = True, logits: bool = True
+    ) -> None:
+        """One update of weights, logits or both; ``loss`` runs the forward pass on that share of a batch."""
+        self._schedule()
+        learned = [*(self.weights if weights else ()), *(self.logits if logits else ())]
+        with nullcontext() if weights else frozen_batch_stats(self.model):
+            value, gradients = self.set.gradients(loss, also=learned)
+        members, total = gradients[: -len(learned)], gradients[-len(learned) :]
+        gap = 0.0
+        if self.settings.align == "sagm":
+            raised, above = self._raised(loss, members, value, learned)
+            gap = max(0.0, float(raised - value))
+            total = add_up(add_up([], total, 0.5), above, 0.5)
+        else:
+            check_step(value)
+        if logits:
+            count = len(self.logits)
+            total = [*total[:-count], *add_up(total[-count:], self._prices())]
+        for parameter, gradient in zip(learned, total, strict=True):
+            parameter.grad = gradient
+        if weights:
+            self.optimizer.step()
+        if logits:
+            self.logit_optimizer.step()
+        self._follow(float(value), gap)
+        self.done += share
+
+    def _raised(
+        self, loss: Callable[[], Tensor], members: Gradients, value: Tensor, learned: Sequence[Tensor]
+    ) -> tuple[Tensor, Gradients]:
+        """The loss at the perturbed point, and its gradients there."""
+        unit = self.set.ascent(members, 1.0, self.settings.rho_unit)
+        factor = self.rho - self.settings.alignment * unit.norm  # of e in units of s**2 g / ||s g||
+        weights, parameters = ([factor * e for e in part] for part in (unit.weights, unit.parameters))
+        moved = self.set.applied(Perturbation(weights, parameters, unit.norm))
+        with moved, frozen_batch_stats(self.model), torch.enable_grad():
+            raised = loss()
+            above = torch.autograd.grad(raised, learned, allow_unused=True)
+        check_step(value, unit.norm, raised)
+        return raised.detach(), list(above)
+
+    def _prices(self) -> Gradients:
+        """Gradients to the logits of what the mixtures cost."""
+        weight = self.settings.cost_weight * min(1.0, self.done / max(RISE * self.total, 1.0))
+        with torch.enable_grad():
+            used = self.mixtures.used(self.problem.budget)
+            price = weight * (used - 1).clamp_min(0).square().sum() + THRIFT * used.sum()
+        return list(torch.autograd.grad(price, self.logits))
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [*self.optimizer.param_groups, *self.logit_optimizer.param_groups]
+
+    def _schedule(self) -> None:
+        """Learning rates and temperature of the coming step."""
+        fraction = min(1.0, self.done / max(self.total, 1))
+        for group, rate in zip(self._groups(), self._rates, strict=True):
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * fraction))
+        self.mixtures.set_temperature(self.settings.temperature_end**fraction)
+
+    def _follow(self, loss: float, gap: float) -> None:
+        """Note a step, and adapt the radius to the gap."""
+        self.trace.append((loss, gap))
+        self.gap = gap if self.gap is None else MEMORY * self.gap + (1 - MEMORY) * gap
+        self.rho = min(self.settings.rho_max, max(self.settings.rho_min, math.log1p(self.gap)))
+
+    def _note(self, epoch: int) -> None:
+        """One line on an epoch."""
+        problem = self.problem
+        losses, gaps = zip(*self.trace[self._since :], strict=True)
+        self._since = len(self.trace)
+        choice = best_choice(problem.space, problem.budget, self.mixtures.losses())
+        problem.progress.note(
+            f"search epoch {epoch + 1} of {self.settings.epochs:g}: loss {sum(losses) / len(losses):.4f}, "
+            f"gap {sum(gaps) / len(gaps):.4f} (at most {max(gaps):.4f}), entropy {self.mixtures.entropy():.3f}, "
+            f"the choice would cost {format_quantity(problem.space.cost(choice).bops, 'BOPs')}"
+        )
+
+    def _state(self, epoch: int, phase: int, index: int) -> dict[str, Any]:
+        """All that the search goes on from."""
+        return {
+            "at": [epoch, phase, index],
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "logits": [logits.detach() for logits in self.logits],
+            "logit_optimizer": self.logit_optimizer.state_dict(),
+            "done": self.done,
+            "since": self._since,
+            "rho": self.rho,
+            "gap": self.gap,
+            "trace": [list(step) for step in self.trace],
+        }
+
+    def _load(self, state: dict[str, Any]) -> tuple[int, int, int]:
+        """Put back what ``_state`` gave; returns epoch, phase and batch."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.logit_optimizer.load_state_dict(state["logit_optimizer"])
+        with torch.no_grad():
+            for logits, kept in zip(self.logits, state["logits"], strict=True):
+                logits.copy_(kept)
+        self.rho, self.gap = state["rho"], state["gap"]
+        self.done, self._since = state["done"], state["since"]
+        self.trace = [(loss, gap) for loss, gap in state["trace"]]
+        epoch, phase, index = state["at"]
+        return epoch, phase, index

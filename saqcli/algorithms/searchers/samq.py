@@ -1,0 +1,136 @@
+"""SAMQ: bits drawn by a controller that learns from the sharpness-aware loss of a weight-sharing supernet.
+
+    for every epoch
+        model phase         for every training batch: draw bits, one SAQ step of the supernet at them
+        controller phase    for every held-out batch: draw bits b, one step of the controller on
+
+            R(b) log pi(b) - entropy_weight * H(pi)          to be minimised; R is a cost
+            R(b) = L(Q(w, b) + e) - L(Q(w, r)) + cost_weight * (c(b) / C - 1)**2
+
+    then draw configurations that fit the budget, and take the one with the highest accuracy
+
+``e`` is SAQ's perturbation on the same held-out batch: it reaches every searched layer. Controller phases begin after
+``warmup`` epochs. Source: Liu et al., arXiv:2111.12273, section 4, Algorithm 1 and its released code.
+
+Differs from the paper, with the way back in brackets:
+
+- A moving average of R is subtracted (``baseline="none"``). The loss of a fixed configuration r on the same images is
+  subtracted too (``reference="none"``): it does not depend on b, and takes the noise of the batch out of the reward. A
+  batch is cut into parts of ``reward_images``, each for a draw of its own.
+- The penalty is relative to the budget, so that one weight serves every model. The paper's is ``cost_weight`` 45 in its
+  CIFAR setting and 6 for ImageNet. C is the middle of the window that is searched, and of several bounds the one counts
+  of which most is used.
+- Draws are repeated until one fits the budget and uses it (``within="anything"``). What is minimised is then the mean
+  cost given that a draw fits; with a baseline subtracted, leaving the chance of fitting out of the gradient makes no
+  difference on average. The controller starts at configurations that cost the budget (``prior="none"``), by default
+  (``error``) at those with little quantization noise: evenly drawn ones spend so much on a few layers that all others
+  have 2 bits, and a short search would be over before it has unlearned them.
+- Every reward counts ``replay`` times, clipped as in PPO (arXiv:1707.06347), since a search is short (``replay=1``).
+- Draws are compared in the calibrated network, which fine-tuning starts from (``score_in="supernet"``), and the
+  configuration of least quantization noise beside them. Of those within a standard error of the highest accuracy the
+  one of least loss is taken.
+- The released code perturbs first layer and classifier alone, and leaves the reward attached to its graph.
+"""
+
+from typing import Literal
+
+from saqcli.algorithms.options import check_choice, check_count, check_flag, check_number
+from saqcli.algorithms.searchers.alternation import Alternation, Settings
+from saqcli.algorithms.searchers.knapsack import indifferent
+from saqcli.algorithms.searchers.problem import Found, SearchProblem
+from saqcli.algorithms.searchers.reinforce import Baseline
+from saqcli.algorithms.sharpness import RadiusUnit
+from saqcli.errors import ConfigError
+
+
+class SAMQ:
+    """The paper's search.
+
+    The arguments are those of ``Settings`` and of ``Reinforce``.
+
+    Raises:
+        ConfigError: an option that is not possible.
+    """
+
+    def __init__(
+        self,
+        *,
+        epochs: int = 3,
+        warmup: int = 1,
+        rho: float = 0.4,
+        rho_unit: RadiusUnit = "deviation",
+        sharpness: bool = True,
+        cost_weight: float = 6.0,
+        entropy_weight: float = 0.02,
+        baseline: Baseline = "ema",
+        reference: Literal["fixed", "none"] = "fixed",
+        prior: Literal["error", "budget", "none"] = "error",
+        prior_entropy: float = 0.7,
+        within: Literal["window", "anything"] = "window",
+        controller_lr: float = 1e-3,
+        controller_decay: float = 5e-5,
+        replay: int = 16,
+        reward_images: int = 32,
+        draws: int = 20,
+        select_by: Literal["accuracy", "sharpness"] = "accuracy",
+        score_in: Literal["calibrated", "supernet"] = "calibrated",
+    ) -> None:
+        for option, count in (
+            ("epochs", epochs), ("replay", replay), ("reward_images", reward_images), ("draws", draws)
+        ):  # fmt: skip
+            check_count(option, count)
+        check_count("warmup", warmup, 0)
+        check_flag("sharpness", sharpness)
+        for option, value, least in (
+            ("rho", rho, 0),
+            ("cost_weight", cost_weight, 0),
+            ("entropy_weight", entropy_weight, 0),
+            ("controller_lr", controller_lr, 0),
+            ("controller_decay", controller_decay, 0),
+            ("prior_entropy", prior_entropy, 0),
+        ):
+            check_number(option, value, least)
+        check_choice("rho_unit", rho_unit, ("deviation", "absolute"))
+        check_choice("baseline", baseline, ("ema", "none"))
+        check_choice("reference", reference, ("fixed", "none"))
+        check_choice("prior", prior, ("error", "budget", "none"))
+        check_choice("within", within, ("window", "anything"))
+        check_choice("score_in", score_in, ("calibrated", "supernet"))
+        check_choice("select_by", select_by, ("accuracy", "sharpness"))
+        if select_by == "sharpness" and not (sharpness and rho):
+            raise ConfigError(
+                "select_by sharpness needs a perturbation: give rho above 0, and sharpness true"
+            )
+        self.settings = Settings(
+            epochs=epochs,
+            warmup=min(warmup, epochs - 1),  # the controller learns in the last epoch at least
+            rho=rho,
+            rho_unit=rho_unit,
+            sharpness=sharpness,
+            cost_weight=cost_weight,
+            reference=reference,
+            prior=prior,
+            prior_entropy=prior_entropy,
+            within=within,
+            reward_images=reward_images,
+            draws=draws,
+            select_by=select_by,
+            score_in=score_in,
+            learning={
+                "lr": controller_lr,
+                "weight_decay": controller_decay,
+                "entropy_weight": entropy_weight,
+                "baseline": baseline,
+                "replay": replay,
+            },
+        )
+
+    def search(self, problem: SearchProblem) -> Found:
+        """Train supernet and controller in turns, draw, score, choose."""
+        space = problem.space
+        space.check_reachable(problem.budget)
+        if problem.budget.admits(space.ceiling):
+            return indifferent(problem)
+        run = Alternation(self.settings, problem)
+        run.train()
+        return run.finish()

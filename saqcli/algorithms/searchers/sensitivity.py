@@ -1,0 +1,150 @@
+"""Bits by trying: the loss with one layer at fewer bits and all others in floating point.
+
+What quantizing one layer to a width costs is measured outright, on real images, and taken to add up over layers:
+
+    loss of an option = L(only these layers, at these bits) - L(float)
+
+The knapsack is solved exactly. A layer's inputs are those of the float model as long as nothing before it is
+quantized, so the outputs of all layers in front of the decision that is tried are computed once a batch and reused.
+
+Weights are quantized as they are, also where the scheme normalizes them: the batch norms of a floating-point network do
+not expect weights without their mean.
+
+Source: the indicator of ZeroQ (Cai et al., arXiv:2001.00281, section 3.3), with the loss itself for its divergence.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saqcli.algorithms.searchers.knapsack import best_choice
+from saqcli.algorithms.searchers.problem import Batch, Found, SearchProblem
+from saqcli.algorithms.searchers.separable import Losses
+from saqcli.algorithms.searchers.supernet import Supernet
+from saqcli.quant import convert
+from saqcli.quant.layers import QuantizedLayer, quantized_layers
+
+
+class Sensitivity:
+    """Least sum of losses, each measured with one decision quantized and all else in floating point."""
+
+    def search(self, problem: SearchProblem) -> Found:
+        """Measure every option of every decision, then solve the knapsack exactly."""
+        problem.space.check_reachable(problem.budget)
+        losses = self.losses(problem)
+        choice = best_choice(problem.space, problem.budget, losses)
+        return Found(choice, lambda budget: [best_choice(problem.space, budget, losses)])
+
+    @torch.no_grad()
+    def losses(self, problem: SearchProblem) -> Losses:
+        """Mean rise of the loss on the scoring images, of every option by decision."""
+        decisions = problem.space.decisions
+        kept: dict[str, Any] = problem.memory.load() or {
+            "done": 0,
+            "sums": [[0.0] * len(decision.options) for decision in decisions],
+        }
+        sums: Losses = kept["sums"]
+        batches = problem.images.scoring
+        plain = {"weight_normalization": False, "clip_init": "error"}
+        supernet = Supernet(replace(problem, scheme=problem.scheme.model_copy(update=plain)))
+        quantizers = _Quantizers(supernet.model.eval())
+        trials = len(batches) * sum(len(decision.options) for decision in decisions)
+        with problem.progress.task("one layer at a time", trials) as task:
+            task.advance(kept["done"] * trials // max(len(batches), 1))
+            for number in range(kept["done"], len(batches)):
+                for decision, option, rise in _rises(supernet, batches[number], quantizers):
+                    sums[decision][option] += rise
+                    task.advance(images=len(batches[number][1]))
+                problem.memory.offer(lambda done=number + 1: {"done": done, "sums": sums})  # type: ignore[misc]
+        count = sum(len(labels) for _, labels in batches)
+        return [[value / count for value in row] for row in sums]
+
+
+def _rises(supernet: Supernet, batch: Batch, quantizers: "_Quantizers") -> Iterator[tuple[int, int, float]]:
+    """Decision, option and rise of the summed loss of a batch."""
+    images, labels = batch
+    with _Remembered(supernet.model) as remembered:
+        base = _summed_loss(supernet.model, images, labels)
+        for index, decision in enumerate(supernet.problem.space.decisions):
+            members = supernet.layers_of(index)
+            remembered.reuse_before(members)
+            with quantizers.on(members):
+                for option, bits in enumerate(decision.options):
+                    for layer in members:
+                        convert.set_bits(layer, bits)
+                    yield index, option, _summed_loss(supernet.model, images, labels) - base
+
+
+def _summed_loss(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    return float(F.cross_entropy(model(images).float(), labels, reduction="sum"))
+
+
+class _Quantizers:
+    """Takes the quantizers out of all layers, and puts those of some back for a while."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._own = {
+            layer: (layer.weight_quantizer, layer.input_quantizer)
+            for layer in quantized_layers(model).values()
+        }
+        for layer in self._own:
+            layer.weight_quantizer, layer.input_quantizer = nn.Identity(), nn.Identity()
+
+    @contextmanager
+    def on(self, layers: Sequence[QuantizedLayer]) -> Iterator[None]:
+        """Within the context ``layers`` are quantized."""
+        try:
+            for layer in layers:
+                layer.weight_quantizer, layer.input_quantizer = self._own[layer]
+            yield
+        finally:
+            for layer in layers:
+                layer.weight_quantizer, layer.input_quantizer = nn.Identity(), nn.Identity()
+
+
+class _Remembered:
+    """Keeps what every layer returns in the first pass, and gives it again instead of computing it.
+
+    A layer that runs more than once in a pass, or returns no tensor, is computed every time.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = list(quantized_layers(model).values())
+        self._outputs: dict[QuantizedLayer, Tensor] = {}
+        self._runs: Counter[QuantizedLayer] = Counter()
+        self._before: dict[QuantizedLayer, set[QuantizedLayer]] = {}  # that had returned when it first ran
+        self._reused: set[QuantizedLayer] | None = None  # None in the first pass
+
+    def __enter__(self) -> "_Remembered":
+        for layer in self._layers:
+            layer.forward = partial(self._call, layer, layer.forward)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self._layers:
+            del layer.forward
+
+    def reuse_before(self, layers: Sequence[QuantizedLayer]) -> None:
+        """From now on compute ``layers``, what is within them, and what ran later; and nothing that ran before."""
+        before = [
+            self._before.get(layer, set()) for layer in layers
+        ]  # no forward: its parent takes the weight
+        self._reused = {layer for layer in set.intersection(*before) if self._runs[layer] == 1}
+
+    def _call(self, layer: QuantizedLayer, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._reused is not None and layer in self._reused:
+            return self._outputs[layer].clone()  # an activation behind it may work in place
+        if self._reused is None:
+            self._runs[layer] += 1
+            self._before.setdefault(layer, set(self._outputs))
+        output = forward(*args, **kwargs)
+        if self._reused is None and isinstance(output, Tensor):
+            self._outputs[layer] = output.clone()
+        return output

@@ -1,0 +1,84 @@
+"""Options of commands that leave a run directory, and the settings that they make together."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from saqcli.cli.options import RUN
+from saqcli.cli.screen import print_json
+from saqcli.errors import ConfigError, RunDirectoryError
+
+if TYPE_CHECKING:
+    from saqcli.config import RunConfig
+
+Recipe = Annotated[str | None, typer.Option(help="Settings to start from.", rich_help_panel=RUN)]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="TOML or JSON, such as the config.json of a run.", rich_help_panel=RUN),
+]
+Assign = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="SECTION.KEY=VALUE", help="Any setting; may be repeated.", rich_help_panel=RUN
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run in --run-dir.", rich_help_panel=RUN)
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the run in --run-dir.", rich_help_panel=RUN)
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the settings and costs, then stop.", rich_help_panel=RUN)
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="Of everything random.", rich_help_panel=RUN)]
+
+
+def resolved(
+    recipe: str | None, config: Path | None, assign: list[str], given: dict[str, Any], resumed: Path | None
+) -> "RunConfig":
+    """The configuration; with ``--resume`` that of the run, on top of which the same options may be given again.
+
+    Args:
+        recipe: ``--recipe``.
+        config: ``--config``.
+        assign: ``--set``.
+        given: ``section.key`` to value; None where not given.
+        resumed: the run directory, with ``--resume``.
+
+    Raises:
+        ConfigError: an assignment without ``=``.
+        RunDirectoryError: nothing to resume.
+    """
+    from saqcli.config import resolve
+
+    pairs = {}
+    for text in assign:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: give SECTION.KEY=VALUE, such as training.lr=0.01")
+        pairs[key.strip()] = value.strip()
+    if resumed is not None and config is None:
+        if (resumed / "config.json").is_file():
+            config = resumed / "config.json"
+        elif given["model.name"] is None:
+            raise RunDirectoryError(
+                f"{resumed} holds no run to go on with: give MODEL and its options to start one"
+            )
+    return resolve(recipe=recipe, file=config, assignments=pairs, options=given)
+
+
+def show_plan(config: "RunConfig", target: Path, *, json_output: bool) -> None:
+    """What a run would do and cost, without doing it."""
+    from saqcli.progress import SILENT
+    from saqcli.workflows.plan import plan
+
+    result = plan(config, target, SILENT)
+    if json_output:
+        print_json(result)
+        return
+    typer.echo(config.to_json().rstrip())
+    from saqcli.cli.tables import show_profile
+
+    show_profile(result["profile"])

@@ -1,0 +1,275 @@
+"""What a search may choose: for every group of layers the bit-widths it may have, and what each costs.
+
+A *decision* sets the bits of one group. Its options are the candidates, narrowed by rules of the user:
+
+    --pin 'layer4.*=8'        these bits and no others
+    --pin 'conv1=w8a4'        apart for weights and inputs
+    --pin '*.conv1=3-5'       a range, of the candidates that lie in it
+
+First layer and classifier have 8 bits unless a rule names them. Members of a group have the options that the rules
+of all members leave.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import NamedTuple
+
+from saqcli.errors import ConfigError, InfeasibleBudget
+from saqcli.quant.bits import MAX_BITS, MIN_BITS, BitConfig, LayerBits
+from saqcli.quant.cost import UNITS, Budget, Cost, CostModel, LayerCost
+from saqcli.units import format_quantity
+
+_RULE = re.compile(r"(\d)(?:-(\d))?|w(\d)(?:-(\d))?a(\d)(?:-(\d))?", re.IGNORECASE)
+
+
+class Candidates(NamedTuple):
+    """Bit-widths that free layers may have.
+
+    Attributes:
+        weights: ascending.
+        activations: likewise; None ties them to the weights, so that a layer has one width for both.
+    """
+
+    weights: tuple[int, ...]
+    activations: tuple[int, ...] | None = None
+
+    def options(self) -> list[LayerBits]:
+        """All that they allow."""
+        if self.activations is None:
+            return [LayerBits(weight=bits, activation=bits) for bits in self.weights]
+        return [LayerBits(weight=w, activation=a) for w in self.weights for a in self.activations]
+
+
+class Rule(NamedTuple):
+    """Bit-widths that the layers of a pattern may have, least and most.
+
+    Attributes:
+        text: of the bits, as it was given.
+        weights: (least, most).
+        activations: likewise.
+    """
+
+    text: str
+    weights: tuple[int, int]
+    activations: tuple[int, int]
+
+    def admits(self, bits: LayerBits) -> bool:
+        """Whether it leaves ``bits``."""
+        pairs = ((bits.weight, self.weights), (bits.activation, self.activations))
+        return all(width is not None and least <= width <= most for width, (least, most) in pairs)
+
+    @property
+    def pin(self) -> LayerBits | None:
+        """The only bits it leaves, if it leaves no range; they need not be among the candidates."""
+        if self.weights[0] != self.weights[1] or self.activations[0] != self.activations[1]:
+            return None
+        return LayerBits(weight=self.weights[0], activation=self.activations[0])
+
+
+def parse_rule(text: str, pattern: str = "...") -> Rule:
+    """``4``, ``3-6``, ``w4a8`` or ``w2-4a8`` as a rule; ``pattern`` is what a message names.
+
+    Raises:
+        ConfigError: not of that form, or a width outside 2..8.
+    """
+    match = _RULE.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"--pin {pattern}={text} is no bit-width: give 4, a range such as 3-6, or w4a8")
+    first, last, *apart = match.groups()
+    if first is None:
+        w_first, w_last, a_first, a_last = apart
+    else:
+        w_first, w_last, a_first, a_last = first, last, first, last
+    weights, activations = (
+        (int(one), int(other or one)) for one, other in ((w_first, w_last), (a_first, a_last))
+    )
+    for least, most in (weights, activations):
+        if not MIN_BITS <= least <= most <= MAX_BITS:
+            raise ConfigError(
+                f"--pin {pattern}={text}: bits go from {MIN_BITS} to {MAX_BITS}, the fewer first"
+            )
+    return Rule(text, weights, activations)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One choice: the bits of a group of layers.
+
+    Attributes:
+        members: in execution order.
+        options: from the cheapest to the dearest.
+        costs: of all members together, by option.
+    """
+
+    members: tuple[LayerCost, ...]
+    options: tuple[LayerBits, ...]
+    costs: tuple[Cost, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its first layer."""
+        return self.members[0].name
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Every configuration that a search may return. A configuration is a *choice*: an option's index a decision.
+
+    Attributes:
+        model: canonical name of the network.
+        costs: of its layers.
+        decisions: with two options or more, in execution order.
+        fixed: bits of all other layers.
+    """
+
+    model: str
+    costs: CostModel
+    decisions: tuple[Decision, ...]
+    fixed: Mapping[str, LayerBits]
+
+    def config(self, choice: Sequence[int]) -> BitConfig:
+        """The bits of every layer."""
+        chosen = dict(self.fixed)
+        for decision, index in zip(self.decisions, choice, strict=True):
+            chosen |= {layer.name: decision.options[index] for layer in decision.members}
+        return BitConfig(
+            model=self.model, layers={layer.name: chosen[layer.name] for layer in self.costs.layers}
+        )
+
+    def choice(self, config: BitConfig) -> list[int]:
+        """The choice that ``config`` is.
+
+        Raises:
+            ValueError: it is none.
+        """
+        return [decision.options.index(config.layers[decision.name]) for decision in self.decisions]
+
+    def cost(self, choice: Sequence[int]) -> Cost:
+        """What a choice costs, the fixed part included."""
+        chosen = [decision.costs[index] for decision, index in zip(self.decisions, choice, strict=True)]
+        fixed = self.fixed_cost
+        return Cost(fixed.bops + sum(c.bops for c in chosen), fixed.size + sum(c.size for c in chosen))
+
+    @cached_property
+    def fixed_cost(self) -> Cost:
+        """What is paid whatever is chosen."""
+        floor, cheapest = self.floor, [decision.costs[0] for decision in self.decisions]
+        return Cost(floor.bops - sum(c.bops for c in cheapest), floor.size - sum(c.size for c in cheapest))
+
+    @cached_property
+    def floor(self) -> Cost:
+        """Of the cheapest configuration."""
+        return self.costs.cost(self.config([0] * len(self.decisions)))
+
+    @cached_property
+    def ceiling(self) -> Cost:
+        """Of the dearest."""
+        return self.costs.cost(self.config([len(decision.options) - 1 for decision in self.decisions]))
+
+    def nearest(self, bits: LayerBits) -> list[int]:
+        """The choice with ``bits`` wherever they are an option, and elsewhere what lies nearest."""
+
+        def distance(option: LayerBits) -> int:
+            pairs = ((option.weight, bits.weight), (option.activation, bits.activation))
+            return sum(abs((one or 0) - (other or 0)) for one, other in pairs)
+
+        return [
+            min(range(len(decision.options)), key=lambda i, d=decision: distance(d.options[i]))  # type: ignore[misc]
+            for decision in self.decisions
+        ]
+
+    def check_reachable(self, budget: Budget) -> None:
+        """Refuse at once what no configuration can meet.
+
+        Raises:
+            InfeasibleBudget: names the reachable range.
+        """
+        floor, ceiling = self.floor, self.ceiling
+        if budget.admits(floor):
+            return
+        for index, bound in budget.bounds():
+            unit = UNITS[index]
+            if floor[index] > bound:
+                fewest = min((o.weight or 8 for d in self.decisions for o in d.options), default=MIN_BITS)
+                raise InfeasibleBudget(
+                    f"no configuration of {self.model} meets {format_quantity(bound, unit)}: with every free layer "
+                    f"at its fewest bits it needs {format_quantity(floor[index], unit)} (reachable: "
+                    f"{format_quantity(floor[index])} to {format_quantity(ceiling[index], unit)}). Raise the budget"
+                    + (" or allow fewer bits with --candidates" if fewest > MIN_BITS else "")
+                )
+
+
+def search_space(
+    model: str, costs: CostModel, candidates: Candidates, rules: Mapping[str, Rule] | None = None
+) -> SearchSpace:
+    """The configurations that candidates and rules leave.
+
+    Args:
+        model: canonical name of the network.
+        costs: of its layers.
+        candidates: of free layers.
+        rules: by pattern of layer names; of several that match a layer, the last holds.
+
+    Raises:
+        ConfigError: a pattern that matches no layer, or a layer without options.
+    """
+    by_layer = _match(costs, rules or {})
+    groups: dict[str, list[LayerCost]] = {}
+    fixed: dict[str, LayerBits] = {}
+    for layer in costs.layers:
+        if layer.pinned is not None and layer.name not in by_layer:
+            fixed[layer.name] = layer.pinned
+        else:
+            groups.setdefault(layer.group, []).append(layer)
+    decisions = []
+    for members in groups.values():
+        options = _options(members, by_layer, candidates)
+        if len(options) == 1:
+            fixed |= {layer.name: options[0] for layer in members}
+            continue
+        paid = [_sum(layer.cost(bits) for layer in members) for bits in options]
+        order = sorted(range(len(options)), key=lambda i, paid=paid: paid[i])  # type: ignore[misc]
+        decisions.append(
+            Decision(tuple(members), tuple(options[i] for i in order), tuple(paid[i] for i in order))
+        )
+    return SearchSpace(model, costs, tuple(decisions), fixed)
+
+
+def _match(costs: CostModel, rules: Mapping[str, Rule]) -> dict[str, Rule]:
+    """The rule of every layer that has one."""
+    found: dict[str, Rule] = {}
+    names = [layer.name for layer in costs.layers]
+    for pattern, rule in rules.items():
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            raise ConfigError(
+                f"--pin {pattern}={rule.text} matches no layer: names are such as {', '.join(names[:4])}; "
+                "`saq profile MODEL` lists them"
+            )
+        found |= dict.fromkeys(matching, rule)
+    return found
+
+
+def _options(
+    members: Sequence[LayerCost], rules: Mapping[str, Rule], candidates: Candidates
+) -> list[LayerBits]:
+    given = [rules[layer.name] for layer in members if layer.name in rules]
+    pins = {rule.pin for rule in given} - {None}
+    options = [pin for pin in pins if pin is not None] or candidates.options()
+    left = [bits for bits in options if all(rule.admits(bits) for rule in given)]
+    if not left:
+        names = ", ".join(layer.name for layer in members)
+        raise ConfigError(
+            f"--pin leaves {names} no bits ({', '.join(rule.text for rule in given)}"
+            + (", layers that share their bits" if len(members) > 1 else "")
+            + f"): the candidates are {', '.join(map(str, candidates.options()))}"
+        )
+    return left
+
+
+def _sum(costs: Iterable[Cost]) -> Cost:
+    bops, sizes = zip(*costs, strict=True)
+    return Cost(sum(bops), sum(sizes))

@@ -1,0 +1,188 @@
+"""From a budget to a policy: what the configured searcher is asked, and what it found."""
+
+import copy
+import inspect
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from saqcli.algorithms.searchers import SEARCHERS, Found, Searcher, SearchProblem
+from saqcli.algorithms.searchers.problem import NO_IMAGES, Memory
+from saqcli.config import RunConfig
+from saqcli.errors import ConfigError
+from saqcli.progress import Progress
+from saqcli.quant.bits import BitConfig
+from saqcli.quant.calibrate import InputStatistics
+from saqcli.quant.cost import Budget, Cost
+from saqcli.quant.space import SearchSpace
+from saqcli.units import format_quantity
+from saqcli.workflows.bits import budget_of, space_of
+from saqcli.workflows.calibration import calibrate, scheme_of
+from saqcli.workflows.optimization import make_optimizer
+from saqcli.workflows.profile import layer_rows
+from saqcli.workflows.proxy import open_proxy
+from saqcli.workflows.search_images import search_images
+from saqcli.workflows.setup import Images, Network, pick_device
+
+
+class Posed(NamedTuple):
+    """A problem and where it came from.
+
+    Attributes:
+        problem: without a memory yet.
+        network: that the policy is for.
+        searched: the network that is searched: the same, or the proxy's.
+    """
+
+    problem: SearchProblem
+    network: Network
+    searched: Network
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search found.
+
+    Attributes:
+        policy: the bits of every layer.
+        cost: of it.
+        budget: that admits it.
+        searcher: its name.
+        seconds: that the search took, since it was last resumed.
+        found: what the searcher gave back.
+        posed: what it was asked.
+    """
+
+    policy: BitConfig
+    cost: Cost
+    budget: Budget
+    searcher: str
+    seconds: float
+    found: Found
+    posed: Posed
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``--json`` prints it and ``search.json`` keeps it; accuracies in percent."""
+        score = self.found.score(self.found.choice) if self.found.score else None
+        return {
+            "model": self.policy.model,
+            "searcher": self.searcher,
+            "policy": self.policy.model_dump()["layers"],
+            "layers": layer_rows(self.posed.network, self.policy),
+            "bops": self.cost.bops,
+            "size_bytes": self.cost.size,
+            "budget_bops": self.budget.bops,
+            "budget_bytes": self.budget.size,
+            "seconds": round(self.seconds, 1),
+            "scoring_top1": score.top1 if score else None,
+            "scoring_loss": score.loss if score else None,
+            "scored": len(self.found.scored),
+        }
+
+
+def make_searcher(config: RunConfig) -> Searcher:
+    """The searcher with its options.
+
+    Raises:
+        ConfigError: no such searcher, or options that it does not take.
+    """
+    name, section = config.quantization.searcher, config.search
+    if name not in SEARCHERS:
+        raise ConfigError(f"there is no searcher {name!r}: choose from {', '.join(SEARCHERS)}")
+    unknown = set(section.options) - set(SEARCHERS)
+    if unknown:
+        raise ConfigError(
+            f"search.options.{sorted(unknown)[0]} belongs to no searcher: choose from {', '.join(SEARCHERS)}"
+        )
+    options = dict(section.options.get(name, {}))
+    if section.epochs is not None:
+        if not SEARCHERS[name].trains:
+            raise ConfigError(f"searcher {name} does not train, so it has no --epochs: leave them away")
+        whole = section.epochs == int(section.epochs)
+        options["epochs"] = int(section.epochs) if whole else section.epochs
+    if section.rho is not None:
+        options["rho"] = section.rho
+    known = list(inspect.signature(SEARCHERS[name].make).parameters)
+    for option in options:
+        if option not in known:
+            options_are = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise ConfigError(f"searcher {name} has no {option}: {options_are}")
+    return SEARCHERS[name].make(**options)
+
+
+def pose(
+    config: RunConfig,
+    network: Network,
+    images: Images | None,
+    statistics: Mapping[str, InputStatistics] | None,
+    progress: Progress,
+) -> Posed:
+    """The problem that the configuration poses; nothing is written.
+
+    Args:
+        config: resolved.
+        network: that the policy is for; left as it is.
+        images: of the network; not used where the configuration has a proxy.
+        statistics: of the network's inputs, where they are known already.
+        progress: told about everything.
+
+    Raises:
+        SaqError: a budget that nothing meets, images that cannot be searched on, an optimizer that is none.
+    """
+    space, budget = space_of(config.quantization, network), budget_of(config.quantization, network)
+    announce(space, budget, progress)
+    space.check_reachable(budget)
+    training = config.training.model_copy(
+        update={name: getattr(config.search, name) for name in ("optimizer", "lr", "weight_decay")}
+        | {"clip_grad": None}
+    )
+    make_optimizer(nn.Linear(1, 1), training)  # to be refused now, if at all
+    searched = network
+    if config.search.proxy is not None:
+        searched, images = open_proxy(config, network, pick_device(config.run.device), progress)
+        statistics = None
+    assert images is not None
+    looks = SEARCHERS[config.quantization.searcher].looks or config.search.pareto > 0
+    to_search = search_images(images, config.search, progress) if looks else NO_IMAGES
+    problem = SearchProblem(
+        model=copy.deepcopy(searched.model),
+        space=space,
+        budget=budget,
+        scheme=scheme_of(config),
+        statistics=calibrate(searched, images, config, progress) if statistics is None else statistics,
+        images=to_search,
+        optimizer=lambda model: make_optimizer(model, training),
+        seed=config.run.seed,
+        progress=progress,
+    )
+    return Posed(problem, network, searched)
+
+
+def find_bits(config: RunConfig, posed: Posed, memory: Memory) -> Searched:
+    """The policy that the configured searcher finds.
+
+    Raises:
+        Interrupted: asked to stop.
+    """
+    searcher, problem = make_searcher(config), replace(posed.problem, memory=memory)
+    start = time.perf_counter()
+    found = searcher.search(problem)
+    seconds = time.perf_counter() - start
+    policy, cost = problem.space.config(found.choice), problem.space.cost(found.choice)
+    problem.progress.note(f"{config.quantization.searcher} found {cost} in {seconds:.0f} s")
+    return Searched(policy, cost, problem.budget, config.quantization.searcher, seconds, found, posed)
+
+
+def announce(space: SearchSpace, budget: Budget, progress: Progress) -> None:
+    """Say what can be reached before any time is spent."""
+    floor, ceiling = space.floor, space.ceiling
+    progress.note(
+        f"{space.model}: {len(space.decisions)} decisions, reachable {format_quantity(floor.bops)} to "
+        f"{format_quantity(ceiling.bops, 'BOPs')} and {format_quantity(floor.size)} to "
+        f"{format_quantity(ceiling.size, 'B')}; the budget is {budget}"
+    )
+    if budget.admits(ceiling):
+        progress.note("the budget admits the most bits everywhere: all layers get them")

@@ -1,0 +1,96 @@
+"""Searching on a small data set in the place of the network's own: the same layers, other images and classes.
+
+The budget and the policy are those of the target network. The proxy's network has its name and its layers, and is
+built for the proxy's classes and image size. Without weights of its own it takes those of the target, with a new
+classifier that is trained in floating point before the search.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from saqcli.algorithms.minimizers.qat import QAT
+from saqcli.algorithms.training import EpochSettings, Meter, train_epoch
+from saqcli.config import DataSection, ModelSection, ProxySection, RunConfig
+from saqcli.errors import PolicyMismatch
+from saqcli.io.folders import find_images, find_split
+from saqcli.io.loaders import seed_everything
+from saqcli.io.models import LoadedModel
+from saqcli.progress import Progress
+from saqcli.workflows.bits import float_policy
+from saqcli.workflows.optimization import make_objective, make_optimizer, make_schedule
+from saqcli.workflows.setup import Images, Network, load_float, open_named, wrap_and_trace
+
+
+def proxy_data(config: RunConfig) -> DataSection:
+    """The data section with the proxy's path, where it has one."""
+    proxy = config.search.proxy or ProxySection()
+    return config.data.model_copy(update={"path": proxy.data or config.data.path})
+
+
+def open_proxy(
+    config: RunConfig, network: Network, device: torch.device, progress: Progress
+) -> tuple[Network, Images]:
+    """The network of the same name, built for the proxy's images, and these.
+
+    Raises:
+        DataError: no images are there.
+        PolicyMismatch: its layers are others than those of ``network``.
+    """
+    proxy, data = config.search.proxy or ProxySection(), proxy_data(config)
+    seed_everything(config.run.seed)  # of a new classifier
+    loaded = load_float(_section(config.model, proxy, data), progress, new_head=True)
+    split = open_named(data, "train", loaded.num_classes)
+    images = Images(split, split, loaded.preprocessing, data, device, config.run.seed)
+    loaded.model.to(device)
+    epochs = proxy.epochs if proxy.epochs is not None else (0 if loaded.trained else 1)
+    if epochs:
+        train_in_float(loaded, images, config, epochs, progress)
+    loaded.model.cpu()
+    small = wrap_and_trace(loaded)
+    small.model.to(device)
+    names, wanted = ([layer.name for layer in each.costs.layers] for each in (small, network))
+    float_policy(network).check_fits(f"{small.name} as it is built for the proxy", names)
+    if names != wanted:
+        raise PolicyMismatch(
+            "the layers of the proxy's network run in another order: give another input_size"
+        )
+    return small, images
+
+
+def _section(model: ModelSection, proxy: ProxySection, data: DataSection) -> ModelSection:
+    """The target's model section with what the proxy has otherwise."""
+    classes, folder = proxy.num_classes, Path(data.path or "").expanduser()
+    if classes is None and data.path is not None and folder.is_dir():
+        classes = len(find_images(find_split(folder, "train")))
+    given = {name: getattr(proxy, name) for name in ("input_size", "weights", "mean", "std")}
+    given["num_classes"] = classes
+    return model.model_copy(update={name: value for name, value in given.items() if value is not None})
+
+
+def train_in_float(
+    loaded: LoadedModel, images: Images, config: RunConfig, epochs: int, progress: Progress
+) -> None:
+    """Fit the network to the proxy before its layers are quantized, as the settings of the search say."""
+    model: nn.Module = loaded.model
+    training = config.training.model_copy(
+        update={name: getattr(config.search, name) for name in ("optimizer", "lr", "weight_decay")}
+        | {"epochs": epochs, "schedule": "cosine", "clip_grad": None}
+    )
+    loader = images.training()
+    optimizer = make_optimizer(model, training)
+    schedule = make_schedule(optimizer, training, len(loader))
+    settings = EpochSettings(
+        objective=make_objective(training, images.device, loaded.num_classes),
+        device=images.device,
+        sharpness_batch=config.data.batch_size,
+        after_step=lambda step: None,
+    )
+    for epoch in range(epochs):
+        settings.after_step = lambda step, epoch=epoch: schedule.step_update(epoch * len(loader) + step)  # type: ignore[misc]
+        loader.set_epoch(epoch)
+        with progress.task(f"fitting the proxy, epoch {epoch + 1} of {epochs}", len(loader)) as task:
+            score = train_epoch(model, QAT(model, optimizer), loader, task, settings, Meter())
+        progress.note(f"proxy: top-1 {score.top1:.2f} % in training, in floating point")
+    model.eval()

@@ -1,0 +1,170 @@
+"""``saq search``: bits for every layer under a budget, and the front that a search found on the way.
+
+load        the network that the policy is for; with a proxy, also the one that is searched
+calibrate   what the inputs of all layers look like
+search      on parts of the training images; stopped at any step it goes on where it was
+write       policy.json, search.json, pictures
+"""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saqcli._version import __version__
+from saqcli.algorithms.searchers.supernet import Scorer, Supernet
+from saqcli.algorithms.training import evaluate
+from saqcli.config import RunConfig
+from saqcli.errors import ConfigError
+from saqcli.io.files import write_text
+from saqcli.io.interrupts import deferred_interrupts
+from saqcli.io.runs import RunDirectory
+from saqcli.progress import SILENT, Progress
+from saqcli.workflows.bits import check_bits
+from saqcli.workflows.calibration import scheme_of
+from saqcli.workflows.find_bits import Posed, Searched, find_bits, make_searcher, pose
+from saqcli.workflows.pareto import Front, find_front, write_front
+from saqcli.workflows.pictures.policy import draw_policy
+from saqcli.workflows.proxy import proxy_data
+from saqcli.workflows.search_memory import SearchMemory
+from saqcli.workflows.setup import (
+    Images,
+    Network,
+    check_same,
+    load_float,
+    named_data,
+    open_named,
+    pick_device,
+    wrap_and_trace,
+)
+
+
+def search(
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Search as ``config`` says and leave policy, figures and pictures in ``run_dir``.
+
+    Args:
+        config: resolved.
+        run_dir: made if it is not there.
+        resume: go on with the search in ``run_dir``.
+        overwrite: replace what is in ``run_dir``.
+        progress: told about everything that takes time.
+
+    Returns:
+        What ``--json`` prints.
+
+    Raises:
+        SaqError: anything the user can act on; a search under way stays in ``run_dir``.
+    """
+    check_search(config)
+    device = pick_device(config.run.device)
+    run = RunDirectory(run_dir, "search")
+    there = run.check_usable(resume=resume, overwrite=overwrite)
+    if resume and there:
+        check_same(run.config(), config, run_dir)
+        if run.manifest().status == "finished":
+            return run.manifest().results
+    posed = pose(config, *prepare_search(config, device, progress), None, progress)
+    run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite, verb="search")
+    with run.recorded():
+        results = keep_search(search_and_stop(config, posed, run), config, run)
+        run.finish(results)
+    run.end_search()
+    return results
+
+
+def search_and_stop(config: RunConfig, posed: Posed, run: RunDirectory) -> Searched:
+    """What the searcher finds; a signal stops it where its memory can hold what was done.
+
+    Raises:
+        Interrupted: a signal asked to stop.
+    """
+    with deferred_interrupts() as stop:
+        memory = SearchMemory(run, stop, config.run.checkpoint_minutes)
+        searched = find_bits(config, posed, memory)
+        memory.check()  # a signal may have come where nothing was offered
+    return searched
+
+
+def check_search(config: RunConfig) -> None:
+    """Refuse what can be seen to be wrong before anything is loaded."""
+    section = config.quantization
+    check_bits(section)
+    scheme_of(config).check()
+    make_searcher(config)
+    if section.bops is None and section.size is None:
+        raise ConfigError("a search needs a budget: give --budget 34G, --size 5MB, or both")
+    if section.bits is not None or section.policy is not None:
+        raise ConfigError(
+            "--bits and --policy say what the bits are, so there is nothing to search: leave them away"
+        )
+    named_data(config.data if config.search.proxy is None else proxy_data(config))
+
+
+def prepare_search(
+    config: RunConfig, device: torch.device, progress: Progress
+) -> tuple[Network, Images | None]:
+    """The network and its training images; with a proxy its images are not needed, nor are published weights."""
+    if config.search.proxy is not None:
+        section = config.model.model_copy(update={"pretrained": False})
+        network = wrap_and_trace(load_float(section, SILENT))
+        return network, None
+    loaded = load_float(config.model, progress)
+    split = open_named(config.data, "train", loaded.num_classes)
+    images = Images(split, split, loaded.preprocessing, config.data, device, config.run.seed)
+    network = wrap_and_trace(loaded)
+    network.model.to(device)
+    return network, images
+
+
+def keep_search(searched: Searched, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+    """Write policy, figures and pictures; what ``--json`` prints."""
+    costs = searched.posed.problem.space.costs
+    results = searched.to_dict()
+    write_text(run.policy_path, searched.policy.to_json())
+    files = draw_policy(
+        searched.policy, costs, run.path / "policy", f"{searched.policy.model}, {searched.searcher}"
+    )
+    if config.search.pareto:
+        files += write_front(pareto(searched, config.search.pareto, config.quantization.candidates), run.path)
+    artifacts = {"policy": str(run.policy_path), "search": str(run.search_path)}
+    results |= {"run_dir": str(run.path), "artifacts": artifacts | {path.name: str(path) for path in files}}
+    kept = {"schema_version": 1, "saq_version": __version__, **results}
+    kept["configurations"] = [
+        {
+            "choice": list(s.choice),
+            "bops": s.cost.bops,
+            "size_bytes": s.cost.size,
+            "top1": s.top1,
+            "loss": s.loss,
+        }
+        for s in searched.found.scored
+    ]
+    write_text(run.search_path, json.dumps(kept, indent=2) + "\n")
+    return results
+
+
+def pareto(searched: Searched, count: int, widths: Sequence[int]) -> Front:
+    """The front of a search; configurations that it did not score itself are scored calibrated."""
+    score = searched.found.score
+    if score is None:
+        fresh = replace(searched.posed.problem, model=copy.deepcopy(searched.posed.searched.model))
+        score = Scorer(Supernet(fresh))
+    with SILENT.task("", 0) as task:
+        scoring = searched.posed.problem.images.scoring
+        in_float = evaluate(
+            searched.posed.searched.model.eval(), scoring, task, device=searched.posed.problem.device
+        )
+    return find_front(
+        searched.posed.problem, searched.found, count, searched.searcher, score, widths, in_float.top1
+    )

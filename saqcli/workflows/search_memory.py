@@ -1,0 +1,67 @@
+"""What a search keeps in its run directory, so that it can be stopped at any step and go on."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from saqcli.errors import Interrupted
+from saqcli.io.interrupts import StopRequest
+from saqcli.io.runs import RunDirectory
+from saqcli.workflows.random_state import random_state, set_random_state
+
+
+class SearchMemory:
+    """Saves the state of a search now and then, and when a signal asks to stop.
+
+    Args:
+        run: whose directory it is.
+        stop: tells whether a signal came.
+        minutes: between two saves.
+    """
+
+    def __init__(self, run: RunDirectory, stop: StopRequest, minutes: float) -> None:
+        self.run, self.stop, self.minutes = run, stop, minutes
+        self._saved_at = time.monotonic()
+        self._random: dict[str, Any] | None = None
+
+    def load(self) -> dict[str, Any] | None:
+        """What was kept before.
+
+        Raises:
+            RunDirectoryError: damaged.
+        """
+        kept = self.run.load_search()
+        if kept is None:
+            return None
+        self._random = kept["random"]
+        state: dict[str, Any] = kept["search"]
+        return state
+
+    def offer(self, state: Callable[[], dict[str, Any]]) -> None:
+        """Keep ``state()`` if it is time.
+
+        Raises:
+            Interrupted: a signal asked to stop.
+        """
+        due = time.monotonic() - self._saved_at > 60 * self.minutes
+        if not due and not self.stop.signal:
+            return
+        self.run.save_search({"search": state(), "random": random_state()})
+        self._saved_at = time.monotonic()
+        self.check()
+
+    def check(self) -> None:
+        """Stop if a signal asked for it.
+
+        Raises:
+            Interrupted: one did.
+        """
+        if self.stop.signal:
+            error = Interrupted(f"stopped as asked, the search so far is saved: {self.run.how_to_resume()}")
+            error.exit_code = self.stop.exit_code
+            raise error
+
+    def restore_random(self) -> None:
+        """Put the random numbers back to where they were when the state was kept."""
+        if self._random is not None:
+            set_random_state(self._random)

@@ -1,0 +1,59 @@
+"""On a problem with a known best configuration every searcher that looks at the loss finds it."""
+
+from typing import Any
+
+import pytest
+import torch
+from toys import RIGHT, branches
+
+from saqcli.algorithms.searchers import SEARCHERS
+from saqcli.algorithms.searchers.problem import Scored
+from saqcli.algorithms.searchers.supernet import most_accurate
+from saqcli.quant.cost import Cost
+
+TRIO = ((90.0, 0.5), (88.0, 0.4), (86.0, 0.1))  # accuracy and loss
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "samq": {"epochs": 4, "draws": 8},
+    "asga": {"epochs": 2},
+    "random": {"draws": 8},
+    "hawq": {},
+    "sensitivity": {},
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("method", OPTIONS)
+def test_the_best_configuration_is_found(method: str, seed: int) -> None:
+    problem = branches(seed)
+    assert SEARCHERS[method].make(**OPTIONS[method]).search(problem).choice == RIGHT
+
+
+def test_the_most_accurate_of_what_was_scored_is_chosen() -> None:
+    found = SEARCHERS["random"].make(**OPTIONS["random"]).search(branches())
+    top1 = {scored.choice: scored.top1 for scored in found.scored}
+    assert top1[tuple(found.choice)] == max(top1.values())
+
+
+def test_samq_takes_the_least_loss_of_those_that_accuracy_cannot_tell_apart() -> None:
+    problem = branches()
+    found = SEARCHERS["samq"].make(**OPTIONS["samq"]).search(problem)
+    scored = {one.choice: one for one in found.scored}
+    chosen, best = scored[tuple(found.choice)], max(one.top1 for one in found.scored)
+    images = sum(len(labels) for _, labels in problem.images.scoring)
+    error = 100 * ((best / 100) * (1 - best / 100) / images) ** 0.5
+    tied = [one for one in found.scored if one.top1 >= best - error]
+    assert chosen in tied
+    assert chosen.loss == min(one.loss for one in tied)
+
+
+def test_of_more_accurate_configurations_the_loss_decides_within_a_standard_error_only() -> None:
+    images = [(torch.zeros(100, 1), torch.zeros(100, dtype=torch.long))]  # at 90 % an error of 3 points
+    one, two, three = (Scored((i,), Cost(1, 1), top1, loss) for i, (top1, loss) in enumerate(TRIO))
+    assert most_accurate([one, two, three], images) is two
+
+
+def test_the_simple_searchers_do_not_know_what_a_branch_matters() -> None:
+    """What makes the problem a test: the least quantization error, and equal bits, are something else."""
+    for method in ("error", "uniform"):
+        assert SEARCHERS[method].make().search(branches()).choice != RIGHT

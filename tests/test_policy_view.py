@@ -1,0 +1,123 @@
+"""The bits of every layer as bars in a terminal: wide, narrow, and into a pipe."""
+
+import io
+from typing import Any
+
+import pytest
+from rich import console as rich_console
+
+from saqcli.cli import policy_view
+from saqcli.cli.policy_view import PINNED, show_policy
+
+LONG = "stages.3.blocks.11.some_very_long_attention_name.token_mixer.projection"
+Tree = dict[str, dict[str, int | None]]
+
+
+def layers_and_policy() -> tuple[list[dict[str, Any]], Tree]:
+    policy: Tree = {
+        "stem": {"weight": 8, "activation": 8},
+        "layer1.0.conv1": {"weight": 3, "activation": 5},
+        LONG: {"weight": 4, "activation": None},
+        "[head]": {"weight": 8, "activation": 8},
+    }
+    macs = (10, 400, 200, 1)
+    layers = [
+        {
+            "name": name,
+            "kind": "Conv2d",
+            "macs": count,
+            "weight_bits": bits["weight"],
+            "activation_bits": bits["activation"],
+            "bops": count * (bits["weight"] or 32) * (bits["activation"] or 32),
+            "pinned": name in ("stem", "[head]"),
+            "group": name,
+        }
+        for (name, bits), count in zip(policy.items(), macs, strict=True)
+    ]
+    return layers, policy
+
+
+def shown(
+    monkeypatch: pytest.MonkeyPatch,
+    width: int | None,
+    what: tuple[list[dict[str, Any]], Tree] | None = None,
+    **options: Any,
+) -> str:
+    """What is printed on a terminal of ``width`` columns, or into a pipe."""
+    for name in ("FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    file = io.StringIO()
+    colours = {"color_system": "truecolor", "force_terminal": True, "width": width} if width else {}
+
+    def console() -> rich_console.Console:
+        return rich_console.Console(file=file, **colours)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(policy_view, "Console", console)
+    layers, policy = layers_and_policy() if what is None else what
+    show_policy(policy, layers, **options)
+    return file.getvalue()
+
+
+def plain(text: str) -> list[str]:
+    from rich.text import Text
+
+    return [line.rstrip() for line in Text.from_ansi(text).plain.splitlines()]
+
+
+def test_into_a_pipe_goes_plain_text_with_whole_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(monkeypatch, None)
+    lines = text.splitlines()
+
+    assert "\x1b" not in text
+    assert "colours" not in text
+    assert lines[0].split() == ["layer", "weights", "inputs", "BOPs", "share"]
+    assert lines[1].split() == ["stem", "(pinned)", "■■■■■■■■", "8", "■■■■■■■■", "8", "640", "2.0", "%"]
+    assert lines[2].split() == ["layer1.0.conv1", "■■■", "3", "■■■■■", "5", "6", "K", "18.6", "%"]
+    assert lines[3].split() == [LONG, "■■■■", "4", "float", "25.6", "K", "79.2", "%"]
+    assert lines[4].startswith("[head] (pinned)")
+    assert lines[-1] == "mean bits, weighted by MACs: weights 3.42, inputs 13.89"
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_a_terminal_has_a_line_a_layer(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    lines = plain(shown(monkeypatch, width))
+
+    assert len(lines) == 1 + 4 + 2
+    assert all(len(line) <= width for line in lines[:5])
+    assert (LONG in lines[3]) == (width == 140)
+    assert lines[3].startswith("stages.3.")
+    assert "projection" in lines[3]
+    assert [line.split("■")[0].rstrip().endswith(PINNED) for line in lines[1:5]] == [True, False, False, True]
+    assert {line.index("■") for line in lines[1:5]} == {lines[0].index("weights")}
+    assert lines[-1].endswith("colours by share of BOPs")
+
+
+def test_the_widest_numbers_fit_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, policy = layers_and_policy()
+    for layer in layers:
+        layer["bops"] = 1_234_000_000
+
+    lines = plain(shown(monkeypatch, 80, (layers, policy), bops=1_234_000_000))
+
+    assert all(line.endswith("1.234 G  100.0 %") for line in lines[1:5])
+
+
+def test_colour_follows_the_share_and_pinned_layers_are_dim(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = shown(monkeypatch, 140).splitlines()
+    first, last = policy_view.COLOURS[0], policy_view.COLOURS[-1]
+
+    def code(colour: str) -> str:
+        return "38;2;" + ";".join(str(int(colour[k : k + 2], 16)) for k in (1, 3, 5))
+
+    assert code(first) in lines[2]
+    assert code(last) in lines[3]
+    assert lines[1].startswith("\x1b[2m")
+    assert not lines[2].startswith("\x1b[2m")
+
+
+def test_the_share_may_be_of_more_than_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "10.0 %" in shown(monkeypatch, None, bops=256_000)
+
+
+def test_no_layers_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "layer" in shown(monkeypatch, None, ([], {}))

@@ -7,10 +7,12 @@ stand there are not measured again. ``minimizers.py --table`` shows them beside 
 """
 
 import torch
-from minimizers import METHODS, Prepared, append, arguments, read, state_path
+from common import append, read
+from minimizers import METHODS, Prepared, arguments, state_path
 
 from saqcli.algorithms.instruments import INSTRUMENTS, Session, Settings, Subject
-from saqcli.io.loaders import calibration_loader
+from saqcli.io.loaders import calibration_loader, read_all
+from saqcli.progress import SILENT
 from saqcli.quant.layers import quantized_layers
 
 
@@ -44,7 +46,7 @@ def main() -> None:
                     seed=0,
                     images=wanted.images,
                 )
-                batches = [(x.clone(), labels.clone()) for x, labels in loader]
+                batches = read_all(loader, SILENT, "measure on")
                 subject = Subject(model.eval(), quantized_layers(model), batches)
                 settings = Settings(starts=wanted.starts, tolerance=wanted.tolerance)
                 reading = INSTRUMENTS["eigenvalue"].measure(subject, settings, Session())

@@ -10,22 +10,21 @@ script can be stopped at any time and started anew. The trained states lie besid
 import argparse
 import json
 import re
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import append, parser, read, spread
 
-from saqcli.algorithms.training import EpochSettings, Meter, train_epoch
 from saqcli.config import RunConfig, resolve
 from saqcli.io.files import replacing
 from saqcli.progress import SILENT
 from saqcli.workflows.bits import given_policy
 from saqcli.workflows.calibration import calibrate, install_quantizers
-from saqcli.workflows.optimization import make_minimizer, make_objective, make_optimizer, make_schedule
 from saqcli.workflows.quantize import prepare, score
 from saqcli.workflows.setup import Images, pick_device
+from saqcli.workflows.short_training import train
 
 # What is compared: settings of the training section.
 METHODS: dict[str, dict[str, Any]] = {
@@ -47,28 +46,12 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def run(config: RunConfig, prepared: "Prepared") -> tuple[dict[str, float], dict[str, Any]]:
     """Train from the calibrated state; figures and the state at the end."""
-    network, device = prepared.network, prepared.device
-    model, training = network.model, config.training
+    model, images = prepared.network.model, prepared.images(config)
     model.load_state_dict(prepared.initial)
-    loader = prepared.images(config).training()
-    optimizer = make_optimizer(model, training)
-    schedule = make_schedule(optimizer, training, len(loader))
-    minimizer = make_minimizer(model, optimizer, config, side=network.loaded.preprocessing.input_size[1])
-    objective = make_objective(training, device, network.loaded.num_classes)
     start = time.perf_counter()
-    for epoch in range(training.epochs):
-        schedule.step_update(epoch * len(loader))
-        settings = EpochSettings(
-            objective,
-            device,
-            training.sharpness_batch,
-            lambda step, epoch=epoch: schedule.step_update(epoch * len(loader) + step),
-        )
-        loader.set_epoch(epoch)
-        with SILENT.task("", 0) as task:
-            trained = train_epoch(model, minimizer, loader, task, settings, Meter())
+    trained = train(model, images, config.training, prepared.network.loaded.num_classes)
     seconds = time.perf_counter() - start
-    found = score(model, prepared.images(config).validation(), "", device, SILENT)
+    found = score(model, images.validation(), "", prepared.device, SILENT)
     figures = {"top1": found.top1, "loss": found.loss, "train_loss": trained.loss, "seconds": seconds}
     return figures, {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -140,18 +123,6 @@ def measure(wanted: argparse.Namespace) -> None:
                 append(results, line)
 
 
-def append(path: Path, line: dict[str, Any]) -> None:
-    """One more line, on the screen too."""
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    print(json.dumps(line), flush=True)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines measured so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def table(lines: list[dict[str, Any]], eigenvalues: list[dict[str, Any]]) -> str:
     """Mean and standard deviation over the seeds, as Markdown."""
     rows = [
@@ -175,39 +146,26 @@ def table(lines: list[dict[str, Any]], eigenvalues: list[dict[str, Any]]) -> str
     return "\n".join(rows)
 
 
-def spread(values: list[float], digits: int) -> str:
-    """``mean +- deviation``."""
-    if not values:
-        return ""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
-
-
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """The options of this script and of ``eigenvalues.py``."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="saq/resnet20")
-    parser.add_argument("--weights")
-    parser.add_argument("--data")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--bits", default="2,4")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--lr", type=float, default=0.005)
-    parser.add_argument("--rho", type=float, help="of all methods; by default the paper's for the bits")
-    parser.add_argument("--methods", help="names or JSON objects of training settings, with semicolons")
-    parser.add_argument("--device", default="auto")
-    return parser
+    made = parser(description)
+    made.add_argument("--out", type=Path, required=True)
+    made.add_argument("--bits", default="2,4")
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--first-seed", type=int, default=0)
+    made.add_argument("--epochs", type=int, default=1)
+    made.add_argument("--lr", type=float, default=0.005)
+    made.add_argument("--rho", type=float, help="of all methods; by default the paper's for the bits")
+    made.add_argument("--methods", help="names or JSON objects of training settings, with semicolons")
+    made.add_argument("--device", default="auto")
+    return made
 
 
 def main() -> None:
     """Measure, or print the table."""
-    parser = arguments(__doc__)
-    parser.add_argument("--table", action="store_true")
-    wanted = parser.parse_args()
+    options = arguments(__doc__)
+    options.add_argument("--table", action="store_true")
+    wanted = options.parse_args()
     if not wanted.table:
         wanted.out.mkdir(parents=True, exist_ok=True)
         measure(wanted)

@@ -7,10 +7,10 @@ on the first 256, 512, ... of them are compared with those on all by Spearman's 
 few with the top-1 on all.
 """
 
-import argparse
 import copy
 
 import torch
+from common import parser
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,15 +31,10 @@ SIZES = (256, 512, 1024, 2048, 4096)
 
 def main() -> None:
     """Evaluate, compare, print a line a size."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="saq/resnet20")
-    parser.add_argument("--weights")
-    parser.add_argument("--data")
-    parser.add_argument("--budget", default="w3a3")
-    parser.add_argument("--configurations", type=int, default=40)
-    wanted = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--budget", default="w3a3")
+    options.add_argument("--configurations", type=int, default=40)
+    wanted = options.parse_args()
     config = resolve(
         options={
             "model.name": wanted.model,

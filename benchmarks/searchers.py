@@ -14,11 +14,13 @@ import itertools
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from minimizers import append, read, spread
+from common import append, parser, read, spread
+from torch import nn
 
 from saqcli.algorithms.minimizers.qat import QAT
 from saqcli.algorithms.searchers.problem import NO_MEMORY
@@ -26,13 +28,14 @@ from saqcli.algorithms.training import EpochSettings, Meter, train_epoch
 from saqcli.config import RunConfig, resolve
 from saqcli.io.files import write_text
 from saqcli.progress import SILENT
-from saqcli.quant.bits import BitConfig
+from saqcli.quant.bits import BitConfig, parse_bits
 from saqcli.quant.calibrate import InputStatistics
 from saqcli.workflows.calibration import calibrate, install_quantizers
 from saqcli.workflows.find_bits import find_bits, pose
-from saqcli.workflows.optimization import make_minimizer, make_objective, make_optimizer, make_schedule
+from saqcli.workflows.optimization import make_objective, make_optimizer
 from saqcli.workflows.quantize import score
 from saqcli.workflows.setup import Images, Network, load_float, open_named, pick_device, wrap_and_trace
+from saqcli.workflows.short_training import train
 
 # What is compared: a searcher and its options.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -102,31 +105,19 @@ class Bench:
             "cpu_seconds": time.process_time() - busy,
         }
 
+    def quantized(self, config: RunConfig, policy: BitConfig) -> tuple[nn.Module, Images]:
+        """A model of its own, calibrated at ``policy``, and its images."""
+        loaded = replace(self.network.loaded, model=copy.deepcopy(self.network.model))
+        network, images = replace(self.network, loaded=loaded), self.images(config)
+        return install_quantizers(config, network, policy, self.statistics, images, SILENT), images
+
     def train(self, policy: BitConfig, seed: int) -> dict[str, float]:
         """Calibrate at ``policy`` and train; accuracy before and after, in percent."""
         config = self.config("w4a4", "uniform", seed)
-        network = Network(copy.copy(self.network.loaded), self.network.traced, self.network.costs)
-        network.loaded.model = copy.deepcopy(self.network.model)
-        images, training = self.images(config), config.training
-        model = install_quantizers(config, network, policy, self.statistics, images, SILENT)
+        model, images = self.quantized(config, policy)
         before = score(model, images.validation(), "", self.device, SILENT)
-        loader = images.training()
-        optimizer = make_optimizer(model, training)
-        schedule = make_schedule(optimizer, training, len(loader))
-        minimizer = make_minimizer(model, optimizer, config, side=self._images[2].input_size[1])
-        objective = make_objective(training, self.device, network.loaded.num_classes)
         start = time.perf_counter()
-        for epoch in range(training.epochs):
-            schedule.step_update(epoch * len(loader))
-            settings = EpochSettings(
-                objective,
-                self.device,
-                training.sharpness_batch,
-                lambda step, epoch=epoch: schedule.step_update(epoch * len(loader) + step),
-            )
-            loader.set_epoch(epoch)
-            with SILENT.task("", 0) as task:
-                train_epoch(model, minimizer, loader, task, settings, Meter())
+        train(model, images, config.training, self.network.loaded.num_classes)
         seconds = time.perf_counter() - start
         after = score(model, images.validation(), "", self.device, SILENT)
         return {
@@ -139,13 +130,10 @@ class Bench:
     def epoch_seconds(self, steps: int = 12) -> float:
         """Of one epoch of plain QAT at uniform 4 bits, from the median of some steps."""
         config = self.config("w4a4", "uniform", 0)
-        network = Network(copy.copy(self.network.loaded), self.network.traced, self.network.costs)
-        network.loaded.model = copy.deepcopy(self.network.model)
-        images = self.images(config)
-        policy = find_bits(config, pose(config, network, images, self.statistics, SILENT), NO_MEMORY).policy
-        model = install_quantizers(config, network, policy, self.statistics, images, SILENT)
+        policy = self.network.costs.uniform(self.network.name, parse_bits("4"))
+        model, images = self.quantized(config, policy)
         loader, minimizer = images.training(), QAT(model, make_optimizer(model, config.training))
-        objective = make_objective(config.training, self.device, network.loaded.num_classes)
+        objective = make_objective(config.training, self.device, self.network.loaded.num_classes)
         marks: list[float] = []
 
         def mark(step: int) -> None:
@@ -247,27 +235,22 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Parse the options, measure, print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="saq/resnet20")
-    parser.add_argument("--weights")
-    parser.add_argument("--data")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--budgets", default="w3a3,w4a4")
-    parser.add_argument("--searchers", help="separated by ;")
-    parser.add_argument("--search-seeds", type=int, default=1, help="searches of each kind")
-    parser.add_argument("--seeds", type=int, default=3, help="fine-tunings of each policy")
-    parser.add_argument("--method", default="qat")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--lr", type=float, default=0.01)
-    parser.add_argument("--proxy", help="JSON of the search.proxy settings")
-    parser.add_argument("--suffix", default="", help="of the searchers' names in the results")
-    parser.add_argument("--set", dest="assign", action="append", help="any setting")
-    parser.add_argument("--search-only", action="store_true")
-    parser.add_argument("--time", action="store_true", help="time an epoch of plain QAT, and nothing else")
-    parser.add_argument("--table", action="store_true")
-    wanted = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--out", type=Path, required=True)
+    options.add_argument("--budgets", default="w3a3,w4a4")
+    options.add_argument("--searchers", help="separated by ;")
+    options.add_argument("--search-seeds", type=int, default=1, help="searches of each kind")
+    options.add_argument("--seeds", type=int, default=3, help="fine-tunings of each policy")
+    options.add_argument("--method", default="qat")
+    options.add_argument("--epochs", type=int, default=1)
+    options.add_argument("--lr", type=float, default=0.01)
+    options.add_argument("--proxy", help="JSON of the search.proxy settings")
+    options.add_argument("--suffix", default="", help="of the searchers' names in the results")
+    options.add_argument("--set", dest="assign", action="append", help="any setting")
+    options.add_argument("--search-only", action="store_true")
+    options.add_argument("--time", action="store_true", help="time an epoch of plain QAT, and nothing else")
+    options.add_argument("--table", action="store_true")
+    wanted = options.parse_args()
     if wanted.table:
         print(table(read(wanted.out / "results.jsonl")))
         return

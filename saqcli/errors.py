@@ -84,6 +84,15 @@ class InfeasibleBudget(SaqError):
 
 
 class Interrupted(SaqError):
-    """Stopped by the user; the work so far is saved."""
+    """Stopped by the user; the work so far is saved.
+
+    Args:
+        message: says how to go on.
+        exit_code: 128 plus the number of the signal; that of Ctrl-C where nothing is given.
+    """
 
     exit_code = 130
+
+    def __init__(self, message: str, exit_code: int = exit_code) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

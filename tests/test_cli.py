@@ -12,27 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from saqcli.cli import app
 from saqcli.cli.training_options import EFFICIENT
+from tests.command_line import last_error, saq
 from tests.digits import MODEL, float_options
 
 pytestmark = pytest.mark.usefixtures("digits")
-
-
-def saq(*arguments: object) -> Any:
-    """Run a command in this process."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def last_error(result: Any) -> str:
-    """The one line that went wrong; nothing else may stand on stderr under --quiet or --json."""
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert lines, f"no error on stderr; stdout: {result.stdout}"
-    assert lines[-1].startswith("error: ")
-    assert "Traceback" not in result.stderr
-    return lines[-1]
 
 
 class TestProfile:

@@ -86,8 +86,8 @@ class Objective:
                 parts = torch.split(images, micro_batch or chunk)
                 tensors.append(torch.cat([self.distillation.teacher(part) for part in parts]))
         return [
-            [Piece(model, self, *part) for part in _cut(tensors_of_chunk, micro_batch or chunk)]
-            for tensors_of_chunk in _cut(tensors, chunk)
+            [Piece(model, self, *part) for part in cut(tensors_of_chunk, micro_batch or chunk)]
+            for tensors_of_chunk in cut(tensors, chunk)
         ]
 
 
@@ -143,7 +143,7 @@ class Piece:
         return self._logits, self.labels[: len(self._logits)]
 
 
-def _cut(tensors: list[Tensor], size: int) -> list[list[Tensor]]:
+def cut(tensors: list[Tensor], size: int) -> list[list[Tensor]]:
     """Parts of at most ``size`` images, as equal as they can be: a batch norm cannot use a single image."""
     count = -(-len(tensors[0]) // size)
     return [list(part) for part in zip(*(tensor.tensor_split(count) for tensor in tensors), strict=True)]

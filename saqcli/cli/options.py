@@ -1,5 +1,6 @@
 """Options with one name and one meaning wherever they apply."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,14 +17,13 @@ IMAGES = "Images"
 BITS = "Bits"
 TRAINING = "Training"
 RUN = "Run"
+BENCH = "Speed"
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="Network: `resnet18` (timm first, then torchvision), `timm/NAME`, `torchvision/NAME` or `saq/NAME`.",
-    ),
-]
+_MODEL_HELP = (
+    "Network: `resnet18` (timm first, then torchvision), `timm/NAME`, `torchvision/NAME` or `saq/NAME`."
+)
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
+OptionalModel = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_MODEL_HELP)]
 Weights = Annotated[
     Path | None,
     typer.Option(
@@ -161,6 +161,22 @@ def parse_numbers(text: str | None, option: str) -> tuple[float, ...] | None:
         raise ConfigError(
             f"{option} {text}: give numbers separated by commas, such as 0.485,0.456,0.406"
         ) from None
+
+
+def parse_counts(text: str | None, option: str) -> tuple[int, ...] | None:
+    """``1,8`` as whole numbers of at least 1, each once, in their order.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch("0*[1-9][0-9]{0,8}", part) for part in parts):
+        raise ConfigError(
+            f"{option} {text}: give whole numbers of at least 1 separated by commas, such as 1,8"
+        )
+    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def parse_assignments(text: str | None, option: str) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """``saq quantize``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -10,19 +10,10 @@ from saqcli.cli import run_options as r
 from saqcli.cli import training_options as t
 from saqcli.cli.screen import print_json, progress_for, reporting
 
-if TYPE_CHECKING:
-    from saqcli.config import RunConfig
-
 
 @reporting
 def quantize_command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="Network: `resnet18` (timm first, then torchvision), `timm/NAME`, `torchvision/NAME` or `saq/NAME`.",
-        ),
-    ] = None,
+    model: o.OptionalModel = None,
     data: o.Data = None,
     bops: o.Bops = None,
     size: o.Size = None,
@@ -145,7 +136,7 @@ def quantize_command(
         distill=distill,
     )
     resolved = r.resolved(recipe, config, assign or [], given, run_dir if resume else None)
-    target = run_dir or default_run_dir(resolved)
+    target = run_dir or r.default_run_dir(resolved)
     progress = progress_for(json_output=json_output, quiet=quiet)
     if dry_run:
         r.show_plan(resolved, target, json_output=json_output)
@@ -159,12 +150,3 @@ def quantize_command(
     from saqcli.cli.tables import show_quantized
 
     show_quantized(result)
-
-
-def default_run_dir(config: "RunConfig") -> Path:
-    """``runs/resnet18-w4a4``: the network's name and what it is quantized to."""
-    wanted = config.quantization
-    bits = (
-        wanted.bops or wanted.size or wanted.bits or (Path(wanted.policy).stem if wanted.policy else "float")
-    )
-    return Path("runs") / f"{config.model.name.split('/')[-1]}-{o.folder_of_bits(bits)}"

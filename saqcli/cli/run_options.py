@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saqcli.cli.options import RUN
+from saqcli.cli.options import RUN, folder_of_bits
 from saqcli.cli.screen import print_json
 from saqcli.errors import ConfigError, RunDirectoryError
 
@@ -67,6 +67,15 @@ def resolved(
                 f"{resumed} holds no run to go on with: give MODEL and its options to start one"
             )
     return resolve(recipe=recipe, file=config, assignments=pairs, options=given)
+
+
+def default_run_dir(config: "RunConfig", *more: str) -> Path:
+    """``runs/resnet18-w4a4``: the network's name, what it is quantized to, and ``more``."""
+    wanted, name = config.quantization, config.model.name.split("/")[-1]
+    bits = (
+        wanted.bops or wanted.size or wanted.bits or (Path(wanted.policy).stem if wanted.policy else "float")
+    )
+    return Path("runs") / "-".join((name, folder_of_bits(bits), *more))
 
 
 def show_plan(config: "RunConfig", target: Path, *, json_output: bool) -> None:

@@ -1,7 +1,7 @@
 """``saq search``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -9,21 +9,12 @@ from saqcli.cli import options as o
 from saqcli.cli import run_options as r
 from saqcli.cli.screen import print_json, progress_for, reporting
 
-if TYPE_CHECKING:
-    from saqcli.config import RunConfig
-
 SEARCH = "Search"
 
 
 @reporting
 def search_command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="Network: `resnet18` (timm first, then torchvision), `timm/NAME`, `torchvision/NAME` or `saq/NAME`.",
-        ),
-    ] = None,
+    model: o.OptionalModel = None,
     data: o.Data = None,
     budget: o.Bops = None,
     size: o.Size = None,
@@ -146,7 +137,7 @@ def search_command(
         "run.device": device,
     }
     resolved = r.resolved(recipe, config, assign or [], given, run_dir if resume else None)
-    target = run_dir or default_run_dir(resolved)
+    target = run_dir or r.default_run_dir(resolved, resolved.quantization.searcher)
     if dry_run:
         r.show_plan(resolved, target, json_output=json_output)
         return
@@ -165,10 +156,3 @@ def search_command(
     from saqcli.cli.tables import show_searched
 
     show_searched(result)
-
-
-def default_run_dir(config: "RunConfig") -> Path:
-    """``runs/resnet18-34g-samq``: network, budget and searcher."""
-    wanted = config.quantization
-    budget = o.folder_of_bits(wanted.bops or wanted.size or "bits")
-    return Path("runs") / f"{config.model.name.split('/')[-1]}-{budget}-{wanted.searcher}"

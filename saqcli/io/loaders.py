@@ -23,6 +23,7 @@ from saqcli.io.data import Split, subset
 from saqcli.io.images import ImageSet, ImageStream, Unreadable
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.transforms import CROP_SCALE, Augmentation, image_transform
+from saqcli.progress import Progress
 
 CALIBRATION_IMAGES = 512
 LARGEST_SIDE_WITHOUT_WORKERS = (
@@ -218,6 +219,24 @@ def calibration_loader(
         seed=seed,
         limit=images,
     )
+
+
+def read_all(loader: Loader, progress: Progress, purpose: str) -> list[tuple[Tensor, Tensor]]:
+    """The batches of one pass, to be kept in memory; images that could not be read are left out.
+
+    Raises:
+        DataError: not one could be read; it says that there is nothing to ``purpose``.
+    """
+    batches = []
+    with progress.task("reading images", len(loader)) as task:
+        for images, labels in loader:
+            readable = labels >= 0
+            if readable.any():
+                batches.append((images[readable], labels[readable]))
+            task.advance(images=len(labels))
+    if not batches:
+        raise DataError(f"not one image could be read: there is nothing to {purpose}")
+    return batches
 
 
 def seed_everything(seed: int, epoch: int = 0, rank: int = 0) -> None:

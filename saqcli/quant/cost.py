@@ -18,6 +18,7 @@ from saqcli.quant.trace import LayerTrace, Trace
 from saqcli.units import format_quantity
 
 BUDGET_USE = 0.985  # share of the budget that a configuration should use where the candidates allow it
+USE_MIDDLE = (1 + BUDGET_USE) / 2  # of the window between that share and the budget
 UNITS = ("BOPs", "B")  # of the two parts of a cost
 
 
@@ -155,11 +156,16 @@ class Budget:
 
     def used_by(self, cost: Cost) -> bool:
         """Whether that cost is ``BUDGET_USE`` of a bound at least, so that little is left over."""
-        return any(1000 * cost[index] >= round(1000 * BUDGET_USE) * bound for index, bound in self.bounds())
+        return any(cost[index] >= least_use(bound) for index, bound in self.bounds())
 
     def __str__(self) -> str:
         """As in ``34 GBOPs and 5 MB``."""
         return " and ".join(format_quantity(bound, UNITS[index]) for index, bound in self.bounds())
+
+
+def least_use(bound: int) -> int:
+    """The least that uses ``bound``: ``BUDGET_USE`` of it, rounded up."""
+    return -(-round(1000 * BUDGET_USE) * bound // 1000)
 
 
 def cost_model(traced: Trace, classifiers: Iterable[str] = ()) -> CostModel:

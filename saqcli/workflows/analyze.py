@@ -206,7 +206,7 @@ def _measure_all(
             else:
                 readings[name] = INSTRUMENTS[name].measure(opened.subject, settings, session)
         except KeyboardInterrupt:
-            raise _interrupted(folder.path, 130) from None
+            raise _interrupted(folder.path) from None
         folder.save(name, readings[name])
     return readings
 
@@ -230,9 +230,8 @@ def _measure_resumable(
         return INSTRUMENTS[name].measure(opened.subject, settings, session)
 
 
-def _interrupted(folder: Path, exit_code: int) -> Interrupted:
-    error = Interrupted(
-        f"stopped as asked, what was measured so far is in {folder}: go on with the same command and --resume"
+def _interrupted(folder: Path, exit_code: int = Interrupted.exit_code) -> Interrupted:
+    return Interrupted(
+        f"stopped as asked, what was measured so far is in {folder}: go on with the same command and --resume",
+        exit_code,
     )
-    error.exit_code = exit_code
-    return error

@@ -7,7 +7,7 @@ from saqcli.config import QuantizationSection
 from saqcli.errors import ConfigError
 from saqcli.quant.bits import BitConfig, LayerBits, parse_bits
 from saqcli.quant.cost import Budget
-from saqcli.quant.space import Candidates, SearchSpace, parse_rule, search_space
+from saqcli.quant.space import Candidates, Rule, SearchSpace, parse_rule, search_space
 from saqcli.strict import parse_json
 from saqcli.units import parse_quantity
 from saqcli.workflows.setup import Network
@@ -28,8 +28,7 @@ def check_bits(section: QuantizationSection) -> None:
             parse_bits(text, option)
         elif text:
             parse_quantity(text)
-    for pattern, text in section.pins.items():
-        parse_rule(text, pattern)
+    _rules(section)
 
 
 def space_of(section: QuantizationSection, network: Network) -> SearchSpace:
@@ -43,8 +42,12 @@ def space_of(section: QuantizationSection, network: Network) -> SearchSpace:
         tuple(sorted(set(section.candidates))),
         None if activations is None else tuple(sorted(set(activations))),
     )
-    rules = {pattern: parse_rule(text, pattern) for pattern, text in section.pins.items()}
-    return search_space(network.name, network.costs, candidates, rules)
+    return search_space(network.name, network.costs, candidates, _rules(section))
+
+
+def _rules(section: QuantizationSection) -> dict[str, Rule]:
+    """The pins, by pattern."""
+    return {pattern: parse_rule(text, pattern) for pattern, text in section.pins.items()}
 
 
 def budget_of(section: QuantizationSection, network: Network) -> Budget:
@@ -83,10 +86,10 @@ def given_policy(section: QuantizationSection, network: Network) -> BitConfig | 
         return read_policy(Path(section.policy), network)
     if section.bits is not None:
         bits = parse_bits(section.bits)
-        assert bits.weight is not None and bits.activation is not None  # noqa: PT018
-        rules = {pattern: parse_rule(text, pattern) for pattern, text in section.pins.items()}
+        assert bits.weight is not None
+        assert bits.activation is not None
         only = Candidates((bits.weight,), (bits.activation,))
-        return search_space(network.name, network.costs, only, rules).config([])
+        return search_space(network.name, network.costs, only, _rules(section)).config([])
     return None
 
 

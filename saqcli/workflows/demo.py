@@ -9,18 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
 
-from saqcli.algorithms.minimizers import MINIMIZERS
-from saqcli.algorithms.objective import Objective
-from saqcli.algorithms.training import EpochSettings, Meter, train_epoch
 from saqcli.config import RunConfig, resolve
 from saqcli.io.files import replacing
 from saqcli.io.loaders import seed_everything
 from saqcli.progress import Progress
-from saqcli.workflows.optimization import make_optimizer, make_schedule
 from saqcli.workflows.quantize import quantize
 from saqcli.workflows.setup import Images, load_float, pick_device
+from saqcli.workflows.short_training import in_float, train
 
 MODEL = "saq/resnet20"
 SIDE = 16  # pixels; the digits have 8 and are doubled
@@ -87,25 +83,8 @@ def train_float(config: RunConfig, weights: Path, progress: Progress, *, epochs:
     loaded = load_float(section, progress)
     model = loaded.model.to(device)
     images = Images.open(config, loaded.num_classes, loaded.preprocessing, device)
-    training = config.training.model_copy(update={"lr": FLOAT_LR, "epochs": epochs, "warmup_epochs": 1})
-    loader = images.training()
-    optimizer = make_optimizer(model, training)
-    schedule = make_schedule(optimizer, training, len(loader))
-    minimizer = MINIMIZERS["qat"](model, optimizer)
-    for epoch in range(epochs):
-
-        def after_step(step: int, start: int = epoch * len(loader)) -> None:
-            schedule.step_update(start + step)
-
-        settings = EpochSettings(
-            objective=Objective(nn.CrossEntropyLoss()),
-            device=device,
-            sharpness_batch=config.data.batch_size,
-            after_step=after_step,
-        )
-        loader.set_epoch(epoch)
-        with progress.task(f"float epoch {epoch + 1} of {epochs}", len(loader)) as task:
-            train_epoch(model, minimizer, loader, task, settings, Meter())
+    training = in_float(config.training, config.data.batch_size, lr=FLOAT_LR, epochs=epochs, warmup_epochs=1)
+    train(model, images, training, loaded.num_classes, title="float epoch", progress=progress)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     with replacing(weights) as temporary:
         save_file(state, temporary)

@@ -21,7 +21,7 @@ from saqcli.quant.space import SearchSpace
 from saqcli.units import format_quantity
 from saqcli.workflows.bits import budget_of, space_of
 from saqcli.workflows.calibration import calibrate, scheme_of
-from saqcli.workflows.optimization import make_optimizer
+from saqcli.workflows.optimization import make_optimizer, search_training
 from saqcli.workflows.profile import layer_rows
 from saqcli.workflows.proxy import open_proxy
 from saqcli.workflows.search_images import search_images
@@ -47,22 +47,31 @@ class Searched:
     """What a search found.
 
     Attributes:
-        policy: the bits of every layer.
-        cost: of it.
-        budget: that admits it.
         searcher: its name.
         seconds: that the search took, since it was last resumed.
         found: what the searcher gave back.
         posed: what it was asked.
     """
 
-    policy: BitConfig
-    cost: Cost
-    budget: Budget
     searcher: str
     seconds: float
     found: Found
     posed: Posed
+
+    @property
+    def policy(self) -> BitConfig:
+        """The bits of every layer."""
+        return self.posed.problem.config(self.found.choice)
+
+    @property
+    def cost(self) -> Cost:
+        """Of the policy."""
+        return self.posed.problem.space.cost(self.found.choice)
+
+    @property
+    def budget(self) -> Budget:
+        """That admits it."""
+        return self.posed.problem.budget
 
     def to_dict(self) -> dict[str, Any]:
         """As ``--json`` prints it and ``search.json`` keeps it; accuracies in percent."""
@@ -135,10 +144,7 @@ def pose(
     space, budget = space_of(config.quantization, network), budget_of(config.quantization, network)
     announce(space, budget, progress)
     space.check_reachable(budget)
-    training = config.training.model_copy(
-        update={name: getattr(config.search, name) for name in ("optimizer", "lr", "weight_decay")}
-        | {"clip_grad": None}
-    )
+    training = search_training(config)
     make_optimizer(nn.Linear(1, 1), training)  # to be refused now, if at all
     searched = network
     if config.search.proxy is not None:
@@ -170,10 +176,9 @@ def find_bits(config: RunConfig, posed: Posed, memory: Memory) -> Searched:
     searcher, problem = make_searcher(config), replace(posed.problem, memory=memory)
     start = time.perf_counter()
     found = searcher.search(problem)
-    seconds = time.perf_counter() - start
-    policy, cost = problem.space.config(found.choice), problem.space.cost(found.choice)
-    problem.progress.note(f"{config.quantization.searcher} found {cost} in {seconds:.0f} s")
-    return Searched(policy, cost, problem.budget, config.quantization.searcher, seconds, found, posed)
+    searched = Searched(config.quantization.searcher, time.perf_counter() - start, found, posed)
+    problem.progress.note(f"{searched.searcher} found {searched.cost} in {searched.seconds:.0f} s")
+    return searched
 
 
 def announce(space: SearchSpace, budget: Budget, progress: Progress) -> None:

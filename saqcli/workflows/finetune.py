@@ -16,7 +16,7 @@ from saqcli.algorithms.divergence import check_epoch
 from saqcli.algorithms.training import EpochSettings, Meter, evaluate, train_epoch
 from saqcli.config import RunConfig
 from saqcli.errors import Interrupted
-from saqcli.io.interrupts import StopRequest, deferred_interrupts
+from saqcli.io.interrupts import deferred_interrupts
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.workflows.optimization import make_minimizer, make_objective, make_optimizer, make_schedule
@@ -56,7 +56,7 @@ def finetune(
     loader = images.training()
     optimizer = make_optimizer(model, training)
     schedule = make_schedule(optimizer, training, len(loader))
-    minimizer = make_minimizer(model, optimizer, config, max(images.preprocessing.input_size[1:]))
+    minimizer = make_minimizer(model, optimizer, training, max(images.preprocessing.input_size[1:]))
     average = Average(model, training.ema_decay) if training.ema_decay else None
     position = {"epoch": 0, "step": 0, **state.get("position", {})}
     if "optimizer" in state:
@@ -69,13 +69,21 @@ def finetune(
     objective = make_objective(training, images.device, num_classes, teacher)
     saved_at = time.monotonic()
 
-    def save(epoch: int, step: int) -> None:
-        state.update(model=model.state_dict(), optimizer=optimizer.state_dict(), meter=vars(meter))
-        state.update(minimizer=minimizer.state_dict(), average=average and average.state_dict())
-        state.update(position={"epoch": epoch, "step": step}, random=random_state())
-        run.save_checkpoint(state)
-
     with deferred_interrupts() as stop:
+
+        def save(epoch: int, step: int) -> None:
+            """Leave a checkpoint, and stop if a signal asked to."""
+            nonlocal saved_at
+            state.update(model=model.state_dict(), optimizer=optimizer.state_dict(), meter=vars(meter))
+            state.update(minimizer=minimizer.state_dict(), average=average and average.state_dict())
+            state.update(position={"epoch": epoch, "step": step}, random=random_state())
+            run.save_checkpoint(state)
+            saved_at = time.monotonic()
+            if stop.signal:
+                raise Interrupted(
+                    f"stopped as asked, the work so far is saved: {run.how_to_resume()}", stop.exit_code
+                )
+
         for epoch in range(position["epoch"], training.epochs):
             done = position["step"] if epoch == position["epoch"] else 0
             schedule.step_update(epoch * len(loader) + done)
@@ -83,16 +91,12 @@ def finetune(
             lr = optimizer.param_groups[0]["lr"]
 
             def after_step(step: int, epoch: int = epoch) -> None:
-                nonlocal saved_at
                 schedule.step_update(epoch * len(loader) + step)
                 if average:
                     average.update(model, epoch * len(loader) + step)
                 due = time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes
                 if stop.signal or due:
                     save(epoch, step)
-                    saved_at = time.monotonic()
-                if stop.signal:
-                    raise _interrupted(stop, run)
 
             settings = EpochSettings(
                 objective=objective,
@@ -119,9 +123,6 @@ def finetune(
             )
             meter.clear()
             save(epoch + 1, 0)
-            saved_at = time.monotonic()
-            if stop.signal:
-                raise _interrupted(stop, run)
     if average:
         model.load_state_dict(average.state_dict())
 
@@ -152,9 +153,3 @@ class Average:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what ``state_dict`` gave."""
         self.module.load_state_dict(state)
-
-
-def _interrupted(stop: StopRequest, run: RunDirectory) -> Interrupted:
-    error = Interrupted(f"stopped as asked, the work so far is saved: {run.how_to_resume()}")
-    error.exit_code = stop.exit_code
-    return error

@@ -21,6 +21,12 @@ SMALL_IMAGE_RHO = {2: 0.4, 3: 0.7, 4: 0.9}
 LARGE_IMAGE_RHO = {2: 0.15, 3: 0.15, 4: 0.3}
 
 
+def search_training(config: RunConfig) -> TrainingSection:
+    """The training section with what the search trains with in its own way."""
+    own = {name: getattr(config.search, name) for name in ("optimizer", "lr", "weight_decay")}
+    return config.training.model_copy(update={**own, "clip_grad": None})
+
+
 def make_optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.Optimizer:
     """timm's optimizer of that name; what quantizers learn has a group of its own."""
     from timm.optim import create_optimizer_v2
@@ -84,10 +90,9 @@ def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingSection, s
 
 
 def make_minimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, side: int
+    model: nn.Module, optimizer: torch.optim.Optimizer, training: TrainingSection, side: int
 ) -> Minimizer:
-    """The method's minimizer, with the paper's radius where none is given."""
-    training = config.training
+    """The method's minimizer, with the paper's radius where none is given, for images of ``side`` pixels."""
     options = dict(training.minimizer)
     if training.method != "qat":
         options = {
@@ -155,7 +160,7 @@ def check_training(config: RunConfig) -> None:
     training = config.training
     model = nn.Linear(1, 1)
     optimizer = make_optimizer(model, training)
-    make_minimizer(model, optimizer, config, side=SMALL_IMAGES)
+    make_minimizer(model, optimizer, training, side=SMALL_IMAGES)
     if training.epochs:
         make_schedule(optimizer, training, steps=1)
     if training.sam_reuse and (training.sam_interval == 1 or training.ascent_fraction < 1):

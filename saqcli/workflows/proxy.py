@@ -8,10 +8,8 @@ classifier that is trained in floating point before the search.
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from saqcli.algorithms.minimizers.qat import QAT
-from saqcli.algorithms.training import EpochSettings, Meter, train_epoch
+from saqcli.algorithms.training import Score
 from saqcli.config import DataSection, ModelSection, ProxySection, RunConfig
 from saqcli.errors import PolicyMismatch
 from saqcli.io.folders import find_images, find_split
@@ -19,8 +17,9 @@ from saqcli.io.loaders import seed_everything
 from saqcli.io.models import LoadedModel
 from saqcli.progress import Progress
 from saqcli.workflows.bits import float_policy
-from saqcli.workflows.optimization import make_objective, make_optimizer, make_schedule
-from saqcli.workflows.setup import Images, Network, load_float, open_named, wrap_and_trace
+from saqcli.workflows.optimization import search_training
+from saqcli.workflows.setup import Images, Network, load_float, wrap_and_trace
+from saqcli.workflows.short_training import in_float, train
 
 
 def proxy_data(config: RunConfig) -> DataSection:
@@ -41,8 +40,7 @@ def open_proxy(
     proxy, data = config.search.proxy or ProxySection(), proxy_data(config)
     seed_everything(config.run.seed)  # of a new classifier
     loaded = load_float(_section(config.model, proxy, data), progress, new_head=True)
-    split = open_named(data, "train", loaded.num_classes)
-    images = Images(split, split, loaded.preprocessing, data, device, config.run.seed)
+    images = Images.training_alone(data, loaded.num_classes, loaded.preprocessing, device, config.run.seed)
     loaded.model.to(device)
     epochs = proxy.epochs if proxy.epochs is not None else (0 if loaded.trained else 1)
     if epochs:
@@ -73,24 +71,13 @@ def train_in_float(
     loaded: LoadedModel, images: Images, config: RunConfig, epochs: int, progress: Progress
 ) -> None:
     """Fit the network to the proxy before its layers are quantized, as the settings of the search say."""
-    model: nn.Module = loaded.model
-    training = config.training.model_copy(
-        update={name: getattr(config.search, name) for name in ("optimizer", "lr", "weight_decay")}
-        | {"epochs": epochs, "schedule": "cosine", "clip_grad": None}
-    )
-    loader = images.training()
-    optimizer = make_optimizer(model, training)
-    schedule = make_schedule(optimizer, training, len(loader))
-    settings = EpochSettings(
-        objective=make_objective(training, images.device, loaded.num_classes),
-        device=images.device,
-        sharpness_batch=config.data.batch_size,
-        after_step=lambda step: None,
-    )
-    for epoch in range(epochs):
-        settings.after_step = lambda step, epoch=epoch: schedule.step_update(epoch * len(loader) + step)  # type: ignore[misc]
-        loader.set_epoch(epoch)
-        with progress.task(f"fitting the proxy, epoch {epoch + 1} of {epochs}", len(loader)) as task:
-            score = train_epoch(model, QAT(model, optimizer), loader, task, settings, Meter())
+
+    def note(score: Score) -> None:
         progress.note(f"proxy: top-1 {score.top1:.2f} % in training, in floating point")
-    model.eval()
+
+    training = in_float(search_training(config), config.data.batch_size, epochs=epochs, schedule="cosine")
+    title = "fitting the proxy, epoch"
+    train(
+        loaded.model, images, training, loaded.num_classes, title=title, progress=progress, after_epoch=note
+    )
+    loaded.model.eval()

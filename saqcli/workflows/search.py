@@ -37,7 +37,6 @@ from saqcli.workflows.setup import (
     check_same,
     load_float,
     named_data,
-    open_named,
     pick_device,
     wrap_and_trace,
 )
@@ -120,8 +119,9 @@ def prepare_search(
         network = wrap_and_trace(load_float(section, SILENT))
         return network, None
     loaded = load_float(config.model, progress)
-    split = open_named(config.data, "train", loaded.num_classes)
-    images = Images(split, split, loaded.preprocessing, config.data, device, config.run.seed)
+    images = Images.training_alone(
+        config.data, loaded.num_classes, loaded.preprocessing, device, config.run.seed
+    )
     network = wrap_and_trace(loaded)
     network.model.to(device)
     return network, images

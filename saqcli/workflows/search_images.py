@@ -14,7 +14,7 @@ from torch import Tensor
 from saqcli.algorithms.searchers import SearchImages
 from saqcli.config import SearchSection
 from saqcli.io.data import divide, some_classes, subset
-from saqcli.io.loaders import Loader
+from saqcli.io.loaders import Loader, read_all
 from saqcli.progress import Progress
 from saqcli.workflows.setup import Images, validation_loader
 
@@ -67,10 +67,5 @@ class Kept(Sequence[Batch]):
 
     def _read(self) -> list[Batch]:
         if self._batches is None:
-            self._batches = []
-            with self._progress.task("reading images", len(self._loader)) as task:
-                for images, labels in self._loader:
-                    readable = labels >= 0
-                    self._batches.append((images[readable], labels[readable]))
-                    task.advance(images=len(labels))
+            self._batches = read_all(self._loader, self._progress, "evaluate")
         return self._batches

@@ -57,9 +57,10 @@ class SearchMemory:
             Interrupted: one did.
         """
         if self.stop.signal:
-            error = Interrupted(f"stopped as asked, the search so far is saved: {self.run.how_to_resume()}")
-            error.exit_code = self.stop.exit_code
-            raise error
+            raise Interrupted(
+                f"stopped as asked, the search so far is saved: {self.run.how_to_resume()}",
+                self.stop.exit_code,
+            )
 
     def restore_random(self) -> None:
         """Put the random numbers back to where they were when the state was kept."""

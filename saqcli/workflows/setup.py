@@ -124,6 +124,24 @@ class Images:
         check_same_classes(train, val)
         return cls(train, val, preprocessing, config.data, device, config.run.seed)
 
+    @classmethod
+    def training_alone(
+        cls,
+        section: DataSection,
+        num_classes: int,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        seed: int,
+    ) -> "Images":
+        """The training split, in the place of the validation split too: for a search, which may not see that one.
+
+        Raises:
+            ConfigError: no data was named.
+            DataError: it cannot be used with this network.
+        """
+        split = open_named(section, "train", num_classes)
+        return cls(split, split, preprocessing, section, device, seed)
+
     def training(self, limit: int | None = None) -> Loader:
         """Shuffled and augmented, ``limit`` images at most; call ``set_epoch`` before each pass."""
         wanted = self.section.augmentation

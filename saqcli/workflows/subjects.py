@@ -20,9 +20,9 @@ from saqcli.algorithms.exporters.safetensors import restore_structure
 from saqcli.algorithms.instruments import Subject
 from saqcli.algorithms.training import Score
 from saqcli.config import DataSection, ModelSection, RunConfig, resolve
-from saqcli.errors import ConfigError, DataError, RunDirectoryError
+from saqcli.errors import ConfigError, RunDirectoryError
 from saqcli.io.data import check_trained_on
-from saqcli.io.loaders import calibration_loader
+from saqcli.io.loaders import calibration_loader, read_all
 from saqcli.io.models import build_architecture
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.runs import RunDirectory
@@ -212,16 +212,7 @@ def _images(
         seed=view.seed,
         images=view.images,
     )
-    batches = []
-    with progress.task("reading images", len(loader)) as task:
-        for images, labels in loader:
-            kept = labels >= 0
-            if kept.any():
-                batches.append((images[kept].clone(), labels[kept].clone()))
-            task.advance(images=len(labels))
-    if not batches:
-        raise DataError("not one image could be read: there is nothing to analyze on")
-    return batches
+    return read_all(loader, progress, "analyze on")
 
 
 def _hash_model(model: nn.Module) -> str:

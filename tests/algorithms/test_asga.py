@@ -315,7 +315,7 @@ def twin_problem(candidates: Candidates) -> SearchProblem:
 @pytest.mark.parametrize("align", ["sagm", "none"])
 def test_every_step_equals_the_formulas_written_out(candidates: Candidates, unit: Any, align: Any) -> None:
     search = ASGA(epochs=4, align=align, rho_unit=unit, alignment=0.05, rho_max=0.3)
-    descent = Descent(search.settings, twin_problem(candidates))
+    descent = Descent(search, twin_problem(candidates))
     descent.model.double().train()
     with torch.no_grad():  # levels fitted to a value would leave open on which side of the clipping it lies
         for quantizer in quantizers_of(descent.model):
@@ -338,7 +338,7 @@ def test_every_step_equals_the_formulas_written_out(candidates: Candidates, unit
 def test_without_radius_and_alignment_the_second_pass_is_the_first(weights: bool) -> None:
     ends = []
     for align in ("sagm", "none"):
-        descent = Descent(ASGA(epochs=2, align=align, rho_min=0, rho_max=0, alignment=0).settings, branches())  # type: ignore[arg-type]
+        descent = Descent(ASGA(epochs=2, align=align, rho_min=0, rho_max=0, alignment=0), branches())  # type: ignore[arg-type]
         model = descent.model.train()
         for x, y in descent.problem.images.scoring[:3]:
             descent.step(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y), weights=weights)  # type: ignore[misc]
@@ -349,7 +349,7 @@ def test_without_radius_and_alignment_the_second_pass_is_the_first(weights: bool
 
 def test_only_what_learns_is_moved() -> None:
     for weights, logits in ((True, False), (False, True)):
-        descent = Descent(ASGA(epochs=2).settings, branches())
+        descent = Descent(ASGA(epochs=2), branches())
         descent.model.train()
         before = {name: value.clone() for name, value in descent.model.state_dict().items()}
         images, labels = descent.problem.images.scoring[0]
@@ -360,7 +360,7 @@ def test_only_what_learns_is_moved() -> None:
 
 
 def test_every_layer_is_perturbed_in_the_second_pass() -> None:
-    descent = Descent(ASGA(epochs=2).settings, branches())
+    descent = Descent(ASGA(epochs=2), branches())
     layers = layers_of(descent.problem)
     seen: list[dict[str, bool]] = []
 
@@ -473,7 +473,7 @@ def test_the_more_the_budget_weighs_the_nearer_the_shares_come_to_it() -> None:
     used = []
     for weight in (0.0, 1.0, 30.0):
         problem = branches(budget=lambda space: Budget(bops=int(1.3 * space.floor.bops)))
-        descent = Descent(ASGA(epochs=2, cost_weight=weight).settings, problem)
+        descent = Descent(ASGA(epochs=2, cost_weight=weight), problem)
         descent.run()
         used.append(float(descent.mixtures.used(problem.budget).detach()))
     assert used == sorted(used, reverse=True)

@@ -403,7 +403,9 @@ def test_learning_goes_on_bitwise_from_what_was_kept() -> None:
 
 
 def supernet_of(name: str, *, switch_norms: bool = False, **options: Any) -> Supernet:
-    net = Supernet(tiny_problem(name, **options), switch_norms=switch_norms)
+    net = Supernet(tiny_problem(name, **options))
+    if switch_norms:
+        net.switch_norms()
     net.model.eval()
     return net
 
@@ -456,6 +458,22 @@ def test_with_switchable_norms_a_supernet_starts_as_without(name: str) -> None:
         plain.select(choice)
         switched.select(choice)
         assert torch.equal(answer(plain), answer(switched))
+
+
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_a_copy_of_a_supernet_computes_the_same_and_stays_as_it_is(name: str) -> None:
+    supernet = supernet_of(name)
+    twin, choice = supernet.copy(), [0] * len(supernet.choice)
+    high, before = answer(supernet), supernet_of(name)
+    before.select(choice)
+    supernet.switch_norms()
+    supernet.select(choice)
+    assert torch.equal(answer(twin), high)
+    with torch.no_grad():
+        for parameter in supernet.model.parameters():
+            parameter.zero_()
+    twin.select(choice)
+    assert torch.equal(answer(twin), answer(before))
 
 
 def test_in_training_only_the_norm_of_the_selected_option_moves() -> None:
@@ -554,8 +572,7 @@ def test_clipping_levels_belong_to_a_width() -> None:
 
 
 def sharp_cost_of(name: str, rho: float, budget: Budget | None = None, **options: Any) -> SharpCost:
-    supernet = Supernet(tiny_problem(name, budget=budget, **options), switch_norms=True)
-    supernet.model.eval()
+    supernet = supernet_of(name, switch_norms=True, budget=budget, **options)
     perturbed = PerturbedSet(supernet.model)
     reference = [len(decision.options) - 1 for decision in supernet.problem.space.decisions]
     return SharpCost(supernet, perturbed, rho=rho, rho_unit="deviation", cost_weight=6.0, reference=reference)
@@ -930,7 +947,8 @@ def test_controller_phases_begin_after_the_warm_up(warmup: int, steps: int) -> N
 
 def test_under_weight_normalization_every_copy_of_a_norm_is_settled() -> None:
     problem = tiny_problem("conv_bn", scheme=Scheme(weight_normalization=True))
-    supernet = Supernet(problem, switch_norms=True)
+    supernet = Supernet(problem)
+    supernet.switch_norms()
     switches = [module for module in supernet.model.modules() if isinstance(module, SwitchableNorm)]
     assert switches
     for switch in switches:

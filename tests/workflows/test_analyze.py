@@ -6,32 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from saqcli.algorithms.instruments import INSTRUMENTS, Subject
 from saqcli.algorithms.instruments.landscape import LandscapeReading
-from saqcli.cli import app
 from saqcli.workflows.pictures import draw
+from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options
-
-
-def saq(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def answer(*arguments: object) -> Any:
-    """The JSON that a command prints; it must succeed."""
-    result = saq(*arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def last_error(result: Any) -> str:
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert lines, result.stdout
-    assert lines[-1].startswith("error: ")
-    assert "Traceback" not in result.stderr
-    return str(lines[-1])
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from saqcli.algorithms.minimizers.sharpness_aware import SharpnessAware
-from saqcli.config import ModelSection, RunConfig, TrainingSection
+from saqcli.config import TrainingSection
 from saqcli.workflows.optimization import make_minimizer, make_optimizer
 
 
@@ -25,9 +25,8 @@ def test_gradients_are_clipped_before_the_step_of_any_optimizer(optimizer: str) 
 @pytest.mark.parametrize("options", [{"rho": 0.6}, {"minimizer": {"rho": 0.6}}])
 def test_the_radius_is_the_one_that_was_asked_for(options: dict[str, float]) -> None:
     training = TrainingSection(ascent_fraction=0.25, **options)  # type: ignore[arg-type]
-    config = RunConfig(model=ModelSection(name="any"), training=training)
     model = nn.Linear(1, 1)
-    minimizer = make_minimizer(model, make_optimizer(model, training), config, side=32)
+    minimizer = make_minimizer(model, make_optimizer(model, training), training, side=32)
 
     assert isinstance(minimizer, SharpnessAware)
     assert minimizer.rho == 0.6

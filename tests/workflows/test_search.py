@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from saqcli.algorithms.searchers import SEARCHERS
-from saqcli.cli import app
+from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options
 
 FREE, FIXED = 10_027_008, 36_864 + 640  # MACs of the network; first layer and classifier have 8 bits
@@ -25,25 +24,6 @@ FAST: dict[str, tuple[object, ...]] = {
     "hawq": ("--set", "search.options.hawq.samples=1", "--set", "search.options.hawq.images=24"),
     "sensitivity": ("--scoring-images", 24, "--candidates", "3,4,5"),
 }
-
-
-def saq(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def answer(*arguments: object) -> Any:
-    """The JSON that a command prints; it must succeed, and print nothing else."""
-    result = saq(*arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def last_error(result: Any) -> str:
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert lines, result.stdout
-    assert lines[-1].startswith("error: ")
-    assert "Traceback" not in result.stderr
-    return str(lines[-1])
 
 
 @pytest.fixture(scope="module")

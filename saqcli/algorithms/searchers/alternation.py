@@ -1,8 +1,7 @@
 """SAMQ under way: supernet and controller in turns. The formulas stand in ``samq``."""
 
-import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -10,56 +9,91 @@ from torch import Tensor
 
 from saqcli.algorithms.minimizers.batches import MicroBatch
 from saqcli.algorithms.minimizers.saq import SAQ
+from saqcli.algorithms.options import check_choice, check_count, check_flag, check_number
 from saqcli.algorithms.searchers.controller import ROUNDS, Controller, draw_within
+from saqcli.algorithms.searchers.cosine import CosineRates
 from saqcli.algorithms.searchers.knapsack import best_choice
 from saqcli.algorithms.searchers.problem import Found, SearchProblem, remaining
-from saqcli.algorithms.searchers.reinforce import Reinforce
+from saqcli.algorithms.searchers.reinforce import Baseline, Reinforce
 from saqcli.algorithms.searchers.sampling import FRONT_DRAWS, budget_logits, in_window, informed_logits
 from saqcli.algorithms.searchers.separable import relative_noise
 from saqcli.algorithms.searchers.sharp_cost import BatchLoss, SharpCost
 from saqcli.algorithms.searchers.supernet import Scorer, Supernet, most_accurate, score_all
 from saqcli.algorithms.sharpness import RadiusUnit
+from saqcli.errors import ConfigError
 from saqcli.quant.cost import Budget
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How SAMQ searches.
+    """How SAMQ searches: its options.
 
     Attributes:
         epochs: of the search; each is a model phase and, after the first ``warmup``, a controller phase.
-        warmup: epochs without one.
+        warmup: epochs without one; the last always has one.
         rho: radius of the perturbation in both phases; 0 for none.
         rho_unit: ``deviation`` (of each layer's weights) or ``absolute``.
         sharpness: whether the controller's cost is the loss at the perturbed point; False is the paper's ablation.
         cost_weight: of the penalty.
+        entropy_weight: see ``Reinforce``.
+        baseline: likewise.
         reference: whether the loss of a ``fixed`` configuration is subtracted, or ``none``.
         prior: where the controller starts: at configurations that cost the budget (``budget``), at those of them with
             little quantization noise (``error``), or at even probabilities (``none``).
         prior_entropy: of the prior ``error``, as a share of that of ``budget``.
         within: draws are from the ``window`` between ``BUDGET_USE`` of the budget and the budget, or ``anything``.
+        controller_lr: see ``Reinforce``.
+        controller_decay: likewise, of the weights.
+        replay: likewise.
         reward_images: of a held-out batch, for one draw.
         draws: configurations that are compared in the end.
         select_by: ``accuracy`` on the scoring images, or least ``sharpness`` as the released code does.
         score_in: the ``calibrated`` network, which fine-tuning starts from, or the trained ``supernet``.
-        learning: keyword arguments of ``Reinforce``.
+
+    Raises:
+        ConfigError: an option that is not possible.
     """
 
-    epochs: int
-    warmup: int
-    rho: float
-    rho_unit: RadiusUnit
-    sharpness: bool
-    cost_weight: float
-    reference: Literal["fixed", "none"]
-    prior: Literal["error", "budget", "none"]
-    prior_entropy: float
-    within: Literal["window", "anything"]
-    reward_images: int
-    draws: int
-    select_by: Literal["accuracy", "sharpness"]
-    score_in: Literal["calibrated", "supernet"]
-    learning: dict[str, Any]
+    epochs: int = 3
+    warmup: int = 1
+    rho: float = 0.4
+    rho_unit: RadiusUnit = "deviation"
+    sharpness: bool = True
+    cost_weight: float = 6.0
+    entropy_weight: float = 0.02
+    baseline: Baseline = "ema"
+    reference: Literal["fixed", "none"] = "fixed"
+    prior: Literal["error", "budget", "none"] = "error"
+    prior_entropy: float = 0.7
+    within: Literal["window", "anything"] = "window"
+    controller_lr: float = 1e-3
+    controller_decay: float = 5e-5
+    replay: int = 16
+    reward_images: int = 32
+    draws: int = 20
+    select_by: Literal["accuracy", "sharpness"] = "accuracy"
+    score_in: Literal["calibrated", "supernet"] = "calibrated"
+
+    def __post_init__(self) -> None:
+        for option in ("epochs", "replay", "reward_images", "draws"):
+            check_count(option, getattr(self, option))
+        check_count("warmup", self.warmup, 0)
+        check_flag("sharpness", self.sharpness)
+        for option in (
+            "rho", "cost_weight", "entropy_weight", "controller_lr", "controller_decay", "prior_entropy"
+        ):  # fmt: skip
+            check_number(option, getattr(self, option), 0)
+        check_choice("rho_unit", self.rho_unit, ("deviation", "absolute"))
+        check_choice("baseline", self.baseline, ("ema", "none"))
+        check_choice("reference", self.reference, ("fixed", "none"))
+        check_choice("prior", self.prior, ("error", "budget", "none"))
+        check_choice("within", self.within, ("window", "anything"))
+        check_choice("score_in", self.score_in, ("calibrated", "supernet"))
+        check_choice("select_by", self.select_by, ("accuracy", "sharpness"))
+        if self.select_by == "sharpness" and not (self.sharpness and self.rho):
+            raise ConfigError(
+                "select_by sharpness needs a perturbation: give rho above 0, and sharpness true"
+            )
 
 
 class Alternation:
@@ -68,14 +102,21 @@ class Alternation:
     def __init__(self, settings: Settings, problem: SearchProblem) -> None:
         self.settings, self.problem = settings, problem
         self.generator = torch.Generator().manual_seed(problem.seed)
-        calibrated = replace(problem, model=copy.deepcopy(problem.model))
-        self.supernet = Supernet(problem, switch_norms=True)
-        self.scorer = Scorer(Supernet(calibrated) if settings.score_in == "calibrated" else self.supernet)
+        self.supernet = Supernet(problem)
+        self.scorer = Scorer(self.supernet.copy() if settings.score_in == "calibrated" else self.supernet)
+        self.supernet.switch_norms()
         self.noise = relative_noise(problem)
         self.controller = Controller(problem.space, self._prior(problem.budget), self.generator)
-        self.learner = Reinforce(self.controller, **settings.learning)
+        self.learner = Reinforce(
+            self.controller,
+            lr=settings.controller_lr,
+            weight_decay=settings.controller_decay,
+            entropy_weight=settings.entropy_weight,
+            baseline=settings.baseline,
+            replay=settings.replay,
+        )
         self.optimizer = problem.optimizer(self.supernet.model)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.rates = CosineRates(self.optimizer)
         self.minimizer = SAQ(
             self.supernet.model, self.optimizer, rho=settings.rho, rho_unit=settings.rho_unit
         )
@@ -101,7 +142,7 @@ class Alternation:
             if self.phase == 0:
                 self._model_phase(epoch)
                 self.epoch, self.phase, self.step = epoch, 1, 0
-            if epoch >= self.settings.warmup:
+            if epoch >= min(self.settings.warmup, self.settings.epochs - 1):
                 self._controller_phase(epoch)
             self.epoch, self.phase, self.step = epoch + 1, 0, 0
 
@@ -113,9 +154,7 @@ class Alternation:
         with self.problem.progress.task(title, len(batches)) as task:
             task.advance(self.step)
             for index, (images, labels) in remaining(batches, epoch, self.step, memory):
-                share = (epoch * len(batches) + index) / steps
-                for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                    group["lr"] = rate * (1 + math.cos(math.pi * share)) / 2
+                self.rates.set((epoch * len(batches) + index) / steps)
                 self.supernet.select(self._draw())
                 loss = self.minimizer.step([[MicroBatch(BatchLoss(model, images, labels), 1.0)]])
                 task.advance(images=len(labels), loss=float(loss))

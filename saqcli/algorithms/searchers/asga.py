@@ -31,70 +31,14 @@ Differs from ASGA:
   takes turns at every step).
 """
 
-from typing import get_args
-
-from saqcli.algorithms.options import check_choice, check_count, check_flag, check_number
-from saqcli.algorithms.searchers.descent import Align, Descent, Settings
+from saqcli.algorithms.searchers.descent import Descent, Settings
 from saqcli.algorithms.searchers.knapsack import best_choice, indifferent
 from saqcli.algorithms.searchers.problem import Found, SearchProblem
 from saqcli.algorithms.searchers.supernet import Scorer
-from saqcli.algorithms.sharpness import RadiusUnit
-from saqcli.errors import ConfigError
 
 
-class ASGA:
-    """Learns shares of all options together with the weights, by sharpness-aware gradient alignment.
-
-    The arguments are those of ``Settings``.
-
-    Raises:
-        ConfigError: a word that is not among an option's choices, or a number out of range.
-    """
-
-    def __init__(
-        self,
-        *,
-        epochs: float = 0.25,
-        step_images: int = 32,
-        rho_min: float = 0.01,
-        rho_max: float = 0.1,
-        rho_unit: RadiusUnit = "deviation",
-        alignment: float = 1e-3,
-        align: Align = "sagm",
-        cost_weight: float = 3.0,
-        logit_lr: float = 0.1,
-        temperature_end: float = 1.0,
-        bilevel: bool = False,
-    ) -> None:
-        check_number("epochs", epochs, 0)
-        if not epochs:
-            raise ConfigError(f"epochs {epochs!r} is not possible: give more than 0")
-        for option, value, least in (
-            ("rho_min", rho_min, 0),
-            ("rho_max", rho_max, rho_min),
-            ("alignment", alignment, 0),
-            ("cost_weight", cost_weight, 0),
-            ("logit_lr", logit_lr, 0),
-            ("temperature_end", temperature_end, 0.01),
-        ):
-            check_number(option, value, least)
-        check_count("step_images", step_images)
-        check_flag("bilevel", bilevel)
-        check_choice("rho_unit", rho_unit, get_args(RadiusUnit))
-        check_choice("align", align, get_args(Align))
-        self.settings = Settings(
-            epochs=epochs,
-            step_images=step_images,
-            rho_min=rho_min,
-            rho_max=rho_max,
-            rho_unit=rho_unit,
-            alignment=alignment,
-            align=align,
-            cost_weight=cost_weight,
-            logit_lr=logit_lr,
-            temperature_end=temperature_end,
-            bilevel=bilevel,
-        )
+class ASGA(Settings):
+    """Learns shares of all options together with the weights, by sharpness-aware gradient alignment."""
 
     def search(self, problem: SearchProblem) -> Found:
         """Train shares and weights, then take the likeliest choice; where all fits, that, without training.
@@ -108,7 +52,7 @@ class ASGA:
         space.check_reachable(problem.budget)
         if problem.budget.admits(space.ceiling):
             return indifferent(problem)
-        descent = Descent(self.settings, problem)
+        descent = Descent(self, problem)
         descent.run()
         losses = descent.mixtures.losses()
         descent.mixtures.remove()

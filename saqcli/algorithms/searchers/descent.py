@@ -5,18 +5,22 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from saqcli.algorithms.divergence import check_step
+from saqcli.algorithms.objective import cut
+from saqcli.algorithms.options import check_choice, check_count, check_flag, check_number
+from saqcli.algorithms.searchers.cosine import CosineRates
 from saqcli.algorithms.searchers.knapsack import best_choice
 from saqcli.algorithms.searchers.mixture import Mixtures
 from saqcli.algorithms.searchers.problem import Batches, SearchProblem, remaining
+from saqcli.algorithms.searchers.sharp_cost import BatchLoss
 from saqcli.algorithms.searchers.supernet import Supernet
 from saqcli.algorithms.sharpness import Gradients, Perturbation, PerturbedSet, RadiusUnit, add_up
+from saqcli.errors import ConfigError
 from saqcli.quant.layers import frozen_batch_stats
 from saqcli.units import format_quantity
 
@@ -24,12 +28,11 @@ Align = Literal["sagm", "none"]
 RISE = 0.1  # of all steps, until the budget weighs in full
 THRIFT = 1e-3  # weight of the expected cost itself
 MEMORY = 0.9  # of the running mean of the gap
-LEFT_OUT = -1  # label of an image that could not be read
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How ASGA searches.
+    """How ASGA searches: its options.
 
     Attributes:
         epochs: passes over the images; a fraction ends within one.
@@ -43,19 +46,36 @@ class Settings:
         logit_lr: first learning rate of the logits.
         temperature_end: softmax temperature at the last step, from 1 at the first; 1 keeps it.
         bilevel: learn the logits on held-out images.
+
+    Raises:
+        ConfigError: a word that is not among an option's choices, or a number out of range.
     """
 
-    epochs: float
-    step_images: int
-    rho_min: float
-    rho_max: float
-    rho_unit: RadiusUnit
-    alignment: float
-    align: Align
-    cost_weight: float
-    logit_lr: float
-    temperature_end: float
-    bilevel: bool
+    epochs: float = 0.25
+    step_images: int = 32
+    rho_min: float = 0.01
+    rho_max: float = 0.1
+    rho_unit: RadiusUnit = "deviation"
+    alignment: float = 1e-3
+    align: Align = "sagm"
+    cost_weight: float = 3.0
+    logit_lr: float = 0.1
+    temperature_end: float = 1.0
+    bilevel: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("epochs", self.epochs, 0)
+        if not self.epochs:
+            raise ConfigError(f"epochs {self.epochs!r} is not possible: give more than 0")
+        check_number("rho_min", self.rho_min, 0)
+        check_number("rho_max", self.rho_max, self.rho_min)
+        for option in ("alignment", "cost_weight", "logit_lr"):
+            check_number(option, getattr(self, option), 0)
+        check_number("temperature_end", self.temperature_end, 0.01)
+        check_count("step_images", self.step_images)
+        check_flag("bilevel", self.bilevel)
+        check_choice("rho_unit", self.rho_unit, get_args(RadiusUnit))
+        check_choice("align", self.align, get_args(Align))
 
 
 class Descent:
@@ -82,7 +102,7 @@ class Descent:
         groups = self.optimizer.param_groups
         self.weights = [p for group in groups for p in group["params"] if p.requires_grad]
         self.set = PerturbedSet(self.model, ("weights", "biases", "norms"))
-        self._rates = [group["lr"] for group in self._groups()]
+        self._rates = CosineRates(self.optimizer, self.logit_optimizer)
         images = problem.images
         self.phases: list[tuple[Batches, set[str]]] = [(images.whole, {"weights", "logits"})]
         if settings.bilevel:
@@ -115,14 +135,10 @@ class Descent:
             for index, (images, labels) in remaining(batches, epoch, start, problem.memory):
                 if index == count:
                     break
-                on_device = (tensor.to(problem.device) for tensor in (images, labels))
-                pieces = -(
-                    -len(labels) // self.settings.step_images
-                )  # as equal as can be: norms need two images
-                parts = (torch.tensor_split(tensor, pieces) for tensor in on_device)
-                for part in zip(*parts, strict=True):
+                on_device = [tensor.to(problem.device) for tensor in (images, labels)]
+                for part in cut(on_device, self.settings.step_images):
                     self.step(
-                        partial(self._loss, *part),
+                        BatchLoss(self.model, *part),
                         len(part[1]) / len(labels),
                         weights="weights" in learning,
                         logits="logits" in learning,
@@ -134,9 +150,6 @@ class Descent:
                     cost=max(self.mixtures.used(problem.budget).tolist()),
                 )
                 problem.memory.offer(partial(self._state, epoch, place, index + 1))
-
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.model(images), labels, ignore_index=LEFT_OUT)
 
     def step(
         self, loss: Callable[[], Tensor], share: float = 1.0, *, weights: bool = True, logits: bool = True
@@ -188,14 +201,10 @@ class Descent:
             price = weight * (used - 1).clamp_min(0).square().sum() + THRIFT * used.sum()
         return list(torch.autograd.grad(price, self.logits))
 
-    def _groups(self) -> list[dict[str, Any]]:
-        return [*self.optimizer.param_groups, *self.logit_optimizer.param_groups]
-
     def _schedule(self) -> None:
         """Learning rates and temperature of the coming step."""
         fraction = min(1.0, self.done / max(self.total, 1))
-        for group, rate in zip(self._groups(), self._rates, strict=True):
-            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * fraction))
+        self._rates.set(fraction)
         self.mixtures.set_temperature(self.settings.temperature_end**fraction)
 
     def _follow(self, loss: float, gap: float) -> None:

@@ -16,7 +16,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from saqcli.algorithms.searchers.problem import Found, SearchProblem
 from saqcli.errors import InfeasibleBudget
-from saqcli.quant.cost import BUDGET_USE, Budget
+from saqcli.quant.cost import Budget, least_use
 from saqcli.quant.space import SearchSpace
 
 RULED_OUT = 20  # answers out of bounds by the solver's tolerance, before the bounds are drawn in
@@ -72,9 +72,8 @@ def best_choice(space: SearchSpace, budget: Budget, losses: Sequence[Sequence[fl
         return chosen
     best: list[int] | None = None
     for place, (index, bound) in enumerate(budget.bounds()):
-        wanted = -(-round(1000 * BUDGET_USE) * bound // 1000)  # rounded up
         asked = list(resources)
-        asked[place] = asked[place]._replace(least=wanted - space.fixed_cost[index])
+        asked[place] = asked[place]._replace(least=least_use(bound) - space.fixed_cost[index])
         found = _within(losses, asked)
         if found is not None and (best is None or _loss(losses, found) < _loss(losses, best)):
             best = found

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from saqcli.algorithms.searchers.knapsack import best_choice
 from saqcli.algorithms.searchers.separable import Losses
-from saqcli.quant.cost import BUDGET_USE, Budget
+from saqcli.quant.cost import USE_MIDDLE, Budget
 from saqcli.quant.space import SearchSpace
 
 FRONT_DRAWS = 4  # configurations proposed for another budget
@@ -54,7 +54,7 @@ def budget_logits(space: SearchSpace, budget: Budget, losses: Losses | None = No
         for decision in space.decisions
     ]  # (options, bounds) each
     fixed = np.array([space.fixed_cost[index] / bound for index, bound in bounds])
-    target = (1 + BUDGET_USE) / 2 - fixed
+    target = USE_MIDDLE - fixed
 
     def dual(m: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = float(m @ target), target.copy()

@@ -32,98 +32,13 @@ Differs from the paper, with the way back in brackets:
 - The released code perturbs first layer and classifier alone, and leaves the reward attached to its graph.
 """
 
-from typing import Literal
-
-from saqcli.algorithms.options import check_choice, check_count, check_flag, check_number
 from saqcli.algorithms.searchers.alternation import Alternation, Settings
 from saqcli.algorithms.searchers.knapsack import indifferent
 from saqcli.algorithms.searchers.problem import Found, SearchProblem
-from saqcli.algorithms.searchers.reinforce import Baseline
-from saqcli.algorithms.sharpness import RadiusUnit
-from saqcli.errors import ConfigError
 
 
-class SAMQ:
-    """The paper's search.
-
-    The arguments are those of ``Settings`` and of ``Reinforce``.
-
-    Raises:
-        ConfigError: an option that is not possible.
-    """
-
-    def __init__(
-        self,
-        *,
-        epochs: int = 3,
-        warmup: int = 1,
-        rho: float = 0.4,
-        rho_unit: RadiusUnit = "deviation",
-        sharpness: bool = True,
-        cost_weight: float = 6.0,
-        entropy_weight: float = 0.02,
-        baseline: Baseline = "ema",
-        reference: Literal["fixed", "none"] = "fixed",
-        prior: Literal["error", "budget", "none"] = "error",
-        prior_entropy: float = 0.7,
-        within: Literal["window", "anything"] = "window",
-        controller_lr: float = 1e-3,
-        controller_decay: float = 5e-5,
-        replay: int = 16,
-        reward_images: int = 32,
-        draws: int = 20,
-        select_by: Literal["accuracy", "sharpness"] = "accuracy",
-        score_in: Literal["calibrated", "supernet"] = "calibrated",
-    ) -> None:
-        for option, count in (
-            ("epochs", epochs), ("replay", replay), ("reward_images", reward_images), ("draws", draws)
-        ):  # fmt: skip
-            check_count(option, count)
-        check_count("warmup", warmup, 0)
-        check_flag("sharpness", sharpness)
-        for option, value, least in (
-            ("rho", rho, 0),
-            ("cost_weight", cost_weight, 0),
-            ("entropy_weight", entropy_weight, 0),
-            ("controller_lr", controller_lr, 0),
-            ("controller_decay", controller_decay, 0),
-            ("prior_entropy", prior_entropy, 0),
-        ):
-            check_number(option, value, least)
-        check_choice("rho_unit", rho_unit, ("deviation", "absolute"))
-        check_choice("baseline", baseline, ("ema", "none"))
-        check_choice("reference", reference, ("fixed", "none"))
-        check_choice("prior", prior, ("error", "budget", "none"))
-        check_choice("within", within, ("window", "anything"))
-        check_choice("score_in", score_in, ("calibrated", "supernet"))
-        check_choice("select_by", select_by, ("accuracy", "sharpness"))
-        if select_by == "sharpness" and not (sharpness and rho):
-            raise ConfigError(
-                "select_by sharpness needs a perturbation: give rho above 0, and sharpness true"
-            )
-        self.settings = Settings(
-            epochs=epochs,
-            warmup=min(warmup, epochs - 1),  # the controller learns in the last epoch at least
-            rho=rho,
-            rho_unit=rho_unit,
-            sharpness=sharpness,
-            cost_weight=cost_weight,
-            reference=reference,
-            prior=prior,
-            prior_entropy=prior_entropy,
-            within=within,
-            reward_images=reward_images,
-            draws=draws,
-            select_by=select_by,
-            score_in=score_in,
-            learning={
-                "lr": controller_lr,
-                "weight_decay": controller_decay,
-                "entropy_weight": entropy_weight,
-                "baseline": baseline,
-                "replay": replay,
-            },
-        )
+class SAMQ(Settings):
+    """The paper's search."""
 
     def search(self, problem: SearchProblem) -> Found:
         """Train supernet and controller in turns, draw, score, choose."""
@@ -131,6 +46,6 @@ class SAMQ:
         space.check_reachable(problem.budget)
         if problem.budget.admits(space.ceiling):
             return indifferent(problem)
-        run = Alternation(self.settings, problem)
+        run = Alternation(self, problem)
         run.train()
         return run.finish()

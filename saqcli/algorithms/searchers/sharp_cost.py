@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from saqcli.algorithms.searchers.supernet import Supernet
 from saqcli.algorithms.sharpness import PerturbedSet, RadiusUnit
-from saqcli.quant.cost import BUDGET_USE
+from saqcli.quant.cost import USE_MIDDLE
 
 
 class SharpCost:
@@ -59,7 +59,7 @@ class SharpCost:
         problem = self.supernet.problem
         cost = problem.space.cost(choice)
         used = max(cost[index] / bound for index, bound in problem.budget.bounds())
-        return self.cost_weight * (used / ((1 + BUDGET_USE) / 2) - 1) ** 2
+        return self.cost_weight * (used / USE_MIDDLE - 1) ** 2
 
     def losses(self, loss: "BatchLoss") -> tuple[float, float]:
         """The loss at the selected bits, and at the perturbed point; the same where the radius is 0."""

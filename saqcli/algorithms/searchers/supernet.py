@@ -7,6 +7,7 @@ fewer bits mean other means and variances (slimmable networks, arXiv:1812.08928)
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -30,8 +31,7 @@ class Supernet:
         choice: what it computes with right now.
     """
 
-    def __init__(self, problem: SearchProblem, *, switch_norms: bool = False) -> None:
-        """Install quantizers; with ``switch_norms`` give batch norms a copy for every option."""
+    def __init__(self, problem: SearchProblem) -> None:
         self.problem, self.model = problem, problem.model
         decisions = problem.space.decisions
         self.choice = [len(decision.options) - 1 for decision in decisions]
@@ -44,12 +44,19 @@ class Supernet:
             batches = islice(problem.images.whole, SETTLING)
             calibrate.settle_batch_norms(self.model, (images.to(problem.device) for images, _ in batches))
         self._norms: list[list[SwitchableNorm]] = [[] for _ in decisions]
-        if switch_norms:
-            self._switch_norms()
         self._layers = quantized_layers(self.model)
         self.select(self.choice)
 
-    def _switch_norms(self) -> None:
+    def copy(self) -> "Supernet":
+        """One that computes the same with a model of its own; only of one without switchable norms."""
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model)
+        twin.problem = replace(self.problem, model=twin.model)
+        twin._layers = quantized_layers(twin.model)
+        twin._norms = [[] for _ in self._norms]
+        return twin
+
+    def switch_norms(self) -> None:
         """Give every batch norm behind a free layer a copy for each of its options."""
         decisions = self.problem.space.decisions
         owners = {layer.name: i for i, decision in enumerate(decisions) for layer in decision.members}
@@ -60,6 +67,7 @@ class Supernet:
                 switch = SwitchableNorm(norm, len(decisions[owners[layer]].options))
                 self.model.set_submodule(name, switch)
                 self._norms[owners[layer]].append(switch)
+        self.select(self.choice)
 
     def layers_of(self, decision: int) -> list[QuantizedLayer]:
         """The layers that share a decision."""

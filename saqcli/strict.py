@@ -56,3 +56,14 @@ def describe(failure: ValidationError) -> str:
         text = f"{place}: {first['msg']}" if place else first["msg"]
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return text[0].lower() + text[1:] + more
+
+
+def printable(text: str, most: int = 600) -> str:
+    """``text`` from a stranger's file as one line of printable characters, cut where it is longer than ``most``.
+
+    Example:
+        >>> printable("conv1\\nerror: \\x1b[31mall is lost")
+        'conv1\\\\nerror: \\\\x1b[31mall is lost'
+    """
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: most + 1])
+    return line if len(line) <= most else f"{line[: most - 3]}..."

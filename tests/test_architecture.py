@@ -36,11 +36,12 @@ FAMILIES = {
         "reinforce",
         "alternation",
         "sharp_cost",
+        "cosine",
         "descent",
         "mixture",
     },
     "algorithms/instruments": {"base", "curvature", "inputs"},
-    "algorithms/exporters": {"facts", "operators", "onnx_layerwise"},
+    "algorithms/exporters": {"facts", "onnx_metadata", "digest", "damage", "envelope"},
     "quant/quantizers": {"base", "learned_step", "offset_search", "tanh_weight"},
 }
 

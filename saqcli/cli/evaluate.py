@@ -1,11 +1,15 @@
 """``saq eval``."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from saqcli.cli import options as o
 from saqcli.cli.screen import print_json, progress_for, reporting
+from saqcli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from saqcli.workflows.bench import BenchSettings
 
 
 @reporting
@@ -28,6 +32,30 @@ def eval_command(
     batch_size: o.BatchSize = None,
     workers: o.Workers = None,
     bad_images: o.BadImages = None,
+    bench: Annotated[
+        bool,
+        typer.Option(
+            "--bench",
+            help="Latency and throughput on the CPU: PyTorch and ONNX Runtime, float and quantized. Needs no --data.",
+            rich_help_panel=o.BENCH,
+        ),
+    ] = False,
+    batch_sizes: Annotated[
+        str | None,
+        typer.Option(metavar="1,8", help="Images at a time, for --bench: 1,8.", rich_help_panel=o.BENCH),
+    ] = None,
+    threads: Annotated[
+        str | None,
+        typer.Option(
+            metavar="1,2",
+            help="Threads, for --bench: by default as many as PyTorch uses.",
+            rich_help_panel=o.BENCH,
+        ),
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(min=1, help="Timed runs of every case, for --bench: 20.", rich_help_panel=o.BENCH),
+    ] = None,
     device: o.Device = None,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
@@ -35,8 +63,17 @@ def eval_command(
 ) -> None:
     """Accuracy on a folder of images: of a float model, a quantized run, or an exported file.
 
+    With `--bench` its speed, beside that of the same network in PyTorch and in ONNX Runtime, float and quantized.
+
     Example: `saq eval runs/resnet18-w4a4 --data imagenet`
+
+    Example: `saq eval runs/resnet18-w4a4 --bench --batch-sizes 1,8 --threads 1,2`
     """
+    settings = _bench_settings(bench, batch_sizes, threads, repeats)
+    if settings and data is None and batch_size is not None:
+        raise ConfigError("--batch-size is for the images of --data: give --batch-sizes for --bench")
+    if settings and device not in (None, "auto", "cpu"):
+        raise ConfigError(f"--device {device}: --bench measures the CPU, leave --device or --bench away")
     from saqcli.workflows.evaluate import evaluate_target
 
     section = o.model_section(
@@ -57,10 +94,40 @@ def eval_command(
         images,
         device=device or "auto",
         progress=progress_for(json_output=json_output, quiet=quiet),
+        bench=settings,
     ).to_dict()
     if json_output:
         print_json(result)
         return
-    from saqcli.cli.tables import show_evaluation
+    if result["images"] is not None:
+        from saqcli.cli.tables import show_evaluation
 
-    show_evaluation(result)
+        show_evaluation(result)
+    if result["bench"] is not None:
+        from saqcli.cli.bench_view import show_bench
+
+        show_bench(result["bench"])
+
+
+def _bench_settings(
+    bench: bool, batch_sizes: str | None, threads: str | None, repeats: int | None
+) -> "BenchSettings | None":
+    """What ``--bench`` measures; None without it.
+
+    Raises:
+        ConfigError: an option of it without it, or one that is no list of numbers.
+    """
+    options = {"--batch-sizes": batch_sizes, "--threads": threads, "--repeats": repeats}
+    for option, value in options.items():
+        if value is not None and not bench:
+            raise ConfigError(f"{option} says what --bench measures: give --bench with it")
+    if not bench:
+        return None
+    found = {
+        "batch_sizes": o.parse_counts(batch_sizes, "--batch-sizes"),
+        "threads": o.parse_counts(threads, "--threads"),
+        "repeats": repeats,
+    }
+    from saqcli.workflows.bench import BenchSettings
+
+    return BenchSettings(**o.given(found))

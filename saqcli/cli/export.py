@@ -13,10 +13,20 @@ from saqcli.cli.screen import print_json, progress_for, reporting
 def export_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a model.safetensors.")],
     onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="The file to write.")],
-    style: Annotated[str, typer.Option(help="How quantizers are written: qdq.")] = "qdq",
+    style: Annotated[
+        str,
+        typer.Option(
+            help="How quantizers are written: qdq (read by most runtimes), exact (equal to PyTorch bit for bit), "
+            "trt (INT8 without zero points) or qonnx (IntQuant nodes)."
+        ),
+    ] = "qdq",
     data: o.Data = None,
     batch_size: o.BatchSize = None,
     workers: o.Workers = None,
+    verify: Annotated[
+        list[str] | None,
+        typer.Option("--verify", metavar="RUNTIME", help="Verify with this runtime too: openvino."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
@@ -35,6 +45,7 @@ def export_command(
         data=o.data_section(path=data, eval_batch_size=batch_size, workers=workers),
         overwrite=overwrite,
         progress=progress_for(json_output=json_output, quiet=quiet),
+        runtimes=tuple(verify or ()),
     ).to_dict()
     if json_output:
         print_json(result)

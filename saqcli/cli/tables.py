@@ -22,7 +22,7 @@ def _table(title: str, columns: Iterable[str], left: int = 1) -> Table:
     return table
 
 
-def plain_table(title: str) -> Table:
+def plain_table(title: str | None = None) -> Table:
     """A table without lines, its columns still to be added."""
     return Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
 
@@ -113,20 +113,36 @@ def show_evaluation(result: dict[str, Any]) -> None:
 def show_export(result: dict[str, Any]) -> None:
     """The file and how it was verified."""
     console = Console()
-    say(
-        console,
-        f"wrote {result['onnx']} ({format_quantity(result['size_bytes'], 'B')}, style {result['style']}, "
-        f"opset {result['opset']})",
+    size = format_quantity(result["size_bytes"], "B")
+    say(console, f"wrote {result['onnx']} ({size}, style {result['style']}, opset {result['opset']})")
+    table = plain_table()
+    table.show_header = False
+    table.add_column("what", no_wrap=True)
+    table.add_column("found")
+    exact = result["style"] == "exact"
+    images = f"{result['images']:,} images"
+    table.add_row(
+        "end to end", f"the same best class on {100 * result['argmax_agreement']:.2f} % of {images}"
     )
-    say(
-        console,
-        f"layer by layer, {result['layers']} tensors equal PyTorch's to {result['layers_error']:.1e} of their range",
-    )
-    say(
-        console,
-        f"end to end it has the best class of the model in float64 on {100 * result['argmax_agreement']:.2f} % of "
-        f"{result['images']} images; PyTorch in float32 has it on {100 * result['pytorch_agreement']:.2f} %",
-    )
+    if exact:
+        table.add_row("", "every logit equal to PyTorch's exact form, bit for bit")
+    else:
+        table.add_row(
+            "", f"(as the model in float64; PyTorch in float32: {100 * result['pytorch_agreement']:.2f} %)"
+        )
+    for name, other in result["runtimes"].items():
+        table.add_row("", f"with {name} on {100 * other['argmax_agreement']:.2f} %")
+    table.add_row("layer by layer", f"{result['layers']} layers, each fed PyTorch's codes")
+    flipped = f"{result['flipped_codes']:,} on the edge between two"
+    table.add_row("", f"{result['codes']:,} codes, {flipped}, none wrong")
+    table.add_row("", f"largest error {result['layers_error']:.1e} of a layer's range")
+    if result["largest_accumulator"] is not None:
+        table.add_row("sums", f"at most {result['largest_accumulator']:,} (float32 counts to 16,777,216)")
+    if result["split_layers"]:
+        table.add_row("", f"cut into parts below that: {', '.join(result['split_layers'])}")
+    table.add_row("hazards", "none of the patterns that ONNX Runtime changes")
+    console.print(table)
+    say(console, f"verdict in {result['verdict']}")
 
 
 def show_searched(result: dict[str, Any]) -> None:

@@ -17,19 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from saqcli.errors import ConfigError, SaqError, UnknownModel, UnsupportedModel, WeightsMismatch
+from saqcli.io.arguments import check_arguments
 from saqcli.io.preprocessing import Preprocessing as Preprocessing
 from saqcli.io.weights import load_into, read_state_dict, sha256_of
 from saqcli.io.zoos import ZOOS, Architecture, Zoo
-
-_RESERVED = {  # builder arguments that are ours to set
-    "num_classes": "use --num-classes",
-    "pretrained": "use --pretrained or --no-pretrained",
-    "weights": "use --weights",
-    "checkpoint_path": "use --weights",
-    "pretrained_cfg": "use --weights",
-    "pretrained_cfg_overlay": "use --weights",
-    "features_only": "saq needs the classifier, leave it out",
-}
 
 
 @dataclass(frozen=True)
@@ -185,8 +176,7 @@ def _near(name: str, prefix: str | None) -> list[str]:
 
 def _architecture(zoo: Zoo, name: str, spec: ModelSpec) -> tuple[Architecture, Preprocessing]:
     """What to build for ``spec``, and what its images go through."""
-    for argument in _RESERVED.keys() & spec.kwargs.keys():
-        raise ConfigError(f"{name} cannot take {argument} as a model argument: {_RESERVED[argument]}")
+    check_arguments(name, spec.kwargs)
     kwargs = dict(spec.kwargs)
     short = name.partition("/")[2]
     in_chans = kwargs.pop("in_chans", None) or spec.in_chans or 3

@@ -89,7 +89,7 @@ class Preprocessing:
                 crop_pct=float(values["crop_pct"]),
                 crop_mode=str(values["crop_mode"]),
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ConfigError(
                 f"preprocessing {dict(values)} cannot be read ({error}): correct the value"
             ) from error

@@ -244,5 +244,12 @@ def versions() -> dict[str, str]:
     """Of saq, Python and the libraries that the numbers depend on."""
     from importlib.metadata import version
 
-    names = ("torch", "torchvision", "timm", "onnxruntime")
-    return {"saq": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
+    python = {"saq": __version__, "python": platform.python_version()}
+    return python | library_versions() | {"onnxruntime": version("onnxruntime")}
+
+
+def library_versions() -> dict[str, str]:
+    """Of the libraries that networks are made of: what they are called and how they are built may change."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "torchvision", "timm")}

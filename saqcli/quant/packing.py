@@ -4,6 +4,8 @@ A code is stored as its index on the grid, ``(code - lowest) / stride``, most si
 back to back, the last byte filled up with zeros.
 """
 
+from math import prod
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,6 +21,11 @@ def pack(codes: Tensor, grid: Grid, bits: int) -> Tensor:
     return torch.from_numpy(np.packbits(table.ravel()))
 
 
+def packed_bytes(shape: tuple[int, ...], bits: int) -> int:
+    """How many bytes ``pack`` makes of codes of ``bits`` in ``shape``."""
+    return -(-prod(shape) * bits // 8)
+
+
 def unpack(packed: Tensor, grid: Grid, bits: int, shape: tuple[int, ...]) -> Tensor:
     """The codes that ``pack`` stored, int32 in ``shape``.
 
@@ -26,8 +33,8 @@ def unpack(packed: Tensor, grid: Grid, bits: int, shape: tuple[int, ...]) -> Ten
         CorruptArtifact: not the number of bytes that the shape needs, an index outside the grid, or filling that is not
             zero.
     """
-    count = int(np.prod(shape))
-    if packed.dtype != torch.uint8 or packed.numel() != -(-count * bits // 8):
+    count = prod(shape)
+    if packed.dtype != torch.uint8 or packed.numel() != packed_bytes(shape, bits):
         raise CorruptArtifact(f"{packed.numel()} bytes cannot hold {count} codes of {bits} bits")
     stream = np.unpackbits(packed.cpu().numpy())
     if stream[count * bits :].any():

@@ -1,7 +1,7 @@
-"""``saq eval``: accuracy of anything on a folder of images."""
+"""``saq eval``: accuracy of anything on a folder of images, and with ``--bench`` how fast it is."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from saqcli.algorithms.training import Score, evaluate
@@ -9,6 +9,7 @@ from saqcli.config import DataSection, ModelSection
 from saqcli.io.data import check_trained_on
 from saqcli.io.loaders import Loader
 from saqcli.progress import Progress
+from saqcli.workflows.bench import Bench, BenchSettings, bench_target
 from saqcli.workflows.predictors import Predictor, open_target
 from saqcli.workflows.setup import open_named, pick_device, validation_loader
 
@@ -19,35 +20,65 @@ class Evaluation:
 
     Attributes:
         target: what was evaluated.
-        score: accuracy and loss.
+        score: accuracy and loss; None where no images were named, for ``--bench`` alone.
         images_per_second: including reading the images.
+        bench: how fast it is; None where that was not asked.
     """
 
     target: str
-    score: Score
-    images_per_second: float
+    score: Score | None
+    images_per_second: float | None = None
+    bench: Bench | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As ``--json`` prints it; accuracies in percent."""
+        score = self.score
         return {
             "target": self.target,
-            "top1": self.score.top1,
-            "top5": self.score.top5,
-            "loss": self.score.loss,
-            "images": self.score.images,
-            "skipped": self.score.skipped,
+            "top1": score and score.top1,
+            "top5": score and score.top5,
+            "loss": score and score.loss,
+            "images": score and score.images,
+            "skipped": score and score.skipped,
             "images_per_second": self.images_per_second,
+            "bench": self.bench and self.bench.to_dict(),
         }
 
 
 def evaluate_target(
-    target: str, section: ModelSection, data: DataSection, *, device: str, progress: Progress
+    target: str,
+    section: ModelSection,
+    data: DataSection,
+    *,
+    device: str,
+    progress: Progress,
+    bench: BenchSettings | None = None,
 ) -> Evaluation:
-    """Accuracy of a model name, a run directory, a safetensors or an ONNX file.
+    """Accuracy, or speed, or both, of a model name, a run directory, a safetensors or an ONNX file.
+
+    Args:
+        target: what to evaluate.
+        section: further options of a model name.
+        data: images; with ``bench`` they may be left away.
+        device: that accuracy is measured on; speed is always that of the CPU.
+        progress: told about every batch and every round.
+        bench: what to time, if anything.
 
     Raises:
         SaqError: the target or the data cannot be used.
     """
+    if bench is None:
+        return _accuracy(target, section, data, device, progress)
+    bench.check()
+    if data.path is None:
+        return Evaluation(target, None, bench=bench_target(target, section, bench, progress))
+    found = _accuracy(target, section, data, device, progress)
+    return replace(found, bench=bench_target(target, section, bench, progress))
+
+
+def _accuracy(
+    target: str, section: ModelSection, data: DataSection, device: str, progress: Progress
+) -> Evaluation:
     predictor = open_target(target, section, pick_device(device), progress)
     split = open_named(data, "val", predictor.num_classes)
     if predictor.facts is not None:

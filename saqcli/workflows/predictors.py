@@ -1,6 +1,6 @@
 """Anything that can be evaluated, as a function from images to logits: a name, a run, a file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,15 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.algorithms.exporters.facts import ModelFacts
-from saqcli.algorithms.exporters.onnx_qdq import INPUT, read_onnx_facts
-from saqcli.algorithms.exporters.safetensors import read_facts, read_tensors, rebuild
+from saqcli.algorithms.exporters.onnx_metadata import read_onnx_facts
+from saqcli.algorithms.exporters.safetensors import read_content, rebuild
+from saqcli.algorithms.graphs.exact_form import ExactForm
+from saqcli.algorithms.graphs.operators import frozen_copy
+from saqcli.algorithms.graphs.tracing import INPUT
 from saqcli.config import ModelSection
-from saqcli.errors import ConfigError, CorruptArtifact, RunDirectoryError
-from saqcli.io.models import build_architecture
+from saqcli.errors import ConfigError, CorruptArtifact, RunDirectoryError, SaqError
+from saqcli.io.described import build_described, check_description
 from saqcli.io.preprocessing import Preprocessing
-from saqcli.io.runs import RunDirectory
+from saqcli.io.runs import RunDirectory, library_versions
 from saqcli.progress import Progress
 from saqcli.quant.trace import try_model
+from saqcli.strict import printable
 from saqcli.workflows.setup import load_float
 
 
@@ -53,6 +57,20 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
     Raises:
         SaqError: no such thing, or a damaged one.
     """
+    path = named_file(target, section)
+    if path is not None:
+        return open_onnx(path) if path.suffix == ".onnx" else open_safetensors(path, device)
+    loaded = load_float(section, progress)
+    try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size))
+    return Predictor(loaded.model.to(device), loaded.name, loaded.num_classes, loaded.preprocessing, device)
+
+
+def named_file(target: str, section: ModelSection) -> Path | None:
+    """The file that ``target`` stands for: itself, the model of a run directory, or None for a model name.
+
+    Raises:
+        SaqError: it names nothing, a run without a model, or a file that saq did not write.
+    """
     path = Path(target).expanduser()
     if not target.strip():
         raise ConfigError(
@@ -60,19 +78,15 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
         )
     if path.suffix in (".onnx", ".safetensors") or path.is_dir():
         check_no_model_options(target, section)
-    if path.suffix == ".onnx":
-        return open_onnx(path)
-    if path.suffix == ".safetensors":
-        return open_safetensors(path, device)
+    if path.suffix in (".onnx", ".safetensors"):
+        return path
     if path.is_dir():
-        return open_safetensors(finished_model(RunDirectory.open(path)), device)
+        return finished_model(RunDirectory.open(path))
     if path.is_file():
         raise ConfigError(
             f"{path} is no model file of saq: give MODEL --weights {path}, to evaluate float weights"
         )
-    loaded = load_float(section, progress)
-    try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size))
-    return Predictor(loaded.model.to(device), loaded.name, loaded.num_classes, loaded.preprocessing, device)
+    return None
 
 
 def check_no_model_options(target: str, section: ModelSection) -> None:
@@ -102,12 +116,37 @@ def restore(path: Path) -> tuple[nn.Module, ModelFacts]:
     """The quantized model in a safetensors file, in eval mode on the CPU, and what the file says about it.
 
     Raises:
-        CorruptArtifact: damaged, foreign, or of a newer version.
+        CorruptArtifact: truncated, damaged, foreign, of a newer version, changed, or not of a network that can be built
+            here; its message is one printable line.
     """
     if not path.is_file():
         raise ConfigError(f"there is no file {path}")
-    facts = read_facts(path)
-    return rebuild(build_architecture(facts.build), facts, read_tensors(path), str(path)), facts
+    hint = ""
+    try:
+        facts, tensors = read_content(path)
+        hint = _written_elsewhere(facts)
+        return rebuild(_float_model(path, facts, tensors), facts, tensors, str(path)), facts
+    except SaqError as error:
+        raise CorruptArtifact(printable(f"{error}") + printable(hint, 200)) from None
+
+
+def _float_model(path: Path, facts: ModelFacts, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The network that ``facts`` describe, of random weights."""
+    try:
+        return build_described(facts.build, facts.preprocessing, tensors)
+    except SaqError as error:
+        raise CorruptArtifact(f"{path} describes a model that cannot be built: {error}") from None
+
+
+def _written_elsewhere(facts: ModelFacts) -> str:
+    """What to think of where a file does not fit: networks change with the libraries that they come from."""
+    here = library_versions()
+    others = [f"{name} {v}" for name, v in facts.versions.items() if here.get(name, v) != v]
+    if not others:
+        return ""
+    return (
+        f"; it was written with {', '.join(others)}, here is {', '.join(f'{n} {v}' for n, v in here.items())}"
+    )
 
 
 def open_safetensors(path: Path, device: torch.device) -> Predictor:
@@ -128,13 +167,13 @@ def open_onnx(path: Path, *, optimized: bool = True) -> Predictor:
     return _described(onnx_session(path, optimized=optimized), str(path), facts, torch.device("cpu"))
 
 
-def onnx_session(path: Path, *, optimized: bool) -> Callable[[Tensor], Tensor]:
-    """Images to logits by ONNX Runtime on the CPU."""
+def onnx_session(path: Path, *, optimized: bool, threads: int | None = None) -> Callable[[Tensor], Tensor]:
+    """Images to logits by ONNX Runtime on the CPU, with as many threads as PyTorch has unless told otherwise."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
@@ -153,15 +192,19 @@ def onnx_session(path: Path, *, optimized: bool) -> Callable[[Tensor], Tensor]:
 def _described(
     predict: Callable[[Tensor], Tensor], name: str, facts: ModelFacts, device: torch.device
 ) -> Predictor:
-    preprocessing = Preprocessing.from_dict(facts.preprocessing)
-    return Predictor(predict, name, int(facts.build["num_classes"]), preprocessing, device, facts)
+    try:
+        preprocessing = check_description(facts.build, facts.preprocessing)
+    except SaqError as error:
+        raise CorruptArtifact(f"{name} does not say what it expects: {printable(str(error))}") from None
+    return Predictor(predict, name, facts.build["num_classes"], preprocessing, device, facts)
 
 
-def load(path: str | Path) -> nn.Module:
+def load(path: str | Path, *, exact: bool = False) -> nn.Module:
     """The quantized model in a safetensors file or a finished run directory, ready to be called.
 
     Args:
         path: ``model.safetensors``, or the directory that ``saq quantize`` left.
+        exact: in its exact form, which ONNX files of style ``exact`` equal bit for bit.
 
     Returns:
         In eval mode on the CPU; bit-equal to the model that was saved. Its input is normalized images (N, C,
@@ -171,5 +214,8 @@ def load(path: str | Path) -> nn.Module:
         SaqError: no such thing, or a damaged one.
     """
     path = Path(path)
-    model, _ = restore(finished_model(RunDirectory.open(path)) if path.is_dir() else path)
-    return model
+    model, facts = restore(finished_model(RunDirectory.open(path)) if path.is_dir() else path)
+    if not exact:
+        return model
+    example = torch.zeros(2, *Preprocessing.from_dict(facts.preprocessing).input_size)
+    return ExactForm(frozen_copy(model), example).eval()

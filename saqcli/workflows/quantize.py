@@ -28,7 +28,7 @@ from saqcli.io.files import write_text
 from saqcli.io.loaders import Loader
 from saqcli.io.models import build_architecture
 from saqcli.io.preprocessing import Preprocessing
-from saqcli.io.runs import RunDirectory
+from saqcli.io.runs import RunDirectory, library_versions
 from saqcli.progress import SILENT, Progress
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig
@@ -44,6 +44,7 @@ from saqcli.workflows.outcome import Outcome
 from saqcli.workflows.report import write_report
 from saqcli.workflows.search import keep_search, search_and_stop
 from saqcli.workflows.setup import Images, Network, check_same, load_float, pick_device, wrap_and_trace
+from saqcli.workflows.verdict import verdict_path
 
 
 def quantize(
@@ -204,8 +205,12 @@ def complete(
         verdict = export_verified(model, facts, path, style, batches, len(batches), progress)
         outcome.artifacts[style] = str(path)
         outcome.agreement, outcome.verified_images = verdict.argmax_agreement, verdict.images
-        outcome.layers_error = verdict.layers_error
-    outcome.artifacts |= {"policy": str(run.policy_path), "report": str(run.report_path)}
+        outcome.layers_error = verdict.figures()["layers_error"]
+    outcome.artifacts |= {
+        "verdict": str(verdict_path(run.onnx_path)),
+        "policy": str(run.policy_path),
+        "report": str(run.report_path),
+    }
     write_report(run.report_path, config, outcome.to_dict(run.path))
     run.finish(outcome.to_dict(run.path))
     return outcome
@@ -236,6 +241,7 @@ def describe(
     loaded = network.loaded
     return ModelFacts(
         saq_version=__version__,
+        versions=library_versions(),
         build=loaded.build,
         preprocessing=loaded.preprocessing.to_dict(),
         policy=policy,

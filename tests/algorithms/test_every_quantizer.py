@@ -11,9 +11,10 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.algorithms.exporters.onnx_layerwise import LARGEST_ERROR, check_layers
-from saqcli.algorithms.exporters.onnx_qdq import OnnxQdqExporter, frozen_copy
-from saqcli.algorithms.exporters.safetensors import SafetensorsExporter, read_facts, read_tensors, rebuild
+from saqcli.algorithms.exporters.qdq import QdqExporter
+from saqcli.algorithms.exporters.safetensors import SafetensorsExporter, read_content, rebuild
+from saqcli.algorithms.graphs.layerwise import LARGEST_ERROR, check_layers
+from saqcli.algorithms.graphs.operators import frozen_copy
 from saqcli.algorithms.minimizers import MINIMIZERS, MicroBatch
 from saqcli.algorithms.sharpness import PerturbedSet
 from saqcli.quant.convert import Scheme
@@ -92,22 +93,21 @@ def test_a_file_holds_the_very_same_network(scheme: str, name: str, tmp_path: Pa
     state = {key: value.clone() for key, value in quantized.model.state_dict().items()}
     SafetensorsExporter().export(quantized.model, images(2), path, quantized.facts)
     torch.manual_seed(7)
-    model = rebuild(NETWORKS[name](), read_facts(path), read_tensors(path), str(path))
+    facts, tensors = read_content(path)
+    model = rebuild(NETWORKS[name](), facts, tensors, str(path))
     again = tmp_path / "again.safetensors"
     SafetensorsExporter().export(model, images(2), again, quantized.facts)
 
     assert torch.equal(answer(model, images(16)), answer(quantized.model, images(16)))
     assert all(torch.equal(value, state[key]) for key, value in quantized.model.state_dict().items())
-    one, other = read_tensors(path), read_tensors(again)
-    assert list(one) == list(other)
-    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    assert again.read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize(("scheme", "name"), GRAPHS, ids=["-".join(run) for run in GRAPHS])
 def test_the_graph_computes_what_the_network_computes(scheme: str, name: str, tmp_path: Path) -> None:
     quantized = trained(scheme, name)
     path = tmp_path / "model.onnx"
-    OnnxQdqExporter().export(quantized.model, images(2), path, quantized.facts)
+    QdqExporter().export(quantized.model, images(2), path, quantized.facts)
     x = images(16, seed=5)
     frozen = frozen_copy(quantized.model)
 
@@ -141,7 +141,7 @@ def test_an_offset_becomes_the_zero_point_of_a_container_that_holds_the_codes(
     layer = quantized.layers["4"]  # behind the GELU
     set_offset(layer.input_quantizer, lowest)
     path = tmp_path / "model.onnx"
-    OnnxQdqExporter().export(quantized.model, images(2), path, quantized.facts)
+    QdqExporter().export(quantized.model, images(2), path, quantized.facts)
     graph = onnx.load(str(path)).graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     made = {output: node for node in graph.node for output in node.output}

@@ -65,7 +65,8 @@ def test_the_run_directory_holds_what_was_promised(quantized: dict[str, Any], ru
     manifest = json.loads((run / "manifest.json").read_text())
 
     assert manifest["status"] == "finished"
-    assert set(manifest["artifacts"]) == {"artifacts/model.onnx", "artifacts/model.safetensors"}
+    names = {"model.onnx", "model.safetensors", "model.verdict.json"}
+    assert set(manifest["artifacts"]) == {f"artifacts/{name}" for name in names}
     assert all(
         (run / name).is_file() for name in ("config.json", "policy.json", "report.md", "metrics.jsonl")
     )
@@ -160,10 +161,10 @@ def test_an_artifact_that_does_not_equal_the_model_leaves_no_file_and_exits_3(
     quantized: dict[str, Any], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from saqcli.algorithms import exporters
-    from saqcli.algorithms.exporters.onnx_qdq import OnnxQdqExporter
+    from saqcli.algorithms.exporters.qdq import QdqExporter
     from saqcli.quant.layers import quantized_layers
 
-    class Broken(OnnxQdqExporter):
+    class Broken(QdqExporter):
         def export(self, model: Any, example: Any, path: Path, facts: Any) -> None:
             for layer in quantized_layers(model).values():
                 layer.latent_weight().data.neg_()

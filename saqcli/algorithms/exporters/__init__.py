@@ -11,9 +11,12 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from saqcli.algorithms.exporters.exact import ExactExporter
 from saqcli.algorithms.exporters.facts import ModelFacts
-from saqcli.algorithms.exporters.onnx_qdq import OnnxQdqExporter
+from saqcli.algorithms.exporters.qdq import QdqExporter
+from saqcli.algorithms.exporters.qonnx import QonnxExporter
 from saqcli.algorithms.exporters.safetensors import SafetensorsExporter
+from saqcli.algorithms.exporters.trt import TrtExporter
 
 
 class Exporter(Protocol):
@@ -29,7 +32,11 @@ class Exporter(Protocol):
 
 EXPORTERS: dict[str, Callable[[], Exporter]] = {
     "safetensors": SafetensorsExporter,
-    "qdq": OnnxQdqExporter,
+    "qdq": QdqExporter,
+    "exact": ExactExporter,
+    "trt": TrtExporter,
+    "qonnx": QonnxExporter,
 }
+STYLES = tuple(name for name in EXPORTERS if name != "safetensors")  # of ONNX files
 
-__all__ = ["EXPORTERS", "Exporter", "ModelFacts"]
+__all__ = ["EXPORTERS", "STYLES", "Exporter", "ModelFacts"]

@@ -4,8 +4,12 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from saqcli._version import __version__
+from saqcli.errors import CorruptArtifact
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.convert import Scheme
+
+SCHEMA_VERSION = 1
 
 
 class ModelFacts(BaseModel):
@@ -14,6 +18,7 @@ class ModelFacts(BaseModel):
     Attributes:
         schema_version: of this description.
         saq_version: that wrote it.
+        versions: of the libraries that it was written with, by name.
         build: how the float architecture is built: name, classes, channels, keyword arguments.
         preprocessing: input size, mean, standard deviation, interpolation, crop.
         policy: bits of every quantized layer, in execution order.
@@ -29,6 +34,7 @@ class ModelFacts(BaseModel):
 
     schema_version: Literal[1] = 1
     saq_version: str
+    versions: dict[str, str] = {}
     build: dict[str, Any]
     preprocessing: dict[str, Any]
     policy: BitConfig
@@ -47,3 +53,17 @@ class ModelFacts(BaseModel):
         if unknown:
             raise ValueError(f"whether the input of {unknown[0]} is signed is not told")
         return self
+
+
+def check_schema(facts: object, source: str) -> None:
+    """Refuse the description, a tree of JSON, of a newer saq before its strict schema does so less clearly.
+
+    Raises:
+        CorruptArtifact: it is of a newer version.
+    """
+    version = facts.get("schema_version") if isinstance(facts, dict) else None
+    if isinstance(facts, dict) and type(version) is int and version > SCHEMA_VERSION:
+        raise CorruptArtifact(
+            f"{source} was written by saq {facts.get('saq_version')}, description version {version}; this saq "
+            f"{__version__} reads up to {SCHEMA_VERSION}: upgrade saq"
+        )

@@ -8,30 +8,36 @@
 Weight quantizers are saved, and loaded, in their plain form (``convert.fold``). Loading builds the float
 architecture, wraps it, and puts ``step * code`` where the float weight was. Quantizing that again gives the same
 codes, so the loaded model equals the saved one bit for bit. No code is ever read from the file.
+
+What is read is judged in this order: header (``damage``), format and version, hash (``envelope``), description
+(``facts``), and here whether the tensors are exactly those of the network that it describes.
 """
 
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from saqcli.algorithms.exporters.damage import describe_damage
+from saqcli.algorithms.exporters.envelope import check_ours, seal, unseal
 from saqcli.algorithms.exporters.facts import ModelFacts
 from saqcli.errors import CorruptArtifact, SaqError
 from saqcli.quant import convert
 from saqcli.quant.layers import QuantizedLayer, quantized_layers, stores_codes
-from saqcli.quant.packing import pack, unpack
+from saqcli.quant.packing import pack, packed_bytes, unpack
 from saqcli.quant.quantizers import Quantizer
-from saqcli.strict import parse_json
+from saqcli.strict import printable
 
-FORMAT = "saq.model"
+_NAMED = 3  # tensors that a message lists before it counts
 
 
 class SafetensorsExporter:
-    """Writes the whole model, to be evaluated or exported further by ``saq``."""
+    """Writes the whole model, to be evaluated or exported further by ``saq``; the same model as the same bytes."""
 
     suffix = ".safetensors"
 
@@ -40,92 +46,138 @@ class SafetensorsExporter:
         model = copy.deepcopy(model)
         convert.fold(model)
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        for name, layer in quantized_layers(model).items():
-            quantizer = layer.weight_quantizer
-            if stores_codes(layer) and isinstance(quantizer, Quantizer):
-                del state[f"{name}.{layer.weight_name}"]
-                codes = quantizer.codes(layer.latent_weight())
-                state[f"{name}.codes"] = pack(codes, quantizer.grid(), quantizer.bits)
-                state[f"{name}.step"] = quantizer.step().detach().cpu().flatten()
-        metadata = {"format": FORMAT, "facts": facts.model_dump_json()}
-        save_file({name: value.clone() for name, value in state.items()}, path, metadata=metadata)
+        for name, (layer, quantizer) in _coded_layers(model).items():
+            del state[f"{name}.{layer.weight_name}"]
+            codes = quantizer.codes(layer.latent_weight())
+            state[f"{name}.codes"] = pack(codes, quantizer.grid(), quantizer.bits)
+            state[f"{name}.step"] = quantizer.step().detach().cpu().flatten()
+        tensors = {name: value.clone() for name, value in state.items()}  # the library refuses shared memory
+        save_file(tensors, path, metadata=seal(facts, tensors))
+
+
+class Content(NamedTuple):
+    """What a file holds: its description, and all tensors by name."""
+
+    facts: ModelFacts
+    tensors: dict[str, Tensor]
+
+
+def read_content(path: Path) -> Content:
+    """What is in a file written by ``SafetensorsExporter``.
+
+    Raises:
+        CorruptArtifact: truncated, damaged, foreign, of a newer version, or changed since it was written.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = check_ours(file.metadata() or {}, str(path))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CorruptArtifact(describe_damage(path, str(error))) from None
+    return Content(unseal(text, tensors, str(path)), tensors)
 
 
 def read_facts(path: Path) -> ModelFacts:
-    """The description in a file written by ``SafetensorsExporter``.
-
-    Raises:
-        CorruptArtifact: not such a file, damaged, or of another version.
-    """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CorruptArtifact(f"{path} cannot be read as safetensors: {error}") from None
-    if metadata.get("format") != FORMAT:
-        raise CorruptArtifact(
-            f"{path} holds no quantized model of saq: give a run directory, or the model.safetensors in its artifacts/"
-        )
-    return parse_json(ModelFacts, metadata.get("facts", ""), str(path), CorruptArtifact)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of the file, by name.
-
-    Raises:
-        CorruptArtifact: truncated or damaged.
-    """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CorruptArtifact(f"{path} cannot be read as safetensors: {error}") from None
+    """The description alone; reads and checks the whole file all the same."""
+    return read_content(path).facts
 
 
 def rebuild(model: nn.Module, facts: ModelFacts, tensors: Mapping[str, Tensor], source: str) -> nn.Module:
     """Turn the float architecture ``model`` into the quantized model that was saved, in place.
 
     Raises:
-        CorruptArtifact: the description contradicts itself or the architecture, or tensors are missing, left over or of
-            another shape.
+        CorruptArtifact: the description contradicts itself or the architecture, or tensors are missing, left over, of
+            another shape or type, or hold numbers that no quantizer can have.
     """
     try:
         restore_structure(model, facts)
         convert.fold(model)
-    except SaqError as error:
-        raise CorruptArtifact(f"{source} describes a model that cannot be built: {error}") from None
-    state = dict(tensors)
-    for name, layer in quantized_layers(model).items():
-        quantizer = layer.weight_quantizer
-        if stores_codes(layer) and isinstance(quantizer, Quantizer) and f"{name}.codes" in state:
-            try:
-                state[f"{name}.{layer.weight_name}"] = _weight(state, name, layer, quantizer)
-            except CorruptArtifact as error:
-                raise CorruptArtifact(f"{source}, layer {name}: {error}") from None
-    try:
+        _check_fit(_expected(model), tensors, facts.policy.model)
+        state = dict(tensors)
+        for name, (layer, quantizer) in _coded_layers(model).items():
+            state[f"{name}.{layer.weight_name}"] = _weight(state, name, layer, quantizer)
         model.load_state_dict(state)
+        _check_inputs(model)
+    except SaqError as error:
+        raise CorruptArtifact(
+            f"{source} describes a model that cannot be built: {printable(str(error))}"
+        ) from None
     except RuntimeError as error:
-        detail = " ".join(str(error).split())[:300]
-        raise CorruptArtifact(f"{source} does not fit {facts.policy.model}: {detail}") from None
+        raise CorruptArtifact(
+            f"{source} does not fit {facts.policy.model}: {printable(str(error))}"
+        ) from None
     return model.eval()
+
+
+def _coded_layers(model: nn.Module) -> dict[str, tuple[QuantizedLayer, Quantizer]]:
+    """The layers whose weights are stored as codes, with their weight quantizers."""
+    return {
+        name: (layer, layer.weight_quantizer)
+        for name, layer in quantized_layers(model).items()
+        if stores_codes(layer) and isinstance(layer.weight_quantizer, Quantizer)
+    }
+
+
+def _expected(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of every tensor that a file of ``model`` holds."""
+    expected = {name: (tuple(value.shape), value.dtype) for name, value in model.state_dict().items()}
+    for name, (layer, quantizer) in _coded_layers(model).items():
+        shape, _ = expected.pop(f"{name}.{layer.weight_name}")
+        expected[f"{name}.codes"] = (packed_bytes(shape, quantizer.bits),), torch.uint8
+        expected[f"{name}.step"] = (quantizer.step().numel(),), torch.float32
+    return expected
+
+
+def _check_fit(
+    expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]], tensors: Mapping[str, Tensor], name: str
+) -> None:
+    """Refuse tensors that are not exactly those expected: torch itself would convert some and let others pass."""
+    missing = [key for key in expected if key not in tensors]
+    unknown = [key for key in tensors if key not in expected]
+    other = [
+        f"{key} is {_kind(tuple(tensors[key].shape), tensors[key].dtype)} instead of {_kind(*expected[key])}"
+        for key in expected
+        if key in tensors and (tuple(tensors[key].shape), tensors[key].dtype) != expected[key]
+    ]
+    problems = [
+        f"{title}{', '.join(some[:_NAMED])}{f' and {len(some) - _NAMED} more' if len(some) > _NAMED else ''}"
+        for title, some in (("it lacks ", missing), ("nothing takes ", unknown), ("", other))
+        if some
+    ]
+    if problems:
+        raise CorruptArtifact(f"its tensors are not those of {name}: {'; '.join(problems)}")
+
+
+def _kind(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
 def _weight(state: dict[str, Tensor], name: str, layer: QuantizedLayer, quantizer: Quantizer) -> Tensor:
     """``step * code`` of one layer, both taken out of ``state``."""
-    grid, shape = quantizer.grid(), tuple(layer.latent_weight().shape)
-    packed, step = state.pop(f"{name}.codes"), state.pop(f"{name}.step", None)
     prefix = f"{name}.weight_quantizer."
-    try:
-        quantizer.load_state_dict(
-            {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        )
-    except RuntimeError:
-        raise CorruptArtifact("what its quantizer needs is missing or of another shape") from None
+    packed, step = state.pop(f"{name}.codes"), state.pop(f"{name}.step")
+    quantizer.load_state_dict(
+        {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    )
     expected = quantizer.step().detach()
-    if step is None or step.shape != expected.flatten().shape or not torch.allclose(step, expected.flatten()):
-        raise CorruptArtifact("the steps of the codes do not belong to its grid and clipping level")
-    return unpack(packed, grid, quantizer.bits, shape) * expected
+    if not expected.isfinite().all():
+        raise CorruptArtifact(f"the clipping level of layer {name} is no finite number")
+    if not torch.equal(step, expected.flatten()):
+        raise CorruptArtifact(f"the steps of layer {name} do not belong to its grid and clipping level")
+    try:
+        codes = unpack(packed, quantizer.grid(), quantizer.bits, tuple(layer.latent_weight().shape))
+    except CorruptArtifact as error:
+        raise CorruptArtifact(f"layer {name}: {error}") from None
+    return codes * expected
+
+
+def _check_inputs(model: nn.Module) -> None:
+    """Refuse quantizers with numbers that are none; the sign of a level or step has no meaning, zero is the least."""
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer) and not all(
+            x.isfinite().all() for x in module.state_dict().values()
+        ):
+            raise CorruptArtifact(f"{name} has a level, step or offset that is no finite number")
 
 
 def restore_structure(model: nn.Module, facts: ModelFacts) -> None:
@@ -134,10 +186,11 @@ def restore_structure(model: nn.Module, facts: ModelFacts) -> None:
     Raises:
         SaqError: they tell of layers that the architecture does not have.
     """
-    layers = convert.wrap(model)
     modules = dict(model.named_modules())
+    layers = convert.wrap(model)
+    quantized = set(layers) & set(facts.policy.layers)
     for parent, children in facts.routed.items():
-        if parent not in modules or not set(children) <= set(layers) & set(facts.policy.layers):
+        if parent not in modules or not set(children) <= quantized:
             raise CorruptArtifact(f"it has no {parent} that multiplies with {', '.join(children)}")
     convert.leave_float(model, [name for name in layers if name not in facts.policy.layers])
     for parent, children in facts.routed.items():

@@ -1,0 +1,60 @@
+"""Style ``exact``: an ONNX graph whose logits equal PyTorch's to the last bit, at ONNX Runtime's default settings.
+
+    input --Clip--QuantizeLinear(step)--DequantizeLinear(1)--.
+                                                              Conv -- Mul(scale[c]) -- Add(shift[c]) -- Relu -- ...
+    integer weight --DequantizeLinear(1)---------------------'
+
+The PyTorch side is the model's exact form (``graphs.exact_form``): the same function, in which every sum is
+one of integers or has a fixed order. Odd codes of the paper's grid that fit 4 bits by halves, ``code = 2 h +
+1``, are stored as ``h``.
+"""
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from torch import Tensor, nn
+
+from saqcli.algorithms.exporters.facts import ModelFacts
+from saqcli.algorithms.exporters.onnx_metadata import properties
+from saqcli.algorithms.graphs import parts, tracing
+from saqcli.algorithms.graphs.activations import quantized
+from saqcli.algorithms.graphs.exact_form import ExactForm
+from saqcli.algorithms.graphs.operators import frozen_copy
+
+
+class ExactExporter:
+    """Writes a graph that any runtime with IEEE arithmetic computes alike."""
+
+    suffix = ".onnx"
+
+    def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
+        """Write ``path``; as ``QdqExporter.export``.
+
+        Raises:
+            UnsupportedModel: the model cannot be traced, or has an operator without an exact form.
+        """
+        model_graph = tracing.onnx_graph(ExactForm(frozen_copy(model), example), example)
+        parts.lower(model_graph.graph, "InputCodes", _input_codes)
+        parts.lower(model_graph.graph, "WeightCodes", _weight_codes)
+        tracing.save(model_graph, path, properties(facts), facts.saq_version)
+
+
+def _input_codes(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    codes, _, zero = quantized(graph, node)
+    one = parts.constant(graph, "one", np.float32(1))
+    return parts.before(graph, node, "DequantizeLinear", [codes, one, zero])
+
+
+def _weight_codes(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    """The codes in the smallest container; odd ones by halves where that makes them fit 4 bits."""
+    codes = parts.array_of(node.inputs[0])
+    halves = (codes.astype(np.int32) - 1) // 2
+    if (codes % 2 == 1).all() and not parts.fits_int4(codes) and parts.fits_int4(halves):
+        doubled = parts.dequantized(
+            graph, node, halves.astype(ml_dtypes.int4), ir.DataType.INT4, np.float32(2)
+        )
+        return parts.before(graph, node, "Add", [doubled, parts.constant(graph, "one", np.float32(1))])
+    container, dtype = parts.packed(codes)
+    return parts.dequantized(graph, node, container, dtype, np.float32(1))

@@ -1,0 +1,62 @@
+"""Style ``qdq``: QuantizeLinear and DequantizeLinear nodes around floating-point operators, read by most runtimes.
+
+    input --Clip--QuantizeLinear--DequantizeLinear--.
+                                                     Conv --Add(bias)-- Relu -- ...
+    integer weight (INT4 / INT8 / INT16) --Dequant--'
+
+Batch norms are folded into the steps of weights, whose codes stay as they are. Three choices keep the
+numbers, each answering something that ONNX Runtime does on its own (``docs/export.md``): weights are integer
+constants behind DequantizeLinear; the bias is an Add of its own, since a bias inside Conv or Gemm between
+quantized tensors is rounded; activations live in 8-bit containers behind a float Clip. Where a layer is
+quantized to full 8 bits on all sides, the pattern is the one that ONNX Runtime runs on integers
+(``graphs.integer_kernels``).
+"""
+
+from pathlib import Path
+
+import onnx_ir as ir
+from torch import Tensor, nn
+
+from saqcli.algorithms.exporters.facts import ModelFacts
+from saqcli.algorithms.exporters.onnx_metadata import properties
+from saqcli.algorithms.graphs import parts, tracing
+from saqcli.algorithms.graphs.activations import quantized
+from saqcli.algorithms.graphs.integer_kernels import prepare_integer_kernels
+from saqcli.algorithms.graphs.operators import frozen_copy
+
+
+class QdqExporter:
+    """Writes a graph that ONNX Runtime and OpenVINO read."""
+
+    suffix = ".onnx"
+
+    def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
+        """Write ``path``.
+
+        Args:
+            model: quantized, in eval mode; left as it is.
+            example: images (N, C, H, W) to trace with; the batch stays dynamic.
+            path: of the file to write.
+            facts: kept in the metadata of the file.
+
+        Raises:
+            UnsupportedModel: the model cannot be traced by ``torch.export``.
+        """
+        model_graph = tracing.onnx_graph(frozen_copy(model), example)
+        graph = model_graph.graph
+        parts.merge_inputs(graph)
+        parts.fold_norms(graph)
+        prepare_integer_kernels(graph)
+        parts.split_bias(graph)
+        parts.lower(graph, "QuantizeInput", _quantize_input)
+        parts.lower(graph, "DequantizeWeight", _dequantize_weight)
+        tracing.save(model_graph, path, properties(facts), facts.saq_version)
+
+
+def _quantize_input(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    codes, step, zero = quantized(graph, node)
+    return parts.before(graph, node, "DequantizeLinear", [codes, step, zero])
+
+
+def _dequantize_weight(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    return parts.weight(graph, node, *parts.packed(parts.array_of(node.inputs[0])))

@@ -1,0 +1,242 @@
+"""An ONNX graph, cut open behind every activation quantizer: PyTorch's codes go in, the graph's own come out."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from torch import Tensor, nn
+
+from saqcli.algorithms.graphs import parts
+from saqcli.algorithms.graphs.integer_kernels import SAME_CODES
+from saqcli.algorithms.graphs.operators import FrozenInput
+from saqcli.quant.fake_quantize import codes_of
+from saqcli.quant.grids import Grid
+
+LARGEST_ERROR = 1e-4  # of a tensor's largest magnitude; float32 sums of up to 10**5 products stay well below
+_FED = "fed_"
+_QUANTIZERS = ("QuantizeLinear", "IntQuant")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an activation quantizer in PyTorch.
+
+    Attributes:
+        x: a copy of its input, since later layers may write into it.
+        codes: that stand for it, in float32.
+        step: of the quantizer.
+        grid: likewise.
+    """
+
+    x: Any
+    codes: Any
+    step: float
+    grid: Grid
+
+    def limited(self, values: Any) -> Any:
+        """``values`` limited to where codes change: beyond is the last code, and a Clip or ReLU may be merged."""
+        return np.clip(values, self.step * (self.grid.lowest + 0.5), self.step * (self.grid.highest - 0.5))
+
+
+@dataclass
+class Cut:
+    """A quantizer of the graph, and the call of PyTorch that it stands for.
+
+    Attributes:
+        layer: that it tells.
+        call: of PyTorch.
+        before: name of the tensor that is quantized; None where copies of the quantizer stand in front of it.
+        after: name of the tensor that is cut: codes, or quantized values.
+        fed: name of the graph input that takes its place.
+        unit: value of a difference of one code in ``after``.
+        zero: what stands for code 0 there.
+        dtype: of ``after``.
+        pads: zeros around ``after``, before and behind every dimension.
+        results: flipped and wrong codes of every run.
+        error: of the tensor before it is quantized.
+    """
+
+    layer: str
+    call: Call
+    before: str | None
+    after: str
+    fed: str
+    unit: float = 1.0
+    zero: float = 0.0
+    dtype: Any = np.float32
+    pads: list[tuple[int, int]] = field(default_factory=list)
+    results: list[tuple[int, int]] = field(default_factory=list)
+    error: float = 0.0
+
+    def feed(self) -> Any:
+        """PyTorch's codes, as the graph has them."""
+        codes = np.pad(self.call.codes, self.pads) if self.pads else self.call.codes
+        if self.dtype == np.float32:
+            return codes * np.float32(self.unit)
+        return (codes + np.float32(self.zero)).astype(self.dtype)
+
+    def judge(self, answer: Any) -> None:
+        """Count the codes of ``answer`` that differ, and those that no rounding explains."""
+        call = self.call
+        truth, x = (np.pad(each, self.pads) if self.pads else each for each in (call.codes, call.x))
+        if self.dtype == np.float32:
+            found = np.round(answer / self.unit)
+        else:
+            found = answer.astype(np.float32) - np.float32(self.zero)
+        if found.shape != truth.shape or not np.isfinite(found).all():
+            self.results.append((0, truth.size))
+            return
+        differs = found != truth
+        where = np.flatnonzero(differs)
+        apart = np.abs(found.flat[where] - truth.flat[where])
+        edge = (found.flat[where].astype(np.float64) + truth.flat[where]) / 2 * call.step
+        off = np.abs(x.flat[where] - edge)
+        allowed = LARGEST_ERROR * float(np.abs(call.limited(call.x)).max(initial=0.0))
+        wrong = int(((apart > 1) | (off > allowed)).sum())
+        self.results.append((len(where) - wrong, wrong))
+
+    def compare(self, answer: Any) -> None:
+        """Take the error of the tensor before it is quantized."""
+        self.error = max(self.error, relative(self.call.limited(self.call.x), self.call.limited(answer)))
+
+
+class Unmatched(Exception):
+    """The graph and the model do not have the same quantizers, or the parts do not run."""
+
+
+@contextmanager
+def recorded(frozen: nn.Module) -> Iterator[dict[str, list[Call]]]:
+    """The calls of every activation quantizer, by layer, filled while the model runs."""
+    calls: dict[str, list[Call]] = defaultdict(list)
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        assert isinstance(module, FrozenInput)
+        (x,) = inputs
+        codes = codes_of(x, module.step, module.grid).numpy()
+        calls[module.layer].append(Call(x.numpy().copy(), codes, float(module.step), module.grid))
+
+    handles = [
+        module.register_forward_hook(record) for module in frozen.modules() if isinstance(module, FrozenInput)
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def cut_open(graph: Any, calls: dict[str, list[Call]]) -> list[Cut]:
+    """Put a graph input in the place of what comes out of every activation quantizer."""
+    constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    by_layer: dict[str, list[Cut]] = defaultdict(list)
+    cuts: list[Cut] = []
+    made_by = {node.output[0]: node for node in graph.node}
+    for node in graph.node:
+        told = _told(node)
+        if told.get(parts.OPERAND) != "input" or parts.COPY in told:
+            continue
+        if node.op_type not in _QUANTIZERS:
+            continue
+        name = told[parts.LAYER]
+        layer = name.split(parts.LAYER_SEPARATOR)[0]
+        position = len(by_layer[layer])
+        matching = _distinct(calls.get(layer, []))
+        if position >= len(matching):
+            raise Unmatched(f"the graph quantizes the input of {layer} more often than the model")
+        cut = Cut(name, matching[position], _head(node, name, made_by), node.output[0], f"{_FED}{len(cuts)}")
+        if parts.PADS in told:
+            pads = [int(pad) for pad in told[parts.PADS].split(",")]
+            cut.pads = list(zip(pads[: len(pads) // 2], pads[len(pads) // 2 :], strict=True))
+        if node.op_type == "QuantizeLinear":
+            zero = constants[node.input[2]]
+            cut.dtype, cut.zero = zero.dtype, float(told.get(parts.ZERO, zero))
+        else:
+            cut.unit = float(constants[node.input[1]])
+        by_layer[layer].append(cut)
+        cuts.append(cut)
+    quantized = {name for cut in cuts for name in cut.layer.split(parts.LAYER_SEPARATOR)}
+    for name, made in calls.items():
+        if name not in quantized or (name in by_layer and len(by_layer[name]) < len(_distinct(made))):
+            raise Unmatched(f"the graph does not quantize the input of {name}, or less often than the model")
+    _feed(graph, cuts)
+    return cuts
+
+
+def _head(node: Any, layer: str, made_by: dict[str, Any]) -> str | None:
+    """What a quantizer is given, in front of the Clip, Pad and Sub that prepare it; None if it is quantized already."""
+    while True:
+        name: str = node.input[0]
+        node = made_by.get(name)
+        if node is None or _told(node).get(parts.LAYER) != layer:
+            break
+    while node is not None and node.op_type in SAME_CODES:
+        node = made_by.get(node.input[0])
+    return None if node is not None and parts.COPY in _told(node) else name
+
+
+def _told(node: Any) -> dict[str, str]:
+    return {entry.key: entry.value for entry in node.metadata_props}
+
+
+def _distinct(calls: list[Call]) -> list[Call]:
+    """Without repeats of equal tensors, which the exporter merges."""
+    kept: list[Call] = []
+    for call in calls:
+        if not any(call.x.shape == one.x.shape and np.array_equal(call.x, one.x) for one in kept):
+            kept.append(call)
+    return kept
+
+
+def _feed(graph: Any, cuts: list[Cut]) -> None:
+    fed = {cut.after: cut.fed for cut in cuts}
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name in fed:
+                node.input[index] = fed[name]
+    for cut in cuts:
+        # Fixed sizes would let ONNX Runtime 1.31 turn MatMul and Add into Gemm with a quantizer of the wrong type.
+        shape = [f"{cut.fed}_{dim}" for dim in range(cut.call.x.ndim)]
+        kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(cut.dtype))
+        graph.input.append(onnx.helper.make_tensor_value_info(cut.fed, kind, shape))
+
+
+def run(model: Any, images: Tensor, cuts: list[Cut], more: set[str], level: Any) -> dict[str, Any]:
+    """Run the graph, cut open; what comes out of every quantizer, and of ``more`` tensors."""
+    opened = onnx.ModelProto()
+    opened.CopyFrom(model)
+    given = {value.name for value in opened.graph.input} | {each.name for each in opened.graph.initializer}
+    present = {value.name for value in opened.graph.output}
+    for name in dict.fromkeys([cut.after for cut in cuts] + sorted(more)):
+        if name not in present and name not in given:
+            opened.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    options = ort.SessionOptions()
+    options.graph_optimization_level = level
+    options.log_severity_level = 3
+    feed = {opened.graph.input[0].name: images.numpy()} | {cut.fed: cut.feed() for cut in cuts}
+    try:
+        session = ort.InferenceSession(
+            opened.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        wanted = {value.name for value in session.get_inputs()}
+        names = [value.name for value in session.get_outputs()]
+        answers = session.run(names, {name: value for name, value in feed.items() if name in wanted})
+    except Exception as error:  # onnxruntime has a class for every reason, none of them public
+        reason = " ".join(str(error).split())[:200]
+        raise Unmatched(f"ONNX Runtime does not run it in parts: {reason}") from None
+    return dict(zip(names, answers, strict=True)) | {
+        name: feed[name] for name in more & given if name in feed
+    }
+
+
+def relative(truth: Any, answer: Any) -> float:
+    """The largest difference, relative to the largest magnitude of ``truth``; infinite where there is none."""
+    if truth.shape != answer.shape:
+        return float("inf")
+    largest = float(np.abs(truth).max(initial=0.0))
+    error = float(np.abs(truth - answer).max(initial=0.0)) / (largest or 1.0)
+    return error if np.isfinite(error) else float("inf")

@@ -1,0 +1,147 @@
+"""From a frozen model to an ONNX graph with placeholders, and from a finished graph to a file."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from onnxscript.optimizer import fold_constants
+from torch import Tensor, nn
+
+from saqcli.algorithms.graphs.operators import PLACEHOLDERS
+from saqcli.errors import ExportMismatch, UnsupportedModel
+
+OPSET = 21  # the first with INT4 and INT16 in DequantizeLinear
+IR_VERSION = 10  # of opset 21; newer ones are refused by runtimes in use
+INPUT, OUTPUT = "images", "logits"
+MOST_IMAGES = 65536  # in a batch
+
+
+def program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    """``model`` as a graph of ATen operators, its batch dynamic.
+
+    Args:
+        model: in eval mode, on the CPU.
+        example: images (N, C, H, W).
+
+    Raises:
+        UnsupportedModel: the model cannot be traced.
+    """
+    with _quiet(), _as_unsupported():
+        return torch.export.export(model, (_several(example),), dynamic_shapes=({0: _batch()},))
+
+
+def onnx_graph(model: nn.Module, example: Tensor) -> ir.Model:
+    """``model`` in ONNX, its quantizers placeholders, ``images`` to ``logits``; arguments and errors as ``program``."""
+    with _quiet(), _as_unsupported():
+        exported = torch.onnx.export(
+            model,
+            (_several(example),),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            external_data=False,
+            optimize=False,  # its pattern rewriting takes minutes on a transformer; what is needed of it follows
+            custom_translation_table=PLACEHOLDERS,
+            dynamic_shapes=({0: _batch()},),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+        )
+    assert exported is not None
+    graph: ir.Model = exported.model
+    shape = graph.graph.inputs[0].shape
+    if shape is None or isinstance(shape[0], int):
+        raise UnsupportedModel("the model cannot be exported to ONNX: it takes one number of images only")
+    fold_constants(graph, onnx_shape_inference=False)
+    for clean in (
+        passes.RemoveUnusedNodesPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.IdentityEliminationPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.RemoveUnusedNodesPass(),
+    ):
+        clean(graph)
+    _drop_zero_biases(graph.graph)
+    return graph
+
+
+def _drop_zero_biases(graph: ir.Graph) -> None:
+    """Take away the zeros that the exporter gives to every convolution without a bias."""
+    for node in graph:
+        bias = node.inputs[2] if node.op_type in ("Conv", "ConvTranspose") and len(node.inputs) > 2 else None
+        if bias is not None and bias.const_value is not None and not bias.const_value.numpy().any():
+            node.resize_inputs(2)
+
+
+def save(graph: ir.Model, path: Path, properties: dict[str, str], version: str) -> None:
+    """Check ``graph`` and write it, without what the exporter leaves behind.
+
+    Args:
+        graph: finished.
+        path: of the file.
+        properties: metadata of the file.
+        version: of saq.
+    """
+    for clean in (
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.ClearMetadataAndDocStringPass(),
+    ):
+        clean(graph)
+    for node in graph.graph:
+        node.metadata_props.update(node.meta.get(NODE_FACTS, {}))
+    graph.ir_version = IR_VERSION
+    graph.producer_name, graph.producer_version = "saq", version
+    graph.metadata_props.update(properties)
+    ir.save(graph, path)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ExportMismatch(
+            f"the exported graph is not valid ONNX ({reason}): nothing was written"
+        ) from None
+
+
+NODE_FACTS = "saq"  # key in ``node.meta``: what ``save`` writes into the node's metadata
+
+
+def _several(example: Tensor) -> Tensor:
+    """At least two images: a batch of one would be taken for a constant."""
+    example = example.cpu()
+    return example if len(example) > 1 else example.expand(2, *example.shape[1:]).contiguous()
+
+
+def _batch() -> Any:
+    return torch.export.Dim("batch", min=1, max=MOST_IMAGES)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _as_unsupported() -> Iterator[None]:
+    try:
+        yield
+    except UnsupportedModel:
+        raise
+    except Exception as error:  # the exporter raises whatever the model's code raised
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedModel(f"the model cannot be exported to ONNX: {reason}") from error

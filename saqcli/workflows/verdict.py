@@ -1,0 +1,148 @@
+"""The verdict on an exported file: what was compared and what came out, as numbers, lines and a JSON file beside it."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saqcli.algorithms.graphs.hazards import Hazard
+from saqcli.algorithms.graphs.integers import Accumulator
+from saqcli.algorithms.graphs.layerwise import LayerwiseCheck
+
+SCHEMA_VERSION = 1
+SUFFIX = ".verdict.json"
+LEAST_AGREEMENT = 0.95  # share of images with the same best class
+FREE_IMAGES = 2  # that may differ beyond that, so that small samples are not judged by one image
+LARGEST_MEAN_DIFFERENCE = 0.2  # of logits, in units of their standard deviation
+NAMED = 3  # layers that a message names
+
+
+@dataclass
+class Verdict:
+    """How a file compares with the model.
+
+    Attributes:
+        images: compared from end to end.
+        argmax_agreement: share of images with the same best class, 0 to 1.
+        max_abs_diff: largest difference of a logit.
+        mean_abs_diff: mean difference of a logit, in units of the logits' standard deviation.
+        problems: what is wrong with the file itself, a line each.
+        pytorch_agreement: share of images on which PyTorch, in float32, has the best class of the reference.
+        layerwise: the comparison part by part; None where the file is no graph.
+        hazards: patterns that a runtime would change.
+        accumulators: of an exact graph, the largest sums of its layers.
+        bit_equal: whether logits must be equal to the last bit.
+        others: the same comparison for runtimes that were asked for, by name; never held to ``bit_equal``.
+    """
+
+    images: int
+    argmax_agreement: float
+    max_abs_diff: float
+    mean_abs_diff: float
+    problems: list[str] = field(default_factory=list)
+    pytorch_agreement: float = 1.0
+    layerwise: LayerwiseCheck | None = None
+    hazards: list[Hazard] = field(default_factory=list)
+    accumulators: tuple[Accumulator, ...] = ()
+    bit_equal: bool = False
+    others: "dict[str, Verdict]" = field(default_factory=dict)
+
+    @property
+    def verified(self) -> bool:
+        """Whether the file may be used in place of the model."""
+        return not self.reasons()
+
+    def reasons(self) -> list[str]:
+        """Why not, a line each."""
+        reasons = [*self.problems, *(f"hazard {hazard}" for hazard in self.hazards)]
+        if self.bit_equal and self.max_abs_diff != 0:
+            reasons.append(f"logits differ by up to {self.max_abs_diff:.3g} where none may")
+        different = round((1 - self.argmax_agreement) * self.images)
+        if different > (1 - LEAST_AGREEMENT) * self.images + FREE_IMAGES:
+            reasons.append(
+                f"the best class agrees on {100 * self.argmax_agreement:.2f} % of {self.images} images"
+            )
+        if not self.mean_abs_diff <= LARGEST_MEAN_DIFFERENCE:
+            reasons.append(
+                f"logits differ by {self.mean_abs_diff:.3g} of their deviation on average, "
+                f"where {LARGEST_MEAN_DIFFERENCE} is allowed"
+            )
+        for name, verdict in self.others.items():
+            reasons += [f"in {name} {reason}" for reason in verdict.reasons()]
+        if self.layerwise is not None and not self.layerwise.passed:
+            reasons.append(self.layerwise.problem or _which_layers(self.layerwise))
+        return reasons
+
+    def figures(self) -> dict[str, Any]:
+        """What ``--json`` prints of it, and the head of the verdict file."""
+        parts = self.layerwise
+        return {
+            "verified": self.verified,
+            "images": self.images,
+            "argmax_agreement": self.argmax_agreement,
+            "pytorch_agreement": self.pytorch_agreement,
+            "max_abs_diff": self.max_abs_diff,
+            "mean_abs_diff": self.mean_abs_diff,
+            "layers": len(parts.layers) if parts else 0,
+            "layers_error": parts.largest_error if parts else 0.0,
+            "codes": parts.codes if parts else 0,
+            "flipped_codes": parts.flipped if parts else 0,
+            "largest_accumulator": max((each.largest for each in self.accumulators), default=None),
+            "runtimes": {
+                name: {"argmax_agreement": other.argmax_agreement, "max_abs_diff": other.max_abs_diff}
+                for name, other in self.others.items()
+            },
+            "split_layers": [each.layer for each in self.accumulators if each.parts > 1],
+        }
+
+
+def _which_layers(check: LayerwiseCheck) -> str:
+    names = check.wrong
+    if not names:
+        return f"logits computed from the same codes differ by {check.logits_error:.2g} of their range"
+    more = f" and {len(names) - NAMED} more layers" if len(names) > NAMED else ""
+    return f"fed the same codes, it differs in front of {', '.join(names[:NAMED])}{more}"
+
+
+def verdict_path(path: Path) -> Path:
+    """Where the verdict on the file at ``path`` lies: ``model.onnx`` has ``model.verdict.json``."""
+    return path.with_suffix(SUFFIX)
+
+
+def verdict_text(verdict: Verdict, path: Path, about: dict[str, Any]) -> str:
+    """The verdict as JSON.
+
+    Args:
+        verdict: to tell.
+        path: of the file; its hash is kept, so that a verdict is not taken for that of another file.
+        about: style, opset, versions.
+    """
+    parts = verdict.layerwise
+    sums = {each.layer: each for each in verdict.accumulators}
+    layers = [
+        {
+            "layer": layer.layer,
+            "codes": layer.codes,
+            "flipped": layer.flipped,
+            "wrong": layer.wrong,
+            "error": layer.largest_error,
+            **(
+                {"accumulator": sums[layer.layer].largest, "parts": sums[layer.layer].parts}
+                if layer.layer in sums
+                else {}
+            ),
+        }
+        for layer in (parts.layers if parts else ())
+    ]
+    tree = {
+        "schema_version": SCHEMA_VERSION,
+        "file": path.name,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "size_bytes": path.stat().st_size,
+        **about,
+        **verdict.figures(),
+        "hazards": [str(hazard) for hazard in verdict.hazards],
+        "per_layer": layers,
+    }
+    return json.dumps(tree, indent=1) + "\n"

@@ -1,0 +1,281 @@
+"""``saq export``: a file that is proved before it has its name, and what lies beside it."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+import saqcli
+from saqcli.algorithms.exporters import EXPORTERS, STYLES, ModelFacts
+from saqcli.algorithms.exporters.qdq import QdqExporter
+from saqcli.algorithms.exporters.safetensors import SafetensorsExporter
+from saqcli.algorithms.graphs.integers import Accumulator
+from saqcli.io.models import ModelSpec, load_model
+from saqcli.quant import calibrate, convert
+from saqcli.quant.bits import BitConfig, LayerBits
+from saqcli.quant.convert import Scheme
+from saqcli.quant.trace import trace
+from saqcli.workflows import proofs
+from saqcli.workflows.predictors import onnx_session
+from saqcli.workflows.synthetic import IMAGES
+from saqcli.workflows.verdict import Verdict, verdict_path, verdict_text
+from tests.command_line import answer, last_error, saq
+
+FIGURES = {
+    "verified": bool,
+    "images": int,
+    "argmax_agreement": float,
+    "pytorch_agreement": float,
+    "max_abs_diff": float,
+    "mean_abs_diff": float,
+    "layers": int,
+    "layers_error": float,
+    "codes": int,
+    "flipped_codes": int,
+    "split_layers": list,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The safetensors file of a small network of random weights, at mixed bits."""
+    spec = ModelSpec("saq/resnet20", pretrained=False, num_classes=5, in_chans=1, input_size=8)
+    torch.manual_seed(0)
+    loaded = load_model(spec)
+    size = loaded.preprocessing.input_size
+    convert.wrap(loaded.model)
+    traced = trace(loaded.model, torch.randn(1, *size))
+    statistics = calibrate.observe(loaded.model, [torch.randn(16, *size)])
+    signed = {name: entry.signed for name, entry in statistics.items()}
+    policy = BitConfig(
+        model=loaded.name,
+        layers={
+            name: LayerBits(weight=4 + k % 3, activation=8 - k % 3) for k, name in enumerate(traced.layers)
+        },
+    )
+    convert.install(loaded.model, Scheme(), policy, signed)
+    calibrate.fit(loaded.model, statistics)
+    facts = ModelFacts(
+        saq_version=saqcli.__version__,
+        build=loaded.build,
+        preprocessing=loaded.preprocessing.to_dict(),
+        policy=policy,
+        scheme=Scheme(),
+        signed=signed,
+        routed={},
+        class_names=tuple("abcde"),
+    )
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    SafetensorsExporter().export(loaded.model.eval(), torch.zeros(0), path, facts)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Its file of style exact, and what the command printed."""
+    path = tmp_path_factory.mktemp("exact") / "model.onnx"
+    return path, answer("export", model, "--onnx", path, "--style", "exact")
+
+
+def test_the_answer_says_what_was_proved(exact: tuple[Path, dict[str, Any]]) -> None:
+    path, found = exact
+
+    assert found["onnx"] == str(path)
+    assert found["verdict"] == str(path.with_suffix(".verdict.json"))
+    assert (found["style"], found["opset"]) == ("exact", 21)
+    assert found["verified"] is True
+    assert (found["max_abs_diff"], found["argmax_agreement"], found["images"]) == (0.0, 1.0, IMAGES)
+    assert found["size_bytes"] == path.stat().st_size
+    assert 0 < found["largest_accumulator"] < 2**24
+    assert sorted(each.name for each in path.parent.iterdir()) == ["model.onnx", "model.verdict.json"]
+
+
+def test_the_verdict_tells_every_layer_and_is_of_this_file(
+    exact: tuple[Path, dict[str, Any]], model: Path
+) -> None:
+    path, printed = exact
+    verdict = json.loads(verdict_path(path).read_text())
+    layers = list(saqcli.load(model).state_dict())
+
+    assert verdict["schema_version"] == 1
+    assert (verdict["file"], verdict["style"], verdict["opset"]) == ("model.onnx", "exact", 21)
+    assert verdict["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert verdict["size_bytes"] == path.stat().st_size
+    assert set(verdict["versions"]) == {"saq", "torch", "onnx", "onnxruntime"}
+    assert verdict["hazards"] == []
+    for name, kind in FIGURES.items():
+        assert type(verdict[name]) is kind, name
+        assert verdict[name] == printed[name]
+    assert len(verdict["per_layer"]) == verdict["layers"] == 20
+    for entry in verdict["per_layer"]:
+        assert f"{entry['layer']}.weight_quantizer.clipping_level" in layers
+        assert entry["wrong"] == 0
+        assert entry["codes"] > 0
+        assert entry["error"] < 1e-4
+        assert entry["accumulator"] > 0
+        assert entry["parts"] == 1
+    assert sum(entry["codes"] for entry in verdict["per_layer"]) == verdict["codes"]
+
+
+def test_a_verdict_of_any_figures_is_strict_json(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"file")
+    verdict = Verdict(4, 1.0, 0.5, 0.1, accumulators=(Accumulator("one", 2**25, 3), Accumulator("two", 7, 1)))
+    tree = json.loads(verdict_text(verdict, path, {"style": "qdq"}), parse_constant=pytest.fail)
+
+    assert tree["largest_accumulator"] == 2**25
+    assert tree["split_layers"] == ["one"]
+    assert tree["per_layer"] == []
+
+
+def test_the_exact_form_that_is_loaded_has_the_bits_of_the_file(
+    exact: tuple[Path, dict[str, Any]], model: Path
+) -> None:
+    path, _ = exact
+    form = saqcli.load(model, exact=True)
+    x = torch.randn(7, 1, 8, 8)
+    with torch.no_grad():
+        expected = form(x)
+        near = saqcli.load(model)(x)
+    for optimized in (False, True):
+        assert torch.equal(onnx_session(path, optimized=optimized)(x), expected)
+        assert torch.equal(onnx_session(path, optimized=optimized)(x[:1]), expected[:1])
+    assert not form.training
+    assert float((near - expected).abs().mean()) < 0.1 * float(near.std())
+
+
+@pytest.mark.parametrize("style", [style for style in STYLES if style != "exact"])
+def test_every_style_is_proved(style: str, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "model.onnx"
+    found = answer("export", model, "--onnx", path, "--style", style)
+    verdict = json.loads(verdict_path(path).read_text())
+
+    assert found["style"] == verdict["style"] == style
+    assert found["verified"]
+    assert found["largest_accumulator"] is None
+    assert {entry.key for entry in onnx.load(str(path)).metadata_props} >= {"saq.facts", "preprocessing"}
+
+
+class Broken(QdqExporter):
+    """Forgets the weights of one layer."""
+
+    def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
+        super().export(model, example, path, facts)
+        graph = ir.load(path)
+        name = next(name for name in graph.graph.initializers if name.endswith("conv2.codes"))
+        value = graph.graph.initializers[name]
+        assert value.const_value is not None
+        array = value.const_value.numpy()
+        value.const_value = ir.tensor(-1 * array.astype("int8"), dtype=ir.DataType.INT8, name=name)
+        ir.save(graph, path)
+
+
+def test_a_file_that_is_not_the_model_does_not_get_its_name(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a new file nor the one that was there before is touched; the exit code is 3."""
+    monkeypatch.setitem(EXPORTERS, "qdq", Broken)
+    path = tmp_path / "model.onnx"
+    result = saq("export", model, "--onnx", path, "--quiet")
+
+    assert result.exit_code == 3
+    message = last_error(result)
+    assert "model.onnx does not equal the model" in message
+    assert "nothing was written" in message
+    assert "fed the same codes, it differs in front of" in message
+    assert not list(tmp_path.iterdir())
+
+    path.write_bytes(b"before")
+    assert saq("export", model, "--onnx", path, "--quiet", "--overwrite").exit_code == 3
+    assert path.read_bytes() == b"before"
+    assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("taken", ["model.onnx", "model.verdict.json"])
+def test_what_is_there_is_replaced_only_when_told(taken: str, model: Path, tmp_path: Path) -> None:
+    (tmp_path / taken).write_text("before")
+    path = tmp_path / "model.onnx"
+    result = saq("export", model, "--onnx", path, "--quiet")
+
+    assert result.exit_code == 1
+    assert f"{tmp_path / taken} is already there: give --overwrite" in last_error(result)
+    assert (tmp_path / taken).read_text() == "before"
+    assert answer("export", model, "--onnx", path, "--overwrite")["verified"]
+    assert (
+        json.loads(verdict_path(path).read_text())["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--onnx", "model.bin"), "--onnx model.bin has no ending .onnx"),
+        (
+            ("--onnx", "model.onnx", "--style", "tflite"),
+            "there is no export style 'tflite': choose from qdq, exact",
+        ),
+        (("--onnx", "model.onnx", "--style", "safetensors"), "there is no export style 'safetensors'"),
+        (("--onnx", "model.onnx", "--verify", "tensorrt"), "--verify tensorrt is no runtime that saq knows"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused_at_once(
+    options: tuple[str, ...], says: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = saq("export", model, *options, "--quiet")
+
+    assert result.exit_code == 1
+    assert says in last_error(result)
+    assert not list(tmp_path.iterdir())
+
+
+def test_verifying_with_openvino_needs_openvino(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    result = saq("export", model, "--onnx", tmp_path / "model.onnx", "--verify", "openvino", "--quiet")
+
+    assert result.exit_code == 1
+    assert '--verify openvino needs OpenVINO: pip install "saq[openvino]"' in last_error(result)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("style", ["qdq", "exact"])
+def test_another_runtime_is_asked_as_well(
+    style: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that answers wrongly fails the file, whatever the style."""
+
+    def wrong(path: Path) -> Any:
+        run = onnx_session(path, optimized=True)
+        return lambda images: run(images).flip(1)
+
+    monkeypatch.setitem(proofs.RUNTIMES, "openvino", wrong)
+    monkeypatch.setattr(proofs, "version", lambda name: "1")
+    path = tmp_path / "model.onnx"
+    result = saq("export", model, "--onnx", path, "--style", style, "--verify", "openvino", "--quiet")
+
+    assert result.exit_code == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_runtime_need_not_have_the_bits_of_an_exact_file(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def near(path: Path) -> Any:
+        run = onnx_session(path, optimized=True)
+        return lambda images: run(images) * (1 + 1e-6)
+
+    monkeypatch.setitem(proofs.RUNTIMES, "openvino", near)
+    monkeypatch.setattr(proofs, "version", lambda name: "1")
+    path = tmp_path / "model.onnx"
+    found = answer("export", model, "--onnx", path, "--style", "exact", "--verify", "openvino")
+
+    assert (found["verified"], found["max_abs_diff"]) == (True, 0.0)
+    assert "openvino" in json.loads(verdict_path(path).read_text())["versions"]

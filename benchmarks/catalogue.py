@@ -1,0 +1,84 @@
+"""Count the parameters of every network that saq can name, without memory for them: `saqcli/io/catalogue.csv`.
+
+    python benchmarks/catalogue.py
+
+`saq models` shows these numbers at once; building a thousand networks to count them takes minutes. Run it again when
+timm or torchvision have learnt new names: what is listed already is kept, what they no longer know goes.
+"""
+
+import argparse
+import csv
+import warnings
+from pathlib import Path
+
+import torch
+
+from saqcli.errors import UnsupportedModel
+from saqcli.io.models import build_architecture
+from saqcli.io.zoos import ZOOS
+
+PATH = Path(__file__).parents[1] / "saqcli" / "io" / "catalogue.csv"
+CLASSES = 1000  # where a network has no classifier of its own
+
+
+def family_of(library: str, name: str) -> str:
+    """The module that defines the network."""
+    if library != "timm":
+        import torchvision.models
+
+        builder = torchvision.models.get_model_builder(name) if library == "torchvision" else None
+        return builder.__module__.rpartition(".")[2] if builder else library
+    from timm.models._registry import _model_to_module
+
+    return str(_model_to_module[name])
+
+
+def parameters(library: str, name: str) -> int:
+    """Elements of all parameters, classifier included."""
+    zoo = ZOOS[library]
+    build = {
+        "name": f"{library}/{name}",
+        "num_classes": zoo.default_classes(name) or CLASSES,
+        "in_chans": 3,
+        "kwargs": {},
+    }
+    try:
+        with torch.device("meta"):
+            model = build_architecture(build)
+    except UnsupportedModel:  # torchvision's RegNets compute their widths with tensors
+        model = build_architecture(build)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def main() -> None:
+    """Add what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--anew", action="store_true", help="count every network again")
+    args = parser.parse_args()
+    known = {}
+    if PATH.is_file() and not args.anew:
+        with PATH.open() as file:
+            known = {row["name"]: row for row in csv.DictReader(file)}
+    rows = []
+    for library, zoo in ZOOS.items():
+        for name in zoo.names():
+            full = f"{library}/{name}"
+            if full not in known:
+                try:
+                    count = parameters(library, name)
+                except Exception as error:  # one network that cannot be built must not lose the others
+                    print(f"{full}: {type(error).__name__}: {str(error)[:150]}", flush=True)
+                    continue
+                known[full] = {"name": full, "family": family_of(library, name), "parameters": count}
+                print(f"{full} {count}", flush=True)
+            rows.append(known[full])
+    with PATH.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["name", "family", "parameters"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"{len(rows)} networks in {PATH}")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()

@@ -83,6 +83,7 @@ def _stages(name: str, record: Record) -> None:
     images = natural(IMAGES, size, torch.Generator().manual_seed(0))
     _wake(model)
     _settle(model, images)
+    _teach(model, images)
     parameters = sum(p.numel() for p in model.parameters())
     record.add("wrap", name=loaded.name, parameters=parameters, input_size=list(size))
 
@@ -201,6 +202,36 @@ def _settle(model: Any, images: Any) -> None:
     with torch.no_grad():
         model(images[: IMAGES // 2])
     model.eval()
+
+
+def _teach(model: Any, images: Any) -> None:
+    """Let the last layer tell the images apart: of random features nearly the same class comes out for all of them.
+
+    Then one rounding more or less decides which class is the best, and no comparison of two runtimes means anything.
+    """
+    import torch
+
+    inputs: dict[Any, Any] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda module, given: inputs.update({module: given[0]}))
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    ]
+    with torch.no_grad():
+        classes = model(images).shape[1]
+        for handle in handles:
+            handle.remove()
+        head = [module for module in inputs if len(module.weight) == classes][-1]
+        features = inputs[head]
+        if isinstance(head, torch.nn.Conv2d):
+            features = features.flatten(2).transpose(1, 2)
+        features = features.reshape(len(images), -1, features.shape[-1]).mean(1).double()
+        centred = features - features.mean(0)
+        gram = centred @ centred.T
+        ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(images))
+        weight = (torch.eye(len(images), dtype=torch.double) @ torch.linalg.solve(gram + ridge, centred)).float()
+        head.weight[: len(images)] = weight.reshape(head.weight[: len(images)].shape)
+        head.weight[len(images) :] *= 0.1 * weight.std() / head.weight.std()
 
 
 def _zero_gradients(model: Any, images: Any) -> list[str]:

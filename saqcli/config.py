@@ -80,6 +80,7 @@ class QuantizationSection(_Section):
     granularity: Literal["channel", "tensor"] = "channel"
     weight_normalization: bool = False
     clip_init: Literal["error", "paper"] = "error"
+    quantize_attention: bool = False
 
 
 class ProxySection(_Section):

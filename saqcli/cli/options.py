@@ -142,6 +142,14 @@ WeightNorm = Annotated[
         rich_help_panel=BITS,
     ),
 ]
+QuantizeAttention = Annotated[
+    bool | None,
+    typer.Option(
+        "--quantize-attention/--no-quantize-attention",
+        help="Quantize and count the products of attention too: queries, keys, probabilities, values.",
+        rich_help_panel=BITS,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show where an unexpected error came from.")]

@@ -16,6 +16,7 @@ def profile_command(
     in_chans: o.InChans = None,
     input_size: o.InputSize = None,
     model_kwargs: o.ModelKwargs = None,
+    quantize_attention: o.QuantizeAttention = None,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -48,6 +49,7 @@ def profile_command(
         policy=policy,
         candidates=parse_candidates(candidates) if candidates else QuantizationSection().candidates,
         progress=progress_for(json_output=json_output, quiet=quiet),
+        quantize_attention=bool(quantize_attention),
     ).to_dict()
     if json_output:
         print_json(result)

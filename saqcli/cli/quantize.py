@@ -27,6 +27,7 @@ def quantize_command(
     weight_grid: o.WeightGrid = None,
     granularity: o.Granularity = None,
     weight_norm: o.WeightNorm = None,
+    quantize_attention: o.QuantizeAttention = None,
     weights: o.Weights = None,
     pretrained: o.Pretrained = None,
     num_classes: o.NumClasses = None,
@@ -110,6 +111,7 @@ def quantize_command(
         "quantization.weight_grid": weight_grid,
         "quantization.granularity": granularity,
         "quantization.weight_normalization": weight_norm,
+        "quantization.quantize_attention": quantize_attention,
         "run.seed": seed,
         "run.device": device,
     }

@@ -26,6 +26,7 @@ def search_command(
     weight_grid: o.WeightGrid = None,
     granularity: o.Granularity = None,
     weight_norm: o.WeightNorm = None,
+    quantize_attention: o.QuantizeAttention = None,
     epochs: Annotated[
         float | None,
         typer.Option(help="Length of a search that trains: samq, asga.", rich_help_panel=SEARCH),
@@ -124,6 +125,7 @@ def search_command(
         "quantization.weight_grid": weight_grid,
         "quantization.granularity": granularity,
         "quantization.weight_normalization": weight_norm,
+        "quantization.quantize_attention": quantize_attention,
         "quantization.searcher": searcher,
         "search.epochs": epochs,
         "search.rho": rho,

@@ -40,6 +40,10 @@ def show_profile(result: dict[str, Any]) -> None:
         ("layer", "kind", "group", "MACs", "weights", "inputs", "BOPs", "share"),
         left=3,
     )
+    products: dict[str, list[dict[str, Any]]] = {}
+    for product in result["products"]:
+        if product["bops"] is not None:
+            products.setdefault(product["follows"], []).append(product)
     for layer in result["layers"]:
         table.add_row(
             layer["name"] + (" (pinned)" if layer["pinned"] else ""),
@@ -51,9 +55,26 @@ def show_profile(result: dict[str, Any]) -> None:
             format_quantity(layer["bops"]),
             f"{100 * layer['bops'] / result['bops']:.1f} %",
         )
+        for product in products.get(layer["name"], ()):
+            table.add_row(
+                product["name"],
+                "product",
+                product["follows"],
+                format_quantity(product["macs"]),
+                *[_bits(product["bits"])] * 2,
+                format_quantity(product["bops"]),
+                f"{100 * product['bops'] / result['bops']:.1f} %",
+            )
     console.print(table)
     for left in result["unquantized"]:
         say(console, f"left in floating point: {left['name']}, which {left['reason']}")
+    uncounted = sum(product["macs"] for product in result["products"] if product["bops"] is None)
+    if uncounted:
+        say(
+            console,
+            f"left in floating point and not counted: {format_quantity(uncounted, 'MACs')} of products of activations, "
+            "as in attention; --quantize-attention quantizes and counts them",
+        )
     say(
         console,
         f"\n{format_quantity(result['macs'], 'MACs')}, {format_quantity(result['bops'], 'BOPs')} "

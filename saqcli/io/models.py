@@ -78,6 +78,16 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
     trained: bool = True
 
+    @property
+    def classifiers(self) -> tuple[str, ...]:
+        """Names of the layers that give class scores: several where there is a distillation head."""
+        modules = dict(self.model.named_modules())
+        rows = {
+            name: getattr(modules[name], "out_features", getattr(modules[name], "out_channels", None))
+            for name in ZOOS[self.name.partition("/")[0]].classifiers(self.model)
+        }
+        return tuple(name for name, count in rows.items() if count == self.num_classes)
+
 
 def load_model(spec: ModelSpec) -> LoadedModel:
     """The network that ``spec`` asks for.

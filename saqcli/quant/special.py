@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saqcli.errors import UnsupportedModel
+from saqcli.quant import products
 from saqcli.quant.layers import QuantizedLayer
-from saqcli.quant.routing import hand_out
+from saqcli.quant.routing import Route, hand_out
 
 STANDARDIZED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
 
@@ -89,7 +90,9 @@ class QuantizedAttention(QuantizedLayer):
             padding = _additive(key_padding_mask, q.dtype)[:, None, None, :]
             mask = padding if mask is None else mask + padding
         dropout = layer.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=is_causal and mask is None)
+        with Route(products.own_products(self)):
+            causal = is_causal and mask is None
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         output = layer.out_proj(mixed.transpose(1, 2).flatten(2))
         return (output if layer.batch_first else output.transpose(0, 1)), None
 

@@ -46,7 +46,7 @@ def open_proxy(
     if epochs:
         train_in_float(loaded, images, config, epochs, progress)
     loaded.model.cpu()
-    small = wrap_and_trace(loaded)
+    small = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
     small.model.to(device)
     names, wanted = ([layer.name for layer in each.costs.layers] for each in (small, network))
     float_policy(network).check_fits(f"{small.name} as it is built for the proxy", names)

@@ -111,7 +111,7 @@ def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tupl
             "classifier: give --weights FILE with all of them, or leave --distill away"
         )
     images = Images.open(config, loaded.num_classes, loaded.preprocessing, device)
-    network = wrap_and_trace(loaded)
+    network = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
     if given_policy(config.quantization, network) is None:
         space_of(config.quantization, network).check_reachable(budget_of(config.quantization, network))
     network.model.to(device)
@@ -248,6 +248,7 @@ def describe(
         scheme=scheme_of(config),
         signed={name: facts.signed for name, facts in statistics.items()},
         routed=network.traced.routed,
+        products=network.products,
         class_names=images.train.class_names,
         source=loaded.weights_source,
         source_sha256=loaded.weights_sha256,

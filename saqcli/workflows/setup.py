@@ -1,6 +1,6 @@
 """What every verb needs: device, float model, data, and the traced network with its costs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -30,11 +30,13 @@ class Network:
         loaded: the model (wrapped in place) and where it came from.
         traced: facts of one forward pass.
         costs: of its layers.
+        products: of activations that are quantized, and the layers whose input bits they have.
     """
 
     loaded: LoadedModel
     traced: Trace
     costs: CostModel
+    products: dict[str, str] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
@@ -87,8 +89,11 @@ def load_float(section: ModelSection, progress: Progress, *, new_head: bool = Fa
     return loaded
 
 
-def wrap_and_trace(loaded: LoadedModel) -> Network:
-    """Wrap the model in place and trace it with one random image of its input size."""
+def wrap_and_trace(loaded: LoadedModel, *, quantize_attention: bool = False) -> Network:
+    """Wrap the model in place and trace it with one random image of its input size.
+
+    With ``quantize_attention`` products of two activations are quantized, and counted, too.
+    """
     convert.wrap(loaded.model)
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(1, *loaded.preprocessing.input_size, generator=generator)
@@ -96,7 +101,11 @@ def wrap_and_trace(loaded: LoadedModel) -> Network:
     convert.leave_float(loaded.model, traced.idle)
     for parent, children in traced.routed.items():
         convert.route(loaded.model, [parent], children)
-    return Network(loaded, traced, cost_model(traced))
+    followed = {product.name: product.follows for product in traced.products if product.follows}
+    products = followed if quantize_attention else {}
+    convert.follow(loaded.model, products)
+    costs = cost_model(traced, loaded.classifiers, products=quantize_attention)
+    return Network(loaded, traced, costs, products)
 
 
 @dataclass(frozen=True)

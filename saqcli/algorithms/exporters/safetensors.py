@@ -30,6 +30,7 @@ from saqcli.errors import CorruptArtifact, SaqError
 from saqcli.quant import convert
 from saqcli.quant.layers import QuantizedLayer, quantized_layers, stores_codes
 from saqcli.quant.packing import pack, packed_bytes, unpack
+from saqcli.quant.products import OPERANDS, operand_name
 from saqcli.quant.quantizers import Quantizer
 from saqcli.strict import printable
 
@@ -195,4 +196,10 @@ def restore_structure(model: nn.Module, facts: ModelFacts) -> None:
     convert.leave_float(model, [name for name in layers if name not in facts.policy.layers])
     for parent, children in facts.routed.items():
         convert.route(model, [parent], children)
+    for product, followed in facts.products.items():
+        owner, _, index = product.rpartition("products.")
+        told = all(operand_name(product, operand) in facts.signed for operand in OPERANDS)
+        if owner.rstrip(".") not in modules or not index.isdecimal() or followed not in quantized or not told:
+            raise CorruptArtifact(f"it has no product {product} that could follow {followed}")
+    convert.follow(model, facts.products)
     convert.install(model, facts.scheme, facts.policy, facts.signed)

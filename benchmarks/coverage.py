@@ -10,6 +10,7 @@ own under a limit of time and memory; what is in DIR already is not run again.
 """
 
 import argparse
+import copy
 import csv
 import json
 import os
@@ -132,15 +133,19 @@ def _stages(name: str, record: Record) -> None:
     def loss(*, ascent: bool = False) -> torch.Tensor:
         return F.cross_entropy(model(images[:STEP_IMAGES]), labels)
 
-    statistics_before = {key: value.clone() for key, value in model.state_dict().items()}
+    before_step = copy.deepcopy(model.state_dict())
     norm = perturbed.pop("")
     base = torch.optim.SGD([m.latent_weight() for m in layers.values()], lr=0.05 / max(norm, 1e-12))
     MINIMIZERS["saq"](model, base, rho=0.1).step([[MicroBatch(loss, 1.0)]])
-    changed = {layer for layer, module in layers.items() if not torch.equal(module.latent_weight(), latent[layer])}
+    changed = {
+        layer for layer, module in layers.items() if not torch.equal(module.latent_weight(), latent[layer])
+    }
     still = [layer for layer in layers if layer not in changed and layer not in silent]
     untouched = [layer for layer, moved in perturbed.items() if not moved and layer not in silent]
-    record.add("export", unchanged=still, unperturbed=untouched, silent_in_float=sorted(set(silent) & set(layers)))
-    model.load_state_dict(statistics_before)
+    record.add(
+        "export", unchanged=still, unperturbed=untouched, silent_in_float=sorted(set(silent) & set(layers))
+    )
+    model.load_state_dict(before_step)
     model.eval()
 
     facts = ModelFacts(
@@ -229,7 +234,9 @@ def _teach(model: Any, images: Any) -> None:
         centred = features - features.mean(0)
         gram = centred @ centred.T
         ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(images))
-        weight = (torch.eye(len(images), dtype=torch.double) @ torch.linalg.solve(gram + ridge, centred)).float()
+        weight = (
+            torch.eye(len(images), dtype=torch.double) @ torch.linalg.solve(gram + ridge, centred)
+        ).float()
         head.weight[: len(images)] = weight.reshape(head.weight[: len(images)].shape)
         head.weight[len(images) :] *= 0.1 * weight.std() / head.weight.std()
 
@@ -281,7 +288,9 @@ def smallest() -> list[str]:
             library, _, name = row["name"].partition("/")
             if library == "saq" or name.startswith("test_"):
                 continue
-            without = ZOOS[library].default_classes(name) < 1 and not row["name"].startswith(WITHOUT_CLASSIFIER)
+            without = ZOOS[library].default_classes(name) < 1 and not row["name"].startswith(
+                WITHOUT_CLASSIFIER
+            )
             if without:
                 continue
             key, size = (library, row["family"]), int(row["parameters"])
@@ -369,7 +378,9 @@ def failure(facts: dict[str, Any]) -> str | None:
 
 def main() -> None:
     """Run, or tell."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=2)

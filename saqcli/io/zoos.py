@@ -14,6 +14,7 @@ from saqcli.errors import ConfigError
 from saqcli.io import hub
 from saqcli.io.networks import NETWORKS
 from saqcli.io.preprocessing import Preprocessing
+from saqcli.io.weights import versioned
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ class TorchVision:
         state.update(
             {f"{head}.{part}": own[f"{head}.{part}"] for head in heads for part in ("weight", "bias")}
         )
-        model.load_state_dict({key: value for key, value in state.items() if key in own})
+        model.load_state_dict(versioned(model, {key: state[key] for key in own}))
         return Published(model, arch.name, str(weights))
 
     def convert(self, arch: Architecture, state: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:

@@ -97,7 +97,9 @@ def rebuild(model: nn.Module, facts: ModelFacts, tensors: Mapping[str, Tensor], 
         state = dict(tensors)
         for name, (layer, quantizer) in _coded_layers(model).items():
             state[f"{name}.{layer.weight_name}"] = _weight(state, name, layer, quantizer)
-        model.load_state_dict(state)
+        own = model.state_dict()  # keeps the versions of modules, which some ask for
+        own.update(state)
+        model.load_state_dict(own)
         _check_inputs(model)
     except SaqError as error:
         raise CorruptArtifact(

@@ -226,19 +226,17 @@ def _teach(model: Any, images: Any) -> None:
         classes = model(images).shape[1]
         for handle in handles:
             handle.remove()
-        head = [module for module in inputs if len(module.weight) == classes][-1]
-        features = inputs[head]
-        if isinstance(head, torch.nn.Conv2d):
-            features = features.flatten(2).transpose(1, 2)
-        features = features.reshape(len(images), -1, features.shape[-1]).mean(1).double()
-        centred = features - features.mean(0)
-        gram = centred @ centred.T
-        ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(images))
-        weight = (
-            torch.eye(len(images), dtype=torch.double) @ torch.linalg.solve(gram + ridge, centred)
-        ).float()
-        head.weight[: len(images)] = weight.reshape(head.weight[: len(images)].shape)
-        head.weight[len(images) :] *= 0.1 * weight.std() / head.weight.std()
+        for head in (module for module in inputs if len(module.weight) == classes):
+            features = inputs[head]
+            if isinstance(head, torch.nn.Conv2d):
+                features = features.flatten(2).transpose(1, 2)
+            features = features.reshape(len(images), -1, features.shape[-1]).mean(1).double()
+            centred = features - features.mean(0)
+            gram = centred @ centred.T
+            ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(images))
+            weight = torch.linalg.solve(gram + ridge, centred).float()
+            head.weight[: len(images)] = weight.reshape(head.weight[: len(images)].shape)
+            head.weight[len(images) :] *= 0.1 * weight.std() / head.weight.std()
 
 
 def _zero_gradients(model: Any, images: Any) -> list[str]:

@@ -9,7 +9,7 @@ from saqcli.progress import Progress
 from saqcli.quant.bits import FLOAT_BITS, BitConfig, parse_bits
 from saqcli.quant.cost import Cost
 from saqcli.quant.space import Candidates, SearchSpace, search_space
-from saqcli.quant.trace import Trace
+from saqcli.quant.trace import FUNCTIONAL, Trace
 from saqcli.workflows.bits import float_policy, read_policy
 from saqcli.workflows.setup import Network, load_float, wrap_and_trace
 
@@ -104,8 +104,11 @@ def unquantized(traced: Trace) -> list[dict[str, Any]]:
         {"name": layer.name, "kind": layer.kind, "macs": layer.macs, "reason": layer.reason}
         for layer in traced.unquantized.values()
     ]
+    told = {layer.reason for layer in traced.unquantized.values()}
     return multiplying + [
-        {"name": name, "kind": None, "macs": 0, "reason": NEVER_RUNS} for name in traced.idle
+        {"name": name, "kind": None, "macs": 0, "reason": NEVER_RUNS}
+        for name in traced.idle
+        if FUNCTIONAL.format(name) not in told
     ]
 
 

@@ -20,7 +20,8 @@ RUN = "Run"
 BENCH = "Speed"
 
 _MODEL_HELP = (
-    "Network: `resnet18` (timm first, then torchvision), `timm/NAME`, `torchvision/NAME` or `saq/NAME`."
+    "Network: `resnet18` (timm first, then torchvision), `timm/NAME`, `torchvision/NAME` or `saq/NAME`; "
+    "`NAME.TAG` for weights other than the default, see `saq models`."
 )
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
 OptionalModel = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_MODEL_HELP)]

@@ -66,6 +66,7 @@ class LoadedModel:
         build: what ``build_architecture`` takes; JSON can hold it if it could hold the user's kwargs.
         notes: what was decided for the user, one line each.
         trained: whether all its weights are; not those of a new head, or random ones.
+        classifiers: names of the layers that give class scores; several where heads are averaged (distillation).
     """
 
     model: nn.Module
@@ -77,6 +78,7 @@ class LoadedModel:
     build: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     trained: bool = True
+    classifiers: tuple[str, ...] = ()
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:
@@ -110,7 +112,16 @@ def load_model(spec: ModelSpec) -> LoadedModel:
             model, source, trained = zoo.build(arch), "random", False
     build = asdict(arch) | {"name": f"{prefix}/{name}"}
     return LoadedModel(
-        model.eval(), build["name"], arch.num_classes, preprocessing, source, sha256, build, notes, trained
+        model.eval(),
+        build["name"],
+        arch.num_classes,
+        preprocessing,
+        source,
+        sha256,
+        build,
+        notes,
+        trained,
+        zoo.classifiers(model),
     )
 
 

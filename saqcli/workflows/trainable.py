@@ -33,7 +33,7 @@ def check_trains(model: nn.Module, name: str, preprocessing: Preprocessing, conf
             answer = model(images.to(device))
     except Exception as error:  # whatever a forward pass of somebody else's may raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        _refuse(name, f"fails on {count} images in training: {lines[0][:200]}", error)
+        _refuse(name, f"fails in training on {count} image{'s'[: count - 1]}: {lines[0][:200]}", error)
     finally:
         model.train(mode)
         set_random_state(before)
@@ -44,6 +44,6 @@ def check_trains(model: nn.Module, name: str, preprocessing: Preprocessing, conf
 
 def _refuse(name: str, problem: str, cause: Exception | None = None) -> NoReturn:
     raise UnsupportedModel(
-        f"{name} {problem}; change --model-kwargs, --input-size or --batch-size, or quantize it without training: "
-        "--epochs 0"
+        f"{name} {problem}; change --model-kwargs, --input-size or --batch-size, or do without training: quantize "
+        "with --epochs 0, search with --searcher error"
     ) from cause

@@ -149,8 +149,8 @@ class TestTraining:
         [
             (Auxiliary, {}, "returns a tuple"),
             (Scoreless, {}, r"returns a tensor of \(2, 4, 36\)"),
-            (EvaluationAlone, {}, "fails on 2 images in training: reparameterized for inference;"),
-            (Pooled, {"micro_batch": 1}, "fails on 1 images"),
+            (EvaluationAlone, {}, "fails in training on 2 images: reparameterized for inference;"),
+            (Pooled, {"micro_batch": 1}, "fails in training on 1 image: "),
         ],
     )
     def test_one_that_cannot_be_trained_is_refused_in_one_line(

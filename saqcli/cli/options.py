@@ -200,7 +200,7 @@ def parse_size(text: str | None) -> int | tuple[int, ...] | None:
 
 
 def parse_assignments(text: str | None, option: str) -> dict[str, Any] | None:
-    """``a=1,b=same`` as a dictionary; values are numbers or booleans where they look like it.
+    """``a=1,b=same,c=[2,3]`` as a dictionary; values are numbers, booleans or lists where they look like it.
 
     Raises:
         ConfigError: a part without ``=``.
@@ -208,7 +208,7 @@ def parse_assignments(text: str | None, option: str) -> dict[str, Any] | None:
     if text is None:
         return None
     values: dict[str, Any] = {}
-    for part in text.split(","):
+    for part in re.split(r",(?![^\[]*\])", text):  # not at commas within a list
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise ConfigError(

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from saqcli.cli.options import parse_size
+from saqcli.cli.options import parse_assignments, parse_size
 from saqcli.config import ModelSection, RunConfig, resolve
 from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.io.preprocessing import Preprocessing
@@ -74,6 +74,16 @@ class TestInputSize:
         assert says in last_error(result)
         assert "timm/test_vit" in last_error(result)
         assert "--input-size" in last_error(result)
+
+
+def test_arguments_of_a_builder_may_be_lists() -> None:
+    found = parse_assignments("depths=[1, 2,1],act_layer=silu, dynamic=True,drop=0.5,pool=", "--model-kwargs")
+    assert found == {"depths": [1, 2, 1], "act_layer": "silu", "dynamic": True, "drop": 0.5, "pool": ""}
+    profiled = answer(
+        *("profile", "timm/convnext_atto", "--no-pretrained", "--num-classes", 3, "--input-size", 32),
+        *("--model-kwargs", "depths=[1,1,1,1],dims=[8,8,8,8]"),
+    )
+    assert len(profiled["layers"]) == 1 + 3 + 4 * 3 + 1
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ RUN = "Run"
 BENCH = "Speed"
 
 _MODEL_HELP = (
-    "Network: `resnet18` (timm first, then torchvision), `timm/NAME`, `torchvision/NAME` or `saq/NAME`."
+    "Network: `resnet18` (timm first, then torchvision), `timm/NAME`, `torchvision/NAME` or `saq/NAME`; "
+    "`NAME.TAG` for weights other than the default, see `saq models`."
 )
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
 OptionalModel = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_MODEL_HELP)]
@@ -47,7 +48,10 @@ ModelKwargs = Annotated[
     ),
 ]
 InputSize = Annotated[
-    int | None, typer.Option(min=1, help="Side of the images in pixels.", rich_help_panel=IMAGES)
+    str | None,
+    typer.Option(
+        metavar="SIDE|HxW", help="Of the images in pixels: 224, or 256x192.", rich_help_panel=IMAGES
+    ),
 ]
 Mean = Annotated[str | None, typer.Option(metavar="R,G,B", help="Of pixels in 0..1.", rich_help_panel=IMAGES)]
 Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Of pixels in 0..1.", rich_help_panel=IMAGES)]
@@ -187,8 +191,24 @@ def parse_counts(text: str | None, option: str) -> tuple[int, ...] | None:
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
+def parse_size(text: str | None) -> int | tuple[int, ...] | None:
+    """``224`` as one side, ``256x192`` as height and width.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if text is None:
+        return None
+    sides = text.strip().lower().split("x")
+    if len(sides) > 2 or not all(re.fullmatch("0*[1-9][0-9]{0,5}", side) for side in sides):
+        raise ConfigError(
+            f"--input-size {text}: give one side such as 224, or height and width such as 256x192"
+        )
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
 def parse_assignments(text: str | None, option: str) -> dict[str, Any] | None:
-    """``a=1,b=same`` as a dictionary; values are numbers or booleans where they look like it.
+    """``a=1,b=same,c=[2,3]`` as a dictionary; values are numbers, booleans or lists where they look like it.
 
     Raises:
         ConfigError: a part without ``=``.
@@ -196,7 +216,7 @@ def parse_assignments(text: str | None, option: str) -> dict[str, Any] | None:
     if text is None:
         return None
     values: dict[str, Any] = {}
-    for part in text.split(","):
+    for part in re.split(r",(?![^\[]*\])", text):  # not at commas within a list
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise ConfigError(
@@ -239,7 +259,7 @@ def model_options(
     num_classes: int | None,
     in_chans: int | None,
     model_kwargs: str | None,
-    input_size: int | None,
+    input_size: str | None,
     mean: str | None,
     std: str | None,
 ) -> dict[str, Any]:
@@ -250,7 +270,7 @@ def model_options(
         "num_classes": num_classes,
         "in_chans": in_chans,
         "kwargs": parse_assignments(model_kwargs, "--model-kwargs"),
-        "input_size": input_size,
+        "input_size": parse_size(input_size),
         "mean": parse_numbers(mean, "--mean"),
         "std": parse_numbers(std, "--std"),
     }

@@ -44,6 +44,7 @@ from saqcli.workflows.outcome import Outcome
 from saqcli.workflows.report import write_report
 from saqcli.workflows.search import keep_search, search_and_stop
 from saqcli.workflows.setup import Images, Network, check_same, load_float, pick_device, wrap_and_trace
+from saqcli.workflows.trainable import check_trains
 from saqcli.workflows.verdict import verdict_path
 
 
@@ -78,6 +79,8 @@ def quantize(
         run = RunDirectory.start(run_dir, config, resume=True, overwrite=False)
     else:
         network, images = prepare(config, device, progress)
+        if config.training.epochs:
+            check_trains(network.model, network.name, network.loaded.preprocessing, config)
         run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite)
     with run.recorded():
         if state is None:

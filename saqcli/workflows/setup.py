@@ -1,5 +1,7 @@
 """What every verb needs: device, float model, data, and the traced network with its costs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -8,7 +10,7 @@ import torch
 from torch import nn
 
 from saqcli.config import DataSection, ModelSection, RunConfig, first_difference
-from saqcli.errors import ConfigError
+from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.io.data import Split, check_same_classes, open_split
 from saqcli.io.loaders import Loader, calibration_loader, default_workers, make_loader
 from saqcli.io.models import LoadedModel, ModelSpec, load_model
@@ -93,11 +95,15 @@ def wrap_and_trace(loaded: LoadedModel, *, quantize_attention: bool = False) -> 
     """Wrap the model in place and trace it with one random image of its input size.
 
     With ``quantize_attention`` products of two activations are quantized, and counted, too.
+
+    Raises:
+        UnsupportedModel: it has nothing to quantize, or does not give class scores for such an image.
     """
     convert.wrap(loaded.model)
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(1, *loaded.preprocessing.input_size, generator=generator)
-    traced = trace(loaded.model, example)
+    with answering(loaded.name):
+        traced = trace(loaded.model, example)
     convert.leave_float(loaded.model, traced.idle)
     for parent, children in traced.routed.items():
         convert.route(loaded.model, [parent], children)
@@ -106,6 +112,17 @@ def wrap_and_trace(loaded: LoadedModel, *, quantize_attention: bool = False) -> 
     convert.follow(loaded.model, products)
     costs = cost_model(traced, loaded.classifiers, products=quantize_attention)
     return Network(loaded, traced, costs, products)
+
+
+@contextmanager
+def answering(name: str) -> Iterator[None]:
+    """Say whose forward pass does not give class scores, and what can be done about it."""
+    try:
+        yield
+    except UnsupportedModel as error:
+        raise UnsupportedModel(
+            f"{name}: {error}; give another --input-size or correct --model-kwargs"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,7 @@ def run(model: Any, images: Tensor, cuts: list[Cut], more: set[str], level: Any)
     """Run the graph, cut open; what comes out of every quantizer, and of ``more`` tensors."""
     opened = onnx.ModelProto()
     opened.CopyFrom(model)
+    del opened.graph.value_info[:]  # fixed sizes again, where a layer is fed a table of numbers
     given = {value.name for value in opened.graph.input} | {each.name for each in opened.graph.initializer}
     present = {value.name for value in opened.graph.output}
     for name in dict.fromkeys([cut.after for cut in cuts] + sorted(more)):
@@ -228,9 +229,11 @@ def run(model: Any, images: Tensor, cuts: list[Cut], more: set[str], level: Any)
     except Exception as error:  # onnxruntime has a class for every reason, none of them public
         reason = " ".join(str(error).split())[:200]
         raise Unmatched(f"ONNX Runtime does not run it in parts: {reason}") from None
-    return dict(zip(names, answers, strict=True)) | {
-        name: feed[name] for name in more & given if name in feed
-    }
+    known = {name: feed[name] for name in more & given if name in feed}
+    for each in opened.graph.initializer:  # a layer may be fed a table of numbers: relative positions
+        if each.name in more:
+            known[each.name] = onnx.numpy_helper.to_array(each)
+    return dict(zip(names, answers, strict=True)) | known
 
 
 def relative(truth: Any, answer: Any) -> float:

@@ -104,7 +104,7 @@ def _stages(name: str, record: Record) -> None:
         macs=costs.macs,
         mac_share=sum(layer.macs for layer in costs.layers) / costs.macs,
         float=unquantized(traced),
-        routed=sorted({parent for parent in traced.routed}),
+        routed=sorted(set(traced.routed)),
         bops_w4a4=costs.bops(costs.uniform(loaded.name, LayerBits(weight=4, activation=4))),
         wrapped_is_equal=bool(torch.equal(before, after)),
     )

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from saqcli.cli import bit_options as b
 from saqcli.cli import options as o
 from saqcli.cli import run_options as r
 from saqcli.cli import training_options as t
@@ -15,19 +16,19 @@ from saqcli.cli.screen import print_json, progress_for, reporting
 def quantize_command(
     model: o.OptionalModel = None,
     data: o.Data = None,
-    bops: o.Bops = None,
-    size: o.Size = None,
-    bits: o.Bits = None,
-    policy: o.Policy = None,
-    searcher: o.SearcherName = None,
-    candidates: o.Candidates = None,
-    activation_candidates: o.ActivationCandidates = None,
-    pin: o.Pin = None,
-    quantizer: o.QuantizerName = None,
-    weight_grid: o.WeightGrid = None,
-    granularity: o.Granularity = None,
-    weight_norm: o.WeightNorm = None,
-    quantize_attention: o.QuantizeAttention = None,
+    bops: b.Bops = None,
+    size: b.Size = None,
+    bits: b.Bits = None,
+    policy: b.Policy = None,
+    searcher: b.SearcherName = None,
+    candidates: b.Candidates = None,
+    activation_candidates: b.ActivationCandidates = None,
+    pin: b.Pin = None,
+    quantizer: b.QuantizerName = None,
+    weight_grid: b.WeightGrid = None,
+    granularity: b.Granularity = None,
+    weight_norm: b.WeightNorm = None,
+    quantize_attention: b.QuantizeAttention = None,
     weights: o.Weights = None,
     pretrained: o.Pretrained = None,
     num_classes: o.NumClasses = None,

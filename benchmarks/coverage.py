@@ -134,8 +134,9 @@ def _stages(name: str, record: Record) -> None:
         return F.cross_entropy(model(images[:STEP_IMAGES]), labels)
 
     before_step = copy.deepcopy(model.state_dict())
-    norm = perturbed.pop("")
-    base = torch.optim.SGD([m.latent_weight() for m in layers.values()], lr=0.05 / max(norm, 1e-12))
+    base = torch.optim.Adafactor(
+        [m.latent_weight() for m in layers.values()], lr=0.01
+    )  # steps relative to weights
     MINIMIZERS["saq"](model, base, rho=0.1).step([[MicroBatch(loss, 1.0)]])
     changed = {
         layer for layer, module in layers.items() if not torch.equal(module.latent_weight(), latent[layer])
@@ -255,8 +256,8 @@ def _zero_gradients(model: Any, images: Any) -> list[str]:
     return silent
 
 
-def _perturbed(model: Any, images: Any) -> dict[str, Any]:
-    """Which layers SAQ's ascent moves; under the empty name, the norm of their gradients."""
+def _perturbed(model: Any, images: Any) -> dict[str, bool]:
+    """Which layers SAQ's ascent moves."""
     import torch
     from torch.nn import functional as F
 
@@ -268,9 +269,7 @@ def _perturbed(model: Any, images: Any) -> dict[str, Any]:
         _, gradients = subject.gradients(lambda: F.cross_entropy(model(images), torch.arange(len(images))))
     ascent = subject.ascent(gradients, 0.1, "deviation")
     names = list(quantized_layers(model))
-    moved: dict[str, Any] = {name: bool(e.any()) for name, e in zip(names, ascent.weights, strict=True)}
-    total = sum(float(g.square().sum()) for g in gradients[: len(names)] if g is not None)
-    return moved | {"": total**0.5}
+    return {name: bool(e.any()) for name, e in zip(names, ascent.weights, strict=True)}
 
 
 # All networks ------------------------------------------------------------------------------------------------
@@ -369,7 +368,7 @@ def failure(facts: dict[str, Any]) -> str | None:
         return "the policy does not come back as it was written"
     if not facts["wrapped_is_equal"]:
         return "wrapping alone changes the outputs"
-    if not facts["cosine"] > 0.95:
+    if not facts["cosine"] > 0.9:
         return f"8 bits give logits of cosine {facts['cosine']:.3f}"
     return None
 

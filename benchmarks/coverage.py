@@ -128,10 +128,9 @@ def _stages(name: str, record: Record) -> None:
     layers = quantized_layers(model)
     latent = {layer: module.latent_weight().detach().clone() for layer, module in layers.items()}
     perturbed = _perturbed(model.train(), images[:STEP_IMAGES])
-    labels = torch.arange(STEP_IMAGES)
 
     def loss(*, ascent: bool = False) -> torch.Tensor:
-        return F.cross_entropy(model(images[:STEP_IMAGES]), labels)
+        return _loss(model, images[:STEP_IMAGES])
 
     before_step = copy.deepcopy(model.state_dict())
     base = torch.optim.Adafactor(
@@ -184,6 +183,10 @@ def _wake(model: Any) -> None:
     """Fill what starts at zero or so near to it that nothing passes: last norms, gains, scales of residual branches."""
     import torch
 
+    for module in model.modules():  # a branch that is dropped for both images of a step has no gradient
+        for rate in ("drop_prob", "p"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or parameter.numel() == 0 or parameter.abs().max() > 1e-3:
@@ -240,13 +243,19 @@ def _teach(model: Any, images: Any) -> None:
             head.weight[len(images) :] *= 0.1 * weight.std() / head.weight.std()
 
 
-def _zero_gradients(model: Any, images: Any) -> list[str]:
-    """Modules whose weight gets no gradient in the float model either."""
+def _loss(model: Any, images: Any) -> Any:
+    """Smoothed, so that no gradient is exactly zero however sure the last layer is."""
     import torch
     from torch.nn import functional as F
 
+    return F.cross_entropy(model(images), torch.arange(len(images)), label_smoothing=0.1)
+
+
+def _zero_gradients(model: Any, images: Any) -> list[str]:
+    """Modules whose weight gets no gradient in the float model either."""
+
     model.train()
-    F.cross_entropy(model(images), torch.arange(len(images))).backward()
+    _loss(model, images).backward()
     model.eval()
     silent = []
     for name, parameter in model.named_parameters():
@@ -258,15 +267,13 @@ def _zero_gradients(model: Any, images: Any) -> list[str]:
 
 def _perturbed(model: Any, images: Any) -> dict[str, bool]:
     """Which layers SAQ's ascent moves."""
-    import torch
-    from torch.nn import functional as F
 
     from saqcli.algorithms.sharpness import PerturbedSet
     from saqcli.quant.layers import frozen_batch_stats, quantized_layers
 
     subject = PerturbedSet(model)
     with frozen_batch_stats(model):
-        _, gradients = subject.gradients(lambda: F.cross_entropy(model(images), torch.arange(len(images))))
+        _, gradients = subject.gradients(lambda: _loss(model, images))
     ascent = subject.ascent(gradients, 0.1, "deviation")
     names = list(quantized_layers(model))
     return {name: bool(e.any()) for name, e in zip(names, ascent.weights, strict=True)}

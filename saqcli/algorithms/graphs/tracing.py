@@ -92,7 +92,7 @@ class _FourDimensions(TorchFunctionMode):
             mask = self._flat(mask.expand(*query.shape[:-1], key.shape[-2]))
             rest = [mask, *rest[1:]]
             kwargs = {name: given for name, given in kwargs.items() if name != "attn_mask"}
-        answer = func(*map(self._flat, (query, key, value)), *rest, **kwargs)
+        answer: Tensor = func(self._flat(query), self._flat(key), self._flat(value), *rest, **kwargs)
         return answer.reshape(*query.shape[:-1], value.shape[-1])
 
     @staticmethod

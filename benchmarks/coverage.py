@@ -27,6 +27,9 @@ ROOT = Path(__file__).parents[1]
 CATALOGUE = ROOT / "saqcli" / "io" / "catalogue.csv"
 IMAGES, STEP_IMAGES = 8, 2
 PAGE = os.sysconf("SC_PAGE_SIZE")
+COVERAGE = ROOT / "saqcli" / "io" / "coverage.csv"
+PAGE_OF_MODELS = ROOT / "docs" / "models.md"
+BEGIN, END = "<!-- coverage -->", "<!-- end of coverage -->"
 
 
 # One network, in a process of its own ------------------------------------------------------------------------
@@ -380,6 +383,48 @@ def failure(facts: dict[str, Any]) -> str | None:
     return None
 
 
+def write_tables(out: Path) -> None:
+    """What is kept of it: ``docs/models.md`` between its marks, and ``saqcli/io/coverage.csv``."""
+    with CATALOGUE.open() as file:
+        families = {row["name"]: row["family"] for row in csv.DictReader(file)}
+    lines, verdicts = [], []
+    for facts in sorted(records(out), key=lambda facts: (facts["model"].partition("/")[0], facts["model"])):
+        library, _, name = facts["model"].partition("/")
+        family, verdict = families[facts["model"]], failure(facts) or "ok"
+        if facts["model"] in smallest():
+            verdicts.append((library, family, facts["model"], verdict))
+        lines.append(f"| {library} | {family} | {name} | " + " | ".join(_cells(facts, verdict)) + " |")
+    head = "library family network layers weights MACs cosine W4A4 result".split()
+    table = [f"| {' | '.join(head)} |", "|--" * len(head) + "|", *lines]
+    before, _, rest = PAGE_OF_MODELS.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    text = "\n".join([before + BEGIN, "", *table, "", END + after])
+    PAGE_OF_MODELS.write_text(text, encoding="utf-8")
+    with COVERAGE.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("library", "family", "model", "verdict"))
+        writer.writerows(sorted(verdicts))
+    print(
+        f"{len(lines)} networks, {sum(verdict == 'ok' for *_, verdict in verdicts)} families without a fault"
+    )
+
+
+def _cells(facts: dict[str, Any], verdict: str) -> list[str]:
+    if facts.get("layers") is None:
+        return ["", "", "", "", "", verdict]
+    reasons = _counts(entry["reason"] for entry in facts["float"])
+    left = "; ".join(f"{count} times left: {reason}" for reason, count in sorted(reasons.items()))
+    cosine = f"{facts['cosine']:.4f}" if "cosine" in facts else ""
+    return [
+        str(facts["layers"]),
+        f"{100 * facts['weight_share']:.1f} %",
+        f"{100 * facts['mac_share']:.1f} %",
+        cosine,
+        f"{facts['bops_w4a4'] / 1e9:.2f} G",
+        f"{verdict}; {left}" if left else verdict,
+    ]
+
+
 def main() -> None:
     """Run, or tell."""
     parser = argparse.ArgumentParser(
@@ -390,11 +435,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--gibibytes", type=float, default=10)
+    parser.add_argument("--table", action="store_true", help="write what was found into docs and package")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.one:
         try_out(args.one, _record(args.out, args.one))
+        return
+    if args.table:
+        write_tables(args.out)
         return
     names = args.models or smallest()
     run_all(names, args.out, args.jobs, args.seconds, args.gibibytes)

@@ -247,6 +247,19 @@ def test_onnx_with_tampered_facts_is_refused(change: str, folder: Path, tmp_path
     refused_onnx(path)
 
 
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, "[" * 100_000 + "]" * 100_000, "", "{", "1"]
+)
+def test_onnx_whose_facts_are_no_description_is_refused(text: str, folder: Path, tmp_path: Path) -> None:
+    """However deep its brackets go."""
+    model = onnx.load(str(written(folder, "qdq", network("conv_bn"), "conv_bn")))
+    next(entry for entry in model.metadata_props if entry.key == "saq.facts").value = text
+    path = tmp_path / "model.onnx"
+    onnx.save(model, str(path))
+
+    assert len(refused_onnx(path)) < len(str(path)) + 200
+
+
 def test_facts_survive_as_json() -> None:
     facts = network("conv_bn").facts
 

@@ -1,6 +1,8 @@
 """What every test may lean on: one seed, and the data and weights that lie beside the repository."""
 
+import functools
 import os
+import sys
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would be in each other's way
@@ -13,6 +15,17 @@ import torch
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def operators_read_once() -> None:
+    """PyTorch reads the source of 500 ONNX operators for every export: half of the time that a small network takes."""
+    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
+    if registration is None or "onnxscript" not in sys.modules:
+        return
+    apis = registration.onnxscript_apis
+    if not hasattr(apis.get_torchlib_ops, "cache_info"):
+        apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
 
 
 def shared_data() -> Path:

@@ -23,6 +23,7 @@ from saqcli.io.models import ModelSpec, load_model
 from saqcli.quant import calibrate, convert
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.convert import Scheme
+from saqcli.quant.layers import quantized_layers
 from saqcli.quant.trace import trace
 from saqcli.workflows import export as exporting
 from saqcli.workflows import proofs
@@ -49,7 +50,7 @@ FIGURES = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The safetensors file of a small network of random weights, at mixed bits."""
-    spec = ModelSpec("saq/resnet20", pretrained=False, num_classes=5, in_chans=1, input_size=8)
+    spec = ModelSpec("saq/resnet8s", pretrained=False, num_classes=5, in_chans=1, input_size=8)
     torch.manual_seed(0)
     loaded = load_model(spec)
     size = loaded.preprocessing.input_size
@@ -116,7 +117,7 @@ def test_the_verdict_tells_every_layer_and_is_of_this_file(
     for name, kind in FIGURES.items():
         assert type(verdict[name]) is kind, name
         assert verdict[name] == printed[name]
-    assert len(verdict["per_layer"]) == verdict["layers"] == 20
+    assert len(verdict["per_layer"]) == verdict["layers"] == len(quantized_layers(saqcli.load(model)))
     for entry in verdict["per_layer"]:
         assert f"{entry['layer']}.weight_quantizer.clipping_level" in layers
         assert entry["wrong"] == 0

@@ -3,6 +3,7 @@
 import functools
 import os
 import sys
+import time
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would be in each other's way
@@ -43,11 +44,25 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with handwritten digits as ``images/`` and a network trained on them as ``float.safetensors``."""
+    """A folder with handwritten digits as ``images/`` and a network trained on them as ``float.safetensors``.
+
+    One process makes it, and the others of a run wait for it.
+    """
     from tests.digits import make
 
-    folder = tmp_path_factory.mktemp("digits")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "digits"
+    made = folder / "made"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        for _ in range(2000):
+            if made.exists():
+                return folder
+            time.sleep(0.1)
+        folder = tmp_path_factory.mktemp("digits")  # its process has ended
     make(folder)
+    made.touch()
     return folder
 
 

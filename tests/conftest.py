@@ -12,6 +12,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would 
 import pytest
 import torch
 
+# Files that take longest, for the processes to end at about the same time. The first learns the digits for all.
+LONGEST = """
+    test_story test_searchers test_search test_search_parts test_exporters test_analyze test_search_stopped
+    test_exact_form test_bench test_cli test_export test_onnx_qdq test_hazards test_published
+""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:

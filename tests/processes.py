@@ -34,7 +34,7 @@ def start(verb: str, *arguments: object) -> "subprocess.Popen[str]":
 
 
 def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
-    _, stderr = process.communicate(timeout=200)
+    _, stderr = process.communicate(timeout=280)
     assert process.returncode == code, stderr
     return stderr
 
@@ -42,7 +42,7 @@ def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
 def stop_in_phase(process: "subprocess.Popen[str]", run: Path, phase: int, number: int) -> str:
     """Wait until the search is in its model (0) or controller (1) phase, then send the signal."""
     path = run / "checkpoints" / "search.pt"
-    for _ in range(3000):
+    for _ in range(5000):
         assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
         if path.is_file() and torch.load(path, weights_only=True)["search"]["position"][1] == phase:
             break

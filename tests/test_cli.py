@@ -18,6 +18,7 @@ from saqcli.cli.training_options import EFFICIENT
 from saqcli.io.catalogue import Entry
 from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options
+from tests.sweeps import sweep
 
 pytestmark = pytest.mark.usefixtures("digits")
 
@@ -335,22 +336,36 @@ class TestInstalledProgram:
         assert len(done.stderr.strip().splitlines()) == 1
 
     @pytest.fixture(scope="class")
-    def whole(self, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def few(self, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """The digits, every third image alone."""
+        folder = tmp_path_factory.mktemp("few")
+        shutil.copy(digits / "float.safetensors", folder)
+        for path in sorted((digits / "images").rglob("*.png"))[::3]:
+            copy = folder / path.relative_to(digits)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+        return folder
+
+    @pytest.fixture(scope="class")
+    def whole(self, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         """A run that nobody interrupted."""
         run = tmp_path_factory.mktemp("whole") / "run"
-        assert subprocess.run(_command(digits, run), env=_single_threaded(), check=False).returncode == 0
+        assert subprocess.run(_command(few, run), env=_single_threaded(), check=False).returncode == 0
         return run
 
-    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    # The other signal in default runs: test_search_stopped.
+    @pytest.mark.parametrize(
+        ("number", "code"), sweep([(signal.SIGINT, 130), (signal.SIGTERM, 143)], lambda _, code: code == 143)
+    )
     def test_a_signal_leaves_a_checkpoint_and_resuming_gives_the_same_weights(
-        self, digits: Path, tmp_path: Path, whole: Path, number: int, code: int
+        self, few: Path, tmp_path: Path, whole: Path, number: int, code: int
     ) -> None:
         run = tmp_path / "run"
         process = subprocess.Popen(
-            _command(digits, run), env=_single_threaded(), stderr=subprocess.PIPE, text=True
+            _command(few, run), env=_single_threaded(), stderr=subprocess.PIPE, text=True
         )
         _wait_for(run / "checkpoints" / "last.pt", process)
-        time.sleep(1.0)  # into the first epoch
+        time.sleep(0.3)  # into the first epoch
         process.send_signal(number)
         _, stderr = process.communicate(timeout=120)
 

@@ -89,8 +89,9 @@ def export(
     model, facts = restore(finished_model(RunDirectory.open(source)) if source.is_dir() else source)
     preprocessing = Preprocessing.from_dict(facts.preprocessing)
     if data.path is None:
-        batches: Batches = synthetic_batches(preprocessing)
-        count = len(synthetic_batches(preprocessing))
+        made = synthetic_batches(preprocessing)
+        batches: Batches = made
+        count = len(made)
     else:
         classes = int(facts.build["num_classes"])
         split = open_named(data, "val", classes)

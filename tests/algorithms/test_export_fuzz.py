@@ -12,7 +12,7 @@ from saqcli.errors import UnsupportedModel
 from saqcli.progress import SILENT
 from saqcli.workflows.proofs import prove_graph
 
-FEW, MANY, CHUNK = 8, 300, 10
+FEW, MANY, CHUNK = 4, 300, 10
 BATCHES = (16, 5, 1, 16)
 
 

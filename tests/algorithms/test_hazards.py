@@ -29,6 +29,7 @@ from saqcli.algorithms.graphs.operators import frozen_copy
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.workflows.predictors import onnx_session
+from tests.sweeps import sweep
 
 PLAIN, DEFAULT = ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL
 Build = Callable[..., onnx.NodeProto]
@@ -274,7 +275,7 @@ def differing(path: Path, x: Tensor) -> float:
     return float(((plain - found).abs() > 1e-5 * plain.abs().max()).double().mean())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", sweep([2, 3, 4], lambda bits: bits == 2))
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("case", LAYERS)
 def test_our_styles_keep_their_numbers(case: str, style: str, bits: int, tmp_path: Path) -> None:
@@ -289,7 +290,7 @@ def test_our_styles_keep_their_numbers(case: str, style: str, bits: int, tmp_pat
 @pytest.mark.parametrize(
     ("case", "style"), [*(("H2", style) for style in STYLES), ("H1", "qdq"), ("H1", "trt"), ("H3", "qdq")]
 )
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", sweep([2, 4, 8], lambda bits: bits == 4))
 def test_layers_with_quantized_weights_alone_keep_their_inputs(
     bits: int, case: str, style: str, tmp_path: Path
 ) -> None:
@@ -347,8 +348,13 @@ def chain(name: str) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(*CHAINS[name][0](), nn.Conv2d(width, 5, 3), nn.Flatten())
 
 
-@pytest.mark.parametrize("quantizer", ["clip", "lsq_plus"])
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize(
+    ("name", "quantizer"),
+    sweep(
+        ((name, quantizer) for name in CHAINS for quantizer in ("clip", "lsq_plus")),
+        lambda name, quantizer: quantizer == "clip" or name == "bn_relu",
+    ),
+)
 def test_layers_of_eight_bits_run_on_integers(name: str, quantizer: str, tmp_path: Path) -> None:
     """All but the last, whose output is not quantized."""
     quantized = quantize(chain(name), same_bits(8), Scheme(quantizer=quantizer))

@@ -1,22 +1,31 @@
 """The proof by parts finds one wrong layer, and passes a correct graph."""
 
 from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
 import torch
-from torch import nn
+from onnx_files import told
+from torch import Tensor, nn
 
-from saqcli.algorithms.exporters.facts import ModelFacts
-from saqcli.algorithms.exporters.qdq import QdqExporter
+from saqcli.algorithms.exporters import EXPORTERS, ModelFacts
 from saqcli.algorithms.graphs.layerwise import LARGEST_ERROR, check_layers
 from saqcli.algorithms.graphs.operators import frozen_copy
 from saqcli.quant.convert import Scheme, active_bits
 from saqcli.quant.layers import quantized_layers
 from tests import tiny
+from tests.sweeps import sweep
 
 
-def exported(name: str, bits: int, path: Path) -> tuple[nn.Module, torch.Tensor]:
+def exported(name: str, bits: int, path: Path) -> tuple[nn.Module, Tensor]:
     net, x = tiny.build(name)
+    write(net, x, bits, path)
+    return net, x
+
+
+def write(net: nn.Module, x: Tensor, bits: int, path: Path, style: str = "qdq") -> None:
+    """Quantize ``net`` and export it."""
     tiny.quantized(net, x, bits)
     net.eval()
     layers = list(quantized_layers(net))
@@ -24,17 +33,21 @@ def exported(name: str, bits: int, path: Path) -> tuple[nn.Module, torch.Tensor]
         saq_version="0",
         build={},
         preprocessing={},
-        policy=active_bits(net, name, layers),
+        policy=active_bits(net, "tiny", layers),
         scheme=Scheme(),
         signed=dict.fromkeys(layers, True),
         routed={},
     )
-    QdqExporter().export(net, x[:2], path, facts)
-    return net, x
+    EXPORTERS[style]().export(net, x[:2], path, facts)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("name", ["conv_bn", "residual", "depthwise", "tokens"])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    sweep(
+        ((name, bits) for name in ("conv_bn", "residual", "depthwise", "tokens") for bits in (2, 4, 8)),
+        lambda name, bits: bits == 4 or name == "residual",
+    ),
+)
 def test_a_correct_graph_agrees_in_every_part(name: str, bits: int, tmp_path: Path) -> None:
     net, x = exported(name, bits, tmp_path / "model.onnx")
 
@@ -65,3 +78,104 @@ def test_a_missing_quantizer_is_found(tmp_path: Path) -> None:
 
     assert check.problem is not None
     assert not check.passed
+
+
+class Again(nn.Module):
+    """Calls one layer more than once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.again = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, tiny.CLASSES)
+
+
+class ChangedInPlace(Again):
+    """What the layer is given is written over between its two calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        first = self.again(y)
+        y.relu_()
+        logits: Tensor = self.head((first - self.again(y)).mean((2, 3)))
+        return logits
+
+
+class SameTwice(Again):
+    """Two of three calls are given equal tensors, and so are one call in the graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        total = self.again(torch.relu(y)) + self.again(torch.relu(y)) + self.again(y)
+        logits: Tensor = self.head(total.mean((2, 3)))
+        return logits
+
+
+def quantizers_of(graph: Any, layer: str) -> list[Any]:
+    """The nodes that a layer's input goes through first, a call each."""
+    found = [node for node in graph.node if told(node).get("saq.layer") == layer and node.op_type == "Clip"]
+    assert all(told(node)["saq.operand"] == "input" for node in found)
+    return found
+
+
+@pytest.mark.parametrize("style", ["qdq", "trt"])
+@pytest.mark.parametrize("kind", [ChangedInPlace, SameTwice])
+def test_calls_of_one_layer_are_told_apart_by_what_they_are_given(
+    kind: type[Again], style: str, tmp_path: Path
+) -> None:
+    """Each is found right, and each is found wrong."""
+    path, x = tmp_path / "model.onnx", tiny.images((3, 8, 8))
+    net = kind()
+    write(net, x, 4, path, style)
+    frozen = frozen_copy(net)
+    check = check_layers(path, frozen, x)
+
+    assert check.passed
+    assert [layer.layer for layer in check.layers].count("again") == 2
+    assert check.largest_error < LARGEST_ERROR / 5
+
+    for wrong, right in ((0, 1), (1, 0)):
+        model = onnx.load(str(path))
+        calls = quantizers_of(model.graph, "again")
+        calls[wrong].input[0] = calls[right].input[0]
+        _sort(model.graph)
+        onnx.save(model, str(path.with_name("wrong.onnx")))
+
+        assert not check_layers(path.with_name("wrong.onnx"), frozen, x).passed
+
+
+def _sort(graph: Any) -> None:
+    """Every node behind those that it reads."""
+    known = {value.name for value in [*graph.input, *graph.initializer]} | {""}
+    waiting, done = list(graph.node), []
+    while waiting:
+        ready = next(node for node in waiting if known >= set(node.input))
+        waiting.remove(ready)
+        done.append(ready)
+        known |= set(ready.output)
+    del graph.node[:]
+    graph.node.extend(done)
+
+
+def test_codes_at_the_border_of_a_moved_image_are_judged(tmp_path: Path) -> None:
+    """Padding after the offset was taken away puts the lowest code's opposite around the image, not zero."""
+    path, x = tmp_path / "model.onnx", tiny.images((3, 8, 8))
+    net = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    write(net, x, 8, path, "trt")
+    frozen = frozen_copy(net)
+    assert check_layers(path, frozen, x).passed
+
+    model = onnx.load(str(path))
+    pad, sub, code = (
+        next(node for node in model.graph.node if node.op_type == kind)
+        for kind in ("Pad", "Sub", "QuantizeLinear")
+    )
+    assert (sub.input[0], code.input[0]) == (pad.output[0], sub.output[0])
+    sub.input[0], pad.input[0], code.input[0] = pad.input[0], sub.output[0], pad.output[0]
+    model.graph.node.remove(pad)
+    model.graph.node.insert(list(model.graph.node).index(sub) + 1, pad)
+    onnx.save(model, str(path))
+    check = check_layers(path, frozen, x)
+
+    assert check.problem is None
+    assert check.wrong == ("1",)
+    assert [layer.wrong for layer in check.layers] == [2 * len(x) * 3 * (10 * 10 - 8 * 8)]

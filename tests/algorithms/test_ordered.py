@@ -6,6 +6,7 @@ The second is what the functions are for: not one number may differ, whatever go
 import itertools
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,10 @@ MASKS: dict[str, dict[str, object]] = {
     "float": {"attn_mask": normal(6, 7, seed=4) * 3},
     "infinite": {"attn_mask": torch.where(torch.arange(42).reshape(6, 7) % 4 == 0, -math.inf, 0.5)},
     "heads": {"attn_mask": normal(2, 3, 6, 7, seed=5) > 0.5},
+    "blind": {"attn_mask": (torch.arange(42).reshape(6, 7) % 3 > 0) & (torch.arange(6) % 4 > 0)[:, None]},
+    "blind_infinite": {
+        "attn_mask": torch.where(torch.arange(6) % 4 > 0, 0.5, -math.inf)[:, None].expand(6, 7)
+    },
     "scale": {"scale": 0.7},
     "causal": {"is_causal": True},
 }
@@ -232,6 +237,14 @@ def test_attention(mask: str) -> None:
     expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), **given)  # type: ignore[arg-type]
 
     assert float((found.double() - expected).abs().max()) <= 2.0**-17
+    if mask.startswith("blind"):
+        assert not found[:, :, ::4].any()
+
+
+def test_attention_with_grouped_queries_is_refused() -> None:
+    query, key = normal(2, 4, 6, 8), normal(2, 2, 6, 8, seed=1)
+    with pytest.raises(UnsupportedModel, match=r"grouped queries: choose another --style"):
+        ordered.attention(query, key, key, enable_gqa=True)
 
 
 POOLS = [
@@ -274,7 +287,39 @@ def test_adaptive_average_pools(target: tuple[int, int]) -> None:
     assert float((found.double() - expected).abs().max()) <= 16 * EPS * 4
 
 
-@pytest.mark.parametrize("exponent", [0.5, 1, 2, 3.0, 8])
+@pytest.mark.parametrize("length", [6, 7])
+def test_average_pools_of_lines_of_every_kind(length: int) -> None:
+    x = normal(2, 3, length)
+    for kernel, stride, padding, ceil_mode, include in itertools.product(
+        ([2], [3]), ([], [1], [2]), ([0], [1]), (False, True), (False, True)
+    ):
+        options = (kernel, stride, padding, ceil_mode, include)
+        found, expected = ORDERED["avg_pool1d"](x, *options), F.avg_pool1d(x.double(), *options)
+
+        assert found.shape == expected.shape, options
+        assert float((found.double() - expected).abs().max()) <= 16 * EPS * 4, options
+
+
+@pytest.mark.parametrize("target", [1, 2, 3, 7, 9])
+def test_adaptive_average_pools_of_lines(target: int) -> None:
+    x = normal(2, 3, 7)
+    found, expected = ORDERED["adaptive_avg_pool1d"](x, [target]), F.adaptive_avg_pool1d(x.double(), target)
+
+    assert found.shape == expected.shape
+    assert float((found.double() - expected).abs().max()) <= 16 * EPS * 4
+
+
+def test_tanh_near_zero_keeps_its_relative_precision() -> None:
+    """Below and above the border at 0.1, where a difference would cancel and a series would end too early."""
+    x = torch.cat([torch.logspace(-6, 0, 4001), torch.linspace(0.0999, 0.1001, 4001)])
+    x = torch.cat([x, -x])
+    error = (ordered.tanh(x).double() - x.double().tanh()).abs() / x.double().tanh().abs()
+
+    assert float(error.max()) <= 40 * EPS
+    assert float(error[x.abs() < 0.01].max()) <= 4 * EPS
+
+
+@pytest.mark.parametrize("exponent", [-0.5, 0.5, 1, 2, 3.0, 8])
 def test_powers(exponent: float) -> None:
     x = numbers().abs().clamp(1e-4, 1e4)
     expected = x.double() ** exponent
@@ -313,16 +358,22 @@ CONVERTED: dict[str, Function] = {
     "matmul": lambda x: ordered.matmul(x, x.transpose(-2, -1)),
     "attention": lambda x: ordered.attention(x, x * 0.5, x + 1.0),
     "masked": lambda x: ordered.attention(x, x, x, torch.ones(7, 7).tril().bool()),
+    "blind": lambda x: ordered.attention(x, x, x, torch.ones(7, 7).tril(-1).bool()),
+    "blind_infinite": lambda x: ordered.attention(x, x, x, torch.full((7, 7), -math.inf).triu()),
     "causal": lambda x: ordered.attention(x, x, x, is_causal=True),
     "mean": lambda x: ordered.mean(x, [2, 3], keepdim=True),
     "sum": lambda x: ORDERED["sum"](x, [1]),
     "norm": lambda x: ORDERED["linalg_vector_norm"](x, 2, [1], True),
     "pow": lambda x: ORDERED["pow"](x, 3.0),
+    "root": lambda x: ORDERED["pow"](x * x, 0.5),
+    "inverse_root": lambda x: ORDERED["pow"](x * x + 1.0, -0.5),
     "rsqrt": lambda x: ORDERED["rsqrt"](x * x + 1.0),
     "average": lambda x: ORDERED["avg_pool2d"](x, (2, 2)),
     "average_padded": lambda x: ORDERED["avg_pool2d"](x, (3, 3), (2, 2), (1, 1)),
     "average_inside": lambda x: ORDERED["avg_pool2d"](x, (3, 3), (1, 1), (1, 1), False, False),
     "average_ceil": lambda x: ORDERED["avg_pool2d"](x, (3, 3), (2, 2), (0, 0), True),
+    "average_line": lambda x: ORDERED["avg_pool1d"](x.flatten(2), [3], [2], [1]),
+    "adaptive_line": lambda x: ORDERED["adaptive_avg_pool1d"](x.flatten(2), [3]),
     "adaptive": lambda x: ORDERED["adaptive_avg_pool2d"](x, (3, 2)),
     "global": lambda x: ORDERED["adaptive_avg_pool2d"](x, (1, 1)),
 }
@@ -406,6 +457,13 @@ def inputs(kind: str, count: int) -> Tensor:
     return repeated[: count * 210].reshape(count, 6, 7, 5)
 
 
+@cache
+def expected_of(kind: str, count: int) -> dict[str, Tensor]:
+    """What PyTorch computes."""
+    x = inputs(kind, count)
+    return {name: function(x).flatten(1) for name, function in CONVERTED.items()}
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_ALL"])
 @pytest.mark.parametrize("kind", ["normal", "wide", "zeros", "special"])
@@ -416,11 +474,9 @@ def test_onnx_runtime_computes_the_same_numbers(kind: str, level: str, threads: 
     options.log_severity_level = 3
     session = ort.InferenceSession(str(converted), options, providers=["CPUExecutionProvider"])
     for count in (1, 2, 5, 16):
-        x = inputs(kind, count)
-        (found,) = session.run(None, {tracing.INPUT: x.numpy()})
+        (found,) = session.run(None, {tracing.INPUT: inputs(kind, count).numpy()})
         start = 0
-        for name, function in CONVERTED.items():
-            expected = function(x).flatten(1)
+        for name, expected in expected_of(kind, count).items():
             mine = torch.from_numpy(found[:, start : start + expected.shape[1]])
             start += expected.shape[1]
             same = (mine == expected) | (mine.isnan() & expected.isnan())

@@ -28,6 +28,7 @@ from saqcli.quant.space import Candidates, SearchSpace, search_space
 from saqcli.units import format_quantity
 from tests.searching import fresh, problem_of, random_problem, search_images, tiny_problem
 from tests.spaces import admitted, budget_within, every_cost, every_loss, spaces, used
+from tests.sweeps import sweep
 from tests.tiny import TINY
 
 HUGE = 10**15
@@ -225,9 +226,10 @@ FAST: dict[str, dict[str, Any]] = {
 }
 
 
-def cases(method: str, share: int = 1) -> range:
-    """Seeds of the problems; ``share`` leaves only every so-manieth."""
-    return range(0, 24 if SEARCHERS[method].trains else 120, share)
+def cases(method: str, share: int = 1, half: int | None = None) -> range:
+    """Seeds of the problems; ``share`` leaves only every so-manieth, and ``half`` every other one of these."""
+    count = 24 if SEARCHERS[method].trains else 120
+    return range(0, count, share) if half is None else range(share * half, count, 2 * share)
 
 
 @cache
@@ -251,6 +253,7 @@ def costs_of(seed: int) -> np.ndarray:
 
 
 each_searcher = pytest.mark.parametrize("method", SEARCHERS)
+each_half = pytest.mark.parametrize("half", sweep([0, 1], lambda half: half == 0))
 
 
 def test_the_problems_have_everything_that_may_occur() -> None:
@@ -265,29 +268,32 @@ def test_the_problems_have_everything_that_may_occur() -> None:
         assert sum(len(space.decisions) > 1 for space in some) >= 12
 
 
+@each_half
 @each_searcher
-def test_the_budget_admits_what_is_found(method: str) -> None:
-    for seed in cases(method):
+def test_the_budget_admits_what_is_found(method: str, half: int) -> None:
+    for seed in cases(method, half=half):
         asked = problem(seed)
         assert asked.budget.admits(asked.space.cost(solved(method, seed).choice)), seed
 
 
+@each_half
 @each_searcher
-def test_98_5_percent_of_the_budget_is_used_wherever_any_configuration_does(method: str) -> None:
+def test_98_5_percent_of_the_budget_is_used_wherever_any_configuration_does(method: str, half: int) -> None:
     if method == "uniform":
         pytest.skip("has the same bits everywhere, whatever is left over")
     wherever = 0
-    for seed in cases(method):
+    for seed in cases(method, half=half):
         asked, costs = problem(seed), costs_of(seed)
         if (admitted(costs, asked.budget) & used(costs, asked.budget)).any():
             wherever += 1
             assert asked.budget.used_by(asked.space.cost(solved(method, seed).choice)), seed
-    assert wherever > len(cases(method)) // 4  # the cases are worth something
+    assert wherever > len(cases(method, half=half)) // 4  # the cases are worth something
 
 
+@each_half
 @each_searcher
-def test_every_layer_is_there_in_order_with_its_fixed_bits_or_an_option(method: str) -> None:
-    for seed in cases(method):
+def test_every_layer_is_there_in_order_with_its_fixed_bits_or_an_option(method: str, half: int) -> None:
+    for seed in cases(method, half=half):
         space = problem(seed).space
         config = space.config(solved(method, seed).choice)
         assert config.model == space.model
@@ -299,18 +305,22 @@ def test_every_layer_is_there_in_order_with_its_fixed_bits_or_an_option(method: 
                 assert config.layers[member.name] in decision.options
 
 
+@each_half
 @each_searcher
-def test_the_layers_of_a_group_get_equal_bits(method: str) -> None:
-    for seed in cases(method):
+def test_the_layers_of_a_group_get_equal_bits(method: str, half: int) -> None:
+    for seed in cases(method, half=half):
         space = problem(seed).space
         config = space.config(solved(method, seed).choice)
         for decision in space.decisions:
             assert len({config.layers[member.name] for member in decision.members}) == 1, seed
 
 
+@each_half
 @each_searcher
-def test_the_same_seed_gives_the_same_result_whatever_the_global_random_numbers(method: str) -> None:
-    for seed in cases(method, 4):
+def test_the_same_seed_gives_the_same_result_whatever_the_global_random_numbers(
+    method: str, half: int
+) -> None:
+    for seed in cases(method, 4, half):
         torch.manual_seed(seed + 12345)
         again = search(method, problem(seed))
         first = solved(method, seed)
@@ -318,9 +328,10 @@ def test_the_same_seed_gives_the_same_result_whatever_the_global_random_numbers(
         assert sorted(again.scored) == sorted(first.scored), seed
 
 
+@each_half
 @each_searcher
-def test_other_budgets_can_be_asked_for_and_admit_what_is_proposed(method: str) -> None:
-    for seed in cases(method, 2):
+def test_other_budgets_can_be_asked_for_and_admit_what_is_proposed(method: str, half: int) -> None:
+    for seed in cases(method, 2, half):
         asked, costs = problem(seed), costs_of(seed)
         for kind in ("bops", "size", "both"):
             other = budget_within(asked.space, random.Random(seed + 1), kind)
@@ -333,9 +344,10 @@ def test_other_budgets_can_be_asked_for_and_admit_what_is_proposed(method: str) 
                     assert other.used_by(cost), (seed, kind)
 
 
+@each_half
 @each_searcher
-def test_what_was_scored_is_what_the_score_says(method: str) -> None:
-    for seed in cases(method, 6):
+def test_what_was_scored_is_what_the_score_says(method: str, half: int) -> None:
+    for seed in cases(method, 6, half):
         found, space = solved(method, seed), problem(seed).space
         for one in list(found.scored)[:3]:
             assert one.cost == space.cost(one.choice)

@@ -1,6 +1,7 @@
 """The story that the README tells, on real handwritten digits: quantize, evaluate, export, do it again."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from typer.testing import CliRunner
 
 import saqcli
 from saqcli.cli import app
+from saqcli.workflows import demo
+from saqcli.workflows.demo import FLOAT_EPOCHS
 from tests.digits import MODEL, float_options
+from tests.sweeps import sweep
 
 UNIFORM_3 = 92_640_256  # BOPs, just below what 3 bits cost saq/resnet20 on 16 x 16 grey images
 
@@ -180,9 +184,15 @@ def test_an_artifact_that_does_not_equal_the_model_leaves_no_file_and_exits_3(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_demo_runs_offline_to_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("epochs", "float_top1"), sweep([(4, 90), (FLOAT_EPOCHS, 95)], lambda epochs, _: epochs == 4)
+)
+def test_the_demo_runs_offline_to_the_end(
+    epochs: int, float_top1: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "train_float", partial(demo.train_float, epochs=epochs))
     answer = saq("demo", "--run-dir", tmp_path / "demo", "--epochs", 1)
 
-    assert answer["float_top1"] > 95
+    assert answer["float_top1"] > float_top1
     assert answer["top1"] > 90
     assert answer["bops"] <= answer["budget_bops"]

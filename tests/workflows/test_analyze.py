@@ -91,7 +91,10 @@ class TestTargets:
         first = found["instruments"]["distributions"]["layers"][0]["weights"]
         assert first["error"] < 1e-10  # on the grid already
 
-    @pytest.mark.parametrize("options", [("--weight-norm",), ("--quantizer", "dorefa")])
+    @pytest.mark.parametrize(
+        "options",
+        [pytest.param(("--weight-norm",), marks=pytest.mark.slow), ("--quantizer", "dorefa")],
+    )
     def test_weights_that_are_transformed_before_rounding_have_latent_ones_too(
         self, digits: Path, data: tuple[object, ...], tmp_path: Path, options: tuple[str, ...]
     ) -> None:

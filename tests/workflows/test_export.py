@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -16,14 +18,17 @@ from saqcli.algorithms.exporters import EXPORTERS, STYLES, ModelFacts
 from saqcli.algorithms.exporters.qdq import QdqExporter
 from saqcli.algorithms.exporters.safetensors import SafetensorsExporter
 from saqcli.algorithms.graphs.integers import Accumulator
+from saqcli.errors import ExportMismatch
 from saqcli.io.models import ModelSpec, load_model
 from saqcli.quant import calibrate, convert
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.convert import Scheme
+from saqcli.quant.layers import quantized_layers
 from saqcli.quant.trace import trace
+from saqcli.workflows import export as exporting
 from saqcli.workflows import proofs
 from saqcli.workflows.predictors import onnx_session
-from saqcli.workflows.synthetic import IMAGES
+from saqcli.workflows.synthetic import IMAGES, synthetic_batches
 from saqcli.workflows.verdict import Verdict, verdict_path, verdict_text
 from tests.command_line import answer, last_error, saq
 
@@ -45,7 +50,7 @@ FIGURES = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The safetensors file of a small network of random weights, at mixed bits."""
-    spec = ModelSpec("saq/resnet20", pretrained=False, num_classes=5, in_chans=1, input_size=8)
+    spec = ModelSpec("saq/resnet8s", pretrained=False, num_classes=5, in_chans=1, input_size=8)
     torch.manual_seed(0)
     loaded = load_model(spec)
     size = loaded.preprocessing.input_size
@@ -112,7 +117,7 @@ def test_the_verdict_tells_every_layer_and_is_of_this_file(
     for name, kind in FIGURES.items():
         assert type(verdict[name]) is kind, name
         assert verdict[name] == printed[name]
-    assert len(verdict["per_layer"]) == verdict["layers"] == 20
+    assert len(verdict["per_layer"]) == verdict["layers"] == len(quantized_layers(saqcli.load(model)))
     for entry in verdict["per_layer"]:
         assert f"{entry['layer']}.weight_quantizer.clipping_level" in layers
         assert entry["wrong"] == 0
@@ -195,6 +200,71 @@ def test_a_file_that_is_not_the_model_does_not_get_its_name(
     assert saq("export", model, "--onnx", path, "--quiet", "--overwrite").exit_code == 3
     assert path.read_bytes() == b"before"
     assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def _node(*arguments: Any, **attributes: Any) -> onnx.NodeProto:
+    return onnx.helper.make_node(*arguments, **attributes)
+
+
+# Graphs from images to logits that ONNX Runtime does not take, and what the message says of them.
+NOT_TAKEN = {
+    "hazard": (
+        [
+            _node("Relu", ["images"], ["a"]),
+            _node("Clip", ["a", "zero", "one"], ["b"], name="clip"),
+            _node("QuantizeLinear", ["b", "one", "code"], ["c"], name="narrow"),
+            _node("DequantizeLinear", ["c", "one", "code"], ["d"]),
+            _node("Flatten", ["d"], ["logits"]),
+        ],
+        "hazard H3 at narrow: a Clip in front of a quantizer below 8 bits makes the session fail",
+    ),
+    "operator": (
+        [_node("Mystery", ["images"], ["logits"], domain="nowhere")],
+        "ONNX Runtime does not take model.onnx",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_TAKEN)
+def test_a_graph_that_onnx_runtime_does_not_take_does_not_get_its_name(
+    kind: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A known hazard is named, before ONNX Runtime's own words, which say less."""
+    nodes, says = NOT_TAKEN[kind]
+
+    class NotTaken(QdqExporter):
+        def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
+            values = {"zero": np.float32(0), "one": np.float32(1), "code": np.array(0, ml_dtypes.uint4)}
+            constants = [onnx.numpy_helper.from_array(np.asarray(v), name) for name, v in values.items()]
+            ends = [
+                onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+                for name in ("images", "logits")
+            ]
+            graph = onnx.helper.make_graph(nodes, "graph", ends[:1], ends[1:], constants)
+            opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("nowhere", 1)]
+            onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), str(path))
+
+    monkeypatch.setitem(EXPORTERS, "qdq", NotTaken)
+    result = saq("export", model, "--onnx", tmp_path / "model.onnx", "--quiet")
+
+    assert result.exit_code == ExportMismatch.exit_code == 3
+    assert says in last_error(result)
+    assert "nothing was written" in last_error(result)
+    assert not list(tmp_path.iterdir())
+
+
+def test_made_images_are_made_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    def count(*arguments: Any) -> Any:
+        made.append(synthetic_batches(*arguments))
+        return made[-1][:1]
+
+    monkeypatch.setattr(exporting, "synthetic_batches", count)
+    found = answer("export", model, "--onnx", tmp_path / "model.onnx")
+
+    assert len(made) == 1
+    assert found["images"] == len(made[0][0][0])
 
 
 @pytest.mark.parametrize("taken", ["model.onnx", "model.verdict.json"])

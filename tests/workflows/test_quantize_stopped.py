@@ -4,9 +4,12 @@ import json
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.processes import STOPPED, figures, finish, network_options, start, stop_in_phase
 
 
+@pytest.mark.slow  # by themselves: test_cli stops quantize, test_search_stopped a search
 def test_quantize_searches_first_and_goes_on_after_a_stop_in_the_search(digits: Path, tmp_path: Path) -> None:
     options = (*network_options(digits), *STOPPED, "--epochs", 1)
     whole, run = tmp_path / "whole", tmp_path / "run"

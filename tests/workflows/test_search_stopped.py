@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from saqcli.cli import app
 from tests.processes import STOPPED, figures, finish, network_options, start, stop_in_phase
+from tests.sweeps import sweep
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,9 @@ def whole(network: list[object], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return path
 
 
-@pytest.mark.parametrize(("phase", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("phase", "number"), sweep([(0, signal.SIGTERM), (1, signal.SIGINT)], lambda phase, _: phase == 1)
+)
 def test_a_search_stopped_by_a_signal_goes_on_to_the_same_policy(
     phase: int, number: int, whole: Path, network: list[object], tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import onnx
+from pydantic_core import from_json
 
 from saqcli.algorithms.exporters.facts import ModelFacts, check_schema
 from saqcli.errors import CorruptArtifact
@@ -35,7 +36,7 @@ def read_onnx_facts(path: Path) -> ModelFacts:
     if FACTS not in found:
         raise CorruptArtifact(f"{path} was not exported by saq: its preprocessing is unknown")
     try:
-        check_schema(json.loads(found[FACTS]), str(path))
+        check_schema(from_json(found[FACTS]), str(path))
     except ValueError:
         raise CorruptArtifact(f"{path} does not say what it is: its {FACTS} are no JSON") from None
     return parse_json(ModelFacts, found[FACTS], str(path), CorruptArtifact)

@@ -1,8 +1,8 @@
 """Style ``trt``: INT8 everywhere, zero point 0, the shape that TensorRT documents for explicit quantization.
 
-TensorRT quantizes to signed integers around zero. A grid of unsigned codes up to 127 fits as it is. One that
-does not (0 ... 255, or the shifted grids of ``lsq_plus``) is moved by an offset in front of the quantizer and
-set right behind the layer:
+TensorRT quantizes to signed integers around zero. A grid whose codes lie in -128 ... 127 fits as it is. One that
+does not (0 ... 255, or a grid of ``lsq_plus`` such as -20 ... 235) is moved in front of the quantizer, by as many
+steps as bring its lowest code to -128, and set right behind the layer:
 
     x -- Pad -- Sub(o) -- Q(INT8) -- DQ -- Conv(no padding) -- Add(bias + sum of weights * o)
 

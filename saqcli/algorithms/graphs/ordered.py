@@ -21,6 +21,7 @@ from saqcli.errors import UnsupportedModel
 
 EXACT_DOUBLE = 53  # bits of a float64 integer
 _LARGEST_EXPONENT = 87.0  # exp of it is near the largest float32
+_HIDDEN = -1e30  # score of what a mask hides: finite, since the difference of two infinities is no number
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4  # Cody and Waite: n * high is exact for |n| < 2**15
 _EXP = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)  # Taylor, |r| <= ln(2) / 2
 # erf(x) = x P(x^2) / Q(x^2) for |x| <= 4; rational approximation of Eigen and XLA.
@@ -223,15 +224,20 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """``torch.nn.functional.scaled_dot_product_attention`` without dropout; boolean masks hide where they are False."""
+    """``torch.nn.functional.scaled_dot_product_attention`` without dropout.
+
+    Boolean masks hide where they are False, others where they are ``-inf``; who sees nothing gets zeros, as there.
+    """
     if enable_gqa:
         raise UnsupportedModel("style exact has no attention with grouped queries: choose another --style")
     factor = scale if scale is not None else 1 / math.sqrt(query.shape[-1])
     scores = matmul(query * factor, key.transpose(-2, -1))
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:]).tril().bool()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -1e30)
-    elif attn_mask is not None:
+    if attn_mask is None:
+        return matmul(softmax(scores, -1), value)
+    hidden = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask == -math.inf
+    if attn_mask.dtype != torch.bool:
         scores = scores + attn_mask
-    return matmul(softmax(scores, -1), value)
+    weights = softmax(scores.masked_fill(hidden, _HIDDEN), -1)
+    return matmul(weights.masked_fill(hidden, 0.0), value)

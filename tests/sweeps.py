@@ -1,0 +1,22 @@
+"""Sweeps over many cases: a few of them in every run, all of them under ``pytest -m slow`` and these together."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+
+
+def sweep(cases: Iterable[Any], always: Callable[..., bool]) -> list[Any]:
+    """``cases`` for ``pytest.mark.parametrize``, slow where ``always``, which is given a case, is false.
+
+    A case is a value, or a tuple of them.
+
+    Example:
+        >>> [bool(case.marks) for case in sweep([2, 3, 4], lambda bits: bits == 4)]
+        [True, True, False]
+    """
+    found = []
+    for case in cases:
+        values = case if isinstance(case, tuple) else (case,)
+        found.append(pytest.param(*values, marks=() if always(*values) else pytest.mark.slow))
+    return found

@@ -52,7 +52,9 @@ def parameters(library: str, name: str) -> int:
 
 def main() -> None:
     """Add what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--anew", action="store_true", help="count every network again")
     args = parser.parse_args()
     known = {}

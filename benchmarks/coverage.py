@@ -102,7 +102,7 @@ def _stages(name: str, record: Record) -> None:
         macs=costs.macs,
         mac_share=sum(layer.macs for layer in costs.layers) / costs.macs,
         float=unquantized(traced),
-        routed=sorted({parent for parent in traced.routed}),
+        routed=sorted(set(traced.routed)),
         bops_w4a4=costs.bops(costs.uniform(loaded.name, LayerBits(weight=4, activation=4))),
         wrapped_is_equal=bool(torch.equal(before, after)),
     )
@@ -135,10 +135,14 @@ def _stages(name: str, record: Record) -> None:
     norm = perturbed.pop("")
     base = torch.optim.SGD([m.latent_weight() for m in layers.values()], lr=0.05 / max(norm, 1e-12))
     MINIMIZERS["saq"](model, base, rho=0.1).step([[MicroBatch(loss, 1.0)]])
-    changed = {layer for layer, module in layers.items() if not torch.equal(module.latent_weight(), latent[layer])}
+    changed = {
+        layer for layer, module in layers.items() if not torch.equal(module.latent_weight(), latent[layer])
+    }
     still = [layer for layer in layers if layer not in changed and layer not in silent]
     untouched = [layer for layer, moved in perturbed.items() if not moved and layer not in silent]
-    record.add("export", unchanged=still, unperturbed=untouched, silent_in_float=sorted(set(silent) & set(layers)))
+    record.add(
+        "export", unchanged=still, unperturbed=untouched, silent_in_float=sorted(set(silent) & set(layers))
+    )
     model.load_state_dict(statistics_before)
     model.eval()
 
@@ -250,7 +254,9 @@ def smallest() -> list[str]:
             library, _, name = row["name"].partition("/")
             if library == "saq" or name.startswith("test_"):
                 continue
-            without = ZOOS[library].default_classes(name) < 1 and not row["name"].startswith(WITHOUT_CLASSIFIER)
+            without = ZOOS[library].default_classes(name) < 1 and not row["name"].startswith(
+                WITHOUT_CLASSIFIER
+            )
             if without:
                 continue
             key, size = (library, row["family"]), int(row["parameters"])
@@ -338,7 +344,9 @@ def failure(facts: dict[str, Any]) -> str | None:
 
 def main() -> None:
     """Run, or tell."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=2)

@@ -142,6 +142,22 @@ WeightNorm = Annotated[
         rich_help_panel=BITS,
     ),
 ]
+CorrectBias = Annotated[
+    bool | None,
+    typer.Option(
+        "--correct-bias/--no-correct-bias",
+        help="After calibration, give every layer's output its float mean again.",
+        rich_help_panel=BITS,
+    ),
+]
+RecalibrateBN = Annotated[
+    bool | None,
+    typer.Option(
+        "--recalibrate-bn/--no-recalibrate-bn",
+        help="After calibration, move batch-norm statistics by what quantization moved.",
+        rich_help_panel=BITS,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show where an unexpected error came from.")]

@@ -27,6 +27,8 @@ def quantize_command(
     weight_grid: o.WeightGrid = None,
     granularity: o.Granularity = None,
     weight_norm: o.WeightNorm = None,
+    correct_bias: o.CorrectBias = None,
+    recalibrate_bn: o.RecalibrateBN = None,
     weights: o.Weights = None,
     pretrained: o.Pretrained = None,
     num_classes: o.NumClasses = None,
@@ -110,6 +112,8 @@ def quantize_command(
         "quantization.weight_grid": weight_grid,
         "quantization.granularity": granularity,
         "quantization.weight_normalization": weight_norm,
+        "quantization.correct_bias": correct_bias,
+        "quantization.recalibrate_bn": recalibrate_bn,
         "run.seed": seed,
         "run.device": device,
     }

@@ -42,7 +42,9 @@ def calibrated(config: RunConfig) -> nn.Module:
 def test_nothing_but_what_was_asked_for_moves(digits: Path, biases: bool, norms: bool) -> None:
     plain = calibrated(settings(digits, correct_bias=False, recalibrate_bn=False)).state_dict()
     corrected = calibrated(settings(digits, correct_bias=biases, recalibrate_bn=norms)).state_dict()
-    moved = {name.rpartition(".")[2] for name, value in corrected.items() if not torch.equal(value, plain[name])}
+    moved = {
+        name.rpartition(".")[2] for name, value in corrected.items() if not torch.equal(value, plain[name])
+    }
     expected = {"running_mean"} if biases or norms else set()
     assert moved == expected | ({"bias"} if biases else set()) | ({"running_var"} if norms else set())
 

@@ -87,3 +87,19 @@ QuantizeAttention = Annotated[
         rich_help_panel=BITS,
     ),
 ]
+CorrectBias = Annotated[
+    bool | None,
+    typer.Option(
+        "--correct-bias/--no-correct-bias",
+        help="After calibration, give every layer's output its float mean again.",
+        rich_help_panel=BITS,
+    ),
+]
+RecalibrateBN = Annotated[
+    bool | None,
+    typer.Option(
+        "--recalibrate-bn/--no-recalibrate-bn",
+        help="After calibration, move batch-norm statistics by what quantization moved.",
+        rich_help_panel=BITS,
+    ),
+]

@@ -29,6 +29,8 @@ def quantize_command(
     granularity: b.Granularity = None,
     weight_norm: b.WeightNorm = None,
     quantize_attention: b.QuantizeAttention = None,
+    correct_bias: b.CorrectBias = None,
+    recalibrate_bn: b.RecalibrateBN = None,
     weights: o.Weights = None,
     pretrained: o.Pretrained = None,
     num_classes: o.NumClasses = None,
@@ -113,6 +115,8 @@ def quantize_command(
         "quantization.granularity": granularity,
         "quantization.weight_normalization": weight_norm,
         "quantization.quantize_attention": quantize_attention,
+        "quantization.correct_bias": correct_bias,
+        "quantization.recalibrate_bn": recalibrate_bn,
         "run.seed": seed,
         "run.device": device,
     }

@@ -32,7 +32,7 @@ class Saq:
     def preprocessing(self, name: str, size: tuple[int, int] | None) -> Preprocessing:
         """See ``Zoo``."""
         entry = NETWORKS[name]
-        return Preprocessing(entry.input_size, entry.mean, entry.std, "bilinear", crop_pct=1.0)
+        return Preprocessing(entry.input_size, entry.mean, entry.std, "bilinear", entry.crop_pct)
 
     def sized(self, arch: Architecture, size: tuple[int, int]) -> Architecture:
         """See ``Zoo``; all of them take any size."""

@@ -1,15 +1,19 @@
-"""Searches in processes of their own, that are stopped by signals."""
+"""Searches that are stopped by signals, in processes of their own or in this one."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from saqcli.workflows.search_memory import SearchMemory
 from tests.digits import MODEL, float_options
 
 STOPPED = (
@@ -49,6 +53,20 @@ def stop_in_phase(process: "subprocess.Popen[str]", run: Path, phase: int, numbe
         time.sleep(0.05)
     process.send_signal(number)
     return finish(process, 128 + number)
+
+
+def stop_here(monkeypatch: pytest.MonkeyPatch, phase: int, number: int) -> None:
+    """Let the first search of this process get the signal in its model (0) or controller (1) phase."""
+    offer = SearchMemory.offer
+    sent: list[int] = []
+
+    def stopping(self: SearchMemory, state: Callable[[], dict[str, Any]]) -> None:
+        if not sent and state()["position"][1] == phase:
+            sent.append(number)
+            signal.raise_signal(number)
+        offer(self, state)
+
+    monkeypatch.setattr(SearchMemory, "offer", stopping)
 
 
 def figures(run: Path) -> dict[str, Any]:

@@ -353,7 +353,6 @@ class TestInstalledProgram:
         assert subprocess.run(_command(few, run), env=_single_threaded(), check=False).returncode == 0
         return run
 
-    # The other signal in default runs: test_search_stopped.
     @pytest.mark.parametrize(
         ("number", "code"), sweep([(signal.SIGINT, 130), (signal.SIGTERM, 143)], lambda _, code: code == 143)
     )

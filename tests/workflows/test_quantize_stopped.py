@@ -1,4 +1,4 @@
-"""``saq quantize`` that is stopped in its search and goes on, in processes of its own."""
+"""``saq quantize`` that is stopped in its search and goes on, in this process and in processes of its own."""
 
 import json
 import signal
@@ -6,10 +6,38 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import STOPPED, figures, finish, network_options, start, stop_in_phase
+from tests.command_line import answer, last_error, saq
+from tests.processes import STOPPED, figures, finish, network_options, start, stop_here, stop_in_phase
 
 
-@pytest.mark.slow  # by themselves: test_cli stops quantize, test_search_stopped a search
+def check_same(run: Path, whole: Path) -> None:
+    assert figures(run) == figures(whole)
+    one, other = (json.loads((path / "manifest.json").read_text()) for path in (run, whole))
+    assert one["results"]["policy"] == figures(whole)["policy"]
+    assert one["results"]["bops"] <= one["results"]["budget_bops"]
+    assert one["artifacts"]["artifacts/model.onnx"] == other["artifacts"]["artifacts/model.onnx"]
+    assert (run / "policy.png").is_file()
+    assert not (run / "checkpoints" / "search.pt").exists()
+
+
+def test_quantize_goes_on_after_a_stop_in_the_search(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (*network_options(digits), *STOPPED, "--epochs", 0)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    answer("quantize", *options, "--run-dir", whole)
+    with monkeypatch.context() as patch:
+        stop_here(patch, 1, signal.SIGTERM)
+        stopped = saq("quantize", *options, "--run-dir", run, "--quiet")
+
+    assert stopped.exit_code == 143
+    assert "saq quantize --run-dir" in last_error(stopped)
+    assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
+    answer("quantize", "--run-dir", run, "--resume")
+    check_same(run, whole)
+
+
+@pytest.mark.slow  # starting processes takes longer than what they do
 def test_quantize_searches_first_and_goes_on_after_a_stop_in_the_search(digits: Path, tmp_path: Path) -> None:
     options = (*network_options(digits), *STOPPED, "--epochs", 1)
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -19,10 +47,4 @@ def test_quantize_searches_first_and_goes_on_after_a_stop_in_the_search(digits: 
     finish(start("quantize", "--run-dir", run, "--resume"))
     finish(running)
 
-    assert figures(run) == figures(whole)
-    one, other = (json.loads((path / "manifest.json").read_text()) for path in (run, whole))
-    assert one["results"]["policy"] == figures(whole)["policy"]
-    assert one["results"]["bops"] <= one["results"]["budget_bops"]
-    assert one["artifacts"]["artifacts/model.onnx"] == other["artifacts"]["artifacts/model.onnx"]
-    assert (run / "policy.png").is_file()
-    assert not (run / "checkpoints" / "search.pt").exists()
+    check_same(run, whole)

@@ -1,4 +1,4 @@
-"""``saq search`` that is stopped by a signal and goes on, in processes of its own."""
+"""``saq search`` that is stopped by a signal and goes on, in this process and in processes of its own."""
 
 import json
 import signal
@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from saqcli.cli import app
-from tests.processes import STOPPED, figures, finish, network_options, start, stop_in_phase
-from tests.sweeps import sweep
+from tests.command_line import answer, last_error, saq
+from tests.processes import STOPPED, figures, finish, network_options, start, stop_here, stop_in_phase
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,30 @@ def whole(network: list[object], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return path
 
 
-@pytest.mark.parametrize(
-    ("phase", "number"), sweep([(0, signal.SIGTERM), (1, signal.SIGINT)], lambda phase, _: phase == 1)
-)
+def test_a_signal_in_the_middle_of_a_search_stops_it_for_a_while(
+    network: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("search", *network, *STOPPED, "--set", "search.epochs=1")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    answer(*command, "--run-dir", whole)
+    with monkeypatch.context() as patch:
+        stop_here(patch, 0, signal.SIGINT)
+        stopped = saq(*command, "--run-dir", run, "--quiet")
+
+    assert stopped.exit_code == 130
+    assert "--resume" in last_error(stopped)
+    assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
+    assert not (run / "policy.json").exists()
+    assert "--resume" in last_error(saq(*command, "--run-dir", run))
+
+    answer("search", "--run-dir", run, "--resume")
+    assert (run / "policy.json").read_bytes() == (whole / "policy.json").read_bytes()
+    assert figures(run) == figures(whole)
+    assert not (run / "checkpoints" / "search.pt").exists()
+
+
+@pytest.mark.slow  # starting processes takes longer than what they do
+@pytest.mark.parametrize(("phase", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT)])
 def test_a_search_stopped_by_a_signal_goes_on_to_the_same_policy(
     phase: int, number: int, whole: Path, network: list[object], tmp_path: Path
 ) -> None:

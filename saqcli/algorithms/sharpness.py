@@ -114,7 +114,13 @@ class PerturbedSet:
         if all(gradient is None for gradient in gradients[: len(ports) or len(members)]):
             what = "quantized layer" if self.layers else "tensor of the perturbed kinds"
             raise UnperturbedLayer(f"no {what} takes part in the loss: there is nothing to perturb")
-        return value.detach(), list(gradients)
+        once = [
+            None
+            if layer.tied_to
+            else gradient  # the first layer with that weight has the gradient of all uses
+            for layer, gradient in zip(self.layers, gradients, strict=False)
+        ]
+        return value.detach(), [*once, *gradients[len(once) :]]
 
     def ascent(
         self,

@@ -1,5 +1,6 @@
 """Results as tables for the eye, printed on stdout."""
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,6 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from saqcli.units import format_quantity
+
+PIPED = 200  # columns where nobody looks at a terminal, so that no name is cut
+NAMED = 3  # modules that are left in floating point for one reason, before they are counted
 
 
 def say(console: Console, text: str, *, markup: bool = True) -> None:
@@ -33,7 +37,7 @@ def _bits(value: int | None) -> str:
 
 def show_profile(result: dict[str, Any]) -> None:
     """Every layer with its costs, then the sums."""
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=PIPED)
     size = "x".join(map(str, result["input_size"]))
     table = _table(
         f"{result['model']}, input {size}, {result['num_classes']} classes",
@@ -66,8 +70,12 @@ def show_profile(result: dict[str, Any]) -> None:
                 f"{100 * product['bops'] / result['bops']:.1f} %",
             )
     console.print(table)
+    reasons: dict[str, list[str]] = {}
     for left in result["unquantized"]:
-        say(console, f"left in floating point: {left['name']}, which {left['reason']}")
+        reasons.setdefault(left["reason"], []).append(left["name"])
+    for reason, names in reasons.items():
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        say(console, f"left in floating point: {', '.join(names[:NAMED])}{more}; {reason}")
     uncounted = sum(product["macs"] for product in result["products"] if product["bops"] is None)
     if uncounted:
         say(

@@ -28,6 +28,7 @@ from saqcli.quant.products import (
     operand_name,
     own_products,
     quantized_products,
+    split_name,
 )
 from saqcli.quant.quantizers import Quantizer
 from saqcli.quant.routing import RoutedParent, routed_class
@@ -105,9 +106,13 @@ def _allow_fused_path(module: nn.Module) -> None:
 def leave_float(model: nn.Module, names: Iterable[str]) -> None:
     """Give some layers their float class back, in place: those that never run."""
     gone = [model.get_submodule(name) for name in names]
+    heirs: dict[
+        QuantizedLayer, QuantizedLayer
+    ] = {}  # of a weight whose first layer goes: the first that stays
     for layer in quantized_layers(model).values():
-        if layer.tied_to and layer.tied_to[0] in gone and layer not in gone:  # it is then the first that runs
-            layer.tied_to = ()
+        if layer.tied_to and layer.tied_to[0] in gone and layer not in gone:
+            heir = heirs.setdefault(layer.tied_to[0], layer)
+            layer.tied_to = () if heir is layer else (heir,)
     for module in gone:
         assert isinstance(module, QuantizedLayer)
         unwrap_layer(module)
@@ -124,8 +129,8 @@ def follow(model: nn.Module, products: Mapping[str, str]) -> None:
         UnsupportedModel: an owner has something else of that name.
     """
     for name, followed in products.items():
-        owner_name, _, index = name.rpartition("products.")
-        owner, layer = model.get_submodule(owner_name.rstrip(".")), model.get_submodule(followed)
+        owner_name, index = split_name(name)
+        owner, layer = model.get_submodule(owner_name), model.get_submodule(followed)
         assert isinstance(layer, QuantizedLayer)
         if not hasattr(owner, "products"):
             owner.products = nn.ModuleDict()
@@ -135,7 +140,7 @@ def follow(model: nn.Module, products: Mapping[str, str]) -> None:
                 f"{owner_name} has products of its own: attention there cannot be quantized"
             )
         product = QuantizedProduct()
-        own[index] = product
+        own[str(index)] = product
         layer.followers += (product,)
         if not isinstance(owner, RoutedParent | QuantizedLayer):
             owner.__class__ = routed_class(type(owner))

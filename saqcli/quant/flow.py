@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-_ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
-_CONCATENATIONS = {"cat", "concat", "concatenate"}
+_ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub__", "__isub__"}
+_CONCATENATIONS = {"cat", "concat", "concatenate", "hstack"}
 _WRITES = {"__setitem__", "copy_", "index_copy_", "index_put_", "scatter_", "masked_scatter_"}
 _CARRIERS = set(
     "batch_norm group_norm layer_norm instance_norm relu relu_ relu6 hardtanh hardtanh_ silu gelu hardswish "
+    "hardswish_ silu_ mish mish_ prelu selu celu softplus tanh hardsigmoid leaky_relu_ "
     "leaky_relu elu sigmoid clamp clamp_ clamp_min dropout contiguous identity mul mul_ __mul__ div __truediv__ "
     "float to reshape view flatten permute transpose pad".split()
 )
@@ -26,6 +27,7 @@ class Flow:
     Attributes:
         producer: the layer whose output it is, if it still is one.
         parent: the tensor before it, on the way from that layer.
+        parts: what was added or joined to make it.
         is_image: nothing but layout operators lies between the image and it.
         nearest: the last layer on the way here, whatever came after it.
         depends: on the image.
@@ -39,7 +41,16 @@ class Flow:
     nearest: str | None = None
     depends: bool = True
     weight_of: str | None = None
+    parts: "tuple[Flow, ...]" = ()
     readers: int = 0
+
+    def producers(self) -> list[str]:
+        """The layers whose outputs it is made of, as long as they go nowhere else."""
+        if self.readers > 1:
+            return []
+        if self.producer is not None:
+            return [self.producer] if self.read_once() else []
+        return [name for flow in self.parts or filter(None, [self.parent]) for name in flow.producers()]
 
     def read_once(self) -> bool:
         """No tensor between the producer and here is read twice."""
@@ -100,12 +111,15 @@ class Flows:
         elif name in _ADDITIONS | _CONCATENATIONS:
             if len(flows) > 1:
                 self.meetings.append(flows)
-            # Adding a constant or a bias keeps the producer; a sum of two branches has none.
+            # Adding a constant or a bias keeps the producer; a sum of two branches has several.
             kept = flows[0] if len(flows) == 1 and name in _ADDITIONS else None
-            self._all(outputs, Flow(kept.producer if kept else None, kept, nearest=nearest, depends=depends))
+            made = Flow(kept.producer if kept else None, kept, nearest=nearest, depends=depends)
+            made.parts = () if kept else tuple(flows)
+            made.weight_of = None if depends else self.weight_of(*inputs)
+            self._all(outputs, made)
         elif not in_place:
             carried = flows[0] if len(flows) == 1 and len(outputs) == 1 and name in _CARRIERS else None
-            part = flows[0].weight_of if len(flows) == 1 else None
+            part = None if depends else self.weight_of(*inputs)
             for output in outputs:
                 self.remember(
                     output,

@@ -9,6 +9,7 @@ it hides, the probabilities, are quantized as well.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -23,11 +24,14 @@ ATTENTION = F.scaled_dot_product_attention
 _MATMULS = {
     torch.matmul,
     torch.bmm,
+    torch.mm,
+    Tensor.mm,
     Tensor.matmul,
     Tensor.bmm,
     Tensor.__matmul__,
 }
 OPERATORS = {ATTENTION, torch.einsum, *_MATMULS}
+ADDING = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}  # heard, but never redirected
 
 
 class Pair(NamedTuple):
@@ -46,6 +50,8 @@ class Pair(NamedTuple):
 
 def pairs(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> list[Pair]:
     """The products that an operator call computes; none if it multiplies more or fewer than two tensors."""
+    if func in _MATMULS:
+        args, kwargs = in_order(args, dict(kwargs), ("other", "mat2"))
     if func is ATTENTION:
         given = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
         query, key, value = given["query"], given["key"], given["value"]
@@ -60,7 +66,22 @@ def pairs(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: T
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if func in _MATMULS and len(tensors) >= 2:
         return [Pair((tensors[0],), tensors[1], output.numel() * tensors[0].shape[-1])]
+    if func in ADDING and len(tensors) >= 3:
+        return [Pair((tensors[1],), tensors[2], output.numel() * tensors[1].shape[-1])]
     return []
+
+
+def in_order(
+    args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with the first two operands given by position, whatever they are called; ``names`` of the second."""
+    kwargs = dict(kwargs)
+    found = list(args)
+    if not found and "input" in kwargs:
+        found.append(kwargs.pop("input"))
+    if len(found) == 1:
+        found += [kwargs.pop(name) for name in names if name in kwargs][:1]
+    return tuple(found), kwargs
 
 
 def _einsum_operands(args: tuple[Any, ...]) -> list[Tensor]:
@@ -119,6 +140,8 @@ class Multiplications:
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, mine: bool) -> Any:
         """The operator, over quantized operands unless it is another owner's (not ``mine``)."""
+        if func in _MATMULS:
+            args, kwargs = in_order(args, kwargs, ("other", "mat2"))
         operands = _einsum_operands(args) if func is torch.einsum else list(args)
         if func is torch.einsum and len(operands) != 2:
             return func(*args, **kwargs)
@@ -129,8 +152,7 @@ class Multiplications:
             return attention(self._next(), self._next(), *args, **kwargs)
         if func is torch.einsum:
             return func(args[0], *self._quantized(*operands))
-        second = args[1] if len(args) > 1 else kwargs.pop("mat2" if "mat2" in kwargs else "other")
-        return func(*self._quantized(args[0], second), *args[2:], **kwargs)
+        return func(*self._quantized(args[0], args[1]), *args[2:], **kwargs)
 
     def _next(self) -> QuantizedProduct | None:
         name, self._done = str(self._done), self._done + 1
@@ -174,7 +196,12 @@ def attention(
         scores = scores.masked_fill(~attn_mask, float("-inf"))
     elif attn_mask is not None:
         scores = scores + attn_mask
-    probabilities = F.dropout(scores.softmax(-1), dropout_p)
+    probabilities = scores.softmax(-1)
+    if (
+        is_causal or attn_mask is not None
+    ):  # a row that is hidden as a whole attends to nothing, as torch has it
+        probabilities = probabilities.masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0.0)
+    probabilities = F.dropout(probabilities, dropout_p)
     if mixing is not None:
         probabilities, value = mixing(probabilities, value)
     return probabilities @ value
@@ -192,6 +219,12 @@ def own_products(module: nn.Module) -> nn.ModuleDict | None:
 def quantized_products(model: nn.Module) -> dict[str, QuantizedProduct]:
     """Every product by qualified name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedProduct)}
+
+
+def split_name(product: str) -> tuple[str, int | None]:
+    """Name of the owner and number of a product; None where it is no name of one."""
+    found = re.fullmatch(r"(?:(.+)\.)?products\.(0|[1-9][0-9]{0,5})", product, re.ASCII)
+    return (found[1] or "", int(found[2])) if found else ("", None)
 
 
 def operand_name(product: str, operand: str) -> str:

@@ -95,6 +95,7 @@ class Route(HandedOut):
             return self._multiply(func, args, kwargs, mine=_active.get() is self)
         layer = self.owner(func, args, kwargs)
         if layer is not None:
+            args, kwargs = products.in_order(args, kwargs, ("weight",))
             args = (layer.input_quantizer(args[0]), *args[1:])
         return func(*args, **kwargs)
 

@@ -109,6 +109,15 @@ class QuantizedAttention(QuantizedLayer):
         )
 
 
+def keeps_products(module: nn.Module) -> bool:
+    """Whether products of activations in the forward of ``module`` can be quantized: its own forward must stay in use.
+
+    That is so for any module but layers whose weight is quantized; attention is written out here.
+    """
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return isinstance(module, QuantizedAttention) or not isinstance(module, (QuantizedLayer, *containers))
+
+
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """``mask`` as numbers to add to the scores; a boolean one hides where it is True."""
     if mask.dtype != torch.bool:

@@ -26,14 +26,15 @@ from saqcli.quant import products
 from saqcli.quant.flow import Flow, Flows
 from saqcli.quant.layers import TRANSPOSED, QuantizedLayer, quantized_layers
 from saqcli.quant.routing import WEIGHT_OPERATORS, HandedOut
+from saqcli.quant.special import keeps_products
 from saqcli.quant.traced import LayerTrace as LayerTrace
 from saqcli.quant.traced import ProductTrace
 from saqcli.quant.traced import Trace as Trace
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 COMPUTED_WEIGHT = "multiplies with a weight that depends on the image"
-OWN_WEIGHT = "multiplies with a weight that is not its own parameter"
-RECURRENT = "a recurrent layer is one fused operator"
+OWN_WEIGHT = "multiplies with a parameter that is no layer's weight"
+RECURRENT = "is recurrent: one fused operator"
 FUNCTIONAL = "multiplies with the weight of {} in a way that cannot be followed"
 
 
@@ -80,12 +81,14 @@ class _Tracer(HandedOut):
             return output
         self.flows.read(name, inputs, outputs)
         layer = self.owner(func, args, kwargs)
-        if layer is not None:
-            self._multiplied(layer, inputs[0], inputs[1], output)
-        elif func in WEIGHT_OPERATORS:
-            self._multiplied_in_float(func, inputs[0], inputs[1], output)
+        if func in WEIGHT_OPERATORS:
+            (x, weight, *_), _ = products.in_order(args, kwargs, ("weight",))
+            if layer is not None:
+                self._multiplied(layer, x, weight, output)
+            else:
+                self._multiplied_in_float(func, x, weight, output)
         else:
-            if func in products.OPERATORS:
+            if func in products.OPERATORS | products.ADDING:
                 self._multiplied_activations(products.pairs(func, args, kwargs, output))
             self.flows.passed(name, inputs, outputs)
         return output
@@ -130,6 +133,8 @@ class _Tracer(HandedOut):
         )
         entry.macs += macs
         entry.calls += 1
+        if reason == COMPUTED_WEIGHT:  # what mixes the weight is the lesser part
+            entry.reason = reason
 
     def _multiplied_activations(self, found: Sequence[products.Pair]) -> None:
         running = self.running[-1]
@@ -144,7 +149,10 @@ class _Tracer(HandedOut):
                 key = running.name, index
                 entry = self.products.setdefault(key, ProductTrace(*key))
                 entry.macs += pair.macs
-                entry.follows = entry.follows or self.flows.nearest(*pair.left, pair.right)
+                if keeps_products(running.module):
+                    entry.follows = entry.follows or self.flows.nearest(*pair.left, pair.right)
+            elif self.flows.depends(*pair.left, pair.right):
+                self._left(0, pair.macs, OWN_WEIGHT)
 
     def enter(self, name: str, module: nn.Module) -> None:
         """A module starts to run."""
@@ -164,7 +172,7 @@ class _Tracer(HandedOut):
         """Give layers whose outputs meet, and go nowhere else, one group."""
         pairs = list(self.shared)
         for meeting in self.flows.meetings:
-            meet = [flow.producer for flow in meeting if flow.producer and flow.read_once()]
+            meet = [name for flow in meeting for name in flow.producers()]
             pairs += [(meet[0], other) for other in meet[1:]]
         for one_name, other_name in pairs:
             first, second = self.layers[one_name].group, self.layers[other_name].group
@@ -210,6 +218,10 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         for handle in handles:
             handle.remove()
     tracer.join_groups()
+    if not tracer.layers:
+        raise UnsupportedModel(
+            "none of its convolutions and linear layers runs: there is nothing to quantize"
+        )
     idle = [name for name in tracer.names.values() if name not in tracer.layers]
     numbers: list[Tensor] = [p for p in model.parameters() if id(p) not in tracer.stored]
     numbers += [buffer for buffer in model.buffers() if buffer.is_floating_point()]
@@ -228,7 +240,7 @@ def try_model(model: nn.Module, example: Tensor) -> Tensor:
     training = model.training
     try:
         output = model.eval()(example)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         shape = "x".join(map(str, example.shape[1:]))
         raise UnsupportedModel(f"the model does not run on an image of {shape}: {reason}") from error

@@ -46,6 +46,11 @@ def by_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
+def by_name(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.matmul(input=q * q.shape[-1] ** -0.5, other=k.mT)
+    return torch.matmul(scores.softmax(-1), other=v)
+
+
 def by_bmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.bmm(q * q.shape[-1] ** -0.5, mat2=k.mT)
     return torch.bmm(scores.softmax(-1), v)
@@ -56,7 +61,7 @@ def by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("...qk, ...kc -> ...qc", [scores.softmax(-1), v])
 
 
-WAYS = {"fused": fused, "matmul": by_matmul, "bmm": by_bmm, "einsum": by_einsum}
+WAYS = {"fused": fused, "matmul": by_matmul, "named": by_name, "bmm": by_bmm, "einsum": by_einsum}
 
 
 class Network(nn.Module):
@@ -194,7 +199,10 @@ def test_a_product_with_a_table_is_no_product_of_activations() -> None:
 
     net = Network(Table()).eval()
     convert.wrap(net)
-    (product,) = trace(net, tiny.images((3, 16, 16), 1)).products
+    found = trace(net, tiny.images((3, 16, 16), 1))
+    (left,) = found.unquantized.values()
+    assert (left.name, left.macs) == ("block", 16 * 16 * 8)
+    (product,) = found.products
     assert (product.name, product.macs, product.follows) == ("block.products.1", 16 * 16 * 8, "patches")
 
 
@@ -209,6 +217,10 @@ def test_a_product_with_a_table_is_no_product_of_activations() -> None:
         {"scale": 0.3},
         {"attn_mask": torch.randn(1, 1, 6, 6, dtype=torch.double)},
         {"attn_mask": torch.eye(6, dtype=torch.bool)},
+        {
+            "attn_mask": torch.eye(6, dtype=torch.bool)[[0, 1, 2, 3, 4, 4]]
+            & torch.tensor([[True]] * 5 + [[False]])
+        },
         {"enable_gqa": True},
     ],
     ids=lambda options: next(iter(options), "plain"),
@@ -345,3 +357,16 @@ def test_levels_of_products_are_perturbed_with_those_of_inputs() -> None:
     assert own <= {id(p) for p in kinds.parameters}
     _, gradients = kinds.gradients(lambda: net(x).square().sum())
     assert all(g is not None and bool(g.any()) for g in gradients)
+
+
+def test_a_layer_that_multiplies_activations_itself_keeps_them_in_floating_point() -> None:
+    class Squaring(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            return (x @ x.mT).softmax(-1) @ x
+
+    net = Network(Squaring(8, 8)).eval()
+    convert.wrap(net)
+    found = trace(net, tiny.images((3, 16, 16), 1))
+    assert [product.follows for product in found.products] == [None, None]
+    assert cost_model(found, products=True).macs == cost_model(found).macs

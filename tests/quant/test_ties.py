@@ -1,17 +1,21 @@
 """Layers that share one weight: one quantizer, one perturbation, counted at every use."""
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saqcli.algorithms.exporters import ModelFacts
+from saqcli.algorithms.exporters.safetensors import SafetensorsExporter, read_content, rebuild
 from saqcli.algorithms.sharpness import PerturbedSet
 from saqcli.errors import PolicyMismatch
 from saqcli.quant import calibrate, convert
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.convert import Scheme
-from saqcli.quant.layers import quantized_layers
+from saqcli.quant.layers import QuantizedLayer, quantized_layers
 from saqcli.quant.quantizers import Quantizer
 
 
@@ -94,3 +98,50 @@ def test_where_the_first_never_runs_the_second_quantizes() -> None:
     convert.wrap(net)
     convert.leave_float(net, ["one"])
     assert net.two.tied_to == ()
+
+
+def test_where_the_first_goes_all_others_share_one_quantizer() -> None:
+    net, _ = tied()
+    net.three = nn.Linear(12, 12)
+    net.three.weight = net.one.weight
+    convert.wrap(net)
+    convert.leave_float(net, ["one"])
+    assert net.two.tied_to == ()
+    assert net.three.tied_to == (net.two,)
+
+
+def test_straight_through_gradients_count_a_shared_weight_once() -> None:
+    net, x = tied()
+    tiny.quantized(net, x, 3)
+    _, gradients = PerturbedSet(net, ["weights"]).gradients(
+        lambda: net(x).square().sum(), through_rounding=True
+    )
+    by_layer = dict(zip(quantized_layers(net), gradients, strict=True))
+    assert by_layer["one"] is not None
+    assert by_layer["two"] is None
+
+
+@pytest.mark.parametrize("quantizer", ["clip", "dorefa"])
+def test_a_shared_weight_is_written_once_and_read_for_all(quantizer: str, tmp_path: Path) -> None:
+    net, x = tied()
+    scheme = Scheme(quantizer=quantizer)
+    layers = tiny.quantized(net, x, 3, scheme)
+    facts = ModelFacts(
+        saq_version="0",
+        build={},
+        preprocessing={},
+        policy=BitConfig(model="tiny", layers={name: layer.bits for name, layer in layers.items()}),
+        scheme=scheme,
+        signed=tiny_signs(layers),
+        routed={},
+    )
+    SafetensorsExporter().export(net, x, tmp_path / "model.safetensors", facts)
+    content = read_content(tmp_path / "model.safetensors")
+    assert {name for name in content.tensors if "weight" in name and "two" in name} == set()
+    loaded = rebuild(Tied(), content.facts, content.tensors, "model")
+    with torch.no_grad():
+        assert torch.equal(loaded(x), net(x))
+
+
+def tiny_signs(layers: dict[str, QuantizedLayer]) -> dict[str, bool]:
+    return {name: layer.input_quantizer.grid().lowest < 0 for name, layer in layers.items()}

@@ -499,6 +499,24 @@ def test_branches_that_are_joined_are_a_group_and_dense_layers_are_none() -> Non
     assert dense == []
 
 
+class Sum(nn.Module):
+    """Three branches that are added, and a fourth that is also read elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, tiny.CLASSES)
+        self.branches = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        a, b, c, d = (branch(x) for branch in self.branches)
+        return self.head((F.relu(sum([a, b])) + c + d - d.mean()).mean((2, 3)))
+
+
+def test_all_summands_are_a_group() -> None:
+    assert groups(traced(Sum(), (3, 8, 8))) == [["branches.0", "branches.1", "branches.2"]]
+
+
 def test_fire_modules_share_bits_and_dense_blocks_do_not() -> None:
     squeezenet = traced(torchvision.models.squeezenet1_1(), (3, 64, 64))
     assert [names for names in groups(squeezenet) if "features.3" in names[0]] == [

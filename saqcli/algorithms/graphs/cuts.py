@@ -23,6 +23,7 @@ LARGEST_ERROR = 1e-4  # of a tensor's largest magnitude; float32 sums of up to 1
 HARMLESS = (
     2 * LARGEST_SHIFT
 )  # of a step: where images use little of a range, a rounded bias is more than rounding error
+LARGEST_OWN_ERROR = 1e-2  # however far PyTorch is from float64
 AS_PYTORCH = 4.0  # times PyTorch's own error: two runtimes round apart, and one of them may be the luckier
 _FED = "fed_"
 _QUANTIZERS = ("QuantizeLinear", "IntQuant")
@@ -51,7 +52,7 @@ class Call:
     def allowed(self) -> float:
         """The error that rounding explains, or that next to no code notices, relative to the largest magnitude."""
         unfelt = HARMLESS * self.step / self.magnitude if self.magnitude else 0.0
-        return max(LARGEST_ERROR, AS_PYTORCH * self.own_error, unfelt)
+        return max(LARGEST_ERROR, min(AS_PYTORCH * self.own_error, LARGEST_OWN_ERROR), unfelt)
 
     @property
     def magnitude(self) -> float:

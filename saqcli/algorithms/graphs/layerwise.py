@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from saqcli.algorithms.graphs.cuts import (
     AS_PYTORCH,
     LARGEST_ERROR,
+    LARGEST_OWN_ERROR,
     Cut,
     Unmatched,
     cut_open,
@@ -131,7 +132,8 @@ def check_layers(path: Path, frozen: nn.Module, images: Tensor) -> LayerwiseChec
             worst = max(worst, relative(logits, answers[output]))
     except Unmatched as error:
         return LayerwiseCheck(problem=str(error))
-    return LayerwiseCheck(tuple(_check(cut) for cut in cuts), worst, max(LARGEST_ERROR, AS_PYTORCH * own))
+    allowed = max(LARGEST_ERROR, min(AS_PYTORCH * own, LARGEST_OWN_ERROR))
+    return LayerwiseCheck(tuple(_check(cut) for cut in cuts), worst, allowed)
 
 
 def _check(cut: Cut) -> LayerCheck:

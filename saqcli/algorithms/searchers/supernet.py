@@ -115,7 +115,9 @@ def norms_behind(model: nn.Module, example: Tensor) -> dict[str, str]:
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
-            handles.append(module.register_forward_hook(lambda *_, name=name: last.append(name)))
+            # whoever multiplies with its weight, its input is quantized first
+            hook = module.input_quantizer.register_forward_hook(lambda *_, name=name: last.append(name))
+            handles.append(hook)
         elif isinstance(module, _NORMS):
             handles.append(
                 module.register_forward_pre_hook(

@@ -130,7 +130,7 @@ def _stages(name: str, record: Record) -> None:
 
     layers = quantized_layers(model)
     latent = {layer: module.latent_weight().detach().clone() for layer, module in layers.items()}
-    perturbed = _perturbed(model.train(), images[:STEP_IMAGES])
+    perturbed = _perturbed(_train(model), images[:STEP_IMAGES])
 
     def loss(*, ascent: bool = False) -> torch.Tensor:
         return _loss(model, images[:STEP_IMAGES])
@@ -212,7 +212,7 @@ def _settle(model: Any, images: Any) -> None:
         norm.momentum = None
     model.train()
     with torch.no_grad():
-        model(images[: IMAGES // 2])
+        model(images)
     model.eval()
 
 
@@ -246,6 +246,17 @@ def _teach(model: Any, images: Any) -> None:
             head.weight[len(images) :] *= 0.1 * weight.std() / head.weight.std()
 
 
+def _train(model: Any) -> Any:
+    """Training mode but for batch norms: the statistics of two images would be others than those of calibration."""
+    import torch
+
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return model
+
+
 def _loss(model: Any, images: Any) -> Any:
     """Smoothed, so that no gradient is exactly zero however sure the last layer is."""
     import torch
@@ -257,7 +268,7 @@ def _loss(model: Any, images: Any) -> Any:
 def _zero_gradients(model: Any, images: Any) -> list[str]:
     """Modules whose weight gets no gradient in the float model either."""
 
-    model.train()
+    _train(model)
     _loss(model, images).backward()
     model.eval()
     silent = []

@@ -50,7 +50,7 @@ FIGURES = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The safetensors file of a small network of random weights, at mixed bits."""
-    spec = ModelSpec("saq/resnet8s", pretrained=False, num_classes=5, in_chans=1, input_size=8)
+    spec = ModelSpec("saq/resnet20", pretrained=False, num_classes=5, in_chans=1, input_size=8)
     torch.manual_seed(0)
     loaded = load_model(spec)
     size = loaded.preprocessing.input_size

@@ -373,9 +373,11 @@ def _line(out: Path, name: str) -> str:
 
 
 def records(out: Path) -> Iterator[dict[str, Any]]:
-    """All of them, by library and name."""
+    """Of all networks that were run to an end, good or bad."""
     for path in sorted(out.glob("*.json")):
-        yield json.loads(path.read_text())
+        facts = json.loads(path.read_text())
+        if "problem" in facts:
+            yield facts
 
 
 def failure(facts: dict[str, Any]) -> str | None:

@@ -1,23 +1,27 @@
-"""Count the parameters of every network that saq can name, without memory for them: `saqcli/io/catalogue.csv`.
+"""Write what `saq models` tells at once: `saqcli/io/catalogue.csv` and `saqcli/io/published.json`.
 
     python benchmarks/catalogue.py
 
-`saq models` shows these numbers at once; building a thousand networks to count them takes minutes. Run it again when
-timm or torchvision have learnt new names: what is listed already is kept, what they no longer know goes.
+The parameters of every network that saq can name are counted without memory for them, which takes minutes for a
+thousand networks; input sizes and tags are read from timm and torchvision, whose import alone takes seconds. Run it
+again when they have learnt new names: what is counted already is kept, what they no longer know goes.
 """
 
 import argparse
 import csv
+import json
 import warnings
 from pathlib import Path
 
 import torch
 
 from saqcli.errors import UnsupportedModel
+from saqcli.io.catalogue import installed, look_up
 from saqcli.io.models import build_architecture
 from saqcli.io.zoos import ZOOS
 
 PATH = Path(__file__).parents[1] / "saqcli" / "io" / "catalogue.csv"
+PUBLISHED = PATH.with_name("published.json")
 CLASSES = 1000  # where a network has no classifier of its own
 
 
@@ -50,6 +54,19 @@ def parameters(library: str, name: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def write_published() -> None:
+    """Input sizes and tags of all libraries, a line a network; our own networks have no version but the file's."""
+    libraries = []
+    for library in ZOOS:
+        version = json.dumps(None if library == "saq" else installed(library))
+        networks = [
+            f"{json.dumps(name)}: {json.dumps(weights)}" for name, weights in look_up(library).items()
+        ]
+        lines = ",\n".join(networks)
+        libraries.append(f'"{library}": {{"version": {version}, "networks": {{\n{lines}\n}}}}')
+    PUBLISHED.write_text("{" + ",\n".join(libraries) + "}\n", encoding="utf-8")
+
+
 def main() -> None:
     """Add what is missing."""
     parser = argparse.ArgumentParser(
@@ -78,7 +95,8 @@ def main() -> None:
         writer = csv.DictWriter(file, ["name", "family", "parameters"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    print(f"{len(rows)} networks in {PATH}")
+    write_published()
+    print(f"{len(rows)} networks in {PATH} and {PUBLISHED}")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ class QuantizationSection(_Section):
 
     ``candidates`` are the widths of weights and inputs together, unless ``activation_candidates`` are given for the
     inputs. ``pins`` narrow them by pattern of layer names: ``4``, ``3-6``, ``w4a8``; of several that match, the last.
+    ``correct_bias`` and ``recalibrate_bn`` take back what quantization moved on average, after calibration.
     """
 
     bits: str | None = None
@@ -80,6 +81,9 @@ class QuantizationSection(_Section):
     granularity: Literal["channel", "tensor"] = "channel"
     weight_normalization: bool = False
     clip_init: Literal["error", "paper"] = "error"
+    quantize_attention: bool = False
+    correct_bias: bool = False
+    recalibrate_bn: bool = True
 
 
 class ProxySection(_Section):

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from saqcli.cli.models_view import show_models
 from saqcli.cli.training_options import EFFICIENT
-from tests.command_line import last_error, saq
+from saqcli.io.catalogue import Entry
+from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options
 from tests.sweeps import sweep
 
@@ -277,7 +279,39 @@ class TestModels:
         result = saq("models", "saq/*")
 
         assert result.exit_code == 0
-        assert "saq/preresnet20" in result.stdout.split()
+        assert "saq/preresnet20" in result.stdout.splitlines()
+
+    def test_tells_programs_more(self) -> None:
+        networks = {network["name"]: network for network in answer("models", "mobilenet_v2*")["models"]}
+
+        found = networks["torchvision/mobilenet_v2"]
+        assert (found["parameters"], found["input_size"]) == (3_504_872, [3, 224, 224])
+        assert found["tags"] == ["IMAGENET1K_V2", "IMAGENET1K_V1"]
+        assert found["covered"] in (True, False, None)
+
+    def test_shows_a_table_for_people(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        entries = [
+            Entry(
+                "timm/a_network_with_a_long_name_of_fifty_characters_or_so",
+                61_000_000,
+                (3, 224, 160),
+                (),
+                None,
+            ),
+            Entry("torchvision/other", None, (1, 32, 32), ("first", "second"), True),
+        ]
+        for width in (80, 120):
+            monkeypatch.setenv("COLUMNS", str(width))
+            show_models(entries)
+            shown = capsys.readouterr().out
+            *table, note = shown.splitlines()
+            assert max(map(len, table)) <= width
+            rows = {line.split()[0]: line.split()[1:] for line in table}
+            assert rows["torchvision/other"] == ["-", "1x32", "first", "+1", "yes"]
+            assert ["61", "M", "224x160", "-", "-"] in rows.values()
+            assert "saq models 'torchvision/other.*'" in note
 
     def test_refuses_a_pattern_that_matches_nothing(self) -> None:
         assert saq("models", "nosuchnet*").exit_code == 1

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from saqcli.errors import UnperturbedLayer
 from saqcli.quant.layers import QuantizedLayer, perturbed, quantized_layers, zero_ports
+from saqcli.quant.products import QuantizedProduct
 
 TINY = 1e-12  # guards a gradient of zero
 RadiusUnit = Literal["deviation", "absolute"]
@@ -113,7 +114,13 @@ class PerturbedSet:
         if all(gradient is None for gradient in gradients[: len(ports) or len(members)]):
             what = "quantized layer" if self.layers else "tensor of the perturbed kinds"
             raise UnperturbedLayer(f"no {what} takes part in the loss: there is nothing to perturb")
-        return value.detach(), list(gradients)
+        once = [
+            None
+            if layer.tied_to
+            else gradient  # the first layer with that weight has the gradient of all uses
+            for layer, gradient in zip(self.layers, gradients, strict=False)
+        ]
+        return value.detach(), [*once, *gradients[len(once) :]]
 
     def ascent(
         self,
@@ -214,6 +221,10 @@ def _members(model: nn.Module, kinds: set[Kind]) -> Iterator[_Member]:
     seen: set[int] = set()
     for module in model.modules():
         chosen: list[tuple[nn.Parameter | None, bool, QuantizedLayer | None]] = []
+        if isinstance(module, QuantizedProduct) and "activation_clips" in kinds:
+            chosen += [
+                (p, name.rpartition(".")[2] != "offset", None) for name, p in module.named_parameters()
+            ]
         if isinstance(module, _NORMS) and "norms" in kinds:
             chosen += [(module.weight, True, None), (module.bias, False, None)]
         if isinstance(module, QuantizedLayer):

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from saqcli.cli import bit_options as b
 from saqcli.cli import options as o
 from saqcli.cli.screen import print_json, progress_for, reporting
 
@@ -50,8 +51,8 @@ def analyze_command(
     everything: Annotated[
         bool, _flag("--all", help="All of them. Without any of these flags the first four run.")
     ] = False,
-    bits: o.Bits = None,
-    policy: o.Policy = None,
+    bits: b.Bits = None,
+    policy: b.Policy = None,
     images: Annotated[
         int,
         typer.Option(min=1, help="Drawn evenly over the classes.", rich_help_panel=o.IMAGES),

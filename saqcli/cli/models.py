@@ -1,5 +1,6 @@
-"""``saq models``."""
+"""``saq models``: a table on a terminal, bare names for a pipe, everything as JSON."""
 
+import sys
 from typing import Annotated
 
 import typer
@@ -11,25 +12,48 @@ from saqcli.cli.screen import print_json, reporting
 @reporting
 def models_command(
     pattern: Annotated[
-        str | None, typer.Argument(metavar="[PATTERN]", help="Shell pattern, such as 'resnet*'.")
+        str | None,
+        typer.Argument(
+            metavar="[PATTERN]",
+            help="Shell pattern, such as 'resnet*', or 'resnet50.*' for the published weights of one.",
+        ),
     ] = None,
     json_output: o.Json = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Names of the networks that can be quantized.
+    """Names of the networks that can be quantized; on a terminal with parameters, input size and published weights.
+
+    Covered is what was tried in the smallest network of the family: wrapping, calibration, a SAQ step, verified export.
 
     Example: `saq models 'timm/mobilenetv3*'`
     """
     from saqcli.errors import UnknownModel
-    from saqcli.io.models import list_models
+    from saqcli.io.catalogue import find
 
-    names = list_models(pattern)
-    if not names:
+    entries = find(pattern)
+    if not entries:
         raise UnknownModel(
             f"no network matches {pattern!r}: try a wider pattern such as '*{(pattern or '').strip('*')}*'"
         )
     if json_output:
-        print_json({"models": names})
-        return
-    for name in names:
-        typer.echo(name)
+        print_json(
+            {
+                "models": [
+                    {
+                        "name": entry.name,
+                        "parameters": entry.parameters,
+                        "input_size": entry.input_size,
+                        "tags": entry.tags,
+                        "covered": entry.covered,
+                    }
+                    for entry in entries
+                ]
+            }
+        )
+    elif sys.stdout.isatty():
+        from saqcli.cli.models_view import show_models
+
+        show_models(entries)
+    else:
+        for entry in entries:
+            typer.echo(entry.name)

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 MODEL = "Model"
 IMAGES = "Images"
-BITS = "Bits"
 TRAINING = "Training"
 RUN = "Run"
 BENCH = "Speed"
 
 _MODEL_HELP = (
-    "Network: `resnet18` (timm first, then torchvision), `timm/NAME`, `torchvision/NAME` or `saq/NAME`."
+    "Network: `resnet18` (timm first, then torchvision), `timm/NAME`, `torchvision/NAME` or `saq/NAME`; "
+    "`NAME.TAG` for weights other than the default, see `saq models`."
 )
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
 OptionalModel = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_MODEL_HELP)]
@@ -47,7 +47,10 @@ ModelKwargs = Annotated[
     ),
 ]
 InputSize = Annotated[
-    int | None, typer.Option(min=1, help="Side of the images in pixels.", rich_help_panel=IMAGES)
+    str | None,
+    typer.Option(
+        metavar="SIDE|HxW", help="Of the images in pixels: 224, or 256x192.", rich_help_panel=IMAGES
+    ),
 ]
 Mean = Annotated[str | None, typer.Option(metavar="R,G,B", help="Of pixels in 0..1.", rich_help_panel=IMAGES)]
 Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Of pixels in 0..1.", rich_help_panel=IMAGES)]
@@ -70,78 +73,6 @@ BadImages = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; by default the GPU if there is one.")]
-Bits = Annotated[
-    str | None, typer.Option(help="The same bits in every layer: 4, or w4a8.", rich_help_panel=BITS)
-]
-Policy = Annotated[
-    Path | None, typer.Option(help="Bits of every layer, as a policy.json.", rich_help_panel=BITS)
-]
-Candidates = Annotated[
-    str | None, typer.Option(metavar="2,3,4", help="Bit-widths that a layer may have.", rich_help_panel=BITS)
-]
-ActivationCandidates = Annotated[
-    str | None,
-    typer.Option(
-        metavar="4,8",
-        help="Bit-widths of inputs, if they are to be chosen apart from weights.",
-        rich_help_panel=BITS,
-    ),
-]
-Bops = Annotated[
-    str | None,
-    typer.Option(
-        "--bops",
-        "--budget",
-        help="Budget of bit-operations: 34G, 500M, or w4a4 for its cost.",
-        rich_help_panel=BITS,
-    ),
-]
-Size = Annotated[
-    str | None,
-    typer.Option(
-        help="Budget of bytes: 5MB, or w4a4 for its size; alone or with --bops.", rich_help_panel=BITS
-    ),
-]
-Pin = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="PATTERN=BITS",
-        help="Bits of the layers that a pattern matches: 'layer4.*=8', '*.conv1=3-6', 'fc=w8a4'. May be repeated.",
-        rich_help_panel=BITS,
-    ),
-]
-SearcherName = Annotated[
-    str | None,
-    typer.Option(
-        "--searcher",
-        help="How bits are found under a budget: samq, asga, hawq, sensitivity, random, error or uniform.",
-        rich_help_panel=BITS,
-    ),
-]
-WeightGrid = Annotated[
-    str | None,
-    typer.Option(metavar="auto|paper|zero", help="Levels of the weights.", rich_help_panel=BITS),
-]
-QuantizerName = Annotated[
-    str | None,
-    typer.Option("--quantizer", help="clip, lsq, lsq_plus, pact or dorefa.", rich_help_panel=BITS),
-]
-Granularity = Annotated[
-    str | None,
-    typer.Option(
-        metavar="channel|tensor",
-        help="Levels for every output channel of a weight, or for all of it.",
-        rich_help_panel=BITS,
-    ),
-]
-WeightNorm = Annotated[
-    bool | None,
-    typer.Option(
-        "--weight-norm/--no-weight-norm",
-        help="Quantize convolutions in deviations from the mean weight.",
-        rich_help_panel=BITS,
-    ),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show where an unexpected error came from.")]
@@ -179,8 +110,24 @@ def parse_counts(text: str | None, option: str) -> tuple[int, ...] | None:
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
+def parse_size(text: str | None) -> int | tuple[int, ...] | None:
+    """``224`` as one side, ``256x192`` as height and width.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if text is None:
+        return None
+    sides = text.strip().lower().split("x")
+    if len(sides) > 2 or not all(re.fullmatch("0*[1-9][0-9]{0,5}", side) for side in sides):
+        raise ConfigError(
+            f"--input-size {text}: give one side such as 224, or height and width such as 256x192"
+        )
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
 def parse_assignments(text: str | None, option: str) -> dict[str, Any] | None:
-    """``a=1,b=same`` as a dictionary; values are numbers or booleans where they look like it.
+    """``a=1,b=same,c=[2,3]`` as a dictionary; values are numbers, booleans or lists where they look like it.
 
     Raises:
         ConfigError: a part without ``=``.
@@ -188,7 +135,7 @@ def parse_assignments(text: str | None, option: str) -> dict[str, Any] | None:
     if text is None:
         return None
     values: dict[str, Any] = {}
-    for part in text.split(","):
+    for part in re.split(r",(?![^\[]*\])", text):  # not at commas within a list
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise ConfigError(
@@ -231,7 +178,7 @@ def model_options(
     num_classes: int | None,
     in_chans: int | None,
     model_kwargs: str | None,
-    input_size: int | None,
+    input_size: str | None,
     mean: str | None,
     std: str | None,
 ) -> dict[str, Any]:
@@ -242,7 +189,7 @@ def model_options(
         "num_classes": num_classes,
         "in_chans": in_chans,
         "kwargs": parse_assignments(model_kwargs, "--model-kwargs"),
-        "input_size": input_size,
+        "input_size": parse_size(input_size),
         "mean": parse_numbers(mean, "--mean"),
         "std": parse_numbers(std, "--std"),
     }

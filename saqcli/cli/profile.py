@@ -1,5 +1,6 @@
 """``saq profile``."""
 
+from saqcli.cli import bit_options as b
 from saqcli.cli import options as o
 from saqcli.cli.screen import print_json, progress_for, reporting
 
@@ -7,15 +8,16 @@ from saqcli.cli.screen import print_json, progress_for, reporting
 @reporting
 def profile_command(
     model: o.Model,
-    bits: o.Bits = None,
-    policy: o.Policy = None,
-    candidates: o.Candidates = None,
+    bits: b.Bits = None,
+    policy: b.Policy = None,
+    candidates: b.Candidates = None,
     weights: o.Weights = None,
     pretrained: o.Pretrained = None,
     num_classes: o.NumClasses = None,
     in_chans: o.InChans = None,
     input_size: o.InputSize = None,
     model_kwargs: o.ModelKwargs = None,
+    quantize_attention: b.QuantizeAttention = None,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -48,6 +50,7 @@ def profile_command(
         policy=policy,
         candidates=parse_candidates(candidates) if candidates else QuantizationSection().candidates,
         progress=progress_for(json_output=json_output, quiet=quiet),
+        quantize_attention=bool(quantize_attention),
     ).to_dict()
     if json_output:
         print_json(result)

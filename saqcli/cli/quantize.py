@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from saqcli.cli import bit_options as b
 from saqcli.cli import options as o
 from saqcli.cli import run_options as r
 from saqcli.cli import training_options as t
@@ -15,18 +16,21 @@ from saqcli.cli.screen import print_json, progress_for, reporting
 def quantize_command(
     model: o.OptionalModel = None,
     data: o.Data = None,
-    bops: o.Bops = None,
-    size: o.Size = None,
-    bits: o.Bits = None,
-    policy: o.Policy = None,
-    searcher: o.SearcherName = None,
-    candidates: o.Candidates = None,
-    activation_candidates: o.ActivationCandidates = None,
-    pin: o.Pin = None,
-    quantizer: o.QuantizerName = None,
-    weight_grid: o.WeightGrid = None,
-    granularity: o.Granularity = None,
-    weight_norm: o.WeightNorm = None,
+    bops: b.Bops = None,
+    size: b.Size = None,
+    bits: b.Bits = None,
+    policy: b.Policy = None,
+    searcher: b.SearcherName = None,
+    candidates: b.Candidates = None,
+    activation_candidates: b.ActivationCandidates = None,
+    pin: b.Pin = None,
+    quantizer: b.QuantizerName = None,
+    weight_grid: b.WeightGrid = None,
+    granularity: b.Granularity = None,
+    weight_norm: b.WeightNorm = None,
+    quantize_attention: b.QuantizeAttention = None,
+    correct_bias: b.CorrectBias = None,
+    recalibrate_bn: b.RecalibrateBN = None,
     weights: o.Weights = None,
     pretrained: o.Pretrained = None,
     num_classes: o.NumClasses = None,
@@ -110,6 +114,9 @@ def quantize_command(
         "quantization.weight_grid": weight_grid,
         "quantization.granularity": granularity,
         "quantization.weight_normalization": weight_norm,
+        "quantization.quantize_attention": quantize_attention,
+        "quantization.correct_bias": correct_bias,
+        "quantization.recalibrate_bn": recalibrate_bn,
         "run.seed": seed,
         "run.device": device,
     }

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from saqcli.cli import bit_options as b
 from saqcli.cli import options as o
 from saqcli.cli import run_options as r
 from saqcli.cli.screen import print_json, progress_for, reporting
@@ -16,16 +17,17 @@ SEARCH = "Search"
 def search_command(
     model: o.OptionalModel = None,
     data: o.Data = None,
-    budget: o.Bops = None,
-    size: o.Size = None,
-    searcher: o.SearcherName = None,
-    candidates: o.Candidates = None,
-    activation_candidates: o.ActivationCandidates = None,
-    pin: o.Pin = None,
-    quantizer: o.QuantizerName = None,
-    weight_grid: o.WeightGrid = None,
-    granularity: o.Granularity = None,
-    weight_norm: o.WeightNorm = None,
+    budget: b.Bops = None,
+    size: b.Size = None,
+    searcher: b.SearcherName = None,
+    candidates: b.Candidates = None,
+    activation_candidates: b.ActivationCandidates = None,
+    pin: b.Pin = None,
+    quantizer: b.QuantizerName = None,
+    weight_grid: b.WeightGrid = None,
+    granularity: b.Granularity = None,
+    weight_norm: b.WeightNorm = None,
+    quantize_attention: b.QuantizeAttention = None,
     epochs: Annotated[
         float | None,
         typer.Option(help="Length of a search that trains: samq, asga.", rich_help_panel=SEARCH),
@@ -124,6 +126,7 @@ def search_command(
         "quantization.weight_grid": weight_grid,
         "quantization.granularity": granularity,
         "quantization.weight_normalization": weight_norm,
+        "quantization.quantize_attention": quantize_attention,
         "quantization.searcher": searcher,
         "search.epochs": epochs,
         "search.rho": rho,

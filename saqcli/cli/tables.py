@@ -1,5 +1,6 @@
 """Results as tables for the eye, printed on stdout."""
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,6 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from saqcli.units import format_quantity
+
+PIPED = 200  # columns where nobody looks at a terminal, so that no name is cut
+NAMED = 3  # modules that are left in floating point for one reason, before they are counted
 
 
 def say(console: Console, text: str, *, markup: bool = True) -> None:
@@ -33,13 +37,17 @@ def _bits(value: int | None) -> str:
 
 def show_profile(result: dict[str, Any]) -> None:
     """Every layer with its costs, then the sums."""
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=PIPED)
     size = "x".join(map(str, result["input_size"]))
     table = _table(
         f"{result['model']}, input {size}, {result['num_classes']} classes",
         ("layer", "kind", "group", "MACs", "weights", "inputs", "BOPs", "share"),
         left=3,
     )
+    products: dict[str, list[dict[str, Any]]] = {}
+    for product in result["products"]:
+        if product["bops"] is not None:
+            products.setdefault(product["follows"], []).append(product)
     for layer in result["layers"]:
         table.add_row(
             layer["name"] + (" (pinned)" if layer["pinned"] else ""),
@@ -51,9 +59,30 @@ def show_profile(result: dict[str, Any]) -> None:
             format_quantity(layer["bops"]),
             f"{100 * layer['bops'] / result['bops']:.1f} %",
         )
+        for product in products.get(layer["name"], ()):
+            table.add_row(
+                product["name"],
+                "product",
+                product["follows"],
+                format_quantity(product["macs"]),
+                *[_bits(product["bits"])] * 2,
+                format_quantity(product["bops"]),
+                f"{100 * product['bops'] / result['bops']:.1f} %",
+            )
     console.print(table)
+    reasons: dict[str, list[str]] = {}
     for left in result["unquantized"]:
-        say(console, f"left in floating point: {left['name']}, which {left['reason']}")
+        reasons.setdefault(left["reason"], []).append(left["name"])
+    for reason, names in reasons.items():
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        say(console, f"left in floating point: {', '.join(names[:NAMED])}{more}; {reason}")
+    uncounted = sum(product["macs"] for product in result["products"] if product["bops"] is None)
+    if uncounted:
+        say(
+            console,
+            f"left in floating point and not counted: {format_quantity(uncounted, 'MACs')} of products of activations, "
+            "as in attention; --quantize-attention quantizes and counts them",
+        )
     say(
         console,
         f"\n{format_quantity(result['macs'], 'MACs')}, {format_quantity(result['bops'], 'BOPs')} "

@@ -6,7 +6,6 @@ where the library publishes them, or are random.
 """
 
 import difflib
-import fnmatch
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from saqcli.errors import ConfigError, SaqError, UnknownModel, UnsupportedModel, WeightsMismatch
+from saqcli.io import catalogue
 from saqcli.io.arguments import check_arguments
 from saqcli.io.preprocessing import Preprocessing as Preprocessing
 from saqcli.io.weights import load_into, read_state_dict, sha256_of
@@ -66,6 +66,7 @@ class LoadedModel:
         build: what ``build_architecture`` takes; JSON can hold it if it could hold the user's kwargs.
         notes: what was decided for the user, one line each.
         trained: whether all its weights are; not those of a new head, or random ones.
+        classifiers: names of the layers that give class scores; several where heads are averaged (distillation).
     """
 
     model: nn.Module
@@ -77,6 +78,7 @@ class LoadedModel:
     build: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     trained: bool = True
+    classifiers: tuple[str, ...] = ()
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:
@@ -110,7 +112,16 @@ def load_model(spec: ModelSpec) -> LoadedModel:
             model, source, trained = zoo.build(arch), "random", False
     build = asdict(arch) | {"name": f"{prefix}/{name}"}
     return LoadedModel(
-        model.eval(), build["name"], arch.num_classes, preprocessing, source, sha256, build, notes, trained
+        model.eval(),
+        build["name"],
+        arch.num_classes,
+        preprocessing,
+        source,
+        sha256,
+        build,
+        notes,
+        trained,
+        zoo.classifiers(model),
     )
 
 
@@ -131,22 +142,6 @@ def build_architecture(build: Mapping[str, Any]) -> nn.Module:
         return ZOOS[prefix].build(Architecture(**{**build, "name": name})).eval()
 
 
-def list_models(pattern: str | None = None) -> list[str]:
-    """Names of networks, with prefix, in order of search.
-
-    Args:
-        pattern: a shell pattern; without a slash it is matched against what follows the prefix, with a dot
-            in it timm's names with the tags of published weights are matched too. None lists all.
-    """
-    pattern = (pattern or "*").lower()
-    return [
-        f"{prefix}/{name}"
-        for prefix, zoo in ZOOS.items()
-        for name in zoo.names(tags="." in pattern)
-        if fnmatch.fnmatchcase(f"{prefix}/{name}" if "/" in pattern else name, pattern)
-    ]
-
-
 def _resolve(name: str) -> tuple[str, str]:
     """Prefix and library name of the network that a user calls ``name``."""
     prefix, slash, rest = name.partition("/")
@@ -164,10 +159,10 @@ def _near(name: str, prefix: str | None) -> list[str]:
     name = name.lower()
     architecture, dot, _ = name.partition(".")
     full: dict[str, str] = {}
-    for known in list_models("*.*" if dot else None) + list_models():
-        library, _, short = known.partition("/")
+    for entry in catalogue.find("*.*" if dot else None) + catalogue.find():
+        library, _, short = entry.name.partition("/")
         if prefix in (None, library):
-            full.setdefault(short, known)
+            full.setdefault(short, entry.name)
     tagged = [short for short in full if dot and short.startswith(f"{architecture}.")]
     alike = difflib.get_close_matches(name, tagged or full, n=4, cutoff=0.7)
     within = sorted((short for short in full if len(name) > 2 and name in short), key=len)

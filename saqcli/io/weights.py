@@ -80,11 +80,19 @@ def load_into(
     own = model.state_dict()
     counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
     try:
-        model.load_state_dict({**counters, **state}, strict=True)
+        model.load_state_dict(versioned(model, {**counters, **state}), strict=True)
     except RuntimeError as error:  # torch is the judge: layers may rename old keys of their own
         raise WeightsMismatch(
             _misfit({**counters, **state}, own, source, name, classifiers, error)
         ) from error
+
+
+def versioned(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` as modules of today's versions would have written it; torchvision's MNASNet asks for its version."""
+    known: dict[str, Tensor] = model.state_dict()  # it tells the version of every module beside its tensors
+    known.clear()
+    known.update(state)
+    return known
 
 
 def sha256_of(path: Path) -> str:

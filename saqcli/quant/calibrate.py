@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from saqcli.quant.layers import QuantizedLayer, is_convolution, quantized_layers
+from saqcli.quant.layers import is_convolution, quantized_layers
+from saqcli.quant.products import OPERANDS, QuantizedProduct, operand_name, quantized_products
 from saqcli.quant.quantizers import Quantizer
 
 SAMPLES_PER_BATCH = (
@@ -72,22 +73,35 @@ class _Observer(nn.Module):
 
 
 @contextmanager
-def _observed(layers: Mapping[str, QuantizedLayer], seed: int) -> Iterator[dict[str, InputStatistics]]:
+def _observed(model: nn.Module, seed: int) -> Iterator[dict[str, InputStatistics]]:
     generator = torch.Generator().manual_seed(seed)
-    statistics = {name: InputStatistics() for name in layers}
-    before = {name: layer.input_quantizer for name, layer in layers.items()}
+    places = _places(model)
+    statistics = {name: InputStatistics() for name in places}
+    before = {name: getattr(*place) for name, place in places.items()}
     try:
-        for name, layer in layers.items():
-            layer.input_quantizer = _Observer(statistics[name], generator)
+        for name, place in places.items():
+            setattr(*place, _Observer(statistics[name], generator))
         yield statistics
     finally:
-        for name, layer in layers.items():
-            layer.input_quantizer = before[name]
+        for name, place in places.items():
+            setattr(*place, before[name])
+
+
+def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Modules and attributes with the quantizers of activations: inputs of layers, operands of products."""
+    places: dict[str, tuple[nn.Module, str]] = {
+        name: (layer, "input_quantizer") for name, layer in quantized_layers(model).items()
+    }
+    for name, product in quantized_products(model).items():
+        for operand, attribute in OPERANDS.items():
+            places[operand_name(name, operand)] = product, attribute
+    return places
 
 
 @torch.no_grad()
 def observe(model: nn.Module, batches: Iterable[Tensor], seed: int = 0) -> dict[str, InputStatistics]:
-    """Run ``batches`` through the float model in eval mode and note the input of every quantized layer.
+    """Run ``batches`` through the float model in eval mode and note the input of every quantized layer, and the
+    operands of every product that is to be quantized.
 
     Args:
         model: wrapped; its mode is restored.
@@ -97,7 +111,7 @@ def observe(model: nn.Module, batches: Iterable[Tensor], seed: int = 0) -> dict[
     training = model.training
     model.eval()
     try:
-        with _observed(quantized_layers(model), seed) as statistics:
+        with _observed(model, seed) as statistics:
             for images in batches:
                 model(images)
     finally:
@@ -120,6 +134,11 @@ def fit(model: nn.Module, statistics: Mapping[str, InputStatistics], clip_init: 
         if isinstance(layer.input_quantizer, Quantizer):
             samples = statistics[name].samples.to(layer.latent_weight().device)
             _start(layer.input_quantizer, samples, clip_init, linear)
+    for name, (module, attribute) in _places(model).items():
+        quantizer = getattr(module, attribute)
+        if isinstance(module, QuantizedProduct) and isinstance(quantizer, Quantizer):
+            device = next(quantizer.parameters()).device
+            _start(quantizer, statistics[name].samples.to(device), clip_init, linear=False)
 
 
 @torch.no_grad()

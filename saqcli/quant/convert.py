@@ -8,99 +8,34 @@ unwrap    the same modules with their float classes back
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from saqcli.errors import ConfigError, UnsupportedModel
-from saqcli.quant import grids
+from saqcli.errors import PolicyMismatch, UnsupportedModel
 from saqcli.quant.bits import BitConfig, LayerBits
-from saqcli.quant.calibrate import ClipInit
-from saqcli.quant.grids import WeightGrid
 from saqcli.quant.layers import (
     CONVOLUTIONS,
     TRANSPOSED,
     QuantizedLayer,
-    is_convolution,
     quantized_layers,
     stores_codes,
     unwrap_layer,
     wrap_layer,
 )
-from saqcli.quant.quantizers import QUANTIZERS, Family, Quantizer
+from saqcli.quant.products import (
+    OPERANDS,
+    QuantizedProduct,
+    operand_name,
+    own_products,
+    quantized_products,
+    split_name,
+)
+from saqcli.quant.quantizers import Quantizer
 from saqcli.quant.routing import RoutedParent, routed_class
+from saqcli.quant.scheme import Scheme as Scheme
 from saqcli.quant.special import check_attention
 
 WRAPPED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, nn.MultiheadAttention)
-
-
-class Scheme(BaseModel):
-    """How a network is quantized, apart from the bits of each layer.
-
-    Attributes:
-        quantizer: name in ``QUANTIZERS``.
-        weight_grid: ``auto`` (the paper's up to 7 bits, int8 at 8), ``paper`` or ``zero``.
-        granularity: a clipping level per output ``channel`` of a weight, or one per ``tensor``.
-        weight_normalization: quantize the weights of convolutions in deviations from their mean (``clip`` alone).
-        clip_init: levels start at the least squared ``error``, or as in the SAQ ``paper`` (``clip`` alone).
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    quantizer: str = "clip"
-    weight_grid: WeightGrid = "auto"
-    granularity: Literal["channel", "tensor"] = "channel"
-    weight_normalization: bool = False
-    clip_init: ClipInit = "error"
-
-    def check(self) -> None:
-        """Refuse an unknown quantizer, and options that the quantizer does not have.
-
-        Raises:
-            ConfigError: names the option.
-        """
-        if _family(self.quantizer).normalized is not None:
-            return
-        able = ", ".join(name for name, family in QUANTIZERS.items() if family.normalized is not None)
-        if self.weight_normalization:
-            raise ConfigError(
-                f"quantizer {self.quantizer} has no weight normalization: choose {able}, or --no-weight-norm"
-            )
-        if self.clip_init == "paper":
-            raise ConfigError(
-                f"clip_init paper is not defined for quantizer {self.quantizer}: choose {able}, or clip_init error"
-            )
-
-    def level_shape(self, layer: QuantizedLayer) -> tuple[int, ...]:
-        """Shape of one clipping level of the layer's weight; broadcasts against it."""
-        weight = layer.latent_weight()
-        if self.granularity == "tensor":
-            return ()
-        return tuple(size if d == layer.channel_dim else 1 for d, size in enumerate(weight.shape))
-
-    def weight_quantizer(self, layer: QuantizedLayer, candidates: Iterable[int]) -> Quantizer:
-        """A quantizer for the layer's weight, its levels not yet fitted."""
-        self.check()
-        family = _family(self.quantizer)
-        kind = family.weight
-        if self.weight_normalization and is_convolution(layer):
-            assert family.normalized is not None
-            kind = family.normalized
-        by_bits = {bits: grids.weights(bits, self.weight_grid) for bits in candidates}
-        return kind(by_bits, self.level_shape(layer)).to(layer.latent_weight().device)
-
-    def input_quantizer(self, layer: QuantizedLayer, candidates: Iterable[int], *, signed: bool) -> Quantizer:
-        """A quantizer for the layer's input, its levels not yet fitted."""
-        family = _family(self.quantizer)
-        by_bits = {bits: grids.activations(bits, signed=signed) for bits in candidates}
-        return family.activation(by_bits).to(layer.latent_weight().device)
-
-
-def _family(name: str) -> Family:
-    if name not in QUANTIZERS:
-        raise ConfigError(f"there is no quantizer {name!r}: choose from {', '.join(QUANTIZERS)}")
-    return QUANTIZERS[name]
 
 
 def wrap(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -129,6 +64,10 @@ def wrap(model: nn.Module) -> dict[str, QuantizedLayer]:
         raise UnsupportedModel(
             "this model has no convolution and no linear layer: there is nothing to quantize"
         )
+    first: dict[int, QuantizedLayer] = {}
+    for layer in layers.values():
+        one = first.setdefault(id(layer.latent_weight()), layer)
+        layer.tied_to = () if one is layer else (one,)
     return layers
 
 
@@ -137,6 +76,8 @@ def unwrap(model: nn.Module) -> None:
     for layer in quantized_layers(model).values():
         unwrap_layer(layer)
     for module in model.modules():
+        if own_products(module) is not None:
+            del module.products
         if isinstance(module, RoutedParent):
             module.__class__ = module.float_class  # type: ignore[assignment]
         _allow_fused_path(module)
@@ -164,10 +105,45 @@ def _allow_fused_path(module: nn.Module) -> None:
 
 def leave_float(model: nn.Module, names: Iterable[str]) -> None:
     """Give some layers their float class back, in place: those that never run."""
-    for name in names:
-        layer = model.get_submodule(name)
+    gone = [model.get_submodule(name) for name in names]
+    heirs: dict[
+        QuantizedLayer, QuantizedLayer
+    ] = {}  # of a weight whose first layer goes: the first that stays
+    for layer in quantized_layers(model).values():
+        if layer.tied_to and layer.tied_to[0] in gone and layer not in gone:
+            heir = heirs.setdefault(layer.tied_to[0], layer)
+            layer.tied_to = () if heir is layer else (heir,)
+    for module in gone:
+        assert isinstance(module, QuantizedLayer)
+        unwrap_layer(module)
+
+
+def follow(model: nn.Module, products: Mapping[str, str]) -> None:
+    """Give modules that multiply activations a quantized product for each, with the bits of a layer's input.
+
+    Args:
+        model: wrapped.
+        products: the layer that is followed, by name of the product, ``OWNER.products.INDEX``.
+
+    Raises:
+        UnsupportedModel: an owner has something else of that name.
+    """
+    for name, followed in products.items():
+        owner_name, index = split_name(name)
+        owner, layer = model.get_submodule(owner_name), model.get_submodule(followed)
         assert isinstance(layer, QuantizedLayer)
-        unwrap_layer(layer)
+        if not hasattr(owner, "products"):
+            owner.products = nn.ModuleDict()
+        own = own_products(owner)
+        if own is None:
+            raise UnsupportedModel(
+                f"{owner_name} has products of its own: attention there cannot be quantized"
+            )
+        product = QuantizedProduct()
+        own[str(index)] = product
+        layer.followers += (product,)
+        if not isinstance(owner, RoutedParent | QuantizedLayer):
+            owner.__class__ = routed_class(type(owner))
 
 
 def route(model: nn.Module, parents: Iterable[str], layers: Iterable[str]) -> None:
@@ -206,13 +182,31 @@ def install(
     for name, layer in layers.items():
         bits = config.layers[name]
         more = list((options or {}).get(name, ()))
-        if bits.weight is not None:
+        if bits.weight is not None and layer.tied_to:
+            first = config.layers[next(n for n, one in layers.items() if one is layer.tied_to[0])]
+            if first.weight != bits.weight:
+                raise PolicyMismatch(
+                    f"{name} shares its weight with another layer, which has {first.weight} bits where {name} has "
+                    f"{bits.weight}: give them the same"
+                )
+        elif bits.weight is not None:
             widths = {bits.weight, *(option.weight for option in more if option.weight)}
             layer.weight_quantizer = scheme.weight_quantizer(layer, widths)
         if bits.activation is not None:
             widths = {bits.activation, *(option.activation for option in more if option.activation)}
             layer.input_quantizer = scheme.input_quantizer(layer, widths, signed=signed[name])
+            _install_followers(model, layer, scheme, widths, signed)
     apply(model, config)
+
+
+def _install_followers(
+    model: nn.Module, layer: QuantizedLayer, scheme: Scheme, widths: set[int], signed: Mapping[str, bool]
+) -> None:
+    for name, product in quantized_products(model).items():
+        if any(product is follower for follower in layer.followers):
+            for operand, attribute in OPERANDS.items():
+                negative = signed[operand_name(name, operand)]
+                setattr(product, attribute, scheme.input_quantizer(layer, widths, signed=negative))
 
 
 def apply(model: nn.Module, config: BitConfig) -> None:
@@ -222,13 +216,18 @@ def apply(model: nn.Module, config: BitConfig) -> None:
 
 
 def set_bits(layer: QuantizedLayer, bits: LayerBits) -> None:
-    """Set the active bits of one layer's quantizers; an operand without a quantizer is left as it is."""
+    """Set the active bits of one layer's quantizers, and of the products that follow it; an operand without a
+    quantizer is left as it is.
+    """
     for quantizer, width in (
         (layer.weight_quantizer, bits.weight),
         (layer.input_quantizer, bits.activation),
     ):
         if isinstance(quantizer, Quantizer) and width is not None:
             quantizer.select(width)
+    if bits.activation is not None:
+        for product in layer.followers:
+            product.select(bits.activation)
 
 
 def fold(model: nn.Module) -> None:

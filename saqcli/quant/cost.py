@@ -3,7 +3,8 @@
     BOPs  = sum over layers of MACs * weight bits * activation bits          for one image
     bytes = weights at their bits, packed, a 32-bit step an output channel, and 32-bit floats for the rest
 
-Counted are convolutions (projection shortcuts included) and linear layers (the classifier included); biases,
+Counted are convolutions (projection shortcuts included) and linear layers (the classifier included), and, where
+attention is quantized, its products of activations: tokens**2 * width * (b_q b_k + b_p b_v) a block; biases,
 norms, pooling, additions and activations are free; an operand left in floating point counts 32 bits. First
 layer and classifier have 8 bits. This is the counter of Liu et al. (arXiv:2111.12273), to the last digit.
 """
@@ -51,6 +52,7 @@ class LayerCost:
         pinned: bits that are fixed beforehand, or None where they are free.
         channels: output channels, each with a step of its own.
         stored: False where another layer holds the same weight.
+        product_macs: of products of activations that have the bits of its input, for both operands.
     """
 
     name: str
@@ -61,10 +63,15 @@ class LayerCost:
     pinned: LayerBits | None
     channels: int = 0
     stored: bool = True
+    product_macs: int = 0
+
+    def own_bops(self, bits: LayerBits) -> int:
+        """Bit-operations at ``bits``, of the layer alone."""
+        return self.macs * (bits.weight or FLOAT_BITS) * (bits.activation or FLOAT_BITS)
 
     def bops(self, bits: LayerBits) -> int:
-        """Bit-operations at ``bits``."""
-        return self.macs * (bits.weight or FLOAT_BITS) * (bits.activation or FLOAT_BITS)
+        """Bit-operations at ``bits``, those of the products that follow it included."""
+        return self.own_bops(bits) + self.product_macs * (bits.activation or FLOAT_BITS) ** 2
 
     def size(self, bits: LayerBits) -> int:
         """Bytes of the weight at ``bits``."""
@@ -95,7 +102,8 @@ class CostModel:
     @property
     def macs(self) -> int:
         """Multiply-accumulates for one image."""
-        return sum(layer.macs for layer in self.layers) + sum(layer.macs for layer in self.unquantized)
+        own = sum(layer.macs + layer.product_macs for layer in self.layers)
+        return own + sum(layer.macs for layer in self.unquantized)
 
     @property
     def float_bops(self) -> int:
@@ -168,13 +176,18 @@ def least_use(bound: int) -> int:
     return -(-round(1000 * BUDGET_USE) * bound // 1000)
 
 
-def cost_model(traced: Trace, classifiers: Iterable[str] = ()) -> CostModel:
+def cost_model(traced: Trace, classifiers: Iterable[str] = (), *, products: bool = False) -> CostModel:
     """The layers as the budget sees them; first and last layer are pinned to 8 bits.
 
     Args:
         traced: of the wrapped float model.
         classifiers: names of further layers that give class scores (a distillation head).
+        products: count products of activations too, as in quantized attention.
     """
+    following: dict[str, int] = {}
+    for product in traced.products if products else ():
+        if product.follows is not None:
+            following[product.follows] = following.get(product.follows, 0) + product.macs
     names = list(traced.layers)
     reading = {name for name, layer in traced.layers.items() if layer.reads_image} or {names[0]}
     pinned = reading | {names[-1]} | set(classifiers)
@@ -189,6 +202,7 @@ def cost_model(traced: Trace, classifiers: Iterable[str] = ()) -> CostModel:
             pinned=bits if t.name in pinned else None,
             channels=t.channels,
             stored=t.stored,
+            product_macs=following.get(t.name, 0),
         )
         for t in traced.layers.values()
     )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.quant.bits import LayerBits
+from saqcli.quant.products import QuantizedProduct
 from saqcli.quant.quantizers.base import Quantizer
 from saqcli.quant.routing import hand_out
 
@@ -35,6 +36,8 @@ class QuantizedLayer(nn.Module):
         input_quantizer: likewise, for the layer's input.
         perturbation: the port; same shape as the weight the layer multiplies with, or None.
         routed: a parent reads ``weight`` and multiplies with it itself (see ``routing``).
+        tied_to: the first layer with the same Parameter, in a tuple, which alone quantizes it; empty for that one.
+        followers: products of activations that have the bits of this layer's input (see ``products``).
     """
 
     float_class: type[nn.Module]
@@ -43,6 +46,8 @@ class QuantizedLayer(nn.Module):
     input_quantizer: nn.Module
     perturbation: Tensor | None
     routed: bool
+    tied_to: "tuple[QuantizedLayer, ...]"  # a tuple, so that it is no child
+    followers: "tuple[QuantizedProduct, ...]"
 
     def latent_weight(self) -> nn.Parameter:
         """The float weight that training moves."""
@@ -55,14 +60,17 @@ class QuantizedLayer(nn.Module):
         return self.latent_weight()
 
     def quantized_weight(self) -> Tensor:
-        """Q(w), or Q(w) + perturbation while the port is filled."""
+        """Q(w), or Q(w) + perturbation while the port is filled; one for all layers that share the weight."""
+        if self.tied_to:
+            return self.tied_to[0].quantized_weight()
         quantized: Tensor = self.weight_quantizer(self.effective_weight())
         return quantized if self.perturbation is None else quantized + self.perturbation
 
     @property
     def bits(self) -> LayerBits:
         """The active bit-widths; None where an operand is still in floating point."""
-        weight, inputs = self.weight_quantizer, self.input_quantizer
+        weight = (self.tied_to[0] if self.tied_to else self).weight_quantizer
+        inputs = self.input_quantizer
         return LayerBits(
             weight=weight.bits if isinstance(weight, Quantizer) else None,
             activation=inputs.bits if isinstance(inputs, Quantizer) else None,
@@ -126,13 +134,13 @@ def wrap_layer(module: nn.Module) -> QuantizedLayer:
     module.__class__ = quantized_class(type(module))
     assert isinstance(module, QuantizedLayer)
     module.perturbation = None
-    module.routed = False
+    module.routed, module.tied_to, module.followers = False, (), ()
     return module
 
 
 def unwrap_layer(layer: QuantizedLayer) -> nn.Module:
     """The same module object with its float class back; its latent weight as training left it."""
-    for name in ("weight_quantizer", "input_quantizer", "perturbation", "routed"):
+    for name in ("weight_quantizer", "input_quantizer", "perturbation", "routed", "tied_to", "followers"):
         delattr(layer, name)
     layer.__class__ = layer.float_class  # type: ignore[assignment]
     return layer

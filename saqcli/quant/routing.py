@@ -4,6 +4,9 @@ A few networks (timm's beit, eva and swin_v2 attention, torchvision's Swin) neve
 module. Reading ``weight`` hands out a tensor; while a ``Route`` is active it remembers who handed it out, and
 quantizes the other operand when that very tensor reaches a linear or convolution operator. Which parents need
 a route is found in the traced pass (``trace.py``), not listed.
+
+The same modules, and others, multiply activations with each other; where those products are to be quantized, the
+route takes them through ``products``.
 """
 
 from contextvars import ContextVar
@@ -13,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from saqcli.quant import products
 
 if TYPE_CHECKING:
     from saqcli.quant.layers import QuantizedLayer
@@ -69,7 +74,12 @@ class HandedOut(TorchFunctionMode):
 
 
 class Route(HandedOut):
-    """Quantizes the input wherever a parent multiplies with a routed layer's weight itself."""
+    """Quantizes what a parent multiplies itself: inputs of routed layers, and both operands of its own products."""
+
+    def __init__(self, own: nn.ModuleDict | None = None) -> None:
+        """``own`` are the products of the parent, by position in its forward."""
+        super().__init__()
+        self._multiply = None if own is None else products.Multiplications(own)
 
     def remember(self, weight: Tensor, layer: "QuantizedLayer") -> None:
         """Only routed layers concern us: the others quantize their input in their own forward."""
@@ -79,22 +89,25 @@ class Route(HandedOut):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """The operator, over a quantized input where the weight is a routed one."""
+        """The operator, over a quantized input where the weight is a routed one, or over quantized operands."""
         kwargs = kwargs or {}
+        if self._multiply is not None and func in products.OPERATORS:
+            return self._multiply(func, args, kwargs, mine=_active.get() is self)
         layer = self.owner(func, args, kwargs)
         if layer is not None:
+            args, kwargs = products.in_order(args, kwargs, ("weight",))
             args = (layer.input_quantizer(args[0]), *args[1:])
         return func(*args, **kwargs)
 
 
 class RoutedParent(nn.Module):
-    """Mixin of a module that multiplies with its children's weights itself."""
+    """Mixin of a module that multiplies with its children's weights itself, or activations with each other."""
 
     float_class: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward under a ``Route``."""
-        with Route():
+        with Route(products.own_products(self)):
             return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saqcli.errors import UnsupportedModel
+from saqcli.quant import products
 from saqcli.quant.layers import QuantizedLayer
-from saqcli.quant.routing import hand_out
+from saqcli.quant.routing import Route, hand_out
 
 STANDARDIZED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
 
@@ -89,7 +90,9 @@ class QuantizedAttention(QuantizedLayer):
             padding = _additive(key_padding_mask, q.dtype)[:, None, None, :]
             mask = padding if mask is None else mask + padding
         dropout = layer.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=is_causal and mask is None)
+        with Route(products.own_products(self)):
+            causal = is_causal and mask is None
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         output = layer.out_proj(mixed.transpose(1, 2).flatten(2))
         return (output if layer.batch_first else output.transpose(0, 1)), None
 
@@ -104,6 +107,15 @@ class QuantizedAttention(QuantizedLayer):
             F.linear(self.input_quantizer(x), hand_out(w, self), b)
             for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True)
         )
+
+
+def keeps_products(module: nn.Module) -> bool:
+    """Whether products of activations in the forward of ``module`` can be quantized: its own forward must stay in use.
+
+    That is so for any module but layers whose weight is quantized; attention is written out here.
+    """
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return isinstance(module, QuantizedAttention) or not isinstance(module, (QuantizedLayer, *containers))
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibrate import InputStatistics, fit, observe, settle_batch_norms
 from saqcli.quant.convert import Scheme
+from saqcli.quant.corrections import correct
 from saqcli.workflows.setup import Images, Network
 
 
@@ -53,7 +54,11 @@ def install_quantizers(
     signed = {name: facts.signed for name, facts in statistics.items()}
     convert.install(network.model, scheme_of(config), policy, signed)
     fit(network.model, statistics, config.quantization.clip_init)
-    if config.quantization.weight_normalization:
+    wanted = config.quantization
+    if wanted.correct_bias or wanted.recalibrate_bn:
+        batches = _told("correcting means", images.calibration(), progress)
+        correct(network.model, batches, biases=wanted.correct_bias, norms=wanted.recalibrate_bn)
+    if wanted.weight_normalization and not wanted.recalibrate_bn:
         # As training sees them: without its augmentation running statistics are others, and accuracy is lower.
         loader = images.training(limit=config.data.calibration_images)
         loader.set_epoch(0)

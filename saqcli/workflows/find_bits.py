@@ -26,6 +26,7 @@ from saqcli.workflows.profile import layer_rows
 from saqcli.workflows.proxy import open_proxy
 from saqcli.workflows.search_images import search_images
 from saqcli.workflows.setup import Images, Network, pick_device
+from saqcli.workflows.trainable import check_trains
 
 
 class Posed(NamedTuple):
@@ -151,6 +152,8 @@ def pose(
         searched, images = open_proxy(config, network, pick_device(config.run.device), progress)
         statistics = None
     assert images is not None
+    if SEARCHERS[config.quantization.searcher].trains:
+        check_trains(searched.model, searched.name, searched.loaded.preprocessing, config)
     looks = SEARCHERS[config.quantization.searcher].looks or config.search.pareto > 0
     to_search = search_images(images, config.search, progress) if looks else NO_IMAGES
     problem = SearchProblem(

@@ -21,8 +21,9 @@ def plan(config: RunConfig, run_dir: Path, progress: Progress) -> dict[str, Any]
             nothing meets.
     """
     check(config)
-    network = wrap_and_trace(load_float(config.model.model_copy(update={"pretrained": False}), progress))
     section = config.quantization
+    loaded = load_float(config.model.model_copy(update={"pretrained": False}), progress)
+    network = wrap_and_trace(loaded, quantize_attention=section.quantize_attention)
     policy, space = given_policy(section, network), space_of(section, network)
     budget = Budget()
     if policy is None:

@@ -21,7 +21,7 @@ from saqcli.io.runs import RunDirectory, library_versions
 from saqcli.progress import Progress
 from saqcli.quant.trace import try_model
 from saqcli.strict import printable
-from saqcli.workflows.setup import load_float
+from saqcli.workflows.setup import answering, load_float
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
     if path is not None:
         return open_onnx(path) if path.suffix == ".onnx" else open_safetensors(path, device)
     loaded = load_float(section, progress)
-    try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size))
+    with answering(loaded.name):
+        try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size))
     return Predictor(loaded.model.to(device), loaded.name, loaded.num_classes, loaded.preprocessing, device)
 
 

@@ -6,15 +6,14 @@ from typing import Any
 
 from saqcli.config import ModelSection
 from saqcli.progress import Progress
-from saqcli.quant.bits import BitConfig, parse_bits
+from saqcli.quant.bits import FLOAT_BITS, BitConfig, parse_bits
 from saqcli.quant.cost import Cost
 from saqcli.quant.space import Candidates, SearchSpace, search_space
-from saqcli.quant.trace import Trace
+from saqcli.quant.trace import FUNCTIONAL, Trace
 from saqcli.workflows.bits import float_policy, read_policy
 from saqcli.workflows.setup import Network, load_float, wrap_and_trace
 
 NEVER_RUNS = "does not run in evaluation"
-NOT_A_LAYER = "multiplies with a weight that is not its own parameter"
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,14 @@ class Profile:
             "size_bytes": costs.size(self.policy),
             "float_size_bytes": costs.float_size,
             "layers": layer_rows(self.network, self.policy),
+            "products": product_rows(self.network, self.policy),
             "unquantized": unquantized(traced),
         }
 
 
 def layer_rows(network: Network, policy: BitConfig) -> list[dict[str, Any]]:
     """Every layer with its bits and costs under ``policy``, in execution order."""
+    parents = {name: parent for parent, names in network.traced.routed.items() for name in names}
     return [
         {
             "name": layer.name,
@@ -68,23 +69,46 @@ def layer_rows(network: Network, policy: BitConfig) -> list[dict[str, Any]]:
             "macs": layer.macs,
             "weight_bits": policy.layers[layer.name].weight,
             "activation_bits": policy.layers[layer.name].activation,
-            "bops": layer.bops(policy.layers[layer.name]),
+            "bops": layer.own_bops(policy.layers[layer.name]),
             "pinned": layer.pinned is not None,
             "group": layer.group,
             "norm": network.traced.layers[layer.name].norm,
+            "multiplied_in": parents.get(layer.name),
         }
         for layer in network.costs.layers
     ]
 
 
+def product_rows(network: Network, policy: BitConfig) -> list[dict[str, Any]]:
+    """Every product of two activations; bits are those of the layer it follows, None where it is not quantized."""
+    rows = []
+    for product in network.traced.products:
+        followed = network.products.get(product.name)
+        bits = policy.layers[followed].activation if followed else None
+        counted = product.macs * (bits or FLOAT_BITS) ** 2 if followed else None
+        rows.append(
+            {
+                "name": product.name,
+                "macs": product.macs,
+                "follows": product.follows,
+                "bits": bits,
+                "bops": counted,
+            }
+        )
+    return rows
+
+
 def unquantized(traced: Trace) -> list[dict[str, Any]]:
     """What is left in floating point, why, and its multiply-accumulates."""
     multiplying = [
-        {"name": layer.name, "kind": layer.kind, "macs": layer.macs, "reason": NOT_A_LAYER}
+        {"name": layer.name, "kind": layer.kind, "macs": layer.macs, "reason": layer.reason}
         for layer in traced.unquantized.values()
     ]
+    told = {layer.reason for layer in traced.unquantized.values()}
     return multiplying + [
-        {"name": name, "kind": None, "macs": 0, "reason": NEVER_RUNS} for name in traced.idle
+        {"name": name, "kind": None, "macs": 0, "reason": NEVER_RUNS}
+        for name in traced.idle
+        if FUNCTIONAL.format(name) not in told
     ]
 
 
@@ -95,14 +119,17 @@ def profile(
     policy: Path | None,
     candidates: tuple[int, ...],
     progress: Progress,
+    quantize_attention: bool = False,
 ) -> Profile:
     """The costs of a network at ``bits``, under ``policy``, or in floating point where neither is given.
+
+    With ``quantize_attention`` products of two activations are counted too.
 
     Raises:
         SaqError: no such model, or a policy that does not fit it.
     """
     uniform = parse_bits(bits) if bits else None  # a typing error should not cost the time to load a model
-    network = wrap_and_trace(load_float(section, progress))
+    network = wrap_and_trace(load_float(section, progress), quantize_attention=quantize_attention)
     if policy is not None:
         config = read_policy(policy, network)
     elif uniform is not None:

@@ -56,8 +56,9 @@ def prove_graph(
     reference = ExactForm(frozen, first[:2]).eval() if style == "exact" else _in_float64(model, first[:1])
     verdicts = compare(reference, runs | others, batches, count, progress)
     pytorch = verdicts.pop(PYTORCH)
+    for each in verdicts.values():
+        each.pytorch_agreement, each.pytorch_difference = pytorch.argmax_agreement, pytorch.mean_abs_diff
     verdict = worst([verdicts[name] for name in runs if name != PYTORCH])
-    verdict.pytorch_agreement = pytorch.argmax_agreement
     verdict.others = {name: verdicts[name] for name in others}
     if isinstance(reference, ExactForm):
         verdict.bit_equal, verdict.accumulators = True, reference.accumulators

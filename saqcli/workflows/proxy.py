@@ -20,6 +20,7 @@ from saqcli.workflows.bits import float_policy
 from saqcli.workflows.optimization import search_training
 from saqcli.workflows.setup import Images, Network, load_float, wrap_and_trace
 from saqcli.workflows.short_training import in_float, train
+from saqcli.workflows.trainable import check_trains
 
 
 def proxy_data(config: RunConfig) -> DataSection:
@@ -44,9 +45,10 @@ def open_proxy(
     loaded.model.to(device)
     epochs = proxy.epochs if proxy.epochs is not None else (0 if loaded.trained else 1)
     if epochs:
+        check_trains(loaded.model, loaded.name, loaded.preprocessing, config)
         train_in_float(loaded, images, config, epochs, progress)
     loaded.model.cpu()
-    small = wrap_and_trace(loaded)
+    small = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
     small.model.to(device)
     names, wanted = ([layer.name for layer in each.costs.layers] for each in (small, network))
     float_policy(network).check_fits(f"{small.name} as it is built for the proxy", names)

@@ -44,6 +44,7 @@ from saqcli.workflows.outcome import Outcome
 from saqcli.workflows.report import write_report
 from saqcli.workflows.search import keep_search, search_and_stop
 from saqcli.workflows.setup import Images, Network, check_same, load_float, pick_device, wrap_and_trace
+from saqcli.workflows.trainable import check_trains
 from saqcli.workflows.verdict import verdict_path
 
 
@@ -78,6 +79,8 @@ def quantize(
         run = RunDirectory.start(run_dir, config, resume=True, overwrite=False)
     else:
         network, images = prepare(config, device, progress)
+        if config.training.epochs:
+            check_trains(network.model, network.name, network.loaded.preprocessing, config)
         run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite)
     with run.recorded():
         if state is None:
@@ -111,7 +114,7 @@ def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tupl
             "classifier: give --weights FILE with all of them, or leave --distill away"
         )
     images = Images.open(config, loaded.num_classes, loaded.preprocessing, device)
-    network = wrap_and_trace(loaded)
+    network = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
     if given_policy(config.quantization, network) is None:
         space_of(config.quantization, network).check_reachable(budget_of(config.quantization, network))
     network.model.to(device)
@@ -248,6 +251,7 @@ def describe(
         scheme=scheme_of(config),
         signed={name: facts.signed for name, facts in statistics.items()},
         routed=network.traced.routed,
+        products=network.products,
         class_names=images.train.class_names,
         source=loaded.weights_source,
         source_sha256=loaded.weights_sha256,

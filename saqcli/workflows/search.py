@@ -114,15 +114,16 @@ def prepare_search(
     config: RunConfig, device: torch.device, progress: Progress
 ) -> tuple[Network, Images | None]:
     """The network and its training images; with a proxy its images are not needed, nor are published weights."""
+    attention = config.quantization.quantize_attention
     if config.search.proxy is not None:
         section = config.model.model_copy(update={"pretrained": False})
-        network = wrap_and_trace(load_float(section, SILENT))
+        network = wrap_and_trace(load_float(section, SILENT), quantize_attention=attention)
         return network, None
     loaded = load_float(config.model, progress)
     images = Images.training_alone(
         config.data, loaded.num_classes, loaded.preprocessing, device, config.run.seed
     )
-    network = wrap_and_trace(loaded)
+    network = wrap_and_trace(loaded, quantize_attention=attention)
     network.model.to(device)
     return network, images
 

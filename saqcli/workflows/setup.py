@@ -1,6 +1,8 @@
 """What every verb needs: device, float model, data, and the traced network with its costs."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -8,7 +10,7 @@ import torch
 from torch import nn
 
 from saqcli.config import DataSection, ModelSection, RunConfig, first_difference
-from saqcli.errors import ConfigError
+from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.io.data import Split, check_same_classes, open_split
 from saqcli.io.loaders import Loader, calibration_loader, default_workers, make_loader
 from saqcli.io.models import LoadedModel, ModelSpec, load_model
@@ -30,11 +32,13 @@ class Network:
         loaded: the model (wrapped in place) and where it came from.
         traced: facts of one forward pass.
         costs: of its layers.
+        products: of activations that are quantized, and the layers whose input bits they have.
     """
 
     loaded: LoadedModel
     traced: Trace
     costs: CostModel
+    products: dict[str, str] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
@@ -87,16 +91,38 @@ def load_float(section: ModelSection, progress: Progress, *, new_head: bool = Fa
     return loaded
 
 
-def wrap_and_trace(loaded: LoadedModel) -> Network:
-    """Wrap the model in place and trace it with one random image of its input size."""
+def wrap_and_trace(loaded: LoadedModel, *, quantize_attention: bool = False) -> Network:
+    """Wrap the model in place and trace it with one random image of its input size.
+
+    With ``quantize_attention`` products of two activations are quantized, and counted, too.
+
+    Raises:
+        UnsupportedModel: it has nothing to quantize, or does not give class scores for such an image.
+    """
     convert.wrap(loaded.model)
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(1, *loaded.preprocessing.input_size, generator=generator)
-    traced = trace(loaded.model, example)
+    with answering(loaded.name):
+        traced = trace(loaded.model, example)
     convert.leave_float(loaded.model, traced.idle)
     for parent, children in traced.routed.items():
         convert.route(loaded.model, [parent], children)
-    return Network(loaded, traced, cost_model(traced))
+    followed = {product.name: product.follows for product in traced.products if product.follows}
+    products = followed if quantize_attention else {}
+    convert.follow(loaded.model, products)
+    costs = cost_model(traced, loaded.classifiers, products=quantize_attention)
+    return Network(loaded, traced, costs, products)
+
+
+@contextmanager
+def answering(name: str) -> Iterator[None]:
+    """Say whose forward pass does not give class scores, and what can be done about it."""
+    try:
+        yield
+    except UnsupportedModel as error:
+        raise UnsupportedModel(
+            f"{name}: {error}; give another --input-size or correct --model-kwargs"
+        ) from error
 
 
 @dataclass(frozen=True)

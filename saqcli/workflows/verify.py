@@ -6,6 +6,8 @@ where an activation lies on the edge between two codes the last bit of such a su
 becomes a whole step, which a deep network multiplies. So they are proved layer by layer
 (``graphs.layerwise``); end to end both runtimes are compared with the model in float64, and it is only asked
 that little is left of that: nearly every image has the same best class, and the logits differ by little on average.
+Where PyTorch itself, in float32, is far from its own float64 (networks that amplify every rounding), twice as
+far is allowed.
 """
 
 from collections.abc import Callable, Iterable

@@ -179,3 +179,63 @@ def test_codes_at_the_border_of_a_moved_image_are_judged(tmp_path: Path) -> None
     assert check.problem is None
     assert check.wrong == ("1",)
     assert [layer.wrong for layer in check.layers] == [2 * len(x) * 3 * (10 * 10 - 8 * 8)]
+
+
+class Cancelling(nn.Module):
+    """A norm takes a large mean away, and what is left is rounding error in every runtime."""
+
+    def __init__(self, mean: float) -> None:
+        super().__init__()
+        self.one, self.norm, self.two = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, tiny.CLASSES)
+        with torch.no_grad():
+            self.one.bias.fill_(mean)
+            self.norm.running_mean.fill_(mean)
+            self.norm.running_var.fill_(1e-2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.two(self.norm(self.one(x))).relu().mean((2, 3)))
+
+
+def test_what_pytorch_itself_rounds_is_allowed_and_no_more(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Cancelling(3000.0).eval(), tiny.images((3, 6, 6))
+    write(net, x, 8, tmp_path / "model.onnx")
+    check = check_layers(tmp_path / "model.onnx", frozen_copy(net), x)
+    second = next(layer for layer in check.layers if layer.layer == "two")
+    assert second.allowed > LARGEST_ERROR
+    assert check.passed
+
+    plain = Cancelling(0.0).eval()
+    write(plain, x, 8, tmp_path / "plain.onnx")
+    check = check_layers(tmp_path / "plain.onnx", frozen_copy(plain), x)
+    assert check.passed
+    assert all(layer.allowed < 20 * LARGEST_ERROR for layer in check.layers)
+
+
+def test_a_rounded_bias_of_a_range_that_images_hardly_use_is_no_difference(tmp_path: Path) -> None:
+    """0.01 of a step changes next to no code, however small the numbers are; a tenth of a step is a difference."""
+    torch.manual_seed(0)
+    net, x = tiny.build("conv_bn")
+    write(net, x, 8, tmp_path / "model.onnx")
+    faint = x * 0.05  # of the range that was calibrated
+    model = onnx.load(str(tmp_path / "model.onnx"))
+    frozen = frozen_copy(net)
+    assert check_layers(tmp_path / "model.onnx", frozen, faint).passed
+    for share, passed in ((0.002, True), (0.2, False)):
+        graph = onnx.ModelProto()
+        graph.CopyFrom(model)
+        quantizer = next(
+            n for n in graph.graph.node if n.op_type == "QuantizeLinear" and told(n).get("saq.layer") == "3"
+        )
+        values = {i.name: onnx.numpy_helper.to_array(i) for i in graph.graph.initializer}
+        step = float(values[quantizer.input[1]])
+        clip = next((n for n in graph.graph.node if n.output[0] == quantizer.input[0]), None)
+        target = clip if clip is not None and clip.op_type in ("Clip", "Relu") else quantizer
+        shift = onnx.numpy_helper.from_array(torch.tensor(share * step).numpy(), "shift")
+        graph.graph.initializer.append(shift)
+        added = onnx.helper.make_node("Add", [target.input[0], "shift"], ["shifted"])
+        target.input[0] = "shifted"
+        graph.graph.node.insert(list(graph.graph.node).index(target), added)
+        onnx.save(graph, str(tmp_path / "shifted.onnx"))
+        assert check_layers(tmp_path / "shifted.onnx", frozen, faint).passed is passed

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -545,9 +546,22 @@ def test_a_norm_belongs_to_the_layer_that_runs_last_before_it() -> None:
     assert behind(PreActivation(), (3, 6, 6)) == {"norm1": "stem", "norm2": "conv1", "norm3": "conv2"}
 
 
-def test_a_norm_behind_several_layers_and_norms_of_layers_are_left_out() -> None:
+def test_layer_norms_belong_to_a_layer_too() -> None:
+    assert behind(*tiny.tokens()) == {"norm": "patches"}
+    transformer = VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_classes=CLASSES
+    )
+    assert behind(transformer, (3, 16, 16)) == {
+        "blocks.0.norm1": "patch_embed.proj",
+        "blocks.0.norm2": "blocks.0.attn.proj",
+        "blocks.1.norm1": "blocks.0.mlp.fc2",
+        "blocks.1.norm2": "blocks.1.attn.proj",
+        "norm": "blocks.1.mlp.fc2",
+    }
+
+
+def test_a_norm_behind_several_layers_is_left_out() -> None:
     assert behind(OneNormTwice(), (3, 4, 4)) == {}
-    assert behind(*tiny.tokens()) == {}
     assert behind(*tiny.attention()) == {}
 
 

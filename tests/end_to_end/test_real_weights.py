@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from saqcli.cli import app
+from saqcli.config import RunConfig, resolve
+from saqcli.io.data import open_split
+from saqcli.progress import SILENT
+from saqcli.workflows.bits import given_policy
+from saqcli.workflows.calibration import calibrate, install_quantizers
+from saqcli.workflows.quantize import prepare, score
+from saqcli.workflows.setup import Images, validation_loader
 
 
 def saq(*arguments: object) -> Any:
@@ -87,3 +96,67 @@ def test_imagenet_networks_score_what_was_measured_on_some_of_the_classes(
 
     assert found["images"] == 400
     assert found["top1"] == pytest.approx(top1, abs=0.26)  # one image
+
+
+def top1(model: nn.Module, folders: list[Path], classes: int, config: RunConfig, images: Images) -> float:
+    """Percent of all images in ``folders``."""
+    right = count = 0.0
+    for folder in folders:
+        split = open_split(str(folder), "val", num_classes=classes)
+        loader = validation_loader(split, images.preprocessing, config.data, torch.device("cpu"))
+        found = score(model, loader, "", torch.device("cpu"), SILENT)
+        right, count = right + found.top1 / 100 * found.images, count + found.images
+    return 100 * right / count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "weights", "options"),
+    [
+        ("torchvision/squeezenet1_1", "imagenet_squeezenet1_1", {}),
+        ("saq/mobilenetv1_025", "imagenet_mobilenetv1_025", {}),
+        (
+            "timm/mobilenetv2_100",
+            "imagenet_mobilenetv2_100_from_int8",
+            {
+                "model.kwargs": {"pad_type": "same", "bn_eps": 0.001},
+                "model.mean": (0.5, 0.5, 0.5),
+                "model.std": (0.5, 0.5, 0.5),
+            },
+        ),
+        ("saq/vit_cifar", "cifar10_vit_postnorm", {}),
+    ],
+)
+def test_8_bits_after_calibration_are_within_three_quarters_of_a_point(
+    model: str, weights: str, options: dict[str, Any], shared: Path, tmp_path: Path
+) -> None:
+    data = shared / "data"
+    if "cifar" in model:
+        archives = [data / "cifar10" / "train.tar", data / "cifar10" / "test.tar"]
+        subprocess.run([sys.executable, data / "unpack.py", tmp_path, *archives], check=True)
+        folders = [tmp_path / "test"]
+    else:
+        for part in ("train", "val"):
+            (tmp_path / part).mkdir()
+            archive = data / "imagenette" / f"{part}.tar"
+            subprocess.run(["tar", "xf", archive, "-C", tmp_path / part], check=True)
+        (tmp_path / "sample").mkdir()
+        archive = data / "imagenet-sample" / "images.tar"
+        subprocess.run(["tar", "xf", archive, "-C", tmp_path / "sample"], check=True)
+        folders = [tmp_path / "val", tmp_path / "sample"]
+    named = {
+        "model.name": model,
+        "model.weights": str(data / "weights" / f"{weights}.safetensors"),
+        "data.path": str(tmp_path),
+        "quantization.bits": "8",
+    }
+    config = resolve(options=named | options)
+    network, images = prepare(config, torch.device("cpu"), SILENT)
+    classes = network.loaded.num_classes
+    in_float = top1(network.model, folders, classes, config, images)
+    policy = given_policy(config.quantization, network)
+    assert policy is not None
+    statistics = calibrate(network, images, config, SILENT)
+    quantized = install_quantizers(config, network, policy, statistics, images, SILENT)
+
+    assert top1(quantized, folders, classes, config, images) >= in_float - 0.75

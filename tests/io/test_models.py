@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from saqcli.errors import ConfigError, SaqError, UnknownModel, UnsupportedModel, WeightsMismatch
-from saqcli.io.models import ModelSpec, Preprocessing, build_architecture, list_models, load_model
+from saqcli.io.models import ModelSpec, Preprocessing, build_architecture, load_model
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -34,6 +34,7 @@ def refusal(spec: ModelSpec, kind: type[SaqError]) -> str:
         ("resnet18", "timm/resnet18"),
         ("timm/resnet18.a1_in1k", "timm/resnet18.a1_in1k"),
         ("torchvision/resnet18", "torchvision/resnet18"),
+        ("mobilenet_v2.IMAGENET1K_V1", "torchvision/mobilenet_v2.IMAGENET1K_V1"),
         ("squeezenet1_1", "torchvision/squeezenet1_1"),  # timm has none
         ("preresnet20", "saq/preresnet20"),
         ("saq/mobilenetv2_cifar", "saq/mobilenetv2_cifar"),
@@ -50,6 +51,7 @@ def test_a_name_is_looked_for_in_order(asked: str, found: str) -> None:
     [
         ("resnet81", "timm/resnet"),
         ("timm/resnet18.a9_in1k", "timm/resnet18.a1_in1k"),
+        ("torchvision/resnet50.IMAGENET1K_V9", "torchvision/resnet50.IMAGENET1K_V1"),
         ("saq/preresnet21", "saq/preresnet20"),
         ("mobilenetv2_100d", "timm/mobilenetv2_100"),
         ("hub/resnet18", "timm/resnet18"),
@@ -63,32 +65,14 @@ def test_an_unknown_name_is_refused_with_near_ones(asked: str, near: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("pattern", "names"),
-    [
-        ("resnet18", ["timm/resnet18", "torchvision/resnet18"]),
-        ("saq/*net20", ["saq/preresnet20", "saq/resnet20"]),
-        ("torchvision/squeeze*", ["torchvision/squeezenet1_0", "torchvision/squeezenet1_1"]),
-        ("resnet18.a?_in1k", ["timm/resnet18.a1_in1k", "timm/resnet18.a2_in1k", "timm/resnet18.a3_in1k"]),
-        ("nothing-like-it", []),
-    ],
-)
-def test_listing_matches_patterns(pattern: str, names: list[str]) -> None:
-    assert list_models(pattern) == names
-
-
-def test_listing_holds_classifiers_only() -> None:
-    names = list_models()
-    assert {name.partition("/")[0] for name in names} == {"timm", "torchvision", "saq"}
-    assert not [name for name in names if "fasterrcnn" in name or "deeplab" in name or "raft" in name]
-
-
-@pytest.mark.parametrize(
     ("spec", "input_size", "crop_pct"),
     [
         (random("timm/resnet18"), (3, 224, 224), 0.95),
         (random("timm/resnet18", input_size=288), (3, 288, 288), 1.0),  # timm's test-time size and crop
         (random("timm/resnet18", input_size=(96, 128)), (3, 96, 128), 0.95),
         (random("torchvision/resnet18"), (3, 224, 224), 224 / 256),
+        (random("torchvision/mobilenet_v2"), (3, 224, 224), 224 / 232),
+        (random("torchvision/mobilenet_v2.IMAGENET1K_V1"), (3, 224, 224), 224 / 256),
         (random("saq/resnet20"), (3, 32, 32), 1.0),
     ],
 )

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from saqcli.io.networks import NETWORKS
+from saqcli.io.networks.mobilenetv1 import MobileNetV1
 
 
 def layer_macs(model: nn.Module, side: int = 32) -> list[int]:
@@ -64,7 +65,7 @@ def test_resnet20_has_no_parameters_in_its_shortcuts() -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_takes_other_classes_and_channels(name: str) -> None:
     model = NETWORKS[name].build(num_classes=7, in_chans=1).eval()
-    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 7)
+    assert model(torch.randn(2, 1, *NETWORKS[name].input_size[1:])).shape == (2, 7)
 
 
 @pytest.mark.parametrize("depth", [20, 32, 44, 56])
@@ -84,22 +85,43 @@ def test_a_depth_that_is_not_6n_plus_2_is_refused(depth: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "classes"),
-    [("resnet20", 10), ("resnet56", 10), ("resnet8s", 100), ("resnet20s", 100), ("resnet32s", 100)],
+    ("name", "weights"),
+    [
+        ("resnet20", "cifar10_resnet20"),
+        ("resnet56", "cifar10_resnet56"),
+        ("resnet8s", "cifar100_resnet8s"),
+        ("resnet20s", "cifar100_resnet20s"),
+        ("resnet32s", "cifar100_resnet32s"),
+        ("vit_cifar", "cifar10_vit_postnorm"),
+        ("mobilenetv1_025", "imagenet_mobilenetv1_025"),
+    ],
 )
 def test_real_weights_give_the_outputs_of_their_own_network(
-    shared: Path, name: str, classes: int, monkeypatch: pytest.MonkeyPatch
+    shared: Path, name: str, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shared / "data" / "weights"
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     import arch
 
-    reference, expected = arch.load(f"cifar{classes}_{name}")
+    reference, expected = arch.load(weights)
     entry = NETWORKS[name]
-    model = entry.build(num_classes=classes).eval()
-    model.load_state_dict(load_file(folder / f"cifar{classes}_{name}.safetensors"), strict=True)
-    assert (entry.num_classes, entry.mean, entry.std) == (classes, expected["mean"], expected["std"])
-    images = torch.randn(4, 3, 32, 32)
+    model = entry.build(num_classes=entry.num_classes).eval()
+    model.load_state_dict(load_file(folder / f"{weights}.safetensors"), strict=True)
+    assert (entry.mean, entry.std, entry.input_size[1]) == tuple(expected[k] for k in ("mean", "std", "size"))
+    images = torch.randn(4, *entry.input_size)
     with torch.no_grad():
         assert torch.equal(model(images), reference(images))
+
+
+def test_mobilenetv1_pads_as_tensorflow_does() -> None:
+    """Odd and even sides, against timm's own padding at full width."""
+    import timm
+
+    theirs = timm.create_model("mobilenetv1_100", pad_type="same", bn_eps=1e-3).eval()
+    ours = MobileNetV1(1.0, num_classes=1000).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    for sides in ((32, 32), (33, 46)):
+        images = torch.randn(2, 3, *sides)
+        with torch.no_grad():
+            assert torch.equal(ours(images), theirs(images))

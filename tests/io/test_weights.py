@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -178,3 +179,13 @@ def test_a_wrong_number_of_classes_is_said_plainly() -> None:
 def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
     (path := tmp_path / "w").write_bytes(b"abc")
     assert sha256_of(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_networks_that_ask_for_their_version_are_loaded_from_plain_tensors(tmp_path: Path) -> None:
+    """torchvision's MNASNet refuses tensors without the version that a plain dictionary has lost."""
+    net = torchvision.models.mnasnet0_5()
+    save_file(net.state_dict(), tmp_path / "weights.safetensors")
+    state = read_state_dict(tmp_path / "weights.safetensors")
+    other = torchvision.models.mnasnet0_5()
+    load_into(other, state, "weights.safetensors")
+    assert torch.equal(other.layers[0].weight, net.layers[0].weight)

@@ -456,3 +456,112 @@ def test_a_tied_weight_is_stored_once() -> None:
 def test_tiny_networks_are_tiny(name: str) -> None:
     net, _ = tiny.TINY[name]()
     assert sum(p.numel() for p in net.parameters()) < 10_000
+
+
+# Where tensors meet, and what is left in floating point
+
+
+class Branches(nn.Module):
+    """Two branches joined side by side, as in an inception block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(12, tiny.CLASSES)
+        self.one, self.two = (
+            nn.Conv2d(4, 8, 1),
+            nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.cat([F.relu(self.one(x)), F.relu_(self.two(x))], 1)
+        return self.head(x.mean((2, 3)))
+
+
+class Dense(nn.Module):
+    """Every layer reads all before it, as in a dense block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3 + 2 * i, 2, 3, padding=1) for i in range(3))
+        self.head = nn.Linear(9, tiny.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [x]
+        for layer in self.layers:
+            parts.append(layer(torch.cat(parts, 1)))
+        return self.head(torch.cat(parts, 1).mean((2, 3)))
+
+
+def test_branches_that_are_joined_are_a_group_and_dense_layers_are_none() -> None:
+    assert groups(traced(Branches(), (3, 8, 8))) == [["one", "two.1"]]
+    dense = groups(traced(Dense(), (3, 8, 8)))
+    assert dense == []
+
+
+class Sum(nn.Module):
+    """Three branches that are added, and a fourth that is also read elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, tiny.CLASSES)
+        self.branches = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        a, b, c, d = (branch(x) for branch in self.branches)
+        return self.head((F.relu(sum([a, b])) + c + d - d.mean()).mean((2, 3)))
+
+
+def test_all_summands_are_a_group() -> None:
+    assert groups(traced(Sum(), (3, 8, 8))) == [["branches.0", "branches.1", "branches.2"]]
+
+
+def test_fire_modules_share_bits_and_dense_blocks_do_not() -> None:
+    squeezenet = traced(torchvision.models.squeezenet1_1(), (3, 64, 64))
+    assert [names for names in groups(squeezenet) if "features.3" in names[0]] == [
+        ["features.3.expand1x1", "features.3.expand3x3"]
+    ]
+    assert groups(traced(timm.create_model("densenet121"), (3, 64, 64))) == []
+
+
+def test_a_recurrent_layer_is_counted_and_left_with_the_reason() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.head = nn.LSTM(24, 5, batch_first=True, bidirectional=True), nn.Linear(10, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rows(x.flatten(2).reshape(len(x), 8, 24))[0].mean(1))
+
+    (left,) = traced(Recurrent(), (3, 8, 8)).unquantized.values()
+    assert (left.name, left.kind) == ("rows", "LSTM")
+    assert left.macs == 2 * 8 * (24 + 5) * 4 * 5  # directions, steps, gates of input and state
+    assert "recurrent" in left.reason
+
+
+def test_a_weight_that_depends_on_the_image_is_left_with_the_reason() -> None:
+    net = timm.create_model("efficientnet_cc_b0_4e")
+    found = traced(net, (3, 64, 64)).unquantized
+    assert {layer.kind for layer in found.values()} == {"CondConv2d"}
+    assert all("depends on the image" in layer.reason for layer in found.values())
+
+
+@pytest.mark.parametrize("how", ["matmul", "slice"])
+def test_a_weight_that_a_parent_uses_in_its_own_way_is_reported(how: str) -> None:
+    class Strange(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.head = nn.Linear(48, 48), nn.Linear(48, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(1)
+            if how == "matmul":
+                return self.head(x @ self.used.weight.T)
+            return self.head(F.linear(x, self.used.weight[:48], self.used.bias))
+
+    found = traced(Strange(), (3, 4, 4))
+    (left,) = found.unquantized.values()
+    assert left.macs == 48 * 48
+    assert left.reason == "multiplies with the weight of used in a way that cannot be followed"
+    assert not found.products

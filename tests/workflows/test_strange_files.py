@@ -22,7 +22,7 @@ from saqcli.algorithms.exporters.facts import ModelFacts
 from saqcli.algorithms.exporters.safetensors import SafetensorsExporter
 from saqcli.cli import app
 from saqcli.errors import CorruptArtifact
-from saqcli.io.models import ModelSpec, list_models, load_model
+from saqcli.io.models import ModelSpec, load_model
 from saqcli.io.runs import library_versions
 from saqcli.quant import calibrate, convert
 from saqcli.quant.bits import BitConfig, LayerBits
@@ -69,7 +69,9 @@ def quantized(name: str = "saq/resnet20", side: int = SIDE, **build: Any) -> tup
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    list_models()  # imports what networks come from, before any clock starts
+    import timm  # noqa: F401  # imports what networks come from, before any clock starts
+    import torchvision  # noqa: F401
+
     model, facts = quantized()
     path = tmp_path_factory.mktemp("good") / "model.safetensors"
     SafetensorsExporter().export(model, torch.zeros(0), path, facts)

@@ -156,3 +156,13 @@ def test_a_candidate_that_fails_outweighs_one_that_differs_more() -> None:
 
     assert not verdict.verified
     assert verdict.argmax_agreement == 0.0
+
+
+def test_a_file_may_differ_twice_as_much_as_pytorch_does() -> None:
+    """Networks that amplify every rounding differ from themselves."""
+    verdict = Verdict(images=100, argmax_agreement=0.8, max_abs_diff=1.0, mean_abs_diff=0.35)
+    assert len(verdict.reasons()) == 2
+    verdict.pytorch_agreement, verdict.pytorch_difference = 0.9, 0.2
+    assert verdict.verified
+    verdict.argmax_agreement, verdict.mean_abs_diff = 0.7, 0.45
+    assert len(verdict.reasons()) == 2

@@ -25,6 +25,7 @@ class ModelFacts(BaseModel):
         scheme: which quantizers.
         signed: whether a layer's input has negative values.
         routed: parents that multiply with their children's weights themselves, and those children.
+        products: of activations that are quantized, and the layers whose input bits they have.
         class_names: of the data it was trained on, by index; empty where unknown.
         source: where the float weights came from.
         source_sha256: of the file they came from, if one.
@@ -41,6 +42,7 @@ class ModelFacts(BaseModel):
     scheme: Scheme
     signed: dict[str, bool]
     routed: dict[str, list[str]]
+    products: dict[str, str] = {}
     class_names: tuple[str, ...] = ()
     source: str = ""
     source_sha256: str | None = None

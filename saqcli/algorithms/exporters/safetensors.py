@@ -30,7 +30,9 @@ from saqcli.errors import CorruptArtifact, SaqError
 from saqcli.quant import convert
 from saqcli.quant.layers import QuantizedLayer, quantized_layers, stores_codes
 from saqcli.quant.packing import pack, packed_bytes, unpack
+from saqcli.quant.products import OPERANDS, operand_name, split_name
 from saqcli.quant.quantizers import Quantizer
+from saqcli.quant.special import keeps_products
 from saqcli.strict import printable
 
 _NAMED = 3  # tensors that a message lists before it counts
@@ -51,6 +53,8 @@ class SafetensorsExporter:
             codes = quantizer.codes(layer.latent_weight())
             state[f"{name}.codes"] = pack(codes, quantizer.grid(), quantizer.bits)
             state[f"{name}.step"] = quantizer.step().detach().cpu().flatten()
+        for copy_of in _copies(model):
+            del state[copy_of]
         tensors = {name: value.clone() for name, value in state.items()}  # the library refuses shared memory
         save_file(tensors, path, metadata=seal(facts, tensors))
 
@@ -96,7 +100,11 @@ def rebuild(model: nn.Module, facts: ModelFacts, tensors: Mapping[str, Tensor], 
         state = dict(tensors)
         for name, (layer, quantizer) in _coded_layers(model).items():
             state[f"{name}.{layer.weight_name}"] = _weight(state, name, layer, quantizer)
-        model.load_state_dict(state)
+        for copy_of, weight in _copies(model).items():
+            state[copy_of] = state[weight]
+        own = model.state_dict()  # keeps the versions of modules, which some ask for
+        own.update(state)
+        model.load_state_dict(own)
         _check_inputs(model)
     except SaqError as error:
         raise CorruptArtifact(
@@ -107,6 +115,16 @@ def rebuild(model: nn.Module, facts: ModelFacts, tensors: Mapping[str, Tensor], 
             f"{source} does not fit {facts.policy.model}: {printable(str(error))}"
         ) from None
     return model.eval()
+
+
+def _copies(model: nn.Module) -> dict[str, str]:
+    """Weights that are those of another layer, and that layer's, by name; they are stored once."""
+    coded = {layer: name for name, (layer, _) in _coded_layers(model).items()}
+    return {
+        f"{name}.{layer.weight_name}": f"{coded[layer.tied_to[0]]}.{layer.tied_to[0].weight_name}"
+        for name, layer in quantized_layers(model).items()
+        if layer.tied_to and layer.tied_to[0] in coded
+    }
 
 
 def _coded_layers(model: nn.Module) -> dict[str, tuple[QuantizedLayer, Quantizer]]:
@@ -125,6 +143,8 @@ def _expected(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]
         shape, _ = expected.pop(f"{name}.{layer.weight_name}")
         expected[f"{name}.codes"] = (packed_bytes(shape, quantizer.bits),), torch.uint8
         expected[f"{name}.step"] = (quantizer.step().numel(),), torch.float32
+    for copy_of in _copies(model):
+        del expected[copy_of]
     return expected
 
 
@@ -195,4 +215,11 @@ def restore_structure(model: nn.Module, facts: ModelFacts) -> None:
     convert.leave_float(model, [name for name in layers if name not in facts.policy.layers])
     for parent, children in facts.routed.items():
         convert.route(model, [parent], children)
+    for product, followed in facts.products.items():
+        owner, index = split_name(product)
+        told = all(operand_name(product, operand) in facts.signed for operand in OPERANDS)
+        able = owner in modules and keeps_products(modules[owner])
+        if not able or index is None or followed not in quantized or not told:
+            raise CorruptArtifact(f"it has no product {product} that could follow {followed}")
+    convert.follow(model, facts.products)
     convert.install(model, facts.scheme, facts.policy, facts.signed)

@@ -1,5 +1,6 @@
 """An ONNX graph, cut open behind every activation quantizer: PyTorch's codes go in, the graph's own come out."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,20 +10,26 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+import torch
 from torch import Tensor, nn
 
 from saqcli.algorithms.graphs import parts
-from saqcli.algorithms.graphs.integer_kernels import SAME_CODES
+from saqcli.algorithms.graphs.integer_kernels import LARGEST_SHIFT, SAME_CODES
 from saqcli.algorithms.graphs.operators import FrozenInput
 from saqcli.quant.fake_quantize import codes_of
 from saqcli.quant.grids import Grid
 
 LARGEST_ERROR = 1e-4  # of a tensor's largest magnitude; float32 sums of up to 10**5 products stay well below
+HARMLESS = (
+    2 * LARGEST_SHIFT
+)  # of a step: where images use little of a range, a rounded bias is more than rounding error
+LARGEST_OWN_ERROR = 1e-2  # however far PyTorch is from float64
+AS_PYTORCH = 4.0  # times PyTorch's own error: two runtimes round apart, and one of them may be the luckier
 _FED = "fed_"
 _QUANTIZERS = ("QuantizeLinear", "IntQuant")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
     """One call of an activation quantizer in PyTorch.
 
@@ -31,12 +38,26 @@ class Call:
         codes: that stand for it, in float32.
         step: of the quantizer.
         grid: likewise.
+        own_error: of ``x`` itself: how far it is, relative to its largest magnitude, from what float64 gives for the
+            same codes of the layers before.
     """
 
     x: Any
     codes: Any
     step: float
     grid: Grid
+    own_error: float = 0.0
+
+    @property
+    def allowed(self) -> float:
+        """The error that rounding explains, or that next to no code notices, relative to the largest magnitude."""
+        unfelt = HARMLESS * self.step / self.magnitude if self.magnitude else 0.0
+        return max(LARGEST_ERROR, min(AS_PYTORCH * self.own_error, LARGEST_OWN_ERROR), unfelt)
+
+    @property
+    def magnitude(self) -> float:
+        """The largest, where codes change."""
+        return float(np.abs(self.limited(self.x)).max(initial=0.0))
 
     def limited(self, values: Any) -> Any:
         """``values`` limited to where codes change: beyond is the last code, and a Clip or ReLU may be merged."""
@@ -96,7 +117,7 @@ class Cut:
         apart = np.abs(found.flat[where] - truth.flat[where])
         edge = (found.flat[where].astype(np.float64) + truth.flat[where]) / 2 * call.step
         off = np.abs(x.flat[where] - edge)
-        allowed = LARGEST_ERROR * float(np.abs(call.limited(call.x)).max(initial=0.0))
+        allowed = call.allowed * call.magnitude
         wrong = int(((apart > 1) | (off > allowed)).sum())
         self.results.append((len(where) - wrong, wrong))
 
@@ -128,6 +149,31 @@ def recorded(frozen: nn.Module) -> Iterator[dict[str, list[Call]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def own_errors(frozen: nn.Module, images: Tensor, calls: dict[str, list[Call]], logits: Any) -> float:
+    """Note for every call how far PyTorch's float32 is from float64 on the same codes.
+
+    Returns:
+        The same for the logits, (N, classes).
+    """
+    double = copy.deepcopy(frozen).double()
+    done: dict[str, int] = defaultdict(int)
+
+    def feed(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
+        assert isinstance(module, FrozenInput)
+        call = calls[module.layer][done[module.layer]]
+        done[module.layer] += 1
+        call.own_error = relative(call.limited(inputs[0].numpy()), call.limited(call.x))
+        return torch.from_numpy(call.codes).double() * module.step
+
+    for module in double.modules():
+        if isinstance(module, FrozenInput):
+            module.register_forward_hook(feed)
+    try:
+        return relative(double(images.double()).numpy(), logits)
+    except RuntimeError:  # its forward makes or asks for float32
+        return 0.0
 
 
 def cut_open(graph: Any, calls: dict[str, list[Call]]) -> list[Cut]:
@@ -209,6 +255,7 @@ def run(model: Any, images: Tensor, cuts: list[Cut], more: set[str], level: Any)
     """Run the graph, cut open; what comes out of every quantizer, and of ``more`` tensors."""
     opened = onnx.ModelProto()
     opened.CopyFrom(model)
+    del opened.graph.value_info[:]  # fixed sizes again, where a layer is fed a table of numbers
     given = {value.name for value in opened.graph.input} | {each.name for each in opened.graph.initializer}
     present = {value.name for value in opened.graph.output}
     for name in dict.fromkeys([cut.after for cut in cuts] + sorted(more)):
@@ -228,9 +275,11 @@ def run(model: Any, images: Tensor, cuts: list[Cut], more: set[str], level: Any)
     except Exception as error:  # onnxruntime has a class for every reason, none of them public
         reason = " ".join(str(error).split())[:200]
         raise Unmatched(f"ONNX Runtime does not run it in parts: {reason}") from None
-    return dict(zip(names, answers, strict=True)) | {
-        name: feed[name] for name in more & given if name in feed
-    }
+    known = {name: feed[name] for name in more & given if name in feed}
+    for each in opened.graph.initializer:  # a layer may be fed a table of numbers: relative positions
+        if each.name in more:
+            known[each.name] = onnx.numpy_helper.to_array(each)
+    return dict(zip(names, answers, strict=True)) | known
 
 
 def relative(truth: Any, answer: Any) -> float:

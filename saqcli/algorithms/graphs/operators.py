@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from saqcli.quant.fake_quantize import codes_of
 from saqcli.quant.grids import Grid
 from saqcli.quant.layers import quantized_layers
+from saqcli.quant.products import OPERANDS, operand_name, quantized_products
 from saqcli.quant.quantizers import Quantizer
 
 DOMAIN = "saq"
@@ -180,4 +181,9 @@ def frozen_copy(model: nn.Module) -> nn.Module:
             layer.weight_quantizer = FrozenWeight(weights, layer.effective_weight(), layer.channel_dim, name)
         if isinstance(inputs, Quantizer):
             layer.input_quantizer = FrozenInput(inputs, name)
+    for name, product in quantized_products(frozen).items():
+        for operand, attribute in OPERANDS.items():
+            quantizer = getattr(product, attribute)
+            if isinstance(quantizer, Quantizer):
+                setattr(product, attribute, FrozenInput(quantizer, operand_name(name, operand)))
     return frozen

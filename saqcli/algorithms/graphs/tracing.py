@@ -13,9 +13,11 @@ import onnx_ir.passes.common as passes
 import torch
 from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from saqcli.algorithms.graphs.operators import PLACEHOLDERS
 from saqcli.errors import ExportMismatch, UnsupportedModel
+from saqcli.quant.products import ATTENTION
 
 OPSET = 21  # the first with INT4 and INT16 in DequantizeLinear
 IR_VERSION = 10  # of opset 21; newer ones are refused by runtimes in use
@@ -33,13 +35,13 @@ def program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     Raises:
         UnsupportedModel: the model cannot be traced.
     """
-    with _quiet(), _as_unsupported():
+    with _quiet(), _as_unsupported(), _FourDimensions():
         return torch.export.export(model, (_several(example),), dynamic_shapes=({0: _batch()},))
 
 
 def onnx_graph(model: nn.Module, example: Tensor) -> ir.Model:
     """``model`` in ONNX, its quantizers placeholders, ``images`` to ``logits``; arguments and errors as ``program``."""
-    with _quiet(), _as_unsupported():
+    with _quiet(), _as_unsupported(), _FourDimensions():
         exported = torch.onnx.export(
             model,
             (_several(example),),
@@ -69,6 +71,33 @@ def onnx_graph(model: nn.Module, example: Tensor) -> ir.Model:
         clean(graph)
     _drop_zero_biases(graph.graph)
     return graph
+
+
+class _FourDimensions(TorchFunctionMode):
+    """Gives torch's attention the four dimensions that the exporter expects, (N, heads, L, E), whatever it has.
+
+    Attention within windows of an image has five in some networks (NesT, Twins).
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The operator; attention over reshaped operands."""
+        kwargs = kwargs or {}
+        if func is not ATTENTION or len(args) < 3 or args[0].dim() == 4:
+            return func(*args, **kwargs)
+        query, key, value, *rest = args
+        mask = rest[0] if rest else kwargs.get("attn_mask")
+        if mask is not None:
+            mask = self._flat(mask.expand(*query.shape[:-1], key.shape[-2]))
+            rest = [mask, *rest[1:]]
+            kwargs = {name: given for name, given in kwargs.items() if name != "attn_mask"}
+        answer: Tensor = func(self._flat(query), self._flat(key), self._flat(value), *rest, **kwargs)
+        return answer.reshape(*query.shape[:-1], value.shape[-1])
+
+    @staticmethod
+    def _flat(x: Tensor) -> Tensor:
+        return x.unsqueeze(0) if x.dim() == 3 else x.flatten(0, x.dim() - 4)
 
 
 def _drop_zero_biases(graph: ir.Graph) -> None:

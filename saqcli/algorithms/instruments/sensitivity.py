@@ -102,7 +102,8 @@ def at_bits(
     subject: Subject, layer: QuantizedLayer, bits: int, statistics: InputStatistics
 ) -> Iterator[None]:
     """Within the context ``layer`` has fitted quantizers at ``bits``; afterwards its own, bit for bit."""
-    before: tuple[nn.Module, nn.Module] = layer.weight_quantizer, layer.input_quantizer
+    owner = layer.tied_to[0] if layer.tied_to else layer  # that quantizes the weight
+    before: tuple[nn.Module, nn.Module] = owner.weight_quantizer, layer.input_quantizer
     own = before[1]
     signed = own.grid().lowest < 0 if isinstance(own, Quantizer) else statistics.signed
     like = layer.latent_weight()
@@ -111,7 +112,7 @@ def at_bits(
     weight.fit(layer.effective_weight().detach())
     inputs.fit(statistics.samples.to(like))
     try:
-        layer.weight_quantizer, layer.input_quantizer = weight.eval(), inputs.eval()
+        owner.weight_quantizer, layer.input_quantizer = weight.eval(), inputs.eval()
         yield
     finally:
-        layer.weight_quantizer, layer.input_quantizer = before
+        owner.weight_quantizer, layer.input_quantizer = before

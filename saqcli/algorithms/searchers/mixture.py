@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from saqcli.algorithms.searchers.supernet import Supernet
 from saqcli.quant.cost import Budget
-from saqcli.quant.layers import QuantizedLayer
+from saqcli.quant.products import OPERANDS
 from saqcli.quant.quantizers.base import Quantizer
 from saqcli.quant.space import Decision
 
@@ -107,7 +107,7 @@ class Preference:
 class _Place(NamedTuple):
     """Where a mixture stands in for a quantizer."""
 
-    layer: QuantizedLayer
+    owner: nn.Module
     name: str
     plain: Quantizer
 
@@ -135,20 +135,22 @@ class Mixtures:
             for layer in supernet.layers_of(index):
                 self._install(layer, "weight_quantizer", preference.weights, preference.weight_shares)
                 self._install(layer, "input_quantizer", preference.activations, preference.input_shares)
+                for product in layer.followers:
+                    for name in OPERANDS.values():
+                        self._install(product, name, preference.activations, preference.input_shares)
 
     def _install(
-        self, layer: QuantizedLayer, name: str, widths: Sequence[int], shares: Callable[[], Tensor]
+        self, owner: nn.Module, name: str, widths: Sequence[int], shares: Callable[[], Tensor]
     ) -> None:
-        plain = getattr(layer, name)
-        if len(widths) > 1:
-            assert isinstance(plain, Quantizer)
-            self._places.append(_Place(layer, name, plain))
-            setattr(layer, name, Mixture(plain, widths, shares))
+        plain = getattr(owner, name)
+        if len(widths) > 1 and isinstance(plain, Quantizer):  # a layer with another's weight has none for it
+            self._places.append(_Place(owner, name, plain))
+            setattr(owner, name, Mixture(plain, widths, shares))
 
     def remove(self) -> None:
         """Put the plain quantizers back."""
-        for layer, name, plain in self._places:
-            setattr(layer, name, plain)
+        for owner, name, plain in self._places:
+            setattr(owner, name, plain)
         self._places.clear()
 
     def parameters(self) -> list[nn.Parameter]:

@@ -30,6 +30,7 @@ from saqcli.algorithms.searchers.separable import Losses
 from saqcli.algorithms.searchers.supernet import Supernet
 from saqcli.quant import convert
 from saqcli.quant.layers import QuantizedLayer, quantized_layers
+from saqcli.quant.products import QuantizedProduct, quantized_products
 
 
 class Sensitivity:
@@ -90,23 +91,26 @@ class _Quantizers:
     """Takes the quantizers out of all layers, and puts those of some back for a while."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._own = {
-            layer: (layer.weight_quantizer, layer.input_quantizer)
-            for layer in quantized_layers(model).values()
-        }
-        for layer in self._own:
-            layer.weight_quantizer, layer.input_quantizer = nn.Identity(), nn.Identity()
+        modules: list[QuantizedLayer | QuantizedProduct] = [
+            *quantized_layers(model).values(),
+            *quantized_products(model).values(),
+        ]
+        self._own = {module: (module.weight_quantizer, module.input_quantizer) for module in modules}
+        for module in modules:
+            module.weight_quantizer, module.input_quantizer = nn.Identity(), nn.Identity()
 
     @contextmanager
     def on(self, layers: Sequence[QuantizedLayer]) -> Iterator[None]:
-        """Within the context ``layers`` are quantized."""
+        """Within the context ``layers`` are quantized, and the products that follow them."""
+        modules: list[QuantizedLayer | QuantizedProduct] = list(layers)
+        modules += [product for layer in layers for product in layer.followers]
         try:
-            for layer in layers:
-                layer.weight_quantizer, layer.input_quantizer = self._own[layer]
+            for module in modules:
+                module.weight_quantizer, module.input_quantizer = self._own[module]
             yield
         finally:
-            for layer in layers:
-                layer.weight_quantizer, layer.input_quantizer = nn.Identity(), nn.Identity()
+            for module in modules:
+                module.weight_quantizer, module.input_quantizer = nn.Identity(), nn.Identity()
 
 
 class _Remembered:

@@ -1,8 +1,8 @@
 """One model that computes at any configuration: shared weights, quantizers for every option of every layer.
 
 Clipping levels belong to a bit-width, weights to all of them (Liu et al., arXiv:2111.12273, section 4; the idea is
-AdaBits', arXiv:1912.09666). Batch norms can have a copy for every option of the layer that runs before them, since
-fewer bits mean other means and variances (slimmable networks, arXiv:1812.08928).
+AdaBits', arXiv:1912.09666). Batch norms, and the layer norms of transformers, can have a copy for every option of the
+layer that runs before them, since fewer bits mean other means and variances (slimmable networks, arXiv:1812.08928).
 """
 
 import copy
@@ -20,6 +20,7 @@ from saqcli.progress import SILENT
 from saqcli.quant import calibrate, convert
 from saqcli.quant.layers import QuantizedLayer, quantized_layers
 
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 SETTLING = 4  # batches that running statistics are settled on, under weight normalization
 
 
@@ -57,7 +58,7 @@ class Supernet:
         return twin
 
     def switch_norms(self) -> None:
-        """Give every batch norm behind a free layer a copy for each of its options."""
+        """Give every batch norm and layer norm behind a free layer a copy for each of its options."""
         decisions = self.problem.space.decisions
         owners = {layer.name: i for i, decision in enumerate(decisions) for layer in decision.members}
         example = self.problem.images.scoring[0][0][:1].to(self.problem.device)
@@ -85,7 +86,7 @@ class Supernet:
 
 
 class SwitchableNorm(nn.Module):
-    """A batch norm for every option of the layer in front of it; all start as copies of the pretrained one."""
+    """A norm for every option of the layer in front of it; all start as copies of the pretrained one."""
 
     def __init__(self, norm: nn.Module, count: int) -> None:
         super().__init__()
@@ -100,7 +101,7 @@ class SwitchableNorm(nn.Module):
 
 @torch.no_grad()
 def norms_behind(model: nn.Module, example: Tensor) -> dict[str, str]:
-    """The quantized layer that runs last before each batch norm, by name of the norm.
+    """The quantized layer that runs last before each batch norm or layer norm, by name of the norm.
 
     In a network with norms in front of its layers that is the last layer of the block before, as in the released SAMQ
     code. A norm that runs behind several layers is left out.
@@ -114,8 +115,10 @@ def norms_behind(model: nn.Module, example: Tensor) -> dict[str, str]:
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
-            handles.append(module.register_forward_hook(lambda *_, name=name: last.append(name)))
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            # whoever multiplies with its weight, its input is quantized first
+            hook = module.input_quantizer.register_forward_hook(lambda *_, name=name: last.append(name))
+            handles.append(hook)
+        elif isinstance(module, _NORMS):
             handles.append(
                 module.register_forward_pre_hook(
                     lambda *_, name=name: behind.setdefault(name, set()).update(last[-1:])

@@ -1,6 +1,7 @@
-"""The networks of the papers that neither timm nor torchvision has, and their table.
+"""Networks that neither timm nor torchvision has, those of the papers and some for which weights circulate.
 
-All take 32 x 32 images. They have no published weights under these names: train one, or load a file.
+All but ``mobilenetv1_025`` take 32 x 32 images. They have no published weights under these names: train one, or load
+a file.
 """
 
 from collections.abc import Callable
@@ -9,14 +10,21 @@ from functools import partial
 
 from torch import nn
 
+from saqcli.io.networks.mobilenetv1 import MobileNetV1
 from saqcli.io.networks.mobilenetv2_cifar import MobileNetV2Cifar
 from saqcli.io.networks.preresnet_cifar import PreResNet
 from saqcli.io.networks.resnet_cifar import ResNet
 from saqcli.io.networks.resnet_s_cifar import ResNetS
+from saqcli.io.networks.vit_cifar import ViTCifar
 
 __all__ = ["NETWORKS", "NetworkEntry"]
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what the known ResNet weights were trained with
+_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # of TensorFlow's MobileNets
+_CIFAR10 = (
+    (0.4914, 0.4822, 0.4465),
+    (0.2023, 0.1994, 0.2010),
+)  # what the known ViT weights were trained with
 _CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 _CIFAR100_S = ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))  # what the known "s" weights were trained with
 
@@ -32,6 +40,7 @@ class NetworkEntry:
         mean: per channel, of pixels scaled to 0..1.
         std: likewise.
         input_size: (C, H, W).
+        crop_pct: side of the crop over the side that an image is scaled to.
     """
 
     build: Callable[..., nn.Module]
@@ -40,6 +49,7 @@ class NetworkEntry:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     input_size: tuple[int, int, int] = (3, 32, 32)
+    crop_pct: float = 1.0
 
 
 def _resnet(depth: int) -> NetworkEntry:
@@ -71,5 +81,16 @@ NETWORKS: dict[str, NetworkEntry] = {
     "resnet56": _resnet(56),
     "mobilenetv2_cifar": NetworkEntry(
         MobileNetV2Cifar, 100, "MobileNetV2 for CIFAR-100, the network of the SAQ paper", *_CIFAR100
+    ),
+    "vit_cifar": NetworkEntry(
+        ViTCifar, 10, "vision transformer for CIFAR-10, normalized behind additions", *_CIFAR10
+    ),
+    "mobilenetv1_025": NetworkEntry(
+        partial(MobileNetV1, 0.25),
+        1000,
+        "MobileNetV1 of a quarter of its width for ImageNet",
+        *_HALF,
+        input_size=(3, 224, 224),
+        crop_pct=0.875,
     ),
 }

@@ -1,0 +1,232 @@
+"""Products of two activations, as attention makes them: queries times keys, probabilities times values.
+
+No layer owns them: the module whose forward multiplies does. Where they are to be quantized, that module keeps a
+``QuantizedProduct`` for each, numbered in the order in which its forward multiplies, and its multiplications are
+redirected through them (``routing``). They have the bits of the inputs of the layer that makes their first operand.
+
+torch's fused attention is two such products with a softmax between, and is written out as these; the numbers that
+it hides, the probabilities, are quantized as well.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saqcli.quant.quantizers.base import Quantizer
+
+OPERANDS = {"left": "input_quantizer", "right": "weight_quantizer"}  # their quantizers
+ATTENTION = F.scaled_dot_product_attention
+_MATMULS = {
+    torch.matmul,
+    torch.bmm,
+    torch.mm,
+    Tensor.mm,
+    Tensor.matmul,
+    Tensor.bmm,
+    Tensor.__matmul__,
+}
+OPERATORS = {ATTENTION, torch.einsum, *_MATMULS}
+ADDING = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}  # heard, but never redirected
+
+
+class Pair(NamedTuple):
+    """Two operands that are multiplied.
+
+    Attributes:
+        left: what the first is computed from; itself where it is at hand.
+        right: the second.
+        macs: multiply-accumulates.
+    """
+
+    left: tuple[Tensor, ...]
+    right: Tensor
+    macs: int
+
+
+def pairs(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> list[Pair]:
+    """The products that an operator call computes; none if it multiplies more or fewer than two tensors."""
+    if func in _MATMULS:
+        args, kwargs = in_order(args, dict(kwargs), ("other", "mat2"))
+    if func is ATTENTION:
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
+        query, key, value = given["query"], given["key"], given["value"]
+        scores = query.numel() * key.shape[-2]
+        mixing = query.numel() // query.shape[-1] * key.shape[-2] * value.shape[-1]
+        return [Pair((query,), key, scores), Pair((query, key), value, mixing)]
+    if func is torch.einsum:
+        operands = _einsum_operands(args)
+        return (
+            [Pair((operands[0],), operands[1], _einsum_macs(args[0], operands))] if len(operands) == 2 else []
+        )
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if func in _MATMULS and len(tensors) >= 2:
+        return [Pair((tensors[0],), tensors[1], output.numel() * tensors[0].shape[-1])]
+    if func in ADDING and len(tensors) >= 3:
+        return [Pair((tensors[1],), tensors[2], output.numel() * tensors[1].shape[-1])]
+    return []
+
+
+def in_order(
+    args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with the first two operands given by position, whatever they are called; ``names`` of the second."""
+    kwargs = dict(kwargs)
+    found = list(args)
+    if not found and "input" in kwargs:
+        found.append(kwargs.pop("input"))
+    if len(found) == 1:
+        found += [kwargs.pop(name) for name in names if name in kwargs][:1]
+    return tuple(found), kwargs
+
+
+def _einsum_operands(args: tuple[Any, ...]) -> list[Tensor]:
+    rest = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
+    return list(rest)
+
+
+def _einsum_macs(equation: str, operands: list[Tensor]) -> int:
+    """The product of all its sizes."""
+    sizes: dict[str, int] = {}
+    for labels, operand in zip(equation.replace(" ", "").split("->")[0].split(","), operands, strict=True):
+        first, dots, last = labels.partition("...")
+        shape = list(operand.shape)
+        sizes |= dict(zip(first, shape, strict=False))
+        if dots:
+            middle = shape[len(first) : len(shape) - len(last)]
+            sizes["..."] = max(math.prod(middle), sizes.get("...", 1))
+            sizes |= dict(zip(last, shape[len(shape) - len(last) :], strict=True))
+    return math.prod(sizes.values())
+
+
+class QuantizedProduct(nn.Module):
+    """A quantizer for each operand of a product; they pass numbers on until ``convert.install``.
+
+    Attributes:
+        input_quantizer: of the first operand.
+        weight_quantizer: of the second, which stands where a layer has its weight.
+    """
+
+    input_quantizer: nn.Module
+    weight_quantizer: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_quantizer, self.weight_quantizer = nn.Identity(), nn.Identity()
+
+    def forward(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Both operands, quantized."""
+        return self.input_quantizer(left), self.weight_quantizer(right)
+
+    def select(self, bits: int) -> None:
+        """Give both operands ``bits`` from now on."""
+        for quantizer in (self.input_quantizer, self.weight_quantizer):
+            if isinstance(quantizer, Quantizer):
+                quantizer.select(bits)
+
+
+class Multiplications:
+    """The products of one forward pass of their owner, handed out in order.
+
+    Whatever multiplies while that forward runs is counted, in modules within it too: as when it was traced.
+    """
+
+    def __init__(self, products: nn.ModuleDict) -> None:
+        self._products, self._done = products, 0
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, mine: bool) -> Any:
+        """The operator, over quantized operands unless it is another owner's (not ``mine``)."""
+        if func in _MATMULS:
+            args, kwargs = in_order(args, kwargs, ("other", "mat2"))
+        operands = _einsum_operands(args) if func is torch.einsum else list(args)
+        if func is torch.einsum and len(operands) != 2:
+            return func(*args, **kwargs)
+        if not mine:
+            self._done += 2 if func is ATTENTION else 1
+            return func(*args, **kwargs)
+        if func is ATTENTION:
+            return attention(self._next(), self._next(), *args, **kwargs)
+        if func is torch.einsum:
+            return func(args[0], *self._quantized(*operands))
+        return func(*self._quantized(args[0], args[1]), *args[2:], **kwargs)
+
+    def _next(self) -> QuantizedProduct | None:
+        name, self._done = str(self._done), self._done + 1
+        found: QuantizedProduct | None = dict(self._products.items()).get(name)  # type: ignore[assignment]
+        return found
+
+    def _quantized(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        product = self._next()
+        return (left, right) if product is None else product(left, right)
+
+
+def attention(
+    scoring: QuantizedProduct | None,
+    mixing: QuantizedProduct | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``F.scaled_dot_product_attention``, (..., L, E) over (..., S, E), written out over quantized operands."""
+    if scoring is None and mixing is None:
+        return ATTENTION(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    key = key.transpose(-2, -1)
+    if scoring is not None:
+        query, key = scoring(query, key)
+    scores = (query @ key) * factor
+    if is_causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    probabilities = scores.softmax(-1)
+    if (
+        is_causal or attn_mask is not None
+    ):  # a row that is hidden as a whole attends to nothing, as torch has it
+        probabilities = probabilities.masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0.0)
+    probabilities = F.dropout(probabilities, dropout_p)
+    if mixing is not None:
+        probabilities, value = mixing(probabilities, value)
+    return probabilities @ value
+
+
+def own_products(module: nn.Module) -> nn.ModuleDict | None:
+    """The products that ``module`` multiplies with itself, if they are to be quantized."""
+    products = module._modules.get("products")
+    holds = isinstance(products, nn.ModuleDict) and all(
+        isinstance(p, QuantizedProduct) for p in products.values()
+    )
+    return products if holds else None  # type: ignore[return-value]
+
+
+def quantized_products(model: nn.Module) -> dict[str, QuantizedProduct]:
+    """Every product by qualified name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedProduct)}
+
+
+def split_name(product: str) -> tuple[str, int | None]:
+    """Name of the owner and number of a product; None where it is no name of one."""
+    found = re.fullmatch(r"(?:(.+)\.)?products\.(0|[1-9][0-9]{0,5})", product, re.ASCII)
+    return (found[1] or "", int(found[2])) if found else ("", None)
+
+
+def operand_name(product: str, operand: str) -> str:
+    """How an operand of a product is called where inputs of layers go by the name of the layer."""
+    return f"{product}.{operand}"

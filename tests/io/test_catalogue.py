@@ -1,0 +1,124 @@
+"""What `saq models` tells: patterns, what is kept against what the libraries say, and what is tried."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saqcli.io import catalogue
+from saqcli.io.models import build_architecture
+
+FOLDER = Path(catalogue.__file__).parent
+KEPT: dict[str, Any] = json.loads((FOLDER / "published.json").read_text())
+
+
+def current(library: str) -> bool:
+    return KEPT[library]["version"] in (None, catalogue.installed(library))
+
+
+def names(pattern: str | None) -> list[str]:
+    return [entry.name for entry in catalogue.find(pattern)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("resnet18", ["timm/resnet18", "torchvision/resnet18"]),
+        ("saq/*net20", ["saq/preresnet20", "saq/resnet20"]),
+        ("torchvision/squeeze*", ["torchvision/squeezenet1_0", "torchvision/squeezenet1_1"]),
+        ("resnet18.a?_in1k", ["timm/resnet18.a1_in1k", "timm/resnet18.a2_in1k", "timm/resnet18.a3_in1k"]),
+        (
+            "torchvision/resnet50.*",
+            ["torchvision/resnet50.IMAGENET1K_V2", "torchvision/resnet50.IMAGENET1K_V1"],
+        ),
+        ("nothing-like-it", []),
+    ],
+)
+def test_patterns(pattern: str, found: list[str]) -> None:
+    assert names(pattern) == found
+
+
+def test_holds_classifiers_only() -> None:
+    found = names(None)
+    assert {name.partition("/")[0] for name in found} == {"timm", "torchvision", "saq"}
+    assert not [name for name in found if "fasterrcnn" in name or "deeplab" in name or "raft" in name]
+
+
+def test_the_size_is_that_of_the_tag() -> None:
+    sizes = {entry.name: entry.input_size for entry in catalogue.find("resnet18.a[13]_in1k")}
+    assert sizes == {"timm/resnet18.a1_in1k": (3, 224, 224), "timm/resnet18.a3_in1k": (3, 160, 160)}
+    (large,) = catalogue.find("torchvision/vit_b_16.*swag_e2e*")
+    assert large.input_size == (3, 384, 384)
+
+
+@pytest.mark.parametrize("library", KEPT)
+def test_what_is_kept_is_what_the_library_says(library: str) -> None:
+    if not current(library):
+        pytest.skip(f"another {library} is installed, which is asked itself")
+    found = catalogue.look_up(library)
+    assert found == KEPT[library]["networks"]
+    assert list(found) == list(KEPT[library]["networks"])
+
+
+def test_answers_without_importing_what_it_tells_about() -> None:
+    if not all(map(current, KEPT)):
+        pytest.skip("other libraries are installed, which are asked themselves")
+    code = (
+        "import sys; from saqcli.io.catalogue import find; find('resnet*'); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_another_version_of_a_library_is_asked_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def newer(library: str) -> str:
+        return "99.0" if library == "timm" else KEPT[library]["version"]
+
+    brand_new = {
+        "resnet18": KEPT["timm"]["networks"]["resnet18"],
+        "new18": {"input_size": [3, 8, 8], "tags": {}},
+    }
+    monkeypatch.setattr(catalogue, "installed", newer)
+    monkeypatch.setattr(catalogue, "look_up", {"timm": brand_new}.__getitem__)
+
+    known, new = catalogue.find("timm/*")
+
+    assert (known.name, known.parameters) == ("timm/resnet18", 11_689_512)
+    assert new == catalogue.Entry("timm/new18", None, (3, 8, 8), (), None)
+
+
+def test_covered_is_what_came_out_for_the_family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for file in ("catalogue.csv", "published.json"):
+        (tmp_path / file).write_text((FOLDER / file).read_text())
+    verdicts = {"resnet": "ok", "vgg": "SAQ does not perturb 2 layers, such as features.0"}
+    with (tmp_path / "coverage.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["library", "family", "model", "verdict"])
+        writer.writerows(("timm", family, "any", verdict) for family, verdict in verdicts.items())
+    monkeypatch.setattr(catalogue, "files", lambda package: tmp_path)
+
+    assert {entry.covered for entry in catalogue.find("timm/resnet18*")} == {True}
+    assert {entry.covered for entry in catalogue.find("timm/vgg*")} == {False}
+    assert {entry.covered for entry in catalogue.find("torchvision/vgg*")} == {None}
+
+
+def test_coverage_names_families_of_the_catalogue() -> None:
+    with (FOLDER / "catalogue.csv").open() as file:
+        families = {(row["name"].partition("/")[0], row["family"]) for row in csv.DictReader(file)}
+    with (FOLDER / "coverage.csv").open() as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    assert reader.fieldnames == ["library", "family", "model", "verdict"]
+    assert {(row["library"], row["family"]) for row in rows} <= families
+    assert all(row["verdict"] for row in rows)
+
+
+@pytest.mark.parametrize("name", ["timm/test_vit", "torchvision/squeezenet1_1", "saq/resnet20"])
+def test_parameters_are_counted(name: str) -> None:
+    classes = {"saq/resnet20": 10}.get(name, 1000)
+    model = build_architecture({"name": name, "num_classes": classes, "in_chans": 3, "kwargs": {}})
+    (entry,) = catalogue.find(name)
+    assert entry.parameters == sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,164 @@
+"""What quantization moved is taken back: against a slow twin that corrects one place after the other."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from saqcli.quant.corrections import correct
+from saqcli.quant.layers import quantized_layers
+from saqcli.quant.quantizers import Quantizer
+from tests import tiny
+
+BIASED = ["mlp", "grouped", "transposed", "tokens"]
+NORMED = ["conv_bn", "residual", "depthwise"]
+
+
+def quantized(name: str, bits: int = 3) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A network in float64, the same one quantized, and images."""
+    net, _ = tiny.build(name)
+    x = tiny.images(tiny.TINY[name]()[1], 32)
+    in_float = copy.deepcopy(net).double()
+    tiny.quantized(net, x, bits)
+    return in_float, net.double(), x.double()
+
+
+@torch.no_grad()
+def seen(net: nn.Module, module: str, x: Tensor, *, before: bool = False) -> Tensor:
+    """What ``module`` returns, or is given, as (numbers, channels)."""
+    found: list[Tensor] = []
+    target = net.get_submodule(module)
+    note: Callable[..., None] = lambda m, given, *out: found.append(given[0] if before else out[0])  # noqa: E731
+    handle: Any = target.register_forward_pre_hook(note) if before else target.register_forward_hook(note)
+    net(x)
+    handle.remove()
+    channels = -1 if isinstance(target, nn.Linear) else 1
+    return found[0].transpose(channels, -1).flatten(0, -2)
+
+
+def order(net: nn.Module, x: Tensor, kinds: Any) -> list[str]:
+    """Names of modules as they run."""
+    names: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: names.append(name))
+        for name, module in net.named_modules()
+        if isinstance(module, kinds)
+    ]
+    net(x)
+    for handle in handles:
+        handle.remove()
+    return names
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_biases_are_those_of_a_twin_that_corrects_layer_by_layer(name: str) -> None:
+    in_float, net, x = quantized(name)
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        for layer in order(in_float, x, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            difference = seen(in_float, layer, x).mean(0) - seen(twin, layer, x).mean(0)
+            twin.get_submodule(layer).bias.add_(difference)  # type: ignore[operator,union-attr]
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+
+    correct(net, [x], biases=True, norms=True)
+
+    moved = 0.0
+    for key, value in net.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[key], atol=1e-12, rtol=0)
+        moved += float((value - before[key]).abs().sum())
+        assert key.endswith("bias") or torch.equal(value, before[key])
+    assert moved > 0.01
+    for layer in quantized_layers(net):
+        torch.testing.assert_close(seen(net, layer, x).mean(0), seen(in_float, layer, x).mean(0))
+
+
+@pytest.mark.parametrize("variance", [False, True], ids=["bias", "bn"])
+@pytest.mark.parametrize("name", NORMED)
+def test_batch_norms_are_those_of_a_twin_that_corrects_norm_by_norm(name: str, variance: bool) -> None:
+    in_float, net, x = quantized(name)
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        for norm in order(in_float, x, nn.BatchNorm2d):
+            ours, theirs = seen(twin, norm, x, before=True), seen(in_float, norm, x, before=True)
+            target: Any = twin.get_submodule(norm)
+            ratio = (ours.var(0, correction=0) + target.eps) / (theirs.var(0, correction=0) + target.eps)
+            after = target.running_var * (ratio if variance else 1)
+            scale = ((after + target.eps) / (target.running_var + target.eps)).sqrt()
+            target.running_mean = ours.mean(0) - (theirs.mean(0) - target.running_mean) * scale
+            target.running_var = after
+
+    correct(net, [x], biases=not variance, norms=variance)
+
+    for key, value in twin.state_dict().items():
+        if "running" in key:
+            torch.testing.assert_close(net.state_dict()[key], value, atol=1e-12, rtol=1e-10)
+    norm = order(in_float, x, nn.BatchNorm2d)[-1]
+    torch.testing.assert_close(seen(net, norm, x).mean(0), seen(in_float, norm, x).mean(0))
+    if variance:
+        scale = seen(net, norm, x).var(0) / seen(in_float, norm, x).var(0)
+        torch.testing.assert_close(scale, torch.ones_like(scale), atol=0.01, rtol=0)
+
+
+def test_several_batches_count_by_their_images() -> None:
+    _, net, x = quantized("mlp")
+    parts = [copy.deepcopy(net), copy.deepcopy(net)]
+    batches = [x[:24], x[24:]]
+    for part, batch in zip(parts, batches, strict=True):
+        correct(part, [batch], biases=True, norms=False)
+
+    correct(net, batches, biases=True, norms=False)
+
+    for name, value in net.state_dict().items():
+        first, second = (part.state_dict()[name] for part in parts)
+        torch.testing.assert_close(value, (24 * first + 8 * second) / 32)
+
+
+def test_the_packed_projection_of_an_attention_keeps_its_mean() -> None:
+    in_float, net, x = quantized("attention")
+    before = net.attention.in_proj_bias.clone()  # type: ignore[union-attr,operator]
+
+    correct(net, [x], biases=True, norms=False)
+
+    attention: Any = net.attention
+    tokens = seen_tokens(net, x)
+    with torch.no_grad():
+        ours = attention.input_quantizer(tokens) @ attention.quantized_weight().T + attention.in_proj_bias
+        theirs = seen_tokens(in_float, x) @ in_float.attention.in_proj_weight.T + before  # type: ignore[union-attr,operator]
+    assert not torch.equal(before, attention.in_proj_bias)
+    torch.testing.assert_close(ours.mean((0, 1)), theirs.mean((0, 1)))
+
+
+@torch.no_grad()
+def seen_tokens(net: Any, x: Tensor) -> Tensor:
+    tokens: Tensor = net.patches(x).flatten(2).transpose(1, 2)
+    return tokens
+
+
+def test_a_norm_that_does_not_follow_directly_is_left_alone_by_bias_correction() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5)
+    )
+    x = torch.randn(8, 3, 4, 4)
+    tiny.quantized(net.eval(), x, 2)
+    correct(net, [x], biases=True, norms=False)
+    assert torch.equal(net[2].running_mean, torch.zeros(4))
+    correct(net, [x], biases=False, norms=True)
+    assert not torch.equal(net[2].running_mean, torch.zeros(4))
+
+
+def test_weights_levels_modes_and_quantizers_stay() -> None:
+    _, net, x = quantized("residual")
+    next(net.children()).train()
+    modes = [module.training for module in net.modules()]
+    quantizers = [module for module in net.modules() if isinstance(module, Quantizer)]
+    parameters = {name: value.clone() for name, value in net.named_parameters()}
+
+    correct(net, [x], biases=True, norms=True)
+
+    assert [module.training for module in net.modules()] == modes
+    assert [module for module in net.modules() if isinstance(module, Quantizer)] == quantizers
+    changed = {name for name, value in net.named_parameters() if not torch.equal(value, parameters[name])}
+    assert changed == {f"{list(quantized_layers(net))[-1]}.bias"}

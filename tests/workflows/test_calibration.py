@@ -1,0 +1,56 @@
+"""The two corrections as settings: what a run does by default, and how it is told otherwise."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from saqcli.config import RunConfig, resolve
+from saqcli.progress import SILENT
+from saqcli.workflows.bits import given_policy
+from saqcli.workflows.calibration import calibrate, install_quantizers
+from saqcli.workflows.quantize import prepare
+
+
+def settings(digits: Path, **quantization: object) -> RunConfig:
+    options = {
+        "model.name": "timm/test_resnet",
+        "model.pretrained": False,
+        "model.num_classes": 10,
+        "model.in_chans": 1,
+        "model.input_size": 32,
+        "data.path": str(digits / "images"),
+        "data.calibration_images": 32,
+        "data.workers": 0,
+        "quantization.bits": "3",
+    }
+    return resolve(options=options | {f"quantization.{name}": value for name, value in quantization.items()})
+
+
+def calibrated(config: RunConfig) -> nn.Module:
+    torch.manual_seed(0)
+    network, images = prepare(config, torch.device("cpu"), SILENT)
+    policy = given_policy(config.quantization, network)
+    assert policy is not None
+    statistics = calibrate(network, images, config, SILENT)
+    return install_quantizers(config, network, policy, statistics, images, SILENT)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("norms", [False, True])
+def test_nothing_but_what_was_asked_for_moves(digits: Path, biases: bool, norms: bool) -> None:
+    plain = calibrated(settings(digits, correct_bias=False, recalibrate_bn=False)).state_dict()
+    corrected = calibrated(settings(digits, correct_bias=biases, recalibrate_bn=norms)).state_dict()
+    moved = {
+        name.rpartition(".")[2] for name, value in corrected.items() if not torch.equal(value, plain[name])
+    }
+    expected = {"running_mean"} if biases or norms else set()
+    assert moved == expected | ({"bias"} if biases else set()) | ({"running_var"} if norms else set())
+
+
+def test_batch_norms_move_by_default_but_not_in_the_published_setting(digits: Path) -> None:
+    section = settings(digits).quantization
+    assert (section.correct_bias, section.recalibrate_bn) == (False, True)
+    published = resolve(recipe="paper-cifar", options={"model.name": "saq/preresnet20"}).quantization
+    assert (published.correct_bias, published.recalibrate_bn) == (False, False)

@@ -16,9 +16,9 @@ import torch
 from saqcli.cli.models_view import show_models
 from saqcli.cli.training_options import EFFICIENT
 from saqcli.io.catalogue import Entry
+from saqcli.workflows import finetune
 from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options
-from tests.sweeps import sweep
 
 pytestmark = pytest.mark.usefixtures("digits")
 
@@ -353,9 +353,27 @@ class TestInstalledProgram:
         assert subprocess.run(_command(few, run), env=_single_threaded(), check=False).returncode == 0
         return run
 
-    @pytest.mark.parametrize(
-        ("number", "code"), sweep([(signal.SIGINT, 130), (signal.SIGTERM, 143)], lambda _, code: code == 143)
-    )
+    def test_a_signal_within_an_epoch_stops_it_and_resuming_gives_the_same_weights(
+        self, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In this process: to start one takes longer than what it does."""
+        whole, run = tmp_path / "whole", tmp_path / "run"
+        assert saq(*_command(few, whole)[3:]).exit_code == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune, "make_minimizer", _raising(signal.SIGTERM, step=2))
+            stopped = saq(*_command(few, run)[3:])
+
+        assert stopped.exit_code == 143
+        assert "--resume" in last_error(stopped)
+        assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
+        state = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+        assert state["position"] == {"epoch": 0, "step": 2}
+        assert saq("quantize", "--run-dir", run, "--resume", "--quiet").exit_code == 0
+        assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
+        assert _tensors(whole) == _tensors(run)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     def test_a_signal_leaves_a_checkpoint_and_resuming_gives_the_same_weights(
         self, few: Path, tmp_path: Path, whole: Path, number: int, code: int
     ) -> None:
@@ -376,6 +394,27 @@ class TestInstalledProgram:
         assert subprocess.run(again, env=_single_threaded(), check=False).returncode == 0
         assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
         assert _tensors(whole) == _tensors(run)
+
+
+def _raising(number: int, step: int) -> Any:
+    """Makes a minimizer in whose step of that number the signal comes."""
+    make, calls = finetune.make_minimizer, 0
+
+    def made(*arguments: Any) -> Any:
+        minimizer = make(*arguments)
+        take = minimizer.step
+
+        def counted(*given: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == step:
+                signal.raise_signal(number)
+            return take(*given, **options)
+
+        minimizer.step = counted
+        return minimizer
+
+    return made
 
 
 def _command(digits: Path, run: Path) -> list[str]:

@@ -248,6 +248,7 @@ def rank(index: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow  # two processes that import everything
 def test_two_ranks_agree_and_are_one_process_with_a_chunk_for_each(tmp_path: Path) -> None:
     """Every rank ascends on its own shard; the descents are averaged."""
     with socket.socket() as free:

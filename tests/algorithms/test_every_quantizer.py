@@ -38,7 +38,6 @@ RUNS = [
 GRAPHS = [
     ("lsq", "conv_bn"),
     ("lsq_plus", "conv_bn"),
-    ("lsq_plus", "token_mlp"),
     ("lsq_plus", "standardized"),
     ("pact", "token_mlp"),
     ("dorefa", "conv_bn"),

@@ -12,7 +12,7 @@ from saqcli.errors import UnsupportedModel
 from saqcli.progress import SILENT
 from saqcli.workflows.proofs import prove_graph
 
-FEW, MANY, CHUNK = 4, 300, 10
+FEW, MANY, CHUNK = (2, 3), 300, 10  # two that are quick, and have every style between them
 BATCHES = (16, 5, 1, 16)
 
 
@@ -52,7 +52,7 @@ def check(seed: int, folder: Path) -> None:
     assert set(outcomes(seed, folder).values()) <= {"proved", "refused"}, seed
 
 
-@pytest.mark.parametrize("seed", range(FEW))
+@pytest.mark.parametrize("seed", FEW)
 def test_a_random_network_is_exported_as_it_is(seed: int, tmp_path: Path) -> None:
     check(seed, tmp_path)
 

@@ -31,15 +31,12 @@ from saqcli.workflows.synthetic import natural
 FAST = {  # what is in no other of them
     "test_resnet": "plain convolutions, shared groups",
     "test_efficientnet": "depthwise convolutions, squeeze and excitation, SiLU",
-    "test_nfnet": "standardized convolutions (ScaledStdConv2d), no norms",
-    "test_byobnet": "blocks of several kinds",
-    "test_convnext": "layer norms, linear layers over channels-last",
     "test_mambaout": "gated branches of a split",
     "test_vit": "tokens, attention",
 }
-SLOW = (
-    "test_coatnet test_convnext2 test_convnext3 test_efficientnet_evos test_efficientnet_gn test_efficientnet_ln "
-    "test_maxvit test_vit2 test_vit3 test_vit4 test_vit_relpos"
+SLOW = (  # nfnet has standardized convolutions and no norms, convnext linear layers over channels-last
+    "test_nfnet test_byobnet test_convnext test_coatnet test_convnext2 test_convnext3 test_efficientnet_evos "
+    "test_efficientnet_gn test_efficientnet_ln test_maxvit test_vit2 test_vit3 test_vit4 test_vit_relpos"
 ).split()
 SIDE, CLASSES, IMAGES = 64, 10, 8
 NATIVE = {"test_coatnet", "test_maxvit"}  # windows that divide no other size

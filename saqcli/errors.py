@@ -14,7 +14,9 @@
     ├── CorruptArtifact           a file that is truncated, tampered with or foreign
     ├── ExportMismatch            exit code 3: an artifact that does not equal the model
     ├── InfeasibleBudget          exit code 4: no configuration meets the budget
-    └── Interrupted               exit code 130: stopped by the user, work saved
+    ├── NotReproduced             exit code 3: a run that did not give the same again
+    ├── Interrupted               exit code 130: stopped by the user, work saved
+    └── StoppedElsewhere          another process of the same run failed, and said why
 
 A message has three parts: what was asked, what is true, what to do. The command line prints it on one
 line and exits with ``exit_code``; no traceback.
@@ -83,6 +85,12 @@ class InfeasibleBudget(SaqError):
     exit_code = 4
 
 
+class NotReproduced(SaqError):
+    """A run that was run again and did not give the same."""
+
+    exit_code = 3
+
+
 class Interrupted(SaqError):
     """Stopped by the user; the work so far is saved.
 
@@ -95,4 +103,16 @@ class Interrupted(SaqError):
 
     def __init__(self, message: str, exit_code: int = exit_code) -> None:
         super().__init__(message)
+        self.exit_code = exit_code
+
+
+class StoppedElsewhere(SaqError):
+    """Another process of the same run failed; what it said is the reason.
+
+    Args:
+        exit_code: of that process, as far as it is known.
+    """
+
+    def __init__(self, exit_code: int = 1) -> None:
+        super().__init__("another process of this run has failed: its own message says why")
         self.exit_code = exit_code

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from saqcli.io.checkpoints import CheckpointFile
 from saqcli.workflows.search_memory import SearchMemory
 from tests.digits import MODEL, float_options
 
@@ -45,10 +45,11 @@ def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
 
 def stop_in_phase(process: "subprocess.Popen[str]", run: Path, phase: int, number: int) -> str:
     """Wait until the search is in its model (0) or controller (1) phase, then send the signal."""
-    path = run / "checkpoints" / "search.pt"
+    path = run / "checkpoints" / "search.ckpt"
     for _ in range(5000):
         assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
-        if path.is_file() and torch.load(path, weights_only=True)["search"]["position"][1] == phase:
+        state = CheckpointFile(path).load()
+        if state is not None and state["search"]["position"][1] == phase:
             break
         time.sleep(0.05)
     process.send_signal(number)

@@ -15,7 +15,7 @@ MOST_LINES = 300
 
 # What lies below each part, and so may be imported there beside the part itself.
 # The base files hold no logic of any part.
-BASE = {"errors", "config", "units", "strict", "progress", "_version"}
+BASE = {"errors", "config", "units", "strict", "progress", "ranks", "_version"}
 ALLOWED = {
     "cli": {"workflows", "algorithms", "quant", "io"},
     "workflows": {"algorithms", "quant", "io"},

@@ -16,6 +16,7 @@ import torch
 from saqcli.cli.models_view import show_models
 from saqcli.cli.training_options import EFFICIENT
 from saqcli.io.catalogue import Entry
+from saqcli.io.checkpoints import CheckpointFile
 from saqcli.workflows import finetune
 from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options
@@ -366,7 +367,7 @@ class TestInstalledProgram:
         assert stopped.exit_code == 143
         assert "--resume" in last_error(stopped)
         assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
-        state = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+        state = CheckpointFile(run / "checkpoints" / "last.ckpt").load() or {}
         assert state["position"] == {"epoch": 0, "step": 2}
         assert saq("quantize", "--run-dir", run, "--resume", "--quiet").exit_code == 0
         assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
@@ -381,7 +382,7 @@ class TestInstalledProgram:
         process = subprocess.Popen(
             _command(few, run), env=_single_threaded(), stderr=subprocess.PIPE, text=True
         )
-        _wait_for(run / "checkpoints" / "last.pt", process)
+        _wait_for(run / "checkpoints" / "last.ckpt", process)
         time.sleep(0.3)  # into the first epoch
         process.send_signal(number)
         _, stderr = process.communicate(timeout=120)

@@ -3,10 +3,12 @@
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from saqcli.errors import RunDirectoryError
+
+UNFINISHED = ".unfinished-"  # how names begin of what is being written
 
 
 @contextmanager
@@ -19,7 +21,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f"{UNFINISHED}{path.stem}.", suffix=path.suffix
+        )
         os.close(handle)
     except OSError as error:
         raise RunDirectoryError(f"{path} cannot be written: {error.strerror}") from None
@@ -30,6 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except OSError as error:
         raise RunDirectoryError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
@@ -40,6 +45,34 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` as one act."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are not there.
+
+    Raises:
+        RunDirectoryError: that is not allowed, or something else stands there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(f"{path} cannot be made: {error.strerror}") from None
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what ``replacing`` left in ``folder`` when its process was killed; nobody else may be writing there."""
+    for path in folder.glob(f"{UNFINISHED}*"):
+        path.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """So that the new name, too, outlives a loss of power; where a folder cannot be flushed, nothing happens."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:

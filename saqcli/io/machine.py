@@ -1,9 +1,11 @@
-"""The machine that timings were taken on, as far as it tells."""
+"""The machine and the libraries that figures come from, as far as they tell."""
 
 import os
 import platform
 import re
 from pathlib import Path
+
+from saqcli._version import __version__
 
 
 def cpu_name() -> str:
@@ -21,3 +23,18 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Of saq, Python and the libraries that the numbers depend on."""
+    from importlib.metadata import version
+
+    python = {"saq": __version__, "python": platform.python_version()}
+    return python | library_versions() | {"onnxruntime": version("onnxruntime")}
+
+
+def library_versions() -> dict[str, str]:
+    """Of the libraries that networks are made of: what they are called and how they are built may change."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "torchvision", "timm")}

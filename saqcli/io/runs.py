@@ -5,29 +5,31 @@ config.json       the resolved configuration
 policy.json       the bits of every layer
 search.json       how they were found, where a search found them; policy.png, policy.svg, pareto.* are its pictures
 metrics.jsonl     one object a line
-checkpoints/      last.pt: model, optimizer, random state, position in the epoch; search.pt: a search under way
+checkpoints/      last.ckpt: model, optimizer, random state, position in the epoch; search.ckpt: a search under way;
+                  *.previous.ckpt: the good one before each
 artifacts/        model.safetensors, model.onnx
 report.md         what a person reads first
+.lock             which process is at work here, while one is
 """
 
 import json
-import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
-from saqcli._version import __version__
 from saqcli.config import RunConfig
-from saqcli.errors import Interrupted, RunDirectoryError
-from saqcli.io.files import replacing, write_text
+from saqcli.errors import Interrupted, RunDirectoryError, SaqError
+from saqcli.io.checkpoints import CheckpointFile
+from saqcli.io.files import make_folder, remove_unfinished, write_text
+from saqcli.io.locks import Lock
+from saqcli.io.machine import versions
 from saqcli.io.weights import sha256_of
 from saqcli.strict import parse_json
 
@@ -64,12 +66,15 @@ class RunDirectory:
         """``verb`` is the command that made it."""
         self.path, self.verb = path, verb
         self.policy_path = path / "policy.json"
-        self.checkpoint_path = path / "checkpoints" / "last.pt"
+        self.checkpoint_path = path / "checkpoints" / "last.ckpt"
         self.safetensors_path = path / "artifacts" / "model.safetensors"
         self.onnx_path = path / "artifacts" / "model.onnx"
         self.report_path = path / "report.md"
         self.search_path = path / "search.json"
-        self.search_state_path = path / "checkpoints" / "search.pt"
+        self.metrics_path = path / "metrics.jsonl"
+        self._checkpoint = CheckpointFile(self.checkpoint_path)
+        self._search_state = CheckpointFile(path / "checkpoints" / "search.ckpt")
+        self._lock = Lock(path)
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
@@ -84,30 +89,52 @@ class RunDirectory:
 
     @classmethod
     def start(
-        cls, path: Path, config: RunConfig, *, resume: bool, overwrite: bool, verb: str = "quantize"
+        cls,
+        path: Path,
+        config: RunConfig,
+        *,
+        resume: bool,
+        overwrite: bool,
+        verb: str = "quantize",
+        note: Callable[[str], None] = lambda _: None,
     ) -> "RunDirectory":
-        """Make ``path`` a run directory for ``config``, or go on with the one that is there.
+        """Make ``path`` a run directory for ``config``, or go on with the one that is there; lock it.
 
         Raises:
             RunDirectoryError: it holds a run and neither ``resume`` nor ``overwrite`` was given, it holds
-                other files, or it cannot be written.
+                other files, another process is at work in it, or it cannot be written.
         """
         run = cls(path, verb)
-        if run.check_usable(resume=resume, overwrite=overwrite):
-            if resume:
-                run._update(status="running")
-                return run
-            run._clear()
+        run.check_usable(resume=resume, overwrite=overwrite)
+        make_folder(path)
+        run._lock.take(note)
+        try:
+            run._open(config, resume=resume, overwrite=overwrite)
+        except BaseException:
+            run._lock.release()
+            raise
+        return run
+
+    def _open(self, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
+        """Once it is locked: what ``start`` does."""
+        there = self.check_usable(resume=resume, overwrite=overwrite)
+        for folder in (self.path, self.path / "checkpoints", self.path / "artifacts"):
+            remove_unfinished(folder)
+        if there and not resume:
+            self._clear()
+        if not there or not resume or not (self.path / "config.json").is_file():
+            write_text(self.path / "config.json", config.to_json())
+        if there and resume:
+            self._update(status="running")
+            return
         manifest = RunManifest(
             command=sys.argv,
-            verb=verb,
+            verb=self.verb,
             status="running",
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
         )
-        write_text(path / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
-        write_text(path / "config.json", config.to_json())
-        return run
+        write_text(self.path / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
 
     def check_usable(self, *, resume: bool, overwrite: bool) -> bool:
         """Whether there is a run already; to be asked before any time is spent.
@@ -117,8 +144,9 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(f"{self.path} is a file: give another --run-dir")
-        if not self.path.is_dir() or not any(self.path.iterdir()):
-            return False
+        entries = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        if all(name == "config.json" or name.startswith(".") for name in entries):
+            return False  # nothing, or what a crash left of a run's first moment
         if not (self.path / "manifest.json").is_file():
             raise RunDirectoryError(f"{self.path} holds other files and no run: give another --run-dir")
         there = self.manifest().verb
@@ -135,7 +163,7 @@ class RunDirectory:
 
     def _holds_work(self) -> bool:
         """Whether starting over would lose anything."""
-        there = self.checkpoint_path.exists() or self.search_state_path.exists() or self.search_path.exists()
+        there = self._checkpoint.exists() or self._search_state.exists() or self.search_path.exists()
         return there or self.manifest().status in ("finished", "running")
 
     def manifest(self) -> RunManifest:
@@ -150,18 +178,26 @@ class RunDirectory:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Within the context the run is ``running``; its end is noted in the manifest, whatever it is."""
+        """Within the context the run is ``running``; its end is noted in the manifest, whatever it is, and the lock
+        let go."""
         try:
             yield
         except Interrupted:
-            self._update(status="interrupted")
+            self._note_end("interrupted")
             raise
         except KeyboardInterrupt:
-            self._update(status="interrupted")
+            self._note_end("interrupted")
             raise Interrupted(f"stopped as asked: {self.how_to_resume()}") from None
         except BaseException:
-            self._update(status="failed")
+            self._note_end("failed")
             raise
+        finally:
+            self._lock.release()
+
+    def _note_end(self, status: Literal["interrupted", "failed"]) -> None:
+        """Where the reason for the end is that nothing can be written, that is what is told."""
+        with suppress(SaqError):
+            self._update(status=status)
 
     def how_to_resume(self) -> str:
         """The command that goes on with this run."""
@@ -174,39 +210,71 @@ class RunDirectory:
         self._update(status="finished", results=results, artifacts=hashes)
 
     def log(self, **values: Any) -> None:
-        """Append one object to ``metrics.jsonl``."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        """Append one object to ``metrics.jsonl``.
+
+        Raises:
+            RunDirectoryError: it cannot be written.
+        """
+        self._check_there()
+        try:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{self.metrics_path} cannot be written: {error.strerror}; then {self.how_to_resume()}"
+            ) from None
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint by ``state``, tensors and plain values only."""
-        with replacing(self.checkpoint_path) as temporary:
-            torch.save(state, temporary)
-
-    def load_checkpoint(self) -> dict[str, Any] | None:
-        """The last checkpoint, on the CPU, or None if there is none.
+        """Replace the checkpoint by ``state``, tensors and plain values only, and keep the one before; the metrics so
+        far go with it.
 
         Raises:
-            RunDirectoryError: damaged.
+            RunDirectoryError: it cannot be written; what was there is as it was.
         """
-        return _load(self.checkpoint_path)
+        there = self.metrics_path.is_file()
+        metrics = self.metrics_path.read_text(encoding="utf-8") if there else ""
+        self._save(self._checkpoint, {**state, "metrics": metrics})
+
+    def load_checkpoint(self, note: Callable[[str], None] = lambda _: None) -> dict[str, Any] | None:
+        """The last checkpoint that is whole, on the CPU, or None if there is none.
+
+        Args:
+            note: told when the newest is damaged.
+
+        Raises:
+            RunDirectoryError: none is whole.
+        """
+        return self._checkpoint.load(note)
+
+    def restore_metrics(self, state: dict[str, Any] | None) -> None:
+        """Let ``metrics.jsonl`` say what it said when ``state`` was saved: what came after is done again."""
+        write_text(self.metrics_path, (state or {}).get("metrics", ""))
 
     def save_search(self, state: dict[str, Any]) -> None:
-        """Replace the state of the search under way, tensors and plain values only."""
-        with replacing(self.search_state_path) as temporary:
-            torch.save(state, temporary)
+        """Replace the state of the search under way, tensors and plain values only, and keep the one before."""
+        self._save(self._search_state, state)
 
-    def load_search(self) -> dict[str, Any] | None:
-        """The state of a search that was stopped, or None.
-
-        Raises:
-            RunDirectoryError: damaged.
-        """
-        return _load(self.search_state_path)
+    def load_search(self, note: Callable[[str], None] = lambda _: None) -> dict[str, Any] | None:
+        """The state of a search that was stopped, or None; as ``load_checkpoint``."""
+        return self._search_state.load(note)
 
     def end_search(self) -> None:
         """The search is done: its state is not needed any more."""
-        self.search_state_path.unlink(missing_ok=True)
+        self._search_state.remove()
+
+    def _save(self, file: CheckpointFile, state: dict[str, Any]) -> None:
+        self._check_there()
+        try:
+            file.save(state)
+        except RunDirectoryError as error:
+            raise RunDirectoryError(f"{error}; once that is mended, {self.how_to_resume()}") from None
+
+    def _check_there(self) -> None:
+        """Nothing is made again in the place of a directory that somebody took away."""
+        if not (self.path / "manifest.json").is_file():
+            raise RunDirectoryError(
+                f"{self.path} was removed or emptied while the run was under way: put it back, or start again"
+            )
 
     def _read(self, name: str) -> str:
         try:
@@ -226,30 +294,3 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
         for name in ("policy.png", "policy.svg", "pareto.json", "pareto.csv", "pareto.png", "pareto.svg"):
             (self.path / name).unlink(missing_ok=True)
-
-
-def _load(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no error of its own
-        raise RunDirectoryError(
-            f"{path} is damaged ({type(error).__name__}): start again with --overwrite"
-        ) from None
-    return state
-
-
-def versions() -> dict[str, str]:
-    """Of saq, Python and the libraries that the numbers depend on."""
-    from importlib.metadata import version
-
-    python = {"saq": __version__, "python": platform.python_version()}
-    return python | library_versions() | {"onnxruntime": version("onnxruntime")}
-
-
-def library_versions() -> dict[str, str]:
-    """Of the libraries that networks are made of: what they are called and how they are built may change."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "torchvision", "timm")}

@@ -18,8 +18,7 @@ from torch import Tensor
 from saqcli.algorithms.timing import Timing, time_in_turns
 from saqcli.config import ModelSection
 from saqcli.errors import ConfigError
-from saqcli.io.machine import cores, cpu_name
-from saqcli.io.runs import versions
+from saqcli.io.machine import cores, cpu_name, versions
 from saqcli.progress import Progress
 from saqcli.workflows.contenders import ONNX_FLOAT, TORCH_FLOAT, Contender, Lineup, line_up
 

@@ -16,8 +16,9 @@ from saqcli.algorithms.graphs.tracing import INPUT
 from saqcli.config import ModelSection
 from saqcli.errors import ConfigError, CorruptArtifact, RunDirectoryError, SaqError
 from saqcli.io.described import build_described, check_description
+from saqcli.io.machine import library_versions
 from saqcli.io.preprocessing import Preprocessing
-from saqcli.io.runs import RunDirectory, library_versions
+from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.quant.trace import try_model
 from saqcli.strict import printable

@@ -26,9 +26,10 @@ from saqcli.config import RunConfig
 from saqcli.errors import ConfigError, RunDirectoryError
 from saqcli.io.files import write_text
 from saqcli.io.loaders import Loader
+from saqcli.io.machine import library_versions
 from saqcli.io.models import build_architecture
 from saqcli.io.preprocessing import Preprocessing
-from saqcli.io.runs import RunDirectory, library_versions
+from saqcli.io.runs import RunDirectory
 from saqcli.progress import SILENT, Progress
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig
@@ -72,17 +73,16 @@ def quantize(
     device = pick_device(config.run.device)
     run = RunDirectory(run_dir)
     run.check_usable(resume=resume, overwrite=overwrite)
-    state = run.load_checkpoint() if resume else None
+    state = run.load_checkpoint(progress.note) if resume else None
     if resume and (run_dir / "config.json").is_file():
         check_same(run.config(), config, run_dir)
-    if state is not None:
-        run = RunDirectory.start(run_dir, config, resume=True, overwrite=False)
-    else:
+    if state is None:
         network, images = prepare(config, device, progress)
         if config.training.epochs:
             check_trains(network.model, network.name, network.loaded.preprocessing, config)
-        run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite)
+    run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite, note=progress.note)
     with run.recorded():
+        run.restore_metrics(state)
         if state is None:
             begin(config, network, images, run, device, progress)
             state = run.load_checkpoint()

@@ -74,7 +74,9 @@ def search(
         if run.manifest().status == "finished":
             return run.manifest().results
     posed = pose(config, *prepare_search(config, device, progress), None, progress)
-    run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite, verb="search")
+    run = RunDirectory.start(
+        run_dir, config, resume=resume, overwrite=overwrite, verb="search", note=progress.note
+    )
     with run.recorded():
         results = keep_search(search_and_stop(config, posed, run), config, run)
         run.finish(results)
@@ -89,7 +91,7 @@ def search_and_stop(config: RunConfig, posed: Posed, run: RunDirectory) -> Searc
         Interrupted: a signal asked to stop.
     """
     with deferred_interrupts() as stop:
-        memory = SearchMemory(run, stop, config.run.checkpoint_minutes)
+        memory = SearchMemory(run, stop, config.run.checkpoint_minutes, posed.problem.progress.note)
         searched = find_bits(config, posed, memory)
         memory.check()  # a signal may have come where nothing was offered
     return searched

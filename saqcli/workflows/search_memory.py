@@ -17,10 +17,18 @@ class SearchMemory:
         run: whose directory it is.
         stop: tells whether a signal came.
         minutes: between two saves.
+        note: told when the newest state is damaged.
     """
 
-    def __init__(self, run: RunDirectory, stop: StopRequest, minutes: float) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        stop: StopRequest,
+        minutes: float,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.run, self.stop, self.minutes = run, stop, minutes
+        self._note = note
         self._saved_at = time.monotonic()
         self._random: dict[str, Any] | None = None
 
@@ -30,7 +38,7 @@ class SearchMemory:
         Raises:
             RunDirectoryError: damaged.
         """
-        kept = self.run.load_search()
+        kept = self.run.load_search(self._note)
         if kept is None:
             return None
         self._random = kept["random"]

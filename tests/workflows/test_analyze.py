@@ -9,6 +9,7 @@ import pytest
 
 from saqcli.algorithms.instruments import INSTRUMENTS, Subject
 from saqcli.algorithms.instruments.landscape import LandscapeReading
+from saqcli.io.checkpoints import CheckpointFile
 from saqcli.workflows.pictures import draw
 from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options
@@ -112,14 +113,13 @@ class TestTargets:
     ) -> None:
         import shutil
 
-        import torch
-
         other = tmp_path / "run"
         shutil.copytree(run, other, ignore=shutil.ignore_patterns("analysis"))
-        state = torch.load(other / "checkpoints" / "last.pt", weights_only=True)
+        file = CheckpointFile(other / "checkpoints" / "last.ckpt")
+        state = file.load() or {}
         name = next(name for name in reversed(state["model"]) if name.endswith("conv2.weight"))
         state["model"][name] *= -1
-        torch.save(state, other / "checkpoints" / "last.pt")
+        file.save(state)
 
         found = answer("analyze", other, *data, "--flips")
 

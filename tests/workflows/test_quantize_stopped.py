@@ -17,7 +17,7 @@ def check_same(run: Path, whole: Path) -> None:
     assert one["results"]["bops"] <= one["results"]["budget_bops"]
     assert one["artifacts"]["artifacts/model.onnx"] == other["artifacts"]["artifacts/model.onnx"]
     assert (run / "policy.png").is_file()
-    assert not (run / "checkpoints" / "search.pt").exists()
+    assert not (run / "checkpoints" / "search.ckpt").exists()
 
 
 def test_quantize_goes_on_after_a_stop_in_the_search(

@@ -76,7 +76,7 @@ def test_every_searcher_finds_a_policy_within_the_budget(
     assert len(kept["configurations"]) == found["scored"]
     there = {item.name for item in path.iterdir() if item.is_file()}
     assert there >= {"config.json", "manifest.json", "policy.json", "search.json", "policy.png", "policy.svg"}
-    assert not (path / "checkpoints" / "search.pt").exists()
+    assert not (path / "checkpoints" / "search.ckpt").exists()
     manifest = json.loads((path / "manifest.json").read_text())
     assert (manifest["status"], manifest["results"]) == ("finished", found)
     for name in found["artifacts"].values():

@@ -44,7 +44,7 @@ def test_a_signal_in_the_middle_of_a_search_stops_it_for_a_while(
     answer("search", "--run-dir", run, "--resume")
     assert (run / "policy.json").read_bytes() == (whole / "policy.json").read_bytes()
     assert figures(run) == figures(whole)
-    assert not (run / "checkpoints" / "search.pt").exists()
+    assert not (run / "checkpoints" / "search.ckpt").exists()
 
 
 @pytest.mark.slow  # starting processes takes longer than what they do
@@ -70,4 +70,4 @@ def test_a_search_stopped_by_a_signal_goes_on_to_the_same_policy(
     assert (run / "policy.json").read_bytes() == (whole / "policy.json").read_bytes()
     assert figures(run) == figures(whole)
     assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
-    assert not (run / "checkpoints" / "search.pt").exists()
+    assert not (run / "checkpoints" / "search.ckpt").exists()

@@ -1,0 +1,109 @@
+"""One process at a time in a folder, whatever became of the one before."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from saqcli.errors import RunDirectoryError
+from saqcli.io import locks
+from saqcli.io.locks import Lock
+
+
+class Other:
+    """Another process that takes the lock of a folder and keeps it."""
+
+    def __init__(self, folder: Path) -> None:
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe()
+        self.process = context.Process(target=self._hold, args=(folder, theirs))
+        self.process.start()
+        assert ours.recv() == "held"
+
+    @staticmethod
+    def _hold(folder: Path, pipe: "multiprocessing.connection.Connection") -> None:
+        lock = Lock(folder)
+        lock.take()
+        pipe.send("held")
+        signal.pause()
+
+    def kill(self) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.join()
+
+
+def test_a_second_process_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
+    other = Other(tmp_path)
+    try:
+        with pytest.raises(RunDirectoryError, match=f"in use by process {other.process.pid} on") as refused:
+            Lock(tmp_path).take()
+        assert socket.gethostname() in str(refused.value)
+    finally:
+        other.kill()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over_and_that_is_said(tmp_path: Path) -> None:
+    other = Other(tmp_path)
+    other.kill()
+    assert (tmp_path / locks.NAME).is_file()
+    notes: list[str] = []
+    lock = Lock(tmp_path)
+
+    lock.take(notes.append)
+
+    assert [f"process {other.process.pid}" in note for note in notes] == [True]
+    assert json.loads((tmp_path / locks.NAME).read_text())["pid"] == os.getpid()
+    lock.release()
+    assert not (tmp_path / locks.NAME).exists()
+
+
+def test_a_lock_that_was_let_go_leaves_nothing(tmp_path: Path) -> None:
+    lock = Lock(tmp_path)
+    lock.take()
+    lock.release()
+    lock.release()
+
+    assert not any(tmp_path.iterdir())
+    other = Other(tmp_path)
+    other.kill()
+
+
+@pytest.mark.parametrize(
+    ("host", "refused"),
+    [(socket.gethostname(), False), ("elsewhere.example", True)],
+    ids=["here", "elsewhere"],
+)
+def test_without_locks_of_the_system_only_what_is_known_to_be_gone_is_taken_over(
+    host: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "_lock", lambda handle: None)
+    ended = multiprocessing.get_context("fork").Process(target=int)
+    ended.start()
+    ended.join()
+    owner = {"pid": ended.pid, "host": host, "since": "2026-01-01T00:00:00+00:00"}
+    (tmp_path / locks.NAME).write_text(json.dumps(owner))
+    lock = Lock(tmp_path)
+
+    if refused:
+        with pytest.raises(RunDirectoryError, match=r"elsewhere\.example.* if it has ended, remove"):
+            lock.take()
+    else:
+        lock.take()
+        lock.release()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pid": "x"}', b"\xff\x00", b"{}" * 600])
+def test_a_lock_file_that_says_nothing_is_free(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / locks.NAME).write_bytes(content)
+
+    Lock(tmp_path).take()
+
+
+def test_a_folder_that_cannot_be_written_to_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match="cannot be written"):
+        Lock(tmp_path / "missing").take()

@@ -62,7 +62,8 @@ def test_every_damage_is_noticed_told_and_the_one_before_used(tmp_path: Path) ->
 
         loaded = CheckpointFile(file.path).load(notes.append)
 
-        assert loaded is not None and loaded["number"] == 0, number
+        assert loaded is not None, number
+        assert loaded["number"] == 0, number
         assert len(notes) == 1
         assert "last.ckpt" in notes[0]
         assert "last.previous.ckpt" in notes[0]

@@ -19,12 +19,12 @@ from saqcli.algorithms.searchers.problem import SearchProblem
 from saqcli.algorithms.searchers.sampling import Sampler
 from saqcli.algorithms.searchers.supernet import Supernet
 from saqcli.config import resolve
+from saqcli.io.distributed import pick_device
 from saqcli.progress import SILENT
 from saqcli.workflows.bits import budget_of, space_of
 from saqcli.workflows.calibration import calibrate, scheme_of
 from saqcli.workflows.search import prepare_search
 from saqcli.workflows.search_images import search_images
-from saqcli.workflows.setup import pick_device
 
 SIZES = (256, 512, 1024, 2048, 4096)
 

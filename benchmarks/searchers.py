@@ -26,6 +26,7 @@ from saqcli.algorithms.minimizers.qat import QAT
 from saqcli.algorithms.searchers.problem import NO_MEMORY
 from saqcli.algorithms.training import EpochSettings, Meter, train_epoch
 from saqcli.config import RunConfig, resolve
+from saqcli.io.distributed import pick_device
 from saqcli.io.files import write_text
 from saqcli.progress import SILENT
 from saqcli.quant.bits import BitConfig, parse_bits
@@ -34,7 +35,7 @@ from saqcli.workflows.calibration import calibrate, install_quantizers
 from saqcli.workflows.find_bits import find_bits, pose
 from saqcli.workflows.optimization import make_objective, make_optimizer
 from saqcli.workflows.quantize import score
-from saqcli.workflows.setup import Images, Network, load_float, open_named, pick_device, wrap_and_trace
+from saqcli.workflows.setup import Images, Network, load_float, open_named, wrap_and_trace
 from saqcli.workflows.short_training import train
 
 # What is compared: a searcher and its options.

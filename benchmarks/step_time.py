@@ -18,12 +18,13 @@ from torch import nn
 from saqcli.algorithms.minimizers import MINIMIZERS
 from saqcli.algorithms.objective import Objective, as_chunks
 from saqcli.config import ModelSection
+from saqcli.io.distributed import pick_device
 from saqcli.progress import SILENT
 from saqcli.quant import convert
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.calibrate import fit, observe
 from saqcli.quant.convert import Scheme
-from saqcli.workflows.setup import load_float, pick_device, wrap_and_trace
+from saqcli.workflows.setup import load_float, wrap_and_trace
 
 STEPS = 5  # a round; an interval of 5 ascends once in it
 

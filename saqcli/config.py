@@ -134,7 +134,8 @@ class TrainingSection(_Section):
     The ascent can be made cheaper: only every ``sam_interval``-th step, going on in between with ``sam_reuse`` times
     what the last one added; on ``ascent_fraction`` of the images; in bfloat16.
 
-    ``micro_batch`` images are in one forward pass, None for all that share a perturbation. ``clip_grad`` is the
+    ``micro_batch`` images are in one forward pass, None for all that share a perturbation. ``skip_steps`` in a row are
+    left out where the loss is no number, before training stops. ``clip_grad`` is the
     largest joint norm of the gradients. ``ema_decay`` 0 is no averaging of weights. ``mixup`` and ``cutmix`` are the
     alphas of their beta distributions, 0 for none.
     """
@@ -159,6 +160,7 @@ class TrainingSection(_Section):
     ascent_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     ascent_precision: Literal["same", "bfloat16"] = "same"
     micro_batch: Positive | None = None
+    skip_steps: Annotated[int, Field(ge=0)] = 10
     clip_grad: Rate | None = None
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     mixup: NotNegative = 0.0

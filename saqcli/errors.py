@@ -10,6 +10,7 @@
     ├── PolicyMismatch            a policy that was made for another network
     ├── UnperturbedLayer          a quantized layer that took no part in the loss
     ├── TrainingDiverged          the loss stopped being a number
+    ├── DeviceMemoryError         memory of a GPU or of the machine that does not suffice
     ├── RunDirectoryError         a run directory that is taken, foreign or damaged
     ├── CorruptArtifact           a file that is truncated, tampered with or foreign
     ├── ExportMismatch            exit code 3: an artifact that does not equal the model
@@ -63,6 +64,10 @@ class UnperturbedLayer(SaqError):
 
 class TrainingDiverged(SaqError):
     """The loss stopped being a number."""
+
+
+class DeviceMemoryError(SaqError):
+    """Memory of a GPU or of the machine that does not suffice."""
 
 
 class RunDirectoryError(SaqError):

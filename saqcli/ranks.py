@@ -91,6 +91,11 @@ def together(make: Callable[[], T]) -> T:
     return result
 
 
+def agreed(error: SaqError) -> SaqError:
+    """To be raised for ``error``, which all ranks have come to alike: the first one is to tell it."""
+    return error if first() else StoppedElsewhere(error.exit_code)
+
+
 def gathered(value: T) -> list[T]:
     """``value`` of every rank, in their order."""
     if count() == 1:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saqcli.algorithms.random_state import random_state, set_random_state
 from saqcli.algorithms.searchers import SearchImages, SearchProblem
 from saqcli.errors import Interrupted
 from saqcli.quant import calibrate, convert
@@ -19,7 +20,6 @@ from saqcli.quant.convert import Scheme
 from saqcli.quant.cost import Budget, cost_model
 from saqcli.quant.space import Candidates, SearchSpace, parse_rule, search_space
 from saqcli.quant.trace import trace
-from saqcli.workflows.random_state import random_state, set_random_state
 from tests import tiny
 from tests.spaces import budget_within, random_space
 

@@ -25,7 +25,7 @@ ALLOWED = {
 }
 # Plugins of one family do not know each other; these files are what they share.
 FAMILIES = {
-    "algorithms/minimizers": {"batches", "look_ahead", "sharpness_aware"},
+    "algorithms/minimizers": {"batches", "look_ahead", "passes", "sharpness_aware"},
     "algorithms/searchers": {
         "problem",
         "knapsack",

@@ -8,6 +8,7 @@ import math
 
 from torch import Tensor
 
+from saqcli import ranks
 from saqcli.errors import TrainingDiverged
 
 LARGEST_LOSS = 100.0  # times ln(classes), the loss of guessing; no network that learns is near it
@@ -21,7 +22,10 @@ def check_step(loss: Tensor, *norms: Tensor) -> None:
     """
     values = [loss.item(), *(norm.item() for norm in norms)]
     if not all(map(math.isfinite, values)):
-        raise TrainingDiverged(f"the loss is {values[0]:g} and cannot be descended: {_advice()}")
+        what = f"the loss is {values[0]:g}"
+        if math.isfinite(values[0]):
+            what += " but its gradient is not finite"
+        raise TrainingDiverged(f"{what} and cannot be descended: {_advice()}")
 
 
 def check_epoch(loss: float, classes: int) -> None:
@@ -31,7 +35,7 @@ def check_epoch(loss: float, classes: int) -> None:
         TrainingDiverged: it is not finite, or absurd.
     """
     if not loss <= LARGEST_LOSS * math.log(max(classes, 2)):
-        raise TrainingDiverged(f"the validation loss has become {loss:g}: {_advice()}")
+        raise ranks.agreed(TrainingDiverged(f"the validation loss has become {loss:g}: {_advice()}"))
 
 
 def _advice() -> str:

@@ -1,15 +1,16 @@
 """The only loops over batches: one epoch of training, one pass of evaluation."""
 
-import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from saqcli import ranks
 from saqcli.algorithms.minimizers import Minimizer
-from saqcli.algorithms.objective import Objective, as_chunks
-from saqcli.errors import DataError, TrainingDiverged
+from saqcli.algorithms.objective import Objective
+from saqcli.algorithms.steps import Setbacks, Stepper, out_of_memory
+from saqcli.errors import DataError, DeviceMemoryError, TrainingDiverged
 from saqcli.progress import Task
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, C, H, W) and labels (N,)
@@ -65,6 +66,19 @@ class Meter:
         self.right1 += int(best[:, 0].sum())
         self.right5 += int(best.sum())
 
+    def add(self, other: "Meter") -> None:
+        """Count what ``other`` has counted."""
+        self.images += other.images
+        self.skipped += other.skipped
+        self.loss += other.loss
+        self.right1 += other.right1
+        self.right5 += other.right5
+
+    def over_ranks(self) -> "Meter":
+        """What all ranks have counted."""
+        images, skipped, loss, right1, right5 = ranks.totals(*vars(self).values())
+        return Meter(int(images), int(skipped), loss, int(right1), int(right5))
+
     def score(self) -> Score:
         """Means over everything counted so far."""
         count = max(self.images, 1)
@@ -80,6 +94,7 @@ def evaluate(
     *,
     device: torch.device,
     keep: list[Tensor] | None = None,
+    shared: bool = False,
 ) -> Score:
     """Accuracy and loss of ``predict``.
 
@@ -89,22 +104,50 @@ def evaluate(
         task: told about every batch.
         device: of the images that ``predict`` gets.
         keep: filled with the best class of every counted image, in order.
+        shared: all ranks call this, and each looks at its part of the batches. Every rank gets the score of all, bit
+            for bit what one process would find.
 
     Raises:
         DataError: not one readable image.
+        DeviceMemoryError: not even one image fits in memory.
     """
-    meter = Meter()
+    meters: list[Meter] = []
+    so_far = Meter()
     with torch.inference_mode():
-        for images, labels in batches:
-            logits = predict(images.to(device, non_blocking=True)).cpu()
+        for images, labels in ranks.share(batches) if shared else batches:
+            logits = in_parts(predict, images.to(device, non_blocking=True)).cpu()
             labels = labels.cpu()
-            meter.update(logits, labels)
+            meters.append(Meter())
+            meters[-1].update(logits, labels)
+            so_far.add(meters[-1])
             if keep is not None:
                 keep.append(logits[labels >= 0].argmax(1))
-            task.advance(images=len(labels), top1=100 * meter.right1 / max(meter.images, 1))
-    if not meter.images:
+            task.advance(images=len(labels), top1=100 * so_far.right1 / max(so_far.images, 1))
+    if shared and ranks.count() > 1:
+        so_far = Meter()
+        for counts in ranks.interleaved(ranks.gathered([vars(meter) for meter in meters])):
+            so_far.add(Meter(**counts))
+    if not so_far.images:
         raise DataError("not one image could be read: there is nothing to evaluate")
-    return meter.score()
+    return so_far.score()
+
+
+def in_parts(predict: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """``predict(images)``, of halves and halves of these where memory does not suffice for more.
+
+    Raises:
+        DeviceMemoryError: nor for a single image.
+    """
+    try:
+        return predict(images)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    if len(images) == 1:
+        raise DeviceMemoryError(
+            "out of memory with a single image: free memory, or give a smaller --input-size or network"
+        )
+    return torch.cat([in_parts(predict, half) for half in images.tensor_split(2)])
 
 
 @dataclass
@@ -120,7 +163,8 @@ class EpochSettings:
             stops.
         after_skip: called once batches done before an interruption are passed over; puts the random state
             back.
-        micro_batch: most images in one forward pass; gradients accumulate over those of a chunk. None for no limit.
+        setbacks: so far, and how many images are in one forward pass; gradients accumulate over those of a chunk.
+        note: told about setbacks.
     """
 
     objective: Objective
@@ -128,7 +172,8 @@ class EpochSettings:
     sharpness_batch: int
     after_step: Callable[[int], None]
     after_skip: Callable[[], None] = lambda: None
-    micro_batch: int | None = None
+    setbacks: Setbacks = field(default_factory=Setbacks)
+    note: Callable[[str], None] = lambda _: None
 
 
 def train_epoch(
@@ -140,7 +185,7 @@ def train_epoch(
     meter: Meter,
     skip: int = 0,
 ) -> Score:
-    """One pass over ``batches``; loss and accuracy are those of the unperturbed model in training mode.
+    """One pass over ``batches``; loss and accuracy are those of the unperturbed model in training mode, over all ranks.
 
     Args:
         model: wrapped, quantizers installed.
@@ -148,13 +193,17 @@ def train_epoch(
         batches: training images and labels.
         task: told about every step.
         settings: the rest.
-        meter: counts on.
+        meter: counts on, the images of this rank.
         skip: batches to pass over without a step: those done before an interruption.
 
     Raises:
-        TrainingDiverged: the loss is no finite number.
+        TrainingDiverged: the loss is no finite number, in many steps in a row.
+        DeviceMemoryError: out of memory, however small the micro-batches.
     """
     model.train()
+    step = Stepper(
+        model, minimizer, settings.objective, settings.sharpness_batch, settings.setbacks, settings.note
+    )
     for index, (images, labels) in enumerate(batches):
         if index < skip:
             if index == skip - 1:
@@ -162,16 +211,13 @@ def train_epoch(
             continue
         images = images.to(settings.device, non_blocking=True)
         labels = labels.to(settings.device, non_blocking=True)
-        pieces = settings.objective.pieces(
-            model, images, labels, settings.sharpness_batch, settings.micro_batch
-        )
         try:
-            minimizer.step(as_chunks(pieces))
+            pieces = step(images, labels)
         except TrainingDiverged as error:
             raise TrainingDiverged(f"step {index + 1} of this epoch: {error}") from None
-        for piece in itertools.chain(*pieces):
+        for piece in pieces:
             meter.update(*piece.counted())
         so_far = meter.score()
         task.advance(images=len(labels), loss=so_far.loss, top1=so_far.top1)
         settings.after_step(index + 1)
-    return meter.score()
+    return meter.over_ranks().score()

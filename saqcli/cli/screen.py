@@ -1,30 +1,34 @@
 """What a person sees: progress on stderr, the answer on stdout, one line for an error.
 
 On a terminal progress is a live line with a bar, figures, images per second and the time left; elsewhere it
-is a plain line now and then; under ``--json`` and ``--quiet`` it is nothing.
+is a plain line now and then; under ``--json`` and ``--quiet`` it is nothing. Of several processes that torchrun started
+the first one alone speaks, but for errors that another has by itself.
 """
 
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from io import StringIO
 from typing import Any, ParamSpec
 
 import typer
 
-from saqcli.errors import SaqError
+from saqcli.errors import ConfigError, SaqError, StoppedElsewhere
 from saqcli.progress import SILENT, Progress, Task
 
 SECONDS_BETWEEN_LINES = 10.0  # of plain progress
+TOGETHER = {"quantize_command", "search_command", "eval_command"}  # several processes work as one
 
 P = ParamSpec("P")
 
 
 def progress_for(*, json_output: bool, quiet: bool) -> Progress:
     """Where a command's progress goes."""
-    if json_output or quiet:
+    if json_output or quiet or _rank():
         return SILENT
     return _Live() if sys.stderr.isatty() else _Plain()
 
@@ -40,7 +44,13 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            _check_started(command.__name__)
+            with redirect_stdout(StringIO()) if _rank() else nullcontext():
+                command(*args, **kwargs)
+        except StoppedElsewhere as error:
+            if not _rank():
+                _complain(str(error))
+            raise typer.Exit(error.exit_code) from None
         except SaqError as error:
             _complain(str(error))
             raise typer.Exit(error.exit_code) from None
@@ -61,7 +71,24 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _complain(message: str) -> None:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    who = f"process {_rank()}: " if _rank() else ""
+    typer.echo(f"error: {who}{' '.join(message.split())}", err=True)
+
+
+def _check_started(command: str) -> None:
+    """Refuse several processes where a command has work for one.
+
+    Raises:
+        ConfigError: says what to do.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command not in TOGETHER:
+        verb = command.removesuffix("_command")
+        raise ConfigError(f"`saq {verb}` works in one process: start it without torchrun")
+
+
+def _rank() -> int:
+    """Of this process among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _figures(figures: dict[str, float]) -> str:

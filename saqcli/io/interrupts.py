@@ -1,13 +1,24 @@
 """Stopping between two steps: Ctrl-C and SIGTERM ask, the loop finishes its step, saves, and says how to go
 on.
 
-A second Ctrl-C stops at once.
+A second Ctrl-C stops at once. Where several processes work as one, torchrun ends all by SIGTERM when one has failed. No
+Python code runs in a process that waits inside NCCL for one that is gone, so that a thread is told of the signal too,
+and ends a process that does not answer.
 """
 
+import os
 import signal
+import socket
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
+
+from saqcli import ranks
+
+SECONDS_TO_ANSWER = 5.0
+SECONDS_BETWEEN_LOOKS = 0.1
 
 
 class StopRequest:
@@ -41,7 +52,34 @@ def deferred_interrupts() -> Iterator[StopRequest]:
         yield request
         return
     try:
-        yield request
+        with _answered(request) if ranks.count() > 1 else nullcontext():
+            yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _answered(request: StopRequest) -> Iterator[None]:
+    """Within the context this process ends if it gets SIGTERM and cannot note it."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(ours, request), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        theirs.close()
+
+
+def _watch(pipe: socket.socket, request: StopRequest) -> None:
+    """Runs in a thread of its own; the system writes the number of every signal into ``pipe``."""
+    with pipe:
+        while number := pipe.recv(1):
+            waited = 0.0
+            while number[0] == signal.SIGTERM and not request.signal:
+                if waited >= SECONDS_TO_ANSWER:
+                    os._exit(128 + signal.SIGTERM)
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                waited += SECONDS_BETWEEN_LOOKS

@@ -8,20 +8,22 @@ generators along, and a resumed run would then differ from an uninterrupted one.
 """
 
 import os
-import random
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from traceback import clear_frames
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from saqcli.errors import DataError
+from saqcli import ranks
+from saqcli.errors import ConfigError, DataError
 from saqcli.io.data import Split, subset
 from saqcli.io.images import ImageSet, ImageStream, Unreadable
 from saqcli.io.preprocessing import Preprocessing
+from saqcli.io.seeds import seed_everything
+from saqcli.io.shares import EvaluationShare, TrainingShare
 from saqcli.io.transforms import CROP_SCALE, Augmentation, image_transform
 from saqcli.progress import Progress
 
@@ -66,13 +68,11 @@ class Loader:
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next pass that of ``epoch``: seeds the global generators from (seed, epoch, rank)."""
-        sampler = self._inner.sampler
-        seed_everything(self._seed, epoch, getattr(sampler, "rank", 0))
-        if hasattr(sampler, "set_epoch"):  # a distributed sampler, which shuffles from a seed of its own
-            sampler.seed = self._seed
-            sampler.set_epoch(epoch)
+        seed_everything(self._seed, epoch, ranks.index())
         if self._streamed:
             self._inner.dataset.source.set_epoch(epoch)
+        elif isinstance(self._inner.batch_sampler.sampler, TrainingShare):
+            self._inner.batch_sampler.sampler.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass.
@@ -103,6 +103,20 @@ class Loader:
                 "lower --workers or --batch-size, or give --workers 0"
             ) from error
 
+    def part(self, rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every ``count``-th batch of a pass, from number ``rank`` on; the images of the others are not read, unless
+        they come in a stream."""
+        if self._streamed or count == 1:
+            yield from islice(self, rank, None, count)
+            return
+        batches = self._inner.batch_sampler
+        whole = batches.sampler
+        batches.sampler = EvaluationShare(whole, batches.batch_size, rank, count)
+        try:
+            yield from self
+        finally:
+            batches.sampler = whole
+
     @property
     def _streamed(self) -> bool:
         return isinstance(self._inner.dataset, torch.utils.data.IterableDataset)
@@ -121,14 +135,14 @@ def make_loader(
     drop_last: bool = False,
     limit: int | None = None,
     crop_scale: tuple[float, float] = CROP_SCALE,
-    distributed: bool = False,
+    shared: bool = True,
 ) -> Loader:
     """A loader of ``split``: shuffled for training, in order otherwise.
 
     Args:
         split: left as it is.
         preprocessing: of the network.
-        batch_size: images a batch, on this process.
+        batch_size: images a batch, on all ranks together.
         training: shuffle, and let the next image stand in for one that is skipped.
         augmentation: see ``image_transform``; ``none`` is the evaluation view, in training too.
         workers: processes that read; 0 reads in this one.
@@ -137,8 +151,8 @@ def make_loader(
         drop_last: leave out the last batch if it is short; of a stream, training always does.
         limit: at most this many images: a ``subset``, or the beginning of a stream.
         crop_scale: see ``image_transform``.
-        distributed: share the images out among the processes of the default group; evaluation then sees a few
-            twice, so that all have equally many.
+        shared: in training each rank gets its slice of every batch; otherwise, and in evaluation (see ``part``), all
+            get everything.
 
     Raises:
         DataError: not one batch, or a network that reads neither grey nor colour images.
@@ -157,7 +171,6 @@ def make_loader(
         mean=preprocessing.mean,
         std=preprocessing.std,
         num_workers=workers,
-        distributed=distributed,
         pin_memory=on_device,
         device=device,
         use_prefetcher=on_device,
@@ -169,6 +182,8 @@ def make_loader(
     if isinstance(dataset, ImageSet):
         # timm always drops the last batch in training; the batch sampler alone decides, and has not run yet.
         batches.batch_sampler.drop_last = drop_last
+        if training and shared and ranks.count() > 1:
+            _share_out(batches.batch_sampler, split, batch_size, seed)
     else:
         dataset.source.set_loader_cfg(num_workers=workers)
     loader = Loader(batches, name=split.name, device=device, seed=seed, limit=limit)
@@ -178,6 +193,31 @@ def make_loader(
             f"give --batch-size {max(1, split.images)} or less, or more data"
         )
     return loader
+
+
+def _share_out(batches: Any, split: Split, batch_size: int, seed: int) -> None:
+    """Let a batch sampler give this rank's slice of every batch."""
+    check_shared(batch_size)
+    if split.images < batch_size:
+        raise DataError(
+            f"{split.name} has {split.images} images, not one whole batch of {batch_size} to share out among "
+            f"{ranks.count()} processes: give a smaller --batch-size"
+        )
+    batches.sampler = TrainingShare(split.images, batch_size, ranks.index(), ranks.count(), seed)
+    batches.batch_size, batches.drop_last = batch_size // ranks.count(), True
+
+
+def check_shared(batch_size: int) -> None:
+    """Refuse a batch that the processes cannot share equally.
+
+    Raises:
+        ConfigError: it is no multiple of their number.
+    """
+    if batch_size % ranks.count():
+        raise ConfigError(
+            f"--batch-size {batch_size} is for all {ranks.count()} processes together and cannot be shared equally: "
+            f"give a multiple of {ranks.count()}"
+        )
 
 
 def _ready(split: Split, preprocessing: Preprocessing, *, training: bool) -> ImageSet | ImageStream:
@@ -237,17 +277,6 @@ def read_all(loader: Loader, progress: Progress, purpose: str) -> list[tuple[Ten
     if not batches:
         raise DataError(f"not one image could be read: there is nothing to {purpose}")
     return batches
-
-
-def seed_everything(seed: int, epoch: int = 0, rank: int = 0) -> None:
-    """Seed the global generators of Python, NumPy and torch (all devices) from (seed, epoch, rank).
-
-    A ``SeedSequence`` mixes the three, so that (1, 0) and (0, 1) have nothing in common.
-    """
-    state = np.random.SeedSequence((seed, epoch, rank)).generate_state(3, np.uint64)
-    random.seed(int(state[0]))
-    np.random.seed(int(state[1]) % 2**32)
-    torch.manual_seed(int(state[2]))
 
 
 def default_workers(preprocessing: Preprocessing) -> int:

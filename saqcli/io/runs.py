@@ -12,7 +12,6 @@ report.md         what a person reads first
 .lock             which process is at work here, while one is
 """
 
-import json
 import shlex
 import shutil
 import sys
@@ -22,41 +21,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
-from saqcli.config import RunConfig
+from saqcli import ranks
+from saqcli.config import RunConfig, first_difference
 from saqcli.errors import Interrupted, RunDirectoryError, SaqError
 from saqcli.io.checkpoints import CheckpointFile
 from saqcli.io.files import make_folder, remove_unfinished, write_text
 from saqcli.io.locks import Lock
 from saqcli.io.machine import versions
+from saqcli.io.manifest import RunManifest
+from saqcli.io.metrics import Metrics
 from saqcli.io.weights import sha256_of
 from saqcli.strict import parse_json
 
-
-class RunManifest(BaseModel):
-    """Who made this run directory, from what, and how it ended. This is ``manifest.json``.
-
-    Attributes:
-        command: as typed.
-        verb: the command of saq.
-        status: ``running`` also after a crash.
-        started: UTC.
-        versions: of saq and of what its numbers depend on.
-        artifacts: relative path to SHA-256.
-        results: the figures that ``saq quantize`` printed.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    schema_version: Literal[1] = 1
-    command: list[str]
-    verb: str = "quantize"
-    status: Literal["running", "interrupted", "failed", "finished"]
-    started: str
-    versions: dict[str, str]
-    artifacts: dict[str, str] = {}
-    results: dict[str, Any] = {}
+_FILES = [  # beside manifest.json
+    *("config.json", "policy.json", "metrics.jsonl", "report.md", "search.json"),
+    *("policy.png", "policy.svg", "pareto.json", "pareto.csv", "pareto.png", "pareto.svg"),
+]
 
 
 class RunDirectory:
@@ -71,7 +51,7 @@ class RunDirectory:
         self.onnx_path = path / "artifacts" / "model.onnx"
         self.report_path = path / "report.md"
         self.search_path = path / "search.json"
-        self.metrics_path = path / "metrics.jsonl"
+        self._metrics = Metrics(path / "metrics.jsonl")
         self._checkpoint = CheckpointFile(self.checkpoint_path)
         self._search_state = CheckpointFile(path / "checkpoints" / "search.ckpt")
         self._lock = Lock(path)
@@ -105,21 +85,25 @@ class RunDirectory:
                 other files, another process is at work in it, or it cannot be written.
         """
         run = cls(path, verb)
-        run.check_usable(resume=resume, overwrite=overwrite)
-        make_folder(path)
-        run._lock.take(note)
-        try:
-            run._open(config, resume=resume, overwrite=overwrite)
-        except BaseException:
-            run._lock.release()
-            raise
+
+        def start() -> None:
+            run._check_usable(resume=resume, overwrite=overwrite)
+            make_folder(path)
+            run._lock.take(note)
+            try:
+                run._open(config, resume=resume, overwrite=overwrite)
+            except BaseException:
+                run._lock.release()
+                raise
+
+        ranks.from_first(start)
         return run
 
     def _open(self, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
         """Once it is locked: what ``start`` does."""
-        there = self.check_usable(resume=resume, overwrite=overwrite)
-        for folder in (self.path, self.path / "checkpoints", self.path / "artifacts"):
-            remove_unfinished(folder)
+        there = self._check_usable(resume=resume, overwrite=overwrite)
+        for folder in ("", "checkpoints", "artifacts"):
+            remove_unfinished(self.path / folder)
         if there and not resume:
             self._clear()
         if not there or not resume or not (self.path / "config.json").is_file():
@@ -142,6 +126,9 @@ class RunDirectory:
         Raises:
             RunDirectoryError: as ``start``.
         """
+        return ranks.from_first(lambda: self._check_usable(resume=resume, overwrite=overwrite))
+
+    def _check_usable(self, *, resume: bool, overwrite: bool) -> bool:
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(f"{self.path} is a file: give another --run-dir")
         entries = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
@@ -165,6 +152,20 @@ class RunDirectory:
         """Whether starting over would lose anything."""
         there = self._checkpoint.exists() or self._search_state.exists() or self.search_path.exists()
         return there or self.manifest().status in ("finished", "running")
+
+    def check_same_settings(self, config: RunConfig) -> None:
+        """Refuse to go on with a run under other settings.
+
+        Raises:
+            RunDirectoryError: names the first setting that differs.
+        """
+        there = (self.path / "config.json").is_file()
+        difference = first_difference(self.config(), config) if there else None
+        if difference:
+            raise RunDirectoryError(
+                f"{self.path} was started with other settings ({difference}): give the same ones to --resume, "
+                "or start anew with --overwrite"
+            )
 
     def manifest(self) -> RunManifest:
         """What ``manifest.json`` says."""
@@ -195,7 +196,7 @@ class RunDirectory:
             self._lock.release()
 
     def _note_end(self, status: Literal["interrupted", "failed"]) -> None:
-        """Where the reason for the end is that nothing can be written, that is what is told."""
+        """Unless nothing can be written, which is told then."""
         with suppress(SaqError):
             self._update(status=status)
 
@@ -205,6 +206,8 @@ class RunDirectory:
 
     def finish(self, results: dict[str, Any]) -> None:
         """Note the results and the hashes of all artifacts, and that the run is finished."""
+        if not ranks.first():
+            return
         paths = sorted(path for path in (self.path / "artifacts").glob("*") if not path.name.startswith("."))
         hashes = {path.relative_to(self.path).as_posix(): sha256_of(path) for path in paths}
         self._update(status="finished", results=results, artifacts=hashes)
@@ -215,14 +218,9 @@ class RunDirectory:
         Raises:
             RunDirectoryError: it cannot be written.
         """
-        self._check_there()
-        try:
-            with self.metrics_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise RunDirectoryError(
-                f"{self.metrics_path} cannot be written: {error.strerror}; then {self.how_to_resume()}"
-            ) from None
+        if ranks.first():
+            self._check_there()
+            self._writing(lambda: self._metrics.append(values))
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint by ``state``, tensors and plain values only, and keep the one before; the metrics so
@@ -231,9 +229,8 @@ class RunDirectory:
         Raises:
             RunDirectoryError: it cannot be written; what was there is as it was.
         """
-        there = self.metrics_path.is_file()
-        metrics = self.metrics_path.read_text(encoding="utf-8") if there else ""
-        self._save(self._checkpoint, {**state, "metrics": metrics})
+        if ranks.first():
+            self._save(self._checkpoint, {**state, "metrics": self._metrics.text()})
 
     def load_checkpoint(self, note: Callable[[str], None] = lambda _: None) -> dict[str, Any] | None:
         """The last checkpoint that is whole, on the CPU, or None if there is none.
@@ -244,28 +241,34 @@ class RunDirectory:
         Raises:
             RunDirectoryError: none is whole.
         """
-        return self._checkpoint.load(note)
+        return ranks.from_first(lambda: self._checkpoint.load(note))
 
     def restore_metrics(self, state: dict[str, Any] | None) -> None:
         """Let ``metrics.jsonl`` say what it said when ``state`` was saved: what came after is done again."""
-        write_text(self.metrics_path, (state or {}).get("metrics", ""))
+        if ranks.first():
+            self._metrics.restore((state or {}).get("metrics", ""))
 
     def save_search(self, state: dict[str, Any]) -> None:
         """Replace the state of the search under way, tensors and plain values only, and keep the one before."""
-        self._save(self._search_state, state)
+        if ranks.first():
+            self._save(self._search_state, state)
 
     def load_search(self, note: Callable[[str], None] = lambda _: None) -> dict[str, Any] | None:
         """The state of a search that was stopped, or None; as ``load_checkpoint``."""
-        return self._search_state.load(note)
+        return ranks.from_first(lambda: self._search_state.load(note))
 
     def end_search(self) -> None:
         """The search is done: its state is not needed any more."""
-        self._search_state.remove()
+        if ranks.first():
+            self._search_state.remove()
 
     def _save(self, file: CheckpointFile, state: dict[str, Any]) -> None:
         self._check_there()
+        self._writing(lambda: file.save(state))
+
+    def _writing(self, write: Callable[[], None]) -> None:
         try:
-            file.save(state)
+            write()
         except RunDirectoryError as error:
             raise RunDirectoryError(f"{error}; once that is mended, {self.how_to_resume()}") from None
 
@@ -283,6 +286,8 @@ class RunDirectory:
             raise RunDirectoryError(f"{self.path / name} cannot be read: {error}") from None
 
     def _update(self, **changes: Any) -> None:
+        if not ranks.first():
+            return
         manifest = self.manifest().model_copy(update=changes)
         write_text(self.path / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
 
@@ -290,7 +295,5 @@ class RunDirectory:
         """Remove what a run wrote, and nothing else."""
         for name in ("checkpoints", "artifacts"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in ("policy.json", "metrics.jsonl", "report.md", "config.json", "search.json"):
-            (self.path / name).unlink(missing_ok=True)
-        for name in ("policy.png", "policy.svg", "pareto.json", "pareto.csv", "pareto.png", "pareto.svg"):
+        for name in _FILES:
             (self.path / name).unlink(missing_ok=True)

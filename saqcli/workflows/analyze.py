@@ -14,12 +14,13 @@ from typing import Any
 from saqcli.algorithms.instruments import INSTRUMENTS, Reading, Session, Settings
 from saqcli.config import ModelSection
 from saqcli.errors import ConfigError, Interrupted, RunDirectoryError
+from saqcli.io.distributed import pick_device
 from saqcli.io.interrupts import deferred_interrupts
 from saqcli.progress import SILENT, Progress
 from saqcli.workflows.analysis_files import AGAINST, AnalysisFolder, SubjectFacts, facts_of
 from saqcli.workflows.optimization import default_rho
 from saqcli.workflows.pictures import draw
-from saqcli.workflows.setup import named_data, pick_device
+from saqcli.workflows.setup import named_data
 from saqcli.workflows.subjects import Opened, View, check_target, open_subject
 
 SECONDS_BETWEEN_SAVES = 5.0

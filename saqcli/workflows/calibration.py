@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
+from saqcli import ranks
 from saqcli.config import RunConfig
 from saqcli.io.loaders import Loader
 from saqcli.progress import Progress
@@ -18,8 +19,10 @@ from saqcli.workflows.setup import Images, Network
 def calibrate(
     network: Network, images: Images, config: RunConfig, progress: Progress
 ) -> dict[str, InputStatistics]:
-    """What the inputs of all layers look like on a few training images."""
-    return observe(network.model, _told("calibrating", images.calibration(), progress), config.run.seed)
+    """What the inputs of all layers look like on a few training images; the first rank looks for all."""
+    return ranks.from_first(
+        lambda: observe(network.model, _told("calibrating", images.calibration(), progress), config.run.seed)
+    )
 
 
 def _told(title: str, loader: Loader, progress: Progress) -> Iterator[Tensor]:
@@ -60,7 +63,7 @@ def install_quantizers(
         correct(network.model, batches, biases=wanted.correct_bias, norms=wanted.recalibrate_bn)
     if wanted.weight_normalization and not wanted.recalibrate_bn:
         # As training sees them: without its augmentation running statistics are others, and accuracy is lower.
-        loader = images.training(limit=config.data.calibration_images)
+        loader = images.training(limit=config.data.calibration_images, shared=False)
         loader.set_epoch(0)
         settle_batch_norms(network.model, _told("settling batch norms", loader, progress))
     return network.model

@@ -11,11 +11,12 @@ from typing import Any
 from safetensors.torch import save_file
 
 from saqcli.config import RunConfig, resolve
+from saqcli.io.distributed import pick_device
 from saqcli.io.files import replacing
-from saqcli.io.loaders import seed_everything
+from saqcli.io.seeds import seed_everything
 from saqcli.progress import Progress
 from saqcli.workflows.quantize import quantize
-from saqcli.workflows.setup import Images, load_float, pick_device
+from saqcli.workflows.setup import Images, load_float
 from saqcli.workflows.short_training import in_float, train
 
 MODEL = "saq/resnet20"

@@ -4,14 +4,19 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from saqcli import ranks
 from saqcli.algorithms.training import Score, evaluate
 from saqcli.config import DataSection, ModelSection
+from saqcli.errors import ConfigError
 from saqcli.io.data import check_trained_on
+from saqcli.io.distributed import process_group, started_by_torchrun
 from saqcli.io.loaders import Loader
-from saqcli.progress import Progress
+from saqcli.progress import SILENT, Progress
 from saqcli.workflows.bench import Bench, BenchSettings, bench_target
 from saqcli.workflows.predictors import Predictor, open_target
-from saqcli.workflows.setup import open_named, pick_device, validation_loader
+from saqcli.workflows.setup import open_named, validation_loader
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ def evaluate_target(
     if bench is None:
         return _accuracy(target, section, data, device, progress)
     bench.check()
+    if started_by_torchrun():
+        raise ConfigError("--bench measures one process: start it without torchrun")
     if data.path is None:
         return Evaluation(target, None, bench=bench_target(target, section, bench, progress))
     found = _accuracy(target, section, data, device, progress)
@@ -79,17 +86,31 @@ def evaluate_target(
 def _accuracy(
     target: str, section: ModelSection, data: DataSection, device: str, progress: Progress
 ) -> Evaluation:
-    predictor = open_target(target, section, pick_device(device), progress)
-    split = open_named(data, "val", predictor.num_classes)
-    if predictor.facts is not None:
-        check_trained_on(split, predictor.facts.class_names, predictor.num_classes, predictor.name)
-    loader = validation_loader(split, predictor.preprocessing, data, predictor.device)
+    with process_group(device) as own:
+        return _on(own, target, section, data, progress if ranks.first() else SILENT)
+
+
+def _on(
+    device: torch.device, target: str, section: ModelSection, data: DataSection, progress: Progress
+) -> Evaluation:
+    """Each rank on its own device, with its part of the images."""
+    predictor, loader = ranks.together(lambda: _opened(device, target, section, data, progress))
     start = time.perf_counter()
     score = score_predictor(predictor, loader, progress)
     return Evaluation(predictor.name, score, score.images / (time.perf_counter() - start))
 
 
+def _opened(
+    device: torch.device, target: str, section: ModelSection, data: DataSection, progress: Progress
+) -> tuple[Predictor, Loader]:
+    predictor = open_target(target, section, device, progress)
+    split = open_named(data, "val", predictor.num_classes)
+    if predictor.facts is not None:
+        check_trained_on(split, predictor.facts.class_names, predictor.num_classes, predictor.name)
+    return predictor, validation_loader(split, predictor.preprocessing, data, predictor.device)
+
+
 def score_predictor(predictor: Predictor, loader: Loader, progress: Progress) -> Score:
-    """Accuracy of a predictor over a loader."""
-    with progress.task("evaluating", len(loader)) as task:
-        return evaluate(predictor.predict, loader, task, device=predictor.device)
+    """Accuracy of a predictor over a loader, by all ranks together."""
+    with progress.task("evaluating", len(loader) // ranks.count()) as task:
+        return evaluate(predictor.predict, loader, task, device=predictor.device, shared=True)

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from saqcli import ranks
 from saqcli.algorithms.searchers import SEARCHERS, Found, Searcher, SearchProblem
 from saqcli.algorithms.searchers.problem import NO_IMAGES, Memory
 from saqcli.config import RunConfig
 from saqcli.errors import ConfigError
+from saqcli.io.distributed import pick_device
 from saqcli.progress import Progress
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibrate import InputStatistics
@@ -25,7 +27,7 @@ from saqcli.workflows.optimization import make_optimizer, search_training
 from saqcli.workflows.profile import layer_rows
 from saqcli.workflows.proxy import open_proxy
 from saqcli.workflows.search_images import search_images
-from saqcli.workflows.setup import Images, Network, pick_device
+from saqcli.workflows.setup import Images, Network
 from saqcli.workflows.trainable import check_trains
 
 
@@ -179,6 +181,9 @@ def find_bits(config: RunConfig, posed: Posed, memory: Memory) -> Searched:
     searcher, problem = make_searcher(config), replace(posed.problem, memory=memory)
     start = time.perf_counter()
     found = searcher.search(problem)
+    found = replace(
+        found, choice=ranks.from_first(lambda: found.choice)
+    )  # in case that their processors differ
     searched = Searched(config.quantization.searcher, time.perf_counter() - start, found, posed)
     problem.progress.note(f"{searched.searcher} found {searched.cost} in {searched.seconds:.0f} s")
     return searched

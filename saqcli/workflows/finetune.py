@@ -12,7 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from saqcli import ranks
 from saqcli.algorithms.divergence import check_epoch
+from saqcli.algorithms.random_state import random_state, set_random_state
+from saqcli.algorithms.steps import Setbacks
 from saqcli.algorithms.training import EpochSettings, Meter, evaluate, train_epoch
 from saqcli.config import RunConfig
 from saqcli.errors import Interrupted
@@ -20,7 +23,6 @@ from saqcli.io.interrupts import deferred_interrupts
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.workflows.optimization import make_minimizer, make_objective, make_optimizer, make_schedule
-from saqcli.workflows.random_state import random_state, set_random_state
 from saqcli.workflows.setup import Images
 
 
@@ -65,7 +67,13 @@ def finetune(
             minimizer.load_state_dict(state["minimizer"])
         if average:
             average.load_state_dict(state["average"])
-    meter = Meter(**state.get("meter", {}))
+    own = state.get("ranks", [])
+    own = (
+        own[ranks.index()] if len(own) == ranks.count() else {}
+    )  # otherwise other processes go on with the run
+    meter = Meter(**own.get("meter", {}))
+    setbacks = Setbacks(training.micro_batch, patience=training.skip_steps)
+    vars(setbacks).update(state.get("setbacks", {}))
     objective = make_objective(training, images.device, num_classes, teacher)
     saved_at = time.monotonic()
 
@@ -74,15 +82,16 @@ def finetune(
         def save(epoch: int, step: int) -> None:
             """Leave a checkpoint, and stop if a signal asked to."""
             nonlocal saved_at
-            state.update(model=model.state_dict(), optimizer=optimizer.state_dict(), meter=vars(meter))
+            state.update(model=model.state_dict(), optimizer=optimizer.state_dict(), setbacks=vars(setbacks))
             state.update(minimizer=minimizer.state_dict(), average=average and average.state_dict())
-            state.update(position={"epoch": epoch, "step": step}, random=random_state())
+            state.update(position={"epoch": epoch, "step": step})
+            state.update(ranks=ranks.gathered({"random": random_state(), "meter": vars(meter)}))
             run.save_checkpoint(state)
             saved_at = time.monotonic()
-            if stop.signal:
-                raise Interrupted(
-                    f"stopped as asked, the work so far is saved: {run.how_to_resume()}", stop.exit_code
-                )
+            if ranks.any_of(bool(stop.signal)):
+                number = max(ranks.gathered(stop.exit_code))
+                message = f"stopped as asked, the work so far is saved: {run.how_to_resume()}"
+                raise ranks.agreed(Interrupted(message, number))
 
         for epoch in range(position["epoch"], training.epochs):
             done = position["step"] if epoch == position["epoch"] else 0
@@ -94,8 +103,8 @@ def finetune(
                 schedule.step_update(epoch * len(loader) + step)
                 if average:
                     average.update(model, epoch * len(loader) + step)
-                due = time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes
-                if stop.signal or due:
+                due = ranks.first() and time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes
+                if ranks.any_of(due or bool(stop.signal)):
                     save(epoch, step)
 
             settings = EpochSettings(
@@ -103,8 +112,9 @@ def finetune(
                 device=images.device,
                 sharpness_batch=training.sharpness_batch,
                 after_step=after_step,
-                after_skip=lambda: set_random_state(state["random"]),
-                micro_batch=training.micro_batch,
+                after_skip=lambda: set_random_state(own["random"]) if own else None,
+                setbacks=setbacks,
+                note=progress.note,
             )
             loader.set_epoch(epoch)
             with progress.task(f"epoch {epoch + 1} of {training.epochs}", len(loader)) as task:
@@ -113,15 +123,17 @@ def finetune(
             validation = images.validation()
             judged = average.module if average else model.eval()
             with progress.task("evaluating", len(validation)) as task:
-                score = evaluate(judged, validation, task, device=images.device)
-            check_epoch(score.loss, len(images.val.class_names))
-            run.log(phase="train", epoch=epoch + 1, lr=lr, **asdict(trained))
+                score = evaluate(judged, validation, task, device=images.device, shared=True)
+            check_epoch(score.loss, num_classes)
+            run.log(phase="train", epoch=epoch + 1, lr=lr, **asdict(trained), steps_skipped=setbacks.skipped)
             run.log(phase="val", epoch=epoch + 1, **asdict(score))
             progress.note(
                 f"epoch {epoch + 1}: loss {trained.loss:.3f}, training {trained.top1:.2f} %, "
                 f"validation {score.top1:.2f} %"
+                + (f", {setbacks.skipped} steps left out" if setbacks.skipped else "")
             )
             meter.clear()
+            setbacks.skipped = 0
             save(epoch + 1, 0)
     if average:
         model.load_state_dict(average.state_dict())

@@ -13,8 +13,8 @@ from saqcli.algorithms.training import Score
 from saqcli.config import DataSection, ModelSection, ProxySection, RunConfig
 from saqcli.errors import PolicyMismatch
 from saqcli.io.folders import find_images, find_split
-from saqcli.io.loaders import seed_everything
 from saqcli.io.models import LoadedModel
+from saqcli.io.seeds import seed_everything
 from saqcli.progress import Progress
 from saqcli.workflows.bits import float_policy
 from saqcli.workflows.optimization import search_training

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from saqcli import ranks
 from saqcli._version import __version__
 from saqcli.algorithms.exporters import ModelFacts
 from saqcli.algorithms.exporters.safetensors import restore_structure
@@ -24,8 +25,9 @@ from saqcli.algorithms.minimizers import MINIMIZERS
 from saqcli.algorithms.training import Score, evaluate
 from saqcli.config import RunConfig
 from saqcli.errors import ConfigError, RunDirectoryError
+from saqcli.io.distributed import process_group, restarted
 from saqcli.io.files import write_text
-from saqcli.io.loaders import Loader
+from saqcli.io.loaders import Loader, check_shared
 from saqcli.io.machine import library_versions
 from saqcli.io.models import build_architecture
 from saqcli.io.preprocessing import Preprocessing
@@ -44,7 +46,7 @@ from saqcli.workflows.optimization import check_training
 from saqcli.workflows.outcome import Outcome
 from saqcli.workflows.report import write_report
 from saqcli.workflows.search import keep_search, search_and_stop
-from saqcli.workflows.setup import Images, Network, check_same, load_float, pick_device, wrap_and_trace
+from saqcli.workflows.setup import Images, Network, load_float, wrap_and_trace
 from saqcli.workflows.trainable import check_trains
 from saqcli.workflows.verdict import verdict_path
 
@@ -70,14 +72,24 @@ def quantize(
         SaqError: anything the user can act on; work done so far stays in ``run_dir``.
     """
     check(config)
-    device = pick_device(config.run.device)
+    with process_group(config.run.device) as device:
+        check_shared(config.data.batch_size)
+        return _on(device, config, run_dir, resume, overwrite, progress if ranks.first() else SILENT)
+
+
+def _on(
+    device: torch.device, config: RunConfig, run_dir: Path, resume: bool, overwrite: bool, progress: Progress
+) -> Outcome:
+    """Each rank on its own device."""
     run = RunDirectory(run_dir)
+    if restarted() and run.check_usable(resume=True, overwrite=False):
+        resume = True  # the processes of a run that is under way were started again
     run.check_usable(resume=resume, overwrite=overwrite)
     state = run.load_checkpoint(progress.note) if resume else None
-    if resume and (run_dir / "config.json").is_file():
-        check_same(run.config(), config, run_dir)
+    if resume:
+        ranks.from_first(lambda: run.check_same_settings(config))
     if state is None:
-        network, images = prepare(config, device, progress)
+        network, images = ranks.together(lambda: prepare(config, device, progress))
         if config.training.epochs:
             check_trains(network.model, network.name, network.loaded.preprocessing, config)
     run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite, note=progress.note)
@@ -170,7 +182,8 @@ def choose_bits(
     """The policy that was given, or the one that the searcher finds under the budget; kept in the run."""
     policy = given_policy(config.quantization, network)
     if policy is not None:
-        write_text(run.policy_path, policy.to_json())
+        if ranks.first():
+            write_text(run.policy_path, policy.to_json())
         return policy, Budget()
     searched = search_and_stop(config, pose(config, network, images, statistics, progress), run)
     keep_search(searched, config, run)
@@ -203,6 +216,8 @@ def complete(
     else:
         outcome.score = outcome.calibrated_score
     run.log(phase="quantized", **asdict(outcome.score))
+    if not ranks.first():
+        return outcome  # the first one writes the files
     batches = open_images(config, facts, torch.device("cpu")).validation(config.data.verify_images)
     for style, path in (("safetensors", run.safetensors_path), ("qdq", run.onnx_path)):
         verdict = export_verified(model, facts, path, style, batches, len(batches), progress)
@@ -227,10 +242,10 @@ def _teacher(config: RunConfig, device: torch.device, progress: Progress) -> nn.
 
 
 def score(model: nn.Module, loader: Loader, title: str, device: torch.device, progress: Progress) -> Score:
-    """Accuracy of ``model`` in eval mode."""
+    """Accuracy of ``model`` in eval mode, by all ranks together."""
     model.eval()
-    with progress.task(title, len(loader)) as task:
-        return evaluate(model, loader, task, device=device)
+    with progress.task(title, len(loader) // ranks.count()) as task:
+        return evaluate(model, loader, task, device=device, shared=True)
 
 
 def describe(

@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 
+from saqcli import ranks
 from saqcli._version import __version__
 from saqcli.algorithms.searchers.supernet import Scorer, Supernet
 from saqcli.algorithms.training import evaluate
 from saqcli.config import RunConfig
 from saqcli.errors import ConfigError
+from saqcli.io.distributed import process_group, restarted
 from saqcli.io.files import write_text
 from saqcli.io.interrupts import deferred_interrupts
+from saqcli.io.loaders import check_shared
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import SILENT, Progress
 from saqcli.workflows.bits import check_bits
@@ -34,10 +37,8 @@ from saqcli.workflows.search_memory import SearchMemory
 from saqcli.workflows.setup import (
     Images,
     Network,
-    check_same,
     load_float,
     named_data,
-    pick_device,
     wrap_and_trace,
 )
 
@@ -66,14 +67,26 @@ def search(
         SaqError: anything the user can act on; a search under way stays in ``run_dir``.
     """
     check_search(config)
-    device = pick_device(config.run.device)
+    with process_group(config.run.device) as device:
+        check_shared(config.data.batch_size)
+        return _on(device, config, run_dir, resume, overwrite, progress if ranks.first() else SILENT)
+
+
+def _on(
+    device: torch.device, config: RunConfig, run_dir: Path, resume: bool, overwrite: bool, progress: Progress
+) -> dict[str, Any]:
+    """Each rank on its own device."""
     run = RunDirectory(run_dir, "search")
+    if restarted() and run.check_usable(resume=True, overwrite=False):
+        resume = True  # the processes of a search that is under way were started again
     there = run.check_usable(resume=resume, overwrite=overwrite)
     if resume and there:
-        check_same(run.config(), config, run_dir)
-        if run.manifest().status == "finished":
-            return run.manifest().results
-    posed = pose(config, *prepare_search(config, device, progress), None, progress)
+        ranks.from_first(lambda: run.check_same_settings(config))
+        done = ranks.from_first(run.manifest)
+        if done.status == "finished":
+            return done.results
+    prepared = ranks.together(lambda: prepare_search(config, device, progress))
+    posed = pose(config, *prepared, None, progress)
     run = RunDirectory.start(
         run_dir, config, resume=resume, overwrite=overwrite, verb="search", note=progress.note
     )
@@ -134,12 +147,16 @@ def keep_search(searched: Searched, config: RunConfig, run: RunDirectory) -> dic
     """Write policy, figures and pictures; what ``--json`` prints."""
     costs = searched.posed.problem.space.costs
     results = searched.to_dict()
+    count, widths = config.search.pareto, config.quantization.candidates
+    front = pareto(searched, count, widths) if count else None
+    if not ranks.first():
+        return results
     write_text(run.policy_path, searched.policy.to_json())
     files = draw_policy(
         searched.policy, costs, run.path / "policy", f"{searched.policy.model}, {searched.searcher}"
     )
-    if config.search.pareto:
-        files += write_front(pareto(searched, config.search.pareto, config.quantization.candidates), run.path)
+    if front is not None:
+        files += write_front(front, run.path)
     artifacts = {"policy": str(run.policy_path), "search": str(run.search_path)}
     results |= {"run_dir": str(run.path), "artifacts": artifacts | {path.name: str(path) for path in files}}
     kept = {"schema_version": 1, "saq_version": __version__, **results}

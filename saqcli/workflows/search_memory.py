@@ -4,10 +4,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from saqcli import ranks
+from saqcli.algorithms.random_state import random_state, set_random_state
 from saqcli.errors import Interrupted
 from saqcli.io.interrupts import StopRequest
 from saqcli.io.runs import RunDirectory
-from saqcli.workflows.random_state import random_state, set_random_state
 
 
 class SearchMemory:
@@ -41,7 +42,8 @@ class SearchMemory:
         kept = self.run.load_search(self._note)
         if kept is None:
             return None
-        self._random = kept["random"]
+        randoms = kept["ranks"]
+        self._random = randoms[ranks.index()] if len(randoms) == ranks.count() else None
         state: dict[str, Any] = kept["search"]
         return state
 
@@ -51,10 +53,10 @@ class SearchMemory:
         Raises:
             Interrupted: a signal asked to stop.
         """
-        due = time.monotonic() - self._saved_at > 60 * self.minutes
-        if not due and not self.stop.signal:
+        due = ranks.first() and time.monotonic() - self._saved_at > 60 * self.minutes
+        if not ranks.any_of(due or bool(self.stop.signal)):
             return
-        self.run.save_search({"search": state(), "random": random_state()})
+        self.run.save_search({"search": state(), "ranks": ranks.gathered(random_state())})
         self._saved_at = time.monotonic()
         self.check()
 
@@ -64,11 +66,10 @@ class SearchMemory:
         Raises:
             Interrupted: one did.
         """
-        if self.stop.signal:
-            raise Interrupted(
-                f"stopped as asked, the search so far is saved: {self.run.how_to_resume()}",
-                self.stop.exit_code,
-            )
+        if ranks.any_of(bool(self.stop.signal)):
+            number = max(ranks.gathered(self.stop.exit_code))
+            message = f"stopped as asked, the search so far is saved: {self.run.how_to_resume()}"
+            raise ranks.agreed(Interrupted(message, number))
 
     def restore_random(self) -> None:
         """Put the random numbers back to where they were when the state was kept."""

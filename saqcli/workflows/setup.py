@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from saqcli.config import DataSection, ModelSection, RunConfig, first_difference
+from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.io.data import Split, check_same_classes, open_split
 from saqcli.io.loaders import Loader, calibration_loader, default_workers, make_loader
@@ -49,22 +49,6 @@ class Network:
     def name(self) -> str:
         """Its canonical name."""
         return self.loaded.name
-
-
-def pick_device(asked: str) -> torch.device:
-    """``auto`` is the GPU where there is one.
-
-    Raises:
-        ConfigError: no such device here.
-    """
-    if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(asked)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise ConfigError(f"--device {asked} is not to be had here: use cpu, or leave it away") from None
-    return device
 
 
 def load_float(section: ModelSection, progress: Progress, *, new_head: bool = False) -> LoadedModel:
@@ -168,8 +152,11 @@ class Images:
         split = open_named(section, "train", num_classes)
         return cls(split, split, preprocessing, section, device, seed)
 
-    def training(self, limit: int | None = None) -> Loader:
-        """Shuffled and augmented, ``limit`` images at most; call ``set_epoch`` before each pass."""
+    def training(self, limit: int | None = None, *, shared: bool = True) -> Loader:
+        """Shuffled and augmented, ``limit`` images at most; call ``set_epoch`` before each pass.
+
+        Each rank gets its share of every batch, or all of it where it is not ``shared``.
+        """
         wanted = self.section.augmentation
         return make_loader(
             self.train,
@@ -185,6 +172,7 @@ class Images:
             drop_last=limit is None and self.train.images >= self.section.batch_size,
             limit=limit,
             crop_scale=self.section.crop_scale,
+            shared=shared,
         )
 
     def calibration(self) -> Loader:
@@ -251,17 +239,3 @@ def is_small(preprocessing: Preprocessing) -> bool:
 def workers_of(section: DataSection, preprocessing: Preprocessing) -> int:
     """How many processes read images."""
     return default_workers(preprocessing) if section.workers is None else section.workers
-
-
-def check_same(before: RunConfig, now: RunConfig, run_dir: Path) -> None:
-    """Refuse to go on with a run under other settings.
-
-    Raises:
-        ConfigError: names the first setting that differs.
-    """
-    difference = first_difference(before, now)
-    if difference:
-        raise ConfigError(
-            f"{run_dir} was started with other settings ({difference}): give the same ones to --resume, "
-            "or start anew with --overwrite"
-        )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from saqcli.algorithms.steps import Setbacks
 from saqcli.algorithms.training import EpochSettings, Meter, Score, train_epoch
 from saqcli.config import TrainingSection
 from saqcli.progress import SILENT, Progress
@@ -41,6 +42,7 @@ def train(
     schedule = make_schedule(optimizer, training, len(loader))
     minimizer = make_minimizer(model, optimizer, training, max(images.preprocessing.input_size[1:]))
     objective = make_objective(training, images.device, num_classes)
+    setbacks = Setbacks(training.micro_batch, patience=training.skip_steps)
     score = Score()
     for epoch in range(training.epochs):
 
@@ -52,7 +54,8 @@ def train(
             device=images.device,
             sharpness_batch=training.sharpness_batch,
             after_step=after_step,
-            micro_batch=training.micro_batch,
+            setbacks=setbacks,
+            note=progress.note,
         )
         after_step(0)
         loader.set_epoch(epoch)

@@ -9,11 +9,11 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from saqcli.algorithms.random_state import random_state, set_random_state
 from saqcli.config import RunConfig
 from saqcli.errors import UnsupportedModel
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.quant.layers import frozen_batch_stats
-from saqcli.workflows.random_state import random_state, set_random_state
 
 
 def check_trains(model: nn.Module, name: str, preprocessing: Preprocessing, config: RunConfig) -> None:

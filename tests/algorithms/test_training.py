@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from networks import CLASSES, NETWORKS, images, quantize, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.algorithms.minimizers import MINIMIZERS, Chunk
+from saqcli.algorithms.minimizers import MINIMIZERS, Chunk, Passes
 from saqcli.algorithms.minimizers.qat import QAT
 from saqcli.algorithms.minimizers.saq import SAQ
 from saqcli.algorithms.objective import Objective
+from saqcli.algorithms.steps import Setbacks
 from saqcli.algorithms.training import EpochSettings, Meter, Score, evaluate, train_epoch
 from saqcli.errors import DataError, TrainingDiverged
 from saqcli.progress import Task
@@ -178,10 +180,16 @@ class Recorder:
         self.losses: list[float] = []
 
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
+        return self.update(self.gradients(chunks))
+
+    def gradients(self, chunks: Sequence[Chunk]) -> Passes:
         values = [loss() * share for chunk in chunks for loss, share in chunk]
         self.shares.append([[micro_batch.share for micro_batch in chunk] for chunk in chunks])
         self.losses.append(sum(value.item() for value in values))
-        return torch.stack(values).sum().detach()
+        return Passes(torch.stack(values).sum().detach(), [], [])
+
+    def update(self, passes: Passes) -> Tensor:
+        return passes.loss
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -204,7 +212,7 @@ def test_a_chunk_is_cut_into_micro_batches() -> None:
     model = quantize(NETWORKS["token_mlp"]).model
     recorder = Recorder()
     wanted = settings(8)
-    wanted.micro_batch = 3
+    wanted.setbacks.micro_batch = 3
     ((x, labels),) = batches(1)
     train_epoch(model, recorder, [(x, labels)], Watch(), wanted, Meter())
 
@@ -289,10 +297,10 @@ def test_a_loss_that_is_no_number_stops_training_before_anything_is_saved() -> N
     data[1][0].fill_(math.nan)
     base = torch.optim.SGD(model.parameters(), lr=0.01)
 
-    with pytest.raises(TrainingDiverged, match=r"step 2 of this epoch: the loss is nan"):
-        train_epoch(
-            model, SAQ(model, base, rho=0.1), data, Watch(), settings(after_step=heard.append), Meter()
-        )
+    at_once = replace(settings(after_step=heard.append), setbacks=Setbacks(patience=0))
+
+    with pytest.raises(TrainingDiverged, match=r"step 2 of this epoch: .* the loss is nan"):
+        train_epoch(model, SAQ(model, base, rho=0.1), data, Watch(), at_once, Meter())
     assert heard == [1]
 
 

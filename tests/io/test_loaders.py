@@ -15,8 +15,9 @@ from PIL import Image
 from saqcli.errors import ConfigError, DataError
 from saqcli.io.data import Split, open_split
 from saqcli.io.images import LEFT_OUT, ImageSet, ImageStream, decode
-from saqcli.io.loaders import Loader, calibration_loader, default_workers, make_loader, seed_everything
+from saqcli.io.loaders import Loader, calibration_loader, default_workers, make_loader
 from saqcli.io.preprocessing import Preprocessing
+from saqcli.io.seeds import seed_everything
 from saqcli.io.transforms import image_transform
 
 MakeClasses = Callable[[Path, Mapping[str, int]], Path]

@@ -12,6 +12,7 @@ from torch import Tensor
 from saqcli.algorithms.minimizers.asaq import ASAQ
 from saqcli.algorithms.minimizers.batches import Chunk, MicroBatch
 from saqcli.algorithms.minimizers.case1 import Case1
+from saqcli.algorithms.minimizers.passes import Passes
 from saqcli.algorithms.minimizers.qat import QAT
 from saqcli.algorithms.minimizers.sam import SAM
 from saqcli.algorithms.minimizers.saq import SAQ
@@ -21,7 +22,17 @@ class Minimizer(Protocol):
     """Moves the weights once per call."""
 
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
-        """One update over all chunks; returns the mean loss at the unperturbed weights."""
+        """One update over all chunks; returns the mean loss at the unperturbed weights: both that follow."""
+
+    def gradients(self, chunks: Sequence[Chunk]) -> Passes:
+        """All passes over the images; weights and own state are left as they are, gradients in the parameters."""
+
+    def update(self, passes: Passes) -> Tensor:
+        """The step that these passes ask for, with their mean over all ranks; returns the mean loss.
+
+        Raises:
+            TrainingDiverged: it cannot be made, and nothing was changed.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What it carries from step to step beside the base optimizer's state; tensors and plain values."""
@@ -38,4 +49,4 @@ MINIMIZERS: dict[str, Callable[..., Minimizer]] = {
     "asaq": ASAQ,
 }
 
-__all__ = ["MINIMIZERS", "Chunk", "MicroBatch", "Minimizer"]
+__all__ = ["MINIMIZERS", "Chunk", "MicroBatch", "Minimizer", "Passes"]

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saqcli import ranks
+
 ROUNDING = 1e-5  # g_v below this fraction of g_s is what rounding left of equal gradients
 
 
@@ -36,7 +38,8 @@ class LookAhead:
     @torch.no_grad()
     def remember(self, plain: Sequence[Tensor]) -> None:
         """``plain`` is g of this rank, a tensor a parameter; g_s of all ranks stands in the parameters' ``grad``."""
-        plain = _over_ranks(plain)
+        plain = [gradient.clone() for gradient in plain]
+        ranks.average(plain)
         ascended = [_gradient(p) for p in self.parameters]
         ratio = _dot(plain, ascended) / _dot(plain, plain).clamp_min(torch.finfo(torch.float32).tiny)
         beside = [g_s - ratio * g for g_s, g in zip(ascended, plain, strict=True)]
@@ -65,16 +68,6 @@ class LookAhead:
         if kept is not None:
             kept = [value.to(p.device) for value, p in zip(kept, self.parameters, strict=True)]
         self._direction = kept
-
-
-def _over_ranks(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Their mean over the data-parallel ranks, which is what a backward pass leaves."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return gradients
-    flat = torch.cat([g.flatten() for g in gradients]) / torch.distributed.get_world_size()
-    torch.distributed.all_reduce(flat)
-    parts = torch.split(flat, [g.numel() for g in gradients])
-    return [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -6,23 +6,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saqcli.algorithms.divergence import check_step
 from saqcli.algorithms.minimizers.batches import Chunk, accumulate
+from saqcli.algorithms.minimizers.passes import Passes, agree
 
 
 class QAT:
     """Descends on the loss at the quantized weights."""
 
     def __init__(self, model: nn.Module, base: torch.optim.Optimizer) -> None:
+        self.model = model
         self.base = base
 
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
-        """One update; gradients of the chunks add up by their shares."""
+        """One update."""
+        return self.update(self.gradients(chunks))
+
+    def gradients(self, chunks: Sequence[Chunk]) -> Passes:
+        """Gradients of the chunks add up by their shares."""
         self.base.zero_grad()
-        total = torch.stack([accumulate(chunk) for chunk in chunks]).sum()
-        check_step(total)
+        return Passes(torch.stack([accumulate(chunk) for chunk in chunks]).sum(), [], [])
+
+    def update(self, passes: Passes) -> Tensor:
+        """The base optimizer's step."""
+        loss = agree(self.model, self.base, passes).loss
         self.base.step()
-        return total
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing beside the base optimizer's."""

@@ -20,9 +20,9 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from saqcli.algorithms.divergence import check_step
 from saqcli.algorithms.minimizers.batches import Chunk, accumulate
 from saqcli.algorithms.minimizers.look_ahead import LookAhead
+from saqcli.algorithms.minimizers.passes import Passes, agree
 from saqcli.algorithms.options import check_choice, check_count, check_number
 from saqcli.algorithms.sharpness import (
     PERTURBED,
@@ -92,28 +92,29 @@ class SharpnessAware:
 
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
         """One update; every chunk is perturbed by its own gradient."""
+        return self.update(self.gradients(chunks))
+
+    def gradients(self, chunks: Sequence[Chunk]) -> Passes:
+        """Both passes over every chunk, or the plain one between two ascents; gradients are left in the parameters."""
         self.base.zero_grad()
-        ascending = self.done % self.interval == 0
-        if ascending:
-            total, norms, plain = self._ascend(chunks)
-        else:
-            total, norms, plain = torch.stack([accumulate(chunk) for chunk in chunks]).sum(), [], []
-        check_step(total, *norms)
-        if self.look_ahead and ascending:
-            self.look_ahead.remember(plain)
+        if self.done % self.interval == 0:
+            return self._ascend(chunks)
+        return Passes(torch.stack([accumulate(chunk) for chunk in chunks]).sum(), [], [])
+
+    def update(self, passes: Passes) -> Tensor:
+        """The base optimizer's step, with what the last ascent added where that is gone on with."""
+        passes = agree(self.model, self.base, passes)
+        if self.look_ahead and passes.ascended:
+            self.look_ahead.remember(passes.plain)
         elif self.look_ahead:
             self.look_ahead.add()
         self.base.step()
         self.done += 1
-        return total
+        return passes.loss
 
-    def _ascend(self, chunks: Sequence[Chunk]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Both passes over every chunk; gradients at the perturbed points are left in the parameters.
-
-        Returns:
-            The loss at the weights; norms that must be finite; the gradients at the weights where the look-ahead wants
-            them.
-        """
+    def _ascend(self, chunks: Sequence[Chunk]) -> Passes:
+        """Both passes; gradients at the perturbed points are left in the parameters, those at the weights given back
+        where the look-ahead wants them."""
         losses, norms = [], []
         also = self.look_ahead.parameters if self.look_ahead else []
         plain: Gradients = []
@@ -129,7 +130,7 @@ class SharpnessAware:
             losses.append(loss * share)
             norms += [perturbation.norm, perturbed_loss]
         known = [torch.zeros_like(p) if g is None else g for p, g in zip(also, plain, strict=True)]
-        return torch.stack(losses).sum(), norms, known
+        return Passes(torch.stack(losses).sum(), norms, known, ascended=True)
 
     def _first_pass(self, chunk: Chunk, share: float) -> tuple[Tensor, Gradients]:
         """Mean loss of the chunk and its gradients to the perturbed set, then to what the look-ahead follows."""

@@ -1,14 +1,17 @@
 """SAMQ under way: supernet and controller in turns. The formulas stand in ``samq``."""
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from saqcli.algorithms.minimizers.batches import MicroBatch
+from saqcli import ranks
 from saqcli.algorithms.minimizers.saq import SAQ
+from saqcli.algorithms.objective import Objective
 from saqcli.algorithms.options import check_choice, check_count, check_flag, check_number
 from saqcli.algorithms.searchers.controller import ROUNDS, Controller, draw_within
 from saqcli.algorithms.searchers.cosine import CosineRates
@@ -17,9 +20,10 @@ from saqcli.algorithms.searchers.problem import Found, SearchProblem, remaining
 from saqcli.algorithms.searchers.reinforce import Baseline, Reinforce
 from saqcli.algorithms.searchers.sampling import FRONT_DRAWS, budget_logits, in_window, informed_logits
 from saqcli.algorithms.searchers.separable import relative_noise
-from saqcli.algorithms.searchers.sharp_cost import BatchLoss, SharpCost
+from saqcli.algorithms.searchers.sharp_cost import SharpCost
 from saqcli.algorithms.searchers.supernet import Scorer, Supernet, most_accurate, score_all
 from saqcli.algorithms.sharpness import RadiusUnit
+from saqcli.algorithms.steps import Setbacks, Stepper
 from saqcli.errors import ConfigError
 from saqcli.quant.cost import Budget
 
@@ -120,6 +124,10 @@ class Alternation:
         self.minimizer = SAQ(
             self.supernet.model, self.optimizer, rho=settings.rho, rho_unit=settings.rho_unit
         )
+        whole = Objective(F.cross_entropy)
+        self.stepper = Stepper(
+            self.supernet.model, self.minimizer, whole, sys.maxsize, Setbacks(), problem.progress.note
+        )
         self.reference = best_choice(problem.space, problem.budget, self.noise)
         self._rounds = ROUNDS if in_window(problem.space, problem.budget, self.reference) else 1  # of draws
         self.cost = SharpCost(
@@ -148,7 +156,7 @@ class Alternation:
 
     def _model_phase(self, epoch: int) -> None:
         batches, memory = self.problem.images.training, self.problem.memory
-        model = self.supernet.model.train()
+        self.supernet.model.train()
         steps = self.settings.epochs * len(batches)
         title = f"search epoch {epoch + 1} of {self.settings.epochs}, weights"
         with self.problem.progress.task(title, len(batches)) as task:
@@ -156,8 +164,8 @@ class Alternation:
             for index, (images, labels) in remaining(batches, epoch, self.step, memory):
                 self.rates.set((epoch * len(batches) + index) / steps)
                 self.supernet.select(self._draw())
-                loss = self.minimizer.step([[MicroBatch(BatchLoss(model, images, labels), 1.0)]])
-                task.advance(images=len(labels), loss=float(loss))
+                self.stepper(images.to(self.problem.device), labels.to(self.problem.device))
+                task.advance(images=len(labels), loss=self.stepper.loss)
                 self.epoch, self.phase, self.step = epoch, 0, index + 1
                 memory.offer(self._state)
 
@@ -169,7 +177,10 @@ class Alternation:
         with self.problem.progress.task(title, len(batches)) as task:
             task.advance(self.step)
             for index, batch in remaining(batches, epoch, self.step, memory):
-                parts = (torch.split(tensor, self.settings.reward_images) for tensor in batch)
+                size = max(
+                    1, self.settings.reward_images // ranks.count()
+                )  # of this rank, as often as without others
+                parts = (torch.split(tensor, size) for tensor in batch)
                 for part in zip(*parts, strict=True):
                     entropy = self._learn(*part)
                 mean, best, mega_bops = self._so_far()
@@ -185,7 +196,7 @@ class Alternation:
     def _learn(self, images: Tensor, labels: Tensor) -> float:
         """Draw, judge, learn; returns the entropy of a decision."""
         choice = self._draw()
-        cost = self.cost(choice, images, labels)
+        cost = ranks.mean(self.cost(choice, images, labels))
         if in_window(self.problem.space, self.problem.budget, choice):
             self.best = min(self.best or (cost, choice), (cost, choice))
         return self.learner.learn(choice, cost) / len(choice)
@@ -233,6 +244,7 @@ class Alternation:
             "model": self.supernet.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "minimizer": self.minimizer.state_dict(),
+            "setbacks": vars(self.stepper.setbacks),
             "learner": self.learner.state_dict(),
             "generator": self.generator.get_state(),
             "best": None if self.best is None else list(self.best),
@@ -243,6 +255,7 @@ class Alternation:
         self.supernet.model.load_state_dict(kept["model"])
         self.optimizer.load_state_dict(kept["optimizer"])
         self.minimizer.load_state_dict(kept["minimizer"])
+        vars(self.stepper.setbacks).update(kept["setbacks"])
         self.learner.load_state_dict(kept["learner"])
         self.generator.set_state(kept["generator"])
         self.best = None if kept["best"] is None else (kept["best"][0], kept["best"][1])

@@ -10,7 +10,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from saqcli import ranks
 from saqcli.algorithms.divergence import check_step
+from saqcli.algorithms.minimizers.passes import average_gradients, running_statistics
 from saqcli.algorithms.objective import cut
 from saqcli.algorithms.options import check_choice, check_count, check_flag, check_number
 from saqcli.algorithms.searchers.cosine import CosineRates
@@ -136,7 +138,7 @@ class Descent:
                 if index == count:
                     break
                 on_device = [tensor.to(problem.device) for tensor in (images, labels)]
-                for part in cut(on_device, self.settings.step_images):
+                for part in cut(on_device, max(1, self.settings.step_images // ranks.count())):
                     self.step(
                         BatchLoss(self.model, *part),
                         len(part[1]) / len(labels),
@@ -160,18 +162,22 @@ class Descent:
         with nullcontext() if weights else frozen_batch_stats(self.model):
             value, gradients = self.set.gradients(loss, also=learned)
         members, total = gradients[: -len(learned)], gradients[-len(learned) :]
-        gap = 0.0
         if self.settings.align == "sagm":
-            raised, above = self._raised(loss, members, value, learned)
-            gap = max(0.0, float(raised - value))
+            raised, norm, above = self._raised(loss, members, value, learned)
             total = add_up(add_up([], total, 0.5), above, 0.5)
         else:
-            check_step(value)
-        if logits:
-            count = len(self.logits)
-            total = [*total[:-count], *add_up(total[-count:], self._prices())]
+            raised, norm = value.clone(), torch.zeros_like(value)
         for parameter, gradient in zip(learned, total, strict=True):
             parameter.grad = gradient
+        average_gradients(
+            learned, [value, raised, norm, *(running_statistics(self.model) if weights else ())]
+        )
+        check_step(value, norm, raised)
+        gap = max(0.0, float(raised - value)) if self.settings.align == "sagm" else 0.0
+        if logits:
+            for parameter, price in zip(self.logits, self._prices(), strict=True):
+                if price is not None:
+                    parameter.grad = price if parameter.grad is None else parameter.grad + price
         if weights:
             self.optimizer.step()
         if logits:
@@ -181,8 +187,8 @@ class Descent:
 
     def _raised(
         self, loss: Callable[[], Tensor], members: Gradients, value: Tensor, learned: Sequence[Tensor]
-    ) -> tuple[Tensor, Gradients]:
-        """The loss at the perturbed point, and its gradients there."""
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        """The loss at the perturbed point, the norm that must be finite too, and the gradients there."""
         unit = self.set.ascent(members, 1.0, self.settings.rho_unit)
         factor = self.rho - self.settings.alignment * unit.norm  # of e in units of s**2 g / ||s g||
         weights, parameters = ([factor * e for e in part] for part in (unit.weights, unit.parameters))
@@ -190,8 +196,7 @@ class Descent:
         with moved, frozen_batch_stats(self.model), torch.enable_grad():
             raised = loss()
             above = torch.autograd.grad(raised, learned, allow_unused=True)
-        check_step(value, unit.norm, raised)
-        return raised.detach(), list(above)
+        return raised.detach(), unit.norm, list(above)
 
     def _prices(self) -> Gradients:
         """Gradients to the logits of what the mixtures cost."""

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saqcli import ranks
+from saqcli.algorithms.minimizers.passes import running_statistics
 from saqcli.algorithms.searchers.problem import Batch, Scored, SearchProblem
 from saqcli.algorithms.training import evaluate
 from saqcli.progress import SILENT
@@ -44,6 +46,7 @@ class Supernet:
             problem.images.whole.set_epoch(0)
             batches = islice(problem.images.whole, SETTLING)
             calibrate.settle_batch_norms(self.model, (images.to(problem.device) for images, _ in batches))
+            ranks.average(running_statistics(self.model))
         self._norms: list[list[SwitchableNorm]] = [[] for _ in decisions]
         self._layers = quantized_layers(self.model)
         self.select(self.choice)
@@ -152,7 +155,7 @@ class Scorer:
             self.supernet.select(choice)
             model, problem = self.supernet.model.eval(), self.supernet.problem
             with SILENT.task("", 0) as task:
-                score = evaluate(model, problem.images.scoring, task, device=problem.device)
+                score = evaluate(model, problem.images.scoring, task, device=problem.device, shared=True)
             self.scored[key] = Scored(key, problem.space.cost(choice), score.top1, score.loss)
         return self.scored[key]
 

@@ -1,0 +1,159 @@
+"""One training step that outlives what can go wrong in it.
+
+out of memory    the batch is passed over again in micro-batches of half the size, from the same random numbers and
+                 running statistics on: it is the step that the smaller size would have made from the start
+no number        a loss or gradient that is not finite: the step is left out, and after several in a row training ends
+
+In both cases nothing is left behind: weights, optimizer and running statistics are as before the step. All ranks do
+the same.
+"""
+
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from saqcli import ranks
+from saqcli.algorithms.minimizers import Minimizer
+from saqcli.algorithms.minimizers.passes import Passes
+from saqcli.algorithms.objective import Objective, Piece, as_chunks
+from saqcli.algorithms.random_state import random_state, set_random_state
+from saqcli.errors import DeviceMemoryError, TrainingDiverged
+
+PATIENCE = 10  # steps in a row that are left out before training ends
+SMALLEST = 2  # images of a micro-batch: a batch norm cannot use a single one
+
+
+@dataclass
+class Setbacks:
+    """What went wrong so far, as far as it matters for the steps to come; ``vars`` of it go into a checkpoint.
+
+    Attributes:
+        micro_batch: most images in one forward pass; None for no limit.
+        skipped: steps left out in this epoch.
+        in_row: steps left out since the last good one.
+        patience: of those, before training ends.
+    """
+
+    micro_batch: int | None = None
+    skipped: int = 0
+    in_row: int = 0
+    patience: int = PATIENCE
+
+
+class Stepper:
+    """Takes the steps of a model.
+
+    Attributes:
+        loss: of the last step, at the unperturbed weights.
+
+    Args:
+        model: wrapped, quantizers installed, in training mode.
+        minimizer: moves the weights.
+        objective: what is minimized.
+        sharpness_batch: most images that share one perturbation.
+        setbacks: so far; kept up to date.
+        note: told what went wrong.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        minimizer: Minimizer,
+        objective: Objective,
+        sharpness_batch: int,
+        setbacks: Setbacks,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.model, self.minimizer, self.objective = model, minimizer, objective
+        self.sharpness_batch, self.setbacks, self.note = sharpness_batch, setbacks, note
+        self.loss = math.nan
+
+    def __call__(self, images: Tensor, labels: Tensor) -> list[Piece]:
+        """One step on images (N, C, H, W) and labels (N,); its pieces, or none if it was left out.
+
+        Raises:
+            TrainingDiverged: too many in a row were left out.
+            DeviceMemoryError: not even the smallest micro-batch fits.
+        """
+        before = _Before(self.model)
+        while True:
+            pieces, passes = self._pass(images, labels)
+            if not ranks.any_of(passes is None):
+                break
+            pieces, passes = [], None
+            before.restore()
+            self._halve(len(labels))
+        assert passes is not None
+        try:
+            self.loss = float(self.minimizer.update(passes))
+        except TrainingDiverged as error:
+            before.restore(random=False)
+            self._leave_out(error)
+            return []
+        self.setbacks.in_row = 0
+        return [piece for chunk in pieces for piece in chunk]
+
+    def _pass(self, images: Tensor, labels: Tensor) -> tuple[list[list[Piece]], Passes | None]:
+        """All passes over the batch; None where memory ran out."""
+        try:
+            pieces = self.objective.pieces(
+                self.model, images, labels, self.sharpness_batch, self.setbacks.micro_batch
+            )
+            return pieces, self.minimizer.gradients(as_chunks(pieces))
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            return [], None
+
+    def _halve(self, images: int) -> None:
+        """Once the frames that held the tensors are gone."""
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        now = min(images, self.sharpness_batch, self.setbacks.micro_batch or images)
+        if now <= SMALLEST:
+            message = f"out of memory with {now} images at a time: give a smaller --input-size or network"
+            raise ranks.agreed(DeviceMemoryError(message))
+        self.setbacks.micro_batch = max(SMALLEST, -(-now // 2))
+        self.note(
+            f"out of memory: going on with micro-batches of {self.setbacks.micro_batch} images, whose gradients add up "
+            "(batch norms see that many at a time)"
+        )
+
+    def _leave_out(self, error: TrainingDiverged) -> None:
+        self.setbacks.skipped += 1
+        self.setbacks.in_row += 1
+        if self.setbacks.in_row > self.setbacks.patience:
+            message = f"{self.setbacks.in_row} steps in a row could not be taken: {error}"
+            raise ranks.agreed(TrainingDiverged(message)) from None
+        if self.setbacks.in_row == 1:
+            self.note(f"a step is left out: {error}")
+
+
+class _Before:
+    """What a step that fails half-way has changed already."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        self._random = random_state()
+
+    @torch.no_grad()
+    def restore(self, *, random: bool = True) -> None:
+        """Put it back; the random numbers only where the step is to be tried again."""
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
+        if random:
+            set_random_state(self._random)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is how torch says that memory has run out, on a GPU or a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )

@@ -1,0 +1,38 @@
+"""``metrics.jsonl``: one object a line, appended as a run goes, taken back to the last checkpoint on resuming."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from saqcli.errors import RunDirectoryError
+from saqcli.io.files import write_text
+
+
+class Metrics:
+    """The file at ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, values: dict[str, Any]) -> None:
+        """Add a line.
+
+        Raises:
+            RunDirectoryError: it cannot be written.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise RunDirectoryError(f"{self.path} cannot be written: {error.strerror}") from None
+
+    def text(self) -> str:
+        """What it says, to go with a checkpoint; nothing where it is not there or cannot be read."""
+        try:
+            return self.path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return ""
+
+    def restore(self, text: str) -> None:
+        """Let it say what it said at the checkpoint: what came after is done again."""
+        write_text(self.path, text)

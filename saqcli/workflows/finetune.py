@@ -67,11 +67,8 @@ def finetune(
             minimizer.load_state_dict(state["minimizer"])
         if average:
             average.load_state_dict(state["average"])
-    own = state.get("ranks", [])
-    own = (
-        own[ranks.index()] if len(own) == ranks.count() else {}
-    )  # otherwise other processes go on with the run
-    meter = Meter(**own.get("meter", {}))
+    own = own_part(state.get("ranks", []))
+    meter = Meter(**own["meter"])
     setbacks = Setbacks(training.micro_batch, patience=training.skip_steps)
     vars(setbacks).update(state.get("setbacks", {}))
     objective = make_objective(training, images.device, num_classes, teacher)
@@ -95,9 +92,9 @@ def finetune(
 
         for epoch in range(position["epoch"], training.epochs):
             done = position["step"] if epoch == position["epoch"] else 0
+            schedule.step_update(epoch * len(loader))
+            lr = optimizer.param_groups[0]["lr"]  # at the beginning of the epoch
             schedule.step_update(epoch * len(loader) + done)
-
-            lr = optimizer.param_groups[0]["lr"]
 
             def after_step(step: int, epoch: int = epoch) -> None:
                 schedule.step_update(epoch * len(loader) + step)
@@ -112,7 +109,7 @@ def finetune(
                 device=images.device,
                 sharpness_batch=training.sharpness_batch,
                 after_step=after_step,
-                after_skip=lambda: set_random_state(own["random"]) if own else None,
+                after_skip=lambda: set_random_state(own["random"]) if own["random"] else None,
                 setbacks=setbacks,
                 note=progress.note,
             )
@@ -137,6 +134,20 @@ def finetune(
             save(epoch + 1, 0)
     if average:
         model.load_state_dict(average.state_dict())
+
+
+def own_part(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What this rank goes on from: figures of the epoch so far, and random numbers.
+
+    Where another number of processes goes on with the run, the first takes over all figures, and random numbers are
+    drawn anew.
+    """
+    if len(parts) == ranks.count():
+        return parts[ranks.index()]
+    meter = Meter()
+    for part in parts if ranks.first() else ():
+        meter.add(Meter(**part["meter"]))
+    return {"meter": vars(meter), "random": None}
 
 
 class Average:

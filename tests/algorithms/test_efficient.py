@@ -1,8 +1,6 @@
 """Cheaper ascents, accumulation and data-parallel steps: each is compared with what it stands for."""
 
 import copy
-import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,45 +222,3 @@ def test_a_chunk_of_micro_batches_has_one_perturbation() -> None:
 
     assert len(seen) == 4
     assert all(torch.equal(a, b) for later in seen[1:] for a, b in zip(seen[0], later, strict=True))
-
-
-# Two ranks.
-
-
-PARALLEL = {"qat": {}, "saq": {"interval": 2}, "sam": {}, "asaq": {"interval": 2, "reuse": 0.5}}
-
-
-def rank(index: int, port: int, folder: str) -> None:
-    """One of two processes, each with half of every batch."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=index)
-    for method, options in PARALLEL.items():
-        model = trainable("conv_bn", torch.float64)
-        parallel = nn.parallel.DistributedDataParallel(model)
-        minimizer = make(method, model, sgd(model), **options)
-        for step in range(4):
-            x, labels = (half.chunk(2)[index] for half in batch(32, seed=step))
-            minimizer.step(one_chunk(loss_of(parallel, (x.double(), labels))))
-        weights = {name: p.detach() for name, p in model.named_parameters()}
-        torch.save(weights, f"{folder}/{method}-{index}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow  # two processes that import everything
-def test_two_ranks_agree_and_are_one_process_with_a_chunk_for_each(tmp_path: Path) -> None:
-    """Every rank ascends on its own shard; the descents are averaged."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(rank, (port, str(tmp_path)), nprocs=2)
-    for method, options in PARALLEL.items():
-        one, other = (torch.load(tmp_path / f"{method}-{i}.pt", weights_only=True) for i in range(2))
-        model = trainable("conv_bn", torch.float64)
-        minimizer = make(method, model, sgd(model), **options)
-        for step in range(4):
-            x, labels = batch(32, seed=step)
-            minimizer.step(chunks_of(model, (x.double(), labels), 16))
-
-        assert_bitwise_equal(list(one.items()), list(other.items()))
-        for name, value in model.named_parameters():
-            assert (value.detach() - one[name]).abs().max() < 1e-12, (method, name)

@@ -1,0 +1,120 @@
+"""Ranks that train together: what they hold after every step, and what one process would hold."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from networks import NETWORKS, quantize
+from steps import assert_bitwise_equal, batch, chunks_of, make, sgd, snapshot, trainable
+from test_setbacks import Small
+from torch.nn import functional as F
+
+from saqcli import ranks
+from saqcli.algorithms.objective import Objective
+from saqcli.algorithms.steps import Setbacks, Stepper
+from saqcli.algorithms.training import Meter, evaluate
+from saqcli.progress import SILENT
+from tests.joined import ranks_run
+
+METHODS: dict[str, dict[str, Any]] = {
+    "qat": {},
+    "saq": {"interval": 2},
+    "sam": {},
+    "case1": {},
+    "asaq": {"interval": 2, "reuse": 0.5},
+}
+STEPS, IMAGES = 4, 32
+CPU = torch.device("cpu")
+
+
+def train(method: str) -> dict[str, torch.Tensor]:
+    """The weights after a few steps of this rank on its slice of every batch."""
+    model = trainable("conv_bn", torch.float64)
+    base = sgd(model)
+    minimizer = make(method, model, base, **METHODS[method])
+    for step in range(STEPS):
+        x, labels = (part.chunk(ranks.count())[ranks.index()] for part in batch(IMAGES, seed=step))
+        minimizer.step(chunks_of(model, (x.double(), labels), len(labels)))
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def all_methods() -> dict[str, dict[str, torch.Tensor]]:
+    return {method: train(method) for method in METHODS}
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_ranks_agree_and_are_one_process_with_a_chunk_for_each(count: int) -> None:
+    """Every rank ascends on its own slice; the descents are averaged.
+
+    The sums of ``count`` gradients differ in their order alone: by ``count`` roundings of 2**-53 a step, which a step
+    of SGD with momentum 0.9 carries over to at most 10 times as much.
+    """
+    ends = ranks_run(count, all_methods)
+    tolerance = 10 * STEPS * count * 2**-53 * 100  # and the network's own condition, below 100
+    for method, options in METHODS.items():
+        for other in ends[1:]:
+            assert_bitwise_equal(list(ends[0][method].items()), list(other[method].items()))
+        model = trainable("conv_bn", torch.float64)
+        minimizer = make(method, model, sgd(model), **options)
+        for step in range(STEPS):
+            x, labels = batch(IMAGES, seed=step)
+            minimizer.step(chunks_of(model, (x.double(), labels), IMAGES // count))
+
+        for name, value in model.named_parameters():
+            off = float((value.detach() - ends[0][method][name]).abs().max())
+            assert off <= tolerance * max(1.0, float(value.detach().abs().max())), (method, name, off)
+
+
+def trouble(kind: str) -> tuple[list[tuple[str, torch.Tensor]], Setbacks, list[str]]:
+    """Steps in which one of two ranks has no memory, or no number."""
+    here = ranks.index()
+    model = Small(trainable("conv_bn"), 4 if kind == "memory" and here == 1 else 99)
+    base = sgd(model)
+    notes: list[str] = []
+    step = Stepper(model, make("saq", model, base), Objective(F.cross_entropy), 16, Setbacks(), notes.append)
+    for number in range(3):
+        x, labels = batch(16, seed=10 * number + here)
+        if kind == "number" and here == 0 and number == 1:
+            x[0] = math.nan
+        step(x, labels)
+    return snapshot(model, base), step.setbacks, notes
+
+
+def test_ranks_share_their_troubles() -> None:
+    """What one cannot do, none does; all hold the same afterwards."""
+    (one, setbacks, _), (other, _, notes) = ranks_run(2, trouble, "memory")
+    assert setbacks.micro_batch == 4
+    assert len(notes) == 2
+    assert_bitwise_equal(one, other)
+
+    (one, setbacks, notes), (other, _, _) = ranks_run(2, trouble, "number")
+    assert setbacks.skipped == 1
+    assert "a step is left out" in notes[0]
+    assert_bitwise_equal(one, other)
+
+
+def scored() -> tuple[dict[str, Any], dict[str, Any]]:
+    model = quantize(NETWORKS["conv_bn"]).model.eval()
+    data = [batch(size, seed=size) for size in (16, 16, 9, 16, 3)]
+    data[1][1][3] = -1  # an image that could not be read
+    with SILENT.task("", 0) as task:
+        return tuple(vars(evaluate(model, data, task, device=CPU, shared=shared)) for shared in (True, False))  # type: ignore[return-value]
+
+
+def test_evaluation_by_ranks_is_that_of_one_process_bit_for_bit() -> None:
+    found = ranks_run(3, scored)
+
+    assert {together["images"] for together, _ in found} == {59}
+    for together, alone in found:
+        assert together == alone
+
+
+def metered() -> dict[str, Any]:
+    meter = Meter(images=ranks.index() + 1, loss=0.5)
+    return vars(meter.over_ranks())
+
+
+def test_figures_of_training_are_those_of_all_ranks() -> None:
+    for found in ranks_run(2, metered):
+        assert (found["images"], found["loss"]) == (3, 1.0)

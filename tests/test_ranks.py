@@ -1,0 +1,125 @@
+"""What ranks tell each other, and what one of them does when another fails."""
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from saqcli import ranks
+from saqcli.errors import ConfigError, DataError, StoppedElsewhere
+from saqcli.io import interrupts
+from saqcli.io.interrupts import deferred_interrupts
+from tests.joined import ranks_run
+
+
+def outcome(call: Any) -> Any:
+    """What a call gives, or the class and the exit code of what it raises."""
+    try:
+        return call()
+    except (ConfigError, DataError, StoppedElsewhere) as error:
+        return type(error).__name__, error.exit_code
+
+
+def refuse(what: type[Exception] = ConfigError) -> None:
+    raise what("no")
+
+
+def everything() -> dict[str, Any]:
+    here = ranks.index()
+    tensors = [torch.full((3, 2), float(here)), torch.full((), 2.0 * here, dtype=torch.float64)]
+    ranks.average(tensors)
+    return {
+        "count": ranks.count(),
+        "first": ranks.first(),
+        "from_first": ranks.from_first(lambda: {"rank": here, "tensor": torch.tensor([1.5])}),
+        "refused_by_first": outcome(lambda: ranks.from_first(refuse)),
+        "together": outcome(lambda: ranks.together(lambda: here)),
+        "one_refuses": outcome(lambda: ranks.together(lambda: refuse(DataError) if here == 1 else None)),
+        "all_refuse": outcome(lambda: ranks.together(refuse)),
+        "gathered": ranks.gathered(f"rank {here}"),
+        "any": [ranks.any_of(here == 2), ranks.any_of(False)],
+        "totals": ranks.totals(here, 0.1),
+        "mean": ranks.mean(float(here)),
+        "averaged": [tensor.tolist() for tensor in tensors],
+        "shares": ranks.interleaved(ranks.gathered(list(ranks.share(range(7))))),
+    }
+
+
+def test_three_ranks_come_to_the_same() -> None:
+    found = ranks_run(3, everything)
+
+    told = ("StoppedElsewhere", 1)
+    for rank, seen in enumerate(found):
+        assert (seen["count"], seen["first"]) == (3, rank == 0)
+        assert seen["from_first"]["rank"] == 0
+        assert seen["from_first"]["tensor"].tolist() == [1.5]
+        assert seen["refused_by_first"] == (("ConfigError", 1) if rank == 0 else told)
+        assert seen["together"] == rank
+        assert seen["one_refuses"] == (("DataError", 1) if rank == 1 else told)
+        assert seen["all_refuse"] == (("ConfigError", 1) if rank == 0 else told)
+        assert seen["gathered"] == ["rank 0", "rank 1", "rank 2"]
+        assert seen["any"] == [True, False]
+        assert seen["totals"] == [3.0, pytest.approx(0.3)]
+        assert seen["mean"] == 1.0
+        assert seen["averaged"] == [[[1.0, 1.0]] * 3, 2.0]
+        assert seen["shares"] == list(range(7))
+
+
+def test_one_process_is_given_back_what_it_gives() -> None:
+    tensor = torch.tensor([2.0])
+    ranks.average([tensor])
+
+    assert (ranks.count(), ranks.index(), tensor.item()) == (1, 0, 2.0)
+    assert ranks.from_first(lambda: 3) == ranks.together(lambda: 3) == 3
+    assert ranks.gathered(4) == [4]
+    assert (ranks.any_of(True), ranks.any_of(False), ranks.totals(5.0)) == (True, False, [5.0])
+    assert list(ranks.share([1, 2, 3])) == [1, 2, 3]
+
+
+def test_large_tensors_are_averaged_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "BUCKET", 10)
+
+    def averaged() -> list[float]:
+        tensors = [torch.full((size,), float(ranks.index() + size)) for size in (1, 9, 10, 11, 25, 3)]
+        ranks.average(tensors)
+        return [tensor.unique().item() for tensor in tensors]
+
+    assert ranks_run(2, averaged) == [[size + 0.5 for size in (1, 9, 10, 11, 25, 3)]] * 2
+
+
+def _waiting() -> float:
+    """Rank 1 dies, the others wait for it."""
+    if ranks.index() == 1:
+        os._exit(7)
+    start = time.monotonic()
+    with pytest.raises(StoppedElsewhere):
+        ranks.totals(1.0)
+    return time.monotonic() - start
+
+
+def test_a_rank_that_dies_is_noticed_at_once() -> None:
+    with pytest.raises(AssertionError, match="rank 1: it ended with 7"):
+        ranks_run(3, _waiting)
+
+
+def _blocked() -> None:
+    """Rank 0 waits, where no Python code runs, for a rank that never comes; then it is asked to end."""
+    if ranks.index() == 1:
+        time.sleep(4)
+        return
+    with deferred_interrupts():
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        dist.barrier()
+
+
+def test_a_rank_that_waits_for_another_ends_within_seconds_of_sigterm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(interrupts, "SECONDS_TO_ANSWER", 1.0)
+    with pytest.raises(AssertionError, match="rank 0: it ended with 143"):
+        ranks_run(2, _blocked)

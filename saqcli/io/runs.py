@@ -22,41 +22,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from saqcli.config import RunConfig
 from saqcli.errors import Interrupted, RunDirectoryError, SaqError
 from saqcli.io.checkpoints import CheckpointFile
 from saqcli.io.files import make_folder, remove_unfinished, write_text
 from saqcli.io.locks import Lock
 from saqcli.io.machine import versions
+from saqcli.io.manifest import RunManifest, circumstances
 from saqcli.io.weights import sha256_of
 from saqcli.strict import parse_json
-
-
-class RunManifest(BaseModel):
-    """Who made this run directory, from what, and how it ended. This is ``manifest.json``.
-
-    Attributes:
-        command: as typed.
-        verb: the command of saq.
-        status: ``running`` also after a crash.
-        started: UTC.
-        versions: of saq and of what its numbers depend on.
-        artifacts: relative path to SHA-256.
-        results: the figures that ``saq quantize`` printed.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    schema_version: Literal[1] = 1
-    command: list[str]
-    verb: str = "quantize"
-    status: Literal["running", "interrupted", "failed", "finished"]
-    started: str
-    versions: dict[str, str]
-    artifacts: dict[str, str] = {}
-    results: dict[str, Any] = {}
 
 
 class RunDirectory:
@@ -124,8 +98,10 @@ class RunDirectory:
             self._clear()
         if not there or not resume or not (self.path / "config.json").is_file():
             write_text(self.path / "config.json", config.to_json())
+        now = circumstances(config.run.device)
         if there and resume:
-            self._update(status="running")
+            before = self.manifest().circumstances
+            self._update(status="running", circumstances=before + [now] * (not before or before[-1] != now))
             return
         manifest = RunManifest(
             command=sys.argv,
@@ -133,6 +109,7 @@ class RunDirectory:
             status="running",
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
+            circumstances=[now],
         )
         write_text(self.path / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
 

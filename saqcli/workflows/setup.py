@@ -13,6 +13,7 @@ from saqcli.config import DataSection, ModelSection, RunConfig, first_difference
 from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.io.data import Split, check_same_classes, open_split
 from saqcli.io.loaders import Loader, calibration_loader, default_workers, make_loader
+from saqcli.io.machine import chosen_device
 from saqcli.io.models import LoadedModel, ModelSpec, load_model
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.progress import Progress
@@ -57,10 +58,8 @@ def pick_device(asked: str) -> torch.device:
     Raises:
         ConfigError: no such device here.
     """
-    if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(asked)
+        device = torch.device(chosen_device(asked))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
         raise ConfigError(f"--device {asked} is not to be had here: use cpu, or leave it away") from None

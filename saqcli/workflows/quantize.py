@@ -37,6 +37,7 @@ from saqcli.quant.calibrate import InputStatistics
 from saqcli.quant.cost import Budget
 from saqcli.workflows.bits import budget_of, check_bits, given_policy, space_of
 from saqcli.workflows.calibration import calibrate, install_quantizers, scheme_of
+from saqcli.workflows.determinism import deterministic_if_asked
 from saqcli.workflows.export import export_verified
 from saqcli.workflows.find_bits import make_searcher, pose
 from saqcli.workflows.finetune import finetune
@@ -49,6 +50,7 @@ from saqcli.workflows.trainable import check_trains
 from saqcli.workflows.verdict import verdict_path
 
 
+@deterministic_if_asked
 def quantize(
     config: RunConfig,
     run_dir: Path,

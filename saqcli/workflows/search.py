@@ -26,6 +26,7 @@ from saqcli.io.runs import RunDirectory
 from saqcli.progress import SILENT, Progress
 from saqcli.workflows.bits import check_bits
 from saqcli.workflows.calibration import scheme_of
+from saqcli.workflows.determinism import deterministic_if_asked
 from saqcli.workflows.find_bits import Posed, Searched, find_bits, make_searcher, pose
 from saqcli.workflows.pareto import Front, find_front, write_front
 from saqcli.workflows.pictures.policy import draw_policy
@@ -42,6 +43,7 @@ from saqcli.workflows.setup import (
 )
 
 
+@deterministic_if_asked
 def search(
     config: RunConfig,
     run_dir: Path,

@@ -34,7 +34,7 @@ progress; its keys are in [formats.md](formats.md#what---json-prints). An error 
 | 0 | done |
 | 1 | an error that you can act on; the line says what was asked, what is true, what to do |
 | 2 | wrong usage: no such command or option |
-| 3 | an exported file does not equal the model; nothing was written under its name |
+| 3 | an exported file does not equal the model, and nothing has its name; or a rerun is not the same |
 | 4 | no bit configuration meets the budget; the line names the reachable range |
 | 130, 143 | stopped by Ctrl-C or SIGTERM; during fine-tuning the work so far is saved |
 

@@ -173,10 +173,11 @@ class TrainingSection(_Section):
 
 
 class RunSection(_Section):
-    """Seed, device, and how often to save."""
+    """Seed, device, whether only kernels that always give the same are used, and how often to save."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"
+    deterministic: bool = False
     checkpoint_minutes: Rate = 10.0
 
 

@@ -12,6 +12,7 @@ from saqcli.cli.export import export_command
 from saqcli.cli.models import models_command
 from saqcli.cli.profile import profile_command
 from saqcli.cli.quantize import quantize_command
+from saqcli.cli.rerun import rerun_command
 from saqcli.cli.search import search_command
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 
 app.command("quantize")(quantize_command)
 app.command("search")(search_command)
+app.command("rerun")(rerun_command)
 app.command("eval")(eval_command)
 app.command("export")(export_command)
 app.command("profile")(profile_command)

@@ -72,6 +72,7 @@ def quantize_command(
     overwrite: r.Overwrite = False,
     seed: r.Seed = None,
     device: o.Device = None,
+    deterministic: r.Deterministic = None,
     dry_run: r.DryRun = False,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
@@ -119,6 +120,7 @@ def quantize_command(
         "quantization.recalibrate_bn": recalibrate_bn,
         "run.seed": seed,
         "run.device": device,
+        "run.deterministic": deterministic,
     }
     given |= t.training_settings(
         efficient=efficient,

@@ -32,6 +32,14 @@ Overwrite = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show the settings and costs, then stop.", rich_help_panel=RUN)
 ]
+Deterministic = Annotated[
+    bool | None,
+    typer.Option(
+        "--deterministic",
+        help="The same bits again on a GPU too; slower, and refused where a kernel is missing.",
+        rich_help_panel=RUN,
+    ),
+]
 Seed = Annotated[int | None, typer.Option(min=0, help="Of everything random.", rich_help_panel=RUN)]
 
 

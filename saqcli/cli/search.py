@@ -88,6 +88,7 @@ def search_command(
     overwrite: r.Overwrite = False,
     seed: r.Seed = None,
     device: o.Device = None,
+    deterministic: r.Deterministic = None,
     dry_run: r.DryRun = False,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
@@ -138,6 +139,7 @@ def search_command(
         "search.proxy": o.parse_assignments(proxy, "--proxy"),
         "run.seed": seed,
         "run.device": device,
+        "run.deterministic": deterministic,
     }
     resolved = r.resolved(recipe, config, assign or [], given, run_dir if resume else None)
     target = run_dir or r.default_run_dir(resolved, resolved.quantization.searcher)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from saqcli.units import format_quantity
@@ -191,3 +192,20 @@ def show_searched(result: dict[str, Any]) -> None:
         say(console, f"top-1 {result['scoring_top1']:.2f} % on the search's scoring images, not fine-tuned")
     for path in result["artifacts"].values():
         say(console, f"wrote {path}")
+
+
+def show_rerun(result: dict[str, Any]) -> None:
+    """What is the same and what is not, then likely reasons."""
+    console = Console() if sys.stdout.isatty() else Console(width=PIPED)
+    details = {difference["what"]: difference["detail"] for difference in result["differences"]}
+    table = plain_table(escape(f"{result['run_dir']} against {result['reran']}"))
+    table.add_column("", no_wrap=True)
+    table.add_column("")
+    for what in result["compared"]:
+        table.add_row(what, escape(details[what]) if what in details else "the same, bit for bit")
+    console.print(table)
+    for reason in result["reasons"]:
+        say(console, f"likely reason: {reason}", markup=False)
+    if not result["reasons"]:
+        for name, (then, now) in result["versions_differ"].items():
+            say(console, f"the same though {name} was {then} and is {now}", markup=False)

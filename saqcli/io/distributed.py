@@ -11,6 +11,7 @@ import torch
 
 from saqcli import ranks
 from saqcli.errors import ConfigError
+from saqcli.io.machine import chosen_device
 
 
 def started_by_torchrun() -> bool:
@@ -59,8 +60,7 @@ def pick_device(asked: str) -> torch.device:
     Raises:
         ConfigError: no such device here.
     """
-    if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    asked = chosen_device(asked)
     if ranks.count() > 1 and asked.startswith("cuda"):
         return torch.device("cuda", torch.cuda.current_device())
     try:

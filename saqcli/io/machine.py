@@ -25,6 +25,15 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def chosen_device(asked: str) -> str:
+    """The device that ``--device`` means: ``auto`` is the GPU where there is one."""
+    import torch
+
+    if asked != "auto":
+        return asked
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def versions() -> dict[str, str]:
     """Of saq, Python and the libraries that the numbers depend on."""
     from importlib.metadata import version

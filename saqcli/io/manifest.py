@@ -1,8 +1,40 @@
-"""``manifest.json`` of a run directory: who made it, from what, and how it ended."""
+"""``manifest.json``: who made a run directory, from what, under which circumstances, and how it ended.
 
-from typing import Any, Literal
+The circumstances are what bits can depend on beside the settings: another number of threads adds in another order,
+another processor has other kernels. ``saq rerun`` restores those it can, and names the others.
+"""
 
-from pydantic import BaseModel, ConfigDict
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from saqcli import ranks
+from saqcli.io.machine import chosen_device, cores, cpu_name
+
+
+class Circumstances(BaseModel):
+    """Where and how a process computed.
+
+    Attributes:
+        directory: that relative paths refer to.
+        device: that computed, with the name of a GPU.
+        cpu: name of the processor.
+        instructions: the widest that PyTorch's kernels use, such as ``AVX512``.
+        cores: logical processors that the process could use; the default number of reading processes follows it.
+        threads: that PyTorch computed with.
+        processes: that worked as one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    directory: str
+    device: str
+    cpu: str
+    instructions: str
+    cores: Annotated[int, Field(ge=1)]
+    threads: Annotated[int, Field(ge=1, le=1024)]
+    processes: Annotated[int, Field(ge=1)]
 
 
 class RunManifest(BaseModel):
@@ -14,6 +46,8 @@ class RunManifest(BaseModel):
         status: ``running`` also after a crash.
         started: UTC.
         versions: of saq and of what its numbers depend on.
+        circumstances: under which it was made: one, and another for each time that it was resumed under others;
+            empty in manifests of earlier versions.
         artifacts: relative path to SHA-256.
         results: the figures that ``saq quantize`` printed.
     """
@@ -26,5 +60,23 @@ class RunManifest(BaseModel):
     status: Literal["running", "interrupted", "failed", "finished"]
     started: str
     versions: dict[str, str]
+    circumstances: list[Circumstances] = []
     artifacts: dict[str, str] = {}
     results: dict[str, Any] = {}
+
+
+def circumstances(device: str) -> Circumstances:
+    """Those of this process, which computes on ``device``, as ``--device`` names it."""
+    import torch
+
+    chosen = chosen_device(device)
+    gpu = f" ({torch.cuda.get_device_name(chosen)})" if chosen.startswith("cuda") else ""
+    return Circumstances(
+        directory=os.getcwd(),
+        device=f"{chosen}{gpu}",
+        cpu=cpu_name(),
+        instructions=torch.backends.cpu.get_cpu_capability(),
+        cores=cores(),
+        threads=torch.get_num_threads(),
+        processes=ranks.count(),
+    )

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saqcli import ranks
-from saqcli.config import RunConfig, first_difference
+from saqcli.config import RunConfig
 from saqcli.errors import Interrupted, RunDirectoryError, SaqError
 from saqcli.io.checkpoints import CheckpointFile
 from saqcli.io.files import make_folder, remove_unfinished, write_text
 from saqcli.io.locks import Lock
 from saqcli.io.machine import versions
-from saqcli.io.manifest import RunManifest
+from saqcli.io.manifest import RunManifest, circumstances
 from saqcli.io.metrics import Metrics
 from saqcli.io.weights import sha256_of
 from saqcli.strict import parse_json
@@ -51,7 +51,8 @@ class RunDirectory:
         self.onnx_path = path / "artifacts" / "model.onnx"
         self.report_path = path / "report.md"
         self.search_path = path / "search.json"
-        self._metrics = Metrics(path / "metrics.jsonl")
+        self.metrics_path = path / "metrics.jsonl"
+        self._metrics = Metrics(self.metrics_path)
         self._checkpoint = CheckpointFile(self.checkpoint_path)
         self._search_state = CheckpointFile(path / "checkpoints" / "search.ckpt")
         self._lock = Lock(path)
@@ -108,15 +109,19 @@ class RunDirectory:
             self._clear()
         if not there or not resume or not (self.path / "config.json").is_file():
             write_text(self.path / "config.json", config.to_json())
+        now = circumstances(config.run.device)
         if there and resume:
-            self._update(status="running")
+            before = self.manifest().circumstances
+            self._update(status="running", circumstances=before + [now] * (not before or before[-1] != now))
             return
+        started, facts = datetime.now(UTC).isoformat(timespec="seconds"), versions()
         manifest = RunManifest(
             command=sys.argv,
             verb=self.verb,
             status="running",
-            started=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions=versions(),
+            started=started,
+            versions=facts,
+            circumstances=[now],
         )
         write_text(self.path / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
 
@@ -152,20 +157,6 @@ class RunDirectory:
         """Whether starting over would lose anything."""
         there = self._checkpoint.exists() or self._search_state.exists() or self.search_path.exists()
         return there or self.manifest().status in ("finished", "running")
-
-    def check_same_settings(self, config: RunConfig) -> None:
-        """Refuse to go on with a run under other settings.
-
-        Raises:
-            RunDirectoryError: names the first setting that differs.
-        """
-        there = (self.path / "config.json").is_file()
-        difference = first_difference(self.config(), config) if there else None
-        if difference:
-            raise RunDirectoryError(
-                f"{self.path} was started with other settings ({difference}): give the same ones to --resume, "
-                "or start anew with --overwrite"
-            )
 
     def manifest(self) -> RunManifest:
         """What ``manifest.json`` says."""

@@ -5,8 +5,6 @@ Images are random, since their values do not change the time. All contenders tak
 """
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +19,7 @@ from saqcli.errors import ConfigError
 from saqcli.io.machine import cores, cpu_name, versions
 from saqcli.progress import Progress
 from saqcli.workflows.contenders import ONNX_FLOAT, TORCH_FLOAT, Contender, Lineup, line_up
+from saqcli.workflows.determinism import torch_threads
 
 MOST_IMAGES = 65536  # of a batch: the bound of the dynamic dimension in exported files
 
@@ -163,7 +162,7 @@ def measure(lineup: Lineup, settings: BenchSettings, progress: Progress) -> Benc
     cases = len(threads) * len(settings.batch_sizes)
     with progress.task("measuring", cases * settings.repeats) as task, torch.inference_mode():
         for count in threads:
-            with _torch_threads(count):
+            with torch_threads(count):
                 functions = {contender.name: contender.open(count) for contender in lineup.contenders}
                 for size in settings.batch_sizes:
                     images = random_images(size, lineup.input_size)
@@ -198,14 +197,3 @@ def _row(contender: Contender, size: int, threads: int, timing: Timing, baseline
         kernels.floating if kernels else None,
         contender.size_bytes,
     )
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    """PyTorch computes with ``count`` threads, and with as many as before at the end."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -39,6 +39,7 @@ from saqcli.quant.calibrate import InputStatistics
 from saqcli.quant.cost import Budget
 from saqcli.workflows.bits import budget_of, check_bits, given_policy, space_of
 from saqcli.workflows.calibration import calibrate, install_quantizers, scheme_of
+from saqcli.workflows.determinism import deterministic_if_asked
 from saqcli.workflows.export import export_verified
 from saqcli.workflows.find_bits import make_searcher, pose
 from saqcli.workflows.finetune import finetune
@@ -46,11 +47,12 @@ from saqcli.workflows.optimization import check_training
 from saqcli.workflows.outcome import Outcome
 from saqcli.workflows.report import write_report
 from saqcli.workflows.search import keep_search, search_and_stop
-from saqcli.workflows.setup import Images, Network, load_float, wrap_and_trace
+from saqcli.workflows.setup import Images, Network, check_same, load_float, wrap_and_trace
 from saqcli.workflows.trainable import check_trains
 from saqcli.workflows.verdict import verdict_path
 
 
+@deterministic_if_asked
 def quantize(
     config: RunConfig,
     run_dir: Path,
@@ -87,7 +89,7 @@ def _on(
     run.check_usable(resume=resume, overwrite=overwrite)
     state = run.load_checkpoint(progress.note) if resume else None
     if resume:
-        ranks.from_first(lambda: run.check_same_settings(config))
+        ranks.from_first(lambda: check_same(run, config))
     if state is None:
         network, images = ranks.together(lambda: prepare(config, device, progress))
         if config.training.epochs:

@@ -46,8 +46,7 @@ end to end it has the best class of the model in float64 on {100 * results["onnx
 {results["onnx_images"]} images.
 
 Method {config.training.method}, {config.training.epochs} epochs, learning rate {config.training.lr:g}, seed
-{config.run.seed}, recipe {config.recipe}. Run it again with `saq quantize --config config.json --run-dir
-NEW`.
+{config.run.seed}, recipe {config.recipe}. Run it again, and compare, with `saq rerun RUN`.
 
 ## Bits
 

@@ -29,6 +29,7 @@ from saqcli.io.runs import RunDirectory
 from saqcli.progress import SILENT, Progress
 from saqcli.workflows.bits import check_bits
 from saqcli.workflows.calibration import scheme_of
+from saqcli.workflows.determinism import deterministic_if_asked
 from saqcli.workflows.find_bits import Posed, Searched, find_bits, make_searcher, pose
 from saqcli.workflows.pareto import Front, find_front, write_front
 from saqcli.workflows.pictures.policy import draw_policy
@@ -37,12 +38,14 @@ from saqcli.workflows.search_memory import SearchMemory
 from saqcli.workflows.setup import (
     Images,
     Network,
+    check_same,
     load_float,
     named_data,
     wrap_and_trace,
 )
 
 
+@deterministic_if_asked
 def search(
     config: RunConfig,
     run_dir: Path,
@@ -81,7 +84,7 @@ def _on(
         resume = True  # the processes of a search that is under way were started again
     there = run.check_usable(resume=resume, overwrite=overwrite)
     if resume and there:
-        ranks.from_first(lambda: run.check_same_settings(config))
+        ranks.from_first(lambda: check_same(run, config))
         done = ranks.from_first(run.manifest)
         if done.status == "finished":
             return done.results

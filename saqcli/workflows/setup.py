@@ -9,12 +9,13 @@ from typing import Literal
 import torch
 from torch import nn
 
-from saqcli.config import DataSection, ModelSection, RunConfig
+from saqcli.config import DataSection, ModelSection, RunConfig, first_difference
 from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.io.data import Split, check_same_classes, open_split
 from saqcli.io.loaders import Loader, calibration_loader, default_workers, make_loader
 from saqcli.io.models import LoadedModel, ModelSpec, load_model
 from saqcli.io.preprocessing import Preprocessing
+from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.quant import convert
 from saqcli.quant.cost import CostModel, cost_model
@@ -239,3 +240,18 @@ def is_small(preprocessing: Preprocessing) -> bool:
 def workers_of(section: DataSection, preprocessing: Preprocessing) -> int:
     """How many processes read images."""
     return default_workers(preprocessing) if section.workers is None else section.workers
+
+
+def check_same(run: RunDirectory, config: RunConfig) -> None:
+    """Refuse to go on with a run under other settings.
+
+    Raises:
+        ConfigError: names the first setting that differs.
+    """
+    there = (run.path / "config.json").is_file()
+    difference = first_difference(run.config(), config) if there else None
+    if difference:
+        raise ConfigError(
+            f"{run.path} was started with other settings ({difference}): give the same ones to --resume, "
+            "or start anew with --overwrite"
+        )

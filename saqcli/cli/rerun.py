@@ -1,0 +1,63 @@
+"""``saq rerun``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saqcli.cli import options as o
+from saqcli.cli import run_options as r
+from saqcli.cli.screen import print_json, progress_for, reporting
+from saqcli.errors import NotReproduced
+
+
+@reporting
+def rerun_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run of quantize or search.")],
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="The same images, moved elsewhere.", rich_help_panel=o.IMAGES),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="The same float weights, moved elsewhere.", rich_help_panel=o.MODEL),
+    ] = None,
+    workers: o.Workers = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where the new run goes; by default RUN-rerun.", rich_help_panel=o.RUN),
+    ] = None,
+    resume: r.Resume = False,
+    overwrite: r.Overwrite = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; by default that of the run.")] = None,
+    json_output: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Do a run again from what its directory holds, and compare: bits, metrics, weights, ONNX file, figures. The exit
+    code is 3 where something is not the same. RUN itself is left as it is.
+
+    Example: `saq rerun runs/resnet18-34g`
+    """
+    from saqcli.workflows.rerun import Changes, rerun
+
+    found = rerun(
+        run,
+        run_dir,
+        Changes(data, weights, device, workers),
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress_for(json_output=json_output, quiet=quiet),
+    )
+    if json_output:
+        print_json(found.to_dict())
+    else:
+        from saqcli.cli.tables import show_rerun
+
+        show_rerun(found.to_dict())
+    if not found.identical:
+        what = ", ".join(difference.what for difference in found.differences)
+        raise NotReproduced(
+            f"{found.run_dir} is not the same as {run}: {what} ({found.differences[0].detail}); likely reason: "
+            f"{found.reasons[0]}"
+        )

@@ -1,0 +1,258 @@
+"""Whether two runs left the same, bit for bit; and where not, what differs first and by how much.
+
+Left aside is what is another in every run: times, and paths.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saqcli.algorithms.exporters.safetensors import Content, read_content
+from saqcli.errors import RunDirectoryError, SaqError
+from saqcli.io.manifest import RunManifest
+from saqcli.io.runs import RunDirectory
+from saqcli.io.weights import sha256_of
+from saqcli.quant.bits import BitConfig
+from saqcli.strict import parse_json, printable
+from saqcli.workflows.predictors import restore
+
+VARYING = {"run_dir", "artifacts", "seconds", "saq_version", "policy"}  # or compared by itself
+_SHOWN = 60  # characters of a value in a message
+
+
+class Difference(NamedTuple):
+    """What is not the same.
+
+    Attributes:
+        what: ``policy``, ``search``, ``front``, ``metrics``, ``weights``, ``onnx`` or ``figures``.
+        detail: one line: what differs first, from the first run to the second.
+    """
+
+    what: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished run left, read and checked.
+
+    Attributes:
+        run: its directory.
+        manifest: of it.
+        policy: bits by layer.
+        texts: name to parsed JSON: ``search`` and ``front`` where there are such, ``metrics`` as a list.
+        content: of ``model.safetensors``; None of a search.
+        onnx: SHA-256 of ``model.onnx``; None of a search.
+    """
+
+    run: RunDirectory
+    manifest: RunManifest
+    policy: BitConfig
+    texts: dict[str, Any]
+    content: Content | None
+    onnx: str | None
+
+    @classmethod
+    def read(cls, run: RunDirectory) -> "Record":
+        """What is in the directory of a finished run.
+
+        Raises:
+            SaqError: something is missing or damaged; the message names it.
+        """
+        manifest = run.manifest()
+        whole = manifest.verb == "quantize"
+        texts: dict[str, Any] = {"figures": manifest.results} if whole else {}
+        for name, path in (("search", run.search_path), ("front", run.path / "pareto.json")):
+            if path.is_file() or (name == "search" and not whole):
+                texts[name] = _json(_text(path), str(path))
+        if whole:
+            lines = _text(run.metrics_path).splitlines()
+            texts["metrics"] = [
+                _json(line, f"{run.metrics_path} line {number}") for number, line in enumerate(lines, 1)
+            ]
+        for path in (run.safetensors_path, run.onnx_path):
+            if whole and not path.is_file():
+                raise RunDirectoryError(
+                    f"{path} is missing, so there is nothing to compare with: put it back"
+                )
+        return cls(
+            run,
+            manifest,
+            parse_json(BitConfig, _text(run.policy_path), str(run.policy_path), RunDirectoryError),
+            texts,
+            read_content(run.safetensors_path) if whole else None,
+            sha256_of(run.onnx_path) if whole else None,
+        )
+
+    def changed(self) -> list[str]:
+        """Files that are not as the run left them, as far as it kept their hashes or content."""
+        found = [
+            name
+            for name, hashed in self.manifest.artifacts.items()
+            if not (self.run.path / name).is_file() or sha256_of(self.run.path / name) != hashed
+        ]
+        if self.policy.model_dump()["layers"] != self.manifest.results.get("policy"):
+            found.append("policy.json")
+        return found
+
+
+def compare(one: Record, other: Record) -> tuple[list[str], list[Difference]]:
+    """What was compared, and what of it is not the same."""
+    details: dict[str, str | None] = {
+        "policy": first_difference(one.policy.model_dump()["layers"], other.policy.model_dump()["layers"]),
+    }
+    for name in ("search", "front", "metrics", "figures"):
+        if name in one.texts or name in other.texts:
+            details[name] = _texts_differ(one.texts.get(name), other.texts.get(name), name)
+    if one.content or other.content:
+        details["weights"] = _weights_differ(one, other)
+        details["onnx"] = None if one.onnx == other.onnx else _onnx_differ(one.run, other.run)
+    return list(details), [Difference(what, printable(detail)) for what, detail in details.items() if detail]
+
+
+def first_difference(one: object, other: object, place: str = "") -> str | None:
+    """``layers.fc.weight: 4 -> 8``, the first place where two trees of JSON differ; None where none does.
+
+    Example:
+        >>> first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]})
+        'a[1].b: 2 -> 3'
+    """
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in [*one, *(key for key in other if key not in one)]:
+            inner = f"{place}.{key}" if place else str(key)
+            if key not in one or key not in other:
+                return f"{inner} is in the {'first' if key in one else 'second'} only"
+            found = first_difference(one[key], other[key], inner)
+            if found:
+                return found
+        return None
+    if isinstance(one, list) and isinstance(other, list):
+        for index, (mine, theirs) in enumerate(zip(one, other, strict=False)):
+            found = first_difference(mine, theirs, f"{place}[{index}]")
+            if found:
+                return found
+        return None if len(one) == len(other) else f"{place}: {len(one)} entries -> {len(other)}"
+    texts = [json.dumps(value) for value in (one, other)]  # NaN is NaN here, and 1 is not 1.0
+    return None if texts[0] == texts[1] else f"{place}: {' -> '.join(printable(t, _SHOWN) for t in texts)}"
+
+
+def _texts_differ(one: Any, other: Any, name: str) -> str | None:
+    if name == "metrics":
+        for number, (mine, theirs) in enumerate(zip(one, other, strict=False), 1):
+            found = first_difference(_lasting(mine), _lasting(theirs))
+            if found:
+                epoch = f", epoch {mine['epoch']}" if "epoch" in mine else ""
+                return f"line {number} ({mine.get('phase')}{epoch}): {found}"
+        return None if len(one) == len(other) else f"{len(one)} lines -> {len(other)}"
+    if one is None or other is None:
+        return f"there is one in the {'first' if other is None else 'second'} run only"
+    return first_difference(_lasting(one), _lasting(other))
+
+
+def _lasting(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in tree.items() if key not in VARYING}
+
+
+def _weights_differ(one: Record, other: Record) -> str | None:
+    """How many tensors and numbers differ, and where most; codes are compared as the weights they stand for."""
+    if one.content is None or other.content is None:
+        return f"there is a model in the {'first' if other.content is None else 'second'} run only"
+    stored = _differing(one.content.tensors, other.content.tensors)
+    if not stored:
+        return None
+    try:
+        states = [restore(each.run.safetensors_path)[0].state_dict() for each in (one, other)]
+    except SaqError:  # of another version, say: then what is stored has to do
+        states = [dict(one.content.tensors), dict(other.content.tensors)]
+    names = _differing(*states)
+    numbers, most, where = 0, -1.0, ""
+    for name in names:
+        pair = [state.get(name) for state in states]
+        if pair[0] is None or pair[1] is None or pair[0].shape != pair[1].shape:
+            return (
+                f"{name} is not in both, or of another shape; {len(names)} of {len(states[0])} tensors differ"
+            )
+        apart = (pair[0].double() - pair[1].double()).abs()
+        numbers += int((apart != 0).sum())
+        if apart.numel() and not apart.max() <= most:  # NaN counts as most
+            most, where = float(apart.max()), name
+    if not where:
+        return f"{stored[0]} is stored with other bytes that mean the same"
+    total = sum(tensor.numel() for tensor in states[0].values())
+    return (
+        f"{len(names)} of {len(states[0])} tensors, {numbers:,} of {total:,} numbers; the largest difference is "
+        f"{most:.3g}, in {where}"
+    )
+
+
+def _differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that are not the same bits in both."""
+    names = [*one, *(name for name in other if name not in one)]
+    return [
+        name for name in names if name not in one or name not in other or not _same(one[name], other[name])
+    ]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Same type, shape and bits: -0 is not 0, and NaN may be NaN."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other)))
+
+
+def _onnx_differ(one: RunDirectory, other: RunDirectory) -> str:
+    """Where two ONNX files of other bytes differ: in their weights, their graph, or what they say about themselves."""
+    import onnx
+
+    tensors: list[dict[str, str]] = []
+    described: list[dict[str, str]] = []
+    for run in (one, other):
+        try:
+            model = onnx.load(str(run.onnx_path))
+        except Exception as error:  # protobuf and onnx each have their own
+            return f"{run.onnx_path} cannot be read as ONNX: {printable(str(error), 200)}"
+        kept = {
+            tensor.name: tensor.SerializeToString(deterministic=True) for tensor in model.graph.initializer
+        }
+        tensors.append({name: hashlib.sha256(value).hexdigest() for name, value in kept.items()})
+        described.append({entry.key: entry.value for entry in model.metadata_props})
+    names = [name for name in tensors[0] if tensors[0][name] != tensors[1].get(name)]
+    if names or len(tensors[0]) != len(tensors[1]):
+        first = f", {names[0]} first" if names else ""
+        return f"{len(names)} of {len(tensors[0])} initializers differ{first}"
+    found = first_difference(_parsed(described[0]), _parsed(described[1]))
+    return f"the same initializers; {f'it says of itself: {found}' if found else 'the graph around them differs'}"
+
+
+def _parsed(described: Mapping[str, str]) -> dict[str, Any]:
+    """Metadata as a tree, so that a message can name a place in it."""
+    found: dict[str, Any] = {}
+    for key, text in described.items():
+        try:
+            found[key] = json.loads(text)
+        except (ValueError, RecursionError):
+            found[key] = text
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunDirectoryError(f"{path} cannot be read ({error}): put it back as it was") from None
+
+
+def _json(text: str, source: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise RunDirectoryError(f"{source} is no JSON object: put it back as it was")
+    return found

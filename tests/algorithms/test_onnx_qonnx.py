@@ -78,7 +78,7 @@ def test_the_function_in_the_file_is_the_definition(
     """Away from edges, where the order of rounding shows in the last bit only."""
     import onnxruntime as ort
 
-    model = onnx.load(str(written(folder, "qonnx", network("conv_bn"), "conv_bn")))
+    model = onnx.load(str(written(folder, "qonnx", network("conv_bn"), "conv_bn-auto")))
     scale = 0.375
     x = (np.random.default_rng(bits).integers(-300, 300, 500) + 0.3).astype(np.float32) * np.float32(scale)
     node = helper.make_node(

@@ -45,7 +45,7 @@ from tests.searching import (
     traced_problem,
 )
 from tests.spaces import admitted, budget_within, every_cost, random_space, spaces, used
-from tests.sweeps import sweep
+from tests.sweeps import examples, sweep
 
 NORMED = ["conv_bn", "residual", "depthwise"]
 
@@ -84,7 +84,7 @@ def shares(space: SearchSpace, budget: Budget, logits: list[Tensor]) -> np.ndarr
 
 
 @given(spaces(), st.integers(0, 10**6), st.sampled_from(["bops", "size"]))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=examples(300), deadline=None, derandomize=True)
 def test_draws_cost_the_middle_of_the_window_on_average(space: SearchSpace, seed: int, kind: str) -> None:
     budget = budget_within(space, random.Random(seed), kind)
     ((index, bound),) = budget.bounds()
@@ -105,7 +105,7 @@ def test_draws_cost_the_middle_of_the_window_on_average(space: SearchSpace, seed
 
 
 @given(spaces(), st.integers(0, 10**6))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=examples(200), deadline=None, derandomize=True)
 def test_of_two_bounds_neither_is_exceeded_on_average_and_one_is_used(space: SearchSpace, seed: int) -> None:
     budget = budget_within(space, random.Random(seed), "both")
     middle = (1 + BUDGET_USE) / 2

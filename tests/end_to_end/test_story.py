@@ -43,7 +43,7 @@ def quantized(run: Path, digits: Path) -> dict[str, Any]:
         "--bops",
         budget,
         "--epochs",
-        2,
+        1,
         "--batch-size",
         64,
         "--set",

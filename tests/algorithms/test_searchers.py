@@ -381,9 +381,10 @@ def test_a_budget_below_the_floor_is_refused_with_the_range(method: str) -> None
             assert part in str(refusal.value)
 
 
+@each_part
 @each_searcher
-def test_a_budget_at_the_floor_gives_the_floor(method: str) -> None:
-    for seed in cases(method, 4):
+def test_a_budget_at_the_floor_gives_the_floor(method: str, part: int) -> None:
+    for seed in cases(method, 2, part):
         asked = problem(seed)
         budget = bounded(asked, *asked.space.floor)
         cost = asked.space.cost(search(method, asked, budget=budget).choice)
@@ -391,10 +392,11 @@ def test_a_budget_at_the_floor_gives_the_floor(method: str) -> None:
             assert cost[index] == bound == asked.space.floor[index], seed
 
 
+@each_part
 @each_searcher
 @pytest.mark.parametrize("factor", [1, 3])
-def test_a_budget_at_or_above_the_ceiling_gives_the_ceiling(method: str, factor: int) -> None:
-    for seed in cases(method, 4):
+def test_a_budget_at_or_above_the_ceiling_gives_the_ceiling(method: str, factor: int, part: int) -> None:
+    for seed in cases(method, 2, part):
         asked = problem(seed)
         ceiling = asked.space.ceiling
         budget = bounded(asked, factor * ceiling.bops, factor * ceiling.size)
@@ -431,8 +433,9 @@ def test_traced_networks_are_searched_within_their_budget(network: str, method: 
 # One searcher each.
 
 
-def test_uniform_is_the_greatest_width_that_fits() -> None:
-    for seed in cases("uniform"):
+@each_part
+def test_uniform_is_the_greatest_width_that_fits(part: int) -> None:
+    for seed in cases("uniform", part=part):
         asked = problem(seed)
         space = asked.space
         widths = {width for d in space.decisions for o in d.options for width in (o.weight, o.activation)}
@@ -442,8 +445,9 @@ def test_uniform_is_the_greatest_width_that_fits() -> None:
         assert solved("uniform", seed).choice == expected, seed
 
 
-def test_the_error_search_finds_the_least_noise_of_all_configurations_that_use_the_budget() -> None:
-    for seed in cases("error"):
+@each_part
+def test_the_error_search_finds_the_least_noise_of_all_configurations_that_use_the_budget(part: int) -> None:
+    for seed in cases("error", part=part):
         asked, costs = problem(seed), costs_of(seed)
         losses = relative_noise(asked)
         if not losses or asked.budget.admits(asked.space.ceiling):
@@ -476,8 +480,9 @@ def test_the_noise_of_an_option_is_that_of_its_weights_plus_that_of_its_inputs()
     assert apart > 0.01
 
 
-def test_random_takes_the_most_accurate_of_its_draws() -> None:
-    for seed in cases("random", 3):
+@each_part
+def test_random_takes_the_most_accurate_of_its_draws(part: int) -> None:
+    for seed in cases("random", 3, part):
         found = solved("random", seed)
         best = max(found.scored, key=lambda one: (one.top1, -one.loss))
         assert tuple(found.choice) == best.choice

@@ -51,7 +51,14 @@ FIGURES = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The safetensors file of a small network of random weights, at mixed bits."""
-    spec = ModelSpec("saq/resnet20", pretrained=False, num_classes=5, in_chans=1, input_size=8)
+    spec = ModelSpec(
+        "timm/test_resnet",
+        pretrained=False,
+        num_classes=5,
+        in_chans=1,
+        input_size=16,
+        kwargs={"layers": [1, 1]},
+    )
     torch.manual_seed(0)
     loaded = load_model(spec)
     size = loaded.preprocessing.input_size
@@ -145,7 +152,7 @@ def test_the_exact_form_that_is_loaded_has_the_bits_of_the_file(
 ) -> None:
     path, _ = exact
     form = saqcli.load(model, exact=True)
-    x = torch.randn(7, 1, 8, 8)
+    x = torch.randn(7, 1, 16, 16)
     with torch.no_grad():
         expected = form(x)
         near = saqcli.load(model)(x)

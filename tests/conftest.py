@@ -14,8 +14,9 @@ import pytest
 
 # Files that take longest, for the processes to end at about the same time. The first learns the digits for all.
 LONGEST = """
-    test_story test_exporters test_searchers test_search test_search_parts test_analyze test_exact_form
-    test_search_stopped test_quantize_stopped test_bench test_cli test_export test_onnx_qdq test_hazards test_published
+    test_story test_exporters test_searchers test_analyze test_search test_bench test_cli test_exact_form
+    test_search_parts test_export test_search_stopped test_quantize_stopped test_published test_onnx_qdq test_hazards
+    test_attention test_tiny_zoo test_onnx_exact
 """.split()
 
 

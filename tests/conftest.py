@@ -1,6 +1,7 @@
 """What every test may lean on: one seed, and the data and weights that lie beside the repository."""
 
 import functools
+import gc
 import os
 import sys
 import time
@@ -10,12 +11,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
 
 # Files that take longest, for the processes to end at about the same time. The first learns the digits for all.
 LONGEST = """
-    test_story test_exporters test_searchers test_search test_search_parts test_analyze test_exact_form
-    test_search_stopped test_quantize_stopped test_bench test_cli test_export test_onnx_qdq test_hazards test_published
+    test_story test_exporters test_searchers test_analyze test_search test_bench test_cli test_exact_form
+    test_search_parts test_export test_search_stopped test_quantize_stopped test_published test_onnx_qdq test_hazards
+    test_attention test_tiny_zoo test_onnx_exact
 """.split()
 
 
@@ -24,20 +25,42 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector of garbage need not walk its million objects again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
+    import torch  # here, since the process that only hands out tests needs none
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def operators_read_once() -> None:
-    """PyTorch reads the source of 500 ONNX operators for every export: half of the time that a small network takes."""
+    """PyTorch reads the source of 500 ONNX operators, and lists its own, for every export of a small network.
+
+    Together they take more time than the rest of it.
+    """
     registration = sys.modules.get("torch.onnx._internal.exporter._registration")
     if registration is None or "onnxscript" not in sys.modules:
         return
     apis = registration.onnxscript_apis
-    if not hasattr(apis.get_torchlib_ops, "cache_info"):
-        apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
+    if hasattr(apis.get_torchlib_ops, "cache_info"):
+        return
+    apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
+    for name in ("exported_program", "decomp_utils"):
+        module = sys.modules[f"torch.export.{name}"]
+        for listed in ("_collect_all_valid_cia_ops", "_collect_all_valid_cia_ops_for_aten_namespace"):
+            if hasattr(module, listed):
+                setattr(module, listed, functools.cache(getattr(module, listed)))
+    gc.freeze()  # what an export imports
 
 
 def shared_data() -> Path:
@@ -53,6 +76,12 @@ def shared() -> Path:
     return shared_data()
 
 
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """One for all processes of a run."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with handwritten digits as ``images/`` and a network trained on them as ``float.safetensors``.
@@ -61,8 +90,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     from tests.digits import make
 
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "digits"
+    folder = shared_folder(tmp_path_factory) / "digits"
     made = folder / "made"
     try:
         folder.mkdir()
@@ -77,7 +105,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where files are written that several tests of a module read."""
-    return tmp_path_factory.mktemp("files")
+    """Where files are written, each under a name of its own and at once, that several tests read, in any process."""
+    found = shared_folder(tmp_path_factory) / "files"
+    found.mkdir(exist_ok=True)
+    return found

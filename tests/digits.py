@@ -13,7 +13,7 @@ def make(folder: Path) -> None:
     demo.write_digits(folder / "images")
     weights = folder / "float.safetensors"
     config = demo.demo_config(folder / "images", weights, bops="w4a4", epochs=1, seed=0)
-    demo.train_float(config, weights, SILENT, epochs=4)
+    demo.train_float(config, weights, SILENT, epochs=3)
 
 
 def float_options(folder: Path, data: Path | None = None) -> list[str]:

@@ -1,5 +1,6 @@
 """Sweeps over many cases: a few of them in every run, all of them under ``pytest -m slow`` and these together."""
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,3 +21,13 @@ def sweep(cases: Iterable[Any], always: Callable[..., bool]) -> list[Any]:
         values = case if isinstance(case, tuple) else (case,)
         found.append(pytest.param(*values, marks=() if always(*values) else pytest.mark.slow))
     return found
+
+
+def examples(count: int) -> int:
+    """How many of ``count`` examples Hypothesis draws: a fifth, or all where the environment has ``SAQ_THOROUGH``.
+
+    Example:
+        >>> examples(400) in (80, 400)
+        True
+    """
+    return count if os.environ.get("SAQ_THOROUGH") else max(1, count // 5)

@@ -1,5 +1,6 @@
 """Networks written as ONNX, once a session, and what a test reads out of such files."""
 
+import os
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
@@ -59,9 +60,11 @@ def export(quantized: Quantized, style: str, path: Path) -> Path:
 
 
 def written(folder: Path, style: str, quantized: Quantized, name: str) -> Path:
-    """The file of ``quantized``, written once a test session."""
+    """The file of ``quantized``, written once a test session, whatever test or process wants it first."""
     path = folder / f"{name}-{style}{EXPORTERS[style]().suffix}"
-    return path if path.exists() else export(quantized, style, path)
+    if not path.exists():
+        export(quantized, style, path.with_name(f"{os.getpid()}-{path.name}")).replace(path)
+    return path
 
 
 @torch.no_grad()

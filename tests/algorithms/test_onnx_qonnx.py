@@ -15,6 +15,7 @@ from saqcli.algorithms.graphs.layerwise import check_layers
 from saqcli.algorithms.graphs.operators import frozen_copy
 from saqcli.quant.convert import Scheme
 from saqcli.quant.quantizers import Quantizer
+from tests.sweeps import sweep
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
@@ -31,8 +32,17 @@ def int_quant(x: Any, scale: Any, zero: Any, bits: Any, signed: int, narrow: int
     return (np.round(units) - zero) * scale
 
 
-@pytest.mark.parametrize(("quantizer", "grid"), [("clip", "paper"), ("lsq_plus", "zero")])
-@pytest.mark.parametrize("name", ["conv_bn", "token_mlp", "transposed"])
+@pytest.mark.parametrize(
+    ("name", "quantizer", "grid"),
+    sweep(
+        (
+            (name, *scheme)
+            for name in ("conv_bn", "token_mlp", "transposed")
+            for scheme in (("clip", "paper"), ("lsq_plus", "zero"))
+        ),
+        lambda name, quantizer, grid: (quantizer == "clip") == (name == "conv_bn"),
+    ),
+)
 def test_nodes_say_the_true_bits_and_their_constants_are_the_weights(
     name: str, grid: str, quantizer: str, tmp_path: Path
 ) -> None:
@@ -78,7 +88,7 @@ def test_the_function_in_the_file_is_the_definition(
     """Away from edges, where the order of rounding shows in the last bit only."""
     import onnxruntime as ort
 
-    model = onnx.load(str(written(folder, "qonnx", network("conv_bn"), "conv_bn")))
+    model = onnx.load(str(written(folder, "qonnx", network("conv_bn"), "conv_bn-auto")))
     scale = 0.375
     x = (np.random.default_rng(bits).integers(-300, 300, 500) + 0.3).astype(np.float32) * np.float32(scale)
     node = helper.make_node(

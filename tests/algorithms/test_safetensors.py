@@ -1,6 +1,7 @@
 """Safetensors files: equal to the model, as small as they should be, always the same, and checked when read."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -63,9 +64,11 @@ def export(quantized: Quantized, path: Path) -> Path:
 
 
 def written(folder: Path, name: str, grid: str = "auto", granularity: str = "channel") -> Path:
-    """The file of a network, written once a test session."""
+    """The file of a network, written once a test session, whatever test or process wants it first."""
     path = folder / f"{name}-{grid}-{granularity}.safetensors"
-    return path if path.exists() else export(network(name, grid, granularity), path)
+    if not path.exists():
+        export(network(name, grid, granularity), path.with_name(f"{os.getpid()}-{path.name}")).replace(path)
+    return path
 
 
 @pytest.fixture

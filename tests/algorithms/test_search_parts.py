@@ -45,7 +45,7 @@ from tests.searching import (
     traced_problem,
 )
 from tests.spaces import admitted, budget_within, every_cost, random_space, spaces, used
-from tests.sweeps import sweep
+from tests.sweeps import examples, sweep
 
 NORMED = ["conv_bn", "residual", "depthwise"]
 
@@ -84,7 +84,7 @@ def shares(space: SearchSpace, budget: Budget, logits: list[Tensor]) -> np.ndarr
 
 
 @given(spaces(), st.integers(0, 10**6), st.sampled_from(["bops", "size"]))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=examples(300), deadline=None, derandomize=True)
 def test_draws_cost_the_middle_of_the_window_on_average(space: SearchSpace, seed: int, kind: str) -> None:
     budget = budget_within(space, random.Random(seed), kind)
     ((index, bound),) = budget.bounds()
@@ -105,7 +105,7 @@ def test_draws_cost_the_middle_of_the_window_on_average(space: SearchSpace, seed
 
 
 @given(spaces(), st.integers(0, 10**6))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=examples(200), deadline=None, derandomize=True)
 def test_of_two_bounds_neither_is_exceeded_on_average_and_one_is_used(space: SearchSpace, seed: int) -> None:
     budget = budget_within(space, random.Random(seed), "both")
     middle = (1 + BUDGET_USE) / 2
@@ -368,12 +368,12 @@ def test_replayed_draws_are_the_last_ones(replay: int) -> None:
 @pytest.mark.parametrize("replay", sweep([1, 8], lambda replay: replay == 1))
 def test_the_best_sequence_is_found(replay: int) -> None:
     """The cost is the number of decisions that are not as they should be."""
-    space = simple_space(4, (2, 3, 4, 8))
-    best = [3, 0, 2, 1]
+    space = simple_space(3, (2, 3, 4, 8))
+    best = [3, 0, 2]
     controller = controller_of(space)
     learner = learner_of(controller, baseline="ema", replay=replay, entropy_weight=0.05)
     random_ = generator(4)
-    for _ in range(1000):
+    for _ in range(700):
         choice = controller.draw(1, random_).choices[0].tolist()
         learner.learn(choice, float(sum(a != b for a, b in zip(choice, best, strict=True))))
     drawn = controller.draw(100, random_).choices
@@ -924,7 +924,7 @@ def outcome(method: str, problem: SearchProblem, memory: Stopping, noise: int) -
     ("method", "name", "stride"),
     sweep(
         product(RESUMED, PROBLEMS, (7, 1)),
-        lambda method, name, stride: stride == 7 and name != "conv_bn",
+        lambda method, name, stride: stride == 7 and name == ("dropout" if method == "samq" else "tokens"),
     ),
 )
 def test_a_search_stopped_after_any_step_goes_on_to_the_same_result(
@@ -945,7 +945,7 @@ def test_a_search_stopped_after_any_step_goes_on_to_the_same_result(
 
 
 def test_a_search_can_be_stopped_again_and_again() -> None:
-    problem = PROBLEMS["conv_bn"]()  # type: ignore[no-untyped-call]
+    problem = PROBLEMS["tokens"]()  # type: ignore[no-untyped-call]
     expected = outcome("samq", problem, Stopping(), 1)
     kept, stops = None, 0
     while True:
@@ -964,7 +964,7 @@ def test_a_search_can_be_stopped_again_and_again() -> None:
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 2 * (2 + 2)), (1, 2 * 2 + 2), (2, 2 * 2 + 2)])
 def test_controller_phases_begin_after_the_warm_up(warmup: int, steps: int) -> None:
     memory = Stopping()
-    asked = fresh(PROBLEMS["conv_bn"](), memory=memory)  # type: ignore[no-untyped-call]
+    asked = fresh(PROBLEMS["tokens"](), memory=memory)  # type: ignore[no-untyped-call]
     found = SEARCHERS["samq"].make(epochs=2, warmup=warmup, draws=3).search(asked)
     assert memory.offers == steps + len(found.scored)  # the last epoch has one in any case
 

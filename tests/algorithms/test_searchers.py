@@ -28,7 +28,7 @@ from saqcli.quant.space import Candidates, SearchSpace, search_space
 from saqcli.units import format_quantity
 from tests.searching import fresh, problem_of, random_problem, search_images, tiny_problem
 from tests.spaces import admitted, budget_within, every_cost, every_loss, spaces, used
-from tests.sweeps import sweep
+from tests.sweeps import examples, sweep
 from tests.tiny import TINY
 
 HUGE = 10**15
@@ -73,7 +73,7 @@ def allowance(losses: Losses) -> float:
     return 1e-6 * largest * (1 + len(losses) + sum(len(group) for group in losses))
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=examples(400), deadline=None, derandomize=True)
 @given(instances())
 def test_the_choice_is_the_best_of_all_and_within_the_limit(instance: tuple[Costs, Losses, int]) -> None:
     costs, losses, limit = instance
@@ -85,7 +85,7 @@ def test_the_choice_is_the_best_of_all_and_within_the_limit(instance: tuple[Cost
     assert total(losses, chosen) <= best + allowance(losses)
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=examples(250), deadline=None, derandomize=True)
 @given(instances(), st.integers(900, 1000))
 def test_the_least_cost_is_honoured_where_possible(
     instance: tuple[Costs, Losses, int], per_mille: int
@@ -153,7 +153,7 @@ def best_within(losses: Losses, resources: Sequence[Resource]) -> float | None:
     return min(within, default=None)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=examples(300), deadline=None, derandomize=True)
 @given(two_resources())
 def test_of_two_resources_both_limits_hold_and_the_choice_is_the_best_of_all(
     instance: tuple[Losses, list[Resource]],
@@ -178,7 +178,7 @@ def test_nothing_to_choose_is_the_empty_choice() -> None:
 # The best choice under a budget.
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=examples(400), deadline=None, derandomize=True)
 @given(spaces(), st.integers(0, 10**6), st.sampled_from(["bops", "size", "both"]), st.booleans())
 def test_the_best_choice_never_exceeds_the_budget_and_uses_it_wherever_any_choice_does(
     space: SearchSpace, seed: int, kind: str, monotone: bool
@@ -226,10 +226,13 @@ FAST: dict[str, dict[str, Any]] = {
 }
 
 
-def cases(method: str, share: int = 1, half: int | None = None) -> range:
-    """Seeds of the problems; ``share`` leaves only every so-manieth, and ``half`` every other one of these."""
+PARTS = 4
+
+
+def cases(method: str, share: int = 1, part: int | None = None) -> range:
+    """Seeds of the problems; ``share`` leaves only every so-manieth, and ``part`` every fourth of these."""
     count = 24 if SEARCHERS[method].trains else 120
-    return range(0, count, share) if half is None else range(share * half, count, 2 * share)
+    return range(0, count, share) if part is None else range(share * part, count, PARTS * share)
 
 
 @cache
@@ -253,7 +256,7 @@ def costs_of(seed: int) -> np.ndarray:
 
 
 each_searcher = pytest.mark.parametrize("method", SEARCHERS)
-each_half = pytest.mark.parametrize("half", sweep([0, 1], lambda half: half == 0))
+each_part = pytest.mark.parametrize("part", sweep(range(PARTS), lambda part: part == 0))
 
 
 def test_the_problems_have_everything_that_may_occur() -> None:
@@ -268,32 +271,32 @@ def test_the_problems_have_everything_that_may_occur() -> None:
         assert sum(len(space.decisions) > 1 for space in some) >= 12
 
 
-@each_half
+@each_part
 @each_searcher
-def test_the_budget_admits_what_is_found(method: str, half: int) -> None:
-    for seed in cases(method, half=half):
+def test_the_budget_admits_what_is_found(method: str, part: int) -> None:
+    for seed in cases(method, part=part):
         asked = problem(seed)
         assert asked.budget.admits(asked.space.cost(solved(method, seed).choice)), seed
 
 
-@each_half
+@each_part
 @each_searcher
-def test_98_5_percent_of_the_budget_is_used_wherever_any_configuration_does(method: str, half: int) -> None:
+def test_98_5_percent_of_the_budget_is_used_wherever_any_configuration_does(method: str, part: int) -> None:
     if method == "uniform":
         pytest.skip("has the same bits everywhere, whatever is left over")
     wherever = 0
-    for seed in cases(method, half=half):
+    for seed in cases(method, part=part):
         asked, costs = problem(seed), costs_of(seed)
         if (admitted(costs, asked.budget) & used(costs, asked.budget)).any():
             wherever += 1
             assert asked.budget.used_by(asked.space.cost(solved(method, seed).choice)), seed
-    assert wherever > len(cases(method, half=half)) // 4  # the cases are worth something
+    assert wherever > len(cases(method, part=part)) // 4  # the cases are worth something
 
 
-@each_half
+@each_part
 @each_searcher
-def test_every_layer_is_there_in_order_with_its_fixed_bits_or_an_option(method: str, half: int) -> None:
-    for seed in cases(method, half=half):
+def test_every_layer_is_there_in_order_with_its_fixed_bits_or_an_option(method: str, part: int) -> None:
+    for seed in cases(method, part=part):
         space = problem(seed).space
         config = space.config(solved(method, seed).choice)
         assert config.model == space.model
@@ -305,22 +308,22 @@ def test_every_layer_is_there_in_order_with_its_fixed_bits_or_an_option(method: 
                 assert config.layers[member.name] in decision.options
 
 
-@each_half
+@each_part
 @each_searcher
-def test_the_layers_of_a_group_get_equal_bits(method: str, half: int) -> None:
-    for seed in cases(method, half=half):
+def test_the_layers_of_a_group_get_equal_bits(method: str, part: int) -> None:
+    for seed in cases(method, part=part):
         space = problem(seed).space
         config = space.config(solved(method, seed).choice)
         for decision in space.decisions:
             assert len({config.layers[member.name] for member in decision.members}) == 1, seed
 
 
-@each_half
+@each_part
 @each_searcher
 def test_the_same_seed_gives_the_same_result_whatever_the_global_random_numbers(
-    method: str, half: int
+    method: str, part: int
 ) -> None:
-    for seed in cases(method, 4, half):
+    for seed in cases(method, 4, part):
         torch.manual_seed(seed + 12345)
         again = search(method, problem(seed))
         first = solved(method, seed)
@@ -328,10 +331,10 @@ def test_the_same_seed_gives_the_same_result_whatever_the_global_random_numbers(
         assert sorted(again.scored) == sorted(first.scored), seed
 
 
-@each_half
+@each_part
 @each_searcher
-def test_other_budgets_can_be_asked_for_and_admit_what_is_proposed(method: str, half: int) -> None:
-    for seed in cases(method, 2, half):
+def test_other_budgets_can_be_asked_for_and_admit_what_is_proposed(method: str, part: int) -> None:
+    for seed in cases(method, 2, part):
         asked, costs = problem(seed), costs_of(seed)
         for kind in ("bops", "size", "both"):
             other = budget_within(asked.space, random.Random(seed + 1), kind)
@@ -344,10 +347,10 @@ def test_other_budgets_can_be_asked_for_and_admit_what_is_proposed(method: str, 
                     assert other.used_by(cost), (seed, kind)
 
 
-@each_half
+@each_part
 @each_searcher
-def test_what_was_scored_is_what_the_score_says(method: str, half: int) -> None:
-    for seed in cases(method, 6, half):
+def test_what_was_scored_is_what_the_score_says(method: str, part: int) -> None:
+    for seed in cases(method, 6, part):
         found, space = solved(method, seed), problem(seed).space
         for one in list(found.scored)[:3]:
             assert one.cost == space.cost(one.choice)
@@ -378,9 +381,10 @@ def test_a_budget_below_the_floor_is_refused_with_the_range(method: str) -> None
             assert part in str(refusal.value)
 
 
+@each_part
 @each_searcher
-def test_a_budget_at_the_floor_gives_the_floor(method: str) -> None:
-    for seed in cases(method, 4):
+def test_a_budget_at_the_floor_gives_the_floor(method: str, part: int) -> None:
+    for seed in cases(method, 2, part):
         asked = problem(seed)
         budget = bounded(asked, *asked.space.floor)
         cost = asked.space.cost(search(method, asked, budget=budget).choice)
@@ -388,10 +392,11 @@ def test_a_budget_at_the_floor_gives_the_floor(method: str) -> None:
             assert cost[index] == bound == asked.space.floor[index], seed
 
 
+@each_part
 @each_searcher
 @pytest.mark.parametrize("factor", [1, 3])
-def test_a_budget_at_or_above_the_ceiling_gives_the_ceiling(method: str, factor: int) -> None:
-    for seed in cases(method, 4):
+def test_a_budget_at_or_above_the_ceiling_gives_the_ceiling(method: str, factor: int, part: int) -> None:
+    for seed in cases(method, 2, part):
         asked = problem(seed)
         ceiling = asked.space.ceiling
         budget = bounded(asked, factor * ceiling.bops, factor * ceiling.size)
@@ -428,8 +433,9 @@ def test_traced_networks_are_searched_within_their_budget(network: str, method: 
 # One searcher each.
 
 
-def test_uniform_is_the_greatest_width_that_fits() -> None:
-    for seed in cases("uniform"):
+@each_part
+def test_uniform_is_the_greatest_width_that_fits(part: int) -> None:
+    for seed in cases("uniform", part=part):
         asked = problem(seed)
         space = asked.space
         widths = {width for d in space.decisions for o in d.options for width in (o.weight, o.activation)}
@@ -439,8 +445,9 @@ def test_uniform_is_the_greatest_width_that_fits() -> None:
         assert solved("uniform", seed).choice == expected, seed
 
 
-def test_the_error_search_finds_the_least_noise_of_all_configurations_that_use_the_budget() -> None:
-    for seed in cases("error"):
+@each_part
+def test_the_error_search_finds_the_least_noise_of_all_configurations_that_use_the_budget(part: int) -> None:
+    for seed in cases("error", part=part):
         asked, costs = problem(seed), costs_of(seed)
         losses = relative_noise(asked)
         if not losses or asked.budget.admits(asked.space.ceiling):
@@ -473,8 +480,9 @@ def test_the_noise_of_an_option_is_that_of_its_weights_plus_that_of_its_inputs()
     assert apart > 0.01
 
 
-def test_random_takes_the_most_accurate_of_its_draws() -> None:
-    for seed in cases("random", 3):
+@each_part
+def test_random_takes_the_most_accurate_of_its_draws(part: int) -> None:
+    for seed in cases("random", 3, part):
         found = solved("random", seed)
         best = max(found.scored, key=lambda one: (one.top1, -one.loss))
         assert tuple(found.choice) == best.choice

@@ -16,6 +16,7 @@ from saqcli.workflows.demo import FLOAT_EPOCHS
 from tests.digits import MODEL, float_options
 from tests.sweeps import sweep
 
+QUICK = ("--set", "data.calibration_images=128", "--set", "data.verify_images=100")
 UNIFORM_3 = 92_640_256  # BOPs, just below what 3 bits cost saq/resnet20 on 16 x 16 grey images
 
 
@@ -43,11 +44,12 @@ def quantized(run: Path, digits: Path) -> dict[str, Any]:
         "--bops",
         budget,
         "--epochs",
-        2,
+        1,
         "--batch-size",
         64,
         "--set",
         "data.augmentation=none",
+        *QUICK,
         "--run-dir",
         run,
     )
@@ -113,7 +115,7 @@ def test_another_policy_gives_other_outputs_and_other_costs(run: Path, digits: P
     path.write_text(json.dumps(policy))
 
     answer = saq(
-        *("quantize", MODEL, *float_options(digits), "--policy", path, "--epochs", 0),
+        *("quantize", MODEL, *float_options(digits), "--policy", path, "--epochs", 0, *QUICK),
         *("--run-dir", tmp_path / "two"),
     )
     images = torch.randn(4, 1, 16, 16)
@@ -185,7 +187,7 @@ def test_an_artifact_that_does_not_equal_the_model_leaves_no_file_and_exits_3(
 
 
 @pytest.mark.parametrize(
-    ("epochs", "float_top1"), sweep([(4, 90), (FLOAT_EPOCHS, 95)], lambda epochs, _: epochs == 4)
+    ("epochs", "float_top1"), sweep([(3, 90), (FLOAT_EPOCHS, 95)], lambda epochs, _: epochs == 3)
 )
 def test_the_demo_runs_offline_to_the_end(
     epochs: int, float_top1: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

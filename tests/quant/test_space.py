@@ -16,6 +16,7 @@ from saqcli.quant.cost import Budget, Cost, CostModel, LayerCost
 from saqcli.quant.space import Candidates, SearchSpace, parse_rule, search_space
 from saqcli.units import format_quantity
 from tests.spaces import every_cost, spaces
+from tests.sweeps import examples
 
 W8A8 = LayerBits(weight=8, activation=8)
 
@@ -83,7 +84,7 @@ def test_a_rule_is_read_as_least_and_most_bits(
 
 
 @given(st.text(st.sampled_from("0123456789wa-WA ."), max_size=8))
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 def test_any_rule_is_read_or_refused_with_its_text(text: str) -> None:
     try:
         rule = parse_rule(text)
@@ -229,7 +230,7 @@ def choices(space: SearchSpace) -> list[tuple[int, ...]]:
 
 
 @given(spaces(), st.randoms(use_true_random=False))
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 def test_a_choice_costs_what_its_configuration_costs(space: SearchSpace, rng: random.Random) -> None:
     for choice in rng.sample(found := choices(space), min(len(found), 20)):
         config = space.config(choice)
@@ -241,7 +242,7 @@ def test_a_choice_costs_what_its_configuration_costs(space: SearchSpace, rng: ra
 
 
 @given(spaces())
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 def test_floor_and_ceiling_are_the_least_and_greatest_of_all_choices_in_both_units(
     space: SearchSpace,
 ) -> None:
@@ -252,7 +253,7 @@ def test_floor_and_ceiling_are_the_least_and_greatest_of_all_choices_in_both_uni
 
 
 @given(spaces())
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 def test_options_ascend_in_cost_and_are_costs_of_all_members(space: SearchSpace) -> None:
     for decision in space.decisions:
         assert len(decision.options) > 1
@@ -263,7 +264,7 @@ def test_options_ascend_in_cost_and_are_costs_of_all_members(space: SearchSpace)
 
 
 @given(spaces())
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_every_layer_is_decided_once_and_groups_agree(space: SearchSpace) -> None:
     names = [member.name for decision in space.decisions for member in decision.members]
     assert sorted([*names, *space.fixed]) == sorted(entry.name for entry in space.costs.layers)
@@ -274,7 +275,7 @@ def test_every_layer_is_decided_once_and_groups_agree(space: SearchSpace) -> Non
 
 
 @given(spaces(), st.integers(2, 8), st.integers(2, 8))
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_the_nearest_choice_has_the_asked_bits_wherever_they_are_an_option(
     space: SearchSpace, weight: int, activation: int
 ) -> None:
@@ -290,7 +291,7 @@ def test_the_nearest_choice_has_the_asked_bits_wherever_they_are_an_option(
 
 
 @given(spaces(), st.booleans(), st.booleans(), st.floats(0, 1), st.floats(0, 1))
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 def test_a_budget_is_refused_exactly_where_no_choice_meets_it(
     space: SearchSpace, use_bops: bool, use_size: bool, bops_way: float, size_way: float
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 
 from saqcli.algorithms.exporters.safetensors import read_content, restore_structure
 from saqcli.errors import SaqError
@@ -15,7 +16,16 @@ from saqcli.quant.products import quantized_products
 from saqcli.workflows.predictors import restore
 from tests.command_line import answer
 
-NETWORK = ("timm/test_vit", "--no-pretrained", "--num-classes", 3, "--input-size", 32)
+BLOCKS = 2  # of six: each is exported in every style, and there are two products in each
+NETWORK = (
+    *("timm/test_vit", "--no-pretrained", "--num-classes", 3, "--input-size", 32),
+    *("--model-kwargs", f"depth={BLOCKS}"),
+)
+
+
+def network() -> nn.Module:
+    found: nn.Module = timm.create_model("test_vit", num_classes=3, img_size=32, depth=BLOCKS)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +55,10 @@ def test_profile_tells_products_and_counts_them_only_on_request() -> None:
     plain, counted = (
         answer("profile", *NETWORK, "--bits", "w8a4", *more) for more in ((), ("--quantize-attention",))
     )
-    assert [row["bops"] for row in plain["products"]] == [None] * 12
+    assert [row["bops"] for row in plain["products"]] == [None] * (2 * BLOCKS)
     assert counted["bops"] == plain["bops"] + sum(row["bops"] for row in counted["products"])
     assert all(row["bops"] == row["macs"] * 4 * 4 for row in counted["products"])
-    assert {row["follows"] for row in counted["products"]} == {f"blocks.{i}.attn.qkv" for i in range(6)}
+    assert {row["follows"] for row in counted["products"]} == {f"blocks.{i}.attn.qkv" for i in range(BLOCKS)}
     assert counted["macs"] == plain["macs"] + sum(row["macs"] for row in counted["products"])
 
 
@@ -69,7 +79,7 @@ def test_every_file_has_the_products_and_equals_the_model(run: Path, data: Path,
     model, facts = restore(run / "artifacts" / "model.safetensors")
     found = quantized_products(model)
     assert list(found) == list(facts.products)
-    assert len(found) == 12
+    assert len(found) == 2 * BLOCKS
     assert all(
         product.input_quantizer.bits == product.weight_quantizer.bits == 4 for product in found.values()
     )
@@ -80,7 +90,9 @@ def test_every_file_has_the_products_and_equals_the_model(run: Path, data: Path,
             *("export", run, "--style", style, "--onnx", tmp_path / f"{style}.onnx", "--data", data)
         )
         assert verdict["verified"]
-        assert verdict["layers"] >= 26 + 24 - 1  # inputs of layers, operands of products
+        assert (
+            verdict["layers"] >= (4 * BLOCKS + 2) + 4 * BLOCKS - 1
+        )  # inputs of layers, operands of products
 
 
 @pytest.mark.parametrize(
@@ -102,9 +114,8 @@ def test_strange_products_in_a_description_are_refused(name: str, run: Path) -> 
     signed = facts.signed | {f"{name}.left": True, f"{name}.right": True}
     products = facts.products | {name: "blocks.0.attn.qkv"}
     strange = facts.model_copy(update={"products": products, "signed": signed})
-    model = timm.create_model("test_vit", num_classes=3, img_size=32)
     with pytest.raises(SaqError, match="has no product"):
-        restore_structure(model, strange)
+        restore_structure(network(), strange)
     with torch.device("meta"):
-        fresh = timm.create_model("test_vit", num_classes=3, img_size=32)
+        fresh = network()
     restore_structure(fresh.to_empty(device="cpu"), facts)

@@ -182,9 +182,16 @@ def lineup(*names: str) -> Lineup:
     )
 
 
+@pytest.fixture(scope="module")
+def measured(run: Path) -> dict[str, Any]:
+    """What the command says of the run."""
+    found: dict[str, Any] = answer("eval", run, *QUICK)
+    return found
+
+
 class TestTargets:
-    def test_a_run_stands_four_ways(self, run: Path) -> None:
-        found = answer("eval", run, *QUICK)
+    def test_a_run_stands_four_ways(self, run: Path, measured: dict[str, Any]) -> None:
+        found = measured
         rows = found["bench"]["rows"]
 
         assert found["target"] == str(run)
@@ -206,8 +213,8 @@ class TestTargets:
         layers = {row["name"]: (row["integer_kernels"], row["float_kernels"]) for row in rows}
         assert layers["ONNX float"] == (0, 20)  # 19 convolutions and the classifier
 
-    def test_the_conditions_are_told(self, run: Path) -> None:
-        found = answer("eval", run, *QUICK)["bench"]
+    def test_the_conditions_are_told(self, measured: dict[str, Any]) -> None:
+        found = measured["bench"]
 
         assert {"saq", "torch", "onnxruntime"} <= set(found["versions"])
         assert found["cpu"] == {"name": cpu_name(), "cores": cores()}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from saqcli.errors import DataError
-from saqcli.io.data import Split, subset
+from saqcli.io.data import Split, sharded, subset
 from saqcli.io.images import ImageSet, ImageStream, Unreadable
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.transforms import CROP_SCALE, Augmentation, image_transform
@@ -134,7 +134,7 @@ def make_loader(
         workers: processes that read; 0 reads in this one.
         device: where batches arrive. On CUDA they are normalized there.
         seed: of the order, the augmentation and the images that ``limit`` keeps.
-        drop_last: leave out the last batch if it is short; of a stream, training always does.
+        drop_last: leave out the last batch if it is short; of a stream (hfids/, tfds/), training always does.
         limit: at most this many images: a ``subset``, or the beginning of a stream.
         crop_scale: see ``image_transform``.
         distributed: share the images out among the processes of the default group; evaluation then sees a few
@@ -145,15 +145,20 @@ def make_loader(
     """
     from timm.data import create_loader
 
-    if limit is not None and isinstance(split.dataset, ImageSet):
+    exact = isinstance(split.dataset, ImageSet) or sharded(split) is not None  # each image once, and how many
+    if limit is not None and exact:
         split, limit = subset(split, limit, seed), None
     on_device = device.type == "cuda"
     dataset = _ready(split, preprocessing, training=training)
+    if (shards := sharded(split)) is not None:
+        dataset.source = replace(
+            shards, batch_size=batch_size, shuffled=training, drop_last=drop_last, seed=seed
+        )
     batches = create_loader(
         dataset,
         preprocessing.input_size,
         batch_size,
-        is_training=training,
+        is_training=training and shards is None,  # else timm drops the last batch of every worker
         mean=preprocessing.mean,
         std=preprocessing.std,
         num_workers=workers,
@@ -172,7 +177,7 @@ def make_loader(
     else:
         dataset.source.set_loader_cfg(num_workers=workers)
     loader = Loader(batches, name=split.name, device=device, seed=seed, limit=limit)
-    if len(loader) == 0 and isinstance(dataset, ImageSet):
+    if len(loader) == 0 and exact:
         raise DataError(
             f"{split.name} has {split.images} images, not one batch of {batch_size}: "
             f"give --batch-size {max(1, split.images)} or less, or more data"
@@ -188,8 +193,6 @@ def _ready(split: Split, preprocessing: Preprocessing, *, training: bool) -> Ima
             f"{split.name} holds images, the model reads {channels} channels: "
             "give a model that reads 1 (grey) or 3 (colour)"
         )
-    if isinstance(split.dataset, ImageStream):
-        return replace(split.dataset, mode=_COLOR_MODES[channels])
     skipped: Unreadable = "replace" if training else "leave_out"
     unreadable = skipped if split.bad_images == "skip" else split.bad_images
     return replace(split.dataset, mode=_COLOR_MODES[channels], unreadable=unreadable)

@@ -1,6 +1,6 @@
 """What every verb needs: device, float model, data, and the traced network with its costs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import nn
 from saqcli.config import DataSection, ModelSection, RunConfig, first_difference
 from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.io.data import Split, check_same_classes, open_split
+from saqcli.io.fingerprints import check_fingerprint, fingerprint
 from saqcli.io.loaders import Loader, calibration_loader, default_workers, make_loader
 from saqcli.io.models import LoadedModel, ModelSpec, load_model
 from saqcli.io.preprocessing import Preprocessing
@@ -167,6 +168,20 @@ class Images:
         """
         split = open_named(section, "train", num_classes)
         return cls(split, split, preprocessing, section, device, seed)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Which images these are: a line of text for ``train`` and for ``val``, to be kept in a checkpoint."""
+        return {"train": fingerprint(self.train), "val": fingerprint(self.val)}
+
+    def check_fingerprints(self, kept: Mapping[str, str]) -> None:
+        """Refuse to go on with other images; what is not in ``kept`` is not compared.
+
+        Raises:
+            DataError: these are not the images of which ``fingerprints`` gave ``kept``.
+        """
+        for name, split, called in (("train", self.train, "training"), ("val", self.val, "validation")):
+            if name in kept:
+                check_fingerprint(kept[name], split, called)
 
     def training(self, limit: int | None = None) -> Loader:
         """Shuffled and augmented, ``limit`` images at most; call ``set_epoch`` before each pass."""

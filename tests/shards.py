@@ -39,7 +39,7 @@ def write_shards(folder: Path, splits: dict[str, Sequence[Sequence[Sample]]]) ->
 
 
 def shards_of_folder(folder: Path, target: Path, sizes: Sequence[int]) -> Path:
-    """``folder/{train,val}/CLASS/*.png`` as shards of ``sizes`` images in turn; classes are shuffled, as they should be."""
+    """``folder/{train,val}/CLASS/*.png`` as shards of ``sizes`` images in turn, with the classes mixed."""
     splits = {}
     for split, name in (("train", "train"), ("val", "validation")):
         classes = sorted(path.name for path in (folder / split).iterdir())

@@ -190,7 +190,7 @@ def decode(item: Encoded, mode: str = "RGB") -> Image.Image:
     """
     if not isinstance(item, Image.Image):
         if isinstance(item, str) and not stat.S_ISREG(os.stat(item).st_mode):
-            raise OSError("it is no regular file")  # to open a pipe would wait for its other end
+            raise OSError("it is a pipe or a device")  # to open a pipe would wait for its other end
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"

@@ -9,6 +9,7 @@ generators along, and a resumed run would then differ from an uninterrupted one.
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from traceback import clear_frames
@@ -31,6 +32,7 @@ LARGEST_SIDE_WITHOUT_WORKERS = (
 )
 MOST_WORKERS = 8
 
+_CHILD_ENDED: int | None = getattr(signal, "SIGCHLD", None)
 _COLOR_MODES = {1: "L", 3: "RGB"}
 
 
@@ -82,8 +84,10 @@ class Loader:
                 same one line whether it happened in this process or in a worker.
         """
         left = self._limit
+        handler = signal.getsignal(_CHILD_ENDED) if _CHILD_ENDED else None
         try:
             for images, labels in self._batches:
+                _put_back(handler)
                 if left is not None:
                     images, labels = images[:left], labels[:left]
                     left -= len(labels)
@@ -95,8 +99,8 @@ class Loader:
             clear_frames(error.__traceback__)
             self._inner._iterator = None
             raise DataError(_without_traceback(error)) from None
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            if not (self._inner.num_workers and _tells_of_death(error)):
                 raise
             raise DataError(
                 f"the processes that read {self.name} died, most often for want of (shared) memory: "
@@ -259,6 +263,20 @@ def default_workers(preprocessing: Preprocessing) -> int:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST_WORKERS, cores)
+
+
+def _put_back(handler: Any) -> None:
+    """Undo torch's handler, which raises wherever the program is when a worker dies; while it waits, torch asks."""
+    if _CHILD_ENDED and handler is not None and signal.getsignal(_CHILD_ENDED) is not handler:
+        signal.signal(_CHILD_ENDED, handler)
+
+
+def _tells_of_death(error: BaseException) -> bool:
+    """Whether this is what torch raises when a worker died, be it in the midst of handing over a batch."""
+    told = str(error)
+    if isinstance(error, RuntimeError):
+        return "exited unexpectedly" in told or "killed by signal" in told
+    return not told.startswith("Caught ")  # else a living worker met with it
 
 
 def _without_traceback(error: DataError) -> str:

@@ -93,7 +93,7 @@ def test_parts_share_no_image_and_a_subset_is_the_beginning_of_a_larger_one(fold
     held_out, rest = (seen(load(part)) for part in divide(subset(split, 20, seed=3), 0.3, seed=1))
     assert len(held_out) == 6
     assert Counter(held_out + rest) == Counter(seen(load(subset(split, 20, seed=3))))
-    with pytest.raises(DataError, match="the labels of .* are not known beforehand|is a stream"):
+    with pytest.raises(DataError, match="is a stream, from which no images can be drawn"):
         some_classes(split, 2, seed=0)
 
 
@@ -234,7 +234,7 @@ def test_unreadable_images_are_skipped_and_counted(folder: Path, workers: int) -
         write_shard(
             folder / f"train-{place:04d}.tar", [(str(i), {"png": b"", "cls": b"5"}) for i in range(size)]
         )
-    with pytest.raises(DataError, match="none of the .* images"):
+    with pytest.raises(DataError, match=r"none of the .* images"):
         seen(load(opened(folder, "train", "skip"), workers=workers, training=True))
 
 

@@ -221,6 +221,7 @@ class Fatal:
         raise AssertionError
 
 
+@pytest.mark.slow  # torch asks every five seconds
 def test_dead_workers_are_told_with_what_to_do(load: Load) -> None:
     with pytest.raises(DataError, match=r"the processes that read fatal died.* --workers 0"):
         batches(load(Split("fatal", ImageSet(Fatal(), None, 2, "fatal"), ()), workers=1))

@@ -210,7 +210,7 @@ def test_folders_that_lead_astray_are_told(folder: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal")
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_reader_that_is_killed_within_an_epoch_is_told_soon(folder: Path, training: bool) -> None:
     for number in range(200):
         (folder / "val" / "cat" / f"{number}.png").write_bytes(encoded("png"))

@@ -58,7 +58,7 @@ Data = Annotated[
     str | None,
     typer.Option(
         metavar="DIR",
-        help="Folder with train/ and val/, a folder a class in each; or a timm data set such as torch/cifar100.",
+        help="Folder with train/ and val/, a folder a class in each; or timm's torch/cifar100, hfds/NAME, wds/DIR.",
         rich_help_panel=IMAGES,
     ),
 ]

@@ -8,6 +8,7 @@ library fetches by itself.
 A ``Split`` knows what its images and labels are; how they are fed to a network is ``loaders.py``.
 """
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,13 +18,16 @@ from typing import Any, Literal
 import numpy as np
 
 from saqcli.errors import DataError
+from saqcli.io.archives import read_split
 from saqcli.io.folders import SplitName, find_images, find_split, number_classes, some
 from saqcli.io.images import ImageSet, ImageStream
+from saqcli.io.shards import Shards
 
 BadImages = Literal["refuse", "skip", "replace"]
 
 _RANDOM_ACCESS = ("torch", "hfds")
-_STREAMED = ("hfids", "tfds", "wds")
+_STREAMED = ("hfids", "tfds")
+_SHARDED = "wds"
 _SPLIT_SYNONYMS = {"train": ("train",), "val": ("validation", "val", "test")}
 
 
@@ -60,13 +64,15 @@ def open_split(data: str, split: SplitName, *, num_classes: int, bad_images: Bad
             also the folder of class folders itself; or one of timm's strings, ``PREFIX/NAME[@ROOT]``.
         split: which part.
         num_classes: of the network.
-        bad_images: see ``Split``; a stream's own reader decides instead.
+        bad_images: see ``Split``; the readers of hfids/ and tfds/ decide instead.
 
     Raises:
         DataError: nothing there, no such split, or classes that do not fit the network.
     """
     prefix = data.partition("/")[0].lower()
-    if prefix in _RANDOM_ACCESS + _STREAMED and not Path(data).exists():
+    if prefix == _SHARDED and not os.path.exists(data):
+        return replace(_open_shards(data, split, num_classes), bad_images=bad_images)
+    if prefix in _RANDOM_ACCESS + _STREAMED and not os.path.exists(data):
         return replace(_open_named(data, split, num_classes), bad_images=bad_images)
     folder = find_split(Path(data).expanduser(), split)
     images = find_images(folder)
@@ -119,12 +125,25 @@ def subset(split: Split, count: int, seed: int) -> Split:
 
     The same (split, seed) gives the same order whatever the count, so that a smaller subset is the beginning
     of a larger one, and classes take turns, so that its first batch shows many of them. Where the labels are
-    not known beforehand (hfds/) the draw is uniform.
+    not known beforehand (hfds/) the draw is uniform; of shards (wds/) whole ones are drawn, all but the last.
 
     Raises:
         DataError: a stream, which cannot be drawn from.
     """
+    if (shards := sharded(split)) is not None:
+        return _with_shards(split, shards.divide(count, seed)[0])
     return replace(split, dataset=_random_access(split).pick(_order(split, seed)[:count]))
+
+
+def sharded(split: Split) -> Shards | None:
+    """The shards that a split is stored in, if any."""
+    source = split.dataset.source
+    return source if isinstance(source, Shards) else None
+
+
+def _with_shards(split: Split, shards: Shards) -> Split:
+    assert isinstance(split.dataset, ImageStream)
+    return replace(split, dataset=replace(split.dataset, source=shards))
 
 
 def _random_access(split: Split) -> ImageSet:
@@ -146,6 +165,8 @@ def _order(split: Split, seed: int) -> list[int]:
 def divide(split: Split, share: float, seed: int) -> tuple[Split, Split]:
     """Two parts of ``split``, each with its part of every class: ``share`` of the images, and the rest.
 
+    Of shards (wds/), whose labels are not known beforehand, the parts are whole shards but for one.
+
     Raises:
         DataError: a stream, or a part without an image.
     """
@@ -154,6 +175,9 @@ def divide(split: Split, share: float, seed: int) -> tuple[Split, Split]:
         raise DataError(
             f"{split.name} has {split.images} images, too few to hold {share:.0%} of them out: give more images"
         )
+    if (shards := sharded(split)) is not None:
+        first, rest = shards.divide(count, seed)
+        return _with_shards(split, first), _with_shards(split, rest)
     order = _order(split, seed)
     return (
         replace(split, dataset=_random_access(split).pick(order[:count])),
@@ -186,13 +210,22 @@ def _taking_turns(order: "np.ndarray[Any, np.dtype[np.int64]]", labels: Sequence
     return order[np.argsort(turns, kind="stable")]
 
 
+def _open_shards(data: str, split: SplitName, num_classes: int) -> Split:
+    """Tar files in the layout that timm reads."""
+    name, _, root = data.partition("@")
+    root = os.path.expanduser(root or name.partition("/")[2])
+    found, parts = read_split(root, _SPLIT_SYNONYMS[split], data)
+    title = f"{data} ({found})"
+    return Split(title, ImageStream(Shards(root, parts), num_classes, title), ())
+
+
 def _open_named(data: str, split: SplitName, num_classes: int) -> Split:
     """A data set that timm knows by name, under the first name of the split that it has."""
     from timm.data import create_dataset
 
     name, _, root = data.partition("@")
     prefix = name.partition("/")[0].lower()
-    where = root or {"hfds": None, "hfids": None, "wds": name.partition("/")[2]}.get(prefix, ".")
+    where = root or {"hfds": None, "hfids": None}.get(prefix, ".")
     failures = []
     for synonym in _SPLIT_SYNONYMS[split]:
         try:

@@ -6,7 +6,8 @@ classes of an ImageNet network, and a number of folders that does not fit the ne
 """
 
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence, Set
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -51,36 +52,73 @@ def find_images(folder: Path) -> dict[str, list[str]]:
     """The image files below each class folder, at any depth; other files and hidden ones are passed over.
 
     Returns:
-        Class folder's name to its files, both sorted as ``sort_classes`` and timm sort.
+        Class folder's name to its files; both sorted with numbers as numbers, as timm sorts, and in the same order
+        on every machine.
 
     Raises:
-        DataError: no class folders, or some without an image.
+        DataError: no class folders, some without an image, or folders that cannot be read.
     """
-    from timm.data import create_dataset
-
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    entries = [entry for entry in _list(folder) if not entry.name.startswith(".")]
     classes = sort_classes(entry.name for entry in entries if entry.is_dir())
     if not classes:
-        raise DataError(f"{folder} {_describe(entries)}: give a folder that holds one folder per class")
-
-    images: dict[str, list[str]] = {name: [] for name in classes}
-    try:
-        reader = create_dataset(
-            "", root=str(folder), search_split=False, input_key=";".join(IMAGE_EXTENSIONS)
-        ).reader
-    except RuntimeError:  # timm's word for no image at all
+        raise DataError(
+            f"{folder} {_describe([entry.name for entry in entries])}: give a folder that holds one folder per class"
+        )
+    top = _identity(folder)
+    images = {
+        name: sorted(_image_files(folder / name, {top}), key=lambda path: _natural(path[skipped:]))
+        for name, skipped in ((name, len(str(folder / name)) + 1) for name in classes)
+    }
+    if not any(images.values()):
         raise DataError(
             f"{folder} has {len(classes)} folders ({some(classes)}) and no image in any of them: "
             f"give a folder whose class folders hold {some(IMAGE_EXTENSIONS)} files"
-        ) from None
-    for file, _ in reader.samples:
-        parts = os.path.relpath(file, folder).split(os.sep)
-        if len(parts) > 1 and not any(part.startswith(".") for part in parts):
-            images[parts[0]].append(file)
-
+        )
     if empty := [name for name in classes if not images[name]]:
         raise DataError(f"{folder} has class folders without an image: {some(empty)}; fill or remove them")
     return images
+
+
+def _image_files(folder: Path, above: Set[tuple[int, int]]) -> Iterator[str]:
+    """The image files below a folder, through links too; ``above`` identifies the folders that it lies in."""
+    identity = _identity(folder)
+    if identity in above:
+        raise DataError(f"{folder} is a link to a folder that it lies in: remove it")
+    for entry in _list(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _image_files(Path(entry.path), above | {identity})
+        elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
+            yield entry.path
+
+
+def _list(folder: Path) -> "list[os.DirEntry[str]]":
+    """The entries of a folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise _cannot_list(folder, error) from error
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """What tells a folder from all others, whatever way leads to it."""
+    try:
+        status = folder.stat()
+    except OSError as error:
+        raise _cannot_list(folder, error) from error
+    return status.st_dev, status.st_ino
+
+
+def _cannot_list(folder: Path, error: OSError) -> DataError:
+    return DataError(f"cannot read the folder {folder} ({error.strerror}): give one that can be read")
+
+
+def _natural(path: str) -> tuple[list[str | int], str]:
+    """Sorts 2 before 10, as timm does; what that cannot tell apart (2 and 02), as text."""
+    parts = re.split(r"(\d+)", path.lower())
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], path
 
 
 def number_classes(names: Sequence[str], num_classes: int, folder: Path) -> dict[str, int]:
@@ -117,8 +155,8 @@ def sort_classes(names: Iterable[str]) -> list[str]:
         >>> sort_classes(["10", "9", "1"])
         ['1', '9', '10']
     """
-    names = list(names)
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    names = sorted(names)
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
 
 
 def some(names: Sequence[str], limit: int = 5) -> str:
@@ -143,22 +181,24 @@ def _synset_indices(num_classes: int) -> dict[str, int]:
 
 
 def _check_folder(folder: Path) -> None:
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return
-    if folder.exists():
+    if os.path.exists(folder):
         raise DataError(f"{folder} is a file: give a folder (unpack an archive first)")
     parent = folder.absolute().parent
     siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
     near = [str(folder.parent / name) for name in get_close_matches(folder.name, siblings)]
     hint = (
-        f"did you mean {' or '.join(near)}?" if near else "give an existing folder, or torch/NAME, hfds/NAME"
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else "give an existing folder, or torch/NAME, hfds/NAME, wds/DIR"
     )
     raise DataError(f"there is no folder {folder}: {hint}")
 
 
-def _describe(entries: Sequence[Path]) -> str:
-    """What is wrong with a folder of ``entries``, none of which is a class folder."""
-    if not entries:
+def _describe(names: Sequence[str]) -> str:
+    """What is wrong with a folder of ``names``, none of which is a class folder."""
+    if not names:
         return "is empty"
-    images = sum(entry.suffix.lower() in IMAGE_EXTENSIONS for entry in entries)
+    images = sum(name.lower().endswith(IMAGE_EXTENSIONS) for name in names)
     return f"holds {images} images but no class folders" if images else "holds no class folders"

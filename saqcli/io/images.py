@@ -6,7 +6,10 @@ knows. Here it is said: ``refuse`` names the file; ``replace`` takes the next re
 for training; ``leave_out`` gives the label ``LEFT_OUT``, which evaluation counts neither right nor wrong.
 """
 
+import os
+import stat
 import struct
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Literal, Protocol
@@ -23,6 +26,9 @@ LEFT_OUT = -1  # the label of an image that could not be read and must not be co
 
 Encoded = str | IO[bytes] | Image.Image
 Unreadable = Literal["refuse", "replace", "leave_out"]
+
+# No others, whatever a file is called: some of Pillow's formats are programs that another program runs.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 # What Pillow's decoders raise on damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
@@ -129,34 +135,68 @@ class _Picked:
 class ImageStream(IterableDataset[tuple[Tensor | Image.Image, int]]):
     """Labelled images that come one after another (wds/, hfids/, tfds/); attributes as in ``ImageSet``.
 
-    The stream's own reader decides what happens to an image that cannot be read.
+    The readers of hfids/ and tfds/ decide for themselves what happens to an image that cannot be read.
     """
 
     source: Stream
     num_classes: int
     name: str
     transform: ImageTransform | None = None
+    unreadable: Unreadable = "refuse"
     mode: str = "RGB"
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __iter__(self) -> Iterator[tuple[Tensor | Image.Image, int]]:
-        for item, label in self.source:
-            image = decode(item, self.mode)
-            tensor = image if self.transform is None else self.transform(image)
-            yield tensor, check_label(label, self.num_classes, self.name)
+        """Each image; under ``replace`` the next readable one, or at the end the last, comes once more.
+
+        Raises:
+            DataError: as ``ImageSet`` does.
+        """
+        owed = 0
+        image, label = None, LEFT_OUT
+        for item, given in self.source:
+            given = check_label(given, self.num_classes, self.name)
+            try:
+                image, label = decode(item, self.mode), given
+            except _DAMAGE as error:
+                if self.unreadable == "refuse":
+                    raise _unreadable(getattr(item, "name", f"an image of {self.name}"), error) from error
+                if self.unreadable == "replace":
+                    owed += 1
+                else:
+                    yield self._transformed(Image.new(self.mode, (32, 32))), LEFT_OUT
+                continue
+            for _ in range(owed + 1):
+                yield self._transformed(image), label
+            owed = 0
+        if owed and image is None:
+            raise DataError(f"none of the {owed} images of {self.name} can be read: check the files")
+        for _ in range(owed):
+            assert image is not None
+            yield self._transformed(image), label
+
+    def _transformed(self, image: Image.Image) -> Tensor | Image.Image:
+        return image if self.transform is None else self.transform(image)
 
 
 def decode(item: Encoded, mode: str = "RGB") -> Image.Image:
     """The image in colour ``mode``, whatever it was: grey, palette, CMYK, 16 bits a channel, animated.
 
     Transparency is dropped, of an animation the first frame is taken, and 16 bits lose their lower half
-    (Pillow's ``convert`` would make everything above 255 white).
+    (Pillow's ``convert`` would make everything above 255 white). Images of more pixels than Pillow deems safe
+    (178,956,970) cannot be read.
     """
     if not isinstance(item, Image.Image):
-        with Image.open(item) as opened:
-            return decode(opened, mode)
+        if isinstance(item, str) and not stat.S_ISREG(os.stat(item).st_mode):
+            raise OSError("it is a pipe or a device")  # to open a pipe would wait for its other end
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # about damaged metadata, and large images short of Pillow's limit
+            with Image.open(item, formats=_FORMATS) as opened:
+                return decode(opened, mode)
     if item.mode.startswith("I"):
         item = Image.fromarray((np.asarray(item) >> 8).clip(0, 255).astype(np.uint8))
     if item.mode == "P" and "transparency" in item.info:
@@ -180,8 +220,10 @@ def check_label(label: int, num_classes: int, name: str) -> int:
 
 
 def _unreadable(what: str, error: BaseException) -> DataError:
-    reason = (
-        " ".join(str(error).replace(repr(what), "").split()).removesuffix(" file") or type(error).__name__
-    )
-    reason = "it is no image" if isinstance(error, UnidentifiedImageError) else reason
+    reason = getattr(error, "strerror", None) or str(error).replace(repr(what), "")
+    reason = " ".join(reason.split()).removesuffix(" file") or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        reason = "it is no image"
+    elif isinstance(error, FileNotFoundError):
+        reason = "it is a link to nothing" if os.path.islink(what) else "it was there when the run started"
     return DataError(f"cannot read {what} ({reason}): replace or remove it, or give --bad-images skip")

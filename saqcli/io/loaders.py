@@ -1,17 +1,12 @@
 """Feeding images to a network, reproducibly, through timm's loader.
 
-Everything random about an epoch follows from (seed, epoch): ``Loader.set_epoch`` seeds the global generators,
-and order and augmentation are drawn from them once iteration starts. The order does not depend on the number
-of worker processes; the augmentation does, since each worker draws its own. Worker processes of a training
-loader live for one epoch only (timm keeps them), because a process that lives on carries the state of its
-generators along, and a resumed run would then differ from an uninterrupted one.
+The order of an epoch does not depend on the number of worker processes; the augmentation does, since each worker draws
+its own. Worker processes of a training loader live for one epoch only (timm keeps them), because a process that lives
+on carries the state of its generators along, and a resumed run would then differ from an uninterrupted one.
 """
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
-from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -19,11 +14,11 @@ from torch import Tensor
 
 from saqcli import ranks
 from saqcli.errors import ConfigError, DataError
-from saqcli.io.data import Split, subset
+from saqcli.io.batches import Loader
+from saqcli.io.data import Split, sharded, subset
 from saqcli.io.images import ImageSet, ImageStream, Unreadable
 from saqcli.io.preprocessing import Preprocessing
-from saqcli.io.seeds import seed_everything
-from saqcli.io.shares import EvaluationShare, TrainingShare
+from saqcli.io.shares import TrainingShare
 from saqcli.io.transforms import CROP_SCALE, Augmentation, image_transform
 from saqcli.progress import Progress
 
@@ -34,92 +29,6 @@ LARGEST_SIDE_WITHOUT_WORKERS = (
 MOST_WORKERS = 8
 
 _COLOR_MODES = {1: "L", 3: "RGB"}
-
-
-class Loader:
-    """Batches of a split: normalized float32 images (N, C, H, W) and int64 labels (N), on the device.
-
-    Made by ``make_loader``. A label of ``LEFT_OUT`` (-1) marks an image that could not be read.
-
-    Attributes:
-        name: of the split, for messages.
-        images: in one pass of this process; of a stream, about, and 0 if unknown.
-    """
-
-    def __init__(
-        self, batches: Any, *, name: str, device: torch.device, seed: int, limit: int | None
-    ) -> None:
-        """``batches`` is timm's loader; ``limit`` ends a pass after that many images."""
-        self.name = name
-        self._batches = batches
-        self._device = device
-        self._seed = seed
-        self._limit = limit
-        self._inner: Any = getattr(batches, "loader", batches)  # the DataLoader within timm's prefetcher
-        size: int = self._inner.batch_size
-        available = len(self._inner.dataset) if self._streamed else len(self._inner.sampler)
-        most = available if limit is None else min(available, limit)
-        self._length = min(len(batches), -(-most // size))
-        self.images = min(most, self._length * size)
-
-    def __len__(self) -> int:
-        """Batches in one pass; of a stream, about, and 0 if unknown."""
-        return self._length
-
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next pass that of ``epoch``: seeds the global generators from (seed, epoch, rank)."""
-        seed_everything(self._seed, epoch, ranks.index())
-        if self._streamed:
-            self._inner.dataset.source.set_epoch(epoch)
-        elif isinstance(self._inner.batch_sampler.sampler, TrainingShare):
-            self._inner.batch_sampler.sampler.epoch = epoch
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass.
-
-        Raises:
-            DataError: an image that cannot be read, a label out of range, or worker processes that died; the
-                same one line whether it happened in this process or in a worker.
-        """
-        left = self._limit
-        try:
-            for images, labels in self._batches:
-                if left is not None:
-                    images, labels = images[:left], labels[:left]
-                    left -= len(labels)
-                yield images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
-                if left == 0:
-                    return
-        except DataError as error:
-            # Let go of the workers here: left to the garbage collector, each takes torch five seconds to end.
-            clear_frames(error.__traceback__)
-            self._inner._iterator = None
-            raise DataError(_without_traceback(error)) from None
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
-                raise
-            raise DataError(
-                f"the processes that read {self.name} died, most often for want of (shared) memory: "
-                "lower --workers or --batch-size, or give --workers 0"
-            ) from error
-
-    def part(self, rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every ``count``-th batch of a pass, from number ``rank`` on; the images of the others are not read, unless
-        they come in a stream."""
-        if self._streamed or count == 1:
-            yield from islice(self, rank, None, count)
-            return
-        batches = self._inner.batch_sampler
-        whole = batches.sampler
-        batches.sampler = EvaluationShare(whole, batches.batch_size, rank, count)
-        try:
-            yield from self
-        finally:
-            batches.sampler = whole
-
-    @property
-    def _streamed(self) -> bool:
-        return isinstance(self._inner.dataset, torch.utils.data.IterableDataset)
 
 
 def make_loader(
@@ -148,7 +57,7 @@ def make_loader(
         workers: processes that read; 0 reads in this one.
         device: where batches arrive. On CUDA they are normalized there.
         seed: of the order, the augmentation and the images that ``limit`` keeps.
-        drop_last: leave out the last batch if it is short; of a stream, training always does.
+        drop_last: leave out the last batch if it is short; of a stream (hfids/, tfds/), training always does.
         limit: at most this many images: a ``subset``, or the beginning of a stream.
         crop_scale: see ``image_transform``.
         shared: in training each rank gets its slice of every batch; otherwise, and in evaluation (see ``part``), all
@@ -159,15 +68,30 @@ def make_loader(
     """
     from timm.data import create_loader
 
-    if limit is not None and isinstance(split.dataset, ImageSet):
+    exact = isinstance(split.dataset, ImageSet) or sharded(split) is not None  # each image once, and how many
+    if limit is not None and exact:
         split, limit = subset(split, limit, seed), None
     on_device = device.type == "cuda"
     dataset = _ready(split, preprocessing, training=training)
+    divided = training and shared and ranks.count() > 1
+    if divided:
+        check_shared(split, batch_size)
+    if (shards := sharded(split)) is not None:
+        if divided:
+            batch_size //= ranks.count()
+        dataset.source = replace(
+            shards,
+            batch_size=batch_size,
+            shuffled=training,
+            drop_last=drop_last or divided,
+            seed=seed,
+            share=(ranks.index(), ranks.count()) if divided else (0, 1),
+        )
     batches = create_loader(
         dataset,
         preprocessing.input_size,
         batch_size,
-        is_training=training,
+        is_training=training and shards is None,  # else timm drops the last batch of every worker
         mean=preprocessing.mean,
         std=preprocessing.std,
         num_workers=workers,
@@ -182,12 +106,12 @@ def make_loader(
     if isinstance(dataset, ImageSet):
         # timm always drops the last batch in training; the batch sampler alone decides, and has not run yet.
         batches.batch_sampler.drop_last = drop_last
-        if training and shared and ranks.count() > 1:
+        if divided:
             _share_out(batches.batch_sampler, split, batch_size, seed)
     else:
         dataset.source.set_loader_cfg(num_workers=workers)
     loader = Loader(batches, name=split.name, device=device, seed=seed, limit=limit)
-    if len(loader) == 0 and isinstance(dataset, ImageSet):
+    if len(loader) == 0 and exact:
         raise DataError(
             f"{split.name} has {split.images} images, not one batch of {batch_size}: "
             f"give --batch-size {max(1, split.images)} or less, or more data"
@@ -197,27 +121,31 @@ def make_loader(
 
 def _share_out(batches: Any, split: Split, batch_size: int, seed: int) -> None:
     """Let a batch sampler give this rank's slice of every batch."""
-    check_shared(batch_size)
-    if split.images < batch_size:
-        raise DataError(
-            f"{split.name} has {split.images} images, not one whole batch of {batch_size} to share out among "
-            f"{ranks.count()} processes: give a smaller --batch-size"
-        )
     batches.sampler = TrainingShare(split.images, batch_size, ranks.index(), ranks.count(), seed)
     batches.batch_size, batches.drop_last = batch_size // ranks.count(), True
 
 
-def check_shared(batch_size: int) -> None:
-    """Refuse a batch that the processes cannot share equally.
+def check_shared(split: Split, batch_size: int) -> None:
+    """Refuse batches that the ranks cannot share.
 
     Raises:
-        ConfigError: it is no multiple of their number.
+        ConfigError: their size is no multiple of the number of ranks.
+        DataError: there is not one whole batch, or a stream that gives all images to every process.
     """
+    if ranks.count() == 1:
+        return
     if batch_size % ranks.count():
         raise ConfigError(
             f"--batch-size {batch_size} is for all {ranks.count()} processes together and cannot be shared equally: "
             f"give a multiple of {ranks.count()}"
         )
+    if split.images < batch_size:
+        raise DataError(
+            f"{split.name} has {split.images} images, not one whole batch of {batch_size} to share out among "
+            f"{ranks.count()} processes: give a smaller --batch-size"
+        )
+    if isinstance(split.dataset, ImageStream) and sharded(split) is None:
+        raise DataError(f"{split.name} cannot be shared out among processes: give a folder, or shards (wds/)")
 
 
 def _ready(split: Split, preprocessing: Preprocessing, *, training: bool) -> ImageSet | ImageStream:
@@ -228,8 +156,6 @@ def _ready(split: Split, preprocessing: Preprocessing, *, training: bool) -> Ima
             f"{split.name} holds images, the model reads {channels} channels: "
             "give a model that reads 1 (grey) or 3 (colour)"
         )
-    if isinstance(split.dataset, ImageStream):
-        return replace(split.dataset, mode=_COLOR_MODES[channels])
     skipped: Unreadable = "replace" if training else "leave_out"
     unreadable = skipped if split.bad_images == "skip" else split.bad_images
     return replace(split.dataset, mode=_COLOR_MODES[channels], unreadable=unreadable)
@@ -285,8 +211,3 @@ def default_workers(preprocessing: Preprocessing) -> int:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST_WORKERS, cores)
-
-
-def _without_traceback(error: DataError) -> str:
-    """The message alone: a worker's error arrives as a traceback that ends in it."""
-    return str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")

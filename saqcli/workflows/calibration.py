@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from saqcli import ranks
 from saqcli.config import RunConfig
-from saqcli.io.loaders import Loader
+from saqcli.io.batches import Loader
 from saqcli.progress import Progress
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig

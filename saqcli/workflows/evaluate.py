@@ -10,9 +10,9 @@ from saqcli import ranks
 from saqcli.algorithms.training import Score, evaluate
 from saqcli.config import DataSection, ModelSection
 from saqcli.errors import ConfigError
+from saqcli.io.batches import Loader
 from saqcli.io.data import check_trained_on
 from saqcli.io.distributed import process_group, started_by_torchrun
-from saqcli.io.loaders import Loader
 from saqcli.progress import SILENT, Progress
 from saqcli.workflows.bench import Bench, BenchSettings, bench_target
 from saqcli.workflows.predictors import Predictor, open_target

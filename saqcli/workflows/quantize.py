@@ -25,9 +25,9 @@ from saqcli.algorithms.minimizers import MINIMIZERS
 from saqcli.algorithms.training import Score, evaluate
 from saqcli.config import RunConfig
 from saqcli.errors import ConfigError, RunDirectoryError
+from saqcli.io.batches import Loader
 from saqcli.io.distributed import process_group, restarted
 from saqcli.io.files import write_text
-from saqcli.io.loaders import Loader, check_shared
 from saqcli.io.machine import library_versions
 from saqcli.io.models import build_architecture
 from saqcli.io.preprocessing import Preprocessing
@@ -75,7 +75,6 @@ def quantize(
     """
     check(config)
     with process_group(config.run.device) as device:
-        check_shared(config.data.batch_size)
         return _on(device, config, run_dir, resume, overwrite, progress if ranks.first() else SILENT)
 
 

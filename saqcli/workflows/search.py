@@ -24,7 +24,6 @@ from saqcli.errors import ConfigError
 from saqcli.io.distributed import process_group, restarted
 from saqcli.io.files import write_text
 from saqcli.io.interrupts import deferred_interrupts
-from saqcli.io.loaders import check_shared
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import SILENT, Progress
 from saqcli.workflows.bits import check_bits
@@ -71,7 +70,6 @@ def search(
     """
     check_search(config)
     with process_group(config.run.device) as device:
-        check_shared(config.data.batch_size)
         return _on(device, config, run_dir, resume, overwrite, progress if ranks.first() else SILENT)
 
 

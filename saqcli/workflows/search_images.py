@@ -13,8 +13,9 @@ from torch import Tensor
 
 from saqcli.algorithms.searchers import SearchImages
 from saqcli.config import SearchSection
+from saqcli.io.batches import Loader
 from saqcli.io.data import divide, some_classes, subset
-from saqcli.io.loaders import Loader, read_all
+from saqcli.io.loaders import read_all
 from saqcli.progress import Progress
 from saqcli.workflows.setup import Images, validation_loader
 

@@ -1,6 +1,6 @@
 """What every verb needs: device, float model, data, and the traced network with its costs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +11,10 @@ from torch import nn
 
 from saqcli.config import DataSection, ModelSection, RunConfig, first_difference
 from saqcli.errors import ConfigError, UnsupportedModel
+from saqcli.io.batches import Loader
 from saqcli.io.data import Split, check_same_classes, open_split
-from saqcli.io.loaders import Loader, calibration_loader, default_workers, make_loader
+from saqcli.io.fingerprints import check_fingerprint, fingerprint
+from saqcli.io.loaders import calibration_loader, check_shared, default_workers, make_loader
 from saqcli.io.models import LoadedModel, ModelSpec, load_model
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.runs import RunDirectory
@@ -133,6 +135,7 @@ class Images:
         """
         train, val = (open_named(config.data, split, num_classes) for split in ("train", "val"))
         check_same_classes(train, val)
+        check_shared(train, config.data.batch_size)
         return cls(train, val, preprocessing, config.data, device, config.run.seed)
 
     @classmethod
@@ -151,7 +154,22 @@ class Images:
             DataError: it cannot be used with this network.
         """
         split = open_named(section, "train", num_classes)
+        check_shared(split, section.batch_size)
         return cls(split, split, preprocessing, section, device, seed)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Which images these are: a line of text for ``train`` and for ``val``, to be kept in a checkpoint."""
+        return {"train": fingerprint(self.train), "val": fingerprint(self.val)}
+
+    def check_fingerprints(self, kept: Mapping[str, str]) -> None:
+        """Refuse to go on with other images; what is not in ``kept`` is not compared.
+
+        Raises:
+            DataError: these are not the images of which ``fingerprints`` gave ``kept``.
+        """
+        for name, split, called in (("train", self.train, "training"), ("val", self.val, "validation")):
+            if name in kept:
+                check_fingerprint(kept[name], split, called)
 
     def training(self, limit: int | None = None, *, shared: bool = True) -> Loader:
         """Shuffled and augmented, ``limit`` images at most; call ``set_epoch`` before each pass.

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from saqcli.errors import ConfigError, DataError
+from saqcli.io.batches import Loader
 from saqcli.io.data import Split, open_split
 from saqcli.io.images import LEFT_OUT, ImageSet, ImageStream, decode
-from saqcli.io.loaders import Loader, calibration_loader, default_workers, make_loader
+from saqcli.io.loaders import calibration_loader, default_workers, make_loader
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.seeds import seed_everything
 from saqcli.io.transforms import image_transform
@@ -222,6 +223,7 @@ class Fatal:
         raise AssertionError
 
 
+@pytest.mark.slow  # torch asks every five seconds
 def test_dead_workers_are_told_with_what_to_do(load: Load) -> None:
     with pytest.raises(DataError, match=r"the processes that read fatal died.* --workers 0"):
         batches(load(Split("fatal", ImageSet(Fatal(), None, 2, "fatal"), ()), workers=1))

@@ -160,7 +160,7 @@ def test_another_number_of_processes_goes_on_with_a_run(few: list[object], tmp_p
 def test_what_one_process_alone_meets_is_said_by_it_and_ends_all(few: list[object], tmp_path: Path) -> None:
     def spoil(rank: int) -> None:
         if rank == 1:
-            signalled(step=2, rank=1, number=signal.SIGSEGV)(1)
+            signalled(step=2, rank=1, number=signal.SIGKILL)(1)
 
     start = time.monotonic()
     ended = ranks_saq(

@@ -1,0 +1,86 @@
+"""Which images a split holds, told by a line of text."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from saqcli.config import resolve
+from saqcli.errors import DataError
+from saqcli.io.data import Split, open_split
+from saqcli.io.fingerprints import check_fingerprint, fingerprint
+from saqcli.io.images import ImageSet
+from saqcli.io.preprocessing import Preprocessing
+from saqcli.workflows.setup import Images
+
+MakeClasses = Callable[[Path, Mapping[str, int]], Path]
+
+
+def opened(folder: Path) -> Split:
+    return open_split(str(folder), "val", num_classes=2)
+
+
+def test_a_moved_folder_is_the_same_and_any_other_is_not(
+    tmp_path: Path, make_classes: MakeClasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_classes(tmp_path / "set", {"cat": 3, "dog": 2})
+    (folder / "cat" / os_name(b"\xff.png")).touch()
+    kept = fingerprint(opened(folder))
+    assert kept.startswith("6:")
+    shutil.copytree(folder, tmp_path / "elsewhere" / "moved")
+    moved = opened(tmp_path / "elsewhere" / "moved")
+    check_fingerprint(kept, moved, "validation")
+    monkeypatch.chdir(folder)
+    check_fingerprint(kept, opened(Path(".")), "validation")
+
+    (folder / "cat" / "0.png").rename(folder / "cat" / "9.png")
+    with pytest.raises(
+        DataError, match=r"set are not those .* \(6 then and now, with other names or labels\)"
+    ):
+        check_fingerprint(kept, opened(folder), "validation")
+    (folder / "cat" / "9.png").rename(folder / "dog" / "0b.png")
+    assert fingerprint(opened(folder)) != kept
+    (folder / "dog" / "0b.png").unlink()
+    with pytest.raises(DataError, match=r"\(6 then, 5 now\): put them back, or start anew with --overwrite"):
+        check_fingerprint(kept, opened(folder), "validation")
+
+
+def os_name(name: bytes) -> str:
+    return name.decode(errors="surrogateescape")
+
+
+def test_labels_count_too() -> None:
+    kept = [
+        fingerprint(Split(name, ImageSet(source, labels, 3, name), ()))
+        for name, source, labels in (
+            ("set", [("set/a", 0), ("set/b", 1)], [0, 1]),
+            ("set", [("set/a", 0), ("set/b", 2)], [0, 2]),
+            ("set", [("set/b", 1), ("set/a", 0)], [1, 0]),
+            ("torch/x@/data (test)", range(2), [0, 1]),
+            ("torch/x@/data (test)", range(2), [0, 2]),
+            ("torch/y@/data (test)", range(2), [0, 1]),
+        )
+    ]
+    assert len(set(kept)) == len(kept)
+    moved = Split("torch/x@/other (test)", ImageSet(range(2), [0, 1], 3, "x"), ())  # type: ignore[arg-type]
+    assert fingerprint(moved) == kept[3]
+
+
+def test_a_run_goes_on_with_its_own_images_alone(tmp_path: Path, make_classes: MakeClasses) -> None:
+    for split in ("train", "val"):
+        make_classes(tmp_path / split, {"cat": 2, "dog": 2})
+    config = resolve(options={"data.path": str(tmp_path), "model.name": "x"})
+    plain = Preprocessing((3, 32, 32), (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0)
+
+    def images() -> Images:
+        return Images.open(config, 2, plain, torch.device("cpu"))
+
+    kept = images().fingerprints()
+    images().check_fingerprints(kept)
+    images().check_fingerprints({})
+    (tmp_path / "train" / "cat" / "1.png").unlink()
+    with pytest.raises(DataError, match=r"^the training images in .*train are not those"):
+        images().check_fingerprints(kept)
+    images().check_fingerprints({"val": kept["val"]})

@@ -1,6 +1,7 @@
 """Joining the processes that torchrun started, and leaving together.
 
-timm makes the process group and chooses this process's device (``cuda:LOCAL_RANK``; NCCL for GPUs, gloo for CPUs).
+NCCL connects GPUs, gloo CPUs. timm's helper is not used: it joins without regard to how often torchrun has started the
+processes again, and the second time they find the addresses of those that have died (PyTorch keeps its store).
 """
 
 import os
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 
 from saqcli import ranks
 from saqcli.errors import ConfigError
@@ -40,18 +42,36 @@ def process_group(asked: str) -> Iterator[torch.device]:
     if ranks.count() > 1 or not started_by_torchrun():
         yield pick_device(asked)
         return
-    from timm.utils.distributed import init_distributed_device_so
-
-    kind = pick_device(asked).type
+    device = own_device(pick_device(asked))
     try:
-        device = torch.device(init_distributed_device_so(kind)["device"])
+        store, rank, count = next(iter(dist.rendezvous("env://")))
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"saq/{again}", store)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=count
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"the processes that torchrun started do not find each other: {reason}") from None
     try:
         yield device
     finally:
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The one of that kind that belongs to this process: of a host's GPUs the one with its number there.
+
+    Raises:
+        ConfigError: there are fewer GPUs than processes.
+    """
+    if device.type != "cuda":
+        return device
+    number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= there:
+        raise ConfigError(f"this host has {there} GPUs: give torchrun --nproc-per-node {there} or less")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def pick_device(asked: str) -> torch.device:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from saqcli import ranks
 from saqcli.errors import ConfigError
@@ -44,9 +45,9 @@ def process_group(asked: str) -> Iterator[torch.device]:
         return
     device = own_device(pick_device(asked))
     try:
-        store, rank, count = next(iter(dist.rendezvous("env://")))
+        store, rank, count = next(iter(rendezvous("env://")))
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"saq/{again}", store)
+        store = dist.PrefixStore(f"saq/{again}", store)  # type: ignore[attr-defined]
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=count
         )

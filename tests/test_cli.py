@@ -403,7 +403,7 @@ def _raising(number: int, step: int) -> Any:
 
     def made(*arguments: Any) -> Any:
         minimizer = make(*arguments)
-        take = minimizer.step
+        take = minimizer.update
 
         def counted(*given: Any, **options: Any) -> Any:
             nonlocal calls
@@ -412,7 +412,7 @@ def _raising(number: int, step: int) -> Any:
                 signal.raise_signal(number)
             return take(*given, **options)
 
-        minimizer.step = counted
+        minimizer.update = counted
         return minimizer
 
     return made

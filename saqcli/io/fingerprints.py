@@ -27,13 +27,14 @@ def fingerprint(split: Split) -> str:
     return f"{split.images}:{hashed.hexdigest()}"
 
 
-def check_fingerprint(kept: str, split: Split, called: str) -> None:
+def check_fingerprint(kept: str, split: Split, called: str, then: str = "the run started with") -> None:
     """Refuse other images than those that a run started with.
 
     Args:
         kept: what ``fingerprint`` gave then.
         split: as it is now.
         called: the split's name in the message, such as ``training``.
+        then: who saw the others, in the message.
 
     Raises:
         DataError: they differ.
@@ -41,12 +42,12 @@ def check_fingerprint(kept: str, split: Split, called: str) -> None:
     if fingerprint(split) == kept:
         return
     before = kept.partition(":")[0]
-    then = int(before) if before.isdecimal() else -1
-    counts = f"{then:,} then, {split.images:,} now"
-    if then == split.images:
-        counts = f"{then:,} then and now, with other names or labels"
+    count = int(before) if before.isdecimal() else -1
+    counts = f"{count:,} expected, {split.images:,} found"
+    if count == split.images:
+        counts = f"{count:,} expected and found, with other names or labels"
     raise DataError(
-        f"the {called} images in {split.name} are not those that the run started with ({counts}): "
+        f"the {called} images in {split.name} are not those that {then} ({counts}): "
         "put them back, or start anew with --overwrite"
     )
 

@@ -48,6 +48,7 @@ class RunManifest(BaseModel):
         versions: of saq and of what its numbers depend on.
         circumstances: under which it was made: one, and another for each time that it was resumed under others;
             empty in manifests of earlier versions.
+        images: a line for each split, which says what images it holds (see ``fingerprints.py``).
         artifacts: relative path to SHA-256.
         results: the figures that ``saq quantize`` printed.
     """
@@ -61,6 +62,7 @@ class RunManifest(BaseModel):
     started: str
     versions: dict[str, str]
     circumstances: list[Circumstances] = []
+    images: dict[str, str] = {}
     artifacts: dict[str, str] = {}
     results: dict[str, Any] = {}
 

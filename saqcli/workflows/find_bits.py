@@ -38,11 +38,13 @@ class Posed(NamedTuple):
         problem: without a memory yet.
         network: that the policy is for.
         searched: the network that is searched: the same, or the proxy's.
+        images: of that network.
     """
 
     problem: SearchProblem
     network: Network
     searched: Network
+    images: Images
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def pose(
         seed=config.run.seed,
         progress=progress,
     )
-    return Posed(problem, network, searched)
+    return Posed(problem, network, searched, images)
 
 
 def find_bits(config: RunConfig, posed: Posed, memory: Memory) -> Searched:

@@ -47,7 +47,7 @@ from saqcli.workflows.optimization import check_training
 from saqcli.workflows.outcome import Outcome
 from saqcli.workflows.report import write_report
 from saqcli.workflows.search import keep_search, search_and_stop
-from saqcli.workflows.setup import Images, Network, check_same, load_float, wrap_and_trace
+from saqcli.workflows.setup import Images, Network, check_same, know_images, load_float, wrap_and_trace
 from saqcli.workflows.trainable import check_trains
 from saqcli.workflows.verdict import verdict_path
 
@@ -143,6 +143,7 @@ def begin(
     progress: Progress,
 ) -> None:
     """Score the float model, choose bits, calibrate, score again; leave the first checkpoint."""
+    know_images(run, images)
     model = network.model
     validation = images.validation()
     float_score = score(model, validation, "evaluating float", device, progress)
@@ -208,7 +209,8 @@ def complete(
     model.load_state_dict(state["model"])
     outcome.policy = convert.active_bits(model, facts.policy.model, facts.policy.layers)
     model.to(device)
-    images = open_images(config, facts, device)
+    images = ranks.together(lambda: open_images(config, facts, device))
+    know_images(run, images)
     if config.training.epochs:
         classes = int(facts.build["num_classes"])
         teacher = _teacher(config, device, progress)

@@ -62,6 +62,9 @@ def _inputs(before: Record, after: Record) -> list[str]:
     if facts and not same_weights:
         hashes = [(each.source_sha256 or "none")[:12] for each in facts]
         found.append(f"other float weights: SHA-256 {hashes[0]}... then, {hashes[1]}... now")
+    for split in before.manifest.images.keys() & after.manifest.images.keys():
+        if before.manifest.images[split] != after.manifest.images[split]:
+            found.append(f"other images for {'training' if split == 'train' else 'validation'}")
     floats = [record.texts.get("metrics", [{}])[:1] for record in (before, after)]
     counts = [line[0].get("images") if line else None for line in floats]
     if counts[0] != counts[1]:

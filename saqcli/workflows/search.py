@@ -38,6 +38,7 @@ from saqcli.workflows.setup import (
     Images,
     Network,
     check_same,
+    know_images,
     load_float,
     named_data,
     wrap_and_trace,
@@ -92,6 +93,7 @@ def _on(
         run_dir, config, resume=resume, overwrite=overwrite, verb="search", note=progress.note
     )
     with run.recorded():
+        know_images(run, posed.images)
         results = keep_search(search_and_stop(config, posed, run), config, run)
         run.finish(results)
     run.end_search()

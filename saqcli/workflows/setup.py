@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from saqcli import ranks
 from saqcli.config import DataSection, ModelSection, RunConfig, first_difference
 from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.io.batches import Loader
@@ -161,7 +162,7 @@ class Images:
         """Which images these are: a line of text for ``train`` and for ``val``, to be kept in a checkpoint."""
         return {"train": fingerprint(self.train), "val": fingerprint(self.val)}
 
-    def check_fingerprints(self, kept: Mapping[str, str]) -> None:
+    def check_fingerprints(self, kept: Mapping[str, str], then: str = "the run started with") -> None:
         """Refuse to go on with other images; what is not in ``kept`` is not compared.
 
         Raises:
@@ -169,7 +170,7 @@ class Images:
         """
         for name, split, called in (("train", self.train, "training"), ("val", self.val, "validation")):
             if name in kept:
-                check_fingerprint(kept[name], split, called)
+                check_fingerprint(kept[name], split, called, then)
 
     def training(self, limit: int | None = None, *, shared: bool = True) -> Loader:
         """Shuffled and augmented, ``limit`` images at most; call ``set_epoch`` before each pass.
@@ -258,6 +259,22 @@ def is_small(preprocessing: Preprocessing) -> bool:
 def workers_of(section: DataSection, preprocessing: Preprocessing) -> int:
     """How many processes read images."""
     return default_workers(preprocessing) if section.workers is None else section.workers
+
+
+def know_images(run: RunDirectory, images: Images) -> None:
+    """Note which images a run starts with, on all ranks the same, or check that it goes on with these.
+
+    Raises:
+        DataError: others are there now, or on another host.
+    """
+    kept = ranks.from_first(lambda: run.manifest().images)
+    if kept:
+        ranks.together(lambda: images.check_fingerprints(kept))
+        return
+    now = images.fingerprints()
+    mine = ranks.from_first(lambda: now)
+    ranks.together(lambda: images.check_fingerprints(mine, then="the first process sees"))
+    run.note_images(now)
 
 
 def check_same(run: RunDirectory, config: RunConfig) -> None:

@@ -37,13 +37,15 @@ def test_a_moved_folder_is_the_same_and_any_other_is_not(
 
     (folder / "cat" / "0.png").rename(folder / "cat" / "9.png")
     with pytest.raises(
-        DataError, match=r"set are not those .* \(6 then and now, with other names or labels\)"
+        DataError, match=r"set are not those .* \(6 expected and found, with other names or labels\)"
     ):
         check_fingerprint(kept, opened(folder), "validation")
     (folder / "cat" / "9.png").rename(folder / "dog" / "0b.png")
     assert fingerprint(opened(folder)) != kept
     (folder / "dog" / "0b.png").unlink()
-    with pytest.raises(DataError, match=r"\(6 then, 5 now\): put them back, or start anew with --overwrite"):
+    with pytest.raises(
+        DataError, match=r"\(6 expected, 5 found\): put them back, or start anew with --overwrite"
+    ):
         check_fingerprint(kept, opened(folder), "validation")
 
 

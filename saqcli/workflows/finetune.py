@@ -86,9 +86,9 @@ def finetune(
 
         for epoch in range(position["epoch"], training.epochs):
             done = position["step"] if epoch == position["epoch"] else 0
-            schedule.step_update(epoch * len(loader) + done)
-
+            schedule.step_update(epoch * len(loader))
             lr = optimizer.param_groups[0]["lr"]
+            schedule.step_update(epoch * len(loader) + done)
 
             def after_step(step: int, epoch: int = epoch) -> None:
                 schedule.step_update(epoch * len(loader) + step)

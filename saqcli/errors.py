@@ -11,6 +11,7 @@
     ├── UnperturbedLayer          a quantized layer that took no part in the loss
     ├── TrainingDiverged          the loss stopped being a number
     ├── RunDirectoryError         a run directory that is taken, foreign or damaged
+    │   └── CannotWrite           a full disk, a folder that is read-only or gone
     ├── CorruptArtifact           a file that is truncated, tampered with or foreign
     ├── ExportMismatch            exit code 3: an artifact that does not equal the model
     ├── InfeasibleBudget          exit code 4: no configuration meets the budget
@@ -67,6 +68,10 @@ class TrainingDiverged(SaqError):
 
 class RunDirectoryError(SaqError):
     """A run directory that is taken, foreign or damaged."""
+
+
+class CannotWrite(RunDirectoryError):
+    """A file that cannot be written: a full disk, a folder that is read-only or gone."""
 
 
 class CorruptArtifact(SaqError):

@@ -13,6 +13,7 @@ report.md         what a person reads first
 """
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -22,41 +23,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from saqcli.config import RunConfig
-from saqcli.errors import Interrupted, RunDirectoryError, SaqError
+from saqcli.errors import CannotWrite, Interrupted, RunDirectoryError, SaqError
 from saqcli.io.checkpoints import CheckpointFile
-from saqcli.io.files import make_folder, remove_unfinished, write_text
+from saqcli.io.files import cannot_write, make_folder, remove_unfinished, write_text
 from saqcli.io.locks import Lock
 from saqcli.io.machine import versions
+from saqcli.io.manifests import RunManifest
 from saqcli.io.weights import sha256_of
 from saqcli.strict import parse_json
-
-
-class RunManifest(BaseModel):
-    """Who made this run directory, from what, and how it ended. This is ``manifest.json``.
-
-    Attributes:
-        command: as typed.
-        verb: the command of saq.
-        status: ``running`` also after a crash.
-        started: UTC.
-        versions: of saq and of what its numbers depend on.
-        artifacts: relative path to SHA-256.
-        results: the figures that ``saq quantize`` printed.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    schema_version: Literal[1] = 1
-    command: list[str]
-    verb: str = "quantize"
-    status: Literal["running", "interrupted", "failed", "finished"]
-    started: str
-    versions: dict[str, str]
-    artifacts: dict[str, str] = {}
-    results: dict[str, Any] = {}
 
 
 class RunDirectory:
@@ -121,12 +96,19 @@ class RunDirectory:
         for folder in (self.path, self.path / "checkpoints", self.path / "artifacts"):
             remove_unfinished(folder)
         if there and not resume:
+            self._write_manifest()  # before anything is gone: never finished with nothing there
             self._clear()
         if not there or not resume or not (self.path / "config.json").is_file():
             write_text(self.path / "config.json", config.to_json())
-        if there and resume:
+        if not there:
+            self._write_manifest()
+        elif resume:
             self._update(status="running")
-            return
+        for name in ("checkpoints", "artifacts")[: 1 if self.verb == "search" else 2]:
+            make_folder(self.path / name)
+
+    def _write_manifest(self) -> None:
+        """That of a run that begins."""
         manifest = RunManifest(
             command=sys.argv,
             verb=self.verb,
@@ -156,7 +138,7 @@ class RunDirectory:
             )
         if not resume and not overwrite and self._holds_work():
             raise RunDirectoryError(
-                f"{self.path} already holds a {self.manifest().status} run: give --resume to go on with it, "
+                f"{self.path} already holds {self.manifest().as_found} run: give --resume to go on with it, "
                 "--overwrite to replace it, or another --run-dir"
             )
         return True
@@ -188,6 +170,10 @@ class RunDirectory:
         except KeyboardInterrupt:
             self._note_end("interrupted")
             raise Interrupted(f"stopped as asked: {self.how_to_resume()}") from None
+        except CannotWrite as error:
+            self._check_there()
+            self._note_end("failed")
+            raise CannotWrite(f"{error}, then {self.how_to_resume()}") from None
         except BaseException:
             self._note_end("failed")
             raise
@@ -216,13 +202,14 @@ class RunDirectory:
             RunDirectoryError: it cannot be written.
         """
         self._check_there()
+        there = self.metrics_path.stat().st_size if self.metrics_path.is_file() else 0
         try:
             with self.metrics_path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
         except OSError as error:
-            raise RunDirectoryError(
-                f"{self.metrics_path} cannot be written: {error.strerror}; then {self.how_to_resume()}"
-            ) from None
+            with suppress(OSError):
+                os.truncate(self.metrics_path, there)  # no half of a line
+            raise cannot_write(self.metrics_path, error) from None
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint by ``state``, tensors and plain values only, and keep the one before; the metrics so
@@ -264,10 +251,7 @@ class RunDirectory:
 
     def _save(self, file: CheckpointFile, state: dict[str, Any]) -> None:
         self._check_there()
-        try:
-            file.save(state)
-        except RunDirectoryError as error:
-            raise RunDirectoryError(f"{error}; once that is mended, {self.how_to_resume()}") from None
+        file.save(state)
 
     def _check_there(self) -> None:
         """Nothing is made again in the place of a directory that somebody took away."""

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from saqcli.config import RunConfig, resolve
-from saqcli.io.files import replacing
+from saqcli.io.files import make_folder, replacing
 from saqcli.io.loaders import seed_everything
 from saqcli.progress import Progress
 from saqcli.workflows.quantize import quantize
@@ -86,5 +86,6 @@ def train_float(config: RunConfig, weights: Path, progress: Progress, *, epochs:
     training = in_float(config.training, config.data.batch_size, lr=FLOAT_LR, epochs=epochs, warmup_epochs=1)
     train(model, images, training, loaded.num_classes, title="float epoch", progress=progress)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    make_folder(weights.parent)
     with replacing(weights) as temporary:
         save_file(state, temporary)

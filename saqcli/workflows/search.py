@@ -70,7 +70,8 @@ def search(
     run = RunDirectory(run_dir, "search")
     there = run.check_usable(resume=resume, overwrite=overwrite)
     if resume and there:
-        check_same(run.config(), config, run_dir)
+        if (run_dir / "config.json").is_file():  # a crash in the middle of --overwrite leaves none
+            check_same(run.config(), config, run_dir)
         if run.manifest().status == "finished":
             return run.manifest().results
     posed = pose(config, *prepare_search(config, device, progress), None, progress)
@@ -80,7 +81,7 @@ def search(
     with run.recorded():
         results = keep_search(search_and_stop(config, posed, run), config, run)
         run.finish(results)
-    run.end_search()
+        run.end_search()
     return results
 
 

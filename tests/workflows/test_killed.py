@@ -1,0 +1,371 @@
+"""Commands that are killed, by SIGKILL, at any moment: nothing becomes unreadable, and in the end all is, to the last
+bit, as if nobody had killed them."""
+
+import json
+import random
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+
+from saqcli.algorithms.exporters.safetensors import read_content
+from saqcli.io.checkpoints import CheckpointFile
+from tests.killing import Job, Mark, Zygote, zygote
+from tests.processes import figures
+
+MOMENTS = 25  # in every phase
+TRIES = 4 * MOMENTS  # to hit one
+SAVE_ALWAYS = ("--set", "run.checkpoint_minutes=1e-6")
+NETWORK = (
+    *("saq/resnet8s", "--no-pretrained", "--num-classes", 10, "--in-chans", 1, "--input-size", 32),
+    *("--mean", 0.3, "--std", 0.4, "--batch-size", 16, "--workers", 0, "--quiet"),
+)
+TRAINING = (  # everything that has a state of its own
+    *(
+        "--epochs",
+        2,
+        "--ema",
+        0.9,
+        "--mixup",
+        0.2,
+        "--method",
+        "saq",
+        "--sam-interval",
+        2,
+        "--sam-reuse",
+        0.7,
+    ),
+    *("--set", "training.sharpness_batch=16"),
+)
+SEARCHES = {
+    "samq": ("epochs=1", "options.samq.warmup=0", "options.samq.draws=2"),
+    "asga": ("epochs=1",),
+    "sensitivity": (),
+    "random": ("options.random.count=6",),
+}
+
+
+def search_options(name: str, budget: str) -> list[str]:
+    given = [f"search.{setting}" for setting in (*SEARCHES[name], "scoring_images=16")]
+    return ["--searcher", name, budget, "w4a4", *(word for text in given for word in ("--set", text))]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    with zygote(tmp_path_factory.mktemp("processes")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few digits: five steps are an epoch."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    folder, digits = tmp_path_factory.mktemp("few") / "digits", load_digits()
+    for index in range(110):
+        place = folder / ("val" if index < 30 else "train") / str(digits.target[index])
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[index] * 15).astype("uint8")).save(place / f"{index}.png")
+    return folder
+
+
+class Chain:
+    """A command on one directory, started again and again until it ends.
+
+    Args:
+        processes: that it is forked from.
+        run: the directory.
+        start: the whole command.
+        resume: the one that goes on.
+    """
+
+    def __init__(self, processes: Zygote, run: Path, start: list[object], resume: list[object]) -> None:
+        self.processes, self.run = processes, run
+        self.commands = (start, resume)
+        self.kills: list[str] = []
+
+    def begin(self, fault: dict[str, Any] | None = None) -> Job:
+        """The next process."""
+        sign = "[!.]*.json" if self.commands[0][0] == "analyze" else "manifest.json"
+        return self.processes.start(self.run, *self.commands[any(self.run.glob(sign))], fault=fault)
+
+    def killed_at(self, fault: dict[str, Any]) -> bool:
+        """Go on until it is killed by the fault; False if it finished."""
+        job = self.begin(fault)
+        code = job.wait()
+        assert code in (0, -9), job.said()
+        if code:
+            self.after_kill(job.marks())
+        return code != 0
+
+    def killed_after(self, what: str, seconds: float, later: list[str]) -> bool:
+        """Go on until ``seconds`` after ``what``, then kill; False if one of ``later`` was met, or the end."""
+        job = self.begin()
+        job.reach(what, *later)
+        met = any(mark.what == what for mark in job.marks())
+        time.sleep(seconds if met else 0)
+        code = job.kill()
+        assert code in (0, -9), job.said()
+        if code:
+            self.after_kill(job.marks())
+        return met and code != 0
+
+    def after_kill(self, marks: list[Mark]) -> None:
+        self.kills.append(marks[-2].what if marks[-1].what == "killed" else marks[-1].what)
+        check_readable(self.run)
+
+    def finish(self) -> None:
+        """Go on to the end; nothing unfinished may be left."""
+        job = self.begin()
+        assert job.wait() == 0, job.said()
+        check_readable(self.run)
+        assert not list(self.run.rglob(".*"))
+
+
+def check_readable(run: Path) -> None:
+    """Whatever has its name is whole."""
+    for path in run.rglob("*"):
+        if path.name.startswith(".") or path.is_dir():
+            continue
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".ckpt":
+            assert CheckpointFile(path).load(pytest.fail) is not None
+        elif path.suffix == ".safetensors":
+            read_content(path)
+        elif path.suffix == ".onnx":
+            onnx.load(path)
+
+
+def check_same(run: Path, whole: Path) -> None:
+    """Everything that was computed is the same to the last bit."""
+    names = {path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()}
+    assert names == {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    manifests = [json.loads((path / "manifest.json").read_text()) for path in (run, whole)]
+    assert manifests[0]["status"] == "finished"
+    assert manifests[0]["artifacts"] == manifests[1]["artifacts"]
+    if "search.json" in names:
+        assert figures(run) == figures(whole)
+    for name in sorted(names - {"manifest.json", "search.json"}):
+        if name.endswith("previous.ckpt"):  # a resumed run has another one
+            continue
+        if name.endswith(".ckpt"):
+            assert not difference(CheckpointFile(run / name).load(), CheckpointFile(whole / name).load())
+        else:
+            assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def difference(one: Any, other: Any, place: str = "") -> str | None:
+    """Where two trees of tensors and values are not the same to the last bit."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        pairs = [(f"{place}.{key}", one[key], other[key]) for key in one]
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        pairs = [(f"{place}[{index}]", *pair) for index, pair in enumerate(zip(one, other, strict=True))]
+    elif isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return None if one.dtype == other.dtype and torch.equal(one, other) else place
+    else:
+        return None if one == other else f"{place}: {one}, {other}"
+    return next((found for at, a, b in pairs if (found := difference(a, b, at))), None)
+
+
+def quantization(processes: Zygote, images: Path, run: Path, *more: object) -> Chain:
+    given = [*NETWORK, "--data", images, "--run-dir", run, *SAVE_ALWAYS, *TRAINING, *more]
+    return Chain(processes, run, ["quantize", *given], ["quantize", "--run-dir", run, "--resume", "--quiet"])
+
+
+def search(processes: Zygote, images: Path, run: Path, name: str) -> Chain:
+    given = [*NETWORK, "--data", images, "--run-dir", run, *SAVE_ALWAYS, *search_options(name, "--budget")]
+    return Chain(processes, run, ["search", *given], ["search", "--run-dir", run, "--resume", "--quiet"])
+
+
+def landscape(processes: Zygote, images: Path, run: Path, target: Path) -> Chain:
+    given = ["analyze", target, "--data", images, "--images", 40, "--landscape", "--trace", "--grid", 5]
+    given += ["--samples", 4, "--out", run, "--quiet"]
+    return Chain(processes, run, given, [*given, "--resume"])
+
+
+def test_a_run_killed_wherever_it_hurts_ends_as_one_that_was_not(
+    processes: Zygote, images: Path, tmp_path: Path
+) -> None:
+    whole = quantization(processes, images, tmp_path / "whole", "--bits", 4)
+    whole.finish()
+    chain = quantization(processes, images, tmp_path / "run", "--bits", 4)
+    for act, count in (
+        ("make .lock", 1),  # the directory alone
+        ("replace config.json", 1),
+        ("write new manifest.json", 1),
+        ("write checkpoints/new last.ckpt", 1),
+        ("replace checkpoints/last.ckpt", 3),  # in the first epoch
+        ("write metrics.jsonl", 1),  # of its end
+        ("flush checkpoints/new last.ckpt", 1),  # the metrics are there, its checkpoint is not
+        ("replace checkpoints/last.ckpt", 4),  # in the second epoch: newest or previous
+        ("write artifacts/new model.onnx", 1),
+        ("replace manifest.json", 2),  # the last act
+    ):
+        assert chain.killed_at({"on": act, "count": count}), f"there is no {act}, number {count}"
+        assert chain.kills[-1] == act
+    chain.finish()
+
+    check_same(chain.run, whole.run)
+    again = processes.start(chain.run, *chain.commands[0])
+    assert again.wait() == 1
+    assert "already holds a finished run" in again.said()
+
+
+def test_a_replacement_killed_in_the_middle_is_never_taken_for_the_run_before(
+    processes: Zygote, images: Path, tmp_path: Path
+) -> None:
+    """Manifest, configuration and checkpoints go together whenever ``--overwrite`` is killed."""
+    chain = quantization(processes, images, tmp_path / "run", "--bits", 4, "--epochs", 0)
+    chain.finish()
+    shutil.copytree(chain.run, tmp_path / "before")
+    for act in (
+        "write new manifest.json",
+        "remove policy.json",
+        "make new config.json",
+        "replace metrics.jsonl",
+    ):
+        shutil.rmtree(chain.run)
+        shutil.copytree(tmp_path / "before", chain.run)
+        command = [word if word != 4 else 3 for word in chain.commands[0]]
+        job = processes.start(chain.run, *command, "--overwrite", fault={"on": act})
+        assert job.wait() == -9, job.said()
+
+        check_readable(chain.run)
+        status = json.loads((chain.run / "manifest.json").read_text())["status"]
+        assert (status == "finished") == (act == "write new manifest.json")
+        again = processes.start(chain.run, *command)
+        assert again.wait() == 1
+        assert "--resume to go on with it, --overwrite to replace it" in again.said()
+
+
+def test_two_processes_that_go_on_with_one_run_are_one(
+    processes: Zygote, images: Path, tmp_path: Path
+) -> None:
+    chain = quantization(processes, images, tmp_path / "run", "--bits", 4)
+    assert chain.killed_at({"on": "replace checkpoints/last.ckpt", "count": 3})
+
+    jobs = [chain.begin(), chain.begin()]
+
+    codes = [job.wait() for job in jobs]
+    assert sorted(codes) == [0, 1], [job.said() for job in jobs]
+    winner, loser = (jobs[codes.index(code)] for code in (0, 1))
+    assert f"error: {chain.run} is in use by process {winner.pid} on " in loser.said()
+    assert json.loads((chain.run / "manifest.json").read_text())["status"] == "finished"
+    assert not list(chain.run.rglob(".*"))
+
+
+# Random moments ----------------------------------------------------------------------------------------------
+
+
+def phases(marks: list[Mark]) -> list[tuple[str, float]]:
+    """What a process did that nobody killed, and how long: its tasks, its pictures, its exports, its end."""
+    first: dict[str, float] = {}
+    for mark in marks:
+        if mark.what.startswith(
+            ("begin ", "replace policy", "replace search.json", "make artifacts/new model")
+        ):
+            first.setdefault(mark.what, mark.at)
+    ends = [*list(first.values())[1:], marks[-1].at]
+    return [(what, end - at) for (what, at), end in zip(first.items(), ends, strict=True)]
+
+
+def kill_everywhere(chain: Chain, whole: Chain, moments: int) -> dict[str, int]:
+    """Kill ``chain`` at so many random moments of every phase of ``whole``; how many kills each phase got."""
+    chance, job = random.Random(0), whole.begin()
+    assert job.wait() == 0, job.said()
+    known = phases(job.marks())
+    got = dict.fromkeys((what for what, _ in known), 0)
+    for place, (what, seconds) in enumerate(known):
+        before = chain.run.with_name("before")
+        shutil.rmtree(before, ignore_errors=True)
+        if chain.run.exists():
+            shutil.copytree(chain.run, before)
+        for _ in range(TRIES):
+            hit = chain.killed_after(
+                what, chance.uniform(0, 1.1 * seconds), [name for name, _ in known[place + 1 :]]
+            )
+            got[what] += hit
+            if got[what] == moments:
+                break
+            if not hit:  # the phase is over
+                shutil.rmtree(chain.run)
+                if before.exists():
+                    shutil.copytree(before, chain.run)
+        print(f"{what}: {got[what]} kills", flush=True)
+    return got
+
+
+def kill_at_acts(chain: Chain, moments: int) -> None:
+    """Kill it at random acts on the disk, half of them writes, until it ends or was killed so many times."""
+    chance = random.Random(1)
+    for _ in range(moments):
+        if not chain.killed_at({"act": chance.randint(1, 90)}):
+            break
+
+
+def report(chain: Chain, got: dict[str, int]) -> None:
+    print(f"{len(chain.kills)} kills of {chain.commands[0][0]}: {got}, last acts {Counter(chain.kills)}")
+
+
+@pytest.mark.slow
+def test_quantize_killed_at_random_moments_of_every_phase(
+    processes: Zygote, images: Path, tmp_path: Path
+) -> None:
+    whole, chain = (
+        quantization(processes, images, tmp_path / name, *search_options("samq", "--bops"))
+        for name in ("whole", "run")
+    )
+    got = kill_everywhere(chain, whole, MOMENTS)
+    chain.finish()
+
+    report(chain, got)
+    check_same(chain.run, whole.run)
+    assert min(got.values()) == MOMENTS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_killed_at_random_moments_of_every_phase(
+    name: str, processes: Zygote, images: Path, tmp_path: Path
+) -> None:
+    whole, chain = (search(processes, images, tmp_path / place, name) for place in ("whole", "run"))
+    got = kill_everywhere(chain, whole, MOMENTS)
+    chain.finish()
+
+    report(chain, got)
+    check_same(chain.run, whole.run)
+    assert min(got.values()) == MOMENTS
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_acts_on_the_disk(processes: Zygote, images: Path, tmp_path: Path) -> None:
+    whole, chain = (
+        quantization(processes, images, tmp_path / name, "--bits", 4) for name in ("whole", "run")
+    )
+    whole.finish()
+    kill_at_acts(chain, 4 * MOMENTS)
+    chain.finish()
+
+    report(chain, {})
+    check_same(chain.run, whole.run)
+
+
+@pytest.mark.slow
+def test_an_analysis_killed_at_random_moments(processes: Zygote, images: Path, tmp_path: Path) -> None:
+    target = quantization(processes, images, tmp_path / "target", "--bits", 4, "--epochs", 0)
+    target.finish()
+    whole, chain = (landscape(processes, images, tmp_path / name, target.run) for name in ("whole", "run"))
+    got = kill_everywhere(chain, whole, MOMENTS)
+    chain.finish()
+
+    report(chain, got)
+    for path in whole.run.iterdir():
+        assert (chain.run / path.name).read_bytes() == path.read_bytes()

@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -130,6 +131,10 @@ class Zygote:
     def run(self, *command: object) -> int:
         """Run a command where the zygote is, in its mounts; its exit code."""
         return int(self.ask(run=[str(word) for word in command]))
+
+    def seen(self, path: Path) -> Path:
+        """``path`` as it is in the zygote's mounts, for this process."""
+        return Path(f"/proc/{self.process.pid}/root") / path.relative_to("/")
 
     def close(self) -> None:
         """End it."""
@@ -308,8 +313,9 @@ def empty(folder: Path) -> None:
 
 
 def forbid(folder: Path) -> None:
-    """Let nothing be written to the disk of ``folder`` any more."""
-    subprocess.run(["mount", "-o", "remount,ro", folder.parent], check=True)
+    """Let nothing be written to ``checkpoints`` any more."""
+    for options in (["--bind", folder / "checkpoints"], ["-o", "remount,bind,ro"]):
+        subprocess.run(["mount", *options, folder / "checkpoints"], check=True)
 
 
 HARMS = {"fill": fill, "remove": shutil.rmtree, "empty": empty, "forbid": forbid}
@@ -322,6 +328,7 @@ def _command(question: dict[str, Any]) -> int:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ |= question["environment"]
+    tempfile.tempdir = None
     sys.argv = ["saq", *question["start"]]
     Journal(Path(question["journal"]), Path(question["watch"]), question["fault"]).install()
     from saqcli.cli import main

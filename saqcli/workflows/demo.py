@@ -8,7 +8,7 @@ the same ``quantize`` workflow that ``saq quantize`` runs, under a budget
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from saqcli.config import RunConfig, resolve
 from saqcli.io.files import make_folder, replacing
@@ -88,4 +88,4 @@ def train_float(config: RunConfig, weights: Path, progress: Progress, *, epochs:
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     make_folder(weights.parent)
     with replacing(weights) as temporary:
-        save_file(state, temporary)
+        temporary.write_bytes(save(state))

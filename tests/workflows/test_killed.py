@@ -1,9 +1,10 @@
-"""Commands that are killed, by SIGKILL, at any moment: nothing becomes unreadable, and in the end all is, to the last
-bit, as if nobody had killed them."""
+"""Commands that are killed, by SIGKILL, at any moment, and whose disk is full, read-only or gone: nothing becomes
+unreadable, and in the end all is, to the last bit, as if nothing had happened."""
 
 import json
 import random
 import shutil
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -58,8 +59,23 @@ def search_options(name: str, budget: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    with zygote(tmp_path_factory.mktemp("processes")) as made:
+    alone = ("unshare", "-rm")  # with mounts of their own
+    allowed = not subprocess.run([*alone, "true"], check=False, capture_output=True).returncode
+    with zygote(tmp_path_factory.mktemp("processes"), *alone[: 2 * allowed]) as made:
         yield made
+
+
+@pytest.fixture
+def disk(processes: Zygote, tmp_path: Path) -> Iterator[Path]:
+    """A small disk."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if processes.process.args[0] != "unshare":  # type: ignore[index]
+        pytest.skip("needs `unshare -rm`, for mounts of its own")
+    if processes.run("mount", "-t", "tmpfs", "-o", "size=16m", "none", path):
+        pytest.skip("needs tmpfs")
+    yield path
+    processes.run("umount", "-R", path)
 
 
 @pytest.fixture(scope="module")
@@ -191,11 +207,17 @@ def landscape(processes: Zygote, images: Path, run: Path, target: Path) -> Chain
     return Chain(processes, run, given, [*given, "--resume"])
 
 
+@pytest.fixture(scope="module")
+def whole(processes: Zygote, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody killed."""
+    chain = quantization(processes, images, tmp_path_factory.mktemp("whole") / "run", "--bits", 4)
+    chain.finish()
+    return chain.run
+
+
 def test_a_run_killed_wherever_it_hurts_ends_as_one_that_was_not(
-    processes: Zygote, images: Path, tmp_path: Path
+    processes: Zygote, images: Path, whole: Path, tmp_path: Path
 ) -> None:
-    whole = quantization(processes, images, tmp_path / "whole", "--bits", 4)
-    whole.finish()
     chain = quantization(processes, images, tmp_path / "run", "--bits", 4)
     for act, count in (
         ("make .lock", 1),  # the directory alone
@@ -205,61 +227,159 @@ def test_a_run_killed_wherever_it_hurts_ends_as_one_that_was_not(
         ("replace checkpoints/last.ckpt", 3),  # in the first epoch
         ("write metrics.jsonl", 1),  # of its end
         ("flush checkpoints/new last.ckpt", 1),  # the metrics are there, its checkpoint is not
-        ("replace checkpoints/last.ckpt", 4),  # in the second epoch: newest or previous
-        ("write artifacts/new model.onnx", 1),
-        ("replace manifest.json", 2),  # the last act
+        ("replace checkpoints/last.ckpt", 4),  # in the second epoch
+        ("make artifacts/new model.onnx", 1),
     ):
         assert chain.killed_at({"on": act, "count": count}), f"there is no {act}, number {count}"
         assert chain.kills[-1] == act
-    chain.finish()
-
-    check_same(chain.run, whole.run)
-    again = processes.start(chain.run, *chain.commands[0])
-    assert again.wait() == 1
-    assert "already holds a finished run" in again.said()
-
-
-def test_a_replacement_killed_in_the_middle_is_never_taken_for_the_run_before(
-    processes: Zygote, images: Path, tmp_path: Path
-) -> None:
-    """Manifest, configuration and checkpoints go together whenever ``--overwrite`` is killed."""
-    chain = quantization(processes, images, tmp_path / "run", "--bits", 4, "--epochs", 0)
-    chain.finish()
-    shutil.copytree(chain.run, tmp_path / "before")
-    for act in (
-        "write new manifest.json",
-        "remove policy.json",
-        "make new config.json",
-        "replace metrics.jsonl",
-    ):
-        shutil.rmtree(chain.run)
-        shutil.copytree(tmp_path / "before", chain.run)
-        command = [word if word != 4 else 3 for word in chain.commands[0]]
-        job = processes.start(chain.run, *command, "--overwrite", fault={"on": act})
-        assert job.wait() == -9, job.said()
-
-        check_readable(chain.run)
-        status = json.loads((chain.run / "manifest.json").read_text())["status"]
-        assert (status == "finished") == (act == "write new manifest.json")
-        again = processes.start(chain.run, *command)
-        assert again.wait() == 1
-        assert "--resume to go on with it, --overwrite to replace it" in again.said()
-
-
-def test_two_processes_that_go_on_with_one_run_are_one(
-    processes: Zygote, images: Path, tmp_path: Path
-) -> None:
-    chain = quantization(processes, images, tmp_path / "run", "--bits", 4)
-    assert chain.killed_at({"on": "replace checkpoints/last.ckpt", "count": 3})
-
+        if act == "replace checkpoints/last.ckpt":
+            damage(chain.run / "checkpoints" / "last.ckpt")
     jobs = [chain.begin(), chain.begin()]
 
     codes = [job.wait() for job in jobs]
     assert sorted(codes) == [0, 1], [job.said() for job in jobs]
     winner, loser = (jobs[codes.index(code)] for code in (0, 1))
     assert f"error: {chain.run} is in use by process {winner.pid} on " in loser.said()
-    assert json.loads((chain.run / "manifest.json").read_text())["status"] == "finished"
+    assert "ended without saying so" in winner.said()
     assert not list(chain.run.rglob(".*"))
+    check_same(chain.run, whole)
+
+
+def damage(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def test_a_replacement_killed_in_the_middle_is_never_taken_for_the_run_before(
+    processes: Zygote, images: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Manifest, configuration and checkpoints go together whenever ``--overwrite`` is killed."""
+    run = tmp_path / "run"
+    command = quantization(processes, images, run, "--bits", 3, "--epochs", 0).commands[0]
+    for act in (
+        *("write new manifest.json", "remove policy.json", "make new config.json", "replace metrics.jsonl"),
+        "make checkpoints/new last.ckpt",
+    ):
+        shutil.copytree(whole, run)
+        assert processes.start(run, *command, "--overwrite", fault={"on": act}).wait() == -9
+
+        check_readable(run)
+        status = json.loads((run / "manifest.json").read_text())["status"]
+        assert (status == "finished") == (act == "write new manifest.json")
+        again = processes.start(run, *command)
+        assert again.wait() == 1
+        assert "--resume to go on with it, --overwrite to replace it" in again.said()
+        shutil.rmtree(run)
+
+
+# Disks that fail ---------------------------------------------------------------------------------------------
+
+
+def failed(job: Job, *texts: str) -> None:
+    """It ended by one line that holds ``texts``."""
+    assert job.wait() == 1, job.said()
+    (line,) = [line for line in job.said().splitlines() if line.startswith("error: ")]
+    for text in texts:
+        assert text in line
+    for wrong in ("Traceback", "unexpected", "report it", "Exception ignored"):
+        assert wrong not in job.said()
+
+
+def test_a_full_disk_stops_a_run_until_there_is_room(
+    processes: Zygote, images: Path, whole: Path, disk: Path
+) -> None:
+    run = disk / "run"
+    chain = quantization(processes, images, run, "--bits", 4)
+    for act, count, file in (
+        ("make new manifest.json", 1, "manifest.json"),
+        ("make new policy.json", 1, "policy.json"),
+        ("make checkpoints/new last.ckpt", 1, "last.ckpt"),
+        ("make checkpoints/new last.ckpt", 3, "last.ckpt"),
+        ("write metrics.jsonl", 1, ""),  # there may be room for a line
+        ("make artifacts/new model.safetensors", 1, "model.safetensors"),
+        ("make artifacts/new model.onnx", 1, "model.onnx"),
+    ):
+        there = processes.seen(run / "manifest.json").exists()
+        job = processes.start(run, *chain.commands[there], fault={"on": act, "count": count, "do": "fill"})
+        failed(job, f"{run}", f"{file} cannot be written (No space left on device): make room on its disk")
+        assert "--resume" in job.said() or file == "manifest.json"
+        check_readable(processes.seen(run))
+        processes.run("rm", disk / "filler")
+    assert processes.start(run, *chain.commands[1]).wait() == 0
+
+    check_same(processes.seen(run), whole)
+
+
+@pytest.mark.parametrize("harm", ["remove", "empty"])
+def test_a_run_whose_directory_is_taken_away_makes_none_in_its_place(
+    harm: str, processes: Zygote, images: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = quantization(processes, images, run, "--bits", 4).commands[0]
+
+    fault = {"on": "make checkpoints/new last.ckpt", "count": 3, "do": harm}
+    failed(processes.start(run, *command, fault=fault), f"{run} was removed or emptied while")
+
+    assert run.exists() == (harm == "empty")
+    assert not list(run.rglob("*"))
+
+
+def test_what_cannot_be_written_to_is_told_at_once_and_in_the_middle(
+    processes: Zygote, images: Path, disk: Path
+) -> None:
+    run = disk / "run"
+    start, resume = quantization(processes, images, run, "--bits", 4).commands
+    fault = {"on": "make checkpoints/new last.ckpt", "count": 2, "do": "forbid"}
+    failed(
+        processes.start(run, *start, fault=fault),
+        *("last.ckpt cannot be written (Read-only file system): make it writable", "--resume"),
+    )
+    check_readable(processes.seen(run))
+    processes.run("umount", run / "checkpoints")
+    processes.run("mount", "-o", "remount,ro", disk)
+
+    failed(processes.start(run, *resume), f"{run}/.lock cannot be written (Read-only file system)")
+    failed(
+        processes.start(run, *quantization(processes, images, disk / "other", "--bits", 4).commands[0]),
+        f"{disk}/other cannot be made",
+    )
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_temporary_files_does_not_matter(
+    processes: Zygote, images: Path, whole: Path, disk: Path, tmp_path: Path
+) -> None:
+    processes.run("dd", "if=/dev/zero", f"of={disk}/filler", "bs=4k", "status=none")
+    chain = quantization(processes, images, tmp_path / "run", "--bits", 4)
+    job = processes.start(chain.run, *chain.commands[0], TMPDIR=str(disk))
+    assert job.wait() == 0, job.said()
+
+    check_same(chain.run, whole)
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_a_search_and_an_analysis_until_there_is_room(
+    processes: Zygote, images: Path, whole: Path, disk: Path, tmp_path: Path
+) -> None:
+    for chain, acts in (
+        (
+            search(processes, images, disk / "run", "samq"),
+            ("make checkpoints/new search.ckpt", "make new policy.png", "make new search.json"),
+        ),
+        (
+            landscape(processes, images, disk / "readings", whole),
+            ("make new landscape.json", "make new landscape_contour.png"),
+        ),
+    ):
+        for act in acts:
+            there = any(processes.seen(chain.run).glob("[!.]*.json"))
+            job = processes.start(chain.run, *chain.commands[there], fault={"on": act, "do": "fill"})
+            failed(job, act.rpartition("new ")[2], "No space left on device", "make room", "--resume")
+            check_readable(processes.seen(chain.run))
+            processes.run("rm", disk / "filler")
+        assert processes.start(chain.run, *chain.commands[1]).wait() == 0
+        assert not list(processes.seen(chain.run).rglob(".*"))
 
 
 # Random moments ----------------------------------------------------------------------------------------------

@@ -427,14 +427,6 @@ def kill_everywhere(chain: Chain, whole: Chain, moments: int) -> dict[str, int]:
     return got
 
 
-def kill_at_acts(chain: Chain, moments: int) -> None:
-    """Kill it at random acts on the disk, half of them writes, until it ends or was killed so many times."""
-    chance = random.Random(1)
-    for _ in range(moments):
-        if not chain.killed_at({"act": chance.randint(1, 90)}):
-            break
-
-
 def report(chain: Chain, got: dict[str, int]) -> None:
     print(f"{len(chain.kills)} kills of {chain.commands[0][0]}: {got}, last acts {Counter(chain.kills)}")
 
@@ -470,16 +462,19 @@ def test_a_search_killed_at_random_moments_of_every_phase(
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_acts_on_the_disk(processes: Zygote, images: Path, tmp_path: Path) -> None:
-    whole, chain = (
-        quantization(processes, images, tmp_path / name, "--bits", 4) for name in ("whole", "run")
-    )
-    whole.finish()
-    kill_at_acts(chain, 4 * MOMENTS)
-    chain.finish()
-
-    report(chain, {})
-    check_same(chain.run, whole.run)
+def test_a_run_killed_at_random_acts_on_the_disk(
+    processes: Zygote, images: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Writes are acts, and are killed with half of the bytes on the disk."""
+    chance = random.Random(1)
+    kills = 0
+    while kills < 4 * MOMENTS:
+        chain = quantization(processes, images, tmp_path / f"run{kills}", "--bits", 4)
+        while chain.killed_at({"act": chance.randint(1, 70)}):
+            pass
+        report(chain, {})
+        kills += len(chain.kills)
+        check_same(chain.run, whole)
 
 
 @pytest.mark.slow

@@ -420,6 +420,8 @@ def kill_everywhere(chain: Chain, whole: Chain, moments: int) -> dict[str, int]:
             if got[what] == moments:
                 break
             if not hit:  # the phase is over
+                if not got[what]:  # and was before this loop: from the beginning
+                    shutil.rmtree(before, ignore_errors=True)
                 shutil.rmtree(chain.run)
                 if before.exists():
                     shutil.copytree(before, chain.run)

@@ -4,24 +4,30 @@
 
 The parameters of every network that saq can name are counted without memory for them, which takes minutes for a
 thousand networks; input sizes and tags are read from timm and torchvision, whose import alone takes seconds. Run it
-again when they have learnt new names: what is counted already is kept, what they no longer know goes.
+again when they have learnt new names: what is counted already is kept, also by a script that was stopped, and what they
+no longer know goes.
 """
 
 import argparse
 import csv
+import io
 import json
+import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from saqcli.errors import UnsupportedModel
 from saqcli.io.catalogue import installed, look_up
+from saqcli.io.files import write_text
 from saqcli.io.models import build_architecture
 from saqcli.io.zoos import ZOOS
 
 PATH = Path(__file__).parents[1] / "saqcli" / "io" / "catalogue.csv"
 PUBLISHED = PATH.with_name("published.json")
+SECONDS_BETWEEN_SAVES = 10.0
 CLASSES = 1000  # where a network has no classifier of its own
 
 
@@ -64,7 +70,16 @@ def write_published() -> None:
         ]
         lines = ",\n".join(networks)
         libraries.append(f'"{library}": {{"version": {version}, "networks": {{\n{lines}\n}}}}')
-    PUBLISHED.write_text("{" + ",\n".join(libraries) + "}\n", encoding="utf-8")
+    write_text(PUBLISHED, "{" + ",\n".join(libraries) + "}\n")
+
+
+def write_rows(rows: list[dict[str, Any]]) -> None:
+    """Replace the table of parameters as one act."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["name", "family", "parameters"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(PATH, text.getvalue())
 
 
 def main() -> None:
@@ -78,7 +93,8 @@ def main() -> None:
     if PATH.is_file() and not args.anew:
         with PATH.open() as file:
             known = {row["name"]: row for row in csv.DictReader(file)}
-    rows = []
+    rows: list[dict[str, Any]] = []
+    saved = time.monotonic()
     for library, zoo in ZOOS.items():
         for name in zoo.names():
             full = f"{library}/{name}"
@@ -91,10 +107,10 @@ def main() -> None:
                 known[full] = {"name": full, "family": family_of(library, name), "parameters": count}
                 print(f"{full} {count}", flush=True)
             rows.append(known[full])
-    with PATH.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["name", "family", "parameters"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+            if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                write_rows(list(known.values()))
+                saved = time.monotonic()
+    write_rows(rows)
     write_published()
     print(f"{len(rows)} networks in {PATH} and {PUBLISHED}")
 

@@ -1,10 +1,15 @@
-"""What the scripts of this folder share: options that name network and images, and results as lines of JSON."""
+"""What the scripts of this folder share: options that name network and images, and results as lines of JSON.
+
+A result is on disk as soon as it is known, so that a script that was stopped or killed goes on where it was.
+"""
 
 import argparse
 import json
 import statistics
 from pathlib import Path
 from typing import Any
+
+from saqcli.io.files import write_text
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -19,15 +24,16 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """One more line, on the screen too."""
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    """One more line, on the screen too; half a line, which a full disk or a crash left at the end, goes."""
+    text = path.read_text() if path.is_file() else ""
+    write_text(path, text[: text.rfind("\n") + 1] + json.dumps(line) + "\n")
     print(json.dumps(line), flush=True)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines measured so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The lines measured so far, whole ones."""
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def spread(values: list[float], digits: int) -> str:

@@ -6,10 +6,11 @@
 
 Networks have random weights (no download), their native input size, and batch norms that have seen a few images;
 parameters that start at zero are filled, so that signals and gradients flow. Every network runs in a process of its
-own under a limit of time and memory; what is in DIR already is not run again.
+own under a limit of time and memory; what was run to its end, by what is in DIR, is not run again.
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import json
@@ -44,7 +45,14 @@ class Record:
     def add(self, stage: str, **facts: Any) -> None:
         """Facts of a stage that is over, and the name of the one that begins."""
         self.facts |= facts | {"stage": stage}
-        self.path.write_text(json.dumps(self.facts, indent=1))
+        _write(self.path, self.facts)
+
+
+def _write(path: Path, facts: dict[str, Any]) -> None:
+    """As one act: a record that is there is whole."""
+    from saqcli.io.files import write_text
+
+    write_text(path, json.dumps(facts, indent=1))
 
 
 def try_out(name: str, path: Path) -> None:
@@ -329,7 +337,7 @@ def smallest() -> list[str]:
 
 def run_all(names: list[str], out: Path, jobs: int, seconds: float, gibibytes: float) -> None:
     """Every network that has no record yet, ``jobs`` at a time."""
-    waiting = [name for name in names if not _record(out, name).is_file()]
+    waiting = [name for name in names if not _ended(_record(out, name))]
     running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
     print(f"{len(names)} networks, {len(waiting)} to run", flush=True)
     while waiting or running:
@@ -345,12 +353,19 @@ def run_all(names: list[str], out: Path, jobs: int, seconds: float, gibibytes: f
                 _stop(process, _record(out, name), f"over the limit of {gibibytes} GiB")
             elif process.poll() is None:
                 continue
+            if not _ended(_record(out, name)):
+                _stop(process, _record(out, name), "died")
             del running[name]
             print(_line(out, name), flush=True)
 
 
 def _record(out: Path, name: str) -> Path:
     return out / f"{name.replace('/', '-')}.json"
+
+
+def _ended(record: Path) -> bool:
+    """Whether it says how the network did; that of one that was killed in the middle does not."""
+    return record.is_file() and "problem" in json.loads(record.read_text())
 
 
 def _start(name: str, out: Path) -> subprocess.Popen[bytes]:
@@ -368,10 +383,11 @@ def _resident(pid: int) -> int:
 
 
 def _stop(process: subprocess.Popen[bytes], record: Path, why: str) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     facts = json.loads(record.read_text()) if record.is_file() else {"stage": "build"}
-    record.write_text(json.dumps(facts | {"problem": why}, indent=1))
+    _write(record, facts | {"problem": why})
 
 
 def _line(out: Path, name: str) -> str:
@@ -385,7 +401,7 @@ def _line(out: Path, name: str) -> str:
 
 def records(out: Path) -> Iterator[dict[str, Any]]:
     """Of all networks that were run to an end, good or bad."""
-    for path in sorted(out.glob("*.json")):
+    for path in sorted(out.glob("[!.]*.json")):
         facts = json.loads(path.read_text())
         if "problem" in facts:
             yield facts

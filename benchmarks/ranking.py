@@ -1,13 +1,15 @@
 """How many images it takes to rank configurations: rank correlation of a few with all held-out images.
 
-    python benchmarks/ranking.py --model saq/resnet20 --weights FILE --data DIR --budget w3a3 --configurations 40
+    python benchmarks/ranking.py --model saq/resnet20 --weights FILE --data DIR --out ranking
 
 Random configurations that use the budget are evaluated, calibrated, on every held-out image of a search; top-1 and loss
 on the first 256, 512, ... of them are compared with those on all by Spearman's rank correlation, and so is the loss on
-few with the top-1 on all.
+few with the top-1 on all. What was evaluated stays in OUT and is not evaluated again: give every network, budget and
+data set an OUT of its own.
 """
 
 import copy
+from pathlib import Path
 
 import torch
 from common import parser
@@ -20,6 +22,7 @@ from saqcli.algorithms.searchers.sampling import Sampler
 from saqcli.algorithms.searchers.supernet import Supernet
 from saqcli.config import resolve
 from saqcli.io.distributed import pick_device
+from saqcli.io.files import make_folder, replacing
 from saqcli.progress import SILENT
 from saqcli.workflows.bits import budget_of, space_of
 from saqcli.workflows.calibration import calibrate, scheme_of
@@ -33,6 +36,7 @@ def main() -> None:
     """Evaluate, compare, print a line a size."""
     options = parser(__doc__)
     options.add_argument("--budget", default="w3a3")
+    options.add_argument("--out", type=Path, required=True)
     options.add_argument("--configurations", type=int, default=40)
     wanted = options.parse_args()
     config = resolve(
@@ -58,7 +62,9 @@ def main() -> None:
     )
     supernet = Supernet(problem)
     choices = Sampler(space, budget, torch.Generator().manual_seed(0)).draw_distinct(wanted.configurations)
-    losses, right = (torch.stack(rows) for rows in zip(*(judged(supernet, c) for c in choices), strict=True))
+    make_folder(wanted.out)
+    rows = (kept(wanted.out, supernet, choice) for choice in choices)
+    losses, right = (torch.stack(each) for each in zip(*rows, strict=True))
     count = losses.shape[1]
     print(f"{len(choices)} configurations, {count} held-out images")
     print(
@@ -68,6 +74,16 @@ def main() -> None:
         pairs = ((right, right), (losses, losses), (losses, -right))
         found = [spearmanr(some[:, :size].mean(1), every.mean(1)).statistic for some, every in pairs]
         print(f"| {size} | " + " | ".join(f"{value:.3f}" for value in found) + " |")
+
+
+def kept(out: Path, supernet: Supernet, choice: list[int]) -> tuple[Tensor, Tensor]:
+    """What ``judged`` says, from ``out`` where it said so before."""
+    path = out / f"{'-'.join(map(str, choice))}.pt"
+    if not path.is_file():
+        with replacing(path) as temporary:
+            torch.save(judged(supernet, choice), temporary)
+    losses, right = torch.load(path, weights_only=True)
+    return losses, right
 
 
 @torch.no_grad()

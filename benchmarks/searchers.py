@@ -27,7 +27,7 @@ from saqcli.algorithms.searchers.problem import NO_MEMORY
 from saqcli.algorithms.training import EpochSettings, Meter, train_epoch
 from saqcli.config import RunConfig, resolve
 from saqcli.io.distributed import pick_device
-from saqcli.io.files import write_text
+from saqcli.io.files import make_folder, write_text
 from saqcli.progress import SILENT
 from saqcli.quant.bits import BitConfig, parse_bits
 from saqcli.quant.calibrate import InputStatistics
@@ -184,6 +184,7 @@ def _search(
             return line
     line = {**key, **bench.search(budget, name, seed)}
     folder = results.parent / "policies"
+    make_folder(folder)
     write_text(
         folder / f"{budget}-{title.replace(' ', '_')}-{seed}.json",
         BitConfig.model_validate(line["policy"]).to_json(),

@@ -12,6 +12,7 @@
     ├── TrainingDiverged          the loss stopped being a number
     ├── DeviceMemoryError         memory of a GPU or of the machine that does not suffice
     ├── RunDirectoryError         a run directory that is taken, foreign or damaged
+    │   └── CannotWrite           a full disk, a folder that is read-only or gone
     ├── CorruptArtifact           a file that is truncated, tampered with or foreign
     ├── ExportMismatch            exit code 3: an artifact that does not equal the model
     ├── InfeasibleBudget          exit code 4: no configuration meets the budget
@@ -72,6 +73,10 @@ class DeviceMemoryError(SaqError):
 
 class RunDirectoryError(SaqError):
     """A run directory that is taken, foreign or damaged."""
+
+
+class CannotWrite(RunDirectoryError):
+    """A file that cannot be written: a full disk, a folder that is read-only or gone."""
 
 
 class CorruptArtifact(SaqError):

@@ -162,3 +162,16 @@ def test_the_walk_sees_imports_inside_functions_and_relative_ones(tmp_path: Path
     path = ROOT / "quant" / "layers.py"
     assert "saqcli.quant.special.special_mixin" in {name for _, name in imports(path)}
     assert part_of("saqcli.workflows.quantize") not in {"algorithms", *BASE, *ALLOWED["algorithms"]}
+
+
+def test_what_takes_time_is_measured_by_a_clock_that_only_goes_forward() -> None:
+    """The time of day, which may jump, is told to people and decides nothing: two files write it down."""
+    wall = {"time.time", "time.localtime", "time.gmtime", "datetime.now", "datetime.utcnow", "datetime.today"}
+    found = {
+        f"{relative(path)} {name}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and (name := ast.unparse(node.func)) in wall | {"date.today", "time.time_ns"}
+    }
+    assert found == {"io/locks.py datetime.now", "io/runs.py datetime.now"}

@@ -45,7 +45,7 @@ class CheckpointFile:
         """Replace the checkpoint by ``state``, tensors and plain values only.
 
         Raises:
-            RunDirectoryError: it cannot be written; the checkpoint there is as it was.
+            CannotWrite: the disk is full, or the folder read-only or gone; what there is stays to be loaded.
         """
         buffer = io.BytesIO()
         torch.save(state, buffer)

@@ -1,32 +1,40 @@
 """Writing files so that a reader never sees half of one: beside, flushed to disk, renamed into place."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from saqcli.errors import RunDirectoryError
+from saqcli.errors import CannotWrite, RunDirectoryError
 
 UNFINISHED = ".unfinished-"  # how names begin of what is being written
+_REMEDIES = {
+    errno.ENOSPC: "make room on its disk",
+    errno.EDQUOT: "make room in your quota",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.ENOENT: "its folder is not there",
+}
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path``, with its suffix; renamed to ``path`` if the context ends without an
-    error.
+    error. The folder must be there: one that somebody took away is not made again.
 
     Raises:
-        RunDirectoryError: the folder cannot be written to, or the disk is full.
+        CannotWrite: the folder is gone or cannot be written to, or the disk is full.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(
             dir=path.parent, prefix=f"{UNFINISHED}{path.stem}.", suffix=path.suffix
         )
         os.close(handle)
     except OSError as error:
-        raise RunDirectoryError(f"{path} cannot be written: {error.strerror}") from None
+        raise cannot_write(path, error) from None
     temporary = Path(name)
     try:
         yield temporary
@@ -36,9 +44,20 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _flush_folder(path.parent)
     except OSError as error:
-        raise RunDirectoryError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise cannot_write(path, error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the disk may be read-only by now
+            temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> CannotWrite:
+    """The error that names ``path``, why it cannot be written, and what to do."""
+    reason = error.strerror or str(error)
+    other = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
+    if other.parent != path.parent:  # what it is made of could not be written
+        reason += f": {other}"
+    remedy = _REMEDIES.get(error.errno or 0)
+    return CannotWrite(f"{path} cannot be written ({reason})" + (f": {remedy}" if remedy else ""))
 
 
 def write_text(path: Path, text: str) -> None:

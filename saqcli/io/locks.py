@@ -11,11 +11,13 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from saqcli.errors import RunDirectoryError
+from saqcli.io.files import cannot_write
 
 NAME = ".lock"
 TRIES = 20
@@ -77,7 +79,7 @@ class Lock:
             try:
                 handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except OSError as error:
-                raise RunDirectoryError(f"{self.path} cannot be written: {error.strerror}") from None
+                raise cannot_write(self.path, error) from None
             locked = _lock(handle)
             before = _read(handle)
             if locked is False or (
@@ -96,15 +98,20 @@ class Lock:
         if before and before.pid != os.getpid():
             note(f"took over from {before}, which ended without saying so")
         owner = Owner(os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(timespec="seconds"))
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(asdict(owner)).encode(), 0)
+        try:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(asdict(owner)).encode(), 0)
+        except OSError as error:
+            self.release()
+            raise cannot_write(self.path, error) from None
 
     def release(self) -> None:
         """Be the owner no more; nothing happens where this process is none."""
         if self._handle is None:
             return
         if _same_file(self._handle, self.path):
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # the disk may be read-only by now
+                self.path.unlink(missing_ok=True)
         os.close(self._handle)
         self._handle = None
 

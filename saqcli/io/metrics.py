@@ -1,11 +1,12 @@
 """``metrics.jsonl``: one object a line, appended as a run goes, taken back to the last checkpoint on resuming."""
 
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from saqcli.errors import RunDirectoryError
-from saqcli.io.files import write_text
+from saqcli.io.files import cannot_write, write_text
 
 
 class Metrics:
@@ -18,13 +19,16 @@ class Metrics:
         """Add a line.
 
         Raises:
-            RunDirectoryError: it cannot be written.
+            CannotWrite: the disk is full, or not to be written to.
         """
+        there = self.path.stat().st_size if self.path.is_file() else 0
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
         except OSError as error:
-            raise RunDirectoryError(f"{self.path} cannot be written: {error.strerror}") from None
+            with suppress(OSError):
+                os.truncate(self.path, there)  # no half of a line
+            raise cannot_write(self.path, error) from None
 
     def text(self) -> str:
         """What it says, to go with a checkpoint; nothing where it is not there or cannot be read."""

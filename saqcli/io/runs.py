@@ -23,12 +23,12 @@ from typing import Any, Literal
 
 from saqcli import ranks
 from saqcli.config import RunConfig
-from saqcli.errors import Interrupted, RunDirectoryError, SaqError
+from saqcli.errors import CannotWrite, Interrupted, RunDirectoryError, SaqError
 from saqcli.io.checkpoints import CheckpointFile
 from saqcli.io.files import make_folder, remove_unfinished, write_text
 from saqcli.io.locks import Lock
 from saqcli.io.machine import versions
-from saqcli.io.manifest import RunManifest, circumstances
+from saqcli.io.manifest import Circumstances, RunManifest, circumstances
 from saqcli.io.metrics import Metrics
 from saqcli.io.weights import sha256_of
 from saqcli.strict import parse_json
@@ -102,18 +102,26 @@ class RunDirectory:
 
     def _open(self, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
         """Once it is locked: what ``start`` does."""
-        there = self._check_usable(resume=resume, overwrite=overwrite)
+        there, now = self._check_usable(resume=resume, overwrite=overwrite), circumstances(config.run.device)
         for folder in ("", "checkpoints", "artifacts"):
             remove_unfinished(self.path / folder)
         if there and not resume:
+            self._write_manifest(
+                circumstances(config.run.device)
+            )  # before anything is gone: never finished with nothing there
             self._clear()
         if not there or not resume or not (self.path / "config.json").is_file():
             write_text(self.path / "config.json", config.to_json())
-        now = circumstances(config.run.device)
-        if there and resume:
+        if not there:
+            self._write_manifest(now)
+        elif resume:
             before = self.manifest().circumstances
             self._update(status="running", circumstances=before + [now] * (not before or before[-1] != now))
-            return
+        for name in ("checkpoints", "artifacts")[: 1 if self.verb == "search" else 2]:
+            make_folder(self.path / name)
+
+    def _write_manifest(self, now: Circumstances) -> None:
+        """That of a run that begins."""
         started, facts = datetime.now(UTC).isoformat(timespec="seconds"), versions()
         manifest = RunManifest(
             command=sys.argv,
@@ -148,7 +156,7 @@ class RunDirectory:
             )
         if not resume and not overwrite and self._holds_work():
             raise RunDirectoryError(
-                f"{self.path} already holds a {self.manifest().status} run: give --resume to go on with it, "
+                f"{self.path} already holds {self.manifest().as_found} run: give --resume to go on with it, "
                 "--overwrite to replace it, or another --run-dir"
             )
         return True
@@ -180,6 +188,10 @@ class RunDirectory:
         except KeyboardInterrupt:
             self._note_end("interrupted")
             raise Interrupted(f"stopped as asked: {self.how_to_resume()}") from None
+        except CannotWrite as error:
+            self._check_there()
+            self._note_end("failed")
+            raise CannotWrite(f"{error}, then {self.how_to_resume()}") from None
         except BaseException:
             self._note_end("failed")
             raise
@@ -215,7 +227,7 @@ class RunDirectory:
         """
         if ranks.first():
             self._check_there()
-            self._writing(lambda: self._metrics.append(values))
+            self._metrics.append(values)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint by ``state``, tensors and plain values only, and keep the one before; the metrics so
@@ -259,13 +271,7 @@ class RunDirectory:
 
     def _save(self, file: CheckpointFile, state: dict[str, Any]) -> None:
         self._check_there()
-        self._writing(lambda: file.save(state))
-
-    def _writing(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except RunDirectoryError as error:
-            raise RunDirectoryError(f"{error}; once that is mended, {self.how_to_resume()}") from None
+        file.save(state)
 
     def _check_there(self) -> None:
         """Nothing is made again in the place of a directory that somebody took away."""

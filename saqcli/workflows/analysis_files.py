@@ -118,7 +118,7 @@ class AnalysisFolder:
         """The reading that is there, or None.
 
         Raises:
-            RunDirectoryError: damaged, foreign, or of another version.
+            RunDirectoryError: damaged, foreign, or of another version; it says what to do.
             ConfigError: taken of another model, of other images, or with other settings.
         """
         path = self.path_of(name)
@@ -128,14 +128,20 @@ class AnalysisFolder:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RunDirectoryError(f"{path} cannot be read: {error}") from None
-        file = parse_json(AnalysisFile, text, str(path), RunDirectoryError)
+        try:
+            file = parse_json(AnalysisFile, text, str(path), RunDirectoryError)
+            reading = parse_object(
+                INSTRUMENTS[name].reading, file.reading, f"{path}, reading", RunDirectoryError
+            )
+        except RunDirectoryError as error:
+            raise RunDirectoryError(f"{error}: remove it to measure it again, or give --overwrite") from None
         difference = self._difference(file)
         if difference:
             raise ConfigError(
                 f"{path} was measured otherwise ({difference}): give --resume the same model and settings, "
                 "--overwrite, or another --out"
             )
-        return parse_object(INSTRUMENTS[name].reading, file.reading, f"{path}, reading", RunDirectoryError)
+        return reading
 
     def _settings_of(self, name: str) -> dict[str, Any]:
         return {key: self._settings[key] for key in INSTRUMENTS[name].settings}

@@ -7,15 +7,19 @@ draw       PNG and SVG
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from saqcli.algorithms.instruments import INSTRUMENTS, Reading, Session, Settings
 from saqcli.config import ModelSection
-from saqcli.errors import ConfigError, Interrupted, RunDirectoryError
+from saqcli.errors import CannotWrite, ConfigError, Interrupted, RunDirectoryError
 from saqcli.io.distributed import pick_device
+from saqcli.io.files import make_folder, remove_unfinished
 from saqcli.io.interrupts import deferred_interrupts
+from saqcli.io.locks import Lock
 from saqcli.progress import SILENT, Progress
 from saqcli.workflows.analysis_files import AGAINST, AnalysisFolder, SubjectFacts, facts_of
 from saqcli.workflows.optimization import default_rho
@@ -126,6 +130,34 @@ def analyze(request: Request, progress: Progress = SILENT) -> Analysis:
         wanted.append((request.against, ModelSection(name=request.against), None, None))
     opened = [open_subject(*one, request.view, device, progress) for one in wanted]
     settings = _with_radius(request, opened[0])
+    with _alone_in(request, progress):
+        return _measure(request, opened, settings, progress)
+
+
+@contextmanager
+def _alone_in(request: Request, progress: Progress) -> Iterator[None]:
+    """Within the context no other process works in the folders, and there is nothing unfinished of an earlier one.
+
+    Raises:
+        RunDirectoryError: another process is at work there, or was in the meantime.
+    """
+    for folder in request.folders:
+        make_folder(folder)
+    lock = Lock(request.out)
+    lock.take(progress.note)
+    try:
+        _check_free(request)
+        for folder in request.folders:
+            remove_unfinished(folder)
+        yield
+    except CannotWrite as error:
+        raise CannotWrite(f"{error}, then give the same command and --resume") from None
+    finally:
+        lock.release()
+
+
+def _measure(request: Request, opened: list[Opened], settings: Settings, progress: Progress) -> Analysis:
+    """Once the folders are ours."""
     folders = [
         AnalysisFolder(path, facts_of(one, request.view), settings)
         for path, one in zip(request.folders, opened, strict=True)
@@ -166,6 +198,11 @@ def _check(request: Request) -> None:
         raise ConfigError(f"--grid {grid} has no point in the middle: give an odd number, such as {grid + 1}")
     if request.resume and request.overwrite:
         raise ConfigError("--resume goes on with what is there and --overwrite replaces it: give one of them")
+    _check_free(request)
+
+
+def _check_free(request: Request) -> None:
+    """Refuse to replace what was not said to be replaced."""
     if request.out.exists() and not request.out.is_dir():
         raise RunDirectoryError(f"{request.out} is a file: give another --out")
     there = [

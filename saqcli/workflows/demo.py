@@ -8,11 +8,11 @@ the same ``quantize`` workflow that ``saq quantize`` runs, under a budget
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from saqcli.config import RunConfig, resolve
 from saqcli.io.distributed import pick_device
-from saqcli.io.files import replacing
+from saqcli.io.files import make_folder, replacing
 from saqcli.io.seeds import seed_everything
 from saqcli.progress import Progress
 from saqcli.workflows.quantize import quantize
@@ -87,5 +87,6 @@ def train_float(config: RunConfig, weights: Path, progress: Progress, *, epochs:
     training = in_float(config.training, config.data.batch_size, lr=FLOAT_LR, epochs=epochs, warmup_epochs=1)
     train(model, images, training, loaded.num_classes, title="float epoch", progress=progress)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    make_folder(weights.parent)
     with replacing(weights) as temporary:
-        save_file(state, temporary)
+        temporary.write_bytes(save(state))

@@ -13,7 +13,7 @@ from saqcli.algorithms.training import Batches
 from saqcli.config import DataSection
 from saqcli.errors import ConfigError, CorruptArtifact, ExportMismatch
 from saqcli.io.data import check_trained_on
-from saqcli.io.files import replacing, write_text
+from saqcli.io.files import make_folder, replacing, write_text
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
@@ -86,6 +86,7 @@ def export(
     for taken in (path, verdict_path(path)):
         if taken.exists() and not overwrite:
             raise ConfigError(f"{taken} is already there: give --overwrite to replace it, or another --onnx")
+    make_folder(path.parent)
     model, facts = restore(finished_model(RunDirectory.open(source)) if source.is_dir() else source)
     preprocessing = Preprocessing.from_dict(facts.preprocessing)
     if data.path is None:

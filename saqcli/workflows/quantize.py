@@ -96,6 +96,8 @@ def _on(
     run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite, note=progress.note)
     with run.recorded():
         run.restore_metrics(state)
+        if state is not None:
+            run.end_search()  # a crash may have come between the first checkpoint and this
         if state is None:
             begin(config, network, images, run, device, progress)
             state = run.load_checkpoint()

@@ -96,7 +96,7 @@ def _on(
         know_images(run, posed.images)
         results = keep_search(search_and_stop(config, posed, run), config, run)
         run.finish(results)
-    run.end_search()
+        run.end_search()
     return results
 
 

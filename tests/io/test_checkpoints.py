@@ -19,6 +19,7 @@ def state(number: int) -> dict[str, Any]:
 
 
 def written(path: Path, count: int = 2) -> CheckpointFile:
+    path.parent.mkdir(exist_ok=True)
     file = CheckpointFile(path)
     for number in range(count):
         file.save(state(number))

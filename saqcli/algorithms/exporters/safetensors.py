@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from saqcli.algorithms.exporters.damage import describe_damage
@@ -56,7 +56,9 @@ class SafetensorsExporter:
         for copy_of in _copies(model):
             del state[copy_of]
         tensors = {name: value.clone() for name, value in state.items()}  # the library refuses shared memory
-        save_file(tensors, path, metadata=seal(facts, tensors))
+        path.write_bytes(
+            save(tensors, metadata=seal(facts, tensors))
+        )  # a full disk is an OSError, as elsewhere
 
 
 class Content(NamedTuple):

@@ -49,6 +49,13 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(130) from None
         except (typer.Exit, typer.Abort):
             raise
+        except (
+            OSError
+        ) as error:  # of the file system, about a name that was given: too long, no permission, full
+            if kwargs.get("verbose"):
+                raise
+            _complain(f"{error.filename or 'a file'} cannot be used: {error.strerror or error}")
+            raise typer.Exit(1) from None
         except Exception as error:
             if kwargs.get("verbose"):
                 raise

@@ -12,6 +12,7 @@ report.md         what a person reads first
 
 import json
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -19,17 +20,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from saqcli._version import __version__
 from saqcli.config import RunConfig
 from saqcli.errors import Interrupted, RunDirectoryError
 from saqcli.io.files import replacing, write_text
 from saqcli.io.weights import sha256_of
-from saqcli.strict import parse_json
+from saqcli.strict import parse_json, read_text
+
+
+def _below_artifacts(name: str) -> str:
+    """A name that a manifest from elsewhere may give a file, which is then opened."""
+    if not re.fullmatch(r"artifacts(/[^/\\\0]+)+", name) or not {".", ".."}.isdisjoint(name.split("/")):
+        raise ValueError("an artifact is a relative path below artifacts/, without '..'")
+    return name
 
 
 class RunManifest(BaseModel):
@@ -53,7 +61,7 @@ class RunManifest(BaseModel):
     status: Literal["running", "interrupted", "failed", "finished"]
     started: str
     versions: dict[str, str]
-    artifacts: dict[str, str] = {}
+    artifacts: dict[Annotated[str, AfterValidator(_below_artifacts)], str] = {}
     results: dict[str, Any] = {}
 
 
@@ -209,10 +217,7 @@ class RunDirectory:
         self.search_state_path.unlink(missing_ok=True)
 
     def _read(self, name: str) -> str:
-        try:
-            return (self.path / name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunDirectoryError(f"{self.path / name} cannot be read: {error}") from None
+        return read_text(self.path / name, f"{self.path / name}", RunDirectoryError)
 
     def _update(self, **changes: Any) -> None:
         manifest = self.manifest().model_copy(update=changes)

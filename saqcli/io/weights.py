@@ -9,7 +9,7 @@ import hashlib
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,20 +180,10 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
                 f"weights {path} hold numbers that are sparse, quantized or elsewhere under {printable(key, 100)!r}: "
                 "save the state_dict() of the dense float model"
             )
-    _check_whole(content.values(), path)
     state = {key: value.detach() for key, value in content.items()}
     while prefix := next((p for p in _WRAPPERS if all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
-
-
-def _check_whole(tensors: Iterable[Tensor], path: Path) -> None:
-    """Refuse tensors that have more numbers than the file: torch lets them have whatever lay in memory."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    if sum(storages.values()) > path.stat().st_size:
-        raise CorruptArtifact(
-            f"weights {path} are damaged, tensors have more numbers than the file: fetch or write it again"
-        )
 
 
 def _misfit(

@@ -143,7 +143,9 @@ def open_session(path: Path, options: Any) -> Any:
 
     options.log_severity_level = 4  # a reason comes as an error too
     with told(path):
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(  # its fallback tries the same again, and prints that on stdout
+            str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
         found = ", ".join(f"{one.name} {one.type} {one.shape}" for one in inputs)

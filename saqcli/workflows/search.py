@@ -19,11 +19,12 @@ from saqcli._version import __version__
 from saqcli.algorithms.searchers.supernet import Scorer, Supernet
 from saqcli.algorithms.training import evaluate
 from saqcli.config import RunConfig
-from saqcli.errors import ConfigError
+from saqcli.errors import ConfigError, RunDirectoryError
 from saqcli.io.files import write_text
 from saqcli.io.interrupts import deferred_interrupts
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import SILENT, Progress
+from saqcli.strict import parse_object
 from saqcli.workflows.bits import check_bits
 from saqcli.workflows.calibration import scheme_of
 from saqcli.workflows.find_bits import Posed, Searched, find_bits, make_searcher, pose
@@ -31,6 +32,7 @@ from saqcli.workflows.pareto import Front, find_front, write_front
 from saqcli.workflows.pictures.policy import draw_policy
 from saqcli.workflows.proxy import proxy_data
 from saqcli.workflows.search_memory import SearchMemory
+from saqcli.workflows.search_results import SearchResults
 from saqcli.workflows.setup import (
     Images,
     Network,
@@ -72,7 +74,9 @@ def search(
     if resume and there:
         check_same(run.config(), config, run_dir)
         if run.manifest().status == "finished":
-            return run.manifest().results
+            results = run.manifest().results
+            parse_object(SearchResults, results, f"{run_dir}/manifest.json, results", RunDirectoryError)
+            return results
     posed = pose(config, *prepare_search(config, device, progress), None, progress)
     run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite, verb="search")
     with run.recorded():

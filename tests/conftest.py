@@ -9,6 +9,8 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would be in each other's way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as the command line does; no test reaches the network
+
 import pytest
 import torch
 

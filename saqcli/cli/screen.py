@@ -68,7 +68,7 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _complain(message: str) -> None:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    typer.echo(f"error: {' '.join(message.splitlines())}", err=True)
 
 
 def _figures(figures: dict[str, float]) -> str:
@@ -148,4 +148,4 @@ class _Live:
 
     def note(self, text: str) -> None:
         """One line above the bars."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False, emoji=False)

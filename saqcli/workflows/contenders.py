@@ -137,6 +137,7 @@ def _of_onnx(path: Path, folder: Path) -> Lineup:
 
 
 def _of_safetensors(path: Path, run: RunDirectory | None, folder: Path) -> Lineup:
+    files = _onnx_files(run) if run else []
     model, facts = restore(path)
     lineup = _described(facts)
     plain = copy.deepcopy(model)
@@ -144,7 +145,6 @@ def _of_safetensors(path: Path, run: RunDirectory | None, folder: Path) -> Lineu
     _add_float(lineup, plain, facts.build, folder)
     lineup.add_torch(TORCH_QUANTIZED, model, path.stat().st_size)
     lineup.contenders.sort(key=lambda one: one.runtime, reverse=True)  # PyTorch, then ONNX Runtime
-    files = _onnx_files(run) if run else []
     for file in files:
         lineup.add_onnx(ONNX_QUANTIZED if len(files) == 1 else f"ONNX {file.name}", open_file(file))
     if not files:

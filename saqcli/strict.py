@@ -61,7 +61,7 @@ def read_json(text: str | bytes, source: str, error: type[SaqError] = ConfigErro
     except _Twice as twice:
         raise error(f"{source}: key {printable(twice.key, _SHOWN)!r} stands there twice") from None
     except ValueError as failure:
-        raise error(f"{source} is no JSON: {printable(str(failure), _SHOWN)}") from None
+        raise error(f"{source}: it is no JSON: {printable(str(failure), _SHOWN)}") from None
     check_nesting(tree, source, error)
     return tree
 
@@ -80,7 +80,7 @@ def read_toml(text: str, source: str) -> dict[str, Any]:
     except RecursionError:
         raise ConfigError(too_deep) from None
     except ValueError as failure:  # that of TOML, or of a number
-        raise ConfigError(f"{source} is no TOML: {printable(str(failure), _SHOWN)}") from None
+        raise ConfigError(f"{source}: it is no TOML: {printable(str(failure), _SHOWN)}") from None
     check_nesting(tree, source)
     return tree
 
@@ -202,7 +202,7 @@ def _check_version(schema: type[BaseModel], value: object, source: str, error: t
     version, (known,) = value.get("schema_version", field.default), typing.get_args(field.annotation)
     if type(version) is int and version != known:
         raise error(
-            f"{source} was written by another version of saq: its schema_version is {_digits(version)}, and this saq "
+            f"{source}: it was written by another version of saq, its schema_version is {_digits(version)}, and this saq "
             f"{__version__} reads {known}; {'upgrade saq' if version > known else 'make the file again'}"
         )
 

@@ -202,7 +202,7 @@ def _check_version(schema: type[BaseModel], value: object, source: str, error: t
     version, (known,) = value.get("schema_version", field.default), typing.get_args(field.annotation)
     if type(version) is int and version != known:
         raise error(
-            f"{source}: it was written by another version of saq, its schema_version is {_digits(version)}, and this saq "
+            f"{source}: it was written by another version of saq, its schema_version is {_digits(version)}, this saq "
             f"{__version__} reads {known}; {'upgrade saq' if version > known else 'make the file again'}"
         )
 

@@ -5,7 +5,6 @@ Settings come from five places, later ones winning: the defaults here, a recipe
 own options. Running the resulting ``config.json`` again gives the same run. Unknown keys are errors.
 """
 
-import json
 import tomllib
 from collections.abc import Mapping
 from importlib.resources import files
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from saqcli.errors import ConfigError
-from saqcli.strict import parse_object
+from saqcli.strict import parse_object, printable, read_json, read_text, read_toml
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -225,10 +224,10 @@ def resolve(
     Raises:
         ConfigError: a file that cannot be read, an unknown key, a value of the wrong kind.
     """
-    given = _read(file) if file else {}
-    name = recipe or given.get("recipe") or "quick"
+    given, where = (_read(file), f" in {file}") if file else ({}, "")
+    name = recipe or str(given.get("recipe") or "quick")
     tree: dict[str, Any] = {}
-    _merge(tree, _read_recipe(name))
+    _merge(tree, _read_recipe(name, "" if recipe else where))
     _merge(tree, given)
     tree["recipe"] = name
     for key, text in (assignments or {}).items():
@@ -237,7 +236,10 @@ def resolve(
         if value is not None:
             _assign(tree, key, value)
     if not isinstance(tree.setdefault("model", {}), dict) or "name" not in tree["model"]:
-        raise ConfigError("no model was named: give MODEL, such as timm/resnet18, or --config with one")
+        where = f" in {file}" if file else ""
+        raise ConfigError(
+            f"no model was named{where}: give MODEL, such as timm/resnet18, or --config with one"
+        )
     return parse_object(RunConfig, tree, str(file) if file else "configuration")
 
 
@@ -255,20 +257,21 @@ def first_difference(one: RunConfig, other: RunConfig) -> str | None:
     return None
 
 
-def _read_recipe(name: str) -> dict[str, Any]:
+def _read_recipe(name: str, where: str) -> dict[str, Any]:
     if name not in recipes():
-        raise ConfigError(f"there is no recipe {name!r}: choose from {', '.join(recipes())}")
+        name = printable(name, 60)
+        raise ConfigError(f"there is no recipe {name!r}{where}: choose from {', '.join(recipes())}")
     return tomllib.loads((files("saqcli") / "recipes" / f"{name}.toml").read_text())
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        text = file.read_text()
-        tree = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read as a configuration: {error}") from None
+    text = read_text(file, str(file), most=2**18)
+    tree = (read_json if file.suffix == ".json" else read_toml)(text, str(file))
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} cannot be read as a configuration: it holds no sections")
+    for name, field in RunConfig.model_fields.items():
+        if hasattr(field.annotation, "model_fields") and not isinstance(tree.get(name, {}), dict):
+            raise ConfigError(f"{file}: {name} is a section: give it keys and values")
     return tree
 
 
@@ -296,5 +299,5 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, a number or a nesting without end
         return text

@@ -1,16 +1,88 @@
 """Reading what other programs or people wrote: strict, and with one clear line when it does not fit.
 
 Every object that reaches the disk is a pydantic model that forbids unknown keys. Pydantic's own report takes
-a screen; a person wants the first thing that is wrong, where it is, and what was expected.
+a screen; a person wants the first thing that is wrong, where it is, and what was expected. What pydantic does not
+see is looked at first: files without end, keys that stand twice, nesting without end, versions of other times.
 """
 
-from typing import TypeVar
+import json
+import os
+import tomllib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 
+from saqcli._version import __version__
 from saqcli.errors import ConfigError, SaqError
 
 Model = TypeVar("Model", bound=BaseModel)
+
+MOST_BYTES = 2**25  # of a text that is read as one
+MOST_NESTED = 64  # objects and lists within each other
+_MOST_DOTS = 1000  # of a line of TOML: a key of n parts takes time and memory of n squared
+_SHOWN = 300  # characters of a message that a file decides
+
+
+def read_text(path: Path, source: str, error: type[SaqError] = ConfigError, most: int = MOST_BYTES) -> str:
+    """The text of a file in UTF-8.
+
+    Args:
+        path: of the file.
+        source: what the message calls it.
+        error: the error raised when it cannot be read.
+        most: bytes that it may have.
+
+    Raises:
+        SaqError: the given ``error``: no file, no UTF-8, or more than ``most`` bytes.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise error(f"{source} cannot be read: it has more than {most} bytes")
+        return data.decode("utf-8")
+    except OSError as failure:
+        raise error(f"{source} cannot be read: {failure.strerror or failure}") from None
+    except ValueError as failure:  # no UTF-8, or a path with a NUL
+        raise error(f"{source} cannot be read: {printable(str(failure), _SHOWN)}") from None
+
+
+def read_json(text: str | bytes, source: str, error: type[SaqError] = ConfigError) -> Any:
+    """``text`` as a tree of plain Python objects; raises as ``parse_json``."""
+    try:
+        json.loads(text, object_pairs_hook=_each_once)  # pydantic takes the last of two
+        tree = from_json(text)
+    except RecursionError:
+        raise error(f"{source}: it is nested deeper than {MOST_NESTED} levels") from None
+    except _Twice as twice:
+        raise error(f"{source}: key {printable(twice.key, _SHOWN)!r} stands there twice") from None
+    except ValueError as failure:
+        raise error(f"{source}: it is no JSON: {printable(str(failure), _SHOWN)}") from None
+    check_nesting(tree, source, error)
+    return tree
+
+
+def read_toml(text: str, source: str) -> dict[str, Any]:
+    """``text`` as a tree of plain Python objects.
+
+    Raises:
+        ConfigError: it is no TOML, or is nested without end.
+    """
+    too_deep = f"{source}: it is nested deeper than {MOST_NESTED} levels"
+    if any(line.count(".") > _MOST_DOTS for line in text.splitlines()):
+        raise ConfigError(too_deep)
+    try:
+        tree = tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError(too_deep) from None
+    except ValueError as failure:  # that of TOML, or of a number
+        raise ConfigError(f"{source}: it is no TOML: {printable(str(failure), _SHOWN)}") from None
+    check_nesting(tree, source)
+    return tree
 
 
 def parse_json(
@@ -27,6 +99,7 @@ def parse_json(
     Raises:
         SaqError: the given ``error``, naming the first misfit and the count of the others.
     """
+    _check_version(schema, read_json(text, source, error), source, error)
     try:
         return schema.model_validate_json(text)
     except ValidationError as failure:
@@ -37,23 +110,61 @@ def parse_object(
     schema: type[Model], value: object, source: str, error: type[SaqError] = ConfigError
 ) -> Model:
     """``value``, a tree of plain Python objects, as a ``schema``; raises as ``parse_json``."""
+    _check_version(schema, value, source, error)
     try:
         return schema.model_validate(value)
     except ValidationError as failure:
         raise error(f"{source}: {describe(failure)}") from None
 
 
+def check_nesting(tree: object, source: str, error: type[SaqError] = ConfigError) -> None:
+    """Refuse lists and objects within each other without end, on which recursion would end in a traceback.
+
+    Raises:
+        SaqError: the given ``error``: more than ``MOST_NESTED``.
+    """
+    level: Sequence[object] = [tree]
+    for _ in range(MOST_NESTED + 1):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise error(f"{source}: it is nested deeper than {MOST_NESTED} levels")
+
+
+def named_path(text: str) -> Path:
+    """The path that a person or a file named, ``~`` taken for the home folder.
+
+    Raises:
+        ConfigError: nothing can have this name: it is too long, or has a NUL.
+    """
+    path = Path(os.path.expanduser(text))
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as failure:
+        reason = getattr(failure, "strerror", None) or failure
+        raise ConfigError(f"{printable(text, 100)} is no path ({reason}): name another") from None
+    return path
+
+
 def describe(failure: ValidationError) -> str:
     """The first misfit on one line, and how many more there are."""
     errors = failure.errors(include_url=False, include_context=False, include_input=False)
     first = errors[0]
-    place = ".".join(str(part) for part in first["loc"])
+    place = printable(".".join(str(part) for part in first["loc"]), _SHOWN)
     if first["type"] == "extra_forbidden":
         text = f"unknown key {place!r}"
     elif first["type"] == "missing":
         text = f"key {place!r} is missing"
     else:
-        text = f"{place}: {first['msg']}" if place else first["msg"]
+        reason = printable(first["msg"], _SHOWN)
+        text = f"{place}: {reason}" if place else reason
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return text[0].lower() + text[1:] + more
 
@@ -67,3 +178,34 @@ def printable(text: str, most: int = 600) -> str:
     """
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: most + 1])
     return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
+class _Twice(Exception):
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        raise _Twice(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+    return found
+
+
+def _check_version(schema: type[BaseModel], value: object, source: str, error: type[SaqError]) -> None:
+    """Tell another version of saq from a mistake, before what that version changed is called one."""
+    field = schema.model_fields.get("schema_version")
+    if field is None or not isinstance(value, dict):
+        return
+    version, (known,) = value.get("schema_version", field.default), typing.get_args(field.annotation)
+    if type(version) is int and version != known:
+        raise error(
+            f"{source}: it was written by another version of saq, its schema_version is {_digits(version)}, this saq "
+            f"{__version__} reads {known}; {'upgrade saq' if version > known else 'make the file again'}"
+        )
+
+
+def _digits(number: int) -> str:
+    return str(number) if abs(number) < 10**20 else "a very large number"

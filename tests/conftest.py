@@ -10,6 +10,8 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would be in each other's way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as the command line does; no test reaches the network
+
 import pytest
 
 # Files that take longest, for the processes to end at about the same time. The first learns the digits for all.

@@ -1,5 +1,7 @@
 """The Typer application: one command a file."""
 
+import os
+import tempfile
 from typing import Annotated
 
 import typer
@@ -52,5 +54,11 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; what libraries would send or write beside the work is turned off before they are imported.
+
+    ONNX Runtime sends usage to its maker, and keeps a device id and a data base in the home folder. PyTorch makes a
+    folder for compiled code, of which there is none, unless it is told one that exists.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     app()

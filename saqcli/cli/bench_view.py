@@ -21,7 +21,7 @@ def show_bench(bench: dict[str, Any]) -> None:
     """Print what ``saq eval --bench --json`` holds under ``bench``."""
     console = Console()
     size = "x".join(map(str, bench["input_size"]))
-    say(console, f"{bench['model']}, input {size}, on {bench['cpu']['name']}\n", markup=False)
+    say(console, f"{bench['model']}, input {size}, on {bench['cpu']['name']}\n")
     console.print(_contenders(bench["rows"]))
     console.print()
     console.print(_timings(bench["rows"]))
@@ -29,7 +29,7 @@ def show_bench(bench: dict[str, Any]) -> None:
     say(console, f"Medians of {bench['repeats']} runs, in turns; spread is the interquartile range.")
     say(console, f"Relative is images a second, with {bench['baseline']} as 1.")
     for note in bench["notes"]:
-        say(console, f"{note[0].upper()}{note[1:]}.", markup=False)
+        say(console, f"{note[0].upper()}{note[1:]}.")
     if bench["few_bits"]:
         say(console, SMALLER_NOT_FASTER)
 

@@ -35,7 +35,7 @@ def show_models(entries: "Sequence[Entry]") -> None:
         weights = [] if tagged else [_weights(entry.tags)]
         table.add_row(entry.name, parameters, _pixels(entry.input_size), *weights, COVERED[entry.covered])
     console.print(table)
-    say(console, f"[dim]{_notes(entries, tagged)}[/dim]")
+    say(console, f"[dim]{_notes(entries, tagged)}[/dim]", markup=True)
 
 
 def _pixels(size: tuple[int, int, int]) -> str:

@@ -150,7 +150,7 @@ def _literal(text: str) -> Any:
         return tomllib.loads(f"value = {text.lower() if text.lower() in ('true', 'false') else text}")[
             "value"
         ]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, a number or a nesting without end
         return text
 
 

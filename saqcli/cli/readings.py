@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from saqcli.cli.tables import plain_table, say
 from saqcli.workflows.pictures.canvas import titles
@@ -22,7 +23,7 @@ def show_analysis(result: dict[str, Any]) -> None:
     table.add_column("")
     names = titles([model["target"] for model in models])
     for name in names:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(Text(name), justify="right", overflow="fold")
     rows = [_rows(model) for model in models]
     for name in dict.fromkeys(name for row in rows for name in row):
         table.add_row(name, *(row.get(name, "") for row in rows))
@@ -30,10 +31,10 @@ def show_analysis(result: dict[str, Any]) -> None:
     for name, model in zip(names, models, strict=True):
         for line in _lines(model["instruments"]):
             where = f"{name}: " if len(models) > 1 else ""
-            say(console, f"{where}{line}", markup=False)
+            say(console, f"{where}{line}")
     counts = Counter(Path(path).suffix for path in result["files"])
     drawn = f", and {counts['.png']} pictures as PNG and SVG" if counts[".png"] else ""
-    say(console, f"wrote {counts['.json']} readings as JSON{drawn} to {result['out']}", markup=False)
+    say(console, f"wrote {counts['.json']} readings as JSON{drawn} to {result['out']}")
 
 
 def _rows(model: dict[str, Any]) -> dict[str, str]:

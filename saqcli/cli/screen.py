@@ -59,6 +59,13 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(130) from None
         except (typer.Exit, typer.Abort):
             raise
+        except (
+            OSError
+        ) as error:  # of the file system, about a name that was given: too long, no permission, full
+            if kwargs.get("verbose"):
+                raise
+            _complain(f"{error.filename or 'a file'} cannot be used: {error.strerror or error}")
+            raise typer.Exit(1) from None
         except Exception as error:
             if kwargs.get("verbose"):
                 raise
@@ -72,7 +79,7 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
 
 def _complain(message: str) -> None:
     who = f"process {_rank()}: " if _rank() else ""
-    typer.echo(f"error: {who}{' '.join(message.split())}", err=True)
+    typer.echo(f"error: {who}{' '.join(message.splitlines())}", err=True)
 
 
 def _check_started(command: str) -> None:
@@ -168,4 +175,4 @@ class _Live:
 
     def note(self, text: str) -> None:
         """One line above the bars."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False, emoji=False)

@@ -14,9 +14,9 @@ PIPED = 200  # columns where nobody looks at a terminal, so that no name is cut
 NAMED = 3  # modules that are left in floating point for one reason, before they are counted
 
 
-def say(console: Console, text: str, *, markup: bool = True) -> None:
-    """A line that wraps nowhere, so that it can be searched and cut."""
-    console.print(text, highlight=False, soft_wrap=True, markup=markup)
+def say(console: Console, text: str, *, markup: bool = False) -> None:
+    """A line that wraps nowhere, so that it can be searched and cut; ``markup`` is for lines that name no path."""
+    console.print(text, highlight=False, soft_wrap=True, markup=markup, emoji=False)
 
 
 def _table(title: str, columns: Iterable[str], left: int = 1) -> Table:
@@ -137,6 +137,7 @@ def show_evaluation(result: dict[str, Any]) -> None:
         Console(),
         f"[bold]top-1 {result['top1']:.2f} %[/bold], top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} on "
         f"{result['images']} images ({result['images_per_second']:.0f} a second){skipped}",
+        markup=True,
     )
 
 

@@ -12,7 +12,6 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +21,7 @@ from saqcli.io.archives import read_split
 from saqcli.io.folders import SplitName, find_images, find_split, number_classes, some
 from saqcli.io.images import ImageSet, ImageStream
 from saqcli.io.shards import Shards
+from saqcli.strict import named_path
 
 BadImages = Literal["refuse", "skip", "replace"]
 
@@ -70,11 +70,11 @@ def open_split(data: str, split: SplitName, *, num_classes: int, bad_images: Bad
         DataError: nothing there, no such split, or classes that do not fit the network.
     """
     prefix = data.partition("/")[0].lower()
-    if prefix == _SHARDED and not os.path.exists(data):
+    if prefix == _SHARDED and not named_path(data).exists():
         return replace(_open_shards(data, split, num_classes), bad_images=bad_images)
-    if prefix in _RANDOM_ACCESS + _STREAMED and not os.path.exists(data):
+    if prefix in _RANDOM_ACCESS + _STREAMED and not named_path(data).exists():
         return replace(_open_named(data, split, num_classes), bad_images=bad_images)
-    folder = find_split(Path(data).expanduser(), split)
+    folder = find_split(named_path(data), split)
     images = find_images(folder)
     labels = number_classes(list(images), num_classes, folder)
     source = [(file, labels[name]) for name, files in images.items() for file in files]

@@ -5,12 +5,20 @@ another processor has other kernels. ``saq rerun`` restores those it can, and na
 """
 
 import os
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from saqcli import ranks
 from saqcli.io.machine import chosen_device, cores, cpu_name
+
+
+def _below_artifacts(name: str) -> str:
+    """A name that a manifest from elsewhere may give a file, which is then opened."""
+    if not re.fullmatch(r"artifacts(/[^/\\\0]+)+", name) or not {".", ".."}.isdisjoint(name.split("/")):
+        raise ValueError("an artifact is a relative path below artifacts/, without '..'")
+    return name
 
 
 class Circumstances(BaseModel):
@@ -63,7 +71,7 @@ class RunManifest(BaseModel):
     versions: dict[str, str]
     circumstances: list[Circumstances] = []
     images: dict[str, str] = {}
-    artifacts: dict[str, str] = {}
+    artifacts: dict[Annotated[str, AfterValidator(_below_artifacts)], str] = {}
     results: dict[str, Any] = {}
 
     @property

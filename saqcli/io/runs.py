@@ -31,7 +31,7 @@ from saqcli.io.machine import versions
 from saqcli.io.manifest import Circumstances, RunManifest, circumstances
 from saqcli.io.metrics import Metrics
 from saqcli.io.weights import sha256_of
-from saqcli.strict import parse_json
+from saqcli.strict import parse_json, read_text
 
 _FILES = [  # beside manifest.json
     *("config.json", "policy.json", "metrics.jsonl", "report.md", "search.json"),
@@ -281,10 +281,7 @@ class RunDirectory:
             )
 
     def _read(self, name: str) -> str:
-        try:
-            return (self.path / name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunDirectoryError(f"{self.path / name} cannot be read: {error}") from None
+        return read_text(self.path / name, f"{self.path / name}", RunDirectoryError)
 
     def _update(self, **changes: Any) -> None:
         if not ranks.first():

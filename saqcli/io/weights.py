@@ -5,10 +5,8 @@ which knows tensors and plain containers; there is no switch to trust a file. Wh
 around the tensors (``state_dict``, ``module.``) is taken off; what remains must fit the network exactly.
 """
 
-import contextlib
 import hashlib
 import pickle
-import pickletools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,11 +19,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from saqcli.errors import ConfigError, CorruptArtifact, UnsafeWeights, WeightsMismatch
+from saqcli.io.pickles import Strange, globals_of
+from saqcli.strict import printable
 
 _PICKLES = (".pth", ".pt", ".th", ".bin", ".tar", ".ckpt")
 _NESTS = ("state_dict", "model_state_dict", "model", "net")
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+MOST_NAME = 1000  # characters of a tensor's name
 _NAMED = 5  # keys that a message lists before it counts
+_CODE = (
+    "weights {path} hold code ({code}) beside tensors: nothing was run; where you trust the file, convert it to "
+    ".safetensors, or save model.state_dict() alone"
+)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -106,24 +111,29 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
         raise CorruptArtifact(
-            f"weights {path} are damaged ({error}): fetch or write the file again"
+            f"weights {path} are damaged ({printable(str(error), 200)}): fetch or write the file again"
         ) from error
     return tensors
 
 
 def _read_pickle(path: Path) -> Any:
+    called: list[str] = []
     try:
+        called = globals_of(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about how the file was pickled, which its reader cannot change
             return torch.load(path, weights_only=True, map_location="cpu")
     except OSError:
         raise
+    except Strange as error:
+        if code := _code_of(error.called):
+            raise UnsafeWeights(_CODE.format(path=path, code=code)) from None
+        raise UnsafeWeights(
+            f"weights {path} are not to be read: the file {error}; nothing was run. Save model.state_dict() alone"
+        ) from None
     except Exception as error:  # a damaged pickle can raise anything, from EOFError to KeyError
-        if code := _code_in(error) or _code_of(path):
-            raise UnsafeWeights(
-                f"weights {path} hold code ({code}) beside tensors: nothing was run; where you trust the "
-                "file, convert it to .safetensors, or save model.state_dict() alone"
-            ) from error
+        if code := _code_in(error) or _code_of(called):
+            raise UnsafeWeights(_CODE.format(path=path, code=code)) from error
         raise CorruptArtifact(
             f"weights {path} are damaged or foreign: fetch or write the file again"
         ) from error
@@ -136,25 +146,14 @@ def _code_in(error: Exception) -> str:
     if not isinstance(error, pickle.UnpicklingError):
         return ""
     if found := re.search(r"GLOBAL (\S+)", str(error)):
-        return found[1]
+        return printable(found[1], 100)
     return "an object that is no tensor" if "allowlisted" in str(error) else ""
 
 
-def _code_of(path: Path) -> str:
+def _code_of(called: Sequence[str]) -> str:
     """What a plain pickle of protocol 3 or later would call; torch's unpickler stops before it can tell."""
-    data = path.read_bytes()
-    if data[:1] != b"\x80" or data[1:2] not in (b"\x03", b"\x04", b"\x05"):
-        return ""
-    called, strings = [], ["", ""]
-    with contextlib.suppress(ValueError):  # a damaged end
-        for opcode, argument, _ in pickletools.genops(data):  # reads, never runs
-            if opcode.name in ("GLOBAL", "STACK_GLOBAL"):
-                called.append(argument.replace(" ", ".") if argument else ".".join(strings))
-            elif isinstance(argument, str):
-                strings = [strings[1], argument]
-    return next(
-        (name for name in called if not name.startswith(("torch.", "collections."))), "".join(called[:1])
-    )
+    strangers = [name for name in called if not name.startswith(("torch.", "collections."))]
+    return printable("".join(strangers[:1]), 100)
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
@@ -168,10 +167,18 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
         what = "nothing" if isinstance(content, Mapping) else f"a {type(content).__name__}"
         raise CorruptArtifact(f"weights {path} hold {what}, not tensors by name: save model.state_dict()")
     for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
+        if not isinstance(key, str) or len(key) > MOST_NAME:
+            what = "a very long one" if isinstance(key, str) else f"a {type(key).__name__}"
+            raise CorruptArtifact(f"weights {path} hold no tensors by name ({what}): save model.state_dict()")
+        if not isinstance(value, Tensor):
             raise CorruptArtifact(
-                f"weights {path} hold a {type(value).__name__} under {key!r}, where a tensor should be: save "
-                "model.state_dict()"
+                f"weights {path} hold a {type(value).__name__} under {printable(key, 100)!r}, where a tensor should "
+                "be: save model.state_dict()"
+            )
+        if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise CorruptArtifact(
+                f"weights {path} hold numbers that are sparse, quantized or elsewhere under {printable(key, 100)!r}: "
+                "save the state_dict() of the dense float model"
             )
     state = {key: value.detach() for key, value in content.items()}
     while prefix := next((p for p in _WRAPPERS if all(key.startswith(p) for key in state)), None):
@@ -198,10 +205,10 @@ def _misfit(
     shapes = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in misshapen]
     kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes))
     parts = [f"{len(keys)} {kind} ({_listed(keys)})" for kind, keys in kinds if keys]
-    reason = ", ".join(parts) or " ".join(str(error).split())
+    reason = ", ".join(parts) or printable(" ".join(str(error).split()))
     return f"{source} does not fit {name}: {reason}; give its own weights, or name the network these are of"
 
 
 def _listed(keys: Sequence[str]) -> str:
     more = len(keys) - _NAMED
-    return ", ".join(keys[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(printable(key, 100) for key in keys[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from saqcli.errors import ConfigError, PolicyMismatch
+from saqcli.strict import printable
 
 MIN_BITS, MAX_BITS = 2, 8
 FLOAT_BITS = 32  # what an operand left in floating point counts as
@@ -46,8 +47,8 @@ class BitConfig(BaseModel):
     model: str
     layers: dict[str, LayerBits]
 
-    def check_fits(self, model: str, names: list[str]) -> None:
-        """Refuse to be applied to another network.
+    def check_fits(self, model: str, names: list[str], source: str = "the policy") -> None:
+        """Refuse to be applied to another network; ``source`` is what the message calls the policy.
 
         Raises:
             PolicyMismatch: names the layers that differ.
@@ -56,12 +57,14 @@ class BitConfig(BaseModel):
         unknown = [name for name in self.layers if name not in set(names)]
         if missing or unknown:
             parts = [
-                f"{title} {', '.join(some[:5])}{f' and {len(some) - 5} more' if len(some) > 5 else ''}"
+                f"{title} {', '.join(printable(name, 100) for name in some[:5])}"
+                f"{f' and {len(some) - 5} more' if len(some) > 5 else ''}"
                 for title, some in (("it lacks", missing), ("it alone has", unknown))
                 if some
             ]
             raise PolicyMismatch(
-                f"the policy{'' if self.model == model else f', made for {self.model},'} does not fit {model}: "
+                f"{source}{'' if self.model == model else f', made for {printable(self.model, 100)},'} does not fit "
+                f"{model}: "
                 f"{'; '.join(parts)}. "
                 "Search a policy for this model, or edit the names"
             )

@@ -4,6 +4,7 @@ A file is taken up again only if model, images and settings are the same; a fini
 measured twice, and an unfinished one goes on.
 """
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from saqcli._version import __version__
 from saqcli.algorithms.instruments import INSTRUMENTS, Reading, Settings
 from saqcli.errors import ConfigError, RunDirectoryError
 from saqcli.io.files import write_text
-from saqcli.strict import parse_json, parse_object
+from saqcli.strict import parse_json, parse_object, printable, read_text
 from saqcli.workflows.subjects import Opened, View
 
 AGAINST = "against"  # folder of the second model
@@ -62,6 +63,7 @@ class AnalysisFile(BaseModel):
         subject: the model and the images.
         settings: those that the reading depends on.
         reading: of the instrument.
+        sha256: of the reading; one that was changed by hand fits its schema and makes no sense.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -73,6 +75,7 @@ class AnalysisFile(BaseModel):
     subject: SubjectFacts
     settings: dict[str, Any]
     reading: dict[str, Any]
+    sha256: str
 
 
 def facts_of(opened: Opened, view: View) -> SubjectFacts:
@@ -104,13 +107,15 @@ class AnalysisFolder:
 
     def save(self, name: str, reading: Reading) -> None:
         """Write a reading, finished or not, as one act."""
+        tree = json.loads(reading.model_dump_json())
         file = AnalysisFile(
             saq_version=__version__,
             instrument=name,
             finished=reading.finished,
             subject=self.facts,
             settings=self._settings_of(name),
-            reading=json.loads(reading.model_dump_json()),
+            reading=tree,
+            sha256=_sha256(tree),
         )
         write_text(self.path_of(name), to_text(json.loads(file.model_dump_json())))
 
@@ -124,10 +129,7 @@ class AnalysisFolder:
         path = self.path_of(name)
         if not path.is_file():
             return None
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunDirectoryError(f"{path} cannot be read: {error}") from None
+        text = read_text(path, str(path), RunDirectoryError)
         try:
             file = parse_json(AnalysisFile, text, str(path), RunDirectoryError)
             reading = parse_object(
@@ -135,11 +137,19 @@ class AnalysisFolder:
             )
         except RunDirectoryError as error:
             raise RunDirectoryError(f"{error}: remove it to measure it again, or give --overwrite") from None
+        if file.instrument != name:
+            raise RunDirectoryError(
+                f"{path} holds a reading of another instrument: give --overwrite to replace it"
+            )
         difference = self._difference(file)
         if difference:
             raise ConfigError(
                 f"{path} was measured otherwise ({difference}): give --resume the same model and settings, "
                 "--overwrite, or another --out"
+            )
+        if _sha256(file.reading) != file.sha256 or reading.finished != file.finished:
+            raise RunDirectoryError(
+                f"{path} was changed after it was written: give --overwrite to measure anew"
             )
         return reading
 
@@ -150,12 +160,12 @@ class AnalysisFolder:
         """The first thing that was not as it is now."""
         now = self._settings_of(file.instrument) if file.instrument in INSTRUMENTS else {}
         if file.subject.sha256 != self.facts.sha256:
-            return f"another model, {file.subject.target}"
+            return f"another model, {printable(file.subject.target, 100)}"
         if file.subject.images_sha256 != self.facts.images_sha256:
             return "other images or another batch size"
         for key in sorted({*now, *file.settings}):
             if now.get(key) != file.settings.get(key):
-                return f"{key}: {file.settings.get(key)} -> {now.get(key)}"
+                return printable(f"{key}: {file.settings.get(key)} -> {now.get(key)}", 200)
         return None
 
 
@@ -163,6 +173,10 @@ def to_text(tree: dict[str, Any]) -> str:
     """JSON with a line for every list of plain values."""
     text = json.dumps(tree, indent=2, allow_nan=False)
     return re.sub(r"\[\n[^\[\]{}]*\]", lambda found: _one_line(found[0]), text) + "\n"
+
+
+def _sha256(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _one_line(text: str) -> str:

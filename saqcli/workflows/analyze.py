@@ -21,6 +21,7 @@ from saqcli.io.files import make_folder, remove_unfinished
 from saqcli.io.interrupts import deferred_interrupts
 from saqcli.io.locks import Lock
 from saqcli.progress import SILENT, Progress
+from saqcli.strict import named_path
 from saqcli.workflows.analysis_files import AGAINST, AnalysisFolder, SubjectFacts, facts_of
 from saqcli.workflows.optimization import default_rho
 from saqcli.workflows.pictures import draw
@@ -187,7 +188,7 @@ def _check(request: Request) -> None:
         raise ConfigError(f"there is no instrument {asked!r}: choose from {', '.join(INSTRUMENTS)}")
     check_target(request.target, request.bits, request.policy)
     if request.against is not None:
-        path = Path(request.against).expanduser()
+        path = named_path(request.against)
         if path.suffix != ".safetensors" and not path.is_dir():
             raise ConfigError(
                 f"--against {request.against} is no quantized model: give a run directory or a .safetensors file"

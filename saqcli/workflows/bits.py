@@ -8,7 +8,7 @@ from saqcli.errors import ConfigError
 from saqcli.quant.bits import BitConfig, LayerBits, parse_bits
 from saqcli.quant.cost import Budget
 from saqcli.quant.space import Candidates, Rule, SearchSpace, parse_rule, search_space
-from saqcli.strict import parse_json
+from saqcli.strict import named_path, parse_json, read_text
 from saqcli.units import parse_quantity
 from saqcli.workflows.setup import Network
 
@@ -83,7 +83,7 @@ def given_policy(section: QuantizationSection, network: Network) -> BitConfig | 
     if section.policy is not None:
         if section.pins:
             raise ConfigError("--policy gives the bits of every layer: edit it, and leave --pin away")
-        return read_policy(Path(section.policy), network)
+        return read_policy(named_path(section.policy), network)
     if section.bits is not None:
         bits = parse_bits(section.bits)
         assert bits.weight is not None
@@ -100,13 +100,9 @@ def read_policy(path: Path, network: Network) -> BitConfig:
         ConfigError: unreadable, of a foreign version, or with unknown keys.
         PolicyMismatch: made for another network.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--policy {path} cannot be read: {error}") from None
-    policy = parse_json(BitConfig, text, str(path))
+    policy = parse_json(BitConfig, read_text(path, f"--policy {path}"), str(path))
     names = [layer.name for layer in network.costs.layers]
-    policy.check_fits(network.name, names)
+    policy.check_fits(network.name, names, f"the policy {path}")
     return policy.model_copy(update={"layers": {name: policy.layers[name] for name in names}})
 
 

@@ -24,6 +24,7 @@ from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.quant import convert
 from saqcli.quant.bits import MAX_BITS, BitConfig
+from saqcli.strict import named_path
 from saqcli.workflows.onnx_runs import Kernels, OnnxFile, open_file, runner
 from saqcli.workflows.predictors import named_file, restore
 from saqcli.workflows.setup import load_float
@@ -114,7 +115,7 @@ def line_up(target: str, section: ModelSection, folder: Path, progress: Progress
         raise ConfigError(f"there is no file {path}")
     if path.suffix == ".onnx":
         return _of_onnx(path, folder)
-    run = Path(target).expanduser()
+    run = named_path(target)
     return _of_safetensors(path, RunDirectory.open(run) if run.is_dir() else None, folder)
 
 
@@ -136,6 +137,7 @@ def _of_onnx(path: Path, folder: Path) -> Lineup:
 
 
 def _of_safetensors(path: Path, run: RunDirectory | None, folder: Path) -> Lineup:
+    files = _onnx_files(run) if run else []
     model, facts = restore(path)
     lineup = _described(facts)
     plain = copy.deepcopy(model)
@@ -143,7 +145,6 @@ def _of_safetensors(path: Path, run: RunDirectory | None, folder: Path) -> Lineu
     _add_float(lineup, plain, facts.build, folder)
     lineup.add_torch(TORCH_QUANTIZED, model, path.stat().st_size)
     lineup.contenders.sort(key=lambda one: one.runtime, reverse=True)  # PyTorch, then ONNX Runtime
-    files = _onnx_files(run) if run else []
     for file in files:
         lineup.add_onnx(ONNX_QUANTIZED if len(files) == 1 else f"ONNX {file.name}", open_file(file))
     if not files:
@@ -162,10 +163,12 @@ def _onnx_files(run: RunDirectory) -> list[Path]:
     """The ONNX files that a run left.
 
     Raises:
-        RunDirectoryError: one that the manifest names is gone.
+        RunDirectoryError: one that the manifest names is gone, or leads elsewhere.
     """
     files = [run.path / name for name in run.manifest().artifacts if name.endswith(".onnx")]
     for file in files:
+        if not file.resolve().is_relative_to((run.path / "artifacts").resolve()):
+            raise RunDirectoryError(f"{file} is a link that leads out of the run: put the file itself there")
         if not file.is_file():
             raise RunDirectoryError(
                 f"{file} is gone, though the run's manifest names it: name {run.safetensors_path} instead"

@@ -12,7 +12,6 @@ from saqcli.algorithms.exporters.onnx_metadata import read_onnx_facts
 from saqcli.algorithms.exporters.safetensors import read_content, rebuild
 from saqcli.algorithms.graphs.exact_form import ExactForm
 from saqcli.algorithms.graphs.operators import frozen_copy
-from saqcli.algorithms.graphs.tracing import INPUT
 from saqcli.config import ModelSection
 from saqcli.errors import ConfigError, CorruptArtifact, RunDirectoryError, SaqError
 from saqcli.io.described import build_described, check_description
@@ -21,7 +20,8 @@ from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.quant.trace import try_model
-from saqcli.strict import printable
+from saqcli.strict import named_path, printable
+from saqcli.workflows.onnx_runs import open_session, told
 from saqcli.workflows.setup import answering, load_float
 
 
@@ -73,7 +73,7 @@ def named_file(target: str, section: ModelSection) -> Path | None:
     Raises:
         SaqError: it names nothing, a run without a model, or a file that saq did not write.
     """
-    path = Path(target).expanduser()
+    path = named_path(target)
     if not target.strip():
         raise ConfigError(
             "no TARGET was named: give a model name, a run directory, a .safetensors or an .onnx file"
@@ -166,7 +166,17 @@ def open_onnx(path: Path, *, optimized: bool = True) -> Predictor:
     if not path.is_file():
         raise ConfigError(f"there is no file {path}")
     facts = read_onnx_facts(path)
-    return _described(onnx_session(path, optimized=optimized), str(path), facts, torch.device("cpu"))
+    answer, classes = onnx_session(path, optimized=optimized), facts.build.get("num_classes")
+
+    def predict(images: Tensor) -> Tensor:
+        logits = answer(images)
+        if logits.shape != (len(images), classes):
+            raise CorruptArtifact(
+                f"{path} does not turn {len(images)} images into {classes} logits each, as it says: export it again"
+            )
+        return logits
+
+    return _described(predict, str(path), facts, torch.device("cpu"))
 
 
 def onnx_session(path: Path, *, optimized: bool, threads: int | None = None) -> Callable[[Tensor], Tensor]:
@@ -174,18 +184,15 @@ def onnx_session(path: Path, *, optimized: bool, threads: int | None = None) -> 
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.log_severity_level = 3
     options.intra_op_num_threads = threads or torch.get_num_threads()
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has a class for every reason, none of them public
-        reason = " ".join(str(error).split())[:200]
-        raise CorruptArtifact(f"ONNX Runtime does not take {path}: {reason}") from None
+    session = open_session(path, options)
+    name = session.get_inputs()[0].name
 
     def predict(images: Tensor) -> Tensor:
-        (logits,) = session.run(None, {INPUT: images.cpu().numpy()})
+        with told(path):
+            (logits,) = session.run(None, {name: images.cpu().numpy()})
         return torch.from_numpy(logits)
 
     return predict

@@ -5,8 +5,6 @@ built for the proxy's classes and image size. Without weights of its own it take
 classifier that is trained in floating point before the search.
 """
 
-from pathlib import Path
-
 import torch
 
 from saqcli.algorithms.training import Score
@@ -16,6 +14,7 @@ from saqcli.io.folders import find_images, find_split
 from saqcli.io.models import LoadedModel
 from saqcli.io.seeds import seed_everything
 from saqcli.progress import Progress
+from saqcli.strict import named_path
 from saqcli.workflows.bits import float_policy
 from saqcli.workflows.optimization import search_training
 from saqcli.workflows.setup import Images, Network, load_float, wrap_and_trace
@@ -61,7 +60,7 @@ def open_proxy(
 
 def _section(model: ModelSection, proxy: ProxySection, data: DataSection) -> ModelSection:
     """The target's model section with what the proxy has otherwise."""
-    classes, folder = proxy.num_classes, Path(data.path or "").expanduser()
+    classes, folder = proxy.num_classes, named_path(data.path or "")
     if classes is None and data.path is not None and folder.is_dir():
         classes = len(find_images(find_split(folder, "train")))
     given = {name: getattr(proxy, name) for name in ("input_size", "weights", "mean", "std")}

@@ -20,12 +20,13 @@ from saqcli._version import __version__
 from saqcli.algorithms.searchers.supernet import Scorer, Supernet
 from saqcli.algorithms.training import evaluate
 from saqcli.config import RunConfig
-from saqcli.errors import ConfigError
+from saqcli.errors import ConfigError, RunDirectoryError
 from saqcli.io.distributed import process_group, restarted
 from saqcli.io.files import write_text
 from saqcli.io.interrupts import deferred_interrupts
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import SILENT, Progress
+from saqcli.strict import parse_object
 from saqcli.workflows.bits import check_bits
 from saqcli.workflows.calibration import scheme_of
 from saqcli.workflows.determinism import deterministic_if_asked
@@ -34,6 +35,7 @@ from saqcli.workflows.pareto import Front, find_front, write_front
 from saqcli.workflows.pictures.policy import draw_policy
 from saqcli.workflows.proxy import proxy_data
 from saqcli.workflows.search_memory import SearchMemory
+from saqcli.workflows.search_results import SearchResults
 from saqcli.workflows.setup import (
     Images,
     Network,
@@ -86,6 +88,7 @@ def _on(
         ranks.from_first(lambda: check_same(run, config))
         done = ranks.from_first(run.manifest)
         if done.status == "finished":
+            parse_object(SearchResults, done.results, f"{run_dir}/manifest.json, results", RunDirectoryError)
             return done.results
     prepared = ranks.together(lambda: prepare_search(config, device, progress))
     posed = pose(config, *prepared, None, progress)

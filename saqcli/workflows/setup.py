@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -23,6 +22,7 @@ from saqcli.progress import Progress
 from saqcli.quant import convert
 from saqcli.quant.cost import CostModel, cost_model
 from saqcli.quant.trace import Trace, trace
+from saqcli.strict import named_path
 
 CALIBRATION_BATCH = 64
 SMALL_IMAGES = 64  # pixels; up to here images are trained on whole, above on random crops
@@ -63,7 +63,7 @@ def load_float(section: ModelSection, progress: Progress, *, new_head: bool = Fa
     loaded = load_model(
         ModelSpec(
             name=section.name,
-            weights=Path(section.weights) if section.weights else None,
+            weights=named_path(section.weights) if section.weights else None,
             pretrained=section.pretrained,
             num_classes=section.num_classes,
             in_chans=section.in_chans,

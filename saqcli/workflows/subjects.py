@@ -29,6 +29,7 @@ from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.quant.bits import parse_bits
 from saqcli.quant.layers import quantized_layers
+from saqcli.strict import named_path
 from saqcli.workflows.bits import given_policy
 from saqcli.workflows.calibration import calibrate, install_quantizers
 from saqcli.workflows.predictors import check_no_model_options, finished_model, restore
@@ -87,7 +88,7 @@ def check_target(target: str, bits: str | None, policy: Path | None) -> None:
     Raises:
         ConfigError: an ONNX file, a quantized model with ``--bits``, a float one without, or bits out of range.
     """
-    path, given = Path(target).expanduser(), bits is not None or policy is not None
+    path, given = named_path(target), bits is not None or policy is not None
     if not target.strip():
         raise ConfigError("no TARGET was named: give a run directory, a .safetensors file, or a model name")
     if path.suffix == ".onnx":
@@ -136,7 +137,7 @@ def open_subject(
     Raises:
         SaqError: no such thing, a damaged one, or images that do not fit it.
     """
-    path, latent = Path(target).expanduser(), True
+    path, latent = named_path(target), True
     if path.suffix == ".safetensors" or path.is_dir():
         check_no_model_options(target, section)
         run = RunDirectory.open(path) if path.is_dir() else None

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import DecodeError, Message
 from pydantic_core import from_json
 
 from saqcli.algorithms.exporters.facts import ModelFacts, check_schema
 from saqcli.errors import CorruptArtifact
-from saqcli.strict import parse_json
+from saqcli.strict import parse_json, printable
 
 FACTS = "saq.facts"
 
@@ -22,17 +23,43 @@ def properties(facts: ModelFacts) -> dict[str, str]:
     }
 
 
+def read_onnx(path: Path) -> onnx.ModelProto:
+    """A file as it stands; nothing is run, and no other file is read.
+
+    Raises:
+        CorruptArtifact: it is no ONNX file, or keeps tensors in other files, which saq never writes.
+    """
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+        elsewhere = any(_elsewhere(graph) for graph in (model.graph, *model.functions))
+    except (DecodeError, OSError, ValueError) as error:
+        raise CorruptArtifact(f"{path} cannot be read as ONNX: {printable(str(error), 200)}") from None
+    if elsewhere:
+        raise CorruptArtifact(
+            f"{path} keeps tensors in other files, which saq does not read: give a file that holds all of its own"
+        )
+    return model
+
+
+def _elsewhere(part: Message) -> bool:
+    """Whether a tensor anywhere in a part of a model says that its numbers are in another file."""
+    found: list[Message] = [part]
+    while found:
+        for field, value in found.pop().ListFields():
+            if field.name in ("external_data", "data_location") and value:
+                return True
+            if field.message_type is not None:
+                found += value if field.is_repeated else [value]
+    return False
+
+
 def read_onnx_facts(path: Path) -> ModelFacts:
     """The description that an exporter left in the file.
 
     Raises:
         CorruptArtifact: no ONNX file, or not one of saq's.
     """
-    try:
-        found = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
-    except Exception as error:  # protobuf, onnx and the file system each have their own
-        reason = " ".join(str(error).split())[:200]
-        raise CorruptArtifact(f"{path} cannot be read as ONNX: {reason}") from None
+    found = {entry.key: entry.value for entry in read_onnx(path).metadata_props}
     if FACTS not in found:
         raise CorruptArtifact(f"{path} was not exported by saq: its preprocessing is unknown")
     try:

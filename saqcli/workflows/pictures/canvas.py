@@ -32,6 +32,7 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8.0,
     "figure.facecolor": "white",
+    "text.parse_math": False,  # a path may have a dollar in it
     "svg.hashsalt": "saq",  # otherwise the ids in an SVG are random
 }
 

@@ -243,20 +243,6 @@ def resolve(
     return parse_object(RunConfig, tree, str(file) if file else "configuration")
 
 
-def first_difference(one: RunConfig, other: RunConfig) -> str | None:
-    """``section.key: old -> new`` of the first setting that differs, or None."""
-    old, new = one.model_dump(), other.model_dump()
-    for section, values in old.items():
-        if not isinstance(values, dict):
-            if values != new[section]:
-                return f"{section}: {values} -> {new[section]}"
-            continue
-        for key, value in values.items():
-            if value != new[section][key]:
-                return f"{section}.{key}: {value} -> {new[section][key]}"
-    return None
-
-
 def _read_recipe(name: str, where: str) -> dict[str, Any]:
     if name not in recipes():
         name = printable(name, 60)

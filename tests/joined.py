@@ -1,4 +1,8 @@
-"""Functions that run in several processes which work as one, as under torchrun, without the seconds of starting one."""
+"""Functions that run in several processes which work as one, as under torchrun, without the seconds of starting one.
+
+The processes are forked from a server that has imported everything and done nothing: autograd does not survive to be
+forked once it has run. What they are to do is sent to them, so it must be a function of a module, or a ``partial``.
+"""
 
 import multiprocessing
 import os
@@ -28,21 +32,28 @@ def ranks_run(
 
 
 def ranks_saq(
-    count: int, *arguments: object, before: Callable[[int], None] = lambda rank: None, **environment: str
+    count: int, *arguments: object, before: Callable[[int], None] = abs, **environment: str
 ) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of a command in each of ``count`` processes that torchrun could have started.
 
-    ``before`` is called with the rank in each of them; ``environment`` holds further variables.
+    ``before`` is called with the rank in each of them (``abs`` does nothing); ``environment`` holds further variables.
     """
     found = _run(count, _command, (arguments, before, environment), SECONDS)
     return [value if failure is None else (-1, "", str(failure)) for value, failure in found]
+
+
+def forks() -> "multiprocessing.context.ForkServerContext":
+    """Processes made here have imported torch and the command line."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "timm", "tests.command_line", "saqcli.workflows.quantize"])
+    return context
 
 
 def _run(count: int, function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float) -> list[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    context = forks()
     pipes, processes = [], []
     for rank in range(count):
         ours, theirs = context.Pipe(duplex=False)

@@ -81,14 +81,14 @@ def test_one_process_is_given_back_what_it_gives() -> None:
     assert list(ranks.share([1, 2, 3])) == [1, 2, 3]
 
 
-def test_large_tensors_are_averaged_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "BUCKET", 10)
+def averaged() -> list[float]:
+    ranks.BUCKET = 10
+    tensors = [torch.full((size,), float(ranks.index() + size)) for size in (1, 9, 10, 11, 25, 3)]
+    ranks.average(tensors)
+    return [tensor.unique().item() for tensor in tensors]
 
-    def averaged() -> list[float]:
-        tensors = [torch.full((size,), float(ranks.index() + size)) for size in (1, 9, 10, 11, 25, 3)]
-        ranks.average(tensors)
-        return [tensor.unique().item() for tensor in tensors]
 
+def test_large_tensors_are_averaged_in_buckets() -> None:
     assert ranks_run(2, averaged) == [[size + 0.5 for size in (1, 9, 10, 11, 25, 3)]] * 2
 
 
@@ -112,14 +112,12 @@ def _blocked() -> None:
     if ranks.index() == 1:
         time.sleep(4)
         return
+    interrupts.SECONDS_TO_ANSWER = 1.0
     with deferred_interrupts():
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
         dist.barrier()
 
 
-def test_a_rank_that_waits_for_another_ends_within_seconds_of_sigterm(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(interrupts, "SECONDS_TO_ANSWER", 1.0)
+def test_a_rank_that_waits_for_another_ends_within_seconds_of_sigterm() -> None:
     with pytest.raises(AssertionError, match="rank 0: it ended with 143"):
         ranks_run(2, _blocked)

@@ -46,8 +46,9 @@ from saqcli.workflows.finetune import finetune
 from saqcli.workflows.optimization import check_training
 from saqcli.workflows.outcome import Outcome
 from saqcli.workflows.report import write_report
+from saqcli.workflows.resuming import check_same, know_images
 from saqcli.workflows.search import keep_search, search_and_stop
-from saqcli.workflows.setup import Images, Network, check_same, know_images, load_float, wrap_and_trace
+from saqcli.workflows.setup import Images, Network, load_float, wrap_and_trace
 from saqcli.workflows.trainable import check_trains
 from saqcli.workflows.verdict import verdict_path
 

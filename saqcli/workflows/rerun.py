@@ -20,7 +20,7 @@ import torch
 
 from saqcli import ranks
 from saqcli.algorithms.random_state import random_state, set_random_state
-from saqcli.config import RunConfig, first_difference
+from saqcli.config import RunConfig
 from saqcli.errors import ConfigError, DataError, Interrupted, RunDirectoryError
 from saqcli.io.loaders import MOST_WORKERS, default_workers
 from saqcli.io.machine import chosen_device, cores
@@ -32,6 +32,7 @@ from saqcli.workflows.comparison import Difference, Record, compare
 from saqcli.workflows.determinism import torch_threads
 from saqcli.workflows.quantize import quantize
 from saqcli.workflows.reasons import reasons, versions_differ
+from saqcli.workflows.resuming import first_difference
 from saqcli.workflows.search import search
 from saqcli.workflows.setup import load_float
 

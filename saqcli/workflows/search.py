@@ -34,13 +34,12 @@ from saqcli.workflows.find_bits import Posed, Searched, find_bits, make_searcher
 from saqcli.workflows.pareto import Front, find_front, write_front
 from saqcli.workflows.pictures.policy import draw_policy
 from saqcli.workflows.proxy import proxy_data
+from saqcli.workflows.resuming import check_same, know_images
 from saqcli.workflows.search_memory import SearchMemory
 from saqcli.workflows.search_results import SearchResults
 from saqcli.workflows.setup import (
     Images,
     Network,
-    check_same,
-    know_images,
     load_float,
     named_data,
     wrap_and_trace,

@@ -8,8 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from saqcli import ranks
-from saqcli.config import DataSection, ModelSection, RunConfig, first_difference
+from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.io.batches import Loader
 from saqcli.io.data import Split, check_same_classes, open_split
@@ -17,7 +16,6 @@ from saqcli.io.fingerprints import check_fingerprint, fingerprint
 from saqcli.io.loaders import calibration_loader, check_shared, default_workers, make_loader
 from saqcli.io.models import LoadedModel, ModelSpec, load_model
 from saqcli.io.preprocessing import Preprocessing
-from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.quant import convert
 from saqcli.quant.cost import CostModel, cost_model
@@ -259,34 +257,3 @@ def is_small(preprocessing: Preprocessing) -> bool:
 def workers_of(section: DataSection, preprocessing: Preprocessing) -> int:
     """How many processes read images."""
     return default_workers(preprocessing) if section.workers is None else section.workers
-
-
-def know_images(run: RunDirectory, images: Images) -> None:
-    """Note which images a run starts with, on all ranks the same, or check that it goes on with these.
-
-    Raises:
-        DataError: others are there now, or on another host.
-    """
-    kept = ranks.from_first(lambda: run.manifest().images)
-    if kept:
-        ranks.together(lambda: images.check_fingerprints(kept))
-        return
-    now = images.fingerprints()
-    mine = ranks.from_first(lambda: now)
-    ranks.together(lambda: images.check_fingerprints(mine, then="the first process sees"))
-    run.note_images(now)
-
-
-def check_same(run: RunDirectory, config: RunConfig) -> None:
-    """Refuse to go on with a run under other settings.
-
-    Raises:
-        ConfigError: names the first setting that differs.
-    """
-    there = (run.path / "config.json").is_file()
-    difference = first_difference(run.config(), config) if there else None
-    if difference:
-        raise ConfigError(
-            f"{run.path} was started with other settings ({difference}): give the same ones to --resume, "
-            "or start anew with --overwrite"
-        )

@@ -2,7 +2,6 @@
 
 import gc
 import math
-import multiprocessing
 import resource
 from typing import Any
 
@@ -19,6 +18,7 @@ from saqcli.algorithms.steps import Setbacks, Stepper
 from saqcli.algorithms.training import evaluate, in_parts
 from saqcli.errors import DeviceMemoryError, TrainingDiverged
 from saqcli.progress import SILENT
+from tests.joined import forks
 
 OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -194,7 +194,7 @@ def _train_in(mebibytes: int, pipe: Any) -> None:
 
 def test_memory_that_really_runs_out_is_recognised() -> None:
     """64 images of 128 x 128 in 32 channels are 128 MiB a tensor."""
-    context = multiprocessing.get_context("fork")
+    context = forks()
     ours, theirs = context.Pipe()
     process = context.Process(target=_train_in, args=(150, theirs))
     process.start()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from saqcli.errors import DataError
+from saqcli.errors import ConfigError, DataError
 from saqcli.io.batches import Loader
 from saqcli.io.data import Split, open_split
 from saqcli.io.images import LEFT_OUT, decode
@@ -206,7 +206,7 @@ def test_folders_that_lead_astray_are_told(folder: Path) -> None:
     (folder / "val" / "cat" / "more.png" / "back").symlink_to(folder / "val" / "cat")
     with pytest.raises(DataError, match="back is a link to a folder that it lies in: remove it"):
         opened(folder)
-    with pytest.raises(DataError, match="there is no folder"):
+    with pytest.raises(ConfigError, match="is no path"):
         opened(Path("x" * 5000))
 
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,29 +102,29 @@ def test_two_processes_are_one_with_two_perturbations_a_batch(
 
 def signalled(step: int, rank: int, number: int = signal.SIGTERM) -> Callable[[int], None]:
     """Lets the process of that rank get a signal in a step of its training."""
+    return partial(_signal_in, step, rank, number)
 
-    def before(here: int) -> None:
-        if here != rank:
-            return
-        make, calls = finetune.make_minimizer, 0
 
-        def made(*arguments: Any) -> Any:
-            minimizer = make(*arguments)
-            update = minimizer.update
+def _signal_in(step: int, rank: int, number: int, here: int) -> None:
+    if here != rank:
+        return
+    make, calls = finetune.make_minimizer, 0
 
-            def counted(passes: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls == step:
-                    signal.raise_signal(number)
-                return update(passes)
+    def made(*arguments: Any) -> Any:
+        minimizer = make(*arguments)
+        update = minimizer.update
 
-            minimizer.update = counted  # type: ignore[method-assign]
-            return minimizer
+        def counted(passes: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == step:
+                signal.raise_signal(number)
+            return update(passes)
 
-        finetune.make_minimizer = made
+        minimizer.update = counted  # type: ignore[method-assign]
+        return minimizer
 
-    return before
+    finetune.make_minimizer = made
 
 
 def test_all_stop_when_one_is_asked_to_and_go_on_bit_for_bit(
@@ -158,13 +159,18 @@ def test_another_number_of_processes_goes_on_with_a_run(few: list[object], tmp_p
 
 
 def test_what_one_process_alone_meets_is_said_by_it_and_ends_all(few: list[object], tmp_path: Path) -> None:
-    def spoil(rank: int) -> None:
-        if rank == 1:
-            signalled(step=2, rank=1, number=signal.SIGKILL)(1)
-
     start = time.monotonic()
     ended = ranks_saq(
-        2, "quantize", *few, *RUNS, "--epochs", 2, "--run-dir", tmp_path / "run", "--quiet", before=spoil
+        2,
+        "quantize",
+        *few,
+        *RUNS,
+        "--epochs",
+        2,
+        "--run-dir",
+        tmp_path / "run",
+        "--quiet",
+        before=signalled(step=2, rank=1, number=signal.SIGKILL),
     )
 
     assert ended[1][0] == -1
@@ -261,30 +267,32 @@ def test_every_searcher_works_in_two_processes(searcher: str, few: list[object],
     assert json.loads(ended[0][1])["bops"] <= json.loads(ended[0][1])["budget_bops"]
 
 
+def labels_read(images: str) -> list[list[list[int]]]:
+    """Of this rank, in every batch of two epochs."""
+    loader = make_loader(
+        open_split(images, "train", num_classes=10),
+        Preprocessing((1, 16, 16), (0.3,), (0.4,), "bilinear", 1.0),
+        batch_size=48,
+        training=True,
+        workers=0,
+        device=torch.device("cpu"),
+        seed=5,
+        drop_last=True,
+    )
+    found = []
+    for epoch in (0, 3):
+        loader.set_epoch(epoch)
+        found.append([batch.tolist() for _, batch in loader])
+    return found
+
+
 def test_shares_are_the_batches_of_one_process(few: list[object]) -> None:
-    split = open_split(str(few[few.index("--data") + 1]), "train", num_classes=10)
-    preprocessing = Preprocessing((1, 16, 16), (0.3,), (0.4,), "bilinear", 1.0)
+    images = str(few[few.index("--data") + 1])
+    whole, shares = labels_read(images), ranks_run(3, labels_read, images)
 
-    def labels() -> list[list[list[int]]]:
-        loader = make_loader(
-            split,
-            preprocessing,
-            batch_size=48,
-            training=True,
-            workers=0,
-            device=torch.device("cpu"),
-            seed=5,
-            drop_last=True,
-        )
-        found = []
-        for epoch in (0, 3):
-            loader.set_epoch(epoch)
-            found.append([batch.tolist() for _, batch in loader])
-        return found
-
-    whole, shares = labels(), ranks_run(3, labels)
-
-    assert [len(batches) for batches in whole] == [split.images // 48] * 2
+    assert [len(batches) for batches in whole] == [
+        open_split(images, "train", num_classes=10).images // 48
+    ] * 2
     for epoch in range(2):
         for number, batch in enumerate(whole[epoch]):
             assert [label for share in shares for label in share[epoch][number]] == batch

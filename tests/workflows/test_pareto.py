@@ -312,6 +312,8 @@ class TestFiles:
     def test_are_the_same_every_time(self, space: SearchSpace, tmp_path: Path) -> None:
         front = front_of(space, middle(space))
 
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
         first = write_front(front, tmp_path / "a")
         second = write_front(parse_json(Front, front.to_json(), "text"), tmp_path / "b")
 

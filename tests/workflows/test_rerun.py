@@ -43,8 +43,9 @@ def options(folder: Path) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def place(digits: Path, folder: Path) -> Path:
+def place(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the float network and a dozen batches of digits."""
+    folder = tmp_path_factory.mktemp("place")
     for split, count in (("train", BATCH * STEPS // 10 + 1), ("val", 6)):
         for label in map(str, range(10)):
             target = folder / "images" / split / label

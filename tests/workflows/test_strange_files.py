@@ -22,8 +22,8 @@ from saqcli.algorithms.exporters.facts import ModelFacts
 from saqcli.algorithms.exporters.safetensors import SafetensorsExporter
 from saqcli.cli import app
 from saqcli.errors import CorruptArtifact
+from saqcli.io.machine import library_versions
 from saqcli.io.models import ModelSpec, load_model
-from saqcli.io.runs import library_versions
 from saqcli.quant import calibrate, convert
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.convert import Scheme

@@ -1,0 +1,52 @@
+"""What a run that goes on must have in common with itself: settings and images."""
+
+from saqcli import ranks
+from saqcli.config import RunConfig
+from saqcli.errors import ConfigError
+from saqcli.io.runs import RunDirectory
+from saqcli.workflows.setup import Images
+
+
+def know_images(run: RunDirectory, images: Images) -> None:
+    """Note which images a run starts with, on all ranks the same, or check that it goes on with these.
+
+    Raises:
+        DataError: others are there now, or on another host.
+    """
+    kept = ranks.from_first(lambda: run.manifest().images)
+    if kept:
+        ranks.together(lambda: images.check_fingerprints(kept))
+        return
+    now = images.fingerprints()
+    mine = ranks.from_first(lambda: now)
+    ranks.together(lambda: images.check_fingerprints(mine, then="the first process sees"))
+    run.note_images(now)
+
+
+def check_same(run: RunDirectory, config: RunConfig) -> None:
+    """Refuse to go on with a run under other settings.
+
+    Raises:
+        ConfigError: names the first setting that differs.
+    """
+    there = (run.path / "config.json").is_file()
+    difference = first_difference(run.config(), config) if there else None
+    if difference:
+        raise ConfigError(
+            f"{run.path} was started with other settings ({difference}): give the same ones to --resume, "
+            "or start anew with --overwrite"
+        )
+
+
+def first_difference(one: RunConfig, other: RunConfig) -> str | None:
+    """``section.key: old -> new`` of the first setting that differs, or None."""
+    old, new = one.model_dump(), other.model_dump()
+    for section, values in old.items():
+        if not isinstance(values, dict):
+            if values != new[section]:
+                return f"{section}: {values} -> {new[section]}"
+            continue
+        for key, value in values.items():
+            if value != new[section][key]:
+                return f"{section}.{key}: {value} -> {new[section][key]}"
+    return None

@@ -124,5 +124,7 @@ class StoppedElsewhere(SaqError):
     """
 
     def __init__(self, exit_code: int = 1) -> None:
-        super().__init__("another process of this run has failed: its own message says why")
+        super().__init__(
+            "another process of this run has failed: its own message says why, or torchrun's report if it was killed"
+        )
         self.exit_code = exit_code

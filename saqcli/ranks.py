@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from saqcli.errors import SaqError, StoppedElsewhere
 
 BUCKET = 2**24  # numbers that are averaged at a time
+LOST = ("connection", "closed by peer", "broken pipe", "socket", "timed out", "timeout", "gloo", "nccl")
 
 T = TypeVar("T")
 
@@ -196,4 +197,8 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo has no class of its own; NCCL's is a RuntimeError
+        if type(error) is RuntimeError and not any(words in str(error).lower() for words in LOST):
+            raise
+        if "out of memory" in str(error):
+            raise
         raise StoppedElsewhere() from error

@@ -39,4 +39,4 @@ def check_epoch(loss: float, classes: int) -> None:
 
 
 def _advice() -> str:
-    return "start again with a lower --lr, or --rho, and --overwrite"
+    return "start again with a lower --lr, or --rho, and --overwrite; checkpoints/ holds the last good state"

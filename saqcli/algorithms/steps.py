@@ -43,6 +43,20 @@ class Setbacks:
     in_row: int = 0
     patience: int = PATIENCE
 
+    def leave_out(self, error: TrainingDiverged, note: Callable[[str], None]) -> None:
+        """Count a step that cannot be taken, for ``error``.
+
+        Raises:
+            TrainingDiverged: it is one too many.
+        """
+        self.skipped += 1
+        self.in_row += 1
+        if self.in_row > self.patience:
+            message = f"{self.in_row} steps in a row could not be taken: {error}"
+            raise ranks.agreed(TrainingDiverged(message)) from None
+        if self.in_row == 1:
+            note(f"a step is left out: {error}")
+
 
 class Stepper:
     """Takes the steps of a model.
@@ -79,7 +93,7 @@ class Stepper:
             TrainingDiverged: too many in a row were left out.
             DeviceMemoryError: not even the smallest micro-batch fits.
         """
-        before = _Before(self.model)
+        before = Before(self.model)
         while True:
             pieces, passes = self._pass(images, labels)
             if not ranks.any_of(passes is None):
@@ -92,8 +106,15 @@ class Stepper:
             self.loss = float(self.minimizer.update(passes))
         except TrainingDiverged as error:
             before.restore(random=False)
-            self._leave_out(error)
+            self.setbacks.leave_out(error, self.note)
             return []
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise DeviceMemoryError(  # weights may have moved in part: not to be tried again
+                "out of memory for the optimizer's own numbers, beside the images: give a smaller --micro-batch or "
+                "--batch-size, or --optimizer sgd"
+            ) from None
         self.setbacks.in_row = 0
         return [piece for chunk in pieces for piece in chunk]
 
@@ -124,17 +145,8 @@ class Stepper:
             "(batch norms see that many at a time)"
         )
 
-    def _leave_out(self, error: TrainingDiverged) -> None:
-        self.setbacks.skipped += 1
-        self.setbacks.in_row += 1
-        if self.setbacks.in_row > self.setbacks.patience:
-            message = f"{self.setbacks.in_row} steps in a row could not be taken: {error}"
-            raise ranks.agreed(TrainingDiverged(message)) from None
-        if self.setbacks.in_row == 1:
-            self.note(f"a step is left out: {error}")
 
-
-class _Before:
+class Before:
     """What a step that fails half-way has changed already."""
 
     def __init__(self, model: nn.Module) -> None:

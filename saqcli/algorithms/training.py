@@ -105,7 +105,7 @@ def evaluate(
         device: of the images that ``predict`` gets.
         keep: filled with the best class of every counted image, in order.
         shared: all ranks call this, and each looks at its part of the batches. Every rank gets the score of all, bit
-            for bit what one process would find.
+            for bit what one process would find (of shards but for the order in which losses are added).
 
     Raises:
         DataError: not one readable image.

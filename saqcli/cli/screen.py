@@ -18,6 +18,7 @@ from typing import Any, ParamSpec
 import typer
 
 from saqcli.errors import ConfigError, SaqError, StoppedElsewhere
+from saqcli.io.interrupts import Terminated, raised_sigterm
 from saqcli.progress import SILENT, Progress, Task
 
 SECONDS_BETWEEN_LINES = 10.0  # of plain progress
@@ -45,7 +46,7 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             _check_started(command.__name__)
-            with redirect_stdout(StringIO()) if _rank() else nullcontext():
+            with raised_sigterm(), redirect_stdout(StringIO()) if _rank() else nullcontext():
                 command(*args, **kwargs)
         except StoppedElsewhere as error:
             if not _rank():
@@ -54,9 +55,9 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
         except SaqError as error:
             _complain(str(error))
             raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as asked:
             _complain("interrupted")
-            raise typer.Exit(130) from None
+            raise typer.Exit(143 if isinstance(asked, Terminated) else 130) from None
         except (typer.Exit, typer.Abort):
             raise
         except (
@@ -69,6 +70,13 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
         except Exception as error:
             if kwargs.get("verbose"):
                 raise
+            if (
+                isinstance(error, MemoryError)
+                or "out of memory" in str(error)
+                or "allocate memory" in str(error)
+            ):
+                _complain("out of memory: give a smaller --batch-size, --input-size or network")
+                raise typer.Exit(1) from None
             _complain(
                 f"unexpected {type(error).__name__}: {error}. Please report it with the output of --verbose"
             )

@@ -82,7 +82,10 @@ class CheckpointFile:
                 raise RunDirectoryError(
                     f"{error} and there is none before it: start again with --overwrite"
                 ) from None
-            state = _read(self.previous)
+            try:
+                state = _read(self.previous)
+            except RunDirectoryError as older:
+                raise RunDirectoryError(f"{error}, and {older}: start again with --overwrite") from None
             note(f"{error}: going on from the one before it, {self.previous.name}")
             return state
 

@@ -17,7 +17,7 @@ from types import FrameType
 
 from saqcli import ranks
 
-SECONDS_TO_ANSWER = 5.0
+SECONDS_TO_ANSWER = 20.0  # torchrun kills after 30
 SECONDS_BETWEEN_LOOKS = 0.1
 
 
@@ -57,6 +57,41 @@ def deferred_interrupts() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def outlive_one_signal() -> None:
+    """For a process that reads images: a signal to the whole group is for the one that it reads for, which ends it.
+
+    SIGTERM ends it the second time: it is also how that one ends a reader that hangs.
+    """
+
+    def ignore(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, ignore)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where nothing is to be finished first."""
+
+
+@contextmanager
+def raised_sigterm() -> Iterator[None]:
+    """Within the context SIGTERM is raised as Ctrl-C is; outside the main thread nothing changes."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

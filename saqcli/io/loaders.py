@@ -6,7 +6,9 @@ on carries the state of its generators along, and a resumed run would then diffe
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from saqcli.errors import ConfigError, DataError
 from saqcli.io.batches import Loader
 from saqcli.io.data import Split, sharded, subset
 from saqcli.io.images import ImageSet, ImageStream, Unreadable
+from saqcli.io.interrupts import outlive_one_signal
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.shares import TrainingShare
 from saqcli.io.transforms import CROP_SCALE, Augmentation, image_transform
@@ -100,6 +103,8 @@ def make_loader(
         use_prefetcher=on_device,
         persistent_workers=not training,
     )
+    batches_of = getattr(batches, "loader", batches)
+    batches_of.worker_init_fn = partial(_begin_reading, batches_of.worker_init_fn)
     dataset.transform = image_transform(
         preprocessing, augmentation=augmentation, normalize=not on_device, crop_scale=crop_scale
     )
@@ -123,6 +128,13 @@ def _share_out(batches: Any, split: Split, batch_size: int, seed: int) -> None:
     """Let a batch sampler give this rank's slice of every batch."""
     batches.sampler = TrainingShare(split.images, batch_size, ranks.index(), ranks.count(), seed)
     batches.batch_size, batches.drop_last = batch_size // ranks.count(), True
+
+
+def _begin_reading(seeded: Callable[[int], None] | None, worker: int) -> None:
+    """What a process that reads images does first."""
+    outlive_one_signal()
+    if seeded is not None:
+        seeded(worker)
 
 
 def check_shared(split: Split, batch_size: int) -> None:

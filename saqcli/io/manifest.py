@@ -51,7 +51,7 @@ class RunManifest(BaseModel):
     Attributes:
         command: as typed.
         verb: the command of saq.
-        status: ``running`` also after a crash.
+        status: ``running`` also after a crash; ``clearing`` while the files of the run before are removed.
         started: UTC.
         versions: of saq and of what its numbers depend on.
         circumstances: under which it was made: one, and another for each time that it was resumed under others;
@@ -66,7 +66,7 @@ class RunManifest(BaseModel):
     schema_version: Literal[1] = 1
     command: list[str]
     verb: str = "quantize"
-    status: Literal["running", "interrupted", "failed", "finished"]
+    status: Literal["clearing", "running", "interrupted", "failed", "finished"]
     started: str
     versions: dict[str, str]
     circumstances: list[Circumstances] = []

@@ -26,6 +26,7 @@ from saqcli.config import RunConfig
 from saqcli.errors import CannotWrite, Interrupted, RunDirectoryError, SaqError
 from saqcli.io.checkpoints import CheckpointFile
 from saqcli.io.files import make_folder, remove_unfinished, write_text
+from saqcli.io.interrupts import Terminated
 from saqcli.io.locks import Lock
 from saqcli.io.machine import versions
 from saqcli.io.manifest import Circumstances, RunManifest, circumstances
@@ -105,28 +106,27 @@ class RunDirectory:
         there, now = self._check_usable(resume=resume, overwrite=overwrite), circumstances(config.run.device)
         for folder in ("", "checkpoints", "artifacts"):
             remove_unfinished(self.path / folder)
-        if there and not resume:
-            self._write_manifest(
-                circumstances(config.run.device)
-            )  # before anything is gone: never finished with nothing there
+        if not (there and resume):
+            if (self.path / "manifest.json").is_file():
+                self._write_manifest(now, "clearing")  # never taken for the run whose files go now
             self._clear()
-        if not there or not resume or not (self.path / "config.json").is_file():
+        if not (self.path / "config.json").is_file():
             write_text(self.path / "config.json", config.to_json())
-        if not there:
-            self._write_manifest(now)
-        elif resume:
+        if not (there and resume):
+            self._write_manifest(now, "running")
+        else:
             before = self.manifest().circumstances
             self._update(status="running", circumstances=before + [now] * (not before or before[-1] != now))
         for name in ("checkpoints", "artifacts")[: 1 if self.verb == "search" else 2]:
             make_folder(self.path / name)
 
-    def _write_manifest(self, now: Circumstances) -> None:
+    def _write_manifest(self, now: Circumstances, status: Literal["clearing", "running"]) -> None:
         """That of a run that begins."""
         started, facts = datetime.now(UTC).isoformat(timespec="seconds"), versions()
         manifest = RunManifest(
             command=sys.argv,
             verb=self.verb,
-            status="running",
+            status=status,
             started=started,
             versions=facts,
             circumstances=[now],
@@ -149,14 +149,16 @@ class RunDirectory:
             return False  # nothing, or what a crash left of a run's first moment
         if not (self.path / "manifest.json").is_file():
             raise RunDirectoryError(f"{self.path} holds other files and no run: give another --run-dir")
-        there = self.manifest().verb
-        if resume and there != self.verb:
+        manifest = self.manifest()
+        if manifest.status == "clearing":
+            return False  # --overwrite was killed: what is left is removed when the next run starts
+        if resume and manifest.verb != self.verb:
             raise RunDirectoryError(
-                f"{self.path} holds a run of `saq {there}`: give another --run-dir, or --overwrite to replace it"
+                f"{self.path} holds a run of `saq {manifest.verb}`: give another --run-dir, or --overwrite"
             )
         if not resume and not overwrite and self._holds_work():
             raise RunDirectoryError(
-                f"{self.path} already holds {self.manifest().as_found} run: give --resume to go on with it, "
+                f"{self.path} already holds {manifest.as_found} run: give --resume to go on with it, "
                 "--overwrite to replace it, or another --run-dir"
             )
         return True
@@ -185,9 +187,10 @@ class RunDirectory:
         except Interrupted:
             self._note_end("interrupted")
             raise
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as asked:
             self._note_end("interrupted")
-            raise Interrupted(f"stopped as asked: {self.how_to_resume()}") from None
+            code = 143 if isinstance(asked, Terminated) else 130
+            raise Interrupted(f"stopped as asked: {self.how_to_resume()}", code) from None
         except CannotWrite as error:
             self._check_there()
             self._note_end("failed")

@@ -19,9 +19,9 @@ from saqcli.algorithms.steps import Setbacks
 from saqcli.algorithms.training import EpochSettings, Meter, evaluate, train_epoch
 from saqcli.config import RunConfig
 from saqcli.errors import Interrupted
-from saqcli.io.interrupts import deferred_interrupts
+from saqcli.io.interrupts import StopRequest, deferred_interrupts
 from saqcli.io.runs import RunDirectory
-from saqcli.progress import Progress
+from saqcli.progress import Progress, Task
 from saqcli.workflows.optimization import make_minimizer, make_objective, make_optimizer, make_schedule
 from saqcli.workflows.setup import Images
 
@@ -101,6 +101,9 @@ def finetune(
                 if average:
                     average.update(model, epoch * len(loader) + step)
                 due = ranks.first() and time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes
+                due = (
+                    due or step == len(loader)
+                ) and not setbacks.in_row  # before all images are evaluated, too
                 if ranks.any_of(due or bool(stop.signal)):
                     save(epoch, step)
 
@@ -116,11 +119,16 @@ def finetune(
             loader.set_epoch(epoch)
             with progress.task(f"epoch {epoch + 1} of {training.epochs}", len(loader)) as task:
                 task.advance(done)
-                trained = train_epoch(model, minimizer, loader, task, settings, meter, skip=done)
+                if done < len(loader):
+                    train_epoch(model, minimizer, loader, task, settings, meter, skip=done)
+                elif own["random"]:
+                    set_random_state(own["random"])
+            trained = meter.over_ranks().score()
             validation = images.validation()
             judged = average.module if average else model.eval()
             with progress.task("evaluating", len(validation)) as task:
-                score = evaluate(judged, validation, task, device=images.device, shared=True)
+                watched = Watched(task, stop, run)
+                score = evaluate(judged, validation, watched, device=images.device, shared=True)
             check_epoch(score.loss, num_classes)
             run.log(phase="train", epoch=epoch + 1, lr=lr, **asdict(trained), steps_skipped=setbacks.skipped)
             run.log(phase="val", epoch=epoch + 1, **asdict(score))
@@ -134,6 +142,24 @@ def finetune(
             save(epoch + 1, 0)
     if average:
         model.load_state_dict(average.state_dict())
+
+
+class Watched:
+    """A task that ends at a signal, where all is saved."""
+
+    def __init__(self, task: Task, stop: StopRequest, run: RunDirectory) -> None:
+        self._task, self._stop, self._run = task, stop, run
+
+    def advance(self, steps: int = 1, *, images: int = 0, **figures: float) -> None:
+        """Tell it, unless a signal has asked to stop.
+
+        Raises:
+            Interrupted: one has.
+        """
+        if self._stop.signal:
+            message = f"stopped as asked, the work so far is saved: {self._run.how_to_resume()}"
+            raise ranks.agreed(Interrupted(message, self._stop.exit_code))
+        self._task.advance(steps, images=images, **figures)
 
 
 def own_part(parts: list[dict[str, Any]]) -> dict[str, Any]:

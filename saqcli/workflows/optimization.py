@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saqcli import ranks
 from saqcli.algorithms.minimizers import MINIMIZERS, Minimizer
 from saqcli.algorithms.objective import Distillation, Objective
 from saqcli.config import RunConfig, TrainingSection
@@ -168,9 +169,11 @@ def check_training(config: RunConfig) -> None:
             "--sam-reuse goes on with the last perturbation in the steps between, and compares gradients of the same "
             "images: give --sam-interval 2 or more, and no --ascent-fraction"
         )
-    if (training.mixup or training.cutmix) and config.data.batch_size % 2:
+    pairs = 2 * ranks.count()
+    if (training.mixup or training.cutmix) and config.data.batch_size % pairs:
         raise ConfigError(
-            f"--batch-size {config.data.batch_size} cannot be mixed: images are blended in pairs, give an even number"
+            f"--batch-size {config.data.batch_size} cannot be mixed: images are blended in pairs, in each of "
+            f"{ranks.count()} processes, give a multiple of {pairs}"
         )
 
 

@@ -26,7 +26,7 @@ from saqcli.algorithms.training import Score, evaluate
 from saqcli.config import RunConfig
 from saqcli.errors import ConfigError, RunDirectoryError
 from saqcli.io.batches import Loader
-from saqcli.io.distributed import process_group, restarted
+from saqcli.io.distributed import process_group
 from saqcli.io.files import write_text
 from saqcli.io.machine import library_versions
 from saqcli.io.models import build_architecture
@@ -46,7 +46,7 @@ from saqcli.workflows.finetune import finetune
 from saqcli.workflows.optimization import check_training
 from saqcli.workflows.outcome import Outcome
 from saqcli.workflows.report import write_report
-from saqcli.workflows.resuming import check_same, know_images
+from saqcli.workflows.resuming import check_same, goes_on, know_images
 from saqcli.workflows.search import keep_search, search_and_stop
 from saqcli.workflows.setup import Images, Network, load_float, wrap_and_trace
 from saqcli.workflows.trainable import check_trains
@@ -74,7 +74,6 @@ def quantize(
     Raises:
         SaqError: anything the user can act on; work done so far stays in ``run_dir``.
     """
-    check(config)
     with process_group(config.run.device) as device:
         return _on(device, config, run_dir, resume, overwrite, progress if ranks.first() else SILENT)
 
@@ -84,16 +83,18 @@ def _on(
 ) -> Outcome:
     """Each rank on its own device."""
     run = RunDirectory(run_dir)
-    if restarted() and run.check_usable(resume=True, overwrite=False):
-        resume = True  # the processes of a run that is under way were started again
-    run.check_usable(resume=resume, overwrite=overwrite)
-    state = run.load_checkpoint(progress.note) if resume else None
-    if resume:
+    ranks.together(lambda: check(config))
+    resume = goes_on(run, resume=resume, overwrite=overwrite)
+    there = resume and run.check_usable(resume=True, overwrite=False)
+    state = run.load_checkpoint(progress.note) if there else None
+    if there:
         ranks.from_first(lambda: check_same(run, config))
     if state is None:
         network, images = ranks.together(lambda: prepare(config, device, progress))
         if config.training.epochs:
-            check_trains(network.model, network.name, network.loaded.preprocessing, config)
+            ranks.together(
+                lambda: check_trains(network.model, network.name, network.loaded.preprocessing, config)
+            )
     run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite, note=progress.note)
     with run.recorded():
         run.restore_metrics(state)

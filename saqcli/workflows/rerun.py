@@ -259,8 +259,9 @@ def _as_then(then: Circumstances | None, progress: Progress) -> Iterator[None]:
         )
     if then.processes != ranks.count():
         progress.note(
-            f"the run was made by {then.processes} processes and this is {ranks.count()}, which gives other bits: "
-            "start as many"
+            f"the run was made by {then.processes} processes and this is one, which gives other bits: for the same "
+            f"ones start `torchrun --nproc-per-node {then.processes} -m saqcli` with RUN/config.json as --config and "
+            "another --run-dir, and compare by `saq rerun RUN --run-dir DIR --resume`"
         )
     there = Path(then.directory).is_dir() and os.access(then.directory, os.X_OK)
     if not there:

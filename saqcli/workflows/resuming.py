@@ -3,8 +3,32 @@
 from saqcli import ranks
 from saqcli.config import RunConfig
 from saqcli.errors import ConfigError
+from saqcli.io.distributed import may_be_restarted, restarted
 from saqcli.io.runs import RunDirectory
 from saqcli.workflows.setup import Images
+
+
+def goes_on(run: RunDirectory, *, resume: bool, overwrite: bool) -> bool:
+    """Whether the run that is there is gone on with: as asked, or because torchrun has started its processes again.
+
+    Raises:
+        ConfigError: a run that would be removed by every restart.
+        RunDirectoryError: what is there cannot be used.
+    """
+    if may_be_restarted():
+        if overwrite:
+            raise ranks.agreed(
+                ConfigError(
+                    "--overwrite would remove the run whenever torchrun starts its processes again: remove "
+                    f"{run.path} by hand, or give torchrun no restarts"
+                )
+            )
+        there = run.check_usable(resume=True, overwrite=False)
+        resume = resume or (there and ranks.from_first(lambda: run.manifest().status != "finished"))
+    elif restarted():
+        resume = run.check_usable(resume=True, overwrite=False) or resume
+    run.check_usable(resume=resume, overwrite=overwrite)
+    return resume
 
 
 def know_images(run: RunDirectory, images: Images) -> None:

@@ -21,7 +21,7 @@ from saqcli.algorithms.searchers.supernet import Scorer, Supernet
 from saqcli.algorithms.training import evaluate
 from saqcli.config import RunConfig
 from saqcli.errors import ConfigError, RunDirectoryError
-from saqcli.io.distributed import process_group, restarted
+from saqcli.io.distributed import process_group
 from saqcli.io.files import write_text
 from saqcli.io.interrupts import deferred_interrupts
 from saqcli.io.runs import RunDirectory
@@ -34,7 +34,7 @@ from saqcli.workflows.find_bits import Posed, Searched, find_bits, make_searcher
 from saqcli.workflows.pareto import Front, find_front, write_front
 from saqcli.workflows.pictures.policy import draw_policy
 from saqcli.workflows.proxy import proxy_data
-from saqcli.workflows.resuming import check_same, know_images
+from saqcli.workflows.resuming import check_same, goes_on, know_images
 from saqcli.workflows.search_memory import SearchMemory
 from saqcli.workflows.search_results import SearchResults
 from saqcli.workflows.setup import (
@@ -70,7 +70,6 @@ def search(
     Raises:
         SaqError: anything the user can act on; a search under way stays in ``run_dir``.
     """
-    check_search(config)
     with process_group(config.run.device) as device:
         return _on(device, config, run_dir, resume, overwrite, progress if ranks.first() else SILENT)
 
@@ -80,8 +79,8 @@ def _on(
 ) -> dict[str, Any]:
     """Each rank on its own device."""
     run = RunDirectory(run_dir, "search")
-    if restarted() and run.check_usable(resume=True, overwrite=False):
-        resume = True  # the processes of a search that is under way were started again
+    ranks.together(lambda: check_search(config))
+    resume = goes_on(run, resume=resume, overwrite=overwrite)
     there = run.check_usable(resume=resume, overwrite=overwrite)
     if resume and there:
         ranks.from_first(lambda: check_same(run, config))

@@ -537,6 +537,17 @@ def test_a_loss_that_is_no_number_ends_the_search() -> None:
             ASGA(align=align).search(problem)  # type: ignore[arg-type]
 
 
+def test_a_batch_without_a_number_is_left_out() -> None:
+    problem = branches(count=256)
+    whole = problem.images.whole
+    assert isinstance(whole, Shuffled)
+    whole.images[0] = math.nan
+
+    found = ASGA(epochs=1, step_images=32).search(problem)
+
+    assert problem.budget.admits(problem.space.cost(found.choice))
+
+
 class Told:
     """A progress that remembers."""
 

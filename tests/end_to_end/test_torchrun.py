@@ -45,7 +45,7 @@ def workers(run: Path) -> list[int]:
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdecimal() else []
-            if str(run).encode() in words and b"torch.distributed.run" not in words:
+            if str(run).encode() in words and b"torch.distributed.run" not in words and b"netns" not in words:
                 found.append(int(entry.name))
     return sorted(found)
 
@@ -154,33 +154,53 @@ def hosts() -> Iterator[list[str]]:
                 ip("netns", "delete", name)
 
 
+def on_host(
+    name: str, link: str, digits: Path, run: Path, *more: str, restarts: int = 0
+) -> "subprocess.Popen[str]":
+    """An agent of torchrun with one process, in a network of its own; the first host is where they meet."""
+    first, address = next(iter(HOSTS.items()))
+    meet = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:29511")
+    host = ("--rdzv-conf", f"is_host={int(name == first)}", "--local-addr", HOSTS[name])
+    agent = (*TORCHRUN, "--nproc-per-node", "1", "--max-restarts", str(restarts), *meet, *host)
+    return subprocess.Popen(
+        ["ip", "netns", "exec", name, *agent, "-m", "saqcli", *command(digits, run, *more)],
+        env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": link},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def test_two_hosts_train_as_one(hosts: list[str], digits: Path, whole: Path, tmp_path: Path) -> None:
-    """Two agents of torchrun, each in a network of its own; only the first one's directory is written to."""
+    """Two agents of torchrun, each in a network of its own; only one of the directories is written to."""
     runs = [tmp_path / name for name in hosts]
-    processes = []
-    for name, run, link in zip(hosts, runs, ("saqa", "saqb"), strict=True):
-        rendezvous = (
-            "--nnodes",
-            "2",
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            f"{HOSTS[hosts[0]]}:29511",
-        )
-        processes.append(
-            subprocess.Popen(
-                [
-                    *("ip", "netns", "exec", name, *TORCHRUN, "--nproc-per-node", "1", *rendezvous),
-                    *("--local-addr", HOSTS[name], "-m", "saqcli", *command(digits, run)),
-                ],
-                env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": link},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+    processes = [
+        on_host(name, link, digits, run)
+        for name, run, link in zip(hosts, runs, ("saqa", "saqb"), strict=True)
+    ]
     ends = [process.communicate(timeout=600)[1] for process in processes]
 
     assert [process.returncode for process in processes] == [0, 0], ends
     written = [run for run in runs if run.exists()]
     assert len(written) == 1
     assert_same(written[0], whole)
+
+
+def test_a_process_that_is_killed_on_one_host_is_started_again_on_both(
+    hosts: list[str], digits: Path, whole: Path, tmp_path: Path
+) -> None:
+    """The other host's agent is not told that it was a failure: nothing in its environment says so."""
+    run = tmp_path / "run"  # on a disk that both hosts see
+    processes = [
+        on_host(name, link, digits, run, *EVERY_STEP, restarts=3)
+        for name, link in zip(hosts, ("saqa", "saqb"), strict=True)
+    ]
+    for _ in range(3000):
+        if (run / "checkpoints" / "last.previous.ckpt").exists():
+            break
+        assert processes[0].poll() is None, processes[0].stderr.read()  # type: ignore[union-attr]
+        time.sleep(0.1)
+    os.kill(workers(run)[1], signal.SIGKILL)
+    ends = [process.communicate(timeout=600)[1] for process in processes]
+
+    assert [process.returncode for process in processes] == [0, 0], ends
+    assert_same(run, whole)

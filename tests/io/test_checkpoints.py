@@ -91,6 +91,15 @@ def test_without_a_good_one_it_says_what_to_do(tmp_path: Path) -> None:
         CheckpointFile(file.path).load()
 
 
+def test_where_both_are_damaged_both_are_named_with_what_to_do(tmp_path: Path) -> None:
+    file = written(tmp_path / "last.ckpt")
+    for path in (file.path, file.previous):
+        path.write_bytes(path.read_bytes()[:-1])
+
+    with pytest.raises(RunDirectoryError, match=r"last\.ckpt is .*last\.previous\.ckpt is .*--overwrite"):
+        CheckpointFile(file.path).load()
+
+
 def test_another_version_is_told_from_damage(tmp_path: Path) -> None:
     file = written(tmp_path / "last.ckpt", 1)
     file.path.write_bytes(file.path.read_bytes().replace(b"saq-checkpoint 1", b"saq-checkpoint 2", 1))

@@ -176,7 +176,8 @@ def test_what_one_process_alone_meets_is_said_by_it_and_ends_all(few: list[objec
     assert ended[1][0] == -1
     assert ended[0][0] == 1
     assert ended[0][2].splitlines() == [
-        "error: another process of this run has failed: its own message says why"
+        "error: another process of this run has failed: its own message says why, "
+        "or torchrun's report if it was killed"
     ]
     assert time.monotonic() - start < 60
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
@@ -204,6 +205,8 @@ def test_what_all_meet_alike_is_said_once(few: list[object], tmp_path: Path) -> 
     for options, reason in (
         ((*few, *RUNS, "--batch-size", 63), "--batch-size 63 is for all 2 processes together"),
         ((*missing, *RUNS), "nothing.safetensors"),
+        ((*few, *RUNS, "--batch-size", 62, "--mixup", 0.2), "give a multiple of 4"),
+        ((*few, *RUNS, "--method", "nope"), "there is no method"),
     ):
         ended = ranks_saq(2, "quantize", *options, "--run-dir", tmp_path / "run", "--quiet")
 

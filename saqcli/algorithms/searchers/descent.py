@@ -22,7 +22,8 @@ from saqcli.algorithms.searchers.problem import Batches, SearchProblem, remainin
 from saqcli.algorithms.searchers.sharp_cost import BatchLoss
 from saqcli.algorithms.searchers.supernet import Supernet
 from saqcli.algorithms.sharpness import Gradients, Perturbation, PerturbedSet, RadiusUnit, add_up
-from saqcli.errors import ConfigError
+from saqcli.algorithms.steps import Before, Setbacks
+from saqcli.errors import ConfigError, TrainingDiverged
 from saqcli.quant.layers import frozen_batch_stats
 from saqcli.units import format_quantity
 
@@ -115,6 +116,7 @@ class Descent:
         self.gap: float | None = None
         self.trace: list[tuple[float, float]] = []
         self._since = 0  # steps before this epoch
+        self.setbacks = Setbacks()
 
     def run(self) -> None:
         """All steps, from where the memory left off."""
@@ -127,6 +129,10 @@ class Descent:
             if phase == len(self.phases):
                 self._note(epoch)
                 epoch, phase = epoch + 1, 0
+        if not self.trace:
+            raise ranks.agreed(
+                TrainingDiverged("not one step of the search had a loss: give a lower search.lr")
+            )
 
     def _pass(self, epoch: int, place: int, start: int) -> None:
         """One phase of an epoch, from batch number ``start`` on."""
@@ -147,7 +153,7 @@ class Descent:
                     )
                 task.advance(
                     images=len(labels),
-                    loss=self.trace[-1][0],
+                    loss=self.trace[-1][0] if self.trace else math.nan,
                     entropy=self.mixtures.entropy(),
                     cost=max(self.mixtures.used(problem.budget).tolist()),
                 )
@@ -159,6 +165,7 @@ class Descent:
         """One update of weights, logits or both; ``loss`` runs the forward pass on that share of a batch."""
         self._schedule()
         learned = [*(self.weights if weights else ()), *(self.logits if logits else ())]
+        before = Before(self.model)
         with nullcontext() if weights else frozen_batch_stats(self.model):
             value, gradients = self.set.gradients(loss, also=learned)
         members, total = gradients[: -len(learned)], gradients[-len(learned) :]
@@ -172,7 +179,14 @@ class Descent:
         average_gradients(
             learned, [value, raised, norm, *(running_statistics(self.model) if weights else ())]
         )
-        check_step(value, norm, raised)
+        try:
+            check_step(value, norm, raised)
+        except TrainingDiverged as error:
+            before.restore(random=False)
+            self.setbacks.leave_out(error, self.problem.progress.note)
+            self.done += share
+            return
+        self.setbacks.in_row = 0
         gap = max(0.0, float(raised - value)) if self.settings.align == "sagm" else 0.0
         if logits:
             for parameter, price in zip(self.logits, self._prices(), strict=True):
@@ -221,7 +235,7 @@ class Descent:
     def _note(self, epoch: int) -> None:
         """One line on an epoch."""
         problem = self.problem
-        losses, gaps = zip(*self.trace[self._since :], strict=True)
+        losses, gaps = zip(*(self.trace[self._since :] or [(math.nan, math.nan)]), strict=True)
         self._since = len(self.trace)
         choice = best_choice(problem.space, problem.budget, self.mixtures.losses())
         problem.progress.note(
@@ -243,6 +257,7 @@ class Descent:
             "rho": self.rho,
             "gap": self.gap,
             "trace": [list(step) for step in self.trace],
+            "setbacks": vars(self.setbacks),
         }
 
     def _load(self, state: dict[str, Any]) -> tuple[int, int, int]:
@@ -256,5 +271,6 @@ class Descent:
         self.rho, self.gap = state["rho"], state["gap"]
         self.done, self._since = state["done"], state["since"]
         self.trace = [(loss, gap) for loss, gap in state["trace"]]
+        vars(self.setbacks).update(state["setbacks"])
         epoch, phase, index = state["at"]
         return epoch, phase, index

@@ -239,7 +239,7 @@ class TestTrainingOptions:
     def test_what_cannot_work_is_refused_in_one_line(self, digits: Path, tmp_path: Path) -> None:
         given = ["quantize", MODEL, *float_options(digits), "--bits", 4, "--run-dir", tmp_path / "run"]
         for options, expected in (
-            (["--mixup", 0.2, "--batch-size", 33], "even"),
+            (["--mixup", 0.2, "--batch-size", 33], "multiple of 2"),
             (["--ascent-fraction", 0], "ascent_fraction"),
             (["--ema", 1], "ema_decay"),
             (["--clip-grad", 0], "clip_grad"),

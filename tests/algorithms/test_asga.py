@@ -17,6 +17,7 @@ from saqcli.algorithms.searchers.asga import ASGA
 from saqcli.algorithms.searchers.descent import Descent
 from saqcli.algorithms.searchers.mixture import Mixture, Mixtures
 from saqcli.algorithms.searchers.problem import Found, SearchProblem
+from saqcli.algorithms.searchers.sharp_cost import BatchLoss
 from saqcli.algorithms.searchers.supernet import Supernet
 from saqcli.errors import ConfigError, InfeasibleBudget, Interrupted, TrainingDiverged
 from saqcli.quant.cost import Budget
@@ -537,15 +538,20 @@ def test_a_loss_that_is_no_number_ends_the_search() -> None:
             ASGA(align=align).search(problem)  # type: ignore[arg-type]
 
 
-def test_a_batch_without_a_number_is_left_out() -> None:
+def test_a_step_without_a_number_leaves_nothing_behind() -> None:
     problem = branches(count=256)
-    whole = problem.images.whole
-    assert isinstance(whole, Shuffled)
-    whole.images[0] = math.nan
+    descent = Descent(ASGA(), problem)
+    images, labels = next(iter(problem.images.whole))
+    descent.model.train()
+    descent.step(BatchLoss(descent.model, images[:32], labels[:32]))
+    before = {name: value.clone() for name, value in descent.model.state_dict().items()}
 
-    found = ASGA(epochs=1, step_images=32).search(problem)
+    descent.step(BatchLoss(descent.model, images[:32] * math.nan, labels[:32]))
 
-    assert problem.budget.admits(problem.space.cost(found.choice))
+    assert (len(descent.trace), descent.setbacks.skipped) == (1, 1)
+    assert all(torch.equal(value, before[name]) for name, value in descent.model.state_dict().items())
+    descent.step(BatchLoss(descent.model, images[:32], labels[:32]))
+    assert (len(descent.trace), descent.setbacks.in_row) == (2, 0)
 
 
 class Told:

@@ -17,7 +17,7 @@ from saqcli.cli.models_view import show_models
 from saqcli.cli.training_options import EFFICIENT
 from saqcli.io.catalogue import Entry
 from saqcli.io.checkpoints import CheckpointFile
-from saqcli.workflows import finetune
+from saqcli.workflows import finetune, quantize
 from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options
 
@@ -353,6 +353,19 @@ class TestInstalledProgram:
         run = tmp_path_factory.mktemp("whole") / "run"
         assert subprocess.run(_command(few, run), env=_single_threaded(), check=False).returncode == 0
         return run
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_a_signal_before_training_notes_the_end_and_says_how_to_go_on(
+        self, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+    ) -> None:
+        run = tmp_path / "run"
+        monkeypatch.setattr(quantize, "calibrate", lambda *_: signal.raise_signal(number))
+        stopped = saq(*_command(few, run)[3:])
+
+        assert stopped.exit_code == code
+        assert "--resume" in last_error(stopped)
+        assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
+        assert not (run / ".lock").exists()
 
     def test_a_signal_within_an_epoch_stops_it_and_resuming_gives_the_same_weights(
         self, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -225,3 +225,24 @@ def test_a_reader_that_is_killed_within_an_epoch_is_told_soon(folder: Path, trai
     with pytest.raises(DataError, match=r"the processes that read .*val died.* --workers 0"):
         list(batches)
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal")
+def test_readers_outlive_the_signal_that_the_whole_group_gets(folder: Path) -> None:
+    """As from Ctrl-C in a terminal, or from torchrun: the one that they read for decides when it ends."""
+    for number in range(200):
+        (folder / "val" / "cat" / f"{number}.png").write_bytes(encoded("png"))
+    before = set(multiprocessing.active_children())
+    batches = iter(load(opened(folder), 2, training=True))
+    read = len(next(batches)[1])
+    readers = [child for child in multiprocessing.active_children() if child not in before]
+    assert len(readers) == 2
+    for reader in readers:
+        assert reader.pid is not None
+        os.kill(reader.pid, signal.SIGINT)
+        os.kill(reader.pid, signal.SIGTERM)
+
+    assert read + sum(len(labels) for _, labels in batches) >= 200
+    for reader in readers:
+        reader.join(20)
+        assert reader.exitcode == 0

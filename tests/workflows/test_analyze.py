@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 from saqcli.algorithms.instruments import INSTRUMENTS, Subject
 from saqcli.algorithms.instruments.landscape import LandscapeReading
 from saqcli.io.checkpoints import CheckpointFile
+from saqcli.io.locks import NAME, Lock
 from saqcli.workflows.pictures import draw
 from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options
+from tests.joined import forks
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,12 @@ def everything(run: Path, data: tuple[object, ...]) -> dict[str, Any]:
     return found
 
 
+def hold(folder: Path) -> None:
+    """Lock a folder and keep it."""
+    Lock(folder).take()
+    time.sleep(60)
+
+
 class TestTargets:
     def test_a_run_directory_gets_every_instrument_and_every_file(
         self, run: Path, everything: dict[str, Any]
@@ -53,6 +62,22 @@ class TestTargets:
         pictures |= {"distributions_weights", "distributions_inputs"}
         assert names >= {f"{name}{suffix}" for name in pictures for suffix in (".png", ".svg")}
         assert all((run / "analysis" / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in pictures)
+
+    def test_a_folder_in_which_another_process_is_at_work_is_refused(
+        self, run: Path, data: tuple[object, ...], tmp_path: Path
+    ) -> None:
+        other = forks().Process(target=hold, args=(tmp_path,), daemon=True)
+        other.start()
+        while not (tmp_path / NAME).exists() or not (tmp_path / NAME).read_text():
+            time.sleep(0.05)
+        try:
+            refused = saq("analyze", run, *data, "--flips", "--out", tmp_path)
+        finally:
+            other.kill()
+            other.join()
+
+        assert refused.exit_code == 1
+        assert f"in use by process {other.pid}" in last_error(refused)
 
     def test_the_centre_of_the_landscape_is_the_evaluated_loss(self, everything: dict[str, Any]) -> None:
         readings = everything["instruments"]

@@ -61,11 +61,11 @@ def stop_here(monkeypatch: pytest.MonkeyPatch, phase: int, number: int) -> None:
     offer = SearchMemory.offer
     sent: list[int] = []
 
-    def stopping(self: SearchMemory, state: Callable[[], dict[str, Any]]) -> None:
+    def stopping(self: SearchMemory, state: Callable[[], dict[str, Any]], *, milestone: bool = False) -> None:
         if not sent and state()["position"][1] == phase:
             sent.append(number)
             signal.raise_signal(number)
-        offer(self, state)
+        offer(self, state, milestone=milestone)
 
     monkeypatch.setattr(SearchMemory, "offer", stopping)
 

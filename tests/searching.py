@@ -169,7 +169,7 @@ class Stopping:
         state: dict[str, Any] = kept["search"]
         return state
 
-    def offer(self, state: Callable[[], dict[str, Any]]) -> None:
+    def offer(self, state: Callable[[], dict[str, Any]], *, milestone: bool = False) -> None:
         self.offers += 1
         if self.offers == self.stop_after:
             file = io.BytesIO()

@@ -47,14 +47,14 @@ class SearchMemory:
         state: dict[str, Any] = kept["search"]
         return state
 
-    def offer(self, state: Callable[[], dict[str, Any]]) -> None:
-        """Keep ``state()`` if it is time.
+    def offer(self, state: Callable[[], dict[str, Any]], *, milestone: bool = False) -> None:
+        """Keep ``state()`` if it is time, or at a ``milestone``.
 
         Raises:
             Interrupted: a signal asked to stop.
         """
         due = ranks.first() and time.monotonic() - self._saved_at > 60 * self.minutes
-        if not ranks.any_of(due or bool(self.stop.signal)):
+        if not ranks.any_of(due or milestone or bool(self.stop.signal)):
             return
         self.run.save_search({"search": state(), "ranks": ranks.gathered(random_state())})
         self._saved_at = time.monotonic()

@@ -80,7 +80,7 @@ class Kept:
     def load(self) -> dict[str, Any] | None:
         return self.state
 
-    def offer(self, state: Callable[[], dict[str, Any]]) -> None:
+    def offer(self, state: Callable[[], dict[str, Any]], *, milestone: bool = False) -> None:
         self.steps += 1
         if self.steps == self.stop_at:
             self.state, self.random = deepcopy(state()), torch.get_rng_state()

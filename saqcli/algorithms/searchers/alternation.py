@@ -167,7 +167,7 @@ class Alternation:
                 self.stepper(images.to(self.problem.device), labels.to(self.problem.device))
                 task.advance(images=len(labels), loss=self.stepper.loss)
                 self.epoch, self.phase, self.step = epoch, 0, index + 1
-                memory.offer(self._state)
+                memory.offer(self._state, milestone=index + 1 == len(batches))
 
     def _controller_phase(self, epoch: int) -> None:
         batches, memory = self.problem.images.held_out, self.problem.memory
@@ -186,7 +186,7 @@ class Alternation:
                 mean, best, mega_bops = self._so_far()
                 task.advance(images=len(batch[1]), cost=mean, entropy=entropy, best=best, MBOPs=mega_bops)
                 self.epoch, self.phase, self.step = epoch, 1, index + 1
-                memory.offer(self._state)
+                memory.offer(self._state, milestone=index + 1 == len(batches))
         where = self.problem.space.cost(self.best[1]) if self.best else "nowhere yet"
         self.problem.progress.note(
             f"search epoch {epoch + 1}: mean cost {mean:.3f}, entropy {entropy:.2f} a decision, "

@@ -157,7 +157,9 @@ class Descent:
                     entropy=self.mixtures.entropy(),
                     cost=max(self.mixtures.used(problem.budget).tolist()),
                 )
-                problem.memory.offer(partial(self._state, epoch, place, index + 1))
+                problem.memory.offer(
+                    partial(self._state, epoch, place, index + 1), milestone=index + 1 == count
+                )
 
     def step(
         self, loss: Callable[[], Tensor], share: float = 1.0, *, weights: bool = True, logits: bool = True

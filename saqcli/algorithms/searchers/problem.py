@@ -69,8 +69,8 @@ class Memory(Protocol):
     def load(self) -> dict[str, Any] | None:
         """What was kept of the same search, or None."""
 
-    def offer(self, state: Callable[[], dict[str, Any]]) -> None:
-        """Keep ``state()`` if it is time; tensors and plain values only.
+    def offer(self, state: Callable[[], dict[str, Any]], *, milestone: bool = False) -> None:
+        """Keep ``state()`` if it is time, or at a ``milestone``, such as the end of an epoch; tensors and plain values.
 
         Raises:
             Interrupted: a signal asked to stop; the state is kept.
@@ -87,7 +87,7 @@ class _NoMemory:
         """Nothing."""
         return None
 
-    def offer(self, state: Callable[[], dict[str, Any]]) -> None:
+    def offer(self, state: Callable[[], dict[str, Any]], *, milestone: bool = False) -> None:
         """Nothing is kept."""
 
     def restore_random(self) -> None:

@@ -27,7 +27,7 @@ from saqcli.io.interrupts import deferred_interrupts
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import SILENT, Progress
 from saqcli.strict import parse_object
-from saqcli.workflows.bits import check_bits
+from saqcli.workflows.bits import budget_of, check_bits, space_of
 from saqcli.workflows.calibration import scheme_of
 from saqcli.workflows.determinism import deterministic_if_asked
 from saqcli.workflows.find_bits import Posed, Searched, find_bits, make_searcher, pose
@@ -89,6 +89,9 @@ def _on(
             parse_object(SearchResults, done.results, f"{run_dir}/manifest.json, results", RunDirectoryError)
             return done.results
     prepared = ranks.together(lambda: prepare_search(config, device, progress))
+    if ranks.count() > 1:  # told once; a single process says first what can be reached
+        section, network = config.quantization, prepared[0]
+        ranks.together(lambda: space_of(section, network).check_reachable(budget_of(section, network)))
     posed = pose(config, *prepared, None, progress)
     run = RunDirectory.start(
         run_dir, config, resume=resume, overwrite=overwrite, verb="search", note=progress.note

@@ -216,6 +216,16 @@ def test_what_all_meet_alike_is_said_once(few: list[object], tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_budget_that_nothing_meets_is_told_once(few: list[object], tmp_path: Path) -> None:
+    ended = ranks_saq(
+        2, "search", *few, "--batch-size", 32, "--budget", "1", "--run-dir", tmp_path / "run", "--quiet"
+    )
+
+    assert [code for code, _, _ in ended] == [4, 4]
+    assert "error: " in ended[0][2]
+    assert ended[1][2] == ""
+
+
 def test_what_has_work_for_one_process_is_refused(few: list[object]) -> None:
     for options, reason in (
         (("profile", "resnet18", "--no-pretrained"), "`saq profile` works in one process"),

@@ -218,7 +218,7 @@ def test_what_all_meet_alike_is_said_once(few: list[object], tmp_path: Path) -> 
 
 def test_a_budget_that_nothing_meets_is_told_once(few: list[object], tmp_path: Path) -> None:
     ended = ranks_saq(
-        2, "search", *few, "--batch-size", 32, "--budget", "1", "--run-dir", tmp_path / "run", "--quiet"
+        2, "search", *few, "--batch-size", 32, "--budget", "1M", "--run-dir", tmp_path / "run", "--quiet"
     )
 
     assert [code for code, _, _ in ended] == [4, 4]

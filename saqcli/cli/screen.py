@@ -60,9 +60,8 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(143 if isinstance(asked, Terminated) else 130) from None
         except (typer.Exit, typer.Abort):
             raise
-        except (
-            OSError
-        ) as error:  # of the file system, about a name that was given: too long, no permission, full
+        except OSError as error:
+            # Of the file system, about a name that was given: too long, no permission, full.
             if kwargs.get("verbose"):
                 raise
             _complain(f"{error.filename or 'a file'} cannot be used: {error.strerror or error}")

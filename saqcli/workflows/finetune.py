@@ -18,11 +18,11 @@ from saqcli.algorithms.random_state import random_state, set_random_state
 from saqcli.algorithms.steps import Setbacks
 from saqcli.algorithms.training import EpochSettings, Meter, evaluate, train_epoch
 from saqcli.config import RunConfig
-from saqcli.errors import Interrupted
 from saqcli.io.interrupts import StopRequest, deferred_interrupts
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress, Task
 from saqcli.workflows.optimization import make_minimizer, make_objective, make_optimizer, make_schedule
+from saqcli.workflows.resuming import stop_if_asked, stopped
 from saqcli.workflows.setup import Images
 
 
@@ -85,10 +85,7 @@ def finetune(
             state.update(ranks=ranks.gathered({"random": random_state(), "meter": vars(meter)}))
             run.save_checkpoint(state)
             saved_at = time.monotonic()
-            if ranks.any_of(bool(stop.signal)):
-                number = max(ranks.gathered(stop.exit_code))
-                message = f"stopped as asked, the work so far is saved: {run.how_to_resume()}"
-                raise ranks.agreed(Interrupted(message, number))
+            stop_if_asked(stop, run, "the work so far")
 
         for epoch in range(position["epoch"], training.epochs):
             done = position["step"] if epoch == position["epoch"] else 0
@@ -101,9 +98,8 @@ def finetune(
                 if average:
                     average.update(model, epoch * len(loader) + step)
                 due = ranks.first() and time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes
-                due = (
-                    due or step == len(loader)
-                ) and not setbacks.in_row  # before all images are evaluated, too
+                due = due or step == len(loader)  # before all images are evaluated, too
+                due = due and not setbacks.in_row
                 if ranks.any_of(due or bool(stop.signal)):
                     save(epoch, step)
 
@@ -120,10 +116,10 @@ def finetune(
             with progress.task(f"epoch {epoch + 1} of {training.epochs}", len(loader)) as task:
                 task.advance(done)
                 if done < len(loader):
-                    train_epoch(model, minimizer, loader, task, settings, meter, skip=done)
-                elif own["random"]:
-                    set_random_state(own["random"])
-            trained = meter.over_ranks().score()
+                    trained = train_epoch(model, minimizer, loader, task, settings, meter, skip=done)
+                else:  # it was stopped between training and evaluation
+                    trained = meter.over_ranks().score()
+                    settings.after_skip()
             validation = images.validation()
             judged = average.module if average else model.eval()
             with progress.task("evaluating", len(validation)) as task:
@@ -157,8 +153,7 @@ class Watched:
             Interrupted: one has.
         """
         if self._stop.signal:
-            message = f"stopped as asked, the work so far is saved: {self._run.how_to_resume()}"
-            raise ranks.agreed(Interrupted(message, self._stop.exit_code))
+            raise stopped(self._run, "the work so far", self._stop.exit_code)
         self._task.advance(steps, images=images, **figures)
 
 

@@ -85,9 +85,8 @@ def _on(
     run = RunDirectory(run_dir)
     ranks.together(lambda: check(config))
     resume = goes_on(run, resume=resume, overwrite=overwrite)
-    there = resume and run.check_usable(resume=True, overwrite=False)
-    state = run.load_checkpoint(progress.note) if there else None
-    if there:
+    state = run.load_checkpoint(progress.note) if resume else None
+    if resume:
         ranks.from_first(lambda: check_same(run, config))
     if state is None:
         network, images = ranks.together(lambda: prepare(config, device, progress))

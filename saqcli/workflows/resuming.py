@@ -2,14 +2,15 @@
 
 from saqcli import ranks
 from saqcli.config import RunConfig
-from saqcli.errors import ConfigError
+from saqcli.errors import ConfigError, Interrupted, SaqError
 from saqcli.io.distributed import may_be_restarted, restarted
+from saqcli.io.interrupts import StopRequest
 from saqcli.io.runs import RunDirectory
 from saqcli.workflows.setup import Images
 
 
 def goes_on(run: RunDirectory, *, resume: bool, overwrite: bool) -> bool:
-    """Whether the run that is there is gone on with: as asked, or because torchrun has started its processes again.
+    """Whether there is a run that is gone on with: as asked, or because torchrun has started its processes again.
 
     Raises:
         ConfigError: a run that would be removed by every restart.
@@ -23,12 +24,28 @@ def goes_on(run: RunDirectory, *, resume: bool, overwrite: bool) -> bool:
                     f"{run.path} by hand, or give torchrun no restarts"
                 )
             )
-        there = run.check_usable(resume=True, overwrite=False)
-        resume = resume or (there and ranks.from_first(lambda: run.manifest().status != "finished"))
+        usable = run.check_usable(resume=True, overwrite=False)
+        resume = resume or (usable and ranks.from_first(lambda: run.manifest().status != "finished"))
     elif restarted():
         resume = run.check_usable(resume=True, overwrite=False) or resume
-    run.check_usable(resume=resume, overwrite=overwrite)
-    return resume
+    there = run.check_usable(resume=resume, overwrite=overwrite)
+    return resume and there
+
+
+def stop_if_asked(stop: StopRequest, run: RunDirectory, what: str) -> None:
+    """Stop on all ranks if one was asked to; ``what`` is saved. All of them call this.
+
+    Raises:
+        Interrupted: a signal asked to stop.
+    """
+    if ranks.any_of(bool(stop.signal)):
+        raise stopped(run, what, max(ranks.gathered(stop.exit_code)))
+
+
+def stopped(run: RunDirectory, what: str, exit_code: int) -> SaqError:
+    """To be raised by a rank that stops because it was asked to, where ``what`` is saved."""
+    message = f"stopped as asked, {what} is saved: {run.how_to_resume()}"
+    return ranks.agreed(Interrupted(message, exit_code))
 
 
 def know_images(run: RunDirectory, images: Images) -> None:

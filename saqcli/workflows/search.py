@@ -81,8 +81,7 @@ def _on(
     run = RunDirectory(run_dir, "search")
     ranks.together(lambda: check_search(config))
     resume = goes_on(run, resume=resume, overwrite=overwrite)
-    there = run.check_usable(resume=resume, overwrite=overwrite)
-    if resume and there:
+    if resume:
         ranks.from_first(lambda: check_same(run, config))
         done = ranks.from_first(run.manifest)
         if done.status == "finished":

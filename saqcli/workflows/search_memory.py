@@ -6,9 +6,9 @@ from typing import Any
 
 from saqcli import ranks
 from saqcli.algorithms.random_state import random_state, set_random_state
-from saqcli.errors import Interrupted
 from saqcli.io.interrupts import StopRequest
 from saqcli.io.runs import RunDirectory
+from saqcli.workflows.resuming import stop_if_asked
 
 
 class SearchMemory:
@@ -66,10 +66,7 @@ class SearchMemory:
         Raises:
             Interrupted: one did.
         """
-        if ranks.any_of(bool(self.stop.signal)):
-            number = max(ranks.gathered(self.stop.exit_code))
-            message = f"stopped as asked, the search so far is saved: {self.run.how_to_resume()}"
-            raise ranks.agreed(Interrupted(message, number))
+        stop_if_asked(self.stop, self.run, "the search so far")
 
     def restore_random(self) -> None:
         """Put the random numbers back to where they were when the state was kept."""

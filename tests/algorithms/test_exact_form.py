@@ -1,7 +1,6 @@
 """The exact form is the model, and ONNX Runtime computes it bit for bit, however it is run."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from saqcli.algorithms.graphs.operators import frozen_copy
 from saqcli.errors import UnsupportedModel
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
+from saqcli.workflows.determinism import torch_threads
 from saqcli.workflows.predictors import onnx_session
 from saqcli.workflows.verify import judge
 from tests.sweeps import sweep
@@ -40,16 +40,6 @@ SCHEMES = sweep(
     ),  # others: below
 )
 BATCHES = (1, 2, 5, 16)
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def check_bits(quantized: Quantized, path: Path) -> ExactForm:

@@ -437,6 +437,16 @@ def report(chain: Chain, got: dict[str, int]) -> None:
     print(f"{len(chain.kills)} kills of {chain.commands[0][0]}: {got}, last acts {Counter(chain.kills)}")
 
 
+def ends_undisturbed(chain: Chain, whole: Chain) -> None:
+    """Killed at ``MOMENTS`` in every phase, it leaves what the other leaves that was never killed."""
+    got = kill_everywhere(chain, whole, MOMENTS)
+    chain.finish()
+
+    report(chain, got)
+    check_same(chain.run, whole.run)
+    assert min(got.values()) == MOMENTS
+
+
 @pytest.mark.slow
 def test_quantize_killed_at_random_moments_of_every_phase(
     processes: Zygote, images: Path, tmp_path: Path
@@ -445,12 +455,7 @@ def test_quantize_killed_at_random_moments_of_every_phase(
         quantization(processes, images, tmp_path / name, *search_options("samq", "--bops"))
         for name in ("whole", "run")
     )
-    got = kill_everywhere(chain, whole, MOMENTS)
-    chain.finish()
-
-    report(chain, got)
-    check_same(chain.run, whole.run)
-    assert min(got.values()) == MOMENTS
+    ends_undisturbed(chain, whole)
 
 
 @pytest.mark.slow
@@ -459,12 +464,7 @@ def test_a_search_killed_at_random_moments_of_every_phase(
     name: str, processes: Zygote, images: Path, tmp_path: Path
 ) -> None:
     whole, chain = (search(processes, images, tmp_path / place, name) for place in ("whole", "run"))
-    got = kill_everywhere(chain, whole, MOMENTS)
-    chain.finish()
-
-    report(chain, got)
-    check_same(chain.run, whole.run)
-    assert min(got.values()) == MOMENTS
+    ends_undisturbed(chain, whole)
 
 
 @pytest.mark.slow

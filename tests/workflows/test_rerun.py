@@ -7,8 +7,8 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 
 import onnx
@@ -25,16 +25,6 @@ from tests.processes import figures
 
 BATCH, STEPS = 16, 12
 SHORT = ("--epochs", 1, "--batch-size", BATCH, "--workers", 0, "--set", "data.augmentation=none")
-
-
-@contextmanager
-def within(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 def options(folder: Path) -> list[object]:
@@ -59,7 +49,7 @@ def place(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def searched(place: Path) -> Path:
     """A search whose paths are relative, with one thread."""
-    with within(place), torch_threads(1):
+    with chdir(place), torch_threads(1):
         small = ("--search-images", 40, "--scoring-images", 20, "--set", "search.options.random.draws=2")
         bits = ("--budget", "w3a3", "--searcher", "random", *small, "--deterministic")
         answer("search", *options(place), *bits, "--run-dir", "found")
@@ -69,7 +59,7 @@ def searched(place: Path) -> Path:
 @pytest.fixture(scope="module")
 def run(place: Path, searched: Path) -> Path:
     """A run of a dozen steps, at bits from a file that is gone; its paths are relative, with one thread."""
-    with within(place), torch_threads(1):
+    with chdir(place), torch_threads(1):
         shutil.copy(searched / "policy.json", "bits.json")
         answer("quantize", *options(place), "--policy", "bits.json", *SHORT, "--run-dir", "run")
         Path("bits.json").unlink()

@@ -20,6 +20,8 @@ from saqcli import ranks
 SECONDS_TO_ANSWER = 20.0  # torchrun kills after 30
 SECONDS_BETWEEN_LOOKS = 0.1
 
+_ASK_TO_STOP = (signal.SIGINT, signal.SIGTERM)
+
 
 class StopRequest:
     """Whether a signal has asked to stop.
@@ -47,7 +49,7 @@ def deferred_interrupts() -> Iterator[StopRequest]:
         request.signal = number
 
     try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, note) for number in _ASK_TO_STOP}
     except ValueError:  # not the main thread: signals are not ours to handle
         yield request
         return
@@ -57,6 +59,22 @@ def deferred_interrupts() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def held_back_signals() -> Iterator[None]:
+    """Within the context Ctrl-C and SIGTERM wait; a process begun in it has them wait until it outlives one.
+
+    Outside the main thread, and where the system cannot, nothing changes.
+    """
+    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ASK_TO_STOP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def outlive_one_signal() -> None:
@@ -70,6 +88,8 @@ def outlive_one_signal() -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, ignore)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASK_TO_STOP)
 
 
 class Terminated(KeyboardInterrupt):

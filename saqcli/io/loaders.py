@@ -19,7 +19,7 @@ from saqcli.errors import ConfigError, DataError
 from saqcli.io.batches import Loader
 from saqcli.io.data import Split, sharded, subset
 from saqcli.io.images import ImageSet, ImageStream, Unreadable
-from saqcli.io.interrupts import outlive_one_signal
+from saqcli.io.interrupts import held_back_signals, outlive_one_signal
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.shares import TrainingShare
 from saqcli.io.transforms import CROP_SCALE, Augmentation, image_transform
@@ -105,6 +105,7 @@ def make_loader(
     )
     batches_of = getattr(batches, "loader", batches)
     batches_of.worker_init_fn = partial(_begin_reading, batches_of.worker_init_fn)
+    batches_of._get_iterator = held_back_signals()(batches_of._get_iterator)  # which starts the readers
     dataset.transform = image_transform(
         preprocessing, augmentation=augmentation, normalize=not on_device, crop_scale=crop_scale
     )

@@ -19,6 +19,7 @@ from saqcli import ranks
 
 SECONDS_TO_ANSWER = 20.0  # torchrun kills after 30
 SECONDS_BETWEEN_LOOKS = 0.1
+SECONDS_TO_OUTLIVE = 300
 
 _ASK_TO_STOP = (signal.SIGINT, signal.SIGTERM)
 
@@ -80,11 +81,13 @@ def held_back_signals() -> Iterator[None]:
 def outlive_one_signal() -> None:
     """For a process that reads images: a signal to the whole group is for the one that it reads for, which ends it.
 
-    SIGTERM ends it the second time: it is also how that one ends a reader that hangs.
+    SIGTERM ends it the second time, or minutes after the first: it is also how that one ends a reader that hangs.
     """
 
     def ignore(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if hasattr(signal, "alarm"):
+            signal.alarm(SECONDS_TO_OUTLIVE)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, ignore)

@@ -6,6 +6,7 @@ on carries the state of its generators along, and a resumed run would then diffe
 """
 
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -105,7 +106,7 @@ def make_loader(
     )
     batches_of = getattr(batches, "loader", batches)
     batches_of.worker_init_fn = partial(_begin_reading, batches_of.worker_init_fn)
-    batches_of._get_iterator = held_back_signals()(batches_of._get_iterator)  # which starts the readers
+    batches_of._get_iterator = partial(_start_readers, weakref.ref(batches_of))
     dataset.transform = image_transform(
         preprocessing, augmentation=augmentation, normalize=not on_device, crop_scale=crop_scale
     )
@@ -129,6 +130,16 @@ def _share_out(batches: Any, split: Split, batch_size: int, seed: int) -> None:
     """Let a batch sampler give this rank's slice of every batch."""
     batches.sampler = TrainingShare(split.images, batch_size, ranks.index(), ranks.count(), seed)
     batches.batch_size, batches.drop_last = batch_size // ranks.count(), True
+
+
+def _start_readers(batches: weakref.ref[Any]) -> Any:
+    """What torch's loader does when a pass begins, with signals held back for the processes that it starts.
+
+    By a weak reference: a loader that refers to itself is left to the garbage collector, which cannot end its readers.
+    """
+    loader: Any = batches()
+    with held_back_signals():
+        return type(loader)._get_iterator(loader)
 
 
 def _begin_reading(seeded: Callable[[int], None] | None, worker: int) -> None:

@@ -1,5 +1,6 @@
 """Whatever lies under the name of an image: it is read, or named in one line; nothing hangs, runs or is noted."""
 
+import gc
 import io
 import multiprocessing
 import os
@@ -260,3 +261,22 @@ def test_readers_outlive_the_signal_that_the_whole_group_gets(folder: Path, begi
     for reader in readers:
         reader.join(60)
         assert reader.exitcode is not None
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_readers_end_with_the_loader_that_they_read_for(folder: Path, training: bool) -> None:
+    """Without the garbage collector, which would take torch seconds a reader and might leave them behind."""
+    before = set(multiprocessing.active_children())
+    loader = load(opened(folder), 2, training=training)
+    batches = iter(loader)
+    next(batches)
+    readers = [child for child in multiprocessing.active_children() if child not in before]
+    assert len(readers) == 2
+    gc.disable()
+    try:
+        del batches, loader
+        for reader in readers:
+            reader.join(60)
+    finally:
+        gc.enable()
+    assert [reader.exitcode for reader in readers] == [0, 0]

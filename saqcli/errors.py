@@ -128,3 +128,9 @@ class StoppedElsewhere(SaqError):
             "another process of this run has failed: its own message says why, or torchrun's report if it was killed"
         )
         self.exit_code = exit_code
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is how Python, torch on a GPU or a CPU, or ONNX Runtime says that memory has run out."""
+    words = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(part in str(error) for part in words)

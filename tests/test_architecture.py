@@ -38,6 +38,7 @@ FAMILIES = {
         "sharp_cost",
         "cosine",
         "descent",
+        "descent_settings",
         "mixture",
     },
     "algorithms/instruments": {"base", "curvature", "inputs"},

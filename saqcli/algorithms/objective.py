@@ -97,6 +97,12 @@ def as_chunks(pieces: list[list["Piece"]]) -> list[Chunk]:
     return [[MicroBatch(piece, len(piece.labels) / total) for piece in chunk] for chunk in pieces]
 
 
+def micro_batches(model: nn.Module, images: Tensor, labels: Tensor, most: int | None) -> Chunk:
+    """The mean cross-entropy of a batch, images (N, C, H, W) and labels (N,), of at most ``most`` images at a time."""
+    pieces = Objective(F.cross_entropy).pieces(model, images, labels, len(labels), most)
+    return as_chunks(pieces)[0]
+
+
 class Piece:
     """The loss of one micro-batch, as a function that keeps the logits of its first call."""
 

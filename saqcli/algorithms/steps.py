@@ -1,4 +1,4 @@
-"""One training step that outlives what can go wrong in it.
+"""Training steps, and passes over images for other ends, that outlive what can go wrong in them.
 
 out of memory    the batch is passed over again in micro-batches of half the size, from the same random numbers and
                  running statistics on: it is the step that the smaller size would have made from the start
@@ -12,6 +12,7 @@ import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ from saqcli.algorithms.minimizers import Minimizer
 from saqcli.algorithms.minimizers.passes import Passes
 from saqcli.algorithms.objective import Objective, Piece, as_chunks
 from saqcli.algorithms.random_state import random_state, set_random_state
-from saqcli.errors import DeviceMemoryError, TrainingDiverged
+from saqcli.errors import DeviceMemoryError, TrainingDiverged, out_of_memory
 
+T = TypeVar("T")
 PATIENCE = 10  # steps in a row that are left out before training ends
 SMALLEST = 2  # images of a micro-batch: a batch norm cannot use a single one
 
@@ -56,6 +58,25 @@ class Setbacks:
             raise ranks.agreed(TrainingDiverged(message)) from None
         if self.in_row == 1:
             note(f"a step is left out: {error}")
+
+    def halve(self, images: int, note: Callable[[str], None]) -> None:
+        """Pass over half as many images at a time from now on, where ``images`` did not fit.
+
+        Raises:
+            DeviceMemoryError: they are too few to be halved.
+        """
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        now = min(images, self.micro_batch or images)
+        if now <= SMALLEST:
+            message = f"out of memory with {now} images at a time: give a smaller --input-size or network"
+            raise ranks.agreed(DeviceMemoryError(message))
+        self.micro_batch = max(SMALLEST, -(-now // 2))
+        note(
+            f"out of memory: going on with micro-batches of {self.micro_batch} images, whose gradients add up "
+            "(batch norms see that many at a time)"
+        )
 
 
 class Stepper:
@@ -94,14 +115,11 @@ class Stepper:
             DeviceMemoryError: not even the smallest micro-batch fits.
         """
         before = Before(self.model)
-        while True:
-            pieces, passes = self._pass(images, labels)
-            if not ranks.any_of(passes is None):
-                break
-            pieces, passes = [], None
-            before.restore()
-            self._halve(len(labels))
-        assert passes is not None
+        pieces, passes = fitting(
+            lambda: self._pass(images, labels),
+            before,
+            lambda: self.setbacks.halve(min(len(labels), self.sharpness_batch), self.note),
+        )
         try:
             self.loss = float(self.minimizer.update(passes))
         except TrainingDiverged as error:
@@ -118,32 +136,12 @@ class Stepper:
         self.setbacks.in_row = 0
         return [piece for chunk in pieces for piece in chunk]
 
-    def _pass(self, images: Tensor, labels: Tensor) -> tuple[list[list[Piece]], Passes | None]:
-        """All passes over the batch; None where memory ran out."""
-        try:
-            pieces = self.objective.pieces(
-                self.model, images, labels, self.sharpness_batch, self.setbacks.micro_batch
-            )
-            return pieces, self.minimizer.gradients(as_chunks(pieces))
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            return [], None
-
-    def _halve(self, images: int) -> None:
-        """Once the frames that held the tensors are gone."""
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        now = min(images, self.sharpness_batch, self.setbacks.micro_batch or images)
-        if now <= SMALLEST:
-            message = f"out of memory with {now} images at a time: give a smaller --input-size or network"
-            raise ranks.agreed(DeviceMemoryError(message))
-        self.setbacks.micro_batch = max(SMALLEST, -(-now // 2))
-        self.note(
-            f"out of memory: going on with micro-batches of {self.setbacks.micro_batch} images, whose gradients add up "
-            "(batch norms see that many at a time)"
+    def _pass(self, images: Tensor, labels: Tensor) -> tuple[list[list[Piece]], Passes]:
+        """All passes over the batch."""
+        pieces = self.objective.pieces(
+            self.model, images, labels, self.sharpness_batch, self.setbacks.micro_batch
         )
+        return pieces, self.minimizer.gradients(as_chunks(pieces))
 
 
 class Before:
@@ -162,10 +160,28 @@ class Before:
             set_random_state(self._random)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether this is how torch says that memory has run out, on a GPU or a CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory")
-    )
+def fitting(attempt: Callable[[], T], before: Before, halve: Callable[[], None]) -> T:
+    """What ``attempt`` returns once it fits in the memory of all ranks.
+
+    Args:
+        attempt: passes over images; changes nothing that ``before`` cannot put back.
+        before: what was there.
+        halve: called after every attempt that did not fit, when its tensors are gone; lets the next one need less.
+    """
+    while True:
+        done = _if_it_fits(attempt)
+        if not ranks.any_of(done is None):
+            assert done is not None
+            return done[0]
+        done = None
+        before.restore()
+        halve()
+
+
+def _if_it_fits(attempt: Callable[[], T]) -> tuple[T] | None:
+    try:
+        return (attempt(),)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return None

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from saqcli import ranks
 from saqcli.algorithms.minimizers import Minimizer
 from saqcli.algorithms.objective import Objective
-from saqcli.algorithms.steps import Setbacks, Stepper, out_of_memory
-from saqcli.errors import DataError, DeviceMemoryError, TrainingDiverged
+from saqcli.algorithms.steps import Setbacks, Stepper
+from saqcli.errors import DataError, DeviceMemoryError, TrainingDiverged, out_of_memory
 from saqcli.progress import Task
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, C, H, W) and labels (N,)

@@ -17,7 +17,7 @@ from typing import Any, ParamSpec
 
 import typer
 
-from saqcli.errors import ConfigError, SaqError, StoppedElsewhere
+from saqcli.errors import ConfigError, SaqError, StoppedElsewhere, out_of_memory
 from saqcli.io.interrupts import Terminated, raised_sigterm
 from saqcli.progress import SILENT, Progress, Task
 
@@ -69,11 +69,7 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
         except Exception as error:
             if kwargs.get("verbose"):
                 raise
-            if (
-                isinstance(error, MemoryError)
-                or "out of memory" in str(error)
-                or "allocate memory" in str(error)
-            ):
+            if out_of_memory(error):
                 _complain("out of memory: give a smaller --batch-size, --input-size or network")
                 raise typer.Exit(1) from None
             _complain(

@@ -1,9 +1,10 @@
 """ASGA: its step against formulas written out, a toy whose best bits are known, and that it stops and goes on."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,13 +12,23 @@ import tiny
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import RIGHT, Kept, Shuffled, branches, every_choice, layers_of, problem_of
+from toys import (
+    RIGHT,
+    Kept,
+    Shuffled,
+    branches,
+    every_choice,
+    layers_of,
+    problem_of,
+    runs_out_of_memory,
+)
 
+from saqcli.algorithms.minimizers import Chunk, MicroBatch
+from saqcli.algorithms.objective import micro_batches
 from saqcli.algorithms.searchers.asga import ASGA
 from saqcli.algorithms.searchers.descent import Descent
 from saqcli.algorithms.searchers.mixture import Mixture, Mixtures
 from saqcli.algorithms.searchers.problem import Found, SearchProblem
-from saqcli.algorithms.searchers.sharp_cost import BatchLoss
 from saqcli.algorithms.searchers.supernet import Supernet
 from saqcli.errors import ConfigError, InfeasibleBudget, Interrupted, TrainingDiverged
 from saqcli.quant.cost import Budget
@@ -325,7 +336,7 @@ def test_every_step_equals_the_formulas_written_out(candidates: Candidates, unit
     twin = Twin(descent, unit, align)
     for _ in range(5):
         x, labels = torch.randn(16, 3, 6, 6).double(), torch.randint(0, 5, (16,))
-        descent.step(lambda x=x, labels=labels: F.cross_entropy(descent.model(x), labels))  # type: ignore[misc]
+        descent.step(whole(partial(cross_entropy, descent.model, x, labels)), 16)
         assert descent.trace[-1][0] == pytest.approx(twin.step(x, labels), abs=1e-9)
         assert descent.rho == pytest.approx(twin.rho, abs=1e-9)
     for name, value in twin.members.items():
@@ -342,7 +353,7 @@ def test_without_radius_and_alignment_the_second_pass_is_the_first(weights: bool
         descent = Descent(ASGA(epochs=2, align=align, rho_min=0, rho_max=0, alignment=0), branches())  # type: ignore[arg-type]
         model = descent.model.train()
         for x, y in descent.problem.images.scoring[:3]:
-            descent.step(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y), weights=weights)  # type: ignore[misc]
+            descent.step(whole(partial(cross_entropy, model, x, y)), len(y), weights=weights)
         ends.append([*model.state_dict().values(), *descent.logits])
     for one, other in zip(*ends, strict=True):
         assert torch.equal(one, other)
@@ -354,7 +365,8 @@ def test_only_what_learns_is_moved() -> None:
         descent.model.train()
         before = {name: value.clone() for name, value in descent.model.state_dict().items()}
         images, labels = descent.problem.images.scoring[0]
-        descent.step(lambda: F.cross_entropy(descent.model(images), labels), weights=weights, logits=logits)  # noqa: B023
+        loss = partial(cross_entropy, descent.model, images, labels)
+        descent.step(whole(loss), len(labels), weights=weights, logits=logits)
         same = all(torch.equal(value, before[name]) for name, value in descent.model.state_dict().items())
         assert same == (not weights)
         assert all(bool(a.detach().any()) for a in descent.logits) == logits
@@ -365,14 +377,45 @@ def test_every_layer_is_perturbed_in_the_second_pass() -> None:
     layers = layers_of(descent.problem)
     seen: list[dict[str, bool]] = []
 
-    def loss() -> Tensor:
+    def loss(**_: bool) -> Tensor:
         seen.append({name: bool(layer.perturbation.detach().any()) for name, layer in layers.items()})
         images, labels = descent.problem.images.scoring[0]
         return F.cross_entropy(descent.model(images), labels)
 
     descent.model.train()
-    descent.step(loss)
+    descent.step(whole(loss), 32)
     assert seen == [dict.fromkeys(layers, False), dict.fromkeys(layers, True)]
+
+
+def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor, **_: bool) -> Tensor:
+    return F.cross_entropy(model(images), labels)
+
+
+def whole(loss: Callable[..., Tensor]) -> Callable[[int | None], Chunk]:
+    """The images of a step in one forward pass."""
+    return lambda most: [MicroBatch(loss, 1.0)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("align", ["sagm", "none"])
+def test_a_step_that_ran_out_of_memory_is_the_step_of_smaller_micro_batches(
+    align: Any, training: bool
+) -> None:
+    """Bit for bit; and where batch norms do not look at the batch, that of the whole batch up to rounding."""
+    ends: list[list[Tensor]] = []
+    for most, micro in ((12, None), (99, 8), (99, None)):
+        descent = Descent(ASGA(align=align), branches())
+        descent.setbacks.micro_batch = micro
+        model = descent.model.train(training)
+        hook = model.register_forward_hook(partial(runs_out_of_memory, most))
+        for images, labels in descent.problem.images.scoring[:3]:
+            descent.step(partial(micro_batches, model, images, labels), len(labels))
+        hook.remove()
+        assert descent.setbacks.micro_batch == (8 if most == 12 else micro)
+        ends.append([*model.state_dict().values(), *descent.logits, torch.tensor(descent.trace)])
+    assert all(torch.equal(one, other) for one, other in zip(ends[0], ends[1], strict=True))
+    if not training:
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ends[0], ends[2], strict=True))
 
 
 # The whole search.
@@ -543,14 +586,15 @@ def test_a_step_without_a_number_leaves_nothing_behind() -> None:
     descent = Descent(ASGA(), problem)
     images, labels = next(iter(problem.images.whole))
     descent.model.train()
-    descent.step(BatchLoss(descent.model, images[:32], labels[:32]))
+    parts = partial(micro_batches, descent.model, images[:32], labels[:32])
+    descent.step(parts, 32)
     before = {name: value.clone() for name, value in descent.model.state_dict().items()}
 
-    descent.step(BatchLoss(descent.model, images[:32] * math.nan, labels[:32]))
+    descent.step(partial(micro_batches, descent.model, images[:32] * math.nan, labels[:32]), 32)
 
     assert (len(descent.trace), descent.setbacks.skipped) == (1, 1)
     assert all(torch.equal(value, before[name]) for name, value in descent.model.state_dict().items())
-    descent.step(BatchLoss(descent.model, images[:32], labels[:32]))
+    descent.step(parts, 32)
     assert (len(descent.trace), descent.setbacks.in_row) == (2, 0)
 
 

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import random
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toys import runs_out_of_memory
 
-from saqcli.algorithms.minimizers.batches import MicroBatch
 from saqcli.algorithms.minimizers.saq import SAQ
+from saqcli.algorithms.objective import micro_batches
 from saqcli.algorithms.searchers import SEARCHERS, Found, SearchProblem
 from saqcli.algorithms.searchers.controller import Controller
 from saqcli.algorithms.searchers.hawq import HAWQ
@@ -25,10 +27,10 @@ from saqcli.algorithms.searchers.reinforce import Reinforce
 from saqcli.algorithms.searchers.sampling import Sampler, budget_logits, in_window
 from saqcli.algorithms.searchers.sensitivity import Sensitivity
 from saqcli.algorithms.searchers.separable import Key, measure_noise
-from saqcli.algorithms.searchers.sharp_cost import BatchLoss, SharpCost
+from saqcli.algorithms.searchers.sharp_cost import SharpCost
 from saqcli.algorithms.searchers.supernet import Supernet, SwitchableNorm, norms_behind
 from saqcli.algorithms.sharpness import PerturbedSet
-from saqcli.errors import Interrupted, UnsupportedModel
+from saqcli.errors import DeviceMemoryError, Interrupted, UnsupportedModel
 from saqcli.quant import convert
 from saqcli.quant.convert import Scheme
 from saqcli.quant.cost import BUDGET_USE, Budget, CostModel, LayerCost
@@ -574,7 +576,7 @@ def test_clipping_levels_belong_to_a_width() -> None:
     before = {key: value.clone() for key, value in layer.state_dict().items()}
     images, labels = supernet.problem.images.scoring[0]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    SAQ(model, optimizer, rho=0.1).step([[MicroBatch(BatchLoss(model, images, labels), 1.0)]])
+    SAQ(model, optimizer, rho=0.1).step([micro_batches(model, images, labels, None)])
     levels = [key for key in before if "clipping_level" in key]
     assert len(levels) == 2
     for key in levels:
@@ -594,10 +596,14 @@ def sharp_cost_of(name: str, rho: float, budget: Budget | None = None, **options
     return SharpCost(supernet, perturbed, rho=rho, rho_unit="deviation", cost_weight=6.0, reference=reference)
 
 
+def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(model(images), labels)
+
+
 def plain_loss(supernet: Supernet, choice: list[int], images: Tensor, labels: Tensor) -> float:
     supernet.select(choice)
     with torch.no_grad():
-        return float(F.cross_entropy(supernet.model(images), labels))
+        return float(cross_entropy(supernet.model, images, labels))
 
 
 @pytest.mark.parametrize("name", tiny.TINY)
@@ -636,12 +642,27 @@ def test_the_cost_is_the_perturbed_loss_less_that_of_the_reference_plus_the_pena
         assert supernet.choice == choice
         least = plain_loss(supernet, [len(d.options) - 1 for d in decisions], images, labels)
         supernet.select(choice)
-        loss = BatchLoss(supernet.model, images, labels)
-        _, gradients = cost.perturbed.gradients(loss)
+        model = supernet.model
+        _, gradients = cost.perturbed.gradients(partial(cross_entropy, model, images, labels))
         with cost.perturbed.applied(cost.perturbed.ascent(gradients, 0.3, "deviation")), torch.no_grad():
-            sharp = float(loss())
+            sharp = float(cross_entropy(model, images, labels))
         assert found == pytest.approx(sharp - least + cost.penalty(choice), abs=1e-6)
         assert sharp > plain_loss(supernet, choice, images, labels)
+
+
+@pytest.mark.parametrize("radius", [0.3, 0.0])
+def test_a_cost_that_ran_out_of_memory_is_found_on_fewer_images_at_a_time(radius: float) -> None:
+    """In eval mode the mean over micro-batches is the mean over all images."""
+    cost = sharp_cost_of("residual", radius)
+    choice = [0] * len(cost.supernet.problem.space.decisions)
+    images, labels = cost.supernet.problem.images.scoring[0]
+    found = cost(choice, images, labels)
+    cost.supernet.model.register_forward_hook(partial(runs_out_of_memory, 5))
+    assert cost(choice, images, labels) == pytest.approx(found, abs=1e-5)
+    assert cost.setbacks.micro_batch in (2, 3, 4, 5)
+    cost.supernet.model.register_forward_hook(partial(runs_out_of_memory, 0))
+    with pytest.raises(DeviceMemoryError, match="out of memory with 2 images at a time"):
+        cost(choice, images, labels)
 
 
 @pytest.mark.parametrize("name", [*NORMED, "attention"])

@@ -177,3 +177,10 @@ def every_choice(problem: SearchProblem) -> list[Scored]:
 def layers_of(problem: SearchProblem) -> dict[str, Any]:
     """The problem's quantized layers by name."""
     return dict(quantized_layers(problem.model))
+
+
+def runs_out_of_memory(most: int, *hooked: Any) -> None:
+    """A forward hook: the device holds that many images; to be told once batch norms have moved."""
+    _, (images, *_), _ = hooked
+    if len(images) > most:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -6,10 +6,13 @@ micro-batch   the images of one forward pass; gradients of a chunk's micro-batch
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from saqcli.algorithms.sharpness import Gradients, PerturbedSet, add_up
 
 
 class Loss(Protocol):
@@ -46,3 +49,25 @@ def accumulate(micro_batches: Iterable[MicroBatch]) -> Tensor:
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
     return torch.stack(losses).sum()
+
+
+def gradients_of(
+    chunk: Chunk,
+    members: PerturbedSet,
+    *,
+    ascent: bool = False,
+    through_rounding: bool = False,
+    also: Sequence[nn.Parameter] = (),
+) -> tuple[Tensor, Gradients]:
+    """Mean loss of the chunk, and its gradients as from ``members.gradients``: none accumulates anywhere."""
+    whole = sum(micro_batch.share for micro_batch in chunk)
+    losses: list[Tensor] = []
+    total: Gradients = []
+    for micro_batch in chunk:
+        loss, gradients = members.gradients(
+            partial(micro_batch.loss, ascent=ascent), through_rounding=through_rounding, also=also
+        )
+        part = micro_batch.share / whole
+        losses.append(loss * part)
+        total = add_up(total, gradients, part)
+    return torch.stack(losses).sum(), total

@@ -14,13 +14,12 @@ what the last ascent added (``look_ahead``).
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from saqcli.algorithms.minimizers.batches import Chunk, accumulate
+from saqcli.algorithms.minimizers.batches import Chunk, accumulate, gradients_of
 from saqcli.algorithms.minimizers.look_ahead import LookAhead
 from saqcli.algorithms.minimizers.passes import Passes, agree
 from saqcli.algorithms.options import check_choice, check_count, check_number
@@ -120,7 +119,7 @@ class SharpnessAware:
         plain: Gradients = []
         for chunk in chunks:
             share = sum(micro_batch.share for micro_batch in chunk)
-            loss, gradients = self._first_pass(chunk, share)
+            loss, gradients = self._first_pass(chunk)
             members = len(gradients) - len(also)
             plain = add_up(plain, gradients[members:], share)
             perturbation = self.set.ascent(gradients[:members], self.rho, self.rho_unit, self.adaptive)
@@ -132,19 +131,10 @@ class SharpnessAware:
         known = [torch.zeros_like(p) if g is None else g for p, g in zip(also, plain, strict=True)]
         return Passes(torch.stack(losses).sum(), norms, known, ascended=True)
 
-    def _first_pass(self, chunk: Chunk, share: float) -> tuple[Tensor, Gradients]:
+    def _first_pass(self, chunk: Chunk) -> tuple[Tensor, Gradients]:
         """Mean loss of the chunk and its gradients to the perturbed set, then to what the look-ahead follows."""
         also = self.look_ahead.parameters if self.look_ahead else []
-        losses: list[Tensor] = []
-        total: Gradients = []
-        for micro_batch in chunk:
-            loss, gradients = self.set.gradients(
-                partial(micro_batch.loss, ascent=True), through_rounding=self.through_rounding, also=also
-            )
-            part = micro_batch.share / share
-            losses.append(loss * part)
-            total = add_up(total, gradients, part)
-        return torch.stack(losses).sum(), total
+        return gradients_of(chunk, self.set, ascent=True, through_rounding=self.through_rounding, also=also)
 
     def state_dict(self) -> dict[str, Any]:
         """Where in the interval it is, and what it goes on with."""

@@ -31,7 +31,8 @@ Differs from ASGA:
   takes turns at every step).
 """
 
-from saqcli.algorithms.searchers.descent import Descent, Settings
+from saqcli.algorithms.searchers.descent import Descent
+from saqcli.algorithms.searchers.descent_settings import Settings
 from saqcli.algorithms.searchers.knapsack import best_choice, indifferent
 from saqcli.algorithms.searchers.problem import Found, SearchProblem
 from saqcli.algorithms.searchers.supernet import Scorer

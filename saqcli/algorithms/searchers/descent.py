@@ -3,82 +3,33 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saqcli import ranks
 from saqcli.algorithms.divergence import check_step
+from saqcli.algorithms.minimizers import Chunk
+from saqcli.algorithms.minimizers.batches import gradients_of
 from saqcli.algorithms.minimizers.passes import average_gradients, running_statistics
-from saqcli.algorithms.objective import cut
-from saqcli.algorithms.options import check_choice, check_count, check_flag, check_number
+from saqcli.algorithms.objective import cut, micro_batches
 from saqcli.algorithms.searchers.cosine import CosineRates
+from saqcli.algorithms.searchers.descent_settings import Settings
 from saqcli.algorithms.searchers.knapsack import best_choice
 from saqcli.algorithms.searchers.mixture import Mixtures
 from saqcli.algorithms.searchers.problem import Batches, SearchProblem, remaining
-from saqcli.algorithms.searchers.sharp_cost import BatchLoss
 from saqcli.algorithms.searchers.supernet import Supernet
-from saqcli.algorithms.sharpness import Gradients, Perturbation, PerturbedSet, RadiusUnit, add_up
-from saqcli.algorithms.steps import Before, Setbacks
-from saqcli.errors import ConfigError, TrainingDiverged
+from saqcli.algorithms.sharpness import Gradients, Perturbation, PerturbedSet, add_up
+from saqcli.algorithms.steps import Before, Setbacks, fitting
+from saqcli.errors import TrainingDiverged
 from saqcli.quant.layers import frozen_batch_stats
 from saqcli.units import format_quantity
 
-Align = Literal["sagm", "none"]
 RISE = 0.1  # of all steps, until the budget weighs in full
 THRIFT = 1e-3  # weight of the expected cost itself
 MEMORY = 0.9  # of the running mean of the gap
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How ASGA searches: its options.
-
-    Attributes:
-        epochs: passes over the images; a fraction ends within one.
-        step_images: of a batch, for one step.
-        rho_min: least radius.
-        rho_max: greatest radius, and the first.
-        rho_unit: ``deviation`` (of each layer's weights) or ``absolute``.
-        alignment: ``a``, how far the ascent is drawn back along the gradient, which aligns the two gradients.
-        align: ``sagm``, or ``none`` for the same search on the plain loss, without a second pass.
-        cost_weight: ``lambda``.
-        logit_lr: first learning rate of the logits.
-        temperature_end: softmax temperature at the last step, from 1 at the first; 1 keeps it.
-        bilevel: learn the logits on held-out images.
-
-    Raises:
-        ConfigError: a word that is not among an option's choices, or a number out of range.
-    """
-
-    epochs: float = 0.25
-    step_images: int = 32
-    rho_min: float = 0.01
-    rho_max: float = 0.1
-    rho_unit: RadiusUnit = "deviation"
-    alignment: float = 1e-3
-    align: Align = "sagm"
-    cost_weight: float = 3.0
-    logit_lr: float = 0.1
-    temperature_end: float = 1.0
-    bilevel: bool = False
-
-    def __post_init__(self) -> None:
-        check_number("epochs", self.epochs, 0)
-        if not self.epochs:
-            raise ConfigError(f"epochs {self.epochs!r} is not possible: give more than 0")
-        check_number("rho_min", self.rho_min, 0)
-        check_number("rho_max", self.rho_max, self.rho_min)
-        for option in ("alignment", "cost_weight", "logit_lr"):
-            check_number(option, getattr(self, option), 0)
-        check_number("temperature_end", self.temperature_end, 0.01)
-        check_count("step_images", self.step_images)
-        check_flag("bilevel", self.bilevel)
-        check_choice("rho_unit", self.rho_unit, get_args(RadiusUnit))
-        check_choice("align", self.align, get_args(Align))
 
 
 class Descent:
@@ -146,7 +97,8 @@ class Descent:
                 on_device = [tensor.to(problem.device) for tensor in (images, labels)]
                 for part in cut(on_device, max(1, self.settings.step_images // ranks.count())):
                     self.step(
-                        BatchLoss(self.model, *part),
+                        partial(micro_batches, self.model, part[0], part[1]),
+                        len(part[1]),
                         len(part[1]) / len(labels),
                         weights="weights" in learning,
                         logits="logits" in learning,
@@ -162,20 +114,35 @@ class Descent:
                 )
 
     def step(
-        self, loss: Callable[[], Tensor], share: float = 1.0, *, weights: bool = True, logits: bool = True
+        self,
+        parts: Callable[[int | None], Chunk],
+        images: int,
+        share: float = 1.0,
+        *,
+        weights: bool = True,
+        logits: bool = True,
     ) -> None:
-        """One update of weights, logits or both; ``loss`` runs the forward pass on that share of a batch."""
+        """One update of weights, logits or both.
+
+        Args:
+            parts: the images of the step, in micro-batches of at most that many.
+            images: how many these are on this rank.
+            share: of a batch.
+            weights: whether these learn.
+            logits: likewise.
+
+        Raises:
+            TrainingDiverged: the loss is no finite number, in many steps in a row.
+            DeviceMemoryError: out of memory, however small the micro-batches.
+        """
         self._schedule()
         learned = [*(self.weights if weights else ()), *(self.logits if logits else ())]
-        before = Before(self.model)
-        with nullcontext() if weights else frozen_batch_stats(self.model):
-            value, gradients = self.set.gradients(loss, also=learned)
-        members, total = gradients[: -len(learned)], gradients[-len(learned) :]
-        if self.settings.align == "sagm":
-            raised, norm, above = self._raised(loss, members, value, learned)
-            total = add_up(add_up([], total, 0.5), above, 0.5)
-        else:
-            raised, norm = value.clone(), torch.zeros_like(value)
+        before, note = Before(self.model), self.problem.progress.note
+        value, raised, norm, total = fitting(
+            lambda: self._passes(parts(self.setbacks.micro_batch), learned, weights),
+            before,
+            lambda: self.setbacks.halve(images, note),
+        )
         for parameter, gradient in zip(learned, total, strict=True):
             parameter.grad = gradient
         average_gradients(
@@ -185,7 +152,7 @@ class Descent:
             check_step(value, norm, raised)
         except TrainingDiverged as error:
             before.restore(random=False)
-            self.setbacks.leave_out(error, self.problem.progress.note)
+            self.setbacks.leave_out(error, note)
             self.done += share
             return
         self.setbacks.in_row = 0
@@ -201,18 +168,33 @@ class Descent:
         self._follow(float(value), gap)
         self.done += share
 
+    def _passes(
+        self, chunk: Chunk, learned: Sequence[nn.Parameter], weights: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+        """The loss, that at the perturbed point, the norm that must be finite too, and the gradients of the step."""
+        with nullcontext() if weights else frozen_batch_stats(self.model):
+            value, gradients = gradients_of(chunk, self.set, also=learned)
+        members, total = gradients[: -len(learned)], gradients[-len(learned) :]
+        if self.settings.align == "none":
+            return value, value.clone(), torch.zeros_like(value), total
+        raised, norm, above = self._raised(chunk, members, value, learned)
+        return value, raised, norm, add_up(add_up([], total, 0.5), above, 0.5)
+
     def _raised(
-        self, loss: Callable[[], Tensor], members: Gradients, value: Tensor, learned: Sequence[Tensor]
+        self, chunk: Chunk, members: Gradients, value: Tensor, learned: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Gradients]:
-        """The loss at the perturbed point, the norm that must be finite too, and the gradients there."""
+        """The loss at the perturbed point, the norm, and the gradients there."""
         unit = self.set.ascent(members, 1.0, self.settings.rho_unit)
         factor = self.rho - self.settings.alignment * unit.norm  # of e in units of s**2 g / ||s g||
         weights, parameters = ([factor * e for e in part] for part in (unit.weights, unit.parameters))
         moved = self.set.applied(Perturbation(weights, parameters, unit.norm))
+        raised, above = torch.zeros_like(value), list[Tensor | None]()
         with moved, frozen_batch_stats(self.model), torch.enable_grad():
-            raised = loss()
-            above = torch.autograd.grad(raised, learned, allow_unused=True)
-        return raised.detach(), unit.norm, list(above)
+            for loss, share in chunk:
+                part = loss()
+                above = add_up(above, list(torch.autograd.grad(part, learned, allow_unused=True)), share)
+                raised += part.detach() * share
+        return raised, unit.norm, above
 
     def _prices(self) -> Gradients:
         """Gradients to the logits of what the mixtures cost."""

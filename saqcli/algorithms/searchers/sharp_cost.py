@@ -5,15 +5,21 @@
 See ``samq``. A cost is a plain number: nothing is differentiated through it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from saqcli.algorithms.minimizers import Chunk
+from saqcli.algorithms.minimizers.batches import gradients_of
+from saqcli.algorithms.objective import micro_batches
 from saqcli.algorithms.searchers.supernet import Supernet
 from saqcli.algorithms.sharpness import PerturbedSet, RadiusUnit
+from saqcli.algorithms.steps import Before, Setbacks, fitting
 from saqcli.quant.cost import USE_MIDDLE
+
+T = TypeVar("T")
 
 
 class SharpCost:
@@ -26,6 +32,9 @@ class SharpCost:
         rho_unit: of it.
         cost_weight: of the penalty.
         reference: a choice whose loss on the same images is subtracted; None for nothing.
+
+    Attributes:
+        setbacks: how many images go through the supernet at a time, where memory does not suffice for all.
     """
 
     def __init__(
@@ -41,18 +50,16 @@ class SharpCost:
         self.supernet, self.perturbed, self.reference = supernet, perturbed, reference
         self.rho, self.cost_weight = rho, cost_weight
         self.rho_unit: RadiusUnit = rho_unit
+        self.setbacks = Setbacks()
 
     def __call__(self, choice: Sequence[int], images: Tensor, labels: Tensor) -> float:
         """R of ``choice`` on images (N, C, H, W) and labels (N,)."""
-        problem = self.supernet.problem
-        loss = BatchLoss(self.supernet.model, images.to(problem.device), labels.to(problem.device))
         there = 0.0
         if self.reference is not None:
             self.supernet.select(self.reference)
-            with torch.no_grad():
-                there = float(loss())
+            there = self.plainly(images, labels)
         self.supernet.select(choice)
-        return self.losses(loss)[1] - there + self.penalty(choice)
+        return self.losses(images, labels)[1] - there + self.penalty(choice)
 
     def penalty(self, choice: Sequence[int]) -> float:
         """How far ``choice`` misses the middle of the window, squared and weighed."""
@@ -61,35 +68,45 @@ class SharpCost:
         used = max(cost[index] / bound for index, bound in problem.budget.bounds())
         return self.cost_weight * (used / USE_MIDDLE - 1) ** 2
 
-    def losses(self, loss: "BatchLoss") -> tuple[float, float]:
+    def losses(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
         """The loss at the selected bits, and at the perturbed point; the same where the radius is 0."""
         if not self.rho:
-            with torch.no_grad():
-                value = float(loss())
+            value = self.plainly(images, labels)
             return value, value
-        value_there, gradients = self.perturbed.gradients(loss)
+        return self._fitting(self._losses, images, labels)
+
+    def plainly(self, images: Tensor, labels: Tensor) -> float:
+        """The loss at the selected bits."""
+        return self._fitting(_mean, images, labels)
+
+    def _losses(self, chunk: Chunk) -> tuple[float, float]:
+        value, gradients = gradients_of(chunk, self.perturbed)
         ascent = self.perturbed.ascent(gradients, self.rho, self.rho_unit)
-        with self.perturbed.applied(ascent), torch.no_grad():
-            return float(value_there), float(loss())
+        with self.perturbed.applied(ascent):
+            return float(value), _mean(chunk)
+
+    def _fitting(self, passes: Callable[[Chunk], T], images: Tensor, labels: Tensor) -> T:
+        """``passes`` over a batch, of as many images at a time as memory suffices for."""
+        problem, model = self.supernet.problem, self.supernet.model
+        images, labels = images.to(problem.device), labels.to(problem.device)
+        return fitting(
+            lambda: passes(micro_batches(model, images, labels, self.setbacks.micro_batch)),
+            Before(model),
+            lambda: self.setbacks.halve(len(labels), problem.progress.note),
+        )
 
     def sharpness(self, choice: Sequence[int]) -> float:
         """Mean rise of the loss to the perturbed point, over the scoring images."""
         problem = self.supernet.problem
         self.supernet.select(choice)
-        model = self.supernet.model.eval()
+        self.supernet.model.eval()
         rises = []
         for images, labels in problem.images.scoring:
-            value, sharp = self.losses(BatchLoss(model, images.to(problem.device), labels.to(problem.device)))
+            value, sharp = self.losses(images, labels)
             rises.append(sharp - value)
         return sum(rises) / len(rises)
 
 
-class BatchLoss:
-    """Mean cross-entropy of a model on a batch, as minimizers ask for it."""
-
-    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
-        self.model, self.images, self.labels = model, images, labels
-
-    def __call__(self, *, ascent: bool = False) -> Tensor:
-        """The loss; all images take part in the ascent."""
-        return F.cross_entropy(self.model(self.images).float(), self.labels)
+@torch.no_grad()
+def _mean(chunk: Chunk) -> float:
+    return float(sum(loss() * share for loss, share in chunk))

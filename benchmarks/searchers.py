@@ -32,8 +32,9 @@ from saqcli.progress import SILENT
 from saqcli.quant.bits import BitConfig, parse_bits
 from saqcli.quant.calibrate import InputStatistics
 from saqcli.workflows.calibration import calibrate, install_quantizers
-from saqcli.workflows.find_bits import find_bits, pose
+from saqcli.workflows.find_bits import ask, find_bits, pose
 from saqcli.workflows.optimization import make_objective, make_optimizer
+from saqcli.workflows.proxy import fit_proxy
 from saqcli.workflows.quantize import score
 from saqcli.workflows.setup import Images, Network, load_float, open_named, wrap_and_trace
 from saqcli.workflows.short_training import train
@@ -94,7 +95,10 @@ class Bench:
         """Search once; the policy and what it took."""
         config, busy = self.config(budget, name, seed), time.process_time()
         statistics_ = None if self.wanted.proxy else self.statistics
-        posed = pose(config, self.network, self.images(config), statistics_, SILENT)
+        asked = ask(config, self.network, self.images(config), SILENT)
+        if self.wanted.proxy:
+            fit_proxy(asked.searched, asked.images, config, SILENT)
+        posed = pose(config, asked, statistics_, SILENT)
         found = find_bits(config, posed, NO_MEMORY)
         bits = [bits.model_dump() for bits in found.policy.layers.values()]
         return {

@@ -70,6 +70,26 @@ def stop_here(monkeypatch: pytest.MonkeyPatch, phase: int, number: int) -> None:
     monkeypatch.setattr(SearchMemory, "offer", stopping)
 
 
+def stop_at(monkeypatch: pytest.MonkeyPatch, stage: str, position: list[int] | None) -> list[list[int]]:
+    """Let the search of this process get the signal in a stage: at that epoch and step, or as soon as may be.
+
+    Returns:
+        Filled with the epochs and steps of the stage.
+    """
+    offer = SearchMemory.offer
+    seen: list[list[int]] = []
+
+    def stopping(self: SearchMemory, state: Callable[[], dict[str, Any]], *, milestone: bool = False) -> None:
+        if self._file is self.run.search_states[stage]:  # type: ignore[index]
+            seen.append(state().get("position", []))
+            if position is None or seen[-1] == position:
+                signal.raise_signal(signal.SIGINT)
+        offer(self, state, milestone=milestone)
+
+    monkeypatch.setattr(SearchMemory, "offer", stopping)
+    return seen
+
+
 def figures(run: Path) -> dict[str, Any]:
     """What ``search.json`` says, less what is another in every run."""
     found: dict[str, Any] = json.loads((run / "search.json").read_text())

@@ -5,8 +5,8 @@ config.json       the resolved configuration
 policy.json       the bits of every layer
 search.json       how they were found, where a search found them; policy.png, policy.svg, pareto.* are its pictures
 metrics.jsonl     one object a line
-checkpoints/      last.ckpt: model, optimizer, random state, position in the epoch; search.ckpt: a search under way;
-                  *.previous.ckpt: the good one before each
+checkpoints/      last.ckpt: model, optimizer, random state, position in the epoch; search.ckpt: a search under way,
+                  proxy.ckpt: the network that it searches in; *.previous.ckpt: the good one before each
 artifacts/        model.safetensors, model.onnx
 report.md         what a person reads first
 .lock             which process is at work here, while one is
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from saqcli import ranks
 from saqcli.config import RunConfig
@@ -34,6 +34,7 @@ from saqcli.io.metrics import Metrics
 from saqcli.io.weights import sha256_of
 from saqcli.strict import parse_json, read_text
 
+Stage = Literal["proxy", "search"]  # fitting the network that is searched in its place; searching
 _FILES = [  # beside manifest.json
     *("config.json", "policy.json", "metrics.jsonl", "report.md", "search.json"),
     *("policy.png", "policy.svg", "pareto.json", "pareto.csv", "pareto.png", "pareto.svg"),
@@ -55,7 +56,9 @@ class RunDirectory:
         self.metrics_path = path / "metrics.jsonl"
         self._metrics = Metrics(self.metrics_path)
         self._checkpoint = CheckpointFile(self.checkpoint_path)
-        self._search_state = CheckpointFile(path / "checkpoints" / "search.ckpt")
+        self.search_states = {
+            stage: CheckpointFile(path / "checkpoints" / f"{stage}.ckpt") for stage in get_args(Stage)
+        }
         self._lock = Lock(path)
 
     @classmethod
@@ -165,7 +168,8 @@ class RunDirectory:
 
     def _holds_work(self) -> bool:
         """Whether starting over would lose anything."""
-        there = self._checkpoint.exists() or self._search_state.exists() or self.search_path.exists()
+        states = (self._checkpoint, *self.search_states.values())
+        there = self.search_path.exists() or any(state.exists() for state in states)
         return there or self.manifest().status in ("finished", "running")
 
     def manifest(self) -> RunManifest:
@@ -240,7 +244,7 @@ class RunDirectory:
             RunDirectoryError: it cannot be written; what was there is as it was.
         """
         if ranks.first():
-            self._save(self._checkpoint, {**state, "metrics": self._metrics.text()})
+            self.save(self._checkpoint, {**state, "metrics": self._metrics.text()})
 
     def load_checkpoint(self, note: Callable[[str], None] = lambda _: None) -> dict[str, Any] | None:
         """The last checkpoint that is whole, on the CPU, or None if there is none.
@@ -258,21 +262,14 @@ class RunDirectory:
         if ranks.first():
             self._metrics.restore((state or {}).get("metrics", ""))
 
-    def save_search(self, state: dict[str, Any]) -> None:
-        """Replace the state of the search under way, tensors and plain values only, and keep the one before."""
-        if ranks.first():
-            self._save(self._search_state, state)
-
-    def load_search(self, note: Callable[[str], None] = lambda _: None) -> dict[str, Any] | None:
-        """The state of a search that was stopped, or None; as ``load_checkpoint``."""
-        return ranks.from_first(lambda: self._search_state.load(note))
-
     def end_search(self) -> None:
         """The search is done: its state is not needed any more."""
         if ranks.first():
-            self._search_state.remove()
+            for state in self.search_states.values():
+                state.remove()
 
-    def _save(self, file: CheckpointFile, state: dict[str, Any]) -> None:
+    def save(self, file: CheckpointFile, state: dict[str, Any]) -> None:
+        """Replace what is in one of the ``search_states``; as ``save_checkpoint``, on the first rank."""
         self._check_there()
         file.save(state)
 

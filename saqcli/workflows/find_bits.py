@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from saqcli import ranks
-from saqcli.algorithms.searchers import SEARCHERS, Found, Searcher, SearchProblem
+from saqcli.algorithms.searchers import SEARCHERS, Found, Searcher, SearchImages, SearchProblem
 from saqcli.algorithms.searchers.problem import NO_IMAGES, Memory
 from saqcli.config import RunConfig
 from saqcli.errors import ConfigError
@@ -31,6 +31,26 @@ from saqcli.workflows.setup import Images, Network
 from saqcli.workflows.trainable import check_trains
 
 
+class Asked(NamedTuple):
+    """What is to be found, and in which network.
+
+    Attributes:
+        space: what may be chosen.
+        budget: that is to be met.
+        network: that the policy is for.
+        searched: the network that is searched: the same, or the proxy's.
+        images: of that network.
+        parts: of these, for the search.
+    """
+
+    space: SearchSpace
+    budget: Budget
+    network: Network
+    searched: Network
+    images: Images
+    parts: SearchImages
+
+
 class Posed(NamedTuple):
     """A problem and where it came from.
 
@@ -38,13 +58,11 @@ class Posed(NamedTuple):
         problem: without a memory yet.
         network: that the policy is for.
         searched: the network that is searched: the same, or the proxy's.
-        images: of that network.
     """
 
     problem: SearchProblem
     network: Network
     searched: Network
-    images: Images
 
 
 @dataclass(frozen=True)
@@ -127,20 +145,13 @@ def make_searcher(config: RunConfig) -> Searcher:
     return SEARCHERS[name].make(**options)
 
 
-def pose(
-    config: RunConfig,
-    network: Network,
-    images: Images | None,
-    statistics: Mapping[str, InputStatistics] | None,
-    progress: Progress,
-) -> Posed:
-    """The problem that the configuration poses; nothing is written.
+def ask(config: RunConfig, network: Network, images: Images | None, progress: Progress) -> Asked:
+    """What the configuration asks for; everything that can be refused before time is spent is refused.
 
     Args:
         config: resolved.
-        network: that the policy is for; left as it is.
+        network: that the policy is for.
         images: of the network; not used where the configuration has a proxy.
-        statistics: of the network's inputs, where they are known already.
         progress: told about everything.
 
     Raises:
@@ -154,24 +165,40 @@ def pose(
     searched = network
     if config.search.proxy is not None:
         searched, images = open_proxy(config, network, pick_device(config.run.device), progress)
-        statistics = None
     assert images is not None
     if SEARCHERS[config.quantization.searcher].trains:
         check_trains(searched.model, searched.name, searched.loaded.preprocessing, config)
     looks = SEARCHERS[config.quantization.searcher].looks or config.search.pareto > 0
-    to_search = search_images(images, config.search, progress) if looks else NO_IMAGES
+    parts = search_images(images, config.search, progress) if looks else NO_IMAGES
+    return Asked(space, budget, network, searched, images, parts)
+
+
+def pose(
+    config: RunConfig, asked: Asked, statistics: Mapping[str, InputStatistics] | None, progress: Progress
+) -> Posed:
+    """The problem of what was asked.
+
+    Args:
+        config: resolved.
+        asked: its networks are left as they are.
+        statistics: of the inputs of the network that is searched, where they are known already.
+        progress: told about everything.
+    """
+    training, searched = search_training(config), asked.searched
+    if statistics is None:
+        statistics = calibrate(searched, asked.images, config, progress)
     problem = SearchProblem(
         model=copy.deepcopy(searched.model),
-        space=space,
-        budget=budget,
+        space=asked.space,
+        budget=asked.budget,
         scheme=scheme_of(config),
-        statistics=calibrate(searched, images, config, progress) if statistics is None else statistics,
-        images=to_search,
+        statistics=statistics,
+        images=asked.parts,
         optimizer=lambda model: make_optimizer(model, training),
         seed=config.run.seed,
         progress=progress,
     )
-    return Posed(problem, network, searched, images)
+    return Posed(problem, asked.network, searched)
 
 
 def find_bits(config: RunConfig, posed: Posed, memory: Memory) -> Searched:

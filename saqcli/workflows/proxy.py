@@ -7,6 +7,7 @@ classifier that is trained in floating point before the search.
 
 import torch
 
+from saqcli.algorithms.searchers.problem import NO_MEMORY, Memory
 from saqcli.algorithms.training import Score
 from saqcli.config import DataSection, ModelSection, ProxySection, RunConfig
 from saqcli.errors import PolicyMismatch
@@ -31,7 +32,7 @@ def proxy_data(config: RunConfig) -> DataSection:
 def open_proxy(
     config: RunConfig, network: Network, device: torch.device, progress: Progress
 ) -> tuple[Network, Images]:
-    """The network of the same name, built for the proxy's images, and these.
+    """The network of the same name, built for the proxy's images, and these; not fitted to them yet.
 
     Raises:
         DataError: no images are there.
@@ -41,12 +42,8 @@ def open_proxy(
     seed_everything(config.run.seed)  # of a new classifier
     loaded = load_float(_section(config.model, proxy, data), progress, new_head=True)
     images = Images.training_alone(data, loaded.num_classes, loaded.preprocessing, device, config.run.seed)
-    loaded.model.to(device)
-    epochs = proxy.epochs if proxy.epochs is not None else (0 if loaded.trained else 1)
-    if epochs:
+    if _epochs(proxy, loaded):
         check_trains(loaded.model, loaded.name, loaded.preprocessing, config)
-        train_in_float(loaded, images, config, epochs, progress)
-    loaded.model.cpu()
     small = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
     small.model.to(device)
     names, wanted = ([layer.name for layer in each.costs.layers] for each in (small, network))
@@ -58,6 +55,43 @@ def open_proxy(
     return small, images
 
 
+def fit_proxy(
+    proxy: Network, images: Images, config: RunConfig, progress: Progress, memory: Memory = NO_MEMORY
+) -> None:
+    """Train the network in floating point on the proxy's images, as the settings of the search say, where its weights
+    are not of these.
+
+    Raises:
+        Interrupted: asked to stop; the memory holds what was done.
+    """
+    epochs = _epochs(config.search.proxy or ProxySection(), proxy.loaded)
+    if not epochs:
+        return
+
+    def note(score: Score) -> None:
+        progress.note(f"proxy: top-1 {score.top1:.2f} % in training, in floating point")
+
+    training = in_float(search_training(config), config.data.batch_size, epochs=epochs, schedule="cosine")
+    train(
+        proxy.model,
+        images,
+        training,
+        proxy.loaded.num_classes,
+        title="fitting the proxy, epoch",
+        progress=progress,
+        after_epoch=note,
+        memory=memory,
+    )
+    proxy.model.eval()
+
+
+def _epochs(proxy: ProxySection, loaded: LoadedModel) -> int:
+    """Of its training in floating point."""
+    if proxy.epochs is not None:
+        return proxy.epochs
+    return 0 if loaded.trained else 1
+
+
 def _section(model: ModelSection, proxy: ProxySection, data: DataSection) -> ModelSection:
     """The target's model section with what the proxy has otherwise."""
     classes, folder = proxy.num_classes, named_path(data.path or "")
@@ -66,19 +100,3 @@ def _section(model: ModelSection, proxy: ProxySection, data: DataSection) -> Mod
     given = {name: getattr(proxy, name) for name in ("input_size", "weights", "mean", "std")}
     given["num_classes"] = classes
     return model.model_copy(update={name: value for name, value in given.items() if value is not None})
-
-
-def train_in_float(
-    loaded: LoadedModel, images: Images, config: RunConfig, epochs: int, progress: Progress
-) -> None:
-    """Fit the network to the proxy before its layers are quantized, as the settings of the search say."""
-
-    def note(score: Score) -> None:
-        progress.note(f"proxy: top-1 {score.top1:.2f} % in training, in floating point")
-
-    training = in_float(search_training(config), config.data.batch_size, epochs=epochs, schedule="cosine")
-    title = "fitting the proxy, epoch"
-    train(
-        loaded.model, images, training, loaded.num_classes, title=title, progress=progress, after_epoch=note
-    )
-    loaded.model.eval()

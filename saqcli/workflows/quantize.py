@@ -41,7 +41,7 @@ from saqcli.workflows.bits import budget_of, check_bits, given_policy, space_of
 from saqcli.workflows.calibration import calibrate, install_quantizers, scheme_of
 from saqcli.workflows.determinism import deterministic_if_asked
 from saqcli.workflows.export import export_verified
-from saqcli.workflows.find_bits import make_searcher, pose
+from saqcli.workflows.find_bits import ask, make_searcher
 from saqcli.workflows.finetune import finetune
 from saqcli.workflows.optimization import check_training
 from saqcli.workflows.outcome import Outcome
@@ -100,9 +100,10 @@ def _on(
         if state is not None:
             run.end_search()  # a crash may have come between the first checkpoint and this
         if state is None:
+            know_images(run, images)
             begin(config, network, images, run, device, progress)
-            state = run.load_checkpoint()
-        return complete(config, run, state, device, progress)
+            return complete(config, run, run.load_checkpoint(), device, progress)
+        return complete(config, run, state, device, progress, resumed=True)
 
 
 def check(config: RunConfig) -> None:
@@ -146,7 +147,6 @@ def begin(
     progress: Progress,
 ) -> None:
     """Score the float model, choose bits, calibrate, score again; leave the first checkpoint."""
-    know_images(run, images)
     model = network.model
     validation = images.validation()
     float_score = score(model, validation, "evaluating float", device, progress)
@@ -190,7 +190,8 @@ def choose_bits(
         if ranks.first():
             write_text(run.policy_path, policy.to_json())
         return policy, Budget()
-    searched = search_and_stop(config, pose(config, network, images, statistics, progress), run)
+    asked = ask(config, network, images, progress)
+    searched = search_and_stop(config, asked, statistics, run, progress)
     keep_search(searched, config, run)
     return searched.policy, searched.budget
 
@@ -201,6 +202,8 @@ def complete(
     state: dict[str, Any] | None,
     device: torch.device,
     progress: Progress,
+    *,
+    resumed: bool = False,
 ) -> Outcome:
     """From the last checkpoint, ``state``, to the end: train, score, export, report."""
     if state is None:
@@ -213,7 +216,8 @@ def complete(
     outcome.policy = convert.active_bits(model, facts.policy.model, facts.policy.layers)
     model.to(device)
     images = ranks.together(lambda: open_images(config, facts, device))
-    know_images(run, images)
+    if resumed:
+        know_images(run, images)
     if config.training.epochs:
         classes = int(facts.build["num_classes"])
         teacher = _teacher(config, device, progress)

@@ -1,6 +1,7 @@
 """``saq search``: bits for every layer under a budget, and the front that a search found on the way.
 
-load        the network that the policy is for; with a proxy, also the one that is searched
+load        the network that the policy is for; with a proxy, also the one that is searched, which is fitted to its
+            images
 calibrate   what the inputs of all layers look like
 search      on parts of the training images; stopped at any step it goes on where it was
 write       policy.json, search.json, pictures
@@ -8,7 +9,7 @@ write       policy.json, search.json, pictures
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,15 @@ from saqcli.io.files import write_text
 from saqcli.io.interrupts import deferred_interrupts
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import SILENT, Progress
+from saqcli.quant.calibrate import InputStatistics
 from saqcli.strict import parse_object
 from saqcli.workflows.bits import budget_of, check_bits, space_of
 from saqcli.workflows.calibration import scheme_of
 from saqcli.workflows.determinism import deterministic_if_asked
-from saqcli.workflows.find_bits import Posed, Searched, find_bits, make_searcher, pose
+from saqcli.workflows.find_bits import Asked, Searched, ask, find_bits, make_searcher, pose
 from saqcli.workflows.pareto import Front, find_front, write_front
 from saqcli.workflows.pictures.policy import draw_policy
-from saqcli.workflows.proxy import proxy_data
+from saqcli.workflows.proxy import fit_proxy, proxy_data
 from saqcli.workflows.resuming import check_same, goes_on, know_images
 from saqcli.workflows.search_memory import SearchMemory
 from saqcli.workflows.search_results import SearchResults
@@ -91,26 +93,46 @@ def _on(
     if ranks.count() > 1:  # told once; a single process says first what can be reached
         section, network = config.quantization, prepared[0]
         ranks.together(lambda: space_of(section, network).check_reachable(budget_of(section, network)))
-    posed = pose(config, *prepared, None, progress)
+    asked = ask(config, *prepared, progress)
     run = RunDirectory.start(
         run_dir, config, resume=resume, overwrite=overwrite, verb="search", note=progress.note
     )
     with run.recorded():
-        know_images(run, posed.images)
-        results = keep_search(search_and_stop(config, posed, run), config, run)
+        know_images(run, asked.images)
+        results = keep_search(search_and_stop(config, asked, None, run, progress), config, run)
         run.finish(results)
         run.end_search()
     return results
 
 
-def search_and_stop(config: RunConfig, posed: Posed, run: RunDirectory) -> Searched:
+def search_and_stop(
+    config: RunConfig,
+    asked: Asked,
+    statistics: Mapping[str, InputStatistics] | None,
+    run: RunDirectory,
+    progress: Progress,
+) -> Searched:
     """What the searcher finds; a signal stops it where its memory can hold what was done.
+
+    Args:
+        config: resolved.
+        asked: what is to be found.
+        statistics: of the inputs of the network that the policy is for, where they are known already.
+        run: that keeps what was done.
+        progress: told about everything.
 
     Raises:
         Interrupted: a signal asked to stop.
     """
+    minutes = config.run.checkpoint_minutes
+    if config.search.proxy is not None:
+        statistics = None
+        with deferred_interrupts() as stop:
+            memory = SearchMemory(run, stop, minutes, progress.note, "proxy")
+            fit_proxy(asked.searched, asked.images, config, progress, memory)
+    posed = pose(config, asked, statistics, progress)
     with deferred_interrupts() as stop:
-        memory = SearchMemory(run, stop, config.run.checkpoint_minutes, posed.problem.progress.note)
+        memory = SearchMemory(run, stop, minutes, progress.note)
         searched = find_bits(config, posed, memory)
         memory.check()  # a signal may have come where nothing was offered
     return searched

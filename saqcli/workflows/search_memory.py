@@ -1,4 +1,4 @@
-"""What a search keeps in its run directory, so that it can be stopped at any step and go on."""
+"""What a search keeps in its run directory, so that it can be stopped at any step and go on: a file a stage."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 from saqcli import ranks
 from saqcli.algorithms.random_state import random_state, set_random_state
 from saqcli.io.interrupts import StopRequest
-from saqcli.io.runs import RunDirectory
+from saqcli.io.runs import RunDirectory, Stage
 from saqcli.workflows.resuming import stop_if_asked
 
 
@@ -19,6 +19,7 @@ class SearchMemory:
         stop: tells whether a signal came.
         minutes: between two saves.
         note: told when the newest state is damaged.
+        stage: of the search.
     """
 
     def __init__(
@@ -27,8 +28,10 @@ class SearchMemory:
         stop: StopRequest,
         minutes: float,
         note: Callable[[str], None] = lambda _: None,
+        stage: Stage = "search",
     ) -> None:
         self.run, self.stop, self.minutes = run, stop, minutes
+        self._file = run.search_states[stage]
         self._note = note
         self._saved_at = time.monotonic()
         self._random: dict[str, Any] | None = None
@@ -39,7 +42,7 @@ class SearchMemory:
         Raises:
             RunDirectoryError: damaged.
         """
-        kept = self.run.load_search(self._note)
+        kept = ranks.from_first(lambda: self._file.load(self._note))
         if kept is None:
             return None
         randoms = kept["ranks"]
@@ -56,7 +59,9 @@ class SearchMemory:
         due = ranks.first() and time.monotonic() - self._saved_at > 60 * self.minutes
         if not ranks.any_of(due or milestone or bool(self.stop.signal)):
             return
-        self.run.save_search({"search": state(), "ranks": ranks.gathered(random_state())})
+        kept = {"search": state(), "ranks": ranks.gathered(random_state())}
+        if ranks.first():
+            self.run.save(self._file, kept)
         self._saved_at = time.monotonic()
         self.check()
 

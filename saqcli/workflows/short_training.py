@@ -1,9 +1,13 @@
-"""Training from beginning to end in one go, without checkpoints: for what is over in minutes."""
+"""Training from beginning to end, for what is over in minutes: no validation, no metrics, one file to go on from."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from torch import nn
 
+from saqcli import ranks
+from saqcli.algorithms.searchers.problem import NO_MEMORY, Memory
 from saqcli.algorithms.steps import Setbacks
 from saqcli.algorithms.training import EpochSettings, Meter, Score, train_epoch
 from saqcli.config import TrainingSection
@@ -21,8 +25,9 @@ def train(
     title: str = "epoch",
     progress: Progress = SILENT,
     after_epoch: Callable[[Score], None] = lambda score: None,
+    memory: Memory = NO_MEMORY,
 ) -> Score:
-    """Train for all epochs; the score of the last one, in training.
+    """Train for all epochs, from where the memory left off; the score of the last one, in training.
 
     Args:
         model: on the device of the images.
@@ -31,37 +36,65 @@ def train(
         num_classes: logits of the model.
         title: of an epoch, in front of its number.
         progress: told about every step.
-        after_epoch: called with the score of each.
+        after_epoch: called with the score of each, in training.
+        memory: for what would be lost.
 
     Raises:
         ConfigError: settings that optimizer, schedule or minimizer do not take.
         TrainingDiverged: the loss is no number any more.
+        Interrupted: asked to stop; the memory holds what was done.
     """
     loader = images.training()
     optimizer = make_optimizer(model, training)
     schedule = make_schedule(optimizer, training, len(loader))
     minimizer = make_minimizer(model, optimizer, training, max(images.preprocessing.input_size[1:]))
     objective = make_objective(training, images.device, num_classes)
-    setbacks = Setbacks(training.micro_batch, patience=training.skip_steps)
+    setbacks, meter = Setbacks(training.micro_batch, patience=training.skip_steps), Meter()
+    begin, done = 0, 0
+    if (kept := memory.load()) is not None:
+        for part, name in ((model, "model"), (optimizer, "optimizer"), (minimizer, "minimizer")):
+            part.load_state_dict(kept[name])
+        vars(setbacks).update(kept["setbacks"])
+        if ranks.first():  # takes over the figures of all
+            vars(meter).update(kept["meter"])
+        begin, done = kept["position"]
+        memory.restore_random()
     score = Score()
-    for epoch in range(training.epochs):
+    for epoch in range(begin, training.epochs):
+
+        def state(step: int, epoch: int = epoch) -> dict[str, Any]:
+            return {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "minimizer": minimizer.state_dict(),
+                "setbacks": vars(setbacks),
+                "meter": vars(meter.over_ranks()),
+                "position": [epoch, step],
+            }
 
         def after_step(step: int, start: int = epoch * len(loader)) -> None:
             schedule.step_update(start + step)
+            if not setbacks.in_row:
+                memory.offer(partial(state, step))
 
         settings = EpochSettings(
             objective=objective,
             device=images.device,
             sharpness_batch=training.sharpness_batch,
             after_step=after_step,
+            after_skip=memory.restore_random,
             setbacks=setbacks,
             note=progress.note,
         )
-        after_step(0)
+        schedule.step_update(epoch * len(loader) + done)
         loader.set_epoch(epoch)
         with progress.task(f"{title} {epoch + 1} of {training.epochs}", len(loader)) as task:
-            score = train_epoch(model, minimizer, loader, task, settings, Meter())
+            task.advance(done)
+            score = train_epoch(model, minimizer, loader, task, settings, meter, skip=done)
         after_epoch(score)
+        meter.clear()
+        done = 0
+        memory.offer(partial(state, 0, epoch + 1), milestone=True)
     return score
 
 

@@ -9,7 +9,17 @@ from typer.testing import CliRunner
 
 from saqcli.cli import app
 from tests.command_line import answer, last_error, saq
-from tests.processes import STOPPED, figures, finish, network_options, start, stop_here, stop_in_phase
+from tests.digits import MODEL
+from tests.processes import (
+    STOPPED,
+    figures,
+    finish,
+    network_options,
+    start,
+    stop_at,
+    stop_here,
+    stop_in_phase,
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +81,38 @@ def test_a_search_stopped_by_a_signal_goes_on_to_the_same_policy(
     assert figures(run) == figures(whole)
     assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
     assert not (run / "checkpoints" / "search.ckpt").exists()
+
+
+def test_fitting_the_network_of_a_proxy_goes_on_too(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped within its training, twice, between two epochs of it, and in the search that follows."""
+    command = (
+        *("search", MODEL, "--num-classes", 100, "--in-chans", 1, "--input-size", 32, "--no-pretrained"),
+        *("--mean", 0.305, "--std", 0.376, "--data", digits / "images", "--budget", "w4a4"),
+        *("--proxy", "input_size=16,epochs=2", "--batch-size", 128, "--workers", 0),
+        *("--search-images", 96, "--scoring-images", 32, "--searcher", "random"),
+        *("--set", "search.options.random.draws=3"),
+    )
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    answer(*command, "--run-dir", whole)
+    steps = 11
+    again: tuple[object, ...] = (*command, "--run-dir", run)
+    next_step = [0, 1]
+    for stage, position in (
+        ("proxy", [0, 4]), ("proxy", [0, steps]), ("proxy", [1, 0]), ("proxy", [1, 3]), ("search", None),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            seen = stop_at(patch, stage, position)
+            stopped = saq(*again, "--quiet")
+        assert stopped.exit_code == 130, stopped.stderr
+        assert (run / "checkpoints" / f"{stage}.ckpt").exists()
+        again = ("search", "--run-dir", run, "--resume")
+        if position is not None:
+            assert seen[0] == next_step
+            next_step = [1, 0] if position == [0, steps] else [position[0], position[1] + 1]
+
+    answer("search", "--run-dir", run, "--resume")
+    assert (run / "policy.json").read_bytes() == (whole / "policy.json").read_bytes()
+    assert figures(run) == figures(whole)
+    assert not list((run / "checkpoints").iterdir())

@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as the command line does; no test reaches the network
 
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs behind its back ignore it
 
 # Files that take longest, for the processes to end at about the same time. The first learns the digits for all.
 LONGEST = """

@@ -15,7 +15,9 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as the command line does;
 
 import pytest
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs behind its back ignore it
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell lets what it runs behind its back ignore it
 
 # Files that take longest, for the processes to end at about the same time. The first learns the digits for all.
 LONGEST = """

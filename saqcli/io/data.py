@@ -125,7 +125,8 @@ def subset(split: Split, count: int, seed: int) -> Split:
 
     The same (split, seed) gives the same order whatever the count, so that a smaller subset is the beginning
     of a larger one, and classes take turns, so that its first batch shows many of them. Where the labels are
-    not known beforehand (hfds/) the draw is uniform; of shards (wds/) whole ones are drawn, all but the last.
+    not known beforehand (hfds/) the draw is uniform; shards (wds/) give their first images, a few each, and a
+    smaller subset is a part of a larger one.
 
     Raises:
         DataError: a stream, which cannot be drawn from.
@@ -165,7 +166,7 @@ def _order(split: Split, seed: int) -> list[int]:
 def divide(split: Split, share: float, seed: int) -> tuple[Split, Split]:
     """Two parts of ``split``, each with its part of every class: ``share`` of the images, and the rest.
 
-    Of shards (wds/), whose labels are not known beforehand, the parts are whole shards but for one.
+    Of shards (wds/), whose labels are not known beforehand, the first part is the beginnings of all of them.
 
     Raises:
         DataError: a stream, or a part without an image.

@@ -18,6 +18,9 @@ from torch.utils.data import get_worker_info
 from saqcli.io.archives import Member, Part, read_part
 
 MIXED = 2048  # images that a worker holds, still encoded, to draw the next one from
+TOGETHER = (
+    8  # images that are taken from a file before it is the turn of the next, where a part of all is wanted
+)
 
 
 @dataclass
@@ -67,11 +70,17 @@ class Shards:
         """Nothing: a worker asks torch which one it is."""
 
     def divide(self, count: int, seed: int) -> tuple["Shards", "Shards"]:
-        """``count`` images out of as few files as can be, drawn by ``seed``, and all others."""
+        """``count`` images from the beginnings of files drawn by ``seed``, a few of each in turn, and all others.
+
+        Files may hold a class each, and reading the beginning of one does not take its whole.
+        """
         parts = _shuffled(self.parts, np.random.SeedSequence(seed))
-        total = sum(map(len, parts))
-        first, rest = _cut(parts, 0, count), _cut(parts, count, total)
-        return replace(self, parts=first), replace(self, parts=rest)
+        taken = _in_turns([len(part) for part in parts], count)
+        first = [replace(part, stop=part.start + n) for part, n in zip(parts, taken, strict=True) if n]
+        rest = [
+            replace(part, start=part.start + n) for part, n in zip(parts, taken, strict=True) if n < len(part)
+        ]
+        return replace(self, parts=tuple(first)), replace(self, parts=tuple(rest))
 
     def __iter__(self) -> Iterator[tuple[Member, int]]:
         """Each image of this worker once.
@@ -105,6 +114,18 @@ def _cut(parts: Sequence[Part], first: int, last: int) -> tuple[Part, ...]:
             kept.append(replace(part, start=part.start + start, stop=part.start + stop))
         first, last = first - len(part), last - len(part)
     return tuple(kept)
+
+
+def _in_turns(available: Sequence[int], count: int) -> list[int]:
+    """How many of ``count`` each gives, ``TOGETHER`` at a time for as long as it has some."""
+    taken = [0] * len(available)
+    left = min(count, sum(available))
+    while left:
+        for place, most in enumerate(available):
+            given = min(TOGETHER, most - taken[place], left)
+            taken[place] += given
+            left -= given
+    return taken
 
 
 def _shuffled(parts: Sequence[Part], seeds: np.random.SeedSequence) -> tuple[Part, ...]:

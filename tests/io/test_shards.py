@@ -85,17 +85,30 @@ def test_a_training_epoch_follows_from_its_seed_and_number(
     assert seen(load(opened(folder, "train"), **options, seed=1), 0) != first
 
 
-def test_parts_share_no_image_and_a_subset_is_the_beginning_of_a_larger_one(folder: Path) -> None:
+def test_parts_share_no_image_and_a_subset_is_part_of_a_larger_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "TOGETHER", 2)
     split = opened(folder, "train")
-    small, large = (seen(load(subset(split, count, seed=3))) for count in (4, 15))
-    assert len(small) == 4
-    assert large[:4] == small
-    assert seen(load(split, limit=4, seed=3)) == small
+    small, large, whole = (seen(load(subset(split, count, seed=3))) for count in (8, 15, 99))
+    assert (len(small), len(large), sorted(whole)) == (8, 15, list(range(COUNT)))
+    assert set(small) < set(large)
+    assert seen(load(split, limit=8, seed=3)) == small
+    assert set(small) != set(seen(load(subset(split, 8, seed=1))))
     held_out, rest = (seen(load(part)) for part in divide(subset(split, 20, seed=3), 0.3, seed=1))
     assert len(held_out) == 6
     assert Counter(held_out + rest) == Counter(seen(load(subset(split, 20, seed=3))))
     with pytest.raises(DataError, match="is a stream, from which no images can be drawn"):
         some_classes(split, 2, seed=0)
+
+
+def test_a_few_images_come_from_many_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where files hold a class each, calibration sees more than the first one."""
+    monkeypatch.setattr(shards_module, "TOGETHER", 2)
+    file_of = [number for number, size in enumerate(SIZES) for _ in range(size)]
+    for seed in range(3):
+        files = {file_of[image] for image in seen(load(subset(opened(folder, "train"), 9, seed)))}
+        assert files == {0, 1, 2, 4, 5}
 
 
 @pytest.mark.filterwarnings("ignore")  # timm leaves the files open

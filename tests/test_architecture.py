@@ -37,6 +37,7 @@ FAMILIES = {
         "alternation",
         "sharp_cost",
         "cosine",
+        "batch_sums",
         "descent",
         "descent_settings",
         "mixture",

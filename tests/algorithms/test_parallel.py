@@ -12,10 +12,13 @@ from torch.nn import functional as F
 
 from saqcli import ranks
 from saqcli.algorithms.objective import Objective
+from saqcli.algorithms.searchers.hawq import HAWQ
+from saqcli.algorithms.searchers.sensitivity import Sensitivity
 from saqcli.algorithms.steps import Setbacks, Stepper
 from saqcli.algorithms.training import Meter, evaluate
 from saqcli.progress import SILENT
 from tests.joined import ranks_run
+from tests.searching import fresh, tiny_problem
 
 METHODS: dict[str, dict[str, Any]] = {
     "qat": {},
@@ -108,6 +111,22 @@ def test_evaluation_by_ranks_is_that_of_one_process_bit_for_bit() -> None:
     assert {together["images"] for together, _ in found} == {59}
     for together, alone in found:
         assert together == alone
+
+
+def measured() -> dict[str, Any]:
+    """What the searchers that measure one batch after the other find."""
+    problem = tiny_problem("residual")
+    return {
+        "hawq": HAWQ(samples=2).traces(fresh(problem)),
+        "sensitivity": Sensitivity().losses(fresh(problem)),
+    }
+
+
+def test_what_searchers_measure_is_shared_out_and_the_same_bit_for_bit() -> None:
+    """Three ranks, two batches."""
+    alone = measured()
+    for found in ranks_run(3, measured):
+        assert found == alone
 
 
 def metered() -> dict[str, Any]:

@@ -17,14 +17,15 @@ HAWQ-V3 (arXiv:2011.10680).
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saqcli import ranks
 from saqcli.algorithms.hessian import HessianProduct, twice_differentiable
 from saqcli.algorithms.options import check_count
+from saqcli.algorithms.searchers.batch_sums import sums_over_batches
 from saqcli.algorithms.searchers.knapsack import best_choice
 from saqcli.algorithms.searchers.problem import Batch, Found, SearchProblem
 from saqcli.algorithms.searchers.separable import OPERANDS, Losses, Operand, add_losses, measure_noise
@@ -66,17 +67,16 @@ class HAWQ:
         """Trace of the Hessian of the mean loss, of every layer's weights and of an image's inputs."""
         batches = self._batches(problem)
         count = sum(len(labels) for _, labels in batches)
-        kept: dict[str, Any] = problem.memory.load() or {"done": 0, "sums": {}}
-        sums: dict[str, float] = kept["sums"]
         layers = quantized_layers(problem.model.eval())
-        with problem.progress.task("Hessian traces", len(batches)) as task:
-            task.advance(kept["done"])
-            for index in range(kept["done"], len(batches)):
+        with problem.progress.task("Hessian traces", -(-len(batches) // ranks.count())) as task:
+
+            def measure(index: int) -> Iterator[tuple[str, float]]:
                 generator = torch.Generator().manual_seed(problem.seed * 1_000_003 + index)
                 for key, value in self._batch_traces(problem.model, layers, batches[index], generator):
-                    sums[key] = sums.get(key, 0.0) + value / count
+                    yield key, value / count
                 task.advance(images=len(batches[index][1]))
-                problem.memory.offer(lambda done=index + 1: {"done": done, "sums": sums})  # type: ignore[misc]
+
+            sums = sums_over_batches(len(batches), measure, problem.memory, task.advance)
         return {
             (name, operand): sums.get(f"{operand} {name}", 0.0) for name in layers for operand in OPERANDS
         }

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saqcli import ranks
+from saqcli.algorithms.searchers.batch_sums import sums_over_batches
 from saqcli.algorithms.searchers.knapsack import best_choice
 from saqcli.algorithms.searchers.problem import Batch, Found, SearchProblem
 from saqcli.algorithms.searchers.separable import Losses
@@ -47,25 +49,27 @@ class Sensitivity:
     def losses(self, problem: SearchProblem) -> Losses:
         """Mean rise of the loss on the scoring images, of every option by decision."""
         decisions = problem.space.decisions
-        kept: dict[str, Any] = problem.memory.load() or {
-            "done": 0,
-            "sums": [[0.0] * len(decision.options) for decision in decisions],
-        }
-        sums: Losses = kept["sums"]
         batches = problem.images.scoring
         plain = {"weight_normalization": False, "clip_init": "error"}
         supernet = Supernet(replace(problem, scheme=problem.scheme.model_copy(update=plain)))
         quantizers = _Quantizers(supernet.model.eval())
-        trials = len(batches) * sum(len(decision.options) for decision in decisions)
-        with problem.progress.task("one layer at a time", trials) as task:
-            task.advance(kept["done"] * trials // max(len(batches), 1))
-            for number in range(kept["done"], len(batches)):
+        trials = sum(len(decision.options) for decision in decisions)
+        with problem.progress.task("one layer at a time", -(-len(batches) // ranks.count()) * trials) as task:
+
+            def measure(number: int) -> Iterator[tuple[str, float]]:
                 for decision, option, rise in _rises(supernet, batches[number], quantizers):
-                    sums[decision][option] += rise
                     task.advance(images=len(batches[number][1]))
-                problem.memory.offer(lambda done=number + 1: {"done": done, "sums": sums})  # type: ignore[misc]
+                    yield f"{decision} {option}", rise
+
+            def pass_over(batches: int) -> None:
+                task.advance(batches * trials)
+
+            sums = sums_over_batches(len(batches), measure, problem.memory, pass_over)
         count = sum(len(labels) for _, labels in batches)
-        return [[value / count for value in row] for row in sums]
+        return [
+            [sums[f"{number} {option}"] / count for option in range(len(decision.options))]
+            for number, decision in enumerate(decisions)
+        ]
 
 
 def _rises(supernet: Supernet, batch: Batch, quantizers: "_Quantizers") -> Iterator[tuple[int, int, float]]:

@@ -49,13 +49,23 @@ SEARCHES = {
     "samq": ("epochs=1", "options.samq.warmup=0", "options.samq.draws=2"),
     "asga": ("epochs=1",),
     "sensitivity": (),
-    "random": ("options.random.count=6",),
+    "random": ("options.random.draws=6",),
+    "random by proxy": ("options.random.draws=6",),
 }
 
 
 def search_options(name: str, budget: str) -> list[str]:
     given = [f"search.{setting}" for setting in (*SEARCHES[name], "scoring_images=16")]
-    return ["--searcher", name, budget, "w4a4", *(word for text in given for word in ("--set", text))]
+    searcher, _, proxy = name.partition(" ")
+    by = ["--proxy", "epochs=2"] if proxy else []
+    return [
+        "--searcher",
+        searcher,
+        budget,
+        "w4a4",
+        *by,
+        *(word for text in given for word in ("--set", text)),
+    ]
 
 
 @pytest.fixture(scope="module")

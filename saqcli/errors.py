@@ -132,5 +132,5 @@ class StoppedElsewhere(SaqError):
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is how Python, torch on a GPU or a CPU, or ONNX Runtime says that memory has run out."""
-    words = ("out of memory", "allocate memory", "not enough memory")
+    words = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(part in str(error) for part in words)

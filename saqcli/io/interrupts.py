@@ -71,6 +71,11 @@ def held_back_signals() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
         yield
         return
+    import multiprocessing
+    from multiprocessing import resource_tracker
+
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # or it is begun within the context, and lets signals through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _ASK_TO_STOP)
     try:
         yield

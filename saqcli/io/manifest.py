@@ -56,7 +56,8 @@ class RunManifest(BaseModel):
         versions: of saq and of what its numbers depend on.
         circumstances: under which it was made: one, and another for each time that it was resumed under others;
             empty in manifests of earlier versions.
-        images: a line for each split, which says what images it holds (see ``fingerprints.py``).
+        images: a line for each split, and for those of a proxy beside it, which says what images it holds (see
+            ``fingerprints.py``).
         artifacts: relative path to SHA-256.
         results: the figures that ``saq quantize`` printed.
     """

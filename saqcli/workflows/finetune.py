@@ -136,6 +136,7 @@ def finetune(
             meter.clear()
             setbacks.skipped = 0
             save(epoch + 1, 0)
+        stop_if_asked(stop, run, "the work so far")  # all epochs may have been done before
     if average:
         model.load_state_dict(average.state_dict())
 

@@ -190,7 +190,9 @@ def choose_bits(
         if ranks.first():
             write_text(run.policy_path, policy.to_json())
         return policy, Budget()
-    asked = ask(config, network, images, progress)
+    asked = ranks.together(lambda: ask(config, network, images, progress))
+    if config.search.proxy is not None:
+        know_images(run, asked.images, of="proxy ")
     searched = search_and_stop(config, asked, statistics, run, progress)
     keep_search(searched, config, run)
     return searched.policy, searched.budget

@@ -48,20 +48,26 @@ def stopped(run: RunDirectory, what: str, exit_code: int) -> SaqError:
     return ranks.agreed(Interrupted(message, exit_code))
 
 
-def know_images(run: RunDirectory, images: Images) -> None:
+def know_images(run: RunDirectory, images: Images, of: str = "") -> None:
     """Note which images a run starts with, on all ranks the same, or check that it goes on with these.
+
+    Args:
+        run: whose manifest holds them.
+        images: as they are now.
+        of: goes before the names of their splits, where a run has others beside its own.
 
     Raises:
         DataError: others are there now, or on another host.
     """
-    kept = ranks.from_first(lambda: run.manifest().images)
+    known = ranks.from_first(lambda: run.manifest().images)
+    kept = {name.removeprefix(of): line for name, line in known.items() if name in (f"{of}train", f"{of}val")}
     if kept:
         ranks.together(lambda: images.check_fingerprints(kept))
         return
     now = images.fingerprints()
     mine = ranks.from_first(lambda: now)
     ranks.together(lambda: images.check_fingerprints(mine, then="the first process sees"))
-    run.note_images(now)
+    run.note_images(known | {f"{of}{name}": line for name, line in now.items()})
 
 
 def check_same(run: RunDirectory, config: RunConfig) -> None:

@@ -29,7 +29,7 @@ from saqcli.io.runs import RunDirectory
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.calibrate import InputStatistics
 from saqcli.strict import parse_object
-from saqcli.workflows.bits import budget_of, check_bits, space_of
+from saqcli.workflows.bits import check_bits
 from saqcli.workflows.calibration import scheme_of
 from saqcli.workflows.determinism import deterministic_if_asked
 from saqcli.workflows.find_bits import Asked, Searched, ask, find_bits, make_searcher, pose
@@ -90,10 +90,7 @@ def _on(
             parse_object(SearchResults, done.results, f"{run_dir}/manifest.json, results", RunDirectoryError)
             return done.results
     prepared = ranks.together(lambda: prepare_search(config, device, progress))
-    if ranks.count() > 1:  # told once; a single process says first what can be reached
-        section, network = config.quantization, prepared[0]
-        ranks.together(lambda: space_of(section, network).check_reachable(budget_of(section, network)))
-    asked = ask(config, *prepared, progress)
+    asked = ranks.together(lambda: ask(config, *prepared, progress))
     run = RunDirectory.start(
         run_dir, config, resume=resume, overwrite=overwrite, verb="search", note=progress.note
     )
@@ -130,6 +127,7 @@ def search_and_stop(
         with deferred_interrupts() as stop:
             memory = SearchMemory(run, stop, minutes, progress.note, "proxy")
             fit_proxy(asked.searched, asked.images, config, progress, memory)
+            memory.check()
     posed = pose(config, asked, statistics, progress)
     with deferred_interrupts() as stop:
         memory = SearchMemory(run, stop, minutes, progress.note)
@@ -173,12 +171,16 @@ def prepare_search(
 
 def keep_search(searched: Searched, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
     """Write policy, figures and pictures; what ``--json`` prints."""
-    costs = searched.posed.problem.space.costs
-    results = searched.to_dict()
     count, widths = config.search.pareto, config.quantization.candidates
+    results = searched.to_dict()  # by all ranks, as it may have to be scored
     front = pareto(searched, count, widths) if count else None
-    if not ranks.first():
-        return results
+    return ranks.from_first(lambda: _write(searched, results, front, run))
+
+
+def _write(
+    searched: Searched, results: dict[str, Any], front: Front | None, run: RunDirectory
+) -> dict[str, Any]:
+    costs = searched.posed.problem.space.costs
     write_text(run.policy_path, searched.policy.to_json())
     files = draw_policy(
         searched.policy, costs, run.path / "policy", f"{searched.policy.model}, {searched.searcher}"

@@ -157,7 +157,7 @@ class Images:
         return cls(split, split, preprocessing, section, device, seed)
 
     def fingerprints(self) -> dict[str, str]:
-        """Which images these are: a line of text for ``train`` and for ``val``, to be kept in a checkpoint."""
+        """Which images these are: a line of text for ``train`` and for ``val``, to be kept by the run."""
         return {"train": fingerprint(self.train), "val": fingerprint(self.val)}
 
     def check_fingerprints(self, kept: Mapping[str, str], then: str = "the run started with") -> None:

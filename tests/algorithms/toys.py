@@ -179,8 +179,14 @@ def layers_of(problem: SearchProblem) -> dict[str, Any]:
     return dict(quantized_layers(problem.model))
 
 
-def runs_out_of_memory(most: int, *hooked: Any) -> None:
-    """A forward hook: the device holds that many images; to be told once batch norms have moved."""
+def runs_out_of_memory(most: int, *hooked: Any, passes: list[int] | None = None) -> None:
+    """A forward hook: the device holds that many images; to be told once batch norms have moved.
+
+    ``passes`` counts down: how often it is told later than it could be.
+    """
     _, (images, *_), _ = hooked
     if len(images) > most:
+        if passes and passes[0]:
+            passes[0] -= 1
+            return
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

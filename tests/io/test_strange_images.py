@@ -6,11 +6,14 @@ import multiprocessing
 import os
 import signal
 import struct
+import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -228,6 +231,15 @@ def test_a_reader_that_is_killed_within_an_epoch_is_told_soon(folder: Path, trai
     assert time.monotonic() - started < 60
 
 
+def begin_later(begin: Callable[[int], None], started: Any, worker: int) -> None:
+    """What a reader does first; before that it waits, or afterwards until all have done it."""
+    if started is None:
+        time.sleep(0.5)
+    begin(worker)
+    if started is not None:
+        started.wait(60)
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal")
 @pytest.mark.parametrize("beginning", [False, True])
 def test_readers_outlive_the_signal_that_the_whole_group_gets(folder: Path, beginning: bool) -> None:
@@ -236,18 +248,10 @@ def test_readers_outlive_the_signal_that_the_whole_group_gets(folder: Path, begi
         (folder / "val" / "cat" / f"{number}.png").write_bytes(encoded("png"))
     started = multiprocessing.Barrier(3)
     loader = load(opened(folder), 2, training=True)
-    begin = loader._inner.worker_init_fn
-
-    def begin_together(worker: int) -> None:
-        if beginning:  # signals come long before the reader has done anything
-            time.sleep(0.5)
-        begin(worker)
-        if not beginning:
-            started.wait(60)
-
-    loader._inner.worker_init_fn = begin_together
+    inner = loader._inner
+    inner.worker_init_fn = partial(begin_later, inner.worker_init_fn, None if beginning else started)
     before = set(multiprocessing.active_children())
-    batches = iter(loader._inner)
+    batches = iter(inner)
     readers = [child for child in multiprocessing.active_children() if child not in before]
     assert len(readers) == 2
     if not beginning:
@@ -280,3 +284,16 @@ def test_readers_end_with_the_loader_that_they_read_for(folder: Path, training: 
     finally:
         gc.enable()
     assert [reader.exitcode for reader in readers] == [0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_readers_are_ready_for_signals_however_they_are_started(method: str) -> None:
+    code = (
+        f"import multiprocessing, sys, pytest; multiprocessing.set_start_method({method!r}); "
+        "sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    test = f"{__file__}::{test_readers_outlive_the_signal_that_the_whole_group_gets.__name__}"
+    command = [sys.executable, "-c", code, "-n", "0", "-q", "-p", "no:cacheprovider", test]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stdout

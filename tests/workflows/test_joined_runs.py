@@ -262,10 +262,12 @@ def drawing(rank: int) -> None:
 
 def test_all_processes_search_with_the_same_bits(few: list[object], tmp_path: Path) -> None:
     options = ("search", *few, "--batch-size", 32, "--workers", 0, *STOPPED, "--run-dir", tmp_path / "run")
-    ended = ranks_saq(2, *options, "--json", before=drawing)
+    ended = ranks_saq(2, *options, before=drawing)
 
     assert [code for code, _, _ in ended] == [0, 0], ended
-    found = json.loads(ended[0][1])
+    assert "samq found" in ended[0][1]
+    assert ended[1][1:] == ("", "")
+    found = json.loads((tmp_path / "run" / "search.json").read_text())
     assert 0.985 * found["budget_bops"] <= found["bops"] <= found["budget_bops"]
     assert json.loads((tmp_path / "run" / "policy.json").read_text())["layers"] == found["policy"]
 

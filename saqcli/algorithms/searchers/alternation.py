@@ -257,7 +257,7 @@ class Alternation:
         self.optimizer.load_state_dict(kept["optimizer"])
         self.minimizer.load_state_dict(kept["minimizer"])
         vars(self.stepper.setbacks).update(kept["setbacks"])
-        self.cost.setbacks.micro_batch = kept["micro_batch"]
+        self.cost.setbacks.micro_batch = kept.get("micro_batch")
         self.learner.load_state_dict(kept["learner"])
         self.generator.set_state(kept["generator"])
         self.best = None if kept["best"] is None else (kept["best"][0], kept["best"][1])

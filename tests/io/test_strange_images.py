@@ -246,15 +246,15 @@ def test_readers_outlive_the_signal_that_the_whole_group_gets(folder: Path, begi
     """As from Ctrl-C in a terminal, or from torchrun: the one that they read for decides when it ends."""
     for number in range(200):
         (folder / "val" / "cat" / f"{number}.png").write_bytes(encoded("png"))
-    started = multiprocessing.Barrier(3)
+    started = None if beginning else multiprocessing.Barrier(3)
     loader = load(opened(folder), 2, training=True)
     inner = loader._inner
-    inner.worker_init_fn = partial(begin_later, inner.worker_init_fn, None if beginning else started)
+    inner.worker_init_fn = partial(begin_later, inner.worker_init_fn, started)
     before = set(multiprocessing.active_children())
     batches = iter(inner)
     readers = [child for child in multiprocessing.active_children() if child not in before]
     assert len(readers) == 2
-    if not beginning:
+    if started is not None:
         started.wait(60)
     for reader in readers:
         assert reader.pid is not None
@@ -294,6 +294,6 @@ def test_readers_are_ready_for_signals_however_they_are_started(method: str) -> 
         "sys.exit(pytest.main(sys.argv[1:]))"
     )
     test = f"{__file__}::{test_readers_outlive_the_signal_that_the_whole_group_gets.__name__}"
-    command = [sys.executable, "-c", code, "-n", "0", "-q", "-p", "no:cacheprovider", test]
+    command = [sys.executable, "-c", code, "-n", "0", "-q", "-p", "no:cacheprovider", f"{test}[True]"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stdout

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Callable  # noqa: UP035
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would be in each other's way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -51,9 +52,9 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def operators_read_once() -> None:
-    """PyTorch reads the source of 500 ONNX operators, and lists its own, for every export of a small network.
+    """PyTorch reads the source and signatures of 500 ONNX operators, and lists its own, for every export.
 
-    Together they take more time than the rest of it.
+    Together they take more time than the rest of it where the network is small.
     """
     registration = sys.modules.get("torch.onnx._internal.exporter._registration")
     if registration is None or "onnxscript" not in sys.modules:
@@ -67,6 +68,10 @@ def operators_read_once() -> None:
         for listed in ("_collect_all_valid_cia_ops", "_collect_all_valid_cia_ops_for_aten_namespace"):
             if hasattr(module, listed):
                 setattr(module, listed, functools.cache(getattr(module, listed)))
+    schemas = sys.modules["torch.onnx._internal.exporter._schemas"]
+    schemas.op_signature_from_function = functools.cache(schemas.op_signature_from_function)
+    # Annotations of inner functions, evaluated 10,000 times: typing remembers what it was asked, collections.abc does not
+    sys.modules["torch._ops"].Callable = Callable
     gc.freeze()  # what an export imports
 
 

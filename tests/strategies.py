@@ -8,7 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-settings.register_profile("saq", deadline=None, max_examples=50, derandomize=True, database=None)
+from tests.sweeps import examples
+
+settings.register_profile("saq", deadline=None, max_examples=examples(50), derandomize=True, database=None)
 settings.load_profile("saq")
 
 BITS = range(2, 9)

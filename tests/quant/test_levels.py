@@ -1,5 +1,7 @@
 """Clipping levels of least squared error: close to the best there is, channel by channel, finite whatever comes."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,7 @@ from saqcli.quant import grids
 from saqcli.quant.fake_quantize import fake_quantize
 from saqcli.quant.grids import Grid
 from saqcli.quant.levels import best_level, noise_to_signal, squared_error
+from tests.sweeps import sweep
 
 GRIDS = {
     f"{name}-{width}": grid
@@ -39,11 +42,15 @@ def brute_force(x: Tensor, grid: Grid) -> float:
     return min(float(squared_error(x, f * x.abs().max(), grid)) for f in fractions)
 
 
-@pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
-@pytest.mark.parametrize("width", [2, 3, 4, 8])
-@pytest.mark.parametrize("kind", ["paper", "integer", "unsigned", "signed"])
-def test_the_level_is_within_one_percent_of_a_fine_scan(kind: str, width: int, sample: object) -> None:
-    x = sample()  # type: ignore[operator]
+@pytest.mark.parametrize(
+    ("kind", "width", "sample"),
+    sweep(
+        product(("paper", "integer", "unsigned", "signed"), (2, 3, 4, 8), SAMPLES),
+        lambda kind, width, sample: width == 3 or (width in (2, 8) and sample == "heavy tails"),
+    ),
+)
+def test_the_level_is_within_one_percent_of_a_fine_scan(kind: str, width: int, sample: str) -> None:
+    x = SAMPLES[sample]()
     x = x.abs() if kind == "unsigned" else x
     grid = GRIDS[f"{kind}-{width}"]
     assert float(squared_error(x, best_level(x, grid), grid)) <= 1.01 * brute_force(x, grid)

@@ -70,7 +70,7 @@ def operators_read_once() -> None:
                 setattr(module, listed, functools.cache(getattr(module, listed)))
     schemas = sys.modules["torch.onnx._internal.exporter._schemas"]
     schemas.op_signature_from_function = functools.cache(schemas.op_signature_from_function)
-    # Annotations of inner functions, evaluated 10,000 times: typing remembers what it was asked, collections.abc does not
+    # It annotates 10,000 inner functions: typing remembers what it was asked, collections.abc does not.
     sys.modules["torch._ops"].Callable = Callable
     gc.freeze()  # what an export imports
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from saqcli.quant.cost import Budget
 from saqcli.quant.layers import quantized_layers
 from saqcli.quant.quantizers.base import Quantizer, quantizers_of
 from saqcli.quant.space import Candidates
+from tests.sweeps import sweep
 
 UNTIED = Candidates((2, 4), (3, 6))
 
@@ -429,8 +431,14 @@ def test_the_toy_has_one_right_answer() -> None:
         assert best.loss < 0.97 * second.loss
 
 
-@pytest.mark.parametrize("options", [{}, {"align": "none"}, {"temperature_end": 0.3}], ids=str)
-@pytest.mark.parametrize("seed", range(3))
+ALIGNMENTS: list[dict[str, Any]] = [{}, {"align": "none"}, {"temperature_end": 0.3}]
+
+
+@pytest.mark.parametrize(
+    ("seed", "options"),
+    sweep(product(range(3), ALIGNMENTS), lambda seed, options: options == ALIGNMENTS[seed]),
+    ids=str,
+)
 def test_the_right_answer_is_found(seed: int, options: dict[str, Any]) -> None:
     problem = branches(seed)
     found = ASGA(epochs=2, **options).search(problem)
@@ -443,7 +451,7 @@ def test_the_right_answer_is_found(seed: int, options: dict[str, Any]) -> None:
     assert found.score(other).loss > found.scored[0].loss
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", sweep(range(3), lambda seed: seed == 0))
 def test_on_images_apart_the_branch_that_counts_most_keeps_its_bits(seed: int) -> None:
     problem = branches(seed)
     found = ASGA(bilevel=True, epochs=4).search(problem)

@@ -31,21 +31,6 @@ EXPORTED = sweep(
 
 
 @pytest.mark.parametrize("style", EXPORTERS)
-def test_exporting_leaves_the_model_as_it_was_and_writes_one_file(style: str, tmp_path: Path) -> None:
-    quantized = quantize(NETWORKS["residual"])
-    before = {name: value.clone() for name, value in quantized.model.state_dict().items()}
-    expected = answer(quantized.model, images(4))
-    path = export(quantized, style, tmp_path / f"model{EXPORTERS[style]().suffix}")
-
-    assert [found.name for found in tmp_path.iterdir()] == [path.name]
-    after = quantized.model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert torch.equal(answer(quantized.model, images(4)), expected)
-    assert all(p.requires_grad for p in quantized.model.parameters())
-
-
-@pytest.mark.parametrize("style", EXPORTERS)
 def test_the_file_tells_what_the_exporter_was_told(style: str, folder: Path) -> None:
     quantized = network("conv_bn")
     path = written(folder, style, quantized, "conv_bn-auto")
@@ -55,18 +40,27 @@ def test_the_file_tells_what_the_exporter_was_told(style: str, folder: Path) -> 
 
 
 @pytest.mark.parametrize("style", EXPORTERS)
-def test_exporting_again_from_one_image_gives_the_same_bytes_and_warns_of_nothing(
+def test_exporting_again_from_one_image_gives_one_file_of_the_same_bytes_and_leaves_the_model_as_it_was(
     style: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Without a warning."""
     one = written(folder, style, network("conv_bn"), "conv_bn-auto")
-    quantized, other = network("conv_bn"), tmp_path / "other"
+    quantized, other = quantize(NETWORKS["conv_bn"]), tmp_path / "other"
+    before = {name: value.clone() for name, value in quantized.model.state_dict().items()}
+    expected = answer(quantized.model, images(4))
     capfd.readouterr()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         EXPORTERS[style]().export(quantized.model, images(1), other, quantized.facts)
 
     assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == [other]
     assert one.read_bytes() == other.read_bytes()
+    after = quantized.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert torch.equal(answer(quantized.model, images(4)), expected)
+    assert all(p.requires_grad for p in quantized.model.parameters())
 
 
 @pytest.mark.parametrize("grid", GRIDS)

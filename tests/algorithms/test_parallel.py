@@ -19,6 +19,7 @@ from saqcli.algorithms.training import Meter, evaluate
 from saqcli.progress import SILENT
 from tests.joined import ranks_run
 from tests.searching import fresh, tiny_problem
+from tests.sweeps import sweep
 
 METHODS: dict[str, dict[str, Any]] = {
     "qat": {},
@@ -46,7 +47,7 @@ def all_methods() -> dict[str, dict[str, torch.Tensor]]:
     return {method: train(method) for method in METHODS}
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", sweep([2, 4], lambda count: count == 2))
 def test_ranks_agree_and_are_one_process_with_a_chunk_for_each(count: int) -> None:
     """Every rank ascends on its own slice; the descents are averaged.
 

@@ -1,5 +1,6 @@
 """What comes out of tracing: images to logits in plain ONNX, without what the exporter adds of its own."""
 
+from itertools import product
 from pathlib import Path
 
 import onnxruntime
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saqcli.algorithms.graphs import parts, tracing
+from tests.sweeps import sweep
 
 # One layer each, and whether it has a bias that is worth a node.
 BIASED = {
@@ -25,11 +27,11 @@ BIASED = {
 def test_a_convolution_has_a_bias_only_where_the_layer_has_one(kind: str) -> None:
     make, biased = BIASED[kind]
     graph = tracing.onnx_graph(make(), images(2)).graph
-    (product,) = [node for node in graph if node.op_type in ("Conv", "ConvTranspose")]
+    (multiplied,) = [node for node in graph if node.op_type in ("Conv", "ConvTranspose")]
 
-    assert len([given for given in product.inputs if given is not None]) == 2 + biased
+    assert len([given for given in multiplied.inputs if given is not None]) == 2 + biased
     if biased:
-        assert parts.array_of(product.inputs[2]).any()
+        assert parts.array_of(multiplied.inputs[2]).any()
 
 
 def test_a_bias_that_is_zero_is_dropped_and_one_that_is_nearly_zero_is_not() -> None:
@@ -59,8 +61,10 @@ class Windows(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, self.mask).reshape(x.shape[0], -1)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dims", [3, 4, 5])
+@pytest.mark.parametrize(
+    ("dims", "masked"),
+    sweep(product((3, 4, 5), (False, True)), lambda dims, masked: masked or dims == 5),
+)
 def test_attention_of_any_number_of_dimensions_is_exported(dims: int, masked: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, x = Windows(dims, masked=masked).eval(), images(3)

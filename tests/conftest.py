@@ -1,13 +1,10 @@
 """What every test may lean on: one seed, and the data and weights that lie beside the repository."""
 
-import functools
 import gc
 import os
 import signal
-import sys
 import time
 from pathlib import Path
-from typing import Callable  # noqa: UP035
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would be in each other's way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +12,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as the command line does; no test reaches the network
 
 import pytest
+
+from tests.operators import read_once
 
 signal.signal(
     signal.SIGINT, signal.default_int_handler
@@ -52,27 +51,8 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def operators_read_once() -> None:
-    """PyTorch reads the source and signatures of 500 ONNX operators, and lists its own, for every export.
-
-    Together they take more time than the rest of it where the network is small.
-    """
-    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
-    if registration is None or "onnxscript" not in sys.modules:
-        return
-    apis = registration.onnxscript_apis
-    if hasattr(apis.get_torchlib_ops, "cache_info"):
-        return
-    apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
-    for name in ("exported_program", "decomp_utils"):
-        module = sys.modules[f"torch.export.{name}"]
-        for listed in ("_collect_all_valid_cia_ops", "_collect_all_valid_cia_ops_for_aten_namespace"):
-            if hasattr(module, listed):
-                setattr(module, listed, functools.cache(getattr(module, listed)))
-    schemas = sys.modules["torch.onnx._internal.exporter._schemas"]
-    schemas.op_signature_from_function = functools.cache(schemas.op_signature_from_function)
-    # It annotates 10,000 inner functions: typing remembers what it was asked, collections.abc does not.
-    sys.modules["torch._ops"].Callable = Callable
-    gc.freeze()  # what an export imports
+    if read_once():
+        gc.freeze()  # what an export imports
 
 
 def shared_data() -> Path:

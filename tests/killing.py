@@ -29,6 +29,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.operators import read_once
+
 ROOT = Path(__file__).parents[1]
 POLL = 0.002  # seconds
 
@@ -363,10 +365,8 @@ def _serve() -> None:
         importlib.import_module(name)
     importlib.import_module("matplotlib.backends.backend_agg")
     importlib.import_module("saqcli.cli")
-    from torch.onnx._internal.exporter import _registration
-
-    apis: Any = _registration.onnxscript_apis  # reading 500 operators is half of an export
-    apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
+    importlib.import_module("torch.onnx._internal.exporter._registration")
+    read_once()
     torch.onnx.export(torch.nn.Linear(1, 1), (torch.zeros(1, 1),), dynamo=True, verbose=False)  # imports more
     print('"ready"', flush=True)
     running: set[int] = set()

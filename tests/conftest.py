@@ -78,6 +78,8 @@ def shared_folder(factory: pytest.TempPathFactory) -> Path:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with handwritten digits as ``images/`` and a network trained on them as ``float.safetensors``.
 
+    Every sixth of the images is in ``few/``, for whom a few are enough.
+
     One process makes it, and the others of a run wait for it.
     """
     from tests.digits import make

@@ -1,5 +1,6 @@
 """A float network trained on scikit-learn's handwritten digits, for tests that need real images and real weights."""
 
+import shutil
 from pathlib import Path
 
 from saqcli.progress import SILENT
@@ -9,8 +10,15 @@ MODEL = demo.MODEL
 
 
 def make(folder: Path) -> None:
-    """Write the digits to ``folder/images`` and a network trained on them for a few epochs to ``folder``."""
+    """Write the digits to ``folder/images`` and a network trained on them for a few epochs to ``folder``.
+
+    Every sixth image stands in ``folder/few`` too.
+    """
     demo.write_digits(folder / "images")
+    for path in sorted((folder / "images").rglob("*.png"))[::6]:
+        copy = folder / "few" / path.relative_to(folder / "images")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
     weights = folder / "float.safetensors"
     config = demo.demo_config(folder / "images", weights, bops="w4a4", epochs=1, seed=0)
     demo.train_float(config, weights, SILENT, epochs=3)

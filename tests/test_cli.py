@@ -186,20 +186,9 @@ class TestRefusals:
 
     def test_a_diverging_training_is_named_and_not_finished(self, digits: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        options = [
-            *float_options(digits),
-            "--bits",
-            4,
-            "--epochs",
-            1,
-            "--lr",
-            "1e6",
-            "--run-dir",
-            run,
-            "--quiet",
-        ]
+        options = ("--bits", 4, "--epochs", 1, "--batch-size", 32, "--lr", "1e6", "--run-dir", run, "--quiet")
 
-        result = saq("quantize", MODEL, *options)
+        result = saq("quantize", MODEL, *float_options(digits, digits / "few"), *options)
 
         assert result.exit_code == 1
         assert "--lr" in last_error(result)
@@ -210,10 +199,11 @@ class TestRefusals:
         self, digits: Path, tmp_path: Path
     ) -> None:
         folder = tmp_path / "images"
-        shutil.copytree(digits / "images", folder)
+        shutil.copytree(digits / "few", folder)
         broken = folder / "val" / "3" / "broken.png"
         broken.write_bytes(b"no image")
         options = [*float_options(digits, data=folder), "--bits", 4, "--epochs", 0, "--json"]
+        options += ["--set", "data.verify_images=20"]
 
         first = saq("quantize", MODEL, *options, "--run-dir", tmp_path / "run")
         broken.unlink()
@@ -326,7 +316,7 @@ class TestInstalledProgram:
 
     def test_an_error_reaches_the_shell_as_one_line_and_a_code(self) -> None:
         done = subprocess.run(
-            [sys.executable, "-m", "saqcli", "profile", "resnet17"],
+            [sys.executable, "-m", "saqcli", "quantize", "--resume", "--run-dir", "/no/such/run"],
             capture_output=True,
             text=True,
             check=False,
@@ -337,30 +327,19 @@ class TestInstalledProgram:
         assert len(done.stderr.strip().splitlines()) == 1
 
     @pytest.fixture(scope="class")
-    def few(self, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """The digits, every third image alone."""
-        folder = tmp_path_factory.mktemp("few")
-        shutil.copy(digits / "float.safetensors", folder)
-        for path in sorted((digits / "images").rglob("*.png"))[::3]:
-            copy = folder / path.relative_to(digits)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy)
-        return folder
-
-    @pytest.fixture(scope="class")
-    def whole(self, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def whole(self, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         """A run that nobody interrupted."""
         run = tmp_path_factory.mktemp("whole") / "run"
-        assert subprocess.run(_command(few, run), env=_single_threaded(), check=False).returncode == 0
+        assert subprocess.run(_command(digits, run), env=_single_threaded(), check=False).returncode == 0
         return run
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     def test_a_signal_before_training_notes_the_end_and_says_how_to_go_on(
-        self, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+        self, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
     ) -> None:
         run = tmp_path / "run"
         monkeypatch.setattr(quantize, "calibrate", lambda *_: signal.raise_signal(number))
-        stopped = saq(*_command(few, run)[3:])
+        stopped = saq(*_command(digits, run)[3:])
 
         assert stopped.exit_code == code
         assert "--resume" in last_error(stopped)
@@ -368,14 +347,14 @@ class TestInstalledProgram:
         assert not (run / ".lock").exists()
 
     def test_a_signal_within_an_epoch_stops_it_and_resuming_gives_the_same_weights(
-        self, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """In this process: to start one takes longer than what it does."""
         whole, run = tmp_path / "whole", tmp_path / "run"
-        assert saq(*_command(few, whole)[3:]).exit_code == 0
+        assert saq(*_command(digits, whole)[3:]).exit_code == 0
         with monkeypatch.context() as patch:
             patch.setattr(finetune, "make_minimizer", _raising(signal.SIGTERM, step=2))
-            stopped = saq(*_command(few, run)[3:])
+            stopped = saq(*_command(digits, run)[3:])
 
         assert stopped.exit_code == 143
         assert "--resume" in last_error(stopped)
@@ -389,11 +368,11 @@ class TestInstalledProgram:
     @pytest.mark.slow
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     def test_a_signal_leaves_a_checkpoint_and_resuming_gives_the_same_weights(
-        self, few: Path, tmp_path: Path, whole: Path, number: int, code: int
+        self, digits: Path, tmp_path: Path, whole: Path, number: int, code: int
     ) -> None:
         run = tmp_path / "run"
         process = subprocess.Popen(
-            _command(few, run), env=_single_threaded(), stderr=subprocess.PIPE, text=True
+            _command(digits, run), env=_single_threaded(), stderr=subprocess.PIPE, text=True
         )
         _wait_for(run / "checkpoints" / "last.ckpt", process)
         time.sleep(0.3)  # into the first epoch
@@ -434,7 +413,8 @@ def _raising(number: int, step: int) -> Any:
 def _command(digits: Path, run: Path) -> list[str]:
     """A run with every kind of state that a checkpoint must hold."""
     options = [
-        *(*float_options(digits), "--bits", "3", "--epochs", "2", "--quiet", "--run-dir", str(run)),
+        *(*float_options(digits, digits / "few"), "--bits", "3", "--epochs", "2", "--quiet"),
+        *("--batch-size", "48", "--set", "data.verify_images=20", "--run-dir", str(run)),
         *("--sam-interval", "3", "--sam-reuse", "0.5", "--ema", "0.9", "--mixup", "0.2", "--cutmix", "0.5"),
         *("--distill", "--micro-batch", "24", "--clip-grad", "1"),
     ]

@@ -2,7 +2,8 @@
 
 import json
 import signal
-import time
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,9 @@ import pytest
 from saqcli.algorithms.instruments import INSTRUMENTS, Subject
 from saqcli.algorithms.instruments.landscape import LandscapeReading
 from saqcli.io.checkpoints import CheckpointFile
-from saqcli.io.locks import NAME, Lock
 from saqcli.workflows.pictures import draw
 from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options
-from tests.joined import forks
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +22,13 @@ def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that is calibrated only."""
     path = tmp_path_factory.mktemp("analyze") / "calibrated"
     options = ("--bits", 4, "--epochs", 0, "--run-dir", path, "--set", "data.verify_images=20")
-    answer("quantize", MODEL, *float_options(digits), *options)
+    answer("quantize", MODEL, *float_options(digits, digits / "few"), *options)
     return path
 
 
 @pytest.fixture(scope="module")
 def data(digits: Path) -> tuple[object, ...]:
-    return ("--data", digits / "images", "--images", 40)
+    return ("--data", digits / "few", "--images", 40)
 
 
 SMALL = ("--grid", 3, "--samples", 2, "--iterations", 3, "--candidates", "2,4")
@@ -42,10 +41,15 @@ def everything(run: Path, data: tuple[object, ...]) -> dict[str, Any]:
     return found
 
 
-def hold(folder: Path) -> None:
-    """Lock a folder and keep it."""
-    Lock(folder).take()
-    time.sleep(60)
+# Locks a folder and keeps it.
+HOLD = """
+import pathlib, sys
+from saqcli.io.locks import Lock
+lock = Lock(pathlib.Path(sys.argv[1]))
+lock.take()
+print("taken", flush=True)
+sys.stdin.read()
+"""
 
 
 class TestTargets:
@@ -66,15 +70,12 @@ class TestTargets:
     def test_a_folder_in_which_another_process_is_at_work_is_refused(
         self, run: Path, data: tuple[object, ...], tmp_path: Path
     ) -> None:
-        other = forks().Process(target=hold, args=(tmp_path,), daemon=True)
-        other.start()
-        while not (tmp_path / NAME).exists() or not (tmp_path / NAME).read_text():
-            time.sleep(0.05)
-        try:
+        command = [sys.executable, "-c", HOLD, str(tmp_path)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "taken\n"
             refused = saq("analyze", run, *data, "--flips", "--out", tmp_path)
-        finally:
             other.kill()
-            other.join()
 
         assert refused.exit_code == 1
         assert f"in use by process {other.pid}" in last_error(refused)
@@ -90,7 +91,7 @@ class TestTargets:
     def test_the_loss_on_all_validation_images_is_that_of_eval(
         self, run: Path, digits: Path, tmp_path: Path
     ) -> None:
-        data = ("--data", digits / "images")
+        data = ("--data", digits / "few")
         expected = answer("eval", run, *data)
 
         found = answer(
@@ -126,7 +127,7 @@ class TestTargets:
     ) -> None:
         run = tmp_path / "run"
         quick = ("--bits", 4, "--epochs", 0, "--run-dir", run, "--set", "data.verify_images=20")
-        answer("quantize", MODEL, *float_options(digits), *quick, *options)
+        answer("quantize", MODEL, *float_options(digits, digits / "few"), *quick, *options)
 
         found = answer("analyze", run, *data, "--flips")["instruments"]["flips"]
 
@@ -156,7 +157,7 @@ class TestTargets:
     ) -> None:
         options = ("--bits", 4, "--images", 40, "--sharpness", "--out", tmp_path, "--against", run)
 
-        found = answer("analyze", MODEL, *float_options(digits), *options)
+        found = answer("analyze", MODEL, *float_options(digits, digits / "few"), *options)
 
         assert found["loss"] == everything["loss"] == found["against"]["loss"]
         mine, other = found["instruments"]["sharpness"], everything["instruments"]["sharpness"]
@@ -181,7 +182,8 @@ class TestTargets:
     def test_without_flags_the_quick_ones_run_and_a_table_is_shown(
         self, run: Path, data: tuple[object, ...], tmp_path: Path
     ) -> None:
-        result = saq("analyze", run, *data, "--iterations", 2, "--out", tmp_path, "--quiet")
+        few = ("--iterations", 2, "--samples", 2)
+        result = saq("analyze", run, *data, *few, "--out", tmp_path, "--quiet")
 
         assert result.exit_code == 0, result.stderr
         quick = {name for name, instrument in INSTRUMENTS.items() if instrument.quick}

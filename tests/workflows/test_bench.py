@@ -53,7 +53,8 @@ def answer(*arguments: object) -> Any:
 def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A calibrated run at 4 bits."""
     path = tmp_path_factory.mktemp("bench") / "run"
-    answer("quantize", MODEL, *float_options(digits), "--bits", 4, "--epochs", 0, "--run-dir", path)
+    options = ("--bits", 4, "--epochs", 0, "--set", "data.verify_images=20", "--run-dir", path)
+    answer("quantize", MODEL, *float_options(digits, digits / "few"), *options)
     return path
 
 
@@ -244,7 +245,7 @@ class TestTargets:
         assert not found["few_bits"]
 
     def test_accuracy_comes_first_where_images_are_named(self, run: Path, digits: Path) -> None:
-        data = ("--data", digits / "images")
+        data = ("--data", digits / "few")
         plain = answer("eval", run, *data)
         both = answer("eval", run, *data, *QUICK)
 

@@ -23,7 +23,8 @@ def check_same(run: Path, whole: Path) -> None:
 def test_quantize_goes_on_after_a_stop_in_the_search(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = (*network_options(digits), *STOPPED, "--epochs", 0)
+    few = ("--data", digits / "few", "--set", "search.epochs=1", "--set", "data.verify_images=20")
+    options = (*network_options(digits), *STOPPED, *few, "--epochs", 0)
     whole, run = tmp_path / "whole", tmp_path / "run"
     answer("quantize", *options, "--run-dir", whole)
     with monkeypatch.context() as patch:

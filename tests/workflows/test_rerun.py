@@ -61,7 +61,8 @@ def run(place: Path, searched: Path) -> Path:
     """A run of a dozen steps, at bits from a file that is gone; its paths are relative, with one thread."""
     with chdir(place), torch_threads(1):
         shutil.copy(searched / "policy.json", "bits.json")
-        answer("quantize", *options(place), "--policy", "bits.json", *SHORT, "--run-dir", "run")
+        found = answer("quantize", *options(place), "--policy", "bits.json", *SHORT, "--run-dir", "run")
+        assert found["policy"] == json.loads((searched / "policy.json").read_text())["layers"]
         Path("bits.json").unlink()
     return place / "run"
 

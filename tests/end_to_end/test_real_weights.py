@@ -32,6 +32,17 @@ def saq(*arguments: object) -> Any:
 
 
 @pytest.fixture(scope="module")
+def tenth(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every tenth of them, evenly over the classes."""
+    folder = tmp_path_factory.mktemp("tenth")
+    for label in sorted((cifar10 / "test").iterdir()):
+        (folder / "test" / label.name).mkdir(parents=True)
+        for image in sorted(label.iterdir())[::10]:
+            (folder / "test" / label.name / image.name).symlink_to(image)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All 8,000 test images as PNG files, and a few of them again as training images to calibrate on."""
     from tests.conftest import shared_data
@@ -47,6 +58,16 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_resnet20_scores_what_it_should_on_a_tenth_of_the_images(tenth: Path, shared: Path) -> None:
+    weights = shared / "data" / "weights" / "cifar10_resnet20.safetensors"
+
+    found = saq("eval", "saq/resnet20", "--weights", weights, "--data", tenth)
+
+    assert found["images"] == 800
+    assert found["top1"] == pytest.approx(90.625, abs=0.13)  # one image; of all 8,000: 91.67
+
+
+@pytest.mark.slow
 def test_resnet20_scores_what_was_published(cifar10: Path, shared: Path) -> None:
     weights = shared / "data" / "weights" / "cifar10_resnet20.safetensors"
 

@@ -125,31 +125,43 @@ def _signal_in(step: int, rank: int, number: int, here: int) -> None:
     finetune.make_minimizer = made
 
 
-def test_all_stop_when_one_is_asked_to_and_go_on_bit_for_bit(
-    pair: tuple[Path, list[tuple[int, str, str]]], few: list[object], tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def stopped(
+    few: list[object], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[tuple[int, str, str]]]:
+    """A run of two processes of which the second was asked to stop, and what they said."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
     options = ("quantize", *few, *RUNS, "--epochs", 2, "--run-dir", run, "--quiet")
-    stopped = ranks_saq(2, *options, before=signalled(step=2, rank=1))
+    return run, ranks_saq(2, *options, before=signalled(step=2, rank=1))
 
-    assert [code for code, _, _ in stopped] == [143, 143]
-    assert "--resume" in stopped[0][2]
-    assert stopped[1][2] == ""
+
+def test_all_stop_when_one_is_asked_to_and_go_on_bit_for_bit(
+    pair: tuple[Path, list[tuple[int, str, str]]],
+    stopped: tuple[Path, list[tuple[int, str, str]]],
+    few: list[object],
+    tmp_path: Path,
+) -> None:
+    run, said = shutil.copytree(stopped[0], tmp_path / "run"), stopped[1]
+
+    assert [code for code, _, _ in said] == [143, 143]
+    assert "--resume" in said[0][2]
+    assert said[1][2] == ""
     assert state_of(run)["position"] == {"epoch": 0, "step": 2}
 
     # torchrun starts the same command again when a process has failed: it goes on without --resume
+    options = ("quantize", *few, *RUNS, "--epochs", 2, "--run-dir", run, "--quiet")
     again = ranks_saq(2, *options, TORCHELASTIC_RESTART_COUNT="1")
     assert [code for code, _, _ in again] == [0, 0], again[0][2]
     assert same(state_of(run), state_of(pair[0]))
     assert (run / "metrics.jsonl").read_text() == (pair[0] / "metrics.jsonl").read_text()
 
 
-def test_another_number_of_processes_goes_on_with_a_run(few: list[object], tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    options = ("quantize", *few, *RUNS, "--epochs", 1, "--run-dir", run)
-    ranks_saq(2, *options, "--quiet", before=signalled(step=2, rank=0))
+def test_another_number_of_processes_goes_on_with_a_run(
+    stopped: tuple[Path, list[tuple[int, str, str]]], tmp_path: Path
+) -> None:
+    run = shutil.copytree(stopped[0], tmp_path / "run")
 
-    finished = answer(*options, "--resume")
+    finished = answer("quantize", "--run-dir", run, "--resume")
 
     assert finished["top1"] > 80
     trained = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][2]

@@ -142,7 +142,7 @@ def test_without_a_budget_all_options_are_equally_likely() -> None:
 def test_draws_are_distinct_and_in_the_window_wherever_any_configuration_is(dice: int) -> None:
     rng = random.Random(dice)
     with_window = 0
-    for seed in range(50):
+    for seed in range(20):
         space = random_space(rng, 2, 5)
         budget = budget_within(space, rng)
         costs = every_cost(space)
@@ -155,7 +155,7 @@ def test_draws_are_distinct_and_in_the_window_wherever_any_configuration_is(dice
             with_window += 1
             assert len(drawn) <= window or budget.admits(space.ceiling)
             assert all(in_window(space, budget, choice) for choice in drawn), seed
-    assert with_window > 25
+    assert with_window > 10
 
 
 def test_configurations_of_equal_cost_are_drawn_equally_often() -> None:

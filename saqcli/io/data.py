@@ -132,7 +132,7 @@ def subset(split: Split, count: int, seed: int) -> Split:
         DataError: a stream, which cannot be drawn from.
     """
     if (shards := sharded(split)) is not None:
-        return _with_shards(split, shards.divide(count, seed)[0])
+        return _with_shards(split, shards.draw(count, seed))
     return replace(split, dataset=_random_access(split).pick(_order(split, seed)[:count]))
 
 
@@ -166,7 +166,7 @@ def _order(split: Split, seed: int) -> list[int]:
 def divide(split: Split, share: float, seed: int) -> tuple[Split, Split]:
     """Two parts of ``split``, each with its part of every class: ``share`` of the images, and the rest.
 
-    Of shards (wds/), whose labels are not known beforehand, the first part is the beginnings of all of them.
+    Of shards (wds/), whose labels are not known beforehand, each part gets its share of every file.
 
     Raises:
         DataError: a stream, or a part without an image.

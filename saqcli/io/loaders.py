@@ -8,6 +8,7 @@ on carries the state of its generators along, and a resumed run would then diffe
 import os
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -138,7 +139,7 @@ def _start_readers(batches: weakref.ref[Any]) -> Any:
     By a weak reference: a loader that refers to itself is left to the garbage collector, which cannot end its readers.
     """
     loader: Any = batches()
-    with held_back_signals():
+    with held_back_signals() if loader.num_workers else nullcontext():
         return type(loader)._get_iterator(loader)
 
 

@@ -69,17 +69,26 @@ class Shards:
     def set_loader_cfg(self, num_workers: int | None = None) -> None:
         """Nothing: a worker asks torch which one it is."""
 
-    def divide(self, count: int, seed: int) -> tuple["Shards", "Shards"]:
-        """``count`` images from the beginnings of files drawn by ``seed``, a few of each in turn, and all others.
+    def draw(self, count: int, seed: int) -> "Shards":
+        """``count`` images: the first ones of files drawn by ``seed``, a few of each in turn.
 
         Files may hold a class each, and reading the beginning of one does not take its whole.
         """
         parts = _shuffled(self.parts, np.random.SeedSequence(seed))
-        taken = _in_turns([len(part) for part in parts], count)
-        first = [replace(part, stop=part.start + n) for part, n in zip(parts, taken, strict=True) if n]
-        rest = [
-            replace(part, start=part.start + n) for part, n in zip(parts, taken, strict=True) if n < len(part)
-        ]
+        return self._cut(parts, _in_turns([len(part) for part in parts], count))[0]
+
+    def divide(self, count: int, seed: int) -> tuple["Shards", "Shards"]:
+        """``count`` images, of every file its share, and all others; files come in an order drawn by ``seed``."""
+        parts = _shuffled(self.parts, np.random.SeedSequence(seed))
+        ends = np.cumsum([len(part) for part in parts])
+        shares = np.diff(np.rint(ends * (count / ends[-1])).astype(int), prepend=0)
+        return self._cut(parts, shares.tolist())
+
+    def _cut(self, parts: Sequence[Part], taken: Sequence[int]) -> tuple["Shards", "Shards"]:
+        """The first of each part, as many as are ``taken``, and what is left."""
+        pairs = list(zip(parts, taken, strict=True))
+        first = [replace(part, stop=part.start + n) for part, n in pairs if n]
+        rest = [replace(part, start=part.start + n) for part, n in pairs if n < len(part)]
         return replace(self, parts=tuple(first)), replace(self, parts=tuple(rest))
 
     def __iter__(self) -> Iterator[tuple[Member, int]]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
-from saqcli.errors import SaqError, StoppedElsewhere
+from saqcli.errors import SaqError, StoppedElsewhere, out_of_memory
 
 BUCKET = 2**24  # numbers that are averaged at a time
 LOST = ("connection", "closed by peer", "broken pipe", "socket", "timed out", "timeout", "gloo", "nccl")
@@ -199,6 +199,6 @@ def _connected() -> Iterator[None]:
     except RuntimeError as error:  # gloo has no class of its own; NCCL's is a RuntimeError
         if type(error) is RuntimeError and not any(words in str(error).lower() for words in LOST):
             raise
-        if "out of memory" in str(error):
+        if out_of_memory(error):
             raise
         raise StoppedElsewhere() from error

@@ -115,11 +115,12 @@ class Stepper:
             DeviceMemoryError: not even the smallest micro-batch fits.
         """
         before = Before(self.model)
-        pieces, passes = fitting(
-            lambda: self._pass(images, labels),
-            before,
-            lambda: self.setbacks.halve(min(len(labels), self.sharpness_batch), self.note),
-        )
+
+        def need_less() -> None:
+            before.restore()
+            self.setbacks.halve(min(len(labels), self.sharpness_batch), self.note)
+
+        pieces, passes = fitting(lambda: self._pass(images, labels), need_less)
         try:
             self.loss = float(self.minimizer.update(passes))
         except TrainingDiverged as error:
@@ -160,25 +161,25 @@ class Before:
             set_random_state(self._random)
 
 
-def fitting(attempt: Callable[[], T], before: Before, halve: Callable[[], None]) -> T:
+def fitting(attempt: Callable[[], T], need_less: Callable[[], None]) -> T:
     """What ``attempt`` returns once it fits in the memory of all ranks.
 
     Args:
-        attempt: passes over images; changes nothing that ``before`` cannot put back.
-        before: what was there.
-        halve: called after every attempt that did not fit, when its tensors are gone; lets the next one need less.
+        attempt: passes over images.
+        need_less: called after every attempt that did not fit, when its tensors are gone; puts back what it has changed
+            and lets the next one need less.
     """
     while True:
-        done = _if_it_fits(attempt)
+        done = if_it_fits(attempt)
         if not ranks.any_of(done is None):
             assert done is not None
             return done[0]
         done = None
-        before.restore()
-        halve()
+        need_less()
 
 
-def _if_it_fits(attempt: Callable[[], T]) -> tuple[T] | None:
+def if_it_fits(attempt: Callable[[], T]) -> tuple[T] | None:
+    """What ``attempt`` returns, or None where memory ran out; its tensors are gone then."""
     try:
         return (attempt(),)
     except (RuntimeError, MemoryError) as error:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from saqcli import ranks
 from saqcli.algorithms.minimizers import Minimizer
 from saqcli.algorithms.objective import Objective
-from saqcli.algorithms.steps import Setbacks, Stepper
-from saqcli.errors import DataError, DeviceMemoryError, TrainingDiverged, out_of_memory
+from saqcli.algorithms.steps import Setbacks, Stepper, if_it_fits
+from saqcli.errors import DataError, DeviceMemoryError, TrainingDiverged
 from saqcli.progress import Task
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, C, H, W) and labels (N,)
@@ -138,11 +138,8 @@ def in_parts(predict: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     Raises:
         DeviceMemoryError: nor for a single image.
     """
-    try:
-        return predict(images)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
+    if (done := if_it_fits(lambda: predict(images))) is not None:
+        return done[0]
     if len(images) == 1:
         raise DeviceMemoryError(
             "out of memory with a single image: free memory, or give a smaller --input-size or network"

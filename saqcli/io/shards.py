@@ -18,9 +18,7 @@ from torch.utils.data import get_worker_info
 from saqcli.io.archives import Member, Part, read_part
 
 MIXED = 2048  # images that a worker holds, still encoded, to draw the next one from
-TOGETHER = (
-    8  # images that are taken from a file before it is the turn of the next, where a part of all is wanted
-)
+TOGETHER = 8  # images that are drawn from a file before it is the turn of the next
 
 
 @dataclass
@@ -75,16 +73,16 @@ class Shards:
         Files may hold a class each, and reading the beginning of one does not take its whole.
         """
         parts = _shuffled(self.parts, np.random.SeedSequence(seed))
-        return self._cut(parts, _in_turns([len(part) for part in parts], count))[0]
+        return self._split(parts, _in_turns([len(part) for part in parts], count))[0]
 
     def divide(self, count: int, seed: int) -> tuple["Shards", "Shards"]:
         """``count`` images, of every file its share, and all others; files come in an order drawn by ``seed``."""
         parts = _shuffled(self.parts, np.random.SeedSequence(seed))
         ends = np.cumsum([len(part) for part in parts])
         shares = np.diff(np.rint(ends * (count / ends[-1])).astype(int), prepend=0)
-        return self._cut(parts, shares.tolist())
+        return self._split(parts, shares.tolist())
 
-    def _cut(self, parts: Sequence[Part], taken: Sequence[int]) -> tuple["Shards", "Shards"]:
+    def _split(self, parts: Sequence[Part], taken: Sequence[int]) -> tuple["Shards", "Shards"]:
         """The first of each part, as many as are ``taken``, and what is left."""
         pairs = list(zip(parts, taken, strict=True))
         first = [replace(part, stop=part.start + n) for part, n in pairs if n]

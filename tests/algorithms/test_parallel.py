@@ -1,7 +1,6 @@
 """Ranks that train together: what they hold after every step, and what one process would hold."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,9 +18,9 @@ from saqcli.algorithms.searchers.sensitivity import Sensitivity
 from saqcli.algorithms.steps import Setbacks, Stepper
 from saqcli.algorithms.training import Meter, evaluate
 from saqcli.errors import Interrupted
-from saqcli.progress import SILENT
+from saqcli.progress import SILENT, Task
 from tests.joined import ranks_run
-from tests.searching import fresh, tiny_problem
+from tests.searching import Stopping, fresh, tiny_problem
 from tests.sweeps import sweep
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -133,40 +132,24 @@ def test_what_searchers_measure_is_shared_out_and_the_same_bit_for_bit() -> None
         assert found == alone
 
 
-class Keeping:
-    """A memory that has the state of a search of other processes, and ends this one after some rounds."""
-
-    def __init__(self, kept: dict[str, Any] | None, rounds: int = 99) -> None:
-        self.kept, self.rounds = kept, rounds
-
-    def load(self) -> dict[str, Any] | None:
-        return self.kept
-
-    def offer(self, state: Callable[[], dict[str, Any]], *, milestone: bool = False) -> None:
-        self.kept, self.rounds = state(), self.rounds - 1
-        if not self.rounds:
-            raise Interrupted("asked to", 130)
-
-    def restore_random(self) -> None:
-        """Nothing is random."""
-
-
-def values(batch: int) -> list[tuple[str, float]]:
+def values(batch: int, task: Task) -> list[tuple[str, float]]:
     """Whose sum depends on the order."""
+    task.advance()
     return [(name, 10.0 ** ((batch * step) % 17) / 3) for name, step in (("a", 5), ("b", 7))]
 
 
-def summed(kept: dict[str, Any] | None) -> dict[str, float]:
-    return sums_over_batches(11, values, Keeping(kept), lambda batches: None)
+def summed(memory: Stopping) -> dict[str, float]:
+    return sums_over_batches(fresh(tiny_problem("residual"), memory=memory), "", 11, values)
 
 
 def test_sums_over_batches_are_gone_on_with_by_another_number_of_ranks() -> None:
-    whole, memory = summed(None), Keeping(None, rounds=4)
+    whole, stopped = summed(Stopping()), Stopping(4)
     with pytest.raises(Interrupted):
-        sums_over_batches(11, values, memory, lambda batches: None)
-    assert memory.kept is not None
-    assert memory.kept["done"] == 4
-    assert ranks_run(3, summed, memory.kept) == [whole] * 3
+        summed(stopped)
+    gone_on = Stopping(kept=stopped.kept)
+    assert gone_on.load() is not None
+    assert gone_on.load()["done"] == 4  # type: ignore[index]
+    assert ranks_run(3, summed, gone_on) == [whole] * 3
 
 
 def metered() -> dict[str, Any]:

@@ -29,20 +29,8 @@ NETWORK = (
     *("--mean", 0.3, "--std", 0.4, "--batch-size", 16, "--workers", 0, "--quiet"),
 )
 TRAINING = (  # everything that has a state of its own
-    *(
-        "--epochs",
-        2,
-        "--ema",
-        0.9,
-        "--mixup",
-        0.2,
-        "--method",
-        "saq",
-        "--sam-interval",
-        2,
-        "--sam-reuse",
-        0.7,
-    ),
+    *("--epochs", 2, "--ema", 0.9, "--mixup", 0.2),
+    *("--method", "saq", "--sam-interval", 2, "--sam-reuse", 0.7),
     *("--set", "training.sharpness_batch=16"),
 )
 SEARCHES = {

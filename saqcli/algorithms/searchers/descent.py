@@ -138,10 +138,13 @@ class Descent:
         self._schedule()
         learned = [*(self.weights if weights else ()), *(self.logits if logits else ())]
         before, note = Before(self.model), self.problem.progress.note
+
+        def need_less() -> None:
+            before.restore()
+            self.setbacks.halve(images, note)
+
         value, raised, norm, total = fitting(
-            lambda: self._passes(parts(self.setbacks.micro_batch), learned, weights),
-            before,
-            lambda: self.setbacks.halve(images, note),
+            lambda: self._passes(parts(self.setbacks.micro_batch), learned, weights), need_less
         )
         for parameter, gradient in zip(learned, total, strict=True):
             parameter.grad = gradient

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli import ranks
 from saqcli.algorithms.hessian import HessianProduct, twice_differentiable
 from saqcli.algorithms.options import check_count
 from saqcli.algorithms.searchers.batch_sums import sums_over_batches
 from saqcli.algorithms.searchers.knapsack import best_choice
 from saqcli.algorithms.searchers.problem import Batch, Found, SearchProblem
 from saqcli.algorithms.searchers.separable import OPERANDS, Losses, Operand, add_losses, measure_noise
+from saqcli.progress import Task
 from saqcli.quant.layers import QuantizedLayer, perturbed, quantized_layers, zero_ports
 
 Traces = dict[tuple[str, Operand], float]
@@ -68,15 +68,14 @@ class HAWQ:
         batches = self._batches(problem)
         count = sum(len(labels) for _, labels in batches)
         layers = quantized_layers(problem.model.eval())
-        with problem.progress.task("Hessian traces", -(-len(batches) // ranks.count())) as task:
 
-            def measure(index: int) -> Iterator[tuple[str, float]]:
-                generator = torch.Generator().manual_seed(problem.seed * 1_000_003 + index)
-                for key, value in self._batch_traces(problem.model, layers, batches[index], generator):
-                    yield key, value / count
-                task.advance(images=len(batches[index][1]))
+        def measure(index: int, task: Task) -> Iterator[tuple[str, float]]:
+            generator = torch.Generator().manual_seed(problem.seed * 1_000_003 + index)
+            for key, value in self._batch_traces(problem.model, layers, batches[index], generator):
+                yield key, value / count
+            task.advance(images=len(batches[index][1]))
 
-            sums = sums_over_batches(len(batches), measure, problem.memory, task.advance)
+        sums = sums_over_batches(problem, "Hessian traces", len(batches), measure)
         return {
             (name, operand): sums.get(f"{operand} {name}", 0.0) for name in layers for operand in OPERANDS
         }

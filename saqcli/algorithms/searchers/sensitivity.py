@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli import ranks
 from saqcli.algorithms.searchers.batch_sums import sums_over_batches
 from saqcli.algorithms.searchers.knapsack import best_choice
 from saqcli.algorithms.searchers.problem import Batch, Found, SearchProblem
 from saqcli.algorithms.searchers.separable import Losses
 from saqcli.algorithms.searchers.supernet import Supernet
+from saqcli.progress import Task
 from saqcli.quant import convert
 from saqcli.quant.layers import QuantizedLayer, quantized_layers
 from saqcli.quant.products import QuantizedProduct, quantized_products
@@ -54,17 +54,13 @@ class Sensitivity:
         supernet = Supernet(replace(problem, scheme=problem.scheme.model_copy(update=plain)))
         quantizers = _Quantizers(supernet.model.eval())
         trials = sum(len(decision.options) for decision in decisions)
-        with problem.progress.task("one layer at a time", -(-len(batches) // ranks.count()) * trials) as task:
 
-            def measure(number: int) -> Iterator[tuple[str, float]]:
-                for decision, option, rise in _rises(supernet, batches[number], quantizers):
-                    task.advance(images=len(batches[number][1]))
-                    yield f"{decision} {option}", rise
+        def measure(number: int, task: Task) -> Iterator[tuple[str, float]]:
+            for decision, option, rise in _rises(supernet, batches[number], quantizers):
+                task.advance(images=len(batches[number][1]))
+                yield f"{decision} {option}", rise
 
-            def pass_over(batches: int) -> None:
-                task.advance(batches * trials)
-
-            sums = sums_over_batches(len(batches), measure, problem.memory, pass_over)
+        sums = sums_over_batches(problem, "one layer at a time", len(batches), measure, trials)
         count = sum(len(labels) for _, labels in batches)
         return [
             [sums[f"{number} {option}"] / count for option in range(len(decision.options))]

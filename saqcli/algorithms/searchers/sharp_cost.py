@@ -16,7 +16,7 @@ from saqcli.algorithms.minimizers.batches import gradients_of
 from saqcli.algorithms.objective import micro_batches
 from saqcli.algorithms.searchers.supernet import Supernet
 from saqcli.algorithms.sharpness import PerturbedSet, RadiusUnit
-from saqcli.algorithms.steps import Before, Setbacks, fitting
+from saqcli.algorithms.steps import Setbacks, fitting
 from saqcli.quant.cost import USE_MIDDLE
 
 T = TypeVar("T")
@@ -86,12 +86,11 @@ class SharpCost:
             return float(value), _mean(chunk)
 
     def _fitting(self, passes: Callable[[Chunk], T], images: Tensor, labels: Tensor) -> T:
-        """``passes`` over a batch, of as many images at a time as memory suffices for."""
+        """``passes`` over a batch, of as many images at a time as memory suffices for; in eval mode nothing changes."""
         problem, model = self.supernet.problem, self.supernet.model
         images, labels = images.to(problem.device), labels.to(problem.device)
         return fitting(
             lambda: passes(micro_batches(model, images, labels, self.setbacks.micro_batch)),
-            Before(model),
             lambda: self.setbacks.halve(len(labels), problem.progress.note),
         )
 

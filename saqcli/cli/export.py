@@ -16,8 +16,9 @@ def export_command(
     style: Annotated[
         str,
         typer.Option(
-            help="How quantizers are written: qdq (read by most runtimes), exact (equal to PyTorch bit for bit), "
-            "trt (INT8 without zero points) or qonnx (IntQuant nodes)."
+            help="How quantizers are written: qdq (read by most runtimes), qdq-vnni (with INT8 weights: faster, wrong "
+            "on x86 without VNNI), exact (equal to PyTorch bit for bit), trt (INT8 without zero points) or qonnx "
+            "(IntQuant nodes)."
         ),
     ] = "qdq",
     data: o.Data = None,

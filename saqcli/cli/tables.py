@@ -172,6 +172,8 @@ def show_export(result: dict[str, Any]) -> None:
     if result["split_layers"]:
         table.add_row("", f"cut into parts below that: {', '.join(result['split_layers'])}")
     table.add_row("hazards", "none of the patterns that ONNX Runtime changes")
+    for condition in result["conditions"]:
+        table.add_row("condition", condition)
     console.print(table)
     say(console, f"verdict in {result['verdict']}")
 

@@ -34,6 +34,7 @@ class Verdict:
         pytorch_difference: mean difference of PyTorch's own logits in float32, in the same units as ``mean_abs_diff``.
         layerwise: the comparison part by part; None where the file is no graph.
         hazards: patterns that a runtime would change.
+        conditions: hazards that the style accepts: where the file must not run.
         accumulators: of an exact graph, the largest sums of its layers.
         bit_equal: whether logits must be equal to the last bit.
         others: the same comparison for runtimes that were asked for, by name; never held to ``bit_equal``.
@@ -48,6 +49,7 @@ class Verdict:
     pytorch_difference: float = 0.0
     layerwise: LayerwiseCheck | None = None
     hazards: list[Hazard] = field(default_factory=list)
+    conditions: list[Hazard] = field(default_factory=list)
     accumulators: tuple[Accumulator, ...] = ()
     bit_equal: bool = False
     others: "dict[str, Verdict]" = field(default_factory=dict)
@@ -101,6 +103,7 @@ class Verdict:
                 name: {"argmax_agreement": other.argmax_agreement, "max_abs_diff": other.max_abs_diff}
                 for name, other in self.others.items()
             },
+            "conditions": list(dict.fromkeys(f"{each.code}: {each.text}" for each in self.conditions)),
             "split_layers": [each.layer for each in self.accumulators if each.parts > 1],
         }
 
@@ -152,6 +155,7 @@ def verdict_text(verdict: Verdict, path: Path, about: dict[str, Any]) -> str:
         **about,
         **verdict.figures(),
         "hazards": [str(hazard) for hazard in verdict.hazards],
+        "conditions_at": [hazard.node for hazard in verdict.conditions],
         "per_layer": layers,
     }
     return json.dumps(tree, indent=1) + "\n"

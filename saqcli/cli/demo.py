@@ -29,4 +29,4 @@ def demo_command(
         return
     from saqcli.cli.tables import show_quantized
 
-    show_quantized(result)
+    show_quantized(result, fine_tuned=epochs > 0)

@@ -158,4 +158,4 @@ def quantize_command(
         return
     from saqcli.cli.tables import show_quantized
 
-    show_quantized(result)
+    show_quantized(result, fine_tuned=resolved.training.epochs > 0)

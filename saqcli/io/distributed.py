@@ -19,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from saqcli import ranks
 from saqcli.errors import ConfigError
 from saqcli.io.machine import chosen_device
+from saqcli.units import counted
 
 SECONDS_TO_MEET = 300.0
 SECONDS_BETWEEN_TRIES = 5.0
@@ -116,7 +117,9 @@ def own_device(asked: str) -> torch.device:
         return pick_device(asked)
     number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= there:
-        raise ConfigError(f"this host has {there} GPUs: give torchrun --nproc-per-node {there} or less")
+        raise ConfigError(
+            f"this host has {counted(there, 'GPU')}: give torchrun --nproc-per-node {there} or less"
+        )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 

@@ -20,7 +20,7 @@ from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibrate import InputStatistics
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.space import SearchSpace
-from saqcli.units import format_quantity
+from saqcli.units import counted, format_quantity
 from saqcli.workflows.bits import budget_of, space_of
 from saqcli.workflows.calibration import calibrate, scheme_of
 from saqcli.workflows.optimization import make_optimizer, search_training
@@ -222,7 +222,7 @@ def announce(space: SearchSpace, budget: Budget, progress: Progress) -> None:
     """Say what can be reached before any time is spent."""
     floor, ceiling = space.floor, space.ceiling
     progress.note(
-        f"{space.model}: {len(space.decisions)} decisions, reachable {format_quantity(floor.bops)} to "
+        f"{space.model}: {counted(len(space.decisions), 'decision')}, reachable {format_quantity(floor.bops)} to "
         f"{format_quantity(ceiling.bops, 'BOPs')} and {format_quantity(floor.size)} to "
         f"{format_quantity(ceiling.size, 'B')}; the budget is {budget}"
     )

@@ -21,6 +21,7 @@ from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.quant.trace import try_model
 from saqcli.strict import named_path, printable
+from saqcli.units import counted
 from saqcli.workflows.onnx_runs import open_session, told
 from saqcli.workflows.setup import answering, load_float
 
@@ -172,7 +173,8 @@ def open_onnx(path: Path, *, optimized: bool = True) -> Predictor:
         logits = answer(images)
         if logits.shape != (len(images), classes):
             raise CorruptArtifact(
-                f"{path} does not turn {len(images)} images into {classes} logits each, as it says: export it again"
+                f"{path} does not turn {counted(len(images), 'image')} into logits of {classes} classes, as it says: "
+                "export it again"
             )
         return logits
 

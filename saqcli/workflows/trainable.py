@@ -14,6 +14,7 @@ from saqcli.config import RunConfig
 from saqcli.errors import UnsupportedModel
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.quant.layers import frozen_batch_stats
+from saqcli.units import counted
 
 
 def check_trains(model: nn.Module, name: str, preprocessing: Preprocessing, config: RunConfig) -> None:
@@ -33,7 +34,7 @@ def check_trains(model: nn.Module, name: str, preprocessing: Preprocessing, conf
             answer = model(images.to(device))
     except Exception as error:  # whatever a forward pass of somebody else's may raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        _refuse(name, f"fails in training on {count} image{'s'[: count - 1]}: {lines[0][:200]}", error)
+        _refuse(name, f"fails in training on {counted(count, 'image')}: {lines[0][:200]}", error)
     finally:
         model.train(mode)
         set_random_state(before)

@@ -1,5 +1,9 @@
 """``saq profile``."""
 
+from typing import Annotated
+
+import typer
+
 from saqcli.cli import bit_options as b
 from saqcli.cli import options as o
 from saqcli.cli.screen import print_json, progress_for, reporting
@@ -12,7 +16,14 @@ def profile_command(
     policy: b.Policy = None,
     candidates: b.Candidates = None,
     weights: o.Weights = None,
-    pretrained: o.Pretrained = None,
+    pretrained: Annotated[
+        bool | None,
+        typer.Option(
+            "--pretrained/--no-pretrained",
+            help="Load the published weights, on which no cost depends [default: --no-pretrained]",
+            rich_help_panel=o.MODEL,
+        ),
+    ] = None,
     num_classes: o.NumClasses = None,
     in_chans: o.InChans = None,
     input_size: o.InputSize = None,
@@ -22,7 +33,9 @@ def profile_command(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """MACs, bit-operations and size of a network at given bits, and the budgets it can reach. Needs no data.
+    """MACs, bit-operations and size of a network at given bits, and the budgets that it can reach.
+
+    Needs no data.
 
     Example: `saq profile resnet18 --bits 4`
     """

@@ -66,7 +66,9 @@ def quantize_command(
     assign: r.Assign = None,
     run_dir: Annotated[
         Path | None,
-        typer.Option(help="Where everything goes; by default runs/NAME-BITS.", rich_help_panel=o.RUN),
+        typer.Option(
+            metavar="DIR", help="Run directory to write [default: runs/NAME-BITS]", rich_help_panel=o.RUN
+        ),
     ] = None,
     resume: r.Resume = False,
     overwrite: r.Overwrite = False,

@@ -87,7 +87,7 @@ def read_json(text: str | bytes, source: str, error: type[SaqError] = ConfigErro
     except _Twice as twice:
         raise error(f"{source}: key {printable(twice.key, _SHOWN)!r} stands there twice") from None
     except ValueError as failure:
-        raise error(f"{source}: it is not JSON: {printable(str(failure), _SHOWN)}") from None
+        raise error(f"{source}: it is no JSON: {printable(str(failure), _SHOWN)}") from None
     check_nesting(tree, source, error)
     return tree
 
@@ -106,7 +106,7 @@ def read_toml(text: str, source: str) -> dict[str, Any]:
     except RecursionError:
         raise ConfigError(too_deep) from None
     except ValueError as failure:  # that of TOML, or of a number
-        raise ConfigError(f"{source}: it is not TOML: {printable(str(failure), _SHOWN)}") from None
+        raise ConfigError(f"{source}: it is no TOML: {printable(str(failure), _SHOWN)}") from None
     check_nesting(tree, source)
     return tree
 

@@ -166,11 +166,27 @@ def ask(config: RunConfig, network: Network, images: Images | None, progress: Pr
     if config.search.proxy is not None:
         searched, images = open_proxy(config, network, pick_device(config.run.device), progress)
     assert images is not None
-    if SEARCHERS[config.quantization.searcher].trains:
-        check_trains(searched.model, searched.name, searched.loaded.preprocessing, config)
     looks = SEARCHERS[config.quantization.searcher].looks or config.search.pareto > 0
     parts = search_images(images, config.search, progress) if looks else NO_IMAGES
+    if SEARCHERS[config.quantization.searcher].trains:
+        _check_trains(searched, config, getattr(parts.training, "images", 0) * ranks.count())
     return Asked(space, budget, network, searched, images, parts)
+
+
+def _check_trains(searched: Network, config: RunConfig, images: int) -> None:
+    """Refuse a network that cannot be trained on ``images`` as the searcher does."""
+    limits = {}
+    if (step := config.search.options.get("asga", {}).get("step_images")) and isinstance(step, int):
+        limits["search.options.asga.step_images"] = max(1, step // ranks.count())
+    name = config.quantization.searcher
+    check_trains(
+        searched.model,
+        searched.name,
+        searched.loaded.preprocessing,
+        config,
+        images=images or None,
+        limits=limits if name == "asga" else {},
+    )
 
 
 def pose(

@@ -92,7 +92,13 @@ def _on(
         network, images = ranks.together(lambda: prepare(config, device, progress))
         if config.training.epochs:
             ranks.together(
-                lambda: check_trains(network.model, network.name, network.loaded.preprocessing, config)
+                lambda: check_trains(
+                    network.model,
+                    network.name,
+                    network.loaded.preprocessing,
+                    config,
+                    images=images.train.images,
+                )
             )
     run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite, note=progress.note)
     with run.recorded():

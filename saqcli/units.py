@@ -80,9 +80,9 @@ def counted(number: int, thing: str) -> str:
     """``number`` of ``thing``, named in the singular.
 
     Example:
-        >>> counted(1, "class folder"), counted(1437, "training image"), counted(0, "batch")
-        ('1 class folder', '1,437 training images', '0 batches')
+        >>> counted(1, "epoch"), counted(3, "epoch"), counted(1437, "training image"), counted(0, "batch")
+        ('1 epoch', '3 epochs', '1,437 training images', '0 batches')
     """
     if number != 1:
-        thing += "es" if thing.endswith(("s", "x", "ch", "sh")) else "s"
+        thing += "es" if thing.endswith(("s", "x", "tch", "sh")) else "s"
     return f"{number:,} {thing}"

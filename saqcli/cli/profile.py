@@ -11,7 +11,14 @@ from saqcli.cli.screen import print_json, progress_for, reporting
 
 @reporting
 def profile_command(
-    model: o.Model,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="A model name (see `saq models`), or a run directory, .safetensors or .onnx file, which have bits of "
+            "their own.",
+        ),
+    ],
     bits: b.Bits = None,
     policy: b.Policy = None,
     candidates: b.Candidates = None,
@@ -33,11 +40,13 @@ def profile_command(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """MACs, bit-operations and size of a network at given bits, and the budgets that it can reach.
+    """MACs, bit-operations and size of a network at given bits or of a run, and the budgets that it can reach.
 
     Needs no data.
 
     Example: `saq profile resnet18 --bits 4`
+
+    Example: `saq profile runs/resnet18-34g`
     """
     from saqcli.config import QuantizationSection
     from saqcli.errors import ConfigError
@@ -47,9 +56,9 @@ def profile_command(
     if bits is not None and policy is not None:
         raise ConfigError("--bits and --policy both say what the bits are: give one of them")
     section = o.model_section(
-        model,
+        target,
         weights=weights,
-        pretrained=bool(pretrained) and weights is None,
+        pretrained=pretrained,
         num_classes=num_classes,
         in_chans=in_chans,
         model_kwargs=model_kwargs,
@@ -64,6 +73,7 @@ def profile_command(
         candidates=parse_candidates(candidates) if candidates else QuantizationSection().candidates,
         progress=progress_for(json_output=json_output, quiet=quiet),
         quantize_attention=bool(quantize_attention),
+        pretrained=bool(pretrained),
     ).to_dict()
     if json_output:
         print_json(result)

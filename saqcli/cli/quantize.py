@@ -150,7 +150,15 @@ def quantize_command(
     target = run_dir or r.default_run_dir(resolved)
     progress = progress_for(json_output=json_output, quiet=quiet)
     if dry_run:
-        r.show_plan(resolved, target, json_output=json_output)
+        r.dry_run(
+            resolved,
+            target,
+            "quantize",
+            resume=resume,
+            overwrite=overwrite,
+            json_output=json_output,
+            quiet=quiet,
+        )
         return
     from saqcli.workflows.quantize import quantize
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saqcli.cli.options import RUN, folder_of_bits
-from saqcli.cli.screen import print_json
+from saqcli.cli.screen import print_json, progress_for
 from saqcli.errors import ConfigError, RunDirectoryError
 
 if TYPE_CHECKING:
@@ -107,16 +107,24 @@ def default_run_dir(config: "RunConfig", *more: str) -> Path:
     return Path("runs") / "-".join((name, folder_of_bits(bits), *more))
 
 
-def show_plan(config: "RunConfig", target: Path, *, json_output: bool) -> None:
+def dry_run(
+    config: "RunConfig",
+    target: Path,
+    verb: str,
+    *,
+    resume: bool,
+    overwrite: bool,
+    json_output: bool,
+    quiet: bool,
+) -> None:
     """What a run would do and cost, without doing it."""
-    from saqcli.progress import SILENT
     from saqcli.workflows.plan import plan
 
-    result = plan(config, target, SILENT)
+    progress = progress_for(json_output=json_output, quiet=quiet)
+    result = plan(config, target, progress, verb=verb, resume=resume, overwrite=overwrite)
     if json_output:
         print_json(result)
         return
-    typer.echo(config.to_json().rstrip())
-    from saqcli.cli.tables import show_profile
+    from saqcli.cli.plan_view import show_plan
 
-    show_profile(result["profile"])
+    show_plan(result)

@@ -179,7 +179,15 @@ def search_command(
     resolved = r.resolved(recipe, config, assign or [], given, run_dir if resume else None)
     target = run_dir or r.default_run_dir(resolved, resolved.quantization.searcher)
     if dry_run:
-        r.show_plan(resolved, target, json_output=json_output)
+        r.dry_run(
+            resolved,
+            target,
+            "search",
+            resume=resume,
+            overwrite=overwrite,
+            json_output=json_output,
+            quiet=quiet,
+        )
         return
     from saqcli.workflows.search import search
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from saqcli.errors import ConfigError, SaqError, UnknownModel, UnsupportedModel, WeightsMismatch
 from saqcli.io import catalogue
 from saqcli.io.arguments import check_arguments
+from saqcli.io.hub import unpublished
 from saqcli.io.preprocessing import Preprocessing as Preprocessing
 from saqcli.io.weights import load_into, read_state_dict, sha256_of
 from saqcli.io.zoos import ZOOS, Architecture, Zoo
@@ -126,6 +127,30 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     )
 
 
+def published_weights(name: str) -> str:
+    """The network with the tag of the weights that ``load_model`` would fetch.
+
+    Raises:
+        SaqError: no such network, or nobody published any.
+    """
+    prefix, short = _resolve(name)
+    architecture, _, tag = short.partition(".")
+    tags = ZOOS[prefix].tags().get(architecture)
+    if not tags:
+        raise unpublished(f"{prefix}/{short}")
+    return f"{prefix}/{architecture}.{tag or tags[0]}".rstrip(".")
+
+
+def default_classes(name: str) -> int:
+    """How many classes the network has where none are asked for.
+
+    Raises:
+        UnknownModel: no network of that name.
+    """
+    prefix, short = _resolve(name)
+    return ZOOS[prefix].default_classes(short)
+
+
 def build_architecture(build: Mapping[str, Any]) -> nn.Module:
     """The network of ``LoadedModel.build`` with random weights, in eval mode.
 
@@ -141,6 +166,23 @@ def build_architecture(build: Mapping[str, Any]) -> nn.Module:
     prefix, name = _resolve(build["name"])
     with _building(build["name"], build["kwargs"]):
         return ZOOS[prefix].build(Architecture(**{**build, "name": name})).eval()
+
+
+def as_loaded(
+    model: nn.Module, build: Mapping[str, Any], preprocessing: Preprocessing, source: str
+) -> LoadedModel:
+    """A network that ``build`` describes and that is built already, as ``load_model`` gives it."""
+    prefix, _ = _resolve(build["name"])
+    return LoadedModel(
+        model,
+        build["name"],
+        build["num_classes"],
+        preprocessing,
+        source,
+        None,
+        dict(build),
+        classifiers=ZOOS[prefix].classifiers(model),
+    )
 
 
 def _resolve(name: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from saqcli.config import ModelSection
 from saqcli.errors import ConfigError, CorruptArtifact, RunDirectoryError, SaqError
 from saqcli.io.described import build_described, check_description
 from saqcli.io.machine import library_versions
+from saqcli.io.models import LoadedModel, as_loaded, build_architecture
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
@@ -131,6 +132,31 @@ def restore(path: Path) -> tuple[nn.Module, ModelFacts]:
         return rebuild(_float_model(path, facts, tensors), facts, tensors, str(path)), facts
     except SaqError as error:
         raise CorruptArtifact(printable(f"{error}") + printable(hint, 200)) from None
+
+
+def open_described(path: Path) -> tuple[LoadedModel, ModelFacts]:
+    """The network that a file describes, of random weights and without quantizers, and what the file says about it.
+
+    Args:
+        path: a ``.safetensors`` or ``.onnx`` file of ours.
+
+    Raises:
+        CorruptArtifact: damaged, foreign, or not of a network that can be built here.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}")
+    try:
+        if path.suffix == ".onnx":
+            facts = read_onnx_facts(path)
+            check_description(facts.build, facts.preprocessing)
+            model = build_architecture(facts.build)
+        else:
+            facts, tensors = read_content(path)
+            model = _float_model(path, facts, tensors)
+    except SaqError as error:
+        raise CorruptArtifact(printable(f"{error}")) from None
+    preprocessing = Preprocessing.from_dict(facts.preprocessing)
+    return as_loaded(model, facts.build, preprocessing, path.name), facts
 
 
 def _float_model(path: Path, facts: ModelFacts, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -86,6 +86,16 @@ class TestRefusals:
             (["quantize", "saq/resnet20", "--bops", "34"], 1, "unit"),
             (["quantize", "saq/resnet20", "--no-pretrained", "--bits", "4"], 1, "--data"),
             (["quantize", "saq/resnet20", "--bits", "4", "--method", "magic"], 1, "saq"),
+            (
+                ["eval", "saq/resnet20", "--no-pretrained", "--data", "x", "--device", "cuda:99"],
+                1,
+                "--device cuda:99 is not available (",
+            ),
+            (
+                ["eval", "saq/resnet20", "--no-pretrained", "--data", "x", "--device", "meta"],
+                1,
+                "--device meta is not a device: give cpu, cuda or cuda:1, or omit it",
+            ),
             (["quantize", "saq/resnet20", "--bits", "4", "--recipe", "magic"], 1, "quick"),
             (["quantize", "saq/resnet20", "--bits", "4", "--set", "training.speed=1"], 1, "speed"),
             (["quantize", "saq/resnet20", "--bits", "4", "--set", "training.schedule=foo"], 1, "foo"),

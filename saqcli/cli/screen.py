@@ -145,8 +145,9 @@ class Pace:
             time.monotonic() - self._since,
             self.seconds_left,
         )
-        rate = [f"{images / seconds:.0f} images/s"] if images and seconds > 0 else []
-        return rate + ([] if left is None else [f"{format_duration(left)} left"])
+        rate = images / seconds if seconds > 0 else 0.0
+        shown = [f"{rate:.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s"] if rate else []
+        return shown + ([] if left is None else [f"{format_duration(left)} left"])
 
 
 class _PlainTask:

@@ -135,7 +135,14 @@ def pick_device(asked: str) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
     try:
         device = torch.device(asked)
+    except (RuntimeError, ValueError):
+        device = torch.device("meta")
+    if device.type == "meta":  # which computes nothing
+        raise ConfigError(f"--device {asked} is not a device: give cpu, cuda or cuda:1, or omit it")
+    try:
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise ConfigError(f"--device {asked} is not to be had here: use cpu, or leave it away") from None
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = torch.cuda.device_count() if device.type == "cuda" else None
+        reason = "" if there is None else f" ({counted(there, 'CUDA device') if there else 'no CUDA device'})"
+        raise ConfigError(f"--device {asked} is not available{reason}: use --device cpu or omit it") from None
     return device

@@ -132,7 +132,7 @@ def make_searcher(config: RunConfig) -> Searcher:
     options = dict(section.options.get(name, {}))
     if section.epochs is not None:
         if not SEARCHERS[name].trains:
-            raise ConfigError(f"searcher {name} does not train, so it has no --epochs: leave them away")
+            raise ConfigError(f"searcher {name} does not train: remove --epochs")
         whole = section.epochs == int(section.epochs)
         options["epochs"] = int(section.epochs) if whole else section.epochs
     if section.rho is not None:

@@ -167,7 +167,7 @@ def check_training(config: RunConfig) -> None:
         make_schedule(optimizer, training, steps=1)
     if training.sam_reuse and (training.sam_interval == 1 or training.ascent_fraction < 1):
         raise ConfigError(
-            "--sam-reuse goes on with the last perturbation in the steps between, and compares gradients of the same "
+            "--sam-reuse reuses the last perturbation in the steps between, and compares gradients of the same "
             "images: give --sam-interval 2 or more, and no --ascent-fraction"
         )
     pairs = 2 * ranks.count()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from saqcli.errors import ConfigError, CorruptArtifact, UnsafeWeights, WeightsMismatch
 from saqcli.io.pickles import Strange, globals_of
 from saqcli.strict import printable
+from saqcli.units import counted
 
 _PICKLES = (".pth", ".pt", ".th", ".bin", ".tar", ".ckpt")
 _NESTS = ("state_dict", "model_state_dict", "model", "net")
@@ -201,7 +202,7 @@ def _misfit(
     heads = {f"{layer}.{part}" for layer in classifiers for part in ("weight", "bias")}
     if misshapen and not missing and not unexpected and heads.issuperset(misshapen):
         theirs, asked = len(state[misshapen[0]]), len(own[misshapen[0]])
-        return f"{source} has {theirs} classes, {name} was asked for {asked}: pass --num-classes {theirs}"
+        return f"{source} has {counted(theirs, 'class')}, {name} was asked for {asked}: pass --num-classes {theirs}"
     shapes = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in misshapen]
     kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes))
     parts = [f"{len(keys)} {kind} ({_listed(keys)})" for kind, keys in kinds if keys]

@@ -9,6 +9,7 @@ from typing import Any
 from saqcli.algorithms.graphs.hazards import Hazard
 from saqcli.algorithms.graphs.integers import Accumulator
 from saqcli.algorithms.graphs.layerwise import LayerwiseCheck
+from saqcli.units import counted
 
 SCHEMA_VERSION = 1
 SUFFIX = ".verdict.json"
@@ -68,7 +69,7 @@ class Verdict:
         astray = min(AS_PYTORCH * (1 - self.pytorch_agreement), MOST_ASTRAY)
         if different > (1 - LEAST_AGREEMENT + astray) * self.images + FREE_IMAGES:
             reasons.append(
-                f"the best class agrees on {100 * self.argmax_agreement:.2f} % of {self.images} images"
+                f"the best class agrees on {100 * self.argmax_agreement:.2f} % of {counted(self.images, 'image')}"
             )
         loose = min(AS_PYTORCH * self.pytorch_difference, LARGEST_LOOSE_DIFFERENCE)
         allowed = max(LARGEST_MEAN_DIFFERENCE, loose)
@@ -112,7 +113,7 @@ def _which_layers(check: LayerwiseCheck) -> str:
     names = check.wrong
     if not names:
         return f"logits computed from the same codes differ by {check.logits_error:.2g} of their range"
-    more = f" and {len(names) - NAMED} more layers" if len(names) > NAMED else ""
+    more = f" and {counted(len(names) - NAMED, 'more layer')}" if len(names) > NAMED else ""
     return f"fed the same codes, it differs in front of {', '.join(names[:NAMED])}{more}"
 
 

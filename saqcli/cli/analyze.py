@@ -101,6 +101,7 @@ def analyze_command(
         int, typer.Option(min=0, help="Of images, directions and random vectors.", rich_help_panel=HOW)
     ] = 0,
     weights: o.Weights = None,
+    weights_key: o.WeightsKey = None,
     pretrained: o.Pretrained = None,
     num_classes: o.NumClasses = None,
     in_chans: o.InChans = None,
@@ -173,6 +174,7 @@ def analyze_command(
     section = o.model_section(
         target,
         weights=weights,
+        weights_key=weights_key,
         pretrained=pretrained,
         num_classes=num_classes,
         in_chans=in_chans,

@@ -30,6 +30,16 @@ Weights = Annotated[
         help="Local float weights: .safetensors, .pth, .pt or .th. Never runs code.", rich_help_panel=MODEL
     ),
 ]
+WeightsKey = Annotated[
+    str | None,
+    typer.Option(
+        "--weights-key",
+        metavar="KEY",
+        help="Which tensors of --weights, where it holds several sets: state_dict_ema, callbacks.ema. "
+        "By default averaged weights, as timm takes them.",
+        rich_help_panel=MODEL,
+    ),
+]
 Pretrained = Annotated[
     bool | None,
     typer.Option(
@@ -37,6 +47,14 @@ Pretrained = Annotated[
     ),
 ]
 NumClasses = Annotated[int | None, typer.Option(min=1, help="Classes of the model.", rich_help_panel=MODEL)]
+NewHead = Annotated[
+    bool | None,
+    typer.Option(
+        "--new-head",
+        help="Start with a random classifier where --weights has another number of classes than --num-classes.",
+        rich_help_panel=MODEL,
+    ),
+]
 InChans = Annotated[int | None, typer.Option(min=1, help="Channels of an image.", rich_help_panel=MODEL)]
 ModelKwargs = Annotated[
     str | None,
@@ -174,6 +192,7 @@ def parse_pins(texts: list[str] | None) -> dict[str, str] | None:
 def model_options(
     *,
     weights: Path | None,
+    weights_key: str | None,
     pretrained: bool | None,
     num_classes: int | None,
     in_chans: int | None,
@@ -181,12 +200,15 @@ def model_options(
     input_size: str | None,
     mean: str | None,
     std: str | None,
+    new_head: bool | None = None,
 ) -> dict[str, Any]:
     """The given ones as keys of the configuration's ``model`` section; None where not given."""
     return {
         "weights": None if weights is None else str(weights),
+        "weights_key": weights_key,
         "pretrained": pretrained,
         "num_classes": num_classes,
+        "new_head": new_head,
         "in_chans": in_chans,
         "kwargs": parse_assignments(model_kwargs, "--model-kwargs"),
         "input_size": parse_size(input_size),

@@ -12,6 +12,7 @@ def profile_command(
     policy: b.Policy = None,
     candidates: b.Candidates = None,
     weights: o.Weights = None,
+    weights_key: o.WeightsKey = None,
     pretrained: o.Pretrained = None,
     num_classes: o.NumClasses = None,
     in_chans: o.InChans = None,
@@ -36,6 +37,7 @@ def profile_command(
     section = o.model_section(
         model,
         weights=weights,
+        weights_key=weights_key,
         pretrained=bool(pretrained) and weights is None,
         num_classes=num_classes,
         in_chans=in_chans,

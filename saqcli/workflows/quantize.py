@@ -32,6 +32,7 @@ from saqcli.io.machine import library_versions
 from saqcli.io.models import build_architecture
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.runs import RunDirectory
+from saqcli.io.seeds import seed_everything
 from saqcli.progress import SILENT, Progress
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig
@@ -116,6 +117,10 @@ def check(config: RunConfig) -> None:
     scheme_of(config).check()
     check_training(config)
     check_bits(config.quantization)
+    if config.model.new_head and not config.training.epochs:
+        raise ConfigError(
+            "--new-head starts a random classifier, which fine-tuning trains: remove --epochs 0"
+        )
 
 
 def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tuple[Network, Images]:
@@ -124,6 +129,8 @@ def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tupl
     Raises:
         SaqError: unusable model, data, policy, or a budget that nothing meets.
     """
+    if config.model.new_head:
+        seed_everything(config.run.seed)
     loaded = load_float(config.model, progress)
     if config.training.distill and not loaded.trained:
         raise ConfigError(

@@ -26,6 +26,7 @@ from saqcli.io.distributed import process_group
 from saqcli.io.files import write_text
 from saqcli.io.interrupts import deferred_interrupts
 from saqcli.io.runs import RunDirectory
+from saqcli.io.seeds import seed_everything
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.calibrate import InputStatistics
 from saqcli.strict import parse_object
@@ -160,6 +161,8 @@ def prepare_search(
         section = config.model.model_copy(update={"pretrained": False})
         network = wrap_and_trace(load_float(section, SILENT), quantize_attention=attention)
         return network, None
+    if config.model.new_head:
+        seed_everything(config.run.seed)
     loaded = load_float(config.model, progress)
     images = Images.training_alone(
         config.data, loaded.num_classes, loaded.preprocessing, device, config.run.seed

@@ -6,6 +6,7 @@ policies, manifests, readings, float weights and ONNX graphs.
 
 import functools
 import json
+import math
 import os
 import pickle
 import resource
@@ -500,6 +501,14 @@ def test_strange_onnx_files_are_refused_or_run(
         attack(read, path, bytes_of(raw, count))
 
     assert capfd.readouterr().out == ""
+
+
+def test_an_onnx_file_with_a_nan_is_refused(tmp_path: Path) -> None:
+    model = onnx_model()
+    model.graph.initializer[1].float_data[0] = math.nan
+    (path := tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+
+    assert "NaN values in scale" in refused(read_and_run, path)
 
 
 def tensor_elsewhere(location: str) -> Any:

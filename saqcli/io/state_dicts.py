@@ -70,7 +70,7 @@ def choose(content: Mapping[Any, Any], key: str | None, source: str) -> StateDic
     Args:
         content: of the file.
         key: of ``--weights-key``.
-        source: what messages call the file.
+        source: what errors call the file.
 
     Raises:
         ConfigError: no tensors under ``key``; or several sets of which none is known to be the weights.
@@ -100,7 +100,7 @@ def choose(content: Mapping[Any, Any], key: str | None, source: str) -> StateDic
     kind = "averaged weights" if is_averaged(path) else "weights"
     if chosen.others or (path and not set(path) <= set(RAW)):
         more = f"; it also holds {_listed(chosen.others)}: --weights-key chooses" if chosen.others else ""
-        chosen = replace(chosen, notes=(f"{source}: {kind} taken from {_quoted(chosen.key)}{more}",))
+        chosen = replace(chosen, notes=(f"{kind} taken from {_quoted(chosen.key)}{more}",))
     return chosen
 
 

@@ -83,9 +83,10 @@ def read_weights(path: Path, key: str | None = None) -> WeightFile:
     if not isinstance(content, Mapping) or not content:
         what = "nothing" if isinstance(content, Mapping) else f"a {type(content).__name__}"
         raise CorruptArtifact(f"weights {path} hold {what}, not tensors by name: save model.state_dict()")
-    chosen = choose(content, key, path.name)
+    chosen = choose(content, key, str(path))
     tensors = _tensors(chosen.values, path)
-    return WeightFile(tensors, chosen.key, chosen.others, tuple(class_lists(described)), chosen.notes)
+    notes = tuple(f"{path.name}: {note}" for note in chosen.notes)
+    return WeightFile(tensors, chosen.key, chosen.others, tuple(class_lists(described)), notes)
 
 
 def load_into(

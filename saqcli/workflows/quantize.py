@@ -19,6 +19,7 @@ from torch import nn
 
 from saqcli import ranks
 from saqcli._version import __version__
+from saqcli.algorithms.divergence import check_score
 from saqcli.algorithms.exporters import ModelFacts
 from saqcli.algorithms.exporters.safetensors import restore_structure
 from saqcli.algorithms.minimizers import MINIMIZERS
@@ -157,10 +158,12 @@ def begin(
     model = network.model
     validation = images.validation()
     float_score = score(model, validation, "evaluating float", device, progress)
+    check_score(float_score.loss, float_score.images, network.name)
     statistics = calibrate(network, images, config, progress)
     policy, budget = choose_bits(config, network, images, statistics, run, progress)
     quantized = install_quantizers(config, network, policy, statistics, images, progress)
     calibrated = score(quantized, validation, "evaluating calibrated", device, progress)
+    check_score(calibrated.loss, calibrated.images, f"{network.name}, calibrated,")
     progress.note(f"float {float_score.top1:.2f} %, calibrated {calibrated.top1:.2f} % top-1")
     outcome = Outcome(
         network.name,
@@ -232,6 +235,7 @@ def complete(
         teacher = _teacher(config, device, progress)
         finetune(model, config, images, run, state, progress, num_classes=classes, teacher=teacher)
         outcome.score = score(model, images.validation(), "evaluating", device, progress)
+        check_score(outcome.score.loss, outcome.score.images, f"{facts.policy.model}, fine-tuned,")
     else:
         outcome.score = outcome.calibrated_score
     run.log(phase="quantized", **asdict(outcome.score))

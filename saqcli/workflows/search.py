@@ -8,7 +8,6 @@ write       policy.json, search.json, pictures
 """
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from saqcli.io.runs import RunDirectory
 from saqcli.io.seeds import seed_everything
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.calibrate import InputStatistics
-from saqcli.strict import parse_object
+from saqcli.strict import json_text, parse_object
 from saqcli.workflows.bits import check_bits
 from saqcli.workflows.calibration import scheme_of
 from saqcli.workflows.determinism import deterministic_if_asked
@@ -203,7 +202,7 @@ def _write(
         }
         for s in searched.found.scored
     ]
-    write_text(run.search_path, json.dumps(kept, indent=2) + "\n")
+    write_text(run.search_path, json_text(kept, indent=2) + "\n")
     return results
 
 

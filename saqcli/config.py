@@ -28,12 +28,18 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """Which network, and how its images are prepared. None leaves the choice to the network."""
+    """Which network, and how its images are prepared. None leaves the choice to the network.
+
+    ``weights_key`` chooses among several sets of tensors in ``weights``. With ``new_head`` the classifier starts random
+    where the file has another number of classes than ``num_classes``.
+    """
 
     name: str
     weights: str | None = None
+    weights_key: str | None = None
     pretrained: bool = True
     num_classes: Positive | None = None
+    new_head: bool = False
     in_chans: Positive | None = None
     kwargs: dict[str, Any] = {}
     input_size: Positive | tuple[int, ...] | None = None
@@ -96,6 +102,7 @@ class ProxySection(_Section):
     num_classes: Positive | None = None
     input_size: Positive | None = None
     weights: str | None = None
+    weights_key: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     epochs: Annotated[int, Field(ge=0)] | None = None

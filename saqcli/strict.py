@@ -1,4 +1,4 @@
-"""Reading what other programs or people wrote: strict, and with one clear line when it does not fit.
+"""Reading what other programs or people wrote: strict, and with one clear line when it does not fit; writing JSON.
 
 Every object that reaches the disk is a pydantic model that forbids unknown keys. Pydantic's own report takes
 a screen; a person wants the first thing that is wrong, where it is, and what was expected. What pydantic does not
@@ -7,6 +7,7 @@ see is looked at first: files without end, keys that stand twice, nesting withou
 
 import codecs
 import json
+import math
 import os
 import tomllib
 import typing
@@ -160,6 +161,28 @@ def check_nesting(tree: object, source: str, error: type[SaqError] = ConfigError
         if not level:
             return
     raise error(f"{source}: it is nested deeper than {MOST_NESTED} levels")
+
+
+def json_text(value: Any, **layout: Any) -> str:
+    """``value`` as JSON, NaN and infinity as null, which JSON lacks; all text that is not pydantic's is made here.
+
+    Args:
+        value: a tree of plain Python objects.
+        layout: further arguments of ``json.dumps``.
+
+    Example:
+        >>> json_text({"loss": float("nan"), "top1": 91.5})
+        '{"loss": null, "top1": 91.5}'
+    """
+    return json.dumps(_finite(value), allow_nan=False, **layout)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def named_path(text: str) -> Path:

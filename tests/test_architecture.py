@@ -14,7 +14,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # What lies below each part, and so may be imported there beside the part itself.
 # The base files hold no logic of any part.
-BASE = {"errors", "config", "units", "strict", "progress", "ranks", "_version"}
+BASE = {"errors", "config", "units", "strict", "progress", "ranks", "finite", "_version"}
 ALLOWED = {
     "cli": {"workflows", "algorithms", "quant", "io"},
     "workflows": {"algorithms", "quant", "io"},

@@ -6,6 +6,7 @@ policies, manifests, readings, float weights and ONNX graphs.
 
 import functools
 import json
+import math
 import os
 import pickle
 import resource
@@ -35,7 +36,7 @@ from saqcli.config import ModelSection, resolve
 from saqcli.errors import ConfigError, CorruptArtifact, SaqError, UnsafeWeights
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.runs import RunDirectory, RunManifest
-from saqcli.io.weights import load_into, read_state_dict
+from saqcli.io.weights import load_into, read_weights
 from saqcli.progress import SILENT
 from saqcli.quant.bits import BitConfig, LayerBits, uniform
 from saqcli.quant.convert import Scheme
@@ -295,8 +296,8 @@ def float_network() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3))
 
 
-def read_weights(path: Path) -> None:
-    load_into(float_network(), read_state_dict(path), str(path))
+def load_weights(path: Path) -> None:
+    load_into(float_network(), read_weights(path).tensors, str(path))
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -313,9 +314,9 @@ def test_strange_weights_are_refused_or_harmless(name: str, count: int, tmp_path
     else:
         torch.save(checkpoint, path, _use_new_zipfile_serialization=name.startswith("zip"))
     raw = path.read_bytes()
-    read_weights(path)
+    load_weights(path)
 
-    attack(read_weights, path, bytes_of(raw, count))
+    attack(load_weights, path, bytes_of(raw, count))
 
 
 class Call:
@@ -363,8 +364,8 @@ def test_no_code_in_weights_is_run_wherever_it_lies(how: str, tmp_path: Path) ->
             else:
                 torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
             with pytest.raises((UnsafeWeights, CorruptArtifact)):
-                read_state_dict(path)
-            refused(read_state_dict, path)
+                read_weights(path)
+            refused(read_weights, path)
             assert not mark.exists(), name
 
 
@@ -388,12 +389,12 @@ ENDLESS = {
 @pytest.mark.parametrize("case", ENDLESS)
 def test_a_small_pickle_cannot_take_all_time_or_memory(case: str, tmp_path: Path) -> None:
     (path := tmp_path / "w.pth").write_bytes(ENDLESS[case])
-    assert "nothing was run" in refused(read_state_dict, path)
+    assert "nothing was run" in refused(read_weights, path)
 
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("w/data.pkl", ENDLESS[case])
         archive.writestr("w/version", "3\n")
-    assert "nothing was run" in refused(read_state_dict, path)
+    assert "nothing was run" in refused(read_weights, path)
 
 
 def test_an_archive_that_unfolds_to_far_more_than_it_is_is_refused(tmp_path: Path) -> None:
@@ -401,7 +402,7 @@ def test_an_archive_that_unfolds_to_far_more_than_it_is_is_refused(tmp_path: Pat
         archive.writestr("w/data.pkl", b"\x80\x02}.")
         archive.writestr("w/data/0", bytes(2**26))
 
-    assert "unfolds" in refused(read_state_dict, path)
+    assert "unfolds" in refused(read_weights, path)
 
 
 def larger_than_its_storage() -> Call:
@@ -420,14 +421,14 @@ WITHOUT_NUMBERS: dict[str, Callable[[], Any]] = {
 def test_tensors_without_all_of_their_numbers_are_refused(expected: str, tmp_path: Path) -> None:
     torch.save({"weight": WITHOUT_NUMBERS[expected]()}, path := tmp_path / "w.pth")
 
-    assert expected in refused(read_state_dict, path)
+    assert expected in refused(read_weights, path)
 
 
 @pytest.mark.parametrize("key", ["module." * 200_000 + "x", ("a", "b"), 3])
 def test_names_of_tensors_that_are_none_are_refused(key: Any, tmp_path: Path) -> None:
     torch.save({key: torch.ones(1)}, path := tmp_path / "w.pth")
 
-    assert "no tensors by name" in refused(read_state_dict, path)
+    assert "no tensors by name" in refused(read_weights, path)
 
 
 # ONNX files.
@@ -500,6 +501,14 @@ def test_strange_onnx_files_are_refused_or_run(
         attack(read, path, bytes_of(raw, count))
 
     assert capfd.readouterr().out == ""
+
+
+def test_an_onnx_file_with_a_nan_is_refused(tmp_path: Path) -> None:
+    model = onnx_model()
+    model.graph.initializer[1].float_data[0] = math.nan
+    (path := tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+
+    assert "NaN values in scale" in refused(read_and_run, path)
 
 
 def tensor_elsewhere(location: str) -> Any:

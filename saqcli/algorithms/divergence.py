@@ -9,7 +9,7 @@ import math
 from torch import Tensor
 
 from saqcli import ranks
-from saqcli.errors import TrainingDiverged
+from saqcli.errors import TrainingDiverged, UnsupportedModel
 
 LARGEST_LOSS = 100.0  # times ln(classes), the loss of guessing; no network that learns is near it
 
@@ -36,6 +36,19 @@ def check_epoch(loss: float, classes: int) -> None:
     """
     if not loss <= LARGEST_LOSS * math.log(max(classes, 2)):
         raise ranks.agreed(TrainingDiverged(f"the validation loss has become {loss:g}: {_advice()}"))
+
+
+def check_score(loss: float, images: int, name: str) -> None:
+    """To be asked of the loss of a network that is not in training.
+
+    Raises:
+        UnsupportedModel: it is not finite.
+    """
+    if not math.isfinite(loss):
+        raise UnsupportedModel(
+            f"the loss of {name} is {'NaN' if math.isnan(loss) else 'infinite'} on {images} images: its numbers "
+            "overflow; check its weights, --mean, --std and --input-size"
+        )
 
 
 def _advice() -> str:

@@ -142,6 +142,7 @@ def analyze_command(
         ),
     ] = 0,
     weights: o.Weights = None,
+    weights_key: o.WeightsKey = None,
     pretrained: o.Pretrained = None,
     num_classes: o.NumClasses = None,
     in_chans: o.InChans = None,
@@ -215,6 +216,7 @@ def analyze_command(
     section = o.model_section(
         target,
         weights=weights,
+        weights_key=weights_key,
         pretrained=pretrained,
         num_classes=num_classes,
         in_chans=in_chans,

@@ -22,6 +22,7 @@ def eval_command(
     ],
     data: o.Data = None,
     weights: o.Weights = None,
+    weights_key: o.WeightsKey = None,
     pretrained: o.Pretrained = None,
     num_classes: o.NumClasses = None,
     in_chans: o.InChans = None,
@@ -87,6 +88,7 @@ def eval_command(
     section = o.model_section(
         target,
         weights=weights,
+        weights_key=weights_key,
         pretrained=pretrained,
         num_classes=num_classes,
         in_chans=in_chans,

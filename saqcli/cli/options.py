@@ -32,6 +32,16 @@ Weights = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+WeightsKey = Annotated[
+    str | None,
+    typer.Option(
+        "--weights-key",
+        metavar="KEY",
+        help="Which tensors of --weights, where it holds several sets: state_dict_ema, callbacks.ema "
+        "[default: averaged weights where there are some, as in timm]",
+        rich_help_panel=MODEL,
+    ),
+]
 Pretrained = Annotated[
     bool | None,
     typer.Option(
@@ -46,6 +56,14 @@ NumClasses = Annotated[
         min=1,
         metavar="N",
         help="Number of classes [default: that of the weights]",
+        rich_help_panel=MODEL,
+    ),
+]
+NewHead = Annotated[
+    bool | None,
+    typer.Option(
+        "--new-head",
+        help="Start with a random classifier where --weights has another number of classes than --num-classes.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -233,6 +251,7 @@ def parse_pins(texts: list[str] | None) -> dict[str, str] | None:
 def model_options(
     *,
     weights: Path | None,
+    weights_key: str | None,
     pretrained: bool | None,
     num_classes: int | None,
     in_chans: int | None,
@@ -240,12 +259,15 @@ def model_options(
     input_size: str | None,
     mean: str | None,
     std: str | None,
+    new_head: bool | None = None,
 ) -> dict[str, Any]:
     """The given ones as keys of the configuration's ``model`` section; None where not given."""
     return {
         "weights": None if weights is None else str(weights),
+        "weights_key": weights_key,
         "pretrained": pretrained,
         "num_classes": num_classes,
+        "new_head": new_head,
         "in_chans": in_chans,
         "kwargs": parse_assignments(model_kwargs, "--model-kwargs"),
         "input_size": parse_size(input_size),

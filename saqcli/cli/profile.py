@@ -23,6 +23,7 @@ def profile_command(
     policy: b.Policy = None,
     candidates: b.Candidates = None,
     weights: o.Weights = None,
+    weights_key: o.WeightsKey = None,
     pretrained: Annotated[
         bool | None,
         typer.Option(
@@ -58,6 +59,7 @@ def profile_command(
     section = o.model_section(
         target,
         weights=weights,
+        weights_key=weights_key,
         pretrained=pretrained,
         num_classes=num_classes,
         in_chans=in_chans,

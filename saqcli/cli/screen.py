@@ -6,7 +6,6 @@ the first one alone speaks, but for errors that another has by itself.
 """
 
 import functools
-import json
 import os
 import sys
 import time
@@ -20,6 +19,7 @@ import typer
 from saqcli.errors import ConfigError, SaqError, StoppedElsewhere, out_of_memory
 from saqcli.io.interrupts import Terminated, raised_sigterm
 from saqcli.progress import SILENT, Progress, Task
+from saqcli.strict import json_text
 from saqcli.units import format_duration, format_figure
 
 SECONDS_BETWEEN_LINES = 10.0  # of plain progress
@@ -37,7 +37,7 @@ def progress_for(*, json_output: bool, quiet: bool) -> Progress:
 
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on stdout."""
-    typer.echo(json.dumps(value))
+    typer.echo(json_text(value))
 
 
 def reporting(command: Callable[P, None]) -> Callable[P, None]:

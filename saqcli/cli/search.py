@@ -98,8 +98,10 @@ def search_command(
         ),
     ] = None,
     weights: o.Weights = None,
+    weights_key: o.WeightsKey = None,
     pretrained: o.Pretrained = None,
     num_classes: o.NumClasses = None,
+    new_head: o.NewHead = None,
     in_chans: o.InChans = None,
     input_size: o.InputSize = None,
     mean: o.Mean = None,
@@ -137,8 +139,10 @@ def search_command(
 
     named = o.model_options(
         weights=weights,
+        weights_key=weights_key,
         pretrained=pretrained,
         num_classes=num_classes,
+        new_head=new_head,
         in_chans=in_chans,
         model_kwargs=model_kwargs,
         input_size=input_size,

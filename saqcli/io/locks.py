@@ -18,6 +18,7 @@ from pathlib import Path
 
 from saqcli.errors import RunDirectoryError
 from saqcli.io.files import cannot_write
+from saqcli.strict import json_text
 
 NAME = ".lock"
 TRIES = 20
@@ -100,7 +101,7 @@ class Lock:
         owner = Owner(os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(timespec="seconds"))
         try:
             os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps(asdict(owner)).encode(), 0)
+            os.pwrite(handle, json_text(asdict(owner)).encode(), 0)
         except OSError as error:
             self.release()
             raise cannot_write(self.path, error) from None

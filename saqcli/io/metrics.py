@@ -1,12 +1,12 @@
 """``metrics.jsonl``: one object a line, appended as a run goes, taken back to the last checkpoint on resuming."""
 
-import json
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from saqcli.io.files import cannot_write, write_text
+from saqcli.strict import json_text
 
 
 class Metrics:
@@ -24,7 +24,7 @@ class Metrics:
         there = self.path.stat().st_size if self.path.is_file() else 0
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(json_text(values) + "\n")
         except OSError as error:
             with suppress(OSError):
                 os.truncate(self.path, there)  # no half of a line

@@ -20,8 +20,10 @@ from saqcli.io import catalogue
 from saqcli.io.arguments import check_arguments
 from saqcli.io.hub import unpublished
 from saqcli.io.preprocessing import Preprocessing as Preprocessing
-from saqcli.io.weights import load_into, read_state_dict, sha256_of
+from saqcli.io.state_dicts import fit_names
+from saqcli.io.weights import WeightFile, check_numbers, load_into, read_weights, sha256_of
 from saqcli.io.zoos import ZOOS, Architecture, Zoo
+from saqcli.strict import printable
 from saqcli.units import counted
 
 
@@ -40,6 +42,7 @@ class ModelSpec:
         mean: per channel, of pixels scaled to 0..1.
         std: likewise.
         new_head: where a weight file has other classes than are asked for, let the classifier start random.
+        weights_key: which tensors of the file, where it holds several sets; see ``state_dicts``.
     """
 
     name: str
@@ -52,6 +55,7 @@ class ModelSpec:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     new_head: bool = False
+    weights_key: str | None = None
 
 
 @dataclass
@@ -69,6 +73,7 @@ class LoadedModel:
         notes: what was decided for the user, one line each.
         trained: whether all its weights are; not those of a new head, or random ones.
         classifiers: names of the layers that give class scores; several where heads are averaged (distillation).
+        class_names: by index, where the weight file carries one for each class; else empty.
     """
 
     model: nn.Module
@@ -81,6 +86,7 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
     trained: bool = True
     classifiers: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:
@@ -96,12 +102,19 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     prefix, name = _resolve(spec.name)
     zoo = ZOOS[prefix]
     notes: list[str] = []
-    state = read_state_dict(spec.weights) if spec.weights else None  # before time is spent on building
+    if spec.weights_key is not None and not spec.weights:
+        raise ConfigError(
+            "--weights-key chooses among the tensors of a weight file: give --weights FILE with it"
+        )
+    file = (
+        read_weights(spec.weights, spec.weights_key) if spec.weights else None
+    )  # before time is spent on building
     arch, preprocessing = _architecture(zoo, f"{prefix}/{name}", spec)
     sha256, trained = None, True
     with _building(f"{prefix}/{name}", arch.kwargs):
-        if spec.weights and state is not None:
-            model, arch, trained = _from_state(zoo, prefix, arch, state, spec, notes)
+        if spec.weights and file is not None:
+            notes += file.notes
+            model, arch, trained = _from_file(zoo, prefix, arch, file, spec, notes)
             source, sha256 = spec.weights.name, sha256_of(spec.weights)
         elif spec.pretrained:
             model, name, source = zoo.fetch(arch)
@@ -112,6 +125,8 @@ def load_model(spec: ModelSpec) -> LoadedModel:
                 trained = False
         else:
             model, source, trained = zoo.build(arch), "random", False
+        if not spec.weights:  # a file's were checked when they were loaded
+            check_numbers(model, source)
     build = asdict(arch) | {"name": f"{prefix}/{name}"}
     return LoadedModel(
         model.eval(),
@@ -124,6 +139,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         notes,
         trained,
         zoo.classifiers(model),
+        next((names for names in file.class_lists if len(names) == arch.num_classes), ()) if file else (),
     )
 
 
@@ -256,8 +272,8 @@ def _per_channel(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
     return values if len(values) == in_chans else (sum(values) / len(values),) * in_chans
 
 
-def _from_state(
-    zoo: Zoo, prefix: str, arch: Architecture, state: Mapping[str, Tensor], spec: ModelSpec, notes: list[str]
+def _from_file(
+    zoo: Zoo, prefix: str, arch: Architecture, file: WeightFile, spec: ModelSpec, notes: list[str]
 ) -> tuple[nn.Module, Architecture, bool]:
     """The network with the file's weights, and whether these are all that it has.
 
@@ -265,6 +281,34 @@ def _from_state(
     """
     name, source = f"{prefix}/{arch.name}", spec.weights.name if spec.weights else ""
     model = zoo.build(arch)
+    own, misfits = model.state_dict().keys(), dict[int, WeightsMismatch]()
+    for candidate in fit_names(file.tensors, own, source):
+        more: list[str] = []
+        try:
+            found = _from_state(zoo, name, arch, model, candidate.values, spec, more)
+        except WeightsMismatch as error:
+            misfits[len(own & candidate.values.keys())] = error
+        else:
+            notes += [*candidate.notes, *more]
+            return found
+    closest = misfits[max(misfits)]
+    hint = (
+        f"; --weights-key chooses other tensors of the file: {', '.join(file.others)}" if file.others else ""
+    )
+    raise WeightsMismatch(f"{closest}{printable(hint)}") from closest
+
+
+def _from_state(
+    zoo: Zoo,
+    name: str,
+    arch: Architecture,
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    spec: ModelSpec,
+    notes: list[str],
+) -> tuple[nn.Module, Architecture, bool]:
+    """``model``, or one of as many classes as the weights ``state`` have, with these; what ``_from_file`` returns."""
+    source = spec.weights.name if spec.weights else ""
     heads = zoo.classifiers(model)
     head = state.get(f"{heads[0]}.weight") if heads else None
     if spec.num_classes is None and head is not None and len(head) != arch.num_classes:

@@ -1,31 +1,32 @@
 """Weight files: read without running code, and load exactly or say what does not fit.
 
 A ``.pth`` file is a pickle, and a pickle may run anything. It is read by torch's restricted unpickler only,
-which knows tensors and plain containers; there is no switch to trust a file. What training scripts wrap
-around the tensors (``state_dict``, ``module.``) is taken off; what remains must fit the network exactly.
+which knows tensors, plain containers and the ``Namespace`` of a script's options; there is no switch to trust a file.
+Which of its tensors are the weights is decided in ``state_dicts``; they must fit the network exactly, and be numbers.
 """
 
 import hashlib
 import pickle
 import re
 import warnings
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from saqcli.errors import ConfigError, CorruptArtifact, UnsafeWeights, WeightsMismatch
+from saqcli.finite import flaw
 from saqcli.io.pickles import Strange, globals_of
+from saqcli.io.state_dicts import choose, class_lists, from_metadata
 from saqcli.strict import printable
 from saqcli.units import counted
 
-_PICKLES = (".pth", ".pt", ".th", ".bin", ".tar", ".ckpt")
-_NESTS = ("state_dict", "model_state_dict", "model", "net")
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+PICKLES = (".pth", ".pt", ".th", ".bin", ".tar", ".ckpt")
 MOST_NAME = 1000  # characters of a tensor's name
 _NAMED = 5  # keys that a message lists before it counts
 _CODE = (
@@ -34,11 +35,30 @@ _CODE = (
 )
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file by parameter name, on the CPU.
+@dataclass(frozen=True)
+class WeightFile:
+    """What was read from a weight file.
+
+    Attributes:
+        tensors: by name as the file has them, on the CPU.
+        key: where in the file they are, dotted; empty for the file itself.
+        others: keys of other sets of tensors in the file.
+        class_lists: lists of class names by index that the file carries.
+        notes: what was decided for the user, one line each.
+    """
+
+    tensors: dict[str, Tensor]
+    key: str = ""
+    others: tuple[str, ...] = ()
+    class_lists: tuple[tuple[str, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read_weights(path: Path, key: str | None = None) -> WeightFile:
+    """The tensors of a weight file; of several sets those under ``key``, or those that ``state_dicts`` chooses.
 
     Raises:
-        ConfigError: no such file, or not a weight file by its name.
+        ConfigError: no such file, not a weight file by its name, or no such key in it.
         CorruptArtifact: the file is empty, truncated, or holds something else than tensors by name.
         UnsafeWeights: the file would have to run code to be read; none was run.
     """
@@ -47,7 +67,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise ConfigError(
             f"weights {path} cannot be read: it {what}; give a .safetensors, .pth, .pt or .th file"
         )
-    if path.suffix not in (".safetensors", *_PICKLES):
+    if path.suffix.lower() not in (".safetensors", *PICKLES):
         raise ConfigError(
             f"weights {path} cannot be read: {path.suffix or 'no suffix'} is no weight format; "
             "give a .safetensors, .pth, .pt or .th file"
@@ -55,12 +75,19 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         if path.stat().st_size == 0:
             raise CorruptArtifact(f"weights {path} are empty (0 bytes): fetch or write the file again")
-        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+        reader = _read_safetensors if path.suffix.lower() == ".safetensors" else _read_pickle
+        content, described = reader(path)
     except OSError as error:
         raise ConfigError(
             f"weights {path} cannot be read ({error.strerror or error}): check the file"
         ) from error
-    return _unwrap(content, path)
+    if not isinstance(content, Mapping) or not content:
+        what = "nothing" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+        raise CorruptArtifact(f"weights {path} hold {what}, not tensors by name: save model.state_dict()")
+    chosen = choose(content, key, str(path))
+    tensors = _tensors(chosen.values, path)
+    notes = tuple(f"{path.name}: {note}" for note in chosen.notes)
+    return WeightFile(tensors, chosen.key, chosen.others, tuple(class_lists(described)), notes)
 
 
 def load_into(
@@ -82,6 +109,7 @@ def load_into(
 
     Raises:
         WeightsMismatch: a tensor is missing, left over or of another shape.
+        CorruptArtifact: one has numbers that are none, or a negative variance.
     """
     own = model.state_dict()
     counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
@@ -91,6 +119,24 @@ def load_into(
         raise WeightsMismatch(
             _misfit({**counters, **state}, own, source, name, classifiers, error)
         ) from error
+    check_numbers(model, source, state)
+
+
+def check_numbers(model: nn.Module, source: str, state: Mapping[str, Tensor] | None = None) -> None:
+    """Refuse weights that nothing can be computed with.
+
+    Args:
+        model: with the weights.
+        source: what messages call them.
+        state: as they were before they got the types of the network.
+
+    Raises:
+        CorruptArtifact: a parameter or running statistic is NaN or infinite, or a variance negative; says which.
+    """
+    if found := flaw(model, state):
+        raise CorruptArtifact(
+            f"weights {source} cannot be used: {printable(found)}; give weights of finite numbers"
+        )
 
 
 def versioned(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,23 +153,27 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> tuple[Any, Any]:
+    """Tensors, and metadata."""
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            return tensors, from_metadata(file.metadata() or {})
     except SafetensorError as error:
         raise CorruptArtifact(
             f"weights {path} are damaged ({printable(str(error), 200)}): fetch or write the file again"
         ) from error
-    return tensors
 
 
-def _read_pickle(path: Path) -> Any:
+def _read_pickle(path: Path) -> tuple[Any, Any]:
+    """What the file holds, twice: its tensors and its description are one."""
     called: list[str] = []
     try:
         called = globals_of(path)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals([Namespace]):
             warnings.simplefilter("ignore")  # about how the file was pickled, which its reader cannot change
-            return torch.load(path, weights_only=True, map_location="cpu")
+            content = torch.load(path, weights_only=True, map_location="cpu")
+        return content, content
     except OSError:
         raise
     except Strange as error:
@@ -153,20 +203,13 @@ def _code_in(error: Exception) -> str:
 
 def _code_of(called: Sequence[str]) -> str:
     """What a plain pickle of protocol 3 or later would call; torch's unpickler stops before it can tell."""
-    strangers = [name for name in called if not name.startswith(("torch.", "collections."))]
+    harmless = ("torch.", "collections.", "argparse.Namespace")
+    strangers = [name for name in called if not name.startswith(harmless)]
     return printable("".join(strangers[:1]), 100)
 
 
-def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict inside what a training script saved."""
-    while isinstance(content, Mapping):
-        nested = next((content[key] for key in _NESTS if isinstance(content.get(key), Mapping)), None)
-        if nested is None:
-            break
-        content = nested
-    if not isinstance(content, Mapping) or not content:
-        what = "nothing" if isinstance(content, Mapping) else f"a {type(content).__name__}"
-        raise CorruptArtifact(f"weights {path} hold {what}, not tensors by name: save model.state_dict()")
+def _tensors(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    """``content``, once it is known to be dense tensors by name."""
     for key, value in content.items():
         if not isinstance(key, str) or len(key) > MOST_NAME:
             what = "a very long one" if isinstance(key, str) else f"a {type(key).__name__}"
@@ -181,10 +224,7 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
                 f"weights {path} hold numbers that are sparse, quantized or elsewhere under {printable(key, 100)!r}: "
                 "save the state_dict() of the dense float model"
             )
-    state = {key: value.detach() for key, value in content.items()}
-    while prefix := next((p for p in _WRAPPERS if all(key.startswith(p) for key in state)), None):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+    return {key: value.detach() for key, value in content.items()}
 
 
 def _misfit(
@@ -202,7 +242,11 @@ def _misfit(
     heads = {f"{layer}.{part}" for layer in classifiers for part in ("weight", "bias")}
     if misshapen and not missing and not unexpected and heads.issuperset(misshapen):
         theirs, asked = len(state[misshapen[0]]), len(own[misshapen[0]])
-        return f"{source} has {counted(theirs, 'class')}, {name} was asked for {asked}: pass --num-classes {theirs}"
+        return (
+            f"{source} has {counted(theirs, 'class')}, {name} was asked for {asked}: remove --num-classes and give "
+            f"data with the classes of the weights, or add --new-head to train a classifier of {asked} (saq quantize, "
+            "saq search)"
+        )
     shapes = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in misshapen]
     kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes))
     parts = [f"{len(keys)} {kind} ({_listed(keys)})" for kind, keys in kinds if keys]

@@ -1,6 +1,5 @@
 """Which layer gets which bits: the object a search returns, a run obeys and a person edits (``policy.json``)."""
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
@@ -8,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from saqcli.errors import ConfigError, PolicyMismatch
-from saqcli.strict import printable
+from saqcli.strict import json_text, printable
 
 MIN_BITS, MAX_BITS = 2, 8
 FLOAT_BITS = 32  # what an operand left in floating point counts as
@@ -72,10 +71,10 @@ class BitConfig(BaseModel):
     def to_json(self) -> str:
         """The text of ``policy.json``: a line a layer, so that it can be edited and compared."""
         lines = ",\n".join(
-            f"    {json.dumps(name)}: {bits.model_dump_json()}" for name, bits in self.layers.items()
+            f"    {json_text(name)}: {bits.model_dump_json()}" for name, bits in self.layers.items()
         )
         return (
-            f'{{\n  "schema_version": {self.schema_version},\n  "model": {json.dumps(self.model)},\n'
+            f'{{\n  "schema_version": {self.schema_version},\n  "model": {json_text(self.model)},\n'
             f'  "layers": {{\n{lines}\n  }}\n}}\n'
         )
 

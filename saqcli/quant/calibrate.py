@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from saqcli.errors import UnsupportedModel
 from saqcli.quant.layers import is_convolution, quantized_layers
 from saqcli.quant.products import OPERANDS, QuantizedProduct, operand_name, quantized_products
 from saqcli.quant.quantizers import Quantizer
@@ -61,15 +62,22 @@ class InputStatistics:
 class _Observer(nn.Module):
     """Stands where the input quantizer will be, and passes its input on."""
 
-    def __init__(self, statistics: InputStatistics, generator: torch.Generator) -> None:
+    def __init__(self, name: str, statistics: InputStatistics, generator: torch.Generator) -> None:
         super().__init__()
-        self.statistics = statistics
-        self.generator = generator
+        self.name, self.statistics, self.generator = name, statistics, generator
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``, noted."""
+        _check_finite(x, f"the input of layer {self.name} is")
         self.statistics.update(x, self.generator)
         return x
+
+
+def _check_finite(x: Tensor, what: str) -> None:
+    if not bool(x.isfinite().all()):
+        raise UnsupportedModel(
+            f"{what} NaN or infinite on calibration images: check the weights, --mean, --std and --input-size"
+        )
 
 
 @contextmanager
@@ -80,7 +88,7 @@ def _observed(model: nn.Module, seed: int) -> Iterator[dict[str, InputStatistics
     before = {name: getattr(*place) for name, place in places.items()}
     try:
         for name, place in places.items():
-            setattr(*place, _Observer(statistics[name], generator))
+            setattr(*place, _Observer(name, statistics[name], generator))
         yield statistics
     finally:
         for name, place in places.items():
@@ -107,13 +115,16 @@ def observe(model: nn.Module, batches: Iterable[Tensor], seed: int = 0) -> dict[
         model: wrapped; its mode is restored.
         batches: images, (N, C, H, W), on the model's device.
         seed: of the draw of sample values.
+
+    Raises:
+        UnsupportedModel: an input, or a class score, is NaN or infinite.
     """
     training = model.training
     model.eval()
     try:
         with _observed(model, seed) as statistics:
             for images in batches:
-                model(images)
+                _check_finite(model(images), "the class scores are")
     finally:
         model.train(training)
     return statistics

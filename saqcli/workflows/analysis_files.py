@@ -16,7 +16,7 @@ from saqcli._version import __version__
 from saqcli.algorithms.instruments import INSTRUMENTS, Reading, Settings
 from saqcli.errors import ConfigError, RunDirectoryError
 from saqcli.io.files import write_text
-from saqcli.strict import parse_json, parse_object, printable, read_text
+from saqcli.strict import json_text, parse_json, parse_object, printable, read_text
 from saqcli.workflows.subjects import Opened, View
 
 AGAINST = "against"  # folder of the second model
@@ -171,12 +171,12 @@ class AnalysisFolder:
 
 def to_text(tree: dict[str, Any]) -> str:
     """JSON with a line for every list of plain values."""
-    text = json.dumps(tree, indent=2, allow_nan=False)
+    text = json_text(tree, indent=2)
     return re.sub(r"\[\n[^\[\]{}]*\]", lambda found: _one_line(found[0]), text) + "\n"
 
 
 def _sha256(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json_text(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _one_line(text: str) -> str:

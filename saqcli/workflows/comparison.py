@@ -19,7 +19,7 @@ from saqcli.io.manifest import RunManifest
 from saqcli.io.runs import RunDirectory
 from saqcli.io.weights import sha256_of
 from saqcli.quant.bits import BitConfig
-from saqcli.strict import parse_json, printable
+from saqcli.strict import json_text, parse_json, printable
 from saqcli.units import counted
 from saqcli.workflows.predictors import restore
 
@@ -141,7 +141,7 @@ def first_difference(one: object, other: object, place: str = "") -> str | None:
         return (
             None if len(one) == len(other) else f"{place}: {len(one):,} -> {counted(len(other), 'element')}"
         )
-    texts = [json.dumps(value) for value in (one, other)]  # NaN is NaN here, and 1 is not 1.0
+    texts = [json_text(value) for value in (one, other)]  # NaN is NaN here, and 1 is not 1.0
     return None if texts[0] == texts[1] else f"{place}: {' -> '.join(printable(t, _SHOWN) for t in texts)}"
 
 

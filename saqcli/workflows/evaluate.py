@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from saqcli import ranks
+from saqcli.algorithms.divergence import check_score
 from saqcli.algorithms.training import Score, evaluate
 from saqcli.config import DataSection, ModelSection
 from saqcli.errors import ConfigError
@@ -97,6 +98,7 @@ def _on(
     predictor, loader = ranks.together(lambda: _opened(device, target, section, data, progress))
     start = time.perf_counter()
     score = score_predictor(predictor, loader, progress)
+    check_score(score.loss, score.images, predictor.name)
     return Evaluation(predictor.name, score, score.images / (time.perf_counter() - start))
 
 

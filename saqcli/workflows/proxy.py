@@ -101,4 +101,7 @@ def _section(model: ModelSection, proxy: ProxySection, data: DataSection) -> Mod
         classes = len(find_images(find_split(folder, "train")))
     given = {name: getattr(proxy, name) for name in ("input_size", "weights", "mean", "std")}
     given["num_classes"] = classes
-    return model.model_copy(update={name: value for name, value in given.items() if value is not None})
+    changes = {name: value for name, value in given.items() if value is not None}
+    if proxy.weights or proxy.weights_key:  # the target's key is of the target's file
+        changes["weights_key"] = proxy.weights_key
+    return model.model_copy(update=changes)

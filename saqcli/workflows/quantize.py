@@ -19,6 +19,7 @@ from torch import nn
 
 from saqcli import ranks
 from saqcli._version import __version__
+from saqcli.algorithms.divergence import check_score
 from saqcli.algorithms.exporters import ModelFacts
 from saqcli.algorithms.exporters.safetensors import restore_structure
 from saqcli.algorithms.minimizers import MINIMIZERS
@@ -32,6 +33,7 @@ from saqcli.io.machine import library_versions
 from saqcli.io.models import LoadedModel, build_architecture
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.runs import RunDirectory
+from saqcli.io.seeds import seed_everything
 from saqcli.progress import SILENT, Progress
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig
@@ -122,6 +124,10 @@ def check(config: RunConfig) -> None:
     scheme_of(config).check()
     check_training(config)
     check_bits(config.quantization)
+    if config.model.new_head and not config.training.epochs:
+        raise ConfigError(
+            "--new-head starts a random classifier, which fine-tuning trains: remove --epochs 0"
+        )
 
 
 def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tuple[Network, Images]:
@@ -130,6 +136,8 @@ def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tupl
     Raises:
         SaqError: unusable model, data, policy, or a budget that nothing meets.
     """
+    if config.model.new_head:
+        seed_everything(config.run.seed)
     loaded = load_float(config.model, progress)
     images = Images.open(config, loaded.num_classes, loaded.preprocessing, device)
     network = network_for(config, loaded)
@@ -166,10 +174,12 @@ def begin(
     model = network.model
     validation = images.validation()
     float_score = score(model, validation, "evaluating float", device, progress)
+    check_score(float_score.loss, float_score.images, network.name)
     statistics = calibrate(network, images, config, progress)
     policy, budget = choose_bits(config, network, images, statistics, run, progress)
     quantized = install_quantizers(config, network, policy, statistics, images, progress)
     calibrated = score(quantized, validation, "evaluating calibrated", device, progress)
+    check_score(calibrated.loss, calibrated.images, f"{network.name}, calibrated,")
     progress.note(f"float {float_score.top1:.2f} %, calibrated {calibrated.top1:.2f} % top-1")
     outcome = Outcome(
         network.name,
@@ -241,6 +251,7 @@ def complete(
         teacher = _teacher(config, device, progress)
         finetune(model, config, images, run, state, progress, num_classes=classes, teacher=teacher)
         outcome.score = score(model, images.validation(), "evaluating", device, progress)
+        check_score(outcome.score.loss, outcome.score.images, f"{facts.policy.model}, fine-tuned,")
     else:
         outcome.score = outcome.calibrated_score
     run.log(phase="quantized", **asdict(outcome.score))

@@ -8,7 +8,6 @@ write       policy.json, search.json, pictures
 """
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +26,10 @@ from saqcli.io.files import write_text
 from saqcli.io.interrupts import deferred_interrupts
 from saqcli.io.models import LoadedModel
 from saqcli.io.runs import RunDirectory
+from saqcli.io.seeds import seed_everything
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.calibrate import InputStatistics
-from saqcli.strict import parse_object
+from saqcli.strict import json_text, parse_object
 from saqcli.workflows.bits import check_bits
 from saqcli.workflows.calibration import scheme_of
 from saqcli.workflows.determinism import deterministic_if_asked
@@ -162,6 +162,8 @@ def prepare_search(
         section = config.model.model_copy(update={"pretrained": False})
         network = wrap_and_trace(load_float(section, SILENT), quantize_attention=attention)
         return network, None
+    if config.model.new_head:
+        seed_everything(config.run.seed)
     loaded = load_float(config.model, progress)
     images = images_for(config, loaded, device)
     network = wrap_and_trace(loaded, quantize_attention=attention)
@@ -207,7 +209,7 @@ def _write(
         }
         for s in searched.found.scored
     ]
-    write_text(run.search_path, json.dumps(kept, indent=2) + "\n")
+    write_text(run.search_path, json_text(kept, indent=2) + "\n")
     return results
 
 

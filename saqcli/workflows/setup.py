@@ -69,7 +69,8 @@ def load_float(section: ModelSection, progress: Progress, *, new_head: bool = Fa
             input_size=section.input_size,
             mean=section.mean,
             std=section.std,
-            new_head=new_head,
+            new_head=new_head or section.new_head,
+            weights_key=section.weights_key,
         )
     )
     for note in loaded.notes:

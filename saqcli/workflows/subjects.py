@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from saqcli.algorithms.divergence import check_score
 from saqcli.algorithms.exporters import ModelFacts
 from saqcli.algorithms.exporters.safetensors import restore_structure
 from saqcli.algorithms.instruments import Subject
@@ -152,6 +153,7 @@ def open_subject(
     ordered = {name: layers[name] for name in facts.policy.layers}
     subject = Subject(model, ordered, batches, facts.scheme, latent)
     score = subject.score()
+    check_score(score.loss, score.images, target)
     return Opened(target, facts, subject, _hash_model(model), _hash_images(batches), score)
 
 

@@ -1,7 +1,6 @@
 """The verdict on an exported file: what was compared and what came out, as numbers, lines and a JSON file beside it."""
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from saqcli.algorithms.graphs.hazards import Hazard
 from saqcli.algorithms.graphs.integers import Accumulator
 from saqcli.algorithms.graphs.layerwise import LayerwiseCheck
+from saqcli.strict import json_text
 from saqcli.units import counted
 
 SCHEMA_VERSION = 1
@@ -159,4 +159,4 @@ def verdict_text(verdict: Verdict, path: Path, about: dict[str, Any]) -> str:
         "conditions_at": [hazard.node for hazard in verdict.conditions],
         "per_layer": layers,
     }
-    return json.dumps(tree, indent=1) + "\n"
+    return json_text(tree, indent=1) + "\n"

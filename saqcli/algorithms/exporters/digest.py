@@ -8,11 +8,12 @@ the hash is right; what a file asks for is checked on its own (``saqcli.io.descr
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from saqcli.strict import json_text
 
 BLANK = "0" * 64  # stands where the hash goes, while it is computed
 DTYPES = {  # what a quantized model may be made of, by the names of the safetensors format
@@ -41,7 +42,7 @@ def content_digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         line = [name, DTYPES[tensor.dtype], list(tensor.shape), tensor.numel() * tensor.element_size()]
-        digest.update(f"\n{json.dumps(line)}\n".encode())
+        digest.update(f"\n{json_text(line)}\n".encode())
         if tensor.numel():
             digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,25 +1,26 @@
 """What an ONNX file of ours says about itself, in its metadata: everything for ``saq``, the main things for others."""
 
-import json
 from pathlib import Path
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, Message
 from pydantic_core import from_json
 
 from saqcli.algorithms.exporters.facts import ModelFacts, check_schema
 from saqcli.errors import CorruptArtifact
-from saqcli.strict import parse_json, printable
+from saqcli.strict import json_text, parse_json, printable
 
 FACTS = "saq.facts"
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16)
 
 
 def properties(facts: ModelFacts) -> dict[str, str]:
     """The metadata: ``saq.facts`` as JSON, and beside it preprocessing and class names for readers that know no saq."""
     return {
         FACTS: facts.model_dump_json(),
-        "preprocessing": json.dumps(facts.preprocessing),
-        "class_names": json.dumps(list(facts.class_names), ensure_ascii=False),
+        "preprocessing": json_text(facts.preprocessing),
+        "class_names": json_text(list(facts.class_names), ensure_ascii=False),
     }
 
 
@@ -53,15 +54,43 @@ def _elsewhere(part: Message) -> bool:
     return False
 
 
+def _check_numbers(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse NaN in the tensors of the graph; infinity stands where masks and limits have it.
+
+    Raises:
+        CorruptArtifact: names the first tensor.
+    """
+    constants = [
+        (node.output[0], attribute.t)
+        for node in model.graph.node
+        if node.op_type == "Constant"
+        for attribute in node.attribute
+        if attribute.type == onnx.AttributeProto.TENSOR
+    ]
+    for name, tensor in [*((each.name, each) for each in model.graph.initializer), *constants]:
+        if tensor.data_type in _FLOATS:
+            try:
+                numbers = onnx.numpy_helper.to_array(tensor)
+            except ValueError as error:
+                reason = printable(str(error), 200)
+                raise CorruptArtifact(
+                    f"{path} is damaged, {printable(name, 100)} cannot be read: {reason}"
+                ) from None
+            if np.isnan(numbers).any():
+                raise CorruptArtifact(f"{path} has NaN values in {printable(name, 200)}: export it again")
+
+
 def read_onnx_facts(path: Path) -> ModelFacts:
     """The description that an exporter left in the file.
 
     Raises:
-        CorruptArtifact: no ONNX file, or not one of saq's.
+        CorruptArtifact: no ONNX file, not one of saq's, or one with a NaN among its numbers.
     """
-    found = {entry.key: entry.value for entry in read_onnx(path).metadata_props}
+    model = read_onnx(path)
+    found = {entry.key: entry.value for entry in model.metadata_props}
     if FACTS not in found:
         raise CorruptArtifact(f"{path} was not exported by saq: its preprocessing is unknown")
+    _check_numbers(model, path)
     try:
         check_schema(from_json(found[FACTS]), str(path))
     except ValueError:

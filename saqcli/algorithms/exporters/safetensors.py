@@ -27,6 +27,7 @@ from saqcli.algorithms.exporters.damage import describe_damage
 from saqcli.algorithms.exporters.envelope import check_ours, seal, unseal
 from saqcli.algorithms.exporters.facts import ModelFacts
 from saqcli.errors import CorruptArtifact, SaqError
+from saqcli.finite import flaw
 from saqcli.quant import convert
 from saqcli.quant.layers import QuantizedLayer, quantized_layers, stores_codes
 from saqcli.quant.packing import pack, packed_bytes, unpack
@@ -109,6 +110,8 @@ def rebuild(model: nn.Module, facts: ModelFacts, tensors: Mapping[str, Tensor], 
         own.update(state)
         model.load_state_dict(own)
         _check_inputs(model)
+        if wrong := flaw(model):
+            raise CorruptArtifact(f"{wrong}, which no file of saq has")
     except SaqError as error:
         raise CorruptArtifact(
             f"{source} describes a model that cannot be built: {printable(str(error))}"

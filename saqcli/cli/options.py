@@ -72,6 +72,33 @@ BadImages = Annotated[
         metavar="refuse|skip", help="What to do with an image that cannot be read.", rich_help_panel=IMAGES
     ),
 ]
+ClassOrder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="timm|torchvision|FILE",
+        help="How class folders are numbered: timm (2 before 10), torchvision (as text) or a file of names. By default "
+        "as the run, the checkpoint or a class_to_idx file beside them says, or else as the network's library does.",
+        rich_help_panel=IMAGES,
+    ),
+]
+ClassMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Which class each folder is: lines FOLDER CLASS, CSV or a JSON object; a class is a name, a synset or an "
+        "index.",
+        rich_help_panel=IMAGES,
+    ),
+]
+ExifTranspose = Annotated[
+    bool | None,
+    typer.Option(
+        "--exif-transpose/--no-exif-transpose",
+        help="Turn images as their EXIF orientation says. By default as the run did, and for float models off, as in "
+        "timm and torchvision.",
+        rich_help_panel=IMAGES,
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; by default the GPU if there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]

@@ -67,6 +67,7 @@ class LoadedModel:
         notes: what was decided for the user, one line each.
         trained: whether all its weights are; not those of a new head, or random ones.
         classifiers: names of the layers that give class scores; several where heads are averaged (distillation).
+        class_names: of all classes by index, where the checkpoint lists them.
     """
 
     model: nn.Module
@@ -79,6 +80,7 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
     trained: bool = True
     classifiers: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:

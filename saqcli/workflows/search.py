@@ -42,6 +42,7 @@ from saqcli.workflows.search_results import SearchResults
 from saqcli.workflows.setup import (
     Images,
     Network,
+    classes_of,
     load_float,
     named_data,
     wrap_and_trace,
@@ -162,7 +163,7 @@ def prepare_search(
         return network, None
     loaded = load_float(config.model, progress)
     images = Images.training_alone(
-        config.data, loaded.num_classes, loaded.preprocessing, device, config.run.seed
+        config.data, classes_of(loaded), loaded.preprocessing, device, config.run.seed, progress
     )
     network = wrap_and_trace(loaded, quantize_attention=attention)
     network.model.to(device)

@@ -48,10 +48,13 @@ class ModelSection(_Section):
 
 
 class DataSection(_Section):
-    """Which images, and how they are fed.
+    """Which images, which classes they are of, and how they are fed.
 
-    ``augmentation`` "auto" is ``cifar`` (pad 4, crop, flip) up to 64 pixels and ``imagenet`` (random resized
-    crop, flip) above. ``workers`` and ``eval_batch_size`` None decide by image size.
+    ``class_order`` is ``timm``, ``torchvision`` or a file of class names; None takes what the checkpoint, a file beside
+    the folders, or the network's library says. ``class_map`` is a file from folders to classes. ``exif_transpose`` None
+    is as a quantized model was trained, and false for a float one. ``augmentation`` "auto" is ``cifar`` (pad 4, crop,
+    flip) up to 64 pixels and ``imagenet`` (random resized crop, flip) above. ``workers`` and ``eval_batch_size`` None
+    decide by image size.
     """
 
     path: str | None = None
@@ -63,6 +66,9 @@ class DataSection(_Section):
     calibration_images: Positive = 512
     verify_images: Positive = 500
     bad_images: Literal["refuse", "skip"] = "refuse"
+    class_order: str | None = None
+    class_map: str | None = None
+    exif_transpose: bool | None = None
 
 
 class QuantizationSection(_Section):

@@ -153,6 +153,9 @@ def analyze_command(
     batch_size: o.EvalBatchSize = None,
     workers: o.Workers = None,
     bad_images: o.BadImages = None,
+    class_order: o.ClassOrder = None,
+    class_map: o.ClassMap = None,
+    exif_transpose: o.ExifTranspose = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -225,7 +228,15 @@ def analyze_command(
         mean=mean,
         std=std,
     )
-    pictures = o.data_section(path=data, eval_batch_size=batch_size, workers=workers, bad_images=bad_images)
+    pictures = o.data_section(
+        path=data,
+        eval_batch_size=batch_size,
+        workers=workers,
+        bad_images=bad_images,
+        class_order=class_order,
+        class_map=class_map,
+        exif_transpose=exif_transpose,
+    )
     request = Request(
         target=target,
         view=View(pictures, split, images, seed),  # type: ignore[arg-type]

@@ -33,6 +33,9 @@ def eval_command(
     batch_size: o.EvalBatchSize = None,
     workers: o.Workers = None,
     bad_images: o.BadImages = None,
+    class_order: o.ClassOrder = None,
+    class_map: o.ClassMap = None,
+    exif_transpose: o.ExifTranspose = None,
     bench: Annotated[
         bool,
         typer.Option(
@@ -97,7 +100,15 @@ def eval_command(
         mean=mean,
         std=std,
     )
-    images = o.data_section(path=data, eval_batch_size=batch_size, workers=workers, bad_images=bad_images)
+    images = o.data_section(
+        path=data,
+        eval_batch_size=batch_size,
+        workers=workers,
+        bad_images=bad_images,
+        class_order=class_order,
+        class_map=class_map,
+        exif_transpose=exif_transpose,
+    )
     result = evaluate_target(
         target,
         section,

@@ -25,6 +25,10 @@ def export_command(
     data: o.Data = None,
     batch_size: o.EvalBatchSize = None,
     workers: o.Workers = None,
+    bad_images: o.BadImages = None,
+    class_order: o.ClassOrder = None,
+    class_map: o.ClassMap = None,
+    exif_transpose: o.ExifTranspose = None,
     verify: Annotated[
         list[str] | None,
         typer.Option(
@@ -42,11 +46,20 @@ def export_command(
     """
     from saqcli.workflows.export import export
 
+    section = o.data_section(
+        path=data,
+        eval_batch_size=batch_size,
+        workers=workers,
+        bad_images=bad_images,
+        class_order=class_order,
+        class_map=class_map,
+        exif_transpose=exif_transpose,
+    )
     result = export(
         run,
         onnx,
         style=style,
-        data=o.data_section(path=data, eval_batch_size=batch_size, workers=workers),
+        data=section,
         overwrite=overwrite,
         progress=progress_for(json_output=json_output, quiet=quiet),
         runtimes=tuple(verify or ()),

@@ -150,6 +150,33 @@ Device = Annotated[
         help="Device to compute on: cpu, cuda or cuda:1 [default: the GPU if there is one, else the CPU]",
     ),
 ]
+ClassOrder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="timm|torchvision|FILE",
+        help="How class folders are numbered: timm (2 before 10), torchvision (as text) or a file of names [default: "
+        "that of the run, of the checkpoint or of a class_to_idx file beside the folders, else of the model's library]",
+        rich_help_panel=IMAGES,
+    ),
+]
+ClassMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Which class each folder is: lines FOLDER CLASS, CSV or a JSON object; a class is a name, a synset or an "
+        "index.",
+        rich_help_panel=IMAGES,
+    ),
+]
+ExifTranspose = Annotated[
+    bool | None,
+    typer.Option(
+        "--exif-transpose/--no-exif-transpose",
+        help="Turn images as their EXIF orientation says [default: as the run did, else --no-exif-transpose, as timm "
+        "and torchvision do]",
+        rich_help_panel=IMAGES,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an unexpected error.")]

@@ -214,9 +214,9 @@ class RunDirectory:
         """The command that goes on with this run."""
         return f"go on with `saq {self.verb} --run-dir {shlex.quote(str(self.path))} --resume`"
 
-    def note_images(self, fingerprints: dict[str, str]) -> None:
-        """Keep which images the run is made on."""
-        self._update(images=fingerprints)
+    def note_images(self, fingerprints: dict[str, str], **more: str) -> None:
+        """Keep which images the run is made on, and ``more`` about them that the manifest has a place for."""
+        self._update(images=fingerprints, **more)
 
     def finish(self, results: dict[str, Any]) -> None:
         """Note the results and the hashes of all artifacts, and that the run is finished."""

@@ -17,7 +17,7 @@ from saqcli.io.seeds import seed_everything
 from saqcli.progress import Progress
 from saqcli.units import counted
 from saqcli.workflows.quantize import quantize
-from saqcli.workflows.setup import Images, load_float
+from saqcli.workflows.setup import Images, classes_of, load_float
 from saqcli.workflows.short_training import in_float, train
 
 MODEL = "saq/resnet20"
@@ -84,7 +84,7 @@ def train_float(config: RunConfig, weights: Path, progress: Progress, *, epochs:
     section = config.model.model_copy(update={"weights": None, "pretrained": False})
     loaded = load_float(section, progress)
     model = loaded.model.to(device)
-    images = Images.open(config, loaded.num_classes, loaded.preprocessing, device)
+    images = Images.open(config, classes_of(loaded), loaded.preprocessing, device)
     training = in_float(config.training, config.data.batch_size, lr=FLOAT_LR, epochs=epochs, warmup_epochs=1)
     train(model, images, training, loaded.num_classes, title="float epoch", progress=progress)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}

@@ -12,12 +12,11 @@ from saqcli.algorithms.training import Score, evaluate
 from saqcli.config import DataSection, ModelSection
 from saqcli.errors import ConfigError
 from saqcli.io.batches import Loader
-from saqcli.io.data import check_trained_on
 from saqcli.io.distributed import process_group, started_by_torchrun
 from saqcli.progress import SILENT, Progress
 from saqcli.workflows.bench import Bench, BenchSettings, bench_target
 from saqcli.workflows.predictors import Predictor, open_target
-from saqcli.workflows.setup import open_named, validation_loader
+from saqcli.workflows.setup import as_trained, open_named, validation_loader
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,14 @@ class Evaluation:
         score: accuracy and loss; None where no images were named, for ``--bench`` alone.
         images_per_second: including reading the images.
         bench: how fast it is; None where that was not asked.
+        class_order: what decided on the labels of the images, see ``Numbering``; None without images.
     """
 
     target: str
     score: Score | None
     images_per_second: float | None = None
     bench: Bench | None = None
+    class_order: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As ``--json`` prints it; accuracies in percent."""
@@ -47,6 +48,7 @@ class Evaluation:
             "images": score and score.images,
             "skipped": score and score.skipped,
             "images_per_second": self.images_per_second,
+            "class_order": self.class_order,
             "bench": self.bench and self.bench.to_dict(),
         }
 
@@ -95,21 +97,24 @@ def _on(
     device: torch.device, target: str, section: ModelSection, data: DataSection, progress: Progress
 ) -> Evaluation:
     """Each rank on its own device, with its part of the images."""
-    predictor, loader = ranks.together(lambda: _opened(device, target, section, data, progress))
+    predictor, loader, order = ranks.together(lambda: _opened(device, target, section, data, progress))
     start = time.perf_counter()
     score = score_predictor(predictor, loader, progress)
     check_score(score.loss, score.images, predictor.name)
-    return Evaluation(predictor.name, score, score.images / (time.perf_counter() - start))
+    speed = score.images / (time.perf_counter() - start)
+    return Evaluation(predictor.name, score, speed, class_order=order)
 
 
 def _opened(
     device: torch.device, target: str, section: ModelSection, data: DataSection, progress: Progress
-) -> tuple[Predictor, Loader]:
+) -> tuple[Predictor, Loader, str]:
+    """What is evaluated, on what, and what decided on the labels."""
     predictor = open_target(target, section, device, progress)
-    split = open_named(data, "val", predictor.num_classes)
     if predictor.facts is not None:
-        check_trained_on(split, predictor.facts.class_names, predictor.num_classes, predictor.name)
-    return predictor, validation_loader(split, predictor.preprocessing, data, predictor.device)
+        data = as_trained(data, predictor.facts, progress)
+    split = open_named(data, "val", predictor.classes, progress)
+    loader = validation_loader(split, predictor.preprocessing, data, predictor.device)
+    return predictor, loader, split.class_order
 
 
 def score_predictor(predictor: Predictor, loader: Loader, progress: Progress) -> Score:

@@ -12,14 +12,13 @@ from saqcli.algorithms.graphs.tracing import OPSET
 from saqcli.algorithms.training import Batches
 from saqcli.config import DataSection
 from saqcli.errors import ConfigError, CorruptArtifact, ExportMismatch
-from saqcli.io.data import check_trained_on
 from saqcli.io.files import make_folder, replacing, write_text
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.workflows.predictors import finished_model, restore
 from saqcli.workflows.proofs import RUNTIMES, prove_graph, prove_tensors, versions
-from saqcli.workflows.setup import open_named, validation_loader
+from saqcli.workflows.setup import open_trained, validation_loader
 from saqcli.workflows.synthetic import synthetic_batches
 from saqcli.workflows.verdict import Verdict, verdict_path, verdict_text
 
@@ -94,9 +93,7 @@ def export(
         batches: Batches = made
         count = len(made)
     else:
-        classes = int(facts.build["num_classes"])
-        split = open_named(data, "val", classes)
-        check_trained_on(split, facts.class_names, classes, str(source))
+        split = open_trained(data, "val", facts, str(source), progress)
         batches = loader = validation_loader(split, preprocessing, data, torch.device("cpu"))
         count = len(loader)
     verdict = export_verified(model, facts, path, style, batches, count, progress, runtimes)

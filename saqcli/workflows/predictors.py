@@ -15,6 +15,7 @@ from saqcli.algorithms.graphs.operators import frozen_copy
 from saqcli.config import ModelSection
 from saqcli.errors import ConfigError, CorruptArtifact, RunDirectoryError, SaqError
 from saqcli.io.described import build_described, check_description
+from saqcli.io.labels import Classes
 from saqcli.io.machine import library_versions
 from saqcli.io.models import LoadedModel, as_loaded, build_architecture
 from saqcli.io.preprocessing import Preprocessing
@@ -24,7 +25,13 @@ from saqcli.quant.trace import try_model
 from saqcli.strict import named_path, printable
 from saqcli.units import counted
 from saqcli.workflows.onnx_runs import open_session, told
-from saqcli.workflows.setup import answering, load_float
+from saqcli.workflows.setup import (
+    answering,
+    classes_of,
+    load_float,
+    trained_classes,
+    with_names_of_logits,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Predictor:
         preprocessing: of its images.
         device: where it wants its images.
         facts: what the file says about itself; None for a float model.
+        classes: of the logits.
     """
 
     predict: Callable[[Tensor], Tensor]
@@ -45,6 +53,7 @@ class Predictor:
     num_classes: int
     preprocessing: Preprocessing
     device: torch.device
+    classes: Classes
     facts: ModelFacts | None = None
 
 
@@ -66,7 +75,14 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
     loaded = load_float(section, progress)
     with answering(loaded.name):
         try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size))
-    return Predictor(loaded.model.to(device), loaded.name, loaded.num_classes, loaded.preprocessing, device)
+    return Predictor(
+        loaded.model.to(device),
+        loaded.name,
+        loaded.num_classes,
+        loaded.preprocessing,
+        device,
+        classes_of(loaded),
+    )
 
 
 def named_file(target: str, section: ModelSection) -> Path | None:
@@ -129,7 +145,8 @@ def restore(path: Path) -> tuple[nn.Module, ModelFacts]:
     try:
         facts, tensors = read_content(path)
         hint = _written_elsewhere(facts)
-        return rebuild(_float_model(path, facts, tensors), facts, tensors, str(path)), facts
+        model = rebuild(_float_model(path, facts, tensors), facts, tensors, str(path))
+        return model, with_names_of_logits(facts)
     except SaqError as error:
         raise CorruptArtifact(printable(f"{error}") + printable(hint, 200)) from None
 
@@ -192,7 +209,7 @@ def open_onnx(path: Path, *, optimized: bool = True) -> Predictor:
     """
     if not path.is_file():
         raise ConfigError(f"there is no file {path}")
-    facts = read_onnx_facts(path)
+    facts = with_names_of_logits(read_onnx_facts(path))
     answer, classes = onnx_session(path, optimized=optimized), facts.build.get("num_classes")
 
     def predict(images: Tensor) -> Tensor:
@@ -233,7 +250,8 @@ def _described(
         preprocessing = check_description(facts.build, facts.preprocessing)
     except SaqError as error:
         raise CorruptArtifact(f"{name} does not say what it expects: {printable(str(error))}") from None
-    return Predictor(predict, name, facts.build["num_classes"], preprocessing, device, facts)
+    classes = trained_classes(facts, name)
+    return Predictor(predict, name, classes.count, preprocessing, device, classes, facts)
 
 
 def load(path: str | Path, *, exact: bool = False) -> nn.Module:

@@ -29,6 +29,7 @@ from saqcli.errors import ConfigError, RunDirectoryError
 from saqcli.io.batches import Loader
 from saqcli.io.distributed import process_group
 from saqcli.io.files import write_text
+from saqcli.io.labels import ORDERS
 from saqcli.io.machine import library_versions
 from saqcli.io.models import LoadedModel, build_architecture
 from saqcli.io.preprocessing import Preprocessing
@@ -39,6 +40,7 @@ from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibrate import InputStatistics
 from saqcli.quant.cost import Budget
+from saqcli.strict import named_path
 from saqcli.workflows.bits import budget_of, check_bits, given_policy, space_of
 from saqcli.workflows.calibration import calibrate, install_quantizers, scheme_of
 from saqcli.workflows.determinism import deterministic_if_asked
@@ -50,7 +52,15 @@ from saqcli.workflows.outcome import Outcome
 from saqcli.workflows.report import write_report
 from saqcli.workflows.resuming import check_same, goes_on, know_images
 from saqcli.workflows.search import keep_search, search_and_stop
-from saqcli.workflows.setup import Images, Network, load_float, wrap_and_trace
+from saqcli.workflows.setup import (
+    Images,
+    Network,
+    classes_of,
+    load_float,
+    trained_classes,
+    with_names_of_logits,
+    wrap_and_trace,
+)
 from saqcli.workflows.trainable import check_trains
 from saqcli.workflows.verdict import verdict_path
 
@@ -139,7 +149,7 @@ def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tupl
     if config.model.new_head:
         seed_everything(config.run.seed)
     loaded = load_float(config.model, progress)
-    images = Images.open(config, loaded.num_classes, loaded.preprocessing, device)
+    images = Images.open(config, classes_of(loaded), loaded.preprocessing, device, progress)
     network = network_for(config, loaded)
     network.model.to(device)
     return network, images
@@ -236,7 +246,7 @@ def complete(
     """From the last checkpoint, ``state``, to the end: train, score, export, report."""
     if state is None:
         raise RunDirectoryError(f"{run.path} holds no checkpoint: start again with --overwrite")
-    facts = ModelFacts.model_validate_json(state["facts"])
+    facts = with_names_of_logits(ModelFacts.model_validate_json(state["facts"]))
     outcome = Outcome.unpack(state["outcome"])
     model = build_architecture(facts.build)
     restore_structure(model, facts)
@@ -307,12 +317,26 @@ def describe(
         routed=network.traced.routed,
         products=network.products,
         class_names=images.train.class_names,
+        folders=dict(images.train.folders),
+        class_order=images.train.class_order,
+        exif_transpose=bool(images.section.exif_transpose),
         source=loaded.weights_source,
         source_sha256=loaded.weights_sha256,
     )
 
 
 def open_images(config: RunConfig, facts: ModelFacts, device: torch.device) -> Images:
-    """The images of a run that is under way."""
+    """The images of a run that is under way, with the labels that it started with.
+
+    Files that said which class a folder is are not needed any more, but what they say must be the same where they are
+    there.
+    """
     preprocessing = Preprocessing.from_dict(facts.preprocessing)
-    return Images.open(config, int(facts.build["num_classes"]), preprocessing, device)
+    gone = {
+        name: None
+        for name in ("class_order", "class_map")
+        if (file := getattr(config.data, name)) not in (None, *ORDERS) and not named_path(file).is_file()
+    }
+    if gone and facts.folders:
+        config = config.model_copy(update={"data": config.data.model_copy(update=gone)})
+    return Images.open(config, trained_classes(facts, "the run"), preprocessing, device)

@@ -67,7 +67,8 @@ def know_images(run: RunDirectory, images: Images, of: str = "") -> None:
     now = images.fingerprints()
     mine = ranks.from_first(lambda: now)
     ranks.together(lambda: images.check_fingerprints(mine, then="the first process sees"))
-    run.note_images(known | {f"{of}{name}": line for name, line in now.items()})
+    more = {} if of else {"class_order": images.train.class_order}
+    run.note_images(known | {f"{of}{name}": line for name, line in now.items()}, **more)
 
 
 def check_same(run: RunDirectory, config: RunConfig) -> None:

@@ -43,6 +43,7 @@ from saqcli.workflows.search_results import SearchResults
 from saqcli.workflows.setup import (
     Images,
     Network,
+    classes_of,
     load_float,
     named_data,
     wrap_and_trace,
@@ -165,16 +166,16 @@ def prepare_search(
     if config.model.new_head:
         seed_everything(config.run.seed)
     loaded = load_float(config.model, progress)
-    images = images_for(config, loaded, device)
+    images = images_for(config, loaded, device, progress)
     network = wrap_and_trace(loaded, quantize_attention=attention)
     network.model.to(device)
     return network, images
 
 
-def images_for(config: RunConfig, loaded: LoadedModel, device: torch.device) -> Images:
+def images_for(config: RunConfig, loaded: LoadedModel, device: torch.device, progress: Progress) -> Images:
     """The training images that a search without a proxy looks at."""
     return Images.training_alone(
-        config.data, loaded.num_classes, loaded.preprocessing, device, config.run.seed
+        config.data, classes_of(loaded), loaded.preprocessing, device, config.run.seed, progress
     )
 
 

@@ -22,7 +22,6 @@ from saqcli.algorithms.instruments import Subject
 from saqcli.algorithms.training import Score
 from saqcli.config import DataSection, ModelSection, RunConfig, resolve
 from saqcli.errors import ConfigError, RunDirectoryError
-from saqcli.io.data import check_trained_on
 from saqcli.io.loaders import calibration_loader, read_all
 from saqcli.io.models import build_architecture
 from saqcli.io.preprocessing import Preprocessing
@@ -35,7 +34,7 @@ from saqcli.workflows.bits import given_policy
 from saqcli.workflows.calibration import calibrate, install_quantizers
 from saqcli.workflows.predictors import check_no_model_options, finished_model, restore
 from saqcli.workflows.quantize import describe, prepare
-from saqcli.workflows.setup import is_small, open_named, workers_of
+from saqcli.workflows.setup import is_small, open_trained, workers_of
 
 SMALL_BATCH, LARGE_BATCH = 128, 16  # images at a time, up to 64 pixels and above: differentiated twice
 
@@ -203,9 +202,8 @@ def _images(
     facts: ModelFacts, view: View, target: str, device: torch.device, progress: Progress
 ) -> list[tuple[Tensor, Tensor]]:
     """The images of ``view`` as the model wants them, held in memory."""
-    classes, preprocessing = int(facts.build["num_classes"]), Preprocessing.from_dict(facts.preprocessing)
-    split = open_named(view.data, view.split, classes)
-    check_trained_on(split, facts.class_names, classes, target)
+    preprocessing = Preprocessing.from_dict(facts.preprocessing)
+    split = open_trained(view.data, view.split, facts, target, progress)
     loader = calibration_loader(
         split,
         preprocessing,

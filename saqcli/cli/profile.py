@@ -3,6 +3,7 @@
 from saqcli.cli import bit_options as b
 from saqcli.cli import options as o
 from saqcli.cli.screen import print_json, progress_for, reporting
+from saqcli.errors import Problems
 
 
 @reporting
@@ -27,13 +28,11 @@ def profile_command(
     Example: `saq profile resnet18 --bits 4`
     """
     from saqcli.config import QuantizationSection
-    from saqcli.errors import ConfigError
-    from saqcli.quant.bits import parse_candidates
-    from saqcli.workflows.profile import profile
+    from saqcli.workflows.profile import check_profile, profile
 
-    if bits is not None and policy is not None:
-        raise ConfigError("--bits and --policy both say what the bits are: give one of them")
+    problems = Problems()
     section = o.model_section(
+        problems,
         model,
         weights=weights,
         pretrained=bool(pretrained) and weights is None,
@@ -44,11 +43,15 @@ def profile_command(
         mean=None,
         std=None,
     )
+    widths = o.parse_widths(problems, candidates) or QuantizationSection().candidates
+    if problems.errors:
+        problems.attempt(check_profile, section, bits, policy)
+    problems.check()
     result = profile(
         section,
         bits=bits,
         policy=policy,
-        candidates=parse_candidates(candidates) if candidates else QuantizationSection().candidates,
+        candidates=widths,
         progress=progress_for(json_output=json_output, quiet=quiet),
         quantize_attention=bool(quantize_attention),
     ).to_dict()

@@ -125,6 +125,15 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     )
 
 
+def check_named(name: str) -> None:
+    """Refuse what is no network's name; nothing is built.
+
+    Raises:
+        UnknownModel: names near matches.
+    """
+    _resolve(name)
+
+
 def build_architecture(build: Mapping[str, Any]) -> nn.Module:
     """The network of ``LoadedModel.build`` with random weights, in eval mode.
 

@@ -85,7 +85,7 @@ def finetune(
             state.update(ranks=ranks.gathered({"random": random_state(), "meter": vars(meter)}))
             run.save_checkpoint(state)
             saved_at = time.monotonic()
-            stop_if_asked(stop, run, "the work so far")
+            stop_if_asked(stop, run)
 
         for epoch in range(position["epoch"], training.epochs):
             done = position["step"] if epoch == position["epoch"] else 0
@@ -136,7 +136,7 @@ def finetune(
             meter.clear()
             setbacks.skipped = 0
             save(epoch + 1, 0)
-        stop_if_asked(stop, run, "the work so far")  # all epochs may have been done before
+        stop_if_asked(stop, run)  # all epochs may have been done before
     if average:
         model.load_state_dict(average.state_dict())
 
@@ -154,7 +154,7 @@ class Watched:
             Interrupted: one has.
         """
         if self._stop.signal:
-            raise stopped(self._run, "the work so far", self._stop.exit_code)
+            raise stopped(self._run, self._stop.exit_code)
         self._task.advance(steps, images=images, **figures)
 
 

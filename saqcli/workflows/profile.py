@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saqcli.config import ModelSection
+from saqcli.config import ModelSection, QuantizationSection
+from saqcli.errors import ConfigError, Problems
 from saqcli.progress import Progress
 from saqcli.quant.bits import FLOAT_BITS, BitConfig, parse_bits
 from saqcli.quant.cost import Cost
 from saqcli.quant.space import Candidates, SearchSpace, search_space
 from saqcli.quant.trace import FUNCTIONAL, Trace
-from saqcli.workflows.bits import float_policy, read_policy
+from saqcli.workflows.bits import check_bits, float_policy, read_policy
+from saqcli.workflows.checks import check_model
 from saqcli.workflows.setup import Network, load_float, wrap_and_trace
 
 NEVER_RUNS = "does not run in evaluation"
@@ -112,6 +114,21 @@ def unquantized(traced: Trace) -> list[dict[str, Any]]:
     ]
 
 
+def check_profile(section: ModelSection, bits: str | None, policy: Path | None) -> None:
+    """Refuse what can be seen to be wrong before the network is built.
+
+    Raises:
+        SaqError: all that is wrong, in one message.
+    """
+    problems = Problems()
+    problems.attempt(check_model, section)
+    if bits is not None and policy is not None:
+        problems.add(ConfigError("--bits and --policy both give the bits: give one of them"))
+    given = {"bits": bits, "policy": None if policy is None else str(policy)}
+    problems.attempt(check_bits, QuantizationSection.model_validate(given))
+    problems.check()
+
+
 def profile(
     section: ModelSection,
     *,
@@ -128,12 +145,12 @@ def profile(
     Raises:
         SaqError: no such model, or a policy that does not fit it.
     """
-    uniform = parse_bits(bits) if bits else None  # a typing error should not cost the time to load a model
+    check_profile(section, bits, policy)
     network = wrap_and_trace(load_float(section, progress), quantize_attention=quantize_attention)
     if policy is not None:
-        config = read_policy(policy, network)
-    elif uniform is not None:
-        config = network.costs.uniform(network.name, uniform)
+        config = read_policy(str(policy), network)
+    elif bits is not None:
+        config = network.costs.uniform(network.name, parse_bits(bits))
     else:
         config = float_policy(network)
     return measure(network, config, search_space(network.name, network.costs, Candidates(candidates)))

@@ -21,10 +21,9 @@ from saqcli import ranks
 from saqcli._version import __version__
 from saqcli.algorithms.exporters import ModelFacts
 from saqcli.algorithms.exporters.safetensors import restore_structure
-from saqcli.algorithms.minimizers import MINIMIZERS
 from saqcli.algorithms.training import Score, evaluate
 from saqcli.config import RunConfig
-from saqcli.errors import ConfigError, RunDirectoryError
+from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.io.batches import Loader
 from saqcli.io.distributed import process_group
 from saqcli.io.files import write_text
@@ -37,16 +36,18 @@ from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibrate import InputStatistics
 from saqcli.quant.cost import Budget
-from saqcli.workflows.bits import budget_of, check_bits, given_policy, space_of
+from saqcli.workflows.bits import budget_of, check_bits, check_way, given_policy, space_of
 from saqcli.workflows.calibration import calibrate, install_quantizers, scheme_of
+from saqcli.workflows.checks import check_device, check_images, check_model
 from saqcli.workflows.determinism import deterministic_if_asked
 from saqcli.workflows.export import export_verified
 from saqcli.workflows.find_bits import ask, make_searcher
 from saqcli.workflows.finetune import finetune
 from saqcli.workflows.optimization import check_training
 from saqcli.workflows.outcome import Outcome
+from saqcli.workflows.proxy import proxy_data
 from saqcli.workflows.report import write_report
-from saqcli.workflows.resuming import check_same, goes_on, know_images
+from saqcli.workflows.resuming import check_same, goes_on, know_images, note_start, resuming
 from saqcli.workflows.search import keep_search, search_and_stop
 from saqcli.workflows.setup import Images, Network, load_float, wrap_and_trace
 from saqcli.workflows.trainable import check_trains
@@ -74,7 +75,7 @@ def quantize(
     Raises:
         SaqError: anything the user can act on; work done so far stays in ``run_dir``.
     """
-    with process_group(config.run.device) as device:
+    with process_group(config.run.device, lambda: check(config, images=True, files=not resume)) as device:
         return _on(device, config, run_dir, resume, overwrite, progress if ranks.first() else SILENT)
 
 
@@ -83,7 +84,6 @@ def _on(
 ) -> Outcome:
     """Each rank on its own device."""
     run = RunDirectory(run_dir)
-    ranks.together(lambda: check(config))
     resume = goes_on(run, resume=resume, overwrite=overwrite)
     state = run.load_checkpoint(progress.note) if resume else None
     if resume:
@@ -94,28 +94,44 @@ def _on(
             ranks.together(
                 lambda: check_trains(network.model, network.name, network.loaded.preprocessing, config)
             )
-    run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite, note=progress.note)
+    run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite)
     with run.recorded():
         run.restore_metrics(state)
         if state is not None:
             run.end_search()  # a crash may have come between the first checkpoint and this
         if state is None:
+            if resume:
+                note_start(run, progress.note)
             know_images(run, images)
             begin(config, network, images, run, device, progress)
             return complete(config, run, run.load_checkpoint(), device, progress)
         return complete(config, run, state, device, progress, resumed=True)
 
 
-def check(config: RunConfig) -> None:
-    """Refuse what can be seen to be wrong before anything is loaded."""
-    if config.training.method not in MINIMIZERS:
-        raise ConfigError(
-            f"there is no method {config.training.method!r}: choose from {', '.join(MINIMIZERS)}"
-        )
-    make_searcher(config)
-    scheme_of(config).check()
-    check_training(config)
-    check_bits(config.quantization)
+def check(config: RunConfig, *, images: bool = False, files: bool = True) -> None:
+    """Refuse what can be seen to be wrong before anything is loaded.
+
+    Args:
+        config: of the run.
+        images: whether it needs images; if not, those that are named must be there nevertheless.
+        files: whether weights and policy must be there; not where a run is resumed.
+
+    Raises:
+        SaqError: all that is wrong, in one message.
+    """
+    problems = Problems()
+    problems.attempt(check_model, config.model, files=files)
+    if images or config.data.path is not None:
+        problems.attempt(check_images, config.data, "train", "val")
+    if config.search.proxy is not None:
+        problems.attempt(check_images, proxy_data(config), "train")
+    problems.attempt(check_way, config.quantization)
+    problems.attempt(check_bits, config.quantization, files=files)
+    problems.attempt(make_searcher, config)
+    problems.attempt(scheme_of(config).check)
+    problems.attempt(check_training, config)
+    problems.attempt(check_device, config.run.device)
+    problems.check()
 
 
 def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tuple[Network, Images]:
@@ -220,6 +236,7 @@ def complete(
     images = ranks.together(lambda: open_images(config, facts, device))
     if resumed:
         know_images(run, images)
+        progress.note(resuming(run, place_of(state, config.training.epochs)))
     if config.training.epochs:
         classes = int(facts.build["num_classes"])
         teacher = _teacher(config, device, progress)
@@ -244,6 +261,14 @@ def complete(
     write_report(run.report_path, config, outcome.to_dict(run.path))
     run.finish(outcome.to_dict(run.path))
     return outcome
+
+
+def place_of(state: dict[str, Any], epochs: int) -> str:
+    """Where a run goes on from its checkpoint, counting epochs from 1 and steps done."""
+    if "position" not in state:
+        return "after calibration"
+    epoch, step = state["position"]["epoch"], state["position"]["step"]
+    return f"at epoch {epoch + 1}, step {step}" if epoch < epochs else f"after epoch {epoch}"
 
 
 def _teacher(config: RunConfig, device: torch.device, progress: Progress) -> nn.Module | None:

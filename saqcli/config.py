@@ -145,6 +145,9 @@ class TrainingSection(_Section):
     left out where the loss is no number, before training stops. ``clip_grad`` is the
     largest joint norm of the gradients. ``ema_decay`` 0 is no averaging of weights. ``mixup`` and ``cutmix`` are the
     alphas of their beta distributions, 0 for none.
+
+    ``keep`` says which state is exported: that of the ``last`` epoch, or the ``best`` one on the validation images, of
+    which the calibrated one is the first.
     """
 
     method: str = "saq"
@@ -176,6 +179,7 @@ class TrainingSection(_Section):
     distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
     distill_temperature: Rate = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
+    keep: Literal["last", "best"] = "last"
     minimizer: dict[str, Any] = {}
 
 

@@ -11,7 +11,8 @@ Bits = Annotated[
     str | None, typer.Option(help="The same bits in every layer: 4, or w4a8.", rich_help_panel=BITS)
 ]
 Policy = Annotated[
-    Path | None, typer.Option(help="Bits of every layer, as a policy.json.", rich_help_panel=BITS)
+    Path | None,
+    typer.Option(help="Bits of every layer: a policy.json, or a run that holds one.", rich_help_panel=BITS),
 ]
 Candidates = Annotated[
     str | None, typer.Option(metavar="2,3,4", help="Bit-widths that a layer may have.", rich_help_panel=BITS)
@@ -36,7 +37,7 @@ Bops = Annotated[
 Size = Annotated[
     str | None,
     typer.Option(
-        help="Budget of bytes: 5MB, or w4a4 for its size; alone or with --bops.", rich_help_panel=BITS
+        help="Budget of bytes: 5MB, 4MiB, or w4a4 for its size; alone or with --bops.", rich_help_panel=BITS
     ),
 ]
 Pin = Annotated[

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from saqcli.units import format_quantity
+from saqcli.workflows.report import quantized_states
 
 PIPED = 200  # columns where nobody looks at a terminal, so that no name is cut
 NAMED = 3  # modules that are left in floating point for one reason, before they are counted
@@ -98,24 +99,27 @@ def show_profile(result: dict[str, Any]) -> None:
 def show_quantized(result: dict[str, Any]) -> None:
     """Float beside quantized, the budget, and the files written."""
     console = Console()
-    table = _table(
-        f"{result['model']} on {result['images']} images", ("", "float", "calibrated", "quantized")
-    )
+    states = quantized_states(result)
+    table = _table(f"{result['model']} on {result['images']} images", ("", "float", *states))
+    exported = next(title for title, (_, taken) in states.items() if taken)
     table.add_row(
         "top-1",
         f"{result['float_top1']:.2f} %",
-        f"{result['calibrated_top1']:.2f} %",
-        f"[bold]{result['top1']:.2f} %[/bold]",
+        *(f"[bold]{top1:.2f} %[/bold]" if taken else f"{top1:.2f} %" for top1, taken in states.values()),
     )
-    table.add_row("top-5", f"{result['float_top5']:.2f} %", "", f"{result['top5']:.2f} %")
-    table.add_row("BOPs", format_quantity(result["float_bops"]), "", format_quantity(result["bops"]))
-    table.add_row(
-        "size",
-        format_quantity(result["float_size_bytes"], "B"),
-        "",
-        format_quantity(result["size_bytes"], "B"),
-    )
+    for what, before, after in (
+        ("top-5", f"{result['float_top5']:.2f} %", f"{result['top5']:.2f} %"),
+        ("BOPs", format_quantity(result["float_bops"]), format_quantity(result["bops"])),
+        (
+            "size",
+            format_quantity(result["float_size_bytes"], "B"),
+            format_quantity(result["size_bytes"], "B"),
+        ),
+    ):
+        table.add_row(what, before, *(after if title == exported else "" for title in states))
     console.print(table)
+    if result["advice"]:
+        say(console, f"\nnote: {result['advice']}")
     reduction = f"{result['bops_reduction']:.1f} times fewer BOPs"
     if result["budget_bops"]:
         share = 100 * result["bops"] / result["budget_bops"]

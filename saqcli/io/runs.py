@@ -7,7 +7,7 @@ search.json       how they were found, where a search found them; policy.png, po
 metrics.jsonl     one object a line
 checkpoints/      last.ckpt: model, optimizer, random state, position in the epoch; search.ckpt: a search under way,
                   proxy.ckpt: the network that it searches in; *.previous.ckpt: the good one before each
-artifacts/        model.safetensors, model.onnx
+artifacts/        model.safetensors, model.onnx; best.safetensors where another epoch was better than the exported one
 report.md         what a person reads first
 .lock             which process is at work here, while one is
 """
@@ -51,6 +51,7 @@ class RunDirectory:
         self.policy_path = path / "policy.json"
         self.checkpoint_path = path / "checkpoints" / "last.ckpt"
         self.safetensors_path = path / "artifacts" / "model.safetensors"
+        self.best_path = path / "artifacts" / "best.safetensors"
         self.onnx_path = path / "artifacts" / "model.onnx"
         self.report_path = path / "report.md"
         self.search_path = path / "search.json"

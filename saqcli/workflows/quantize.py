@@ -240,10 +240,26 @@ def complete(
     if config.training.epochs:
         classes = int(facts.build["num_classes"])
         teacher = _teacher(config, device, progress)
-        finetune(model, config, images, run, state, progress, num_classes=classes, teacher=teacher)
+        best, outcome.last_score = finetune(
+            model,
+            config,
+            images,
+            run,
+            state,
+            progress,
+            num_classes=classes,
+            calibrated=outcome.calibrated_score,
+            teacher=teacher,
+        )
         outcome.score = score(model, images.validation(), "evaluating", device, progress)
+        outcome.note_training(best, config.training)
+        if outcome.advice:
+            progress.note(outcome.advice)
     else:
-        outcome.score = outcome.calibrated_score
+        best, outcome.score = None, outcome.calibrated_score
+        outcome.best_epoch, outcome.best_score = 0, outcome.score
+    if config.training.epochs and outcome.best_score is not None:
+        run.log(phase="best", epoch=outcome.best_epoch, **asdict(outcome.best_score))
     run.log(phase="quantized", **asdict(outcome.score))
     if not ranks.first():
         return outcome  # the first one writes the files
@@ -253,6 +269,12 @@ def complete(
         outcome.artifacts[style] = str(path)
         outcome.agreement, outcome.verified_images = verdict.argmax_agreement, verdict.images
         outcome.layers_error = verdict.figures()["layers_error"]
+    if best is not None and best.epoch != outcome.exported_epoch:
+        model.load_state_dict(best.model)
+        export_verified(model, facts, run.best_path, "safetensors", batches, len(batches), progress)
+        outcome.artifacts["best"] = str(run.best_path)
+    else:
+        run.best_path.unlink(missing_ok=True)  # of an attempt in which another epoch was best
     outcome.artifacts |= {
         "verdict": str(verdict_path(run.onnx_path)),
         "policy": str(run.policy_path),

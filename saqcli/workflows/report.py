@@ -19,6 +19,17 @@ def write_report(path: Path, config: RunConfig, results: dict[str, Any]) -> None
     write_text(path, report_markdown(config, results))
 
 
+def quantized_states(results: dict[str, Any]) -> dict[str, tuple[float, bool]]:
+    """Title to top-1 in percent, and whether it is exported: calibrated, after the last epoch, and the best of all."""
+    last, best, epochs = results["last_top1"], results["best_top1"], results["epochs"]
+    states = {"calibrated": (results["calibrated_top1"], epochs == 0)}
+    if last is not None:
+        states[f"last (epoch {epochs})"] = (last, results["exported_epoch"] == epochs)
+    if epochs and best is not None:
+        states[f"best (epoch {results['best_epoch']})"] = (best, results["exported_epoch"] != epochs)
+    return states
+
+
 def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
     """The report as Markdown."""
     budget = results["budget_bops"]
@@ -27,17 +38,30 @@ def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
         f"| `{name}` | {bits['weight'] or 32} | {bits['activation'] or 32} |"
         for name, bits in results["policy"].items()
     )
+    states = quantized_states(results)
+    rows = {
+        "top-5": (f"{results['float_top5']:.2f} %", f"{results['top5']:.2f} %"),
+        "BOPs": (format_quantity(results["float_bops"]), f"{format_quantity(results['bops'])}{share}"),
+        "size": [format_quantity(results[f"{key}size_bytes"], "B") for key in ("float_", "")],
+    }
+    table = [
+        ("", "float", *states),
+        ["--"] * (2 + len(states)),
+        (
+            "top-1",
+            *(f"{top1:.2f} %" for top1 in (results["float_top1"], *(top1 for top1, _ in states.values()))),
+        ),
+        *(
+            (what, before, *(after if exported else "" for _, exported in states.values()))
+            for what, (before, after) in rows.items()
+        ),
+    ]
+    head = "\n".join(f"| {' | '.join(row)} |" for row in table)
+    note = f"\nNote: {results['advice']}.\n" if results["advice"] else ""
     return f"""# {results["model"]}, quantized
 
-|  | float | calibrated | fine-tuned |
-|--|--|--|--|
-| top-1 | {results["float_top1"]:.2f} % | {results["calibrated_top1"]:.2f} % | {results["top1"]:.2f} % |
-| top-5 | {results["float_top5"]:.2f} % |  | {results["top5"]:.2f} % |
-| BOPs | {format_quantity(results["float_bops"])} |  | {format_quantity(results["bops"])}{share} |
-| size | {format_quantity(results["float_size_bytes"], "B")} |  | {
-        format_quantity(results["size_bytes"], "B")
-    } |
-
+{head}
+{note}
 Evaluated on {results["images"]} images. BOPs are reduced {
         results["bops_reduction"]:.1f} times. Every layer of the
 ONNX file, fed what PyTorch feeds it, returns what PyTorch returns to {

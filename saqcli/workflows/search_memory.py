@@ -46,7 +46,9 @@ class SearchMemory:
         if kept is None:
             return None
         if self._stage == "search" or not self.run.search_states["search"].exists():
-            self._note(resuming(self.run, "the search" if self._stage == "search" else "the fit of the proxy"))
+            self._note(
+                resuming(self.run, "the search" if self._stage == "search" else "the fit of the proxy")
+            )
         randoms = kept["ranks"]
         self._random = randoms[ranks.index()] if len(randoms) == ranks.count() else None
         state: dict[str, Any] = kept["search"]

@@ -182,14 +182,17 @@ def _with_latent_weights(
     restore_structure(trained, facts)
     try:
         checkpoint = run.load_checkpoint() or {}
-        trained.load_state_dict(checkpoint.get("average") or checkpoint.get("model", {}))
-    except (RunDirectoryError, RuntimeError):
-        same = False
-    else:
+    except RunDirectoryError:
+        checkpoint = {}
+    last = checkpoint.get("average") or checkpoint.get("model")
+    for state in (last, checkpoint.get("best", {}).get("model")):
+        try:
+            trained.load_state_dict(state or {})
+        except RuntimeError:
+            continue
         pairs = zip(quantized_layers(model).values(), quantized_layers(trained).values(), strict=True)
-        same = all(torch.equal(one.quantized_weight(), other.quantized_weight()) for one, other in pairs)
-    if same:
-        return trained
+        if all(torch.equal(one.quantized_weight(), other.quantized_weight()) for one, other in pairs):
+            return trained
     progress.note(f"{run.checkpoint_path} does not hold the latent weights of the model: left out")
     return None
 

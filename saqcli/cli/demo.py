@@ -31,4 +31,4 @@ def demo_command(
         return
     from saqcli.cli.tables import show_quantized
 
-    show_quantized(result, fine_tuned=epochs > 0)
+    show_quantized(result)

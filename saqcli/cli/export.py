@@ -7,6 +7,7 @@ import typer
 
 from saqcli.cli import options as o
 from saqcli.cli.screen import print_json, progress_for, reporting
+from saqcli.errors import Problems
 
 
 @reporting
@@ -44,9 +45,11 @@ def export_command(
 
     Example: `saq export runs/resnet18-w4a4 --onnx resnet18.onnx --data imagenet`
     """
-    from saqcli.workflows.export import export
+    from saqcli.workflows.export import check_export, export
 
-    section = o.data_section(
+    problems = Problems()
+    images = o.data_section(
+        problems,
         path=data,
         eval_batch_size=batch_size,
         workers=workers,
@@ -55,11 +58,14 @@ def export_command(
         class_map=class_map,
         exif_transpose=exif_transpose,
     )
+    if problems.errors:
+        problems.attempt(check_export, run, onnx, style, images, tuple(verify or ()))
+    problems.check()
     result = export(
         run,
         onnx,
         style=style,
-        data=section,
+        data=images,
         overwrite=overwrite,
         progress=progress_for(json_output=json_output, quiet=quiet),
         runtimes=tuple(verify or ()),

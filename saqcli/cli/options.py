@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saqcli.errors import ConfigError
+from saqcli.errors import ConfigError, Problems
 
 if TYPE_CHECKING:
     from saqcli.config import DataSection, ModelSection
@@ -276,6 +276,7 @@ def parse_pins(texts: list[str] | None) -> dict[str, str] | None:
 
 
 def model_options(
+    problems: Problems,
     *,
     weights: Path | None,
     weights_key: str | None,
@@ -288,7 +289,10 @@ def model_options(
     std: str | None,
     new_head: bool | None = None,
 ) -> dict[str, Any]:
-    """The given ones as keys of the configuration's ``model`` section; None where not given."""
+    """The given ones as keys of the configuration's ``model`` section; None where not given.
+
+    What cannot be read is added to ``problems``.
+    """
     return {
         "weights": None if weights is None else str(weights),
         "weights_key": weights_key,
@@ -296,32 +300,44 @@ def model_options(
         "num_classes": num_classes,
         "new_head": new_head,
         "in_chans": in_chans,
-        "kwargs": parse_assignments(model_kwargs, "--model-kwargs"),
-        "input_size": parse_size(input_size),
-        "mean": parse_numbers(mean, "--mean"),
-        "std": parse_numbers(std, "--std"),
+        "kwargs": problems.attempt(parse_assignments, model_kwargs, "--model-kwargs"),
+        "input_size": problems.attempt(parse_size, input_size),
+        "mean": problems.attempt(parse_numbers, mean, "--mean"),
+        "std": problems.attempt(parse_numbers, std, "--std"),
     }
 
 
-def model_section(name: str, **options: Any) -> "ModelSection":
+def model_section(problems: Problems, name: str, **options: Any) -> "ModelSection":
     """The ``model`` section of the configuration; ``options`` as for ``model_options``."""
     from saqcli.config import ModelSection
     from saqcli.strict import parse_object
 
-    return parse_object(ModelSection, {"name": name, **given(model_options(**options))}, "options")
+    settings = {"name": name, **given(model_options(problems, **options))}
+    section = problems.attempt(parse_object, ModelSection, settings, "options")
+    return section or ModelSection(name=name)
 
 
-def data_section(**settings: Any) -> "DataSection":
+def data_section(problems: Problems, **settings: Any) -> "DataSection":
     """The ``data`` section of the configuration; None where not given."""
     from saqcli.config import DataSection
     from saqcli.strict import parse_object
 
-    return parse_object(DataSection, given(settings), "options")
+    section = problems.attempt(parse_object, DataSection, given(settings), "options")
+    return section or DataSection(path=settings.get("path"))
+
+
+def parse_widths(
+    problems: Problems, text: str | None, option: str = "--candidates"
+) -> tuple[int, ...] | None:
+    """``2,3,4`` as bit-widths; None where not given, or where it is added to ``problems``."""
+    from saqcli.quant.bits import parse_candidates
+
+    return None if text is None else problems.attempt(parse_candidates, text, option)
 
 
 def folder_of_bits(bits: str) -> str:
     """Bits, or a budget, as a part of a folder's name: ``w4a4`` for ``4``."""
-    bits = bits.strip().lower()
+    bits = "".join(bits.split()).lower()
     return f"w{bits}a{bits}" if bits.isdigit() else bits
 
 

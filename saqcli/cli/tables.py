@@ -153,18 +153,26 @@ def show_profile(result: dict[str, Any]) -> None:
     )
 
 
-def show_quantized(result: dict[str, Any], *, fine_tuned: bool) -> None:
+def show_quantized(result: dict[str, Any]) -> None:
     """Float beside quantized, the budget, and the files written."""
     from saqcli.workflows.report import results_table
 
     console = Console()
-    columns, rows = results_table(result, fine_tuned=fine_tuned)
+    columns, rows, exported = results_table(result)
     print_table(
         console,
         ("", *columns),
-        [[*row[:-1], Text(row[-1], style="bold" if row[0] == "top-1" else "")] for row in rows],
+        [
+            [
+                Text(cell, style="bold" if (row[0], place) == ("top-1", exported) else "")
+                for place, cell in enumerate(row)
+            ]
+            for row in rows
+        ],
         title=f"{result['model']} on {counted(result['images'], 'image')}",
     )
+    if result["advice"]:
+        say(console, f"\nnote: {result['advice']}")
     reduction = f"{result['bops_reduction']:.1f} times fewer BOPs"
     if result["budget_bops"]:
         share = 100 * result["bops"] / result["budget_bops"]

@@ -363,3 +363,14 @@ def _class_names(opened: Any) -> tuple[str, ...]:
         return tuple(names)
     indices: dict[str, int] = getattr(getattr(opened, "reader", None), "class_to_idx", {})
     return tuple(sorted(indices, key=indices.__getitem__))
+
+
+def check_there(data: str, split: SplitName) -> None:
+    """Refuse a folder that has no such split; nothing in it is opened, and no name of timm's is looked up.
+
+    Raises:
+        DataError: says what is missing.
+    """
+    prefix = data.partition("/")[0].lower()
+    if prefix not in (_SHARDED, *_RANDOM_ACCESS, *_STREAMED) or named_path(data).exists():
+        find_split(named_path(data), split)

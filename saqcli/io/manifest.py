@@ -77,12 +77,6 @@ class RunManifest(BaseModel):
     artifacts: dict[Annotated[str, AfterValidator(_below_artifacts)], str] = {}
     results: dict[str, Any] = {}
 
-    @property
-    def as_found(self) -> str:
-        """The status as seen by who is not at work in it, with its article."""
-        found = {"running": "an unfinished", "interrupted": "an interrupted"}
-        return found.get(self.status, f"a {self.status}")
-
 
 def circumstances(device: str) -> Circumstances:
     """Those of this process, which computes on ``device``, as ``--device`` names it."""

@@ -14,10 +14,11 @@ from saqcli.config import RunConfig, resolve
 from saqcli.io.distributed import pick_device
 from saqcli.io.files import make_folder, replacing
 from saqcli.io.seeds import seed_everything
-from saqcli.progress import Progress
+from saqcli.progress import SILENT, Progress
 from saqcli.units import counted
+from saqcli.workflows.bits import budget_of, check_bits, space_of
 from saqcli.workflows.quantize import quantize
-from saqcli.workflows.setup import Images, classes_of, load_float
+from saqcli.workflows.setup import Images, classes_of, load_float, wrap_and_trace
 from saqcli.workflows.short_training import in_float, train
 
 MODEL = "saq/resnet20"
@@ -30,13 +31,26 @@ FLOAT_EPOCHS, FLOAT_LR = 12, 0.05
 def demo(run_dir: Path, *, bops: str, epochs: int, seed: int, progress: Progress) -> dict[str, Any]:
     """Run it all below ``run_dir``, replacing an earlier demo there; returns what ``saq quantize --json`` prints."""
     data, weights, quantized = (run_dir / name for name in ("digits", "float.safetensors", "quantized"))
-    progress.note(f"writing {counted(write_digits(data), 'handwritten digit')} to {data}")
     config = demo_config(data, weights, bops=bops, epochs=epochs, seed=seed)
+    check_budget(config)
+    progress.note(f"writing {counted(write_digits(data), 'handwritten digit')} to {data}")
     progress.note(f"training a float {MODEL} for {counted(FLOAT_EPOCHS, 'epoch')}")
     train_float(config, weights, progress)
     progress.note(f"quantizing it under {bops}")
     outcome = quantize(config, quantized, overwrite=True, progress=progress)
     return outcome.to_dict(quantized)
+
+
+def check_budget(config: RunConfig) -> None:
+    """Refuse a budget before the float network is trained.
+
+    Raises:
+        SaqError: it is none, or below the smallest reachable cost.
+    """
+    check_bits(config.quantization)
+    section = config.model.model_copy(update={"weights": None, "pretrained": False})
+    network = wrap_and_trace(load_float(section, SILENT))
+    space_of(config.quantization, network).check_reachable(budget_of(config.quantization, network))
 
 
 def demo_config(data: Path, weights: Path, *, bops: str, epochs: int, seed: int) -> RunConfig:

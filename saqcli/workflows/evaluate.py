@@ -10,13 +10,15 @@ from saqcli import ranks
 from saqcli.algorithms.divergence import check_score
 from saqcli.algorithms.training import Score, evaluate
 from saqcli.config import DataSection, ModelSection
-from saqcli.errors import ConfigError
+from saqcli.errors import ConfigError, Problems
 from saqcli.io.batches import Loader
 from saqcli.io.distributed import process_group, started_by_torchrun
 from saqcli.progress import SILENT, Progress
 from saqcli.workflows.bench import Bench, BenchSettings, bench_target
-from saqcli.workflows.predictors import Predictor, open_target
+from saqcli.workflows.checks import check_device, check_images, check_model
+from saqcli.workflows.predictors import Predictor, named_file, open_target
 from saqcli.workflows.setup import as_trained, open_named, validation_loader
+from saqcli.workflows.targets import EVALUATED, find_target
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,12 @@ def evaluate_target(
     """
     if bench is None:
         return _accuracy(target, section, data, device, progress)
-    bench.check()
     if started_by_torchrun():
         raise ConfigError("--bench measures one process: start it without torchrun")
+    problems = Problems()
+    problems.attempt(bench.check)
+    problems.attempt(check_evaluation, target, section, data, device, needs_images=False)
+    problems.check()
     if data.path is None:
         return Evaluation(target, None, bench=bench_target(target, section, bench, progress))
     found = _accuracy(target, section, data, device, progress)
@@ -89,8 +94,28 @@ def evaluate_target(
 def _accuracy(
     target: str, section: ModelSection, data: DataSection, device: str, progress: Progress
 ) -> Evaluation:
-    with process_group(device) as own:
+    with process_group(device, lambda: check_evaluation(target, section, data, device)) as own:
         return _on(own, target, section, data, progress if ranks.first() else SILENT)
+
+
+def check_evaluation(
+    target: str, section: ModelSection, data: DataSection, device: str, *, needs_images: bool = True
+) -> None:
+    """Refuse what can be seen to be wrong before anything is fetched or loaded.
+
+    Raises:
+        SaqError: all that is wrong, in one message.
+    """
+    problems = Problems()
+    found = problems.attempt(find_target, target, EVALUATED)
+    if found is not None and found.kind == "model":
+        problems.attempt(check_model, section)
+    elif found is not None:
+        problems.attempt(named_file, found, section)
+    if needs_images or data.path is not None:
+        problems.attempt(check_images, data, "val")
+    problems.attempt(check_device, device)
+    problems.check()
 
 
 def _on(

@@ -10,16 +10,17 @@ from torch import nn
 from saqcli.algorithms.exporters import EXPORTERS, STYLES, ModelFacts
 from saqcli.algorithms.graphs.tracing import OPSET
 from saqcli.algorithms.training import Batches
-from saqcli.config import DataSection
-from saqcli.errors import ConfigError, CorruptArtifact, ExportMismatch
+from saqcli.config import DataSection, ModelSection
+from saqcli.errors import ConfigError, CorruptArtifact, ExportMismatch, Problems
 from saqcli.io.files import make_folder, replacing, write_text
 from saqcli.io.preprocessing import Preprocessing
-from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
-from saqcli.workflows.predictors import finished_model, restore
+from saqcli.workflows.checks import check_images
+from saqcli.workflows.predictors import named_file, restore
 from saqcli.workflows.proofs import RUNTIMES, prove_graph, prove_tensors, versions
 from saqcli.workflows.setup import open_trained, validation_loader
 from saqcli.workflows.synthetic import synthetic_batches
+from saqcli.workflows.targets import QUANTIZED, find_target
 from saqcli.workflows.verdict import Verdict, verdict_path, verdict_text
 
 
@@ -73,20 +74,12 @@ def export(
     Raises:
         ExportMismatch: the file does not equal the model; nothing is left at ``path``.
     """
-    if style not in STYLES:
-        raise ConfigError(f"there is no export style {style!r}: choose from {', '.join(STYLES)}")
-    for runtime in runtimes:
-        if runtime not in RUNTIMES:
-            raise ConfigError(
-                f"--verify {runtime} is no runtime that saq knows: choose {', '.join(RUNTIMES)}"
-            )
-    if path.suffix != ".onnx":
-        raise ConfigError(f"--onnx {path} has no ending .onnx: give a file name like model.onnx")
+    file = check_export(source, path, style, data, runtimes)
     for taken in (path, verdict_path(path)):
         if taken.exists() and not overwrite:
             raise ConfigError(f"{taken} is already there: give --overwrite to replace it, or another --onnx")
     make_folder(path.parent)
-    model, facts = restore(finished_model(RunDirectory.open(source)) if source.is_dir() else source)
+    model, facts = restore(file)
     preprocessing = Preprocessing.from_dict(facts.preprocessing)
     if data.path is None:
         made = synthetic_batches(preprocessing)
@@ -98,6 +91,33 @@ def export(
         count = len(loader)
     verdict = export_verified(model, facts, path, style, batches, count, progress, runtimes)
     return Export(path, style, verdict)
+
+
+def check_export(
+    source: Path, path: Path, style: str, data: DataSection, runtimes: tuple[str, ...] = ()
+) -> Path:
+    """The file of tensors to export; refuses what can be seen to be wrong before it is read.
+
+    Raises:
+        SaqError: all that is wrong, in one message.
+    """
+    problems = Problems()
+    target = problems.attempt(find_target, str(source), QUANTIZED, "RUN")
+    file = problems.attempt(named_file, target, ModelSection(name=str(source))) if target else None
+    if style not in STYLES:
+        problems.add(ConfigError(f"there is no export style {style!r}: choose from {', '.join(STYLES)}"))
+    for runtime in runtimes:
+        if runtime not in RUNTIMES:
+            problems.add(
+                ConfigError(f"--verify {runtime} is no runtime that saq knows: choose {', '.join(RUNTIMES)}")
+            )
+    if path.suffix != ".onnx":
+        problems.add(ConfigError(f"--onnx {path} has no ending .onnx: give a file name like model.onnx"))
+    if data.path is not None:
+        problems.attempt(check_images, data, "val")
+    problems.check()
+    assert file is not None
+    return file
 
 
 def export_verified(

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from saqcli.algorithms.training import Score
+from saqcli.config import TrainingSection
 from saqcli.quant.bits import BitConfig
+from saqcli.workflows.best import Best, advice
 
 
 @dataclass
@@ -16,7 +18,7 @@ class Outcome:
         model: canonical name.
         float_score: of the float model on the validation images.
         calibrated_score: after calibration, before any training.
-        score: at the end.
+        score: at the end, of what is exported.
         bops: of the policy.
         float_bops: of the float model.
         budget_bops: that was asked for, or None.
@@ -28,6 +30,12 @@ class Outcome:
         verified_images: on how many that was measured.
         budget_bytes: that was asked for, or None.
         layers_error: largest relative difference of one layer of the ONNX file that is fed PyTorch's input.
+        epochs: of fine-tuning.
+        last_score: after the last of them; None without fine-tuning.
+        best_epoch: whose state did best, 0 for the calibrated one; None where that is not known.
+        best_score: of that state.
+        exported_epoch: whose state is exported.
+        advice: what to change, where fine-tuning ended below calibration or below its best epoch.
     """
 
     model: str
@@ -45,6 +53,21 @@ class Outcome:
     verified_images: int = 0
     layers_error: float = 0.0
     budget_bytes: int | None = None
+    epochs: int = 0
+    last_score: Score | None = None
+    best_epoch: int | None = None
+    best_score: Score | None = None
+    exported_epoch: int = 0
+    advice: str | None = None
+
+    def note_training(self, best: Best | None, training: TrainingSection) -> None:
+        """Keep which states fine-tuning met, and what follows from them."""
+        last = self.last_score or (self.score if training.keep == "last" else None)
+        self.last_score, self.epochs, self.exported_epoch = last, training.epochs, training.epochs
+        if best is not None:
+            self.best_epoch, self.best_score = best.epoch, best.score
+            self.exported_epoch = best.epoch if training.keep == "best" else training.epochs
+        self.advice = advice(self.calibrated_score, last, best, training)
 
     def to_dict(self, run_dir: Path) -> dict[str, Any]:
         """As ``--json`` prints it; accuracies in percent."""
@@ -59,6 +82,12 @@ class Outcome:
             "float_top1": self.float_score.top1,
             "float_top5": self.float_score.top5,
             "calibrated_top1": self.calibrated_score.top1,
+            "epochs": self.epochs,
+            "last_top1": self.last_score and self.last_score.top1,
+            "best_epoch": self.best_epoch,
+            "best_top1": self.best_score and self.best_score.top1,
+            "exported_epoch": self.exported_epoch,
+            "advice": self.advice,
             "bops": self.bops,
             "float_bops": self.float_bops,
             "budget_bops": self.budget_bops,
@@ -82,5 +111,6 @@ class Outcome:
     @classmethod
     def unpack(cls, packed: dict[str, Any]) -> "Outcome":
         """What ``pack`` made."""
-        scores = {name: Score(**packed[name]) for name in ("float_score", "calibrated_score", "score")}
+        names = ("float_score", "calibrated_score", "score", "last_score", "best_score")
+        scores = {name: Score(**packed[name]) for name in names if packed.get(name)}
         return cls(**{**packed, **scores, "policy": BitConfig.model_validate_json(packed["policy"])})

@@ -64,7 +64,7 @@ def plan(
         SaqError: what would stop the run before its first long step.
     """
     if verb == "search":
-        check_search(config, needs_data=False)
+        check_search(config, images=False)
     else:
         check(config)
     device = pick_device(config.run.device)

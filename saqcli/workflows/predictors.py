@@ -13,16 +13,15 @@ from saqcli.algorithms.exporters.safetensors import read_content, rebuild
 from saqcli.algorithms.graphs.exact_form import ExactForm
 from saqcli.algorithms.graphs.operators import frozen_copy
 from saqcli.config import ModelSection
-from saqcli.errors import ConfigError, CorruptArtifact, RunDirectoryError, SaqError
+from saqcli.errors import ConfigError, CorruptArtifact, SaqError
 from saqcli.io.described import build_described, check_description
 from saqcli.io.labels import Classes
 from saqcli.io.machine import library_versions
 from saqcli.io.models import LoadedModel, as_loaded, build_architecture
 from saqcli.io.preprocessing import Preprocessing
-from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.quant.trace import try_model
-from saqcli.strict import named_path, printable
+from saqcli.strict import printable
 from saqcli.units import counted
 from saqcli.workflows.onnx_runs import open_session, told
 from saqcli.workflows.setup import (
@@ -31,6 +30,14 @@ from saqcli.workflows.setup import (
     load_float,
     trained_classes,
     with_names_of_logits,
+)
+from saqcli.workflows.targets import (
+    EVALUATED,
+    QUANTIZED,
+    Target,
+    check_no_model_options,
+    find_target,
+    model_file,
 )
 
 
@@ -69,7 +76,7 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
     Raises:
         SaqError: no such thing, or a damaged one.
     """
-    path = named_file(target, section)
+    path = named_file(find_target(target, EVALUATED), section)
     if path is not None:
         return open_onnx(path) if path.suffix == ".onnx" else open_safetensors(path, device)
     loaded = load_float(section, progress)
@@ -85,51 +92,17 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
     )
 
 
-def named_file(target: str, section: ModelSection) -> Path | None:
-    """The file that ``target`` stands for: itself, the model of a run directory, or None for a model name.
+def named_file(target: Target, section: ModelSection) -> Path | None:
+    """The file that ``target`` stands for: itself, the model of a run directory, or None for a model's name.
 
     Raises:
-        SaqError: it names nothing, a run without a model, or a file that saq did not write.
+        SaqError: a run without a model, or options that a file does not take.
     """
-    path = named_path(target)
-    if not target.strip():
-        raise ConfigError(
-            "no TARGET was named: give a model name, a run directory, a .safetensors or an .onnx file"
-        )
-    if path.suffix in (".onnx", ".safetensors") or path.is_dir():
-        check_no_model_options(target, section)
-    if path.suffix in (".onnx", ".safetensors"):
-        return path
-    if path.is_dir():
-        return finished_model(RunDirectory.open(path))
-    if path.is_file():
-        raise ConfigError(
-            f"{path} is no model file of saq: give MODEL --weights {path}, to evaluate float weights"
-        )
-    return None
-
-
-def check_no_model_options(target: str, section: ModelSection) -> None:
-    """A file that describes itself cannot be told otherwise."""
-    plain = ModelSection(name=section.name).model_dump()
-    given = [name.replace("_", "-") for name, value in section.model_dump().items() if value != plain[name]]
-    if given:
-        raise ConfigError(
-            f"{target} brings its own network and preprocessing: leave --{', --'.join(given)} away"
-        )
-
-
-def finished_model(run: RunDirectory) -> Path:
-    """The safetensors file of a run.
-
-    Raises:
-        RunDirectoryError: the run has not got that far.
-    """
-    if not run.safetensors_path.is_file():
-        raise RunDirectoryError(
-            f"{run.path} holds no model yet, its run is {run.manifest().status}: {run.how_to_resume()}"
-        )
-    return run.safetensors_path
+    if target.kind == "model":
+        return None
+    check_no_model_options(target.text, section)
+    run = target.run
+    return target.path if run is None else model_file(run)
 
 
 def restore(path: Path) -> tuple[nn.Module, ModelFacts]:
@@ -268,8 +241,9 @@ def load(path: str | Path, *, exact: bool = False) -> nn.Module:
     Raises:
         SaqError: no such thing, or a damaged one.
     """
-    path = Path(path)
-    model, facts = restore(finished_model(RunDirectory.open(path)) if path.is_dir() else path)
+    target = find_target(str(path), QUANTIZED, "path")
+    run = target.run
+    model, facts = restore(model_file(run) if run else target.path or Path(path))
     if not exact:
         return model
     example = torch.zeros(2, *Preprocessing.from_dict(facts.preprocessing).input_size)

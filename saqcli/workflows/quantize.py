@@ -22,10 +22,9 @@ from saqcli._version import __version__
 from saqcli.algorithms.divergence import check_score
 from saqcli.algorithms.exporters import ModelFacts
 from saqcli.algorithms.exporters.safetensors import restore_structure
-from saqcli.algorithms.minimizers import MINIMIZERS
 from saqcli.algorithms.training import Score, evaluate
 from saqcli.config import RunConfig
-from saqcli.errors import ConfigError, RunDirectoryError
+from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.io.batches import Loader
 from saqcli.io.distributed import process_group
 from saqcli.io.files import write_text
@@ -40,17 +39,18 @@ from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibrate import InputStatistics
 from saqcli.quant.cost import Budget
-from saqcli.strict import named_path
-from saqcli.workflows.bits import budget_of, check_bits, given_policy, space_of
+from saqcli.workflows.bits import budget_of, check_bits, check_way, given_policy, space_of
 from saqcli.workflows.calibration import calibrate, install_quantizers, scheme_of
+from saqcli.workflows.checks import check_device, check_images, check_model
 from saqcli.workflows.determinism import deterministic_if_asked
 from saqcli.workflows.export import export_verified
 from saqcli.workflows.find_bits import ask, make_searcher
 from saqcli.workflows.finetune import finetune
 from saqcli.workflows.optimization import check_training
 from saqcli.workflows.outcome import Outcome
+from saqcli.workflows.proxy import proxy_data
 from saqcli.workflows.report import write_report
-from saqcli.workflows.resuming import check_same, goes_on, know_images
+from saqcli.workflows.resuming import check_same, goes_on, know_images, note_start, resuming
 from saqcli.workflows.search import keep_search, search_and_stop
 from saqcli.workflows.setup import (
     Images,
@@ -86,7 +86,7 @@ def quantize(
     Raises:
         SaqError: anything the user can act on; work done so far stays in ``run_dir``.
     """
-    with process_group(config.run.device) as device:
+    with process_group(config.run.device, lambda: check(config, images=True, files=not resume)) as device:
         return _on(device, config, run_dir, resume, overwrite, progress if ranks.first() else SILENT)
 
 
@@ -95,7 +95,6 @@ def _on(
 ) -> Outcome:
     """Each rank on its own device."""
     run = RunDirectory(run_dir)
-    ranks.together(lambda: check(config))
     resume = goes_on(run, resume=resume, overwrite=overwrite)
     state = run.load_checkpoint(progress.note) if resume else None
     if resume:
@@ -112,32 +111,48 @@ def _on(
                     images=images.train.images,
                 )
             )
-    run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite, note=progress.note)
+    run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite)
     with run.recorded():
         run.restore_metrics(state)
         if state is not None:
             run.end_search()  # a crash may have come between the first checkpoint and this
         if state is None:
+            if resume:
+                note_start(run, progress.note)
             know_images(run, images)
             begin(config, network, images, run, device, progress)
             return complete(config, run, run.load_checkpoint(), device, progress)
         return complete(config, run, state, device, progress, resumed=True)
 
 
-def check(config: RunConfig) -> None:
-    """Refuse what can be seen to be wrong before anything is loaded."""
-    if config.training.method not in MINIMIZERS:
-        raise ConfigError(
-            f"there is no method {config.training.method!r}: choose from {', '.join(MINIMIZERS)}"
-        )
-    make_searcher(config)
-    scheme_of(config).check()
-    check_training(config)
-    check_bits(config.quantization)
+def check(config: RunConfig, *, images: bool = False, files: bool = True) -> None:
+    """Refuse what can be seen to be wrong before anything is loaded.
+
+    Args:
+        config: of the run.
+        images: whether it needs images; if not, those that are named must be there nevertheless.
+        files: whether weights and policy must be there; not where a run is resumed.
+
+    Raises:
+        SaqError: all that is wrong, in one message.
+    """
+    problems = Problems()
+    problems.attempt(check_model, config.model, files=files)
+    if images or config.data.path is not None:
+        problems.attempt(check_images, config.data, "train", "val")
+    if config.search.proxy is not None:
+        problems.attempt(check_images, proxy_data(config), "train")
+    problems.attempt(check_way, config.quantization)
+    problems.attempt(check_bits, config.quantization, files=files)
+    problems.attempt(make_searcher, config)
+    problems.attempt(scheme_of(config).check)
+    problems.attempt(check_training, config)
+    problems.attempt(check_device, config.run.device)
     if config.model.new_head and not config.training.epochs:
-        raise ConfigError(
-            "--new-head starts a random classifier, which fine-tuning trains: remove --epochs 0"
+        problems.add(
+            ConfigError("--new-head starts a random classifier, which fine-tuning trains: remove --epochs 0")
         )
+    problems.check()
 
 
 def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tuple[Network, Images]:
@@ -256,14 +271,31 @@ def complete(
     images = ranks.together(lambda: open_images(config, facts, device))
     if resumed:
         know_images(run, images)
+        progress.note(resuming(run, place_of(state, config.training.epochs)))
     if config.training.epochs:
         classes = int(facts.build["num_classes"])
         teacher = _teacher(config, device, progress)
-        finetune(model, config, images, run, state, progress, num_classes=classes, teacher=teacher)
+        best, outcome.last_score = finetune(
+            model,
+            config,
+            images,
+            run,
+            state,
+            progress,
+            num_classes=classes,
+            calibrated=outcome.calibrated_score,
+            teacher=teacher,
+        )
         outcome.score = score(model, images.validation(), "evaluating", device, progress)
         check_score(outcome.score.loss, outcome.score.images, f"{facts.policy.model}, fine-tuned,")
+        outcome.note_training(best, config.training)
+        if outcome.advice:
+            progress.note(outcome.advice)
     else:
-        outcome.score = outcome.calibrated_score
+        best, outcome.score = None, outcome.calibrated_score
+        outcome.best_epoch, outcome.best_score = 0, outcome.score
+    if config.training.epochs and outcome.best_score is not None:
+        run.log(phase="best", epoch=outcome.best_epoch, **asdict(outcome.best_score))
     run.log(phase="quantized", **asdict(outcome.score))
     if not ranks.first():
         return outcome  # the first one writes the files
@@ -273,6 +305,12 @@ def complete(
         outcome.artifacts[style] = str(path)
         outcome.agreement, outcome.verified_images = verdict.argmax_agreement, verdict.images
         outcome.layers_error = verdict.figures()["layers_error"]
+    if best is not None and best.epoch != outcome.exported_epoch:
+        model.load_state_dict(best.model)
+        export_verified(model, facts, run.best_path, "safetensors", batches, len(batches), progress)
+        outcome.artifacts["best"] = str(run.best_path)
+    else:
+        run.best_path.unlink(missing_ok=True)  # of an attempt in which another epoch was best
     outcome.artifacts |= {
         "verdict": str(verdict_path(run.onnx_path)),
         "policy": str(run.policy_path),
@@ -281,6 +319,14 @@ def complete(
     write_report(run.report_path, config, outcome.to_dict(run.path))
     run.finish(outcome.to_dict(run.path))
     return outcome
+
+
+def place_of(state: dict[str, Any], epochs: int) -> str:
+    """Where a run goes on from its checkpoint, counting epochs from 1 and steps done."""
+    if "position" not in state:
+        return "after calibration"
+    epoch, step = state["position"]["epoch"], state["position"]["step"]
+    return f"at epoch {epoch + 1}, step {step}" if epoch < epochs else f"after epoch {epoch}"
 
 
 def _teacher(config: RunConfig, device: torch.device, progress: Progress) -> nn.Module | None:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from saqcli import ranks
 from saqcli._version import __version__
 from saqcli.algorithms.searchers.supernet import Scorer, Supernet
 from saqcli.algorithms.training import evaluate
 from saqcli.config import RunConfig
-from saqcli.errors import ConfigError, RunDirectoryError
+from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.io.distributed import process_group
 from saqcli.io.files import write_text
 from saqcli.io.interrupts import deferred_interrupts
@@ -32,22 +33,17 @@ from saqcli.quant.calibrate import InputStatistics
 from saqcli.strict import json_text, parse_object
 from saqcli.workflows.bits import check_bits
 from saqcli.workflows.calibration import scheme_of
+from saqcli.workflows.checks import check_device, check_images, check_model
 from saqcli.workflows.determinism import deterministic_if_asked
 from saqcli.workflows.find_bits import Asked, Searched, ask, find_bits, make_searcher, pose
+from saqcli.workflows.optimization import make_optimizer, search_training
 from saqcli.workflows.pareto import Front, find_front, write_front
 from saqcli.workflows.pictures.policy import draw_policy
 from saqcli.workflows.proxy import fit_proxy, proxy_data
-from saqcli.workflows.resuming import check_same, goes_on, know_images
+from saqcli.workflows.resuming import check_same, goes_on, know_images, note_start
 from saqcli.workflows.search_memory import SearchMemory
 from saqcli.workflows.search_results import SearchResults
-from saqcli.workflows.setup import (
-    Images,
-    Network,
-    classes_of,
-    load_float,
-    named_data,
-    wrap_and_trace,
-)
+from saqcli.workflows.setup import Images, Network, classes_of, load_float, wrap_and_trace
 
 
 @deterministic_if_asked
@@ -74,7 +70,7 @@ def search(
     Raises:
         SaqError: anything the user can act on; a search under way stays in ``run_dir``.
     """
-    with process_group(config.run.device) as device:
+    with process_group(config.run.device, lambda: check_search(config, files=not resume)) as device:
         return _on(device, config, run_dir, resume, overwrite, progress if ranks.first() else SILENT)
 
 
@@ -83,7 +79,6 @@ def _on(
 ) -> dict[str, Any]:
     """Each rank on its own device."""
     run = RunDirectory(run_dir, "search")
-    ranks.together(lambda: check_search(config))
     resume = goes_on(run, resume=resume, overwrite=overwrite)
     if resume:
         ranks.from_first(lambda: check_same(run, config))
@@ -93,10 +88,10 @@ def _on(
             return done.results
     prepared = ranks.together(lambda: prepare_search(config, device, progress))
     asked = ranks.together(lambda: ask(config, *prepared, progress))
-    run = RunDirectory.start(
-        run_dir, config, resume=resume, overwrite=overwrite, verb="search", note=progress.note
-    )
+    run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite, verb="search")
     with run.recorded():
+        if resume:
+            note_start(run, progress.note)
         know_images(run, asked.images)
         results = keep_search(search_and_stop(config, asked, None, run, progress), config, run)
         run.finish(results)
@@ -138,20 +133,34 @@ def search_and_stop(
     return searched
 
 
-def check_search(config: RunConfig, *, needs_data: bool = True) -> None:
-    """Refuse what can be seen to be wrong before anything is loaded."""
-    section = config.quantization
-    check_bits(section)
-    scheme_of(config).check()
-    make_searcher(config)
-    if section.bops is None and section.size is None:
-        raise ConfigError("a search needs a budget: give --budget 34G, --size 5MB, or both")
+def check_search(config: RunConfig, *, images: bool = True, files: bool = True) -> None:
+    """Refuse what can be seen to be wrong before anything is loaded.
+
+    Args:
+        config: of the search.
+        images: whether it needs images; if not, those that are named must be there nevertheless.
+        files: whether weights must be there; not where a search is resumed, which may have ended.
+
+    Raises:
+        SaqError: all that is wrong, in one message.
+    """
+    section, problems = config.quantization, Problems()
+    problems.attempt(check_model, config.model, files=files and config.search.proxy is None)
+    data = config.data if config.search.proxy is None else proxy_data(config)
+    if images or data.path is not None:
+        problems.attempt(check_images, data, "train")
     if section.bits is not None or section.policy is not None:
-        raise ConfigError(
-            "--bits and --policy say what the bits are, so there is nothing to search: remove them"
+        problems.add(
+            ConfigError("--bits and --policy give the bits, so there is nothing to search: remove them")
         )
-    if needs_data:
-        named_data(config.data if config.search.proxy is None else proxy_data(config))
+    elif section.bops is None and section.size is None:
+        problems.add(ConfigError("no budget was given: give --budget 34G, --size 5MB, or both"))
+    problems.attempt(check_bits, section, files=False)
+    problems.attempt(make_searcher, config)
+    problems.attempt(scheme_of(config).check)
+    problems.attempt(make_optimizer, nn.Linear(1, 1, device="meta"), search_training(config))
+    problems.attempt(check_device, config.run.device)
+    problems.check()
 
 
 def prepare_search(

@@ -312,7 +312,7 @@ def test_unreachable_bytes_are_refused_with_their_range(network: list[object], t
         (["--budget", "w4a4", "--activation-candidates", "1"], "1"),
         (["--budget", "w4a4", "--proxy", "images"], "--proxy"),
         (["--budget", "w4a4", "--proxy", "size=3"], "size"),
-        (["--resume"], "no run to go on with"),
+        (["--resume"], "no run to resume"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_in_one_line(

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from saqcli.errors import ConfigError
 from saqcli.strict import parse_object, printable, read_json, read_text, read_toml
@@ -21,6 +21,15 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 BitWidth = Annotated[int, Field(ge=2, le=8)]
 Widths = Annotated[tuple[BitWidth, ...], Field(min_length=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _count_or_all(value: Any) -> Any:
+    if value == "all" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("give a number of at least 1, or all")
+
+
+CountOrAll = Annotated[int | Literal["all"], PlainValidator(_count_or_all)]
 
 
 class _Section(BaseModel):
@@ -55,7 +64,7 @@ class DataSection(_Section):
     augmentation: Literal["auto", "imagenet", "cifar", "none"] = "auto"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     calibration_images: Positive = 512
-    verify_images: Positive = 500
+    verify_images: CountOrAll = 500
     bad_images: Literal["refuse", "skip"] = "refuse"
 
 
@@ -180,6 +189,12 @@ class RunSection(_Section):
     checkpoint_minutes: Rate = 10.0
 
 
+class ExportSection(_Section):
+    """The ONNX files that ``saq quantize`` ends with, one a style, the first as ``model.onnx``; () for none."""
+
+    styles: tuple[str, ...] = ("qdq",)
+
+
 class RunConfig(_Section):
     """All of it. This is ``config.json``."""
 
@@ -190,6 +205,7 @@ class RunConfig(_Section):
     quantization: QuantizationSection = QuantizationSection()
     search: SearchSection = SearchSection()
     training: TrainingSection = TrainingSection()
+    export: ExportSection = ExportSection()
     run: RunSection = RunSection()
 
     def to_json(self) -> str:

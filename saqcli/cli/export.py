@@ -23,6 +23,7 @@ def export_command(
     data: o.Data = None,
     batch_size: o.BatchSize = None,
     workers: o.Workers = None,
+    verify_images: o.VerifyImages = None,
     verify: Annotated[
         list[str] | None,
         typer.Option("--verify", metavar="RUNTIME", help="Verify with this runtime too: openvino."),
@@ -32,7 +33,7 @@ def export_command(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Write a quantized model as ONNX, and compare it with the model before it gets its name.
+    """Write a quantized model as ONNX. The file appears under its name only if it passes a comparison with the model.
 
     Example: `saq export runs/resnet18-w4a4 --onnx resnet18.onnx --data imagenet`
     """
@@ -42,7 +43,12 @@ def export_command(
         run,
         onnx,
         style=style,
-        data=o.data_section(path=data, eval_batch_size=batch_size, workers=workers),
+        data=o.data_section(
+            path=data,
+            eval_batch_size=batch_size,
+            workers=workers,
+            verify_images=o.parse_count_or_all(verify_images, "--verify-images"),
+        ),
         overwrite=overwrite,
         progress=progress_for(json_output=json_output, quiet=quiet),
         runtimes=tuple(verify or ()),

@@ -72,6 +72,14 @@ BadImages = Annotated[
         metavar="refuse|skip", help="What to do with an image that cannot be read.", rich_help_panel=IMAGES
     ),
 ]
+VerifyImages = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|all",
+        help="Validation images to verify exported files on, drawn evenly over the classes [default: 500].",
+        rich_help_panel=IMAGES,
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; by default the GPU if there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
@@ -108,6 +116,19 @@ def parse_counts(text: str | None, option: str) -> tuple[int, ...] | None:
             f"{option} {text}: give whole numbers of at least 1 separated by commas, such as 1,8"
         )
     return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def parse_count_or_all(text: str | None, option: str) -> int | str | None:
+    """``500`` as a number of at least 1, or ``all``.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if text is None or text == "all":
+        return text
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", text.strip()):
+        raise ConfigError(f"{option} {text}: give a number of at least 1, or all")
+    return int(text)
 
 
 def parse_size(text: str | None) -> int | tuple[int, ...] | None:

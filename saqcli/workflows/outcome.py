@@ -7,6 +7,12 @@ from typing import Any
 from saqcli.algorithms.training import Score
 from saqcli.quant.bits import BitConfig
 
+# Of the verdict on an ONNX file, and its size.
+ONNX_FIGURES = (
+    *("style", "size_bytes", "size_note", "images", "images_available", "argmax_agreement", "max_abs_diff"),
+    *("pytorch_max_abs_diff", "layers_error", "explanation"),
+)
+
 
 @dataclass
 class Outcome:
@@ -24,10 +30,8 @@ class Outcome:
         float_size: bytes of the float model.
         policy: bits of every layer.
         artifacts: name to path of the files written.
-        agreement: share of images on which the ONNX file has the same best class.
-        verified_images: on how many that was measured.
+        onnx: figures of the first ONNX file, those of its verdict and ``size_bytes``; None where there is none.
         budget_bytes: that was asked for, or None.
-        layers_error: largest relative difference of one layer of the ONNX file that is fed PyTorch's input.
     """
 
     model: str
@@ -41,13 +45,12 @@ class Outcome:
     policy: BitConfig
     score: Score = field(default_factory=Score)
     artifacts: dict[str, str] = field(default_factory=dict)
-    agreement: float = 0.0
-    verified_images: int = 0
-    layers_error: float = 0.0
+    onnx: dict[str, Any] | None = None
     budget_bytes: int | None = None
 
     def to_dict(self, run_dir: Path) -> dict[str, Any]:
-        """As ``--json`` prints it; accuracies in percent."""
+        """As ``--json`` prints it; accuracies in percent. All of ``onnx_*`` are None where no ONNX file was written."""
+        onnx = self.onnx or {}
         return {
             "run_dir": str(run_dir),
             "model": self.model,
@@ -66,9 +69,7 @@ class Outcome:
             "bops_reduction": self.float_bops / self.bops,
             "size_bytes": self.size,
             "float_size_bytes": self.float_size,
-            "onnx_argmax_agreement": self.agreement,
-            "onnx_images": self.verified_images,
-            "onnx_layers_error": self.layers_error,
+            **{f"onnx_{name}": onnx.get(name) for name in ONNX_FIGURES},
             "policy": self.policy.model_dump()["layers"],
             "artifacts": self.artifacts,
         }
@@ -76,6 +77,7 @@ class Outcome:
     def pack(self) -> dict[str, Any]:
         """Plain values that a checkpoint can hold."""
         packed = asdict(self)
+        del packed["onnx"]  # comes last, and is not known before
         packed["policy"] = self.policy.to_json()
         return packed
 
@@ -83,4 +85,5 @@ class Outcome:
     def unpack(cls, packed: dict[str, Any]) -> "Outcome":
         """What ``pack`` made."""
         scores = {name: Score(**packed[name]) for name in ("float_score", "calibrated_score", "score")}
-        return cls(**{**packed, **scores, "policy": BitConfig.model_validate_json(packed["policy"])})
+        known = {name: value for name, value in packed.items() if name in cls.__dataclass_fields__}
+        return cls(**{**known, **scores, "policy": BitConfig.model_validate_json(packed["policy"])})

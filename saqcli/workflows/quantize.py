@@ -40,7 +40,7 @@ from saqcli.quant.cost import Budget
 from saqcli.workflows.bits import budget_of, check_bits, given_policy, space_of
 from saqcli.workflows.calibration import calibrate, install_quantizers, scheme_of
 from saqcli.workflows.determinism import deterministic_if_asked
-from saqcli.workflows.export import export_verified
+from saqcli.workflows.export import check_exports, check_styles, export_verified, verify_limit
 from saqcli.workflows.find_bits import ask, make_searcher
 from saqcli.workflows.finetune import finetune
 from saqcli.workflows.optimization import check_training
@@ -116,13 +116,14 @@ def check(config: RunConfig) -> None:
     scheme_of(config).check()
     check_training(config)
     check_bits(config.quantization)
+    check_styles(config.export.styles)
 
 
 def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tuple[Network, Images]:
-    """Load, wrap and trace the network, and open its images: nothing is written yet.
+    """Load, wrap and trace the network, open its images, and try the export: nothing is written yet.
 
     Raises:
-        SaqError: unusable model, data, policy, or a budget that nothing meets.
+        SaqError: unusable model, data, policy, a budget that nothing meets, or a network that cannot be exported.
     """
     loaded = load_float(config.model, progress)
     if config.training.distill and not loaded.trained:
@@ -134,6 +135,8 @@ def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tupl
     network = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
     if given_policy(config.quantization, network) is None:
         space_of(config.quantization, network).check_reachable(budget_of(config.quantization, network))
+    if ranks.first():
+        check_exports(config, network, progress)
     network.model.to(device)
     return network, images
 
@@ -230,20 +233,41 @@ def complete(
     run.log(phase="quantized", **asdict(outcome.score))
     if not ranks.first():
         return outcome  # the first one writes the files
-    batches = open_images(config, facts, torch.device("cpu")).validation(config.data.verify_images)
-    for style, path in (("safetensors", run.safetensors_path), ("qdq", run.onnx_path)):
-        verdict = export_verified(model, facts, path, style, batches, len(batches), progress)
-        outcome.artifacts[style] = str(path)
-        outcome.agreement, outcome.verified_images = verdict.argmax_agreement, verdict.images
-        outcome.layers_error = verdict.figures()["layers_error"]
-    outcome.artifacts |= {
-        "verdict": str(verdict_path(run.onnx_path)),
-        "policy": str(run.policy_path),
-        "report": str(run.report_path),
-    }
+    write_files(model, facts, config, run, outcome, progress)
+    outcome.artifacts |= {"policy": str(run.policy_path), "report": str(run.report_path)}
     write_report(run.report_path, config, outcome.to_dict(run.path))
     run.finish(outcome.to_dict(run.path))
     return outcome
+
+
+def write_files(
+    model: nn.Module,
+    facts: ModelFacts,
+    config: RunConfig,
+    run: RunDirectory,
+    outcome: Outcome,
+    progress: Progress,
+) -> None:
+    """The safetensors file and an ONNX file a style, each compared with ``model``; noted in ``outcome``."""
+    images = open_images(config, facts, torch.device("cpu"))
+    batches = images.validation(verify_limit(config.data.verify_images))
+    about: dict[str, Any] = {
+        "verified_on": str(config.data.path),
+        "available": images.val.images,
+        "true_size": outcome.size,
+    }
+    export_verified(
+        model, facts, run.safetensors_path, "safetensors", batches, len(batches), progress, **about
+    )
+    outcome.artifacts["safetensors"] = str(run.safetensors_path)
+    for index, style in enumerate(config.export.styles):
+        path = run.onnx_path if index == 0 else run.onnx_path.with_name(f"model-{style}.onnx")
+        verdict = export_verified(model, facts, path, style, batches, len(batches), progress, **about)
+        outcome.artifacts[style] = str(path)
+        outcome.artifacts["verdict" if index == 0 else f"verdict-{style}"] = str(verdict_path(path))
+        if index == 0:
+            size = path.stat().st_size
+            outcome.onnx = {**verdict.figures(), "style": style, "size_bytes": size}
 
 
 def _teacher(config: RunConfig, device: torch.device, progress: Progress) -> nn.Module | None:

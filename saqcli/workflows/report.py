@@ -27,6 +27,9 @@ def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
         f"| `{name}` | {bits['weight'] or 32} | {bits['activation'] or 32} |"
         for name, bits in results["policy"].items()
     )
+    onnx_size = ""
+    if results["onnx_size_bytes"] is not None:
+        onnx_size = f"\n| ONNX file |  |  | {format_quantity(results['onnx_size_bytes'], 'B')} |"
     return f"""# {results["model"]}, quantized
 
 |  | float | calibrated | fine-tuned |
@@ -36,14 +39,11 @@ def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
 | BOPs | {format_quantity(results["float_bops"])} |  | {format_quantity(results["bops"])}{share} |
 | size | {format_quantity(results["float_size_bytes"], "B")} |  | {
         format_quantity(results["size_bytes"], "B")
-    } |
+    } |{onnx_size}
 
-Evaluated on {results["images"]} images. BOPs are reduced {
-        results["bops_reduction"]:.1f} times. Every layer of the
-ONNX file, fed what PyTorch feeds it, returns what PyTorch returns to {
-        results["onnx_layers_error"]:.1e} of its range;
-end to end it has the best class of the model in float64 on {100 * results["onnx_argmax_agreement"]:.2f} % of
-{results["onnx_images"]} images.
+Evaluated on {results["images"]} images. BOPs are reduced {results["bops_reduction"]:.1f} times.
+
+{_onnx(results)}
 
 Method {config.training.method}, {config.training.epochs} epochs, learning rate {config.training.lr:g}, seed
 {config.run.seed}, recipe {config.recipe}. Run it again, and compare, with `saq rerun RUN`.
@@ -54,3 +54,24 @@ Method {config.training.method}, {config.training.epochs} epochs, learning rate 
 |--|--|--|
 {layers}
 """
+
+
+def _onnx(results: dict[str, Any]) -> str:
+    """How the ONNX file compares with the model, and why it is larger where it is."""
+    if results["onnx_style"] is None:
+        return "No ONNX file was written (`--no-export`)."
+    count, available = results["onnx_images"], results["onnx_images_available"]
+    images = f"{count} of {available} images" if available and available > count else f"{count} images"
+    agreement = f"{100 * results['onnx_argmax_agreement']:.2f} % of {images}"
+    if results["onnx_style"] == "exact":
+        lines = [
+            f"The ONNX file equals the model's exact form bit for bit, and has its best class on {agreement}."
+        ]
+    else:
+        lines = [
+            "Every layer of the ONNX file, fed what PyTorch feeds it, returns what PyTorch returns to "
+            f"{results['onnx_layers_error']:.1e} of its range;",
+            f"end to end it has the best class of the model in float64 on {agreement}.",
+        ]
+    notes = [results[name] for name in ("onnx_explanation", "onnx_size_note") if results[name]]
+    return "\n".join([*lines, *(f"\n{note[0].upper()}{note[1:]}." for note in notes)])

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from saqcli.errors import ConfigError, Problems
 from saqcli.strict import Misfit, parse_object, printable, read_json, read_text, read_toml
@@ -29,6 +29,15 @@ def _as_typed(value: object) -> object:
 
 
 Text = Annotated[str, BeforeValidator(_as_typed)]
+
+
+def _count_or_all(value: Any) -> Any:
+    if value == "all" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("give a number of at least 1, or all")
+
+
+CountOrAll = Annotated[int | Literal["all"], PlainValidator(_count_or_all)]
 
 
 class _Section(BaseModel):
@@ -72,7 +81,7 @@ class DataSection(_Section):
     augmentation: Literal["auto", "imagenet", "cifar", "none"] = "auto"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     calibration_images: Positive = 512
-    verify_images: Positive = 500
+    verify_images: CountOrAll = 500
     bad_images: Literal["refuse", "skip"] = "refuse"
     class_order: str | None = None
     class_map: str | None = None
@@ -205,6 +214,12 @@ class RunSection(_Section):
     checkpoint_minutes: Rate = 10.0
 
 
+class ExportSection(_Section):
+    """The ONNX files that ``saq quantize`` ends with, one a style, the first as ``model.onnx``; () for none."""
+
+    styles: tuple[str, ...] = ("qdq",)
+
+
 class RunConfig(_Section):
     """All of it. This is ``config.json``."""
 
@@ -215,6 +230,7 @@ class RunConfig(_Section):
     quantization: QuantizationSection = QuantizationSection()
     search: SearchSection = SearchSection()
     training: TrainingSection = TrainingSection()
+    export: ExportSection = ExportSection()
     run: RunSection = RunSection()
 
     def to_json(self) -> str:

@@ -30,6 +30,7 @@ def export_command(
     class_order: o.ClassOrder = None,
     class_map: o.ClassMap = None,
     exif_transpose: o.ExifTranspose = None,
+    verify_images: o.VerifyImages = None,
     verify: Annotated[
         list[str] | None,
         typer.Option(
@@ -41,7 +42,7 @@ def export_command(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Write a quantized model as ONNX; the file is compared with the model before it is published under its name.
+    """Write a quantized model as ONNX. The file appears under its name only if it passes a comparison with the model.
 
     Example: `saq export runs/resnet18-w4a4 --onnx resnet18.onnx --data imagenet`
     """
@@ -57,6 +58,7 @@ def export_command(
         class_order=class_order,
         class_map=class_map,
         exif_transpose=exif_transpose,
+        verify_images=problems.attempt(o.parse_count_or_all, verify_images, "--verify-images"),
     )
     if problems.errors:
         problems.attempt(check_export, run, onnx, style, images, tuple(verify or ()))

@@ -177,6 +177,14 @@ ExifTranspose = Annotated[
         rich_help_panel=IMAGES,
     ),
 ]
+VerifyImages = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|all",
+        help="Validation images to verify exported files on, drawn evenly over the classes [default: 500]",
+        rich_help_panel=IMAGES,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an unexpected error.")]
@@ -212,6 +220,19 @@ def parse_counts(text: str | None, option: str) -> tuple[int, ...] | None:
             f"{option} {text}: give whole numbers of at least 1 separated by commas, such as 1,8"
         )
     return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def parse_count_or_all(text: str | None, option: str) -> int | str | None:
+    """``500`` as a number of at least 1, or ``all``.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if text is None or text == "all":
+        return text
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", text.strip()):
+        raise ConfigError(f"{option} {text}: give a number of at least 1, or all")
+    return int(text)
 
 
 def parse_size(text: str | None) -> int | tuple[int, ...] | None:

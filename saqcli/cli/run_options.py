@@ -43,6 +43,25 @@ Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --run-
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the run in --run-dir.", rich_help_panel=RUN)
 ]
+Export = Annotated[
+    bool | None,
+    typer.Option(
+        "--export/--no-export",
+        help="End with an ONNX file, which is tried before training; without, with model.safetensors alone "
+        "[default: --export].",
+        show_default=False,
+        rich_help_panel=RUN,
+    ),
+]
+Style = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="STYLE",
+        help="Style of the ONNX file: qdq, exact, trt or qonnx; may be repeated, for a file each [default: qdq].",
+        show_default=False,
+        rich_help_panel=RUN,
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option(
@@ -63,6 +82,19 @@ Deterministic = Annotated[
 Seed = Annotated[
     int | None, typer.Option(min=0, metavar="N", help="Random seed [default: 0]", rich_help_panel=RUN)
 ]
+
+
+def export_styles(*, export: bool | None, styles: list[str] | None) -> tuple[str, ...] | None:
+    """The setting ``export.styles``; None where neither option was given.
+
+    Raises:
+        ConfigError: a style of a file that is not to be written.
+    """
+    if styles and export is False:
+        raise ConfigError(f"--style {styles[0]} is of an ONNX file: remove it, or --no-export")
+    if styles:
+        return tuple(styles)
+    return None if export is None else ("qdq",) if export else ()
 
 
 def resolved(

@@ -178,14 +178,37 @@ def show_quantized(result: dict[str, Any]) -> None:
         share = 100 * result["bops"] / result["budget_bops"]
         reduction += f", {share:.2f} % of the budget of {format_quantity(result['budget_bops'], 'BOPs')}"
     say(console, f"\n{reduction}")
-    say(
-        console,
-        f"ONNX equals PyTorch layer by layer to {result['onnx_layers_error']:.1e}, and has the best class of "
-        f"the model in float64 on {100 * result['onnx_argmax_agreement']:.2f} % of "
-        f"{counted(result['onnx_images'], 'image')}",
-    )
+    if result["onnx_style"] is None:
+        say(console, "no ONNX file was written (--no-export)")
+    else:
+        say(console, onnx_sentence(result))
+    for note in ("onnx_explanation", "onnx_size_note"):
+        if result[note]:
+            say(console, upper_first(result[note]))
     for path in result["artifacts"].values():
         say(console, f"wrote {path}")
+
+
+def onnx_sentence(result: dict[str, Any]) -> str:
+    """How the ONNX file of a run compares with the model."""
+    agreement = f"on {100 * result['onnx_argmax_agreement']:.2f} % of {images_of(result, 'onnx_images')}"
+    if result["onnx_style"] == "exact":
+        return f"ONNX equals the model's exact form bit for bit, and has its best class {agreement}"
+    return (
+        f"ONNX equals PyTorch layer by layer to {result['onnx_layers_error']:.1e}, and has the best class of the model "
+        f"in float64 {agreement}"
+    )
+
+
+def images_of(result: dict[str, Any], key: str = "images") -> str:
+    """``500 of 8,000 images``, or ``64 images`` where there are no more."""
+    count, available = result[key], result[f"{key}_available"]
+    return f"{count:,} of {available:,} images" if available and available > count else f"{count:,} images"
+
+
+def upper_first(text: str) -> str:
+    """``text`` as the beginning of a line."""
+    return text[0].upper() + text[1:]
 
 
 def show_evaluation(result: dict[str, Any]) -> None:
@@ -208,17 +231,26 @@ def show_export(result: dict[str, Any]) -> None:
     table.show_header = False
     table.add_column("what", no_wrap=True)
     table.add_column("found")
-    exact = result["style"] == "exact"
-    images = counted(result["images"], "image")
+    images = images_of(result)
+    source = f"{images} of {result['verified_on']}"
+    if result["images_available"] is None:
+        source = f"{result['images']} {result['verified_on']}: give --data DIR to verify on real ones"
+    elif result["images"] < result["images_available"]:
+        source += ": --verify-images all takes all of them"
+    table.add_row("verified on", source)
     table.add_row(
         "end to end", f"the same best class on {100 * result['argmax_agreement']:.2f} % of {images}"
     )
-    if exact:
+    if result["style"] == "exact":
         table.add_row("", "every logit equal to PyTorch's exact form, bit for bit")
     else:
         table.add_row(
             "", f"(as the model in float64; PyTorch in float32: {100 * result['pytorch_agreement']:.2f} %)"
         )
+        differences = (
+            f"{result['max_abs_diff']:.3g} (PyTorch in float32: {result['pytorch_max_abs_diff']:.3g})"
+        )
+        table.add_row("", f"largest difference of a logit: {differences}")
     for name, other in result["runtimes"].items():
         table.add_row("", f"with {name} on {100 * other['argmax_agreement']:.2f} %")
     table.add_row("layer by layer", f"{counted(result['layers'], 'layer')}, each fed PyTorch's codes")
@@ -233,6 +265,9 @@ def show_export(result: dict[str, Any]) -> None:
     for condition in result["conditions"]:
         table.add_row("condition", condition)
     console.print(table)
+    for note in ("explanation", "size_note"):
+        if result[note]:
+            say(console, upper_first(result[note]))
     say(console, f"verdict in {result['verdict']}")
 
 

@@ -7,7 +7,8 @@ search.json       how they were found, where a search found them; policy.png, po
 metrics.jsonl     one object a line
 checkpoints/      last.ckpt: model, optimizer, random state, position in the epoch; search.ckpt: a search under way,
                   proxy.ckpt: the network that it searches in; *.previous.ckpt: the good one before each
-artifacts/        model.safetensors, model.onnx; best.safetensors where another epoch was better than the exported one
+artifacts/        model.safetensors, model.onnx, model-STYLE.onnx of further styles, their verdicts;
+                  best.safetensors where another epoch was better than the exported one
 report.md         what a person reads first
 .lock             which process is at work here, while one is
 """

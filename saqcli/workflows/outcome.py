@@ -9,6 +9,12 @@ from saqcli.config import TrainingSection
 from saqcli.quant.bits import BitConfig
 from saqcli.workflows.best import Best, advice
 
+# Of the verdict on an ONNX file, and its size.
+ONNX_FIGURES = (
+    *("style", "size_bytes", "size_note", "images", "images_available", "argmax_agreement", "max_abs_diff"),
+    *("pytorch_max_abs_diff", "layers_error", "explanation"),
+)
+
 
 @dataclass
 class Outcome:
@@ -26,10 +32,8 @@ class Outcome:
         float_size: bytes of the float model.
         policy: bits of every layer.
         artifacts: name to path of the files written.
-        agreement: share of images on which the ONNX file has the same best class.
-        verified_images: on how many that was measured.
+        onnx: figures of the first ONNX file, those of its verdict and ``size_bytes``; None where there is none.
         budget_bytes: that was asked for, or None.
-        layers_error: largest relative difference of one layer of the ONNX file that is fed PyTorch's input.
         epochs: of fine-tuning.
         last_score: after the last of them; None without fine-tuning.
         best_epoch: whose state did best, 0 for the calibrated one; None where that is not known.
@@ -49,9 +53,7 @@ class Outcome:
     policy: BitConfig
     score: Score = field(default_factory=Score)
     artifacts: dict[str, str] = field(default_factory=dict)
-    agreement: float = 0.0
-    verified_images: int = 0
-    layers_error: float = 0.0
+    onnx: dict[str, Any] | None = None
     budget_bytes: int | None = None
     epochs: int = 0
     last_score: Score | None = None
@@ -70,7 +72,8 @@ class Outcome:
         self.advice = advice(self.calibrated_score, last, best, training)
 
     def to_dict(self, run_dir: Path) -> dict[str, Any]:
-        """As ``--json`` prints it; accuracies in percent."""
+        """As ``--json`` prints it; accuracies in percent. All of ``onnx_*`` are None where no ONNX file was written."""
+        onnx = self.onnx or {}
         return {
             "run_dir": str(run_dir),
             "model": self.model,
@@ -95,9 +98,7 @@ class Outcome:
             "bops_reduction": self.float_bops / self.bops,
             "size_bytes": self.size,
             "float_size_bytes": self.float_size,
-            "onnx_argmax_agreement": self.agreement,
-            "onnx_images": self.verified_images,
-            "onnx_layers_error": self.layers_error,
+            **{f"onnx_{name}": onnx.get(name) for name in ONNX_FIGURES},
             "policy": self.policy.model_dump()["layers"],
             "artifacts": self.artifacts,
         }
@@ -105,6 +106,7 @@ class Outcome:
     def pack(self) -> dict[str, Any]:
         """Plain values that a checkpoint can hold."""
         packed = asdict(self)
+        del packed["onnx"]  # comes last, and is not known before
         packed["policy"] = self.policy.to_json()
         return packed
 
@@ -113,4 +115,5 @@ class Outcome:
         """What ``pack`` made."""
         names = ("float_score", "calibrated_score", "score", "last_score", "best_score")
         scores = {name: Score(**packed[name]) for name in names if packed.get(name)}
-        return cls(**{**packed, **scores, "policy": BitConfig.model_validate_json(packed["policy"])})
+        known = {name: value for name, value in packed.items() if name in cls.__dataclass_fields__}
+        return cls(**{**known, **scores, "policy": BitConfig.model_validate_json(packed["policy"])})

@@ -17,6 +17,7 @@ from saqcli.io.models import LoadedModel, default_classes, published_weights
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import SILENT, Progress
 from saqcli.workflows.bits import budget_of, given_policy, space_of
+from saqcli.workflows.export import check_exports
 from saqcli.workflows.find_bits import ask
 from saqcli.workflows.profile import measure
 from saqcli.workflows.quantize import check, network_for
@@ -75,7 +76,8 @@ def plan(
         network = wrap_and_trace(loaded, quantize_attention=section.quantize_attention)
     else:
         network = network_for(config, loaded)
-    # DRY EXPORT, the one place: the exporters' dry run on `network`, still on the CPU; for `quantize` alone.
+    if verb == "quantize":
+        check_exports(config, network, progress)
     network.model.to(device)
     budget = budget_of(section, network)
     searches = verb == "search" or bool(budget.bounds())

@@ -39,11 +39,13 @@ from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibrate import InputStatistics
 from saqcli.quant.cost import Budget
+from saqcli.strict import named_path
+from saqcli.workflows.best import Best
 from saqcli.workflows.bits import budget_of, check_bits, check_way, given_policy, space_of
 from saqcli.workflows.calibration import calibrate, install_quantizers, scheme_of
 from saqcli.workflows.checks import check_device, check_images, check_model
 from saqcli.workflows.determinism import deterministic_if_asked
-from saqcli.workflows.export import export_verified
+from saqcli.workflows.export import check_exports, check_styles, export_verified, verify_limit
 from saqcli.workflows.find_bits import ask, make_searcher
 from saqcli.workflows.finetune import finetune
 from saqcli.workflows.optimization import check_training
@@ -152,20 +154,23 @@ def check(config: RunConfig, *, images: bool = False, files: bool = True) -> Non
         problems.add(
             ConfigError("--new-head starts a random classifier, which fine-tuning trains: remove --epochs 0")
         )
+    problems.attempt(check_styles, config.export.styles)
     problems.check()
 
 
 def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tuple[Network, Images]:
-    """Load, wrap and trace the network, and open its images: nothing is written yet.
+    """Load, wrap and trace the network, open its images, and try the export: nothing is written yet.
 
     Raises:
-        SaqError: unusable model, data, policy, or a budget that nothing meets.
+        SaqError: unusable model, data, policy, a budget that nothing meets, or a network that cannot be exported.
     """
     if config.model.new_head:
         seed_everything(config.run.seed)
     loaded = load_float(config.model, progress)
     images = Images.open(config, classes_of(loaded), loaded.preprocessing, device, progress)
     network = network_for(config, loaded)
+    if ranks.first():
+        check_exports(config, network, progress)
     network.model.to(device)
     return network, images
 
@@ -299,34 +304,59 @@ def complete(
     run.log(phase="quantized", **asdict(outcome.score))
     if not ranks.first():
         return outcome  # the first one writes the files
-    batches = open_images(config, facts, torch.device("cpu")).validation(config.data.verify_images)
-    for style, path in (("safetensors", run.safetensors_path), ("qdq", run.onnx_path)):
-        verdict = export_verified(model, facts, path, style, batches, len(batches), progress)
-        outcome.artifacts[style] = str(path)
-        outcome.agreement, outcome.verified_images = verdict.argmax_agreement, verdict.images
-        outcome.layers_error = verdict.figures()["layers_error"]
-    if best is not None and best.epoch != outcome.exported_epoch:
-        model.load_state_dict(best.model)
-        export_verified(model, facts, run.best_path, "safetensors", batches, len(batches), progress)
-        outcome.artifacts["best"] = str(run.best_path)
-    else:
-        run.best_path.unlink(missing_ok=True)  # of an attempt in which another epoch was best
-    outcome.artifacts |= {
-        "verdict": str(verdict_path(run.onnx_path)),
-        "policy": str(run.policy_path),
-        "report": str(run.report_path),
-    }
+    write_files(model, facts, config, run, outcome, progress, best)
+    outcome.artifacts |= {"policy": str(run.policy_path), "report": str(run.report_path)}
     write_report(run.report_path, config, outcome.to_dict(run.path))
     run.finish(outcome.to_dict(run.path))
     return outcome
 
 
 def place_of(state: dict[str, Any], epochs: int) -> str:
-    """Where a run goes on from its checkpoint, counting epochs from 1 and steps done."""
+    """Where a run resumes from its checkpoint, counting epochs from 1 and steps done."""
     if "position" not in state:
         return "after calibration"
     epoch, step = state["position"]["epoch"], state["position"]["step"]
     return f"at epoch {epoch + 1}, step {step}" if epoch < epochs else f"after epoch {epoch}"
+
+
+def write_files(
+    model: nn.Module,
+    facts: ModelFacts,
+    config: RunConfig,
+    run: RunDirectory,
+    outcome: Outcome,
+    progress: Progress,
+    best: Best | None,
+) -> None:
+    """The safetensors file and an ONNX file a style, each compared with ``model``; noted in ``outcome``.
+
+    ``best`` is the best state of fine-tuning, kept in a file of its own where another one is exported.
+    """
+    images = open_images(config, facts, torch.device("cpu"))
+    batches = images.validation(verify_limit(config.data.verify_images))
+    about: dict[str, Any] = {
+        "verified_on": str(config.data.path),
+        "available": images.val.images,
+        "true_size": outcome.size,
+    }
+    export_verified(
+        model, facts, run.safetensors_path, "safetensors", batches, len(batches), progress, **about
+    )
+    outcome.artifacts["safetensors"] = str(run.safetensors_path)
+    for index, style in enumerate(config.export.styles):
+        path = run.onnx_path if index == 0 else run.onnx_path.with_name(f"model-{style}.onnx")
+        verdict = export_verified(model, facts, path, style, batches, len(batches), progress, **about)
+        outcome.artifacts[style] = str(path)
+        outcome.artifacts["verdict" if index == 0 else f"verdict-{style}"] = str(verdict_path(path))
+        if index == 0:
+            size = path.stat().st_size
+            outcome.onnx = {**verdict.figures(), "style": style, "size_bytes": size}
+    if best is not None and best.epoch != outcome.exported_epoch:
+        model.load_state_dict(best.model)
+        export_verified(model, facts, run.best_path, "safetensors", batches, len(batches), progress, **about)
+        outcome.artifacts["best"] = str(run.best_path)
+    else:
+        run.best_path.unlink(missing_ok=True)  # of an attempt in which another epoch was best
 
 
 def _teacher(config: RunConfig, device: torch.device, progress: Progress) -> nn.Module | None:

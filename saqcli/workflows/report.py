@@ -48,12 +48,9 @@ def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
 
 {table}
 {note}
-Evaluated on {counted(results["images"], "image")}. BOPs are reduced {
-        results["bops_reduction"]:.1f} times. Every layer of the
-ONNX file, fed what PyTorch feeds it, returns what PyTorch returns to {
-        results["onnx_layers_error"]:.1e} of its range;
-end to end it has the best class of the model in float64 on {100 * results["onnx_argmax_agreement"]:.2f} % of
-{counted(results["onnx_images"], "image")}.
+Evaluated on {counted(results["images"], "image")}. BOPs are reduced {results["bops_reduction"]:.1f} times.
+
+{_onnx(results)}
 
 {_made(config)}, seed {config.run.seed}, recipe {config.recipe}. Run it again, and compare, with
 `{again}`.
@@ -73,8 +70,8 @@ def results_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], 
         results: as ``report_markdown``.
 
     Returns:
-        Names of the columns behind the first one, the rows (top-1, top-5, BOPs, size), and the place in a row of the
-        state that was exported, which alone has all figures beside the float network.
+        Names of the columns behind the first one, the rows (top-1, top-5, BOPs, size, ONNX file), and the place in a
+        row of the state that was exported, which alone has all figures beside the float network.
     """
     states = quantized_states(results)
     exported = 2 + [taken for _, taken in states.values()].index(True)
@@ -90,6 +87,9 @@ def results_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], 
         ("size", *(format_quantity(results[f"{key}size_bytes"], "B") for key in ("float_", ""))),
     ):
         rows.append([title, before, *(after if taken else "" for _, taken in states.values())])
+    if results["onnx_size_bytes"] is not None:
+        rows.append(["ONNX file", *("" for _ in range(1 + len(states)))])
+        rows[-1][exported] = format_quantity(results["onnx_size_bytes"], "B")
     return ["float", *states], rows, exported
 
 
@@ -99,3 +99,24 @@ def _made(config: RunConfig) -> str:
     if not training.epochs:
         return "Calibrated, not fine-tuned"
     return f"Method {training.method}, {counted(training.epochs, 'epoch')}, learning rate {training.lr:g}"
+
+
+def _onnx(results: dict[str, Any]) -> str:
+    """How the ONNX file compares with the model, and why it is larger where it is."""
+    if results["onnx_style"] is None:
+        return "No ONNX file was written (`--no-export`)."
+    count, available = results["onnx_images"], results["onnx_images_available"]
+    images = f"{count} of {available} images" if available and available > count else f"{count} images"
+    agreement = f"{100 * results['onnx_argmax_agreement']:.2f} % of {images}"
+    if results["onnx_style"] == "exact":
+        lines = [
+            f"The ONNX file equals the model's exact form bit for bit, and has its best class on {agreement}."
+        ]
+    else:
+        lines = [
+            "Every layer of the ONNX file, fed what PyTorch feeds it, returns what PyTorch returns to "
+            f"{results['onnx_layers_error']:.1e} of its range;",
+            f"end to end it has the best class of the model in float64 on {agreement}.",
+        ]
+    notes = [results[name] for name in ("onnx_explanation", "onnx_size_note") if results[name]]
+    return "\n".join([*lines, *(f"\n{note[0].upper()}{note[1:]}." for note in notes)])

@@ -81,7 +81,9 @@ def analyze_command(
     candidates: Annotated[
         str | None,
         typer.Option(
-            metavar="2,3,4", help="Bit-widths of the sensitivity; by default 2,3,4,6,8.", rich_help_panel=HOW
+            metavar="2,3,4",
+            help="Bit-widths of the sensitivity; by default 2,3,4,5,6,8.",
+            rich_help_panel=HOW,
         ),
     ] = None,
     grid: Annotated[

@@ -14,7 +14,12 @@ Policy = Annotated[
     Path | None, typer.Option(help="Bits of every layer, as a policy.json.", rich_help_panel=BITS)
 ]
 Candidates = Annotated[
-    str | None, typer.Option(metavar="2,3,4", help="Bit-widths that a layer may have.", rich_help_panel=BITS)
+    str | None,
+    typer.Option(
+        metavar="2,3,4",
+        help="Bit-widths that a layer may have; by default 2,3,4,5,6,8.",
+        rich_help_panel=BITS,
+    ),
 ]
 ActivationCandidates = Annotated[
     str | None,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from saqcli.algorithms.searchers import SEARCHERS
+from saqcli.io.data import divide, open_split
 from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options
 from tests.sweeps import sweep
@@ -144,6 +145,58 @@ def test_quiet_is_quiet(network: list[object], tmp_path: Path) -> None:
     result = saq("search", *network, *given, "--quiet")
     assert result.exit_code == 0
     assert result.stderr == ""
+
+
+# Where scores come from
+
+
+@pytest.fixture(scope="module")
+def scoring(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits whose validation images are those that a search holds out, and scores on."""
+    folder = tmp_path_factory.mktemp("scoring")
+    (folder / "train").symlink_to(digits / "few" / "train")
+    held_out, _ = divide(open_split(str(digits / "few"), "train", num_classes=10), 0.5, seed=0)
+    for index in range(held_out.images):
+        image = Path(held_out.dataset.source[index][0])  # type: ignore[index]
+        link = folder / "val" / image.parent.name / image.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(image)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("samq", ()),
+        ("random", ("--set", "quantization.correct_bias=true")),
+        ("asga", ("--set", "quantization.recalibrate_bn=false")),
+        ("random", ("--weight-norm", "--set", "quantization.recalibrate_bn=false")),
+        ("error", ()),
+    ],
+)
+def test_scores_are_what_quantize_starts_from(
+    method: str, options: tuple[object, ...], digits: Path, scoring: Path, tmp_path: Path
+) -> None:
+    """``--epochs 0`` on the very images: the same accuracy, and the same loss but for the order of images."""
+    network = (MODEL, *float_options(digits, scoring), "--batch-size", 32, "--workers", 0, *options)
+    fast = [] if method == "asga" else FAST.get(method, ())
+    run, policy = tmp_path / "search", tmp_path / "search" / "policy.json"
+    found = answer(
+        *("search", *network, "--budget", "w3a3", "--searcher", method, *fast, "--run-dir", run),
+        *("--pareto", 1),
+    )
+    calibrated = answer(
+        *("quantize", *network, "--policy", policy, "--epochs", 0, "--run-dir", tmp_path / "run"),
+        *("--set", "data.verify_images=8"),
+    )
+
+    front = json.loads((run / "pareto.json").read_text())
+    (chosen,) = (point for point in front["points"] if point["kind"] == "chosen")
+    assert front["images"] == calibrated["images"]
+    assert chosen["top1"] == calibrated["calibrated_top1"] == calibrated["top1"]
+    assert chosen["loss"] == pytest.approx(calibrated["loss"], rel=1e-5)
+    if method != "error":
+        assert (found["scoring_top1"], found["scoring_loss"]) == (chosen["top1"], chosen["loss"])
 
 
 # What may be asked

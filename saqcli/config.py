@@ -20,6 +20,7 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 BitWidth = Annotated[int, Field(ge=2, le=8)]
 Widths = Annotated[tuple[BitWidth, ...], Field(min_length=1)]
+WIDTHS = (2, 3, 4, 5, 6, 8)  # that are tried by default, in searches and in analyses; the help names them
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -101,7 +102,7 @@ class QuantizationSection(_Section):
     size: Text | None = None
     policy: str | None = None
     searcher: str = "error"
-    candidates: Widths = (2, 3, 4, 5, 6, 8)
+    candidates: Widths = WIDTHS
     activation_candidates: Widths | None = None
     pins: dict[str, Text] = {}
     quantizer: str = "clip"

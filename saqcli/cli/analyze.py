@@ -112,7 +112,7 @@ def analyze_command(
         str | None,
         typer.Option(
             metavar="2,3,4",
-            help="Bit-widths of the sensitivity [default: 2,3,4,6,8]",
+            help="Bit-widths of the sensitivity [default: 2,3,4,5,6,8]",
             rich_help_panel=HOW,
         ),
     ] = None,

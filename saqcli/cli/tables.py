@@ -274,20 +274,46 @@ def show_export(result: dict[str, Any]) -> None:
 def show_searched(result: dict[str, Any]) -> None:
     """The policy as a picture, then what it costs."""
     from saqcli.cli.policy_view import show_policy
+    from saqcli.quant.cost import Budget, Cost
 
     show_policy(result["policy"], result["layers"])
+    if result.get("front"):
+        _show_front(result["front"])
     console = Console()
-    costs = [format_quantity(result["bops"], "BOPs"), format_quantity(result["size_bytes"], "B")]
-    bounds = [
-        f"{100 * result[used] / result[bound]:.2f} % of the budget of {format_quantity(result[bound], unit)}"
-        for used, bound, unit in (("bops", "budget_bops", "BOPs"), ("size_bytes", "budget_bytes", "B"))
-        if result[bound]
-    ]
-    say(console, f"\n{result['searcher']} found {', '.join(costs)}: {' and '.join(bounds)}")
+    cost = Cost(result["bops"], result["size_bytes"])
+    shares = Budget(result["budget_bops"], result["budget_bytes"]).shares(cost)
+    say(console, f"\nsearcher {result['searcher']}: {shares}, {result['seconds']:.0f} s")
     if result["scoring_top1"] is not None:
-        say(console, f"top-1 {result['scoring_top1']:.2f} % on the search's scoring images, not fine-tuned")
+        say(
+            console,
+            f"top-1 {result['scoring_top1']:.2f} % on held-out training images, calibrated, not fine-tuned",
+        )
     for path in result["artifacts"].values():
         say(console, f"wrote {path}")
+
+
+def _show_front(front: dict[str, Any]) -> None:
+    """What every budget buys, the chosen policy marked."""
+    from saqcli.quant.cost import Budget
+
+    console = Console() if sys.stdout.isatty() else Console(width=PIPED)
+    in_float = "" if front["float_top1"] is None else f"; float {front['float_top1']:.2f}"
+    say(console, "\naccuracy over cost; score: top-1 in %, calibrated, on")
+    say(console, f"{front['images']:,} held-out training images{in_float}")
+    table = plain_table()
+    for column in ("budget", "BOPs", "size", "score", "on front", "searcher"):
+        table.add_column(column, justify="left" if column == "searcher" else "right", no_wrap=True)
+    for row in front["points"]:
+        budget = Budget(row["budget_bops"], row["budget_bytes"])
+        table.add_row(
+            str(budget) if budget.bounds() else "",
+            format_quantity(row["bops"]),
+            format_quantity(row["size_bytes"], "B"),
+            f"{row['top1']:.2f}",
+            "yes" if row["on_front"] else "no",
+            " ".join(filter(None, (row["searcher"], row["uniform"], "(chosen)" if row["chosen"] else None))),
+        )
+    console.print(table)
 
 
 def show_rerun(result: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ search      on parts of the training images; stopped at any step it goes on wher
 write       policy.json, search.json, pictures
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import nn
 
 from saqcli import ranks
 from saqcli._version import __version__
-from saqcli.algorithms.searchers.supernet import Scorer, Supernet
+from saqcli.algorithms.searchers.scoring import Scorer
 from saqcli.algorithms.training import evaluate
 from saqcli.config import RunConfig
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
@@ -37,7 +36,7 @@ from saqcli.workflows.checks import check_device, check_images, check_model
 from saqcli.workflows.determinism import deterministic_if_asked
 from saqcli.workflows.find_bits import Asked, Searched, ask, find_bits, make_searcher, pose
 from saqcli.workflows.optimization import make_optimizer, search_training
-from saqcli.workflows.pareto import Front, find_front, write_front
+from saqcli.workflows.pareto import Front, find_front, to_table, write_front
 from saqcli.workflows.pictures.policy import draw_policy
 from saqcli.workflows.proxy import fit_proxy, proxy_data
 from saqcli.workflows.resuming import check_same, goes_on, know_images, note_start
@@ -206,6 +205,7 @@ def _write(
     )
     if front is not None:
         files += write_front(front, run.path)
+    results["front"] = None if front is None else to_table(front)
     artifacts = {"policy": str(run.policy_path), "search": str(run.search_path)}
     results |= {"run_dir": str(run.path), "artifacts": artifacts | {path.name: str(path) for path in files}}
     kept = {"schema_version": 1, "saq_version": __version__, **results}
@@ -224,11 +224,10 @@ def _write(
 
 
 def pareto(searched: Searched, count: int, widths: Sequence[int]) -> Front:
-    """The front of a search; configurations that it did not score itself are scored calibrated."""
+    """The front of a search, all its points calibrated."""
     score = searched.found.score
     if score is None:
-        fresh = replace(searched.posed.problem, model=copy.deepcopy(searched.posed.searched.model))
-        score = Scorer(Supernet(fresh))
+        score = Scorer(replace(searched.posed.problem, model=searched.posed.searched.model))
     with SILENT.task("", 0) as task:
         scoring = searched.posed.problem.images.scoring
         in_float = evaluate(

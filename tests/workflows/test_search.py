@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from saqcli.algorithms.searchers import SEARCHERS
+from saqcli.algorithms.training import Score
+from saqcli.config import RunConfig
+from saqcli.io.data import divide, open_split
+from saqcli.progress import SILENT
+from saqcli.workflows.bits import given_policy
+from saqcli.workflows.calibration import calibrate, install_quantizers
+from saqcli.workflows.quantize import prepare, score
 from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options
 from tests.sweeps import sweep
@@ -144,6 +152,87 @@ def test_quiet_is_quiet(network: list[object], tmp_path: Path) -> None:
     result = saq("search", *network, *given, "--quiet")
     assert result.exit_code == 0
     assert result.stderr == ""
+
+
+# Where scores come from
+
+
+def sets(**settings: object) -> tuple[object, ...]:
+    """``--set`` for each."""
+    return tuple(word for name, value in settings.items() for word in ("--set", f"{name}={value}"))
+
+
+@pytest.fixture(scope="module")
+def scoring(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits whose validation images are those that a search holds out, and scores on."""
+    folder = tmp_path_factory.mktemp("scoring")
+    (folder / "train").symlink_to(digits / "few" / "train")
+    held_out, _ = divide(open_split(str(digits / "few"), "train", num_classes=10), 0.5, seed=0)
+    for index in range(held_out.images):
+        image = Path(held_out.dataset.source[index][0])  # type: ignore[index]
+        link = folder / "val" / image.parent.name / image.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(image)
+    return folder
+
+
+def calibrated(run: Path) -> Score:
+    """What ``saq quantize --policy FOUND --epochs 0`` scores under the settings of the search in ``run``."""
+    config = RunConfig.model_validate_json((run / "config.json").read_text())
+    bits = {"bops": None, "policy": str(run / "policy.json")}
+    section = config.quantization.model_copy(update=bits)
+    config = config.model_copy(update={"quantization": section})
+    network, images = prepare(config, torch.device("cpu"), SILENT)
+    policy = given_policy(section, network)
+    assert policy is not None
+    statistics = calibrate(network, images, config, SILENT)
+    model = install_quantizers(config, network, policy, statistics, images, SILENT)
+    return score(model, images.validation(), "", torch.device("cpu"), SILENT)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("samq", ("--epochs", 1, *sets(**{"search.options.samq.warmup": 0, "search.options.samq.draws": 2}))),
+        ("random", sets(**{"quantization.correct_bias": True, "search.options.random.draws": 3})),
+        ("asga", ("--epochs", 1, *sets(**{"quantization.recalibrate_bn": False}))),
+        ("random", ("--weight-norm", *sets(**{"quantization.recalibrate_bn": False}))),
+        ("error", ()),
+    ],
+)
+def test_scores_are_what_fine_tuning_starts_from(
+    method: str, options: tuple[object, ...], digits: Path, scoring: Path, tmp_path: Path
+) -> None:
+    """The same accuracy on the same images, and the same loss, but for the order in which images are added up."""
+    network = (MODEL, *float_options(digits, scoring), "--batch-size", 32, "--workers", 0)
+    found = answer(
+        *("search", *network, "--budget", "w3a3", "--searcher", method, *options, "--run-dir", tmp_path),
+        *("--pareto", 1, "--candidates", "2,3,4"),
+    )
+
+    expected = calibrated(tmp_path)
+    front = json.loads((tmp_path / "pareto.json").read_text())
+    (chosen,) = (point for point in front["points"] if point["kind"] == "chosen")
+    assert front["images"] == 120
+    assert chosen["top1"] == expected.top1
+    assert chosen["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    if method != "error":  # which scores nothing itself
+        assert (found["scoring_top1"], found["scoring_loss"]) == (chosen["top1"], chosen["loss"])
+
+
+def test_quantize_without_training_scores_as_the_search_did(
+    digits: Path, scoring: Path, tmp_path: Path
+) -> None:
+    network = (MODEL, *float_options(digits, scoring), "--batch-size", 32, "--workers", 0)
+    search = ("--budget", "w3a3", "--searcher", "random", *sets(**{"search.options.random.draws": 2}))
+    found = answer("search", *network, *search, "--run-dir", tmp_path / "search")
+    policy = tmp_path / "search" / "policy.json"
+    run = answer(
+        *("quantize", *network, "--policy", policy, "--epochs", 0, "--run-dir", tmp_path / "run"),
+        *sets(**{"data.verify_images": 8}),
+    )
+    assert run["top1"] == run["calibrated_top1"] == found["scoring_top1"]
+    assert run["images"] == 120
 
 
 # What may be asked

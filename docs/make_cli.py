@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from typer.models import ArgumentInfo, OptionInfo, ParameterInfo
 
 from saqcli.cli import app
+from saqcli.cli.help import GENERAL, paragraphs, with_default
 from saqcli.config import recipes
 
 PAGE = Path(__file__).parent / "cli.md"
 PLACEHOLDERS = {str: "TEXT", int: "INTEGER", float: "NUMBER"}
-GENERAL = "General"  # heading of the options without a panel, last
 
 HEAD = """# The command line
 
@@ -36,7 +36,7 @@ progress; its keys are in [formats.md](formats.md#what---json-prints). An error 
 | 2 | wrong usage: no such command or option |
 | 3 | an exported file does not equal the model, and nothing has its name; or a rerun is not the same |
 | 4 | no bit configuration meets the budget; the line names the reachable range |
-| 130, 143 | stopped by Ctrl-C or SIGTERM; during fine-tuning the work so far is saved |
+| 130, 143 | interrupted by Ctrl-C or SIGTERM; during search and fine-tuning progress is saved |
 
 A budget needs a unit (`34G`, `674.6M`, `500K`), or is `w4a4`: what 4 bits in every free layer cost.
 """
@@ -102,17 +102,22 @@ def reference() -> str:
 def _command(name: str, function: Callable[..., Any]) -> str:
     found = list(parameters(function))
     arguments = [p for p in found if isinstance(p.info, ArgumentInfo)]
-    usage = " ".join(["saq", name, *(p.placeholder for p in arguments), "[OPTIONS]"])
-    lines = [f"## saq {name}", "", f"    {usage}", "", _paragraphs(function), ""]
+    usage = " ".join(["saq", name, *map(_argument, arguments), "[OPTIONS]"])
+    lines = [f"## saq {name}", "", f"    {usage}", "", "\n\n".join(paragraphs(function.__doc__)), ""]
     if arguments:
         lines += ["| argument | meaning |", "|--|--|"]
-        lines += [f"| `{p.placeholder}` | {_cell(p)} |" for p in arguments]
+        lines += [f"| `{_argument(p)}` | {_cell(p)} |" for p in arguments]
         lines += [""]
     for panel, options in _panels(found).items():
         lines += [f"| {panel} | meaning |", "|--|--|"]
         lines += [f"| {_spelling(p)} | {_cell(p)} |" for p in options]
         lines += [""]
     return "\n".join(lines)
+
+
+def _argument(parameter: Parameter) -> str:
+    required = parameter.default is inspect.Parameter.empty
+    return parameter.placeholder if required else f"[{parameter.placeholder}]"
 
 
 def _panels(found: list[Parameter]) -> dict[str, list[Parameter]]:
@@ -129,20 +134,9 @@ def _spelling(option: Parameter) -> str:
 
 
 def _cell(parameter: Parameter) -> str:
-    facts = [parameter.info.help or ""]
-    if parameter.default is inspect.Parameter.empty and isinstance(parameter.info, OptionInfo):
-        facts.append("Required.")
-    elif isinstance(parameter.default, str | int | PurePath) and not parameter.is_flag:
-        default = parameter.default
-        facts.append(f"Default: `{default.as_posix() if isinstance(default, PurePath) else default}`.")
-    if parameter.info.min is not None:
-        facts.append(f"At least {parameter.info.min}.")
-    return " ".join(facts).replace("|", "\\|")
-
-
-def _paragraphs(function: Callable[..., Any]) -> str:
-    blocks = inspect.cleandoc(function.__doc__ or "").split("\n\n")
-    return "\n\n".join(" ".join(block.split()) for block in blocks)
+    required = parameter.default is inspect.Parameter.empty and isinstance(parameter.info, OptionInfo)
+    text = with_default(parameter.info.help or "", parameter.default, required=required)
+    return text.replace("|", "\\|")
 
 
 if __name__ == "__main__":

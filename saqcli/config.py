@@ -254,12 +254,12 @@ def _read_recipe(name: str, where: str) -> dict[str, Any]:
     if name not in recipes():
         name = printable(name, 60)
         raise ConfigError(f"there is no recipe {name!r}{where}: choose from {', '.join(recipes())}")
-    return tomllib.loads((files("saqcli") / "recipes" / f"{name}.toml").read_text())
+    return tomllib.loads((files("saqcli") / "recipes" / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def _read(file: Path) -> dict[str, Any]:
     text = read_text(file, str(file), most=2**18)
-    tree = (read_json if file.suffix == ".json" else read_toml)(text, str(file))
+    tree = (read_json if file.suffix.lower() == ".json" else read_toml)(text, str(file))
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} cannot be read as a configuration: it holds no sections")
     for name, field in RunConfig.model_fields.items():

@@ -13,7 +13,10 @@ class Task(Protocol):
     """One piece of work with a known number of steps."""
 
     def advance(self, steps: int = 1, *, images: int = 0, **figures: float) -> None:
-        """Tell that ``steps`` more are done, over ``images`` more images, with the latest figures."""
+        """Report that ``steps`` more are done, over ``images`` more images, with the latest figures.
+
+        Where a run is resumed, the first call reports without images what was done before.
+        """
 
 
 class Progress(Protocol):

@@ -5,6 +5,7 @@ a screen; a person wants the first thing that is wrong, where it is, and what wa
 see is looked at first: files without end, keys that stand twice, nesting without end, versions of other times.
 """
 
+import codecs
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from pydantic_core import from_json
 
 from saqcli._version import __version__
 from saqcli.errors import ConfigError, SaqError
+from saqcli.units import counted
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -26,10 +28,16 @@ MOST_BYTES = 2**25  # of a text that is read as one
 MOST_NESTED = 64  # objects and lists within each other
 _MOST_DOTS = 1000  # of a line of TOML: a key of n parts takes time and memory of n squared
 _SHOWN = 300  # characters of a message that a file decides
+_MARKS = {  # at the beginning of a text, the longer ones first
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 def read_text(path: Path, source: str, error: type[SaqError] = ConfigError, most: int = MOST_BYTES) -> str:
-    """The text of a file in UTF-8.
+    """The text of a file in UTF-8, without the byte-order mark that some editors put before it.
 
     Args:
         path: of the file.
@@ -38,18 +46,36 @@ def read_text(path: Path, source: str, error: type[SaqError] = ConfigError, most
         most: bytes that it may have.
 
     Raises:
-        SaqError: the given ``error``: no file, no UTF-8, or more than ``most`` bytes.
+        SaqError: the given ``error``: no file, another encoding, or more than ``most`` bytes.
     """
     try:
         with path.open("rb") as file:
             data = file.read(most + 1)
         if len(data) > most:
-            raise error(f"{source} cannot be read: it has more than {most} bytes")
-        return data.decode("utf-8")
+            raise error(f"{source} cannot be read: it has more than {counted(most, 'byte')}")
     except OSError as failure:
         raise error(f"{source} cannot be read: {failure.strerror or failure}") from None
-    except ValueError as failure:  # no UTF-8, or a path with a NUL
+    except ValueError as failure:  # a path with a NUL
         raise error(f"{source} cannot be read: {printable(str(failure), _SHOWN)}") from None
+    return _decoded(data, source, error)
+
+
+def _decoded(data: bytes, source: str, error: type[SaqError]) -> str:
+    """UTF-8; what else ``data`` looks like is said."""
+    name = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
+    if name is None and b"\0" in data:
+        name = "UTF-16" if data[:2].count(0) == 1 else "not text"
+    if name == "not text":
+        raise error(f"{source} cannot be read: it is not a text file")
+    if name is not None:
+        raise error(f"{source} cannot be read: it is encoded in {name}; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as failure:
+        line = data.count(b"\n", 0, failure.start) + 1
+        raise error(
+            f"{source} cannot be read: byte 0x{data[failure.start]:02x} in line {line} is not UTF-8; save it as UTF-8"
+        ) from None
 
 
 def read_json(text: str | bytes, source: str, error: type[SaqError] = ConfigError) -> Any:

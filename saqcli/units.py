@@ -1,8 +1,9 @@
-"""Quantities with units, as people type and read them: ``34G`` bit-operations, ``6MB``.
+"""Quantities with units, as people type and read them: ``34G`` bit-operations, ``6MB``, ``1 image``.
 
 A bare number is refused where the unit would be a guess: ``--bops 34`` could mean 34 or 34 billion.
 """
 
+import math
 import re
 
 from saqcli.errors import ConfigError
@@ -47,3 +48,41 @@ def format_quantity(value: float, unit: str = "") -> str:
         if abs(value) >= factor:
             return f"{value / factor:.4g} {prefix}{unit}"
     return f"{value:g} {unit}".rstrip()
+
+
+def format_figure(value: float | None, spec: str = ".4g", unit: str = "") -> str:
+    """``value`` as ``format`` has it; a dash where nothing was measured, words where it is NaN or infinite.
+
+    Example:
+        >>> format_figure(91.668, ".2f", " %"), format_figure(None), format_figure(float("nan"), unit=" %")
+        ('91.67 %', '-', 'not finite')
+    """
+    if value is None:
+        return "-"
+    return f"{value:{spec}}{unit}" if math.isfinite(value) else "not finite"
+
+
+def format_duration(seconds: float) -> str:
+    """Time as a person reads a clock.
+
+    Example:
+        >>> format_duration(7.6), format_duration(754), format_duration(3725)
+        ('8 s', '12:34', '1:02:05')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
+
+
+def counted(number: int, thing: str) -> str:
+    """``number`` of ``thing``, named in the singular.
+
+    Example:
+        >>> counted(1, "epoch"), counted(3, "epoch"), counted(1437, "training image"), counted(0, "batch")
+        ('1 epoch', '3 epochs', '1,437 training images', '0 batches')
+    """
+    if number != 1:
+        thing += "es" if thing.endswith(("s", "x", "tch", "sh")) else "s"
+    return f"{number:,} {thing}"

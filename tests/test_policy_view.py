@@ -7,7 +7,7 @@ import pytest
 from rich import console as rich_console
 
 from saqcli.cli import policy_view
-from saqcli.cli.policy_view import PINNED, show_policy
+from saqcli.cli.policy_view import show_policy
 
 LONG = "stages.3.blocks.11.some_very_long_attention_name.token_mixer.projection"
 Tree = dict[str, dict[str, int | None]]
@@ -79,16 +79,19 @@ def test_into_a_pipe_goes_plain_text_with_whole_names(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("width", [80, 140])
-def test_a_terminal_has_a_line_a_layer(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
-    lines = plain(shown(monkeypatch, width))
+def test_names_are_whole_at_every_width(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    head, *lines = plain(shown(monkeypatch, width))
 
-    assert len(lines) == 1 + 4 + 2
-    assert all(len(line) <= width for line in lines[:5])
-    assert (LONG in lines[3]) == (width == 140)
-    assert lines[3].startswith("stages.3.")
-    assert "projection" in lines[3]
-    assert [line.split("■")[0].rstrip().endswith(PINNED) for line in lines[1:5]] == [True, False, False, True]
-    assert {line.index("■") for line in lines[1:5]} == {lines[0].index("weights")}
+    if width == 80:
+        assert lines.pop(2) == LONG  # above its numbers
+    else:
+        assert lines[2].startswith(f"{LONG} ")
+    rows = lines[:4]
+    assert all(len(line) <= width for line in (head, *rows))
+    names = ["stem (pinned)", "layer1.0.conv1", LONG if width == 140 else "", "[head] (pinned)"]
+    assert [line.split("■")[0].rstrip() for line in rows] == names
+    assert {line.index("■") for line in rows} == {head.index("weights")}
+    assert len(lines) == 4 + 2
     assert lines[-1].endswith("colours by share of BOPs")
 
 
@@ -97,9 +100,10 @@ def test_the_widest_numbers_fit_80_columns(monkeypatch: pytest.MonkeyPatch) -> N
     for layer in layers:
         layer["bops"] = 1_234_000_000
 
-    lines = plain(shown(monkeypatch, 80, (layers, policy), bops=1_234_000_000))
+    _, *lines = plain(shown(monkeypatch, 80, (layers, policy), bops=1_234_000_000))
+    lines.remove(LONG)
 
-    assert all(line.endswith("1.234 G  100.0 %") for line in lines[1:5])
+    assert all(line.endswith("1.234 G  100.0 %") and len(line) <= 80 for line in lines[:4])
 
 
 def test_colour_follows_the_share_and_pinned_layers_are_dim(monkeypatch: pytest.MonkeyPatch) -> None:

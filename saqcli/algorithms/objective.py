@@ -153,3 +153,14 @@ def cut(tensors: list[Tensor], size: int) -> list[list[Tensor]]:
     """Parts of at most ``size`` images, as equal as they can be: a batch norm cannot use a single image."""
     count = -(-len(tensors[0]) // size)
     return [list(part) for part in zip(*(tensor.tensor_split(count) for tensor in tensors), strict=True)]
+
+
+def sizes(images: int, size: int) -> list[int]:
+    """How many images the parts have that ``cut`` makes of ``images``.
+
+    Example:
+        >>> sizes(7, 3)
+        [3, 2, 2]
+    """
+    count = -(-images // size)
+    return [images // count + (part < images % count) for part in range(count)]

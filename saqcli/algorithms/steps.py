@@ -23,6 +23,7 @@ from saqcli.algorithms.minimizers.passes import Passes
 from saqcli.algorithms.objective import Objective, Piece, as_chunks
 from saqcli.algorithms.random_state import random_state, set_random_state
 from saqcli.errors import DeviceMemoryError, TrainingDiverged, out_of_memory
+from saqcli.units import counted
 
 T = TypeVar("T")
 PATIENCE = 10  # steps in a row that are left out before training ends
@@ -54,7 +55,7 @@ class Setbacks:
         self.skipped += 1
         self.in_row += 1
         if self.in_row > self.patience:
-            message = f"{self.in_row} steps in a row could not be taken: {error}"
+            message = f"{counted(self.in_row, 'step')} in a row could not be taken: {error}"
             raise ranks.agreed(TrainingDiverged(message)) from None
         if self.in_row == 1:
             note(f"a step is left out: {error}")
@@ -70,7 +71,7 @@ class Setbacks:
             torch.cuda.empty_cache()
         now = min(images, self.micro_batch or images)
         if now <= SMALLEST:
-            message = f"out of memory with {now} images at a time: give a smaller --input-size or network"
+            message = f"out of memory with {counted(now, 'image')} at a time: give a smaller --input-size or network"
             raise ranks.agreed(DeviceMemoryError(message))
         self.micro_batch = max(SMALLEST, -(-now // 2))
         note(

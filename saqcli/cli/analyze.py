@@ -37,68 +37,109 @@ def analyze_command(
     eigenvalue: Annotated[
         bool, _flag("--eigenvalue", "--hessian", help="Largest eigenvalue of the Hessian.")
     ] = False,
-    flips: Annotated[bool, _flag("--flips", help="Share of weights whose code changes in Case 2.")] = False,
+    flips: Annotated[
+        bool, _flag("--flips", help="Share of the weights whose code changes in Case 2.")
+    ] = False,
     distributions: Annotated[
-        bool, _flag("--distributions", help="Weights and inputs against their grids.")
+        bool, _flag("--distributions", help="Weights and inputs compared with their grids.")
     ] = False,
     trace: Annotated[bool, _flag("--trace", help="Trace of every layer's Hessian block.")] = False,
     sensitivity: Annotated[
-        bool, _flag("--sensitivity", help="Loss and top-1 with one layer at each of --candidates.")
+        bool, _flag("--sensitivity", help="Loss and top-1 with one layer at a time at each of --candidates.")
     ] = False,
     landscape: Annotated[
         bool, _flag("--landscape", help="Loss over a plane through the quantized weights.")
     ] = False,
     everything: Annotated[
-        bool, _flag("--all", help="All of them. Without any of these flags the first four run.")
+        bool, _flag("--all", help="All instruments; without any of these flags the first four run.")
     ] = False,
     bits: b.Bits = None,
     policy: b.Policy = None,
     images: Annotated[
         int,
-        typer.Option(min=1, help="Drawn evenly over the classes.", rich_help_panel=o.IMAGES),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Images to measure on, drawn evenly over the classes.",
+            rich_help_panel=o.IMAGES,
+        ),
     ] = 500,
     split: Annotated[
-        str, typer.Option(metavar="train|val", help="Where they come from.", rich_help_panel=o.IMAGES)
+        str, typer.Option(metavar="train|val", help="Split that they come from.", rich_help_panel=o.IMAGES)
     ] = "train",
     rho: Annotated[
         float | None,
-        typer.Option(help="Radius; by default the one of training at these bits.", rich_help_panel=HOW),
+        typer.Option(
+            metavar="RADIUS",
+            help="Radius of the perturbation [default: that of training at these bits]",
+            rich_help_panel=HOW,
+        ),
     ] = None,
     rho_unit: Annotated[
         str | None,
-        typer.Option(metavar="deviation|absolute", help="Unit of --rho.", rich_help_panel=HOW),
+        typer.Option(
+            metavar="deviation|absolute",
+            help="Unit of --rho: standard deviations of each layer's weights, or none [default: deviation]",
+            rich_help_panel=HOW,
+        ),
     ] = None,
     starts: Annotated[
-        int | None, typer.Option(min=1, help="Of the power iteration; by default 3.", rich_help_panel=HOW)
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Random starts of the power iteration [default: 3]",
+            rich_help_panel=HOW,
+        ),
     ] = None,
     iterations: Annotated[
-        int | None, typer.Option(min=1, help="Of a start, at most; by default 100.", rich_help_panel=HOW)
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Most iterations of a start [default: 100]",
+            rich_help_panel=HOW,
+        ),
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(min=2, help="Random vectors of the trace; by default 64.", rich_help_panel=HOW),
+        typer.Option(
+            min=2, metavar="N", help="Random vectors of the trace [default: 64]", rich_help_panel=HOW
+        ),
     ] = None,
     candidates: Annotated[
         str | None,
         typer.Option(
-            metavar="2,3,4", help="Bit-widths of the sensitivity; by default 2,3,4,6,8.", rich_help_panel=HOW
+            metavar="2,3,4",
+            help="Bit-widths of the sensitivity [default: 2,3,4,6,8]",
+            rich_help_panel=HOW,
         ),
     ] = None,
     grid: Annotated[
         int | None,
         typer.Option(
-            min=3, help="Points along each axis of the landscape, odd; by default 21.", rich_help_panel=HOW
+            min=3,
+            metavar="N",
+            help="Points along each axis of the landscape, an odd number [default: 21]",
+            rich_help_panel=HOW,
         ),
     ] = None,
     span: Annotated[
         float | None,
         typer.Option(
-            help="The landscape reaches from -span to span, in filter norms; by default 1.",
+            metavar="SPAN",
+            help="Reach of the landscape to each side, in norms of the filters [default: 1]",
             rich_help_panel=HOW,
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of images, directions and random vectors.", rich_help_panel=HOW)
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Random seed of images, directions and random vectors.",
+            rich_help_panel=HOW,
+        ),
     ] = 0,
     weights: o.Weights = None,
     weights_key: o.WeightsKey = None,
@@ -109,30 +150,31 @@ def analyze_command(
     mean: o.Mean = None,
     std: o.Std = None,
     model_kwargs: o.ModelKwargs = None,
-    batch_size: o.BatchSize = None,
+    batch_size: o.EvalBatchSize = None,
     workers: o.Workers = None,
     bad_images: o.BadImages = None,
     out: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Where JSON and pictures go; by default RUN/analysis or analysis/NAME.",
+            help="Directory for JSON files and pictures [default: RUN/analysis, or analysis/NAME]",
             rich_help_panel=FILES,
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with what is in --out.", rich_help_panel=FILES)
+        bool, typer.Option("--resume", help="Resume the analysis in --out.", rich_help_panel=FILES)
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what is in --out.", rich_help_panel=FILES)
+        bool, typer.Option("--overwrite", help="Replace the analysis in --out.", rich_help_panel=FILES)
     ] = False,
     device: o.Device = None,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Look into a quantized model: sharpness, Hessian, flips, distributions, sensitivity, loss landscape; JSON
-    and pictures.
+    """Analyze a quantized model: sharpness, Hessian, flips, distributions, sensitivity, loss landscape.
+
+    Writes JSON files and pictures.
 
     Example: `saq analyze runs/saq --against runs/qat --landscape --data imagenet`
     """

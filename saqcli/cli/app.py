@@ -11,6 +11,7 @@ from saqcli.cli.analyze import analyze_command
 from saqcli.cli.demo import demo_command
 from saqcli.cli.evaluate import eval_command
 from saqcli.cli.export import export_command
+from saqcli.cli.help import HelpCommand, HelpGroup
 from saqcli.cli.models import models_command
 from saqcli.cli.profile import profile_command
 from saqcli.cli.quantize import quantize_command
@@ -19,23 +20,24 @@ from saqcli.cli.search import search_command
 
 app = typer.Typer(
     name="saq",
+    cls=HelpGroup,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Sharpness-aware quantization of pretrained vision models under a hard budget of bit-operations.",
 )
 
-app.command("quantize")(quantize_command)
-app.command("search")(search_command)
-app.command("rerun")(rerun_command)
-app.command("eval")(eval_command)
-app.command("export")(export_command)
-app.command("profile")(profile_command)
-app.command("analyze")(analyze_command)
-app.command("models")(models_command)
-app.command("demo")(demo_command)
+app.command("quantize", cls=HelpCommand)(quantize_command)
+app.command("search", cls=HelpCommand)(search_command)
+app.command("rerun", cls=HelpCommand)(rerun_command)
+app.command("eval", cls=HelpCommand)(eval_command)
+app.command("export", cls=HelpCommand)(export_command)
+app.command("profile", cls=HelpCommand)(profile_command)
+app.command("analyze", cls=HelpCommand)(analyze_command)
+app.command("models", cls=HelpCommand)(models_command)
+app.command("demo", cls=HelpCommand)(demo_command)
 
 
 def _print_version(asked: bool) -> None:

@@ -8,19 +8,32 @@ import typer
 BITS = "Bits"
 
 Bits = Annotated[
-    str | None, typer.Option(help="The same bits in every layer: 4, or w4a8.", rich_help_panel=BITS)
+    str | None,
+    typer.Option(
+        metavar="BITS",
+        help="The same bits in every layer but the first and the last, which keep 8: `4`, or `w4a8` for weights and "
+        "inputs.",
+        rich_help_panel=BITS,
+    ),
 ]
 Policy = Annotated[
-    Path | None, typer.Option(help="Bits of every layer, as a policy.json.", rich_help_panel=BITS)
+    Path | None,
+    typer.Option(metavar="FILE", help="Bits of every layer, from a policy.json.", rich_help_panel=BITS),
 ]
 Candidates = Annotated[
-    str | None, typer.Option(metavar="2,3,4", help="Bit-widths that a layer may have.", rich_help_panel=BITS)
+    str | None,
+    typer.Option(
+        metavar="2,3,4",
+        help="Bit-widths that a layer may have [default: 2,3,4,5,6,8]",
+        rich_help_panel=BITS,
+    ),
 ]
 ActivationCandidates = Annotated[
     str | None,
     typer.Option(
         metavar="4,8",
-        help="Bit-widths of inputs, if they are to be chosen apart from weights.",
+        help="Bit-widths that the inputs of a layer may have, chosen apart from those of its weights [default: always "
+        "those of the weights]",
         rich_help_panel=BITS,
     ),
 ]
@@ -29,21 +42,24 @@ Bops = Annotated[
     typer.Option(
         "--bops",
         "--budget",
-        help="Budget of bit-operations: 34G, 500M, or w4a4 for its cost.",
+        metavar="BUDGET",
+        help="Budget of bit-operations for one image: `34G`, `500M`, or `w4a4` for what 4 bits everywhere cost.",
         rich_help_panel=BITS,
     ),
 ]
 Size = Annotated[
     str | None,
     typer.Option(
-        help="Budget of bytes: 5MB, or w4a4 for its size; alone or with --bops.", rich_help_panel=BITS
+        metavar="BUDGET",
+        help="Budget of bytes: `5MB`, or `w4a4` for the size at 4 bits everywhere; alone or beside --bops.",
+        rich_help_panel=BITS,
     ),
 ]
 Pin = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATTERN=BITS",
-        help="Bits of the layers that a pattern matches: 'layer4.*=8', '*.conv1=3-6', 'fc=w8a4'. May be repeated.",
+        help="Bits of the layers that match a pattern: `'layer4.*=8'`, `'*.conv1=3-6'`, `'fc=w8a4'`. May be repeated.",
         rich_help_panel=BITS,
     ),
 ]
@@ -51,23 +67,35 @@ SearcherName = Annotated[
     str | None,
     typer.Option(
         "--searcher",
-        help="How bits are found under a budget: samq, asga, hawq, sensitivity, random, error or uniform.",
+        metavar="NAME",
+        help="How bits are found under a budget: samq, asga, hawq, sensitivity, random, error or uniform "
+        "[default: error]",
         rich_help_panel=BITS,
     ),
 ]
 WeightGrid = Annotated[
     str | None,
-    typer.Option(metavar="auto|paper|zero", help="Levels of the weights.", rich_help_panel=BITS),
+    typer.Option(
+        metavar="auto|paper|zero",
+        help="Levels of the weights: the paper's (none at zero), with one at zero, or auto: the paper's up to 7 bits, "
+        "INT8 at 8 [default: auto]",
+        rich_help_panel=BITS,
+    ),
 ]
 QuantizerName = Annotated[
     str | None,
-    typer.Option("--quantizer", help="clip, lsq, lsq_plus, pact or dorefa.", rich_help_panel=BITS),
+    typer.Option(
+        "--quantizer",
+        metavar="NAME",
+        help="Quantizers of weights and inputs: clip, lsq, lsq_plus, pact or dorefa [default: clip]",
+        rich_help_panel=BITS,
+    ),
 ]
 Granularity = Annotated[
     str | None,
     typer.Option(
         metavar="channel|tensor",
-        help="Levels for every output channel of a weight, or for all of it.",
+        help="Levels of a weight: for each output channel, or for the whole tensor [default: channel]",
         rich_help_panel=BITS,
     ),
 ]
@@ -75,7 +103,8 @@ WeightNorm = Annotated[
     bool | None,
     typer.Option(
         "--weight-norm/--no-weight-norm",
-        help="Quantize convolutions in deviations from the mean weight.",
+        help="Standardize the weights of convolutions before they are quantized; quantizer clip only [default: "
+        "--no-weight-norm]",
         rich_help_panel=BITS,
     ),
 ]
@@ -83,7 +112,8 @@ QuantizeAttention = Annotated[
     bool | None,
     typer.Option(
         "--quantize-attention/--no-quantize-attention",
-        help="Quantize and count the products of attention too: queries, keys, probabilities, values.",
+        help="Quantize the products of attention too (queries, keys, probabilities, values), and count them [default: "
+        "--no-quantize-attention]",
         rich_help_panel=BITS,
     ),
 ]
@@ -91,7 +121,7 @@ CorrectBias = Annotated[
     bool | None,
     typer.Option(
         "--correct-bias/--no-correct-bias",
-        help="After calibration, give every layer's output its float mean again.",
+        help="Bias correction: restore each layer's float output mean after calibration [default: --no-correct-bias]",
         rich_help_panel=BITS,
     ),
 ]
@@ -99,7 +129,7 @@ RecalibrateBN = Annotated[
     bool | None,
     typer.Option(
         "--recalibrate-bn/--no-recalibrate-bn",
-        help="After calibration, move batch-norm statistics by what quantization moved.",
+        help="Adapt batch-norm statistics to the quantized layers after calibration [default: --recalibrate-bn]",
         rich_help_panel=BITS,
     ),
 ]

@@ -11,15 +11,17 @@ from saqcli.cli.screen import print_json, progress_for, reporting
 
 @reporting
 def demo_command(
-    run_dir: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
-    bops: Annotated[str, typer.Option("--bops", "--budget", help="Budget of bit-operations.")] = "w3a3",
-    epochs: Annotated[int, typer.Option(min=0, help="Of fine-tuning.")] = 6,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    run_dir: Annotated[Path, typer.Option(metavar="DIR", help="Directory to write to.")] = Path("runs/demo"),
+    bops: Annotated[
+        str, typer.Option("--bops", "--budget", metavar="BUDGET", help="Budget of bit-operations.")
+    ] = "w3a3",
+    epochs: Annotated[int, typer.Option(min=0, metavar="N", help="Epochs of fine-tuning.")] = 6,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Random seed.")] = 0,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """The whole job offline, on 1,797 real handwritten digits: train a float net, quantize, export, check."""
+    """The whole job offline on 1,797 handwritten digits: train a float network, quantize it, export and check it."""
     from saqcli.workflows.demo import demo
 
     progress = progress_for(json_output=json_output, quiet=quiet)
@@ -29,4 +31,4 @@ def demo_command(
         return
     from saqcli.cli.tables import show_quantized
 
-    show_quantized(result)
+    show_quantized(result, fine_tuned=epochs > 0)

@@ -30,41 +30,49 @@ def eval_command(
     mean: o.Mean = None,
     std: o.Std = None,
     model_kwargs: o.ModelKwargs = None,
-    batch_size: o.BatchSize = None,
+    batch_size: o.EvalBatchSize = None,
     workers: o.Workers = None,
     bad_images: o.BadImages = None,
     bench: Annotated[
         bool,
         typer.Option(
             "--bench",
-            help="Latency and throughput on the CPU: PyTorch and ONNX Runtime, float and quantized. Needs no --data.",
+            help="Measure latency and throughput on the CPU, in PyTorch and ONNX Runtime, float and quantized; "
+            "needs no --data.",
             rich_help_panel=o.BENCH,
         ),
     ] = False,
     batch_sizes: Annotated[
         str | None,
-        typer.Option(metavar="1,8", help="Images at a time, for --bench: 1,8.", rich_help_panel=o.BENCH),
+        typer.Option(
+            metavar="1,8", help="Batch sizes that --bench measures [default: 1,8]", rich_help_panel=o.BENCH
+        ),
     ] = None,
     threads: Annotated[
         str | None,
         typer.Option(
             metavar="1,2",
-            help="Threads, for --bench: by default as many as PyTorch uses.",
+            help="Numbers of threads that --bench measures [default: as many as PyTorch uses]",
             rich_help_panel=o.BENCH,
         ),
     ] = None,
     repeats: Annotated[
         int | None,
-        typer.Option(min=1, help="Timed runs of every case, for --bench: 20.", rich_help_panel=o.BENCH),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Timed runs of every case of --bench [default: 20]",
+            rich_help_panel=o.BENCH,
+        ),
     ] = None,
     device: o.Device = None,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Accuracy on a folder of images: of a float model, a quantized run, or an exported file.
+    """Accuracy of a float model, a quantized run or an exported file on a folder of images.
 
-    With `--bench` its speed, beside that of the same network in PyTorch and in ONNX Runtime, float and quantized.
+    With `--bench` also its speed, beside that of the same network in PyTorch and in ONNX Runtime, float and quantized.
 
     Example: `saq eval runs/resnet18-w4a4 --data imagenet`
 

@@ -16,23 +16,27 @@ def export_command(
     style: Annotated[
         str,
         typer.Option(
-            help="How quantizers are written: qdq (read by most runtimes), exact (equal to PyTorch bit for bit), "
-            "trt (INT8 without zero points) or qonnx (IntQuant nodes)."
+            metavar="STYLE",
+            help="How quantizers are written: qdq (read by most runtimes), qdq-vnni (with INT8 weights: faster, wrong "
+            "on x86 without VNNI), exact (equal to PyTorch bit for bit), trt (INT8 without zero points) or qonnx "
+            "(IntQuant nodes).",
         ),
     ] = "qdq",
     data: o.Data = None,
-    batch_size: o.BatchSize = None,
+    batch_size: o.EvalBatchSize = None,
     workers: o.Workers = None,
     verify: Annotated[
         list[str] | None,
-        typer.Option("--verify", metavar="RUNTIME", help="Verify with this runtime too: openvino."),
+        typer.Option(
+            "--verify", metavar="RUNTIME", help="Verify with another runtime too: openvino. May be repeated."
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Write a quantized model as ONNX, and compare it with the model before it gets its name.
+    """Write a quantized model as ONNX; the file is compared with the model before it is published under its name.
 
     Example: `saq export runs/resnet18-w4a4 --onnx resnet18.onnx --data imagenet`
     """

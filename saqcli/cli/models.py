@@ -14,16 +14,17 @@ def models_command(
     pattern: Annotated[
         str | None,
         typer.Argument(
-            metavar="[PATTERN]",
-            help="Shell pattern, such as 'resnet*', or 'resnet50.*' for the published weights of one.",
+            metavar="PATTERN",
+            help="Shell pattern: `'resnet*'`, or `'resnet50.*'` for the published weights of one network; all where "
+            "none is given.",
         ),
     ] = None,
     json_output: o.Json = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Names of the networks that can be quantized; on a terminal with parameters, input size and published weights.
+    """Networks that can be quantized; on a terminal with parameters, input size and published weights.
 
-    Covered is what was tried in the smallest network of the family: wrapping, calibration, a SAQ step, verified export.
+    Covered are those whose family's smallest network passed wrapping, calibration, a SAQ step and verified export.
 
     Example: `saq models 'timm/mobilenetv3*'`
     """

@@ -4,37 +4,33 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.text import Text
 
-from saqcli.cli.tables import plain_table, say
-from saqcli.units import format_quantity
+from saqcli.cli.tables import print_table, say
+from saqcli.units import counted, format_quantity
 
 if TYPE_CHECKING:
     from saqcli.io.catalogue import Entry
 
-COVERED = {True: "yes", False: "[red]no[/red]", None: "-"}
-NUMBERS = 32  # characters for parameters, input and coverage, the gaps before them included
-TAG = 12  # characters for weights at least, likewise
+COVERED = {True: Text("yes"), False: Text("no", style="red"), None: Text("-")}
 
 
 def show_models(entries: "Sequence[Entry]") -> None:
     """A line a network. Of published weights the default, and how many others there are, where names carry none."""
     console = Console()
     tagged = all("." in entry.name for entry in entries)
-    room = console.width - NUMBERS - (0 if tagged else TAG)
-    longest = max(min(max(len(entry.name) for entry in entries), room), TAG)
-    table = plain_table()
-    table.add_column("network", min_width=longest, overflow="fold")
-    table.add_column("parameters", justify="right", no_wrap=True)
-    table.add_column("input", justify="right", no_wrap=True)
-    if not tagged:
-        width = max(room + TAG - longest, TAG) - 2
-        table.add_column("weights", no_wrap=True, overflow="ellipsis", max_width=width)
-    table.add_column("covered", no_wrap=True)
-    for entry in entries:
-        parameters = "-" if entry.parameters is None else format_quantity(entry.parameters)
-        weights = [] if tagged else [_weights(entry.tags)]
-        table.add_row(entry.name, parameters, _pixels(entry.input_size), *weights, COVERED[entry.covered])
-    console.print(table)
+    rows: list[list[str | Text]] = [
+        [
+            entry.name,
+            "-" if entry.parameters is None else format_quantity(entry.parameters),
+            _pixels(entry.input_size),
+            *([] if tagged else [_weights(entry.tags)]),
+            COVERED[entry.covered],
+        ]
+        for entry in entries
+    ]
+    columns = ["network", "parameters", "input", *([] if tagged else ["weights"]), "covered"]
+    print_table(console, columns, rows, left=(0, *(() if tagged else (3,)), len(columns) - 1))
     say(console, f"[dim]{_notes(entries, tagged)}[/dim]", markup=True)
 
 
@@ -45,14 +41,14 @@ def _pixels(size: tuple[int, int, int]) -> str:
     return sides if channels == 3 else f"{channels}x{sides}"
 
 
-def _weights(tags: tuple[str, ...]) -> str:
+def _weights(tags: tuple[str, ...]) -> Text:
     default, *others = tags or ("-",)
-    return f"{default} [dim]+{len(others)}[/dim]" if others else default
+    return Text(default).append(f" +{len(others)}", style="dim") if others else Text(default)
 
 
 def _notes(entries: "Sequence[Entry]", tagged: bool) -> str:
     """How many there are, and where the other weights are to be seen."""
-    notes = [f"{len(entries):,} networks" if len(entries) > 1 else "1 network"]
+    notes = [counted(len(entries), "network")]
     most = max(entries, key=lambda entry: len(entry.tags))
     if not tagged and len(most.tags) > 1:
         notes.append(f"all weights of one: saq models '{most.name}.*'")

@@ -20,14 +20,16 @@ BENCH = "Speed"
 
 _MODEL_HELP = (
     "Network: `resnet18` (timm first, then torchvision), `timm/NAME`, `torchvision/NAME` or `saq/NAME`; "
-    "`NAME.TAG` for weights other than the default, see `saq models`."
+    "`NAME.TAG` for weights other than the default. `saq models` lists them."
 )
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
-OptionalModel = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_MODEL_HELP)]
+OptionalModel = Annotated[str | None, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
 Weights = Annotated[
     Path | None,
     typer.Option(
-        help="Local float weights: .safetensors, .pth, .pt or .th. Never runs code.", rich_help_panel=MODEL
+        metavar="FILE",
+        help="Local float weights: .safetensors, .pth, .pt or .th; loaded without running code.",
+        rich_help_panel=MODEL,
     ),
 ]
 WeightsKey = Annotated[
@@ -35,18 +37,28 @@ WeightsKey = Annotated[
     typer.Option(
         "--weights-key",
         metavar="KEY",
-        help="Which tensors of --weights, where it holds several sets: state_dict_ema, callbacks.ema. "
-        "By default averaged weights, as timm takes them.",
+        help="Which tensors of --weights, where it holds several sets: state_dict_ema, callbacks.ema "
+        "[default: averaged weights where there are some, as in timm]",
         rich_help_panel=MODEL,
     ),
 ]
 Pretrained = Annotated[
     bool | None,
     typer.Option(
-        "--pretrained/--no-pretrained", help="Published weights, or random ones.", rich_help_panel=MODEL
+        "--pretrained/--no-pretrained",
+        help="Published weights, or random ones [default: --pretrained]",
+        rich_help_panel=MODEL,
     ),
 ]
-NumClasses = Annotated[int | None, typer.Option(min=1, help="Classes of the model.", rich_help_panel=MODEL)]
+NumClasses = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Number of classes [default: that of the weights]",
+        rich_help_panel=MODEL,
+    ),
+]
 NewHead = Annotated[
     bool | None,
     typer.Option(
@@ -55,45 +67,92 @@ NewHead = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
-InChans = Annotated[int | None, typer.Option(min=1, help="Channels of an image.", rich_help_panel=MODEL)]
+InChans = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Channels of the images [default: 3]", rich_help_panel=MODEL),
+]
 ModelKwargs = Annotated[
     str | None,
     typer.Option(
         metavar="K=V,...",
-        help="For the model's builder, such as pad_type=same,bn_eps=0.001.",
+        help="Arguments for the model's builder, such as `pad_type=same,bn_eps=0.001`.",
         rich_help_panel=MODEL,
     ),
 ]
 InputSize = Annotated[
     str | None,
     typer.Option(
-        metavar="SIDE|HxW", help="Of the images in pixels: 224, or 256x192.", rich_help_panel=IMAGES
+        metavar="SIDE|HxW",
+        help="Size of the images in pixels: `224`, or `256x192` [default: as the network expects]",
+        rich_help_panel=IMAGES,
     ),
 ]
-Mean = Annotated[str | None, typer.Option(metavar="R,G,B", help="Of pixels in 0..1.", rich_help_panel=IMAGES)]
-Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Of pixels in 0..1.", rich_help_panel=IMAGES)]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R,G,B",
+        help="Mean of each channel, of pixels scaled to 0..1 [default: as the network expects]",
+        rich_help_panel=IMAGES,
+    ),
+]
+Std = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R,G,B",
+        help="Standard deviation of each channel, of pixels scaled to 0..1 [default: as the network expects]",
+        rich_help_panel=IMAGES,
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(
         metavar="DIR",
-        help="Folder with train/ and val/, a folder a class in each; or timm's torch/cifar100, hfds/NAME, wds/DIR.",
+        help="Folder with `train/` and `val/`, one folder per class in each; or timm's `torch/cifar100`, `hfds/NAME`, "
+        "`wds/DIR`.",
         rich_help_panel=IMAGES,
     ),
 ]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Images at a time.", rich_help_panel=IMAGES)]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Images per training step [default: 128]", rich_help_panel=IMAGES),
+]
+EvalBatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        min=1,
+        metavar="N",
+        help="Images per batch [default: 256 up to 64 pixels, else 64]",
+        rich_help_panel=IMAGES,
+    ),
+]
 Workers = Annotated[
-    int | None, typer.Option(min=0, help="Processes that read images.", rich_help_panel=IMAGES)
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Processes that read images [default: none up to 64 pixels, else one per core, at most 8]",
+        rich_help_panel=IMAGES,
+    ),
 ]
 BadImages = Annotated[
     str | None,
     typer.Option(
-        metavar="refuse|skip", help="What to do with an image that cannot be read.", rich_help_panel=IMAGES
+        metavar="refuse|skip",
+        help="What to do with an image that cannot be read [default: refuse]",
+        rich_help_panel=IMAGES,
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; by default the GPU if there is one.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="Device to compute on: cpu, cuda or cuda:1 [default: the GPU if there is one, else the CPU]",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show where an unexpected error came from.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an unexpected error.")]
 
 
 def parse_numbers(text: str | None, option: str) -> tuple[float, ...] | None:

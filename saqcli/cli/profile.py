@@ -1,5 +1,9 @@
 """``saq profile``."""
 
+from typing import Annotated
+
+import typer
+
 from saqcli.cli import bit_options as b
 from saqcli.cli import options as o
 from saqcli.cli.screen import print_json, progress_for, reporting
@@ -7,13 +11,27 @@ from saqcli.cli.screen import print_json, progress_for, reporting
 
 @reporting
 def profile_command(
-    model: o.Model,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="A model name (see `saq models`), or a run directory, .safetensors or .onnx file, which have bits of "
+            "their own.",
+        ),
+    ],
     bits: b.Bits = None,
     policy: b.Policy = None,
     candidates: b.Candidates = None,
     weights: o.Weights = None,
     weights_key: o.WeightsKey = None,
-    pretrained: o.Pretrained = None,
+    pretrained: Annotated[
+        bool | None,
+        typer.Option(
+            "--pretrained/--no-pretrained",
+            help="Load the published weights, on which no cost depends [default: --no-pretrained]",
+            rich_help_panel=o.MODEL,
+        ),
+    ] = None,
     num_classes: o.NumClasses = None,
     in_chans: o.InChans = None,
     input_size: o.InputSize = None,
@@ -23,9 +41,13 @@ def profile_command(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """MACs, bit-operations and size of a network at given bits, and the budgets it can reach. Needs no data.
+    """MACs, bit-operations and size of a network at given bits or of a run, and the budgets that it can reach.
+
+    Needs no data.
 
     Example: `saq profile resnet18 --bits 4`
+
+    Example: `saq profile runs/resnet18-34g`
     """
     from saqcli.config import QuantizationSection
     from saqcli.errors import ConfigError
@@ -35,10 +57,10 @@ def profile_command(
     if bits is not None and policy is not None:
         raise ConfigError("--bits and --policy both say what the bits are: give one of them")
     section = o.model_section(
-        model,
+        target,
         weights=weights,
         weights_key=weights_key,
-        pretrained=bool(pretrained) and weights is None,
+        pretrained=pretrained,
         num_classes=num_classes,
         in_chans=in_chans,
         model_kwargs=model_kwargs,
@@ -53,6 +75,7 @@ def profile_command(
         candidates=parse_candidates(candidates) if candidates else QuantizationSection().candidates,
         progress=progress_for(json_output=json_output, quiet=quiet),
         quantize_attention=bool(quantize_attention),
+        pretrained=bool(pretrained),
     ).to_dict()
     if json_output:
         print_json(result)

@@ -68,7 +68,9 @@ def quantize_command(
     assign: r.Assign = None,
     run_dir: Annotated[
         Path | None,
-        typer.Option(help="Where everything goes; by default runs/NAME-BITS.", rich_help_panel=o.RUN),
+        typer.Option(
+            metavar="DIR", help="Run directory to write [default: runs/NAME-BITS]", rich_help_panel=o.RUN
+        ),
     ] = None,
     resume: r.Resume = False,
     overwrite: r.Overwrite = False,
@@ -152,7 +154,15 @@ def quantize_command(
     target = run_dir or r.default_run_dir(resolved)
     progress = progress_for(json_output=json_output, quiet=quiet)
     if dry_run:
-        r.show_plan(resolved, target, json_output=json_output)
+        r.dry_run(
+            resolved,
+            target,
+            "quantize",
+            resume=resume,
+            overwrite=overwrite,
+            json_output=json_output,
+            quiet=quiet,
+        )
         return
     from saqcli.workflows.quantize import quantize
 
@@ -162,4 +172,4 @@ def quantize_command(
         return
     from saqcli.cli.tables import show_quantized
 
-    show_quantized(result)
+    show_quantized(result, fine_tuned=resolved.training.epochs > 0)

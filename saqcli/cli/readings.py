@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
-from saqcli.cli.tables import plain_table, say
+from saqcli.cli.tables import print_table, say
+from saqcli.units import counted, format_figure
 from saqcli.workflows.pictures.canvas import titles
 
+MARGIN = 4  # columns between the cells of a row
 MOST_LAYERS = 5  # named in a line; all of them are in the files
 
 
@@ -19,27 +20,28 @@ def show_analysis(result: dict[str, Any]) -> None:
     """A column a model, a row a figure; then the files."""
     console = Console()
     models = [result, *([result["against"]] if result["against"] else [])]
-    table = plain_table(f"{result['model']} on {result['images']} images")
-    table.add_column("")
     names = titles([model["target"] for model in models])
-    for name in names:
-        table.add_column(Text(name), justify="right", overflow="fold")
     rows = [_rows(model) for model in models]
-    for name in dict.fromkeys(name for row in rows for name in row):
-        table.add_row(name, *(row.get(name, "") for row in rows))
-    console.print(table)
+    figures = list(dict.fromkeys(name for row in rows for name in row))
+    say(console, f"{result['model']} on {counted(result['images'], 'image')}")
+    columns = names
+    if len(names) > 1 and sum(map(len, names)) + max(map(len, figures)) > console.width - MARGIN:
+        columns = list("AB")
+        for letter, name in zip(columns, names, strict=True):
+            say(console, f"{letter}: {name}")
+    print_table(console, ("", *columns), [[name, *(row.get(name, "") for row in rows)] for name in figures])
     for name, model in zip(names, models, strict=True):
         for line in _lines(model["instruments"]):
             where = f"{name}: " if len(models) > 1 else ""
             say(console, f"{where}{line}")
     counts = Counter(Path(path).suffix for path in result["files"])
-    drawn = f", and {counts['.png']} pictures as PNG and SVG" if counts[".png"] else ""
-    say(console, f"wrote {counts['.json']} readings as JSON{drawn} to {result['out']}")
+    drawn = f", and {counted(counts['.png'], 'picture')} as PNG and SVG" if counts[".png"] else ""
+    say(console, f"wrote {counted(counts['.json'], 'reading')} as JSON{drawn} to {result['out']}")
 
 
 def _rows(model: dict[str, Any]) -> dict[str, str]:
     """Figures of one model by what they are called."""
-    rows = {"loss": f"{model['loss']:.4f}", "top-1": f"{model['top1']:.2f} %"}
+    rows = {"loss": format_figure(model["loss"], ".4f"), "top-1": format_figure(model["top1"], ".2f", " %")}
     for name, reading in model["instruments"].items():
         rows |= _FIGURES.get(name, _nothing)(reading)
     return rows
@@ -53,7 +55,7 @@ def _sharpness(reading: dict[str, Any]) -> dict[str, str]:
     unit = "deviations" if reading["rho_unit"] == "deviation" else "absolute"
     rise = reading["sharpness"]
     return {
-        "sharpness": "no number" if rise is None else f"{rise:.4f}",
+        "sharpness": format_figure(math.nan if rise is None else rise, ".4f"),
         f"  rho {reading['rho']:g}, {unit}": f"top-1 {reading['perturbed_top1']:.2f} %",
     }
 
@@ -61,8 +63,8 @@ def _sharpness(reading: dict[str, Any]) -> dict[str, str]:
 def _eigenvalue(reading: dict[str, Any]) -> dict[str, str]:
     ended = [start["converged"] for start in reading["starts"]]
     return {
-        "largest Hessian eigenvalue": f"{reading['eigenvalue']:.4g}",
-        f"  spread over {len(ended)} starts": f"{reading['spread']:.2g}"
+        "largest Hessian eigenvalue": format_figure(reading["eigenvalue"]),
+        f"  spread over {counted(len(ended), 'start')}": format_figure(reading["spread"], ".2g")
         + ("" if all(ended) else f", {ended.count(False)} not converged"),
     }
 
@@ -76,7 +78,7 @@ def _flips(reading: dict[str, Any]) -> dict[str, str]:
         return {"weights that flip (Case 2)": "not measured"}
     return {
         "weights that flip (Case 2)": f"{100 * reading['share']:.3f} %",
-        "  moving Q(w), in norms of e": f"{reading['norm_ratio']:.1f}",
+        "  moving Q(w), in norms of e": format_figure(reading["norm_ratio"], ".1f"),
     }
 
 
@@ -94,7 +96,10 @@ def _distributions(reading: dict[str, Any]) -> dict[str, str]:
 def _landscape(reading: dict[str, Any]) -> dict[str, str]:
     found = [value for row in reading["loss"] for value in row if value is not None] or [math.nan]
     size = f"{reading['grid']} x {reading['grid']}, span {reading['span']:g}"
-    return {"landscape, least loss": f"{min(found):.4g}", f"  {size}": f"up to {max(found):.4g}"}
+    return {
+        "landscape, least loss": format_figure(min(found)),
+        f"  {size}": f"up to {format_figure(max(found))}",
+    }
 
 
 _FIGURES: dict[str, Callable[[dict[str, Any]], dict[str, str]]] = {

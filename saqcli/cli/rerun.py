@@ -16,26 +16,40 @@ def rerun_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run of quantize or search.")],
     data: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="The same images, moved elsewhere.", rich_help_panel=o.IMAGES),
+        typer.Option(
+            metavar="DIR", help="Where the same images are now, if they were moved.", rich_help_panel=o.IMAGES
+        ),
     ] = None,
     weights: Annotated[
         Path | None,
-        typer.Option(help="The same float weights, moved elsewhere.", rich_help_panel=o.MODEL),
+        typer.Option(
+            metavar="FILE",
+            help="Where the same float weights are now, if they were moved.",
+            rich_help_panel=o.MODEL,
+        ),
     ] = None,
     workers: o.Workers = None,
     run_dir: Annotated[
         Path | None,
-        typer.Option(help="Where the new run goes; by default RUN-rerun.", rich_help_panel=o.RUN),
+        typer.Option(
+            metavar="DIR", help="Directory of the new run [default: RUN-rerun]", rich_help_panel=o.RUN
+        ),
     ] = None,
     resume: r.Resume = False,
     overwrite: r.Overwrite = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; by default that of the run.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE", help="Device to compute on: cpu, cuda or cuda:1 [default: that of the run]"
+        ),
+    ] = None,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Do a run again from what its directory holds, and compare: bits, metrics, weights, ONNX file, figures. The exit
-    code is 3 where something is not the same. RUN itself is left as it is.
+    """Repeat a run from what its directory holds, and compare the two: bits, metrics, weights, ONNX file, figures.
+
+    The exit code is 3 where something differs. RUN itself is not changed.
 
     Example: `saq rerun runs/resnet18-34g`
     """

@@ -6,41 +6,62 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saqcli.cli.options import RUN, folder_of_bits
-from saqcli.cli.screen import print_json
+from saqcli.cli.screen import print_json, progress_for
 from saqcli.errors import ConfigError, RunDirectoryError
 
 if TYPE_CHECKING:
     from saqcli.config import RunConfig
 
-Recipe = Annotated[str | None, typer.Option(help="Settings to start from.", rich_help_panel=RUN)]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Settings to start from: cifar, imagenet, paper-cifar, paper-imagenet, quick or vit; the defaults shown "
+        "here are those of quick [default: quick]",
+        rich_help_panel=RUN,
+    ),
+]
 Config = Annotated[
     Path | None,
-    typer.Option(help="TOML or JSON, such as the config.json of a run.", rich_help_panel=RUN),
+    typer.Option(
+        metavar="FILE",
+        help="Settings from a TOML or JSON file, such as the config.json of a run.",
+        rich_help_panel=RUN,
+    ),
 ]
 Assign = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="SECTION.KEY=VALUE", help="Any setting; may be repeated.", rich_help_panel=RUN
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Any setting, such as `training.momentum=0.8`. May be repeated.",
+        rich_help_panel=RUN,
     ),
 ]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with the run in --run-dir.", rich_help_panel=RUN)
-]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --run-dir.", rich_help_panel=RUN)]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the run in --run-dir.", rich_help_panel=RUN)
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Show the settings and costs, then stop.", rich_help_panel=RUN)
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check model, images, device, bits and settings, print the plan, and stop.",
+        rich_help_panel=RUN,
+    ),
 ]
 Deterministic = Annotated[
     bool | None,
     typer.Option(
         "--deterministic",
-        help="The same bits again on a GPU too; slower, and refused where a kernel is missing.",
+        help="Use deterministic kernels only, so that a GPU gives the same bits again; slower, and refused where a "
+        "kernel is missing.",
         rich_help_panel=RUN,
     ),
 ]
-Seed = Annotated[int | None, typer.Option(min=0, help="Of everything random.", rich_help_panel=RUN)]
+Seed = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="Random seed [default: 0]", rich_help_panel=RUN)
+]
 
 
 def resolved(
@@ -86,16 +107,24 @@ def default_run_dir(config: "RunConfig", *more: str) -> Path:
     return Path("runs") / "-".join((name, folder_of_bits(bits), *more))
 
 
-def show_plan(config: "RunConfig", target: Path, *, json_output: bool) -> None:
+def dry_run(
+    config: "RunConfig",
+    target: Path,
+    verb: str,
+    *,
+    resume: bool,
+    overwrite: bool,
+    json_output: bool,
+    quiet: bool,
+) -> None:
     """What a run would do and cost, without doing it."""
-    from saqcli.progress import SILENT
     from saqcli.workflows.plan import plan
 
-    result = plan(config, target, SILENT)
+    progress = progress_for(json_output=json_output, quiet=quiet)
+    result = plan(config, target, progress, verb=verb, resume=resume, overwrite=overwrite)
     if json_output:
         print_json(result)
         return
-    typer.echo(config.to_json().rstrip())
-    from saqcli.cli.tables import show_profile
+    from saqcli.cli.plan_view import show_plan
 
-    show_profile(result["profile"])
+    show_plan(result)

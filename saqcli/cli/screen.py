@@ -20,6 +20,7 @@ from saqcli.errors import ConfigError, SaqError, StoppedElsewhere, out_of_memory
 from saqcli.io.interrupts import Terminated, raised_sigterm
 from saqcli.progress import SILENT, Progress, Task
 from saqcli.strict import json_text
+from saqcli.units import format_duration, format_figure
 
 SECONDS_BETWEEN_LINES = 10.0  # of plain progress
 TOGETHER = {"quantize_command", "search_command", "eval_command"}  # several processes work as one
@@ -102,30 +103,68 @@ def _rank() -> int:
 
 
 def _figures(figures: dict[str, float]) -> str:
-    texts = {"loss": "loss {:.3f}", "top1": "top-1 {:.2f} %"}
-    return ", ".join(texts.get(name, name + " {:.3g}").format(value) for name, value in figures.items())
+    known = {"loss": ("loss", ".3f", ""), "top1": ("top-1", ".2f", " %")}
+    texts = []
+    for name, value in figures.items():
+        title, spec, unit = known.get(name, (name, ".3g", ""))
+        texts.append(f"{title} {format_figure(value, spec, unit)}")
+    return ", ".join(texts)
+
+
+class Pace:
+    """How fast a task goes in this process.
+
+    Steps that an earlier process did are reported first, without images. They count as done; the clock starts with the
+    first step after them, since until then their images are only passed over.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.done = self.images = 0
+        self._since, self._done_then, self._images_then = time.monotonic(), 0, 0
+
+    def advance(self, steps: int, images: int) -> None:
+        """Count ``steps`` over ``images``."""
+        resumed = images > 0 and self.images == 0 and self.done > 0
+        self.done += steps
+        self.images += images
+        if resumed:
+            self._since, self._done_then, self._images_then = time.monotonic(), self.done, self.images
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace so far; None where nothing was timed yet."""
+        steps = self.done - self._done_then
+        return (time.monotonic() - self._since) / steps * (self.total - self.done) if steps > 0 else None
+
+    @property
+    def texts(self) -> list[str]:
+        """``412 images/s`` and ``1:20 left``, as far as they are known."""
+        images, seconds, left = (
+            self.images - self._images_then,
+            time.monotonic() - self._since,
+            self.seconds_left,
+        )
+        rate = images / seconds if seconds > 0 else 0.0
+        shown = [f"{rate:.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s"] if rate else []
+        return shown + ([] if left is None else [f"{format_duration(left)} left"])
 
 
 class _PlainTask:
     """Counts, and says a line now and then."""
 
     def __init__(self, title: str, total: int) -> None:
-        self.title, self.total = title, total
-        self.done = self.images = 0
-        self.start = self.said = time.monotonic()
+        self.title, self.pace = title, Pace(total)
+        self.said = time.monotonic()
 
     def advance(self, steps: int = 1, *, images: int = 0, **figures: float) -> None:
         """Count, and speak if it is time."""
-        self.done += steps
-        self.images += images
-        now = time.monotonic()
-        if now - self.said >= SECONDS_BETWEEN_LINES:
-            self.said = now
-            elapsed = now - self.start
-            left = elapsed / max(self.done, 1) * (self.total - self.done)
-            rate = f", {self.images / elapsed:.0f} images/s" if self.images else ""
-            more = f", {_figures(figures)}" if figures else ""
-            typer.echo(f"{self.title}: {self.done}/{self.total}{more}{rate}, {left:.0f} s left", err=True)
+        self.pace.advance(steps, images)
+        if time.monotonic() - self.said >= SECONDS_BETWEEN_LINES:
+            self.said = time.monotonic()
+            found = [_figures(figures)] if figures else []
+            line = ", ".join([f"{self.pace.done}/{self.pace.total}", *found, *self.pace.texts])
+            typer.echo(f"{self.title}: {line}", err=True)
 
 
 class _Plain:
@@ -142,16 +181,16 @@ class _Plain:
 class _LiveTask:
     """Moves a rich progress bar."""
 
-    def __init__(self, bar: Any, handle: Any) -> None:
+    def __init__(self, bar: Any, handle: Any, total: int) -> None:
         self.bar, self.handle = bar, handle
-        self.images = 0
-        self.start = time.monotonic()
+        self.pace = Pace(total)
 
     def advance(self, steps: int = 1, *, images: int = 0, **figures: float) -> None:
         """Move the bar."""
-        self.images += images
-        rate = f"{self.images / max(time.monotonic() - self.start, 1e-9):.0f} images/s" if self.images else ""
-        self.bar.update(self.handle, advance=steps, figures=_figures(figures), rate=rate)
+        self.pace.advance(steps, images)
+        self.bar.update(
+            self.handle, advance=steps, figures=_figures(figures), pace=", ".join(self.pace.texts)
+        )
 
 
 class _Live:
@@ -163,18 +202,17 @@ class _Live:
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Task]:
         """A task drawn as a bar that disappears when it is done."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            TextColumn("[dim]{task.fields[rate]}"),
-            TimeRemainingColumn(compact=True),
+            TextColumn("[dim]{task.fields[pace]}"),
         )
         with Progress(*columns, console=self.console, transient=True) as bar:
-            yield _LiveTask(bar, bar.add_task(title, total=total, figures="", rate=""))
+            yield _LiveTask(bar, bar.add_task(title, total=total, figures="", pace=""), total)
 
     def note(self, text: str) -> None:
         """One line above the bars."""

@@ -30,38 +30,71 @@ def search_command(
     quantize_attention: b.QuantizeAttention = None,
     epochs: Annotated[
         float | None,
-        typer.Option(help="Length of a search that trains: samq, asga.", rich_help_panel=SEARCH),
+        typer.Option(
+            metavar="N",
+            help="Length of a search that trains (samq, asga) [default: the searcher's own]",
+            rich_help_panel=SEARCH,
+        ),
     ] = None,
     rho: Annotated[
-        float | None, typer.Option(help="Radius of the perturbation in samq.", rich_help_panel=SEARCH)
+        float | None,
+        typer.Option(
+            metavar="RADIUS",
+            help="Radius of the perturbation in samq [default: the searcher's own]",
+            rich_help_panel=SEARCH,
+        ),
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Learning rate of the weights.", rich_help_panel=SEARCH)
+        float | None,
+        typer.Option(
+            metavar="RATE",
+            help="Learning rate of the weights during the search [default: 0.01]",
+            rich_help_panel=SEARCH,
+        ),
     ] = None,
     search_images: Annotated[
         int | None,
-        typer.Option(min=2, help="Training images to search on, drawn by seed.", rich_help_panel=SEARCH),
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Training images to search on, drawn by seed [default: all]",
+            rich_help_panel=SEARCH,
+        ),
     ] = None,
     search_classes: Annotated[
         int | None,
-        typer.Option(min=1, help="Classes to search on, drawn by seed.", rich_help_panel=SEARCH),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Classes to search on, drawn by seed [default: all]",
+            rich_help_panel=SEARCH,
+        ),
     ] = None,
     scoring_images: Annotated[
         int | None,
-        typer.Option(min=1, help="Held-out images to compare configurations on.", rich_help_panel=SEARCH),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Held-out images that configurations are compared on, at most [default: 2048]",
+            rich_help_panel=SEARCH,
+        ),
     ] = None,
     proxy: Annotated[
         str | None,
         typer.Option(
             metavar="K=V,...",
-            help="The images are a proxy, with a network of their own: num_classes=10,input_size=32,weights=FILE.",
+            help="Search on a smaller data set, with a network built for it: "
+            "`num_classes=10,input_size=32,weights=FILE`.",
             rich_help_panel=SEARCH,
         ),
     ] = None,
     pareto: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Also a front of accuracy against cost, at so many budgets.", rich_help_panel=SEARCH
+            min=0,
+            metavar="N",
+            help="Also search at N budgets, for a front of accuracy against cost [default: 0]",
+            rich_help_panel=SEARCH,
         ),
     ] = None,
     weights: o.Weights = None,
@@ -83,7 +116,9 @@ def search_command(
     run_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Where everything goes; by default runs/NAME-BUDGET-SEARCHER.", rich_help_panel=o.RUN
+            metavar="DIR",
+            help="Run directory to write [default: runs/NAME-BUDGET-SEARCHER]",
+            rich_help_panel=o.RUN,
         ),
     ] = None,
     resume: r.Resume = False,
@@ -148,7 +183,15 @@ def search_command(
     resolved = r.resolved(recipe, config, assign or [], given, run_dir if resume else None)
     target = run_dir or r.default_run_dir(resolved, resolved.quantization.searcher)
     if dry_run:
-        r.show_plan(resolved, target, json_output=json_output)
+        r.dry_run(
+            resolved,
+            target,
+            "search",
+            resume=resume,
+            overwrite=overwrite,
+            json_output=json_output,
+            quiet=quiet,
+        )
         return
     from saqcli.workflows.search import search
 

@@ -1,16 +1,19 @@
-"""Results as tables for the eye, printed on stdout."""
+"""Results as tables for the eye, printed on stdout; no name is ever cut, however narrow the terminal."""
 
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from saqcli.units import format_quantity
+from saqcli.units import counted, format_quantity
 
-PIPED = 200  # columns where nobody looks at a terminal, so that no name is cut
+PIPED = 200  # columns where nobody looks at a terminal, so that no line wraps
+GAP = 2  # columns between two cells
 NAMED = 3  # modules that are left in floating point for one reason, before they are counted
 
 
@@ -19,12 +22,58 @@ def say(console: Console, text: str, *, markup: bool = False) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=markup, emoji=False)
 
 
-def _table(title: str, columns: Iterable[str], left: int = 1) -> Table:
-    """A table whose first ``left`` columns are text and whose others are numbers."""
-    table = plain_table(title)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", no_wrap=index >= left)
-    return table
+def print_table(
+    console: Console,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    *,
+    title: str | None = None,
+    left: Iterable[int] = (0,),
+) -> None:
+    """Print a table whose cells are all shown in full.
+
+    Where the terminal is too narrow, the first cell of a row that does not fit stands on a line of its own, above the
+    others. An empty row is a blank line.
+
+    Args:
+        console: to print on.
+        columns: their titles; none is printed where all are empty.
+        rows: cells, as many as there are columns.
+        title: a line above.
+        left: indices of the columns that are aligned on the left.
+    """
+    left = set(left)
+    lines = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    head = [Text(column, style="bold") for column in columns]
+    widths = [
+        max(cell.cell_len for cell in cells)
+        for cells in zip(head, *(line for line in lines if line), strict=True)
+    ]
+    others = sum(widths[1:]) + GAP * (len(widths) - 1)
+    if (most := width_of(console)) is not None and widths[0] + others > most:
+        widths[0] = max(most - others, 0)
+    if title is not None:
+        say(console, title)
+    for cells in [head, *lines] if any(columns) else lines:
+        if cells and cells[0].cell_len > widths[0]:
+            _print_line(console, [cells[0]])
+            cells = [Text(), *cells[1:]]
+        padded = []
+        for index, cell in enumerate(cells):
+            room = Text(" " * (widths[index] - cell.cell_len))
+            padded.append(cell + room if index in left else room + cell)
+        _print_line(console, padded)
+
+
+def _print_line(console: Console, cells: list[Text]) -> None:
+    line = Text(" " * GAP).join(cells)
+    line.rstrip()
+    console.print(line, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def width_of(console: Console) -> int | None:
+    """Columns that a line should fit in; None for a pipe or a file, where nothing wraps."""
+    return console.width if console.is_terminal or "COLUMNS" in os.environ else None
 
 
 def plain_table(title: str | None = None) -> Table:
@@ -38,51 +87,60 @@ def _bits(value: int | None) -> str:
 
 def show_profile(result: dict[str, Any]) -> None:
     """Every layer with its costs, then the sums."""
-    console = Console() if sys.stdout.isatty() else Console(width=PIPED)
+    console = Console()
     size = "x".join(map(str, result["input_size"]))
-    table = _table(
-        f"{result['model']}, input {size}, {result['num_classes']} classes",
-        ("layer", "kind", "group", "MACs", "weights", "inputs", "BOPs", "share"),
-        left=3,
-    )
     products: dict[str, list[dict[str, Any]]] = {}
     for product in result["products"]:
         if product["bops"] is not None:
             products.setdefault(product["follows"], []).append(product)
+    rows = []
     for layer in result["layers"]:
-        table.add_row(
-            layer["name"] + (" (pinned)" if layer["pinned"] else ""),
-            layer["kind"],
-            layer["group"] if layer["group"] != layer["name"] else "",
-            format_quantity(layer["macs"]),
-            _bits(layer["weight_bits"]),
-            _bits(layer["activation_bits"]),
-            format_quantity(layer["bops"]),
-            f"{100 * layer['bops'] / result['bops']:.1f} %",
+        shared = f" (same bits as {layer['group']})" if layer["group"] != layer["name"] else ""
+        rows.append(
+            [
+                layer["name"] + (" (pinned)" if layer["pinned"] else "") + shared,
+                layer["kind"],
+                format_quantity(layer["macs"]),
+                _bits(layer["weight_bits"]),
+                _bits(layer["activation_bits"]),
+                format_quantity(layer["bops"]),
+                f"{100 * layer['bops'] / result['bops']:.1f} %",
+            ]
         )
         for product in products.get(layer["name"], ()):
-            table.add_row(
-                product["name"],
-                "product",
-                product["follows"],
-                format_quantity(product["macs"]),
-                *[_bits(product["bits"])] * 2,
-                format_quantity(product["bops"]),
-                f"{100 * product['bops'] / result['bops']:.1f} %",
+            rows.append(
+                [
+                    f"{product['name']} (same bits as {product['follows']})",
+                    "product",
+                    format_quantity(product["macs"]),
+                    *[_bits(product["bits"])] * 2,
+                    format_quantity(product["bops"]),
+                    f"{100 * product['bops'] / result['bops']:.1f} %",
+                ]
             )
-    console.print(table)
+    print_table(
+        console,
+        ("layer", "kind", "MACs", "weights", "inputs", "BOPs", "share"),
+        rows,
+        title=f"{result['model']}, input {size}, {counted(result['num_classes'], 'class')}",
+        left=(0, 1),
+    )
     reasons: dict[str, list[str]] = {}
     for left in result["unquantized"]:
         reasons.setdefault(left["reason"], []).append(left["name"])
     for reason, names in reasons.items():
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        say(console, f"left in floating point: {', '.join(names[:NAMED])}{more}; {reason}")
+        say(
+            console,
+            f"{counted(len(names), 'operation')} {'stays' if len(names) == 1 else 'stay'} in floating point: "
+            f"{', '.join(names[:NAMED])}{more}; {reason}",
+        )
     uncounted = sum(product["macs"] for product in result["products"] if product["bops"] is None)
     if uncounted:
         say(
             console,
-            f"left in floating point and not counted: {format_quantity(uncounted, 'MACs')} of products of activations, "
-            "as in attention; --quantize-attention quantizes and counts them",
+            f"not counted, since they stay in floating point: {format_quantity(uncounted, 'MACs')} of products of "
+            "activations, as in attention; --quantize-attention quantizes and counts them",
         )
     say(
         console,
@@ -95,27 +153,18 @@ def show_profile(result: dict[str, Any]) -> None:
     )
 
 
-def show_quantized(result: dict[str, Any]) -> None:
+def show_quantized(result: dict[str, Any], *, fine_tuned: bool) -> None:
     """Float beside quantized, the budget, and the files written."""
+    from saqcli.workflows.report import results_table
+
     console = Console()
-    table = _table(
-        f"{result['model']} on {result['images']} images", ("", "float", "calibrated", "quantized")
+    columns, rows = results_table(result, fine_tuned=fine_tuned)
+    print_table(
+        console,
+        ("", *columns),
+        [[*row[:-1], Text(row[-1], style="bold" if row[0] == "top-1" else "")] for row in rows],
+        title=f"{result['model']} on {counted(result['images'], 'image')}",
     )
-    table.add_row(
-        "top-1",
-        f"{result['float_top1']:.2f} %",
-        f"{result['calibrated_top1']:.2f} %",
-        f"[bold]{result['top1']:.2f} %[/bold]",
-    )
-    table.add_row("top-5", f"{result['float_top5']:.2f} %", "", f"{result['top5']:.2f} %")
-    table.add_row("BOPs", format_quantity(result["float_bops"]), "", format_quantity(result["bops"]))
-    table.add_row(
-        "size",
-        format_quantity(result["float_size_bytes"], "B"),
-        "",
-        format_quantity(result["size_bytes"], "B"),
-    )
-    console.print(table)
     reduction = f"{result['bops_reduction']:.1f} times fewer BOPs"
     if result["budget_bops"]:
         share = 100 * result["bops"] / result["budget_bops"]
@@ -124,7 +173,8 @@ def show_quantized(result: dict[str, Any]) -> None:
     say(
         console,
         f"ONNX equals PyTorch layer by layer to {result['onnx_layers_error']:.1e}, and has the best class of "
-        f"the model in float64 on {100 * result['onnx_argmax_agreement']:.2f} % of {result['onnx_images']} images",
+        f"the model in float64 on {100 * result['onnx_argmax_agreement']:.2f} % of "
+        f"{counted(result['onnx_images'], 'image')}",
     )
     for path in result["artifacts"].values():
         say(console, f"wrote {path}")
@@ -132,11 +182,11 @@ def show_quantized(result: dict[str, Any]) -> None:
 
 def show_evaluation(result: dict[str, Any]) -> None:
     """Accuracy in one line."""
-    skipped = f", {result['skipped']} unreadable images left out" if result["skipped"] else ""
+    skipped = f", {counted(result['skipped'], 'unreadable image')} left out" if result["skipped"] else ""
     say(
         Console(),
         f"[bold]top-1 {result['top1']:.2f} %[/bold], top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} on "
-        f"{result['images']} images ({result['images_per_second']:.0f} a second){skipped}",
+        f"{counted(result['images'], 'image')} ({result['images_per_second']:.0f} a second){skipped}",
         markup=True,
     )
 
@@ -151,7 +201,7 @@ def show_export(result: dict[str, Any]) -> None:
     table.add_column("what", no_wrap=True)
     table.add_column("found")
     exact = result["style"] == "exact"
-    images = f"{result['images']:,} images"
+    images = counted(result["images"], "image")
     table.add_row(
         "end to end", f"the same best class on {100 * result['argmax_agreement']:.2f} % of {images}"
     )
@@ -163,15 +213,17 @@ def show_export(result: dict[str, Any]) -> None:
         )
     for name, other in result["runtimes"].items():
         table.add_row("", f"with {name} on {100 * other['argmax_agreement']:.2f} %")
-    table.add_row("layer by layer", f"{result['layers']} layers, each fed PyTorch's codes")
+    table.add_row("layer by layer", f"{counted(result['layers'], 'layer')}, each fed PyTorch's codes")
     flipped = f"{result['flipped_codes']:,} on the edge between two"
-    table.add_row("", f"{result['codes']:,} codes, {flipped}, none wrong")
+    table.add_row("", f"{counted(result['codes'], 'code')}, {flipped}, none wrong")
     table.add_row("", f"largest error {result['layers_error']:.1e} of a layer's range")
     if result["largest_accumulator"] is not None:
         table.add_row("sums", f"at most {result['largest_accumulator']:,} (float32 counts to 16,777,216)")
     if result["split_layers"]:
         table.add_row("", f"cut into parts below that: {', '.join(result['split_layers'])}")
     table.add_row("hazards", "none of the patterns that ONNX Runtime changes")
+    for condition in result["conditions"]:
+        table.add_row("condition", condition)
     console.print(table)
     say(console, f"verdict in {result['verdict']}")
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from saqcli.errors import DataError
 from saqcli.io.folders import IMAGE_EXTENSIONS
+from saqcli.units import counted
 
 _INFO_FILES = ("_info.json", "info.json")
 _PLAIN = re.compile(r"[\w.+=,@/-]+")  # a name that no shell takes for more than a name
@@ -86,14 +87,16 @@ def read_part(root: str, part: Part) -> Iterator[tuple[Member, int]]:
         for place in range(part.images):
             sample = next(samples, None)
             if sample is None:
-                ended = f"{address} ends after {place} images, _info.json says {part.images}"
+                ended = f"{address} ends after {counted(place, 'image')}, _info.json says {part.images}"
                 raise DataError(f"{ended}{_status(archive)}: {_REMEDY}")
             if place >= part.start:
                 yield _labelled(sample, address)
             if place + 1 == part.stop < part.images:
                 return
         if next(samples, None) is not None:
-            raise DataError(f"{address} holds more than the {part.images} images of _info.json: {_REMEDY}")
+            raise DataError(
+                f"{address} holds more than the {counted(part.images, 'image')} of _info.json: {_REMEDY}"
+            )
 
 
 def _read_info(root: str, title: str) -> tuple[str, Any]:

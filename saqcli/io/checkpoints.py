@@ -115,7 +115,7 @@ def _read(path: Path) -> dict[str, Any]:
         )
     if str(len(payload)).encode() != words[3]:
         raise RunDirectoryError(
-            f"{path} is damaged (it has {len(payload)} bytes of {words[3].decode('latin-1')})"
+            f"{path} is damaged (it has {len(payload):,} bytes of {words[3].decode('latin-1')})"
         )
     if _digest(payload) != words[2]:
         raise RunDirectoryError(f"{path} is damaged (its hash is not what was written)")

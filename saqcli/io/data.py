@@ -22,6 +22,7 @@ from saqcli.io.folders import SplitName, find_images, find_split, number_classes
 from saqcli.io.images import ImageSet, ImageStream
 from saqcli.io.shards import Shards
 from saqcli.strict import named_path
+from saqcli.units import counted
 
 BadImages = Literal["refuse", "skip", "replace"]
 
@@ -174,7 +175,8 @@ def divide(split: Split, share: float, seed: int) -> tuple[Split, Split]:
     count = round(share * split.images)
     if not 0 < count < split.images:
         raise DataError(
-            f"{split.name} has {split.images} images, too few to hold {share:.0%} of them out: give more images"
+            f"{split.name} has {counted(split.images, 'image')}, too few to hold {share:.0%} of them out: "
+            "give more images"
         )
     if (shards := sharded(split)) is not None:
         first, rest = shards.divide(count, seed)
@@ -252,7 +254,7 @@ def _open_named(data: str, split: SplitName, num_classes: int) -> Split:
     class_names = _class_names(opened)
     if class_names and len(class_names) != num_classes:
         raise DataError(
-            f"{title} has {len(class_names)} classes ({some(class_names)}), the model {num_classes}: "
+            f"{title} has {counted(len(class_names), 'class')} ({some(class_names)}), the model {num_classes}: "
             f"give --num-classes {len(class_names)} (a new head, to be fine-tuned), "
             "or data with the model's classes"
         )

@@ -24,6 +24,7 @@ from saqcli.errors import CorruptArtifact, SaqError
 from saqcli.io.arguments import check_arguments
 from saqcli.io.models import build_architecture
 from saqcli.io.preprocessing import Preprocessing
+from saqcli.units import counted
 
 MOST_CLASSES = 2**24  # and channels
 MOST_SIDE = 4096  # of an image, in pixels
@@ -80,7 +81,8 @@ def check_description(build: Mapping[str, Any], preprocessing: Mapping[str, Any]
     channels, *sides = images.input_size
     if channels != build["in_chans"]:
         raise CorruptArtifact(
-            f"its images have {channels} channels, its network {build['in_chans']}: they are not of one model"
+            f"its images have {counted(channels, 'channel')}, its network {build['in_chans']}: "
+            "they are not of one model"
         )
     if max(sides) > MOST_SIDE or max(sides) / images.crop_pct > MOST_SCALED:
         raise CorruptArtifact(

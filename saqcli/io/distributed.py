@@ -19,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from saqcli import ranks
 from saqcli.errors import ConfigError
 from saqcli.io.machine import chosen_device
+from saqcli.units import counted
 
 SECONDS_TO_MEET = 300.0
 SECONDS_BETWEEN_TRIES = 5.0
@@ -116,7 +117,9 @@ def own_device(asked: str) -> torch.device:
         return pick_device(asked)
     number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= there:
-        raise ConfigError(f"this host has {there} GPUs: give torchrun --nproc-per-node {there} or less")
+        raise ConfigError(
+            f"this host has {counted(there, 'GPU')}: give torchrun --nproc-per-node {there} or less"
+        )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 
@@ -132,7 +135,14 @@ def pick_device(asked: str) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
     try:
         device = torch.device(asked)
+    except (RuntimeError, ValueError):
+        device = torch.device("meta")
+    if device.type == "meta":  # which computes nothing
+        raise ConfigError(f"--device {asked} is not a device: give cpu, cuda or cuda:1, or omit it")
+    try:
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise ConfigError(f"--device {asked} is not to be had here: use cpu, or leave it away") from None
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = torch.cuda.device_count() if device.type == "cuda" else None
+        reason = "" if there is None else f" ({counted(there, 'CUDA device') if there else 'no CUDA device'})"
+        raise ConfigError(f"--device {asked} is not available{reason}: use --device cpu or omit it") from None
     return device

@@ -78,6 +78,21 @@ def make_folder(path: Path) -> None:
         raise RunDirectoryError(f"{path} cannot be made: {error.strerror}") from None
 
 
+def check_can_write(path: Path) -> None:
+    """Refuse a folder that ``make_folder`` could not make, or in which nothing could be written.
+
+    Raises:
+        CannotWrite: what stands in the way.
+    """
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise CannotWrite(f"{path} cannot be made: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CannotWrite(f"{path} cannot be written: {there} is read-only")
+
+
 def remove_unfinished(folder: Path) -> None:
     """Remove what ``replacing`` left in ``folder`` when its process was killed; nobody else may be writing there."""
     for path in folder.glob(f"{UNFINISHED}*"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from saqcli.errors import DataError
+from saqcli.units import counted
 
 SplitName = Literal["train", "val"]
 
@@ -71,7 +72,7 @@ def find_images(folder: Path) -> dict[str, list[str]]:
     }
     if not any(images.values()):
         raise DataError(
-            f"{folder} has {len(classes)} folders ({some(classes)}) and no image in any of them: "
+            f"{folder} has {counted(len(classes), 'folder')} ({some(classes)}) and no image in any of them: "
             f"give a folder whose class folders hold {some(IMAGE_EXTENSIONS)} files"
         )
     if empty := [name for name in classes if not images[name]]:
@@ -143,7 +144,7 @@ def number_classes(names: Sequence[str], num_classes: int, folder: Path) -> dict
     else:
         remedy = "data whose folders are ImageNet synsets"
     raise DataError(
-        f"{folder} has {len(names)} classes ({some(names)}), the model {num_classes}: "
+        f"{folder} has {counted(len(names), 'class')} ({some(names)}), the model {num_classes}: "
         f"give --num-classes {len(names)} (a new head, to be fine-tuned), or {remedy}"
     )
 
@@ -201,4 +202,4 @@ def _describe(names: Sequence[str]) -> str:
     if not names:
         return "is empty"
     images = sum(name.lower().endswith(IMAGE_EXTENSIONS) for name in names)
-    return f"holds {images} images but no class folders" if images else "holds no class folders"
+    return f"holds {counted(images, 'image')} but no class folders" if images else "holds no class folders"

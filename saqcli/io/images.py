@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from saqcli.errors import DataError
 from saqcli.io.transforms import ImageTransform
+from saqcli.units import counted
 
 LEFT_OUT = -1  # the label of an image that could not be read and must not be counted
 
@@ -105,7 +106,9 @@ class ImageSet(Dataset[tuple[Tensor | Image.Image, int]]):
                 continue
             return self._transformed(image), check_label(label, self.num_classes, self.name)
         if self.unreadable == "replace":
-            raise DataError(f"none of the {len(self)} images of {self.name} can be read: check the files")
+            raise DataError(
+                f"none of the {counted(len(self), 'image')} of {self.name} can be read: check the files"
+            )
         return self._transformed(Image.new(self.mode, (32, 32))), LEFT_OUT
 
     def _transformed(self, image: Image.Image) -> Tensor | Image.Image:
@@ -172,7 +175,9 @@ class ImageStream(IterableDataset[tuple[Tensor | Image.Image, int]]):
                 yield self._transformed(image), label
             owed = 0
         if owed and image is None:
-            raise DataError(f"none of the {owed} images of {self.name} can be read: check the files")
+            raise DataError(
+                f"none of the {counted(owed, 'image')} of {self.name} can be read: check the files"
+            )
         for _ in range(owed):
             assert image is not None
             yield self._transformed(image), label

@@ -26,6 +26,7 @@ from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.shares import TrainingShare
 from saqcli.io.transforms import CROP_SCALE, Augmentation, image_transform
 from saqcli.progress import Progress
+from saqcli.units import counted
 
 CALIBRATION_IMAGES = 512
 LARGEST_SIDE_WITHOUT_WORKERS = (
@@ -121,7 +122,7 @@ def make_loader(
     loader = Loader(batches, name=split.name, device=device, seed=seed, limit=limit)
     if len(loader) == 0 and exact:
         raise DataError(
-            f"{split.name} has {split.images} images, not one batch of {batch_size}: "
+            f"{split.name} has {counted(split.images, 'image')}, not one batch of {batch_size}: "
             f"give --batch-size {max(1, split.images)} or less, or more data"
         )
     return loader
@@ -161,13 +162,13 @@ def check_shared(split: Split, batch_size: int) -> None:
         return
     if batch_size % ranks.count():
         raise ConfigError(
-            f"--batch-size {batch_size} is for all {ranks.count()} processes together and cannot be shared equally: "
-            f"give a multiple of {ranks.count()}"
+            f"--batch-size {batch_size} is for all {counted(ranks.count(), 'process')} together and cannot be shared "
+            f"equally: give a multiple of {ranks.count()}"
         )
     if split.images < batch_size:
         raise DataError(
-            f"{split.name} has {split.images} images, not one whole batch of {batch_size} to share out among "
-            f"{ranks.count()} processes: give a smaller --batch-size"
+            f"{split.name} has {counted(split.images, 'image')}, not one whole batch of {batch_size} to share "
+            f"out among {counted(ranks.count(), 'process')}: give a smaller --batch-size"
         )
     if isinstance(split.dataset, ImageStream) and sharded(split) is None:
         raise DataError(f"{split.name} cannot be shared out among processes: give a folder, or shards (wds/)")
@@ -178,7 +179,7 @@ def _ready(split: Split, preprocessing: Preprocessing, *, training: bool) -> Ima
     channels = preprocessing.input_size[0]
     if channels not in _COLOR_MODES:
         raise DataError(
-            f"{split.name} holds images, the model reads {channels} channels: "
+            f"{split.name} holds images, the model reads {counted(channels, 'channel')}: "
             "give a model that reads 1 (grey) or 3 (colour)"
         )
     skipped: Unreadable = "replace" if training else "leave_out"

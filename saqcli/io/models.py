@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from saqcli.errors import ConfigError, SaqError, UnknownModel, UnsupportedModel, WeightsMismatch
 from saqcli.io import catalogue
 from saqcli.io.arguments import check_arguments
+from saqcli.io.hub import unpublished
 from saqcli.io.preprocessing import Preprocessing as Preprocessing
 from saqcli.io.state_dicts import fit_names
 from saqcli.io.weights import WeightFile, check_numbers, load_into, read_weights, sha256_of
 from saqcli.io.zoos import ZOOS, Architecture, Zoo
 from saqcli.strict import printable
+from saqcli.units import counted
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
             model, name, source = zoo.fetch(arch)
             if arch.num_classes != (published := zoo.default_classes(name)):
                 notes.append(
-                    f"{source} has {published} classes: the {arch.num_classes} asked for start random"
+                    f"{source} has {counted(published, 'class')}: the {arch.num_classes} asked for start random"
                 )
                 trained = False
         else:
@@ -141,6 +143,30 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     )
 
 
+def published_weights(name: str) -> str:
+    """The network with the tag of the weights that ``load_model`` would fetch.
+
+    Raises:
+        SaqError: no such network, or nobody published any.
+    """
+    prefix, short = _resolve(name)
+    architecture, _, tag = short.partition(".")
+    tags = ZOOS[prefix].tags().get(architecture)
+    if not tags:
+        raise unpublished(f"{prefix}/{short}")
+    return f"{prefix}/{architecture}.{tag or tags[0]}".rstrip(".")
+
+
+def default_classes(name: str) -> int:
+    """How many classes the network has where none are asked for.
+
+    Raises:
+        UnknownModel: no network of that name.
+    """
+    prefix, short = _resolve(name)
+    return ZOOS[prefix].default_classes(short)
+
+
 def build_architecture(build: Mapping[str, Any]) -> nn.Module:
     """The network of ``LoadedModel.build`` with random weights, in eval mode.
 
@@ -156,6 +182,23 @@ def build_architecture(build: Mapping[str, Any]) -> nn.Module:
     prefix, name = _resolve(build["name"])
     with _building(build["name"], build["kwargs"]):
         return ZOOS[prefix].build(Architecture(**{**build, "name": name})).eval()
+
+
+def as_loaded(
+    model: nn.Module, build: Mapping[str, Any], preprocessing: Preprocessing, source: str
+) -> LoadedModel:
+    """A network that ``build`` describes and that is built already, as ``load_model`` gives it."""
+    prefix, _ = _resolve(build["name"])
+    return LoadedModel(
+        model,
+        build["name"],
+        build["num_classes"],
+        preprocessing,
+        source,
+        None,
+        dict(build),
+        classifiers=ZOOS[prefix].classifiers(model),
+    )
 
 
 def _resolve(name: str) -> tuple[str, str]:
@@ -194,7 +237,9 @@ def _architecture(zoo: Zoo, name: str, spec: ModelSpec) -> tuple[Architecture, P
     num_classes = zoo.default_classes(short) if spec.num_classes is None else spec.num_classes
     if num_classes < 1:
         if spec.num_classes is not None:
-            raise ConfigError(f"{name} was asked for {num_classes} classes: --num-classes must be at least 1")
+            raise ConfigError(
+                f"{name} was asked for {counted(num_classes, 'class')}: --num-classes must be at least 1"
+            )
         raise UnsupportedModel(
             f"{name} has no classifier, it gives features: pass --num-classes, or choose another"
         )
@@ -267,7 +312,9 @@ def _from_state(
     heads = zoo.classifiers(model)
     head = state.get(f"{heads[0]}.weight") if heads else None
     if spec.num_classes is None and head is not None and len(head) != arch.num_classes:
-        notes.append(f"{name} has {len(head)} classes, as {source} has, instead of {arch.num_classes}")
+        notes.append(
+            f"{name} has {counted(len(head), 'class')}, as {source} has, instead of {arch.num_classes}"
+        )
         arch = replace(arch, num_classes=len(head))
         model = zoo.build(arch)
     trained = head is None or len(head) == arch.num_classes or not spec.new_head
@@ -275,7 +322,7 @@ def _from_state(
         own = model.state_dict()
         state = {k: own[k] if k.rpartition(".")[0] in heads and k in own else v for k, v in state.items()}
         notes.append(
-            f"{source} has another classifier: the {arch.num_classes} classes asked for start random"
+            f"{source} has another classifier: the {counted(arch.num_classes, 'class')} asked for start random"
         )
     try:
         load_into(model, state, source, name=name, classifiers=heads)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from saqcli.errors import ConfigError
+from saqcli.units import counted
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _CROP_MODES = ("center", "squash", "border")
@@ -46,8 +47,8 @@ class Preprocessing:
             )
         if not len(self.mean) == len(self.std) == self.input_size[0]:
             raise ConfigError(
-                f"mean has {len(self.mean)} numbers and std {len(self.std)}, the image has "
-                f"{self.input_size[0]} channels: give one number a channel"
+                f"mean has {counted(len(self.mean), 'number')} and std {len(self.std)}, the image has "
+                f"{counted(self.input_size[0], 'channel')}: give one number a channel"
             )
         if not all(map(math.isfinite, self.mean)) or not all(0 < s < math.inf for s in self.std):
             raise ConfigError(

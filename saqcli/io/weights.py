@@ -24,6 +24,7 @@ from saqcli.finite import flaw
 from saqcli.io.pickles import Strange, globals_of
 from saqcli.io.state_dicts import choose, class_lists, from_metadata
 from saqcli.strict import printable
+from saqcli.units import counted
 
 PICKLES = (".pth", ".pt", ".th", ".bin", ".tar", ".ckpt")
 MOST_NAME = 1000  # characters of a tensor's name
@@ -242,8 +243,9 @@ def _misfit(
     if misshapen and not missing and not unexpected and heads.issuperset(misshapen):
         theirs, asked = len(state[misshapen[0]]), len(own[misshapen[0]])
         return (
-            f"{source} has {theirs} classes, {name} was asked for {asked}: remove --num-classes and give data with the "
-            f"classes of the weights, or add --new-head to train a classifier of {asked} (saq quantize, saq search)"
+            f"{source} has {counted(theirs, 'class')}, {name} was asked for {asked}: remove --num-classes and give "
+            f"data with the classes of the weights, or add --new-head to train a classifier of {asked} (saq quantize, "
+            "saq search)"
         )
     shapes = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in misshapen]
     kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saqcli.errors import CorruptArtifact
 from saqcli.quant.grids import Grid
+from saqcli.units import counted
 
 
 def pack(codes: Tensor, grid: Grid, bits: int) -> Tensor:
@@ -35,7 +36,9 @@ def unpack(packed: Tensor, grid: Grid, bits: int, shape: tuple[int, ...]) -> Ten
     """
     count = prod(shape)
     if packed.dtype != torch.uint8 or packed.numel() != packed_bytes(shape, bits):
-        raise CorruptArtifact(f"{packed.numel()} bytes cannot hold {count} codes of {bits} bits")
+        raise CorruptArtifact(
+            f"{counted(packed.numel(), 'byte')} cannot hold {counted(count, 'code')} of {bits} bits"
+        )
     stream = np.unpackbits(packed.cpu().numpy())
     if stream[count * bits :].any():
         raise CorruptArtifact("the bits behind the last code are not zero")

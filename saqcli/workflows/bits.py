@@ -101,8 +101,17 @@ def read_policy(path: Path, network: Network) -> BitConfig:
         PolicyMismatch: made for another network.
     """
     policy = parse_json(BitConfig, read_text(path, f"--policy {path}"), str(path))
+    return in_order(policy, network, f"the policy {path}")
+
+
+def in_order(policy: BitConfig, network: Network, source: str) -> BitConfig:
+    """``policy`` in the execution order of the network's layers.
+
+    Raises:
+        PolicyMismatch: made for another network; ``source`` is what the message calls it.
+    """
     names = [layer.name for layer in network.costs.layers]
-    policy.check_fits(network.name, names, f"the policy {path}")
+    policy.check_fits(network.name, names, source)
     return policy.model_copy(update={"layers": {name: policy.layers[name] for name in names}})
 
 

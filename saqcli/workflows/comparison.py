@@ -20,6 +20,7 @@ from saqcli.io.runs import RunDirectory
 from saqcli.io.weights import sha256_of
 from saqcli.quant.bits import BitConfig
 from saqcli.strict import json_text, parse_json, printable
+from saqcli.units import counted
 from saqcli.workflows.predictors import restore
 
 VARYING = {"run_dir", "artifacts", "seconds", "saq_version", "policy"}  # or compared by itself
@@ -137,7 +138,9 @@ def first_difference(one: object, other: object, place: str = "") -> str | None:
             found = first_difference(mine, theirs, f"{place}[{index}]")
             if found:
                 return found
-        return None if len(one) == len(other) else f"{place}: {len(one)} entries -> {len(other)}"
+        return (
+            None if len(one) == len(other) else f"{place}: {len(one):,} -> {counted(len(other), 'element')}"
+        )
     texts = [json_text(value) for value in (one, other)]  # NaN is NaN here, and 1 is not 1.0
     return None if texts[0] == texts[1] else f"{place}: {' -> '.join(printable(t, _SHOWN) for t in texts)}"
 
@@ -175,9 +178,8 @@ def _weights_differ(one: Record, other: Record) -> str | None:
     for name in names:
         pair = [state.get(name) for state in states]
         if pair[0] is None or pair[1] is None or pair[0].shape != pair[1].shape:
-            return (
-                f"{name} is not in both, or of another shape; {len(names)} of {len(states[0])} tensors differ"
-            )
+            different = f"{len(names)} of {counted(len(states[0]), 'tensor')} differ"
+            return f"{name} is not in both, or of another shape; {different}"
         apart = (pair[0].double() - pair[1].double()).abs()
         numbers += int((apart != 0).sum())
         if apart.numel() and not apart.max() <= most:  # NaN counts as most
@@ -186,8 +188,8 @@ def _weights_differ(one: Record, other: Record) -> str | None:
         return f"{stored[0]} is stored with other bytes that mean the same"
     total = sum(tensor.numel() for tensor in states[0].values())
     return (
-        f"{len(names)} of {len(states[0])} tensors, {numbers:,} of {total:,} numbers; the largest difference is "
-        f"{most:.3g}, in {where}"
+        f"{len(names)} of {counted(len(states[0]), 'tensor')}, {numbers:,} of {counted(total, 'number')}; the largest "
+        f"difference is {most:.3g}, in {where}"
     )
 
 
@@ -225,7 +227,7 @@ def _onnx_differ(one: RunDirectory, other: RunDirectory) -> str:
     names = [name for name in tensors[0] if tensors[0][name] != tensors[1].get(name)]
     if names or len(tensors[0]) != len(tensors[1]):
         first = f", {names[0]} first" if names else ""
-        return f"{len(names)} of {len(tensors[0])} initializers differ{first}"
+        return f"{len(names)} of {counted(len(tensors[0]), 'initializer')} differ{first}"
     found = first_difference(_parsed(described[0]), _parsed(described[1]))
     return f"the same initializers; {f'it says of itself: {found}' if found else 'the graph around them differs'}"
 

@@ -15,6 +15,7 @@ from saqcli.io.distributed import pick_device
 from saqcli.io.files import make_folder, replacing
 from saqcli.io.seeds import seed_everything
 from saqcli.progress import Progress
+from saqcli.units import counted
 from saqcli.workflows.quantize import quantize
 from saqcli.workflows.setup import Images, load_float
 from saqcli.workflows.short_training import in_float, train
@@ -29,9 +30,9 @@ FLOAT_EPOCHS, FLOAT_LR = 12, 0.05
 def demo(run_dir: Path, *, bops: str, epochs: int, seed: int, progress: Progress) -> dict[str, Any]:
     """Run it all below ``run_dir``, replacing an earlier demo there; returns what ``saq quantize --json`` prints."""
     data, weights, quantized = (run_dir / name for name in ("digits", "float.safetensors", "quantized"))
-    progress.note(f"writing {write_digits(data)} handwritten digits to {data}")
+    progress.note(f"writing {counted(write_digits(data), 'handwritten digit')} to {data}")
     config = demo_config(data, weights, bops=bops, epochs=epochs, seed=seed)
-    progress.note(f"training a float {MODEL} for {FLOAT_EPOCHS} epochs")
+    progress.note(f"training a float {MODEL} for {counted(FLOAT_EPOCHS, 'epoch')}")
     train_float(config, weights, progress)
     progress.note(f"quantizing it under {bops}")
     outcome = quantize(config, quantized, overwrite=True, progress=progress)

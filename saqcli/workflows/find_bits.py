@@ -20,7 +20,7 @@ from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibrate import InputStatistics
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.space import SearchSpace
-from saqcli.units import format_quantity
+from saqcli.units import counted, format_quantity
 from saqcli.workflows.bits import budget_of, space_of
 from saqcli.workflows.calibration import calibrate, scheme_of
 from saqcli.workflows.optimization import make_optimizer, search_training
@@ -132,7 +132,7 @@ def make_searcher(config: RunConfig) -> Searcher:
     options = dict(section.options.get(name, {}))
     if section.epochs is not None:
         if not SEARCHERS[name].trains:
-            raise ConfigError(f"searcher {name} does not train, so it has no --epochs: leave them away")
+            raise ConfigError(f"searcher {name} does not train: remove --epochs")
         whole = section.epochs == int(section.epochs)
         options["epochs"] = int(section.epochs) if whole else section.epochs
     if section.rho is not None:
@@ -166,11 +166,27 @@ def ask(config: RunConfig, network: Network, images: Images | None, progress: Pr
     if config.search.proxy is not None:
         searched, images = open_proxy(config, network, pick_device(config.run.device), progress)
     assert images is not None
-    if SEARCHERS[config.quantization.searcher].trains:
-        check_trains(searched.model, searched.name, searched.loaded.preprocessing, config)
     looks = SEARCHERS[config.quantization.searcher].looks or config.search.pareto > 0
     parts = search_images(images, config.search, progress) if looks else NO_IMAGES
+    if SEARCHERS[config.quantization.searcher].trains:
+        _check_trains(searched, config, getattr(parts.training, "images", 0) * ranks.count())
     return Asked(space, budget, network, searched, images, parts)
+
+
+def _check_trains(searched: Network, config: RunConfig, images: int) -> None:
+    """Refuse a network that cannot be trained on ``images`` as the searcher does."""
+    limits = {}
+    if (step := config.search.options.get("asga", {}).get("step_images")) and isinstance(step, int):
+        limits["search.options.asga.step_images"] = max(1, step // ranks.count())
+    name = config.quantization.searcher
+    check_trains(
+        searched.model,
+        searched.name,
+        searched.loaded.preprocessing,
+        config,
+        images=images or None,
+        limits=limits if name == "asga" else {},
+    )
 
 
 def pose(
@@ -222,7 +238,7 @@ def announce(space: SearchSpace, budget: Budget, progress: Progress) -> None:
     """Say what can be reached before any time is spent."""
     floor, ceiling = space.floor, space.ceiling
     progress.note(
-        f"{space.model}: {len(space.decisions)} decisions, reachable {format_quantity(floor.bops)} to "
+        f"{space.model}: {counted(len(space.decisions), 'decision')}, reachable {format_quantity(floor.bops)} to "
         f"{format_quantity(ceiling.bops, 'BOPs')} and {format_quantity(floor.size)} to "
         f"{format_quantity(ceiling.size, 'B')}; the budget is {budget}"
     )

@@ -21,6 +21,7 @@ from saqcli.config import RunConfig
 from saqcli.io.interrupts import StopRequest, deferred_interrupts
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress, Task
+from saqcli.units import counted
 from saqcli.workflows.optimization import make_minimizer, make_objective, make_optimizer, make_schedule
 from saqcli.workflows.resuming import stop_if_asked, stopped
 from saqcli.workflows.setup import Images
@@ -131,7 +132,7 @@ def finetune(
             progress.note(
                 f"epoch {epoch + 1}: loss {trained.loss:.3f}, training {trained.top1:.2f} %, "
                 f"validation {score.top1:.2f} %"
-                + (f", {setbacks.skipped} steps left out" if setbacks.skipped else "")
+                + (f", {counted(setbacks.skipped, 'step')} left out" if setbacks.skipped else "")
             )
             meter.clear()
             setbacks.skipped = 0

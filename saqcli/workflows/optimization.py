@@ -15,6 +15,7 @@ from saqcli.config import RunConfig, TrainingSection
 from saqcli.errors import ConfigError
 from saqcli.quant.layers import quantized_layers
 from saqcli.quant.quantizers import quantizers_of
+from saqcli.units import counted
 from saqcli.workflows.setup import SMALL_IMAGES
 
 # Liu et al. (arXiv:2111.12273), section 5: radius by bit-width, for images of 32 and of 224 pixels.
@@ -166,14 +167,14 @@ def check_training(config: RunConfig) -> None:
         make_schedule(optimizer, training, steps=1)
     if training.sam_reuse and (training.sam_interval == 1 or training.ascent_fraction < 1):
         raise ConfigError(
-            "--sam-reuse goes on with the last perturbation in the steps between, and compares gradients of the same "
+            "--sam-reuse reuses the last perturbation in the steps between, and compares gradients of the same "
             "images: give --sam-interval 2 or more, and no --ascent-fraction"
         )
     pairs = 2 * ranks.count()
     if (training.mixup or training.cutmix) and config.data.batch_size % pairs:
         raise ConfigError(
             f"--batch-size {config.data.batch_size} cannot be mixed: images are blended in pairs, in each of "
-            f"{ranks.count()} processes, give a multiple of {pairs}"
+            f"{counted(ranks.count(), 'process')}, give a multiple of {pairs}"
         )
 
 

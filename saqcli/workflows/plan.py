@@ -1,39 +1,175 @@
-"""``saq quantize --dry-run`` and ``saq search --dry-run``: what a run would cost, before it takes any time."""
+"""``saq quantize --dry-run`` and ``saq search --dry-run``: what a run would do and cost, before it takes any time.
 
+Everything that a run looks at before its first long step is looked at here, with the same functions: model, data,
+device, bits or budget, training, run directory. Nothing is written, and published weights are not fetched.
+"""
+
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from saqcli.config import RunConfig
-from saqcli.progress import Progress
-from saqcli.quant.cost import Budget
-from saqcli.workflows.bits import budget_of, float_policy, given_policy, space_of
+from saqcli.algorithms.searchers.uniform import greatest
+from saqcli.config import ModelSection, RunConfig
+from saqcli.io.data import Split
+from saqcli.io.distributed import pick_device
+from saqcli.io.files import check_can_write
+from saqcli.io.models import LoadedModel, default_classes, published_weights
+from saqcli.io.runs import RunDirectory
+from saqcli.progress import SILENT, Progress
+from saqcli.workflows.bits import budget_of, given_policy, space_of
+from saqcli.workflows.find_bits import ask
 from saqcli.workflows.profile import measure
-from saqcli.workflows.quantize import check
-from saqcli.workflows.setup import load_float, wrap_and_trace
+from saqcli.workflows.quantize import check, network_for
+from saqcli.workflows.resuming import check_same, goes_on
+from saqcli.workflows.search import check_search, images_for
+from saqcli.workflows.setup import Images, Network, load_float, wrap_and_trace
+from saqcli.workflows.trainable import check_trains
+
+PUBLISHED = "{} (published; fetched when the run starts, unless it is cached)"
+WRITTEN = {
+    "quantize": """
+        manifest.json config.json policy.json metrics.jsonl report.md checkpoints/last.ckpt artifacts/model.safetensors
+        artifacts/model.onnx artifacts/model.verdict.json
+    """.split(),
+    "search": "manifest.json config.json policy.json search.json policy.png policy.svg".split(),
+}
+SEARCHED = ("search.json", "policy.png", "policy.svg")  # by a quantization that searches, too
+FRONT = ("pareto.json", "pareto.csv", "pareto.png", "pareto.svg")
 
 
-def plan(config: RunConfig, run_dir: Path, progress: Progress) -> dict[str, Any]:
-    """The resolved configuration and the profile of the network; under a budget at float bits, since nothing
-    is searched.
+def plan(
+    config: RunConfig,
+    run_dir: Path,
+    progress: Progress,
+    *,
+    verb: str = "quantize",
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """What ``saq VERB`` with ``config`` would do.
+
+    Args:
+        config: resolved.
+        run_dir: that would be written.
+        progress: for notes.
+        verb: ``quantize`` or ``search``.
+        resume: the run in ``run_dir``.
+        overwrite: the run in ``run_dir``.
+
+    Returns:
+        What ``--json`` prints. Under a budget the profile is that of the most uniform bits that meet it, since nothing
+        is searched.
 
     Raises:
-        SaqError: what would stop the run at once: an unknown model, a policy that does not fit, a budget that
-            nothing meets.
+        SaqError: what would stop the run before its first long step.
     """
-    check(config)
+    if verb == "search":
+        check_search(config, needs_data=False)
+    else:
+        check(config)
+    device = pick_device(config.run.device)
+    loaded, weights = _load(config.model, progress)
+    images = _images(config, loaded, verb, device)
     section = config.quantization
-    loaded = load_float(config.model.model_copy(update={"pretrained": False}), progress)
-    network = wrap_and_trace(loaded, quantize_attention=section.quantize_attention)
-    policy, space = given_policy(section, network), space_of(section, network)
-    budget = Budget()
-    if policy is None:
-        budget = budget_of(section, network)
+    if verb == "search":
+        network = wrap_and_trace(loaded, quantize_attention=section.quantize_attention)
+    else:
+        network = network_for(config, loaded)
+    # DRY EXPORT, the one place: the exporters' dry run on `network`, still on the CPU; for `quantize` alone.
+    network.model.to(device)
+    budget = budget_of(section, network)
+    searches = verb == "search" or bool(budget.bounds())
+    space = space_of(section, network) if budget.bounds() else None
+    if space is not None:
         space.check_reachable(budget)
-        policy = float_policy(network)
+    proxy = _check_search(config, network, images) if searches else None
+    if verb == "quantize" and config.training.epochs:
+        count = None if images is None else images.train.images
+        check_trains(network.model, network.name, loaded.preprocessing, config, images=count)
+    check_can_write(run_dir)
+    run = RunDirectory(run_dir, verb)
+    if resume := goes_on(run, resume=resume, overwrite=overwrite):
+        check_same(run, config)
+    policy = given_policy(section, network) if space is None else space.config(greatest(space, budget))
+    assert policy is not None
+    profile = measure(network, policy, space or space_of(section, network))
     return {
+        "verb": verb,
         "run_dir": str(run_dir),
+        "resume": resume,
         "config": config.model_dump(mode="json"),
+        "model": network.name,
+        "weights": weights,
+        "device": str(device),
+        "data": _described(images, proxy, verb),
+        "bits": _bits(config),
+        "searcher": section.searcher if searches else None,
+        "decisions": len(space.decisions) if space is not None else 0,
         "budget_bops": budget.bops,
         "budget_bytes": budget.size,
-        "profile": measure(network, policy, space).to_dict(),
+        "steps_per_epoch": len(images.training()) if images is not None and verb == "quantize" else None,
+        "writes": [str(run_dir / name) for name in _written(config, verb, searches=searches)],
+        "profile": profile.to_dict(),
     }
+
+
+def _load(section: ModelSection, progress: Progress) -> tuple[LoadedModel, str]:
+    """The float model and where its weights come from; in the place of published ones they are random."""
+    if section.weights is not None or not section.pretrained:
+        loaded = load_float(section, progress)
+        return loaded, loaded.weights_source
+    published = published_weights(section.name)
+    loaded = load_float(section.model_copy(update={"pretrained": False}), progress)
+    return replace(loaded, trained=loaded.num_classes == default_classes(section.name)), PUBLISHED.format(
+        published
+    )
+
+
+def _images(config: RunConfig, loaded: LoadedModel, verb: str, device: Any) -> Images | None:
+    """Those of the run; None where none are named yet, or a proxy's are taken."""
+    if config.data.path is None or (verb == "search" and config.search.proxy is not None):
+        return None
+    if verb == "search":
+        return images_for(config, loaded, device)
+    return Images.open(config, loaded.num_classes, loaded.preprocessing, device)
+
+
+def _check_search(config: RunConfig, network: Network, images: Images | None) -> Images | None:
+    """Refuse a search that could not begin; the images of its proxy, where it has one."""
+    if images is None and config.search.proxy is None:
+        return None
+    if config.model.weights is None:  # those of the proxy come from where the network's do
+        config = config.model_copy(update={"model": config.model.model_copy(update={"pretrained": False})})
+    asked = ask(config, network, images, SILENT)
+    return None if config.search.proxy is None else asked.images
+
+
+def _described(images: Images | None, proxy: Images | None, verb: str) -> dict[str, Any] | None:
+    """Every split that the run looks at; None where no images are named."""
+    splits = {} if images is None else {"train": images.train, "val": images.val}
+    if verb == "search":
+        splits.pop("val", None)  # the training split again
+    if proxy is not None:
+        splits["proxy"] = proxy.train
+    return {name: _split(split) for name, split in splits.items()} or None
+
+
+def _split(split: Split) -> dict[str, Any]:
+    return {"name": split.name, "images": split.images, "classes": list(split.class_names)}
+
+
+def _bits(config: RunConfig) -> str:
+    """Where they come from, in the words of the options."""
+    section = config.quantization
+    if section.bits is not None:
+        return f"--bits {section.bits}"
+    if section.policy is not None:
+        return f"--policy {section.policy}"
+    given = [f"--bops {section.bops}"] if section.bops is not None else []
+    return " ".join(given + ([f"--size {section.size}"] if section.size is not None else []))
+
+
+def _written(config: RunConfig, verb: str, *, searches: bool) -> list[str]:
+    """Files of the run directory, in the order of ``WRITTEN``."""
+    more = SEARCHED if verb == "quantize" and searches else ()
+    return [*WRITTEN[verb], *more, *(FRONT if searches and config.search.pareto else ())]

@@ -16,11 +16,13 @@ from saqcli.config import ModelSection
 from saqcli.errors import ConfigError, CorruptArtifact, RunDirectoryError, SaqError
 from saqcli.io.described import build_described, check_description
 from saqcli.io.machine import library_versions
+from saqcli.io.models import LoadedModel, as_loaded, build_architecture
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.quant.trace import try_model
 from saqcli.strict import named_path, printable
+from saqcli.units import counted
 from saqcli.workflows.onnx_runs import open_session, told
 from saqcli.workflows.setup import answering, load_float
 
@@ -132,6 +134,31 @@ def restore(path: Path) -> tuple[nn.Module, ModelFacts]:
         raise CorruptArtifact(printable(f"{error}") + printable(hint, 200)) from None
 
 
+def open_described(path: Path) -> tuple[LoadedModel, ModelFacts]:
+    """The network that a file describes, of random weights and without quantizers, and what the file says about it.
+
+    Args:
+        path: a ``.safetensors`` or ``.onnx`` file of ours.
+
+    Raises:
+        CorruptArtifact: damaged, foreign, or not of a network that can be built here.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}")
+    try:
+        if path.suffix == ".onnx":
+            facts = read_onnx_facts(path)
+            check_description(facts.build, facts.preprocessing)
+            model = build_architecture(facts.build)
+        else:
+            facts, tensors = read_content(path)
+            model = _float_model(path, facts, tensors)
+    except SaqError as error:
+        raise CorruptArtifact(printable(f"{error}")) from None
+    preprocessing = Preprocessing.from_dict(facts.preprocessing)
+    return as_loaded(model, facts.build, preprocessing, path.name), facts
+
+
 def _float_model(path: Path, facts: ModelFacts, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The network that ``facts`` describe, of random weights."""
     try:
@@ -172,7 +199,8 @@ def open_onnx(path: Path, *, optimized: bool = True) -> Predictor:
         logits = answer(images)
         if logits.shape != (len(images), classes):
             raise CorruptArtifact(
-                f"{path} does not turn {len(images)} images into {classes} logits each, as it says: export it again"
+                f"{path} does not turn {counted(len(images), 'image')} into logits of {classes} classes, as it says: "
+                "export it again"
             )
         return logits
 

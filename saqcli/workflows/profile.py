@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from saqcli.config import ModelSection
+from saqcli.errors import ConfigError, RunDirectoryError
+from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.quant.bits import FLOAT_BITS, BitConfig, parse_bits
 from saqcli.quant.cost import Cost
 from saqcli.quant.space import Candidates, SearchSpace, search_space
 from saqcli.quant.trace import FUNCTIONAL, Trace
-from saqcli.workflows.bits import float_policy, read_policy
+from saqcli.strict import named_path
+from saqcli.workflows.bits import float_policy, in_order, read_policy
+from saqcli.workflows.predictors import check_no_model_options, open_described
 from saqcli.workflows.setup import Network, load_float, wrap_and_trace
 
 NEVER_RUNS = "does not run in evaluation"
@@ -120,15 +124,26 @@ def profile(
     candidates: tuple[int, ...],
     progress: Progress,
     quantize_attention: bool = False,
+    pretrained: bool = False,
 ) -> Profile:
     """The costs of a network at ``bits``, under ``policy``, or in floating point where neither is given.
 
-    With ``quantize_attention`` products of two activations are counted too.
+    With ``quantize_attention`` products of two activations are counted too. ``section.name`` may also be a run
+    directory or a file of a quantized model, which have bits of their own.
 
     Raises:
         SaqError: no such model, or a policy that does not fit it.
     """
+    if _is_quantized(section.name):
+        if bits is not None or policy is not None:
+            raise ConfigError(
+                f"{section.name} has its own bits: remove --{'bits' if bits is not None else 'policy'}"
+            )
+        network, config = _quantized(section, progress)
+        return measure(network, config, search_space(network.name, network.costs, Candidates(candidates)))
     uniform = parse_bits(bits) if bits else None  # a typing error should not cost the time to load a model
+    if not pretrained or section.weights is not None:  # no cost depends on published weights
+        section = section.model_copy(update={"pretrained": False})
     network = wrap_and_trace(load_float(section, progress), quantize_attention=quantize_attention)
     if policy is not None:
         config = read_policy(policy, network)
@@ -137,6 +152,36 @@ def profile(
     else:
         config = float_policy(network)
     return measure(network, config, search_space(network.name, network.costs, Candidates(candidates)))
+
+
+def _is_quantized(target: str) -> bool:
+    """Whether this names a run or a file of ours, and not a network."""
+    path = named_path(target)
+    return path.suffix in (".safetensors", ".onnx") or (path / "manifest.json").is_file()
+
+
+def _quantized(section: ModelSection, progress: Progress) -> tuple[Network, BitConfig]:
+    """The network of a run or of a file that it left, and its bits."""
+    path = named_path(section.name)
+    check_no_model_options(section.name, section)
+    if path.is_dir():
+        run = RunDirectory.open(path)
+        if not run.safetensors_path.is_file():
+            return _of_settings(run, progress)
+        path = run.safetensors_path
+    loaded, facts = open_described(path)
+    network = wrap_and_trace(loaded, quantize_attention=bool(facts.products))
+    return network, in_order(facts.policy, network, str(path))
+
+
+def _of_settings(run: RunDirectory, progress: Progress) -> tuple[Network, BitConfig]:
+    """Of a search, or of a run that has not got to its end: what its settings build, and the bits that it found."""
+    if not run.policy_path.is_file():
+        raise RunDirectoryError(f"{run.path} has no bits yet: {run.how_to_resume()}")
+    config = run.config()
+    loaded = load_float(config.model.model_copy(update={"pretrained": False}), progress)
+    network = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
+    return network, read_policy(run.policy_path, network)
 
 
 def measure(network: Network, policy: BitConfig, space: SearchSpace) -> Profile:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli._version import __version__
+from saqcli.algorithms.exporters import EXPORTERS
 from saqcli.algorithms.graphs.exact_form import ExactForm
 from saqcli.algorithms.graphs.hazards import hazards
 from saqcli.algorithms.graphs.layerwise import check_layers
@@ -46,9 +47,10 @@ def prove_graph(
         progress: told about every batch.
         runtimes: names in ``RUNTIMES``, to run it with too, end to end.
     """
-    found = hazards(onnx.load(str(path)))
-    if found:  # some of them would keep ONNX Runtime from running it
-        return Verdict(0, 1.0, 0.0, 0.0, hazards=found)
+    found, accepted = hazards(onnx.load(str(path))), EXPORTERS[style]().conditions
+    conditions = [hazard for hazard in found if hazard.code in accepted]
+    if len(conditions) < len(found):  # some hazards would keep ONNX Runtime from running the file
+        return Verdict(0, 1.0, 0.0, 0.0, hazards=[each for each in found if each not in conditions])
     frozen = frozen_copy(model)
     first = _first_images(batches)
     others = {name: RUNTIMES[name](path) for name in runtimes}
@@ -59,7 +61,7 @@ def prove_graph(
     for each in verdicts.values():
         each.pytorch_agreement, each.pytorch_difference = pytorch.argmax_agreement, pytorch.mean_abs_diff
     verdict = worst([verdicts[name] for name in runs if name != PYTORCH])
-    verdict.others = {name: verdicts[name] for name in others}
+    verdict.others, verdict.conditions = {name: verdicts[name] for name in others}, conditions
     if isinstance(reference, ExactForm):
         verdict.bit_equal, verdict.accumulators = True, reference.accumulators
     verdict.layerwise = check_layers(path, frozen, first[:LAYERWISE_IMAGES])

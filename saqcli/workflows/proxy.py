@@ -43,7 +43,9 @@ def open_proxy(
     loaded = load_float(_section(config.model, proxy, data), progress, new_head=True)
     images = Images.training_alone(data, loaded.num_classes, loaded.preprocessing, device, config.run.seed)
     if _epochs(proxy, loaded):
-        check_trains(loaded.model, loaded.name, loaded.preprocessing, config)
+        check_trains(
+            loaded.model, loaded.name, loaded.preprocessing, config, images=images.train.images, limits={}
+        )
     small = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
     small.model.to(device)
     names, wanted = ([layer.name for layer in each.costs.layers] for each in (small, network))

@@ -30,7 +30,7 @@ from saqcli.io.batches import Loader
 from saqcli.io.distributed import process_group
 from saqcli.io.files import write_text
 from saqcli.io.machine import library_versions
-from saqcli.io.models import build_architecture
+from saqcli.io.models import LoadedModel, build_architecture
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.runs import RunDirectory
 from saqcli.io.seeds import seed_everything
@@ -94,7 +94,13 @@ def _on(
         network, images = ranks.together(lambda: prepare(config, device, progress))
         if config.training.epochs:
             ranks.together(
-                lambda: check_trains(network.model, network.name, network.loaded.preprocessing, config)
+                lambda: check_trains(
+                    network.model,
+                    network.name,
+                    network.loaded.preprocessing,
+                    config,
+                    images=images.train.images,
+                )
             )
     run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite, note=progress.note)
     with run.recorded():
@@ -133,17 +139,27 @@ def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tupl
     if config.model.new_head:
         seed_everything(config.run.seed)
     loaded = load_float(config.model, progress)
+    images = Images.open(config, loaded.num_classes, loaded.preprocessing, device)
+    network = network_for(config, loaded)
+    network.model.to(device)
+    return network, images
+
+
+def network_for(config: RunConfig, loaded: LoadedModel) -> Network:
+    """The network, wrapped and traced, once bits, budget and distillation are known to suit it.
+
+    Raises:
+        SaqError: a policy of another network, a budget that nothing meets, no float model to learn from.
+    """
     if config.training.distill and not loaded.trained:
         raise ConfigError(
             f"--distill learns from the float model, and the weights of {loaded.name} are random, or those of its "
-            "classifier: give --weights FILE with all of them, or leave --distill away"
+            "classifier: give --weights FILE with all of them, or remove --distill"
         )
-    images = Images.open(config, loaded.num_classes, loaded.preprocessing, device)
     network = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
     if given_policy(config.quantization, network) is None:
         space_of(config.quantization, network).check_reachable(budget_of(config.quantization, network))
-    network.model.to(device)
-    return network, images
+    return network
 
 
 def begin(

@@ -28,6 +28,7 @@ from saqcli.io.manifest import Circumstances, RunManifest
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import SILENT, Progress
 from saqcli.strict import parse_object, printable
+from saqcli.units import counted
 from saqcli.workflows.comparison import Difference, Record, compare
 from saqcli.workflows.determinism import torch_threads
 from saqcli.workflows.quantize import quantize
@@ -150,7 +151,7 @@ def rerun(
     if not resume or not there or new.manifest().status != "finished":
         changes = changes.absolute()
         then = manifest.circumstances[0] if manifest.circumstances else None
-        with _as_then(then, progress):
+        with _as_then(then, run_dir, new_dir, progress):
             config = new.config() if resume and there else _restored(old, then)
             config = changes.applied(config)
             _check_there(config, run_dir)
@@ -245,7 +246,7 @@ def _default_workers(config: RunConfig, cores_then: int) -> int:
 
 
 @contextmanager
-def _as_then(then: Circumstances | None, progress: Progress) -> Iterator[None]:
+def _as_then(then: Circumstances | None, run_dir: Path, new_dir: Path, progress: Progress) -> Iterator[None]:
     """In the directory that relative paths refer to, with as many threads as then."""
     if then is None:
         progress.note(
@@ -255,13 +256,14 @@ def _as_then(then: Circumstances | None, progress: Progress) -> Iterator[None]:
         return
     if then.threads != torch.get_num_threads():
         progress.note(
-            f"computing with {then.threads} threads, as the run did: another number gives other bits"
+            f"computing with {counted(then.threads, 'thread')}, as the run did: another number gives other bits"
         )
     if then.processes != ranks.count():
         progress.note(
-            f"the run was made by {then.processes} processes and this is one, which gives other bits: for the same "
-            f"ones start `torchrun --nproc-per-node {then.processes} -m saqcli` with RUN/config.json as --config and "
-            "another --run-dir, and compare by `saq rerun RUN --run-dir DIR --resume`"
+            f"the run was made by {counted(then.processes, 'process')} and this is one, which gives other "
+            f"bits: for the same ones start `torchrun --nproc-per-node {then.processes} -m saqcli` with "
+            f"{shlex.quote(str(run_dir / 'config.json'))} as --config and another --run-dir, and compare with "
+            f"`saq rerun {shlex.quote(str(run_dir))} --run-dir {shlex.quote(str(new_dir))} --resume`"
         )
     there = Path(then.directory).is_dir() and os.access(then.directory, os.X_OK)
     if not there:

@@ -24,6 +24,7 @@ from saqcli.errors import ConfigError, RunDirectoryError
 from saqcli.io.distributed import process_group
 from saqcli.io.files import write_text
 from saqcli.io.interrupts import deferred_interrupts
+from saqcli.io.models import LoadedModel
 from saqcli.io.runs import RunDirectory
 from saqcli.io.seeds import seed_everything
 from saqcli.progress import SILENT, Progress
@@ -136,7 +137,7 @@ def search_and_stop(
     return searched
 
 
-def check_search(config: RunConfig) -> None:
+def check_search(config: RunConfig, *, needs_data: bool = True) -> None:
     """Refuse what can be seen to be wrong before anything is loaded."""
     section = config.quantization
     check_bits(section)
@@ -146,9 +147,10 @@ def check_search(config: RunConfig) -> None:
         raise ConfigError("a search needs a budget: give --budget 34G, --size 5MB, or both")
     if section.bits is not None or section.policy is not None:
         raise ConfigError(
-            "--bits and --policy say what the bits are, so there is nothing to search: leave them away"
+            "--bits and --policy say what the bits are, so there is nothing to search: remove them"
         )
-    named_data(config.data if config.search.proxy is None else proxy_data(config))
+    if needs_data:
+        named_data(config.data if config.search.proxy is None else proxy_data(config))
 
 
 def prepare_search(
@@ -163,12 +165,17 @@ def prepare_search(
     if config.model.new_head:
         seed_everything(config.run.seed)
     loaded = load_float(config.model, progress)
-    images = Images.training_alone(
-        config.data, loaded.num_classes, loaded.preprocessing, device, config.run.seed
-    )
+    images = images_for(config, loaded, device)
     network = wrap_and_trace(loaded, quantize_attention=attention)
     network.model.to(device)
     return network, images
+
+
+def images_for(config: RunConfig, loaded: LoadedModel, device: torch.device) -> Images:
+    """The training images that a search without a proxy looks at."""
+    return Images.training_alone(
+        config.data, loaded.num_classes, loaded.preprocessing, device, config.run.seed
+    )
 
 
 def keep_search(searched: Searched, config: RunConfig, run: RunDirectory) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from saqcli.algorithms.graphs.hazards import Hazard
 from saqcli.algorithms.graphs.integers import Accumulator
 from saqcli.algorithms.graphs.layerwise import LayerwiseCheck
 from saqcli.strict import json_text
+from saqcli.units import counted
 
 SCHEMA_VERSION = 1
 SUFFIX = ".verdict.json"
@@ -34,6 +35,7 @@ class Verdict:
         pytorch_difference: mean difference of PyTorch's own logits in float32, in the same units as ``mean_abs_diff``.
         layerwise: the comparison part by part; None where the file is no graph.
         hazards: patterns that a runtime would change.
+        conditions: hazards that the style accepts: where the file must not run.
         accumulators: of an exact graph, the largest sums of its layers.
         bit_equal: whether logits must be equal to the last bit.
         others: the same comparison for runtimes that were asked for, by name; never held to ``bit_equal``.
@@ -48,6 +50,7 @@ class Verdict:
     pytorch_difference: float = 0.0
     layerwise: LayerwiseCheck | None = None
     hazards: list[Hazard] = field(default_factory=list)
+    conditions: list[Hazard] = field(default_factory=list)
     accumulators: tuple[Accumulator, ...] = ()
     bit_equal: bool = False
     others: "dict[str, Verdict]" = field(default_factory=dict)
@@ -66,7 +69,7 @@ class Verdict:
         astray = min(AS_PYTORCH * (1 - self.pytorch_agreement), MOST_ASTRAY)
         if different > (1 - LEAST_AGREEMENT + astray) * self.images + FREE_IMAGES:
             reasons.append(
-                f"the best class agrees on {100 * self.argmax_agreement:.2f} % of {self.images} images"
+                f"the best class agrees on {100 * self.argmax_agreement:.2f} % of {counted(self.images, 'image')}"
             )
         loose = min(AS_PYTORCH * self.pytorch_difference, LARGEST_LOOSE_DIFFERENCE)
         allowed = max(LARGEST_MEAN_DIFFERENCE, loose)
@@ -101,6 +104,7 @@ class Verdict:
                 name: {"argmax_agreement": other.argmax_agreement, "max_abs_diff": other.max_abs_diff}
                 for name, other in self.others.items()
             },
+            "conditions": list(dict.fromkeys(f"{each.code}: {each.text}" for each in self.conditions)),
             "split_layers": [each.layer for each in self.accumulators if each.parts > 1],
         }
 
@@ -109,7 +113,7 @@ def _which_layers(check: LayerwiseCheck) -> str:
     names = check.wrong
     if not names:
         return f"logits computed from the same codes differ by {check.logits_error:.2g} of their range"
-    more = f" and {len(names) - NAMED} more layers" if len(names) > NAMED else ""
+    more = f" and {counted(len(names) - NAMED, 'more layer')}" if len(names) > NAMED else ""
     return f"fed the same codes, it differs in front of {', '.join(names[:NAMED])}{more}"
 
 
@@ -152,6 +156,7 @@ def verdict_text(verdict: Verdict, path: Path, about: dict[str, Any]) -> str:
         **about,
         **verdict.figures(),
         "hazards": [str(hazard) for hazard in verdict.hazards],
+        "conditions_at": [hazard.node for hazard in verdict.conditions],
         "per_layer": layers,
     }
     return json_text(tree, indent=1) + "\n"

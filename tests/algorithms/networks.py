@@ -245,8 +245,10 @@ def quantize(
     choose: Callable[[Iterable[str]], dict[str, LayerBits]] = mixed_bits,
     scheme: Scheme | None = None,
     seed: int = 0,
+    *,
+    products: bool = False,
 ) -> Quantized:
-    """``make()``, wrapped, calibrated on noise and quantized."""
+    """``make()``, wrapped, calibrated on noise and quantized; with ``products`` those of activations too."""
     scheme = scheme or Scheme()
     with seeded(seed):
         model = make().eval()
@@ -255,6 +257,8 @@ def quantize(
     traced = trace(model, images(1))
     for parent, children in traced.routed.items():
         convert.route(model, [parent], children)
+    if products:
+        convert.follow(model, {each.name: each.follows for each in traced.products if each.follows})
     statistics = calibrate.observe(model, [images(32, seed=1)])
     signed = {name: entry.signed for name, entry in statistics.items()}
     policy = BitConfig(model="tests/tiny", layers=choose(traced.layers))

@@ -122,4 +122,5 @@ def dequantized(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, onnx.T
 
 
 def integers(tensor: onnx.TensorProto) -> Any:
-    return numpy_helper.to_array(tensor).astype(np.int32)
+    """Weight codes without zero point, which is 128 in UINT8."""
+    return numpy_helper.to_array(tensor).astype(np.int32) - (128 if tensor.data_type == UINT8 else 0)

@@ -302,7 +302,7 @@ def test_what_is_there_is_replaced_only_when_told(model: Path, tmp_path: Path) -
         (("--onnx", "model.bin"), "--onnx model.bin has no ending .onnx"),
         (
             ("--onnx", "model.onnx", "--style", "tflite"),
-            "there is no export style 'tflite': choose from qdq, exact",
+            "there is no export style 'tflite': choose from qdq, qdq-vnni, exact",
         ),
         (("--onnx", "model.onnx", "--style", "safetensors"), "there is no export style 'safetensors'"),
         (("--onnx", "model.onnx", "--verify", "tensorrt"), "--verify tensorrt is no runtime that saq knows"),

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from saqcli.algorithms.objective import cut, sizes
 from saqcli.algorithms.random_state import random_state
 from saqcli.cli.options import parse_assignments, parse_size
 from saqcli.config import ModelSection, RunConfig, resolve
@@ -145,6 +146,25 @@ class Pooled(nn.Module):
         return self.head(self.norm(x.mean((2, 3), keepdim=True)).flatten(1))
 
 
+class Dense(Pooled):
+    """Another norm over features that are no image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x.mean((2, 3))))
+
+
+class Instances(Pooled):
+    """A norm over the pixels of each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm2d(3)
+
+
 class TestTraining:
     size = Preprocessing((3, 8, 8), (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0)
 
@@ -170,6 +190,60 @@ class TestTraining:
             check_trains(build().eval(), "any", self.size, self.config(**options))
         assert "--epochs 0" in str(caught.value)
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("build", [Pooled, Dense])
+    @pytest.mark.parametrize(
+        ("batch", "images", "options", "cause", "remedy"),
+        [
+            (128, 900, {"micro_batch": 1}, "--micro-batch 1 leaves", "give --micro-batch 2 or more,"),
+            (
+                128,
+                900,
+                {"sharpness_batch": 1},
+                "--sharpness-batch 1 leaves",
+                "give --sharpness-batch 2 or more,",
+            ),
+            (
+                5,
+                900,
+                {"micro_batch": 2},
+                "--micro-batch 2 with batches of 5 leaves",
+                "give --micro-batch 3 or more,",
+            ),
+            (1, 900, {}, "--batch-size 1 leaves", "give --batch-size 2 or more,"),
+            (128, 1, {"micro_batch": 1}, "a training set of 1 image leaves", "give more images,"),
+        ],
+    )
+    def test_a_single_image_is_blamed_on_what_leaves_it(
+        self,
+        build: Callable[[], nn.Module],
+        batch: int,
+        images: int,
+        options: dict[str, Any],
+        cause: str,
+        remedy: str,
+    ) -> None:
+        config = self.config(**options)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"batch_size": batch})})
+
+        with pytest.raises(UnsupportedModel) as caught:
+            check_trains(build().eval(), "any", self.size, config, images=images)
+
+        assert f". {cause} a single image in a forward pass" in str(caught.value)
+        assert remedy in str(caught.value)
+        check_trains(Pooled().eval(), "any", self.size, self.config(micro_batch=2), images=900)
+
+    def test_images_too_small_are_not_blamed_on_their_number(self) -> None:
+        with pytest.raises(UnsupportedModel) as caught:
+            check_trains(Instances().eval(), "any", self.size, self.config(micro_batch=1))
+
+        assert "fails in training on 1 image: Expected more than 1 spatial element" in str(caught.value)
+        assert "-batch" not in str(caught.value)
+        assert "--input-size" in str(caught.value)
+
+    @pytest.mark.parametrize(("batch", "micro"), [(7, 2), (8, 3), (9, 4), (12, 12), (1, 5)])
+    def test_sizes_are_those_of_the_parts(self, batch: int, micro: int) -> None:
+        assert sizes(batch, micro) == [len(part[0]) for part in cut([torch.zeros(batch)], micro)]
 
     @pytest.mark.parametrize("build", [Pooled, Auxiliary])
     def test_trying_changes_nothing(self, build: Callable[[], nn.Module]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from saqcli.algorithms.exporters.exact import ExactExporter
 from saqcli.algorithms.exporters.facts import ModelFacts
-from saqcli.algorithms.exporters.qdq import QdqExporter
+from saqcli.algorithms.exporters.qdq import QdqExporter, VnniExporter
 from saqcli.algorithms.exporters.qonnx import QonnxExporter
 from saqcli.algorithms.exporters.safetensors import SafetensorsExporter
 from saqcli.algorithms.exporters.trt import TrtExporter
@@ -26,6 +26,10 @@ class Exporter(Protocol):
     def suffix(self) -> str:
         """Of the files it writes."""
 
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Codes of hazards (``graphs.hazards``) that its files may have; the verdict names them as conditions."""
+
     def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
         """Write the quantized ``model``, in eval mode, to ``path``."""
 
@@ -33,6 +37,7 @@ class Exporter(Protocol):
 EXPORTERS: dict[str, Callable[[], Exporter]] = {
     "safetensors": SafetensorsExporter,
     "qdq": QdqExporter,
+    "qdq-vnni": VnniExporter,
     "exact": ExactExporter,
     "trt": TrtExporter,
     "qonnx": QonnxExporter,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from pydantic_core import from_json
 
+from saqcli.units import counted
+
 MOST_HEADER = 100_000_000  # bytes; the library's own limit
 AGAIN = "fetch or write the file again"
 MODEL = "give the model.safetensors of a run directory"
@@ -46,11 +48,11 @@ def describe_damage(path: Path, reason: str) -> str:
         if head.startswith(start):
             return f"{path} is {kind}, no safetensors file; nothing in it was run: {MODEL}"
     if size < 8:
-        return f"{path} is truncated to {size} bytes: {AGAIN}"
+        return f"{path} is truncated to {counted(size, 'byte')}: {AGAIN}"
     if length > MOST_HEADER or head[8:9] not in (b"{", b""):
         return f"{path} is no safetensors file: {MODEL}"
     if 8 + length > size:
-        return f"{path} is truncated: it has {size} bytes, its header alone {8 + length}: {AGAIN}"
+        return f"{path} is truncated: it has {counted(size, 'byte')}, its header alone {8 + length}: {AGAIN}"
     promised = _end_of_tensors(header)
     if promised is None:
         return f"{path} is damaged, its header cannot be read ({reason}): {AGAIN}"

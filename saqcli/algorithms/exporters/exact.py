@@ -28,6 +28,7 @@ class ExactExporter:
     """Writes a graph that any runtime with IEEE arithmetic computes alike."""
 
     suffix = ".onnx"
+    conditions: tuple[str, ...] = ()
 
     def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
         """Write ``path``; as ``QdqExporter.export``.
@@ -56,5 +57,4 @@ def _weight_codes(graph: ir.Graph, node: ir.Node) -> ir.Value:
             graph, node, halves.astype(ml_dtypes.int4), ir.DataType.INT4, np.float32(2)
         )
         return parts.before(graph, node, "Add", [doubled, parts.constant(graph, "one", np.float32(1))])
-    container, dtype = parts.packed(codes)
-    return parts.dequantized(graph, node, container, dtype, np.float32(1))
+    return parts.dequantized(graph, node, *parts.packed_safely(node), np.float32(1))

@@ -2,14 +2,17 @@
 
     input --Clip--QuantizeLinear--DequantizeLinear--.
                                                      Conv --Add(bias)-- Relu -- ...
-    integer weight (INT4 / INT8 / INT16) --Dequant--'
+    integer weight (INT4 / INT8 / UINT8 / INT16) --Dequant--'
 
-Batch norms are folded into the steps of weights, whose codes stay as they are. Three choices keep the
+Batch norms are folded into the steps of weights, whose codes stay as they are. Four choices keep the
 numbers, each answering something that ONNX Runtime does on its own (``docs/export.md``): weights are integer
 constants behind DequantizeLinear; the bias is an Add of its own, since a bias inside Conv or Gemm between
-quantized tensors is rounded; activations live in 8-bit containers behind a float Clip. Where a layer is
-quantized to full 8 bits on all sides, the pattern is the one that ONNX Runtime runs on integers
-(``graphs.integer_kernels``).
+quantized tensors is rounded; activations live in 8-bit containers behind a float Clip; 8-bit weights whose products
+can saturate are UINT8 (``graphs.saturation``). Where a layer is quantized to full 8 bits on all sides, the pattern is
+the one that ONNX Runtime runs on integers (``graphs.integer_kernels``).
+
+Style ``qdq-vnni`` is the same file with INT8 weights, whose kernels are faster, and right only where the processor has
+VNNI or is no x86.
 """
 
 from pathlib import Path
@@ -26,9 +29,11 @@ from saqcli.algorithms.graphs.operators import frozen_copy
 
 
 class QdqExporter:
-    """Writes a graph that ONNX Runtime and OpenVINO read."""
+    """Writes a graph that ONNX Runtime and OpenVINO read, and compute alike on every processor."""
 
     suffix = ".onnx"
+    conditions: tuple[str, ...] = ()  # hazards that the verdict names as conditions of use
+    saturating = False  # whether sums of two products may exceed 16 bits
 
     def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
         """Write ``path``.
@@ -48,15 +53,22 @@ class QdqExporter:
         parts.fold_norms(graph)
         prepare_integer_kernels(graph)
         parts.split_bias(graph)
-        parts.lower(graph, "QuantizeInput", _quantize_input)
-        parts.lower(graph, "DequantizeWeight", _dequantize_weight)
+        parts.lower(graph, "QuantizeInput", self._quantize_input)
+        parts.lower(graph, "DequantizeWeight", self._dequantize_weight)
         tracing.save(model_graph, path, properties(facts), facts.saq_version)
 
+    def _quantize_input(self, graph: ir.Graph, node: ir.Node) -> ir.Value:
+        unsigned = not self.saturating and parts.of_product(node)
+        codes, step, zero = quantized(graph, node, unsigned=unsigned)
+        return parts.before(graph, node, "DequantizeLinear", [codes, step, zero])
 
-def _quantize_input(graph: ir.Graph, node: ir.Node) -> ir.Value:
-    codes, step, zero = quantized(graph, node)
-    return parts.before(graph, node, "DequantizeLinear", [codes, step, zero])
+    def _dequantize_weight(self, graph: ir.Graph, node: ir.Node) -> ir.Value:
+        codes = parts.packed(parts.array_of(node.inputs[0])) if self.saturating else parts.packed_safely(node)
+        return parts.weight(graph, node, *codes)
 
 
-def _dequantize_weight(graph: ir.Graph, node: ir.Node) -> ir.Value:
-    return parts.weight(graph, node, *parts.packed(parts.array_of(node.inputs[0])))
+class VnniExporter(QdqExporter):
+    """Style ``qdq-vnni``: INT8 weights whatever their sums."""
+
+    conditions = ("H9",)
+    saturating = True

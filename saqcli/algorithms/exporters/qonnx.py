@@ -25,6 +25,7 @@ class QonnxExporter:
     """Writes a graph of IntQuant nodes."""
 
     suffix = ".onnx"
+    conditions: tuple[str, ...] = ()
 
     def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
         """Write ``path``; as ``QdqExporter.export``."""

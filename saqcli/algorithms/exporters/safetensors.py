@@ -43,6 +43,7 @@ class SafetensorsExporter:
     """Writes the whole model, to be evaluated or exported further by ``saq``; the same model as the same bytes."""
 
     suffix = ".safetensors"
+    conditions: tuple[str, ...] = ()
 
     def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
         """Write ``path``; ``example`` is not needed."""

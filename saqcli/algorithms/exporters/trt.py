@@ -33,6 +33,7 @@ class TrtExporter:
     """Writes a graph of INT8 Q/DQ nodes without zero points."""
 
     suffix = ".onnx"
+    conditions: tuple[str, ...] = ("H9",)  # TensorRT has no such kernels
 
     def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
         """Write ``path``; as ``QdqExporter.export``.

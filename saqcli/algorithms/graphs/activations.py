@@ -6,16 +6,18 @@ import onnx_ir as ir
 from saqcli.algorithms.graphs import parts
 
 
-def quantized(graph: ir.Graph, node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
+def quantized(
+    graph: ir.Graph, node: ir.Node, *, unsigned: bool = False
+) -> tuple[ir.Value, ir.Value, ir.Value]:
     """The codes of an input placeholder, its step, and the code of zero.
 
-    INT8 where the codes are signed and fit, else UINT8, shifted so that the lowest code is 0. The container
-    is meant: with 4-bit containers ONNX Runtime removes a ReLU that is still needed (hazard H4), or fails on
+    INT8 where the codes are signed and fit, unless ``unsigned``; else UINT8, shifted so that the lowest code is 0.
+    4-bit containers are avoided: with them ONNX Runtime removes a ReLU that is still needed (hazard H4), or fails on
     a Clip (H3).
     """
     x, step = node.inputs
     lowest, highest = parts.number(node, "lowest"), parts.number(node, "highest")
-    signed = -128 <= lowest < 0 and highest <= 127
+    signed = -128 <= lowest < 0 and highest <= 127 and not unsigned
     zero = np.array(0 if signed else -lowest, np.int8 if signed else np.uint8)
     name = f"{parts.text(node, 'layer')}.input"
     assert x is not None

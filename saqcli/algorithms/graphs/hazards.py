@@ -7,9 +7,13 @@
     H4   ReLU in front of a signed or shifted 4- or 2-bit quantizer is deleted
     H5   2-bit weights with quantized activations make an invalid graph
     H8   Gemm with alpha other than 1 between quantized tensors loses it
+    H9   8-bit inputs times INT8 weights (or activations) whose sums of two products exceed 16 bits: wrong on x86
+         processors without VNNI
 
 Every exporter avoids them by how it writes; this list is the check that it did (``docs/export.md`` tells how each was
-found). Reproduced with ONNX Runtime 1.31.
+found). Reproduced with ONNX Runtime 1.32. H6 and H7 are no patterns of a graph: see there.
+
+H9 depends on the processor. A style may declare it as a condition of use, which the verdict then names.
 """
 
 from collections import defaultdict
@@ -19,9 +23,17 @@ from typing import Any
 
 import onnx
 
+from saqcli.algorithms.graphs.saturation import may_saturate
+
 _FOUR, _TWO = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4), (onnx.TensorProto.INT2, onnx.TensorProto.UINT2)
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _BIASED = ("Conv", "ConvTranspose", "Gemm")
+
+
+SATURATION = (
+    "wrong on x86 processors without VNNI, where ONNX Runtime and OpenVINO cut off sums of two 8-bit products at 16 "
+    "bits; right with VNNI, and in ONNX Runtime with session.x64quantprecision=1"
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class Hazard:
     """A pattern that some optimization turns into something else.
 
     Attributes:
-        code: H1 to H8.
+        code: H1 to H9.
         node: name of the node.
         text: what would happen.
     """
@@ -69,12 +81,16 @@ class _Graph:
         known = [*inferred.value_info, *inferred.input, *inferred.output]
         self.ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in known}
 
+    def dequantizer(self, name: str) -> tuple[Any, bool]:
+        """The DequantizeLinear that a tensor comes out of, and whether an odd number of transposes lies between."""
+        node, odd = self.makers.get(name), False
+        while node is not None and node.op_type == "Transpose":
+            node, odd = self.makers.get(node.input[0]), not odd
+        return (node if node is not None and node.op_type == "DequantizeLinear" else None), odd
+
     def dequantized(self, name: str) -> bool:
         """Whether a tensor comes out of DequantizeLinear, through transposes at most."""
-        node = self.makers.get(name)
-        while node is not None and node.op_type == "Transpose":
-            node = self.makers.get(node.input[0])
-        return node is not None and node.op_type == "DequantizeLinear"
+        return self.dequantizer(name)[0] is not None
 
     def quantized_next(self, name: str) -> bool:
         """Whether a tensor is quantized, behind ReLUs and Clips at most."""
@@ -125,9 +141,29 @@ def _of_product(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
         yield "H2", "its float input would be quantized on the fly"
     if fed and graph.stored(weight) in _TWO:
         yield "H5", "2-bit weights with quantized inputs make an invalid graph"
+    if fed and node.op_type != "ConvTranspose" and _saturates(graph, node, weight):
+        yield "H9", SATURATION
     alpha = [each.f for each in node.attribute if each.name == "alpha"]
     if node.op_type == "Gemm" and alpha and alpha[0] != 1.0 and fed:
         yield "H8", "its alpha would be lost"
+
+
+def _saturates(graph: _Graph, node: Any, weight: str) -> bool:
+    """Whether two products of 8-bit codes may exceed 16 bits where the second operand is INT8."""
+    dequantizer, transposed = graph.dequantizer(weight)
+    if dequantizer is None:
+        return False
+    if dequantizer.input[0] not in graph.constants:  # an activation, which has every code
+        zero = graph.constants.get(dequantizer.input[2]) if len(dequantizer.input) > 2 else None
+        return zero is not None and zero.data_type == onnx.TensorProto.INT8
+    stored = graph.constants[dequantizer.input[0]]
+    if stored.data_type != onnx.TensorProto.INT8:
+        return False
+    codes = onnx.numpy_helper.to_array(stored)
+    if node.op_type == "Conv":
+        return may_saturate(codes, 0)
+    by_rows = any(each.name == "transB" and each.i for each in node.attribute)
+    return may_saturate(codes, codes.ndim - 1 if by_rows == transposed else codes.ndim - 2)
 
 
 def _of_quantizer(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:

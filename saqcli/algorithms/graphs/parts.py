@@ -8,8 +8,10 @@ import numpy as np
 import onnx_ir as ir
 
 from saqcli.algorithms.graphs.operators import DOMAIN, PER_TENSOR
+from saqcli.algorithms.graphs.saturation import UINT8_ZERO, may_saturate
 from saqcli.algorithms.graphs.tracing import NODE_FACTS, OUTPUT
 from saqcli.errors import UnsupportedModel
+from saqcli.quant.products import split_name
 
 LAYER, OPERAND, BITS = "saq.layer", "saq.operand", "saq.bits"  # what a node tells
 ZERO, PADS = "saq.zero", "saq.pads"  # the code of zero, and zeros set around, where a style moves codes
@@ -192,6 +194,16 @@ def packed(codes: Any) -> tuple[Any, ir.DataType]:
     return codes, ir.DataType.INT16
 
 
+def packed_safely(node: ir.Node) -> tuple[Any, ir.DataType]:
+    """As ``packed``, but in UINT8 where sums of two products with 8-bit codes may exceed 16 bits (hazard H9)."""
+    codes, dtype = packed(array_of(node.inputs[0]))
+    multiplied = any(_has_codes(product) and product.op_type != "ConvTranspose" for product in products(node))
+    dim = max(number(node, "dim"), 0) if "dim" in node.attributes else 0
+    if dtype != ir.DataType.INT8 or not multiplied or not may_saturate(codes, dim):
+        return codes, dtype
+    return (codes.astype(np.int16) + UINT8_ZERO).astype(np.uint8), ir.DataType.UINT8
+
+
 def split_bias(graph: ir.Graph) -> None:
     """Move the bias of every product with a quantized weight into an Add behind it (hazard H1)."""
     for node in list(graph):
@@ -237,16 +249,18 @@ def shaped_step(node: ir.Node) -> Any:
 
 
 def dequantized(graph: ir.Graph, node: ir.Node, codes: Any, dtype: ir.DataType, step: Any) -> ir.Value:
-    """DequantizeLinear over constant codes of a weight placeholder, with ``step``."""
+    """DequantizeLinear over constant codes of a weight placeholder, with ``step``; UINT8 holds them moved by 128."""
     layer = text(node, "layer")
     inputs = [constant(graph, f"{layer}.codes", codes, dtype), constant(graph, f"{layer}.step", step)]
+    if dtype == ir.DataType.UINT8:
+        inputs.append(constant(graph, f"{layer}.zero", np.full(np.shape(step), UINT8_ZERO, np.uint8)))
     axis = {} if np.ndim(step) == 0 else {"axis": number(node, "dim")}
     return before(graph, node, "DequantizeLinear", inputs, **axis)
 
 
 def weight(graph: ir.Graph, node: ir.Node, codes: Any, dtype: ir.DataType) -> ir.Value:
     """A weight placeholder as DequantizeLinear over its ``codes``; inputs must have been lowered before."""
-    if all(product.op_type in _CONVOLUTIONS or _has_codes(product) for product in _products(node)):
+    if all(product.op_type in _CONVOLUTIONS or _has_codes(product) for product in products(node)):
         return dequantized(graph, node, codes, dtype, array_of(node.inputs[1]))
     # In a matrix product ONNX Runtime would take it for a reason to quantize a float input (hazard H2).
     integers = dequantized(graph, node, codes, dtype, np.float32(1))
@@ -254,12 +268,18 @@ def weight(graph: ir.Graph, node: ir.Node, codes: Any, dtype: ir.DataType) -> ir
     return before(graph, node, "Mul", [integers, scale])
 
 
-def _products(node: ir.Node) -> list[ir.Node]:
+def products(node: ir.Node) -> list[ir.Node]:
     """What multiplies with a weight, behind transposes at most."""
     found = []
     for reader in consumers(node.outputs[0]):
-        found += _products(reader) if reader.op_type == "Transpose" else [reader]
+        found += products(reader) if reader.op_type == "Transpose" else [reader]
     return found
+
+
+def of_product(node: ir.Node) -> bool:
+    """Whether an input placeholder quantizes an operand of a product of two activations."""
+    names = text(node, "layer").split(LAYER_SEPARATOR)
+    return any(split_name(name.rpartition(".")[0])[1] is not None for name in names)
 
 
 def _has_codes(product: ir.Node) -> bool:

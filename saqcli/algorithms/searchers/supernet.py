@@ -189,9 +189,10 @@ def score_all(
     images = sum(len(labels) for _, labels in problem.images.scoring)
     with problem.progress.task("scoring configurations", len(choices)) as task:
         for choice in choices:
+            new = tuple(choice) not in scorer.scored
             found.append(scorer(choice))
             best = max(found, key=rank)
-            task.advance(images=images, best=best.top1, MBOPs=best.cost.bops / 1e6)
+            task.advance(images=images if new else 0, best=best.top1, MBOPs=best.cost.bops / 1e6)
             problem.memory.offer(lambda: {**(beside or {}), "scored": scorer.state_dict()})
     return max(found, key=rank)
 

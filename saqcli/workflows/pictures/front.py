@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saqcli.quant.cost import UNITS, Budget
-from saqcli.units import format_quantity
+from saqcli.units import counted, format_quantity
 from saqcli.workflows.pictures.canvas import ACCENT, COLOURS, FAINT, INK, new_figure, save, style
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def paint_front(front: "Front") -> "Figure":
         ax.axhline(front.float_top1, color=INK, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
         _note(ax, 0.012, front.float_top1, f"float {front.float_top1:.2f} %", ax.get_yaxis_transform())
     ax.set_xlabel(NAMES[unit])
-    ax.set_ylabel(f"top-1 in %, on the {front.images} images of the search")
+    ax.set_ylabel(f"top-1 in %, on the {counted(front.images, 'image')} of the search")
     ax.grid(color=FAINT, linewidth=0.4, alpha=0.6)
     ax.set_axisbelow(True)
     ax.set_title(f"{front.model}: accuracy over cost, searcher {front.searcher}", loc="left")

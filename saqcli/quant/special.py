@@ -77,7 +77,7 @@ class QuantizedAttention(QuantizedLayer):
 
         Returns:
             The output, and with ``need_weights`` the attention weights as torch has them: (N, L, S), averaged over the
-            heads, or (N, heads, L, S); before dropout, unless products are quantized. They are computed beside the output.
+            heads, or (N, heads, L, S); before dropout, unless products are quantized.
         """
         layer: Any = self
         same = query is key and key is value

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -130,7 +131,9 @@ def _no_larger_than(tensors: int, numbers: int) -> Iterator[None]:
     most_tensors = REBUILT * tensors + SPARE_TENSORS
 
     def count(kind: str, value: Tensor | None) -> None:
-        if value is None or threading.get_ident() != thread:  # another thread may build what it likes
+        if (
+            value is None or is_lazy(value) or threading.get_ident() != thread
+        ):  # another may build what it likes
             return
         seen["tensors"] += 1
         seen[kind] += value.numel()

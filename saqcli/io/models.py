@@ -5,7 +5,6 @@
 where the library publishes them, or are random.
 """
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,13 +14,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from saqcli.errors import ConfigError, SaqError, UnknownModel, UnsupportedModel, WeightsMismatch
-from saqcli.io import catalogue
+from saqcli.errors import ConfigError, SaqError, UnsupportedModel, WeightsMismatch
 from saqcli.io.arguments import check_arguments
 from saqcli.io.hub import unpublished
+from saqcli.io.names import resolve
 from saqcli.io.preprocessing import Preprocessing as Preprocessing
 from saqcli.io.state_dicts import fit_names
-from saqcli.io.weights import WeightFile, check_numbers, load_into, read_weights, sha256_of
+from saqcli.io.weights import (
+    WeightFile,
+    channels_note,
+    check_numbers,
+    load_into,
+    read_weights,
+    sha256_of,
+    to_channels,
+)
 from saqcli.io.zoos import ZOOS, Architecture, Zoo
 from saqcli.strict import printable
 from saqcli.units import counted
@@ -99,16 +106,14 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         SaqError: its published weights cannot be had.
         CorruptArtifact, UnsafeWeights, WeightsMismatch: the weight file; see ``saqcli.io.weights``.
     """
-    prefix, name = _resolve(spec.name)
-    zoo = ZOOS[prefix]
-    notes: list[str] = []
+    prefix, name, note = resolve(spec.name)
+    zoo, notes = ZOOS[prefix], [note] if note else []
     if spec.weights_key is not None and not spec.weights:
         raise ConfigError(
             "--weights-key chooses among the tensors of a weight file: give --weights FILE with it"
         )
-    file = (
-        read_weights(spec.weights, spec.weights_key) if spec.weights else None
-    )  # before time is spent on building
+    # Before time is spent on building.
+    file = read_weights(spec.weights, spec.weights_key) if spec.weights else None
     arch, preprocessing = _architecture(zoo, f"{prefix}/{name}", spec)
     sha256, trained = None, True
     with _building(f"{prefix}/{name}", arch.kwargs):
@@ -123,6 +128,8 @@ def load_model(spec: ModelSpec) -> LoadedModel:
                     f"{source} has {counted(published, 'class')}: the {arch.num_classes} asked for start random"
                 )
                 trained = False
+            if arch.in_chans != (channels := zoo.preprocessing(name, None).input_size[0]):
+                notes.append(channels_note(source, channels, arch.in_chans))
         else:
             model, source, trained = zoo.build(arch), "random", False
         if not spec.weights:  # a file's were checked when they were loaded
@@ -149,7 +156,7 @@ def published_weights(name: str) -> str:
     Raises:
         SaqError: no such network, or nobody published any.
     """
-    prefix, short = _resolve(name)
+    prefix, short, _ = resolve(name)
     architecture, _, tag = short.partition(".")
     tags = ZOOS[prefix].tags().get(architecture)
     if not tags:
@@ -163,7 +170,7 @@ def default_classes(name: str) -> int:
     Raises:
         UnknownModel: no network of that name.
     """
-    prefix, short = _resolve(name)
+    prefix, short, _ = resolve(name)
     return ZOOS[prefix].default_classes(short)
 
 
@@ -188,16 +195,16 @@ def build_architecture(build: Mapping[str, Any]) -> nn.Module:
         raise ConfigError(
             f"the architecture's {', '.join(sorted(wrong))} is missing or unknown: it needs {sorted(keys)}"
         )
-    prefix, name = _resolve(build["name"])
+    found = resolve(build["name"])
     with _building(build["name"], build["kwargs"]):
-        return ZOOS[prefix].build(Architecture(**{**build, "name": name})).eval()
+        return ZOOS[found.prefix].build(Architecture(**{**build, "name": found.name})).eval()
 
 
 def as_loaded(
     model: nn.Module, build: Mapping[str, Any], preprocessing: Preprocessing, source: str
 ) -> LoadedModel:
     """A network that ``build`` describes and that is built already, as ``load_model`` gives it."""
-    prefix, _ = _resolve(build["name"])
+    prefix = resolve(build["name"]).prefix
     return LoadedModel(
         model,
         build["name"],
@@ -208,33 +215,6 @@ def as_loaded(
         dict(build),
         classifiers=ZOOS[prefix].classifiers(model),
     )
-
-
-def _resolve(name: str) -> tuple[str, str]:
-    """Prefix and library name of the network that a user calls ``name``."""
-    prefix, slash, rest = name.partition("/")
-    candidates = [(prefix, rest)] if slash else [(known, name) for known in ZOOS]
-    for prefix, short in candidates:
-        if prefix in ZOOS and ZOOS[prefix].knows(short):
-            return prefix, short
-    near = _near(candidates[0][1], prefix if slash and prefix in ZOOS else None)
-    hint = f"near are {', '.join(near)}" if near else "nothing is near"
-    raise UnknownModel(f"no network is called {name!r}: {hint}; `saq models PATTERN` lists them")
-
-
-def _near(name: str, prefix: str | None) -> list[str]:
-    """Up to five known names that look like ``name``, of one library where the user named it."""
-    name = name.lower()
-    architecture, dot, _ = name.partition(".")
-    full: dict[str, str] = {}
-    for entry in catalogue.find("*.*" if dot else None) + catalogue.find():
-        library, _, short = entry.name.partition("/")
-        if prefix in (None, library):
-            full.setdefault(short, entry.name)
-    tagged = [short for short in full if dot and short.startswith(f"{architecture}.")]
-    alike = difflib.get_close_matches(name, tagged or full, n=4, cutoff=0.7)
-    within = sorted((short for short in full if len(name) > 2 and name in short), key=len)
-    return [full[short] for short in dict.fromkeys(alike + tagged + within)][:5]
 
 
 def _architecture(zoo: Zoo, name: str, spec: ModelSpec) -> tuple[Architecture, Preprocessing]:
@@ -333,6 +313,8 @@ def _from_state(
         notes.append(
             f"{source} has another classifier: the {counted(arch.num_classes, 'class')} asked for start random"
         )
+    state, note = to_channels(state, model.state_dict(), arch.in_chans, source)
+    notes += [note] if note else []
     try:
         load_into(model, state, source, name=name, classifiers=heads)
     except WeightsMismatch:

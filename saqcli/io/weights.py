@@ -27,6 +27,7 @@ from saqcli.strict import printable
 from saqcli.units import counted
 
 PICKLES = (".pth", ".pt", ".th", ".bin", ".tar", ".ckpt")
+COLOURS = 3  # channels of the images that published weights read
 MOST_NAME = 1000  # characters of a tensor's name
 _NAMED = 5  # keys that a message lists before it counts
 _CODE = (
@@ -139,6 +140,34 @@ def check_numbers(model: nn.Module, source: str, state: Mapping[str, Tensor] | N
         )
 
 
+def to_channels(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], channels: int, source: str
+) -> tuple[Mapping[str, Tensor], str]:
+    """``state`` with what reads colour images made to read images of ``channels``, as timm does it; and a note.
+
+    Weights are summed over the colours for one channel, else repeated and scaled. The note is empty where none is.
+    """
+    if channels == COLOURS:
+        return state, ""
+    from timm.models import adapt_input_conv
+
+    reading = {}
+    for name, value in state.items():
+        wanted = own[name].shape if name in own else ()
+        if value.dim() == len(wanted) == 4 and value.shape != wanted and value.shape[1] % COLOURS == 0:
+            theirs = list(value.shape)
+            theirs[1] = theirs[1] // COLOURS * channels
+            if theirs == list(wanted):
+                reading[name] = adapt_input_conv(channels, value)
+    return {**state, **reading}, channels_note(source, COLOURS, channels) if reading else ""
+
+
+def channels_note(source: str, before: int, now: int) -> str:
+    """What to say of weights that were made to read images of another number of channels."""
+    how = "summed over its channels" if now == 1 else "repeated over the channels and scaled"
+    return f"{source} reads images of {counted(before, 'channel')}: {how} to read {now}"
+
+
 def versioned(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``state`` as modules of today's versions would have written it; torchvision's MNASNet asks for its version."""
     known: dict[str, Tensor] = model.state_dict()  # it tells the version of every module beside its tensors
@@ -247,11 +276,30 @@ def _misfit(
             f"data with the classes of the weights, or add --new-head to train a classifier of {asked} (saq quantize, "
             "saq search)"
         )
+    read = {
+        (state[key].shape[1], own[key].shape[1])
+        for key in misshapen
+        if _differ_in_channels(state[key], own[key])
+    }
+    if len(read) == 1 and len(misshapen) == 1 and not missing and not unexpected:
+        theirs, asked = read.pop()
+        return (
+            f"{source} reads images of {counted(theirs, 'channel')} ({misshapen[0]}), {name} was asked for {asked}: "
+            f"pass --in-chans {theirs}"
+        )
     shapes = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in misshapen]
     kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes))
     parts = [f"{len(keys)} {kind} ({_listed(keys)})" for kind, keys in kinds if keys]
     reason = ", ".join(parts) or printable(" ".join(str(error).split()))
     return f"{source} does not fit {name}: {reason}; give its own weights, or name the network these are of"
+
+
+def _differ_in_channels(one: Tensor, other: Tensor) -> bool:
+    """Whether two weights of a convolution differ in what they read alone."""
+    return one.dim() == other.dim() == 4 and (one.shape[0], one.shape[2:]) == (
+        other.shape[0],
+        other.shape[2:],
+    )
 
 
 def _listed(keys: Sequence[str]) -> str:

@@ -14,14 +14,15 @@ from torch import nn
 from saqcli.errors import PolicyMismatch, UnsupportedModel
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.layers import (
-    CONVOLUTIONS,
-    TRANSPOSED,
+    WRAPPED,
     QuantizedLayer,
     quantized_layers,
+    reason_for_float,
     stores_codes,
     unwrap_layer,
     wrap_layer,
 )
+from saqcli.quant.plain import check_modules, make_plain
 from saqcli.quant.products import (
     OPERANDS,
     QuantizedProduct,
@@ -35,34 +36,36 @@ from saqcli.quant.routing import RoutedParent, routed_class
 from saqcli.quant.scheme import Scheme as Scheme
 from saqcli.quant.special import check_attention
 
-WRAPPED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, nn.MultiheadAttention)
-
 
 def wrap(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Turn every convolution, linear layer and packed attention of ``model`` into a quantized layer, in
-    place.
+    place; parametrizations and pruning masks are folded into plain weights before (see ``plain``).
 
     Returns:
         The quantized layers by name. They compute in floating point until ``install``.
 
     Raises:
-        UnsupportedModel: nothing to quantize, wrapped already, or an attention variant without packed
-            projections.
+        UnsupportedModel: nothing to quantize, wrapped already, an attention variant without packed
+            projections, or what ``check_modules`` refuses.
     """
-    modules = dict(model.named_modules())
-    if any(isinstance(module, QuantizedLayer) for module in modules.values()):
+    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise UnsupportedModel("this model is quantized already: start from the float model")
+    make_plain(model)
+    check_modules(model)
+    modules = dict(model.named_modules())
     for name, module in modules.items():
         if isinstance(module, nn.MultiheadAttention):
             check_attention(module, name)
     for module in modules.values():
         _forbid_fused_path(module)
-        if isinstance(module, WRAPPED):
+        if isinstance(module, WRAPPED) and reason_for_float(module) is None:
             wrap_layer(module)
     layers = quantized_layers(model)
     if not layers:
+        reasons = {name: reason_for_float(m) for name, m in modules.items() if isinstance(m, WRAPPED)}
+        why = "".join(f" but {name}, and {reason}" for name, reason in list(reasons.items())[:1])
         raise UnsupportedModel(
-            "this model has no convolution and no linear layer: there is nothing to quantize"
+            f"this model has no convolution and no linear layer{why}: there is nothing to quantize"
         )
     first: dict[int, QuantizedLayer] = {}
     for layer in layers.values():

@@ -137,6 +137,7 @@ class Multiplications:
 
     def __init__(self, products: nn.ModuleDict) -> None:
         self._products, self._done = products, 0
+        self.attention_weights: Tensor | None = None
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, mine: bool) -> Any:
         """The operator, over quantized operands unless it is another owner's (not ``mine``)."""
@@ -149,7 +150,8 @@ class Multiplications:
             self._done += 2 if func is ATTENTION else 1
             return func(*args, **kwargs)
         if func is ATTENTION:
-            return attention(self._next(), self._next(), *args, **kwargs)
+            output, self.attention_weights = attention(self._next(), self._next(), *args, **kwargs)
+            return output
         if func is torch.einsum:
             return func(args[0], *self._quantized(*operands))
         return func(*self._quantized(args[0], args[1]), *args[2:], **kwargs)
@@ -175,11 +177,16 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
-    """``F.scaled_dot_product_attention``, (..., L, E) over (..., S, E), written out over quantized operands."""
+) -> tuple[Tensor, Tensor | None]:
+    """``F.scaled_dot_product_attention``, (..., L, E) over (..., S, E), written out over quantized operands.
+
+    Returns:
+        Its output, and the attention weights; None in the place of these where no operand is quantized.
+    """
     if scoring is None and mixing is None:
-        return ATTENTION(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        return (
+            ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa),
+            None,
         )
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
@@ -188,7 +195,14 @@ def attention(
     key = key.transpose(-2, -1)
     if scoring is not None:
         query, key = scoring(query, key)
-    scores = (query @ key) * factor
+    weights = mixed = probabilities((query @ key) * factor, attn_mask, is_causal, dropout_p)
+    if mixing is not None:
+        mixed, value = mixing(weights, value)
+    return mixed @ value, weights
+
+
+def probabilities(scores: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout_p: float) -> Tensor:
+    """The softmax of ``scores``, (..., L, S), by what is not hidden; arguments as those of torch's attention."""
     if is_causal:
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(hidden, float("-inf"))
@@ -196,15 +210,12 @@ def attention(
         scores = scores.masked_fill(~attn_mask, float("-inf"))
     elif attn_mask is not None:
         scores = scores + attn_mask
-    probabilities = scores.softmax(-1)
+    found = scores.softmax(-1)
     if (
         is_causal or attn_mask is not None
     ):  # a row that is hidden as a whole attends to nothing, as torch has it
-        probabilities = probabilities.masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0.0)
-    probabilities = F.dropout(probabilities, dropout_p)
-    if mixing is not None:
-        probabilities, value = mixing(probabilities, value)
-    return probabilities @ value
+        found = found.masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0.0)
+    return F.dropout(found, dropout_p)
 
 
 def own_products(module: nn.Module) -> nn.ModuleDict | None:

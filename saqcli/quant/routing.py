@@ -10,7 +10,7 @@ route takes them through ``products``.
 """
 
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class HandedOut(TorchFunctionMode):
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
         return next((layer for tensor, layer in reversed(self._handed) if tensor is weight), None)
 
-    def __enter__(self) -> "HandedOut":
+    def __enter__(self) -> Self:
         self._token = _active.set(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -80,6 +80,11 @@ class Route(HandedOut):
         """``own`` are the products of the parent, by position in its forward."""
         super().__init__()
         self._multiply = None if own is None else products.Multiplications(own)
+
+    @property
+    def attention_weights(self) -> Tensor | None:
+        """Of the last attention over quantized operands, (..., L, S); None where there was none."""
+        return None if self._multiply is None else self._multiply.attention_weights
 
     def remember(self, weight: Tensor, layer: "QuantizedLayer") -> None:
         """Only routed layers concern us: the others quantize their input in their own forward."""

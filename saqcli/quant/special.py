@@ -73,7 +73,12 @@ class QuantizedAttention(QuantizedLayer):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention over (N, L, E), or (L, N, E) where not batch first; returns no attention weights."""
+        """Attention over (N, L, E), or (L, N, E) where not batch first.
+
+        Returns:
+            The output, and with ``need_weights`` the attention weights as torch has them: (N, L, S), averaged over the
+            heads, or (N, heads, L, S); before dropout, unless products are quantized.
+        """
         layer: Any = self
         same = query is key and key is value
         if not layer.batch_first:
@@ -90,11 +95,18 @@ class QuantizedAttention(QuantizedLayer):
             padding = _additive(key_padding_mask, q.dtype)[:, None, None, :]
             mask = padding if mask is None else mask + padding
         dropout = layer.dropout if self.training else 0.0
-        with Route(products.own_products(self)):
-            causal = is_causal and mask is None
+        causal = is_causal and mask is None
+        with Route(products.own_products(self)) as route:
             mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         output = layer.out_proj(mixed.transpose(1, 2).flatten(2))
-        return (output if layer.batch_first else output.transpose(0, 1)), None
+        weights = route.attention_weights if need_weights else None
+        if need_weights and weights is None:
+            with torch._C.DisableTorchFunction():  # nobody counts it as a product of its own
+                scores = q @ k.transpose(-2, -1) * layer.head_dim**-0.5
+                weights = products.probabilities(scores, mask, causal, 0.0)
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        return (output if layer.batch_first else output.transpose(0, 1)), weights
 
     def _projections(self, query: Tensor, key: Tensor, value: Tensor, same: bool) -> Sequence[Tensor]:
         layer: Any = self

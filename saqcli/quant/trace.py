@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from saqcli.errors import UnsupportedModel
 from saqcli.quant import products
 from saqcli.quant.flow import Flow, Flows
-from saqcli.quant.layers import TRANSPOSED, QuantizedLayer, quantized_layers
+from saqcli.quant.layers import TRANSPOSED, WRAPPED, QuantizedLayer, quantized_layers, reason_for_float
 from saqcli.quant.routing import WEIGHT_OPERATORS, HandedOut
 from saqcli.quant.special import keeps_products
 from saqcli.quant.traced import LayerTrace as LayerTrace
@@ -119,6 +119,9 @@ class _Tracer(HandedOut):
             reason = FUNCTIONAL.format(source)
         else:
             reason = COMPUTED_WEIGHT if self.flows.depends(weight) else OWN_WEIGHT
+            module = self.running[-1].module
+            if isinstance(module, WRAPPED):  # but left as it is when the network was wrapped
+                reason = reason_for_float(module) or reason
         self._left(weight.numel(), _macs(weight, x, output, transposed="transpose" in func.__name__), reason)
         self.flows.remember(output, Flow(None, nearest=self.flows.nearest(x)))
 

@@ -22,6 +22,7 @@ from saqcli.io.preprocessing import Preprocessing
 from saqcli.progress import SILENT, Progress
 from saqcli.quant import convert
 from saqcli.quant.cost import CostModel, cost_model
+from saqcli.quant.plain import make_plain
 from saqcli.quant.trace import Trace, trace
 from saqcli.strict import named_path
 
@@ -76,6 +77,7 @@ def load_float(section: ModelSection, progress: Progress, *, new_head: bool = Fa
             weights_key=section.weights_key,
         )
     )
+    loaded.notes += [f"{loaded.name}: {note}" for note in make_plain(loaded.model)]
     for note in loaded.notes:
         progress.note(note)
     return loaded

@@ -172,7 +172,7 @@ def test_an_architecture_with_a_wrong_key_is_refused() -> None:
         (random("timm/resnet18", kwargs={"checkpoint_path": "x"}), "--weights"),
         (random("timm/resnet18", kwargs={"num_classes": 3}), "--num-classes"),
         (random("timm/resnet18", kwargs={"block_args": 5}), "--model-kwargs"),
-        (random("torchvision/resnet18", in_chans=1), "under timm/"),
+        (random("torchvision/googlenet", in_chans=1), "under timm/"),
         (random("saq/resnet20", num_classes=0), "at least 1"),
         (random("saq/resnet20", input_size=-4), "one side"),
         (random("saq/resnet20", mean=(0.5,)), "one number a channel"),
@@ -238,6 +238,52 @@ def test_weights_for_another_input_size_are_converted_by_timm(tmp_path: Path) ->
     loaded = load_model(ModelSpec("timm/test_vit", weights=path, input_size=96))
     assert "converted" in loaded.notes[0]
     assert loaded.model(torch.randn(1, 3, 96, 96)).shape == (1, 1000)
+
+
+FIRST = {"timm/test_resnet": "conv1.0", "torchvision/squeezenet1_1": "features.0", "saq/resnet20": "conv1"}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_grey_images_are_read_with_the_sum_of_colours(name: str, tmp_path: Path) -> None:
+    first, colour = f"{FIRST[name]}.weight", load_model(random(name)).model
+    save_file(colour.state_dict(), path := tmp_path / "w.safetensors")
+    grey, four = (load_model(ModelSpec(name, weights=path, in_chans=channels)) for channels in (1, 4))
+    weight = colour.state_dict()[first]
+    assert torch.equal(grey.model.state_dict()[first], weight.sum(1, keepdim=True))
+    assert torch.equal(four.model.state_dict()[first], weight[:, [0, 1, 2, 0]] * 3 / 4)
+    assert grey.notes == ["w.safetensors reads images of 3 channels: summed over its channels to read 1"]
+    side = grey.preprocessing.input_size[1]
+    image = torch.randn(1, 1, side, side)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            grey.model(image), colour(image.expand(1, 3, side, side)), rtol=1e-3, atol=1e-4
+        )
+
+
+def test_weights_of_grey_images_ask_for_their_channels(tmp_path: Path) -> None:
+    save_file(
+        load_model(random("saq/resnet20", in_chans=1)).model.state_dict(), path := tmp_path / "w.safetensors"
+    )
+    message = refusal(ModelSpec("saq/resnet20", weights=path), WeightsMismatch)
+    assert (
+        "reads images of 1 channel (conv1.weight), saq/resnet20 was asked for 3: pass --in-chans 1" in message
+    )
+
+
+@pytest.mark.parametrize("name", ["timm/test_resnet", "torchvision/squeezenet1_1", "saq/resnet20"])
+def test_a_new_head_starts_random_on_local_weights(name: str, tmp_path: Path) -> None:
+    original = load_model(random(name, num_classes=12))
+    save_file(original.model.state_dict(), path := tmp_path / "w.safetensors")
+    loaded = load_model(ModelSpec(name, weights=path, num_classes=7, new_head=True))
+    own, theirs = loaded.model.state_dict(), original.model.state_dict()
+    other = {key for key in own if own[key].shape != theirs[key].shape}
+    assert {key.rpartition(".")[0] for key in other} == set(loaded.classifiers)
+    assert all(torch.equal(own[key], theirs[key]) for key in own.keys() - other)
+    assert (loaded.num_classes, loaded.trained) == (7, False)
+    assert loaded.notes == ["w.safetensors has another classifier: the 7 classes asked for start random"]
+    same = load_model(ModelSpec(name, weights=path, num_classes=12, new_head=True))
+    assert same.trained
+    assert torch.equal(same.model.state_dict()[next(iter(other))], theirs[next(iter(other))])
 
 
 @pytest.mark.parametrize(
@@ -326,3 +372,6 @@ def test_cached_weights_of_torchvision_are_used_without_a_network(
     other = load_model(ModelSpec("torchvision/squeezenet1_1", num_classes=4))
     assert "start random" in other.notes[0]
     assert torch.equal(other.model.features[0].weight, original.features[0].weight)
+    grey = load_model(ModelSpec("torchvision/squeezenet1_1", in_chans=1))
+    assert torch.equal(grey.model.features[0].weight, original.features[0].weight.sum(1, keepdim=True))
+    assert "to read 1" in grey.notes[0]

@@ -233,13 +233,13 @@ def test_attention_written_out_is_torchs_own(options: dict[str, Any]) -> None:
         torch.randn(2, heads, 6, 5).double(),
         torch.randn(2, heads, 6, 7).double(),
     )
-    written = products.attention(QuantizedProduct(), QuantizedProduct(), q, k, v, **options)
+    written, _ = products.attention(QuantizedProduct(), QuantizedProduct(), q, k, v, **options)
     torch.testing.assert_close(written, F.scaled_dot_product_attention(q, k, v, **options))
 
 
 def test_dropout_of_attention_is_kept() -> None:
     q = torch.randn(1, 1, 64, 8)
-    written = products.attention(
+    written, _ = products.attention(
         QuantizedProduct(), QuantizedProduct(), q, q, torch.ones(1, 1, 64, 1), dropout_p=0.5
     )
     assert written.std() > 0.05  # without it every row of probabilities adds up to 1

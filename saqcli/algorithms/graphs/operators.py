@@ -172,18 +172,25 @@ class FrozenWeight(nn.Module):
         return result
 
 
+def label(layer: str) -> str:
+    """The name of a layer without spaces, which stand between names in a graph."""
+    return layer.replace("%", "%25").replace(" ", "%20") if " " in layer else layer
+
+
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy of the quantized model whose quantizers are the operators above; computes the same numbers."""
     frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for name, layer in quantized_layers(frozen).items():
         weights, inputs = layer.weight_quantizer, layer.input_quantizer
         if isinstance(weights, Quantizer):
-            layer.weight_quantizer = FrozenWeight(weights, layer.effective_weight(), layer.channel_dim, name)
+            layer.weight_quantizer = FrozenWeight(
+                weights, layer.effective_weight(), layer.channel_dim, label(name)
+            )
         if isinstance(inputs, Quantizer):
-            layer.input_quantizer = FrozenInput(inputs, name)
+            layer.input_quantizer = FrozenInput(inputs, label(name))
     for name, product in quantized_products(frozen).items():
         for operand, attribute in OPERANDS.items():
             quantizer = getattr(product, attribute)
             if isinstance(quantizer, Quantizer):
-                setattr(product, attribute, FrozenInput(quantizer, operand_name(name, operand)))
+                setattr(product, attribute, FrozenInput(quantizer, label(operand_name(name, operand))))
     return frozen

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from saqcli.io import hub
 from saqcli.io.networks import NETWORKS
@@ -39,8 +41,15 @@ class Saq:
         return arch
 
     def build(self, arch: Architecture) -> nn.Module:
-        """See ``Zoo``."""
-        return NETWORKS[arch.name].build(num_classes=arch.num_classes, in_chans=arch.in_chans, **arch.kwargs)
+        """See ``Zoo``; lazy layers get their shapes from an empty image, other types become float32."""
+        entry = NETWORKS[arch.name]
+        model = entry.build(num_classes=arch.num_classes, in_chans=arch.in_chans, **arch.kwargs)
+        if all(parameter.dtype != torch.float32 for parameter in model.parameters()):
+            model.float()
+        if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, arch.in_chans, *entry.input_size[1:]))
+        return model
 
     def fetch(self, arch: Architecture) -> Published:
         """See ``Zoo``; nobody published any."""

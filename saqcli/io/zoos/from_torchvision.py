@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from saqcli.errors import ConfigError
 from saqcli.io import hub
 from saqcli.io.preprocessing import Preprocessing
-from saqcli.io.weights import versioned
+from saqcli.io.weights import COLOURS, to_channels, versioned
 from saqcli.io.zoos.base import Architecture, Published, last_layer
 
 
@@ -71,16 +71,16 @@ class TorchVision:
         """See ``Zoo``."""
         import torchvision
 
-        if arch.in_chans != 3:
-            raise ConfigError(
-                f"torchvision/{arch.name} was asked for {arch.in_chans} input channels, torchvision's "
-                "networks have 3: look for it under timm/"
-            )
         name = _untagged(arch.name)
+        if name in self._AUXILIARY and arch.in_chans != COLOURS:
+            raise ConfigError(
+                f"torchvision/{arch.name} was asked for {arch.in_chans} input channels, and it normalizes colours "
+                "itself: look for it under timm/"
+            )
         if name in self._AUXILIARY:
             arch = arch.with_default(aux_logits=False, transform_input=True, init_weights=True)
         model: nn.Module = torchvision.models.get_model(name, num_classes=arch.num_classes, **arch.kwargs)
-        return model
+        return model if arch.in_chans == COLOURS else _reading(model, arch.in_chans)
 
     def fetch(self, arch: Architecture) -> Published:
         """See ``Zoo``."""
@@ -91,7 +91,8 @@ class TorchVision:
         with hub.fetching(f"torchvision/{arch.name}"):
             hub.require_url(weights.url)
             donor = torchvision.models.get_model(name, weights=weights, **kwargs)
-        own, state = model.state_dict(), donor.state_dict()
+        own = model.state_dict()
+        state = dict(to_channels(donor.state_dict(), own, arch.in_chans, name)[0])
         heads = () if arch.num_classes == self.default_classes(arch.name) else self.classifiers(model)
         state.update(
             {f"{head}.{part}": own[f"{head}.{part}"] for head in heads for part in ("weight", "bias")}
@@ -116,6 +117,18 @@ class TorchVision:
         architecture, dot, tag = name.partition(".")
         published = get_model_weights(architecture)
         return published[tag] if dot else published.DEFAULT
+
+
+def _reading(model: nn.Module, channels: int) -> nn.Module:
+    """``model``, its convolutions of colour images replaced by random ones of images of ``channels``."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.in_channels == COLOURS and module.groups == 1:
+            module.in_channels = channels
+            module.weight = nn.Parameter(
+                module.weight.new_empty(module.out_channels, channels, *module.kernel_size)
+            )
+            module.reset_parameters()
+    return model
 
 
 def _untagged(name: str) -> str:

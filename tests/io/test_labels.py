@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -92,8 +93,6 @@ class TestOrder:
     )
     def test_orders_that_differ_are_noted(self, names: list[str], text: str, tmp_path: Path) -> None:
         (note,) = opened(tmp_path, names, 3).notes
-        import re
-
         assert re.search(text, note)
 
     def test_orders_that_agree_are_not_noted(self, tmp_path: Path) -> None:

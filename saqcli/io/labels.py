@@ -402,6 +402,8 @@ def _order_notes(
             yield f"timm does not tell {same[0]} from {same[1]} and numbers them by chance: here {same[0]} comes first"
     elif not given:
         used = sorted(names, key=lambda name: chosen.place(name) or 0)
+        if chosen.order == "data set" and used != text:
+            return  # an order of its own, that everybody uses with these images
         way = f", in {chosen.order}'s order" if chosen.order in ORDERS else ""
         if timm != text:
             others = f"timm's order would be {_around(timm, used)}, torchvision's {_around(text, used)}"

@@ -114,13 +114,16 @@ def _json_pairs(tree: Any, path: Path) -> list[tuple[str, int]]:
 
 
 def _numbered(lines: list[str]) -> list[tuple[str, int]] | None:
-    """Names and indices, if every line has both in one and the same order; a header is passed over."""
+    """Names and indices from 0 or 1 on, if every line has both in one and the same order; a header is passed over."""
     for pattern in (r"(?P<name>.+?)[\s,;:=]+(?P<index>\d+)", r"(?P<index>\d+)[\s,;:=]+(?P<name>.+)"):
         found = [re.fullmatch(pattern, line) for line in lines]
         if len(found) > 1 and found[0] is None and set(re.split(r"[\s,;]+", lines[0].lower())) <= _HEADER:
             del found[0]
         if found and all(found):
-            return [(match["name"].strip("\"'"), int(match["index"])) for match in found if match]
+            pairs = [(match["name"].strip("\"'"), int(match["index"])) for match in found if match]
+            first = min(index for _, index in pairs)
+            whole = {index for _, index in pairs} == set(range(first, first + len(pairs)))
+            return [(name, index - 1) for name, index in pairs] if whole and first == 1 else pairs
     return None
 
 

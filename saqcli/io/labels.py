@@ -15,15 +15,16 @@ the library           timm's order, or torchvision's for networks of torchvision
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 from saqcli.errors import ConfigError, DataError
 from saqcli.io.class_lists import misfit, read_class_list, read_class_map
-from saqcli.io.folders import natural, some
+from saqcli.io.folders import counted, natural, some
 from saqcli.strict import named_path, printable
 
 Order = Literal["timm", "torchvision"]
@@ -103,7 +104,12 @@ class _List:
 
     def meanings(self, name: str) -> set[int]:
         """The indices that ``name`` can stand for."""
-        return {self.index[name]} if name in self.index else self._meanings.get(_plain(name), set())
+        if name in self.index:
+            return {self.index[name]}
+        words = [name]
+        if _SYNSET.fullmatch(name) and not any(_SYNSET.fullmatch(known) for known in self.index):
+            words += [_descriptions().get(name, name), *_words(name)]  # a list of ImageNet's words
+        return next((meant for word in words if (meant := self._meanings.get(_plain(word)))), set())
 
     def place(self, target: str | int) -> int | None:
         """The index of a class; None where it has none, or more than one."""
@@ -182,8 +188,25 @@ def number_classes(
     if chosen is None:
         chosen = _sorted(targets, mapped, classes, where, asked, in_order, imagenet)
     labels = {name: place for name, target in targets.items() if (place := chosen.place(target)) is not None}
-    _refuse_same(labels, mapped, chosen, where)
-    notes += _notes(labels, targets, chosen, lists, classes, order, imagenet)
+    _refuse_same(labels, {*mapped, *classes.folders}, chosen, where)
+    if chosen is imagenet:
+        words = [name for name in labels if name not in mapped and not _are_synsets([name], imagenet)]
+        if words:
+            read = [f"{name} is {chosen.names[labels[name]]}" for name in words]
+            notes.append(
+                f"class folders are read as names of ImageNet's classes ({some(read, 3)}): give --class-map FILE where "
+                "that is wrong"
+            )
+    else:
+        listed = any(chosen is one for one in lists)
+        notes += _order_notes(targets, chosen, order is not None, listed, classes.library)
+        absent = sorted(set(range(len(chosen.names))) - set(labels.values()))
+        if absent and not all(_SYNSET.fullmatch(name) for name in chosen.names):
+            notes.append(
+                f"{counted(absent, 'class')} of the model's {classes.count} have no folder: "
+                f"{some([chosen.names[index] for index in absent])}"
+            )
+    notes += _contradictions(labels, targets, chosen, lists)
     return Numbering(labels, chosen.names, chosen.order, tuple(notes))
 
 
@@ -239,7 +262,7 @@ def _asked_list(order: str, folders: Sequence[str], targets: Mapping[str, str | 
     found = _List(str(path), path.name, index, () if reason else _by_index(index))
     if missing := [name for name, target in targets.items() if found.place(target) is None]:
         raise DataError(
-            f"--class-order {path} does not name {_count(missing, 'class folder')} ({some(missing)}): it has "
+            f"--class-order {path} does not name {counted(missing, 'class folder')} ({some(missing)}): it has "
             f"{some(list(index))}; add or correct the names, or give --class-map FILE"
         )
     return found
@@ -265,7 +288,7 @@ def _first_that_fits(
             )
         if len(missing) < named:
             raise DataError(
-                f"{one.title} does not name {_count(missing, 'class folder')} of {where} ({some(missing)}): it has "
+                f"{one.title} does not name {counted(missing, 'class folder')} of {where} ({some(missing)}): it has "
                 f"{some(list(one.index))}; rename the folders, give --class-map FILE, or --class-order "
                 f"{classes.library} to number them without it"
             )
@@ -289,7 +312,7 @@ def _sorted(
     strangers = [name for name in mapped if name not in targets]
     if alone and strangers:
         raise DataError(
-            f"--class-map has no line for {_count(alone, 'class folder')} of {where} ({some(alone)}), and "
+            f"--class-map has no line for {counted(alone, 'class folder')} of {where} ({some(alone)}), and "
             f"{some(strangers)} is no folder there: correct the names"
         )
     wanted = list(targets.values()) + ([] if alone else list(mapped.values()))
@@ -302,20 +325,25 @@ def _sorted(
             "not known: give the index of all, or --class-order FILE"
         )
     if len(names) != classes.count:
-        raise DataError(_other_count(names, classes, where, asked, imagenet))
+        raise DataError(_othercounted(names, classes, where, asked, imagenet))
     order = asked or classes.library
     if not (in_order and asked is None):
         names = sort_classes(names, order)
     called = "data set" if in_order and asked is None else order
-    return _List(f"{called}'s order", called, {name: index for index, name in enumerate(names)}, tuple(names))
+    return _List(
+        "the data set" if called == "data set" else f"{called}'s order",
+        called,
+        {name: index for index, name in enumerate(names)},
+        tuple(names),
+    )
 
 
-def _other_count(
+def _othercounted(
     names: Sequence[str], classes: Classes, where: str, asked: Order | None, imagenet: _List | None
 ) -> str:
     """What was seen where there are not as many folders as classes, and what to do."""
     known = f" ({some(classes.names, 3)})" if classes.names and not imagenet else ""
-    seen = f"{where} has {_count(names, 'class')} ({some(names)}), the model {classes.count}{known}"
+    seen = f"{where} has {counted(names, 'class')} ({some(names)}), the model {classes.count}{known}"
     head = f"--num-classes {len(names)} --new-head on quantize or search (a new head, to be fine-tuned)"
     if imagenet is None:
         mapped = "--class-map FILE with a line `FOLDER CLASS` each"
@@ -342,72 +370,65 @@ def _other_count(
     )
 
 
-def _refuse_same(
-    labels: Mapping[str, int], mapped: Mapping[str, str | int], chosen: _List, where: str
-) -> None:
-    """Two folders of one class are refused where no class map says so."""
+def _refuse_same(labels: Mapping[str, int], joined: Collection[str], chosen: _List, where: str) -> None:
+    """Two folders of one class are refused, unless a class map, or the run, says so of both."""
     seen: dict[int, str] = {}
     for name, label in labels.items():
         other = seen.setdefault(label, name)
-        if other != name and not (name in mapped and other in mapped):
+        if other != name and not (name in joined and other in joined):
             raise DataError(
                 f"{where} has two folders of one class: {printable(other)} and {printable(name)} are both class "
                 f"{label} of {chosen.title}: join them, or say so with --class-map FILE"
             )
 
 
-def _notes(
-    labels: Mapping[str, int],
-    targets: Mapping[str, str | int],
-    chosen: _List,
-    lists: Sequence[_List],
-    classes: Classes,
-    order: str | None,
-    imagenet: _List | None,
-) -> list[str]:
-    """What was decided for the user, and what contradicts it."""
-    notes = []
-    names = list(dict.fromkeys(str(target) for target in targets.values() if isinstance(target, str)))
+def _order_notes(
+    targets: Mapping[str, str | int], chosen: _List, given: bool, listed: bool, library: Order
+) -> Iterator[str]:
+    """Whose order the folders have, where timm's and torchvision's differ or a list has another."""
+    names = list(dict.fromkeys(target for target in targets.values() if isinstance(target, str)))
     orders = {known: sort_classes(names, known) for known in ORDERS}
-    other: Order = "torchvision" if chosen.order == "timm" else "timm"
-    if chosen is imagenet and not _are_synsets(targets.values(), imagenet):
-        read = [f"{name} is {chosen.names[label]}" for name, label in labels.items()]
-        notes.append(
-            f"class folders are read as names of ImageNet's classes ({some(read, 3)}): give --class-map FILE where "
-            "that is wrong"
-        )
-    elif chosen.order in ORDERS and chosen not in lists and orders["timm"] != orders["torchvision"]:
-        notes.append(
-            f"class folders are numbered in {chosen.order}'s order ({_around(orders[chosen.order], orders[other])}), "
-            f"{other}'s order is {_around(orders[other], orders[chosen.order])}: give --class-order {other} for "
-            "weights that were trained in it"
-        )
-    elif order is None and chosen is not imagenet and (chosen in lists or chosen.order == "data set"):
-        by_label = sorted(names, key=lambda name: chosen.place(name) or 0)
-        default = orders[classes.library]
-        if by_label != default or orders["timm"] != orders["torchvision"]:
-            basis = f"as in {chosen.title}" if chosen in lists else "as the data set has them"
-            way = f", in {chosen.order}'s order" if chosen.order in ORDERS else ""
-            notes.append(
-                f"classes are numbered {basis}{way} ({_around(by_label, default)}); timm's order would be "
-                f"{_around(orders['timm'], by_label)}, torchvision's {_around(orders['torchvision'], by_label)}: "
-                "--class-order chooses another"
+    timm, text = orders["timm"], orders["torchvision"]
+    if chosen.order in ORDERS and not listed:
+        other: Order = "torchvision" if chosen.order == "timm" else "timm"
+        if timm != text:
+            mine, theirs = orders[chosen.order], orders[other]
+            yield (
+                f"class folders are numbered in {chosen.order}'s order ({_around(mine, theirs)}), {other}'s order is "
+                f"{_around(theirs, mine)}: give --class-order {other} for weights that were trained in it"
             )
+        same = next((pair for pair in pairwise(timm) if natural(pair[0])[0] == natural(pair[1])[0]), None)
+        if chosen.order == "timm" and same:
+            yield f"timm does not tell {same[0]} from {same[1]} and numbers them by chance: here {same[0]} comes first"
+    elif not given:
+        used = sorted(names, key=lambda name: chosen.place(name) or 0)
+        if chosen.order == "data set" and used != text:
+            return  # an order of its own, that everybody uses with these images
+        way = f", in {chosen.order}'s order" if chosen.order in ORDERS else ""
+        if timm != text:
+            others = f"timm's order would be {_around(timm, used)}, torchvision's {_around(text, used)}"
+        elif used != orders[library]:
+            others = f"timm's and torchvision's order would be {_around(timm, used)}"
+        else:
+            return
+        yield (
+            f"classes are numbered as in {chosen.title}{way} ({_around(used, orders[library])}); {others}: "
+            "--class-order chooses another"
+        )
+
+
+def _contradictions(
+    labels: Mapping[str, int], targets: Mapping[str, str | int], chosen: _List, lists: Sequence[_List]
+) -> Iterator[str]:
+    """The lists that name all folders and number them otherwise."""
     for one in lists:
         places = {name: one.place(target) for name, target in targets.items()}
         wrong = [name for name, place in places.items() if place != labels[name]]
         if one is not chosen and wrong and None not in places.values():
-            notes.append(
+            yield (
                 f"{one.title} numbers these classes otherwise: {printable(wrong[0])} is {places[wrong[0]]} there, and "
                 f"{labels[wrong[0]]} by {chosen.title}, which decides"
             )
-    absent = sorted(set(range(classes.count)) - set(labels.values()))
-    if absent and chosen is not imagenet and chosen.names and not _all_synsets(chosen.names):
-        notes.append(
-            f"{_count(absent, 'class')} of the model's {classes.count} have no folder: "
-            f"{some([chosen.names[index] for index in absent])}"
-        )
-    return notes
 
 
 def _around(names: Sequence[str], other: Sequence[str]) -> str:
@@ -456,10 +477,6 @@ def _are_synsets(targets: Iterable[str | int], imagenet: _List) -> bool:
     return all(isinstance(target, int) or target.lower() in imagenet.index for target in targets)
 
 
-def _all_synsets(names: Sequence[str]) -> bool:
-    return all(_SYNSET.fullmatch(name) for name in names)
-
-
 def _by_index(index: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(sorted(index, key=index.__getitem__))
 
@@ -467,8 +484,3 @@ def _by_index(index: Mapping[str, int]) -> tuple[str, ...]:
 def _plain(name: str) -> str:
     """Without regard to capitals, and to what stands between words."""
     return " ".join(re.split(r"[\s_\-]+", name.casefold())).strip()
-
-
-def _count(things: Sequence[object], what: str) -> str:
-    plural = what + ("es" if what.endswith("s") else "s")
-    return f"{len(things)} {what if len(things) == 1 else plural}"

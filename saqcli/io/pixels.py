@@ -63,6 +63,8 @@ def to_mode(image: Image.Image, mode: str, *, exif_transpose: bool = False) -> I
         "RGBa",
     ):  # colours times transparency, from which Pillow goes one step at a time
         image = image.convert(image.mode.upper())
+    elif image.mode == "LAB":
+        image = image.convert("RGB")
     return image.convert(mode)
 
 

@@ -64,6 +64,10 @@ def test_a_much_larger_file_is_explained() -> None:
         "layers in INT8, their codes reach 15) and 10 KB for graph, names and metadata. Quantized with --weight-grid "
         "zero it can shrink to about 90 KB: compare the accuracy"
     )
-    text = found.explained(80_000, "trt")
-    assert text is not None
-    assert text.endswith("Style trt has INT8 for all weights: style qdq packs those that fit 4 bits")
+
+
+@pytest.mark.parametrize(("reach", "says"), [(15, "only"), (7, "only: style qdq has smaller ones")])
+def test_a_smaller_style_is_named_only_if_it_is(reach: int, says: str) -> None:
+    found = WeightStorage(150_000, (Stored("layer", 120_000, 4, "INT8", 8, reach),))
+
+    assert str(found.explained(80_000, "trt")).endswith(f". Style trt has INT8 containers {says}")

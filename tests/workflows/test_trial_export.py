@@ -304,4 +304,4 @@ def test_export_verifies_on_the_images_of_the_run(
     assert torch.equal(*seen)
     assert found["onnx_max_abs_diff"] == again["max_abs_diff"]
     assert (tmp_path / "again.onnx").read_bytes() == (run / "artifacts" / "model.onnx").read_bytes()
-    assert "on 100.00 % of 5 of 12 images" in (run / "report.md").read_text()
+    assert "on 100.00 % of 5 images (of 12)" in (run / "report.md").read_text()

@@ -100,7 +100,9 @@ class WeightStorage:
             f"{format_quantity(true_size, 'B')}: {' and '.join(reasons)}"
         )
         if style in FIXED:
-            return f"{text}. Style {style} {FIXED[style]}: style qdq packs those that fit 4 bits"
+            text += f". Style {style} {FIXED[style]}"
+            narrower = any(each.width > 8 or (each.width == 8 and each.reach < 8) for each in wide)
+            return f"{text}: style qdq has smaller ones" if narrower else text
         if self.file_bytes - self.with_zero_grid >= WORTH_IT * self.file_bytes:
             smaller = format_quantity(self.with_zero_grid, "B")
             text += (
@@ -109,7 +111,7 @@ class WeightStorage:
         return text
 
 
-FIXED = {"trt": "has INT8 for all weights", "qonnx": "has float32 constants for all weights"}
+FIXED = {"trt": "has INT8 containers only", "qonnx": "has float32 constants only"}  # whatever the bits
 
 
 def _containers(wide: list[Stored]) -> str:

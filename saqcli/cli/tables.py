@@ -201,9 +201,9 @@ def onnx_sentence(result: dict[str, Any]) -> str:
 
 
 def images_of(result: dict[str, Any], key: str = "images") -> str:
-    """``500 of 8,000 images``, or ``64 images`` where there are no more."""
+    """``500 images (of 8,000)``, or ``64 images`` where there are no more."""
     count, available = result[key], result[f"{key}_available"]
-    return f"{count:,} of {available:,} images" if available and available > count else f"{count:,} images"
+    return f"{count:,} images" + (f" (of {available:,})" if available and available > count else "")
 
 
 def upper_first(text: str) -> str:
@@ -231,15 +231,18 @@ def show_export(result: dict[str, Any]) -> None:
     table.show_header = False
     table.add_column("what", no_wrap=True)
     table.add_column("found")
-    images = images_of(result)
-    source = f"{images} of {result['verified_on']}"
-    if result["images_available"] is None:
-        source = f"{result['images']} {result['verified_on']}: give --data DIR to verify on real ones"
-    elif result["images"] < result["images_available"]:
-        source += ": --verify-images all takes all of them"
-    table.add_row("verified on", source)
+    count, available = result["images"], result["images_available"]
+    if available is None:
+        source = f"{count} {result['verified_on']}: give --data DIR to verify on real ones"
+    elif count < available:
+        source = (
+            f"{count:,} of {available:,} images of {result['verified_on']}: --verify-images all takes all"
+        )
+    else:
+        source = f"{count:,} images of {result['verified_on']}"
+    table.add_row("verified on", escape(source))
     table.add_row(
-        "end to end", f"the same best class on {100 * result['argmax_agreement']:.2f} % of {images}"
+        "end to end", f"the same best class on {100 * result['argmax_agreement']:.2f} % of {count:,} images"
     )
     if result["style"] == "exact":
         table.add_row("", "every logit equal to PyTorch's exact form, bit for bit")

@@ -26,6 +26,7 @@ from saqcli.errors import (
     ConfigError,
     CorruptArtifact,
     ExportMismatch,
+    PolicyMismatch,
     Problems,
     SaqError,
     UnsupportedModel,
@@ -273,7 +274,7 @@ def _try_export(style: str, config: RunConfig, network: Network) -> None:
         path = Path(folder) / "model.onnx"
         try:
             _write_and_run(style, *_provisional(config, network, images, style), path, images)
-        except OSError:
+        except (OSError, ConfigError, PolicyMismatch):
             raise
         except Exception as error:  # a forward pass and a graph of somebody else's may fail in any way
             if out_of_memory(error):
@@ -305,7 +306,7 @@ def _provisional(
     signed = {name: facts.signed for name, facts in statistics.items()}
     scheme = scheme_of(config)
     convert.install(model, scheme, policy, signed)
-    fit(model, statistics, "paper")  # the quickest
+    fit(model, statistics, "paper" if scheme.quantizer == "clip" else "error")  # the former is quicker
     facts = ModelFacts(
         saq_version=__version__,
         build=network.loaded.build,

@@ -18,15 +18,7 @@ import onnx
 from saqcli.algorithms.graphs import parts
 from saqcli.units import format_quantity
 
-WIDTHS = {
-    "INT4": 4,
-    "UINT4": 4,
-    "INT8": 8,
-    "UINT8": 8,
-    "INT16": 16,
-    "UINT16": 16,
-    "FLOAT": 32,
-}  # bits a number
+WIDTHS = (4, 8, 16, 32)  # of containers, in bits
 MUCH = 1.25  # times what the true bits need: from here on a file's size is explained
 WORTH_IT = 0.05  # of a file: from here on a remedy is named
 _NAMED = 2  # kinds of containers that a message names
@@ -41,6 +33,7 @@ class Stored:
         count: of codes.
         bits: true ones.
         container: name of the type.
+        width: bits that it has for a code.
         reach: largest magnitude of a code; 0 where values are stored instead.
     """
 
@@ -48,17 +41,13 @@ class Stored:
     count: int
     bits: int
     container: str
+    width: int
     reach: int
 
     @property
-    def width(self) -> int:
-        """Bits that a code takes."""
-        return WIDTHS[self.container]
-
-    @property
     def least(self) -> int:
-        """Bits that it would take on a grid with zero, whose codes of b bits fit b bits."""
-        return min(width for width in WIDTHS.values() if width >= self.bits)
+        """Bits that a code would take on a grid with zero, whose codes of b bits fit b bits."""
+        return min(width for width in WIDTHS if width >= self.bits)
 
 
 @dataclass(frozen=True)
@@ -111,16 +100,18 @@ class WeightStorage:
             f"{format_quantity(true_size, 'B')}: {' and '.join(reasons)}"
         )
         if style in FIXED:
-            return f"{text}. Style {style} {FIXED[style]}: style qdq packs those that fit 4 bits"
+            text += f". Style {style} {FIXED[style]}"
+            narrower = any(each.width > 8 or (each.width == 8 and each.reach < 8) for each in wide)
+            return f"{text}: style qdq has smaller ones" if narrower else text
         if self.file_bytes - self.with_zero_grid >= WORTH_IT * self.file_bytes:
+            smaller = format_quantity(self.with_zero_grid, "B")
             text += (
-                f". Quantized with --weight-grid zero it would have about {format_quantity(self.with_zero_grid, 'B')} "
-                "(compare the accuracy)"
+                f". Quantized with --weight-grid zero it can shrink to about {smaller}: compare the accuracy"
             )
         return text
 
 
-FIXED = {"trt": "has INT8 for all weights", "qonnx": "has float32 constants for all weights"}
+FIXED = {"trt": "has INT8 containers only", "qonnx": "has float32 constants only"}  # whatever the bits
 
 
 def _containers(wide: list[Stored]) -> str:
@@ -128,19 +119,19 @@ def _containers(wide: list[Stored]) -> str:
     kinds: dict[tuple[int, str], list[Stored]] = {}
     for each in wide:
         kinds.setdefault((each.bits, each.container), []).append(each)
-    order = sorted(
-        kinds, key=lambda kind: -sum(each.count * (each.width - each.bits) for each in kinds[kind])
-    )
+
+    def excess(members: list[Stored]) -> int:
+        return sum(each.count * (each.width - each.bits) for each in members)
+
     texts = []
-    for bits, container in order[:_NAMED]:
-        members = kinds[bits, container]
-        layers = len({each.layer for each in members})
+    for members in sorted(kinds.values(), key=excess, reverse=True)[:_NAMED]:
+        bits, layers = members[0].bits, len({each.layer for each in members})
         reach = max(each.reach for each in members)
-        why = f" (codes reach {reach})" if reach >= 2 ** (bits - 1) else ""
+        why = f", their codes reach {reach}" if reach >= 2 ** (bits - 1) else ""
         texts.append(
-            f"{bits}-bit weights of {layers} layer{'s' * (layers != 1)} are stored as {container}{why}"
+            f"{bits}-bit weights of {layers} layer{'s' * (layers != 1)} in {members[0].container}{why}"
         )
-    return " and ".join(texts)
+    return "; ".join(texts)
 
 
 def weight_storage(path: Path) -> WeightStorage:
@@ -163,4 +154,5 @@ def _stored(graph: Any, constants: dict[str, Any]) -> Iterator[Stored]:
         zero = constants.get(node.input[2]) if len(node.input) > 2 else None
         point = 0 if zero is None else onnx.numpy_helper.to_array(zero).astype(np.int32)
         reach = 0 if kind == "FLOAT" else int(np.abs(codes.astype(np.int32) - point).max(initial=0))
-        yield Stored(told[parts.LAYER], codes.size, int(told[parts.BITS]), kind, reach)
+        width = 4 if kind.endswith("INT4") else 8 * codes.itemsize  # NumPy has a byte for four bits
+        yield Stored(told[parts.LAYER], codes.size, int(told[parts.BITS]), kind, width, reach)

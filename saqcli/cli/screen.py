@@ -23,6 +23,7 @@ from saqcli.strict import json_text
 from saqcli.units import format_duration, format_figure
 
 SECONDS_BETWEEN_LINES = 10.0  # of plain progress
+WIDE = 100  # columns of a terminal that has room for a long bar
 TOGETHER = {"quantize_command", "search_command", "eval_command"}  # several processes work as one
 
 P = ParamSpec("P")
@@ -244,13 +245,18 @@ class _Live:
     def task(self, title: str, total: int) -> Iterator[Task]:
         """A task drawn as a bar that disappears when it is done."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.table import Column
+
+        def text(field: str) -> TextColumn:
+            """Wrapped where the terminal is too narrow, not cut."""
+            return TextColumn(field, table_column=Column(overflow="fold", no_wrap=False))
 
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            text("{task.description}"),
+            BarColumn(bar_width=24 if self.console.width >= WIDE else 8),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TextColumn("[dim]{task.fields[pace]}"),
+            text("{task.fields[figures]}"),
+            text("[dim]{task.fields[pace]}"),
         )
         with Progress(*columns, console=self.console, transient=True) as bar:
             yield _LiveTask(bar, bar.add_task(title, total=total, figures="", pace=""), total)

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.text import Text
 
 from saqcli.cli.tables import plain_table, say
+from saqcli.units import with_error
 from saqcli.workflows.pictures.canvas import titles
+from saqcli.workflows.subjects import images_of
 
 MOST_LAYERS = 5  # named in a line; all of them are in the files
 
@@ -19,12 +21,13 @@ def show_analysis(result: dict[str, Any]) -> None:
     """A column a model, a row a figure; then the files."""
     console = Console()
     models = [result, *([result["against"]] if result["against"] else [])]
-    table = plain_table(f"{result['model']} on {result['images']} images")
+    images = images_of(result["images"], result["split"])
+    table = plain_table(f"{result['model']} on {images}")
     table.add_column("")
     names = titles([model["target"] for model in models])
     for name in names:
         table.add_column(Text(name), justify="right", overflow="fold")
-    rows = [_rows(model) for model in models]
+    rows = [_rows(model, result["split"]) for model in models]
     for name in dict.fromkeys(name for row in rows for name in row):
         table.add_row(name, *(row.get(name, "") for row in rows))
     console.print(table)
@@ -37,9 +40,10 @@ def show_analysis(result: dict[str, Any]) -> None:
     say(console, f"wrote {counts['.json']} readings as JSON{drawn} to {result['out']}")
 
 
-def _rows(model: dict[str, Any]) -> dict[str, str]:
+def _rows(model: dict[str, Any], split: str) -> dict[str, str]:
     """Figures of one model by what they are called."""
-    rows = {"loss": f"{model['loss']:.4f}", "top-1": f"{model['top1']:.2f} %"}
+    on = "training images" if split == "train" else "validation images"
+    rows = {f"loss on {on}": f"{model['loss']:.4f}", f"top-1 on {on}": f"{model['top1']:.2f} %"}
     for name, reading in model["instruments"].items():
         rows |= _FIGURES.get(name, _nothing)(reading)
     return rows
@@ -53,22 +57,23 @@ def _sharpness(reading: dict[str, Any]) -> dict[str, str]:
     unit = "deviations" if reading["rho_unit"] == "deviation" else "absolute"
     rise = reading["sharpness"]
     return {
-        "sharpness": "no number" if rise is None else f"{rise:.4f}",
+        "sharpness": "NaN or infinite" if rise is None else f"{rise:.4f}",
         f"  rho {reading['rho']:g}, {unit}": f"top-1 {reading['perturbed_top1']:.2f} %",
     }
 
 
 def _eigenvalue(reading: dict[str, Any]) -> dict[str, str]:
     ended = [start["converged"] for start in reading["starts"]]
+    value, spread = with_error(reading["eigenvalue"], reading["spread"], " ").split()
+    starts = "1 start" if len(ended) == 1 else f"{len(ended)} starts"
     return {
-        "largest Hessian eigenvalue": f"{reading['eigenvalue']:.4g}",
-        f"  spread over {len(ended)} starts": f"{reading['spread']:.2g}"
-        + ("" if all(ended) else f", {ended.count(False)} not converged"),
+        "largest Hessian eigenvalue": value,
+        f"  spread over {starts}": spread + ("" if all(ended) else f", {ended.count(False)} not converged"),
     }
 
 
 def _trace(reading: dict[str, Any]) -> dict[str, str]:
-    return {"Hessian trace": f"{reading['trace']:.4g} ± {reading['standard_error']:.2g}"}
+    return {"Hessian trace": with_error(reading["trace"], reading["standard_error"])}
 
 
 def _flips(reading: dict[str, Any]) -> dict[str, str]:
@@ -116,7 +121,7 @@ def _lines(instruments: dict[str, Any]) -> list[str]:
         layers = instruments["sensitivity"]["layers"]
         least = min(candidate["bits"] for layer in layers for candidate in layer["candidates"])
         changes = [
-            (candidate["loss_change"], layer["name"])
+            (math.inf if candidate["loss_change"] is None else candidate["loss_change"], layer["name"])
             for layer in layers
             for candidate in layer["candidates"]
             if candidate["bits"] == least
@@ -126,9 +131,11 @@ def _lines(instruments: dict[str, Any]) -> list[str]:
         )
         lines.append(f"most sensitive at {least} bits (change of the loss): {named}")
     if "trace" in instruments:
-        traces = [(layer["per_weight"], layer["name"]) for layer in instruments["trace"]["layers"]]
+        layers = instruments["trace"]["layers"]
+        layers = sorted(layers, key=lambda layer: (layer["per_weight"], layer["name"]), reverse=True)
         named = ", ".join(
-            f"{name} ({value:.3g})" for value, name in sorted(traces, reverse=True)[:MOST_LAYERS]
+            f"{layer['name']} ({with_error(layer['per_weight'], layer['standard_error'] / layer['weights'])})"
+            for layer in layers[:MOST_LAYERS]
         )
         lines.append(f"largest trace per weight: {named}")
     return lines

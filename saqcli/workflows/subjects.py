@@ -7,6 +7,7 @@ for, just as ``saq quantize --epochs 0`` does.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,12 @@ class View:
     split: Literal["train", "val"]
     images: int
     seed: int
+
+
+def images_of(count: int, split: str) -> str:
+    """``500 training images``."""
+    kind = {"train": "training", "val": "validation"}[split]
+    return f"{count:,} {kind} image{'' if count == 1 else 's'}"
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,11 @@ def open_subject(
     ordered = {name: layers[name] for name in facts.policy.layers}
     subject = Subject(model, ordered, batches, facts.scheme, latent)
     score = subject.score()
+    if not math.isfinite(score.loss):
+        raise ConfigError(
+            f"the loss of {target} on these images is NaN or infinite, so there is nothing to measure: "
+            "check its weights and its preprocessing (--mean, --std)"
+        )
     return Opened(target, facts, subject, _hash_model(model), _hash_images(batches), score)
 
 

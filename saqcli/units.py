@@ -71,6 +71,10 @@ _COSTS = {"bops": "what uniform 4 bits cost", "size": "the size at uniform 4 bit
 _NAMES = {"bops": "budget", "size": "size"}
 OPTIONS = {"bops": "--bops/--budget", "size": "--size"}
 
+PLAIN = (1e-4, 1e7)  # magnitudes between these are written without an exponent
+DIGITS = 4  # of a value without an error
+MOST_DIGITS = 6  # of a value, however small its error is
+
 
 def parse_quantity(text: str, quantity: Quantity = "bops") -> int:
     """The bit-operations or bytes that ``text`` stands for.
@@ -177,3 +181,39 @@ def counted(number: int, thing: str) -> str:
     if number != 1:
         thing += "es" if thing.endswith(("s", "x", "tch", "sh")) else "s"
     return f"{number:,} {thing}"
+
+
+def with_error(value: float, error: float, joint: str = " ± ") -> str:
+    """``value`` and its error with the same decimals: two significant digits of the error decide.
+
+    Args:
+        value: any number.
+        error: of it, in the same unit; not negative.
+        joint: what stands between the two.
+
+    Example:
+        >>> with_error(892.7, 123.4)
+        '893 ± 123'
+        >>> with_error(0.0123, 0.00098)
+        '0.01230 ± 0.00098'
+        >>> with_error(1.5e9, 2.4e7)
+        '1.500e+09 ± 0.024e+09'
+    """
+    largest = max(abs(value), abs(error))
+    if not math.isfinite(value) or not math.isfinite(error):
+        return f"{value:.{DIGITS}g}{joint}{error:.2g}"
+    if largest == 0:
+        return f"0{joint}0"
+    exponent = 0 if PLAIN[0] <= largest < PLAIN[1] else _exponent(largest)
+    suffix = f"e{exponent:+03d}" if exponent else ""
+    value, error = value / 10.0**exponent, error / 10.0**exponent
+    decimals = 1 - _exponent(error) if error else DIGITS - 1 - _exponent(value)
+    if value:
+        decimals = min(decimals, MOST_DIGITS - 1 - _exponent(value))
+    decimals = max(decimals, 0)
+    return f"{value:.{decimals}f}{suffix}{joint}{error:.{decimals}f}{suffix}"
+
+
+def _exponent(value: float) -> int:
+    """Of ten, in scientific notation."""
+    return math.floor(math.log10(abs(value)))

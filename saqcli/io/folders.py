@@ -166,7 +166,7 @@ def find_images(folder: Path, *, dead_images: bool = False) -> Listing:
         notes.append(f"{folder}: passed over: {others}; images are {known} files")
     if loose:
         notes.append(
-            f"{folder}: passed over: {counted(loose, 'image')} beside the class folders ({some(loose, 3)})"
+            f"{folder}: passed over: {counted(len(loose), 'image')} beside the class folders ({some(loose, 3)})"
         )
     return Listing(images, tuple(notes))
 
@@ -202,7 +202,11 @@ def _describe_passed_over(files: Mapping[str, Sequence[str]]) -> str:
     """What ``_image_files`` has passed over, for a message."""
     texts = []
     for ending, paths in sorted(files.items()):
-        what = counted(paths, f"{ending} file") if ending else f"{counted(paths, 'file')} without an ending"
+        what = (
+            counted(len(paths), f"{ending} file")
+            if ending
+            else f"{counted(len(paths), 'file')} without an ending"
+        )
         texts.append(f"{what} (such as {printable(paths[0])})")
     return ", ".join(texts)
 
@@ -276,17 +280,6 @@ def _sort_names(names: Sequence[str]) -> list[str]:
     """Names of class folders in the order in which their images are listed, which is not that of their labels."""
     names = sorted(names)
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
-
-
-def counted(things: Sequence[object], what: str) -> str:
-    """How many there are of ``what``.
-
-    Example:
-        >>> counted([7], "image"), counted([7, 8], "class")
-        ('1 image', '2 classes')
-    """
-    plural = what + ("es" if what.endswith("s") else "s")
-    return f"{len(things)} {what if len(things) == 1 else plural}"
 
 
 def some(names: Sequence[str], limit: int = 5) -> str:

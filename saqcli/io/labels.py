@@ -24,8 +24,9 @@ from typing import Literal
 
 from saqcli.errors import ConfigError, DataError
 from saqcli.io.class_lists import misfit, read_class_list, read_class_map
-from saqcli.io.folders import counted, natural, some
+from saqcli.io.folders import natural, some
 from saqcli.strict import named_path, printable
+from saqcli.units import counted
 
 Order = Literal["timm", "torchvision"]
 ORDERS: tuple[Order, ...] = ("timm", "torchvision")
@@ -203,7 +204,7 @@ def number_classes(
         absent = sorted(set(range(len(chosen.names))) - set(labels.values()))
         if absent and not all(_SYNSET.fullmatch(name) for name in chosen.names):
             notes.append(
-                f"{counted(absent, 'class')} of the model's {classes.count} have no folder: "
+                f"{counted(len(absent), 'class')} of the model's {classes.count} have no folder: "
                 f"{some([chosen.names[index] for index in absent])}"
             )
     notes += _contradictions(labels, targets, chosen, lists)
@@ -262,7 +263,7 @@ def _asked_list(order: str, folders: Sequence[str], targets: Mapping[str, str | 
     found = _List(str(path), path.name, index, () if reason else _by_index(index))
     if missing := [name for name, target in targets.items() if found.place(target) is None]:
         raise DataError(
-            f"--class-order {path} does not name {counted(missing, 'class folder')} ({some(missing)}): it has "
+            f"--class-order {path} does not name {counted(len(missing), 'class folder')} ({some(missing)}): it has "
             f"{some(list(index))}; add or correct the names, or give --class-map FILE"
         )
     return found
@@ -288,8 +289,8 @@ def _first_that_fits(
             )
         if len(missing) < named:
             raise DataError(
-                f"{one.title} does not name {counted(missing, 'class folder')} of {where} ({some(missing)}): it has "
-                f"{some(list(one.index))}; rename the folders, give --class-map FILE, or --class-order "
+                f"{one.title} does not name {counted(len(missing), 'class folder')} of {where} ({some(missing)}): it "
+                f"has {some(list(one.index))}; rename the folders, give --class-map FILE, or --class-order "
                 f"{classes.library} to number them without it"
             )
         notes.append(
@@ -312,7 +313,7 @@ def _sorted(
     strangers = [name for name in mapped if name not in targets]
     if alone and strangers:
         raise DataError(
-            f"--class-map has no line for {counted(alone, 'class folder')} of {where} ({some(alone)}), and "
+            f"--class-map has no line for {counted(len(alone), 'class folder')} of {where} ({some(alone)}), and "
             f"{some(strangers)} is no folder there: correct the names"
         )
     wanted = list(targets.values()) + ([] if alone else list(mapped.values()))
@@ -325,7 +326,7 @@ def _sorted(
             "not known: give the index of all, or --class-order FILE"
         )
     if len(names) != classes.count:
-        raise DataError(_othercounted(names, classes, where, asked, imagenet))
+        raise DataError(_other_count(names, classes, where, asked, imagenet))
     order = asked or classes.library
     if not (in_order and asked is None):
         names = sort_classes(names, order)
@@ -338,12 +339,12 @@ def _sorted(
     )
 
 
-def _othercounted(
+def _other_count(
     names: Sequence[str], classes: Classes, where: str, asked: Order | None, imagenet: _List | None
 ) -> str:
     """What was seen where there are not as many folders as classes, and what to do."""
     known = f" ({some(classes.names, 3)})" if classes.names and not imagenet else ""
-    seen = f"{where} has {counted(names, 'class')} ({some(names)}), the model {classes.count}{known}"
+    seen = f"{where} has {counted(len(names), 'class')} ({some(names)}), the model {classes.count}{known}"
     head = f"--num-classes {len(names)} --new-head on quantize or search (a new head, to be fine-tuned)"
     if imagenet is None:
         mapped = "--class-map FILE with a line `FOLDER CLASS` each"

@@ -180,7 +180,7 @@ def check_named(name: str) -> None:
     Raises:
         UnknownModel: names near matches.
     """
-    _resolve(name)
+    resolve(name)
 
 
 def build_architecture(build: Mapping[str, Any]) -> nn.Module:

@@ -6,6 +6,7 @@ measure    one instrument after the other; each writes its JSON as soon as it is
 draw       PNG and SVG
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,9 @@ from saqcli.workflows.analysis_files import AGAINST, AnalysisFolder, SubjectFact
 from saqcli.workflows.checks import check_device, check_images
 from saqcli.workflows.optimization import default_rho
 from saqcli.workflows.pictures import draw
+from saqcli.workflows.pictures.canvas import model_names
 from saqcli.workflows.predictors import named_file
-from saqcli.workflows.subjects import Opened, View, check_target, open_subject
+from saqcli.workflows.subjects import Opened, View, check_target, images_of, open_subject
 from saqcli.workflows.targets import QUANTIZED, find_target
 
 SECONDS_BETWEEN_SAVES = 5.0
@@ -89,6 +91,7 @@ class Measured:
         return {
             "target": self.facts.target,
             "model": self.facts.model,
+            "split": self.facts.split,
             "images": self.facts.images,
             "loss": self.facts.loss,
             "top1": self.facts.top1,
@@ -182,10 +185,12 @@ def _measure(request: Request, opened: list[Opened], settings: Settings, progres
         for one, folder, earlier in zip(opened, folders, there, strict=True)
     ]
     files = [folder.path_of(name) for folder in folders for name in request.instruments]
+    names = model_names([(one.facts.model, one.facts.target) for one in measured])
+    images = images_of(opened[0].score.images, request.view.split)
     with progress.task("drawing", len(request.instruments)) as task:
         for name in request.instruments:
-            subjects = [(one.facts.target, one.readings[name]) for one in measured]
-            files += draw(name, subjects, request.out)
+            subjects = [(model, one.readings[name]) for model, one in zip(names, measured, strict=True)]
+            files += draw(name, subjects, request.out, images)
             task.advance()
     return Analysis(request.out, measured[0], measured[1] if len(measured) > 1 else None, files)
 
@@ -263,8 +268,31 @@ def _measure_all(
             readings[name] = _measure_resumable(name, opened, folder, settings, session)
         else:
             readings[name] = INSTRUMENTS[name].measure(opened.subject, settings, session)
+        _check_finite(name, readings[name], opened.target)
         folder.save(name, readings[name])
     return readings
+
+
+def _check_finite(name: str, reading: Reading, target: str) -> None:
+    """Refuse a reading that JSON cannot hold; points that may be NaN or infinite are None in it.
+
+    Raises:
+        ConfigError: some figure is NaN or infinite.
+    """
+
+    def broken(value: Any) -> bool:
+        if isinstance(value, dict):
+            return any(broken(one) for one in value.values())
+        if isinstance(value, list | tuple):
+            return any(broken(one) for one in value)
+        return isinstance(value, float) and not math.isfinite(value)
+
+    found = [key for key, value in reading.to_dict().items() if broken(value)]
+    if found:
+        raise ConfigError(
+            f"{name} of {target}: {', '.join(found)} NaN or infinite on these images; "
+            f"check its weights, or choose other instruments than {name}"
+        )
 
 
 def _measure_resumable(

@@ -201,7 +201,10 @@ def _write(
     costs = searched.posed.problem.space.costs
     write_text(run.policy_path, searched.policy.to_json())
     files = draw_policy(
-        searched.policy, costs, run.path / "policy", f"{searched.policy.model}, {searched.searcher}"
+        searched.policy,
+        costs,
+        run.path / "policy",
+        f"Bits of {searched.policy.model}, found by searcher {searched.searcher}",
     )
     if front is not None:
         files += write_front(front, run.path)

@@ -56,6 +56,12 @@ class View:
     seed: int
 
 
+def images_of(count: int, split: str) -> str:
+    """``500 training images``."""
+    kind = {"train": "training", "val": "validation"}[split]
+    return f"{count:,} {kind} image{'' if count == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class Opened:
     """A subject and where it came from.

@@ -57,7 +57,7 @@ Style = Annotated[
     list[str] | None,
     typer.Option(
         metavar="STYLE",
-        help="Style of the ONNX file: qdq, exact, trt or qonnx; may be repeated, for a file each [default: qdq].",
+        help="Style of the ONNX file, as in saq export; may be repeated, for a file each [default: qdq].",
         show_default=False,
         rich_help_panel=RUN,
     ),

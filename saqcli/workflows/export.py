@@ -236,6 +236,11 @@ def check_styles(styles: Sequence[str]) -> None:
             raise ConfigError(f"--style {style} is given twice: one file a style is written")
 
 
+def onnx_names(styles: Sequence[str]) -> dict[str, str]:
+    """Style to the name of a run's ONNX file without its ending: that of the first is ``model``."""
+    return {style: f"model-{style}" if index else "model" for index, style in enumerate(styles)}
+
+
 def check_exports(config: RunConfig, network: Network, progress: Progress = SILENT) -> None:
     """Export a copy of ``network`` in every style that the run is to end with, and run it in ONNX Runtime.
 
@@ -259,10 +264,8 @@ def check_exports(config: RunConfig, network: Network, progress: Progress = SILE
             for style in styles:
                 _try_export(style, config, network)
                 task.advance()
-    except OSError as error:
-        progress.note(
-            f"the export could not be tried before training: {error}"
-        )  # the run itself needs no such files
+    except OSError as error:  # of the temporary files, which the run itself does not need
+        progress.note(f"the export could not be tried before training: {error}")
     finally:
         set_random_state(before)
 
@@ -280,15 +283,13 @@ def _try_export(style: str, config: RunConfig, network: Network) -> None:
             if out_of_memory(error):
                 raise MemoryError(str(error)) from error
             reason = str(error).replace(str(path), "the file")
-            other = (
-                "network" if reason.startswith(CANNOT) else "--style"
-            )  # none has a form of what is not traced
+            traced = not reason.startswith(CANNOT)  # what cannot be traced has no form in any style
             reason = reason.removeprefix(CANNOT).removesuffix(ELSEWHERE)
             if not isinstance(error, SaqError):
                 reason = f"{type(error).__name__}: {' '.join(reason.split())[:200]}"
             raise UnsupportedModel(
                 f"{network.name} cannot be exported to ONNX in style {style}: {reason}; give --no-export to end with "
-                f"model.safetensors alone, or another {other}"
+                f"model.safetensors alone, or another {'--style' if traced else 'network'}"
             ) from error
 
 
@@ -323,8 +324,7 @@ def _provisional(
 def _write_and_run(style: str, model: nn.Module, facts: ModelFacts, path: Path, images: Tensor) -> None:
     exporter = EXPORTERS[style]()
     exporter.export(model, images[:2], path, facts)
-    accepted = getattr(exporter, "conditions", ())
-    found = [hazard for hazard in hazards(onnx.load(str(path))) if hazard.code not in accepted]
+    found = [hazard for hazard in hazards(onnx.load(str(path))) if hazard.code not in exporter.conditions]
     if found:
         raise UnsupportedModel(f"ONNX Runtime would change the graph, hazard {found[0]}")
     with torch.inference_mode():

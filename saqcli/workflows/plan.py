@@ -17,7 +17,7 @@ from saqcli.io.models import LoadedModel, default_classes, published_weights
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import SILENT, Progress
 from saqcli.workflows.bits import budget_of, given_policy, space_of
-from saqcli.workflows.export import check_exports
+from saqcli.workflows.export import check_exports, onnx_names
 from saqcli.workflows.find_bits import ask
 from saqcli.workflows.profile import measure
 from saqcli.workflows.quantize import check, network_for
@@ -30,7 +30,6 @@ PUBLISHED = "{} (published; fetched when the run starts, unless it is cached)"
 WRITTEN = {
     "quantize": """
         manifest.json config.json policy.json metrics.jsonl report.md checkpoints/last.ckpt artifacts/model.safetensors
-        artifacts/model.onnx artifacts/model.verdict.json
     """.split(),
     "search": "manifest.json config.json policy.json search.json policy.png policy.svg".split(),
 }
@@ -175,5 +174,9 @@ def _bits(config: RunConfig) -> str:
 
 def _written(config: RunConfig, verb: str, *, searches: bool) -> list[str]:
     """Files of the run directory, in the order of ``WRITTEN``."""
-    more = SEARCHED if verb == "quantize" and searches else ()
-    return [*WRITTEN[verb], *more, *(FRONT if searches and config.search.pareto else ())]
+    written = [*WRITTEN[verb]]
+    if verb == "quantize":
+        names = onnx_names(config.export.styles).values()
+        written += [f"artifacts/{name}{ending}" for name in names for ending in (".onnx", ".verdict.json")]
+        written += SEARCHED if searches else ()
+    return [*written, *(FRONT if searches and config.search.pareto else ())]

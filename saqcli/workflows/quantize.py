@@ -45,7 +45,7 @@ from saqcli.workflows.bits import budget_of, check_bits, check_way, given_policy
 from saqcli.workflows.calibration import calibrate, install_quantizers, scheme_of
 from saqcli.workflows.checks import check_device, check_images, check_model
 from saqcli.workflows.determinism import deterministic_if_asked
-from saqcli.workflows.export import check_exports, check_styles, export_verified, verify_limit
+from saqcli.workflows.export import check_exports, check_styles, export_verified, onnx_names, verify_limit
 from saqcli.workflows.find_bits import ask, make_searcher
 from saqcli.workflows.finetune import finetune
 from saqcli.workflows.optimization import check_training
@@ -343,14 +343,13 @@ def write_files(
         model, facts, run.safetensors_path, "safetensors", batches, len(batches), progress, **about
     )
     outcome.artifacts["safetensors"] = str(run.safetensors_path)
-    for index, style in enumerate(config.export.styles):
-        path = run.onnx_path if index == 0 else run.onnx_path.with_name(f"model-{style}.onnx")
+    for style, name in onnx_names(config.export.styles).items():
+        path = run.onnx_path.with_name(f"{name}.onnx")
         verdict = export_verified(model, facts, path, style, batches, len(batches), progress, **about)
         outcome.artifacts[style] = str(path)
-        outcome.artifacts["verdict" if index == 0 else f"verdict-{style}"] = str(verdict_path(path))
-        if index == 0:
-            size = path.stat().st_size
-            outcome.onnx = {**verdict.figures(), "style": style, "size_bytes": size}
+        outcome.artifacts[name.replace("model", "verdict", 1)] = str(verdict_path(path))
+        if outcome.onnx is None:
+            outcome.onnx = {**verdict.figures(), "style": style, "size_bytes": path.stat().st_size}
     if best is not None and best.epoch != outcome.exported_epoch:
         model.load_state_dict(best.model)
         export_verified(model, facts, run.best_path, "safetensors", batches, len(batches), progress, **about)

@@ -29,6 +29,7 @@ def stored(style: str, bits: int, grid: str, path: Path) -> WeightStorage:
         ("qdq", 3, "auto", 4),
         ("qdq", 4, "auto", 8),
         ("qdq", 4, "zero", 4),
+        ("qdq", 8, "auto", 8),
         ("qdq", 8, "paper", 16),
         ("exact", 4, "auto", 4),
         ("trt", 4, "zero", 8),
@@ -41,6 +42,7 @@ def test_containers_are_read_off_the_graph(
     found = stored(style, bits, grid, tmp_path / "model.onnx")
 
     (weight,) = found.weights
+    assert weight.reach in ({"paper": 255, "auto": 127}[grid],) if bits == 8 else weight.reach < 16
     assert (weight.layer, weight.count, weight.bits, weight.width) == ("0", COUNT, bits, width)
     assert (found.weight_bytes, found.true_bytes) == (COUNT * width // 8, COUNT * bits // 8)
     assert found.file_bytes == (tmp_path / "model.onnx").stat().st_size

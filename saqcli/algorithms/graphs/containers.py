@@ -141,6 +141,16 @@ def weight_storage(path: Path) -> WeightStorage:
     return WeightStorage(path.stat().st_size, tuple(_stored(graph, constants)))
 
 
+def _zeros(node: Any, constants: dict[str, Any]) -> Any:
+    """The zero points of a DequantizeLinear, one or one a slice along its axis, to be taken away from its codes."""
+    if len(node.input) < 3 or node.input[2] not in constants:
+        return 0
+    zeros = onnx.numpy_helper.to_array(constants[node.input[2]]).astype(int)
+    dims = len(constants[node.input[0]].dims)
+    axis = next((each.i for each in node.attribute if each.name == "axis"), 1)
+    return zeros.reshape([-1 if dim == axis % dims else 1 for dim in range(dims)]) if zeros.ndim else zeros
+
+
 def _stored(graph: Any, constants: dict[str, Any]) -> Iterator[Stored]:
     seen: set[str] = set()
     for node in graph.node:
@@ -151,8 +161,8 @@ def _stored(graph: Any, constants: dict[str, Any]) -> Iterator[Stored]:
         seen.add(name)
         kind = onnx.TensorProto.DataType.Name(constants[name].data_type)
         codes = onnx.numpy_helper.to_array(constants[name])
-        zero = constants.get(node.input[2]) if len(node.input) > 2 else None
-        point = 0 if zero is None else onnx.numpy_helper.to_array(zero).astype(np.int32)
-        reach = 0 if kind == "FLOAT" else int(np.abs(codes.astype(np.int32) - point).max(initial=0))
+        reach = (
+            0 if kind == "FLOAT" else int(np.abs(codes.astype(int) - _zeros(node, constants)).max(initial=0))
+        )
         width = 4 if kind.endswith("INT4") else 8 * codes.itemsize  # NumPy has a byte for four bits
         yield Stored(told[parts.LAYER], codes.size, int(told[parts.BITS]), kind, width, reach)

@@ -12,7 +12,7 @@ from saqcli.quant.cost import Cost
 from saqcli.quant.space import Candidates, SearchSpace, search_space
 from saqcli.quant.trace import FUNCTIONAL, Trace
 from saqcli.workflows.bits import check_bits, float_policy, read_policy
-from saqcli.workflows.checks import check_model
+from saqcli.workflows.checks import check_builds, check_model
 from saqcli.workflows.setup import Network, load_float, wrap_and_trace
 
 NEVER_RUNS = "does not run in evaluation"
@@ -126,6 +126,7 @@ def check_profile(section: ModelSection, bits: str | None, policy: Path | None) 
         problems.add(ConfigError("--bits and --policy both give the bits: give one of them"))
     given = {"bits": bits, "policy": None if policy is None else str(policy)}
     problems.attempt(check_bits, QuantizationSection.model_validate(given))
+    check_builds(problems, section)
     problems.check()
 
 

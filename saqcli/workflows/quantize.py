@@ -38,7 +38,7 @@ from saqcli.quant.calibrate import InputStatistics
 from saqcli.quant.cost import Budget
 from saqcli.workflows.bits import budget_of, check_bits, check_way, given_policy, space_of
 from saqcli.workflows.calibration import calibrate, install_quantizers, scheme_of
-from saqcli.workflows.checks import check_device, check_images, check_model
+from saqcli.workflows.checks import check_builds, check_device, check_images, check_model
 from saqcli.workflows.determinism import deterministic_if_asked
 from saqcli.workflows.export import export_verified
 from saqcli.workflows.find_bits import ask, make_searcher
@@ -97,6 +97,7 @@ def _on(
     run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite)
     with run.recorded():
         run.restore_metrics(state)
+        run.keep_config(config)
         if state is not None:
             run.end_search()  # a crash may have come between the first checkpoint and this
         if state is None:
@@ -131,6 +132,7 @@ def check(config: RunConfig, *, images: bool = False, files: bool = True) -> Non
     problems.attempt(scheme_of(config).check)
     problems.attempt(check_training, config)
     problems.attempt(check_device, config.run.device)
+    check_builds(problems, config.model)
     problems.check()
 
 
@@ -258,9 +260,7 @@ def complete(
     else:
         best, outcome.score = None, outcome.calibrated_score
         outcome.best_epoch, outcome.best_score = 0, outcome.score
-    if config.training.epochs and outcome.best_score is not None:
-        run.log(phase="best", epoch=outcome.best_epoch, **asdict(outcome.best_score))
-    run.log(phase="quantized", **asdict(outcome.score))
+    run.log(phase="quantized", **asdict(outcome.score), **outcome.best_figures())
     if not ranks.first():
         return outcome  # the first one writes the files
     batches = open_images(config, facts, torch.device("cpu")).validation(config.data.verify_images)
@@ -269,7 +269,7 @@ def complete(
         outcome.artifacts[style] = str(path)
         outcome.agreement, outcome.verified_images = verdict.argmax_agreement, verdict.images
         outcome.layers_error = verdict.figures()["layers_error"]
-    if best is not None and best.epoch != outcome.exported_epoch:
+    if best is not None and outcome.advice and best.epoch != outcome.exported_epoch:
         model.load_state_dict(best.model)
         export_verified(model, facts, run.best_path, "safetensors", batches, len(batches), progress)
         outcome.artifacts["best"] = str(run.best_path)

@@ -30,7 +30,7 @@ from saqcli.progress import Progress
 from saqcli.quant.layers import quantized_layers
 from saqcli.workflows.bits import check_bits, check_way, given_policy
 from saqcli.workflows.calibration import calibrate, install_quantizers
-from saqcli.workflows.checks import check_model
+from saqcli.workflows.checks import check_builds, check_model
 from saqcli.workflows.predictors import named_file, restore
 from saqcli.workflows.quantize import describe, prepare
 from saqcli.workflows.setup import is_small, open_trained, workers_of
@@ -114,6 +114,7 @@ def check_target(target: str, section: ModelSection, bits: str | None, policy: P
     problems.attempt(check_model, section)
     problems.attempt(check_way, quantization)
     problems.attempt(check_bits, quantization)
+    check_builds(problems, section)
     problems.check()
 
 

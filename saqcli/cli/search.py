@@ -27,6 +27,8 @@ def search_command(
     weight_grid: b.WeightGrid = None,
     granularity: b.Granularity = None,
     weight_norm: b.WeightNorm = None,
+    correct_bias: b.CorrectBias = None,
+    recalibrate_bn: b.RecalibrateBN = None,
     quantize_attention: b.QuantizeAttention = None,
     epochs: Annotated[
         float | None,
@@ -48,7 +50,11 @@ def search_command(
     ] = None,
     scoring_images: Annotated[
         int | None,
-        typer.Option(min=1, help="Held-out images to compare configurations on.", rich_help_panel=SEARCH),
+        typer.Option(
+            min=1,
+            help="Held-out images that score configurations; by default 2048.",
+            rich_help_panel=SEARCH,
+        ),
     ] = None,
     proxy: Annotated[
         str | None,
@@ -61,7 +67,9 @@ def search_command(
     pareto: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Also a front of accuracy against cost, at so many budgets.", rich_help_panel=SEARCH
+            min=0,
+            help="Also search at this many budgets: a table and a picture of accuracy over cost.",
+            rich_help_panel=SEARCH,
         ),
     ] = None,
     weights: o.Weights = None,
@@ -127,6 +135,8 @@ def search_command(
         "quantization.weight_grid": weight_grid,
         "quantization.granularity": granularity,
         "quantization.weight_normalization": weight_norm,
+        "quantization.correct_bias": correct_bias,
+        "quantization.recalibrate_bn": recalibrate_bn,
         "quantization.quantize_attention": quantize_attention,
         "quantization.searcher": searcher,
         "search.epochs": epochs,

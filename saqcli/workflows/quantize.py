@@ -330,7 +330,8 @@ def write_files(
 ) -> None:
     """The safetensors file and an ONNX file a style, each compared with ``model``; noted in ``outcome``.
 
-    ``best`` is the best state of fine-tuning, kept in a file of its own where it is clearly better than the exported one.
+    ``best`` is the best state of fine-tuning, kept in a file of its own where it is clearly better than the exported
+    one.
     """
     images = open_images(config, facts, torch.device("cpu"))
     batches = images.validation(verify_limit(config.data.verify_images))

@@ -23,7 +23,7 @@ from saqcli.quant.calibrate import settle_batch_norms
 from saqcli.workflows.bits import given_policy
 from saqcli.workflows.calibration import calibrate, install_quantizers
 from saqcli.workflows.quantize import prepare
-from saqcli.workflows.setup import open_named, validation_loader
+from saqcli.workflows.setup import classes_of, open_named, validation_loader
 
 # What differs from the settings of the run; `bn` is a way to estimate batch norms anew that the tool does not offer.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -64,7 +64,7 @@ class Bench:
         }
         network, images = prepare(self.config({}, "8"), torch.device("cpu"), SILENT)
         self.sets = {"val": read_all(images.validation(), SILENT, "evaluate")}
-        classes, preprocessing = network.loaded.num_classes, network.loaded.preprocessing
+        classes, preprocessing = classes_of(network.loaded), network.loaded.preprocessing
         for folder in wanted.also:
             section = images.section.model_copy(update={"path": folder})
             split = open_named(section, "val", classes)

@@ -36,7 +36,7 @@ from saqcli.workflows.find_bits import ask, find_bits, pose
 from saqcli.workflows.optimization import make_objective, make_optimizer
 from saqcli.workflows.proxy import fit_proxy
 from saqcli.workflows.quantize import score
-from saqcli.workflows.setup import Images, Network, load_float, open_named, wrap_and_trace
+from saqcli.workflows.setup import Images, Network, classes_of, load_float, open_named, wrap_and_trace
 from saqcli.workflows.short_training import train
 
 # What is compared: a searcher and its options.
@@ -60,7 +60,7 @@ class Bench:
         self.wanted, self.device = wanted, pick_device("auto")
         config = self.config("w4a4", "uniform", 0)
         loaded = load_float(config.model, SILENT)
-        train, val = (open_named(config.data, split, loaded.num_classes) for split in ("train", "val"))
+        train, val = (open_named(config.data, split, classes_of(loaded)) for split in ("train", "val"))
         self._images = (train, val, loaded.preprocessing)
         self.network: Network = wrap_and_trace(loaded)
         self.network.model.to(self.device)

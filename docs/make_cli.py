@@ -36,9 +36,11 @@ progress; its keys are in [formats.md](formats.md#what---json-prints). An error 
 | 2 | wrong usage: no such command or option |
 | 3 | an exported file does not equal the model, and nothing has its name; or a rerun is not the same |
 | 4 | no bit configuration meets the budget; the line names the reachable range |
-| 130, 143 | interrupted by Ctrl-C or SIGTERM; during search and fine-tuning progress is saved |
+| 129, 130, 143 | interrupted by SIGHUP (a closed terminal), Ctrl-C or SIGTERM; the last line says how to resume |
 
-A budget needs a unit (`34G`, `674.6M`, `500K`), or is `w4a4`: what 4 bits in every free layer cost.
+A budget needs a unit: `34G`, `674.6M` or `500 KBOPs` of bit-operations; `5MB` or `4MiB` of bytes (`--size`); or `w4a4`,
+what 4 bits in every free layer cost. What is missing or mistyped is told in one message, before anything is fetched or
+loaded; after that come a run directory that is there already, the weights and the images.
 """
 
 

@@ -6,21 +6,39 @@ own options. Running the resulting ``config.json`` again gives the same run. Unk
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
-from saqcli.errors import ConfigError
-from saqcli.strict import parse_object, printable, read_json, read_text, read_toml
+from saqcli.errors import ConfigError, Problems
+from saqcli.strict import Misfit, parse_object, printable, read_json, read_text, read_toml
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 BitWidth = Annotated[int, Field(ge=2, le=8)]
 Widths = Annotated[tuple[BitWidth, ...], Field(min_length=1)]
+WIDTHS = (2, 3, 4, 5, 6, 8)  # that are tried by default, in searches and in analyses; the help names them
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _as_typed(value: object) -> object:
+    """A number as text: TOML and ``--set`` read ``bits = 4`` as one, and a missing unit is for ``units`` to say."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Text = Annotated[str, BeforeValidator(_as_typed)]
+
+
+def _count_or_all(value: Any) -> Any:
+    if value == "all" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("give a number of at least 1, or all")
+
+
+CountOrAll = Annotated[int | Literal["all"], PlainValidator(_count_or_all)]
 
 
 class _Section(BaseModel):
@@ -48,10 +66,13 @@ class ModelSection(_Section):
 
 
 class DataSection(_Section):
-    """Which images, and how they are fed.
+    """Which images, which classes they are of, and how they are fed.
 
-    ``augmentation`` "auto" is ``cifar`` (pad 4, crop, flip) up to 64 pixels and ``imagenet`` (random resized
-    crop, flip) above. ``workers`` and ``eval_batch_size`` None decide by image size.
+    ``class_order`` is ``timm``, ``torchvision`` or a file of class names; None takes what the checkpoint, a file beside
+    the folders, or the network's library says. ``class_map`` is a file from folders to classes. ``exif_transpose`` None
+    is as a quantized model was trained, and false for a float one. ``augmentation`` "auto" is ``cifar`` (pad 4, crop,
+    flip) up to 64 pixels and ``imagenet`` (random resized crop, flip) above. ``workers`` and ``eval_batch_size`` None
+    decide by image size.
     """
 
     path: str | None = None
@@ -61,8 +82,11 @@ class DataSection(_Section):
     augmentation: Literal["auto", "imagenet", "cifar", "none"] = "auto"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     calibration_images: Positive = 512
-    verify_images: Positive = 500
+    verify_images: CountOrAll = 500
     bad_images: Literal["refuse", "skip"] = "refuse"
+    class_order: str | None = None
+    class_map: str | None = None
+    exif_transpose: bool | None = None
 
 
 class QuantizationSection(_Section):
@@ -73,14 +97,14 @@ class QuantizationSection(_Section):
     ``correct_bias`` and ``recalibrate_bn`` take back what quantization moved on average, after calibration.
     """
 
-    bits: str | None = None
-    bops: str | None = None
-    size: str | None = None
+    bits: Text | None = None
+    bops: Text | None = None
+    size: Text | None = None
     policy: str | None = None
     searcher: str = "error"
-    candidates: Widths = (2, 3, 4, 5, 6, 8)
+    candidates: Widths = WIDTHS
     activation_candidates: Widths | None = None
-    pins: dict[str, str] = {}
+    pins: dict[str, Text] = {}
     quantizer: str = "clip"
     weight_grid: Literal["auto", "paper", "zero"] = "auto"
     granularity: Literal["channel", "tensor"] = "channel"
@@ -144,6 +168,9 @@ class TrainingSection(_Section):
     left out where the loss is no number, before training stops. ``clip_grad`` is the
     largest joint norm of the gradients. ``ema_decay`` 0 is no averaging of weights. ``mixup`` and ``cutmix`` are the
     alphas of their beta distributions, 0 for none.
+
+    ``keep`` says which state is exported: that of the ``last`` epoch, or the ``best`` one on the validation images, of
+    which the calibrated one is the first.
     """
 
     method: str = "saq"
@@ -175,6 +202,7 @@ class TrainingSection(_Section):
     distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
     distill_temperature: Rate = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
+    keep: Literal["last", "best"] = "last"
     minimizer: dict[str, Any] = {}
 
 
@@ -187,6 +215,12 @@ class RunSection(_Section):
     checkpoint_minutes: Rate = 10.0
 
 
+class ExportSection(_Section):
+    """The ONNX files that ``saq quantize`` ends with, one a style, the first as ``model.onnx``; () for none."""
+
+    styles: tuple[str, ...] = ("qdq",)
+
+
 class RunConfig(_Section):
     """All of it. This is ``config.json``."""
 
@@ -197,6 +231,7 @@ class RunConfig(_Section):
     quantization: QuantizationSection = QuantizationSection()
     search: SearchSection = SearchSection()
     training: TrainingSection = TrainingSection()
+    export: ExportSection = ExportSection()
     run: RunSection = RunSection()
 
     def to_json(self) -> str:
@@ -229,25 +264,73 @@ def resolve(
         options: ``section.key`` to value; None values were not given.
 
     Raises:
-        ConfigError: a file that cannot be read, an unknown key, a value of the wrong kind.
+        ConfigError: all that is wrong: a file that cannot be read, unknown keys, values of the wrong kind.
     """
-    given, where = (_read(file), f" in {file}") if file else ({}, "")
+    problems = Problems()
+    config = resolve_into(problems, recipe=recipe, file=file, assignments=assignments, options=options)
+    problems.check()
+    assert config is not None
+    return config
+
+
+def resolve_into(
+    problems: Problems,
+    *,
+    recipe: str | None,
+    file: Path | None,
+    assignments: Mapping[str, str] | None,
+    options: Mapping[str, Any] | None,
+) -> RunConfig | None:
+    """As ``resolve``, with what is wrong added to ``problems``; made of the rest, None where there is none.
+
+    A model that was not named has an empty name.
+    """
+    given, where = (problems.attempt(_read, file) or {}, f" in {file}") if file else ({}, "")
     name = recipe or str(given.get("recipe") or "quick")
     tree: dict[str, Any] = {}
-    _merge(tree, _read_recipe(name, "" if recipe else where))
+    base = problems.attempt(_read_recipe, name, "" if recipe else where)
+    name = name if base is not None else "quick"
+    _merge(tree, _read_recipe(name, "") if base is None else base)
     _merge(tree, given)
     tree["recipe"] = name
     for key, text in (assignments or {}).items():
-        _assign(tree, key, _value(text))
+        problems.attempt(_assign, tree, key, _value(text))
     for key, value in (options or {}).items():
         if value is not None:
-            _assign(tree, key, value)
-    if not isinstance(tree.setdefault("model", {}), dict) or "name" not in tree["model"]:
-        where = f" in {file}" if file else ""
-        raise ConfigError(
-            f"no model was named{where}: give MODEL, such as timm/resnet18, or --config with one"
+            problems.attempt(_assign, tree, key, value)
+    model = tree.setdefault("model", {})
+    if not isinstance(model, dict) or "name" not in model:
+        problems.add(
+            ConfigError(f"no model was named{where}: give MODEL, such as timm/resnet18, or --config with one")
         )
-    return parse_object(RunConfig, tree, str(file) if file else "configuration")
+        tree["model"] = {**(model if isinstance(model, dict) else {}), "name": ""}
+    return _checked(problems, tree, str(file) if file else "configuration")
+
+
+def _checked(problems: Problems, tree: dict[str, Any], source: str) -> RunConfig | None:
+    """``tree`` as settings; what does not fit is added to ``problems`` and left at its default."""
+    try:
+        return parse_object(RunConfig, tree, source)
+    except Misfit as misfit:
+        problems.add(misfit)
+        for place in misfit.places:
+            _remove(tree, place)
+    except ConfigError as error:
+        problems.add(error)
+        return None
+    try:
+        return parse_object(RunConfig, tree, source)
+    except ConfigError:
+        return None
+
+
+def _remove(tree: dict[str, Any], place: Sequence[int | str]) -> None:
+    """Remove the setting at ``place``, or the one that it lies in: a section's key, or a key of the top."""
+    inner = tree.get(str(place[0])) if place else None
+    if len(place) > 1 and isinstance(inner, dict):
+        inner.pop(str(place[1]), None)
+    elif place:
+        tree.pop(str(place[0]), None)
 
 
 def _read_recipe(name: str, where: str) -> dict[str, Any]:

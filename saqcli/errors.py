@@ -2,6 +2,7 @@
 
     SaqError                      exit code 1
     ├── ConfigError               a setting, file or option that makes no sense
+    │   └── SeveralProblems       more than one of all these, found before anything was loaded
     ├── UnknownModel              no such network; names near matches
     ├── WeightsMismatch           weights that do not belong to the network
     ├── UnsafeWeights             a weight file that would run code when loaded
@@ -24,15 +25,72 @@ A message has three parts: what was asked, what is true, what to do. The command
 line and exits with ``exit_code``; no traceback.
 """
 
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class SaqError(Exception):
     """An error that the user can act on."""
 
     exit_code = 1
 
+    @property
+    def parts(self) -> "list[SaqError]":
+        """What can be told apart in it: itself, or what it was put together from."""
+        return [self]
+
 
 class ConfigError(SaqError):
     """A setting, file or option that makes no sense."""
+
+
+class SeveralProblems(ConfigError):
+    """More than one thing that is wrong with what was asked, in one message.
+
+    Args:
+        errors: two or more, in the order in which they are told.
+    """
+
+    def __init__(self, errors: list[SaqError]) -> None:
+        told = "; ".join(f"({number}) {error}" for number, error in enumerate(errors, 1))
+        super().__init__(f"{len(errors)} problems: {told}")
+        self._errors = errors
+
+    @property
+    def parts(self) -> list[SaqError]:
+        """The errors."""
+        return self._errors
+
+
+class Problems:
+    """Collects what is wrong, so that one message can tell all of it."""
+
+    def __init__(self) -> None:
+        self.errors: list[SaqError] = []
+
+    def attempt(self, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """What ``make`` returns; None where it raises a ``SaqError``, which is kept."""
+        try:
+            return make(*args, **kwargs)
+        except SaqError as error:
+            self.add(error)
+            return None
+
+    def add(self, error: SaqError) -> None:
+        """Keep ``error``, each of its parts by itself; one that says the same as another is kept once."""
+        for one in error.parts:
+            if str(one) not in map(str, self.errors):
+                self.errors.append(one)
+
+    def check(self) -> None:
+        """Raise what was kept: the error itself where it is one, ``SeveralProblems`` where there are more."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            raise SeveralProblems(self.errors)
 
 
 class UnknownModel(SaqError):
@@ -102,18 +160,24 @@ class NotReproduced(SaqError):
 
 
 class Interrupted(SaqError):
-    """Stopped by the user; the work so far is saved.
+    """Stopped by the user, as asked: no error to whom asked.
 
     Args:
-        message: says how to go on.
+        resume: the command that resumes the work, in backticks.
         exit_code: 128 plus the number of the signal; that of Ctrl-C where nothing is given.
+        saved: whether there is anything to resume from.
     """
 
     exit_code = 130
 
-    def __init__(self, message: str, exit_code: int = exit_code) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    def __init__(self, resume: str, exit_code: int = exit_code, *, saved: bool = True) -> None:
+        said = (
+            "Interrupted; progress saved. Resume"
+            if saved
+            else "Interrupted before anything was saved. Start again"
+        )
+        super().__init__(f"{said} with {resume}")
+        self.exit_code, self.saved = exit_code, saved
 
 
 class StoppedElsewhere(SaqError):

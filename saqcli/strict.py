@@ -27,6 +27,7 @@ Model = TypeVar("Model", bound=BaseModel)
 MOST_BYTES = 2**25  # of a text that is read as one
 MOST_NESTED = 64  # objects and lists within each other
 _MOST_DOTS = 1000  # of a line of TOML: a key of n parts takes time and memory of n squared
+MOST_TOLD = 10  # misfits of one object
 _SHOWN = 300  # characters of a message that a file decides
 _MARKS = {  # at the beginning of a text, the longer ones first
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -141,6 +142,8 @@ def parse_object(
     try:
         return schema.model_validate(value)
     except ValidationError as failure:
+        if error is ConfigError:
+            raise Misfit(source, failure) from None
         raise error(f"{source}: {describe(failure)}") from None
 
 
@@ -205,7 +208,12 @@ def named_path(text: str) -> Path:
 def describe(failure: ValidationError) -> str:
     """The first misfit on one line, and how many more there are."""
     errors = failure.errors(include_url=False, include_context=False, include_input=False)
-    first = errors[0]
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return _describe_one(errors[0]) + more
+
+
+def _describe_one(first: Any) -> str:
+    """One error of pydantic's."""
     place = printable(".".join(str(part) for part in first["loc"]), _SHOWN)
     if first["type"] == "extra_forbidden":
         text = f"unknown key {place!r}"
@@ -214,8 +222,7 @@ def describe(failure: ValidationError) -> str:
     else:
         reason = printable(first["msg"], _SHOWN)
         text = f"{place}: {reason}" if place else reason
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return text[0].lower() + text[1:] + more
+    return text[0].lower() + text[1:]
 
 
 def printable(text: str, most: int = 600) -> str:
@@ -227,6 +234,30 @@ def printable(text: str, most: int = 600) -> str:
     """
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: most + 1])
     return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
+class Misfit(ConfigError):
+    """An object that does not fit its schema; the message names the first place where.
+
+    Args:
+        source: what the message calls the object.
+        failure: pydantic's report.
+    """
+
+    def __init__(self, source: str, failure: ValidationError) -> None:
+        super().__init__(f"{source}: {describe(failure)}")
+        self._source = source
+        self._errors = failure.errors(include_url=False, include_context=False, include_input=False)
+
+    @property
+    def places(self) -> list[tuple[int | str, ...]]:
+        """Keys from the top, of every misfit."""
+        return [error["loc"] for error in self._errors]
+
+    @property
+    def parts(self) -> list[SaqError]:
+        """One error for every misfit, up to ``MOST_TOLD``."""
+        return [ConfigError(f"{self._source}: {_describe_one(error)}") for error in self._errors[:MOST_TOLD]]
 
 
 class _Twice(Exception):

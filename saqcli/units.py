@@ -1,40 +1,135 @@
-"""Quantities with units, as people type and read them: ``34G`` bit-operations, ``6MB``, ``1 image``.
+"""Quantities with units, as people type and read them: ``34G`` bit-operations, ``6MB``, ``5 MiB``, ``1 image``.
 
-A bare number is refused where the unit would be a guess: ``--bops 34`` could mean 34 or 34 billion.
+A bare number is refused where the unit would be a guess: ``--bops 34`` could mean 34 or 34 billion. A unit of another
+quantity is refused too, with the option that takes it.
 """
 
 import math
 import re
+from typing import Literal, NamedTuple
 
 from saqcli.errors import ConfigError
 
-_FACTORS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT])\s*(?:BOPS|B)?\s*", re.IGNORECASE)
+Quantity = Literal["bops", "size"]
+
+_PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # of bytes
+_FACTORS = _PREFIXES | _BINARY
+_ALL_PREFIXES = (
+    *_FACTORS,
+    "n",
+    "u",
+    "\u00b5",
+    "\u03bc",
+    "p",
+    "e",
+)  # with those of units that no option takes
+_NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([^\d\s.,][^\d]*?)?\s*")
 
 
-def parse_quantity(text: str) -> int:
-    """The integer that ``text`` stands for; decimal units K, M, G, T.
+class _Unit(NamedTuple):
+    """What a unit measures, the words for it in lower case, and what to do where no option takes it."""
+
+    measures: str
+    words: tuple[str, ...]
+    remedy: str = "no option bounds it"
+
+
+_BY_BITS = "each costs weight bits x activation bits: give w4a4 for the cost of uniform 4 bits"
+_UNITS = {
+    "bops": _Unit(
+        "a number of bit-operations", ("bops", "bop", "bitops", "bitop", "bit-ops", "bit-operations")
+    ),
+    "size": _Unit("a size in bytes", ("b", "byte", "bytes")),
+    "macs": _Unit("a number of multiply-accumulates", ("macs", "mac", "madds", "mult-adds"), _BY_BITS),
+    "flops": _Unit("a number of operations", ("flops", "flop", "ops", "op"), _BY_BITS),
+    "time": _Unit(
+        "a time",
+        ("s", "sec", "secs", "second", "seconds", "min", "minutes", "h", "hours"),
+        "no option bounds it, `saq eval --bench` measures it",
+    ),
+    "rate": _Unit(
+        "a rate",
+        ("fps", "hz", "images/s", "b/s", "bps", "flops/s", "ops/s"),
+        "no option bounds it, `saq eval --bench` measures it",
+    ),
+    "energy": _Unit("an energy", ("j", "joule", "joules", "wh")),
+    "power": _Unit("a power", ("w", "watt", "watts")),
+    "bits": _Unit(
+        "a number of bits",
+        ("bit", "bits"),
+        "give --bits 4 for the same bits everywhere, or --size 5MB in bytes",
+    ),
+    "parameters": _Unit(
+        "a number of parameters", ("params", "param", "parameters", "weights"), "give --size 5MB in bytes"
+    ),
+    "share": _Unit("a ratio", ("%", "percent", "x"), "give w4a4 for the cost of uniform 4 bits"),
+}
+_KINDS = {word: kind for kind, unit in _UNITS.items() for word in unit.words}
+_EXAMPLES = {"bops": "34G, 674.6M or 500K", "size": "5MB, 900KB or 4MiB"}
+_COSTS = {"bops": "what uniform 4 bits cost", "size": "the size at uniform 4 bits"}
+_NAMES = {"bops": "budget", "size": "size"}
+OPTIONS = {"bops": "--bops/--budget", "size": "--size"}
+
+PLAIN = (1e-4, 1e7)  # magnitudes between these are written without an exponent
+DIGITS = 4  # of a value without an error
+MOST_DIGITS = 6  # of a value, however small its error is
+
+
+def parse_quantity(text: str, quantity: Quantity = "bops") -> int:
+    """The bit-operations or bytes that ``text`` stands for.
+
+    Decimal prefixes K, M, G, T with or without the unit; bytes also as KiB, MiB, GiB, TiB, or without a prefix.
+    Upper and lower case are the same, and a space may stand before the unit.
 
     Raises:
-        ConfigError: no number, a negative one, or no unit.
+        ConfigError: no number, zero, no unit, or the unit of another quantity: names the option that takes it.
 
     Example:
         >>> parse_quantity("674.6M")
         674600000
+        >>> parse_quantity("4 MiB", "size")
+        4194304
     """
-    match = _QUANTITY.fullmatch(text)
-    if match is None:
+    match = _NUMBER.fullmatch(text)
+    prefix, kind = _split(match[2] or "", quantity) if match else ("", None)
+    if match and kind is not None and kind != quantity:
+        raise ConfigError(_meant(text, f"{match[1]}{prefix[:1].upper()}", kind, quantity))
+    if match is None or kind is None or prefix not in (_FACTORS if quantity == "size" else _PREFIXES):
+        missing = "add a unit" if match and not match[2] else "give a number with a unit"
         raise ConfigError(
-            f"{text!r} is no quantity: give a number with a unit, such as 34G, 674.6M or 500K, "
-            "or w4a4 for what uniform 4 bits cost"
+            f"{OPTIONS[quantity]}: {text!r} is not a {_NAMES[quantity]}: {missing}, such as {_EXAMPLES[quantity]}, "
+            f"or w4a4 for {_COSTS[quantity]}"
         )
     whole, _, fraction = match[1].partition(".")
-    digits = int(whole + fraction)
     scale: int = 10 ** len(fraction)
-    value, remainder = divmod(digits * _FACTORS[match[2].upper()], scale)
+    value, remainder = divmod(int(whole + fraction) * _FACTORS[prefix], scale)
     if value == 0:
-        raise ConfigError(f"{text!r} is no quantity to work with: it must be above zero")
+        raise ConfigError(f"{OPTIONS[quantity]}: {text!r} is zero: give a {_NAMES[quantity]} above zero")
     return value + (1 if 2 * remainder >= scale else 0)
+
+
+def _split(unit: str, quantity: Quantity) -> tuple[str, str | None]:
+    """The prefix of a unit, and what it measures: ``quantity`` where it is a prefix alone, None where unknown."""
+    unit = " ".join(unit.lower().split())
+    if unit and unit in _FACTORS:
+        return unit, "size" if unit in _BINARY else quantity
+    for prefix in _ALL_PREFIXES:
+        kind = _KINDS.get(unit[len(prefix) :].lstrip()) if unit.startswith(prefix) else None
+        if kind is not None:
+            return prefix, kind
+    return "", None
+
+
+def _meant(text: str, prefixed: str, kind: str, quantity: Quantity) -> str:
+    """The message for the unit of another quantity: which option takes it, if one does."""
+    wanted, found = _UNITS[quantity], _UNITS[kind]
+    remedy = found.remedy
+    if kind in OPTIONS:
+        remedy = f"give {OPTIONS[kind].partition('/')[0]} {''.join(text.split())}"
+        if prefixed[-1] in "KMGT":
+            remedy += f", or {prefixed} for {wanted.measures.rpartition(' ')[2]}"
+    return f"{OPTIONS[quantity]}: {text!r} is {found.measures}, not {wanted.measures}: {remedy}"
 
 
 def format_quantity(value: float, unit: str = "") -> str:
@@ -86,3 +181,39 @@ def counted(number: int, thing: str) -> str:
     if number != 1:
         thing += "es" if thing.endswith(("s", "x", "tch", "sh")) else "s"
     return f"{number:,} {thing}"
+
+
+def with_error(value: float, error: float, joint: str = " ± ") -> str:
+    """``value`` and its error with the same decimals: two significant digits of the error decide.
+
+    Args:
+        value: any number.
+        error: of it, in the same unit; not negative.
+        joint: what stands between the two.
+
+    Example:
+        >>> with_error(892.7, 123.4)
+        '893 ± 123'
+        >>> with_error(0.0123, 0.00098)
+        '0.01230 ± 0.00098'
+        >>> with_error(1.5e9, 2.4e7)
+        '1.500e+09 ± 0.024e+09'
+    """
+    largest = max(abs(value), abs(error))
+    if not math.isfinite(value) or not math.isfinite(error):
+        return f"{value:.{DIGITS}g}{joint}{error:.2g}"
+    if largest == 0:
+        return f"0{joint}0"
+    exponent = 0 if PLAIN[0] <= largest < PLAIN[1] else _exponent(largest)
+    suffix = f"e{exponent:+03d}" if exponent else ""
+    value, error = value / 10.0**exponent, error / 10.0**exponent
+    decimals = 1 - _exponent(error) if error else DIGITS - 1 - _exponent(value)
+    if value:
+        decimals = min(decimals, MOST_DIGITS - 1 - _exponent(value))
+    decimals = max(decimals, 0)
+    return f"{value:.{decimals}f}{suffix}{joint}{error:.{decimals}f}{suffix}"
+
+
+def _exponent(value: float) -> int:
+    """Of ten, in scientific notation."""
+    return math.floor(math.log10(abs(value)))

@@ -22,8 +22,14 @@ def answer(*arguments: object) -> Any:
 
 def last_error(result: Any) -> str:
     """The one line that went wrong; nothing else may stand on stderr under --quiet or --json."""
+    line = last_line(result)
+    assert line.startswith("error: ")
+    return line
+
+
+def last_line(result: Any) -> str:
+    """The last line on stderr."""
     lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert lines, f"no error on stderr; stdout: {result.stdout}"
-    assert lines[-1].startswith("error: ")
+    assert lines, f"nothing on stderr; stdout: {result.stdout}"
     assert "Traceback" not in result.stderr
     return str(lines[-1])

@@ -14,6 +14,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as the command line does;
 import pytest
 
 from tests.operators import read_once
+from tests.trials import tried_once
 
 # A shell lets what it runs behind its back ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -53,6 +54,7 @@ def seed() -> None:
 def operators_read_once() -> None:
     if read_once():
         gc.freeze()  # what an export imports
+    tried_once()
 
 
 def shared_data() -> Path:

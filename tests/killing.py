@@ -347,6 +347,9 @@ def _serve() -> None:
 
     import torch
 
+    from saqcli.workflows import export
+
+    export._try_export = lambda *_: None  # type: ignore[assignment]  # before there is a run to be killed
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

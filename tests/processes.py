@@ -19,7 +19,14 @@ from tests.digits import MODEL, float_options
 STOPPED = (
     *("--searcher", "samq", "--set", "search.epochs=2", "--set", "search.options.samq.warmup=0"),
     *("--set", "search.options.samq.draws=3", "--set", "run.checkpoint_minutes=1e-6", "--budget", "w4a4"),
-    *("--set", "search.images=128", "--set", "search.scoring_images=32"),
+    *(
+        "--set",
+        "search.images=128",
+        "--set",
+        "search.scoring_images=32",
+        "--set",
+        "data.calibration_images=64",
+    ),
 )
 
 

@@ -31,6 +31,7 @@ FAMILIES = {
         "separable",
         "sampling",
         "supernet",
+        "scoring",
         "controller",
         "reinforce",
         "alternation",

@@ -18,7 +18,7 @@ from saqcli.cli.training_options import EFFICIENT
 from saqcli.io.catalogue import Entry
 from saqcli.io.checkpoints import CheckpointFile
 from saqcli.workflows import finetune, quantize
-from tests.command_line import answer, last_error, saq
+from tests.command_line import answer, last_error, last_line, saq
 from tests.digits import MODEL, float_options
 
 pytestmark = pytest.mark.usefixtures("digits")
@@ -345,7 +345,9 @@ class TestInstalledProgram:
         assert subprocess.run(_command(digits, run), env=_single_threaded(), check=False).returncode == 0
         return run
 
-    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    @pytest.mark.parametrize(
+        ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+    )
     def test_a_signal_before_training_notes_the_end_and_says_how_to_go_on(
         self, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
     ) -> None:
@@ -354,7 +356,8 @@ class TestInstalledProgram:
         stopped = saq(*_command(digits, run)[3:])
 
         assert stopped.exit_code == code
-        assert "--resume" in last_error(stopped)
+        resume = f"`saq quantize --run-dir {run} --resume`"
+        assert last_line(stopped) == f"Interrupted before anything was saved. Start again with {resume}"
         assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
         assert not (run / ".lock").exists()
 
@@ -369,7 +372,7 @@ class TestInstalledProgram:
             stopped = saq(*_command(digits, run)[3:])
 
         assert stopped.exit_code == 143
-        assert "--resume" in last_error(stopped)
+        assert last_line(stopped).startswith("Interrupted; progress saved. Resume with `saq ")
         assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
         state = CheckpointFile(run / "checkpoints" / "last.ckpt").load() or {}
         assert state["position"] == {"epoch": 0, "step": 2}
@@ -378,7 +381,9 @@ class TestInstalledProgram:
         assert _tensors(whole) == _tensors(run)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    @pytest.mark.parametrize(
+        ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+    )
     def test_a_signal_leaves_a_checkpoint_and_resuming_gives_the_same_weights(
         self, digits: Path, tmp_path: Path, whole: Path, number: int, code: int
     ) -> None:

@@ -8,6 +8,7 @@ import typer
 from saqcli.cli import bit_options as b
 from saqcli.cli import options as o
 from saqcli.cli.screen import print_json, progress_for, reporting
+from saqcli.errors import Problems
 
 INSTRUMENTS = "Instruments"
 HOW = "How they measure"
@@ -111,7 +112,7 @@ def analyze_command(
         str | None,
         typer.Option(
             metavar="2,3,4",
-            help="Bit-widths of the sensitivity [default: 2,3,4,6,8]",
+            help="Bit-widths of the sensitivity [default: 2,3,4,5,6,8]",
             rich_help_panel=HOW,
         ),
     ] = None,
@@ -153,6 +154,9 @@ def analyze_command(
     batch_size: o.EvalBatchSize = None,
     workers: o.Workers = None,
     bad_images: o.BadImages = None,
+    class_order: o.ClassOrder = None,
+    class_map: o.ClassMap = None,
+    exif_transpose: o.ExifTranspose = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -181,13 +185,14 @@ def analyze_command(
     from saqcli.algorithms.instruments import INSTRUMENTS as TABLE
     from saqcli.algorithms.instruments import Settings
     from saqcli.errors import ConfigError
-    from saqcli.quant.bits import parse_candidates
     from saqcli.strict import parse_object
-    from saqcli.workflows.analyze import Request, analyze
+    from saqcli.workflows.analyze import Request, analyze, check_request
     from saqcli.workflows.subjects import View
 
+    problems = Problems()
     if split not in ("train", "val"):
-        raise ConfigError(f"--split {split} is not known: choose train or val")
+        problems.add(ConfigError(f"--split {split} is not known: choose train or val"))
+        split = "train"
     asked = {
         "sharpness": sharpness,
         "eigenvalue": eigenvalue,
@@ -208,12 +213,13 @@ def analyze_command(
             "starts": starts,
             "iterations": iterations,
             "samples": samples,
-            "candidates": parse_candidates(candidates) if candidates else None,
+            "candidates": o.parse_widths(problems, candidates),
             "grid": grid,
             "span": span,
         }
     )
     section = o.model_section(
+        problems,
         target,
         weights=weights,
         weights_key=weights_key,
@@ -225,13 +231,22 @@ def analyze_command(
         mean=mean,
         std=std,
     )
-    pictures = o.data_section(path=data, eval_batch_size=batch_size, workers=workers, bad_images=bad_images)
+    pictures = o.data_section(
+        problems,
+        path=data,
+        eval_batch_size=batch_size,
+        workers=workers,
+        bad_images=bad_images,
+        class_order=class_order,
+        class_map=class_map,
+        exif_transpose=exif_transpose,
+    )
     request = Request(
         target=target,
         view=View(pictures, split, images, seed),  # type: ignore[arg-type]
         instruments=chosen,
         out=out or default_out(target, bits, policy),
-        settings=parse_object(Settings, settings, "options"),
+        settings=problems.attempt(parse_object, Settings, settings, "options") or Settings(),
         rho=rho,
         against=against,
         section=section,
@@ -241,6 +256,9 @@ def analyze_command(
         resume=resume,
         overwrite=overwrite,
     )
+    if problems.errors:
+        problems.attempt(check_request, request)
+    problems.check()
     result = analyze(request, progress_for(json_output=json_output, quiet=quiet)).to_dict()
     if json_output:
         print_json(result)
@@ -252,7 +270,7 @@ def analyze_command(
 
 def default_out(target: str, bits: str | None, policy: Path | None) -> Path:
     """Inside a run directory; beside everything else for a file or a float model."""
-    path = Path(target)
+    path = Path(target).expanduser()
     if path.is_dir():
         return path / "analysis"
     if path.suffix == ".safetensors":

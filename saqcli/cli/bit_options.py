@@ -18,7 +18,11 @@ Bits = Annotated[
 ]
 Policy = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Bits of every layer, from a policy.json.", rich_help_panel=BITS),
+    typer.Option(
+        metavar="FILE|RUN",
+        help="Bits of every layer: a policy.json, or a run that holds one.",
+        rich_help_panel=BITS,
+    ),
 ]
 Candidates = Annotated[
     str | None,
@@ -51,7 +55,7 @@ Size = Annotated[
     str | None,
     typer.Option(
         metavar="BUDGET",
-        help="Budget of bytes: `5MB`, or `w4a4` for the size at 4 bits everywhere; alone or beside --bops.",
+        help="Budget of bytes: `5MB`, `4MiB`, or `w4a4` for the size at 4 bits everywhere; alone or beside --bops.",
         rich_help_panel=BITS,
     ),
 ]

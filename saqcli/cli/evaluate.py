@@ -6,7 +6,7 @@ import typer
 
 from saqcli.cli import options as o
 from saqcli.cli.screen import print_json, progress_for, reporting
-from saqcli.errors import ConfigError
+from saqcli.errors import ConfigError, Problems
 
 if TYPE_CHECKING:
     from saqcli.workflows.bench import BenchSettings
@@ -33,6 +33,9 @@ def eval_command(
     batch_size: o.EvalBatchSize = None,
     workers: o.Workers = None,
     bad_images: o.BadImages = None,
+    class_order: o.ClassOrder = None,
+    class_map: o.ClassMap = None,
+    exif_transpose: o.ExifTranspose = None,
     bench: Annotated[
         bool,
         typer.Option(
@@ -78,14 +81,16 @@ def eval_command(
 
     Example: `saq eval runs/resnet18-w4a4 --bench --batch-sizes 1,8 --threads 1,2`
     """
-    settings = _bench_settings(bench, batch_sizes, threads, repeats)
-    if settings and data is None and batch_size is not None:
-        raise ConfigError("--batch-size is for the images of --data: give --batch-sizes for --bench")
-    if settings and device not in (None, "auto", "cpu"):
-        raise ConfigError(f"--device {device}: --bench measures the CPU, leave --device or --bench away")
-    from saqcli.workflows.evaluate import evaluate_target
+    problems = Problems()
+    settings = problems.attempt(_bench_settings, bench, batch_sizes, threads, repeats)
+    if bench and data is None and batch_size is not None:
+        problems.add(ConfigError("--batch-size is for the images of --data: give --batch-sizes for --bench"))
+    if bench and device not in (None, "auto", "cpu"):
+        problems.add(ConfigError(f"--device {device}: --bench measures the CPU, remove --device or --bench"))
+    from saqcli.workflows.evaluate import check_evaluation, evaluate_target
 
     section = o.model_section(
+        problems,
         target,
         weights=weights,
         weights_key=weights_key,
@@ -97,7 +102,19 @@ def eval_command(
         mean=mean,
         std=std,
     )
-    images = o.data_section(path=data, eval_batch_size=batch_size, workers=workers, bad_images=bad_images)
+    images = o.data_section(
+        problems,
+        path=data,
+        eval_batch_size=batch_size,
+        workers=workers,
+        bad_images=bad_images,
+        class_order=class_order,
+        class_map=class_map,
+        exif_transpose=exif_transpose,
+    )
+    if problems.errors:
+        problems.attempt(check_evaluation, target, section, images, device or "auto", needs_images=not bench)
+    problems.check()
     result = evaluate_target(
         target,
         section,

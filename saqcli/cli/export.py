@@ -7,6 +7,7 @@ import typer
 
 from saqcli.cli import options as o
 from saqcli.cli.screen import print_json, progress_for, reporting
+from saqcli.errors import Problems
 
 
 @reporting
@@ -25,6 +26,11 @@ def export_command(
     data: o.Data = None,
     batch_size: o.EvalBatchSize = None,
     workers: o.Workers = None,
+    bad_images: o.BadImages = None,
+    class_order: o.ClassOrder = None,
+    class_map: o.ClassMap = None,
+    exif_transpose: o.ExifTranspose = None,
+    verify_images: o.VerifyImages = None,
     verify: Annotated[
         list[str] | None,
         typer.Option(
@@ -36,17 +42,32 @@ def export_command(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Write a quantized model as ONNX; the file is compared with the model before it is published under its name.
+    """Write a quantized model as ONNX. The file appears under its name only if it passes a comparison with the model.
 
     Example: `saq export runs/resnet18-w4a4 --onnx resnet18.onnx --data imagenet`
     """
-    from saqcli.workflows.export import export
+    from saqcli.workflows.export import check_export, export
 
+    problems = Problems()
+    images = o.data_section(
+        problems,
+        path=data,
+        eval_batch_size=batch_size,
+        workers=workers,
+        bad_images=bad_images,
+        class_order=class_order,
+        class_map=class_map,
+        exif_transpose=exif_transpose,
+        verify_images=problems.attempt(o.parse_count_or_all, verify_images, "--verify-images"),
+    )
+    if problems.errors:
+        problems.attempt(check_export, run, onnx, style, images, tuple(verify or ()))
+    problems.check()
     result = export(
         run,
         onnx,
         style=style,
-        data=o.data_section(path=data, eval_batch_size=batch_size, workers=workers),
+        data=images,
         overwrite=overwrite,
         progress=progress_for(json_output=json_output, quiet=quiet),
         runtimes=tuple(verify or ()),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saqcli.errors import ConfigError
+from saqcli.errors import ConfigError, Problems
 
 if TYPE_CHECKING:
     from saqcli.config import DataSection, ModelSection
@@ -150,6 +150,41 @@ Device = Annotated[
         help="Device to compute on: cpu, cuda or cuda:1 [default: the GPU if there is one, else the CPU]",
     ),
 ]
+ClassOrder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="timm|torchvision|FILE",
+        help="How class folders are numbered: timm (2 before 10), torchvision (as text) or a file of names [default: "
+        "that of the run, of the checkpoint or of a class_to_idx file beside the folders, else of the model's library]",
+        rich_help_panel=IMAGES,
+    ),
+]
+ClassMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Which class each folder is: lines FOLDER CLASS, CSV or a JSON object; a class is a name, a synset or an "
+        "index.",
+        rich_help_panel=IMAGES,
+    ),
+]
+ExifTranspose = Annotated[
+    bool | None,
+    typer.Option(
+        "--exif-transpose/--no-exif-transpose",
+        help="Turn images as their EXIF orientation says [default: as the run did, else --no-exif-transpose, as timm "
+        "and torchvision do]",
+        rich_help_panel=IMAGES,
+    ),
+]
+VerifyImages = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|all",
+        help="Validation images to verify exported files on, drawn evenly over the classes [default: 500]",
+        rich_help_panel=IMAGES,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an unexpected error.")]
@@ -185,6 +220,19 @@ def parse_counts(text: str | None, option: str) -> tuple[int, ...] | None:
             f"{option} {text}: give whole numbers of at least 1 separated by commas, such as 1,8"
         )
     return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def parse_count_or_all(text: str | None, option: str) -> int | str | None:
+    """``500`` as a number of at least 1, or ``all``.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if text is None or text == "all":
+        return text
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", text.strip()):
+        raise ConfigError(f"{option} {text}: give a number of at least 1, or all")
+    return int(text)
 
 
 def parse_size(text: str | None) -> int | tuple[int, ...] | None:
@@ -249,6 +297,7 @@ def parse_pins(texts: list[str] | None) -> dict[str, str] | None:
 
 
 def model_options(
+    problems: Problems,
     *,
     weights: Path | None,
     weights_key: str | None,
@@ -261,7 +310,10 @@ def model_options(
     std: str | None,
     new_head: bool | None = None,
 ) -> dict[str, Any]:
-    """The given ones as keys of the configuration's ``model`` section; None where not given."""
+    """The given ones as keys of the configuration's ``model`` section; None where not given.
+
+    What cannot be read is added to ``problems``.
+    """
     return {
         "weights": None if weights is None else str(weights),
         "weights_key": weights_key,
@@ -269,32 +321,44 @@ def model_options(
         "num_classes": num_classes,
         "new_head": new_head,
         "in_chans": in_chans,
-        "kwargs": parse_assignments(model_kwargs, "--model-kwargs"),
-        "input_size": parse_size(input_size),
-        "mean": parse_numbers(mean, "--mean"),
-        "std": parse_numbers(std, "--std"),
+        "kwargs": problems.attempt(parse_assignments, model_kwargs, "--model-kwargs"),
+        "input_size": problems.attempt(parse_size, input_size),
+        "mean": problems.attempt(parse_numbers, mean, "--mean"),
+        "std": problems.attempt(parse_numbers, std, "--std"),
     }
 
 
-def model_section(name: str, **options: Any) -> "ModelSection":
+def model_section(problems: Problems, name: str, **options: Any) -> "ModelSection":
     """The ``model`` section of the configuration; ``options`` as for ``model_options``."""
     from saqcli.config import ModelSection
     from saqcli.strict import parse_object
 
-    return parse_object(ModelSection, {"name": name, **given(model_options(**options))}, "options")
+    settings = {"name": name, **given(model_options(problems, **options))}
+    section = problems.attempt(parse_object, ModelSection, settings, "options")
+    return section or ModelSection(name=name)
 
 
-def data_section(**settings: Any) -> "DataSection":
+def data_section(problems: Problems, **settings: Any) -> "DataSection":
     """The ``data`` section of the configuration; None where not given."""
     from saqcli.config import DataSection
     from saqcli.strict import parse_object
 
-    return parse_object(DataSection, given(settings), "options")
+    section = problems.attempt(parse_object, DataSection, given(settings), "options")
+    return section or DataSection(path=settings.get("path"))
+
+
+def parse_widths(
+    problems: Problems, text: str | None, option: str = "--candidates"
+) -> tuple[int, ...] | None:
+    """``2,3,4`` as bit-widths; None where not given, or where it is added to ``problems``."""
+    from saqcli.quant.bits import parse_candidates
+
+    return None if text is None else problems.attempt(parse_candidates, text, option)
 
 
 def folder_of_bits(bits: str) -> str:
     """Bits, or a budget, as a part of a folder's name: ``w4a4`` for ``4``."""
-    bits = bits.strip().lower()
+    bits = "".join(bits.split()).lower()
     return f"w{bits}a{bits}" if bits.isdigit() else bits
 
 

@@ -7,6 +7,7 @@ import typer
 from saqcli.cli import bit_options as b
 from saqcli.cli import options as o
 from saqcli.cli.screen import print_json, progress_for, reporting
+from saqcli.errors import Problems
 
 
 @reporting
@@ -50,13 +51,11 @@ def profile_command(
     Example: `saq profile runs/resnet18-34g`
     """
     from saqcli.config import QuantizationSection
-    from saqcli.errors import ConfigError
-    from saqcli.quant.bits import parse_candidates
-    from saqcli.workflows.profile import profile
+    from saqcli.workflows.profile import check_profile, profile
 
-    if bits is not None and policy is not None:
-        raise ConfigError("--bits and --policy both say what the bits are: give one of them")
+    problems = Problems()
     section = o.model_section(
+        problems,
         target,
         weights=weights,
         weights_key=weights_key,
@@ -68,11 +67,15 @@ def profile_command(
         mean=None,
         std=None,
     )
+    widths = o.parse_widths(problems, candidates) or QuantizationSection().candidates
+    if problems.errors:
+        problems.attempt(check_profile, section, bits, policy)
+    problems.check()
     result = profile(
         section,
         bits=bits,
         policy=policy,
-        candidates=parse_candidates(candidates) if candidates else QuantizationSection().candidates,
+        candidates=widths,
         progress=progress_for(json_output=json_output, quiet=quiet),
         quantize_attention=bool(quantize_attention),
         pretrained=bool(pretrained),

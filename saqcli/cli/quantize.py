@@ -1,7 +1,8 @@
 """``saq quantize``."""
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +11,10 @@ from saqcli.cli import options as o
 from saqcli.cli import run_options as r
 from saqcli.cli import training_options as t
 from saqcli.cli.screen import print_json, progress_for, reporting
+from saqcli.errors import Problems
+
+if TYPE_CHECKING:
+    from saqcli.config import RunConfig
 
 
 @reporting
@@ -62,7 +67,13 @@ def quantize_command(
     distill: t.Distill = None,
     batch_size: o.BatchSize = None,
     workers: o.Workers = None,
+    verify_images: o.VerifyImages = None,
     bad_images: o.BadImages = None,
+    class_order: o.ClassOrder = None,
+    class_map: o.ClassMap = None,
+    exif_transpose: o.ExifTranspose = None,
+    export: r.Export = None,
+    style: r.Style = None,
     recipe: r.Recipe = None,
     config: r.Config = None,
     assign: r.Assign = None,
@@ -87,9 +98,9 @@ def quantize_command(
 
     Example: `saq quantize resnet18 --bops 34G --data imagenet`
     """
-    from saqcli.quant.bits import parse_candidates
-
+    problems = Problems()
     named = o.model_options(
+        problems,
         weights=weights,
         weights_key=weights_key,
         pretrained=pretrained,
@@ -107,16 +118,20 @@ def quantize_command(
         "data.batch_size": batch_size,
         "data.workers": workers,
         "data.bad_images": bad_images,
+        "data.class_order": class_order,
+        "data.class_map": class_map,
+        "data.exif_transpose": exif_transpose,
+        "data.verify_images": problems.attempt(o.parse_count_or_all, verify_images, "--verify-images"),
         "quantization.bits": bits,
         "quantization.bops": bops,
         "quantization.size": size,
         "quantization.policy": None if policy is None else str(policy),
         "quantization.searcher": searcher,
-        "quantization.candidates": parse_candidates(candidates) if candidates else None,
-        "quantization.activation_candidates": parse_candidates(activation_candidates)
-        if activation_candidates
-        else None,
-        "quantization.pins": o.parse_pins(pin),
+        "quantization.candidates": o.parse_widths(problems, candidates),
+        "quantization.activation_candidates": o.parse_widths(
+            problems, activation_candidates, "--activation-candidates"
+        ),
+        "quantization.pins": problems.attempt(o.parse_pins, pin),
         "quantization.quantizer": quantizer,
         "quantization.weight_grid": weight_grid,
         "quantization.granularity": granularity,
@@ -124,6 +139,7 @@ def quantize_command(
         "quantization.quantize_attention": quantize_attention,
         "quantization.correct_bias": correct_bias,
         "quantization.recalibrate_bn": recalibrate_bn,
+        "export.styles": r.export_styles(export=export, styles=style),
         "run.seed": seed,
         "run.device": device,
         "run.deterministic": deterministic,
@@ -150,7 +166,9 @@ def quantize_command(
         cutmix=cutmix,
         distill=distill,
     )
-    resolved = r.resolved(recipe, config, assign or [], given, run_dir if resume else None)
+    resumed = ("quantize", run_dir) if resume and run_dir else None
+    check = partial(_check, dry_run=dry_run)
+    resolved = r.resolved(problems, recipe, config, assign or [], given, resumed, check)
     target = run_dir or r.default_run_dir(resolved)
     progress = progress_for(json_output=json_output, quiet=quiet)
     if dry_run:
@@ -172,4 +190,10 @@ def quantize_command(
         return
     from saqcli.cli.tables import show_quantized
 
-    show_quantized(result, fine_tuned=resolved.training.epochs > 0)
+    show_quantized(result)
+
+
+def _check(config: "RunConfig", *, dry_run: bool) -> None:
+    from saqcli.workflows.quantize import check
+
+    check(config, images=not dry_run)

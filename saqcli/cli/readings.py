@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from saqcli.cli.tables import print_table, say
-from saqcli.units import counted, format_figure
+from saqcli.units import counted, format_figure, with_error
 from saqcli.workflows.pictures.canvas import titles
+from saqcli.workflows.subjects import images_of
 
 MARGIN = 4  # columns between the cells of a row
 MOST_LAYERS = 5  # named in a line; all of them are in the files
@@ -21,9 +22,9 @@ def show_analysis(result: dict[str, Any]) -> None:
     console = Console()
     models = [result, *([result["against"]] if result["against"] else [])]
     names = titles([model["target"] for model in models])
-    rows = [_rows(model) for model in models]
+    rows = [_rows(model, result["split"]) for model in models]
     figures = list(dict.fromkeys(name for row in rows for name in row))
-    say(console, f"{result['model']} on {counted(result['images'], 'image')}")
+    say(console, f"{result['model']} on {images_of(result['images'], result['split'])}")
     columns = names
     if len(names) > 1 and sum(map(len, names)) + max(map(len, figures)) > console.width - MARGIN:
         columns = list("AB")
@@ -39,9 +40,13 @@ def show_analysis(result: dict[str, Any]) -> None:
     say(console, f"wrote {counted(counts['.json'], 'reading')} as JSON{drawn} to {result['out']}")
 
 
-def _rows(model: dict[str, Any]) -> dict[str, str]:
+def _rows(model: dict[str, Any], split: str) -> dict[str, str]:
     """Figures of one model by what they are called."""
-    rows = {"loss": format_figure(model["loss"], ".4f"), "top-1": format_figure(model["top1"], ".2f", " %")}
+    on = "training images" if split == "train" else "validation images"
+    rows = {
+        f"loss on {on}": format_figure(model["loss"], ".4f"),
+        f"top-1 on {on}": format_figure(model["top1"], ".2f", " %"),
+    }
     for name, reading in model["instruments"].items():
         rows |= _FIGURES.get(name, _nothing)(reading)
     return rows
@@ -62,15 +67,16 @@ def _sharpness(reading: dict[str, Any]) -> dict[str, str]:
 
 def _eigenvalue(reading: dict[str, Any]) -> dict[str, str]:
     ended = [start["converged"] for start in reading["starts"]]
+    value, spread = with_error(reading["eigenvalue"], reading["spread"], " ").split()
     return {
-        "largest Hessian eigenvalue": format_figure(reading["eigenvalue"]),
-        f"  spread over {counted(len(ended), 'start')}": format_figure(reading["spread"], ".2g")
+        "largest Hessian eigenvalue": value,
+        f"  spread over {counted(len(ended), 'start')}": spread
         + ("" if all(ended) else f", {ended.count(False)} not converged"),
     }
 
 
 def _trace(reading: dict[str, Any]) -> dict[str, str]:
-    return {"Hessian trace": f"{reading['trace']:.4g} ± {reading['standard_error']:.2g}"}
+    return {"Hessian trace": with_error(reading["trace"], reading["standard_error"])}
 
 
 def _flips(reading: dict[str, Any]) -> dict[str, str]:
@@ -121,7 +127,7 @@ def _lines(instruments: dict[str, Any]) -> list[str]:
         layers = instruments["sensitivity"]["layers"]
         least = min(candidate["bits"] for layer in layers for candidate in layer["candidates"])
         changes = [
-            (candidate["loss_change"], layer["name"])
+            (math.inf if candidate["loss_change"] is None else candidate["loss_change"], layer["name"])
             for layer in layers
             for candidate in layer["candidates"]
             if candidate["bits"] == least
@@ -131,9 +137,11 @@ def _lines(instruments: dict[str, Any]) -> list[str]:
         )
         lines.append(f"most sensitive at {least} bits (change of the loss): {named}")
     if "trace" in instruments:
-        traces = [(layer["per_weight"], layer["name"]) for layer in instruments["trace"]["layers"]]
+        layers = instruments["trace"]["layers"]
+        layers = sorted(layers, key=lambda layer: (layer["per_weight"], layer["name"]), reverse=True)
         named = ", ".join(
-            f"{name} ({value:.3g})" for value, name in sorted(traces, reverse=True)[:MOST_LAYERS]
+            f"{layer['name']} ({with_error(layer['per_weight'], layer['standard_error'] / layer['weights'])})"
+            for layer in layers[:MOST_LAYERS]
         )
         lines.append(f"largest trace per weight: {named}")
     return lines

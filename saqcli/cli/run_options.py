@@ -1,5 +1,6 @@
 """Options of commands that leave a run directory, and the settings that they make together."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,7 +8,7 @@ import typer
 
 from saqcli.cli.options import RUN, folder_of_bits
 from saqcli.cli.screen import print_json, progress_for
-from saqcli.errors import ConfigError, RunDirectoryError
+from saqcli.errors import ConfigError, Problems, RunDirectoryError
 
 if TYPE_CHECKING:
     from saqcli.config import RunConfig
@@ -42,6 +43,25 @@ Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --run-
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the run in --run-dir.", rich_help_panel=RUN)
 ]
+Export = Annotated[
+    bool | None,
+    typer.Option(
+        "--export/--no-export",
+        help="End with an ONNX file, which is tried before training; without, with model.safetensors alone "
+        "[default: --export].",
+        show_default=False,
+        rich_help_panel=RUN,
+    ),
+]
+Style = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="STYLE",
+        help="Style of the ONNX file: qdq, exact, trt or qonnx; may be repeated, for a file each [default: qdq].",
+        show_default=False,
+        rich_help_panel=RUN,
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option(
@@ -64,46 +84,84 @@ Seed = Annotated[
 ]
 
 
+def export_styles(*, export: bool | None, styles: list[str] | None) -> tuple[str, ...] | None:
+    """The setting ``export.styles``; None where neither option was given.
+
+    Raises:
+        ConfigError: a style of a file that is not to be written.
+    """
+    if styles and export is False:
+        raise ConfigError(f"--style {styles[0]} is of an ONNX file: remove it, or --no-export")
+    if styles:
+        return tuple(styles)
+    return None if export is None else ("qdq",) if export else ()
+
+
 def resolved(
-    recipe: str | None, config: Path | None, assign: list[str], given: dict[str, Any], resumed: Path | None
+    problems: Problems,
+    recipe: str | None,
+    config: Path | None,
+    assign: list[str],
+    given: dict[str, Any],
+    resumed: tuple[str, Path] | None,
+    check: Callable[["RunConfig"], None],
 ) -> "RunConfig":
     """The configuration; with ``--resume`` that of the run, on top of which the same options may be given again.
 
     Args:
+        problems: found so far; if there are any, or more are found here, ``check`` adds its own and all are raised.
         recipe: ``--recipe``.
         config: ``--config``.
         assign: ``--set``.
         given: ``section.key`` to value; None where not given.
-        resumed: the run directory, with ``--resume``.
+        resumed: the command and its run directory, with ``--resume``.
+        check: what the command refuses before anything is loaded.
 
     Raises:
-        ConfigError: an assignment without ``=``.
-        RunDirectoryError: nothing to resume.
+        SaqError: all that is wrong: what was found before, assignments without ``=``, unknown keys, nothing to resume.
     """
-    from saqcli.config import resolve
+    from saqcli.config import resolve_into
 
     pairs = {}
     for text in assign:
         key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {text}: give SECTION.KEY=VALUE, such as training.lr=0.01")
-        pairs[key.strip()] = value.strip()
+        if equals:
+            pairs[key.strip()] = value.strip()
+        else:
+            problems.add(ConfigError(f"--set {text}: give SECTION.KEY=VALUE, such as training.lr=0.01"))
     if resumed is not None and config is None:
-        if (resumed / "config.json").is_file():
-            config = resumed / "config.json"
-        elif given["model.name"] is None:
+        config = _config_of(*resumed)
+        if config is None and given["model.name"] is None:
             raise RunDirectoryError(
-                f"{resumed} holds no run to go on with: give MODEL and its options to start one"
+                f"{resumed[1]} holds no run to resume: give MODEL and its options to start one"
             )
-    return resolve(recipe=recipe, file=config, assignments=pairs, options=given)
+    found = resolve_into(problems, recipe=recipe, file=config, assignments=pairs, options=given)
+    if problems.errors and found is not None:
+        problems.attempt(check, found)
+    problems.check()
+    assert found is not None
+    return found
+
+
+def _config_of(verb: str, run_dir: Path) -> Path | None:
+    """The settings of the run in ``run_dir``; None where there is none.
+
+    Raises:
+        RunDirectoryError: it is of another command.
+    """
+    if not (run_dir / "config.json").is_file():
+        return None
+    from saqcli.io.runs import RunDirectory
+
+    RunDirectory(run_dir, verb).check_usable(resume=True, overwrite=False)
+    return run_dir / "config.json"
 
 
 def default_run_dir(config: "RunConfig", *more: str) -> Path:
     """``runs/resnet18-w4a4``: the network's name, what it is quantized to, and ``more``."""
     wanted, name = config.quantization, config.model.name.split("/")[-1]
-    bits = (
-        wanted.bops or wanted.size or wanted.bits or (Path(wanted.policy).stem if wanted.policy else "float")
-    )
+    policy = Path(wanted.policy or "float").name.removesuffix(".json")
+    bits = wanted.bops or wanted.size or wanted.bits or policy
     return Path("runs") / "-".join((name, folder_of_bits(bits), *more))
 
 

@@ -10,19 +10,20 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from io import StringIO
 from typing import Any, ParamSpec
 
 import typer
 
-from saqcli.errors import ConfigError, SaqError, StoppedElsewhere, out_of_memory
-from saqcli.io.interrupts import Terminated, raised_sigterm
+from saqcli.errors import ConfigError, Interrupted, SaqError, StoppedElsewhere, out_of_memory
+from saqcli.io.interrupts import exit_code_of, raised_signals
 from saqcli.progress import SILENT, Progress, Task
 from saqcli.strict import json_text
 from saqcli.units import format_duration, format_figure
 
 SECONDS_BETWEEN_LINES = 10.0  # of plain progress
+WIDE = 100  # columns of a terminal that has room for a long bar
 TOGETHER = {"quantize_command", "search_command", "eval_command"}  # several processes work as one
 
 P = ParamSpec("P")
@@ -47,18 +48,21 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             _check_started(command.__name__)
-            with raised_sigterm(), redirect_stdout(StringIO()) if _rank() else nullcontext():
+            with raised_signals(), redirect_stdout(StringIO()) if _rank() else nullcontext():
                 command(*args, **kwargs)
         except StoppedElsewhere as error:
             if not _rank():
                 _complain(str(error))
             raise typer.Exit(error.exit_code) from None
+        except Interrupted as asked:
+            _say(str(asked))
+            raise typer.Exit(asked.exit_code) from None
         except SaqError as error:
             _complain(str(error))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as asked:
-            _complain("interrupted")
-            raise typer.Exit(143 if isinstance(asked, Terminated) else 130) from None
+            _say("Interrupted")
+            raise typer.Exit(exit_code_of(asked)) from None
         except (typer.Exit, typer.Abort):
             raise
         except OSError as error:
@@ -83,7 +87,45 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
 
 def _complain(message: str) -> None:
     who = f"process {_rank()}: " if _rank() else ""
-    typer.echo(f"error: {who}{' '.join(message.splitlines())}", err=True)
+    _say(f"error: {who}{' '.join(message.splitlines())}")
+
+
+def _say(line: str) -> None:
+    """A line on stderr."""
+    try:
+        typer.echo(line, err=True)
+    except OSError:
+        _without_terminal()
+
+
+def _without_terminal() -> None:
+    """Let stderr lead nowhere once it cannot be written to, as that of a closed terminal: the work is not to end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with suppress(OSError, ValueError):  # it may be no file of the system
+        os.dup2(nowhere, sys.stderr.fileno())
+    os.close(nowhere)
+
+
+class _Stderr:
+    """``sys.stderr`` for rich, which writes from a thread too."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> int:
+        """Write, as long as that is possible."""
+        try:
+            return sys.stderr.write(text)
+        except OSError:
+            _without_terminal()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, as long as that is possible."""
+        try:
+            sys.stderr.flush()
+        except OSError:
+            _without_terminal()
 
 
 def _check_started(command: str) -> None:
@@ -164,7 +206,7 @@ class _PlainTask:
             self.said = time.monotonic()
             found = [_figures(figures)] if figures else []
             line = ", ".join([f"{self.pace.done}/{self.pace.total}", *found, *self.pace.texts])
-            typer.echo(f"{self.title}: {line}", err=True)
+            _say(f"{self.title}: {line}")
 
 
 class _Plain:
@@ -175,7 +217,7 @@ class _Plain:
 
     def note(self, text: str) -> None:
         """One line."""
-        typer.echo(text, err=True)
+        _say(text)
 
 
 class _LiveTask:
@@ -197,19 +239,24 @@ class _Live:
     def __init__(self) -> None:
         from rich.console import Console
 
-        self.console = Console(stderr=True)
+        self.console = Console(file=_Stderr())  # type: ignore[arg-type]
 
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Task]:
         """A task drawn as a bar that disappears when it is done."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.table import Column
+
+        def text(field: str) -> TextColumn:
+            """Wrapped where the terminal is too narrow, not cut."""
+            return TextColumn(field, table_column=Column(overflow="fold", no_wrap=False))
 
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            text("{task.description}"),
+            BarColumn(bar_width=24 if self.console.width >= WIDE else 8),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TextColumn("[dim]{task.fields[pace]}"),
+            text("{task.fields[figures]}"),
+            text("[dim]{task.fields[pace]}"),
         )
         with Progress(*columns, console=self.console, transient=True) as bar:
             yield _LiveTask(bar, bar.add_task(title, total=total, figures="", pace=""), total)

@@ -1,7 +1,8 @@
 """``saq search``."""
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,6 +10,10 @@ from saqcli.cli import bit_options as b
 from saqcli.cli import options as o
 from saqcli.cli import run_options as r
 from saqcli.cli.screen import print_json, progress_for, reporting
+from saqcli.errors import Problems
+
+if TYPE_CHECKING:
+    from saqcli.config import RunConfig
 
 SEARCH = "Search"
 
@@ -27,6 +32,8 @@ def search_command(
     weight_grid: b.WeightGrid = None,
     granularity: b.Granularity = None,
     weight_norm: b.WeightNorm = None,
+    correct_bias: b.CorrectBias = None,
+    recalibrate_bn: b.RecalibrateBN = None,
     quantize_attention: b.QuantizeAttention = None,
     epochs: Annotated[
         float | None,
@@ -75,7 +82,7 @@ def search_command(
         typer.Option(
             min=1,
             metavar="N",
-            help="Held-out images that configurations are compared on, at most [default: 2048]",
+            help="Held-out images that score configurations, at most [default: 2048]",
             rich_help_panel=SEARCH,
         ),
     ] = None,
@@ -93,7 +100,7 @@ def search_command(
         typer.Option(
             min=0,
             metavar="N",
-            help="Also search at N budgets, for a front of accuracy against cost [default: 0]",
+            help="Also search at N budgets: a table and a picture of accuracy over cost [default: 0]",
             rich_help_panel=SEARCH,
         ),
     ] = None,
@@ -110,6 +117,9 @@ def search_command(
     batch_size: o.BatchSize = None,
     workers: o.Workers = None,
     bad_images: o.BadImages = None,
+    class_order: o.ClassOrder = None,
+    class_map: o.ClassMap = None,
+    exif_transpose: o.ExifTranspose = None,
     recipe: r.Recipe = None,
     config: r.Config = None,
     assign: r.Assign = None,
@@ -135,9 +145,9 @@ def search_command(
 
     Example: `saq search resnet18 --budget 34G --searcher samq --data imagenet`
     """
-    from saqcli.quant.bits import parse_candidates
-
+    problems = Problems()
     named = o.model_options(
+        problems,
         weights=weights,
         weights_key=weights_key,
         pretrained=pretrained,
@@ -155,17 +165,22 @@ def search_command(
         "data.batch_size": batch_size,
         "data.workers": workers,
         "data.bad_images": bad_images,
+        "data.class_order": class_order,
+        "data.class_map": class_map,
+        "data.exif_transpose": exif_transpose,
         "quantization.bops": budget,
         "quantization.size": size,
-        "quantization.candidates": parse_candidates(candidates) if candidates else None,
-        "quantization.activation_candidates": parse_candidates(activation_candidates)
-        if activation_candidates
-        else None,
-        "quantization.pins": o.parse_pins(pin),
+        "quantization.candidates": o.parse_widths(problems, candidates),
+        "quantization.activation_candidates": o.parse_widths(
+            problems, activation_candidates, "--activation-candidates"
+        ),
+        "quantization.pins": problems.attempt(o.parse_pins, pin),
         "quantization.quantizer": quantizer,
         "quantization.weight_grid": weight_grid,
         "quantization.granularity": granularity,
         "quantization.weight_normalization": weight_norm,
+        "quantization.correct_bias": correct_bias,
+        "quantization.recalibrate_bn": recalibrate_bn,
         "quantization.quantize_attention": quantize_attention,
         "quantization.searcher": searcher,
         "search.epochs": epochs,
@@ -175,12 +190,14 @@ def search_command(
         "search.scoring_images": scoring_images,
         "search.lr": lr,
         "search.pareto": pareto,
-        "search.proxy": o.parse_assignments(proxy, "--proxy"),
+        "search.proxy": problems.attempt(o.parse_assignments, proxy, "--proxy"),
         "run.seed": seed,
         "run.device": device,
         "run.deterministic": deterministic,
     }
-    resolved = r.resolved(recipe, config, assign or [], given, run_dir if resume else None)
+    resumed = ("search", run_dir) if resume and run_dir else None
+    check = partial(_check, dry_run=dry_run)
+    resolved = r.resolved(problems, recipe, config, assign or [], given, resumed, check)
     target = run_dir or r.default_run_dir(resolved, resolved.quantization.searcher)
     if dry_run:
         r.dry_run(
@@ -208,3 +225,10 @@ def search_command(
     from saqcli.cli.tables import show_searched
 
     show_searched(result)
+
+
+def _check(config: "RunConfig", *, dry_run: bool) -> None:
+    from saqcli.workflows.quantize import check
+    from saqcli.workflows.search import check_search
+
+    (check if dry_run else check_search)(config)

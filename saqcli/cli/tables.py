@@ -153,31 +153,62 @@ def show_profile(result: dict[str, Any]) -> None:
     )
 
 
-def show_quantized(result: dict[str, Any], *, fine_tuned: bool) -> None:
+def show_quantized(result: dict[str, Any]) -> None:
     """Float beside quantized, the budget, and the files written."""
     from saqcli.workflows.report import results_table
 
     console = Console()
-    columns, rows = results_table(result, fine_tuned=fine_tuned)
+    columns, rows, exported = results_table(result)
     print_table(
         console,
         ("", *columns),
-        [[*row[:-1], Text(row[-1], style="bold" if row[0] == "top-1" else "")] for row in rows],
+        [
+            [
+                Text(cell, style="bold" if (row[0], place) == ("top-1", exported) else "")
+                for place, cell in enumerate(row)
+            ]
+            for row in rows
+        ],
         title=f"{result['model']} on {counted(result['images'], 'image')}",
     )
+    if result["advice"]:
+        say(console, f"\nnote: {result['advice']}")
     reduction = f"{result['bops_reduction']:.1f} times fewer BOPs"
     if result["budget_bops"]:
         share = 100 * result["bops"] / result["budget_bops"]
         reduction += f", {share:.2f} % of the budget of {format_quantity(result['budget_bops'], 'BOPs')}"
     say(console, f"\n{reduction}")
-    say(
-        console,
-        f"ONNX equals PyTorch layer by layer to {result['onnx_layers_error']:.1e}, and has the best class of "
-        f"the model in float64 on {100 * result['onnx_argmax_agreement']:.2f} % of "
-        f"{counted(result['onnx_images'], 'image')}",
-    )
+    if result["onnx_style"] is None:
+        say(console, "no ONNX file was written (--no-export)")
+    else:
+        say(console, onnx_sentence(result))
+    for note in ("onnx_explanation", "onnx_size_note"):
+        if result[note]:
+            say(console, upper_first(result[note]))
     for path in result["artifacts"].values():
         say(console, f"wrote {path}")
+
+
+def onnx_sentence(result: dict[str, Any]) -> str:
+    """How the ONNX file of a run compares with the model."""
+    agreement = f"on {100 * result['onnx_argmax_agreement']:.2f} % of {images_of(result, 'onnx_images')}"
+    if result["onnx_style"] == "exact":
+        return f"ONNX equals the model's exact form bit for bit, and has its best class {agreement}"
+    return (
+        f"ONNX equals PyTorch layer by layer to {result['onnx_layers_error']:.1e}, and has the best class of the model "
+        f"in float64 {agreement}"
+    )
+
+
+def images_of(result: dict[str, Any], key: str = "images") -> str:
+    """``500 images (of 8,000)``, or ``64 images`` where there are no more."""
+    count, available = result[key], result[f"{key}_available"]
+    return f"{count:,} images" + (f" (of {available:,})" if available and available > count else "")
+
+
+def upper_first(text: str) -> str:
+    """``text`` as the beginning of a line."""
+    return text[0].upper() + text[1:]
 
 
 def show_evaluation(result: dict[str, Any]) -> None:
@@ -200,17 +231,29 @@ def show_export(result: dict[str, Any]) -> None:
     table.show_header = False
     table.add_column("what", no_wrap=True)
     table.add_column("found")
-    exact = result["style"] == "exact"
-    images = counted(result["images"], "image")
+    count, available = result["images"], result["images_available"]
+    if available is None:
+        source = f"{count} {result['verified_on']}: give --data DIR to verify on real ones"
+    elif count < available:
+        source = (
+            f"{count:,} of {available:,} images of {result['verified_on']}: --verify-images all takes all"
+        )
+    else:
+        source = f"{count:,} images of {result['verified_on']}"
+    table.add_row("verified on", escape(source))
     table.add_row(
-        "end to end", f"the same best class on {100 * result['argmax_agreement']:.2f} % of {images}"
+        "end to end", f"the same best class on {100 * result['argmax_agreement']:.2f} % of {count:,} images"
     )
-    if exact:
+    if result["style"] == "exact":
         table.add_row("", "every logit equal to PyTorch's exact form, bit for bit")
     else:
         table.add_row(
             "", f"(as the model in float64; PyTorch in float32: {100 * result['pytorch_agreement']:.2f} %)"
         )
+        differences = (
+            f"{result['max_abs_diff']:.3g} (PyTorch in float32: {result['pytorch_max_abs_diff']:.3g})"
+        )
+        table.add_row("", f"largest difference of a logit: {differences}")
     for name, other in result["runtimes"].items():
         table.add_row("", f"with {name} on {100 * other['argmax_agreement']:.2f} %")
     table.add_row("layer by layer", f"{counted(result['layers'], 'layer')}, each fed PyTorch's codes")
@@ -225,26 +268,55 @@ def show_export(result: dict[str, Any]) -> None:
     for condition in result["conditions"]:
         table.add_row("condition", condition)
     console.print(table)
+    for note in ("explanation", "size_note"):
+        if result[note]:
+            say(console, upper_first(result[note]))
     say(console, f"verdict in {result['verdict']}")
 
 
 def show_searched(result: dict[str, Any]) -> None:
     """The policy as a picture, then what it costs."""
     from saqcli.cli.policy_view import show_policy
+    from saqcli.quant.cost import Budget, Cost
 
     show_policy(result["policy"], result["layers"])
+    if result.get("front"):
+        _show_front(result["front"])
     console = Console()
-    costs = [format_quantity(result["bops"], "BOPs"), format_quantity(result["size_bytes"], "B")]
-    bounds = [
-        f"{100 * result[used] / result[bound]:.2f} % of the budget of {format_quantity(result[bound], unit)}"
-        for used, bound, unit in (("bops", "budget_bops", "BOPs"), ("size_bytes", "budget_bytes", "B"))
-        if result[bound]
-    ]
-    say(console, f"\n{result['searcher']} found {', '.join(costs)}: {' and '.join(bounds)}")
+    cost = Cost(result["bops"], result["size_bytes"])
+    shares = Budget(result["budget_bops"], result["budget_bytes"]).shares(cost)
+    say(console, f"\nsearcher {result['searcher']}: {shares}, {result['seconds']:.0f} s")
     if result["scoring_top1"] is not None:
-        say(console, f"top-1 {result['scoring_top1']:.2f} % on the search's scoring images, not fine-tuned")
+        say(
+            console,
+            f"top-1 {result['scoring_top1']:.2f} % on held-out training images, calibrated, not fine-tuned",
+        )
     for path in result["artifacts"].values():
         say(console, f"wrote {path}")
+
+
+def _show_front(front: dict[str, Any]) -> None:
+    """What every budget buys, the chosen policy marked."""
+    from saqcli.quant.cost import Budget
+
+    console = Console() if sys.stdout.isatty() else Console(width=PIPED)
+    in_float = "" if front["float_top1"] is None else f"; float {front['float_top1']:.2f}"
+    say(console, "\naccuracy over cost; score: top-1 in %, calibrated, on")
+    say(console, f"{front['images']:,} held-out training images{in_float}")
+    table = plain_table()
+    for column in ("budget", "BOPs", "size", "score", "on front", "searcher"):
+        table.add_column(column, justify="left" if column == "searcher" else "right", no_wrap=True)
+    for row in front["points"]:
+        budget = Budget(row["budget_bops"], row["budget_bytes"])
+        table.add_row(
+            str(budget) if budget.bounds() else "",
+            format_quantity(row["bops"]),
+            format_quantity(row["size_bytes"], "B"),
+            f"{row['top1']:.2f}",
+            "yes" if row["on_front"] else "no",
+            " ".join(filter(None, (row["searcher"], row["uniform"], "(chosen)" if row["chosen"] else None))),
+        )
+    console.print(table)
 
 
 def show_rerun(result: dict[str, Any]) -> None:

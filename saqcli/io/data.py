@@ -10,16 +10,19 @@ A ``Split`` knows what its images and labels are; how they are fed to a network 
 
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from saqcli.errors import DataError
 from saqcli.io.archives import read_split
-from saqcli.io.folders import SplitName, find_images, find_split, number_classes, some
+from saqcli.io.class_lists import find_class_lists, read_class_map
+from saqcli.io.folders import SplitName, find_images, find_split, is_split_name, some
 from saqcli.io.images import ImageSet, ImageStream
+from saqcli.io.labels import Classes, Numbering, check_order, number_classes
 from saqcli.io.shards import Shards
 from saqcli.strict import named_path
 from saqcli.units import counted
@@ -39,17 +42,22 @@ class Split:
     Attributes:
         name: what messages call it: its folder, or timm's string and the name of the split.
         dataset: the images; a loader copies it before it sets a transform, so that splits can be shared.
-        class_names: in the order of their labels; of an ImageNet folder only the classes that are there.
-            Empty if unknown.
+        class_names: of all classes of the network, by index; empty where unknown.
         bad_images: what happens to an image that cannot be read. ``refuse``: an error names it. ``skip``: in
             training the next one takes its place; in evaluation its label is ``LEFT_OUT`` (-1), to be counted
             neither right nor wrong. ``replace``: the next one takes its place in evaluation too.
+        folders: class folders, or classes of the data set, and their labels; empty where unknown.
+        class_order: what decided on the labels, see ``Numbering``.
+        notes: what was decided for the user, or passed over, one line each.
     """
 
     name: str
     dataset: ImageSet | ImageStream
     class_names: tuple[str, ...]
     bad_images: BadImages = "refuse"
+    folders: Mapping[str, int] = field(default_factory=dict)
+    class_order: str = "data set"
+    notes: tuple[str, ...] = ()
 
     @property
     def images(self) -> int:
@@ -57,68 +65,115 @@ class Split:
         return len(self.dataset)
 
 
-def open_split(data: str, split: SplitName, *, num_classes: int, bad_images: BadImages = "refuse") -> Split:
-    """The ``split`` of ``data``, with labels that fit a network of ``num_classes`` classes.
+def open_split(
+    data: str,
+    split: SplitName,
+    *,
+    num_classes: Classes | int,
+    bad_images: BadImages = "refuse",
+    class_order: str | None = None,
+    class_map: str | None = None,
+    exif_transpose: bool = False,
+) -> Split:
+    """The ``split`` of ``data``, with labels that fit a network.
 
     Args:
         data: a folder with train/ and val/ (or validation/, test/), each with a folder per class; for ``val``
             also the folder of class folders itself; or one of timm's strings, ``PREFIX/NAME[@ROOT]``.
         split: which part.
-        num_classes: of the network.
+        num_classes: of the network, or all that is known of its classes.
         bad_images: see ``Split``; the readers of hfids/ and tfds/ decide instead.
+        class_order: ``timm``, ``torchvision``, or a file of class names, where the user says so.
+        class_map: a file that says which class a folder is.
+        exif_transpose: turn images as their EXIF orientation says.
 
     Raises:
+        ConfigError: a file of classes that cannot be read.
         DataError: nothing there, no such split, or classes that do not fit the network.
     """
+    classes = Classes(num_classes) if isinstance(num_classes, int) else num_classes
+    check_order(class_order)
     prefix = data.partition("/")[0].lower()
     if prefix == _SHARDED and not named_path(data).exists():
-        return replace(_open_shards(data, split, num_classes), bad_images=bad_images)
-    if prefix in _RANDOM_ACCESS + _STREAMED and not named_path(data).exists():
-        return replace(_open_named(data, split, num_classes), bad_images=bad_images)
-    folder = find_split(named_path(data), split)
-    images = find_images(folder)
-    labels = number_classes(list(images), num_classes, folder)
+        opened = _open_shards(data, split, classes, class_order, class_map)
+    elif prefix in _RANDOM_ACCESS + _STREAMED and not named_path(data).exists():
+        opened = _open_named(data, split, classes, class_order, class_map)
+    else:
+        skipped = bad_images != "refuse"
+        opened = _open_folder(named_path(data), split, classes, class_order, class_map, dead_images=skipped)
+    dataset = replace(opened.dataset, exif_transpose=exif_transpose)
+    return replace(opened, dataset=dataset, bad_images=bad_images)
+
+
+def _open_folder(
+    data: Path,
+    split: SplitName,
+    classes: Classes,
+    order: str | None,
+    class_map: str | None,
+    *,
+    dead_images: bool,
+) -> Split:
+    notes: list[str] = []
+    folder = find_split(data, split, notes)
+    images, passed_over = find_images(folder, dead_images=dead_images)
+    places = [folder, data] if folder != data else [folder]
+    if folder == data and is_split_name(folder.name):
+        places.append(folder.absolute().parent)
+    numbering = number_classes(
+        list(images),
+        classes,
+        str(folder),
+        order=order,
+        class_map=class_map,
+        beside=find_class_lists(places),
+    )
+    labels = numbering.labels
     source = [(file, labels[name]) for name, files in images.items() for file in files]
-    dataset = ImageSet(source, [label for _, label in source], num_classes, str(folder))
-    return Split(str(folder), dataset, tuple(sorted(labels, key=labels.__getitem__)), bad_images)
+    dataset = ImageSet(source, [label for _, label in source], classes.count, str(folder))
+    return _numbered(Split(str(folder), dataset, (), notes=(*notes, *passed_over)), numbering)
+
+
+def _numbered(split: Split, numbering: Numbering) -> Split:
+    return replace(
+        split,
+        class_names=numbering.names,
+        folders=numbering.labels,
+        class_order=numbering.order,
+        notes=split.notes + numbering.notes,
+    )
 
 
 def check_same_classes(train: Split, val: Split) -> None:
     """Refuse two splits whose labels mean different things.
 
     Raises:
-        DataError: their class names differ; the message says which.
+        DataError: their classes differ; the message says which.
     """
-    differences = [
-        f"only {here.name} has {some([name for name in here.class_names if name not in there.class_names])}"
-        for here, there in ((train, val), (val, train))
-        if set(here.class_names) - set(there.class_names)
-    ]
+    differences = []
+    for here, there in ((train, val), (val, train)):
+        known = set(_meanings(there).values())
+        alone = [name for name, meant in _meanings(here).items() if meant not in known]
+        if alone:
+            differences.append(f"only {here.name} has {some(alone)}")
     if differences:
         raise DataError(
             f"{train.name} and {val.name} have different classes: {'; '.join(differences)}. "
             "Give both the same class folders"
         )
-
-
-def check_trained_on(split: Split, class_names: Sequence[str], num_classes: int, model: str) -> None:
-    """Refuse images of other classes than a model was trained on.
-
-    Args:
-        split: to evaluate on, its labels already those of a network of ``num_classes``.
-        class_names: of the training images; fewer than ``num_classes`` where folders were numbered by ImageNet.
-        num_classes: of the model.
-        model: what the message calls it.
-
-    Raises:
-        DataError: the classes differ.
-    """
-    strangers = [name for name in split.class_names if name not in set(class_names)]
-    if strangers and len(class_names) == num_classes:
+    if train.class_names != val.class_names or any(
+        label != val.folders.get(name, label) for name, label in train.folders.items()
+    ):
         raise DataError(
-            f"{split.name} has the classes {some(strangers, 3)}, {model} was trained on {some(class_names, 3)}: "
-            "give images of the same classes"
+            f"the classes of {train.name} and {val.name} are numbered differently ({train.class_order}, "
+            f"{val.class_order}): give --class-order, or the same class list to both"
         )
+
+
+def _meanings(split: Split) -> dict[str, str | int]:
+    """What the folders of a split stand for: names of classes, or indices where these have none."""
+    names = split.class_names
+    return {name: names[label] if names else label for name, label in split.folders.items()}
 
 
 def subset(split: Split, count: int, seed: int) -> Split:
@@ -213,16 +268,45 @@ def _taking_turns(order: "np.ndarray[Any, np.dtype[np.int64]]", labels: Sequence
     return order[np.argsort(turns, kind="stable")]
 
 
-def _open_shards(data: str, split: SplitName, num_classes: int) -> Split:
-    """Tar files in the layout that timm reads."""
+def _open_shards(
+    data: str, split: SplitName, classes: Classes, order: str | None, class_map: str | None
+) -> Split:
+    """Tar files in the layout that timm reads, whose labels are numbers."""
     name, _, root = data.partition("@")
     root = os.path.expanduser(root or name.partition("/")[2])
     found, parts = read_split(root, _SPLIT_SYNONYMS[split], data)
     title = f"{data} ({found})"
-    return Split(title, ImageStream(Shards(root, parts), num_classes, title), ())
+    return _by_number(
+        Split(title, ImageStream(Shards(root, parts), classes.count, title), ()), classes, order, class_map
+    )
 
 
-def _open_named(data: str, split: SplitName, num_classes: int) -> Split:
+def _by_number(split: Split, classes: Classes, order: str | None, class_map: str | None) -> Split:
+    """A split whose labels are numbers without names: those of the network, unless a class map says otherwise.
+
+    Raises:
+        DataError: an order of names, or a map from names.
+    """
+    if order is not None:
+        raise DataError(
+            f"{split.name} has numbers for labels and no class names, which stay as they are: remove --class-order"
+        )
+    if class_map is None:
+        return replace(split, class_names=classes.names)
+    mapped = read_class_map(named_path(class_map), ())
+    if wrong := [name for name in mapped if not name.isdecimal()]:
+        raise DataError(
+            f"{split.name} has numbers for labels, and {class_map} maps {some(wrong, 3)}: give lines "
+            "`LABEL CLASS`"
+        )
+    numbering = number_classes(list(mapped), classes, split.name, class_map=class_map)
+    relabel = {int(name): label for name, label in numbering.labels.items()}
+    return _numbered(replace(split, dataset=replace(split.dataset, relabel=relabel)), numbering)
+
+
+def _open_named(
+    data: str, split: SplitName, classes: Classes, order: str | None, class_map: str | None
+) -> Split:
     """A data set that timm knows by name, under the first name of the split that it has."""
     from timm.data import create_dataset
 
@@ -250,25 +334,43 @@ def _open_named(data: str, split: SplitName, num_classes: int) -> Split:
 
     title = f"{data} ({synonym})"
     if prefix in _STREAMED:
-        return Split(title, ImageStream(opened, num_classes, title), ())
-    class_names = _class_names(opened)
-    if class_names and len(class_names) != num_classes:
-        raise DataError(
-            f"{title} has {counted(len(class_names), 'class')} ({some(class_names)}), the model {num_classes}: "
-            f"give --num-classes {len(class_names)} (a new head, to be fine-tuned), "
-            "or data with the model's classes"
+        return _by_number(
+            Split(title, ImageStream(opened, classes.count, title), ()), classes, order, class_map
+        )
+    if hasattr(opened, "loader"):
+        opened.loader = (
+            str  # of torchvision's folders: the path, since its own reading clips what has more than 8 bits
         )
     labels = getattr(opened, "targets", None)
     source = getattr(opened, "reader", opened)  # past timm's own reading, which takes a neighbour in silence
-    dataset = ImageSet(
-        source, None if labels is None else [int(label) for label in labels], num_classes, title
-    )
-    return Split(title, dataset, class_names)
+    dataset = ImageSet(source, None if labels is None else list(map(int, labels)), classes.count, title)
+    plain = Split(title, dataset, ())
+    names = _class_names(opened)
+    if not names or len(set(names)) < len(names):
+        return _by_number(plain, classes, order, class_map)
+    numbering = number_classes(names, classes, title, order=order, class_map=class_map, in_order=True)
+    relabel = {place: numbering.labels[name] for place, name in enumerate(names)}
+    if any(place != label for place, label in relabel.items()):
+        labels = None if dataset.labels is None else [relabel[label] for label in dataset.labels]
+        plain = replace(plain, dataset=replace(dataset, labels=labels, relabel=relabel))
+    return _numbered(plain, numbering)
 
 
 def _class_names(opened: Any) -> tuple[str, ...]:
-    """In the order of their labels; torchvision's ImageNet has several names a class, of which the first."""
-    if hasattr(opened, "classes"):
-        return tuple(name if isinstance(name, str) else name[0] for name in opened.classes)
+    """In the order of their labels; those of torchvision's ImageNet are synsets."""
+    names = getattr(opened, "wnids", None) or getattr(opened, "classes", None)
+    if names is not None:
+        return tuple(names)
     indices: dict[str, int] = getattr(getattr(opened, "reader", None), "class_to_idx", {})
     return tuple(sorted(indices, key=indices.__getitem__))
+
+
+def check_there(data: str, split: SplitName) -> None:
+    """Refuse a folder that has no such split; nothing in it is opened, and no name of timm's is looked up.
+
+    Raises:
+        DataError: says what is missing.
+    """
+    prefix = data.partition("/")[0].lower()
+    if prefix not in (_SHARDED, *_RANDOM_ACCESS, *_STREAMED) or named_path(data).exists():
+        find_split(named_path(data), split)

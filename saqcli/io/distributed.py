@@ -6,7 +6,7 @@ addresses of those that have died (see ``meeting_point``).
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from uuid import uuid4
@@ -42,11 +42,12 @@ def may_be_restarted() -> bool:
 
 
 @contextmanager
-def process_group(asked: str) -> Iterator[torch.device]:
+def process_group(asked: str, check: Callable[[], None] = lambda: None) -> Iterator[torch.device]:
     """Within the context the processes that torchrun started work as one; without torchrun nothing happens.
 
     Args:
         asked: device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``; with torchrun the number is that of the process.
+        check: called first, by all processes once they have met; what it raises one of them tells.
 
     Yields:
         The device of this process.
@@ -55,6 +56,7 @@ def process_group(asked: str) -> Iterator[torch.device]:
         ConfigError: no such device here, or the processes do not find each other.
     """
     if ranks.count() > 1 or not started_by_torchrun():
+        ranks.together(check)
         yield pick_device(asked)
         return
     device = own_device(asked)
@@ -70,6 +72,7 @@ def process_group(asked: str) -> Iterator[torch.device]:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"the processes that torchrun started do not find each other: {reason}") from None
     try:
+        ranks.together(check)
         yield device
     finally:
         dist.destroy_process_group()

@@ -54,6 +54,8 @@ def check_fingerprint(kept: str, split: Split, called: str, then: str = "the run
 
 def _lines(split: Split) -> Iterator[str]:
     """What the fingerprint is of; NUL, which no name holds, stands between name and number."""
+    for label, meant in sorted((split.dataset.relabel or {}).items()):
+        yield f"\0{label}\0{meant}"
     if (shards := sharded(split)) is not None:
         for part in shards.parts:
             yield f"{part.file}\0{part.images}\0{part.start}\0{part.stop}"

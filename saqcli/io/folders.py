@@ -1,97 +1,251 @@
-"""Finding the images of an ImageNet-style folder, and the class that each folder stands for.
+"""Finding the images of an ImageNet-style folder: its splits, its class folders, the files in them.
 
-Labels are where an evaluation goes wrong in silence: ten folders of ImageNet classes, numbered 0 to 9, give
-an accuracy near zero and no error. So a folder name that is an ImageNet synset keeps its place among the
-classes of an ImageNet network, and a number of folders that does not fit the network is refused.
+Whatever is left out changes an accuracy in silence. So a link to nothing is an error that names it, and files that may
+be images and are not read are noted; hidden ones and other files are passed over.
 """
 
+import errno
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from saqcli.errors import DataError
+from saqcli.strict import printable
 from saqcli.units import counted
 
 SplitName = Literal["train", "val"]
 
 # As torchvision.datasets.folder has it; timm alone would see .png, .jpg and .jpeg only.
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Images to other programs, or to somebody who left the ending away.
+_OTHER_IMAGES = set(
+    (
+        ".gif .jfif .jpe .jif .jp2 .j2k .jxl .apng .avif .heic .heif .tga .dib .pbm .pnm .pfm .dng .npy .dcm"
+    ).split()
+) | {""}
+
 VAL_FOLDERS = ("val", "validation", "test")
+_NAMES = {"train": ("train",), "val": VAL_FOLDERS}
+_VARIANTS = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "test", "testing"),
+}  # in any case
 
 
-def find_split(data: Path, split: SplitName) -> Path:
+class Listing(NamedTuple):
+    """The images of a folder.
+
+    Attributes:
+        images: class folder's name to its files.
+        notes: what was passed over and may be images, one line each.
+    """
+
+    images: dict[str, list[str]]
+    notes: tuple[str, ...]
+
+
+def find_split(data: Path, split: SplitName, notes: list[str] | None = None) -> Path:
     """The folder of ``data`` that holds the class folders of ``split``.
 
-    For ``val`` that is the first of val/, validation/ and test/, or ``data`` itself when it has none of them
-    and no train/ either.
+    For ``val`` that is the first of val/, validation/ and test/, or ``data`` itself when it has no split at all. Where
+    none of these is there, a single folder of such a name in capitals, training/, valid/ or testing/ is taken.
+
+    Args:
+        data: that holds it.
+        split: which one.
+        notes: gets a line where another folder could have been meant.
 
     Raises:
-        DataError: ``data`` is no folder, or has no such split.
+        DataError: ``data`` is no folder, has no such split, or more than one that may be meant.
     """
     _check_folder(data)
-    names = ("train",) if split == "train" else VAL_FOLDERS
-    for name in names:
-        if (data / name).is_dir():
-            return data / name
+    there = sorted(entry.name for entry in _list(data) if entry.name[0] != "." and _is_folder(entry))
+    if (found := _split_folder(data, split)) is not None:
+        others = [name for name in there if name.lower() in ("valid", "validation") and name != found.name]
+        if found.name == "test" and others and notes is not None:
+            notes.append(
+                f"{found} is evaluated on, and not {some(others)}/: rename the one that is meant to val/"
+            )
+        return found
+    train = _split_folder(data, "train")
+    if split == "val" and (train is None or (len(there) > 1 and not _holds_classes(train))):
+        return data  # a folder of images that is called train is a class
+    seen = f" (it has {some([name + '/' for name in there])})" if there else ""
     if split == "train":
         raise DataError(
-            f"{data} has no train/ folder to take training images from: "
-            "give the folder that holds train/ and val/, each with a folder per class"
+            f"{data} has no train/ folder to take training images from{seen}: give the folder that holds train/ and "
+            "val/, each with a folder per class, or rename the one that is meant"
         )
-    if (data / "train").is_dir():
+    raise DataError(
+        f"{data} has a train/ folder but no {', '.join(f'{name}/' for name in VAL_FOLDERS)} to evaluate on{seen}: "
+        "add one, rename the one that is meant, or give a folder of class folders"
+    )
+
+
+def is_split_name(name: str) -> bool:
+    """Whether a folder of that name may be a split."""
+    return any(name.lower() in variants for variants in _VARIANTS.values())
+
+
+def _split_folder(data: Path, split: SplitName) -> Path | None:
+    """The folder of a split, if there is one."""
+    entries = [entry for entry in _list(data) if entry.name.lower() in _VARIANTS[split]]
+    for entry in entries:
+        _refuse_dead_link(entry)
+    folders = [entry.name for entry in entries if _is_folder(entry)]
+    exact = next((name for name in _NAMES[split] if name in folders), None)
+    meant = sorted(
+        name
+        for name in folders
+        if name != exact and (exact is None or name.lower() == exact) and _holds_classes(data / name)
+    )
+    meant = [exact, *meant] if exact else meant
+    if len(meant) > 1:
         raise DataError(
-            f"{data} has a train/ folder but no {', '.join(f'{name}/' for name in names)} to evaluate on: "
-            "add one, or give a folder of class folders"
+            f"{data} has {' and '.join(f'{name}/' for name in meant)}: rename the one that is meant to {split}/, and "
+            "the others to another name"
         )
-    return data
+    return data / meant[0] if meant else None
 
 
-def find_images(folder: Path) -> dict[str, list[str]]:
+def _holds_classes(folder: Path) -> bool:
+    """Whether a folder has folders and no images, so that it is a split and no class of that name."""
+    entries = [entry for entry in _list(folder) if not entry.name.startswith(".")]
+    folders = [entry.name for entry in entries if _is_folder(entry)]
+    return bool(folders) and not any(_is_image(entry.name) for entry in entries if entry.name not in folders)
+
+
+def find_images(folder: Path, *, dead_images: bool = False) -> Listing:
     """The image files below each class folder, at any depth; other files and hidden ones are passed over.
 
+    Args:
+        folder: of class folders.
+        dead_images: list links to nothing that are called images, too.
+
     Returns:
-        Class folder's name to its files; both sorted with numbers as numbers, as timm sorts, and in the same order
-        on every machine.
+        Classes and files sorted with numbers as numbers, in the same order on every machine.
 
     Raises:
-        DataError: no class folders, some without an image, or folders that cannot be read.
+        DataError: no class folders, some without an image, links to nothing, or folders that cannot be read.
     """
     entries = [entry for entry in _list(folder) if not entry.name.startswith(".")]
-    classes = sort_classes(entry.name for entry in entries if entry.is_dir())
+    for entry in entries:
+        _refuse_dead_link(entry)
+    classes = _sort_names([entry.name for entry in entries if _is_folder(entry)])
+    loose = [entry.name for entry in entries if _is_image(entry.name) and entry.name not in classes]
     if not classes:
         raise DataError(
-            f"{folder} {_describe([entry.name for entry in entries])}: give a folder that holds one folder per class"
+            f"{folder} {_describe(loose, entries)}: give a folder that holds one folder per class"
         )
-    top = _identity(folder)
+    top, passed_over = _identity(folder), dict[str, list[str]]()
     images = {
-        name: sorted(_image_files(folder / name, {top}), key=lambda path: _natural(path[skipped:]))
+        name: sorted(
+            _image_files(folder / name, {top}, passed_over, dead_images),
+            key=lambda path: natural(path[skipped:]),
+        )
         for name, skipped in ((name, len(str(folder / name)) + 1) for name in classes)
     }
+    others = _describe_passed_over(passed_over)
+    known = ", ".join(IMAGE_EXTENSIONS)
     if not any(images.values()):
+        seen = f", but {others}" if others else ""
         raise DataError(
-            f"{folder} has {counted(len(classes), 'folder')} ({some(classes)}) and no image in any of them: "
-            f"give a folder whose class folders hold {some(IMAGE_EXTENSIONS)} files"
+            f"{folder} has {counted(len(classes), 'folder')} ({some(classes)}) and no image in any of them{seen}: give "
+            f"a folder whose class folders hold {known} files"
         )
     if empty := [name for name in classes if not images[name]]:
-        raise DataError(f"{folder} has class folders without an image: {some(empty)}; fill or remove them")
-    return images
+        seen = f" ({others})" if others else ""
+        raise DataError(
+            f"{folder} has class folders without an image: {some(empty)}{seen}; fill or remove them"
+        )
+    notes = []
+    if others:
+        notes.append(f"{folder}: passed over: {others}; images are {known} files")
+    if loose:
+        notes.append(
+            f"{folder}: passed over: {counted(len(loose), 'image')} beside the class folders ({some(loose, 3)})"
+        )
+    return Listing(images, tuple(notes))
 
 
-def _image_files(folder: Path, above: Set[tuple[int, int]]) -> Iterator[str]:
-    """The image files below a folder, through links too; ``above`` identifies the folders that it lies in."""
+def _image_files(
+    folder: Path, above: Set[tuple[int, int]], passed_over: dict[str, list[str]], dead_images: bool
+) -> Iterator[str]:
+    """The image files below a folder, through links too.
+
+    Args:
+        folder: to be searched.
+        above: identifies the folders that it lies in.
+        passed_over: gets the files that may be images and are not read, by ending.
+        dead_images: see ``find_images``.
+    """
     identity = _identity(folder)
     if identity in above:
         raise DataError(f"{folder} is a link to a folder that it lies in: remove it")
     for entry in _list(folder):
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
-            yield from _image_files(Path(entry.path), above | {identity})
-        elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
+        if not (dead_images and _is_image(entry.name)):
+            _refuse_dead_link(entry)
+        if _is_folder(entry):
+            yield from _image_files(Path(entry.path), above | {identity}, passed_over, dead_images)
+        elif _is_image(entry.name):
             yield entry.path
+        elif (ending := os.path.splitext(entry.name)[1].lower()) in _OTHER_IMAGES:
+            passed_over.setdefault(ending, []).append(entry.path)
+
+
+def _describe_passed_over(files: Mapping[str, Sequence[str]]) -> str:
+    """What ``_image_files`` has passed over, for a message."""
+    texts = []
+    for ending, paths in sorted(files.items()):
+        what = (
+            counted(len(paths), f"{ending} file")
+            if ending
+            else f"{counted(len(paths), 'file')} without an ending"
+        )
+        texts.append(f"{what} (such as {printable(paths[0])})")
+    return ", ".join(texts)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_EXTENSIONS)
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    """Whether it is a folder, or a link to one.
+
+    Raises:
+        DataError: nobody can tell, as where a link leads to a place that may not be entered.
+    """
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if _is_image(entry.name):
+            return False  # whoever reads it finds out why it cannot be read
+        raise _cannot_list(Path(entry.path), error) from error
+
+
+def _refuse_dead_link(entry: "os.DirEntry[str]") -> None:
+    """Refuse a link to nothing, or to itself."""
+    if not entry.is_symlink():
+        return
+    try:
+        entry.stat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return
+        if _is_image(entry.name):
+            raise DataError(
+                f"cannot read {entry.path} (it is a link to nothing): replace or remove it, or give --bad-images skip"
+            ) from None
+        target = printable(os.readlink(entry.path), 200)
+        raise DataError(
+            f"{entry.path} is a link to nothing ({target}): restore what it leads to, or remove the link"
+        ) from None
 
 
 def _list(folder: Path) -> "list[os.DirEntry[str]]":
@@ -116,46 +270,14 @@ def _cannot_list(folder: Path, error: OSError) -> DataError:
     return DataError(f"cannot read the folder {folder} ({error.strerror}): give one that can be read")
 
 
-def _natural(path: str) -> tuple[list[str | int], str]:
-    """Sorts 2 before 10, as timm does; what that cannot tell apart (2 and 02), as text."""
-    parts = re.split(r"(\d+)", path.lower())
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], path
+def natural(name: str) -> tuple[list[str | int], str]:
+    """Sorts as ``timm.utils.misc.natural_key`` does, 2 before 10; what that cannot tell apart (2 and 02), as text."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
-def number_classes(names: Sequence[str], num_classes: int, folder: Path) -> dict[str, int]:
-    """The label of each class folder.
-
-    Folders that are all synsets (n01440764) of the ImageNet set with ``num_classes`` classes keep their index
-    there, even if only some are present. Others are numbered 0 .. n - 1 in sorted order.
-
-    Raises:
-        DataError: folders that are no synsets, and not as many as the network has classes.
-    """
-    synsets = _synset_indices(num_classes)
-    strangers = [name for name in names if name not in synsets]
-    if not strangers:
-        return {name: synsets[name] for name in names}
-    if len(names) == num_classes:
-        return {name: label for label, name in enumerate(sort_classes(names))}
-    if not synsets:
-        remedy = "data whose folders are the model's classes"
-    elif len(strangers) < len(names):
-        remedy = f"rename or remove what is no ImageNet synset ({some(strangers)})"
-    else:
-        remedy = "data whose folders are ImageNet synsets"
-    raise DataError(
-        f"{folder} has {counted(len(names), 'class')} ({some(names)}), the model {num_classes}: "
-        f"give --num-classes {len(names)} (a new head, to be fine-tuned), or {remedy}"
-    )
-
-
-def sort_classes(names: Iterable[str]) -> list[str]:
-    """Class names in the order of their labels: sorted as text, or as numbers if all are numbers.
-
-    Example:
-        >>> sort_classes(["10", "9", "1"])
-        ['1', '9', '10']
-    """
+def _sort_names(names: Sequence[str]) -> list[str]:
+    """Names of class folders in the order in which their images are listed, which is not that of their labels."""
     names = sorted(names)
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
 
@@ -168,17 +290,7 @@ def some(names: Sequence[str], limit: int = 5) -> str:
         'a, b and 1 more'
     """
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
-def _synset_indices(num_classes: int) -> dict[str, int]:
-    """Synset to index in the ImageNet set of that many classes; empty if there is none."""
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    subset = infer_imagenet_subset({"num_classes": num_classes})
-    if subset is None:
-        return {}
-    return {synset: index for index, synset in enumerate(ImageNetInfo(subset).label_names())}
+    return ", ".join(printable(name, 60) for name in names[:limit]) + more
 
 
 def _check_folder(folder: Path) -> None:
@@ -186,6 +298,8 @@ def _check_folder(folder: Path) -> None:
         return
     if os.path.exists(folder):
         raise DataError(f"{folder} is a file: give a folder (unpack an archive first)")
+    if os.path.islink(folder):
+        raise DataError(f"{folder} is a link to nothing ({os.readlink(folder)}): give a folder that is there")
     parent = folder.absolute().parent
     siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
     near = [str(folder.parent / name) for name in get_close_matches(folder.name, siblings)]
@@ -197,9 +311,10 @@ def _check_folder(folder: Path) -> None:
     raise DataError(f"there is no folder {folder}: {hint}")
 
 
-def _describe(names: Sequence[str]) -> str:
-    """What is wrong with a folder of ``names``, none of which is a class folder."""
-    if not names:
+def _describe(images: Sequence[str], entries: Sequence[object]) -> str:
+    """What is wrong with a folder that holds no class folder."""
+    if not entries:
         return "is empty"
-    images = sum(name.lower().endswith(IMAGE_EXTENSIONS) for name in names)
-    return f"holds {counted(images, 'image')} but no class folders" if images else "holds no class folders"
+    return (
+        f"holds {counted(len(images), 'image')} but no class folders" if images else "holds no class folders"
+    )

@@ -10,16 +10,16 @@ import os
 import stat
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Literal, Protocol
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from saqcli.errors import DataError
+from saqcli.io.pixels import to_mode
 from saqcli.io.transforms import ImageTransform
 from saqcli.units import counted
 
@@ -73,6 +73,9 @@ class ImageSet(Dataset[tuple[Tensor | Image.Image, int]]):
         transform: from the image to the tensor (C, H, W); a loader sets it.
         unreadable: what to do about an image that cannot be read.
         mode: Pillow's name of the colours that the network reads, RGB or L.
+        exif_transpose: turn images as their EXIF orientation says.
+        relabel: label of the source to label of the network; None where they are the same. ``labels`` are those of the
+            network.
     """
 
     source: Source
@@ -82,6 +85,8 @@ class ImageSet(Dataset[tuple[Tensor | Image.Image, int]]):
     transform: ImageTransform | None = None
     unreadable: Unreadable = "refuse"
     mode: str = "RGB"
+    exif_transpose: bool = False
+    relabel: Mapping[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -98,13 +103,13 @@ class ImageSet(Dataset[tuple[Tensor | Image.Image, int]]):
             item: Encoded | None = None
             try:
                 item, label = self.source[place]
-                image = decode(item, self.mode)
+                image = decode(item, self.mode, exif_transpose=self.exif_transpose)
             except _DAMAGE as error:
                 if self.unreadable == "refuse":
                     what = item if isinstance(item, str) else f"image {place} of {self.name}"
                     raise _unreadable(what, error) from error
                 continue
-            return self._transformed(image), check_label(label, self.num_classes, self.name)
+            return self._transformed(image), check_label(label, self.num_classes, self.name, self.relabel)
         if self.unreadable == "replace":
             raise DataError(
                 f"none of the {counted(len(self), 'image')} of {self.name} can be read: check the files"
@@ -147,6 +152,8 @@ class ImageStream(IterableDataset[tuple[Tensor | Image.Image, int]]):
     transform: ImageTransform | None = None
     unreadable: Unreadable = "refuse"
     mode: str = "RGB"
+    exif_transpose: bool = False
+    relabel: Mapping[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -160,9 +167,9 @@ class ImageStream(IterableDataset[tuple[Tensor | Image.Image, int]]):
         owed = 0
         image, label = None, LEFT_OUT
         for item, given in self.source:
-            given = check_label(given, self.num_classes, self.name)
+            given = check_label(given, self.num_classes, self.name, self.relabel)
             try:
-                image, label = decode(item, self.mode), given
+                image, label = decode(item, self.mode, exif_transpose=self.exif_transpose), given
             except _DAMAGE as error:
                 if self.unreadable == "refuse":
                     raise _unreadable(getattr(item, "name", f"an image of {self.name}"), error) from error
@@ -186,40 +193,37 @@ class ImageStream(IterableDataset[tuple[Tensor | Image.Image, int]]):
         return image if self.transform is None else self.transform(image)
 
 
-def decode(item: Encoded, mode: str = "RGB") -> Image.Image:
-    """The image in colour ``mode``, whatever it was: grey, palette, CMYK, 16 bits a channel, animated.
+def decode(item: Encoded, mode: str = "RGB", *, exif_transpose: bool = False) -> Image.Image:
+    """The image in colour ``mode``, whatever it was: grey, palette, CMYK, 16 or 32 bits, floats, animated.
 
-    Transparency is dropped, of an animation the first frame is taken, and 16 bits lose their lower half
-    (Pillow's ``convert`` would make everything above 255 white). Images of more pixels than Pillow deems safe
-    (178,956,970) cannot be read.
+    Transparency is dropped, of an animation the first frame is taken, and numbers beyond 8 bits are read by their range
+    (see ``pixels.py``). Images of more pixels than Pillow deems safe (178,956,970) cannot be read.
     """
-    if not isinstance(item, Image.Image):
-        if isinstance(item, str) and not stat.S_ISREG(os.stat(item).st_mode):
-            raise OSError("it is a pipe or a device")  # to open a pipe would wait for its other end
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # about damaged metadata, and large images short of Pillow's limit
-            with Image.open(item, formats=_FORMATS) as opened:
-                return decode(opened, mode)
-    if item.mode.startswith("I"):
-        item = Image.fromarray((np.asarray(item) >> 8).clip(0, 255).astype(np.uint8))
-    if item.mode == "P" and "transparency" in item.info:
-        item = item.convert("RGBA")  # straight to RGB, Pillow warns
-    return item.convert(mode)
+    if isinstance(item, Image.Image):
+        return to_mode(item, mode, exif_transpose=exif_transpose)
+    if isinstance(item, str) and not stat.S_ISREG(os.stat(item).st_mode):
+        raise OSError("it is a pipe or a device")  # to open a pipe would wait for its other end
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about damaged metadata, and large images short of Pillow's limit
+        with Image.open(item, formats=_FORMATS) as opened:
+            return to_mode(opened, mode, exif_transpose=exif_transpose)
 
 
-def check_label(label: int, num_classes: int, name: str) -> int:
-    """``label`` as a plain integer.
+def check_label(label: int, num_classes: int, name: str, relabel: Mapping[int, int] | None = None) -> int:
+    """``label`` as a plain integer, as ``relabel`` has it.
 
     Raises:
-        DataError: it is outside [0, num_classes).
+        DataError: it is outside [0, num_classes), or not in ``relabel``.
     """
     label = int(label)
+    if relabel is not None:
+        if label not in relabel:
+            raise DataError(f"{name} has the label {label}, for which --class-map has no line: add one")
+        return relabel[label]
     if not 0 <= label < num_classes:
         raise DataError(
-            f"{name} has the label {label}, the model classes 0 to {num_classes - 1}: "
-            "give data with the model's labels, or another --num-classes"
+            f"{name} has the label {label}, the model classes 0 to {num_classes - 1}: give data with the model's "
+            "labels, or --class-map FILE with a line `LABEL CLASS` each"
         )
     return label
 
@@ -228,7 +232,15 @@ def _unreadable(what: str, error: BaseException) -> DataError:
     reason = getattr(error, "strerror", None) or str(error).replace(repr(what), "")
     reason = " ".join(reason.split()).removesuffix(" file") or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
-        reason = "it is no image"
+        reason = "its kind of TIFF is none that Pillow reads" if _is_tiff(what) else "it is no image"
     elif isinstance(error, FileNotFoundError):
         reason = "it is a link to nothing" if os.path.islink(what) else "it was there when the run started"
     return DataError(f"cannot read {what} ({reason}): replace or remove it, or give --bad-images skip")
+
+
+def _is_tiff(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    except (OSError, ValueError):
+        return False

@@ -1,7 +1,8 @@
-"""Stopping between two steps: Ctrl-C and SIGTERM ask, the loop finishes its step, saves, and says how to go
-on.
+"""Stopping between two steps: Ctrl-C, SIGTERM and SIGHUP ask, the loop finishes its step, saves, and says how to
+resume.
 
-A second Ctrl-C stops at once. Where several processes work as one, torchrun ends all by SIGTERM when one has failed. No
+A second Ctrl-C or SIGTERM stops at once. SIGHUP, which a terminal that closes may send twice, stays ignored where it
+was, as under nohup. Where several processes work as one, torchrun ends all by SIGTERM when one has failed. No
 Python code runs in a process that waits inside NCCL for one that is gone, so that a thread is told of the signal too,
 and ends a process that does not answer.
 """
@@ -21,7 +22,16 @@ SECONDS_TO_ANSWER = 20.0  # torchrun kills after 30
 SECONDS_BETWEEN_LOOKS = 0.1
 SECONDS_TO_OUTLIVE = 300
 
-_ASK_TO_STOP = (signal.SIGINT, signal.SIGTERM)
+_HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
+_ASK_TO_STOP = (
+    (signal.SIGINT, signal.SIGTERM) if _HANGUP is None else (signal.SIGINT, signal.SIGTERM, _HANGUP)
+)
+
+
+def _heeded() -> list[signal.Signals]:
+    """The signals that ask to stop: not SIGHUP where whoever started this process had it ignored."""
+    ignored = _HANGUP is not None and signal.getsignal(_HANGUP) is signal.SIG_IGN
+    return [number for number in _ASK_TO_STOP if not (ignored and number == _HANGUP)]
 
 
 class StopRequest:
@@ -35,7 +45,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """128 plus the number of the signal, as shells have it: 130 for Ctrl-C, 143 for SIGTERM."""
+        """128 plus the number of the signal, as shells have it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + self.signal
 
 
@@ -45,12 +55,12 @@ def deferred_interrupts() -> Iterator[StopRequest]:
     request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if request.signal:
-            raise KeyboardInterrupt
-        request.signal = number
+        if request.signal and number != _HANGUP:
+            raise Stopped(number)
+        request.signal = request.signal or number
 
     try:
-        before = {number: signal.signal(number, note) for number in _ASK_TO_STOP}
+        before = {number: signal.signal(number, note) for number in _heeded()}
     except ValueError:  # not the main thread: signals are not ours to handle
         yield request
         return
@@ -64,7 +74,7 @@ def deferred_interrupts() -> Iterator[StopRequest]:
 
 @contextmanager
 def held_back_signals() -> Iterator[None]:
-    """Within the context Ctrl-C and SIGTERM wait; a process begun in it has them wait until it outlives one.
+    """Within the context signals that ask to stop wait; a process begun in it has them wait until it outlives one.
 
     Outside the main thread, and where the system cannot, nothing changes.
     """
@@ -94,37 +104,55 @@ def outlive_one_signal() -> None:
         if hasattr(signal, "alarm"):
             signal.alarm(SECONDS_TO_OUTLIVE)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, ignore)
+    for number in _ASK_TO_STOP:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASK_TO_STOP)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, where nothing is to be finished first."""
+class Stopped(KeyboardInterrupt):
+    """A signal that asked to stop, where nothing is to be finished first.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
+def exit_code_of(asked: KeyboardInterrupt) -> int:
+    """128 plus the number of the signal that was raised: 130 for Ctrl-C."""
+    return asked.exit_code if isinstance(asked, Stopped) else 128 + signal.SIGINT
 
 
 @contextmanager
-def raised_sigterm() -> Iterator[None]:
-    """Within the context SIGTERM is raised as Ctrl-C is; outside the main thread nothing changes."""
+def raised_signals() -> Iterator[None]:
+    """Within the context SIGTERM and SIGHUP are raised as Ctrl-C is; outside the main thread nothing changes."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+        if number == _HANGUP:
+            signal.signal(number, signal.SIG_IGN)  # it comes twice, and what ends now is not to be disturbed
+        raise Stopped(number)
 
     try:
-        before = signal.signal(signal.SIGTERM, end)
+        before = {n: signal.signal(n, end) for n in _heeded() if n != signal.SIGINT}
     except ValueError:  # not the main thread
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
 def _answered(request: StopRequest) -> Iterator[None]:
-    """Within the context this process ends if it gets SIGTERM and cannot note it."""
+    """Within the context this process ends if it gets SIGTERM or SIGHUP and cannot note it."""
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
@@ -141,8 +169,8 @@ def _watch(pipe: socket.socket, request: StopRequest) -> None:
     with pipe:
         while number := pipe.recv(1):
             waited = 0.0
-            while number[0] == signal.SIGTERM and not request.signal:
+            while number[0] in (signal.SIGTERM, _HANGUP) and not request.signal:
                 if waited >= SECONDS_TO_ANSWER:
-                    os._exit(128 + signal.SIGTERM)
+                    os._exit(128 + number[0])
                 time.sleep(SECONDS_BETWEEN_LOOKS)
                 waited += SECONDS_BETWEEN_LOOKS

@@ -6,6 +6,7 @@ on carries the state of its generators along, and a resumed run would then diffe
 """
 
 import os
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -93,19 +94,22 @@ def make_loader(
             seed=seed,
             share=(ranks.index(), ranks.count()) if divided else (0, 1),
         )
-    batches = create_loader(
-        dataset,
-        preprocessing.input_size,
-        batch_size,
-        is_training=training and shards is None,  # else timm drops the last batch of every worker
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        num_workers=workers,
-        pin_memory=on_device,
-        device=device,
-        use_prefetcher=on_device,
-        persistent_workers=not training,
-    )
+    with warnings.catch_warnings():
+        # That there are more workers than cores is noted where the option is read.
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        batches = create_loader(
+            dataset,
+            preprocessing.input_size,
+            batch_size,
+            is_training=training and shards is None,  # else timm drops the last batch of every worker
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            num_workers=workers,
+            pin_memory=on_device,
+            device=device,
+            use_prefetcher=on_device,
+            persistent_workers=not training,
+        )
     batches_of = getattr(batches, "loader", batches)
     batches_of.worker_init_fn = partial(_begin_reading, batches_of.worker_init_fn)
     batches_of._get_iterator = partial(_start_readers, weakref.ref(batches_of))

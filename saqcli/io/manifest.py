@@ -58,6 +58,7 @@ class RunManifest(BaseModel):
             empty in manifests of earlier versions.
         images: a line for each split, and for those of a proxy beside it, which says what images it holds (see
             ``fingerprints.py``).
+        class_order: what decided which class a folder is: ``timm``, ``torchvision``, ``imagenet``, a file's name.
         artifacts: relative path to SHA-256.
         results: the figures that ``saq quantize`` printed.
     """
@@ -72,14 +73,9 @@ class RunManifest(BaseModel):
     versions: dict[str, str]
     circumstances: list[Circumstances] = []
     images: dict[str, str] = {}
+    class_order: str = ""
     artifacts: dict[Annotated[str, AfterValidator(_below_artifacts)], str] = {}
     results: dict[str, Any] = {}
-
-    @property
-    def as_found(self) -> str:
-        """The status as seen by who is not at work in it, with its article."""
-        found = {"running": "an unfinished", "interrupted": "an interrupted"}
-        return found.get(self.status, f"a {self.status}")
 
 
 def circumstances(device: str) -> Circumstances:

@@ -174,6 +174,15 @@ def default_classes(name: str) -> int:
     return ZOOS[prefix].default_classes(short)
 
 
+def check_named(name: str) -> None:
+    """Refuse what is no network's name; nothing is built.
+
+    Raises:
+        UnknownModel: names near matches.
+    """
+    resolve(name)
+
+
 def build_architecture(build: Mapping[str, Any]) -> nn.Module:
     """The network of ``LoadedModel.build`` with random weights, in eval mode.
 

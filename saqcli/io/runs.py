@@ -7,11 +7,13 @@ search.json       how they were found, where a search found them; policy.png, po
 metrics.jsonl     one object a line
 checkpoints/      last.ckpt: model, optimizer, random state, position in the epoch; search.ckpt: a search under way,
                   proxy.ckpt: the network that it searches in; *.previous.ckpt: the good one before each
-artifacts/        model.safetensors, model.onnx
+artifacts/        model.safetensors, model.onnx, model-STYLE.onnx of further styles, their verdicts;
+                  best.safetensors where another epoch was clearly better
 report.md         what a person reads first
 .lock             which process is at work here, while one is
 """
 
+import os
 import shlex
 import shutil
 import sys
@@ -26,8 +28,8 @@ from saqcli.config import RunConfig
 from saqcli.errors import CannotWrite, Interrupted, RunDirectoryError, SaqError
 from saqcli.io.checkpoints import CheckpointFile
 from saqcli.io.files import make_folder, remove_unfinished, write_text
-from saqcli.io.interrupts import Terminated
-from saqcli.io.locks import Lock
+from saqcli.io.interrupts import exit_code_of, held_back_signals
+from saqcli.io.locks import Lock, Owner
 from saqcli.io.machine import versions
 from saqcli.io.manifest import Circumstances, RunManifest, circumstances
 from saqcli.io.metrics import Metrics
@@ -50,6 +52,7 @@ class RunDirectory:
         self.policy_path = path / "policy.json"
         self.checkpoint_path = path / "checkpoints" / "last.ckpt"
         self.safetensors_path = path / "artifacts" / "model.safetensors"
+        self.best_path = path / "artifacts" / "best.safetensors"
         self.onnx_path = path / "artifacts" / "model.onnx"
         self.report_path = path / "report.md"
         self.search_path = path / "search.json"
@@ -60,6 +63,7 @@ class RunDirectory:
             stage: CheckpointFile(path / "checkpoints" / f"{stage}.ckpt") for stage in get_args(Stage)
         }
         self._lock = Lock(path)
+        self.killed: Owner | None = None  # the process before this one, where it was killed
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
@@ -69,8 +73,11 @@ class RunDirectory:
             RunDirectoryError: ``path`` is none.
         """
         if not (path / "manifest.json").is_file():
-            raise RunDirectoryError(f"{path} is no run directory: it has no manifest.json")
-        return cls(path)
+            raise RunDirectoryError(f"{path} is not a run directory: it has no manifest.json")
+        run = cls(path)
+        with suppress(SaqError):  # one that is damaged is told where it is read
+            run.verb = run.manifest().verb
+        return run
 
     @classmethod
     def start(
@@ -81,9 +88,8 @@ class RunDirectory:
         resume: bool,
         overwrite: bool,
         verb: str = "quantize",
-        note: Callable[[str], None] = lambda _: None,
     ) -> "RunDirectory":
-        """Make ``path`` a run directory for ``config``, or go on with the one that is there; lock it.
+        """Make ``path`` a run directory for ``config``, or resume the one that is there; lock it.
 
         Raises:
             RunDirectoryError: it holds a run and neither ``resume`` nor ``overwrite`` was given, it holds
@@ -94,7 +100,7 @@ class RunDirectory:
         def start() -> None:
             run._check_usable(resume=resume, overwrite=overwrite)
             make_folder(path)
-            run._lock.take(note)
+            run.killed = run._lock.take()
             try:
                 run._open(config, resume=resume, overwrite=overwrite)
             except BaseException:
@@ -156,21 +162,25 @@ class RunDirectory:
         if manifest.status == "clearing":
             return False  # --overwrite was killed: what is left is removed when the next run starts
         if resume and manifest.verb != self.verb:
+            there = RunDirectory.open(self.path)
             raise RunDirectoryError(
-                f"{self.path} holds a run of `saq {manifest.verb}`: give another --run-dir, or --overwrite"
+                f"{self.path} holds a run of `saq {manifest.verb}`, which `saq {self.verb}` cannot resume: "
+                f"{there.next_step()}, or give another --run-dir"
             )
         if not resume and not overwrite and self._holds_work():
+            owner, working = self._lock.holder()
+            if working and owner and owner.pid != os.getpid():
+                raise RunDirectoryError(self._lock.refusal(owner))
+            article = {"finished": "a finished", "failed": "a failed"}.get(manifest.status, "an interrupted")
             raise RunDirectoryError(
-                f"{self.path} already holds {manifest.as_found} run: give --resume to go on with it, "
-                "--overwrite to replace it, or another --run-dir"
+                f"{self.path} already holds {article} run: give --resume to continue it, --overwrite to replace "
+                "it, or another --run-dir"
             )
         return True
 
     def _holds_work(self) -> bool:
         """Whether starting over would lose anything."""
-        states = (self._checkpoint, *self.search_states.values())
-        there = self.search_path.exists() or any(state.exists() for state in states)
-        return there or self.manifest().status in ("finished", "running")
+        return self.search_path.exists() or self.saved() or self.manifest().status in ("finished", "running")
 
     def manifest(self) -> RunManifest:
         """What ``manifest.json`` says."""
@@ -193,8 +203,7 @@ class RunDirectory:
             raise
         except KeyboardInterrupt as asked:
             self._note_end("interrupted")
-            code = 143 if isinstance(asked, Terminated) else 130
-            raise Interrupted(f"stopped as asked: {self.how_to_resume()}", code) from None
+            raise self.interrupted(exit_code_of(asked)) from None
         except CannotWrite as error:
             self._check_there()
             self._note_end("failed")
@@ -207,16 +216,57 @@ class RunDirectory:
 
     def _note_end(self, status: Literal["interrupted", "failed"]) -> None:
         """Unless nothing can be written, which is told then."""
-        with suppress(SaqError):
+        with suppress(SaqError), held_back_signals():
             self._update(status=status)
 
-    def how_to_resume(self) -> str:
-        """The command that goes on with this run."""
-        return f"go on with `saq {self.verb} --run-dir {shlex.quote(str(self.path))} --resume`"
+    def interrupted(self, exit_code: int) -> Interrupted:
+        """To be raised where a signal, 128 less than ``exit_code``, has ended the work on this run."""
+        return Interrupted(self._resuming(), exit_code, saved=self.saved())
 
-    def note_images(self, fingerprints: dict[str, str]) -> None:
-        """Keep which images the run is made on."""
-        self._update(images=fingerprints)
+    def saved(self) -> bool:
+        """Whether there is a checkpoint, or the state of a search, to resume from."""
+        return any(state.exists() for state in (self._checkpoint, *self.search_states.values()))
+
+    def how_to_resume(self) -> str:
+        """The command that resumes this run."""
+        return f"resume with {self._resuming()}"
+
+    def _resuming(self) -> str:
+        return f"`saq {self.verb} --run-dir {shlex.quote(str(self.path))} --resume`"
+
+    def standing(self) -> str:
+        """How the run stands, as a clause: ``was interrupted (process 24054 was killed)``."""
+        status, (owner, working) = self.manifest().status, self._lock.holder()
+        if working:
+            return f"is still running ({owner or 'in another process'})"
+        if status == "interrupted":
+            return "was interrupted"
+        if status in ("running", "clearing"):
+            return f"was interrupted ({f'process {owner.pid}' if owner else 'its process'} was killed)"
+        return "is finished" if status == "finished" else "failed"
+
+    def next_step(self) -> str:
+        """What to do with the run as it stands: wait, resume, or quantize to the bits that a search found."""
+        if self._lock.holder()[1]:
+            return "wait for it"
+        found = self.verb == "search" and self.policy_path.is_file() and self.manifest().status == "finished"
+        return self.how_to_quantize() if found else self.how_to_resume()
+
+    def how_to_quantize(self) -> str:
+        """The command that quantizes to the bits of this run."""
+        model = "MODEL"
+        with suppress(SaqError):
+            model = self.config().model.name
+        return f"quantize to its bits with `saq quantize {model} --policy {shlex.quote(str(self.path))}`"
+
+    def keep_config(self, config: RunConfig) -> None:
+        """Let ``config.json`` say what a resumed run now exports; all else in it is as it was."""
+        if ranks.first() and self.config() != config:
+            write_text(self.path / "config.json", config.to_json())
+
+    def note_images(self, fingerprints: dict[str, str], **more: str) -> None:
+        """Keep which images the run is made on, and ``more`` about them that the manifest has a place for."""
+        self._update(images=fingerprints, **more)
 
     def finish(self, results: dict[str, Any]) -> None:
         """Note the results and the hashes of all artifacts, and that the run is finished."""

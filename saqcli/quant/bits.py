@@ -102,8 +102,8 @@ def parse_bits(text: str, option: str = "--bits") -> LayerBits:
     return LayerBits(weight=weight, activation=activation)
 
 
-def parse_candidates(text: str) -> tuple[int, ...]:
-    """``2,3,4`` as bit-widths a layer may choose from, ascending and without repeats.
+def parse_candidates(text: str, option: str = "--candidates") -> tuple[int, ...]:
+    """``2,3,4`` as bit-widths a layer may choose from, ascending and without repeats; messages name ``option``.
 
     Raises:
         ConfigError: not a list of integers from 2 to 8.
@@ -111,7 +111,7 @@ def parse_candidates(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part in _WIDTHS for part in parts):
         raise ConfigError(
-            f"--candidates {text}: give bit-widths from {MIN_BITS} to {MAX_BITS}, such as 2,3,4,5,6,8"
+            f"{option} {text}: give bit-widths from {MIN_BITS} to {MAX_BITS}, such as 2,3,4,5,6,8"
         )
     return tuple(sorted({int(part) for part in parts}))
 

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saqcli.quant.layers import QuantizedLayer, quantized_layers
+from saqcli.quant.products import quantized_products
 from saqcli.quant.routing import HandedOut
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
-@torch.no_grad()
 def correct(model: nn.Module, batches: Iterable[Tensor], *, biases: bool, norms: bool) -> None:
     """Take back what quantization moved on average, in place; weights and levels stay as they are.
 
@@ -44,35 +44,72 @@ def correct(model: nn.Module, batches: Iterable[Tensor], *, biases: bool, norms:
         biases: correct the bias of every layer; where it has none and a batch norm follows directly, that one's mean.
         norms: correct mean and variance of every batch norm.
     """
-    modes = {module: module.training for module in model.modules()}
-    places = _Places(model, biases=biases, norms=norms)
-    model.eval()
-    try:
-        for images in batches:
-            with _in_float(model), _Pass(places) as in_float:
-                model(images)
-            with places.uncorrected(), _Pass(places, in_float):
-                model(images)
-            places.take_in(len(images))
-        places.apply()
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    Corrections(model, biases=biases, norms=norms)(batches)
+
+
+class Corrections:
+    """``correct`` for a model whose bits change in between: each call starts from the uncorrected model.
+
+    What the model computes in floating point does not depend on the bits, and is measured in the first call only.
+
+    Args:
+        model: as for ``correct``, not corrected yet.
+        biases: likewise.
+        norms: likewise.
+    """
+
+    def __init__(self, model: nn.Module, *, biases: bool, norms: bool) -> None:
+        self.model, self.biases, self.norms = model, biases, norms
+        self._uncorrected = [(tensor, tensor.detach().clone()) for tensor in _correctable(model)]
+        self._in_float: list[_Pass] = []  # of every batch
+
+    @torch.no_grad()
+    def __call__(self, batches: Iterable[Tensor]) -> None:
+        """Correct the model at its present bits; ``batches`` are the same in every call."""
+        model = self.model
+        for tensor, before in self._uncorrected:
+            tensor.copy_(before)
+        modes = {module: module.training for module in model.modules()}
+        places = _Places(model, biases=self.biases, norms=self.norms)
+        model.eval()
+        try:
+            for index, images in enumerate(batches):
+                if index == len(self._in_float):
+                    with _in_float(model), _Pass(places) as in_float:
+                        model(images)
+                    self._in_float.append(in_float)
+                with places.uncorrected(), _Pass(places, self._in_float[index]):
+                    model(images)
+                places.take_in(len(images))
+            places.apply()
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def _correctable(model: nn.Module) -> Iterator[Tensor]:
+    """What a correction may change: biases of layers, running statistics of batch norms."""
+    for layer in quantized_layers(model).values():
+        if (bias := _bias(layer)) is not None:
+            yield bias
+    norms: list[Any] = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    for norm in norms:
+        if norm.running_mean is not None:
+            yield from (norm.running_mean, norm.running_var)
 
 
 @contextmanager
 def _in_float(model: nn.Module) -> Iterator[None]:
-    """Within the context every layer computes without its quantizers."""
-    kept = [
-        (layer, layer.weight_quantizer, layer.input_quantizer) for layer in quantized_layers(model).values()
-    ]
+    """Within the context every layer, and every product of activations, computes without its quantizers."""
+    modules: list[Any] = [*quantized_layers(model).values(), *quantized_products(model).values()]
+    kept = [(module, module.weight_quantizer, module.input_quantizer) for module in modules]
     try:
-        for layer, _, _ in kept:
-            layer.weight_quantizer, layer.input_quantizer = nn.Identity(), nn.Identity()
+        for module, _, _ in kept:
+            module.weight_quantizer, module.input_quantizer = nn.Identity(), nn.Identity()
         yield
     finally:
-        for layer, weights, inputs in kept:
-            layer.weight_quantizer, layer.input_quantizer = weights, inputs
+        for module, weights, inputs in kept:
+            module.weight_quantizer, module.input_quantizer = weights, inputs
 
 
 @dataclass
@@ -106,7 +143,6 @@ class _Places:
         self.biases = {
             layer: (bias, _Average()) for layer in layers if biases and (bias := _bias(layer)) is not None
         }
-        self.means_alone: set[nn.Module] = set()  # norms behind a layer without bias, found in the first pass
         self.without_bias = biases and not norms
         self.all_norms = norms
         self.norms: dict[Any, _Average] = {
@@ -114,9 +150,6 @@ class _Places:
             for module in model.modules()
             if isinstance(module, BatchNorm) and module.running_mean is not None and (norms or biases)
         }
-
-    def concerns(self, norm: nn.Module) -> bool:
-        return self.all_norms or norm in self.means_alone
 
     @contextmanager
     def uncorrected(self) -> Iterator[None]:
@@ -164,6 +197,8 @@ class _Pass(HandedOut):
         self.places, self.in_float = places, in_float
         self.outputs: dict[nn.Module, list[Tensor]] = {}
         self.inputs: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+        # norms behind a layer without bias, found in floating point
+        self.means_alone: set[nn.Module] = set() if in_float is None else in_float.means_alone
         self._unbiased: list[weakref.ref[Tensor]] = []
         self._handles: list[Any] = []
 
@@ -206,8 +241,8 @@ class _Pass(HandedOut):
     def _before_norm(self, norm: Any, inputs: tuple[Any, ...]) -> None:
         x = inputs[0]
         if self.in_float is None and any(output() is x for output in self._unbiased):
-            self.places.means_alone.add(norm)
-        if not self.places.concerns(norm):
+            self.means_alone.add(norm)
+        if not self.places.all_norms and norm not in self.means_alone:
             return
         moments = _moments(x, 1)
         seen = self.inputs.setdefault(norm, [])

@@ -166,6 +166,15 @@ class Budget:
         """Whether that cost is ``BUDGET_USE`` of a bound at least, so that little is left over."""
         return any(cost[index] >= least_use(bound) for index, bound in self.bounds())
 
+    def shares(self, cost: Cost) -> str:
+        """As in ``499 MBOPs (99.8 % of the budget), 120 KB``: every part of a cost that is bounded, with its share."""
+        bounds = dict(self.bounds())
+        return ", ".join(
+            format_quantity(part, unit)
+            + (f" ({100 * part / bounds[index]:.1f} % of the budget)" if index in bounds else "")
+            for index, (part, unit) in enumerate(zip(cost, UNITS, strict=True))
+        )
+
     def __str__(self) -> str:
         """As in ``34 GBOPs and 5 MB``."""
         return " and ".join(format_quantity(bound, UNITS[index]) for index, bound in self.bounds())

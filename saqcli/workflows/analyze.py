@@ -6,6 +6,7 @@ measure    one instrument after the other; each writes its JSON as soon as it is
 draw       PNG and SVG
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,18 +16,20 @@ from typing import Any
 
 from saqcli.algorithms.instruments import INSTRUMENTS, Reading, Session, Settings
 from saqcli.config import ModelSection
-from saqcli.errors import CannotWrite, ConfigError, Interrupted, RunDirectoryError
+from saqcli.errors import CannotWrite, ConfigError, Interrupted, Problems, RunDirectoryError
 from saqcli.io.distributed import pick_device
 from saqcli.io.files import make_folder, remove_unfinished
-from saqcli.io.interrupts import deferred_interrupts
+from saqcli.io.interrupts import Stopped, deferred_interrupts, exit_code_of
 from saqcli.io.locks import Lock
 from saqcli.progress import SILENT, Progress
-from saqcli.strict import named_path
 from saqcli.workflows.analysis_files import AGAINST, AnalysisFolder, SubjectFacts, facts_of
+from saqcli.workflows.checks import check_device, check_images
 from saqcli.workflows.optimization import default_rho
 from saqcli.workflows.pictures import draw
-from saqcli.workflows.setup import named_data
-from saqcli.workflows.subjects import Opened, View, check_target, open_subject
+from saqcli.workflows.pictures.canvas import model_names
+from saqcli.workflows.predictors import named_file
+from saqcli.workflows.subjects import Opened, View, check_target, images_of, open_subject
+from saqcli.workflows.targets import QUANTIZED, find_target
 
 SECONDS_BETWEEN_SAVES = 5.0
 
@@ -66,6 +69,11 @@ class Request:
     overwrite: bool = False
 
     @property
+    def named(self) -> ModelSection:
+        """The model's name and its options."""
+        return self.section or ModelSection(name=self.target)
+
+    @property
     def folders(self) -> list[Path]:
         """Of the model, and of the second one."""
         return [self.out] if self.against is None else [self.out, self.out / AGAINST]
@@ -83,6 +91,7 @@ class Measured:
         return {
             "target": self.facts.target,
             "model": self.facts.model,
+            "split": self.facts.split,
             "images": self.facts.images,
             "loss": self.facts.loss,
             "top1": self.facts.top1,
@@ -123,10 +132,10 @@ def analyze(request: Request, progress: Progress = SILENT) -> Analysis:
     Raises:
         SaqError: anything the user can act on; readings finished so far stay in the folder.
     """
-    _check(request)
+    check_request(request)
+    _check_free(request)
     device = pick_device(request.device)
-    section = request.section or ModelSection(name=request.target)
-    wanted = [(request.target, section, request.bits, request.policy)]
+    wanted = [(request.target, request.named, request.bits, request.policy)]
     if request.against is not None:
         wanted.append((request.against, ModelSection(name=request.against), None, None))
     opened = [open_subject(*one, request.view, device, progress) for one in wanted]
@@ -145,12 +154,16 @@ def _alone_in(request: Request, progress: Progress) -> Iterator[None]:
     for folder in request.folders:
         make_folder(folder)
     lock = Lock(request.out)
-    lock.take(progress.note)
+    killed = lock.take()
+    if killed and request.resume:
+        progress.note(f"resuming (process {killed.pid} was killed)")
     try:
         _check_free(request)
         for folder in request.folders:
             remove_unfinished(folder)
         yield
+    except KeyboardInterrupt as asked:
+        raise _interrupted(request, exit_code_of(asked)) from None
     except CannotWrite as error:
         raise CannotWrite(f"{error}, then give the same command and --resume") from None
     finally:
@@ -172,34 +185,46 @@ def _measure(request: Request, opened: list[Opened], settings: Settings, progres
         for one, folder, earlier in zip(opened, folders, there, strict=True)
     ]
     files = [folder.path_of(name) for folder in folders for name in request.instruments]
+    names = model_names([(one.facts.model, one.facts.target) for one in measured])
+    images = images_of(opened[0].score.images, request.view.split)
     with progress.task("drawing", len(request.instruments)) as task:
         for name in request.instruments:
-            subjects = [(one.facts.target, one.readings[name]) for one in measured]
-            files += draw(name, subjects, request.out)
+            subjects = [(model, one.readings[name]) for model, one in zip(names, measured, strict=True)]
+            files += draw(name, subjects, request.out, images)
             task.advance()
     return Analysis(request.out, measured[0], measured[1] if len(measured) > 1 else None, files)
 
 
-def _check(request: Request) -> None:
-    """Refuse what can be seen to be wrong before anything is loaded."""
+def check_request(request: Request) -> None:
+    """Refuse what can be seen to be wrong before anything is loaded.
+
+    Raises:
+        SaqError: all that is wrong, in one message.
+    """
+    problems = Problems()
     unknown = [name for name in request.instruments if name not in INSTRUMENTS]
     if unknown or not request.instruments:
         asked = unknown[0] if unknown else "none"
-        raise ConfigError(f"there is no instrument {asked!r}: choose from {', '.join(INSTRUMENTS)}")
-    check_target(request.target, request.bits, request.policy)
+        problems.add(ConfigError(f"there is no instrument {asked!r}: choose from {', '.join(INSTRUMENTS)}"))
+    problems.attempt(check_target, request.target, request.named, request.bits, request.policy)
     if request.against is not None:
-        path = named_path(request.against)
-        if path.suffix != ".safetensors" and not path.is_dir():
-            raise ConfigError(
-                f"--against {request.against} is no quantized model: give a run directory or a .safetensors file"
-            )
-    named_data(request.view.data)
+        problems.attempt(_check_against, request.against)
+    problems.attempt(check_images, request.view.data, request.view.split)
     grid = request.settings.grid
     if grid % 2 == 0:
-        raise ConfigError(f"--grid {grid} has no point in the middle: give an odd number, such as {grid + 1}")
+        problems.add(
+            ConfigError(f"--grid {grid} has no point in the middle: give an odd number, such as {grid + 1}")
+        )
     if request.resume and request.overwrite:
-        raise ConfigError("--resume goes on with what is there and --overwrite replaces it: give one of them")
-    _check_free(request)
+        problems.add(
+            ConfigError("--resume continues what is there and --overwrite replaces it: give one of them")
+        )
+    problems.attempt(check_device, request.device)
+    problems.check()
+
+
+def _check_against(against: str) -> None:
+    named_file(find_target(against, QUANTIZED, "--against"), ModelSection(name=against))
 
 
 def _check_free(request: Request) -> None:
@@ -239,15 +264,35 @@ def _measure_all(
             readings[name] = before
             continue
         session = Session(progress, before)
-        try:
-            if INSTRUMENTS[name].resumable:
-                readings[name] = _measure_resumable(name, opened, folder, settings, session)
-            else:
-                readings[name] = INSTRUMENTS[name].measure(opened.subject, settings, session)
-        except KeyboardInterrupt:
-            raise _interrupted(folder.path) from None
+        if INSTRUMENTS[name].resumable:
+            readings[name] = _measure_resumable(name, opened, folder, settings, session)
+        else:
+            readings[name] = INSTRUMENTS[name].measure(opened.subject, settings, session)
+        _check_finite(name, readings[name], opened.target)
         folder.save(name, readings[name])
     return readings
+
+
+def _check_finite(name: str, reading: Reading, target: str) -> None:
+    """Refuse a reading that JSON cannot hold; points that may be NaN or infinite are None in it.
+
+    Raises:
+        ConfigError: some figure is NaN or infinite.
+    """
+
+    def broken(value: Any) -> bool:
+        if isinstance(value, dict):
+            return any(broken(one) for one in value.values())
+        if isinstance(value, list | tuple):
+            return any(broken(one) for one in value)
+        return isinstance(value, float) and not math.isfinite(value)
+
+    found = [key for key, value in reading.to_dict().items() if broken(value)]
+    if found:
+        raise ConfigError(
+            f"{name} of {target}: {', '.join(found)} NaN or infinite on these images; "
+            f"check its weights, or choose other instruments than {name}"
+        )
 
 
 def _measure_resumable(
@@ -263,14 +308,14 @@ def _measure_resumable(
                 folder.save(name, reading)
                 saved_at = time.monotonic()
             if stop.signal:
-                raise _interrupted(folder.path, stop.exit_code)
+                raise Stopped(stop.signal)
 
         session = Session(session.progress, session.earlier, keep)
         return INSTRUMENTS[name].measure(opened.subject, settings, session)
 
 
-def _interrupted(folder: Path, exit_code: int = Interrupted.exit_code) -> Interrupted:
-    return Interrupted(
-        f"stopped as asked, what was measured so far is in {folder}: go on with the same command and --resume",
-        exit_code,
+def _interrupted(request: Request, exit_code: int) -> Interrupted:
+    saved = any(
+        (folder / f"{name}.json").exists() for folder in request.folders for name in request.instruments
     )
+    return Interrupted(f"the same command{' and --resume' if saved else ''}", exit_code, saved=saved)

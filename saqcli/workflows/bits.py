@@ -1,34 +1,72 @@
 """What a network is to be quantized to: given bits, a given policy, or a budget and what may be chosen under it."""
 
 import re
-from pathlib import Path
 
 from saqcli.config import QuantizationSection
-from saqcli.errors import ConfigError
+from saqcli.errors import ConfigError, Problems
 from saqcli.quant.bits import BitConfig, LayerBits, parse_bits
 from saqcli.quant.cost import Budget
 from saqcli.quant.space import Candidates, Rule, SearchSpace, parse_rule, search_space
-from saqcli.strict import named_path, parse_json, read_text
-from saqcli.units import parse_quantity
+from saqcli.strict import parse_json, read_text
+from saqcli.units import OPTIONS, Quantity, parse_quantity
 from saqcli.workflows.setup import Network
+from saqcli.workflows.targets import policy_file
 
+BUDGETS: tuple[tuple[str, Quantity], ...] = (
+    ("bops", "bops"),
+    ("size", "size"),
+)  # setting, and what it counts
 UNIFORM_BUDGET = re.compile(r"w\d+a\d+", re.IGNORECASE)  # a budget given as what uniform bits cost
 
 
-def check_bits(section: QuantizationSection) -> None:
+def check_bits(section: QuantizationSection, *, files: bool = True) -> None:
     """Refuse what can be seen to be wrong before a network is loaded.
 
+    Args:
+        section: of the settings.
+        files: whether the policy must be there.
+
     Raises:
-        ConfigError: bits, budgets or pins that are none.
+        SaqError: all of it: bits, budgets or pins that are none, a policy that cannot be read.
     """
-    if section.bits:
-        parse_bits(section.bits)
-    for option, text in (("--budget", section.bops), ("--size", section.size)):
-        if text and UNIFORM_BUDGET.fullmatch(text.strip()):
-            parse_bits(text, option)
-        elif text:
-            parse_quantity(text)
-    _rules(section)
+    problems = Problems()
+    if section.bits is not None:
+        problems.attempt(parse_bits, section.bits)
+    for text, quantity in BUDGETS:
+        problems.attempt(_check_budget, getattr(section, text), quantity)
+    for pattern, text in section.pins.items():
+        problems.attempt(parse_rule, text, pattern)
+    if section.policy is not None and section.pins:
+        problems.add(ConfigError("--policy gives the bits of every layer: edit it, and remove --pin"))
+    if section.policy is not None and files:
+        problems.attempt(_parse_policy, section.policy)
+    problems.check()
+
+
+def _check_budget(text: str | None, quantity: Quantity) -> None:
+    if text is not None and UNIFORM_BUDGET.fullmatch(text.strip()):
+        parse_bits(text, OPTIONS[quantity])
+    elif text is not None:
+        parse_quantity(text, quantity)
+
+
+def check_way(section: QuantizationSection) -> None:
+    """Refuse a quantization to nothing, or to several things at once.
+
+    Raises:
+        ConfigError: more than one of bits, budget and policy, or none.
+    """
+    ways = {
+        "--bits": section.bits is not None,
+        "--bops or --size": section.bops is not None or section.size is not None,
+        "--policy": section.policy is not None,
+    }
+    given = [name for name, there in ways.items() if there]
+    if len(given) != 1:
+        found = f"{' and '.join(given)} were given" if given else "no bits and no budget were given"
+        raise ConfigError(
+            f"{found}: give exactly one of --bits 4, --bops 34G (or --size 5MB, or both), --policy FILE"
+        )
 
 
 def space_of(section: QuantizationSection, network: Network) -> SearchSpace:
@@ -53,14 +91,15 @@ def _rules(section: QuantizationSection) -> dict[str, Rule]:
 def budget_of(section: QuantizationSection, network: Network) -> Budget:
     """The bounds: ``34G``, ``5MB``, or ``w4a4`` for what uniform 4 bits cost in this network."""
 
-    def bound(text: str | None, part: int) -> int | None:
+    def bound(text: str | None, quantity: Quantity) -> int | None:
         if text is None:
             return None
         if UNIFORM_BUDGET.fullmatch(text.strip()):
-            return network.costs.cost(network.costs.uniform(network.name, parse_bits(text)))[part]
-        return parse_quantity(text)
+            cost = network.costs.cost(network.costs.uniform(network.name, parse_bits(text)))
+            return cost.bops if quantity == "bops" else cost.size
+        return parse_quantity(text, quantity)
 
-    return Budget(bops=bound(section.bops, 0), size=bound(section.size, 1))
+    return Budget(bops=bound(section.bops, "bops"), size=bound(section.size, "size"))
 
 
 def given_policy(section: QuantizationSection, network: Network) -> BitConfig | None:
@@ -69,21 +108,9 @@ def given_policy(section: QuantizationSection, network: Network) -> BitConfig | 
     Raises:
         ConfigError: more than one of bits, budget and policy, or none.
     """
-    ways = {
-        "--bits": section.bits is not None,
-        "--bops or --size": section.bops is not None or section.size is not None,
-        "--policy": section.policy is not None,
-    }
-    given = [name for name, there in ways.items() if there]
-    if len(given) != 1:
-        raise ConfigError(
-            "one of --bits, --bops (or --size) and --policy says what to quantize to, and "
-            f"{' and '.join(given) or 'none of them'} was given"
-        )
+    check_way(section)
     if section.policy is not None:
-        if section.pins:
-            raise ConfigError("--policy gives the bits of every layer: edit it, and leave --pin away")
-        return read_policy(named_path(section.policy), network)
+        return read_policy(section.policy, network)
     if section.bits is not None:
         bits = parse_bits(section.bits)
         assert bits.weight is not None
@@ -93,15 +120,15 @@ def given_policy(section: QuantizationSection, network: Network) -> BitConfig | 
     return None
 
 
-def read_policy(path: Path, network: Network) -> BitConfig:
-    """A policy file, checked against the network.
+def read_policy(text: str, network: Network) -> BitConfig:
+    """The policy that ``text`` names, a file or a run directory, checked against the network.
 
     Raises:
         ConfigError: unreadable, of a foreign version, or with unknown keys.
+        RunDirectoryError: a run without one.
         PolicyMismatch: made for another network.
     """
-    policy = parse_json(BitConfig, read_text(path, f"--policy {path}"), str(path))
-    return in_order(policy, network, f"the policy {path}")
+    return in_order(_parse_policy(text), network, f"the policy {text}")
 
 
 def in_order(policy: BitConfig, network: Network, source: str) -> BitConfig:
@@ -113,6 +140,11 @@ def in_order(policy: BitConfig, network: Network, source: str) -> BitConfig:
     names = [layer.name for layer in network.costs.layers]
     policy.check_fits(network.name, names, source)
     return policy.model_copy(update={"layers": {name: policy.layers[name] for name in names}})
+
+
+def _parse_policy(text: str) -> BitConfig:
+    path = policy_file(text)
+    return parse_json(BitConfig, read_text(path, f"--policy {path}"), str(path))
 
 
 def float_policy(network: Network) -> BitConfig:

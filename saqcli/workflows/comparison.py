@@ -49,7 +49,7 @@ class Record:
         policy: bits by layer.
         texts: name to parsed JSON: ``search`` and ``front`` where there are such, ``metrics`` as a list.
         content: of ``model.safetensors``; None of a search.
-        onnx: SHA-256 of ``model.onnx``; None of a search.
+        onnx: SHA-256 of every ONNX file, by name; none of a search, or where a run wrote none.
     """
 
     run: RunDirectory
@@ -57,7 +57,7 @@ class Record:
     policy: BitConfig
     texts: dict[str, Any]
     content: Content | None
-    onnx: str | None
+    onnx: dict[str, str]
 
     @classmethod
     def read(cls, run: RunDirectory) -> "Record":
@@ -77,7 +77,8 @@ class Record:
             texts["metrics"] = [
                 _json(line, f"{run.metrics_path} line {number}") for number, line in enumerate(lines, 1)
             ]
-        for path in (run.safetensors_path, run.onnx_path):
+        files = _onnx_files(run) if whole else []
+        for path in (run.safetensors_path, *files):
             if whole and not path.is_file():
                 raise RunDirectoryError(
                     f"{path} is missing, so there is nothing to compare with: put it back"
@@ -88,7 +89,7 @@ class Record:
             parse_json(BitConfig, _text(run.policy_path), str(run.policy_path), RunDirectoryError),
             texts,
             read_content(run.safetensors_path) if whole else None,
-            sha256_of(run.onnx_path) if whole else None,
+            {path.name: sha256_of(path) for path in files},
         )
 
     def changed(self) -> list[str]:
@@ -113,7 +114,8 @@ def compare(one: Record, other: Record) -> tuple[list[str], list[Difference]]:
             details[name] = _texts_differ(one.texts.get(name), other.texts.get(name), name)
     if one.content or other.content:
         details["weights"] = _weights_differ(one, other)
-        details["onnx"] = None if one.onnx == other.onnx else _onnx_differ(one.run, other.run)
+    if one.onnx or other.onnx:
+        details["onnx"] = None if one.onnx == other.onnx else _onnx_differ(one, other)
     return list(details), [Difference(what, printable(detail)) for what, detail in details.items() if detail]
 
 
@@ -145,8 +147,14 @@ def first_difference(one: object, other: object, place: str = "") -> str | None:
     return None if texts[0] == texts[1] else f"{place}: {' -> '.join(printable(t, _SHOWN) for t in texts)}"
 
 
+def _without_best(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics without what earlier versions do not note; it follows from the other lines."""
+    return {key: value for key, value in line.items() if key not in ("best_epoch", "best_top1")}
+
+
 def _texts_differ(one: Any, other: Any, name: str) -> str | None:
     if name == "metrics":
+        one, other = ([_without_best(line) for line in lines] for lines in (one, other))
         for number, (mine, theirs) in enumerate(zip(one, other, strict=False), 1):
             found = first_difference(_lasting(mine), _lasting(theirs))
             if found:
@@ -155,6 +163,10 @@ def _texts_differ(one: Any, other: Any, name: str) -> str | None:
         return None if len(one) == len(other) else f"{len(one)} lines -> {len(other)}"
     if one is None or other is None:
         return f"there is one in the {'first' if other is None else 'second'} run only"
+    if name == "figures":  # another version of saq may note more of them
+        one, other = (
+            {key: tree[key] for key in tree if key in one and key in other} for tree in (one, other)
+        )
     return first_difference(_lasting(one), _lasting(other))
 
 
@@ -208,17 +220,34 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other)))
 
 
-def _onnx_differ(one: RunDirectory, other: RunDirectory) -> str:
-    """Where two ONNX files of other bytes differ: in their weights, their graph, or what they say about themselves."""
+def _onnx_files(run: RunDirectory) -> list[Path]:
+    """The ONNX files of a finished run that its manifest names, in the order of their names."""
+    artifacts = run.manifest().artifacts
+    if not artifacts:  # of an earlier version
+        return [run.onnx_path]
+    return [run.path / name for name in sorted(artifacts) if name.endswith(".onnx")]
+
+
+def _onnx_differ(one: Record, other: Record) -> str:
+    """Where ONNX files of other bytes differ: in their weights, their graph, or what they say about themselves."""
+    for name in dict.fromkeys([*one.onnx, *other.onnx]):
+        if name not in one.onnx or name not in other.onnx:
+            return f"there is a {name} in the {'first' if name in one.onnx else 'second'} run only"
+    name = next(name for name in one.onnx if one.onnx[name] != other.onnx[name])
+    found = _graphs_differ(*(record.run.onnx_path.with_name(name) for record in (one, other)))
+    return found if len(one.onnx) == 1 else f"{name}: {found}"
+
+
+def _graphs_differ(*paths: Path) -> str:
     import onnx
 
     tensors: list[dict[str, str]] = []
     described: list[dict[str, str]] = []
-    for run in (one, other):
+    for path in paths:
         try:
-            model = onnx.load(str(run.onnx_path))
+            model = onnx.load(str(path))
         except Exception as error:  # protobuf and onnx each have their own
-            return f"{run.onnx_path} cannot be read as ONNX: {printable(str(error), 200)}"
+            return f"{path} cannot be read as ONNX: {printable(str(error), 200)}"
         kept = {
             tensor.name: tensor.SerializeToString(deterministic=True) for tensor in model.graph.initializer
         }

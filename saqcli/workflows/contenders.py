@@ -17,17 +17,17 @@ from saqcli._version import __version__
 from saqcli.algorithms.exporters import EXPORTERS, ModelFacts
 from saqcli.algorithms.exporters.onnx_metadata import read_onnx_facts
 from saqcli.config import ModelSection
-from saqcli.errors import ConfigError, RunDirectoryError, UnsupportedModel
+from saqcli.errors import RunDirectoryError, UnsupportedModel
 from saqcli.io.models import build_architecture
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.quant import convert
 from saqcli.quant.bits import MAX_BITS, BitConfig
-from saqcli.strict import named_path
 from saqcli.workflows.onnx_runs import Kernels, OnnxFile, open_file, runner
 from saqcli.workflows.predictors import named_file, restore
 from saqcli.workflows.setup import load_float
+from saqcli.workflows.targets import EVALUATED, find_target
 
 PYTORCH, ONNX = "PyTorch", "ONNX Runtime"
 TORCH_FLOAT, TORCH_QUANTIZED = "PyTorch float", "PyTorch fake-quant"
@@ -108,15 +108,13 @@ def line_up(target: str, section: ModelSection, folder: Path, progress: Progress
     Raises:
         SaqError: no such thing, or a damaged one.
     """
-    path = named_file(target, section)
+    found = find_target(target, EVALUATED)
+    path = named_file(found, section)
     if path is None:
         return _of_name(section, folder, progress)
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path}")
     if path.suffix == ".onnx":
         return _of_onnx(path, folder)
-    run = named_path(target)
-    return _of_safetensors(path, RunDirectory.open(run) if run.is_dir() else None, folder)
+    return _of_safetensors(path, found.run, folder)
 
 
 def _of_name(section: ModelSection, folder: Path, progress: Progress) -> Lineup:

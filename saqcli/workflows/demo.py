@@ -1,7 +1,7 @@
 """``saq demo``: the whole job offline, on the handwritten digits that come with scikit-learn.
 
 1,797 real images of 8 x 8 pixels (UCI ML hand-written digits), written as a folder of PNG files
-a float ResNet-20 trained on them, a minute on two cores
+a float ResNet-20 trained on them
 the same ``quantize`` workflow that ``saq quantize`` runs, under a budget
 """
 
@@ -14,10 +14,11 @@ from saqcli.config import RunConfig, resolve
 from saqcli.io.distributed import pick_device
 from saqcli.io.files import make_folder, replacing
 from saqcli.io.seeds import seed_everything
-from saqcli.progress import Progress
+from saqcli.progress import SILENT, Progress
 from saqcli.units import counted
+from saqcli.workflows.bits import budget_of, check_bits, space_of
 from saqcli.workflows.quantize import quantize
-from saqcli.workflows.setup import Images, load_float
+from saqcli.workflows.setup import Images, classes_of, load_float, wrap_and_trace
 from saqcli.workflows.short_training import in_float, train
 
 MODEL = "saq/resnet20"
@@ -30,13 +31,26 @@ FLOAT_EPOCHS, FLOAT_LR = 12, 0.05
 def demo(run_dir: Path, *, bops: str, epochs: int, seed: int, progress: Progress) -> dict[str, Any]:
     """Run it all below ``run_dir``, replacing an earlier demo there; returns what ``saq quantize --json`` prints."""
     data, weights, quantized = (run_dir / name for name in ("digits", "float.safetensors", "quantized"))
-    progress.note(f"writing {counted(write_digits(data), 'handwritten digit')} to {data}")
     config = demo_config(data, weights, bops=bops, epochs=epochs, seed=seed)
+    check_budget(config)
+    progress.note(f"writing {counted(write_digits(data), 'handwritten digit')} to {data}")
     progress.note(f"training a float {MODEL} for {counted(FLOAT_EPOCHS, 'epoch')}")
     train_float(config, weights, progress)
     progress.note(f"quantizing it under {bops}")
     outcome = quantize(config, quantized, overwrite=True, progress=progress)
     return outcome.to_dict(quantized)
+
+
+def check_budget(config: RunConfig) -> None:
+    """Refuse a budget before the float network is trained.
+
+    Raises:
+        SaqError: it is none, or below the smallest reachable cost.
+    """
+    check_bits(config.quantization)
+    section = config.model.model_copy(update={"weights": None, "pretrained": False})
+    network = wrap_and_trace(load_float(section, SILENT))
+    space_of(config.quantization, network).check_reachable(budget_of(config.quantization, network))
 
 
 def demo_config(data: Path, weights: Path, *, bops: str, epochs: int, seed: int) -> RunConfig:
@@ -84,7 +98,7 @@ def train_float(config: RunConfig, weights: Path, progress: Progress, *, epochs:
     section = config.model.model_copy(update={"weights": None, "pretrained": False})
     loaded = load_float(section, progress)
     model = loaded.model.to(device)
-    images = Images.open(config, loaded.num_classes, loaded.preprocessing, device)
+    images = Images.open(config, classes_of(loaded), loaded.preprocessing, device)
     training = in_float(config.training, config.data.batch_size, lr=FLOAT_LR, epochs=epochs, warmup_epochs=1)
     train(model, images, training, loaded.num_classes, title="float epoch", progress=progress)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}

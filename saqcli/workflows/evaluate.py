@@ -10,14 +10,15 @@ from saqcli import ranks
 from saqcli.algorithms.divergence import check_score
 from saqcli.algorithms.training import Score, evaluate
 from saqcli.config import DataSection, ModelSection
-from saqcli.errors import ConfigError
+from saqcli.errors import ConfigError, Problems
 from saqcli.io.batches import Loader
-from saqcli.io.data import check_trained_on
 from saqcli.io.distributed import process_group, started_by_torchrun
 from saqcli.progress import SILENT, Progress
 from saqcli.workflows.bench import Bench, BenchSettings, bench_target
-from saqcli.workflows.predictors import Predictor, open_target
-from saqcli.workflows.setup import open_named, validation_loader
+from saqcli.workflows.checks import check_builds, check_device, check_images, check_model
+from saqcli.workflows.predictors import Predictor, named_file, open_target
+from saqcli.workflows.setup import as_trained, open_named, validation_loader
+from saqcli.workflows.targets import EVALUATED, find_target
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class Evaluation:
         score: accuracy and loss; None where no images were named, for ``--bench`` alone.
         images_per_second: including reading the images.
         bench: how fast it is; None where that was not asked.
+        class_order: what decided on the labels of the images, see ``Numbering``; None without images.
     """
 
     target: str
     score: Score | None
     images_per_second: float | None = None
     bench: Bench | None = None
+    class_order: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As ``--json`` prints it; accuracies in percent."""
@@ -47,6 +50,7 @@ class Evaluation:
             "images": score and score.images,
             "skipped": score and score.skipped,
             "images_per_second": self.images_per_second,
+            "class_order": self.class_order,
             "bench": self.bench and self.bench.to_dict(),
         }
 
@@ -75,9 +79,12 @@ def evaluate_target(
     """
     if bench is None:
         return _accuracy(target, section, data, device, progress)
-    bench.check()
     if started_by_torchrun():
         raise ConfigError("--bench measures one process: start it without torchrun")
+    problems = Problems()
+    problems.attempt(bench.check)
+    problems.attempt(check_evaluation, target, section, data, device, needs_images=False)
+    problems.check()
     if data.path is None:
         return Evaluation(target, None, bench=bench_target(target, section, bench, progress))
     found = _accuracy(target, section, data, device, progress)
@@ -87,29 +94,54 @@ def evaluate_target(
 def _accuracy(
     target: str, section: ModelSection, data: DataSection, device: str, progress: Progress
 ) -> Evaluation:
-    with process_group(device) as own:
+    with process_group(device, lambda: check_evaluation(target, section, data, device)) as own:
         return _on(own, target, section, data, progress if ranks.first() else SILENT)
+
+
+def check_evaluation(
+    target: str, section: ModelSection, data: DataSection, device: str, *, needs_images: bool = True
+) -> None:
+    """Refuse what can be seen to be wrong before anything is fetched or loaded.
+
+    Raises:
+        SaqError: all that is wrong, in one message.
+    """
+    problems = Problems()
+    found = problems.attempt(find_target, target, EVALUATED)
+    if found is not None and found.kind == "model":
+        problems.attempt(check_model, section)
+    elif found is not None:
+        problems.attempt(named_file, found, section)
+    if needs_images or data.path is not None:
+        problems.attempt(check_images, data, "val")
+    problems.attempt(check_device, device)
+    if found is not None and found.kind == "model":
+        check_builds(problems, section)
+    problems.check()
 
 
 def _on(
     device: torch.device, target: str, section: ModelSection, data: DataSection, progress: Progress
 ) -> Evaluation:
     """Each rank on its own device, with its part of the images."""
-    predictor, loader = ranks.together(lambda: _opened(device, target, section, data, progress))
+    predictor, loader, order = ranks.together(lambda: _opened(device, target, section, data, progress))
     start = time.perf_counter()
     score = score_predictor(predictor, loader, progress)
     check_score(score.loss, score.images, predictor.name)
-    return Evaluation(predictor.name, score, score.images / (time.perf_counter() - start))
+    speed = score.images / (time.perf_counter() - start)
+    return Evaluation(predictor.name, score, speed, class_order=order)
 
 
 def _opened(
     device: torch.device, target: str, section: ModelSection, data: DataSection, progress: Progress
-) -> tuple[Predictor, Loader]:
+) -> tuple[Predictor, Loader, str]:
+    """What is evaluated, on what, and what decided on the labels."""
     predictor = open_target(target, section, device, progress)
-    split = open_named(data, "val", predictor.num_classes)
     if predictor.facts is not None:
-        check_trained_on(split, predictor.facts.class_names, predictor.num_classes, predictor.name)
-    return predictor, validation_loader(split, predictor.preprocessing, data, predictor.device)
+        data = as_trained(data, predictor.facts, progress)
+    split = open_named(data, "val", predictor.classes, progress)
+    loader = validation_loader(split, predictor.preprocessing, data, predictor.device)
+    return predictor, loader, split.class_order
 
 
 def score_predictor(predictor: Predictor, loader: Loader, progress: Progress) -> Score:

@@ -15,14 +15,14 @@ from saqcli.algorithms.searchers.problem import NO_IMAGES, Memory
 from saqcli.config import RunConfig
 from saqcli.errors import ConfigError
 from saqcli.io.distributed import pick_device
-from saqcli.progress import Progress
+from saqcli.progress import SILENT, Progress
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibrate import InputStatistics
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.space import SearchSpace
 from saqcli.units import counted, format_quantity
 from saqcli.workflows.bits import budget_of, space_of
-from saqcli.workflows.calibration import calibrate, scheme_of
+from saqcli.workflows.calibration import AfterFit, calibrate, scheme_of
 from saqcli.workflows.optimization import make_optimizer, search_training
 from saqcli.workflows.profile import layer_rows
 from saqcli.workflows.proxy import open_proxy
@@ -213,6 +213,7 @@ def pose(
         optimizer=lambda model: make_optimizer(model, training),
         seed=config.run.seed,
         progress=progress,
+        corrections=lambda model: AfterFit(config, model, asked.images, SILENT, keep=True),
     )
     return Posed(problem, asked.network, searched)
 
@@ -230,7 +231,8 @@ def find_bits(config: RunConfig, posed: Posed, memory: Memory) -> Searched:
         found, choice=ranks.from_first(lambda: found.choice)
     )  # in case that their processors differ
     searched = Searched(config.quantization.searcher, time.perf_counter() - start, found, posed)
-    problem.progress.note(f"{searched.searcher} found {searched.cost} in {searched.seconds:.0f} s")
+    found_at = problem.budget.shares(searched.cost)
+    problem.progress.note(f"searcher {searched.searcher}: {found_at}, {searched.seconds:.0f} s")
     return searched
 
 

@@ -16,12 +16,13 @@ from saqcli import ranks
 from saqcli.algorithms.divergence import check_epoch
 from saqcli.algorithms.random_state import random_state, set_random_state
 from saqcli.algorithms.steps import Setbacks
-from saqcli.algorithms.training import EpochSettings, Meter, evaluate, train_epoch
+from saqcli.algorithms.training import EpochSettings, Meter, Score, evaluate, train_epoch
 from saqcli.config import RunConfig
 from saqcli.io.interrupts import StopRequest, deferred_interrupts
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress, Task
 from saqcli.units import counted
+from saqcli.workflows.best import Best, Trained
 from saqcli.workflows.optimization import make_minimizer, make_objective, make_optimizer, make_schedule
 from saqcli.workflows.resuming import stop_if_asked, stopped
 from saqcli.workflows.setup import Images
@@ -36,20 +37,25 @@ def finetune(
     progress: Progress,
     *,
     num_classes: int,
+    calibrated: Score,
     teacher: nn.Module | None = None,
-) -> None:
+) -> Trained:
     """Train to the end of the schedule, from ``state`` on.
 
     Args:
         model: wrapped, quantizers installed, loaded from ``state``; left with the weights that training found, or
-            with their average where the settings ask for it.
+            with their average, or with the best of all epochs, where the settings ask for it.
         config: of the run.
         images: to train on and to score after every epoch.
         run: where checkpoints and metrics go.
         state: the last checkpoint; further ones keep its other entries.
         progress: told about every step.
         num_classes: logits of the model.
+        calibrated: score of the model before training.
         teacher: the float model in eval mode, where it is to be learned from.
+
+    Returns:
+        The best state, and how the last one did.
 
     Raises:
         Interrupted: a signal asked to stop; the checkpoint is saved.
@@ -68,6 +74,8 @@ def finetune(
             minimizer.load_state_dict(state["minimizer"])
         if average:
             average.load_state_dict(state["average"])
+    best = first_best(state, calibrated)
+    last = Score(**state["validated"]) if "validated" in state else None
     own = own_part(state.get("ranks", []))
     meter = Meter(**own["meter"])
     setbacks = Setbacks(training.micro_batch, patience=training.skip_steps)
@@ -86,7 +94,7 @@ def finetune(
             state.update(ranks=ranks.gathered({"random": random_state(), "meter": vars(meter)}))
             run.save_checkpoint(state)
             saved_at = time.monotonic()
-            stop_if_asked(stop, run, "the work so far")
+            stop_if_asked(stop, run)
 
         for epoch in range(position["epoch"], training.epochs):
             done = position["step"] if epoch == position["epoch"] else 0
@@ -136,10 +144,29 @@ def finetune(
             )
             meter.clear()
             setbacks.skipped = 0
+            if best is None or best.beaten_by(score):
+                best = Best.of(epoch + 1, score, judged.state_dict())
+                state["best"] = best.pack()
+            last = score
+            state["validated"] = asdict(score)
             save(epoch + 1, 0)
-        stop_if_asked(stop, run, "the work so far")  # all epochs may have been done before
+        stop_if_asked(stop, run)  # all epochs may have been done before
     if average:
         model.load_state_dict(average.state_dict())
+    if training.keep == "best" and best is not None:
+        model.load_state_dict(best.model)
+    return Trained(best, last)
+
+
+def first_best(state: dict[str, Any], calibrated: Score) -> Best | None:
+    """The best state so far: as the checkpoint has it, or the calibrated one where training begins; noted in it."""
+    if "best" in state:
+        return Best.unpack(state["best"])
+    if "position" in state:  # a checkpoint of an earlier version, within training
+        return None
+    best = Best(0, calibrated, state["model"])
+    state["best"] = best.pack()
+    return best
 
 
 class Watched:
@@ -155,7 +182,7 @@ class Watched:
             Interrupted: one has.
         """
         if self._stop.signal:
-            raise stopped(self._run, "the work so far", self._stop.exit_code)
+            raise stopped(self._run, self._stop.exit_code)
         self._task.advance(steps, images=images, **figures)
 
 

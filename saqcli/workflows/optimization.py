@@ -12,7 +12,7 @@ from saqcli import ranks
 from saqcli.algorithms.minimizers import MINIMIZERS, Minimizer
 from saqcli.algorithms.objective import Distillation, Objective
 from saqcli.config import RunConfig, TrainingSection
-from saqcli.errors import ConfigError
+from saqcli.errors import ConfigError, Problems
 from saqcli.quant.layers import quantized_layers
 from saqcli.quant.quantizers import quantizers_of
 from saqcli.units import counted
@@ -96,6 +96,8 @@ def make_minimizer(
 ) -> Minimizer:
     """The method's minimizer, with the paper's radius where none is given, for images of ``side`` pixels."""
     options = dict(training.minimizer)
+    if training.method not in MINIMIZERS:
+        raise ConfigError(f"there is no method {training.method!r}: choose from {', '.join(MINIMIZERS)}")
     if training.method != "qat":
         options = {
             "rho": default_rho(model, side) if training.rho is None else training.rho,
@@ -157,23 +159,33 @@ def check_training(config: RunConfig) -> None:
     """Refuse options that optimizer, schedule, minimizer or objective do not take, before any time is spent.
 
     Raises:
-        ConfigError: names the option.
+        ConfigError: names all of them.
     """
-    training = config.training
+    training, problems = config.training, Problems()
     model = nn.Linear(1, 1)
-    optimizer = make_optimizer(model, training)
-    make_minimizer(model, optimizer, training, side=SMALL_IMAGES)
+    problems.attempt(make_optimizer, model, training)
+    plain = training.model_copy(update={"optimizer": "sgd"})
+    problems.attempt(make_minimizer, model, make_optimizer(model, plain), training, side=SMALL_IMAGES)
     if training.epochs:
-        make_schedule(optimizer, training, steps=1)
+        problems.attempt(make_schedule, make_optimizer(model, plain), training, steps=1)
+    problems.attempt(_check_reuse, training)
+    problems.attempt(_check_mixing, training, config.data.batch_size)
+    problems.check()
+
+
+def _check_reuse(training: TrainingSection) -> None:
     if training.sam_reuse and (training.sam_interval == 1 or training.ascent_fraction < 1):
         raise ConfigError(
             "--sam-reuse reuses the last perturbation in the steps between, and compares gradients of the same "
             "images: give --sam-interval 2 or more, and no --ascent-fraction"
         )
+
+
+def _check_mixing(training: TrainingSection, batch_size: int) -> None:
     pairs = 2 * ranks.count()
-    if (training.mixup or training.cutmix) and config.data.batch_size % pairs:
+    if (training.mixup or training.cutmix) and batch_size % pairs:
         raise ConfigError(
-            f"--batch-size {config.data.batch_size} cannot be mixed: images are blended in pairs, in each of "
+            f"--batch-size {batch_size} cannot be mixed: images are blended in pairs, in each of "
             f"{counted(ranks.count(), 'process')}, give a multiple of {pairs}"
         )
 

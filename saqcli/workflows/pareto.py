@@ -1,11 +1,11 @@
-"""What accuracy costs: the configurations that a search knows of, and which of them nothing beats.
+"""What accuracy costs: the configurations that a search knows of, and which of them are Pareto-optimal.
 
 One configuration beats another, *dominates* it, if it costs no more and does no worse, and is better in one of the
 two. Cost is what the search had a budget for: BOPs, bytes, or both, and then both count. To do better is to have a
 higher top-1, and at equal top-1 a lower loss. The front is what nothing dominates; of equals all are on it.
 
-All figures are those of the search itself, on its scoring images: they tell configurations apart, and are not the
-accuracy after training.
+All figures are those of the network that fine-tuning starts from, on the scoring images of the search: they tell
+configurations apart, and are not the accuracy after training.
 """
 
 import csv
@@ -13,9 +13,9 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from saqcli._version import __version__
 from saqcli.algorithms.searchers.problem import Found, Scored, ScoreOf, SearchProblem
@@ -23,16 +23,17 @@ from saqcli.io.files import write_text
 from saqcli.quant.bits import LayerBits, mean_bits
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.space import SearchSpace
-from saqcli.workflows.pictures.front import draw_front
+from saqcli.workflows.pictures.front import draw_front, uniform_names
 
 Result = tuple[Cost, float, float]  # cost, top-1, loss
 Choice = tuple[int, ...]  # an option's index a decision
-Kind = Literal["sampled", "uniform", "front", "chosen"]
+Kind = Literal["sampled", "uniform", "proposed", "chosen"]
 LITTLE = (
     0.01  # by how much the tightest budget lies above the floor, where one configuration alone would be left
 )
 COLUMNS = (
-    "kind", "bops", "size_bytes", "top1", "loss", "on_front", "mean_weight_bits", "mean_activation_bits",
+    "kind", "budget_bops", "budget_bytes", "bops", "size_bytes", "top1", "loss", "on_front",
+    "mean_weight_bits", "mean_activation_bits",
 )  # fmt: skip
 
 
@@ -40,7 +41,10 @@ class Point(BaseModel):
     """A configuration, what it costs and how it did.
 
     Attributes:
-        kind: how it came here: met on the way, the same bits everywhere, proposed for a budget, or the result.
+        kind: how it came here: ``sampled`` on the way, ``uniform`` bits, ``proposed`` by the searcher for a budget, or
+            ``chosen`` as the policy. Whether it is on the front is another matter.
+        budget_bops: that it was proposed or chosen for, the tightest of several; None without such a bound.
+        budget_bytes: likewise.
         bops: bit-operations for one image.
         size_bytes: of the model.
         top1: percent, on the scoring images of the search.
@@ -51,7 +55,9 @@ class Point(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    kind: Kind
+    kind: Annotated[Kind, BeforeValidator(lambda kind: "proposed" if kind == "front" else kind)]
+    budget_bops: int | None = None
+    budget_bytes: int | None = None
     bops: int
     size_bytes: int
     top1: float
@@ -112,7 +118,7 @@ def find_front(
 ) -> Front:
     """What the search proposes over its whole range, beside all that it scored and beside uniform bits.
 
-    A configuration whose loss is no number is left out, and a note says so.
+    A configuration whose loss is NaN or infinite is left out, and a note says so.
 
     Args:
         problem: that was solved.
@@ -124,7 +130,7 @@ def find_front(
         float_top1: percent, on the scoring images.
     """
     space = problem.space
-    kinds = _landmarks(problem, found, count, widths)
+    kinds, asked = _landmarks(problem, found, count, widths)
     scored = {one.choice: one for one in found.scored}
     images = sum(len(labels) for _, labels in problem.images.scoring)
     with problem.progress.task("scoring the front", len(kinds)) as task:
@@ -133,7 +139,9 @@ def find_front(
             task.advance(images=images, top1=scored[choice].top1)
     known = [one for one in scored.values() if math.isfinite(one.loss) and math.isfinite(one.top1)]
     if len(known) < len(scored):
-        problem.progress.note(f"left out of the front: {len(scored) - len(known)} whose loss is no number")
+        problem.progress.note(
+            f"left out of the front: {len(scored) - len(known)} whose loss is NaN or infinite"
+        )
     return Front(
         saq_version=__version__,
         model=space.model,
@@ -143,20 +151,25 @@ def find_front(
         images=images,
         float_top1=float_top1,
         macs={layer.name: layer.macs for layer in space.costs.layers},
-        points=_points(space, known, kinds, problem.budget),
+        points=_points(space, known, kinds, asked, problem.budget),
     )
 
 
-def _landmarks(problem: SearchProblem, found: Found, count: int, widths: Sequence[int]) -> dict[Choice, Kind]:
-    """What is to be scored beside what was, and how it came here; of two ways the more telling one."""
+def _landmarks(
+    problem: SearchProblem, found: Found, count: int, widths: Sequence[int]
+) -> tuple[dict[Choice, Kind], dict[Choice, Budget]]:
+    """What is to be scored beside what was, and how it came here, of two ways the more telling one; and the budgets."""
     space = problem.space
     kinds: dict[Choice, Kind] = {}
+    asked: dict[Choice, Budget] = {}
     for bits in widths:
         kinds[tuple(space.nearest(LayerBits(weight=bits, activation=bits)))] = "uniform"
     for budget in [*budgets(space, problem.budget, count), problem.budget]:
-        kinds |= {tuple(choice): "front" for choice in found.propose(budget)}
-    kinds[tuple(found.choice)] = "chosen"
-    return kinds
+        for choice in found.propose(budget):
+            kinds[tuple(choice)] = "proposed"
+            asked.setdefault(tuple(choice), budget)
+    kinds[tuple(found.choice)], asked[tuple(found.choice)] = "chosen", problem.budget
+    return kinds, asked
 
 
 def budgets(space: SearchSpace, budget: Budget, count: int) -> list[Budget]:
@@ -187,7 +200,11 @@ def _units(budget: Budget) -> tuple[int, ...]:
 
 
 def _points(
-    space: SearchSpace, known: Sequence[Scored], kinds: dict[Choice, Kind], budget: Budget
+    space: SearchSpace,
+    known: Sequence[Scored],
+    kinds: dict[Choice, Kind],
+    asked: dict[Choice, Budget],
+    budget: Budget,
 ) -> list[Point]:
     """From the cheapest to the dearest; of equally cheap ones the best first."""
     order = sorted(known, key=lambda one: (*one.cost, -one.top1, one.loss, one.choice))
@@ -196,6 +213,8 @@ def _points(
     return [
         Point(
             kind=kinds.get(one.choice, "sampled"),
+            budget_bops=asked.get(one.choice, Budget()).bops,
+            budget_bytes=asked.get(one.choice, Budget()).size,
             bops=one.cost.bops,
             size_bytes=one.cost.size,
             top1=one.top1,
@@ -243,10 +262,42 @@ def to_csv(front: Front) -> str:
     for point in sorted(front.points, key=lambda point: point.bops):
         means = (f"{mean:.4f}" for mean in mean_bits(point.layers, front.macs))
         on_front = str(point.on_front).lower()
-        writer.writerow(
-            (point.kind, point.bops, point.size_bytes, repr(point.top1), repr(point.loss), on_front, *means)
-        )
+        costs = (point.budget_bops, point.budget_bytes, point.bops, point.size_bytes)
+        writer.writerow((point.kind, *costs, repr(point.top1), repr(point.loss), on_front, *means))
     return text.getvalue()
+
+
+def to_table(front: Front) -> dict[str, Any]:
+    """What ``saq search`` prints of a front: for each budget the best that was proposed for it, uniform bits, and all
+    else that is on the front; from the cheapest to the dearest."""
+    names = uniform_names(front)
+    best: dict[Budget, int] = {}
+    for index, point in enumerate(front.points):
+        if point.kind in ("proposed", "chosen"):
+            budget = Budget(point.budget_bops, point.budget_bytes)
+            best[budget] = max(best.get(budget, index), index, key=lambda i: _rank(front.points[i]))
+    shown = {*best.values(), *names}
+    rows = [
+        {
+            "budget_bops": point.budget_bops,
+            "budget_bytes": point.budget_bytes,
+            "bops": point.bops,
+            "size_bytes": point.size_bytes,
+            "top1": point.top1,
+            "on_front": point.on_front,
+            "searcher": "uniform" if point.kind == "uniform" else front.searcher,
+            "uniform": names.get(index),
+            "chosen": point.kind == "chosen",
+        }
+        for index, point in enumerate(front.points)
+        if point.on_front or index in shown
+    ]
+    return {"images": front.images, "float_top1": front.float_top1, "points": rows}
+
+
+def _rank(point: Point) -> tuple[bool, float, float]:
+    """Higher is better; what was chosen is shown whatever else was proposed."""
+    return point.kind == "chosen", point.top1, -point.loss
 
 
 def write_front(front: Front, folder: Path) -> list[Path]:

@@ -17,12 +17,13 @@ from saqcli.io.models import LoadedModel, default_classes, published_weights
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import SILENT, Progress
 from saqcli.workflows.bits import budget_of, given_policy, space_of
+from saqcli.workflows.export import check_exports
 from saqcli.workflows.find_bits import ask
 from saqcli.workflows.profile import measure
 from saqcli.workflows.quantize import check, network_for
 from saqcli.workflows.resuming import check_same, goes_on
 from saqcli.workflows.search import check_search, images_for
-from saqcli.workflows.setup import Images, Network, load_float, wrap_and_trace
+from saqcli.workflows.setup import Images, Network, classes_of, load_float, wrap_and_trace
 from saqcli.workflows.trainable import check_trains
 
 PUBLISHED = "{} (published; fetched when the run starts, unless it is cached)"
@@ -64,18 +65,19 @@ def plan(
         SaqError: what would stop the run before its first long step.
     """
     if verb == "search":
-        check_search(config, needs_data=False)
+        check_search(config, images=False)
     else:
         check(config)
     device = pick_device(config.run.device)
     loaded, weights = _load(config.model, progress)
-    images = _images(config, loaded, verb, device)
+    images = _images(config, loaded, verb, device, progress)
     section = config.quantization
     if verb == "search":
         network = wrap_and_trace(loaded, quantize_attention=section.quantize_attention)
     else:
         network = network_for(config, loaded)
-    # DRY EXPORT, the one place: the exporters' dry run on `network`, still on the CPU; for `quantize` alone.
+    if verb == "quantize":
+        check_exports(config, network, progress)
     network.model.to(device)
     budget = budget_of(section, network)
     searches = verb == "search" or bool(budget.bounds())
@@ -125,13 +127,15 @@ def _load(section: ModelSection, progress: Progress) -> tuple[LoadedModel, str]:
     )
 
 
-def _images(config: RunConfig, loaded: LoadedModel, verb: str, device: Any) -> Images | None:
+def _images(
+    config: RunConfig, loaded: LoadedModel, verb: str, device: Any, progress: Progress
+) -> Images | None:
     """Those of the run; None where none are named yet, or a proxy's are taken."""
     if config.data.path is None or (verb == "search" and config.search.proxy is not None):
         return None
     if verb == "search":
-        return images_for(config, loaded, device)
-    return Images.open(config, loaded.num_classes, loaded.preprocessing, device)
+        return images_for(config, loaded, device, progress)
+    return Images.open(config, classes_of(loaded), loaded.preprocessing, device, progress)
 
 
 def _check_search(config: RunConfig, network: Network, images: Images | None) -> Images | None:

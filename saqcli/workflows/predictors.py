@@ -13,18 +13,32 @@ from saqcli.algorithms.exporters.safetensors import read_content, rebuild
 from saqcli.algorithms.graphs.exact_form import ExactForm
 from saqcli.algorithms.graphs.operators import frozen_copy
 from saqcli.config import ModelSection
-from saqcli.errors import ConfigError, CorruptArtifact, RunDirectoryError, SaqError
+from saqcli.errors import ConfigError, CorruptArtifact, SaqError
 from saqcli.io.described import build_described, check_description
+from saqcli.io.labels import Classes
 from saqcli.io.machine import library_versions
 from saqcli.io.models import LoadedModel, as_loaded, build_architecture
 from saqcli.io.preprocessing import Preprocessing
-from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.quant.trace import try_model
-from saqcli.strict import named_path, printable
+from saqcli.strict import printable
 from saqcli.units import counted
 from saqcli.workflows.onnx_runs import open_session, told
-from saqcli.workflows.setup import answering, load_float
+from saqcli.workflows.setup import (
+    answering,
+    classes_of,
+    load_float,
+    trained_classes,
+    with_names_of_logits,
+)
+from saqcli.workflows.targets import (
+    EVALUATED,
+    QUANTIZED,
+    Target,
+    check_no_model_options,
+    find_target,
+    model_file,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,7 @@ class Predictor:
         preprocessing: of its images.
         device: where it wants its images.
         facts: what the file says about itself; None for a float model.
+        classes: of the logits.
     """
 
     predict: Callable[[Tensor], Tensor]
@@ -45,6 +60,7 @@ class Predictor:
     num_classes: int
     preprocessing: Preprocessing
     device: torch.device
+    classes: Classes
     facts: ModelFacts | None = None
 
 
@@ -60,60 +76,33 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
     Raises:
         SaqError: no such thing, or a damaged one.
     """
-    path = named_file(target, section)
+    path = named_file(find_target(target, EVALUATED), section)
     if path is not None:
         return open_onnx(path) if path.suffix == ".onnx" else open_safetensors(path, device)
     loaded = load_float(section, progress)
     with answering(loaded.name):
         try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size))
-    return Predictor(loaded.model.to(device), loaded.name, loaded.num_classes, loaded.preprocessing, device)
+    return Predictor(
+        loaded.model.to(device),
+        loaded.name,
+        loaded.num_classes,
+        loaded.preprocessing,
+        device,
+        classes_of(loaded),
+    )
 
 
-def named_file(target: str, section: ModelSection) -> Path | None:
-    """The file that ``target`` stands for: itself, the model of a run directory, or None for a model name.
-
-    Raises:
-        SaqError: it names nothing, a run without a model, or a file that saq did not write.
-    """
-    path = named_path(target)
-    if not target.strip():
-        raise ConfigError(
-            "no TARGET was named: give a model name, a run directory, a .safetensors or an .onnx file"
-        )
-    if path.suffix in (".onnx", ".safetensors") or path.is_dir():
-        check_no_model_options(target, section)
-    if path.suffix in (".onnx", ".safetensors"):
-        return path
-    if path.is_dir():
-        return finished_model(RunDirectory.open(path))
-    if path.is_file():
-        raise ConfigError(
-            f"{path} is no model file of saq: give MODEL --weights {path}, to evaluate float weights"
-        )
-    return None
-
-
-def check_no_model_options(target: str, section: ModelSection) -> None:
-    """A file that describes itself cannot be told otherwise."""
-    plain = ModelSection(name=section.name).model_dump()
-    given = [name.replace("_", "-") for name, value in section.model_dump().items() if value != plain[name]]
-    if given:
-        raise ConfigError(
-            f"{target} brings its own network and preprocessing: leave --{', --'.join(given)} away"
-        )
-
-
-def finished_model(run: RunDirectory) -> Path:
-    """The safetensors file of a run.
+def named_file(target: Target, section: ModelSection) -> Path | None:
+    """The file that ``target`` stands for: itself, the model of a run directory, or None for a model's name.
 
     Raises:
-        RunDirectoryError: the run has not got that far.
+        SaqError: a run without a model, or options that a file does not take.
     """
-    if not run.safetensors_path.is_file():
-        raise RunDirectoryError(
-            f"{run.path} holds no model yet, its run is {run.manifest().status}: {run.how_to_resume()}"
-        )
-    return run.safetensors_path
+    if target.kind == "model":
+        return None
+    check_no_model_options(target.text, section)
+    run = target.run
+    return target.path if run is None else model_file(run)
 
 
 def restore(path: Path) -> tuple[nn.Module, ModelFacts]:
@@ -129,7 +118,8 @@ def restore(path: Path) -> tuple[nn.Module, ModelFacts]:
     try:
         facts, tensors = read_content(path)
         hint = _written_elsewhere(facts)
-        return rebuild(_float_model(path, facts, tensors), facts, tensors, str(path)), facts
+        model = rebuild(_float_model(path, facts, tensors), facts, tensors, str(path))
+        return model, with_names_of_logits(facts)
     except SaqError as error:
         raise CorruptArtifact(printable(f"{error}") + printable(hint, 200)) from None
 
@@ -192,7 +182,7 @@ def open_onnx(path: Path, *, optimized: bool = True) -> Predictor:
     """
     if not path.is_file():
         raise ConfigError(f"there is no file {path}")
-    facts = read_onnx_facts(path)
+    facts = with_names_of_logits(read_onnx_facts(path))
     answer, classes = onnx_session(path, optimized=optimized), facts.build.get("num_classes")
 
     def predict(images: Tensor) -> Tensor:
@@ -233,7 +223,8 @@ def _described(
         preprocessing = check_description(facts.build, facts.preprocessing)
     except SaqError as error:
         raise CorruptArtifact(f"{name} does not say what it expects: {printable(str(error))}") from None
-    return Predictor(predict, name, facts.build["num_classes"], preprocessing, device, facts)
+    classes = trained_classes(facts, name)
+    return Predictor(predict, name, classes.count, preprocessing, device, classes, facts)
 
 
 def load(path: str | Path, *, exact: bool = False) -> nn.Module:
@@ -250,8 +241,9 @@ def load(path: str | Path, *, exact: bool = False) -> nn.Module:
     Raises:
         SaqError: no such thing, or a damaged one.
     """
-    path = Path(path)
-    model, facts = restore(finished_model(RunDirectory.open(path)) if path.is_dir() else path)
+    target = find_target(str(path), QUANTIZED, "path")
+    run = target.run
+    model, facts = restore(model_file(run) if run else target.path or Path(path))
     if not exact:
         return model
     example = torch.zeros(2, *Preprocessing.from_dict(facts.preprocessing).input_size)

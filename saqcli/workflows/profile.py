@@ -4,18 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saqcli.config import ModelSection
-from saqcli.errors import ConfigError, RunDirectoryError
+from saqcli.config import ModelSection, QuantizationSection
+from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
 from saqcli.quant.bits import FLOAT_BITS, BitConfig, parse_bits
 from saqcli.quant.cost import Cost
 from saqcli.quant.space import Candidates, SearchSpace, search_space
 from saqcli.quant.trace import FUNCTIONAL, Trace
-from saqcli.strict import named_path
-from saqcli.workflows.bits import float_policy, in_order, read_policy
-from saqcli.workflows.predictors import check_no_model_options, open_described
+from saqcli.workflows.bits import check_bits, float_policy, in_order, read_policy
+from saqcli.workflows.checks import check_builds, check_model
+from saqcli.workflows.predictors import open_described
 from saqcli.workflows.setup import Network, load_float, wrap_and_trace
+from saqcli.workflows.targets import EVALUATED, Target, check_no_model_options, find_target
 
 NEVER_RUNS = "does not run in evaluation"
 
@@ -116,6 +117,32 @@ def unquantized(traced: Trace) -> list[dict[str, Any]]:
     ]
 
 
+def check_profile(section: ModelSection, bits: str | None, policy: Path | None) -> Target:
+    """What ``section.name`` names; refuses what can be seen to be wrong before the network is built.
+
+    Raises:
+        SaqError: all that is wrong, in one message.
+    """
+    problems = Problems()
+    target = problems.attempt(find_target, section.name, EVALUATED, "MODEL")
+    if target is not None and target.kind == "model":
+        problems.attempt(check_model, section)
+    elif target is not None:
+        problems.attempt(check_no_model_options, section.name, section)
+        for option, given in (("bits", bits), ("policy", policy)):
+            if given is not None:
+                problems.add(ConfigError(f"{section.name} has its own bits: remove --{option}"))
+    if bits is not None and policy is not None:
+        problems.add(ConfigError("--bits and --policy both give the bits: give one of them"))
+    given_bits = {"bits": bits, "policy": None if policy is None else str(policy)}
+    problems.attempt(check_bits, QuantizationSection.model_validate(given_bits))
+    if target is not None and target.kind == "model":
+        check_builds(problems, section)
+    problems.check()
+    assert target is not None
+    return target
+
+
 def profile(
     section: ModelSection,
     *,
@@ -134,41 +161,30 @@ def profile(
     Raises:
         SaqError: no such model, or a policy that does not fit it.
     """
-    if _is_quantized(section.name):
-        if bits is not None or policy is not None:
-            raise ConfigError(
-                f"{section.name} has its own bits: remove --{'bits' if bits is not None else 'policy'}"
-            )
-        network, config = _quantized(section, progress)
+    target = check_profile(section, bits, policy)
+    if target.kind != "model":
+        network, config = _quantized(target, progress)
         return measure(network, config, search_space(network.name, network.costs, Candidates(candidates)))
-    uniform = parse_bits(bits) if bits else None  # a typing error should not cost the time to load a model
     if not pretrained or section.weights is not None:  # no cost depends on published weights
         section = section.model_copy(update={"pretrained": False})
     network = wrap_and_trace(load_float(section, progress), quantize_attention=quantize_attention)
     if policy is not None:
-        config = read_policy(policy, network)
-    elif uniform is not None:
-        config = network.costs.uniform(network.name, uniform)
+        config = read_policy(str(policy), network)
+    elif bits is not None:
+        config = network.costs.uniform(network.name, parse_bits(bits))
     else:
         config = float_policy(network)
     return measure(network, config, search_space(network.name, network.costs, Candidates(candidates)))
 
 
-def _is_quantized(target: str) -> bool:
-    """Whether this names a run or a file of ours, and not a network."""
-    path = named_path(target)
-    return path.suffix in (".safetensors", ".onnx") or (path / "manifest.json").is_file()
-
-
-def _quantized(section: ModelSection, progress: Progress) -> tuple[Network, BitConfig]:
+def _quantized(target: Target, progress: Progress) -> tuple[Network, BitConfig]:
     """The network of a run or of a file that it left, and its bits."""
-    path = named_path(section.name)
-    check_no_model_options(section.name, section)
-    if path.is_dir():
-        run = RunDirectory.open(path)
+    path, run = target.path, target.run
+    if run is not None:
         if not run.safetensors_path.is_file():
             return _of_settings(run, progress)
         path = run.safetensors_path
+    assert path is not None
     loaded, facts = open_described(path)
     network = wrap_and_trace(loaded, quantize_attention=bool(facts.products))
     return network, in_order(facts.policy, network, str(path))
@@ -177,11 +193,11 @@ def _quantized(section: ModelSection, progress: Progress) -> tuple[Network, BitC
 def _of_settings(run: RunDirectory, progress: Progress) -> tuple[Network, BitConfig]:
     """Of a search, or of a run that has not got to its end: what its settings build, and the bits that it found."""
     if not run.policy_path.is_file():
-        raise RunDirectoryError(f"{run.path} has no bits yet: {run.how_to_resume()}")
+        raise RunDirectoryError(f"{run.path} has no bits yet: it {run.standing()}, {run.next_step()}")
     config = run.config()
     loaded = load_float(config.model.model_copy(update={"pretrained": False}), progress)
     network = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
-    return network, read_policy(run.policy_path, network)
+    return network, read_policy(str(run.path), network)
 
 
 def measure(network: Network, policy: BitConfig, space: SearchSpace) -> Profile:

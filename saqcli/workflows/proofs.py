@@ -60,6 +60,7 @@ def prove_graph(
     pytorch = verdicts.pop(PYTORCH)
     for each in verdicts.values():
         each.pytorch_agreement, each.pytorch_difference = pytorch.argmax_agreement, pytorch.mean_abs_diff
+        each.pytorch_max_abs_diff = pytorch.max_abs_diff
     verdict = worst([verdicts[name] for name in runs if name != PYTORCH])
     verdict.others, verdict.conditions = {name: verdicts[name] for name in others}, conditions
     if isinstance(reference, ExactForm):

@@ -12,21 +12,24 @@ from saqcli.algorithms.training import Score
 from saqcli.config import DataSection, ModelSection, ProxySection, RunConfig
 from saqcli.errors import PolicyMismatch
 from saqcli.io.folders import find_images, find_split
+from saqcli.io.labels import ORDERS
 from saqcli.io.models import LoadedModel
 from saqcli.io.seeds import seed_everything
 from saqcli.progress import Progress
 from saqcli.strict import named_path
 from saqcli.workflows.bits import float_policy
 from saqcli.workflows.optimization import search_training
-from saqcli.workflows.setup import Images, Network, load_float, wrap_and_trace
+from saqcli.workflows.setup import Images, Network, classes_of, load_float, wrap_and_trace
 from saqcli.workflows.short_training import in_float, train
 from saqcli.workflows.trainable import check_trains
 
 
 def proxy_data(config: RunConfig) -> DataSection:
-    """The data section with the proxy's path, where it has one."""
+    """The data section with the proxy's path, where it has one, and without the files about the target's classes."""
     proxy = config.search.proxy or ProxySection()
-    return config.data.model_copy(update={"path": proxy.data or config.data.path})
+    order = config.data.class_order if config.data.class_order in ORDERS else None
+    changes = {"path": proxy.data or config.data.path, "class_order": order, "class_map": None}
+    return config.data.model_copy(update=changes)
 
 
 def open_proxy(
@@ -41,7 +44,9 @@ def open_proxy(
     proxy, data = config.search.proxy or ProxySection(), proxy_data(config)
     seed_everything(config.run.seed)  # of a new classifier
     loaded = load_float(_section(config.model, proxy, data), progress, new_head=True)
-    images = Images.training_alone(data, loaded.num_classes, loaded.preprocessing, device, config.run.seed)
+    images = Images.training_alone(
+        data, classes_of(loaded), loaded.preprocessing, device, config.run.seed, progress
+    )
     if _epochs(proxy, loaded):
         check_trains(
             loaded.model, loaded.name, loaded.preprocessing, config, images=images.train.images, limits={}
@@ -98,7 +103,7 @@ def _section(model: ModelSection, proxy: ProxySection, data: DataSection) -> Mod
     """The target's model section with what the proxy has otherwise."""
     classes, folder = proxy.num_classes, named_path(data.path or "")
     if classes is None and data.path is not None and folder.is_dir():
-        classes = len(find_images(find_split(folder, "train")))
+        classes = len(find_images(find_split(folder, "train"), dead_images=True).images)
     given = {name: getattr(proxy, name) for name in ("input_size", "weights", "mean", "std")}
     given["num_classes"] = classes
     changes = {name: value for name, value in given.items() if value is not None}

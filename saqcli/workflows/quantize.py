@@ -22,13 +22,13 @@ from saqcli._version import __version__
 from saqcli.algorithms.divergence import check_score
 from saqcli.algorithms.exporters import ModelFacts
 from saqcli.algorithms.exporters.safetensors import restore_structure
-from saqcli.algorithms.minimizers import MINIMIZERS
 from saqcli.algorithms.training import Score, evaluate
 from saqcli.config import RunConfig
-from saqcli.errors import ConfigError, RunDirectoryError
+from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.io.batches import Loader
 from saqcli.io.distributed import process_group
 from saqcli.io.files import write_text
+from saqcli.io.labels import ORDERS
 from saqcli.io.machine import library_versions
 from saqcli.io.models import LoadedModel, build_architecture
 from saqcli.io.preprocessing import Preprocessing
@@ -39,18 +39,30 @@ from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibrate import InputStatistics
 from saqcli.quant.cost import Budget
-from saqcli.workflows.bits import budget_of, check_bits, given_policy, space_of
+from saqcli.strict import named_path
+from saqcli.workflows.best import Best
+from saqcli.workflows.bits import budget_of, check_bits, check_way, given_policy, space_of
 from saqcli.workflows.calibration import calibrate, install_quantizers, scheme_of
+from saqcli.workflows.checks import check_builds, check_device, check_images, check_model
 from saqcli.workflows.determinism import deterministic_if_asked
-from saqcli.workflows.export import export_verified
+from saqcli.workflows.export import check_exports, check_styles, export_verified, verify_limit
 from saqcli.workflows.find_bits import ask, make_searcher
 from saqcli.workflows.finetune import finetune
 from saqcli.workflows.optimization import check_training
 from saqcli.workflows.outcome import Outcome
+from saqcli.workflows.proxy import proxy_data
 from saqcli.workflows.report import write_report
-from saqcli.workflows.resuming import check_same, goes_on, know_images
+from saqcli.workflows.resuming import check_same, goes_on, know_images, note_start, resuming
 from saqcli.workflows.search import keep_search, search_and_stop
-from saqcli.workflows.setup import Images, Network, load_float, wrap_and_trace
+from saqcli.workflows.setup import (
+    Images,
+    Network,
+    classes_of,
+    load_float,
+    trained_classes,
+    with_names_of_logits,
+    wrap_and_trace,
+)
 from saqcli.workflows.trainable import check_trains
 from saqcli.workflows.verdict import verdict_path
 
@@ -76,7 +88,7 @@ def quantize(
     Raises:
         SaqError: anything the user can act on; work done so far stays in ``run_dir``.
     """
-    with process_group(config.run.device) as device:
+    with process_group(config.run.device, lambda: check(config, images=True, files=not resume)) as device:
         return _on(device, config, run_dir, resume, overwrite, progress if ranks.first() else SILENT)
 
 
@@ -85,7 +97,6 @@ def _on(
 ) -> Outcome:
     """Each rank on its own device."""
     run = RunDirectory(run_dir)
-    ranks.together(lambda: check(config))
     resume = goes_on(run, resume=resume, overwrite=overwrite)
     state = run.load_checkpoint(progress.note) if resume else None
     if resume:
@@ -102,45 +113,66 @@ def _on(
                     images=images.train.images,
                 )
             )
-    run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite, note=progress.note)
+    run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite)
     with run.recorded():
         run.restore_metrics(state)
+        run.keep_config(config)
         if state is not None:
             run.end_search()  # a crash may have come between the first checkpoint and this
         if state is None:
+            if resume:
+                note_start(run, progress.note)
             know_images(run, images)
             begin(config, network, images, run, device, progress)
             return complete(config, run, run.load_checkpoint(), device, progress)
         return complete(config, run, state, device, progress, resumed=True)
 
 
-def check(config: RunConfig) -> None:
-    """Refuse what can be seen to be wrong before anything is loaded."""
-    if config.training.method not in MINIMIZERS:
-        raise ConfigError(
-            f"there is no method {config.training.method!r}: choose from {', '.join(MINIMIZERS)}"
-        )
-    make_searcher(config)
-    scheme_of(config).check()
-    check_training(config)
-    check_bits(config.quantization)
+def check(config: RunConfig, *, images: bool = False, files: bool = True) -> None:
+    """Refuse what can be seen to be wrong before anything is loaded.
+
+    Args:
+        config: of the run.
+        images: whether it needs images; if not, those that are named must be there nevertheless.
+        files: whether weights and policy must be there; not where a run is resumed.
+
+    Raises:
+        SaqError: all that is wrong, in one message.
+    """
+    problems = Problems()
+    problems.attempt(check_model, config.model, files=files)
+    if images or config.data.path is not None:
+        problems.attempt(check_images, config.data, "train", "val")
+    if config.search.proxy is not None:
+        problems.attempt(check_images, proxy_data(config), "train")
+    problems.attempt(check_way, config.quantization)
+    problems.attempt(check_bits, config.quantization, files=files)
+    problems.attempt(make_searcher, config)
+    problems.attempt(scheme_of(config).check)
+    problems.attempt(check_training, config)
+    problems.attempt(check_device, config.run.device)
     if config.model.new_head and not config.training.epochs:
-        raise ConfigError(
-            "--new-head starts a random classifier, which fine-tuning trains: remove --epochs 0"
+        problems.add(
+            ConfigError("--new-head starts a random classifier, which fine-tuning trains: remove --epochs 0")
         )
+    problems.attempt(check_styles, config.export.styles)
+    check_builds(problems, config.model)
+    problems.check()
 
 
 def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tuple[Network, Images]:
-    """Load, wrap and trace the network, and open its images: nothing is written yet.
+    """Load, wrap and trace the network, open its images, and try the export: nothing is written yet.
 
     Raises:
-        SaqError: unusable model, data, policy, or a budget that nothing meets.
+        SaqError: unusable model, data, policy, a budget that nothing meets, or a network that cannot be exported.
     """
     if config.model.new_head:
         seed_everything(config.run.seed)
     loaded = load_float(config.model, progress)
-    images = Images.open(config, loaded.num_classes, loaded.preprocessing, device)
+    images = Images.open(config, classes_of(loaded), loaded.preprocessing, device, progress)
     network = network_for(config, loaded)
+    if ranks.first():
+        check_exports(config, network, progress)
     network.model.to(device)
     return network, images
 
@@ -236,7 +268,7 @@ def complete(
     """From the last checkpoint, ``state``, to the end: train, score, export, report."""
     if state is None:
         raise RunDirectoryError(f"{run.path} holds no checkpoint: start again with --overwrite")
-    facts = ModelFacts.model_validate_json(state["facts"])
+    facts = with_names_of_logits(ModelFacts.model_validate_json(state["facts"]))
     outcome = Outcome.unpack(state["outcome"])
     model = build_architecture(facts.build)
     restore_structure(model, facts)
@@ -246,31 +278,86 @@ def complete(
     images = ranks.together(lambda: open_images(config, facts, device))
     if resumed:
         know_images(run, images)
+        progress.note(resuming(run, place_of(state, config.training.epochs)))
     if config.training.epochs:
         classes = int(facts.build["num_classes"])
         teacher = _teacher(config, device, progress)
-        finetune(model, config, images, run, state, progress, num_classes=classes, teacher=teacher)
+        best, outcome.last_score = finetune(
+            model,
+            config,
+            images,
+            run,
+            state,
+            progress,
+            num_classes=classes,
+            calibrated=outcome.calibrated_score,
+            teacher=teacher,
+        )
         outcome.score = score(model, images.validation(), "evaluating", device, progress)
         check_score(outcome.score.loss, outcome.score.images, f"{facts.policy.model}, fine-tuned,")
+        outcome.note_training(best, config.training)
+        if outcome.advice:
+            progress.note(outcome.advice)
     else:
-        outcome.score = outcome.calibrated_score
-    run.log(phase="quantized", **asdict(outcome.score))
+        best, outcome.score = None, outcome.calibrated_score
+        outcome.best_epoch, outcome.best_score = 0, outcome.score
+    run.log(phase="quantized", **asdict(outcome.score), **outcome.best_figures())
     if not ranks.first():
         return outcome  # the first one writes the files
-    batches = open_images(config, facts, torch.device("cpu")).validation(config.data.verify_images)
-    for style, path in (("safetensors", run.safetensors_path), ("qdq", run.onnx_path)):
-        verdict = export_verified(model, facts, path, style, batches, len(batches), progress)
-        outcome.artifacts[style] = str(path)
-        outcome.agreement, outcome.verified_images = verdict.argmax_agreement, verdict.images
-        outcome.layers_error = verdict.figures()["layers_error"]
-    outcome.artifacts |= {
-        "verdict": str(verdict_path(run.onnx_path)),
-        "policy": str(run.policy_path),
-        "report": str(run.report_path),
-    }
+    write_files(model, facts, config, run, outcome, progress, best)
+    outcome.artifacts |= {"policy": str(run.policy_path), "report": str(run.report_path)}
     write_report(run.report_path, config, outcome.to_dict(run.path))
     run.finish(outcome.to_dict(run.path))
     return outcome
+
+
+def place_of(state: dict[str, Any], epochs: int) -> str:
+    """Where a run resumes from its checkpoint, counting epochs from 1 and steps done."""
+    if "position" not in state:
+        return "after calibration"
+    epoch, step = state["position"]["epoch"], state["position"]["step"]
+    return f"at epoch {epoch + 1}, step {step}" if epoch < epochs else f"after epoch {epoch}"
+
+
+def write_files(
+    model: nn.Module,
+    facts: ModelFacts,
+    config: RunConfig,
+    run: RunDirectory,
+    outcome: Outcome,
+    progress: Progress,
+    best: Best | None,
+) -> None:
+    """The safetensors file and an ONNX file a style, each compared with ``model``; noted in ``outcome``.
+
+    ``best`` is the best state of fine-tuning, kept in a file of its own where it is clearly better than the exported
+    one.
+    """
+    images = open_images(config, facts, torch.device("cpu"))
+    batches = images.validation(verify_limit(config.data.verify_images))
+    about: dict[str, Any] = {
+        "verified_on": str(config.data.path),
+        "available": images.val.images,
+        "true_size": outcome.size,
+    }
+    export_verified(
+        model, facts, run.safetensors_path, "safetensors", batches, len(batches), progress, **about
+    )
+    outcome.artifacts["safetensors"] = str(run.safetensors_path)
+    for index, style in enumerate(config.export.styles):
+        path = run.onnx_path if index == 0 else run.onnx_path.with_name(f"model-{style}.onnx")
+        verdict = export_verified(model, facts, path, style, batches, len(batches), progress, **about)
+        outcome.artifacts[style] = str(path)
+        outcome.artifacts["verdict" if index == 0 else f"verdict-{style}"] = str(verdict_path(path))
+        if index == 0:
+            size = path.stat().st_size
+            outcome.onnx = {**verdict.figures(), "style": style, "size_bytes": size}
+    if best is not None and outcome.advice and best.epoch != outcome.exported_epoch:
+        model.load_state_dict(best.model)
+        export_verified(model, facts, run.best_path, "safetensors", batches, len(batches), progress, **about)
+        outcome.artifacts["best"] = str(run.best_path)
+    else:
+        run.best_path.unlink(missing_ok=True)  # of an attempt in which another epoch was best
 
 
 def _teacher(config: RunConfig, device: torch.device, progress: Progress) -> nn.Module | None:
@@ -307,12 +394,26 @@ def describe(
         routed=network.traced.routed,
         products=network.products,
         class_names=images.train.class_names,
+        folders=dict(images.train.folders),
+        class_order=images.train.class_order,
+        exif_transpose=bool(images.section.exif_transpose),
         source=loaded.weights_source,
         source_sha256=loaded.weights_sha256,
     )
 
 
 def open_images(config: RunConfig, facts: ModelFacts, device: torch.device) -> Images:
-    """The images of a run that is under way."""
+    """The images of a run that is under way, with the labels that it started with.
+
+    Files that said which class a folder is are not needed any more, but what they say must be the same where they are
+    there.
+    """
     preprocessing = Preprocessing.from_dict(facts.preprocessing)
-    return Images.open(config, int(facts.build["num_classes"]), preprocessing, device)
+    gone = {
+        name: None
+        for name in ("class_order", "class_map")
+        if (file := getattr(config.data, name)) not in (None, *ORDERS) and not named_path(file).is_file()
+    }
+    if gone and facts.folders:
+        config = config.model_copy(update={"data": config.data.model_copy(update=gone)})
+    return Images.open(config, trained_classes(facts, "the run"), preprocessing, device)

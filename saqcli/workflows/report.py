@@ -20,6 +20,17 @@ def write_report(path: Path, config: RunConfig, results: dict[str, Any]) -> None
     write_text(path, report_markdown(config, results))
 
 
+def quantized_states(results: dict[str, Any]) -> dict[str, tuple[float, bool]]:
+    """Title to top-1 in percent, and whether it is exported: calibrated, after the last epoch, and the best of all."""
+    last, best, epochs = results["last_top1"], results["best_top1"], results["epochs"]
+    states = {"calibrated": (results["calibrated_top1"], epochs == 0)}
+    if last is not None:
+        states[f"last (epoch {epochs})"] = (last, results["exported_epoch"] == epochs)
+    if epochs and best is not None:
+        states[f"best (epoch {results['best_epoch']})"] = (best, results["exported_epoch"] != epochs)
+    return states
+
+
 def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
     """The report as Markdown."""
     budget = results["budget_bops"]
@@ -28,20 +39,18 @@ def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
         f"| `{name}` | {bits['weight'] or 32} | {bits['activation'] or 32} |"
         for name, bits in results["policy"].items()
     )
-    names, rows = results_table(results, fine_tuned=config.training.epochs > 0)
-    rows[2][-1] += share
+    names, rows, exported = results_table(results)
+    rows[2][exported] += share
     table = "\n".join(f"| {' | '.join(row)} |" for row in (["", *names], ["--"] * (1 + len(names)), *rows))
+    note = f"\nNote: {results['advice']}.\n" if results["advice"] else ""
     again = f"saq rerun {shlex.quote(results['run_dir'])}"
     return f"""# {results["model"]}, quantized
 
 {table}
+{note}
+Evaluated on {counted(results["images"], "image")}. BOPs are reduced {results["bops_reduction"]:.1f} times.
 
-Evaluated on {counted(results["images"], "image")}. BOPs are reduced {
-        results["bops_reduction"]:.1f} times. Every layer of the
-ONNX file, fed what PyTorch feeds it, returns what PyTorch returns to {
-        results["onnx_layers_error"]:.1e} of its range;
-end to end it has the best class of the model in float64 on {100 * results["onnx_argmax_agreement"]:.2f} % of
-{counted(results["onnx_images"], "image")}.
+{_onnx(results)}
 
 {_made(config)}, seed {config.run.seed}, recipe {config.recipe}. Run it again, and compare, with
 `{again}`.
@@ -54,27 +63,34 @@ end to end it has the best class of the model in float64 on {100 * results["onnx
 """
 
 
-def results_table(results: dict[str, Any], *, fine_tuned: bool) -> tuple[list[str], list[list[str]]]:
-    """The figures of a run side by side; without fine-tuning the calibrated model is the result.
+def results_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], int]:
+    """The figures of a run side by side.
 
     Args:
         results: as ``report_markdown``.
-        fine_tuned: whether there was an epoch of training.
 
     Returns:
-        Names of the columns behind the first one, and the rows: top-1, top-5, BOPs, size.
+        Names of the columns behind the first one, the rows (top-1, top-5, BOPs, size, ONNX file), and the place in a
+        row of the state that was exported, which alone has all figures beside the float network.
     """
-    calibrated = f"{results['calibrated_top1']:.2f} %"
-    last = [f"{results['top1']:.2f} %", f"{results['top5']:.2f} %"]
-    last += [format_quantity(results["bops"]), format_quantity(results["size_bytes"], "B")]
-    first = [f"{results['float_top1']:.2f} %", f"{results['float_top5']:.2f} %"]
-    first += [format_quantity(results["float_bops"]), format_quantity(results["float_size_bytes"], "B")]
-    columns = {"float": first}
-    if fine_tuned:
-        columns["calibrated"] = [calibrated, "", "", ""]
-    columns["fine-tuned" if fine_tuned else "calibrated"] = last
-    titles = ("top-1", "top-5", "BOPs", "size")
-    return list(columns), [list(row) for row in zip(titles, *columns.values(), strict=True)]
+    states = quantized_states(results)
+    exported = 2 + [taken for _, taken in states.values()].index(True)
+    rows = [
+        [
+            "top-1",
+            *(f"{top1:.2f} %" for top1 in (results["float_top1"], *(top1 for top1, _ in states.values()))),
+        ]
+    ]
+    for title, before, after in (
+        ("top-5", f"{results['float_top5']:.2f} %", f"{results['top5']:.2f} %"),
+        ("BOPs", format_quantity(results["float_bops"]), format_quantity(results["bops"])),
+        ("size", *(format_quantity(results[f"{key}size_bytes"], "B") for key in ("float_", ""))),
+    ):
+        rows.append([title, before, *(after if taken else "" for _, taken in states.values())])
+    if results["onnx_size_bytes"] is not None:
+        rows.append(["ONNX file", *("" for _ in range(1 + len(states)))])
+        rows[-1][exported] = format_quantity(results["onnx_size_bytes"], "B")
+    return ["float", *states], rows, exported
 
 
 def _made(config: RunConfig) -> str:
@@ -83,3 +99,24 @@ def _made(config: RunConfig) -> str:
     if not training.epochs:
         return "Calibrated, not fine-tuned"
     return f"Method {training.method}, {counted(training.epochs, 'epoch')}, learning rate {training.lr:g}"
+
+
+def _onnx(results: dict[str, Any]) -> str:
+    """How the ONNX file compares with the model, and why it is larger where it is."""
+    if results["onnx_style"] is None:
+        return "No ONNX file was written (`--no-export`)."
+    count, available = results["onnx_images"], results["onnx_images_available"]
+    images = f"{count} images" + (f" (of {available})" if available and available > count else "")
+    agreement = f"{100 * results['onnx_argmax_agreement']:.2f} % of {images}"
+    if results["onnx_style"] == "exact":
+        lines = [
+            f"The ONNX file equals the model's exact form bit for bit, and has its best class on {agreement}."
+        ]
+    else:
+        lines = [
+            "Every layer of the ONNX file, fed what PyTorch feeds it, returns what PyTorch returns to "
+            f"{results['onnx_layers_error']:.1e} of its range;",
+            f"end to end it has the best class of the model in float64 on {agreement}.",
+        ]
+    notes = [results[name] for name in ("onnx_explanation", "onnx_size_note") if results[name]]
+    return "\n".join([*lines, *(f"\n{note[0].upper()}{note[1:]}." for note in notes)])

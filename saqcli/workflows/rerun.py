@@ -36,6 +36,7 @@ from saqcli.workflows.reasons import reasons, versions_differ
 from saqcli.workflows.resuming import first_difference
 from saqcli.workflows.search import search
 from saqcli.workflows.setup import load_float
+from saqcli.workflows.targets import find_target
 
 VERBS: dict[str, Callable[..., Any]] = {"quantize": quantize, "search": search}
 MAY_DIFFER = ("data.path", "data.workers", "model.weights", "quantization.policy", "run.device")
@@ -136,10 +137,10 @@ def rerun(
     Raises:
         SaqError: anything the user can act on.
     """
-    RunDirectory.open(run_dir)
-    old = RunDirectory(run_dir.resolve())
+    run_dir = find_target(str(run_dir), ("run",), "RUN").path or run_dir
+    old = RunDirectory.open(run_dir.resolve())
     manifest = old.manifest()
-    _check_finished(old, manifest)
+    _check_finished(RunDirectory.open(run_dir), manifest)
     beside = run_dir if run_dir.name == old.path.name else old.path
     new_dir = new_dir or beside.with_name(f"{beside.name}-rerun")
     new = RunDirectory(new_dir.resolve(), manifest.verb)
@@ -158,11 +159,10 @@ def rerun(
             try:
                 VERBS[manifest.verb](config, new.path, resume=resume, overwrite=overwrite, progress=progress)
             except Interrupted as error:
-                raise Interrupted(
-                    f"stopped as asked, the work so far is saved: go on with `saq rerun {shlex.quote(str(run_dir))} "
-                    f"--run-dir {shlex.quote(str(new_dir))} --resume`",
-                    error.exit_code,
-                ) from None
+                command = (
+                    f"`saq rerun {shlex.quote(str(run_dir))} --run-dir {shlex.quote(str(new_dir))} --resume`"
+                )
+                raise Interrupted(command, error.exit_code, saved=error.saved) from None
     after = Record.read(new)
     compared, differences = compare(before, after)
     return Rerun(
@@ -181,9 +181,8 @@ def _check_finished(run: RunDirectory, manifest: RunManifest) -> None:
             f"{run.path} is of `saq {manifest.verb}`: give a run of {' or '.join(f'`saq {verb}`' for verb in VERBS)}"
         )
     if manifest.status != "finished":
-        run.verb = manifest.verb
         raise RunDirectoryError(
-            f"{run.path} is {manifest.status}, so there is nothing to compare with: {run.how_to_resume()} first"
+            f"{run.path} {run.standing()}, so there is nothing to compare with: {run.next_step()} first"
         )
 
 

@@ -1,8 +1,10 @@
 """What a run that goes on must have in common with itself: settings and images."""
 
+from collections.abc import Callable
+
 from saqcli import ranks
 from saqcli.config import RunConfig
-from saqcli.errors import ConfigError, Interrupted, SaqError
+from saqcli.errors import ConfigError, SaqError
 from saqcli.io.distributed import may_be_restarted, restarted
 from saqcli.io.interrupts import StopRequest
 from saqcli.io.runs import RunDirectory
@@ -32,20 +34,30 @@ def goes_on(run: RunDirectory, *, resume: bool, overwrite: bool) -> bool:
     return resume and there
 
 
-def stop_if_asked(stop: StopRequest, run: RunDirectory, what: str) -> None:
-    """Stop on all ranks if one was asked to; ``what`` is saved. All of them call this.
+def stop_if_asked(stop: StopRequest, run: RunDirectory) -> None:
+    """Stop on all ranks if one was asked to, where all is saved. All of them call this.
 
     Raises:
         Interrupted: a signal asked to stop.
     """
     if ranks.any_of(bool(stop.signal)):
-        raise stopped(run, what, max(ranks.gathered(stop.exit_code)))
+        raise stopped(run, max(ranks.gathered(stop.exit_code)))
 
 
-def stopped(run: RunDirectory, what: str, exit_code: int) -> SaqError:
-    """To be raised by a rank that stops because it was asked to, where ``what`` is saved."""
-    message = f"stopped as asked, {what} is saved: {run.how_to_resume()}"
-    return ranks.agreed(Interrupted(message, exit_code))
+def stopped(run: RunDirectory, exit_code: int) -> SaqError:
+    """To be raised by a rank that stops because it was asked to, where all is saved."""
+    return ranks.agreed(run.interrupted(exit_code))
+
+
+def note_start(run: RunDirectory, note: Callable[[str], None]) -> None:
+    """Note that a run starts again from its beginning, where the process before was killed too early."""
+    if run.killed and not run.saved():
+        note(f"starting again (process {run.killed.pid} was killed before anything was saved)")
+
+
+def resuming(run: RunDirectory, place: str) -> str:
+    """The note of a run that is resumed at ``place``, and whether the process before was killed."""
+    return f"resuming {place}" + (f" (process {run.killed.pid} was killed)" if run.killed else "")
 
 
 def know_images(run: RunDirectory, images: Images, of: str = "") -> None:
@@ -67,7 +79,8 @@ def know_images(run: RunDirectory, images: Images, of: str = "") -> None:
     now = images.fingerprints()
     mine = ranks.from_first(lambda: now)
     ranks.together(lambda: images.check_fingerprints(mine, then="the first process sees"))
-    run.note_images(known | {f"{of}{name}": line for name, line in now.items()})
+    more = {} if of else {"class_order": images.train.class_order}
+    run.note_images(known | {f"{of}{name}": line for name, line in now.items()}, **more)
 
 
 def check_same(run: RunDirectory, config: RunConfig) -> None:
@@ -77,12 +90,18 @@ def check_same(run: RunDirectory, config: RunConfig) -> None:
         ConfigError: names the first setting that differs.
     """
     there = (run.path / "config.json").is_file()
-    difference = first_difference(run.config(), config) if there else None
+    difference = first_difference(kept_as(run.config(), config), config) if there else None
     if difference:
         raise ConfigError(
             f"{run.path} was started with other settings ({difference}): give the same ones to --resume, "
             "or start anew with --overwrite"
         )
+
+
+def kept_as(one: RunConfig, other: RunConfig) -> RunConfig:
+    """``one`` exporting the state that ``other`` does: both are in the checkpoint, so that a run may be asked anew."""
+    training = one.training.model_copy(update={"keep": other.training.keep})
+    return one.model_copy(update={"training": training})
 
 
 def first_difference(one: RunConfig, other: RunConfig) -> str | None:

@@ -7,20 +7,20 @@ search      on parts of the training images; stopped at any step it goes on wher
 write       policy.json, search.json, pictures
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from saqcli import ranks
 from saqcli._version import __version__
-from saqcli.algorithms.searchers.supernet import Scorer, Supernet
+from saqcli.algorithms.searchers.scoring import Scorer
 from saqcli.algorithms.training import evaluate
 from saqcli.config import RunConfig
-from saqcli.errors import ConfigError, RunDirectoryError
+from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.io.distributed import process_group
 from saqcli.io.files import write_text
 from saqcli.io.interrupts import deferred_interrupts
@@ -32,21 +32,17 @@ from saqcli.quant.calibrate import InputStatistics
 from saqcli.strict import json_text, parse_object
 from saqcli.workflows.bits import check_bits
 from saqcli.workflows.calibration import scheme_of
+from saqcli.workflows.checks import check_builds, check_device, check_images, check_model
 from saqcli.workflows.determinism import deterministic_if_asked
 from saqcli.workflows.find_bits import Asked, Searched, ask, find_bits, make_searcher, pose
-from saqcli.workflows.pareto import Front, find_front, write_front
+from saqcli.workflows.optimization import make_optimizer, search_training
+from saqcli.workflows.pareto import Front, find_front, to_table, write_front
 from saqcli.workflows.pictures.policy import draw_policy
 from saqcli.workflows.proxy import fit_proxy, proxy_data
-from saqcli.workflows.resuming import check_same, goes_on, know_images
+from saqcli.workflows.resuming import check_same, goes_on, know_images, note_start
 from saqcli.workflows.search_memory import SearchMemory
 from saqcli.workflows.search_results import SearchResults
-from saqcli.workflows.setup import (
-    Images,
-    Network,
-    load_float,
-    named_data,
-    wrap_and_trace,
-)
+from saqcli.workflows.setup import Images, Network, classes_of, load_float, wrap_and_trace
 
 
 @deterministic_if_asked
@@ -73,7 +69,7 @@ def search(
     Raises:
         SaqError: anything the user can act on; a search under way stays in ``run_dir``.
     """
-    with process_group(config.run.device) as device:
+    with process_group(config.run.device, lambda: check_search(config, files=not resume)) as device:
         return _on(device, config, run_dir, resume, overwrite, progress if ranks.first() else SILENT)
 
 
@@ -82,7 +78,6 @@ def _on(
 ) -> dict[str, Any]:
     """Each rank on its own device."""
     run = RunDirectory(run_dir, "search")
-    ranks.together(lambda: check_search(config))
     resume = goes_on(run, resume=resume, overwrite=overwrite)
     if resume:
         ranks.from_first(lambda: check_same(run, config))
@@ -92,10 +87,10 @@ def _on(
             return done.results
     prepared = ranks.together(lambda: prepare_search(config, device, progress))
     asked = ranks.together(lambda: ask(config, *prepared, progress))
-    run = RunDirectory.start(
-        run_dir, config, resume=resume, overwrite=overwrite, verb="search", note=progress.note
-    )
+    run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite, verb="search")
     with run.recorded():
+        if resume:
+            note_start(run, progress.note)
         know_images(run, asked.images)
         results = keep_search(search_and_stop(config, asked, None, run, progress), config, run)
         run.finish(results)
@@ -137,20 +132,35 @@ def search_and_stop(
     return searched
 
 
-def check_search(config: RunConfig, *, needs_data: bool = True) -> None:
-    """Refuse what can be seen to be wrong before anything is loaded."""
-    section = config.quantization
-    check_bits(section)
-    scheme_of(config).check()
-    make_searcher(config)
-    if section.bops is None and section.size is None:
-        raise ConfigError("a search needs a budget: give --budget 34G, --size 5MB, or both")
+def check_search(config: RunConfig, *, images: bool = True, files: bool = True) -> None:
+    """Refuse what can be seen to be wrong before anything is loaded.
+
+    Args:
+        config: of the search.
+        images: whether it needs images; if not, those that are named must be there nevertheless.
+        files: whether weights must be there; not where a search is resumed, which may have ended.
+
+    Raises:
+        SaqError: all that is wrong, in one message.
+    """
+    section, problems = config.quantization, Problems()
+    problems.attempt(check_model, config.model, files=files and config.search.proxy is None)
+    data = config.data if config.search.proxy is None else proxy_data(config)
+    if images or data.path is not None:
+        problems.attempt(check_images, data, "train")
     if section.bits is not None or section.policy is not None:
-        raise ConfigError(
-            "--bits and --policy say what the bits are, so there is nothing to search: remove them"
+        problems.add(
+            ConfigError("--bits and --policy give the bits, so there is nothing to search: remove them")
         )
-    if needs_data:
-        named_data(config.data if config.search.proxy is None else proxy_data(config))
+    elif section.bops is None and section.size is None:
+        problems.add(ConfigError("no budget was given: give --budget 34G, --size 5MB, or both"))
+    problems.attempt(check_bits, section, files=False)
+    problems.attempt(make_searcher, config)
+    problems.attempt(scheme_of(config).check)
+    problems.attempt(make_optimizer, nn.Linear(1, 1, device="meta"), search_training(config))
+    problems.attempt(check_device, config.run.device)
+    check_builds(problems, config.model)
+    problems.check()
 
 
 def prepare_search(
@@ -165,16 +175,16 @@ def prepare_search(
     if config.model.new_head:
         seed_everything(config.run.seed)
     loaded = load_float(config.model, progress)
-    images = images_for(config, loaded, device)
+    images = images_for(config, loaded, device, progress)
     network = wrap_and_trace(loaded, quantize_attention=attention)
     network.model.to(device)
     return network, images
 
 
-def images_for(config: RunConfig, loaded: LoadedModel, device: torch.device) -> Images:
+def images_for(config: RunConfig, loaded: LoadedModel, device: torch.device, progress: Progress) -> Images:
     """The training images that a search without a proxy looks at."""
     return Images.training_alone(
-        config.data, loaded.num_classes, loaded.preprocessing, device, config.run.seed
+        config.data, classes_of(loaded), loaded.preprocessing, device, config.run.seed, progress
     )
 
 
@@ -192,10 +202,14 @@ def _write(
     costs = searched.posed.problem.space.costs
     write_text(run.policy_path, searched.policy.to_json())
     files = draw_policy(
-        searched.policy, costs, run.path / "policy", f"{searched.policy.model}, {searched.searcher}"
+        searched.policy,
+        costs,
+        run.path / "policy",
+        f"Bits of {searched.policy.model}, found by searcher {searched.searcher}",
     )
     if front is not None:
         files += write_front(front, run.path)
+    results["front"] = None if front is None else to_table(front)
     artifacts = {"policy": str(run.policy_path), "search": str(run.search_path)}
     results |= {"run_dir": str(run.path), "artifacts": artifacts | {path.name: str(path) for path in files}}
     kept = {"schema_version": 1, "saq_version": __version__, **results}
@@ -214,11 +228,10 @@ def _write(
 
 
 def pareto(searched: Searched, count: int, widths: Sequence[int]) -> Front:
-    """The front of a search; configurations that it did not score itself are scored calibrated."""
+    """The front of a search, all its points calibrated."""
     score = searched.found.score
     if score is None:
-        fresh = replace(searched.posed.problem, model=copy.deepcopy(searched.posed.searched.model))
-        score = Scorer(Supernet(fresh))
+        score = Scorer(replace(searched.posed.problem, model=searched.posed.searched.model))
     with SILENT.task("", 0) as task:
         scoring = searched.posed.problem.images.scoring
         in_float = evaluate(

@@ -8,7 +8,7 @@ from saqcli import ranks
 from saqcli.algorithms.random_state import random_state, set_random_state
 from saqcli.io.interrupts import StopRequest
 from saqcli.io.runs import RunDirectory, Stage
-from saqcli.workflows.resuming import stop_if_asked
+from saqcli.workflows.resuming import resuming, stop_if_asked
 
 
 class SearchMemory:
@@ -32,7 +32,7 @@ class SearchMemory:
     ) -> None:
         self.run, self.stop, self.minutes = run, stop, minutes
         self._file = run.search_states[stage]
-        self._note = note
+        self._note, self._stage = note, stage
         self._saved_at = time.monotonic()
         self._random: dict[str, Any] | None = None
 
@@ -45,6 +45,10 @@ class SearchMemory:
         kept = ranks.from_first(lambda: self._file.load(self._note))
         if kept is None:
             return None
+        if self._stage == "search" or not self.run.search_states["search"].exists():
+            self._note(
+                resuming(self.run, "the search" if self._stage == "search" else "the fit of the proxy")
+            )
         randoms = kept["ranks"]
         self._random = randoms[ranks.index()] if len(randoms) == ranks.count() else None
         state: dict[str, Any] = kept["search"]
@@ -71,7 +75,7 @@ class SearchMemory:
         Raises:
             Interrupted: one did.
         """
-        stop_if_asked(self.stop, self.run, "the search so far")
+        stop_if_asked(self.stop, self.run)
 
     def restore_random(self) -> None:
         """Put the random numbers back to where they were when the state was kept."""

@@ -23,6 +23,32 @@ class LayerRow(BaseModel):
     pinned: bool
 
 
+class FrontRow(BaseModel):
+    """A line of the table of a front."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    budget_bops: Count | None
+    budget_bytes: Count | None
+    bops: Count
+    size_bytes: Count
+    top1: float
+    on_front: bool
+    searcher: str
+    uniform: str | None
+    chosen: bool
+
+
+class FrontTable(BaseModel):
+    """The front of a search."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    images: Count
+    float_top1: float | None
+    points: list[FrontRow]
+
+
 class SearchResults(BaseModel):
     """What is shown of a search; there is more beside it."""
 
@@ -36,7 +62,9 @@ class SearchResults(BaseModel):
     size_bytes: Count
     budget_bops: Count | None
     budget_bytes: Count | None
+    seconds: float
     scoring_top1: float | None
+    front: FrontTable | None = None
     artifacts: dict[str, str]
 
     @model_validator(mode="after")

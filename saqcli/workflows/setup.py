@@ -1,6 +1,6 @@
 """What every verb needs: device, float model, data, and the traced network with its costs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,15 +8,18 @@ from typing import Literal
 import torch
 from torch import nn
 
+from saqcli.algorithms.exporters.facts import ModelFacts
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.io.batches import Loader
 from saqcli.io.data import Split, check_same_classes, open_split
 from saqcli.io.fingerprints import check_fingerprint, fingerprint
+from saqcli.io.labels import Classes, imagenet_names, library_order
 from saqcli.io.loaders import calibration_loader, check_shared, default_workers, make_loader
+from saqcli.io.machine import cores
 from saqcli.io.models import LoadedModel, ModelSpec, load_model
 from saqcli.io.preprocessing import Preprocessing
-from saqcli.progress import Progress
+from saqcli.progress import SILENT, Progress
 from saqcli.quant import convert
 from saqcli.quant.cost import CostModel, cost_model
 from saqcli.quant.plain import make_plain
@@ -127,7 +130,12 @@ class Images:
 
     @classmethod
     def open(
-        cls, config: RunConfig, num_classes: int, preprocessing: Preprocessing, device: torch.device
+        cls,
+        config: RunConfig,
+        classes: Classes | int,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        progress: Progress = SILENT,
     ) -> "Images":
         """Both splits of ``--data``; their classes must agree.
 
@@ -135,19 +143,22 @@ class Images:
             ConfigError: no data was named.
             DataError: they cannot be used with this network.
         """
-        train, val = (open_named(config.data, split, num_classes) for split in ("train", "val"))
+        notes: dict[str, None] = {}
+        train, val = (_open(config.data, split, classes, notes) for split in ("train", "val"))
         check_same_classes(train, val)
         check_shared(train, config.data.batch_size)
+        _tell(notes, progress)
         return cls(train, val, preprocessing, config.data, device, config.run.seed)
 
     @classmethod
     def training_alone(
         cls,
         section: DataSection,
-        num_classes: int,
+        classes: Classes | int,
         preprocessing: Preprocessing,
         device: torch.device,
         seed: int,
+        progress: Progress = SILENT,
     ) -> "Images":
         """The training split, in the place of the validation split too: for a search, which may not see that one.
 
@@ -155,7 +166,7 @@ class Images:
             ConfigError: no data was named.
             DataError: it cannot be used with this network.
         """
-        split = open_named(section, "train", num_classes)
+        split = open_named(section, "train", classes, progress)
         check_shared(split, section.batch_size)
         return cls(split, split, preprocessing, section, device, seed)
 
@@ -213,9 +224,97 @@ class Images:
         return validation_loader(self.val, self.preprocessing, self.section, self.device, self.seed, limit)
 
 
-def open_named(section: DataSection, split: Literal["train", "val"], num_classes: int) -> Split:
-    """One split of ``--data``."""
-    return open_split(named_data(section), split, num_classes=num_classes, bad_images=section.bad_images)
+def classes_of(loaded: LoadedModel) -> Classes:
+    """The classes of a float model: those that its checkpoint lists, unless its classifier is new."""
+    return Classes.of(loaded.name, loaded.num_classes, loaded.class_names if loaded.trained else ())
+
+
+def trained_classes(facts: ModelFacts, called: str) -> Classes:
+    """The classes of a quantized model, and the labels that folders had in its training.
+
+    Args:
+        facts: of the model.
+        called: what messages call it.
+    """
+    count, network = int(facts.build["num_classes"]), str(facts.build["name"])
+    return Classes(count, library_order(network), facts.class_names, facts.folders, facts.class_order, called)
+
+
+def with_names_of_logits(facts: ModelFacts) -> ModelFacts:
+    """``facts`` of an earlier version, whose class names may be those of the folders trained on alone.
+
+    Names of some of ImageNet's synsets become those of all; others that are too few are unknown.
+    """
+    names, count = facts.class_names, facts.build.get("num_classes")
+    if not names or len(names) == count or type(count) is not int:
+        return facts
+    synsets = imagenet_names(count)
+    index = {name: place for place, name in enumerate(synsets)}
+    known = all(name in index for name in names)
+    folders = {name: index[name] for name in names} if known else {}
+    order = "imagenet" if known else ""
+    return facts.model_copy(
+        update={"class_names": synsets if known else (), "folders": folders, "class_order": order}
+    )
+
+
+def open_trained(
+    section: DataSection,
+    split: Literal["train", "val"],
+    facts: ModelFacts,
+    called: str,
+    progress: Progress = SILENT,
+) -> Split:
+    """One split of ``--data`` with the labels that a quantized model was trained on, and turned as then."""
+    return open_named(as_trained(section, facts, progress), split, trained_classes(facts, called), progress)
+
+
+def as_trained(section: DataSection, facts: ModelFacts, progress: Progress = SILENT) -> DataSection:
+    """``section``, in which the model decides on what the user leaves open."""
+    if section.exif_transpose is None:
+        return section.model_copy(update={"exif_transpose": facts.exif_transpose})
+    if section.exif_transpose != facts.exif_transpose:
+        then = "with" if facts.exif_transpose else "without"
+        progress.note(f"the model was trained {then} --exif-transpose, and is now used otherwise")
+    return section
+
+
+def open_named(
+    section: DataSection,
+    split: Literal["train", "val"],
+    classes: Classes | int,
+    progress: Progress = SILENT,
+) -> Split:
+    """One split of ``--data``; what was decided for the user is noted."""
+    notes: dict[str, None] = {}
+    opened = _open(section, split, classes, notes)
+    _tell(notes, progress)
+    return opened
+
+
+def _open(
+    section: DataSection, split: Literal["train", "val"], classes: Classes | int, notes: dict[str, None]
+) -> Split:
+    opened = open_split(
+        named_data(section),
+        split,
+        num_classes=classes,
+        bad_images=section.bad_images,
+        class_order=section.class_order,
+        class_map=section.class_map,
+        exif_transpose=bool(section.exif_transpose),
+    )
+    notes |= dict.fromkeys(opened.notes)
+    if (section.workers or 0) > cores():
+        notes[
+            f"--workers {section.workers} is more than the {cores()} cores that this process may use, and may be slower"
+        ] = None
+    return opened
+
+
+def _tell(notes: Iterable[str], progress: Progress) -> None:
+    for note in notes:
+        progress.note(note)
 
 
 def named_data(section: DataSection) -> str:

@@ -20,22 +20,21 @@ from saqcli.algorithms.exporters import ModelFacts
 from saqcli.algorithms.exporters.safetensors import restore_structure
 from saqcli.algorithms.instruments import Subject
 from saqcli.algorithms.training import Score
-from saqcli.config import DataSection, ModelSection, RunConfig, resolve
-from saqcli.errors import ConfigError, RunDirectoryError
-from saqcli.io.data import check_trained_on
+from saqcli.config import DataSection, ModelSection, QuantizationSection, RunConfig, resolve
+from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.io.loaders import calibration_loader, read_all
 from saqcli.io.models import build_architecture
 from saqcli.io.preprocessing import Preprocessing
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress
-from saqcli.quant.bits import parse_bits
 from saqcli.quant.layers import quantized_layers
-from saqcli.strict import named_path
-from saqcli.workflows.bits import given_policy
+from saqcli.workflows.bits import check_bits, check_way, given_policy
 from saqcli.workflows.calibration import calibrate, install_quantizers
-from saqcli.workflows.predictors import check_no_model_options, finished_model, restore
+from saqcli.workflows.checks import check_builds, check_model
+from saqcli.workflows.predictors import named_file, restore
 from saqcli.workflows.quantize import describe, prepare
-from saqcli.workflows.setup import is_small, open_named, workers_of
+from saqcli.workflows.setup import is_small, open_trained, workers_of
+from saqcli.workflows.targets import ANALYZED, find_target
 
 SMALL_BATCH, LARGE_BATCH = 128, 16  # images at a time, up to 64 pixels and above: differentiated twice
 
@@ -55,6 +54,12 @@ class View:
     split: Literal["train", "val"]
     images: int
     seed: int
+
+
+def images_of(count: int, split: str) -> str:
+    """``500 training images``."""
+    kind = {"train": "training", "val": "validation"}[split]
+    return f"{count:,} {kind} image{'' if count == 1 else 's'}"
 
 
 @dataclass(frozen=True)
@@ -83,36 +88,34 @@ class Opened:
         return max(Preprocessing.from_dict(self.facts.preprocessing).input_size[1:])
 
 
-def check_target(target: str, bits: str | None, policy: Path | None) -> None:
+def check_target(target: str, section: ModelSection, bits: str | None, policy: Path | None) -> None:
     """Refuse what can be seen to be no subject before anything is loaded.
 
     Raises:
-        ConfigError: an ONNX file, a quantized model with ``--bits``, a float one without, or bits out of range.
+        SaqError: nothing of that name, a run without a model, an ONNX file, a quantized model with ``--bits``, a float
+            one without, or bits out of range.
     """
-    path, given = named_path(target), bits is not None or policy is not None
-    if not target.strip():
-        raise ConfigError("no TARGET was named: give a run directory, a .safetensors file, or a model name")
-    if path.suffix == ".onnx":
-        raise ConfigError(
-            f"{path} is an ONNX graph, in which nothing can be perturbed or differentiated: "
-            "give the run directory or the .safetensors file that it came from"
-        )
-    if (path.suffix == ".safetensors" or path.is_dir()) and given:
-        raise ConfigError(
-            f"{target} is quantized already and has its own bits: leave --bits and --policy away"
-        )
-    if path.suffix != ".safetensors" and not path.is_dir():
-        if path.is_file():
+    found, given = find_target(target, ANALYZED), bits is not None or policy is not None
+    if found.kind != "model":
+        if given:
             raise ConfigError(
-                f"{path} is no model file of saq: give MODEL --weights {path} --bits 4, to analyze float weights"
+                f"{target} is quantized already and has its own bits: remove --bits and --policy"
             )
-        if not given:
-            raise ConfigError(
-                f"{target} is a float model: give --bits 4 or --policy FILE, to be calibrated at, "
-                "or a run directory or .safetensors file"
-            )
-        if bits is not None:
-            parse_bits(bits)
+        named_file(found, section)
+        return
+    if not given:
+        raise ConfigError(
+            f"{target} is a float model: give --bits 4 or --policy FILE, to be calibrated at, "
+            "or a run directory or .safetensors file"
+        )
+    options = {"bits": bits, "policy": None if policy is None else str(policy)}
+    quantization = QuantizationSection.model_validate(options)
+    problems = Problems()
+    problems.attempt(check_model, section)
+    problems.attempt(check_way, quantization)
+    problems.attempt(check_bits, quantization)
+    check_builds(problems, section)
+    problems.check()
 
 
 def open_subject(
@@ -138,11 +141,11 @@ def open_subject(
     Raises:
         SaqError: no such thing, a damaged one, or images that do not fit it.
     """
-    path, latent = named_path(target), True
-    if path.suffix == ".safetensors" or path.is_dir():
-        check_no_model_options(target, section)
-        run = RunDirectory.open(path) if path.is_dir() else None
-        model, facts = restore(path if run is None else finished_model(run))
+    found, latent = find_target(target, ANALYZED), True
+    path = named_file(found, section)
+    if path is not None:
+        run = found.run
+        model, facts = restore(path)
         trained = None if run is None else _with_latent_weights(model, facts, run, progress)
         model, latent = trained or model, trained is not None
     else:
@@ -187,14 +190,17 @@ def _with_latent_weights(
     restore_structure(trained, facts)
     try:
         checkpoint = run.load_checkpoint() or {}
-        trained.load_state_dict(checkpoint.get("average") or checkpoint.get("model", {}))
-    except (RunDirectoryError, RuntimeError):
-        same = False
-    else:
+    except RunDirectoryError:
+        checkpoint = {}
+    last = checkpoint.get("average") or checkpoint.get("model")
+    for state in (last, checkpoint.get("best", {}).get("model")):
+        try:
+            trained.load_state_dict(state or {})
+        except RuntimeError:
+            continue
         pairs = zip(quantized_layers(model).values(), quantized_layers(trained).values(), strict=True)
-        same = all(torch.equal(one.quantized_weight(), other.quantized_weight()) for one, other in pairs)
-    if same:
-        return trained
+        if all(torch.equal(one.quantized_weight(), other.quantized_weight()) for one, other in pairs):
+            return trained
     progress.note(f"{run.checkpoint_path} does not hold the latent weights of the model: left out")
     return None
 
@@ -203,9 +209,8 @@ def _images(
     facts: ModelFacts, view: View, target: str, device: torch.device, progress: Progress
 ) -> list[tuple[Tensor, Tensor]]:
     """The images of ``view`` as the model wants them, held in memory."""
-    classes, preprocessing = int(facts.build["num_classes"]), Preprocessing.from_dict(facts.preprocessing)
-    split = open_named(view.data, view.split, classes)
-    check_trained_on(split, facts.class_names, classes, target)
+    preprocessing = Preprocessing.from_dict(facts.preprocessing)
+    split = open_trained(view.data, view.split, facts, target, progress)
     loader = calibration_loader(
         split,
         preprocessing,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saqcli.io.preprocessing import Preprocessing
 
+SYNTHETIC = "synthetic images"  # what a verdict calls them
 IMAGES = 64
 BATCH = 16
 COMMON = 0.8  # share of colour channels in their common part; natural images are nearly grey

@@ -7,9 +7,10 @@ from typing import Any
 
 from saqcli.algorithms.graphs.hazards import Hazard
 from saqcli.algorithms.graphs.integers import Accumulator
-from saqcli.algorithms.graphs.layerwise import LayerwiseCheck
+from saqcli.algorithms.graphs.layerwise import LARGEST_ERROR, LayerwiseCheck
 from saqcli.strict import json_text
 from saqcli.units import counted
+from saqcli.workflows.synthetic import SYNTHETIC
 
 SCHEMA_VERSION = 1
 SUFFIX = ".verdict.json"
@@ -33,6 +34,11 @@ class Verdict:
         problems: what is wrong with the file itself, a line each.
         pytorch_agreement: share of images on which PyTorch, in float32, has the best class of the reference.
         pytorch_difference: mean difference of PyTorch's own logits in float32, in the same units as ``mean_abs_diff``.
+        pytorch_max_abs_diff: largest difference of a logit of PyTorch, in float32, from the reference.
+        largest_logit: magnitude of the reference's.
+        verified_on: where the images are from, as a person named it.
+        images_available: how many there are, of which ``images`` are a part; None where they are synthetic.
+        size_note: why the file is larger than the model at its true bits; None where it is not much larger.
         layerwise: the comparison part by part; None where the file is no graph.
         hazards: patterns that a runtime would change.
         conditions: hazards that the style accepts: where the file must not run.
@@ -48,6 +54,11 @@ class Verdict:
     problems: list[str] = field(default_factory=list)
     pytorch_agreement: float = 1.0
     pytorch_difference: float = 0.0
+    pytorch_max_abs_diff: float = 0.0
+    largest_logit: float = field(default=0.0, compare=False)
+    verified_on: str = SYNTHETIC
+    images_available: int | None = None
+    size_note: str | None = None
     layerwise: LayerwiseCheck | None = None
     hazards: list[Hazard] = field(default_factory=list)
     conditions: list[Hazard] = field(default_factory=list)
@@ -84,16 +95,31 @@ class Verdict:
             reasons.append(self.layerwise.problem or _which_layers(self.layerwise))
         return reasons
 
+    @property
+    def explanation(self) -> str | None:
+        """Why logits differ by more than layers do; None where they do not."""
+        if self.layerwise is None or self.max_abs_diff <= LARGEST_ERROR * self.largest_logit:
+            return None
+        return (
+            f"fed the same codes, every layer agrees to {self.layerwise.largest_error:.1e} of its range. End to end, "
+            "one code that rounding moves to the next step moves codes of later layers: logits are up to "
+            f"{self.max_abs_diff:.3g} away from PyTorch's in float64, and PyTorch's own in float32 up to "
+            f"{self.pytorch_max_abs_diff:.3g}"
+        )
+
     def figures(self) -> dict[str, Any]:
         """What ``--json`` prints of it, and the head of the verdict file."""
         parts = self.layerwise
         return {
             "verified": self.verified,
+            "verified_on": self.verified_on,
             "images": self.images,
+            "images_available": self.images_available,
             "argmax_agreement": self.argmax_agreement,
             "pytorch_agreement": self.pytorch_agreement,
             "pytorch_difference": self.pytorch_difference,
             "max_abs_diff": self.max_abs_diff,
+            "pytorch_max_abs_diff": self.pytorch_max_abs_diff,
             "mean_abs_diff": self.mean_abs_diff,
             "layers": len(parts.layers) if parts else 0,
             "layers_error": parts.largest_error if parts else 0.0,
@@ -106,6 +132,8 @@ class Verdict:
             },
             "conditions": list(dict.fromkeys(f"{each.code}: {each.text}" for each in self.conditions)),
             "split_layers": [each.layer for each in self.accumulators if each.parts > 1],
+            "size_note": self.size_note,
+            "explanation": self.explanation,
         }
 
 

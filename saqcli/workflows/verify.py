@@ -69,4 +69,10 @@ def judge(truth: Tensor, answer: Tensor) -> Verdict:
     spread = float(truth.std()) or 1.0
     lost = truth.amax(1) - truth.gather(1, answer.argmax(1, keepdim=True)).squeeze(1)
     agreement = (lost <= TIE * truth.abs().amax(1)).double().mean()
-    return Verdict(len(truth), float(agreement), float(difference.max()), float(difference.mean()) / spread)
+    return Verdict(
+        len(truth),
+        float(agreement),
+        float(difference.max()),
+        float(difference.mean()) / spread,
+        largest_logit=float(truth.abs().max()),
+    )

@@ -110,70 +110,60 @@ def test_a_mixture_that_is_settled_is_the_plain_quantizer_bitwise(place: int) ->
     assert torch.equal(mixed(x), plain)
 
 
-@contextmanager
-def mixed(problem: SearchProblem) -> Iterator[Mixtures]:
-    mixtures = Mixtures(Supernet(problem))
-    yield mixtures
-    mixtures.remove()
-
-
 @pytest.mark.parametrize("candidates", [Candidates((2, 4, 6)), UNTIED])
 def test_the_expected_cost_is_the_mean_over_configurations_and_settles_at_the_choice(
     candidates: Candidates,
 ) -> None:
     problem = branches(candidates=candidates)
     budget = Budget(bops=problem.space.ceiling.bops, size=problem.space.ceiling.size)
-    with mixed(problem) as mixtures:
-        for logits in mixtures.parameters():
-            nn.init.normal_(logits)
-        expected = list(map(float, problem.space.fixed_cost))
-        for decision, losses in zip(problem.space.decisions, mixtures.losses(), strict=True):
-            assert abs(sum(math.exp(-loss) for loss in losses) - 1) < 1e-6
-            for cost, loss in zip(decision.costs, losses, strict=True):
-                expected = [
-                    so_far + math.exp(-loss) * part for so_far, part in zip(expected, cost, strict=True)
-                ]
-        bounds = [bound for _, bound in budget.bounds()]
-        got = [used * bound for used, bound in zip(mixtures.used(budget).tolist(), bounds, strict=True)]
-        assert got == pytest.approx(expected, rel=1e-6)
+    mixtures = Mixtures(Supernet(problem))
+    for logits in mixtures.parameters():
+        nn.init.normal_(logits)
+    expected = list(map(float, problem.space.fixed_cost))
+    for decision, losses in zip(problem.space.decisions, mixtures.losses(), strict=True):
+        assert abs(sum(math.exp(-loss) for loss in losses) - 1) < 1e-6
+        for cost, loss in zip(decision.costs, losses, strict=True):
+            expected = [so_far + math.exp(-loss) * part for so_far, part in zip(expected, cost, strict=True)]
+    bounds = [bound for _, bound in budget.bounds()]
+    got = [used * bound for used, bound in zip(mixtures.used(budget).tolist(), bounds, strict=True)]
+    assert got == pytest.approx(expected, rel=1e-6)
 
-        for logits in mixtures.parameters():
-            with torch.no_grad():
-                logits.mul_(1e4)
-        choice = [min(range(len(group)), key=group.__getitem__) for group in mixtures.losses()]
-        got = [used * bound for used, bound in zip(mixtures.used(budget).tolist(), bounds, strict=True)]
-        assert got == pytest.approx(list(problem.space.cost(choice)), rel=1e-6)
-        assert mixtures.entropy() == pytest.approx(0, abs=1e-6)
+    for logits in mixtures.parameters():
+        with torch.no_grad():
+            logits.mul_(1e4)
+    choice = [min(range(len(group)), key=group.__getitem__) for group in mixtures.losses()]
+    got = [used * bound for used, bound in zip(mixtures.used(budget).tolist(), bounds, strict=True)]
+    assert got == pytest.approx(list(problem.space.cost(choice)), rel=1e-6)
+    assert mixtures.entropy() == pytest.approx(0, abs=1e-6)
 
 
 def test_an_untied_share_is_the_product_of_its_widths_shares() -> None:
-    with mixed(branches(candidates=UNTIED)) as mixtures:
-        preference = mixtures.preferences[0]
-        for logits in preference.logits:
-            nn.init.normal_(logits)
-        weights, inputs = preference.weight_shares(), preference.input_shares()
-        decision = branches(candidates=UNTIED).space.decisions[0]
-        for bits, share in zip(decision.options, preference.log_shares().exp().tolist(), strict=True):
-            w, a = (
-                preference.weights.index(bits.weight or 0),
-                preference.activations.index(bits.activation or 0),
-            )
-            assert share == pytest.approx(float((weights[w] * inputs[a]).detach()), rel=1e-5)
+    mixtures = Mixtures(Supernet(branches(candidates=UNTIED)))
+    preference = mixtures.preferences[0]
+    for logits in preference.logits:
+        nn.init.normal_(logits)
+    weights, inputs = preference.weight_shares(), preference.input_shares()
+    decision = branches(candidates=UNTIED).space.decisions[0]
+    for bits, share in zip(decision.options, preference.log_shares().exp().tolist(), strict=True):
+        w, a = (
+            preference.weights.index(bits.weight or 0),
+            preference.activations.index(bits.activation or 0),
+        )
+        assert share == pytest.approx(float((weights[w] * inputs[a]).detach()), rel=1e-5)
 
 
 def test_logits_are_no_part_of_the_model() -> None:
     problem = branches()
     before = {id(p) for p in problem.model.parameters()}
-    with mixed(problem) as mixtures:
-        model = problem.model
-        found = {id(p) for p in model.parameters()} - before
-        levels = {id(p) for part in model.modules() if isinstance(part, Quantizer) for p in part.parameters()}
-        assert found == levels
-        assert not {id(logits) for logits in mixtures.parameters()} & {id(p) for p in model.parameters()}
-        addresses = {value.data_ptr() for value in model.state_dict().values()}
-        assert not {logits.data_ptr() for logits in mixtures.parameters()} & addresses
-        assert any(isinstance(part, Mixture) for part in model.modules())
-    assert not any(isinstance(part, Mixture) for part in problem.model.modules())
+    mixtures = Mixtures(Supernet(problem))
+    model = problem.model
+    found = {id(p) for p in model.parameters()} - before
+    levels = {id(p) for part in model.modules() if isinstance(part, Quantizer) for p in part.parameters()}
+    assert found == levels
+    assert not {id(logits) for logits in mixtures.parameters()} & {id(p) for p in model.parameters()}
+    addresses = {value.data_ptr() for value in model.state_dict().values()}
+    assert not {logits.data_ptr() for logits in mixtures.parameters()} & addresses
+    assert any(isinstance(part, Mixture) for part in model.modules())
 
 
 # One step, in float64, with loops.
@@ -497,12 +487,9 @@ def test_nothing_is_left_to_do_for_a_search_that_ended() -> None:
 def test_what_a_search_leaves_behind() -> None:
     problem = branches(count=256)
     before = {name: layer.latent_weight().detach().clone() for name, layer in layers_of(problem).items()}
-    found = ASGA(epochs=1).search(problem)
-    assert not any(isinstance(part, Mixture) for part in problem.model.modules())
+    ASGA(epochs=1).search(problem)
     for name, layer in layers_of(problem).items():
-        assert isinstance(layer.weight_quantizer, Quantizer)
         assert layer.perturbation is None
-        assert layer.bits == problem.config(found.choice).layers[name]
         assert not torch.equal(layer.latent_weight(), before[name])  # of fixed layers too
 
 

@@ -244,3 +244,52 @@ def test_a_rounded_bias_of_a_range_that_images_hardly_use_is_no_difference(tmp_p
         graph.graph.node.insert(list(graph.graph.node).index(target), added)
         onnx.save(graph, str(tmp_path / "shifted.onnx"))
         assert check_layers(tmp_path / "shifted.onnx", frozen, faint).passed is passed
+
+
+class Spare(Again):
+    """Computes with a layer what it does not return."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.stem(x))
+        self.again(y)
+        logits: Tensor = self.head(y.mean((2, 3)))
+        return logits
+
+
+class EqualTensors(Again):
+    """A layer whose weights are zero is given the same numbers twice, and the graph cannot know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.again.weight)
+        nn.init.zeros_(self.again.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.stem(x))
+        y = y + self.again(y)
+        y = y + self.again(y)
+        logits: Tensor = self.head(y.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "calls", "style"),
+    sweep(
+        (
+            (kind, calls, style)
+            for kind, calls in ((Spare, 0), (EqualTensors, 2))
+            for style in ("qdq", "exact")
+        ),
+        lambda kind, calls, style: (kind is Spare) == (style == "qdq"),
+    ),
+)
+def test_graph_may_know_more_or_less_of_calls(
+    kind: type[Again], calls: int, style: str, tmp_path: Path
+) -> None:
+    path, x = tmp_path / "model.onnx", tiny.images((3, 8, 8))
+    net = kind()
+    write(net, x, 8, path, style)
+    check = check_layers(path, frozen_copy(net), x)
+
+    assert check.passed
+    assert [layer.layer for layer in check.layers] == ["stem", *["again"] * calls, "head"]

@@ -4,7 +4,9 @@ from math import ceil, prod
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+import torch
 from networks import ALL_BITS, NETWORKS, images, quantize, same_bits
 from onnx import numpy_helper
 from onnx_files import (
@@ -26,12 +28,15 @@ from onnx_files import (
 )
 from torch import nn
 
+from saqcli.algorithms.exporters import EXPORTERS
 from saqcli.algorithms.graphs.exact_form import ExactForm
+from saqcli.algorithms.graphs.hazards import hazards
 from saqcli.algorithms.graphs.operators import frozen_copy
 from saqcli.errors import UnsupportedModel
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.quant.quantizers import Quantizer
+from saqcli.workflows.predictors import onnx_session
 from tests.sweeps import sweep
 
 # Where a result depends on the order of a sum, or on somebody's approximation.
@@ -136,3 +141,21 @@ def test_the_largest_sums_are_told() -> None:
     assert [each.layer for each in form.accumulators] == list(quantized.layers)
     assert all(each.largest > 0 and each.parts == 1 for each in form.accumulators)
     assert answer(form.eval(), images(3)).shape == (3, 5)
+
+
+def test_wide_matrix_products_are_cut_as_codes(tmp_path: Path) -> None:
+    """8-bit sums over 4,608 inputs leave 2^24: each part is a product of codes, and no float is sliced (hazard H2)."""
+    quantized = quantize(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 128, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128 * 36, 5)
+        ),
+        same_bits(8),
+    )
+    path, x = tmp_path / "model.onnx", images(4)
+    EXPORTERS["exact"]().export(quantized.model, x, path, quantized.facts)
+    form = ExactForm(frozen_copy(quantized.model), x).eval()
+
+    assert hazards(onnx.load(str(path))) == []
+    assert form.accumulators[-1].parts == 3
+    for optimized in (False, True):
+        assert torch.equal(onnx_session(path, optimized=optimized)(x), form(x))

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import random
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any
@@ -25,14 +26,18 @@ from saqcli.algorithms.searchers.controller import Controller
 from saqcli.algorithms.searchers.hawq import HAWQ
 from saqcli.algorithms.searchers.reinforce import Reinforce
 from saqcli.algorithms.searchers.sampling import Sampler, budget_logits, in_window
+from saqcli.algorithms.searchers.scoring import Scorer
 from saqcli.algorithms.searchers.sensitivity import Sensitivity
 from saqcli.algorithms.searchers.separable import Key, measure_noise
 from saqcli.algorithms.searchers.sharp_cost import SharpCost
 from saqcli.algorithms.searchers.supernet import Supernet, SwitchableNorm, norms_behind
 from saqcli.algorithms.sharpness import PerturbedSet
+from saqcli.algorithms.training import evaluate
 from saqcli.errors import DeviceMemoryError, Interrupted, UnsupportedModel
-from saqcli.quant import convert
+from saqcli.progress import SILENT
+from saqcli.quant import calibrate, convert
 from saqcli.quant.convert import Scheme
+from saqcli.quant.corrections import Corrections, correct
 from saqcli.quant.cost import BUDGET_USE, Budget, CostModel, LayerCost
 from saqcli.quant.layers import quantized_layers
 from saqcli.quant.space import Candidates, SearchSpace, search_space
@@ -466,19 +471,43 @@ def test_with_switchable_norms_a_supernet_starts_as_without(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", tiny.TINY)
-def test_a_copy_of_a_supernet_computes_the_same_and_stays_as_it_is(name: str) -> None:
-    supernet = supernet_of(name)
-    twin, choice = supernet.copy(), [0] * len(supernet.choice)
-    high, before = answer(supernet), supernet_of(name)
-    before.select(choice)
-    supernet.switch_norms()
-    supernet.select(choice)
-    assert torch.equal(answer(twin), high)
+@pytest.mark.parametrize(("biases", "norms"), [(True, True), (True, False)])
+def test_scores_equal_networks_calibrated_one_by_one(name: str, biases: bool, norms: bool) -> None:
+    """Whatever was scored before, and whatever becomes of the weights meanwhile; with real corrections."""
+    problem = tiny_problem(name, candidates=Candidates((2, 3)))
+    images = [batch for batch, _ in problem.images.scoring]
+
+    def corrections(model: nn.Module) -> Callable[[], None]:
+        return partial(Corrections(model, biases=biases, norms=norms), images)
+
+    asked = fresh(problem, corrections=corrections)
+    scorer = Scorer(asked)
     with torch.no_grad():
-        for parameter in supernet.model.parameters():
+        for parameter in asked.model.parameters():
             parameter.zero_()
-    twin.select(choice)
-    assert torch.equal(answer(twin), answer(before))
+    decisions = len(problem.space.decisions)
+    for choice in ([1] * decisions, [0] * decisions, [0] + [1] * (decisions - 1)):
+        alone = fresh(problem).model
+        signed = {layer: facts.signed for layer, facts in problem.statistics.items()}
+        convert.install(alone, problem.scheme, problem.config(choice), signed)
+        calibrate.fit(alone, problem.statistics)
+        correct(alone, images, biases=biases, norms=norms)
+        with SILENT.task("", 0) as task:
+            expected = evaluate(alone.eval(), problem.images.scoring, task, device=problem.device)
+        assert scorer(choice)[2:] == (expected.top1, expected.loss)
+
+
+def test_reported_scores_are_calibrated_whoever_judges() -> None:
+    """What is reported does not depend on where draws were compared."""
+    problem = PROBLEMS["conv_bn"]()  # type: ignore[no-untyped-call]
+    options = {"epochs": 1, "warmup": 0, "draws": 3}
+    found = [
+        SEARCHERS["samq"].make(**options, score_in=where).search(fresh(problem))
+        for where in ("calibrated", "supernet")
+    ]
+    assert found[0].scored == found[1].scored
+    scorer = Scorer(fresh(problem))
+    assert [scorer(one.choice) for one in found[0].scored] == found[0].scored
 
 
 def test_in_training_only_the_norm_of_the_selected_option_moves() -> None:
@@ -917,6 +946,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     "random": {"draws": 4},
     "sensitivity": {},
     "hawq": {"samples": 2},
+    "samq in the supernet": {"epochs": 1, "warmup": 0, "draws": 3, "score_in": "supernet"},
 }
 MANY = Candidates((2, 3, 4, 5, 6, 7, 8))
 
@@ -939,7 +969,7 @@ def outcome(method: str, problem: SearchProblem, memory: Stopping, noise: int) -
     """Everything a search leaves behind; ``noise`` seeds the global random numbers before."""
     torch.manual_seed(noise)
     asked = fresh(problem, memory=memory)
-    found: Found = SEARCHERS[method].make(**RESUMED[method]).search(asked)
+    found: Found = SEARCHERS[method.split()[0]].make(**RESUMED[method]).search(asked)
     space = problem.space
     other = Budget(*((a + b) // 2 for a, b in zip(space.floor, space.ceiling, strict=True)))
     weights = {key: value.clone().numpy().tobytes() for key, value in asked.model.state_dict().items()}
@@ -998,6 +1028,7 @@ def test_controller_phases_begin_after_the_warm_up(warmup: int, steps: int) -> N
 def test_under_weight_normalization_every_copy_of_a_norm_is_settled() -> None:
     problem = tiny_problem("conv_bn", scheme=Scheme(weight_normalization=True))
     supernet = Supernet(problem)
+    supernet.settle()
     supernet.switch_norms()
     switches = [module for module in supernet.model.modules() if isinstance(module, SwitchableNorm)]
     assert switches

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.algorithms.searchers.problem import Batch, Scored, SearchImages, SearchProblem
-from saqcli.algorithms.searchers.supernet import Scorer, Supernet
+from saqcli.algorithms.searchers.scoring import Scorer
 from saqcli.errors import Interrupted
 from saqcli.quant import calibrate, convert
 from saqcli.quant.cost import Budget, cost_model
@@ -167,8 +167,8 @@ def branches(seed: int = 0, count: int = 1024, temperature: float = 4.0, **optio
 
 
 def every_choice(problem: SearchProblem) -> list[Scored]:
-    """All that the budget admits, by their loss with fitted levels, the best first; the problem is used up."""
-    scorer = Scorer(Supernet(problem))
+    """All that the budget admits, by their loss with fitted levels, the best first."""
+    scorer = Scorer(problem)
     choices = itertools.product(*(range(len(decision.options)) for decision in problem.space.decisions))
     admitted = [choice for choice in choices if problem.budget.admits(problem.space.cost(choice))]
     return sorted((scorer(choice) for choice in admitted), key=lambda scored: scored.loss)

@@ -1,6 +1,7 @@
 """What a data set is: its splits, its classes and their labels, and drawing from it."""
 
 import csv
+import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -8,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from saqcli.errors import DataError
 from saqcli.io.data import Split, check_same_classes, open_split, subset
+from saqcli.io.fingerprints import fingerprint
 from saqcli.io.images import ImageSet, ImageStream
+from saqcli.io.labels import Classes
 
 MakeClasses = Callable[[Path, Mapping[str, int]], Path]
 
@@ -193,6 +197,35 @@ def test_a_timm_string_whose_classes_do_not_fit_is_refused(tmp_path: Path) -> No
     write_mnist(tmp_path, images=4)
     with pytest.raises(DataError, match=r"10 classes .*, the model 100: give --num-classes 10"):
         open_split(f"torch/mnist@{tmp_path}", "val", num_classes=100)
+
+
+def test_classes_of_a_timm_string_can_be_numbered_otherwise(tmp_path: Path) -> None:
+    write_mnist(tmp_path, images=4)
+    data = f"torch/mnist@{tmp_path}"
+    plain = open_split(data, "val", num_classes=10)
+    (tmp_path / "reversed.json").write_text(json.dumps(plain.class_names[::-1]))
+    (tmp_path / "map.tsv").write_text(
+        "".join(f"{name}\t{9 - k}\n" for k, name in enumerate(plain.class_names))
+    )
+    for split in (
+        open_split(data, "val", num_classes=10, class_order=str(tmp_path / "reversed.json")),
+        open_split(data, "val", num_classes=10, class_map=str(tmp_path / "map.tsv")),
+        open_split(data, "val", num_classes=Classes(10, names=plain.class_names[::-1])),
+    ):
+        assert [split.dataset[index][1] for index in range(4)] == labels(split) == [9, 8, 7, 6]  # type: ignore[index]
+        assert fingerprint(split) != fingerprint(plain)
+    assert (plain.class_order, plain.notes) == ("data set", ())
+
+
+def test_a_folder_of_torchvision_keeps_its_order_and_its_numbers(tmp_path: Path) -> None:
+    for name in ("c1", "c2", "c10"):
+        (tmp_path / "validation" / name).mkdir(parents=True)
+        deep = np.arange(0, 256, 4, dtype=np.int32).reshape(8, 8)
+        Image.fromarray(deep).save(tmp_path / "validation" / name / "0.tif")
+    split = open_split(f"torch/image_folder@{tmp_path}", "val", num_classes=3)
+    assert split.class_names == ("c1", "c10", "c2")
+    assert "as in the data set (c1, c10, c2); timm's order would be c1, c2, c10" in split.notes[0]
+    assert np.array_equal(np.asarray(split.dataset[0][0])[..., 0], deep)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("name", ["torch/mnist", "torch/no_such_set"])

@@ -47,16 +47,16 @@ def test_a_second_process_is_refused_with_the_name_of_the_first(tmp_path: Path) 
         other.kill()
 
 
-def test_the_lock_of_a_killed_process_is_taken_over_and_that_is_said(tmp_path: Path) -> None:
+def test_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     other = Other(tmp_path)
     other.kill()
     assert (tmp_path / locks.NAME).is_file()
-    notes: list[str] = []
     lock = Lock(tmp_path)
 
-    lock.take(notes.append)
+    killed = lock.take()
 
-    assert [f"process {other.process.pid}" in note for note in notes] == [True]
+    assert killed is not None
+    assert killed.pid == other.process.pid
     assert json.loads((tmp_path / locks.NAME).read_text())["pid"] == os.getpid()
     lock.release()
     assert not (tmp_path / locks.NAME).exists()
@@ -107,3 +107,37 @@ def test_a_lock_file_that_says_nothing_is_free(content: bytes, tmp_path: Path) -
 def test_a_folder_that_cannot_be_written_to_is_told(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="cannot be written"):
         Lock(tmp_path / "missing").take()
+
+
+def test_holder_is_seen_from_other_processes(tmp_path: Path) -> None:
+    assert Lock(tmp_path).holder() == (None, False)
+    other = Other(tmp_path)
+    named, working = Lock(tmp_path).holder()
+    assert (named and named.pid, working) == (other.process.pid, True)
+    other.kill()
+
+    named, working = Lock(tmp_path).holder()
+
+    assert (named and named.pid, working) == (other.process.pid, False)
+    assert (tmp_path / locks.NAME).is_file()
+
+
+def test_looking_at_a_lock_of_ones_own_keeps_it(tmp_path: Path) -> None:
+    """To close a second handle of the file would let other processes in."""
+    lock = Lock(tmp_path)
+    lock.take()
+
+    named, working = Lock(tmp_path).holder()
+
+    assert (named and named.pid, working) == (os.getpid(), True)
+    other = multiprocessing.get_context("fork").Process(target=_take_refused, args=(tmp_path,))
+    other.start()
+    other.join()
+    assert other.exitcode == 0
+    lock.release()
+    assert Lock(tmp_path).holder() == (None, False)
+
+
+def _take_refused(folder: Path) -> None:
+    with pytest.raises(RunDirectoryError, match="in use by"):
+        Lock(folder).take()

@@ -18,6 +18,7 @@ from saqcli.errors import DataError
 from saqcli.io import shards as shards_module
 from saqcli.io.batches import Loader
 from saqcli.io.data import Split, divide, open_split, some_classes, subset
+from saqcli.io.fingerprints import fingerprint
 from saqcli.io.loaders import make_loader
 from saqcli.io.preprocessing import Preprocessing
 from tests.shards import Sample, write_shard, write_shards
@@ -281,3 +282,17 @@ def test_without_webdataset_the_message_says_what_to_install(
     monkeypatch.setitem(__import__("sys").modules, "webdataset", None)
     with pytest.raises(DataError, match=r'pip install "saq\[wds\]"'):
         opened(folder)
+
+
+def test_labels_of_shards_can_be_mapped_and_not_ordered(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "set", {"validation": [[sample(number) for number in range(3)]]})
+    (tmp_path / "map.txt").write_text("0 5\n1 7\n2 9\n")
+    mapped = open_split(f"wds/{folder}", "val", num_classes=10, class_map=str(tmp_path / "map.txt"))
+    assert fingerprint(mapped) != fingerprint(open_split(f"wds/{folder}", "val", num_classes=10))
+    assert [int(label) for _, labels in load(mapped) for label in labels] == [5, 7, 9]
+    (tmp_path / "map.txt").write_text("0 5\n1 7\n")
+    short = open_split(f"wds/{folder}", "val", num_classes=10, class_map=str(tmp_path / "map.txt"))
+    with pytest.raises(DataError, match="has the label 2, for which --class-map has no line"):
+        list(load(short))
+    with pytest.raises(DataError, match=r"numbers for labels and no class names.*remove --class-order"):
+        open_split(f"wds/{folder}", "val", num_classes=10, class_order="timm")

@@ -185,7 +185,7 @@ FACTORS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
     whole=st.integers(0, 10**6),
     thousandths=st.integers(0, 999),
     unit=st.sampled_from(sorted(FACTORS)),
-    suffix=st.sampled_from(["", "B", "BOPs", " BOPs", "bops"]),
+    suffix=st.sampled_from(["", "BOPs", " BOPs", "bops", " bitops"]),
     lower=st.booleans(),
 )
 def test_quantities_are_exact_integers(
@@ -222,8 +222,60 @@ def test_quantities_read_as_in_the_documentation(value: int, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "34", "G", "-3G", "1e9", "3 4G", "3GG", "3P", "nanG", "0x3G", ".5G", "1,5G", "3GBit"]
+    "text", ["", "34", "G", "-3G", "1e9", "3 4G", "3GG", "3P", "nanG", "0x3G", ".5G", "1,5G", "3Gx4"]
 )
 def test_a_quantity_without_number_or_unit_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no quantity"):
+    with pytest.raises(ConfigError, match=r"is not a (budget|size): (add a unit|give a number with a unit)"):
         parse_quantity(text)
+    with pytest.raises(ConfigError, match=r"--size: .* is not a size"):
+        parse_quantity(text, "size")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5MB", 5_000_000), ("5 mb", 5_000_000), ("5M", 5_000_000), ("2.5 KB", 2_500), ("148000 B", 148_000),
+        ("7 bytes", 7), ("5MiB", 5 * 2**20), ("5 mib", 5 * 2**20), ("1.5Gi", 3 * 2**29), ("1TiB", 2**40),
+    ],
+)  # fmt: skip
+def test_sizes_are_read_in_decimal_and_binary_units(text: str, value: int) -> None:
+    assert parse_quantity(text, "size") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("500MB", "give --size 500MB, or 500M for bit-operations"),
+        ("500 mb", "give --size 500mb, or 500M for bit-operations"),
+        ("34B", "a size in bytes, not a number of bit-operations: give --size 34B"),
+        ("5MiB", "give --size 5MiB, or 5M"),
+        ("7Ki", "give --size 7Ki"),
+        ("500ms", "is a time, not"),
+        ("20 us", "is a time, not"),
+        ("5mJ", "is an energy, not"),
+        ("3 W", "is a power, not"),
+        ("30fps", "is a rate, not"),
+        ("2GMACs", "a number of multiply-accumulates, not"),
+        ("2 gmac", "w4a4"),
+        ("3.6 GFLOPs", "a number of operations, not"),
+        ("11M params", "give --size"),
+        ("50%", "is a ratio, not"),
+        ("8x", "is a ratio, not"),
+        ("4 bits", "give --bits 4"),
+    ],
+)
+def test_units_of_another_quantity_name_its_option(text: str, says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_quantity(text)
+    assert str(refused.value).startswith("--bops/--budget: ")
+    assert says in str(refused.value)
+    if "--size" not in says:
+        with pytest.raises(ConfigError, match=r"^--size: .* not a size in bytes"):
+            parse_quantity(text, "size")
+
+
+@pytest.mark.parametrize("text", ["34GBOPs", "34 GBops", "34gbop", "34 Gbitops", "34G bit-operations"])
+def test_bit_operations_are_no_size(text: str) -> None:
+    assert parse_quantity(text) == 34 * 10**9
+    with pytest.raises(ConfigError, match=f"give --bops {''.join(text.split())}, or 34G for bytes"):
+        parse_quantity(text, "size")

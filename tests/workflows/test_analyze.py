@@ -1,6 +1,7 @@
 """``saq analyze`` as a user meets it, on handwritten digits: targets, files, pictures, going on, refusals."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import pytest
 
 from saqcli.algorithms.instruments import INSTRUMENTS, Subject
 from saqcli.algorithms.instruments.landscape import LandscapeReading
+from saqcli.algorithms.training import Score
 from saqcli.io.checkpoints import CheckpointFile
 from saqcli.workflows.pictures import draw
-from tests.command_line import answer, last_error, saq
+from tests.command_line import answer, last_error, last_line, saq
 from tests.digits import MODEL, float_options
 
 
@@ -58,7 +60,7 @@ class TestTargets:
     ) -> None:
         assert set(everything["instruments"]) == set(INSTRUMENTS)
         assert everything["out"] == str(run / "analysis")
-        assert everything["images"] == 40
+        assert (everything["images"], everything["split"]) == (40, "train")
         names = {Path(path).name for path in everything["files"]}
         assert names == {path.name for path in (run / "analysis").iterdir()}
         assert names >= {f"{name}.json" for name in INSTRUMENTS}
@@ -98,7 +100,7 @@ class TestTargets:
             "analyze", run, *data, "--split", "val", "--images", 9999, "--sharpness", "--out", tmp_path
         )
 
-        assert found["images"] == expected["images"]
+        assert (found["images"], found["split"]) == (expected["images"], "val")
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert found["top1"] == expected["top1"]
 
@@ -190,7 +192,33 @@ class TestTargets:
         assert {path.stem for path in tmp_path.glob("*.json")} == quick
         assert "largest Hessian eigenvalue" in result.stdout
         assert "not converged" in result.stdout
+        assert "top-1 on training images" in result.stdout
+        assert "on 40 training images" in result.stdout
         assert result.stderr == ""
+
+    def test_values_and_errors_have_equal_decimals(
+        self, run: Path, data: tuple[object, ...], tmp_path: Path
+    ) -> None:
+        options = (*SMALL, "--trace", "--eigenvalue", "--split", "val", "--out", tmp_path, "--quiet")
+        result = saq("analyze", run, *data, *options)
+
+        (pair,) = (line for line in result.stdout.splitlines() if line.startswith("Hessian trace"))
+        value, error = pair.removeprefix("Hessian trace").split(" ± ")
+        assert len(value.partition(".")[2].strip()) == len(error.partition(".")[2].strip())
+        assert "top-1 on validation images" in result.stdout
+
+
+def test_a_model_without_a_finite_loss_is_refused(
+    run: Path, data: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = Score(top1=10.0, top5=50.0, loss=math.nan, images=40, skipped=0)
+    monkeypatch.setattr(Subject, "score", lambda self: score)
+
+    result = saq("analyze", run, *data, "--flips", "--out", tmp_path / "out", "--quiet")
+
+    assert result.exit_code == 1
+    assert "NaN or infinite" in last_error(result)
+    assert not (tmp_path / "out").exists()
 
 
 class TestGoingOn:
@@ -215,7 +243,8 @@ class TestGoingOn:
         monkeypatch.setattr(Subject, "score", score)
 
         assert result.exit_code == 130
-        assert "--resume" in last_error(result)
+        resume = "Interrupted; progress saved. Resume with the same command and --resume"
+        assert last_line(result) == resume
         partial = json.loads((stopped / "landscape.json").read_text())
         assert partial["finished"] is False
         assert partial["reading"]["done"] == 8

@@ -18,6 +18,7 @@ from saqcli.algorithms.exporters import EXPORTERS, STYLES, ModelFacts
 from saqcli.algorithms.exporters.qdq import QdqExporter
 from saqcli.algorithms.exporters.safetensors import SafetensorsExporter
 from saqcli.algorithms.graphs.integers import Accumulator
+from saqcli.algorithms.graphs.layerwise import LayerCheck, LayerwiseCheck
 from saqcli.errors import ExportMismatch
 from saqcli.io.models import ModelSpec, load_model
 from saqcli.quant import calibrate, convert
@@ -354,3 +355,77 @@ def test_another_runtime_need_not_have_the_bits_of_an_exact_file(exact: tuple[Pa
 
     assert (found["verified"], found["max_abs_diff"]) == (True, 0.0)
     assert "openvino" in json.loads(verdict_path(path).read_text())["versions"]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders with 4 validation images each."""
+    from PIL import Image
+
+    folder, generator = tmp_path_factory.mktemp("few") / "images", np.random.default_rng(0)
+    for name in "abcde":
+        (folder / "val" / name).mkdir(parents=True)
+        for index in range(4):
+            pixels = generator.integers(0, 255, (16, 16), np.uint8)
+            Image.fromarray(pixels).save(folder / "val" / name / f"{index}.png")
+    return folder
+
+
+def seen_by(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Filled with the images that files are compared on."""
+    seen: list[Tensor] = []
+    prove = proofs.prove_graph
+
+    def note(path: Path, model: nn.Module, style: str, batches: Any, *rest: Any) -> Verdict:
+        kept = [(images.clone(), labels) for images, labels in batches]
+        seen.extend(images for images, _ in kept)
+        return prove(path, model, style, kept, *rest)
+
+    monkeypatch.setattr(exporting, "prove_graph", note)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("given", "count"), [((), 20), (("--verify-images", "10"), 10), (("--verify-images", "all"), 20)]
+)
+def test_as_many_images_verify_as_asked(
+    given: tuple[str, ...],
+    count: int,
+    model: Path,
+    few: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = seen_by(monkeypatch)
+    path = tmp_path / "model.onnx"
+    found = answer("export", model, "--onnx", path, "--data", few, *given)
+
+    assert sum(map(len, seen)) == count
+    assert (found["images"], found["images_available"], found["verified_on"]) == (count, 20, str(few))
+    verdict = json.loads(verdict_path(path).read_text())
+    assert (verdict["images"], verdict["images_available"], verdict["verified_on"]) == (count, 20, str(few))
+
+
+def test_the_table_says_what_was_verified_on_what(model: Path, few: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    some = saq("export", model, "--onnx", path, "--data", few, "--verify-images", "5", "--quiet").stdout
+    made = saq("export", model, "--onnx", path, "--overwrite", "--quiet").stdout
+    figures = json.loads(verdict_path(path).read_text())
+
+    assert f"5 of 20 images of {few}: --verify-images all takes all" in " ".join(some.split())
+    assert "64 synthetic images: give --data DIR to verify on real ones" in " ".join(made.split())
+    assert (figures["verified_on"], figures["images_available"]) == ("synthetic images", None)
+    difference = f"{figures['max_abs_diff']:.3g} (PyTorch in float32: {figures['pytorch_max_abs_diff']:.3g})"
+    assert f"largest difference of a logit: {difference}" in " ".join(made.split())
+
+
+def test_a_flipped_code_is_explained() -> None:
+    """Layers agree to rounding, and logits do not: both are true."""
+    check = LayerwiseCheck((LayerCheck("one", 100, 1, 0, 1.1e-6),), 2e-7)
+    verdict = Verdict(500, 0.998, 1.604, 0.01, layerwise=check, pytorch_max_abs_diff=1.7, largest_logit=20.0)
+
+    assert verdict.explanation is not None
+    for figure in ("agrees to 1.1e-06", "up to 1.6 away from PyTorch's in float64", "in float32 up to 1.7"):
+        assert figure in verdict.explanation
+    verdict.max_abs_diff = 1e-5
+    assert verdict.explanation is None

@@ -24,7 +24,13 @@ from tests.command_line import answer
 from tests.digits import MODEL, float_options
 from tests.joined import ranks_run, ranks_saq
 from tests.processes import STOPPED
+from tests.sweeps import sweep
 
+FOUND = ("policy", "scoring_top1", "scoring_loss", "scored")
+SETTLED = (
+    *("--weight-norm", "--set", "quantization.recalibrate_bn=false"),
+    *("--set", "data.augmentation=cifar"),
+)
 RUNS = (
     *("--bits", "w4a4", "--set", "data.augmentation=none", "--batch-size", 64, "--workers", 0),
     *("--set", "data.verify_images=20"),
@@ -275,7 +281,7 @@ def test_all_processes_search_with_the_same_bits(few: list[object], tmp_path: Pa
     ended = ranks_saq(2, *options, before=drawing)
 
     assert [code for code, _, _ in ended] == [0, 0], ended
-    assert "samq found" in ended[0][1]
+    assert "searcher samq: " in ended[0][1]
     assert ended[1][1:] == ("", "")
     found = json.loads((tmp_path / "run" / "search.json").read_text())
     assert 0.985 * found["budget_bops"] <= found["bops"] <= found["budget_bops"]
@@ -290,6 +296,22 @@ def test_every_searcher_works_in_two_processes(searcher: str, few: list[object],
 
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert json.loads(ended[0][1])["bops"] <= json.loads(ended[0][1])["budget_bops"]
+
+
+@pytest.mark.parametrize("settled", sweep([False, True], lambda settled: not settled))
+def test_two_processes_score_as_one(settled: bool, few: list[object], tmp_path: Path) -> None:
+    """Corrections are measured on every rank; settled statistics, whose images are drawn by rank, on the first."""
+    command = ("search", *few, "--batch-size", 32, "--workers", 0, "--budget", "w3a3", "--searcher", "random")
+    settings = ("--set", "search.options.random.draws=2", "--set", "data.calibration_images=48")
+    settings += SETTLED if settled else ()
+    ended = ranks_saq(2, *command, *settings, "--run-dir", tmp_path / "two", "--json")
+    one = answer(*command, *settings, "--run-dir", tmp_path / "one")
+
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    two = json.loads(ended[0][1])
+    assert {key: two[key] for key in FOUND} == {key: one[key] for key in FOUND}
+    kept = [json.loads((tmp_path / run / "search.json").read_text()) for run in ("one", "two")]
+    assert kept[0]["configurations"] == kept[1]["configurations"]
 
 
 def labels_read(images: str) -> list[list[list[int]]]:

@@ -105,6 +105,7 @@ class Chain:
         self.processes, self.run = processes, run
         self.commands = (start, resume)
         self.kills: list[str] = []
+        self.pids: list[int] = []
 
     def begin(self, fault: dict[str, Any] | None = None) -> Job:
         """The next process."""
@@ -117,7 +118,7 @@ class Chain:
         code = job.wait()
         assert code in (0, -9), job.said()
         if code:
-            self.after_kill(job.marks())
+            self.after_kill(job)
         return code != 0
 
     def killed_after(self, what: str, seconds: float, later: list[str]) -> bool:
@@ -129,10 +130,12 @@ class Chain:
         code = job.kill()
         assert code in (0, -9), job.said()
         if code:
-            self.after_kill(job.marks())
+            self.after_kill(job)
         return met and code != 0
 
-    def after_kill(self, marks: list[Mark]) -> None:
+    def after_kill(self, job: Job) -> None:
+        marks = job.marks()
+        self.pids.append(job.pid)
         self.kills.append(marks[-2].what if marks[-1].what == "killed" else marks[-1].what)
         check_readable(self.run)
 
@@ -239,7 +242,7 @@ def test_a_run_killed_wherever_it_hurts_ends_as_one_that_was_not(
     assert sorted(codes) == [0, 1], [job.said() for job in jobs]
     winner, loser = (jobs[codes.index(code)] for code in (0, 1))
     assert f"error: {chain.run} is in use by process {winner.pid} on " in loser.said()
-    assert "ended without saying so" in winner.said()
+    assert f"resuming after epoch 2 (process {chain.pids[-1]} was killed)" in winner.said()
     assert not list(chain.run.rglob(".*"))
     check_same(chain.run, whole)
 
@@ -273,7 +276,7 @@ def test_a_replacement_killed_in_the_middle_is_never_taken_for_the_run_before(
             assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
         else:
             assert again.wait() == 1
-            assert "--resume to go on with it, --overwrite to replace it" in again.said()
+            assert "--resume to continue it, --overwrite to replace it" in again.said()
         shutil.rmtree(run)
 
 

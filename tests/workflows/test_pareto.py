@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.text import Text
 from pydantic import ValidationError
 from torch import nn
 
@@ -31,9 +32,11 @@ from saqcli.workflows.pareto import (
     dominates,
     find_front,
     to_csv,
+    to_table,
     undominated,
     write_front,
 )
+from saqcli.workflows.pictures.canvas import style
 from saqcli.workflows.pictures.front import paint_front, uniform_names
 from tests.tiny import build
 
@@ -213,7 +216,8 @@ class TestBudgets:
         points = {space_choice(space, point): point for point in front.points}
         for asked in list(search.asked):
             point = points[tuple(search.propose(asked)[0])]
-            assert point.kind in ("front", "chosen")
+            assert point.kind in ("proposed", "chosen")
+            assert Budget(point.budget_bops, point.budget_bytes).admits(point.cost)
             assert asked.admits(point.cost)
 
 
@@ -236,7 +240,7 @@ class TestFront:
         assert len(kinds) == len(front.points)
         assert [choice for choice, kind in kinds.items() if kind == "chosen"] == [tuple(found.choice)]
         assert kinds.keys() >= {one.choice for one in found.scored}
-        assert set(kinds.values()) == {"sampled", "uniform", "front", "chosen"}
+        assert set(kinds.values()) == {"sampled", "uniform", "proposed", "chosen"}
         assert len(search.scored) == len(set(search.scored)) == telling.total == telling.done
         assert set(search.scored) == {choice for choice, kind in kinds.items() if kind != "sampled"}
         assert front.images == 7
@@ -264,12 +268,110 @@ class TestFront:
         front = find_front(problem_of(space, budget, telling), found, 6, "fake", score, WIDTHS)
 
         assert (0,) * len(space.decisions) not in [space_choice(space, point) for point in front.points]
-        assert telling.notes == ["left out of the front: 1 whose loss is no number"]
+        assert telling.notes == ["left out of the front: 1 whose loss is NaN or infinite"]
 
     def test_names_uniform_points_whatever_else_they_are(self, space: SearchSpace) -> None:
         front = front_of(space, middle(space))
 
         assert sorted(uniform_names(front).values()) == [f"w{bits}a{bits}" for bits in WIDTHS]
+
+
+class TestTable:
+    @pytest.mark.parametrize(("bops", "size"), [(True, False), (False, True), (True, True)])
+    def test_has_every_budget_and_uniform_bits(self, space: SearchSpace, bops: bool, size: bool) -> None:
+        budget = middle(space, bops, size)
+        front = front_of(space, budget)
+        rows = to_table(front)["points"]
+
+        asked = {Budget(row["budget_bops"], row["budget_bytes"]) for row in rows}
+        assert asked >= {*budgets(space, budget, 6), budget}
+        assert sorted(filter(None, (row["uniform"] for row in rows))) == [
+            f"w{bits}a{bits}" for bits in WIDTHS
+        ]
+        (chosen,) = (row for row in rows if row["chosen"])
+        assert (chosen["budget_bops"], chosen["budget_bytes"]) == (budget.bops, budget.size)
+        assert [row["bops"] for row in rows] == sorted(row["bops"] for row in rows)
+        shown = {(row["bops"], row["size_bytes"], row["top1"], row["on_front"]) for row in rows}
+        assert shown >= {(p.bops, p.size_bytes, p.top1, True) for p in front.points if p.on_front}
+
+    def test_shows_the_best_of_several_for_a_budget(self, space: SearchSpace) -> None:
+        front = front_of(space, middle(space))
+        named = uniform_names(front)
+        some = next(p for index, p in enumerate(front.points) if p.kind == "proposed" and index not in named)
+        worse = some.model_copy(update={"top1": some.top1 - 1, "on_front": False, "size_bytes": 1})
+        rows = to_table(front.model_copy(update={"points": [worse, *front.points]}))["points"]
+
+        assert some.top1 in [row["top1"] for row in rows]
+        assert 1 not in [row["size_bytes"] for row in rows]
+
+
+def painted(front: Front) -> tuple[Any, Any]:
+    """The axes of the picture, laid out, and its legend."""
+    with style():
+        figure = paint_front(front)
+        figure.draw_without_rendering()
+    return figure.axes[0], figure.legends[0]
+
+
+def crowd(front: Front) -> Front:
+    """Beside every point many others, where its label would stand."""
+    (one, *_) = (point for point in front.points if point.kind == "sampled")
+    added = [
+        one.model_copy(update={"bops": round(p.bops * (1 + k / 100)), "top1": p.top1 - 0.3 * (k % 7)})
+        for p in front.points
+        for k in range(20)
+    ]
+    return front.model_copy(update={"points": [*front.points, *added]})
+
+
+class TestPicture:
+    @pytest.mark.parametrize("crowded", [False, True])
+    @pytest.mark.parametrize(("bops", "size"), [(True, False), (False, True), (True, True)])
+    def test_no_label_hides_a_point(self, space: SearchSpace, crowded: bool, bops: bool, size: bool) -> None:
+        front = front_of(space, middle(space, bops, size))
+        front = crowd(front) if crowded else front
+        ax, _ = painted(front)
+
+        unit = 0 if bops else 1
+        places = ax.transData.transform([(point.cost[unit], point.top1) for point in front.points])
+        labels = {text.get_text(): Text.get_window_extent(text) for text in ax.texts}
+        assert {f"w{bits}a{bits}" for bits in WIDTHS} < set(labels)
+        for text, box in labels.items():
+            assert not [place for place in places if box.contains(*place)], text
+            assert not [other for name, other in labels.items() if name != text and box.overlaps(other)], text
+            assert ax.bbox.contains(box.x0 + 1, box.y0 + 1)
+            assert ax.bbox.contains(box.x1 - 1, box.y1 - 1)
+
+    def test_every_entry_of_the_legend_has_marks(self, space: SearchSpace) -> None:
+        front = front_of(space, middle(space))
+        alone = front.model_copy(update={"points": [p for p in front.points if p.kind == "chosen"]})
+        for shown in (front, alone):
+            ax, legend = painted(shown)
+            marks = {each.get_label(): each for each in ax.collections}
+            for text in legend.get_texts():
+                assert len(marks[text.get_text()].get_offsets())
+            assert ("front" in marks) == any(point.on_front for point in shown.points)
+        ax, legend = painted(front)
+        assert legend.get_texts()[0].get_text() == "front"
+        marks = {each.get_label(): each for each in ax.collections}
+        assert marks["front"].get_zorder() == max(each.get_zorder() for each in ax.collections)
+
+    def test_a_float_model_far_above_squeezes_nothing(self, space: SearchSpace) -> None:
+        front = front_of(space, middle(space))
+        low = [p.model_copy(update={"top1": p.top1 / 20}) for p in front.points]
+        ax, _ = painted(front.model_copy(update={"points": low}))
+
+        assert ax.get_ylim()[1] < 6
+        assert "float 97.50 %, above this picture" in [text.get_text() for text in ax.texts]
+
+    def test_accuracies_end_at_100(self, space: SearchSpace) -> None:
+        (one,) = (p for p in front_of(space, middle(space)).points if p.kind == "chosen")
+        perfect = one.model_copy(update={"top1": 100.0})
+        ax, _ = painted(
+            front_of(space, middle(space)).model_copy(update={"points": [perfect], "float_top1": 100.0})
+        )
+
+        assert all(tick <= 100 for tick in ax.get_yticks() if tick <= ax.get_ylim()[1])
 
 
 class TestFiles:
@@ -280,6 +382,10 @@ class TestFiles:
         assert parse_json(Front, text, "pareto.json") == front
         assert parse_json(Front, text, "pareto.json").to_json() == text
         assert sum('"kind"' in line for line in text.splitlines()) == len(front.points)
+        old = text.replace('"kind":"proposed"', '"kind":"front"').replace(
+            '"budget_bops":null,"budget_bytes":null,', ""
+        )
+        assert parse_json(Front, old, "pareto.json") == front  # as versions before wrote it
         for wrong in (text.replace('"kind"', '"sort"', 1), text.replace('version":1', 'version":2', 1)):
             with pytest.raises(ValidationError):
                 Front.model_validate_json(wrong)
@@ -295,6 +401,7 @@ class TestFiles:
         parsed = {
             (
                 r["kind"],
+                int(r["budget_bytes"]) if r["budget_bytes"] else None,
                 int(r["bops"]),
                 int(r["size_bytes"]),
                 float(r["top1"]),
@@ -304,7 +411,7 @@ class TestFiles:
             for r in rows
         }
         assert parsed == {
-            (p.kind, p.bops, p.size_bytes, p.top1, p.loss, "true" if p.on_front else "false")
+            (p.kind, p.budget_bytes, p.bops, p.size_bytes, p.top1, p.loss, "true" if p.on_front else "false")
             for p in front.points
         }
         assert all(2 <= float(row[name]) <= 8 for row in rows for name in COLUMNS[-2:])

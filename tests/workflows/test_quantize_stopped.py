@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import answer, last_error, saq
+from tests.command_line import answer, last_line, saq
 from tests.processes import STOPPED, figures, finish, network_options, start, stop_here, stop_in_phase
 
 
@@ -32,7 +32,7 @@ def test_quantize_goes_on_after_a_stop_in_the_search(
         stopped = saq("quantize", *options, "--run-dir", run, "--quiet")
 
     assert stopped.exit_code == 143
-    assert "saq quantize --run-dir" in last_error(stopped)
+    assert last_line(stopped).startswith("Interrupted; progress saved. Resume with `saq quantize --run-dir")
     assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
     answer("quantize", "--run-dir", run, "--resume")
     check_same(run, whole)

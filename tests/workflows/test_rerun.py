@@ -194,9 +194,9 @@ def test_what_cannot_be_run_again_is_refused_in_one_line(run: Path, again: Path,
     settings["run"]["seed"] = 1
     (other / "config.json").write_text(json.dumps(settings))
     for asked, said in (
-        ([unfinished], "is interrupted"),
+        ([unfinished], "was interrupted, so there is nothing to compare with: resume with `saq"),
         ([damaged], "metrics.jsonl line 1"),
-        ([tmp_path / "nothing"], "is no run directory"),
+        ([tmp_path / "nothing"], "there is no run directory or file"),
         ([run, "--run-dir", run, "--overwrite"], "not to be changed"),
         ([run, "--run-dir", run / "artifacts" / "new"], "not to be changed"),
         ([run, "--run-dir", again], "--overwrite"),

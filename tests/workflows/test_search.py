@@ -1,13 +1,23 @@
 """``saq search`` as a user meets it, on handwritten digits: policies, files, refusals."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from saqcli.algorithms.instruments.base import Settings
 from saqcli.algorithms.searchers import SEARCHERS
+from saqcli.algorithms.training import Score
+from saqcli.config import QuantizationSection, RunConfig
+from saqcli.io.data import divide, open_split
+from saqcli.progress import SILENT
+from saqcli.workflows.bits import given_policy
+from saqcli.workflows.calibration import calibrate, install_quantizers
+from saqcli.workflows.quantize import prepare, score
 from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options
 from tests.sweeps import sweep
@@ -93,7 +103,7 @@ def test_a_front_comes_with_its_files(plain: tuple[Path, dict[str, Any]]) -> Non
     chosen = [point for point in front["points"] if point["kind"] == "chosen"]
     assert [point["bops"] for point in chosen] == [found["bops"]]
     assert chosen[0]["layers"] == found["policy"]
-    bops = [point["bops"] for point in front["points"] if point["kind"] in ("front", "uniform")]
+    bops = [point["bops"] for point in front["points"] if point["kind"] in ("proposed", "uniform")]
     assert min(bops) == UNIFORM[2]
     assert max(bops) == UNIFORM[8]
 
@@ -128,15 +138,49 @@ def test_quantize_obeys_the_policy(
     assert run["bops"] == found["bops"]
 
 
-def test_people_see_a_table_on_stdout_and_progress_on_stderr(
-    network: list[object], digits: Path, tmp_path: Path
+def test_people_see_tables_on_stdout_and_progress_on_stderr(
+    plain: tuple[Path, dict[str, Any]], network: list[object], tmp_path: Path
 ) -> None:
-    result = saq("search", *network, "--budget", "w3a3", "--run-dir", tmp_path / "run")
+    result = saq("search", *network, "--budget", "w3a3", "--size", "200KB", "--run-dir", tmp_path / "run")
     assert result.exit_code == 0
     assert "layer1.0.conv1" in result.stdout
     assert "policy.json" in result.stdout
     assert "reachable 42.51 M" in result.stderr
     assert "budget is 92.64 MBOPs" in result.stderr
+    shares = r"searcher error: 92\.64 MBOPs \(100\.0 % of the budget\), 114\.8 KB \(57\.4 % of the budget\), \d+ s\n"
+    assert re.search(shares, result.stdout)
+    assert re.search(shares, result.stderr)
+
+
+def test_the_front_is_a_table_too(plain: tuple[Path, dict[str, Any]]) -> None:
+    """Shown again by ``--resume``; ``--json`` has its rows."""
+    path, found = plain
+    points = {point["bops"]: point for point in json.loads((path / "pareto.json").read_text())["points"]}
+    shown = saq("search", "--run-dir", path, "--resume").stdout
+    assert "48 held-out training images; float" in shown
+    heading = re.search(r"budget +BOPs +size +score +on front +searcher *\n", shown)
+    assert heading
+    rows = shown[heading.end() :].split("\n\n")[0].splitlines()
+    assert [row.split()[0] for row in rows].count(
+        "42.93"
+    ) == 1  # of three budgets the one just above the floor
+    assert len(rows) == len(found["front"]["points"])
+    for row, line in zip(found["front"]["points"], rows, strict=True):
+        assert f"{row['top1']:.2f} " in line
+        assert f" {'yes' if row['on_front'] else 'no'} " in line
+        assert row["top1"] == points[row["bops"]]["top1"]
+    (chosen,) = (line for line in rows if line.rstrip().endswith("(chosen)"))
+    assert re.fullmatch(
+        r"92\.64 MBOPs +92\.64 M +114\.8 KB +[\d.]+ +(yes|no) +error w3a3 \(chosen\) *", chosen
+    )
+    assert sum(" uniform w" in line for line in rows) + sum(" error w" in line for line in rows) == 6
+
+
+def test_searches_and_analyses_try_the_same_widths() -> None:
+    assert Settings().candidates == QuantizationSection().candidates == (2, 3, 4, 5, 6, 8)
+    for verb in ("search", "quantize", "profile", "analyze"):
+        shown = re.sub(r"[│\s]+", " ", saq(verb, "--help").stdout)
+        assert "by default 2,3,4,5,6,8" in shown, verb
 
 
 def test_quiet_is_quiet(network: list[object], tmp_path: Path) -> None:
@@ -144,6 +188,87 @@ def test_quiet_is_quiet(network: list[object], tmp_path: Path) -> None:
     result = saq("search", *network, *given, "--quiet")
     assert result.exit_code == 0
     assert result.stderr == ""
+
+
+# Where scores come from
+
+
+def sets(**settings: object) -> tuple[object, ...]:
+    """``--set`` for each."""
+    return tuple(word for name, value in settings.items() for word in ("--set", f"{name}={value}"))
+
+
+@pytest.fixture(scope="module")
+def scoring(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits whose validation images are those that a search holds out, and scores on."""
+    folder = tmp_path_factory.mktemp("scoring")
+    (folder / "train").symlink_to(digits / "few" / "train")
+    held_out, _ = divide(open_split(str(digits / "few"), "train", num_classes=10), 0.5, seed=0)
+    for index in range(held_out.images):
+        image = Path(held_out.dataset.source[index][0])  # type: ignore[index]
+        link = folder / "val" / image.parent.name / image.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(image)
+    return folder
+
+
+def calibrated(run: Path) -> Score:
+    """What ``saq quantize --policy FOUND --epochs 0`` scores under the settings of the search in ``run``."""
+    config = RunConfig.model_validate_json((run / "config.json").read_text())
+    bits = {"bops": None, "policy": str(run / "policy.json")}
+    section = config.quantization.model_copy(update=bits)
+    config = config.model_copy(update={"quantization": section})
+    network, images = prepare(config, torch.device("cpu"), SILENT)
+    policy = given_policy(section, network)
+    assert policy is not None
+    statistics = calibrate(network, images, config, SILENT)
+    model = install_quantizers(config, network, policy, statistics, images, SILENT)
+    return score(model, images.validation(), "", torch.device("cpu"), SILENT)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("samq", ("--epochs", 1, *sets(**{"search.options.samq.warmup": 0, "search.options.samq.draws": 2}))),
+        ("random", sets(**{"quantization.correct_bias": True, "search.options.random.draws": 3})),
+        ("asga", ("--epochs", 1, *sets(**{"quantization.recalibrate_bn": False}))),
+        ("random", ("--weight-norm", *sets(**{"quantization.recalibrate_bn": False}))),
+        ("error", ()),
+    ],
+)
+def test_scores_are_what_fine_tuning_starts_from(
+    method: str, options: tuple[object, ...], digits: Path, scoring: Path, tmp_path: Path
+) -> None:
+    """The same accuracy on the same images, and the same loss, but for the order in which images are added up."""
+    network = (MODEL, *float_options(digits, scoring), "--batch-size", 32, "--workers", 0)
+    found = answer(
+        *("search", *network, "--budget", "w3a3", "--searcher", method, *options, "--run-dir", tmp_path),
+        *("--pareto", 1, "--candidates", "2,3,4"),
+    )
+
+    expected = calibrated(tmp_path)
+    front = json.loads((tmp_path / "pareto.json").read_text())
+    (chosen,) = (point for point in front["points"] if point["kind"] == "chosen")
+    assert front["images"] == 120
+    assert chosen["top1"] == expected.top1
+    assert chosen["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    if method != "error":  # which scores nothing itself
+        assert (found["scoring_top1"], found["scoring_loss"]) == (chosen["top1"], chosen["loss"])
+
+
+def test_quantize_without_training_scores_as_the_search_did(
+    digits: Path, scoring: Path, tmp_path: Path
+) -> None:
+    network = (MODEL, *float_options(digits, scoring), "--batch-size", 32, "--workers", 0)
+    search = ("--budget", "w3a3", "--searcher", "random", *sets(**{"search.options.random.draws": 2}))
+    found = answer("search", *network, *search, "--run-dir", tmp_path / "search")
+    policy = tmp_path / "search" / "policy.json"
+    run = answer(
+        *("quantize", *network, "--policy", policy, "--epochs", 0, "--run-dir", tmp_path / "run"),
+        *sets(**{"data.verify_images": 8}),
+    )
+    assert run["top1"] == run["calibrated_top1"] == found["scoring_top1"]
+    assert run["images"] == 120
 
 
 # What may be asked
@@ -312,7 +437,7 @@ def test_unreachable_bytes_are_refused_with_their_range(network: list[object], t
         (["--budget", "w4a4", "--activation-candidates", "1"], "1"),
         (["--budget", "w4a4", "--proxy", "images"], "--proxy"),
         (["--budget", "w4a4", "--proxy", "size=3"], "size"),
-        (["--resume"], "no run to go on with"),
+        (["--resume"], "no run to resume"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_in_one_line(

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from saqcli.cli import app
 from saqcli.workflows import short_training
-from tests.command_line import answer, last_error, saq
+from tests.command_line import answer, last_error, last_line, saq
 from tests.processes import (
     STOPPED,
     figures,
@@ -46,7 +46,7 @@ def test_a_signal_in_the_middle_of_a_search_stops_it_for_a_while(
         stopped = saq(*command, "--run-dir", run, "--quiet")
 
     assert stopped.exit_code == 130
-    assert "--resume" in last_error(stopped)
+    assert last_line(stopped).startswith("Interrupted; progress saved. Resume with `saq ")
     assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
     assert not (run / "policy.json").exists()
     assert "--resume" in last_error(saq(*command, "--run-dir", run))

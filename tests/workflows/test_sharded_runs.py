@@ -10,7 +10,7 @@ pytest.importorskip("webdataset")
 
 from saqcli.io import shards as shards_module
 from saqcli.workflows import finetune
-from tests.command_line import answer, last_error, saq
+from tests.command_line import answer, last_error, last_line, saq
 from tests.digits import MODEL, float_options
 from tests.shards import shards_of_folder
 
@@ -67,7 +67,7 @@ def test_a_run_that_stops_within_an_epoch_goes_on_to_the_same_bytes(
         patch.setattr(finetune, "make_minimizer", raising_in_step(5))  # of 3 in each epoch
         stopped = saq(*command, "--run-dir", run)
     assert stopped.exit_code == 143
-    assert "--resume" in last_error(stopped)
+    assert last_line(stopped).startswith("Interrupted; progress saved. Resume with `saq ")
     answer("quantize", "--run-dir", run, "--resume")
     same = [(path / "artifacts" / "model.safetensors").read_bytes() for path in (whole, run)]
     assert same[0] == same[1]

@@ -166,3 +166,12 @@ def test_a_file_may_differ_twice_as_much_as_pytorch_does() -> None:
     assert verdict.verified
     verdict.argmax_agreement, verdict.mean_abs_diff = 0.7, 0.45
     assert len(verdict.reasons()) == 2
+
+
+@pytest.mark.parametrize(("pytorch", "most"), [(1.0, 27), (0.99, 37), (0.5, 152)])
+def test_documented_number_of_images_may_differ(pytorch: float, most: int) -> None:
+    """Of 500 (docs/export.md): 5 %, twice PyTorch's own share but 25 % at most, and two."""
+    for wrong, verified in ((most, True), (most + 1, False)):
+        verdict = Verdict(500, 1 - wrong / 500, 1.0, 0.1, pytorch_agreement=pytorch)
+
+        assert verdict.verified is verified

@@ -38,6 +38,7 @@ class ExactExporter:
         """
         model_graph = tracing.onnx_graph(ExactForm(frozen_copy(model), example), example)
         parts.lower(model_graph.graph, "InputCodes", _input_codes)
+        _slice_codes(model_graph.graph)
         parts.lower(model_graph.graph, "WeightCodes", _weight_codes)
         tracing.save(model_graph, path, properties(facts), facts.saq_version)
 
@@ -46,6 +47,23 @@ def _input_codes(graph: ir.Graph, node: ir.Node) -> ir.Value:
     codes, _, zero = quantized(graph, node)
     one = parts.constant(graph, "one", np.float32(1))
     return parts.before(graph, node, "DequantizeLinear", [codes, one, zero])
+
+
+def _slice_codes(graph: ir.Graph) -> None:
+    """Cut codes into the parts of a wide matrix product before they are dequantized, not behind (hazard H2)."""
+    for node in [node for node in graph if node.op_type == "Slice"]:
+        source = node.inputs[0].producer() if node.inputs[0] is not None else None
+        readers = parts.consumers(node.outputs[0])
+        if source is None or source.op_type != "DequantizeLinear" or not readers:
+            continue
+        if any(reader.op_type not in ("MatMul", "Gemm") for reader in readers):
+            continue
+        part = ir.node("Slice", [source.inputs[0], *node.inputs[1:]])
+        back = ir.node("DequantizeLinear", [part.outputs[0], *source.inputs[1:]])
+        back.outputs[0].type, back.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+        graph.insert_before(node, [part, back])
+        node.outputs[0].replace_all_uses_with(back.outputs[0])
+        graph.remove(node, safe=True)
 
 
 def _weight_codes(graph: ir.Graph, node: ir.Node) -> ir.Value:

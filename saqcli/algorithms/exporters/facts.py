@@ -26,7 +26,11 @@ class ModelFacts(BaseModel):
         signed: whether a layer's input has negative values.
         routed: parents that multiply with their children's weights themselves, and those children.
         products: of activations that are quantized, and the layers whose input bits they have.
-        class_names: of the data it was trained on, by index; empty where unknown.
+        class_names: of all logits, by index; empty where unknown. Files of earlier versions may have fewer, of the
+            folders that were trained on.
+        folders: class folders that it was trained on, and their labels; empty where unknown.
+        class_order: what decided on these labels: ``timm``, ``torchvision``, ``imagenet``, a file; empty where unknown.
+        exif_transpose: whether images were turned as their EXIF orientation says.
         source: where the float weights came from.
         source_sha256: of the file they came from, if one.
     """
@@ -44,6 +48,9 @@ class ModelFacts(BaseModel):
     routed: dict[str, list[str]]
     products: dict[str, str] = {}
     class_names: tuple[str, ...] = ()
+    folders: dict[str, int] = {}
+    class_order: str = ""
+    exif_transpose: bool = False
     source: str = ""
     source_sha256: str | None = None
 

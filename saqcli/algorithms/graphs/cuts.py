@@ -1,7 +1,7 @@
 """An ONNX graph, cut open behind every activation quantizer: PyTorch's codes go in, the graph's own come out."""
 
 import copy
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -179,22 +179,15 @@ def own_errors(frozen: nn.Module, images: Tensor, calls: dict[str, list[Call]], 
 def cut_open(graph: Any, calls: dict[str, list[Call]]) -> list[Cut]:
     """Put a graph input in the place of what comes out of every activation quantizer."""
     constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
-    by_layer: dict[str, list[Cut]] = defaultdict(list)
+    quantizers = [node for node in graph.node if _quantizes_input(node)]
+    counts = Counter(_first_layer(node) for node in quantizers)
+    matched = {layer: iter(_matching(layer, calls.get(layer, []), count)) for layer, count in counts.items()}
     cuts: list[Cut] = []
     made_by = {node.output[0]: node for node in graph.node}
-    for node in graph.node:
+    for node in quantizers:
         told = _told(node)
-        if told.get(parts.OPERAND) != "input" or parts.COPY in told:
-            continue
-        if node.op_type not in _QUANTIZERS:
-            continue
-        name = told[parts.LAYER]
-        layer = name.split(parts.LAYER_SEPARATOR)[0]
-        position = len(by_layer[layer])
-        matching = _distinct(calls.get(layer, []))
-        if position >= len(matching):
-            raise Unmatched(f"the graph quantizes the input of {layer} more often than the model")
-        cut = Cut(name, matching[position], _head(node, name, made_by), node.output[0], f"{_FED}{len(cuts)}")
+        name, call = told[parts.LAYER], next(matched[_first_layer(node)])
+        cut = Cut(name, call, _head(node, name, made_by), node.output[0], f"{_FED}{len(cuts)}")
         if parts.PADS in told:
             pads = [int(pad) for pad in told[parts.PADS].split(",")]
             cut.pads = list(zip(pads[: len(pads) // 2], pads[len(pads) // 2 :], strict=True))
@@ -203,14 +196,41 @@ def cut_open(graph: Any, calls: dict[str, list[Call]]) -> list[Cut]:
             cut.dtype, cut.zero = zero.dtype, float(told.get(parts.ZERO, zero))
         else:
             cut.unit = float(constants[node.input[1]])
-        by_layer[layer].append(cut)
         cuts.append(cut)
     quantized = {name for cut in cuts for name in cut.layer.split(parts.LAYER_SEPARATOR)}
-    for name, made in calls.items():
-        if name not in quantized or (name in by_layer and len(by_layer[name]) < len(_distinct(made))):
-            raise Unmatched(f"the graph does not quantize the input of {name}, or less often than the model")
+    present = {
+        name for node in graph.node for name in _told(node).get(parts.LAYER, "").split(parts.LAYER_SEPARATOR)
+    }
+    for name in calls:  # a layer whose output nothing uses is not in the graph at all
+        if name not in quantized and name in present:
+            raise Unmatched(f"the graph does not quantize the input of {name}")
     _feed(graph, cuts)
     return cuts
+
+
+def _quantizes_input(node: Any) -> bool:
+    told = _told(node)
+    return told.get(parts.OPERAND) == "input" and parts.COPY not in told and node.op_type in _QUANTIZERS
+
+
+def _first_layer(node: Any) -> str:
+    """That of those that share a quantizer of the graph under whose name its calls are found."""
+    return _told(node)[parts.LAYER].split(parts.LAYER_SEPARATOR)[0]
+
+
+def _matching(layer: str, calls: list[Call], count: int) -> list[Call]:
+    """The calls that ``count`` quantizers of the graph stand for, in their order.
+
+    Raises:
+        Unmatched: as many there are not.
+    """
+    distinct = _distinct(calls)
+    if count == len(calls):  # equal tensors too, where the graph does not know that they are
+        return calls
+    if count != len(distinct):
+        more = "more" if count > len(distinct) else "less"
+        raise Unmatched(f"the graph quantizes the input of {layer} {more} often than the model")
+    return distinct
 
 
 def _head(node: Any, layer: str, made_by: dict[str, Any]) -> str | None:

@@ -1,9 +1,12 @@
 """From a frozen model to an ONNX graph with placeholders, and from a finished graph to a file."""
 
+import inspect
+import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from saqcli.algorithms.graphs.operators import PLACEHOLDERS
-from saqcli.errors import ExportMismatch, UnsupportedModel
+from saqcli.errors import ExportMismatch, UnsupportedModel, out_of_memory
 from saqcli.quant.products import ATTENTION
 
 OPSET = 21  # the first with INT4 and INT16 in DequantizeLinear
 IR_VERSION = 10  # of opset 21; newer ones are refused by runtimes in use
 INPUT, OUTPUT = "images", "logits"
 MOST_IMAGES = 65536  # in a batch
+RANDOM = {
+    *("Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform"),
+    "RandomUniformLike",
+}
+CANNOT = "the model cannot be exported to ONNX: "
+_ONE_SIZE = "it takes one number of images only"
 
 
 def program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
@@ -36,14 +45,14 @@ def program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
         UnsupportedModel: the model cannot be traced.
     """
     with _quiet(), _as_unsupported(), _FourDimensions():
-        return torch.export.export(model, (_several(example),), dynamic_shapes=({0: _batch()},))
+        return torch.export.export(_of_images(model), (_several(example),), dynamic_shapes=({0: _batch()},))
 
 
 def onnx_graph(model: nn.Module, example: Tensor) -> ir.Model:
     """``model`` in ONNX, its quantizers placeholders, ``images`` to ``logits``; arguments and errors as ``program``."""
     with _quiet(), _as_unsupported(), _FourDimensions():
         exported = torch.onnx.export(
-            model,
+            _of_images(model),
             (_several(example),),
             dynamo=True,
             verbose=False,
@@ -59,7 +68,7 @@ def onnx_graph(model: nn.Module, example: Tensor) -> ir.Model:
     graph: ir.Model = exported.model
     shape = graph.graph.inputs[0].shape
     if shape is None or isinstance(shape[0], int):
-        raise UnsupportedModel("the model cannot be exported to ONNX: it takes one number of images only")
+        raise UnsupportedModel(f"{CANNOT}{_ONE_SIZE}")
     fold_constants(graph, onnx_shape_inference=False)
     for clean in (
         passes.RemoveUnusedNodesPass(),
@@ -70,7 +79,29 @@ def onnx_graph(model: nn.Module, example: Tensor) -> ir.Model:
     ):
         clean(graph)
     _drop_zero_biases(graph.graph)
+    drawn = sorted({node.op_type for node in graph.graph} & RANDOM)
+    if drawn:
+        raise UnsupportedModel(
+            f"{CANNOT}its forward draws random numbers in evaluation too ({', '.join(drawn)})"
+        )
     return graph
+
+
+def _of_images(model: nn.Module) -> nn.Module:
+    """A model that takes images by name: sizes cannot be given for ``*args``, which a rerouted one takes."""
+    taken = inspect.signature(model.forward).parameters.values()
+    return _OfImages(model) if any(each.kind is each.VAR_POSITIONAL for each in taken) else model
+
+
+class _OfImages(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits."""
+        logits: Tensor = self.model(images)
+        return logits
 
 
 class _FourDimensions(TorchFunctionMode):
@@ -154,15 +185,15 @@ def _batch() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
+    """Without what torch logs, warns of and prints: what is wrong is in the error that it raises."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(before)
 
 
 @contextmanager
@@ -172,5 +203,22 @@ def _as_unsupported() -> Iterator[None]:
     except UnsupportedModel:
         raise
     except Exception as error:  # the exporter raises whatever the model's code raised
-        reason = " ".join(str(error).split())[:300]
-        raise UnsupportedModel(f"the model cannot be exported to ONNX: {reason}") from error
+        if out_of_memory(error):
+            raise
+        raise UnsupportedModel(f"{CANNOT}{_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What is wrong with the model, in one line: the first cause, in plain words where it is a known one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip()
+    missing = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text)
+    if missing:
+        return f"ONNX has no form of its operator {missing[1].replace('.', '::')}"
+    if "data-dependent" in text or "DataDependent" in type(error).__name__:
+        return "its forward decides by the values of a tensor what it computes, and a graph is the same for all values"
+    if "specialized it to be a constant" in text:
+        return _ONE_SIZE
+    first = (text.splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"[:300] if first else type(error).__name__

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from saqcli.algorithms.sharpness import Gradients, PerturbedSet, RadiusUnit, add_up
 from saqcli.algorithms.training import Score, evaluate
+from saqcli.config import WIDTHS
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.convert import Scheme
 from saqcli.quant.layers import QuantizedLayer
@@ -66,7 +67,7 @@ class Settings(BaseModel):
     tolerance: Positive = 1e-3
     iterations: Count = 100
     samples: Annotated[int, Field(ge=2)] = 64
-    candidates: Annotated[tuple[int, ...], Field(min_length=1)] = (2, 3, 4, 6, 8)
+    candidates: Annotated[tuple[int, ...], Field(min_length=1)] = WIDTHS
     grid: Annotated[int, Field(ge=3)] = 21
     span: Positive = 1.0
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from saqcli.algorithms.instruments.base import Reading, Session, Settings, Subject
+from saqcli.algorithms.instruments.base import Reading, Session, Settings, Subject, finite
 from saqcli.algorithms.instruments.inputs import observe_inputs
 from saqcli.quant.calibrate import InputStatistics
 from saqcli.quant.layers import QuantizedLayer
@@ -22,16 +22,16 @@ class Candidate(Reading):
 
     Attributes:
         bits: of the layer's weights and inputs.
-        loss: of the model.
+        loss: of the model; None where it is NaN or infinite.
         top1: percent.
-        loss_change: against the model as it is; positive is worse.
+        loss_change: against the model as it is; positive is worse; None likewise.
         top1_change: in points; negative is worse.
     """
 
     bits: int
-    loss: float
+    loss: float | None
     top1: float
-    loss_change: float
+    loss_change: float | None
     top1_change: float
 
 
@@ -81,9 +81,9 @@ def measure_sensitivity(subject: Subject, settings: Settings, session: Session) 
                 row.append(
                     Candidate(
                         bits=bits,
-                        loss=score.loss,
+                        loss=finite(score.loss),
                         top1=score.top1,
-                        loss_change=score.loss - base.loss,
+                        loss_change=finite(score.loss - base.loss),
                         top1_change=score.top1 - base.top1,
                     )
                 )

@@ -19,9 +19,10 @@ from saqcli.algorithms.searchers.knapsack import best_choice
 from saqcli.algorithms.searchers.problem import Found, SearchProblem, remaining
 from saqcli.algorithms.searchers.reinforce import Baseline, Reinforce
 from saqcli.algorithms.searchers.sampling import FRONT_DRAWS, budget_logits, in_window, informed_logits
+from saqcli.algorithms.searchers.scoring import Scorer, most_accurate, score_all
 from saqcli.algorithms.searchers.separable import relative_noise
 from saqcli.algorithms.searchers.sharp_cost import SharpCost
-from saqcli.algorithms.searchers.supernet import Scorer, Supernet, most_accurate, score_all
+from saqcli.algorithms.searchers.supernet import Supernet
 from saqcli.algorithms.sharpness import RadiusUnit
 from saqcli.algorithms.steps import Setbacks, Stepper
 from saqcli.errors import ConfigError
@@ -52,7 +53,8 @@ class Settings:
         reward_images: of a held-out batch, for one draw.
         draws: configurations that are compared in the end.
         select_by: ``accuracy`` on the scoring images, or least ``sharpness`` as the released code does.
-        score_in: the ``calibrated`` network, which fine-tuning starts from, or the trained ``supernet``.
+        score_in: where draws are compared: in the ``calibrated`` network, which fine-tuning starts from, or in the
+            trained ``supernet``; what is reported of them is calibrated in either case.
 
     Raises:
         ConfigError: an option that is not possible.
@@ -106,8 +108,9 @@ class Alternation:
     def __init__(self, settings: Settings, problem: SearchProblem) -> None:
         self.settings, self.problem = settings, problem
         self.generator = torch.Generator().manual_seed(problem.seed)
+        self.scorer = Scorer(problem)  # before the weights move
         self.supernet = Supernet(problem)
-        self.scorer = Scorer(self.supernet.copy() if settings.score_in == "calibrated" else self.supernet)
+        self.supernet.settle()
         self.supernet.switch_norms()
         self.noise = relative_noise(problem)
         self.controller = Controller(problem.space, self._prior(problem.budget), self.generator)
@@ -227,8 +230,12 @@ class Alternation:
         generator = torch.Generator().manual_seed(self.problem.seed + 1)
         choices = draw_within(self.controller, self.problem.budget, self.settings.draws, generator)
         choices += [self.reference] if self.reference not in choices else []
-        score_all(self.problem, self.scorer, choices, self._state())
-        found = [self.scorer.scored[tuple(choice)] for choice in choices]
+        judge, state = self.scorer, self._state()
+        score_all(self.problem, judge, choices, state)
+        if self.settings.score_in == "supernet":
+            judge, state = Scorer(self.problem, self.supernet.at), state | {"calibrated": judge.state_dict()}
+            score_all(self.problem, judge, choices, state, "supernet")
+        found = [judge.scored[tuple(choice)] for choice in choices]
         best = most_accurate(found, self.problem.images.scoring)
         if self.settings.select_by == "sharpness":
             best = min(found, key=lambda scored: self.cost.sharpness(scored.choice))

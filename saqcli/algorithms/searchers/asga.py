@@ -35,7 +35,7 @@ from saqcli.algorithms.searchers.descent import Descent
 from saqcli.algorithms.searchers.descent_settings import Settings
 from saqcli.algorithms.searchers.knapsack import best_choice, indifferent
 from saqcli.algorithms.searchers.problem import Found, SearchProblem
-from saqcli.algorithms.searchers.supernet import Scorer
+from saqcli.algorithms.searchers.scoring import Scorer
 
 
 class ASGA(Settings):
@@ -53,11 +53,10 @@ class ASGA(Settings):
         space.check_reachable(problem.budget)
         if problem.budget.admits(space.ceiling):
             return indifferent(problem)
+        scorer = Scorer(problem)  # before the weights move
         descent = Descent(self, problem)
         descent.run()
         losses = descent.mixtures.losses()
-        descent.mixtures.remove()
-        scorer = Scorer(descent.supernet)
         choice = best_choice(space, problem.budget, losses)
         scored = [scorer(choice)]
         return Found(choice, lambda budget: [best_choice(space, budget, losses)], scorer, scored)

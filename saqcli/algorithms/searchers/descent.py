@@ -48,6 +48,7 @@ class Descent:
     def __init__(self, settings: Settings, problem: SearchProblem) -> None:
         self.settings, self.problem = settings, problem
         self.supernet = Supernet(problem)
+        self.supernet.settle()
         self.model = problem.model
         self.optimizer = problem.optimizer(self.model)
         self.mixtures = Mixtures(self.supernet)

@@ -18,7 +18,6 @@ The logits are no part of the model: neither its optimizer nor a perturbation of
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -104,16 +103,8 @@ class Preference:
         return torch.log_softmax(torch.stack(scores).sum(0) / self.temperature, 0)
 
 
-class _Place(NamedTuple):
-    """Where a mixture stands in for a quantizer."""
-
-    owner: nn.Module
-    name: str
-    plain: Quantizer
-
-
 class Mixtures:
-    """A supernet whose free layers compute with all their options at once, until ``remove``.
+    """A supernet whose free layers compute with all their options at once.
 
     Quantizers of fixed layers stay as they are, and so does an operand with a single width.
 
@@ -122,7 +113,7 @@ class Mixtures:
     """
 
     def __init__(self, supernet: Supernet) -> None:
-        self._space, self._places = supernet.problem.space, list[_Place]()
+        self._space = supernet.problem.space
         weight = next(supernet.model.parameters())
         self.preferences = [
             Preference(decision, weight.device, weight.dtype) for decision in self._space.decisions
@@ -144,14 +135,7 @@ class Mixtures:
     ) -> None:
         plain = getattr(owner, name)
         if len(widths) > 1 and isinstance(plain, Quantizer):  # a layer with another's weight has none for it
-            self._places.append(_Place(owner, name, plain))
             setattr(owner, name, Mixture(plain, widths, shares))
-
-    def remove(self) -> None:
-        """Put the plain quantizers back."""
-        for owner, name, plain in self._places:
-            setattr(owner, name, plain)
-        self._places.clear()
 
     def parameters(self) -> list[nn.Parameter]:
         """All logits."""

@@ -103,7 +103,7 @@ class Scored(NamedTuple):
     Attributes:
         choice: an option's index a decision.
         cost: of it.
-        top1: percent, on the scoring images.
+        top1: percent, on the scoring images, as fine-tuning would start from it.
         loss: mean cross-entropy there.
     """
 
@@ -124,14 +124,19 @@ class Found:
     Attributes:
         choice: the best configuration found, which the budget admits.
         propose: what the same search would take under other budgets; nothing is trained for it.
-        score: how a configuration does in the model that the search scored with; None where it scored nothing.
-        scored: every configuration that was scored on the way.
+        score: how a configuration does, calibrated; None where the search scored nothing.
+        scored: every configuration that was scored so.
     """
 
     choice: list[int]
     propose: Propose
     score: ScoreOf | None = None
     scored: Sequence[Scored] = ()
+
+
+def uncorrected(model: nn.Module) -> Callable[[], None]:
+    """Corrects nothing."""
+    return lambda: None
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,8 @@ class SearchProblem:
         seed: of everything random.
         progress: where to tell how far the search is.
         memory: for what would be lost.
+        corrections: of a model with fitted levels: what is to be called at any bits, and as often as these change, to
+            make of it what fine-tuning would start from.
     """
 
     model: nn.Module
@@ -161,6 +168,7 @@ class SearchProblem:
     seed: int = 0
     progress: Progress = SILENT
     memory: Memory = field(default=NO_MEMORY)
+    corrections: Callable[[nn.Module], Callable[[], None]] = field(default=uncorrected)
 
     @property
     def device(self) -> torch.device:

@@ -5,12 +5,12 @@ import torch
 from saqcli.algorithms.options import check_count
 from saqcli.algorithms.searchers.problem import Found, SearchProblem
 from saqcli.algorithms.searchers.sampling import FRONT_DRAWS, Sampler
-from saqcli.algorithms.searchers.supernet import Scorer, Supernet, score_all
+from saqcli.algorithms.searchers.scoring import Scorer, score_all
 from saqcli.quant.cost import Budget
 
 
 class RandomSearch:
-    """Draws configurations that use the budget and takes the one with the highest accuracy, calibrated alone.
+    """Draws configurations that use the budget and takes the one with the highest accuracy, calibrated.
 
     Args:
         draws: how many.
@@ -24,7 +24,7 @@ class RandomSearch:
         """Draw, score, take the best."""
         generator = torch.Generator().manual_seed(problem.seed)
         choices = Sampler(problem.space, problem.budget, generator).draw_distinct(self.draws)
-        scorer = Scorer(Supernet(problem))
+        scorer = Scorer(problem)
         best = score_all(problem, scorer, choices)
 
         def propose(budget: Budget) -> list[list[int]]:

@@ -26,8 +26,9 @@ Differs from the paper, with the way back in brackets:
   (``error``) at those with little quantization noise: evenly drawn ones spend so much on a few layers that all others
   have 2 bits, and a short search would be over before it has unlearned them.
 - Every reward counts ``replay`` times, clipped as in PPO (arXiv:1707.06347), since a search is short (``replay=1``).
-- Draws are compared in the calibrated network, which fine-tuning starts from (``score_in="supernet"``), and the
-  configuration of least quantization noise beside them. Of those within a standard error of the highest accuracy the
+- Draws are compared as fine-tuning starts: from the float weights, calibrated at the draw's bits, corrections
+  included (``score_in="supernet"`` compares in the trained supernet). The configuration of least quantization noise is
+  compared with them. Of those within a standard error of the highest accuracy the
   one of least loss is taken.
 - The released code perturbs first layer and classifier alone, and leaves the reward attached to its graph.
 """

@@ -6,8 +6,7 @@ layer that runs before them, since fewer bits mean other means and variances (sl
 """
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -16,9 +15,7 @@ from torch import Tensor, nn
 
 from saqcli import ranks
 from saqcli.algorithms.minimizers.passes import running_statistics
-from saqcli.algorithms.searchers.problem import Batch, Scored, SearchProblem
-from saqcli.algorithms.training import evaluate
-from saqcli.progress import SILENT
+from saqcli.algorithms.searchers.problem import SearchProblem
 from saqcli.quant import calibrate, convert
 from saqcli.quant.layers import QuantizedLayer, quantized_layers
 
@@ -42,23 +39,18 @@ class Supernet:
         options = {layer.name: decision.options for decision in decisions for layer in decision.members}
         convert.install(self.model, problem.scheme, problem.config(self.choice), signed, options)
         calibrate.fit(self.model, problem.statistics, problem.scheme.clip_init)
-        if problem.scheme.weight_normalization:
-            problem.images.whole.set_epoch(0)
-            batches = islice(problem.images.whole, SETTLING)
-            calibrate.settle_batch_norms(self.model, (images.to(problem.device) for images, _ in batches))
-            ranks.average(running_statistics(self.model))
         self._norms: list[list[SwitchableNorm]] = [[] for _ in decisions]
         self._layers = quantized_layers(self.model)
         self.select(self.choice)
 
-    def copy(self) -> "Supernet":
-        """One that computes the same with a model of its own; only of one without switchable norms."""
-        twin = copy.copy(self)
-        twin.model = copy.deepcopy(self.model)
-        twin.problem = replace(self.problem, model=twin.model)
-        twin._layers = quantized_layers(twin.model)
-        twin._norms = [[] for _ in self._norms]
-        return twin
+    def settle(self) -> None:
+        """Under weight normalization, estimate running statistics at the most bits, to train from."""
+        if self.problem.scheme.weight_normalization:
+            images = self.problem.images.whole
+            images.set_epoch(0)
+            batches = (batch.to(self.problem.device) for batch, _ in islice(images, SETTLING))
+            calibrate.settle_batch_norms(self.model, batches)
+            ranks.average(running_statistics(self.model))
 
     def switch_norms(self) -> None:
         """Give every batch norm and layer norm behind a free layer a copy for each of its options."""
@@ -76,6 +68,11 @@ class Supernet:
     def layers_of(self, decision: int) -> list[QuantizedLayer]:
         """The layers that share a decision."""
         return [self._layers[layer.name] for layer in self.problem.space.decisions[decision].members]
+
+    def at(self, choice: Sequence[int]) -> nn.Module:
+        """The model, computing with the bits of ``choice``."""
+        self.select(choice)
+        return self.model
 
     def select(self, choice: Sequence[int]) -> None:
         """Compute with the bits of ``choice`` from now on."""
@@ -135,77 +132,3 @@ def norms_behind(model: nn.Module, example: Tensor) -> dict[str, str]:
         for handle in handles:
             handle.remove()
     return {norm: layers.pop() for norm, layers in behind.items() if len(layers) == 1}
-
-
-class Scorer:
-    """Accuracy of configurations on the scoring images; each is evaluated once.
-
-    Attributes:
-        scored: everything so far, by choice.
-    """
-
-    def __init__(self, supernet: Supernet) -> None:
-        self.supernet = supernet
-        self.scored: dict[tuple[int, ...], Scored] = {}
-
-    def __call__(self, choice: Sequence[int]) -> Scored:
-        """How ``choice`` does; the supernet is left at it, in eval mode."""
-        key = tuple(choice)
-        if key not in self.scored:
-            self.supernet.select(choice)
-            model, problem = self.supernet.model.eval(), self.supernet.problem
-            with SILENT.task("", 0) as task:
-                score = evaluate(model, problem.images.scoring, task, device=problem.device, shared=True)
-            self.scored[key] = Scored(key, problem.space.cost(choice), score.top1, score.loss)
-        return self.scored[key]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything so far, in plain values."""
-        return {"configurations": [[list(s.choice), s.top1, s.loss] for s in self.scored.values()]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what ``state_dict`` gave."""
-        for choice, top1, loss in state["configurations"]:
-            cost = self.supernet.problem.space.cost(choice)
-            self.scored[tuple(choice)] = Scored(tuple(choice), cost, top1, loss)
-
-
-def score_all(
-    problem: SearchProblem,
-    scorer: Scorer,
-    choices: Sequence[Sequence[int]],
-    beside: Mapping[str, Any] | None = None,
-) -> Scored:
-    """Score ``choices`` one after the other and return the best; goes on where it was stopped.
-
-    Args:
-        problem: whose memory and progress are used.
-        scorer: of the configurations.
-        choices: at least one.
-        beside: what else the memory is to hold.
-    """
-    scorer.load_state_dict((problem.memory.load() or {}).get("scored", {"configurations": []}))
-    found: list[Scored] = []
-    images = sum(len(labels) for _, labels in problem.images.scoring)
-    with problem.progress.task("scoring configurations", len(choices)) as task:
-        for choice in choices:
-            new = tuple(choice) not in scorer.scored
-            found.append(scorer(choice))
-            best = max(found, key=rank)
-            task.advance(images=images if new else 0, best=best.top1, MBOPs=best.cost.bops / 1e6)
-            problem.memory.offer(lambda: {**(beside or {}), "scored": scorer.state_dict()})
-    return max(found, key=rank)
-
-
-def rank(scored: Scored) -> tuple[float, float]:
-    """Higher is better: accuracy, then loss."""
-    return scored.top1, -scored.loss
-
-
-def most_accurate(scored: Sequence[Scored], scoring: Sequence[Batch]) -> Scored:
-    """The one of least loss among those whose accuracy on ``scoring`` cannot be told from the highest."""
-    images = sum(len(labels) for _, labels in scoring)
-    highest = max(found.top1 for found in scored) / 100
-    error = (highest * (1 - highest) / max(images, 1)) ** 0.5
-    tied = [found for found in scored if found.top1 / 100 >= highest - error]
-    return min(tied, key=lambda found: (found.loss, -found.top1))

@@ -1,7 +1,8 @@
 """Readings as pictures: every instrument that has one, PNG and SVG, ready for a report.
 
-A painter takes the readings of one model, or of two to be compared, and returns figures by name. To add one:
-write it beside the others and add its line to the table.
+A painter takes the readings of one model, or of two to be compared, each with the model's name, and which images
+they are of ("500 training images", or "" for unknown); it returns figures by name. To add one: write it beside
+the others and add its line to the table.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from saqcli.algorithms.instruments import Reading
 
-Painter = Callable[[list[tuple[str, Any]]], "dict[str, Figure]"]
+Painter = Callable[[list[tuple[str, Any]], str], "dict[str, Figure]"]
 
 PAINTERS: dict[str, Painter] = {
     "eigenvalue": paint_eigenvalue,
@@ -31,13 +32,16 @@ PAINTERS: dict[str, Painter] = {
 }
 
 
-def draw(instrument: str, subjects: "list[tuple[str, Reading]]", folder: Path) -> list[Path]:
+def draw(
+    instrument: str, subjects: "list[tuple[str, Reading]]", folder: Path, images: str = ""
+) -> list[Path]:
     """Draw the readings of an instrument.
 
     Args:
         instrument: name in ``INSTRUMENTS``.
         subjects: one or two models: what they are called, and their readings.
         folder: where the pictures go.
+        images: that the readings are of, such as "500 training images".
 
     Returns:
         Paths of the files written; none for an instrument without a picture.
@@ -45,5 +49,5 @@ def draw(instrument: str, subjects: "list[tuple[str, Reading]]", folder: Path) -
     if instrument not in PAINTERS:
         return []
     with style():
-        figures = PAINTERS[instrument](subjects)
+        figures = PAINTERS[instrument](subjects, images)
         return [path for name, figure in figures.items() for path in save(figure, folder / name)]

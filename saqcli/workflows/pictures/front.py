@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 from saqcli.quant.cost import UNITS, Budget
 from saqcli.units import counted, format_quantity
 from saqcli.workflows.pictures.canvas import ACCENT, COLOURS, FAINT, INK, new_figure, save, style
+from saqcli.workflows.pictures.labels import Labels, Spot, around
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.figure import Figure
 
     from saqcli.workflows.pareto import Front, Point
@@ -18,11 +21,11 @@ STEPS = (
     (1,),
     (1, 2, 5),
     (1, 1.5, 2, 3, 4, 5, 6, 8),
-    tuple(1 + k / 10 for k in range(90)),
 )  # ticks of a decade
 FEWEST_TICKS = 5
 ROOM = 0.05  # of the range, left free at every side
-MIDDLE = 0.6  # of the axis, beyond which the name of a line is written on its left
+SQUEEZED = 3.0  # times as high as without the float model's line, beyond which that is left out
+Mark = tuple[float, float, float]  # x, y, radius in points
 NAMES = ("BOPs for one image", "bytes of the model")
 
 
@@ -46,21 +49,28 @@ def paint_front(front: "Front") -> "Figure":
     figure = new_figure(7.2, 4.6)
     ax: Any = figure.subplots()
     ax.set_xscale("log")
-    _dots(ax, front, unit)
-    _line(ax, front, unit)
-    _uniform(ax, front, unit)
-    _chosen(ax, front, unit)
-    _limits(ax, front, unit)
-    _budget(ax, Budget(front.budget_bops, front.budget_bytes), unit)
-    if front.float_top1 is not None:
-        ax.axhline(front.float_top1, color=INK, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
-        _note(ax, 0.012, front.float_top1, f"float {front.float_top1:.2f} %", ax.get_yaxis_transform())
+    marks = [*_others(ax, front, unit), *_uniform(ax, front, unit), *_chosen(ax, front, unit)]
+    line, best = _best(ax, front, unit)
     ax.set_xlabel(NAMES[unit])
-    ax.set_ylabel(f"top-1 in %, on the {counted(front.images, 'image')} of the search")
+    ax.set_ylabel(f"top-1 in %, calibrated, on {counted(front.images, 'held-out image')}")
     ax.grid(color=FAINT, linewidth=0.4, alpha=0.6)
     ax.set_axisbelow(True)
     ax.set_title(f"{front.model}: accuracy over cost, searcher {front.searcher}", loc="left")
-    figure.legend(loc="outside lower center", ncols=4, columnspacing=1.4)
+    figure.legend(handles=_legend(ax), loc="outside lower center", ncols=4, columnspacing=1.4)
+    _limit_costs(ax, front, unit)
+    in_view = _limit_accuracies(ax, front)
+    lines, bound = [line], (front.budget_bops, front.budget_bytes)[unit]
+    if bound is not None:  # nothing chosen lies to the right of it
+        ax.axvline(bound, color=INK, linewidth=0.9, linestyle=(0, (1, 1.5)), zorder=1)
+        lines.append([(bound, y) for y in ax.get_ylim()])
+    if in_view:
+        ax.axhline(front.float_top1, color=INK, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
+        lines.append([(x, front.float_top1 or 0.0) for x in ax.get_xlim()])
+    labels = Labels(ax, [*marks, *best], lines)
+    _name_lines(ax, labels, front, unit, in_view=in_view)
+    for index, name in uniform_names(front).items():
+        place = _place(front.points[index], unit)
+        labels.add(name, place, around(), fontsize=7.5, color=COLOURS[1], zorder=9)
     return figure
 
 
@@ -68,51 +78,117 @@ def _cost(point: "Point", unit: int) -> int:
     return point.cost[unit]
 
 
-def _dots(ax: Any, front: "Front", unit: int) -> None:
+def _place(point: "Point", unit: int) -> tuple[float, float]:
+    return _cost(point, unit), point.top1
+
+
+def _scatter(ax: Any, points: "Sequence[Point]", unit: int, area: float, **looks: Any) -> list[Mark]:
+    """Marks of so many square points; where they are, with their radius."""
+    if points:
+        ax.scatter(*zip(*(_place(point, unit) for point in points), strict=True), s=area, **looks)
+    return [(*_place(point, unit), math.sqrt(area) / 2) for point in points]
+
+
+def _others(ax: Any, front: "Front", unit: int) -> list[Mark]:
     """All that is beaten, and is no landmark."""
-    rest = [point for point in front.points if not point.on_front]
-    if rest:
-        places = [[_cost(point, unit) for point in rest], [point.top1 for point in rest]]
-        ax.scatter(
-            *places, s=9, color="#9A9A9A", alpha=0.55, linewidths=0, zorder=2, label="other configurations"
-        )
+    named = uniform_names(front)
+    rest = [
+        point
+        for index, point in enumerate(front.points)
+        if not point.on_front and point.kind != "chosen" and index not in named
+    ]
+    looks = {"color": "#9A9A9A", "alpha": 0.55, "linewidths": 0, "zorder": 4}
+    return _scatter(ax, rest, unit, 9, label="other configurations", **looks)
 
 
-def _line(ax: Any, front: "Front", unit: int) -> None:
-    """The front; with two budgets only those of its points are joined that nothing beats in this unit."""
+def _uniform(ax: Any, front: "Front", unit: int) -> list[Mark]:
+    """The same bits everywhere."""
+    found = [front.points[index] for index in uniform_names(front)]
+    looks = {"facecolors": "white", "edgecolors": COLOURS[1], "linewidths": 1.2, "zorder": 5}
+    return _scatter(ax, found, unit, 36, marker="s", label="uniform bits", **looks)
+
+
+def _chosen(ax: Any, front: "Front", unit: int) -> list[Mark]:
+    """The policy."""
+    found = [point for point in front.points if point.kind == "chosen"]
+    text = "".join(
+        f"chosen: {point.top1:.2f} % at {format_quantity(_cost(point, unit), UNITS[unit])}" for point in found
+    )
+    looks = {"color": ACCENT, "edgecolors": INK, "linewidths": 0.8, "zorder": 6}
+    return _scatter(ax, found, unit, 130, marker="*", label=text, **looks)
+
+
+def _best(ax: Any, front: "Front", unit: int) -> tuple[list[tuple[float, float]], list[Mark]]:
+    """The front, its dots above all other marks; with two budgets a line through those that are on it in this unit."""
     best = [point for point in front.points if point.on_front]
     best.sort(key=lambda point: (_cost(point, unit), -point.top1, point.loss))
     joined: list[Point] = []
     for point in best:
         if not joined or (point.top1, -point.loss) >= (joined[-1].top1, -joined[-1].loss):
             joined.append(point)
+    line = [_place(point, unit) for point in joined]
     both = front.budget_bops is not None and front.budget_bytes is not None
+    if len(line) > 1:
+        ax.plot(*zip(*line, strict=True), color=COLOURS[0], linewidth=1.4, zorder=3)
+    looks = {"color": COLOURS[0], "edgecolors": "white", "linewidths": 0.5, "zorder": 8}
     label = "front (off the line: in bytes)" if both else "front"
-    ax.plot(
-        [_cost(p, unit) for p in joined], [p.top1 for p in joined], color=COLOURS[0], linewidth=1.4, zorder=3
-    )
-    ax.scatter(
-        [_cost(p, unit) for p in best], [p.top1 for p in best], s=22, color=COLOURS[0], edgecolors="white",
-        linewidths=0.5, zorder=4, label=label,
-    )  # fmt: skip
+    return line, _scatter(ax, best, unit, 16, label=label, **looks)
 
 
-def _uniform(ax: Any, front: "Front", unit: int) -> None:
-    """The same bits everywhere, with their names."""
-    named = uniform_names(front)
-    if not named:
-        return
-    found = [(front.points[index], name) for index, name in named.items()]
-    places = [[_cost(point, unit) for point, _ in found], [point.top1 for point, _ in found]]
-    ax.scatter(
-        *places, s=30, marker="s", facecolors="white", edgecolors=COLOURS[1], linewidths=1.2, zorder=5,
-        label="uniform bits",
-    )  # fmt: skip
-    for point, name in found:
-        ax.annotate(
-            name, (_cost(point, unit), point.top1), xytext=(6, -3), textcoords="offset points", fontsize=7.5,
-            color=COLOURS[1], va="top", zorder=7, bbox=_CLEAR,
-        )  # fmt: skip
+def _legend(ax: Any) -> list[Any]:
+    """What is in the picture: first the front, with its line."""
+    from matplotlib.lines import Line2D
+
+    handles, labels = ax.get_legend_handles_labels()
+    width = 1.4 * bool(ax.get_lines())
+    front = [label for label in labels if label.startswith("front")]
+    return [
+        *(
+            Line2D([], [], color=COLOURS[0], linewidth=width, marker="o", markersize=4, label=label)
+            for label in front
+        ),
+        *(handle for handle, label in zip(handles, labels, strict=True) if label not in front),
+    ]
+
+
+def _limit_accuracies(ax: Any, front: "Front") -> bool:
+    """From 0 to 100 at most; whether the float model's is in view, which it is not where it would squeeze the rest."""
+    low, high = ax.get_ylim()
+    room = ROOM * (high - low)
+    low, high = max(low, -room), min(high, 100 + room)
+    ax.set_ylim(low, high)
+    if front.float_top1 is None:
+        return False
+    wanted = max(high, front.float_top1 + room)
+    if wanted - low > SQUEEZED * (high - low):
+        return False
+    ax.set_ylim(min(low, front.float_top1 - room), wanted)
+    return True
+
+
+def _name_lines(ax: Any, labels: Labels, front: "Front", unit: int, *, in_view: bool) -> None:
+    """The budget along its line, and the float model along its own, or at the top where it is far above."""
+    small = {"fontsize": 7.5, "zorder": 9}
+    bound = (front.budget_bops, front.budget_bytes)[unit]
+    if bound is not None:
+        heights = (0.015, 0.9, 0.1, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6, 0.5)
+        spots = [
+            Spot(right, 0, side, "bottom", (bound, height))
+            for height in heights
+            for right, side in ((4, "left"), (-4, "right"))
+        ]
+        text = f"budget {Budget(front.budget_bops, front.budget_bytes)}"
+        labels.add(text, (bound, 0), spots, ax.get_xaxis_transform(), **small)
+    if front.float_top1 is not None:
+        height, where = (front.float_top1, "") if in_view else (ax.get_ylim()[1], ", above this picture")
+        ways = ((2, "bottom"), (-2, "top")) if in_view else ((-2, "top"),)
+        spots = [
+            Spot(0, up, side, va, (way, height))
+            for way, side in ((0.012, "left"), (0.99, "right"), (0.25, "left"), (0.5, "left"))
+            for up, va in ways
+        ]
+        text = f"float {front.float_top1:.2f} %{where}"
+        labels.add(text, (0.012, height), spots, ax.get_yaxis_transform(), **small)
 
 
 def uniform_names(front: "Front") -> dict[int, str]:
@@ -126,17 +202,7 @@ def uniform_names(front: "Front") -> dict[int, str]:
     return names
 
 
-def _chosen(ax: Any, front: "Front", unit: int) -> None:
-    for point in front.points:
-        if point.kind == "chosen":
-            text = f"chosen: {point.top1:.2f} % at {format_quantity(_cost(point, unit), UNITS[unit])}"
-            ax.scatter(
-                _cost(point, unit), point.top1, s=130, marker="*", color=ACCENT, edgecolors=INK, linewidths=0.8,
-                zorder=6, label=text,
-            )  # fmt: skip
-
-
-def _limits(ax: Any, front: "Front", unit: int) -> None:
+def _limit_costs(ax: Any, front: "Front", unit: int) -> None:
     """Room at all sides, and ticks with units."""
     costs = [_cost(point, unit) for point in front.points]
     budget = (front.budget_bops, front.budget_bytes)[unit]
@@ -152,31 +218,12 @@ def _limits(ax: Any, front: "Front", unit: int) -> None:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Round costs between two logarithms, as many as are needed."""
-    ticks: list[float] = []
+    from matplotlib.ticker import MaxNLocator
+
     for steps in STEPS:
         every = [step * 10**k for k in range(math.floor(low), math.ceil(high) + 1) for step in steps]
         ticks = [tick for tick in every if low <= math.log10(tick) <= high]
         if len(ticks) >= FEWEST_TICKS:
-            break
-    return ticks
-
-
-def _budget(ax: Any, budget: Budget, unit: int) -> None:
-    """A line that nothing chosen lies to the right of; a bound in the other unit is named only."""
-    bound = dict(budget.bounds()).get(unit)
-    if bound is None:
-        return
-    ax.axvline(bound, color=INK, linewidth=0.9, linestyle=(0, (1, 1.5)), zorder=1)
-    low, high = ax.get_xlim()
-    left = math.log(bound / low) > MIDDLE * math.log(high / low)  # the side on which there is room
-    ax.annotate(
-        f"budget {budget}", (bound, 0.015), xycoords=ax.get_xaxis_transform(), xytext=(-4 if left else 4, 0),
-        textcoords="offset points", fontsize=7.5, ha="right" if left else "left", va="bottom", bbox=_CLEAR,
-    )  # fmt: skip
-
-
-def _note(ax: Any, x: float, y: float, text: str, transform: Any) -> None:
-    ax.annotate(text, (x, y), xycoords=transform, xytext=(0, 2), textcoords="offset points", fontsize=7.5)
-
-
-_CLEAR = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.4}  # behind text
+            return ticks
+    even = MaxNLocator(FEWEST_TICKS).tick_values(10**low, 10**high)
+    return [float(tick) for tick in even if 10**low <= tick <= 10**high]

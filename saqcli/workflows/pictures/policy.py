@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 from saqcli.quant.bits import FLOAT_BITS, MAX_BITS, BitConfig, LayerBits, mean_bits
 from saqcli.quant.cost import CostModel
-from saqcli.workflows.pictures.canvas import FAINT, INK, new_figure, save, shortened, style
+from saqcli.workflows.pictures.canvas import (
+    FAINT,
+    INK,
+    new_figure,
+    put_legend,
+    put_title,
+    save,
+    shortened,
+    style,
+)
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
@@ -49,18 +58,18 @@ def paint_policy(config: BitConfig, costs: CostModel, title: str) -> "Figure":
     _bars(figure, ax, config, costs, small=column < WIDE)
     _means(ax, config, costs)
     _axes(ax, names, small=column < WIDE)
-    ax.set_title(f"{title}\n", loc="left")
-    ax.text(0, 1.025, _facts(config, costs), transform=ax.transAxes, fontsize=8, va="bottom", in_layout=False)
+    put_title(figure, title)
+    ax.set_title(_facts(config, costs), loc="left", fontsize=8, fontweight="normal")
     _legend(figure, config, costs)
     return figure
 
 
 def _facts(config: BitConfig, costs: CostModel) -> str:
-    """The line below the title."""
+    """What is said below the title."""
     weights, inputs = _mean(config, costs)
     text = f"mean bits of a multiply-accumulate: weights {weights:.2f}, inputs {inputs:.2f};  {costs.cost(config)}"
     apart = sum(layer.macs for layer in costs.unquantized)
-    return text + (f"  ({100 * apart / costs.macs:.1f} % of the MACs are in no layer)" if apart else "")
+    return text + (f"\n{100 * apart / costs.macs:.1f} % of the MACs are in no layer" if apart else "")
 
 
 def _mean(config: BitConfig, costs: CostModel) -> tuple[float, float]:
@@ -127,6 +136,7 @@ def _axes(ax: Any, names: list[str], *, small: bool) -> None:
     ax.tick_params(axis="y", length=2)
     ax.grid(axis="y", color=FAINT, linewidth=0.4, alpha=0.6, zorder=0)
     ax.axhline(0, color=INK, linewidth=0.8, zorder=4)
+    ax.set_xlabel("layer, in execution order")
     ax.set_ylabel("←  inputs    bits    weights  →")
     for side in ("bottom", "left"):
         ax.spines[side].set_visible(False)
@@ -152,4 +162,4 @@ def _legend(figure: "Figure", config: BitConfig, costs: CostModel) -> None:
                 label=f"left in floating point ({FLOAT_BITS} bits)",
             )
         )
-    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks))
+    put_legend(figure, marks)

@@ -101,9 +101,7 @@ def test_folders_that_are_no_run_say_what_fits(images: Path, tmp_path: Path, con
             assert says in line
 
 
-def test_files_that_are_no_model_say_what_takes_them(
-    images: Path, tmp_path: Path, config: RunConfig
-) -> None:
+def test_files_that_are_no_model_say_what_takes_them(images: Path, tmp_path: Path, config: RunConfig) -> None:
     run = searched(tmp_path / "found", config)
     (run / "report.md").touch()
     for name in ("weights.pth", "policy.json", "notes.txt"):

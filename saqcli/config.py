@@ -285,7 +285,9 @@ def resolve_into(
 
     A model that was not named has an empty name.
     """
-    given, where = (problems.attempt(_read, file) or {}, f" in {file}") if file else ({}, "")
+    given, where = (problems.attempt(_read, file), f" in {file}") if file else ({}, "")
+    if given is None:  # nothing can be said of the rest
+        return None
     name = recipe or str(given.get("recipe") or "quick")
     tree: dict[str, Any] = {}
     base = problems.attempt(_read_recipe, name, "" if recipe else where)

@@ -32,6 +32,8 @@ def search_command(
     weight_grid: b.WeightGrid = None,
     granularity: b.Granularity = None,
     weight_norm: b.WeightNorm = None,
+    correct_bias: b.CorrectBias = None,
+    recalibrate_bn: b.RecalibrateBN = None,
     quantize_attention: b.QuantizeAttention = None,
     epochs: Annotated[
         float | None,
@@ -80,7 +82,7 @@ def search_command(
         typer.Option(
             min=1,
             metavar="N",
-            help="Held-out images that configurations are compared on, at most [default: 2048]",
+            help="Held-out images that score configurations, at most [default: 2048]",
             rich_help_panel=SEARCH,
         ),
     ] = None,
@@ -98,7 +100,7 @@ def search_command(
         typer.Option(
             min=0,
             metavar="N",
-            help="Also search at N budgets, for a front of accuracy against cost [default: 0]",
+            help="Also search at N budgets: a table and a picture of accuracy over cost [default: 0]",
             rich_help_panel=SEARCH,
         ),
     ] = None,
@@ -177,6 +179,8 @@ def search_command(
         "quantization.weight_grid": weight_grid,
         "quantization.granularity": granularity,
         "quantization.weight_normalization": weight_norm,
+        "quantization.correct_bias": correct_bias,
+        "quantization.recalibrate_bn": recalibrate_bn,
         "quantization.quantize_attention": quantize_attention,
         "quantization.searcher": searcher,
         "search.epochs": epochs,

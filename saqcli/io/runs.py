@@ -8,7 +8,7 @@ metrics.jsonl     one object a line
 checkpoints/      last.ckpt: model, optimizer, random state, position in the epoch; search.ckpt: a search under way,
                   proxy.ckpt: the network that it searches in; *.previous.ckpt: the good one before each
 artifacts/        model.safetensors, model.onnx, model-STYLE.onnx of further styles, their verdicts;
-                  best.safetensors where another epoch was better than the exported one
+                  best.safetensors where another epoch was clearly better
 report.md         what a person reads first
 .lock             which process is at work here, while one is
 """
@@ -258,6 +258,11 @@ class RunDirectory:
         with suppress(SaqError):
             model = self.config().model.name
         return f"quantize to its bits with `saq quantize {model} --policy {shlex.quote(str(self.path))}`"
+
+    def keep_config(self, config: RunConfig) -> None:
+        """Let ``config.json`` say what a resumed run now exports; all else in it is as it was."""
+        if ranks.first() and self.config() != config:
+            write_text(self.path / "config.json", config.to_json())
 
     def note_images(self, fingerprints: dict[str, str], **more: str) -> None:
         """Keep which images the run is made on, and ``more`` about them that the manifest has a place for."""

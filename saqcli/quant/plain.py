@@ -66,9 +66,14 @@ def check_modules(model: nn.Module) -> None:
     """Refuse what can be neither traced nor exported.
 
     Raises:
-        UnsupportedModel: TorchScript, a weight without values, layers of half precision, or a state that is no tensor.
+        UnsupportedModel: TorchScript, a weight without values, layers of half precision, a state that is no tensor, or
+            a name of two lines.
     """
     for name, module in model.named_modules():
+        if len(name.splitlines()) > 1:
+            raise UnsupportedModel(
+                f"the name of submodule {name!r} has a line break, which graphs cannot have: rename it"
+            )
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModel(
                 f"{name or 'the network'} is a TorchScript module, whose operators cannot be seen: use the Python "

@@ -6,14 +6,18 @@ in ``--method``. Whether a run directory is there already is looked at after tha
 
 from typing import Literal
 
+import torch
+
 from saqcli.config import DataSection, ModelSection
-from saqcli.errors import ConfigError, Problems
+from saqcli.errors import ConfigError, Problems, SaqError
 from saqcli.io.arguments import check_arguments
 from saqcli.io.data import check_there
 from saqcli.io.distributed import pick_device, started_by_torchrun
 from saqcli.io.models import check_named
+from saqcli.progress import SILENT
+from saqcli.quant.trace import try_model
 from saqcli.strict import named_path
-from saqcli.workflows.setup import named_data
+from saqcli.workflows.setup import answering, load_float, named_data
 from saqcli.workflows.targets import check_not_run
 
 
@@ -34,6 +38,27 @@ def check_model(section: ModelSection, *, files: bool = True) -> None:
     if files and section.weights:
         problems.attempt(_check_weights, section.weights)
     problems.check()
+
+
+def check_builds(problems: Problems, section: ModelSection) -> None:
+    """Where there are problems already, add those that only building the network shows; no weights are fetched for it.
+
+    Args:
+        problems: found so far; without any nothing happens, as the network is built soon anyway.
+        section: of the settings.
+    """
+    if problems.errors:
+        problems.attempt(_build, section)
+
+
+def _build(section: ModelSection) -> None:
+    try:
+        _check_name(section.name)
+    except SaqError:
+        return  # that was complained of
+    loaded = load_float(section.model_copy(update={"pretrained": False, "weights": None}), SILENT)
+    with answering(loaded.name):
+        try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size))
 
 
 def _check_name(name: str) -> None:

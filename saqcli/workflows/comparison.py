@@ -147,15 +147,14 @@ def first_difference(one: object, other: object, place: str = "") -> str | None:
     return None if texts[0] == texts[1] else f"{place}: {' -> '.join(printable(t, _SHOWN) for t in texts)}"
 
 
-def _without_best(one: list[Any], other: list[Any]) -> list[Any]:
-    """The lines of ``one``, less that of the best state where ``other``, of an earlier version, has none."""
-    told = any(line.get("phase") == "best" for line in other)
-    return [line for line in one if told or line.get("phase") != "best"]
+def _without_best(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics without what earlier versions do not note; it follows from the other lines."""
+    return {key: value for key, value in line.items() if key not in ("best_epoch", "best_top1")}
 
 
 def _texts_differ(one: Any, other: Any, name: str) -> str | None:
     if name == "metrics":
-        one, other = _without_best(one, other), _without_best(other, one)
+        one, other = ([_without_best(line) for line in lines] for lines in (one, other))
         for number, (mine, theirs) in enumerate(zip(one, other, strict=False), 1):
             found = first_difference(_lasting(mine), _lasting(theirs))
             if found:

@@ -1,7 +1,7 @@
 """``saq demo``: the whole job offline, on the handwritten digits that come with scikit-learn.
 
 1,797 real images of 8 x 8 pixels (UCI ML hand-written digits), written as a folder of PNG files
-a float ResNet-20 trained on them, a minute on two cores
+a float ResNet-20 trained on them
 the same ``quantize`` workflow that ``saq quantize`` runs, under a budget
 """
 

@@ -15,7 +15,7 @@ from saqcli.io.batches import Loader
 from saqcli.io.distributed import process_group, started_by_torchrun
 from saqcli.progress import SILENT, Progress
 from saqcli.workflows.bench import Bench, BenchSettings, bench_target
-from saqcli.workflows.checks import check_device, check_images, check_model
+from saqcli.workflows.checks import check_builds, check_device, check_images, check_model
 from saqcli.workflows.predictors import Predictor, named_file, open_target
 from saqcli.workflows.setup import as_trained, open_named, validation_loader
 from saqcli.workflows.targets import EVALUATED, find_target
@@ -115,6 +115,8 @@ def check_evaluation(
     if needs_images or data.path is not None:
         problems.attempt(check_images, data, "val")
     problems.attempt(check_device, device)
+    if found is not None and found.kind == "model":
+        check_builds(problems, section)
     problems.check()
 
 

@@ -71,6 +71,12 @@ class Outcome:
             self.exported_epoch = best.epoch if training.keep == "best" else training.epochs
         self.advice = advice(self.calibrated_score, last, best, training)
 
+    def best_figures(self) -> dict[str, Any]:
+        """Which state did best in fine-tuning, for the metrics; nothing without it."""
+        if not self.epochs or self.best_score is None:
+            return {}
+        return {"best_epoch": self.best_epoch, "best_top1": self.best_score.top1}
+
     def to_dict(self, run_dir: Path) -> dict[str, Any]:
         """As ``--json`` prints it; accuracies in percent. All of ``onnx_*`` are None where no ONNX file was written."""
         onnx = self.onnx or {}

@@ -13,7 +13,7 @@ from saqcli.quant.cost import Cost
 from saqcli.quant.space import Candidates, SearchSpace, search_space
 from saqcli.quant.trace import FUNCTIONAL, Trace
 from saqcli.workflows.bits import check_bits, float_policy, in_order, read_policy
-from saqcli.workflows.checks import check_model
+from saqcli.workflows.checks import check_builds, check_model
 from saqcli.workflows.predictors import open_described
 from saqcli.workflows.setup import Network, load_float, wrap_and_trace
 from saqcli.workflows.targets import EVALUATED, Target, check_no_model_options, find_target
@@ -136,6 +136,8 @@ def check_profile(section: ModelSection, bits: str | None, policy: Path | None) 
         problems.add(ConfigError("--bits and --policy both give the bits: give one of them"))
     given_bits = {"bits": bits, "policy": None if policy is None else str(policy)}
     problems.attempt(check_bits, QuantizationSection.model_validate(given_bits))
+    if target is not None and target.kind == "model":
+        check_builds(problems, section)
     problems.check()
     assert target is not None
     return target

@@ -43,7 +43,7 @@ from saqcli.strict import named_path
 from saqcli.workflows.best import Best
 from saqcli.workflows.bits import budget_of, check_bits, check_way, given_policy, space_of
 from saqcli.workflows.calibration import calibrate, install_quantizers, scheme_of
-from saqcli.workflows.checks import check_device, check_images, check_model
+from saqcli.workflows.checks import check_builds, check_device, check_images, check_model
 from saqcli.workflows.determinism import deterministic_if_asked
 from saqcli.workflows.export import check_exports, check_styles, export_verified, onnx_names, verify_limit
 from saqcli.workflows.find_bits import ask, make_searcher
@@ -116,6 +116,7 @@ def _on(
     run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite)
     with run.recorded():
         run.restore_metrics(state)
+        run.keep_config(config)
         if state is not None:
             run.end_search()  # a crash may have come between the first checkpoint and this
         if state is None:
@@ -155,6 +156,7 @@ def check(config: RunConfig, *, images: bool = False, files: bool = True) -> Non
             ConfigError("--new-head starts a random classifier, which fine-tuning trains: remove --epochs 0")
         )
     problems.attempt(check_styles, config.export.styles)
+    check_builds(problems, config.model)
     problems.check()
 
 
@@ -299,9 +301,7 @@ def complete(
     else:
         best, outcome.score = None, outcome.calibrated_score
         outcome.best_epoch, outcome.best_score = 0, outcome.score
-    if config.training.epochs and outcome.best_score is not None:
-        run.log(phase="best", epoch=outcome.best_epoch, **asdict(outcome.best_score))
-    run.log(phase="quantized", **asdict(outcome.score))
+    run.log(phase="quantized", **asdict(outcome.score), **outcome.best_figures())
     if not ranks.first():
         return outcome  # the first one writes the files
     write_files(model, facts, config, run, outcome, progress, best)
@@ -330,7 +330,8 @@ def write_files(
 ) -> None:
     """The safetensors file and an ONNX file a style, each compared with ``model``; noted in ``outcome``.
 
-    ``best`` is the best state of fine-tuning, kept in a file of its own where another one is exported.
+    ``best`` is the best state of fine-tuning, kept in a file of its own where it is clearly better than the exported
+    one.
     """
     images = open_images(config, facts, torch.device("cpu"))
     batches = images.validation(verify_limit(config.data.verify_images))
@@ -350,7 +351,7 @@ def write_files(
         outcome.artifacts[name.replace("model", "verdict", 1)] = str(verdict_path(path))
         if outcome.onnx is None:
             outcome.onnx = {**verdict.figures(), "style": style, "size_bytes": path.stat().st_size}
-    if best is not None and best.epoch != outcome.exported_epoch:
+    if best is not None and outcome.advice and best.epoch != outcome.exported_epoch:
         model.load_state_dict(best.model)
         export_verified(model, facts, run.best_path, "safetensors", batches, len(batches), progress, **about)
         outcome.artifacts["best"] = str(run.best_path)

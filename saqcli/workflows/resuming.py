@@ -90,12 +90,18 @@ def check_same(run: RunDirectory, config: RunConfig) -> None:
         ConfigError: names the first setting that differs.
     """
     there = (run.path / "config.json").is_file()
-    difference = first_difference(run.config(), config) if there else None
+    difference = first_difference(kept_as(run.config(), config), config) if there else None
     if difference:
         raise ConfigError(
             f"{run.path} was started with other settings ({difference}): give the same ones to --resume, "
             "or start anew with --overwrite"
         )
+
+
+def kept_as(one: RunConfig, other: RunConfig) -> RunConfig:
+    """``one`` exporting the state that ``other`` does: both are in the checkpoint, so that a run may be asked anew."""
+    training = one.training.model_copy(update={"keep": other.training.keep})
+    return one.model_copy(update={"training": training})
 
 
 def first_difference(one: RunConfig, other: RunConfig) -> str | None:

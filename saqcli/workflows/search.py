@@ -32,7 +32,7 @@ from saqcli.quant.calibrate import InputStatistics
 from saqcli.strict import json_text, parse_object
 from saqcli.workflows.bits import check_bits
 from saqcli.workflows.calibration import scheme_of
-from saqcli.workflows.checks import check_device, check_images, check_model
+from saqcli.workflows.checks import check_builds, check_device, check_images, check_model
 from saqcli.workflows.determinism import deterministic_if_asked
 from saqcli.workflows.find_bits import Asked, Searched, ask, find_bits, make_searcher, pose
 from saqcli.workflows.optimization import make_optimizer, search_training
@@ -159,6 +159,7 @@ def check_search(config: RunConfig, *, images: bool = True, files: bool = True) 
     problems.attempt(scheme_of(config).check)
     problems.attempt(make_optimizer, nn.Linear(1, 1, device="meta"), search_training(config))
     problems.attempt(check_device, config.run.device)
+    check_builds(problems, config.model)
     problems.check()
 
 

@@ -30,7 +30,7 @@ from saqcli.progress import Progress
 from saqcli.quant.layers import quantized_layers
 from saqcli.workflows.bits import check_bits, check_way, given_policy
 from saqcli.workflows.calibration import calibrate, install_quantizers
-from saqcli.workflows.checks import check_model
+from saqcli.workflows.checks import check_builds, check_model
 from saqcli.workflows.predictors import named_file, restore
 from saqcli.workflows.quantize import describe, prepare
 from saqcli.workflows.setup import is_small, open_trained, workers_of
@@ -95,25 +95,29 @@ def check_target(target: str, section: ModelSection, bits: str | None, policy: P
         SaqError: nothing of that name, a run without a model, an ONNX file, a quantized model with ``--bits``, a float
             one without, or bits out of range.
     """
-    found, given = find_target(target, ANALYZED), bits is not None or policy is not None
-    if found.kind != "model":
+    problems, given = Problems(), bits is not None or policy is not None
+    found = problems.attempt(find_target, target, ANALYZED)
+    if found is not None and found.kind != "model":
         if given:
-            raise ConfigError(
-                f"{target} is quantized already and has its own bits: remove --bits and --policy"
+            problems.add(
+                ConfigError(f"{target} is quantized already and has its own bits: remove --bits and --policy")
             )
-        named_file(found, section)
-        return
-    if not given:
-        raise ConfigError(
-            f"{target} is a float model: give --bits 4 or --policy FILE, to be calibrated at, "
-            "or a run directory or .safetensors file"
+        problems.attempt(named_file, found, section)
+    elif given:
+        options = {"bits": bits, "policy": None if policy is None else str(policy)}
+        quantization = QuantizationSection.model_validate(options)
+        if found is not None:
+            problems.attempt(check_model, section)
+        problems.attempt(check_way, quantization)
+        problems.attempt(check_bits, quantization)
+        check_builds(problems, section)
+    elif found is not None:
+        problems.add(
+            ConfigError(
+                f"{target} is a float model: give --bits 4 or --policy FILE, to be calibrated at, "
+                "or a run directory or .safetensors file"
+            )
         )
-    options = {"bits": bits, "policy": None if policy is None else str(policy)}
-    quantization = QuantizationSection.model_validate(options)
-    problems = Problems()
-    problems.attempt(check_model, section)
-    problems.attempt(check_way, quantization)
-    problems.attempt(check_bits, quantization)
     problems.check()
 
 

@@ -73,9 +73,9 @@ def find_target(text: str, accepts: Sequence[Kind], called: str = "TARGET") -> T
     if path.is_dir():
         target = _folder(text, path, accepts)
     elif path.suffix in MODEL_FILES:
-        if not path.is_file():
-            raise ConfigError(f"there is no file {path}{_near_runs(path)}")
         target = Target(text, MODEL_FILES[path.suffix], path)
+        if target.kind in accepts and not path.is_file():
+            raise ConfigError(f"there is no file {path}{_near_runs(path)}")
     elif path.is_file():
         raise ConfigError(_no_model(path, wanted))
     elif is_path(text):
@@ -204,7 +204,7 @@ def _cannot(target: Target, called: str, wanted: str) -> str:
         return f"{target.text} is an ONNX graph, which is final: give the run directory{where}"
     if target.kind == "safetensors":
         where = f", {run}" if run else ""
-        return f"{target.text} is a file: give a run directory{where}"
+        return f"{target.text} names a file: give a run directory{where}"
     if target.kind == "model":
         return (
             f"{target.text} is a model that is not quantized: quantize it with `saq quantize {target.text}`, "

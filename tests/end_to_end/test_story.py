@@ -4,6 +4,7 @@ The run that it is about is that of ``saq demo``.
 """
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,15 @@ from typer.testing import CliRunner
 
 import saqcli
 from saqcli.cli import app
+from saqcli.cli.demo import BUDGET
+from saqcli.quant.cost import BUDGET_USE
+from saqcli.units import parse_quantity
 from saqcli.workflows import demo
 from saqcli.workflows.demo import FLOAT_EPOCHS
 from tests.digits import MODEL, float_options
 
 QUICK = ("--set", "data.calibration_images=128", "--set", "data.verify_images=20")
+UNIFORM_2 = 42_508_288  # BOPs of saq/resnet20 at 2 bits on 16 x 16 grey images
 UNIFORM_3 = 92_640_256  # BOPs, just below what 3 bits cost saq/resnet20 on 16 x 16 grey images
 
 
@@ -209,6 +214,29 @@ def test_the_demo_runs_offline_to_the_end(quantized: dict[str, Any]) -> None:
     check_demonstrated(quantized, 90)
 
 
+def test_the_budget_of_the_demo_mixes_bits() -> None:
+    """Above uniform 2 bits, and too far below 3 for these to use it."""
+    assert BUDGET_USE * parse_quantity(BUDGET) > UNIFORM_2
+    assert parse_quantity(BUDGET) < UNIFORM_3
+
+
+def test_the_demo_shows_the_bits(
+    place: Path, quantized: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "demo", lambda *_, **__: quantized)
+    result = CliRunner().invoke(app, ["demo", "--run-dir", str(place), "--quiet"])
+
+    assert result.exit_code == 0, result.stderr
+    assert "mean bits, weighted by MACs: weights 2.9" in result.stdout
+    for name, bits in quantized["policy"].items():
+        assert re.search(
+            rf"{re.escape(name)}[ (a-z)]* {'■' * bits['weight']} {bits['weight']} ", result.stdout
+        )
+    assert "times fewer BOPs" in result.stdout
+
+
 @pytest.mark.slow
 def test_the_demo_as_a_person_gets_it_runs_offline_to_the_end(tmp_path: Path) -> None:
-    check_demonstrated(demonstrated(tmp_path / "demo", FLOAT_EPOCHS), 95)
+    answer = demonstrated(tmp_path / "demo", FLOAT_EPOCHS)
+    check_demonstrated(answer, 95)
+    assert {bits["weight"] for bits in answer["policy"].values()} >= {2, 3, 8}

@@ -15,7 +15,7 @@ from saqcli.algorithms.instruments.landscape import LandscapeReading
 from saqcli.algorithms.training import Score
 from saqcli.io.checkpoints import CheckpointFile
 from saqcli.workflows.pictures import draw
-from tests.command_line import answer, last_error, saq
+from tests.command_line import answer, last_error, last_line, saq
 from tests.digits import MODEL, float_options
 
 
@@ -243,7 +243,8 @@ class TestGoingOn:
         monkeypatch.setattr(Subject, "score", score)
 
         assert result.exit_code == 130
-        assert "--resume" in last_error(result)
+        resume = "Interrupted; progress saved. Resume with the same command and --resume"
+        assert last_line(result) == resume
         partial = json.loads((stopped / "landscape.json").read_text())
         assert partial["finished"] is False
         assert partial["reading"]["done"] == 8

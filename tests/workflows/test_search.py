@@ -1,6 +1,7 @@
 """``saq search`` as a user meets it, on handwritten digits: policies, files, refusals."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from saqcli.algorithms.instruments.base import Settings
 from saqcli.algorithms.searchers import SEARCHERS
 from saqcli.algorithms.training import Score
-from saqcli.config import RunConfig
+from saqcli.config import QuantizationSection, RunConfig
 from saqcli.io.data import divide, open_split
 from saqcli.progress import SILENT
 from saqcli.workflows.bits import given_policy
@@ -101,7 +103,7 @@ def test_a_front_comes_with_its_files(plain: tuple[Path, dict[str, Any]]) -> Non
     chosen = [point for point in front["points"] if point["kind"] == "chosen"]
     assert [point["bops"] for point in chosen] == [found["bops"]]
     assert chosen[0]["layers"] == found["policy"]
-    bops = [point["bops"] for point in front["points"] if point["kind"] in ("front", "uniform")]
+    bops = [point["bops"] for point in front["points"] if point["kind"] in ("proposed", "uniform")]
     assert min(bops) == UNIFORM[2]
     assert max(bops) == UNIFORM[8]
 
@@ -136,15 +138,49 @@ def test_quantize_obeys_the_policy(
     assert run["bops"] == found["bops"]
 
 
-def test_people_see_a_table_on_stdout_and_progress_on_stderr(
-    network: list[object], digits: Path, tmp_path: Path
+def test_people_see_tables_on_stdout_and_progress_on_stderr(
+    plain: tuple[Path, dict[str, Any]], network: list[object], tmp_path: Path
 ) -> None:
-    result = saq("search", *network, "--budget", "w3a3", "--run-dir", tmp_path / "run")
+    result = saq("search", *network, "--budget", "w3a3", "--size", "200KB", "--run-dir", tmp_path / "run")
     assert result.exit_code == 0
     assert "layer1.0.conv1" in result.stdout
     assert "policy.json" in result.stdout
     assert "reachable 42.51 M" in result.stderr
     assert "budget is 92.64 MBOPs" in result.stderr
+    shares = r"searcher error: 92\.64 MBOPs \(100\.0 % of the budget\), 114\.8 KB \(57\.4 % of the budget\), \d+ s\n"
+    assert re.search(shares, result.stdout)
+    assert re.search(shares, result.stderr)
+
+
+def test_the_front_is_a_table_too(plain: tuple[Path, dict[str, Any]]) -> None:
+    """Shown again by ``--resume``; ``--json`` has its rows."""
+    path, found = plain
+    points = {point["bops"]: point for point in json.loads((path / "pareto.json").read_text())["points"]}
+    shown = saq("search", "--run-dir", path, "--resume").stdout
+    assert "48 held-out training images; float" in shown
+    heading = re.search(r"budget +BOPs +size +score +on front +searcher *\n", shown)
+    assert heading
+    rows = shown[heading.end() :].split("\n\n")[0].splitlines()
+    assert [row.split()[0] for row in rows].count(
+        "42.93"
+    ) == 1  # of three budgets the one just above the floor
+    assert len(rows) == len(found["front"]["points"])
+    for row, line in zip(found["front"]["points"], rows, strict=True):
+        assert f"{row['top1']:.2f} " in line
+        assert f" {'yes' if row['on_front'] else 'no'} " in line
+        assert row["top1"] == points[row["bops"]]["top1"]
+    (chosen,) = (line for line in rows if line.rstrip().endswith("(chosen)"))
+    assert re.fullmatch(
+        r"92\.64 MBOPs +92\.64 M +114\.8 KB +[\d.]+ +(yes|no) +error w3a3 \(chosen\) *", chosen
+    )
+    assert sum(" uniform w" in line for line in rows) + sum(" error w" in line for line in rows) == 6
+
+
+def test_searches_and_analyses_try_the_same_widths() -> None:
+    assert Settings().candidates == QuantizationSection().candidates == (2, 3, 4, 5, 6, 8)
+    for verb in ("search", "quantize", "profile", "analyze"):
+        shown = re.sub(r"[│\s]+", " ", saq(verb, "--help").stdout)
+        assert "by default 2,3,4,5,6,8" in shown, verb
 
 
 def test_quiet_is_quiet(network: list[object], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saqcli.io.files import write_text
+from saqcli.strict import json_text
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -26,8 +27,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def append(path: Path, line: dict[str, Any]) -> None:
     """One more line, on the screen too; half a line, which a full disk or a crash left at the end, goes."""
     text = path.read_text() if path.is_file() else ""
-    write_text(path, text[: text.rfind("\n") + 1] + json.dumps(line) + "\n")
-    print(json.dumps(line), flush=True)
+    write_text(path, text[: text.rfind("\n") + 1] + json_text(line) + "\n")
+    print(json_text(line), flush=True)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from saqcli.errors import ConfigError, RunDirectoryError
 from saqcli.io.batches import Loader
 from saqcli.io.distributed import process_group
 from saqcli.io.files import write_text
-from saqcli.io.labels import ORDERS
+from saqcli.io.labels import ORDERS, check_files
 from saqcli.io.machine import library_versions
 from saqcli.io.models import build_architecture
 from saqcli.io.preprocessing import Preprocessing
@@ -134,6 +134,7 @@ def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tupl
     Raises:
         SaqError: unusable model, data, policy, or a budget that nothing meets.
     """
+    check_files(config.data.class_order, config.data.class_map)
     loaded = load_float(config.model, progress)
     if config.training.distill and not loaded.trained:
         raise ConfigError(

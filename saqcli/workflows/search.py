@@ -25,6 +25,7 @@ from saqcli.errors import ConfigError, RunDirectoryError
 from saqcli.io.distributed import process_group
 from saqcli.io.files import write_text
 from saqcli.io.interrupts import deferred_interrupts
+from saqcli.io.labels import check_files
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.calibrate import InputStatistics
@@ -161,6 +162,7 @@ def prepare_search(
         section = config.model.model_copy(update={"pretrained": False})
         network = wrap_and_trace(load_float(section, SILENT), quantize_attention=attention)
         return network, None
+    check_files(config.data.class_order, config.data.class_map)
     loaded = load_float(config.model, progress)
     images = Images.training_alone(
         config.data, classes_of(loaded), loaded.preprocessing, device, config.run.seed, progress

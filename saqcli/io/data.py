@@ -22,7 +22,7 @@ from saqcli.io.archives import read_split
 from saqcli.io.class_lists import find_class_lists, read_class_map
 from saqcli.io.folders import SplitName, find_images, find_split, is_split_name, some
 from saqcli.io.images import ImageSet, ImageStream
-from saqcli.io.labels import Classes, Numbering, check_order, number_classes
+from saqcli.io.labels import Classes, Numbering, check_files, number_classes
 from saqcli.io.shards import Shards
 from saqcli.strict import named_path
 from saqcli.units import counted
@@ -92,7 +92,7 @@ def open_split(
         DataError: nothing there, no such split, or classes that do not fit the network.
     """
     classes = Classes(num_classes) if isinstance(num_classes, int) else num_classes
-    check_order(class_order)
+    check_files(class_order, class_map)
     prefix = data.partition("/")[0].lower()
     if prefix == _SHARDED and not named_path(data).exists():
         opened = _open_shards(data, split, classes, class_order, class_map)

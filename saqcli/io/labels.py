@@ -211,12 +211,16 @@ def number_classes(
     return Numbering(labels, chosen.names, chosen.order, tuple(notes))
 
 
-def check_order(order: str | None) -> None:
-    """Refuse a ``--class-order`` that is neither an order nor a file.
+def check_files(order: str | None, class_map: str | None) -> None:
+    """Refuse a ``--class-order`` that is neither an order nor a file, and a ``--class-map`` that is no file.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: one is not.
     """
+    if class_map is not None and not named_path(class_map).is_file():
+        raise ConfigError(
+            f"--class-map {printable(class_map, 200)} is no file: give one with lines `FOLDER CLASS`"
+        )
     if order is not None and order not in ORDERS and not named_path(order).is_file():
         raise ConfigError(
             f"--class-order {printable(order, 200)} is no order and no file: give timm, torchvision or a file of "
@@ -251,7 +255,6 @@ def _known_lists(
 
 def _asked_list(order: str, folders: Sequence[str], targets: Mapping[str, str | int], count: int) -> _List:
     """The list in the file that the user named, which must fit."""
-    check_order(order)
     path = named_path(order)
     index = read_class_list(path, folders)
     reason = misfit(index, count)

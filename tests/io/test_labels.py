@@ -13,6 +13,7 @@ from saqcli.errors import ConfigError, DataError
 from saqcli.io.data import Split, check_same_classes, open_split
 from saqcli.io.fingerprints import check_fingerprint, fingerprint
 from saqcli.io.labels import Classes, sort_classes
+from tests.command_line import last_error, saq
 
 TENCH, GOLDFISH, GOLF_BALL, PARACHUTE = "n01440764", "n01443537", "n03445777", "n03888257"
 TORCHVISION = Classes(12, "torchvision")
@@ -344,6 +345,23 @@ class TestMap:
     def test_a_map_that_does_not_fit_is_refused(self, content: str, message: str, tmp_path: Path) -> None:
         with pytest.raises((ConfigError, DataError), match=message):
             opened(tmp_path, ["ant", "cat", "dog"], 3, {"m.txt": content}, class_map="m.txt")
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["eval"], "--class-map"),
+        (["quantize", "--bits", "4"], "--class-order"),
+        (["search", "--budget", "w4a4"], "--class-map"),
+    ],
+)
+def test_a_missing_file_is_told_before_weights_are_read(
+    command: list[str], option: str, tmp_path: Path
+) -> None:
+    more = ["saq/resnet20", "--weights", "nowhere.pth", "--data", tmp_path, option, "nowhere.txt", "--quiet"]
+    result = saq(command[0], *more, *command[1:])
+    assert result.exit_code == 1
+    assert f"{option} nowhere.txt is no" in last_error(result)
 
 
 def test_splits_that_are_numbered_differently_are_refused(tmp_path: Path) -> None:

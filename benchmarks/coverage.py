@@ -453,7 +453,10 @@ def _cells(facts: dict[str, Any], verdict: str) -> list[str]:
     if facts.get("layers") is None:
         return ["", "", "", "", "", verdict]
     reasons = _counts(entry["reason"] for entry in facts["float"])
-    left = "; ".join(f"{count} times left: {reason}" for reason, count in sorted(reasons.items()))
+    left = "; ".join(
+        f"{count} {'operation stays' if count == 1 else 'operations stay'} in floating point: {reason}"
+        for reason, count in sorted(reasons.items())
+    )
     cosine = f"{facts['cosine']:.4f}" if "cosine" in facts else ""
     return [
         str(facts["layers"]),

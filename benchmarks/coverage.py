@@ -454,7 +454,7 @@ def _cells(facts: dict[str, Any], verdict: str) -> list[str]:
         return ["", "", "", "", "", verdict]
     reasons = _counts(entry["reason"] for entry in facts["float"])
     left = "; ".join(
-        f"{count} operation{' stays' if count == 1 else 's stay'} in floating point: {reason}"
+        f"{count} {'operation stays' if count == 1 else 'operations stay'} in floating point: {reason}"
         for reason, count in sorted(reasons.items())
     )
     cosine = f"{facts['cosine']:.4f}" if "cosine" in facts else ""

@@ -171,7 +171,7 @@ def format_duration(seconds: float) -> str:
     return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
 
 
-def counted(number: int, thing: str) -> str:
+def counted(number: float, thing: str) -> str:
     """``number`` of ``thing``, named in the singular.
 
     Example:
@@ -180,7 +180,7 @@ def counted(number: int, thing: str) -> str:
     """
     if number != 1:
         thing += "es" if thing.endswith(("s", "x", "tch", "sh")) else "s"
-    return f"{number:,} {thing}"
+    return f"{number:,} {thing}" if isinstance(number, int) else f"{number:g} {thing}"
 
 
 def with_error(value: float, error: float, joint: str = " ± ") -> str:

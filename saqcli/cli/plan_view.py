@@ -115,7 +115,7 @@ def _search(plan: dict[str, Any]) -> list[str]:
     if inputs is not None:
         text += f", for inputs {', '.join(map(str, inputs))}"
     if config["search"]["epochs"] is not None:
-        text += f", {config['search']['epochs']:g} epochs"
+        text += f", {counted(config['search']['epochs'], 'epoch')}"
     if config["search"]["pareto"]:
         text += f"; a front at {counted(config['search']['pareto'], 'budget')}"
     return [text]

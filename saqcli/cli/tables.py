@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from saqcli.units import counted, format_quantity
+from saqcli.units import counted, format_figure, format_quantity
 
 PIPED = 200  # columns where nobody looks at a terminal, so that no line wraps
 GAP = 2  # columns between two cells
@@ -214,9 +214,10 @@ def upper_first(text: str) -> str:
 def show_evaluation(result: dict[str, Any]) -> None:
     """Accuracy in one line."""
     skipped = f", {counted(result['skipped'], 'unreadable image')} left out" if result["skipped"] else ""
+    loss = format_figure(result["loss"], ".4f")
     say(
         Console(),
-        f"[bold]top-1 {result['top1']:.2f} %[/bold], top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} on "
+        f"[bold]top-1 {result['top1']:.2f} %[/bold], top-5 {result['top5']:.2f} %, loss {loss} on "
         f"{counted(result['images'], 'image')} ({result['images_per_second']:.0f} a second){skipped}",
         markup=True,
     )

@@ -177,7 +177,7 @@ def _check_trains(searched: Network, config: RunConfig, images: int) -> None:
     """Refuse a network that cannot be trained on ``images`` as the searcher does."""
     limits = {}
     if (step := config.search.options.get("asga", {}).get("step_images")) and isinstance(step, int):
-        limits["search.options.asga.step_images"] = max(1, step // ranks.count())
+        limits["--set search.options.asga.step_images="] = max(1, step // ranks.count())
     name = config.quantization.searcher
     check_trains(
         searched.model,

@@ -21,7 +21,7 @@ from saqcli.config import RunConfig
 from saqcli.io.interrupts import StopRequest, deferred_interrupts
 from saqcli.io.runs import RunDirectory
 from saqcli.progress import Progress, Task
-from saqcli.units import counted
+from saqcli.units import counted, format_figure
 from saqcli.workflows.best import Best, Trained
 from saqcli.workflows.optimization import make_minimizer, make_objective, make_optimizer, make_schedule
 from saqcli.workflows.resuming import stop_if_asked, stopped
@@ -138,7 +138,7 @@ def finetune(
             run.log(phase="train", epoch=epoch + 1, lr=lr, **asdict(trained), steps_skipped=setbacks.skipped)
             run.log(phase="val", epoch=epoch + 1, **asdict(score))
             progress.note(
-                f"epoch {epoch + 1}: loss {trained.loss:.3f}, training {trained.top1:.2f} %, "
+                f"epoch {epoch + 1}: loss {format_figure(trained.loss, '.3f')}, training {trained.top1:.2f} %, "
                 f"validation {score.top1:.2f} %"
                 + (f", {counted(setbacks.skipped, 'step')} left out" if setbacks.skipped else "")
             )

@@ -4,6 +4,7 @@ Everything that a run looks at before its first long step is looked at here, wit
 device, bits or budget, training, run directory. Nothing is written, and published weights are not fetched.
 """
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,14 +163,17 @@ def _split(split: Split) -> dict[str, Any]:
 
 
 def _bits(config: RunConfig) -> str:
-    """Where they come from, in the words of the options."""
+    """Where they come from, as typed."""
     section = config.quantization
-    if section.bits is not None:
-        return f"--bits {section.bits}"
-    if section.policy is not None:
-        return f"--policy {section.policy}"
-    given = [f"--bops {section.bops}"] if section.bops is not None else []
-    return " ".join(given + ([f"--size {section.size}"] if section.size is not None else []))
+    given = {
+        "--bits": section.bits,
+        "--policy": section.policy,
+        "--bops": section.bops,
+        "--size": section.size,
+    }
+    words = [word for option, value in given.items() if value is not None for word in (option, value)]
+    pins = [word for pattern, bits in section.pins.items() for word in ("--pin", f"{pattern}={bits}")]
+    return shlex.join(words + pins)
 
 
 def _written(config: RunConfig, verb: str, *, searches: bool) -> list[str]:

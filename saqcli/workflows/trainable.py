@@ -76,8 +76,9 @@ def _least(batch: int, images: int | None, limits: Limits, *, pairs: bool) -> Le
     for option, limit in limits.items():
         if limit is not None and min(parts) > 1:
             batches, parts = parts, [size for part in parts for size in sizes(part, limit)]
-            reason = f"{option} {limit}" + (f" with batches of {batches[0]}" if limit > 1 else "")
-            remedy = f"{option} {limit + 1} or more"
+            joint = "" if option.endswith("=") else " "
+            reason = f"{option}{joint}{limit}" + (f" with batches of {batches[0]}" if limit > 1 else "")
+            remedy = f"{option}{joint}{limit + 1} or more"
     return Least(min(parts), reason, remedy)
 
 

@@ -74,7 +74,7 @@ def test_a_folder_without_class_folders_is_told_what_it_holds(tmp_path: Path) ->
     with pytest.raises(DataError, match="is empty"):
         open_split(str(tmp_path), "val", num_classes=2)
     (tmp_path / "1.JPEG").touch()
-    with pytest.raises(DataError, match="holds 1 images but no class folders"):
+    with pytest.raises(DataError, match="holds 1 image but no class folders"):
         open_split(str(tmp_path), "val", num_classes=2)
 
 

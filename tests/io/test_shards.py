@@ -179,7 +179,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "one more": (
         lambda f: write_shard(f / "validation-0001.tar", [sample(1), sample(2)]),
-        "0001.tar holds more than the 1 images",
+        "0001.tar holds more than the 1 image of",
     ),
     "no image": (
         lambda f: write_shard(f / "validation-0001.tar", [("a", {"cls": b"1", "txt": b""})]),

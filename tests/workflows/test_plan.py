@@ -80,6 +80,12 @@ def test_one_epoch_of_one_step_is_singular(images: Path) -> None:
     assert "1 epoch of 1 step, 15 images each" in found["training"]
 
 
+def test_pins_are_part_of_the_bits(images: Path) -> None:
+    found = lines(*SMALL, "--data", images, "--bits", 4, "--pin", "layer1.*=8", "--pin", "linear=w8a4")
+
+    assert found["bits"].startswith("--bits 4 --pin 'layer1.*=8' --pin linear=w8a4: ")
+
+
 def test_a_budget_shows_what_fits(images: Path) -> None:
     options = (*SMALL, "--data", images, "--bops", "w4a4", "--epochs", 0)
     found, plan = lines(*options), answer("quantize", *options, "--dry-run")

@@ -174,6 +174,8 @@ def test_every_text_is_whole_and_inside(instrument: str, subjects: list[tuple[st
                 covers = ax is not text.axes and ax.get_visible() and ax.patch.get_visible()
                 assert not (covers and overlap(extent, ax.bbox)), said
             assert "$" not in said, said
+        named = [e for t, e in zip(texts, extents, strict=True) if t.axes and t is t.axes.title]
+        assert not any(overlap(one, other) for k, one in enumerate(named) for other in named[:k])
 
 
 @pytest.mark.parametrize(("instrument", "subjects"), EVERY)

@@ -96,8 +96,8 @@ def paint_trace(subjects: list[tuple[str, TraceReading]], images: str = "") -> "
         ax.set_xlabel(label)
         if k == 2 and all(v > 0 for one in found for v, _ in one.values()):
             ax.set_xscale("log")
-            low, high = ax.get_xlim()
-            subs = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)
+            every = [v for one in found for v, _ in one.values()]
+            subs = (1.0,) if max(every) > 50 * min(every) else (1.0, 2.0, 5.0)
             ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=MOST_TICKS))
             ax.xaxis.set_major_formatter("{x:g}")  # powers would be mathematics, which is off
             ax.xaxis.set_minor_formatter(NullFormatter())

@@ -5,7 +5,7 @@ orders of magnitude, and the shape around the minimum is what is looked for.
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 Part = tuple[str, LandscapeReading, Array]  # title, reading, logarithms of its losses
 PANEL = 4.3  # inches that the panel of one model takes
+NAME = 3.2  # inches that its name may take
 LEVELS = 48  # of colour
 FEWEST_TICKS, MOST_TICKS = 4, 10
 FINE = 80  # steps along each side of a drawn surface, at least
@@ -31,6 +32,19 @@ AXIS = "cross-entropy loss (log scale)"
 TITLE = "Loss landscape over a plane through the quantized weights"
 
 
+class Scale(NamedTuple):
+    """Logarithms of the least and the greatest loss, and of those that are written."""
+
+    low: float
+    high: float
+    ticks: list[float]
+
+    @property
+    def numbers(self) -> list[str]:
+        """What is written at the ticks."""
+        return [_number(10**tick) for tick in self.ticks]
+
+
 def paint_landscape(subjects: list[tuple[str, LandscapeReading]], images: str = "") -> "dict[str, Figure]":
     """``landscape_contour`` and ``landscape_surface``."""
     heights = _heights([reading for _, reading in subjects])
@@ -38,10 +52,11 @@ def paint_landscape(subjects: list[tuple[str, LandscapeReading]], images: str = 
     low, high = (float(found.min()), float(found.max())) if len(found) else (0.0, 1.0)
     if high - low < LEAST_RANGE:  # a flat landscape has a colour too
         low, high = low - LEAST_RANGE / 2, high + LEAST_RANGE / 2
+    scale = Scale(low, high, _ticks(low, high) if len(found) else [])
     parts = [(name, reading, z) for (name, reading), z in zip(subjects, heights, strict=True)]
     return {
-        "landscape_contour": _contour(parts, low, high, images),
-        "landscape_surface": _surface(parts, low, high, images),
+        "landscape_contour": _contour(parts, scale, images),
+        "landscape_surface": _surface(parts, scale, images),
     }
 
 
@@ -56,20 +71,20 @@ def _heights(readings: list[LandscapeReading]) -> list[Array]:
     return [np.log10(np.maximum(np.where(np.isfinite(loss), loss, math.nan), least)) for loss in losses]
 
 
-def _contour(parts: list[Part], low: float, high: float, images: str) -> "Figure":
+def _contour(parts: list[Part], scale: Scale, images: str) -> "Figure":
     from matplotlib.ticker import FuncFormatter
 
     figure = new_figure(PANEL * len(parts) + 1.1, 5.1)
     put_title(figure, TITLE, images)
     axes: Any = figure.subplots(1, len(parts), squeeze=False, sharex=True, sharey=True)[0]
-    edge = (high - low) / 1e6  # the lowest and the highest loss are inside
-    levels = np.linspace(low - edge, high + edge, LEVELS)
+    edge = (scale.high - scale.low) / 1e6  # the lowest and the highest loss are inside
+    levels = np.linspace(scale.low - edge, scale.high + edge, LEVELS)
     for index, (ax, (name, reading, z)) in enumerate(zip(axes, parts, strict=True)):
         axis, masked = np.array(reading.axis), np.ma.masked_invalid(z)
         ax.set_facecolor(FAINT)
-        image = ax.contourf(axis, axis, masked, levels=levels, cmap=MAP, vmin=low, vmax=high)
+        image = ax.contourf(axis, axis, masked, levels=levels, cmap=MAP, vmin=scale.low, vmax=scale.high)
         lines = ax.contour(
-            axis, axis, masked, levels=_ticks(low, high), colors="white", linewidths=0.7, linestyles="solid"
+            axis, axis, masked, levels=scale.ticks, colors="white", linewidths=0.7, linestyles="solid"
         )
         ax.set_xlim(-reading.span, reading.span)
         ax.set_ylim(-reading.span, reading.span)
@@ -80,14 +95,14 @@ def _contour(parts: list[Part], low: float, high: float, images: str) -> "Figure
         ax.plot(0, 0, marker="+", markersize=9, markeredgewidth=1.6, color="white")
         centre = reading.loss[reading.grid // 2][reading.grid // 2]
         at_centre = "NaN or infinite" if centre is None else _number(centre)
-        ax.set_title(f"{fitted(name, PANEL)}\nloss at the centre (+): {at_centre}")
+        ax.set_title(f"{fitted(name, NAME)}\nloss at the centre (+): {at_centre}")
         ax.set_xlabel("along direction 1 (filter norms)")
         if index == 0:
             ax.set_ylabel("along direction 2 (filter norms)")
         ax.set_xticks(np.linspace(-reading.span, reading.span, 5))
         ax.set_yticks(np.linspace(-reading.span, reading.span, 5))
         ax.set_aspect("equal")
-    _colour_bar(figure, image, axes, low, high, shrink=0.9, pad=0.03)
+    _colour_bar(figure, image, axes, scale, shrink=0.9, pad=0.03)
     _unknown(figure, parts, facecolor=FAINT)
     return figure
 
@@ -108,7 +123,7 @@ def _places(segments: list[list[Array]], span: float) -> list[tuple[float, float
     return [(float(x), float(y)) for x, y in taken[1:]]
 
 
-def _surface(parts: list[Part], low: float, high: float, images: str) -> "Figure":
+def _surface(parts: list[Part], scale: Scale, images: str) -> "Figure":
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from mpl_toolkits import mplot3d  # noqa: F401  (makes the 3d projection known)
@@ -116,10 +131,8 @@ def _surface(parts: list[Part], low: float, high: float, images: str) -> "Figure
     figure = new_figure((PANEL + 0.7) * len(parts) + 1.0, 5.0)
     put_title(figure, TITLE, images)
     axes: Any = figure.subplots(1, len(parts), squeeze=False, subplot_kw={"projection": "3d"})[0]
-    colours = ScalarMappable(Normalize(low, high), MAP)
-    at = _ticks(low, high)
-    numbers = [_number(10**tick) for tick in at]
-    longest = max(map(len, numbers), default=0)
+    colours = ScalarMappable(Normalize(scale.low, scale.high), MAP)
+    longest = max(map(len, scale.numbers), default=2)
     for ax, (name, reading, z) in zip(axes, parts, strict=True):
         axis, fine = _finer(np.array(reading.axis), z)
         x, y = np.meshgrid(axis, axis)
@@ -134,9 +147,9 @@ def _surface(parts: list[Part], low: float, high: float, images: str) -> "Figure
             linewidth=0,
             rasterized=True,  # thousands of faces make no good SVG
         )
-        ax.set_zlim(low, high)
-        ax.set_zticks(at, numbers)
-        ax.set_title(fitted(name, PANEL), y=0.98)
+        ax.set_zlim(scale.low, scale.high)
+        ax.set_zticks(scale.ticks, scale.numbers)
+        ax.set_title(fitted(name, NAME), y=0.98)
         ax.set_xlabel("direction 1 (filter norms)", labelpad=0, fontsize=8)
         ax.set_ylabel("direction 2 (filter norms)", labelpad=0, fontsize=8)
         ax.set_zlabel(AXIS, labelpad=longest - 2, fontsize=8)
@@ -150,7 +163,7 @@ def _surface(parts: list[Part], low: float, high: float, images: str) -> "Figure
             side._axinfo["grid"].update(color=(0.85, 0.85, 0.85, 1.0), linewidth=0.5)
         ax.set_box_aspect((1, 1, 0.72), zoom=0.86)  # numbers and names lie inside, too
         ax.patch.set_visible(False)  # of a second model, it would cover numbers of the first
-    _colour_bar(figure, colours, axes, low, high, shrink=0.7, pad=0.05)
+    _colour_bar(figure, colours, axes, scale, shrink=0.7, pad=0.05)
     _unknown(figure, parts, facecolor="none", edgecolor=INK)
     return figure
 
@@ -163,13 +176,10 @@ def _finer(axis: Array, z: Array) -> tuple[Array, Array]:
     return fine, np.array([np.interp(fine, axis, column) for column in rows.T]).T
 
 
-def _colour_bar(
-    figure: "Figure", image: Any, axes: Any, low: float, high: float, *, shrink: float, pad: float
-) -> None:
-    at = _ticks(low, high)
-    bar = figure.colorbar(image, ax=list(axes), shrink=shrink, pad=pad, ticks=at)
-    bar.ax.set_yticklabels([_number(10**tick) for tick in at])
-    bar.ax.minorticks_off()
+def _colour_bar(figure: "Figure", image: Any, axes: Any, scale: Scale, *, shrink: float, pad: float) -> None:
+    bar = figure.colorbar(image, ax=list(axes), shrink=shrink, pad=pad)
+    bar.set_ticks(scale.ticks, labels=scale.numbers)
+    bar.minorticks_off()
     bar.set_label(AXIS)
 
 

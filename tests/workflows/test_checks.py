@@ -165,7 +165,7 @@ def test_problems_are_told_once_and_in_their_order() -> None:
         raise UnknownModel("one")
 
     assert problems.attempt(wrong) is None
-    with pytest.raises(UnknownModel, match="^one$"):
+    with pytest.raises(UnknownModel, match=r"^one$"):
         problems.check()
     problems.add(SeveralProblems([ConfigError("two"), UnknownModel("one")]))
     with pytest.raises(SeveralProblems, match=r"^2 problems: \(1\) one; \(2\) two$") as raised:

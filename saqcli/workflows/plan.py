@@ -159,7 +159,9 @@ def _described(images: Images | None, proxy: Images | None, verb: str) -> dict[s
 
 
 def _split(split: Split) -> dict[str, Any]:
-    classes = sorted(split.folders, key=split.folders.__getitem__)  # that are there, of ImageNet not all names
+    classes = sorted(
+        split.folders, key=split.folders.__getitem__
+    )  # that are there, of ImageNet not all names
     return {"name": split.name, "images": split.images, "classes": classes}
 
 

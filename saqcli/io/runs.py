@@ -51,7 +51,7 @@ class RunDirectory:
         self.policy_path = path / "policy.json"
         self.checkpoint_path = path / "checkpoints" / "last.ckpt"
         self.safetensors_path = path / "artifacts" / "model.safetensors"
-        self.best_path = path / "artifacts" / "best.safetensors"
+        self.best_path = path / "checkpoints" / "best.safetensors"
         self.onnx_path = path / "artifacts" / "model.onnx"
         self.report_path = path / "report.md"
         self.search_path = path / "search.json"

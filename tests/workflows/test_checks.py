@@ -47,8 +47,19 @@ def images(tmp_path: Path) -> Path:
             "quantize resnt18 --bits 9 --bops 34 --size 5GBOPs --data nosuch --candidates 1,2 --lr -1 "
             "--input-size abc --mean x --pin fc --set training.speed=1 --set foo --weights nosuch.pth",
             [
-                *("near are timm/resnet18", "--bits and --bops or --size were given", "--bits 9", "'34' is not a"),
-                *("give --bops 5GBOPs", "no folder nosuch", "--candidates 1,2", "training.lr", "--input-size abc"),
+                *(
+                    "near are timm/resnet18",
+                    "--bits and --bops or --size were given",
+                    "--bits 9",
+                    "'34' is not a",
+                ),
+                *(
+                    "give --bops 5GBOPs",
+                    "no folder nosuch",
+                    "--candidates 1,2",
+                    "training.lr",
+                    "--input-size abc",
+                ),
                 *("--mean x", "--pin fc", "unknown key 'training.speed'", "--set foo", "weights nosuch.pth"),
             ],
         ),
@@ -67,7 +78,10 @@ def images(tmp_path: Path) -> Path:
             ["--batch-sizes x", "no folder nosuch"],
         ),
         ("analyze resnet18 --split test --grid 4", ["--split test", "give --bits 4", DATA, "--grid 4"]),
-        ("analyze resnt18 --bits 9 --against nosuch", ["near are", "--bits 9", "directory or file nosuch", DATA]),
+        (
+            "analyze resnt18 --bits 9 --against nosuch",
+            ["near are", "--bits 9", "directory or file nosuch", DATA],
+        ),
         (
             "export nosuch --onnx x --style qqd --verify foo --data nosuch",
             ["directory or file nosuch", "--onnx x", "style 'qqd'", "--verify foo", "no folder nosuch"],
@@ -124,7 +138,7 @@ def test_budgets_are_checked_wherever_they_are_read(images: Path, tmp_path: Path
         assert says in last_error(
             saq("search", "saq/resnet20", "--data", images, "--set", f"quantization.{key}={value}")
         )
-    file.write_text("[quantization]\nbits = 4\n[quantization.pins]\n\"*.conv2\" = 6\n")
+    file.write_text('[quantization]\nbits = 4\n[quantization.pins]\n"*.conv2" = 6\n')
     plan = answer(*base, "--config", file)
     bits = {row["name"]: row["weight_bits"] for row in plan["profile"]["layers"]}
     assert [bits[name] for name in ("conv1", "layer1.0.conv1", "layer1.0.conv2")] == [8, 4, 6]
@@ -151,7 +165,7 @@ def test_problems_are_told_once_and_in_their_order() -> None:
         raise UnknownModel("one")
 
     assert problems.attempt(wrong) is None
-    with pytest.raises(UnknownModel, match="^one$"):
+    with pytest.raises(UnknownModel, match=r"^one$"):
         problems.check()
     problems.add(SeveralProblems([ConfigError("two"), UnknownModel("one")]))
     with pytest.raises(SeveralProblems, match=r"^2 problems: \(1\) one; \(2\) two$") as raised:

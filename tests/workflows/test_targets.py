@@ -101,9 +101,7 @@ def test_folders_that_are_no_run_say_what_fits(images: Path, tmp_path: Path, con
             assert says in line
 
 
-def test_files_that_are_no_model_say_what_takes_them(
-    images: Path, tmp_path: Path, config: RunConfig
-) -> None:
+def test_files_that_are_no_model_say_what_takes_them(images: Path, tmp_path: Path, config: RunConfig) -> None:
     run = searched(tmp_path / "found", config)
     (run / "report.md").touch()
     for name in ("weights.pth", "policy.json", "notes.txt"):
@@ -172,7 +170,7 @@ def test_names_of_models_are_not_taken_for_paths(tmp_path: Path, monkeypatch: py
     assert find_target("resnet18", ANALYZED).kind == "model"
     with pytest.raises(SaqError, match="not quantized: quantize it with `saq quantize saq/resnet20`"):
         find_target("saq/resnet20", QUANTIZED)
-    with pytest.raises(SaqError, match="near are .*timm/resnet18"):
+    with pytest.raises(SaqError, match=r"near are .*timm/resnet18"):
         find_target("resnt18", EVALUATED)
 
 

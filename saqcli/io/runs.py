@@ -6,8 +6,9 @@ policy.json       the bits of every layer
 search.json       how they were found, where a search found them; policy.png, policy.svg, pareto.* are its pictures
 metrics.jsonl     one object a line
 checkpoints/      last.ckpt: model, optimizer, random state, position in the epoch; search.ckpt: a search under way,
-                  proxy.ckpt: the network that it searches in; *.previous.ckpt: the good one before each
-artifacts/        model.safetensors, model.onnx; best.safetensors where another epoch was clearly better
+                  proxy.ckpt: the network that it searches in; *.previous.ckpt: the good one before each;
+                  best.safetensors: the best state, where it was clearly better than the exported one
+artifacts/        model.safetensors, model.onnx
 report.md         what a person reads first
 .lock             which process is at work here, while one is
 """

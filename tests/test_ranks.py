@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -107,17 +108,18 @@ def test_a_rank_that_dies_is_noticed_at_once() -> None:
         ranks_run(3, _waiting)
 
 
-def _blocked() -> None:
+def _blocked(number: int) -> None:
     """Rank 0 waits, where no Python code runs, for a rank that never comes; then it is asked to end."""
     if ranks.index() == 1:
         time.sleep(4)
         return
     interrupts.SECONDS_TO_ANSWER = 1.0
     with deferred_interrupts():
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
         dist.barrier()
 
 
-def test_a_rank_that_waits_for_another_ends_within_seconds_of_sigterm() -> None:
-    with pytest.raises(AssertionError, match="rank 0: it ended with 143"):
-        ranks_run(2, _blocked)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_waiting_rank_ends_within_seconds_of_a_signal(number: int, code: int) -> None:
+    with pytest.raises(AssertionError, match=f"rank 0: it ended with {code}"):
+        ranks_run(2, partial(_blocked, number))

@@ -53,11 +53,14 @@ class StopRequest:
 def deferred_interrupts() -> Iterator[StopRequest]:
     """Within the context the first signal is noted instead of raised; outside the main thread nothing changes."""
     request = StopRequest()
+    asked: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if request.signal and number != _HANGUP:
-            raise Stopped(number)
         request.signal = request.signal or number
+        if number != _HANGUP:
+            asked.append(number)
+        if len(asked) > 1:
+            raise Stopped(number)
 
     try:
         before = {number: signal.signal(number, note) for number in _heeded()}

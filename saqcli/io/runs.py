@@ -6,9 +6,9 @@ policy.json       the bits of every layer
 search.json       how they were found, where a search found them; policy.png, policy.svg, pareto.* are its pictures
 metrics.jsonl     one object a line
 checkpoints/      last.ckpt: model, optimizer, random state, position in the epoch; search.ckpt: a search under way,
-                  proxy.ckpt: the network that it searches in; *.previous.ckpt: the good one before each
-artifacts/        model.safetensors, model.onnx, model-STYLE.onnx of further styles, their verdicts;
-                  best.safetensors where another epoch was clearly better
+                  proxy.ckpt: the network that it searches in; *.previous.ckpt: the good one before each;
+                  best.safetensors: the best state, where it was clearly better than the exported one
+artifacts/        model.safetensors, model.onnx, model-STYLE.onnx of further styles, their verdicts
 report.md         what a person reads first
 .lock             which process is at work here, while one is
 """
@@ -52,7 +52,7 @@ class RunDirectory:
         self.policy_path = path / "policy.json"
         self.checkpoint_path = path / "checkpoints" / "last.ckpt"
         self.safetensors_path = path / "artifacts" / "model.safetensors"
-        self.best_path = path / "artifacts" / "best.safetensors"
+        self.best_path = path / "checkpoints" / "best.safetensors"
         self.onnx_path = path / "artifacts" / "model.onnx"
         self.report_path = path / "report.md"
         self.search_path = path / "search.json"

@@ -99,4 +99,4 @@ def advice(calibrated: Score, last: Score | None, best: Best | None, training: T
     what = f"the state of epoch {best.epoch}" if best.epoch else "the calibrated state"
     if keep_best:
         return f"{text}; {what} is exported"
-    return f"{text}; --resume --set training.keep=best exports {what}, kept as artifacts/best.safetensors"
+    return f"{text}; --resume --set training.keep=best exports {what}, kept as checkpoints/best.safetensors"

@@ -259,6 +259,7 @@ def test_readers_outlive_the_signal_that_the_whole_group_gets(folder: Path, begi
     for reader in readers:
         assert reader.pid is not None
         os.kill(reader.pid, signal.SIGINT)
+        os.kill(reader.pid, signal.SIGHUP)
         os.kill(reader.pid, signal.SIGTERM)
 
     assert sum(len(labels) for _, labels in batches) >= 200

@@ -152,6 +152,7 @@ def test_all_stop_when_one_is_asked_to_and_go_on_bit_for_bit(
     assert [code for code, _, _ in said] == [143, 143]
     assert "--resume" in said[0][2]
     assert said[1][2] == ""
+    assert said[0][2].startswith("Interrupted; progress saved. Resume with `saq quantize --run-dir")
     assert state_of(run)["position"] == {"epoch": 0, "step": 2}
 
     # torchrun starts the same command again when a process has failed: it goes on without --resume

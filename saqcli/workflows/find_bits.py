@@ -132,7 +132,7 @@ def make_searcher(config: RunConfig) -> Searcher:
     options = dict(section.options.get(name, {}))
     if section.epochs is not None:
         if not SEARCHERS[name].trains:
-            raise ConfigError(f"searcher {name} does not train, so it has no --epochs: leave them away")
+            raise ConfigError(f"searcher {name} does not train, so it has no --epochs: remove it")
         whole = section.epochs == int(section.epochs)
         options["epochs"] = int(section.epochs) if whole else section.epochs
     if section.rho is not None:
@@ -229,4 +229,4 @@ def announce(space: SearchSpace, budget: Budget, progress: Progress) -> None:
         f"{format_quantity(ceiling.size, 'B')}; the budget is {budget}"
     )
     if budget.admits(ceiling):
-        progress.note("the budget admits the most bits everywhere: all layers get them")
+        progress.note("the budget allows the most bits in every layer: there is nothing to search")

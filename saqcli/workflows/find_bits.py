@@ -245,4 +245,4 @@ def announce(space: SearchSpace, budget: Budget, progress: Progress) -> None:
         f"{format_quantity(ceiling.size, 'B')}; the budget is {budget}"
     )
     if budget.admits(ceiling):
-        progress.note("the budget admits the most bits everywhere: all layers get them")
+        progress.note("the budget allows the most bits in every layer: there is nothing to search")

@@ -3,7 +3,7 @@
 load        the network that the policy is for; with a proxy, also the one that is searched, which is fitted to its
             images
 calibrate   what the inputs of all layers look like
-search      on parts of the training images; stopped at any step it goes on where it was
+search      on parts of the training images; an interrupted search resumes bit-identically
 write       policy.json, search.json, pictures
 """
 
@@ -60,7 +60,7 @@ def search(
     Args:
         config: resolved.
         run_dir: made if it is not there.
-        resume: go on with the search in ``run_dir``.
+        resume: continue the search in ``run_dir``.
         overwrite: replace what is in ``run_dir``.
         progress: told about everything that takes time.
 

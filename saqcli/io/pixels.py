@@ -46,13 +46,13 @@ def to_mode(image: Image.Image, mode: str, *, exif_transpose: bool = False) -> I
     Raises:
         ValueError: nobody can tell what its numbers show.
     """
-    white, inverted = _declared(image)
+    whites, inverted = _declared(image)
     deep = _is_deep(image)
     image.load()
     if exif_transpose:
         image = _turned(image)
     if image.mode.startswith("I") or image.mode == "F":
-        pixels = _to_bytes(np.asarray(image), white)
+        pixels = _to_bytes(np.asarray(image), whites)
         image = Image.fromarray(255 - pixels if inverted else pixels)
     elif deep:
         _check_upper_half(image)
@@ -68,8 +68,8 @@ def to_mode(image: Image.Image, mode: str, *, exif_transpose: bool = False) -> I
     return image.convert(mode)
 
 
-def _declared(image: Image.Image) -> tuple[int | None, bool]:
-    """The number that is white by the file's own format, if it says so; and whether black is that number instead.
+def _declared(image: Image.Image) -> tuple[tuple[int, ...], bool]:
+    """The numbers that may be white by the file's own format; and whether black is that number instead.
 
     Raises:
         ValueError: a TIFF of signed 8-bit numbers, which Pillow reads as others.
@@ -81,7 +81,9 @@ def _declared(image: Image.Image) -> tuple[int | None, bool]:
         raise ValueError("its numbers are signed 8-bit ones: save it unsigned")
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
     inverted = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
-    return (2**bits - 1 if sixteen and not signed else None), inverted
+    if sixteen:
+        return ((255, 2**15 - 1) if signed else (2**bits - 1,)), inverted
+    return ((1, 255) if image.mode == "F" else (255, 65535)), inverted
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -96,9 +98,9 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _to_bytes(
-    pixels: "np.ndarray[Any, np.dtype[Any]]", white: int | None
+    pixels: "np.ndarray[Any, np.dtype[Any]]", whites: tuple[int, ...]
 ) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """Numbers as 8 bits, where ``white`` is 255; None finds it out."""
+    """Numbers as 8 bits, where the first of ``whites`` that nothing exceeds is 255."""
     low, high = pixels.min().item(), pixels.max().item()
     whole = pixels.dtype.kind in "iu"
     spare = 0 if whole else _ROUNDING
@@ -106,9 +108,7 @@ def _to_bytes(
         raise ValueError("it has numbers that are NaN or infinite")
     if low < -spare:
         raise ValueError(f"its numbers reach down to {low:g}, below black: save it with 0 as black")
-    if white is None:
-        whites = (255, 65535) if whole else (1, 255)
-        white = next((each for each in whites if high <= each * (1 + spare)), None)
+    white = next((each for each in whites if high <= each * (1 + spare)), None)
     if white is None:
         raise ValueError(
             f"its numbers reach {high:g}, so nobody can tell which one is white: save it with 8 bits"

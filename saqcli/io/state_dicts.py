@@ -80,6 +80,7 @@ def choose(content: Mapping[Any, Any], key: str | None, source: str) -> StateDic
     if key is not None:
         return _asked(content, key, nested, source)
     averaged = [] if _keeps_averages_in_state_dict(content) else list(filter(is_averaged, nested))
+    averaged = [path for path in averaged if not _never_updated(sets[path])]
     rules: tuple[list[Path], ...] = (
         [path for name in TIMM for path in nested if path[0] == name][:1],
         averaged,
@@ -94,6 +95,11 @@ def choose(content: Mapping[Any, Any], key: str | None, source: str) -> StateDic
             "--weights-key"
         )
     (path,) = found
+    if path and not is_averaged(path) and (unnamed := next(_unnamed_averages(content), None)):
+        raise ConfigError(
+            f"weights {source} hold averaged weights without names under {_dotted(unnamed)!r}, beside those in "
+            f"{_dotted(path)!r}: save the averaged state_dict(), or give --weights-key {_dotted(path)} for the others"
+        )
     chosen = StateDict(
         sets.get(path, content), _dotted(path), tuple(_dotted(other) for other in nested if other != path)
     )
@@ -144,7 +150,9 @@ def _without_prefix(found: StateDict, prefix: str, source: str) -> StateDict:
     others = [name for name in found.values if not name.startswith(prefix)]
     note = f"{source}: prefix {printable(prefix, 60)!r} removed from the names of its tensors"
     if others:
+        averages = any(is_averaged(tuple(name.split("."))) for name in others)
         note += f"; {len(others)} others left out ({_listed(others)})"
+        note += ", averaged weights among them" if averages else ""
     return StateDict(values, notes=(*found.notes, note))
 
 
@@ -206,6 +214,25 @@ def _sets(content: Mapping[Any, Any], path: Path = ()) -> Iterator[tuple[Path, M
         inner = isinstance(value, Mapping) and len(path) < _DEEPEST
         if inner and isinstance(key, str) and not _NO_WEIGHTS.search(key):
             yield from _sets(value, (*path, key))
+
+
+def _never_updated(content: Mapping[Any, Any]) -> bool:
+    """Whether an average, as torch.optim.swa_utils keeps it, is still what the network started from."""
+    count = content.get("n_averaged")
+    return isinstance(count, Tensor) and count.numel() == 1 and int(count) == 0
+
+
+def _unnamed_averages(content: Mapping[Any, Any], path: Path = ()) -> Iterator[Path]:
+    """Lists of averaged weights without names, as torch_ema and diffusers save them."""
+    for key, value in content.items():
+        if not isinstance(key, str) or _NO_WEIGHTS.search(key):
+            continue
+        inner = (*path, key)
+        listed = isinstance(value, list | tuple) and bool(value)
+        if listed and is_averaged(inner) and all(isinstance(each, Tensor) for each in value):
+            yield inner
+        elif isinstance(value, Mapping) and len(path) < _DEEPEST:
+            yield from _unnamed_averages(value, inner)
 
 
 def _is_set(content: Mapping[Any, Any]) -> bool:

@@ -109,6 +109,9 @@ def fold(module: nn.Module) -> bool:
         return False
     any_module: Any = module
     hooks = list(module._forward_pre_hooks.values())
+    hooks.sort(
+        key=lambda hook: not isinstance(hook, BasePruningMethod)
+    )  # what is pruned may be another's tensor
     names = list(any_module.parametrizations) if parametrize.is_parametrized(module) else []
     found = False
     with _in_eval(module):

@@ -25,6 +25,7 @@ from saqcli.quant.cost import CostModel, cost_model
 from saqcli.quant.plain import make_plain
 from saqcli.quant.trace import Trace, trace
 from saqcli.strict import named_path
+from saqcli.units import counted
 
 CALIBRATION_BATCH = 64
 SMALL_IMAGES = 64  # pixels; up to here images are trained on whole, above on random crops
@@ -78,6 +79,11 @@ def load_float(section: ModelSection, progress: Progress, *, new_head: bool = Fa
         )
     )
     loaded.notes += [f"{loaded.name}: {note}" for note in make_plain(loaded.model)]
+    if section.new_head and loaded.trained:
+        loaded.notes.append(
+            f"--new-head changes nothing: {loaded.weights_source} has {counted(loaded.num_classes, 'class')}, as asked "
+            "for, and its classifier is kept"
+        )
     for note in loaded.notes:
         progress.note(note)
     return loaded
@@ -112,9 +118,10 @@ def answering(name: str) -> Iterator[None]:
     try:
         yield
     except UnsupportedModel as error:
-        raise UnsupportedModel(
-            f"{name}: {error}; give another --input-size or correct --model-kwargs"
-        ) from error
+        remedy = "give another --input-size or correct --model-kwargs"
+        if "dtype" in str(error):
+            remedy = "convert the whole network with .float(), since layers are quantized in float32"
+        raise UnsupportedModel(f"{name}: {error}; {remedy}") from error
 
 
 @dataclass(frozen=True)

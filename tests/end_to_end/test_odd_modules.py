@@ -193,6 +193,9 @@ ODD = {
     "of attention": Odd(lambda: parametrized_attention(), note="middle.attention folded", layers=4),
     "pruned": Odd(lambda: Net(pruned(conv())), note=FOLDED),
     "pruned twice": Odd(lambda: Net(pruned(conv(), 2)), note=FOLDED),
+    "pruned direction": Odd(
+        lambda: Net(prune.l1_unstructured(old_weight_norm(conv()), "weight_v", 0.5)), note=FOLDED
+    ),
     "bfloat16": Odd(lambda: Net(Cast(conv(), torch.bfloat16)), note="middle.layer is quantized in float32"),
     "float16": Odd(lambda: Net(Cast(conv(), torch.float16)), note="returns float16 as before"),
     "float64": Odd(lambda: Net(Cast(conv(), torch.float64)), note="returns float64 as before"),

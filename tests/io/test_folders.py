@@ -204,3 +204,11 @@ def test_commands_name_a_dead_class_folder(digits: Path, tmp_path: Path) -> None
     (tmp_path / "9").symlink_to(digits / "few" / "val" / "9")
     images = len(list((digits / "few" / "val").rglob("*.png")))
     assert answer("eval", *options)["images"] == images
+
+
+@links
+def test_dead_images_beside_classes_can_be_skipped(folder: Path) -> None:
+    (folder / "val" / "stray.png").symlink_to("/nowhere/stray.png")
+    with pytest.raises(DataError, match="--bad-images skip"):
+        val(folder)
+    assert val(folder, bad_images="skip").images == val(folder, bad_images="skip").images > 0

@@ -289,6 +289,26 @@ class TestImageNet:
         assert split.folders[PARACHUTE] == 701
         assert "class_to_idx.json is not used: it lists 2 classes, the model has 1000" in split.notes[0]
 
+    def test_synsets_keep_their_index_beside_words(self, tmp_path: Path) -> None:
+        """Two classes of ImageNet are called crane: the bird is 134, the machine 517."""
+        from timm.data import ImageNetInfo
+
+        info = ImageNetInfo("imagenet-1k")
+        words = [info.label_name_to_description(name).split(",")[0] for name in info.label_names()]
+        split = opened(tmp_path, ["n02012849", TENCH], Classes(1000, names=tuple(words)))
+        assert split.folders == {TENCH: 0, "n02012849": 134}
+        assert split.class_order == "imagenet"
+
+    def test_a_name_that_stands_twice_decides_nothing(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="does not name 1 class folder"):
+            opened(tmp_path, ["a", "b"], Classes(3, names=("a", "a", "b")))
+
+    def test_advice_leads_out_of_a_partial_list(self, tmp_path: Path) -> None:
+        classes = Classes(3, names=("dog", "cat", "ant"))
+        with pytest.raises(DataError) as error:
+            opened(tmp_path, ["dog", "foo"], classes)
+        assert "--class-order" not in str(error.value)
+
 
 MAPS: dict[str, tuple[str, object]] = {
     "lines": ("m.txt", f"fish {TENCH}\nmy ball 574\n"),

@@ -75,6 +75,7 @@ EQUAL_TO_GREY: dict[str, bytes] = {
     "8 bits in unsigned 32": tiff(GREY.astype(np.uint32), 32),
     "8 bits in signed 32, other byte order": tiff(GREY.astype(np.int32), 32, 2, order=">"),
     "8 bits in signed 16": tiff(GREY.astype(np.int16), 16, 2),
+    "15 bits in signed 16": tiff(GREY.astype(np.int16) * 128, 16, 2),
     "16-bit TIFF": stored(GREY.astype(np.uint16) * 257, "tiff"),
     "16-bit TIFF, other byte order": tiff(GREY.astype(np.uint16) * 257, 16, order=">"),
     "16-bit TIFF, white is zero": tiff(65535 - GREY.astype(np.uint16) * 257, 16, photometric=0),

@@ -116,6 +116,25 @@ def test_averaged_weights_are_taken_and_noted(layout: str, tmp_path: Path) -> No
     assert has(load(tmp_path, content, weights_key=key).model, AVERAGED)
 
 
+def test_an_average_that_never_started_is_passed_over(tmp_path: Path) -> None:
+    """As torch.optim.swa_utils saves it before the epoch from which it averages."""
+    never = swa() | {"n_averaged": torch.tensor(0)}
+    loaded = load(tmp_path, {"model": RAW, "swa_model": never})
+    assert has(loaded.model, RAW)
+    assert "weights taken from 'model'" in loaded.notes[0]
+
+
+@pytest.mark.parametrize("key", ["ema.shadow_params", "avg_model", "callbacks.EMA.ema_weights"])
+def test_averages_without_names_are_no_silent_raw_weights(key: str, tmp_path: Path) -> None:
+    """torch_ema and diffusers save a list of tensors."""
+    content: Any = list(AVERAGED.values())
+    for part in reversed(key.split(".")):
+        content = {part: content}
+    with pytest.raises(ConfigError, match=rf"under '{key}', beside those in 'model'.*--weights-key model"):
+        load(tmp_path, {"model": RAW, **content})
+    assert has(load(tmp_path, {"model": RAW, **content}, weights_key="model").model, RAW)
+
+
 @pytest.mark.parametrize("content", [
     {"state_dict": RAW, "state_dict_ema": AVERAGED}, {"model": RAW, "model_ema": AVERAGED},
     {"state_dict": RAW, "state_dict_ema": None}, {"state_dict": AVERAGED, "model": RAW},

@@ -195,7 +195,7 @@ def build_architecture(build: Mapping[str, Any]) -> nn.Module:
         raise ConfigError(
             f"the architecture's {', '.join(sorted(wrong))} is missing or unknown: it needs {sorted(keys)}"
         )
-    found = resolve(build["name"])
+    found = resolve(build["name"], exact=True)
     with _building(build["name"], build["kwargs"]):
         return ZOOS[found.prefix].build(Architecture(**{**build, "name": found.name})).eval()
 
@@ -204,7 +204,7 @@ def as_loaded(
     model: nn.Module, build: Mapping[str, Any], preprocessing: Preprocessing, source: str
 ) -> LoadedModel:
     """A network that ``build`` describes and that is built already, as ``load_model`` gives it."""
-    prefix = resolve(build["name"]).prefix
+    prefix = resolve(build["name"], exact=True).prefix
     return LoadedModel(
         model,
         build["name"],

@@ -36,19 +36,21 @@ class Named(NamedTuple):
     note: str = ""
 
 
-def resolve(asked: str) -> Named:
-    """The network that a user calls ``asked``.
+def resolve(asked: str, *, exact: bool = False) -> Named:
+    """The network that a user calls ``asked``; with ``exact`` that of just this name, as files have it.
 
     Raises:
         UnknownModel: there is none, or several; names near ones, or what to give instead.
     """
     if (found := exactly(asked)) is not None:
         return found
-    _refuse_files(asked)
-    name = _as_here(asked.strip().removesuffix("()"))
-    for prefix, short in _places(name):
-        if (same := _alike(ZOOS[prefix], short)) is not None:
-            return Named(prefix, same, f"{printable(asked, 100)} is read as {prefix}/{same}")
+    name = asked
+    if not exact:
+        _refuse_files(asked)
+        name = _as_here(asked.strip().removesuffix("()"))
+        for prefix, short in _places(name):
+            if (same := _alike(ZOOS[prefix], short)) is not None:
+                return Named(prefix, same, f"{printable(asked, 100)} is read as {prefix}/{same}")
     prefix, slash, short = name.partition("/")
     near = _near(short if slash else name, prefix if slash and prefix in ZOOS else None)
     hint = f"near are {', '.join(near)}" if near else "nothing is near"

@@ -13,6 +13,7 @@ from saqcli.errors import ConfigError, Problems, SaqError
 from saqcli.io.arguments import check_arguments
 from saqcli.io.data import check_there
 from saqcli.io.distributed import pick_device, started_by_torchrun
+from saqcli.io.labels import check_files
 from saqcli.io.models import check_named
 from saqcli.progress import SILENT
 from saqcli.quant.trace import try_model
@@ -79,12 +80,15 @@ def check_images(section: DataSection, *splits: Literal["train", "val"]) -> None
     """Refuse a ``--data`` that is missing or not there.
 
     Raises:
-        ConfigError: none was named.
-        DataError: no such folder, or it lacks one of ``splits``.
+        SaqError: all that is wrong: none was named, no such folder, it lacks one of ``splits``, or files about its
+            classes that are not there.
     """
-    path = named_data(section)
-    for split in splits:
-        check_there(path, split)
+    problems = Problems()
+    problems.attempt(check_files, section.class_order, section.class_map)
+    path = problems.attempt(named_data, section)
+    for split in splits if path is not None else ():
+        problems.attempt(check_there, path, split)
+    problems.check()
 
 
 def check_device(device: str) -> None:

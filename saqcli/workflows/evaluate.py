@@ -13,7 +13,6 @@ from saqcli.config import DataSection, ModelSection
 from saqcli.errors import ConfigError, Problems
 from saqcli.io.batches import Loader
 from saqcli.io.distributed import process_group, started_by_torchrun
-from saqcli.io.labels import check_files
 from saqcli.progress import SILENT, Progress
 from saqcli.workflows.bench import Bench, BenchSettings, bench_target
 from saqcli.workflows.checks import check_builds, check_device, check_images, check_model
@@ -137,7 +136,6 @@ def _opened(
     device: torch.device, target: str, section: ModelSection, data: DataSection, progress: Progress
 ) -> tuple[Predictor, Loader, str]:
     """What is evaluated, on what, and what decided on the labels."""
-    check_files(data.class_order, data.class_map)
     predictor = open_target(target, section, device, progress)
     if predictor.facts is not None:
         data = as_trained(data, predictor.facts, progress)

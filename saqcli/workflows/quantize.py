@@ -28,7 +28,7 @@ from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.io.batches import Loader
 from saqcli.io.distributed import process_group
 from saqcli.io.files import write_text
-from saqcli.io.labels import ORDERS, check_files
+from saqcli.io.labels import ORDERS
 from saqcli.io.machine import library_versions
 from saqcli.io.models import LoadedModel, build_architecture
 from saqcli.io.preprocessing import Preprocessing
@@ -166,7 +166,6 @@ def prepare(config: RunConfig, device: torch.device, progress: Progress) -> tupl
     Raises:
         SaqError: unusable model, data, policy, a budget that nothing meets, or a network that cannot be exported.
     """
-    check_files(config.data.class_order, config.data.class_map)
     if config.model.new_head:
         seed_everything(config.run.seed)
     loaded = load_float(config.model, progress)

@@ -24,7 +24,6 @@ from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.io.distributed import process_group
 from saqcli.io.files import write_text
 from saqcli.io.interrupts import deferred_interrupts
-from saqcli.io.labels import check_files
 from saqcli.io.models import LoadedModel
 from saqcli.io.runs import RunDirectory
 from saqcli.io.seeds import seed_everything
@@ -173,7 +172,6 @@ def prepare_search(
         section = config.model.model_copy(update={"pretrained": False})
         network = wrap_and_trace(load_float(section, SILENT), quantize_attention=attention)
         return network, None
-    check_files(config.data.class_order, config.data.class_map)
     if config.model.new_head:
         seed_everything(config.run.seed)
     loaded = load_float(config.model, progress)

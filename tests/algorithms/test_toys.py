@@ -10,7 +10,7 @@ from toys import RIGHT, branches
 
 from saqcli.algorithms.searchers import SEARCHERS
 from saqcli.algorithms.searchers.problem import Found, Scored, SearchProblem
-from saqcli.algorithms.searchers.supernet import most_accurate
+from saqcli.algorithms.searchers.scoring import most_accurate
 from saqcli.quant.cost import Cost
 from tests.sweeps import sweep
 

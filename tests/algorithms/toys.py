@@ -111,7 +111,8 @@ def problem_of(
         budget: of the space; None for BOPs that are the mean of floor and ceiling.
         options: further fields of the problem.
     """
-    convert.wrap(model)
+    convert.wrap(model.float())
+    model.to(images.dtype)
     traced = trace(model, images[:1])
     space = search_space(
         "toy",

@@ -217,7 +217,7 @@ def test_a_model_without_a_finite_loss_is_refused(
     result = saq("analyze", run, *data, "--flips", "--out", tmp_path / "out", "--quiet")
 
     assert result.exit_code == 1
-    assert "NaN or infinite" in last_error(result)
+    assert "is NaN on 40 images" in last_error(result)
     assert not (tmp_path / "out").exists()
 
 

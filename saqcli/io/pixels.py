@@ -81,8 +81,10 @@ def _declared(image: Image.Image) -> tuple[tuple[int, ...], bool]:
         raise ValueError("its numbers are signed 8-bit ones: save it unsigned")
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
     inverted = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
-    if sixteen:
-        return ((255, 2**15 - 1) if signed else (2**bits - 1,)), inverted
+    if signed and bits == 16:
+        return (255, 2**15 - 1), inverted
+    if sixteen and not signed:
+        return (2**bits - 1,), inverted
     return ((1, 255) if image.mode == "F" else (255, 65535)), inverted
 
 

@@ -80,7 +80,6 @@ def choose(content: Mapping[Any, Any], key: str | None, source: str) -> StateDic
     if key is not None:
         return _asked(content, key, nested, source)
     averaged = [] if _keeps_averages_in_state_dict(content) else list(filter(is_averaged, nested))
-    averaged = [path for path in averaged if not _never_updated(sets[path])]
     rules: tuple[list[Path], ...] = (
         [path for name in TIMM for path in nested if path[0] == name][:1],
         averaged,
@@ -104,6 +103,8 @@ def choose(content: Mapping[Any, Any], key: str | None, source: str) -> StateDic
         sets.get(path, content), _dotted(path), tuple(_dotted(other) for other in nested if other != path)
     )
     kind = "averaged weights" if is_averaged(path) else "weights"
+    if _never_updated(chosen.values):
+        kind += " (of no update: n_averaged is 0)"
     if chosen.others or (path and not set(path) <= set(RAW)):
         more = f"; it also holds {_listed(chosen.others)}: --weights-key chooses" if chosen.others else ""
         chosen = replace(chosen, notes=(f"{kind} taken from {_quoted(chosen.key)}{more}",))

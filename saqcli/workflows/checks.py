@@ -86,8 +86,9 @@ def check_images(section: DataSection, *splits: Literal["train", "val"]) -> None
     problems = Problems()
     problems.attempt(check_files, section.class_order, section.class_map)
     path = problems.attempt(named_data, section)
-    for split in splits if path is not None else ():
-        problems.attempt(check_there, path, split)
+    if path is not None:
+        for split in splits:
+            problems.attempt(check_there, path, split)
     problems.check()
 
 

@@ -19,7 +19,6 @@ import typer
 from saqcli.errors import ConfigError, Interrupted, SaqError, StoppedElsewhere, out_of_memory
 from saqcli.io.interrupts import exit_code_of, raised_signals
 from saqcli.progress import SILENT, Progress, Task
-from saqcli.strict import json_text
 from saqcli.units import format_duration, format_figure
 
 SECONDS_BETWEEN_LINES = 10.0  # of plain progress
@@ -38,6 +37,8 @@ def progress_for(*, json_output: bool, quiet: bool) -> Progress:
 
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on stdout."""
+    from saqcli.strict import json_text  # pydantic with it, which no help needs
+
     typer.echo(json_text(value))
 
 

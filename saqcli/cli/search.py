@@ -228,7 +228,6 @@ def search_command(
 
 
 def _check(config: "RunConfig", *, dry_run: bool) -> None:
-    from saqcli.workflows.quantize import check
     from saqcli.workflows.search import check_search
 
-    (check if dry_run else check_search)(config)
+    check_search(config, images=not dry_run)

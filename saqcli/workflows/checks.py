@@ -57,7 +57,8 @@ def _build(section: ModelSection) -> None:
         _check_name(section.name)
     except SaqError:
         return  # that was complained of
-    loaded = load_float(section.model_copy(update={"pretrained": False, "weights": None}), SILENT)
+    without = {"pretrained": False, "weights": None, "weights_key": None}
+    loaded = load_float(section.model_copy(update=without), SILENT)
     with answering(loaded.name):
         try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size))
 

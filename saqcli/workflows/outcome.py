@@ -64,7 +64,7 @@ class Outcome:
 
     def note_training(self, best: Best | None, training: TrainingSection) -> None:
         """Keep which states fine-tuning met, and what follows from them."""
-        last = self.last_score or (self.score if training.keep == "last" else None)
+        last = self.last_score or (self.score if best is None or training.keep == "last" else None)
         self.last_score, self.epochs, self.exported_epoch = last, training.epochs, training.epochs
         if best is not None:
             self.best_epoch, self.best_score = best.epoch, best.score

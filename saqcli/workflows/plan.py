@@ -65,9 +65,9 @@ def plan(
         SaqError: what would stop the run before its first long step.
     """
     if verb == "search":
-        check_search(config, images=False)
+        check_search(config, images=False, files=not resume)
     else:
-        check(config)
+        check(config, files=not resume)
     device = pick_device(config.run.device)
     loaded, weights = _load(config.model, progress)
     images = _images(config, loaded, verb, device, progress)

@@ -235,7 +235,7 @@ def _restored(run: RunDirectory, then: Circumstances | None) -> RunConfig:
 
 def _default_workers(config: RunConfig, cores_then: int) -> int:
     """How many processes read images by default on a machine with so many cores."""
-    section = config.model.model_copy(update={"weights": None, "pretrained": False})
+    section = config.model.model_copy(update={"weights": None, "weights_key": None, "pretrained": False})
     if config.search.proxy is not None and config.search.proxy.input_size is not None:
         section = section.model_copy(update={"input_size": config.search.proxy.input_size})
     before = random_state()

@@ -175,7 +175,8 @@ def _calibrated(
     options = {"quantization.bits": bits, "quantization.policy": str(policy) if policy else None}
     named = {f"model.{key}": value for key, value in section.model_dump().items()}
     base = resolve(options=named | options | {"run.seed": view.seed})
-    config = RunConfig.model_validate({**base.model_dump(), "data": view.data.model_dump()})
+    sections = {"data": view.data.model_dump(), "export": {"styles": ()}}  # nothing is exported
+    config = RunConfig.model_validate({**base.model_dump(), **sections})
     network, images = prepare(config, device, progress)
     statistics = calibrate(network, images, config, progress)
     chosen = given_policy(config.quantization, network)

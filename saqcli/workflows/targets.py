@@ -150,7 +150,7 @@ def policy_file(text: str) -> Path:
     if not path.is_dir():
         return path
     if not (path / "manifest.json").is_file():
-        raise ConfigError(f"--policy {_not_a_run(path)}")
+        raise ConfigError(f"--policy {_not_a_run(path, files=False)}")
     run = RunDirectory.open(path)
     if not run.policy_path.is_file():
         raise RunDirectoryError(
@@ -168,8 +168,8 @@ def _folder(text: str, path: Path, accepts: Sequence[Kind]) -> Target:
     raise RunDirectoryError(_not_a_run(path))
 
 
-def _not_a_run(path: Path) -> str:
-    """What a folder without a manifest is, and what may be meant."""
+def _not_a_run(path: Path, *, files: bool = True) -> str:
+    """What a folder without a manifest is, and what may be meant: with ``files`` a model file in it, too."""
     if (above := _run_of(path)) is not None:
         return f"{path} is a folder of a run: give the run directory, {above}"
     runs = _runs_in(path)
@@ -177,8 +177,8 @@ def _not_a_run(path: Path) -> str:
         return f"{path} is not a run directory, it holds some: give one of them, such as {', '.join(runs[:NEAR])}"
     if any((path / name).is_dir() for name in ("train", *VAL_FOLDERS)):
         return f"{path} is not a run directory: if it holds images, give it as --data"
-    files = [file for suffix in MODEL_FILES for file in sorted(path.glob(f"*{suffix}"))]
-    hint = f", or the file {files[0]}" if files else ""
+    models = [file for suffix in MODEL_FILES for file in sorted(path.glob(f"*{suffix}"))]
+    hint = f", or the file {models[0]}" if models and files else ""
     return (
         f"{path} is not a run directory: it has no manifest.json; give one that has{hint}{_near_runs(path)}"
     )

@@ -12,7 +12,7 @@ from saqcli.units import counted
 
 MOST_HEADER = 100_000_000  # bytes; the library's own limit
 AGAIN = "fetch or write the file again"
-MODEL = "give the model.safetensors of a run directory"
+MODEL = "give the model.safetensors of a run directory, or, for float weights, MODEL --weights FILE"
 
 _KINDS = {  # how files of other formats begin
     b"PK\x03\x04": "a zip archive, as torch.save writes it",

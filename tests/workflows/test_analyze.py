@@ -14,6 +14,7 @@ from saqcli.algorithms.instruments import INSTRUMENTS, Subject
 from saqcli.algorithms.instruments.landscape import LandscapeReading
 from saqcli.algorithms.training import Score
 from saqcli.io.checkpoints import CheckpointFile
+from saqcli.workflows import export
 from saqcli.workflows.pictures import draw
 from tests.command_line import answer, last_error, last_line, saq
 from tests.digits import MODEL, float_options
@@ -366,3 +367,15 @@ class TestRefusals:
         assert result.exit_code == 1
         assert "class" in last_error(result)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_network_that_cannot_be_exported_can_be_analyzed(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("an export was tried")
+
+    monkeypatch.setattr(export, "_try_export", refuse)
+    options = ("--bits", 4, "--distributions", "--images", 20, "--out", tmp_path / "out", "--quiet")
+    result = saq("analyze", MODEL, *float_options(digits, digits / "few"), *options)
+    assert result.exit_code == 0, result.stderr

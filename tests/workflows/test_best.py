@@ -113,7 +113,7 @@ def test_checkpoints_without_a_best_state_resume(harmed: tuple[Path, Any], tmp_p
         del state[name]
     file.save(state)
 
-    again = answer("quantize", "--run-dir", run, "--resume")
+    again = answer("quantize", "--run-dir", run, "--resume", "--set", "training.keep=best")
 
     assert (again["top1"], again["last_top1"]) == (found["top1"], found["top1"])
     assert (again["best_epoch"], again["best_top1"]) == (None, None)

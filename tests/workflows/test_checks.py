@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from saqcli.errors import ConfigError, Problems, SeveralProblems, UnknownModel
 from saqcli.io import hub
+from saqcli.io.models import build_architecture
 from tests.command_line import answer, last_error, saq
 
 DATA = "no images were named: give --data DIR"
+TINY = {"name": "saq/resnet20", "num_classes": 10, "in_chans": 3, "kwargs": {}}
 BITS = "no bits and no budget were given: give exactly one of --bits 4, --bops 34G"
 
 
@@ -186,3 +189,25 @@ def test_resuming_needs_neither_weights_nor_policy(tmp_path: Path, images: Path)
     check(resolve(file=config), images=True, files=False)
     with pytest.raises(ConfigError, match=r"weights gone\.pth cannot be read: it does not exist"):
         check(resolve(file=config), images=True)
+
+
+def test_a_chosen_set_of_weights_is_no_second_problem(tmp_path: Path) -> None:
+    """The network is built without weights to find more problems, and so without the key of its weights."""
+    weights = tmp_path / "five.pth"
+    torch.save({"model": build_architecture(TINY).state_dict(), "other": {}}, weights)
+    result = saq("quantize", "saq/resnet20", "--weights", weights, "--weights-key", "model", "--bits", 4)
+    assert result.exit_code == 1
+    assert last_error(result).startswith(f"error: {DATA}")
+
+
+def test_a_dry_search_is_checked_as_a_search() -> None:
+    result = saq("search", "saq/resnet20", "--mean", "abc", "--dry-run", "--no-pretrained")
+    assert "no budget was given: give --budget 34G" in last_error(result)
+    assert "--bits" not in last_error(result)
+
+
+def test_a_policy_is_no_weight_file(tmp_path: Path) -> None:
+    (tmp_path / "some.safetensors").touch()
+    result = saq("profile", "saq/resnet20", "--policy", tmp_path)
+    assert "is not a run directory" in last_error(result)
+    assert "some.safetensors" not in last_error(result)

@@ -262,7 +262,7 @@ class TestCalibratedRun:
         assert f"{top1:.2f} % |" in report.splitlines()[4]
 
     def test_counts_its_image_in_the_singular(self, run: Path) -> None:
-        assert "1 image.\n" in (run / "report.md").read_text()
+        assert "% of 1 image" in (run / "report.md").read_text()
         assert "on 100.00 % of 1 image\n" in run.with_suffix(".txt").read_text()
 
     def test_says_how_to_run_it_again(self, run: Path) -> None:

@@ -77,15 +77,21 @@ def _check_weights(weights: str) -> None:
         )
 
 
-def check_images(section: DataSection, *splits: Literal["train", "val"]) -> None:
+def check_images(section: DataSection, *splits: Literal["train", "val"], files: bool = True) -> None:
     """Refuse a ``--data`` that is missing or not there.
+
+    Args:
+        section: of the settings.
+        splits: that it must have.
+        files: whether files about its classes must be there; a run that is resumed has what they said.
 
     Raises:
         SaqError: all that is wrong: none was named, no such folder, it lacks one of ``splits``, or files about its
             classes that are not there.
     """
     problems = Problems()
-    problems.attempt(check_files, section.class_order, section.class_map)
+    if files:
+        problems.attempt(check_files, section.class_order, section.class_map)
     path = problems.attempt(named_data, section)
     if path is not None:
         for split in splits:

@@ -142,9 +142,9 @@ def check(config: RunConfig, *, images: bool = False, files: bool = True) -> Non
     problems = Problems()
     problems.attempt(check_model, config.model, files=files)
     if images or config.data.path is not None:
-        problems.attempt(check_images, config.data, "train", "val")
+        problems.attempt(check_images, config.data, "train", "val", files=files)
     if config.search.proxy is not None:
-        problems.attempt(check_images, proxy_data(config), "train")
+        problems.attempt(check_images, proxy_data(config), "train", files=files)
     problems.attempt(check_way, config.quantization)
     problems.attempt(check_bits, config.quantization, files=files)
     problems.attempt(make_searcher, config)

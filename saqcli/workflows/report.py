@@ -106,7 +106,7 @@ def _onnx(results: dict[str, Any]) -> str:
     if results["onnx_style"] is None:
         return "No ONNX file was written (`--no-export`)."
     count, available = results["onnx_images"], results["onnx_images_available"]
-    images = f"{count} images" + (f" (of {available})" if available and available > count else "")
+    images = counted(count, "image") + (f" (of {available})" if available and available > count else "")
     agreement = f"{100 * results['onnx_argmax_agreement']:.2f} % of {images}"
     if results["onnx_style"] == "exact":
         lines = [

@@ -147,7 +147,7 @@ def check_search(config: RunConfig, *, images: bool = True, files: bool = True) 
     problems.attempt(check_model, config.model, files=files and config.search.proxy is None)
     data = config.data if config.search.proxy is None else proxy_data(config)
     if images or data.path is not None:
-        problems.attempt(check_images, data, "train")
+        problems.attempt(check_images, data, "train", files=files)
     if section.bits is not None or section.policy is not None:
         problems.add(
             ConfigError("--bits and --policy give the bits, so there is nothing to search: remove them")

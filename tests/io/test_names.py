@@ -69,4 +69,4 @@ def test_a_weight_file_for_a_network_is_pointed_to(command: tuple[str, ...], tmp
     verb, *options = command
     result = saq(verb, path, *options, "--quiet")
     assert result.exit_code == 1
-    assert f"give --weights {path}" in last_error(result)
+    assert f"--weights {path}" in last_error(result)

@@ -32,6 +32,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory, and nobody to fetch weights from."""
 
+    monkeypatch.delenv("COLUMNS", raising=False)  # nothing wraps in a pipe
+
     def fetched(*_: object) -> None:
         raise AssertionError("a dry run fetches nothing")
 

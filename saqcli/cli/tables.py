@@ -203,7 +203,7 @@ def onnx_sentence(result: dict[str, Any]) -> str:
 def images_of(result: dict[str, Any], key: str = "images") -> str:
     """``500 images (of 8,000)``, or ``64 images`` where there are no more."""
     count, available = result[key], result[f"{key}_available"]
-    return f"{count:,} images" + (f" (of {available:,})" if available and available > count else "")
+    return counted(count, "image") + (f" (of {available:,})" if available and available > count else "")
 
 
 def upper_first(text: str) -> str:

@@ -7,7 +7,7 @@ import typer
 from saqcli.cli import bit_options as b
 from saqcli.cli import options as o
 from saqcli.cli.screen import print_json, progress_for, reporting
-from saqcli.errors import ConfigError, Problems
+from saqcli.errors import Problems
 
 
 @reporting
@@ -51,7 +51,6 @@ def profile_command(
     Example: `saq profile runs/resnet18-34g`
     """
     from saqcli.config import QuantizationSection
-    from saqcli.strict import named_path
     from saqcli.workflows.profile import check_profile, profile
 
     problems = Problems()
@@ -68,11 +67,9 @@ def profile_command(
         mean=None,
         std=None,
     )
-    if quantize_attention is not None and (named_path(target) / "manifest.json").is_file():
-        problems.add(ConfigError(f"{target} has its own attention: remove --quantize-attention"))
     widths = o.parse_widths(problems, candidates) or QuantizationSection().candidates
     if problems.errors:
-        problems.attempt(check_profile, section, bits, policy)
+        problems.attempt(check_profile, section, bits, policy, bool(quantize_attention))
     problems.check()
     result = profile(
         section,

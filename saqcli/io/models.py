@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from saqcli.errors import ConfigError, SaqError, UnsupportedModel, WeightsMismatch
+from saqcli.io import catalogue
 from saqcli.io.arguments import check_arguments
 from saqcli.io.hub import unpublished
 from saqcli.io.names import resolve
@@ -158,7 +159,7 @@ def published_weights(name: str) -> str:
     """
     prefix, short, _ = resolve(name)
     architecture, _, tag = short.partition(".")
-    tags = ZOOS[prefix].tags().get(architecture)
+    tags = next((entry.tags for entry in catalogue.find(f"{prefix}/{architecture}")), ())
     if not tags:
         raise unpublished(f"{prefix}/{short}")
     return f"{prefix}/{architecture}.{tag or tags[0]}".rstrip(".")

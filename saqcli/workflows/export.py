@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from saqcli._version import __version__
 from saqcli.algorithms.exporters import EXPORTERS, STYLES, ModelFacts
 from saqcli.algorithms.graphs.containers import weight_storage
-from saqcli.algorithms.graphs.hazards import hazards
+from saqcli.algorithms.graphs.hazards import hazards, sort_out
 from saqcli.algorithms.graphs.tracing import CANNOT, OPSET
 from saqcli.algorithms.random_state import random_state, set_random_state
 from saqcli.algorithms.training import Batches
@@ -324,7 +324,7 @@ def _provisional(
 def _write_and_run(style: str, model: nn.Module, facts: ModelFacts, path: Path, images: Tensor) -> None:
     exporter = EXPORTERS[style]()
     exporter.export(model, images[:2], path, facts)
-    found = [hazard for hazard in hazards(onnx.load(str(path))) if hazard.code not in exporter.conditions]
+    found, _ = sort_out(hazards(onnx.load(str(path))), exporter.conditions)
     if found:
         raise UnsupportedModel(f"ONNX Runtime would change the graph, hazard {found[0]}")
     with torch.inference_mode():

@@ -76,7 +76,6 @@ def plan(
         network = wrap_and_trace(loaded, quantize_attention=section.quantize_attention)
     else:
         network = network_for(config, loaded)
-    if verb == "quantize":
         check_exports(config, network, progress)
     network.model.to(device)
     budget = budget_of(section, network)

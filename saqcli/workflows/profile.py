@@ -117,7 +117,9 @@ def unquantized(traced: Trace) -> list[dict[str, Any]]:
     ]
 
 
-def check_profile(section: ModelSection, bits: str | None, policy: Path | None) -> Target:
+def check_profile(
+    section: ModelSection, bits: str | None, policy: Path | None, quantize_attention: bool
+) -> Target:
     """What ``section.name`` names; refuses what can be seen to be wrong before the network is built.
 
     Raises:
@@ -132,6 +134,8 @@ def check_profile(section: ModelSection, bits: str | None, policy: Path | None) 
         for option, given in (("bits", bits), ("policy", policy)):
             if given is not None:
                 problems.add(ConfigError(f"{section.name} has its own bits: remove --{option}"))
+        if quantize_attention:
+            problems.add(ConfigError(f"{section.name} has its own attention: remove --quantize-attention"))
     if bits is not None and policy is not None:
         problems.add(ConfigError("--bits and --policy both give the bits: give one of them"))
     given_bits = {"bits": bits, "policy": None if policy is None else str(policy)}
@@ -161,7 +165,7 @@ def profile(
     Raises:
         SaqError: no such model, or a policy that does not fit it.
     """
-    target = check_profile(section, bits, policy)
+    target = check_profile(section, bits, policy, quantize_attention)
     if target.kind != "model":
         network, config = _quantized(target, progress)
         return measure(network, config, search_space(network.name, network.costs, Candidates(candidates)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from saqcli._version import __version__
 from saqcli.algorithms.exporters import EXPORTERS
 from saqcli.algorithms.graphs.exact_form import ExactForm
-from saqcli.algorithms.graphs.hazards import hazards
+from saqcli.algorithms.graphs.hazards import hazards, sort_out
 from saqcli.algorithms.graphs.layerwise import check_layers
 from saqcli.algorithms.graphs.operators import frozen_copy
 from saqcli.algorithms.training import Batches
@@ -47,10 +47,9 @@ def prove_graph(
         progress: told about every batch.
         runtimes: names in ``RUNTIMES``, to run it with too, end to end.
     """
-    found, accepted = hazards(onnx.load(str(path))), EXPORTERS[style]().conditions
-    conditions = [hazard for hazard in found if hazard.code in accepted]
-    if len(conditions) < len(found):  # some hazards would keep ONNX Runtime from running the file
-        return Verdict(0, 1.0, 0.0, 0.0, hazards=[each for each in found if each not in conditions])
+    refusing, conditions = sort_out(hazards(onnx.load(str(path))), EXPORTERS[style]().conditions)
+    if refusing:  # some of them would keep ONNX Runtime from running the file
+        return Verdict(0, 1.0, 0.0, 0.0, hazards=refusing)
     frozen = frozen_copy(model)
     first = _first_images(batches)
     others = {name: RUNTIMES[name](path) for name in runtimes}

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from saqcli.config import resolve
 from saqcli.errors import ConfigError, Problems, SeveralProblems, UnknownModel
 from saqcli.io import hub
 from saqcli.io.models import build_architecture
+from saqcli.workflows import rerun
 from tests.command_line import answer, last_error, saq
 
 DATA = "no images were named: give --data DIR"
@@ -211,3 +213,15 @@ def test_a_policy_is_no_weight_file(tmp_path: Path) -> None:
     result = saq("profile", "saq/resnet20", "--policy", tmp_path)
     assert "is not a run directory" in last_error(result)
     assert "some.safetensors" not in last_error(result)
+
+
+def test_attention_of_a_file_is_its_own(tmp_path: Path) -> None:
+    (file := tmp_path / "some.safetensors").touch()
+    result = saq("profile", file, "--quantize-attention")
+    assert result.exit_code == 1
+    assert last_error(result).endswith("has its own attention: remove --quantize-attention")
+
+
+def test_workers_of_a_rerun_need_no_weights() -> None:
+    named = {"model.name": "saq/resnet20", "model.weights": "gone.pth", "model.weights_key": "model"}
+    assert rerun._default_workers(resolve(options=named), 1) in (0, 1)

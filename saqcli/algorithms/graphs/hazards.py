@@ -17,7 +17,7 @@ H9 depends on the processor. A style may declare it as a condition of use, which
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,19 @@ def hazards(model: onnx.ModelProto) -> list[Hazard]:
         for node in model.graph.node
         for code, text in _of(graph, node)
     ]
+
+
+def sort_out(found: Sequence[Hazard], accepted: Collection[str]) -> tuple[list[Hazard], list[Hazard]]:
+    """The hazards that refuse a file, and those that are conditions of its use.
+
+    Args:
+        found: by ``hazards``.
+        accepted: codes that the style may have, ``Exporter.conditions``.
+    """
+    return (
+        [hazard for hazard in found if hazard.code not in accepted],
+        [hazard for hazard in found if hazard.code in accepted],
+    )
 
 
 class _Graph:

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from common import append, parser, read
 
-from saqcli.algorithms.training import evaluate
 from saqcli.cli.options import parse_assignments, parse_numbers
 from saqcli.config import RunConfig, resolve
-from saqcli.io.loaders import read_all
+from saqcli.data.loaders import read_all
+from saqcli.pipelines.bits import given_policy
+from saqcli.pipelines.calibration import calibrate, install_quantizers
+from saqcli.pipelines.quantize import prepare
+from saqcli.pipelines.setup import classes_of, open_named, validation_loader
 from saqcli.progress import SILENT
-from saqcli.quant.calibrate import settle_batch_norms
-from saqcli.workflows.bits import given_policy
-from saqcli.workflows.calibration import calibrate, install_quantizers
-from saqcli.workflows.quantize import prepare
-from saqcli.workflows.setup import classes_of, open_named, validation_loader
+from saqcli.quant.calibration import settle_batch_norms
+from saqcli.training.loop import evaluate
 
 # What differs from the settings of the run; `bn` is a way to estimate batch norms anew that the tool does not offer.
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from saqcli.errors import UnsupportedModel
-from saqcli.io.catalogue import installed, look_up
-from saqcli.io.files import write_text
-from saqcli.io.models import build_architecture
-from saqcli.io.zoos import ZOOS
+from saqcli.models.catalogue import installed, look_up
+from saqcli.models.libraries import ZOOS
+from saqcli.models.load import build_architecture
+from saqcli.serialization import write_text
 
 PATH = Path(__file__).parents[1] / "saqcli" / "io" / "catalogue.csv"
 PUBLISHED = PATH.with_name("published.json")

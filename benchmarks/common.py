@@ -9,8 +9,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from saqcli.io.files import write_text
-from saqcli.strict import json_text
+from saqcli.serialization import json_text, write_text
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -50,7 +50,7 @@ class Record:
 
 def _write(path: Path, facts: dict[str, Any]) -> None:
     """As one act: a record that is there is whole."""
-    from saqcli.io.files import write_text
+    from saqcli.serialization import write_text
 
     write_text(path, json.dumps(facts, indent=1))
 
@@ -75,19 +75,19 @@ def _stages(name: str, record: Record) -> None:
     import torch
     from torch.nn import functional as F
 
-    from saqcli.algorithms.exporters import ModelFacts
-    from saqcli.algorithms.minimizers import MINIMIZERS, MicroBatch
     from saqcli.config import ModelSection
+    from saqcli.export import ModelFacts
+    from saqcli.pipelines.export import export_verified
+    from saqcli.pipelines.profile import unquantized
+    from saqcli.pipelines.setup import load_float, wrap_and_trace
     from saqcli.progress import SILENT
     from saqcli.quant import convert
     from saqcli.quant.bits import BitConfig, LayerBits
-    from saqcli.quant.calibrate import fit, observe
+    from saqcli.quant.calibration import fit, observe
     from saqcli.quant.convert import Scheme
-    from saqcli.quant.layers import quantized_layers
-    from saqcli.workflows.export import export_verified
-    from saqcli.workflows.profile import unquantized
-    from saqcli.workflows.setup import load_float, wrap_and_trace
-    from saqcli.workflows.synthetic import natural
+    from saqcli.quant.layer import quantized_layers
+    from saqcli.training.minimizers import MINIMIZERS, MicroBatch
+    from saqcli.verify.verdict import natural
 
     heads = {"num_classes": 100} if name.startswith(WITHOUT_CLASSIFIER) else {}
     loaded = load_float(ModelSection(name=name, pretrained=False, **heads), SILENT)
@@ -301,8 +301,8 @@ def _zero_gradients(model: Any, images: Any) -> list[str]:
 def _perturbed(model: Any, images: Any) -> dict[str, bool]:
     """Which layers SAQ's ascent moves."""
 
-    from saqcli.algorithms.sharpness import PerturbedSet
-    from saqcli.quant.layers import frozen_batch_stats, quantized_layers
+    from saqcli.quant.layer import frozen_batch_stats, quantized_layers
+    from saqcli.training.perturbation import PerturbedSet
 
     subject = PerturbedSet(model)
     with frozen_batch_stats(model):
@@ -317,7 +317,7 @@ def _perturbed(model: Any, images: Any) -> dict[str, bool]:
 
 def smallest() -> list[str]:
     """The smallest member of every family, by the catalogue; from the smallest to the largest."""
-    from saqcli.io.zoos import ZOOS
+    from saqcli.models.libraries import ZOOS
 
     best: dict[tuple[str, str], tuple[int, str]] = {}
     with CATALOGUE.open() as file:

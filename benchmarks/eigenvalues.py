@@ -10,10 +10,10 @@ import torch
 from common import append, read
 from minimizers import METHODS, Prepared, arguments, state_path
 
-from saqcli.algorithms.instruments import INSTRUMENTS, Session, Settings, Subject
-from saqcli.io.loaders import calibration_loader, read_all
+from saqcli.analysis import INSTRUMENTS, Session, Settings, Subject
+from saqcli.data.loaders import calibration_loader, read_all
 from saqcli.progress import SILENT
-from saqcli.quant.layers import quantized_layers
+from saqcli.quant.layer import quantized_layers
 
 
 def main() -> None:

@@ -18,14 +18,14 @@ import torch
 from common import append, parser, read, spread
 
 from saqcli.config import RunConfig, resolve
-from saqcli.io.distributed import pick_device
-from saqcli.io.files import replacing
+from saqcli.distributed import pick_device
+from saqcli.pipelines.bits import given_policy
+from saqcli.pipelines.calibration import calibrate, install_quantizers
+from saqcli.pipelines.quantize import prepare, score
+from saqcli.pipelines.setup import Images
 from saqcli.progress import SILENT
-from saqcli.workflows.bits import given_policy
-from saqcli.workflows.calibration import calibrate, install_quantizers
-from saqcli.workflows.quantize import prepare, score
-from saqcli.workflows.setup import Images
-from saqcli.workflows.short_training import train
+from saqcli.serialization import replacing
+from saqcli.training.trainer import train
 
 # What is compared: settings of the training section.
 METHODS: dict[str, dict[str, Any]] = {

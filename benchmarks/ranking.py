@@ -17,17 +17,17 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional as F
 
-from saqcli.algorithms.searchers.problem import SearchProblem
-from saqcli.algorithms.searchers.sampling import Sampler
-from saqcli.algorithms.searchers.supernet import Supernet
 from saqcli.config import resolve
-from saqcli.io.distributed import pick_device
-from saqcli.io.files import make_folder, replacing
+from saqcli.distributed import pick_device
+from saqcli.pipelines.bits import budget_of, space_of
+from saqcli.pipelines.calibration import calibrate, scheme_of
+from saqcli.pipelines.proxy import search_images
+from saqcli.pipelines.search import prepare_search
 from saqcli.progress import SILENT
-from saqcli.workflows.bits import budget_of, space_of
-from saqcli.workflows.calibration import calibrate, scheme_of
-from saqcli.workflows.search import prepare_search
-from saqcli.workflows.search_images import search_images
+from saqcli.search.knapsack import Sampler
+from saqcli.search.problem import SearchProblem
+from saqcli.search.supernet import Supernet
+from saqcli.serialization import make_folder, replacing
 
 SIZES = (256, 512, 1024, 2048, 4096)
 

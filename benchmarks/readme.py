@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from saqcli.io.manifest import RunManifest
-from saqcli.strict import parse_json
+from saqcli.runs.manifest import RunManifest
+from saqcli.serialization import parse_json
 from saqcli.units import format_quantity
 
 HEAD = ("network, images", "setting", "top-1", "float", "BOPs", "weights")

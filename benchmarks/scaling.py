@@ -28,14 +28,14 @@ import torch
 from common import append, read
 from step_time import stepper
 
-from saqcli import ranks
+from saqcli import distributed
 from saqcli.config import ModelSection
-from saqcli.io.data import open_split
-from saqcli.io.distributed import process_group
-from saqcli.io.files import make_folder
-from saqcli.io.loaders import make_loader
+from saqcli.data.datasets import open_split
+from saqcli.data.loaders import make_loader
+from saqcli.distributed import process_group
+from saqcli.pipelines.setup import load_float
 from saqcli.progress import SILENT
-from saqcli.workflows.setup import load_float
+from saqcli.serialization import make_folder
 
 IMAGENET = 1_281_167  # images of its training split
 METHODS = ("qat", "saq")
@@ -44,7 +44,7 @@ METHODS = ("qat", "saq")
 def measured_step(model: str, method: str, batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
     """Median seconds of a step of this process together with the others, and the memory it took."""
     loaded = load_float(ModelSection(name=model, pretrained=False), SILENT)
-    generator = torch.Generator().manual_seed(ranks.index())
+    generator = torch.Generator().manual_seed(distributed.index())
     images = torch.randn(batch, *loaded.preprocessing.input_size, generator=generator).to(device)
     labels = torch.randint(0, loaded.num_classes, (batch,), generator=generator).to(device)
     step = stepper(model, method, images, labels, bits=4)
@@ -65,8 +65,8 @@ def measured_reduce(model: str, rounds: int, device: torch.device) -> dict[str, 
     seconds = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
-        ranks.average(tensors)
-        ranks.any_of(False)
+        distributed.average(tensors)
+        distributed.any_of(False)
         seconds.append(time.perf_counter() - start)
     return {"seconds": statistics.median(seconds[1:]), "bytes": sum(4 * t.numel() for t in tensors)}
 
@@ -102,12 +102,12 @@ class Records:
 
     def get(self, measure: Callable[[], dict[str, Any]], **key: Any) -> dict[str, Any]:
         """The record of ``key``, measured by ``measure`` where there is none."""
-        key["processes"] = ranks.count()
-        found = ranks.from_first(lambda: [r for r in self.known if key.items() <= r.items()])
+        key["processes"] = distributed.count()
+        found = distributed.from_first(lambda: [r for r in self.known if key.items() <= r.items()])
         if found:
             return found[0]
         record = {**key, **measure()}
-        if ranks.first():
+        if distributed.first():
             append(self.path, record)
         return record
 
@@ -166,9 +166,9 @@ def main() -> None:
                 key = {"what": "step", "model": model, "method": method, "batch": wanted.batch_size}
                 measure = partial(measured_step, model, method, wanted.batch_size, wanted.rounds, device)
                 found = records.get(measure, **key, device=device.type)
-                step = found["seconds"] - (reduced["seconds"] if ranks.count() > 1 else 0.0)
+                step = found["seconds"] - (reduced["seconds"] if distributed.count() > 1 else 0.0)
                 hours = [f"{count}: {plan.hours(step, reduced['bytes'], count):.1f}" for count in counts]
-                if ranks.first():
+                if distributed.first():
                     print(f"{model} {method}, {plan.epochs} epochs, hours by processes: {', '.join(hours)}")
 
 

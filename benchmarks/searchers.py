@@ -22,22 +22,22 @@ import torch
 from common import append, parser, read, spread
 from torch import nn
 
-from saqcli.algorithms.minimizers.qat import QAT
-from saqcli.algorithms.searchers.problem import NO_MEMORY
-from saqcli.algorithms.training import EpochSettings, Meter, train_epoch
 from saqcli.config import RunConfig, resolve
-from saqcli.io.distributed import pick_device
-from saqcli.io.files import make_folder, write_text
+from saqcli.distributed import pick_device
+from saqcli.pipelines.calibration import calibrate, install_quantizers
+from saqcli.pipelines.find_bits import ask, find_bits, pose
+from saqcli.pipelines.proxy import fit_proxy
+from saqcli.pipelines.quantize import score
+from saqcli.pipelines.setup import Images, Network, classes_of, load_float, open_named, wrap_and_trace
 from saqcli.progress import SILENT
 from saqcli.quant.bits import BitConfig, parse_bits
-from saqcli.quant.calibrate import InputStatistics
-from saqcli.workflows.calibration import calibrate, install_quantizers
-from saqcli.workflows.find_bits import ask, find_bits, pose
-from saqcli.workflows.optimization import make_objective, make_optimizer
-from saqcli.workflows.proxy import fit_proxy
-from saqcli.workflows.quantize import score
-from saqcli.workflows.setup import Images, Network, classes_of, load_float, open_named, wrap_and_trace
-from saqcli.workflows.short_training import train
+from saqcli.quant.calibration import InputStatistics
+from saqcli.search.problem import NO_MEMORY
+from saqcli.serialization import make_folder, write_text
+from saqcli.training.loop import EpochSettings, Meter, train_epoch
+from saqcli.training.minimizers.qat import QAT
+from saqcli.training.optimizer import make_objective, make_optimizer
+from saqcli.training.trainer import train
 
 # What is compared: a searcher and its options.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

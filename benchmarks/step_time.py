@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from saqcli.algorithms.minimizers import MINIMIZERS
-from saqcli.algorithms.objective import Objective, as_chunks
 from saqcli.config import ModelSection
-from saqcli.io.distributed import pick_device
+from saqcli.distributed import pick_device
+from saqcli.pipelines.setup import load_float, wrap_and_trace
 from saqcli.progress import SILENT
 from saqcli.quant import convert
 from saqcli.quant.bits import LayerBits
-from saqcli.quant.calibrate import fit, observe
+from saqcli.quant.calibration import fit, observe
 from saqcli.quant.convert import Scheme
-from saqcli.workflows.setup import load_float, wrap_and_trace
+from saqcli.training.minimizers import MINIMIZERS
+from saqcli.training.objective import Objective, as_chunks
 
 STEPS = 5  # a round; an interval of 5 ascends once in it
 

@@ -13,9 +13,9 @@ _PUBLIC = {
     "Budget": "saqcli.quant.cost",
     "LayerBits": "saqcli.quant.bits",
     "SaqError": "saqcli.errors",
-    "load": "saqcli.workflows.predictors",
-    "load_model": "saqcli.io.models",
-    "quantize": "saqcli.workflows.quantize",
+    "load": "saqcli.pipelines.predictors",
+    "load_model": "saqcli.models.load",
+    "quantize": "saqcli.pipelines.quantize",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from saqcli.errors import ConfigError, Problems
-from saqcli.strict import Misfit, parse_object, printable, read_json, read_text, read_toml
+from saqcli.serialization import Misfit, parse_object, printable, read_json, read_text, read_toml
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
+from saqcli.pipelines import demo
 from saqcli.progress import SILENT
-from saqcli.workflows import demo
 
 MODEL = demo.MODEL
 

@@ -45,7 +45,7 @@ def ranks_saq(
 def forks() -> "multiprocessing.context.ForkServerContext":
     """Processes made here have imported torch and the command line."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "timm", "tests.command_line", "saqcli.workflows.quantize"])
+    context.set_forkserver_preload(["torch", "timm", "tests.command_line", "saqcli.pipelines.quantize"])
     return context
 
 

@@ -347,7 +347,7 @@ def _serve() -> None:
 
     import torch
 
-    from saqcli.workflows import export
+    from saqcli.pipelines import export
 
     export._try_export = lambda *_: None  # type: ignore[assignment]  # before there is a run to be killed
     torch.set_num_threads(1)
@@ -357,7 +357,7 @@ def _serve() -> None:
         *("quantize", "search", "analyze", "evaluate", "demo", "pareto", "pictures.canvas"),
         *("onnx_runs", "proofs", "pictures.policy"),
     ):
-        importlib.import_module(f"saqcli.workflows.{name}")
+        importlib.import_module(f"saqcli.pipelines.{name}")
     for name in (
         "timm.utils",
         "matplotlib.figure",

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from saqcli.io.checkpoints import CheckpointFile
-from saqcli.workflows.search_memory import SearchMemory
+from saqcli.pipelines.search import SearchMemory
+from saqcli.runs.checkpoints import CheckpointFile
 from tests.digits import MODEL, float_options
 
 STOPPED = (

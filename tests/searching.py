@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saqcli.algorithms.random_state import random_state, set_random_state
-from saqcli.algorithms.searchers import SearchImages, SearchProblem
 from saqcli.errors import Interrupted
-from saqcli.quant import calibrate, convert
+from saqcli.quant import calibration, convert
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.quant.cost import Budget, cost_model
-from saqcli.quant.space import Candidates, SearchSpace, parse_rule, search_space
-from saqcli.quant.trace import trace
+from saqcli.quant.search_space import Candidates, SearchSpace, parse_rule, search_space
+from saqcli.quant.tracer import trace
+from saqcli.random_state import random_state, set_random_state
+from saqcli.search import SearchImages, SearchProblem
 from tests import tiny
 from tests.spaces import budget_within, random_space
 
@@ -98,7 +98,7 @@ def problem_of(
     seed: int = 0,
 ) -> SearchProblem:
     """``model`` is wrapped, in eval mode."""
-    statistics = calibrate.observe(model, [batch for batch, _ in images.scoring])
+    statistics = calibration.observe(model, [batch for batch, _ in images.scoring])
     return SearchProblem(model, space, budget, scheme or Scheme(), statistics, images, sgd, seed)
 
 

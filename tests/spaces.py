@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from saqcli.errors import ConfigError
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.cost import BUDGET_USE, Budget, CostModel, LayerCost
-from saqcli.quant.space import Candidates, SearchSpace, parse_rule, search_space
-from saqcli.quant.trace import LayerTrace
+from saqcli.quant.search_space import Candidates, SearchSpace, parse_rule, search_space
+from saqcli.quant.tracer import LayerTrace
 
 W8A8 = LayerBits(weight=8, activation=8)
 

@@ -157,8 +157,8 @@ def test_a_light_import_stays_light(module: str) -> None:
 def test_the_walk_sees_imports_inside_functions_and_relative_ones(tmp_path: Path) -> None:
     """The tests above can fail: what they look for is found."""
     path = ROOT / "quant" / "layers.py"
-    assert "saqcli.quant.special.special_mixin" in {name for _, name in imports(path)}
-    assert part_of("saqcli.workflows.quantize") not in {"algorithms", *BASE, *ALLOWED["algorithms"]}
+    assert "saqcli.quant.attention.special_mixin" in {name for _, name in imports(path)}
+    assert part_of("saqcli.pipelines.quantize") not in {"algorithms", *BASE, *ALLOWED["algorithms"]}
 
 
 def test_what_takes_time_is_measured_by_a_clock_that_only_goes_forward() -> None:

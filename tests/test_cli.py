@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from saqcli.cli.models_view import show_models
+from saqcli.cli.models import show_models
 from saqcli.cli.training_options import EFFICIENT
-from saqcli.io.catalogue import Entry
-from saqcli.io.checkpoints import CheckpointFile
-from saqcli.workflows import finetune, quantize
+from saqcli.models.catalogue import Entry
+from saqcli.pipelines import quantize
+from saqcli.runs.checkpoints import CheckpointFile
+from saqcli.training import trainer
 from tests.command_line import answer, last_error, last_line, saq
 from tests.digits import MODEL, float_options
 
@@ -368,7 +369,7 @@ class TestInstalledProgram:
         whole, run = tmp_path / "whole", tmp_path / "run"
         assert saq(*_command(digits, whole)[3:]).exit_code == 0
         with monkeypatch.context() as patch:
-            patch.setattr(finetune, "make_minimizer", _raising(signal.SIGTERM, step=2))
+            patch.setattr(trainer, "make_minimizer", _raising(signal.SIGTERM, step=2))
             stopped = saq(*_command(digits, run)[3:])
 
         assert stopped.exit_code == 143
@@ -408,7 +409,7 @@ class TestInstalledProgram:
 
 def _raising(number: int, step: int) -> Any:
     """Makes a minimizer in whose step of that number the signal comes."""
-    make, calls = finetune.make_minimizer, 0
+    make, calls = trainer.make_minimizer, 0
 
     def made(*arguments: Any) -> Any:
         minimizer = make(*arguments)

@@ -27,25 +27,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from saqcli._version import __version__
-from saqcli.algorithms.exporters import ModelFacts
-from saqcli.algorithms.exporters.onnx_metadata import properties
-from saqcli.algorithms.graphs.tracing import INPUT, OUTPUT
-from saqcli.algorithms.instruments import Settings
-from saqcli.algorithms.instruments.sensitivity import Candidate, LayerSensitivity, SensitivityReading
+from saqcli.analysis import Settings
+from saqcli.analysis.sensitivity import Candidate, LayerSensitivity, SensitivityReading
 from saqcli.config import ModelSection, resolve
 from saqcli.errors import ConfigError, CorruptArtifact, SaqError, UnsafeWeights
-from saqcli.io.preprocessing import Preprocessing
-from saqcli.io.runs import RunDirectory, RunManifest
-from saqcli.io.weights import load_into, read_weights
+from saqcli.export import ModelFacts
+from saqcli.export.model_metadata import properties
+from saqcli.export.tracing import INPUT, OUTPUT
+from saqcli.models.preprocessing import Preprocessing
+from saqcli.models.weights import load_into, read_weights
+from saqcli.pipelines.analyze import AnalysisFolder, SubjectFacts
+from saqcli.pipelines.bits import read_policy
+from saqcli.pipelines.predictors import open_onnx
+from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
 from saqcli.progress import SILENT
 from saqcli.quant.bits import BitConfig, LayerBits, uniform
 from saqcli.quant.convert import Scheme
-from saqcli.strict import named_path
-from saqcli.workflows.analysis_files import AnalysisFolder, SubjectFacts
-from saqcli.workflows.bits import read_policy
-from saqcli.workflows.onnx_runs import open_file, runner
-from saqcli.workflows.predictors import open_onnx
-from saqcli.workflows.setup import Network, load_float, wrap_and_trace
+from saqcli.runs.directory import RunDirectory, RunManifest
+from saqcli.serialization import named_path
+from saqcli.verify.runtime import open_file, runner
 from tests.command_line import last_error, saq
 from tests.mutations import bytes_of, texts_of
 from tests.sweeps import sweep

@@ -9,7 +9,7 @@ from typer.main import get_command
 from saqcli.cli import app
 from saqcli.config import RunConfig
 from saqcli.errors import SaqError
-from saqcli.workflows import quantize, search
+from saqcli.pipelines import quantize, search
 from tests.command_line import saq
 
 GROUP: Any = get_command(app)

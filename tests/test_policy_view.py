@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from rich import console as rich_console
 
-from saqcli.cli import policy_view
-from saqcli.cli.policy_view import show_policy
+from saqcli.cli import tables
+from saqcli.cli.tables import show_policy
 
 LONG = "stages.3.blocks.11.some_very_long_attention_name.token_mixer.projection"
 Tree = dict[str, dict[str, int | None]]
@@ -52,7 +52,7 @@ def shown(
     def console() -> rich_console.Console:
         return rich_console.Console(file=file, **colours)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(policy_view, "Console", console)
+    monkeypatch.setattr(tables, "Console", console)
     layers, policy = layers_and_policy() if what is None else what
     show_policy(policy, layers, **options)
     return file.getvalue()
@@ -108,7 +108,7 @@ def test_the_widest_numbers_fit_80_columns(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_colour_follows_the_share_and_pinned_layers_are_dim(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = shown(monkeypatch, 140).splitlines()
-    first, last = policy_view.COLOURS[0], policy_view.COLOURS[-1]
+    first, last = tables.COLOURS[0], tables.COLOURS[-1]
 
     def code(colour: str) -> str:
         return "38;2;" + ";".join(str(int(colour[k : k + 2], 16)) for k in (1, 3, 5))

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from saqcli import ranks
+from saqcli import distributed
 from saqcli.errors import ConfigError, DataError, StoppedElsewhere
-from saqcli.io import interrupts
-from saqcli.io.interrupts import deferred_interrupts
+from saqcli.runs import interrupts
+from saqcli.runs.interrupts import deferred_interrupts
 from tests.joined import ranks_run
 
 
@@ -31,23 +31,25 @@ def refuse(what: type[Exception] = ConfigError) -> None:
 
 
 def everything() -> dict[str, Any]:
-    here = ranks.index()
+    here = distributed.index()
     tensors = [torch.full((3, 2), float(here)), torch.full((), 2.0 * here, dtype=torch.float64)]
-    ranks.average(tensors)
+    distributed.average(tensors)
     return {
-        "count": ranks.count(),
-        "first": ranks.first(),
-        "from_first": ranks.from_first(lambda: {"rank": here, "tensor": torch.tensor([1.5])}),
-        "refused_by_first": outcome(lambda: ranks.from_first(refuse)),
-        "together": outcome(lambda: ranks.together(lambda: here)),
-        "one_refuses": outcome(lambda: ranks.together(lambda: refuse(DataError) if here == 1 else None)),
-        "all_refuse": outcome(lambda: ranks.together(refuse)),
-        "gathered": ranks.gathered(f"rank {here}"),
-        "any": [ranks.any_of(here == 2), ranks.any_of(False)],
-        "totals": ranks.totals(here, 0.1),
-        "mean": ranks.mean(float(here)),
+        "count": distributed.count(),
+        "first": distributed.first(),
+        "from_first": distributed.from_first(lambda: {"rank": here, "tensor": torch.tensor([1.5])}),
+        "refused_by_first": outcome(lambda: distributed.from_first(refuse)),
+        "together": outcome(lambda: distributed.together(lambda: here)),
+        "one_refuses": outcome(
+            lambda: distributed.together(lambda: refuse(DataError) if here == 1 else None)
+        ),
+        "all_refuse": outcome(lambda: distributed.together(refuse)),
+        "gathered": distributed.gathered(f"rank {here}"),
+        "any": [distributed.any_of(here == 2), distributed.any_of(False)],
+        "totals": distributed.totals(here, 0.1),
+        "mean": distributed.mean(float(here)),
         "averaged": [tensor.tolist() for tensor in tensors],
-        "shares": ranks.interleaved(ranks.gathered(list(ranks.share(range(7))))),
+        "shares": distributed.interleaved(distributed.gathered(list(distributed.share(range(7))))),
     }
 
 
@@ -73,19 +75,23 @@ def test_three_ranks_come_to_the_same() -> None:
 
 def test_one_process_is_given_back_what_it_gives() -> None:
     tensor = torch.tensor([2.0])
-    ranks.average([tensor])
+    distributed.average([tensor])
 
-    assert (ranks.count(), ranks.index(), tensor.item()) == (1, 0, 2.0)
-    assert ranks.from_first(lambda: 3) == ranks.together(lambda: 3) == 3
-    assert ranks.gathered(4) == [4]
-    assert (ranks.any_of(True), ranks.any_of(False), ranks.totals(5.0)) == (True, False, [5.0])
-    assert list(ranks.share([1, 2, 3])) == [1, 2, 3]
+    assert (distributed.count(), distributed.index(), tensor.item()) == (1, 0, 2.0)
+    assert distributed.from_first(lambda: 3) == distributed.together(lambda: 3) == 3
+    assert distributed.gathered(4) == [4]
+    assert (distributed.any_of(True), distributed.any_of(False), distributed.totals(5.0)) == (
+        True,
+        False,
+        [5.0],
+    )
+    assert list(distributed.share([1, 2, 3])) == [1, 2, 3]
 
 
 def averaged() -> list[float]:
-    ranks.BUCKET = 10
-    tensors = [torch.full((size,), float(ranks.index() + size)) for size in (1, 9, 10, 11, 25, 3)]
-    ranks.average(tensors)
+    distributed.BUCKET = 10
+    tensors = [torch.full((size,), float(distributed.index() + size)) for size in (1, 9, 10, 11, 25, 3)]
+    distributed.average(tensors)
     return [tensor.unique().item() for tensor in tensors]
 
 
@@ -95,11 +101,11 @@ def test_large_tensors_are_averaged_in_buckets() -> None:
 
 def _waiting() -> float:
     """Rank 1 dies, the others wait for it."""
-    if ranks.index() == 1:
+    if distributed.index() == 1:
         os._exit(7)
     start = time.monotonic()
     with pytest.raises(StoppedElsewhere):
-        ranks.totals(1.0)
+        distributed.totals(1.0)
     return time.monotonic() - start
 
 
@@ -110,7 +116,7 @@ def test_a_rank_that_dies_is_noticed_at_once() -> None:
 
 def _blocked(number: int) -> None:
     """Rank 0 waits, where no Python code runs, for a rank that never comes; then it is asked to end."""
-    if ranks.index() == 1:
+    if distributed.index() == 1:
         time.sleep(4)
         return
     interrupts.SECONDS_TO_ANSWER = 1.0

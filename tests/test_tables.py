@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from saqcli.cli import screen
-from saqcli.cli.bench_view import show_bench
-from saqcli.cli.readings import show_analysis
+from saqcli.cli import console
+from saqcli.cli.analyze import show_analysis
+from saqcli.cli.evaluate import show_bench
 from saqcli.cli.tables import show_evaluation, show_profile
 from saqcli.units import counted, format_duration, format_figure
 from tests.command_line import answer, saq
@@ -176,13 +176,13 @@ def test_what_is_no_number_is_said_in_words() -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, to be set."""
     now = [100.0]
-    monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     return now
 
 
 class TestTimeLeft:
     def test_is_that_of_a_fresh_task(self, clock: list[float]) -> None:
-        pace = screen.Pace(10)
+        pace = console.Pace(10)
         pace.advance(0, 0)
         for _ in range(2):
             clock[0] += 3.0
@@ -193,7 +193,7 @@ class TestTimeLeft:
 
     def test_counts_no_step_of_an_earlier_process(self, clock: list[float]) -> None:
         """80 of 100 steps were done before; passing over their images takes a minute, a step 2 s."""
-        pace = screen.Pace(100)
+        pace = console.Pace(100)
         pace.advance(80, 0)
         clock[0] += 62.0
         pace.advance(1, 32)
@@ -207,7 +207,7 @@ class TestTimeLeft:
         assert pace.texts == ["16 images/s", "30 s left"]
 
     def test_needs_no_images(self, clock: list[float]) -> None:
-        pace = screen.Pace(4)
+        pace = console.Pace(4)
         for _ in range(2):
             clock[0] += 60.0
             pace.advance(1, 0)
@@ -223,7 +223,7 @@ class TestTimeLeft:
             def update(self, _: object, **fields: Any) -> None:
                 told.update(fields)
 
-        tasks = [screen._PlainTask("epoch 1 of 1", 50), screen._LiveTask(Bar(), 0, 50)]
+        tasks = [console._PlainTask("epoch 1 of 1", 50), console._LiveTask(Bar(), 0, 50)]
         for task in tasks:
             task.advance(40)
         for _ in range(3):

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saqcli.quant import calibrate, convert
+from saqcli.quant import calibration, convert
 from saqcli.quant.bits import BitConfig, LayerBits
-from saqcli.quant.layers import QuantizedLayer, quantized_layers
-from saqcli.quant.trace import trace
+from saqcli.quant.layer import QuantizedLayer, quantized_layers
+from saqcli.quant.tracer import trace
 
 Shape = tuple[int, int, int]
 CLASSES = 5
@@ -212,11 +212,11 @@ def quantized(
     traced = trace(net, x[:1])
     convert.leave_float(net, traced.idle)
     convert.route(net, traced.routed, [name for names in traced.routed.values() for name in names])
-    statistics = calibrate.observe(net, [x])
+    statistics = calibration.observe(net, [x])
     layers = quantized_layers(net)
     config = BitConfig(model="tiny", layers=dict.fromkeys(layers, LayerBits(weight=bits, activation=bits)))
     signed = {name: statistics[name].signed for name in layers}
     more = [LayerBits(weight=width, activation=width) for width in candidates]
     convert.install(net, scheme or convert.Scheme(), config, signed, dict.fromkeys(layers, more))
-    calibrate.fit(net, statistics)
+    calibration.fit(net, statistics)
     return layers

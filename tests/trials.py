@@ -6,10 +6,10 @@ from typing import Any
 
 def tried_once() -> None:
     """Let a trial that has passed pass again without being made."""
-    exporting: Any = sys.modules.get("saqcli.workflows.export")
+    exporting: Any = sys.modules.get("saqcli.pipelines.export")
     if exporting is None or not hasattr(exporting, "_try_export") or hasattr(exporting._try_export, "passed"):
         return
-    from saqcli.io.networks import NETWORKS
+    from saqcli.models.networks import NETWORKS
 
     trial = exporting._try_export
 

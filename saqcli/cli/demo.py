@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from saqcli.cli import options as o
-from saqcli.cli.screen import print_json, progress_for, reporting
+from saqcli.cli.console import print_json, progress_for, reporting
 
 BUDGET = "80M"  # less than 3 bits everywhere, so that layers get 2, 3 and 4
 
@@ -28,15 +28,14 @@ def demo_command(
 
     It takes about two minutes on two cores.
     """
-    from saqcli.workflows.demo import demo
+    from saqcli.pipelines.demo import demo
 
     progress = progress_for(json_output=json_output, quiet=quiet)
     result = demo(run_dir, bops=bops, epochs=epochs, seed=seed, progress=progress)
     if json_output:
         print_json(result)
         return
-    from saqcli.cli.policy_view import show_policy
-    from saqcli.cli.tables import show_quantized
+    from saqcli.cli.tables import show_policy, show_quantized
 
     layers = json.loads((run_dir / "quantized" / "search.json").read_text(encoding="utf-8"))["layers"]
     show_policy(result["policy"], layers)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from saqcli.cli import options as o
-from saqcli.cli.screen import print_json, progress_for, reporting
+from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.errors import Problems
 
 
@@ -46,7 +46,7 @@ def export_command(
 
     Example: `saq export runs/resnet18-w4a4 --onnx resnet18.onnx --data imagenet`
     """
-    from saqcli.workflows.export import check_export, export
+    from saqcli.pipelines.export import check_export, export
 
     problems = Problems()
     images = o.data_section(

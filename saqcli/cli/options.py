@@ -331,7 +331,7 @@ def model_options(
 def model_section(problems: Problems, name: str, **options: Any) -> "ModelSection":
     """The ``model`` section of the configuration; ``options`` as for ``model_options``."""
     from saqcli.config import ModelSection
-    from saqcli.strict import parse_object
+    from saqcli.serialization import parse_object
 
     settings = {"name": name, **given(model_options(problems, **options))}
     section = problems.attempt(parse_object, ModelSection, settings, "options")
@@ -341,7 +341,7 @@ def model_section(problems: Problems, name: str, **options: Any) -> "ModelSectio
 def data_section(problems: Problems, **settings: Any) -> "DataSection":
     """The ``data`` section of the configuration; None where not given."""
     from saqcli.config import DataSection
-    from saqcli.strict import parse_object
+    from saqcli.serialization import parse_object
 
     section = problems.attempt(parse_object, DataSection, given(settings), "options")
     return section or DataSection(path=settings.get("path"))

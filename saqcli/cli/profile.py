@@ -6,7 +6,7 @@ import typer
 
 from saqcli.cli import bit_options as b
 from saqcli.cli import options as o
-from saqcli.cli.screen import print_json, progress_for, reporting
+from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.errors import Problems
 
 
@@ -51,7 +51,7 @@ def profile_command(
     Example: `saq profile runs/resnet18-34g`
     """
     from saqcli.config import QuantizationSection
-    from saqcli.workflows.profile import check_profile, profile
+    from saqcli.pipelines.profile import check_profile, profile
 
     problems = Problems()
     section = o.model_section(

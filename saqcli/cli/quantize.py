@@ -10,7 +10,7 @@ from saqcli.cli import bit_options as b
 from saqcli.cli import options as o
 from saqcli.cli import run_options as r
 from saqcli.cli import training_options as t
-from saqcli.cli.screen import print_json, progress_for, reporting
+from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.errors import Problems
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def quantize_command(
             quiet=quiet,
         )
         return
-    from saqcli.workflows.quantize import quantize
+    from saqcli.pipelines.quantize import quantize
 
     result = quantize(resolved, target, resume=resume, overwrite=overwrite, progress=progress).to_dict(target)
     if json_output:
@@ -194,6 +194,6 @@ def quantize_command(
 
 
 def _check(config: "RunConfig", *, dry_run: bool) -> None:
-    from saqcli.workflows.quantize import check
+    from saqcli.pipelines.quantize import check
 
     check(config, images=not dry_run)

@@ -7,7 +7,7 @@ import typer
 
 from saqcli.cli import options as o
 from saqcli.cli import run_options as r
-from saqcli.cli.screen import print_json, progress_for, reporting
+from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.errors import NotReproduced
 
 
@@ -53,7 +53,7 @@ def rerun_command(
 
     Example: `saq rerun runs/resnet18-34g`
     """
-    from saqcli.workflows.rerun import Changes, rerun
+    from saqcli.pipelines.rerun import Changes, rerun
 
     found = rerun(
         run,

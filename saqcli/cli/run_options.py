@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from saqcli.cli.console import print_json, progress_for
 from saqcli.cli.options import RUN, folder_of_bits
-from saqcli.cli.screen import print_json, progress_for
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _config_of(verb: str, run_dir: Path) -> Path | None:
     """
     if not (run_dir / "config.json").is_file():
         return None
-    from saqcli.io.runs import RunDirectory
+    from saqcli.runs.directory import RunDirectory
 
     RunDirectory(run_dir, verb).check_usable(resume=True, overwrite=False)
     return run_dir / "config.json"
@@ -176,13 +176,13 @@ def dry_run(
     quiet: bool,
 ) -> None:
     """What a run would do and cost, without doing it."""
-    from saqcli.workflows.plan import plan
+    from saqcli.pipelines.dry_run import plan
 
     progress = progress_for(json_output=json_output, quiet=quiet)
     result = plan(config, target, progress, verb=verb, resume=resume, overwrite=overwrite)
     if json_output:
         print_json(result)
         return
-    from saqcli.cli.plan_view import show_plan
+    from saqcli.cli.dry_run import show_plan
 
     show_plan(result)

@@ -9,7 +9,7 @@ import typer
 from saqcli.cli import bit_options as b
 from saqcli.cli import options as o
 from saqcli.cli import run_options as r
-from saqcli.cli.screen import print_json, progress_for, reporting
+from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.errors import Problems
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def search_command(
             quiet=quiet,
         )
         return
-    from saqcli.workflows.search import search
+    from saqcli.pipelines.search import search
 
     result = search(
         resolved,
@@ -228,6 +228,6 @@ def search_command(
 
 
 def _check(config: "RunConfig", *, dry_run: bool) -> None:
-    from saqcli.workflows.search import check_search
+    from saqcli.pipelines.search import check_search
 
     check_search(config, images=not dry_run)

@@ -1,8 +1,13 @@
-"""Results as tables for the eye, printed on stdout; no name is ever cut, however narrow the terminal."""
+"""Results as tables and bars, printed on stdout; no name is ever cut off.
+
+Which layer got how many bits, as bars in a terminal: a row a layer, in execution order.
+
+Results as tables for the eye, printed on stdout; no name is ever cut, however narrow the terminal.
+"""
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +15,68 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from saqcli.quant.bits import LayerBits, mean_bits
 from saqcli.units import counted, format_figure, format_quantity
+
+BLOCK = "■"
+# Little to much, in quarters of the largest share: of middling brightness, so that they can be read on dark and on
+# light, and told apart by colour-blind readers from their brightness and the number beside them.
+COLOURS = ("#3B86D1", "#8A83C6", "#D18A2C", "#DC4A3D")
+PINNED = " (pinned)"
+
+
+def show_policy(
+    policy: Mapping[str, Mapping[str, int | None]],
+    layers: Sequence[Mapping[str, Any]],
+    *,
+    bops: int | None = None,
+) -> None:
+    """Print the bits of every layer.
+
+    Args:
+        policy: ``weight`` and ``activation`` by the name of the layer; None is floating point.
+        layers: in execution order, as ``saq profile --json`` has them, measured at the bits of ``policy``.
+        bops: of the whole network; the sum over the layers where it is not given.
+    """
+    console = Console()
+    total = (sum(layer["bops"] for layer in layers) if bops is None else bops) or 1
+    most = max((layer["bops"] for layer in layers), default=0) or 1
+    rows = []
+    for layer in layers:
+        bits = policy[layer["name"]]
+        colour = COLOURS[min(int(len(COLOURS) * layer["bops"] / most), len(COLOURS) - 1)]
+        style = "dim" if layer["pinned"] else ""
+        rows.append(
+            [
+                Text(str(layer["name"]) + (PINNED if layer["pinned"] else ""), style=style),
+                _bar(bits["weight"], colour, style),
+                _bar(bits["activation"], colour, style),
+                Text(format_quantity(layer["bops"]), style=style),
+                Text(f"{100 * layer['bops'] / total:.1f} %", style=style),
+            ]
+        )
+    print_table(console, ("layer", "weights", "inputs", "BOPs", "share"), rows, left=(0, 1, 2))
+    colours = "; colours by share of BOPs" if console.color_system else ""
+    say(console, _summary(policy, layers) + colours)
+
+
+def _bar(bits: int | None, colour: str, style: str) -> Text:
+    """A block a bit, and the number."""
+    text = Text(style=style)
+    if bits is None:
+        return text.append("float", style=colour)
+    return text.append(BLOCK * bits, style=colour).append(f" {bits}", style="default")
+
+
+def _summary(policy: Mapping[str, Mapping[str, int | None]], layers: Sequence[Mapping[str, Any]]) -> str:
+    """Mean bits, as the pictures have them."""
+    bits = {
+        name: LayerBits(weight=one["weight"], activation=one["activation"]) for name, one in policy.items()
+    }
+    macs = {str(layer["name"]): int(layer["macs"]) for layer in layers}
+    weights, inputs = mean_bits({name: bits[name] for name in macs}, macs)
+    return f"\nmean bits, weighted by MACs: weights {weights:.2f}, inputs {inputs:.2f}"
+
 
 PIPED = 200  # columns where nobody looks at a terminal, so that no line wraps
 GAP = 2  # columns between two cells
@@ -155,7 +221,7 @@ def show_profile(result: dict[str, Any]) -> None:
 
 def show_quantized(result: dict[str, Any]) -> None:
     """Float beside quantized, the budget, and the files written."""
-    from saqcli.workflows.report import results_table
+    from saqcli.report.run_report import results_table
 
     console = Console()
     columns, rows, exported = results_table(result)
@@ -277,7 +343,7 @@ def show_export(result: dict[str, Any]) -> None:
 
 def show_searched(result: dict[str, Any]) -> None:
     """The policy as a picture, then what it costs."""
-    from saqcli.cli.policy_view import show_policy
+    pass
     from saqcli.quant.cost import Budget, Cost
 
     show_policy(result["policy"], result["layers"])

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from saqcli.errors import ConfigError, PolicyMismatch
-from saqcli.strict import json_text, printable
+from saqcli.serialization import json_text, printable
 
 MIN_BITS, MAX_BITS = 2, 8
 FLOAT_BITS = 32  # what an operand left in floating point counts as

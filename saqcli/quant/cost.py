@@ -15,7 +15,7 @@ from math import ceil
 from typing import NamedTuple
 
 from saqcli.quant.bits import FLOAT_BITS, PINNED_BITS, BitConfig, LayerBits, uniform
-from saqcli.quant.trace import LayerTrace, Trace
+from saqcli.quant.tracer import LayerTrace, Trace
 from saqcli.units import format_quantity
 
 BUDGET_USE = 0.985  # share of the budget that a configuration should use where the candidates allow it

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from saqcli.quant import products
 
 if TYPE_CHECKING:
-    from saqcli.quant.layers import QuantizedLayer
+    from saqcli.quant.layer import QuantizedLayer
 
 # Operators that multiply an input (argument 0) by a weight (argument 1).
 WEIGHT_OPERATORS = {

@@ -9,12 +9,12 @@ import torch
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 
-from saqcli.algorithms.exporters import ModelFacts
-from saqcli.quant import calibrate, convert
+from saqcli.export import ModelFacts
+from saqcli.quant import calibration, convert
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.convert import Scheme
-from saqcli.quant.layers import QuantizedLayer, quantized_layers
-from saqcli.quant.trace import trace
+from saqcli.quant.layer import QuantizedLayer, quantized_layers
+from saqcli.quant.tracer import trace
 
 CHANNELS, SIDE, CLASSES = 3, 6, 5
 ALL_BITS = range(2, 9)
@@ -259,11 +259,11 @@ def quantize(
         convert.route(model, [parent], children)
     if products:
         convert.follow(model, {each.name: each.follows for each in traced.products if each.follows})
-    statistics = calibrate.observe(model, [images(32, seed=1)])
+    statistics = calibration.observe(model, [images(32, seed=1)])
     signed = {name: entry.signed for name, entry in statistics.items()}
     policy = BitConfig(model="tests/tiny", layers=choose(traced.layers))
     convert.install(model, scheme, policy, signed)
-    calibrate.fit(model, statistics)
+    calibration.fit(model, statistics)
     facts = ModelFacts(
         saq_version="0.0.0",
         build={"name": "tests/tiny", "num_classes": CLASSES},

@@ -14,9 +14,9 @@ from networks import NETWORKS, Bank, Quantized, bank_bits, images, quantize
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from saqcli.algorithms.exporters import EXPORTERS
+from saqcli.export import EXPORTERS
 from saqcli.quant.convert import Scheme
-from saqcli.quant.layers import QuantizedLayer
+from saqcli.quant.layer import QuantizedLayer
 from saqcli.quant.quantizers import Quantizer
 
 GRIDS = ("auto", "paper", "zero")

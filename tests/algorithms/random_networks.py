@@ -8,11 +8,11 @@ import torch
 from networks import Mean, Quantized, SelfAttention, Tokens, seeded
 from torch import Tensor, nn
 
-from saqcli.algorithms.exporters import ModelFacts
-from saqcli.quant import calibrate, convert
+from saqcli.export import ModelFacts
+from saqcli.quant import calibration, convert
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.convert import Scheme
-from saqcli.quant.trace import trace
+from saqcli.quant.tracer import trace
 
 CLASSES = 7
 ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
@@ -309,7 +309,7 @@ def random_network(seed: int) -> Quantized:
     traced = trace(model, noise[:1])
     for parent, children in traced.routed.items():
         convert.route(model, [parent], children)
-    statistics = calibrate.observe(model, [noise])
+    statistics = calibration.observe(model, [noise])
     signed = {name: entry.signed for name, entry in statistics.items()}
     style = dice.choice(("mixed", "mixed", "same", "eight"))
     bits = 8 if style == "eight" else dice.randint(2, 8)
@@ -323,7 +323,7 @@ def random_network(seed: int) -> Quantized:
     )
     chosen = scheme(dice)
     convert.install(model, chosen, policy, signed)
-    calibrate.fit(model, statistics)
+    calibration.fit(model, statistics)
     facts = ModelFacts(
         saq_version="0.0.0",
         build={"name": "tests/random", "num_classes": CLASSES},

@@ -8,8 +8,8 @@ from networks import NETWORKS, images, quantize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.algorithms.minimizers import MINIMIZERS, Chunk, MicroBatch, Minimizer
-from saqcli.algorithms.minimizers.batches import Loss
+from saqcli.training.minimizers import MINIMIZERS, Chunk, MicroBatch, Minimizer
+from saqcli.training.minimizers.base import Loss
 
 RHO = 0.3
 Batch = tuple[Tensor, Tensor]

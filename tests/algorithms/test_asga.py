@@ -24,18 +24,17 @@ from toys import (
     runs_out_of_memory,
 )
 
-from saqcli.algorithms.minimizers import Chunk, MicroBatch
-from saqcli.algorithms.objective import micro_batches
-from saqcli.algorithms.searchers.asga import ASGA
-from saqcli.algorithms.searchers.descent import Descent
-from saqcli.algorithms.searchers.mixture import Mixture, Mixtures
-from saqcli.algorithms.searchers.problem import Found, SearchProblem
-from saqcli.algorithms.searchers.supernet import Supernet
 from saqcli.errors import ConfigError, InfeasibleBudget, Interrupted, TrainingDiverged
 from saqcli.quant.cost import Budget
-from saqcli.quant.layers import quantized_layers
+from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers.base import Quantizer, quantizers_of
-from saqcli.quant.space import Candidates
+from saqcli.quant.search_space import Candidates
+from saqcli.search.asga import ASGA, Descent
+from saqcli.search.mixture import Mixture, Mixtures
+from saqcli.search.problem import Found, SearchProblem
+from saqcli.search.supernet import Supernet
+from saqcli.training.minimizers import Chunk, MicroBatch
+from saqcli.training.objective import micro_batches
 from tests.sweeps import sweep
 
 UNTIED = Candidates((2, 4), (3, 6))

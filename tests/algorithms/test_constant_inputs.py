@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.algorithms.exporters import EXPORTERS
-from saqcli.algorithms.exporters.facts import ModelFacts
-from saqcli.algorithms.graphs.layerwise import check_layers
-from saqcli.algorithms.graphs.operators import frozen_copy
+from saqcli.export import EXPORTERS
+from saqcli.export.model_metadata import ModelFacts
+from saqcli.export.operators import frozen_copy
 from saqcli.quant.convert import Scheme, active_bits
-from saqcli.quant.layers import quantized_layers
+from saqcli.quant.layer import quantized_layers
+from saqcli.verify.layerwise import check_layers
 from tests import tiny
 from tests.sweeps import sweep
 

@@ -6,8 +6,8 @@ import pytest
 from networks import images, quantize, same_bits
 from torch import nn
 
-from saqcli.algorithms.exporters import EXPORTERS
-from saqcli.algorithms.graphs.containers import Stored, WeightStorage, weight_storage
+from saqcli.export import EXPORTERS
+from saqcli.export.containers import Stored, WeightStorage, weight_storage
 from saqcli.quant.convert import Scheme
 
 COUNT = 64 * 3 * 9  # weights of the one layer

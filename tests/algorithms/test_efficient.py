@@ -21,12 +21,12 @@ from steps import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.algorithms.minimizers import MINIMIZERS, MicroBatch
-from saqcli.algorithms.objective import Objective, as_chunks
 from saqcli.errors import ConfigError
 from saqcli.quant.convert import Scheme
-from saqcli.quant.layers import quantized_layers
+from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers import QUANTIZERS
+from saqcli.training.minimizers import MINIMIZERS, MicroBatch
+from saqcli.training.objective import Objective, as_chunks
 
 ASCENDING = [name for name in MINIMIZERS if name != "qat"]
 

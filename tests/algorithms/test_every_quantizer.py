@@ -11,17 +11,17 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.algorithms.exporters.qdq import QdqExporter
-from saqcli.algorithms.exporters.safetensors import SafetensorsExporter, read_content, rebuild
-from saqcli.algorithms.graphs.layerwise import LARGEST_ERROR, check_layers
-from saqcli.algorithms.graphs.operators import frozen_copy
-from saqcli.algorithms.minimizers import MINIMIZERS, MicroBatch
-from saqcli.algorithms.sharpness import PerturbedSet
+from saqcli.export.operators import frozen_copy
+from saqcli.export.qdq import QdqExporter
+from saqcli.export.safetensors import SafetensorsExporter, read_content, rebuild
+from saqcli.pipelines.predictors import onnx_session
 from saqcli.quant.convert import Scheme
-from saqcli.quant.layers import QuantizedLayer, quantized_layers
+from saqcli.quant.layer import QuantizedLayer, quantized_layers
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer, quantizers_of
-from saqcli.workflows.predictors import onnx_session
-from saqcli.workflows.verify import judge
+from saqcli.training.minimizers import MINIMIZERS, MicroBatch
+from saqcli.training.perturbation import PerturbedSet
+from saqcli.verify.layerwise import LARGEST_ERROR, check_layers
+from saqcli.verify.verdict import judge
 from tests.sweeps import sweep
 
 STEPS = 3

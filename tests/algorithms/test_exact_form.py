@@ -12,15 +12,15 @@ from onnx_files import answer, export, graph_of, network, set_gains, told
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.algorithms.graphs.exact_form import ExactForm
-from saqcli.algorithms.graphs.layerwise import check_layers
-from saqcli.algorithms.graphs.operators import frozen_copy
 from saqcli.errors import UnsupportedModel
+from saqcli.export.exact_form import ExactForm
+from saqcli.export.operators import frozen_copy
+from saqcli.pipelines.determinism import torch_threads
+from saqcli.pipelines.predictors import onnx_session
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
-from saqcli.workflows.determinism import torch_threads
-from saqcli.workflows.predictors import onnx_session
-from saqcli.workflows.verify import judge
+from saqcli.verify.layerwise import check_layers
+from saqcli.verify.verdict import judge
 from tests.sweeps import sweep
 
 CLIP, LSQ, OFFSETS, OFFSETS_ZERO = (

@@ -8,10 +8,10 @@ import pytest
 import torch
 from random_networks import random_network
 
-from saqcli.algorithms.exporters import EXPORTERS
 from saqcli.errors import UnsupportedModel
+from saqcli.export import EXPORTERS
 from saqcli.progress import SILENT
-from saqcli.workflows.proofs import prove_graph
+from saqcli.verify.proof import prove_graph
 
 FEW = {2: ("exact", "qonnx"), 3: ("qdq", "trt")}  # two that are quick, and have every style between them
 MANY, CHUNK = 300, 10

@@ -12,15 +12,15 @@ from onnx_files import GRIDS, answer, constants, export, graph_of, network, told
 from tampering import TAMPERED
 from torch import Tensor, nn
 
-from saqcli.algorithms.exporters import EXPORTERS, STYLES, ModelFacts
-from saqcli.algorithms.exporters.onnx_metadata import read_onnx_facts
-from saqcli.algorithms.exporters.safetensors import read_facts
-from saqcli.algorithms.graphs.hazards import hazards
-from saqcli.algorithms.graphs.operators import frozen_copy
-from saqcli.algorithms.graphs.tracing import INPUT, OUTPUT
 from saqcli.errors import CorruptArtifact, UnsupportedModel
-from saqcli.workflows.predictors import onnx_session
-from saqcli.workflows.verify import judge
+from saqcli.export import EXPORTERS, STYLES, ModelFacts
+from saqcli.export.model_metadata import read_onnx_facts
+from saqcli.export.operators import frozen_copy
+from saqcli.export.safetensors import read_facts
+from saqcli.export.tracing import INPUT, OUTPUT
+from saqcli.pipelines.predictors import onnx_session
+from saqcli.verify.hazards import hazards
+from saqcli.verify.verdict import judge
 from tests.sweeps import sweep
 
 # Every network in one style, and in the others one of every kind of product.

@@ -22,14 +22,14 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_files import answer, export
 from torch import Tensor, nn
 
-from saqcli.algorithms.exporters import STYLES
-from saqcli.algorithms.graphs.hazards import hazards
-from saqcli.algorithms.graphs.integer_kernels import LARGEST_SHIFT
-from saqcli.algorithms.graphs.layerwise import check_layers
-from saqcli.algorithms.graphs.operators import frozen_copy
+from saqcli.export import STYLES
+from saqcli.export.integer_kernels import LARGEST_SHIFT
+from saqcli.export.operators import frozen_copy
+from saqcli.pipelines.predictors import onnx_session
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
-from saqcli.workflows.predictors import onnx_session
+from saqcli.verify.hazards import hazards
+from saqcli.verify.layerwise import check_layers
 from tests.sweeps import sweep
 
 PLAIN, DEFAULT = ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL

@@ -10,19 +10,19 @@ from networks import CLASSES, NETWORKS, images, quantize, same_bits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.algorithms.instruments import INSTRUMENTS, Session, Settings, Subject
-from saqcli.algorithms.instruments.curvature import dot, hessian_products
-from saqcli.algorithms.instruments.distributions import measure_distributions
-from saqcli.algorithms.instruments.eigenvalue import measure_eigenvalue
-from saqcli.algorithms.instruments.flips import measure_flips
-from saqcli.algorithms.instruments.hessian_trace import measure_trace
-from saqcli.algorithms.instruments.landscape import LandscapeReading, directions, measure_landscape
-from saqcli.algorithms.instruments.loss_sharpness import measure_sharpness
-from saqcli.algorithms.instruments.sensitivity import measure_sensitivity
-from saqcli.algorithms.training import evaluate
+from saqcli.analysis import INSTRUMENTS, Session, Settings, Subject
+from saqcli.analysis.curvature import dot, hessian_products
+from saqcli.analysis.distributions import measure_distributions
+from saqcli.analysis.eigenvalue import measure_eigenvalue
+from saqcli.analysis.flips import measure_flips
+from saqcli.analysis.hessian_trace import measure_trace
+from saqcli.analysis.landscape import LandscapeReading, directions, measure_landscape
+from saqcli.analysis.loss_sharpness import measure_sharpness
+from saqcli.analysis.sensitivity import measure_sensitivity
 from saqcli.progress import SILENT
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.quantizers import Quantizer
+from saqcli.training.loop import evaluate
 
 COUNT = 24
 Bits = Callable[[Any], dict[str, LayerBits]]
@@ -165,7 +165,7 @@ class TestEigenvalue:
     def test_is_the_largest_even_where_a_negative_one_outweighs_it(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from saqcli.algorithms.instruments import eigenvalue
+        from saqcli.analysis import eigenvalue
 
         subject = subject_of()
         count = sum(layer.latent_weight().numel() for layer in subject.layers.values())

@@ -11,14 +11,14 @@ from onnx_files import EPSILON, answer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.algorithms.exporters import EXPORTERS
-from saqcli.algorithms.graphs.exact_form import ExactForm
-from saqcli.algorithms.graphs.integers import EXACT_FLOAT, Integers, Operator, part_of, parts_of
-from saqcli.algorithms.graphs.operators import frozen_copy
 from saqcli.errors import UnsupportedModel
+from saqcli.export import EXPORTERS
+from saqcli.export.exact_form import ExactForm
+from saqcli.export.integers import EXACT_FLOAT, Integers, Operator, part_of, parts_of
+from saqcli.export.operators import frozen_copy
+from saqcli.pipelines.predictors import onnx_session
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
-from saqcli.workflows.predictors import onnx_session
 from tests.sweeps import sweep
 
 aten = torch.ops.aten

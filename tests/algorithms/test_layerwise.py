@@ -9,11 +9,11 @@ import torch
 from onnx_files import told
 from torch import Tensor, nn
 
-from saqcli.algorithms.exporters import EXPORTERS, ModelFacts
-from saqcli.algorithms.graphs.layerwise import LARGEST_ERROR, check_layers
-from saqcli.algorithms.graphs.operators import frozen_copy
+from saqcli.export import EXPORTERS, ModelFacts
+from saqcli.export.operators import frozen_copy
 from saqcli.quant.convert import Scheme, active_bits
-from saqcli.quant.layers import quantized_layers
+from saqcli.quant.layer import quantized_layers
+from saqcli.verify.layerwise import LARGEST_ERROR, check_layers
 from tests import tiny
 from tests.sweeps import sweep
 

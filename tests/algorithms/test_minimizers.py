@@ -26,15 +26,15 @@ from steps import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.algorithms.minimizers import MINIMIZERS, Chunk, Minimizer
-from saqcli.algorithms.minimizers.qat import QAT
-from saqcli.algorithms.minimizers.saq import SAQ
-from saqcli.algorithms.sharpness import PERTURBED, Kind, PerturbedSet, RadiusUnit
 from saqcli.errors import UnperturbedLayer
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.convert import Scheme
-from saqcli.quant.layers import quantized_layers
+from saqcli.quant.layer import quantized_layers
+from saqcli.training.minimizers import MINIMIZERS, Chunk, Minimizer
+from saqcli.training.minimizers.qat import QAT
+from saqcli.training.minimizers.sharpness_aware import SAQ
+from saqcli.training.perturbation import PERTURBED, Kind, PerturbedSet, RadiusUnit
 from tests.sweeps import sweep
 
 

@@ -8,7 +8,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.algorithms.objective import Distillation, Objective, as_chunks
+from saqcli.training.objective import Distillation, Objective, as_chunks
 
 
 def mixing() -> Mixup:

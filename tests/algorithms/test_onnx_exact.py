@@ -28,15 +28,15 @@ from onnx_files import (
 )
 from torch import nn
 
-from saqcli.algorithms.exporters import EXPORTERS
-from saqcli.algorithms.graphs.exact_form import ExactForm
-from saqcli.algorithms.graphs.hazards import hazards
-from saqcli.algorithms.graphs.operators import frozen_copy
 from saqcli.errors import UnsupportedModel
+from saqcli.export import EXPORTERS
+from saqcli.export.exact_form import ExactForm
+from saqcli.export.operators import frozen_copy
+from saqcli.pipelines.predictors import onnx_session
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.quant.quantizers import Quantizer
-from saqcli.workflows.predictors import onnx_session
+from saqcli.verify.hazards import hazards
 from tests.sweeps import sweep
 
 # Where a result depends on the order of a sum, or on somebody's approximation.

@@ -36,14 +36,14 @@ from onnx_files import (
 )
 from torch import Tensor, nn
 
-from saqcli.algorithms.graphs.layerwise import check_layers
-from saqcli.algorithms.graphs.operators import frozen_copy
+from saqcli.export.operators import frozen_copy
+from saqcli.pipelines.predictors import onnx_session
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
-from saqcli.quant.layers import QuantizedLayer, quantized_layers
+from saqcli.quant.layer import QuantizedLayer, quantized_layers
 from saqcli.quant.quantizers import Quantizer
-from saqcli.workflows.predictors import onnx_session
-from saqcli.workflows.verify import judge
+from saqcli.verify.layerwise import check_layers
+from saqcli.verify.verdict import judge
 from tests.sweeps import sweep
 
 

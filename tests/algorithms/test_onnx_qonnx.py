@@ -10,11 +10,11 @@ from networks import NETWORKS, images, quantize
 from onnx import helper, numpy_helper
 from onnx_files import constants, export, graph_of, network, told, weights_of, written
 
-from saqcli.algorithms.exporters.qonnx import INT_QUANT, QONNX
-from saqcli.algorithms.graphs.layerwise import check_layers
-from saqcli.algorithms.graphs.operators import frozen_copy
+from saqcli.export.operators import frozen_copy
+from saqcli.export.qonnx import INT_QUANT, QONNX
 from saqcli.quant.convert import Scheme
 from saqcli.quant.quantizers import Quantizer
+from saqcli.verify.layerwise import check_layers
 from tests.sweeps import sweep
 
 

@@ -11,13 +11,13 @@ from onnx import numpy_helper
 from onnx_files import EPSILON, INT8, constants, dequantized, export, graph_of, network, told, written
 from torch import nn
 
-from saqcli.algorithms.exporters import EXPORTERS
-from saqcli.algorithms.graphs.layerwise import check_layers
-from saqcli.algorithms.graphs.operators import frozen_copy
 from saqcli.errors import UnsupportedModel
+from saqcli.export import EXPORTERS
+from saqcli.export.operators import frozen_copy
+from saqcli.pipelines.predictors import onnx_session
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
-from saqcli.workflows.predictors import onnx_session
+from saqcli.verify.layerwise import check_layers
 from tests.sweeps import sweep
 
 # One layer each, read with unsigned codes up to 255: padding, strides, groups, dilation, and none of it.

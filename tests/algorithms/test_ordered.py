@@ -18,9 +18,9 @@ from networks import seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.algorithms.graphs import ordered, tracing
-from saqcli.algorithms.graphs.exact_operators import EXACT_ALONE, ORDERED, SCALED
 from saqcli.errors import UnsupportedModel
+from saqcli.export import ordered, tracing
+from saqcli.export.exact_form import EXACT_ALONE, ORDERED, SCALED
 from tests.sweeps import sweep
 
 EPS = 2.0**-24  # relative rounding error of one float32 operation

@@ -10,15 +10,15 @@ from steps import assert_bitwise_equal, batch, chunks_of, make, sgd, snapshot, t
 from test_setbacks import Small
 from torch.nn import functional as F
 
-from saqcli import ranks
-from saqcli.algorithms.objective import Objective
-from saqcli.algorithms.searchers.batch_sums import sums_over_batches
-from saqcli.algorithms.searchers.hawq import HAWQ
-from saqcli.algorithms.searchers.sensitivity import Sensitivity
-from saqcli.algorithms.steps import Setbacks, Stepper
-from saqcli.algorithms.training import Meter, evaluate
+from saqcli import distributed
 from saqcli.errors import Interrupted
 from saqcli.progress import SILENT, Task
+from saqcli.search.hawq import HAWQ
+from saqcli.search.sensitivity import Sensitivity
+from saqcli.search.separable import sums_over_batches
+from saqcli.training.loop import Meter, evaluate
+from saqcli.training.objective import Objective
+from saqcli.training.step import Setbacks, Stepper
 from tests.joined import ranks_run
 from tests.searching import Stopping, fresh, tiny_problem
 from tests.sweeps import sweep
@@ -40,7 +40,9 @@ def train(method: str) -> dict[str, torch.Tensor]:
     base = sgd(model)
     minimizer = make(method, model, base, **METHODS[method])
     for step in range(STEPS):
-        x, labels = (part.chunk(ranks.count())[ranks.index()] for part in batch(IMAGES, seed=step))
+        x, labels = (
+            part.chunk(distributed.count())[distributed.index()] for part in batch(IMAGES, seed=step)
+        )
         minimizer.step(chunks_of(model, (x.double(), labels), len(labels)))
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -74,7 +76,7 @@ def test_ranks_agree_and_are_one_process_with_a_chunk_for_each(count: int) -> No
 
 def trouble(kind: str) -> tuple[list[tuple[str, torch.Tensor]], Setbacks, list[str]]:
     """Steps in which one of two ranks has no memory, or no number."""
-    here = ranks.index()
+    here = distributed.index()
     model = Small(trainable("conv_bn"), 4 if kind == "memory" and here == 1 else 99)
     base = sgd(model)
     notes: list[str] = []
@@ -153,7 +155,7 @@ def test_sums_over_batches_are_gone_on_with_by_another_number_of_ranks() -> None
 
 
 def metered() -> dict[str, Any]:
-    meter = Meter(images=ranks.index() + 1, loss=0.5)
+    meter = Meter(images=distributed.index() + 1, loss=0.5)
     return vars(meter.over_ranks())
 
 

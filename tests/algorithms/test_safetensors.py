@@ -29,12 +29,18 @@ from safetensors.torch import save_file
 from tampering import TAMPERED
 from torch import Tensor, nn
 
-from saqcli.algorithms.exporters.digest import BLANK, DTYPES, content_digest
-from saqcli.algorithms.exporters.envelope import seal
-from saqcli.algorithms.exporters.safetensors import SafetensorsExporter, read_content, rebuild
 from saqcli.errors import CorruptArtifact
+from saqcli.export.safetensors import (
+    BLANK,
+    DTYPES,
+    SafetensorsExporter,
+    content_digest,
+    read_content,
+    rebuild,
+    seal,
+)
 from saqcli.quant.convert import Scheme
-from saqcli.quant.layers import QuantizedLayer, quantized_layers, stores_codes
+from saqcli.quant.layer import QuantizedLayer, quantized_layers, stores_codes
 from saqcli.quant.quantizers import Quantizer
 from tests.sealing import entry_of, join, retold, sealed, sha256_of, split, write
 from tests.sweeps import sweep
@@ -192,7 +198,7 @@ def test_another_process_writes_the_same_bytes(good: Path, tmp_path: Path) -> No
     path = tmp_path / "model.safetensors"
     code = (
         "import pathlib, sys; sys.path.insert(0, sys.argv[1]); import networks; "
-        "from saqcli.algorithms.exporters.safetensors import SafetensorsExporter; "
+        "from saqcli.export.safetensors import SafetensorsExporter; "
         "q = networks.quantize(networks.NETWORKS['conv_bn']); "
         "SafetensorsExporter().export(q.model, networks.images(2), pathlib.Path(sys.argv[2]), q.facts)"
     )

@@ -16,12 +16,12 @@ from onnx import numpy_helper
 from onnx_files import INT8, dequantized, export, graph_of
 from torch import nn
 
-from saqcli.algorithms.graphs.hazards import hazards
-from saqcli.algorithms.graphs.layerwise import check_layers
-from saqcli.algorithms.graphs.operators import frozen_copy
-from saqcli.algorithms.graphs.saturation import may_saturate
-from saqcli.workflows.onnx_runs import INTEGER_KERNELS
-from saqcli.workflows.predictors import onnx_session
+from saqcli.export.onnx_helpers import may_saturate
+from saqcli.export.operators import frozen_copy
+from saqcli.pipelines.predictors import onnx_session
+from saqcli.verify.hazards import hazards
+from saqcli.verify.layerwise import check_layers
+from saqcli.verify.runtime import INTEGER_KERNELS
 
 
 def pairwise_sum(inputs: Any, weights: Any) -> int:

@@ -19,28 +19,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import runs_out_of_memory
 
-from saqcli.algorithms.minimizers.saq import SAQ
-from saqcli.algorithms.objective import micro_batches
-from saqcli.algorithms.searchers import SEARCHERS, Found, SearchProblem
-from saqcli.algorithms.searchers.controller import Controller
-from saqcli.algorithms.searchers.hawq import HAWQ
-from saqcli.algorithms.searchers.reinforce import Reinforce
-from saqcli.algorithms.searchers.sampling import Sampler, budget_logits, in_window
-from saqcli.algorithms.searchers.scoring import Scorer
-from saqcli.algorithms.searchers.sensitivity import Sensitivity
-from saqcli.algorithms.searchers.separable import Key, measure_noise
-from saqcli.algorithms.searchers.sharp_cost import SharpCost
-from saqcli.algorithms.searchers.supernet import Supernet, SwitchableNorm, norms_behind
-from saqcli.algorithms.sharpness import PerturbedSet
-from saqcli.algorithms.training import evaluate
 from saqcli.errors import DeviceMemoryError, Interrupted, UnsupportedModel
 from saqcli.progress import SILENT
-from saqcli.quant import calibrate, convert
+from saqcli.quant import calibration, convert
 from saqcli.quant.convert import Scheme
-from saqcli.quant.corrections import Corrections, correct
+from saqcli.quant.correction import Corrections, correct
 from saqcli.quant.cost import BUDGET_USE, Budget, CostModel, LayerCost
-from saqcli.quant.layers import quantized_layers
-from saqcli.quant.space import Candidates, SearchSpace, search_space
+from saqcli.quant.layer import quantized_layers
+from saqcli.quant.search_space import Candidates, SearchSpace, search_space
+from saqcli.search import SEARCHERS, Found, SearchProblem
+from saqcli.search.controller import Controller, Reinforce
+from saqcli.search.hawq import HAWQ
+from saqcli.search.knapsack import Sampler, budget_logits, in_window
+from saqcli.search.samq import SharpCost
+from saqcli.search.sensitivity import Sensitivity
+from saqcli.search.separable import Key, measure_noise
+from saqcli.search.supernet import Scorer, Supernet, SwitchableNorm, norms_behind
+from saqcli.training.loop import evaluate
+from saqcli.training.minimizers.sharpness_aware import SAQ
+from saqcli.training.objective import micro_batches
+from saqcli.training.perturbation import PerturbedSet
 from tests import tiny
 from tests.searching import (
     CLASSES,
@@ -71,7 +69,7 @@ def uneven_space() -> SearchSpace:
     """Decisions with 2, 4 and 3 options."""
     costs = tuple(LayerCost(f"l{i}", "Linear", 1000, 1000, f"l{i}", None) for i in range(3))
     rules = {"l0": "2-3", "l2": "3-6"}
-    from saqcli.quant.space import parse_rule
+    from saqcli.quant.search_space import parse_rule
 
     parsed = {pattern: parse_rule(text) for pattern, text in rules.items()}
     return search_space("uneven", CostModel(costs), Candidates((2, 3, 4, 6)), parsed)
@@ -490,7 +488,7 @@ def test_scores_equal_networks_calibrated_one_by_one(name: str, biases: bool, no
         alone = fresh(problem).model
         signed = {layer: facts.signed for layer, facts in problem.statistics.items()}
         convert.install(alone, problem.scheme, problem.config(choice), signed)
-        calibrate.fit(alone, problem.statistics)
+        calibration.fit(alone, problem.statistics)
         correct(alone, images, biases=biases, norms=norms)
         with SILENT.task("", 0) as task:
             expected = evaluate(alone.eval(), problem.images.scoring, task, device=problem.device)

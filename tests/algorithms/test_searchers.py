@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from saqcli.algorithms.searchers import SEARCHERS, Found, SearchProblem
-from saqcli.algorithms.searchers.error import relative_noise
-from saqcli.algorithms.searchers.knapsack import Resource, best_choice, choose
 from saqcli.errors import InfeasibleBudget
 from saqcli.quant import convert
 from saqcli.quant.bits import LayerBits
-from saqcli.quant.calibrate import InputStatistics
+from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.cost import Budget, CostModel, LayerCost
-from saqcli.quant.space import Candidates, SearchSpace, search_space
+from saqcli.quant.search_space import Candidates, SearchSpace, search_space
+from saqcli.search import SEARCHERS, Found, SearchProblem
+from saqcli.search.baselines import relative_noise
+from saqcli.search.knapsack import Resource, best_choice, choose
 from saqcli.units import format_quantity
 from tests.searching import fresh, problem_of, random_problem, search_images, tiny_problem
 from tests.spaces import admitted, budget_within, every_cost, every_loss, spaces, used

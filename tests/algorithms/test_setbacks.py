@@ -12,12 +12,12 @@ from steps import assert_bitwise_equal, batch, make, sgd, snapshot, trainable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.algorithms.minimizers import MINIMIZERS
-from saqcli.algorithms.objective import Objective
-from saqcli.algorithms.steps import Setbacks, Stepper
-from saqcli.algorithms.training import evaluate, in_parts
 from saqcli.errors import DeviceMemoryError, TrainingDiverged
 from saqcli.progress import SILENT
+from saqcli.training.loop import evaluate, in_parts
+from saqcli.training.minimizers import MINIMIZERS
+from saqcli.training.objective import Objective
+from saqcli.training.step import Setbacks, Stepper
 from tests.joined import forks
 
 OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from toys import RIGHT, branches
 
-from saqcli.algorithms.searchers import SEARCHERS
-from saqcli.algorithms.searchers.problem import Found, Scored, SearchProblem
-from saqcli.algorithms.searchers.scoring import most_accurate
 from saqcli.quant.cost import Cost
+from saqcli.search import SEARCHERS
+from saqcli.search.problem import Found, Scored, SearchProblem
+from saqcli.search.supernet import most_accurate
 from tests.sweeps import sweep
 
 TRIO = ((90.0, 0.5), (88.0, 0.4), (86.0, 0.1))  # accuracy and loss

@@ -10,7 +10,7 @@ from networks import CHANNELS, images
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.algorithms.graphs import parts, tracing
+from saqcli.export import onnx_helpers, tracing
 from tests.sweeps import sweep
 
 # One layer each, and whether it has a bias that is worth a node.
@@ -31,7 +31,7 @@ def test_a_convolution_has_a_bias_only_where_the_layer_has_one(kind: str) -> Non
 
     assert len([given for given in multiplied.inputs if given is not None]) == 2 + biased
     if biased:
-        assert parts.array_of(multiplied.inputs[2]).any()
+        assert onnx_helpers.array_of(multiplied.inputs[2]).any()
 
 
 def test_a_bias_that_is_zero_is_dropped_and_one_that_is_nearly_zero_is_not() -> None:

@@ -11,14 +11,14 @@ from networks import CLASSES, NETWORKS, images, quantize, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.algorithms.minimizers import MINIMIZERS, Chunk, Passes
-from saqcli.algorithms.minimizers.qat import QAT
-from saqcli.algorithms.minimizers.saq import SAQ
-from saqcli.algorithms.objective import Objective
-from saqcli.algorithms.steps import Setbacks
-from saqcli.algorithms.training import EpochSettings, Meter, Score, evaluate, train_epoch
 from saqcli.errors import DataError, TrainingDiverged
 from saqcli.progress import Task
+from saqcli.training.loop import EpochSettings, Meter, Score, evaluate, train_epoch
+from saqcli.training.minimizers import MINIMIZERS, Chunk, Passes
+from saqcli.training.minimizers.qat import QAT
+from saqcli.training.minimizers.sharpness_aware import SAQ
+from saqcli.training.objective import Objective
+from saqcli.training.step import Setbacks
 
 CPU = torch.device("cpu")
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saqcli.algorithms.searchers.problem import Batch, Scored, SearchImages, SearchProblem
-from saqcli.algorithms.searchers.scoring import Scorer
 from saqcli.errors import Interrupted
-from saqcli.quant import calibrate, convert
+from saqcli.quant import calibration, convert
 from saqcli.quant.cost import Budget, cost_model
-from saqcli.quant.layers import quantized_layers
-from saqcli.quant.space import Candidates, parse_rule, search_space
-from saqcli.quant.trace import trace
+from saqcli.quant.layer import quantized_layers
+from saqcli.quant.search_space import Candidates, parse_rule, search_space
+from saqcli.quant.tracer import trace
+from saqcli.search.problem import Batch, Scored, SearchImages, SearchProblem
+from saqcli.search.supernet import Scorer
 
 FACTORS = (0.6, 0.03, 2.0)  # what the branches count, in order of execution
 RIGHT = [1, 0, 2]  # the choice for them under the budget that one of each option takes
@@ -128,7 +128,7 @@ def problem_of(
         space=space,
         budget=middle if budget is None else budget(space),
         scheme=options.pop("scheme", convert.Scheme()),
-        statistics=calibrate.observe(model, [images[:64]]),
+        statistics=calibration.observe(model, [images[:64]]),
         images=SearchImages(
             training=Shuffled(images[:half], labels[:half], size=min(32, half), seed=seed),
             held_out=Shuffled(*held_out, size=min(32, half), seed=seed, noise=0.0),

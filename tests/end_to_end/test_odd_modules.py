@@ -14,23 +14,23 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 
 import saqcli
-from saqcli.algorithms.exporters import EXPORTERS, ModelFacts
-from saqcli.algorithms.exporters.safetensors import restore_structure
-from saqcli.algorithms.minimizers import MINIMIZERS, MicroBatch
 from saqcli.config import ModelSection
 from saqcli.errors import UnsupportedModel
-from saqcli.io import networks
-from saqcli.io.models import ModelSpec, build_architecture, load_model
-from saqcli.io.networks import NetworkEntry
+from saqcli.export import EXPORTERS, ModelFacts
+from saqcli.export.safetensors import restore_structure
+from saqcli.models import networks
+from saqcli.models.load import ModelSpec, build_architecture, load_model
+from saqcli.models.networks import NetworkEntry
+from saqcli.pipelines.export import export_verified
+from saqcli.pipelines.predictors import restore
+from saqcli.pipelines.profile import unquantized
+from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
 from saqcli.progress import SILENT
-from saqcli.quant import calibrate, convert
+from saqcli.quant import calibration, convert
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
-from saqcli.workflows.export import export_verified
-from saqcli.workflows.predictors import restore
-from saqcli.workflows.profile import unquantized
-from saqcli.workflows.setup import Network, load_float, wrap_and_trace
-from saqcli.workflows.synthetic import synthetic_batches
+from saqcli.training.minimizers import MINIMIZERS, MicroBatch
+from saqcli.verify.verdict import synthetic_batches
 from tests.sweeps import sweep
 
 SIZE, CLASSES, WIDTH = (3, 8, 8), 4, 4
@@ -255,11 +255,11 @@ def images(count: int = 8) -> Tensor:
 def quantized(network: Network) -> ModelFacts:
     """Four bits everywhere and a step of SAQ; what files say of it."""
     model, x = network.model, images()
-    statistics = calibrate.observe(model, [x])
+    statistics = calibration.observe(model, [x])
     signed = {name: found.signed for name, found in statistics.items()}
     policy = network.costs.uniform(network.name, LayerBits(weight=4, activation=4))
     convert.install(model, Scheme(), policy, signed)
-    calibrate.fit(model, statistics)
+    calibration.fit(model, statistics)
     before = {name: value.clone() for name, value in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     labels = torch.arange(len(x)) % CLASSES
@@ -360,11 +360,11 @@ def test_pruned_zeros_stay_zeros_on_the_grid_with_zero(monkeypatch: pytest.Monke
     network, before = opened("pruned", monkeypatch)
     pruned_away = before.middle.weight == 0  # type: ignore[union-attr]
     assert pruned_away.sum() == round(0.25 * pruned_away.numel())  # type: ignore[union-attr, operator, arg-type]
-    statistics = calibrate.observe(network.model, [images()])
+    statistics = calibration.observe(network.model, [images()])
     signed = {key: found.signed for key, found in statistics.items()}
     policy = network.costs.uniform(network.name, LayerBits(weight=4, activation=4))
     convert.install(network.model, Scheme(weight_grid="zero"), policy, signed)
-    calibrate.fit(network.model, statistics)
+    calibration.fit(network.model, statistics)
     quantized_weight = network.model.middle.quantized_weight()  # type: ignore[union-attr, operator]
     assert not quantized_weight[pruned_away].any()
     assert torch.equal(network.model.middle.latent_weight() == 0, pruned_away)  # type: ignore[union-attr, operator]

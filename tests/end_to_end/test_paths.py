@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from saqcli.io.weights import sha256_of
+from saqcli.models.weights import sha256_of
 from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options
 

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 import saqcli
 from saqcli.cli import app
 from saqcli.config import TrainingSection, recipes, resolve
+from saqcli.pipelines.calibration import scheme_of
 from saqcli.quant.convert import Scheme
 from saqcli.quant.quantizers import QUANTIZERS
-from saqcli.workflows.calibration import scheme_of
-from saqcli.workflows.optimization import check_training, make_optimizer, make_schedule
+from saqcli.training.optimizer import check_training, make_optimizer, make_schedule
 from tests import tiny
 from tests.digits import MODEL, float_options
 
@@ -118,7 +118,7 @@ def test_a_run_whose_weights_are_transformed_is_resumed_from_latent_weights(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files hold plain forms, checkpoints do not: what is built from a checkpoint transforms again."""
-    import saqcli.workflows.quantize as workflow
+    import saqcli.pipelines.quantize as workflow
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:

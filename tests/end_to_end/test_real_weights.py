@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 from saqcli.cli import app
 from saqcli.config import RunConfig, resolve
-from saqcli.io.data import open_split
+from saqcli.data.datasets import open_split
+from saqcli.pipelines.bits import given_policy
+from saqcli.pipelines.calibration import calibrate, install_quantizers
+from saqcli.pipelines.quantize import prepare, score
+from saqcli.pipelines.setup import Images, validation_loader
 from saqcli.progress import SILENT
-from saqcli.workflows.bits import given_policy
-from saqcli.workflows.calibration import calibrate, install_quantizers
-from saqcli.workflows.quantize import prepare, score
-from saqcli.workflows.setup import Images, validation_loader
 
 
 def saq(*arguments: object) -> Any:

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 import saqcli
 from saqcli.cli import app
 from saqcli.cli.demo import BUDGET
+from saqcli.pipelines import demo
+from saqcli.pipelines.demo import FLOAT_EPOCHS
 from saqcli.quant.cost import BUDGET_USE
 from saqcli.units import parse_quantity
-from saqcli.workflows import demo
-from saqcli.workflows.demo import FLOAT_EPOCHS
 from tests.digits import MODEL, float_options
 
 QUICK = ("--set", "data.calibration_images=128", "--set", "data.verify_images=20")
@@ -184,9 +184,9 @@ def test_export_writes_a_verified_file_and_refuses_to_replace_it(
 def test_an_artifact_that_does_not_equal_the_model_leaves_no_file_and_exits_3(
     quantized: dict[str, Any], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from saqcli.algorithms import exporters
-    from saqcli.algorithms.exporters.qdq import QdqExporter
-    from saqcli.quant.layers import quantized_layers
+    from saqcli import export
+    from saqcli.export.qdq import QdqExporter
+    from saqcli.quant.layer import quantized_layers
 
     class Broken(QdqExporter):
         def export(self, model: Any, example: Any, path: Path, facts: Any) -> None:
@@ -196,7 +196,7 @@ def test_an_artifact_that_does_not_equal_the_model_leaves_no_file_and_exits_3(
             for layer in quantized_layers(model).values():
                 layer.latent_weight().data.neg_()
 
-    monkeypatch.setitem(exporters.EXPORTERS, "qdq", Broken)
+    monkeypatch.setitem(export.EXPORTERS, "qdq", Broken)
 
     result = CliRunner().invoke(app, ["export", str(run), "--onnx", str(tmp_path / "broken.onnx")])
 

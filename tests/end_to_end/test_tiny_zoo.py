@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.algorithms.exporters import ModelFacts
-from saqcli.algorithms.minimizers import MINIMIZERS, MicroBatch
-from saqcli.algorithms.sharpness import PerturbedSet
 from saqcli.config import ModelSection
+from saqcli.export import ModelFacts
+from saqcli.pipelines.export import export_verified
+from saqcli.pipelines.profile import unquantized
+from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
 from saqcli.progress import SILENT
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig, LayerBits
-from saqcli.quant.calibrate import fit, observe
+from saqcli.quant.calibration import fit, observe
 from saqcli.quant.convert import Scheme
-from saqcli.quant.layers import frozen_batch_stats, quantized_layers
-from saqcli.workflows.export import export_verified
-from saqcli.workflows.profile import unquantized
-from saqcli.workflows.setup import Network, load_float, wrap_and_trace
-from saqcli.workflows.synthetic import natural
+from saqcli.quant.layer import frozen_batch_stats, quantized_layers
+from saqcli.training.minimizers import MINIMIZERS, MicroBatch
+from saqcli.training.perturbation import PerturbedSet
+from saqcli.verify.verdict import natural
 
 FAST = {  # what is in no other of them
     "test_resnet": "plain convolutions, shared groups",

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saqcli.io.checkpoints import CheckpointFile
+from saqcli.runs.checkpoints import CheckpointFile
 from tests.digits import MODEL, float_options
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

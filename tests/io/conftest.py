@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from saqcli.io.preprocessing import Preprocessing
+from saqcli.models.preprocessing import Preprocessing
 
 MakeClasses = Callable[[Path, Mapping[str, int]], Path]
 

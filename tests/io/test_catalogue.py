@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from saqcli.io import catalogue
-from saqcli.io.models import build_architecture
+from saqcli.models import catalogue
+from saqcli.models.load import build_architecture
 
 FOLDER = Path(catalogue.__file__).parent
 KEPT: dict[str, Any] = json.loads((FOLDER / "published.json").read_text())
@@ -67,9 +67,7 @@ def test_what_is_kept_is_what_the_library_says(library: str) -> None:
 def test_answers_without_importing_what_it_tells_about() -> None:
     if not all(map(current, KEPT)):
         pytest.skip("other libraries are installed, which are asked themselves")
-    code = (
-        "import sys; from saqcli.io.catalogue import find; find('resnet*'); sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys; from saqcli.models.catalogue import find; find('resnet*'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

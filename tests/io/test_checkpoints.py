@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saqcli.errors import RunDirectoryError
-from saqcli.io.checkpoints import CheckpointFile
+from saqcli.runs.checkpoints import CheckpointFile
 
 MUTATIONS = 300
 

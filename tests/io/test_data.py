@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from saqcli.data.datasets import Split, check_same_classes, fingerprint, open_split, subset
+from saqcli.data.images import ImageSet, ImageStream
 from saqcli.errors import DataError
-from saqcli.io.data import Split, check_same_classes, open_split, subset
-from saqcli.io.fingerprints import fingerprint
-from saqcli.io.images import ImageSet, ImageStream
-from saqcli.io.labels import Classes
+from saqcli.tasks.labels import Classes
 
 MakeClasses = Callable[[Path, Mapping[str, int]], Path]
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 from saqcli.errors import ConfigError, CorruptArtifact, SaqError
-from saqcli.io.arguments import MOST_NUMBER, RESERVED, check_arguments
-from saqcli.io.described import _no_larger_than, build_described, check_description
-from saqcli.io.models import ModelSpec, build_architecture, load_model
+from saqcli.models.arguments import MOST_NUMBER, RESERVED, check_arguments
+from saqcli.models.load import ModelSpec, build_architecture, load_model
+from saqcli.models.rebuild import _no_larger_than, build_described, check_description
 
 IMAGES = {
     "input_size": [3, 8, 8],

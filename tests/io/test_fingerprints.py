@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from saqcli.config import resolve
+from saqcli.data.datasets import Split, check_fingerprint, fingerprint, open_split
+from saqcli.data.images import ImageSet
 from saqcli.errors import DataError
-from saqcli.io.data import Split, open_split
-from saqcli.io.fingerprints import check_fingerprint, fingerprint
-from saqcli.io.images import ImageSet
-from saqcli.io.preprocessing import Preprocessing
-from saqcli.workflows.setup import Images
+from saqcli.models.preprocessing import Preprocessing
+from saqcli.pipelines.setup import Images
 
 MakeClasses = Callable[[Path, Mapping[str, int]], Path]
 

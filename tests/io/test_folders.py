@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from saqcli.data.datasets import Split, open_split
+from saqcli.data.images import LEFT_OUT
 from saqcli.errors import DataError
-from saqcli.io.data import Split, open_split
-from saqcli.io.images import LEFT_OUT
 from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options
 

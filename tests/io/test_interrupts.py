@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import typer
 
-from saqcli.cli import screen
-from saqcli.io.checkpoints import CheckpointFile
-from saqcli.io.interrupts import Stopped, deferred_interrupts, exit_code_of, raised_signals
-from saqcli.io.runs import RunDirectory
-from saqcli.workflows import evaluate
+from saqcli.cli import console
+from saqcli.pipelines import evaluate
+from saqcli.runs.checkpoints import CheckpointFile
+from saqcli.runs.directory import RunDirectory
+from saqcli.runs.interrupts import Stopped, deferred_interrupts, exit_code_of, raised_signals
 from tests.command_line import last_line, saq
 from tests.digits import MODEL, float_options
 
@@ -104,13 +104,13 @@ def test_progress_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(typer, "echo", gone)
-    monkeypatch.setattr(screen, "_without_terminal", lambda: None)
-    monkeypatch.setattr(screen, "SECONDS_BETWEEN_LINES", 0)
-    progress = screen.progress_for(json_output=False, quiet=False)
+    monkeypatch.setattr(console, "_without_terminal", lambda: None)
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0)
+    progress = console.progress_for(json_output=False, quiet=False)
     with progress.task("working", 2) as task:
         task.advance()
         progress.note("half of it")
-    live = screen._Stderr()
+    live = console._Stderr()
     monkeypatch.setattr(sys, "stderr", type("Gone", (), {"write": gone, "flush": gone})())
     assert live.write("text") == 4
     live.flush()
@@ -125,7 +125,7 @@ def test_closed_terminal_saves_the_step(digits: Path, tmp_path: Path, options: t
     command = ["quantize", MODEL, *float_options(digits, digits / "few"), *given]
     pid, terminal = pty.fork()
     if pid == 0:
-        os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(screen.__file__).parents[2])}
+        os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(console.__file__).parents[2])}
         os.execv(sys.executable, [sys.executable, "-m", "saqcli", *map(str, command)])
     os.set_blocking(terminal, False)
     path = run / "checkpoints" / "last.ckpt"

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from saqcli.data.datasets import Split, check_fingerprint, check_same_classes, fingerprint, open_split
 from saqcli.errors import ConfigError, DataError
-from saqcli.io.data import Split, check_same_classes, open_split
-from saqcli.io.fingerprints import check_fingerprint, fingerprint
-from saqcli.io.labels import Classes, sort_classes
+from saqcli.tasks.labels import Classes, sort_classes
 from tests.command_line import last_error, saq
 
 TENCH, GOLDFISH, GOLF_BALL, PARACHUTE = "n01440764", "n01443537", "n03445777", "n03888257"

@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from saqcli.data.batches import Loader
+from saqcli.data.datasets import Split, open_split
+from saqcli.data.images import LEFT_OUT, ImageSet, ImageStream, decode
+from saqcli.data.loaders import calibration_loader, default_workers, make_loader
+from saqcli.data.transforms import image_transform
 from saqcli.errors import ConfigError, DataError
-from saqcli.io.batches import Loader
-from saqcli.io.data import Split, open_split
-from saqcli.io.images import LEFT_OUT, ImageSet, ImageStream, decode
-from saqcli.io.loaders import calibration_loader, default_workers, make_loader
-from saqcli.io.preprocessing import Preprocessing
-from saqcli.io.seeds import seed_everything
-from saqcli.io.transforms import image_transform
+from saqcli.models.preprocessing import Preprocessing
+from saqcli.random_state import seed_everything
 
 MakeClasses = Callable[[Path, Mapping[str, int]], Path]
 Load = Callable[..., Loader]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from saqcli.errors import RunDirectoryError
-from saqcli.io import locks
-from saqcli.io.locks import Lock
+from saqcli.runs import locks
+from saqcli.runs.locks import Lock
 
 
 class Other:

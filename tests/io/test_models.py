@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from saqcli.errors import ConfigError, SaqError, UnknownModel, UnsupportedModel, WeightsMismatch
-from saqcli.io.models import ModelSpec, Preprocessing, build_architecture, load_model
+from saqcli.models.load import ModelSpec, Preprocessing, build_architecture, load_model
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

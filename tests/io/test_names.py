@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from saqcli.errors import UnknownModel
-from saqcli.io.names import resolve
+from saqcli.models.names import resolve
 from tests.command_line import last_error, saq
 
 WRITTEN = {

@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from saqcli.io.networks import NETWORKS
-from saqcli.io.networks.mobilenetv1 import MobileNetV1
+from saqcli.models.networks import NETWORKS, MobileNetV1
 
 
 def layer_macs(model: nn.Module, side: int = 32) -> list[int]:

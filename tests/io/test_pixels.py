@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from saqcli.data.datasets import open_split
+from saqcli.data.images import decode
 from saqcli.errors import DataError
-from saqcli.io.data import open_split
-from saqcli.io.images import decode
 from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options
 

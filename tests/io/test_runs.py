@@ -6,7 +6,7 @@ import pytest
 
 from saqcli.config import RunConfig, resolve
 from saqcli.errors import RunDirectoryError
-from saqcli.io.runs import RunDirectory
+from saqcli.runs.directory import RunDirectory
 
 
 @pytest.fixture

@@ -14,13 +14,12 @@ from PIL import Image
 
 pytest.importorskip("webdataset")
 
+from saqcli.data import archives as shards_module
+from saqcli.data.batches import Loader
+from saqcli.data.datasets import Split, divide, fingerprint, open_split, some_classes, subset
+from saqcli.data.loaders import make_loader
 from saqcli.errors import DataError
-from saqcli.io import shards as shards_module
-from saqcli.io.batches import Loader
-from saqcli.io.data import Split, divide, open_split, some_classes, subset
-from saqcli.io.fingerprints import fingerprint
-from saqcli.io.loaders import make_loader
-from saqcli.io.preprocessing import Preprocessing
+from saqcli.models.preprocessing import Preprocessing
 from tests.shards import Sample, write_shard, write_shards
 
 SIZES = (5, 1, 8, 0, 3, 6)  # images a file
@@ -258,7 +257,7 @@ def test_unreadable_images_are_skipped_and_counted(folder: Path, workers: int) -
 def test_processes_share_the_images(folder: Path) -> None:
     from dataclasses import replace
 
-    from saqcli.io.data import sharded
+    from saqcli.data.datasets import sharded
 
     shards = sharded(opened(folder, "train"))
     assert shards is not None

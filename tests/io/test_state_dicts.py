@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from saqcli.errors import ConfigError, CorruptArtifact, SaqError, WeightsMismatch
-from saqcli.io import networks
-from saqcli.io.models import LoadedModel, ModelSpec, load_model
-from saqcli.io.networks import NetworkEntry
+from saqcli.models import networks
+from saqcli.models.load import LoadedModel, ModelSpec, load_model
+from saqcli.models.networks import NetworkEntry
 
 State = dict[str, Tensor]
 

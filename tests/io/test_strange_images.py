@@ -20,12 +20,12 @@ import pytest
 import torch
 from PIL import Image
 
+from saqcli.data.batches import Loader
+from saqcli.data.datasets import Split, open_split
+from saqcli.data.images import LEFT_OUT, decode
+from saqcli.data.loaders import make_loader
 from saqcli.errors import ConfigError, DataError
-from saqcli.io.batches import Loader
-from saqcli.io.data import Split, open_split
-from saqcli.io.images import LEFT_OUT, decode
-from saqcli.io.loaders import make_loader
-from saqcli.io.preprocessing import Preprocessing
+from saqcli.models.preprocessing import Preprocessing
 from tests.command_line import last_error, saq
 from tests.digits import MODEL, float_options
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from saqcli.errors import ConfigError, CorruptArtifact, SaqError, UnsafeWeights, WeightsMismatch
-from saqcli.io.weights import load_into, read_weights, sha256_of
+from saqcli.models.weights import load_into, read_weights, sha256_of
 
 
 class Touch:

@@ -7,11 +7,11 @@ import torch
 from strategies import BITS
 from torch import Tensor
 
-from saqcli.quant import grids
-from saqcli.quant.grids import Grid
+from saqcli.quant import grid as grids
+from saqcli.quant.grid import Grid
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer
+from saqcli.quant.quantizers.dorefa import TanhWeight
 from saqcli.quant.quantizers.learned_step import LearnedStep
-from saqcli.quant.quantizers.tanh_weight import TanhWeight
 
 ROWS = 3
 WEIGHT_GRIDS = ("paper", "zero", "auto")

@@ -10,7 +10,7 @@ from strategies import bits as widths
 
 from saqcli.errors import ConfigError, PolicyMismatch
 from saqcli.quant.bits import BitConfig, LayerBits, parse_bits, parse_candidates, uniform
-from saqcli.strict import parse_json
+from saqcli.serialization import parse_json
 from saqcli.units import format_quantity, parse_quantity
 
 W4A4 = LayerBits(weight=4, activation=4)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from saqcli.quant.corrections import correct
-from saqcli.quant.layers import quantized_layers
+from saqcli.quant.correction import correct
+from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers import Quantizer
 from tests import tiny
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from saqcli.errors import ConfigError, PolicyMismatch, UnsupportedModel
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig, LayerBits
-from saqcli.quant.layers import (
+from saqcli.quant.layer import (
     QuantizedLayer,
     frozen_batch_stats,
     perturbed,
@@ -28,7 +28,7 @@ from saqcli.quant.layers import (
 )
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer
 from saqcli.quant.routing import RoutedParent
-from saqcli.quant.trace import trace
+from saqcli.quant.tracer import trace
 
 every_net = pytest.mark.parametrize("name", tiny.TINY)
 every_exact_net = pytest.mark.parametrize("name", tiny.EXACT)

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from strategies import BITS, tensors
 from torch import Tensor
 
-from saqcli.quant import grids
-from saqcli.quant.fake_quantize import fake_quantize
-from saqcli.quant.grids import Grid
-from saqcli.quant.levels import best_level, noise_to_signal, squared_error
+from saqcli.quant import grid as grids
+from saqcli.quant.clip_init import best_level, noise_to_signal, squared_error
+from saqcli.quant.grid import Grid, fake_quantize
 from tests.sweeps import sweep
 
 GRIDS = {

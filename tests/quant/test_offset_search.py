@@ -6,9 +6,9 @@ from strategies import BITS
 from torch import Tensor
 from torch.nn import functional as F
 
-from saqcli.quant import grids
-from saqcli.quant.levels import best_level, squared_error
-from saqcli.quant.quantizers.offset_search import _error, best_range
+from saqcli.quant import grid as grids
+from saqcli.quant.clip_init import best_level, squared_error
+from saqcli.quant.quantizers.learned_step import _error, best_range
 
 SLACK = 1.02  # both searches end in a local minimum
 SHAPES = {

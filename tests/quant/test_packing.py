@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from strategies import BITS, bits
 
 from saqcli.errors import CorruptArtifact
-from saqcli.quant import grids
-from saqcli.quant.grids import Grid
-from saqcli.quant.packing import pack, unpack
+from saqcli.quant import grid as grids
+from saqcli.quant.grid import Grid, pack, unpack
 
 KINDS = {
     "paper": grids.paper_weights,

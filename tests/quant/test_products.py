@@ -14,15 +14,15 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from saqcli.algorithms.sharpness import PerturbedSet
-from saqcli.quant import calibrate, convert, products
+from saqcli.quant import calibration, convert, products
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.quant.cost import CostModel, cost_model
-from saqcli.quant.layers import quantized_layers
+from saqcli.quant.layer import quantized_layers
 from saqcli.quant.products import QuantizedProduct, quantized_products
 from saqcli.quant.routing import RoutedParent
-from saqcli.quant.trace import Trace, trace
+from saqcli.quant.tracer import Trace, trace
+from saqcli.training.perturbation import PerturbedSet
 
 GIGA = 10**9
 
@@ -91,14 +91,14 @@ def quantized(
         convert.route(net, [parent], children)
     convert.follow(net, {p.name: p.follows for p in found.products if p.follows})
     costs = cost_model(found, products=True)
-    statistics = calibrate.observe(net, [x])
+    statistics = calibration.observe(net, [x])
     config = BitConfig(
         model="tiny", layers=dict.fromkeys(quantized_layers(net), LayerBits(weight=bits, activation=bits))
     )
     wider = [LayerBits(weight=width, activation=width) for width in more]
     options = {name: wider for name in config.layers}  # noqa: C420
     convert.install(net, Scheme(), config, {name: s.signed for name, s in statistics.items()}, options)
-    calibrate.fit(net, statistics)
+    calibration.fit(net, statistics)
     return found, costs, statistics
 
 

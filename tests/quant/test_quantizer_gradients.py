@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from strategies import BITS, bits, levels, tensors
 from torch import Tensor
 
-from saqcli.quant import grids
+from saqcli.quant import grid as grids
 from saqcli.quant.quantizers.clip import ClipWeight, NormalizedClipWeight
-from saqcli.quant.quantizers.lsq_plus import LsqPlusActivation
-from saqcli.quant.quantizers.pact import PactActivation
+from saqcli.quant.quantizers.dorefa import PactActivation
+from saqcli.quant.quantizers.learned_step import LsqPlusActivation
 
 EDGE = 1e-9  # numbers nearer to a rounding or clipping boundary than this may fall to either side
 

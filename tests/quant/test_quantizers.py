@@ -10,7 +10,7 @@ from strategies import BITS, bits, levels, tensors
 from torch import Tensor
 
 from saqcli.errors import ConfigError
-from saqcli.quant import grids
+from saqcli.quant import grid as grids
 from saqcli.quant.quantizers import Quantizer, quantizers_of
 
 FLOAT64_EPS = torch.finfo(torch.float64).eps

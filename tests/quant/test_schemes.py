@@ -5,14 +5,14 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.errors import ConfigError
-from saqcli.quant import calibrate, convert, grids
-from saqcli.quant.calibrate import settle_batch_norms
+from saqcli.quant import calibration, convert, grid
+from saqcli.quant.calibration import settle_batch_norms
 from saqcli.quant.convert import Scheme
 from saqcli.quant.cost import cost_model
-from saqcli.quant.layers import quantized_layers
+from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer
 from saqcli.quant.quantizers.clip import ClipWeight, NormalizedClipWeight
-from saqcli.quant.trace import trace
+from saqcli.quant.tracer import trace
 from tests import tiny
 
 PLAIN = [name for name in QUANTIZERS if QUANTIZERS[name].normalized is None]
@@ -78,7 +78,7 @@ def test_published_levels_of_saq_are_refused_where_they_mean_nothing(family: str
     net, x = tiny.build("conv_bn")
     tiny.quantized(net, x, scheme=Scheme(quantizer=family))
     with pytest.raises(ConfigError, match="no initial levels of SAQ"):
-        calibrate.fit(net, {name: calibrate.InputStatistics() for name in quantized_layers(net)}, "paper")
+        calibration.fit(net, {name: calibration.InputStatistics() for name in quantized_layers(net)}, "paper")
 
 
 @pytest.mark.parametrize("normalized", [False, True])
@@ -94,10 +94,10 @@ def test_levels_start_as_published(granularity: str, normalized: bool) -> None:
     answer(net, x)
     layers = tiny.quantized(net, x, scheme=scheme)
     by_error = {name: float(layer.input_quantizer.level().detach()) for name, layer in layers.items()}  # type: ignore[operator]
-    statistics = {name: calibrate.InputStatistics() for name in layers}
+    statistics = {name: calibration.InputStatistics() for name in layers}
     for name, entry in statistics.items():
         entry.update(inputs[name], torch.Generator())
-    calibrate.fit(net, statistics, "paper")
+    calibration.fit(net, statistics, "paper")
 
     first, second, head = layers
     for name in (first, second):
@@ -166,7 +166,7 @@ def test_the_size_is_that_of_packed_weights_steps_and_floats_whatever_the_quanti
 
 def test_a_single_weight_can_be_normalized() -> None:
     """Its deviation is not defined."""
-    quantizer = NormalizedClipWeight({4: grids.weights(4, "paper")})
+    quantizer = NormalizedClipWeight({4: grid.weights(4, "paper")})
     w = torch.full((1, 1, 1, 1), -0.7, requires_grad=True)
     quantizer.fit(w.detach())
     q = quantizer(w)

@@ -13,7 +13,7 @@ import tests.strategies  # noqa: F401  (the profile)
 from saqcli.errors import ConfigError, InfeasibleBudget
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.cost import Budget, Cost, CostModel, LayerCost
-from saqcli.quant.space import Candidates, SearchSpace, parse_rule, search_space
+from saqcli.quant.search_space import Candidates, SearchSpace, parse_rule, search_space
 from saqcli.units import format_quantity
 from tests.spaces import every_cost, spaces
 from tests.sweeps import examples

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.algorithms.exporters import ModelFacts
-from saqcli.algorithms.exporters.safetensors import SafetensorsExporter, read_content, rebuild
-from saqcli.algorithms.sharpness import PerturbedSet
 from saqcli.errors import PolicyMismatch
-from saqcli.quant import calibrate, convert
+from saqcli.export import ModelFacts
+from saqcli.export.safetensors import SafetensorsExporter, read_content, rebuild
+from saqcli.quant import calibration, convert
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.convert import Scheme
-from saqcli.quant.layers import QuantizedLayer, quantized_layers
+from saqcli.quant.layer import QuantizedLayer, quantized_layers
 from saqcli.quant.quantizers import Quantizer
+from saqcli.training.perturbation import PerturbedSet
 
 
 class Tied(nn.Module):
@@ -86,7 +86,7 @@ def test_copies_stay_tied() -> None:
 def test_different_bits_for_one_weight_are_refused() -> None:
     net, x = tied()
     convert.wrap(net)
-    statistics = calibrate.observe(net, [x])
+    statistics = calibration.observe(net, [x])
     bits = {"one": 3, "two": 4, "head": 8}
     config = BitConfig(model="tiny", layers={n: LayerBits(weight=b, activation=8) for n, b in bits.items()})
     with pytest.raises(PolicyMismatch, match="two shares its weight"):

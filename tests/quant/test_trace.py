@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from saqcli.errors import InfeasibleBudget, UnsupportedModel
-from saqcli.io.networks import NETWORKS
+from saqcli.models.networks import NETWORKS
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.cost import Budget, Cost, CostModel, LayerCost, cost_model
-from saqcli.quant.space import Candidates, SearchSpace, search_space
-from saqcli.quant.trace import Trace, trace
+from saqcli.quant.search_space import Candidates, SearchSpace, search_space
+from saqcli.quant.tracer import Trace, trace
 
 W8A8 = LayerBits(weight=8, activation=8)
 BUILDERS = {

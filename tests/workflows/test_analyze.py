@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from saqcli.algorithms.instruments import INSTRUMENTS, Subject
-from saqcli.algorithms.instruments.landscape import LandscapeReading
-from saqcli.algorithms.training import Score
-from saqcli.io.checkpoints import CheckpointFile
-from saqcli.workflows import export
-from saqcli.workflows.pictures import draw
+from saqcli.analysis import INSTRUMENTS, Subject
+from saqcli.analysis.landscape import LandscapeReading
+from saqcli.pipelines import export
+from saqcli.report.readings import draw
+from saqcli.runs.checkpoints import CheckpointFile
+from saqcli.training.loop import Score
 from tests.command_line import answer, last_error, last_line, saq
 from tests.digits import MODEL, float_options
 
@@ -47,7 +47,7 @@ def everything(run: Path, data: tuple[object, ...]) -> dict[str, Any]:
 # Locks a folder and keeps it.
 HOLD = """
 import pathlib, sys
-from saqcli.io.locks import Lock
+from saqcli.runs.locks import Lock
 lock = Lock(pathlib.Path(sys.argv[1]))
 lock.take()
 print("taken", flush=True)

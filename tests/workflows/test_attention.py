@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from saqcli.algorithms.exporters.safetensors import read_content, restore_structure
 from saqcli.errors import SaqError
+from saqcli.export.safetensors import read_content, restore_structure
+from saqcli.pipelines.predictors import restore
 from saqcli.quant.products import quantized_products
-from saqcli.workflows.predictors import restore
 from tests.command_line import answer
 
 BLOCKS = 2  # of six: each is exported in every style, and there are two products in each

@@ -14,20 +14,26 @@ import torch
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
-from saqcli.algorithms import timing
-from saqcli.algorithms.exporters.qdq import QdqExporter
-from saqcli.algorithms.timing import Timing, summarize, time_in_turns
 from saqcli.cli import app
-from saqcli.cli.bench_view import SMALLER_NOT_FASTER, show_bench
+from saqcli.cli.evaluate import SMALLER_NOT_FASTER, show_bench
 from saqcli.config import ModelSection
 from saqcli.errors import ConfigError, UnsupportedModel
-from saqcli.io.machine import cores, cpu_name
+from saqcli.export.qdq import QdqExporter
+from saqcli.machine import cores, cpu_name
+from saqcli.pipelines import bench
+from saqcli.pipelines.bench import (
+    BenchSettings,
+    Contender,
+    Lineup,
+    Timing,
+    bench_target,
+    measure,
+    summarize,
+    time_in_turns,
+)
 from saqcli.progress import SILENT
 from saqcli.quant import convert
-from saqcli.workflows import bench, contenders
-from saqcli.workflows.bench import BenchSettings, bench_target, measure
-from saqcli.workflows.contenders import Contender, Lineup
-from saqcli.workflows.onnx_runs import Kernels, count_kernels, open_file, runner
+from saqcli.verify.runtime import Kernels, count_kernels, open_file, runner
 from tests.digits import MODEL, float_options
 from tests.tiny import build
 
@@ -64,7 +70,7 @@ class TestTurns:
         task = CountingTask()
         time_in_turns({name: partial(calls.append, name) for name in "abc"}, 3, task)
 
-        warm_up = [name for name in "abc" for _ in range(timing.WARM_UP)]
+        warm_up = [name for name in "abc" for _ in range(bench.WARM_UP)]
         rounds = [name for order in ("abc", "cba", "abc") for name in order for _ in range(2)]
         assert calls == warm_up + rounds
         assert task.steps == 3
@@ -76,7 +82,7 @@ class TestTurns:
         def run() -> None:
             nonlocal calls
             calls += 1
-            timed = calls > timing.WARM_UP and (calls - timing.WARM_UP) % 2 == 0
+            timed = calls > bench.WARM_UP and (calls - bench.WARM_UP) % 2 == 0
             clock.now += 1.0 if timed else 100.0
 
         assert time_in_turns({"a": run}, 5, CountingTask(), clock) == {"a": Timing(1.0, 0.0, 5)}
@@ -276,7 +282,7 @@ class TestTargets:
         convert.wrap(net)
         convert.unwrap(net)
         line = Lineup("tiny", tuple(x.shape[1:]))
-        contenders._add_float(line, net, {}, tmp_path)
+        bench._add_float(line, net, {}, tmp_path)
 
         assert [one.name for one in line.contenders] == ["PyTorch float", "ONNX float"]
         assert torch.backends.mha.get_fastpath_enabled()

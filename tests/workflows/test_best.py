@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from saqcli.algorithms.training import Score
 from saqcli.cli.tables import show_quantized
 from saqcli.config import TrainingSection
-from saqcli.io.checkpoints import CheckpointFile
-from saqcli.io.runs import RunDirectory
+from saqcli.pipelines import analysis_inputs
+from saqcli.pipelines.predictors import restore
 from saqcli.progress import SILENT
-from saqcli.workflows import subjects
-from saqcli.workflows.best import Best, advice, noise
-from saqcli.workflows.predictors import restore
+from saqcli.runs.checkpoints import CheckpointFile
+from saqcli.runs.directory import RunDirectory
+from saqcli.training.loop import Score
+from saqcli.training.trainer import Best, advice, noise
 from tests.command_line import answer, saq
 from tests.digits import MODEL, float_options
 
@@ -98,7 +98,7 @@ def test_resuming_can_export_the_best(harmed: tuple[Path, Any], images: Path, tm
     for directory in (before, run):  # both states have their latent weights
         opened = RunDirectory.open(directory)
         model, facts = restore(opened.safetensors_path)
-        assert subjects._with_latent_weights(model, facts, opened, SILENT) is not None
+        assert analysis_inputs._with_latent_weights(model, facts, opened, SILENT) is not None
     refused = saq("quantize", "--run-dir", run, "--resume", "--lr", 0.1)
     assert "started with other settings (training.lr: 0.5 -> 0.1)" in refused.stderr
 

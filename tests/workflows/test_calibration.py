@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from saqcli.config import RunConfig, resolve
+from saqcli.pipelines.bits import given_policy
+from saqcli.pipelines.calibration import calibrate, install_quantizers
+from saqcli.pipelines.quantize import prepare
 from saqcli.progress import SILENT
-from saqcli.workflows.bits import given_policy
-from saqcli.workflows.calibration import calibrate, install_quantizers
-from saqcli.workflows.quantize import prepare
 
 
 def settings(digits: Path, **quantization: object) -> RunConfig:

@@ -9,9 +9,9 @@ import torch
 
 from saqcli.config import resolve
 from saqcli.errors import ConfigError, Problems, SeveralProblems, UnknownModel
-from saqcli.io import hub
-from saqcli.io.models import build_architecture
-from saqcli.workflows import rerun
+from saqcli.models import libraries
+from saqcli.models.load import build_architecture
+from saqcli.pipelines import rerun
 from tests.command_line import answer, last_error, saq
 
 DATA = "no images were named: give --data DIR"
@@ -24,7 +24,7 @@ def nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     def fetched(*_: Any) -> None:
         raise AssertionError("published weights were asked for")
 
-    monkeypatch.setattr(hub, "require_repository", fetched)
+    monkeypatch.setattr(libraries, "require_repository", fetched)
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_resuming_needs_neither_weights_nor_policy(tmp_path: Path, images: Path)
     plan["data"]["path"] = str(images)
     config.write_text(json.dumps(plan))
     from saqcli.config import resolve
-    from saqcli.workflows.quantize import check
+    from saqcli.pipelines.quantize import check
 
     check(resolve(file=config), images=True, files=False)
     with pytest.raises(ConfigError, match=r"weights gone\.pth cannot be read: it does not exist"):

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from saqcli.algorithms.exporters import EXPORTERS
-from saqcli.io.machine import cores
-from saqcli.io.manifest import RunManifest
-from saqcli.io.models import ModelSpec, load_model
-from saqcli.workflows.predictors import open_onnx, restore
+from saqcli.export import EXPORTERS
+from saqcli.machine import cores
+from saqcli.models.load import ModelSpec, load_model
+from saqcli.pipelines.predictors import open_onnx, restore
+from saqcli.runs.manifest import RunManifest
 from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options
 

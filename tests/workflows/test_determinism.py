@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.errors import UnsupportedModel
-from saqcli.workflows.determinism import CUBLAS, deterministic
+from saqcli.pipelines.determinism import CUBLAS, deterministic
 from tests import tiny
 
 

@@ -14,23 +14,22 @@ import torch
 from torch import Tensor, nn
 
 import saqcli
-from saqcli.algorithms.exporters import EXPORTERS, STYLES, ModelFacts
-from saqcli.algorithms.exporters.qdq import QdqExporter
-from saqcli.algorithms.exporters.safetensors import SafetensorsExporter
-from saqcli.algorithms.graphs.integers import Accumulator
-from saqcli.algorithms.graphs.layerwise import LayerCheck, LayerwiseCheck
 from saqcli.errors import ExportMismatch
-from saqcli.io.models import ModelSpec, load_model
-from saqcli.quant import calibrate, convert
+from saqcli.export import EXPORTERS, STYLES, ModelFacts
+from saqcli.export.integers import Accumulator
+from saqcli.export.qdq import QdqExporter
+from saqcli.export.safetensors import SafetensorsExporter
+from saqcli.models.load import ModelSpec, load_model
+from saqcli.pipelines import export as exporting
+from saqcli.pipelines.predictors import onnx_session
+from saqcli.quant import calibration, convert
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.convert import Scheme
-from saqcli.quant.layers import quantized_layers
-from saqcli.quant.trace import trace
-from saqcli.workflows import export as exporting
-from saqcli.workflows import proofs
-from saqcli.workflows.predictors import onnx_session
-from saqcli.workflows.synthetic import IMAGES, synthetic_batches
-from saqcli.workflows.verdict import Verdict, verdict_path, verdict_text
+from saqcli.quant.layer import quantized_layers
+from saqcli.quant.tracer import trace
+from saqcli.verify import proof
+from saqcli.verify.layerwise import LayerCheck, LayerwiseCheck
+from saqcli.verify.verdict import IMAGES, Verdict, synthetic_batches, verdict_path, verdict_text
 from tests.command_line import answer, last_error, saq
 from tests.sweeps import sweep
 
@@ -61,7 +60,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = loaded.preprocessing.input_size
     convert.wrap(loaded.model)
     traced = trace(loaded.model, torch.randn(1, *size))
-    statistics = calibrate.observe(loaded.model, [torch.randn(16, *size)])
+    statistics = calibration.observe(loaded.model, [torch.randn(16, *size)])
     signed = {name: entry.signed for name, entry in statistics.items()}
     policy = BitConfig(
         model=loaded.name,
@@ -70,7 +69,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
     )
     convert.install(loaded.model, Scheme(), policy, signed)
-    calibrate.fit(loaded.model, statistics)
+    calibration.fit(loaded.model, statistics)
     facts = ModelFacts(
         saq_version=saqcli.__version__,
         build=loaded.build,
@@ -97,8 +96,8 @@ def exact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """Its file of style exact, verified with another runtime as well, and what the command printed."""
     path = tmp_path_factory.mktemp("exact") / "model.onnx"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(proofs.RUNTIMES, "openvino", near)
-        patch.setattr(proofs, "version", lambda name: "1")
+        patch.setitem(proof.RUNTIMES, "openvino", near)
+        patch.setattr(proof, "version", lambda name: "1")
         return path, answer("export", model, "--onnx", path, "--style", "exact", "--verify", "openvino")
 
 
@@ -341,8 +340,8 @@ def test_another_runtime_is_asked_as_well(
         run = onnx_session(path, optimized=True)
         return lambda images: run(images).flip(1)
 
-    monkeypatch.setitem(proofs.RUNTIMES, "openvino", wrong)
-    monkeypatch.setattr(proofs, "version", lambda name: "1")
+    monkeypatch.setitem(proof.RUNTIMES, "openvino", wrong)
+    monkeypatch.setattr(proof, "version", lambda name: "1")
     path = tmp_path / "model.onnx"
     result = saq("export", model, "--onnx", path, "--style", style, "--verify", "openvino", "--quiet")
 
@@ -374,7 +373,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seen_by(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Filled with the images that files are compared on."""
     seen: list[Tensor] = []
-    prove = proofs.prove_graph
+    prove = proof.prove_graph
 
     def note(path: Path, model: nn.Module, style: str, batches: Any, *rest: Any) -> Verdict:
         kept = [(images.clone(), labels) for images, labels in batches]

@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from saqcli.algorithms.objective import cut, sizes
-from saqcli.algorithms.random_state import random_state
 from saqcli.cli.options import parse_assignments, parse_size
 from saqcli.config import ModelSection, RunConfig, resolve
 from saqcli.errors import ConfigError, UnsupportedModel
-from saqcli.io.preprocessing import Preprocessing
+from saqcli.models.preprocessing import Preprocessing
+from saqcli.pipelines.setup import load_float, wrap_and_trace
 from saqcli.progress import SILENT
-from saqcli.workflows.setup import load_float, wrap_and_trace
-from saqcli.workflows.trainable import check_trains
+from saqcli.random_state import random_state
+from saqcli.training.objective import cut, sizes
+from saqcli.training.preflight import check_trains
 from tests.command_line import answer, last_error, saq
 
 

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from saqcli import ranks
-from saqcli.algorithms.searchers.alternation import Alternation
-from saqcli.io.checkpoints import CheckpointFile
-from saqcli.io.data import open_split
-from saqcli.io.loaders import make_loader
-from saqcli.io.preprocessing import Preprocessing
-from saqcli.io.shares import EvaluationShare, TrainingShare, order_of
-from saqcli.workflows import finetune
+from saqcli import distributed
+from saqcli.data.batches import EvaluationShare, TrainingShare, order_of
+from saqcli.data.datasets import open_split
+from saqcli.data.loaders import make_loader
+from saqcli.models.preprocessing import Preprocessing
+from saqcli.runs.checkpoints import CheckpointFile
+from saqcli.search.samq import Alternation
+from saqcli.training import trainer
 from tests.command_line import answer
 from tests.digits import MODEL, float_options
 from tests.joined import ranks_run, ranks_saq
@@ -112,7 +112,7 @@ def signalled(step: int, rank: int, number: int = signal.SIGTERM) -> Callable[[i
 def _signal_in(step: int, rank: int, number: int, here: int) -> None:
     if here != rank:
         return
-    make, calls = finetune.make_minimizer, 0
+    make, calls = trainer.make_minimizer, 0
 
     def made(*arguments: Any) -> Any:
         minimizer = make(*arguments)
@@ -128,7 +128,7 @@ def _signal_in(step: int, rank: int, number: int, here: int) -> None:
         minimizer.update = counted  # type: ignore[method-assign]
         return minimizer
 
-    finetune.make_minimizer = made
+    trainer.make_minimizer = made
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def drawing(rank: int) -> None:
 
     def compared(self: Alternation) -> list[int]:
         choice = draw(self)
-        assert ranks.gathered(choice) == [choice] * ranks.count()
+        assert distributed.gathered(choice) == [choice] * distributed.count()
         return choice
 
     Alternation._draw = compared  # type: ignore[method-assign]

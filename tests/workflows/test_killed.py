@@ -15,8 +15,8 @@ import onnx
 import pytest
 import torch
 
-from saqcli.algorithms.exporters.safetensors import read_content
-from saqcli.io.checkpoints import CheckpointFile
+from saqcli.export.safetensors import read_content
+from saqcli.runs.checkpoints import CheckpointFile
 from tests.killing import Job, Mark, Zygote, zygote
 from tests.processes import figures
 from tests.sweeps import sweep

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import saqcli
-from saqcli.cli.screen import print_json
-from saqcli.io import networks
-from saqcli.io.metrics import Metrics
-from saqcli.io.networks import NetworkEntry
+from saqcli.cli.console import print_json
+from saqcli.models import networks
+from saqcli.models.networks import NetworkEntry
 from saqcli.quant import convert
-from saqcli.quant.calibrate import observe
-from saqcli.strict import json_text
+from saqcli.quant.calibration import observe
+from saqcli.runs.directory import Metrics
+from saqcli.serialization import json_text
 from tests.command_line import last_error, saq
 
 CLASSES, SIDE = 2, 8

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from saqcli.algorithms.minimizers.sharpness_aware import SharpnessAware
 from saqcli.config import TrainingSection
-from saqcli.workflows.optimization import make_minimizer, make_optimizer
+from saqcli.training.minimizers.sharpness_aware import SharpnessAware
+from saqcli.training.optimizer import make_minimizer, make_optimizer
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lion", "lookahead_sgd", "lookahead_adamw"])

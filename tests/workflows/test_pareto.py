@@ -18,14 +18,14 @@ from pydantic import ValidationError
 from torch import nn
 
 import tests.strategies  # noqa: F401  (the profile)
-from saqcli.algorithms.searchers.problem import Found, Scored, SearchImages, SearchProblem
 from saqcli.progress import SILENT
 from saqcli.quant import convert
 from saqcli.quant.cost import Budget, Cost, cost_model
-from saqcli.quant.space import Candidates, SearchSpace, search_space
-from saqcli.quant.trace import trace
-from saqcli.strict import parse_json
-from saqcli.workflows.pareto import (
+from saqcli.quant.search_space import Candidates, SearchSpace, search_space
+from saqcli.quant.tracer import trace
+from saqcli.report.canvas import style
+from saqcli.report.front import paint_front, uniform_names
+from saqcli.report.pareto import (
     COLUMNS,
     Front,
     budgets,
@@ -36,8 +36,8 @@ from saqcli.workflows.pareto import (
     undominated,
     write_front,
 )
-from saqcli.workflows.pictures.canvas import style
-from saqcli.workflows.pictures.front import paint_front, uniform_names
+from saqcli.search.problem import Found, Scored, SearchImages, SearchProblem
+from saqcli.serialization import parse_json
 from tests.tiny import build
 
 WIDTHS = (2, 3, 4, 8)

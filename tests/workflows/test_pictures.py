@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saqcli.algorithms.instruments.distributions import DistributionsReading, LayerDistributions, Operand
-from saqcli.algorithms.instruments.eigenvalue import EigenvalueReading, Start
-from saqcli.algorithms.instruments.flips import FlipsReading, LayerFlips
-from saqcli.algorithms.instruments.hessian_trace import LayerTrace, TraceReading
-from saqcli.algorithms.instruments.landscape import LandscapeReading, axis_of
-from saqcli.algorithms.instruments.sensitivity import Candidate, LayerSensitivity, SensitivityReading
-from saqcli.workflows.pictures import PAINTERS
-from saqcli.workflows.pictures.canvas import model_names, style
+from saqcli.analysis.distributions import DistributionsReading, LayerDistributions, Operand
+from saqcli.analysis.eigenvalue import EigenvalueReading, Start
+from saqcli.analysis.flips import FlipsReading, LayerFlips
+from saqcli.analysis.hessian_trace import LayerTrace, TraceReading
+from saqcli.analysis.landscape import LandscapeReading, axis_of
+from saqcli.analysis.sensitivity import Candidate, LayerSensitivity, SensitivityReading
+from saqcli.report.canvas import model_names, style
+from saqcli.report.readings import PAINTERS
 
 LONG = "runs/" + "stages.3.blocks.11.a_layer_with_quite_a_long_name." * 3 + "conv"
 LAYERS = {

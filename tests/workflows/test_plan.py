@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from saqcli.io import hub
+from saqcli.models import libraries
 from tests.command_line import answer, last_error, saq
 
 SIDE, CLASSES, TRAIN, VAL = 16, 3, 5, 2
@@ -37,8 +37,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def fetched(*_: object) -> None:
         raise AssertionError("a dry run fetches nothing")
 
-    monkeypatch.setattr(hub, "require_repository", fetched)
-    monkeypatch.setattr(hub, "require_url", fetched)
+    monkeypatch.setattr(libraries, "require_repository", fetched)
+    monkeypatch.setattr(libraries, "require_url", fetched)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

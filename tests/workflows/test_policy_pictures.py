@@ -7,9 +7,9 @@ import pytest
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig, LayerBits, mean_bits
 from saqcli.quant.cost import CostModel, LayerCost, cost_model
-from saqcli.quant.trace import trace
-from saqcli.workflows.pictures.canvas import style
-from saqcli.workflows.pictures.policy import draw_policy, paint_policy
+from saqcli.quant.tracer import trace
+from saqcli.report.canvas import style
+from saqcli.report.policy import draw_policy, paint_policy
 from tests.tiny import build
 
 FLOAT = LayerBits(weight=None, activation=None)

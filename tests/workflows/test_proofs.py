@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from saqcli.algorithms.exporters import EXPORTERS, ModelFacts
 from saqcli.errors import DataError
-from saqcli.io.preprocessing import Preprocessing
+from saqcli.export import EXPORTERS, ModelFacts
+from saqcli.models.preprocessing import Preprocessing
+from saqcli.pipelines.export import export_verified
 from saqcli.progress import SILENT
 from saqcli.quant.convert import Scheme, active_bits
-from saqcli.quant.layers import quantized_layers
-from saqcli.workflows import proofs
-from saqcli.workflows.export import export_verified
-from saqcli.workflows.proofs import prove_graph
+from saqcli.quant.layer import quantized_layers
+from saqcli.verify import proof
+from saqcli.verify.proof import prove_graph
 from tests import tiny
 
 
@@ -76,7 +76,7 @@ def labelled(x: Tensor, label: int) -> tuple[Tensor, Tensor]:
 
 
 def test_the_reference_sums_in_float64(plain: nn.Module, images: Tensor) -> None:
-    reference = proofs._in_float64(plain, images[:1])
+    reference = proof._in_float64(plain, images[:1])
     with torch.no_grad():
         truth, near = reference(images), plain(images)
 
@@ -97,7 +97,7 @@ def test_a_model_that_insists_on_float32_is_its_own_reference(
         insisting, facts_of(insisting, images), path, "qdq", [labelled(images, 0)], 1, SILENT
     )
 
-    assert proofs._in_float64(insisting, images[:1]) is insisting
+    assert proof._in_float64(insisting, images[:1]) is insisting
     assert {parameter.dtype for parameter in insisting.parameters()} == {torch.float32}
     assert verdict.verified
     assert (verdict.images, verdict.pytorch_agreement) == (8, 1.0)
@@ -112,7 +112,7 @@ def test_images_that_could_not_be_read_prove_nothing(plain: nn.Module, images: T
 
     assert verdict.verified
     assert verdict.images == 2
-    assert torch.equal(proofs._first_images([missing, mixed]), images[[1, 3]])
+    assert torch.equal(proof._first_images([missing, mixed]), images[[1, 3]])
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2])

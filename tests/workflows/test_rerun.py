@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import saqcli
-from saqcli.io.runs import RunDirectory
-from saqcli.workflows.determinism import torch_threads
+from saqcli.pipelines.determinism import torch_threads
+from saqcli.runs.directory import RunDirectory
 from tests import sealing
 from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from saqcli.algorithms.instruments.base import Settings
-from saqcli.algorithms.searchers import SEARCHERS
-from saqcli.algorithms.training import Score
+from saqcli.analysis.base import Settings
 from saqcli.config import QuantizationSection, RunConfig
-from saqcli.io.data import divide, open_split
+from saqcli.data.datasets import divide, open_split
+from saqcli.pipelines.bits import given_policy
+from saqcli.pipelines.calibration import calibrate, install_quantizers
+from saqcli.pipelines.quantize import prepare, score
 from saqcli.progress import SILENT
-from saqcli.workflows.bits import given_policy
-from saqcli.workflows.calibration import calibrate, install_quantizers
-from saqcli.workflows.quantize import prepare, score
+from saqcli.search import SEARCHERS
+from saqcli.training.loop import Score
 from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options
 from tests.sweeps import sweep

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from saqcli.cli import app
-from saqcli.workflows import short_training
+from saqcli.training import trainer
 from tests.command_line import answer, last_error, last_line, saq
 from tests.processes import (
     STOPPED,
@@ -137,7 +137,7 @@ def test_fitting_the_network_of_a_proxy_goes_on_too(
             last = position
         told += stopped.stderr
     with monkeypatch.context() as patch:  # where nothing is left to be trained
-        patch.setattr(short_training, "make_objective", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(trainer, "make_objective", lambda *_: signal.raise_signal(signal.SIGTERM))
         stopped = saq(*again)
     assert stopped.exit_code == 143, stopped.stderr
 

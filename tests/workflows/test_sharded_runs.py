@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("webdataset")
 
-from saqcli.io import shards as shards_module
-from saqcli.workflows import finetune
+from saqcli.data import archives as shards_module
+from saqcli.training import trainer
 from tests.command_line import answer, last_error, last_line, saq
 from tests.digits import MODEL, float_options
 from tests.shards import shards_of_folder
@@ -64,7 +64,7 @@ def test_a_run_that_stops_within_an_epoch_goes_on_to_the_same_bytes(
     result = answer(*command, "--run-dir", whole)
     assert result["images"] == 40
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "make_minimizer", raising_in_step(5))  # of 3 in each epoch
+        patch.setattr(trainer, "make_minimizer", raising_in_step(5))  # of 3 in each epoch
         stopped = saq(*command, "--run-dir", run)
     assert stopped.exit_code == 143
     assert last_line(stopped).startswith("Interrupted; progress saved. Resume with `saq ")
@@ -75,7 +75,7 @@ def test_a_run_that_stops_within_an_epoch_goes_on_to_the_same_bytes(
 
 def raising_in_step(number: int) -> Any:
     """Makes a minimizer in whose step of that number SIGTERM comes."""
-    make = finetune.make_minimizer
+    make = trainer.make_minimizer
 
     def made(*arguments: Any) -> Any:
         minimizer = make(*arguments)

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import saqcli
-from saqcli.algorithms.exporters.facts import ModelFacts
-from saqcli.algorithms.exporters.safetensors import SafetensorsExporter
 from saqcli.cli import app
 from saqcli.errors import CorruptArtifact
-from saqcli.io.machine import library_versions
-from saqcli.io.models import ModelSpec, load_model
-from saqcli.quant import calibrate, convert
+from saqcli.export.model_metadata import ModelFacts
+from saqcli.export.safetensors import SafetensorsExporter
+from saqcli.machine import library_versions
+from saqcli.models.load import ModelSpec, load_model
+from saqcli.quant import calibration, convert
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.convert import Scheme
-from saqcli.quant.trace import trace
+from saqcli.quant.tracer import trace
 from tests.sealing import Json, entry_of, join, retold, sealed, split, write
 
 SIDE, CLASSES = 8, 5
@@ -45,12 +45,12 @@ def quantized(name: str = "saq/resnet20", side: int = SIDE, **build: Any) -> tup
     convert.leave_float(loaded.model, traced.idle)
     for parent, children in traced.routed.items():
         convert.route(loaded.model, [parent], children)
-    statistics = calibrate.observe(loaded.model, [torch.randn(4, *size)])
+    statistics = calibration.observe(loaded.model, [torch.randn(4, *size)])
     bits = {name: LayerBits(weight=2 + i % 7, activation=2 + i % 5) for i, name in enumerate(traced.layers)}
     policy = BitConfig(model=loaded.name, layers=bits)
     signed = {name: entry.signed for name, entry in statistics.items()}
     convert.install(loaded.model, Scheme(), policy, signed)
-    calibrate.fit(loaded.model, statistics)
+    calibration.fit(loaded.model, statistics)
     facts = ModelFacts(
         saq_version=saqcli.__version__,
         versions=library_versions(),

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from saqcli.io.preprocessing import Preprocessing
-from saqcli.workflows.synthetic import BATCH, IMAGES, natural, synthetic_batches
+from saqcli.models.preprocessing import Preprocessing
+from saqcli.verify.verdict import BATCH, IMAGES, natural, synthetic_batches
 
 
 def preprocessing(*size: int) -> Preprocessing:

@@ -12,9 +12,9 @@ import pytest
 
 from saqcli.config import RunConfig, resolve
 from saqcli.errors import SaqError
-from saqcli.io.runs import RunDirectory
+from saqcli.pipelines.targets import ANALYZED, EVALUATED, QUANTIZED, find_target, is_path, policy_file
 from saqcli.quant.bits import BitConfig, LayerBits
-from saqcli.workflows.targets import ANALYZED, EVALUATED, QUANTIZED, find_target, is_path, policy_file
+from saqcli.runs.directory import RunDirectory
 from tests.command_line import answer, last_error, saq
 
 MODEL = "saq/resnet8s"

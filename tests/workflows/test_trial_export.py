@@ -12,14 +12,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.algorithms.exporters.qdq import QdqExporter
 from saqcli.config import resolve
 from saqcli.errors import UnsupportedModel
-from saqcli.io.networks import NETWORKS, NetworkEntry
+from saqcli.export.qdq import QdqExporter
+from saqcli.models.networks import NETWORKS, NetworkEntry
+from saqcli.pipelines import export as exporting
+from saqcli.pipelines import quantize as quantizing
+from saqcli.pipelines.setup import load_float, wrap_and_trace
 from saqcli.progress import SILENT
-from saqcli.workflows import export as exporting
-from saqcli.workflows import quantize as quantizing
-from saqcli.workflows.setup import load_float, wrap_and_trace
 from tests.command_line import answer, last_error, saq
 
 HALF = (0.5, 0.5, 0.5)

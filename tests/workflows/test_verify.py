@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from saqcli.progress import SILENT
-from saqcli.workflows.verdict import LARGEST_MEAN_DIFFERENCE, LEAST_AGREEMENT, Verdict
-from saqcli.workflows.verify import compare, judge, worst
+from saqcli.verify.verdict import LARGEST_MEAN_DIFFERENCE, LEAST_AGREEMENT, Verdict, compare, judge, worst
 
 
 def logits(count: int = 200) -> Tensor:

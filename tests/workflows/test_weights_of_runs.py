@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from saqcli.io import networks
-from saqcli.io.networks import NetworkEntry
-from saqcli.io.runs import RunDirectory
+from saqcli.models import networks
+from saqcli.models.networks import NetworkEntry
+from saqcli.runs.directory import RunDirectory
 from tests.command_line import answer, last_error, saq
 
 SIDE, CLASSES = 8, 2

@@ -9,10 +9,8 @@ from typing import NamedTuple
 
 from saqcli.quant.quantizers.base import Quantizer, quantizers_of
 from saqcli.quant.quantizers.clip import ClipActivation, ClipWeight, NormalizedClipWeight
-from saqcli.quant.quantizers.dorefa import DorefaActivation, DorefaWeight
-from saqcli.quant.quantizers.lsq import LsqActivation, LsqWeight
-from saqcli.quant.quantizers.lsq_plus import LsqPlusActivation, LsqPlusWeight
-from saqcli.quant.quantizers.pact import PactActivation, PactWeight
+from saqcli.quant.quantizers.dorefa import DorefaActivation, DorefaWeight, PactActivation, PactWeight
+from saqcli.quant.quantizers.learned_step import LsqActivation, LsqPlusActivation, LsqPlusWeight, LsqWeight
 
 
 class Family(NamedTuple):

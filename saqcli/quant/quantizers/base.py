@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.errors import ConfigError
-from saqcli.quant.fake_quantize import codes_of, step_of
-from saqcli.quant.grids import Grid
-from saqcli.quant.levels import best_level
+from saqcli.quant.clip_init import best_level
+from saqcli.quant.grid import Grid, codes_of, step_of
 
 
 class Quantizer(nn.Module, ABC):

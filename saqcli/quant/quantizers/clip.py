@@ -21,8 +21,8 @@ Source: Liu et al., arXiv:2111.12273, section 3, and the released code, whose no
 import torch
 from torch import Tensor
 
-from saqcli.quant.fake_quantize import codes_of, fake_quantize
-from saqcli.quant.levels import best_level
+from saqcli.quant.clip_init import best_level
+from saqcli.quant.grid import codes_of, fake_quantize
 from saqcli.quant.quantizers.base import LevelQuantizer, Quantizer, full_precision
 
 LEAST_DEVIATION = 1e-8  # guards a constant weight

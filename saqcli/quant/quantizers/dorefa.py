@@ -1,4 +1,22 @@
-"""DoReFa: weights squeezed into [-1, 1] by tanh, inputs clamped to a range that is not trained.
+"""DoReFa and PACT: weights squeezed by tanh, inputs clipped.
+
+What DoReFa and PACT share: weights that are squeezed by tanh before they are rounded, on a range that is not
+trained.
+
+    t(w)   = tanh(w) / max|tanh(w)|                                   in [-1, 1]
+    Q(w)   = a * round(t(w))  on the grid of level 1                  on odd codes: 2 * quantize(t / 2 + 1 / 2) - 1
+    dL/dw  = G * a * (1 - tanh(w)**2) / max|tanh(w)|                  straight through the rounding
+
+Source: Zhou et al., arXiv:1606.06160, Eq. 5 and 9. Differs from the paper:
+
+- The factor ``a`` is 1 there, and the network is trained from scratch with it. Here it is fitted by least squares
+  when the network is calibrated, and kept, so that a pretrained function survives.
+- The maximum is held constant in the gradient; the paper's formula would put a sum over the whole tensor on its
+  one largest element.
+- The maximum is over the weights that share a level: an output channel's with granularity ``channel``.
+- The grid is the one that the scheme asks for; ``auto`` is the paper's up to 7 bits and int8 at 8.
+
+DoReFa: weights squeezed into [-1, 1] by tanh, inputs clamped to a range that is not trained.
 
 Weights, with their formula and gradient: ``tanh_weight``. Inputs:
 
@@ -11,9 +29,101 @@ Source: Zhou et al., arXiv:1606.06160, Eq. 5, 9 and 11. Differs from the paper, 
   the least squared error, since a pretrained network has no such bound.
 - Signed inputs get the signed grid.
 - Gradients are not quantized.
+
+PACT: inputs are clamped to a level that is learned from what it cuts off alone.
+
+    Q(x)   = a * round(clamp(x, 0, a) / a * n) / n                n = 2**bits - 1
+    dL/dx  = G * inside
+    dL/da  = sum G * above                                        0 inside: rounding passes straight through
+
+Compare ``clip``, whose level also gets the rounding residual inside. Signed inputs have the signed grid, from
+``a * lowest / highest``, and ``dL/da = sum G * (above + below * lowest / highest)``.
+
+Weights are DoReFa's (``tanh_weight``), as in the paper. Source: Choi et al., arXiv:1805.06085, Eq. 1-3 and section
+3. Differs from the paper, beside what ``tanh_weight`` says:
+
+- Levels start at the least squared error on calibration images; the paper starts high and lets weight decay on the
+  level bring it down (``training.decay_clips``).
+- The paper's inputs are never signed.
 """
 
-from saqcli.quant.quantizers.tanh_weight import FixedLevel, TanhWeight
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saqcli.quant.clip_init import least_level, reduce_to
+from saqcli.quant.grid import TINY, Grid, between, codes_of, fake_quantize, step_of
+from saqcli.quant.quantizers.base import LevelQuantizer, Quantizer, full_precision
+
+
+class FixedLevel(LevelQuantizer):
+    """Rounds on a range that is fitted at calibration and stays."""
+
+    trained = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` clamped to the level and rounded onto the grid."""
+        return fake_quantize(x, self.level(), self.grid())
+
+
+class TanhWeight(LevelQuantizer):
+    """Weights; ``clipping_level`` is the factor ``a``, the value of the highest code."""
+
+    trained = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``a`` times the squeezed weight on the grid of level 1."""
+        squeezed = _squeezed(full_precision(x), self.shape)
+        with torch.no_grad():
+            quantized = _codes(squeezed, self.grid()).mul_(self.step())
+        return _StraightThrough.apply(squeezed * self.level(), quantized)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """The integers that stand for ``x``; they do not depend on ``a``."""
+        return _codes(_squeezed(x.detach().float(), self.shape), self.grid()).to(torch.int32)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Factors of least squared error, for every candidate: <x, q> / <q, q> with the codes q."""
+        x = x.detach().float()
+        squeezed, largest = _squeezed(x, self.shape), float(x.abs().max())
+        for row, grid in zip(self.clipping_level, self.grids.values(), strict=True):
+            codes = _codes(squeezed, grid)
+            power = reduce_to(codes * codes, self.shape, "sum").clamp_min(1)
+            level = reduce_to(x * codes, self.shape, "sum") / power * grid.highest
+            row.copy_(level.clamp_min(least_level(largest, grid)))
+
+    @torch.no_grad()
+    def fold(self, weight: Tensor) -> tuple[Quantizer, Tensor]:
+        """``FixedLevel`` with the same levels, and the quantized weight, which it maps onto itself."""
+        plain = FixedLevel(self.grids, self.shape).to(self.clipping_level)
+        plain.clipping_level.copy_(self.clipping_level)
+        plain.select(self.bits)
+        return plain, self(weight)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second argument, with the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, smooth: Tensor, quantized: Tensor) -> Tensor:
+        return quantized
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def _squeezed(w: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """tanh(w) over its largest magnitude among the weights that share a level, in [-1, 1]."""
+    squeezed = torch.tanh(w)
+    return squeezed / reduce_to(squeezed.detach().abs(), shape, "amax").clamp_min(TINY)
+
+
+def _codes(squeezed: Tensor, grid: Grid) -> Tensor:
+    return codes_of(squeezed, step_of(squeezed.new_ones(()), grid), grid)
 
 
 class DorefaWeight(TanhWeight):
@@ -22,3 +132,36 @@ class DorefaWeight(TanhWeight):
 
 class DorefaActivation(FixedLevel):
     """Inputs of a layer: one level."""
+
+
+class PactWeight(TanhWeight):
+    """Weights: a factor per output channel or one for the tensor."""
+
+
+class PactActivation(LevelQuantizer):
+    """Inputs of a layer: one trained level."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` clamped to the level and rounded onto the grid."""
+        level = self.level().abs().clamp_min(TINY)
+        return _Pact.apply(full_precision(x), level, self.grid())  # type: ignore[no-any-return]
+
+
+class _Pact(torch.autograd.Function):
+    """Q(x) and the gradients of the module's docstring; ``level`` is positive."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, level: Tensor, grid: Grid) -> Tensor:
+        ctx.save_for_backward(x, level)
+        ctx.grid = grid
+        step = step_of(level, grid)
+        return codes_of(x, step, grid).mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,) = grads
+        x, level = ctx.saved_tensors
+        lowest = ctx.grid.lowest / ctx.grid.highest  # in units of the level
+        low = level * lowest
+        grad_level = (grad * (x >= level)).sum() + (grad * (x < low)).sum() * lowest
+        return grad * between(x.detach(), low, level), grad_level, None

@@ -1,4 +1,6 @@
-"""What LSQ and LSQ+ share: a weight quantizer whose trainable number is its step.
+"""LSQ and LSQ+: quantizers whose step is learned.
+
+What LSQ and LSQ+ share: a weight quantizer whose trainable number is its step.
 
     Q(w)   = s * clamp(round(w / s), lowest, highest)
     dL/dw  = G * inside
@@ -10,6 +12,48 @@ as steady as the weights: otherwise its gradient, a sum over N numbers, is sqrt(
 beside its own size (Esser et al., arXiv:1902.08153, section 2.2).
 
 On the paper's grid of odd codes a step is the distance unit, half the distance of two levels.
+
+LSQ: the step is learned, with a gradient scaled to the size of the tensor.
+
+    Q(x)   = s * clamp(round(x / s), lowest, highest)
+    dL/dx  = G * inside
+    dL/ds  = sum G * [ inside * (round(x / s) - x / s) + below * lowest + above * highest ] / sqrt(N * highest)
+
+Source: Esser et al., arXiv:1902.08153, Eq. 1-3 and section 2.2. Differs from the paper:
+
+- Steps start at the least squared error (``levels.best_level``) instead of at 2 * mean|x| / sqrt(highest), so
+  that a pretrained network keeps its function as well as the bits allow.
+- Where each channel of a weight has a step of its own, N counts the weights of a channel.
+- Weights are on whatever grid the scheme asks for, also the one of odd codes.
+
+Where LSQ+ starts: the step and the lowest code of least squared error, by a scan over both ends of the range.
+
+A coarse scan takes fractions of the least and of the greatest number for the two ends; finer scans of the step,
+with the lowest code and its neighbours, and a few fixed-point steps finish. With the codes held, the best step is
+<x, q> / <q, q> (Lloyd, 1982).
+
+LSQ+: activations on a range of their own, from below zero to above it, for GELU, SiLU and the like.
+
+A signed grid gives half of its codes to negative numbers, though GELU never falls below -0.17. Here step s and
+offset o are learned, and the codes run from ``lowest`` to ``lowest + top``, ``top = 2**bits - 1``:
+
+    lowest = clamp(round(o / s), -top, 0)               so that 0 is always a code
+    Q(x)   = s * clamp(round(x / s), lowest, lowest + top)
+
+    dL/dx  = G * inside
+    dL/ds  = g * sum G * [ inside * (round(x / s) - x / s) + above * top ]
+    dL/do  = g * sum G * [ below + above ]
+    g      = 1 / sqrt(N * top)                          N features of one image
+
+Where ``round(o / s)`` is clamped, the ends are fixed codes: dL/ds gets ``below * lowest + above * (lowest + top)``
+from them, and dL/do is zero unless a step of descent would bring o back.
+
+Weights are LSQ's. Source: Bhalgat et al., arXiv:2004.09576, Eq. 4-8. Differs from the paper:
+
+- The offset takes effect rounded to a multiple of the step and never above zero. Zero, and so the padding of a
+  convolution, stays exact, and the offset is the integer zero point of ONNX.
+- Step and offset start where a search finds the least squared error on calibration images; the paper minimises
+  the same error by gradient descent.
 """
 
 from collections.abc import Mapping
@@ -18,10 +62,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saqcli.quant.fake_quantize import fake_quantize, step_of
-from saqcli.quant.grids import Grid
-from saqcli.quant.levels import best_level
-from saqcli.quant.quantizers.base import Quantizer
+from saqcli.quant.clip_init import best_level
+from saqcli.quant.grid import TINY, Grid, between, fake_quantize, step_of
+from saqcli.quant.quantizers.base import Quantizer, full_precision
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -81,3 +124,153 @@ class LearnedStep(Quantizer):
         """Steps of least squared error on ``x``, for every candidate."""
         for row, grid in zip(self.step_size, self.grids.values(), strict=True):
             row.copy_(best_level(x, grid, self.shape) / grid.highest)
+
+
+class LsqWeight(LearnedStep):
+    """Weights: a step per output channel or one for the tensor."""
+
+
+class LsqActivation(LearnedStep):
+    """Inputs of a layer: one step."""
+
+    def sharing(self, x: Tensor) -> float:
+        """The features of one image, as in the paper."""
+        return features(x)
+
+
+FRACTIONS = tuple(0.8**k for k in range(16))  # of either end: 1 down to 0.035
+FINER = (0.8 ** (1 / 5), 0.8 ** (1 / 25))  # ratios of the finer scans of the step
+FINER_STEPS = 4
+FIXED_POINT_STEPS = 4
+COARSE_SAMPLES = 8192  # enough to find the basin
+
+
+@torch.no_grad()
+def best_range(x: Tensor, top: int) -> tuple[float, int]:
+    """The step, and the lowest of ``top + 1`` consecutive codes, that represent ``x`` best.
+
+    Args:
+        x: values to represent, float32, any shape.
+        top: number of codes less one.
+
+    Returns:
+        ``(step, lowest)``, the step positive, ``-top <= lowest <= 0``.
+    """
+    x = x.flatten()
+    low, high = min(0.0, float(x.min())), max(0.0, float(x.max()))
+    if low == high:
+        return 1.0 / top, 0
+    few = x[:: -(-x.numel() // COARSE_SAMPLES)]
+    scanned = []
+    for below in (low * fraction for fraction in (FRACTIONS if low < 0 else (1.0,))):
+        for above in (high * fraction for fraction in (FRACTIONS if high > 0 else (1.0,))):
+            step = (above - below) / top
+            scanned.append((step, _code(below / step, top)))
+    best = min(scanned, key=lambda one: _error(few, one[0], one[1], top))
+    error = _error(x, best[0], best[1], top)
+    for ratio in FINER:
+        step, lowest = best
+        for code in sorted({_code(code, top) for code in (lowest - 1, lowest, lowest + 1)}):
+            for k in range(-FINER_STEPS, FINER_STEPS + 1):
+                found = _error(x, step * ratio**k, code, top)
+                if found < error:
+                    best, error = (step * ratio**k, code), found
+    for _ in range(FIXED_POINT_STEPS):
+        step, lowest = best
+        codes = (x / step).round_().clamp_(lowest, lowest + top)
+        power, product = float(codes.square().sum()), float((x * codes).sum())
+        if power > 0 and product > 0 and _error(x, product / power, lowest, top) < error:
+            best = product / power, lowest
+            error = _error(x, product / power, lowest, top)
+    return best
+
+
+def _code(value: float, top: int) -> int:
+    return min(0, max(-top, round(value)))
+
+
+def _error(x: Tensor, step: float, lowest: int, top: int) -> float:
+    """Sum of squared errors."""
+    return float(((x / step).round_().clamp_(lowest, lowest + top).mul_(step) - x).square_().sum())
+
+
+class LsqPlusWeight(LearnedStep):
+    """Weights: a step per output channel or one for the tensor."""
+
+
+class LsqPlusActivation(Quantizer):
+    """Inputs of a layer: one step, one offset.
+
+    Attributes:
+        step_size: trainable, ``(len(candidates),)``, in units of the tensor; its sign does not matter.
+        offset: trainable, ``(len(candidates),)``: the value of the lowest code, before it is rounded to a code.
+    """
+
+    def __init__(self, grids: Mapping[int, Grid], shape: tuple[int, ...] = ()) -> None:
+        """``grids`` by bit-width: their number of codes, and where the codes begin before anything is fitted."""
+        super().__init__(grids, shape)
+        steps = torch.tensor([1 / grid.highest for grid in self.grids.values()])
+        lowest = torch.tensor([float(grid.lowest) for grid in self.grids.values()])
+        self.step_size = nn.Parameter(steps)
+        self.offset = nn.Parameter(steps * lowest)
+
+    @property
+    def top(self) -> int:
+        """The highest code, counted from the lowest."""
+        return self.grids[self.bits].levels - 1
+
+    def step(self) -> Tensor:
+        """The active step, differentiable."""
+        return self.step_size[self._active].abs().clamp_min(TINY)
+
+    def grid(self) -> Grid:
+        """The active codes, as step and offset put them."""
+        lowest = int(_lowest(self.step(), self.offset[self._active], self.top))
+        return Grid(lowest, lowest + self.top, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` clamped to the learned range and rounded."""
+        x = full_precision(x)
+        step = scale_gradient(self.step(), features(x), self.top)
+        offset = scale_gradient(self.offset[self._active], features(x), self.top)
+        return _Asymmetric.apply(x, step, offset, self.top)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Step and offset of least squared error on ``x``, for every candidate."""
+        for k, grid in enumerate(self.grids.values()):
+            step, lowest = best_range(x.detach().float(), grid.levels - 1)
+            self.step_size[k], self.offset[k] = step, lowest * step
+
+
+def _lowest(step: Tensor, offset: Tensor, top: int) -> Tensor:
+    return (offset / step).round().clamp(-top, 0)
+
+
+class _Asymmetric(torch.autograd.Function):
+    """Q(x) and the gradients of the module's docstring, without g; ``step`` is positive, both are scalars."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor, top: int) -> Tensor:
+        lowest = _lowest(step, offset, top)
+        quantized = (x / step).round_().clamp_(lowest, lowest + top).mul_(step)
+        ctx.save_for_backward(x, quantized, step, offset)
+        ctx.top = top
+        return quantized
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        (grad,) = grads
+        x, quantized, step, offset = ctx.saved_tensors
+        top: int = ctx.top
+        lowest = _lowest(step, offset, top)
+        wanted = (offset / step).round()
+        low, high = step * lowest, step * (lowest + top)
+        below, above, inside = x < low, x > high, between(x.detach(), low, high)
+        under, over = (grad * below).sum(), (grad * above).sum()
+        ends = torch.where(wanted == lowest, over * top, under * lowest + over * (lowest + top))
+        grad_step = (grad * inside * (quantized - x)).sum() / step + ends
+        outside = under + over
+        # Descent moves against the gradient: out of reach above zero it must be positive to bring the offset back.
+        stuck = ((wanted > 0) & (outside < 0)) | ((wanted < -top) & (outside > 0))
+        return grad * inside, grad_step, torch.where(stuck, 0, outside), None

@@ -1,0 +1,52 @@
+"""The family of instruments: what can be measured on a quantized model, one file each, one line each in the table.
+
+An instrument is a function of a subject, the settings and a session, and returns a reading. To add one: write
+``saqcli/algorithms/instruments/NAME.py`` and add its line here.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from saqcli.analysis.base import Reading, Session, Settings, Subject
+from saqcli.analysis.distributions import DistributionsReading, measure_distributions
+from saqcli.analysis.eigenvalue import EigenvalueReading, measure_eigenvalue
+from saqcli.analysis.flips import FlipsReading, measure_flips
+from saqcli.analysis.hessian_trace import TraceReading, measure_trace
+from saqcli.analysis.landscape import LandscapeReading, measure_landscape
+from saqcli.analysis.loss_sharpness import SharpnessReading, measure_sharpness
+from saqcli.analysis.sensitivity import SensitivityReading, measure_sensitivity
+
+
+class Instrument(NamedTuple):
+    """What the table says about an instrument.
+
+    Attributes:
+        measure: subject, settings, session to a reading.
+        reading: what it returns.
+        settings: names of the settings that its reading depends on.
+        quick: whether it runs without being asked for.
+        resumable: whether it hands unfinished readings to the session and goes on with them.
+    """
+
+    measure: Callable[[Subject, Settings, Session], Reading]
+    reading: type[Reading]
+    settings: tuple[str, ...]
+    quick: bool = True
+    resumable: bool = False
+
+
+INSTRUMENTS: dict[str, Instrument] = {
+    "sharpness": Instrument(measure_sharpness, SharpnessReading, ("rho", "rho_unit")),
+    "eigenvalue": Instrument(
+        measure_eigenvalue, EigenvalueReading, ("seed", "starts", "tolerance", "iterations")
+    ),
+    "flips": Instrument(measure_flips, FlipsReading, ("rho", "rho_unit")),
+    "distributions": Instrument(measure_distributions, DistributionsReading, ("seed",)),
+    "trace": Instrument(measure_trace, TraceReading, ("seed", "samples"), quick=False),
+    "sensitivity": Instrument(measure_sensitivity, SensitivityReading, ("seed", "candidates"), quick=False),
+    "landscape": Instrument(
+        measure_landscape, LandscapeReading, ("seed", "grid", "span"), quick=False, resumable=True
+    ),
+}
+
+__all__ = ["INSTRUMENTS", "Instrument", "Reading", "Session", "Settings", "Subject"]

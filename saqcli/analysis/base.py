@@ -1,0 +1,191 @@
+"""What every instrument is given and returns.
+
+What every instrument is handed and what it gives back.
+
+An instrument looks at a quantized model in eval mode on a fixed set of images and returns a reading: a strict
+object that goes to JSON and back. It changes nothing that it does not put back bit for bit.
+
+What reaches the input quantizers of a quantized model, as it is.
+
+``quant.calibrate`` looks at the float network; here every layer computes with its own bits, and the values are
+noted just before they are rounded.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saqcli.config import WIDTHS
+from saqcli.progress import SILENT, Progress, Task
+from saqcli.quant.calibration import InputStatistics
+from saqcli.quant.convert import Scheme
+from saqcli.quant.layer import QuantizedLayer
+from saqcli.training.loop import Score, evaluate
+from saqcli.training.perturbation import Gradients, PerturbedSet, RadiusUnit, add_up
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Reading(BaseModel):
+    """What an instrument measured. Plain values only; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to be measured."""
+        return True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON has them."""
+        return self.model_dump(mode="json")
+
+
+class Settings(BaseModel):
+    """What all instruments can be told; each reads some of it.
+
+    Attributes:
+        seed: of random vectors and directions.
+        rho: radius of the perturbation, in ``rho_unit``.
+        rho_unit: deviations of each layer's weights, or absolute.
+        starts: of the power iteration.
+        tolerance: relative change of the eigenvalue at which an iteration ends.
+        iterations: at most so many for a start.
+        samples: random vectors of the trace.
+        candidates: bit-widths that the sensitivity tries.
+        grid: points along each axis of the landscape; odd, so that there is a centre.
+        span: the landscape reaches from -span to span, in norms of the weights' filters.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    rho: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    rho_unit: RadiusUnit = "deviation"
+    starts: Count = 3
+    tolerance: Positive = 1e-3
+    iterations: Count = 100
+    samples: Annotated[int, Field(ge=2)] = 64
+    candidates: Annotated[tuple[int, ...], Field(min_length=1)] = WIDTHS
+    grid: Annotated[int, Field(ge=3)] = 21
+    span: Positive = 1.0
+
+
+@dataclass(frozen=True)
+class Session:
+    """How an instrument speaks to whoever started it.
+
+    Attributes:
+        progress: told about everything that takes time.
+        earlier: an unfinished reading of the same subject and settings to go on with.
+        keep: called with an unfinished reading whenever a piece is done; may save it, and may raise to stop.
+    """
+
+    progress: Progress = SILENT
+    earlier: Reading | None = None
+    keep: Callable[[Reading], None] = field(default=lambda reading: None)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A quantized model and the images it is looked at on.
+
+    Attributes:
+        model: wrapped, quantizers installed, in eval mode.
+        layers: its quantized layers by name, in execution order.
+        batches: normalized images (N, C, H, W) and labels (N,), on the model's device.
+        scheme: which quantizers it has.
+        latent: whether the float weights of its training are there; otherwise they are the quantized ones.
+    """
+
+    model: nn.Module
+    layers: dict[str, QuantizedLayer]
+    batches: Sequence[tuple[Tensor, Tensor]]
+    scheme: Scheme = field(default_factory=Scheme)
+    latent: bool = True
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return sum(len(labels) for _, labels in self.batches)
+
+    @property
+    def device(self) -> torch.device:
+        """Of images and model."""
+        return self.batches[0][0].device
+
+    def score(self) -> Score:
+        """Loss and accuracy over all images, just as ``saq eval`` computes them."""
+        with SILENT.task("", len(self.batches)) as task:
+            return evaluate(self.model, self.batches, task, device=self.device)
+
+    def gradients(self, of: PerturbedSet, title: str, session: "Session") -> Gradients:
+        """Gradients of the mean loss over all images to the members of ``of``, told as ``title``."""
+        sums: Gradients = []
+        with session.progress.task(title, len(self.batches)) as task:
+            for loss, (images, _) in zip(self.losses(), self.batches, strict=True):
+                sums = add_up(sums, of.gradients(loss)[1])
+                task.advance(images=len(images))
+        return sums
+
+    def losses(self) -> Iterator[Callable[[], Tensor]]:
+        """A function for every batch: its share of the mean cross-entropy; the shares add up to the mean."""
+        count = self.images
+        for images, labels in self.batches:
+            yield lambda images=images, labels=labels: (  # type: ignore[misc]
+                F.cross_entropy(self.model(images), labels, reduction="sum") / count
+            )
+
+
+def seeded(seed: int, *key: int | str) -> torch.Generator:
+    """A generator on the CPU that follows from ``seed`` and ``key`` alone."""
+    numbers = [part if isinstance(part, int) else zlib.crc32(part.encode()) for part in key]
+    state = np.random.SeedSequence((seed, *numbers)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+
+def finite(value: float) -> float | None:
+    """``value``, or None where it is no finite number, which JSON does not have."""
+    return value if math.isfinite(value) else None
+
+
+@torch.no_grad()
+def observe_inputs(subject: Subject, seed: int, task: Task) -> dict[str, InputStatistics]:
+    """Range and a sample of the values at the input of every layer, over all images.
+
+    Args:
+        subject: left as it is.
+        seed: of the draw of sample values.
+        task: told about every batch.
+    """
+    statistics = {name: InputStatistics() for name in subject.layers}
+    handles = []
+    for name, layer in subject.layers.items():
+        generator = seeded(seed, "inputs", name)
+
+        def note(
+            module: nn.Module,
+            arguments: tuple[Tensor, ...],
+            name: str = name,
+            generator: torch.Generator = generator,
+        ) -> None:
+            statistics[name].update(arguments[0], generator)
+
+        handles.append(layer.input_quantizer.register_forward_pre_hook(note))
+    try:
+        for images, _ in subject.batches:
+            subject.model(images)
+            task.advance(images=len(images))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return statistics

@@ -1,0 +1,122 @@
+"""How weights and inputs of every layer lie on their grids: what is clipped, which codes are used, what is lost.
+
+Values are counted in units of the step, so that the levels stand at the integer codes whatever the channel's
+scale. Weights are the latent ones where they are there; inputs are a sample of what reaches the quantizer in
+the quantized model.
+"""
+
+import torch
+from torch import Tensor
+
+from saqcli.analysis.base import Reading, Session, Settings, Subject, observe_inputs
+from saqcli.quant.quantizers import Quantizer
+
+BINS = 96  # of a histogram
+BEYOND = 0.25  # a histogram reaches so far past the outermost codes, as a share of their distance
+
+
+class Operand(Reading):
+    """Values of one tensor against its grid.
+
+    Attributes:
+        bits: of the grid.
+        values: how many were looked at.
+        lowest: least code.
+        highest: greatest code.
+        stride: distance of neighbouring codes.
+        clipped: share of values beyond the outermost codes, 0 to 1.
+        zero: share of values with code 0; 0 on a grid without zero.
+        used: share of the codes that occur.
+        entropy: of the codes, in bits; at most ``bits``.
+        error: squared error over the squared values.
+        codes: share of every code, ascending; sums to 1.
+        edges: first and last edge of the histogram, in codes.
+        histogram: share of values in each of equally wide bins; those beyond count in the outermost.
+    """
+
+    bits: int
+    values: int
+    lowest: int
+    highest: int
+    stride: int
+    clipped: float
+    zero: float
+    used: float
+    entropy: float
+    error: float
+    codes: list[float]
+    edges: tuple[float, float]
+    histogram: list[float]
+
+
+class LayerDistributions(Reading):
+    """Both operands of a layer; None for one in floating point."""
+
+    name: str
+    weights: Operand | None
+    inputs: Operand | None
+
+
+class DistributionsReading(Reading):
+    """All layers.
+
+    Attributes:
+        latent: whether weights are those of the training; otherwise they lie on the grid already.
+        layers: in execution order.
+    """
+
+    latent: bool
+    layers: list[LayerDistributions]
+
+
+@torch.no_grad()
+def measure_distributions(subject: Subject, settings: Settings, session: Session) -> DistributionsReading:
+    """Weights as they are, inputs over all images."""
+    with session.progress.task("distributions", len(subject.batches)) as task:
+        statistics = observe_inputs(subject, settings.seed, task)
+    layers = []
+    for name, layer in subject.layers.items():
+        inputs = statistics[name].samples.to(layer.latent_weight())
+        layers.append(
+            LayerDistributions(
+                name=name,
+                weights=_operand(layer.weight_quantizer, layer.effective_weight()),
+                inputs=_operand(layer.input_quantizer, inputs),
+            )
+        )
+    return DistributionsReading(latent=subject.latent, layers=layers)
+
+
+def _operand(quantizer: object, x: Tensor) -> Operand | None:
+    if not isinstance(quantizer, Quantizer):
+        return None
+    quantizer, x = quantizer.fold(x.detach())  # in the units of its step
+    grid, step = quantizer.grid(), quantizer.step().double()
+    codes = quantizer.codes(x)
+    index = ((codes - grid.lowest) // grid.stride).flatten().long()
+    counts = torch.bincount(index, minlength=grid.levels).double().cpu()
+    shares = counts / counts.sum()
+    scaled = x.double() / step
+    present = shares[shares > 0]
+    power = float(x.double().square().sum())
+    error = float((codes * step - x.double()).square().sum())
+    reach = BEYOND * (grid.highest - grid.lowest)
+    first, last = grid.lowest - reach, grid.highest + reach
+    if grid.lowest == 0:
+        first = -0.5  # nothing lies below
+    histogram = torch.histc(scaled.clamp(first, last).float().cpu(), BINS, first, last)
+    return Operand(
+        bits=quantizer.bits,
+        values=x.numel(),
+        lowest=grid.lowest,
+        highest=grid.highest,
+        stride=grid.stride,
+        clipped=float(((scaled > grid.highest) | (scaled < grid.lowest)).double().mean()),
+        zero=float((codes == 0).double().mean()),
+        used=float((counts > 0).double().mean()),
+        entropy=max(0.0, -float((present * present.log2()).sum())),
+        error=error / power if power > 0 else 0.0,
+        codes=shares.tolist(),
+        edges=(float(first), float(last)),
+        histogram=(histogram.double() / x.numel()).tolist(),
+    )

@@ -1,0 +1,267 @@
+"""What a person sees: progress on stderr, the answer on stdout, one line for an error.
+
+On a terminal progress is a live line with a bar, figures, images per second and the time left; elsewhere it
+is a plain line now and then; under ``--json`` and ``--quiet`` it is nothing. Of several processes that torchrun started
+the first one alone speaks, but for errors that another has by itself.
+"""
+
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from io import StringIO
+from typing import Any, ParamSpec
+
+import typer
+
+from saqcli.errors import ConfigError, Interrupted, SaqError, StoppedElsewhere, out_of_memory
+from saqcli.progress import SILENT, Progress, Task
+from saqcli.runs.interrupts import exit_code_of, raised_signals
+from saqcli.units import format_duration, format_figure
+
+SECONDS_BETWEEN_LINES = 10.0  # of plain progress
+WIDE = 100  # columns of a terminal that has room for a long bar
+TOGETHER = {"quantize_command", "search_command", "eval_command"}  # several processes work as one
+
+P = ParamSpec("P")
+
+
+def progress_for(*, json_output: bool, quiet: bool) -> Progress:
+    """Where a command's progress goes."""
+    if json_output or quiet or _rank():
+        return SILENT
+    return _Live() if sys.stderr.isatty() else _Plain()
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    from saqcli.serialization import json_text  # pydantic with it, which no help needs
+
+    typer.echo(json_text(value))
+
+
+def reporting(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn errors of ``command`` into one line on stderr and an exit code; every command is wrapped in it."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            _check_started(command.__name__)
+            with raised_signals(), redirect_stdout(StringIO()) if _rank() else nullcontext():
+                command(*args, **kwargs)
+        except StoppedElsewhere as error:
+            if not _rank():
+                _complain(str(error))
+            raise typer.Exit(error.exit_code) from None
+        except Interrupted as asked:
+            _say(str(asked))
+            raise typer.Exit(asked.exit_code) from None
+        except SaqError as error:
+            _complain(str(error))
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt as asked:
+            _say("Interrupted")
+            raise typer.Exit(exit_code_of(asked)) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except OSError as error:
+            # Of the file system, about a name that was given: too long, no permission, full.
+            if kwargs.get("verbose"):
+                raise
+            _complain(f"{error.filename or 'a file'} cannot be used: {error.strerror or error}")
+            raise typer.Exit(1) from None
+        except Exception as error:
+            if kwargs.get("verbose"):
+                raise
+            if out_of_memory(error):
+                _complain("out of memory: give a smaller --batch-size, --input-size or network")
+                raise typer.Exit(1) from None
+            _complain(
+                f"unexpected {type(error).__name__}: {error}. Please report it with the output of --verbose"
+            )
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def _complain(message: str) -> None:
+    who = f"process {_rank()}: " if _rank() else ""
+    _say(f"error: {who}{' '.join(message.splitlines())}")
+
+
+def _say(line: str) -> None:
+    """A line on stderr."""
+    try:
+        typer.echo(line, err=True)
+    except OSError:
+        _without_terminal()
+
+
+def _without_terminal() -> None:
+    """Let stderr lead nowhere once it cannot be written to, as that of a closed terminal: the work is not to end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with suppress(OSError, ValueError):  # it may be no file of the system
+        os.dup2(nowhere, sys.stderr.fileno())
+    os.close(nowhere)
+
+
+class _Stderr:
+    """``sys.stderr`` for rich, which writes from a thread too."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> int:
+        """Write, as long as that is possible."""
+        try:
+            return sys.stderr.write(text)
+        except OSError:
+            _without_terminal()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, as long as that is possible."""
+        try:
+            sys.stderr.flush()
+        except OSError:
+            _without_terminal()
+
+
+def _check_started(command: str) -> None:
+    """Refuse several processes where a command has work for one.
+
+    Raises:
+        ConfigError: says what to do.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command not in TOGETHER:
+        verb = command.removesuffix("_command")
+        raise ConfigError(f"`saq {verb}` works in one process: start it without torchrun")
+
+
+def _rank() -> int:
+    """Of this process among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _figures(figures: dict[str, float]) -> str:
+    known = {"loss": ("loss", ".3f", ""), "top1": ("top-1", ".2f", " %")}
+    texts = []
+    for name, value in figures.items():
+        title, spec, unit = known.get(name, (name, ".3g", ""))
+        texts.append(f"{title} {format_figure(value, spec, unit)}")
+    return ", ".join(texts)
+
+
+class Pace:
+    """How fast a task goes in this process.
+
+    Steps that an earlier process did are reported first, without images. They count as done; the clock starts with the
+    first step after them, since until then their images are only passed over.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.done = self.images = 0
+        self._since, self._done_then, self._images_then = time.monotonic(), 0, 0
+
+    def advance(self, steps: int, images: int) -> None:
+        """Count ``steps`` over ``images``."""
+        resumed = images > 0 and self.images == 0 and self.done > 0
+        self.done += steps
+        self.images += images
+        if resumed:
+            self._since, self._done_then, self._images_then = time.monotonic(), self.done, self.images
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace so far; None where nothing was timed yet."""
+        steps = self.done - self._done_then
+        return (time.monotonic() - self._since) / steps * (self.total - self.done) if steps > 0 else None
+
+    @property
+    def texts(self) -> list[str]:
+        """``412 images/s`` and ``1:20 left``, as far as they are known."""
+        images, seconds, left = (
+            self.images - self._images_then,
+            time.monotonic() - self._since,
+            self.seconds_left,
+        )
+        rate = images / seconds if seconds > 0 else 0.0
+        shown = [f"{rate:.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s"] if rate else []
+        return shown + ([] if left is None else [f"{format_duration(left)} left"])
+
+
+class _PlainTask:
+    """Counts, and says a line now and then."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.pace = title, Pace(total)
+        self.said = time.monotonic()
+
+    def advance(self, steps: int = 1, *, images: int = 0, **figures: float) -> None:
+        """Count, and speak if it is time."""
+        self.pace.advance(steps, images)
+        if time.monotonic() - self.said >= SECONDS_BETWEEN_LINES:
+            self.said = time.monotonic()
+            found = [_figures(figures)] if figures else []
+            line = ", ".join([f"{self.pace.done}/{self.pace.total}", *found, *self.pace.texts])
+            _say(f"{self.title}: {line}")
+
+
+class _Plain:
+    @contextmanager
+    def task(self, title: str, total: int) -> Iterator[Task]:
+        """A task told in lines."""
+        yield _PlainTask(title, total)
+
+    def note(self, text: str) -> None:
+        """One line."""
+        _say(text)
+
+
+class _LiveTask:
+    """Moves a rich progress bar."""
+
+    def __init__(self, bar: Any, handle: Any, total: int) -> None:
+        self.bar, self.handle = bar, handle
+        self.pace = Pace(total)
+
+    def advance(self, steps: int = 1, *, images: int = 0, **figures: float) -> None:
+        """Move the bar."""
+        self.pace.advance(steps, images)
+        self.bar.update(
+            self.handle, advance=steps, figures=_figures(figures), pace=", ".join(self.pace.texts)
+        )
+
+
+class _Live:
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(file=_Stderr())  # type: ignore[arg-type]
+
+    @contextmanager
+    def task(self, title: str, total: int) -> Iterator[Task]:
+        """A task drawn as a bar that disappears when it is done."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.table import Column
+
+        def text(field: str) -> TextColumn:
+            """Wrapped where the terminal is too narrow, not cut."""
+            return TextColumn(field, table_column=Column(overflow="fold", no_wrap=False))
+
+        columns = (
+            text("{task.description}"),
+            BarColumn(bar_width=24 if self.console.width >= WIDE else 8),
+            MofNCompleteColumn(),
+            text("{task.fields[figures]}"),
+            text("[dim]{task.fields[pace]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            yield _LiveTask(bar, bar.add_task(title, total=total, figures="", pace=""), total)
+
+    def note(self, text: str) -> None:
+        """One line above the bars."""
+        self.console.print(text, highlight=False, markup=False, emoji=False)

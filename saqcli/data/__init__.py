@@ -1,0 +1,1 @@
+"""Images: folders and archives, loaders, transforms."""

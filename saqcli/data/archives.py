@@ -1,0 +1,366 @@
+"""Tar archives of images: the files, and which images of them a process reads.
+
+Tar files of images and the ``_info.json`` that names them, as timm lays them out (``wds/DIR``).
+
+``webdataset`` opens files, URLs and commands and takes the archives apart, as it does for timm. timm passes over
+what is damaged with a line in its log; here an archive that is cut short, or holds something else than
+``_info.json`` says, is refused.
+
+Which images of a sharded split a process reads, and in which order.
+
+timm's own reader repeats images to fill the last batch of every worker, and shuffles by what it has drawn before.
+Here a pass gives each image once, whatever the number of workers, and its order follows from (seed, epoch,
+workers), so that a run that was stopped goes on with the same images.
+
+Every worker reads a run of whole batches, so that it opens only the archives that these lie in.
+"""
+
+import io
+import json
+import os
+import random
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from torch.utils.data import get_worker_info
+
+from saqcli.data.folders import IMAGE_EXTENSIONS
+from saqcli.errors import DataError
+from saqcli.units import counted
+
+_INFO_FILES = ("_info.json", "info.json")
+_PLAIN = re.compile(r"[\w.+=,@/-]+")  # a name that no shell takes for more than a name
+_REMEDY = "replace the file, or correct shard_lengths"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images ``start`` to ``stop`` of an archive that holds ``images``; ``file`` is relative to the root."""
+
+    file: str
+    images: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class Member(io.BytesIO):
+    """An encoded image that knows where it is from."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self.name = name
+
+
+def read_split(root: str, names: Sequence[str], title: str) -> tuple[str, tuple[Part, ...]]:
+    """The first of the splits ``names`` that is in ``root``, and the files that hold it.
+
+    Args:
+        root: folder or address of ``_info.json`` and the files that it names.
+        names: what the split may be called.
+        title: what messages call the data set.
+
+    Raises:
+        DataError: no ``webdataset``, nothing there, no such split, or an ``_info.json`` that makes no sense.
+    """
+    try:
+        import webdataset  # noqa: F401
+    except ImportError:
+        raise DataError(
+            f'{title} needs a package that is missing: pip install "saq[wds]", or give a folder of images'
+        ) from None
+    where, info = _read_info(root, title)
+    splits = info.get("splits") if isinstance(info, dict) else None
+    if not isinstance(splits, dict):
+        raise DataError(f"{where} has no splits: write one as timm reads it (docs/formats.md shows it)")
+    name = next((name for name in names if name in splits), None)
+    if name is None:
+        raise DataError(
+            f"{where} has the splits {', '.join(map(str, splits)) or '(none)'}, and not {' or '.join(names)}: "
+            "add it there, or give other data"
+        )
+    return name, _parts(splits[name], f"the split {name} in {where}", root)
+
+
+def read_part(root: str, part: Part) -> Iterator[tuple[Member, int]]:
+    """The images of ``part`` and their labels.
+
+    Raises:
+        DataError: a file that is missing, damaged, or not what ``_info.json`` says.
+    """
+    address = os.path.join(root, part.file)
+    with _opened(address) as archive:
+        samples = _samples(archive, address)
+        for place in range(part.images):
+            sample = next(samples, None)
+            if sample is None:
+                ended = f"{address} ends after {counted(place, 'image')}, _info.json says {part.images}"
+                raise DataError(f"{ended}{_status(archive)}: {_REMEDY}")
+            if place >= part.start:
+                yield _labelled(sample, address)
+            if place + 1 == part.stop < part.images:
+                return
+        if next(samples, None) is not None:
+            raise DataError(
+                f"{address} holds more than the {counted(part.images, 'image')} of _info.json: {_REMEDY}"
+            )
+
+
+def _read_info(root: str, title: str) -> tuple[str, Any]:
+    """Address and content of the file that says what splits there are."""
+    failures = []
+    for file in _INFO_FILES:
+        address = os.path.join(root, file)
+        try:
+            with _opened(address) as stream:
+                return address, json.loads(stream.read())
+        except (DataError, ValueError, RecursionError) as error:
+            failures.append(str(error) if isinstance(error, DataError) else f"{address} is no JSON")
+    raise DataError(
+        f"{title} cannot be opened ({failures[0].partition(': give')[0]}): give wds/DIR, where DIR holds tar files "
+        "and an _info.json about them"
+    )
+
+
+def _parts(split: Any, where: str, root: str) -> tuple[Part, ...]:
+    """The files of a split and how many images each holds."""
+    fields = split if isinstance(split, dict) else {}
+    files, lengths, total = (fields.get(key) for key in ("filenames", "shard_lengths", "num_samples"))
+    if not (
+        isinstance(files, list)
+        and isinstance(lengths, list)
+        and len(files) == len(lengths) > 0
+        and all(isinstance(file, str) for file in files)
+        and all(type(length) is int and length >= 0 for length in lengths)
+        and total == sum(lengths) > 0
+    ):
+        raise DataError(
+            f"{where} does not fit together: filenames and shard_lengths must be lists of the same length, and "
+            "num_samples the sum of shard_lengths"
+        )
+    if fields.get("alt_label"):
+        raise DataError(f"{where} has its labels under {fields['alt_label']!r}: give shards with .cls files")
+    for file in files:
+        if os.path.isabs(file) or ".." in file.split("/") or not _harmless(file, root):
+            raise DataError(f"{where} names the file {file!r}: give plain names, relative to {root}")
+    return tuple(Part(file, length, 0, length) for file, length in zip(files, lengths, strict=True))
+
+
+def _harmless(file: str, root: str) -> bool:
+    """Whether a shell, to which a ``pipe:`` goes, takes the file's name for a name and nothing else."""
+    return bool(_PLAIN.fullmatch(file)) or not root.startswith("pipe:")
+
+
+@contextmanager
+def _opened(address: str) -> Iterator[Any]:
+    """A stream of bytes from a file, a URL or a ``pipe:``; whoever feeds it is stopped at the end."""
+    from webdataset.gopen import gopen
+
+    try:
+        is_file = ":" not in address.partition("/")[0]
+        if is_file and not stat.S_ISREG(os.stat(address).st_mode):
+            raise OSError("it is no file")
+        stream = gopen(address)
+    except Exception as error:  # whatever a handler of webdataset's raises
+        raise DataError(
+            f"cannot open {address} ({_reason(error)}): give the address of what is there"
+        ) from error
+    try:
+        yield stream
+    except OSError as error:  # of a command that failed
+        raise DataError(
+            f"cannot read {address} ({_reason(error)}{_status(stream)}): give it again"
+        ) from error
+    finally:
+        process = getattr(stream, "proc", None)
+        if process is not None:
+            process.terminate()
+        with suppress(Exception):
+            stream.close()
+
+
+def _samples(archive: Any, address: str) -> Iterator[dict[str, Any]]:
+    """What belongs together in an archive: bytes by extension, and ``__key__``."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    files = tar_file_expander([{"url": address, "stream": archive}])
+    try:
+        yield from group_by_keys(files)
+    except Exception as error:  # whatever tarfile and the decompressors raise
+        raise DataError(
+            f"cannot read {address} ({_reason(error)}{_status(archive)}): replace the file"
+        ) from error
+
+
+def _labelled(sample: dict[str, Any], address: str) -> tuple[Member, int]:
+    """Image and label of a sample."""
+    name = f"{sample['__key__']} in {address}"
+    content = next((sample[end[1:]] for end in IMAGE_EXTENSIONS if end[1:] in sample), None)
+    if content is None or "cls" not in sample:
+        held = ", ".join(f".{key}" for key in sample if not key.startswith("__"))
+        raise DataError(f"{name} has {held}: a sample needs an image and its label, .cls, side by side")
+    try:
+        return Member(content, name), int(sample["cls"])
+    except ValueError:
+        raise DataError(f"{name} has no number in its .cls file: write the label, from 0 on") from None
+
+
+def _reason(error: BaseException) -> str:
+    """In a few words; webdataset hangs streams and addresses on what it passes on."""
+    told = getattr(error, "strerror", None) or (error.args[0] if error.args else "") or type(error).__name__
+    told = " ".join(str(told).partition("\n")[0].split())
+    return "it is no tar file" if told.startswith(("file could not be opened", "invalid header")) else told
+
+
+def _status(stream: Any) -> str:
+    """How the command of a ``pipe:`` or URL ended, if it failed."""
+    process = getattr(stream, "proc", None)
+    if process is None:
+        return ""
+    with suppress(Exception):
+        process.wait(1)
+    return f"; its command ended with {process.returncode}" if process.returncode else ""
+
+
+MIXED = 2048  # images that a worker holds, still encoded, to draw the next one from
+TOGETHER = 8  # images that are drawn from a file before it is the turn of the next
+
+
+@dataclass
+class Shards:
+    """A split in tar files, or a part of it, and how a pass goes over it.
+
+    Attributes:
+        root: folder or address that the files are in.
+        parts: what is read of each file.
+        batch_size: workers share the images by batches.
+        shuffled: by (seed, epoch); otherwise in order, which is another one for another number of workers.
+        drop_last: leave out the last batch if it is short.
+        seed: of the order.
+        epoch: the pass that comes next.
+        share: (this process, all processes) that go over the images together. With ``drop_last`` all get equally many,
+            and less than one image for each is left out; otherwise each gets whole batches, and none comes twice.
+    """
+
+    root: str
+    parts: tuple[Part, ...]
+    batch_size: int = 1
+    shuffled: bool = False
+    drop_last: bool = False
+    seed: int = 0
+    epoch: int = 0
+    share: tuple[int, int] = (0, 1)
+
+    def __len__(self) -> int:
+        """Images that one pass gives."""
+        return self._own()[1]
+
+    def _own(self) -> tuple[int, int]:
+        """First image of this process, and how many it has."""
+        total, (rank, count) = sum(map(len, self.parts)), self.share
+        if self.drop_last:
+            each = total // count
+            return rank * each, each - each % self.batch_size
+        batches = -(-total // self.batch_size)
+        first, last = (min(total, batches * r // count * self.batch_size) for r in (rank, rank + 1))
+        return first, last - first
+
+    def set_epoch(self, count: int, /) -> None:
+        """Choose the order of the next pass."""
+        self.epoch = count
+
+    def set_loader_cfg(self, num_workers: int | None = None) -> None:
+        """Nothing: a worker asks torch which one it is."""
+
+    def draw(self, count: int, seed: int) -> "Shards":
+        """``count`` images: the first ones of files drawn by ``seed``, a few of each in turn.
+
+        Files may hold a class each, and reading the beginning of one does not take its whole.
+        """
+        parts = _shuffled(self.parts, np.random.SeedSequence(seed))
+        return self._split(parts, _in_turns([len(part) for part in parts], count))[0]
+
+    def divide(self, count: int, seed: int) -> tuple["Shards", "Shards"]:
+        """``count`` images, of every file its share, and all others; files come in an order drawn by ``seed``."""
+        parts = _shuffled(self.parts, np.random.SeedSequence(seed))
+        ends = np.cumsum([len(part) for part in parts])
+        shares = np.diff(np.rint(ends * (count / ends[-1])).astype(int), prepend=0)
+        return self._split(parts, shares.tolist())
+
+    def _split(self, parts: Sequence[Part], taken: Sequence[int]) -> tuple["Shards", "Shards"]:
+        """The first of each part, as many as are ``taken``, and what is left."""
+        pairs = list(zip(parts, taken, strict=True))
+        first = [replace(part, stop=part.start + n) for part, n in pairs if n]
+        rest = [replace(part, start=part.start + n) for part, n in pairs if n < len(part)]
+        return replace(self, parts=tuple(first)), replace(self, parts=tuple(rest))
+
+    def __iter__(self) -> Iterator[tuple[Member, int]]:
+        """Each image of this worker once.
+
+        Raises:
+            DataError: a file that is missing, damaged, or not what ``_info.json`` says.
+        """
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        parts = self.parts
+        if self.shuffled:
+            parts = _shuffled(parts, np.random.SeedSequence((self.seed, self.epoch)))
+        begin, count = self._own()
+        each, more = divmod(-(-count // self.batch_size), workers)
+        first = worker * each + min(worker, more)
+        last = first + each + (worker < more)
+        mine = _cut(parts, begin + first * self.batch_size, begin + min(last * self.batch_size, count))
+        images = chain.from_iterable(read_part(self.root, part) for part in mine)
+        if not self.shuffled:
+            return images
+        seeds = np.random.SeedSequence((self.seed, self.epoch, self.share[0], worker))
+        return _mixed(images, random.Random(int(seeds.generate_state(1, np.uint64)[0])))
+
+
+def _cut(parts: Sequence[Part], first: int, last: int) -> tuple[Part, ...]:
+    """Images ``first`` to ``last`` of all that ``parts`` hold, one part after the other."""
+    kept = []
+    for part in parts:
+        start, stop = max(first, 0), min(last, len(part))
+        if start < stop:
+            kept.append(replace(part, start=part.start + start, stop=part.start + stop))
+        first, last = first - len(part), last - len(part)
+    return tuple(kept)
+
+
+def _in_turns(available: Sequence[int], count: int) -> list[int]:
+    """How many of ``count`` each gives, ``TOGETHER`` at a time for as long as it has some."""
+    taken = [0] * len(available)
+    left = min(count, sum(available))
+    while left:
+        for place, most in enumerate(available):
+            given = min(TOGETHER, most - taken[place], left)
+            taken[place] += given
+            left -= given
+    return taken
+
+
+def _shuffled(parts: Sequence[Part], seeds: np.random.SeedSequence) -> tuple[Part, ...]:
+    return tuple(parts[place] for place in np.random.default_rng(seeds).permutation(len(parts)))
+
+
+def _mixed(images: Iterator[tuple[Member, int]], rng: random.Random) -> Iterator[tuple[Member, int]]:
+    """All images, each drawn from ``MIXED`` that lie ready."""
+    held: list[tuple[Member, int]] = []
+    for image in images:
+        if len(held) < MIXED:
+            held.append(image)
+            continue
+        place = rng.randrange(MIXED)
+        held[place], image = image, held[place]
+        yield image
+    rng.shuffle(held)
+    yield from held

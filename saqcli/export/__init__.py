@@ -1,0 +1,47 @@
+"""The family of exporters: a quantized model in, a file out.
+
+An exporter writes to the path it is given and nothing else; the workflow gives it a temporary one, verifies
+the file, and renames it into place. To add one: write ``saqcli/algorithms/exporters/NAME.py`` and add its
+line here.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from saqcli.export.exact import ExactExporter
+from saqcli.export.model_metadata import ModelFacts
+from saqcli.export.qdq import QdqExporter, VnniExporter
+from saqcli.export.qonnx import QonnxExporter
+from saqcli.export.safetensors import SafetensorsExporter
+from saqcli.export.trt import TrtExporter
+
+
+class Exporter(Protocol):
+    """Writes one kind of file."""
+
+    @property
+    def suffix(self) -> str:
+        """Of the files it writes."""
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Codes of hazards (``graphs.hazards``) that its files may have; the verdict names them as conditions."""
+
+    def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
+        """Write the quantized ``model``, in eval mode, to ``path``."""
+
+
+EXPORTERS: dict[str, Callable[[], Exporter]] = {
+    "safetensors": SafetensorsExporter,
+    "qdq": QdqExporter,
+    "qdq-vnni": VnniExporter,
+    "exact": ExactExporter,
+    "trt": TrtExporter,
+    "qonnx": QonnxExporter,
+}
+STYLES = tuple(name for name in EXPORTERS if name != "safetensors")  # of ONNX files
+
+__all__ = ["EXPORTERS", "STYLES", "Exporter", "ModelFacts"]

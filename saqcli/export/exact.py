@@ -1,0 +1,79 @@
+"""Style ``exact``: an ONNX graph whose logits equal PyTorch's to the last bit, at ONNX Runtime's default settings.
+
+    input --Clip--QuantizeLinear(step)--DequantizeLinear(1)--.
+                                                              Conv -- Mul(scale[c]) -- Add(shift[c]) -- Relu -- ...
+    integer weight --DequantizeLinear(1)---------------------'
+
+The PyTorch side is the model's exact form (``graphs.exact_form``): the same function, in which every sum is
+one of integers or has a fixed order. Odd codes of the paper's grid that fit 4 bits by halves, ``code = 2 h +
+1``, are stored as ``h``.
+"""
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from torch import Tensor, nn
+
+from saqcli.export import onnx_helpers, tracing
+from saqcli.export.exact_form import ExactForm
+from saqcli.export.model_metadata import ModelFacts, properties
+from saqcli.export.onnx_helpers import quantized
+from saqcli.export.operators import frozen_copy
+
+
+class ExactExporter:
+    """Writes a graph that any runtime with IEEE arithmetic computes alike."""
+
+    suffix = ".onnx"
+    conditions: tuple[str, ...] = ()
+
+    def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
+        """Write ``path``; as ``QdqExporter.export``.
+
+        Raises:
+            UnsupportedModel: the model cannot be traced, or has an operator without an exact form.
+        """
+        model_graph = tracing.onnx_graph(ExactForm(frozen_copy(model), example), example)
+        onnx_helpers.lower(model_graph.graph, "InputCodes", _input_codes)
+        _slice_codes(model_graph.graph)
+        onnx_helpers.lower(model_graph.graph, "WeightCodes", _weight_codes)
+        tracing.save(model_graph, path, properties(facts), facts.saq_version)
+
+
+def _input_codes(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    codes, _, zero = quantized(graph, node)
+    one = onnx_helpers.constant(graph, "one", np.float32(1))
+    return onnx_helpers.before(graph, node, "DequantizeLinear", [codes, one, zero])
+
+
+def _slice_codes(graph: ir.Graph) -> None:
+    """Cut codes into the parts of a wide matrix product before they are dequantized, not behind (hazard H2)."""
+    for node in [node for node in graph if node.op_type == "Slice"]:
+        source = node.inputs[0].producer() if node.inputs[0] is not None else None
+        readers = onnx_helpers.consumers(node.outputs[0])
+        if source is None or source.op_type != "DequantizeLinear" or not readers:
+            continue
+        if any(reader.op_type not in ("MatMul", "Gemm") for reader in readers):
+            continue
+        part = ir.node("Slice", [source.inputs[0], *node.inputs[1:]])
+        back = ir.node("DequantizeLinear", [part.outputs[0], *source.inputs[1:]])
+        back.outputs[0].type, back.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+        graph.insert_before(node, [part, back])
+        node.outputs[0].replace_all_uses_with(back.outputs[0])
+        graph.remove(node, safe=True)
+
+
+def _weight_codes(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    """The codes in the smallest container; odd ones by halves where that makes them fit 4 bits."""
+    codes = onnx_helpers.array_of(node.inputs[0])
+    halves = (codes.astype(np.int32) - 1) // 2
+    if (codes % 2 == 1).all() and not onnx_helpers.fits_int4(codes) and onnx_helpers.fits_int4(halves):
+        doubled = onnx_helpers.dequantized(
+            graph, node, halves.astype(ml_dtypes.int4), ir.DataType.INT4, np.float32(2)
+        )
+        return onnx_helpers.before(
+            graph, node, "Add", [doubled, onnx_helpers.constant(graph, "one", np.float32(1))]
+        )
+    return onnx_helpers.dequantized(graph, node, *onnx_helpers.packed_safely(node), np.float32(1))

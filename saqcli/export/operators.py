@@ -1,0 +1,195 @@
+"""What stands for a quantizer while a graph is traced: a PyTorch operator, and a placeholder node in ONNX.
+
+    saq::quantize_input(x, step)         x on its grid                        saq.QuantizeInput
+    saq::input_codes(x, step)            the codes of x, as float32           saq.InputCodes
+    saq::dequantize_weight(codes, step)  step times code                      saq.DequantizeWeight
+    saq::weight_codes(codes)             the codes of a weight, as float32    saq.WeightCodes
+
+The operators compute in PyTorch exactly what the fake quantizers compute, so a frozen model can be run and
+compared before ONNX comes in. Placeholders carry the grid, the bits and the layer; an exporter replaces them
+by what its style writes. Plain arithmetic would be exported as divisions and roundings,
+``torch.fake_quantize_*`` cannot be exported at most bit-widths, and the exporter's constant folding would
+turn a dequantized weight into a float constant (``docs/export.md``).
+
+Importing this module registers the operators with PyTorch.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnx.defs import OpSchema
+from onnxscript.values import Op, Opset
+from torch import Tensor, nn
+
+from saqcli.quant.grid import Grid, codes_of
+from saqcli.quant.layer import quantized_layers
+from saqcli.quant.products import OPERANDS, operand_name, quantized_products
+from saqcli.quant.quantizers import Quantizer
+
+DOMAIN = "saq"
+PER_TENSOR = -1  # in the place of a dimension
+
+
+@torch.library.custom_op("saq::quantize_input", mutates_args=())
+def quantize_input(x: Tensor, step: Tensor, lowest: int, highest: int, bits: int, layer: str) -> Tensor:
+    """``x`` on the grid; ``step`` is a scalar."""
+    return codes_of(x, step, Grid(lowest, highest, 1)) * step
+
+
+@torch.library.custom_op("saq::input_codes", mutates_args=())
+def input_codes(x: Tensor, step: Tensor, lowest: int, highest: int, bits: int, layer: str) -> Tensor:
+    """The integers that stand for ``x``, in float32."""
+    return codes_of(x, step, Grid(lowest, highest, 1))
+
+
+@torch.library.custom_op("saq::dequantize_weight", mutates_args=())
+def dequantize_weight(codes: Tensor, step: Tensor, dim: int, bits: int, layer: str) -> Tensor:
+    """Integer ``codes`` times ``step``, a scalar or one per slice along ``dim``."""
+    return codes.float() * along(step, dim, codes.dim())
+
+
+@torch.library.custom_op("saq::weight_codes", mutates_args=())
+def weight_codes(codes: Tensor, bits: int, layer: str) -> Tensor:
+    """Integer ``codes`` in float32."""
+    return codes.float()
+
+
+@quantize_input.register_fake
+@input_codes.register_fake
+def _(x: Tensor, step: Tensor, lowest: int, highest: int, bits: int, layer: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+@dequantize_weight.register_fake
+def _(codes: Tensor, step: Tensor, dim: int, bits: int, layer: str) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+@weight_codes.register_fake
+def _(codes: Tensor, bits: int, layer: str) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+def along(step: Tensor, dim: int, dims: int) -> Tensor:
+    """``step``, a scalar or a vector, shaped to multiply along ``dim`` of a tensor of ``dims`` dimensions."""
+    return step.reshape([-1 if d == dim else 1 for d in range(dims)]) if step.dim() else step
+
+
+def _placeholder(name: str, inputs: tuple[str, ...], ints: tuple[str, ...]) -> Op:
+    tensor, kinds = OpSchema.FormalParameter, OpSchema.AttrType
+    schema = OpSchema(
+        name,
+        DOMAIN,
+        1,
+        inputs=[tensor(each, "C" if each == "codes" else "T") for each in inputs],
+        outputs=[tensor("y", "T")],
+        type_constraints=[("T", ["tensor(float)"], ""), ("C", ["tensor(int8)", "tensor(int16)"], "")][
+            : 2 if "codes" in inputs else 1
+        ],
+        attributes=[
+            *(OpSchema.Attribute(each, kinds.INT) for each in ints),
+            OpSchema.Attribute("layer", kinds.STRING),
+        ],
+    )
+    return Op(Opset(DOMAIN, 1), name, schema)
+
+
+_GRID = ("lowest", "highest", "bits")
+_QUANTIZE_INPUT = _placeholder("QuantizeInput", ("x", "step"), _GRID)
+_INPUT_CODES = _placeholder("InputCodes", ("x", "step"), _GRID)
+_DEQUANTIZE_WEIGHT = _placeholder("DequantizeWeight", ("codes", "step"), ("dim", "bits"))
+_WEIGHT_CODES = _placeholder("WeightCodes", ("codes",), ("bits",))
+
+
+# Annotated with ``int`` and ``str``, attributes arrive as Python values.
+def _quantize_input(x: Any, step: Any, lowest: int, highest: int, bits: int, layer: str) -> Any:
+    return _QUANTIZE_INPUT(x, step, lowest=lowest, highest=highest, bits=bits, layer=layer)
+
+
+def _input_codes(x: Any, step: Any, lowest: int, highest: int, bits: int, layer: str) -> Any:
+    return _INPUT_CODES(x, step, lowest=lowest, highest=highest, bits=bits, layer=layer)
+
+
+def _dequantize_weight(codes: Any, step: Any, dim: int, bits: int, layer: str) -> Any:
+    return _DEQUANTIZE_WEIGHT(codes, step, dim=dim, bits=bits, layer=layer)
+
+
+def _weight_codes(codes: Any, bits: int, layer: str) -> Any:
+    return _WEIGHT_CODES(codes, bits=bits, layer=layer)
+
+
+PLACEHOLDERS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.saq.quantize_input.default: _quantize_input,
+    torch.ops.saq.input_codes.default: _input_codes,
+    torch.ops.saq.dequantize_weight.default: _dequantize_weight,
+    torch.ops.saq.weight_codes.default: _weight_codes,
+}
+
+
+class FrozenInput(nn.Module):
+    """Stands where the input quantizer was, with its step frozen."""
+
+    step: Tensor
+
+    def __init__(self, quantizer: Quantizer, layer: str) -> None:
+        super().__init__()
+        self.grid, self.bits, self.layer = quantizer.grid(), quantizer.bits, layer
+        self.register_buffer("step", quantizer.step().detach().reshape(()).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` on the grid."""
+        grid = self.grid
+        result: Tensor = torch.ops.saq.quantize_input(
+            x, self.step, grid.lowest, grid.highest, self.bits, self.layer
+        )
+        return result
+
+
+class FrozenWeight(nn.Module):
+    """Stands where the weight quantizer was, with its codes frozen; ignores the float weight."""
+
+    codes: Tensor
+    step: Tensor
+
+    def __init__(self, quantizer: Quantizer, weight: Tensor, dim: int, layer: str) -> None:
+        super().__init__()
+        self.bits, self.layer = quantizer.bits, layer
+        quantizer, weight = quantizer.fold(weight)
+        container = torch.int8 if quantizer.grid().highest <= 127 else torch.int16
+        self.register_buffer("codes", quantizer.codes(weight).to(container))
+        step = quantizer.step().detach()
+        self.register_buffer("step", step.flatten().clone() if step.dim() else step.clone())
+        self.dim = dim if step.dim() else PER_TENSOR
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The dequantized weight."""
+        result: Tensor = torch.ops.saq.dequantize_weight(
+            self.codes, self.step, self.dim, self.bits, self.layer
+        )
+        return result
+
+
+def label(layer: str) -> str:
+    """The name of a layer without spaces, which stand between names in a graph."""
+    return layer.replace("%", "%25").replace(" ", "%20") if " " in layer else layer
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy of the quantized model whose quantizers are the operators above; computes the same numbers."""
+    frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    for name, layer in quantized_layers(frozen).items():
+        weights, inputs = layer.weight_quantizer, layer.input_quantizer
+        if isinstance(weights, Quantizer):
+            layer.weight_quantizer = FrozenWeight(
+                weights, layer.effective_weight(), layer.channel_dim, label(name)
+            )
+        if isinstance(inputs, Quantizer):
+            layer.input_quantizer = FrozenInput(inputs, label(name))
+    for name, product in quantized_products(frozen).items():
+        for operand, attribute in OPERANDS.items():
+            quantizer = getattr(product, attribute)
+            if isinstance(quantizer, Quantizer):
+                setattr(product, attribute, FrozenInput(quantizer, label(operand_name(name, operand))))
+    return frozen

@@ -1,0 +1,346 @@
+"""From the name of a network to a float model, its preprocessing, and what is needed to build it again.
+
+``resnet18`` is looked for in timm, then torchvision, then among the networks of the papers; a prefix
+(``timm/``, ``torchvision/``, ``saq/``) says which one is meant. Weights come from a local file, from
+where the library publishes them, or are random.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from saqcli.errors import ConfigError, SaqError, UnsupportedModel, WeightsMismatch
+from saqcli.models import catalogue
+from saqcli.models.arguments import check_arguments
+from saqcli.models.libraries import ZOOS, Architecture, Zoo, unpublished
+from saqcli.models.names import resolve
+from saqcli.models.preprocessing import Preprocessing as Preprocessing
+from saqcli.models.state_dicts import fit_names
+from saqcli.models.weights import (
+    WeightFile,
+    channels_note,
+    check_numbers,
+    load_into,
+    read_weights,
+    sha256_of,
+    to_channels,
+)
+from saqcli.serialization import printable
+from saqcli.units import counted
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the user asks for; None leaves the choice to the network or its weights.
+
+    Attributes:
+        name: as the user gave it.
+        weights: a local file; excludes published weights.
+        pretrained: take published weights if no file is given.
+        num_classes: rows of the classifier.
+        in_chans: channels of an image.
+        kwargs: for the library's builder.
+        input_size: one side, (H, W) or (C, H, W).
+        mean: per channel, of pixels scaled to 0..1.
+        std: likewise.
+        new_head: where a weight file has other classes than are asked for, let the classifier start random.
+        weights_key: which tensors of the file, where it holds several sets; see ``state_dicts``.
+    """
+
+    name: str
+    weights: Path | None = None
+    pretrained: bool = True
+    num_classes: int | None = None
+    in_chans: int | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    input_size: int | tuple[int, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    new_head: bool = False
+    weights_key: str | None = None
+
+
+@dataclass
+class LoadedModel:
+    """A float network, ready to be wrapped.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        name: canonical, like ``timm/resnet18.a1_in1k`` or ``saq/resnet20``.
+        num_classes: rows of the classifier.
+        preprocessing: what its images go through.
+        weights_source: name of the weight file, tag of the published weights, or ``random``.
+        weights_sha256: of the weight file, if there is one.
+        build: what ``build_architecture`` takes; JSON can hold it if it could hold the user's kwargs.
+        notes: what was decided for the user, one line each.
+        trained: whether all its weights are; not those of a new head, or random ones.
+        classifiers: names of the layers that give class scores; several where heads are averaged (distillation).
+        class_names: by index, where the weight file carries one for each class; else empty.
+    """
+
+    model: nn.Module
+    name: str
+    num_classes: int
+    preprocessing: Preprocessing
+    weights_source: str
+    weights_sha256: str | None
+    build: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    trained: bool = True
+    classifiers: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+
+
+def load_model(spec: ModelSpec) -> LoadedModel:
+    """The network that ``spec`` asks for.
+
+    Raises:
+        UnknownModel: no network of that name.
+        UnsupportedModel: it has no classifier, or cannot be built here.
+        ConfigError: arguments that do not suit it.
+        SaqError: its published weights cannot be had.
+        CorruptArtifact, UnsafeWeights, WeightsMismatch: the weight file; see ``saqcli.models.weights``.
+    """
+    prefix, name, note = resolve(spec.name)
+    zoo, notes = ZOOS[prefix], [note] if note else []
+    if spec.weights_key is not None and not spec.weights:
+        raise ConfigError(
+            "--weights-key chooses among the tensors of a weight file: give --weights FILE with it"
+        )
+    # Before time is spent on building.
+    file = read_weights(spec.weights, spec.weights_key) if spec.weights else None
+    arch, preprocessing = _architecture(zoo, f"{prefix}/{name}", spec)
+    sha256, trained = None, True
+    with _building(f"{prefix}/{name}", arch.kwargs):
+        if spec.weights and file is not None:
+            notes += file.notes
+            model, arch, trained = _from_file(zoo, prefix, arch, file, spec, notes)
+            source, sha256 = spec.weights.name, sha256_of(spec.weights)
+        elif spec.pretrained:
+            model, name, source = zoo.fetch(arch)
+            if arch.num_classes != (published := zoo.default_classes(name)):
+                notes.append(
+                    f"{source} has {counted(published, 'class')}: the {arch.num_classes} asked for start random"
+                )
+                trained = False
+            if arch.in_chans != (channels := zoo.preprocessing(name, None).input_size[0]):
+                notes.append(channels_note(source, channels, arch.in_chans))
+        else:
+            model, source, trained = zoo.build(arch), "random", False
+        if not spec.weights:  # a file's were checked when they were loaded
+            check_numbers(model, source)
+    build = asdict(arch) | {"name": f"{prefix}/{name}"}
+    return LoadedModel(
+        model.eval(),
+        build["name"],
+        arch.num_classes,
+        preprocessing,
+        source,
+        sha256,
+        build,
+        notes,
+        trained,
+        zoo.classifiers(model),
+        next((names for names in file.class_lists if len(names) == arch.num_classes), ()) if file else (),
+    )
+
+
+def published_weights(name: str) -> str:
+    """The network with the tag of the weights that ``load_model`` would fetch.
+
+    Raises:
+        SaqError: no such network, or nobody published any.
+    """
+    prefix, short, _ = resolve(name)
+    architecture, _, tag = short.partition(".")
+    tags = next((entry.tags for entry in catalogue.find(f"{prefix}/{architecture}")), ())
+    if not tags:
+        raise unpublished(f"{prefix}/{short}")
+    return f"{prefix}/{architecture}.{tag or tags[0]}".rstrip(".")
+
+
+def default_classes(name: str) -> int:
+    """How many classes the network has where none are asked for.
+
+    Raises:
+        UnknownModel: no network of that name.
+    """
+    prefix, short, _ = resolve(name)
+    return ZOOS[prefix].default_classes(short)
+
+
+def check_named(name: str) -> None:
+    """Refuse what is no network's name; nothing is built.
+
+    Raises:
+        UnknownModel: names near matches.
+    """
+    resolve(name)
+
+
+def build_architecture(build: Mapping[str, Any]) -> nn.Module:
+    """The network of ``LoadedModel.build`` with random weights, in eval mode.
+
+    Raises:
+        ConfigError: a key is missing or unknown, or the arguments do not suit the network.
+        UnknownModel: the installed libraries do not know it.
+    """
+    keys = {"name", "num_classes", "in_chans", "kwargs"}
+    if wrong := keys ^ set(build):
+        raise ConfigError(
+            f"the architecture's {', '.join(sorted(wrong))} is missing or unknown: it needs {sorted(keys)}"
+        )
+    found = resolve(build["name"], exact=True)
+    with _building(build["name"], build["kwargs"]):
+        return ZOOS[found.prefix].build(Architecture(**{**build, "name": found.name})).eval()
+
+
+def as_loaded(
+    model: nn.Module, build: Mapping[str, Any], preprocessing: Preprocessing, source: str
+) -> LoadedModel:
+    """A network that ``build`` describes and that is built already, as ``load_model`` gives it."""
+    prefix = resolve(build["name"], exact=True).prefix
+    return LoadedModel(
+        model,
+        build["name"],
+        build["num_classes"],
+        preprocessing,
+        source,
+        None,
+        dict(build),
+        classifiers=ZOOS[prefix].classifiers(model),
+    )
+
+
+def _architecture(zoo: Zoo, name: str, spec: ModelSpec) -> tuple[Architecture, Preprocessing]:
+    """What to build for ``spec``, and what its images go through."""
+    check_arguments(name, spec.kwargs)
+    kwargs = dict(spec.kwargs)
+    short = name.partition("/")[2]
+    in_chans = kwargs.pop("in_chans", None) or spec.in_chans or 3
+    num_classes = zoo.default_classes(short) if spec.num_classes is None else spec.num_classes
+    if num_classes < 1:
+        if spec.num_classes is not None:
+            raise ConfigError(
+                f"{name} was asked for {counted(num_classes, 'class')}: --num-classes must be at least 1"
+            )
+        raise UnsupportedModel(
+            f"{name} has no classifier, it gives features: pass --num-classes, or choose another"
+        )
+    asked = spec.input_size or kwargs.get("img_size") or kwargs.get("image_size")
+    size = None if asked is None else _height_width(asked, in_chans)
+    default = zoo.preprocessing(short, size)
+    height, width = size or default.input_size[1:]
+    preprocessing = replace(
+        default,
+        input_size=(in_chans, height, width),
+        mean=spec.mean or _per_channel(default.mean, in_chans),
+        std=spec.std or _per_channel(default.std, in_chans),
+    )
+    return zoo.sized(Architecture(short, num_classes, in_chans, kwargs), (height, width)), preprocessing
+
+
+def _height_width(size: int | tuple[int, ...], in_chans: int) -> tuple[int, int]:
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) == 3 and sides[0] == in_chans:
+        sides = sides[1:]
+    if len(sides) != 2 or min(sides) < 1:
+        raise ConfigError(
+            f"input size {size} is no size of a {in_chans}-channel image: give one side, or height and width"
+        )
+    return sides[0], sides[1]
+
+
+def _per_channel(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
+    """``values``, or their average for every channel if the image has another number of channels."""
+    return values if len(values) == in_chans else (sum(values) / len(values),) * in_chans
+
+
+def _from_file(
+    zoo: Zoo, prefix: str, arch: Architecture, file: WeightFile, spec: ModelSpec, notes: list[str]
+) -> tuple[nn.Module, Architecture, bool]:
+    """The network with the file's weights, and whether these are all that it has.
+
+    The file decides the number of classes if the user does not.
+    """
+    name, source = f"{prefix}/{arch.name}", spec.weights.name if spec.weights else ""
+    model = zoo.build(arch)
+    own, misfits = model.state_dict().keys(), dict[int, WeightsMismatch]()
+    for candidate in fit_names(file.tensors, own, source):
+        more: list[str] = []
+        try:
+            found = _from_state(zoo, name, arch, model, candidate.values, spec, more)
+        except WeightsMismatch as error:
+            misfits[len(own & candidate.values.keys())] = error
+        else:
+            notes += [*candidate.notes, *more]
+            return found
+    closest = misfits[max(misfits)]
+    hint = (
+        f"; --weights-key chooses other tensors of the file: {', '.join(file.others)}" if file.others else ""
+    )
+    raise WeightsMismatch(f"{closest}{printable(hint)}") from closest
+
+
+def _from_state(
+    zoo: Zoo,
+    name: str,
+    arch: Architecture,
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    spec: ModelSpec,
+    notes: list[str],
+) -> tuple[nn.Module, Architecture, bool]:
+    """``model``, or one of as many classes as the weights ``state`` have, with these; what ``_from_file`` returns."""
+    source = spec.weights.name if spec.weights else ""
+    heads = zoo.classifiers(model)
+    head = state.get(f"{heads[0]}.weight") if heads else None
+    if spec.num_classes is None and head is not None and len(head) != arch.num_classes:
+        notes.append(
+            f"{name} has {counted(len(head), 'class')}, as {source} has, instead of {arch.num_classes}"
+        )
+        arch = replace(arch, num_classes=len(head))
+        model = zoo.build(arch)
+    trained = head is None or len(head) == arch.num_classes or not spec.new_head
+    if not trained:
+        own = model.state_dict()
+        state = {k: own[k] if k.rpartition(".")[0] in heads and k in own else v for k, v in state.items()}
+        notes.append(
+            f"{source} has another classifier: the {counted(arch.num_classes, 'class')} asked for start random"
+        )
+    state, note = to_channels(state, model.state_dict(), arch.in_chans, source)
+    notes += [note] if note else []
+    try:
+        load_into(model, state, source, name=name, classifiers=heads)
+    except WeightsMismatch:
+        if (converted := zoo.convert(arch, state)) is None:
+            raise
+        load_into(model, converted, source, name=name, classifiers=heads)
+        notes.append(f"{source} was written for another version of {name}: its parameters were converted")
+    return model, arch, trained
+
+
+@contextmanager
+def _building(name: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what a library raises while building into one line."""
+    try:
+        yield
+    except SaqError:
+        raise
+    except Exception as error:
+        if found := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+            raise ConfigError(f"{name} has no argument {found[1]!r}: correct --model-kwargs") from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if kwargs:
+            raise ConfigError(
+                f"{name} cannot be built with {dict(kwargs)} ({reason}): correct --model-kwargs "
+                "or --input-size"
+            ) from error
+        raise UnsupportedModel(
+            f"{name} cannot be built ({reason}): choose another, see `saq models`"
+        ) from error

@@ -1,0 +1,150 @@
+"""Which network is meant by what a user calls it.
+
+Names are looked for as they are, in timm, then torchvision, then among the networks of the papers; a prefix says which
+library is meant. After that they are read as other programs and people write them: ``ResNet-18``, ``resnet_18``,
+``torchvision.models.resnet18``, ``hf_hub:timm/resnet18.a1_in1k``. What stays ambiguous is not guessed.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from saqcli.errors import UnknownModel
+from saqcli.models import catalogue
+from saqcli.models.libraries import ZOOS, Zoo
+from saqcli.models.weights import PICKLES
+from saqcli.serialization import printable
+
+_HUB = re.compile(r"(?:https?://(?:www\.)?huggingface\.co/|hf[-_]hub:|hf://)(.+)", re.IGNORECASE)
+_DOTTED = re.compile(r"(timm|torchvision|models|saq)(?:\.models)?[.:](.+)", re.IGNORECASE)
+_FILES = (".safetensors", ".onnx", *PICKLES)
+
+
+class Named(NamedTuple):
+    """A network of a library.
+
+    Attributes:
+        prefix: of the library.
+        name: that the library has for it, tag included.
+        note: what the user's name was taken for; empty where it is that name.
+    """
+
+    prefix: str
+    name: str
+    note: str = ""
+
+
+def resolve(asked: str, *, exact: bool = False) -> Named:
+    """The network that a user calls ``asked``; with ``exact`` that of just this name, as files have it.
+
+    Raises:
+        UnknownModel: there is none, or several; names near ones, or what to give instead.
+    """
+    if (found := exactly(asked)) is not None:
+        return found
+    name = asked
+    if not exact:
+        _refuse_files(asked)
+        name = _as_here(asked.strip().removesuffix("()"))
+        for prefix, short in _places(name):
+            if (same := _alike(ZOOS[prefix], short)) is not None:
+                return Named(prefix, same, f"{printable(asked, 100)} is read as {prefix}/{same}")
+    prefix, slash, short = name.partition("/")
+    near = _near(short if slash else name, prefix if slash and prefix in ZOOS else None)
+    hint = f"near are {', '.join(near)}" if near else "nothing is near"
+    raise UnknownModel(f"no network is called {asked!r}: {hint}; `saq models PATTERN` lists them")
+
+
+def exactly(name: str) -> Named | None:
+    """The network of just that name; None if there is none."""
+    for prefix, short in _places(name):
+        if ZOOS[prefix].knows(short):
+            return Named(prefix, short)
+    return None
+
+
+def _places(name: str) -> list[tuple[str, str]]:
+    """Libraries to look in, and for what; without a prefix all of them, in order."""
+    prefix, slash, rest = name.partition("/")
+    if slash and prefix in ZOOS:
+        return [(prefix, rest)]
+    return [(known, name) for known in ZOOS]
+
+
+def _as_here(name: str) -> str:
+    """``name`` with the prefix of a library, where another program's way to write it has one."""
+    if hub := _HUB.fullmatch(name):
+        name = hub[1].partition("@")[0]
+        if not name.lower().startswith("timm/"):
+            raise UnknownModel(
+                f"{printable(hub[0], 200)} is a repository of the Hugging Face hub, of which saq knows those of timm/: "
+                "name the network, and give its weights with --weights FILE"
+            )
+    if dotted := _DOTTED.fullmatch(name):
+        library = dotted[1].lower()
+        name = f"{'torchvision' if library == 'models' else library}/{dotted[2]}"
+    prefix, slash, rest = name.partition("/")
+    return f"{prefix.lower()}/{rest}" if slash and prefix.lower() in ZOOS else name
+
+
+def _alike(zoo: Zoo, name: str) -> str | None:
+    """The one network of ``zoo`` that is written as ``name`` but for case and separators; None if there is not one."""
+    if zoo.knows(name):
+        return name
+    networks = zoo.names()
+    for architecture, tag in _readings(name):
+        same = [network for network in networks if _key(network) == _key(architecture)]
+        if len(same) != 1:
+            continue
+        if not tag:
+            return same[0]
+        tags = [known for known in zoo.tags().get(same[0], ()) if _key(known) == _key(tag)]
+        if len(tags) == 1:
+            return f"{same[0]}.{tags[0]}"
+    return None
+
+
+def _readings(name: str) -> Iterator[tuple[str, str]]:
+    """Architecture and tag: ``squeezenet1.1`` may be one word, ``resnet.resnet18`` a module and a function in it."""
+    architecture, _, tag = name.partition(".")
+    yield architecture, tag
+    if tag:
+        yield name, ""
+        yield name.rpartition(".")[2], ""
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _refuse_files(name: str) -> None:
+    """Tell a file in the place of a network from an unknown one.
+
+    Raises:
+        UnknownModel: says what to give instead.
+    """
+    suffix = Path(name).suffix.lower()
+    if suffix == ".onnx":
+        raise UnknownModel(
+            f"{printable(name, 200)} is an ONNX file: name the PyTorch network that it was made from"
+        )
+    if suffix in _FILES or (name.strip() and len(name) < 200 and Path(name).is_file()):
+        name = printable(name, 200)
+        raise UnknownModel(f"{name} is a file of weights: name its network, and give --weights {name}")
+
+
+def _near(name: str, prefix: str | None) -> list[str]:
+    """Up to five known names that look like ``name``, of one library where the user named it."""
+    name = name.lower()
+    architecture, dot, _ = name.partition(".")
+    full: dict[str, str] = {}
+    for entry in catalogue.find("*.*" if dot else None) + catalogue.find():
+        library, _, short = entry.name.partition("/")
+        if prefix in (None, library):
+            full.setdefault(short, entry.name)
+    tagged = [short for short in full if dot and short.startswith(f"{architecture}.")]
+    alike = difflib.get_close_matches(name, tagged or full, n=4, cutoff=0.7)
+    within = sorted((short for short in full if len(name) > 2 and name in short), key=len)
+    return [full[short] for short in dict.fromkeys(alike + tagged + within)][:5]

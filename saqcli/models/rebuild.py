@@ -1,0 +1,173 @@
+"""Building the network that a file describes, when the file may come from anyone.
+
+A description names an architecture and its arguments. Names must be registered, arguments plain (``arguments``), so
+that building reads no other file, asks no server and runs no code of the file's. What remains is size: a few bytes
+could ask for a terabyte of weights. So the network is drawn first without memory, on PyTorch's meta device, and may
+not have more numbers than the file has; then one image without content is sent through, to see that the
+network takes images of the size that the file tells and gives a logit a class. Only then it is built.
+"""
+
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from saqcli.errors import CorruptArtifact, SaqError
+from saqcli.models.arguments import check_arguments
+from saqcli.models.load import build_architecture
+from saqcli.models.preprocessing import Preprocessing
+from saqcli.units import counted
+
+MOST_CLASSES = 2**24  # and channels
+MOST_SIDE = 4096  # of an image, in pixels
+MOST_SCALED = 4 * MOST_SIDE  # before the crop
+MOST_TRIED = 2**20  # pixels of an image that is really computed with
+CODES_A_BYTE = 4  # at 2 bits
+REBUILT = 4  # some networks make layers and replace them: timm's pruned ones have twice the numbers under way
+SPARE_TENSORS = 1000
+SPARE_NUMBERS = 2**20
+SCRATCH_NUMBERS = 2**27  # of tables that are computed and not saved, such as those of relative positions
+
+
+def build_described(
+    build: Mapping[str, Any], preprocessing: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    """The network of ``build``, of random weights and in eval mode, that takes images of ``preprocessing``.
+
+    Args:
+        build: as ``build_architecture`` takes it.
+        preprocessing: as ``Preprocessing.to_dict`` gives it.
+        tensors: of the same file; the network is not larger.
+
+    Raises:
+        SaqError: it asks for what a file may not, or contradicts itself; says which.
+    """
+    channels, height, width = check_description(build, preprocessing).input_size
+    numbers = sum(x.numel() * (CODES_A_BYTE if x.dtype == torch.uint8 else 1) for x in tensors.values())
+    with _no_larger_than(len(tensors), numbers), torch.device("meta"):
+        answer = _draw(build, torch.empty(1, channels, height, width), numbers + SCRATCH_NUMBERS)
+    with _no_larger_than(len(tensors), numbers):
+        model = build_architecture(build)
+    if answer is None and height * width <= MOST_TRIED:  # it cannot be drawn, so it is tried
+        answer = _answer(model, torch.zeros(1, channels, height, width)) or ()
+    if answer not in (None, (1, build["num_classes"])):
+        raise CorruptArtifact(
+            f"{build['name']} does not turn images of {channels} x {height} x {width} into {build['num_classes']} "
+            "logits"
+        )
+    return model
+
+
+def check_description(build: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> Preprocessing:
+    """The preprocessing, once both are known to be of the right kinds and of moderate sizes.
+
+    Raises:
+        SaqError: they are not.
+    """
+    kinds = {"name": str, "num_classes": int, "in_chans": int, "kwargs": dict}
+    for key, kind in kinds.items():
+        if type(build.get(key)) is not kind or (kind is int and not 1 <= build[key] <= MOST_CLASSES):
+            raise CorruptArtifact(f"its build has no {key} that could be meant")
+    check_arguments(build["name"], build["kwargs"])
+    images = Preprocessing.from_dict(preprocessing)
+    channels, *sides = images.input_size
+    if channels != build["in_chans"]:
+        raise CorruptArtifact(
+            f"its images have {counted(channels, 'channel')}, its network {build['in_chans']}: "
+            "they are not of one model"
+        )
+    if max(sides) > MOST_SIDE or max(sides) / images.crop_pct > MOST_SCALED:
+        raise CorruptArtifact(
+            f"its images of {sides[0]} x {sides[1]} pixels, a crop of {images.crop_pct:g}, are larger than "
+            f"{MOST_SIDE} a side or {MOST_SCALED} before the crop"
+        )
+    return images
+
+
+def _draw(build: Mapping[str, Any], image: Tensor, most: int) -> tuple[int, ...] | None:
+    """The shape of what the network answers, on the device of the context; None if it cannot be drawn.
+
+    Some networks compute with numbers while they are built or run, and the meta device has none. No tensor of the
+    building may have more than ``most`` numbers.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with _Scratch(most):
+                model = build_architecture(build)
+            return _answer(model, image)
+    except CorruptArtifact:
+        raise
+    except SaqError:
+        return None
+
+
+@torch.no_grad()
+def _answer(model: nn.Module, image: Tensor) -> tuple[int, ...] | None:
+    """The shape of the logits of one image; None if the network does not take it."""
+    try:
+        return tuple(model(image).shape)
+    except Exception:  # whatever a network of a library raises about its input
+        return None
+
+
+@contextmanager
+def _no_larger_than(tensors: int, numbers: int) -> Iterator[None]:
+    """Within the context, building a network of clearly more tensors or numbers is stopped before they take memory.
+
+    Raises:
+        CorruptArtifact: it is.
+    """
+    thread, seen = threading.get_ident(), {"tensors": 0, "parameters": 0, "buffers": 0}
+    most_parameters, most_buffers = REBUILT * numbers + SPARE_NUMBERS, numbers + SCRATCH_NUMBERS
+    most_tensors = REBUILT * tensors + SPARE_TENSORS
+
+    def count(kind: str, value: Tensor | None) -> None:
+        if (
+            value is None or is_lazy(value) or threading.get_ident() != thread
+        ):  # another may build what it likes
+            return
+        seen["tensors"] += 1
+        seen[kind] += value.numel()
+        if (
+            seen["tensors"] > most_tensors
+            or seen["parameters"] > most_parameters
+            or seen["buffers"] > most_buffers
+        ):
+            raise CorruptArtifact("it asks for a larger network than its tensors can be of")
+
+    handles = (
+        hooks.register_module_parameter_registration_hook(lambda _, __, value: count("parameters", value)),
+        hooks.register_module_buffer_registration_hook(lambda _, __, value: count("buffers", value)),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Scratch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses to go on once a single tensor that is made under way has more than ``most`` numbers."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = most
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The operator, then a look at what came out."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.numel() > self.most:
+                raise CorruptArtifact("it asks for a larger network than its tensors can be of")
+        return result

@@ -1,0 +1,506 @@
+"""``saq analyze``: from a quantized model and images to readings, as JSON and as pictures.
+
+The files of an analysis: one JSON object an instrument, with what it was measured on and how.
+
+A file is taken up again only if model, images and settings are the same; a finished reading is then not
+measured twice, and an unfinished one goes on.
+
+``saq analyze``: from a quantized model and images to readings, as JSON and as pictures.
+
+open       the model, a second one to compare with, the images
+take up    readings that are there already, with ``--resume``
+measure    one instrument after the other; each writes its JSON as soon as it is done
+draw       PNG and SVG
+"""
+
+import hashlib
+import json
+import math
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from saqcli._version import __version__
+from saqcli.analysis import INSTRUMENTS, Reading, Session, Settings
+from saqcli.config import ModelSection
+from saqcli.distributed import pick_device
+from saqcli.errors import CannotWrite, ConfigError, Interrupted, Problems, RunDirectoryError
+from saqcli.pipelines.analysis_inputs import Opened, View, check_target, images_of, open_subject
+from saqcli.pipelines.checks import check_device, check_images
+from saqcli.pipelines.predictors import named_file
+from saqcli.pipelines.targets import QUANTIZED, find_target
+from saqcli.progress import SILENT, Progress
+from saqcli.report.canvas import model_names
+from saqcli.report.readings import draw
+from saqcli.runs.interrupts import Stopped, deferred_interrupts, exit_code_of
+from saqcli.runs.locks import Lock
+from saqcli.serialization import (
+    json_text,
+    make_folder,
+    parse_json,
+    parse_object,
+    printable,
+    read_text,
+    remove_unfinished,
+    write_text,
+)
+from saqcli.training.optimizer import default_rho
+
+AGAINST = "against"  # folder of the second model
+
+
+class SubjectFacts(BaseModel):
+    """What was measured.
+
+    Attributes:
+        target: as it was named.
+        model: canonical name of the network.
+        sha256: of all tensors of the model.
+        latent_weights: whether its float weights were there.
+        split: of the data.
+        images: how many.
+        images_sha256: of the images, their labels and how they are batched.
+        seed: of the draw of images.
+        loss: mean cross-entropy on them.
+        top1: percent.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: str
+    model: str
+    sha256: str
+    latent_weights: bool
+    split: Literal["train", "val"]
+    images: int
+    images_sha256: str
+    seed: int
+    loss: float
+    top1: float
+
+
+class AnalysisFile(BaseModel):
+    """``INSTRUMENT.json``: a reading and what it was taken of.
+
+    Attributes:
+        schema_version: of the format.
+        saq_version: that wrote it.
+        instrument: name in ``INSTRUMENTS``.
+        finished: whether nothing is left to be measured.
+        subject: the model and the images.
+        settings: those that the reading depends on.
+        reading: of the instrument.
+        sha256: of the reading; one that was changed by hand fits its schema and makes no sense.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    saq_version: str
+    instrument: str
+    finished: bool
+    subject: SubjectFacts
+    settings: dict[str, Any]
+    reading: dict[str, Any]
+    sha256: str
+
+
+def facts_of(opened: Opened, view: View) -> SubjectFacts:
+    """The head of every file about ``opened``."""
+    return SubjectFacts(
+        target=opened.target,
+        model=opened.facts.policy.model,
+        sha256=opened.sha256,
+        latent_weights=opened.subject.latent,
+        split=view.split,
+        images=opened.score.images,
+        images_sha256=opened.images_sha256,
+        seed=view.seed,
+        loss=opened.score.loss,
+        top1=opened.score.top1,
+    )
+
+
+class AnalysisFolder:
+    """The files about one subject."""
+
+    def __init__(self, path: Path, facts: SubjectFacts, settings: Settings) -> None:
+        self.path, self.facts = path, facts
+        self._settings = settings.model_dump(mode="json")
+
+    def path_of(self, name: str) -> Path:
+        """Where the reading of an instrument is kept."""
+        return self.path / f"{name}.json"
+
+    def save(self, name: str, reading: Reading) -> None:
+        """Write a reading, finished or not, as one act."""
+        tree = json.loads(reading.model_dump_json())
+        file = AnalysisFile(
+            saq_version=__version__,
+            instrument=name,
+            finished=reading.finished,
+            subject=self.facts,
+            settings=self._settings_of(name),
+            reading=tree,
+            sha256=_sha256(tree),
+        )
+        write_text(self.path_of(name), to_text(json.loads(file.model_dump_json())))
+
+    def load(self, name: str) -> Reading | None:
+        """The reading that is there, or None.
+
+        Raises:
+            RunDirectoryError: damaged, foreign, or of another version; it says what to do.
+            ConfigError: taken of another model, of other images, or with other settings.
+        """
+        path = self.path_of(name)
+        if not path.is_file():
+            return None
+        text = read_text(path, str(path), RunDirectoryError)
+        try:
+            file = parse_json(AnalysisFile, text, str(path), RunDirectoryError)
+            reading = parse_object(
+                INSTRUMENTS[name].reading, file.reading, f"{path}, reading", RunDirectoryError
+            )
+        except RunDirectoryError as error:
+            raise RunDirectoryError(f"{error}: remove it to measure it again, or give --overwrite") from None
+        if file.instrument != name:
+            raise RunDirectoryError(
+                f"{path} holds a reading of another instrument: give --overwrite to replace it"
+            )
+        difference = self._difference(file)
+        if difference:
+            raise ConfigError(
+                f"{path} was measured otherwise ({difference}): give --resume the same model and settings, "
+                "--overwrite, or another --out"
+            )
+        if _sha256(file.reading) != file.sha256 or reading.finished != file.finished:
+            raise RunDirectoryError(
+                f"{path} was changed after it was written: give --overwrite to measure anew"
+            )
+        return reading
+
+    def _settings_of(self, name: str) -> dict[str, Any]:
+        return {key: self._settings[key] for key in INSTRUMENTS[name].settings}
+
+    def _difference(self, file: AnalysisFile) -> str | None:
+        """The first thing that was not as it is now."""
+        now = self._settings_of(file.instrument) if file.instrument in INSTRUMENTS else {}
+        if file.subject.sha256 != self.facts.sha256:
+            return f"another model, {printable(file.subject.target, 100)}"
+        if file.subject.images_sha256 != self.facts.images_sha256:
+            return "other images or another batch size"
+        for key in sorted({*now, *file.settings}):
+            if now.get(key) != file.settings.get(key):
+                return printable(f"{key}: {file.settings.get(key)} -> {now.get(key)}", 200)
+        return None
+
+
+def to_text(tree: dict[str, Any]) -> str:
+    """JSON with a line for every list of plain values."""
+    text = json_text(tree, indent=2)
+    return re.sub(r"\[\n[^\[\]{}]*\]", lambda found: _one_line(found[0]), text) + "\n"
+
+
+def _sha256(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json_text(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _one_line(text: str) -> str:
+    return "[" + re.sub(r"\n\s*", " ", text[1:-1]).strip() + "]"
+
+
+SECONDS_BETWEEN_SAVES = 5.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``saq analyze`` is asked for.
+
+    Attributes:
+        target: run directory, ``.safetensors`` file or model name.
+        view: which images.
+        instruments: names in ``INSTRUMENTS``.
+        out: folder of the results.
+        settings: of the instruments.
+        rho: radius; None for the one that training would take.
+        against: a second quantized model, measured likewise.
+        section: options of a model name.
+        bits: of a float model.
+        policy: likewise.
+        device: ``auto``, ``cpu``, ``cuda``.
+        resume: take up what is in ``out``.
+        overwrite: replace it.
+    """
+
+    target: str
+    view: View
+    instruments: tuple[str, ...]
+    out: Path
+    settings: Settings = field(default_factory=Settings)
+    rho: float | None = None
+    against: str | None = None
+    section: ModelSection | None = None
+    bits: str | None = None
+    policy: Path | None = None
+    device: str = "auto"
+    resume: bool = False
+    overwrite: bool = False
+
+    @property
+    def named(self) -> ModelSection:
+        """The model's name and its options."""
+        return self.section or ModelSection(name=self.target)
+
+    @property
+    def folders(self) -> list[Path]:
+        """Of the model, and of the second one."""
+        return [self.out] if self.against is None else [self.out, self.out / AGAINST]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The readings of one model."""
+
+    facts: SubjectFacts
+    readings: dict[str, Reading]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Accuracies in percent."""
+        return {
+            "target": self.facts.target,
+            "model": self.facts.model,
+            "split": self.facts.split,
+            "images": self.facts.images,
+            "loss": self.facts.loss,
+            "top1": self.facts.top1,
+            "instruments": {name: reading.to_dict() for name, reading in self.readings.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What ``saq analyze`` found.
+
+    Attributes:
+        out: folder of the files.
+        first: the model.
+        second: the one it was compared with.
+        files: written or taken up, JSON first.
+    """
+
+    out: Path
+    first: Measured
+    second: Measured | None
+    files: list[Path]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``--json`` prints it."""
+        against = None if self.second is None else self.second.to_dict()
+        return {
+            "out": str(self.out),
+            **self.first.to_dict(),
+            "against": against,
+            "files": [str(path) for path in self.files],
+        }
+
+
+def analyze(request: Request, progress: Progress = SILENT) -> Analysis:
+    """Measure, write and draw what ``request`` asks for.
+
+    Raises:
+        SaqError: anything the user can act on; readings finished so far stay in the folder.
+    """
+    check_request(request)
+    _check_free(request)
+    device = pick_device(request.device)
+    wanted = [(request.target, request.named, request.bits, request.policy)]
+    if request.against is not None:
+        wanted.append((request.against, ModelSection(name=request.against), None, None))
+    opened = [open_subject(*one, request.view, device, progress) for one in wanted]
+    settings = _with_radius(request, opened[0])
+    with _alone_in(request, progress):
+        return _measure(request, opened, settings, progress)
+
+
+@contextmanager
+def _alone_in(request: Request, progress: Progress) -> Iterator[None]:
+    """Within the context no other process works in the folders, and there is nothing unfinished of an earlier one.
+
+    Raises:
+        RunDirectoryError: another process is at work there, or was in the meantime.
+    """
+    for folder in request.folders:
+        make_folder(folder)
+    lock = Lock(request.out)
+    killed = lock.take()
+    if killed and request.resume:
+        progress.note(f"resuming (process {killed.pid} was killed)")
+    try:
+        _check_free(request)
+        for folder in request.folders:
+            remove_unfinished(folder)
+        yield
+    except KeyboardInterrupt as asked:
+        raise _interrupted(request, exit_code_of(asked)) from None
+    except CannotWrite as error:
+        raise CannotWrite(f"{error}, then give the same command and --resume") from None
+    finally:
+        lock.release()
+
+
+def _measure(request: Request, opened: list[Opened], settings: Settings, progress: Progress) -> Analysis:
+    """Once the folders are ours."""
+    folders = [
+        AnalysisFolder(path, facts_of(one, request.view), settings)
+        for path, one in zip(request.folders, opened, strict=True)
+    ]
+    there = [
+        {name: folder.load(name) if request.resume else None for name in request.instruments}
+        for folder in folders
+    ]
+    measured = [
+        Measured(folder.facts, _measure_all(one, folder, settings, earlier, progress))
+        for one, folder, earlier in zip(opened, folders, there, strict=True)
+    ]
+    files = [folder.path_of(name) for folder in folders for name in request.instruments]
+    names = model_names([(one.facts.model, one.facts.target) for one in measured])
+    images = images_of(opened[0].score.images, request.view.split)
+    with progress.task("drawing", len(request.instruments)) as task:
+        for name in request.instruments:
+            subjects = [(model, one.readings[name]) for model, one in zip(names, measured, strict=True)]
+            files += draw(name, subjects, request.out, images)
+            task.advance()
+    return Analysis(request.out, measured[0], measured[1] if len(measured) > 1 else None, files)
+
+
+def check_request(request: Request) -> None:
+    """Refuse what can be seen to be wrong before anything is loaded.
+
+    Raises:
+        SaqError: all that is wrong, in one message.
+    """
+    problems = Problems()
+    unknown = [name for name in request.instruments if name not in INSTRUMENTS]
+    if unknown or not request.instruments:
+        asked = unknown[0] if unknown else "none"
+        problems.add(ConfigError(f"there is no instrument {asked!r}: choose from {', '.join(INSTRUMENTS)}"))
+    problems.attempt(check_target, request.target, request.named, request.bits, request.policy)
+    if request.against is not None:
+        problems.attempt(_check_against, request.against)
+    problems.attempt(check_images, request.view.data, request.view.split)
+    grid = request.settings.grid
+    if grid % 2 == 0:
+        problems.add(
+            ConfigError(f"--grid {grid} has no point in the middle: give an odd number, such as {grid + 1}")
+        )
+    if request.resume and request.overwrite:
+        problems.add(
+            ConfigError("--resume continues what is there and --overwrite replaces it: give one of them")
+        )
+    problems.attempt(check_device, request.device)
+    problems.check()
+
+
+def _check_against(against: str) -> None:
+    named_file(find_target(against, QUANTIZED, "--against"), ModelSection(name=against))
+
+
+def _check_free(request: Request) -> None:
+    """Refuse to replace what was not said to be replaced."""
+    if request.out.exists() and not request.out.is_dir():
+        raise RunDirectoryError(f"{request.out} is a file: give another --out")
+    there = [
+        path
+        for folder in request.folders
+        for name in request.instruments
+        if (path := folder / f"{name}.json").exists()
+    ]
+    if there and not request.resume and not request.overwrite:
+        raise RunDirectoryError(
+            f"{there[0]} is already there: give --resume to go on with it, --overwrite to replace it, "
+            "or another --out"
+        )
+
+
+def _with_radius(request: Request, first: Opened) -> Settings:
+    """The settings with the radius that was asked for, or that training would take for the first model."""
+    rho = default_rho(first.subject.model, first.side) if request.rho is None else request.rho
+    return request.settings.model_copy(update={"rho": rho})
+
+
+def _measure_all(
+    opened: Opened,
+    folder: AnalysisFolder,
+    settings: Settings,
+    earlier: dict[str, Reading | None],
+    progress: Progress,
+) -> dict[str, Reading]:
+    """Every instrument that ``earlier`` names; each is saved as soon as it is done."""
+    readings: dict[str, Reading] = {}
+    for name, before in earlier.items():
+        if before is not None and before.finished:
+            readings[name] = before
+            continue
+        session = Session(progress, before)
+        if INSTRUMENTS[name].resumable:
+            readings[name] = _measure_resumable(name, opened, folder, settings, session)
+        else:
+            readings[name] = INSTRUMENTS[name].measure(opened.subject, settings, session)
+        _check_finite(name, readings[name], opened.target)
+        folder.save(name, readings[name])
+    return readings
+
+
+def _check_finite(name: str, reading: Reading, target: str) -> None:
+    """Refuse a reading that JSON cannot hold; points that may be NaN or infinite are None in it.
+
+    Raises:
+        ConfigError: some figure is NaN or infinite.
+    """
+
+    def broken(value: Any) -> bool:
+        if isinstance(value, dict):
+            return any(broken(one) for one in value.values())
+        if isinstance(value, list | tuple):
+            return any(broken(one) for one in value)
+        return isinstance(value, float) and not math.isfinite(value)
+
+    found = [key for key, value in reading.to_dict().items() if broken(value)]
+    if found:
+        raise ConfigError(
+            f"{name} of {target}: {', '.join(found)} NaN or infinite on these images; "
+            f"check its weights, or choose other instruments than {name}"
+        )
+
+
+def _measure_resumable(
+    name: str, opened: Opened, folder: AnalysisFolder, settings: Settings, session: Session
+) -> Reading:
+    """Save what there is now and then, and when a signal asks to stop."""
+    saved_at = time.monotonic()
+    with deferred_interrupts() as stop:
+
+        def keep(reading: Reading) -> None:
+            nonlocal saved_at
+            if stop.signal or time.monotonic() - saved_at > SECONDS_BETWEEN_SAVES:
+                folder.save(name, reading)
+                saved_at = time.monotonic()
+            if stop.signal:
+                raise Stopped(stop.signal)
+
+        session = Session(session.progress, session.earlier, keep)
+        return INSTRUMENTS[name].measure(opened.subject, settings, session)
+
+
+def _interrupted(request: Request, exit_code: int) -> Interrupted:
+    saved = any(
+        (folder / f"{name}.json").exists() for folder in request.folders for name in request.instruments
+    )
+    return Interrupted(f"the same command{' and --resume' if saved else ''}", exit_code, saved=saved)

@@ -1,0 +1,453 @@
+"""``saq eval --bench``: latency of a network, float and quantized, in PyTorch and in ONNX Runtime.
+
+How long functions take, measured in turns: a machine that others use too slows all of them alike.
+
+What ``saq eval --bench`` sets side by side: a network in PyTorch and in ONNX Runtime, float and quantized.
+
+From a run or a safetensors file all four can be made; an ONNX file holds no PyTorch model, but names the float
+architecture, whose speed does not depend on its weights.
+
+``saq eval --bench``: how fast a network is, float and quantized, in PyTorch and in ONNX Runtime, on this CPU.
+
+Images are random, since their values do not change the time. All contenders take turns
+(``saqcli.pipelines.bench``), once for every batch size and number of threads.
+"""
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from saqcli._version import __version__
+from saqcli.config import ModelSection
+from saqcli.errors import ConfigError, RunDirectoryError, UnsupportedModel
+from saqcli.export import EXPORTERS, ModelFacts
+from saqcli.export.model_metadata import read_onnx_facts
+from saqcli.machine import cores, cpu_name, versions
+from saqcli.models.load import build_architecture
+from saqcli.models.preprocessing import Preprocessing
+from saqcli.pipelines.determinism import torch_threads
+from saqcli.pipelines.predictors import named_file, restore
+from saqcli.pipelines.setup import load_float
+from saqcli.pipelines.targets import EVALUATED, find_target
+from saqcli.progress import Progress, Task
+from saqcli.quant import convert
+from saqcli.quant.bits import MAX_BITS, BitConfig
+from saqcli.runs.directory import RunDirectory
+from saqcli.verify.runtime import Kernels, OnnxFile, open_file, runner
+
+WARM_UP = 3  # runs of each function that are not timed, before the rounds
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one function took over all its timed runs.
+
+    Attributes:
+        median_s: seconds.
+        spread_s: seconds from the first to the third quartile.
+        runs: timed.
+    """
+
+    median_s: float
+    spread_s: float
+    runs: int
+
+
+def time_in_turns(
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    task: Task,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Run all contenders in every round, one after the other, and every second round in reverse order.
+
+    A turn is two runs, of which the second is timed: the first brings back into the caches what the others have
+    driven out, as in a program that runs nothing else.
+
+    Args:
+        contenders: functions by name.
+        rounds: timed runs of each, at least 1.
+        task: told about every round.
+        clock: seconds that only go forward.
+    """
+    for run in contenders.values():
+        for _ in range(WARM_UP):
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders)
+    for _ in range(rounds):
+        for name in order:
+            run = contenders[name]
+            run()
+            start = clock()
+            run()
+            seconds[name].append(clock() - start)
+        order.reverse()
+        task.advance()
+    return {name: summarize(values) for name, values in seconds.items()}
+
+
+def summarize(seconds: list[float]) -> Timing:
+    """Median and interquartile range of at least one duration."""
+    low, median, high = np.percentile(seconds, (25, 50, 75))
+    return Timing(float(median), float(high - low), len(seconds))
+
+
+PYTORCH, ONNX = "PyTorch", "ONNX Runtime"
+TORCH_FLOAT, TORCH_QUANTIZED = "PyTorch float", "PyTorch fake-quant"
+ONNX_FLOAT, ONNX_QUANTIZED = "ONNX float", "ONNX quantized"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run the network.
+
+    Attributes:
+        name: in the table.
+        runtime: ``PyTorch`` or ``ONNX Runtime``.
+        size_bytes: of the file; of a float PyTorch model, of its tensors.
+        open: from a number of threads to a function from images (N, C, H, W) to logits; PyTorch's number is set
+            by who calls.
+        kernels: that ONNX Runtime multiplies with; None in PyTorch.
+        batch: the only number of images it takes; None where any will do.
+    """
+
+    name: str
+    runtime: str
+    size_bytes: int
+    open: Callable[[int], Callable[[Tensor], Tensor]]
+    kernels: Kernels | None = None
+    batch: int | None = None
+
+
+@dataclass
+class Lineup:
+    """All ways to run one network.
+
+    Attributes:
+        model: name of the network.
+        input_size: of one image, (C, H, W).
+        few_bits: whether a layer has fewer than 8.
+        contenders: in the order of the table.
+        notes: what is missing and why, a line each.
+    """
+
+    model: str
+    input_size: tuple[int, int, int]
+    few_bits: bool = False
+    contenders: list[Contender] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add_torch(self, name: str, model: nn.Module, size_bytes: int) -> None:
+        """A PyTorch model, on the CPU."""
+        model.cpu().eval().requires_grad_(False)
+        self.contenders.append(Contender(name, PYTORCH, size_bytes, lambda threads: model))
+
+    def add_onnx(self, name: str, file: OnnxFile) -> None:
+        """A file that ONNX Runtime takes."""
+        path = file.path
+        opener = lambda threads: runner(path, threads)  # noqa: E731 - as in add_torch
+        size = path.stat().st_size
+        self.contenders.append(Contender(name, ONNX, size, opener, file.kernels, file.batch))
+
+    def add_exported(self, name: str, model: nn.Module, path: Path, facts: ModelFacts) -> None:
+        """A model as ONNX, written to ``path``; a note where that cannot be done."""
+        try:
+            EXPORTERS["qdq"]().export(model, torch.zeros(2, *self.input_size), path, facts)
+        except UnsupportedModel as error:
+            self.notes.append(f"no {name}: {error}")
+        else:
+            self.add_onnx(name, open_file(path))
+
+
+def line_up(target: str, section: ModelSection, folder: Path, progress: Progress) -> Lineup:
+    """Everything that can be measured of ``target``.
+
+    Args:
+        target: a run directory, a ``.safetensors`` or ``.onnx`` file, or a model name.
+        section: further options of a model name.
+        folder: for files that are made only to be measured.
+        progress: for notes.
+
+    Raises:
+        SaqError: no such thing, or a damaged one.
+    """
+    found = find_target(target, EVALUATED)
+    path = named_file(found, section)
+    if path is None:
+        return _of_name(section, folder, progress)
+    if path.suffix == ".onnx":
+        return _of_onnx(path, folder)
+    return _of_safetensors(path, found.run, folder)
+
+
+def _of_name(section: ModelSection, folder: Path, progress: Progress) -> Lineup:
+    loaded = load_float(section, progress)
+    lineup = Lineup(loaded.name, loaded.preprocessing.input_size)
+    lineup.notes.append(f"no quantized rows: {loaded.name} is a float model")
+    _add_float(lineup, loaded.model, loaded.build, folder)
+    return lineup
+
+
+def _of_onnx(path: Path, folder: Path) -> Lineup:
+    facts = read_onnx_facts(path)
+    lineup = _described(facts)
+    lineup.notes.append(f"no {TORCH_QUANTIZED}: an ONNX file holds no PyTorch model")
+    _add_float(lineup, build_architecture(facts.build), facts.build, folder)
+    lineup.add_onnx(ONNX_QUANTIZED, open_file(path))
+    return lineup
+
+
+def _of_safetensors(path: Path, run: RunDirectory | None, folder: Path) -> Lineup:
+    files = _onnx_files(run) if run else []
+    model, facts = restore(path)
+    lineup = _described(facts)
+    plain = copy.deepcopy(model)
+    convert.unwrap(plain)
+    _add_float(lineup, plain, facts.build, folder)
+    lineup.add_torch(TORCH_QUANTIZED, model, path.stat().st_size)
+    lineup.contenders.sort(key=lambda one: one.runtime, reverse=True)  # PyTorch, then ONNX Runtime
+    for file in files:
+        lineup.add_onnx(ONNX_QUANTIZED if len(files) == 1 else f"ONNX {file.name}", open_file(file))
+    if not files:
+        lineup.notes.append(f"{ONNX_QUANTIZED} was exported for the measurement, in style qdq")
+        lineup.add_exported(ONNX_QUANTIZED, model, folder / "quantized.onnx", facts)
+    return lineup
+
+
+def _described(facts: ModelFacts) -> Lineup:
+    size = Preprocessing.from_dict(facts.preprocessing).input_size
+    widths = {width for bits in facts.policy.layers.values() for width in (bits.weight, bits.activation)}
+    return Lineup(str(facts.build["name"]), size, any(width and width < MAX_BITS for width in widths))
+
+
+def _onnx_files(run: RunDirectory) -> list[Path]:
+    """The ONNX files that a run left.
+
+    Raises:
+        RunDirectoryError: one that the manifest names is gone, or leads elsewhere.
+    """
+    files = [run.path / name for name in run.manifest().artifacts if name.endswith(".onnx")]
+    for file in files:
+        if not file.resolve().is_relative_to((run.path / "artifacts").resolve()):
+            raise RunDirectoryError(f"{file} is a link that leads out of the run: put the file itself there")
+        if not file.is_file():
+            raise RunDirectoryError(
+                f"{file} is gone, though the run's manifest names it: name {run.safetensors_path} instead"
+            )
+    return files
+
+
+def _add_float(lineup: Lineup, model: nn.Module, build: dict[str, object], folder: Path) -> None:
+    tensors = {id(tensor): tensor for tensor in model.state_dict().values()}.values()
+    lineup.add_torch(TORCH_FLOAT, model, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+    facts = ModelFacts(
+        saq_version=__version__,
+        build=build,
+        preprocessing={},
+        policy=BitConfig(model=lineup.model, layers={}),
+        scheme=convert.Scheme(),
+        signed={},
+        routed={},
+    )
+    with _attention_spelled_out():
+        lineup.add_exported(ONNX_FLOAT, model, folder / "float.onnx", facts)
+
+
+@contextmanager
+def _attention_spelled_out() -> Iterator[None]:
+    """PyTorch's fused attention has no counterpart in ONNX."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+MOST_IMAGES = 65536  # of a batch: the bound of the dynamic dimension in exported files
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What is measured.
+
+    Attributes:
+        batch_sizes: images at a time.
+        threads: of every operator; None: as many as PyTorch uses.
+        repeats: timed runs of every case.
+    """
+
+    batch_sizes: tuple[int, ...] = (1, 8)
+    threads: tuple[int, ...] | None = None
+    repeats: int = 20
+
+    def check(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            ConfigError: names the option.
+        """
+        for size in self.batch_sizes:
+            if not 1 <= size <= MOST_IMAGES:
+                raise ConfigError(f"--batch-sizes {size}: give numbers of images from 1 to {MOST_IMAGES}")
+        for count in self.threads or ():
+            if not 1 <= count <= cores():
+                raise ConfigError(f"--threads {count}: this machine has {cores()}, give 1 to {cores()}")
+        if self.repeats < 1:
+            raise ConfigError(f"--repeats {self.repeats}: give at least 1")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender in one case; the units are in the names.
+
+    Attributes:
+        name: of the contender.
+        runtime: that it ran in.
+        batch_size: images at a time.
+        threads: of every operator.
+        latency_ms: median time of a batch.
+        spread_ms: interquartile range of that time.
+        images_per_second: from the median.
+        relative: images a second, relative to the baseline in the same case.
+        integer_kernels: operators of ONNX Runtime's optimized graph that multiply in integers; None in PyTorch.
+        float_kernels: those that multiply in floating point.
+        size_bytes: of the file; of a float PyTorch model, of its tensors.
+    """
+
+    name: str
+    runtime: str
+    batch_size: int
+    threads: int
+    latency_ms: float
+    spread_ms: float
+    images_per_second: float
+    relative: float
+    integer_kernels: int | None
+    float_kernels: int | None
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What ``saq eval --bench`` found.
+
+    Attributes:
+        model: name of the network.
+        input_size: of one image, (C, H, W).
+        settings: as given.
+        threads: that were measured.
+        baseline: name of the contender that ``relative`` refers to.
+        few_bits: whether a layer has fewer than 8.
+        rows: by threads, batch size and contender.
+        notes: what is missing and why, a line each.
+    """
+
+    model: str
+    input_size: tuple[int, int, int]
+    settings: BenchSettings
+    threads: tuple[int, ...]
+    baseline: str
+    few_bits: bool
+    rows: list[Row]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``--json`` prints it."""
+        return {
+            "model": self.model,
+            "input_size": list(self.input_size),
+            "cpu": {"name": cpu_name(), "cores": cores()},
+            "versions": versions(),
+            "batch_sizes": list(self.settings.batch_sizes),
+            "threads": list(self.threads),
+            "repeats": self.settings.repeats,
+            "baseline": self.baseline,
+            "few_bits": self.few_bits,
+            "rows": [asdict(row) for row in self.rows],
+            "notes": self.notes,
+        }
+
+
+def bench_target(target: str, section: ModelSection, settings: BenchSettings, progress: Progress) -> Bench:
+    """Measure everything that can be made of ``target``.
+
+    Args:
+        target: a run directory, a ``.safetensors`` or ``.onnx`` file, or a model name.
+        section: further options of a model name.
+        settings: what is measured.
+        progress: told about every round.
+
+    Raises:
+        SaqError: the target cannot be used, or does not take batches of the sizes asked for.
+    """
+    settings.check()
+    with tempfile.TemporaryDirectory(prefix="saq-") as folder:
+        lineup = line_up(target, section, Path(folder), progress)
+        _check_batches(lineup, settings.batch_sizes)
+        return measure(lineup, settings, progress)
+
+
+def _check_batches(lineup: Lineup, batch_sizes: tuple[int, ...]) -> None:
+    for contender in lineup.contenders:
+        if contender.batch is not None and any(size != contender.batch for size in batch_sizes):
+            raise ConfigError(
+                f"{contender.name} takes batches of {contender.batch} only: give --batch-sizes {contender.batch}"
+            )
+
+
+def measure(lineup: Lineup, settings: BenchSettings, progress: Progress) -> Bench:
+    """Measure every contender at every batch size and number of threads."""
+    threads = settings.threads or (torch.get_num_threads(),)
+    names = [contender.name for contender in lineup.contenders]
+    baseline = ONNX_FLOAT if ONNX_FLOAT in names else TORCH_FLOAT
+    rows: list[Row] = []
+    cases = len(threads) * len(settings.batch_sizes)
+    with progress.task("measuring", cases * settings.repeats) as task, torch.inference_mode():
+        for count in threads:
+            with torch_threads(count):
+                functions = {contender.name: contender.open(count) for contender in lineup.contenders}
+                for size in settings.batch_sizes:
+                    images = random_images(size, lineup.input_size)
+                    runs = {name: partial(function, images) for name, function in functions.items()}
+                    timings = time_in_turns(runs, settings.repeats, task)
+                    rows += [
+                        _row(contender, size, count, timings[contender.name], timings[baseline])
+                        for contender in lineup.contenders
+                    ]
+    return Bench(
+        lineup.model, lineup.input_size, settings, threads, baseline, lineup.few_bits, rows, lineup.notes
+    )
+
+
+def random_images(count: int, size: tuple[int, int, int], seed: int = 0) -> Tensor:
+    """Normal noise in the place of normalized images, (count, C, H, W)."""
+    return torch.randn(count, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def _row(contender: Contender, size: int, threads: int, timing: Timing, baseline: Timing) -> Row:
+    kernels = contender.kernels
+    return Row(
+        contender.name,
+        contender.runtime,
+        size,
+        threads,
+        1e3 * timing.median_s,
+        1e3 * timing.spread_s,
+        size / timing.median_s,
+        baseline.median_s / timing.median_s,
+        kernels.integer if kernels else None,
+        kernels.floating if kernels else None,
+        contender.size_bytes,
+    )

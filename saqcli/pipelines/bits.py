@@ -1,0 +1,153 @@
+"""What a network is to be quantized to: given bits, a given policy, or a budget and what may be chosen under it."""
+
+import re
+
+from saqcli.config import QuantizationSection
+from saqcli.errors import ConfigError, Problems
+from saqcli.pipelines.setup import Network
+from saqcli.pipelines.targets import policy_file
+from saqcli.quant.bits import BitConfig, LayerBits, parse_bits
+from saqcli.quant.cost import Budget
+from saqcli.quant.search_space import Candidates, Rule, SearchSpace, parse_rule, search_space
+from saqcli.serialization import parse_json, read_text
+from saqcli.units import OPTIONS, Quantity, parse_quantity
+
+BUDGETS: tuple[tuple[str, Quantity], ...] = (
+    ("bops", "bops"),
+    ("size", "size"),
+)  # setting, and what it counts
+UNIFORM_BUDGET = re.compile(r"w\d+a\d+", re.IGNORECASE)  # a budget given as what uniform bits cost
+
+
+def check_bits(section: QuantizationSection, *, files: bool = True) -> None:
+    """Refuse what can be seen to be wrong before a network is loaded.
+
+    Args:
+        section: of the settings.
+        files: whether the policy must be there.
+
+    Raises:
+        SaqError: all of it: bits, budgets or pins that are none, a policy that cannot be read.
+    """
+    problems = Problems()
+    if section.bits is not None:
+        problems.attempt(parse_bits, section.bits)
+    for text, quantity in BUDGETS:
+        problems.attempt(_check_budget, getattr(section, text), quantity)
+    for pattern, text in section.pins.items():
+        problems.attempt(parse_rule, text, pattern)
+    if section.policy is not None and section.pins:
+        problems.add(ConfigError("--policy gives the bits of every layer: edit it, and remove --pin"))
+    if section.policy is not None and files:
+        problems.attempt(_parse_policy, section.policy)
+    problems.check()
+
+
+def _check_budget(text: str | None, quantity: Quantity) -> None:
+    if text is not None and UNIFORM_BUDGET.fullmatch(text.strip()):
+        parse_bits(text, OPTIONS[quantity])
+    elif text is not None:
+        parse_quantity(text, quantity)
+
+
+def check_way(section: QuantizationSection) -> None:
+    """Refuse a quantization to nothing, or to several things at once.
+
+    Raises:
+        ConfigError: more than one of bits, budget and policy, or none.
+    """
+    ways = {
+        "--bits": section.bits is not None,
+        "--bops or --size": section.bops is not None or section.size is not None,
+        "--policy": section.policy is not None,
+    }
+    given = [name for name, there in ways.items() if there]
+    if len(given) != 1:
+        found = f"{' and '.join(given)} were given" if given else "no bits and no budget were given"
+        raise ConfigError(
+            f"{found}: give exactly one of --bits 4, --bops 34G (or --size 5MB, or both), --policy FILE"
+        )
+
+
+def space_of(section: QuantizationSection, network: Network) -> SearchSpace:
+    """What may be chosen under a budget.
+
+    Raises:
+        ConfigError: pins that match no layer, or leave one no bits.
+    """
+    activations = section.activation_candidates
+    candidates = Candidates(
+        tuple(sorted(set(section.candidates))),
+        None if activations is None else tuple(sorted(set(activations))),
+    )
+    return search_space(network.name, network.costs, candidates, _rules(section))
+
+
+def _rules(section: QuantizationSection) -> dict[str, Rule]:
+    """The pins, by pattern."""
+    return {pattern: parse_rule(text, pattern) for pattern, text in section.pins.items()}
+
+
+def budget_of(section: QuantizationSection, network: Network) -> Budget:
+    """The bounds: ``34G``, ``5MB``, or ``w4a4`` for what uniform 4 bits cost in this network."""
+
+    def bound(text: str | None, quantity: Quantity) -> int | None:
+        if text is None:
+            return None
+        if UNIFORM_BUDGET.fullmatch(text.strip()):
+            cost = network.costs.cost(network.costs.uniform(network.name, parse_bits(text)))
+            return cost.bops if quantity == "bops" else cost.size
+        return parse_quantity(text, quantity)
+
+    return Budget(bops=bound(section.bops, "bops"), size=bound(section.size, "size"))
+
+
+def given_policy(section: QuantizationSection, network: Network) -> BitConfig | None:
+    """The configuration that ``--bits`` or ``--policy`` gives; None where a search must find it.
+
+    Raises:
+        ConfigError: more than one of bits, budget and policy, or none.
+    """
+    check_way(section)
+    if section.policy is not None:
+        return read_policy(section.policy, network)
+    if section.bits is not None:
+        bits = parse_bits(section.bits)
+        assert bits.weight is not None
+        assert bits.activation is not None
+        only = Candidates((bits.weight,), (bits.activation,))
+        return search_space(network.name, network.costs, only, _rules(section)).config([])
+    return None
+
+
+def read_policy(text: str, network: Network) -> BitConfig:
+    """The policy that ``text`` names, a file or a run directory, checked against the network.
+
+    Raises:
+        ConfigError: unreadable, of a foreign version, or with unknown keys.
+        RunDirectoryError: a run without one.
+        PolicyMismatch: made for another network.
+    """
+    return in_order(_parse_policy(text), network, f"the policy {text}")
+
+
+def in_order(policy: BitConfig, network: Network, source: str) -> BitConfig:
+    """``policy`` in the execution order of the network's layers.
+
+    Raises:
+        PolicyMismatch: made for another network; ``source`` is what the message calls it.
+    """
+    names = [layer.name for layer in network.costs.layers]
+    policy.check_fits(network.name, names, source)
+    return policy.model_copy(update={"layers": {name: policy.layers[name] for name in names}})
+
+
+def _parse_policy(text: str) -> BitConfig:
+    path = policy_file(text)
+    return parse_json(BitConfig, read_text(path, f"--policy {path}"), str(path))
+
+
+def float_policy(network: Network) -> BitConfig:
+    """Every layer in floating point."""
+    nothing = LayerBits(weight=None, activation=None)
+    return BitConfig(model=network.name, layers={layer.name: nothing for layer in network.costs.layers})

@@ -1,0 +1,188 @@
+"""``saq quantize --dry-run`` and ``saq search --dry-run``: what a run would do and cost, before it takes any time.
+
+Everything that a run looks at before its first long step is looked at here, with the same functions: model, data,
+device, bits or budget, training, run directory. Nothing is written, and published weights are not fetched.
+"""
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from saqcli.config import ModelSection, RunConfig
+from saqcli.data.datasets import Split
+from saqcli.distributed import pick_device
+from saqcli.models.load import LoadedModel, default_classes, published_weights
+from saqcli.pipelines.bits import budget_of, given_policy, space_of
+from saqcli.pipelines.export import check_exports, onnx_names
+from saqcli.pipelines.find_bits import ask
+from saqcli.pipelines.profile import measure
+from saqcli.pipelines.quantize import check, network_for
+from saqcli.pipelines.resume import check_same, goes_on
+from saqcli.pipelines.search import check_search, images_for
+from saqcli.pipelines.setup import Images, Network, classes_of, load_float, wrap_and_trace
+from saqcli.progress import SILENT, Progress
+from saqcli.runs.directory import RunDirectory
+from saqcli.search.baselines import greatest
+from saqcli.serialization import check_can_write
+from saqcli.training.preflight import check_trains
+
+PUBLISHED = "{} (published; fetched when the run starts, unless it is cached)"
+WRITTEN = {
+    "quantize": """
+        manifest.json config.json policy.json metrics.jsonl report.md checkpoints/last.ckpt artifacts/model.safetensors
+    """.split(),
+    "search": "manifest.json config.json policy.json search.json policy.png policy.svg".split(),
+}
+SEARCHED = ("search.json", "policy.png", "policy.svg")  # by a quantization that searches, too
+FRONT = ("pareto.json", "pareto.csv", "pareto.png", "pareto.svg")
+
+
+def plan(
+    config: RunConfig,
+    run_dir: Path,
+    progress: Progress,
+    *,
+    verb: str = "quantize",
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """What ``saq VERB`` with ``config`` would do.
+
+    Args:
+        config: resolved.
+        run_dir: that would be written.
+        progress: for notes.
+        verb: ``quantize`` or ``search``.
+        resume: the run in ``run_dir``.
+        overwrite: the run in ``run_dir``.
+
+    Returns:
+        What ``--json`` prints. Under a budget the profile is that of the most uniform bits that meet it, since nothing
+        is searched.
+
+    Raises:
+        SaqError: what would stop the run before its first long step.
+    """
+    if verb == "search":
+        check_search(config, images=False, files=not resume)
+    else:
+        check(config, files=not resume)
+    device = pick_device(config.run.device)
+    loaded, weights = _load(config.model, progress)
+    images = _images(config, loaded, verb, device, progress)
+    section = config.quantization
+    if verb == "search":
+        network = wrap_and_trace(loaded, quantize_attention=section.quantize_attention)
+    else:
+        network = network_for(config, loaded)
+        check_exports(config, network, progress)
+    network.model.to(device)
+    budget = budget_of(section, network)
+    searches = verb == "search" or bool(budget.bounds())
+    space = space_of(section, network) if budget.bounds() else None
+    if space is not None:
+        space.check_reachable(budget)
+    proxy = _check_search(config, network, images) if searches else None
+    if verb == "quantize" and config.training.epochs:
+        count = None if images is None else images.train.images
+        check_trains(network.model, network.name, loaded.preprocessing, config, images=count)
+    check_can_write(run_dir)
+    run = RunDirectory(run_dir, verb)
+    if resume := goes_on(run, resume=resume, overwrite=overwrite):
+        check_same(run, config)
+    policy = given_policy(section, network) if space is None else space.config(greatest(space, budget))
+    assert policy is not None
+    profile = measure(network, policy, space or space_of(section, network))
+    return {
+        "verb": verb,
+        "run_dir": str(run_dir),
+        "resume": resume,
+        "config": config.model_dump(mode="json"),
+        "model": network.name,
+        "weights": weights,
+        "device": str(device),
+        "data": _described(images, proxy, verb),
+        "bits": _bits(config),
+        "searcher": section.searcher if searches else None,
+        "decisions": len(space.decisions) if space is not None else 0,
+        "budget_bops": budget.bops,
+        "budget_bytes": budget.size,
+        "steps_per_epoch": len(images.training()) if images is not None and verb == "quantize" else None,
+        "writes": [str(run_dir / name) for name in _written(config, verb, searches=searches)],
+        "profile": profile.to_dict(),
+    }
+
+
+def _load(section: ModelSection, progress: Progress) -> tuple[LoadedModel, str]:
+    """The float model and where its weights come from; in the place of published ones they are random."""
+    if section.weights is not None or not section.pretrained:
+        loaded = load_float(section, progress)
+        return loaded, loaded.weights_source
+    published = published_weights(section.name)
+    loaded = load_float(section.model_copy(update={"pretrained": False}), progress)
+    return replace(loaded, trained=loaded.num_classes == default_classes(section.name)), PUBLISHED.format(
+        published
+    )
+
+
+def _images(
+    config: RunConfig, loaded: LoadedModel, verb: str, device: Any, progress: Progress
+) -> Images | None:
+    """Those of the run; None where none are named yet, or a proxy's are taken."""
+    if config.data.path is None or (verb == "search" and config.search.proxy is not None):
+        return None
+    if verb == "search":
+        return images_for(config, loaded, device, progress)
+    return Images.open(config, classes_of(loaded), loaded.preprocessing, device, progress)
+
+
+def _check_search(config: RunConfig, network: Network, images: Images | None) -> Images | None:
+    """Refuse a search that could not begin; the images of its proxy, where it has one."""
+    if images is None and config.search.proxy is None:
+        return None
+    if config.model.weights is None:  # those of the proxy come from where the network's do
+        config = config.model_copy(update={"model": config.model.model_copy(update={"pretrained": False})})
+    asked = ask(config, network, images, SILENT)
+    return None if config.search.proxy is None else asked.images
+
+
+def _described(images: Images | None, proxy: Images | None, verb: str) -> dict[str, Any] | None:
+    """Every split that the run looks at; None where no images are named."""
+    splits = {} if images is None else {"train": images.train, "val": images.val}
+    if verb == "search":
+        splits.pop("val", None)  # the training split again
+    if proxy is not None:
+        splits["proxy"] = proxy.train
+    return {name: _split(split) for name, split in splits.items()} or None
+
+
+def _split(split: Split) -> dict[str, Any]:
+    classes = sorted(
+        split.folders, key=split.folders.__getitem__
+    )  # that are there, of ImageNet not all names
+    return {"name": split.name, "images": split.images, "classes": classes}
+
+
+def _bits(config: RunConfig) -> str:
+    """Where they come from, as typed."""
+    section = config.quantization
+    given = {
+        "--bits": section.bits,
+        "--policy": section.policy,
+        "--bops": section.bops,
+        "--size": section.size,
+    }
+    words = [word for option, value in given.items() if value is not None for word in (option, value)]
+    pins = [word for pattern, bits in section.pins.items() for word in ("--pin", f"{pattern}={bits}")]
+    return shlex.join(words + pins)
+
+
+def _written(config: RunConfig, verb: str, *, searches: bool) -> list[str]:
+    """Files of the run directory, in the order of ``WRITTEN``."""
+    written = [*WRITTEN[verb]]
+    if verb == "quantize":
+        names = onnx_names(config.export.styles).values()
+        written += [f"artifacts/{name}{ending}" for name in names for ending in (".onnx", ".verdict.json")]
+        written += SEARCHED if searches else ()
+    return [*written, *(FRONT if searches and config.search.pareto else ())]

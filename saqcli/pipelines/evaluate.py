@@ -1,0 +1,150 @@
+"""``saq eval``: accuracy of anything on a folder of images, and with ``--bench`` how fast it is."""
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from saqcli import distributed
+from saqcli.config import DataSection, ModelSection
+from saqcli.data.batches import Loader
+from saqcli.distributed import process_group, started_by_torchrun
+from saqcli.errors import ConfigError, Problems
+from saqcli.pipelines.bench import Bench, BenchSettings, bench_target
+from saqcli.pipelines.checks import check_builds, check_device, check_images, check_model
+from saqcli.pipelines.predictors import Predictor, named_file, open_target
+from saqcli.pipelines.setup import as_trained, open_named, validation_loader
+from saqcli.pipelines.targets import EVALUATED, find_target
+from saqcli.progress import SILENT, Progress
+from saqcli.training.loop import Score, evaluate
+from saqcli.training.minimizers.base import check_score
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``saq eval`` found.
+
+    Attributes:
+        target: what was evaluated.
+        score: accuracy and loss; None where no images were named, for ``--bench`` alone.
+        images_per_second: including reading the images.
+        bench: how fast it is; None where that was not asked.
+        class_order: what decided on the labels of the images, see ``Numbering``; None without images.
+    """
+
+    target: str
+    score: Score | None
+    images_per_second: float | None = None
+    bench: Bench | None = None
+    class_order: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``--json`` prints it; accuracies in percent."""
+        score = self.score
+        return {
+            "target": self.target,
+            "top1": score and score.top1,
+            "top5": score and score.top5,
+            "loss": score and score.loss,
+            "images": score and score.images,
+            "skipped": score and score.skipped,
+            "images_per_second": self.images_per_second,
+            "class_order": self.class_order,
+            "bench": self.bench and self.bench.to_dict(),
+        }
+
+
+def evaluate_target(
+    target: str,
+    section: ModelSection,
+    data: DataSection,
+    *,
+    device: str,
+    progress: Progress,
+    bench: BenchSettings | None = None,
+) -> Evaluation:
+    """Accuracy, or speed, or both, of a model name, a run directory, a safetensors or an ONNX file.
+
+    Args:
+        target: what to evaluate.
+        section: further options of a model name.
+        data: images; with ``bench`` they may be left away.
+        device: that accuracy is measured on; speed is always that of the CPU.
+        progress: told about every batch and every round.
+        bench: what to time, if anything.
+
+    Raises:
+        SaqError: the target or the data cannot be used.
+    """
+    if bench is None:
+        return _accuracy(target, section, data, device, progress)
+    if started_by_torchrun():
+        raise ConfigError("--bench measures one process: start it without torchrun")
+    problems = Problems()
+    problems.attempt(bench.check)
+    problems.attempt(check_evaluation, target, section, data, device, needs_images=False)
+    problems.check()
+    if data.path is None:
+        return Evaluation(target, None, bench=bench_target(target, section, bench, progress))
+    found = _accuracy(target, section, data, device, progress)
+    return replace(found, bench=bench_target(target, section, bench, progress))
+
+
+def _accuracy(
+    target: str, section: ModelSection, data: DataSection, device: str, progress: Progress
+) -> Evaluation:
+    with process_group(device, lambda: check_evaluation(target, section, data, device)) as own:
+        return _on(own, target, section, data, progress if distributed.first() else SILENT)
+
+
+def check_evaluation(
+    target: str, section: ModelSection, data: DataSection, device: str, *, needs_images: bool = True
+) -> None:
+    """Refuse what can be seen to be wrong before anything is fetched or loaded.
+
+    Raises:
+        SaqError: all that is wrong, in one message.
+    """
+    problems = Problems()
+    found = problems.attempt(find_target, target, EVALUATED)
+    if found is not None and found.kind == "model":
+        problems.attempt(check_model, section)
+    elif found is not None:
+        problems.attempt(named_file, found, section)
+    if needs_images or data.path is not None:
+        problems.attempt(check_images, data, "val")
+    problems.attempt(check_device, device)
+    if found is not None and found.kind == "model":
+        check_builds(problems, section)
+    problems.check()
+
+
+def _on(
+    device: torch.device, target: str, section: ModelSection, data: DataSection, progress: Progress
+) -> Evaluation:
+    """Each rank on its own device, with its part of the images."""
+    predictor, loader, order = distributed.together(lambda: _opened(device, target, section, data, progress))
+    start = time.perf_counter()
+    score = score_predictor(predictor, loader, progress)
+    check_score(score.loss, score.images, predictor.name)
+    speed = score.images / (time.perf_counter() - start)
+    return Evaluation(predictor.name, score, speed, class_order=order)
+
+
+def _opened(
+    device: torch.device, target: str, section: ModelSection, data: DataSection, progress: Progress
+) -> tuple[Predictor, Loader, str]:
+    """What is evaluated, on what, and what decided on the labels."""
+    predictor = open_target(target, section, device, progress)
+    if predictor.facts is not None:
+        data = as_trained(data, predictor.facts, progress)
+    split = open_named(data, "val", predictor.classes, progress)
+    loader = validation_loader(split, predictor.preprocessing, data, predictor.device)
+    return predictor, loader, split.class_order
+
+
+def score_predictor(predictor: Predictor, loader: Loader, progress: Progress) -> Score:
+    """Accuracy of a predictor over a loader, by all ranks together."""
+    with progress.task("evaluating", len(loader) // distributed.count()) as task:
+        return evaluate(predictor.predict, loader, task, device=predictor.device, shared=True)

@@ -1,0 +1,243 @@
+"""Anything that can be evaluated, as a function from images to logits: a name, a run, a file."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from saqcli.config import ModelSection
+from saqcli.errors import ConfigError, CorruptArtifact, SaqError
+from saqcli.export.exact_form import ExactForm
+from saqcli.export.model_metadata import ModelFacts, read_onnx_facts
+from saqcli.export.operators import frozen_copy
+from saqcli.export.safetensors import read_content, rebuild
+from saqcli.machine import library_versions
+from saqcli.models.load import LoadedModel, as_loaded, build_architecture
+from saqcli.models.preprocessing import Preprocessing
+from saqcli.models.rebuild import build_described, check_description
+from saqcli.pipelines.setup import answering, classes_of, load_float, trained_classes, with_names_of_logits
+from saqcli.pipelines.targets import (
+    EVALUATED,
+    QUANTIZED,
+    Target,
+    check_no_model_options,
+    find_target,
+    model_file,
+)
+from saqcli.progress import Progress
+from saqcli.quant.tracer import try_model
+from saqcli.serialization import printable
+from saqcli.tasks.labels import Classes
+from saqcli.units import counted
+from saqcli.verify.runtime import open_session, told
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Something to evaluate.
+
+    Attributes:
+        predict: normalized images (N, C, H, W) to logits (N, classes).
+        name: what messages call it.
+        num_classes: how many logits.
+        preprocessing: of its images.
+        device: where it wants its images.
+        facts: what the file says about itself; None for a float model.
+        classes: of the logits.
+    """
+
+    predict: Callable[[Tensor], Tensor]
+    name: str
+    num_classes: int
+    preprocessing: Preprocessing
+    device: torch.device
+    classes: Classes
+    facts: ModelFacts | None = None
+
+
+def open_target(target: str, section: ModelSection, device: torch.device, progress: Progress) -> Predictor:
+    """The predictor that ``target`` names.
+
+    Args:
+        target: a run directory, a ``.safetensors`` or ``.onnx`` file, or a model name.
+        section: further options of a model name.
+        device: of PyTorch models; ONNX files run on the CPU.
+        progress: for notes.
+
+    Raises:
+        SaqError: no such thing, or a damaged one.
+    """
+    path = named_file(find_target(target, EVALUATED), section)
+    if path is not None:
+        return open_onnx(path) if path.suffix == ".onnx" else open_safetensors(path, device)
+    loaded = load_float(section, progress)
+    with answering(loaded.name):
+        try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size))
+    return Predictor(
+        loaded.model.to(device),
+        loaded.name,
+        loaded.num_classes,
+        loaded.preprocessing,
+        device,
+        classes_of(loaded),
+    )
+
+
+def named_file(target: Target, section: ModelSection) -> Path | None:
+    """The file that ``target`` stands for: itself, the model of a run directory, or None for a model's name.
+
+    Raises:
+        SaqError: a run without a model, or options that a file does not take.
+    """
+    if target.kind == "model":
+        return None
+    check_no_model_options(target.text, section)
+    run = target.run
+    return target.path if run is None else model_file(run)
+
+
+def restore(path: Path) -> tuple[nn.Module, ModelFacts]:
+    """The quantized model in a safetensors file, in eval mode on the CPU, and what the file says about it.
+
+    Raises:
+        CorruptArtifact: truncated, damaged, foreign, of a newer version, changed, or not of a network that can be built
+            here; its message is one printable line.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}")
+    hint = ""
+    try:
+        facts, tensors = read_content(path)
+        hint = _written_elsewhere(facts)
+        model = rebuild(_float_model(path, facts, tensors), facts, tensors, str(path))
+        return model, with_names_of_logits(facts)
+    except SaqError as error:
+        raise CorruptArtifact(printable(f"{error}") + printable(hint, 200)) from None
+
+
+def open_described(path: Path) -> tuple[LoadedModel, ModelFacts]:
+    """The network that a file describes, of random weights and without quantizers, and what the file says about it.
+
+    Args:
+        path: a ``.safetensors`` or ``.onnx`` file of ours.
+
+    Raises:
+        CorruptArtifact: damaged, foreign, or not of a network that can be built here.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}")
+    try:
+        if path.suffix == ".onnx":
+            facts = read_onnx_facts(path)
+            check_description(facts.build, facts.preprocessing)
+            model = build_architecture(facts.build)
+        else:
+            facts, tensors = read_content(path)
+            model = _float_model(path, facts, tensors)
+    except SaqError as error:
+        raise CorruptArtifact(printable(f"{error}")) from None
+    preprocessing = Preprocessing.from_dict(facts.preprocessing)
+    return as_loaded(model, facts.build, preprocessing, path.name), facts
+
+
+def _float_model(path: Path, facts: ModelFacts, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The network that ``facts`` describe, of random weights."""
+    try:
+        return build_described(facts.build, facts.preprocessing, tensors)
+    except SaqError as error:
+        raise CorruptArtifact(f"{path} describes a model that cannot be built: {error}") from None
+
+
+def _written_elsewhere(facts: ModelFacts) -> str:
+    """What to think of where a file does not fit: networks change with the libraries that they come from."""
+    here = library_versions()
+    others = [f"{name} {v}" for name, v in facts.versions.items() if here.get(name, v) != v]
+    if not others:
+        return ""
+    return (
+        f"; it was written with {', '.join(others)}, here is {', '.join(f'{n} {v}' for n, v in here.items())}"
+    )
+
+
+def open_safetensors(path: Path, device: torch.device) -> Predictor:
+    """A predictor from a file that ``saq quantize`` or ``saq export`` wrote."""
+    model, facts = restore(path)
+    return _described(model.to(device), str(path), facts, device)
+
+
+def open_onnx(path: Path, *, optimized: bool = True) -> Predictor:
+    """A predictor that runs in ONNX Runtime, at its default optimizations or at none.
+
+    Raises:
+        CorruptArtifact: ONNX Runtime does not take it.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}")
+    facts = with_names_of_logits(read_onnx_facts(path))
+    answer, classes = onnx_session(path, optimized=optimized), facts.build.get("num_classes")
+
+    def predict(images: Tensor) -> Tensor:
+        logits = answer(images)
+        if logits.shape != (len(images), classes):
+            raise CorruptArtifact(
+                f"{path} does not turn {counted(len(images), 'image')} into logits of {classes} classes, as it says: "
+                "export it again"
+            )
+        return logits
+
+    return _described(predict, str(path), facts, torch.device("cpu"))
+
+
+def onnx_session(path: Path, *, optimized: bool, threads: int | None = None) -> Callable[[Tensor], Tensor]:
+    """Images to logits by ONNX Runtime on the CPU, with as many threads as PyTorch has unless told otherwise."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = open_session(path, options)
+    name = session.get_inputs()[0].name
+
+    def predict(images: Tensor) -> Tensor:
+        with told(path):
+            (logits,) = session.run(None, {name: images.cpu().numpy()})
+        return torch.from_numpy(logits)
+
+    return predict
+
+
+def _described(
+    predict: Callable[[Tensor], Tensor], name: str, facts: ModelFacts, device: torch.device
+) -> Predictor:
+    try:
+        preprocessing = check_description(facts.build, facts.preprocessing)
+    except SaqError as error:
+        raise CorruptArtifact(f"{name} does not say what it expects: {printable(str(error))}") from None
+    classes = trained_classes(facts, name)
+    return Predictor(predict, name, classes.count, preprocessing, device, classes, facts)
+
+
+def load(path: str | Path, *, exact: bool = False) -> nn.Module:
+    """The quantized model in a safetensors file or a finished run directory, ready to be called.
+
+    Args:
+        path: ``model.safetensors``, or the directory that ``saq quantize`` left.
+        exact: in its exact form, which ONNX files of style ``exact`` equal bit for bit.
+
+    Returns:
+        In eval mode on the CPU; bit-equal to the model that was saved. Its input is normalized images (N, C,
+        H, W).
+
+    Raises:
+        SaqError: no such thing, or a damaged one.
+    """
+    target = find_target(str(path), QUANTIZED, "path")
+    run = target.run
+    model, facts = restore(model_file(run) if run else target.path or Path(path))
+    if not exact:
+        return model
+    example = torch.zeros(2, *Preprocessing.from_dict(facts.preprocessing).input_size)
+    return ExactForm(frozen_copy(model), example).eval()

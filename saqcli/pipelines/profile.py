@@ -1,0 +1,209 @@
+"""``saq profile``: what a network costs at given bits, layer by layer. Needs no data and no training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saqcli.config import ModelSection, QuantizationSection
+from saqcli.errors import ConfigError, Problems, RunDirectoryError
+from saqcli.pipelines.bits import check_bits, float_policy, in_order, read_policy
+from saqcli.pipelines.checks import check_builds, check_model
+from saqcli.pipelines.predictors import open_described
+from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
+from saqcli.pipelines.targets import EVALUATED, Target, check_no_model_options, find_target
+from saqcli.progress import Progress
+from saqcli.quant.bits import FLOAT_BITS, BitConfig, parse_bits
+from saqcli.quant.cost import Cost
+from saqcli.quant.search_space import Candidates, SearchSpace, search_space
+from saqcli.quant.tracer import FUNCTIONAL, Trace
+from saqcli.runs.directory import RunDirectory
+
+NEVER_RUNS = "does not run in evaluation"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Costs of a network under one bit configuration.
+
+    Attributes:
+        network: traced.
+        policy: the bits.
+        floor: cost with every free layer at the fewest bits.
+        ceiling: with every free layer at the most bits.
+    """
+
+    network: Network
+    policy: BitConfig
+    floor: Cost
+    ceiling: Cost
+
+    @property
+    def bops(self) -> int:
+        """Bit-operations for one image."""
+        return self.network.costs.bops(self.policy)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``--json`` prints it."""
+        costs, traced = self.network.costs, self.network.traced
+        return {
+            "model": self.network.name,
+            "input_size": list(self.network.loaded.preprocessing.input_size),
+            "num_classes": self.network.loaded.num_classes,
+            "macs": costs.macs,
+            "bops": self.bops,
+            "float_bops": costs.float_bops,
+            "floor_bops": self.floor.bops,
+            "ceiling_bops": self.ceiling.bops,
+            "floor_size_bytes": self.floor.size,
+            "ceiling_size_bytes": self.ceiling.size,
+            "size_bytes": costs.size(self.policy),
+            "float_size_bytes": costs.float_size,
+            "layers": layer_rows(self.network, self.policy),
+            "products": product_rows(self.network, self.policy),
+            "unquantized": unquantized(traced),
+        }
+
+
+def layer_rows(network: Network, policy: BitConfig) -> list[dict[str, Any]]:
+    """Every layer with its bits and costs under ``policy``, in execution order."""
+    parents = {name: parent for parent, names in network.traced.routed.items() for name in names}
+    return [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "macs": layer.macs,
+            "weight_bits": policy.layers[layer.name].weight,
+            "activation_bits": policy.layers[layer.name].activation,
+            "bops": layer.own_bops(policy.layers[layer.name]),
+            "pinned": layer.pinned is not None,
+            "group": layer.group,
+            "norm": network.traced.layers[layer.name].norm,
+            "multiplied_in": parents.get(layer.name),
+        }
+        for layer in network.costs.layers
+    ]
+
+
+def product_rows(network: Network, policy: BitConfig) -> list[dict[str, Any]]:
+    """Every product of two activations; bits are those of the layer it follows, None where it is not quantized."""
+    rows = []
+    for product in network.traced.products:
+        followed = network.products.get(product.name)
+        bits = policy.layers[followed].activation if followed else None
+        counted = product.macs * (bits or FLOAT_BITS) ** 2 if followed else None
+        rows.append(
+            {
+                "name": product.name,
+                "macs": product.macs,
+                "follows": product.follows,
+                "bits": bits,
+                "bops": counted,
+            }
+        )
+    return rows
+
+
+def unquantized(traced: Trace) -> list[dict[str, Any]]:
+    """What is left in floating point, why, and its multiply-accumulates."""
+    multiplying = [
+        {"name": layer.name, "kind": layer.kind, "macs": layer.macs, "reason": layer.reason}
+        for layer in traced.unquantized.values()
+    ]
+    told = {layer.reason for layer in traced.unquantized.values()}
+    return multiplying + [
+        {"name": name, "kind": None, "macs": 0, "reason": NEVER_RUNS}
+        for name in traced.idle
+        if FUNCTIONAL.format(name) not in told
+    ]
+
+
+def check_profile(
+    section: ModelSection, bits: str | None, policy: Path | None, quantize_attention: bool
+) -> Target:
+    """What ``section.name`` names; refuses what can be seen to be wrong before the network is built.
+
+    Raises:
+        SaqError: all that is wrong, in one message.
+    """
+    problems = Problems()
+    target = problems.attempt(find_target, section.name, EVALUATED, "MODEL")
+    if target is not None and target.kind == "model":
+        problems.attempt(check_model, section)
+    elif target is not None:
+        problems.attempt(check_no_model_options, section.name, section)
+        for option, given in (("bits", bits), ("policy", policy)):
+            if given is not None:
+                problems.add(ConfigError(f"{section.name} has its own bits: remove --{option}"))
+        if quantize_attention:
+            problems.add(ConfigError(f"{section.name} has its own attention: remove --quantize-attention"))
+    if bits is not None and policy is not None:
+        problems.add(ConfigError("--bits and --policy both give the bits: give one of them"))
+    given_bits = {"bits": bits, "policy": None if policy is None else str(policy)}
+    problems.attempt(check_bits, QuantizationSection.model_validate(given_bits))
+    if target is not None and target.kind == "model":
+        check_builds(problems, section)
+    problems.check()
+    assert target is not None
+    return target
+
+
+def profile(
+    section: ModelSection,
+    *,
+    bits: str | None,
+    policy: Path | None,
+    candidates: tuple[int, ...],
+    progress: Progress,
+    quantize_attention: bool = False,
+    pretrained: bool = False,
+) -> Profile:
+    """The costs of a network at ``bits``, under ``policy``, or in floating point where neither is given.
+
+    With ``quantize_attention`` products of two activations are counted too. ``section.name`` may also be a run
+    directory or a file of a quantized model, which have bits of their own.
+
+    Raises:
+        SaqError: no such model, or a policy that does not fit it.
+    """
+    target = check_profile(section, bits, policy, quantize_attention)
+    if target.kind != "model":
+        network, config = _quantized(target, progress)
+        return measure(network, config, search_space(network.name, network.costs, Candidates(candidates)))
+    if not pretrained or section.weights is not None:  # no cost depends on published weights
+        section = section.model_copy(update={"pretrained": False})
+    network = wrap_and_trace(load_float(section, progress), quantize_attention=quantize_attention)
+    if policy is not None:
+        config = read_policy(str(policy), network)
+    elif bits is not None:
+        config = network.costs.uniform(network.name, parse_bits(bits))
+    else:
+        config = float_policy(network)
+    return measure(network, config, search_space(network.name, network.costs, Candidates(candidates)))
+
+
+def _quantized(target: Target, progress: Progress) -> tuple[Network, BitConfig]:
+    """The network of a run or of a file that it left, and its bits."""
+    path, run = target.path, target.run
+    if run is not None:
+        if not run.safetensors_path.is_file():
+            return _of_settings(run, progress)
+        path = run.safetensors_path
+    assert path is not None
+    loaded, facts = open_described(path)
+    network = wrap_and_trace(loaded, quantize_attention=bool(facts.products))
+    return network, in_order(facts.policy, network, str(path))
+
+
+def _of_settings(run: RunDirectory, progress: Progress) -> tuple[Network, BitConfig]:
+    """Of a search, or of a run that has not got to its end: what its settings build, and the bits that it found."""
+    if not run.policy_path.is_file():
+        raise RunDirectoryError(f"{run.path} has no bits yet: it {run.standing()}, {run.next_step()}")
+    config = run.config()
+    loaded = load_float(config.model.model_copy(update={"pretrained": False}), progress)
+    network = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
+    return network, read_policy(str(run.path), network)
+
+
+def measure(network: Network, policy: BitConfig, space: SearchSpace) -> Profile:
+    """The costs of a traced network under ``policy``, and what can be reached in ``space``."""
+    return Profile(network, policy, space.floor, space.ceiling)

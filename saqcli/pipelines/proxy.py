@@ -1,0 +1,181 @@
+"""The images of a search: parts of the training split, or a smaller proxy data set.
+
+The images of a search: parts of the training split, so that the validation split stays unseen.
+
+drawn       ``search.images`` of ``search.classes`` classes, all where nothing is said
+divided     held out, and the rest to train on, each with its part of every class
+scoring     the same few held-out images for every configuration, kept in memory
+
+Searching on a small data set in the place of the network's own: the same layers, other images and classes.
+
+The budget and the policy are those of the target network. The proxy's network has its name and its layers, and is
+built for the proxy's classes and image size. Without weights of its own it takes those of the target, with a new
+classifier that is trained in floating point before the search.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from saqcli.config import DataSection, ModelSection, ProxySection, RunConfig, SearchSection
+from saqcli.data.batches import Loader
+from saqcli.data.datasets import divide, some_classes, subset
+from saqcli.data.folders import find_images, find_split
+from saqcli.data.loaders import read_all
+from saqcli.errors import PolicyMismatch
+from saqcli.models.load import LoadedModel
+from saqcli.pipelines.bits import float_policy
+from saqcli.pipelines.setup import Images, Network, classes_of, load_float, validation_loader, wrap_and_trace
+from saqcli.progress import Progress
+from saqcli.random_state import seed_everything
+from saqcli.search import SearchImages
+from saqcli.search.problem import NO_MEMORY, Memory
+from saqcli.serialization import named_path
+from saqcli.tasks.labels import ORDERS
+from saqcli.training.loop import Score
+from saqcli.training.optimizer import search_training
+from saqcli.training.preflight import check_trains
+from saqcli.training.trainer import in_float, train
+
+Batch = tuple[Tensor, Tensor]
+
+
+def search_images(images: Images, section: SearchSection, progress: Progress) -> SearchImages:
+    """The parts of ``images.train`` that a search looks at.
+
+    Raises:
+        DataError: a stream, or too few images.
+    """
+    split = images.train
+    if section.classes is not None:
+        split = some_classes(split, section.classes, images.seed)
+    if section.images is not None:
+        split = subset(split, section.images, images.seed)
+    held_out, training = divide(split, section.held_out, images.seed)
+    plain = images.section.model_copy(update={"augmentation": "none"})
+    scoring = validation_loader(
+        held_out, images.preprocessing, images.section, images.device, images.seed, section.scoring_images
+    )
+    return SearchImages(
+        training=replace(images, train=training).training(),
+        held_out=replace(images, train=held_out, section=plain).training(),
+        scoring=Kept(scoring, progress),
+        whole=replace(images, train=split).training(),
+    )
+
+
+class Kept(Sequence[Batch]):
+    """The batches of a loader, read once and kept; images that could not be read are left out."""
+
+    def __init__(self, loader: Loader, progress: Progress) -> None:
+        self._loader, self._progress = loader, progress
+        self._batches: list[Batch] | None = None
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
+        return self._read()[index]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._read())
+
+    def _read(self) -> list[Batch]:
+        if self._batches is None:
+            self._batches = read_all(self._loader, self._progress, "evaluate")
+        return self._batches
+
+
+def proxy_data(config: RunConfig) -> DataSection:
+    """The data section with the proxy's path, where it has one, and without the files about the target's classes."""
+    proxy = config.search.proxy or ProxySection()
+    order = config.data.class_order if config.data.class_order in ORDERS else None
+    changes = {"path": proxy.data or config.data.path, "class_order": order, "class_map": None}
+    return config.data.model_copy(update=changes)
+
+
+def open_proxy(
+    config: RunConfig, network: Network, device: torch.device, progress: Progress
+) -> tuple[Network, Images]:
+    """The network of the same name, built for the proxy's images, and these; not fitted to them yet.
+
+    Raises:
+        DataError: no images are there.
+        PolicyMismatch: its layers are others than those of ``network``.
+    """
+    proxy, data = config.search.proxy or ProxySection(), proxy_data(config)
+    seed_everything(config.run.seed)  # of a new classifier
+    loaded = load_float(_section(config.model, proxy, data), progress, new_head=True)
+    images = Images.training_alone(
+        data, classes_of(loaded), loaded.preprocessing, device, config.run.seed, progress
+    )
+    if _epochs(proxy, loaded):
+        check_trains(
+            loaded.model, loaded.name, loaded.preprocessing, config, images=images.train.images, limits={}
+        )
+    small = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
+    small.model.to(device)
+    names, wanted = ([layer.name for layer in each.costs.layers] for each in (small, network))
+    float_policy(network).check_fits(f"{small.name} as it is built for the proxy", names)
+    if names != wanted:
+        raise PolicyMismatch(
+            "the layers of the proxy's network run in another order: give another input_size"
+        )
+    return small, images
+
+
+def fit_proxy(
+    proxy: Network, images: Images, config: RunConfig, progress: Progress, memory: Memory = NO_MEMORY
+) -> None:
+    """Train the network in floating point on the proxy's images, as the settings of the search say, where its weights
+    are not of these.
+
+    Raises:
+        Interrupted: asked to stop; the memory holds what was done.
+    """
+    epochs = _epochs(config.search.proxy or ProxySection(), proxy.loaded)
+    if not epochs:
+        return
+
+    def note(score: Score) -> None:
+        progress.note(f"proxy: top-1 {score.top1:.2f} % in training, in floating point")
+
+    training = in_float(search_training(config), config.data.batch_size, epochs=epochs, schedule="cosine")
+    train(
+        proxy.model,
+        images,
+        training,
+        proxy.loaded.num_classes,
+        title="fitting the proxy, epoch",
+        progress=progress,
+        after_epoch=note,
+        memory=memory,
+    )
+    proxy.model.eval()
+
+
+def _epochs(proxy: ProxySection, loaded: LoadedModel) -> int:
+    """Of its training in floating point."""
+    if proxy.epochs is not None:
+        return proxy.epochs
+    return 0 if loaded.trained else 1
+
+
+def _section(model: ModelSection, proxy: ProxySection, data: DataSection) -> ModelSection:
+    """The target's model section with what the proxy has otherwise."""
+    classes, folder = proxy.num_classes, named_path(data.path or "")
+    if classes is None and data.path is not None and folder.is_dir():
+        classes = len(find_images(find_split(folder, "train"), dead_images=True).images)
+    given = {name: getattr(proxy, name) for name in ("input_size", "weights", "mean", "std")}
+    given["num_classes"] = classes
+    changes = {name: value for name, value in given.items() if value is not None}
+    if proxy.weights or proxy.weights_key:  # the target's key is of the target's file
+        changes["weights_key"] = proxy.weights_key
+    return model.model_copy(update=changes)

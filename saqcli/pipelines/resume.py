@@ -1,0 +1,118 @@
+"""What a run that goes on must have in common with itself: settings and images."""
+
+from collections.abc import Callable
+
+from saqcli import distributed
+from saqcli.config import RunConfig
+from saqcli.distributed import may_be_restarted, restarted
+from saqcli.errors import ConfigError, SaqError
+from saqcli.pipelines.setup import Images
+from saqcli.runs.directory import RunDirectory
+from saqcli.runs.interrupts import StopRequest
+
+
+def goes_on(run: RunDirectory, *, resume: bool, overwrite: bool) -> bool:
+    """Whether there is a run that is gone on with: as asked, or because torchrun has started its processes again.
+
+    Raises:
+        ConfigError: a run that would be removed by every restart.
+        RunDirectoryError: what is there cannot be used.
+    """
+    if may_be_restarted():
+        if overwrite:
+            raise distributed.agreed(
+                ConfigError(
+                    "--overwrite would remove the run whenever torchrun starts its processes again: remove "
+                    f"{run.path} by hand, or give torchrun no restarts"
+                )
+            )
+        usable = run.check_usable(resume=True, overwrite=False)
+        resume = resume or (usable and distributed.from_first(lambda: run.manifest().status != "finished"))
+    elif restarted():
+        resume = run.check_usable(resume=True, overwrite=False) or resume
+    there = run.check_usable(resume=resume, overwrite=overwrite)
+    return resume and there
+
+
+def stop_if_asked(stop: StopRequest, run: RunDirectory) -> None:
+    """Stop on all ranks if one was asked to, where all is saved. All of them call this.
+
+    Raises:
+        Interrupted: a signal asked to stop.
+    """
+    if distributed.any_of(bool(stop.signal)):
+        raise stopped(run, max(distributed.gathered(stop.exit_code)))
+
+
+def stopped(run: RunDirectory, exit_code: int) -> SaqError:
+    """To be raised by a rank that stops because it was asked to, where all is saved."""
+    return distributed.agreed(run.interrupted(exit_code))
+
+
+def note_start(run: RunDirectory, note: Callable[[str], None]) -> None:
+    """Note that a run starts again from its beginning, where the process before was killed too early."""
+    if run.killed and not run.saved():
+        note(f"starting again (process {run.killed.pid} was killed before anything was saved)")
+
+
+def resuming(run: RunDirectory, place: str) -> str:
+    """The note of a run that is resumed at ``place``, and whether the process before was killed."""
+    return f"resuming {place}" + (f" (process {run.killed.pid} was killed)" if run.killed else "")
+
+
+def know_images(run: RunDirectory, images: Images, of: str = "") -> None:
+    """Note which images a run starts with, on all ranks the same, or check that it goes on with these.
+
+    Args:
+        run: whose manifest holds them.
+        images: as they are now.
+        of: goes before the names of their splits, where a run has others beside its own.
+
+    Raises:
+        DataError: others are there now, or on another host.
+    """
+    known = distributed.from_first(lambda: run.manifest().images)
+    kept = {name.removeprefix(of): line for name, line in known.items() if name in (f"{of}train", f"{of}val")}
+    if kept:
+        distributed.together(lambda: images.check_fingerprints(kept))
+        return
+    now = images.fingerprints()
+    mine = distributed.from_first(lambda: now)
+    distributed.together(lambda: images.check_fingerprints(mine, then="the first process sees"))
+    more = {} if of else {"class_order": images.train.class_order}
+    run.note_images(known | {f"{of}{name}": line for name, line in now.items()}, **more)
+
+
+def check_same(run: RunDirectory, config: RunConfig) -> None:
+    """Refuse to go on with a run under other settings.
+
+    Raises:
+        ConfigError: names the first setting that differs.
+    """
+    there = (run.path / "config.json").is_file()
+    difference = first_difference(kept_as(run.config(), config), config) if there else None
+    if difference:
+        raise ConfigError(
+            f"{run.path} was started with other settings ({difference}): give the same ones to --resume, "
+            "or start anew with --overwrite"
+        )
+
+
+def kept_as(one: RunConfig, other: RunConfig) -> RunConfig:
+    """``one`` exporting the state that ``other`` does: both are in the checkpoint, so that a run may be asked anew."""
+    training = one.training.model_copy(update={"keep": other.training.keep})
+    return one.model_copy(update={"training": training})
+
+
+def first_difference(one: RunConfig, other: RunConfig) -> str | None:
+    """``section.key: old -> new`` of the first setting that differs, or None."""
+    old, new = one.model_dump(), other.model_dump()
+    for section, values in old.items():
+        if not isinstance(values, dict):
+            if values != new[section]:
+                return f"{section}: {values} -> {new[section]}"
+            continue
+        for key, value in values.items():
+            if value != new[section][key]:
+                return f"{section}.{key}: {value} -> {new[section][key]}"
+    return None

@@ -1,0 +1,194 @@
+"""What the inputs of every layer look like on real images: their range, their sign, and a sample of their
+values.
+
+From these come the clipping levels of the activations, whether a quantizer must be signed, and the error that
+each bit-width would make. Weights need no data: they are fitted tensor by tensor.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from saqcli.errors import UnsupportedModel
+from saqcli.quant.layer import is_convolution, quantized_layers
+from saqcli.quant.products import OPERANDS, QuantizedProduct, operand_name, quantized_products
+from saqcli.quant.quantizers import Quantizer
+
+SAMPLES_PER_BATCH = (
+    8192  # values kept of a layer's input in each batch; 8 batches of them place a level to 1 %
+)
+ClipInit = Literal["error", "paper"]
+
+
+@dataclass
+class InputStatistics:
+    """What was seen at the input of one layer.
+
+    Attributes:
+        lowest: least value.
+        highest: greatest value.
+        samples: values drawn evenly from every batch, one dimension.
+    """
+
+    lowest: float = float("inf")
+    highest: float = float("-inf")
+    _drawn: list[Tensor] = field(default_factory=list)
+
+    @property
+    def signed(self) -> bool:
+        """Negative values occur, so the quantizer must have negative levels."""
+        return self.lowest < 0
+
+    @property
+    def samples(self) -> Tensor:
+        """The values drawn so far."""
+        return torch.cat(self._drawn) if self._drawn else torch.zeros(1)
+
+    def update(self, x: Tensor, generator: torch.Generator) -> None:
+        """Take in one batch."""
+        flat = x.detach().float().flatten()
+        low, high = torch.aminmax(flat)
+        self.lowest, self.highest = min(self.lowest, low.item()), max(self.highest, high.item())
+        if flat.numel() > SAMPLES_PER_BATCH:
+            index = torch.randint(flat.numel(), (SAMPLES_PER_BATCH,), generator=generator)
+            flat = flat[index.to(flat.device)]
+        self._drawn.append(flat.cpu())
+
+
+class _Observer(nn.Module):
+    """Stands where the input quantizer will be, and passes its input on."""
+
+    def __init__(self, name: str, statistics: InputStatistics, generator: torch.Generator) -> None:
+        super().__init__()
+        self.name, self.statistics, self.generator = name, statistics, generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``, noted."""
+        _check_finite(x, f"the input of layer {self.name} is")
+        self.statistics.update(x, self.generator)
+        return x
+
+
+def _check_finite(x: Tensor, what: str) -> None:
+    if not bool(x.isfinite().all()):
+        raise UnsupportedModel(
+            f"{what} NaN or infinite on calibration images: check the weights, --mean, --std and --input-size"
+        )
+
+
+@contextmanager
+def _observed(model: nn.Module, seed: int) -> Iterator[dict[str, InputStatistics]]:
+    generator = torch.Generator().manual_seed(seed)
+    places = _places(model)
+    statistics = {name: InputStatistics() for name in places}
+    before = {name: getattr(*place) for name, place in places.items()}
+    try:
+        for name, place in places.items():
+            setattr(*place, _Observer(name, statistics[name], generator))
+        yield statistics
+    finally:
+        for name, place in places.items():
+            setattr(*place, before[name])
+
+
+def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Modules and attributes with the quantizers of activations: inputs of layers, operands of products."""
+    places: dict[str, tuple[nn.Module, str]] = {
+        name: (layer, "input_quantizer") for name, layer in quantized_layers(model).items()
+    }
+    for name, product in quantized_products(model).items():
+        for operand, attribute in OPERANDS.items():
+            places[operand_name(name, operand)] = product, attribute
+    return places
+
+
+@torch.no_grad()
+def observe(model: nn.Module, batches: Iterable[Tensor], seed: int = 0) -> dict[str, InputStatistics]:
+    """Run ``batches`` through the float model in eval mode and note the input of every quantized layer, and the
+    operands of every product that is to be quantized.
+
+    Args:
+        model: wrapped; its mode is restored.
+        batches: images, (N, C, H, W), on the model's device.
+        seed: of the draw of sample values.
+
+    Raises:
+        UnsupportedModel: an input, or a class score, is NaN or infinite.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with _observed(model, seed) as statistics:
+            for images in batches:
+                _check_finite(model(images), "the class scores are")
+    finally:
+        model.train(training)
+    return statistics
+
+
+def fit(model: nn.Module, statistics: Mapping[str, InputStatistics], clip_init: ClipInit = "error") -> None:
+    """Set the levels, steps and offsets of every installed quantizer, all candidates included.
+
+    Args:
+        model: with quantizers installed.
+        statistics: by layer, from ``observe``.
+        clip_init: at the least squared ``error``, or as in the SAQ ``paper``.
+    """
+    for name, layer in quantized_layers(model).items():
+        linear = not is_convolution(layer)
+        if isinstance(layer.weight_quantizer, Quantizer):
+            _start(layer.weight_quantizer, layer.effective_weight().detach(), clip_init, linear)
+        if isinstance(layer.input_quantizer, Quantizer):
+            samples = statistics[name].samples.to(layer.latent_weight().device)
+            _start(layer.input_quantizer, samples, clip_init, linear)
+    for name, (module, attribute) in _places(model).items():
+        quantizer = getattr(module, attribute)
+        if isinstance(module, QuantizedProduct) and isinstance(quantizer, Quantizer):
+            device = next(quantizer.parameters()).device
+            _start(quantizer, statistics[name].samples.to(device), clip_init, linear=False)
+
+
+@torch.no_grad()
+def settle_batch_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Estimate the running statistics of every batch norm anew, as means over ``batches``; all else stays in eval mode.
+
+    Weight normalization takes the mean out of every weight. That shifts what a convolution returns by much where its
+    inputs are positive, and a batch norm in training mode would take the shift out again.
+
+    Args:
+        model: quantized; its mode is restored.
+        batches: images, (N, C, H, W), on the model's device.
+    """
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
+    if not norms:
+        return
+    modes = {module: module.training for module in model.modules()}
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over all batches
+            norm.train()
+        for images in batches:
+            model(images)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, training in modes.items():
+            module.training = training
+
+
+def _start(quantizer: Quantizer, x: Tensor, clip_init: ClipInit, linear: bool) -> None:
+    if clip_init == "paper":
+        quantizer.fit_as_published(x, linear=linear)
+    else:
+        quantizer.fit(x)

@@ -1,0 +1,254 @@
+"""The one quantized layer: any layer's own class, with a read-only ``weight`` that is quantized on the way
+out.
+
+Wrapping swaps a module's ``__class__`` for a subclass made on the fly. The float Parameter stays where it
+was, in ``_parameters["weight"]``, so ``parameters()``, ``state_dict()``, optimizers and data-parallel
+wrappers see it under its old name; every forward that reads ``self.weight``, timm's or torch's, computes with
+Q(w). No layer type is listed.
+
+The *port* is where sharpness-aware training enters: ``quantized_weight()`` returns ``Q(w) + perturbation``
+while a perturbation is set. A zero leaf in the port collects dL/dQ(w), bit for bit what ``retain_grad`` on
+Q(w) would.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saqcli.quant.bits import LayerBits
+from saqcli.quant.products import QuantizedProduct
+from saqcli.quant.quantizers.base import Quantizer
+from saqcli.quant.routing import hand_out
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+WRAPPED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, nn.MultiheadAttention)
+
+
+class QuantizedLayer(nn.Module):
+    """Mixin of every quantized layer; comes first in the method resolution order.
+
+    Attributes:
+        float_class: the class the module had before.
+        weight_quantizer: identity until ``convert.install`` puts a ``Quantizer`` there.
+        input_quantizer: likewise, for the layer's input.
+        perturbation: the port; same shape as the weight the layer multiplies with, or None.
+        routed: a parent reads ``weight`` and multiplies with it itself (see ``routing``).
+        tied_to: the first layer with the same Parameter, in a tuple, which alone quantizes it; empty for that one.
+        followers: products of activations that have the bits of this layer's input (see ``products``).
+        answers_in: the type of a float layer that is not float32; the quantized layer computes in float32 and returns
+            that type.
+    """
+
+    float_class: type[nn.Module]
+    weight_name = "weight"
+    weight_quantizer: nn.Module
+    input_quantizer: nn.Module
+    perturbation: Tensor | None
+    routed: bool
+    tied_to: "tuple[QuantizedLayer, ...]"  # a tuple, so that it is no child
+    followers: "tuple[QuantizedProduct, ...]"
+    answers_in: torch.dtype | None
+
+    def latent_weight(self) -> nn.Parameter:
+        """The float weight that training moves."""
+        weight = self._parameters[self.weight_name]
+        assert weight is not None
+        return weight
+
+    def effective_weight(self) -> Tensor:
+        """What the float layer multiplies with: the latent weight, unless the layer derives another from it."""
+        return self.latent_weight()
+
+    def quantized_weight(self) -> Tensor:
+        """Q(w), or Q(w) + perturbation while the port is filled; one for all layers that share the weight."""
+        if self.tied_to:
+            return self.tied_to[0].quantized_weight()
+        quantized: Tensor = self.weight_quantizer(self.effective_weight())
+        return quantized if self.perturbation is None else quantized + self.perturbation
+
+    @property
+    def bits(self) -> LayerBits:
+        """The active bit-widths; None where an operand is still in floating point."""
+        weight = (self.tied_to[0] if self.tied_to else self).weight_quantizer
+        inputs = self.input_quantizer
+        return LayerBits(
+            weight=weight.bits if isinstance(weight, Quantizer) else None,
+            activation=inputs.bits if isinstance(inputs, Quantizer) else None,
+        )
+
+    @property
+    def channel_dim(self) -> int:
+        """The weight's dimension of output channels."""
+        return 1 if issubclass(self.float_class, TRANSPOSED) else 0
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's own forward, over a quantized input."""
+        if self.answers_in is not None:
+            input = input.float()
+        output: Tensor = super().forward(self.input_quantizer(input), *args, **kwargs)
+        return output if self.answers_in is None else output.to(self.answers_in)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle by float class, since the quantized class exists only at run time."""
+        return _rebuild, (self.float_class,), self.__dict__
+
+
+def _read_weight(layer: QuantizedLayer) -> Tensor:
+    try:
+        weight = layer.quantized_weight()
+    except (
+        AttributeError
+    ) as error:  # nn.Module would take it for a missing attribute and return the float weight
+        raise RuntimeError(f"quantized weight of {layer.float_class.__name__}: {error}") from error
+    return hand_out(weight, layer)
+
+
+_classes: dict[type[nn.Module], type[QuantizedLayer]] = {}  # made so far; a class is made once
+
+
+def quantized_class(float_class: type[nn.Module]) -> type[QuantizedLayer]:
+    """The quantized sister of a layer class."""
+    if float_class not in _classes:
+        _classes[float_class] = _make_class(float_class)
+    return _classes[float_class]
+
+
+def _make_class(float_class: type[nn.Module]) -> type[QuantizedLayer]:
+    mixin = _mixin(float_class)
+    members: dict[str, Any] = {"float_class": float_class, "__module__": __name__}
+    if mixin is QuantizedLayer:
+        members["weight"] = property(_read_weight)
+    return type(f"Quantized{float_class.__name__}", (mixin, float_class), members)
+
+
+def _mixin(float_class: type[nn.Module]) -> type[QuantizedLayer]:
+    from saqcli.quant.attention import special_mixin
+
+    return special_mixin(float_class) or QuantizedLayer
+
+
+def _weight_name(float_class: type[nn.Module]) -> str:
+    return _mixin(float_class).weight_name
+
+
+def _rebuild(float_class: type[nn.Module]) -> QuantizedLayer:
+    cls = quantized_class(float_class)
+    return cls.__new__(cls)
+
+
+# Names that wrapping takes in a module, and keys that files add to its own.
+_INSTANCE = (
+    *("weight_quantizer", "input_quantizer", "perturbation", "routed", "tied_to", "followers", "answers_in"),
+)
+_OWN = (
+    *_INSTANCE,
+    *(
+        "float_class",
+        "weight_name",
+        "latent_weight",
+        "effective_weight",
+        "quantized_weight",
+        "bits",
+        "channel_dim",
+    ),
+)
+_KEYS = ("codes", "step")
+
+
+def reason_for_float(module: nn.Module) -> str | None:
+    """Why a convolution, linear layer or attention has to stay in floating point; None where it can be quantized."""
+    kind, key = type(module), _weight_name(type(module))
+    weight = module._parameters.get(key)
+    if weight is None or isinstance(getattr(kind, key, None), property):
+        return f"its {key} is not a parameter of its own"
+    if weight.dtype not in FLOATS or (weight.dtype != torch.float32 and _mixin(kind) is not QuantizedLayer):
+        return f"its {key} is {str(weight.dtype).removeprefix('torch.')}, not float32"
+    tensors = {*module._parameters, *module._buffers}
+    taken = [name for name in _OWN if hasattr(kind, name) or name in vars(module) or name in module._modules]
+    taken += [name for name in _OWN if name in tensors] + [name for name in _KEYS if name in tensors]
+    return f"it has a {taken[0]!r} of its own, a name that quantization needs" if taken else None
+
+
+def wrap_layer(module: nn.Module) -> QuantizedLayer:
+    """Turn ``module`` itself into a quantized layer that still computes in floating point."""
+    dtype = own_type(module)
+    if dtype != torch.float32:
+        module.float()
+    module.weight_quantizer = nn.Identity()
+    module.input_quantizer = nn.Identity()
+    module.__class__ = quantized_class(type(module))
+    assert isinstance(module, QuantizedLayer)
+    module.perturbation = None
+    module.routed, module.tied_to, module.followers = False, (), ()
+    module.answers_in = None if dtype == torch.float32 else dtype
+    return module
+
+
+def own_type(module: nn.Module) -> torch.dtype:
+    """The type of a layer's weight."""
+    return module._parameters[_weight_name(type(module))].dtype  # type: ignore[union-attr]
+
+
+def unwrap_layer(layer: QuantizedLayer) -> nn.Module:
+    """The same module object with its float class back; its latent weight as training left it."""
+    dtype = layer.answers_in
+    for name in _INSTANCE:
+        delattr(layer, name)
+    layer.__class__ = layer.float_class  # type: ignore[assignment]
+    return layer if dtype is None else layer.to(dtype)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Every quantized layer by qualified name, in order of registration."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def is_convolution(layer: QuantizedLayer) -> bool:
+    """Whether the float layer is a convolution, transposed or not."""
+    return issubclass(layer.float_class, (*CONVOLUTIONS, *TRANSPOSED))
+
+
+def stores_codes(layer: QuantizedLayer) -> bool:
+    """Whether the float weight can be rebuilt from codes; not where another weight is derived from it."""
+    return type(layer).effective_weight is QuantizedLayer.effective_weight
+
+
+def zero_ports(layers: Iterable[QuantizedLayer]) -> list[Tensor]:
+    """A zero leaf for every layer, shape and dtype of its effective weight; its gradient is dL/dQ(w)."""
+    return [torch.zeros_like(layer.latent_weight(), requires_grad=True) for layer in layers]
+
+
+@contextmanager
+def perturbed(layers: Sequence[QuantizedLayer], perturbations: Sequence[Tensor]) -> Iterator[None]:
+    """Within the context every layer computes with Q(w) + perturbation; afterwards with Q(w), whatever happens."""
+    try:
+        for layer, perturbation in zip(layers, perturbations, strict=True):
+            layer.perturbation = perturbation
+        yield
+    finally:
+        for layer in layers:
+            layer.perturbation = None
+
+
+@contextmanager
+def frozen_batch_stats(model: nn.Module) -> Iterator[None]:
+    """Within the context batch norms normalize as before but leave their running statistics alone."""
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.training
+        and module.track_running_stats
+    ]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -1,0 +1,467 @@
+"""One recorded forward pass: which layers run, what they cost, what they read, and where their outputs meet.
+
+Where tensors come from, while a network runs once: which layer made them, and where they meet.
+
+Every operator of the pass is heard. A tensor is still "that layer's" after operators that pass a layer's output on,
+number by number or image by image; where two such tensors are added, or joined side by side, their layers meet.
+
+What one traced pass tells of a network: its layers, its products of activations, and what is neither.
+
+One recorded forward pass that tells what a layer costs, reads, feeds and shares.
+
+The pass runs over a wrapped, still floating-point model in eval mode. Every multiplication with a layer's
+weight is recognised by the weight tensor itself, so it is seen wherever it happens: in the layer's own
+forward, in a parent that takes the weight, in a layer called several times. The flow of tensors from operator
+to operator (``flow``) gives the rest:
+
+    norm      the first normalization a layer's output reaches through element-wise operators alone
+    group     layers whose outputs meet in an addition or a concatenation, and go nowhere else: a projection shortcut
+              and the last convolution of its branch, the branches of an inception block. An identity shortcut ties
+              nothing, since its tensor is also read by the branch; nor do dense connections. Layers with the same
+              weight are a group too.
+    products  of two activations, as in attention, and the layer that makes their first operand
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from saqcli.errors import UnsupportedModel
+from saqcli.quant import products
+from saqcli.quant.attention import keeps_products
+from saqcli.quant.layer import TRANSPOSED, WRAPPED, QuantizedLayer, quantized_layers, reason_for_float
+from saqcli.quant.routing import WEIGHT_OPERATORS, HandedOut
+
+_ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub__", "__isub__"}
+_CONCATENATIONS = {"cat", "concat", "concatenate", "hstack"}
+_WRITES = {"__setitem__", "copy_", "index_copy_", "index_put_", "scatter_", "masked_scatter_"}
+_CARRIERS = set(
+    "batch_norm group_norm layer_norm instance_norm relu relu_ relu6 hardtanh hardtanh_ silu gelu hardswish "
+    "hardswish_ silu_ mish mish_ prelu selu celu softplus tanh hardsigmoid leaky_relu_ "
+    "leaky_relu elu sigmoid clamp clamp_ clamp_min dropout contiguous identity mul mul_ __mul__ div __truediv__ "
+    "float to reshape view flatten permute transpose pad".split()
+)
+
+
+@dataclass
+class Flow:
+    """What is known of a tensor.
+
+    Attributes:
+        producer: the layer whose output it is, if it still is one.
+        parent: the tensor before it, on the way from that layer.
+        parts: what was added or joined to make it.
+        is_image: nothing but layout operators lies between the image and it.
+        nearest: the last layer on the way here, whatever came after it.
+        depends: on the image.
+        weight_of: the layer whose weight it is, or is a part of.
+        readers: how many operators read it.
+    """
+
+    producer: str | None
+    parent: "Flow | None" = None
+    is_image: bool = False
+    nearest: str | None = None
+    depends: bool = True
+    weight_of: str | None = None
+    parts: "tuple[Flow, ...]" = ()
+    readers: int = 0
+
+    def producers(self) -> list[str]:
+        """The layers whose outputs it is made of, as long as they go nowhere else."""
+        if self.readers > 1:
+            return []
+        if self.producer is not None:
+            return [self.producer] if self.read_once() else []
+        return [name for flow in self.parts or filter(None, [self.parent]) for name in flow.producers()]
+
+    def read_once(self) -> bool:
+        """No tensor between the producer and here is read twice."""
+        flow: Flow | None = self
+        while flow is not None:
+            if flow.readers > 1:
+                return False
+            flow = flow.parent
+        return True
+
+
+class Flows:
+    """The flow of every tensor so far.
+
+    Attributes:
+        meetings: tensors of layers that were added to each other or joined.
+    """
+
+    def __init__(self) -> None:
+        self.meetings: list[list[Flow]] = []
+        self._known: dict[int, Flow] = {}
+        self._alive: list[Tensor] = []  # ids of dead tensors would be used again
+
+    def remember(self, tensor: Tensor, flow: Flow) -> None:
+        """From now on ``tensor`` has that flow."""
+        self._known[id(tensor)] = flow
+        self._alive.append(tensor)
+
+    def of(self, tensor: Tensor) -> Flow | None:
+        """The flow of ``tensor``; None for what the network holds: parameters and constants."""
+        return self._known.get(id(tensor))
+
+    def depends(self, *tensors: Tensor) -> bool:
+        """Whether any of them depends on the image."""
+        return any(flow.depends for flow in map(self.of, tensors) if flow is not None)
+
+    def nearest(self, *tensors: Tensor) -> str | None:
+        """The last layer on the way to the first of them that has one."""
+        return next((flow.nearest for flow in map(self.of, tensors) if flow and flow.nearest), None)
+
+    def weight_of(self, *tensors: Tensor) -> str | None:
+        """The layer whose weight one of them is, or is a part of."""
+        return next((flow.weight_of for flow in map(self.of, tensors) if flow and flow.weight_of), None)
+
+    def read(self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Operator ``name`` reads ``inputs``; in place it reads only what it adds."""
+        if name in _ADDITIONS or not any(x is y for x in inputs for y in outputs):
+            for flow in filter(None, map(self.of, inputs)):
+                flow.readers += 1
+
+    def passed(self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """What operator ``name`` makes of its inputs' flows; it multiplies with no layer's weight."""
+        flows = [flow for flow in map(self.of, inputs) if flow is not None]
+        in_place = any(x is y for x in inputs for y in outputs)
+        nearest, depends = self.nearest(*inputs), any(flow.depends for flow in flows)
+        if name in _WRITES and inputs:
+            self.remember(inputs[0], Flow(None, nearest=nearest, depends=depends))
+        elif name in _ADDITIONS | _CONCATENATIONS:
+            if len(flows) > 1:
+                self.meetings.append(flows)
+            # Adding a constant or a bias keeps the producer; a sum of two branches has several.
+            kept = flows[0] if len(flows) == 1 and name in _ADDITIONS else None
+            made = Flow(kept.producer if kept else None, kept, nearest=nearest, depends=depends)
+            made.parts = () if kept else tuple(flows)
+            made.weight_of = None if depends else self.weight_of(*inputs)
+            self._all(outputs, made)
+        elif not in_place:
+            carried = flows[0] if len(flows) == 1 and len(outputs) == 1 and name in _CARRIERS else None
+            part = None if depends else self.weight_of(*inputs)
+            for output in outputs:
+                self.remember(
+                    output,
+                    Flow(
+                        carried.producer if carried else None,
+                        carried,
+                        is_image=carried is not None and carried.is_image,
+                        nearest=nearest,
+                        depends=depends,
+                        weight_of=part,
+                    ),
+                )
+
+    def _all(self, outputs: Sequence[Tensor], flow: Flow) -> None:
+        for output in outputs:
+            self.remember(output, flow)
+
+
+@dataclass
+class LayerTrace:
+    """What one traced forward pass tells about a layer, for one image.
+
+    Attributes:
+        name: qualified name in the float model.
+        kind: class name of the float layer.
+        macs: multiply-accumulates, summed over calls.
+        calls: how often its weight is multiplied with.
+        weight_count: elements of the weight.
+        input_is_signed: the traced input had negative values (calibration measures it on real images).
+        group: name of the first layer of its precision group, its own where it is alone.
+        norm: the normalization that follows, if any.
+        reads_image: nothing but layout operators lies between the image and this layer.
+        channels: output channels of the weight.
+        stored: its weight is its own; False where an earlier layer has the same one.
+        reason: why it is left in floating point, if it is no layer.
+    """
+
+    name: str
+    kind: str
+    weight_count: int
+    macs: int = 0
+    calls: int = 0
+    input_is_signed: bool = False
+    group: str = ""
+    norm: str | None = None
+    reads_image: bool = False
+    channels: int = 0
+    stored: bool = True
+    reason: str = ""
+
+
+@dataclass
+class ProductTrace:
+    """A product of two activations.
+
+    Attributes:
+        owner: name of the module whose forward multiplies.
+        index: of the product in one forward of its owner.
+        macs: multiply-accumulates, summed over calls.
+        follows: the layer that makes its first operand, whose input bits it has.
+    """
+
+    owner: str
+    index: int
+    macs: int = 0
+    follows: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the module that quantizes it."""
+        return f"{self.owner}.products.{self.index}".lstrip(".")
+
+
+@dataclass
+class Trace:
+    """All layers in execution order, and what the pass found beside them.
+
+    Attributes:
+        layers: by name, in order of first execution.
+        idle: wrapped layers that never ran (auxiliary heads); they stay in floating point.
+        unquantized: modules that multiply with a weight that is no layer's (conditional convolutions), by name.
+        products: of two activations, in order of first execution.
+        routed: layers whose weight a parent multiplies with itself, by name of that parent.
+        outputs: what the model returned for the traced input.
+        other_bytes: of everything that is no weight of a layer: biases, norms, buffers, idle layers; 32-bit floats.
+    """
+
+    layers: dict[str, LayerTrace]
+    idle: list[str]
+    unquantized: dict[str, LayerTrace]
+    routed: dict[str, list[str]]
+    outputs: Tensor
+    other_bytes: int = 0
+    products: list[ProductTrace] = field(default_factory=list)
+
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+COMPUTED_WEIGHT = "multiplies with a weight that depends on the image"
+OWN_WEIGHT = "multiplies with a parameter that is no layer's weight"
+RECURRENT = "is recurrent: one fused operator"
+FUNCTIONAL = "multiplies with the weight of {} in a way that cannot be followed"
+
+
+@dataclass
+class _Running:
+    """A module that runs, and how many products have been computed since, in modules within it too."""
+
+    name: str
+    module: nn.Module
+    products: int = 0
+
+
+class _Tracer(HandedOut):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {id(layer): name for name, layer in quantized_layers(model).items()}
+        self.layers: dict[str, LayerTrace] = {}
+        self.stored: dict[int, str] = {}  # latent weights seen so far, and the first layer with each
+        self.shared: list[tuple[str, str]] = []  # layers with the same weight
+        self.unquantized: dict[str, LayerTrace] = {}
+        self.routed: dict[str, list[str]] = {}
+        self.products: dict[tuple[str, int], ProductTrace] = {}
+        self.flows = Flows()
+        self.running: list[_Running] = []
+
+    def remember(self, weight: Tensor, layer: QuantizedLayer) -> None:
+        """A weight is read; what becomes of it is followed."""
+        super().remember(weight, layer)
+        if self.flows.of(weight) is None:
+            self.flows.remember(weight, Flow(None, depends=False, weight_of=self.names[id(layer)]))
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator and record what it means."""
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        inputs, outputs = (
+            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+            for tree in ((args, kwargs), output)
+        )
+        if not outputs and name != "__setitem__":
+            return output
+        self.flows.read(name, inputs, outputs)
+        layer = self.owner(func, args, kwargs)
+        if func in WEIGHT_OPERATORS:
+            (x, weight, *_), _ = products.in_order(args, kwargs, ("weight",))
+            if layer is not None:
+                self._multiplied(layer, x, weight, output)
+            else:
+                self._multiplied_in_float(func, x, weight, output)
+        else:
+            if func in products.OPERATORS | products.ADDING:
+                self._multiplied_activations(products.pairs(func, args, kwargs, output))
+            self.flows.passed(name, inputs, outputs)
+        return output
+
+    def _multiplied(self, layer: QuantizedLayer, x: Tensor, weight: Tensor, output: Tensor) -> None:
+        name = self.names[id(layer)]
+        entry = self.layers.get(name)
+        if entry is None:
+            latent = layer.latent_weight()
+            entry = LayerTrace(name, layer.float_class.__name__, latent.numel(), group=name)
+            entry.channels, entry.stored = latent.shape[layer.channel_dim], id(latent) not in self.stored
+            first = self.stored.setdefault(id(latent), name)
+            if not entry.stored:
+                self.shared.append((first, name))
+            self.layers[name] = entry
+        entry.macs += _macs(weight, x, output, transposed=issubclass(layer.float_class, TRANSPOSED))
+        entry.calls += 1
+        entry.input_is_signed |= bool((x < 0).any())
+        flow = self.flows.of(x)
+        entry.reads_image |= flow is not None and flow.is_image
+        self.flows.remember(output, Flow(name, nearest=name))
+        if self.running[-1].module is not layer:
+            self.routed.setdefault(self.running[-1].name, []).append(name)
+
+    def _multiplied_in_float(self, func: Any, x: Tensor, weight: Tensor, output: Tensor) -> None:
+        source = self.flows.weight_of(weight)
+        if source is not None:
+            reason = FUNCTIONAL.format(source)
+        else:
+            reason = COMPUTED_WEIGHT if self.flows.depends(weight) else OWN_WEIGHT
+            module = self.running[-1].module
+            if isinstance(module, WRAPPED):  # but left as it is when the network was wrapped
+                reason = reason_for_float(module) or reason
+        self._left(weight.numel(), _macs(weight, x, output, transposed="transpose" in func.__name__), reason)
+        self.flows.remember(output, Flow(None, nearest=self.flows.nearest(x)))
+
+    def _left(self, weight_count: int, macs: int, reason: str) -> None:
+        """The running module multiplies in floating point."""
+        running = self.running[-1]
+        kind = type(running.module)
+        kind = getattr(kind, "float_class", kind)
+        entry = self.unquantized.setdefault(
+            running.name,
+            LayerTrace(running.name, kind.__name__, weight_count, group=running.name, reason=reason),
+        )
+        entry.macs += macs
+        entry.calls += 1
+        if reason == COMPUTED_WEIGHT:  # what mixes the weight is the lesser part
+            entry.reason = reason
+
+    def _multiplied_activations(self, found: Sequence[products.Pair]) -> None:
+        running = self.running[-1]
+        for pair in found:
+            index = running.products
+            for each in self.running:
+                each.products += 1
+            source = self.flows.weight_of(*pair.left, pair.right)
+            if source is not None:
+                self._left(0, pair.macs, FUNCTIONAL.format(source))
+            elif self.flows.depends(*pair.left) and self.flows.depends(pair.right):
+                key = running.name, index
+                entry = self.products.setdefault(key, ProductTrace(*key))
+                entry.macs += pair.macs
+                if keeps_products(running.module):
+                    entry.follows = entry.follows or self.flows.nearest(*pair.left, pair.right)
+            elif self.flows.depends(*pair.left, pair.right):
+                self._left(0, pair.macs, OWN_WEIGHT)
+
+    def enter(self, name: str, module: nn.Module) -> None:
+        """A module starts to run."""
+        self.running.append(_Running(name, module))
+
+    def leave(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """A module has run: if it is a norm, it follows the layer that its input comes from."""
+        if isinstance(module, nn.RNNBase):
+            self._left(*_recurrent(module, inputs[0]), RECURRENT)
+        self.running.pop()
+        if isinstance(module, _NORMS) and inputs and isinstance(inputs[0], Tensor):
+            flow = self.flows.of(inputs[0])
+            if flow is not None and flow.producer is not None and self.layers[flow.producer].norm is None:
+                self.layers[flow.producer].norm = name
+
+    def join_groups(self) -> None:
+        """Give layers whose outputs meet, and go nowhere else, one group."""
+        pairs = list(self.shared)
+        for meeting in self.flows.meetings:
+            meet = [name for flow in meeting for name in flow.producers()]
+            pairs += [(meet[0], other) for other in meet[1:]]
+        for one_name, other_name in pairs:
+            first, second = self.layers[one_name].group, self.layers[other_name].group
+            for layer in self.layers.values():
+                if layer.group == second:
+                    layer.group = first
+
+
+def _macs(weight: Tensor, x: Tensor, output: Tensor, *, transposed: bool) -> int:
+    """Weight elements times the positions each is used at: of the output, or of the input where transposed."""
+    return weight.numel() * ((x if transposed else output).numel() // weight.shape[0])
+
+
+def _recurrent(module: nn.RNNBase, x: Tensor) -> tuple[int, int]:
+    """Elements of the weights of a recurrent layer, and its multiply-accumulates for a sequence ``x``."""
+    count = sum(
+        parameter.numel() for name, parameter in module.named_parameters() if name.startswith("weight")
+    )
+    return count, count * (x.numel() // x.shape[-1])
+
+
+@torch.no_grad()
+def trace(model: nn.Module, example: Tensor) -> Trace:
+    """Run ``model`` once in eval mode and record its quantized layers.
+
+    Args:
+        model: wrapped, no quantizers installed; its mode is restored.
+        example: one image, (1, C, H, W).
+
+    Raises:
+        UnsupportedModel: the forward pass fails, or its output is no (1, classes) tensor.
+    """
+    tracer = _Tracer(model)
+    handles: list[Any] = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda m, _, name=name: tracer.enter(name, m)))
+        handles.append(module.register_forward_hook(lambda m, x, _, name=name: tracer.leave(name, m, x)))
+    try:
+        with tracer:
+            tracer.flows.remember(example, Flow(None, is_image=True))
+            output = try_model(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    tracer.join_groups()
+    if not tracer.layers:
+        raise UnsupportedModel(
+            "none of its convolutions and linear layers runs: there is nothing to quantize"
+        )
+    idle = [name for name in tracer.names.values() if name not in tracer.layers]
+    numbers: list[Tensor] = [p for p in model.parameters() if id(p) not in tracer.stored]
+    numbers += [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    other = sum(4 * tensor.numel() for tensor in numbers)
+    found = list(tracer.products.values())
+    return Trace(tracer.layers, idle, tracer.unquantized, tracer.routed, output, other, found)
+
+
+@torch.no_grad()
+def try_model(model: nn.Module, example: Tensor) -> Tensor:
+    """What ``model`` returns for one image (1, C, H, W) in eval mode; its mode is restored.
+
+    Raises:
+        UnsupportedModel: the forward pass fails, or its output is no (1, classes) tensor.
+    """
+    training = model.training
+    try:
+        output = model.eval()(example)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        shape = "x".join(map(str, example.shape[1:]))
+        raise UnsupportedModel(f"the model does not run on an image of {shape}: {reason}") from error
+    finally:
+        model.train(training)
+    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(example):
+        what = f"tensor of {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise UnsupportedModel(f"the model returns a {what} where class scores, (1, classes), are expected")
+    return output

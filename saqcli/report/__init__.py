@@ -1,0 +1,1 @@
+"""Pictures, report pages, comparison of runs."""

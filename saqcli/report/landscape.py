@@ -1,0 +1,211 @@
+"""The loss landscape as contours and as a surface; two models side by side on one colour scale.
+
+Colours and heights are logarithmic: from the minimum to the rim of the landscape the loss often grows by
+orders of magnitude, and the shape around the minimum is what is looked for.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saqcli.analysis.landscape import LandscapeReading
+from saqcli.report.canvas import FAINT, INK, fitted, new_figure, put_legend, put_title
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
+Part = tuple[str, LandscapeReading, Array]  # title, reading, logarithms of its losses
+PANEL = 4.3  # inches that the panel of one model takes
+NAME = 3.2  # inches that its name may take
+LEVELS = 48  # of colour
+FEWEST_TICKS, MOST_TICKS = 4, 10
+FINE = 80  # steps along each side of a drawn surface, at least
+LEAST = 1e-6  # a loss of zero is drawn as this where no loss is above zero: a logarithm has no zero
+LEAST_RANGE = 0.02  # decades that a flat landscape takes
+MARGIN = 0.07  # of an axis, from a label of a contour to the edge, so that it is not cut
+APART = 0.11  # of an axis, between two labels of contours
+MAP = "viridis"
+AXIS = "cross-entropy loss (log scale)"
+TITLE = "Loss landscape over a plane through the quantized weights"
+
+
+class Scale(NamedTuple):
+    """Logarithms of the least and the greatest loss, and of those that are written."""
+
+    low: float
+    high: float
+    ticks: list[float]
+
+    @property
+    def numbers(self) -> list[str]:
+        """What is written at the ticks."""
+        return [_number(10**tick) for tick in self.ticks]
+
+
+def paint_landscape(subjects: list[tuple[str, LandscapeReading]], images: str = "") -> "dict[str, Figure]":
+    """``landscape_contour`` and ``landscape_surface``."""
+    heights = _heights([reading for _, reading in subjects])
+    found = np.concatenate([z[np.isfinite(z)] for z in heights])
+    low, high = (float(found.min()), float(found.max())) if len(found) else (0.0, 1.0)
+    if high - low < LEAST_RANGE:  # a flat landscape has a colour too
+        low, high = low - LEAST_RANGE / 2, high + LEAST_RANGE / 2
+    scale = Scale(low, high, _ticks(low, high) if len(found) else [])
+    parts = [(name, reading, z) for (name, reading), z in zip(subjects, heights, strict=True)]
+    return {
+        "landscape_contour": _contour(parts, scale, images),
+        "landscape_surface": _surface(parts, scale, images),
+    }
+
+
+def _heights(readings: list[LandscapeReading]) -> list[Array]:
+    """Decimal logarithms of the losses, (grid, grid) each; NaN where a loss is not known, NaN or infinite."""
+    losses = [
+        np.array([[math.nan if v is None else v for v in row] for row in reading.loss], dtype=np.float64)
+        for reading in readings
+    ]
+    positive = np.concatenate([loss[np.isfinite(loss) & (loss > 0)] for loss in losses])
+    least = positive.min() if len(positive) else LEAST
+    return [np.log10(np.maximum(np.where(np.isfinite(loss), loss, math.nan), least)) for loss in losses]
+
+
+def _contour(parts: list[Part], scale: Scale, images: str) -> "Figure":
+    from matplotlib.ticker import FuncFormatter
+
+    figure = new_figure(PANEL * len(parts) + 1.1, 5.1)
+    put_title(figure, TITLE, images)
+    axes: Any = figure.subplots(1, len(parts), squeeze=False, sharex=True, sharey=True)[0]
+    edge = (scale.high - scale.low) / 1e6  # the lowest and the highest loss are inside
+    levels = np.linspace(scale.low - edge, scale.high + edge, LEVELS)
+    for index, (ax, (name, reading, z)) in enumerate(zip(axes, parts, strict=True)):
+        axis, masked = np.array(reading.axis), np.ma.masked_invalid(z)
+        ax.set_facecolor(FAINT)
+        image = ax.contourf(axis, axis, masked, levels=levels, cmap=MAP, vmin=scale.low, vmax=scale.high)
+        lines = ax.contour(
+            axis, axis, masked, levels=scale.ticks, colors="white", linewidths=0.7, linestyles="solid"
+        )
+        ax.set_xlim(-reading.span, reading.span)
+        ax.set_ylim(-reading.span, reading.span)
+        places = _places(lines.allsegs, reading.span)
+        if places:  # clabel takes an empty list for a request to find places itself, at the edges too
+            number = FuncFormatter(lambda v, _: _number(10**v))
+            ax.clabel(lines, fmt=number, fontsize=7, manual=places)
+        ax.plot(0, 0, marker="+", markersize=9, markeredgewidth=1.6, color="white")
+        centre = reading.loss[reading.grid // 2][reading.grid // 2]
+        at_centre = "NaN or infinite" if centre is None else _number(centre)
+        ax.set_title(f"{fitted(name, NAME)}\nloss at the centre (+): {at_centre}")
+        ax.set_xlabel("along direction 1 (filter norms)")
+        if index == 0:
+            ax.set_ylabel("along direction 2 (filter norms)")
+        ax.set_xticks(np.linspace(-reading.span, reading.span, 5))
+        ax.set_yticks(np.linspace(-reading.span, reading.span, 5))
+        ax.set_aspect("equal")
+    _colour_bar(figure, image, axes, scale, shrink=0.9, pad=0.03)
+    _unknown(figure, parts, facecolor=FAINT)
+    return figure
+
+
+def _places(segments: list[list[Array]], span: float) -> list[tuple[float, float]]:
+    """Where contours get their numbers: whole ones, apart from each other, away from edges and centre."""
+    size = 2 * span
+    taken = [np.zeros(2)]  # the mark of the model
+    for points in (points for level in segments for points in level):
+        if len(points) < 2 or max(np.ptp(points, axis=0)) < APART * size:
+            continue  # shorter than its number
+        inside = points[(np.abs(points) <= span - MARGIN * size).all(axis=1)]
+        if not len(inside):
+            continue
+        free = np.min([np.linalg.norm(inside - other, axis=1) for other in taken], axis=0)
+        if free.max() >= APART * size:
+            taken.append(inside[free.argmax()])
+    return [(float(x), float(y)) for x, y in taken[1:]]
+
+
+def _surface(parts: list[Part], scale: Scale, images: str) -> "Figure":
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from mpl_toolkits import mplot3d  # noqa: F401  (makes the 3d projection known)
+
+    figure = new_figure((PANEL + 0.7) * len(parts) + 1.0, 5.0)
+    put_title(figure, TITLE, images)
+    axes: Any = figure.subplots(1, len(parts), squeeze=False, subplot_kw={"projection": "3d"})[0]
+    colours = ScalarMappable(Normalize(scale.low, scale.high), MAP)
+    longest = max(map(len, scale.numbers), default=2)
+    for ax, (name, reading, z) in zip(axes, parts, strict=True):
+        axis, fine = _finer(np.array(reading.axis), z)
+        x, y = np.meshgrid(axis, axis)
+        ax.plot_surface(
+            x,
+            y,
+            fine,
+            cmap=MAP,
+            norm=colours.norm,
+            rcount=len(axis),
+            ccount=len(axis),
+            linewidth=0,
+            rasterized=True,  # thousands of faces make no good SVG
+        )
+        ax.set_zlim(scale.low, scale.high)
+        ax.set_zticks(scale.ticks, scale.numbers)
+        ax.set_title(fitted(name, NAME), y=0.98)
+        ax.set_xlabel("direction 1 (filter norms)", labelpad=0, fontsize=8)
+        ax.set_ylabel("direction 2 (filter norms)", labelpad=0, fontsize=8)
+        ax.set_zlabel(AXIS, labelpad=longest - 2, fontsize=8)
+        for set_ticks in (ax.set_xticks, ax.set_yticks):
+            set_ticks(np.linspace(-reading.span, reading.span, 5))
+        ax.tick_params(pad=-2, labelsize=7)
+        ax.tick_params(axis="z", pad=longest - 2)  # numbers are centred there
+        ax.view_init(elev=34, azim=-56)
+        for side in (ax.xaxis, ax.yaxis, ax.zaxis):
+            side.set_pane_color((0.97, 0.97, 0.97, 1.0))
+            side._axinfo["grid"].update(color=(0.85, 0.85, 0.85, 1.0), linewidth=0.5)
+        ax.set_box_aspect((1, 1, 0.72), zoom=0.86)  # numbers and names lie inside, too
+        ax.patch.set_visible(False)  # of a second model, it would cover numbers of the first
+    _colour_bar(figure, colours, axes, scale, shrink=0.7, pad=0.05)
+    _unknown(figure, parts, facecolor="none", edgecolor=INK)
+    return figure
+
+
+def _finer(axis: Array, z: Array) -> tuple[Array, Array]:
+    """``z`` and its axis with straight lines between the points, so that colours run smoothly."""
+    factor = max(1, FINE // (len(axis) - 1))
+    fine = np.linspace(axis[0], axis[-1], factor * (len(axis) - 1) + 1)
+    rows = np.array([np.interp(fine, axis, row) for row in z])
+    return fine, np.array([np.interp(fine, axis, column) for column in rows.T]).T
+
+
+def _colour_bar(figure: "Figure", image: Any, axes: Any, scale: Scale, *, shrink: float, pad: float) -> None:
+    bar = figure.colorbar(image, ax=list(axes), shrink=shrink, pad=pad)
+    bar.set_ticks(scale.ticks, labels=scale.numbers)
+    bar.minorticks_off()
+    bar.set_label(AXIS)
+
+
+def _unknown(figure: "Figure", parts: list[Part], **colours: Any) -> None:
+    """What a gap means, where there is one."""
+    from matplotlib.patches import Patch
+
+    if any(np.isnan(z).any() for _, _, z in parts):
+        put_legend(figure, [Patch(label="gap: the loss is NaN or infinite", **colours)])
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Logarithms of round losses between two logarithms."""
+    from matplotlib.ticker import MaxNLocator
+
+    decades = high - low
+    steps = (1,) if decades > 5 else (1, 3) if decades > 2 else (1, 2, 5) if decades > 0.8 else range(1, 10)
+    first, last = math.floor(low), math.ceil(high)
+    found = [k + math.log10(step) for k in range(first, last + 1) for step in steps]
+    ticks = [tick for tick in found if low < tick < high]
+    if len(ticks) < FEWEST_TICKS:  # a landscape of less than a decade
+        even = [math.log10(loss) for loss in MaxNLocator(6).tick_values(10**low, 10**high) if loss > 0]
+        ticks = [tick for tick in even if low < tick < high]
+    return ticks[:: -(-len(ticks) // MOST_TICKS) or 1]
+
+
+def _number(value: float) -> str:
+    """Four significant digits at most."""
+    return f"{value:.4g}"

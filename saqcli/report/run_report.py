@@ -1,0 +1,246 @@
+"""The figures of a run, and report.md.
+
+What ``saq quantize`` did: the figures of the report, kept in the checkpoint while the run is under way.
+
+``report.md``: what a person reads first in a run directory.
+"""
+
+import shlex
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saqcli.config import RunConfig, TrainingSection
+from saqcli.quant.bits import BitConfig
+from saqcli.serialization import write_text
+from saqcli.training.loop import Score
+from saqcli.training.trainer import Best, advice
+from saqcli.units import counted, format_quantity
+
+# Of the verdict on an ONNX file, and its size.
+ONNX_FIGURES = (
+    *("style", "size_bytes", "size_note", "images", "images_available", "argmax_agreement", "max_abs_diff"),
+    *("pytorch_max_abs_diff", "layers_error", "explanation"),
+)
+
+
+@dataclass
+class Outcome:
+    """What ``saq quantize`` did; the figures of the report.
+
+    Attributes:
+        model: canonical name.
+        float_score: of the float model on the validation images.
+        calibrated_score: after calibration, before any training.
+        score: at the end, of what is exported.
+        bops: of the policy.
+        float_bops: of the float model.
+        budget_bops: that was asked for, or None.
+        size: bytes of the quantized model.
+        float_size: bytes of the float model.
+        policy: bits of every layer.
+        artifacts: name to path of the files written.
+        onnx: figures of the first ONNX file, those of its verdict and ``size_bytes``; None where there is none.
+        budget_bytes: that was asked for, or None.
+        epochs: of fine-tuning.
+        last_score: after the last of them; None without fine-tuning.
+        best_epoch: whose state did best, 0 for the calibrated one; None where that is not known.
+        best_score: of that state.
+        exported_epoch: whose state is exported.
+        advice: what to change, where fine-tuning ended below calibration or below its best epoch.
+    """
+
+    model: str
+    float_score: Score
+    calibrated_score: Score
+    bops: int
+    float_bops: int
+    budget_bops: int | None
+    size: int
+    float_size: int
+    policy: BitConfig
+    score: Score = field(default_factory=Score)
+    artifacts: dict[str, str] = field(default_factory=dict)
+    onnx: dict[str, Any] | None = None
+    budget_bytes: int | None = None
+    epochs: int = 0
+    last_score: Score | None = None
+    best_epoch: int | None = None
+    best_score: Score | None = None
+    exported_epoch: int = 0
+    advice: str | None = None
+
+    def note_training(self, best: Best | None, training: TrainingSection) -> None:
+        """Keep which states fine-tuning met, and what follows from them."""
+        last = self.last_score or (self.score if best is None or training.keep == "last" else None)
+        self.last_score, self.epochs, self.exported_epoch = last, training.epochs, training.epochs
+        if best is not None:
+            self.best_epoch, self.best_score = best.epoch, best.score
+            self.exported_epoch = best.epoch if training.keep == "best" else training.epochs
+        self.advice = advice(self.calibrated_score, last, best, training)
+
+    def best_figures(self) -> dict[str, Any]:
+        """Which state did best in fine-tuning, for the metrics; nothing without it."""
+        if not self.epochs or self.best_score is None:
+            return {}
+        return {"best_epoch": self.best_epoch, "best_top1": self.best_score.top1}
+
+    def to_dict(self, run_dir: Path) -> dict[str, Any]:
+        """As ``--json`` prints it; accuracies in percent. All of ``onnx_*`` are None where no ONNX file was written."""
+        onnx = self.onnx or {}
+        return {
+            "run_dir": str(run_dir),
+            "model": self.model,
+            "top1": self.score.top1,
+            "top5": self.score.top5,
+            "loss": self.score.loss,
+            "images": self.score.images,
+            "skipped": self.score.skipped,
+            "float_top1": self.float_score.top1,
+            "float_top5": self.float_score.top5,
+            "calibrated_top1": self.calibrated_score.top1,
+            "epochs": self.epochs,
+            "last_top1": self.last_score and self.last_score.top1,
+            "best_epoch": self.best_epoch,
+            "best_top1": self.best_score and self.best_score.top1,
+            "exported_epoch": self.exported_epoch,
+            "advice": self.advice,
+            "bops": self.bops,
+            "float_bops": self.float_bops,
+            "budget_bops": self.budget_bops,
+            "budget_bytes": self.budget_bytes,
+            "bops_reduction": self.float_bops / self.bops,
+            "size_bytes": self.size,
+            "float_size_bytes": self.float_size,
+            **{f"onnx_{name}": onnx.get(name) for name in ONNX_FIGURES},
+            "policy": self.policy.model_dump()["layers"],
+            "artifacts": self.artifacts,
+        }
+
+    def pack(self) -> dict[str, Any]:
+        """Plain values that a checkpoint can hold."""
+        packed = asdict(self)
+        del packed["onnx"]  # comes last, and is not known before
+        packed["policy"] = self.policy.to_json()
+        return packed
+
+    @classmethod
+    def unpack(cls, packed: dict[str, Any]) -> "Outcome":
+        """What ``pack`` made."""
+        names = ("float_score", "calibrated_score", "score", "last_score", "best_score")
+        scores = {name: Score(**packed[name]) for name in names if packed.get(name)}
+        known = {name: value for name, value in packed.items() if name in cls.__dataclass_fields__}
+        return cls(**{**known, **scores, "policy": BitConfig.model_validate_json(packed["policy"])})
+
+
+def write_report(path: Path, config: RunConfig, results: dict[str, Any]) -> None:
+    """Write the report of a finished run.
+
+    Args:
+        path: of the Markdown file.
+        config: of the run.
+        results: the dictionary that ``saq quantize --json`` prints.
+    """
+    write_text(path, report_markdown(config, results))
+
+
+def quantized_states(results: dict[str, Any]) -> dict[str, tuple[float, bool]]:
+    """Title to top-1 in percent, and whether it is exported: calibrated, after the last epoch, and the best of all."""
+    last, best, epochs = results["last_top1"], results["best_top1"], results["epochs"]
+    states = {"calibrated": (results["calibrated_top1"], epochs == 0)}
+    if last is not None:
+        states[f"last (epoch {epochs})"] = (last, results["exported_epoch"] == epochs)
+    if epochs and best is not None:
+        states[f"best (epoch {results['best_epoch']})"] = (best, results["exported_epoch"] != epochs)
+    return states
+
+
+def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    budget = results["budget_bops"]
+    share = f" ({100 * results['bops'] / budget:.2f} % of {format_quantity(budget)})" if budget else ""
+    layers = "\n".join(
+        f"| `{name}` | {bits['weight'] or 32} | {bits['activation'] or 32} |"
+        for name, bits in results["policy"].items()
+    )
+    names, rows, exported = results_table(results)
+    rows[2][exported] += share
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (["", *names], ["--"] * (1 + len(names)), *rows))
+    note = f"\nNote: {results['advice']}.\n" if results["advice"] else ""
+    again = f"saq rerun {shlex.quote(results['run_dir'])}"
+    return f"""# {results["model"]}, quantized
+
+{table}
+{note}
+Evaluated on {counted(results["images"], "image")}. BOPs are reduced {results["bops_reduction"]:.1f} times.
+
+{_onnx(results)}
+
+{_made(config)}, seed {config.run.seed}, recipe {config.recipe}. Run it again, and compare, with
+`{again}`.
+
+## Bits
+
+| layer | weights | activations |
+|--|--|--|
+{layers}
+"""
+
+
+def results_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], int]:
+    """The figures of a run side by side.
+
+    Args:
+        results: as ``report_markdown``.
+
+    Returns:
+        Names of the columns behind the first one, the rows (top-1, top-5, BOPs, size, ONNX file), and the place in a
+        row of the state that was exported, which alone has all figures beside the float network.
+    """
+    states = quantized_states(results)
+    exported = 2 + [taken for _, taken in states.values()].index(True)
+    rows = [
+        [
+            "top-1",
+            *(f"{top1:.2f} %" for top1 in (results["float_top1"], *(top1 for top1, _ in states.values()))),
+        ]
+    ]
+    for title, before, after in (
+        ("top-5", f"{results['float_top5']:.2f} %", f"{results['top5']:.2f} %"),
+        ("BOPs", format_quantity(results["float_bops"]), format_quantity(results["bops"])),
+        ("size", *(format_quantity(results[f"{key}size_bytes"], "B") for key in ("float_", ""))),
+    ):
+        rows.append([title, before, *(after if taken else "" for _, taken in states.values())])
+    if results["onnx_size_bytes"] is not None:
+        rows.append(["ONNX file", *("" for _ in range(1 + len(states)))])
+        rows[-1][exported] = format_quantity(results["onnx_size_bytes"], "B")
+    return ["float", *states], rows, exported
+
+
+def _made(config: RunConfig) -> str:
+    """How the weights came about."""
+    training = config.training
+    if not training.epochs:
+        return "Calibrated, not fine-tuned"
+    return f"Method {training.method}, {counted(training.epochs, 'epoch')}, learning rate {training.lr:g}"
+
+
+def _onnx(results: dict[str, Any]) -> str:
+    """How the ONNX file compares with the model, and why it is larger where it is."""
+    if results["onnx_style"] is None:
+        return "No ONNX file was written (`--no-export`)."
+    count, available = results["onnx_images"], results["onnx_images_available"]
+    images = counted(count, "image") + (f" (of {available})" if available and available > count else "")
+    agreement = f"{100 * results['onnx_argmax_agreement']:.2f} % of {images}"
+    if results["onnx_style"] == "exact":
+        lines = [
+            f"The ONNX file equals the model's exact form bit for bit, and has its best class on {agreement}."
+        ]
+    else:
+        lines = [
+            "Every layer of the ONNX file, fed what PyTorch feeds it, returns what PyTorch returns to "
+            f"{results['onnx_layers_error']:.1e} of its range;",
+            f"end to end it has the best class of the model in float64 on {agreement}.",
+        ]
+    notes = [results[name] for name in ("onnx_explanation", "onnx_size_note") if results[name]]
+    return "\n".join([*lines, *(f"\n{note[0].upper()}{note[1:]}." for note in notes)])

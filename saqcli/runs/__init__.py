@@ -1,0 +1,1 @@
+"""Runs on disk: their directory, manifest, checkpoints, locks, and signals that interrupt them."""

@@ -1,0 +1,391 @@
+"""The run directory: everything a run leaves, enough to read, resume and repeat it.
+
+``metrics.jsonl``: one object a line, appended as a run goes, taken back to the last checkpoint on resuming.
+
+The run directory: everything a run leaves behind, enough to read, resume and repeat it.
+
+manifest.json     who made it, from what, how it ended, and the SHA-256 of every artifact
+config.json       the resolved configuration
+policy.json       the bits of every layer
+search.json       how they were found, where a search found them; policy.png, policy.svg, pareto.* are its pictures
+metrics.jsonl     one object a line
+checkpoints/      last.ckpt: model, optimizer, random state, position in the epoch; search.ckpt: a search under way,
+                  proxy.ckpt: the network that it searches in; *.previous.ckpt: the good one before each;
+                  best.safetensors: the best state, where it was clearly better than the exported one
+artifacts/        model.safetensors, model.onnx, model-STYLE.onnx of further styles, their verdicts
+report.md         what a person reads first
+.lock             which process is at work here, while one is
+"""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from saqcli import distributed
+from saqcli.config import RunConfig
+from saqcli.errors import CannotWrite, Interrupted, RunDirectoryError, SaqError
+from saqcli.machine import versions
+from saqcli.models.weights import sha256_of
+from saqcli.runs.checkpoints import CheckpointFile
+from saqcli.runs.interrupts import exit_code_of, held_back_signals
+from saqcli.runs.locks import Lock, Owner
+from saqcli.runs.manifest import Circumstances, RunManifest, circumstances
+from saqcli.serialization import (
+    cannot_write,
+    json_text,
+    make_folder,
+    parse_json,
+    read_text,
+    remove_unfinished,
+    write_text,
+)
+
+
+class Metrics:
+    """The file at ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, values: dict[str, Any]) -> None:
+        """Add a line.
+
+        Raises:
+            CannotWrite: the disk is full, or not to be written to.
+        """
+        there = self.path.stat().st_size if self.path.is_file() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json_text(values) + "\n")
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.path, there)  # no half of a line
+            raise cannot_write(self.path, error) from None
+
+    def text(self) -> str:
+        """What it says, to go with a checkpoint; nothing where it is not there or cannot be read."""
+        try:
+            return self.path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return ""
+
+    def restore(self, text: str) -> None:
+        """Let it say what it said at the checkpoint: what came after is done again."""
+        write_text(self.path, text)
+
+
+Stage = Literal["proxy", "search"]  # fitting the network that is searched in its place; searching
+_FILES = [  # beside manifest.json
+    *("config.json", "policy.json", "metrics.jsonl", "report.md", "search.json"),
+    *("policy.png", "policy.svg", "pareto.json", "pareto.csv", "pareto.png", "pareto.svg"),
+]
+
+
+class RunDirectory:
+    """A run directory that exists."""
+
+    def __init__(self, path: Path, verb: str = "quantize") -> None:
+        """``verb`` is the command that made it."""
+        self.path, self.verb = path, verb
+        self.policy_path = path / "policy.json"
+        self.checkpoint_path = path / "checkpoints" / "last.ckpt"
+        self.safetensors_path = path / "artifacts" / "model.safetensors"
+        self.best_path = path / "checkpoints" / "best.safetensors"
+        self.onnx_path = path / "artifacts" / "model.onnx"
+        self.report_path = path / "report.md"
+        self.search_path = path / "search.json"
+        self.metrics_path = path / "metrics.jsonl"
+        self._metrics = Metrics(self.metrics_path)
+        self._checkpoint = CheckpointFile(self.checkpoint_path)
+        self.search_states = {
+            stage: CheckpointFile(path / "checkpoints" / f"{stage}.ckpt") for stage in get_args(Stage)
+        }
+        self._lock = Lock(path)
+        self.killed: Owner | None = None  # the process before this one, where it was killed
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """An existing run directory.
+
+        Raises:
+            RunDirectoryError: ``path`` is none.
+        """
+        if not (path / "manifest.json").is_file():
+            raise RunDirectoryError(f"{path} is not a run directory: it has no manifest.json")
+        run = cls(path)
+        with suppress(SaqError):  # one that is damaged is told where it is read
+            run.verb = run.manifest().verb
+        return run
+
+    @classmethod
+    def start(
+        cls,
+        path: Path,
+        config: RunConfig,
+        *,
+        resume: bool,
+        overwrite: bool,
+        verb: str = "quantize",
+    ) -> "RunDirectory":
+        """Make ``path`` a run directory for ``config``, or resume the one that is there; lock it.
+
+        Raises:
+            RunDirectoryError: it holds a run and neither ``resume`` nor ``overwrite`` was given, it holds
+                other files, another process is at work in it, or it cannot be written.
+        """
+        run = cls(path, verb)
+
+        def start() -> None:
+            run._check_usable(resume=resume, overwrite=overwrite)
+            make_folder(path)
+            run.killed = run._lock.take()
+            try:
+                run._open(config, resume=resume, overwrite=overwrite)
+            except BaseException:
+                run._lock.release()
+                raise
+
+        distributed.from_first(start)
+        return run
+
+    def _open(self, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
+        """Once it is locked: what ``start`` does."""
+        there, now = self._check_usable(resume=resume, overwrite=overwrite), circumstances(config.run.device)
+        for folder in ("", "checkpoints", "artifacts"):
+            remove_unfinished(self.path / folder)
+        if not (there and resume):
+            if (self.path / "manifest.json").is_file():
+                self._write_manifest(now, "clearing")  # never taken for the run whose files go now
+            self._clear()
+        if not (self.path / "config.json").is_file():
+            write_text(self.path / "config.json", config.to_json())
+        if not (there and resume):
+            self._write_manifest(now, "running")
+        else:
+            before = self.manifest().circumstances
+            self._update(status="running", circumstances=before + [now] * (not before or before[-1] != now))
+        for name in ("checkpoints", "artifacts")[: 1 if self.verb == "search" else 2]:
+            make_folder(self.path / name)
+
+    def _write_manifest(self, now: Circumstances, status: Literal["clearing", "running"]) -> None:
+        """That of a run that begins."""
+        started, facts = datetime.now(UTC).isoformat(timespec="seconds"), versions()
+        manifest = RunManifest(
+            command=sys.argv,
+            verb=self.verb,
+            status=status,
+            started=started,
+            versions=facts,
+            circumstances=[now],
+        )
+        write_text(self.path / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
+
+    def check_usable(self, *, resume: bool, overwrite: bool) -> bool:
+        """Whether there is a run already; to be asked before any time is spent.
+
+        Raises:
+            RunDirectoryError: as ``start``.
+        """
+        return distributed.from_first(lambda: self._check_usable(resume=resume, overwrite=overwrite))
+
+    def _check_usable(self, *, resume: bool, overwrite: bool) -> bool:
+        if self.path.exists() and not self.path.is_dir():
+            raise RunDirectoryError(f"{self.path} is a file: give another --run-dir")
+        entries = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        if all(name == "config.json" or name.startswith(".") for name in entries):
+            return False  # nothing, or what a crash left of a run's first moment
+        if not (self.path / "manifest.json").is_file():
+            raise RunDirectoryError(f"{self.path} holds other files and no run: give another --run-dir")
+        manifest = self.manifest()
+        if manifest.status == "clearing":
+            return False  # --overwrite was killed: what is left is removed when the next run starts
+        if resume and manifest.verb != self.verb:
+            there = RunDirectory.open(self.path)
+            raise RunDirectoryError(
+                f"{self.path} holds a run of `saq {manifest.verb}`, which `saq {self.verb}` cannot resume: "
+                f"{there.next_step()}, or give another --run-dir"
+            )
+        if not resume and not overwrite and self._holds_work():
+            owner, working = self._lock.holder()
+            if working and owner and owner.pid != os.getpid():
+                raise RunDirectoryError(self._lock.refusal(owner))
+            article = {"finished": "a finished", "failed": "a failed"}.get(manifest.status, "an interrupted")
+            raise RunDirectoryError(
+                f"{self.path} already holds {article} run: give --resume to continue it, --overwrite to replace "
+                "it, or another --run-dir"
+            )
+        return True
+
+    def _holds_work(self) -> bool:
+        """Whether starting over would lose anything."""
+        return self.search_path.exists() or self.saved() or self.manifest().status in ("finished", "running")
+
+    def manifest(self) -> RunManifest:
+        """What ``manifest.json`` says."""
+        return parse_json(
+            RunManifest, self._read("manifest.json"), f"{self.path}/manifest.json", RunDirectoryError
+        )
+
+    def config(self) -> RunConfig:
+        """What ``config.json`` says."""
+        return parse_json(RunConfig, self._read("config.json"), f"{self.path}/config.json", RunDirectoryError)
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Within the context the run is ``running``; its end is noted in the manifest, whatever it is, and the lock
+        let go."""
+        try:
+            yield
+        except Interrupted:
+            self._note_end("interrupted")
+            raise
+        except KeyboardInterrupt as asked:
+            self._note_end("interrupted")
+            raise self.interrupted(exit_code_of(asked)) from None
+        except CannotWrite as error:
+            self._check_there()
+            self._note_end("failed")
+            raise CannotWrite(f"{error}, then {self.how_to_resume()}") from None
+        except BaseException:
+            self._note_end("failed")
+            raise
+        finally:
+            self._lock.release()
+
+    def _note_end(self, status: Literal["interrupted", "failed"]) -> None:
+        """Unless nothing can be written, which is told then."""
+        with suppress(SaqError), held_back_signals():
+            self._update(status=status)
+
+    def interrupted(self, exit_code: int) -> Interrupted:
+        """To be raised where a signal, 128 less than ``exit_code``, has ended the work on this run."""
+        return Interrupted(self._resuming(), exit_code, saved=self.saved())
+
+    def saved(self) -> bool:
+        """Whether there is a checkpoint, or the state of a search, to resume from."""
+        return any(state.exists() for state in (self._checkpoint, *self.search_states.values()))
+
+    def how_to_resume(self) -> str:
+        """The command that resumes this run."""
+        return f"resume with {self._resuming()}"
+
+    def _resuming(self) -> str:
+        return f"`saq {self.verb} --run-dir {shlex.quote(str(self.path))} --resume`"
+
+    def standing(self) -> str:
+        """How the run stands, as a clause: ``was interrupted (process 24054 was killed)``."""
+        status, (owner, working) = self.manifest().status, self._lock.holder()
+        if working:
+            return f"is still running ({owner or 'in another process'})"
+        if status == "interrupted":
+            return "was interrupted"
+        if status in ("running", "clearing"):
+            return f"was interrupted ({f'process {owner.pid}' if owner else 'its process'} was killed)"
+        return "is finished" if status == "finished" else "failed"
+
+    def next_step(self) -> str:
+        """What to do with the run as it stands: wait, resume, or quantize to the bits that a search found."""
+        if self._lock.holder()[1]:
+            return "wait for it"
+        found = self.verb == "search" and self.policy_path.is_file() and self.manifest().status == "finished"
+        return self.how_to_quantize() if found else self.how_to_resume()
+
+    def how_to_quantize(self) -> str:
+        """The command that quantizes to the bits of this run."""
+        model = "MODEL"
+        with suppress(SaqError):
+            model = self.config().model.name
+        return f"quantize to its bits with `saq quantize {model} --policy {shlex.quote(str(self.path))}`"
+
+    def keep_config(self, config: RunConfig) -> None:
+        """Let ``config.json`` say what a resumed run now exports; all else in it is as it was."""
+        if distributed.first() and self.config() != config:
+            write_text(self.path / "config.json", config.to_json())
+
+    def note_images(self, fingerprints: dict[str, str], **more: str) -> None:
+        """Keep which images the run is made on, and ``more`` about them that the manifest has a place for."""
+        self._update(images=fingerprints, **more)
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Note the results and the hashes of all artifacts, and that the run is finished."""
+        if not distributed.first():
+            return
+        paths = sorted(path for path in (self.path / "artifacts").glob("*") if not path.name.startswith("."))
+        hashes = {path.relative_to(self.path).as_posix(): sha256_of(path) for path in paths}
+        self._update(status="finished", results=results, artifacts=hashes)
+
+    def log(self, **values: Any) -> None:
+        """Append one object to ``metrics.jsonl``.
+
+        Raises:
+            RunDirectoryError: it cannot be written.
+        """
+        if distributed.first():
+            self._check_there()
+            self._metrics.append(values)
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint by ``state``, tensors and plain values only, and keep the one before; the metrics so
+        far go with it.
+
+        Raises:
+            RunDirectoryError: it cannot be written; what was there is as it was.
+        """
+        if distributed.first():
+            self.save(self._checkpoint, {**state, "metrics": self._metrics.text()})
+
+    def load_checkpoint(self, note: Callable[[str], None] = lambda _: None) -> dict[str, Any] | None:
+        """The last checkpoint that is whole, on the CPU, or None if there is none.
+
+        Args:
+            note: told when the newest is damaged.
+
+        Raises:
+            RunDirectoryError: none is whole.
+        """
+        return distributed.from_first(lambda: self._checkpoint.load(note))
+
+    def restore_metrics(self, state: dict[str, Any] | None) -> None:
+        """Let ``metrics.jsonl`` say what it said when ``state`` was saved: what came after is done again."""
+        if distributed.first():
+            self._metrics.restore((state or {}).get("metrics", ""))
+
+    def end_search(self) -> None:
+        """The search is done: its state is not needed any more."""
+        if distributed.first():
+            for state in self.search_states.values():
+                state.remove()
+
+    def save(self, file: CheckpointFile, state: dict[str, Any]) -> None:
+        """Replace what is in one of the ``search_states``; as ``save_checkpoint``, on the first rank."""
+        self._check_there()
+        file.save(state)
+
+    def _check_there(self) -> None:
+        """Nothing is made again in the place of a directory that somebody took away."""
+        if not (self.path / "manifest.json").is_file():
+            raise RunDirectoryError(
+                f"{self.path} was removed or emptied while the run was under way: put it back, or start again"
+            )
+
+    def _read(self, name: str) -> str:
+        return read_text(self.path / name, f"{self.path / name}", RunDirectoryError)
+
+    def _update(self, **changes: Any) -> None:
+        if not distributed.first():
+            return
+        manifest = self.manifest().model_copy(update=changes)
+        write_text(self.path / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
+
+    def _clear(self) -> None:
+        """Remove what a run wrote, and nothing else."""
+        for name in ("checkpoints", "artifacts"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in _FILES:
+            (self.path / name).unlink(missing_ok=True)

@@ -1,0 +1,174 @@
+"""One process at a time in a run directory.
+
+The file ``.lock`` names the owner (process, host, since when), and the owner holds a lock of the operating system on
+it, which ends with the process, however that ends. A name without a lock is that of a process that was killed: the lock
+is taken over. POSIX record locks are used, since processes that are forked to read images do not
+inherit them. On a file system without locks the name alone decides: a process of this host that is gone is no owner.
+"""
+
+import errno
+import json
+import os
+import socket
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from saqcli.errors import RunDirectoryError
+from saqcli.serialization import cannot_write, json_text
+
+NAME = ".lock"
+TRIES = 20
+SECONDS_BETWEEN_TRIES = 0.05
+_HELD = (errno.EACCES, errno.EAGAIN)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lock.
+
+    Attributes:
+        pid: of the process.
+        host: that it runs on.
+        since: UTC.
+    """
+
+    pid: int
+    host: str
+    since: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+    @property
+    def gone(self) -> bool:
+        """Whether it is a process of this host that has ended; of another host nothing is known."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return False
+        return False
+
+
+_OURS: dict[Path, Owner] = {}  # that this process holds: to open and close such a file would give up its lock
+
+
+class Lock:
+    """The lock of a folder.
+
+    Args:
+        folder: that exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / NAME
+        self._handle: int | None = None
+
+    def take(self) -> Owner | None:
+        """Become the owner.
+
+        Returns:
+            The owner before, where it was killed: it left its name and no lock.
+
+        Raises:
+            RunDirectoryError: another process is the owner, or the folder cannot be written to.
+        """
+        for last in (number == TRIES for number in range(1, TRIES + 1)):
+            try:
+                handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except OSError as error:
+                raise cannot_write(self.path, error) from None
+            locked = _lock(handle)
+            before = _read(handle)
+            if locked is False or (
+                locked is None and before and before.pid != os.getpid() and not before.gone
+            ):
+                os.close(handle)
+                if last or locked is None or (before and not before.gone):
+                    raise RunDirectoryError(self.refusal(before, certain=locked is False))
+                time.sleep(SECONDS_BETWEEN_TRIES)  # another process looks who holds it, or takes it just now
+                continue
+            if _same_file(handle, self.path):  # the owner before may have removed it in the meantime
+                break
+            os.close(handle)
+        else:
+            raise RunDirectoryError(
+                f"{self.path} is made and removed again and again: give another --run-dir"
+            )
+        self._handle = handle
+        owner = Owner(os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(timespec="seconds"))
+        _OURS[self.path.resolve()] = owner
+        try:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json_text(asdict(owner)).encode(), 0)
+        except OSError as error:
+            self.release()
+            raise cannot_write(self.path, error) from None
+        return before if before and before.pid != os.getpid() else None
+
+    def holder(self) -> tuple[Owner | None, bool]:
+        """Who is named as the owner, and whether it is at work; nothing changes."""
+        ours = _OURS.get(self.path.resolve())
+        if ours and ours.pid == os.getpid() and self.path.is_file():
+            return ours, True
+        try:
+            handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None, False
+        try:
+            named, locked = _read(handle), _lock(handle, shared=True)
+        finally:
+            os.close(handle)
+        return named, locked is False or (locked is None and named is not None and not named.gone)
+
+    def release(self) -> None:
+        """Be the owner no more; nothing happens where this process is none."""
+        if self._handle is None:
+            return
+        if _same_file(self._handle, self.path):
+            with suppress(OSError):  # the disk may be read-only by now
+                self.path.unlink(missing_ok=True)
+        _OURS.pop(self.path.resolve(), None)
+        os.close(self._handle)
+        self._handle = None
+
+    def refusal(self, owner: Owner | None, *, certain: bool = True) -> str:
+        """Why ``owner`` keeps others out, and what to do; ``certain`` where the system says that it is at work."""
+        who = f"in use by {owner}" if owner else "in use by another process"
+        remedy = "wait for it or stop it" if certain else f"if it has ended, remove {self.path}"
+        return f"{self.path.parent} is {who}: {remedy}, or give another folder"
+
+
+def _lock(handle: int, *, shared: bool = False) -> bool | None:
+    """Whether the operating system gave the lock, alone or ``shared``; None where it has none to give."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        fcntl.lockf(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in _HELD else None
+    return True
+
+
+def _read(handle: int) -> Owner | None:
+    """Who is named; None where nobody is, or nothing that can be read."""
+    try:
+        named = json.loads(os.pread(handle, 1000, 0))
+        return Owner(int(named["pid"]), str(named["host"]), str(named["since"]))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _same_file(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError:
+        return False

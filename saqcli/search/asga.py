@@ -1,0 +1,375 @@
+"""ASGA: bits by gradient descent on a small data set, with aligned gradients.
+
+What can be said of how ASGA searches. The formulas stand in ``asga``.
+
+ASGA under way: what learns, step by step. The formulas stand in ``asga``.
+
+Bits by gradient descent, where the loss is low and stays low nearby: a search meant for another data set's network.
+
+Every free layer computes with all its options at once, see ``mixture``. Weights w and logits A descend together, on
+the loss L and on the loss at a perturbed point, and on what exceeds the budget:
+
+    pass 1    L, g = dL/dp,  p the mixed quantized weights, biases and norm parameters
+    ascent    e = (rho / ||s g|| - a) s**2 g,  s the deviation of a layer's weights, 1 for the rest; see ``sharpness``
+    pass 2    L_p = L at p + e, batch statistics frozen
+    update    1/2 grad L + 1/2 grad L_p  to w and A,  and to A once
+              lambda sum_k max(0, E[c_k] / C_k - 1)**2 + 0.001 E[c_k] / C_k,  k over the bounds C_k of the budget
+    radius    rho = clip(ln(1 + h), rho_min, rho_max) for the next step,  h = max(0, L_p - L), a running mean
+
+The expected cost is that of the options by their shares: at settled shares it is what the choice costs, exactly.
+Lambda rises from 0 over the first tenth of the steps, learning rates fall to 0 along a cosine. In the end the choice is
+the likeliest that the budget admits: the least sum of -log p_o, by an exact knapsack. Where the likeliest option of
+every decision fits and uses the budget, it is that.
+
+Sources: the idea, the radius and the proxy set are those of "Learning from Loss Landscape: Generalizable
+Mixed-Precision Quantization via Adaptive Sharpness-Aware Gradient Aligning" (ASGA, arXiv:2505.04877), of which no full
+text was at hand. The update is that of SAGM (Wang et al., CVPR 2023, arXiv:2303.10353), as released; mixtures as in
+EdMIPS (arXiv:2004.05795).
+
+Differs from ASGA:
+
+- rho does not fall below ``rho_min``: to first order h = rho ||g||, so that ln(1 + h) alone shrinks to 0 wherever
+  ||g|| < 1. Of h the running mean is taken.
+- rho is in units of weight deviations, and the perturbation is added to quantized weights, as in SAQ.
+- The exact knapsack takes the place of lowering bits one by one until the budget is met.
+- Logits have an optimizer of their own, Adam, and steps are on few images: less than an epoch does, not 90.
+- ``bilevel`` learns weights on some images and logits on others, an epoch of each in turn (DARTS, arXiv:1806.09055,
+  takes turns at every step).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from saqcli import distributed
+from saqcli.errors import ConfigError, TrainingDiverged
+from saqcli.quant.layer import frozen_batch_stats
+from saqcli.search.cosine import CosineRates
+from saqcli.search.knapsack import best_choice, indifferent
+from saqcli.search.mixture import Mixtures
+from saqcli.search.problem import Batches, Found, SearchProblem, remaining
+from saqcli.search.supernet import Scorer, Supernet
+from saqcli.training.minimizers import Chunk
+from saqcli.training.minimizers.base import average_gradients, check_step, gradients_of, running_statistics
+from saqcli.training.objective import cut, micro_batches
+from saqcli.training.options import check_choice, check_count, check_flag, check_number
+from saqcli.training.perturbation import Gradients, Perturbation, PerturbedSet, RadiusUnit, add_up
+from saqcli.training.step import Before, Setbacks, fitting
+from saqcli.units import format_quantity
+
+Align = Literal["sagm", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How ASGA searches: its options.
+
+    Attributes:
+        epochs: passes over the images; a fraction ends within one.
+        step_images: of a batch, for one step.
+        rho_min: least radius.
+        rho_max: greatest radius, and the first.
+        rho_unit: ``deviation`` (of each layer's weights) or ``absolute``.
+        alignment: ``a``, how far the ascent is drawn back along the gradient, which aligns the two gradients.
+        align: ``sagm``, or ``none`` for the same search on the plain loss, without a second pass.
+        cost_weight: ``lambda``.
+        logit_lr: first learning rate of the logits.
+        temperature_end: softmax temperature at the last step, from 1 at the first; 1 keeps it.
+        bilevel: learn the logits on held-out images.
+
+    Raises:
+        ConfigError: a word that is not among an option's choices, or a number out of range.
+    """
+
+    epochs: float = 0.25
+    step_images: int = 32
+    rho_min: float = 0.01
+    rho_max: float = 0.1
+    rho_unit: RadiusUnit = "deviation"
+    alignment: float = 1e-3
+    align: Align = "sagm"
+    cost_weight: float = 3.0
+    logit_lr: float = 0.1
+    temperature_end: float = 1.0
+    bilevel: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("epochs", self.epochs, 0)
+        if not self.epochs:
+            raise ConfigError(f"epochs {self.epochs!r} is not possible: give more than 0")
+        check_number("rho_min", self.rho_min, 0)
+        check_number("rho_max", self.rho_max, self.rho_min)
+        for option in ("alignment", "cost_weight", "logit_lr"):
+            check_number(option, getattr(self, option), 0)
+        check_number("temperature_end", self.temperature_end, 0.01)
+        check_count("step_images", self.step_images)
+        check_flag("bilevel", self.bilevel)
+        check_choice("rho_unit", self.rho_unit, get_args(RadiusUnit))
+        check_choice("align", self.align, get_args(Align))
+
+
+RISE = 0.1  # of all steps, until the budget weighs in full
+THRIFT = 1e-3  # weight of the expected cost itself
+MEMORY = 0.9  # of the running mean of the gap
+
+
+class Descent:
+    """One search under way: what learns, and how far it is.
+
+    Attributes:
+        model: with mixtures for quantizers.
+        phases: of an epoch: images, and what learns on them.
+        total: batches of the whole search.
+        done: batches so far; a step may be on a part of one.
+        rho: radius of the next step.
+        gap: running mean of h; None before the first step.
+        trace: loss and h of every step so far.
+    """
+
+    def __init__(self, settings: Settings, problem: SearchProblem) -> None:
+        self.settings, self.problem = settings, problem
+        self.supernet = Supernet(problem)
+        self.supernet.settle()
+        self.model = problem.model
+        self.optimizer = problem.optimizer(self.model)
+        self.mixtures = Mixtures(self.supernet)
+        self.logits = self.mixtures.parameters()
+        self.logit_optimizer = torch.optim.Adam(self.logits, lr=settings.logit_lr)
+        groups = self.optimizer.param_groups
+        self.weights = [p for group in groups for p in group["params"] if p.requires_grad]
+        self.set = PerturbedSet(self.model, ("weights", "biases", "norms"))
+        self._rates = CosineRates(self.optimizer, self.logit_optimizer)
+        images = problem.images
+        self.phases: list[tuple[Batches, set[str]]] = [(images.whole, {"weights", "logits"})]
+        if settings.bilevel:
+            self.phases = [(images.training, {"weights"}), (images.held_out, {"logits"})]
+        self.total = settings.epochs * sum(len(batches) for batches, _ in self.phases)
+        self.done = 0.0
+        self.rho = settings.rho_max
+        self.gap: float | None = None
+        self.trace: list[tuple[float, float]] = []
+        self._since = 0  # steps before this epoch
+        self.setbacks = Setbacks()
+
+    def run(self) -> None:
+        """All steps, from where the memory left off."""
+        kept = self.problem.memory.load()
+        epoch, phase, index = (0, 0, 0) if kept is None else self._load(kept)
+        self.model.train()
+        while epoch < self.settings.epochs:
+            self._pass(epoch, phase, index)
+            phase, index = phase + 1, 0
+            if phase == len(self.phases):
+                self._note(epoch)
+                epoch, phase = epoch + 1, 0
+        if not self.trace:
+            raise distributed.agreed(
+                TrainingDiverged("not one step of the search had a loss: give a lower search.lr")
+            )
+
+    def _pass(self, epoch: int, place: int, start: int) -> None:
+        """One phase of an epoch, from batch number ``start`` on."""
+        problem, (batches, learning) = self.problem, self.phases[place]
+        count = min(len(batches), math.ceil((self.settings.epochs - epoch) * len(batches)))
+        with problem.progress.task(f"search epoch {epoch + 1} of {self.settings.epochs:g}", count) as task:
+            task.advance(start)
+            for index, (images, labels) in remaining(batches, epoch, start, problem.memory):
+                if index == count:
+                    break
+                on_device = [tensor.to(problem.device) for tensor in (images, labels)]
+                for part in cut(on_device, max(1, self.settings.step_images // distributed.count())):
+                    self.step(
+                        partial(micro_batches, self.model, part[0], part[1]),
+                        len(part[1]),
+                        len(part[1]) / len(labels),
+                        weights="weights" in learning,
+                        logits="logits" in learning,
+                    )
+                task.advance(
+                    images=len(labels),
+                    loss=self.trace[-1][0] if self.trace else math.nan,
+                    entropy=self.mixtures.entropy(),
+                    cost=max(self.mixtures.used(problem.budget).tolist()),
+                )
+                problem.memory.offer(
+                    partial(self._state, epoch, place, index + 1), milestone=index + 1 == count
+                )
+
+    def step(
+        self,
+        parts: Callable[[int | None], Chunk],
+        images: int,
+        share: float = 1.0,
+        *,
+        weights: bool = True,
+        logits: bool = True,
+    ) -> None:
+        """One update of weights, logits or both.
+
+        Args:
+            parts: the images of the step, in micro-batches of at most that many.
+            images: how many these are on this rank.
+            share: of a batch.
+            weights: whether these learn.
+            logits: likewise.
+
+        Raises:
+            TrainingDiverged: the loss is no finite number, in many steps in a row.
+            DeviceMemoryError: out of memory, however small the micro-batches.
+        """
+        self._schedule()
+        learned = [*(self.weights if weights else ()), *(self.logits if logits else ())]
+        before, note = Before(self.model), self.problem.progress.note
+
+        def need_less() -> None:
+            before.restore()
+            self.setbacks.halve(images, note)
+
+        value, raised, norm, total = fitting(
+            lambda: self._passes(parts(self.setbacks.micro_batch), learned, weights), need_less
+        )
+        for parameter, gradient in zip(learned, total, strict=True):
+            parameter.grad = gradient
+        average_gradients(
+            learned, [value, raised, norm, *(running_statistics(self.model) if weights else ())]
+        )
+        try:
+            check_step(value, norm, raised)
+        except TrainingDiverged as error:
+            before.restore(random=False)
+            self.setbacks.leave_out(error, note)
+            self.done += share
+            return
+        self.setbacks.in_row = 0
+        gap = max(0.0, float(raised - value)) if self.settings.align == "sagm" else 0.0
+        if logits:
+            for parameter, price in zip(self.logits, self._prices(), strict=True):
+                if price is not None:
+                    parameter.grad = price if parameter.grad is None else parameter.grad + price
+        if weights:
+            self.optimizer.step()
+        if logits:
+            self.logit_optimizer.step()
+        self._follow(float(value), gap)
+        self.done += share
+
+    def _passes(
+        self, chunk: Chunk, learned: Sequence[nn.Parameter], weights: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+        """The loss, that at the perturbed point, the norm that must be finite too, and the gradients of the step."""
+        with nullcontext() if weights else frozen_batch_stats(self.model):
+            value, gradients = gradients_of(chunk, self.set, also=learned)
+        members, total = gradients[: -len(learned)], gradients[-len(learned) :]
+        if self.settings.align == "none":
+            return value, value.clone(), torch.zeros_like(value), total
+        raised, norm, above = self._raised(chunk, members, value, learned)
+        return value, raised, norm, add_up(add_up([], total, 0.5), above, 0.5)
+
+    def _raised(
+        self, chunk: Chunk, members: Gradients, value: Tensor, learned: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        """The loss at the perturbed point, the norm, and the gradients there."""
+        unit = self.set.ascent(members, 1.0, self.settings.rho_unit)
+        factor = self.rho - self.settings.alignment * unit.norm  # of e in units of s**2 g / ||s g||
+        weights, parameters = ([factor * e for e in part] for part in (unit.weights, unit.parameters))
+        moved = self.set.applied(Perturbation(weights, parameters, unit.norm))
+        raised, above = torch.zeros_like(value), list[Tensor | None]()
+        with moved, frozen_batch_stats(self.model), torch.enable_grad():
+            for loss, share in chunk:
+                part = loss()
+                above = add_up(above, list(torch.autograd.grad(part, learned, allow_unused=True)), share)
+                raised += part.detach() * share
+        return raised, unit.norm, above
+
+    def _prices(self) -> Gradients:
+        """Gradients to the logits of what the mixtures cost."""
+        weight = self.settings.cost_weight * min(1.0, self.done / max(RISE * self.total, 1.0))
+        with torch.enable_grad():
+            used = self.mixtures.used(self.problem.budget)
+            price = weight * (used - 1).clamp_min(0).square().sum() + THRIFT * used.sum()
+        return list(torch.autograd.grad(price, self.logits))
+
+    def _schedule(self) -> None:
+        """Learning rates and temperature of the coming step."""
+        fraction = min(1.0, self.done / max(self.total, 1))
+        self._rates.set(fraction)
+        self.mixtures.set_temperature(self.settings.temperature_end**fraction)
+
+    def _follow(self, loss: float, gap: float) -> None:
+        """Note a step, and adapt the radius to the gap."""
+        self.trace.append((loss, gap))
+        self.gap = gap if self.gap is None else MEMORY * self.gap + (1 - MEMORY) * gap
+        self.rho = min(self.settings.rho_max, max(self.settings.rho_min, math.log1p(self.gap)))
+
+    def _note(self, epoch: int) -> None:
+        """One line on an epoch."""
+        problem = self.problem
+        losses, gaps = zip(*(self.trace[self._since :] or [(math.nan, math.nan)]), strict=True)
+        self._since = len(self.trace)
+        choice = best_choice(problem.space, problem.budget, self.mixtures.losses())
+        problem.progress.note(
+            f"search epoch {epoch + 1} of {self.settings.epochs:g}: loss {sum(losses) / len(losses):.4f}, "
+            f"gap {sum(gaps) / len(gaps):.4f} (at most {max(gaps):.4f}), entropy {self.mixtures.entropy():.3f}, "
+            f"the present choice costs {format_quantity(problem.space.cost(choice).bops, 'BOPs')}"
+        )
+
+    def _state(self, epoch: int, phase: int, index: int) -> dict[str, Any]:
+        """All that the search goes on from."""
+        return {
+            "at": [epoch, phase, index],
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "logits": [logits.detach() for logits in self.logits],
+            "logit_optimizer": self.logit_optimizer.state_dict(),
+            "done": self.done,
+            "since": self._since,
+            "rho": self.rho,
+            "gap": self.gap,
+            "trace": [list(step) for step in self.trace],
+            "setbacks": vars(self.setbacks),
+        }
+
+    def _load(self, state: dict[str, Any]) -> tuple[int, int, int]:
+        """Put back what ``_state`` gave; returns epoch, phase and batch."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.logit_optimizer.load_state_dict(state["logit_optimizer"])
+        with torch.no_grad():
+            for logits, kept in zip(self.logits, state["logits"], strict=True):
+                logits.copy_(kept)
+        self.rho, self.gap = state["rho"], state["gap"]
+        self.done, self._since = state["done"], state["since"]
+        self.trace = [(loss, gap) for loss, gap in state["trace"]]
+        vars(self.setbacks).update(state["setbacks"])
+        epoch, phase, index = state["at"]
+        return epoch, phase, index
+
+
+class ASGA(Settings):
+    """Learns shares of all options together with the weights, by sharpness-aware gradient alignment."""
+
+    def search(self, problem: SearchProblem) -> Found:
+        """Train shares and weights, then take the likeliest choice; where all fits, that, without training.
+
+        Raises:
+            InfeasibleBudget: no configuration meets the budget.
+            TrainingDiverged: the loss is no finite number.
+            Interrupted: asked to stop; the memory holds what was done.
+        """
+        space = problem.space
+        space.check_reachable(problem.budget)
+        if problem.budget.admits(space.ceiling):
+            return indifferent(problem)
+        scorer = Scorer(problem)  # before the weights move
+        descent = Descent(self, problem)
+        descent.run()
+        losses = descent.mixtures.losses()
+        choice = best_choice(space, problem.budget, losses)
+        scored = [scorer(choice)]
+        return Found(choice, lambda budget: [best_choice(space, budget, losses)], scorer, scored)

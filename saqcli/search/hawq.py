@@ -1,0 +1,146 @@
+"""Bits by curvature: quantization errors weighed with how sharply the loss bends where they are made.
+
+To second order, noise e on a tensor of n numbers raises the loss, which is at a minimum, by 1/2 e^T H e. In a random
+direction that is
+
+    loss of a width = 1/2 * tr(H) / n * ||Q(x) - x||**2
+
+for the weights of a layer, and likewise for its inputs, where H is the Hessian of an image's loss to that layer's
+input. Traces come from Hutchinson's estimate: random signs z over all tensors at once, tr H_l = E <z_l, (H z)_l>, since
+the blocks between two tensors average to zero. The losses add up, and the knapsack is solved exactly.
+
+Source: HAWQ-V2 (Dong et al., arXiv:1911.03852), sections 3.2 and 3.3. Differs from the paper: weights and inputs stand
+in one sum, so that tied bits are decided by both; and an integer program takes the place of the Pareto frontier, as in
+HAWQ-V3 (arXiv:2011.10680).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saqcli.progress import Task
+from saqcli.quant.layer import QuantizedLayer, perturbed, quantized_layers, zero_ports
+from saqcli.search.knapsack import best_choice
+from saqcli.search.problem import Batch, Found, SearchProblem
+from saqcli.search.separable import OPERANDS, Losses, Operand, add_losses, measure_noise, sums_over_batches
+from saqcli.training.hessian import HessianProduct, twice_differentiable
+from saqcli.training.options import check_count
+
+Traces = dict[tuple[str, Operand], float]
+SMALL, LARGE_BATCH = 64, 16  # pixels up to which batches stay whole, and images at a time above
+
+
+class HAWQ:
+    """Least sum of second-order losses.
+
+    Args:
+        samples: random vectors a batch of images.
+        images: of the scoring ones, to estimate the traces on; whole batches.
+    """
+
+    def __init__(self, *, samples: int = 8, images: int = 512) -> None:
+        check_count("samples", samples)
+        check_count("images", images)
+        self.samples, self.images = samples, images
+
+    def search(self, problem: SearchProblem) -> Found:
+        """Estimate traces, measure errors, then solve the knapsack exactly."""
+        problem.space.check_reachable(problem.budget)
+        losses = self.losses(problem, self.traces(problem))
+        choice = best_choice(problem.space, problem.budget, losses)
+        return Found(choice, lambda budget: [best_choice(problem.space, budget, losses)])
+
+    def losses(self, problem: SearchProblem, traces: Traces) -> Losses:
+        """Half the trace times the mean squared error; a negative trace, which is noise, counts as none."""
+        noise = measure_noise(problem)
+        return add_losses(
+            problem.space,
+            lambda key: 0.5 * max(traces[key.layer, key.operand], 0.0) * noise[key].error,
+        )
+
+    def traces(self, problem: SearchProblem) -> Traces:
+        """Trace of the Hessian of the mean loss, of every layer's weights and of an image's inputs."""
+        batches = self._batches(problem)
+        count = sum(len(labels) for _, labels in batches)
+        layers = quantized_layers(problem.model.eval())
+
+        def measure(index: int, task: Task) -> Iterator[tuple[str, float]]:
+            generator = torch.Generator().manual_seed(problem.seed * 1_000_003 + index)
+            for key, value in self._batch_traces(problem.model, layers, batches[index], generator):
+                yield key, value / count
+            task.advance(images=len(batches[index][1]))
+
+        sums = sums_over_batches(problem, "Hessian traces", len(batches), measure)
+        return {
+            (name, operand): sums.get(f"{operand} {name}", 0.0) for name in layers for operand in OPERANDS
+        }
+
+    def _batches(self, problem: SearchProblem) -> list[Batch]:
+        """Whole batches of the scoring images, cut into parts whose graphs fit in memory."""
+        size, side = len(problem.images.scoring[0][1]), problem.images.scoring[0][0].shape[-1]
+        most = size if side <= SMALL else LARGE_BATCH
+        whole = islice(problem.images.scoring, max(1, -(-self.images // size)))
+        return [
+            (images.to(problem.device), labels.to(problem.device))
+            for batch in whole
+            for images, labels in zip(*(torch.split(tensor, most) for tensor in batch), strict=True)
+        ]
+
+    def _batch_traces(
+        self, model: nn.Module, layers: dict[str, QuantizedLayer], batch: Batch, generator: torch.Generator
+    ) -> Iterator[tuple[str, float]]:
+        """Estimates of the traces of a batch's summed loss, by operand and layer."""
+        images, labels = batch
+        ports = zero_ports(layers.values())
+        with (
+            twice_differentiable(model),
+            perturbed(list(layers.values()), ports),
+            input_ports(layers) as inputs,
+        ):
+            value = F.cross_entropy(model(images), labels, reduction="sum")
+            names = [f"weight {name}" for name in layers]
+            names += [f"activation {name}" for name, leaves in inputs.items() for _ in leaves]
+            variables = [*ports, *(leaf for leaves in inputs.values() for leaf in leaves)]
+            product_with = HessianProduct(value, variables)
+            for _ in range(
+                self.samples
+            ):  # one after the other: a vector is as large as all inputs of all layers
+                vector = [_signs(leaf, generator) for leaf in variables]
+                for name, z, h in zip(names, vector, product_with(vector), strict=True):
+                    yield name, float((z * h).double().sum()) / self.samples
+
+
+@contextmanager
+def input_ports(layers: dict[str, QuantizedLayer]) -> Iterator[dict[str, list[Tensor]]]:
+    """Within the context a zero leaf is added to every layer's input at each call; the leaves, by layer."""
+    leaves: dict[str, list[Tensor]] = {name: [] for name in layers}
+    before = {name: layer.input_quantizer for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.input_quantizer = _InputPort(leaves[name])
+        yield leaves
+    finally:
+        for name, layer in layers.items():
+            layer.input_quantizer = before[name]
+
+
+class _InputPort(nn.Module):
+    """Adds a zero leaf to what passes, and notes it."""
+
+    def __init__(self, leaves: list[Tensor]) -> None:
+        super().__init__()
+        self.leaves = leaves
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``, through a leaf."""
+        leaf = torch.zeros_like(x, requires_grad=True)
+        self.leaves.append(leaf)
+        return x + leaf
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    return (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like)

@@ -1,0 +1,327 @@
+"""The exact multiple-choice knapsack, and random configurations that use a budget.
+
+The exact multiple-choice knapsack: one choice a group, least total loss, total costs within limits.
+
+Solved as an integer program by HiGHS through ``scipy.optimize.milp``. Costs are integers up to 10**15, the solver
+works in floating point with a tolerance of about 1e-6: every answer is checked in exact integers, and one that the
+tolerance let slip out of bounds is ruled out before asking again. Only where more than ``RULED_OUT`` such answers
+come in a row are the bounds drawn in by the tolerance instead.
+
+Configurations at random that use a budget and do not exceed it.
+
+Bits drawn evenly nearly always cost too much or too little. Drawn instead with probabilities
+
+    p(option) ~ exp(-m . cost)          for every decision on its own
+
+they cost the budget on average, where the multipliers m >= 0 (one a bound) are chosen so. Among configurations of the
+same cost all are equally likely, since their probabilities depend on the cost alone: drawing until one lies between
+``BUDGET_USE`` of the budget and the budget gives nearly even draws from all of these. This is the distribution of
+greatest entropy with that mean cost (Jaynes, 1957). The multipliers minimise a convex function, m . target + the sum of
+the decisions' log partition functions.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp, minimize
+from torch import Tensor
+
+from saqcli.errors import InfeasibleBudget
+from saqcli.quant.cost import USE_MIDDLE, Budget, least_use
+from saqcli.quant.search_space import SearchSpace
+from saqcli.search.problem import Found, SearchProblem
+from saqcli.search.separable import Losses
+
+RULED_OUT = 20  # answers out of bounds by the solver's tolerance, before the bounds are drawn in
+
+
+class Resource(NamedTuple):
+    """Something that every option takes some of.
+
+    Attributes:
+        costs: of every option, by group.
+        limit: greatest total, never exceeded.
+        least: least total wanted.
+    """
+
+    costs: Sequence[Sequence[int]]
+    limit: int
+    least: int = 0
+
+    def total(self, chosen: Sequence[int]) -> int:
+        """What a choice takes."""
+        return sum(group[index] for group, index in zip(self.costs, chosen, strict=True))
+
+    def admits(self, chosen: Sequence[int]) -> bool:
+        """Whether that lies within the bounds."""
+        return self.least <= self.total(chosen) <= self.limit
+
+
+def best_choice(space: SearchSpace, budget: Budget, losses: Sequence[Sequence[float]]) -> list[int]:
+    """The choice of least total loss that the budget admits; it uses the budget where any choice does.
+
+    Args:
+        space: what may be chosen.
+        budget: never exceeded.
+        losses: of every option, by decision; they add up. What is no finite number counts as worse than all.
+
+    Raises:
+        InfeasibleBudget: the budget is below the floor.
+    """
+    space.check_reachable(budget)
+    losses = _finite(losses)
+    ceiling = [len(decision.options) - 1 for decision in space.decisions]
+    if budget.admits(space.ceiling):
+        return ceiling  # nothing to choose, even where fewer bits err as little
+    resources = [
+        Resource(
+            [[cost[index] for cost in decision.costs] for decision in space.decisions],
+            bound - space.fixed_cost[index],
+        )
+        for index, bound in budget.bounds()
+    ]
+    chosen = choose(losses, resources)
+    if budget.used_by(space.cost(chosen)):
+        return chosen
+    best: list[int] | None = None
+    for place, (index, bound) in enumerate(budget.bounds()):
+        asked = list(resources)
+        asked[place] = asked[place]._replace(least=least_use(bound) - space.fixed_cost[index])
+        found = _within(losses, asked)
+        if found is not None and (best is None or _loss(losses, found) < _loss(losses, best)):
+            best = found
+    return chosen if best is None else best
+
+
+def indifferent(problem: SearchProblem) -> Found:
+    """What fits and uses the budget where nothing is known of the options, since nothing had to be learned."""
+    space = problem.space
+    alike = [[0.0] * len(decision.options) for decision in space.decisions]
+    return Found(
+        best_choice(space, problem.budget, alike), lambda budget: [best_choice(space, budget, alike)]
+    )
+
+
+def choose(losses: Sequence[Sequence[float]], resources: Sequence[Resource]) -> list[int]:
+    """The index of the chosen option of every group.
+
+    Args:
+        losses: of every option, by group.
+        resources: with their limits; a ``least`` is given up where no choice lies between it and the limit.
+
+    Raises:
+        InfeasibleBudget: no choice stays within the limits.
+    """
+    chosen = _within(losses, resources)
+    if chosen is None and any(resource.least > 0 for resource in resources):
+        chosen = _within(losses, [resource._replace(least=0) for resource in resources])
+    if chosen is not None:
+        return chosen
+    # Where the solver finds nothing although there is something, it is the cheapest, short of the limit by rounding.
+    cheapest = [min(range(len(group)), key=group.__getitem__) for group in resources[0].costs]
+    for resource in resources:
+        if resource.total(cheapest) > resource.limit:
+            raise InfeasibleBudget(
+                f"the cheapest choice costs {resource.total(cheapest)}, the limit is {resource.limit}"
+            )
+    return cheapest
+
+
+def _finite(losses: Sequence[Sequence[float]]) -> Sequence[Sequence[float]]:
+    known = [loss for row in losses for loss in row if math.isfinite(loss)] or [0.0]
+    worse = max(known) + max(map(abs, known)) + 1.0
+    return [[loss if math.isfinite(loss) else worse for loss in row] for row in losses]
+
+
+def _loss(losses: Sequence[Sequence[float]], chosen: Sequence[int]) -> float:
+    return sum(group[index] for group, index in zip(losses, chosen, strict=True))
+
+
+def _within(losses: Sequence[Sequence[float]], resources: Sequence[Resource]) -> list[int] | None:
+    """The best choice within all bounds, checked in exact integers; None where there is none."""
+    if not losses:
+        return [] if all(resource.admits([]) for resource in resources) else None
+    refused: list[list[int]] = []
+    for slack in (*(0.0,) * RULED_OUT, 2e-6, 1e-5, 1e-4, 1e-3):
+        chosen = _solve(losses, resources, slack, refused)
+        if chosen is None and not slack:
+            return None
+        if chosen is not None:
+            if all(resource.admits(chosen) for resource in resources):
+                return chosen
+            refused.append(chosen)
+    return None
+
+
+def _solve(
+    losses: Sequence[Sequence[float]],
+    resources: Sequence[Resource],
+    slack: float,
+    refused: Sequence[Sequence[int]],
+) -> list[int] | None:
+    """The best choice within bounds drawn in by ``slack``, to the solver's tolerance."""
+    edges = np.cumsum([0, *(len(group) for group in losses)])
+    one_each = np.zeros((len(losses), edges[-1]))
+    for group, (first, last) in enumerate(pairwise(edges)):
+        one_each[group, first:last] = 1
+    constraints = [LinearConstraint(one_each, 1, 1)]
+    usable = np.ones(edges[-1], dtype=bool)
+    for costs, limit, least in resources:
+        spare = limit - sum(min(group) for group in costs)
+        affordable = np.array([cost - min(group) <= spare for group in costs for cost in group])
+        weight = np.array([cost / max(limit, 1) for group in costs for cost in group]) * affordable
+        lower = max(least, 0) / max(limit, 1)
+        constraints.append(LinearConstraint(weight[None], lower + (slack if lower else 0), 1 - slack))
+        usable &= affordable
+    for chosen in refused:
+        same = np.zeros(edges[-1])
+        same[edges[:-1] + chosen] = 1
+        constraints.append(LinearConstraint(same[None], 0, len(losses) - 1))
+    loss = np.array([value for group in losses for value in group]) * usable
+    loss = loss / max(float(np.abs(loss).max()), 1e-300)
+    answer = milp(
+        loss,
+        integrality=np.ones(edges[-1]),
+        bounds=Bounds(0, usable.astype(float)),
+        constraints=constraints,
+        options={"mip_rel_gap": 1e-6, "time_limit": 60.0},
+    )
+    if answer.x is None:
+        return None
+    return [int(np.argmax(answer.x[first:last])) for first, last in pairwise(edges)]
+
+
+FRONT_DRAWS = 4  # configurations proposed for another budget
+DRAWS = 500  # in vain, before the knapsack makes a configuration fit
+HALVINGS, HOTTEST = 16, 9.0  # of the search for a temperature
+STEEPEST = (
+    1e4  # of a multiplier, per share of the budget: the cheapest option in all but one of e**10000 draws
+)
+
+
+def budget_logits(space: SearchSpace, budget: Budget, losses: Losses | None = None) -> list[Tensor]:
+    """Log-probabilities of every option, by decision, float64, with which the mean cost is that of the window.
+
+    Where the budget is beyond the mean, or has no bounds, the cost makes no difference.
+
+    Args:
+        space: what may be chosen.
+        budget: to be used.
+        losses: of every option, by decision; p ~ exp(-loss - m . cost). None for 0.
+    """
+    bounds = budget.bounds()
+    energies = [
+        np.asarray(losses[d] if losses else [0.0] * len(decision.options))
+        for d, decision in enumerate(space.decisions)
+    ]
+    if not bounds:
+        return [torch.log_softmax(torch.from_numpy(-energy), 0) for energy in energies]
+    shares = [
+        np.array([[cost[index] / bound for index, bound in bounds] for cost in decision.costs])
+        for decision in space.decisions
+    ]  # (options, bounds) each
+    fixed = np.array([space.fixed_cost[index] / bound for index, bound in bounds])
+    target = USE_MIDDLE - fixed
+
+    def dual(m: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = float(m @ target), target.copy()
+        for share, energy in zip(shares, energies, strict=True):
+            logits = -share @ m - energy
+            top = logits.max()
+            weights = np.exp(logits - top)
+            value += top + np.log(weights.sum())
+            gradient -= weights / weights.sum() @ share
+        return value, gradient
+
+    answer = minimize(
+        dual,
+        np.zeros(len(bounds)),
+        jac=True,
+        bounds=[(0, STEEPEST)] * len(bounds),
+        options={"ftol": 0.0, "gtol": 1e-8},  # the gradient is how far the mean misses the target
+    )
+    return [
+        torch.log_softmax(torch.from_numpy(-share @ answer.x - energy), 0)
+        for share, energy in zip(shares, energies, strict=True)
+    ]
+
+
+def informed_logits(space: SearchSpace, budget: Budget, losses: Losses, entropy: float) -> list[Tensor]:
+    """``budget_logits`` with losses at the temperature where the mean entropy of a decision is ``entropy``.
+
+    The entropy is in units of what it is without losses: 1 ignores them, near 0 there is no choice left.
+    """
+    scale = max((max(row) - min(row) for row in losses), default=0.0)
+    if scale <= 0:
+        return budget_logits(space, budget)
+    wanted = entropy * _entropy(budget_logits(space, budget))
+    low, high = 0.0, HOTTEST  # of the logarithm of the inverse temperature, in units of 1 / scale
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        scaled = [[math.expm1(middle) * loss / scale for loss in row] for row in losses]
+        logits = budget_logits(space, budget, scaled)
+        low, high = (middle, high) if _entropy(logits) > wanted else (low, middle)
+    return logits
+
+
+def _entropy(logits: Sequence[Tensor]) -> float:
+    """Summed over decisions."""
+    return sum(float(-(row.exp() * row).nan_to_num().sum()) for row in logits)
+
+
+class Sampler:
+    """Draws configurations that the budget admits, and that use it where configurations do.
+
+    Args:
+        space: to draw from.
+        budget: to draw for.
+        generator: of the random numbers.
+    """
+
+    def __init__(self, space: SearchSpace, budget: Budget, generator: torch.Generator) -> None:
+        space.check_reachable(budget)
+        self.space, self.budget, self.generator = space, budget, generator
+        self.logits = budget_logits(space, budget)
+        self._draws = DRAWS
+
+    def draw(self) -> list[int]:
+        """One configuration; the dearest where the budget admits it."""
+        if self.budget.admits(self.space.ceiling):
+            return [len(decision.options) - 1 for decision in self.space.decisions]
+        for _ in range(self._draws):
+            choice = self._any()
+            if in_window(self.space, self.budget, choice):
+                return choice
+        self._draws = 0  # they are too rare to be found so
+        return best_choice(self.space, self.budget, [(-noisy).tolist() for noisy in self._noisy()])
+
+    def draw_distinct(self, count: int) -> list[list[int]]:
+        """Up to ``count`` different ones; fewer where hardly more exist."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for _ in range(4 * count):
+            choice = self.draw()
+            found.setdefault(tuple(choice), choice)
+            if len(found) == count:
+                break
+        return list(found.values())
+
+    def _any(self) -> list[int]:
+        return [int(noisy.argmax()) for noisy in self._noisy()]
+
+    def _noisy(self) -> list[Tensor]:
+        """Logits plus Gumbel noise: the greatest of each is a draw."""
+        uniform = (torch.rand(len(row), generator=self.generator, dtype=torch.float64) for row in self.logits)
+        return [
+            row - torch.log(-torch.log(u.clamp(1e-300, 1 - 1e-16)))
+            for row, u in zip(self.logits, uniform, strict=True)
+        ]
+
+
+def in_window(space: SearchSpace, budget: Budget, choice: Sequence[int]) -> bool:
+    """Whether the budget admits ``choice`` and it uses the budget, or it is all there is to use."""
+    cost = space.cost(choice)
+    return budget.admits(cost) and (budget.used_by(cost) or cost == space.ceiling)

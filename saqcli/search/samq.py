@@ -1,0 +1,428 @@
+"""SAMQ: bits drawn by a controller that learns from the sharpness-aware loss of a supernet.
+
+What SAMQ's controller is to make small: the loss at the perturbed point, and how far the budget is missed.
+
+    R(b) = L(Q(w, b) + e) - L(Q(w, r)) + cost_weight * (c(b) / C - 1)**2          r a reference configuration
+
+See ``samq``. A cost is a plain number: nothing is differentiated through it.
+
+SAMQ under way: supernet and controller in turns. The formulas stand in ``samq``.
+
+SAMQ: bits drawn by a controller that learns from the sharpness-aware loss of a weight-sharing supernet.
+
+    for every epoch
+        model phase         for every training batch: draw bits, one SAQ step of the supernet at them
+        controller phase    for every held-out batch: draw bits b, one step of the controller on
+
+            R(b) log pi(b) - entropy_weight * H(pi)          to be minimised; R is a cost
+            R(b) = L(Q(w, b) + e) - L(Q(w, r)) + cost_weight * (c(b) / C - 1)**2
+
+    then draw configurations that fit the budget, and take the one with the highest accuracy
+
+``e`` is SAQ's perturbation on the same held-out batch: it reaches every searched layer. Controller phases begin after
+``warmup`` epochs. Source: Liu et al., arXiv:2111.12273, section 4, Algorithm 1 and its released code.
+
+Differs from the paper, with the way back in brackets:
+
+- A moving average of R is subtracted (``baseline="none"``). The loss of a fixed configuration r on the same images is
+  subtracted too (``reference="none"``): it does not depend on b, and takes the noise of the batch out of the reward. A
+  batch is cut into parts of ``reward_images``, each for a draw of its own.
+- The penalty is relative to the budget, so that one weight serves every model. The paper's is ``cost_weight`` 45 in its
+  CIFAR setting and 6 for ImageNet. C is the middle of the window that is searched, and of several bounds the one counts
+  of which most is used.
+- Draws are repeated until one fits the budget and uses it (``within="anything"``). What is minimised is then the mean
+  cost given that a draw fits; with a baseline subtracted, leaving the chance of fitting out of the gradient makes no
+  difference on average. The controller starts at configurations that cost the budget (``prior="none"``), by default
+  (``error``) at those with little quantization noise: evenly drawn ones spend so much on a few layers that all others
+  have 2 bits, and a short search would be over before it has unlearned them.
+- Every reward counts ``replay`` times, clipped as in PPO (arXiv:1707.06347), since a search is short (``replay=1``).
+- Draws are compared as fine-tuning starts: from the float weights, calibrated at the draw's bits, corrections
+  included (``score_in="supernet"`` compares in the trained supernet). The configuration of least quantization noise is
+  compared with them. Of those within a standard error of the highest accuracy the
+  one of least loss is taken.
+- The released code perturbs first layer and classifier alone, and leaves the reward attached to its graph.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from saqcli import distributed
+from saqcli.errors import ConfigError
+from saqcli.quant.cost import USE_MIDDLE, Budget
+from saqcli.search.controller import ROUNDS, Baseline, Controller, Reinforce, draw_within
+from saqcli.search.cosine import CosineRates
+from saqcli.search.knapsack import (
+    FRONT_DRAWS,
+    best_choice,
+    budget_logits,
+    in_window,
+    indifferent,
+    informed_logits,
+)
+from saqcli.search.problem import Found, SearchProblem, remaining
+from saqcli.search.separable import relative_noise
+from saqcli.search.supernet import Scorer, Supernet, most_accurate, score_all
+from saqcli.training.minimizers import Chunk
+from saqcli.training.minimizers.base import gradients_of
+from saqcli.training.minimizers.sharpness_aware import SAQ
+from saqcli.training.objective import Objective, micro_batches
+from saqcli.training.options import check_choice, check_count, check_flag, check_number
+from saqcli.training.perturbation import PerturbedSet, RadiusUnit
+from saqcli.training.step import Setbacks, Stepper, fitting
+
+T = TypeVar("T")
+
+
+class SharpCost:
+    """R of a configuration on a batch.
+
+    Args:
+        supernet: in eval mode whenever it is asked.
+        perturbed: the tensors that ascend, those of every searched layer among them.
+        rho: radius; 0 for the loss at the quantized weights themselves.
+        rho_unit: of it.
+        cost_weight: of the penalty.
+        reference: a choice whose loss on the same images is subtracted; None for nothing.
+
+    Attributes:
+        setbacks: how many images go through the supernet at a time, where memory does not suffice for all.
+    """
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        perturbed: PerturbedSet,
+        *,
+        rho: float,
+        rho_unit: RadiusUnit,
+        cost_weight: float,
+        reference: Sequence[int] | None,
+    ) -> None:
+        self.supernet, self.perturbed, self.reference = supernet, perturbed, reference
+        self.rho, self.cost_weight = rho, cost_weight
+        self.rho_unit: RadiusUnit = rho_unit
+        self.setbacks = Setbacks()
+
+    def __call__(self, choice: Sequence[int], images: Tensor, labels: Tensor) -> float:
+        """R of ``choice`` on images (N, C, H, W) and labels (N,)."""
+        there = 0.0
+        if self.reference is not None:
+            self.supernet.select(self.reference)
+            there = self.plainly(images, labels)
+        self.supernet.select(choice)
+        return self.losses(images, labels)[1] - there + self.penalty(choice)
+
+    def penalty(self, choice: Sequence[int]) -> float:
+        """How far ``choice`` misses the middle of the window, squared and weighed."""
+        problem = self.supernet.problem
+        cost = problem.space.cost(choice)
+        used = max(cost[index] / bound for index, bound in problem.budget.bounds())
+        return self.cost_weight * (used / USE_MIDDLE - 1) ** 2
+
+    def losses(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
+        """The loss at the selected bits, and at the perturbed point; the same where the radius is 0."""
+        if not self.rho:
+            value = self.plainly(images, labels)
+            return value, value
+        return self._fitting(self._losses, images, labels)
+
+    def plainly(self, images: Tensor, labels: Tensor) -> float:
+        """The loss at the selected bits."""
+        return self._fitting(_mean, images, labels)
+
+    def _losses(self, chunk: Chunk) -> tuple[float, float]:
+        value, gradients = gradients_of(chunk, self.perturbed)
+        ascent = self.perturbed.ascent(gradients, self.rho, self.rho_unit)
+        with self.perturbed.applied(ascent):
+            return float(value), _mean(chunk)
+
+    def _fitting(self, passes: Callable[[Chunk], T], images: Tensor, labels: Tensor) -> T:
+        """``passes`` over a batch, of as many images at a time as memory suffices for; in eval mode nothing changes."""
+        problem, model = self.supernet.problem, self.supernet.model
+        images, labels = images.to(problem.device), labels.to(problem.device)
+        return fitting(
+            lambda: passes(micro_batches(model, images, labels, self.setbacks.micro_batch)),
+            lambda: self.setbacks.halve(len(labels), problem.progress.note),
+        )
+
+    def sharpness(self, choice: Sequence[int]) -> float:
+        """Mean rise of the loss to the perturbed point, over the scoring images."""
+        problem = self.supernet.problem
+        self.supernet.select(choice)
+        self.supernet.model.eval()
+        rises = []
+        for images, labels in problem.images.scoring:
+            value, sharp = self.losses(images, labels)
+            rises.append(sharp - value)
+        return sum(rises) / len(rises)
+
+
+@torch.no_grad()
+def _mean(chunk: Chunk) -> float:
+    return float(sum(loss() * share for loss, share in chunk))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How SAMQ searches: its options.
+
+    Attributes:
+        epochs: of the search; each is a model phase and, after the first ``warmup``, a controller phase.
+        warmup: epochs without one; the last always has one.
+        rho: radius of the perturbation in both phases; 0 for none.
+        rho_unit: ``deviation`` (of each layer's weights) or ``absolute``.
+        sharpness: whether the controller's cost is the loss at the perturbed point; False is the paper's ablation.
+        cost_weight: of the penalty.
+        entropy_weight: see ``Reinforce``.
+        baseline: likewise.
+        reference: whether the loss of a ``fixed`` configuration is subtracted, or ``none``.
+        prior: where the controller starts: at configurations that cost the budget (``budget``), at those of them with
+            little quantization noise (``error``), or at even probabilities (``none``).
+        prior_entropy: of the prior ``error``, as a share of that of ``budget``.
+        within: draws are from the ``window`` between ``BUDGET_USE`` of the budget and the budget, or ``anything``.
+        controller_lr: see ``Reinforce``.
+        controller_decay: likewise, of the weights.
+        replay: likewise.
+        reward_images: of a held-out batch, for one draw.
+        draws: configurations that are compared in the end.
+        select_by: ``accuracy`` on the scoring images, or least ``sharpness`` as the released code does.
+        score_in: where draws are compared: in the ``calibrated`` network, which fine-tuning starts from, or in the
+            trained ``supernet``; what is reported of them is calibrated in either case.
+
+    Raises:
+        ConfigError: an option that is not possible.
+    """
+
+    epochs: int = 3
+    warmup: int = 1
+    rho: float = 0.4
+    rho_unit: RadiusUnit = "deviation"
+    sharpness: bool = True
+    cost_weight: float = 6.0
+    entropy_weight: float = 0.02
+    baseline: Baseline = "ema"
+    reference: Literal["fixed", "none"] = "fixed"
+    prior: Literal["error", "budget", "none"] = "error"
+    prior_entropy: float = 0.7
+    within: Literal["window", "anything"] = "window"
+    controller_lr: float = 1e-3
+    controller_decay: float = 5e-5
+    replay: int = 16
+    reward_images: int = 32
+    draws: int = 20
+    select_by: Literal["accuracy", "sharpness"] = "accuracy"
+    score_in: Literal["calibrated", "supernet"] = "calibrated"
+
+    def __post_init__(self) -> None:
+        for option in ("epochs", "replay", "reward_images", "draws"):
+            check_count(option, getattr(self, option))
+        check_count("warmup", self.warmup, 0)
+        check_flag("sharpness", self.sharpness)
+        for option in (
+            "rho", "cost_weight", "entropy_weight", "controller_lr", "controller_decay", "prior_entropy"
+        ):  # fmt: skip
+            check_number(option, getattr(self, option), 0)
+        check_choice("rho_unit", self.rho_unit, ("deviation", "absolute"))
+        check_choice("baseline", self.baseline, ("ema", "none"))
+        check_choice("reference", self.reference, ("fixed", "none"))
+        check_choice("prior", self.prior, ("error", "budget", "none"))
+        check_choice("within", self.within, ("window", "anything"))
+        check_choice("score_in", self.score_in, ("calibrated", "supernet"))
+        check_choice("select_by", self.select_by, ("accuracy", "sharpness"))
+        if self.select_by == "sharpness" and not (self.sharpness and self.rho):
+            raise ConfigError(
+                "select_by sharpness needs a perturbation: give rho above 0, and sharpness true"
+            )
+
+
+class Alternation:
+    """One search under way: supernet, controller, and where in the schedule they are."""
+
+    def __init__(self, settings: Settings, problem: SearchProblem) -> None:
+        self.settings, self.problem = settings, problem
+        self.generator = torch.Generator().manual_seed(problem.seed)
+        self.scorer = Scorer(problem)  # before the weights move
+        self.supernet = Supernet(problem)
+        self.supernet.settle()
+        self.supernet.switch_norms()
+        self.noise = relative_noise(problem)
+        self.controller = Controller(problem.space, self._prior(problem.budget), self.generator)
+        self.learner = Reinforce(
+            self.controller,
+            lr=settings.controller_lr,
+            weight_decay=settings.controller_decay,
+            entropy_weight=settings.entropy_weight,
+            baseline=settings.baseline,
+            replay=settings.replay,
+        )
+        self.optimizer = problem.optimizer(self.supernet.model)
+        self.rates = CosineRates(self.optimizer)
+        self.minimizer = SAQ(
+            self.supernet.model, self.optimizer, rho=settings.rho, rho_unit=settings.rho_unit
+        )
+        whole = Objective(F.cross_entropy)
+        self.stepper = Stepper(
+            self.supernet.model, self.minimizer, whole, sys.maxsize, Setbacks(), problem.progress.note
+        )
+        self.reference = best_choice(problem.space, problem.budget, self.noise)
+        self._rounds = ROUNDS if in_window(problem.space, problem.budget, self.reference) else 1  # of draws
+        self.cost = SharpCost(
+            self.supernet,
+            self.minimizer.set,
+            rho=settings.rho if settings.sharpness else 0.0,
+            rho_unit=settings.rho_unit,
+            cost_weight=settings.cost_weight,
+            reference=self.reference if settings.reference == "fixed" else None,
+        )
+        self.epoch, self.phase, self.step = 0, 0, 0
+        self.best: tuple[float, list[int]] | None = None  # least cost of a draw in the window
+        kept = problem.memory.load()
+        if kept is not None:
+            self._load(kept)
+
+    def train(self) -> None:
+        """All phases of all epochs, from where it is on."""
+        for epoch in range(self.epoch, self.settings.epochs):
+            if self.phase == 0:
+                self._model_phase(epoch)
+                self.epoch, self.phase, self.step = epoch, 1, 0
+            if epoch >= min(self.settings.warmup, self.settings.epochs - 1):
+                self._controller_phase(epoch)
+            self.epoch, self.phase, self.step = epoch + 1, 0, 0
+
+    def _model_phase(self, epoch: int) -> None:
+        batches, memory = self.problem.images.training, self.problem.memory
+        self.supernet.model.train()
+        steps = self.settings.epochs * len(batches)
+        title = f"search epoch {epoch + 1} of {self.settings.epochs}, weights"
+        with self.problem.progress.task(title, len(batches)) as task:
+            task.advance(self.step)
+            for index, (images, labels) in remaining(batches, epoch, self.step, memory):
+                self.rates.set((epoch * len(batches) + index) / steps)
+                self.supernet.select(self._draw())
+                self.stepper(images.to(self.problem.device), labels.to(self.problem.device))
+                task.advance(images=len(labels), loss=self.stepper.loss)
+                self.epoch, self.phase, self.step = epoch, 0, index + 1
+                memory.offer(self._state, milestone=index + 1 == len(batches))
+
+    def _controller_phase(self, epoch: int) -> None:
+        batches, memory = self.problem.images.held_out, self.problem.memory
+        self.supernet.model.eval()
+        title = f"search epoch {epoch + 1} of {self.settings.epochs}, controller"
+        entropy, (mean, best, mega_bops) = 0.0, self._so_far()
+        with self.problem.progress.task(title, len(batches)) as task:
+            task.advance(self.step)
+            for index, batch in remaining(batches, epoch, self.step, memory):
+                size = max(
+                    1, self.settings.reward_images // distributed.count()
+                )  # of this rank, as often as without others
+                parts = (torch.split(tensor, size) for tensor in batch)
+                for part in zip(*parts, strict=True):
+                    entropy = self._learn(*part)
+                mean, best, mega_bops = self._so_far()
+                task.advance(images=len(batch[1]), cost=mean, entropy=entropy, best=best, MBOPs=mega_bops)
+                self.epoch, self.phase, self.step = epoch, 1, index + 1
+                memory.offer(self._state, milestone=index + 1 == len(batches))
+        least = (
+            f"least cost {best:.3f} at {self.problem.space.cost(self.best[1])}"
+            if self.best
+            else "no draw fits yet"
+        )
+        self.problem.progress.note(
+            f"search epoch {epoch + 1}: mean cost of a draw {mean:.3f}, {least}, entropy {entropy:.2f} per decision"
+        )
+
+    def _learn(self, images: Tensor, labels: Tensor) -> float:
+        """Draw, judge, learn; returns the entropy of a decision."""
+        choice = self._draw()
+        cost = distributed.mean(self.cost(choice, images, labels))
+        if in_window(self.problem.space, self.problem.budget, choice):
+            self.best = min(self.best or (cost, choice), (cost, choice))
+        return self.learner.learn(choice, cost) / len(choice)
+
+    def _so_far(self) -> tuple[float, float, float]:
+        """Mean cost, and the least of a configuration that fits with its BOPs in millions; NaN before there is one."""
+        mean = self.learner.average or 0.0
+        if self.best is None:
+            return mean, math.nan, math.nan
+        return mean, self.best[0], self.problem.space.cost(self.best[1]).bops / 1e6
+
+    def _prior(self, budget: Budget) -> list[Tensor]:
+        """Where the controller starts if ``budget`` is the one to use."""
+        space, settings = self.problem.space, self.settings
+        if settings.prior == "error":
+            return informed_logits(space, budget, self.noise, settings.prior_entropy)
+        return budget_logits(space, budget if settings.prior == "budget" else Budget())
+
+    def _draw(self) -> list[int]:
+        """A configuration to train or to be judged."""
+        if self.settings.within == "window":
+            return draw_within(self.controller, self.problem.budget, 1, self.generator, self._rounds)[0]
+        choice: list[int] = self.controller.draw(1, self.generator).choices[0].tolist()
+        return choice
+
+    def finish(self) -> Found:
+        """Draw configurations that fit, score them beside the reference, take the best."""
+        generator = torch.Generator().manual_seed(self.problem.seed + 1)
+        choices = draw_within(self.controller, self.problem.budget, self.settings.draws, generator)
+        choices += [self.reference] if self.reference not in choices else []
+        judge, state = self.scorer, self._state()
+        score_all(self.problem, judge, choices, state)
+        if self.settings.score_in == "supernet":
+            judge, state = Scorer(self.problem, self.supernet.at), state | {"calibrated": judge.state_dict()}
+            score_all(self.problem, judge, choices, state, "supernet")
+        found = [judge.scored[tuple(choice)] for choice in choices]
+        best = most_accurate(found, self.problem.images.scoring)
+        if self.settings.select_by == "sharpness":
+            best = min(found, key=lambda scored: self.cost.sharpness(scored.choice))
+
+        def propose(budget: Budget) -> list[list[int]]:
+            self.controller.set_prior(self._prior(budget))
+            return draw_within(self.controller, budget, FRONT_DRAWS, generator)
+
+        return Found(list(best.choice), propose, self.scorer, list(self.scorer.scored.values()))
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.supernet.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "minimizer": self.minimizer.state_dict(),
+            "setbacks": vars(self.stepper.setbacks),
+            "micro_batch": self.cost.setbacks.micro_batch,
+            "learner": self.learner.state_dict(),
+            "generator": self.generator.get_state(),
+            "best": None if self.best is None else list(self.best),
+            "position": [self.epoch, self.phase, self.step],
+        }
+
+    def _load(self, kept: dict[str, Any]) -> None:
+        self.supernet.model.load_state_dict(kept["model"])
+        self.optimizer.load_state_dict(kept["optimizer"])
+        self.minimizer.load_state_dict(kept["minimizer"])
+        vars(self.stepper.setbacks).update(kept["setbacks"])
+        self.cost.setbacks.micro_batch = kept.get("micro_batch")
+        self.learner.load_state_dict(kept["learner"])
+        self.generator.set_state(kept["generator"])
+        self.best = None if kept["best"] is None else (kept["best"][0], kept["best"][1])
+        self.epoch, self.phase, self.step = kept["position"]
+
+
+class SAMQ(Settings):
+    """The paper's search."""
+
+    def search(self, problem: SearchProblem) -> Found:
+        """Train supernet and controller in turns, draw, score, choose."""
+        space = problem.space
+        space.check_reachable(problem.budget)
+        if problem.budget.admits(space.ceiling):
+            return indifferent(problem)
+        run = Alternation(self, problem)
+        run.train()
+        return run.finish()

@@ -1,0 +1,153 @@
+"""Bits by trying: the loss with one layer at fewer bits and all others in floating point.
+
+What quantizing one layer to a width costs is measured outright, on real images, and taken to add up over layers:
+
+    loss of an option = L(only these layers, at these bits) - L(float)
+
+The knapsack is solved exactly. A layer's inputs are those of the float model as long as nothing before it is
+quantized, so the outputs of all layers in front of the decision that is tried are computed once a batch and reused.
+
+Weights are quantized as they are, also where the scheme normalizes them: the batch norms of a floating-point network do
+not expect weights without their mean.
+
+Source: the indicator of ZeroQ (Cai et al., arXiv:2001.00281, section 3.3), with the loss itself for its divergence.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saqcli.progress import Task
+from saqcli.quant import convert
+from saqcli.quant.layer import QuantizedLayer, quantized_layers
+from saqcli.quant.products import QuantizedProduct, quantized_products
+from saqcli.search.knapsack import best_choice
+from saqcli.search.problem import Batch, Found, SearchProblem
+from saqcli.search.separable import Losses, sums_over_batches
+from saqcli.search.supernet import Supernet
+
+
+class Sensitivity:
+    """Least sum of losses, each measured with one decision quantized and all else in floating point."""
+
+    def search(self, problem: SearchProblem) -> Found:
+        """Measure every option of every decision, then solve the knapsack exactly."""
+        problem.space.check_reachable(problem.budget)
+        losses = self.losses(problem)
+        choice = best_choice(problem.space, problem.budget, losses)
+        return Found(choice, lambda budget: [best_choice(problem.space, budget, losses)])
+
+    @torch.no_grad()
+    def losses(self, problem: SearchProblem) -> Losses:
+        """Mean rise of the loss on the scoring images, of every option by decision."""
+        decisions = problem.space.decisions
+        batches = problem.images.scoring
+        plain = {"weight_normalization": False, "clip_init": "error"}
+        supernet = Supernet(replace(problem, scheme=problem.scheme.model_copy(update=plain)))
+        quantizers = _Quantizers(supernet.model.eval())
+        trials = sum(len(decision.options) for decision in decisions)
+
+        def measure(number: int, task: Task) -> Iterator[tuple[str, float]]:
+            for decision, option, rise in _rises(supernet, batches[number], quantizers):
+                task.advance(images=len(batches[number][1]))
+                yield f"{decision} {option}", rise
+
+        sums = sums_over_batches(problem, "one layer at a time", len(batches), measure, trials)
+        count = sum(len(labels) for _, labels in batches)
+        return [
+            [sums[f"{number} {option}"] / count for option in range(len(decision.options))]
+            for number, decision in enumerate(decisions)
+        ]
+
+
+def _rises(supernet: Supernet, batch: Batch, quantizers: "_Quantizers") -> Iterator[tuple[int, int, float]]:
+    """Decision, option and rise of the summed loss of a batch."""
+    images, labels = batch
+    with _Remembered(supernet.model) as remembered:
+        base = _summed_loss(supernet.model, images, labels)
+        for index, decision in enumerate(supernet.problem.space.decisions):
+            members = supernet.layers_of(index)
+            remembered.reuse_before(members)
+            with quantizers.on(members):
+                for option, bits in enumerate(decision.options):
+                    for layer in members:
+                        convert.set_bits(layer, bits)
+                    yield index, option, _summed_loss(supernet.model, images, labels) - base
+
+
+def _summed_loss(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    return float(F.cross_entropy(model(images).float(), labels, reduction="sum"))
+
+
+class _Quantizers:
+    """Takes the quantizers out of all layers, and puts those of some back for a while."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules: list[QuantizedLayer | QuantizedProduct] = [
+            *quantized_layers(model).values(),
+            *quantized_products(model).values(),
+        ]
+        self._own = {module: (module.weight_quantizer, module.input_quantizer) for module in modules}
+        for module in modules:
+            module.weight_quantizer, module.input_quantizer = nn.Identity(), nn.Identity()
+
+    @contextmanager
+    def on(self, layers: Sequence[QuantizedLayer]) -> Iterator[None]:
+        """Within the context ``layers`` are quantized, and the products that follow them."""
+        modules: list[QuantizedLayer | QuantizedProduct] = list(layers)
+        modules += [product for layer in layers for product in layer.followers]
+        try:
+            for module in modules:
+                module.weight_quantizer, module.input_quantizer = self._own[module]
+            yield
+        finally:
+            for module in modules:
+                module.weight_quantizer, module.input_quantizer = nn.Identity(), nn.Identity()
+
+
+class _Remembered:
+    """Keeps what every layer returns in the first pass, and gives it again instead of computing it.
+
+    A layer that runs more than once in a pass, or returns no tensor, is computed every time.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = list(quantized_layers(model).values())
+        self._outputs: dict[QuantizedLayer, Tensor] = {}
+        self._runs: Counter[QuantizedLayer] = Counter()
+        self._before: dict[QuantizedLayer, set[QuantizedLayer]] = {}  # that had returned when it first ran
+        self._reused: set[QuantizedLayer] | None = None  # None in the first pass
+
+    def __enter__(self) -> "_Remembered":
+        for layer in self._layers:
+            layer.forward = partial(self._call, layer, layer.forward)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self._layers:
+            del layer.forward
+
+    def reuse_before(self, layers: Sequence[QuantizedLayer]) -> None:
+        """From now on compute ``layers``, what is within them, and what ran later; and nothing that ran before."""
+        before = [
+            self._before.get(layer, set()) for layer in layers
+        ]  # no forward: its parent takes the weight
+        self._reused = {layer for layer in set.intersection(*before) if self._runs[layer] == 1}
+
+    def _call(self, layer: QuantizedLayer, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._reused is not None and layer in self._reused:
+            return self._outputs[layer].clone()  # an activation behind it may work in place
+        if self._reused is None:
+            self._runs[layer] += 1
+            self._before.setdefault(layer, set(self._outputs))
+        output = forward(*args, **kwargs)
+        if self._reused is None and isinstance(output, Tensor):
+            self._outputs[layer] = output.clone()
+        return output

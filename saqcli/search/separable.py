@@ -1,0 +1,129 @@
+"""Losses that add up over layers, and how they are measured batch by batch.
+
+Measuring on one batch after the other what adds up: dealt out to the ranks, and gone on with after a stop.
+
+Losses that add up over layers and operands: what a knapsack is solved with, and the errors they are made of.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saqcli import distributed
+from saqcli.progress import Task
+from saqcli.quant import grid as grids
+from saqcli.quant.clip_init import best_level, squared_error
+from saqcli.quant.grid import Grid
+from saqcli.quant.layer import quantized_layers
+from saqcli.quant.search_space import Decision, SearchSpace
+from saqcli.search.problem import SearchProblem
+
+
+def sums_over_batches(
+    problem: SearchProblem,
+    title: str,
+    count: int,
+    measure: Callable[[int, Task], Iterable[tuple[str, float]]],
+    steps: int = 1,
+) -> dict[str, float]:
+    """Sums by name, from where the memory left off; every rank gets those of one process, bit for bit.
+
+    Args:
+        problem: whose memory holds the sums, and whose progress is told.
+        title: of the task.
+        count: batches.
+        measure: number of a batch to names and values, each batch by one rank; advances the task.
+        steps: by which it does so for a batch.
+    """
+    kept: dict[str, Any] = problem.memory.load() or {"done": 0, "sums": {}}
+    sums: dict[str, float] = kept["sums"]
+    with problem.progress.task(title, -(-count // distributed.count()) * steps) as task:
+        task.advance(kept["done"] // distributed.count() * steps)
+        for first in range(kept["done"], count, distributed.count()):
+            own = first + distributed.index()
+            mine = list(measure(own, task)) if own < count else []
+            for found in distributed.gathered(mine):  # in the order of the batches
+                for name, value in found:
+                    sums[name] = sums.get(name, 0.0) + value
+            done = min(first + distributed.count(), count)
+            problem.memory.offer(lambda done=done: {"done": done, "sums": sums})  # type: ignore[misc]
+    return sums
+
+
+Operand = Literal["weight", "activation"]
+OPERANDS: tuple[Operand, Operand] = ("weight", "activation")
+Losses = list[list[float]]  # of every option, by decision
+
+
+class Key(NamedTuple):
+    """An operand of a layer at a width."""
+
+    layer: str
+    operand: Operand
+    bits: int
+
+
+class Noise(NamedTuple):
+    """What rounding and clipping do to a tensor, per number.
+
+    Attributes:
+        error: mean squared error at the level where it is least.
+        power: mean square of the tensor.
+    """
+
+    error: float
+    power: float
+
+
+def widths(decision: Decision, operand: Operand) -> list[int]:
+    """The bit-widths that weights, or inputs, of a decision's layers may have, ascending."""
+    return sorted({getattr(bits, operand) for bits in decision.options})
+
+
+def add_losses(space: SearchSpace, loss: Callable[[Key], float]) -> Losses:
+    """The sum over a decision's layers of what weights and inputs lose, for every option."""
+    return [
+        [
+            sum(
+                loss(Key(layer.name, operand, getattr(bits, operand)))
+                for layer in decision.members
+                for operand in OPERANDS
+            )
+            for bits in decision.options
+        ]
+        for decision in space.decisions
+    ]
+
+
+@torch.no_grad()
+def measure_noise(problem: SearchProblem) -> dict[Key, Noise]:
+    """The noise of every operand at every width it may have."""
+    layers = quantized_layers(problem.model)
+    found: dict[Key, Noise] = {}
+    with problem.progress.task("measuring quantization error", len(problem.space.decisions)) as task:
+        for decision in problem.space.decisions:
+            for name in (member.name for member in decision.members):
+                layer, statistics = layers[name], problem.statistics[name]
+                weight, shape = layer.effective_weight().detach(), problem.scheme.level_shape(layer)
+                for bits in widths(decision, "weight"):
+                    grid = grids.weights(bits, problem.scheme.weight_grid)
+                    found[Key(name, "weight", bits)] = _noise(weight, grid, shape)
+                for bits in widths(decision, "activation"):
+                    grid = grids.activations(bits, signed=statistics.signed)
+                    found[Key(name, "activation", bits)] = _noise(statistics.samples, grid)
+            task.advance()
+    return found
+
+
+def relative_noise(problem: SearchProblem) -> Losses:
+    """Noise-to-signal ratios of weights plus inputs, of every option; 0 for an all-zero tensor."""
+    noise = measure_noise(problem)
+    ratios = {key: found.error / found.power if found.power > 0 else 0.0 for key, found in noise.items()}
+    return add_losses(problem.space, ratios.__getitem__)
+
+
+def _noise(x: Tensor, grid: Grid, shape: tuple[int, ...] = ()) -> Noise:
+    error = squared_error(x.float(), best_level(x, grid, shape), grid).double().sum()
+    return Noise(float(error) / x.numel(), float(x.double().square().mean()))

@@ -1,0 +1,247 @@
+"""One model that computes at any configuration, and scores of configurations.
+
+One model that computes at any configuration: shared weights, quantizers for every option of every layer.
+
+Clipping levels belong to a bit-width, weights to all of them (Liu et al., arXiv:2111.12273, section 4; the idea is
+AdaBits', arXiv:1912.09666). Batch norms, and the layer norms of transformers, can have a copy for every option of the
+layer that runs before them, since fewer bits mean other means and variances (slimmable networks, arXiv:1812.08928).
+
+How configurations do on the scoring images, and which of them is the best.
+
+What counts is where fine-tuning starts: the float weights with levels fitted at the configuration's bits, corrected as
+calibration corrects them. ``saq quantize --policy FOUND --epochs 0`` scores that very network.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saqcli import distributed
+from saqcli.progress import SILENT
+from saqcli.quant import calibration, convert
+from saqcli.quant.layer import QuantizedLayer, quantized_layers
+from saqcli.search.problem import Batch, Scored, SearchProblem
+from saqcli.training.loop import evaluate
+from saqcli.training.minimizers.base import running_statistics
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+SETTLING = 4  # batches that running statistics are settled on, under weight normalization
+
+
+class Supernet:
+    """A problem's model with quantizers installed and fitted for all options.
+
+    Attributes:
+        model: the problem's.
+        choice: what it computes with right now.
+    """
+
+    def __init__(self, problem: SearchProblem) -> None:
+        self.problem, self.model = problem, problem.model
+        decisions = problem.space.decisions
+        self.choice = [len(decision.options) - 1 for decision in decisions]
+        signed = {name: facts.signed for name, facts in problem.statistics.items()}
+        options = {layer.name: decision.options for decision in decisions for layer in decision.members}
+        convert.install(self.model, problem.scheme, problem.config(self.choice), signed, options)
+        calibration.fit(self.model, problem.statistics, problem.scheme.clip_init)
+        self._norms: list[list[SwitchableNorm]] = [[] for _ in decisions]
+        self._layers = quantized_layers(self.model)
+        self.select(self.choice)
+
+    def settle(self) -> None:
+        """Under weight normalization, estimate running statistics at the most bits, to train from."""
+        if self.problem.scheme.weight_normalization:
+            images = self.problem.images.whole
+            images.set_epoch(0)
+            batches = (batch.to(self.problem.device) for batch, _ in islice(images, SETTLING))
+            calibration.settle_batch_norms(self.model, batches)
+            distributed.average(running_statistics(self.model))
+
+    def switch_norms(self) -> None:
+        """Give every batch norm and layer norm behind a free layer a copy for each of its options."""
+        decisions = self.problem.space.decisions
+        owners = {layer.name: i for i, decision in enumerate(decisions) for layer in decision.members}
+        example = self.problem.images.scoring[0][0][:1].to(self.problem.device)
+        for name, layer in norms_behind(self.model, example).items():
+            if layer in owners:
+                norm = self.model.get_submodule(name)
+                switch = SwitchableNorm(norm, len(decisions[owners[layer]].options))
+                self.model.set_submodule(name, switch)
+                self._norms[owners[layer]].append(switch)
+        self.select(self.choice)
+
+    def layers_of(self, decision: int) -> list[QuantizedLayer]:
+        """The layers that share a decision."""
+        return [self._layers[layer.name] for layer in self.problem.space.decisions[decision].members]
+
+    def at(self, choice: Sequence[int]) -> nn.Module:
+        """The model, computing with the bits of ``choice``."""
+        self.select(choice)
+        return self.model
+
+    def select(self, choice: Sequence[int]) -> None:
+        """Compute with the bits of ``choice`` from now on."""
+        self.choice = list(choice)
+        for decision, index, norms in zip(self.problem.space.decisions, choice, self._norms, strict=True):
+            bits = decision.options[index]
+            for member in decision.members:
+                convert.set_bits(self._layers[member.name], bits)
+            for norm in norms:
+                norm.active = index
+
+
+class SwitchableNorm(nn.Module):
+    """A norm for every option of the layer in front of it; all start as copies of the pretrained one."""
+
+    def __init__(self, norm: nn.Module, count: int) -> None:
+        super().__init__()
+        self.copies = nn.ModuleList(copy.deepcopy(norm) for _ in range(count))
+        self.active = 0
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The active norm of ``x``."""
+        normalized: Tensor = self.copies[self.active](x, *args, **kwargs)
+        return normalized
+
+
+@torch.no_grad()
+def norms_behind(model: nn.Module, example: Tensor) -> dict[str, str]:
+    """The quantized layer that runs last before each batch norm or layer norm, by name of the norm.
+
+    In a network with norms in front of its layers that is the last layer of the block before, as in the released SAMQ
+    code. A norm that runs behind several layers is left out.
+
+    Args:
+        model: wrapped; its mode is restored.
+        example: an image (1, C, H, W).
+    """
+    last: list[str] = []
+    behind: dict[str, set[str]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            # whoever multiplies with its weight, its input is quantized first
+            hook = module.input_quantizer.register_forward_hook(lambda *_, name=name: last.append(name))
+            handles.append(hook)
+        elif isinstance(module, _NORMS):
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda *_, name=name: behind.setdefault(name, set()).update(last[-1:])
+                )
+            )
+    training = model.training
+    try:
+        model.eval()(example)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return {norm: layers.pop() for norm, layers in behind.items() if len(layers) == 1}
+
+
+class Calibrated:
+    """The network that fine-tuning would start from, at any configuration.
+
+    Its weights are those of the problem's model when this is made; nothing is fitted before the first use.
+    """
+
+    def __init__(self, problem: SearchProblem) -> None:
+        self.problem = replace(problem, model=copy.deepcopy(problem.model))
+        self._supernet: Supernet | None = None
+        self._correct: Callable[[], None] = lambda: None
+
+    def at(self, choice: Sequence[int]) -> nn.Module:
+        """The network, calibrated at the bits of ``choice``; the same object each time."""
+        if self._supernet is None:
+            self._supernet = Supernet(self.problem)
+            self._correct = self.problem.corrections(self.problem.model)
+        model = self._supernet.at(choice)
+        self._correct()
+        return model
+
+
+class Scorer:
+    """Accuracy of configurations on the scoring images; each is evaluated once.
+
+    Args:
+        problem: of the search.
+        at: gives the network of a configuration; ``Calibrated`` by default.
+
+    Attributes:
+        scored: everything so far, by choice.
+    """
+
+    def __init__(
+        self, problem: SearchProblem, at: Callable[[Sequence[int]], nn.Module] | None = None
+    ) -> None:
+        self.problem = problem
+        self._at = Calibrated(problem).at if at is None else at
+        self.scored: dict[tuple[int, ...], Scored] = {}
+
+    def __call__(self, choice: Sequence[int]) -> Scored:
+        """How ``choice`` does."""
+        key = tuple(choice)
+        if key not in self.scored:
+            model, problem = self._at(choice).eval(), self.problem
+            with SILENT.task("", 0) as task:
+                score = evaluate(model, problem.images.scoring, task, device=problem.device, shared=True)
+            self.scored[key] = Scored(key, problem.space.cost(choice), score.top1, score.loss)
+        return self.scored[key]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything so far, in plain values."""
+        return {"configurations": [[list(s.choice), s.top1, s.loss] for s in self.scored.values()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what ``state_dict`` gave."""
+        for choice, top1, loss in state["configurations"]:
+            cost = self.problem.space.cost(choice)
+            self.scored[tuple(choice)] = Scored(tuple(choice), cost, top1, loss)
+
+
+def score_all(
+    problem: SearchProblem,
+    scorer: Scorer,
+    choices: Sequence[Sequence[int]],
+    beside: Mapping[str, Any] | None = None,
+    key: str = "calibrated",
+) -> Scored:
+    """Score ``choices`` one after the other and return the best; goes on where it was stopped.
+
+    Args:
+        problem: whose memory and progress are used.
+        scorer: of the configurations.
+        choices: at least one.
+        beside: what else the memory is to hold.
+        key: of what the scorer knows, in the memory.
+    """
+    scorer.load_state_dict((problem.memory.load() or {}).get(key, {"configurations": []}))
+    found: list[Scored] = []
+    images = sum(len(labels) for _, labels in problem.images.scoring)
+    with problem.progress.task("scoring configurations", len(choices)) as task:
+        for choice in choices:
+            new = tuple(choice) not in scorer.scored
+            found.append(scorer(choice))
+            best = max(found, key=rank)
+            task.advance(images=images if new else 0, best=best.top1, MBOPs=best.cost.bops / 1e6)
+            problem.memory.offer(lambda: {**(beside or {}), key: scorer.state_dict()})
+    return max(found, key=rank)
+
+
+def rank(scored: Scored) -> tuple[float, float]:
+    """Higher is better: accuracy, then loss."""
+    return scored.top1, -scored.loss
+
+
+def most_accurate(scored: Sequence[Scored], scoring: Sequence[Batch]) -> Scored:
+    """The one of least loss among those whose accuracy on ``scoring`` cannot be told from the highest."""
+    images = sum(len(labels) for _, labels in scoring)
+    highest = max(found.top1 for found in scored) / 100
+    error = (highest * (1 - highest) / max(images, 1)) ** 0.5
+    tied = [found for found in scored if found.top1 / 100 >= highest - error]
+    return min(tied, key=lambda found: (found.loss, -found.top1))

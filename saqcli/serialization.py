@@ -1,0 +1,404 @@
+"""Strict reading of JSON that others wrote, and atomic writing of files.
+
+Reading what other programs or people wrote: strict, and with one clear line when it does not fit; writing JSON.
+
+Every object that reaches the disk is a pydantic model that forbids unknown keys. Pydantic's own report takes
+a screen; a person wants the first thing that is wrong, where it is, and what was expected. What pydantic does not
+see is looked at first: files without end, keys that stand twice, nesting without end, versions of other times.
+
+Writing files so that a reader never sees half of one: beside, flushed to disk, renamed into place.
+"""
+
+import codecs
+import errno
+import json
+import math
+import os
+import tempfile
+import tomllib
+import typing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+
+from saqcli._version import __version__
+from saqcli.errors import CannotWrite, ConfigError, RunDirectoryError, SaqError
+from saqcli.units import counted
+
+Model = TypeVar("Model", bound=BaseModel)
+
+MOST_BYTES = 2**25  # of a text that is read as one
+MOST_NESTED = 64  # objects and lists within each other
+_MOST_DOTS = 1000  # of a line of TOML: a key of n parts takes time and memory of n squared
+MOST_TOLD = 10  # misfits of one object
+_SHOWN = 300  # characters of a message that a file decides
+_MARKS = {  # at the beginning of a text, the longer ones first
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def read_text(path: Path, source: str, error: type[SaqError] = ConfigError, most: int = MOST_BYTES) -> str:
+    """The text of a file in UTF-8, without the byte-order mark that some editors put before it.
+
+    Args:
+        path: of the file.
+        source: what the message calls it.
+        error: the error raised when it cannot be read.
+        most: bytes that it may have.
+
+    Raises:
+        SaqError: the given ``error``: no file, another encoding, or more than ``most`` bytes.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise error(f"{source} cannot be read: it has more than {counted(most, 'byte')}")
+    except OSError as failure:
+        raise error(f"{source} cannot be read: {failure.strerror or failure}") from None
+    except ValueError as failure:  # a path with a NUL
+        raise error(f"{source} cannot be read: {printable(str(failure), _SHOWN)}") from None
+    return _decoded(data, source, error)
+
+
+def _decoded(data: bytes, source: str, error: type[SaqError]) -> str:
+    """UTF-8; what else ``data`` looks like is said."""
+    name = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
+    if name is None and b"\0" in data:
+        name = "UTF-16" if data[:2].count(0) == 1 else "not text"
+    if name == "not text":
+        raise error(f"{source} cannot be read: it is not a text file")
+    if name is not None:
+        raise error(f"{source} cannot be read: it is encoded in {name}; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as failure:
+        line = data.count(b"\n", 0, failure.start) + 1
+        raise error(
+            f"{source} cannot be read: byte 0x{data[failure.start]:02x} in line {line} is not UTF-8; save it as UTF-8"
+        ) from None
+
+
+def read_json(text: str | bytes, source: str, error: type[SaqError] = ConfigError) -> Any:
+    """``text`` as a tree of plain Python objects; raises as ``parse_json``."""
+    try:
+        json.loads(text, object_pairs_hook=_each_once)  # pydantic takes the last of two
+        tree = from_json(text)
+    except RecursionError:
+        raise error(f"{source}: it is nested deeper than {MOST_NESTED} levels") from None
+    except _Twice as twice:
+        raise error(f"{source}: key {printable(twice.key, _SHOWN)!r} stands there twice") from None
+    except ValueError as failure:
+        raise error(f"{source}: it is no JSON: {printable(str(failure), _SHOWN)}") from None
+    check_nesting(tree, source, error)
+    return tree
+
+
+def read_toml(text: str, source: str) -> dict[str, Any]:
+    """``text`` as a tree of plain Python objects.
+
+    Raises:
+        ConfigError: it is no TOML, or is nested without end.
+    """
+    too_deep = f"{source}: it is nested deeper than {MOST_NESTED} levels"
+    if any(line.count(".") > _MOST_DOTS for line in text.splitlines()):
+        raise ConfigError(too_deep)
+    try:
+        tree = tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError(too_deep) from None
+    except ValueError as failure:  # that of TOML, or of a number
+        raise ConfigError(f"{source}: it is no TOML: {printable(str(failure), _SHOWN)}") from None
+    check_nesting(tree, source)
+    return tree
+
+
+def parse_json(
+    schema: type[Model], text: str | bytes, source: str, error: type[SaqError] = ConfigError
+) -> Model:
+    """``text`` as a ``schema``.
+
+    Args:
+        schema: the pydantic model to read.
+        text: JSON.
+        source: what the message calls the text: a path, an option.
+        error: the error raised when it does not fit.
+
+    Raises:
+        SaqError: the given ``error``, naming the first misfit and the count of the others.
+    """
+    _check_version(schema, read_json(text, source, error), source, error)
+    try:
+        return schema.model_validate_json(text)
+    except ValidationError as failure:
+        raise error(f"{source}: {describe(failure)}") from None
+
+
+def parse_object(
+    schema: type[Model], value: object, source: str, error: type[SaqError] = ConfigError
+) -> Model:
+    """``value``, a tree of plain Python objects, as a ``schema``; raises as ``parse_json``."""
+    _check_version(schema, value, source, error)
+    try:
+        return schema.model_validate(value)
+    except ValidationError as failure:
+        if error is ConfigError:
+            raise Misfit(source, failure) from None
+        raise error(f"{source}: {describe(failure)}") from None
+
+
+def check_nesting(tree: object, source: str, error: type[SaqError] = ConfigError) -> None:
+    """Refuse lists and objects within each other without end, on which recursion would end in a traceback.
+
+    Raises:
+        SaqError: the given ``error``: more than ``MOST_NESTED``.
+    """
+    level: Sequence[object] = [tree]
+    for _ in range(MOST_NESTED + 1):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise error(f"{source}: it is nested deeper than {MOST_NESTED} levels")
+
+
+def json_text(value: Any, **layout: Any) -> str:
+    """``value`` as JSON, NaN and infinity as null, which JSON lacks; all text that is not pydantic's is made here.
+
+    Args:
+        value: a tree of plain Python objects.
+        layout: further arguments of ``json.dumps``.
+
+    Example:
+        >>> json_text({"loss": float("nan"), "top1": 91.5})
+        '{"loss": null, "top1": 91.5}'
+    """
+    return json.dumps(_finite(value), allow_nan=False, **layout)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def named_path(text: str) -> Path:
+    """The path that a person or a file named, ``~`` taken for the home folder.
+
+    Raises:
+        ConfigError: nothing can have this name: it is too long, or has a NUL.
+    """
+    path = Path(os.path.expanduser(text))
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as failure:
+        reason = getattr(failure, "strerror", None) or failure
+        raise ConfigError(f"{printable(text, 100)} is no path ({reason}): name another") from None
+    return path
+
+
+def describe(failure: ValidationError) -> str:
+    """The first misfit on one line, and how many more there are."""
+    errors = failure.errors(include_url=False, include_context=False, include_input=False)
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return _describe_one(errors[0]) + more
+
+
+def _describe_one(first: Any) -> str:
+    """One error of pydantic's."""
+    place = printable(".".join(str(part) for part in first["loc"]), _SHOWN)
+    if first["type"] == "extra_forbidden":
+        text = f"unknown key {place!r}"
+    elif first["type"] == "missing":
+        text = f"key {place!r} is missing"
+    else:
+        reason = printable(first["msg"], _SHOWN)
+        text = f"{place}: {reason}" if place else reason
+    return text[0].lower() + text[1:]
+
+
+def printable(text: str, most: int = 600) -> str:
+    """``text`` from a stranger's file as one line of printable characters, cut where it is longer than ``most``.
+
+    Example:
+        >>> printable("conv1\\nerror: \\x1b[31mall is lost")
+        'conv1\\\\nerror: \\\\x1b[31mall is lost'
+    """
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: most + 1])
+    return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
+class Misfit(ConfigError):
+    """An object that does not fit its schema; the message names the first place where.
+
+    Args:
+        source: what the message calls the object.
+        failure: pydantic's report.
+    """
+
+    def __init__(self, source: str, failure: ValidationError) -> None:
+        super().__init__(f"{source}: {describe(failure)}")
+        self._source = source
+        self._errors = failure.errors(include_url=False, include_context=False, include_input=False)
+
+    @property
+    def places(self) -> list[tuple[int | str, ...]]:
+        """Keys from the top, of every misfit."""
+        return [error["loc"] for error in self._errors]
+
+    @property
+    def parts(self) -> list[SaqError]:
+        """One error for every misfit, up to ``MOST_TOLD``."""
+        return [ConfigError(f"{self._source}: {_describe_one(error)}") for error in self._errors[:MOST_TOLD]]
+
+
+class _Twice(Exception):
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        raise _Twice(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+    return found
+
+
+def _check_version(schema: type[BaseModel], value: object, source: str, error: type[SaqError]) -> None:
+    """Tell another version of saq from a mistake, before what that version changed is called one."""
+    field = schema.model_fields.get("schema_version")
+    if field is None or not isinstance(value, dict):
+        return
+    version, (known,) = value.get("schema_version", field.default), typing.get_args(field.annotation)
+    if type(version) is int and version != known:
+        raise error(
+            f"{source}: it was written by another version of saq, its schema_version is {_digits(version)}, this saq "
+            f"{__version__} reads {known}; {'upgrade saq' if version > known else 'make the file again'}"
+        )
+
+
+def _digits(number: int) -> str:
+    return str(number) if abs(number) < 10**20 else "a very large number"
+
+
+UNFINISHED = ".unfinished-"  # how names begin of what is being written
+_REMEDIES = {
+    errno.ENOSPC: "make room on its disk",
+    errno.EDQUOT: "make room in your quota",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.ENOENT: "its folder is not there",
+}
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``, with its suffix; renamed to ``path`` if the context ends without an
+    error. The folder must be there: one that somebody took away is not made again.
+
+    Raises:
+        CannotWrite: the folder is gone or cannot be written to, or the disk is full.
+    """
+    try:
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f"{UNFINISHED}{path.stem}.", suffix=path.suffix
+        )
+        os.close(handle)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    finally:
+        with suppress(OSError):  # the disk may be read-only by now
+            temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> CannotWrite:
+    """The error that names ``path``, why it cannot be written, and what to do."""
+    reason = error.strerror or str(error)
+    other = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
+    if other.parent != path.parent:  # what it is made of could not be written
+        reason += f": {other}"
+    remedy = _REMEDIES.get(error.errno or 0)
+    return CannotWrite(f"{path} cannot be written ({reason})" + (f": {remedy}" if remedy else ""))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` as one act."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are not there.
+
+    Raises:
+        RunDirectoryError: that is not allowed, or something else stands there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(f"{path} cannot be made: {error.strerror}") from None
+
+
+def check_can_write(path: Path) -> None:
+    """Refuse a folder that ``make_folder`` could not make, or in which nothing could be written.
+
+    Raises:
+        CannotWrite: what stands in the way.
+    """
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise CannotWrite(f"{path} cannot be made: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CannotWrite(f"{path} cannot be written: {there} is read-only")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what ``replacing`` left in ``folder`` when its process was killed; nobody else may be writing there."""
+    for path in folder.glob(f"{UNFINISHED}*"):
+        path.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """So that the new name, too, outlives a loss of power; where a folder cannot be flushed, nothing happens."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

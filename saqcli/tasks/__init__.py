@@ -1,0 +1,1 @@
+"""What depends on the task: reading of labels."""

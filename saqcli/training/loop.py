@@ -1,0 +1,220 @@
+"""The only loops over batches: one epoch of training, one pass of evaluation."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from saqcli import distributed
+from saqcli.errors import DataError, DeviceMemoryError, TrainingDiverged
+from saqcli.progress import Task
+from saqcli.training.minimizers import Minimizer
+from saqcli.training.objective import Objective
+from saqcli.training.step import Setbacks, Stepper, if_it_fits
+
+Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, C, H, W) and labels (N,)
+
+
+@dataclass
+class Score:
+    """Accuracy and loss over a number of images.
+
+    Attributes:
+        images: how many were counted; unreadable ones (label below 0) are not.
+        loss: mean cross-entropy.
+        top1: percent.
+        top5: percent; equals 100 with five classes or fewer.
+        skipped: unreadable images left out.
+    """
+
+    images: int = 0
+    loss: float = 0.0
+    top1: float = 0.0
+    top5: float = 0.0
+    skipped: int = 0
+
+
+class Meter:
+    """Sums over batches; ``score()`` divides at the end."""
+
+    def __init__(
+        self, images: int = 0, skipped: int = 0, loss: float = 0.0, right1: int = 0, right5: int = 0
+    ) -> None:
+        """``vars(meter)`` gives the arguments that make an equal one."""
+        self.images, self.skipped = images, skipped
+        self.loss = loss
+        self.right1, self.right5 = right1, right5
+
+    def clear(self) -> None:
+        """Start again at zero."""
+        self.images = self.skipped = self.right1 = self.right5 = 0
+        self.loss = 0.0
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Count one batch: logits (N, classes), labels (N,)."""
+        readable = labels >= 0
+        if not readable.all():
+            self.skipped += int((~readable).sum())
+            logits, labels = logits[readable], labels[readable]
+        if not len(labels):
+            return
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        self.images += len(labels)
+        self.loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        self.right1 += int(best[:, 0].sum())
+        self.right5 += int(best.sum())
+
+    def add(self, other: "Meter") -> None:
+        """Count what ``other`` has counted."""
+        self.images += other.images
+        self.skipped += other.skipped
+        self.loss += other.loss
+        self.right1 += other.right1
+        self.right5 += other.right5
+
+    def over_ranks(self) -> "Meter":
+        """What all ranks have counted."""
+        images, skipped, loss, right1, right5 = distributed.totals(*vars(self).values())
+        return Meter(int(images), int(skipped), loss, int(right1), int(right5))
+
+    def score(self) -> Score:
+        """Means over everything counted so far."""
+        count = max(self.images, 1)
+        return Score(
+            self.images, self.loss / count, 100 * self.right1 / count, 100 * self.right5 / count, self.skipped
+        )
+
+
+def evaluate(
+    predict: Callable[[Tensor], Tensor],
+    batches: Batches,
+    task: Task,
+    *,
+    device: torch.device,
+    keep: list[Tensor] | None = None,
+    shared: bool = False,
+) -> Score:
+    """Accuracy and loss of ``predict``.
+
+    Args:
+        predict: images (N, C, H, W) to logits (N, classes); a model in eval mode, or an ONNX session.
+        batches: deterministic.
+        task: told about every batch.
+        device: of the images that ``predict`` gets.
+        keep: filled with the best class of every counted image, in order.
+        shared: all ranks call this, and each looks at its part of the batches. Every rank gets the score of all, bit
+            for bit what one process would find (of shards but for the order in which losses are added).
+
+    Raises:
+        DataError: not one readable image.
+        DeviceMemoryError: not even one image fits in memory.
+    """
+    meters: list[Meter] = []
+    so_far = Meter()
+    with torch.inference_mode():
+        for images, labels in distributed.share(batches) if shared else batches:
+            logits = in_parts(predict, images.to(device, non_blocking=True)).cpu()
+            labels = labels.cpu()
+            meters.append(Meter())
+            meters[-1].update(logits, labels)
+            so_far.add(meters[-1])
+            if keep is not None:
+                keep.append(logits[labels >= 0].argmax(1))
+            task.advance(images=len(labels), top1=100 * so_far.right1 / max(so_far.images, 1))
+    if shared and distributed.count() > 1:
+        so_far = Meter()
+        for counts in distributed.interleaved(distributed.gathered([vars(meter) for meter in meters])):
+            so_far.add(Meter(**counts))
+    if not so_far.images:
+        raise DataError("not one image could be read: there is nothing to evaluate")
+    return so_far.score()
+
+
+def in_parts(predict: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """``predict(images)``, of halves and halves of these where memory does not suffice for more.
+
+    Raises:
+        DeviceMemoryError: nor for a single image.
+    """
+    if (done := if_it_fits(lambda: predict(images))) is not None:
+        return done[0]
+    if len(images) == 1:
+        raise DeviceMemoryError(
+            "out of memory with a single image: free memory, or give a smaller --input-size or network"
+        )
+    return torch.cat([in_parts(predict, half) for half in images.tensor_split(2)])
+
+
+@dataclass
+class EpochSettings:
+    """What one epoch of training needs beside model, minimizer and batches.
+
+    Attributes:
+        objective: what is minimized.
+        device: of the model.
+        sharpness_batch: images that share one perturbation (m-sharpness); the batch is split into such
+            chunks.
+        after_step: called with the number of steps done in this epoch; it steps the schedule, saves, or
+            stops.
+        after_skip: called once batches done before an interruption are passed over; puts the random state
+            back.
+        setbacks: so far, and how many images are in one forward pass; gradients accumulate over those of a chunk.
+        note: told about setbacks.
+    """
+
+    objective: Objective
+    device: torch.device
+    sharpness_batch: int
+    after_step: Callable[[int], None]
+    after_skip: Callable[[], None] = lambda: None
+    setbacks: Setbacks = field(default_factory=Setbacks)
+    note: Callable[[str], None] = lambda _: None
+
+
+def train_epoch(
+    model: nn.Module,
+    minimizer: Minimizer,
+    batches: Batches,
+    task: Task,
+    settings: EpochSettings,
+    meter: Meter,
+    skip: int = 0,
+) -> Score:
+    """One pass over ``batches``; loss and accuracy are those of the unperturbed model in training mode, over all ranks.
+
+    Args:
+        model: wrapped, quantizers installed.
+        minimizer: moves the weights.
+        batches: training images and labels.
+        task: told about every step.
+        settings: the rest.
+        meter: counts on, the images of this rank.
+        skip: batches to pass over without a step: those done before an interruption.
+
+    Raises:
+        TrainingDiverged: the loss is no finite number, in many steps in a row.
+        DeviceMemoryError: out of memory, however small the micro-batches.
+    """
+    model.train()
+    step = Stepper(
+        model, minimizer, settings.objective, settings.sharpness_batch, settings.setbacks, settings.note
+    )
+    for index, (images, labels) in enumerate(batches):
+        if index < skip:
+            if index == skip - 1:
+                settings.after_skip()
+            continue
+        images = images.to(settings.device, non_blocking=True)
+        labels = labels.to(settings.device, non_blocking=True)
+        try:
+            pieces = step(images, labels)
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"step {index + 1} of this epoch: {error}") from None
+        for piece in pieces:
+            meter.update(*piece.counted())
+        so_far = meter.score()
+        task.advance(images=len(labels), loss=so_far.loss, top1=so_far.top1)
+        settings.after_step(index + 1)
+    return meter.over_ranks().score()

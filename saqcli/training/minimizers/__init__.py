@@ -1,0 +1,48 @@
+"""The family of minimizers: one optimisation step each, ascent included, over any torch optimizer.
+
+A minimizer is handed the model and the base optimizer, then one list of chunks a step. To add one: write
+``saqcli/algorithms/minimizers/NAME.py`` and add its line here. The contract tests run over the table.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from saqcli.training.minimizers.base import Chunk, MicroBatch, Passes
+from saqcli.training.minimizers.qat import QAT
+from saqcli.training.minimizers.sharpness_aware import ASAQ, SAM, SAQ, Case1
+
+
+class Minimizer(Protocol):
+    """Moves the weights once per call."""
+
+    def step(self, chunks: Sequence[Chunk]) -> Tensor:
+        """One update over all chunks; returns the mean loss at the unperturbed weights: both that follow."""
+
+    def gradients(self, chunks: Sequence[Chunk]) -> Passes:
+        """All passes over the images; weights and own state are left as they are, gradients in the parameters."""
+
+    def update(self, passes: Passes) -> Tensor:
+        """The step that these passes ask for, with their mean over all ranks; returns the mean loss.
+
+        Raises:
+            TrainingDiverged: it cannot be made, and nothing was changed.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it carries from step to step beside the base optimizer's state; tensors and plain values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what ``state_dict`` gave: the steps that follow are the same."""
+
+
+MINIMIZERS: dict[str, Callable[..., Minimizer]] = {
+    "qat": QAT,
+    "sam": SAM,
+    "case1": Case1,
+    "saq": SAQ,
+    "asaq": ASAQ,
+}
+
+__all__ = ["MINIMIZERS", "Chunk", "MicroBatch", "Minimizer", "Passes"]

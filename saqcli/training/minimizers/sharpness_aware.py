@@ -1,0 +1,300 @@
+"""Sharpness-aware minimizers: SAQ, ASAQ, SAM and Case 1.
+
+Between two ascents: go on with what the last one added to the gradient (LookSAM).
+
+At a step with an ascent, g is the gradient at the weights and g_s the one at the perturbed point. What g_s
+has beside g changes slowly, so it is kept and added, at its relative size, to the plain gradients until the
+next ascent:
+
+    g_v = g_s - (<g, g_s> / <g, g>) g                   the part of g_s that is orthogonal to g
+    g + reuse * ||g|| / ||g_v|| * g_v                   at the steps in between
+
+with norms over all trained parameters together. Source: Liu et al., arXiv:2203.02714, Algorithm 1, whose alpha
+is ``reuse`` (0.7 there). Differs from the paper: norms are joint and not layer by layer.
+
+What all sharpness-aware minimizers do, whatever they perturb and by which gradient.
+
+    pass 1    gradients at the quantized weights; they accumulate nowhere
+    ascent    the perturbation of radius rho that raises the loss most         see ``sharpness``
+    pass 2    gradients at the perturbed point, through the straight-through estimator; batch statistics frozen
+    update    the base optimizer's step on the unperturbed weights
+
+Chunks of a batch and data-parallel shards each ascend on their own data, as sharpness-aware minimization prescribes
+(Foret et al., arXiv:2010.01412, section 4.1: m-sharpness).
+
+With an ``interval`` of k only every k-th step ascends, the first one included; the others are plain, or go on with
+what the last ascent added (``look_ahead``).
+
+SAQ: perturb the quantized weights towards higher loss, then descend from there.
+
+    L(Q(w) + e),   e = rho * normalize(dL/dQ at Q(w))
+
+This is Case 3 of Liu et al. (arXiv:2111.12273, Eq. 10-11): the perturbation depends on the quantization noise, and
+nothing is lost in rounding.
+
+Differs from the paper: batch-norm statistics are updated in pass 1 only, as is usual for SAM; the released code updates
+them in both (``bn_second_pass="update"``).
+
+ASAQ: SAQ with a radius relative to the magnitude of each weight.
+
+    e_p = rho * T_p**2 g_p / ||T g||,   T_p = |p| + eta for quantized weights, clipping levels and norm scales, 1 else
+
+Source: Liu et al. (arXiv:2111.12273) name it and give no formula; this is ASAM (Kwon et al., arXiv:2102.11600) at Q(w).
+Differs from the released code: eta stands in the numerator too; ``numerator="p2"`` leaves it out as that code does.
+
+Plain SAM around a quantizer (Case 2): perturb the float weights, then quantize.
+
+    L(Q(w + e)),   e = rho * normalize(dL/dw at Q(w))
+
+Rounding swallows nearly all of e: a weight changes only if e carries it over the edge between two codes, and
+then it changes by a whole step (*perturbation diminishment*). The baseline that SAQ is compared with. All
+parameters ascend, clipping levels of weights included.
+
+Source: Foret et al., arXiv:2010.01412; Liu et al., arXiv:2111.12273, Eq. 9.
+
+Case 1: the perturbation is added to the quantized weights, but found as if there were no clipping.
+
+    L(Q(w) + e),   e = rho * normalize(dL/dw at Q(w)), through the straight-through estimator
+
+Weights that the quantizer clips have no gradient there and are left out of the ascent, so that its direction
+is not the one in which the loss at Q(w) rises fastest (*perturbation mismatch*). Where nothing is clipped it
+is SAQ, bit for bit.
+
+Source: the three cases of Liu et al. (SAQ, later version); kept to compare with.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from saqcli import distributed
+from saqcli.errors import ConfigError
+from saqcli.quant.layer import frozen_batch_stats
+from saqcli.training.minimizers.base import Chunk, Passes, accumulate, agree, gradients_of
+from saqcli.training.options import check_choice, check_count, check_number
+from saqcli.training.perturbation import (
+    PERTURBED,
+    Adaptive,
+    Gradients,
+    Kind,
+    PerturbedSet,
+    RadiusUnit,
+    add_up,
+)
+
+ROUNDING = 1e-5  # g_v below this fraction of g_s is what rounding left of equal gradients
+
+
+class LookAhead:
+    """Keeps the direction that the last ascent added.
+
+    Args:
+        parameters: all that are trained.
+        reuse: length of what is added, relative to the plain gradient.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], reuse: float) -> None:
+        self.parameters = list(parameters)
+        self.reuse = reuse
+        self._direction: list[Tensor] | None = None  # g_v / ||g_v||
+
+    @torch.no_grad()
+    def remember(self, plain: Sequence[Tensor]) -> None:
+        """``plain`` is g of this rank, a tensor a parameter; g_s of all ranks stands in the parameters' ``grad``."""
+        plain = [gradient.clone() for gradient in plain]
+        distributed.average(plain)
+        ascended = [_gradient(p) for p in self.parameters]
+        ratio = _dot(plain, ascended) / _dot(plain, plain).clamp_min(torch.finfo(torch.float32).tiny)
+        beside = [g_s - ratio * g for g_s, g in zip(ascended, plain, strict=True)]
+        norm, whole = _dot(beside, beside).sqrt(), _dot(ascended, ascended).sqrt()
+        scale = torch.where(norm > ROUNDING * whole, 1 / norm, torch.zeros_like(norm))
+        self._direction = [g * scale for g in beside]
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Add the kept direction to the gradients of a plain pass; nothing before the first ascent."""
+        if self._direction is None:
+            return
+        plain = [_gradient(p) for p in self.parameters]
+        length = self.reuse * _dot(plain, plain).sqrt()
+        for parameter, direction in zip(self.parameters, self._direction, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(direction * length)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The direction."""
+        return {"direction": self._direction}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what ``state_dict`` gave."""
+        kept = state["direction"]
+        if kept is not None:
+            kept = [value.to(p.device) for value, p in zip(kept, self.parameters, strict=True)]
+        self._direction = kept
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    """Inner product over all tensors."""
+    return torch.stack([(a * b).sum() for a, b in zip(one, other, strict=True)]).sum()
+
+
+class SharpnessAware:
+    """Descends on the loss at a perturbed point.
+
+    Args:
+        model: wrapped, quantizers installed.
+        base: the optimizer that moves the weights.
+        rho: perturbation radius.
+        rho_unit: ``deviation`` (of each layer's weights) or ``absolute``.
+        perturb: which tensors ascend; None for what the method is known for.
+        bn_second_pass: whether pass 2 updates the running statistics of batch norms.
+        interval: ascend at every ``interval``-th step.
+        reuse: at the steps between, how much of the last ascent is added, see ``LookAhead``; 0 for nothing.
+
+    Raises:
+        ConfigError: a word that is not among an option's choices, or an interval below 1.
+    """
+
+    perturbed_kinds: ClassVar[tuple[Kind, ...]] = PERTURBED
+    through_rounding: ClassVar[bool] = False
+    adaptive: Adaptive | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: torch.optim.Optimizer,
+        *,
+        rho: float,
+        rho_unit: RadiusUnit = "deviation",
+        perturb: Sequence[Kind] | None = None,
+        bn_second_pass: Literal["freeze", "update"] = "freeze",
+        interval: int = 1,
+        reuse: float = 0.0,
+    ) -> None:
+        check_number("rho", rho, least=0)
+        check_number("reuse", reuse, least=0)
+        check_count("interval", interval)
+        self.model = model
+        self.base = base
+        self.rho = rho
+        self.rho_unit: RadiusUnit = rho_unit
+        check_choice("bn_second_pass", bn_second_pass, ("freeze", "update"))
+        check_choice("rho_unit", rho_unit, get_args(RadiusUnit))
+        for kind in [perturb] if isinstance(perturb, str) else perturb or ():
+            check_choice("perturb", kind, get_args(Kind))
+        if isinstance(perturb, str):
+            raise ConfigError(f"perturb {perturb!r} is one word: give a list, such as [{perturb!r}]")
+        self.freeze = bn_second_pass == "freeze"
+        self.set = PerturbedSet(model, self.perturbed_kinds if perturb is None else perturb)
+        self.interval = interval
+        self.done = 0  # steps so far
+        trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad]
+        self.look_ahead = LookAhead(trained, reuse) if reuse and interval > 1 else None
+
+    def step(self, chunks: Sequence[Chunk]) -> Tensor:
+        """One update; every chunk is perturbed by its own gradient."""
+        return self.update(self.gradients(chunks))
+
+    def gradients(self, chunks: Sequence[Chunk]) -> Passes:
+        """Both passes over every chunk, or the plain one between two ascents; gradients are left in the parameters."""
+        self.base.zero_grad()
+        if self.done % self.interval == 0:
+            return self._ascend(chunks)
+        return Passes(torch.stack([accumulate(chunk) for chunk in chunks]).sum(), [], [])
+
+    def update(self, passes: Passes) -> Tensor:
+        """The base optimizer's step, with what the last ascent added where that is gone on with."""
+        passes = agree(self.model, self.base, passes)
+        if self.look_ahead and passes.ascended:
+            self.look_ahead.remember(passes.plain)
+        elif self.look_ahead:
+            self.look_ahead.add()
+        self.base.step()
+        self.done += 1
+        return passes.loss
+
+    def _ascend(self, chunks: Sequence[Chunk]) -> Passes:
+        """Both passes; gradients at the perturbed points are left in the parameters, those at the weights given back
+        where the look-ahead wants them."""
+        losses, norms = [], []
+        also = self.look_ahead.parameters if self.look_ahead else []
+        plain: Gradients = []
+        for chunk in chunks:
+            share = sum(micro_batch.share for micro_batch in chunk)
+            loss, gradients = self._first_pass(chunk)
+            members = len(gradients) - len(also)
+            plain = add_up(plain, gradients[members:], share)
+            perturbation = self.set.ascent(gradients[:members], self.rho, self.rho_unit, self.adaptive)
+            stats = frozen_batch_stats(self.model) if self.freeze else nullcontext()
+            with self.set.applied(perturbation), stats:
+                perturbed_loss = accumulate(chunk)
+            losses.append(loss * share)
+            norms += [perturbation.norm, perturbed_loss]
+        known = [torch.zeros_like(p) if g is None else g for p, g in zip(also, plain, strict=True)]
+        return Passes(torch.stack(losses).sum(), norms, known, ascended=True)
+
+    def _first_pass(self, chunk: Chunk) -> tuple[Tensor, Gradients]:
+        """Mean loss of the chunk and its gradients to the perturbed set, then to what the look-ahead follows."""
+        also = self.look_ahead.parameters if self.look_ahead else []
+        return gradients_of(chunk, self.set, ascent=True, through_rounding=self.through_rounding, also=also)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in the interval it is, and what it goes on with."""
+        return {"done": self.done, "look_ahead": self.look_ahead and self.look_ahead.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what ``state_dict`` gave."""
+        self.done = state["done"]
+        if self.look_ahead:
+            self.look_ahead.load_state_dict(state["look_ahead"])
+
+
+class SAQ(SharpnessAware):
+    """Ascends along the gradient of the quantized weights, and perturbs the quantized weights."""
+
+
+class ASAQ(SharpnessAware):
+    """SAQ, adaptive.
+
+    Args:
+        model: as for ``SharpnessAware``.
+        base: likewise.
+        rho: likewise.
+        eta: added to magnitudes, in deviations of the weight.
+        numerator: ``t2`` or ``p2``, see above.
+        options: of ``SharpnessAware``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: torch.optim.Optimizer,
+        *,
+        rho: float,
+        eta: float = 0.01,
+        numerator: Literal["t2", "p2"] = "t2",
+        **options: Any,
+    ) -> None:
+        check_choice("numerator", numerator, ("t2", "p2"))
+        check_number("eta", eta, least=0)
+        super().__init__(model, base, rho=rho, **options)
+        self.adaptive = Adaptive(eta, numerator)
+
+
+class SAM(SharpnessAware):
+    """Ascends along the straight-through gradient of the float weights, and perturbs the float weights."""
+
+    perturbed_kinds = ("latent_weights", "biases", "norms", "activation_clips", "weight_clips")
+
+
+class Case1(SharpnessAware):
+    """Ascends along the straight-through gradient of the float weights, and perturbs the quantized weights."""
+
+    through_rounding = True

@@ -1,0 +1,198 @@
+"""From the training section of the settings to the parts that train: optimizer, schedule, minimizer, objective."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saqcli import distributed
+from saqcli.config import RunConfig, TrainingSection
+from saqcli.errors import ConfigError, Problems
+from saqcli.pipelines.setup import SMALL_IMAGES
+from saqcli.quant.layer import quantized_layers
+from saqcli.quant.quantizers import quantizers_of
+from saqcli.training.minimizers import MINIMIZERS, Minimizer
+from saqcli.training.objective import Distillation, Objective
+from saqcli.units import counted
+
+# Liu et al. (arXiv:2111.12273), section 5: radius by bit-width, for images of 32 and of 224 pixels.
+SMALL_IMAGE_RHO = {2: 0.4, 3: 0.7, 4: 0.9}
+LARGE_IMAGE_RHO = {2: 0.15, 3: 0.15, 4: 0.3}
+
+
+def search_training(config: RunConfig) -> TrainingSection:
+    """The training section with what the search trains with in its own way."""
+    own = {name: getattr(config.search, name) for name in ("optimizer", "lr", "weight_decay")}
+    return config.training.model_copy(update={**own, "clip_grad": None})
+
+
+def make_optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.Optimizer:
+    """timm's optimizer of that name; what quantizers learn has a group of its own."""
+    from timm.optim import create_optimizer_v2
+
+    clips = [p for quantizer in quantizers_of(model) for p in quantizer.parameters()]
+    ids = {id(p) for p in clips}
+    others = [p for p in model.parameters() if id(p) not in ids]
+    groups = [
+        {"params": others, "weight_decay": training.weight_decay},
+        {
+            "params": clips,
+            "lr": training.lr * training.clip_lr_factor,
+            "weight_decay": training.weight_decay if training.decay_clips else 0.0,
+        },
+    ]
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            groups, training.optimizer, lr=training.lr, momentum=training.momentum
+        )
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"timm has no optimizer {training.optimizer!r}, or not with these settings: {error}"
+        ) from None
+    if getattr(optimizer, "is_second_order", False):
+        raise ConfigError(
+            f"--optimizer {training.optimizer} differentiates twice, which quantizers do not pass on: choose another"
+        )
+    if training.clip_grad is not None:
+        most = training.clip_grad
+
+        def clip(*_: Any) -> None:
+            nn.utils.clip_grad_norm_([*others, *clips], most)
+
+        inner = getattr(optimizer, "_base_optimizer", optimizer)  # timm's lookahead runs no hooks of its own
+        inner.register_step_pre_hook(clip)
+    return optimizer
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingSection, steps: int) -> Any:
+    """timm's schedule of that name, stepped after every update; ``steps`` an epoch."""
+    from timm.scheduler import create_scheduler_v2
+
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            sched=training.schedule,
+            num_epochs=training.epochs,
+            warmup_epochs=training.warmup_epochs,
+            decay_milestones=list(training.milestones),
+            decay_rate=0.1,
+            step_on_epochs=False,
+            updates_per_epoch=steps,
+        )
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"timm has no schedule {training.schedule!r}, or not so: {error}") from None
+    if schedule is None:
+        raise ConfigError(
+            f"training.schedule {training.schedule!r} moves nothing: give constant, cosine or step"
+        )
+    return schedule
+
+
+def make_minimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, training: TrainingSection, side: int
+) -> Minimizer:
+    """The method's minimizer, with the paper's radius where none is given, for images of ``side`` pixels."""
+    options = dict(training.minimizer)
+    if training.method not in MINIMIZERS:
+        raise ConfigError(f"there is no method {training.method!r}: choose from {', '.join(MINIMIZERS)}")
+    if training.method != "qat":
+        options = {
+            "rho": default_rho(model, side) if training.rho is None else training.rho,
+            "rho_unit": training.rho_unit,
+            "interval": training.sam_interval,
+            "reuse": training.sam_reuse,
+            **options,
+        }
+    try:
+        return MINIMIZERS[training.method](model, optimizer, **options)
+    except TypeError as error:
+        reason = str(error).rpartition("() ")[2]
+        raise ConfigError(f"method {training.method} does not take these options: {reason}") from None
+
+
+def make_objective(
+    training: TrainingSection,
+    device: torch.device,
+    num_classes: int,
+    teacher: Callable[[Tensor], Tensor] | None = None,
+) -> Objective:
+    """What is minimized: cross-entropy, with the mixing, smoothing and distillation that the settings ask for.
+
+    Args:
+        training: the settings.
+        device: of the model.
+        num_classes: logits of the model.
+        teacher: the float model, where it is to be learned from.
+    """
+    autocast = partial(_autocast, training.precision, device)
+    ascent = None if training.ascent_precision == "same" else partial(_autocast, "bfloat16", device)
+    mix = None
+    if training.mixup or training.cutmix:
+        from timm.data import Mixup
+
+        mix = Mixup(
+            mixup_alpha=training.mixup,
+            cutmix_alpha=training.cutmix,
+            label_smoothing=training.label_smoothing,
+            num_classes=num_classes,
+        )
+    return Objective(
+        criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if mix else training.label_smoothing),
+        mix=mix,
+        distillation=Distillation(teacher, training.distill_weight, training.distill_temperature)
+        if teacher
+        else None,
+        autocast=autocast,
+        ascent_autocast=ascent,
+        ascent_fraction=training.ascent_fraction,
+    )
+
+
+def _autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+def check_training(config: RunConfig) -> None:
+    """Refuse options that optimizer, schedule, minimizer or objective do not take, before any time is spent.
+
+    Raises:
+        ConfigError: names all of them.
+    """
+    training, problems = config.training, Problems()
+    model = nn.Linear(1, 1)
+    problems.attempt(make_optimizer, model, training)
+    plain = training.model_copy(update={"optimizer": "sgd"})
+    problems.attempt(make_minimizer, model, make_optimizer(model, plain), training, side=SMALL_IMAGES)
+    if training.epochs:
+        problems.attempt(make_schedule, make_optimizer(model, plain), training, steps=1)
+    problems.attempt(_check_reuse, training)
+    problems.attempt(_check_mixing, training, config.data.batch_size)
+    problems.check()
+
+
+def _check_reuse(training: TrainingSection) -> None:
+    if training.sam_reuse and (training.sam_interval == 1 or training.ascent_fraction < 1):
+        raise ConfigError(
+            "--sam-reuse reuses the last perturbation in the steps between, and compares gradients of the same "
+            "images: give --sam-interval 2 or more, and no --ascent-fraction"
+        )
+
+
+def _check_mixing(training: TrainingSection, batch_size: int) -> None:
+    pairs = 2 * distributed.count()
+    if (training.mixup or training.cutmix) and batch_size % pairs:
+        raise ConfigError(
+            f"--batch-size {batch_size} cannot be mixed: images are blended in pairs, in each of "
+            f"{counted(distributed.count(), 'process')}, give a multiple of {pairs}"
+        )
+
+
+def default_rho(model: nn.Module, side: int) -> float:
+    """The paper's radius for the mean bit-width of the free layers' weights and images of ``side`` pixels."""
+    widths = [layer.bits.weight or 8 for layer in quantized_layers(model).values()]
+    free = [bits for bits in widths if bits < 8] or [8]
+    nearest = min(4, max(2, round(sum(free) / len(free))))
+    return (SMALL_IMAGE_RHO if side <= SMALL_IMAGES else LARGE_IMAGE_RHO)[nearest]

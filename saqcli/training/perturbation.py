@@ -1,0 +1,244 @@
+"""Where the loss rises fastest: the perturbations of sharpness-aware quantization.
+
+The perturbed set of SAQ (Case 3 of Liu et al., arXiv:2111.12273) is the *quantized* weight of every layer, and with it
+biases, norm parameters and activation clipping levels, under one joint norm:
+
+    e_p = rho * T_p**2 * g_p / sqrt(sum_q ||T_q g_q||**2)          g_p = dL/dp
+
+    T_p = s_p                         SAQ, SAM, Case 1
+    T_p = |p| + eta * s_p             adaptive (ASAQ): quantized weights, clipping levels, norm scales
+
+``s_p`` is the standard deviation of the layer's float weight, 1 for everything that is no weight. With the
+paper's weight normalization every deviation is 1 and this is its Eq. 11; without it, the same rho means the
+same relative change in any network. ``unit="absolute"`` sets every s_p to 1.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from saqcli.errors import UnperturbedLayer
+from saqcli.quant.layer import QuantizedLayer, perturbed, quantized_layers, zero_ports
+from saqcli.quant.products import QuantizedProduct
+
+TINY = 1e-12  # guards a gradient of zero
+RadiusUnit = Literal["deviation", "absolute"]
+Gradients = list[Tensor | None]  # None where a tensor took no part in the loss
+Kind = Literal["weights", "latent_weights", "biases", "norms", "activation_clips", "weight_clips"]
+PERTURBED: tuple[Kind, ...] = (
+    "weights",
+    "biases",
+    "norms",
+    "activation_clips",
+)  # as in the released SAQ code
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """What is added where: one tensor a layer for the quantized weights, one a parameter for the rest.
+
+    Attributes:
+        weights: in the order of the layers, each with the shape of its layer's weight.
+        parameters: in the order of the perturbed parameters.
+        norm: joint L2 norm of T * g before scaling.
+    """
+
+    weights: list[Tensor]
+    parameters: list[Tensor]
+    norm: Tensor
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Radius relative to the magnitude of each number, as in ASAM (Kwon et al., arXiv:2102.11600).
+
+    Attributes:
+        eta: added to the magnitude, in deviations of the weight.
+        numerator: ``t2`` as in ASAM; ``p2`` leaves eta out of the numerator, as the released ASAQ code does.
+    """
+
+    eta: float = 0.01
+    numerator: Literal["t2", "p2"] = "t2"
+
+
+class _Member(NamedTuple):
+    """A parameter that is perturbed in place; ``layer`` is set where it is that layer's latent weight."""
+
+    parameter: nn.Parameter
+    scales: bool  # it multiplies, so that a relative radius makes sense: not biases and shifts
+    layer: QuantizedLayer | None = None
+
+
+class PerturbedSet:
+    """The tensors of a model that the ascent moves.
+
+    Attributes:
+        layers: whose quantized weight is perturbed.
+        parameters: biases, norms, clipping levels and latent weights that are perturbed in place.
+    """
+
+    def __init__(self, model: nn.Module, kinds: Sequence[Kind] = PERTURBED) -> None:
+        """Collect the kinds named in ``kinds``; a parameter that is frozen stays out."""
+        self.layers = list(quantized_layers(model).values()) if "weights" in kinds else []
+        self._members = list(_members(model, set(kinds)))
+        self.parameters = [member.parameter for member in self._members]
+
+    def gradients(
+        self,
+        loss: Callable[[], Tensor],
+        *,
+        through_rounding: bool = False,
+        also: Sequence[nn.Parameter] = (),
+    ) -> tuple[Tensor, Gradients]:
+        """The loss and its gradients to the quantized weights, then to the parameters; none accumulates anywhere.
+
+        Args:
+            loss: runs the forward pass.
+            through_rounding: take dL/dw, zero where w is clipped, in the place of dL/dQ(w) (Case 1).
+            also: further parameters, whose gradients come last.
+
+        Raises:
+            UnperturbedLayer: not one quantized layer, or no member at all, takes part in the loss.
+        """
+        ports = zero_ports(self.layers)
+        with perturbed(self.layers, ports), torch.enable_grad():
+            value = loss()
+        weights = [layer.latent_weight() for layer in self.layers] if through_rounding else ports
+        members = [*weights, *self.parameters]
+        gradients = torch.autograd.grad(value, [*members, *also], allow_unused=True) if members else ()
+        if all(gradient is None for gradient in gradients[: len(ports) or len(members)]):
+            what = "quantized layer" if self.layers else "tensor of the perturbed kinds"
+            raise UnperturbedLayer(f"no {what} takes part in the loss: there is nothing to perturb")
+        once = [
+            None
+            if layer.tied_to
+            else gradient  # the first layer with that weight has the gradient of all uses
+            for layer, gradient in zip(self.layers, gradients, strict=False)
+        ]
+        return value.detach(), [*once, *gradients[len(once) :]]
+
+    def ascent(
+        self,
+        gradients: Sequence[Tensor | None],
+        rho: float,
+        unit: RadiusUnit,
+        adaptive: Adaptive | None = None,
+    ) -> Perturbation:
+        """The perturbation of radius ``rho`` that raises the loss most, to first order.
+
+        Args:
+            gradients: as from ``gradients``; None counts as zero (a layer that did not run).
+            rho: radius, in units of each layer's weight deviation, or absolute.
+            unit: which of the two.
+            adaptive: relative to the magnitude of each number; None for the same radius everywhere.
+
+        Returns:
+            Detached tensors; zero where the gradient is zero. The joint norm of e / T is rho.
+        """
+        like: list[Tensor] = [*(layer.latent_weight() for layer in self.layers), *self.parameters]
+        scales = self._scales(unit, adaptive)
+        scaled = [g if g is None or t is None else g * t for g, t in zip(gradients, scales, strict=True)]
+        squares = [_square(g) for g in scaled if g is not None]
+        norm = torch.stack(squares).sum().sqrt()
+        factor = rho / (norm + TINY)
+        outer = (
+            scales if adaptive is None or adaptive.numerator == "t2" else self._scales(unit, Adaptive(0.0))
+        )
+        inner = (
+            scaled
+            if outer is scales
+            else [g if g is None or t is None else g * t for g, t in zip(gradients, outer, strict=True)]
+        )
+        steps = [
+            torch.zeros_like(p) if g is None else g * (factor if t is None else factor * t)
+            for p, g, t in zip(like, inner, outer, strict=True)
+        ]
+        count = len(self.layers)
+        return Perturbation(steps[:count], steps[count:], norm)
+
+    @torch.no_grad()
+    def _scales(self, unit: RadiusUnit, adaptive: Adaptive | None) -> list[Tensor | None]:
+        """T_p for every member of the set; None stands for 1."""
+        weights = [_scale(layer, layer.quantized_weight, unit, adaptive) for layer in self.layers]
+        return weights + [
+            _scale(member.layer, member.parameter.detach, unit, adaptive if member.scales else None)
+            for member in self._members
+        ]
+
+    @contextmanager
+    def applied(self, perturbation: Perturbation) -> Iterator[None]:
+        """Within the context the model computes at the perturbed point; afterwards bit for bit as before."""
+        before = [parameter.detach().clone() for parameter in self.parameters]
+        try:
+            with torch.no_grad():
+                for parameter, step in zip(self.parameters, perturbation.parameters, strict=True):
+                    parameter.add_(step)
+            with perturbed(self.layers, perturbation.weights):
+                yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters, before, strict=True):
+                    parameter.copy_(value)
+
+
+def add_up(sums: Gradients, gradients: Gradients, factor: float = 1.0) -> Gradients:
+    """``sums + factor * gradients``, tensor by tensor; None stands for zero, and no ``sums`` for all zeros."""
+    if factor != 1.0:
+        gradients = [None if g is None else g * factor for g in gradients]
+    if not sums:
+        return gradients
+    return [a if b is None else b if a is None else a + b for a, b in zip(sums, gradients, strict=True)]
+
+
+def _square(g: Tensor) -> Tensor:
+    """Sum of squares, in float32 at least."""
+    return (g if g.dtype == torch.float64 else g.float()).square().sum()
+
+
+def _scale(
+    layer: QuantizedLayer | None, value: Callable[[], Tensor], unit: RadiusUnit, adaptive: Adaptive | None
+) -> Tensor | None:
+    deviation = None if layer is None or unit == "absolute" else _deviation(layer)
+    if adaptive is None:
+        return deviation
+    return value().abs() + adaptive.eta * (1.0 if deviation is None else deviation)
+
+
+def _deviation(layer: QuantizedLayer) -> Tensor:
+    """Of the weight; a single number has none and gives its magnitude."""
+    with torch.no_grad():
+        weight = layer.effective_weight()
+        return weight.std() if weight.numel() > 1 else weight.abs().sum()
+
+
+def _members(model: nn.Module, kinds: set[Kind]) -> Iterator[_Member]:
+    """Parameters of the asked kinds, each once, in order of registration."""
+    seen: set[int] = set()
+    for module in model.modules():
+        chosen: list[tuple[nn.Parameter | None, bool, QuantizedLayer | None]] = []
+        if isinstance(module, QuantizedProduct) and "activation_clips" in kinds:
+            chosen += [
+                (p, name.rpartition(".")[2] != "offset", None) for name, p in module.named_parameters()
+            ]
+        if isinstance(module, _NORMS) and "norms" in kinds:
+            chosen += [(module.weight, True, None), (module.bias, False, None)]
+        if isinstance(module, QuantizedLayer):
+            if "latent_weights" in kinds:
+                chosen.append((module.latent_weight(), True, module))
+            if "biases" in kinds:
+                chosen += [(module._parameters.get(name), False, None) for name in ("bias", "in_proj_bias")]
+            for kind, quantizer in (
+                ("activation_clips", module.input_quantizer),
+                ("weight_clips", module.weight_quantizer),
+            ):
+                if kind in kinds:  # levels and steps multiply; an offset shifts
+                    chosen += [(p, name != "offset", None) for name, p in quantizer.named_parameters()]
+        for parameter, scales, layer in chosen:
+            if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield _Member(parameter, scales, layer)

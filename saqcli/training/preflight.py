@@ -1,0 +1,132 @@
+"""Whether a network can be trained, found out with two images before hours are spent on what comes before.
+
+A network may answer otherwise in training than in evaluation: with auxiliary heads beside the class scores, or not at
+all. A single image can be too few: a batch norm over features of 1 x 1 finds no variance in it. Costs, calibration and
+export only need the evaluation.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from saqcli import distributed
+from saqcli.config import RunConfig
+from saqcli.errors import UnsupportedModel
+from saqcli.models.preprocessing import Preprocessing
+from saqcli.quant.layer import frozen_batch_stats
+from saqcli.random_state import random_state, set_random_state
+from saqcli.training.objective import sizes
+from saqcli.units import counted
+
+Limits = Mapping[str, int | None]  # option to most images of a forward pass, the widest first
+
+
+class Least(NamedTuple):
+    """The fewest images in a forward pass of training, and why."""
+
+    images: int
+    reason: str
+    remedy: str
+
+
+def check_trains(
+    model: nn.Module,
+    name: str,
+    preprocessing: Preprocessing,
+    config: RunConfig,
+    *,
+    images: int | None = None,
+    limits: Limits | None = None,
+) -> None:
+    """Run ``model`` in training on random images, as few as a step may have; nothing of it changes.
+
+    Args:
+        model: as it is trained.
+        name: what messages call it.
+        preprocessing: of its images.
+        config: of the run.
+        images: that it is trained on, where that is known.
+        limits: of the images in a forward pass, below the batch; None for those of fine-tuning.
+
+    Raises:
+        UnsupportedModel: it fails, or returns something else than class scores.
+    """
+    training = config.training
+    if limits is None:
+        limits = {"--sharpness-batch": training.sharpness_batch, "--micro-batch": training.micro_batch}
+    mixes = bool(training.mixup or training.cutmix)
+    least = _least(config.data.batch_size, images, limits, pairs=mixes)
+    count = min(2, least.images)
+    answer = _answer(model, name, preprocessing, count, least)
+    if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != count:
+        what = f"tensor of {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+        _refuse(name, f"returns a {what} in training, where class scores, ({count}, classes), are expected")
+
+
+def _least(batch: int, images: int | None, limits: Limits, *, pairs: bool) -> Least:
+    """Of the forward passes over batches of ``batch`` images, of which there are ``images``; blended in ``pairs``."""
+    whole = min(batch, images or batch)
+    found = max(whole // distributed.count(), 1)
+    reason, remedy = f"--batch-size {batch}", f"--batch-size {2 * distributed.count()} or more"
+    if whole < batch:
+        reason, remedy = f"a training set of {counted(whole, 'image')}", "more images"
+    parts = [found - found % 2 if pairs and found > 1 else found]
+    for option, limit in limits.items():
+        if limit is not None and min(parts) > 1:
+            batches, parts = parts, [size for part in parts for size in sizes(part, limit)]
+            joint = "" if option.endswith("=") else " "
+            reason = f"{option}{joint}{limit}" + (f" with batches of {batches[0]}" if limit > 1 else "")
+            remedy = f"{option}{joint}{limit + 1} or more"
+    return Least(min(parts), reason, remedy)
+
+
+def _answer(model: nn.Module, name: str, preprocessing: Preprocessing, count: int, least: Least) -> object:
+    """What ``model`` returns in training for ``count`` images."""
+    try:
+        return _tried(model, preprocessing, count)
+    except Exception as error:  # whatever a forward pass of somebody else's may raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        problem = f"fails in training on {counted(count, 'image')}: {lines[0][:200]}"
+        if count == 1 and _works(model, preprocessing, 2):
+            _refuse(
+                name,
+                f"{problem}. {least.reason} leaves a single image in a forward pass, in which a norm finds no "
+                "variance",
+                error,
+                remedy=f"give {least.remedy}",
+            )
+        _refuse(name, problem, error)
+
+
+def _works(model: nn.Module, preprocessing: Preprocessing, count: int) -> bool:
+    try:
+        _tried(model, preprocessing, count)
+    except Exception:
+        return False
+    return True
+
+
+def _tried(model: nn.Module, preprocessing: Preprocessing, count: int) -> object:
+    """What ``model`` returns in training for ``count`` random images; it stays as it is."""
+    device = next(model.parameters()).device
+    images = torch.randn(count, *preprocessing.input_size, generator=torch.Generator().manual_seed(0))
+    before, mode = random_state(), model.training
+    try:
+        with torch.no_grad(), frozen_batch_stats(model.train()):
+            return model(images.to(device))
+    finally:
+        model.train(mode)
+        set_random_state(before)
+
+
+def _refuse(
+    name: str,
+    problem: str,
+    cause: Exception | None = None,
+    remedy: str = "change --model-kwargs or --input-size",
+) -> NoReturn:
+    raise UnsupportedModel(
+        f"{name} {problem}; {remedy}, or do without training: quantize with --epochs 0, search with --searcher error"
+    ) from cause

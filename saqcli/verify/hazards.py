@@ -1,0 +1,195 @@
+"""What ONNX Runtime's default optimizations would change in a graph, found by looking at it.
+
+    H1   a float bias inside Conv or Gemm between quantized tensors is rounded to a multiple of the scales
+    H1b  a float constant weight between quantized tensors is quantized anew, per tensor
+    H2   a dequantized weight times a float activation: the activation is quantized on the fly
+    H3   Clip in front of a 4- or 2-bit quantizer: the session cannot be made
+    H4   ReLU in front of a signed or shifted 4- or 2-bit quantizer is deleted
+    H5   2-bit weights with quantized activations make an invalid graph
+    H8   Gemm with alpha other than 1 between quantized tensors loses it
+    H9   8-bit inputs times INT8 weights (or activations) whose sums of two products exceed 16 bits: wrong on x86
+         processors without VNNI
+
+Every exporter avoids them by how it writes; this list is the check that it did (``docs/export.md`` tells how each was
+found). Reproduced with ONNX Runtime 1.32. H6 and H7 are no patterns of a graph: see there.
+
+H9 depends on the processor. A style may declare it as a condition of use, which the verdict then names.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+
+from saqcli.export.onnx_helpers import may_saturate
+
+_FOUR, _TWO = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4), (onnx.TensorProto.INT2, onnx.TensorProto.UINT2)
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_BIASED = ("Conv", "ConvTranspose", "Gemm")
+
+
+SATURATION = (
+    "wrong on x86 processors without VNNI, where ONNX Runtime and OpenVINO cut off sums of two 8-bit products at 16 "
+    "bits; right with VNNI, and in ONNX Runtime with session.x64quantprecision=1"
+)
+
+
+@dataclass(frozen=True)
+class Hazard:
+    """A pattern that some optimization turns into something else.
+
+    Attributes:
+        code: H1 to H9.
+        node: name of the node.
+        text: what would happen.
+    """
+
+    code: str
+    node: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.code} at {self.node}: {self.text}"
+
+
+def hazards(model: onnx.ModelProto) -> list[Hazard]:
+    """All hazards of a graph, in order."""
+    graph = _Graph(model)
+    return [
+        Hazard(code, node.name or node.output[0], text)
+        for node in model.graph.node
+        for code, text in _of(graph, node)
+    ]
+
+
+def sort_out(found: Sequence[Hazard], accepted: Collection[str]) -> tuple[list[Hazard], list[Hazard]]:
+    """The hazards that refuse a file, and those that are conditions of its use.
+
+    Args:
+        found: by ``hazards``.
+        accepted: codes that the style may have, ``Exporter.conditions``.
+    """
+    return (
+        [hazard for hazard in found if hazard.code not in accepted],
+        [hazard for hazard in found if hazard.code in accepted],
+    )
+
+
+class _Graph:
+    """Who makes and who reads a tensor, and which tensors are constants."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.constants = {each.name: each for each in model.graph.initializer}
+        self.makers = {name: node for node in model.graph.node for name in node.output}
+        self.readers: dict[str, list[Any]] = defaultdict(list)
+        for node in model.graph.node:
+            for name in node.input:
+                self.readers[name].append(node)
+        try:
+            inferred = onnx.shape_inference.infer_shapes(model).graph
+        except Exception:  # shapes serve one pattern only
+            inferred = model.graph
+        known = [*inferred.value_info, *inferred.input, *inferred.output]
+        self.ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in known}
+
+    def dequantizer(self, name: str) -> tuple[Any, bool]:
+        """The DequantizeLinear that a tensor comes out of, and whether an odd number of transposes lies between."""
+        node, odd = self.makers.get(name), False
+        while node is not None and node.op_type == "Transpose":
+            node, odd = self.makers.get(node.input[0]), not odd
+        return (node if node is not None and node.op_type == "DequantizeLinear" else None), odd
+
+    def dequantized(self, name: str) -> bool:
+        """Whether a tensor comes out of DequantizeLinear, through transposes at most."""
+        return self.dequantizer(name)[0] is not None
+
+    def quantized_next(self, name: str) -> bool:
+        """Whether a tensor is quantized, behind ReLUs and Clips at most."""
+        for node in self.readers[name]:
+            if node.op_type == "QuantizeLinear":
+                return True
+            if node.op_type in ("Relu", "Clip") and self.quantized_next(node.output[0]):
+                return True
+        return False
+
+    def stored(self, name: str) -> int | None:
+        """The type of the constant behind a DequantizeLinear."""
+        node = self.makers.get(name)
+        while node is not None and node.op_type in ("Transpose", "DequantizeLinear"):
+            if node.input[0] in self.constants:
+                return int(self.constants[node.input[0]].data_type)
+            node = self.makers.get(node.input[0])
+        return None
+
+
+def _of(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
+    if node.op_type in _PRODUCTS:
+        yield from _of_product(graph, node)
+    if node.op_type == "QuantizeLinear" and len(node.input) > 2 and node.input[2] in graph.constants:
+        yield from _of_quantizer(graph, node)
+
+
+def _of_product(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
+    x, weight = node.input[0], node.input[1]
+    fed, dequantized = graph.dequantized(x), graph.dequantized(weight)
+    output = node.output[0]
+    if (
+        fed
+        and node.op_type in _BIASED
+        and len(node.input) > 2
+        and node.input[2] in graph.constants
+        and graph.quantized_next(output)
+    ):
+        yield "H1", "its bias would be rounded to a multiple of its scales"
+    if fed and node.op_type == "MatMul" and graph.ranks.get(x) == 2:
+        sums = [each for each in graph.readers[output] if each.op_type == "Add"]
+        constant = [each for each in sums if any(name in graph.constants for name in each.input)]
+        if any(graph.quantized_next(each.output[0]) for each in constant):
+            yield "H1", "with the Add behind it, it would become a Gemm, whose bias would be rounded"
+    if fed and weight in graph.constants and graph.quantized_next(output):
+        yield "H1b", "its float weight would be quantized anew, per tensor"
+    if dequantized and not fed and node.op_type in ("MatMul", "Gemm") and graph.stored(weight) is not None:
+        yield "H2", "its float input would be quantized on the fly"
+    if fed and graph.stored(weight) in _TWO:
+        yield "H5", "2-bit weights with quantized inputs make an invalid graph"
+    if fed and node.op_type != "ConvTranspose" and _saturates(graph, node, weight):
+        yield "H9", SATURATION
+    alpha = [each.f for each in node.attribute if each.name == "alpha"]
+    if node.op_type == "Gemm" and alpha and alpha[0] != 1.0 and fed:
+        yield "H8", "its alpha would be lost"
+
+
+def _saturates(graph: _Graph, node: Any, weight: str) -> bool:
+    """Whether two products of 8-bit codes may exceed 16 bits where the second operand is INT8."""
+    dequantizer, transposed = graph.dequantizer(weight)
+    if dequantizer is None:
+        return False
+    if dequantizer.input[0] not in graph.constants:  # an activation, which has every code
+        zero = graph.constants.get(dequantizer.input[2]) if len(dequantizer.input) > 2 else None
+        return zero is not None and zero.data_type == onnx.TensorProto.INT8
+    stored = graph.constants[dequantizer.input[0]]
+    if stored.data_type != onnx.TensorProto.INT8:
+        return False
+    codes = onnx.numpy_helper.to_array(stored)
+    if node.op_type == "Conv":
+        return may_saturate(codes, 0)
+    by_rows = any(each.name == "transB" and each.i for each in node.attribute)
+    return may_saturate(codes, codes.ndim - 1 if by_rows == transposed else codes.ndim - 2)
+
+
+def _of_quantizer(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
+    zero = graph.constants[node.input[2]]
+    if zero.data_type not in (*_FOUR, *_TWO):
+        return
+    maker = graph.makers.get(node.input[0])
+    signed = zero.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.INT2)
+    if maker is not None and maker.op_type == "Clip" and maker.input[0] in graph.makers:
+        yield "H3", "a Clip in front of a quantizer below 8 bits makes the session fail"
+    if (
+        maker is not None
+        and maker.op_type == "Relu"
+        and (signed or onnx.numpy_helper.to_array(zero).astype(int).any())
+    ):
+        yield "H4", "the ReLU in front of it would be deleted"

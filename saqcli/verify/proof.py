@@ -1,0 +1,141 @@
+"""The proof that a file computes what the model computes: what has to agree, for a graph and for a file of tensors."""
+
+import copy
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from saqcli._version import __version__
+from saqcli.errors import ConfigError, DataError
+from saqcli.export import EXPORTERS
+from saqcli.export.exact_form import ExactForm
+from saqcli.export.operators import frozen_copy
+from saqcli.pipelines.predictors import onnx_session
+from saqcli.progress import Progress
+from saqcli.quant import convert
+from saqcli.training.loop import Batches
+from saqcli.verify.hazards import hazards, sort_out
+from saqcli.verify.layerwise import check_layers
+from saqcli.verify.verdict import Verdict, compare, worst
+
+PYTORCH = "pytorch"
+LAYERWISE_IMAGES = 4  # all activations of which are held in memory
+
+
+def prove_graph(
+    path: Path,
+    model: nn.Module,
+    style: str,
+    batches: Batches,
+    count: int,
+    progress: Progress,
+    runtimes: tuple[str, ...] = (),
+) -> Verdict:
+    """The verdict on an ONNX file of ``model``.
+
+    Args:
+        path: of the file.
+        model: quantized, on the CPU, in eval mode.
+        style: that it was written in.
+        batches: images to run from end to end; on the first few, layers are compared one by one.
+        count: number of batches.
+        progress: told about every batch.
+        runtimes: names in ``RUNTIMES``, to run it with too, end to end.
+    """
+    refusing, conditions = sort_out(hazards(onnx.load(str(path))), EXPORTERS[style]().conditions)
+    if refusing:  # some of them would keep ONNX Runtime from running the file
+        return Verdict(0, 1.0, 0.0, 0.0, hazards=refusing)
+    frozen = frozen_copy(model)
+    first = _first_images(batches)
+    others = {name: RUNTIMES[name](path) for name in runtimes}
+    runs = _runs(path, one_by_one=style == "exact") | {PYTORCH: model}
+    reference = ExactForm(frozen, first[:2]).eval() if style == "exact" else _in_float64(model, first[:1])
+    verdicts = compare(reference, runs | others, batches, count, progress)
+    pytorch = verdicts.pop(PYTORCH)
+    for each in verdicts.values():
+        each.pytorch_agreement, each.pytorch_difference = pytorch.argmax_agreement, pytorch.mean_abs_diff
+        each.pytorch_max_abs_diff = pytorch.max_abs_diff
+    verdict = worst([verdicts[name] for name in runs if name != PYTORCH])
+    verdict.others, verdict.conditions = {name: verdicts[name] for name in others}, conditions
+    if isinstance(reference, ExactForm):
+        verdict.bit_equal, verdict.accumulators = True, reference.accumulators
+    verdict.layerwise = check_layers(path, frozen, first[:LAYERWISE_IMAGES])
+    return verdict
+
+
+def _first_images(batches: Batches) -> Tensor:
+    """The first images that could be read.
+
+    Raises:
+        DataError: none could.
+    """
+    for images, labels in batches:
+        if bool((labels >= 0).any()):
+            return images[labels >= 0]
+    raise DataError("there is no image to verify the file on that can be read: give another --data")
+
+
+def _in_float64(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+    """The model, its sums in float64, where their order does not matter; as it is where it insists on float32."""
+    double = copy.deepcopy(model)
+    convert.fold(double)  # its codes are then those of the file: a transformation would round otherwise
+    double.double()
+    try:
+        with torch.inference_mode():
+            double(images.double())
+    except RuntimeError:  # its forward makes or asks for float32
+        return model
+    return lambda images: double(images.double())
+
+
+def prove_tensors(loaded: nn.Module, model: nn.Module, batches: Batches, progress: Progress) -> Verdict:
+    """The verdict on a file of tensors that was ``loaded``: logits must be equal, bit for bit."""
+    verdict = compare(model, {"loaded": loaded}, [next(iter(batches))], 1, progress)["loaded"]
+    verdict.bit_equal = True
+    return verdict
+
+
+def versions(runtimes: tuple[str, ...] = ()) -> dict[str, str]:
+    """Of what a proof depends on."""
+    return {"saq": __version__} | {
+        name: version(name) for name in ("torch", "onnx", "onnxruntime", *runtimes)
+    }
+
+
+def _runs(path: Path, *, one_by_one: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+    """An ONNX file, run without graph optimizations and with the default ones; perhaps also image by image."""
+    runs = {
+        "unoptimized": onnx_session(path, optimized=False),
+        "optimized": onnx_session(path, optimized=True),
+    }
+    if one_by_one:
+        single = onnx_session(path, optimized=True, threads=1)
+        runs["one by one"] = lambda images: torch.cat([single(image) for image in torch.split(images, 1)])
+    return runs
+
+
+def _openvino(path: Path) -> Callable[[Tensor], Tensor]:
+    """An ONNX file, run by OpenVINO on the CPU in float32.
+
+    Raises:
+        ConfigError: OpenVINO is not installed, or does not read the file.
+    """
+    try:
+        import openvino
+    except ImportError:
+        raise ConfigError('--verify openvino needs OpenVINO: pip install "saq[openvino]"') from None
+    try:
+        compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise ConfigError(
+            f"OpenVINO does not read this style, leave --verify openvino away: ... {reason}"
+        ) from None
+    return lambda images: torch.from_numpy(compiled([images.numpy()])[compiled.output(0)].copy())
+
+
+RUNTIMES: dict[str, Callable[[Path], Callable[[Tensor], Tensor]]] = {"openvino": _openvino}

@@ -17,10 +17,11 @@ from common import append, parser, read
 from saqcli.cli.options import parse_assignments, parse_numbers
 from saqcli.config import RunConfig, resolve
 from saqcli.data.loaders import read_all
+from saqcli.data.splits import open_named, validation_loader
 from saqcli.pipelines.bits import given_policy
 from saqcli.pipelines.calibration import calibrate, install_quantizers
 from saqcli.pipelines.quantize import prepare
-from saqcli.pipelines.setup import classes_of, open_named, validation_loader
+from saqcli.pipelines.setup import classes_of
 from saqcli.progress import SILENT
 from saqcli.quant.calibration import settle_batch_norms
 from saqcli.training.loop import evaluate

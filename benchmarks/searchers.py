@@ -23,18 +23,18 @@ from common import append, parser, read, spread
 from torch import nn
 
 from saqcli.config import RunConfig, resolve
+from saqcli.data.splits import Images, open_named
 from saqcli.distributed import pick_device
 from saqcli.pipelines.calibration import calibrate, install_quantizers
 from saqcli.pipelines.find_bits import ask, find_bits, pose
 from saqcli.pipelines.proxy import fit_proxy
 from saqcli.pipelines.quantize import score
-from saqcli.pipelines.setup import Images, Network, classes_of, load_float, open_named, wrap_and_trace
+from saqcli.pipelines.setup import Network, classes_of, load_float, wrap_and_trace
 from saqcli.progress import SILENT
 from saqcli.quant.bits import BitConfig, parse_bits
 from saqcli.quant.calibration import InputStatistics
-from saqcli.search.problem import NO_MEMORY
 from saqcli.serialization import make_folder, write_text
-from saqcli.training.loop import EpochSettings, Meter, train_epoch
+from saqcli.training.loop import NO_MEMORY, EpochSettings, Meter, train_epoch
 from saqcli.training.minimizers.qat import QAT
 from saqcli.training.optimizer import make_objective, make_optimizer
 from saqcli.training.trainer import train

@@ -14,6 +14,7 @@ import errno
 import json
 import math
 import os
+import re
 import tempfile
 import tomllib
 import typing
@@ -402,3 +403,20 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def natural(name: str) -> tuple[list[str | int], str]:
+    """Sorts as ``timm.utils.misc.natural_key`` does, 2 before 10; what that cannot tell apart (2 and 02), as text."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """The first ``limit`` names for a message, and how many more there are.
+
+    Example:
+        >>> some(["a", "b", "c"], limit=2)
+        'a, b and 1 more'
+    """
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(printable(name, 60) for name in names[:limit]) + more

@@ -27,10 +27,10 @@ from typing import Any, Literal
 import numpy as np
 
 from saqcli.data.archives import Shards, read_split
-from saqcli.data.folders import SplitName, find_images, find_split, is_split_name, some
+from saqcli.data.folders import SplitName, find_images, find_split, is_split_name
 from saqcli.data.images import ImageSet, ImageStream
 from saqcli.errors import DataError
-from saqcli.serialization import named_path
+from saqcli.serialization import named_path, some
 from saqcli.tasks.class_lists import find_class_lists, read_class_map
 from saqcli.tasks.labels import Classes, Numbering, check_files, number_classes
 from saqcli.units import counted

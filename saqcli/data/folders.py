@@ -6,14 +6,13 @@ be images and are not read are noted; hidden ones and other files are passed ove
 
 import errno
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from saqcli.errors import DataError
-from saqcli.serialization import printable
+from saqcli.serialization import natural, printable, some
 from saqcli.units import counted
 
 SplitName = Literal["train", "val"]
@@ -271,27 +270,10 @@ def _cannot_list(folder: Path, error: OSError) -> DataError:
     return DataError(f"cannot read the folder {folder} ({error.strerror}): give one that can be read")
 
 
-def natural(name: str) -> tuple[list[str | int], str]:
-    """Sorts as ``timm.utils.misc.natural_key`` does, 2 before 10; what that cannot tell apart (2 and 02), as text."""
-    parts = re.split(r"(\d+)", name.lower())
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
-
-
 def _sort_names(names: Sequence[str]) -> list[str]:
     """Names of class folders in the order in which their images are listed, which is not that of their labels."""
     names = sorted(names)
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
-
-
-def some(names: Sequence[str], limit: int = 5) -> str:
-    """The first ``limit`` names for a message, and how many more there are.
-
-    Example:
-        >>> some(["a", "b", "c"], limit=2)
-        'a, b and 1 more'
-    """
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(printable(name, 60) for name in names[:limit]) + more
 
 
 def _check_folder(folder: Path) -> None:

@@ -94,3 +94,11 @@ class Preprocessing:
             raise ConfigError(
                 f"preprocessing {dict(values)} cannot be read ({error}): correct the value"
             ) from error
+
+
+SMALL_IMAGES = 64  # pixels; up to here images are trained on whole, above on random crops
+
+
+def is_small(preprocessing: Preprocessing) -> bool:
+    """Whether images are small enough to be trained on whole, and many at a time."""
+    return max(preprocessing.input_size[1:]) <= SMALL_IMAGES

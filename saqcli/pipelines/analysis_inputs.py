@@ -18,17 +18,19 @@ from torch import Tensor, nn
 from saqcli.analysis import Subject
 from saqcli.config import DataSection, ModelSection, QuantizationSection, RunConfig, resolve
 from saqcli.data.loaders import calibration_loader, read_all
+from saqcli.data.splits import workers_of
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.export import ModelFacts
+from saqcli.export.restore import restore
 from saqcli.export.safetensors import restore_structure
 from saqcli.models.load import build_architecture
-from saqcli.models.preprocessing import Preprocessing
+from saqcli.models.preprocessing import Preprocessing, is_small
 from saqcli.pipelines.bits import check_bits, check_way, given_policy
 from saqcli.pipelines.calibration import calibrate, install_quantizers
 from saqcli.pipelines.checks import check_builds, check_model
-from saqcli.pipelines.predictors import named_file, restore
+from saqcli.pipelines.predictors import named_file
 from saqcli.pipelines.quantize import describe, prepare
-from saqcli.pipelines.setup import is_small, open_trained, workers_of
+from saqcli.pipelines.setup import open_trained
 from saqcli.pipelines.targets import ANALYZED, find_target
 from saqcli.progress import Progress
 from saqcli.quant.layer import quantized_layers

@@ -32,11 +32,12 @@ from saqcli.config import ModelSection
 from saqcli.errors import ConfigError, RunDirectoryError, UnsupportedModel
 from saqcli.export import EXPORTERS, ModelFacts
 from saqcli.export.model_metadata import read_onnx_facts
+from saqcli.export.restore import restore
 from saqcli.machine import cores, cpu_name, versions
 from saqcli.models.load import build_architecture
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.pipelines.determinism import torch_threads
-from saqcli.pipelines.predictors import named_file, restore
+from saqcli.pipelines.predictors import named_file
 from saqcli.pipelines.setup import load_float
 from saqcli.pipelines.targets import EVALUATED, find_target
 from saqcli.progress import Progress, Task

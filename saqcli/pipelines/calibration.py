@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from saqcli import distributed
 from saqcli.config import RunConfig
 from saqcli.data.batches import Loader
-from saqcli.pipelines.setup import Images, Network
+from saqcli.data.splits import Images
+from saqcli.pipelines.setup import Network
 from saqcli.progress import Progress
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from saqcli._version import __version__
 from saqcli.config import DataSection, ModelSection, RunConfig
+from saqcli.data.splits import validation_loader
 from saqcli.errors import (
     ConfigError,
     CorruptArtifact,
@@ -28,13 +29,14 @@ from saqcli.errors import (
 )
 from saqcli.export import EXPORTERS, STYLES, ModelFacts
 from saqcli.export.containers import weight_storage
+from saqcli.export.restore import restore
 from saqcli.export.tracing import CANNOT, OPSET
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.pipelines.bits import given_policy, space_of
 from saqcli.pipelines.calibration import scheme_of
 from saqcli.pipelines.checks import check_images
-from saqcli.pipelines.predictors import named_file, onnx_session, restore
-from saqcli.pipelines.setup import Network, open_trained, validation_loader
+from saqcli.pipelines.predictors import named_file
+from saqcli.pipelines.setup import Network, open_trained
 from saqcli.pipelines.targets import QUANTIZED, find_target
 from saqcli.progress import SILENT, Progress
 from saqcli.quant import convert
@@ -45,6 +47,7 @@ from saqcli.serialization import make_folder, replacing, write_text
 from saqcli.training.loop import Batches
 from saqcli.verify.hazards import hazards, sort_out
 from saqcli.verify.proof import RUNTIMES, prove_graph, prove_tensors, versions
+from saqcli.verify.runtime import onnx_session
 from saqcli.verify.verdict import SYNTHETIC, Verdict, synthetic_batches, verdict_path, verdict_text
 
 ELSEWHERE = ": choose another --style"  # how exporters end that refuse what another style can write

@@ -11,20 +11,22 @@ from torch import nn
 
 from saqcli import distributed
 from saqcli.config import RunConfig
+from saqcli.data.splits import Images
 from saqcli.distributed import pick_device
 from saqcli.errors import ConfigError
 from saqcli.pipelines.bits import budget_of, space_of
 from saqcli.pipelines.calibration import AfterFit, calibrate, scheme_of
 from saqcli.pipelines.profile import layer_rows
 from saqcli.pipelines.proxy import open_proxy, search_images
-from saqcli.pipelines.setup import Images, Network
+from saqcli.pipelines.setup import Network
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.search_space import SearchSpace
 from saqcli.search import SEARCHERS, Found, Searcher, SearchImages, SearchProblem
-from saqcli.search.problem import NO_IMAGES, Memory
+from saqcli.search.problem import NO_IMAGES
+from saqcli.training.loop import Memory
 from saqcli.training.optimizer import make_optimizer, search_training
 from saqcli.training.preflight import check_trains
 from saqcli.units import counted, format_quantity

@@ -1,6 +1,6 @@
 """Anything that can be evaluated, as a function from images to logits: a name, a run, a file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,10 @@ from saqcli.errors import ConfigError, CorruptArtifact, SaqError
 from saqcli.export.exact_form import ExactForm
 from saqcli.export.model_metadata import ModelFacts, read_onnx_facts
 from saqcli.export.operators import frozen_copy
-from saqcli.export.safetensors import read_content, rebuild
-from saqcli.machine import library_versions
-from saqcli.models.load import LoadedModel, as_loaded, build_architecture
+from saqcli.export.restore import restore, trained_classes, with_names_of_logits
 from saqcli.models.preprocessing import Preprocessing
-from saqcli.models.rebuild import build_described, check_description
-from saqcli.pipelines.setup import answering, classes_of, load_float, trained_classes, with_names_of_logits
+from saqcli.models.rebuild import check_description
+from saqcli.pipelines.setup import answering, classes_of, load_float
 from saqcli.pipelines.targets import (
     EVALUATED,
     QUANTIZED,
@@ -31,7 +29,7 @@ from saqcli.quant.tracer import try_model
 from saqcli.serialization import printable
 from saqcli.tasks.labels import Classes
 from saqcli.units import counted
-from saqcli.verify.runtime import open_session, told
+from saqcli.verify.runtime import onnx_session
 
 
 @dataclass(frozen=True)
@@ -98,69 +96,6 @@ def named_file(target: Target, section: ModelSection) -> Path | None:
     return target.path if run is None else model_file(run)
 
 
-def restore(path: Path) -> tuple[nn.Module, ModelFacts]:
-    """The quantized model in a safetensors file, in eval mode on the CPU, and what the file says about it.
-
-    Raises:
-        CorruptArtifact: truncated, damaged, foreign, of a newer version, changed, or not of a network that can be built
-            here; its message is one printable line.
-    """
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path}")
-    hint = ""
-    try:
-        facts, tensors = read_content(path)
-        hint = _written_elsewhere(facts)
-        model = rebuild(_float_model(path, facts, tensors), facts, tensors, str(path))
-        return model, with_names_of_logits(facts)
-    except SaqError as error:
-        raise CorruptArtifact(printable(f"{error}") + printable(hint, 200)) from None
-
-
-def open_described(path: Path) -> tuple[LoadedModel, ModelFacts]:
-    """The network that a file describes, of random weights and without quantizers, and what the file says about it.
-
-    Args:
-        path: a ``.safetensors`` or ``.onnx`` file of ours.
-
-    Raises:
-        CorruptArtifact: damaged, foreign, or not of a network that can be built here.
-    """
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path}")
-    try:
-        if path.suffix == ".onnx":
-            facts = read_onnx_facts(path)
-            check_description(facts.build, facts.preprocessing)
-            model = build_architecture(facts.build)
-        else:
-            facts, tensors = read_content(path)
-            model = _float_model(path, facts, tensors)
-    except SaqError as error:
-        raise CorruptArtifact(printable(f"{error}")) from None
-    preprocessing = Preprocessing.from_dict(facts.preprocessing)
-    return as_loaded(model, facts.build, preprocessing, path.name), facts
-
-
-def _float_model(path: Path, facts: ModelFacts, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The network that ``facts`` describe, of random weights."""
-    try:
-        return build_described(facts.build, facts.preprocessing, tensors)
-    except SaqError as error:
-        raise CorruptArtifact(f"{path} describes a model that cannot be built: {error}") from None
-
-
-def _written_elsewhere(facts: ModelFacts) -> str:
-    """What to think of where a file does not fit: networks change with the libraries that they come from."""
-    here = library_versions()
-    others = [f"{name} {v}" for name, v in facts.versions.items() if here.get(name, v) != v]
-    if not others:
-        return ""
-    return (
-        f"; it was written with {', '.join(others)}, here is {', '.join(f'{n} {v}' for n, v in here.items())}"
-    )
-
-
 def open_safetensors(path: Path, device: torch.device) -> Predictor:
     """A predictor from a file that ``saq quantize`` or ``saq export`` wrote."""
     model, facts = restore(path)
@@ -188,25 +123,6 @@ def open_onnx(path: Path, *, optimized: bool = True) -> Predictor:
         return logits
 
     return _described(predict, str(path), facts, torch.device("cpu"))
-
-
-def onnx_session(path: Path, *, optimized: bool, threads: int | None = None) -> Callable[[Tensor], Tensor]:
-    """Images to logits by ONNX Runtime on the CPU, with as many threads as PyTorch has unless told otherwise."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    if not optimized:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = open_session(path, options)
-    name = session.get_inputs()[0].name
-
-    def predict(images: Tensor) -> Tensor:
-        with told(path):
-            (logits,) = session.run(None, {name: images.cpu().numpy()})
-        return torch.from_numpy(logits)
-
-    return predict
 
 
 def _described(

@@ -6,9 +6,9 @@ from typing import Any
 
 from saqcli.config import ModelSection, QuantizationSection
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
+from saqcli.export.restore import open_described
 from saqcli.pipelines.bits import check_bits, float_policy, in_order, read_policy
 from saqcli.pipelines.checks import check_builds, check_model
-from saqcli.pipelines.predictors import open_described
 from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
 from saqcli.pipelines.targets import EVALUATED, Target, check_no_model_options, find_target
 from saqcli.progress import Progress

@@ -25,17 +25,17 @@ from saqcli.data.batches import Loader
 from saqcli.data.datasets import divide, some_classes, subset
 from saqcli.data.folders import find_images, find_split
 from saqcli.data.loaders import read_all
+from saqcli.data.splits import Images, validation_loader
 from saqcli.errors import PolicyMismatch
 from saqcli.models.load import LoadedModel
 from saqcli.pipelines.bits import float_policy
-from saqcli.pipelines.setup import Images, Network, classes_of, load_float, validation_loader, wrap_and_trace
+from saqcli.pipelines.setup import Network, classes_of, load_float, wrap_and_trace
 from saqcli.progress import Progress
 from saqcli.random_state import seed_everything
 from saqcli.search import SearchImages
-from saqcli.search.problem import NO_MEMORY, Memory
 from saqcli.serialization import named_path
 from saqcli.tasks.labels import ORDERS
-from saqcli.training.loop import Score
+from saqcli.training.loop import NO_MEMORY, Memory, Score
 from saqcli.training.optimizer import search_training
 from saqcli.training.preflight import check_trains
 from saqcli.training.trainer import in_float, train

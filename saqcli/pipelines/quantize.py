@@ -21,9 +21,11 @@ from saqcli import distributed
 from saqcli._version import __version__
 from saqcli.config import RunConfig
 from saqcli.data.batches import Loader
+from saqcli.data.splits import Images
 from saqcli.distributed import process_group
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.export import ModelFacts
+from saqcli.export.restore import trained_classes, with_names_of_logits
 from saqcli.export.safetensors import restore_structure
 from saqcli.machine import library_versions
 from saqcli.models.load import LoadedModel, build_architecture
@@ -37,15 +39,7 @@ from saqcli.pipelines.find_bits import ask, make_searcher
 from saqcli.pipelines.proxy import proxy_data
 from saqcli.pipelines.resume import check_same, goes_on, know_images, note_start, resuming
 from saqcli.pipelines.search import keep_search, search_and_stop
-from saqcli.pipelines.setup import (
-    Images,
-    Network,
-    classes_of,
-    load_float,
-    trained_classes,
-    with_names_of_logits,
-    wrap_and_trace,
-)
+from saqcli.pipelines.setup import Network, classes_of, load_float, wrap_and_trace
 from saqcli.progress import SILENT, Progress
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig

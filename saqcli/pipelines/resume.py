@@ -4,11 +4,10 @@ from collections.abc import Callable
 
 from saqcli import distributed
 from saqcli.config import RunConfig
+from saqcli.data.splits import Images
 from saqcli.distributed import may_be_restarted, restarted
-from saqcli.errors import ConfigError, SaqError
-from saqcli.pipelines.setup import Images
+from saqcli.errors import ConfigError
 from saqcli.runs.directory import RunDirectory
-from saqcli.runs.interrupts import StopRequest
 
 
 def goes_on(run: RunDirectory, *, resume: bool, overwrite: bool) -> bool:
@@ -32,21 +31,6 @@ def goes_on(run: RunDirectory, *, resume: bool, overwrite: bool) -> bool:
         resume = run.check_usable(resume=True, overwrite=False) or resume
     there = run.check_usable(resume=resume, overwrite=overwrite)
     return resume and there
-
-
-def stop_if_asked(stop: StopRequest, run: RunDirectory) -> None:
-    """Stop on all ranks if one was asked to, where all is saved. All of them call this.
-
-    Raises:
-        Interrupted: a signal asked to stop.
-    """
-    if distributed.any_of(bool(stop.signal)):
-        raise stopped(run, max(distributed.gathered(stop.exit_code)))
-
-
-def stopped(run: RunDirectory, exit_code: int) -> SaqError:
-    """To be raised by a rank that stops because it was asked to, where all is saved."""
-    return distributed.agreed(run.interrupted(exit_code))
 
 
 def note_start(run: RunDirectory, note: Callable[[str], None]) -> None:

@@ -24,16 +24,7 @@ from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.calibration import ClipInit
 from saqcli.quant.fold import check_modules, make_plain
 from saqcli.quant.grid import WeightGrid
-from saqcli.quant.layer import (
-    WRAPPED,
-    QuantizedLayer,
-    is_convolution,
-    quantized_layers,
-    reason_for_float,
-    stores_codes,
-    unwrap_layer,
-    wrap_layer,
-)
+from saqcli.quant.layer import WRAPPED, QuantizedLayer, is_convolution, quantized_layers, stores_codes
 from saqcli.quant.products import (
     OPERANDS,
     QuantizedProduct,
@@ -44,6 +35,7 @@ from saqcli.quant.products import (
 )
 from saqcli.quant.quantizers import QUANTIZERS, Family, Quantizer
 from saqcli.quant.routing import RoutedParent, routed_class
+from saqcli.quant.wrapping import reason_for_float, unwrap_layer, wrap_layer
 
 
 class Scheme(BaseModel):

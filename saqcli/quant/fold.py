@@ -22,7 +22,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDict
 from torch.nn.utils.weight_norm import WeightNorm
 
 from saqcli.errors import UnsupportedModel
-from saqcli.quant.layer import WRAPPED, own_type, reason_for_float
+from saqcli.quant.layer import WRAPPED
+from saqcli.quant.wrapping import own_type, reason_for_float
 
 NAMED = 5  # layers that a note names
 _HOOKS: tuple[

@@ -33,8 +33,9 @@ from torch.utils._pytree import tree_leaves
 from saqcli.errors import UnsupportedModel
 from saqcli.quant import products
 from saqcli.quant.attention import keeps_products
-from saqcli.quant.layer import TRANSPOSED, WRAPPED, QuantizedLayer, quantized_layers, reason_for_float
+from saqcli.quant.layer import TRANSPOSED, WRAPPED, QuantizedLayer, quantized_layers
 from saqcli.quant.routing import WEIGHT_OPERATORS, HandedOut
+from saqcli.quant.wrapping import reason_for_float
 
 _ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub__", "__isub__"}
 _CONCATENATIONS = {"cat", "concat", "concatenate", "hstack"}

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from saqcli.errors import RunDirectoryError, SaqError
+from saqcli.export.restore import restore
 from saqcli.export.safetensors import Content, read_content
 from saqcli.models.weights import sha256_of
-from saqcli.pipelines.predictors import restore
 from saqcli.quant.bits import BitConfig
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.manifest import RunManifest

@@ -9,7 +9,6 @@ Accuracy over cost: every configuration a dot, the front a line, the budget and 
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +17,7 @@ import numpy as np
 
 from saqcli.quant.cost import UNITS, Budget
 from saqcli.report.canvas import ACCENT, COLOURS, FAINT, INK, new_figure, save, style
+from saqcli.report.pareto import uniform_names
 from saqcli.units import counted, format_quantity
 
 OUTSIDE, HIDES, CROSSES, FAR = (
@@ -315,17 +315,6 @@ def _name_lines(ax: Any, labels: Labels, front: "Front", unit: int, *, in_view: 
         ]
         text = f"float {front.float_top1:.2f} %{where}"
         labels.add(text, (0.012, height), spots, ax.get_yaxis_transform(), **small)
-
-
-def uniform_names(front: "Front") -> dict[int, str]:
-    """``w4a4`` and the like by index of the point: what all layers have whose bits are not the same in all points."""
-    layers = [name for name in front.macs if len({point.layers[name] for point in front.points}) > 1]
-    names = {}
-    for index, point in enumerate(front.points):
-        bits = Counter(str(point.layers[name]) for name in layers)
-        if bits and (point.kind == "uniform" or len(bits) == 1):
-            names[index] = bits.most_common(1)[0][0]
-    return names
 
 
 def _limit_costs(ax: Any, front: "Front", unit: int) -> None:

@@ -11,6 +11,7 @@ configurations apart, and are not the accuracy after training.
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +22,6 @@ from saqcli._version import __version__
 from saqcli.quant.bits import LayerBits, mean_bits
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.search_space import SearchSpace
-from saqcli.report.front import draw_front, uniform_names
 from saqcli.search.problem import Found, Scored, ScoreOf, SearchProblem
 from saqcli.serialization import write_text
 
@@ -301,8 +301,19 @@ def _rank(point: Point) -> tuple[bool, float, float]:
 
 
 def write_front(front: Front, folder: Path) -> list[Path]:
-    """Write ``pareto.json``, ``pareto.csv`` and the picture; their paths."""
+    """Write ``pareto.json`` and ``pareto.csv``; their paths."""
     written = [folder / "pareto.json", folder / "pareto.csv"]
     for path, text in zip(written, (front.to_json(), to_csv(front)), strict=True):
         write_text(path, text)
-    return written + draw_front(front, folder / "pareto")
+    return written
+
+
+def uniform_names(front: "Front") -> dict[int, str]:
+    """``w4a4`` and the like by index of the point: what all layers have whose bits are not the same in all points."""
+    layers = [name for name in front.macs if len({point.layers[name] for point in front.points}) > 1]
+    names = {}
+    for index, point in enumerate(front.points):
+        bits = Counter(str(point.layers[name]) for name in layers)
+        if bits and (point.kind == "uniform" or len(bits) == 1):
+            names[index] = bits.most_common(1)[0][0]
+    return names

@@ -33,7 +33,7 @@ from saqcli.errors import CannotWrite, Interrupted, RunDirectoryError, SaqError
 from saqcli.machine import versions
 from saqcli.models.weights import sha256_of
 from saqcli.runs.checkpoints import CheckpointFile
-from saqcli.runs.interrupts import exit_code_of, held_back_signals
+from saqcli.runs.interrupts import StopRequest, exit_code_of, held_back_signals
 from saqcli.runs.locks import Lock, Owner
 from saqcli.runs.manifest import Circumstances, RunManifest, circumstances
 from saqcli.serialization import (
@@ -389,3 +389,18 @@ class RunDirectory:
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
+
+
+def stop_if_asked(stop: StopRequest, run: RunDirectory) -> None:
+    """Stop on all ranks if one was asked to, where all is saved. All of them call this.
+
+    Raises:
+        Interrupted: a signal asked to stop.
+    """
+    if distributed.any_of(bool(stop.signal)):
+        raise stopped(run, max(distributed.gathered(stop.exit_code)))
+
+
+def stopped(run: RunDirectory, exit_code: int) -> SaqError:
+    """To be raised by a rank that stops because it was asked to, where all is saved."""
+    return distributed.agreed(run.interrupted(exit_code))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.convert import Scheme
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.search_space import SearchSpace
+from saqcli.training.loop import NO_MEMORY, Memory
 
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) and labels (N,)
 
@@ -61,40 +62,6 @@ class _NoBatches:
 
 
 NO_IMAGES = SearchImages(_NoBatches(), _NoBatches(), (), _NoBatches())  # for searchers that look at none
-
-
-class Memory(Protocol):
-    """Where a search keeps what it would lose if it were stopped."""
-
-    def load(self) -> dict[str, Any] | None:
-        """What was kept of the same search, or None."""
-
-    def offer(self, state: Callable[[], dict[str, Any]], *, milestone: bool = False) -> None:
-        """Keep ``state()`` if it is time, or at a ``milestone``, such as the end of an epoch; tensors and plain values.
-
-        Raises:
-            Interrupted: a signal asked to stop; the state is kept.
-        """
-
-    def restore_random(self) -> None:
-        """Put the global random numbers back to where they were when the state was kept."""
-
-
-class _NoMemory:
-    """For a search that takes no time."""
-
-    def load(self) -> dict[str, Any] | None:
-        """Nothing."""
-        return None
-
-    def offer(self, state: Callable[[], dict[str, Any]], *, milestone: bool = False) -> None:
-        """Nothing is kept."""
-
-    def restore_random(self) -> None:
-        """Nothing to put back."""
-
-
-NO_MEMORY: Memory = _NoMemory()
 
 
 class Scored(NamedTuple):

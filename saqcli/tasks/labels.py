@@ -22,9 +22,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from saqcli.data.folders import natural, some
 from saqcli.errors import ConfigError, DataError
-from saqcli.serialization import named_path, printable
+from saqcli.serialization import named_path, natural, printable, some
 from saqcli.tasks.class_lists import misfit, read_class_list, read_class_map
 from saqcli.units import counted
 

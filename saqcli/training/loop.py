@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -218,3 +219,37 @@ def train_epoch(
         task.advance(images=len(labels), loss=so_far.loss, top1=so_far.top1)
         settings.after_step(index + 1)
     return meter.over_ranks().score()
+
+
+class Memory(Protocol):
+    """Where a search keeps what it would lose if it were stopped."""
+
+    def load(self) -> dict[str, Any] | None:
+        """What was kept of the same search, or None."""
+
+    def offer(self, state: Callable[[], dict[str, Any]], *, milestone: bool = False) -> None:
+        """Keep ``state()`` if it is time, or at a ``milestone``, such as the end of an epoch; tensors and plain values.
+
+        Raises:
+            Interrupted: a signal asked to stop; the state is kept.
+        """
+
+    def restore_random(self) -> None:
+        """Put the global random numbers back to where they were when the state was kept."""
+
+
+class _NoMemory:
+    """For a search that takes no time."""
+
+    def load(self) -> dict[str, Any] | None:
+        """Nothing."""
+        return None
+
+    def offer(self, state: Callable[[], dict[str, Any]], *, milestone: bool = False) -> None:
+        """Nothing is kept."""
+
+    def restore_random(self) -> None:
+        """Nothing to put back."""
+
+
+NO_MEMORY: Memory = _NoMemory()

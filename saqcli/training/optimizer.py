@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from saqcli import distributed
 from saqcli.config import RunConfig, TrainingSection
 from saqcli.errors import ConfigError, Problems
-from saqcli.pipelines.setup import SMALL_IMAGES
+from saqcli.models.preprocessing import SMALL_IMAGES
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers import quantizers_of
 from saqcli.training.minimizers import MINIMIZERS, Minimizer

@@ -26,14 +26,12 @@ from torch import Tensor, nn
 
 from saqcli import distributed
 from saqcli.config import RunConfig, TrainingSection
-from saqcli.pipelines.resume import stop_if_asked, stopped
-from saqcli.pipelines.setup import Images
+from saqcli.data.splits import Images
 from saqcli.progress import SILENT, Progress, Task
 from saqcli.random_state import random_state, set_random_state
-from saqcli.runs.directory import RunDirectory
+from saqcli.runs.directory import RunDirectory, stop_if_asked, stopped
 from saqcli.runs.interrupts import StopRequest, deferred_interrupts
-from saqcli.search.problem import NO_MEMORY, Memory
-from saqcli.training.loop import EpochSettings, Meter, Score, evaluate, train_epoch
+from saqcli.training.loop import NO_MEMORY, EpochSettings, Memory, Meter, Score, evaluate, train_epoch
 from saqcli.training.minimizers.base import check_epoch
 from saqcli.training.optimizer import make_minimizer, make_objective, make_optimizer, make_schedule
 from saqcli.training.step import Setbacks

@@ -14,12 +14,12 @@ from saqcli.errors import ConfigError, DataError
 from saqcli.export import EXPORTERS
 from saqcli.export.exact_form import ExactForm
 from saqcli.export.operators import frozen_copy
-from saqcli.pipelines.predictors import onnx_session
 from saqcli.progress import Progress
 from saqcli.quant import convert
 from saqcli.training.loop import Batches
 from saqcli.verify.hazards import hazards, sort_out
 from saqcli.verify.layerwise import check_layers
+from saqcli.verify.runtime import onnx_session
 from saqcli.verify.verdict import Verdict, compare, worst
 
 PYTORCH = "pytorch"

@@ -168,3 +168,22 @@ def told(path: Path) -> Iterator[None]:
     except Exception as error:  # onnxruntime has a class for every reason, none of them public
         reason = printable(" ".join(str(error).split()), 200)
         raise CorruptArtifact(f"ONNX Runtime does not take {path}: {reason}") from None
+
+
+def onnx_session(path: Path, *, optimized: bool, threads: int | None = None) -> Callable[[Tensor], Tensor]:
+    """Images to logits by ONNX Runtime on the CPU, with as many threads as PyTorch has unless told otherwise."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = open_session(path, options)
+    name = session.get_inputs()[0].name
+
+    def predict(images: Tensor) -> Tensor:
+        with told(path):
+            (logits,) = session.run(None, {name: images.cpu().numpy()})
+        return torch.from_numpy(logits)
+
+    return predict

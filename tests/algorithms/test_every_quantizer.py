@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from saqcli.export.operators import frozen_copy
 from saqcli.export.qdq import QdqExporter
 from saqcli.export.safetensors import SafetensorsExporter, read_content, rebuild
-from saqcli.pipelines.predictors import onnx_session
 from saqcli.quant.convert import Scheme
 from saqcli.quant.layer import QuantizedLayer, quantized_layers
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer, quantizers_of
 from saqcli.training.minimizers import MINIMIZERS, MicroBatch
 from saqcli.training.perturbation import PerturbedSet
 from saqcli.verify.layerwise import LARGEST_ERROR, check_layers
+from saqcli.verify.runtime import onnx_session
 from saqcli.verify.verdict import judge
 from tests.sweeps import sweep
 

@@ -16,10 +16,10 @@ from saqcli.errors import UnsupportedModel
 from saqcli.export.exact_form import ExactForm
 from saqcli.export.operators import frozen_copy
 from saqcli.pipelines.determinism import torch_threads
-from saqcli.pipelines.predictors import onnx_session
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.verify.layerwise import check_layers
+from saqcli.verify.runtime import onnx_session
 from saqcli.verify.verdict import judge
 from tests.sweeps import sweep
 

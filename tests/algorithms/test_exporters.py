@@ -18,8 +18,8 @@ from saqcli.export.model_metadata import read_onnx_facts
 from saqcli.export.operators import frozen_copy
 from saqcli.export.safetensors import read_facts
 from saqcli.export.tracing import INPUT, OUTPUT
-from saqcli.pipelines.predictors import onnx_session
 from saqcli.verify.hazards import hazards
+from saqcli.verify.runtime import onnx_session
 from saqcli.verify.verdict import judge
 from tests.sweeps import sweep
 

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from saqcli.export import STYLES
 from saqcli.export.integer_kernels import LARGEST_SHIFT
 from saqcli.export.operators import frozen_copy
-from saqcli.pipelines.predictors import onnx_session
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.verify.hazards import hazards
 from saqcli.verify.layerwise import check_layers
+from saqcli.verify.runtime import onnx_session
 from tests.sweeps import sweep
 
 PLAIN, DEFAULT = ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL

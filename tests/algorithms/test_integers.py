@@ -16,9 +16,9 @@ from saqcli.export import EXPORTERS
 from saqcli.export.exact_form import ExactForm
 from saqcli.export.integers import EXACT_FLOAT, Integers, Operator, part_of, parts_of
 from saqcli.export.operators import frozen_copy
-from saqcli.pipelines.predictors import onnx_session
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
+from saqcli.verify.runtime import onnx_session
 from tests.sweeps import sweep
 
 aten = torch.ops.aten

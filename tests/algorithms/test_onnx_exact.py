@@ -32,11 +32,11 @@ from saqcli.errors import UnsupportedModel
 from saqcli.export import EXPORTERS
 from saqcli.export.exact_form import ExactForm
 from saqcli.export.operators import frozen_copy
-from saqcli.pipelines.predictors import onnx_session
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.quant.quantizers import Quantizer
 from saqcli.verify.hazards import hazards
+from saqcli.verify.runtime import onnx_session
 from tests.sweeps import sweep
 
 # Where a result depends on the order of a sum, or on somebody's approximation.

@@ -37,12 +37,12 @@ from onnx_files import (
 from torch import Tensor, nn
 
 from saqcli.export.operators import frozen_copy
-from saqcli.pipelines.predictors import onnx_session
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.quant.layer import QuantizedLayer, quantized_layers
 from saqcli.quant.quantizers import Quantizer
 from saqcli.verify.layerwise import check_layers
+from saqcli.verify.runtime import onnx_session
 from saqcli.verify.verdict import judge
 from tests.sweeps import sweep
 

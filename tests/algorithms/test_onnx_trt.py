@@ -14,10 +14,10 @@ from torch import nn
 from saqcli.errors import UnsupportedModel
 from saqcli.export import EXPORTERS
 from saqcli.export.operators import frozen_copy
-from saqcli.pipelines.predictors import onnx_session
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.verify.layerwise import check_layers
+from saqcli.verify.runtime import onnx_session
 from tests.sweeps import sweep
 
 # One layer each, read with unsigned codes up to 255: padding, strides, groups, dilation, and none of it.

@@ -18,10 +18,9 @@ from torch import nn
 
 from saqcli.export.onnx_helpers import may_saturate
 from saqcli.export.operators import frozen_copy
-from saqcli.pipelines.predictors import onnx_session
 from saqcli.verify.hazards import hazards
 from saqcli.verify.layerwise import check_layers
-from saqcli.verify.runtime import INTEGER_KERNELS
+from saqcli.verify.runtime import INTEGER_KERNELS, onnx_session
 
 
 def pairwise_sum(inputs: Any, weights: Any) -> int:

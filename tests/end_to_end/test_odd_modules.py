@@ -17,12 +17,12 @@ import saqcli
 from saqcli.config import ModelSection
 from saqcli.errors import UnsupportedModel
 from saqcli.export import EXPORTERS, ModelFacts
+from saqcli.export.restore import restore
 from saqcli.export.safetensors import restore_structure
 from saqcli.models import networks
 from saqcli.models.load import ModelSpec, build_architecture, load_model
 from saqcli.models.networks import NetworkEntry
 from saqcli.pipelines.export import export_verified
-from saqcli.pipelines.predictors import restore
 from saqcli.pipelines.profile import unquantized
 from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
 from saqcli.progress import SILENT

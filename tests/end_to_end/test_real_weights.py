@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from saqcli.cli import app
 from saqcli.config import RunConfig, resolve
 from saqcli.data.datasets import open_split
+from saqcli.data.splits import Images, validation_loader
 from saqcli.pipelines.bits import given_policy
 from saqcli.pipelines.calibration import calibrate, install_quantizers
 from saqcli.pipelines.quantize import prepare, score
-from saqcli.pipelines.setup import Images, validation_loader
 from saqcli.progress import SILENT
 
 

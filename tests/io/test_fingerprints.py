@@ -10,9 +10,9 @@ import torch
 from saqcli.config import resolve
 from saqcli.data.datasets import Split, check_fingerprint, fingerprint, open_split
 from saqcli.data.images import ImageSet
+from saqcli.data.splits import Images
 from saqcli.errors import DataError
 from saqcli.models.preprocessing import Preprocessing
-from saqcli.pipelines.setup import Images
 
 MakeClasses = Callable[[Path, Mapping[str, int]], Path]
 

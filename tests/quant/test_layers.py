@@ -17,18 +17,11 @@ from torch.nn import functional as F
 from saqcli.errors import ConfigError, PolicyMismatch, UnsupportedModel
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig, LayerBits
-from saqcli.quant.layer import (
-    QuantizedLayer,
-    frozen_batch_stats,
-    perturbed,
-    quantized_layers,
-    unwrap_layer,
-    wrap_layer,
-    zero_ports,
-)
+from saqcli.quant.layer import QuantizedLayer, frozen_batch_stats, perturbed, quantized_layers, zero_ports
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer
 from saqcli.quant.routing import RoutedParent
 from saqcli.quant.tracer import trace
+from saqcli.quant.wrapping import unwrap_layer, wrap_layer
 
 every_net = pytest.mark.parametrize("name", tiny.TINY)
 every_exact_net = pytest.mark.parametrize("name", tiny.EXACT)

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import nn
 
 from saqcli.errors import SaqError
+from saqcli.export.restore import restore
 from saqcli.export.safetensors import read_content, restore_structure
-from saqcli.pipelines.predictors import restore
 from saqcli.quant.products import quantized_products
 from tests.command_line import answer
 

@@ -10,8 +10,8 @@ import torch
 
 from saqcli.cli.tables import show_quantized
 from saqcli.config import TrainingSection
+from saqcli.export.restore import restore
 from saqcli.pipelines import analysis_inputs
-from saqcli.pipelines.predictors import restore
 from saqcli.progress import SILENT
 from saqcli.runs.checkpoints import CheckpointFile
 from saqcli.runs.directory import RunDirectory

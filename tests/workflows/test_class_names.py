@@ -15,9 +15,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from saqcli.export import EXPORTERS
+from saqcli.export.restore import restore
 from saqcli.machine import cores
 from saqcli.models.load import ModelSpec, load_model
-from saqcli.pipelines.predictors import open_onnx, restore
+from saqcli.pipelines.predictors import open_onnx
 from saqcli.runs.manifest import RunManifest
 from tests.command_line import answer, last_error, saq
 from tests.digits import MODEL, float_options

@@ -21,7 +21,6 @@ from saqcli.export.qdq import QdqExporter
 from saqcli.export.safetensors import SafetensorsExporter
 from saqcli.models.load import ModelSpec, load_model
 from saqcli.pipelines import export as exporting
-from saqcli.pipelines.predictors import onnx_session
 from saqcli.quant import calibration, convert
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.convert import Scheme
@@ -29,6 +28,7 @@ from saqcli.quant.layer import quantized_layers
 from saqcli.quant.tracer import trace
 from saqcli.verify import proof
 from saqcli.verify.layerwise import LayerCheck, LayerwiseCheck
+from saqcli.verify.runtime import onnx_session
 from saqcli.verify.verdict import IMAGES, Verdict, synthetic_batches, verdict_path, verdict_text
 from tests.command_line import answer, last_error, saq
 from tests.sweeps import sweep

@@ -24,7 +24,7 @@ from saqcli.quant.cost import Budget, Cost, cost_model
 from saqcli.quant.search_space import Candidates, SearchSpace, search_space
 from saqcli.quant.tracer import trace
 from saqcli.report.canvas import style
-from saqcli.report.front import paint_front, uniform_names
+from saqcli.report.front import draw_front, paint_front
 from saqcli.report.pareto import (
     COLUMNS,
     Front,
@@ -34,6 +34,7 @@ from saqcli.report.pareto import (
     to_csv,
     to_table,
     undominated,
+    uniform_names,
     write_front,
 )
 from saqcli.search.problem import Found, Scored, SearchImages, SearchProblem
@@ -421,8 +422,9 @@ class TestFiles:
 
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
-        first = write_front(front, tmp_path / "a")
-        second = write_front(parse_json(Front, front.to_json(), "text"), tmp_path / "b")
+        first = write_front(front, tmp_path / "a") + draw_front(front, tmp_path / "a" / "pareto")
+        again = parse_json(Front, front.to_json(), "text")
+        second = write_front(again, tmp_path / "b") + draw_front(again, tmp_path / "b" / "pareto")
 
         assert [path.name for path in first] == ["pareto.json", "pareto.csv", "pareto.png", "pareto.svg"]
         assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]

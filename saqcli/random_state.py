@@ -1,15 +1,22 @@
-"""Random numbers: the state of all generators, for checkpoints, and the seeds that follow from (seed, epoch).
+"""Random numbers and determinism: states for checkpoints, seeds from (seed, epoch), kernels that add in one order.
 
-The state of all global random numbers, as values that a checkpoint can hold.
-
-From the seed of a run to the seeds of everything random in an epoch.
+On a CPU the same command with the same number of threads gives the same bits. On a GPU some kernels add in whatever
+order their threads come; ``--deterministic`` makes PyTorch use others, or refuse. Every setting is restored at the end.
 """
 
+import os
 import random
-from typing import Any
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from inspect import signature
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+
+from saqcli.errors import UnsupportedModel
 
 
 def random_state() -> dict[str, Any]:
@@ -52,3 +59,86 @@ def seed_everything(seed: int, epoch: int = 0, rank: int = 0) -> None:
     random.seed(for_python)
     np.random.seed(for_numpy)
     torch.manual_seed(for_torch)
+
+
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # read when CUDA starts
+
+
+CUBLAS_CHOICES = (":4096:8", ":16:8")  # with which cuBLAS gives the same again
+
+
+_REFUSED = re.compile(r"(\S+) does not have a deterministic implementation")
+
+
+P = ParamSpec("P")
+
+
+T = TypeVar("T")
+
+
+def deterministic_if_asked(work: Callable[P, T]) -> Callable[P, T]:
+    """``work`` on deterministic kernels where its settings, the argument ``config``, say ``run.deterministic``."""
+
+    @wraps(work)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        config = signature(work).bind(*args, **kwargs).arguments["config"]
+        if not config.run.deterministic:
+            return work(*args, **kwargs)
+        with deterministic():
+            return work(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Within the context PyTorch computes with deterministic kernels only.
+
+    Raises:
+        UnsupportedModel: something was computed that has none.
+    """
+    cudnn = torch.backends.cudnn
+    before = (cudnn.deterministic, cudnn.benchmark, os.environ.get(CUBLAS))
+    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if before[2] not in CUBLAS_CHOICES:
+        os.environ[CUBLAS] = CUBLAS_CHOICES[0]
+    cudnn.deterministic, cudnn.benchmark = True, False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        _explain(error)
+        raise
+    finally:
+        torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+        cudnn.deterministic, cudnn.benchmark = before[:2]
+        if before[2] is None:
+            os.environ.pop(CUBLAS, None)
+        else:
+            os.environ[CUBLAS] = before[2]
+
+
+def _explain(error: RuntimeError) -> None:
+    """Raise what PyTorch's refusal of a kernel means; do nothing where the error is another."""
+    text = str(error)
+    found = _REFUSED.search(text)
+    if found:
+        raise UnsupportedModel(
+            f"--deterministic: {found[1]} has no deterministic kernel on this device: leave --deterministic "
+            "away, or try --device cpu or another network"
+        ) from None
+    if CUBLAS in text:
+        raise UnsupportedModel(
+            f"--deterministic: CUDA was already in use without it: set {CUBLAS}={CUBLAS_CHOICES[0]} in the environment"
+        ) from None
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """PyTorch computes with ``count`` threads, and with as many as before at the end."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

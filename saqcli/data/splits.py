@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from saqcli import distributed
 from saqcli.config import DataSection, RunConfig
 from saqcli.data.batches import Loader
 from saqcli.data.datasets import Split, check_fingerprint, check_same_classes, fingerprint, open_split
@@ -14,6 +15,7 @@ from saqcli.errors import ConfigError
 from saqcli.machine import cores
 from saqcli.models.preprocessing import Preprocessing, is_small
 from saqcli.progress import SILENT, Progress
+from saqcli.runs.directory import RunDirectory
 from saqcli.tasks.labels import Classes
 
 CALIBRATION_BATCH = 64
@@ -201,3 +203,26 @@ def validation_loader(
 def workers_of(section: DataSection, preprocessing: Preprocessing) -> int:
     """How many processes read images."""
     return default_workers(preprocessing) if section.workers is None else section.workers
+
+
+def know_images(run: RunDirectory, images: Images, of: str = "") -> None:
+    """Note which images a run starts with, on all ranks the same, or check that it goes on with these.
+
+    Args:
+        run: whose manifest holds them.
+        images: as they are now.
+        of: goes before the names of their splits, where a run has others beside its own.
+
+    Raises:
+        DataError: others are there now, or on another host.
+    """
+    known = distributed.from_first(lambda: run.manifest().images)
+    kept = {name.removeprefix(of): line for name, line in known.items() if name in (f"{of}train", f"{of}val")}
+    if kept:
+        distributed.together(lambda: images.check_fingerprints(kept))
+        return
+    now = images.fingerprints()
+    mine = distributed.from_first(lambda: now)
+    distributed.together(lambda: images.check_fingerprints(mine, then="the first process sees"))
+    more = {} if of else {"class_order": images.train.class_order}
+    run.note_images(known | {f"{of}{name}": line for name, line in now.items()}, **more)

@@ -36,13 +36,13 @@ from saqcli.export.restore import restore
 from saqcli.machine import cores, cpu_name, versions
 from saqcli.models.load import build_architecture
 from saqcli.models.preprocessing import Preprocessing
-from saqcli.pipelines.determinism import torch_threads
 from saqcli.pipelines.predictors import named_file
 from saqcli.pipelines.setup import load_float
 from saqcli.pipelines.targets import EVALUATED, find_target
 from saqcli.progress import Progress, Task
 from saqcli.quant import convert
 from saqcli.quant.bits import MAX_BITS, BitConfig
+from saqcli.random_state import torch_threads
 from saqcli.runs.directory import RunDirectory
 from saqcli.verify.runtime import Kernels, OnnxFile, open_file, runner
 

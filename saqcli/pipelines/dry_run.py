@@ -19,11 +19,11 @@ from saqcli.pipelines.export import check_exports, onnx_names
 from saqcli.pipelines.find_bits import ask
 from saqcli.pipelines.profile import measure
 from saqcli.pipelines.quantize import check, network_for
-from saqcli.pipelines.resume import check_same, goes_on
 from saqcli.pipelines.search import check_search, images_for
 from saqcli.pipelines.setup import Network, classes_of, load_float, wrap_and_trace
 from saqcli.progress import SILENT, Progress
 from saqcli.runs.directory import RunDirectory
+from saqcli.runs.resume import check_same, goes_on
 from saqcli.search.baselines import greatest
 from saqcli.serialization import check_can_write
 from saqcli.training.preflight import check_trains

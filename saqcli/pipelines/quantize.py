@@ -21,7 +21,7 @@ from saqcli import distributed
 from saqcli._version import __version__
 from saqcli.config import RunConfig
 from saqcli.data.batches import Loader
-from saqcli.data.splits import Images
+from saqcli.data.splits import Images, know_images
 from saqcli.distributed import process_group
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.export import ModelFacts
@@ -33,11 +33,9 @@ from saqcli.models.preprocessing import Preprocessing
 from saqcli.pipelines.bits import budget_of, check_bits, check_way, given_policy, space_of
 from saqcli.pipelines.calibration import calibrate, install_quantizers, scheme_of
 from saqcli.pipelines.checks import check_builds, check_device, check_images, check_model
-from saqcli.pipelines.determinism import deterministic_if_asked
 from saqcli.pipelines.export import check_exports, check_styles, export_verified, onnx_names, verify_limit
 from saqcli.pipelines.find_bits import ask, make_searcher
 from saqcli.pipelines.proxy import proxy_data
-from saqcli.pipelines.resume import check_same, goes_on, know_images, note_start, resuming
 from saqcli.pipelines.search import keep_search, search_and_stop
 from saqcli.pipelines.setup import Network, classes_of, load_float, wrap_and_trace
 from saqcli.progress import SILENT, Progress
@@ -45,9 +43,10 @@ from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.cost import Budget
-from saqcli.random_state import seed_everything
+from saqcli.random_state import deterministic_if_asked, seed_everything
 from saqcli.report.run_report import Outcome, write_report
 from saqcli.runs.directory import RunDirectory
+from saqcli.runs.resume import check_same, goes_on, note_start, resuming
 from saqcli.serialization import named_path, write_text
 from saqcli.tasks.labels import ORDERS
 from saqcli.training.loop import Score, evaluate

@@ -23,17 +23,16 @@ from saqcli.config import RunConfig
 from saqcli.data.loaders import MOST_WORKERS, default_workers
 from saqcli.errors import ConfigError, DataError, Interrupted, RunDirectoryError
 from saqcli.machine import chosen_device, cores
-from saqcli.pipelines.determinism import torch_threads
 from saqcli.pipelines.quantize import quantize
-from saqcli.pipelines.resume import first_difference
 from saqcli.pipelines.search import search
 from saqcli.pipelines.setup import load_float
 from saqcli.pipelines.targets import find_target
 from saqcli.progress import SILENT, Progress
-from saqcli.random_state import random_state, set_random_state
+from saqcli.random_state import random_state, set_random_state, torch_threads
 from saqcli.report.comparison import Difference, Record, compare, reasons, versions_differ
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.manifest import Circumstances, RunManifest
+from saqcli.runs.resume import first_difference
 from saqcli.serialization import parse_object, printable
 from saqcli.units import counted
 

@@ -28,27 +28,26 @@ from torch import nn
 from saqcli import distributed
 from saqcli._version import __version__
 from saqcli.config import RunConfig
-from saqcli.data.splits import Images
+from saqcli.data.splits import Images, know_images
 from saqcli.distributed import process_group
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.models.load import LoadedModel
 from saqcli.pipelines.bits import check_bits
 from saqcli.pipelines.calibration import scheme_of
 from saqcli.pipelines.checks import check_builds, check_device, check_images, check_model
-from saqcli.pipelines.determinism import deterministic_if_asked
 from saqcli.pipelines.find_bits import Asked, Searched, ask, find_bits, make_searcher, pose
 from saqcli.pipelines.proxy import fit_proxy, proxy_data
-from saqcli.pipelines.resume import check_same, goes_on, know_images, note_start, resuming
 from saqcli.pipelines.setup import Network, classes_of, load_float, wrap_and_trace
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.calibration import InputStatistics
-from saqcli.random_state import random_state, seed_everything, set_random_state
+from saqcli.random_state import deterministic_if_asked, random_state, seed_everything, set_random_state
 from saqcli.report.front import draw_front
 from saqcli.report.pareto import Front, find_front, to_table, write_front
 from saqcli.report.policy import draw_policy
 from saqcli.runs.directory import RunDirectory, Stage, stop_if_asked
 from saqcli.runs.interrupts import StopRequest, deferred_interrupts
+from saqcli.runs.resume import check_same, goes_on, note_start, resuming
 from saqcli.search.supernet import Scorer
 from saqcli.serialization import json_text, parse_object, write_text
 from saqcli.training.loop import evaluate

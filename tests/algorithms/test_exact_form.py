@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from saqcli.errors import UnsupportedModel
 from saqcli.export.exact_form import ExactForm
 from saqcli.export.operators import frozen_copy
-from saqcli.pipelines.determinism import torch_threads
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
+from saqcli.random_state import torch_threads
 from saqcli.verify.layerwise import check_layers
 from saqcli.verify.runtime import onnx_session
 from saqcli.verify.verdict import judge

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.errors import UnsupportedModel
-from saqcli.pipelines.determinism import CUBLAS, deterministic
+from saqcli.random_state import CUBLAS, deterministic
 from tests import tiny
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import saqcli
-from saqcli.pipelines.determinism import torch_threads
+from saqcli.random_state import torch_threads
 from saqcli.runs.directory import RunDirectory
 from tests import sealing
 from tests.command_line import answer, last_error, saq

@@ -1,10 +1,9 @@
-"""What a run that goes on must have in common with itself: settings and images."""
+"""What a resumed run must have in common with the run that was interrupted: its settings."""
 
 from collections.abc import Callable
 
 from saqcli import distributed
 from saqcli.config import RunConfig
-from saqcli.data.splits import Images
 from saqcli.distributed import may_be_restarted, restarted
 from saqcli.errors import ConfigError
 from saqcli.runs.directory import RunDirectory
@@ -42,29 +41,6 @@ def note_start(run: RunDirectory, note: Callable[[str], None]) -> None:
 def resuming(run: RunDirectory, place: str) -> str:
     """The note of a run that is resumed at ``place``, and whether the process before was killed."""
     return f"resuming {place}" + (f" (process {run.killed.pid} was killed)" if run.killed else "")
-
-
-def know_images(run: RunDirectory, images: Images, of: str = "") -> None:
-    """Note which images a run starts with, on all ranks the same, or check that it goes on with these.
-
-    Args:
-        run: whose manifest holds them.
-        images: as they are now.
-        of: goes before the names of their splits, where a run has others beside its own.
-
-    Raises:
-        DataError: others are there now, or on another host.
-    """
-    known = distributed.from_first(lambda: run.manifest().images)
-    kept = {name.removeprefix(of): line for name, line in known.items() if name in (f"{of}train", f"{of}val")}
-    if kept:
-        distributed.together(lambda: images.check_fingerprints(kept))
-        return
-    now = images.fingerprints()
-    mine = distributed.from_first(lambda: now)
-    distributed.together(lambda: images.check_fingerprints(mine, then="the first process sees"))
-    more = {} if of else {"class_order": images.train.class_order}
-    run.note_images(known | {f"{of}{name}": line for name, line in now.items()}, **more)
 
 
 def check_same(run: RunDirectory, config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""Write what `saq models` tells at once: `saqcli/io/catalogue.csv` and `saqcli/io/published.json`.
+"""Write what `saq models` tells at once: `saqcli/models/catalogue.csv` and `saqcli/models/published.json`.
 
     python benchmarks/catalogue.py
 

@@ -2,7 +2,7 @@
 
     python benchmarks/coverage.py --out coverage                  the smallest member of every family
     python benchmarks/coverage.py --out coverage vgg11 timm/xcit_nano_12_p8_224     these
-    python benchmarks/coverage.py --out coverage --table          docs/models.md and saqcli/io/coverage.csv
+    python benchmarks/coverage.py --out coverage --table          docs/models.md and saqcli/models/coverage.csv
 
 Networks have random weights (no download), their native input size, and batch norms that have seen a few images;
 parameters that start at zero are filled, so that signals and gradients flow. Every network runs in a process of its
@@ -424,7 +424,7 @@ def failure(facts: dict[str, Any]) -> str | None:
 
 
 def write_tables(out: Path) -> None:
-    """What is kept of it: ``docs/models.md`` between its marks, and ``saqcli/io/coverage.csv``."""
+    """What is kept of it: ``docs/models.md`` between its marks, and ``saqcli/models/coverage.csv``."""
     with CATALOGUE.open() as file:
         families = {row["name"]: row["family"] for row in csv.DictReader(file)}
     lines, verdicts = [], []

@@ -19,10 +19,10 @@ from common import append, parser, read, spread
 
 from saqcli.config import RunConfig, resolve
 from saqcli.data.splits import Images
-from saqcli.distributed import pick_device
 from saqcli.pipelines.bits import given_policy
 from saqcli.pipelines.calibration import calibrate, install_quantizers
 from saqcli.pipelines.quantize import prepare, score
+from saqcli.process_group import pick_device
 from saqcli.progress import SILENT
 from saqcli.serialization import replacing
 from saqcli.training.trainer import train

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saqcli.config import resolve
-from saqcli.distributed import pick_device
 from saqcli.pipelines.bits import budget_of, space_of
 from saqcli.pipelines.calibration import calibrate, scheme_of
 from saqcli.pipelines.proxy import search_images
 from saqcli.pipelines.search import prepare_search
+from saqcli.process_group import pick_device
 from saqcli.progress import SILENT
 from saqcli.search.knapsack import Sampler
 from saqcli.search.problem import SearchProblem

@@ -32,8 +32,8 @@ from saqcli import distributed
 from saqcli.config import ModelSection
 from saqcli.data.datasets import open_split
 from saqcli.data.loaders import make_loader
-from saqcli.distributed import process_group
 from saqcli.pipelines.setup import load_float
+from saqcli.process_group import process_group
 from saqcli.progress import SILENT
 from saqcli.serialization import make_folder
 

@@ -24,12 +24,12 @@ from torch import nn
 
 from saqcli.config import RunConfig, resolve
 from saqcli.data.splits import Images, open_named
-from saqcli.distributed import pick_device
 from saqcli.pipelines.calibration import calibrate, install_quantizers
 from saqcli.pipelines.find_bits import ask, find_bits, pose
 from saqcli.pipelines.proxy import fit_proxy
 from saqcli.pipelines.quantize import score
 from saqcli.pipelines.setup import Network, classes_of, load_float, wrap_and_trace
+from saqcli.process_group import pick_device
 from saqcli.progress import SILENT
 from saqcli.quant.bits import BitConfig, parse_bits
 from saqcli.quant.calibration import InputStatistics

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from saqcli.config import ModelSection
-from saqcli.distributed import pick_device
 from saqcli.pipelines.setup import load_float, wrap_and_trace
+from saqcli.process_group import pick_device
 from saqcli.progress import SILENT
 from saqcli.quant import convert
 from saqcli.quant.bits import LayerBits

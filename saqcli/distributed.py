@@ -1,37 +1,22 @@
-"""Processes that work as one: joining those that torchrun started, and what the rest of the code sees of them.
+"""Processes that work as one, as the rest of the code sees them: ranks of torch's default process group.
 
-Processes that work as one, as the rest of the code sees them: ranks of torch's default process group.
+``torchrun`` starts them, ``process_group.py`` joins them. All ranks run the same code on their own share of the
+images and hold the same weights after every step. Where nothing was joined there is one rank, and every function here
+returns what it is given.
 
-``torchrun`` starts them, ``io/distributed.py`` joins them. All ranks run the same code on their own share of the
-images and hold the same weights after every step. Where nothing was joined there is one rank, and everything here
-gives back what it is given.
-
-A rank that fails closes its connections, upon which the others raise ``StoppedElsewhere``: its own message is the one
-that says why.
-
-Joining the processes that torchrun started, and leaving together.
-
-NCCL connects GPUs, gloo CPUs. timm's helper is not used: with it, processes that torchrun has started again find the
-addresses of those that have died (see ``meeting_point``).
+A rank that fails closes its connections, upon which the others raise ``StoppedElsewhere``: the message of the failed
+rank gives the reason.
 """
 
-import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
-from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store, TCPStore
-from torch.distributed.rendezvous import rendezvous
 
-from saqcli.errors import ConfigError, SaqError, StoppedElsewhere, out_of_memory
-from saqcli.machine import chosen_device
-from saqcli.units import counted
+from saqcli.errors import SaqError, StoppedElsewhere, out_of_memory
 
 BUCKET = 2**24  # numbers that are averaged at a time
 LOST = ("connection", "closed by peer", "broken pipe", "socket", "timed out", "timeout", "gloo", "nccl")
@@ -41,14 +26,12 @@ T = TypeVar("T")
 
 def count() -> int:
     """How many processes work as one."""
-    import torch.distributed as dist
 
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def index() -> int:
     """Which of them this is, from 0 on."""
-    import torch.distributed as dist
 
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
@@ -66,7 +49,6 @@ def from_first(make: Callable[[], T]) -> T:
     """
     if count() == 1:
         return make()
-    import torch.distributed as dist
 
     box: list[Any] = [None, None]
     error: SaqError | None = None
@@ -119,7 +101,6 @@ def gathered(value: T) -> list[T]:
     """``value`` of every rank, in their order."""
     if count() == 1:
         return [value]
-    import torch.distributed as dist
 
     values: list[Any] = [None] * count()
     with _connected():
@@ -136,7 +117,6 @@ def totals(*values: float) -> list[float]:
     """Sums over the ranks, in double precision where the device has it."""
     if count() == 1:
         return list(values)
-    import torch
     import torch.distributed as dist
 
     summed = torch.tensor(values, dtype=torch.float64, device=_device())
@@ -158,7 +138,6 @@ def average(tensors: Iterable[Any]) -> None:
     """
     if count() == 1:
         return
-    import torch
     import torch.distributed as dist
 
     for bucket in _buckets(tensors):
@@ -204,7 +183,6 @@ def _buckets(tensors: Iterable[Any]) -> Iterator[list[Any]]:
 
 def _device() -> str:
     """Where the group's tensors must be: NCCL knows GPUs only."""
-    import torch.distributed as dist
 
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
@@ -220,133 +198,3 @@ def _connected() -> Iterator[None]:
         if out_of_memory(error):
             raise
         raise StoppedElsewhere() from error
-
-
-SECONDS_TO_MEET = 300.0
-SECONDS_BETWEEN_TRIES = 5.0
-
-
-def started_by_torchrun() -> bool:
-    """Whether there are several processes to be joined."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def restarted() -> bool:
-    """Whether torchrun has started these processes again, after one of this host has failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def may_be_restarted() -> bool:
-    """Whether torchrun starts processes again on several hosts: where those of another one failed, it does not say."""
-    several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
-    return several and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
-
-
-@contextmanager
-def process_group(asked: str, check: Callable[[], None] = lambda: None) -> Iterator[torch.device]:
-    """Within the context the processes that torchrun started work as one; without torchrun nothing happens.
-
-    Args:
-        asked: device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``; with torchrun the number is that of the process.
-        check: called first, by all processes once they have met; what it raises one of them tells.
-
-    Yields:
-        The device of this process.
-
-    Raises:
-        ConfigError: no such device here, or the processes do not find each other.
-    """
-    if count() > 1 or not started_by_torchrun():
-        together(check)
-        yield pick_device(asked)
-        return
-    device = own_device(asked)
-    try:
-        store = meeting_point()
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=store,
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-        )
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"the processes that torchrun started do not find each other: {reason}") from None
-    try:
-        together(check)
-        yield device
-    finally:
-        dist.destroy_process_group()
-
-
-def meeting_point() -> Store:
-    """A store that the processes of this attempt share, and none of an earlier one.
-
-    torchrun's own store outlives a restart, and so do the addresses in it; how often it was restarted is not the same
-    on all hosts. The first process therefore opens a store and leaves its port in torchrun's; the others try the port
-    that they find there until somebody answers who is waiting for them.
-
-    Raises:
-        RuntimeError: they did not meet in time.
-    """
-    host, rank, count = os.environ["MASTER_ADDR"], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    known, _, _ = next(iter(rendezvous("env://")))
-    end = time.monotonic() + SECONDS_TO_MEET
-    if rank == 0:
-        own = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        known.set("saq/port", str(own.port))
-        for other in range(1, count):
-            own.set(f"answer {other}", own.get(f"question {other}").decode())
-        return own
-    while time.monotonic() < end:
-        with suppress(RuntimeError):
-            port = int(known.get("saq/port"))
-            own = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=SECONDS_BETWEEN_TRIES))
-            question = uuid4().hex
-            own.set(f"question {rank}", question)
-            if own.get(f"answer {rank}").decode() == question:
-                own.set_timeout(timedelta(seconds=SECONDS_TO_MEET))
-                return own
-        time.sleep(0.2)
-    raise RuntimeError(f"process {rank} waited {SECONDS_TO_MEET:.0f} s for process 0 on {host}")
-
-
-def own_device(asked: str) -> torch.device:
-    """The device of that kind that belongs to this process: of a host's GPUs the one with its number there.
-
-    Raises:
-        ConfigError: there are fewer GPUs than processes, or no such device.
-    """
-    if not chosen_device(asked).startswith("cuda") or not torch.cuda.is_available():
-        return pick_device(asked)
-    number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if number >= there:
-        raise ConfigError(
-            f"this host has {counted(there, 'GPU')}: give torchrun --nproc-per-node {there} or less"
-        )
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
-
-
-def pick_device(asked: str) -> torch.device:
-    """``auto`` is the GPU where there is one.
-
-    Raises:
-        ConfigError: no such device here.
-    """
-    asked = chosen_device(asked)
-    if count() > 1 and asked.startswith("cuda"):
-        return torch.device("cuda", torch.cuda.current_device())
-    try:
-        device = torch.device(asked)
-    except (RuntimeError, ValueError):
-        device = torch.device("meta")
-    if device.type == "meta":  # which computes nothing
-        raise ConfigError(f"--device {asked} is not a device: give cpu, cuda or cuda:1, or omit it")
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        there = torch.cuda.device_count() if device.type == "cuda" else None
-        reason = "" if there is None else f" ({counted(there, 'CUDA device') if there else 'no CUDA device'})"
-        raise ConfigError(f"--device {asked} is not available{reason}: use --device cpu or omit it") from None
-    return device

@@ -13,8 +13,9 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as the command line does;
 
 import pytest
 
-from tests.operators import read_once
-from tests.trials import tried_once
+from tests.support.image_folders import cifar_like, make_classes  # noqa: F401  (fixtures of all)
+from tests.support.operators import read_once
+from tests.support.trials import tried_once
 
 # A shell lets what it runs behind its back ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -84,7 +85,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     One process makes it, and the others of a run wait for it.
     """
-    from tests.digits import make
+    from tests.support.digits import make
 
     folder = shared_folder(tmp_path_factory) / "digits"
     made = folder / "made"

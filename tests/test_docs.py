@@ -26,10 +26,10 @@ GUIDES = [page for page in PAGES if page.name != "CHANGELOG.md"]  # a changelog 
 SETUP = ("pip install . && saq demo", 'pip install ".[test]" && pytest')
 TABLES = {
     "QUANTIZERS": "quant/quantizers",
-    "MINIMIZERS": "algorithms/minimizers",
-    "SEARCHERS": "algorithms/searchers",
-    "EXPORTERS": "algorithms/exporters",
-    "INSTRUMENTS": "algorithms/instruments",
+    "MINIMIZERS": "training/minimizers",
+    "SEARCHERS": "search",
+    "EXPORTERS": "export",
+    "INSTRUMENTS": "analysis",
 }
 
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -1,6 +1,6 @@
 """Whatever is done to a file that is read, it is taken for what it says or refused in one line; nothing is run.
 
-The model files that saq writes are attacked in ``workflows/test_strange_files.py``; here are all others: settings,
+The model files that saq writes are attacked in ``pipelines/test_strange_files.py``; here are all others: settings,
 policies, manifests, readings, float weights and ONNX graphs.
 """
 
@@ -46,9 +46,9 @@ from saqcli.quant.convert import Scheme
 from saqcli.runs.directory import RunDirectory, RunManifest
 from saqcli.serialization import named_path
 from saqcli.verify.runtime import open_file, runner
-from tests.command_line import last_error, saq
-from tests.mutations import bytes_of, texts_of
-from tests.sweeps import sweep
+from tests.support.command_line import last_error, saq
+from tests.support.mutations import bytes_of, texts_of
+from tests.support.sweeps import sweep
 
 SECONDS = 5  # for any one file; most take a millisecond
 MEGABYTES = 600  # that reading one may add to what the process ever held

@@ -15,7 +15,7 @@ from saqcli import distributed
 from saqcli.errors import ConfigError, DataError, StoppedElsewhere
 from saqcli.runs import interrupts
 from saqcli.runs.interrupts import deferred_interrupts
-from tests.joined import ranks_run
+from tests.support.joined import ranks_run
 
 
 def outcome(call: Any) -> Any:

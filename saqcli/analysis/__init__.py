@@ -1,7 +1,7 @@
 """The family of instruments: what can be measured on a quantized model, one file each, one line each in the table.
 
 An instrument is a function of a subject, the settings and a session, and returns a reading. To add one: write
-``saqcli/algorithms/instruments/NAME.py`` and add its line here.
+``saqcli/analysis/NAME.py`` and add its line here.
 """
 
 from collections.abc import Callable

@@ -206,8 +206,6 @@ def eval_command(
 
         show_evaluation(result)
     if result["bench"] is not None:
-        pass
-
         show_bench(result["bench"])
 
 

@@ -105,8 +105,6 @@ def models_command(
             }
         )
     elif sys.stdout.isatty():
-        pass
-
         show_models(entries)
     else:
         for entry in entries:

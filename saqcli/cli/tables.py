@@ -343,7 +343,6 @@ def show_export(result: dict[str, Any]) -> None:
 
 def show_searched(result: dict[str, Any]) -> None:
     """The policy as a picture, then what it costs."""
-    pass
     from saqcli.quant.cost import Budget, Cost
 
     show_policy(result["policy"], result["layers"])

@@ -1,7 +1,7 @@
 """The family of exporters: a quantized model in, a file out.
 
 An exporter writes to the path it is given and nothing else; the workflow gives it a temporary one, verifies
-the file, and renames it into place. To add one: write ``saqcli/algorithms/exporters/NAME.py`` and add its
+the file, and renames it into place. To add one: write ``saqcli/export/NAME.py`` and add its
 line here.
 """
 

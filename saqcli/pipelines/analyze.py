@@ -29,12 +29,12 @@ from pydantic import BaseModel, ConfigDict
 from saqcli._version import __version__
 from saqcli.analysis import INSTRUMENTS, Reading, Session, Settings
 from saqcli.config import ModelSection
-from saqcli.distributed import pick_device
 from saqcli.errors import CannotWrite, ConfigError, Interrupted, Problems, RunDirectoryError
 from saqcli.pipelines.analysis_inputs import Opened, View, check_target, images_of, open_subject
 from saqcli.pipelines.checks import check_device, check_images
 from saqcli.pipelines.predictors import named_file
 from saqcli.pipelines.targets import QUANTIZED, find_target
+from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
 from saqcli.report.canvas import model_names
 from saqcli.report.readings import draw

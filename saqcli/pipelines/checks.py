@@ -11,12 +11,12 @@ import torch
 from saqcli.config import DataSection, ModelSection
 from saqcli.data.datasets import check_there
 from saqcli.data.splits import named_data
-from saqcli.distributed import pick_device, started_by_torchrun
 from saqcli.errors import ConfigError, Problems, SaqError
 from saqcli.models.arguments import check_arguments
 from saqcli.models.load import check_named
 from saqcli.pipelines.setup import answering, load_float
 from saqcli.pipelines.targets import check_not_run
+from saqcli.process_group import pick_device, started_by_torchrun
 from saqcli.progress import SILENT
 from saqcli.quant.tracer import try_model
 from saqcli.serialization import named_path

@@ -12,10 +12,10 @@ from safetensors.torch import save
 
 from saqcli.config import RunConfig, resolve
 from saqcli.data.splits import Images
-from saqcli.distributed import pick_device
 from saqcli.pipelines.bits import budget_of, check_bits, space_of
 from saqcli.pipelines.quantize import quantize
 from saqcli.pipelines.setup import classes_of, load_float, wrap_and_trace
+from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
 from saqcli.random_state import seed_everything
 from saqcli.serialization import make_folder, replacing

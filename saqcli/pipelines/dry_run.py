@@ -12,7 +12,6 @@ from typing import Any
 from saqcli.config import ModelSection, RunConfig
 from saqcli.data.datasets import Split
 from saqcli.data.splits import Images
-from saqcli.distributed import pick_device
 from saqcli.models.load import LoadedModel, default_classes, published_weights
 from saqcli.pipelines.bits import budget_of, given_policy, space_of
 from saqcli.pipelines.export import check_exports, onnx_names
@@ -21,6 +20,7 @@ from saqcli.pipelines.profile import measure
 from saqcli.pipelines.quantize import check, network_for
 from saqcli.pipelines.search import check_search, images_for
 from saqcli.pipelines.setup import Network, classes_of, load_float, wrap_and_trace
+from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.resume import check_same, goes_on

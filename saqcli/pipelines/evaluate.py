@@ -10,13 +10,13 @@ from saqcli import distributed
 from saqcli.config import DataSection, ModelSection
 from saqcli.data.batches import Loader
 from saqcli.data.splits import open_named, validation_loader
-from saqcli.distributed import process_group, started_by_torchrun
 from saqcli.errors import ConfigError, Problems
 from saqcli.pipelines.bench import Bench, BenchSettings, bench_target
 from saqcli.pipelines.checks import check_builds, check_device, check_images, check_model
 from saqcli.pipelines.predictors import Predictor, named_file, open_target
 from saqcli.pipelines.setup import as_trained
 from saqcli.pipelines.targets import EVALUATED, find_target
+from saqcli.process_group import process_group, started_by_torchrun
 from saqcli.progress import SILENT, Progress
 from saqcli.training.loop import Score, evaluate
 from saqcli.training.minimizers.base import check_score

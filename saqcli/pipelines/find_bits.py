@@ -12,13 +12,13 @@ from torch import nn
 from saqcli import distributed
 from saqcli.config import RunConfig
 from saqcli.data.splits import Images
-from saqcli.distributed import pick_device
 from saqcli.errors import ConfigError
 from saqcli.pipelines.bits import budget_of, space_of
 from saqcli.pipelines.calibration import AfterFit, calibrate, scheme_of
 from saqcli.pipelines.profile import layer_rows
 from saqcli.pipelines.proxy import open_proxy, search_images
 from saqcli.pipelines.setup import Network
+from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibration import InputStatistics

@@ -22,7 +22,6 @@ from saqcli._version import __version__
 from saqcli.config import RunConfig
 from saqcli.data.batches import Loader
 from saqcli.data.splits import Images, know_images
-from saqcli.distributed import process_group
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.export import ModelFacts
 from saqcli.export.restore import trained_classes, with_names_of_logits
@@ -38,6 +37,7 @@ from saqcli.pipelines.find_bits import ask, make_searcher
 from saqcli.pipelines.proxy import proxy_data
 from saqcli.pipelines.search import keep_search, search_and_stop
 from saqcli.pipelines.setup import Network, classes_of, load_float, wrap_and_trace
+from saqcli.process_group import process_group
 from saqcli.progress import SILENT, Progress
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig

@@ -29,7 +29,6 @@ from saqcli import distributed
 from saqcli._version import __version__
 from saqcli.config import RunConfig
 from saqcli.data.splits import Images, know_images
-from saqcli.distributed import process_group
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.models.load import LoadedModel
 from saqcli.pipelines.bits import check_bits
@@ -38,6 +37,7 @@ from saqcli.pipelines.checks import check_builds, check_device, check_images, ch
 from saqcli.pipelines.find_bits import Asked, Searched, ask, find_bits, make_searcher, pose
 from saqcli.pipelines.proxy import fit_proxy, proxy_data
 from saqcli.pipelines.setup import Network, classes_of, load_float, wrap_and_trace
+from saqcli.process_group import process_group
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.calibration import InputStatistics

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from saqcli import distributed
 from saqcli.config import RunConfig
-from saqcli.distributed import may_be_restarted, restarted
 from saqcli.errors import ConfigError
+from saqcli.process_group import may_be_restarted, restarted
 from saqcli.runs.directory import RunDirectory
 
 

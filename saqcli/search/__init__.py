@@ -2,7 +2,7 @@
 
 A searcher is handed everything it may need (a wrapped model of its own with its input statistics, what may be chosen
 and what that costs, the budget, images, an optimizer, a memory) and returns a configuration that the budget admits. To
-add one: write ``saqcli/algorithms/searchers/NAME.py`` with a class that has ``search`` and takes its options as keyword
+add one: write ``saqcli/search/NAME.py`` with a class that has ``search`` and takes its options as keyword
 arguments, and add its line here. The contract tests run over the table.
 """
 

@@ -31,7 +31,7 @@ from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.training.minimizers import MINIMIZERS, MicroBatch
 from saqcli.verify.verdict import synthetic_batches
-from tests.sweeps import sweep
+from tests.support.sweeps import sweep
 
 SIZE, CLASSES, WIDTH = (3, 8, 8), 4, 4
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

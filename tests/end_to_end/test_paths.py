@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from saqcli.models.weights import sha256_of
-from tests.command_line import answer, last_error, saq
-from tests.digits import MODEL, float_options
+from tests.support.command_line import answer, last_error, saq
+from tests.support.digits import MODEL, float_options
 
 NAME = "données de test/Ωmega  'x' \"y\" [/b] $1$ :x: 名"
 UNIFORM = ("--budget", "w4a4", "--searcher", "uniform")

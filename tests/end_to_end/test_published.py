@@ -15,8 +15,8 @@ from saqcli.pipelines.calibration import scheme_of
 from saqcli.quant.convert import Scheme
 from saqcli.quant.quantizers import QUANTIZERS
 from saqcli.training.optimizer import check_training, make_optimizer, make_schedule
-from tests import tiny
-from tests.digits import MODEL, float_options
+from tests.support import tiny
+from tests.support.digits import MODEL, float_options
 
 QUICK = ("--set", "data.calibration_images=128", "--set", "data.verify_images=50")
 PAPER = ("paper-cifar", "paper-imagenet")

@@ -20,7 +20,7 @@ from saqcli.pipelines import demo
 from saqcli.pipelines.demo import FLOAT_EPOCHS
 from saqcli.quant.cost import BUDGET_USE
 from saqcli.units import parse_quantity
-from tests.digits import MODEL, float_options
+from tests.support.digits import MODEL, float_options
 
 QUICK = ("--set", "data.calibration_images=128", "--set", "data.verify_images=20")
 UNIFORM_2 = 42_508_288  # BOPs of saq/resnet20 at 2 bits on 16 x 16 grey images

@@ -1,6 +1,6 @@
 """Real processes under torchrun: one that dies, one that fails, and two hosts.
 
-Slow, since every process imports everything; what they do together is tested in tests/workflows/test_joined_runs.py.
+Slow, since every process imports everything; what they do together is tested in tests/pipelines/test_joined_runs.py.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from saqcli.runs.checkpoints import CheckpointFile
-from tests.digits import MODEL, float_options
+from tests.support.digits import MODEL, float_options
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

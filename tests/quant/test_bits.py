@@ -5,13 +5,13 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import BITS
-from strategies import bits as widths
 
 from saqcli.errors import ConfigError, PolicyMismatch
 from saqcli.quant.bits import BitConfig, LayerBits, parse_bits, parse_candidates, uniform
 from saqcli.serialization import parse_json
 from saqcli.units import format_quantity, parse_quantity
+from tests.support.strategies import BITS
+from tests.support.strategies import bits as widths
 
 W4A4 = LayerBits(weight=4, activation=4)
 layer_bits = st.builds(LayerBits, weight=st.none() | widths(), activation=st.none() | widths())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from saqcli.quant.correction import correct
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers import Quantizer
-from tests import tiny
+from tests.support import tiny
 
 BIASED = ["mlp", "grouped", "transposed", "tokens"]
 NORMED = ["conv_bn", "residual", "depthwise"]

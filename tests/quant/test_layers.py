@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import pytest
 import timm
-import tiny
 import torch
 from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from saqcli.quant.quantizers import QUANTIZERS, Quantizer
 from saqcli.quant.routing import RoutedParent
 from saqcli.quant.tracer import trace
 from saqcli.quant.wrapping import unwrap_layer, wrap_layer
+from tests.support import tiny
 
 every_net = pytest.mark.parametrize("name", tiny.TINY)
 every_exact_net = pytest.mark.parametrize("name", tiny.EXACT)

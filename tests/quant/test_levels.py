@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import BITS, tensors
 from torch import Tensor
 
 from saqcli.quant import grid as grids
 from saqcli.quant.clip_init import best_level, noise_to_signal, squared_error
 from saqcli.quant.grid import Grid, fake_quantize
-from tests.sweeps import sweep
+from tests.support.strategies import BITS, tensors
+from tests.support.sweeps import sweep
 
 GRIDS = {
     f"{name}-{width}": grid

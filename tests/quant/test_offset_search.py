@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from strategies import BITS
 from torch import Tensor
 from torch.nn import functional as F
 
 from saqcli.quant import grid as grids
 from saqcli.quant.clip_init import best_level, squared_error
 from saqcli.quant.quantizers.learned_step import _error, best_range
+from tests.support.strategies import BITS
 
 SLACK = 1.02  # both searches end in a local minimum
 SHAPES = {

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import BITS, bits
 
 from saqcli.errors import CorruptArtifact
 from saqcli.quant import grid as grids
 from saqcli.quant.grid import Grid, pack, unpack
+from tests.support.strategies import BITS, bits
 
 KINDS = {
     "paper": grids.paper_weights,

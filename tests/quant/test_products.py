@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import timm
-import tiny
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +22,7 @@ from saqcli.quant.products import QuantizedProduct, quantized_products
 from saqcli.quant.routing import RoutedParent
 from saqcli.quant.tracer import Trace, trace
 from saqcli.training.perturbation import PerturbedSet
+from tests.support import tiny
 
 GIGA = 10**9
 

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ROWS, Case, each, set_levels
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import BITS, bits, levels, tensors
 from torch import Tensor
 
 from saqcli.quant import grid as grids
 from saqcli.quant.quantizers.clip import ClipWeight, NormalizedClipWeight
 from saqcli.quant.quantizers.dorefa import PactActivation
 from saqcli.quant.quantizers.learned_step import LsqPlusActivation
+from tests.support.cases import ROWS, Case, each, set_levels
+from tests.support.strategies import BITS, bits, levels, tensors
 
 EDGE = 1e-9  # numbers nearer to a rounding or clipping boundary than this may fall to either side
 

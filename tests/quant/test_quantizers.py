@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from cases import CASES, ROWS, Case, bounds, each, plain_of
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import BITS, bits, levels, tensors
 from torch import Tensor
 
 from saqcli.errors import ConfigError
 from saqcli.quant import grid as grids
 from saqcli.quant.quantizers import Quantizer, quantizers_of
+from tests.support.cases import CASES, ROWS, Case, bounds, each, plain_of
+from tests.support.strategies import BITS, bits, levels, tensors
 
 FLOAT64_EPS = torch.finfo(torch.float64).eps
 

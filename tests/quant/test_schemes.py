@@ -13,7 +13,7 @@ from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer
 from saqcli.quant.quantizers.clip import ClipWeight, NormalizedClipWeight
 from saqcli.quant.tracer import trace
-from tests import tiny
+from tests.support import tiny
 
 PLAIN = [name for name in QUANTIZERS if QUANTIZERS[name].normalized is None]
 NORMALIZED = Scheme(weight_normalization=True)

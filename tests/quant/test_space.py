@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tests.strategies  # noqa: F401  (the profile)
+import tests.support.strategies  # noqa: F401  (the profile)
 from saqcli.errors import ConfigError, InfeasibleBudget
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.cost import Budget, Cost, CostModel, LayerCost
 from saqcli.quant.search_space import Candidates, SearchSpace, parse_rule, search_space
 from saqcli.units import format_quantity
-from tests.spaces import every_cost, spaces
-from tests.sweeps import examples
+from tests.support.spaces import every_cost, spaces
+from tests.support.sweeps import examples
 
 W8A8 = LayerBits(weight=8, activation=8)
 

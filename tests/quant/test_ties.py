@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +16,7 @@ from saqcli.quant.convert import Scheme
 from saqcli.quant.layer import QuantizedLayer, quantized_layers
 from saqcli.quant.quantizers import Quantizer
 from saqcli.training.perturbation import PerturbedSet
+from tests.support import tiny
 
 
 class Tied(nn.Module):

@@ -5,10 +5,8 @@ from math import ceil
 
 import pytest
 import timm
-import tiny
 import torch
 import torchvision
-from golden import FLOAT, GOLDEN, MACS, Golden
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,6 +18,8 @@ from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.cost import Budget, Cost, CostModel, LayerCost, cost_model
 from saqcli.quant.search_space import Candidates, SearchSpace, search_space
 from saqcli.quant.tracer import Trace, trace
+from tests.support import tiny
+from tests.support.golden import FLOAT, GOLDEN, MACS, Golden
 
 W8A8 = LayerBits(weight=8, activation=8)
 BUILDERS = {

@@ -1,7 +1,7 @@
 """The family of minimizers: one optimisation step each, ascent included, over any torch optimizer.
 
 A minimizer is handed the model and the base optimizer, then one list of chunks a step. To add one: write
-``saqcli/algorithms/minimizers/NAME.py`` and add its line here. The contract tests run over the table.
+``saqcli/training/minimizers/NAME.py`` and add its line here. The contract tests run over the table.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,0 +1,114 @@
+"""Help screens: what is written reads back as typed, at every width, and the defaults it names are true."""
+
+import re
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from saqcli.cli import app
+from saqcli.config import RunConfig
+from saqcli.errors import SaqError
+from saqcli.pipelines import quantize, search
+from tests.support.command_line import saq
+
+GROUP: Any = get_command(app)
+COMMANDS: dict[str, Any] = GROUP.commands
+NO_VALUE = {"all", "runs/NAME-BITS", "runs/NAME-BUDGET-SEARCHER"}  # words for what cannot be typed
+OPTIONS = [
+    pytest.param(name, parameter, id=f"{name} {parameter.opts[0]}")
+    for name in ("quantize", "search")
+    for parameter in COMMANDS[name].params
+    if (found := re.search(r"\[default: (\S+)\]", parameter.help)) and found[1] not in NO_VALUE
+    if parameter.name != "in_chans"  # the network decides, where nothing is given
+]
+
+
+def screen(monkeypatch: pytest.MonkeyPatch, width: int, *command: str) -> str:
+    monkeypatch.setenv("COLUMNS", str(width))
+    result = saq(*command, "--help")
+    assert result.exit_code == 0
+    return str(result.stdout)
+
+
+def contains(words: list[str], text: str) -> bool:
+    """Whether the words of ``text`` stand in ``words``, one after the other, but for the full stop at the end."""
+    *part, last = text.replace("`", "").split()
+    starts = range(len(words) - len(part))
+    return any(
+        words[start : start + len(part)] == part and words[start + len(part)].rstrip(".") == last.rstrip(".")
+        for start in starts
+    )
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_word_reads_back_as_typed(monkeypatch: pytest.MonkeyPatch, name: str, width: int) -> None:
+    text = screen(monkeypatch, width, name)
+    words = text.split()
+
+    assert "…" not in text
+    for parameter in COMMANDS[name].params:
+        assert contains(words, parameter.help), parameter.help
+        names = {option for option in (*parameter.opts, *parameter.secondary_opts) if option.startswith("-")}
+        assert names <= {word.strip(",") for word in words}
+    for paragraph in COMMANDS[name].help.split("\n\n"):
+        assert contains(words, paragraph)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_80_columns_are_kept(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert max(map(len, screen(monkeypatch, 80, name).splitlines())) <= 80
+
+
+def test_patterns_keep_their_asterisks(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = screen(monkeypatch, 80, "quantize").split()
+
+    assert contains(words, "match a pattern: 'layer4.*=8', '*.conv1=3-6', 'fc=w8a4'. May be repeated")
+    assert "'resnet50.*'" in screen(monkeypatch, 80, "models").split()
+
+
+def test_examples_stand_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = screen(monkeypatch, 80, "eval").splitlines()
+
+    assert "Example: saq eval runs/resnet18-w4a4 --bench --batch-sizes 1,8 --threads 1,2" in lines
+    assert "Example: saq models 'timm/mobilenetv3*'" in screen(monkeypatch, 80, "models").splitlines()
+
+
+def test_the_program_lists_its_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = screen(monkeypatch, 80).splitlines()
+
+    assert [line.split()[0] for line in lines if re.match(r"  [a-z]", line)] == list(COMMANDS)
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_described(name: str) -> None:
+    for parameter in COMMANDS[name].params:
+        assert re.match(r"[A-Zct]", parameter.help), (parameter.opts, parameter.help)
+        assert len(parameter.help.split()) > 1
+        assert not parameter.help.startswith(("Of ", "From "))
+        assert getattr(parameter, "is_flag", False) or parameter.metavar, parameter.opts
+
+
+@pytest.mark.parametrize(("name", "parameter"), OPTIONS)
+def test_the_default_named_is_the_default(monkeypatch: pytest.MonkeyPatch, name: str, parameter: Any) -> None:
+    """The option at the value that its help names changes nothing."""
+    found: list[RunConfig] = []
+
+    def take(config: RunConfig, *_: object, **__: object) -> None:
+        found.append(config)
+        raise SaqError("enough")
+
+    monkeypatch.setattr(quantize, "quantize", take)
+    monkeypatch.setattr(search, "search", take)
+    default = re.search(r"\[default: (\S+)\]", parameter.help)
+    assert default
+    budget = ("--bops", "w4a4") if name == "search" else ("--bits", "4")
+    given = [default[1]] if default[1].startswith("--") else [parameter.opts[0], default[1]]
+
+    for more in ([], given):
+        saq(name, "saq/resnet20", *budget, *more)
+
+    assert len(found) == 2
+    assert found[0] == found[1]

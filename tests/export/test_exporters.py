@@ -1,0 +1,262 @@
+"""What every exporter does, whatever it writes: the model stays as it is, the file says what it is and repeats."""
+
+import json
+import warnings
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from saqcli.errors import CorruptArtifact, UnsupportedModel
+from saqcli.export import EXPORTERS, STYLES, ModelFacts
+from saqcli.export.model_metadata import read_onnx_facts
+from saqcli.export.operators import frozen_copy
+from saqcli.export.safetensors import read_facts
+from saqcli.export.tracing import INPUT, OUTPUT
+from saqcli.verify.hazards import hazards
+from saqcli.verify.runtime import onnx_session
+from saqcli.verify.verdict import judge
+from tests.support.networks import ALL_BITS, CLASSES, NETWORKS, images, quantize, same_bits
+from tests.support.onnx_files import GRIDS, answer, constants, export, graph_of, network, told, written
+from tests.support.sweeps import sweep
+from tests.support.tampering import TAMPERED
+
+# Every network in one style, and in the others one of every kind of product.
+EXPORTED = sweep(
+    ((name, style) for name in NETWORKS for style in STYLES),
+    lambda name, style: style == "qdq" or name in ("conv_bn", "attention"),
+)
+
+
+@pytest.mark.parametrize("style", EXPORTERS)
+def test_the_file_tells_what_the_exporter_was_told(style: str, folder: Path) -> None:
+    quantized = network("conv_bn")
+    path = written(folder, style, quantized, "conv_bn-auto")
+    read = read_onnx_facts if path.suffix == ".onnx" else read_facts
+
+    assert read(path) == quantized.facts
+
+
+@pytest.mark.parametrize("style", EXPORTERS)
+def test_exporting_again_from_one_image_gives_one_file_of_the_same_bytes_and_leaves_the_model_as_it_was(
+    style: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without a warning."""
+    one = written(folder, style, network("conv_bn"), "conv_bn-auto")
+    quantized, other = quantize(NETWORKS["conv_bn"]), tmp_path / "other"
+    before = {name: value.clone() for name, value in quantized.model.state_dict().items()}
+    expected = answer(quantized.model, images(4))
+    capfd.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        EXPORTERS[style]().export(quantized.model, images(1), other, quantized.facts)
+
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == [other]
+    assert one.read_bytes() == other.read_bytes()
+    after = quantized.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert torch.equal(answer(quantized.model, images(4)), expected)
+    assert all(p.requires_grad for p in quantized.model.parameters())
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("name", ["bank", *NETWORKS])
+def test_the_frozen_copy_is_bit_equal(name: str, grid: str) -> None:
+    quantized = network(name, grid, "channel")
+
+    assert torch.equal(answer(frozen_copy(quantized.model), images(16)), answer(quantized.model, images(16)))
+
+
+# Every style of ONNX.
+
+
+@pytest.mark.parametrize(("name", "style"), EXPORTED)
+def test_the_file_is_of_opset_21_and_tells_nothing_of_where_it_was_made(
+    name: str, style: str, folder: Path
+) -> None:
+    path = written(folder, style, network(name), f"{name}-auto")
+    model = onnx.load(str(path))
+
+    others = {"qonnx.custom_op.general"} if style == "qonnx" else set()
+    assert {entry.domain for entry in model.opset_import} == {"", *others}
+    assert next(entry.version for entry in model.opset_import if not entry.domain) == 21
+    assert model.ir_version == 10
+    assert model.producer_name == "saq"
+    assert {entry.key for entry in model.metadata_props} == {"saq.facts", "preprocessing", "class_names"}
+    assert not model.doc_string
+    assert not model.graph.doc_string
+    assert not any(node.doc_string for node in model.graph.node)
+    assert {function.domain for function in model.functions} == others
+    for trace in (b"site-packages", b"Traceback", b".py", str(Path.home()).encode()):
+        assert trace not in path.read_bytes()
+
+
+def test_what_others_need_is_in_the_metadata_as_plain_json(folder: Path) -> None:
+    quantized = network("conv_bn")
+    model = onnx.load(str(written(folder, "qdq", quantized, "conv_bn-auto")))
+    found = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+
+    assert found["preprocessing"] == quantized.facts.preprocessing
+    assert found["class_names"] == list(quantized.facts.class_names)
+
+
+@pytest.mark.parametrize(("name", "style"), EXPORTED)
+def test_every_quantizer_tells_its_layer_its_operand_and_its_true_bits(
+    name: str, style: str, folder: Path
+) -> None:
+    quantized = network(name)
+    graph = graph_of(written(folder, style, quantized, f"{name}-auto"))
+    policy = quantized.facts.policy.layers
+    found: dict[str, dict[str, set[int]]] = {"input": {}, "weight": {}}
+    for facts in filter(None, map(told, graph.node)):
+        assert set(facts) <= {"saq.layer", "saq.operand", "saq.bits", "saq.zero", "saq.pads", "saq.copy"}
+        for layer in facts["saq.layer"].split(" "):
+            found[facts["saq.operand"]].setdefault(layer, set()).add(int(facts["saq.bits"]))
+
+    assert found["weight"] == {layer: {bits.weight} for layer, bits in policy.items()}
+    assert found["input"] == {layer: {bits.activation} for layer, bits in policy.items()}
+
+
+@pytest.mark.parametrize(("name", "style"), EXPORTED)
+def test_no_constant_is_left_unused(name: str, style: str, folder: Path) -> None:
+    graph = graph_of(written(folder, style, network(name), f"{name}-auto"))
+    used = {given for node in graph.node for given in node.input}
+
+    assert set(constants(graph)) <= used
+
+
+@pytest.mark.parametrize(("name", "style"), EXPORTED)
+def test_nothing_is_left_that_a_runtime_would_change(name: str, style: str, folder: Path) -> None:
+    found = hazards(onnx.load(str(written(folder, style, network(name), f"{name}-auto"))))
+
+    assert {hazard.code for hazard in found} <= set(EXPORTERS[style]().conditions)
+
+
+@pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
+@pytest.mark.parametrize(("name", "style"), EXPORTED)
+def test_a_deep_network_agrees_with_the_model(name: str, style: str, optimized: bool, folder: Path) -> None:
+    quantized = network(name)
+    path = written(folder, style, quantized, f"{name}-auto")
+    x = images(256, seed=6)
+
+    assert judge(answer(quantized.model, x), onnx_session(path, optimized=optimized)(x)).verified
+
+
+@pytest.mark.parametrize(
+    ("bits", "style"),
+    sweep(
+        ((bits, style) for bits in ALL_BITS for style in STYLES),
+        lambda bits, style: bits == (8 if style in ("exact", "trt") else 2),
+    ),
+)
+def test_every_bit_width_agrees_with_the_model(bits: int, style: str, folder: Path) -> None:
+    quantized = quantize(NETWORKS["depthwise"], same_bits(bits))
+    path = written(folder, style, quantized, f"depthwise-{bits}")
+    x = images(256, seed=6)
+
+    for optimized in (False, True):
+        assert judge(answer(quantized.model, x), onnx_session(path, optimized=optimized)(x)).verified
+
+
+@pytest.mark.parametrize(("name", "style"), EXPORTED)
+def test_any_number_of_images_can_be_given_at_once(name: str, style: str, folder: Path) -> None:
+    """The median logit, since an activation on an edge may fall either way where sums are cut otherwise."""
+    path = written(folder, style, network(name), f"{name}-auto")
+    run = onnx_session(path, optimized=True)
+    x = images(7, seed=6)
+    together = run(x)
+
+    assert together.shape == (7, CLASSES)
+    for count in (1, 4):
+        assert (run(x[:count]) - together[:count]).abs().median() <= 2.0**-12 * together.abs().max()
+    model = onnx.load(str(path))
+    for value in (*model.graph.input, *model.graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param
+        assert all(d.dim_value for d in value.type.tensor_type.shape.dim[1:])
+    assert [v.name for v in (*model.graph.input, *model.graph.output)] == [INPUT, OUTPUT]
+
+
+@pytest.mark.parametrize("style", sweep(STYLES, lambda style: style in ("qdq", "exact")))
+def test_a_model_that_cannot_be_traced_is_refused(style: str, tmp_path: Path) -> None:
+    class Whimsical(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(108, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.layer(x.flatten(1))
+            return logits * 2 if logits.sum().item() > 0 else logits
+
+    quantized = quantize(Whimsical)
+    with pytest.raises(UnsupportedModel, match="cannot be exported to ONNX") as refusal:
+        export(quantized, style, tmp_path / "model.onnx")
+    assert "\n" not in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+# Files of others.
+
+
+def refused_onnx(path: Path) -> str:
+    with pytest.raises(CorruptArtifact) as refusal:
+        read_onnx_facts(path)
+    assert "\n" not in str(refusal.value)
+    assert str(path) in str(refusal.value)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n" + bytes(64), bytes(range(256)), b"\xff" * 64])
+def test_a_file_that_is_no_onnx_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+
+    refused_onnx(path)
+
+
+def test_onnx_of_others_is_refused(folder: Path, tmp_path: Path) -> None:
+    model = onnx.load(str(written(folder, "qdq", network("conv_bn"), "conv_bn-auto")))
+    del model.metadata_props[:]
+    path = tmp_path / "model.onnx"
+    onnx.save(model, str(path))
+
+    assert "was not exported by saq" in refused_onnx(path)
+    refused_onnx(tmp_path / "nothing.onnx")
+    refused_onnx(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", ["newer_schema", "unknown_key", "no_policy", "no_signs", "bits_out_of_range"]
+)
+def test_onnx_with_tampered_facts_is_refused(change: str, folder: Path, tmp_path: Path) -> None:
+    model = onnx.load(str(written(folder, "qdq", network("conv_bn"), "conv_bn-auto")))
+    entry = next(entry for entry in model.metadata_props if entry.key == "saq.facts")
+    facts = json.loads(entry.value)
+    TAMPERED[change](facts)
+    entry.value = json.dumps(facts)
+    path = tmp_path / "model.onnx"
+    onnx.save(model, str(path))
+
+    refused_onnx(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, "[" * 100_000 + "]" * 100_000, "", "{", "1"]
+)
+def test_onnx_whose_facts_are_no_description_is_refused(text: str, folder: Path, tmp_path: Path) -> None:
+    """However deep its brackets go."""
+    model = onnx.load(str(written(folder, "qdq", network("conv_bn"), "conv_bn-auto")))
+    next(entry for entry in model.metadata_props if entry.key == "saq.facts").value = text
+    path = tmp_path / "model.onnx"
+    onnx.save(model, str(path))
+
+    assert len(refused_onnx(path)) < len(str(path)) + 200
+
+
+def test_facts_survive_as_json() -> None:
+    facts = network("conv_bn").facts
+
+    assert ModelFacts.model_validate_json(facts.model_dump_json()) == facts

@@ -1,0 +1,541 @@
+"""``saq search`` as a user meets it, on handwritten digits: policies, files, refusals."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from saqcli.analysis.base import Settings
+from saqcli.config import QuantizationSection, RunConfig
+from saqcli.data.datasets import divide, open_split
+from saqcli.pipelines.bits import given_policy
+from saqcli.pipelines.calibration import calibrate, install_quantizers
+from saqcli.pipelines.quantize import prepare, score
+from saqcli.progress import SILENT
+from saqcli.search import SEARCHERS
+from saqcli.training.loop import Score
+from tests.support.command_line import answer, last_error, saq
+from tests.support.digits import MODEL, float_options
+from tests.support.sweeps import sweep
+
+FREE, FIXED = 10_027_008, 36_864 + 640  # MACs of the network; first layer and classifier have 8 bits
+UNIFORM = {bits: FREE * bits**2 + FIXED * 64 for bits in (2, 3, 4, 8)}  # its BOPs at so many bits
+SMALL = ("--search-images", 192, "--scoring-images", 48, "--batch-size", 32, "--workers", 0)
+FAST: dict[str, tuple[object, ...]] = {
+    "samq": (
+        *("--epochs", 1, "--set", "search.options.samq.warmup=0"),
+        *("--set", "search.options.samq.draws=2", "--search-images", 128),
+    ),
+    "asga": ("--epochs", 1, "--search-images", 128),
+    "random": ("--set", "search.options.random.draws=3"),
+    "hawq": ("--set", "search.options.hawq.samples=1", "--set", "search.options.hawq.images=24"),
+    "sensitivity": ("--scoring-images", 24, "--candidates", "3,4,5"),
+}
+
+
+@pytest.fixture(scope="module")
+def network(digits: Path) -> list[object]:
+    """Names the network, its weights and its images."""
+    return [MODEL, *float_options(digits, digits / "few"), *SMALL]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("searches")
+
+
+@pytest.fixture(scope="module")
+def plain(network: list[object], runs: Path) -> tuple[Path, dict[str, Any]]:
+    """A finished search that takes no time, with its front."""
+    path = runs / "plain"
+    return path, answer("search", *network, "--budget", "w3a3", "--pareto", 3, "--run-dir", path)
+
+
+# What a search leaves behind
+
+
+@pytest.mark.parametrize("method", SEARCHERS)
+def test_every_searcher_finds_a_policy_within_the_budget(
+    method: str, network: list[object], digits: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    found = answer(
+        *("search", *network, "--budget", "w4a4", "--searcher", method, "--run-dir", path),
+        *FAST.get(method, ()),
+    )
+
+    assert found["searcher"] == method
+    assert found["model"] == MODEL
+    assert found["budget_bops"] == UNIFORM[4]
+    assert found["budget_bytes"] is None
+    assert 0.985 * UNIFORM[4] <= found["bops"] <= UNIFORM[4]
+    assert found["bops"] == sum(layer["bops"] for layer in found["layers"])
+    scored = method in ("samq", "random")
+    assert (found["scoring_top1"] is not None) == (found["scoring_loss"] is not None)
+    assert not scored or found["scored"] >= 1
+    policy = json.loads((path / "policy.json").read_text())
+    assert policy["model"] == MODEL
+    assert policy["layers"] == found["policy"]
+    assert policy["layers"]["conv1"] == policy["layers"]["linear"] == {"weight": 8, "activation": 8}
+    kept = json.loads((path / "search.json").read_text())
+    assert {key: kept[key] for key in found} == found
+    assert kept["schema_version"] == 1
+    assert len(kept["configurations"]) == found["scored"]
+    there = {item.name for item in path.iterdir() if item.is_file()}
+    assert there >= {"config.json", "manifest.json", "policy.json", "search.json", "policy.png", "policy.svg"}
+    assert not (path / "checkpoints" / "search.ckpt").exists()
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert (manifest["status"], manifest["results"]) == ("finished", found)
+    for name in found["artifacts"].values():
+        assert Path(name).is_file()
+
+
+def test_a_front_comes_with_its_files(plain: tuple[Path, dict[str, Any]]) -> None:
+    path, found = plain
+    assert {"pareto.json", "pareto.csv", "pareto.png", "pareto.svg"} <= set(found["artifacts"])
+    front = json.loads((path / "pareto.json").read_text())
+    assert front["budget_bops"] == UNIFORM[3]
+    assert front["images"] == 48
+    chosen = [point for point in front["points"] if point["kind"] == "chosen"]
+    assert [point["bops"] for point in chosen] == [found["bops"]]
+    assert chosen[0]["layers"] == found["policy"]
+    bops = [point["bops"] for point in front["points"] if point["kind"] in ("proposed", "uniform")]
+    assert min(bops) == UNIFORM[2]
+    assert max(bops) == UNIFORM[8]
+
+
+def test_profile_accepts_the_policy_and_agrees_on_its_cost(
+    plain: tuple[Path, dict[str, Any]], digits: Path
+) -> None:
+    path, found = plain
+    options = ("--num-classes", 10, "--in-chans", 1, "--input-size", 16)
+    shown = answer("profile", MODEL, *options, "--policy", path / "policy.json")
+    assert (shown["bops"], shown["size_bytes"]) == (found["bops"], found["size_bytes"])
+
+
+def test_another_model_refuses_the_policy_and_names_the_layers(plain: tuple[Path, dict[str, Any]]) -> None:
+    path, _ = plain
+    result = saq("profile", "saq/resnet32", "--policy", path / "policy.json")
+    assert result.exit_code == 1
+    for part in ("saq/resnet20", "does not fit saq/resnet32", "layer1.3.conv1"):
+        assert part in last_error(result)
+
+
+@pytest.mark.slow  # tests/pipelines/test_rerun.py does so in every run
+def test_quantize_obeys_the_policy(
+    plain: tuple[Path, dict[str, Any]], network: list[object], tmp_path: Path
+) -> None:
+    path, found = plain
+    run = answer(
+        *("quantize", MODEL, *network[1:-8], "--policy", path / "policy.json", "--epochs", 0),
+        *("--set", "data.verify_images=20", "--run-dir", tmp_path / "run"),
+    )
+    assert run["policy"] == found["policy"]
+    assert run["bops"] == found["bops"]
+
+
+def test_people_see_tables_on_stdout_and_progress_on_stderr(
+    plain: tuple[Path, dict[str, Any]], network: list[object], tmp_path: Path
+) -> None:
+    result = saq("search", *network, "--budget", "w3a3", "--size", "200KB", "--run-dir", tmp_path / "run")
+    assert result.exit_code == 0
+    assert "layer1.0.conv1" in result.stdout
+    assert "policy.json" in result.stdout
+    assert "reachable 42.51 M" in result.stderr
+    assert "budget is 92.64 MBOPs" in result.stderr
+    shares = r"searcher error: 92\.64 MBOPs \(100\.0 % of the budget\), 114\.8 KB \(57\.4 % of the budget\), \d+ s\n"
+    assert re.search(shares, result.stdout)
+    assert re.search(shares, result.stderr)
+
+
+def test_the_front_is_a_table_too(plain: tuple[Path, dict[str, Any]]) -> None:
+    """Shown again by ``--resume``; ``--json`` has its rows."""
+    path, found = plain
+    points = {point["bops"]: point for point in json.loads((path / "pareto.json").read_text())["points"]}
+    shown = saq("search", "--run-dir", path, "--resume").stdout
+    assert "48 held-out training images; float" in shown
+    heading = re.search(r"budget +BOPs +size +score +on front +searcher *\n", shown)
+    assert heading
+    rows = shown[heading.end() :].split("\n\n")[0].splitlines()
+    assert [row.split()[0] for row in rows].count(
+        "42.93"
+    ) == 1  # of three budgets the one just above the floor
+    assert len(rows) == len(found["front"]["points"])
+    for row, line in zip(found["front"]["points"], rows, strict=True):
+        assert f"{row['top1']:.2f} " in line
+        assert f" {'yes' if row['on_front'] else 'no'} " in line
+        assert row["top1"] == points[row["bops"]]["top1"]
+    (chosen,) = (line for line in rows if line.rstrip().endswith("(chosen)"))
+    assert re.fullmatch(
+        r"92\.64 MBOPs +92\.64 M +114\.8 KB +[\d.]+ +(yes|no) +error w3a3 \(chosen\) *", chosen
+    )
+    assert sum(" uniform w" in line for line in rows) + sum(" error w" in line for line in rows) == 6
+
+
+def test_searches_and_analyses_try_the_same_widths() -> None:
+    assert Settings().candidates == QuantizationSection().candidates == (2, 3, 4, 5, 6, 8)
+    for verb in ("search", "quantize", "profile", "analyze"):
+        shown = re.sub(r"[│\s]+", " ", saq(verb, "--help").stdout)
+        assert "[default: 2,3,4,5,6,8]" in shown, verb
+
+
+def test_quiet_is_quiet(network: list[object], tmp_path: Path) -> None:
+    given = ("--budget", "w3a3", "--searcher", "uniform", "--run-dir", tmp_path / "run")
+    result = saq("search", *network, *given, "--quiet")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+
+
+# Where scores come from
+
+
+def sets(**settings: object) -> tuple[object, ...]:
+    """``--set`` for each."""
+    return tuple(word for name, value in settings.items() for word in ("--set", f"{name}={value}"))
+
+
+@pytest.fixture(scope="module")
+def scoring(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits whose validation images are those that a search holds out, and scores on."""
+    folder = tmp_path_factory.mktemp("scoring")
+    (folder / "train").symlink_to(digits / "few" / "train")
+    held_out, _ = divide(open_split(str(digits / "few"), "train", num_classes=10), 0.5, seed=0)
+    for index in range(held_out.images):
+        image = Path(held_out.dataset.source[index][0])  # type: ignore[index]
+        link = folder / "val" / image.parent.name / image.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(image)
+    return folder
+
+
+def calibrated(run: Path) -> Score:
+    """What ``saq quantize --policy FOUND --epochs 0`` scores under the settings of the search in ``run``."""
+    config = RunConfig.model_validate_json((run / "config.json").read_text())
+    bits = {"bops": None, "policy": str(run / "policy.json")}
+    section = config.quantization.model_copy(update=bits)
+    config = config.model_copy(update={"quantization": section})
+    network, images = prepare(config, torch.device("cpu"), SILENT)
+    policy = given_policy(section, network)
+    assert policy is not None
+    statistics = calibrate(network, images, config, SILENT)
+    model = install_quantizers(config, network, policy, statistics, images, SILENT)
+    return score(model, images.validation(), "", torch.device("cpu"), SILENT)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("samq", ("--epochs", 1, *sets(**{"search.options.samq.warmup": 0, "search.options.samq.draws": 2}))),
+        ("random", ("--correct-bias", *sets(**{"search.options.random.draws": 2}))),
+        ("asga", ("--epochs", 1, "--no-recalibrate-bn")),
+        ("random", ("--weight-norm", "--no-recalibrate-bn", *sets(**{"search.options.random.draws": 2}))),
+        ("error", ()),
+    ],
+)
+def test_scores_are_what_fine_tuning_starts_from(
+    method: str, options: tuple[object, ...], digits: Path, scoring: Path, tmp_path: Path
+) -> None:
+    """The same accuracy on the same images, and the same loss, but for the order in which images are added up."""
+    network = (MODEL, *float_options(digits, scoring), "--batch-size", 32, "--workers", 0)
+    found = answer(
+        *("search", *network, "--budget", "w3a3", "--searcher", method, *options, "--run-dir", tmp_path),
+        *("--pareto", 1, "--candidates", "2,4"),
+    )
+
+    expected = calibrated(tmp_path)
+    front = json.loads((tmp_path / "pareto.json").read_text())
+    (chosen,) = (point for point in front["points"] if point["kind"] == "chosen")
+    assert front["images"] == 120
+    assert chosen["top1"] == expected.top1
+    assert chosen["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    if method != "error":  # which scores nothing itself
+        assert (found["scoring_top1"], found["scoring_loss"]) == (chosen["top1"], chosen["loss"])
+
+
+def test_quantize_without_training_scores_as_the_search_did(
+    digits: Path, scoring: Path, tmp_path: Path
+) -> None:
+    network = (MODEL, *float_options(digits, scoring), "--batch-size", 32, "--workers", 0)
+    search = ("--budget", "w3a3", "--searcher", "random", *sets(**{"search.options.random.draws": 2}))
+    found = answer("search", *network, *search, "--run-dir", tmp_path / "search")
+    policy = tmp_path / "search" / "policy.json"
+    run = answer(
+        *("quantize", *network, "--policy", policy, "--epochs", 0, "--run-dir", tmp_path / "run"),
+        *sets(**{"data.verify_images": 8}),
+    )
+    assert run["top1"] == run["calibrated_top1"] == found["scoring_top1"]
+    assert run["images"] == 120
+
+
+# What may be asked
+
+
+def test_pins_hold(network: list[object], tmp_path: Path) -> None:
+    found = answer(
+        *("search", *network, "--budget", "w4a4", "--run-dir", tmp_path / "run"),
+        *(
+            "--pin",
+            "layer3.*=2",
+            "--pin",
+            "layer3.2.conv2=w5a7",
+            "--pin",
+            "layer1.*=4-6",
+            "--pin",
+            "linear=3-8",
+        ),
+    )
+    policy = found["policy"]
+    for name, bits in policy.items():
+        if name == "layer3.2.conv2":
+            assert bits == {"weight": 5, "activation": 7}
+        elif name.startswith("layer3"):
+            assert bits == {"weight": 2, "activation": 2}
+        elif name.startswith("layer1"):
+            assert bits["weight"] == bits["activation"]
+            assert 4 <= bits["weight"] <= 6
+    assert policy["conv1"] == {"weight": 8, "activation": 8}
+    assert policy["linear"]["weight"] in (3, 4, 5, 6, 8)
+    assert found["bops"] <= UNIFORM[4]
+
+
+def test_bytes_alone_are_a_budget(network: list[object], tmp_path: Path) -> None:
+    found = answer("search", *network, "--size", "120KB", "--run-dir", tmp_path / "run")
+    assert (found["budget_bops"], found["budget_bytes"]) == (None, 120_000)
+    assert 0.985 * 120_000 <= found["size_bytes"] <= 120_000
+
+
+@pytest.mark.parametrize(
+    ("bops", "size"),
+    sweep([("w3a3", "w8a8"), ("w8a8", "w3a3"), ("100M", "130KB")], lambda bops, _: bops != "100M"),
+)
+def test_of_two_budgets_both_hold_and_one_is_used(
+    bops: str, size: str, network: list[object], tmp_path: Path
+) -> None:
+    found = answer("search", *network, "--budget", bops, "--size", size, "--run-dir", tmp_path / "run")
+    used = (found["bops"] / found["budget_bops"], found["size_bytes"] / found["budget_bytes"])
+    assert max(used) <= 1
+    assert max(used) >= 0.985
+
+
+def test_inputs_can_have_candidates_of_their_own(network: list[object], tmp_path: Path) -> None:
+    found = answer(
+        *("search", *network, "--budget", "w4a4", "--run-dir", tmp_path / "run"),
+        *("--candidates", "2,4,8", "--activation-candidates", "3,5"),
+    )
+    free = [bits for name, bits in found["policy"].items() if name not in ("conv1", "linear")]
+    assert {bits["weight"] for bits in free} <= {2, 4, 8}
+    assert {bits["activation"] for bits in free} <= {3, 5}
+    assert 0.985 * UNIFORM[4] <= found["bops"] <= UNIFORM[4]
+
+
+def test_the_default_folder_names_network_budget_and_searcher(
+    network: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = answer("search", *network, "--budget", "95M", "--searcher", "uniform")
+    assert Path(found["run_dir"]) == Path("runs/resnet20-95m-uniform")
+    assert found["bops"] == UNIFORM[3]
+
+
+def test_the_searched_classes_are_drawn(network: list[object], tmp_path: Path) -> None:
+    found = answer(
+        *("search", *network, "--budget", "w3a3", "--search-classes", 3, "--pareto", 2),
+        *("--scoring-images", 36),
+        *("--run-dir", tmp_path / "run"),
+    )
+    assert found["bops"] <= UNIFORM[3]
+    assert json.loads((tmp_path / "run" / "pareto.json").read_text())["images"] == 36
+
+
+def test_a_proxy_is_searched_for_the_policy_of_another_network(digits: Path, tmp_path: Path) -> None:
+    """The target has 100 classes and images of 32 pixels; its images and weights are nowhere."""
+    target = [
+        *(MODEL, "--num-classes", 100, "--in-chans", 1, "--input-size", 32, "--mean", 0.305, "--std", 0.376)
+    ]
+    weights = digits / "float.safetensors"
+    found = answer(
+        *("search", *target, "--data", digits / "images", *SMALL, "--budget", "w4a4", "--searcher", "random"),
+        *("--set", "search.options.random.draws=2", "--run-dir", tmp_path / "run"),
+        *("--proxy", f"num_classes=10,input_size=16,weights={weights}"),
+    )
+    shown = answer("profile", *target[:7], "--policy", tmp_path / "run" / "policy.json")
+    uniform = answer("profile", *target[:7], "--bits", 4)
+    assert found["bops"] == shown["bops"]
+    assert found["budget_bops"] == uniform["bops"]
+    assert 0.985 * uniform["bops"] <= found["bops"] <= uniform["bops"]
+    assert found["scoring_top1"] > 40  # the proxy's weights are trained
+
+
+def test_a_proxy_without_weights_is_fitted_first(digits: Path, tmp_path: Path) -> None:
+    result = saq(
+        *("search", MODEL, "--num-classes", 100, "--in-chans", 1, "--input-size", 32, "--no-pretrained"),
+        *("--mean", 0.305, "--std", 0.376, "--data", digits / "images", *SMALL, "--budget", "w4a4"),
+        *("--proxy", "input_size=16", "--run-dir", tmp_path / "run"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "proxy: top-1" in result.stderr
+
+
+# Refusals
+
+
+def test_an_unreachable_budget_is_refused_with_the_range_and_nothing_is_written(
+    network: list[object], tmp_path: Path
+) -> None:
+    for method in SEARCHERS:
+        result = saq(
+            "search", *network, "--budget", "1M", "--searcher", method, "--run-dir", tmp_path / "run"
+        )
+        assert result.exit_code == 4
+        assert "reachable: 42.51 M to 644.1 MBOPs" in last_error(result)
+        assert not (tmp_path / "run").exists()
+
+
+def test_unreachable_bytes_are_refused_with_their_range(network: list[object], tmp_path: Path) -> None:
+    result = saq("search", *network, "--budget", "w4a4", "--size", "1KB", "--run-dir", tmp_path / "run")
+    assert result.exit_code == 4
+    assert "meets 1 KB" in last_error(result)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--budget", "w4a4", "--searcher", "magic"], "choose from samq"),
+        (["--budget", "w4a4", "--searcher", "error", "--epochs", 3], "does not train"),
+        (["--budget", "w4a4", "--searcher", "error", "--rho", 0.1], "it has no options"),
+        (["--budget", "w4a4", "--set", "search.options.error.draws=3"], "it has no options"),
+        (
+            ["--budget", "w4a4", "--searcher", "samq", "--set", "search.options.samq.x=3"],
+            "has no x: its options are epochs",
+        ),
+        (["--budget", "w4a4", "--set", "search.options.magic.draws=3"], "belongs to no searcher"),
+        (["--budget", "w4a4", "--searcher", "samq", "--set", "search.options.samq.prior=x"], "prior"),
+        (["--budget", "w4a4", "--searcher", "samq", "--set", "search.options.samq.draws=0"], "draws"),
+        (
+            ["--budget", "w4a4", "--searcher", "samq", "--set", "search.options.samq.sharpness=False"],
+            "true or",
+        ),
+        (["--budget", "w4a4", "--searcher", "samq", "--epochs", 0.5], "whole number"),
+        (["--budget", "w4a4", "--searcher", "hawq", "--set", "search.options.hawq.samples=0"], "samples"),
+        (["--budget", "w4a4", "--searcher", "samq", "--set", "search.optimizer=nope"], "nope"),
+        (["--budget", "w9a9"], "--budget w9a9"),
+        ([], "no budget was given"),
+        (["--budget", "34"], "unit"),
+        (["--size", "small"], "small"),
+        (["--budget", "w4a4", "--set", "quantization.policy=p.json"], "nothing to search"),
+        (["--budget", "w4a4", "--set", "quantization.bits=w4a4"], "nothing to search"),
+        (["--budget", "w4a4", "--pin", "layer1"], "PATTERN=BITS"),
+        (["--budget", "w4a4", "--pin", "layer9.*=4"], "matches no layer"),
+        (["--budget", "w4a4", "--pin", "layer1.*=9"], "from 2 to 8"),
+        (["--budget", "w4a4", "--pin", "layer1.*=x"], "no bit-width"),
+        (["--budget", "w4a4", "--candidates", "2,9"], "--candidates"),
+        (["--budget", "w4a4", "--activation-candidates", "1"], "1"),
+        (["--budget", "w4a4", "--proxy", "images"], "--proxy"),
+        (["--budget", "w4a4", "--proxy", "size=3"], "size"),
+        (["--resume"], "no run to resume"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_in_one_line(
+    options: list[object], says: str, network: list[object], tmp_path: Path
+) -> None:
+    given = network if options != ["--resume"] else []
+    result = saq("search", *given, *options, "--run-dir", tmp_path / "run", "--quiet")
+    assert result.exit_code == 1, result.stdout
+    assert says in last_error(result)
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_policy_is_no_option_of_a_search(network: list[object]) -> None:
+    assert saq("search", *network, "--policy", "p.json").exit_code == 2
+
+
+def test_no_images_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    result = saq("search", MODEL, "--budget", "w4a4", "--run-dir", tmp_path / "run")
+    assert result.exit_code == 1
+    assert "--data" in last_error(result)
+
+
+def test_two_layers_that_share_bits_cannot_be_pinned_apart(network: list[object], tmp_path: Path) -> None:
+    """The network here ties nothing; another of ours does."""
+    result = saq(
+        *("search", "saq/preresnet20", *network[3:], "--budget", "w4a4", "--run-dir", tmp_path / "run"),
+        *("--pin", "layer2.0.conv2=4", "--pin", "layer2.0.shortcut=8", "--quiet", "--no-pretrained"),
+    )
+    assert result.exit_code == 1
+    assert "share their bits" in last_error(result)
+
+
+# Run directories
+
+
+def test_a_finished_search_is_not_replaced_unasked(
+    plain: tuple[Path, dict[str, Any]], network: list[object]
+) -> None:
+    path, _ = plain
+    before = {item: item.stat().st_mtime_ns for item in path.iterdir()}
+    result = saq("search", *network, "--budget", "w4a4", "--run-dir", path)
+    assert result.exit_code == 1
+    for part in ("--resume", "--overwrite"):
+        assert part in last_error(result)
+    assert {item: item.stat().st_mtime_ns for item in path.iterdir()} == before
+
+
+def test_resuming_a_finished_search_prints_its_result_again(plain: tuple[Path, dict[str, Any]]) -> None:
+    path, found = plain
+    assert answer("search", "--run-dir", path, "--resume") == found
+
+
+def test_resuming_under_another_budget_is_refused(plain: tuple[Path, dict[str, Any]]) -> None:
+    path, _ = plain
+    result = saq("search", "--run-dir", path, "--resume", "--budget", "w4a4")
+    assert result.exit_code == 1
+    assert "quantization.bops: w3a3 -> w4a4" in last_error(result)
+
+
+def test_a_refused_search_loses_nothing_of_the_one_before(network: list[object], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    quick = (*network, "--searcher", "uniform", "--run-dir", run)
+    answer("search", *quick, "--budget", "w3a3")
+    own = run / "policy.edited.json"
+    own.write_text((run / "policy.json").read_text())
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for options in (["--budget", "1K"], ["--budget", "w4a4", "--pin", "nothing*=4"]):
+        assert saq("search", *quick, *options, "--overwrite").exit_code
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+    answer("search", *quick, "--budget", "w4a4", "--overwrite")
+    assert own.read_bytes() == before[own]
+
+
+def test_a_search_and_a_quantization_do_not_go_on_with_each_other(
+    plain: tuple[Path, dict[str, Any]],
+) -> None:
+    result = saq("quantize", "--run-dir", plain[0], "--resume")
+    assert result.exit_code == 1
+    assert "saq search" in last_error(result)
+
+
+def test_a_dry_run_shows_the_range_and_writes_nothing(network: list[object], tmp_path: Path) -> None:
+    options = ["--budget", "w4a4", "--pin", "layer1.*=4-8", "--activation-candidates", "4,8", "--dry-run"]
+    plan = answer("search", *network, *options, "--run-dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert plan["budget_bops"] == UNIFORM[4]
+    assert UNIFORM[2] < plan["profile"]["floor_bops"] < UNIFORM[4]
+    assert 0 < plan["profile"]["floor_size_bytes"] < plan["profile"]["ceiling_size_bytes"]
+
+
+def test_overwriting_leaves_nothing_of_the_search_before(
+    plain: tuple[Path, dict[str, Any]], network: list[object], tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(plain[0], path)
+    found = answer("search", *network, "--budget", "w4a4", "--run-dir", path, "--overwrite")
+    assert found["budget_bops"] == UNIFORM[4]
+    assert not list(path.glob("pareto.*"))
+    assert json.loads((path / "policy.json").read_text())["layers"] == found["policy"]

@@ -1,0 +1,71 @@
+"""Steps of minimizers on tiny networks: batches, chunks of them, and what a step leaves behind."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saqcli.training.minimizers import MINIMIZERS, Chunk, MicroBatch, Minimizer
+from saqcli.training.minimizers.base import Loss
+from tests.support.networks import NETWORKS, images, quantize
+
+RHO = 0.3
+Batch = tuple[Tensor, Tensor]
+
+
+def batch(count: int = 16, seed: int = 3) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return images(count, seed), torch.randint(0, 5, (count,), generator=generator)
+
+
+def loss_of(model: nn.Module, data: Batch) -> Loss:
+    return lambda *, ascent=False: F.cross_entropy(model(data[0]), data[1])
+
+
+def chunks_of(model: nn.Module, data: Batch, size: int) -> list[Chunk]:
+    total = len(data[1])
+    pieces = zip(data[0].split(size), data[1].split(size), strict=True)
+    return [[MicroBatch(loss_of(model, piece), len(piece[1]) / total)] for piece in pieces]
+
+
+def one_chunk(loss: Loss) -> list[Chunk]:
+    return [[MicroBatch(loss, 1.0)]]
+
+
+def trainable(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return quantize(NETWORKS[name]).model.to(dtype).train()
+
+
+def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=1e-3)
+
+
+def still(model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer whose step moves nothing."""
+    return torch.optim.SGD(model.parameters(), lr=0.0)
+
+
+def make(
+    method: str, model: nn.Module, base: torch.optim.Optimizer, rho: float = RHO, **options: Any
+) -> Minimizer:
+    """Any minimizer of the table, at a radius where it has one."""
+    if "rho" in inspect.signature(MINIMIZERS[method]).parameters:
+        options["rho"] = rho
+    return MINIMIZERS[method](model, base, **options)
+
+
+def snapshot(model: nn.Module, base: torch.optim.Optimizer | None = None) -> list[tuple[str, Tensor]]:
+    """Every tensor of the model and of the optimizer's state, copied."""
+    tensors = [(name, value.detach().clone()) for name, value in model.state_dict().items()]
+    if base is not None:
+        for index, state in base.state_dict()["state"].items():
+            tensors += [(f"{index}.{key}", v.clone()) for key, v in state.items() if isinstance(v, Tensor)]
+    return tensors
+
+
+def assert_bitwise_equal(one: list[tuple[str, Tensor]], other: list[tuple[str, Tensor]]) -> None:
+    assert [name for name, _ in one] == [name for name, _ in other]
+    different = [name for (name, a), (_, b) in zip(one, other, strict=True) if not torch.equal(a, b)]
+    assert not different

@@ -1,0 +1,207 @@
+"""Steps in which something goes wrong: no memory, no number, no gradient."""
+
+import gc
+import math
+import resource
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saqcli.errors import DeviceMemoryError, TrainingDiverged
+from saqcli.progress import SILENT
+from saqcli.training.loop import evaluate, in_parts
+from saqcli.training.minimizers import MINIMIZERS
+from saqcli.training.objective import Objective
+from saqcli.training.step import Setbacks, Stepper
+from tests.support.joined import forks
+from tests.support.networks import NETWORKS, images, quantize, seeded
+from tests.support.steps import assert_bitwise_equal, batch, make, sgd, snapshot, trainable
+
+OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+class Small(nn.Module):
+    """A network on a device that holds a few images at a time, and no more."""
+
+    def __init__(self, model: nn.Module, most: int, error: BaseException = OUT) -> None:
+        super().__init__()
+        self.model, self.most, self.error = model, most, error
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.dropout(self.model(x))
+        if len(x) > self.most:  # after batch norms and random numbers have moved
+            raise self.error
+        return logits
+
+
+def stepper(
+    model: nn.Module,
+    base: torch.optim.Optimizer,
+    method: str = "saq",
+    micro: int | None = None,
+    **options: Any,
+) -> tuple[Stepper, list[str]]:
+    notes: list[str] = []
+    setbacks = Setbacks(micro, **options)
+    made = Stepper(model, make(method, model, base), Objective(F.cross_entropy), 16, setbacks, notes.append)
+    return made, notes
+
+
+@pytest.mark.parametrize("method", MINIMIZERS)
+def test_a_step_that_ran_out_of_memory_is_the_step_of_smaller_micro_batches(method: str) -> None:
+    """Bit for bit: no random number, no running statistic of the attempt is left."""
+    ends = []
+    for most, micro in ((4, None), (99, 4)):
+        model = Small(trainable("conv_bn"), most)
+        base = sgd(model)
+        step, notes = stepper(model, base, method, micro)
+        with seeded(0):
+            for number in range(3):
+                assert step(*batch(16, seed=number))
+        ends.append(snapshot(model, base))
+        assert step.setbacks.micro_batch == 4
+        assert ["micro-batches of" in note for note in notes] == ([True, True] if micro is None else [])
+
+    assert_bitwise_equal(*ends)
+
+
+def test_a_network_that_does_not_fit_at_all_is_told() -> None:
+    model = Small(trainable("conv_bn"), 1)
+    step, _ = stepper(model, sgd(model))
+
+    with pytest.raises(DeviceMemoryError, match="out of memory with 2 images at a time"):
+        step(*batch(16))
+
+
+def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory() -> None:
+    model = Small(trainable("conv_bn"), 1, RuntimeError("shapes do not fit"))
+    step, _ = stepper(model, sgd(model))
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        step(*batch(16))
+
+
+@pytest.mark.parametrize("method", MINIMIZERS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_without_a_number_leaves_nothing_behind(method: str, value: float) -> None:
+    """Training goes on as if the batch had not been there."""
+    ends = []
+    for spoiled in (True, False):
+        model = trainable("conv_bn")
+        base = sgd(model)
+        step, notes = stepper(model, base, method)
+        for number in range(4):
+            x, labels = batch(16, seed=number)
+            if number == 2:
+                if not spoiled:
+                    continue
+                x[0, 0, 0, 0] = value
+            assert bool(step(x, labels)) == (number != 2)
+        ends.append(snapshot(model, base))
+        assert [note.startswith("a step is left out: the loss is") for note in notes] == [True] * spoiled
+        assert (step.setbacks.skipped, step.setbacks.in_row) == (int(spoiled), 0)
+
+    assert_bitwise_equal(*ends)
+
+
+def test_a_gradient_without_a_number_is_noticed_though_the_loss_is_one() -> None:
+    class Steep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            return grads[0] * math.inf
+
+    model = trainable("conv_bn")
+    before = snapshot(model)
+    objective = Objective(lambda logits, labels: F.cross_entropy(Steep.apply(logits), labels))
+    notes: list[str] = []
+    step = Stepper(model, make("qat", model, sgd(model)), objective, 16, Setbacks(), notes.append)
+
+    assert not step(*batch(16))
+    assert "its gradient is not finite" in notes[0]
+    assert_bitwise_equal(before, snapshot(model))
+
+
+def test_too_many_in_a_row_end_training_with_the_last_good_weights() -> None:
+    model = trainable("conv_bn")
+    base = sgd(model)
+    step, notes = stepper(model, base, patience=3)
+    step(*batch(16))
+    good = snapshot(model, base)
+    spoiled = (batch(16)[0] * math.nan, batch(16)[1])
+    for _ in range(3):
+        step(*spoiled)
+
+    with pytest.raises(
+        TrainingDiverged, match=r"4 steps in a row could not be taken: the loss is nan .* lower --lr"
+    ):
+        step(*spoiled)
+    assert_bitwise_equal(good, snapshot(model, base))
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize("method", MINIMIZERS)
+def test_gradients_of_zero_move_nothing(method: str) -> None:
+    model = trainable("conv_bn")
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    flat = Objective(lambda logits, labels: (logits * 0).sum())
+    step = Stepper(model, make(method, model, base), flat, 8, Setbacks())
+
+    assert step(*batch(16))
+    assert_bitwise_equal(list(before.items()), [(name, p.detach()) for name, p in model.named_parameters()])
+
+
+def test_evaluation_goes_on_in_halves() -> None:
+    model = quantize(NETWORKS["conv_bn"]).model.eval()
+    data = [batch(16, seed=number) for number in range(2)]
+    with SILENT.task("", 0) as task:
+        whole = evaluate(model, data, task, device=torch.device("cpu"))
+        halves = evaluate(Small(model, 5).eval(), data, task, device=torch.device("cpu"))
+
+    assert (whole.images, whole.top1, whole.top5) == (halves.images, halves.top1, halves.top5)
+    assert halves.loss == pytest.approx(whole.loss, rel=1e-6)
+    with pytest.raises(DeviceMemoryError, match="a single image"):
+        in_parts(Small(model, 0).eval(), images(3))
+
+
+def _train_in(mebibytes: int, pipe: Any) -> None:
+    """A step on images that need more memory than this process may have."""
+    torch.set_num_threads(1)
+    gc.collect()
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)
+    )
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    notes: list[str] = []
+    step = Stepper(
+        model, MINIMIZERS["qat"](model, base), Objective(F.cross_entropy), 64, Setbacks(), notes.append
+    )
+    x, labels = torch.zeros(64, 3, 128, 128), torch.zeros(64, dtype=torch.long)
+    with open("/proc/self/statm") as statm:
+        there = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (there + mebibytes * 2**20, resource.RLIM_INFINITY))
+    pieces = step(x, labels)
+    pipe.send((len(pieces), step.setbacks.micro_batch, notes))
+
+
+def test_memory_that_really_runs_out_is_recognised() -> None:
+    """64 images of 128 x 128 in 32 channels are 128 MiB a tensor."""
+    context = forks()
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_train_in, args=(150, theirs))
+    process.start()
+    process.join(60)
+
+    assert process.exitcode == 0
+    pieces, micro, notes = ours.recv()
+    assert pieces > 1
+    assert micro in (8, 16, 32)
+    assert notes

@@ -13,9 +13,6 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
-import torch
-import torch.distributed as dist
-
 from saqcli.errors import SaqError, StoppedElsewhere, out_of_memory
 
 BUCKET = 2**24  # numbers that are averaged at a time
@@ -26,12 +23,14 @@ T = TypeVar("T")
 
 def count() -> int:
     """How many processes work as one."""
+    import torch.distributed as dist
 
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def index() -> int:
     """Which of them this is, from 0 on."""
+    import torch.distributed as dist
 
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
@@ -49,6 +48,7 @@ def from_first(make: Callable[[], T]) -> T:
     """
     if count() == 1:
         return make()
+    import torch.distributed as dist
 
     box: list[Any] = [None, None]
     error: SaqError | None = None
@@ -101,6 +101,7 @@ def gathered(value: T) -> list[T]:
     """``value`` of every rank, in their order."""
     if count() == 1:
         return [value]
+    import torch.distributed as dist
 
     values: list[Any] = [None] * count()
     with _connected():
@@ -117,6 +118,7 @@ def totals(*values: float) -> list[float]:
     """Sums over the ranks, in double precision where the device has it."""
     if count() == 1:
         return list(values)
+    import torch
     import torch.distributed as dist
 
     summed = torch.tensor(values, dtype=torch.float64, device=_device())
@@ -138,6 +140,7 @@ def average(tensors: Iterable[Any]) -> None:
     """
     if count() == 1:
         return
+    import torch
     import torch.distributed as dist
 
     for bucket in _buckets(tensors):
@@ -183,6 +186,7 @@ def _buckets(tensors: Iterable[Any]) -> Iterator[list[Any]]:
 
 def _device() -> str:
     """Where the group's tensors must be: NCCL knows GPUs only."""
+    import torch.distributed as dist
 
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
 

@@ -24,9 +24,9 @@ ROOMS = (
     "training",
     "export",
     "data",
-    "tasks",
     "runs",
     "models",
+    "tasks",
     "quant",
 )
 BASE = {

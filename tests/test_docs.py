@@ -94,15 +94,19 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-@pytest.fixture(scope="module")
-def make_cli() -> Any:
-    """``docs/make_cli.py``, which is no module of a package."""
-    spec = importlib.util.spec_from_file_location("make_cli", DOCS / "make_cli.py")
+def script(name: str) -> Any:
+    """``docs/NAME.py``, which is no module of a package."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def make_cli() -> Any:
+    return script("make_cli")
 
 
 class TestCommandReference:
@@ -150,14 +154,10 @@ class TestTablesAndSettings:
 
         assert {key: json.loads(default) for key, default in rows} == expected
 
-    def test_every_module_stands_in_the_tree(self) -> None:
-        tree = blocks(text_of(DOCS / "architecture.md"), "")[0]
-        names = set(re.findall(r"(\w+\.py) ", tree))
-        package = ROOT / "saqcli"
-        files = [path for path in package.rglob("*.py") if path.parent.name != "networks"]
-        inner = {path.name for path in files if path.name != "__init__.py"}
-        assert inner - names == set()
-        assert names - inner == {"__init__.py"}
+    def test_the_tree_is_that_of_the_docstrings(self) -> None:
+        make_tree = script("make_tree")
+        assert text_of(DOCS / "architecture.md") == make_tree.page(), "run python docs/make_tree.py"
+        assert f"{make_tree.PACKAGE.name}/" in make_tree.page()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=title)

@@ -1,6 +1,6 @@
-"""The family of instruments: what can be measured on a quantized model, one file each, one line each in the table.
+"""Instruments that measure a quantized model, one file each.
 
-An instrument is a function of a subject, the settings and a session, and returns a reading. To add one: write
+An instrument is a function of a subject, settings and a session; it returns a reading. To add one, write
 ``saqcli/analysis/NAME.py`` and add its line here.
 """
 

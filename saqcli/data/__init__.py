@@ -1,1 +1,1 @@
-"""Images: folders and archives, loaders, transforms."""
+"""Images on disk: folders, archives, transforms, loaders."""

@@ -1,8 +1,7 @@
-"""The family of exporters: a quantized model in, a file out.
+"""Exporters, one file each: from a quantized model to a file.
 
-An exporter writes to the path it is given and nothing else; the workflow gives it a temporary one, verifies
-the file, and renames it into place. To add one: write ``saqcli/export/NAME.py`` and add its
-line here.
+An exporter writes to the given path and nothing else; the pipeline passes a temporary path, verifies the file, and
+renames it. To add one, write ``saqcli/export/NAME.py`` and add its line here.
 """
 
 from collections.abc import Callable

@@ -1,1 +1,1 @@
-"""The outside world: networks and their weights, data, run directories, signals."""
+"""From names to networks: libraries, published and local weights, preprocessing."""

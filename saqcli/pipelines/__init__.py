@@ -1,1 +1,4 @@
-"""One file a verb, each a story to be read from top to bottom. They print nothing and return what happened."""
+"""One file per command, each the story of that command from top to bottom.
+
+Pipelines print nothing: they read and write files, report to a ``Progress``, and return a result.
+"""

@@ -1,1 +1,1 @@
-"""Pictures, report pages, comparison of runs."""
+"""Pictures, report pages, and the comparison of runs."""

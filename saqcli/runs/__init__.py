@@ -1,1 +1,1 @@
-"""Runs on disk: their directory, manifest, checkpoints, locks, and signals that interrupt them."""
+"""Run directories: manifest, checkpoints, locks, and the signals that interrupt a run."""

@@ -1,9 +1,9 @@
-"""The family of searchers: a problem in, a bit configuration within the budget out.
+"""Searchers, one file each: from a budget to a bit configuration.
 
-A searcher is handed everything it may need (a wrapped model of its own with its input statistics, what may be chosen
-and what that costs, the budget, images, an optimizer, a memory) and returns a configuration that the budget admits. To
-add one: write ``saqcli/search/NAME.py`` with a class that has ``search`` and takes its options as keyword
-arguments, and add its line here. The contract tests run over the table.
+A searcher receives a wrapped copy of the model with its input statistics, the search space and its costs, the budget,
+images, an optimizer and a memory, and returns a configuration within the budget. To add one, write
+``saqcli/search/NAME.py`` with a class that has ``search`` and takes its options as keyword arguments, and add its line
+here. The contract tests run over the table.
 """
 
 from collections.abc import Callable

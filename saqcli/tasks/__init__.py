@@ -1,1 +1,1 @@
-"""What depends on the task: reading of labels."""
+"""What depends on the task: class labels."""

@@ -1,4 +1,4 @@
-"""The science: minimizers, searchers, exporters and the only loops over batches.
+"""Fine-tuning: objectives, perturbations, minimizers, and the only loops over batches.
 
-Knows tensors, modules and data loaders; knows no flag and no run directory.
+Knows tensors, modules and data loaders, but no flags.
 """

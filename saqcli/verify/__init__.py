@@ -1,1 +1,1 @@
-"""Between a quantized model and an ONNX graph: what the styles are made of, and the proof that they hold."""
+"""The proof that an exported file computes what the model computes."""

@@ -1,8 +1,7 @@
-"""The family of quantizers: one file each, one line each in the table.
+"""Quantizers: modules that map a tensor onto a ``Grid``.
 
-A quantizer is a module that maps a tensor onto a ``Grid``, with numbers of its own for every candidate
-bit-width. To add one: write ``saqcli/quant/quantizers/NAME.py`` with a weight and an activation class derived
-from ``Quantizer``, and add its line here. The property tests run over the table.
+Every candidate bit-width has parameters of its own. To add one, write ``saqcli/quant/quantizers/NAME.py`` with a weight
+and an activation class derived from ``Quantizer``, and add its line here. The property tests run over the table.
 """
 
 from typing import NamedTuple

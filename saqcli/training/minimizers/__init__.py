@@ -1,6 +1,6 @@
-"""The family of minimizers: one optimisation step each, ascent included, over any torch optimizer.
+"""Minimizers, one optimization step each, over any torch optimizer.
 
-A minimizer is handed the model and the base optimizer, then one list of chunks a step. To add one: write
+A minimizer receives the model and the base optimizer, then a list of chunks per step. To add one, write
 ``saqcli/training/minimizers/NAME.py`` and add its line here. The contract tests run over the table.
 """
 

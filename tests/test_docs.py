@@ -18,6 +18,7 @@ from saqcli import config
 from saqcli.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
+DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = sorted({*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")})
@@ -153,6 +154,17 @@ class TestTablesAndSettings:
         rows = re.findall(r"^\| `([\w.]+)` \| `([^`]+)` \|", text_of(DOCS / "formats.md"), re.MULTILINE)
 
         assert {key: json.loads(default) for key, default in rows} == expected
+
+    def test_the_walks_name_functions_that_exist(self) -> None:
+        rows = re.findall(
+            r"^\| [^|]+ \| `([\w/]+\.py)` \| `(\w+)` \|$", text_of(DOCS / "architecture.md"), re.MULTILINE
+        )
+        assert len(rows) > 10
+        for file, name in rows:
+            tree = ast.parse((ROOT / "saqcli" / file).read_text(encoding="utf-8"))
+            assert name in {node.name for node in ast.walk(tree) if isinstance(node, DEFINITIONS)}, (
+                f"{file} {name}"
+            )
 
     def test_the_tree_is_that_of_the_docstrings(self) -> None:
         make_tree = script("make_tree")

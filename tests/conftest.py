@@ -23,7 +23,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Files that take longest, for the processes to end at about the same time. The second learns the digits for all, while
 # the first, which needs them not, goes on.
 LONGEST = """
-    test_story test_analyze test_joined_runs test_search test_bench test_export test_asga test_search_parts
+    test_story test_analyze test_goldens test_joined_runs test_search test_bench test_export test_asga test_search_parts
     test_exact_form test_search_stopped test_killed test_published test_rerun test_exporters test_cli test_searchers
     test_hazards test_paths test_attention test_onnx_qdq test_tiny_zoo test_quantize_stopped test_strange_files
 """.split()

@@ -1,18 +1,13 @@
-"""Tar archives of images: the files, and which images of them a process reads.
+"""Tar archives of images: the files, and which images of them a process reads, in which order.
 
-Tar files of images and the ``_info.json`` that names them, as timm lays them out (``wds/DIR``).
+The ``_info.json`` names the files, as timm lays them out (``wds/DIR``). ``webdataset`` opens files, URLs and
+commands and takes the archives apart, as it does for timm. timm passes over what is damaged with a line in its log;
+here an archive that is cut short, or holds something else than ``_info.json`` says, is refused.
 
-``webdataset`` opens files, URLs and commands and takes the archives apart, as it does for timm. timm passes over
-what is damaged with a line in its log; here an archive that is cut short, or holds something else than
-``_info.json`` says, is refused.
-
-Which images of a sharded split a process reads, and in which order.
-
-timm's own reader repeats images to fill the last batch of every worker, and shuffles by what it has drawn before.
-Here a pass gives each image once, whatever the number of workers, and its order follows from (seed, epoch,
-workers), so that a run that was stopped goes on with the same images.
-
-Every worker reads a run of whole batches, so that it opens only the archives that these lie in.
+timm's own reader repeats images of a training pass, and shuffles by what it has drawn before. Here a pass gives each
+image once, whatever the number of workers, and its order follows from (seed, epoch, workers), so that an interrupted
+run resumes with the same images. Every worker reads a run of whole batches, so that it opens only the archives that
+these lie in.
 """
 
 import io

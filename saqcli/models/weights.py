@@ -1,17 +1,13 @@
 """Weight files: read without running code, and loaded exactly.
 
-What a pickle would do, told from its opcodes and without doing any of it.
-
-torch's restricted unpickler calls nothing but what tensors are made of. Yet it can be kept busy for ever, or made to
-take all memory: by containers that hold each other twice, level over level (``a = (b, b)``, ``b = (c, c)``, ...), by
-containers that hold themselves, by ``bytearray(10**12)``, by archives that unfold to more than they are. Files of
-weights have none of these.
-
-Weight files: read without running code, and load exactly or say what does not fit.
-
 A ``.pth`` file is a pickle, and a pickle may run anything. It is read by torch's restricted unpickler only,
 which knows tensors, plain containers and the ``Namespace`` of a script's options; there is no switch to trust a file.
 Which of its tensors are the weights is decided in ``state_dicts``; they must fit the network exactly, and be numbers.
+
+What a pickle would do is read from its opcodes first, without doing any of it. torch's restricted unpickler calls
+nothing but what tensors are made of. Yet it can be kept busy for ever, or made to take all memory: by containers that
+hold each other twice, level over level (``a = (b, b)``, ``b = (c, c)``, ...), by containers that hold themselves, by
+``bytearray(10**12)``, by archives that unfold to more than they are. Files of weights have none of these.
 """
 
 import hashlib

@@ -62,6 +62,36 @@ def test_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     assert not (tmp_path / locks.NAME).exists()
 
 
+def test_forked_children_do_not_inherit_the_lock(tmp_path: Path) -> None:
+    """One that ends leaves the lock as it is, one that outlives its parent does not keep it."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    parent = context.Process(target=_hold_with_children, args=(tmp_path, theirs))
+    parent.start()
+    child = ours.recv()
+    assert Lock(tmp_path).holder()[1]
+    os.kill(parent.pid or 0, signal.SIGKILL)
+    parent.join()
+
+    killed = Lock(tmp_path).take()
+
+    os.kill(child, signal.SIGKILL)
+    assert killed is not None
+    assert killed.pid == parent.pid
+
+
+def _hold_with_children(folder: Path, pipe: "multiprocessing.connection.Connection") -> None:
+    lock = Lock(folder)
+    lock.take()
+    context = multiprocessing.get_context("fork")
+    ended, staying = context.Process(target=int), context.Process(target=signal.pause)
+    ended.start()
+    ended.join()
+    staying.start()
+    pipe.send(staying.pid)
+    signal.pause()
+
+
 def test_a_lock_that_was_let_go_leaves_nothing(tmp_path: Path) -> None:
     lock = Lock(tmp_path)
     lock.take()

@@ -1,8 +1,8 @@
 """All settings of a run, in one strict object; ``config.json`` holds it, resolved.
 
-Settings come from five places, later ones win: the defaults here, a recipe (``saqcli/recipes/NAME.toml``), a file given
-with ``--config``, ``--set section.key=value``, and the options of the command. Running the resulting ``config.json``
-again gives the same run. Unknown keys are errors.
+Settings come from five places, later ones win: the defaults here, a recipe (``saqcli/recipes/NAME.toml``), a
+configuration file, assignments (``section.key=value``), and the options of the command. Running the resulting
+``config.json`` again gives the same run. Unknown keys are errors.
 
 A setting stands here only: a field that is annotated with an ``Option`` is an option of the commands that take its
 section. ``saqcli.cli.options`` makes the command line from these, help and completion included.

@@ -1,7 +1,7 @@
-"""The command line: thin commands that parse, call a workflow, and show what it returns.
+"""The command line: thin commands that parse, call a pipeline, and show what it returns.
 
-stdout is the answer and stderr the progress. torch is imported by the workflows, inside the commands, so that
-``saq --help`` and shell completion stay quick.
+Results go to stdout, progress to stderr. torch is imported by the pipelines, inside the commands, so that
+``saq --help`` and shell completion stay fast.
 """
 
 from saqcli.cli.app import app, main

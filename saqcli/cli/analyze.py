@@ -1,7 +1,4 @@
-"""``saq analyze``.
-
-What ``saq analyze`` measured, as a short table for the eye; the whole of it is in the files.
-"""
+"""``saq analyze``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +19,10 @@ def _flag(*names: str, help: str) -> typer.models.OptionInfo:
 @reporting
 @o.with_settings(
     *("quantization.bits", "quantization.policy", *o.IMAGES, *o.FLOAT_MODEL, "run.device"),
+    o.adapted("training.rho", default="that of training at these bits", panel=MEASURING),
     o.adapted("training.rho_unit", panel=MEASURING),
+    o.adapted("quantization.candidates", help="Bit-widths of the sensitivity", panel=MEASURING),
+    o.adapted("run.seed", help="Random seed of images, directions and random vectors", panel=MEASURING),
 )
 def analyze_command(
     given: o.Given,
@@ -35,7 +35,7 @@ def analyze_command(
     ],
     against: Annotated[
         str | None,
-        typer.Option(metavar="TARGET", help="A second run directory or .safetensors file, to compare with"),
+        typer.Option(metavar="TARGET", help="Second run directory or .safetensors file, to compare with"),
     ] = None,
     sharpness: Annotated[bool, _flag("--sharpness", help="Rise of the loss within radius --rho")] = False,
     eigenvalue: Annotated[
@@ -55,7 +55,7 @@ def analyze_command(
         bool, _flag("--landscape", help="Loss over a plane through the quantized weights")
     ] = False,
     everything: Annotated[
-        bool, _flag("--all", help="All instruments; without any of these flags the first four run")
+        bool, _flag("--all", help="All instruments; without any of these options the first four run")
     ] = False,
     images: Annotated[
         int,
@@ -69,14 +69,6 @@ def analyze_command(
     split: Annotated[
         str, typer.Option(metavar="train|val", help="Split that they come from", rich_help_panel=DATA)
     ] = "train",
-    rho: Annotated[
-        float | None,
-        typer.Option(
-            metavar="RADIUS",
-            help="Radius of the perturbation [default: that of training at these bits]",
-            rich_help_panel=MEASURING,
-        ),
-    ] = None,
     starts: Annotated[
         int | None,
         typer.Option(
@@ -101,14 +93,6 @@ def analyze_command(
             min=2, metavar="N", help="Random vectors of the trace [default: 64]", rich_help_panel=MEASURING
         ),
     ] = None,
-    candidates: Annotated[
-        str | None,
-        typer.Option(
-            metavar="2,3,4",
-            help="Bit-widths of the sensitivity [default: 2,3,4,5,6,8]",
-            rich_help_panel=MEASURING,
-        ),
-    ] = None,
     grid: Annotated[
         int | None,
         typer.Option(
@@ -126,15 +110,6 @@ def analyze_command(
             rich_help_panel=MEASURING,
         ),
     ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="Random seed of images, directions and random vectors",
-            rich_help_panel=MEASURING,
-        ),
-    ] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -183,21 +158,19 @@ def analyze_command(
     chosen = tuple(name for name in TABLE if everything or asked[name]) or tuple(
         name for name, instrument in TABLE.items() if instrument.quick
     )
-    settings = {
-        name: value
-        for name, value in {
-            "seed": seed,
-            "rho": rho,
-            "rho_unit": given.get("training.rho_unit"),
-            "starts": starts,
-            "iterations": iterations,
-            "samples": samples,
-            "candidates": None if candidates is None else problems.attempt(o.parse_widths, candidates),
-            "grid": grid,
-            "span": span,
-        }.items()
-        if value is not None
+    rho, seed = given.get("training.rho"), given.get("run.seed", 0)
+    wanted = {
+        "seed": seed,
+        "rho": rho,
+        "rho_unit": given.get("training.rho_unit"),
+        "starts": starts,
+        "iterations": iterations,
+        "samples": samples,
+        "candidates": given.get("quantization.candidates"),
+        "grid": grid,
+        "span": span,
     }
+    settings = {name: value for name, value in wanted.items() if value is not None}
     request = Request(
         target=target,
         view=View(given.data(), split, images, seed),  # type: ignore[arg-type]

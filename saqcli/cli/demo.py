@@ -27,7 +27,7 @@ def demo_command(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """The whole job offline on 1,797 handwritten digits: train a float network, search bits, quantize, export, check.
+    """Run the whole pipeline offline on 1,797 handwritten digits: train in float, search bits, quantize, export, check.
 
     It takes about two minutes on two cores.
     """

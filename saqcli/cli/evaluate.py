@@ -28,7 +28,7 @@ def eval_command(
         typer.Option(
             "--bench",
             help="Measure latency and throughput on the CPU, in PyTorch and ONNX Runtime, float and quantized; "
-            "needs no --data",
+            "--data is optional",
             rich_help_panel=SPEED,
         ),
     ] = False,
@@ -59,9 +59,9 @@ def eval_command(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Accuracy of a float model, a quantized run or an exported file on a folder of images.
+    """Measure the accuracy of a float model, a quantized run or an exported file on a folder of images.
 
-    With `--bench` also its speed, beside that of the same network in PyTorch and in ONNX Runtime, float and quantized.
+    With `--bench`, compare its speed with that of the same network in PyTorch and ONNX Runtime, float and quantized.
 
     Example: `saq eval runs/resnet18-w4a4 --data imagenet`
 

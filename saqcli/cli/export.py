@@ -33,7 +33,7 @@ def export_command(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Write a quantized model as ONNX. The file appears under its name only if it passes a comparison with the model.
+    """Export a quantized model to ONNX. The file is written only if it passes the comparison with the model.
 
     Example: `saq export runs/resnet18-w4a4 --onnx resnet18.onnx --data imagenet`
     """

@@ -97,7 +97,7 @@ def panels(parameters: Iterable[Any]) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {panel: [] for panel in PANELS}
     for parameter in parameters:
         if not is_argument(parameter) and not parameter.hidden:
-            found[parameter.rich_help_panel or GENERAL].append(parameter)
+            found.setdefault(parameter.rich_help_panel or GENERAL, []).append(parameter)
     return {panel: options for panel, options in found.items() if options}
 
 

@@ -22,9 +22,9 @@ def models_command(
     json_output: o.Json = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Networks that can be quantized; on a terminal with parameters, input size and published weights.
+    """List the networks that can be quantized; on a terminal with parameters, input size and published weights.
 
-    Covered are those whose family's smallest network passed wrapping, calibration, a SAQ step and verified export.
+    A network is covered if the smallest of its family passed wrapping, calibration, a SAQ step and verified export.
 
     Example: `saq models 'timm/mobilenetv3*'`
     """

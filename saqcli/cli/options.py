@@ -204,9 +204,10 @@ def _names(path: str, option: Option) -> tuple[str, ...]:
 
 def _settings() -> Iterator[Setting]:
     """All settings that are options, in the order of the configuration."""
-    sections = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    sections: dict[str, Any] = {"": RunConfig}
+    sections |= {name: field.annotation for name, field in RunConfig.model_fields.items()}
     recipe = read_recipe(DEFAULT_RECIPE)
-    for section, schema in {"": RunConfig, **sections}.items():
+    for section, schema in sections.items():
         if not hasattr(schema, "panel"):
             continue
         quick = recipe.get(section, {})

@@ -27,17 +27,17 @@ def profile_command(
         str,
         typer.Argument(
             metavar="TARGET",
-            help="A model name (see `saq models`), or a run directory, .safetensors or .onnx file, which have bits of "
-            "their own",
+            help="A model name (see `saq models`), or a run directory, .safetensors or .onnx file, whose bits are "
+            "known",
         ),
     ],
     json_output: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """MACs, bit-operations and size of a network at given bits or of a run, and the budgets that it can reach.
+    """Compute MACs, bit-operations and size of a network at given bits or of a run, and the reachable budgets.
 
-    Needs no data.
+    No data is needed.
 
     Example: `saq profile resnet18 --bits 4`
 

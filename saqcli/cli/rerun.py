@@ -34,9 +34,9 @@ def rerun_command(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Repeat a run from what its directory holds, and compare the two: bits, metrics, weights, ONNX file, figures.
+    """Repeat a run from its directory, and compare the two: bits, metrics, weights, ONNX file, figures.
 
-    The exit code is 3 where something differs. RUN itself is not changed.
+    The exit code is 3 if anything differs. RUN itself is not changed.
 
     Example: `saq rerun runs/resnet18-34g`
     """

@@ -36,7 +36,7 @@ Export = Annotated[
     bool | None,
     typer.Option(
         "--export/--no-export",
-        help="Export the quantized model to ONNX, tested before training starts; without, save model.safetensors only "
+        help="Export the quantized model to ONNX, tried once before training; --no-export saves model.safetensors only "
         "[default: --export]",
         show_default=False,
         rich_help_panel=EXPORT,

@@ -31,7 +31,7 @@ from saqcli.config import (
 NAMES = 26  # columns for the names of options, the gap behind them not included
 WIDEST = 110  # longer lines are hard to read
 STACKED = 60  # columns below which help stands under the names
-INSTRUMENTS, MEASURING, SPEED, FILES = "Instruments", "How they measure", "Speed", "Files"
+INSTRUMENTS, MEASURING, SPEED, FILES = "Instruments", "Measurement", "Speed", "Files"
 PANELS = (  # headings in their order, the most used first
     *(INSTRUMENTS, MEASURING, BITS, DATA, MODEL, TRAINING, EFFICIENCY, REGULARIZATION, SEARCH, SPEED),
     *(EXPORT, FILES, RUN, GENERAL),

@@ -54,8 +54,8 @@ ACCEPTED = {
     "profile": f"{GENERAL} --bits --candidates --in-chans --input-size --model-kwargs --no-pretrained "
     "--no-quantize-attention --num-classes --policy --pretrained --quantize-attention --weights --weights-key",
     "analyze": f"{IMAGES} {NETWORK} {GENERAL} --against --all --bits --candidates --device --distributions "
-    "--eigenvalue --flips --grid --hessian --images --iterations --landscape --out --overwrite --policy --resume --rho --rho-unit "
-    "--samples --seed --sensitivity --sharpness --span --split --starts --trace",
+    "--eigenvalue --flips --grid --hessian --images --iterations --landscape --out --overwrite --policy --resume --rho "
+    "--rho-unit --samples --seed --sensitivity --sharpness --span --split --starts --trace",
     "models": "--json --verbose",
     "demo": f"{GENERAL} --bops --budget --epochs --run-dir --seed",
 }

@@ -55,9 +55,9 @@ class Bench:
         self.options = {
             "model.name": wanted.model,
             "model.weights": wanted.weights,
-            "model.kwargs": parse_assignments(wanted.model_kwargs, "--model-kwargs"),
-            "model.mean": parse_numbers(wanted.mean, "--mean"),
-            "model.std": parse_numbers(wanted.std, "--std"),
+            "model.kwargs": wanted.model_kwargs and parse_assignments(wanted.model_kwargs, "--model-kwargs"),
+            "model.mean": wanted.mean and parse_numbers(wanted.mean, "--mean"),
+            "model.std": wanted.std and parse_numbers(wanted.std, "--std"),
             "data.path": wanted.data,
             "data.workers": 0,
             "quantization.correct_bias": False,

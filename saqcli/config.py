@@ -1,15 +1,19 @@
-"""Everything a run can be told, in one strict object; ``config.json`` is it, resolved.
+"""All settings of a run, in one strict object; ``config.json`` holds it, resolved.
 
-Settings come from five places, later ones winning: the defaults here, a recipe
-(``saqcli/recipes/NAME.toml``), a file given with ``--config``, ``--set section.key=value``, and the command's
-own options. Running the resulting ``config.json`` again gives the same run. Unknown keys are errors.
+Settings come from five places, later ones win: the defaults here, a recipe (``saqcli/recipes/NAME.toml``), a
+configuration file, assignments (``section.key=value``), and the options of the command. Running the resulting
+``config.json`` again gives the same run. Unknown keys are errors.
+
+A setting stands here only: a field that is annotated with an ``Option`` is an option of the commands that take its
+section. ``saqcli.cli.options`` makes the command line from these, help and completion included.
 """
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
@@ -40,9 +44,56 @@ def _count_or_all(value: Any) -> Any:
 
 CountOrAll = Annotated[int | Literal["all"], PlainValidator(_count_or_all)]
 
+DEFAULT_RECIPE = "quick"
+BITS, DATA, MODEL = "Bits", "Data", "Model"
+TRAINING, EFFICIENCY, REGULARIZATION = "Training", "Training efficiency", "Regularization"
+SEARCH, EXPORT, RUN, GENERAL = "Search", "Export", "Run", "General"
+
+
+@dataclass(frozen=True)
+class Option:
+    """What the command line needs to know of a setting, beside its type, its bounds and its default.
+
+    Attributes:
+        help: meaning; ``{choices}`` lists ``choices``. The default is appended.
+        metavar: placeholder of the value; empty for booleans and literals, which need none.
+        default: effect of a missing option, where the field's default (or that of recipe ``quick``) does not say it.
+        panel: heading in the help; None for that of the section.
+        names: names without dashes, the main one first; empty for the field's name in kebab case.
+        choices: values and a remark on each, which may be empty; those of the tables of plugins, which a test compares.
+        parse: reader of the text, by its name in ``saqcli.cli.options.PARSERS``; None for a plain value.
+        least: smallest number accepted, where the type has no bound or another one.
+        file: whether the value is a path, which shells complete.
+        repeated: whether the option may be given several times.
+    """
+
+    help: str
+    metavar: str = ""
+    default: str | None = None
+    panel: str | None = None
+    names: tuple[str, ...] = ()
+    choices: Mapping[str, str] | None = None
+    parse: Literal["numbers", "size", "widths", "assignments", "pins", "count or all"] | None = None
+    least: int | None = None
+    file: bool = False
+    repeated: bool = False
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = files("saqcli") / "recipes"
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
+
+
+def _names(text: str) -> dict[str, str]:
+    return dict.fromkeys(text.split(), "")
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
+    panel: ClassVar[str]  # heading of its options in the help
 
 
 class ModelSection(_Section):
@@ -52,17 +103,73 @@ class ModelSection(_Section):
     where the file has another number of classes than ``num_classes``.
     """
 
+    panel = MODEL
+
     name: str
-    weights: str | None = None
-    weights_key: str | None = None
-    pretrained: bool = True
-    num_classes: Positive | None = None
-    new_head: bool = False
-    in_chans: Positive | None = None
-    kwargs: dict[str, Any] = {}
-    input_size: Positive | tuple[int, ...] | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    weights: Annotated[
+        str | None,
+        Option(
+            "Local float weights: .safetensors, .pth, .pt or .th; loaded without running code",
+            "FILE",
+            file=True,
+        ),
+    ] = None
+    weights_key: Annotated[
+        str | None,
+        Option(
+            "Key of the tensors to load, if --weights holds several sets: state_dict_ema, callbacks.ema",
+            "KEY",
+            "averaged weights if present, as in timm",
+        ),
+    ] = None
+    pretrained: Annotated[bool, Option("Load the published weights; without, start from random ones")] = True
+    num_classes: Annotated[Positive | None, Option("Number of classes", "N", "that of the weights")] = None
+    new_head: Annotated[
+        bool,
+        Option(
+            "Start with a random classifier if --weights has a different number of classes than --num-classes"
+        ),
+    ] = False
+    in_chans: Annotated[Positive | None, Option("Number of image channels", "N", "3")] = None
+    kwargs: Annotated[
+        dict[str, Any],
+        Option(
+            "Arguments of the model's builder, such as `pad_type=same,bn_eps=0.001`",
+            "K=V,...",
+            names=("model-kwargs",),
+            parse="assignments",
+        ),
+    ] = {}
+    input_size: Annotated[
+        Positive | tuple[int, ...] | None,
+        Option(
+            "Image size in pixels: `224`, or `256x192` (height x width)",
+            "SIDE|HxW",
+            "as the network expects",
+            panel=DATA,
+            parse="size",
+        ),
+    ] = None
+    mean: Annotated[
+        tuple[float, ...] | None,
+        Option(
+            "Mean of each channel, for pixels scaled to 0..1",
+            "R,G,B",
+            "as the network expects",
+            panel=DATA,
+            parse="numbers",
+        ),
+    ] = None
+    std: Annotated[
+        tuple[float, ...] | None,
+        Option(
+            "Standard deviation of each channel, for pixels scaled to 0..1",
+            "R,G,B",
+            "as the network expects",
+            panel=DATA,
+            parse="numbers",
+        ),
+    ] = None
 
 
 class DataSection(_Section):
@@ -75,18 +182,61 @@ class DataSection(_Section):
     decide by image size.
     """
 
-    path: str | None = None
-    batch_size: Positive = 128
-    eval_batch_size: Positive | None = None
-    workers: Annotated[int, Field(ge=0)] | None = None
+    panel = DATA
+
+    path: Annotated[
+        str | None,
+        Option(
+            "Folder of `train/` and `val/` with a folder per class; or timm's `torch/cifar100`, `hfds/NAME`, `wds/DIR`",
+            "DIR",
+            names=("data",),
+        ),
+    ] = None
+    batch_size: Annotated[Positive, Option("Images per training step", "N")] = 128
+    eval_batch_size: Annotated[
+        Positive | None,
+        Option("Images per batch", "N", "256 up to 64 pixels, else 64", names=("batch-size",)),
+    ] = None
+    workers: Annotated[
+        Annotated[int, Field(ge=0)] | None,
+        Option("Processes that read images", "N", "none up to 64 pixels, else one per core, at most 8"),
+    ] = None
     augmentation: Literal["auto", "imagenet", "cifar", "none"] = "auto"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     calibration_images: Positive = 512
-    verify_images: CountOrAll = 500
-    bad_images: Literal["refuse", "skip"] = "refuse"
-    class_order: str | None = None
-    class_map: str | None = None
-    exif_transpose: bool | None = None
+    verify_images: Annotated[
+        CountOrAll,
+        Option(
+            "Validation images to verify exported files on, drawn evenly over the classes",
+            "N|all",
+            parse="count or all",
+        ),
+    ] = 500
+    bad_images: Annotated[
+        Literal["refuse", "skip"], Option("What to do with an image that cannot be read")
+    ] = "refuse"
+    class_order: Annotated[
+        str | None,
+        Option(
+            "How class folders are numbered: timm (2 before 10), torchvision (as text) or a file of names",
+            "timm|torchvision|FILE",
+            "that of the run, checkpoint or class_to_idx file beside the folders, else of the model's library",
+        ),
+    ] = None
+    class_map: Annotated[
+        str | None,
+        Option(
+            "Class of each folder: lines FOLDER CLASS, CSV or JSON; a class is a name, a synset or an index",
+            "FILE",
+        ),
+    ] = None
+    exif_transpose: Annotated[
+        bool | None,
+        Option(
+            "Rotate images by their EXIF orientation",
+            default="as the run did, else --no-exif-transpose, as timm and torchvision do",
+        ),
+    ] = None
 
 
 class QuantizationSection(_Section):
@@ -97,22 +247,99 @@ class QuantizationSection(_Section):
     ``correct_bias`` and ``recalibrate_bn`` take back what quantization moved on average, after calibration.
     """
 
-    bits: Text | None = None
-    bops: Text | None = None
-    size: Text | None = None
-    policy: str | None = None
-    searcher: str = "error"
-    candidates: Widths = WIDTHS
-    activation_candidates: Widths | None = None
-    pins: dict[str, Text] = {}
-    quantizer: str = "clip"
-    weight_grid: Literal["auto", "paper", "zero"] = "auto"
-    granularity: Literal["channel", "tensor"] = "channel"
-    weight_normalization: bool = False
+    panel = BITS
+
+    bits: Annotated[
+        Text | None,
+        Option(
+            "Uniform bits: `4`, or `w4a8` for weights and inputs; the first and the last layer keep 8", "BITS"
+        ),
+    ] = None
+    bops: Annotated[
+        Text | None,
+        Option(
+            "Budget of bit-operations for one image: `34G`, `500M`, or `w4a4` for the cost of 4 bits everywhere",
+            "BUDGET",
+            names=("bops", "budget"),
+        ),
+    ] = None
+    size: Annotated[
+        Text | None,
+        Option(
+            "Budget of bytes: `5MB`, `4MiB`, or `w4a4` for that of 4 bits everywhere; alone or together with --bops",
+            "BUDGET",
+        ),
+    ] = None
+    policy: Annotated[
+        str | None,
+        Option("Bits of every layer: a policy.json, or a run that holds one", "FILE|RUN", file=True),
+    ] = None
+    searcher: Annotated[
+        str,
+        Option(
+            "Method that finds the bits under a budget: {choices}",
+            "NAME",
+            choices=_names("samq asga hawq sensitivity random error uniform"),
+        ),
+    ] = "error"
+    candidates: Annotated[Widths, Option("Bit-widths that a layer may have", "2,3,4", parse="widths")] = (
+        WIDTHS
+    )
+    activation_candidates: Annotated[
+        Widths | None,
+        Option(
+            "Bit-widths that the inputs of a layer may have, chosen independently of those of its weights",
+            "4,8",
+            "always equal to those of the weights",
+            parse="widths",
+        ),
+    ] = None
+    pins: Annotated[
+        dict[str, Text],
+        Option(
+            "Bits of the layers that match a pattern: `'layer4.*=8'`, `'*.conv1=3-6'`, `'fc=w8a4'`",
+            "PATTERN=BITS",
+            names=("pin",),
+            parse="pins",
+            repeated=True,
+        ),
+    ] = {}
+    quantizer: Annotated[
+        str,
+        Option(
+            "Quantizers of weights and inputs: {choices}",
+            "NAME",
+            choices=_names("clip lsq lsq_plus pact dorefa"),
+        ),
+    ] = "clip"
+    weight_grid: Annotated[
+        Literal["auto", "paper", "zero"],
+        Option(
+            "Levels of the weights: paper (none at zero), zero (one at zero), or auto: paper up to 7 bits, INT8 at 8"
+        ),
+    ] = "auto"
+    granularity: Annotated[
+        Literal["channel", "tensor"],
+        Option("Scope of a weight's levels: each output channel, or the whole tensor"),
+    ] = "channel"
+    weight_normalization: Annotated[
+        bool,
+        Option(
+            "Standardize the weights of convolutions before quantization; quantizer clip only",
+            names=("weight-norm",),
+        ),
+    ] = False
     clip_init: Literal["error", "paper"] = "error"
-    quantize_attention: bool = False
-    correct_bias: bool = False
-    recalibrate_bn: bool = True
+    quantize_attention: Annotated[
+        bool,
+        Option("Also quantize and count the products of attention (queries, keys, probabilities, values)"),
+    ] = False
+    correct_bias: Annotated[
+        bool, Option("Bias correction: restore each layer's float output mean after calibration")
+    ] = False
+    recalibrate_bn: Annotated[
+        bool, Option("Adapt batch-norm statistics to the quantized layers after calibration")
+    ] = True
 
 
 class ProxySection(_Section):
@@ -140,17 +367,39 @@ class SearchSection(_Section):
     searcher's own; ``options`` hold further keyword arguments, by searcher. ``pareto`` budgets make a front.
     """
 
-    epochs: Rate | None = None
-    rho: NotNegative | None = None
-    images: Positive | None = None
-    classes: Positive | None = None
+    panel = SEARCH
+
+    epochs: Annotated[
+        Rate | None, Option("Epochs of a search that trains (samq, asga)", "N", "the searcher's own")
+    ] = None
+    rho: Annotated[
+        NotNegative | None, Option("Radius of the perturbation in samq", "RADIUS", "the searcher's own")
+    ] = None
+    images: Annotated[
+        Positive | None,
+        Option("Training images to search on, drawn by seed", "N", "all", names=("search-images",), least=2),
+    ] = None
+    classes: Annotated[
+        Positive | None, Option("Classes to search on, drawn by seed", "N", "all", names=("search-classes",))
+    ] = None
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    scoring_images: Positive = 2048
+    scoring_images: Annotated[Positive, Option("Most held-out images that score configurations", "N")] = 2048
     optimizer: str = "sgd"
-    lr: Rate = 0.01
+    lr: Annotated[Rate, Option("Learning rate of the weights during the search", "RATE")] = 0.01
     weight_decay: NotNegative = 1e-4
-    pareto: Annotated[int, Field(ge=0)] = 0
-    proxy: ProxySection | None = None
+    pareto: Annotated[
+        int,
+        Field(ge=0),
+        Option("Also search at N budgets, for a table and a picture of accuracy over cost", "N"),
+    ] = 0
+    proxy: Annotated[
+        ProxySection | None,
+        Option(
+            "Search on a smaller data set, with a network built for it: `num_classes=10,input_size=32,weights=FILE`",
+            "K=V,...",
+            parse="assignments",
+        ),
+    ] = None
     options: dict[str, dict[str, Any]] = {}
 
 
@@ -173,10 +422,21 @@ class TrainingSection(_Section):
     which the calibrated one is the first.
     """
 
-    method: str = "saq"
-    epochs: Annotated[int, Field(ge=0)] = 3
-    optimizer: str = "sgd"
-    lr: Rate = 0.005
+    panel = TRAINING
+
+    method: Annotated[
+        str,
+        Option(
+            "Training method: {choices}",
+            "NAME",
+            choices={"saq": "", "asaq": "adaptive radius", "sam": "", "case1": "", "qat": "no perturbation"},
+        ),
+    ] = "saq"
+    epochs: Annotated[int, Field(ge=0), Option("Epochs of fine-tuning; 0 calibrates only", "N")] = 3
+    optimizer: Annotated[str, Option("Optimizer by its name in timm: sgd (Nesterov), adamw, ...", "NAME")] = (
+        "sgd"
+    )
+    lr: Annotated[Rate, Option("Learning rate", "RATE")] = 0.005
     momentum: NotNegative = 0.9
     weight_decay: NotNegative = 1e-4
     clip_lr_factor: NotNegative = 1.0
@@ -184,24 +444,76 @@ class TrainingSection(_Section):
     schedule: str = "cosine"
     milestones: tuple[int, ...] = ()
     warmup_epochs: NotNegative = 0
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    rho: NotNegative | None = None
-    rho_unit: Literal["deviation", "absolute"] = "deviation"
-    sharpness_batch: Positive = 128
-    sam_interval: Positive = 1
-    sam_reuse: NotNegative = 0.0
-    ascent_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    label_smoothing: Annotated[
+        float,
+        Field(ge=0, lt=1),
+        Option("Label smoothing, 0 to below 1", "SHARE", panel=REGULARIZATION),
+    ] = 0.0
+    rho: Annotated[
+        NotNegative | None,
+        Option("Radius of the perturbation", "RADIUS", "the paper's for the bits and the image size"),
+    ] = None
+    rho_unit: Annotated[
+        Literal["deviation", "absolute"],
+        Option("Unit of --rho: standard deviations of each layer's weights, or none"),
+    ] = "deviation"
+    sharpness_batch: Annotated[Positive, Option("Images that share one perturbation", "N")] = 128
+    sam_interval: Annotated[
+        Positive, Option("Perturb at every N-th step, with plain steps in between", "N", panel=EFFICIENCY)
+    ] = 1
+    sam_reuse: Annotated[
+        NotNegative,
+        Option(
+            "Share of the last perturbation's effect that plain steps reuse",
+            "SHARE",
+            panel=EFFICIENCY,
+            least=0,
+        ),
+    ] = 0.0
+    ascent_fraction: Annotated[
+        float,
+        Field(gt=0, le=1),
+        Option("Share of the images that find the perturbation, above 0 up to 1", "SHARE", panel=EFFICIENCY),
+    ] = 1.0
     ascent_precision: Literal["same", "bfloat16"] = "same"
-    micro_batch: Positive | None = None
+    micro_batch: Annotated[
+        Positive | None,
+        Option(
+            "Most images in one forward pass; gradients accumulate",
+            "N",
+            "all that share a perturbation",
+            panel=EFFICIENCY,
+        ),
+    ] = None
     skip_steps: Annotated[int, Field(ge=0)] = 10
-    clip_grad: Rate | None = None
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    mixup: NotNegative = 0.0
-    cutmix: NotNegative = 0.0
-    distill: bool = False
+    clip_grad: Annotated[
+        Rate | None, Option("Largest joint norm of all gradients", "NORM", "no limit", panel=REGULARIZATION)
+    ] = None
+    ema_decay: Annotated[
+        float,
+        Field(ge=0, lt=1),
+        Option(
+            "Decay of the moving average of the weights, 0 to below 1; the average is evaluated and kept",
+            "DECAY",
+            panel=REGULARIZATION,
+            names=("ema",),
+        ),
+    ] = 0.0
+    mixup: Annotated[
+        NotNegative, Option("Alpha of mixup, 0 for none", "ALPHA", panel=REGULARIZATION, least=0)
+    ] = 0.0
+    cutmix: Annotated[
+        NotNegative, Option("Alpha of cutmix, 0 for none", "ALPHA", panel=REGULARIZATION, least=0)
+    ] = 0.0
+    distill: Annotated[
+        bool, Option("Also learn from the outputs of the float model", panel=REGULARIZATION)
+    ] = False
     distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
     distill_temperature: Rate = 1.0
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Annotated[
+        Literal["float32", "bfloat16"],
+        Option("Precision of the forward pass; quantizers stay in float32", panel=EFFICIENCY),
+    ] = "float32"
     keep: Literal["last", "best"] = "last"
     minimizer: dict[str, Any] = {}
 
@@ -209,42 +521,70 @@ class TrainingSection(_Section):
 class RunSection(_Section):
     """Seed, device, whether only kernels that always give the same are used, and how often to save."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    device: str = "auto"
-    deterministic: bool = False
+    panel = RUN
+
+    seed: Annotated[int, Field(ge=0, lt=2**63), Option("Random seed", "N")] = 0
+    device: Annotated[
+        str,
+        Option(
+            "Device to compute on: cpu, cuda or cuda:1",
+            "DEVICE",
+            "the GPU if there is one, else the CPU",
+            panel=GENERAL,
+        ),
+    ] = "auto"
+    deterministic: Annotated[
+        bool,
+        Option(
+            "Use deterministic kernels only: runs on a GPU repeat exactly; slower, and an error where one is missing"
+        ),
+    ] = False
     checkpoint_minutes: Rate = 10.0
 
 
 class ExportSection(_Section):
     """The ONNX files that ``saq quantize`` ends with, one a style, the first as ``model.onnx``; () for none."""
 
-    styles: tuple[str, ...] = ("qdq",)
+    panel = EXPORT
+
+    styles: Annotated[
+        tuple[str, ...],
+        Option(
+            "Styles of the ONNX files, one file each: {choices}",
+            "STYLE",
+            choices={
+                "qdq": "read by most runtimes",
+                "qdq-vnni": "with INT8 weights: faster, wrong on x86 without VNNI",
+                "exact": "equal to PyTorch bit for bit",
+                "trt": "INT8 without zero points",
+                "qonnx": "IntQuant nodes",
+            },
+            names=("style",),
+            repeated=True,
+        ),
+    ] = ("qdq",)
 
 
 class RunConfig(_Section):
-    """All of it. This is ``config.json``."""
+    """All settings. This is ``config.json``."""
+
+    panel = RUN
 
     schema_version: Literal[1] = 1
-    recipe: str = "quick"
+    recipe: Annotated[
+        str, Option("Settings to start from: {choices}", "NAME", choices=_names(" ".join(recipes())))
+    ] = DEFAULT_RECIPE
     model: ModelSection
-    data: DataSection = DataSection()
-    quantization: QuantizationSection = QuantizationSection()
-    search: SearchSection = SearchSection()
-    training: TrainingSection = TrainingSection()
-    export: ExportSection = ExportSection()
-    run: RunSection = RunSection()
+    data: DataSection = Field(default_factory=DataSection)
+    quantization: QuantizationSection = Field(default_factory=QuantizationSection)
+    search: SearchSection = Field(default_factory=SearchSection)
+    training: TrainingSection = Field(default_factory=TrainingSection)
+    export: ExportSection = Field(default_factory=ExportSection)
+    run: RunSection = Field(default_factory=RunSection)
 
     def to_json(self) -> str:
         """The text of ``config.json``."""
         return self.model_dump_json(indent=2) + "\n"
-
-
-def recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    folder = files("saqcli") / "recipes"
-    return sorted(
-        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
-    )
 
 
 def resolve(
@@ -288,11 +628,11 @@ def resolve_into(
     given, where = (problems.attempt(_read, file), f" in {file}") if file else ({}, "")
     if given is None:  # nothing can be said of the rest
         return None
-    name = recipe or str(given.get("recipe") or "quick")
+    name = recipe or str(given.get("recipe") or DEFAULT_RECIPE)
     tree: dict[str, Any] = {}
-    base = problems.attempt(_read_recipe, name, "" if recipe else where)
-    name = name if base is not None else "quick"
-    _merge(tree, _read_recipe(name, "") if base is None else base)
+    base = problems.attempt(read_recipe, name, "" if recipe else where)
+    name = name if base is not None else DEFAULT_RECIPE
+    _merge(tree, read_recipe(name) if base is None else base)
     _merge(tree, given)
     tree["recipe"] = name
     for key, text in (assignments or {}).items():
@@ -335,7 +675,12 @@ def _remove(tree: dict[str, Any], place: Sequence[int | str]) -> None:
         tree.pop(str(place[0]), None)
 
 
-def _read_recipe(name: str, where: str) -> dict[str, Any]:
+def read_recipe(name: str, where: str = "") -> dict[str, Any]:
+    """The settings of a recipe; ``where`` says in a message who named it.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
     if name not in recipes():
         name = printable(name, 60)
         raise ConfigError(f"there is no recipe {name!r}{where}: choose from {', '.join(recipes())}")

@@ -1,21 +1,14 @@
-"""``saq analyze``.
-
-What ``saq analyze`` measured, as a short table for the eye; the whole of it is in the files.
-"""
+"""``saq analyze``."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from saqcli.cli import bit_options as b
 from saqcli.cli import options as o
 from saqcli.cli.console import print_json, progress_for, reporting
-from saqcli.errors import Problems
-
-INSTRUMENTS = "Instruments"
-HOW = "How they measure"
-FILES = "Files"
+from saqcli.cli.help import FILES, INSTRUMENTS, MEASURING
+from saqcli.config import DATA
 
 
 def _flag(*names: str, help: str) -> typer.models.OptionInfo:
@@ -24,76 +17,65 @@ def _flag(*names: str, help: str) -> typer.models.OptionInfo:
 
 
 @reporting
+@o.with_settings(
+    *("quantization.bits", "quantization.policy", *o.IMAGES, *o.FLOAT_MODEL, "run.device"),
+    o.adapted("training.rho", default="that of training at these bits", panel=MEASURING),
+    o.adapted("training.rho_unit", panel=MEASURING),
+    o.adapted("quantization.candidates", help="Bit-widths of the sensitivity", panel=MEASURING),
+    o.adapted("run.seed", help="Random seed of images, directions and random vectors", panel=MEASURING),
+)
 def analyze_command(
+    given: o.Given,
     target: Annotated[
         str,
         typer.Argument(
             metavar="TARGET",
-            help="A run directory, a .safetensors file, or a model name with --bits or --policy.",
+            help="A run directory, a .safetensors file, or a model name with --bits or --policy",
         ),
     ],
-    data: o.Data = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="TARGET", help="A second run directory or .safetensors file, to compare with."),
+        typer.Option(metavar="TARGET", help="Second run directory or .safetensors file, to compare with"),
     ] = None,
-    sharpness: Annotated[bool, _flag("--sharpness", help="Rise of the loss within radius --rho.")] = False,
+    sharpness: Annotated[bool, _flag("--sharpness", help="Rise of the loss within radius --rho")] = False,
     eigenvalue: Annotated[
-        bool, _flag("--eigenvalue", "--hessian", help="Largest eigenvalue of the Hessian.")
+        bool, _flag("--eigenvalue", "--hessian", help="Largest eigenvalue of the Hessian")
     ] = False,
     flips: Annotated[
-        bool, _flag("--flips", help="Share of the weights whose code changes in Case 2.")
+        bool, _flag("--flips", help="Share of the weights whose code changes in Case 2")
     ] = False,
     distributions: Annotated[
-        bool, _flag("--distributions", help="Weights and inputs compared with their grids.")
+        bool, _flag("--distributions", help="Weights and inputs compared with their grids")
     ] = False,
-    trace: Annotated[bool, _flag("--trace", help="Trace of every layer's Hessian block.")] = False,
+    trace: Annotated[bool, _flag("--trace", help="Trace of every layer's Hessian block")] = False,
     sensitivity: Annotated[
-        bool, _flag("--sensitivity", help="Loss and top-1 with one layer at a time at each of --candidates.")
+        bool, _flag("--sensitivity", help="Loss and top-1 with one layer at a time at each of --candidates")
     ] = False,
     landscape: Annotated[
-        bool, _flag("--landscape", help="Loss over a plane through the quantized weights.")
+        bool, _flag("--landscape", help="Loss over a plane through the quantized weights")
     ] = False,
     everything: Annotated[
-        bool, _flag("--all", help="All instruments; without any of these flags the first four run.")
+        bool, _flag("--all", help="All instruments; without any of these options the first four run")
     ] = False,
-    bits: b.Bits = None,
-    policy: b.Policy = None,
     images: Annotated[
         int,
         typer.Option(
             min=1,
             metavar="N",
-            help="Images to measure on, drawn evenly over the classes.",
-            rich_help_panel=o.IMAGES,
+            help="Images to measure on, drawn evenly over the classes",
+            rich_help_panel=DATA,
         ),
     ] = 500,
     split: Annotated[
-        str, typer.Option(metavar="train|val", help="Split that they come from.", rich_help_panel=o.IMAGES)
+        str, typer.Option(metavar="train|val", help="Split that they come from", rich_help_panel=DATA)
     ] = "train",
-    rho: Annotated[
-        float | None,
-        typer.Option(
-            metavar="RADIUS",
-            help="Radius of the perturbation [default: that of training at these bits]",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    rho_unit: Annotated[
-        str | None,
-        typer.Option(
-            metavar="deviation|absolute",
-            help="Unit of --rho: standard deviations of each layer's weights, or none [default: deviation]",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
     starts: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="N",
             help="Random starts of the power iteration [default: 3]",
-            rich_help_panel=HOW,
+            rich_help_panel=MEASURING,
         ),
     ] = None,
     iterations: Annotated[
@@ -102,21 +84,13 @@ def analyze_command(
             min=1,
             metavar="N",
             help="Most iterations of a start [default: 100]",
-            rich_help_panel=HOW,
+            rich_help_panel=MEASURING,
         ),
     ] = None,
     samples: Annotated[
         int | None,
         typer.Option(
-            min=2, metavar="N", help="Random vectors of the trace [default: 64]", rich_help_panel=HOW
-        ),
-    ] = None,
-    candidates: Annotated[
-        str | None,
-        typer.Option(
-            metavar="2,3,4",
-            help="Bit-widths of the sensitivity [default: 2,3,4,5,6,8]",
-            rich_help_panel=HOW,
+            min=2, metavar="N", help="Random vectors of the trace [default: 64]", rich_help_panel=MEASURING
         ),
     ] = None,
     grid: Annotated[
@@ -125,7 +99,7 @@ def analyze_command(
             min=3,
             metavar="N",
             help="Points along each axis of the landscape, an odd number [default: 21]",
-            rich_help_panel=HOW,
+            rich_help_panel=MEASURING,
         ),
     ] = None,
     span: Annotated[
@@ -133,33 +107,9 @@ def analyze_command(
         typer.Option(
             metavar="SPAN",
             help="Reach of the landscape to each side, in norms of the filters [default: 1]",
-            rich_help_panel=HOW,
+            rich_help_panel=MEASURING,
         ),
     ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="Random seed of images, directions and random vectors.",
-            rich_help_panel=HOW,
-        ),
-    ] = 0,
-    weights: o.Weights = None,
-    weights_key: o.WeightsKey = None,
-    pretrained: o.Pretrained = None,
-    num_classes: o.NumClasses = None,
-    in_chans: o.InChans = None,
-    input_size: o.InputSize = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    model_kwargs: o.ModelKwargs = None,
-    batch_size: o.EvalBatchSize = None,
-    workers: o.Workers = None,
-    bad_images: o.BadImages = None,
-    class_order: o.ClassOrder = None,
-    class_map: o.ClassMap = None,
-    exif_transpose: o.ExifTranspose = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -169,12 +119,11 @@ def analyze_command(
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume the analysis in --out.", rich_help_panel=FILES)
+        bool, typer.Option("--resume", help="Resume the analysis in --out", rich_help_panel=FILES)
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the analysis in --out.", rich_help_panel=FILES)
+        bool, typer.Option("--overwrite", help="Replace the analysis in --out", rich_help_panel=FILES)
     ] = False,
-    device: o.Device = None,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -192,7 +141,8 @@ def analyze_command(
     from saqcli.pipelines.analyze import Request, analyze, check_request
     from saqcli.serialization import parse_object
 
-    problems = Problems()
+    problems = given.problems
+    bits, policy = given.get("quantization.bits"), given.path("quantization.policy")
     if split not in ("train", "val"):
         problems.add(ConfigError(f"--split {split} is not known: choose train or val"))
         split = "train"
@@ -208,54 +158,31 @@ def analyze_command(
     chosen = tuple(name for name in TABLE if everything or asked[name]) or tuple(
         name for name, instrument in TABLE.items() if instrument.quick
     )
-    settings = o.given(
-        {
-            "seed": seed,
-            "rho": rho,
-            "rho_unit": rho_unit,
-            "starts": starts,
-            "iterations": iterations,
-            "samples": samples,
-            "candidates": o.parse_widths(problems, candidates),
-            "grid": grid,
-            "span": span,
-        }
-    )
-    section = o.model_section(
-        problems,
-        target,
-        weights=weights,
-        weights_key=weights_key,
-        pretrained=pretrained,
-        num_classes=num_classes,
-        in_chans=in_chans,
-        model_kwargs=model_kwargs,
-        input_size=input_size,
-        mean=mean,
-        std=std,
-    )
-    pictures = o.data_section(
-        problems,
-        path=data,
-        eval_batch_size=batch_size,
-        workers=workers,
-        bad_images=bad_images,
-        class_order=class_order,
-        class_map=class_map,
-        exif_transpose=exif_transpose,
-    )
+    rho, seed = given.get("training.rho"), given.get("run.seed", 0)
+    wanted = {
+        "seed": seed,
+        "rho": rho,
+        "rho_unit": given.get("training.rho_unit"),
+        "starts": starts,
+        "iterations": iterations,
+        "samples": samples,
+        "candidates": given.get("quantization.candidates"),
+        "grid": grid,
+        "span": span,
+    }
+    settings = {name: value for name, value in wanted.items() if value is not None}
     request = Request(
         target=target,
-        view=View(pictures, split, images, seed),  # type: ignore[arg-type]
+        view=View(given.data(), split, images, seed),  # type: ignore[arg-type]
         instruments=chosen,
         out=out or default_out(target, bits, policy),
         settings=problems.attempt(parse_object, Settings, settings, "options") or Settings(),
         rho=rho,
         against=against,
-        section=section,
+        section=given.model(target),
         bits=bits,
         policy=policy,
-        device=device or "auto",
+        device=given.get("run.device", "auto"),
         resume=resume,
         overwrite=overwrite,
     )

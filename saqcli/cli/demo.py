@@ -8,30 +8,39 @@ import typer
 
 from saqcli.cli import options as o
 from saqcli.cli.console import print_json, progress_for, reporting
+from saqcli.config import GENERAL
 
 BUDGET = "80M"  # less than 3 bits everywhere, so that layers get 2, 3 and 4
+EPOCHS = 6
 
 
 @reporting
+@o.with_settings(
+    o.adapted("quantization.bops", default=BUDGET, panel=GENERAL),
+    o.adapted("training.epochs", default=f"{EPOCHS}", panel=GENERAL),
+    o.adapted("run.seed", panel=GENERAL),
+)
 def demo_command(
-    run_dir: Annotated[Path, typer.Option(metavar="DIR", help="Directory to write to.")] = Path("runs/demo"),
-    bops: Annotated[
-        str, typer.Option("--bops", "--budget", metavar="BUDGET", help="Budget of bit-operations.")
-    ] = BUDGET,
-    epochs: Annotated[int, typer.Option(min=0, metavar="N", help="Epochs of fine-tuning.")] = 6,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Random seed.")] = 0,
+    given: o.Given,
+    run_dir: Annotated[Path, typer.Option(metavar="DIR", help="Directory to write to")] = Path("runs/demo"),
     json_output: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """The whole job offline on 1,797 handwritten digits: train a float network, search bits, quantize, export, check.
+    """Run the whole pipeline offline on 1,797 handwritten digits: train in float, search bits, quantize, export, check.
 
     It takes about two minutes on two cores.
     """
     from saqcli.pipelines.demo import demo
 
     progress = progress_for(json_output=json_output, quiet=quiet)
-    result = demo(run_dir, bops=bops, epochs=epochs, seed=seed, progress=progress)
+    result = demo(
+        run_dir,
+        bops=given.get("quantization.bops", BUDGET),
+        epochs=given.get("training.epochs", EPOCHS),
+        seed=given.get("run.seed", 0),
+        progress=progress,
+    )
     if json_output:
         print_json(result)
         return

@@ -7,62 +7,42 @@ import typer
 
 from saqcli.cli import options as o
 from saqcli.cli.console import print_json, progress_for, reporting
-from saqcli.errors import Problems
 
 
 @reporting
+@o.with_settings(*o.IMAGES, "data.verify_images")
 def export_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a model.safetensors.")],
-    onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="The file to write.")],
+    given: o.Given,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a model.safetensors")],
+    onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="File to write")],
     style: Annotated[
         str,
         typer.Option(
             metavar="STYLE",
-            help="How quantizers are written: qdq (read by most runtimes), qdq-vnni (with INT8 weights: faster, wrong "
-            "on x86 without VNNI), exact (equal to PyTorch bit for bit), trt (INT8 without zero points) or qonnx "
-            "(IntQuant nodes).",
+            help=f"How quantizers are written: {o.listed(o.SETTINGS['export.styles'].choices)}",
         ),
     ] = "qdq",
-    data: o.Data = None,
-    batch_size: o.EvalBatchSize = None,
-    workers: o.Workers = None,
-    bad_images: o.BadImages = None,
-    class_order: o.ClassOrder = None,
-    class_map: o.ClassMap = None,
-    exif_transpose: o.ExifTranspose = None,
-    verify_images: o.VerifyImages = None,
     verify: Annotated[
         list[str] | None,
         typer.Option(
-            "--verify", metavar="RUNTIME", help="Verify with another runtime too: openvino. May be repeated."
+            "--verify", metavar="RUNTIME", help="Also verify with another runtime: openvino. May be repeated"
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists")] = False,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Write a quantized model as ONNX. The file appears under its name only if it passes a comparison with the model.
+    """Export a quantized model to ONNX. The file is written only if it passes the comparison with the model.
 
     Example: `saq export runs/resnet18-w4a4 --onnx resnet18.onnx --data imagenet`
     """
     from saqcli.pipelines.export import check_export, export
 
-    problems = Problems()
-    images = o.data_section(
-        problems,
-        path=data,
-        eval_batch_size=batch_size,
-        workers=workers,
-        bad_images=bad_images,
-        class_order=class_order,
-        class_map=class_map,
-        exif_transpose=exif_transpose,
-        verify_images=problems.attempt(o.parse_count_or_all, verify_images, "--verify-images"),
-    )
-    if problems.errors:
-        problems.attempt(check_export, run, onnx, style, images, tuple(verify or ()))
-    problems.check()
+    images = given.data()
+    if given.problems.errors:
+        given.problems.attempt(check_export, run, onnx, style, images, tuple(verify or ()))
+    given.problems.check()
     result = export(
         run,
         onnx,

@@ -8,17 +8,34 @@ import inspect
 import os
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from saqcli.config import (
+    BITS,
+    DATA,
+    EFFICIENCY,
+    EXPORT,
+    GENERAL,
+    MODEL,
+    REGULARIZATION,
+    RUN,
+    SEARCH,
+    TRAINING,
+)
+
 NAMES = 26  # columns for the names of options, the gap behind them not included
 WIDEST = 110  # longer lines are hard to read
 STACKED = 60  # columns below which help stands under the names
-GENERAL = "General"  # heading of the options without a panel, last
+INSTRUMENTS, MEASURING, SPEED, FILES = "Instruments", "Measurement", "Speed", "Files"
+PANELS = (  # headings in their order, the most used first
+    *(INSTRUMENTS, MEASURING, BITS, DATA, MODEL, TRAINING, EFFICIENCY, REGULARIZATION, SEARCH, SPEED),
+    *(EXPORT, FILES, RUN, GENERAL),
+)
 
 Row = tuple[str, str]  # names, and what they mean
 
@@ -32,7 +49,7 @@ class HelpCommand(TyperCommand):
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """What may stand behind the name of the command."""
-        return [*(_argument(each) for each in self.get_params(ctx) if _is_argument(each)), "[OPTIONS]"]
+        return [*(argument(each) for each in self.get_params(ctx) if is_argument(each)), "[OPTIONS]"]
 
 
 class HelpGroup(TyperGroup):
@@ -54,14 +71,34 @@ def paragraphs(text: str | None) -> list[str]:
     return [" ".join(block.split()) for block in inspect.cleandoc(text or "").split("\n\n") if block.strip()]
 
 
-def with_default(text: str, default: object, *, required: bool = False) -> str:
-    """``text`` and what holds where an option is not given; options without a value of their own say so themselves."""
-    if required:
-        return f"{text.rstrip('.')} [required]"
+def is_argument(parameter: Any) -> bool:
+    """Whether it has no dashes."""
+    return str(parameter.param_type_name) == "argument"
+
+
+def argument(parameter: Any) -> str:
+    """``RUN``, or ``[MODEL]`` where it may be missing."""
+    name = parameter.metavar or parameter.name.upper()
+    return str(name) if parameter.required else f"[{name}]"
+
+
+def meaning(parameter: Any) -> str:
+    """Help of a parameter, with what holds where it is not given; some help says so itself."""
+    text, default = str(parameter.help or ""), parameter.default
+    if parameter.required and not is_argument(parameter):
+        return f"{text} [required]"
     if isinstance(default, bool) or not isinstance(default, str | int | float | PurePath):
         return text
-    shown = default.as_posix() if isinstance(default, PurePath) else str(default)
-    return f"{text.rstrip('.')} [default: {shown}]"
+    return f"{text} [default: {default.as_posix() if isinstance(default, PurePath) else default}]"
+
+
+def panels(parameters: Iterable[Any]) -> dict[str, list[Any]]:
+    """Options by heading, in the order of ``PANELS``; hidden ones are left out."""
+    found: dict[str, list[Any]] = {panel: [] for panel in PANELS}
+    for parameter in parameters:
+        if not is_argument(parameter) and not parameter.hidden:
+            found.setdefault(parameter.rich_help_panel or GENERAL, []).append(parameter)
+    return {panel: options for panel, options in found.items() if options}
 
 
 def _screen(command: Any, ctx: Any) -> str:
@@ -85,30 +122,15 @@ def _styled(text: str, **style: Any) -> str:
 
 
 def _sections(command: Any, ctx: Any) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {"Arguments": [], "Commands": []}
-    for name in getattr(command, "commands", {}):
-        found["Commands"].append((name, paragraphs(command.commands[name].help)[0].rstrip(".")))
-    general: list[Row] = []
-    for parameter in command.get_params(ctx):
-        if getattr(parameter, "hidden", False):
-            continue
-        help_text = parameter.help or ""
-        if _is_argument(parameter):
-            found["Arguments"].append((_argument(parameter), help_text))
-            continue
-        panel = getattr(parameter, "rich_help_panel", None)
-        text = with_default(help_text, parameter.default, required=parameter.required)
-        (found.setdefault(panel, []) if panel else general).append((_option(parameter), text))
-    return {heading: rows for heading, rows in (found | {GENERAL: general}).items() if rows}
-
-
-def _is_argument(parameter: Any) -> bool:
-    return str(parameter.param_type_name) == "argument"
-
-
-def _argument(parameter: Any) -> str:
-    name = parameter.metavar or parameter.name.upper()
-    return str(name) if parameter.required else f"[{name}]"
+    parameters = command.get_params(ctx)
+    commands = getattr(command, "commands", {})
+    found = {
+        "Arguments": [(argument(each), meaning(each)) for each in parameters if is_argument(each)],
+        "Commands": [(name, paragraphs(commands[name].help)[0].rstrip(".")) for name in commands],
+    }
+    for panel, options in panels(parameters).items():
+        found[panel] = [(_option(each), meaning(each)) for each in options]
+    return {heading: rows for heading, rows in found.items() if rows}
 
 
 def _option(parameter: Any) -> str:

@@ -1,203 +1,267 @@
-"""Options with one name and one meaning wherever they apply."""
+"""Options made from the settings: help, bounds, default and reader of each come from its field in ``saqcli.config``.
 
+``with_settings`` gives a command the options of whole sections or of single settings, and hands it what was given as a
+``Given``: ``section.key`` to value. Options that are no settings, such as ``--json``, are declared by the commands.
+"""
+
+import functools
+import inspect
 import re
 import tomllib
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
+from saqcli.config import DEFAULT_RECIPE, DataSection, ModelSection, Option, RunConfig, read_recipe
 from saqcli.errors import ConfigError, Problems
+from saqcli.serialization import parse_object
 
-if TYPE_CHECKING:
-    from saqcli.config import DataSection, ModelSection
+Section = TypeVar("Section", ModelSection, DataSection)
 
-MODEL = "Model"
-IMAGES = "Images"
-TRAINING = "Training"
-RUN = "Run"
-BENCH = "Speed"
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="Network: `resnet18` (timm first, then torchvision), `timm/NAME`, `torchvision/NAME` or `saq/NAME`; "
+        "`NAME.TAG` for weights other than the default. `saq models` lists them",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an unexpected error")]
 
-_MODEL_HELP = (
-    "Network: `resnet18` (timm first, then torchvision), `timm/NAME`, `torchvision/NAME` or `saq/NAME`; "
-    "`NAME.TAG` for weights other than the default. `saq models` lists them."
+# The images that a finished network reads, and a network in floating point.
+IMAGES = (
+    *("data.path", "data.eval_batch_size", "data.workers", "data.bad_images"),
+    *("data.class_order", "data.class_map", "data.exif_transpose"),
 )
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
-OptionalModel = Annotated[str | None, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
-Weights = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Local float weights: .safetensors, .pth, .pt or .th; loaded without running code.",
-        rich_help_panel=MODEL,
-    ),
-]
-WeightsKey = Annotated[
-    str | None,
-    typer.Option(
-        "--weights-key",
-        metavar="KEY",
-        help="Which tensors of --weights, where it holds several sets: state_dict_ema, callbacks.ema "
-        "[default: averaged weights where there are some, as in timm]",
-        rich_help_panel=MODEL,
-    ),
-]
-Pretrained = Annotated[
-    bool | None,
-    typer.Option(
-        "--pretrained/--no-pretrained",
-        help="Published weights, or random ones [default: --pretrained]",
-        rich_help_panel=MODEL,
-    ),
-]
-NumClasses = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        metavar="N",
-        help="Number of classes [default: that of the weights]",
-        rich_help_panel=MODEL,
-    ),
-]
-NewHead = Annotated[
-    bool | None,
-    typer.Option(
-        "--new-head",
-        help="Start with a random classifier where --weights has another number of classes than --num-classes.",
-        rich_help_panel=MODEL,
-    ),
-]
-InChans = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help="Channels of the images [default: 3]", rich_help_panel=MODEL),
-]
-ModelKwargs = Annotated[
-    str | None,
-    typer.Option(
-        metavar="K=V,...",
-        help="Arguments for the model's builder, such as `pad_type=same,bn_eps=0.001`.",
-        rich_help_panel=MODEL,
-    ),
-]
-InputSize = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIDE|HxW",
-        help="Size of the images in pixels: `224`, or `256x192` [default: as the network expects]",
-        rich_help_panel=IMAGES,
-    ),
-]
-Mean = Annotated[
-    str | None,
-    typer.Option(
-        metavar="R,G,B",
-        help="Mean of each channel, of pixels scaled to 0..1 [default: as the network expects]",
-        rich_help_panel=IMAGES,
-    ),
-]
-Std = Annotated[
-    str | None,
-    typer.Option(
-        metavar="R,G,B",
-        help="Standard deviation of each channel, of pixels scaled to 0..1 [default: as the network expects]",
-        rich_help_panel=IMAGES,
-    ),
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DIR",
-        help="Folder with `train/` and `val/`, one folder per class in each; or timm's `torch/cifar100`, `hfds/NAME`, "
-        "`wds/DIR`.",
-        rich_help_panel=IMAGES,
-    ),
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help="Images per training step [default: 128]", rich_help_panel=IMAGES),
-]
-EvalBatchSize = Annotated[
-    int | None,
-    typer.Option(
-        "--batch-size",
-        min=1,
-        metavar="N",
-        help="Images per batch [default: 256 up to 64 pixels, else 64]",
-        rich_help_panel=IMAGES,
-    ),
-]
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        metavar="N",
-        help="Processes that read images [default: none up to 64 pixels, else one per core, at most 8]",
-        rich_help_panel=IMAGES,
-    ),
-]
-BadImages = Annotated[
-    str | None,
-    typer.Option(
-        metavar="refuse|skip",
-        help="What to do with an image that cannot be read [default: refuse]",
-        rich_help_panel=IMAGES,
-    ),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DEVICE",
-        help="Device to compute on: cpu, cuda or cuda:1 [default: the GPU if there is one, else the CPU]",
-    ),
-]
-ClassOrder = Annotated[
-    str | None,
-    typer.Option(
-        metavar="timm|torchvision|FILE",
-        help="How class folders are numbered: timm (2 before 10), torchvision (as text) or a file of names [default: "
-        "that of the run, of the checkpoint or of a class_to_idx file beside the folders, else of the model's library]",
-        rich_help_panel=IMAGES,
-    ),
-]
-ClassMap = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        help="Which class each folder is: lines FOLDER CLASS, CSV or a JSON object; a class is a name, a synset or an "
-        "index.",
-        rich_help_panel=IMAGES,
-    ),
-]
-ExifTranspose = Annotated[
-    bool | None,
-    typer.Option(
-        "--exif-transpose/--no-exif-transpose",
-        help="Turn images as their EXIF orientation says [default: as the run did, else --no-exif-transpose, as timm "
-        "and torchvision do]",
-        rich_help_panel=IMAGES,
-    ),
-]
-VerifyImages = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N|all",
-        help="Validation images to verify exported files on, drawn evenly over the classes [default: 500]",
-        rich_help_panel=IMAGES,
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an unexpected error.")]
+FLOAT_MODEL = (
+    *("model.weights", "model.weights_key", "model.pretrained", "model.num_classes", "model.in_chans"),
+    *("model.input_size", "model.mean", "model.std", "model.kwargs"),
+)
 
 
-def parse_numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+@dataclass(frozen=True)
+class Setting:
+    """A field of the configuration that is an option.
+
+    Attributes:
+        path: ``section.key``.
+        option: from its annotation.
+        kind: type of the value; ``str`` where a text is parsed.
+        choices: values and a remark on each; empty where any fits.
+        least: smallest number accepted by the command line.
+        default: value of a missing option in words; None where help names none.
+    """
+
+    path: str
+    option: Option
+    kind: type
+    choices: dict[str, str]
+    least: int | None
+    default: str | None
+
+    @property
+    def flag(self) -> str:
+        """Main name, with its dashes."""
+        return f"--{_names(self.path, self.option)[0]}"
+
+    @property
+    def help(self) -> str:
+        """Meaning, choices and default."""
+        text = self.option.help.replace("{choices}", listed(self.choices))
+        text += ". May be repeated" if self.option.repeated else ""
+        return text if self.default is None else f"{text} [default: {self.default}]"
+
+    def parameter(self) -> inspect.Parameter:
+        """Typer's declaration of the option."""
+        names = [f"--{name}" for name in _names(self.path, self.option)]
+        if self.kind is bool:
+            names = [f"{name}/--no-{name[2:]}" for name in names]
+        choices = list(self.choices)
+        info = typer.Option(
+            *names,
+            metavar=None if self.kind is bool else self.option.metavar or "|".join(choices),
+            help=self.help,
+            rich_help_panel=self.option.panel,
+            min=self.least,
+            autocompletion=(lambda: choices) if choices else None,
+        )
+        kind: Any = list[str] if self.option.repeated else self.kind
+        return inspect.Parameter(
+            self.path.replace(".", "__"),
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[kind | None, info],
+        )
+
+    def read(self, value: Any) -> Any:
+        """The value of the setting from what Typer gives.
+
+        Raises:
+            ConfigError: a text that cannot be read.
+        """
+        if self.option.parse:
+            return PARSERS[self.option.parse](value, self.flag)
+        return tuple(value) if self.option.repeated else str(value) if self.option.file else value
+
+
+class Given(dict[str, Any]):
+    """Settings that were given, by ``section.key``; ``problems`` holds what could not be read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.problems = Problems()
+
+    def path(self, key: str) -> Path | None:
+        """A file or folder."""
+        return Path(self[key]) if key in self else None
+
+    def model(self, name: str) -> ModelSection:
+        """The ``model`` section for the network ``name``; what does not fit is added to ``problems``."""
+        return self._section(ModelSection, "model", {"name": name})
+
+    def data(self) -> DataSection:
+        """The ``data`` section; what does not fit is added to ``problems``."""
+        return self._section(DataSection, "data", {"path": self.get("data.path")})
+
+    def _section(self, schema: type[Section], section: str, kept: dict[str, Any]) -> Section:
+        settings = kept | {
+            key.partition(".")[2]: value for key, value in self.items() if key.startswith(f"{section}.")
+        }
+        return self.problems.attempt(parse_object, schema, settings, "options") or schema(**kept)
+
+
+def with_settings(
+    *wanted: str | Setting, without: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command options for settings; its argument ``given`` takes a ``Given``.
+
+    Args:
+        wanted: paths of settings (``data.path``), of sections (``data``), or settings as ``adapted`` returns them.
+        without: paths that are left out of the sections.
+    """
+    chosen = [
+        setting
+        for one in wanted
+        for setting in ([one] if isinstance(one, Setting) else _below(one))
+        if setting.path not in without
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        made = {setting.path: setting.parameter() for setting in chosen}
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            given = Given()
+            for setting in chosen:
+                value = values.pop(made[setting.path].name)
+                found = given.problems.attempt(setting.read, value) if value not in (None, []) else None
+                if found is not None:
+                    given[setting.path] = found
+            command(given=given, **values)
+
+        own = [each for each in inspect.signature(command).parameters.values() if each.name != "given"]
+        own = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+        run.__signature__ = inspect.Signature([*made.values(), *own])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def adapted(path: str, *, default: str | None = None, **changes: Any) -> Setting:
+    """A setting for a command that has another default or wording; ``changes`` are those of its ``Option``."""
+    setting = SETTINGS[path]
+    return replace(
+        setting,
+        option=replace(setting.option, **changes),
+        default=setting.default if default is None else default,
+    )
+
+
+def flag_of(path: str) -> str | None:
+    """Main flag of the setting ``path``, such as ``--lr`` of ``training.lr``; None where it has no option."""
+    return SETTINGS[path].flag if path in SETTINGS else None
+
+
+def listed(choices: dict[str, str]) -> str:
+    """Choices as text: ``saq, asaq (adaptive radius) or qat``."""
+    texts = [f"{name} ({remark})" if remark else name for name, remark in choices.items()]
+    return " or ".join(filter(None, (", ".join(texts[:-1]), *texts[-1:])))
+
+
+def _below(path: str) -> list[Setting]:
+    return [setting for key, setting in SETTINGS.items() if key == path or key.startswith(f"{path}.")]
+
+
+def _names(path: str, option: Option) -> tuple[str, ...]:
+    return option.names or (path.rpartition(".")[2].replace("_", "-"),)
+
+
+def _settings() -> Iterator[Setting]:
+    """All settings that are options, in the order of the configuration."""
+    sections: dict[str, Any] = {"": RunConfig}
+    sections |= {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    recipe = read_recipe(DEFAULT_RECIPE)
+    for section, schema in sections.items():
+        if not hasattr(schema, "panel"):
+            continue
+        quick = recipe.get(section, {})
+        for key, annotation in get_type_hints(schema, include_extras=True).items():
+            kind, notes = _unwrapped(annotation)
+            for option in (note for note in notes if isinstance(note, Option)):
+                option = replace(option, panel=option.panel or schema.panel)
+                value = quick.get(key, schema.model_fields[key].default)
+                default = option.default or _shown(key, option, value)
+                default = f"{default} (recipe {DEFAULT_RECIPE})" if key in quick else default
+                yield Setting(f"{section}.{key}".lstrip("."), option, *_typed(option, kind, notes), default)
+
+
+def _unwrapped(annotation: Any) -> tuple[Any, list[Any]]:
+    """The type within ``Annotated`` and beside ``None``, and all that is annotated to it."""
+    notes: list[Any] = []
+    while True:
+        if get_origin(annotation) is Annotated:
+            annotation, *more = get_args(annotation)
+            notes += more
+        elif NoneType in get_args(annotation):
+            annotation = get_args(annotation)[0]
+        else:
+            return annotation, notes
+
+
+def _typed(option: Option, kind: Any, notes: list[Any]) -> tuple[type, dict[str, str], int | None]:
+    """Type, choices and smallest number of the option."""
+    choices = option.choices or dict.fromkeys(get_args(kind) if get_origin(kind) is Literal else (), "")
+    if option.file:
+        return Path, {}, None
+    if option.parse or kind not in (int, float, bool):
+        return str, dict(choices), None
+    bounds = [bound.ge for note in notes for bound in getattr(note, "metadata", ()) if hasattr(bound, "ge")]
+    return kind, {}, bounds[0] if option.least is None and kind is int and bounds else option.least
+
+
+def _shown(key: str, option: Option, value: Any) -> str | None:
+    """A default as it is typed; None where there is nothing to show."""
+    if value is None or value == {}:
+        return None
+    if isinstance(value, bool):
+        return f"--{'' if value else 'no-'}{_names(key, option)[0]}"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def parse_numbers(text: str, option: str) -> tuple[float, ...]:
     """``0.5,0.5,0.5`` as numbers.
 
     Raises:
         ConfigError: something else.
     """
-    if text is None:
-        return None
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -206,14 +270,12 @@ def parse_numbers(text: str | None, option: str) -> tuple[float, ...] | None:
         ) from None
 
 
-def parse_counts(text: str | None, option: str) -> tuple[int, ...] | None:
+def parse_counts(text: str, option: str) -> tuple[int, ...]:
     """``1,8`` as whole numbers of at least 1, each once, in their order.
 
     Raises:
         ConfigError: something else.
     """
-    if text is None:
-        return None
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch("0*[1-9][0-9]{0,8}", part) for part in parts):
         raise ConfigError(
@@ -222,43 +284,37 @@ def parse_counts(text: str | None, option: str) -> tuple[int, ...] | None:
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-def parse_count_or_all(text: str | None, option: str) -> int | str | None:
+def parse_count_or_all(text: str, option: str) -> int | str:
     """``500`` as a number of at least 1, or ``all``.
 
     Raises:
         ConfigError: something else.
     """
-    if text is None or text == "all":
+    if text == "all":
         return text
     if not re.fullmatch("0*[1-9][0-9]{0,8}", text.strip()):
         raise ConfigError(f"{option} {text}: give a number of at least 1, or all")
     return int(text)
 
 
-def parse_size(text: str | None) -> int | tuple[int, ...] | None:
+def parse_size(text: str, option: str = "--input-size") -> int | tuple[int, ...]:
     """``224`` as one side, ``256x192`` as height and width.
 
     Raises:
         ConfigError: something else.
     """
-    if text is None:
-        return None
     sides = text.strip().lower().split("x")
     if len(sides) > 2 or not all(re.fullmatch("0*[1-9][0-9]{0,5}", side) for side in sides):
-        raise ConfigError(
-            f"--input-size {text}: give one side such as 224, or height and width such as 256x192"
-        )
+        raise ConfigError(f"{option} {text}: give one side such as 224, or height and width such as 256x192")
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
-def parse_assignments(text: str | None, option: str) -> dict[str, Any] | None:
+def parse_assignments(text: str, option: str) -> dict[str, Any]:
     """``a=1,b=same,c=[2,3]`` as a dictionary; values are numbers, booleans or lists where they look like it.
 
     Raises:
         ConfigError: a part without ``=``.
     """
-    if text is None:
-        return None
     values: dict[str, Any] = {}
     for part in re.split(r",(?![^\[]*\])", text):  # not at commas within a list
         key, equals, value = part.partition("=")
@@ -279,89 +335,44 @@ def _literal(text: str) -> Any:
         return text
 
 
-def parse_pins(texts: list[str] | None) -> dict[str, str] | None:
+def parse_pins(texts: list[str], option: str) -> dict[str, str]:
     """``PATTERN=BITS`` pairs as a dictionary, in their order.
 
     Raises:
         ConfigError: a text without ``=``.
     """
-    if not texts:
-        return None
     pins = {}
     for text in texts:
         pattern, equals, bits = text.rpartition("=")
         if not equals or not pattern.strip():
-            raise ConfigError(f"--pin {text}: give PATTERN=BITS, such as 'layer4.*=8' or '*.conv1=3-6'")
+            raise ConfigError(f"{option} {text}: give PATTERN=BITS, such as 'layer4.*=8' or '*.conv1=3-6'")
         pins[pattern.strip()] = bits.strip()
     return pins
 
 
-def model_options(
-    problems: Problems,
-    *,
-    weights: Path | None,
-    weights_key: str | None,
-    pretrained: bool | None,
-    num_classes: int | None,
-    in_chans: int | None,
-    model_kwargs: str | None,
-    input_size: str | None,
-    mean: str | None,
-    std: str | None,
-    new_head: bool | None = None,
-) -> dict[str, Any]:
-    """The given ones as keys of the configuration's ``model`` section; None where not given.
+def parse_widths(text: str, option: str = "--candidates") -> tuple[int, ...]:
+    """``2,3,4`` as bit-widths.
 
-    What cannot be read is added to ``problems``.
+    Raises:
+        ConfigError: something else.
     """
-    return {
-        "weights": None if weights is None else str(weights),
-        "weights_key": weights_key,
-        "pretrained": pretrained,
-        "num_classes": num_classes,
-        "new_head": new_head,
-        "in_chans": in_chans,
-        "kwargs": problems.attempt(parse_assignments, model_kwargs, "--model-kwargs"),
-        "input_size": problems.attempt(parse_size, input_size),
-        "mean": problems.attempt(parse_numbers, mean, "--mean"),
-        "std": problems.attempt(parse_numbers, std, "--std"),
-    }
-
-
-def model_section(problems: Problems, name: str, **options: Any) -> "ModelSection":
-    """The ``model`` section of the configuration; ``options`` as for ``model_options``."""
-    from saqcli.config import ModelSection
-    from saqcli.serialization import parse_object
-
-    settings = {"name": name, **given(model_options(problems, **options))}
-    section = problems.attempt(parse_object, ModelSection, settings, "options")
-    return section or ModelSection(name=name)
-
-
-def data_section(problems: Problems, **settings: Any) -> "DataSection":
-    """The ``data`` section of the configuration; None where not given."""
-    from saqcli.config import DataSection
-    from saqcli.serialization import parse_object
-
-    section = problems.attempt(parse_object, DataSection, given(settings), "options")
-    return section or DataSection(path=settings.get("path"))
-
-
-def parse_widths(
-    problems: Problems, text: str | None, option: str = "--candidates"
-) -> tuple[int, ...] | None:
-    """``2,3,4`` as bit-widths; None where not given, or where it is added to ``problems``."""
     from saqcli.quant.bits import parse_candidates
 
-    return None if text is None else problems.attempt(parse_candidates, text, option)
+    return parse_candidates(text, option)
+
+
+PARSERS: dict[str, Callable[[Any, str], Any]] = {
+    "numbers": parse_numbers,
+    "size": parse_size,
+    "widths": parse_widths,
+    "assignments": parse_assignments,
+    "pins": parse_pins,
+    "count or all": parse_count_or_all,
+}
+SETTINGS = {setting.path: setting for setting in _settings()}
 
 
 def folder_of_bits(bits: str) -> str:
     """Bits, or a budget, as a part of a folder's name: ``w4a4`` for ``4``."""
     bits = "".join(bits.split()).lower()
     return f"w{bits}a{bits}" if bits.isdigit() else bits
-
-
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Without those that were not given."""
-    return {name: value for name, value in options.items() if value is not None}

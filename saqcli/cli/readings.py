@@ -1,8 +1,9 @@
-"""The readings of ``saq analyze`` as a short table; the files hold all of them."""
+"""Measurements as tables: those of ``saq analyze``, whose files hold more, and of ``saq eval --bench``."""
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from rich.console import Console
 from saqcli.cli.tables import print_table, say
 from saqcli.pipelines.analysis_inputs import images_of
 from saqcli.report.canvas import titles
-from saqcli.units import counted, format_figure, with_error
+from saqcli.units import counted, format_figure, format_quantity, with_error
 
 MARGIN = 4  # columns between the cells of a row
-
-
 MOST_LAYERS = 5  # named in a line; all of them are in the files
+SMALLER_NOT_FASTER = (
+    "Fewer than 8 bits make the file smaller, not faster, on this runtime: "
+    "it has no integer kernels below 8 bits."
+)
 
 
 def show_analysis(result: dict[str, Any]) -> None:
@@ -147,3 +150,63 @@ def _lines(instruments: dict[str, Any]) -> list[str]:
         )
         lines.append(f"largest trace per weight: {named}")
     return lines
+
+
+def show_bench(bench: dict[str, Any]) -> None:
+    """Print what ``saq eval --bench --json`` holds under ``bench``."""
+    console = Console()
+    size = "x".join(map(str, bench["input_size"]))
+    say(console, f"{bench['model']}, input {size}, on {bench['cpu']['name']}\n")
+    print_table(console, ("", "size", "integer kernels", "float kernels"), _bench_targets(bench["rows"]))
+    console.print()
+    columns = ("", "batch", "threads", "ms a batch", "spread", "images/s", "relative")
+    print_table(console, columns, _timings(bench["rows"]))
+    console.print()
+    say(
+        console,
+        f"Medians of {counted(bench['repeats'], 'run')}, in turns; spread is the interquartile range.",
+    )
+    say(console, f"Relative is images a second, with {bench['baseline']} as 1.")
+    for note in bench["notes"]:
+        say(console, f"{note[0].upper()}{note[1:]}.")
+    if bench["few_bits"]:
+        say(console, SMALLER_NOT_FASTER)
+
+
+def _bench_targets(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Size and kernels, which are the same in every case."""
+    return [
+        [
+            name,
+            format_quantity(row["size_bytes"], "B"),
+            *("" if row[kind] is None else str(row[kind]) for kind in ("integer_kernels", "float_kernels")),
+        ]
+        for name, row in {row["name"]: row for row in rows}.items()
+    ]
+
+
+def _timings(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A row for each of them in every case, and a gap between cases."""
+    milliseconds = _places(row["latency_ms"] for row in rows)
+    rate = _places(row["images_per_second"] for row in rows)
+    table: list[list[str]] = []
+    for _, case in groupby(rows, key=lambda row: (row["threads"], row["batch_size"])):
+        table += [[]] if table else []
+        table += [
+            [
+                row["name"],
+                str(row["batch_size"]),
+                str(row["threads"]),
+                f"{row['latency_ms']:.{milliseconds}f}",
+                f"{row['spread_ms']:.{milliseconds}f}",
+                f"{row['images_per_second']:.{rate}f}",
+                f"{row['relative']:.2f}",
+            ]
+            for row in case
+        ]
+    return table
+
+
+def _places(values: Iterable[float]) -> int:
+    """Behind the point, so that the least of a column has three digits, or three places."""
+    return min(max(2 - math.floor(math.log10(min(values))), 0), 3)

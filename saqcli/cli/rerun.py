@@ -8,57 +8,45 @@ import typer
 from saqcli.cli import options as o
 from saqcli.cli import run_options as r
 from saqcli.cli.console import print_json, progress_for, reporting
+from saqcli.config import RUN
 from saqcli.errors import NotReproduced
 
 
 @reporting
+@o.with_settings(
+    o.adapted("data.path", help="Where the same images are now, if they were moved"),
+    "data.workers",
+    o.adapted("model.weights", help="Where the same float weights are now, if they were moved"),
+    o.adapted("run.device", default="that of the run"),
+)
 def rerun_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run of quantize or search.")],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR", help="Where the same images are now, if they were moved.", rich_help_panel=o.IMAGES
-        ),
-    ] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Where the same float weights are now, if they were moved.",
-            rich_help_panel=o.MODEL,
-        ),
-    ] = None,
-    workers: o.Workers = None,
+    given: o.Given,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run of quantize or search")],
     run_dir: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Directory of the new run [default: RUN-rerun]", rich_help_panel=o.RUN
+            metavar="DIR", help="Directory of the new run [default: RUN-rerun]", rich_help_panel=RUN
         ),
     ] = None,
     resume: r.Resume = False,
     overwrite: r.Overwrite = False,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DEVICE", help="Device to compute on: cpu, cuda or cuda:1 [default: that of the run]"
-        ),
-    ] = None,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Repeat a run from what its directory holds, and compare the two: bits, metrics, weights, ONNX file, figures.
+    """Repeat a run from its directory, and compare the two: bits, metrics, weights, ONNX file, figures.
 
-    The exit code is 3 where something differs. RUN itself is not changed.
+    The exit code is 3 if anything differs. RUN itself is not changed.
 
     Example: `saq rerun runs/resnet18-34g`
     """
     from saqcli.pipelines.rerun import Changes, rerun
 
+    device, workers = given.get("run.device"), given.get("data.workers")
     found = rerun(
         run,
         run_dir,
-        Changes(data, weights, device, workers),
+        Changes(given.get("data.path"), given.path("model.weights"), device, workers),
         resume=resume,
         overwrite=overwrite,
         progress=progress_for(json_output=json_output, quiet=quiet),

@@ -2,31 +2,20 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from saqcli.cli.console import print_json, progress_for
-from saqcli.cli.options import RUN, folder_of_bits
-from saqcli.errors import ConfigError, Problems, RunDirectoryError
+from saqcli.cli.options import Given, folder_of_bits
+from saqcli.config import EXPORT, RUN, RunConfig, resolve_into
+from saqcli.errors import ConfigError, RunDirectoryError
 
-if TYPE_CHECKING:
-    from saqcli.config import RunConfig
-
-Recipe = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Settings to start from: cifar, imagenet, paper-cifar, paper-imagenet, quick or vit; the defaults shown "
-        "here are those of quick [default: quick]",
-        rich_help_panel=RUN,
-    ),
-]
 Config = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Settings from a TOML or JSON file, such as the config.json of a run.",
+        help="Settings from a TOML or JSON file, such as the config.json of a run",
         rich_help_panel=RUN,
     ),
 ]
@@ -35,95 +24,56 @@ Assign = Annotated[
     typer.Option(
         "--set",
         metavar="SECTION.KEY=VALUE",
-        help="Any setting, such as `training.momentum=0.8`. May be repeated.",
+        help="Any setting, such as `training.momentum=0.8`. May be repeated",
         rich_help_panel=RUN,
     ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --run-dir.", rich_help_panel=RUN)]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --run-dir", rich_help_panel=RUN)]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the run in --run-dir.", rich_help_panel=RUN)
+    bool, typer.Option("--overwrite", help="Replace the run in --run-dir", rich_help_panel=RUN)
 ]
 Export = Annotated[
     bool | None,
     typer.Option(
         "--export/--no-export",
-        help="End with an ONNX file, which is tried before training; without, with model.safetensors alone "
-        "[default: --export].",
+        help="Export the quantized model to ONNX, tried once before training; --no-export saves model.safetensors only "
+        "[default: --export]",
         show_default=False,
-        rich_help_panel=RUN,
-    ),
-]
-Style = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="STYLE",
-        help="Style of the ONNX file, as in saq export; may be repeated, for a file each [default: qdq].",
-        show_default=False,
-        rich_help_panel=RUN,
+        rich_help_panel=EXPORT,
     ),
 ]
 DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
-        help="Check model, images, device, bits and settings, print the plan, and stop.",
+        help="Check model, images, device, bits and settings, print the plan, and stop",
         rich_help_panel=RUN,
     ),
 ]
-Deterministic = Annotated[
-    bool | None,
-    typer.Option(
-        "--deterministic",
-        help="Use deterministic kernels only, so that a GPU gives the same bits again; slower, and refused where a "
-        "kernel is missing.",
-        rich_help_panel=RUN,
-    ),
-]
-Seed = Annotated[
-    int | None, typer.Option(min=0, metavar="N", help="Random seed [default: 0]", rich_help_panel=RUN)
-]
-
-
-def export_styles(*, export: bool | None, styles: list[str] | None) -> tuple[str, ...] | None:
-    """The setting ``export.styles``; None where neither option was given.
-
-    Raises:
-        ConfigError: a style of a file that is not to be written.
-    """
-    if styles and export is False:
-        raise ConfigError(f"--style {styles[0]} is of an ONNX file: remove it, or --no-export")
-    if styles:
-        return tuple(styles)
-    return None if export is None else ("qdq",) if export else ()
 
 
 def resolved(
-    problems: Problems,
-    recipe: str | None,
+    given: Given,
     config: Path | None,
-    assign: list[str],
-    given: dict[str, Any],
+    assign: list[str] | None,
     resumed: tuple[str, Path] | None,
-    check: Callable[["RunConfig"], None],
-) -> "RunConfig":
+    check: Callable[[RunConfig], None],
+) -> RunConfig:
     """The configuration; with ``--resume`` that of the run, on top of which the same options may be given again.
 
     Args:
-        problems: found so far; if there are any, or more are found here, ``check`` adds its own and all are raised.
-        recipe: ``--recipe``.
+        given: settings of the options; if it has problems, or more are found here, ``check`` adds its own and all are
+            raised.
         config: ``--config``.
         assign: ``--set``.
-        given: ``section.key`` to value; None where not given.
         resumed: the command and its run directory, with ``--resume``.
         check: what the command refuses before anything is loaded.
 
     Raises:
         SaqError: all that is wrong: what was found before, assignments without ``=``, unknown keys, nothing to resume.
     """
-    from saqcli.config import resolve_into
-
-    pairs = {}
-    for text in assign:
+    problems, pairs = given.problems, {}
+    for text in assign or []:
         key, equals, value = text.partition("=")
         if equals:
             pairs[key.strip()] = value.strip()
@@ -131,10 +81,11 @@ def resolved(
             problems.add(ConfigError(f"--set {text}: give SECTION.KEY=VALUE, such as training.lr=0.01"))
     if resumed is not None and config is None:
         config = _config_of(*resumed)
-        if config is None and given["model.name"] is None:
+        if config is None and "model.name" not in given:
             raise RunDirectoryError(
                 f"{resumed[1]} holds no run to resume: give MODEL and its options to start one"
             )
+    recipe = given.pop("recipe", None)
     found = resolve_into(problems, recipe=recipe, file=config, assignments=pairs, options=given)
     if problems.errors and found is not None:
         problems.attempt(check, found)
@@ -157,7 +108,7 @@ def _config_of(verb: str, run_dir: Path) -> Path | None:
     return run_dir / "config.json"
 
 
-def default_run_dir(config: "RunConfig", *more: str) -> Path:
+def default_run_dir(config: RunConfig, *more: str) -> Path:
     """``runs/resnet18-w4a4``: the network's name, what it is quantized to, and ``more``."""
     wanted, name = config.quantization, config.model.name.split("/")[-1]
     policy = Path(wanted.policy or "float").name.removesuffix(".json")
@@ -166,7 +117,7 @@ def default_run_dir(config: "RunConfig", *more: str) -> Path:
 
 
 def dry_run(
-    config: "RunConfig",
+    config: RunConfig,
     target: Path,
     verb: str,
     *,

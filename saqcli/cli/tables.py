@@ -1,14 +1,9 @@
-"""Results as tables and bars, printed on stdout; no name is ever cut off.
-
-Which layer got how many bits, as bars in a terminal: a row a layer, in execution order.
-
-Results as tables for the eye, printed on stdout; no name is ever cut, however narrow the terminal.
-"""
+"""Results as tables and bars, printed on stdout; no name is cut, however narrow the terminal."""
 
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,11 +13,18 @@ from rich.text import Text
 from saqcli.quant.bits import LayerBits, mean_bits
 from saqcli.units import counted, format_figure, format_quantity
 
+if TYPE_CHECKING:
+    from saqcli.models.catalogue import Entry
+
 BLOCK = "■"
 # Little to much, in quarters of the largest share: of middling brightness, so that they can be read on dark and on
 # light, and told apart by colour-blind readers from their brightness and the number beside them.
 COLOURS = ("#3B86D1", "#8A83C6", "#D18A2C", "#DC4A3D")
 PINNED = " (pinned)"
+PIPED = 200  # columns where nobody looks at a terminal, so that no line wraps
+GAP = 2  # columns between two cells
+NAMED = 3  # modules that are left in floating point for one reason, before they are counted
+COVERED = {True: Text("yes"), False: Text("no", style="red"), None: Text("-")}
 
 
 def show_policy(
@@ -76,11 +78,6 @@ def _summary(policy: Mapping[str, Mapping[str, int | None]], layers: Sequence[Ma
     macs = {str(layer["name"]): int(layer["macs"]) for layer in layers}
     weights, inputs = mean_bits({name: bits[name] for name in macs}, macs)
     return f"\nmean bits, weighted by MACs: weights {weights:.2f}, inputs {inputs:.2f}"
-
-
-PIPED = 200  # columns where nobody looks at a terminal, so that no line wraps
-GAP = 2  # columns between two cells
-NAMED = 3  # modules that are left in floating point for one reason, before they are counted
 
 
 def say(console: Console, text: str, *, markup: bool = False) -> None:
@@ -400,3 +397,43 @@ def show_rerun(result: dict[str, Any]) -> None:
     if not result["reasons"]:
         for name, (then, now) in result["versions_differ"].items():
             say(console, f"the same though {name} was {then} and is {now}", markup=False)
+
+
+def show_models(entries: "Sequence[Entry]") -> None:
+    """A line a network. Of published weights the default, and how many others there are, where names carry none."""
+    console = Console()
+    tagged = all("." in entry.name for entry in entries)
+    rows: list[list[str | Text]] = [
+        [
+            entry.name,
+            "-" if entry.parameters is None else format_quantity(entry.parameters),
+            _pixels(entry.input_size),
+            *([] if tagged else [_weights(entry.tags)]),
+            COVERED[entry.covered],
+        ]
+        for entry in entries
+    ]
+    columns = ["network", "parameters", "input", *([] if tagged else ["weights"]), "covered"]
+    print_table(console, columns, rows, left=(0, *(() if tagged else (3,)), len(columns) - 1))
+    say(console, f"[dim]{_notes(entries, tagged)}[/dim]", markup=True)
+
+
+def _pixels(size: tuple[int, int, int]) -> str:
+    """One side where both are equal; the number of channels where it is not 3."""
+    channels, height, width = size
+    sides = str(height) if height == width else f"{height}x{width}"
+    return sides if channels == 3 else f"{channels}x{sides}"
+
+
+def _weights(tags: tuple[str, ...]) -> Text:
+    default, *others = tags or ("-",)
+    return Text(default).append(f" +{len(others)}", style="dim") if others else Text(default)
+
+
+def _notes(entries: "Sequence[Entry]", tagged: bool) -> str:
+    """How many there are, and where the other weights are to be seen."""
+    notes = [counted(len(entries), "network")]
+    most = max(entries, key=lambda entry: len(entry.tags))
+    if not tagged and len(most.tags) > 1:
+        notes.append(f"all weights of one: saq models '{most.name}.*'")
+    return "; ".join(notes)

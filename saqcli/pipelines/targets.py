@@ -91,7 +91,7 @@ def find_target(text: str, accepts: Sequence[Kind], called: str = "TARGET") -> T
 def is_path(text: str) -> bool:
     """Whether ``text`` can only mean a path: names of models have neither such a beginning nor such an end."""
     head, slash, _ = text.partition("/")
-    library = head in ZOOS or ":" in head
+    library = head.lower() in ZOOS or ":" in head
     endings = (*MODEL_FILES, *FLOAT_WEIGHTS, *OTHER_FILES)
     return (
         text.startswith((".", "/", "~"))

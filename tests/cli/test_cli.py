@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from saqcli.cli.models import show_models
-from saqcli.cli.training_options import EFFICIENT
+from saqcli.cli.quantize import EFFICIENT
+from saqcli.cli.tables import show_models
 from saqcli.models.catalogue import Entry
 from saqcli.pipelines import quantize
 from saqcli.runs.checkpoints import CheckpointFile
@@ -268,7 +268,7 @@ class TestTrainingOptions:
         base = ["quantize", "saq/resnet20", "--no-pretrained", "--bits", 4, "--dry-run", "--json"]
         for options, fraction in (
             ([], 1),
-            (["--efficient"], EFFICIENT["ascent_fraction"]),
+            (["--efficient"], EFFICIENT["training.ascent_fraction"]),
             (["--efficient", "--ascent-fraction", 0.5], 0.5),
             (["--efficient", "--set", "training.ascent_fraction=0.4"], 0.4),
         ):

@@ -1,12 +1,15 @@
 """Help screens: what is written reads back as typed, at every width, and the defaults it names are true."""
 
 import re
+import shlex
 from typing import Any
 
 import pytest
 from typer.main import get_command
 
 from saqcli.cli import app
+from saqcli.cli.help import PANELS
+from saqcli.cli.options import SETTINGS
 from saqcli.config import RunConfig
 from saqcli.errors import SaqError
 from saqcli.pipelines import quantize, search
@@ -15,12 +18,13 @@ from tests.support.command_line import saq
 GROUP: Any = get_command(app)
 COMMANDS: dict[str, Any] = GROUP.commands
 NO_VALUE = {"all", "runs/NAME-BITS", "runs/NAME-BUDGET-SEARCHER"}  # words for what cannot be typed
+DEFAULT = re.compile(r"\[default: (\S+)( \(recipe quick\))?\]")
 OPTIONS = [
     pytest.param(name, parameter, id=f"{name} {parameter.opts[0]}")
     for name in ("quantize", "search")
     for parameter in COMMANDS[name].params
-    if (found := re.search(r"\[default: (\S+)\]", parameter.help)) and found[1] not in NO_VALUE
-    if parameter.name != "in_chans"  # the network decides, where nothing is given
+    if (found := re.search(DEFAULT, parameter.help)) and found[1] not in NO_VALUE
+    if "--in-chans" not in parameter.opts  # the network decides, where nothing is given
 ]
 
 
@@ -68,6 +72,48 @@ def test_patterns_keep_their_asterisks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "'resnet50.*'" in screen(monkeypatch, 80, "models").split()
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_example_is_shown_as_typed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    command = COMMANDS[name]
+    shown = screen(monkeypatch, 80, name)
+
+    for text in [command.help, *(parameter.help for parameter in command.params)]:
+        assert all(" ".join(example.split()) in shown for example in re.findall("`([^`]+)`", text))
+
+
+def test_examples_of_values_can_be_read() -> None:
+    examples = [
+        (setting, shlex.split(example)[0])
+        for setting in SETTINGS.values()
+        for example in re.findall("`([^`]+)`", setting.option.help)
+    ]
+
+    read = {
+        example: setting.read([example] if setting.option.repeated else example)
+        for setting, example in examples
+    }
+
+    assert read["layer4.*=8"] == {"layer4.*": "8"}
+    assert read["*.conv1=3-6"] == {"*.conv1": "3-6"}
+    assert read["256x192"] == (256, 192)
+    assert read["pad_type=same,bn_eps=0.001"] == {"pad_type": "same", "bn_eps": 0.001}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_of_commands_parse(name: str) -> None:
+    for example in re.findall("^Example: `saq (.*)`", COMMANDS[name].help, re.MULTILINE):
+        verb, *arguments = shlex.split(example)
+        COMMANDS[verb].make_context(verb, arguments)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_panels_stand_in_one_order(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    headings = [line for line in screen(monkeypatch, 80, name).splitlines() if line in PANELS]
+
+    assert headings == sorted(headings, key=PANELS.index)
+    assert headings[-1] == PANELS[-1]
+
+
 def test_examples_stand_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = screen(monkeypatch, 80, "eval").splitlines()
 
@@ -102,7 +148,7 @@ def test_the_default_named_is_the_default(monkeypatch: pytest.MonkeyPatch, name:
 
     monkeypatch.setattr(quantize, "quantize", take)
     monkeypatch.setattr(search, "search", take)
-    default = re.search(r"\[default: (\S+)\]", parameter.help)
+    default = DEFAULT.search(parameter.help)
     assert default
     budget = ("--bops", "w4a4") if name == "search" else ("--bits", "4")
     given = [default[1]] if default[1].startswith("--") else [parameter.opts[0], default[1]]

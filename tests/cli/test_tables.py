@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from saqcli.cli import console
-from saqcli.cli.evaluate import show_bench
-from saqcli.cli.readings import show_analysis
+from saqcli.cli.readings import show_analysis, show_bench
 from saqcli.cli.tables import show_evaluation, show_profile
 from saqcli.units import counted, format_duration, format_figure
 from tests.support.command_line import answer, saq

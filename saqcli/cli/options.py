@@ -348,12 +348,12 @@ def data_section(problems: Problems, **settings: Any) -> "DataSection":
 
 
 def parse_widths(
-    problems: Problems, text: str | None, option: str = "--candidates"
+    problems: Problems, text: str | None, setting: str = "quantization.candidates"
 ) -> tuple[int, ...] | None:
     """``2,3,4`` as bit-widths; None where not given, or where it is added to ``problems``."""
     from saqcli.quant.bits import parse_candidates
 
-    return None if text is None else problems.attempt(parse_candidates, text, option)
+    return None if text is None else problems.attempt(parse_candidates, text, setting)
 
 
 def folder_of_bits(bits: str) -> str:

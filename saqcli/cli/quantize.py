@@ -129,7 +129,7 @@ def quantize_command(
         "quantization.searcher": searcher,
         "quantization.candidates": o.parse_widths(problems, candidates),
         "quantization.activation_candidates": o.parse_widths(
-            problems, activation_candidates, "--activation-candidates"
+            problems, activation_candidates, "quantization.activation_candidates"
         ),
         "quantization.pins": problems.attempt(o.parse_pins, pin),
         "quantization.quantizer": quantizer,

@@ -172,7 +172,7 @@ def search_command(
         "quantization.size": size,
         "quantization.candidates": o.parse_widths(problems, candidates),
         "quantization.activation_candidates": o.parse_widths(
-            problems, activation_candidates, "--activation-candidates"
+            problems, activation_candidates, "quantization.activation_candidates"
         ),
         "quantization.pins": problems.attempt(o.parse_pins, pin),
         "quantization.quantizer": quantizer,

@@ -96,7 +96,9 @@ def content_digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 MOST_HEADER = 100_000_000  # bytes; the library's own limit
 AGAIN = "fetch or write the file again"
-MODEL = "give the model.safetensors of a run directory, or, for float weights, `model.name` with `model.weights=FILE`"
+MODEL = (
+    "give the model.safetensors of a run directory, or, for float weights, `model.name` `model.weights=FILE`"
+)
 
 _KINDS = {  # how files of other formats begin
     b"PK\x03\x04": "a zip archive, as torch.save writes it",

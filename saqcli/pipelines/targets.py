@@ -190,9 +190,9 @@ def _no_model(path: Path, wanted: str) -> str:
     if (run := _run_of(path)) is not None:
         return f"{path} is a file of a run: give the run directory, {run}"
     if path.name.endswith("policy.json"):
-        return f"{path} holds bits and no model: give `model.name` with `quantization.policy={quoted}`"
+        return f"{path} holds bits and no model: give `model.name` `quantization.policy={quoted}`"
     if path.suffix in FLOAT_WEIGHTS:
-        return f"{path} holds float weights without their network: give `model.name` with `model.weights={quoted}`"
+        return f"{path} holds float weights without their network: give `model.name` `model.weights={quoted}`"
     return f"{path} is not a model file of saq: give {wanted}"
 
 

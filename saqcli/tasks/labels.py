@@ -360,7 +360,8 @@ def _other_count(
     """What was seen where there are not as many folders as classes, and what to do."""
     known = f" ({some(classes.names, 3)})" if classes.names and not imagenet else ""
     seen = f"{where} has {counted(len(names), 'class')} ({some(names)}), the model {classes.count}{known}"
-    head = f"`model.num_classes={len(names)}` `model.new_head=True` on quantize or search (a new head, to be fine-tuned)"
+    new_head = f"`model.num_classes={len(names)}` `model.new_head=True`"
+    head = f"{new_head} on quantize or search (a new head, to be fine-tuned)"
     if imagenet is None:
         mapped = "`data.class_map=FILE` with a line `FOLDER CLASS` each"
         return f"{seen}: give {head}, {mapped}, or data whose folders are the model's classes"

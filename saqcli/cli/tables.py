@@ -280,7 +280,7 @@ def upper_first(text: str) -> str:
 
 def show_evaluation(result: dict[str, Any]) -> None:
     """Accuracy in one line."""
-    skipped = f", {counted(result['skipped'], 'unreadable image')} left out" if result["skipped"] else ""
+    skipped = f", {counted(result['skipped'], 'unreadable image')} skipped" if result["skipped"] else ""
     loss = format_figure(result["loss"], ".4f")
     say(
         Console(),

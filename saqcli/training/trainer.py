@@ -237,7 +237,7 @@ def finetune(
             progress.note(
                 f"epoch {epoch + 1}: loss {format_figure(trained.loss, '.3f')}, training {trained.top1:.2f} %, "
                 f"validation {score.top1:.2f} %"
-                + (f", {counted(setbacks.skipped, 'step')} left out" if setbacks.skipped else "")
+                + (f", {counted(setbacks.skipped, 'step')} skipped" if setbacks.skipped else "")
             )
             meter.clear()
             setbacks.skipped = 0

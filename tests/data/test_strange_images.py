@@ -95,13 +95,13 @@ GREY = ("16 bits", "float")
 OTHER_COLOURS = ("ycck", "transparent palette", "gif")
 
 UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "zero bytes": (lambda path: path.write_bytes(b""), "it is no image"),
-    "text": (lambda path: path.write_text("hello"), "it is no image"),
+    "zero bytes": (lambda path: path.write_bytes(b""), "it is not an image"),
+    "text": (lambda path: path.write_text("hello"), "it is not an image"),
     "a program": (
         lambda path: path.write_bytes(
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n"
         ),
-        "it is no image",
+        "it is not an image",
     ),
     "half a jpeg": (lambda path: path.write_bytes(encoded("jpeg")[:-200]), "truncated|Truncated"),
     "half a png": (lambda path: path.write_bytes(encoded("png")[:90]), "truncated|broken|unrecognized"),

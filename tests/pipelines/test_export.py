@@ -299,7 +299,7 @@ def test_what_is_there_is_replaced_only_when_told(model: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--onnx", "model.bin"), "--onnx model.bin has no ending .onnx"),
+        (("--onnx", "model.bin"), "--onnx model.bin does not end with .onnx"),
         (
             ("--onnx", "model.onnx", "--style", "tflite"),
             "there is no export style 'tflite': choose from qdq, qdq-vnni, exact",

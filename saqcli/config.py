@@ -29,7 +29,7 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def _as_typed(value: object) -> object:
-    """A number as text: TOML and ``--set`` read ``bits = 4`` as one, and a missing unit is for ``units`` to say."""
+    """A number as text: TOML reads ``bits = 4`` as one, and a missing unit is for ``units`` to say."""
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
@@ -599,8 +599,7 @@ def resolve(
     Args:
         recipe: name of a recipe; None takes the file's, or ``quick``.
         file: TOML or JSON.
-        assignments: ``section.key`` to text, as given with ``--set``; read as TOML where it is, else as a
-            string.
+        assignments: ``section.key`` to text; read as TOML where it is, else as a string.
         options: ``section.key`` to value; None values were not given.
 
     Raises:
@@ -643,7 +642,9 @@ def resolve_into(
     model = tree.setdefault("model", {})
     if not isinstance(model, dict) or "name" not in model:
         problems.add(
-            ConfigError(f"no model was named{where}: give MODEL, such as timm/resnet18, or --config with one")
+            ConfigError(
+                f"no model was named{where}: give `model.name`, such as timm/resnet18, or a `config` with one"
+            )
         )
         tree["model"] = {**(model if isinstance(model, dict) else {}), "name": ""}
     return _checked(problems, tree, str(file) if file else "configuration")
@@ -709,13 +710,13 @@ def _merge(tree: dict[str, Any], more: Mapping[str, Any]) -> None:
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     section, dot, name = key.partition(".")
     if not dot:
-        raise ConfigError(f"--set {key}: name a section and a key, such as training.lr=0.01")
+        raise ConfigError(f"`assignments={key}`: name a section and a key, such as training.lr=0.01")
     target: Any = tree.setdefault(section, {})
     *path, last = name.split(".")
     for part in path:
         target = target.setdefault(part, {}) if isinstance(target, dict) else None
     if not isinstance(target, dict):
-        raise ConfigError(f"--set {key}: there is nothing below {key.rpartition('.')[0]}")
+        raise ConfigError(f"`assignments={key}`: there is nothing below {key.rpartition('.')[0]}")
     target[last] = value
 
 

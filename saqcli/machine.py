@@ -26,7 +26,7 @@ def cores() -> int:
 
 
 def chosen_device(asked: str) -> str:
-    """The device that ``--device`` means: ``auto`` is the GPU where there is one."""
+    """The device that a setting means: ``auto`` is the GPU where there is one."""
     import torch
 
     if asked != "auto":

@@ -123,7 +123,7 @@ def own_device(asked: str) -> torch.device:
     number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= there:
         raise ConfigError(
-            f"this host has {counted(there, 'GPU')}: give torchrun --nproc-per-node {there} or less"
+            f"this host has {counted(there, 'GPU')}: give torchrun `nproc_per_node={there}` or less"
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
@@ -143,11 +143,13 @@ def pick_device(asked: str) -> torch.device:
     except (RuntimeError, ValueError):
         device = torch.device("meta")
     if device.type == "meta":  # which computes nothing
-        raise ConfigError(f"--device {asked} is not a device: give cpu, cuda or cuda:1, or omit it")
+        raise ConfigError(f"`run.device={asked}` is not a device: give cpu, cuda or cuda:1, or omit it")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         there = torch.cuda.device_count() if device.type == "cuda" else None
         reason = "" if there is None else f" ({counted(there, 'CUDA device') if there else 'no CUDA device'})"
-        raise ConfigError(f"--device {asked} is not available{reason}: use --device cpu or omit it") from None
+        raise ConfigError(
+            f"`run.device={asked}` is not available{reason}: use `run.device=cpu` or omit it"
+        ) from None
     return device

@@ -1,7 +1,7 @@
 """Random numbers and determinism: states for checkpoints, seeds from (seed, epoch), kernels that add in one order.
 
 On a CPU the same command with the same number of threads gives the same bits. On a GPU some kernels add in whatever
-order their threads come; ``--deterministic`` makes PyTorch use others, or refuse. Every setting is restored at the end.
+order their threads come; ``run.deterministic`` makes PyTorch use others, or refuse. Every setting is restored.
 """
 
 import os
@@ -124,12 +124,13 @@ def _explain(error: RuntimeError) -> None:
     found = _REFUSED.search(text)
     if found:
         raise UnsupportedModel(
-            f"--deterministic: {found[1]} has no deterministic kernel on this device: leave --deterministic "
-            "away, or try --device cpu or another network"
+            f"`run.deterministic`: {found[1]} has no deterministic kernel on this device: remove "
+            "`run.deterministic`, or try `run.device=cpu` or another network"
         ) from None
     if CUBLAS in text:
         raise UnsupportedModel(
-            f"--deterministic: CUDA was already in use without it: set {CUBLAS}={CUBLAS_CHOICES[0]} in the environment"
+            f"`run.deterministic`: CUDA was already in use without it: set {CUBLAS}={CUBLAS_CHOICES[0]} in the "
+            "environment"
         ) from None
 
 

@@ -97,7 +97,7 @@ def read_json(text: str | bytes, source: str, error: type[SaqError] = ConfigErro
     except _Twice as twice:
         raise error(f"{source}: key {printable(twice.key, _SHOWN)!r} stands there twice") from None
     except ValueError as failure:
-        raise error(f"{source}: it is no JSON: {printable(str(failure), _SHOWN)}") from None
+        raise error(f"{source}: it is not JSON: {printable(str(failure), _SHOWN)}") from None
     check_nesting(tree, source, error)
     return tree
 
@@ -116,7 +116,7 @@ def read_toml(text: str, source: str) -> dict[str, Any]:
     except RecursionError:
         raise ConfigError(too_deep) from None
     except ValueError as failure:  # that of TOML, or of a number
-        raise ConfigError(f"{source}: it is no TOML: {printable(str(failure), _SHOWN)}") from None
+        raise ConfigError(f"{source}: it is not TOML: {printable(str(failure), _SHOWN)}") from None
     check_nesting(tree, source)
     return tree
 
@@ -209,7 +209,7 @@ def named_path(text: str) -> Path:
         pass
     except (OSError, ValueError) as failure:
         reason = getattr(failure, "strerror", None) or failure
-        raise ConfigError(f"{printable(text, 100)} is no path ({reason}): name another") from None
+        raise ConfigError(f"{printable(text, 100)} is not a path ({reason}): name another") from None
     return path
 
 

@@ -1,7 +1,7 @@
 """Quantities with units, as people type and read them: ``34G`` bit-operations, ``6MB``, ``5 MiB``, ``1 image``.
 
-A bare number is refused where the unit would be a guess: ``--bops 34`` could mean 34 or 34 billion. A unit of another
-quantity is refused too, with the option that takes it.
+A bare number is refused where the unit would be a guess: a budget of 34 could mean 34 or 34 billion. A unit of
+another quantity is refused too, with the setting that takes it.
 """
 
 import math
@@ -23,16 +23,16 @@ _ALL_PREFIXES = (
     "\u03bc",
     "p",
     "e",
-)  # with those of units that no option takes
+)  # with those of units that no setting takes
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([^\d\s.,][^\d]*?)?\s*")
 
 
 class _Unit(NamedTuple):
-    """What a unit measures, the words for it in lower case, and what to do where no option takes it."""
+    """What a unit measures, the words for it in lower case, and what to do where no setting takes it."""
 
     measures: str
     words: tuple[str, ...]
-    remedy: str = "no option bounds it"
+    remedy: str = "no setting bounds it"
 
 
 _BY_BITS = "each costs weight bits x activation bits: give w4a4 for the cost of uniform 4 bits"
@@ -46,22 +46,24 @@ _UNITS = {
     "time": _Unit(
         "a time",
         ("s", "sec", "secs", "second", "seconds", "min", "minutes", "h", "hours"),
-        "no option bounds it, `saq eval --bench` measures it",
+        "no setting bounds it, `evaluate(bench=True)` measures it",
     ),
     "rate": _Unit(
         "a rate",
         ("fps", "hz", "images/s", "b/s", "bps", "flops/s", "ops/s"),
-        "no option bounds it, `saq eval --bench` measures it",
+        "no setting bounds it, `evaluate(bench=True)` measures it",
     ),
     "energy": _Unit("an energy", ("j", "joule", "joules", "wh")),
     "power": _Unit("a power", ("w", "watt", "watts")),
     "bits": _Unit(
         "a number of bits",
         ("bit", "bits"),
-        "give --bits 4 for the same bits everywhere, or --size 5MB in bytes",
+        "use `quantization.bits=4` for the same bits everywhere, or `quantization.size=5MB` in bytes",
     ),
     "parameters": _Unit(
-        "a number of parameters", ("params", "param", "parameters", "weights"), "give --size 5MB in bytes"
+        "a number of parameters",
+        ("params", "param", "parameters", "weights"),
+        "use `quantization.size=5MB` in bytes",
     ),
     "share": _Unit("a ratio", ("%", "percent", "x"), "give w4a4 for the cost of uniform 4 bits"),
 }
@@ -69,7 +71,7 @@ _KINDS = {word: kind for kind, unit in _UNITS.items() for word in unit.words}
 _EXAMPLES = {"bops": "34G, 674.6M or 500K", "size": "5MB, 900KB or 4MiB"}
 _COSTS = {"bops": "what uniform 4 bits cost", "size": "the size at uniform 4 bits"}
 _NAMES = {"bops": "budget", "size": "size"}
-OPTIONS = {"bops": "--bops/--budget", "size": "--size"}
+SETTINGS = {"bops": "quantization.bops", "size": "quantization.size"}
 
 PLAIN = (1e-4, 1e7)  # magnitudes between these are written without an exponent
 DIGITS = 4  # of a value without an error
@@ -83,7 +85,7 @@ def parse_quantity(text: str, quantity: Quantity = "bops") -> int:
     Upper and lower case are the same, and a space may stand before the unit.
 
     Raises:
-        ConfigError: no number, zero, no unit, or the unit of another quantity: names the option that takes it.
+        ConfigError: no number, zero, no unit, or the unit of another quantity: names the setting that takes it.
 
     Example:
         >>> parse_quantity("674.6M")
@@ -98,14 +100,14 @@ def parse_quantity(text: str, quantity: Quantity = "bops") -> int:
     if match is None or kind is None or prefix not in (_FACTORS if quantity == "size" else _PREFIXES):
         missing = "add a unit" if match and not match[2] else "give a number with a unit"
         raise ConfigError(
-            f"{OPTIONS[quantity]}: {text!r} is not a {_NAMES[quantity]}: {missing}, such as {_EXAMPLES[quantity]}, "
+            f"`{SETTINGS[quantity]}`: {text!r} is not a {_NAMES[quantity]}: {missing}, such as {_EXAMPLES[quantity]}, "
             f"or w4a4 for {_COSTS[quantity]}"
         )
     whole, _, fraction = match[1].partition(".")
     scale: int = 10 ** len(fraction)
     value, remainder = divmod(int(whole + fraction) * _FACTORS[prefix], scale)
     if value == 0:
-        raise ConfigError(f"{OPTIONS[quantity]}: {text!r} is zero: give a {_NAMES[quantity]} above zero")
+        raise ConfigError(f"`{SETTINGS[quantity]}`: {text!r} is zero: give a {_NAMES[quantity]} above zero")
     return value + (1 if 2 * remainder >= scale else 0)
 
 
@@ -122,14 +124,14 @@ def _split(unit: str, quantity: Quantity) -> tuple[str, str | None]:
 
 
 def _meant(text: str, prefixed: str, kind: str, quantity: Quantity) -> str:
-    """The message for the unit of another quantity: which option takes it, if one does."""
+    """The message for the unit of another quantity: which setting takes it, if one does."""
     wanted, found = _UNITS[quantity], _UNITS[kind]
     remedy = found.remedy
-    if kind in OPTIONS:
-        remedy = f"give {OPTIONS[kind].partition('/')[0]} {''.join(text.split())}"
+    if kind in SETTINGS:
+        remedy = f"use `{SETTINGS[kind]}={''.join(text.split())}`"
         if prefixed[-1] in "KMGT":
             remedy += f", or {prefixed} for {wanted.measures.rpartition(' ')[2]}"
-    return f"{OPTIONS[quantity]}: {text!r} is {found.measures}, not {wanted.measures}: {remedy}"
+    return f"`{SETTINGS[quantity]}`: {text!r} is {found.measures}, not {wanted.measures}: {remedy}"
 
 
 def format_quantity(value: float, unit: str = "") -> str:

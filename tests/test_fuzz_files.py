@@ -221,7 +221,7 @@ def test_keys_that_stand_twice_unknown_ones_and_other_versions_are_named(
         return refused(read, path)
 
     twice = f"[{KINDS[name]}]\n" if path.suffix == ".toml" else f'"{KINDS[name]}": {{}}, '
-    assert ("twice" if path.suffix == ".json" else "no TOML") in message({}, twice)
+    assert ("twice" if path.suffix == ".json" else "not TOML") in message({}, twice)
     assert "unknown key 'surprise'" in message({"surprise": 1}, "")
     newer = message({"schema_version": 2, "surprise": 1}, "")
     assert "another version of saq" in newer
@@ -567,5 +567,5 @@ def test_a_name_that_nothing_can_have_is_told_in_one_line(tmp_path: Path) -> Non
         assert result.exit_code == 1
         assert "unexpected" not in last_error(result)
     for text in ("x" * 300, "a\0b", "\0"):
-        with pytest.raises(ConfigError, match="is no path"):
+        with pytest.raises(ConfigError, match="is not a path"):
             named_path(text)

@@ -11,6 +11,7 @@ from saqcli.cli.analyze import analyze_command
 from saqcli.cli.demo import demo_command
 from saqcli.cli.evaluate import eval_command
 from saqcli.cli.export import export_command
+from saqcli.cli.flags import enter
 from saqcli.cli.help import HelpCommand, HelpGroup
 from saqcli.cli.models import models_command
 from saqcli.cli.profile import profile_command
@@ -48,11 +49,12 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version")
     ] = False,
 ) -> None:
-    pass
+    enter(context)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from typing import Any, ParamSpec
 
 import typer
 
+from saqcli.cli.flags import as_flags, flags_in
 from saqcli.errors import ConfigError, Interrupted, SaqError, StoppedElsewhere, out_of_memory
 from saqcli.progress import SILENT, Progress, Task
 from saqcli.runs.interrupts import exit_code_of, raised_signals
@@ -39,7 +40,7 @@ def print_json(value: dict[str, Any]) -> None:
     """One JSON object on stdout."""
     from saqcli.serialization import json_text  # pydantic with it, which no help needs
 
-    typer.echo(json_text(value))
+    typer.echo(json_text(flags_in(value)))
 
 
 def reporting(command: Callable[P, None]) -> Callable[P, None]:
@@ -94,7 +95,7 @@ def _complain(message: str) -> None:
 def _say(line: str) -> None:
     """A line on stderr."""
     try:
-        typer.echo(line, err=True)
+        typer.echo(as_flags(line), err=True)
     except OSError:
         _without_terminal()
 
@@ -264,4 +265,4 @@ class _Live:
 
     def note(self, text: str) -> None:
         """One line above the bars."""
-        self.console.print(text, highlight=False, markup=False, emoji=False)
+        self.console.print(as_flags(text), highlight=False, markup=False, emoji=False)

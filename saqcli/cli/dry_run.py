@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from saqcli.cli.flags import as_flags
 from saqcli.cli.tables import say, width_of
 from saqcli.units import counted, format_quantity
 
@@ -48,7 +49,7 @@ def show_plan(plan: dict[str, Any]) -> None:
 
 def _print(subject: str, line: str, console: Console) -> None:
     """One line, wrapped between words."""
-    width = width_of(console)
+    line, width = as_flags(line), width_of(console)
     parts = [line]
     if width is not None:
         room = max(width - SUBJECT, SUBJECT)

@@ -114,9 +114,9 @@ def _bench_settings(
             raise ConfigError(f"{option} says what --bench measures: give --bench with it")
     if not bench:
         return None
-    counts = (("batch_sizes", "--batch-sizes", batch_sizes), ("threads", "--threads", threads))
+    counts = {"batch_sizes": batch_sizes, "threads": threads}
     found: dict[str, Any] = {
-        name: o.parse_counts(text, flag) for name, flag, text in counts if text is not None
+        name: o.parse_counts(text, name) for name, text in counts.items() if text is not None
     }
     found |= {} if repeats is None else {"repeats": repeats}
     from saqcli.pipelines.bench import BenchSettings

@@ -106,7 +106,7 @@ class Setting:
             ConfigError: a text that cannot be read.
         """
         if self.option.parse:
-            return PARSERS[self.option.parse](value, self.flag)
+            return PARSERS[self.option.parse](value, self.path)
         return tuple(value) if self.option.repeated else str(value) if self.option.file else value
 
 
@@ -256,7 +256,7 @@ def _shown(key: str, option: Option, value: Any) -> str | None:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def parse_numbers(text: str, option: str) -> tuple[float, ...]:
+def parse_numbers(text: str, setting: str) -> tuple[float, ...]:
     """``0.5,0.5,0.5`` as numbers.
 
     Raises:
@@ -266,11 +266,11 @@ def parse_numbers(text: str, option: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(
-            f"{option} {text}: give numbers separated by commas, such as 0.485,0.456,0.406"
+            f"`{setting}={text}`: give numbers separated by commas, such as 0.485,0.456,0.406"
         ) from None
 
 
-def parse_counts(text: str, option: str) -> tuple[int, ...]:
+def parse_counts(text: str, setting: str) -> tuple[int, ...]:
     """``1,8`` as whole numbers of at least 1, each once, in their order.
 
     Raises:
@@ -279,12 +279,12 @@ def parse_counts(text: str, option: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch("0*[1-9][0-9]{0,8}", part) for part in parts):
         raise ConfigError(
-            f"{option} {text}: give whole numbers of at least 1 separated by commas, such as 1,8"
+            f"`{setting}={text}`: give whole numbers of at least 1 separated by commas, such as 1,8"
         )
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-def parse_count_or_all(text: str, option: str) -> int | str:
+def parse_count_or_all(text: str, setting: str) -> int | str:
     """``500`` as a number of at least 1, or ``all``.
 
     Raises:
@@ -293,11 +293,11 @@ def parse_count_or_all(text: str, option: str) -> int | str:
     if text == "all":
         return text
     if not re.fullmatch("0*[1-9][0-9]{0,8}", text.strip()):
-        raise ConfigError(f"{option} {text}: give a number of at least 1, or all")
+        raise ConfigError(f"`{setting}={text}`: give a number of at least 1, or all")
     return int(text)
 
 
-def parse_size(text: str, option: str = "--input-size") -> int | tuple[int, ...]:
+def parse_size(text: str, setting: str = "model.input_size") -> int | tuple[int, ...]:
     """``224`` as one side, ``256x192`` as height and width.
 
     Raises:
@@ -305,11 +305,13 @@ def parse_size(text: str, option: str = "--input-size") -> int | tuple[int, ...]
     """
     sides = text.strip().lower().split("x")
     if len(sides) > 2 or not all(re.fullmatch("0*[1-9][0-9]{0,5}", side) for side in sides):
-        raise ConfigError(f"{option} {text}: give one side such as 224, or height and width such as 256x192")
+        raise ConfigError(
+            f"`{setting}={text}`: give one side such as 224, or height and width such as 256x192"
+        )
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
-def parse_assignments(text: str, option: str) -> dict[str, Any]:
+def parse_assignments(text: str, setting: str) -> dict[str, Any]:
     """``a=1,b=same,c=[2,3]`` as a dictionary; values are numbers, booleans or lists where they look like it.
 
     Raises:
@@ -320,7 +322,7 @@ def parse_assignments(text: str, option: str) -> dict[str, Any]:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise ConfigError(
-                f"{option} {text}: give NAME=VALUE pairs separated by commas, such as pad_type=same"
+                f"`{setting}={text}`: give NAME=VALUE pairs separated by commas, such as pad_type=same"
             )
         values[key.strip()] = _literal(value.strip())
     return values
@@ -335,7 +337,7 @@ def _literal(text: str) -> Any:
         return text
 
 
-def parse_pins(texts: list[str], option: str) -> dict[str, str]:
+def parse_pins(texts: list[str], setting: str) -> dict[str, str]:
     """``PATTERN=BITS`` pairs as a dictionary, in their order.
 
     Raises:
@@ -345,12 +347,12 @@ def parse_pins(texts: list[str], option: str) -> dict[str, str]:
     for text in texts:
         pattern, equals, bits = text.rpartition("=")
         if not equals or not pattern.strip():
-            raise ConfigError(f"{option} {text}: give PATTERN=BITS, such as 'layer4.*=8' or '*.conv1=3-6'")
+            raise ConfigError(f"`{setting}={text}`: give PATTERN=BITS, such as 'layer4.*=8' or '*.conv1=3-6'")
         pins[pattern.strip()] = bits.strip()
     return pins
 
 
-def parse_widths(text: str, option: str = "--candidates") -> tuple[int, ...]:
+def parse_widths(text: str, setting: str) -> tuple[int, ...]:
     """``2,3,4`` as bit-widths.
 
     Raises:
@@ -358,7 +360,7 @@ def parse_widths(text: str, option: str = "--candidates") -> tuple[int, ...]:
     """
     from saqcli.quant.bits import parse_candidates
 
-    return parse_candidates(text, option)
+    return parse_candidates(text, setting)
 
 
 PARSERS: dict[str, Callable[[Any, str], Any]] = {

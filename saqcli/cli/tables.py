@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from saqcli.cli.flags import as_flags
 from saqcli.quant.bits import LayerBits, mean_bits
 from saqcli.units import counted, format_figure, format_quantity
 
@@ -82,7 +83,7 @@ def _summary(policy: Mapping[str, Mapping[str, int | None]], layers: Sequence[Ma
 
 def say(console: Console, text: str, *, markup: bool = False) -> None:
     """A line that wraps nowhere, so that it can be searched and cut; ``markup`` is for lines that name no path."""
-    console.print(text, highlight=False, soft_wrap=True, markup=markup, emoji=False)
+    console.print(as_flags(text), highlight=False, soft_wrap=True, markup=markup, emoji=False)
 
 
 def print_table(
@@ -276,7 +277,7 @@ def upper_first(text: str) -> str:
 
 def show_evaluation(result: dict[str, Any]) -> None:
     """Accuracy in one line."""
-    skipped = f", {counted(result['skipped'], 'unreadable image')} left out" if result["skipped"] else ""
+    skipped = f", {counted(result['skipped'], 'unreadable image')} skipped" if result["skipped"] else ""
     loss = format_figure(result["loss"], ".4f")
     say(
         Console(),
@@ -330,7 +331,7 @@ def show_export(result: dict[str, Any]) -> None:
         table.add_row("", f"cut into parts below that: {', '.join(result['split_layers'])}")
     table.add_row("hazards", "none of the patterns that ONNX Runtime changes")
     for condition in result["conditions"]:
-        table.add_row("condition", condition)
+        table.add_row("condition", as_flags(condition))
     console.print(table)
     for note in ("explanation", "size_note"):
         if result[note]:
@@ -390,7 +391,7 @@ def show_rerun(result: dict[str, Any]) -> None:
     table.add_column("", no_wrap=True)
     table.add_column("")
     for what in result["compared"]:
-        table.add_row(what, escape(details[what]) if what in details else "the same, bit for bit")
+        table.add_row(what, escape(as_flags(details[what])) if what in details else "the same, bit for bit")
     console.print(table)
     for reason in result["reasons"]:
         say(console, f"likely reason: {reason}", markup=False)

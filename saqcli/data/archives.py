@@ -118,7 +118,7 @@ def _read_info(root: str, title: str) -> tuple[str, Any]:
             with _opened(address) as stream:
                 return address, json.loads(stream.read())
         except (DataError, ValueError, RecursionError) as error:
-            failures.append(str(error) if isinstance(error, DataError) else f"{address} is no JSON")
+            failures.append(str(error) if isinstance(error, DataError) else f"{address} is not JSON")
     raise DataError(
         f"{title} cannot be opened ({failures[0].partition(': give')[0]}): give wds/DIR, where DIR holds tar files "
         "and an _info.json about them"
@@ -162,7 +162,7 @@ def _opened(address: str) -> Iterator[Any]:
     try:
         is_file = ":" not in address.partition("/")[0]
         if is_file and not stat.S_ISREG(os.stat(address).st_mode):
-            raise OSError("it is no file")
+            raise OSError("it is not a file")
         stream = gopen(address)
     except Exception as error:  # whatever a handler of webdataset's raises
         raise DataError(
@@ -212,7 +212,7 @@ def _reason(error: BaseException) -> str:
     """In a few words; webdataset hangs streams and addresses on what it passes on."""
     told = getattr(error, "strerror", None) or (error.args[0] if error.args else "") or type(error).__name__
     told = " ".join(str(told).partition("\n")[0].split())
-    return "it is no tar file" if told.startswith(("file could not be opened", "invalid header")) else told
+    return "it is not a tar file" if told.startswith(("file could not be opened", "invalid header")) else told
 
 
 def _status(stream: Any) -> str:

@@ -146,8 +146,8 @@ class Loader:
             if not (self._inner.num_workers and _tells_of_death(error)):
                 raise
             raise DataError(
-                f"the processes that read {self.name} died, most often for want of (shared) memory: "
-                "lower --workers or --batch-size, or give --workers 0"
+                f"the processes that read {self.name} died, most often for lack of (shared) memory: "
+                "lower `data.workers` or `data.batch_size`, or use `data.workers=0`"
             ) from error
 
     def part(self, rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,7 +2,7 @@
 
 Opening a data set by what a user calls it: a folder, or one of timm's data-set strings.
 
-``--data DIR`` is an ImageNet-style folder (see ``folders.py``). A string such as ``torch/cifar100``,
+A path is an ImageNet-style folder (see ``folders.py``). A string such as ``torch/cifar100``,
 ``hfds/NAME`` or ``wds/DIR`` goes to timm; ``@ROOT`` after it says where it is stored (by default the current
 folder for torch/ and tfds/, Hugging Face's cache for hfds/). Nothing is downloaded but what Hugging Face's
 library fetches by itself.
@@ -174,7 +174,7 @@ def check_same_classes(train: Split, val: Split) -> None:
     ):
         raise DataError(
             f"the classes of {train.name} and {val.name} are numbered differently ({train.class_order}, "
-            f"{val.class_order}): give --class-order, or the same class list to both"
+            f"{val.class_order}): give `data.class_order`, or the same class list to both"
         )
 
 
@@ -297,7 +297,8 @@ def _by_number(split: Split, classes: Classes, order: str | None, class_map: str
     """
     if order is not None:
         raise DataError(
-            f"{split.name} has numbers for labels and no class names, which stay as they are: remove --class-order"
+            f"{split.name} has numbers for labels and no class names, so they cannot be reordered: remove "
+            "`data.class_order`"
         )
     if class_map is None:
         return replace(split, class_names=classes.names)
@@ -418,7 +419,7 @@ def check_fingerprint(kept: str, split: Split, called: str, then: str = "the run
         counts = f"{count:,} expected and found, with other names or labels"
     raise DataError(
         f"the {called} images in {split.name} are not those that {then} ({counts}): "
-        "put them back, or start anew with --overwrite"
+        "restore them, or start again with `overwrite=True`"
     )
 
 

@@ -163,10 +163,10 @@ def find_images(folder: Path, *, dead_images: bool = False) -> Listing:
         )
     notes = []
     if others:
-        notes.append(f"{folder}: passed over: {others}; images are {known} files")
+        notes.append(f"{folder}: ignored: {others}; images are {known} files")
     if loose:
         notes.append(
-            f"{folder}: passed over: {counted(len(loose), 'image')} beside the class folders ({some(loose, 3)})"
+            f"{folder}: ignored: {counted(len(loose), 'image')} outside the class folders ({some(loose, 3)})"
         )
     return Listing(images, tuple(notes))
 
@@ -240,7 +240,8 @@ def _refuse_dead_link(entry: "os.DirEntry[str]") -> None:
             return
         if _is_image(entry.name):
             raise DataError(
-                f"cannot read {entry.path} (it is a link to nothing): replace or remove it, or give --bad-images skip"
+                f"cannot read {entry.path} (it is a link to nothing): replace or remove it, or use "
+                "`data.bad_images=skip`"
             ) from None
         target = printable(os.readlink(entry.path), 200)
         raise DataError(

@@ -359,12 +359,12 @@ def check_label(label: int, num_classes: int, name: str, relabel: Mapping[int, i
     label = int(label)
     if relabel is not None:
         if label not in relabel:
-            raise DataError(f"{name} has the label {label}, for which --class-map has no line: add one")
+            raise DataError(f"{name} has the label {label}, for which `data.class_map` has no line: add one")
         return relabel[label]
     if not 0 <= label < num_classes:
         raise DataError(
             f"{name} has the label {label}, the model classes 0 to {num_classes - 1}: give data with the model's "
-            "labels, or --class-map FILE with a line `LABEL CLASS` each"
+            "labels, or `data.class_map=FILE` with a line `LABEL CLASS` each"
         )
     return label
 
@@ -373,10 +373,10 @@ def _unreadable(what: str, error: BaseException) -> DataError:
     reason = getattr(error, "strerror", None) or str(error).replace(repr(what), "")
     reason = " ".join(reason.split()).removesuffix(" file") or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
-        reason = "its kind of TIFF is none that Pillow reads" if _is_tiff(what) else "it is no image"
+        reason = "its kind of TIFF is none that Pillow reads" if _is_tiff(what) else "it is not an image"
     elif isinstance(error, FileNotFoundError):
         reason = "it is a link to nothing" if os.path.islink(what) else "it was there when the run started"
-    return DataError(f"cannot read {what} ({reason}): replace or remove it, or give --bad-images skip")
+    return DataError(f"cannot read {what} ({reason}): replace or remove it, or use `data.bad_images=skip`")
 
 
 def _is_tiff(path: str) -> bool:

@@ -126,7 +126,7 @@ def make_loader(
     if len(loader) == 0 and exact:
         raise DataError(
             f"{split.name} has {counted(split.images, 'image')}, not one batch of {batch_size}: "
-            f"give --batch-size {max(1, split.images)} or less, or more data"
+            f"use `data.batch_size={max(1, split.images)}` or less, or more data"
         )
     return loader
 
@@ -165,13 +165,13 @@ def check_shared(split: Split, batch_size: int) -> None:
         return
     if batch_size % distributed.count():
         raise ConfigError(
-            f"--batch-size {batch_size} is for all {counted(distributed.count(), 'process')} together and cannot be "
-            f"shared equally: give a multiple of {distributed.count()}"
+            f"`data.batch_size={batch_size}` is for all {counted(distributed.count(), 'process')} together and "
+            f"cannot be shared equally: give a multiple of {distributed.count()}"
         )
     if split.images < batch_size:
         raise DataError(
             f"{split.name} has {counted(split.images, 'image')}, not one whole batch of {batch_size} to share "
-            f"out among {counted(distributed.count(), 'process')}: give a smaller --batch-size"
+            f"out among {counted(distributed.count(), 'process')}: use a smaller `data.batch_size`"
         )
     if isinstance(split.dataset, ImageStream) and sharded(split) is None:
         raise DataError(f"{split.name} cannot be shared out among processes: give a folder, or shards (wds/)")

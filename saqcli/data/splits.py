@@ -41,7 +41,7 @@ class Images:
         device: torch.device,
         progress: Progress = SILENT,
     ) -> "Images":
-        """Both splits of ``--data``; their classes must agree.
+        """Both splits of the data; their classes must agree.
 
         Raises:
             ConfigError: no data was named.
@@ -134,7 +134,7 @@ def open_named(
     classes: Classes | int,
     progress: Progress = SILENT,
 ) -> Split:
-    """One split of ``--data``; what was decided for the user is noted."""
+    """One split of the data; what was decided for the user is noted."""
     notes: dict[str, None] = {}
     opened = _open(section, split, classes, notes)
     _tell(notes, progress)
@@ -156,7 +156,8 @@ def _open(
     notes |= dict.fromkeys(opened.notes)
     if (section.workers or 0) > cores():
         notes[
-            f"--workers {section.workers} is more than the {cores()} cores that this process may use, and may be slower"
+            f"`data.workers={section.workers}` is more than the {cores()} cores that this process may use, and may "
+            "be slower"
         ] = None
     return opened
 
@@ -167,14 +168,14 @@ def _tell(notes: Iterable[str], progress: Progress) -> None:
 
 
 def named_data(section: DataSection) -> str:
-    """``--data``; to be asked early where much is done before images are opened.
+    """The path of the data; to be asked early where much is done before images are opened.
 
     Raises:
         ConfigError: none was named.
     """
     if section.path is None:
         raise ConfigError(
-            "no images were named: give --data DIR with train/ and val/, a folder a class in each"
+            "no images were named: give `data.path=DIR` with train/ and val/, one folder per class in each"
         )
     return section.path
 

@@ -106,7 +106,8 @@ class WeightStorage:
         if self.file_bytes - self.with_zero_grid >= WORTH_IT * self.file_bytes:
             smaller = format_quantity(self.with_zero_grid, "B")
             text += (
-                f". Quantized with --weight-grid zero it can shrink to about {smaller}: compare the accuracy"
+                f". Quantized with `quantization.weight_grid=zero` it can shrink to about {smaller}: compare the "
+                "accuracy"
             )
         return text
 

@@ -168,7 +168,7 @@ def _norm(
     x: Tensor, order: float = 2, dim: Sequence[int] | None = None, keepdim: bool = False, **_: Any
 ) -> Tensor:
     if order != 2:
-        raise UnsupportedModel(f"style exact has no norm of order {order}: choose another --style")
+        raise UnsupportedModel(f"style exact has no norm of order {order}: choose another `style`")
     return ordered.sqrt(_ordered_sum(x * x, dim, keepdim))
 
 
@@ -177,7 +177,7 @@ def _power(x: Tensor, exponent: float) -> Tensor:
         x = ordered.sqrt(x)
         return x if exponent > 0 else 1.0 / x
     if exponent not in range(1, 9):
-        raise UnsupportedModel(f"style exact has no power of {exponent}: choose another --style")
+        raise UnsupportedModel(f"style exact has no power of {exponent}: choose another `style`")
     total = x
     for _ in range(int(exponent) - 1):
         total = total * x
@@ -313,7 +313,7 @@ class _Rewriting:
         if name in ORDERED:
             return self.graph.call_function(ORDERED[name], args, kwargs)
         raise UnsupportedModel(
-            f"style exact has no form of operator {name} that every runtime computes alike: choose another --style"
+            f"style exact has no form of operator {name} that every runtime computes alike: choose another `style`"
         )
 
     def _moved(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -412,7 +412,7 @@ def _float_product(r: _Rewriting, target: Any, x: Any, weight: Any, bias: Any) -
         name = weight.layer if isinstance(weight, Integers) else "one"
         raise UnsupportedModel(
             f"style exact needs weights and inputs of every convolution quantized, and {name} is not: "
-            "choose another --style"
+            "choose another `style`"
         )
     transposed = r.graph.call_function(aten.transpose.int, (r.floating(weight), -2, -1))
     result = r.graph.call_function(ORDERED["matmul"], (r.floating(x), transposed))

@@ -129,7 +129,7 @@ def parts_of(operator: Operator, x: Integers, weight: Integers) -> tuple[list[sl
     if float(each.max()) > EXACT_FLOAT:
         raise UnsupportedModel(
             f"style exact: the sums of layer {weight.layer} can exceed 2^24 within one input channel: "
-            "choose another --style, or fewer bits for this layer"
+            "choose another `style`, or fewer bits for this layer"
         )
     cuts, start = [], 0
     for end in range(1, codes.shape[1] + 1):

@@ -71,7 +71,7 @@ class ModelFacts(BaseModel):
             name for name, bits in self.policy.layers.items() if bits.activation and name not in self.signed
         ]
         if unknown:
-            raise ValueError(f"whether the input of {unknown[0]} is signed is not told")
+            raise ValueError(f"whether the input of {unknown[0]} is signed is not recorded")
         return self
 
 
@@ -172,5 +172,5 @@ def read_onnx_facts(path: Path) -> ModelFacts:
     try:
         check_schema(from_json(found[FACTS]), str(path))
     except ValueError:
-        raise CorruptArtifact(f"{path} does not say what it is: its {FACTS} are no JSON") from None
+        raise CorruptArtifact(f"{path} does not say what it is: its {FACTS} are not JSON") from None
     return parse_json(ModelFacts, found[FACTS], str(path), CorruptArtifact)

@@ -271,7 +271,7 @@ def _shaped(graph: ir.Graph, bias: ir.Value, node: ir.Node) -> ir.Value:
     array = array_of(bias)
     weight = weight_of(node)
     if array is None or weight is None:
-        raise UnsupportedModel(f"the bias of {node.name} is no constant: it cannot be exported")
+        raise UnsupportedModel(f"the bias of {node.name} is not a constant: it cannot be exported")
     spatial = array_of(weight.inputs[0]).ndim - 2
     return constant(graph, f"{text(weight, 'layer')}.bias", array.reshape(1, -1, *(1,) * spatial))
 

@@ -229,7 +229,7 @@ def attention(
     Boolean masks hide where they are False, others where they are ``-inf``; who sees nothing gets zeros, as there.
     """
     if enable_gqa:
-        raise UnsupportedModel("style exact has no attention with grouped queries: choose another --style")
+        raise UnsupportedModel("style exact has no attention with grouped queries: choose another `style`")
     factor = scale if scale is not None else 1 / math.sqrt(query.shape[-1])
     scores = matmul(query * factor, key.transpose(-2, -1))
     if is_causal:

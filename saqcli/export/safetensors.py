@@ -96,7 +96,9 @@ def content_digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 MOST_HEADER = 100_000_000  # bytes; the library's own limit
 AGAIN = "fetch or write the file again"
-MODEL = "give the model.safetensors of a run directory, or, for float weights, MODEL --weights FILE"
+MODEL = (
+    "give the model.safetensors of a run directory, or, for float weights, `model.name` `model.weights=FILE`"
+)
 
 _KINDS = {  # how files of other formats begin
     b"PK\x03\x04": "a zip archive, as torch.save writes it",
@@ -130,11 +132,11 @@ def describe_damage(path: Path, reason: str) -> str:
         return f"{path} is empty (0 bytes): {AGAIN}"
     for start, kind in _KINDS.items():
         if head.startswith(start):
-            return f"{path} is {kind}, no safetensors file; nothing in it was run: {MODEL}"
+            return f"{path} is {kind}, not a safetensors file; nothing in it was run: {MODEL}"
     if size < 8:
         return f"{path} is truncated to {counted(size, 'byte')}: {AGAIN}"
     if length > MOST_HEADER or head[8:9] not in (b"{", b""):
-        return f"{path} is no safetensors file: {MODEL}"
+        return f"{path} is not a safetensors file: {MODEL}"
     if 8 + length > size:
         return f"{path} is truncated: it has {counted(size, 'byte')}, its header alone {8 + length}: {AGAIN}"
     promised = _end_of_tensors(header)
@@ -203,7 +205,9 @@ def check_ours(metadata: Mapping[str, str], source: str) -> str:
     try:
         entry: Any = from_json(text)
     except ValueError as error:
-        raise CorruptArtifact(f"{source} is damaged, its description is no JSON ({error}): {AGAIN}") from None
+        raise CorruptArtifact(
+            f"{source} is damaged, its description is not JSON ({error}): {AGAIN}"
+        ) from None
     if not isinstance(entry, dict) or entry.get("format") != FORMAT:
         raise CorruptArtifact(f"{source} holds no quantized model of saq: {MODEL}")
     version, facts = entry.get("version"), entry.get("facts")
@@ -390,7 +394,7 @@ def _weight(state: dict[str, Tensor], name: str, layer: QuantizedLayer, quantize
     )
     expected = quantizer.step().detach()
     if not expected.isfinite().all():
-        raise CorruptArtifact(f"the clipping level of layer {name} is no finite number")
+        raise CorruptArtifact(f"the clipping level of layer {name} is not finite")
     if not torch.equal(step, expected.flatten()):
         raise CorruptArtifact(f"the steps of layer {name} do not belong to its grid and clipping level")
     try:
@@ -406,7 +410,7 @@ def _check_inputs(model: nn.Module) -> None:
         if isinstance(module, Quantizer) and not all(
             x.isfinite().all() for x in module.state_dict().values()
         ):
-            raise CorruptArtifact(f"{name} has a level, step or offset that is no finite number")
+            raise CorruptArtifact(f"{name} has a level, step or offset that is not finite")
 
 
 def restore_structure(model: nn.Module, facts: ModelFacts) -> None:

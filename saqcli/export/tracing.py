@@ -166,7 +166,7 @@ def save(graph: ir.Model, path: Path, properties: dict[str, str], version: str) 
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ExportMismatch(
-            f"the exported graph is not valid ONNX ({reason}): nothing was written"
+            f"the exported graph is not valid ONNX ({reason}); no file was written"
         ) from None
 
 

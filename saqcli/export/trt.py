@@ -150,6 +150,6 @@ def _dequantize_weight(graph: ir.Graph, node: ir.Node) -> ir.Value:
     if codes.dtype != np.int8:
         raise UnsupportedModel(
             f"style trt has INT8 weights only, and the codes of {onnx_helpers.text(node, 'layer')} reach "
-            f"{int(codes.max())}: choose another --style, or quantize with --weight-grid auto"
+            f"{int(codes.max())}: choose another `style`, or quantize with `quantization.weight_grid=auto`"
         )
     return onnx_helpers.weight(graph, node, codes, ir.DataType.INT8)

@@ -16,12 +16,12 @@ MOST_NUMBER = 2**16  # of an integer: widths, depths, sides
 MOST_VALUES = 1000
 MOST_NESTED = 4
 
-_WEIGHTS, _SWITCH = "use --weights", "saq sets such switches itself, leave it out"
+_WEIGHTS, _SWITCH = "use `model.weights`", "saq sets such switches itself, remove it"
 RESERVED = {  # builder arguments that are ours to set
-    "num_classes": "use --num-classes",
-    "pretrained": "use --pretrained or --no-pretrained",
-    "features_only": "saq needs the classifier, leave it out",
-    "device": "use --device",
+    "num_classes": "use `model.num_classes`",
+    "pretrained": "use `model.pretrained` or `model.pretrained=False`",
+    "features_only": "saq needs the classifier, remove it",
+    "device": "use `run.device`",
     **dict.fromkeys(("weights", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"), _WEIGHTS),
     **dict.fromkeys(("weights_backbone", "pretrained_strict", "pretrained_filter_fn"), _WEIGHTS),
     **dict.fromkeys(("pretrained_model_args", "cache_dir", "progress", "pruned"), _WEIGHTS),
@@ -45,7 +45,7 @@ def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name} cannot take {argument} as a model argument: {problem}")
         if count > MOST_VALUES:
             raise ConfigError(
-                f"{name} cannot take more than {MOST_VALUES} model arguments: correct --model-kwargs"
+                f"{name} cannot take more than {MOST_VALUES} model arguments: correct `model.kwargs`"
             )
 
 
@@ -56,7 +56,7 @@ def _leaves(name: str, value: Any, place: tuple[str, ...]) -> Iterator[tuple[str
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str) or not _WORD.fullmatch(key):
-                raise ConfigError(f"{name} cannot take {key!r} as a model argument: it is no name")
+                raise ConfigError(f"{name} cannot take {key!r} as a model argument: it is not a name")
             yield from _leaves(name, inner, (*place, key))
     elif isinstance(value, list | tuple):
         for inner in value:
@@ -70,9 +70,9 @@ def _problem(value: Any) -> str:
     if isinstance(value, int) and abs(value) > MOST_NUMBER:
         return f"{value if abs(value) < 10**20 else 'it'} is beyond {MOST_NUMBER}"
     if isinstance(value, float) and not math.isfinite(value):
-        return f"{value} is no number"
+        return f"{value} is not a number"
     if isinstance(value, str) and not _TEXT.fullmatch(value):
         return "it may be text of letters, digits and . , + = - alone"
     if not (value is None or isinstance(value, bool | int | float | str)):
-        return f"a {type(value).__name__} is no plain value"
+        return f"a {type(value).__name__} is not a plain value"
     return ""

@@ -38,7 +38,7 @@ from saqcli.models.preprocessing import Preprocessing
 from saqcli.models.weights import COLOURS, to_channels, versioned
 
 _SECONDS = 5.0
-_REMEDY = "give --weights FILE with a local .safetensors or .pth"
+_REMEDY = "use `model.weights=FILE` with a local .safetensors or .pth"
 _TRANSPORTS = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3")
 
 
@@ -56,13 +56,15 @@ def fetching(name: str) -> Iterator[None]:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0].strip().rstrip(".:")[:120]
         raise SaqError(
-            f"the pretrained weights of {name} could not be fetched ({reason}): {_REMEDY}, or --no-pretrained"
+            f"the pretrained weights of {name} could not be fetched ({reason}): {_REMEDY}, or `model.pretrained=False`"
         ) from error
 
 
 def unpublished(name: str) -> SaqError:
     """The error for a network that nobody published weights of."""
-    return SaqError(f"{name} has no published weights: {_REMEDY}, or --no-pretrained for random ones")
+    return SaqError(
+        f"{name} has no published weights: {_REMEDY}, or `model.pretrained=False` for random ones"
+    )
 
 
 def require_repository(repository: str, filename: str | None = None) -> None:

@@ -110,7 +110,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     zoo, notes = ZOOS[prefix], [note] if note else []
     if spec.weights_key is not None and not spec.weights:
         raise ConfigError(
-            "--weights-key chooses among the tensors of a weight file: give --weights FILE with it"
+            "`model.weights_key` chooses among the tensors of a weight file: use `model.weights=FILE` with it"
         )
     # Before time is spent on building.
     file = read_weights(spec.weights, spec.weights_key) if spec.weights else None
@@ -227,10 +227,10 @@ def _architecture(zoo: Zoo, name: str, spec: ModelSpec) -> tuple[Architecture, P
     if num_classes < 1:
         if spec.num_classes is not None:
             raise ConfigError(
-                f"{name} was asked for {counted(num_classes, 'class')}: --num-classes must be at least 1"
+                f"{name} was asked for {counted(num_classes, 'class')}: `model.num_classes` must be at least 1"
             )
         raise UnsupportedModel(
-            f"{name} has no classifier, it gives features: pass --num-classes, or choose another"
+            f"{name} has no classifier, it gives features: use `model.num_classes`, or choose another"
         )
     asked = spec.input_size or kwargs.get("img_size") or kwargs.get("image_size")
     size = None if asked is None else _height_width(asked, in_chans)
@@ -251,7 +251,7 @@ def _height_width(size: int | tuple[int, ...], in_chans: int) -> tuple[int, int]
         sides = sides[1:]
     if len(sides) != 2 or min(sides) < 1:
         raise ConfigError(
-            f"input size {size} is no size of a {in_chans}-channel image: give one side, or height and width"
+            f"input size {size} is not the size of a {in_chans}-channel image: give one side, or height and width"
         )
     return sides[0], sides[1]
 
@@ -282,7 +282,9 @@ def _from_file(
             return found
     closest = misfits[max(misfits)]
     hint = (
-        f"; --weights-key chooses other tensors of the file: {', '.join(file.others)}" if file.others else ""
+        f"; `model.weights_key` chooses other tensors of the file: {', '.join(file.others)}"
+        if file.others
+        else ""
     )
     raise WeightsMismatch(f"{closest}{printable(hint)}") from closest
 
@@ -334,12 +336,12 @@ def _building(name: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
         raise
     except Exception as error:
         if found := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
-            raise ConfigError(f"{name} has no argument {found[1]!r}: correct --model-kwargs") from error
+            raise ConfigError(f"{name} has no argument {found[1]!r}: correct `model.kwargs`") from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if kwargs:
             raise ConfigError(
-                f"{name} cannot be built with {dict(kwargs)} ({reason}): correct --model-kwargs "
-                "or --input-size"
+                f"{name} cannot be built with {dict(kwargs)} ({reason}): correct `model.kwargs` "
+                "or `model.input_size`"
             ) from error
         raise UnsupportedModel(
             f"{name} cannot be built ({reason}): choose another, see `saq models`"

@@ -80,7 +80,7 @@ def _as_here(name: str) -> str:
         if not name.lower().startswith("timm/"):
             raise UnknownModel(
                 f"{printable(hub[0], 200)} is a repository of the Hugging Face hub, of which saq knows those of timm/: "
-                "name the network, and give its weights with --weights FILE"
+                "name the network, and give its weights with `model.weights=FILE`"
             )
     if dotted := _DOTTED.fullmatch(name):
         library = dotted[1].lower()
@@ -132,7 +132,7 @@ def _refuse_files(name: str) -> None:
         )
     if suffix in _FILES or (name.strip() and len(name) < 200 and Path(name).is_file()):
         name = printable(name, 200)
-        raise UnknownModel(f"{name} is a file of weights: name its network, and give --weights {name}")
+        raise UnknownModel(f"{name} is a file of weights: name its network, and use `model.weights={name}`")
 
 
 def _near(name: str, prefix: str | None) -> list[str]:

@@ -3,7 +3,7 @@
 Training scripts save several sets of weights side by side (raw and averaged, student and teacher) under keys of their
 own, and wrappers put prefixes before the name of every parameter. The set is chosen by the first rule that applies:
 
-1. ``--weights-key``: a dotted path of keys, which may end in a prefix of names.
+1. The key that was given: a dotted path of keys, which may end in a prefix of names.
 2. What timm's loader takes: ``state_dict_ema``, then ``model_ema``.
 3. Other averaged weights: a key with ``ema``, ``swa`` or ``averaged`` in it.
 4. Raw weights: ``state_dict``, ``model_state_dict``, ``model``, ``net``, ...
@@ -69,7 +69,7 @@ def choose(content: Mapping[Any, Any], key: str | None, source: str) -> StateDic
 
     Args:
         content: of the file.
-        key: of ``--weights-key``.
+        key: that was given, such as ``state_dict_ema``.
         source: what errors call the file.
 
     Raises:
@@ -91,13 +91,14 @@ def choose(content: Mapping[Any, Any], key: str | None, source: str) -> StateDic
     if len(found) > 1:
         raise ConfigError(
             f"weights {source} hold {len(found)} sets of tensors ({_listed(map(_dotted, found))}): choose one with "
-            "--weights-key"
+            "`model.weights_key`"
         )
     (path,) = found
     if path and not is_averaged(path) and (unnamed := next(_unnamed_averages(content), None)):
         raise ConfigError(
             f"weights {source} hold averaged weights without names under {_dotted(unnamed)!r}, beside those in "
-            f"{_dotted(path)!r}: save the averaged state_dict(), or give --weights-key {_dotted(path)} for the others"
+            f"{_dotted(path)!r}: save the averaged state_dict(), or use `model.weights_key={_dotted(path)}` for "
+            "the others"
         )
     chosen = StateDict(
         sets.get(path, content), _dotted(path), tuple(_dotted(other) for other in nested if other != path)
@@ -106,7 +107,9 @@ def choose(content: Mapping[Any, Any], key: str | None, source: str) -> StateDic
     if _never_updated(chosen.values):
         kind += " (of no update: n_averaged is 0)"
     if chosen.others or (path and not set(path) <= set(RAW)):
-        more = f"; it also holds {_listed(chosen.others)}: --weights-key chooses" if chosen.others else ""
+        more = (
+            f"; it also holds {_listed(chosen.others)}: `model.weights_key` chooses" if chosen.others else ""
+        )
         chosen = replace(chosen, notes=(f"{kind} taken from {_quoted(chosen.key)}{more}",))
     return chosen
 
@@ -131,7 +134,7 @@ def fit_names(values: Mapping[str, Tensor], own: Collection[str], source: str) -
         names = (prefix.rstrip(".") for prefix in copies)
         raise ConfigError(
             f"weights {source} hold {len(copies)} copies of the network ({_listed(names)}): choose one with "
-            "--weights-key"
+            "`model.weights_key`"
         )
     found = StateDict(values)
     if copies:
@@ -152,7 +155,7 @@ def _without_prefix(found: StateDict, prefix: str, source: str) -> StateDict:
     note = f"{source}: prefix {printable(prefix, 60)!r} removed from the names of its tensors"
     if others:
         averages = any(is_averaged(tuple(name.split("."))) for name in others)
-        note += f"; {len(others)} others left out ({_listed(others)})"
+        note += f"; {len(others)} others ignored ({_listed(others)})"
         note += ", averaged weights among them" if averages else ""
     return StateDict(values, notes=(*found.notes, note))
 
@@ -244,7 +247,7 @@ def _is_set(content: Mapping[Any, Any]) -> bool:
 
 
 def _asked(content: Mapping[Any, Any], key: str, nested: list[Path], source: str) -> StateDict:
-    """What ``--weights-key`` names."""
+    """What the given key names."""
     key = key.strip().strip(".")
     found = _under(content, key)
     if not found:
@@ -254,7 +257,9 @@ def _asked(content: Mapping[Any, Any], key: str, nested: list[Path], source: str
         known = (
             f"choose from {_listed(map(_dotted, nested))}" if nested else "remove it, the file holds one set"
         )
-        raise ConfigError(f"weights {source} hold no tensors under --weights-key {_quoted(key)}: {known}")
+        raise ConfigError(
+            f"weights {source} hold no tensors under `model.weights_key={_quoted(key)}`: {known}"
+        )
     return StateDict(found, key, tuple(_dotted(path) for path in nested if _dotted(path) != key))
 
 

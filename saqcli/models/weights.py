@@ -195,7 +195,7 @@ def read_weights(path: Path, key: str | None = None) -> WeightFile:
         )
     if path.suffix.lower() not in (".safetensors", *PICKLES):
         raise ConfigError(
-            f"weights {path} cannot be read: {path.suffix or 'no suffix'} is no weight format; "
+            f"weights {path} cannot be read: {path.suffix or 'no suffix'} is not a weight format; "
             "give a .safetensors, .pth, .pt or .th file"
         )
     try:
@@ -334,7 +334,7 @@ def _read_pickle(path: Path) -> tuple[Any, Any]:
         if code := _code_of(error.called):
             raise UnsafeWeights(_CODE.format(path=path, code=code)) from None
         raise UnsafeWeights(
-            f"weights {path} are not to be read: the file {error}; nothing was run. Save model.state_dict() alone"
+            f"weights {path} are refused: the file {error}; nothing was run. Save model.state_dict() alone"
         ) from None
     except Exception as error:  # a damaged pickle can raise anything, from EOFError to KeyError
         if code := _code_in(error) or _code_of(called):
@@ -352,7 +352,7 @@ def _code_in(error: Exception) -> str:
         return ""
     if found := re.search(r"GLOBAL (\S+)", str(error)):
         return printable(found[1], 100)
-    return "an object that is no tensor" if "allowlisted" in str(error) else ""
+    return "an object that is not a tensor" if "allowlisted" in str(error) else ""
 
 
 def _code_of(called: Sequence[str]) -> str:
@@ -397,9 +397,9 @@ def _misfit(
     if misshapen and not missing and not unexpected and heads.issuperset(misshapen):
         theirs, asked = len(state[misshapen[0]]), len(own[misshapen[0]])
         return (
-            f"{source} has {counted(theirs, 'class')}, {name} was asked for {asked}: remove --num-classes and give "
-            f"data with the classes of the weights, or add --new-head to train a classifier of {asked} (saq quantize, "
-            "saq search)"
+            f"{source} has {counted(theirs, 'class')}, {name} was asked for {asked}: remove `model.num_classes` "
+            "and give data with the classes of the weights, or add `model.new_head=True` to train a classifier of "
+            f"{asked} (saq quantize, saq search)"
         )
     read = {
         (state[key].shape[1], own[key].shape[1])
@@ -410,7 +410,7 @@ def _misfit(
         theirs, asked = read.pop()
         return (
             f"{source} reads images of {counted(theirs, 'channel')} ({misshapen[0]}), {name} was asked for {asked}: "
-            f"pass --in-chans {theirs}"
+            f"use `model.in_chans={theirs}`"
         )
     shapes = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in misshapen]
     kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes))

@@ -3,7 +3,7 @@ set of images.
 
 A run directory brings the model that it exported, with the latent weights of its checkpoint if they give the very
 same quantized weights. A ``.safetensors`` file has none. A float model is calibrated at the bits that are asked
-for, just as ``saq quantize --epochs 0`` does.
+for, just as ``quantize`` with ``training.epochs=0`` does.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ class View:
     """Which images, and how many.
 
     Attributes:
-        data: ``--data`` and how it is read.
+        data: which images, and how they are read.
         split: of the data.
         images: drawn evenly over the classes.
         seed: of the draw.
@@ -94,7 +94,7 @@ def check_target(target: str, section: ModelSection, bits: str | None, policy: P
     """Refuse what can be seen to be no subject before anything is loaded.
 
     Raises:
-        SaqError: nothing of that name, a run without a model, an ONNX file, a quantized model with ``--bits``, a float
+        SaqError: nothing of that name, a run without a model, an ONNX file, a quantized model with bits, a float
             one without, or bits out of range.
     """
     problems, given = Problems(), bits is not None or policy is not None
@@ -102,7 +102,7 @@ def check_target(target: str, section: ModelSection, bits: str | None, policy: P
     if found is not None and found.kind != "model":
         if given:
             problems.add(
-                ConfigError(f"{target} is quantized already and has its own bits: remove --bits and --policy")
+                ConfigError(f"{target} is quantized already and has its own bits: remove `bits` and `policy`")
             )
         problems.attempt(named_file, found, section)
     elif given:
@@ -116,7 +116,7 @@ def check_target(target: str, section: ModelSection, bits: str | None, policy: P
     elif found is not None:
         problems.add(
             ConfigError(
-                f"{target} is a float model: give --bits 4 or --policy FILE, to be calibrated at, "
+                f"{target} is a float model: give `bits=4` or `policy=FILE`, at which it is calibrated, "
                 "or a run directory or .safetensors file"
             )
         )
@@ -207,7 +207,7 @@ def _with_latent_weights(
         pairs = zip(quantized_layers(model).values(), quantized_layers(trained).values(), strict=True)
         if all(torch.equal(one.quantized_weight(), other.quantized_weight()) for one, other in pairs):
             return trained
-    progress.note(f"{run.checkpoint_path} does not hold the latent weights of the model: left out")
+    progress.note(f"{run.checkpoint_path} does not hold the latent weights of the model: ignored")
     return None
 
 

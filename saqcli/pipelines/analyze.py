@@ -8,7 +8,7 @@ measured twice, and an unfinished one goes on.
 ``saq analyze``: from a quantized model and images to readings, as JSON and as pictures.
 
 open       the model, a second one to compare with, the images
-take up    readings that are there already, with ``--resume``
+resume     readings that are there already, with ``resume``
 measure    one instrument after the other; each writes its JSON as soon as it is done
 draw       PNG and SVG
 """
@@ -169,20 +169,20 @@ class AnalysisFolder:
                 INSTRUMENTS[name].reading, file.reading, f"{path}, reading", RunDirectoryError
             )
         except RunDirectoryError as error:
-            raise RunDirectoryError(f"{error}: remove it to measure it again, or give --overwrite") from None
+            raise RunDirectoryError(f"{error}: remove it to measure again, or use `overwrite=True`") from None
         if file.instrument != name:
             raise RunDirectoryError(
-                f"{path} holds a reading of another instrument: give --overwrite to replace it"
+                f"{path} holds a reading of another instrument: use `overwrite=True` to replace it"
             )
         difference = self._difference(file)
         if difference:
             raise ConfigError(
-                f"{path} was measured otherwise ({difference}): give --resume the same model and settings, "
-                "--overwrite, or another --out"
+                f"{path} was measured differently ({difference}): give `resume=True` the same model and settings, "
+                "or use `overwrite=True`, or another `out`"
             )
         if _sha256(file.reading) != file.sha256 or reading.finished != file.finished:
             raise RunDirectoryError(
-                f"{path} was changed after it was written: give --overwrite to measure anew"
+                f"{path} was changed after it was written: use `overwrite=True` to measure again"
             )
         return reading
 
@@ -235,7 +235,7 @@ class Request:
         bits: of a float model.
         policy: likewise.
         device: ``auto``, ``cpu``, ``cuda``.
-        resume: take up what is in ``out``.
+        resume: continue what is in ``out``.
         overwrite: replace it.
     """
 
@@ -301,7 +301,7 @@ class Analysis:
     files: list[Path]
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``--json`` prints it."""
+        """Plain values, as JSON has them."""
         against = None if self.second is None else self.second.to_dict()
         return {
             "out": str(self.out),
@@ -350,7 +350,7 @@ def _alone_in(request: Request, progress: Progress) -> Iterator[None]:
     except KeyboardInterrupt as asked:
         raise _interrupted(request, exit_code_of(asked)) from None
     except CannotWrite as error:
-        raise CannotWrite(f"{error}, then give the same command and --resume") from None
+        raise CannotWrite(f"{error}, then repeat this with `resume=True`") from None
     finally:
         lock.release()
 
@@ -398,24 +398,26 @@ def check_request(request: Request) -> None:
     grid = request.settings.grid
     if grid % 2 == 0:
         problems.add(
-            ConfigError(f"--grid {grid} has no point in the middle: give an odd number, such as {grid + 1}")
+            ConfigError(f"`grid={grid}` has no point in the middle: give an odd number, such as {grid + 1}")
         )
     if request.resume and request.overwrite:
         problems.add(
-            ConfigError("--resume continues what is there and --overwrite replaces it: give one of them")
+            ConfigError(
+                "`resume=True` continues what is there and `overwrite=True` replaces it: give one of them"
+            )
         )
     problems.attempt(check_device, request.device)
     problems.check()
 
 
 def _check_against(against: str) -> None:
-    named_file(find_target(against, QUANTIZED, "--against"), ModelSection(name=against))
+    named_file(find_target(against, QUANTIZED, "`against`"), ModelSection(name=against))
 
 
 def _check_free(request: Request) -> None:
     """Refuse to replace what was not said to be replaced."""
     if request.out.exists() and not request.out.is_dir():
-        raise RunDirectoryError(f"{request.out} is a file: give another --out")
+        raise RunDirectoryError(f"{request.out} is a file: use another `out`")
     there = [
         path
         for folder in request.folders
@@ -424,8 +426,8 @@ def _check_free(request: Request) -> None:
     ]
     if there and not request.resume and not request.overwrite:
         raise RunDirectoryError(
-            f"{there[0]} is already there: give --resume to go on with it, --overwrite to replace it, "
-            "or another --out"
+            f"{there[0]} already exists: use `resume=True` to continue it, `overwrite=True` to replace it, "
+            "or another `out`"
         )
 
 
@@ -503,4 +505,4 @@ def _interrupted(request: Request, exit_code: int) -> Interrupted:
     saved = any(
         (folder / f"{name}.json").exists() for folder in request.folders for name in request.instruments
     )
-    return Interrupted(f"the same command{' and --resume' if saved else ''}", exit_code, saved=saved)
+    return Interrupted(f"the same command{' and `resume=True`' if saved else ''}", exit_code, saved=saved)

@@ -1,13 +1,13 @@
-"""``saq eval --bench``: latency of a network, float and quantized, in PyTorch and in ONNX Runtime.
+"""Benchmark: latency of a network, float and quantized, in PyTorch and in ONNX Runtime.
 
 How long functions take, measured in turns: a machine that others use too slows all of them alike.
 
-What ``saq eval --bench`` sets side by side: a network in PyTorch and in ONNX Runtime, float and quantized.
+What a benchmark sets side by side: a network in PyTorch and in ONNX Runtime, float and quantized.
 
 From a run or a safetensors file all four can be made; an ONNX file holds no PyTorch model, but names the float
 architecture, whose speed does not depend on its weights.
 
-``saq eval --bench``: how fast a network is, float and quantized, in PyTorch and in ONNX Runtime, on this CPU.
+A benchmark: how fast a network is, float and quantized, in PyTorch and in ONNX Runtime, on this CPU.
 
 Images are random, since their values do not change the time. All contenders take turns
 (``saqcli.pipelines.bench``), once for every batch size and number of threads.
@@ -301,12 +301,12 @@ class BenchSettings:
         """
         for size in self.batch_sizes:
             if not 1 <= size <= MOST_IMAGES:
-                raise ConfigError(f"--batch-sizes {size}: give numbers of images from 1 to {MOST_IMAGES}")
+                raise ConfigError(f"`batch_sizes={size}`: give numbers of images from 1 to {MOST_IMAGES}")
         for count in self.threads or ():
             if not 1 <= count <= cores():
-                raise ConfigError(f"--threads {count}: this machine has {cores()}, give 1 to {cores()}")
+                raise ConfigError(f"`threads={count}`: this machine has {cores()}, give 1 to {cores()}")
         if self.repeats < 1:
-            raise ConfigError(f"--repeats {self.repeats}: give at least 1")
+            raise ConfigError(f"`repeats={self.repeats}`: give at least 1")
 
 
 @dataclass(frozen=True)
@@ -342,7 +342,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """What ``saq eval --bench`` found.
+    """What a benchmark found.
 
     Attributes:
         model: name of the network.
@@ -365,7 +365,7 @@ class Bench:
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``--json`` prints it."""
+        """Plain values, as JSON has them."""
         return {
             "model": self.model,
             "input_size": list(self.input_size),
@@ -404,7 +404,7 @@ def _check_batches(lineup: Lineup, batch_sizes: tuple[int, ...]) -> None:
     for contender in lineup.contenders:
         if contender.batch is not None and any(size != contender.batch for size in batch_sizes):
             raise ConfigError(
-                f"{contender.name} takes batches of {contender.batch} only: give --batch-sizes {contender.batch}"
+                f"{contender.name} takes batches of {contender.batch} only: use `batch_sizes={contender.batch}`"
             )
 
 

@@ -10,7 +10,7 @@ from saqcli.quant.bits import BitConfig, LayerBits, parse_bits
 from saqcli.quant.cost import Budget
 from saqcli.quant.search_space import Candidates, Rule, SearchSpace, parse_rule, search_space
 from saqcli.serialization import parse_json, read_text
-from saqcli.units import OPTIONS, Quantity, parse_quantity
+from saqcli.units import SETTINGS, Quantity, parse_quantity
 
 BUDGETS: tuple[tuple[str, Quantity], ...] = (
     ("bops", "bops"),
@@ -37,7 +37,11 @@ def check_bits(section: QuantizationSection, *, files: bool = True) -> None:
     for pattern, text in section.pins.items():
         problems.attempt(parse_rule, text, pattern)
     if section.policy is not None and section.pins:
-        problems.add(ConfigError("--policy gives the bits of every layer: edit it, and remove --pin"))
+        problems.add(
+            ConfigError(
+                "`quantization.policy` gives the bits of every layer: edit it, and remove `quantization.pins`"
+            )
+        )
     if section.policy is not None and files:
         problems.attempt(_parse_policy, section.policy)
     problems.check()
@@ -45,7 +49,7 @@ def check_bits(section: QuantizationSection, *, files: bool = True) -> None:
 
 def _check_budget(text: str | None, quantity: Quantity) -> None:
     if text is not None and UNIFORM_BUDGET.fullmatch(text.strip()):
-        parse_bits(text, OPTIONS[quantity])
+        parse_bits(text, SETTINGS[quantity])
     elif text is not None:
         parse_quantity(text, quantity)
 
@@ -57,15 +61,16 @@ def check_way(section: QuantizationSection) -> None:
         ConfigError: more than one of bits, budget and policy, or none.
     """
     ways = {
-        "--bits": section.bits is not None,
-        "--bops or --size": section.bops is not None or section.size is not None,
-        "--policy": section.policy is not None,
+        "`quantization.bits`": section.bits is not None,
+        "`quantization.bops` or `quantization.size`": section.bops is not None or section.size is not None,
+        "`quantization.policy`": section.policy is not None,
     }
     given = [name for name, there in ways.items() if there]
     if len(given) != 1:
         found = f"{' and '.join(given)} were given" if given else "no bits and no budget were given"
         raise ConfigError(
-            f"{found}: give exactly one of --bits 4, --bops 34G (or --size 5MB, or both), --policy FILE"
+            f"{found}: give exactly one of `quantization.bits=4`, `quantization.bops=34G` "
+            "(or `quantization.size=5MB`, or both), `quantization.policy=FILE`"
         )
 
 
@@ -103,7 +108,7 @@ def budget_of(section: QuantizationSection, network: Network) -> Budget:
 
 
 def given_policy(section: QuantizationSection, network: Network) -> BitConfig | None:
-    """The configuration that ``--bits`` or ``--policy`` gives; None where a search must find it.
+    """The configuration that ``bits`` or ``policy`` gives; None where a search must find it.
 
     Raises:
         ConfigError: more than one of bits, budget and policy, or none.
@@ -144,7 +149,7 @@ def in_order(policy: BitConfig, network: Network, source: str) -> BitConfig:
 
 def _parse_policy(text: str) -> BitConfig:
     path = policy_file(text)
-    return parse_json(BitConfig, read_text(path, f"--policy {path}"), str(path))
+    return parse_json(BitConfig, read_text(path, f"`quantization.policy={path}`"), str(path))
 
 
 def float_policy(network: Network) -> BitConfig:

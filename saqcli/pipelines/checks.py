@@ -1,7 +1,7 @@
 """What can be seen to be wrong with a command before anything is fetched or loaded.
 
-Every command collects what its checks find and tells all of it at once: a missing ``--data`` beside a typing mistake
-in ``--method``. Whether a run directory is there already is looked at after that; weights and images come last.
+Every command collects what its checks find and tells all of it at once: missing images beside a typing mistake
+in ``training.method``. Whether a run directory is there already is looked at after that; weights and images come last.
 """
 
 from typing import Literal
@@ -79,7 +79,7 @@ def _check_weights(weights: str) -> None:
 
 
 def check_images(section: DataSection, *splits: Literal["train", "val"], files: bool = True) -> None:
-    """Refuse a ``--data`` that is missing or not there.
+    """Refuse images that are missing or not there.
 
     Args:
         section: of the settings.

@@ -30,7 +30,7 @@ FLOAT_EPOCHS, FLOAT_LR = 12, 0.05
 
 
 def demo(run_dir: Path, *, bops: str, epochs: int, seed: int, progress: Progress) -> dict[str, Any]:
-    """Run it all below ``run_dir``, replacing an earlier demo there; returns what ``saq quantize --json`` prints."""
+    """Run it all below ``run_dir``, replacing an earlier demo there; returns what ``quantize`` found."""
     data, weights, quantized = (run_dir / name for name in ("digits", "float.safetensors", "quantized"))
     config = demo_config(data, weights, bops=bops, epochs=epochs, seed=seed)
     check_budget(config)

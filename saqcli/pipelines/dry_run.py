@@ -1,4 +1,4 @@
-"""``saq quantize --dry-run`` and ``saq search --dry-run``: what a run would do and cost, before it takes any time.
+"""Dry runs of ``quantize`` and ``search``: what a run would do and cost, before it takes any time.
 
 Everything that a run looks at before its first long step is looked at here, with the same functions: model, data,
 device, bits or budget, training, run directory. Nothing is written, and published weights are not fetched.
@@ -59,8 +59,8 @@ def plan(
         overwrite: the run in ``run_dir``.
 
     Returns:
-        What ``--json`` prints. Under a budget the profile is that of the most uniform bits that meet it, since nothing
-        is searched.
+        Plain values, as JSON has them. Under a budget the profile is that of the most uniform bits that meet it,
+        since nothing is searched.
 
     Raises:
         SaqError: what would stop the run before its first long step.
@@ -169,14 +169,14 @@ def _bits(config: RunConfig) -> str:
     """Where they come from, as typed."""
     section = config.quantization
     given = {
-        "--bits": section.bits,
-        "--policy": section.policy,
-        "--bops": section.bops,
-        "--size": section.size,
+        "bits": section.bits,
+        "policy": section.policy,
+        "bops": section.bops,
+        "size": section.size,
     }
-    words = [word for option, value in given.items() if value is not None for word in (option, value)]
-    pins = [word for pattern, bits in section.pins.items() for word in ("--pin", f"{pattern}={bits}")]
-    return shlex.join(words + pins)
+    words = [(setting, value) for setting, value in given.items() if value is not None]
+    words += [("pins", f"{pattern}={bits}") for pattern, bits in section.pins.items()]
+    return " ".join(f"`quantization.{setting}={shlex.quote(value)}`" for setting, value in words)
 
 
 def _written(config: RunConfig, verb: str, *, searches: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""``saq eval``: accuracy of anything on a folder of images, and with ``--bench`` how fast it is."""
+"""``saq eval``: accuracy of anything on a folder of images, and with a benchmark how fast it is."""
 
 import time
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ class Evaluation:
 
     Attributes:
         target: what was evaluated.
-        score: accuracy and loss; None where no images were named, for ``--bench`` alone.
+        score: accuracy and loss; None where no images were named, for a benchmark alone.
         images_per_second: including reading the images.
         bench: how fast it is; None where that was not asked.
         class_order: what decided on the labels of the images, see ``Numbering``; None without images.
@@ -41,7 +41,7 @@ class Evaluation:
     class_order: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``--json`` prints it; accuracies in percent."""
+        """Plain values, as JSON has them; accuracies in percent."""
         score = self.score
         return {
             "target": self.target,
@@ -81,7 +81,7 @@ def evaluate_target(
     if bench is None:
         return _accuracy(target, section, data, device, progress)
     if started_by_torchrun():
-        raise ConfigError("--bench measures one process: start it without torchrun")
+        raise ConfigError("`bench` measures one process: start it without torchrun")
     problems = Problems()
     problems.attempt(bench.check)
     problems.attempt(check_evaluation, target, section, data, device, needs_images=False)

@@ -50,7 +50,7 @@ from saqcli.verify.proof import RUNTIMES, prove_graph, prove_tensors, versions
 from saqcli.verify.runtime import onnx_session
 from saqcli.verify.verdict import SYNTHETIC, Verdict, synthetic_batches, verdict_path, verdict_text
 
-ELSEWHERE = ": choose another --style"  # how exporters end that refuse what another style can write
+ELSEWHERE = ": choose another `style`"  # how exporters end that refuse what another style can write
 TRIED_IMAGES = (
     3  # by a trial export; it is traced with two, so that a number of images left in the graph shows
 )
@@ -71,7 +71,7 @@ class Export:
     verdict: Verdict
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``--json`` prints it."""
+        """Plain values, as JSON has them."""
         return {
             "onnx": str(self.path),
             "verdict": str(verdict_path(self.path)),
@@ -109,7 +109,9 @@ def export(
     weights = check_export(source, path, style, data, runtimes)
     for taken in (path, verdict_path(path)):
         if taken.exists() and not overwrite:
-            raise ConfigError(f"{taken} is already there: give --overwrite to replace it, or another --onnx")
+            raise ConfigError(
+                f"{taken} already exists: use `overwrite=True` to replace it, or another `path`"
+            )
     make_folder(path.parent)
     run = RunDirectory.open(source) if source.is_dir() else None
     model, facts = restore(weights)
@@ -147,10 +149,12 @@ def check_export(
     for runtime in runtimes:
         if runtime not in RUNTIMES:
             problems.add(
-                ConfigError(f"--verify {runtime} is no runtime that saq knows: choose {', '.join(RUNTIMES)}")
+                ConfigError(
+                    f"`runtimes={runtime}` is not a runtime that saq knows: choose {', '.join(RUNTIMES)}"
+                )
             )
     if path.suffix != ".onnx":
-        problems.add(ConfigError(f"--onnx {path} has no ending .onnx: give a file name like model.onnx"))
+        problems.add(ConfigError(f"`path={path}` does not end with .onnx: give a file name like model.onnx"))
     if data.path is not None:
         problems.attempt(check_images, data, "val")
     problems.check()
@@ -212,12 +216,12 @@ def export_verified(
                 verdict = prove_tensors(loaded, model, batches, progress)
         except CorruptArtifact as error:
             reason = str(error).replace(str(temporary), path.name)
-            raise ExportMismatch(f"{reason}: nothing was written") from None
+            raise ExportMismatch(f"{reason}; no file was written") from None
         verdict.verified_on, verdict.images_available = verified_on, available
         reasons = verdict.reasons()
         if reasons:
             raise ExportMismatch(
-                f"{path.name} does not equal the model ({'; '.join(reasons)}): nothing was written"
+                f"{path.name} does not match the model ({'; '.join(reasons)}); no file was written"
             )
     if exporter.suffix == ".onnx":
         about = {"style": style, "opset": OPSET, "versions": versions(runtimes)}
@@ -235,7 +239,7 @@ def check_styles(styles: Sequence[str]) -> None:
         if style not in STYLES:
             raise ConfigError(f"there is no export style {style!r}: choose from {', '.join(STYLES)}")
         if styles.count(style) > 1:
-            raise ConfigError(f"--style {style} is given twice: one file a style is written")
+            raise ConfigError(f"`style={style}` is given twice: one file per style is written")
 
 
 def onnx_names(styles: Sequence[str]) -> dict[str, str]:
@@ -290,8 +294,8 @@ def _try_export(style: str, config: RunConfig, network: Network) -> None:
             if not isinstance(error, SaqError):
                 reason = f"{type(error).__name__}: {' '.join(reason.split())[:200]}"
             raise UnsupportedModel(
-                f"{network.name} cannot be exported to ONNX in style {style}: {reason}; give --no-export to end with "
-                f"model.safetensors alone, or another {'--style' if traced else 'network'}"
+                f"{network.name} cannot be exported to ONNX in style {style}: {reason}; use `export.styles=()` to "
+                f"end with model.safetensors alone, or another {'`style`' if traced else 'network'}"
             ) from error
 
 

@@ -98,7 +98,7 @@ class Searched:
         return self.posed.problem.budget
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``--json`` prints it and ``search.json`` keeps it; accuracies in percent."""
+        """Plain values, as ``search.json`` keeps them; accuracies in percent."""
         score = self.found.score(self.found.choice) if self.found.score else None
         return {
             "model": self.policy.model,
@@ -133,7 +133,7 @@ def make_searcher(config: RunConfig) -> Searcher:
     options = dict(section.options.get(name, {}))
     if section.epochs is not None:
         if not SEARCHERS[name].trains:
-            raise ConfigError(f"searcher {name} does not train: remove --epochs")
+            raise ConfigError(f"searcher {name} does not train: remove `search.epochs`")
         whole = section.epochs == int(section.epochs)
         options["epochs"] = int(section.epochs) if whole else section.epochs
     if section.rho is not None:
@@ -178,7 +178,7 @@ def _check_trains(searched: Network, config: RunConfig, images: int) -> None:
     """Refuse a network that cannot be trained on ``images`` as the searcher does."""
     limits = {}
     if (step := config.search.options.get("asga", {}).get("step_images")) and isinstance(step, int):
-        limits["--set search.options.asga.step_images="] = max(1, step // distributed.count())
+        limits["search.options.asga.step_images"] = max(1, step // distributed.count())
     name = config.quantization.searcher
     check_trains(
         searched.model,

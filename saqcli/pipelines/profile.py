@@ -43,7 +43,7 @@ class Profile:
         return self.network.costs.bops(self.policy)
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``--json`` prints it."""
+        """Plain values, as JSON has them."""
         costs, traced = self.network.costs, self.network.traced
         return {
             "model": self.network.name,
@@ -133,11 +133,13 @@ def check_profile(
         problems.attempt(check_no_model_options, section.name, section)
         for option, given in (("bits", bits), ("policy", policy)):
             if given is not None:
-                problems.add(ConfigError(f"{section.name} has its own bits: remove --{option}"))
+                problems.add(ConfigError(f"{section.name} has its own bits: remove `{option}`"))
         if quantize_attention:
-            problems.add(ConfigError(f"{section.name} has its own attention: remove --quantize-attention"))
+            problems.add(
+                ConfigError(f"{section.name} has its own attention: remove `quantization.quantize_attention`")
+            )
     if bits is not None and policy is not None:
-        problems.add(ConfigError("--bits and --policy both give the bits: give one of them"))
+        problems.add(ConfigError("`bits` and `policy` both give the bits: give one of them"))
     given_bits = {"bits": bits, "policy": None if policy is None else str(policy)}
     problems.attempt(check_bits, QuantizationSection.model_validate(given_bits))
     if target is not None and target.kind == "model":

@@ -143,7 +143,9 @@ def check(config: RunConfig, *, images: bool = False, files: bool = True) -> Non
     problems.attempt(check_device, config.run.device)
     if config.model.new_head and not config.training.epochs:
         problems.add(
-            ConfigError("--new-head starts a random classifier, which fine-tuning trains: remove --epochs 0")
+            ConfigError(
+                "`model.new_head` starts a random classifier, which fine-tuning trains: remove `training.epochs=0`"
+            )
         )
     problems.attempt(check_styles, config.export.styles)
     check_builds(problems, config.model)
@@ -175,8 +177,8 @@ def network_for(config: RunConfig, loaded: LoadedModel) -> Network:
     """
     if config.training.distill and not loaded.trained:
         raise ConfigError(
-            f"--distill learns from the float model, and the weights of {loaded.name} are random, or those of its "
-            "classifier: give --weights FILE with all of them, or remove --distill"
+            f"`training.distill` learns from the float model, and the weights of {loaded.name} are random, or "
+            "those of its classifier: use `model.weights=FILE` with all of them, or remove `training.distill`"
         )
     network = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
     if given_policy(config.quantization, network) is None:
@@ -257,7 +259,7 @@ def complete(
 ) -> Outcome:
     """From the last checkpoint, ``state``, to the end: train, score, export, report."""
     if state is None:
-        raise RunDirectoryError(f"{run.path} holds no checkpoint: start again with --overwrite")
+        raise RunDirectoryError(f"{run.path} holds no checkpoint: start again with `overwrite=True`")
     facts = with_names_of_logits(ModelFacts.model_validate_json(state["facts"]))
     outcome = Outcome.unpack(state["outcome"])
     model = build_architecture(facts.build)

@@ -101,7 +101,7 @@ class Rerun:
         return not self.differences
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``--json`` prints it."""
+        """Plain values, as JSON has them."""
         return {
             "run_dir": str(self.run_dir),
             "reran": str(self.reran),
@@ -157,9 +157,7 @@ def rerun(
             try:
                 VERBS[manifest.verb](config, new.path, resume=resume, overwrite=overwrite, progress=progress)
             except Interrupted as error:
-                command = (
-                    f"`saq rerun {shlex.quote(str(run_dir))} --run-dir {shlex.quote(str(new_dir))} --resume`"
-                )
+                command = f"`rerun({str(run_dir)!r}, run_dir={str(new_dir)!r}, resume=True)`"
                 raise Interrupted(command, error.exit_code, saved=error.saved) from None
     after = Record.read(new)
     compared, differences = compare(before, after)
@@ -188,8 +186,8 @@ def _check_apart(old: Path, new: Path) -> None:
     """Nothing is written into the run that is done again, nor around it."""
     if old == new or old in new.parents or new in old.parents:
         raise RunDirectoryError(
-            f"{new} and {old} are the same or one in the other, and the run is not to be changed: give another "
-            "--run-dir"
+            f"{new} and {old} are the same or one in the other, and the run must not change: use another "
+            "`run_dir`"
         )
 
 
@@ -198,7 +196,7 @@ def _check_is_rerun(old: RunConfig, new: RunConfig, new_dir: Path, run_dir: Path
     difference = first_difference(_with(old, {key: _get(new, key) for key in MAY_DIFFER}), new)
     if difference:
         raise ConfigError(
-            f"{new_dir} is no rerun of {run_dir} ({difference}): give another --run-dir, or --overwrite"
+            f"{new_dir} is not a rerun of {run_dir} ({difference}): use another `run_dir`, or `overwrite=True`"
         )
 
 
@@ -207,12 +205,12 @@ def _check_there(config: RunConfig, run_dir: Path) -> None:
     data, weights = config.data.path, config.model.weights
     if data is not None and not _is_named(data) and not Path(data).expanduser().is_dir():
         raise DataError(
-            f"the images of {run_dir} are not in {Path(data).absolute()} any more: give --data DIR with the same"
+            f"the images of {run_dir} are no longer in {Path(data).absolute()}: use `data.path=DIR` with the same"
         )
     if weights is not None and not Path(weights).is_file():
         raise ConfigError(
-            f"the weights of {run_dir} are not in {Path(weights).absolute()} any more: give --weights FILE with the "
-            "same"
+            f"the weights of {run_dir} are no longer in {Path(weights).absolute()}: use `model.weights=FILE` with "
+            "the same"
         )
 
 
@@ -258,9 +256,9 @@ def _as_then(then: Circumstances | None, run_dir: Path, new_dir: Path, progress:
     if then.processes != distributed.count():
         progress.note(
             f"the run was made by {counted(then.processes, 'process')} and this is one, which gives other "
-            f"bits: for the same ones start `torchrun --nproc-per-node {then.processes} -m saqcli` with "
-            f"{shlex.quote(str(run_dir / 'config.json'))} as --config and another --run-dir, and compare with "
-            f"`saq rerun {shlex.quote(str(run_dir))} --run-dir {shlex.quote(str(new_dir))} --resume`"
+            f"bits: for the same ones start torchrun with `nproc_per_node={then.processes}`, "
+            f"`config={shlex.quote(str(run_dir / 'config.json'))}` and another `run_dir`, and compare with "
+            f"`rerun({str(run_dir)!r}, run_dir={str(new_dir)!r}, resume=True)`"
         )
     there = Path(then.directory).is_dir() and os.access(then.directory, os.X_OK)
     if not there:

@@ -4,7 +4,7 @@ What a search keeps in its run directory, so that it can be stopped at any step 
 
 What ``saq search`` prints, as it is read back from the manifest of a search that has ended.
 
-The rest of the manifest is for people; this is shown again by ``--resume``, so it must be whole.
+The rest of the manifest is for people; this is shown again when it is resumed, so it must be whole.
 
 ``saq search``: bits for every layer under a budget, and the front that a search found on the way.
 
@@ -210,7 +210,7 @@ def search(
         progress: told about everything that takes time.
 
     Returns:
-        What ``--json`` prints.
+        Plain values, as JSON has them.
 
     Raises:
         SaqError: anything the user can act on; a search under way stays in ``run_dir``.
@@ -296,10 +296,15 @@ def check_search(config: RunConfig, *, images: bool = True, files: bool = True) 
         problems.attempt(check_images, data, "train", files=files)
     if section.bits is not None or section.policy is not None:
         problems.add(
-            ConfigError("--bits and --policy give the bits, so there is nothing to search: remove them")
+            ConfigError(
+                "`quantization.bits` and `quantization.policy` give the bits, so there is nothing to search: "
+                "remove them"
+            )
         )
     elif section.bops is None and section.size is None:
-        problems.add(ConfigError("no budget was given: give --budget 34G, --size 5MB, or both"))
+        problems.add(
+            ConfigError("no budget was given: use `quantization.bops=34G`, `quantization.size=5MB`, or both")
+        )
     problems.attempt(check_bits, section, files=False)
     problems.attempt(make_searcher, config)
     problems.attempt(scheme_of(config).check)
@@ -335,7 +340,7 @@ def images_for(config: RunConfig, loaded: LoadedModel, device: torch.device, pro
 
 
 def keep_search(searched: Searched, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
-    """Write policy, figures and pictures; what ``--json`` prints."""
+    """Write policy, figures and pictures; the results as plain values."""
     count, widths = config.search.pareto, config.quantization.candidates
     results = searched.to_dict()  # by all ranks, as it may have to be scored
     front = pareto(searched, count, widths) if count else None

@@ -75,8 +75,8 @@ def load_float(section: ModelSection, progress: Progress, *, new_head: bool = Fa
     loaded.notes += [f"{loaded.name}: {note}" for note in make_plain(loaded.model)]
     if section.new_head and loaded.trained:
         loaded.notes.append(
-            f"--new-head changes nothing: {loaded.weights_source} has {counted(loaded.num_classes, 'class')}, as asked "
-            "for, and its classifier is kept"
+            f"`model.new_head` changes nothing: {loaded.weights_source} has "
+            f"{counted(loaded.num_classes, 'class')}, as asked for, and its classifier is kept"
         )
     for note in loaded.notes:
         progress.note(note)
@@ -112,7 +112,7 @@ def answering(name: str) -> Iterator[None]:
     try:
         yield
     except UnsupportedModel as error:
-        remedy = "give another --input-size or correct --model-kwargs"
+        remedy = "use another `model.input_size` or correct `model.kwargs`"
         if "dtype" in str(error):
             remedy = "convert the whole network with .float(), since layers are quantized in float32"
         raise UnsupportedModel(f"{name}: {error}; {remedy}") from error
@@ -130,7 +130,7 @@ def open_trained(
     called: str,
     progress: Progress = SILENT,
 ) -> Split:
-    """One split of ``--data`` with the labels that a quantized model was trained on, and turned as then."""
+    """One split of the data with the labels that a quantized model was trained on, and turned as then."""
     return open_named(as_trained(section, facts, progress), split, trained_classes(facts, called), progress)
 
 
@@ -140,5 +140,5 @@ def as_trained(section: DataSection, facts: ModelFacts, progress: Progress = SIL
         return section.model_copy(update={"exif_transpose": facts.exif_transpose})
     if section.exif_transpose != facts.exif_transpose:
         then = "with" if facts.exif_transpose else "without"
-        progress.note(f"the model was trained {then} --exif-transpose, and is now used otherwise")
+        progress.note(f"the model was trained {then} `data.exif_transpose`, and is now used differently")
     return section

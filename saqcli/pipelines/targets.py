@@ -140,7 +140,7 @@ def model_file(run: RunDirectory) -> Path:
 
 
 def policy_file(text: str) -> Path:
-    """The file of bits that ``--policy`` names: itself, or that of a run.
+    """The file of bits that ``text`` names: itself, or that of a run.
 
     Raises:
         ConfigError: a folder that is not a run.
@@ -150,11 +150,11 @@ def policy_file(text: str) -> Path:
     if not path.is_dir():
         return path
     if not (path / "manifest.json").is_file():
-        raise ConfigError(f"--policy {_not_a_run(path, files=False)}")
+        raise ConfigError(f"`quantization.policy`: {_not_a_run(path, files=False)}")
     run = RunDirectory.open(path)
     if not run.policy_path.is_file():
         raise RunDirectoryError(
-            f"--policy {path} holds no policy.json: it {run.standing()}, {run.next_step()}"
+            f"`quantization.policy={path}` holds no policy.json: it {run.standing()}, {run.next_step()}"
         )
     return run.policy_path
 
@@ -176,7 +176,7 @@ def _not_a_run(path: Path, *, files: bool = True) -> str:
     if runs:
         return f"{path} is not a run directory, it holds some: give one of them, such as {', '.join(runs[:NEAR])}"
     if any((path / name).is_dir() for name in ("train", *VAL_FOLDERS)):
-        return f"{path} is not a run directory: if it holds images, give it as --data"
+        return f"{path} is not a run directory: if it holds images, give it as `data.path`"
     models = [file for suffix in MODEL_FILES for file in sorted(path.glob(f"*{suffix}"))]
     hint = f", or the file {models[0]}" if models and files else ""
     return (
@@ -190,9 +190,9 @@ def _no_model(path: Path, wanted: str) -> str:
     if (run := _run_of(path)) is not None:
         return f"{path} is a file of a run: give the run directory, {run}"
     if path.name.endswith("policy.json"):
-        return f"{path} holds bits and no model: give MODEL --policy {quoted}"
+        return f"{path} holds bits and no model: give `model.name` `quantization.policy={quoted}`"
     if path.suffix in FLOAT_WEIGHTS:
-        return f"{path} holds float weights without their network: give MODEL --weights {quoted}"
+        return f"{path} holds float weights without their network: give `model.name` `model.weights={quoted}`"
     return f"{path} is not a model file of saq: give {wanted}"
 
 

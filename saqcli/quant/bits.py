@@ -79,8 +79,8 @@ class BitConfig(BaseModel):
         )
 
 
-def parse_bits(text: str, option: str = "--bits") -> LayerBits:
-    """``4`` or ``w4a8`` as bits for every searched layer; ``option`` is what a message names.
+def parse_bits(text: str, setting: str = "quantization.bits") -> LayerBits:
+    """``4`` or ``w4a8`` as bits for every searched layer; ``setting`` is what a message names.
 
     Raises:
         ConfigError: not of that form, or a width outside 2..8.
@@ -91,19 +91,19 @@ def parse_bits(text: str, option: str = "--bits") -> LayerBits:
     """
     match = re.fullmatch(r"\s*(?:(\d+)|w(\d+)a(\d+))\s*", text, re.IGNORECASE)
     if match is None:
-        raise ConfigError(f"{option} {text} is no bit-width: give one number such as 4, or w4a8")
+        raise ConfigError(f"`{setting}={text}` is not a bit-width: give one number such as 4, or w4a8")
     weight, activation = (int(match[1]),) * 2 if match[1] else (int(match[2]), int(match[3]))
     for bits in (weight, activation):
         if not MIN_BITS <= bits <= MAX_BITS:
             raise ConfigError(
-                f"{option} {text} asks for {bits} bits: quantizers have {MIN_BITS} to {MAX_BITS}. "
-                "Leave --bits away for the float model"
+                f"`{setting}={text}` asks for {bits} bits: quantizers have {MIN_BITS} to {MAX_BITS}. "
+                "Omit `quantization.bits` for the float model"
             )
     return LayerBits(weight=weight, activation=activation)
 
 
-def parse_candidates(text: str, option: str = "--candidates") -> tuple[int, ...]:
-    """``2,3,4`` as bit-widths a layer may choose from, ascending and without repeats; messages name ``option``.
+def parse_candidates(text: str, setting: str = "quantization.candidates") -> tuple[int, ...]:
+    """``2,3,4`` as bit-widths a layer may choose from, ascending and without repeats; messages name ``setting``.
 
     Raises:
         ConfigError: not a list of integers from 2 to 8.
@@ -111,7 +111,7 @@ def parse_candidates(text: str, option: str = "--candidates") -> tuple[int, ...]
     parts = [part.strip() for part in text.split(",")]
     if not all(part in _WIDTHS for part in parts):
         raise ConfigError(
-            f"{option} {text}: give bit-widths from {MIN_BITS} to {MAX_BITS}, such as 2,3,4,5,6,8"
+            f"`{setting}={text}`: give bit-widths from {MIN_BITS} to {MAX_BITS}, such as 2,3,4,5,6,8"
         )
     return tuple(sorted({int(part) for part in parts}))
 

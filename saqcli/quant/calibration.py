@@ -76,7 +76,8 @@ class _Observer(nn.Module):
 def _check_finite(x: Tensor, what: str) -> None:
     if not bool(x.isfinite().all()):
         raise UnsupportedModel(
-            f"{what} NaN or infinite on calibration images: check the weights, --mean, --std and --input-size"
+            f"{what} NaN or infinite on calibration images: check the weights, `model.mean`, `model.std` and "
+            "`model.input_size`"
         )
 
 

@@ -68,7 +68,8 @@ class Scheme(BaseModel):
         able = ", ".join(name for name, family in QUANTIZERS.items() if family.normalized is not None)
         if self.weight_normalization:
             raise ConfigError(
-                f"quantizer {self.quantizer} has no weight normalization: choose {able}, or --no-weight-norm"
+                f"quantizer {self.quantizer} has no weight normalization: choose {able}, or "
+                "`quantization.weight_normalization=False`"
             )
         if self.clip_init == "paper":
             raise ConfigError(

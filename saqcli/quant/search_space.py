@@ -2,9 +2,9 @@
 
 A *decision* sets the bits of one group. Its options are the candidates, narrowed by rules of the user:
 
-    --pin 'layer4.*=8'        these bits and no others
-    --pin 'conv1=w8a4'        apart for weights and inputs
-    --pin '*.conv1=3-5'       a range, of the candidates that lie in it
+    layer4.*=8        these bits and no others
+    conv1=w8a4        apart for weights and inputs
+    *.conv1=3-5       a range, of the candidates that lie in it
 
 First layer and classifier have 8 bits unless a rule names them. Members of a group have the options that the rules
 of all members leave.
@@ -77,7 +77,9 @@ def parse_rule(text: str, pattern: str = "...") -> Rule:
     """
     match = _RULE.fullmatch(text.strip())
     if match is None:
-        raise ConfigError(f"--pin {pattern}={text} is no bit-width: give 4, a range such as 3-6, or w4a8")
+        raise ConfigError(
+            f"`quantization.pins={pattern}={text}` is not a bit-width: give 4, a range such as 3-6, or w4a8"
+        )
     first, last, *apart = match.groups()
     if first is None:
         w_first, w_last, a_first, a_last = apart
@@ -89,7 +91,7 @@ def parse_rule(text: str, pattern: str = "...") -> Rule:
     for least, most in (weights, activations):
         if not MIN_BITS <= least <= most <= MAX_BITS:
             raise ConfigError(
-                f"--pin {pattern}={text}: bits go from {MIN_BITS} to {MAX_BITS}, the fewer first"
+                f"`quantization.pins={pattern}={text}`: bits go from {MIN_BITS} to {MAX_BITS}, the fewer first"
             )
     return Rule(text, weights, activations)
 
@@ -198,7 +200,7 @@ class SearchSpace:
                     f"no configuration of {self.model} meets {format_quantity(bound, unit)}: with every free layer "
                     f"at its fewest bits it needs {format_quantity(floor[index], unit)} (reachable: "
                     f"{format_quantity(floor[index])} to {format_quantity(ceiling[index], unit)}). Raise the budget"
-                    + (" or allow fewer bits with --candidates" if fewest > MIN_BITS else "")
+                    + (" or allow fewer bits with `quantization.candidates`" if fewest > MIN_BITS else "")
                 )
 
 
@@ -246,8 +248,8 @@ def _match(costs: CostModel, rules: Mapping[str, Rule]) -> dict[str, Rule]:
         matching = [name for name in names if fnmatchcase(name, pattern)]
         if not matching:
             raise ConfigError(
-                f"--pin {pattern}={rule.text} matches no layer: names are such as {', '.join(names[:4])}; "
-                "`saq profile MODEL` lists them"
+                f"`quantization.pins={pattern}={rule.text}` matches no layer: names are such as "
+                f"{', '.join(names[:4])}; `saq profile MODEL` lists them"
             )
         found |= dict.fromkeys(matching, rule)
     return found
@@ -263,7 +265,7 @@ def _options(
     if not left:
         names = ", ".join(layer.name for layer in members)
         raise ConfigError(
-            f"--pin leaves {names} no bits ({', '.join(rule.text for rule in given)}"
+            f"`quantization.pins` leaves {names} no bits ({', '.join(rule.text for rule in given)}"
             + (", layers that share their bits" if len(members) > 1 else "")
             + f"): the candidates are {', '.join(map(str, candidates.options()))}"
         )

@@ -289,7 +289,7 @@ def _json(text: str, source: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise RunDirectoryError(f"{source} is no JSON object: put it back as it was")
+        raise RunDirectoryError(f"{source} is not a JSON object: restore it")
     return found
 
 
@@ -323,7 +323,7 @@ def reasons(before: Record, after: Record) -> list[str]:
     found += [*_circumstances(before, after), *_inputs(before, after)]
     devices = {c.device.partition(" ")[0] for c in after.manifest.circumstances}
     if devices - {"cpu"} and not after.run.config().run.deterministic:
-        found.append("a GPU adds in any order: run with --deterministic to get the same bits")
+        found.append("a GPU adds in any order: run with `run.deterministic=True` to get the same bits")
     return found or ["nothing that is recorded differs"]
 
 
@@ -360,7 +360,7 @@ def _inputs(before: Record, after: Record) -> list[str]:
     if counts[0] != counts[1]:
         found.append(f"other images: {counts[0]} for validation then, {counts[1]} now")
     elif same_weights and floats[0] != floats[1] and not found:
-        found.append("other images, most likely: the same float weights score otherwise on them")
+        found.append("other images, most likely: the same float weights score differently on them")
     if old.data.workers != new.data.workers and new.data.augmentation != "none":
         found.append(
             f"another number of reading processes ({old.data.workers} then, {new.data.workers} now), each of which "

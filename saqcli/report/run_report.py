@@ -86,7 +86,7 @@ class Outcome:
         return {"best_epoch": self.best_epoch, "best_top1": self.best_score.top1}
 
     def to_dict(self, run_dir: Path) -> dict[str, Any]:
-        """As ``--json`` prints it; accuracies in percent. All of ``onnx_*`` are None where no ONNX file was written."""
+        """Plain values, as JSON has them; accuracies in percent; ``onnx_*`` are None without an ONNX file."""
         onnx = self.onnx or {}
         return {
             "run_dir": str(run_dir),
@@ -139,7 +139,7 @@ def write_report(path: Path, config: RunConfig, results: dict[str, Any]) -> None
     Args:
         path: of the Markdown file.
         config: of the run.
-        results: the dictionary that ``saq quantize --json`` prints.
+        results: the figures of ``Outcome.to_dict``.
     """
     write_text(path, report_markdown(config, results))
 
@@ -228,7 +228,7 @@ def _made(config: RunConfig) -> str:
 def _onnx(results: dict[str, Any]) -> str:
     """How the ONNX file compares with the model, and why it is larger where it is."""
     if results["onnx_style"] is None:
-        return "No ONNX file was written (`--no-export`)."
+        return "No ONNX file was written (`export.styles=()`)."
     count, available = results["onnx_images"], results["onnx_images_available"]
     images = counted(count, "image") + (f" (of {available})" if available and available > count else "")
     agreement = f"{100 * results['onnx_argmax_agreement']:.2f} % of {images}"

@@ -80,13 +80,13 @@ class CheckpointFile:
         except RunDirectoryError as error:
             if not self.previous.is_file():
                 raise RunDirectoryError(
-                    f"{error} and there is none before it: start again with --overwrite"
+                    f"{error} and there is none before it: start again with `overwrite=True`"
                 ) from None
             try:
                 state = _read(self.previous)
             except RunDirectoryError as older:
-                raise RunDirectoryError(f"{error}, and {older}: start again with --overwrite") from None
-            note(f"{error}: going on from the one before it, {self.previous.name}")
+                raise RunDirectoryError(f"{error}, and {older}: start again with `overwrite=True`") from None
+            note(f"{error}: continuing from the one before it, {self.previous.name}")
             return state
 
     def remove(self) -> None:

@@ -18,7 +18,6 @@ report.md         what a person reads first
 """
 
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -196,20 +195,20 @@ class RunDirectory:
 
     def _check_usable(self, *, resume: bool, overwrite: bool) -> bool:
         if self.path.exists() and not self.path.is_dir():
-            raise RunDirectoryError(f"{self.path} is a file: give another --run-dir")
+            raise RunDirectoryError(f"{self.path} is a file: use another `run_dir`")
         entries = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
         if all(name == "config.json" or name.startswith(".") for name in entries):
             return False  # nothing, or what a crash left of a run's first moment
         if not (self.path / "manifest.json").is_file():
-            raise RunDirectoryError(f"{self.path} holds other files and no run: give another --run-dir")
+            raise RunDirectoryError(f"{self.path} holds other files and no run: use another `run_dir`")
         manifest = self.manifest()
         if manifest.status == "clearing":
-            return False  # --overwrite was killed: what is left is removed when the next run starts
+            return False  # overwriting was killed: what is left is removed when the next run starts
         if resume and manifest.verb != self.verb:
             there = RunDirectory.open(self.path)
             raise RunDirectoryError(
                 f"{self.path} holds a run of `saq {manifest.verb}`, which `saq {self.verb}` cannot resume: "
-                f"{there.next_step()}, or give another --run-dir"
+                f"{there.next_step()}, or use another `run_dir`"
             )
         if not resume and not overwrite and self._holds_work():
             owner, working = self._lock.holder()
@@ -217,8 +216,8 @@ class RunDirectory:
                 raise RunDirectoryError(self._lock.refusal(owner))
             article = {"finished": "a finished", "failed": "a failed"}.get(manifest.status, "an interrupted")
             raise RunDirectoryError(
-                f"{self.path} already holds {article} run: give --resume to continue it, --overwrite to replace "
-                "it, or another --run-dir"
+                f"{self.path} already holds {article} run: use `resume=True` to continue it, `overwrite=True` to "
+                "replace it, or another `run_dir`"
             )
         return True
 
@@ -276,7 +275,7 @@ class RunDirectory:
         return f"resume with {self._resuming()}"
 
     def _resuming(self) -> str:
-        return f"`saq {self.verb} --run-dir {shlex.quote(str(self.path))} --resume`"
+        return f"`{self.verb}(run_dir={str(self.path)!r}, resume=True)`"
 
     def standing(self) -> str:
         """How the run stands, as a clause: ``was interrupted (process 24054 was killed)``."""
@@ -301,7 +300,7 @@ class RunDirectory:
         model = "MODEL"
         with suppress(SaqError):
             model = self.config().model.name
-        return f"quantize to its bits with `saq quantize {model} --policy {shlex.quote(str(self.path))}`"
+        return f"quantize to its bits with `quantize({model!r}, policy={str(self.path)!r})`"
 
     def keep_config(self, config: RunConfig) -> None:
         """Let ``config.json`` say what a resumed run now exports; all else in it is as it was."""

@@ -98,9 +98,7 @@ class Lock:
                 break
             os.close(handle)
         else:
-            raise RunDirectoryError(
-                f"{self.path} is made and removed again and again: give another --run-dir"
-            )
+            raise RunDirectoryError(f"{self.path} is made and removed again and again: use another `run_dir`")
         self._handle = handle
         owner = Owner(os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(timespec="seconds"))
         _OURS[self.path.resolve()] = owner

@@ -79,7 +79,7 @@ class RunManifest(BaseModel):
 
 
 def circumstances(device: str) -> Circumstances:
-    """Those of this process, which computes on ``device``, as ``--device`` names it."""
+    """Those of this process, which computes on ``device``, as the setting names it."""
     import torch
 
     chosen = chosen_device(device)

@@ -20,7 +20,7 @@ def goes_on(run: RunDirectory, *, resume: bool, overwrite: bool) -> bool:
         if overwrite:
             raise distributed.agreed(
                 ConfigError(
-                    "--overwrite would remove the run whenever torchrun starts its processes again: remove "
+                    "`overwrite=True` would remove the run whenever torchrun starts its processes again: remove "
                     f"{run.path} by hand, or give torchrun no restarts"
                 )
             )
@@ -53,8 +53,8 @@ def check_same(run: RunDirectory, config: RunConfig) -> None:
     difference = first_difference(kept_as(run.config(), config), config) if there else None
     if difference:
         raise ConfigError(
-            f"{run.path} was started with other settings ({difference}): give the same ones to --resume, "
-            "or start anew with --overwrite"
+            f"{run.path} was started with other settings ({difference}): give the same ones with `resume=True`, "
+            "or start again with `overwrite=True`"
         )
 
 

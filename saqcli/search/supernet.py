@@ -9,7 +9,7 @@ layer that runs before them, since fewer bits mean other means and variances (sl
 How configurations do on the scoring images, and which of them is the best.
 
 What counts is where fine-tuning starts: the float weights with levels fitted at the configuration's bits, corrected as
-calibration corrects them. ``saq quantize --policy FOUND --epochs 0`` scores that very network.
+calibration corrects them. ``quantize`` with that policy and no epochs scores that very network.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """Files that people and tools write about classes: lists of them in the order of their labels, and maps from folders.
 
-A class list (``--class-order FILE``, or a ``class_to_idx.json`` beside the folders) is one name a line, a JSON list, or
-a JSON object of names and indices. A class map (``--class-map FILE``) says for each folder which class it is: lines of
+A class list (``data.class_order``, or a ``class_to_idx.json`` beside the folders) is one name a line, a JSON list, or
+a JSON object of names and indices. A class map (``data.class_map``) says for each folder which class it is: lines of
 two words, CSV, or a JSON object. Both are strict: a file is read as a whole or refused, with the first misfit.
 """
 

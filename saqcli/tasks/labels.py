@@ -4,14 +4,14 @@ Labels are where an evaluation goes wrong in silence: ten folders numbered in an
 accuracy of chance and no error. timm and torchvision number folders differently: timm numbers as numbers and without
 regard to capitals (``class_2`` before ``class_10``), torchvision as text. What decides here, the first that is there:
 
-``--class-order``     ``timm``, ``torchvision``, or a file
+``data.class_order``  ``timm``, ``torchvision``, or a file
 the run               that a quantized model comes from: its folders keep their labels
 the checkpoint        where it brings a list of its classes
 a file                beside the folders, such as ``class_to_idx.json``
 ImageNet              where all folders are its synsets, or words that stand for one class each
 the library           timm's order, or torchvision's for networks of torchvision
 
-``--class-map`` says beforehand which class a folder is. Whatever was decided for the user is noted.
+``data.class_map`` says beforehand which class a folder is. Whatever was decided for the user is noted.
 """
 
 import re
@@ -186,7 +186,7 @@ def number_classes(
     ):
         chosen = imagenet if all(imagenet.place(target) is not None for target in targets.values()) else None
     if chosen is None and targets and all(isinstance(target, int) for target in targets.values()):
-        chosen = _List("--class-map", "class map", {})
+        chosen = _List("`data.class_map`", "class map", {})
     if chosen is None:
         chosen = _sorted(targets, mapped, classes, where, asked, in_order, imagenet)
     labels = {name: place for name, target in targets.items() if (place := chosen.place(target)) is not None}
@@ -196,8 +196,8 @@ def number_classes(
         if words:
             read = [f"{name} is {chosen.names[labels[name]]}" for name in words]
             notes.append(
-                f"class folders are read as names of ImageNet's classes ({some(read, 3)}): give --class-map FILE where "
-                "that is wrong"
+                f"class folders are read as names of ImageNet's classes ({some(read, 3)}): use `data.class_map=FILE` "
+                "where that is wrong"
             )
     else:
         listed = any(chosen is one for one in lists)
@@ -222,19 +222,19 @@ def _only_synsets(
 
 
 def check_files(order: str | None, class_map: str | None) -> None:
-    """Refuse a ``--class-order`` that is neither an order nor a file, and a ``--class-map`` that is no file.
+    """Refuse a class order that is neither an order nor a file, and a class map that is not a file.
 
     Raises:
         ConfigError: one is not.
     """
     if class_map is not None and not named_path(class_map).is_file():
         raise ConfigError(
-            f"--class-map {printable(class_map, 200)} is no file: give one with lines `FOLDER CLASS`"
+            f"`data.class_map={printable(class_map, 200)}` is not a file: give one with lines `FOLDER CLASS`"
         )
     if order is not None and order not in ORDERS and not named_path(order).is_file():
         raise ConfigError(
-            f"--class-order {printable(order, 200)} is no order and no file: give timm, torchvision or a file of "
-            "class names"
+            f"`data.class_order={printable(order, 200)}` is neither an order nor a file: give timm, torchvision or "
+            "a file of class names"
         )
 
 
@@ -272,12 +272,12 @@ def _asked_list(order: str, folders: Sequence[str], targets: Mapping[str, str | 
         range(len(index))
     )  # an object that says which of more classes these are
     if reason and not (partial and max(index.values()) < count):
-        raise DataError(f"--class-order {path} does not fit: {reason}")
+        raise DataError(f"`data.class_order={path}` does not fit: {reason}")
     found = _List(str(path), path.name, index, () if reason else _by_index(index))
     if missing := [name for name, target in targets.items() if found.place(target) is None]:
         raise DataError(
-            f"--class-order {path} does not name {counted(len(missing), 'class folder')} ({some(missing)}): it has "
-            f"{some(list(index))}; add or correct the names, or give --class-map FILE"
+            f"`data.class_order={path}` does not name {counted(len(missing), 'class folder')} ({some(missing)}): "
+            f"it has {some(list(index))}; add or correct the names, or use `data.class_map=FILE`"
         )
     return found
 
@@ -298,14 +298,15 @@ def _first_that_fits(
         if one.title == classes.trained and (one.names or len(missing) < named):
             raise DataError(
                 f"{where} has the classes {some(missing, 3)}, {one.title} was trained on "
-                f"{some(one.names or list(one.index), 3)}: give images of the same classes, or --class-map FILE"
+                f"{some(one.names or list(one.index), 3)}: give images of the same classes, or use "
+                "`data.class_map=FILE`"
             )
         if len(missing) < named:
             fits = len(targets) == classes.count
-            without = f", or --class-order {classes.library} to number them without it" if fits else ""
+            without = f", or `data.class_order={classes.library}` to number them without it" if fits else ""
             raise DataError(
                 f"{one.title} does not name {counted(len(missing), 'class folder')} of {where} ({some(missing)}): it "
-                f"has {some(list(one.index))}; rename the folders, or give --class-map FILE{without}"
+                f"has {some(list(one.index))}; rename the folders, or use `data.class_map=FILE`{without}"
             )
         notes.append(
             f"{one.title} lists other classes ({some(list(one.index), 3)}) than these folders: not used"
@@ -327,17 +328,17 @@ def _sorted(
     strangers = [name for name in mapped if name not in targets]
     if alone and strangers:
         raise DataError(
-            f"--class-map has no line for {counted(len(alone), 'class folder')} of {where} ({some(alone)}), and "
-            f"{some(strangers)} is no folder there: correct the names"
+            f"`data.class_map` has no line for {counted(len(alone), 'class folder')} of {where} ({some(alone)}), and "
+            f"{some(strangers)} is not a folder there: correct the names"
         )
     wanted = list(targets.values()) + ([] if alone else list(mapped.values()))
     numbers = [target for target in wanted if isinstance(target, int)]
     names = list(dict.fromkeys(str(target) for target in wanted))
     if numbers and len(numbers) < len(wanted):
         raise DataError(
-            f"--class-map gives {some(list(map(str, numbers)), 3)} by index and others by name "
+            f"`data.class_map` gives {some(list(map(str, numbers)), 3)} by index and others by name "
             f"({some([str(t) for t in wanted if isinstance(t, str)], 3)}), and the names of the model's classes are "
-            "not known: give the index of all, or --class-order FILE"
+            "not known: give the index of all, or `data.class_order=FILE`"
         )
     if len(names) != classes.count:
         raise DataError(_other_count(names, classes, where, asked, imagenet))
@@ -359,13 +360,16 @@ def _other_count(
     """What was seen where there are not as many folders as classes, and what to do."""
     known = f" ({some(classes.names, 3)})" if classes.names and not imagenet else ""
     seen = f"{where} has {counted(len(names), 'class')} ({some(names)}), the model {classes.count}{known}"
-    head = f"--num-classes {len(names)} --new-head on quantize or search (a new head, to be fine-tuned)"
+    new_head = f"`model.num_classes={len(names)}` `model.new_head=True`"
+    head = f"{new_head} on quantize or search (a new head, to be fine-tuned)"
     if imagenet is None:
-        mapped = "--class-map FILE with a line `FOLDER CLASS` each"
+        mapped = "`data.class_map=FILE` with a line `FOLDER CLASS` each"
         return f"{seen}: give {head}, {mapped}, or data whose folders are the model's classes"
-    mapped = "--class-map FILE with a line `FOLDER SYNSET` each"
+    mapped = "`data.class_map=FILE` with a line `FOLDER SYNSET` each"
     if asked is not None:
-        return f"{seen}: remove --class-order {asked}, which needs a folder for every class, or give {head}"
+        return (
+            f"{seen}: remove `data.class_order={asked}`, which needs a folder for every class, or give {head}"
+        )
     unknown = [name for name in names if imagenet.place(name) is None]
     several = next((name for name in unknown if len(imagenet.meanings(name)) > 1), None)
     if several is not None:
@@ -376,8 +380,8 @@ def _other_count(
         )
     if len(unknown) < len(names):
         return (
-            f"{seen}: rename or remove what is no ImageNet synset ({some(unknown)}) and no name of one, or give "
-            f"{mapped}"
+            f"{seen}: rename or remove what is neither an ImageNet synset ({some(unknown)}) nor the name of one, "
+            f"or give {mapped}"
         )
     return (
         f"{seen}: none of these is an ImageNet synset (n01440764) or the name of one; give {mapped}, {head}, or data "
@@ -393,7 +397,7 @@ def _refuse_same(labels: Mapping[str, int], joined: Collection[str], chosen: _Li
         if other != name and not (name in joined and other in joined):
             raise DataError(
                 f"{where} has two folders of one class: {printable(other)} and {printable(name)} are both class "
-                f"{label} of {chosen.title}: join them, or say so with --class-map FILE"
+                f"{label} of {chosen.title}: join them, or say so with `data.class_map=FILE`"
             )
 
 
@@ -410,7 +414,7 @@ def _order_notes(
             mine, theirs = orders[chosen.order], orders[other]
             yield (
                 f"class folders are numbered in {chosen.order}'s order ({_around(mine, theirs)}), {other}'s order is "
-                f"{_around(theirs, mine)}: give --class-order {other} for weights that were trained in it"
+                f"{_around(theirs, mine)}: use `data.class_order={other}` for weights that were trained in it"
             )
         same = next((pair for pair in pairwise(timm) if natural(pair[0])[0] == natural(pair[1])[0]), None)
         if chosen.order == "timm" and same:
@@ -428,7 +432,7 @@ def _order_notes(
             return
         yield (
             f"classes are numbered as in {chosen.title}{way} ({_around(used, orders[library])}); {others}: "
-            "--class-order chooses another"
+            "`data.class_order` chooses another"
         )
 
 
@@ -441,8 +445,8 @@ def _contradictions(
         wrong = [name for name, place in places.items() if place != labels[name]]
         if one is not chosen and wrong and None not in places.values():
             yield (
-                f"{one.title} numbers these classes otherwise: {printable(wrong[0])} is {places[wrong[0]]} there, and "
-                f"{labels[wrong[0]]} by {chosen.title}, which decides"
+                f"{one.title} numbers these classes differently: {printable(wrong[0])} is {places[wrong[0]]} "
+                f"there, and {labels[wrong[0]]} by {chosen.title}, which decides"
             )
 
 

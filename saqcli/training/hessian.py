@@ -54,7 +54,7 @@ def _second_derivatives() -> Iterator[None]:
         reason = str(error).splitlines()[0]
         raise UnsupportedModel(
             f"this network cannot be differentiated twice ({reason}): choose what needs no Hessian, such as "
-            "--searcher sensitivity"
+            "`quantization.searcher=sensitivity`"
         ) from error
 
 

@@ -143,7 +143,7 @@ def in_parts(predict: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         return done[0]
     if len(images) == 1:
         raise DeviceMemoryError(
-            "out of memory with a single image: free memory, or give a smaller --input-size or network"
+            "out of memory with a single image: free memory, or use a smaller `model.input_size` or network"
         )
     return torch.cat([in_parts(predict, half) for half in images.tensor_split(2)])
 

@@ -54,7 +54,8 @@ def make_optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.O
         ) from None
     if getattr(optimizer, "is_second_order", False):
         raise ConfigError(
-            f"--optimizer {training.optimizer} differentiates twice, which quantizers do not pass on: choose another"
+            f"`training.optimizer={training.optimizer}` differentiates twice, which quantizers do not pass on: "
+            "choose another"
         )
     if training.clip_grad is not None:
         most = training.clip_grad
@@ -176,8 +177,8 @@ def check_training(config: RunConfig) -> None:
 def _check_reuse(training: TrainingSection) -> None:
     if training.sam_reuse and (training.sam_interval == 1 or training.ascent_fraction < 1):
         raise ConfigError(
-            "--sam-reuse reuses the last perturbation in the steps between, and compares gradients of the same "
-            "images: give --sam-interval 2 or more, and no --ascent-fraction"
+            "`training.sam_reuse` reuses the last perturbation in the steps between, and compares gradients of the "
+            "same images: use `training.sam_interval=2` or more, and no `training.ascent_fraction`"
         )
 
 
@@ -185,7 +186,7 @@ def _check_mixing(training: TrainingSection, batch_size: int) -> None:
     pairs = 2 * distributed.count()
     if (training.mixup or training.cutmix) and batch_size % pairs:
         raise ConfigError(
-            f"--batch-size {batch_size} cannot be mixed: images are blended in pairs, in each of "
+            f"`data.batch_size={batch_size}` cannot be mixed: images are blended in pairs, in each of "
             f"{counted(distributed.count(), 'process')}, give a multiple of {pairs}"
         )
 

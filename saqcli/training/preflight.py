@@ -55,7 +55,7 @@ def check_trains(
     """
     training = config.training
     if limits is None:
-        limits = {"--sharpness-batch": training.sharpness_batch, "--micro-batch": training.micro_batch}
+        limits = {f"training.{name}": getattr(training, name) for name in ("sharpness_batch", "micro_batch")}
     mixes = bool(training.mixup or training.cutmix)
     least = _least(config.data.batch_size, images, limits, pairs=mixes)
     count = min(2, least.images)
@@ -69,16 +69,15 @@ def _least(batch: int, images: int | None, limits: Limits, *, pairs: bool) -> Le
     """Of the forward passes over batches of ``batch`` images, of which there are ``images``; blended in ``pairs``."""
     whole = min(batch, images or batch)
     found = max(whole // distributed.count(), 1)
-    reason, remedy = f"--batch-size {batch}", f"--batch-size {2 * distributed.count()} or more"
+    reason, remedy = f"`data.batch_size={batch}`", f"`data.batch_size={2 * distributed.count()}` or more"
     if whole < batch:
         reason, remedy = f"a training set of {counted(whole, 'image')}", "more images"
     parts = [found - found % 2 if pairs and found > 1 else found]
-    for option, limit in limits.items():
+    for setting, limit in limits.items():
         if limit is not None and min(parts) > 1:
             batches, parts = parts, [size for part in parts for size in sizes(part, limit)]
-            joint = "" if option.endswith("=") else " "
-            reason = f"{option}{joint}{limit}" + (f" with batches of {batches[0]}" if limit > 1 else "")
-            remedy = f"{option}{joint}{limit + 1} or more"
+            reason = f"`{setting}={limit}`" + (f" with batches of {batches[0]}" if limit > 1 else "")
+            remedy = f"`{setting}={limit + 1}` or more"
     return Least(min(parts), reason, remedy)
 
 
@@ -125,8 +124,9 @@ def _refuse(
     name: str,
     problem: str,
     cause: Exception | None = None,
-    remedy: str = "change --model-kwargs or --input-size",
+    remedy: str = "change `model.kwargs` or `model.input_size`",
 ) -> NoReturn:
     raise UnsupportedModel(
-        f"{name} {problem}; {remedy}, or do without training: quantize with --epochs 0, search with --searcher error"
+        f"{name} {problem}; {remedy}, or omit training: quantize with `training.epochs=0`, search with "
+        "`quantization.searcher=error`"
     ) from cause

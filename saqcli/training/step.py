@@ -58,7 +58,7 @@ class Setbacks:
             message = f"{counted(self.in_row, 'step')} in a row could not be taken: {error}"
             raise distributed.agreed(TrainingDiverged(message)) from None
         if self.in_row == 1:
-            note(f"a step is left out: {error}")
+            note(f"a step is skipped: {error}")
 
     def halve(self, images: int, note: Callable[[str], None]) -> None:
         """Pass over half as many images at a time from now on, where ``images`` did not fit.
@@ -71,11 +71,12 @@ class Setbacks:
             torch.cuda.empty_cache()
         now = min(images, self.micro_batch or images)
         if now <= SMALLEST:
-            message = f"out of memory with {counted(now, 'image')} at a time: give a smaller --input-size or network"
+            tried = f"out of memory with {counted(now, 'image')} at a time"
+            message = f"{tried}: use a smaller `model.input_size` or network"
             raise distributed.agreed(DeviceMemoryError(message))
         self.micro_batch = max(SMALLEST, -(-now // 2))
         note(
-            f"out of memory: going on with micro-batches of {self.micro_batch} images, whose gradients add up "
+            f"out of memory: continuing with micro-batches of {self.micro_batch} images, whose gradients add up "
             "(batch norms see that many at a time)"
         )
 
@@ -132,8 +133,8 @@ class Stepper:
             if not out_of_memory(error):
                 raise
             raise DeviceMemoryError(  # weights may have moved in part: not to be tried again
-                "out of memory for the optimizer's own numbers, beside the images: give a smaller --micro-batch or "
-                "--batch-size, or --optimizer sgd"
+                "out of memory for the optimizer's state, beside the images: use a smaller `training.micro_batch` or "
+                "`data.batch_size`, or `training.optimizer=sgd`"
             ) from None
         self.setbacks.in_row = 0
         return [piece for chunk in pieces for piece in chunk]

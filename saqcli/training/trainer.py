@@ -105,15 +105,15 @@ def advice(calibrated: Score, last: Score | None, best: Best | None, training: T
         return None
     keep_best = training.keep == "best"
     if calibrated.top1 - last.top1 > noise(calibrated, last):
-        lower = f"a lower --lr than {training.lr:g}, more training images, more --epochs"
+        lower = f"a lower `training.lr` than {training.lr:g}, more training images, more `training.epochs`"
         text = (
             f"fine-tuning ended below calibration (top-1 {last.top1:.2f} % after epoch {training.epochs}, "
-            f"{calibrated.top1:.2f} % calibrated): try {lower}, or --epochs 0 for the calibrated model"
+            f"{calibrated.top1:.2f} % calibrated): try {lower}, or `training.epochs=0` for the calibrated model"
         )
     elif best is not None and best.score.top1 - last.top1 > noise(best.score, last):
         text = (
             f"epoch {best.epoch} was better than the last one (top-1 {best.score.top1:.2f} %, then "
-            f"{last.top1:.2f} %): try a lower --lr than {training.lr:g} or other --epochs"
+            f"{last.top1:.2f} %): try a lower `training.lr` than {training.lr:g} or other `training.epochs`"
         )
     else:
         return None
@@ -122,7 +122,7 @@ def advice(calibrated: Score, last: Score | None, best: Best | None, training: T
     what = f"the state of epoch {best.epoch}" if best.epoch else "the calibrated state"
     if keep_best:
         return f"{text}; {what} is exported"
-    return f"{text}; --resume --set training.keep=best exports {what}, kept as checkpoints/best.safetensors"
+    return f"{text}; `resume=True` `training.keep=best` exports {what}, kept as checkpoints/best.safetensors"
 
 
 def finetune(
@@ -237,7 +237,7 @@ def finetune(
             progress.note(
                 f"epoch {epoch + 1}: loss {format_figure(trained.loss, '.3f')}, training {trained.top1:.2f} %, "
                 f"validation {score.top1:.2f} %"
-                + (f", {counted(setbacks.skipped, 'step')} left out" if setbacks.skipped else "")
+                + (f", {counted(setbacks.skipped, 'step')} skipped" if setbacks.skipped else "")
             )
             meter.clear()
             setbacks.skipped = 0

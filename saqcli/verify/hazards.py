@@ -31,8 +31,8 @@ _BIASED = ("Conv", "ConvTranspose", "Gemm")
 
 
 SATURATION = (
-    "wrong on x86 processors without VNNI, where ONNX Runtime and OpenVINO cut off sums of two 8-bit products at 16 "
-    "bits; right with VNNI, and in ONNX Runtime with session.x64quantprecision=1"
+    "wrong on x86 processors without VNNI, where ONNX Runtime and OpenVINO saturate sums of two 8-bit products at 16 "
+    "bits; correct with VNNI, and in ONNX Runtime with session.x64quantprecision=1"
 )
 
 
@@ -149,7 +149,7 @@ def _of_product(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
         if any(graph.quantized_next(each.output[0]) for each in constant):
             yield "H1", "with the Add behind it, it would become a Gemm, whose bias would be rounded"
     if fed and weight in graph.constants and graph.quantized_next(output):
-        yield "H1b", "its float weight would be quantized anew, per tensor"
+        yield "H1b", "its float weight would be quantized again, per tensor"
     if dequantized and not fed and node.op_type in ("MatMul", "Gemm") and graph.stored(weight) is not None:
         yield "H2", "its float input would be quantized on the fly"
     if fed and graph.stored(weight) in _TWO:

@@ -76,7 +76,7 @@ def _first_images(batches: Batches) -> Tensor:
     for images, labels in batches:
         if bool((labels >= 0).any()):
             return images[labels >= 0]
-    raise DataError("there is no image to verify the file on that can be read: give another --data")
+    raise DataError("no image to verify the file on can be read: use another `data.path`")
 
 
 def _in_float64(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
@@ -127,13 +127,13 @@ def _openvino(path: Path) -> Callable[[Tensor], Tensor]:
     try:
         import openvino
     except ImportError:
-        raise ConfigError('--verify openvino needs OpenVINO: pip install "saq[openvino]"') from None
+        raise ConfigError('`runtimes=openvino` needs OpenVINO: pip install "saq[openvino]"') from None
     try:
         compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     except RuntimeError as error:
         reason = " ".join(str(error).split())[-200:]
         raise ConfigError(
-            f"OpenVINO does not read this style, leave --verify openvino away: ... {reason}"
+            f"OpenVINO does not read this style, remove `runtimes=openvino`: ... {reason}"
         ) from None
     return lambda images: torch.from_numpy(compiled([images.numpy()])[compiled.output(0)].copy())
 

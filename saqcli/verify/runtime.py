@@ -1,4 +1,4 @@
-"""ONNX files as ``saq eval --bench`` runs them, and which of their layers the runtime computes in integers.
+"""ONNX files as the benchmark runs them, and which of their layers the runtime computes in integers.
 
 What a file says and what is run are not the same: ONNX Runtime rewrites the graph when it opens it. It can write down
 what it has made of it, and there the kernels are counted.

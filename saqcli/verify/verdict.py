@@ -164,7 +164,7 @@ class Verdict:
         )
 
     def figures(self) -> dict[str, Any]:
-        """What ``--json`` prints of it, and the head of the verdict file."""
+        """Plain values, as JSON has them, and the head of the verdict file."""
         parts = self.layerwise
         return {
             "verified": self.verified,

@@ -149,7 +149,7 @@ def test_one_image_is_no_images(capsys: Printed) -> None:
     show_evaluation({**result, "images": 8000, "skipped": 0})
     first, second = capsys.readouterr().out.splitlines()
 
-    assert first.endswith("on 1 image (3 a second), 1 unreadable image left out")
+    assert first.endswith("on 1 image (3 a second), 1 unreadable image skipped")
     assert second.endswith("on 8,000 images (3 a second)")
 
 

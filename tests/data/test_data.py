@@ -117,10 +117,10 @@ def test_synsets_are_numbered_from_zero_for_a_new_head(tmp_path: Path, make_clas
 @pytest.mark.parametrize(
     ("names", "num_classes", "message"),
     [
-        (["cat", "dog"], 10, r"2 classes \(cat, dog\), the model 10: give --num-classes 2"),
-        (["ant", "cat", "dog"], 2, r"3 classes .*, the model 2: give --num-classes 3"),
+        (["cat", "dog"], 10, r"2 classes \(cat, dog\), the model 10: give `model.num_classes=2`"),
+        (["ant", "cat", "dog"], 2, r"3 classes .*, the model 2: give `model.num_classes=3`"),
         (["cat", "dog"], 1000, r"the model 1000: .* data whose folders are ImageNet synsets"),
-        ([TENCH, "n99999999"], 1000, r"the model 1000: .* no ImageNet synset \(n99999999\)"),
+        ([TENCH, "n99999999"], 1000, r"the model 1000: .* neither an ImageNet synset \(n99999999\)"),
     ],
 )
 def test_classes_that_do_not_fit_the_model_are_refused(
@@ -194,7 +194,7 @@ def test_a_timm_string_opens_a_torchvision_data_set_in_colour(tmp_path: Path) ->
 
 def test_a_timm_string_whose_classes_do_not_fit_is_refused(tmp_path: Path) -> None:
     write_mnist(tmp_path, images=4)
-    with pytest.raises(DataError, match=r"10 classes .*, the model 100: give --num-classes 10"):
+    with pytest.raises(DataError, match=r"10 classes .*, the model 100: give `model.num_classes=10`"):
         open_split(f"torch/mnist@{tmp_path}", "val", num_classes=100)
 
 

@@ -43,7 +43,7 @@ def test_a_moved_folder_is_the_same_and_any_other_is_not(
     assert fingerprint(opened(folder)) != kept
     (folder / "dog" / "0b.png").unlink()
     with pytest.raises(
-        DataError, match=r"\(6 expected, 5 found\): put them back, or start anew with --overwrite"
+        DataError, match=r"\(6 expected, 5 found\): restore them, or start again with `overwrite=True`"
     ):
         check_fingerprint(kept, opened(folder), "validation")
 

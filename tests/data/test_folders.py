@@ -65,7 +65,7 @@ class TestDeadLinks:
     def test_an_image_that_is_one_is_named_or_counted(self, folder: Path) -> None:
         (folder / "val" / "cat" / "9.png").symlink_to("/nowhere/9.png")
         with pytest.raises(
-            DataError, match=r"cannot read .*9.png \(it is a link to nothing\).*--bad-images skip"
+            DataError, match=r"cannot read .*9.png \(it is a link to nothing\).*`data.bad_images=skip`"
         ):
             val(folder)
         split = val(folder, bad_images="skip")
@@ -181,7 +181,7 @@ class TestPassedOver:
         assert "2 .gif files (such as" in split.notes[0]
         assert "1 .heic file (such" in split.notes[0]
         assert "1 file without an ending" in split.notes[0]
-        assert "passed over: 1 image beside the class folders (loose.png)" in split.notes[1]
+        assert "ignored: 1 image outside the class folders (loose.png)" in split.notes[1]
         assert "notes" not in " ".join(split.notes)
 
     def test_a_class_of_other_files_says_which(self, tmp_path: Path, make_classes: MakeClasses) -> None:
@@ -210,6 +210,6 @@ def test_commands_name_a_dead_class_folder(digits: Path, tmp_path: Path) -> None
 def test_dead_images_beside_classes_can_be_skipped(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path / "val", {"cat": 2, "dog": 1})
     (tmp_path / "val" / "stray.png").symlink_to("/nowhere/stray.png")
-    with pytest.raises(DataError, match="--bad-images skip"):
+    with pytest.raises(DataError, match=r"`data\.bad_images=skip`"):
         val(tmp_path)
     assert val(tmp_path, bad_images="skip").images == 3

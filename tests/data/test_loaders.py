@@ -154,7 +154,7 @@ def test_a_short_last_batch_is_kept_or_dropped(
 
 def test_a_batch_larger_than_the_split_is_refused_if_it_would_be_dropped(split: Split, load: Load) -> None:
     assert len(load(split, training=True, batch_size=50)) == 1
-    with pytest.raises(DataError, match=r"has 12 images, not one batch of 50: give --batch-size 12"):
+    with pytest.raises(DataError, match=r"has 12 images, not one batch of 50: use `data.batch_size=12`"):
         load(split, training=True, batch_size=50, drop_last=True)
 
 
@@ -179,7 +179,7 @@ def test_an_unreadable_image_is_named_on_one_line(how: str, workers: int, split:
         batches(load(split, workers=workers))
     message = str(caught.value)
     assert message.startswith(f"cannot read {file} (")
-    assert message.endswith("): replace or remove it, or give --bad-images skip")
+    assert message.endswith("): replace or remove it, or use `data.bad_images=skip`")
     assert "\n" not in message
 
 
@@ -225,7 +225,7 @@ class Fatal:
 
 @pytest.mark.slow  # torch asks every five seconds
 def test_dead_workers_are_told_with_what_to_do(load: Load) -> None:
-    with pytest.raises(DataError, match=r"the processes that read fatal died.* --workers 0"):
+    with pytest.raises(DataError, match=r"the processes that read fatal died.* `data.workers=0`"):
         batches(load(Split("fatal", ImageSet(Fatal(), None, 2, "fatal"), ()), workers=1))
 
 

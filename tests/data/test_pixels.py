@@ -145,7 +145,7 @@ def test_numbers_of_an_unknown_range_are_refused(
     path = make_classes(tmp_path, {"cat": 1}) / "cat" / "0.png"
     path.write_bytes(content)
     strict = open_split(str(tmp_path), "val", num_classes=1)
-    with pytest.raises(DataError, match=f"cannot read {path} .*{reason}.*--bad-images skip"):
+    with pytest.raises(DataError, match=f"cannot read {path} .*{reason}.*`data.bad_images=skip`"):
         strict.dataset[0]
 
 

@@ -155,9 +155,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "_info.json").unlink(),
         r"_info.json \(No such file or directory\)\): give wds/DIR",
     ),
-    "no json": (lambda f: (f / "_info.json").write_text("{"), "_info.json is no JSON"),
+    "no json": (lambda f: (f / "_info.json").write_text("{"), "_info.json is not JSON"),
     "no object": (lambda f: (f / "_info.json").write_text("[]"), "has no splits"),
-    "deep": (lambda f: (f / "_info.json").write_text("[" * 100_000), "is no JSON"),
+    "deep": (lambda f: (f / "_info.json").write_text("[" * 100_000), "is not JSON"),
     "sum": (lambda f: rewrite(f, lambda s: s["validation"].update(num_samples=9)), "does not fit together"),
     "kinds": (lambda f: rewrite(f, lambda s: s["validation"].update(filenames=[1])), "does not fit together"),
     "labels": (lambda f: rewrite(f, lambda s: s["validation"].update(alt_label="x")), "labels under 'x'"),
@@ -169,7 +169,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "zero bytes": (lambda f: (f / "validation-0002.tar").write_bytes(b""), r"0002.tar \(empty file\)"),
     "no tar": (
         lambda f: (f / "validation-0002.tar").write_bytes(b"x" * 9000),
-        r"0002.tar \(it is no tar file\)",
+        r"0002.tar \(it is not a tar file\)",
     ),
     "cut short": (lambda f: cut(f / "validation-0002.tar"), "0002.tar .*unexpected end of data"),
     "spoiled": (
@@ -198,7 +198,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "bad image": (
         lambda f: write_shard(f / "validation-0001.tar", [("a", {"png": b"\x89PNG", "cls": b"9"})]),
-        r"cannot read a in .*0001.tar \(it is no image\): .* --bad-images skip",
+        r"cannot read a in .*0001.tar \(it is not an image\): .* `data.bad_images=skip`",
     ),
 }
 
@@ -223,7 +223,7 @@ def test_what_is_wrong_with_a_command_is_told_in_one_line(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for command, message in (
-        (f"cat {tmp_path}/nothing", "is no JSON|command ended with 1"),
+        (f"cat {tmp_path}/nothing", "is not JSON|command ended with 1"),
         (f"f() {{ head -c 3000 $1; case $1 in *.tar) exit 7;; esac; }}; f {folder}", "command ended with 7"),
         ("s3", None),
     ):
@@ -291,7 +291,7 @@ def test_labels_of_shards_can_be_mapped_and_not_ordered(tmp_path: Path) -> None:
     assert [int(label) for _, labels in load(mapped) for label in labels] == [5, 7, 9]
     (tmp_path / "map.txt").write_text("0 5\n1 7\n")
     short = open_split(f"wds/{folder}", "val", num_classes=10, class_map=str(tmp_path / "map.txt"))
-    with pytest.raises(DataError, match="has the label 2, for which --class-map has no line"):
+    with pytest.raises(DataError, match=r"has the label 2, for which `data\.class_map` has no line"):
         list(load(short))
-    with pytest.raises(DataError, match=r"numbers for labels and no class names.*remove --class-order"):
+    with pytest.raises(DataError, match=r"numbers for labels and no class names.*remove `data.class_order`"):
         open_split(f"wds/{folder}", "val", num_classes=10, class_order="timm")

@@ -95,13 +95,13 @@ GREY = ("16 bits", "float")
 OTHER_COLOURS = ("ycck", "transparent palette", "gif")
 
 UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "zero bytes": (lambda path: path.write_bytes(b""), "it is no image"),
-    "text": (lambda path: path.write_text("hello"), "it is no image"),
+    "zero bytes": (lambda path: path.write_bytes(b""), "it is not an image"),
+    "text": (lambda path: path.write_text("hello"), "it is not an image"),
     "a program": (
         lambda path: path.write_bytes(
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n"
         ),
-        "it is no image",
+        "it is not an image",
     ),
     "half a jpeg": (lambda path: path.write_bytes(encoded("jpeg")[:-200]), "truncated|Truncated"),
     "half a png": (lambda path: path.write_bytes(encoded("png")[:90]), "truncated|broken|unrecognized"),
@@ -210,7 +210,7 @@ def test_folders_that_lead_astray_are_told(folder: Path) -> None:
     (folder / "val" / "cat" / "more.png" / "back").symlink_to(folder / "val" / "cat")
     with pytest.raises(DataError, match="back is a link to a folder that it lies in: remove it"):
         opened(folder)
-    with pytest.raises(ConfigError, match="is no path"):
+    with pytest.raises(ConfigError, match="is not a path"):
         opened(Path("x" * 5000))
 
 
@@ -226,7 +226,7 @@ def test_a_reader_that_is_killed_within_an_epoch_is_told_soon(folder: Path, trai
     started = time.monotonic()
     assert victim.pid is not None
     os.kill(victim.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"the processes that read .*val died.* --workers 0"):
+    with pytest.raises(DataError, match=r"the processes that read .*val died.* `data.workers=0`"):
         list(batches)
     assert time.monotonic() - started < 60
 

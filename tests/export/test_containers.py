@@ -65,8 +65,8 @@ def test_a_much_larger_file_is_explained() -> None:
     assert found.explained(120_001, "qdq") is None
     assert found.explained(80_000, "qdq") == (
         "the ONNX file has 150 KB where the true bits need 80 KB: 60 KB for wider containers (4-bit weights of 3 "
-        "layers in INT8, their codes reach 15) and 10 KB for graph, names and metadata. Quantized with --weight-grid "
-        "zero it can shrink to about 90 KB: compare the accuracy"
+        "layers in INT8, their codes reach 15) and 10 KB for graph, names and metadata. Quantized with "
+        "`quantization.weight_grid=zero` it can shrink to about 90 KB: compare the accuracy"
     )
 
 

@@ -261,7 +261,7 @@ def test_an_operator_without_an_exact_form_is_refused_in_one_line(
     quantized = quantize(make)
     with pytest.raises(UnsupportedModel, match=named) as refusal:
         ExactForm(frozen_copy(quantized.model), images(2))
-    assert "choose another --style" in str(refusal.value)
+    assert "choose another `style`" in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 

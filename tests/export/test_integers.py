@@ -130,7 +130,7 @@ def test_parts_are_as_few_as_their_order_allows() -> None:
 def test_a_channel_that_is_too_large_by_itself_is_refused_by_name() -> None:
     codes = torch.full((1, 4), 127, dtype=torch.int8)
     x = Integers(torch.zeros(1), SCALAR, None, 0, 2**24 // 127 + 1)
-    with pytest.raises(UnsupportedModel, match=r"layer blocks\.3 .*2\^24 .*choose another --style"):
+    with pytest.raises(UnsupportedModel, match=r"layer blocks\.3 .*2\^24 .*choose another `style`"):
         parts_of(Operator(aten.linear.default, {}), x, Integers(codes, SCALAR, layer="blocks.3"))
 
 

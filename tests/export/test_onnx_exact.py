@@ -121,7 +121,7 @@ def test_a_convolution_with_a_float_operand_is_refused_by_name(case: str, tmp_pa
     )
     with pytest.raises(UnsupportedModel, match="every convolution quantized") as refusal:
         export(quantized, "exact", tmp_path / "model.onnx")
-    assert "choose another --style" in str(refusal.value)
+    assert "choose another `style`" in str(refusal.value)
     assert case == "weight" or "and 3 is not" in str(refusal.value)
     assert not list(tmp_path.iterdir())
 
@@ -130,7 +130,7 @@ def test_an_operator_without_an_exact_form_is_refused_by_name(tmp_path: Path) ->
     quantized = quantize(
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softplus(), nn.Flatten(), nn.Linear(64, 5))
     )
-    with pytest.raises(UnsupportedModel, match=r"softplus.*choose another --style"):
+    with pytest.raises(UnsupportedModel, match=r"softplus.*choose another `style`"):
         export(quantized, "exact", tmp_path / "model.onnx")
 
 

@@ -132,7 +132,9 @@ def test_unsigned_codes_up_to_127_stay_as_they_are(folder: Path) -> None:
 
 def test_weights_that_reach_255_are_refused_by_name(tmp_path: Path) -> None:
     quantized = quantize(NETWORKS["conv_bn"], same_bits(8), Scheme(weight_grid="paper"))
-    with pytest.raises(UnsupportedModel, match=r"codes of 0 reach 2[0-9][0-9].*--weight-grid auto"):
+    with pytest.raises(
+        UnsupportedModel, match=r"codes of 0 reach 2[0-9][0-9].*`quantization.weight_grid=auto`"
+    ):
         EXPORTERS["trt"]().export(quantized.model, images(2), tmp_path / "model.onnx", quantized.facts)
     assert not list(tmp_path.iterdir())
 

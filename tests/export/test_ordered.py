@@ -244,7 +244,7 @@ def test_attention(mask: str) -> None:
 
 def test_attention_with_grouped_queries_is_refused() -> None:
     query, key = normal(2, 4, 6, 8), normal(2, 2, 6, 8, seed=1)
-    with pytest.raises(UnsupportedModel, match=r"grouped queries: choose another --style"):
+    with pytest.raises(UnsupportedModel, match=r"grouped queries: choose another `style`"):
         ordered.attention(query, key, key, enable_gqa=True)
 
 

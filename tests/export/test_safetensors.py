@@ -316,9 +316,9 @@ def test_an_empty_file_and_one_with_more_than_its_tensors_are_refused(good: Path
         (b"\x80\x04\x95" + bytes(64), "is a pickle"),
         (b"<!DOCTYPE html><html>not found</html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer"),
-        (bytes(range(256)), "is no safetensors file"),
-        (b"\xff" * 64, "is no safetensors file"),
-        (b"hello, world, this is text", "is no safetensors file"),
+        (bytes(range(256)), "is not a safetensors file"),
+        (b"\xff" * 64, "is not a safetensors file"),
+        (b"hello, world, this is text", "is not a safetensors file"),
         ((2).to_bytes(8, "little") + b"{]", "is damaged"),
         ((2).to_bytes(8, "little") + b"{}", "holds no quantized model"),
     ],
@@ -448,11 +448,11 @@ CHANGED: dict[str, tuple[str, Callable[[dict[str, Tensor]], object]]] = {
     "step_double": ("3.step is float64", _with(STEP, Tensor.double)),
     "level_of_another_shape": ("is float32", _with(LEVEL, lambda x: x[:, :1])),
     "level_empty": ("is float32 [0", _with(LEVEL, lambda x: x[:0])),
-    "level_no_number": ("no finite number", _with(LEVEL, lambda x: x * torch.nan)),
-    "level_infinite": ("no finite number", _with(LEVEL, lambda x: x * torch.inf)),
+    "level_no_number": ("not finite", _with(LEVEL, lambda x: x * torch.nan)),
+    "level_infinite": ("not finite", _with(LEVEL, lambda x: x * torch.inf)),
     "level_zero": ("do not belong", _with(LEVEL, lambda x: x * 0)),
-    "input_level_no_number": ("no finite number", _with(NUMBER, lambda x: x * torch.nan)),
-    "input_level_infinite": ("no finite number", _with(NUMBER, lambda x: x * -torch.inf)),
+    "input_level_no_number": ("not finite", _with(NUMBER, lambda x: x * torch.nan)),
+    "input_level_infinite": ("not finite", _with(NUMBER, lambda x: x * -torch.inf)),
     "input_level_empty": ("float32 [0]", _with(NUMBER, lambda x: x[:0])),
     "norm_of_another_shape": ("1.weight is float32 [3]", _with("1.weight", lambda x: x[:-1])),
     "norm_empty": ("1.weight is float32 [0]", _with("1.weight", lambda x: x[:0])),
@@ -503,7 +503,7 @@ def test_a_learned_offset_that_is_no_number_is_refused(tmp_path: Path) -> None:
     tensors["3.input_quantizer.offset"] *= torch.nan
     save_file({name: x.clone() for name, x in tensors.items()}, path, metadata=seal(quantized.facts, tensors))
 
-    assert "3.input_quantizer has a level, step or offset that is no finite number" in refused(path)
+    assert "3.input_quantizer has a level, step or offset that is not finite" in refused(path)
 
 
 def test_another_architecture_is_refused(good: Path) -> None:

@@ -169,9 +169,9 @@ def test_an_architecture_with_a_wrong_key_is_refused() -> None:
         (random("timm/resnet18", kwargs={"foo": 1}), "no argument 'foo'"),
         (random("torchvision/resnet18", kwargs={"foo": 1}), "no argument 'foo'"),
         (random("saq/resnet20", kwargs={"foo": 1}), "no argument 'foo'"),
-        (random("timm/resnet18", kwargs={"checkpoint_path": "x"}), "--weights"),
-        (random("timm/resnet18", kwargs={"num_classes": 3}), "--num-classes"),
-        (random("timm/resnet18", kwargs={"block_args": 5}), "--model-kwargs"),
+        (random("timm/resnet18", kwargs={"checkpoint_path": "x"}), "`model.weights`"),
+        (random("timm/resnet18", kwargs={"num_classes": 3}), "`model.num_classes`"),
+        (random("timm/resnet18", kwargs={"block_args": 5}), "`model.kwargs`"),
         (random("torchvision/googlenet", in_chans=1), "under timm/"),
         (random("saq/resnet20", num_classes=0), "at least 1"),
         (random("saq/resnet20", input_size=-4), "one side"),
@@ -183,7 +183,7 @@ def test_arguments_that_do_not_suit_are_refused(spec: ModelSpec, said: str) -> N
 
 
 def test_a_network_without_classifier_needs_a_number_of_classes() -> None:
-    assert "--num-classes" in refusal(random("timm/vit_small_patch16_224.dino"), UnsupportedModel)
+    assert "`model.num_classes`" in refusal(random("timm/vit_small_patch16_224.dino"), UnsupportedModel)
 
 
 def test_arguments_reach_the_builder() -> None:
@@ -222,7 +222,7 @@ def test_asking_for_other_classes_than_the_file_has_is_refused(tmp_path: Path) -
     )
     message = refusal(ModelSpec("resnet18", weights=path, num_classes=100), WeightsMismatch)
     assert message.startswith("w.safetensors has 10 classes, timm/resnet18 was asked for 100")
-    assert "--new-head" in message
+    assert "`model.new_head=True`" in message
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
@@ -266,7 +266,8 @@ def test_weights_of_grey_images_ask_for_their_channels(tmp_path: Path) -> None:
     )
     message = refusal(ModelSpec("saq/resnet20", weights=path), WeightsMismatch)
     assert (
-        "reads images of 1 channel (conv1.weight), saq/resnet20 was asked for 3: pass --in-chans 1" in message
+        "reads images of 1 channel (conv1.weight), saq/resnet20 was asked for 3: use `model.in_chans=1`"
+        in message
     )
 
 
@@ -323,15 +324,15 @@ def test_without_a_network_the_message_says_to_give_weights(
 ) -> None:
     message = offline(name, monkeypatch, tmp_path)
     assert f"the pretrained weights of {name} could not be fetched" in message
-    assert "--weights FILE" in message
-    assert "--no-pretrained" in message
+    assert "`model.weights=FILE`" in message
+    assert "`model.pretrained=False`" in message
 
 
 @pytest.mark.parametrize("name", ["saq/resnet20", "timm/coatnet_0_224"])
 def test_a_network_without_published_weights_says_so(name: str) -> None:
     message = refusal(ModelSpec(name), SaqError)
-    assert message.startswith(f"{name} has no published weights: give --weights FILE")
-    assert "--no-pretrained" in message
+    assert message.startswith(f"{name} has no published weights: use `model.weights=FILE`")
+    assert "`model.pretrained=False`" in message
 
 
 def test_cached_weights_of_timm_are_used_without_a_network(

@@ -45,11 +45,11 @@ def test_names_are_found_however_they_are_written(asked: str) -> None:
 
 
 @pytest.mark.parametrize(("asked", "said"), [
-    ("hf-hub:microsoft/resnet-18", "--weights FILE"),
+    ("hf-hub:microsoft/resnet-18", "`model.weights=FILE`"),
     ("microsoft/resnet-18", "near are timm/resnet18"),
     ("hub/resnet18", "near are timm/resnet18"),
-    ("w.safetensors", "name its network, and give --weights w.safetensors"),
-    ("folder/model_best.pth.tar", "--weights folder/model_best.pth.tar"),
+    ("w.safetensors", "name its network, and use `model.weights=w.safetensors`"),
+    ("folder/model_best.pth.tar", "`model.weights=folder/model_best.pth.tar`"),
     ("net.onnx", "is an ONNX file"),
     ("", "nothing is near"),
     ("-", "nothing is near"),

@@ -110,7 +110,7 @@ def test_averaged_weights_are_taken_and_noted(layout: str, tmp_path: Path) -> No
     loaded = load(tmp_path, content)
     assert has(loaded.model, AVERAGED)
     assert f"averaged weights taken from {key!r}" in loaded.notes[0]
-    assert "--weights-key" in loaded.notes[0]
+    assert "`model.weights_key`" in loaded.notes[0]
     raw = next(path for path in content if not path.startswith("ema"))
     assert repr(raw) in loaded.notes[0]
     assert has(load(tmp_path, content, weights_key=raw).model, RAW)
@@ -130,7 +130,9 @@ def test_averages_without_names_are_no_silent_raw_weights(key: str, tmp_path: Pa
     content: Any = list(AVERAGED.values())
     for part in reversed(key.split(".")):
         content = {part: content}
-    with pytest.raises(ConfigError, match=rf"under '{key}', beside those in 'model'.*--weights-key model"):
+    with pytest.raises(
+        ConfigError, match=rf"under '{key}', beside those in 'model'.*`model.weights_key=model`"
+    ):
         load(tmp_path, {"model": RAW, **content})
     assert has(load(tmp_path, {"model": RAW, **content}, weights_key="model").model, RAW)
 
@@ -216,7 +218,9 @@ def refusal(tmp_path: Path, kind: type[SaqError], content: Any, **spec: Any) -> 
 
 def test_an_unknown_key_lists_those_with_tensors(tmp_path: Path) -> None:
     message = refusal(tmp_path, ConfigError, AVERAGES["timm"][0], weights_key="model")
-    assert "no tensors under --weights-key 'model': choose from 'state_dict', 'state_dict_ema'" in message
+    assert (
+        "no tensors under `model.weights_key='model'`: choose from 'state_dict', 'state_dict_ema'" in message
+    )
     assert "remove it" in refusal(tmp_path, ConfigError, RAW, weights_key="model")
 
 
@@ -231,7 +235,7 @@ def test_several_unknown_sets_have_to_be_chosen_from(tmp_path: Path) -> None:
 
 
 def test_a_key_without_a_file_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--weights FILE"):
+    with pytest.raises(ConfigError, match=r"`model\.weights=FILE`"):
         load_model(ModelSpec("saq/tiny", pretrained=False, weights_key="ema"))
 
 

@@ -166,8 +166,8 @@ def test_a_long_list_of_names_is_cut_and_counted() -> None:
 
 def test_a_wrong_number_of_classes_is_said_plainly() -> None:
     message = mismatch(network(10).state_dict(), network(100), name="saq/tiny", classifiers=("3",))
-    assert message.startswith("w.pth has 10 classes, saq/tiny was asked for 100: remove --num-classes")
-    assert "--new-head" in message
+    assert message.startswith("w.pth has 10 classes, saq/tiny was asked for 100: remove `model.num_classes`")
+    assert "`model.new_head=True`" in message
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:

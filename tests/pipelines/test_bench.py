@@ -341,7 +341,7 @@ class TestOnnxFiles:
         refused = saq("eval", path, *QUICK)
 
         assert refused.exit_code == 1
-        assert "batches of 3 only: give --batch-sizes 3" in refused.stderr
+        assert "batches of 3 only: use --batch-sizes 3" in refused.stderr
         found = answer("eval", path, "--bench", "--batch-sizes", 3, "--repeats", 1, "--threads", 1)
         assert found["bench"]["rows"][-1]["batch_size"] == 3
 

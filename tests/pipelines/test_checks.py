@@ -59,7 +59,7 @@ def images(tmp_path: Path) -> Path:
                     "'34' is not a",
                 ),
                 *(
-                    "give --bops 5GBOPs",
+                    "use --bops 5GBOPs",
                     "no folder nosuch",
                     "--candidates 1,2",
                     "training.lr",
@@ -73,9 +73,9 @@ def images(tmp_path: Path) -> Path:
         ("quantize saq/resnet20 --policy nosuch.json", [DATA, "--policy nosuch.json cannot be read"]),
         (
             "search resnet18 --searcher samp --device cuda:9",
-            [DATA, "no budget was given: give --budget 34G", "no searcher 'samp'", "--device cuda:9"],
+            [DATA, "no budget was given: use --budget 34G", "no searcher 'samp'", "--device cuda:9"],
         ),
-        ("search resnt18 --budget 500MB", [DATA, "near are", "give --size 500MB, or 500M"]),
+        ("search resnt18 --budget 500MB", [DATA, "near are", "use --size 500MB, or 500M"]),
         ("eval resnet18", [DATA]),
         ("eval resnt18 --device cuda:9", ["near are timm/resnet18", DATA, "--device cuda:9"]),
         (
@@ -123,15 +123,15 @@ def test_existing_run_is_looked_at_last(images: Path, tmp_path: Path) -> None:
     assert f"{run} holds other files and no run" in last_error(saq(*given))
     exported = tmp_path / "model.onnx"
     exported.touch()
-    assert "is already there" not in last_error(saq("export", "nosuch", "--onnx", exported))
+    assert "already exists" not in last_error(saq("export", "nosuch", "--onnx", exported))
 
 
 def test_budgets_are_checked_wherever_they_are_read(images: Path, tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     base = ("quantize", "saq/resnet20", "--no-pretrained", "--dry-run")
     for text, says in (
-        ('bops = "500MB"', "give --size 500MB, or 500M for bit-operations"),
-        ('size = "34GBOPs"', "give --bops 34GBOPs, or 34G for bytes"),
+        ('bops = "500MB"', "use --size 500MB, or 500M for bit-operations"),
+        ('size = "34GBOPs"', "use --bops 34GBOPs, or 34G for bytes"),
         ("bops = 500", "'500' is not a budget: add a unit"),
         ("size = 5.5", "'5.5' is not a size: add a unit"),
         ('bops = "20ms"', "is a time"),
@@ -140,7 +140,7 @@ def test_budgets_are_checked_wherever_they_are_read(images: Path, tmp_path: Path
         assert says in last_error(saq(*base, "--config", file))
         key, _, value = text.partition(" = ")
         assert says in last_error(saq(*base, "--set", f"quantization.{key}={value}"))
-        assert says in last_error(
+        assert says.replace("--bops", "--budget") in last_error(
             saq("search", "saq/resnet20", "--data", images, "--set", f"quantization.{key}={value}")
         )
     file.write_text('[quantization]\nbits = 4\n[quantization.pins]\n"*.conv2" = 6\n')
@@ -151,7 +151,7 @@ def test_budgets_are_checked_wherever_they_are_read(images: Path, tmp_path: Path
 
 def test_demo_refuses_budgets_before_it_trains(tmp_path: Path) -> None:
     for budget, code, says in (
-        ("500MB", 1, "give --size 500MB, or 500M"),
+        ("500MB", 1, "use --size 500MB, or 500M"),
         ("5mJ", 1, "is an energy"),
         ("1M", 4, "reachable: 42.51 M"),
     ):
@@ -204,7 +204,7 @@ def test_a_chosen_set_of_weights_is_no_second_problem(tmp_path: Path) -> None:
 
 def test_a_dry_search_is_checked_as_a_search() -> None:
     result = saq("search", "saq/resnet20", "--mean", "abc", "--dry-run", "--no-pretrained")
-    assert "no budget was given: give --budget 34G" in last_error(result)
+    assert "no budget was given: use --budget 34G" in last_error(result)
     assert "--bits" not in last_error(result)
 
 

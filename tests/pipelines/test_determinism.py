@@ -54,7 +54,7 @@ def test_an_operation_without_such_a_kernel_is_named_in_one_line_and_all_is_set_
     before = flags()
 
     refused = pytest.raises(
-        UnsupportedModel, match=r"^--deterministic: put_ has no .* away, or try --device cpu"
+        UnsupportedModel, match=r"^`run.deterministic`: put_ has no .*, or try `run.device=cpu`"
     )
     with refused, deterministic():
         torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))

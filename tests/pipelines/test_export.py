@@ -205,8 +205,8 @@ def test_a_file_that_is_not_the_model_does_not_get_its_name(
 
     assert result.exit_code == 3
     message = last_error(result)
-    assert "model.onnx does not equal the model" in message
-    assert "nothing was written" in message
+    assert "model.onnx does not match the model" in message
+    assert "no file was written" in message
     assert "fed the same codes, it differs in front of" in message
     assert not list(tmp_path.iterdir())
 
@@ -263,7 +263,7 @@ def test_a_graph_that_onnx_runtime_does_not_take_does_not_get_its_name(
 
     assert result.exit_code == ExportMismatch.exit_code == 3
     assert says in last_error(result)
-    assert "nothing was written" in last_error(result)
+    assert "no file was written" in last_error(result)
     assert not list(tmp_path.iterdir())
 
 
@@ -288,7 +288,7 @@ def test_what_is_there_is_replaced_only_when_told(model: Path, tmp_path: Path) -
         result = saq("export", model, "--onnx", path, "--quiet")
 
         assert result.exit_code == 1
-        assert f"{taken} is already there: give --overwrite" in last_error(result)
+        assert f"{taken} already exists: use --overwrite" in last_error(result)
         assert taken.read_text() == "before"
     assert answer("export", model, "--onnx", path, "--overwrite")["verified"]
     assert (
@@ -299,13 +299,16 @@ def test_what_is_there_is_replaced_only_when_told(model: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--onnx", "model.bin"), "--onnx model.bin has no ending .onnx"),
+        (("--onnx", "model.bin"), "--onnx model.bin does not end with .onnx"),
         (
             ("--onnx", "model.onnx", "--style", "tflite"),
             "there is no export style 'tflite': choose from qdq, qdq-vnni, exact",
         ),
         (("--onnx", "model.onnx", "--style", "safetensors"), "there is no export style 'safetensors'"),
-        (("--onnx", "model.onnx", "--verify", "tensorrt"), "--verify tensorrt is no runtime that saq knows"),
+        (
+            ("--onnx", "model.onnx", "--verify", "tensorrt"),
+            "--verify tensorrt is not a runtime that saq knows",
+        ),
     ],
 )
 def test_options_that_mean_nothing_are_refused_at_once(

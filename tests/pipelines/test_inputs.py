@@ -186,29 +186,35 @@ class TestTraining:
     ) -> None:
         with pytest.raises(UnsupportedModel, match=says) as caught:
             check_trains(build().eval(), "any", self.size, self.config(**options))
-        assert "--epochs 0" in str(caught.value)
+        assert "`training.epochs=0`" in str(caught.value)
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("build", [Pooled, Dense])
     @pytest.mark.parametrize(
         ("batch", "images", "options", "cause", "remedy"),
         [
-            (128, 900, {"micro_batch": 1}, "--micro-batch 1 leaves", "give --micro-batch 2 or more,"),
+            (
+                128,
+                900,
+                {"micro_batch": 1},
+                "`training.micro_batch=1` leaves",
+                "give `training.micro_batch=2` or more,",
+            ),
             (
                 128,
                 900,
                 {"sharpness_batch": 1},
-                "--sharpness-batch 1 leaves",
-                "give --sharpness-batch 2 or more,",
+                "`training.sharpness_batch=1` leaves",
+                "give `training.sharpness_batch=2` or more,",
             ),
             (
                 5,
                 900,
                 {"micro_batch": 2},
-                "--micro-batch 2 with batches of 5 leaves",
-                "give --micro-batch 3 or more,",
+                "`training.micro_batch=2` with batches of 5 leaves",
+                "give `training.micro_batch=3` or more,",
             ),
-            (1, 900, {}, "--batch-size 1 leaves", "give --batch-size 2 or more,"),
+            (1, 900, {}, "`data.batch_size=1` leaves", "give `data.batch_size=2` or more,"),
             (128, 1, {"micro_batch": 1}, "a training set of 1 image leaves", "give more images,"),
         ],
     )
@@ -237,7 +243,7 @@ class TestTraining:
 
         assert "fails in training on 1 image: Expected more than 1 spatial element" in str(caught.value)
         assert "-batch" not in str(caught.value)
-        assert "--input-size" in str(caught.value)
+        assert "`model.input_size`" in str(caught.value)
 
     @pytest.mark.parametrize(("batch", "micro"), [(7, 2), (8, 3), (9, 4), (12, 12), (1, 5)])
     def test_sizes_are_those_of_the_parts(self, batch: int, micro: int) -> None:

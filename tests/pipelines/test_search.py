@@ -432,7 +432,7 @@ def test_unreachable_bytes_are_refused_with_their_range(network: list[object], t
         (["--budget", "w4a4", "--pin", "layer1"], "PATTERN=BITS"),
         (["--budget", "w4a4", "--pin", "layer9.*=4"], "matches no layer"),
         (["--budget", "w4a4", "--pin", "layer1.*=9"], "from 2 to 8"),
-        (["--budget", "w4a4", "--pin", "layer1.*=x"], "no bit-width"),
+        (["--budget", "w4a4", "--pin", "layer1.*=x"], "not a bit-width"),
         (["--budget", "w4a4", "--candidates", "2,9"], "--candidates"),
         (["--budget", "w4a4", "--activation-candidates", "1"], "1"),
         (["--budget", "w4a4", "--proxy", "images"], "--proxy"),

@@ -138,7 +138,7 @@ def test_killed_run_is_called_interrupted_by_all(images: Path, tmp_path: Path, c
         assert f"resume with `saq quantize --run-dir {tmp_path / 'run'} --resume`" in line
         assert "running" not in line
     again = saq("quantize", MODEL, "--bits", 4, "--data", images, "--run-dir", tmp_path / "run")
-    assert "already holds an interrupted run: give --resume to continue it" in last_error(again)
+    assert "already holds an interrupted run: use --resume to continue it" in last_error(again)
 
 
 def test_run_at_work_is_waited_for(images: Path, tmp_path: Path, config: RunConfig) -> None:

@@ -141,7 +141,7 @@ def test_what_onnx_cannot_express_is_refused_first(
     assert result.stderr.count("\n") == 1
     assert "saq/of_a_test cannot be exported to ONNX in style qdq: " in last_error(result)
     assert why in last_error(result)
-    assert "give --no-export to end with model.safetensors alone, or another network" in last_error(result)
+    assert "use --no-export to end with model.safetensors alone, or another network" in last_error(result)
     assert not list(tmp_path.iterdir())
 
 
@@ -180,7 +180,7 @@ def test_without_export_a_run_ends_with_safetensors(images: Path, network: Any, 
     assert {found[key] for key in found if key.startswith("onnx_")} == {None}
     assert len([key for key in found if key.startswith("onnx_")]) == 10
     assert json.loads((run / "config.json").read_text())["export"] == {"styles": []}
-    assert "No ONNX file was written (`--no-export`)." in (run / "report.md").read_text()
+    assert "No ONNX file was written (`export.styles=()`)." in (run / "report.md").read_text()
     assert answer("eval", run, "--data", images)["top1"] == found["top1"]
 
     again = answer("rerun", run)

@@ -89,7 +89,7 @@ def test_any_rule_is_read_or_refused_with_its_text(text: str) -> None:
     try:
         rule = parse_rule(text)
     except ConfigError:
-        with pytest.raises(ConfigError, match=re.escape(f"--pin ...={text}")):
+        with pytest.raises(ConfigError, match=re.escape(f"`quantization.pins=...={text}`")):
             parse_rule(text)
     else:
         for least, most in (rule.weights, rule.activations):
@@ -99,14 +99,14 @@ def test_any_rule_is_read_or_refused_with_its_text(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "no bit-width"),
-        ("four", "no bit-width"),
-        ("4-", "no bit-width"),
-        ("w4", "no bit-width"),
-        ("a4", "no bit-width"),
-        ("w4a", "no bit-width"),
-        ("4,5", "no bit-width"),
-        ("12", "no bit-width"),
+        ("", "is not a bit-width"),
+        ("four", "is not a bit-width"),
+        ("4-", "is not a bit-width"),
+        ("w4", "is not a bit-width"),
+        ("a4", "is not a bit-width"),
+        ("w4a", "is not a bit-width"),
+        ("4,5", "is not a bit-width"),
+        ("12", "is not a bit-width"),
         ("1", "from 2 to 8"),
         ("9", "from 2 to 8"),
         ("6-3", "the fewer first"),
@@ -203,7 +203,7 @@ def test_a_range_without_a_candidate_is_refused_with_the_candidates() -> None:
 
 
 def test_a_pattern_without_a_layer_is_refused_with_names_of_layers() -> None:
-    with pytest.raises(ConfigError, match=r"--pin layer9\.\*=4 matches no layer") as refusal:
+    with pytest.raises(ConfigError, match=r"`quantization.pins=layer9\.\*=4` matches no layer") as refusal:
         space_of({"layer9.*": "4"})
     assert "conv1, layer1.conv1" in str(refusal.value)
 
@@ -329,7 +329,7 @@ def test_a_budget_of_the_floor_is_met_and_one_less_is_refused_with_the_range(ind
         "Raise the budget",
     ):
         assert part in message
-    assert "--candidates" not in message  # 2 bits are allowed already
+    assert "candidates" not in message  # 2 bits are allowed already
     assert refusal.value.exit_code == 4
 
 
@@ -343,7 +343,7 @@ def test_of_two_budgets_the_one_that_cannot_be_met_is_named() -> None:
 
 def test_fewer_candidates_are_proposed_where_fewer_bits_exist() -> None:
     space = search_space("net", BLOCKS, Candidates((3, 4)))
-    with pytest.raises(InfeasibleBudget, match="allow fewer bits with --candidates"):
+    with pytest.raises(InfeasibleBudget, match=r"allow fewer bits with `quantization\.candidates`"):
         space.check_reachable(Budget(space.floor.bops - 1))
 
 

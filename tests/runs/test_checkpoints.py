@@ -87,7 +87,9 @@ def test_without_a_good_one_it_says_what_to_do(tmp_path: Path) -> None:
     file = written(tmp_path / "last.ckpt", 1)
     file.path.write_bytes(file.path.read_bytes()[:-1])
 
-    with pytest.raises(RunDirectoryError, match=r"last\.ckpt is damaged .* start again with --overwrite"):
+    with pytest.raises(
+        RunDirectoryError, match=r"last\.ckpt is damaged .* start again with `overwrite=True`"
+    ):
         CheckpointFile(file.path).load()
 
 
@@ -96,7 +98,9 @@ def test_where_both_are_damaged_both_are_named_with_what_to_do(tmp_path: Path) -
     for path in (file.path, file.previous):
         path.write_bytes(path.read_bytes()[:-1])
 
-    with pytest.raises(RunDirectoryError, match=r"last\.ckpt is .*last\.previous\.ckpt is .*--overwrite"):
+    with pytest.raises(
+        RunDirectoryError, match=r"last\.ckpt is .*last\.previous\.ckpt is .*`overwrite=True`"
+    ):
         CheckpointFile(file.path).load()
 
 

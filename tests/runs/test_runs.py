@@ -70,7 +70,7 @@ def test_what_a_crash_leaves_of_the_first_moment_is_begun_again(
 
 
 def test_a_finished_run_is_neither_lost_nor_gone_on_with_by_chance(finished: Path, config: RunConfig) -> None:
-    with pytest.raises(RunDirectoryError, match="already holds a finished run: give --resume"):
+    with pytest.raises(RunDirectoryError, match="already holds a finished run: use `resume=True`"):
         RunDirectory.start(finished, config, resume=False, overwrite=False)
     with pytest.raises(
         RunDirectoryError, match="holds a run of `saq quantize`, which `saq search` cannot resume"

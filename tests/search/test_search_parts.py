@@ -1042,5 +1042,5 @@ def test_a_network_without_second_derivatives_is_refused_with_what_to_do() -> No
     problem = tiny_problem("conv_bn")
     activations = [name for name, module in problem.model.named_modules() if isinstance(module, nn.ReLU)]
     problem.model.set_submodule(activations[0], nn.Hardsigmoid())
-    with pytest.raises(UnsupportedModel, match="--searcher sensitivity"):
+    with pytest.raises(UnsupportedModel, match=r"`quantization\.searcher=sensitivity`"):
         HAWQ(samples=1, images=4).traces(problem)

@@ -85,7 +85,7 @@ class TestOrder:
         [
             (
                 ["c1", "c2", "c10"],
-                r"in timm's order \(c1, c2, c10\), torchvision's order is c1, c10, c2: .*--class-order torchvision",
+                r"in timm's order \(c1, c2, c10\), torchvision's order is c1, c10, c2: .*`data.class_order=torchv",
             ),
             (["ant", "Bee", "cat"], r"\(ant, Bee, cat\), torchvision's order is Bee, ant, cat"),
             (["A", "a", "b"], r"timm does not tell A from a .* here A comes first"),
@@ -106,7 +106,9 @@ class TestOrder:
             check_fingerprint(kept, opened(tmp_path, names, 3, class_order="torchvision"), "training")
 
     def test_an_order_that_is_none_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"--class-order .*alphabet is no order and no file"):
+        with pytest.raises(
+            ConfigError, match=r"`data.class_order=.*alphabet` is neither an order nor a file"
+        ):
             opened(tmp_path, ["ant"], 1, class_order="alphabet")
 
 
@@ -145,7 +147,7 @@ class TestLists:
             ({"dog": 0, "cat": True, "ant": 2}, "give a JSON list of names"),
             ([1, 2, 3], "give a JSON list of names"),
             ('{"dog": 0, "dog": 1}', "'dog' stands there twice"),
-            ("[", "it is no JSON"),
+            ("[", "it is not JSON"),
         ],
     )
     def test_a_file_that_does_not_fit_is_refused(self, content: object, message: str, tmp_path: Path) -> None:
@@ -175,7 +177,7 @@ class TestLists:
         assert open_split(str(tmp_path / "val"), "val", num_classes=3).class_names == ("dog", "cat", "ant")
         split = opened(tmp_path, [], 3, class_order="timm")
         assert split.class_names == ("ant", "cat", "dog")
-        assert any("numbers these classes otherwise: ant is 2 there, and 0" in note for note in split.notes)
+        assert any("numbers these classes differently: ant is 2 there, and 0" in note for note in split.notes)
 
     def test_a_list_of_other_things_is_noted(self, tmp_path: Path) -> None:
         split = opened(tmp_path, ["ant", "cat", "dog"], 3, {"classes.txt": "a\nb\nc\n"})
@@ -184,7 +186,7 @@ class TestLists:
 
     def test_a_list_of_some_folders_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(
-            DataError, match=r"classes.txt does not name 1 class folder .* \(ant\).*--class-order timm"
+            DataError, match=r"classes.txt does not name 1 class folder .* \(ant\).*`data.class_order=timm`"
         ):
             opened(tmp_path, ["ant", "cat", "dog"], 3, {"classes.txt": "dog\ncat\nbee\n"})
 
@@ -199,7 +201,7 @@ class TestCheckpointAndRun:
         split = opened(tmp_path, ["ant", "cat", "dog"], KNOWN, {"classes.txt": "ant\ncat\ndog\n"})
         assert (split.class_names, split.class_order) == (("dog", "cat", "ant"), "checkpoint")
         assert "as in the checkpoint (dog, cat, ant)" in split.notes[0]
-        assert "classes.txt numbers these classes otherwise" in split.notes[1]
+        assert "classes.txt numbers these classes differently" in split.notes[1]
 
     def test_capitals_and_underscores_do_not_matter(self, tmp_path: Path) -> None:
         classes = Classes(2, names=("golf ball", "English springer"))
@@ -224,7 +226,7 @@ class TestCheckpointAndRun:
         assert split.folders == RUN.folders
         assert "numbered as in runs/x (dog, cat, ant)" in split.notes[0]
         assert (
-            "class_to_idx.json numbers these classes otherwise: ant is 0 there, and 2 by runs/x"
+            "class_to_idx.json numbers these classes differently: ant is 0 there, and 2 by runs/x"
             in split.notes[1]
         )
 
@@ -232,12 +234,13 @@ class TestCheckpointAndRun:
         split = opened(tmp_path, ["ant", "cat", "dog"], RUN, class_order="torchvision")
         assert split.class_names == ("ant", "cat", "dog")
         assert split.notes == (
-            "runs/x numbers these classes otherwise: ant is 2 there, and 0 by torchvision's order, which decides",
+            "runs/x numbers these classes differently: ant is 2 there, and 0 by torchvision's order, which decides",
         )
 
     def test_folders_that_the_run_did_not_see_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(
-            DataError, match=r"has the classes z, runs/x was trained on dog, cat, ant: .*--class-map"
+            DataError,
+            match=r"has the classes z, runs/x was trained on dog, cat, ant: .*`data.class_map=FILE`",
         ):
             opened(tmp_path, ["cat", "dog", "z"], RUN)
 
@@ -262,19 +265,22 @@ class TestImageNet:
         split = opened(tmp_path, ["tench", "golf ball", "English_springer"], 1000)
         assert split.folders == {"tench": 0, "golf ball": 574, "English_springer": 217}
         assert "golf ball is n03445777" in split.notes[0]
-        assert "--class-map" in split.notes[0]
+        assert "`data.class_map=FILE`" in split.notes[0]
 
     @pytest.mark.parametrize(
         ("names", "message"),
         [
             (["tench", "crane"], "crane can be n02012849 or n03126707 of ImageNet"),
-            (["tench", "golfball"], r"no ImageNet synset \(golfball\)"),
+            (["tench", "golfball"], r"neither an ImageNet synset \(golfball\)"),
             (["tench", TENCH], "two folders of one class: n01440764 and tench are both class 0"),
             (
                 ["truck", "deer"],
-                r"none of these is an ImageNet synset.*--class-map FILE.*--num-classes 2 --new-head",
+                r"none of these is an ImageNet synset.*`data.class_map=FILE`.*`model.num_classes=2` `model.new_head",
             ),
-            ([TENCH, "n00480211"], r"no ImageNet synset \(n00480211\)"),  # volleyball the game, not the ball
+            (
+                [TENCH, "n00480211"],
+                r"neither an ImageNet synset \(n00480211\)",
+            ),  # volleyball the game, not the ball
         ],
     )
     def test_names_that_are_not_clear_are_refused(
@@ -306,7 +312,7 @@ class TestImageNet:
         classes = Classes(3, names=("dog", "cat", "ant"))
         with pytest.raises(DataError) as error:
             opened(tmp_path, ["dog", "foo"], classes)
-        assert "--class-order" not in str(error.value)
+        assert "class_order" not in str(error.value)
 
 
 MAPS: dict[str, tuple[str, object]] = {
@@ -353,7 +359,7 @@ class TestMap:
             ("cat 3\ndog 1\n", "cat is class 3, the model has classes 0 to 2"),
             (
                 "catt zebra\ndog yak\nant emu\n",
-                r"no line for 1 class folder .* \(cat\), and catt is no folder there",
+                r"no line for 1 class folder .* \(cat\), and catt is not a folder there",
             ),
             ("cat a\ncat b\n", "the folder cat stands there twice"),
             ("cat\n", "line 1 is not a folder and a class"),
@@ -380,7 +386,7 @@ def test_a_missing_file_is_told_before_weights_are_read(
     more = ["saq/resnet20", "--weights", "nowhere.pth", "--data", tmp_path, option, "nowhere.txt", "--quiet"]
     result = saq(command[0], *more, *command[1:])
     assert result.exit_code == 1
-    assert f"{option} nowhere.txt is no" in last_error(result)
+    assert f"{option} nowhere.txt is " in last_error(result)
 
 
 def test_splits_that_are_numbered_differently_are_refused(tmp_path: Path) -> None:

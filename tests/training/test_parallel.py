@@ -98,7 +98,7 @@ def test_ranks_share_their_troubles() -> None:
 
     (one, setbacks, notes), (other, _, _) = ranks_run(2, trouble, "number")
     assert setbacks.skipped == 1
-    assert "a step is left out" in notes[0]
+    assert "a step is skipped" in notes[0]
     assert_bitwise_equal(one, other)
 
 

@@ -102,7 +102,7 @@ def test_a_step_without_a_number_leaves_nothing_behind(method: str, value: float
                 x[0, 0, 0, 0] = value
             assert bool(step(x, labels)) == (number != 2)
         ends.append(snapshot(model, base))
-        assert [note.startswith("a step is left out: the loss is") for note in notes] == [True] * spoiled
+        assert [note.startswith("a step is skipped: the loss is") for note in notes] == [True] * spoiled
         assert (step.setbacks.skipped, step.setbacks.in_row) == (int(spoiled), 0)
 
     assert_bitwise_equal(*ends)
@@ -140,7 +140,7 @@ def test_too_many_in_a_row_end_training_with_the_last_good_weights() -> None:
         step(*spoiled)
 
     with pytest.raises(
-        TrainingDiverged, match=r"4 steps in a row could not be taken: the loss is nan .* lower --lr"
+        TrainingDiverged, match=r"4 steps in a row could not be taken: the loss is nan .* lower `training.lr`"
     ):
         step(*spoiled)
     assert_bitwise_equal(good, snapshot(model, base))

@@ -121,7 +121,7 @@ def test_without_a_readable_image_nothing_is_written(
 ) -> None:
     missing = [labelled(images, -1)] * batches
     with pytest.raises(
-        DataError, match="no image to verify the file on that can be read: give another --data"
+        DataError, match=r"no image to verify the file on can be read: use another `data\.path`"
     ):
         export_verified(
             plain, facts_of(plain, images), tmp_path / "model.onnx", "qdq", missing, batches, SILENT

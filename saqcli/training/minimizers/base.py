@@ -69,12 +69,15 @@ def check_score(loss: float, images: int, name: str) -> None:
     if not math.isfinite(loss):
         raise UnsupportedModel(
             f"the loss of {name} is {'NaN' if math.isnan(loss) else 'infinite'} on {images} images: its numbers "
-            "overflow; check its weights, --mean, --std and --input-size"
+            "overflow; check its weights, `model.mean`, `model.std` and `model.input_size`"
         )
 
 
 def _advice() -> str:
-    return "start again with a lower --lr, or --rho, and --overwrite; checkpoints/ holds the last good state"
+    return (
+        "start again with a lower `training.lr`, or `training.rho`, and `overwrite=True`; checkpoints/ holds the last "
+        "good state"
+    )
 
 
 class Loss(Protocol):

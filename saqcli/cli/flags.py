@@ -1,0 +1,149 @@
+"""Settings as a user of the command line types them.
+
+Messages of the library name settings and arguments in backticks, as a Python caller has them: ```data.batch_size=8```,
+```overwrite=True```, ```quantize(run_dir='runs/x', resume=True)```. What leaves the command line has flags instead.
+"""
+
+import ast
+import re
+import shlex
+from functools import cache
+from typing import Any, NamedTuple
+
+from saqcli.cli.options import flag_of
+from saqcli.config import RunConfig
+
+_CALL = re.compile(r"`([a-z]+\([^`]*\))`")
+_TOKEN = re.compile(r"`([a-z_][\w.]*)(?:=([^`]*))?`")
+
+SEARCH = {"quantization.bops": "--budget"}  # where ``saq search`` names a flag differently
+# Settings that a command takes by --set alone, as another one has their flag.
+HIDDEN = {"quantize": ("search.", "data.eval_"), "search": ("training.", "export.", "data.eval_")}
+
+# Arguments of library functions that are no settings.
+ARGUMENTS = {
+    name: f"--{name.replace('_', '-')}"
+    for name in (
+        *("overwrite", "resume", "run_dir", "out", "recipe", "config", "nproc_per_node"),
+        *("bits", "policy", "style", "against", "grid", "bench", "batch_sizes", "threads", "repeats"),
+    )
+} | {"model": "MODEL", "path": "--onnx", "runtimes": "--verify", "assignments": "--set"}
+VERBS = {"evaluate": "eval"}  # functions that are not called as their command
+
+
+class Command(NamedTuple):
+    """A command and its options."""
+
+    verb: str
+    options: frozenset[str]
+
+
+_entered: list[Command] = []
+
+
+def command_of(group: Any, verb: str) -> Command:
+    """The command ``verb`` of ``group``, the Typer application as a group of commands."""
+    parameters = group.commands[verb].params
+    return Command(verb, frozenset(name for one in parameters for name in (*one.opts, *one.secondary_opts)))
+
+
+def enter(context: Any) -> None:
+    """Take the flags of the command that ``context`` invokes, until it is closed."""
+    if context.invoked_subcommand in context.command.commands:
+        _entered.append(command_of(context.command, context.invoked_subcommand))
+        context.call_on_close(_entered.pop)
+
+
+def as_flags(text: str, command: Command | None = None) -> str:
+    """``text`` with flags in place of the settings, arguments and calls that it names in backticks.
+
+    Args:
+        text: a message of the library; names in backticks that it does not know stay as they are.
+        command: that is run; None for the one that was entered. Without any, every setting is taken to have a flag.
+
+    Example:
+        >>> as_flags("is there: use `overwrite=True`, or a smaller `data.batch_size`; `data.bad_images=skip` skips")
+        'is there: use --overwrite, or a smaller --batch-size; --bad-images skip skips'
+    """
+    command = command or (_entered[-1] if _entered else None)
+    text = _CALL.sub(lambda found: _command_line(found[1], command) or found[0], text)
+    return _TOKEN.sub(lambda found: _flag(found[1], found[2], command) or found[0], text)
+
+
+def flags_in(value: Any) -> Any:
+    """``value``, of lists and dictionaries, with flags in all of its strings; keys stay."""
+    if isinstance(value, dict):
+        return {key: flags_in(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [flags_in(inner) for inner in value]
+    return as_flags(value) if isinstance(value, str) else value
+
+
+def _command_line(call: str, command: Command | None) -> str | None:
+    """``quantize(run_dir='x')`` as `` `saq quantize --run-dir x` ``; None where it is no such call."""
+    try:
+        tree = ast.parse(call, mode="eval").body
+        assert isinstance(tree, ast.Call)
+        assert isinstance(tree.func, ast.Name)
+        words = ["saq", VERBS.get(tree.func.id, tree.func.id)]
+        words += [shlex.quote(str(ast.literal_eval(argument))) for argument in tree.args]
+        for keyword in tree.keywords:
+            value = str(ast.literal_eval(keyword.value))
+            word = _flag(
+                str(keyword.arg), value if value in ("True", "False") else shlex.quote(value), command
+            )
+            assert word is not None
+            words.append(word)
+    except (SyntaxError, ValueError, AssertionError):
+        return None
+    return f"`{' '.join(words)}`"
+
+
+def _flag(name: str, value: str | None, command: Command | None) -> str | None:
+    """The flag of a setting or argument, and its value; None where ``name`` is neither."""
+    if name not in ARGUMENTS and ".".join(name.split(".")[:2]) not in _settings():
+        return None
+    option = ARGUMENTS.get(name) or _option(name, command)
+    if option is None:
+        return f"--set {name}" + ("" if value is None else f"={_plain(value)}")
+    if not option.startswith("--"):
+        return value or option
+    if value in (None, "True"):
+        return option
+    if name == "export.styles" and value == "()":
+        return "--no-export"
+    if value == "False":
+        return option.replace("--", "--no-", 1)
+    return f"{option} {_plain(str(value))}"
+
+
+def _option(name: str, command: Command | None) -> str | None:
+    """The option of a setting; None where the command takes it by --set alone."""
+    option = "MODEL" if name == "model.name" else flag_of(name)
+    if command is None or option is None:
+        return option
+    if command.verb == "search":
+        option = SEARCH.get(name, option)
+    if "--set" in command.options and (
+        option not in {"MODEL", *command.options} or name.startswith(HIDDEN.get(command.verb, ()))
+    ):
+        return None
+    return option
+
+
+def _plain(value: str) -> str:
+    """A value of Python as it is typed: lists with commas, truth in lower case."""
+    if value in ("True", "False"):
+        return value.lower()
+    if value[:1] in ("(", "[") and value[-1:] in (")", "]"):
+        return ",".join(part.strip(" '\"") for part in value[1:-1].split(",") if part.strip())
+    return value
+
+
+@cache
+def _settings() -> frozenset[str]:
+    """``section.key`` of every setting."""
+    sections = RunConfig.model_fields.items()
+    return frozenset(
+        f"{name}.{key}" for name, field in sections for key in getattr(field.annotation, "model_fields", ())
+    )

@@ -47,13 +47,15 @@ from saqcli.random_state import deterministic_if_asked, seed_everything
 from saqcli.report.run_report import Outcome, write_report
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.resume import check_same, goes_on, note_start, resuming
+from saqcli.runs.saving import TrainingSaving
 from saqcli.serialization import named_path, write_text
 from saqcli.tasks.labels import ORDERS
+from saqcli.training.best import Best
 from saqcli.training.loop import Score, evaluate
 from saqcli.training.minimizers.base import check_score
 from saqcli.training.optimizer import check_training
 from saqcli.training.preflight import check_trains
-from saqcli.training.trainer import Best, finetune
+from saqcli.training.trainer import Trainer
 from saqcli.verify.verdict import verdict_path
 
 
@@ -272,17 +274,23 @@ def complete(
     if config.training.epochs:
         classes = int(facts.build["num_classes"])
         teacher = _teacher(config, device, progress)
-        best, outcome.last_score = finetune(
-            model,
-            config,
-            images,
-            run,
-            state,
-            progress,
-            num_classes=classes,
-            calibrated=outcome.calibrated_score,
-            teacher=teacher,
-        )
+        with TrainingSaving(run, config.run.checkpoint_minutes, state) as saving:
+            trainer = Trainer(
+                model,
+                images.training(),
+                config.training,
+                num_classes=classes,
+                image_size=max(images.preprocessing.input_size[1:]),
+                validation=images.validation(),
+                initial=outcome.calibrated_score,
+                teacher=teacher,
+                run=saving,
+                progress=progress,
+            )
+            if "position" in state:
+                trainer.load_state_dict(state)
+            trainer.fit()
+        best, outcome.last_score = trainer.best, trainer.last
         outcome.score = score(model, images.validation(), "evaluating", device, progress)
         check_score(outcome.score.loss, outcome.score.images, f"{facts.policy.model}, fine-tuned,")
         outcome.note_training(best, config.training)

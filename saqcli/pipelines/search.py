@@ -15,8 +15,7 @@ search      on parts of the training images; an interrupted search resumes bit-i
 write       policy.json, search.json, pictures
 """
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -41,90 +40,17 @@ from saqcli.process_group import process_group
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.calibration import InputStatistics
-from saqcli.random_state import deterministic_if_asked, random_state, seed_everything, set_random_state
+from saqcli.random_state import deterministic_if_asked, seed_everything
 from saqcli.report.front import draw_front
 from saqcli.report.pareto import Front, find_front, to_table, write_front
 from saqcli.report.policy import draw_policy
-from saqcli.runs.directory import RunDirectory, Stage, stop_if_asked
-from saqcli.runs.interrupts import StopRequest, deferred_interrupts
-from saqcli.runs.resume import check_same, goes_on, note_start, resuming
+from saqcli.runs.directory import RunDirectory
+from saqcli.runs.resume import check_same, goes_on, note_start
+from saqcli.runs.saving import SearchMemory
 from saqcli.search.supernet import Scorer
 from saqcli.serialization import json_text, parse_object, write_text
 from saqcli.training.loop import evaluate
 from saqcli.training.optimizer import make_optimizer, search_training
-
-
-class SearchMemory:
-    """Saves the state of a search now and then, and when a signal asks to stop.
-
-    Args:
-        run: whose directory it is.
-        stop: tells whether a signal came.
-        minutes: between two saves.
-        note: told when the newest state is damaged.
-        stage: of the search.
-    """
-
-    def __init__(
-        self,
-        run: RunDirectory,
-        stop: StopRequest,
-        minutes: float,
-        note: Callable[[str], None] = lambda _: None,
-        stage: Stage = "search",
-    ) -> None:
-        self.run, self.stop, self.minutes = run, stop, minutes
-        self._file = run.search_states[stage]
-        self._note, self._stage = note, stage
-        self._saved_at = time.monotonic()
-        self._random: dict[str, Any] | None = None
-
-    def load(self) -> dict[str, Any] | None:
-        """What was kept before.
-
-        Raises:
-            RunDirectoryError: damaged.
-        """
-        kept = distributed.from_first(lambda: self._file.load(self._note))
-        if kept is None:
-            return None
-        if self._stage == "search" or not self.run.search_states["search"].exists():
-            self._note(
-                resuming(self.run, "the search" if self._stage == "search" else "the fit of the proxy")
-            )
-        randoms = kept["ranks"]
-        self._random = randoms[distributed.index()] if len(randoms) == distributed.count() else None
-        state: dict[str, Any] = kept["search"]
-        return state
-
-    def offer(self, state: Callable[[], dict[str, Any]], *, milestone: bool = False) -> None:
-        """Keep ``state()`` if it is time, or at a ``milestone``.
-
-        Raises:
-            Interrupted: a signal asked to stop.
-        """
-        due = distributed.first() and time.monotonic() - self._saved_at > 60 * self.minutes
-        if not distributed.any_of(due or milestone or bool(self.stop.signal)):
-            return
-        kept = {"search": state(), "ranks": distributed.gathered(random_state())}
-        if distributed.first():
-            self.run.save(self._file, kept)
-        self._saved_at = time.monotonic()
-        self.check()
-
-    def check(self) -> None:
-        """Stop if a signal asked for it.
-
-        Raises:
-            Interrupted: one did.
-        """
-        stop_if_asked(self.stop, self.run)
-
-    def restore_random(self) -> None:
-        """Put the random numbers back to where they were when the state was kept."""
-        if self._random is not None:
-            set_random_state(self._random)
-
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -266,16 +192,11 @@ def search_and_stop(
     minutes = config.run.checkpoint_minutes
     if config.search.proxy is not None:
         statistics = None
-        with deferred_interrupts() as stop:
-            memory = SearchMemory(run, stop, minutes, progress.note, "proxy")
+        with SearchMemory(run, minutes, progress.note, "proxy") as memory:
             fit_proxy(asked.searched, asked.images, config, progress, memory)
-            memory.check()
     posed = pose(config, asked, statistics, progress)
-    with deferred_interrupts() as stop:
-        memory = SearchMemory(run, stop, minutes, progress.note)
-        searched = find_bits(config, posed, memory)
-        memory.check()  # a signal may have come where nothing was offered
-    return searched
+    with SearchMemory(run, minutes, progress.note) as memory:
+        return find_bits(config, posed, memory)
 
 
 def check_search(config: RunConfig, *, images: bool = True, files: bool = True) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 from saqcli.config import RunConfig, TrainingSection
 from saqcli.quant.bits import BitConfig
 from saqcli.serialization import write_text
+from saqcli.training.best import Best, advice
 from saqcli.training.loop import Score
-from saqcli.training.trainer import Best, advice
 from saqcli.units import counted, format_quantity
 
 # Of the verdict on an ONNX file, and its size.

@@ -27,14 +27,13 @@ from saqcli.data.splits import Images, open_named
 from saqcli.pipelines.calibration import calibrate, install_quantizers
 from saqcli.pipelines.find_bits import ask, find_bits, pose
 from saqcli.pipelines.proxy import fit_proxy
-from saqcli.pipelines.quantize import score
 from saqcli.pipelines.setup import Network, classes_of, load_float, wrap_and_trace
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT
 from saqcli.quant.bits import BitConfig, parse_bits
 from saqcli.quant.calibration import InputStatistics
 from saqcli.serialization import make_folder, write_text
-from saqcli.training.loop import NO_MEMORY, Meter, train_epoch
+from saqcli.training.loop import NO_MEMORY, Meter, score, train_epoch
 from saqcli.training.minimizers.qat import QAT
 from saqcli.training.optimizer import make_objective, make_optimizer
 from saqcli.training.step import Recovery, Stepper

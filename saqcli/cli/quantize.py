@@ -194,6 +194,6 @@ def quantize_command(
 
 
 def _check(config: "RunConfig", *, dry_run: bool) -> None:
-    from saqcli.pipelines.quantize import check
+    from saqcli.pipelines.checks import check_quantize
 
-    check(config, images=not dry_run)
+    check_quantize(config, images=not dry_run)

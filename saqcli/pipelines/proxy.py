@@ -30,7 +30,7 @@ from saqcli.data.splits import Images, validation_loader
 from saqcli.errors import PolicyMismatch
 from saqcli.models.load import LoadedModel
 from saqcli.pipelines.bits import float_policy
-from saqcli.pipelines.setup import Network, classes_of, load_float, wrap_and_trace
+from saqcli.pipelines.setup import Network, load_float, training_images, wrap_and_trace
 from saqcli.progress import Progress
 from saqcli.random_state import random_state, seed_everything
 from saqcli.search import SearchImages
@@ -114,9 +114,7 @@ def open_proxy(
     proxy, data = config.search.proxy or ProxySection(), proxy_data(config)
     seed_everything(config.run.seed)  # of a new classifier
     loaded = load_float(_section(config.model, proxy, data), progress, new_head=True)
-    images = Images.training_alone(
-        data, classes_of(loaded), loaded.preprocessing, device, config.run.seed, progress
-    )
+    images = training_images(data, loaded, device, config.run.seed, progress)
     if _epochs(proxy, loaded):
         check_trains(
             loaded.model, loaded.name, loaded.preprocessing, config, images=images.train.images, limits={}

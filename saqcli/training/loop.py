@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from saqcli import distributed
+from saqcli.data.batches import Loader
 from saqcli.errors import DataError, DeviceMemoryError, TrainingDiverged
-from saqcli.progress import Task
+from saqcli.progress import Progress, Task
+from saqcli.training.minimizers.base import check_score
 from saqcli.training.step import Attempt, Stepper
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, C, H, W) and labels (N,)
@@ -129,6 +131,35 @@ def evaluate(
     if not so_far.images:
         raise DataError("not one image could be read: there is nothing to evaluate")
     return so_far.score()
+
+
+def score(
+    predict: Callable[[Tensor], Tensor],
+    loader: Loader,
+    title: str,
+    device: torch.device,
+    progress: Progress,
+    name: str = "the model",
+) -> Score:
+    """Accuracy and loss of ``predict``, by all ranks together; as ``evaluate``.
+
+    Args:
+        predict: as for ``evaluate``; a module is set to eval mode.
+        loader: images of a split.
+        title: of the task.
+        device: of the images that ``predict`` gets.
+        progress: reports every batch.
+        name: of the model, for messages.
+
+    Raises:
+        UnsupportedModel: the loss is NaN or infinite.
+    """
+    if isinstance(predict, nn.Module):
+        predict.eval()
+    with progress.task(title, len(loader) // distributed.count()) as task:
+        found = evaluate(predict, loader, task, device=device, shared=True)
+    check_score(found.loss, found.images, name)
+    return found
 
 
 def in_parts(predict: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

@@ -183,6 +183,7 @@ def write_files(
         outcome.artifacts["best"] = str(run.best_path)
     else:
         run.best_path.unlink(missing_ok=True)  # of an attempt in which another epoch was best
+    outcome.artifacts |= {"policy": str(run.policy_path), "report": str(run.report_path)}
 
 
 def onnx_names(styles: Sequence[str]) -> dict[str, str]:

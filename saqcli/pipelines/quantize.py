@@ -9,12 +9,13 @@
 An interrupted run resumes bit-identically.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from saqcli import distributed
 from saqcli.config import RunConfig
@@ -78,14 +79,55 @@ def quantize(
         with run.recorded():
             run.restore_metrics(state)
             run.keep_config(config)
+            resumed = state is not None
             if state is None:
                 if resume:
                     note_start(run, progress.note)
                 prepared.images.bind_to(run)
                 begin(config, prepared, run, device, progress)
-                return complete(config, run, run.load_saved(), device, progress)
-            run.end_search()  # a crash may have come between the first checkpoint and this
-            return complete(config, run, state, device, progress, resumed=True)
+                state = run.load_saved()
+            run.end_search()
+            outcome = Outcome.unpack(state["outcome"])
+            model, facts, outcome.policy = saved_model(state)
+            model.to(device)
+            images = distributed.together(lambda: open_run_images(config, facts, device))
+            if resumed:
+                images.bind_to(run)
+                progress.note(resuming(run, place_of(state, config.training.epochs)))
+            best: Mapping[str, Tensor] | None = None
+            if config.training.epochs:
+                teacher = load_teacher(config, device, progress)
+                with TrainingSaving(run, config.run.checkpoint_minutes, state) as saving:
+                    trainer = Trainer(
+                        model,
+                        images.training(),
+                        config.training,
+                        num_classes=int(facts.build["num_classes"]),
+                        image_size=max(images.preprocessing.input_size[1:]),
+                        validation=images.validation(),
+                        initial=outcome.calibrated_score,
+                        teacher=teacher,
+                        run=saving,
+                        progress=progress,
+                    )
+                    if "position" in state:
+                        trainer.load_state_dict(state)
+                    trainer.fit()
+                name = f"{facts.policy.model}, fine-tuned,"
+                outcome.score = score(model, images.validation(), "evaluating", device, progress, name)
+                outcome.note_training(trainer.best, trainer.last, config.training)
+                best = trainer.best.model if trainer.best else None
+            else:
+                outcome.score = outcome.best_score = outcome.calibrated_score
+                outcome.best_epoch = 0
+            if outcome.advice:
+                progress.note(outcome.advice)
+            run.log(phase="quantized", **asdict(outcome.score), **outcome.best_figures())
+            if distributed.first():
+                write_files(model, facts, config, run, outcome, progress, best)
+                write_report(run.report_path, config, outcome.to_dict(run.path))
+                run.finish(outcome.to_dict(run.path))
+            return outcome
 
 
 def prepare(config: RunConfig, device: torch.device, progress: Progress) -> Prepared:
@@ -134,62 +176,6 @@ def begin(
     run.save_checkpoint(
         {"facts": facts.model_dump_json(), "outcome": outcome.pack(), "model": model.state_dict()}
     )
-    run.end_search()
-
-
-def complete(
-    config: RunConfig,
-    run: RunDirectory,
-    state: dict[str, Any],
-    device: torch.device,
-    progress: Progress,
-    *,
-    resumed: bool = False,
-) -> Outcome:
-    """From the last checkpoint, ``state``, to the end: train, score, export, report."""
-    outcome = Outcome.unpack(state["outcome"])
-    model, facts, outcome.policy = saved_model(state)
-    model.to(device)
-    images = distributed.together(lambda: open_run_images(config, facts, device))
-    if resumed:
-        images.bind_to(run)
-        progress.note(resuming(run, place_of(state, config.training.epochs)))
-    best = None
-    if config.training.epochs:
-        teacher = _teacher(config, device, progress)
-        with TrainingSaving(run, config.run.checkpoint_minutes, state) as saving:
-            trainer = Trainer(
-                model,
-                images.training(),
-                config.training,
-                num_classes=int(facts.build["num_classes"]),
-                image_size=max(images.preprocessing.input_size[1:]),
-                validation=images.validation(),
-                initial=outcome.calibrated_score,
-                teacher=teacher,
-                run=saving,
-                progress=progress,
-            )
-            if "position" in state:
-                trainer.load_state_dict(state)
-            trainer.fit()
-        best, outcome.last_score = trainer.best, trainer.last
-        name = f"{facts.policy.model}, fine-tuned,"
-        outcome.score = score(model, images.validation(), "evaluating", device, progress, name)
-        outcome.note_training(best, config.training)
-        if outcome.advice:
-            progress.note(outcome.advice)
-    else:
-        outcome.score = outcome.best_score = outcome.calibrated_score
-        outcome.best_epoch = 0
-    run.log(phase="quantized", **asdict(outcome.score), **outcome.best_figures())
-    if not distributed.first():
-        return outcome  # the first one writes the files
-    write_files(model, facts, config, run, outcome, progress, None if best is None else best.model)
-    outcome.artifacts |= {"policy": str(run.policy_path), "report": str(run.report_path)}
-    write_report(run.report_path, config, outcome.to_dict(run.path))
-    run.finish(outcome.to_dict(run.path))
-    return outcome
 
 
 def place_of(state: dict[str, Any], epochs: int) -> str:
@@ -200,7 +186,7 @@ def place_of(state: dict[str, Any], epochs: int) -> str:
     return f"at epoch {epoch + 1}, step {step}" if epoch < epochs else f"after epoch {epoch}"
 
 
-def _teacher(config: RunConfig, device: torch.device, progress: Progress) -> nn.Module | None:
+def load_teacher(config: RunConfig, device: torch.device, progress: Progress) -> nn.Module | None:
     """The float model, for distillation."""
     if not config.training.distill:
         return None

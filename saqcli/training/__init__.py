@@ -1,4 +1,1 @@
-"""The science: minimizers, searchers, exporters and the only loops over batches.
-
-Knows tensors, modules and data loaders; knows no flag and no run directory.
-"""
+"""Training: objective, minimizers, the step with its recovery, the loops over batches, and the trainer."""

@@ -1,6 +1,6 @@
 """Sharpness-aware minimizers: SAQ, ASAQ, SAM and Case 1.
 
-Between two ascents: go on with what the last one added to the gradient (LookSAM).
+Between two ascents: reuse what the last one added to the gradient (LookSAM).
 
 At a step with an ascent, g is the gradient at the weights and g_s the one at the perturbed point. What g_s
 has beside g changes slowly, so it is kept and added, at its relative size, to the plain gradients until the
@@ -22,7 +22,7 @@ What all sharpness-aware minimizers do, whatever they perturb and by which gradi
 Chunks of a batch and data-parallel shards each ascend on their own data, as sharpness-aware minimization prescribes
 (Foret et al., arXiv:2010.01412, section 4.1: m-sharpness).
 
-With an ``interval`` of k only every k-th step ascends, the first one included; the others are plain, or go on with
+With an ``interval`` of k only every k-th step ascends, the first one included; the others are plain, or reuse
 what the last ascent added (``look_ahead``).
 
 SAQ: perturb the quantized weights towards higher loss, then descend from there.
@@ -231,7 +231,7 @@ class SharpnessAware:
         return Passes(torch.stack(losses).sum(), norms, known, ascended=True)
 
     def update(self, passes: Passes) -> Tensor:
-        """The base optimizer's step, with what the last ascent added where that is gone on with."""
+        """The base optimizer's step; between two ascents with what the last one added, if that is reused."""
         passes = agree(self.model, self.base, passes)
         if self.look_ahead and passes.ascended:
             self.look_ahead.remember(passes.plain)
@@ -242,7 +242,7 @@ class SharpnessAware:
         return passes.loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Where in the interval it is, and what it goes on with."""
+        """The position in the interval, and the direction that is reused."""
         return {"done": self.done, "look_ahead": self.look_ahead and self.look_ahead.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

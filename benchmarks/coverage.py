@@ -77,7 +77,6 @@ def _stages(name: str, record: Record) -> None:
 
     from saqcli.config import ModelSection
     from saqcli.export import ModelFacts
-    from saqcli.pipelines.export import export_verified
     from saqcli.pipelines.profile import unquantized
     from saqcli.pipelines.setup import load_float, wrap_and_trace
     from saqcli.progress import SILENT
@@ -87,6 +86,7 @@ def _stages(name: str, record: Record) -> None:
     from saqcli.quant.convert import Scheme
     from saqcli.quant.layer import quantized_layers
     from saqcli.training.minimizers import MINIMIZERS, MicroBatch
+    from saqcli.verify.publish import export_verified
     from saqcli.verify.verdict import natural
 
     heads = {"num_classes": 100} if name.startswith(WITHOUT_CLASSIFIER) else {}

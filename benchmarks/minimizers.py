@@ -21,10 +21,11 @@ from saqcli.config import RunConfig, resolve
 from saqcli.data.splits import Images
 from saqcli.pipelines.bits import given_policy
 from saqcli.pipelines.calibration import calibrate, install_quantizers
-from saqcli.pipelines.quantize import prepare, score
+from saqcli.pipelines.quantize import prepare
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT
 from saqcli.serialization import replacing
+from saqcli.training.loop import score
 from saqcli.training.trainer import train
 
 # What is compared: settings of the training section.

@@ -27,17 +27,17 @@ from saqcli.data.splits import Images, open_named
 from saqcli.pipelines.calibration import calibrate, install_quantizers
 from saqcli.pipelines.find_bits import ask, find_bits, pose
 from saqcli.pipelines.proxy import fit_proxy
-from saqcli.pipelines.quantize import score
 from saqcli.pipelines.setup import Network, classes_of, load_float, wrap_and_trace
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT
 from saqcli.quant.bits import BitConfig, parse_bits
 from saqcli.quant.calibration import InputStatistics
 from saqcli.serialization import make_folder, write_text
-from saqcli.training.loop import NO_MEMORY, EpochSettings, Meter, train_epoch
+from saqcli.training.loop import NO_MEMORY, Meter, score, train_epoch
 from saqcli.training.minimizers.qat import QAT
 from saqcli.training.optimizer import make_objective, make_optimizer
-from saqcli.training.trainer import train
+from saqcli.training.step import Recovery, Stepper
+from saqcli.training.trainer import Trainer
 
 # What is compared: a searcher and its options.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -122,7 +122,7 @@ class Bench:
         model, images = self.quantized(config, policy)
         before = score(model, images.validation(), "", self.device, SILENT)
         start = time.perf_counter()
-        train(model, images, config.training, self.network.loaded.num_classes)
+        self.trainer(model, images, config).fit()
         seconds = time.perf_counter() - start
         after = score(model, images.validation(), "", self.device, SILENT)
         return {
@@ -131,6 +131,16 @@ class Bench:
             "loss": after.loss,
             "train_seconds": seconds,
         }
+
+    def trainer(self, model: nn.Module, images: Images, config: RunConfig) -> Trainer:
+        """Of ``model``, without validation."""
+        return Trainer(
+            model,
+            images.training(),
+            config.training,
+            num_classes=self.network.loaded.num_classes,
+            image_size=max(images.preprocessing.input_size[1:]),
+        )
 
     def epoch_seconds(self, steps: int = 12) -> float:
         """Of one epoch of plain QAT at uniform 4 bits, from the median of some steps."""
@@ -146,11 +156,11 @@ class Bench:
             if step == steps:
                 raise StopIteration
 
-        settings = EpochSettings(objective, self.device, 128, mark)
+        stepper = Stepper(model, minimizer, objective, 128, Recovery())
         loader.set_epoch(0)
         try:
             with SILENT.task("", 0) as task:
-                train_epoch(model, minimizer, loader, task, settings, Meter())
+                train_epoch(stepper, loader, task, Meter(), after_step=mark)
         except StopIteration:
             pass
         each = [b - a for a, b in itertools.pairwise(marks)]  # not the first, which warms up

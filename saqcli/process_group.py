@@ -7,7 +7,7 @@ addresses of those that have died (see ``meeting_point``).
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from uuid import uuid4
 
@@ -19,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from saqcli.distributed import count, together
 from saqcli.errors import ConfigError
 from saqcli.machine import chosen_device
+from saqcli.random_state import deterministic
 from saqcli.units import counted
 
 SECONDS_TO_MEET = 300.0
@@ -44,19 +45,30 @@ def may_be_restarted() -> bool:
 
 
 @contextmanager
-def process_group(asked: str, check: Callable[[], None] = lambda: None) -> Iterator[torch.device]:
+def process_group(
+    asked: str, check: Callable[[], None] = lambda: None, *, deterministically: bool = False
+) -> Iterator[torch.device]:
     """Within the context the processes that torchrun started work as one; without torchrun nothing happens.
 
     Args:
         asked: device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``; with torchrun the number is that of the process.
         check: called first, by all processes once they have met; what it raises one of them tells.
+        deterministically: whether to compute with deterministic kernels only.
 
     Yields:
         The device of this process.
 
     Raises:
         ConfigError: no such device here, or the processes do not find each other.
+        UnsupportedModel: something was computed that has no deterministic kernel.
     """
+    with deterministic() if deterministically else nullcontext(), _joined(asked, check) as device:
+        yield device
+
+
+@contextmanager
+def _joined(asked: str, check: Callable[[], None]) -> Iterator[torch.device]:
+    """What ``process_group`` does, on whatever kernels."""
     if count() > 1 or not started_by_torchrun():
         together(check)
         yield pick_device(asked)

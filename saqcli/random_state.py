@@ -7,11 +7,9 @@ order their threads come; ``run.deterministic`` makes PyTorch use others, or ref
 import os
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
-from inspect import signature
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,26 +66,6 @@ CUBLAS_CHOICES = (":4096:8", ":16:8")  # with which cuBLAS gives the same again
 
 
 _REFUSED = re.compile(r"(\S+) does not have a deterministic implementation")
-
-
-P = ParamSpec("P")
-
-
-T = TypeVar("T")
-
-
-def deterministic_if_asked(work: Callable[P, T]) -> Callable[P, T]:
-    """``work`` on deterministic kernels where its settings, the argument ``config``, say ``run.deterministic``."""
-
-    @wraps(work)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        config = signature(work).bind(*args, **kwargs).arguments["config"]
-        if not config.run.deterministic:
-            return work(*args, **kwargs)
-        with deterministic():
-            return work(*args, **kwargs)
-
-    return run
 
 
 @contextmanager

@@ -100,6 +100,6 @@ def _choose_styles(given: o.Given, export: bool | None) -> None:
 
 
 def _check(config: RunConfig, *, dry_run: bool) -> None:
-    from saqcli.pipelines.quantize import check
+    from saqcli.pipelines.checks import check_quantize
 
-    check(config, images=not dry_run)
+    check_quantize(config, images=not dry_run)

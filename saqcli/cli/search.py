@@ -75,6 +75,6 @@ def search_command(
 
 
 def _check(config: RunConfig, *, dry_run: bool) -> None:
-    from saqcli.pipelines.search import check_search
+    from saqcli.pipelines.checks import check_search
 
     check_search(config, images=not dry_run)

@@ -88,6 +88,28 @@ class Images:
             if name in kept:
                 check_fingerprint(kept[name], split, called, then)
 
+    def bind_to(self, run: RunDirectory, of: str = "") -> None:
+        """Note in a run that it is made on these images, or check that it resumes with the same, on all ranks.
+
+        Args:
+            run: whose manifest holds their fingerprints.
+            of: goes before the names of the splits, where a run has others beside its own.
+
+        Raises:
+            DataError: these are other images, or others than those of another rank.
+        """
+        known = distributed.from_first(lambda: run.manifest().images)
+        names = (f"{of}train", f"{of}val")
+        kept = {name.removeprefix(of): line for name, line in known.items() if name in names}
+        if kept:
+            distributed.together(lambda: self.check_fingerprints(kept))
+            return
+        now = self.fingerprints()
+        mine = distributed.from_first(lambda: now)
+        distributed.together(lambda: self.check_fingerprints(mine, then="the first process sees"))
+        more = {} if of else {"class_order": self.train.class_order}
+        run.note_images(known | {f"{of}{name}": line for name, line in now.items()}, **more)
+
     def training(self, limit: int | None = None, *, shared: bool = True) -> Loader:
         """Shuffled and augmented, ``limit`` images at most; call ``set_epoch`` before each pass.
 
@@ -204,26 +226,3 @@ def validation_loader(
 def workers_of(section: DataSection, preprocessing: Preprocessing) -> int:
     """How many processes read images."""
     return default_workers(preprocessing) if section.workers is None else section.workers
-
-
-def know_images(run: RunDirectory, images: Images, of: str = "") -> None:
-    """Note which images a run starts with, on all ranks the same, or check that it goes on with these.
-
-    Args:
-        run: whose manifest holds them.
-        images: as they are now.
-        of: goes before the names of their splits, where a run has others beside its own.
-
-    Raises:
-        DataError: others are there now, or on another host.
-    """
-    known = distributed.from_first(lambda: run.manifest().images)
-    kept = {name.removeprefix(of): line for name, line in known.items() if name in (f"{of}train", f"{of}val")}
-    if kept:
-        distributed.together(lambda: images.check_fingerprints(kept))
-        return
-    now = images.fingerprints()
-    mine = distributed.from_first(lambda: now)
-    distributed.together(lambda: images.check_fingerprints(mine, then="the first process sees"))
-    more = {} if of else {"class_order": images.train.class_order}
-    run.note_images(known | {f"{of}{name}": line for name, line in now.items()}, **more)

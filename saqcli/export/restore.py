@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from saqcli.errors import ConfigError, CorruptArtifact, SaqError
 from saqcli.export.model_metadata import ModelFacts, read_onnx_facts
-from saqcli.export.safetensors import read_content, rebuild
+from saqcli.export.safetensors import read_content, rebuild, restore_structure
 from saqcli.machine import library_versions
 from saqcli.models.load import LoadedModel, as_loaded, build_architecture
 from saqcli.models.preprocessing import Preprocessing
@@ -62,6 +62,13 @@ def restore(path: Path) -> tuple[nn.Module, ModelFacts]:
         return model, with_names_of_logits(facts)
     except SaqError as error:
         raise CorruptArtifact(printable(f"{error}") + printable(hint, 200)) from None
+
+
+def rebuild_structure(facts: ModelFacts) -> nn.Module:
+    """The network that ``facts`` describe, with its quantizers, whose tensors are still to be loaded."""
+    model = build_architecture(facts.build)
+    restore_structure(model, facts)
+    return model
 
 
 def open_described(path: Path) -> tuple[LoadedModel, ModelFacts]:

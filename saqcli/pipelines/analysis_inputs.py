@@ -21,17 +21,14 @@ from saqcli.data.loaders import calibration_loader, read_all
 from saqcli.data.splits import workers_of
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.export import ModelFacts
-from saqcli.export.restore import restore
-from saqcli.export.safetensors import restore_structure
-from saqcli.models.load import build_architecture
+from saqcli.export.restore import rebuild_structure, restore
 from saqcli.models.preprocessing import Preprocessing, is_small
 from saqcli.pipelines.bits import check_bits, check_way, given_policy
-from saqcli.pipelines.calibration import calibrate, install_quantizers
+from saqcli.pipelines.calibration import calibrate, describe, install_quantizers
 from saqcli.pipelines.checks import check_builds, check_model
-from saqcli.pipelines.predictors import named_file
-from saqcli.pipelines.quantize import describe, prepare
+from saqcli.pipelines.quantize import prepare
 from saqcli.pipelines.setup import open_trained
-from saqcli.pipelines.targets import ANALYZED, find_target
+from saqcli.pipelines.targets import ANALYZED, find_target, named_file
 from saqcli.progress import Progress
 from saqcli.quant.layer import quantized_layers
 from saqcli.runs.directory import RunDirectory
@@ -192,8 +189,7 @@ def _with_latent_weights(
     model: nn.Module, facts: ModelFacts, run: RunDirectory, progress: Progress
 ) -> nn.Module | None:
     """The model as training left it in the run's checkpoint; None where that is not the exported ``model``."""
-    trained = build_architecture(facts.build)
-    restore_structure(trained, facts)
+    trained = rebuild_structure(facts)
     try:
         checkpoint = run.load_checkpoint() or {}
     except RunDirectoryError:

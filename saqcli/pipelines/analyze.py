@@ -32,8 +32,7 @@ from saqcli.config import ModelSection
 from saqcli.errors import CannotWrite, ConfigError, Interrupted, Problems, RunDirectoryError
 from saqcli.pipelines.analysis_inputs import Opened, View, check_target, images_of, open_subject
 from saqcli.pipelines.checks import check_device, check_images
-from saqcli.pipelines.predictors import named_file
-from saqcli.pipelines.targets import QUANTIZED, find_target
+from saqcli.pipelines.targets import QUANTIZED, find_target, named_file
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
 from saqcli.report.canvas import model_names

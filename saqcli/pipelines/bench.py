@@ -36,9 +36,8 @@ from saqcli.export.restore import restore
 from saqcli.machine import cores, cpu_name, versions
 from saqcli.models.load import build_architecture
 from saqcli.models.preprocessing import Preprocessing
-from saqcli.pipelines.predictors import named_file
 from saqcli.pipelines.setup import load_float
-from saqcli.pipelines.targets import EVALUATED, find_target
+from saqcli.pipelines.targets import EVALUATED, find_target, named_file
 from saqcli.progress import Progress, Task
 from saqcli.quant import convert
 from saqcli.quant.bits import MAX_BITS, BitConfig

@@ -1,14 +1,16 @@
 """What a network is to be quantized to: given bits, a given policy, or a budget and what may be chosen under it."""
 
+import inspect
 import re
 
-from saqcli.config import QuantizationSection
+from saqcli.config import QuantizationSection, RunConfig
 from saqcli.errors import ConfigError, Problems
 from saqcli.pipelines.setup import Network
 from saqcli.pipelines.targets import policy_file
 from saqcli.quant.bits import BitConfig, LayerBits, parse_bits
 from saqcli.quant.cost import Budget
 from saqcli.quant.search_space import Candidates, Rule, SearchSpace, parse_rule, search_space
+from saqcli.search import SEARCHERS, Searcher
 from saqcli.serialization import parse_json, read_text
 from saqcli.units import SETTINGS, Quantity, parse_quantity
 
@@ -72,6 +74,36 @@ def check_way(section: QuantizationSection) -> None:
             f"{found}: give exactly one of `quantization.bits=4`, `quantization.bops=34G` "
             "(or `quantization.size=5MB`, or both), `quantization.policy=FILE`"
         )
+
+
+def make_searcher(config: RunConfig) -> Searcher:
+    """The searcher with its options.
+
+    Raises:
+        ConfigError: no such searcher, or options that it does not take.
+    """
+    name, section = config.quantization.searcher, config.search
+    if name not in SEARCHERS:
+        raise ConfigError(f"there is no searcher {name!r}: choose from {', '.join(SEARCHERS)}")
+    unknown = set(section.options) - set(SEARCHERS)
+    if unknown:
+        raise ConfigError(
+            f"search.options.{sorted(unknown)[0]} belongs to no searcher: choose from {', '.join(SEARCHERS)}"
+        )
+    options = dict(section.options.get(name, {}))
+    if section.epochs is not None:
+        if not SEARCHERS[name].trains:
+            raise ConfigError(f"searcher {name} does not train: remove `search.epochs`")
+        whole = section.epochs == int(section.epochs)
+        options["epochs"] = int(section.epochs) if whole else section.epochs
+    if section.rho is not None:
+        options["rho"] = section.rho
+    known = list(inspect.signature(SEARCHERS[name].make).parameters)
+    for option in options:
+        if option not in known:
+            options_are = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise ConfigError(f"searcher {name} has no {option}: {options_are}")
+    return SEARCHERS[name].make(**options)
 
 
 def space_of(section: QuantizationSection, network: Network) -> SearchSpace:

@@ -1,13 +1,18 @@
 """From a traced float network to a calibrated quantized one: look at inputs, fit quantizers, correct means."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
 from saqcli import distributed
+from saqcli._version import __version__
 from saqcli.config import RunConfig
 from saqcli.data.batches import Loader
 from saqcli.data.splits import Images
+from saqcli.export import ModelFacts
+from saqcli.machine import library_versions
+from saqcli.pipelines.bits import given_policy, space_of
 from saqcli.pipelines.setup import Network
 from saqcli.progress import Progress
 from saqcli.quant import convert
@@ -56,11 +61,67 @@ def install_quantizers(
     progress: Progress,
 ) -> nn.Module:
     """Give every layer its quantizers at the policy's bits, with fitted levels, and correct what they moved."""
-    signed = {name: facts.signed for name, facts in statistics.items()}
-    convert.install(network.model, scheme_of(config), policy, signed)
+    convert.install(network.model, scheme_of(config), policy, signs_of(statistics))
     fit(network.model, statistics, config.quantization.clip_init)
     AfterFit(config, network.model, images, progress)()
     return network.model
+
+
+def provisional(
+    config: RunConfig, network: Network, images: Tensor, *, dearest: bool = False
+) -> tuple[nn.Module, ModelFacts]:
+    """A quantized copy of the network, its levels fitted to ``images`` and not to be used.
+
+    Its bits are those given; under a budget the fewest that a search may choose, or the most (``dearest``).
+    """
+    model = copy.deepcopy(network.model).eval()
+    policy = given_policy(config.quantization, network)
+    if policy is None:
+        space = space_of(config.quantization, network)
+        policy = space.config([-1 if dearest else 0] * len(space.decisions))
+    statistics = observe(model, [images])
+    scheme = scheme_of(config)
+    convert.install(model, scheme, policy, signs_of(statistics))
+    fit(model, statistics, "paper" if scheme.quantizer == "clip" else "error")  # the former is quicker
+    return model, describe(config, network, policy, statistics)
+
+
+def signs_of(statistics: Mapping[str, InputStatistics]) -> dict[str, bool]:
+    """Whether the input of a layer is signed, by its name."""
+    return {name: of_layer.signed for name, of_layer in statistics.items()}
+
+
+def describe(
+    config: RunConfig,
+    network: Network,
+    policy: BitConfig,
+    statistics: Mapping[str, InputStatistics],
+    images: Images | None = None,
+) -> ModelFacts:
+    """The metadata of the exported files; without ``images`` nothing about classes."""
+    loaded = network.loaded
+    facts = ModelFacts(
+        saq_version=__version__,
+        versions=library_versions(),
+        build=loaded.build,
+        preprocessing=loaded.preprocessing.to_dict(),
+        policy=policy,
+        scheme=scheme_of(config),
+        signed=signs_of(statistics),
+        routed=network.traced.routed,
+        products=network.products,
+        source=loaded.weights_source,
+        source_sha256=loaded.weights_sha256,
+    )
+    if images is None:
+        return facts
+    classes = {
+        "class_names": images.train.class_names,
+        "folders": dict(images.train.folders),
+        "class_order": images.train.class_order,
+        "exif_transpose": bool(images.section.exif_transpose),
+    }
+    return facts.model_copy(update=classes)
 
 
 class AfterFit:

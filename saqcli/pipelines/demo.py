@@ -11,15 +11,15 @@ from typing import Any
 from safetensors.torch import save
 
 from saqcli.config import RunConfig, resolve
-from saqcli.data.splits import Images
 from saqcli.pipelines.bits import budget_of, check_bits, space_of
 from saqcli.pipelines.quantize import quantize
-from saqcli.pipelines.setup import classes_of, load_float, wrap_and_trace
+from saqcli.pipelines.setup import load_float, open_images, wrap_and_trace
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
 from saqcli.random_state import seed_everything
 from saqcli.serialization import make_folder, replacing
-from saqcli.training.trainer import in_float, train
+from saqcli.training.optimizer import in_float
+from saqcli.training.trainer import Trainer
 from saqcli.units import counted
 
 MODEL = "saq/resnet20"
@@ -99,9 +99,18 @@ def train_float(config: RunConfig, weights: Path, progress: Progress, *, epochs:
     section = config.model.model_copy(update={"weights": None, "pretrained": False})
     loaded = load_float(section, progress)
     model = loaded.model.to(device)
-    images = Images.open(config, classes_of(loaded), loaded.preprocessing, device)
+    images = open_images(config, loaded, device)
     training = in_float(config.training, config.data.batch_size, lr=FLOAT_LR, epochs=epochs, warmup_epochs=1)
-    train(model, images, training, loaded.num_classes, title="float epoch", progress=progress)
+    size = max(images.preprocessing.input_size[1:])
+    Trainer(
+        model,
+        images.training(),
+        training,
+        num_classes=loaded.num_classes,
+        image_size=size,
+        title="float epoch",
+        progress=progress,
+    ).fit()
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     make_folder(weights.parent)
     with replacing(weights) as temporary:

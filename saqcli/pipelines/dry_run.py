@@ -14,12 +14,11 @@ from saqcli.data.datasets import Split
 from saqcli.data.splits import Images
 from saqcli.models.load import LoadedModel, default_classes, published_weights
 from saqcli.pipelines.bits import budget_of, given_policy, space_of
+from saqcli.pipelines.checks import check_quantize, check_search, network_for
 from saqcli.pipelines.export import check_exports, onnx_names
 from saqcli.pipelines.find_bits import ask
 from saqcli.pipelines.profile import measure
-from saqcli.pipelines.quantize import check, network_for
-from saqcli.pipelines.search import check_search, images_for
-from saqcli.pipelines.setup import Network, classes_of, load_float, wrap_and_trace
+from saqcli.pipelines.setup import Network, load_float, open_images, training_images, wrap_and_trace
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
 from saqcli.runs.directory import RunDirectory
@@ -68,7 +67,7 @@ def plan(
     if verb == "search":
         check_search(config, images=False, files=not resume)
     else:
-        check(config, files=not resume)
+        check_quantize(config, files=not resume)
     device = pick_device(config.run.device)
     loaded, weights = _load(config.model, progress)
     images = _images(config, loaded, verb, device, progress)
@@ -134,8 +133,8 @@ def _images(
     if config.data.path is None or (verb == "search" and config.search.proxy is not None):
         return None
     if verb == "search":
-        return images_for(config, loaded, device, progress)
-    return Images.open(config, classes_of(loaded), loaded.preprocessing, device, progress)
+        return training_images(config.data, loaded, device, config.run.seed, progress)
+    return open_images(config, loaded, device, progress)
 
 
 def _check_search(config: RunConfig, network: Network, images: Images | None) -> Images | None:

@@ -13,13 +13,12 @@ from saqcli.data.splits import open_named, validation_loader
 from saqcli.errors import ConfigError, Problems
 from saqcli.pipelines.bench import Bench, BenchSettings, bench_target
 from saqcli.pipelines.checks import check_builds, check_device, check_images, check_model
-from saqcli.pipelines.predictors import Predictor, named_file, open_target
+from saqcli.pipelines.predictors import Predictor, open_target
 from saqcli.pipelines.setup import as_trained
-from saqcli.pipelines.targets import EVALUATED, find_target
+from saqcli.pipelines.targets import EVALUATED, find_target, named_file
 from saqcli.process_group import process_group, started_by_torchrun
 from saqcli.progress import SILENT, Progress
-from saqcli.training.loop import Score, evaluate
-from saqcli.training.minimizers.base import check_score
+from saqcli.training.loop import Score, score
 
 
 @dataclass(frozen=True)
@@ -127,10 +126,9 @@ def _on(
     """Each rank on its own device, with its part of the images."""
     predictor, loader, order = distributed.together(lambda: _opened(device, target, section, data, progress))
     start = time.perf_counter()
-    score = score_predictor(predictor, loader, progress)
-    check_score(score.loss, score.images, predictor.name)
-    speed = score.images / (time.perf_counter() - start)
-    return Evaluation(predictor.name, score, speed, class_order=order)
+    found = score(predictor.predict, loader, "evaluating", predictor.device, progress, predictor.name)
+    speed = found.images / (time.perf_counter() - start)
+    return Evaluation(predictor.name, found, speed, class_order=order)
 
 
 def _opened(
@@ -143,9 +141,3 @@ def _opened(
     split = open_named(data, "val", predictor.classes, progress)
     loader = validation_loader(split, predictor.preprocessing, data, predictor.device)
     return predictor, loader, split.class_order
-
-
-def score_predictor(predictor: Predictor, loader: Loader, progress: Progress) -> Score:
-    """Accuracy of a predictor over a loader, by all ranks together."""
-    with progress.task("evaluating", len(loader) // distributed.count()) as task:
-        return evaluate(predictor.predict, loader, task, device=predictor.device, shared=True)

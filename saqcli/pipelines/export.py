@@ -3,52 +3,35 @@
 ``check_exports`` finds out with random images, before hours are spent on training, whether there can be such a file.
 """
 
-import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import onnx
 import torch
 from torch import Tensor, nn
 
-from saqcli._version import __version__
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.splits import validation_loader
-from saqcli.errors import (
-    ConfigError,
-    CorruptArtifact,
-    ExportMismatch,
-    PolicyMismatch,
-    Problems,
-    SaqError,
-    UnsupportedModel,
-    out_of_memory,
-)
-from saqcli.export import EXPORTERS, STYLES, ModelFacts
-from saqcli.export.containers import weight_storage
+from saqcli.errors import ConfigError, PolicyMismatch, Problems, SaqError, UnsupportedModel, out_of_memory
+from saqcli.export import ModelFacts
 from saqcli.export.restore import restore
 from saqcli.export.tracing import CANNOT, OPSET
 from saqcli.models.preprocessing import Preprocessing
-from saqcli.pipelines.bits import given_policy, space_of
-from saqcli.pipelines.calibration import scheme_of
-from saqcli.pipelines.checks import check_images
-from saqcli.pipelines.predictors import named_file
-from saqcli.pipelines.setup import Network, open_trained
-from saqcli.pipelines.targets import QUANTIZED, find_target
+from saqcli.pipelines.calibration import provisional
+from saqcli.pipelines.checks import check_images, check_styles
+from saqcli.pipelines.setup import Network, open_run_images, open_trained
+from saqcli.pipelines.targets import QUANTIZED, find_target, named_file
 from saqcli.progress import SILENT, Progress
-from saqcli.quant import convert
-from saqcli.quant.calibration import fit, observe
 from saqcli.random_state import random_state, set_random_state
+from saqcli.report.run_report import Outcome
 from saqcli.runs.directory import RunDirectory
-from saqcli.serialization import make_folder, replacing, write_text
+from saqcli.serialization import make_folder
 from saqcli.training.loop import Batches
-from saqcli.verify.hazards import hazards, sort_out
-from saqcli.verify.proof import RUNTIMES, prove_graph, prove_tensors, versions
-from saqcli.verify.runtime import onnx_session
-from saqcli.verify.verdict import SYNTHETIC, Verdict, synthetic_batches, verdict_path, verdict_text
+from saqcli.verify.proof import RUNTIMES
+from saqcli.verify.publish import export_verified, write_and_run
+from saqcli.verify.verdict import Verdict, synthetic_batches, verdict_path
 
 ELSEWHERE = ": choose another `style`"  # how exporters end that refuse what another style can write
 TRIED_IMAGES = (
@@ -167,79 +150,44 @@ def verify_limit(wanted: int | Literal["all"]) -> int | None:
     return None if wanted == "all" else wanted
 
 
-def export_verified(
+def write_files(
     model: nn.Module,
     facts: ModelFacts,
-    path: Path,
-    style: str,
-    batches: Batches,
-    count: int,
+    config: RunConfig,
+    run: RunDirectory,
+    outcome: Outcome,
     progress: Progress,
-    runtimes: tuple[str, ...] = (),
-    *,
-    verified_on: str = SYNTHETIC,
-    available: int | None = None,
-    true_size: int | None = None,
-) -> Verdict:
-    """Write ``path`` in ``style`` and compare it with ``model``, before it gets its name; the verdict is written beside
-    it.
+    best: Mapping[str, Tensor] | None,
+) -> None:
+    """The safetensors file and an ONNX file a style, each compared with ``model``; noted in ``outcome``.
 
-    Args:
-        model: quantized; on the CPU and in eval mode afterwards.
-        facts: of the model.
-        path: of the file.
-        style: name in ``EXPORTERS``.
-        batches: images to compare on.
-        count: of batches.
-        progress: told about every batch.
-        runtimes: to verify with, beside ONNX Runtime.
-        verified_on: where the images are from, as a person named it.
-        available: how many there are, of which ``batches`` may be a part; None where they are synthetic.
-        true_size: of the model at its true bits, in bytes.
-
-    Raises:
-        UnsupportedModel: the style has no form of the model.
-        ExportMismatch: they differ; nothing is left at ``path``.
+    ``best`` is the best state of fine-tuning; it gets a file of its own if it is clearly better than the exported one.
     """
-    exporter = EXPORTERS[style]()
-    model = model.cpu().eval()
-    example = torch.zeros(2, *Preprocessing.from_dict(facts.preprocessing).input_size)
-    with replacing(path) as temporary:
-        exporter.export(model, example, temporary, facts)
-        try:
-            if exporter.suffix == ".onnx":
-                verdict = prove_graph(temporary, model, style, batches, count, progress, runtimes)
-                storage = weight_storage(temporary)
-                verdict.size_note = storage.explained(true_size, style) if true_size else None
-            else:
-                loaded, _ = restore(temporary)
-                verdict = prove_tensors(loaded, model, batches, progress)
-        except CorruptArtifact as error:
-            reason = str(error).replace(str(temporary), path.name)
-            raise ExportMismatch(f"{reason}; no file was written") from None
-        verdict.verified_on, verdict.images_available = verified_on, available
-        reasons = verdict.reasons()
-        if reasons:
-            raise ExportMismatch(
-                f"{path.name} does not match the model ({'; '.join(reasons)}); no file was written"
-            )
-    if exporter.suffix == ".onnx":
-        about = {"style": style, "opset": OPSET, "versions": versions(runtimes)}
-        write_text(verdict_path(path), verdict_text(verdict, path, about))
-    return verdict
-
-
-def check_styles(styles: Sequence[str]) -> None:
-    """Refuse styles that there are not.
-
-    Raises:
-        ConfigError: an unknown style, or one named twice.
-    """
-    for style in styles:
-        if style not in STYLES:
-            raise ConfigError(f"there is no export style {style!r}: choose from {', '.join(STYLES)}")
-        if styles.count(style) > 1:
-            raise ConfigError(f"`style={style}` is given twice: one file per style is written")
+    images = open_run_images(config, facts, torch.device("cpu"))
+    batches = images.validation(verify_limit(config.data.verify_images))
+    about: dict[str, Any] = {
+        "verified_on": str(config.data.path),
+        "available": images.val.images,
+        "true_size": outcome.size,
+    }
+    export_verified(
+        model, facts, run.safetensors_path, "safetensors", batches, len(batches), progress, **about
+    )
+    outcome.artifacts["safetensors"] = str(run.safetensors_path)
+    for style, name in onnx_names(config.export.styles).items():
+        path = run.onnx_path.with_name(f"{name}.onnx")
+        verdict = export_verified(model, facts, path, style, batches, len(batches), progress, **about)
+        outcome.artifacts[style] = str(path)
+        outcome.artifacts[name.replace("model", "verdict", 1)] = str(verdict_path(path))
+        if outcome.onnx is None:
+            outcome.onnx = {**verdict.figures(), "style": style, "size_bytes": path.stat().st_size}
+    if best is not None and outcome.advice and outcome.best_epoch != outcome.exported_epoch:
+        model.load_state_dict(best)
+        export_verified(model, facts, run.best_path, "safetensors", batches, len(batches), progress, **about)
+        outcome.artifacts["best"] = str(run.best_path)
+    else:
+        run.best_path.unlink(missing_ok=True)  # of an attempt in which another epoch was best
+    outcome.artifacts |= {"policy": str(run.policy_path), "report": str(run.report_path)}
 
 
 def onnx_names(styles: Sequence[str]) -> dict[str, str]:
@@ -282,7 +230,9 @@ def _try_export(style: str, config: RunConfig, network: Network) -> None:
     with tempfile.TemporaryDirectory(prefix="saq-") as folder:
         path = Path(folder) / "model.onnx"
         try:
-            _write_and_run(style, *_provisional(config, network, images, style), path, images)
+            dearest = style == "trt"  # whose containers may be too small for the most bits
+            model, facts = provisional(config, network, images, dearest=dearest)
+            write_and_run(style, model, facts, path, images)
         except (OSError, ConfigError, PolicyMismatch):
             raise
         except Exception as error:  # a forward pass and a graph of somebody else's may fail in any way
@@ -297,47 +247,3 @@ def _try_export(style: str, config: RunConfig, network: Network) -> None:
                 f"{network.name} cannot be exported to ONNX in style {style}: {reason}; use `export.styles=()` to "
                 f"end with model.safetensors alone, or another {'`style`' if traced else 'network'}"
             ) from error
-
-
-def _provisional(
-    config: RunConfig, network: Network, images: Tensor, style: str
-) -> tuple[nn.Module, ModelFacts]:
-    """A quantized copy of the network, its levels fitted to ``images`` and not to be used."""
-    model = copy.deepcopy(network.model).eval()
-    policy = given_policy(config.quantization, network)
-    if policy is None:
-        space = space_of(config.quantization, network)
-        dearest = style == "trt"  # whose containers may be too small for the most bits
-        policy = space.config([-1 if dearest else 0] * len(space.decisions))
-    statistics = observe(model, [images])
-    signed = {name: facts.signed for name, facts in statistics.items()}
-    scheme = scheme_of(config)
-    convert.install(model, scheme, policy, signed)
-    fit(model, statistics, "paper" if scheme.quantizer == "clip" else "error")  # the former is quicker
-    facts = ModelFacts(
-        saq_version=__version__,
-        build=network.loaded.build,
-        preprocessing=network.loaded.preprocessing.to_dict(),
-        policy=policy,
-        scheme=scheme,
-        signed=signed,
-        routed=network.traced.routed,
-        products=network.products,
-    )
-    return model, facts
-
-
-def _write_and_run(style: str, model: nn.Module, facts: ModelFacts, path: Path, images: Tensor) -> None:
-    exporter = EXPORTERS[style]()
-    exporter.export(model, images[:2], path, facts)
-    found, _ = sort_out(hazards(onnx.load(str(path))), exporter.conditions)
-    if found:
-        raise UnsupportedModel(f"ONNX Runtime would change the graph, hazard {found[0]}")
-    with torch.inference_mode():
-        expected = tuple(model(images).shape)
-    for optimized in (False, True):
-        answer = onnx_session(path, optimized=optimized)(images)
-        if tuple(answer.shape) != expected:
-            raise UnsupportedModel(
-                f"the file answers {tuple(answer.shape)} where the model answers {expected}"
-            )

@@ -1,7 +1,6 @@
 """From a budget to a policy: what the configured searcher is asked, and what it found."""
 
 import copy
-import inspect
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,8 +11,7 @@ from torch import nn
 from saqcli import distributed
 from saqcli.config import RunConfig
 from saqcli.data.splits import Images
-from saqcli.errors import ConfigError
-from saqcli.pipelines.bits import budget_of, space_of
+from saqcli.pipelines.bits import budget_of, make_searcher, space_of
 from saqcli.pipelines.calibration import AfterFit, calibrate, scheme_of
 from saqcli.pipelines.profile import layer_rows
 from saqcli.pipelines.proxy import open_proxy, search_images
@@ -24,12 +22,11 @@ from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.search_space import SearchSpace
-from saqcli.search import SEARCHERS, Found, Searcher, SearchImages, SearchProblem
+from saqcli.search import SEARCHERS, Found, SearchImages, SearchProblem
 from saqcli.search.problem import NO_IMAGES
 from saqcli.training.loop import Memory
 from saqcli.training.optimizer import make_optimizer, search_training
 from saqcli.training.preflight import check_trains
-from saqcli.units import counted, format_quantity
 
 
 class Asked(NamedTuple):
@@ -116,36 +113,6 @@ class Searched:
         }
 
 
-def make_searcher(config: RunConfig) -> Searcher:
-    """The searcher with its options.
-
-    Raises:
-        ConfigError: no such searcher, or options that it does not take.
-    """
-    name, section = config.quantization.searcher, config.search
-    if name not in SEARCHERS:
-        raise ConfigError(f"there is no searcher {name!r}: choose from {', '.join(SEARCHERS)}")
-    unknown = set(section.options) - set(SEARCHERS)
-    if unknown:
-        raise ConfigError(
-            f"search.options.{sorted(unknown)[0]} belongs to no searcher: choose from {', '.join(SEARCHERS)}"
-        )
-    options = dict(section.options.get(name, {}))
-    if section.epochs is not None:
-        if not SEARCHERS[name].trains:
-            raise ConfigError(f"searcher {name} does not train: remove `search.epochs`")
-        whole = section.epochs == int(section.epochs)
-        options["epochs"] = int(section.epochs) if whole else section.epochs
-    if section.rho is not None:
-        options["rho"] = section.rho
-    known = list(inspect.signature(SEARCHERS[name].make).parameters)
-    for option in options:
-        if option not in known:
-            options_are = f"its options are {', '.join(known)}" if known else "it has no options"
-            raise ConfigError(f"searcher {name} has no {option}: {options_are}")
-    return SEARCHERS[name].make(**options)
-
-
 def ask(config: RunConfig, network: Network, images: Images | None, progress: Progress) -> Asked:
     """What the configuration asks for; everything that can be refused before time is spent is refused.
 
@@ -159,7 +126,8 @@ def ask(config: RunConfig, network: Network, images: Images | None, progress: Pr
         SaqError: a budget that nothing meets, images that cannot be searched on, an optimizer that is none.
     """
     space, budget = space_of(config.quantization, network), budget_of(config.quantization, network)
-    announce(space, budget, progress)
+    for line in space.outlook(budget):
+        progress.note(line)
     space.check_reachable(budget)
     training = search_training(config)
     make_optimizer(nn.Linear(1, 1), training)  # to be refused now, if at all
@@ -235,15 +203,3 @@ def find_bits(config: RunConfig, posed: Posed, memory: Memory) -> Searched:
     found_at = problem.budget.shares(searched.cost)
     problem.progress.note(f"searcher {searched.searcher}: {found_at}, {searched.seconds:.0f} s")
     return searched
-
-
-def announce(space: SearchSpace, budget: Budget, progress: Progress) -> None:
-    """Say what can be reached before any time is spent."""
-    floor, ceiling = space.floor, space.ceiling
-    progress.note(
-        f"{space.model}: {counted(len(space.decisions), 'decision')}, reachable {format_quantity(floor.bops)} to "
-        f"{format_quantity(ceiling.bops, 'BOPs')} and {format_quantity(floor.size)} to "
-        f"{format_quantity(ceiling.size, 'B')}; the budget is {budget}"
-    )
-    if budget.admits(ceiling):
-        progress.note("the budget allows the most bits in every layer: there is nothing to search")

@@ -16,14 +16,7 @@ from saqcli.export.restore import restore, trained_classes, with_names_of_logits
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.models.rebuild import check_description
 from saqcli.pipelines.setup import answering, classes_of, load_float
-from saqcli.pipelines.targets import (
-    EVALUATED,
-    QUANTIZED,
-    Target,
-    check_no_model_options,
-    find_target,
-    model_file,
-)
+from saqcli.pipelines.targets import EVALUATED, QUANTIZED, find_target, model_file, named_file
 from saqcli.progress import Progress
 from saqcli.quant.tracer import try_model
 from saqcli.serialization import printable
@@ -81,19 +74,6 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
         device,
         classes_of(loaded),
     )
-
-
-def named_file(target: Target, section: ModelSection) -> Path | None:
-    """The file that ``target`` stands for: itself, the model of a run directory, or None for a model's name.
-
-    Raises:
-        SaqError: a run without a model, or options that a file does not take.
-    """
-    if target.kind == "model":
-        return None
-    check_no_model_options(target.text, section)
-    run = target.run
-    return target.path if run is None else model_file(run)
 
 
 def open_safetensors(path: Path, device: torch.device) -> Predictor:

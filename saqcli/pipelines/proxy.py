@@ -13,13 +13,14 @@ built for the proxy's classes and image size. Without weights of its own it take
 classifier that is trained in floating point before the search.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from saqcli import distributed
 from saqcli.config import DataSection, ModelSection, ProxySection, RunConfig, SearchSection
 from saqcli.data.batches import Loader
 from saqcli.data.datasets import divide, some_classes, subset
@@ -29,16 +30,16 @@ from saqcli.data.splits import Images, validation_loader
 from saqcli.errors import PolicyMismatch
 from saqcli.models.load import LoadedModel
 from saqcli.pipelines.bits import float_policy
-from saqcli.pipelines.setup import Network, classes_of, load_float, wrap_and_trace
+from saqcli.pipelines.setup import Network, load_float, training_images, wrap_and_trace
 from saqcli.progress import Progress
-from saqcli.random_state import seed_everything
+from saqcli.random_state import random_state, seed_everything
 from saqcli.search import SearchImages
 from saqcli.serialization import named_path
 from saqcli.tasks.labels import ORDERS
-from saqcli.training.loop import NO_MEMORY, Memory, Score
-from saqcli.training.optimizer import search_training
+from saqcli.training.loop import NO_MEMORY, Memory, Meter
+from saqcli.training.optimizer import in_float, search_training
 from saqcli.training.preflight import check_trains
-from saqcli.training.trainer import in_float, train
+from saqcli.training.trainer import Trainer
 
 Batch = tuple[Tensor, Tensor]
 
@@ -113,9 +114,7 @@ def open_proxy(
     proxy, data = config.search.proxy or ProxySection(), proxy_data(config)
     seed_everything(config.run.seed)  # of a new classifier
     loaded = load_float(_section(config.model, proxy, data), progress, new_head=True)
-    images = Images.training_alone(
-        data, classes_of(loaded), loaded.preprocessing, device, config.run.seed, progress
-    )
+    images = training_images(data, loaded, device, config.run.seed, progress)
     if _epochs(proxy, loaded):
         check_trains(
             loaded.model, loaded.name, loaded.preprocessing, config, images=images.train.images, limits={}
@@ -143,22 +142,58 @@ def fit_proxy(
     epochs = _epochs(config.search.proxy or ProxySection(), proxy.loaded)
     if not epochs:
         return
-
-    def note(score: Score) -> None:
-        progress.note(f"proxy: top-1 {score.top1:.2f} % in training, in floating point")
-
-    training = in_float(search_training(config), config.data.batch_size, epochs=epochs, schedule="cosine")
-    train(
+    trainer = Trainer(
         proxy.model,
-        images,
-        training,
-        proxy.loaded.num_classes,
+        images.training(),
+        in_float(search_training(config), config.data.batch_size, epochs=epochs, schedule="cosine"),
+        num_classes=proxy.loaded.num_classes,
+        image_size=max(images.preprocessing.input_size[1:]),
+        run=_ProxyRun(memory, progress),
         title="fitting the proxy, epoch",
         progress=progress,
-        after_epoch=note,
-        memory=memory,
     )
+    if (kept := memory.load()) is not None:
+        memory.restore_random()
+        trainer.load_state_dict(_unpacked(kept))
+    trainer.fit()
     proxy.model.eval()
+
+
+class _ProxyRun:
+    """Training whose state is kept in the memory of a search."""
+
+    def __init__(self, memory: Memory, progress: Progress) -> None:
+        self._memory, self._progress = memory, progress
+
+    def offer(
+        self, state: Callable[[], dict[str, Any]], *, milestone: bool = False, failing: bool = False
+    ) -> None:
+        """As ``Memory.offer``."""
+        self._memory.offer(lambda: _packed(state()), milestone=milestone, failing=failing)
+
+    def log(self, **values: Any) -> None:
+        """Note the accuracy."""
+        self._progress.note(f"proxy: top-1 {values['top1']:.2f} % in training, in floating point")
+
+    def check_signal(self) -> None:
+        """Nothing is evaluated."""
+
+
+def _packed(state: dict[str, Any]) -> dict[str, Any]:
+    """A trainer's state as ``proxy.ckpt`` holds it: the memory adds the random numbers of all ranks."""
+    total = Meter()
+    for rank in state["ranks"]:
+        total.add(Meter(**rank["meter"]))
+    kept = {name: state[name] for name in ("model", "optimizer", "minimizer", "setbacks")}
+    return {**kept, "meter": vars(total), "position": list(state["position"].values())}
+
+
+def _unpacked(kept: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of ``_packed``, once the random numbers are restored; the first rank gets all figures."""
+    epoch, step = kept["position"]
+    meters = [kept["meter"], *(vars(Meter()) for _ in range(1, distributed.count()))]
+    ranks = [{"random": random_state(), "meter": meter} for meter in meters]
+    return {**kept, "position": {"epoch": epoch, "step": step}, "ranks": ranks}
 
 
 def _epochs(proxy: ProxySection, loaded: LoadedModel) -> int:

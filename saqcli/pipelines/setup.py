@@ -3,25 +3,28 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from saqcli.config import DataSection, ModelSection
+from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.datasets import Split
-from saqcli.data.splits import open_named
+from saqcli.data.splits import Images, open_named
 from saqcli.errors import UnsupportedModel
 from saqcli.export.model_metadata import ModelFacts
-from saqcli.export.restore import trained_classes
+from saqcli.export.restore import rebuild_structure, trained_classes, with_names_of_logits
 from saqcli.models.load import LoadedModel, ModelSpec, load_model
+from saqcli.models.preprocessing import Preprocessing
 from saqcli.progress import SILENT, Progress
 from saqcli.quant import convert
+from saqcli.quant.bits import BitConfig
 from saqcli.quant.cost import CostModel, cost_model
 from saqcli.quant.fold import make_plain
 from saqcli.quant.tracer import Trace, trace
+from saqcli.random_state import seed_everything
 from saqcli.serialization import named_path
-from saqcli.tasks.labels import Classes
+from saqcli.tasks.labels import ORDERS, Classes
 from saqcli.units import counted
 
 
@@ -142,3 +145,59 @@ def as_trained(section: DataSection, facts: ModelFacts, progress: Progress = SIL
         then = "with" if facts.exif_transpose else "without"
         progress.note(f"the model was trained {then} `data.exif_transpose`, and is now used differently")
     return section
+
+
+class Prepared(NamedTuple):
+    """A network and its images."""
+
+    network: Network
+    images: Images
+
+
+def load_seeded(config: RunConfig, progress: Progress) -> LoadedModel:
+    """``load_float`` for a run, whose seed a new classifier is drawn from."""
+    if config.model.new_head:
+        seed_everything(config.run.seed)
+    return load_float(config.model, progress)
+
+
+def training_images(
+    section: DataSection, loaded: LoadedModel, device: torch.device, seed: int, progress: Progress
+) -> Images:
+    """The training images for a search in the network ``loaded``."""
+    return Images.training_alone(section, classes_of(loaded), loaded.preprocessing, device, seed, progress)
+
+
+def open_images(
+    config: RunConfig, loaded: LoadedModel, device: torch.device, progress: Progress = SILENT
+) -> Images:
+    """The images for the network ``loaded``."""
+    return Images.open(config, classes_of(loaded), loaded.preprocessing, device, progress)
+
+
+def saved_model(state: dict[str, Any]) -> tuple[nn.Module, ModelFacts, BitConfig]:
+    """The model in the checkpoint of a run, its metadata, and the bits of its layers.
+
+    Raises:
+        SaqError: it cannot be built here.
+    """
+    facts = with_names_of_logits(ModelFacts.model_validate_json(state["facts"]))
+    model = rebuild_structure(facts)
+    model.load_state_dict(state["model"])
+    return model, facts, convert.active_bits(model, facts.policy.model, facts.policy.layers)
+
+
+def open_run_images(config: RunConfig, facts: ModelFacts, device: torch.device) -> Images:
+    """The images of a run, with the labels that it started with.
+
+    The files that map folders to classes may be gone; if they are there, they must say the same.
+    """
+    preprocessing = Preprocessing.from_dict(facts.preprocessing)
+    gone = {
+        name: None
+        for name in ("class_order", "class_map")
+        if (file := getattr(config.data, name)) not in (None, *ORDERS) and not named_path(file).is_file()
+    }
+    if gone and facts.folders:
+        config = config.model_copy(update={"data": config.data.model_copy(update=gone)})
+    return Images.open(config, trained_classes(facts, "the run"), preprocessing, device)

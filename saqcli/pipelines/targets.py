@@ -139,6 +139,19 @@ def model_file(run: RunDirectory) -> Path:
     return run.safetensors_path
 
 
+def named_file(target: Target, section: ModelSection) -> Path | None:
+    """The file that ``target`` stands for: itself, the model of a run directory, or None for a model's name.
+
+    Raises:
+        SaqError: a run without a model, or options that a file does not take.
+    """
+    if target.kind == "model":
+        return None
+    check_no_model_options(target.text, section)
+    run = target.run
+    return target.path if run is None else model_file(run)
+
+
 def policy_file(text: str) -> Path:
     """The file of bits that ``text`` names: itself, or that of a run.
 

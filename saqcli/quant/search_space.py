@@ -20,7 +20,7 @@ from typing import NamedTuple
 from saqcli.errors import ConfigError, InfeasibleBudget
 from saqcli.quant.bits import MAX_BITS, MIN_BITS, BitConfig, LayerBits
 from saqcli.quant.cost import UNITS, Budget, Cost, CostModel, LayerCost
-from saqcli.units import format_quantity
+from saqcli.units import counted, format_quantity
 
 _RULE = re.compile(r"(\d)(?:-(\d))?|w(\d)(?:-(\d))?a(\d)(?:-(\d))?", re.IGNORECASE)
 
@@ -182,6 +182,18 @@ class SearchSpace:
             min(range(len(decision.options)), key=lambda i, d=decision: distance(d.options[i]))  # type: ignore[misc]
             for decision in self.decisions
         ]
+
+    def outlook(self, budget: Budget) -> list[str]:
+        """Notes for a person: what can be reached, and whether the budget leaves anything to search."""
+        floor, ceiling = self.floor, self.ceiling
+        notes = [
+            f"{self.model}: {counted(len(self.decisions), 'decision')}, reachable {format_quantity(floor.bops)} to "
+            f"{format_quantity(ceiling.bops, 'BOPs')} and {format_quantity(floor.size)} to "
+            f"{format_quantity(ceiling.size, 'B')}; the budget is {budget}"
+        ]
+        if budget.admits(ceiling):
+            notes.append("the budget allows the most bits in every layer: there is nothing to search")
+        return notes
 
     def check_reachable(self, budget: Budget) -> None:
         """Refuse at once what no configuration can meet.

@@ -13,17 +13,22 @@ import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
+from torch import nn
 
 from saqcli._version import __version__
+from saqcli.progress import SILENT
 from saqcli.quant.bits import LayerBits, mean_bits
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.search_space import SearchSpace
 from saqcli.search.problem import Found, Scored, ScoreOf, SearchProblem
+from saqcli.search.supernet import Scorer
 from saqcli.serialization import write_text
+from saqcli.training.loop import evaluate
 
 Result = tuple[Cost, float, float]  # cost, top-1, loss
 Choice = tuple[int, ...]  # an option's index a decision
@@ -105,6 +110,27 @@ class Front(BaseModel):
         head = self.model_dump_json(exclude={"points"}).removesuffix("}")
         points = ",\n".join(f"    {point.model_dump_json()}" for point in self.points)
         return f'{head},\n  "points": [\n{points}\n  ]\n}}\n'
+
+
+def front_of(
+    problem: SearchProblem, found: Found, count: int, searcher: str, model: nn.Module, widths: Sequence[int]
+) -> Front:
+    """The front of a search, all its points calibrated.
+
+    Args:
+        problem: as for ``find_front``.
+        found: likewise.
+        count: likewise.
+        searcher: likewise.
+        model: the network that was searched, in floating point.
+        widths: as for ``find_front``.
+    """
+    score = found.score
+    if score is None:
+        score = Scorer(replace(problem, model=model))
+    with SILENT.task("", 0) as task:
+        in_float = evaluate(model.eval(), problem.images.scoring, task, device=problem.device)
+    return find_front(problem, found, count, searcher, score, widths, in_float.top1)
 
 
 def find_front(

@@ -13,8 +13,8 @@ from typing import Any
 from saqcli.config import RunConfig, TrainingSection
 from saqcli.quant.bits import BitConfig
 from saqcli.serialization import write_text
+from saqcli.training.best import Best, advice
 from saqcli.training.loop import Score
-from saqcli.training.trainer import Best, advice
 from saqcli.units import counted, format_quantity
 
 # Of the verdict on an ONNX file, and its size.
@@ -70,9 +70,15 @@ class Outcome:
     exported_epoch: int = 0
     advice: str | None = None
 
-    def note_training(self, best: Best | None, training: TrainingSection) -> None:
-        """Keep which states fine-tuning met, and what follows from them."""
-        last = self.last_score or (self.score if best is None or training.keep == "last" else None)
+    def note_training(self, best: Best | None, last: Score | None, training: TrainingSection) -> None:
+        """Keep the scores of fine-tuning, and the advice that follows from them.
+
+        Args:
+            best: state of all epochs; None where an old checkpoint does not hold it.
+            last: score after the last epoch; likewise.
+            training: the settings.
+        """
+        last = last or (self.score if best is None or training.keep == "last" else None)
         self.last_score, self.epochs, self.exported_epoch = last, training.epochs, training.epochs
         if best is not None:
             self.best_epoch, self.best_score = best.epoch, best.score

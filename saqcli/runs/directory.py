@@ -350,6 +350,17 @@ class RunDirectory:
         """
         return distributed.from_first(lambda: self._checkpoint.load(note))
 
+    def load_saved(self) -> dict[str, Any]:
+        """The checkpoint that this process has just saved.
+
+        Raises:
+            RunDirectoryError: it is gone.
+        """
+        state = self.load_checkpoint()
+        if state is None:
+            raise RunDirectoryError(f"{self.path} holds no checkpoint: start again with `overwrite=True`")
+        return state
+
     def restore_metrics(self, state: dict[str, Any] | None) -> None:
         """Let ``metrics.jsonl`` say what it said when ``state`` was saved: what came after is done again."""
         if distributed.first():

@@ -60,7 +60,7 @@ from saqcli.training.minimizers.base import average_gradients, check_step, gradi
 from saqcli.training.objective import cut, micro_batches
 from saqcli.training.options import check_choice, check_count, check_flag, check_number
 from saqcli.training.perturbation import Gradients, Perturbation, PerturbedSet, RadiusUnit, add_up
-from saqcli.training.step import Before, Setbacks, fitting
+from saqcli.training.step import Recovery, Snapshot, retry_on_oom
 from saqcli.units import format_quantity
 
 Align = Literal["sagm", "none"]
@@ -155,7 +155,7 @@ class Descent:
         self.gap: float | None = None
         self.trace: list[tuple[float, float]] = []
         self._since = 0  # steps before this epoch
-        self.setbacks = Setbacks()
+        self.recovery = Recovery()
 
     def run(self) -> None:
         """All steps, from where the memory left off."""
@@ -225,15 +225,15 @@ class Descent:
         """
         self._schedule()
         learned = [*(self.weights if weights else ()), *(self.logits if logits else ())]
-        before, note = Before(self.model), self.problem.progress.note
+        snapshot, note = Snapshot(self.model), self.problem.progress.note
 
-        def need_less() -> None:
-            before.restore()
-            self.setbacks.halve(images, note)
+        def shrink_micro_batch() -> None:
+            snapshot.restore()
+            self.recovery.shrink_micro_batch(images, note)
 
-        value, raised, norm, total = fitting(
-            lambda: self._passes(parts(self.setbacks.micro_batch), learned, weights), need_less
-        )
+        for attempt in retry_on_oom(shrink_micro_batch):
+            with attempt:
+                value, raised, norm, total = self._passes(parts(self.recovery.micro_batch), learned, weights)
         for parameter, gradient in zip(learned, total, strict=True):
             parameter.grad = gradient
         average_gradients(
@@ -242,11 +242,11 @@ class Descent:
         try:
             check_step(value, norm, raised)
         except TrainingDiverged as error:
-            before.restore(random=False)
-            self.setbacks.leave_out(error, note)
+            snapshot.restore(random=False)
+            self.recovery.skip_step(error, note)
             self.done += share
             return
-        self.setbacks.in_row = 0
+        self.recovery.in_row = 0
         gap = max(0.0, float(raised - value)) if self.settings.align == "sagm" else 0.0
         if logits:
             for parameter, price in zip(self.logits, self._prices(), strict=True):
@@ -332,7 +332,7 @@ class Descent:
             "rho": self.rho,
             "gap": self.gap,
             "trace": [list(step) for step in self.trace],
-            "setbacks": vars(self.setbacks),
+            "setbacks": vars(self.recovery),
         }
 
     def _load(self, state: dict[str, Any]) -> tuple[int, int, int]:
@@ -346,7 +346,7 @@ class Descent:
         self.rho, self.gap = state["rho"], state["gap"]
         self.done, self._since = state["done"], state["since"]
         self.trace = [(loss, gap) for loss, gap in state["trace"]]
-        vars(self.setbacks).update(state["setbacks"])
+        vars(self.recovery).update(state["setbacks"])
         epoch, phase, index = state["at"]
         return epoch, phase, index
 

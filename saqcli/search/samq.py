@@ -75,7 +75,7 @@ from saqcli.training.minimizers.sharpness_aware import SAQ
 from saqcli.training.objective import Objective, micro_batches
 from saqcli.training.options import check_choice, check_count, check_flag, check_number
 from saqcli.training.perturbation import PerturbedSet, RadiusUnit
-from saqcli.training.step import Setbacks, Stepper, fitting
+from saqcli.training.step import Recovery, Stepper, retry_on_oom
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ class SharpCost:
         reference: a choice whose loss on the same images is subtracted; None for nothing.
 
     Attributes:
-        setbacks: how many images go through the supernet at a time, where memory does not suffice for all.
+        recovery: how many images go through the supernet at a time, where memory does not suffice for all.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class SharpCost:
         self.supernet, self.perturbed, self.reference = supernet, perturbed, reference
         self.rho, self.cost_weight = rho, cost_weight
         self.rho_unit: RadiusUnit = rho_unit
-        self.setbacks = Setbacks()
+        self.recovery = Recovery()
 
     def __call__(self, choice: Sequence[int], images: Tensor, labels: Tensor) -> float:
         """R of ``choice`` on images (N, C, H, W) and labels (N,)."""
@@ -131,11 +131,11 @@ class SharpCost:
         if not self.rho:
             value = self.plainly(images, labels)
             return value, value
-        return self._fitting(self._losses, images, labels)
+        return self._retried(self._losses, images, labels)
 
     def plainly(self, images: Tensor, labels: Tensor) -> float:
         """The loss at the selected bits."""
-        return self._fitting(_mean, images, labels)
+        return self._retried(_mean, images, labels)
 
     def _losses(self, chunk: Chunk) -> tuple[float, float]:
         value, gradients = gradients_of(chunk, self.perturbed)
@@ -143,14 +143,16 @@ class SharpCost:
         with self.perturbed.applied(ascent):
             return float(value), _mean(chunk)
 
-    def _fitting(self, passes: Callable[[Chunk], T], images: Tensor, labels: Tensor) -> T:
+    def _retried(self, passes: Callable[[Chunk], T], images: Tensor, labels: Tensor) -> T:
         """``passes`` over a batch, of as many images at a time as memory suffices for; in eval mode nothing changes."""
         problem, model = self.supernet.problem, self.supernet.model
         images, labels = images.to(problem.device), labels.to(problem.device)
-        return fitting(
-            lambda: passes(micro_batches(model, images, labels, self.setbacks.micro_batch)),
-            lambda: self.setbacks.halve(len(labels), problem.progress.note),
-        )
+        for attempt in retry_on_oom(
+            lambda: self.recovery.shrink_micro_batch(len(labels), problem.progress.note)
+        ):
+            with attempt:
+                result = passes(micro_batches(model, images, labels, self.recovery.micro_batch))
+        return result
 
     def sharpness(self, choice: Sequence[int]) -> float:
         """Mean rise of the loss to the perturbed point, over the scoring images."""
@@ -269,7 +271,7 @@ class Alternation:
         )
         whole = Objective(F.cross_entropy)
         self.stepper = Stepper(
-            self.supernet.model, self.minimizer, whole, sys.maxsize, Setbacks(), problem.progress.note
+            self.supernet.model, self.minimizer, whole, sys.maxsize, Recovery(), problem.progress.note
         )
         self.reference = best_choice(problem.space, problem.budget, self.noise)
         self._rounds = ROUNDS if in_window(problem.space, problem.budget, self.reference) else 1  # of draws
@@ -394,8 +396,8 @@ class Alternation:
             "model": self.supernet.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "minimizer": self.minimizer.state_dict(),
-            "setbacks": vars(self.stepper.setbacks),
-            "micro_batch": self.cost.setbacks.micro_batch,
+            "setbacks": vars(self.stepper.recovery),
+            "micro_batch": self.cost.recovery.micro_batch,
             "learner": self.learner.state_dict(),
             "generator": self.generator.get_state(),
             "best": None if self.best is None else list(self.best),
@@ -406,8 +408,8 @@ class Alternation:
         self.supernet.model.load_state_dict(kept["model"])
         self.optimizer.load_state_dict(kept["optimizer"])
         self.minimizer.load_state_dict(kept["minimizer"])
-        vars(self.stepper.setbacks).update(kept["setbacks"])
-        self.cost.setbacks.micro_batch = kept.get("micro_batch")
+        vars(self.stepper.recovery).update(kept["setbacks"])
+        self.cost.recovery.micro_batch = kept.get("micro_batch")
         self.learner.load_state_dict(kept["learner"])
         self.generator.set_state(kept["generator"])
         self.best = None if kept["best"] is None else (kept["best"][0], kept["best"][1])

@@ -1,18 +1,18 @@
 """The only loops over batches: one epoch of training, one pass of evaluation."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from saqcli import distributed
+from saqcli.data.batches import Loader
 from saqcli.errors import DataError, DeviceMemoryError, TrainingDiverged
-from saqcli.progress import Task
-from saqcli.training.minimizers import Minimizer
-from saqcli.training.objective import Objective
-from saqcli.training.step import Setbacks, Stepper, if_it_fits
+from saqcli.progress import Progress, Task
+from saqcli.training.minimizers.base import check_score
+from saqcli.training.step import Attempt, Stepper
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, C, H, W) and labels (N,)
 
@@ -102,7 +102,7 @@ def evaluate(
     Args:
         predict: images (N, C, H, W) to logits (N, classes); a model in eval mode, or an ONNX session.
         batches: deterministic.
-        task: told about every batch.
+        task: reports every batch.
         device: of the images that ``predict`` gets.
         keep: filled with the best class of every counted image, in order.
         shared: all ranks call this, and each looks at its part of the batches. Every rank gets the score of all, bit
@@ -133,14 +133,44 @@ def evaluate(
     return so_far.score()
 
 
-def in_parts(predict: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """``predict(images)``, of halves and halves of these where memory does not suffice for more.
+def score(
+    predict: Callable[[Tensor], Tensor],
+    loader: Loader,
+    title: str,
+    device: torch.device,
+    progress: Progress,
+    name: str = "the model",
+) -> Score:
+    """Accuracy and loss of ``predict``, by all ranks together; as ``evaluate``.
+
+    Args:
+        predict: as for ``evaluate``; a module is set to eval mode.
+        loader: images of a split.
+        title: of the task.
+        device: of the images that ``predict`` gets.
+        progress: reports every batch.
+        name: of the model, for messages.
 
     Raises:
-        DeviceMemoryError: nor for a single image.
+        UnsupportedModel: the loss is NaN or infinite.
     """
-    if (done := if_it_fits(lambda: predict(images))) is not None:
-        return done[0]
+    if isinstance(predict, nn.Module):
+        predict.eval()
+    with progress.task(title, len(loader) // distributed.count()) as task:
+        found = evaluate(predict, loader, task, device=device, shared=True)
+    check_score(found.loss, found.images, name)
+    return found
+
+
+def in_parts(predict: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """``predict(images)``, in halves of halves if memory runs out.
+
+    Raises:
+        DeviceMemoryError: out of memory with a single image.
+    """
+    attempt = Attempt()
+    with attempt:
+        return predict(images)
     if len(images) == 1:
         raise DeviceMemoryError(
             "out of memory with a single image: free memory, or use a smaller `model.input_size` or network"
@@ -148,67 +178,39 @@ def in_parts(predict: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return torch.cat([in_parts(predict, half) for half in images.tensor_split(2)])
 
 
-@dataclass
-class EpochSettings:
-    """What one epoch of training needs beside model, minimizer and batches.
-
-    Attributes:
-        objective: what is minimized.
-        device: of the model.
-        sharpness_batch: images that share one perturbation (m-sharpness); the batch is split into such
-            chunks.
-        after_step: called with the number of steps done in this epoch; it steps the schedule, saves, or
-            stops.
-        after_skip: called once batches done before an interruption are passed over; puts the random state
-            back.
-        setbacks: so far, and how many images are in one forward pass; gradients accumulate over those of a chunk.
-        note: told about setbacks.
-    """
-
-    objective: Objective
-    device: torch.device
-    sharpness_batch: int
-    after_step: Callable[[int], None]
-    after_skip: Callable[[], None] = lambda: None
-    setbacks: Setbacks = field(default_factory=Setbacks)
-    note: Callable[[str], None] = lambda _: None
-
-
 def train_epoch(
-    model: nn.Module,
-    minimizer: Minimizer,
+    step: Stepper,
     batches: Batches,
     task: Task,
-    settings: EpochSettings,
     meter: Meter,
+    *,
     skip: int = 0,
+    after_skip: Callable[[], None] = lambda: None,
+    after_step: Callable[[int], None] = lambda done: None,
 ) -> Score:
     """One pass over ``batches``; loss and accuracy are those of the unperturbed model in training mode, over all ranks.
 
     Args:
-        model: wrapped, quantizers installed.
-        minimizer: moves the weights.
+        step: takes the steps.
         batches: training images and labels.
-        task: told about every step.
-        settings: the rest.
-        meter: counts on, the images of this rank.
+        task: reports every step.
+        meter: of this rank, to be continued.
         skip: batches to pass over without a step: those done before an interruption.
+        after_skip: called once these are passed over; restores the random state.
+        after_step: called with the number of steps done in this epoch; may stop the epoch.
 
     Raises:
-        TrainingDiverged: the loss is no finite number, in many steps in a row.
+        TrainingDiverged: the loss is NaN or infinite, in many steps in a row.
         DeviceMemoryError: out of memory, however small the micro-batches.
     """
-    model.train()
-    step = Stepper(
-        model, minimizer, settings.objective, settings.sharpness_batch, settings.setbacks, settings.note
-    )
+    step.model.train()
     for index, (images, labels) in enumerate(batches):
         if index < skip:
             if index == skip - 1:
-                settings.after_skip()
+                after_skip()
             continue
-        images = images.to(settings.device, non_blocking=True)
-        labels = labels.to(settings.device, non_blocking=True)
+        images = images.to(step.device, non_blocking=True)
+        labels = labels.to(step.device, non_blocking=True)
         try:
             pieces = step(images, labels)
         except TrainingDiverged as error:
@@ -217,39 +219,48 @@ def train_epoch(
             meter.update(*piece.counted())
         so_far = meter.score()
         task.advance(images=len(labels), loss=so_far.loss, top1=so_far.top1)
-        settings.after_step(index + 1)
+        after_step(index + 1)
     return meter.over_ranks().score()
 
 
 class Memory(Protocol):
-    """Where a search keeps what it would lose if it were stopped."""
+    """Where a search or training keeps its state, to be resumed from."""
 
     def load(self) -> dict[str, Any] | None:
-        """What was kept of the same search, or None."""
+        """The state that was saved last, or None."""
 
-    def offer(self, state: Callable[[], dict[str, Any]], *, milestone: bool = False) -> None:
-        """Keep ``state()`` if it is time, or at a ``milestone``, such as the end of an epoch; tensors and plain values.
+    def offer(
+        self, state: Callable[[], dict[str, Any]], *, milestone: bool = False, failing: bool = False
+    ) -> None:
+        """Save ``state()`` if it is time, at a ``milestone``, such as the end of an epoch, or before an interruption.
+
+        Args:
+            state: returns tensors and plain values.
+            milestone: save in any case.
+            failing: the last step was skipped; save before an interruption only.
 
         Raises:
-            Interrupted: a signal asked to stop; the state is kept.
+            Interrupted: a signal asked to stop; the state is saved.
         """
 
     def restore_random(self) -> None:
-        """Put the global random numbers back to where they were when the state was kept."""
+        """Restore the global random numbers of the saved state."""
 
 
 class _NoMemory:
-    """For a search that takes no time."""
+    """Saves nothing."""
 
     def load(self) -> dict[str, Any] | None:
-        """Nothing."""
+        """None."""
         return None
 
-    def offer(self, state: Callable[[], dict[str, Any]], *, milestone: bool = False) -> None:
-        """Nothing is kept."""
+    def offer(
+        self, state: Callable[[], dict[str, Any]], *, milestone: bool = False, failing: bool = False
+    ) -> None:
+        """Nothing is saved."""
 
     def restore_random(self) -> None:
-        """Nothing to put back."""
+        """Nothing to restore."""
 
 
 NO_MEMORY: Memory = _NoMemory()

@@ -24,9 +24,21 @@ LARGE_IMAGE_RHO = {2: 0.15, 3: 0.15, 4: 0.3}
 
 
 def search_training(config: RunConfig) -> TrainingSection:
-    """The training section with what the search trains with in its own way."""
+    """The training section with the optimizer settings of the search."""
     own = {name: getattr(config.search, name) for name in ("optimizer", "lr", "weight_decay")}
     return config.training.model_copy(update={**own, "clip_grad": None})
+
+
+def in_float(training: TrainingSection, batch_size: int, **changes: object) -> TrainingSection:
+    """The training section for a network without quantizers: plain steps on whole batches, with further ``changes``."""
+    plain = {
+        "method": "qat",
+        "minimizer": {},
+        "sharpness_batch": batch_size,
+        "micro_batch": None,
+        "ema_decay": 0.0,
+    }
+    return training.model_copy(update=plain | changes)
 
 
 def make_optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""Checks of what minimizers and searchers can be told, each with one clear line."""
+"""Checks of the options of minimizers and searchers; each error is one clear line."""
 
 import math
 

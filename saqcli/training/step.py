@@ -1,18 +1,17 @@
-"""Training steps, and passes over images for other ends, that outlive what can go wrong in them.
+"""One training step, with recovery from out-of-memory errors and from losses that are NaN or infinite.
 
-out of memory    the batch is passed over again in micro-batches of half the size, from the same random numbers and
-                 running statistics on: it is the step that the smaller size would have made from the start
-no number        a loss or gradient that is not finite: the step is left out, and after several in a row training ends
+out of memory      the batch is repeated in micro-batches of half the size, from the same random numbers and running
+                   statistics: the step equals one that was taken in micro-batches of that size
+NaN or infinity    a step whose loss or gradient is not finite is skipped; after several in a row training stops
 
-In both cases nothing is left behind: weights, optimizer and running statistics are as before the step. All ranks do
-the same.
+In both cases weights, optimizer and running statistics are as before the step. All ranks do the same.
 """
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from types import TracebackType
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +20,22 @@ from saqcli import distributed
 from saqcli.errors import DeviceMemoryError, TrainingDiverged, out_of_memory
 from saqcli.random_state import random_state, set_random_state
 from saqcli.training.minimizers import Minimizer
-from saqcli.training.minimizers.base import Passes
 from saqcli.training.objective import Objective, Piece, as_chunks
 from saqcli.units import counted
 
-T = TypeVar("T")
-PATIENCE = 10  # steps in a row that are left out before training ends
+PATIENCE = 10  # skipped steps in a row before training stops
 SMALLEST = 2  # images of a micro-batch: a batch norm cannot use a single one
 
 
 @dataclass
-class Setbacks:
-    """What went wrong so far, as far as it matters for the steps to come; ``vars`` of it go into a checkpoint.
+class Recovery:
+    """Recovery from steps that fail; ``vars`` of it go into a checkpoint.
 
     Attributes:
         micro_batch: most images in one forward pass; None for no limit.
-        skipped: steps left out in this epoch.
-        in_row: steps left out since the last good one.
-        patience: of those, before training ends.
+        skipped: steps skipped in this epoch.
+        in_row: steps skipped since the last good one.
+        patience: most steps skipped in a row.
     """
 
     micro_batch: int | None = None
@@ -46,25 +43,25 @@ class Setbacks:
     in_row: int = 0
     patience: int = PATIENCE
 
-    def leave_out(self, error: TrainingDiverged, note: Callable[[str], None]) -> None:
-        """Count a step that cannot be taken, for ``error``.
+    def skip_step(self, error: TrainingDiverged, note: Callable[[str], None]) -> None:
+        """Count a step that is skipped because of ``error``.
 
         Raises:
-            TrainingDiverged: it is one too many.
+            TrainingDiverged: more than ``patience`` steps in a row were skipped.
         """
         self.skipped += 1
         self.in_row += 1
         if self.in_row > self.patience:
-            message = f"{counted(self.in_row, 'step')} in a row could not be taken: {error}"
+            message = f"{counted(self.in_row, 'step')} in a row were skipped: {error}"
             raise distributed.agreed(TrainingDiverged(message)) from None
         if self.in_row == 1:
-            note(f"a step is skipped: {error}")
+            note(f"step skipped: {error}")
 
-    def halve(self, images: int, note: Callable[[str], None]) -> None:
-        """Pass over half as many images at a time from now on, where ``images`` did not fit.
+    def shrink_micro_batch(self, images: int, note: Callable[[str], None]) -> None:
+        """Halve the micro-batch, or ``images`` where these are fewer.
 
         Raises:
-            DeviceMemoryError: they are too few to be halved.
+            DeviceMemoryError: the micro-batch is the smallest possible.
         """
         gc.collect()
         if torch.cuda.is_available():
@@ -82,18 +79,19 @@ class Setbacks:
 
 
 class Stepper:
-    """Takes the steps of a model.
+    """Takes the training steps of a model.
 
     Attributes:
+        device: of the model.
         loss: of the last step, at the unperturbed weights.
 
     Args:
         model: wrapped, quantizers installed, in training mode.
-        minimizer: moves the weights.
-        objective: what is minimized.
+        minimizer: updates the weights.
+        objective: the loss.
         sharpness_batch: most images that share one perturbation.
-        setbacks: so far; kept up to date.
-        note: told what went wrong.
+        recovery: state so far; kept up to date.
+        note: receives a line for every kind of failure.
     """
 
     def __init__(
@@ -102,53 +100,54 @@ class Stepper:
         minimizer: Minimizer,
         objective: Objective,
         sharpness_batch: int,
-        setbacks: Setbacks,
+        recovery: Recovery,
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.model, self.minimizer, self.objective = model, minimizer, objective
-        self.sharpness_batch, self.setbacks, self.note = sharpness_batch, setbacks, note
+        self.sharpness_batch, self.recovery, self.note = sharpness_batch, recovery, note
+        self.device = next(model.parameters()).device
         self.loss = math.nan
 
     def __call__(self, images: Tensor, labels: Tensor) -> list[Piece]:
-        """One step on images (N, C, H, W) and labels (N,); its pieces, or none if it was left out.
+        """One step on images (N, C, H, W) and labels (N,); its pieces, or none if it was skipped.
 
         Raises:
-            TrainingDiverged: too many in a row were left out.
+            TrainingDiverged: too many steps in a row were skipped.
             DeviceMemoryError: not even the smallest micro-batch fits.
         """
-        before = Before(self.model)
+        snapshot = Snapshot(self.model)
 
-        def need_less() -> None:
-            before.restore()
-            self.setbacks.halve(min(len(labels), self.sharpness_batch), self.note)
+        def shrink_micro_batch() -> None:
+            snapshot.restore()
+            self.recovery.shrink_micro_batch(min(len(labels), self.sharpness_batch), self.note)
 
-        pieces, passes = fitting(lambda: self._pass(images, labels), need_less)
+        pieces: list[list[Piece]] = []
+        for attempt in retry_on_oom(shrink_micro_batch):
+            pieces = []  # of the attempt before, whose tensors must be freed
+            with attempt:
+                pieces = self.objective.pieces(
+                    self.model, images, labels, self.sharpness_batch, self.recovery.micro_batch
+                )
+                passes = self.minimizer.gradients(as_chunks(pieces))
         try:
             self.loss = float(self.minimizer.update(passes))
         except TrainingDiverged as error:
-            before.restore(random=False)
-            self.setbacks.leave_out(error, self.note)
+            snapshot.restore(random=False)
+            self.recovery.skip_step(error, self.note)
             return []
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            raise DeviceMemoryError(  # weights may have moved in part: not to be tried again
-                "out of memory for the optimizer's state, beside the images: use a smaller `training.micro_batch` or "
+            raise DeviceMemoryError(  # the weights may be updated in part: no retry
+                "out of memory for the optimizer's state: use a smaller `training.micro_batch` or "
                 "`data.batch_size`, or `training.optimizer=sgd`"
             ) from None
-        self.setbacks.in_row = 0
+        self.recovery.in_row = 0
         return [piece for chunk in pieces for piece in chunk]
 
-    def _pass(self, images: Tensor, labels: Tensor) -> tuple[list[list[Piece]], Passes]:
-        """All passes over the batch."""
-        pieces = self.objective.pieces(
-            self.model, images, labels, self.sharpness_batch, self.setbacks.micro_batch
-        )
-        return pieces, self.minimizer.gradients(as_chunks(pieces))
 
-
-class Before:
-    """What a step that fails half-way has changed already."""
+class Snapshot:
+    """Buffers and random numbers before a step."""
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
@@ -156,35 +155,51 @@ class Before:
 
     @torch.no_grad()
     def restore(self, *, random: bool = True) -> None:
-        """Put it back; the random numbers only where the step is to be tried again."""
+        """Restore the buffers, and with ``random`` the random numbers, so that the step can be repeated."""
         for buffer, value in self._buffers:
             buffer.copy_(value)
         if random:
             set_random_state(self._random)
 
 
-def fitting(attempt: Callable[[], T], need_less: Callable[[], None]) -> T:
-    """What ``attempt`` returns once it fits in the memory of all ranks.
+class Attempt:
+    """A context that ends quietly if memory runs out in it.
+
+    Attributes:
+        out_of_memory: whether it did.
+    """
+
+    out_of_memory = False
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        """Whether to suppress ``error``."""
+        self.out_of_memory = isinstance(error, RuntimeError | MemoryError) and out_of_memory(error)
+        return self.out_of_memory
+
+
+def retry_on_oom(shrink: Callable[[], None]) -> Iterator[Attempt]:
+    """Attempts, until one fits in the memory of all ranks.
 
     Args:
-        attempt: passes over images.
-        need_less: called after every attempt that did not fit, when its tensors are gone; puts back what it has changed
-            and lets the next one need less.
+        shrink: called between two attempts; undoes the changes of the failed one and reduces its size.
+
+    Example:
+        >>> sizes = [64]
+        >>> for attempt in retry_on_oom(lambda: sizes.append(sizes[-1] // 2)):
+        ...     with attempt:
+        ...         if sizes[-1] > 20:
+        ...             raise MemoryError
+        >>> sizes
+        [64, 32, 16]
     """
     while True:
-        done = if_it_fits(attempt)
-        if not distributed.any_of(done is None):
-            assert done is not None
-            return done[0]
-        done = None
-        need_less()
-
-
-def if_it_fits(attempt: Callable[[], T]) -> tuple[T] | None:
-    """What ``attempt`` returns, or None where memory ran out; its tensors are gone then."""
-    try:
-        return (attempt(),)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        return None
+        attempt = Attempt()
+        yield attempt
+        if not distributed.any_of(attempt.out_of_memory):
+            return
+        shrink()

@@ -22,7 +22,6 @@ from saqcli.export.safetensors import restore_structure
 from saqcli.models import networks
 from saqcli.models.load import ModelSpec, build_architecture, load_model
 from saqcli.models.networks import NetworkEntry
-from saqcli.pipelines.export import export_verified
 from saqcli.pipelines.profile import unquantized
 from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
 from saqcli.progress import SILENT
@@ -30,6 +29,7 @@ from saqcli.quant import calibration, convert
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.training.minimizers import MINIMIZERS, MicroBatch
+from saqcli.verify.publish import export_verified
 from saqcli.verify.verdict import synthetic_batches
 from tests.support.sweeps import sweep
 

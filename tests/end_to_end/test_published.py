@@ -118,7 +118,7 @@ def test_a_run_whose_weights_are_transformed_is_resumed_from_latent_weights(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files hold plain forms, checkpoints do not: what is built from a checkpoint transforms again."""
-    import saqcli.pipelines.quantize as workflow
+    import saqcli.pipelines.export as workflow
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:

@@ -20,8 +20,9 @@ from saqcli.data.datasets import open_split
 from saqcli.data.splits import Images, validation_loader
 from saqcli.pipelines.bits import given_policy
 from saqcli.pipelines.calibration import calibrate, install_quantizers
-from saqcli.pipelines.quantize import prepare, score
+from saqcli.pipelines.quantize import prepare
 from saqcli.progress import SILENT
+from saqcli.training.loop import score
 
 
 def saq(*arguments: object) -> Any:

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from saqcli.config import ModelSection
 from saqcli.export import ModelFacts
-from saqcli.pipelines.export import export_verified
 from saqcli.pipelines.profile import unquantized
 from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
 from saqcli.progress import SILENT
@@ -26,6 +25,7 @@ from saqcli.quant.convert import Scheme
 from saqcli.quant.layer import frozen_batch_stats, quantized_layers
 from saqcli.training.minimizers import MINIMIZERS, MicroBatch
 from saqcli.training.perturbation import PerturbedSet
+from saqcli.verify.publish import export_verified
 from saqcli.verify.verdict import natural
 
 FAST = {  # what is in no other of them

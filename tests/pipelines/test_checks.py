@@ -186,11 +186,11 @@ def test_resuming_needs_neither_weights_nor_policy(tmp_path: Path, images: Path)
     plan["data"]["path"] = str(images)
     config.write_text(json.dumps(plan))
     from saqcli.config import resolve
-    from saqcli.pipelines.quantize import check
+    from saqcli.pipelines.checks import check_quantize
 
-    check(resolve(file=config), images=True, files=False)
+    check_quantize(resolve(file=config), images=True, files=False)
     with pytest.raises(ConfigError, match=r"weights gone\.pth cannot be read: it does not exist"):
-        check(resolve(file=config), images=True)
+        check_quantize(resolve(file=config), images=True)
 
 
 def test_a_chosen_set_of_weights_is_no_second_problem(tmp_path: Path) -> None:

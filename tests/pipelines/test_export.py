@@ -26,7 +26,7 @@ from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.tracer import trace
-from saqcli.verify import proof
+from saqcli.verify import proof, publish
 from saqcli.verify.layerwise import LayerCheck, LayerwiseCheck
 from saqcli.verify.runtime import onnx_session
 from saqcli.verify.verdict import IMAGES, Verdict, synthetic_batches, verdict_path, verdict_text
@@ -383,7 +383,7 @@ def seen_by(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         seen.extend(images for images, _ in kept)
         return prove(path, model, style, kept, *rest)
 
-    monkeypatch.setattr(exporting, "prove_graph", note)
+    monkeypatch.setattr(publish, "prove_graph", note)
     return seen
 
 

@@ -14,10 +14,10 @@ from saqcli.config import QuantizationSection, RunConfig
 from saqcli.data.datasets import divide, open_split
 from saqcli.pipelines.bits import given_policy
 from saqcli.pipelines.calibration import calibrate, install_quantizers
-from saqcli.pipelines.quantize import prepare, score
+from saqcli.pipelines.quantize import prepare
 from saqcli.progress import SILENT
 from saqcli.search import SEARCHERS
-from saqcli.training.loop import Score
+from saqcli.training.loop import Score, score
 from tests.support.command_line import answer, last_error, saq
 from tests.support.digits import MODEL, float_options
 from tests.support.sweeps import sweep

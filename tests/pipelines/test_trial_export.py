@@ -20,6 +20,7 @@ from saqcli.pipelines import export as exporting
 from saqcli.pipelines import quantize as quantizing
 from saqcli.pipelines.setup import load_float, wrap_and_trace
 from saqcli.progress import SILENT
+from saqcli.verify import publish
 from tests.support.command_line import answer, last_error, saq
 
 HALF = (0.5, 0.5, 0.5)
@@ -286,14 +287,14 @@ def test_export_verifies_on_the_images_of_the_run(
     images: Path, network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
-    prove = exporting.prove_graph
+    prove = publish.prove_graph
 
     def note(path: Path, model: nn.Module, style: str, batches: Any, *rest: Any) -> Any:
         kept = list(batches)
         seen.append(torch.cat([batch for batch, _ in kept]))
         return prove(path, model, style, kept, *rest)
 
-    monkeypatch.setattr(exporting, "prove_graph", note)
+    monkeypatch.setattr(publish, "prove_graph", note)
     run, some = tmp_path / "run", ("--verify-images", 5)
     given = (*options(images, run), "--seed", 3, *some)
     found = answer("quantize", network(Plain), "--bits", 4, *given)

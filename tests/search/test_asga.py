@@ -397,13 +397,13 @@ def test_a_step_that_ran_out_of_memory_is_the_step_of_smaller_micro_batches(
     ends: list[list[Tensor]] = []
     for most, micro in ((12, None), (99, 8), (99, None)):
         descent = Descent(ASGA(align=align), branches())
-        descent.setbacks.micro_batch = micro
+        descent.recovery.micro_batch = micro
         model = descent.model.train(training)
         hook = model.register_forward_hook(partial(runs_out_of_memory, most, passes=[later]))
         for images, labels in descent.problem.images.scoring[:3]:
             descent.step(partial(micro_batches, model, images, labels), len(labels))
         hook.remove()
-        assert descent.setbacks.micro_batch == (8 if most == 12 else micro)
+        assert descent.recovery.micro_batch == (8 if most == 12 else micro)
         ends.append([*model.state_dict().values(), *descent.logits, torch.tensor(descent.trace)])
     assert all(torch.equal(one, other) for one, other in zip(ends[0], ends[1], strict=True))
     if not training:
@@ -587,10 +587,10 @@ def test_a_step_without_a_number_leaves_nothing_behind() -> None:
 
     descent.step(partial(micro_batches, descent.model, images[:32] * math.nan, labels[:32]), 32)
 
-    assert (len(descent.trace), descent.setbacks.skipped) == (1, 1)
+    assert (len(descent.trace), descent.recovery.skipped) == (1, 1)
     assert all(torch.equal(value, before[name]) for name, value in descent.model.state_dict().items())
     descent.step(parts, 32)
-    assert (len(descent.trace), descent.setbacks.in_row) == (2, 0)
+    assert (len(descent.trace), descent.recovery.in_row) == (2, 0)
 
 
 class Told:

@@ -687,7 +687,7 @@ def test_a_cost_that_ran_out_of_memory_is_found_on_fewer_images_at_a_time(radius
     later = 2 * bool(radius)  # the reference, the ascent, and then
     cost.supernet.model.register_forward_hook(partial(runs_out_of_memory, 5, passes=[later]))
     assert cost(choice, images, labels) == pytest.approx(found, abs=1e-5)
-    assert cost.setbacks.micro_batch in (2, 3, 4, 5)
+    assert cost.recovery.micro_batch in (2, 3, 4, 5)
     cost.supernet.model.register_forward_hook(partial(runs_out_of_memory, 0))
     with pytest.raises(DeviceMemoryError, match="out of memory with 2 images at a time"):
         cost(choice, images, labels)

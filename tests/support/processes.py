@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from saqcli.pipelines.search import SearchMemory
 from saqcli.runs.checkpoints import CheckpointFile
+from saqcli.runs.saving import SearchMemory
 from tests.support.digits import MODEL, float_options
 
 STOPPED = (
@@ -68,11 +68,11 @@ def stop_here(monkeypatch: pytest.MonkeyPatch, phase: int, number: int) -> None:
     offer = SearchMemory.offer
     sent: list[int] = []
 
-    def stopping(self: SearchMemory, state: Callable[[], dict[str, Any]], *, milestone: bool = False) -> None:
+    def stopping(self: SearchMemory, state: Callable[[], dict[str, Any]], **when: bool) -> None:
         if not sent and state()["position"][1] == phase:
             sent.append(number)
             signal.raise_signal(number)
-        offer(self, state, milestone=milestone)
+        offer(self, state, **when)
 
     monkeypatch.setattr(SearchMemory, "offer", stopping)
 
@@ -86,12 +86,12 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, stage: str, position: list[int] | N
     offer = SearchMemory.offer
     seen: list[list[int]] = []
 
-    def stopping(self: SearchMemory, state: Callable[[], dict[str, Any]], *, milestone: bool = False) -> None:
+    def stopping(self: SearchMemory, state: Callable[[], dict[str, Any]], **when: bool) -> None:
         if self._file is self.run.search_states[stage]:  # type: ignore[index]
             seen.append(state().get("position", []))
             if position is None or seen[-1] == position:
                 signal.raise_signal(signal.SIGINT)
-        offer(self, state, milestone=milestone)
+        offer(self, state, **when)
 
     monkeypatch.setattr(SearchMemory, "offer", stopping)
     return seen

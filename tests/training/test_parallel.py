@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_setbacks import Small
+from test_recovery import Small
 from torch.nn import functional as F
 
 from saqcli import distributed
@@ -16,7 +16,7 @@ from saqcli.search.sensitivity import Sensitivity
 from saqcli.search.separable import sums_over_batches
 from saqcli.training.loop import Meter, evaluate
 from saqcli.training.objective import Objective
-from saqcli.training.step import Setbacks, Stepper
+from saqcli.training.step import Recovery, Stepper
 from tests.support.joined import ranks_run
 from tests.support.networks import NETWORKS, quantize
 from tests.support.searching import Stopping, fresh, tiny_problem
@@ -74,31 +74,31 @@ def test_ranks_agree_and_are_one_process_with_a_chunk_for_each(count: int) -> No
             assert off <= tolerance * max(1.0, float(value.detach().abs().max())), (method, name, off)
 
 
-def trouble(kind: str) -> tuple[list[tuple[str, torch.Tensor]], Setbacks, list[str]]:
+def trouble(kind: str) -> tuple[list[tuple[str, torch.Tensor]], Recovery, list[str]]:
     """Steps in which one of two ranks has no memory, or no number."""
     here = distributed.index()
     model = Small(trainable("conv_bn"), 4 if kind == "memory" and here == 1 else 99)
     base = sgd(model)
     notes: list[str] = []
-    step = Stepper(model, make("saq", model, base), Objective(F.cross_entropy), 16, Setbacks(), notes.append)
+    step = Stepper(model, make("saq", model, base), Objective(F.cross_entropy), 16, Recovery(), notes.append)
     for number in range(3):
         x, labels = batch(16, seed=10 * number + here)
         if kind == "number" and here == 0 and number == 1:
             x[0] = math.nan
         step(x, labels)
-    return snapshot(model, base), step.setbacks, notes
+    return snapshot(model, base), step.recovery, notes
 
 
 def test_ranks_share_their_troubles() -> None:
     """What one cannot do, none does; all hold the same afterwards."""
-    (one, setbacks, _), (other, _, notes) = ranks_run(2, trouble, "memory")
-    assert setbacks.micro_batch == 4
+    (one, recovery, _), (other, _, notes) = ranks_run(2, trouble, "memory")
+    assert recovery.micro_batch == 4
     assert len(notes) == 2
     assert_bitwise_equal(one, other)
 
-    (one, setbacks, notes), (other, _, _) = ranks_run(2, trouble, "number")
-    assert setbacks.skipped == 1
-    assert "a step is skipped" in notes[0]
+    (one, recovery, notes), (other, _, _) = ranks_run(2, trouble, "number")
+    assert recovery.skipped == 1
+    assert "step skipped" in notes[0]
     assert_bitwise_equal(one, other)
 
 

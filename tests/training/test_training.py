@@ -1,8 +1,7 @@
 """The loops over batches: what they count, what they report, how they go on after an interruption."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -12,12 +11,12 @@ from torch.nn import functional as F
 
 from saqcli.errors import DataError, TrainingDiverged
 from saqcli.progress import Task
-from saqcli.training.loop import EpochSettings, Meter, Score, evaluate, train_epoch
+from saqcli.training.loop import Meter, Score, evaluate, train_epoch
 from saqcli.training.minimizers import MINIMIZERS, Chunk, Passes
 from saqcli.training.minimizers.qat import QAT
 from saqcli.training.minimizers.sharpness_aware import SAQ
 from saqcli.training.objective import Objective
-from saqcli.training.step import Setbacks
+from saqcli.training.step import Recovery, Stepper
 from tests.support.networks import CLASSES, NETWORKS, images, quantize, seeded
 
 CPU = torch.device("cpu")
@@ -37,12 +36,19 @@ class Watch:
         self.figures = figures
 
 
-def settings(
+def one_epoch(
+    model: nn.Module,
+    minimizer: Any,
+    data: Iterable[tuple[Tensor, Tensor]],
     m: int = 8,
-    after_step: Callable[[int], None] = lambda done: None,
-    after_skip: Callable[[], None] = lambda: None,
-) -> EpochSettings:
-    return EpochSettings(Objective(F.cross_entropy), CPU, m, after_step, after_skip)
+    *,
+    task: Task | None = None,
+    meter: Meter | None = None,
+    recovery: Recovery | None = None,
+    **options: Any,
+) -> Score:
+    step = Stepper(model, minimizer, Objective(F.cross_entropy), m, recovery or Recovery())
+    return train_epoch(step, data, task or Watch(), meter or Meter(), **options)
 
 
 def random_logits(count: int, classes: int = 10) -> tuple[Tensor, Tensor]:
@@ -148,7 +154,7 @@ def test_an_epoch_reports_loss_and_accuracy_of_the_unperturbed_model(method: str
     still = torch.optim.SGD(model.parameters(), lr=0.0)
     minimizer = QAT(model, still) if method == "qat" else MINIMIZERS[method](model, still, rho=0.5)
     task = Watch()
-    score = train_epoch(model, minimizer, batches(3), task, settings(), Meter())
+    score = one_epoch(model, minimizer, batches(3), task=task)
     expected = evaluate(model.eval(), batches(3), Watch(), device=CPU)
 
     assert (score.images, score.top1, score.top5) == (expected.images, expected.top1, expected.top5)
@@ -159,14 +165,7 @@ def test_an_epoch_reports_loss_and_accuracy_of_the_unperturbed_model(method: str
 
 def test_an_epoch_trains_in_training_mode() -> None:
     model = quantize(NETWORKS["conv_bn"]).model.eval()
-    train_epoch(
-        model,
-        QAT(model, torch.optim.SGD(model.parameters(), lr=0.1)),
-        batches(2),
-        Watch(),
-        settings(),
-        Meter(),
-    )
+    one_epoch(model, QAT(model, torch.optim.SGD(model.parameters(), lr=0.1)), batches(2))
 
     assert model.training
     assert int(model.get_submodule("1").num_batches_tracked) == 4  # 2 batches of 2 chunks  # type: ignore[arg-type]
@@ -202,7 +201,7 @@ def test_a_batch_is_split_into_chunks_that_share_a_perturbation(m: int, sizes: l
     model = quantize(NETWORKS["token_mlp"]).model
     recorder = Recorder()
     ((x, labels),) = batches(1)
-    train_epoch(model, recorder, [(x, labels)], Watch(), settings(m), Meter())
+    one_epoch(model, recorder, [(x, labels)], m)
 
     assert recorder.shares == [[[size / 16] for size in sizes]]
     assert recorder.losses[0] == pytest.approx(float(F.cross_entropy(model(x), labels).detach()), rel=1e-5)
@@ -211,10 +210,8 @@ def test_a_batch_is_split_into_chunks_that_share_a_perturbation(m: int, sizes: l
 def test_a_chunk_is_cut_into_micro_batches() -> None:
     model = quantize(NETWORKS["token_mlp"]).model
     recorder = Recorder()
-    wanted = settings(8)
-    wanted.setbacks.micro_batch = 3
     ((x, labels),) = batches(1)
-    train_epoch(model, recorder, [(x, labels)], Watch(), wanted, Meter())
+    one_epoch(model, recorder, [(x, labels)], recovery=Recovery(micro_batch=3))
 
     assert recorder.shares == [[[size / 16 for size in (3, 3, 2)]] * 2]
     assert recorder.losses[0] == pytest.approx(float(F.cross_entropy(model(x), labels).detach()), rel=1e-5)
@@ -224,7 +221,7 @@ def test_after_step_hears_the_number_of_steps_done() -> None:
     model = quantize(NETWORKS["token_mlp"]).model
     heard: list[int] = []
     for skip in (0, 3):
-        train_epoch(model, Recorder(), batches(5), Watch(), settings(after_step=heard.append), Meter(), skip)
+        one_epoch(model, Recorder(), batches(5), after_step=heard.append, skip=skip)
 
     assert heard == [1, 2, 3, 4, 5, 4, 5]
 
@@ -233,8 +230,8 @@ def test_after_step_hears_the_number_of_steps_done() -> None:
 def test_after_skip_is_called_once_between_the_last_batch_passed_over_and_the_first_step(skip: int) -> None:
     model = quantize(NETWORKS["token_mlp"]).model
     heard: list[object] = []
-    told = settings(after_step=heard.append, after_skip=lambda: heard.append("skipped"))
-    train_epoch(model, Recorder(), batches(5), Watch(), told, Meter(), skip)
+    hooks: dict[str, Any] = {"after_step": heard.append, "after_skip": lambda: heard.append("skipped")}
+    one_epoch(model, Recorder(), batches(5), skip=skip, **hooks)
 
     assert heard == (["skipped"] if skip else []) + list(range(skip + 1, 6))
 
@@ -261,7 +258,7 @@ def test_an_interrupted_epoch_goes_on_bitwise_as_if_it_had_not_been(method: str,
 
     model, base, minimizer = start()
     torch.manual_seed(5)
-    whole = train_epoch(model, minimizer, augmented(), Watch(), settings(), Meter())  # type: ignore[arg-type]
+    whole = one_epoch(model, minimizer, augmented())
 
     first, base, minimizer = start()
     meter = Meter()
@@ -274,16 +271,20 @@ def test_an_interrupted_epoch_goes_on_bitwise_as_if_it_had_not_been(method: str,
 
     torch.manual_seed(5)
     with pytest.raises(_Stop):
-        train_epoch(first, minimizer, augmented(), Watch(), settings(after_step=stop), meter)  # type: ignore[arg-type]
+        one_epoch(first, minimizer, augmented(), meter=meter, after_step=stop)
 
     second, other, minimizer = start()
     second.load_state_dict(first.state_dict())
     other.load_state_dict(base.state_dict())
     torch.manual_seed(99)
-    again = settings(after_skip=lambda: torch.set_rng_state(state["rng"]))
-    resumed = train_epoch(
-        second, minimizer, augmented(), Watch(), again, Meter(**state["meter"]), stopped_at  # type: ignore[arg-type]
-    )  # fmt: skip
+    resumed = one_epoch(
+        second,
+        minimizer,
+        augmented(),
+        meter=Meter(**state["meter"]),
+        skip=stopped_at,
+        after_skip=lambda: torch.set_rng_state(state["rng"]),
+    )
 
     assert resumed == whole
     for name, value in model.state_dict().items():
@@ -297,10 +298,14 @@ def test_a_loss_that_is_no_number_stops_training_before_anything_is_saved() -> N
     data[1][0].fill_(math.nan)
     base = torch.optim.SGD(model.parameters(), lr=0.01)
 
-    at_once = replace(settings(after_step=heard.append), setbacks=Setbacks(patience=0))
-
     with pytest.raises(TrainingDiverged, match=r"step 2 of this epoch: .* the loss is nan"):
-        train_epoch(model, SAQ(model, base, rho=0.1), data, Watch(), at_once, Meter())
+        one_epoch(
+            model,
+            SAQ(model, base, rho=0.1),
+            data,
+            recovery=Recovery(patience=0),
+            after_step=heard.append,
+        )
     assert heard == [1]
 
 
@@ -316,8 +321,8 @@ def test_autocast_surrounds_the_forward_pass_and_the_loss_stays_in_float32() -> 
     model.register_forward_hook(lambda module, args, output: raw.append(output.dtype))
     base = torch.optim.SGD(model.parameters(), lr=0.01)
     objective = Objective(criterion, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
-    half = EpochSettings(objective, CPU, 16, lambda done: None)
-    train_epoch(model, SAQ(model, base, rho=0.1), batches(1), Watch(), half, Meter())
+    step = Stepper(model, SAQ(model, base, rho=0.1), objective, 16, Recovery())
+    train_epoch(step, batches(1), Watch(), Meter())
 
     assert set(raw) == {torch.bfloat16}
     assert set(seen) == {torch.float32}

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from saqcli.errors import DataError
 from saqcli.export import EXPORTERS, ModelFacts
 from saqcli.models.preprocessing import Preprocessing
-from saqcli.pipelines.export import export_verified
 from saqcli.progress import SILENT
 from saqcli.quant.convert import Scheme, active_bits
 from saqcli.quant.layer import quantized_layers
 from saqcli.verify import proof
 from saqcli.verify.proof import prove_graph
+from saqcli.verify.publish import export_verified
 from tests.support import tiny
 
 

@@ -1,24 +1,23 @@
 """What every minimizer shares: batches cut into chunks, gradients averaged over ranks, checks for NaN and infinity.
 
-A loss or gradient that is no number stops training before it touches the weights.
+A loss or gradient that is NaN or infinite stops training before it touches the weights.
 
-Fake quantization hides an overflow from later layers, since it clamps: what is not caught in the step that
-made it is not seen until the network is spoiled.
+Fake quantization hides an overflow from later layers, since it clamps: it must be caught in the step that made it.
 
-What a minimizer is handed for one step: chunks of images, cut into what fits in memory.
+A minimizer gets the images of a step in chunks, cut into what fits in memory.
 
 step          all images that one update learns from
-chunk         the images that share one perturbation (m-sharpness; all of them where nothing says otherwise)
+chunk         the images that share one perturbation (m-sharpness; by default all of them)
 micro-batch   the images of one forward pass; gradients of a chunk's micro-batches add up
 
-Between the backward passes and the update: what the ranks found is averaged, and looked at.
+Between the backward passes and the update, the results of all ranks are averaged and checked.
 
 Every rank passes over its own images, which leaves gradients in its parameters. One all-reduce then gives all of them
 the mean, together with the loss, norms and the running statistics of batch norms, so that all ranks hold the same
-numbers after every step. A number that is no number on one rank is none on all of them, and no weight is touched.
+numbers after every step. NaN or infinity on one rank makes it so on all of them, and no weight is touched.
 
-DistributedDataParallel is not used: it reduces within the backward pass, where a rank that ran out of memory could not
-tell the others any more (``docs/decisions/0016-one-all-reduce-a-step.md``).
+DistributedDataParallel is not used: it reduces within the backward pass, where a rank that ran out of memory could no
+longer notify the others (``docs/decisions/0016-one-all-reduce-a-step.md``).
 """
 
 import math
@@ -37,7 +36,7 @@ LARGEST_LOSS = 100.0  # times ln(classes), the loss of guessing; no network that
 
 
 def check_step(loss: Tensor, *norms: Tensor) -> None:
-    """To be asked before the optimizer's step.
+    """Check loss and gradients before the optimizer's step.
 
     Raises:
         TrainingDiverged: the loss, or a norm of its gradients, is not finite.
@@ -51,7 +50,7 @@ def check_step(loss: Tensor, *norms: Tensor) -> None:
 
 
 def check_epoch(loss: float, classes: int) -> None:
-    """To be asked after an epoch, of the validation loss.
+    """Check the validation loss after an epoch.
 
     Raises:
         TrainingDiverged: it is not finite, or absurd.
@@ -61,7 +60,7 @@ def check_epoch(loss: float, classes: int) -> None:
 
 
 def check_score(loss: float, images: int, name: str) -> None:
-    """To be asked of the loss of a network that is not in training.
+    """Check the loss of a network outside training.
 
     Raises:
         UnsupportedModel: it is not finite.

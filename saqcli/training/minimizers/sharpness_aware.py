@@ -1,6 +1,6 @@
 """Sharpness-aware minimizers: SAQ, ASAQ, SAM and Case 1.
 
-Between two ascents: go on with what the last one added to the gradient (LookSAM).
+Between two ascents: reuse what the last one added to the gradient (LookSAM).
 
 At a step with an ascent, g is the gradient at the weights and g_s the one at the perturbed point. What g_s
 has beside g changes slowly, so it is kept and added, at its relative size, to the plain gradients until the
@@ -22,7 +22,7 @@ What all sharpness-aware minimizers do, whatever they perturb and by which gradi
 Chunks of a batch and data-parallel shards each ascend on their own data, as sharpness-aware minimization prescribes
 (Foret et al., arXiv:2010.01412, section 4.1: m-sharpness).
 
-With an ``interval`` of k only every k-th step ascends, the first one included; the others are plain, or go on with
+With an ``interval`` of k only every k-th step ascends, the first one included; the others are plain, or reuse
 what the last ascent added (``look_ahead``).
 
 SAQ: perturb the quantized weights towards higher loss, then descend from there.
@@ -203,32 +203,22 @@ class SharpnessAware:
         return self.update(self.gradients(chunks))
 
     def gradients(self, chunks: Sequence[Chunk]) -> Passes:
-        """Both passes over every chunk, or the plain one between two ascents; gradients are left in the parameters."""
+        """Both passes over every chunk, or the plain one between two ascents; gradients are left in the parameters.
+
+        After an ascent these are the gradients at the perturbed points; those at the weights are returned where the
+        look-ahead needs them.
+        """
         self.base.zero_grad()
-        if self.done % self.interval == 0:
-            return self._ascend(chunks)
-        return Passes(torch.stack([accumulate(chunk) for chunk in chunks]).sum(), [], [])
-
-    def update(self, passes: Passes) -> Tensor:
-        """The base optimizer's step, with what the last ascent added where that is gone on with."""
-        passes = agree(self.model, self.base, passes)
-        if self.look_ahead and passes.ascended:
-            self.look_ahead.remember(passes.plain)
-        elif self.look_ahead:
-            self.look_ahead.add()
-        self.base.step()
-        self.done += 1
-        return passes.loss
-
-    def _ascend(self, chunks: Sequence[Chunk]) -> Passes:
-        """Both passes; gradients at the perturbed points are left in the parameters, those at the weights given back
-        where the look-ahead wants them."""
+        if self.done % self.interval:
+            return Passes(torch.stack([accumulate(chunk) for chunk in chunks]).sum(), [], [])
         losses, norms = [], []
         also = self.look_ahead.parameters if self.look_ahead else []
         plain: Gradients = []
         for chunk in chunks:
             share = sum(micro_batch.share for micro_batch in chunk)
-            loss, gradients = self._first_pass(chunk)
+            loss, gradients = gradients_of(
+                chunk, self.set, ascent=True, through_rounding=self.through_rounding, also=also
+            )
             members = len(gradients) - len(also)
             plain = add_up(plain, gradients[members:], share)
             perturbation = self.set.ascent(gradients[:members], self.rho, self.rho_unit, self.adaptive)
@@ -240,13 +230,19 @@ class SharpnessAware:
         known = [torch.zeros_like(p) if g is None else g for p, g in zip(also, plain, strict=True)]
         return Passes(torch.stack(losses).sum(), norms, known, ascended=True)
 
-    def _first_pass(self, chunk: Chunk) -> tuple[Tensor, Gradients]:
-        """Mean loss of the chunk and its gradients to the perturbed set, then to what the look-ahead follows."""
-        also = self.look_ahead.parameters if self.look_ahead else []
-        return gradients_of(chunk, self.set, ascent=True, through_rounding=self.through_rounding, also=also)
+    def update(self, passes: Passes) -> Tensor:
+        """The base optimizer's step; between two ascents with what the last one added, if that is reused."""
+        passes = agree(self.model, self.base, passes)
+        if self.look_ahead and passes.ascended:
+            self.look_ahead.remember(passes.plain)
+        elif self.look_ahead:
+            self.look_ahead.add()
+        self.base.step()
+        self.done += 1
+        return passes.loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Where in the interval it is, and what it goes on with."""
+        """The position in the interval, and the direction that is reused."""
         return {"done": self.done, "look_ahead": self.look_ahead and self.look_ahead.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

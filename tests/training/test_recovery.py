@@ -15,7 +15,7 @@ from saqcli.progress import SILENT
 from saqcli.training.loop import evaluate, in_parts
 from saqcli.training.minimizers import MINIMIZERS
 from saqcli.training.objective import Objective
-from saqcli.training.step import Setbacks, Stepper
+from saqcli.training.step import Recovery, Stepper
 from tests.support.joined import forks
 from tests.support.networks import NETWORKS, images, quantize, seeded
 from tests.support.steps import assert_bitwise_equal, batch, make, sgd, snapshot, trainable
@@ -46,8 +46,8 @@ def stepper(
     **options: Any,
 ) -> tuple[Stepper, list[str]]:
     notes: list[str] = []
-    setbacks = Setbacks(micro, **options)
-    made = Stepper(model, make(method, model, base), Objective(F.cross_entropy), 16, setbacks, notes.append)
+    recovery = Recovery(micro, **options)
+    made = Stepper(model, make(method, model, base), Objective(F.cross_entropy), 16, recovery, notes.append)
     return made, notes
 
 
@@ -63,7 +63,7 @@ def test_a_step_that_ran_out_of_memory_is_the_step_of_smaller_micro_batches(meth
             for number in range(3):
                 assert step(*batch(16, seed=number))
         ends.append(snapshot(model, base))
-        assert step.setbacks.micro_batch == 4
+        assert step.recovery.micro_batch == 4
         assert ["micro-batches of" in note for note in notes] == ([True, True] if micro is None else [])
 
     assert_bitwise_equal(*ends)
@@ -102,8 +102,8 @@ def test_a_step_without_a_number_leaves_nothing_behind(method: str, value: float
                 x[0, 0, 0, 0] = value
             assert bool(step(x, labels)) == (number != 2)
         ends.append(snapshot(model, base))
-        assert [note.startswith("a step is skipped: the loss is") for note in notes] == [True] * spoiled
-        assert (step.setbacks.skipped, step.setbacks.in_row) == (int(spoiled), 0)
+        assert [note.startswith("step skipped: the loss is") for note in notes] == [True] * spoiled
+        assert (step.recovery.skipped, step.recovery.in_row) == (int(spoiled), 0)
 
     assert_bitwise_equal(*ends)
 
@@ -122,7 +122,7 @@ def test_a_gradient_without_a_number_is_noticed_though_the_loss_is_one() -> None
     before = snapshot(model)
     objective = Objective(lambda logits, labels: F.cross_entropy(Steep.apply(logits), labels))
     notes: list[str] = []
-    step = Stepper(model, make("qat", model, sgd(model)), objective, 16, Setbacks(), notes.append)
+    step = Stepper(model, make("qat", model, sgd(model)), objective, 16, Recovery(), notes.append)
 
     assert not step(*batch(16))
     assert "its gradient is not finite" in notes[0]
@@ -140,7 +140,7 @@ def test_too_many_in_a_row_end_training_with_the_last_good_weights() -> None:
         step(*spoiled)
 
     with pytest.raises(
-        TrainingDiverged, match=r"4 steps in a row could not be taken: the loss is nan .* lower `training.lr`"
+        TrainingDiverged, match=r"4 steps in a row were skipped: the loss is nan .* lower `training.lr`"
     ):
         step(*spoiled)
     assert_bitwise_equal(good, snapshot(model, base))
@@ -153,7 +153,7 @@ def test_gradients_of_zero_move_nothing(method: str) -> None:
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     flat = Objective(lambda logits, labels: (logits * 0).sum())
-    step = Stepper(model, make(method, model, base), flat, 8, Setbacks())
+    step = Stepper(model, make(method, model, base), flat, 8, Recovery())
 
     assert step(*batch(16))
     assert_bitwise_equal(list(before.items()), [(name, p.detach()) for name, p in model.named_parameters()])
@@ -182,14 +182,14 @@ def _train_in(mebibytes: int, pipe: Any) -> None:
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     notes: list[str] = []
     step = Stepper(
-        model, MINIMIZERS["qat"](model, base), Objective(F.cross_entropy), 64, Setbacks(), notes.append
+        model, MINIMIZERS["qat"](model, base), Objective(F.cross_entropy), 64, Recovery(), notes.append
     )
     x, labels = torch.zeros(64, 3, 128, 128), torch.zeros(64, dtype=torch.long)
     with open("/proc/self/statm") as statm:
         there = int(statm.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (there + mebibytes * 2**20, resource.RLIM_INFINITY))
     pieces = step(x, labels)
-    pipe.send((len(pieces), step.setbacks.micro_batch, notes))
+    pipe.send((len(pieces), step.recovery.micro_batch, notes))
 
 
 def test_memory_that_really_runs_out_is_recognised() -> None:

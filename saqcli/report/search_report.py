@@ -1,0 +1,123 @@
+"""What ``saq search`` leaves: its results, their file ``search.json``, and pictures of policy and front."""
+
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from saqcli._version import __version__
+from saqcli.quant.bits import BitConfig, LayerBits
+from saqcli.report.front import draw_front
+from saqcli.report.pareto import Front, to_table, write_front
+from saqcli.report.policy import draw_policy
+from saqcli.runs.directory import RunDirectory
+from saqcli.search.problem import Found, SearchProblem
+from saqcli.serialization import json_text, write_text
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class LayerRow(BaseModel):
+    """What the picture of a policy needs of a layer; there is more beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+    macs: Count
+    bops: Count
+    pinned: bool
+
+
+class FrontRow(BaseModel):
+    """A line of the table of a front."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    budget_bops: Count | None
+    budget_bytes: Count | None
+    bops: Count
+    size_bytes: Count
+    top1: float
+    on_front: bool
+    searcher: str
+    uniform: str | None
+    chosen: bool
+
+
+class FrontTable(BaseModel):
+    """The front of a search."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    images: Count
+    float_top1: float | None
+    points: list[FrontRow]
+
+
+class SearchResults(BaseModel):
+    """What is shown of a search; there is more beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    model: str
+    searcher: str
+    policy: dict[str, LayerBits]
+    layers: list[LayerRow]
+    bops: Count
+    size_bytes: Count
+    budget_bops: Count | None
+    budget_bytes: Count | None
+    seconds: float
+    scoring_top1: float | None
+    front: FrontTable | None = None
+    artifacts: dict[str, str]
+
+    @model_validator(mode="after")
+    def _of_one_network(self) -> Self:
+        if {row.name for row in self.layers} != set(self.policy):
+            raise ValueError("policy and layers are not of one network")
+        return self
+
+
+def write_search(
+    run: RunDirectory,
+    problem: SearchProblem,
+    found: Found,
+    policy: BitConfig,
+    results: dict[str, Any],
+    front: Front | None,
+) -> dict[str, Any]:
+    """Write policy, figures and pictures.
+
+    Args:
+        run: whose directory gets them.
+        problem: that was solved.
+        found: its solution.
+        policy: the same, as bits of layers.
+        results: the figures so far.
+        front: None for none.
+
+    Returns:
+        What ``--json`` prints: the results with the front and the paths of all files.
+    """
+    costs, searcher = problem.space.costs, results["searcher"]
+    write_text(run.policy_path, policy.to_json())
+    title = f"Bits of {policy.model}, found by searcher {searcher}"
+    files = draw_policy(policy, costs, run.path / "policy", title)
+    if front is not None:
+        files += write_front(front, run.path) + draw_front(front, run.path / "pareto")
+    results["front"] = None if front is None else to_table(front)
+    artifacts = {"policy": str(run.policy_path), "search": str(run.search_path)}
+    results |= {"run_dir": str(run.path), "artifacts": artifacts | {path.name: str(path) for path in files}}
+    kept = {"schema_version": 1, "saq_version": __version__, **results}
+    kept["configurations"] = [
+        {
+            "choice": list(s.choice),
+            "bops": s.cost.bops,
+            "size_bytes": s.cost.size,
+            "top1": s.top1,
+            "loss": s.loss,
+        }
+        for s in found.scored
+    ]
+    write_text(run.search_path, json_text(kept, indent=2) + "\n")
+    return results

@@ -1,0 +1,103 @@
+"""Export with proof: a file gets its name once it was compared with the model that it was written from."""
+
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from saqcli.errors import CorruptArtifact, ExportMismatch, UnsupportedModel
+from saqcli.export import EXPORTERS, ModelFacts
+from saqcli.export.containers import weight_storage
+from saqcli.export.restore import restore
+from saqcli.export.tracing import OPSET
+from saqcli.models.preprocessing import Preprocessing
+from saqcli.progress import Progress
+from saqcli.serialization import replacing, write_text
+from saqcli.training.loop import Batches
+from saqcli.verify.hazards import hazards, sort_out
+from saqcli.verify.proof import prove_graph, prove_tensors, versions
+from saqcli.verify.runtime import onnx_session
+from saqcli.verify.verdict import SYNTHETIC, Verdict, verdict_path, verdict_text
+
+
+def export_verified(
+    model: nn.Module,
+    facts: ModelFacts,
+    path: Path,
+    style: str,
+    batches: Batches,
+    count: int,
+    progress: Progress,
+    runtimes: tuple[str, ...] = (),
+    *,
+    verified_on: str = SYNTHETIC,
+    available: int | None = None,
+    true_size: int | None = None,
+) -> Verdict:
+    """Write ``path`` in ``style``; it gets its name once it equals ``model``. The verdict is written beside it.
+
+    Args:
+        model: quantized; on the CPU and in eval mode afterwards.
+        facts: of the model.
+        path: of the file.
+        style: name in ``EXPORTERS``.
+        batches: images to compare on.
+        count: of batches.
+        progress: reports every batch.
+        runtimes: to verify with, beside ONNX Runtime.
+        verified_on: where the images are from, as a person named it.
+        available: how many there are, of which ``batches`` may be a part; None where they are synthetic.
+        true_size: of the model at its true bits, in bytes.
+
+    Raises:
+        UnsupportedModel: the style has no form of the model.
+        ExportMismatch: they differ; nothing is left at ``path``.
+    """
+    exporter = EXPORTERS[style]()
+    model = model.cpu().eval()
+    example = torch.zeros(2, *Preprocessing.from_dict(facts.preprocessing).input_size)
+    with replacing(path) as temporary:
+        exporter.export(model, example, temporary, facts)
+        try:
+            if exporter.suffix == ".onnx":
+                verdict = prove_graph(temporary, model, style, batches, count, progress, runtimes)
+                storage = weight_storage(temporary)
+                verdict.size_note = storage.explained(true_size, style) if true_size else None
+            else:
+                loaded, _ = restore(temporary)
+                verdict = prove_tensors(loaded, model, batches, progress)
+        except CorruptArtifact as error:
+            reason = str(error).replace(str(temporary), path.name)
+            raise ExportMismatch(f"{reason}: nothing was written") from None
+        verdict.verified_on, verdict.images_available = verified_on, available
+        reasons = verdict.reasons()
+        if reasons:
+            raise ExportMismatch(
+                f"{path.name} does not equal the model ({'; '.join(reasons)}): nothing was written"
+            )
+    if exporter.suffix == ".onnx":
+        about = {"style": style, "opset": OPSET, "versions": versions(runtimes)}
+        write_text(verdict_path(path), verdict_text(verdict, path, about))
+    return verdict
+
+
+def write_and_run(style: str, model: nn.Module, facts: ModelFacts, path: Path, images: Tensor) -> None:
+    """Write ``path`` and run it in ONNX Runtime on ``images`` (N, C, H, W); nothing is compared but shapes.
+
+    Raises:
+        UnsupportedModel: the runtime would change the graph, or answers in another shape.
+    """
+    exporter = EXPORTERS[style]()
+    exporter.export(model, images[:2], path, facts)
+    found, _ = sort_out(hazards(onnx.load(str(path))), exporter.conditions)
+    if found:
+        raise UnsupportedModel(f"ONNX Runtime would change the graph, hazard {found[0]}")
+    with torch.inference_mode():
+        expected = tuple(model(images).shape)
+    for optimized in (False, True):
+        answer = onnx_session(path, optimized=optimized)(images)
+        if tuple(answer.shape) != expected:
+            raise UnsupportedModel(
+                f"the file answers {tuple(answer.shape)} where the model answers {expected}"
+            )

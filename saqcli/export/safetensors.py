@@ -53,7 +53,7 @@ from saqcli.errors import CorruptArtifact, SaqError
 from saqcli.export.model_metadata import ModelFacts, check_schema
 from saqcli.finite import flaw
 from saqcli.quant import convert
-from saqcli.quant.attention import keeps_products
+from saqcli.quant.attention import supports_products
 from saqcli.quant.grid import pack, packed_bytes, unpack
 from saqcli.quant.layer import QuantizedLayer, quantized_layers, stores_codes
 from saqcli.quant.products import OPERANDS, operand_name, split_name
@@ -427,7 +427,7 @@ def restore_structure(model: nn.Module, facts: ModelFacts) -> None:
     for product, followed in facts.products.items():
         owner, index = split_name(product)
         told = all(operand_name(product, operand) in facts.signed for operand in OPERANDS)
-        able = owner in modules and keeps_products(modules[owner])
+        able = owner in modules and supports_products(modules[owner])
         if not able or index is None or followed not in quantized or not told:
             raise CorruptArtifact(f"it has no product {product} that could follow {followed}")
     convert.follow(model, facts.products)

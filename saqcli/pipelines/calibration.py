@@ -12,7 +12,7 @@ from saqcli.pipelines.setup import Network
 from saqcli.progress import Progress
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig
-from saqcli.quant.calibration import InputStatistics, fit, observe, settle_batch_norms
+from saqcli.quant.calibration import InputStatistics, fit, observe, reestimate_batch_norms
 from saqcli.quant.convert import Scheme
 from saqcli.quant.correction import Corrections
 from saqcli.training.minimizers.base import running_statistics
@@ -98,7 +98,7 @@ class AfterFit:
 
     def _settled(self) -> list[Tensor]:
         """Running statistics that are estimated anew; on one rank, since each would draw other augmentations."""
-        settle_batch_norms(self.model, self._batches("settling batch norms", self._augmented))
+        reestimate_batch_norms(self.model, self._batches("settling batch norms", self._augmented))
         return [tensor.cpu() for tensor in running_statistics(self.model)]
 
     def _augmented(self) -> Loader:

@@ -74,7 +74,7 @@ def layer_rows(network: Network, policy: BitConfig) -> list[dict[str, Any]]:
             "macs": layer.macs,
             "weight_bits": policy.layers[layer.name].weight,
             "activation_bits": policy.layers[layer.name].activation,
-            "bops": layer.own_bops(policy.layers[layer.name]),
+            "bops": layer.layer_bops(policy.layers[layer.name]),
             "pinned": layer.pinned is not None,
             "group": layer.group,
             "norm": network.traced.layers[layer.name].norm,

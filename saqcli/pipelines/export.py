@@ -27,10 +27,10 @@ from saqcli.errors import (
     UnsupportedModel,
     out_of_memory,
 )
-from saqcli.export import EXPORTERS, STYLES, ModelFacts
+from saqcli.export import EXPORTERS, STYLES, ModelMetadata
 from saqcli.export.containers import weight_storage
 from saqcli.export.restore import restore
-from saqcli.export.tracing import CANNOT, OPSET
+from saqcli.export.tracing import CANNOT_EXPORT, OPSET
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.pipelines.bits import given_policy, space_of
 from saqcli.pipelines.calibration import scheme_of
@@ -165,7 +165,7 @@ def verify_limit(wanted: int | Literal["all"]) -> int | None:
 
 def export_verified(
     model: nn.Module,
-    facts: ModelFacts,
+    facts: ModelMetadata,
     path: Path,
     style: str,
     batches: Batches,
@@ -206,7 +206,7 @@ def export_verified(
             if exporter.suffix == ".onnx":
                 verdict = prove_graph(temporary, model, style, batches, count, progress, runtimes)
                 storage = weight_storage(temporary)
-                verdict.size_note = storage.explained(true_size, style) if true_size else None
+                verdict.size_note = storage.explain_size(true_size, style) if true_size else None
             else:
                 loaded, _ = restore(temporary)
                 verdict = prove_tensors(loaded, model, batches, progress)
@@ -285,8 +285,8 @@ def _try_export(style: str, config: RunConfig, network: Network) -> None:
             if out_of_memory(error):
                 raise MemoryError(str(error)) from error
             reason = str(error).replace(str(path), "the file")
-            traced = not reason.startswith(CANNOT)  # what cannot be traced has no form in any style
-            reason = reason.removeprefix(CANNOT).removesuffix(ELSEWHERE)
+            traced = not reason.startswith(CANNOT_EXPORT)  # what cannot be traced has no form in any style
+            reason = reason.removeprefix(CANNOT_EXPORT).removesuffix(ELSEWHERE)
             if not isinstance(error, SaqError):
                 reason = f"{type(error).__name__}: {' '.join(reason.split())[:200]}"
             raise UnsupportedModel(
@@ -297,7 +297,7 @@ def _try_export(style: str, config: RunConfig, network: Network) -> None:
 
 def _provisional(
     config: RunConfig, network: Network, images: Tensor, style: str
-) -> tuple[nn.Module, ModelFacts]:
+) -> tuple[nn.Module, ModelMetadata]:
     """A quantized copy of the network, its levels fitted to ``images`` and not to be used."""
     model = copy.deepcopy(network.model).eval()
     policy = given_policy(config.quantization, network)
@@ -310,7 +310,7 @@ def _provisional(
     scheme = scheme_of(config)
     convert.install(model, scheme, policy, signed)
     fit(model, statistics, "paper" if scheme.quantizer == "clip" else "error")  # the former is quicker
-    facts = ModelFacts(
+    facts = ModelMetadata(
         saq_version=__version__,
         build=network.loaded.build,
         preprocessing=network.loaded.preprocessing.to_dict(),
@@ -323,7 +323,7 @@ def _provisional(
     return model, facts
 
 
-def _write_and_run(style: str, model: nn.Module, facts: ModelFacts, path: Path, images: Tensor) -> None:
+def _write_and_run(style: str, model: nn.Module, facts: ModelMetadata, path: Path, images: Tensor) -> None:
     exporter = EXPORTERS[style]()
     exporter.export(model, images[:2], path, facts)
     found, _ = sort_out(hazards(onnx.load(str(path))), exporter.conditions)

@@ -23,8 +23,8 @@ from saqcli.config import RunConfig
 from saqcli.data.batches import Loader
 from saqcli.data.splits import Images, know_images
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
-from saqcli.export import ModelFacts
-from saqcli.export.restore import trained_classes, with_names_of_logits
+from saqcli.export import ModelMetadata
+from saqcli.export.restore import complete_class_names, trained_classes
 from saqcli.export.safetensors import restore_structure
 from saqcli.machine import library_versions
 from saqcli.models.load import LoadedModel, build_architecture
@@ -258,7 +258,7 @@ def complete(
     """From the last checkpoint, ``state``, to the end: train, score, export, report."""
     if state is None:
         raise RunDirectoryError(f"{run.path} holds no checkpoint: start again with --overwrite")
-    facts = with_names_of_logits(ModelFacts.model_validate_json(state["facts"]))
+    facts = complete_class_names(ModelMetadata.model_validate_json(state["facts"]))
     outcome = Outcome.unpack(state["outcome"])
     model = build_architecture(facts.build)
     restore_structure(model, facts)
@@ -311,7 +311,7 @@ def place_of(state: dict[str, Any], epochs: int) -> str:
 
 def write_files(
     model: nn.Module,
-    facts: ModelFacts,
+    facts: ModelMetadata,
     config: RunConfig,
     run: RunDirectory,
     outcome: Outcome,
@@ -369,10 +369,10 @@ def describe(
     policy: BitConfig,
     statistics: Mapping[str, InputStatistics],
     images: Images,
-) -> ModelFacts:
+) -> ModelMetadata:
     """What the exported files will say about the model."""
     loaded = network.loaded
-    return ModelFacts(
+    return ModelMetadata(
         saq_version=__version__,
         versions=library_versions(),
         build=loaded.build,
@@ -391,7 +391,7 @@ def describe(
     )
 
 
-def open_images(config: RunConfig, facts: ModelFacts, device: torch.device) -> Images:
+def open_images(config: RunConfig, facts: ModelMetadata, device: torch.device) -> Images:
     """The images of a run that is under way, with the labels that it started with.
 
     Files that said which class a folder is are not needed any more, but what they say must be the same where they are

@@ -12,7 +12,7 @@ from saqcli.config import DataSection, ModelSection
 from saqcli.data.datasets import Split
 from saqcli.data.splits import open_named
 from saqcli.errors import UnsupportedModel
-from saqcli.export.model_metadata import ModelFacts
+from saqcli.export.model_metadata import ModelMetadata
 from saqcli.export.restore import trained_classes
 from saqcli.models.load import LoadedModel, ModelSpec, load_model
 from saqcli.progress import SILENT, Progress
@@ -126,7 +126,7 @@ def classes_of(loaded: LoadedModel) -> Classes:
 def open_trained(
     section: DataSection,
     split: Literal["train", "val"],
-    facts: ModelFacts,
+    facts: ModelMetadata,
     called: str,
     progress: Progress = SILENT,
 ) -> Split:
@@ -134,7 +134,7 @@ def open_trained(
     return open_named(as_trained(section, facts, progress), split, trained_classes(facts, called), progress)
 
 
-def as_trained(section: DataSection, facts: ModelFacts, progress: Progress = SILENT) -> DataSection:
+def as_trained(section: DataSection, facts: ModelMetadata, progress: Progress = SILENT) -> DataSection:
     """``section``, in which the model decides on what the user leaves open."""
     if section.exif_transpose is None:
         return section.model_copy(update={"exif_transpose": facts.exif_transpose})

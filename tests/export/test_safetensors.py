@@ -316,9 +316,9 @@ def test_an_empty_file_and_one_with_more_than_its_tensors_are_refused(good: Path
         (b"\x80\x04\x95" + bytes(64), "is a pickle"),
         (b"<!DOCTYPE html><html>not found</html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer"),
-        (bytes(range(256)), "is no safetensors file"),
-        (b"\xff" * 64, "is no safetensors file"),
-        (b"hello, world, this is text", "is no safetensors file"),
+        (bytes(range(256)), "is not a safetensors file"),
+        (b"\xff" * 64, "is not a safetensors file"),
+        (b"hello, world, this is text", "is not a safetensors file"),
         ((2).to_bytes(8, "little") + b"{]", "is damaged"),
         ((2).to_bytes(8, "little") + b"{}", "holds no quantized model"),
     ],
@@ -340,7 +340,7 @@ def test_a_file_from_before_there_was_a_format_is_called_so(good: Path, tmp_path
     facts = json.dumps(entry_of(header)["facts"])
     header["__metadata__"] = {"format": "saq.model", "facts": facts}
 
-    assert "before saq had released a format" in refused(
+    assert "before the first released format" in refused(
         write(tmp_path / "model.safetensors", join(header, data))
     )
 
@@ -448,11 +448,11 @@ CHANGED: dict[str, tuple[str, Callable[[dict[str, Tensor]], object]]] = {
     "step_double": ("3.step is float64", _with(STEP, Tensor.double)),
     "level_of_another_shape": ("is float32", _with(LEVEL, lambda x: x[:, :1])),
     "level_empty": ("is float32 [0", _with(LEVEL, lambda x: x[:0])),
-    "level_no_number": ("no finite number", _with(LEVEL, lambda x: x * torch.nan)),
-    "level_infinite": ("no finite number", _with(LEVEL, lambda x: x * torch.inf)),
+    "level_no_number": ("NaN or infinite", _with(LEVEL, lambda x: x * torch.nan)),
+    "level_infinite": ("NaN or infinite", _with(LEVEL, lambda x: x * torch.inf)),
     "level_zero": ("do not belong", _with(LEVEL, lambda x: x * 0)),
-    "input_level_no_number": ("no finite number", _with(NUMBER, lambda x: x * torch.nan)),
-    "input_level_infinite": ("no finite number", _with(NUMBER, lambda x: x * -torch.inf)),
+    "input_level_no_number": ("NaN or infinite", _with(NUMBER, lambda x: x * torch.nan)),
+    "input_level_infinite": ("NaN or infinite", _with(NUMBER, lambda x: x * -torch.inf)),
     "input_level_empty": ("float32 [0]", _with(NUMBER, lambda x: x[:0])),
     "norm_of_another_shape": ("1.weight is float32 [3]", _with("1.weight", lambda x: x[:-1])),
     "norm_empty": ("1.weight is float32 [0]", _with("1.weight", lambda x: x[:0])),
@@ -464,9 +464,9 @@ CHANGED: dict[str, tuple[str, Callable[[dict[str, Tensor]], object]]] = {
     "counter_empty": ("int64 [0]", _with("1.num_batches_tracked", lambda x: x.reshape(1)[:0])),
     "counter_in_a_list": ("int64 [1]", _with("1.num_batches_tracked", lambda x: x.reshape(1))),
     "counter_in_float": ("float32 []", _with("1.num_batches_tracked", Tensor.float)),
-    "something_more": ("nothing takes surprise", lambda tensors: tensors.update(surprise=torch.zeros(1))),
-    "unpacked_too": ("nothing takes 3.weight", lambda t: t.update({"3.weight": torch.zeros(6, 4, 3, 3)})),
-    "complex": ("nothing takes", lambda t: t.update(surprise=torch.zeros(1, dtype=torch.complex64))),
+    "something_more": ("unexpected surprise", lambda tensors: tensors.update(surprise=torch.zeros(1))),
+    "unpacked_too": ("unexpected 3.weight", lambda t: t.update({"3.weight": torch.zeros(6, 4, 3, 3)})),
+    "complex": ("unexpected", lambda t: t.update(surprise=torch.zeros(1, dtype=torch.complex64))),
     "unknown_type": ("unknown type", lambda t: t.update(surprise=torch.zeros(1, dtype=torch.float8_e4m3fn))),
 }
 
@@ -503,7 +503,7 @@ def test_a_learned_offset_that_is_no_number_is_refused(tmp_path: Path) -> None:
     tensors["3.input_quantizer.offset"] *= torch.nan
     save_file({name: x.clone() for name, x in tensors.items()}, path, metadata=seal(quantized.facts, tensors))
 
-    assert "3.input_quantizer has a level, step or offset that is no finite number" in refused(path)
+    assert "3.input_quantizer has a NaN or infinite level, step or offset" in refused(path)
 
 
 def test_another_architecture_is_refused(good: Path) -> None:

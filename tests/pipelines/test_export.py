@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import saqcli
 from saqcli.errors import ExportMismatch
-from saqcli.export import EXPORTERS, STYLES, ModelFacts
+from saqcli.export import EXPORTERS, STYLES, ModelMetadata
 from saqcli.export.integers import Accumulator
 from saqcli.export.qdq import QdqExporter
 from saqcli.export.safetensors import SafetensorsExporter
@@ -70,7 +70,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     convert.install(loaded.model, Scheme(), policy, signed)
     calibration.fit(loaded.model, statistics)
-    facts = ModelFacts(
+    facts = ModelMetadata(
         saq_version=saqcli.__version__,
         build=loaded.build,
         preprocessing=loaded.preprocessing.to_dict(),
@@ -184,7 +184,7 @@ def test_every_style_is_proved(style: str, model: Path, tmp_path: Path) -> None:
 class Broken(QdqExporter):
     """Forgets the weights of one layer."""
 
-    def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
+    def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelMetadata) -> None:
         super().export(model, example, path, facts)
         graph = ir.load(path)
         name = next(name for name in graph.graph.initializers if name.endswith("conv2.codes"))
@@ -247,7 +247,7 @@ def test_a_graph_that_onnx_runtime_does_not_take_does_not_get_its_name(
     nodes, says = NOT_TAKEN[kind]
 
     class NotTaken(QdqExporter):
-        def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
+        def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelMetadata) -> None:
             values = {"zero": np.float32(0), "one": np.float32(1), "code": np.array(0, ml_dtypes.uint4)}
             constants = [onnx.numpy_helper.from_array(np.asarray(v), name) for name, v in values.items()]
             ends = [

@@ -1,4 +1,4 @@
-"""Size of weights in an ONNX file, compared with the size at their true bits.
+"""Size of the weights in an ONNX file, compared with their true bits.
 
 ONNX has containers of 4, 8, 16 or 32 bits:
 

@@ -1,4 +1,4 @@
-"""Metadata of exported files: everything needed to rebuild, feed and check a model.
+"""Metadata of exported files, to rebuild, feed and check a model.
 
 ONNX files hold all of it for ``saq``, and preprocessing and class names in separate entries for other readers.
 """

@@ -1,4 +1,4 @@
-"""Common helpers of the ONNX styles: placeholders, constants, folded norms, containers.
+"""Helpers of the ONNX styles: placeholders, constants, norms, containers.
 
 Norms are folded into weights, biases separated from products, codes of weights and activations stored in containers;
 activations have 8-bit containers, behind a float Clip if the grid is narrower.

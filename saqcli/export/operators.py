@@ -1,4 +1,4 @@
-"""Placeholders of quantizers in a traced graph: PyTorch operators and ONNX nodes.
+"""Placeholders of quantizers in traced graphs, in PyTorch and ONNX.
 
     saq::quantize_input(x, step)         x on its grid                        saq.QuantizeInput
     saq::input_codes(x, step)            the codes of x, as float32           saq.InputCodes

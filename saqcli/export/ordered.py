@@ -1,4 +1,4 @@
-"""Arithmetic with the same bits in every runtime: only exact IEEE 754 operations.
+"""Arithmetic with the same bits in every runtime: exact operations only.
 
 Runtimes differ in summation order and in approximations of functions such as ``exp``. Here sums are taken over integers
 so small that float64 represents every partial sum, in any order; functions are polynomials and quotients. Only

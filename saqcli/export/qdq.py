@@ -1,4 +1,4 @@
-"""Style ``qdq``: QuantizeLinear and DequantizeLinear, supported by most runtimes.
+"""Style ``qdq``: QuantizeLinear and DequantizeLinear, for most runtimes.
 
     input --Clip--QuantizeLinear--DequantizeLinear--.
                                                      Conv --Add(bias)-- Relu -- ...

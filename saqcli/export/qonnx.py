@@ -1,4 +1,4 @@
-"""Style ``qonnx``: an IntQuant node per quantizer, for FINN, hls4ml and QONNX tools.
+"""Style ``qonnx``: IntQuant nodes, for FINN, hls4ml and QONNX tools.
 
 The true bit-width is an input of the node. The file contains the operator as a function of standard operators, so ONNX
 Runtime runs it too. Weights are floating-point constants in front of their quantizer, as the format requires. The

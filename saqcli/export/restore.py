@@ -1,4 +1,4 @@
-"""Restoring a quantized model from a file: the network, its quantizers, its classes."""
+"""Restoring a quantized model from a file, with quantizers and classes."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The model as one safetensors file: packed codes, steps, other tensors, metadata.
+"""The model as a safetensors file: packed codes, steps, metadata.
 
     NAME.codes       weight codes, packed into exactly their bits (see ``quant.grid``)
     NAME.step        step per output channel, or a single one; value = step * code

@@ -1,4 +1,4 @@
-"""Tracing of a frozen model to an ONNX graph with placeholders, and saving of graphs."""
+"""Tracing of a frozen model to an ONNX graph, and saving of graphs."""
 
 import inspect
 import io

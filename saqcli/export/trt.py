@@ -1,4 +1,4 @@
-"""Style ``trt``: INT8 with zero point 0, TensorRT's format of explicit quantization.
+"""Style ``trt``: INT8 with zero point 0, for TensorRT.
 
 TensorRT quantizes to signed integers around zero. A grid with codes in -128 ... 127 is used directly. Any other (0 ...
 255, or a grid of ``lsq_plus`` such as -20 ... 235) is shifted before the quantizer, so that its lowest code becomes

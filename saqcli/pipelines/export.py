@@ -45,7 +45,7 @@ from saqcli.random_state import random_state, set_random_state
 from saqcli.runs.directory import RunDirectory
 from saqcli.serialization import make_folder, replacing, write_text
 from saqcli.training.loop import Batches
-from saqcli.verify.hazards import hazards, sort_out
+from saqcli.verify.hazards import hazards, partition
 from saqcli.verify.proof import RUNTIMES, prove_graph, prove_tensors, versions
 from saqcli.verify.runtime import onnx_session
 from saqcli.verify.verdict import SYNTHETIC, Verdict, synthetic_batches, verdict_path, verdict_text
@@ -326,7 +326,7 @@ def _provisional(
 def _write_and_run(style: str, model: nn.Module, facts: ModelMetadata, path: Path, images: Tensor) -> None:
     exporter = EXPORTERS[style]()
     exporter.export(model, images[:2], path, facts)
-    found, _ = sort_out(hazards(onnx.load(str(path))), exporter.conditions)
+    found, _ = partition(hazards(onnx.load(str(path))), exporter.conditions)
     if found:
         raise UnsupportedModel(f"ONNX Runtime would change the graph, hazard {found[0]}")
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Correction of mean shifts and variances after quantization, without training.
+"""Correction of means and variances after quantization, without training.
 
 Rounding and clipping shift the mean of a layer's output and change its variance; the shifts of many layers add up. Both
 are measured on the same images, in floating point (f) and quantized (q), channel by channel, and corrected in biases

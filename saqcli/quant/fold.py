@@ -1,4 +1,4 @@
-"""Preparation for wrapping: parametrizations and pruning become plain weights.
+"""Parametrizations and pruning masks folded into plain float32 weights.
 
 Parametrizations (``weight_norm``, ``spectral_norm``, ``orthogonal``, custom ones) and pruning masks compute a weight
 from other tensors in every pass. Training updates the weight itself, so the current value becomes a plain parameter:

@@ -1,4 +1,4 @@
-"""The quantized layer: its float class with a read-only, quantized ``weight``.
+"""The quantized layer: its float class with a quantized ``weight``.
 
 Wrapping swaps a module's ``__class__`` for a subclass created at run time. The float Parameter stays in
 ``_parameters["weight"]``, so ``parameters()``, ``state_dict()``, optimizers and data-parallel wrappers see it under its

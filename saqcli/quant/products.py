@@ -1,4 +1,4 @@
-"""Products of two activations in attention: QK and PV, and their quantizers.
+"""Products of two activations in attention, QK and PV, quantized.
 
 Queries are multiplied by keys, and probabilities by values, in the forward of a module, not in a layer. To quantize the
 products, the module keeps a ``QuantizedProduct`` for each, numbered in the order of multiplication in its forward, and

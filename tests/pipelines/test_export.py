@@ -207,7 +207,7 @@ def test_a_file_that_is_not_the_model_does_not_get_its_name(
     message = last_error(result)
     assert "model.onnx does not equal the model" in message
     assert "nothing was written" in message
-    assert "fed the same codes, it differs in front of" in message
+    assert "given the same codes, it differs before" in message
     assert not list(tmp_path.iterdir())
 
     path.write_bytes(b"before")
@@ -220,7 +220,7 @@ def _node(*arguments: Any, **attributes: Any) -> onnx.NodeProto:
     return onnx.helper.make_node(*arguments, **attributes)
 
 
-# Graphs from images to logits that ONNX Runtime does not take, and what the message says of them.
+# Graphs from images to logits that ONNX Runtime cannot run, and the message.
 NOT_TAKEN = {
     "hazard": (
         [
@@ -230,11 +230,11 @@ NOT_TAKEN = {
             _node("DequantizeLinear", ["c", "one", "code"], ["d"]),
             _node("Flatten", ["d"], ["logits"]),
         ],
-        "hazard H3 at narrow: a Clip in front of a quantizer below 8 bits makes the session fail",
+        "hazard H3 at narrow: a Clip before a quantizer below 8 bits makes the session fail",
     ),
     "operator": (
         [_node("Mystery", ["images"], ["logits"], domain="nowhere")],
-        "ONNX Runtime does not take model.onnx",
+        "ONNX Runtime cannot run model.onnx",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Base classes of quantizers: one grid per candidate bit-width, one active.
+"""Base classes of quantizers: one grid per bit-width, one of them active.
 
 Parameters (clipping levels, step sizes, offsets) are stacked over all candidates, ``(candidates, *shape)``, so that
 every pass uses the same parameters whatever bits are active (data-parallel training needs no search for unused ones)

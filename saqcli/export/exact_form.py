@@ -1,4 +1,4 @@
-"""The exact form of a quantized model, with the same bits in every runtime.
+"""Exact form of a quantized model, with the same bits in every runtime.
 
 A fake-quantized convolution multiplies floating-point numbers, and its sum depends on the order of the summands. Here
 

@@ -168,8 +168,8 @@ def fold_norms(graph: ir.Graph) -> None:
         if convolution is None or convolution.op_type not in _CONVOLUTIONS:
             continue
         weight = weight_of(convolution)
-        alone = len(consumers(convolution.outputs[0])) == 1 and convolution.outputs[0].name != OUTPUT
-        if weight is None or not alone or len(consumers(weight.outputs[0])) != 1:
+        only_reader = len(consumers(convolution.outputs[0])) == 1 and convolution.outputs[0].name != OUTPUT
+        if weight is None or not only_reader or len(consumers(weight.outputs[0])) != 1:
             continue
         if _fold(graph, norm, convolution, weight):
             norm.outputs[0].replace_all_uses_with(convolution.outputs[0], replace_graph_outputs=True)

@@ -277,11 +277,6 @@ def read_content(path: Path) -> Content:
     return Content(unseal(text, tensors, str(path)), tensors)
 
 
-def read_metadata(path: Path) -> ModelMetadata:
-    """The metadata only; the whole file is still read and checked."""
-    return read_content(path).metadata
-
-
 def rebuild(
     model: nn.Module, metadata: ModelMetadata, tensors: Mapping[str, Tensor], source: str
 ) -> nn.Module:
@@ -421,5 +416,5 @@ def restore_structure(model: nn.Module, metadata: ModelMetadata) -> None:
         supported = owner in modules and supports_products(modules[owner])
         if not supported or index is None or followed not in quantized or not known_signs:
             raise CorruptArtifact(f"it has no product {product} that could follow {followed}")
-    convert.follow(model, metadata.products)
+    convert.add_products(model, metadata.products)
     convert.install(model, metadata.scheme, metadata.policy, metadata.signed)

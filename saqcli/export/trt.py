@@ -99,7 +99,7 @@ def _pads(product: ir.Node) -> list[int]:
 
 def _can_compensate(product: ir.Node, node: ir.Node) -> bool:
     """Whether an offset of the input results in a constant per output channel."""
-    alone = len(onnx_helpers.consumers(node.outputs[0])) == 1
+    only_reader = len(onnx_helpers.consumers(node.outputs[0])) == 1
     same_pad = "auto_pad" in product.attributes and product.attributes["auto_pad"].as_string() not in (
         "NOTSET",
         "VALID",
@@ -110,7 +110,7 @@ def _can_compensate(product: ir.Node, node: ir.Node) -> bool:
         or same_pad
     ):
         return False
-    return product.inputs[0] is node.outputs[0] and (alone or not any(_pads(product)))
+    return product.inputs[0] is node.outputs[0] and (only_reader or not any(_pads(product)))
 
 
 def _tensor_pads(pads: Sequence[int]) -> list[int]:

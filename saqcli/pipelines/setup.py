@@ -101,7 +101,7 @@ def wrap_and_trace(loaded: LoadedModel, *, quantize_attention: bool = False) -> 
         convert.route(loaded.model, [parent], children)
     followed = {product.name: product.follows for product in traced.products if product.follows}
     products = followed if quantize_attention else {}
-    convert.follow(loaded.model, products)
+    convert.add_products(loaded.model, products)
     costs = cost_model(traced, loaded.classifiers, products=quantize_attention)
     return Network(loaded, traced, costs, products)
 

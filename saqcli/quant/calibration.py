@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.errors import UnsupportedModel
-from saqcli.quant.layer import is_convolution, quantized_layers
+from saqcli.quant.layer import in_eval_mode, is_convolution, quantized_layers
 from saqcli.quant.products import OPERANDS, QuantizedProduct, operand_name, quantized_products
 from saqcli.quant.quantizers import Quantizer
 
@@ -167,21 +167,18 @@ def reestimate_batch_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
     ]
     if not norms:
         return
-    modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
-    model.eval()
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain mean over all batches
-            norm.train()
-        for images in batches:
-            model(images)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
+    with in_eval_mode(model):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain mean over all batches
+                norm.train()
+            for images in batches:
+                model(images)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
 
 def _start(quantizer: Quantizer, x: Tensor, clip_init: ClipInit, linear: bool) -> None:

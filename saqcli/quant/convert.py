@@ -188,7 +188,7 @@ def leave_float(model: nn.Module, names: Iterable[str]) -> None:
         unwrap_layer(module)
 
 
-def follow(model: nn.Module, products: Mapping[str, str]) -> None:
+def add_products(model: nn.Module, products: Mapping[str, str]) -> None:
     """Add a quantized product for each multiplication of activations, with the bits of a layer's input.
 
     Args:
@@ -204,13 +204,13 @@ def follow(model: nn.Module, products: Mapping[str, str]) -> None:
         assert isinstance(layer, QuantizedLayer)
         if not hasattr(owner, "products"):
             owner.products = nn.ModuleDict()
-        own = products_of(owner)
-        if own is None:
+        owned = products_of(owner)
+        if owned is None:
             raise UnsupportedModel(
                 f"{owner_name} already has an attribute products: its attention cannot be quantized"
             )
         product = QuantizedProduct()
-        own[str(index)] = product
+        owned[str(index)] = product
         layer.followers += (product,)
         if not isinstance(owner, RoutedParent | QuantizedLayer):
             owner.__class__ = routed_class(type(owner))

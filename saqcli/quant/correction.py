@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.quant.layer import QuantizedLayer, quantized_layers
+from saqcli.quant.layer import QuantizedLayer, in_eval_mode, quantized_layers
 from saqcli.quant.products import quantized_products
 from saqcli.quant.routing import WeightRecorder
 
@@ -69,22 +69,17 @@ class Corrections:
         model = self.model
         for tensor, before in self._uncorrected:
             tensor.copy_(before)
-        modes = {module: module.training for module in model.modules()}
         places = _Places(model, biases=self.biases, norms=self.norms)
-        model.eval()
-        try:
+        with in_eval_mode(model):
             for index, images in enumerate(batches):
                 if index == len(self._in_float):
                     with _in_float(model), _Pass(places) as in_float:
                         model(images)
                     self._in_float.append(in_float)
-                with places.uncorrected(), _Pass(places, self._in_float[index]):
+                with places.restored_statistics(), _Pass(places, self._in_float[index]):
                     model(images)
                 places.add_batch(len(images))
             places.apply()
-        finally:
-            for module, training in modes.items():
-                module.training = training
 
 
 def _correctable(model: nn.Module) -> Iterator[Tensor]:
@@ -152,7 +147,7 @@ class _Places:
         }
 
     @contextmanager
-    def uncorrected(self) -> Iterator[None]:
+    def restored_statistics(self) -> Iterator[None]:
         """Restore the running statistics on exit; a pass corrects them for its own batch."""
         kept = [(norm, norm.running_mean.clone(), norm.running_var.clone()) for norm in self.norms]
         try:

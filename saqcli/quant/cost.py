@@ -102,8 +102,8 @@ class CostModel:
     @property
     def macs(self) -> int:
         """Multiply-accumulates for one image."""
-        own = sum(layer.macs + layer.product_macs for layer in self.layers)
-        return own + sum(layer.macs for layer in self.unquantized)
+        quantized = sum(layer.macs + layer.product_macs for layer in self.layers)
+        return quantized + sum(layer.macs for layer in self.unquantized)
 
     @property
     def float_bops(self) -> int:

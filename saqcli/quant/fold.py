@@ -8,8 +8,7 @@ A layer that cannot be quantized stays in floating point, with a reason. A netwo
 exported is refused here, before any expensive step.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDict
 from torch.nn.utils.weight_norm import WeightNorm
 
 from saqcli.errors import UnsupportedModel
-from saqcli.quant.layer import WRAPPED
+from saqcli.quant.layer import WRAPPED, in_eval_mode
 from saqcli.quant.wrapping import reason_for_float, weight_dtype
 
 NAMED = 5  # most layers that a note names
@@ -116,7 +115,7 @@ def fold(module: nn.Module) -> bool:
     hooks.sort(key=lambda hook: not isinstance(hook, BasePruningMethod))
     names = list(any_module.parametrizations) if parametrize.is_parametrized(module) else []
     found = False
-    with _in_eval(module):
+    with in_eval_mode(module):  # reading a weight does not change it there
         for hook in hooks:
             for kind, remove, tensor in _HOOKS:
                 if isinstance(hook, kind):
@@ -139,18 +138,6 @@ def _remove_load_hook(module: nn.Module) -> None:
     for key, hook in list(hooks.items()):
         if isinstance(getattr(hook, "hook", hook), SpectralNormLoadStateDictPreHook):
             del hooks[key]
-
-
-@contextmanager
-def _in_eval(module: nn.Module) -> Iterator[None]:
-    """Within the context ``module`` is in eval mode, where reading a weight does not change it."""
-    modes = {each: each.training for each in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, training in modes.items():
-            each.training = training
 
 
 def _name(dtype: torch.dtype) -> str:

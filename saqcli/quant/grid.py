@@ -130,6 +130,11 @@ def between(x: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     return inside.mul_(torch.ge(x, lowest, out=torch.empty_like(x)))
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """``x`` in at least float32, in which quantizers compute also under autocast."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def fake_quantize(x: Tensor, level: Tensor, grid: Grid) -> Tensor:
     """``x`` mapped onto the grid, differentiable in ``x`` and ``level``.
 
@@ -142,9 +147,7 @@ def fake_quantize(x: Tensor, level: Tensor, grid: Grid) -> Tensor:
         >>> fake_quantize(torch.tensor([-0.2, 0.3, 0.9]), torch.tensor(0.75), Grid(0, 3, 1))
         tensor([0.0000, 0.2500, 0.7500])
     """
-    if x.dtype in (torch.bfloat16, torch.float16):
-        x = x.float()
-    return FakeQuantize.apply(x, level, grid)  # type: ignore[no-any-return]
+    return FakeQuantize.apply(full_precision(x), level, grid)  # type: ignore[no-any-return]
 
 
 def pack(codes: Tensor, grid: Grid, bits: int) -> Tensor:

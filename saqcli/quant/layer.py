@@ -124,6 +124,18 @@ def perturbed(layers: Sequence[QuantizedLayer], perturbations: Sequence[Tensor])
 
 
 @contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within the context ``model`` is in eval mode; afterwards every module has its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
 def frozen_batch_stats(model: nn.Module) -> Iterator[None]:
     """Within the context batch norms normalize as before but do not update their running statistics."""
     norms = [

@@ -1,4 +1,4 @@
-"""Weights and products that a parent multiplies in its own forward.
+"""Weights and activations that a parent multiplies in its forward.
 
 A few networks (timm's beit, eva and swin_v2 attention, torchvision's Swin) never call their projection as a module:
 ``F.linear(x, self.qkv.weight)`` quantizes the weight but not the input. While a ``Route`` is active it records which

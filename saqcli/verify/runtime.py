@@ -108,15 +108,7 @@ def runner(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
         path: path of a file checked by ``open_file``.
         threads: threads per operator.
     """
-    session = _session(path, threads)
-    name = session.get_inputs()[0].name
-
-    def run(images: Tensor) -> Tensor:
-        with translated_errors(path):
-            (logits,) = session.run(None, {name: images.numpy()})
-        return torch.from_numpy(logits)
-
-    return run
+    return _predictor(_session(path, threads), path)
 
 
 def _session(path: Path, threads: int, optimized: Path | None = None) -> Any:
@@ -177,7 +169,10 @@ def onnx_session(path: Path, *, optimized: bool, threads: int | None = None) -> 
     options.intra_op_num_threads = threads or torch.get_num_threads()
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = open_session(path, options)
+    return _predictor(open_session(path, options), path)
+
+
+def _predictor(session: Any, path: Path) -> Callable[[Tensor], Tensor]:
     name = session.get_inputs()[0].name
 
     def predict(images: Tensor) -> Tensor:

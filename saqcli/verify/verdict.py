@@ -55,9 +55,9 @@ def synthetic_batches(preprocessing: Preprocessing, seed: int = 0) -> list[tuple
 def natural(count: int, size: tuple[int, int, int], generator: torch.Generator) -> Tensor:
     """Noise with amplitudes 1 / frequency, (count, *size), with mean 0 and deviation 1 per image."""
     channels, height, width = size
-    own = torch.randn(count, channels, height, width, generator=generator)
+    separate = torch.randn(count, channels, height, width, generator=generator)
     common = torch.randn(count, 1, height, width, generator=generator)
-    spectrum = torch.fft.rfft2(COMMON * common + (1 - COMMON**2) ** 0.5 * own)
+    spectrum = torch.fft.rfft2(COMMON * common + (1 - COMMON**2) ** 0.5 * separate)
     rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None, :]
     frequency = (rows.square() + columns.square()).sqrt().clamp_min(1 / max(height, width))
     images: Tensor = torch.fft.irfft2(spectrum / frequency, s=(height, width))

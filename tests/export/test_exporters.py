@@ -13,7 +13,7 @@ from saqcli.errors import CorruptArtifact, UnsupportedModel
 from saqcli.export import EXPORTERS, STYLES, ModelMetadata
 from saqcli.export.model_metadata import read_onnx_metadata
 from saqcli.export.operators import frozen_copy
-from saqcli.export.safetensors import read_metadata
+from saqcli.export.safetensors import read_content
 from saqcli.export.tracing import INPUT, OUTPUT
 from saqcli.verify.hazards import hazards
 from saqcli.verify.runtime import onnx_session
@@ -34,9 +34,10 @@ EXPORTED = sweep(
 def test_the_file_tells_what_the_exporter_was_told(style: str, folder: Path) -> None:
     quantized = network("conv_bn")
     path = written(folder, style, quantized, "conv_bn-auto")
-    read = read_onnx_metadata if path.suffix == ".onnx" else read_metadata
+    onnx_file = path.suffix == ".onnx"
+    found = read_onnx_metadata(path) if onnx_file else read_content(path).metadata
 
-    assert read(path) == quantized.facts
+    assert found == quantized.facts
 
 
 @pytest.mark.parametrize("style", EXPORTERS)

@@ -89,7 +89,7 @@ def quantized(
     found = trace(net, x[:1])
     for parent, children in found.routed.items():
         convert.route(net, [parent], children)
-    convert.follow(net, {p.name: p.follows for p in found.products if p.follows})
+    convert.add_products(net, {p.name: p.follows for p in found.products if p.follows})
     costs = cost_model(found, products=True)
     statistics = calibration.observe(net, [x])
     config = BitConfig(

@@ -258,7 +258,7 @@ def quantize(
     for parent, children in traced.routed.items():
         convert.route(model, [parent], children)
     if products:
-        convert.follow(model, {each.name: each.follows for each in traced.products if each.follows})
+        convert.add_products(model, {each.name: each.follows for each in traced.products if each.follows})
     statistics = calibration.observe(model, [images(32, seed=1)])
     signed = {name: entry.signed for name, entry in statistics.items()}
     policy = BitConfig(model="tests/tiny", layers=choose(traced.layers))

@@ -133,11 +133,6 @@ class LevelQuantizer(Quantizer):
             row.copy_(best_level(x, grid, self.shape))
 
 
-def full_precision(x: Tensor) -> Tensor:
-    """``x`` in at least float32, in which quantizers compute also under autocast."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
 def quantizers_of(model: nn.Module) -> Iterator[Quantizer]:
     """Every quantizer in ``model``, in order of registration."""
     return (module for module in model.modules() if isinstance(module, Quantizer))

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from saqcli.quant.clip_init import best_level
-from saqcli.quant.grid import codes_of, fake_quantize
-from saqcli.quant.quantizers.base import LevelQuantizer, Quantizer, full_precision
+from saqcli.quant.grid import codes_of, fake_quantize, full_precision
+from saqcli.quant.quantizers.base import LevelQuantizer, Quantizer
 
 LEAST_DEVIATION = 1e-8  # for a constant weight
 PUBLISHED_LEVEL = 1.0  # of convolutions, whose weights have deviation 1 in the paper

@@ -50,8 +50,8 @@ import torch
 from torch import Tensor
 
 from saqcli.quant.clip_init import least_level, reduce_to
-from saqcli.quant.grid import TINY, Grid, between, codes_of, fake_quantize, step_of
-from saqcli.quant.quantizers.base import LevelQuantizer, Quantizer, full_precision
+from saqcli.quant.grid import TINY, Grid, between, codes_of, fake_quantize, full_precision, step_of
+from saqcli.quant.quantizers.base import LevelQuantizer, Quantizer
 
 
 class FixedLevel(LevelQuantizer):

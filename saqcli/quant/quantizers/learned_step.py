@@ -53,8 +53,8 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.quant.clip_init import best_level
-from saqcli.quant.grid import TINY, Grid, between, fake_quantize, step_of
-from saqcli.quant.quantizers.base import Quantizer, full_precision
+from saqcli.quant.grid import TINY, Grid, between, fake_quantize, full_precision, step_of
+from saqcli.quant.quantizers.base import Quantizer
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -187,7 +187,7 @@ def check_format(entries: Mapping[str, str], source: str) -> str:
         )
     text = entries.get(KEY)
     if text is None:
-        raise CorruptArtifact(f"{source} holds no quantized model of saq: {MODEL}")
+        raise CorruptArtifact(f"{source} contains no quantized model of saq: {MODEL}")
     try:
         entry: Any = from_json(text)
     except ValueError as error:
@@ -195,14 +195,14 @@ def check_format(entries: Mapping[str, str], source: str) -> str:
             f"{source} is damaged, its description is not JSON ({error}): {AGAIN}"
         ) from None
     if not isinstance(entry, dict) or entry.get("format") != FORMAT:
-        raise CorruptArtifact(f"{source} holds no quantized model of saq: {MODEL}")
+        raise CorruptArtifact(f"{source} contains no quantized model of saq: {MODEL}")
     version, metadata = entry.get("version"), entry.get("facts")
     if type(version) is not int or version < 1:
         raise CorruptArtifact(f"{source} is damaged, its format version is {version!r}: {AGAIN}")
     if version > VERSION:
         writer = metadata.get("saq_version") if isinstance(metadata, dict) else None
         raise CorruptArtifact(
-            f"{source} was written by saq {writer or 'of a later time'}, format version {version}; this saq "
+            f"{source} was written by saq {writer or 'of a newer version'}, format version {version}; this saq "
             f"{__version__} reads up to {VERSION}: upgrade saq"
         )
     return text

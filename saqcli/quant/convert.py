@@ -176,14 +176,14 @@ def _allow_fused_path(module: nn.Module) -> None:
 
 def leave_float(model: nn.Module, names: Iterable[str]) -> None:
     """Restore the float class of some layers, in place: those that never run."""
-    gone = [model.get_submodule(name) for name in names]
-    # by the first layer with a weight, if it is removed: the first one that stays
-    heirs: dict[QuantizedLayer, QuantizedLayer] = {}
+    removed = [model.get_submodule(name) for name in names]
+    # by removed first layer of a tied weight, the first one that stays
+    successors: dict[QuantizedLayer, QuantizedLayer] = {}
     for layer in quantized_layers(model).values():
-        if layer.tied_to and layer.tied_to[0] in gone and layer not in gone:
-            heir = heirs.setdefault(layer.tied_to[0], layer)
-            layer.tied_to = () if heir is layer else (heir,)
-    for module in gone:
+        if layer.tied_to and layer.tied_to[0] in removed and layer not in removed:
+            first = successors.setdefault(layer.tied_to[0], layer)
+            layer.tied_to = () if first is layer else (first,)
+    for module in removed:
         assert isinstance(module, QuantizedLayer)
         unwrap_layer(module)
 
@@ -217,7 +217,7 @@ def add_products(model: nn.Module, products: Mapping[str, str]) -> None:
 
 
 def route(model: nn.Module, parents: Iterable[str], layers: Iterable[str]) -> None:
-    """Make ``parents`` quantize the inputs of ``layers``, whose weights the parents multiply with themselves."""
+    """Make ``parents`` quantize the inputs of ``layers``, whose weights they use in their own forward."""
     for name in parents:
         parent = model.get_submodule(name)
         if not isinstance(parent, RoutedParent):

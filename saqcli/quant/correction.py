@@ -112,19 +112,19 @@ class _Average:
     """Mean of the measurements at one place over batches, weighted by images.
 
     Attributes:
-        now: measurements of the current batch, one per call.
+        current: measurements of the current batch, one per call.
     """
 
     total: Tensor | None = None
     images: int = 0
-    now: list[Tensor] = field(default_factory=list)
+    current: list[Tensor] = field(default_factory=list)
 
     def add_batch(self, images: int) -> None:
-        if self.now:
-            measured = torch.stack(self.now).mean(0) * images
+        if self.current:
+            measured = torch.stack(self.current).mean(0) * images
             self.total = measured if self.total is None else self.total + measured
             self.images += images
-            self.now = []
+            self.current = []
 
     def mean(self) -> Tensor | None:
         return None if self.total is None else self.total / self.images
@@ -167,10 +167,10 @@ class _Places:
                 bias.add_(moved)
         for norm, moments in self.norms.items():
             if (measured := moments.mean()) is not None:
-                self.move(norm, measured)
+                self.correct_norm(norm, measured)
 
-    def move(self, norm: Any, measured: Tensor) -> None:
-        """Move the statistics of ``norm``; ``measured`` are (E_q, E_f, V_q, V_f), each of all channels."""
+    def correct_norm(self, norm: Any, measured: Tensor) -> None:
+        """Correct the statistics of ``norm``; ``measured`` are (E_q, E_f, V_q, V_f), each of all channels."""
         mean_q, mean_f, variance_q, variance_f = measured
         before = (norm.running_var + norm.eps).sqrt()
         if self.all_norms:
@@ -192,8 +192,8 @@ class _Pass(WeightRecorder):
         self.places, self.in_float = places, in_float
         self.outputs: dict[nn.Module, list[Tensor]] = {}
         self.inputs: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
-        # norms that follow a layer without bias, found in floating point
-        self.means_alone: set[nn.Module] = set() if in_float is None else in_float.means_alone
+        # norms directly after a layer without bias, found in floating point
+        self.mean_only: set[nn.Module] = set() if in_float is None else in_float.mean_only
         self._unbiased: list[weakref.ref[Tensor]] = []
         self._handles: list[Any] = []
 
@@ -222,7 +222,7 @@ class _Pass(WeightRecorder):
             return output
         bias, shift = self.places.biases[layer]
         channels = -1 if func is F.linear else 1
-        if output.shape[channels] != len(bias):  # one of several parts of an attention's projection
+        if output.shape[channels] != len(bias):  # one part of an attention's projection
             return output
         mean, _ = _moments(output, channels)
         seen = self.outputs.setdefault(layer, [])
@@ -230,14 +230,14 @@ class _Pass(WeightRecorder):
         if self.in_float is None:
             return output
         moved = self.in_float.outputs[layer][len(seen) - 1] - mean
-        shift.now.append(moved)
+        shift.current.append(moved)
         return output + moved.view([-1 if d == channels % output.dim() else 1 for d in range(output.dim())])
 
     def _before_norm(self, norm: Any, inputs: tuple[Any, ...]) -> None:
         x = inputs[0]
         if self.in_float is None and any(output() is x for output in self._unbiased):
-            self.means_alone.add(norm)
-        if not self.places.all_norms and norm not in self.means_alone:
+            self.mean_only.add(norm)
+        if not self.places.all_norms and norm not in self.mean_only:
             return
         moments = _moments(x, 1)
         seen = self.inputs.setdefault(norm, [])
@@ -245,8 +245,8 @@ class _Pass(WeightRecorder):
         if self.in_float is not None:
             pairs = zip(moments, self.in_float.inputs[norm][len(seen) - 1], strict=True)
             measured = torch.stack([moment for pair in pairs for moment in pair])
-            self.places.norms[norm].now.append(measured)
-            self.places.move(norm, measured)
+            self.places.norms[norm].current.append(measured)
+            self.places.correct_norm(norm, measured)
 
 
 def _moments(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:

@@ -320,7 +320,7 @@ def test_an_empty_file_and_one_with_more_than_its_tensors_are_refused(good: Path
         (b"\xff" * 64, "is not a safetensors file"),
         (b"hello, world, this is text", "is not a safetensors file"),
         ((2).to_bytes(8, "little") + b"{]", "is damaged"),
-        ((2).to_bytes(8, "little") + b"{}", "holds no quantized model"),
+        ((2).to_bytes(8, "little") + b"{}", "contains no quantized model"),
     ],
 )
 def test_a_foreign_file_is_called_what_it_is(content: bytes, what: str, tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_safetensors_of_others_are_refused(metadata: dict[str, str] | None, tmp_
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.zeros(2)}, path, metadata=metadata)
 
-    assert "holds no quantized model of saq" in refused(path)
+    assert "contains no quantized model of saq" in refused(path)
 
 
 def test_a_file_from_before_there_was_a_format_is_called_so(good: Path, tmp_path: Path) -> None:

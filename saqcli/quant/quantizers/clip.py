@@ -58,9 +58,10 @@ class ClipActivation(_Clip):
 
     @torch.no_grad()
     def fit_as_published(self, x: Tensor, *, linear: bool) -> None:
-        """As for weights, except that signed inputs start at the least squared error.
+        """As in the base class, except that signed inputs start at the least squared error.
 
-        The paper keeps the image in floating point and clips the inputs behind linear bottlenecks at 0.
+        The paper keeps one kind of them, the image, in floating point and clips the others, after linear bottlenecks,
+        at 0.
         """
         if self.grid().lowest < 0:
             self.fit(x)

@@ -281,7 +281,7 @@ class _Rewriting:
         if node.op == "get_attr":
             return operator.attrgetter(str(node.target))(self.source)
         if node.op == "output":
-            return self.graph.output(self.floating(tree.tree_leaves(args)[0]))
+            return self.graph.output(self.as_float(tree.tree_leaves(args)[0]))
         if node.op == "call_module":  # a check of the input's shape
             return None
         return self._call(node.target, args, kwargs)
@@ -320,7 +320,7 @@ class _Rewriting:
         """Apply an operator that only rearranges numbers or inserts zeros to codes."""
         x, *rest = args
         rest, kwargs = self._floating((tuple(rest), kwargs))
-        numbers = self.graph.call_function(target, (self.live(x.numbers), *rest), kwargs)
+        numbers = self.graph.call_function(target, (self.as_node(x.numbers), *rest), kwargs)
         if target == aten.sym_size.int:
             return numbers
         return Integers(numbers, x.scale, None, min(x.lowest, 0), max(x.highest, 0), x.bits, x.layer)
@@ -329,11 +329,11 @@ class _Rewriting:
         """Arguments for the new graph: constants and integers become nodes."""
 
         def become_nodes(each: Any) -> Any:
-            return self.floating(each) if isinstance(each, Tensor | Integers) else each
+            return self.as_float(each) if isinstance(each, Tensor | Integers) else each
 
         return fx.node.map_aggregate(values, become_nodes)
 
-    def live(self, value: Any) -> fx.Node:
+    def as_node(self, value: Any) -> fx.Node:
         """A node of ``value``; a constant becomes a buffer."""
         if isinstance(value, fx.Node):
             return value
@@ -341,26 +341,28 @@ class _Rewriting:
         self.root.register_buffer(name, value.detach().clone())
         return self.graph.get_attr(name)
 
-    def floating(self, value: Any) -> fx.Node:
+    def as_float(self, value: Any) -> fx.Node:
         """A node of the values in floating point."""
         if not isinstance(value, Integers):
-            return self.live(value)
+            return self.as_node(value)
         if value.value is None:
-            numbers = self.live(value.numbers.float() if isinstance(value.numbers, Tensor) else value.numbers)
+            numbers = self.as_node(
+                value.numbers.float() if isinstance(value.numbers, Tensor) else value.numbers
+            )
             value.value = self.affine(numbers, value.scale, value.shift)
         return value.value
 
     def affine(self, x: fx.Node, scale: Tensor, shift: Tensor | None) -> fx.Node:
         """``x * scale + shift``, both rounded to float32 once."""
-        result = self.graph.call_function(aten.mul.Tensor, (x, self.live(scale.float())))
+        result = self.graph.call_function(aten.mul.Tensor, (x, self.as_node(scale.float())))
         if shift is not None:
-            result = self.graph.call_function(aten.add.Tensor, (result, self.live(shift.float())))
+            result = self.graph.call_function(aten.add.Tensor, (result, self.as_node(shift.float())))
         return result
 
 
 def _quantize_input(r: _Rewriting, target: Any, given: dict[str, Any]) -> Integers:
     lowest, highest, bits, layer = (given[name] for name in ("lowest", "highest", "bits", "layer"))
-    arguments = (r.floating(given["x"]), r.live(given["step"]), lowest, highest, bits, layer)
+    arguments = (r.as_float(given["x"]), r.as_node(given["step"]), lowest, highest, bits, layer)
     numbers = r.graph.call_function(saq.input_codes.default, arguments)
     return Integers(numbers, given["step"].double(), None, lowest, highest, bits, layer)
 
@@ -395,14 +397,16 @@ def _product(r: _Rewriting, target: Any, given: dict[str, Any]) -> Any:
 
 def _sum(r: _Rewriting, layer: Operator, x: Integers, weight: Integers, part: slice | None) -> fx.Node:
     """The sum of products of codes over the input channels of one part, or over all."""
-    numbers, codes = r.live(x.numbers), weight.numbers
+    numbers, codes = r.as_node(x.numbers), weight.numbers
     assert isinstance(codes, Tensor)
     if part is not None:
         codes = weight_part(layer, codes, part)
         if layer.groups == 1:
             limits = (numbers, layer.channel_dim, part.start, part.stop)
             numbers = r.graph.call_function(aten.slice.Tensor, limits)
-    multiplier = r.graph.call_function(saq.weight_codes.default, (r.live(codes), weight.bits, weight.layer))
+    multiplier = r.graph.call_function(
+        saq.weight_codes.default, (r.as_node(codes), weight.bits, weight.layer)
+    )
     return r.graph.call_function(layer.target, (numbers, multiplier, None), layer.settings)
 
 
@@ -414,9 +418,9 @@ def _float_product(r: _Rewriting, target: Any, x: Any, weight: Any, bias: Any) -
             f"style exact needs weights and inputs of every convolution quantized, and {name} is not: "
             "choose another --style"
         )
-    transposed = r.graph.call_function(aten.transpose.int, (r.floating(weight), -2, -1))
-    result = r.graph.call_function(ORDERED["matmul"], (r.floating(x), transposed))
-    return result if bias is None else r.graph.call_function(aten.add.Tensor, (result, r.live(bias)))
+    transposed = r.graph.call_function(aten.transpose.int, (r.as_float(weight), -2, -1))
+    result = r.graph.call_function(ORDERED["matmul"], (r.as_float(x), transposed))
+    return result if bias is None else r.graph.call_function(aten.add.Tensor, (result, r.as_node(bias)))
 
 
 def _batch_norm(r: _Rewriting, target: Any, given: dict[str, Any]) -> tuple[Any, None, None]:
@@ -431,7 +435,7 @@ def _batch_norm(r: _Rewriting, target: Any, given: dict[str, Any]) -> tuple[Any,
     if isinstance(x, Integers) and not x.plain and x.scale.dim() > 1:
         shift = shift if x.shift is None else x.shift * gain + shift
         return Integers(x.numbers, x.scale * gain, shift, layer=x.layer), None, None
-    return r.affine(r.floating(x), gain, shift), None, None
+    return r.affine(r.as_float(x), gain, shift), None, None
 
 
 HANDLERS: dict[Any, Callable[[_Rewriting, Any, dict[str, Any]], Any]] = {

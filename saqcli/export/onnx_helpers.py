@@ -307,7 +307,7 @@ def products(node: ir.Node) -> list[ir.Node]:
     return found
 
 
-def of_product(node: ir.Node) -> bool:
+def quantizes_product(node: ir.Node) -> bool:
     """Whether an input placeholder quantizes an operand of a product of two activations."""
     names = text(node, "layer").split(LAYER_SEPARATOR)
     return any(split_name(name.rpartition(".")[0])[1] is not None for name in names)

@@ -56,7 +56,7 @@ class QdqExporter:
         tracing.save(model_graph, path, properties(metadata), metadata.saq_version)
 
     def _quantize_input(self, graph: ir.Graph, node: ir.Node) -> ir.Value:
-        unsigned = not self.saturating and onnx_helpers.of_product(node)
+        unsigned = not self.saturating and onnx_helpers.quantizes_product(node)
         codes, step, zero = quantized(graph, node, unsigned=unsigned)
         return onnx_helpers.insert_before(graph, node, "DequantizeLinear", [codes, step, zero])
 

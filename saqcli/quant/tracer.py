@@ -99,31 +99,31 @@ class Flows:
         self._known[id(tensor)] = flow
         self._alive.append(tensor)
 
-    def of(self, tensor: Tensor) -> Flow | None:
+    def get(self, tensor: Tensor) -> Flow | None:
         """The flow of ``tensor``; None for parameters and constants."""
         return self._known.get(id(tensor))
 
     def depends(self, *tensors: Tensor) -> bool:
         """Whether any of them depends on the image."""
-        return any(flow.depends for flow in map(self.of, tensors) if flow is not None)
+        return any(flow.depends for flow in map(self.get, tensors) if flow is not None)
 
     def nearest(self, *tensors: Tensor) -> str | None:
         """The last layer on the way to the first tensor that has one."""
-        return next((flow.nearest for flow in map(self.of, tensors) if flow and flow.nearest), None)
+        return next((flow.nearest for flow in map(self.get, tensors) if flow and flow.nearest), None)
 
     def weight_of(self, *tensors: Tensor) -> str | None:
         """The layer whose weight one of them is or is part of."""
-        return next((flow.weight_of for flow in map(self.of, tensors) if flow and flow.weight_of), None)
+        return next((flow.weight_of for flow in map(self.get, tensors) if flow and flow.weight_of), None)
 
     def count_readers(self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Count operator ``name`` as reader of ``inputs``; in-place operators read only what they add."""
         if name in _ADDITIONS or not any(x is y for x in inputs for y in outputs):
-            for flow in filter(None, map(self.of, inputs)):
+            for flow in filter(None, map(self.get, inputs)):
                 flow.readers += 1
 
     def propagate(self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Set the flows of the outputs of operator ``name``, which multiplies with no layer's weight."""
-        flows = [flow for flow in map(self.of, inputs) if flow is not None]
+        flows = [flow for flow in map(self.get, inputs) if flow is not None]
         in_place = any(x is y for x in inputs for y in outputs)
         nearest, depends = self.nearest(*inputs), any(flow.depends for flow in flows)
         if name in _WRITES and inputs:
@@ -265,7 +265,7 @@ class _Tracer(WeightRecorder):
     def record(self, weight: Tensor, layer: QuantizedLayer) -> None:
         """Record a weight that is read, and start its flow."""
         super().record(weight, layer)
-        if self.flows.of(weight) is None:
+        if self.flows.get(weight) is None:
             self.flows.set(weight, Flow(None, depends=False, weight_of=self.names[id(layer)]))
 
     def __torch_function__(
@@ -309,7 +309,7 @@ class _Tracer(WeightRecorder):
         entry.macs += _macs(weight, x, output, transposed=issubclass(layer.float_class, TRANSPOSED))
         entry.calls += 1
         entry.input_is_signed |= bool((x < 0).any())
-        flow = self.flows.of(x)
+        flow = self.flows.get(x)
         entry.reads_image |= flow is not None and flow.is_image
         self.flows.set(output, Flow(name, nearest=name))
         if self.running[-1].module is not layer:
@@ -371,7 +371,7 @@ class _Tracer(WeightRecorder):
             self._add_unquantized(*_recurrent(module, inputs[0]), RECURRENT)
         self.running.pop()
         if isinstance(module, _NORMS) and inputs and isinstance(inputs[0], Tensor):
-            flow = self.flows.of(inputs[0])
+            flow = self.flows.get(inputs[0])
             if flow is not None and flow.producer is not None and self.layers[flow.producer].norm is None:
                 self.layers[flow.producer].norm = name
 

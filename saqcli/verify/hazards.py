@@ -60,7 +60,7 @@ def hazards(model: onnx.ModelProto) -> list[Hazard]:
     return [
         Hazard(code, node.name or node.output[0], text)
         for node in model.graph.node
-        for code, text in _of(graph, node)
+        for code, text in _node_hazards(graph, node)
     ]
 
 
@@ -124,14 +124,14 @@ class _Graph:
         return None
 
 
-def _of(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
+def _node_hazards(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
     if node.op_type in _PRODUCTS:
-        yield from _of_product(graph, node)
+        yield from _product_hazards(graph, node)
     if node.op_type == "QuantizeLinear" and len(node.input) > 2 and node.input[2] in graph.constants:
-        yield from _of_quantizer(graph, node)
+        yield from _quantizer_hazards(graph, node)
 
 
-def _of_product(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
+def _product_hazards(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
     x, weight = node.input[0], node.input[1]
     fed, dequantized = graph.dequantized(x), graph.dequantized(weight)
     output = node.output[0]
@@ -179,7 +179,7 @@ def _saturates(graph: _Graph, node: Any, weight: str) -> bool:
     return may_saturate(codes, codes.ndim - 1 if by_rows == transposed else codes.ndim - 2)
 
 
-def _of_quantizer(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
+def _quantizer_hazards(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
     zero = graph.constants[node.input[2]]
     if zero.data_type not in (*_FOUR, *_TWO):
         return

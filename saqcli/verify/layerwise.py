@@ -200,7 +200,7 @@ def cut_open(graph: Any, calls: dict[str, list[Call]]) -> list[Cut]:
     for node in quantizers:
         annotations = _annotations(node)
         name, call = annotations[onnx_helpers.LAYER], next(matched[_first_layer(node)])
-        cut = Cut(name, call, _head(node, name, made_by), node.output[0], f"{_FED}{len(cuts)}")
+        cut = Cut(name, call, _source(node, name, made_by), node.output[0], f"{_FED}{len(cuts)}")
         if onnx_helpers.PADS in annotations:
             pads = [int(pad) for pad in annotations[onnx_helpers.PADS].split(",")]
             cut.pads = list(zip(pads[: len(pads) // 2], pads[len(pads) // 2 :], strict=True))
@@ -252,7 +252,7 @@ def _matching(layer: str, calls: list[Call], count: int) -> list[Call]:
     return distinct
 
 
-def _head(node: Any, layer: str, made_by: dict[str, Any]) -> str | None:
+def _source(node: Any, layer: str, made_by: dict[str, Any]) -> str | None:
     """The input of a quantizer before its Clip, Pad and Sub; None if it is already quantized."""
     while True:
         name: str = node.input[0]

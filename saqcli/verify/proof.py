@@ -52,7 +52,7 @@ def prove_graph(
     frozen = frozen_copy(model)
     first = _first_images(batches)
     others = {name: RUNTIMES[name](path) for name in runtimes}
-    runs = _runs(path, one_by_one=style == "exact") | {PYTORCH: model}
+    runs = _sessions(path, one_by_one=style == "exact") | {PYTORCH: model}
     reference = ExactForm(frozen, first[:2]).eval() if style == "exact" else _in_float64(model, first[:1])
     verdicts = compare(reference, runs | others, batches, count, progress)
     pytorch = verdicts.pop(PYTORCH)
@@ -106,7 +106,7 @@ def versions(runtimes: tuple[str, ...] = ()) -> dict[str, str]:
     }
 
 
-def _runs(path: Path, *, one_by_one: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+def _sessions(path: Path, *, one_by_one: bool) -> dict[str, Callable[[Tensor], Tensor]]:
     """Sessions of an ONNX file: without and with default graph optimizations, and optionally image by image."""
     runs = {
         "unoptimized": onnx_session(path, optimized=False),

@@ -145,7 +145,7 @@ class Verdict:
         for name, verdict in self.others.items():
             reasons += [f"in {name} {reason}" for reason in verdict.reasons()]
         if self.layerwise is not None and not self.layerwise.passed:
-            reasons.append(self.layerwise.problem or _which_layers(self.layerwise))
+            reasons.append(self.layerwise.problem or _differing_layers(self.layerwise))
         return reasons
 
     @property
@@ -190,7 +190,7 @@ class Verdict:
         }
 
 
-def _which_layers(check: LayerwiseCheck) -> str:
+def _differing_layers(check: LayerwiseCheck) -> str:
     names = check.wrong
     if not names:
         return f"logits computed from the same codes differ by {check.logits_error:.2g} of their range"

@@ -100,7 +100,7 @@ class Scheme(BaseModel):
 
 def _family(name: str) -> Family:
     if name not in QUANTIZERS:
-        raise ConfigError(f"unknown quantizer {name!r}: choose from {', '.join(QUANTIZERS)}")
+        raise ConfigError(f"there is no quantizer {name!r}: choose from {', '.join(QUANTIZERS)}")
     return QUANTIZERS[name]
 
 

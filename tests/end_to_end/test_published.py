@@ -169,7 +169,7 @@ def test_granularity_and_weight_normalization_are_options(digits: Path, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--quantizer", "magic"), "unknown quantizer 'magic'"),
+        (("--quantizer", "magic"), "there is no quantizer 'magic'"),
         (("--quantizer", "lsq", "--weight-norm"), "quantizer lsq has no weight normalization"),
         (("--quantizer", "pact", "--set", "quantization.clip_init=paper"), "not defined for quantizer pact"),
     ],

@@ -424,7 +424,7 @@ def test_a_flipped_code_is_explained() -> None:
     verdict = Verdict(500, 0.998, 1.604, 0.01, layerwise=check, pytorch_max_abs_diff=1.7, largest_logit=20.0)
 
     assert verdict.explanation is not None
-    for figure in ("agrees to 1.1e-06", "up to 1.6 away from PyTorch's in float64", "in float32 up to 1.7"):
+    for figure in ("agrees to 1.1e-06", "by up to 1.6 from PyTorch's in float64", "in float32 by up to 1.7"):
         assert figure in verdict.explanation
     verdict.max_abs_diff = 1e-5
     assert verdict.explanation is None

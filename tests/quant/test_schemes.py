@@ -69,7 +69,7 @@ def test_what_a_quantizer_has_is_accepted(name: str) -> None:
 
 
 def test_an_unknown_quantizer_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"unknown quantizer 'magic'.*lsq_plus"):
+    with pytest.raises(ConfigError, match=r"no quantizer 'magic'.*lsq_plus"):
         Scheme(quantizer="magic").check()
 
 

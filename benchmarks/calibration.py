@@ -23,7 +23,7 @@ from saqcli.pipelines.calibration import calibrate, install_quantizers
 from saqcli.pipelines.quantize import prepare
 from saqcli.pipelines.setup import classes_of
 from saqcli.progress import SILENT
-from saqcli.quant.calibration import settle_batch_norms
+from saqcli.quant.calibration import reestimate_batch_norms
 from saqcli.training.loop import evaluate
 
 # What differs from the settings of the run; `bn` is a way to estimate batch norms anew that the tool does not offer.
@@ -101,7 +101,7 @@ class Bench:
             if variant["bn"] == "training":
                 loader = images.training(limit=config.data.calibration_images)
                 loader.set_epoch(0)
-            settle_batch_norms(model, (batch for batch, _ in loader))
+            reestimate_batch_norms(model, (batch for batch, _ in loader))
         return self.score(model)
 
 

@@ -76,7 +76,7 @@ def _stages(name: str, record: Record) -> None:
     from torch.nn import functional as F
 
     from saqcli.config import ModelSection
-    from saqcli.export import ModelFacts
+    from saqcli.export import ModelMetadata
     from saqcli.pipelines.profile import unquantized
     from saqcli.pipelines.setup import load_float, wrap_and_trace
     from saqcli.progress import SILENT
@@ -161,7 +161,7 @@ def _stages(name: str, record: Record) -> None:
     model.load_state_dict(before_step)
     model.eval()
 
-    facts = ModelFacts(
+    facts = ModelMetadata(
         saq_version="coverage",
         build=loaded.build,
         preprocessing=loaded.preprocessing.to_dict(),

@@ -227,7 +227,7 @@ def test_a_light_import_stays_light(module: str) -> None:
 def test_the_walk_sees_imports_inside_functions_and_relative_ones(tmp_path: Path) -> None:
     """The tests above can fail: what they look for is found."""
     path = ROOT / "quant" / "wrapping.py"
-    assert "saqcli.quant.attention.special_mixin" in {name for _, name in imports(path)}
+    assert "saqcli.quant.attention.custom_mixin" in {name for _, name in imports(path)}
     assert "saqcli.quant.attention" in graph()["saqcli.quant.wrapping"]
     assert room_of("saqcli.pipelines.quantize") == "pipelines"
 

@@ -31,7 +31,7 @@ from saqcli.analysis import Settings
 from saqcli.analysis.sensitivity import Candidate, LayerSensitivity, SensitivityReading
 from saqcli.config import ModelSection, resolve
 from saqcli.errors import ConfigError, CorruptArtifact, SaqError, UnsafeWeights
-from saqcli.export import ModelFacts
+from saqcli.export import ModelMetadata
 from saqcli.export.model_metadata import properties
 from saqcli.export.tracing import INPUT, OUTPUT
 from saqcli.models.preprocessing import Preprocessing
@@ -461,7 +461,7 @@ def onnx_model() -> Any:
         ir_version=10,
     )
     preprocessing = Preprocessing((CHANNELS, SIDE, SIDE), (0.5,) * 3, (0.2,) * 3, "bilinear", 1.0)
-    facts = ModelFacts(
+    facts = ModelMetadata(
         saq_version=__version__,
         build={"name": "saq/resnet20", "num_classes": CLASSES, "in_chans": CHANNELS, "kwargs": {}},
         preprocessing=preprocessing.to_dict(),
@@ -550,7 +550,7 @@ def test_operators_of_custom_libraries_are_refused(tmp_path: Path) -> None:
     model.graph.node[3].attribute.append(helper.make_attribute("library", "/tmp/evil.so"))
     onnx.save(model, str(path := tmp_path / "model.onnx"))
 
-    assert "does not take" in refused(read_and_run, path)
+    assert "ONNX Runtime cannot run" in refused(read_and_run, path)
 
 
 # What a person sees.

@@ -1,10 +1,12 @@
-"""What the weights of an ONNX file take, beside what their bits need: containers have 4, 8, 16 or 32 bits.
+"""Size of the weights in an ONNX file, compared with their true bits.
 
-    2 to 4 bits, codes in -8 ... 7      INT4
+ONNX has containers of 4, 8, 16 or 32 bits:
+
+    2 to 4 bits, codes in -8 ... 7       INT4
     up to 8 bits, codes in -128 ... 127  INT8     odd codes of 4 bits reach 15
     odd codes of 8 bits                  INT16    they reach 255
 
-All is read off the graph, so that it holds for every style and grid.
+All figures are read from the graph and therefore hold for every style and grid.
 """
 
 from collections.abc import Iterator
@@ -19,22 +21,22 @@ from saqcli.export import onnx_helpers
 from saqcli.units import format_quantity
 
 WIDTHS = (4, 8, 16, 32)  # of containers, in bits
-MUCH = 1.25  # times what the true bits need: from here on a file's size is explained
-WORTH_IT = 0.05  # of a file: from here on a remedy is named
-_NAMED = 2  # kinds of containers that a message names
+EXPLAINED_RATIO = 1.25  # of a file's size to that at the true bits, above which the size is explained
+LEAST_SHARE = 0.05  # of a file's size, for a cause or a remedy to be named
+_NAMED = 2  # most kinds of containers that a message names
 
 
 @dataclass(frozen=True)
-class Stored:
-    """The codes of a layer, or a part of them, as a file holds them.
+class StoredWeight:
+    """The codes of a layer, or some of them, as stored in a file.
 
     Attributes:
-        layer: whose weight it is.
-        count: of codes.
-        bits: true ones.
+        layer: name of the layer.
+        count: number of codes.
+        bits: true bits of a code.
         container: name of the type.
-        width: bits that it has for a code.
-        reach: largest magnitude of a code; 0 where values are stored instead.
+        width: bits of the container per code.
+        reach: largest magnitude of a code; 0 if values are stored instead.
     """
 
     layer: str
@@ -46,54 +48,54 @@ class Stored:
 
     @property
     def least(self) -> int:
-        """Bits that a code would take on a grid with zero, whose codes of b bits fit b bits."""
+        """Container bits per code on a grid with zero, whose codes of b bits fit b bits."""
         return min(width for width in WIDTHS if width >= self.bits)
 
 
 @dataclass(frozen=True)
 class WeightStorage:
-    """How a file holds the weights of quantized layers.
+    """The weights of quantized layers in a file.
 
     Attributes:
-        file_bytes: of the whole file.
-        weights: in the order of the graph.
+        file_bytes: size of the whole file.
+        weights: stored weights in the order of the graph.
     """
 
     file_bytes: int
-    weights: tuple[Stored, ...]
+    weights: tuple[StoredWeight, ...]
 
     @property
     def weight_bytes(self) -> int:
-        """Of the codes in their containers."""
+        """Bytes of the codes in their containers."""
         return sum(each.count * each.width for each in self.weights) // 8
 
     @property
     def true_bytes(self) -> int:
-        """Of the codes at their true bits."""
+        """Bytes of the codes at their true bits."""
         return sum(each.count * each.bits for each in self.weights) // 8
 
     @property
     def with_zero_grid(self) -> int:
-        """About what the file would have if all codes fitted their own bits, as on a grid with zero."""
-        spared = sum(each.count * (each.width - each.least) for each in self.weights if each.reach)
-        return self.file_bytes - spared // 8
+        """Approximate size of the file if all codes fitted their true bits, as on a grid with zero."""
+        saved = sum(each.count * (each.width - each.least) for each in self.weights if each.reach)
+        return self.file_bytes - saved // 8
 
-    def explained(self, true_size: int, style: str) -> str | None:
-        """Why the file is much larger than the model at its true bits, and what to do; None where it is not.
+    def explain_size(self, true_size: int, style: str) -> str | None:
+        """Why the file is much larger than the model at its true bits, and what to do; None if it is not.
 
         Args:
             true_size: bytes of the model, each weight at its bits.
-            style: that the file was written in.
+            style: style of the file.
         """
-        if self.file_bytes <= MUCH * true_size:
+        if self.file_bytes <= EXPLAINED_RATIO * true_size:
             return None
         wide = [each for each in self.weights if each.width > each.bits]
         wider = self.weight_bytes - self.true_bytes
         rest = self.file_bytes - true_size - wider
         reasons = []
-        if wider >= WORTH_IT * self.file_bytes:
+        if wider >= LEAST_SHARE * self.file_bytes:
             reasons.append(f"{format_quantity(wider, 'B')} for wider containers ({_containers(wide)})")
-        if rest >= WORTH_IT * self.file_bytes:
+        if rest >= LEAST_SHARE * self.file_bytes:
             reasons.append(f"{format_quantity(rest, 'B')} for graph, names and metadata")
         text = (
             f"the ONNX file has {format_quantity(self.file_bytes, 'B')} where the true bits need "
@@ -103,7 +105,7 @@ class WeightStorage:
             text += f". Style {style} {FIXED[style]}"
             narrower = any(each.width > 8 or (each.width == 8 and each.reach < 8) for each in wide)
             return f"{text}: style qdq has smaller ones" if narrower else text
-        if self.file_bytes - self.with_zero_grid >= WORTH_IT * self.file_bytes:
+        if self.file_bytes - self.with_zero_grid >= LEAST_SHARE * self.file_bytes:
             smaller = format_quantity(self.with_zero_grid, "B")
             text += (
                 f". Quantized with `quantization.weight_grid=zero` it can shrink to about {smaller}: compare the "
@@ -115,13 +117,13 @@ class WeightStorage:
 FIXED = {"trt": "has INT8 containers only", "qonnx": "has float32 constants only"}  # whatever the bits
 
 
-def _containers(wide: list[Stored]) -> str:
-    """``4-bit weights of 18 layers in INT8, their codes reach 15``, those that take most first."""
-    kinds: dict[tuple[int, str], list[Stored]] = {}
+def _containers(wide: list[StoredWeight]) -> str:
+    """As in ``4-bit weights of 18 layers in INT8, their codes reach 15``, largest excess first."""
+    kinds: dict[tuple[int, str], list[StoredWeight]] = {}
     for each in wide:
         kinds.setdefault((each.bits, each.container), []).append(each)
 
-    def excess(members: list[Stored]) -> int:
+    def excess(members: list[StoredWeight]) -> int:
         return sum(each.count * (each.width - each.bits) for each in members)
 
     texts = []
@@ -136,14 +138,14 @@ def _containers(wide: list[Stored]) -> str:
 
 
 def weight_storage(path: Path) -> WeightStorage:
-    """How the ONNX file at ``path``, written by one of ``EXPORTERS``, holds its weights."""
+    """The stored weights of the ONNX file at ``path``, written by one of ``EXPORTERS``."""
     graph = onnx.load(str(path)).graph
     constants = {each.name: each for each in graph.initializer}
     return WeightStorage(path.stat().st_size, tuple(_stored(graph, constants)))
 
 
 def _zeros(node: Any, constants: dict[str, Any]) -> Any:
-    """The zero points of a DequantizeLinear, one or one a slice along its axis, to be taken away from its codes."""
+    """The zero points of a DequantizeLinear, a scalar or one per slice along its axis, shaped like its codes."""
     if len(node.input) < 3 or node.input[2] not in constants:
         return 0
     zeros = onnx.numpy_helper.to_array(constants[node.input[2]]).astype(int)
@@ -152,12 +154,12 @@ def _zeros(node: Any, constants: dict[str, Any]) -> Any:
     return zeros.reshape([-1 if dim == axis % dims else 1 for dim in range(dims)]) if zeros.ndim else zeros
 
 
-def _stored(graph: Any, constants: dict[str, Any]) -> Iterator[Stored]:
+def _stored(graph: Any, constants: dict[str, Any]) -> Iterator[StoredWeight]:
     seen: set[str] = set()
     for node in graph.node:
-        told = {entry.key: entry.value for entry in node.metadata_props}
+        annotations = {entry.key: entry.value for entry in node.metadata_props}
         name = node.input[0] if node.input else ""
-        if told.get(onnx_helpers.OPERAND) != "weight" or name not in constants or name in seen:
+        if annotations.get(onnx_helpers.OPERAND) != "weight" or name not in constants or name in seen:
             continue
         seen.add(name)
         kind = onnx.TensorProto.DataType.Name(constants[name].data_type)
@@ -165,5 +167,12 @@ def _stored(graph: Any, constants: dict[str, Any]) -> Iterator[Stored]:
         reach = (
             0 if kind == "FLOAT" else int(np.abs(codes.astype(int) - _zeros(node, constants)).max(initial=0))
         )
-        width = 4 if kind.endswith("INT4") else 8 * codes.itemsize  # NumPy has a byte for four bits
-        yield Stored(told[onnx_helpers.LAYER], codes.size, int(told[onnx_helpers.BITS]), kind, width, reach)
+        width = 4 if kind.endswith("INT4") else 8 * codes.itemsize  # NumPy takes a byte for four bits
+        yield StoredWeight(
+            annotations[onnx_helpers.LAYER],
+            codes.size,
+            int(annotations[onnx_helpers.BITS]),
+            kind,
+            width,
+            reach,
+        )

@@ -1,12 +1,14 @@
-"""Style ``exact``: an ONNX graph whose logits equal PyTorch's to the last bit, at ONNX Runtime's default settings.
+"""Style ``exact``: an ONNX graph whose logits equal PyTorch's bit for bit.
+
+It needs no settings of ONNX Runtime other than the default ones.
 
     input --Clip--QuantizeLinear(step)--DequantizeLinear(1)--.
                                                               Conv -- Mul(scale[c]) -- Add(shift[c]) -- Relu -- ...
     integer weight --DequantizeLinear(1)---------------------'
 
-The PyTorch side is the model's exact form (``graphs.exact_form``): the same function, in which every sum is
-one of integers or has a fixed order. Odd codes of the paper's grid that fit 4 bits by halves, ``code = 2 h +
-1``, are stored as ``h``.
+The PyTorch reference is the model's exact form (``exact_form``): the same function, in which every sum is a sum of
+integers or has a fixed order. Odd codes of the paper's grid whose halves fit 4 bits, ``code = 2 h + 1``, are stored as
+``h``.
 """
 
 from pathlib import Path
@@ -18,19 +20,19 @@ from torch import Tensor, nn
 
 from saqcli.export import onnx_helpers, tracing
 from saqcli.export.exact_form import ExactForm
-from saqcli.export.model_metadata import ModelFacts, properties
+from saqcli.export.model_metadata import ModelMetadata, properties
 from saqcli.export.onnx_helpers import quantized
 from saqcli.export.operators import frozen_copy
 
 
 class ExactExporter:
-    """Writes a graph that any runtime with IEEE arithmetic computes alike."""
+    """Writes a graph that gives the same bits in any runtime with IEEE arithmetic."""
 
     suffix = ".onnx"
     conditions: tuple[str, ...] = ()
 
-    def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
-        """Write ``path``; as ``QdqExporter.export``.
+    def export(self, model: nn.Module, example: Tensor, path: Path, metadata: ModelMetadata) -> None:
+        """Write ``path``, as ``QdqExporter.export`` does.
 
         Raises:
             UnsupportedModel: the model cannot be traced, or has an operator without an exact form.
@@ -39,17 +41,17 @@ class ExactExporter:
         onnx_helpers.lower(model_graph.graph, "InputCodes", _input_codes)
         _slice_codes(model_graph.graph)
         onnx_helpers.lower(model_graph.graph, "WeightCodes", _weight_codes)
-        tracing.save(model_graph, path, properties(facts), facts.saq_version)
+        tracing.save(model_graph, path, properties(metadata), metadata.saq_version)
 
 
 def _input_codes(graph: ir.Graph, node: ir.Node) -> ir.Value:
     codes, _, zero = quantized(graph, node)
     one = onnx_helpers.constant(graph, "one", np.float32(1))
-    return onnx_helpers.before(graph, node, "DequantizeLinear", [codes, one, zero])
+    return onnx_helpers.insert_before(graph, node, "DequantizeLinear", [codes, one, zero])
 
 
 def _slice_codes(graph: ir.Graph) -> None:
-    """Cut codes into the parts of a wide matrix product before they are dequantized, not behind (hazard H2)."""
+    """Slice the codes of a wide matrix product before, not after, they are dequantized (hazard H2)."""
     for node in [node for node in graph if node.op_type == "Slice"]:
         source = node.inputs[0].producer() if node.inputs[0] is not None else None
         readers = onnx_helpers.consumers(node.outputs[0])
@@ -66,14 +68,14 @@ def _slice_codes(graph: ir.Graph) -> None:
 
 
 def _weight_codes(graph: ir.Graph, node: ir.Node) -> ir.Value:
-    """The codes in the smallest container; odd ones by halves where that makes them fit 4 bits."""
+    """The codes in the smallest container; odd codes as halves if these fit 4 bits."""
     codes = onnx_helpers.array_of(node.inputs[0])
     halves = (codes.astype(np.int32) - 1) // 2
     if (codes % 2 == 1).all() and not onnx_helpers.fits_int4(codes) and onnx_helpers.fits_int4(halves):
         doubled = onnx_helpers.dequantized(
             graph, node, halves.astype(ml_dtypes.int4), ir.DataType.INT4, np.float32(2)
         )
-        return onnx_helpers.before(
+        return onnx_helpers.insert_before(
             graph, node, "Add", [doubled, onnx_helpers.constant(graph, "one", np.float32(1))]
         )
     return onnx_helpers.dequantized(graph, node, *onnx_helpers.packed_safely(node), np.float32(1))

@@ -1,11 +1,4 @@
-"""The exact form of a quantized model: the same function, written so that every runtime computes the same bits.
-
-Which ATen operators are exact by themselves, and by what the others are replaced.
-
-To add one: its name in ``EXACT_ALONE`` if IEEE 754 defines its result to the last bit, or a function of
-``ordered`` beside its name in ``ORDERED``.
-
-The exact form of a quantized model: the same function, written so that every runtime computes the same bits.
+"""Exact form of a quantized model, with the same bits in every runtime.
 
 A fake-quantized convolution multiplies floating-point numbers, and its sum depends on the order of the summands. Here
 
@@ -13,12 +6,14 @@ A fake-quantized convolution multiplies floating-point numbers, and its sum depe
                   conv -- * scale[c] -- + shift[c] -- ...        scale = s_a s_w gain,  shift = bias and norm, folded
     codes of w --'
 
-works on integers, whose sums are exact in any order (``integers``). Everything else becomes operations that
-are defined to the last bit (``ordered``). An operator that is neither exact by itself nor known there is
-refused by name.
+works on integers, whose sums are exact in any order (``integers``). All other operators become operations that are
+defined to the last bit (``ordered``). An operator that is neither exact itself nor listed here is refused by name.
 
-The program of a frozen model is rewritten node by node. A value on the way is a ``Tensor`` (a constant, computed here
-and now), an ``fx.Node`` (a floating-point tensor), or ``Integers`` with the scale that was not yet applied to them.
+The program of a frozen model is rewritten node by node. An intermediate value is a ``Tensor`` (a constant, computed
+immediately), an ``fx.Node`` (a floating-point tensor), or ``Integers`` with a scale that is not applied yet.
+
+To add an operator, put its name in ``EXACT_ALONE`` if IEEE 754 defines its result to the last bit; otherwise add a
+function of ``ordered`` to ``ORDERED``.
 """
 
 import itertools
@@ -33,9 +28,9 @@ from torch.utils import _pytree as tree
 
 from saqcli.errors import UnsupportedModel
 from saqcli.export import operators, ordered, tracing
-from saqcli.export.integers import Accumulator, Integers, Operator, part_of, parts_of
+from saqcli.export.integers import Accumulator, Integers, Operator, split_channels, weight_part
 
-# Move numbers about, or put zeros among them.
+# Rearrange numbers or insert zeros.
 LAYOUT = set(
     """
     alias clone contiguous view _unsafe_view reshape permute transpose t flatten unflatten squeeze unsqueeze
@@ -44,9 +39,9 @@ LAYOUT = set(
     """.split()
 )
 
-SEVERAL = {"split", "split_with_sizes", "chunk", "unbind"}  # of LAYOUT: they give several tensors
+SEVERAL = {"split", "split_with_sizes", "chunk", "unbind"}  # of LAYOUT: they return several tensors
 
-# One operation of IEEE 754 for each number that comes out, or a choice between numbers.
+# One IEEE 754 operation per output value, or a selection of values.
 EXACT_ALONE = set(
     """
     add sub rsub mul div neg abs reciprocal square relu relu6 leaky_relu clamp clamp_min clamp_max
@@ -67,7 +62,7 @@ def _avg_pool2d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    """``torch.nn.functional.avg_pool2d``: shifted images are added up in reading order."""
+    """``torch.nn.functional.avg_pool2d``: sums shifted images in row-major order."""
     sizes, pads = (int(x.shape[-2]), int(x.shape[-1])), _pair(padding)
     kernels, strides = _pair(kernel_size), _pair(stride if len(stride) else kernel_size)
     windows = [_windows(*each, ceil_mode) for each in zip(sizes, kernels, strides, pads, strict=True)]
@@ -96,7 +91,7 @@ def _avg_pool2d(
 
 
 def _windows(size: int, kernel: int, stride: int, pad: int, ceil_mode: bool) -> list[int]:
-    """Where the windows along one dimension start; the last one starts within the image or its left padding."""
+    """Starts of the windows along one dimension; the last one starts within the image or its left padding."""
     room = size + 2 * pad - kernel
     count = -(-room // stride) + 1 if ceil_mode else room // stride + 1
     if ceil_mode and (count - 1) * stride >= size + pad:
@@ -105,7 +100,7 @@ def _windows(size: int, kernel: int, stride: int, pad: int, ceil_mode: bool) -> 
 
 
 def _covered(start: int, kernel: int, size: int, pad: int) -> int:
-    """How much of a window lies in the image and ``pad`` around it."""
+    """Size of the part of a window in the image with ``pad`` around it."""
     return min(start + kernel, size + pad) - max(start, -pad)
 
 
@@ -213,7 +208,7 @@ ORDERED: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": ordered.attention,
 }
 
-# With a factor, PyTorch multiplies and adds with one rounding.
+# With alpha, PyTorch rounds once for multiplication and addition.
 SCALED: dict[str, Callable[..., Any]] = {
     "add": lambda x, y, alpha: x + y * alpha,
     "sub": lambda x, y, alpha: x - y * alpha,
@@ -224,7 +219,7 @@ SCALED: dict[str, Callable[..., Any]] = {
 aten, saq = torch.ops.aten, torch.ops.saq
 
 
-# Strides may differ from those that the program was traced with.
+# Strides may differ from those during tracing.
 _SAFE = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
 
 
@@ -232,7 +227,7 @@ class ExactForm(nn.Module):
     """A model in its exact form: images (N, C, H, W) to logits (N, classes).
 
     Attributes:
-        accumulators: of every quantized layer that is called.
+        accumulators: largest sums of every quantized layer that is called.
     """
 
     def __init__(self, frozen: nn.Module, example: Tensor) -> None:
@@ -240,10 +235,10 @@ class ExactForm(nn.Module):
 
         Args:
             frozen: from ``frozen_copy``.
-            example: images (N, C, H, W); the form is for their size, and for any number of them.
+            example: images (N, C, H, W); the form is valid for their size and any batch size.
 
         Raises:
-            UnsupportedModel: the model cannot be traced, or has an operator without an exact form; names it.
+            UnsupportedModel: the model cannot be traced, or an operator, named in the message, has no exact form.
         """
         super().__init__()
         rewriting = _Rewriting(tracing.program(frozen, example).run_decompositions({}).module())
@@ -286,7 +281,7 @@ class _Rewriting:
         if node.op == "get_attr":
             return operator.attrgetter(str(node.target))(self.source)
         if node.op == "output":
-            return self.graph.output(self.floating(tree.tree_leaves(args)[0]))
+            return self.graph.output(self.as_float(tree.tree_leaves(args)[0]))
         if node.op == "call_module":  # a check of the input's shape
             return None
         return self._call(node.target, args, kwargs)
@@ -303,8 +298,13 @@ class _Rewriting:
             return target(*args, **kwargs)
         name = str(target).split(".")[1] if isinstance(target, torch._ops.OpOverload) else target.__name__
         codes = args[0] if args and isinstance(args[0], Integers) else None
-        if name in LAYOUT and name not in SEVERAL and codes is not None and codes.moves(args[1:], kwargs):
-            return self._moved(target, args, kwargs)
+        if (
+            name in LAYOUT
+            and name not in SEVERAL
+            and codes is not None
+            and codes.keeps_values(args[1:], kwargs)
+        ):
+            return self._rearranged(target, args, kwargs)
         args, kwargs = self._floating((args, kwargs))
         if kwargs.get("alpha", 1) != 1 and name in SCALED:
             return self.graph.call_function(SCALED[name], args, kwargs)
@@ -316,11 +316,11 @@ class _Rewriting:
             f"style exact has no form of operator {name} that every runtime computes alike: choose another `style`"
         )
 
-    def _moved(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """An operator that only moves numbers about, or adds zeros, on codes."""
+    def _rearranged(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Apply an operator that only rearranges numbers or inserts zeros to codes."""
         x, *rest = args
         rest, kwargs = self._floating((tuple(rest), kwargs))
-        numbers = self.graph.call_function(target, (self.live(x.numbers), *rest), kwargs)
+        numbers = self.graph.call_function(target, (self.as_node(x.numbers), *rest), kwargs)
         if target == aten.sym_size.int:
             return numbers
         return Integers(numbers, x.scale, None, min(x.lowest, 0), max(x.highest, 0), x.bits, x.layer)
@@ -329,38 +329,40 @@ class _Rewriting:
         """Arguments for the new graph: constants and integers become nodes."""
 
         def become_nodes(each: Any) -> Any:
-            return self.floating(each) if isinstance(each, Tensor | Integers) else each
+            return self.as_float(each) if isinstance(each, Tensor | Integers) else each
 
         return fx.node.map_aggregate(values, become_nodes)
 
-    def live(self, value: Any) -> fx.Node:
-        """A node that gives ``value``; a constant gets a buffer."""
+    def as_node(self, value: Any) -> fx.Node:
+        """A node of ``value``; a constant becomes a buffer."""
         if isinstance(value, fx.Node):
             return value
         name = f"constant_{len(self.root._buffers)}"
         self.root.register_buffer(name, value.detach().clone())
         return self.graph.get_attr(name)
 
-    def floating(self, value: Any) -> fx.Node:
-        """A node that gives the values in floating point."""
+    def as_float(self, value: Any) -> fx.Node:
+        """A node of the values in floating point."""
         if not isinstance(value, Integers):
-            return self.live(value)
+            return self.as_node(value)
         if value.value is None:
-            numbers = self.live(value.numbers.float() if isinstance(value.numbers, Tensor) else value.numbers)
+            numbers = self.as_node(
+                value.numbers.float() if isinstance(value.numbers, Tensor) else value.numbers
+            )
             value.value = self.affine(numbers, value.scale, value.shift)
         return value.value
 
     def affine(self, x: fx.Node, scale: Tensor, shift: Tensor | None) -> fx.Node:
         """``x * scale + shift``, both rounded to float32 once."""
-        result = self.graph.call_function(aten.mul.Tensor, (x, self.live(scale.float())))
+        result = self.graph.call_function(aten.mul.Tensor, (x, self.as_node(scale.float())))
         if shift is not None:
-            result = self.graph.call_function(aten.add.Tensor, (result, self.live(shift.float())))
+            result = self.graph.call_function(aten.add.Tensor, (result, self.as_node(shift.float())))
         return result
 
 
 def _quantize_input(r: _Rewriting, target: Any, given: dict[str, Any]) -> Integers:
     lowest, highest, bits, layer = (given[name] for name in ("lowest", "highest", "bits", "layer"))
-    arguments = (r.floating(given["x"]), r.live(given["step"]), lowest, highest, bits, layer)
+    arguments = (r.as_float(given["x"]), r.as_node(given["step"]), lowest, highest, bits, layer)
     numbers = r.graph.call_function(saq.input_codes.default, arguments)
     return Integers(numbers, given["step"].double(), None, lowest, highest, bits, layer)
 
@@ -378,7 +380,7 @@ def _product(r: _Rewriting, target: Any, given: dict[str, Any]) -> Any:
         return _float_product(r, target, x, weight, bias)
     assert isinstance(weight.numbers, Tensor)
     layer = Operator(target, given)
-    parts, largest = parts_of(layer, x, weight)
+    parts, largest = split_channels(layer, x, weight)
     r.accumulators.append(Accumulator(weight.layer, largest, len(parts)))
     sums = [_sum(r, layer, x, weight, part if len(parts) > 1 else None) for part in parts]
     channels, dims = len(layer.by_output(weight.numbers)), weight.numbers.dim()
@@ -386,7 +388,7 @@ def _product(r: _Rewriting, target: Any, given: dict[str, Any]) -> Any:
     shift = None if bias is None else layer.per_channel(bias.double(), channels, dims)
     if len(sums) == 1:
         return Integers(sums[0], scale, shift, layer=weight.layer)
-    # Scaled before they are added: where a runtime adds one convolution to another's sums, those would leave 2^24.
+    # Scaled before addition: a runtime that adds one convolution to the sums of another would exceed 2^24.
     total = r.affine(sums[0], scale, shift)
     for other in sums[1:]:
         total = r.graph.call_function(aten.add.Tensor, (total, r.affine(other, scale, None)))
@@ -394,33 +396,35 @@ def _product(r: _Rewriting, target: Any, given: dict[str, Any]) -> Any:
 
 
 def _sum(r: _Rewriting, layer: Operator, x: Integers, weight: Integers, part: slice | None) -> fx.Node:
-    """The products of codes, summed over the input channels of one part or over all."""
-    numbers, codes = r.live(x.numbers), weight.numbers
+    """The sum of products of codes over the input channels of one part, or over all."""
+    numbers, codes = r.as_node(x.numbers), weight.numbers
     assert isinstance(codes, Tensor)
     if part is not None:
-        codes = part_of(layer, codes, part)
+        codes = weight_part(layer, codes, part)
         if layer.groups == 1:
             limits = (numbers, layer.channel_dim, part.start, part.stop)
             numbers = r.graph.call_function(aten.slice.Tensor, limits)
-    multiplier = r.graph.call_function(saq.weight_codes.default, (r.live(codes), weight.bits, weight.layer))
+    multiplier = r.graph.call_function(
+        saq.weight_codes.default, (r.as_node(codes), weight.bits, weight.layer)
+    )
     return r.graph.call_function(layer.target, (numbers, multiplier, None), layer.settings)
 
 
 def _float_product(r: _Rewriting, target: Any, x: Any, weight: Any, bias: Any) -> fx.Node:
-    """A linear layer that was left in floating point."""
+    """A linear layer in floating point."""
     if target != aten.linear.default:
         name = weight.layer if isinstance(weight, Integers) else "one"
         raise UnsupportedModel(
             f"style exact needs weights and inputs of every convolution quantized, and {name} is not: "
             "choose another `style`"
         )
-    transposed = r.graph.call_function(aten.transpose.int, (r.floating(weight), -2, -1))
-    result = r.graph.call_function(ORDERED["matmul"], (r.floating(x), transposed))
-    return result if bias is None else r.graph.call_function(aten.add.Tensor, (result, r.live(bias)))
+    transposed = r.graph.call_function(aten.transpose.int, (r.as_float(weight), -2, -1))
+    result = r.graph.call_function(ORDERED["matmul"], (r.as_float(x), transposed))
+    return result if bias is None else r.graph.call_function(aten.add.Tensor, (result, r.as_node(bias)))
 
 
 def _batch_norm(r: _Rewriting, target: Any, given: dict[str, Any]) -> tuple[Any, None, None]:
-    """A batch norm in eval mode: folded into the scale of integers, else a multiplication and an addition."""
+    """A batch norm in eval mode: folded into the scale of integers, or a multiplication and an addition."""
     x = given["input"]
     mean, var = given["running_mean"].double(), given["running_var"].double()
     gain = torch.rsqrt(var + given["eps"])
@@ -431,7 +435,7 @@ def _batch_norm(r: _Rewriting, target: Any, given: dict[str, Any]) -> tuple[Any,
     if isinstance(x, Integers) and not x.plain and x.scale.dim() > 1:
         shift = shift if x.shift is None else x.shift * gain + shift
         return Integers(x.numbers, x.scale * gain, shift, layer=x.layer), None, None
-    return r.affine(r.floating(x), gain, shift), None, None
+    return r.affine(r.as_float(x), gain, shift), None, None
 
 
 HANDLERS: dict[Any, Callable[[_Rewriting, Any, dict[str, Any]], Any]] = {

@@ -1,12 +1,13 @@
-"""The pattern that ONNX Runtime runs on integers: a product between full 8-bit tensors, its bias an int32 of
-their scales.
+"""Preparation of 8-bit layers for ONNX Runtime's integer kernels.
+
+A product between full 8-bit tensors, whose bias is an int32 in units of their scales,
 
     Q DQ -- Conv -- (Relu) -- Q DQ        weight INT8, bias INT32 behind DequantizeLinear
 
-becomes one QLinearConv. The bias is rounded to a multiple of input step times weight step, half a unit of the
-accumulator at most. Where that would be felt (few products a sum, as in depthwise layers) and everywhere else
-it stays a float Add. Pools and concatenations in between are made
-transparent: quantizing before them with the same step gives the same codes.
+becomes one QLinearConv. The bias is rounded to a multiple of input step times weight step, by at most half a unit of
+the accumulator. Where this error would be noticeable (few products per sum, as in depthwise layers), and in all other
+layers, the bias stays a float Add. Pools and concatenations in between are moved behind the quantizer: quantizing
+before them with the same step gives the same codes.
 """
 
 import numpy as np
@@ -14,15 +15,13 @@ import onnx_ir as ir
 
 from saqcli.export import onnx_helpers
 
-SAME_CODES = ("Concat", "MaxPool")  # quantizing in front of it, with the same step, changes nothing
+SAME_CODES = ("Concat", "MaxPool")  # quantizing before it with the same step changes nothing
 INT32_MAX = 2**31 - 1
-LARGEST_SHIFT = (
-    0.005  # of the step that the layer's output is quantized with; rounding the bias may move it by no more
-)
+LARGEST_SHIFT = 0.005  # by rounding of the bias, in steps of the quantizer of the layer's output
 
 
 def prepare_integer_kernels(graph: ir.Graph) -> None:
-    """Rewrite what integer kernels need; to be called before biases are set apart."""
+    """Rewrite ``graph`` for integer kernels; to be called before ``split_bias``."""
     for node in onnx_helpers.placeholders(graph, "QuantizeInput"):
         if _full(node):
             _quantize_before(graph, node)
@@ -40,7 +39,7 @@ def _full(node: ir.Node) -> bool:
 
 
 def _quantize_before(graph: ir.Graph, node: ir.Node) -> None:
-    """Copies of the quantizer in front of the pool or concatenation that feeds it."""
+    """Copy the quantizer to the inputs of the pool or concatenation in front of it."""
     producer = node.inputs[0].producer() if node.inputs[0] is not None else None
     if (
         producer is None
@@ -85,7 +84,7 @@ def _drop_clip(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _round_bias(graph: ir.Graph, node: ir.Node) -> None:
-    """Make the bias int32 where the layer will run on integers."""
+    """Make the bias int32 if the layer will run on integers."""
     weight = onnx_helpers.weight_of(node)
     source = node.inputs[0].producer() if node.inputs[0] is not None else None
     if weight is None or source is None or source.op_type != "QuantizeInput" or not _full(source):
@@ -94,7 +93,7 @@ def _round_bias(graph: ir.Graph, node: ir.Node) -> None:
         onnx_helpers.array_of(weight.inputs[0])
     ):
         return
-    reader = _quantizer_behind(node.outputs[0])
+    reader = _quantizer_after(node.outputs[0])
     bias = onnx_helpers.array_of(node.inputs[2]) if len(node.inputs) > 2 else None
     if bias is None or reader is None:
         return
@@ -113,15 +112,15 @@ def _round_bias(graph: ir.Graph, node: ir.Node) -> None:
         onnx_helpers.constant(graph, f"{layer}.bias_step", unit),
     ]
     axis = {"axis": 0} if unit.ndim else {}
-    node.replace_input_with(2, onnx_helpers.before(graph, node, "DequantizeLinear", inputs, **axis))
+    node.replace_input_with(2, onnx_helpers.insert_before(graph, node, "DequantizeLinear", inputs, **axis))
 
 
-def _quantizer_behind(value: ir.Value) -> ir.Node | None:
-    """The full 8-bit quantizer that alone reads ``value``, behind a ReLU at most."""
+def _quantizer_after(value: ir.Value) -> ir.Node | None:
+    """The full 8-bit quantizer that is the only reader of ``value``, possibly through a ReLU."""
     readers = onnx_helpers.consumers(value)
     if len(readers) != 1:
         return None
     (reader,) = readers
     if reader.op_type == "Relu":
-        return _quantizer_behind(reader.outputs[0])
+        return _quantizer_after(reader.outputs[0])
     return reader if reader.op_type == "QuantizeInput" and _full(reader) else None

@@ -1,10 +1,9 @@
-"""Integers on their way through a graph, and the sums of their products, which no order can change.
+"""Exact integer sums: codes with their scale, and the split of long sums.
 
-A sum of products of codes is an integer. float32 holds every integer up to 2**24, so as long as no partial
-sum can leave that range, the result does not depend on the order of the summands, the number of threads, or
-how the batch is cut. The largest possible sum follows from the weight's codes and the range of the inputs.
-Where it is larger, the input channels are cut into parts whose sums stay below, and the parts are added one
-after another.
+A sum of products of codes is an integer. float32 represents every integer up to 2**24, so as long as no partial sum can
+exceed that range, the result does not depend on the order of the summands, the number of threads, or the batch size.
+The largest possible sum follows from the weight's codes and the range of the inputs. If it is larger, the input
+channels are split into parts whose sums stay within the range, and the parts are added one after another.
 """
 
 from collections.abc import Sequence
@@ -22,17 +21,17 @@ _LINEAR = torch.ops.aten.linear.default
 
 @dataclass(eq=False)
 class Integers:
-    """Integers in float32, and what they are worth: ``numbers * scale + shift``.
+    """Integers in float32 and the values they represent: ``numbers * scale + shift``.
 
     Attributes:
-        numbers: the node that computes them; of a weight, the constant codes.
+        numbers: the node that computes them; for a weight, the constant codes.
         scale: float64, shaped to multiply ``numbers``; a scalar for codes of inputs.
-        shift: likewise, or None.
-        lowest: no number is below; of codes.
-        highest: no number is above; of codes.
-        bits: of the quantizer that made the codes.
-        layer: whose operand they are.
-        value: ``numbers * scale + shift``, once somebody needed it.
+        shift: float64, shaped as ``scale``, or None.
+        lowest: lower bound of codes.
+        highest: upper bound of codes.
+        bits: bits of the quantizer of the codes.
+        layer: name of the layer whose operand they are.
+        value: the node of ``numbers * scale + shift``, created on first use.
     """
 
     numbers: fx.Node | Tensor
@@ -46,23 +45,23 @@ class Integers:
 
     @property
     def plain(self) -> bool:
-        """Whether moving the numbers about leaves their worth as it is."""
+        """Whether layout operators on ``numbers`` keep the values they represent."""
         return self.scale.dim() == 0 and self.shift is None
 
-    def moves(self, more: Sequence[Any], options: dict[str, Any]) -> bool:
-        """Whether an operator of these further arguments only moves the numbers about, or puts zeros among them."""
+    def keeps_values(self, more: Sequence[Any], options: dict[str, Any]) -> bool:
+        """Whether a layout operator with these further arguments only rearranges the numbers or inserts zeros."""
         filled = options.get("value") or any(isinstance(each, float) and each for each in more)
         return isinstance(self.numbers, fx.Node) and self.plain and not filled
 
 
 @dataclass(frozen=True)
 class Accumulator:
-    """How large the sums of one layer can get.
+    """The largest possible sum of one layer.
 
     Attributes:
-        layer: its name.
-        largest: magnitude that no partial sum exceeds, in products of codes.
-        parts: that its input channels are cut into; 1 where ``largest`` is at most 2**24.
+        layer: name of the layer.
+        largest: bound on the magnitude of all partial sums, in products of codes.
+        parts: number of parts of the input channels; 1 if ``largest`` is at most 2**24.
     """
 
     layer: str
@@ -72,11 +71,11 @@ class Accumulator:
 
 @dataclass(frozen=True)
 class Operator:
-    """A convolution or linear layer as the rewriting meets it.
+    """A convolution or linear layer of the traced program.
 
     Attributes:
         target: the ATen operator.
-        settings: its arguments but input, weight and bias, by name.
+        settings: its arguments by name, without input, weight and bias.
     """
 
     target: Any
@@ -84,17 +83,17 @@ class Operator:
 
     @property
     def transposed(self) -> bool:
-        """Whether its weight has input channels first."""
+        """Whether the first dimension of its weight is that of input channels."""
         return "transpose" in str(self.target)
 
     @property
     def groups(self) -> int:
-        """Of channels."""
+        """Number of channel groups."""
         return int(self.settings.get("groups", 1))
 
     @property
     def channel_dim(self) -> int:
-        """The output's dimension of channels."""
+        """The channel dimension of the output."""
         return -1 if self.target == _LINEAR else 1
 
     def by_output(self, codes: Tensor) -> Tensor:
@@ -105,20 +104,20 @@ class Operator:
         return grouped.transpose(1, 2).flatten(0, 1)
 
     def per_channel(self, scale: Tensor, channels: int, dims: int) -> Tensor:
-        """``scale`` of a weight, one for each of its channels or one for all, shaped to multiply the output.
+        """``scale`` of a weight, per channel or a scalar, shaped to multiply the output.
 
-        One number for each channel, where one for all would do: ONNX Runtime merges a single number into a product.
+        A scalar is repeated for every channel, since ONNX Runtime merges scalars into a product.
         """
         flat = scale.flatten()
-        flat = flat.repeat(channels // len(flat))  # of a transposed convolution: the groups share it
+        flat = flat.repeat(channels // len(flat))  # the groups of a transposed convolution share it
         return flat if self.channel_dim == -1 else flat.reshape(1, -1, *(1,) * (dims - 2))
 
 
-def parts_of(operator: Operator, x: Integers, weight: Integers) -> tuple[list[slice], int]:
-    """How the input channels of a group are cut, and the largest possible sum of all of them.
+def split_channels(operator: Operator, x: Integers, weight: Integers) -> tuple[list[slice], int]:
+    """The parts of the input channels of a group, and the largest possible sum of all channels.
 
     Raises:
-        UnsupportedModel: a single input channel can exceed what float32 counts.
+        UnsupportedModel: the sum of a single input channel can exceed 2**24.
     """
     assert isinstance(weight.numbers, Tensor)
     codes = operator.by_output(weight.numbers).double()
@@ -140,8 +139,8 @@ def parts_of(operator: Operator, x: Integers, weight: Integers) -> tuple[list[sl
     return [*cuts, slice(start, codes.shape[1])], largest
 
 
-def part_of(operator: Operator, codes: Tensor, part: slice) -> Tensor:
-    """The weight of one part: without the other channels, or with zeros in their place where there are groups."""
+def weight_part(operator: Operator, codes: Tensor, part: slice) -> Tensor:
+    """The weight of one part: other channels are removed or, with groups, set to zero."""
     if operator.groups > 1:
         dim = 0 if operator.transposed else 1
         inside = torch.zeros(operator.by_output(codes).shape[1], dtype=codes.dtype)

@@ -1,8 +1,6 @@
-"""What an exported file says about itself: enough to rebuild, feed and check the model.
+"""Metadata of exported files, to rebuild, feed and check a model.
 
-What an exported file says about itself, beside its tensors: enough to build, feed and check the model again.
-
-What an ONNX file of ours says about itself, in its metadata: everything for ``saq``, the main things for others.
+ONNX files hold all of it for ``saq``, and preprocessing and class names in separate entries for other readers.
 """
 
 from pathlib import Path
@@ -23,27 +21,27 @@ from saqcli.serialization import json_text, parse_json, printable
 SCHEMA_VERSION = 1
 
 
-class ModelFacts(BaseModel):
-    """Everything about a quantized model that is no tensor.
+class ModelMetadata(BaseModel):
+    """Everything about a quantized model except its tensors.
 
     Attributes:
-        schema_version: of this description.
-        saq_version: that wrote it.
-        versions: of the libraries that it was written with, by name.
-        build: how the float architecture is built: name, classes, channels, keyword arguments.
+        schema_version: version of this schema.
+        saq_version: version of saq that wrote it.
+        versions: versions of the libraries it was written with, by name.
+        build: arguments that build the float architecture: name, classes, channels, keyword arguments.
         preprocessing: input size, mean, standard deviation, interpolation, crop.
         policy: bits of every quantized layer, in execution order.
-        scheme: which quantizers.
-        signed: whether a layer's input has negative values.
-        routed: parents that multiply with their children's weights themselves, and those children.
-        products: of activations that are quantized, and the layers whose input bits they have.
-        class_names: of all logits, by index; empty where unknown. Files of earlier versions may have fewer, of the
-            folders that were trained on.
-        folders: class folders that it was trained on, and their labels; empty where unknown.
-        class_order: what decided on these labels: ``timm``, ``torchvision``, ``imagenet``, a file; empty where unknown.
-        exif_transpose: whether images were turned as their EXIF orientation says.
-        source: where the float weights came from.
-        source_sha256: of the file they came from, if one.
+        scheme: choice of the quantizers.
+        signed: whether a layer's input has negative values, by layer.
+        routed: parents that multiply with their children's weights, and those children.
+        products: quantized products of activations, and the layers whose input bits they have.
+        class_names: names of all logits, by index; empty if unknown. Files of earlier versions may have only those of
+            the training folders.
+        folders: class folders of the training data and their labels; empty if unknown.
+        class_order: source of these labels: ``timm``, ``torchvision``, ``imagenet``, a file; empty if unknown.
+        exif_transpose: whether images were rotated by their EXIF orientation.
+        source: source of the float weights.
+        source_sha256: SHA-256 of the file of the float weights, if there was one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,62 +64,62 @@ class ModelFacts(BaseModel):
     source_sha256: str | None = None
 
     @model_validator(mode="after")
-    def _signs_are_known(self) -> Self:
+    def _check_signs(self) -> Self:
         unknown = [
             name for name, bits in self.policy.layers.items() if bits.activation and name not in self.signed
         ]
         if unknown:
-            raise ValueError(f"whether the input of {unknown[0]} is signed is not recorded")
+            raise ValueError(f"the sign of the input of {unknown[0]} is missing")
         return self
 
 
-def check_schema(facts: object, source: str) -> None:
-    """Refuse the description, a tree of JSON, of a newer saq before its strict schema does so less clearly.
+def check_schema(metadata: object, source: str) -> None:
+    """Refuse JSON metadata of a newer saq with a clear message, before validation by the strict schema.
 
     Raises:
-        CorruptArtifact: it is of a newer version.
+        CorruptArtifact: the metadata is of a newer version.
     """
-    version = facts.get("schema_version") if isinstance(facts, dict) else None
-    if isinstance(facts, dict) and type(version) is int and version > SCHEMA_VERSION:
+    version = metadata.get("schema_version") if isinstance(metadata, dict) else None
+    if isinstance(metadata, dict) and type(version) is int and version > SCHEMA_VERSION:
         raise CorruptArtifact(
-            f"{source} was written by saq {facts.get('saq_version')}, description version {version}; this saq "
+            f"{source} was written by saq {metadata.get('saq_version')}, description version {version}; this saq "
             f"{__version__} reads up to {SCHEMA_VERSION}: upgrade saq"
         )
 
 
-FACTS = "saq.facts"
+METADATA_KEY = "saq.facts"
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16)
 
 
-def properties(facts: ModelFacts) -> dict[str, str]:
-    """The metadata: ``saq.facts`` as JSON, and beside it preprocessing and class names for readers that know no saq."""
+def properties(metadata: ModelMetadata) -> dict[str, str]:
+    """The entries of an ONNX file: all metadata as JSON; preprocessing and class names also for other readers."""
     return {
-        FACTS: facts.model_dump_json(),
-        "preprocessing": json_text(facts.preprocessing),
-        "class_names": json_text(list(facts.class_names), ensure_ascii=False),
+        METADATA_KEY: metadata.model_dump_json(),
+        "preprocessing": json_text(metadata.preprocessing),
+        "class_names": json_text(list(metadata.class_names), ensure_ascii=False),
     }
 
 
 def read_onnx(path: Path) -> onnx.ModelProto:
-    """A file as it stands; nothing is run, and no other file is read.
+    """Read an ONNX file without running it, and without reading any other file.
 
     Raises:
-        CorruptArtifact: it is no ONNX file, or keeps tensors in other files, which saq never writes.
+        CorruptArtifact: not an ONNX file, or one with tensors in other files, which saq never writes.
     """
     try:
         model = onnx.load(str(path), load_external_data=False)
-        elsewhere = any(_elsewhere(graph) for graph in (model.graph, *model.functions))
+        external = any(_has_external_data(graph) for graph in (model.graph, *model.functions))
     except (DecodeError, OSError, ValueError) as error:
         raise CorruptArtifact(f"{path} cannot be read as ONNX: {printable(str(error), 200)}") from None
-    if elsewhere:
+    if external:
         raise CorruptArtifact(
-            f"{path} keeps tensors in other files, which saq does not read: give a file that holds all of its own"
+            f"{path} stores tensors in other files, which saq does not read: give a file that contains all its tensors"
         )
     return model
 
 
-def _elsewhere(part: Message) -> bool:
-    """Whether a tensor anywhere in a part of a model says that its numbers are in another file."""
+def _has_external_data(part: Message) -> bool:
+    """Whether any tensor in a part of a model refers to data in another file."""
     found: list[Message] = [part]
     while found:
         for field, value in found.pop().ListFields():
@@ -133,10 +131,10 @@ def _elsewhere(part: Message) -> bool:
 
 
 def _check_numbers(model: onnx.ModelProto, path: Path) -> None:
-    """Refuse NaN in the tensors of the graph; infinity stands where masks and limits have it.
+    """Refuse NaN in the tensors of the graph; infinity is allowed, for masks and limits.
 
     Raises:
-        CorruptArtifact: names the first tensor.
+        CorruptArtifact: a tensor has NaN; names the first one.
     """
     constants = [
         (node.output[0], attribute.t)
@@ -158,19 +156,19 @@ def _check_numbers(model: onnx.ModelProto, path: Path) -> None:
                 raise CorruptArtifact(f"{path} has NaN values in {printable(name, 200)}: export it again")
 
 
-def read_onnx_facts(path: Path) -> ModelFacts:
-    """The description that an exporter left in the file.
+def read_onnx_metadata(path: Path) -> ModelMetadata:
+    """The metadata that an exporter wrote to the file.
 
     Raises:
-        CorruptArtifact: no ONNX file, not one of saq's, or one with a NaN among its numbers.
+        CorruptArtifact: not an ONNX file, not written by saq, or with NaN values.
     """
     model = read_onnx(path)
     found = {entry.key: entry.value for entry in model.metadata_props}
-    if FACTS not in found:
+    if METADATA_KEY not in found:
         raise CorruptArtifact(f"{path} was not exported by saq: its preprocessing is unknown")
     _check_numbers(model, path)
     try:
-        check_schema(from_json(found[FACTS]), str(path))
+        check_schema(from_json(found[METADATA_KEY]), str(path))
     except ValueError:
-        raise CorruptArtifact(f"{path} does not say what it is: its {FACTS} are not JSON") from None
-    return parse_json(ModelFacts, found[FACTS], str(path), CorruptArtifact)
+        raise CorruptArtifact(f"{path} has invalid metadata: its entry {METADATA_KEY} is not JSON") from None
+    return parse_json(ModelMetadata, found[METADATA_KEY], str(path), CorruptArtifact)

@@ -1,18 +1,14 @@
-"""What the ONNX styles share: placeholders, constants, folded norms, 8-bit containers and their saturation.
+"""Helpers of the ONNX styles: placeholders, constants, norms, containers.
 
-Sums of two 8-bit products that 16 bits cannot hold, which x86 processors without VNNI cut off in silence.
+Norms are folded into weights, biases separated from products, codes of weights and activations stored in containers;
+activations have 8-bit containers, behind a float Clip if the grid is narrower.
 
-Without VNNI, ONNX Runtime multiplies unsigned by signed bytes with VPMADDUBSW: neighbouring products are added in 16
-bits, and what exceeds 32767 becomes 32767 (255 * 127 + 255 * 127 = 64770). Signed activations are moved to unsigned
-ones first, so they are concerned as well. Weights stored as UINT8 with zero point 128 take another kernel (VPMADDWD),
-which is exact on every processor. Depthwise convolutions have a kernel of their own, which is exact too; it is not
-relied on here.
-
-Which products are neighbours depends on the kernel, so the test is for any two of an output channel.
-
-What the ONNX styles are put together from: placeholders found, constants made, norms folded, biases set apart.
-
-Codes of activations in 8-bit containers, behind a float Clip where the grid is narrower.
+Saturation: without VNNI, ONNX Runtime multiplies unsigned by signed bytes with VPMADDUBSW on x86 processors:
+neighbouring products are added in 16 bits, and sums above 32767 silently become 32767 (255 * 127 + 255 * 127 = 64770).
+Signed activations are first shifted to unsigned ones, so they are affected as well. Weights stored as UINT8 with zero
+point 128 use another kernel (VPMADDWD), which is exact on every processor. Depthwise convolutions have a separate
+kernel, which is exact too; this is not relied on here. Which products are neighbours depends on the kernel, so the test
+considers any two of an output channel.
 """
 
 from collections.abc import Callable
@@ -24,12 +20,12 @@ import onnx_ir as ir
 
 from saqcli.errors import UnsupportedModel
 from saqcli.export.operators import DOMAIN, PER_TENSOR
-from saqcli.export.tracing import NODE_FACTS, OUTPUT
+from saqcli.export.tracing import ANNOTATIONS, OUTPUT
 from saqcli.quant.products import split_name
 
-HIGHEST_INPUT = 255  # of an 8-bit activation, moved to unsigned where it is signed
+HIGHEST_INPUT = 255  # of an 8-bit activation, shifted to unsigned if signed
 INT16_MIN, INT16_MAX = -(2**15), 2**15 - 1
-UINT8_ZERO = 128  # code of zero of a weight that is stored as UINT8
+UINT8_ZERO = 128  # zero point of a weight stored as UINT8
 
 
 def may_saturate(codes: Any, dim: int) -> bool:
@@ -37,7 +33,7 @@ def may_saturate(codes: Any, dim: int) -> bool:
 
     Args:
         codes: integer weight codes without zero point, in -128 ... 127.
-        dim: of the output channels.
+        dim: dimension of the output channels.
     """
     rows = np.moveaxis(np.asarray(codes, np.int32), dim, 0).reshape(codes.shape[dim], -1)
     if rows.shape[1] < 2:
@@ -47,13 +43,13 @@ def may_saturate(codes: Any, dim: int) -> bool:
     return bool(HIGHEST_INPUT * highest > INT16_MAX or HIGHEST_INPUT * lowest < INT16_MIN)
 
 
-LAYER, OPERAND, BITS = "saq.layer", "saq.operand", "saq.bits"  # what a node tells
-ZERO, PADS = "saq.zero", "saq.pads"  # the code of zero, and zeros set around, where a style moves codes
+LAYER, OPERAND, BITS = "saq.layer", "saq.operand", "saq.bits"  # annotations of a node
+ZERO, PADS = "saq.zero", "saq.pads"  # code of zero and padding, in styles that shift codes
 LAYER_SEPARATOR = " "
-COPY = "saq.copy"  # a quantizer that the model does not have, since it changes nothing
+COPY = "saq.copy"  # marks an additional quantizer, which changes nothing
 MULTIPLIERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
-BYTE_SPAN = 255  # highest less lowest code of a full 8-bit range
+BYTE_SPAN = 255  # difference between the ends of a full 8-bit range
 
 Lowering = Callable[[ir.Graph, ir.Node], ir.Value]
 
@@ -64,7 +60,7 @@ def placeholders(graph: ir.Graph, kind: str) -> list[ir.Node]:
 
 
 def lower(graph: ir.Graph, kind: str, how: Lowering) -> None:
-    """Replace every placeholder of one kind by what ``how`` puts in front of it and returns."""
+    """Replace every placeholder of one kind by the value that ``how`` inserts before it and returns."""
     for node in placeholders(graph, kind):
         output = node.outputs[0]
         value = how(graph, node)
@@ -73,31 +69,33 @@ def lower(graph: ir.Graph, kind: str, how: Lowering) -> None:
         graph.remove(node, safe=True)
 
 
-def before(graph: ir.Graph, node: ir.Node, op_type: str, inputs: list[Any], **attributes: Any) -> ir.Value:
-    """A new node in front of ``node`` that tells its layer and bits; its output."""
+def insert_before(
+    graph: ir.Graph, node: ir.Node, op_type: str, inputs: list[Any], **attributes: Any
+) -> ir.Value:
+    """Insert a new node before ``node``, annotated with its layer and bits; return its output."""
     new = ir.node(op_type, inputs, attributes=attributes)
-    tell(new, node)
+    annotate(new, node)
     graph.insert_before(node, new)
     return new.outputs[0]
 
 
-def tell(new: ir.Node, node: ir.Node) -> None:
-    """Let ``new`` tell, in the metadata of the file, for which operand of which layer it stands, and its true bits."""
+def annotate(new: ir.Node, node: ir.Node) -> None:
+    """Annotate ``new``, in the metadata of the file, with layer, operand and true bits of a placeholder."""
     if node.domain == DOMAIN:
         operand = "input" if "Input" in node.op_type else "weight"
-        facts = {LAYER: text(node, "layer"), OPERAND: operand, BITS: str(number(node, "bits"))}
-        new.meta[NODE_FACTS] = facts | ({COPY: "1"} if COPY in node.attributes else {})
+        annotations = {LAYER: text(node, "layer"), OPERAND: operand, BITS: str(number(node, "bits"))}
+        new.meta[ANNOTATIONS] = annotations | ({COPY: "1"} if COPY in node.attributes else {})
 
 
-def note(value: ir.Value, **facts: str) -> None:
-    """Let the producer of ``value`` tell more."""
+def add_annotations(value: ir.Value, **annotations: str) -> None:
+    """Add annotations to the producer of ``value``."""
     node = value.producer()
     assert node is not None
-    node.meta[NODE_FACTS] = node.meta.get(NODE_FACTS, {}) | facts
+    node.meta[ANNOTATIONS] = node.meta.get(ANNOTATIONS, {}) | annotations
 
 
 def merge_inputs(graph: ir.Graph) -> None:
-    """Let layers that read the same tensor on the same grid share its quantizer, which then tells all their names."""
+    """Merge quantizers of the same tensor on the same grid; the annotation then names all their layers."""
     kept: dict[tuple[Any, ...], ir.Node] = {}
     for node in placeholders(graph, "QuantizeInput"):
         grid = tuple(number(node, name) for name in ("lowest", "highest", "bits"))
@@ -120,7 +118,7 @@ def text(node: ir.Node, name: str) -> str:
 
 
 def constant(graph: ir.Graph, name: str, array: Any, dtype: ir.DataType | None = None) -> ir.Value:
-    """An initializer of a name that nobody else has."""
+    """A new initializer with a unique name."""
     unique, count = name, 0
     while unique in graph.initializers:
         count += 1
@@ -132,17 +130,17 @@ def constant(graph: ir.Graph, name: str, array: Any, dtype: ir.DataType | None =
 
 
 def array_of(value: ir.Value | None) -> Any:
-    """The numbers of a constant, or None where it is computed."""
+    """The array of a constant, or None if the value is computed."""
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def set_constant(graph: ir.Graph, node: ir.Node, index: int, array: Any, name: str) -> None:
-    """Give ``node`` another constant as an input."""
+    """Replace input ``index`` of ``node`` by a new constant."""
     node.replace_input_with(index, constant(graph, name, array))
 
 
 def weight_of(node: ir.Node) -> ir.Node | None:
-    """The weight placeholder that a product multiplies with, through transposes at most."""
+    """The weight placeholder of a product, possibly behind transposes, or None."""
     if node.op_type not in MULTIPLIERS:
         return None
     value = node.inputs[1]
@@ -159,20 +157,19 @@ def consumers(value: ir.Value) -> list[ir.Node]:
 
 
 def fold_norms(graph: ir.Graph) -> None:
-    """Fold every batch norm behind a quantized convolution into its weight's steps and its bias; codes stay
-    on their grid.
+    """Fold every batch norm after a quantized convolution into its bias and its weight's steps.
 
-    A channel with negative gain changes the sign of its codes, one with gain zero loses them. Left alone
-    where another node reads the convolution, where the weight has another reader, or where a code without a
-    negative would change sign.
+    Codes stay on their grid. A negative gain flips the sign of a channel's codes, gain zero sets them to zero. A norm
+    is not folded if another node reads the convolution, if the weight has another reader, or if a code without a
+    negative counterpart would change sign.
     """
     for norm in [node for node in graph if node.op_type == "BatchNormalization"]:
         convolution = norm.inputs[0].producer() if norm.inputs[0] is not None else None
         if convolution is None or convolution.op_type not in _CONVOLUTIONS:
             continue
         weight = weight_of(convolution)
-        alone = len(consumers(convolution.outputs[0])) == 1 and convolution.outputs[0].name != OUTPUT
-        if weight is None or not alone or len(consumers(weight.outputs[0])) != 1:
+        only_reader = len(consumers(convolution.outputs[0])) == 1 and convolution.outputs[0].name != OUTPUT
+        if weight is None or not only_reader or len(consumers(weight.outputs[0])) != 1:
             continue
         if _fold(graph, norm, convolution, weight):
             norm.outputs[0].replace_all_uses_with(convolution.outputs[0], replace_graph_outputs=True)
@@ -191,7 +188,7 @@ def _fold(graph: ir.Graph, norm: ir.Node, convolution: ir.Node, weight: ir.Node)
     epsilon = norm.attributes["epsilon"].as_float() if "epsilon" in norm.attributes else 1e-5
     gain = gain / np.sqrt(variance + epsilon)
     dim = 1 if convolution.op_type == "ConvTranspose" else 0
-    if codes.shape[dim] != len(gain):  # a grouped transposed convolution shares its steps among groups
+    if codes.shape[dim] != len(gain):  # groups of a transposed convolution share their steps
         return False
     sign = np.sign(gain).astype(codes.dtype).reshape([-1 if d == dim else 1 for d in range(codes.ndim)])
     if (codes[np.broadcast_to(sign < 0, codes.shape)] == np.iinfo(codes.dtype).min).any() or _leaves_int4(
@@ -210,7 +207,7 @@ def _fold(graph: ir.Graph, norm: ir.Node, convolution: ir.Node, weight: ir.Node)
 
 
 def _leaves_int4(codes: Any, sign: Any) -> bool:
-    """Whether the changed signs would take codes out of the four bits that they fit."""
+    """Whether the changed signs would move codes out of the 4-bit range."""
     return fits_int4(codes) and not fits_int4(codes * sign)
 
 
@@ -220,7 +217,7 @@ def fits_int4(codes: Any) -> bool:
 
 
 def packed(codes: Any) -> tuple[Any, ir.DataType]:
-    """Weight codes in the smallest container that every runtime executes: INT4, INT8 or INT16."""
+    """Weight codes in the smallest container that every runtime supports: INT4, INT8 or INT16."""
     if fits_int4(codes):
         return codes.astype(ml_dtypes.int4), ir.DataType.INT4
     if codes.dtype == np.int8:
@@ -229,7 +226,7 @@ def packed(codes: Any) -> tuple[Any, ir.DataType]:
 
 
 def packed_safely(node: ir.Node) -> tuple[Any, ir.DataType]:
-    """As ``packed``, but in UINT8 where sums of two products with 8-bit codes may exceed 16 bits (hazard H9)."""
+    """As ``packed``, but in UINT8 if sums of two products with 8-bit codes may exceed 16 bits (hazard H9)."""
     codes, dtype = packed(array_of(node.inputs[0]))
     multiplied = any(_has_codes(product) and product.op_type != "ConvTranspose" for product in products(node))
     dim = max(number(node, "dim"), 0) if "dim" in node.attributes else 0
@@ -239,7 +236,7 @@ def packed_safely(node: ir.Node) -> tuple[Any, ir.DataType]:
 
 
 def split_bias(graph: ir.Graph) -> None:
-    """Move the bias of every product with a quantized weight into an Add behind it (hazard H1)."""
+    """Move the bias of every product with a quantized weight into an Add after it (hazard H1)."""
     for node in list(graph):
         biased = node.op_type in ("Conv", "ConvTranspose", "Gemm") and len(node.inputs) > 2
         if not biased or node.inputs[2] is None or weight_of(node) is None:
@@ -250,11 +247,11 @@ def split_bias(graph: ir.Graph) -> None:
         if node.op_type != "Gemm":
             bias = _shaped(graph, bias, node)
         node.resize_inputs(2)
-        add_behind(graph, node, bias)
+        add_after(graph, node, bias)
 
 
-def add_behind(graph: ir.Graph, node: ir.Node, summand: ir.Value) -> None:
-    """Put ``Add(output of node, summand)`` in the place of the output of ``node``."""
+def add_after(graph: ir.Graph, node: ir.Node, summand: ir.Value) -> None:
+    """Replace the output of ``node`` by ``Add(output, summand)``."""
     output = node.outputs[0]
     add = ir.node("Add", [output, summand])
     total = add.outputs[0]
@@ -283,34 +280,34 @@ def shaped_step(node: ir.Node) -> Any:
 
 
 def dequantized(graph: ir.Graph, node: ir.Node, codes: Any, dtype: ir.DataType, step: Any) -> ir.Value:
-    """DequantizeLinear over constant codes of a weight placeholder, with ``step``; UINT8 holds them moved by 128."""
+    """DequantizeLinear of the constant codes of a weight placeholder, with ``step``; UINT8 codes are offset by 128."""
     layer = text(node, "layer")
     inputs = [constant(graph, f"{layer}.codes", codes, dtype), constant(graph, f"{layer}.step", step)]
     if dtype == ir.DataType.UINT8:
         inputs.append(constant(graph, f"{layer}.zero", np.full(np.shape(step), UINT8_ZERO, np.uint8)))
     axis = {} if np.ndim(step) == 0 else {"axis": number(node, "dim")}
-    return before(graph, node, "DequantizeLinear", inputs, **axis)
+    return insert_before(graph, node, "DequantizeLinear", inputs, **axis)
 
 
 def weight(graph: ir.Graph, node: ir.Node, codes: Any, dtype: ir.DataType) -> ir.Value:
-    """A weight placeholder as DequantizeLinear over its ``codes``; inputs must have been lowered before."""
+    """DequantizeLinear of the ``codes`` of a weight placeholder; inputs must be lowered first."""
     if all(product.op_type in _CONVOLUTIONS or _has_codes(product) for product in products(node)):
         return dequantized(graph, node, codes, dtype, array_of(node.inputs[1]))
-    # In a matrix product ONNX Runtime would take it for a reason to quantize a float input (hazard H2).
+    # In a matrix product this pattern would make ONNX Runtime quantize a float input (hazard H2).
     integers = dequantized(graph, node, codes, dtype, np.float32(1))
     scale = constant(graph, f"{text(node, 'layer')}.scale", shaped_step(node))
-    return before(graph, node, "Mul", [integers, scale])
+    return insert_before(graph, node, "Mul", [integers, scale])
 
 
 def products(node: ir.Node) -> list[ir.Node]:
-    """What multiplies with a weight, behind transposes at most."""
+    """The nodes that multiply with a weight, possibly behind transposes."""
     found = []
     for reader in consumers(node.outputs[0]):
         found += products(reader) if reader.op_type == "Transpose" else [reader]
     return found
 
 
-def of_product(node: ir.Node) -> bool:
+def quantizes_product(node: ir.Node) -> bool:
     """Whether an input placeholder quantizes an operand of a product of two activations."""
     names = text(node, "layer").split(LAYER_SEPARATOR)
     return any(split_name(name.rpartition(".")[0])[1] is not None for name in names)
@@ -325,11 +322,11 @@ def _has_codes(product: ir.Node) -> bool:
 def quantized(
     graph: ir.Graph, node: ir.Node, *, unsigned: bool = False
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """The codes of an input placeholder, its step, and the code of zero.
+    """The codes of an input placeholder, its step and its zero point.
 
-    INT8 where the codes are signed and fit, unless ``unsigned``; else UINT8, shifted so that the lowest code is 0.
-    4-bit containers are avoided: with them ONNX Runtime removes a ReLU that is still needed (hazard H4), or fails on
-    a Clip (H3).
+    INT8 if the codes are signed and fit, unless ``unsigned``; else UINT8, shifted so that the lowest code is 0. 4-bit
+    containers are avoided: with them ONNX Runtime removes a ReLU that is still needed (hazard H4), or fails on a Clip
+    (H3).
     """
     x, step = node.inputs
     lowest, highest = number(node, "lowest"), number(node, "highest")
@@ -340,7 +337,7 @@ def quantized(
     assert step is not None
     clipped = clip(graph, node, x, lowest, highest) if highest - lowest < BYTE_SPAN else x
     offset = constant(graph, f"{name}.zero", zero)
-    return before(graph, node, "QuantizeLinear", [clipped, step, offset]), step, offset
+    return insert_before(graph, node, "QuantizeLinear", [clipped, step, offset]), step, offset
 
 
 def clip(graph: ir.Graph, node: ir.Node, x: ir.Value, lowest: int, highest: int) -> ir.Value:
@@ -351,4 +348,4 @@ def clip(graph: ir.Graph, node: ir.Node, x: ir.Value, lowest: int, highest: int)
         constant(graph, f"{name}.{end}", unit * np.float32(code))
         for end, code in (("least", lowest), ("most", highest))
     ]
-    return before(graph, node, "Clip", [x, *ends])
+    return insert_before(graph, node, "Clip", [x, *ends])

@@ -1,15 +1,15 @@
-"""What stands for a quantizer while a graph is traced: a PyTorch operator, and a placeholder node in ONNX.
+"""Placeholders of quantizers in traced graphs, in PyTorch and ONNX.
 
     saq::quantize_input(x, step)         x on its grid                        saq.QuantizeInput
     saq::input_codes(x, step)            the codes of x, as float32           saq.InputCodes
     saq::dequantize_weight(codes, step)  step times code                      saq.DequantizeWeight
     saq::weight_codes(codes)             the codes of a weight, as float32    saq.WeightCodes
 
-The operators compute in PyTorch exactly what the fake quantizers compute, so a frozen model can be run and
-compared before ONNX comes in. Placeholders carry the grid, the bits and the layer; an exporter replaces them
-by what its style writes. Plain arithmetic would be exported as divisions and roundings,
-``torch.fake_quantize_*`` cannot be exported at most bit-widths, and the exporter's constant folding would
-turn a dequantized weight into a float constant (``docs/export.md``).
+The operators compute in PyTorch exactly what the fake quantizers compute, so a frozen model can be run and compared
+before ONNX is involved. Placeholders carry the grid, the bits and the layer; an exporter replaces them by the nodes of
+its style. Plain arithmetic would be exported as divisions and roundings, ``torch.fake_quantize_*`` cannot be exported
+at most bit-widths, and the exporter's constant folding would turn a dequantized weight into a float constant
+(``docs/export.md``).
 
 Importing this module registers the operators with PyTorch.
 """
@@ -29,7 +29,7 @@ from saqcli.quant.products import OPERANDS, operand_name, quantized_products
 from saqcli.quant.quantizers import Quantizer
 
 DOMAIN = "saq"
-PER_TENSOR = -1  # in the place of a dimension
+PER_TENSOR = -1  # instead of a dimension
 
 
 @torch.library.custom_op("saq::quantize_input", mutates_args=())
@@ -40,7 +40,7 @@ def quantize_input(x: Tensor, step: Tensor, lowest: int, highest: int, bits: int
 
 @torch.library.custom_op("saq::input_codes", mutates_args=())
 def input_codes(x: Tensor, step: Tensor, lowest: int, highest: int, bits: int, layer: str) -> Tensor:
-    """The integers that stand for ``x``, in float32."""
+    """The codes of ``x``, in float32."""
     return codes_of(x, step, Grid(lowest, highest, 1))
 
 
@@ -129,7 +129,7 @@ PLACEHOLDERS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 class FrozenInput(nn.Module):
-    """Stands where the input quantizer was, with its step frozen."""
+    """Replaces the input quantizer, with its step frozen."""
 
     step: Tensor
 
@@ -148,7 +148,7 @@ class FrozenInput(nn.Module):
 
 
 class FrozenWeight(nn.Module):
-    """Stands where the weight quantizer was, with its codes frozen; ignores the float weight."""
+    """Replaces the weight quantizer, with its codes frozen; ignores the float weight."""
 
     codes: Tensor
     step: Tensor
@@ -172,12 +172,12 @@ class FrozenWeight(nn.Module):
 
 
 def label(layer: str) -> str:
-    """The name of a layer without spaces, which stand between names in a graph."""
+    """The name of a layer with spaces escaped, since spaces separate names in a graph."""
     return layer.replace("%", "%25").replace(" ", "%20") if " " in layer else layer
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy of the quantized model whose quantizers are the operators above; computes the same numbers."""
+    """A copy of the quantized model whose quantizers are the operators above; its results are the same."""
     frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for name, layer in quantized_layers(frozen).items():
         weights, inputs = layer.weight_quantizer, layer.input_quantizer

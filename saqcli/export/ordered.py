@@ -1,10 +1,9 @@
-"""Arithmetic that every runtime computes alike: only operations that IEEE 754 defines to the last bit.
+"""Arithmetic with the same bits in every runtime: exact operations only.
 
-Two runtimes differ where a result depends on the order of a sum, or on somebody's approximation of ``exp``.
-Here sums are taken over integers so small that float64 holds every partial sum, in any order; functions are
-polynomials and quotients. All that is used is addition, multiplication, division, square
-root, rounding, comparison, maximum and table lookup, each a node of its own in the graph, so PyTorch and ONNX
-Runtime agree bit for bit.
+Runtimes differ in summation order and in approximations of functions such as ``exp``. Here sums are taken over integers
+so small that float64 represents every partial sum, in any order; functions are polynomials and quotients. Only
+addition, multiplication, division, square root, rounding, comparison, maximum and table lookup are used, each a
+separate node of the graph, so PyTorch and ONNX Runtime agree bit for bit.
 
 Every function agrees with the PyTorch operator of the same name to a few float32 roundings (tested).
 """
@@ -21,7 +20,7 @@ from saqcli.errors import UnsupportedModel
 
 EXACT_DOUBLE = 53  # bits of a float64 integer
 _LARGEST_EXPONENT = 87.0  # exp of it is near the largest float32
-_HIDDEN = -1e30  # score of what a mask hides: finite, since the difference of two infinities is no number
+_HIDDEN = -1e30  # score of masked positions: finite, since inf - inf is NaN
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4  # Cody and Waite: n * high is exact for |n| < 2**15
 _EXP = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)  # Taylor, |r| <= ln(2) / 2
 # erf(x) = x P(x^2) / Q(x^2) for |x| <= 4; rational approximation of Eigen and XLA.
@@ -46,8 +45,8 @@ _ERF_BOTTOM = (
 def total(x: Tensor, dims: Sequence[int] | int) -> Tensor:
     """The sum over ``dims``, kept with size 1, to a float32 rounding.
 
-    In units of the largest magnitude over ``2**bits`` the summands are integers, and ``bits`` leaves room for
-    all of them: every partial sum is an integer that float64 holds, so the order does not matter.
+    In units of the largest magnitude over ``2**bits`` the summands are rounded to integers, with ``bits`` small enough
+    that float64 represents every partial sum, so the order does not matter.
     """
     dims = [dims] if isinstance(dims, int) else list(dims)
     count = math.prod(int(x.shape[d]) for d in dims)
@@ -66,7 +65,7 @@ def mean(x: Tensor, dim: Sequence[int] | int | None = None, keepdim: bool = Fals
 
 
 def exp(x: Tensor) -> Tensor:
-    """``torch.exp``, between exp(-87) and exp(87): 2**n times a polynomial in what is left of ``x``."""
+    """``torch.exp``, between exp(-87) and exp(87): 2**n times a polynomial in the remainder of ``x``."""
     x = x.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
     n = torch.round(x * (1 / math.log(2)))
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW
@@ -81,7 +80,7 @@ def _power_of_two(n: Tensor) -> Tensor:
 
 
 def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
-    """By Horner's rule, the highest power first."""
+    """Polynomial by Horner's rule, highest power first."""
     total = x * coefficients[0] + coefficients[1]
     for coefficient in coefficients[2:]:
         total = total * x + coefficient
@@ -89,9 +88,9 @@ def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """``torch.sqrt``, correctly rounded: PyTorch's own is off by one unit now and then, in float64 not enough to show.
+    """``torch.sqrt``, correctly rounded, through float64: PyTorch's float32 result is sometimes off by one unit.
 
-    The root of a float32 is farther from the middle between two float32 than float64 is wrong.
+    The root of a float32 is farther from the midpoint of two float32 values than the float64 error.
     """
     return torch.sqrt(x.double()).float()
 
@@ -109,9 +108,7 @@ def silu(x: Tensor) -> Tensor:
 def tanh(x: Tensor) -> Tensor:
     """``torch.tanh``."""
     square = x * x
-    near_zero = x * _polynomial(
-        square, (-17 / 315, 2 / 15, -1 / 3, 1.0)
-    )  # where the difference below would cancel
+    near_zero = x * _polynomial(square, (-17 / 315, 2 / 15, -1 / 3, 1.0))  # avoids cancellation below
     return torch.where(x.abs() < 0.1, near_zero, 1.0 - 2.0 / (exp(x * 2.0) + 1.0))
 
 
@@ -123,7 +120,7 @@ def erf(x: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """``torch.nn.functional.gelu``, both kinds."""
+    """``torch.nn.functional.gelu``, with both approximations."""
     if approximate == "tanh":
         inner = (x * x * x * 0.044715 + x) * math.sqrt(2 / math.pi)
         return x * 0.5 * (tanh(inner) + 1.0)
@@ -147,7 +144,7 @@ def softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
 
 
 def standardized(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
-    """``x`` less its mean, over its deviation, both over ``dims``."""
+    """``x`` minus its mean, divided by its deviation, both over ``dims``."""
     centred = x - mean(x, dims, keepdim=True)
     return centred / sqrt(mean(centred * centred, dims, keepdim=True) + eps)
 
@@ -196,8 +193,8 @@ def group_norm(
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """``torch.matmul`` of two tensors of at least two dimensions.
 
-    Rows of ``a`` and columns of ``b`` become integers of so few bits (21 where fewer than 2048 products are
-    summed) that any sum of products is an exact float64 integer.
+    Rows of ``a`` and columns of ``b`` are rounded to integers of so few bits (21 for fewer than 2048 summands) that any
+    sum of products is an exact float64 integer.
     """
     count = int(a.shape[-1])
     bits = min(21, (EXACT_DOUBLE - math.ceil(math.log2(count))) // 2)
@@ -208,7 +205,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _integers(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor]:
-    """``x`` in units of its largest magnitude along ``dim`` over ``2**bits``, rounded; that magnitude."""
+    """``x`` in units of its largest magnitude along ``dim`` over ``2**bits``, rounded, and that magnitude."""
     largest = x.abs().amax(dim, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.round(x / largest * 2.0**bits), largest
 
@@ -226,7 +223,7 @@ def attention(
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention`` without dropout.
 
-    Boolean masks hide where they are False, others where they are ``-inf``; who sees nothing gets zeros, as there.
+    Boolean masks hide positions where they are False, others where they are ``-inf``; a fully masked row gives zeros.
     """
     if enable_gqa:
         raise UnsupportedModel("style exact has no attention with grouped queries: choose another `style`")

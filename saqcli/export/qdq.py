@@ -1,18 +1,17 @@
-"""Style ``qdq``: QuantizeLinear and DequantizeLinear nodes around floating-point operators, read by most runtimes.
+"""Style ``qdq``: QuantizeLinear and DequantizeLinear, for most runtimes.
 
     input --Clip--QuantizeLinear--DequantizeLinear--.
                                                      Conv --Add(bias)-- Relu -- ...
     integer weight (INT4 / INT8 / UINT8 / INT16) --Dequant--'
 
-Batch norms are folded into the steps of weights, whose codes stay as they are. Four choices keep the
-numbers, each answering something that ONNX Runtime does on its own (``docs/export.md``): weights are integer
-constants behind DequantizeLinear; the bias is an Add of its own, since a bias inside Conv or Gemm between
-quantized tensors is rounded; activations live in 8-bit containers behind a float Clip; 8-bit weights whose products
-can saturate are UINT8 (``graphs.saturation``). Where a layer is quantized to full 8 bits on all sides, the pattern is
-the one that ONNX Runtime runs on integers (``graphs.integer_kernels``).
+Batch norms are folded into the steps of weights; codes do not change. Four choices preserve the results, each to avoid
+an optimization of ONNX Runtime (``docs/export.md``): weights are integer constants behind DequantizeLinear; the bias is
+a separate Add, since a bias inside Conv or Gemm between quantized tensors is rounded; activations have 8-bit containers
+behind a float Clip; 8-bit weights whose products can saturate are UINT8 (``onnx_helpers``). A layer with full 8 bits on
+all sides has the pattern that ONNX Runtime runs on integers (``integer_kernels``).
 
-Style ``qdq-vnni`` is the same file with INT8 weights, whose kernels are faster, and right only where the processor has
-VNNI or is no x86.
+Style ``qdq-vnni`` is the same file with INT8 weights, whose kernels are faster, but correct only on processors with
+VNNI or other than x86.
 """
 
 from pathlib import Path
@@ -22,26 +21,26 @@ from torch import Tensor, nn
 
 from saqcli.export import onnx_helpers, tracing
 from saqcli.export.integer_kernels import prepare_integer_kernels
-from saqcli.export.model_metadata import ModelFacts, properties
+from saqcli.export.model_metadata import ModelMetadata, properties
 from saqcli.export.onnx_helpers import quantized
 from saqcli.export.operators import frozen_copy
 
 
 class QdqExporter:
-    """Writes a graph that ONNX Runtime and OpenVINO read, and compute alike on every processor."""
+    """Writes a graph for ONNX Runtime and OpenVINO with the same results on every processor."""
 
     suffix = ".onnx"
     conditions: tuple[str, ...] = ()  # hazards that the verdict names as conditions of use
     saturating = False  # whether sums of two products may exceed 16 bits
 
-    def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
+    def export(self, model: nn.Module, example: Tensor, path: Path, metadata: ModelMetadata) -> None:
         """Write ``path``.
 
         Args:
-            model: quantized, in eval mode; left as it is.
+            model: quantized, in eval mode; not changed.
             example: images (N, C, H, W) to trace with; the batch stays dynamic.
-            path: of the file to write.
-            facts: kept in the metadata of the file.
+            path: path of the file to write.
+            metadata: written to the file.
 
         Raises:
             UnsupportedModel: the model cannot be traced by ``torch.export``.
@@ -54,12 +53,12 @@ class QdqExporter:
         onnx_helpers.split_bias(graph)
         onnx_helpers.lower(graph, "QuantizeInput", self._quantize_input)
         onnx_helpers.lower(graph, "DequantizeWeight", self._dequantize_weight)
-        tracing.save(model_graph, path, properties(facts), facts.saq_version)
+        tracing.save(model_graph, path, properties(metadata), metadata.saq_version)
 
     def _quantize_input(self, graph: ir.Graph, node: ir.Node) -> ir.Value:
-        unsigned = not self.saturating and onnx_helpers.of_product(node)
+        unsigned = not self.saturating and onnx_helpers.quantizes_product(node)
         codes, step, zero = quantized(graph, node, unsigned=unsigned)
-        return onnx_helpers.before(graph, node, "DequantizeLinear", [codes, step, zero])
+        return onnx_helpers.insert_before(graph, node, "DequantizeLinear", [codes, step, zero])
 
     def _dequantize_weight(self, graph: ir.Graph, node: ir.Node) -> ir.Value:
         codes = (
@@ -71,7 +70,7 @@ class QdqExporter:
 
 
 class VnniExporter(QdqExporter):
-    """Style ``qdq-vnni``: INT8 weights whatever their sums."""
+    """Style ``qdq-vnni``: INT8 weights, even if their sums may saturate."""
 
     conditions = ("H9",)
     saturating = True

@@ -1,8 +1,8 @@
-"""Style ``qonnx``: one IntQuant node a quantizer, its true bit-width an input, as FINN, hls4ml and QONNX's tools read.
+"""Style ``qonnx``: IntQuant nodes, for FINN, hls4ml and QONNX tools.
 
-The operator's meaning travels with the file as a function of standard operators, so ONNX Runtime runs it too.
-Weights are floating-point constants in front of their quantizer, as the format has it. The paper's grid, odd
-codes ``2 h + 1`` in units of ``s``, is ``b`` bits at scale ``2 s`` with zero point -1/2.
+The true bit-width is an input of the node. The file contains the operator as a function of standard operators, so ONNX
+Runtime runs it too. Weights are floating-point constants in front of their quantizer, as the format requires. The
+paper's grid, odd codes ``2 h + 1`` in units of ``s``, is ``b`` bits at scale ``2 s`` with zero point -1/2.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from onnx import helper
 from torch import Tensor, nn
 
 from saqcli.export import onnx_helpers, tracing
-from saqcli.export.model_metadata import ModelFacts, properties
+from saqcli.export.model_metadata import ModelMetadata, properties
 from saqcli.export.operators import frozen_copy
 
 QONNX, INT_QUANT = "qonnx.custom_op.general", "IntQuant"
@@ -26,8 +26,8 @@ class QonnxExporter:
     suffix = ".onnx"
     conditions: tuple[str, ...] = ()
 
-    def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
-        """Write ``path``; as ``QdqExporter.export``."""
+    def export(self, model: nn.Module, example: Tensor, path: Path, metadata: ModelMetadata) -> None:
+        """Write ``path``, as ``QdqExporter.export`` does."""
         model_graph = tracing.onnx_graph(frozen_copy(model), example)
         graph = model_graph.graph
         onnx_helpers.lower(graph, "QuantizeInput", _quantize_input)
@@ -35,7 +35,7 @@ class QonnxExporter:
         model_graph.opset_imports[QONNX] = 1
         function = ir.serde.deserialize_function(_definition())
         model_graph.functions[function.identifier()] = function
-        tracing.save(model_graph, path, properties(facts), facts.saq_version)
+        tracing.save(model_graph, path, properties(metadata), metadata.saq_version)
 
 
 def _quantize_input(graph: ir.Graph, node: ir.Node) -> ir.Value:
@@ -65,7 +65,7 @@ def _quantize_weight(graph: ir.Graph, node: ir.Node) -> ir.Value:
 def _int_quant(
     graph: ir.Graph, node: ir.Node, x: ir.Value, scale: ir.Value, lowest: int, highest: int, zero: float
 ) -> ir.Value:
-    """Codes from ``lowest`` to ``highest``; unsigned ones start at 0, and the zero point says what stands for zero."""
+    """IntQuant with codes from ``lowest`` to ``highest``; unsigned codes start at 0, with a zero point."""
     bits = (highest - lowest).bit_length()
     signed = highest == 2 ** (bits - 1) - 1
     point = zero if signed else float(-lowest)
@@ -81,13 +81,13 @@ def _int_quant(
         domain=QONNX,
         attributes={"signed": int(signed), "narrow": int(lowest == -highest), "rounding_mode": "ROUND"},
     )
-    onnx_helpers.tell(new, node)
+    onnx_helpers.annotate(new, node)
     graph.insert_before(node, new)
     return new.outputs[0]
 
 
 def _definition() -> onnx.FunctionProto:
-    """IntQuant by standard operators, for runtimes that do not know it: clip(x / s + z), rounded, less z, times s."""
+    """IntQuant in standard operators, for runtimes without it: (round(clip(x / s + z)) - z) * s."""
 
     def attribute(name: str) -> onnx.NodeProto:
         node = helper.make_node("Constant", [], [f"{name}_int"])

@@ -1,4 +1,4 @@
-"""From a frozen model to an ONNX graph with placeholders, and from a finished graph to a file."""
+"""Tracing of a frozen model to an ONNX graph, and saving of graphs."""
 
 import inspect
 import io
@@ -22,20 +22,20 @@ from saqcli.errors import ExportMismatch, UnsupportedModel, out_of_memory
 from saqcli.export.operators import PLACEHOLDERS
 from saqcli.quant.products import ATTENTION
 
-OPSET = 21  # the first with INT4 and INT16 in DequantizeLinear
-IR_VERSION = 10  # of opset 21; newer ones are refused by runtimes in use
+OPSET = 21  # the first one with INT4 and INT16 in DequantizeLinear
+IR_VERSION = 10  # of opset 21; current runtimes refuse newer ones
 INPUT, OUTPUT = "images", "logits"
-MOST_IMAGES = 65536  # in a batch
+MAX_BATCH = 65536
 RANDOM = {
     *("Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform"),
     "RandomUniformLike",
 }
-CANNOT = "the model cannot be exported to ONNX: "
-_ONE_SIZE = "it takes one number of images only"
+CANNOT_EXPORT = "the model cannot be exported to ONNX: "
+_FIXED_BATCH = "it works for one batch size only"
 
 
 def program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    """``model`` as a graph of ATen operators, its batch dynamic.
+    """``model`` as a graph of ATen operators with a dynamic batch.
 
     Args:
         model: in eval mode, on the CPU.
@@ -45,20 +45,22 @@ def program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
         UnsupportedModel: the model cannot be traced.
     """
     with _quiet(), _as_unsupported(), _FourDimensions():
-        return torch.export.export(_of_images(model), (_several(example),), dynamic_shapes=({0: _batch()},))
+        return torch.export.export(
+            _with_named_input(model), (_at_least_two(example),), dynamic_shapes=({0: _batch()},)
+        )
 
 
 def onnx_graph(model: nn.Module, example: Tensor) -> ir.Model:
-    """``model`` in ONNX, its quantizers placeholders, ``images`` to ``logits``; arguments and errors as ``program``."""
+    """``model`` in ONNX with placeholders, ``images`` to ``logits``; arguments and errors as in ``program``."""
     with _quiet(), _as_unsupported(), _FourDimensions():
         exported = torch.onnx.export(
-            _of_images(model),
-            (_several(example),),
+            _with_named_input(model),
+            (_at_least_two(example),),
             dynamo=True,
             verbose=False,
             opset_version=OPSET,
             external_data=False,
-            optimize=False,  # its pattern rewriting takes minutes on a transformer; what is needed of it follows
+            optimize=False,  # takes minutes on a transformer; the required passes follow
             custom_translation_table=PLACEHOLDERS,
             dynamic_shapes=({0: _batch()},),
             input_names=[INPUT],
@@ -68,7 +70,7 @@ def onnx_graph(model: nn.Module, example: Tensor) -> ir.Model:
     graph: ir.Model = exported.model
     shape = graph.graph.inputs[0].shape
     if shape is None or isinstance(shape[0], int):
-        raise UnsupportedModel(f"{CANNOT}{_ONE_SIZE}")
+        raise UnsupportedModel(f"{CANNOT_EXPORT}{_FIXED_BATCH}")
     fold_constants(graph, onnx_shape_inference=False)
     for clean in (
         passes.RemoveUnusedNodesPass(),
@@ -82,18 +84,18 @@ def onnx_graph(model: nn.Module, example: Tensor) -> ir.Model:
     drawn = sorted({node.op_type for node in graph.graph} & RANDOM)
     if drawn:
         raise UnsupportedModel(
-            f"{CANNOT}its forward draws random numbers in evaluation too ({', '.join(drawn)})"
+            f"{CANNOT_EXPORT}its forward draws random numbers also in eval mode ({', '.join(drawn)})"
         )
     return graph
 
 
-def _of_images(model: nn.Module) -> nn.Module:
-    """A model that takes images by name: sizes cannot be given for ``*args``, which a rerouted one takes."""
+def _with_named_input(model: nn.Module) -> nn.Module:
+    """A model with one named input: dynamic sizes are not supported for ``*args``, as routed models have."""
     taken = inspect.signature(model.forward).parameters.values()
-    return _OfImages(model) if any(each.kind is each.VAR_POSITIONAL for each in taken) else model
+    return _NamedInput(model) if any(each.kind is each.VAR_POSITIONAL for each in taken) else model
 
 
-class _OfImages(nn.Module):
+class _NamedInput(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -105,15 +107,15 @@ class _OfImages(nn.Module):
 
 
 class _FourDimensions(TorchFunctionMode):
-    """Gives torch's attention the four dimensions that the exporter expects, (N, heads, L, E), whatever it has.
+    """Reshapes operands of torch's attention to the dimensions that the exporter expects, (N, heads, L, E).
 
-    Attention within windows of an image has five in some networks (NesT, Twins).
+    Window attention has five dimensions in some networks (NesT, Twins).
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """The operator; attention over reshaped operands."""
+        """Run the operator; attention with reshaped operands."""
         kwargs = kwargs or {}
         if func is not ATTENTION or len(args) < 3 or args[0].dim() == 4:
             return func(*args, **kwargs)
@@ -132,7 +134,7 @@ class _FourDimensions(TorchFunctionMode):
 
 
 def _drop_zero_biases(graph: ir.Graph) -> None:
-    """Take away the zeros that the exporter gives to every convolution without a bias."""
+    """Remove the zero bias that the exporter adds to every convolution without bias."""
     for node in graph:
         bias = node.inputs[2] if node.op_type in ("Conv", "ConvTranspose") and len(node.inputs) > 2 else None
         if bias is not None and bias.const_value is not None and not bias.const_value.numpy().any():
@@ -140,13 +142,13 @@ def _drop_zero_biases(graph: ir.Graph) -> None:
 
 
 def save(graph: ir.Model, path: Path, properties: dict[str, str], version: str) -> None:
-    """Check ``graph`` and write it, without what the exporter leaves behind.
+    """Clean ``graph``, write it and check the file.
 
     Args:
-        graph: finished.
-        path: of the file.
+        graph: without placeholders.
+        path: path of the file.
         properties: metadata of the file.
-        version: of saq.
+        version: version of saq.
     """
     for clean in (
         passes.RemoveUnusedNodesPass(),
@@ -156,7 +158,7 @@ def save(graph: ir.Model, path: Path, properties: dict[str, str], version: str) 
     ):
         clean(graph)
     for node in graph.graph:
-        node.metadata_props.update(node.meta.get(NODE_FACTS, {}))
+        node.metadata_props.update(node.meta.get(ANNOTATIONS, {}))
     graph.ir_version = IR_VERSION
     graph.producer_name, graph.producer_version = "saq", version
     graph.metadata_props.update(properties)
@@ -170,22 +172,22 @@ def save(graph: ir.Model, path: Path, properties: dict[str, str], version: str) 
         ) from None
 
 
-NODE_FACTS = "saq"  # key in ``node.meta``: what ``save`` writes into the node's metadata
+ANNOTATIONS = "saq"  # key in ``node.meta`` of the entries that ``save`` writes to the node's metadata
 
 
-def _several(example: Tensor) -> Tensor:
-    """At least two images: a batch of one would be taken for a constant."""
+def _at_least_two(example: Tensor) -> Tensor:
+    """At least two images, since a batch of one would be treated as a constant."""
     example = example.cpu()
     return example if len(example) > 1 else example.expand(2, *example.shape[1:]).contiguous()
 
 
 def _batch() -> Any:
-    return torch.export.Dim("batch", min=1, max=MOST_IMAGES)
+    return torch.export.Dim("batch", min=1, max=MAX_BATCH)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch logs, warns of and prints: what is wrong is in the error that it raises."""
+    """Suppress logs, warnings and output of torch; errors contain the reason."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -205,11 +207,11 @@ def _as_unsupported() -> Iterator[None]:
     except Exception as error:  # the exporter raises whatever the model's code raised
         if out_of_memory(error):
             raise
-        raise UnsupportedModel(f"{CANNOT}{_reason(error)}") from error
+        raise UnsupportedModel(f"{CANNOT_EXPORT}{_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
-    """What is wrong with the model, in one line: the first cause, in plain words where it is a known one."""
+    """The first cause of an error in one line, in plain words if known."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error).strip()
@@ -217,8 +219,8 @@ def _reason(error: BaseException) -> str:
     if missing:
         return f"ONNX has no form of its operator {missing[1].replace('.', '::')}"
     if "data-dependent" in text or "DataDependent" in type(error).__name__:
-        return "its forward decides by the values of a tensor what it computes, and a graph is the same for all values"
+        return "its forward depends on the values of a tensor, while a graph is the same for all values"
     if "specialized it to be a constant" in text:
-        return _ONE_SIZE
+        return _FIXED_BATCH
     first = (text.splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}"[:300] if first else type(error).__name__

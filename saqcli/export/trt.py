@@ -1,15 +1,15 @@
-"""Style ``trt``: INT8 everywhere, zero point 0, the shape that TensorRT documents for explicit quantization.
+"""Style ``trt``: INT8 with zero point 0, for TensorRT.
 
-TensorRT quantizes to signed integers around zero. A grid whose codes lie in -128 ... 127 fits as it is. One that
-does not (0 ... 255, or a grid of ``lsq_plus`` such as -20 ... 235) is moved in front of the quantizer, by as many
-steps as bring its lowest code to -128, and set right behind the layer:
+TensorRT quantizes to signed integers around zero. A grid with codes in -128 ... 127 is used directly. Any other (0 ...
+255, or a grid of ``lsq_plus`` such as -20 ... 235) is shifted before the quantizer, so that its lowest code becomes
+-128, and the shift is compensated after the layer:
 
     x -- Pad -- Sub(o) -- Q(INT8) -- DQ -- Conv(no padding) -- Add(bias + sum of weights * o)
 
-which is the same function, since padding with zeros happens before the offset is taken away. Weights are INT8
-per output channel. Codes of the paper's grid at 8 bits reach 255 and have no INT8 container.
+This is the same function, since padding with zeros comes before the subtraction of the offset. Weights are INT8 per
+output channel. Codes of the paper's grid at 8 bits reach 255 and do not fit INT8.
 
-Verified in ONNX Runtime like every style; no TensorRT engine was built.
+Verified in ONNX Runtime like every style; not tested with a TensorRT engine.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from saqcli.errors import UnsupportedModel
 from saqcli.export import onnx_helpers, tracing
-from saqcli.export.model_metadata import ModelFacts, properties
+from saqcli.export.model_metadata import ModelMetadata, properties
 from saqcli.export.onnx_helpers import clip
 from saqcli.export.operators import frozen_copy
 
@@ -34,8 +34,8 @@ class TrtExporter:
     suffix = ".onnx"
     conditions: tuple[str, ...] = ("H9",)  # TensorRT has no such kernels
 
-    def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
-        """Write ``path``; as ``QdqExporter.export``.
+    def export(self, model: nn.Module, example: Tensor, path: Path, metadata: ModelMetadata) -> None:
+        """Write ``path``, as ``QdqExporter.export`` does.
 
         Raises:
             UnsupportedModel: the model cannot be traced, or a weight has codes beyond INT8.
@@ -47,7 +47,7 @@ class TrtExporter:
         onnx_helpers.split_bias(graph)
         onnx_helpers.lower(graph, "QuantizeInput", _quantize_input)
         onnx_helpers.lower(graph, "DequantizeWeight", _dequantize_weight)
-        tracing.save(model_graph, path, properties(facts), facts.saq_version)
+        tracing.save(model_graph, path, properties(metadata), metadata.saq_version)
 
 
 def _quantize_input(graph: ir.Graph, node: ir.Node) -> ir.Value:
@@ -60,17 +60,17 @@ def _quantize_input(graph: ir.Graph, node: ir.Node) -> ir.Value:
         return _codes_and_back(graph, node, x, step)
     offset = (np.float32(lowest - LOWEST) * onnx_helpers.array_of(step)).astype(np.float32)
     products = onnx_helpers.consumers(node.outputs[0])
-    if all(_can_be_set_right(product, node) for product in products):
+    if all(_can_compensate(product, node) for product in products):
         pads: list[int] = []
         for product in products:
             pads = _pads(product) if len(products) == 1 else []
             x = _padded(graph, node, product, x) if any(pads) else x
-            _set_right(graph, product, offset)
-        moved = onnx_helpers.before(graph, node, "Sub", [x, _named(graph, node, offset)])
+            _compensate(graph, product, offset)
+        moved = onnx_helpers.insert_before(graph, node, "Sub", [x, _named(graph, node, offset)])
         return _codes_and_back(graph, node, moved, step, LOWEST - lowest, pads)
-    moved = onnx_helpers.before(graph, node, "Sub", [x, _named(graph, node, offset)])
+    moved = onnx_helpers.insert_before(graph, node, "Sub", [x, _named(graph, node, offset)])
     back = _codes_and_back(graph, node, moved, step, LOWEST - lowest)
-    return onnx_helpers.before(graph, node, "Add", [back, _named(graph, node, offset)])
+    return onnx_helpers.insert_before(graph, node, "Add", [back, _named(graph, node, offset)])
 
 
 def _named(graph: ir.Graph, node: ir.Node, offset: np.ndarray) -> ir.Value:
@@ -86,20 +86,20 @@ def _codes_and_back(
     pads: Sequence[int] = (),
 ) -> ir.Value:
     zero = onnx_helpers.constant(graph, "zero", np.int8(0))
-    codes = onnx_helpers.before(graph, node, "QuantizeLinear", [x, step, zero])
-    onnx_helpers.note(codes, **{onnx_helpers.ZERO: str(moved)})
+    codes = onnx_helpers.insert_before(graph, node, "QuantizeLinear", [x, step, zero])
+    onnx_helpers.add_annotations(codes, **{onnx_helpers.ZERO: str(moved)})
     if any(pads):
-        onnx_helpers.note(codes, **{onnx_helpers.PADS: ",".join(map(str, _both_ends(pads)))})
-    return onnx_helpers.before(graph, node, "DequantizeLinear", [codes, step, zero])
+        onnx_helpers.add_annotations(codes, **{onnx_helpers.PADS: ",".join(map(str, _tensor_pads(pads)))})
+    return onnx_helpers.insert_before(graph, node, "DequantizeLinear", [codes, step, zero])
 
 
 def _pads(product: ir.Node) -> list[int]:
     return [int(pad) for pad in product.attributes["pads"].as_ints()] if "pads" in product.attributes else []
 
 
-def _can_be_set_right(product: ir.Node, node: ir.Node) -> bool:
-    """Whether an offset of the input becomes a constant for each output channel."""
-    alone = len(onnx_helpers.consumers(node.outputs[0])) == 1
+def _can_compensate(product: ir.Node, node: ir.Node) -> bool:
+    """Whether an offset of the input results in a constant per output channel."""
+    only_reader = len(onnx_helpers.consumers(node.outputs[0])) == 1
     same_pad = "auto_pad" in product.attributes and product.attributes["auto_pad"].as_string() not in (
         "NOTSET",
         "VALID",
@@ -110,29 +110,29 @@ def _can_be_set_right(product: ir.Node, node: ir.Node) -> bool:
         or same_pad
     ):
         return False
-    return product.inputs[0] is node.outputs[0] and (alone or not any(_pads(product)))
+    return product.inputs[0] is node.outputs[0] and (only_reader or not any(_pads(product)))
 
 
-def _both_ends(pads: Sequence[int]) -> list[int]:
-    """Pads of a convolution as those of a tensor (N, C, ...)."""
+def _tensor_pads(pads: Sequence[int]) -> list[int]:
+    """Pads of a convolution in the format for a tensor (N, C, ...)."""
     half = len(pads) // 2
     return [0, 0, *pads[:half], 0, 0, *pads[half:]]
 
 
 def _padded(graph: ir.Graph, node: ir.Node, product: ir.Node, x: ir.Value) -> ir.Value:
-    """Pad with zeros in front of the quantizer what the convolution would have padded behind it."""
+    """Move the zero padding of the convolution in front of the quantizer."""
     pads = _pads(product)
-    amounts = _both_ends(pads)
-    node.outputs[0].shape = None  # the codes are those of a larger image now
+    amounts = _tensor_pads(pads)
+    node.outputs[0].shape = None  # the padded image is larger
     product.attributes["pads"] = ir.AttrInt64s("pads", [0] * len(pads))
     constant = onnx_helpers.constant(
         graph, f"{onnx_helpers.text(node, 'layer')}.pads", np.array(amounts, np.int64)
     )
-    return onnx_helpers.before(graph, node, "Pad", [x, constant], mode="constant")
+    return onnx_helpers.insert_before(graph, node, "Pad", [x, constant], mode="constant")
 
 
-def _set_right(graph: ir.Graph, product: ir.Node, offset: np.ndarray) -> None:
-    """Add, behind the product, what the offset took away: its product with the sums of the weights."""
+def _compensate(graph: ir.Graph, product: ir.Node, offset: np.ndarray) -> None:
+    """Add the offset times the sums of the weights after the product."""
     weight = onnx_helpers.weight_of(product)
     assert weight is not None
     codes, step = (onnx_helpers.array_of(value).astype(np.float64) for value in weight.inputs)
@@ -140,7 +140,7 @@ def _set_right(graph: ir.Graph, product: ir.Node, offset: np.ndarray) -> None:
     sums = codes.sum(axis=tuple(d for d in range(codes.ndim) if d != dim)) * step * float(offset)
     shape = (1, -1, *(1,) * (codes.ndim - 2)) if product.op_type == "Conv" else (-1,)
     name = f"{onnx_helpers.text(weight, 'layer')}.offset"
-    onnx_helpers.add_behind(
+    onnx_helpers.add_after(
         graph, product, onnx_helpers.constant(graph, name, sums.astype(np.float32).reshape(shape))
     )
 

@@ -20,7 +20,7 @@ from saqcli.config import DataSection, ModelSection, QuantizationSection, RunCon
 from saqcli.data.loaders import calibration_loader, read_all
 from saqcli.data.splits import workers_of
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
-from saqcli.export import ModelFacts
+from saqcli.export import ModelMetadata
 from saqcli.export.restore import rebuild_structure, restore
 from saqcli.models.preprocessing import Preprocessing, is_small
 from saqcli.pipelines.bits import check_bits, check_way, given_policy
@@ -75,7 +75,7 @@ class Opened:
     """
 
     target: str
-    facts: ModelFacts
+    facts: ModelMetadata
     subject: Subject
     sha256: str
     images_sha256: str
@@ -169,7 +169,7 @@ def _calibrated(
     view: View,
     device: torch.device,
     progress: Progress,
-) -> tuple[nn.Module, ModelFacts]:
+) -> tuple[nn.Module, ModelMetadata]:
     """A float model, quantized and calibrated without training."""
     options = {"quantization.bits": bits, "quantization.policy": str(policy) if policy else None}
     named = {f"model.{key}": value for key, value in section.model_dump().items()}
@@ -186,7 +186,7 @@ def _calibrated(
 
 @torch.no_grad()
 def _with_latent_weights(
-    model: nn.Module, facts: ModelFacts, run: RunDirectory, progress: Progress
+    model: nn.Module, facts: ModelMetadata, run: RunDirectory, progress: Progress
 ) -> nn.Module | None:
     """The model as training left it in the run's checkpoint; None where that is not the exported ``model``."""
     trained = rebuild_structure(facts)
@@ -208,7 +208,7 @@ def _with_latent_weights(
 
 
 def _images(
-    facts: ModelFacts, view: View, target: str, device: torch.device, progress: Progress
+    facts: ModelMetadata, view: View, target: str, device: torch.device, progress: Progress
 ) -> list[tuple[Tensor, Tensor]]:
     """The images of ``view`` as the model wants them, held in memory."""
     preprocessing = Preprocessing.from_dict(facts.preprocessing)

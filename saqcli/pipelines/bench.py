@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from saqcli._version import __version__
 from saqcli.config import ModelSection
 from saqcli.errors import ConfigError, RunDirectoryError, UnsupportedModel
-from saqcli.export import EXPORTERS, ModelFacts
-from saqcli.export.model_metadata import read_onnx_facts
+from saqcli.export import EXPORTERS, ModelMetadata
+from saqcli.export.model_metadata import read_onnx_metadata
 from saqcli.export.restore import restore
 from saqcli.machine import cores, cpu_name, versions
 from saqcli.models.load import build_architecture
@@ -160,7 +160,7 @@ class Lineup:
         size = path.stat().st_size
         self.contenders.append(Contender(name, ONNX, size, opener, file.kernels, file.batch))
 
-    def add_exported(self, name: str, model: nn.Module, path: Path, facts: ModelFacts) -> None:
+    def add_exported(self, name: str, model: nn.Module, path: Path, facts: ModelMetadata) -> None:
         """A model as ONNX, written to ``path``; a note where that cannot be done."""
         try:
             EXPORTERS["qdq"]().export(model, torch.zeros(2, *self.input_size), path, facts)
@@ -200,7 +200,7 @@ def _of_name(section: ModelSection, folder: Path, progress: Progress) -> Lineup:
 
 
 def _of_onnx(path: Path, folder: Path) -> Lineup:
-    facts = read_onnx_facts(path)
+    facts = read_onnx_metadata(path)
     lineup = _described(facts)
     lineup.notes.append(f"no {TORCH_QUANTIZED}: an ONNX file holds no PyTorch model")
     _add_float(lineup, build_architecture(facts.build), facts.build, folder)
@@ -225,7 +225,7 @@ def _of_safetensors(path: Path, run: RunDirectory | None, folder: Path) -> Lineu
     return lineup
 
 
-def _described(facts: ModelFacts) -> Lineup:
+def _described(facts: ModelMetadata) -> Lineup:
     size = Preprocessing.from_dict(facts.preprocessing).input_size
     widths = {width for bits in facts.policy.layers.values() for width in (bits.weight, bits.activation)}
     return Lineup(str(facts.build["name"]), size, any(width and width < MAX_BITS for width in widths))
@@ -251,7 +251,7 @@ def _onnx_files(run: RunDirectory) -> list[Path]:
 def _add_float(lineup: Lineup, model: nn.Module, build: dict[str, object], folder: Path) -> None:
     tensors = {id(tensor): tensor for tensor in model.state_dict().values()}.values()
     lineup.add_torch(TORCH_FLOAT, model, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-    facts = ModelFacts(
+    facts = ModelMetadata(
         saq_version=__version__,
         build=build,
         preprocessing={},

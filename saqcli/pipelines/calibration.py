@@ -10,14 +10,14 @@ from saqcli._version import __version__
 from saqcli.config import RunConfig
 from saqcli.data.batches import Loader
 from saqcli.data.splits import Images
-from saqcli.export import ModelFacts
+from saqcli.export import ModelMetadata
 from saqcli.machine import library_versions
 from saqcli.pipelines.bits import given_policy, space_of
 from saqcli.pipelines.setup import Network
 from saqcli.progress import Progress
 from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig
-from saqcli.quant.calibration import InputStatistics, fit, observe, settle_batch_norms
+from saqcli.quant.calibration import InputStatistics, fit, observe, reestimate_batch_norms
 from saqcli.quant.convert import Scheme
 from saqcli.quant.correction import Corrections
 from saqcli.training.minimizers.base import running_statistics
@@ -69,7 +69,7 @@ def install_quantizers(
 
 def provisional(
     config: RunConfig, network: Network, images: Tensor, *, dearest: bool = False
-) -> tuple[nn.Module, ModelFacts]:
+) -> tuple[nn.Module, ModelMetadata]:
     """A quantized copy of the network, its levels fitted to ``images`` and not to be used.
 
     Its bits are those given; under a budget the fewest that a search may choose, or the most (``dearest``).
@@ -97,10 +97,10 @@ def describe(
     policy: BitConfig,
     statistics: Mapping[str, InputStatistics],
     images: Images | None = None,
-) -> ModelFacts:
+) -> ModelMetadata:
     """The metadata of the exported files; without ``images`` nothing about classes."""
     loaded = network.loaded
-    facts = ModelFacts(
+    facts = ModelMetadata(
         saq_version=__version__,
         versions=library_versions(),
         build=loaded.build,
@@ -159,7 +159,7 @@ class AfterFit:
 
     def _settled(self) -> list[Tensor]:
         """Running statistics that are estimated anew; on one rank, since each would draw other augmentations."""
-        settle_batch_norms(self.model, self._batches("settling batch norms", self._augmented))
+        reestimate_batch_norms(self.model, self._batches("settling batch norms", self._augmented))
         return [tensor.cpu() for tensor in running_statistics(self.model)]
 
     def _augmented(self) -> Loader:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.splits import validation_loader
 from saqcli.errors import ConfigError, PolicyMismatch, Problems, SaqError, UnsupportedModel, out_of_memory
-from saqcli.export import ModelFacts
+from saqcli.export import ModelMetadata
 from saqcli.export.restore import restore
-from saqcli.export.tracing import CANNOT, OPSET
+from saqcli.export.tracing import CANNOT_EXPORT, OPSET
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.pipelines.calibration import provisional
 from saqcli.pipelines.checks import check_images, check_styles
@@ -152,7 +152,7 @@ def verify_limit(wanted: int | Literal["all"]) -> int | None:
 
 def write_files(
     model: nn.Module,
-    facts: ModelFacts,
+    facts: ModelMetadata,
     config: RunConfig,
     run: RunDirectory,
     outcome: Outcome,
@@ -239,8 +239,8 @@ def _try_export(style: str, config: RunConfig, network: Network) -> None:
             if out_of_memory(error):
                 raise MemoryError(str(error)) from error
             reason = str(error).replace(str(path), "the file")
-            traced = not reason.startswith(CANNOT)  # what cannot be traced has no form in any style
-            reason = reason.removeprefix(CANNOT).removesuffix(ELSEWHERE)
+            traced = not reason.startswith(CANNOT_EXPORT)  # what cannot be traced has no form in any style
+            reason = reason.removeprefix(CANNOT_EXPORT).removesuffix(ELSEWHERE)
             if not isinstance(error, SaqError):
                 reason = f"{type(error).__name__}: {' '.join(reason.split())[:200]}"
             raise UnsupportedModel(

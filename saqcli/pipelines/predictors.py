@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from saqcli.config import ModelSection
 from saqcli.errors import ConfigError, CorruptArtifact, SaqError
 from saqcli.export.exact_form import ExactForm
-from saqcli.export.model_metadata import ModelFacts, read_onnx_facts
+from saqcli.export.model_metadata import ModelMetadata, read_onnx_metadata
 from saqcli.export.operators import frozen_copy
-from saqcli.export.restore import restore, trained_classes, with_names_of_logits
+from saqcli.export.restore import complete_class_names, restore, trained_classes
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.models.rebuild import check_description
 from saqcli.pipelines.setup import answering, classes_of, load_float
@@ -45,7 +45,7 @@ class Predictor:
     preprocessing: Preprocessing
     device: torch.device
     classes: Classes
-    facts: ModelFacts | None = None
+    facts: ModelMetadata | None = None
 
 
 def open_target(target: str, section: ModelSection, device: torch.device, progress: Progress) -> Predictor:
@@ -90,7 +90,7 @@ def open_onnx(path: Path, *, optimized: bool = True) -> Predictor:
     """
     if not path.is_file():
         raise ConfigError(f"there is no file {path}")
-    facts = with_names_of_logits(read_onnx_facts(path))
+    facts = complete_class_names(read_onnx_metadata(path))
     answer, classes = onnx_session(path, optimized=optimized), facts.build.get("num_classes")
 
     def predict(images: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def open_onnx(path: Path, *, optimized: bool = True) -> Predictor:
 
 
 def _described(
-    predict: Callable[[Tensor], Tensor], name: str, facts: ModelFacts, device: torch.device
+    predict: Callable[[Tensor], Tensor], name: str, facts: ModelMetadata, device: torch.device
 ) -> Predictor:
     try:
         preprocessing = check_description(facts.build, facts.preprocessing)

@@ -6,7 +6,7 @@ from typing import Any
 
 from saqcli.config import ModelSection, QuantizationSection
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
-from saqcli.export.restore import open_described
+from saqcli.export.restore import open_from_metadata
 from saqcli.pipelines.bits import check_bits, float_policy, in_order, read_policy
 from saqcli.pipelines.checks import check_builds, check_model
 from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
@@ -74,7 +74,7 @@ def layer_rows(network: Network, policy: BitConfig) -> list[dict[str, Any]]:
             "macs": layer.macs,
             "weight_bits": policy.layers[layer.name].weight,
             "activation_bits": policy.layers[layer.name].activation,
-            "bops": layer.own_bops(policy.layers[layer.name]),
+            "bops": layer.layer_bops(policy.layers[layer.name]),
             "pinned": layer.pinned is not None,
             "group": layer.group,
             "norm": network.traced.layers[layer.name].norm,
@@ -191,7 +191,7 @@ def _quantized(target: Target, progress: Progress) -> tuple[Network, BitConfig]:
             return _of_settings(run, progress)
         path = run.safetensors_path
     assert path is not None
-    loaded, facts = open_described(path)
+    loaded, facts = open_from_metadata(path)
     network = wrap_and_trace(loaded, quantize_attention=bool(facts.products))
     return network, in_order(facts.policy, network, str(path))
 

@@ -12,8 +12,8 @@ from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.datasets import Split
 from saqcli.data.splits import Images, open_named
 from saqcli.errors import UnsupportedModel
-from saqcli.export.model_metadata import ModelFacts
-from saqcli.export.restore import rebuild_structure, trained_classes, with_names_of_logits
+from saqcli.export.model_metadata import ModelMetadata
+from saqcli.export.restore import complete_class_names, rebuild_structure, trained_classes
 from saqcli.models.load import LoadedModel, ModelSpec, load_model
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.progress import SILENT, Progress
@@ -104,7 +104,7 @@ def wrap_and_trace(loaded: LoadedModel, *, quantize_attention: bool = False) -> 
         convert.route(loaded.model, [parent], children)
     followed = {product.name: product.follows for product in traced.products if product.follows}
     products = followed if quantize_attention else {}
-    convert.follow(loaded.model, products)
+    convert.add_products(loaded.model, products)
     costs = cost_model(traced, loaded.classifiers, products=quantize_attention)
     return Network(loaded, traced, costs, products)
 
@@ -129,7 +129,7 @@ def classes_of(loaded: LoadedModel) -> Classes:
 def open_trained(
     section: DataSection,
     split: Literal["train", "val"],
-    facts: ModelFacts,
+    facts: ModelMetadata,
     called: str,
     progress: Progress = SILENT,
 ) -> Split:
@@ -137,7 +137,7 @@ def open_trained(
     return open_named(as_trained(section, facts, progress), split, trained_classes(facts, called), progress)
 
 
-def as_trained(section: DataSection, facts: ModelFacts, progress: Progress = SILENT) -> DataSection:
+def as_trained(section: DataSection, facts: ModelMetadata, progress: Progress = SILENT) -> DataSection:
     """``section``, in which the model decides on what the user leaves open."""
     if section.exif_transpose is None:
         return section.model_copy(update={"exif_transpose": facts.exif_transpose})
@@ -175,19 +175,19 @@ def open_images(
     return Images.open(config, classes_of(loaded), loaded.preprocessing, device, progress)
 
 
-def saved_model(state: dict[str, Any]) -> tuple[nn.Module, ModelFacts, BitConfig]:
+def saved_model(state: dict[str, Any]) -> tuple[nn.Module, ModelMetadata, BitConfig]:
     """The model in the checkpoint of a run, its metadata, and the bits of its layers.
 
     Raises:
         SaqError: it cannot be built here.
     """
-    facts = with_names_of_logits(ModelFacts.model_validate_json(state["facts"]))
+    facts = complete_class_names(ModelMetadata.model_validate_json(state["facts"]))
     model = rebuild_structure(facts)
     model.load_state_dict(state["model"])
     return model, facts, convert.active_bits(model, facts.policy.model, facts.policy.layers)
 
 
-def open_run_images(config: RunConfig, facts: ModelFacts, device: torch.device) -> Images:
+def open_run_images(config: RunConfig, facts: ModelMetadata, device: torch.device) -> Images:
     """The images of a run, with the labels that it started with.
 
     The files that map folders to classes may be gone; if they are there, they must say the same.

@@ -1,4 +1,4 @@
-"""The vocabulary of quantization: bits, grids, quantizers, layers, costs.
+"""Quantization: bits, grids, quantizers, layers, costs.
 
 Knows tensors and modules, but no files, flags or data sets.
 """

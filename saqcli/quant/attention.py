@@ -1,9 +1,9 @@
-"""The two kinds of layers whose multiplication is not ``operator(input, self.weight)``.
+"""Quantized forwards of packed attention and standardized convolutions.
 
-Standardized convolutions (timm's BiT and NFNet families) derive the weight they multiply with: that one is
-quantized, since quantizing before standardization would leave the integer grid. ``nn.MultiheadAttention``
-packs three projections into one Parameter and has a fused path that would bypass the quantizers, so its
-forward is written out.
+Both are layers whose multiplication is not ``operator(input, self.weight)``. Standardized convolutions (timm's BiT and
+NFNet families) derive the weight they multiply with; the derived weight is quantized, since quantizing before
+standardization would leave the integer grid. ``nn.MultiheadAttention`` packs three projections into one Parameter and
+has a fused path that would bypass the quantizers, so its forward is written out.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from saqcli.errors import UnsupportedModel
 from saqcli.quant import products
 from saqcli.quant.layer import QuantizedLayer
-from saqcli.quant.routing import Route, hand_out
+from saqcli.quant.routing import Route, record_weight
 
 STANDARDIZED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
 
 
-def special_mixin(float_class: type[nn.Module]) -> type[QuantizedLayer] | None:
-    """The mixin for a class that needs its own forward, or None."""
+def custom_mixin(float_class: type[nn.Module]) -> type[QuantizedLayer] | None:
+    """The mixin for a class that needs a forward of its own; None for all others."""
     if issubclass(float_class, nn.MultiheadAttention):
         return QuantizedAttention
     if any(
@@ -45,7 +45,7 @@ class QuantizedStandardized(QuantizedLayer):
         return standard.reshape_as(weight)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Pad as the float layer does, then convolve with the quantized standardized weight."""
+        """Pad as in the float layer, then convolve with the quantized standardized weight."""
         layer: Any = self
         x = self.input_quantizer(input)
         if getattr(layer, "same_pad", False):
@@ -53,12 +53,12 @@ class QuantizedStandardized(QuantizedLayer):
 
             x = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
         padding = (0, 0) if getattr(layer, "same_pad", False) else layer.padding
-        weight = hand_out(self.quantized_weight(), self)
+        weight = record_weight(self.quantized_weight(), self)
         return F.conv2d(x, weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
 
 
 class QuantizedAttention(QuantizedLayer):
-    """``nn.MultiheadAttention`` with its packed input projection quantized; ``out_proj`` is a layer of its own."""
+    """``nn.MultiheadAttention`` with a quantized packed input projection; ``out_proj`` is a separate layer."""
 
     weight_name = "in_proj_weight"
 
@@ -76,8 +76,8 @@ class QuantizedAttention(QuantizedLayer):
         """Attention over (N, L, E), or (L, N, E) where not batch first.
 
         Returns:
-            The output, and with ``need_weights`` the attention weights as torch has them: (N, L, S), averaged over the
-            heads, or (N, heads, L, S); before dropout, unless products are quantized.
+            The output, and with ``need_weights`` the attention weights as torch returns them: (N, L, S), averaged over
+            the heads, or (N, heads, L, S); taken before dropout, unless products are quantized.
         """
         layer: Any = self
         same = query is key and key is value
@@ -96,12 +96,12 @@ class QuantizedAttention(QuantizedLayer):
             mask = padding if mask is None else mask + padding
         dropout = layer.dropout if self.training else 0.0
         causal = is_causal and mask is None
-        with Route(products.own_products(self)) as route:
+        with Route(products.products_of(self)) as route:
             mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         output = layer.out_proj(mixed.transpose(1, 2).flatten(2))
         weights = route.attention_weights if need_weights else None
         if need_weights and weights is None:
-            with torch._C.DisableTorchFunction():  # nobody counts it as a product of its own
+            with torch._C.DisableTorchFunction():  # must not be counted as a product
                 scores = q @ k.transpose(-2, -1) * layer.head_dim**-0.5
                 weights = products.probabilities(scores, mask, causal, 0.0)
         if weights is not None and average_attn_weights:
@@ -113,25 +113,26 @@ class QuantizedAttention(QuantizedLayer):
         weight = self.quantized_weight()
         if same:
             x = self.input_quantizer(query)
-            return F.linear(x, hand_out(weight, self), layer.in_proj_bias).chunk(3, dim=-1)
+            return F.linear(x, record_weight(weight, self), layer.in_proj_bias).chunk(3, dim=-1)
         biases = (None,) * 3 if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)
         return tuple(
-            F.linear(self.input_quantizer(x), hand_out(w, self), b)
+            F.linear(self.input_quantizer(x), record_weight(w, self), b)
             for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True)
         )
 
 
-def keeps_products(module: nn.Module) -> bool:
-    """Whether products of activations in the forward of ``module`` can be quantized: its own forward must stay in use.
+def supports_products(module: nn.Module) -> bool:
+    """Whether products of activations in the forward of ``module`` can be quantized.
 
-    That is so for any module but layers whose weight is quantized; attention is written out here.
+    Its own forward must stay in use. That excludes layers with a quantized weight, except attention, which is written
+    out in this file.
     """
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     return isinstance(module, QuantizedAttention) or not isinstance(module, (QuantizedLayer, *containers))
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """``mask`` as numbers to add to the scores; a boolean one hides where it is True."""
+    """``mask`` as values to add to the scores; a boolean mask hides positions where it is True."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))

@@ -1,4 +1,7 @@
-"""Which layer gets which bits: the object a search returns, a run obeys and a person edits (``policy.json``)."""
+"""Bits per layer: the policy that a search returns and a run uses.
+
+``policy.json`` is this object, one line per layer, and can be edited by hand.
+"""
 
 import re
 from collections.abc import Mapping
@@ -10,8 +13,8 @@ from saqcli.errors import ConfigError, PolicyMismatch
 from saqcli.serialization import json_text, printable
 
 MIN_BITS, MAX_BITS = 2, 8
-FLOAT_BITS = 32  # what an operand left in floating point counts as
-PINNED_BITS = 8  # first layer and classifier, Liu et al. (arXiv:2111.12273), section 5
+FLOAT_BITS = 32  # counted for an operand that stays in floating point
+PINNED_BITS = 8  # of first layer and classifier, Liu et al. (arXiv:2111.12273), section 5
 
 _WIDTHS = {str(bits) for bits in range(MIN_BITS, MAX_BITS + 1)}
 
@@ -19,7 +22,7 @@ Bits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS, strict=True)]
 
 
 class LayerBits(BaseModel):
-    """Bit-widths of one layer; None leaves that operand in floating point."""
+    """Bit-widths of one layer; None keeps that operand in floating point."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,12 +35,12 @@ class LayerBits(BaseModel):
 
 
 class BitConfig(BaseModel):
-    """The bits of every quantized layer of one network. This is ``policy.json``.
+    """The bits of every quantized layer of one network; the content of ``policy.json``.
 
     Attributes:
-        schema_version: of the file format.
+        schema_version: version of the file format.
         model: canonical name, such as ``timm/resnet18``.
-        layers: by qualified name in the float model, in execution order.
+        layers: bits by qualified name in the float model, in execution order.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,7 +50,7 @@ class BitConfig(BaseModel):
     layers: dict[str, LayerBits]
 
     def check_fits(self, model: str, names: list[str], source: str = "the policy") -> None:
-        """Refuse to be applied to another network; ``source`` is what the message calls the policy.
+        """Check that the policy was made for this network; messages call the policy ``source``.
 
         Raises:
             PolicyMismatch: names the layers that differ.
@@ -58,7 +61,7 @@ class BitConfig(BaseModel):
             parts = [
                 f"{title} {', '.join(printable(name, 100) for name in some[:5])}"
                 f"{f' and {len(some) - 5} more' if len(some) > 5 else ''}"
-                for title, some in (("it lacks", missing), ("it alone has", unknown))
+                for title, some in (("missing layers", missing), ("unknown layers", unknown))
                 if some
             ]
             raise PolicyMismatch(
@@ -69,7 +72,7 @@ class BitConfig(BaseModel):
             )
 
     def to_json(self) -> str:
-        """The text of ``policy.json``: a line a layer, so that it can be edited and compared."""
+        """The text of ``policy.json``, one line per layer, so that it can be edited and compared."""
         lines = ",\n".join(
             f"    {json_text(name)}: {bits.model_dump_json()}" for name, bits in self.layers.items()
         )
@@ -80,7 +83,7 @@ class BitConfig(BaseModel):
 
 
 def parse_bits(text: str, setting: str = "quantization.bits") -> LayerBits:
-    """``4`` or ``w4a8`` as bits for every searched layer; ``setting`` is what a message names.
+    """Parse ``4`` or ``w4a8``, the bits of every layer that is not pinned; messages name ``setting``.
 
     Raises:
         ConfigError: not of that form, or a width outside 2..8.
@@ -103,7 +106,7 @@ def parse_bits(text: str, setting: str = "quantization.bits") -> LayerBits:
 
 
 def parse_candidates(text: str, setting: str = "quantization.candidates") -> tuple[int, ...]:
-    """``2,3,4`` as bit-widths a layer may choose from, ascending and without repeats; messages name ``setting``.
+    """Parse ``2,3,4``, the bit-widths a layer may have; ascending, without repeats. Messages name ``setting``.
 
     Raises:
         ConfigError: not a list of integers from 2 to 8.
@@ -122,16 +125,16 @@ def uniform(model: str, pins: Mapping[str, LayerBits | None], bits: LayerBits) -
     Args:
         model: canonical name of the network.
         pins: every layer by name, in execution order; its bits if it is pinned, else None.
-        bits: of the others.
+        bits: of all other layers.
     """
     return BitConfig(model=model, layers={name: pin or bits for name, pin in pins.items()})
 
 
 def mean_bits(layers: Mapping[str, LayerBits], macs: Mapping[str, int]) -> tuple[float, float]:
-    """Bits of weights and of inputs that a multiply-accumulate has on average.
+    """Mean bits of weights and of inputs over all multiply-accumulates.
 
     Args:
-        layers: bits of every layer; what is left in floating point counts 32.
+        layers: bits of every layer; an operand in floating point counts 32.
         macs: multiply-accumulates of every layer for one image.
     """
     total = sum(macs[name] for name in layers) or 1

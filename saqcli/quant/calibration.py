@@ -1,8 +1,7 @@
-"""What the inputs of every layer look like on real images: their range, their sign, and a sample of their
-values.
+"""Layer inputs on calibration images: range, sign and sample values.
 
-From these come the clipping levels of the activations, whether a quantizer must be signed, and the error that
-each bit-width would make. Weights need no data: they are fitted tensor by tensor.
+They determine the clipping levels of the activations, whether a quantizer must be signed, and the error of each
+bit-width. Weights need no data: they are fitted tensor by tensor.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,24 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.errors import UnsupportedModel
-from saqcli.quant.layer import is_convolution, quantized_layers
+from saqcli.quant.layer import in_eval_mode, is_convolution, quantized_layers
 from saqcli.quant.products import OPERANDS, QuantizedProduct, operand_name, quantized_products
 from saqcli.quant.quantizers import Quantizer
 
-SAMPLES_PER_BATCH = (
-    8192  # values kept of a layer's input in each batch; 8 batches of them place a level to 1 %
-)
+SAMPLES_PER_BATCH = 8192  # values kept of each layer's input; 8 batches determine a level to 1 %
 ClipInit = Literal["error", "paper"]
 
 
 @dataclass
 class InputStatistics:
-    """What was seen at the input of one layer.
+    """Statistics of the input of one layer.
 
     Attributes:
-        lowest: least value.
-        highest: greatest value.
-        samples: values drawn evenly from every batch, one dimension.
+        lowest: smallest value.
+        highest: largest value.
+        samples: values drawn uniformly from every batch, one dimension.
     """
 
     lowest: float = float("inf")
@@ -40,7 +37,7 @@ class InputStatistics:
 
     @property
     def signed(self) -> bool:
-        """Negative values occur, so the quantizer must have negative levels."""
+        """Whether negative values occur, so that the quantizer needs negative levels."""
         return self.lowest < 0
 
     @property
@@ -49,7 +46,7 @@ class InputStatistics:
         return torch.cat(self._drawn) if self._drawn else torch.zeros(1)
 
     def update(self, x: Tensor, generator: torch.Generator) -> None:
-        """Take in one batch."""
+        """Add one batch."""
         flat = x.detach().float().flatten()
         low, high = torch.aminmax(flat)
         self.lowest, self.highest = min(self.lowest, low.item()), max(self.highest, high.item())
@@ -60,14 +57,14 @@ class InputStatistics:
 
 
 class _Observer(nn.Module):
-    """Stands where the input quantizer will be, and passes its input on."""
+    """Takes the place of the input quantizer, records its input and returns it unchanged."""
 
     def __init__(self, name: str, statistics: InputStatistics, generator: torch.Generator) -> None:
         super().__init__()
         self.name, self.statistics, self.generator = name, statistics, generator
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x``, noted."""
+        """Record ``x`` and return it."""
         _check_finite(x, f"the input of layer {self.name} is")
         self.statistics.update(x, self.generator)
         return x
@@ -97,7 +94,7 @@ def _observed(model: nn.Module, seed: int) -> Iterator[dict[str, InputStatistics
 
 
 def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Modules and attributes with the quantizers of activations: inputs of layers, operands of products."""
+    """Module and attribute of every activation quantizer: inputs of layers, operands of products."""
     places: dict[str, tuple[nn.Module, str]] = {
         name: (layer, "input_quantizer") for name, layer in quantized_layers(model).items()
     }
@@ -109,13 +106,13 @@ def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 @torch.no_grad()
 def observe(model: nn.Module, batches: Iterable[Tensor], seed: int = 0) -> dict[str, InputStatistics]:
-    """Run ``batches`` through the float model in eval mode and note the input of every quantized layer, and the
-    operands of every product that is to be quantized.
+    """Run ``batches`` through the float model in eval mode and record the input statistics of every quantized layer,
+    and those of the operands of every product to be quantized.
 
     Args:
         model: wrapped; its mode is restored.
         batches: images, (N, C, H, W), on the model's device.
-        seed: of the draw of sample values.
+        seed: for drawing sample values.
 
     Raises:
         UnsupportedModel: an input, or a class score, is NaN or infinite.
@@ -132,12 +129,12 @@ def observe(model: nn.Module, batches: Iterable[Tensor], seed: int = 0) -> dict[
 
 
 def fit(model: nn.Module, statistics: Mapping[str, InputStatistics], clip_init: ClipInit = "error") -> None:
-    """Set the levels, steps and offsets of every installed quantizer, all candidates included.
+    """Fit the levels, steps and offsets of every installed quantizer, for all candidates.
 
     Args:
         model: with quantizers installed.
-        statistics: by layer, from ``observe``.
-        clip_init: at the least squared ``error``, or as in the SAQ ``paper``.
+        statistics: by layer and by operand of a product, from ``observe``.
+        clip_init: least squared ``error``, or as in the SAQ ``paper``.
     """
     for name, layer in quantized_layers(model).items():
         linear = not is_convolution(layer)
@@ -154,11 +151,11 @@ def fit(model: nn.Module, statistics: Mapping[str, InputStatistics], clip_init: 
 
 
 @torch.no_grad()
-def settle_batch_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Estimate the running statistics of every batch norm anew, as means over ``batches``; all else stays in eval mode.
+def reestimate_batch_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Re-estimate the running statistics of every batch norm as means over ``batches``; all else stays in eval mode.
 
-    Weight normalization takes the mean out of every weight. That shifts what a convolution returns by much where its
-    inputs are positive, and a batch norm in training mode would take the shift out again.
+    Weight normalization removes the mean of every weight. This shifts the output of a convolution considerably where
+    its inputs are positive; a batch norm in training mode would remove the shift again.
 
     Args:
         model: quantized; its mode is restored.
@@ -171,21 +168,18 @@ def settle_batch_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
     ]
     if not norms:
         return
-    modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
-    model.eval()
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain mean over all batches
-            norm.train()
-        for images in batches:
-            model(images)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
+    with in_eval_mode(model):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain mean over all batches
+                norm.train()
+            for images in batches:
+                model(images)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
 
 def _start(quantizer: Quantizer, x: Tensor, clip_init: ClipInit, linear: bool) -> None:

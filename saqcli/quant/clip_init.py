@@ -1,9 +1,9 @@
-"""Where clipping levels start: at the least squared error between a tensor and its quantized self.
+"""Initial clipping levels: least squared quantization error.
 
-A coarse scan downwards from the level that clips nothing finds the basin, two finer scans around the best so
-far find its bottom, and a few fixed-point steps finish: with the codes q held, the best step is
-<x, q> / <q, q>, and neither half of the iteration can raise the error (Lloyd, 1982). The finer scans are needed:
-from 5 bits on the error has many local minima, and without them it stays up to 9 % above the best.
+A coarse scan downwards from the level that clips nothing finds the basin, two finer scans around the best level find
+its minimum, and a few fixed-point steps finish: with the codes q held, the best step is <x, q> / <q, q>, and neither
+half of the iteration can raise the error (Lloyd, 1982). The finer scans are needed: from 5 bits on the error has many
+local minima, and without them it stays up to 9 % above the best.
 """
 
 import torch
@@ -12,7 +12,10 @@ from torch import Tensor
 from saqcli.quant.grid import Grid, codes_of, step_of
 
 SCAN = tuple(0.88**k for k in range(28))  # fractions of the level that clips nothing: 1 down to 0.03
-FINER = (0.88 ** (1 / 5), 0.88 ** (1 / 25))  # ratios of the finer scans: four steps either way fill a gap
+FINER = (
+    0.88 ** (1 / 5),
+    0.88 ** (1 / 25),
+)  # ratios of the finer scans: four steps in both directions fill a gap
 FINER_STEPS = 4
 FIXED_POINT_STEPS = 4
 EMPTY_FRACTION = 2.0**-26  # level of an all-zero channel, as a fraction of the tensor's largest magnitude
@@ -24,11 +27,11 @@ def best_level(x: Tensor, grid: Grid, shape: tuple[int, ...] = ()) -> Tensor:
     Args:
         x: values to represent, any shape.
         grid: the codes.
-        shape: of the result; must broadcast against ``x``, for instance ``(C_out, 1, 1, 1)`` for a level a
+        shape: of the result; must broadcast against ``x``, for example ``(C_out, 1, 1, 1)`` for one level per
             channel.
 
     Returns:
-        Positive and finite even where a channel is constant or all zero.
+        Positive and finite, also where a channel is constant or all zero.
     """
     x = x.detach().float()
     floor = least_level(float(x.abs().max()), grid)
@@ -62,14 +65,14 @@ def noise_to_signal(x: Tensor, level: Tensor, grid: Grid) -> float:
 
 
 def least_level(largest: float, grid: Grid) -> float:
-    """The least level of any channel: of no weight beside the others, and never 0."""
+    """The smallest level allowed for a channel: negligible compared with the others, and never 0."""
     if largest > 0:
         return max(largest * EMPTY_FRACTION, torch.finfo(torch.float32).tiny)
-    return 1.0 if grid.stride == 1 else EMPTY_FRACTION  # a grid without zero has no other way to be near it
+    return 1.0 if grid.stride == 1 else EMPTY_FRACTION  # a grid without zero is near it only at a tiny step
 
 
 def _widest(x: Tensor, grid: Grid, shape: tuple[int, ...]) -> Tensor:
-    """The least level at which nothing is clipped; a grid may reach further below zero than above."""
+    """The smallest level that clips nothing; a grid may reach further below zero than above."""
     above = reduce_to(x, shape, "amax")
     if grid.lowest == 0:
         return above
@@ -77,7 +80,7 @@ def _widest(x: Tensor, grid: Grid, shape: tuple[int, ...]) -> Tensor:
 
 
 def _better(x: Tensor, grid: Grid, level: Tensor, error: Tensor, proposal: Tensor) -> tuple[Tensor, Tensor]:
-    """Channel by channel, whichever of two levels errs less."""
+    """The level with the smaller error, channel by channel, and that error."""
     candidate = squared_error(x, proposal, grid)
     improves = candidate < error
     return torch.where(improves, proposal, level), torch.where(improves, candidate, error)

@@ -1,14 +1,11 @@
-"""From a float network to a quantized one and back: choose quantizers, wrap, install, set bits, unwrap.
+"""Conversion of a network to quantized layers and back.
 
-How a network is quantized, apart from the bits of each layer: from a layer and its candidates to its quantizers.
-
-From a float network to a quantized one and back: wrap, install quantizers, set bits, unwrap.
-
-wrap      every convolution and linear layer becomes a quantized layer that still computes in floating point
-install   gives the layers their quantizers, once the traced and calibrated facts are known
+wrap      turns every convolution, linear layer and packed attention into a quantized layer that still computes in
+          floating point
+install   adds the quantizers, once the network is traced and calibrated; ``Scheme`` chooses them
 apply     sets the active bits everywhere; the only writer of bits
-fold      leaves nothing of the weight quantizers but rounding, for files
-unwrap    the same modules with their float classes back
+fold      reduces the weight quantizers to plain rounding, for files
+unwrap    restores the float classes of the same modules
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,7 +26,7 @@ from saqcli.quant.products import (
     OPERANDS,
     QuantizedProduct,
     operand_name,
-    own_products,
+    products_of,
     quantized_products,
     split_name,
 )
@@ -44,9 +41,10 @@ class Scheme(BaseModel):
     Attributes:
         quantizer: name in ``QUANTIZERS``.
         weight_grid: ``auto`` (the paper's up to 7 bits, int8 at 8), ``paper`` or ``zero``.
-        granularity: a clipping level per output ``channel`` of a weight, or one per ``tensor``.
-        weight_normalization: quantize the weights of convolutions in deviations from their mean (``clip`` alone).
-        clip_init: levels start at the least squared ``error``, or as in the SAQ ``paper`` (``clip`` alone).
+        granularity: one clipping level per output ``channel`` of a weight, or one per ``tensor``.
+        weight_normalization: quantize the weights of convolutions in standard deviations from their mean (``clip``
+            only).
+        clip_init: initial levels by least squared ``error``, or as in the SAQ ``paper`` (``clip`` only).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,7 +56,7 @@ class Scheme(BaseModel):
     clip_init: ClipInit = "error"
 
     def check(self) -> None:
-        """Refuse an unknown quantizer, and options that the quantizer does not have.
+        """Refuse an unknown quantizer, and options that the quantizer does not support.
 
         Raises:
             ConfigError: names the option.
@@ -77,14 +75,14 @@ class Scheme(BaseModel):
             )
 
     def level_shape(self, layer: QuantizedLayer) -> tuple[int, ...]:
-        """Shape of one clipping level of the layer's weight; broadcasts against it."""
+        """Shape of one clipping level of the layer's weight; broadcasts against the weight."""
         weight = layer.latent_weight()
         if self.granularity == "tensor":
             return ()
         return tuple(size if d == layer.channel_dim else 1 for d, size in enumerate(weight.shape))
 
     def weight_quantizer(self, layer: QuantizedLayer, candidates: Iterable[int]) -> Quantizer:
-        """A quantizer for the layer's weight, its levels not yet fitted."""
+        """A quantizer for the layer's weight, not yet fitted."""
         self.check()
         family = _family(self.quantizer)
         kind = family.weight
@@ -95,7 +93,7 @@ class Scheme(BaseModel):
         return kind(by_bits, self.level_shape(layer)).to(layer.latent_weight().device)
 
     def input_quantizer(self, layer: QuantizedLayer, candidates: Iterable[int], *, signed: bool) -> Quantizer:
-        """A quantizer for the layer's input, its levels not yet fitted."""
+        """A quantizer for the layer's input, not yet fitted."""
         family = _family(self.quantizer)
         by_bits = {bits: grid.activations(bits, signed=signed) for bits in candidates}
         return family.activation(by_bits).to(layer.latent_weight().device)
@@ -108,18 +106,19 @@ def _family(name: str) -> Family:
 
 
 def wrap(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """Turn every convolution, linear layer and packed attention of ``model`` into a quantized layer, in
-    place; parametrizations and pruning masks are folded into plain weights before (see ``plain``).
+    """Turn every convolution, linear layer and packed attention of ``model`` into a quantized layer, in place.
+
+    Parametrizations and pruning masks are folded into plain weights first (see ``fold.make_plain``).
 
     Returns:
         The quantized layers by name. They compute in floating point until ``install``.
 
     Raises:
-        UnsupportedModel: nothing to quantize, wrapped already, an attention variant without packed
-            projections, or what ``check_modules`` refuses.
+        UnsupportedModel: nothing to quantize, already wrapped, an attention variant without packed projections, or
+            a module that ``check_modules`` refuses.
     """
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
-        raise UnsupportedModel("this model is quantized already: start from the float model")
+        raise UnsupportedModel("this model is already quantized: start from the float model")
     make_plain(model)
     check_modules(model)
     modules = dict(model.named_modules())
@@ -133,7 +132,7 @@ def wrap(model: nn.Module) -> dict[str, QuantizedLayer]:
     layers = quantized_layers(model)
     if not layers:
         reasons = {name: reason_for_float(m) for name, m in modules.items() if isinstance(m, WRAPPED)}
-        why = "".join(f" but {name}, and {reason}" for name, reason in list(reasons.items())[:1])
+        why = "".join(f" except {name}, where {reason}" for name, reason in list(reasons.items())[:1])
         raise UnsupportedModel(
             f"this model has no convolution and no linear layer{why}: there is nothing to quantize"
         )
@@ -145,18 +144,18 @@ def wrap(model: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 def unwrap(model: nn.Module) -> None:
-    """Give every module its float class back, in place; weights stay as training left them."""
+    """Restore the float class of every module, in place; weights keep their trained values."""
     for layer in quantized_layers(model).values():
         unwrap_layer(layer)
     for module in model.modules():
-        if own_products(module) is not None:
+        if products_of(module) is not None:
             del module.products
         if isinstance(module, RoutedParent):
             module.__class__ = module.float_class  # type: ignore[assignment]
         _allow_fused_path(module)
 
 
-# What lets torch's encoders take a fused path, which reads weights and skips the input quantizers.
+# Switches of the fused path of torch's encoders, which reads weights and skips the input quantizers.
 _FUSED = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
     (nn.TransformerEncoder, "use_nested_tensor", False),
@@ -177,29 +176,28 @@ def _allow_fused_path(module: nn.Module) -> None:
 
 
 def leave_float(model: nn.Module, names: Iterable[str]) -> None:
-    """Give some layers their float class back, in place: those that never run."""
-    gone = [model.get_submodule(name) for name in names]
-    heirs: dict[
-        QuantizedLayer, QuantizedLayer
-    ] = {}  # of a weight whose first layer goes: the first that stays
+    """Restore the float class of some layers, in place: those that never run."""
+    removed = [model.get_submodule(name) for name in names]
+    # by removed first layer of a tied weight, the first one that stays
+    successors: dict[QuantizedLayer, QuantizedLayer] = {}
     for layer in quantized_layers(model).values():
-        if layer.tied_to and layer.tied_to[0] in gone and layer not in gone:
-            heir = heirs.setdefault(layer.tied_to[0], layer)
-            layer.tied_to = () if heir is layer else (heir,)
-    for module in gone:
+        if layer.tied_to and layer.tied_to[0] in removed and layer not in removed:
+            first = successors.setdefault(layer.tied_to[0], layer)
+            layer.tied_to = () if first is layer else (first,)
+    for module in removed:
         assert isinstance(module, QuantizedLayer)
         unwrap_layer(module)
 
 
-def follow(model: nn.Module, products: Mapping[str, str]) -> None:
-    """Give modules that multiply activations a quantized product for each, with the bits of a layer's input.
+def add_products(model: nn.Module, products: Mapping[str, str]) -> None:
+    """Add a quantized product for each multiplication of activations, with the bits of a layer's input.
 
     Args:
         model: wrapped.
-        products: the layer that is followed, by name of the product, ``OWNER.products.INDEX``.
+        products: by name of the product, ``OWNER.products.INDEX``, the layer whose input bits it uses.
 
     Raises:
-        UnsupportedModel: an owner has something else of that name.
+        UnsupportedModel: an owner already has another attribute ``products``.
     """
     for name, followed in products.items():
         owner_name, index = split_name(name)
@@ -207,20 +205,20 @@ def follow(model: nn.Module, products: Mapping[str, str]) -> None:
         assert isinstance(layer, QuantizedLayer)
         if not hasattr(owner, "products"):
             owner.products = nn.ModuleDict()
-        own = own_products(owner)
-        if own is None:
+        owned = products_of(owner)
+        if owned is None:
             raise UnsupportedModel(
-                f"{owner_name} has products of its own: attention there cannot be quantized"
+                f"{owner_name} already has an attribute products: its attention cannot be quantized"
             )
         product = QuantizedProduct()
-        own[str(index)] = product
+        owned[str(index)] = product
         layer.followers += (product,)
         if not isinstance(owner, RoutedParent | QuantizedLayer):
             owner.__class__ = routed_class(type(owner))
 
 
 def route(model: nn.Module, parents: Iterable[str], layers: Iterable[str]) -> None:
-    """Make ``parents`` quantize the inputs of ``layers``, whose weights they take and multiply with themselves."""
+    """Make ``parents`` quantize the inputs of ``layers``, whose weights they use in their own forward."""
     for name in parents:
         parent = model.get_submodule(name)
         if not isinstance(parent, RoutedParent):
@@ -238,17 +236,17 @@ def install(
     signed: Mapping[str, bool],
     options: Mapping[str, Iterable[LayerBits]] | None = None,
 ) -> None:
-    """Give every quantized layer its quantizers, levels not yet fitted, and make ``config`` the active bits.
+    """Add the quantizers, not yet fitted, to every quantized layer, and make ``config`` the active bits.
 
     Args:
         model: wrapped.
-        scheme: which quantizers.
+        scheme: chooses the quantizers.
         config: the active bits of every quantized layer.
         signed: whether a layer's input has negative values, by name.
-        options: further bits a layer can be switched to later, by name.
+        options: further bits that a layer can be switched to later, by name.
 
     Raises:
-        PolicyMismatch: ``config`` names other layers than the model has.
+        PolicyMismatch: the layers of ``config`` differ from those of the model.
     """
     layers = quantized_layers(model)
     config.check_fits(config.model, list(layers))
@@ -289,8 +287,9 @@ def apply(model: nn.Module, config: BitConfig) -> None:
 
 
 def set_bits(layer: QuantizedLayer, bits: LayerBits) -> None:
-    """Set the active bits of one layer's quantizers, and of the products that follow it; an operand without a
-    quantizer is left as it is.
+    """Set the active bits of one layer's quantizers and of the products that follow it.
+
+    An operand without a quantizer is left unchanged.
     """
     for quantizer, width in (
         (layer.weight_quantizer, bits.weight),
@@ -304,21 +303,21 @@ def set_bits(layer: QuantizedLayer, bits: LayerBits) -> None:
 
 
 def fold(model: nn.Module) -> None:
-    """Give every weight quantizer its plain form, in place; not one output bit changes.
+    """Replace every weight quantizer by its plain form, in place; no output bit changes.
 
-    Layers that derive their weight from the latent one (standardized convolutions) stay as they are: files hold
-    their float weight.
+    Layers that derive their weight from the latent one (standardized convolutions) are left unchanged: files hold their
+    float weight.
     """
     for layer in quantized_layers(model).values():
         quantizer, weight = layer.weight_quantizer, layer.latent_weight()
         if isinstance(quantizer, Quantizer) and stores_codes(layer):
             layer.weight_quantizer, folded = quantizer.fold(weight)
-            if folded is not weight:  # a parameter of its own: another layer may share the old one
+            if folded is not weight:  # a new parameter: another layer may share the old one
                 layer._parameters[layer.weight_name] = nn.Parameter(folded.detach(), weight.requires_grad)
 
 
 def active_bits(model: nn.Module, name: str, order: Iterable[str]) -> BitConfig:
-    """The bits that ``model`` computes with right now, read off its layers.
+    """The active bits of ``model``, read from its layers.
 
     Args:
         model: wrapped, with quantizers installed.

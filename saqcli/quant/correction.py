@@ -1,18 +1,18 @@
-"""What quantization moved on average, taken back without training.
+"""Correction of means and variances after quantization, without training.
 
-Rounding and clipping shift the mean of a layer's output, and its spread; the shifts of many layers add up. Both are
-measured on the same images, in floating point (f) and quantized (q), channel by channel, and taken back where a
-number for it exists:
+Rounding and clipping shift the mean of a layer's output and change its variance; the shifts of many layers add up. Both
+are measured on the same images, in floating point (f) and quantized (q), channel by channel, and corrected in biases
+and running statistics:
 
     bias           b    <- b + E_f[y] - E_q[y]                         y: output of the layer
     batch norm     var  <- var * (V_q[x] + eps) / (V_f[x] + eps)       x: input of the norm
                    mean <- E_q[x] - (E_f[x] - mean) * deviation after / deviation before
 
-In the order of execution: whatever is measured behind a place sees it corrected already, within the batch. Over
-several batches the corrections are averaged; on a single one the means of outputs agree afterwards, but for rounding.
+Corrections follow the order of execution: within a batch, every measurement includes the corrections of earlier layers.
+They are averaged over batches; with a single batch the means of outputs agree afterwards, except for rounding.
 
-Differences of paired measurements need few images, and do not mind that these are not what running statistics were
-taken on (augmented images, other crops). Estimating the statistics anew, as ``settle_batch_norms`` does, minds it.
+Differences of paired measurements need few images, which may differ from those of the running statistics (augmented
+images, other crops). Re-estimating the statistics, as ``reestimate_batch_norms`` does, is sensitive to both.
 
 Source: bias correction is that of Nagel et al., arXiv:1906.04721, section 4.2, in its empirical form. The paired form
 for batch norms is ours.
@@ -28,67 +28,62 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.quant.layer import QuantizedLayer, quantized_layers
+from saqcli.quant.layer import QuantizedLayer, in_eval_mode, quantized_layers
 from saqcli.quant.products import quantized_products
-from saqcli.quant.routing import HandedOut
+from saqcli.quant.routing import WeightRecorder
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 def correct(model: nn.Module, batches: Iterable[Tensor], *, biases: bool, norms: bool) -> None:
-    """Take back what quantization moved on average, in place; weights and levels stay as they are.
+    """Correct the mean shifts of quantization, in place; weights and levels stay unchanged.
 
     Args:
         model: quantized, levels fitted; its mode is restored.
         batches: images, (N, C, H, W), on the model's device.
-        biases: correct the bias of every layer; where it has none and a batch norm follows directly, that one's mean.
+        biases: correct the bias of every layer; without a bias, the mean of a batch norm that follows directly.
         norms: correct mean and variance of every batch norm.
     """
     Corrections(model, biases=biases, norms=norms)(batches)
 
 
 class Corrections:
-    """``correct`` for a model whose bits change in between: each call starts from the uncorrected model.
+    """Repeated ``correct`` while the bits change: each call starts from the uncorrected model.
 
-    What the model computes in floating point does not depend on the bits, and is measured in the first call only.
+    The float measurements do not depend on the bits and are made in the first call only.
 
     Args:
         model: as for ``correct``, not corrected yet.
-        biases: likewise.
-        norms: likewise.
+        biases: as for ``correct``.
+        norms: as for ``correct``.
     """
 
     def __init__(self, model: nn.Module, *, biases: bool, norms: bool) -> None:
         self.model, self.biases, self.norms = model, biases, norms
         self._uncorrected = [(tensor, tensor.detach().clone()) for tensor in _correctable(model)]
-        self._in_float: list[_Pass] = []  # of every batch
+        self._in_float: list[_Pass] = []  # one per batch
 
     @torch.no_grad()
     def __call__(self, batches: Iterable[Tensor]) -> None:
-        """Correct the model at its present bits; ``batches`` are the same in every call."""
+        """Correct the model at its active bits; ``batches`` must be the same in every call."""
         model = self.model
         for tensor, before in self._uncorrected:
             tensor.copy_(before)
-        modes = {module: module.training for module in model.modules()}
         places = _Places(model, biases=self.biases, norms=self.norms)
-        model.eval()
-        try:
+        with in_eval_mode(model):
             for index, images in enumerate(batches):
                 if index == len(self._in_float):
                     with _in_float(model), _Pass(places) as in_float:
                         model(images)
                     self._in_float.append(in_float)
-                with places.uncorrected(), _Pass(places, self._in_float[index]):
+                with places.restored_statistics(), _Pass(places, self._in_float[index]):
                     model(images)
-                places.take_in(len(images))
+                places.add_batch(len(images))
             places.apply()
-        finally:
-            for module, training in modes.items():
-                module.training = training
 
 
 def _correctable(model: nn.Module) -> Iterator[Tensor]:
-    """What a correction may change: biases of layers, running statistics of batch norms."""
+    """The tensors that a correction may change: biases of layers, running statistics of batch norms."""
     for layer in quantized_layers(model).values():
         if (bias := _bias(layer)) is not None:
             yield bias
@@ -114,29 +109,29 @@ def _in_float(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Average:
-    """Over batches, weighted by images, of what is measured at one place.
+    """Mean of the measurements at one place over batches, weighted by images.
 
     Attributes:
-        now: of this batch, one entry a call.
+        current: measurements of the current batch, one per call.
     """
 
     total: Tensor | None = None
     images: int = 0
-    now: list[Tensor] = field(default_factory=list)
+    current: list[Tensor] = field(default_factory=list)
 
-    def take_in(self, images: int) -> None:
-        if self.now:
-            measured = torch.stack(self.now).mean(0) * images
+    def add_batch(self, images: int) -> None:
+        if self.current:
+            measured = torch.stack(self.current).mean(0) * images
             self.total = measured if self.total is None else self.total + measured
             self.images += images
-            self.now = []
+            self.current = []
 
     def mean(self) -> Tensor | None:
         return None if self.total is None else self.total / self.images
 
 
 class _Places:
-    """Where something can be corrected, and by how much so far."""
+    """The places that can be corrected, and the shifts measured so far."""
 
     def __init__(self, model: nn.Module, *, biases: bool, norms: bool) -> None:
         layers = quantized_layers(model).values()
@@ -152,8 +147,8 @@ class _Places:
         }
 
     @contextmanager
-    def uncorrected(self) -> Iterator[None]:
-        """Puts running statistics back, which a pass moves for its own batch."""
+    def restored_statistics(self) -> Iterator[None]:
+        """Restore the running statistics on exit; a pass corrects them for its own batch."""
         kept = [(norm, norm.running_mean.clone(), norm.running_var.clone()) for norm in self.norms]
         try:
             yield
@@ -162,9 +157,9 @@ class _Places:
                 norm.running_mean.copy_(mean)
                 norm.running_var.copy_(variance)
 
-    def take_in(self, images: int) -> None:
+    def add_batch(self, images: int) -> None:
         for place in (*(shift for _, shift in self.biases.values()), *self.norms.values()):
-            place.take_in(images)
+            place.add_batch(images)
 
     def apply(self) -> None:
         for bias, shift in self.biases.values():
@@ -172,10 +167,10 @@ class _Places:
                 bias.add_(moved)
         for norm, moments in self.norms.items():
             if (measured := moments.mean()) is not None:
-                self.move(norm, measured)
+                self.correct_norm(norm, measured)
 
-    def move(self, norm: Any, measured: Tensor) -> None:
-        """Move the statistics of ``norm``; ``measured`` are (E_q, E_f, V_q, V_f), each of all channels."""
+    def correct_norm(self, norm: Any, measured: Tensor) -> None:
+        """Correct the statistics of ``norm``; ``measured`` are (E_q, E_f, V_q, V_f), each of all channels."""
         mean_q, mean_f, variance_q, variance_f = measured
         before = (norm.running_var + norm.eps).sqrt()
         if self.all_norms:
@@ -185,20 +180,20 @@ class _Places:
 
 
 def _bias(layer: QuantizedLayer) -> Tensor | None:
-    """What is added to the product of the layer's weight, if it is a parameter."""
+    """The layer's bias, if it is a parameter."""
     return layer._parameters.get("in_proj_bias" if layer.weight_name == "in_proj_weight" else "bias")
 
 
-class _Pass(HandedOut):
-    """One pass over one batch. Without a pass to compare with it measures; with one it corrects as it goes."""
+class _Pass(WeightRecorder):
+    """One pass over one batch: it measures, and with ``in_float`` to compare with it also corrects."""
 
     def __init__(self, places: _Places, in_float: "_Pass | None" = None) -> None:
         super().__init__()
         self.places, self.in_float = places, in_float
         self.outputs: dict[nn.Module, list[Tensor]] = {}
         self.inputs: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
-        # norms behind a layer without bias, found in floating point
-        self.means_alone: set[nn.Module] = set() if in_float is None else in_float.means_alone
+        # norms directly after a layer without bias, found in floating point
+        self.mean_only: set[nn.Module] = set() if in_float is None else in_float.mean_only
         self._unbiased: list[weakref.ref[Tensor]] = []
         self._handles: list[Any] = []
 
@@ -215,7 +210,7 @@ class _Pass(HandedOut):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """The operator; the product of a layer is measured, and corrected."""
+        """Run the operator; measure, and correct, the output of a layer."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         layer = self.owner(func, args, kwargs)
@@ -227,7 +222,7 @@ class _Pass(HandedOut):
             return output
         bias, shift = self.places.biases[layer]
         channels = -1 if func is F.linear else 1
-        if output.shape[channels] != len(bias):  # one of several parts of an attention's projection
+        if output.shape[channels] != len(bias):  # one part of an attention's projection
             return output
         mean, _ = _moments(output, channels)
         seen = self.outputs.setdefault(layer, [])
@@ -235,14 +230,14 @@ class _Pass(HandedOut):
         if self.in_float is None:
             return output
         moved = self.in_float.outputs[layer][len(seen) - 1] - mean
-        shift.now.append(moved)
+        shift.current.append(moved)
         return output + moved.view([-1 if d == channels % output.dim() else 1 for d in range(output.dim())])
 
     def _before_norm(self, norm: Any, inputs: tuple[Any, ...]) -> None:
         x = inputs[0]
         if self.in_float is None and any(output() is x for output in self._unbiased):
-            self.means_alone.add(norm)
-        if not self.places.all_norms and norm not in self.means_alone:
+            self.mean_only.add(norm)
+        if not self.places.all_norms and norm not in self.mean_only:
             return
         moments = _moments(x, 1)
         seen = self.inputs.setdefault(norm, [])
@@ -250,8 +245,8 @@ class _Pass(HandedOut):
         if self.in_float is not None:
             pairs = zip(moments, self.in_float.inputs[norm][len(seen) - 1], strict=True)
             measured = torch.stack([moment for pair in pairs for moment in pair])
-            self.places.norms[norm].now.append(measured)
-            self.places.move(norm, measured)
+            self.places.norms[norm].current.append(measured)
+            self.places.correct_norm(norm, measured)
 
 
 def _moments(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,12 @@
-"""What a bit configuration costs: bit-operations and bytes, from the traced layers alone.
+"""Cost of a bit configuration: bit-operations and bytes, from the trace.
 
     BOPs  = sum over layers of MACs * weight bits * activation bits          for one image
-    bytes = weights at their bits, packed, a 32-bit step an output channel, and 32-bit floats for the rest
+    bytes = weights packed at their bits, a 32-bit step per output channel, and 32-bit floats for the rest
 
-Counted are convolutions (projection shortcuts included) and linear layers (the classifier included), and, where
-attention is quantized, its products of activations: tokens**2 * width * (b_q b_k + b_p b_v) a block; biases,
-norms, pooling, additions and activations are free; an operand left in floating point counts 32 bits. First
-layer and classifier have 8 bits. This is the counter of Liu et al. (arXiv:2111.12273), to the last digit.
+Convolutions (including projection shortcuts) and linear layers (including the classifier) are counted, and, where
+attention is quantized, its products of activations: tokens**2 * width * (b_q b_k + b_p b_v) per block. Biases, norms,
+pooling, additions and activations are free; an operand in floating point counts 32 bits. First layer and classifier
+have 8 bits. This is the counter of Liu et al. (arXiv:2111.12273), to the last digit.
 """
 
 from collections.abc import Iterable
@@ -18,13 +18,13 @@ from saqcli.quant.bits import FLOAT_BITS, PINNED_BITS, BitConfig, LayerBits, uni
 from saqcli.quant.tracer import LayerTrace, Trace
 from saqcli.units import format_quantity
 
-BUDGET_USE = 0.985  # share of the budget that a configuration should use where the candidates allow it
-USE_MIDDLE = (1 + BUDGET_USE) / 2  # of the window between that share and the budget
+BUDGET_USE = 0.985  # least share of the budget to use, if the candidates allow it
+USE_MIDDLE = (1 + BUDGET_USE) / 2  # middle of the window between that share and the budget
 UNITS = ("BOPs", "B")  # of the two parts of a cost
 
 
 class Cost(NamedTuple):
-    """What is paid for a configuration.
+    """The cost of a configuration.
 
     Attributes:
         bops: bit-operations for one image.
@@ -41,7 +41,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerCost:
-    """A layer as the budget sees it.
+    """The quantities of a layer that its cost depends on.
 
     Attributes:
         name: qualified name in the float model.
@@ -49,10 +49,10 @@ class LayerCost:
         macs: multiply-accumulates for one image.
         weight_count: elements of the weight.
         group: layers of one group share their bits.
-        pinned: bits that are fixed beforehand, or None where they are free.
-        channels: output channels, each with a step of its own.
-        stored: False where another layer holds the same weight.
-        product_macs: of products of activations that have the bits of its input, for both operands.
+        pinned: fixed bits, or None if they are free.
+        channels: output channels, each with its step.
+        stored: False if another layer holds the same weight.
+        product_macs: multiply-accumulates of products of activations whose operands both have the bits of its input.
     """
 
     name: str
@@ -65,13 +65,13 @@ class LayerCost:
     stored: bool = True
     product_macs: int = 0
 
-    def own_bops(self, bits: LayerBits) -> int:
-        """Bit-operations at ``bits``, of the layer alone."""
+    def layer_bops(self, bits: LayerBits) -> int:
+        """Bit-operations of the layer at ``bits``, without products."""
         return self.macs * (bits.weight or FLOAT_BITS) * (bits.activation or FLOAT_BITS)
 
     def bops(self, bits: LayerBits) -> int:
-        """Bit-operations at ``bits``, those of the products that follow it included."""
-        return self.own_bops(bits) + self.product_macs * (bits.activation or FLOAT_BITS) ** 2
+        """Bit-operations at ``bits``, including the products that follow the layer."""
+        return self.layer_bops(bits) + self.product_macs * (bits.activation or FLOAT_BITS) ** 2
 
     def size(self, bits: LayerBits) -> int:
         """Bytes of the weight at ``bits``."""
@@ -81,18 +81,18 @@ class LayerCost:
         return ceil(self.weight_count * (bits.weight or FLOAT_BITS) / 8) + steps
 
     def cost(self, bits: LayerBits) -> Cost:
-        """Both."""
+        """Bit-operations and bytes at ``bits``."""
         return Cost(self.bops(bits), self.size(bits))
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """All layers of a network in execution order, and what runs in floating point whatever the bits.
+    """All layers of a network in execution order, and the parts that always run in floating point.
 
     Attributes:
-        layers: the quantized ones.
+        layers: the quantized layers.
         unquantized: modules that multiply but are not quantized; counted at 32 bits.
-        other_bytes: of everything that is no weight of a layer.
+        other_bytes: bytes of everything except weights of layers.
     """
 
     layers: tuple[LayerCost, ...]
@@ -102,23 +102,23 @@ class CostModel:
     @property
     def macs(self) -> int:
         """Multiply-accumulates for one image."""
-        own = sum(layer.macs + layer.product_macs for layer in self.layers)
-        return own + sum(layer.macs for layer in self.unquantized)
+        quantized = sum(layer.macs + layer.product_macs for layer in self.layers)
+        return quantized + sum(layer.macs for layer in self.unquantized)
 
     @property
     def float_bops(self) -> int:
-        """Bit-operations of the float model: 1024 a multiply-accumulate."""
+        """Bit-operations of the float model: 1024 per multiply-accumulate."""
         return self.macs * FLOAT_BITS**2
 
     @property
     def float_size(self) -> int:
         """Bytes of the float model."""
-        nothing = LayerBits(weight=None, activation=None)
-        return self.other_bytes + sum(layer.size(nothing) for layer in self.layers)
+        unquantized = LayerBits(weight=None, activation=None)
+        return self.other_bytes + sum(layer.size(unquantized) for layer in self.layers)
 
     @property
     def pins(self) -> dict[str, LayerBits | None]:
-        """The pinned bits of every layer, None where free."""
+        """The pinned bits of every layer, None if free."""
         return {layer.name: layer.pinned for layer in self.layers}
 
     def bops(self, config: BitConfig) -> int:
@@ -130,7 +130,7 @@ class CostModel:
         return self.cost(config).size
 
     def cost(self, config: BitConfig) -> Cost:
-        """Both."""
+        """Bit-operations and bytes under ``config``."""
         costs = [layer.cost(config.layers[layer.name]) for layer in self.layers]
         fixed = sum(layer.macs for layer in self.unquantized) * FLOAT_BITS**2
         return Cost(
@@ -144,7 +144,7 @@ class CostModel:
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper bounds; None where there is none.
+    """Upper bounds of a cost; None means unbounded.
 
     Attributes:
         bops: bit-operations for one image.
@@ -159,15 +159,15 @@ class Budget:
         return [(index, bound) for index, bound in enumerate((self.bops, self.size)) if bound is not None]
 
     def admits(self, cost: Cost) -> bool:
-        """Whether a configuration of that cost may be used."""
+        """Whether the cost is within all bounds."""
         return all(cost[index] <= bound for index, bound in self.bounds())
 
     def used_by(self, cost: Cost) -> bool:
-        """Whether that cost is ``BUDGET_USE`` of a bound at least, so that little is left over."""
+        """Whether the cost is at least ``BUDGET_USE`` of a bound."""
         return any(cost[index] >= least_use(bound) for index, bound in self.bounds())
 
     def shares(self, cost: Cost) -> str:
-        """As in ``499 MBOPs (99.8 % of the budget), 120 KB``: every part of a cost that is bounded, with its share."""
+        """As in ``499 MBOPs (99.8 % of the budget), 120 KB``: the cost, with the share of every bound."""
         bounds = dict(self.bounds())
         return ", ".join(
             format_quantity(part, unit)
@@ -181,17 +181,17 @@ class Budget:
 
 
 def least_use(bound: int) -> int:
-    """The least that uses ``bound``: ``BUDGET_USE`` of it, rounded up."""
+    """The smallest cost that uses ``bound``: ``BUDGET_USE`` of it, rounded up."""
     return -(-round(1000 * BUDGET_USE) * bound // 1000)
 
 
 def cost_model(traced: Trace, classifiers: Iterable[str] = (), *, products: bool = False) -> CostModel:
-    """The layers as the budget sees them; first and last layer are pinned to 8 bits.
+    """The cost model of a traced network; first and last layer are pinned to 8 bits.
 
     Args:
-        traced: of the wrapped float model.
-        classifiers: names of further layers that give class scores (a distillation head).
-        products: count products of activations too, as in quantized attention.
+        traced: trace of the wrapped float model.
+        classifiers: names of further layers that return class scores (a distillation head).
+        products: also count products of activations, as in quantized attention.
     """
     following: dict[str, int] = {}
     for product in traced.products if products else ():

@@ -1,15 +1,14 @@
-"""What a network must be before it is wrapped: Python modules whose weights are plain float32 parameters.
+"""Parametrizations and pruning masks folded into plain float32 weights.
 
-Parametrizations (``weight_norm``, ``spectral_norm``, ``orthogonal``, one's own) and pruning masks compute a weight from
-other tensors in every pass. Training moves the quantized weight itself, so the value that they have is made a plain
-parameter: the function stays, the constraint does not. Pruned zeros are weights like others from then on.
+Parametrizations (``weight_norm``, ``spectral_norm``, ``orthogonal``, custom ones) and pruning masks compute a weight
+from other tensors in every pass. Training updates the weight itself, so the current value becomes a plain parameter:
+the function stays the same, the constraint is dropped. Pruned zeros are ordinary weights from then on.
 
-A layer that cannot be quantized as it is stays in floating point, with a reason; a network that cannot be traced or
-exported at all is refused here, before anything is spent on it.
+A layer that cannot be quantized stays in floating point, with a reason. A network that can be neither traced nor
+exported is refused here, before any expensive step.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,24 +21,26 @@ from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDict
 from torch.nn.utils.weight_norm import WeightNorm
 
 from saqcli.errors import UnsupportedModel
-from saqcli.quant.layer import WRAPPED
-from saqcli.quant.wrapping import own_type, reason_for_float
+from saqcli.quant.layer import WRAPPED, in_eval_mode
+from saqcli.quant.wrapping import reason_for_float, weight_dtype
 
-NAMED = 5  # layers that a note names
-_HOOKS: tuple[
-    tuple[type, Callable[..., Any], str], ...
-] = (  # with what undoes them, and where they keep the name
+NAMED = 5  # most layers that a note names
+# Hooks, the function that removes each, and the attribute that holds the name of the weight.
+_HOOKS: tuple[tuple[type, Callable[..., Any], str], ...] = (
     (WeightNorm, remove_weight_norm, "name"),
     (SpectralNorm, remove_spectral_norm, "name"),
     (BasePruningMethod, remove_pruning, "_tensor_name"),
 )
-HALF = (torch.float16, torch.bfloat16)  # in which neither runtimes on a CPU nor exact sums can compute
+HALF = (torch.float16, torch.bfloat16)  # unsupported by CPU runtimes and by exact sums
 
 
 def make_plain(model: nn.Module) -> list[str]:
-    """Fold parametrizations and pruning masks of ``model`` into its weights, in place; what was done, a line each.
+    """Fold parametrizations and pruning masks of ``model`` into its weights, in place.
 
-    A network none of whose weights is float32 is converted to float32.
+    A network without any float32 weight is converted to float32.
+
+    Returns:
+        A note of one line for each change.
     """
     notes = []
     types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
@@ -51,34 +52,36 @@ def make_plain(model: nn.Module) -> list[str]:
         more = f" and {len(folded) - NAMED} more" if len(folded) > NAMED else ""
         notes.append(
             f"parametrization or pruning of {', '.join(folded[:NAMED])}{more} folded into plain weights, which "
-            "training moves freely"
+            "training updates freely"
         )
     for name, module in model.named_modules():
         if (
             isinstance(module, WRAPPED)
             and reason_for_float(module) is None
-            and own_type(module) != torch.float32
+            and weight_dtype(module) != torch.float32
         ):
-            notes.append(f"{name} is quantized in float32, and returns {_name(own_type(module))} as before")
+            notes.append(
+                f"{name} is quantized in float32, and returns {_name(weight_dtype(module))} as before"
+            )
     return notes
 
 
 def check_modules(model: nn.Module) -> None:
-    """Refuse what can be neither traced nor exported.
+    """Refuse networks that can be neither traced nor exported.
 
     Raises:
-        UnsupportedModel: TorchScript, a weight without values, layers of half precision, a state that is no tensor, or
-            a name of two lines.
+        UnsupportedModel: TorchScript, a weight without values, layers in half precision, a non-tensor state, or a
+            name with a line break.
     """
     for name, module in model.named_modules():
         if len(name.splitlines()) > 1:
             raise UnsupportedModel(
-                f"the name of submodule {name!r} has a line break, which graphs cannot have: rename it"
+                f"the name of submodule {name!r} has a line break, which graphs do not allow: rename it"
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModel(
-                f"{name or 'the network'} is a TorchScript module, whose operators cannot be seen: use the Python "
-                "module that it was made from"
+                f"{name or 'the network'} is a TorchScript module, whose operators cannot be traced: use the Python "
+                "module it was compiled from"
             )
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             place = f"{name}.{key}".lstrip(".")
@@ -93,36 +96,33 @@ def check_modules(model: nn.Module) -> None:
             half = tensor is not None and tensor.dtype in HALF and key in module._parameters
             if half and not (isinstance(module, WRAPPED) and reason_for_float(module) is None):
                 raise UnsupportedModel(
-                    f"{place} is in half precision in a network of float32, which exported files cannot compute "
-                    "with: convert the layer with .float()"
+                    f"{place} is in half precision in a float32 network, which exported files do not support: "
+                    "convert the layer with .float()"
                 )
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             kind = type(value).__name__
-            raise UnsupportedModel(
-                f"{name} of the network's state is a {kind}, where files hold tensors alone"
-            )
+            raise UnsupportedModel(f"{name} of the network's state is a {kind}, but files hold only tensors")
 
 
 def fold(module: nn.Module) -> bool:
-    """Make every weight of ``module`` that is computed from others a plain parameter; whether there was one."""
+    """Turn every computed weight of ``module`` into a plain parameter; return whether there was one."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
     any_module: Any = module
     hooks = list(module._forward_pre_hooks.values())
-    hooks.sort(
-        key=lambda hook: not isinstance(hook, BasePruningMethod)
-    )  # what is pruned may be another's tensor
+    # pruning first: it may act on the tensor of another hook
+    hooks.sort(key=lambda hook: not isinstance(hook, BasePruningMethod))
     names = list(any_module.parametrizations) if parametrize.is_parametrized(module) else []
     found = False
-    with _in_eval(module):
+    with in_eval_mode(module):  # reading a weight does not change it there
         for hook in hooks:
             for kind, remove, tensor in _HOOKS:
                 if isinstance(hook, kind):
                     remove(module, getattr(hook, tensor))
                     found = True
             if isinstance(hook, SpectralNorm):
-                _forget_loading(module)
+                _remove_load_hook(module)
         for name in names:
             value: Tensor = getattr(module, name).detach().clone()
             trained = any(each.requires_grad for each in any_module.parametrizations[name].parameters())
@@ -132,24 +132,12 @@ def fold(module: nn.Module) -> bool:
     return found or bool(names)
 
 
-def _forget_loading(module: nn.Module) -> None:
-    """Remove what spectral norm does when a state is loaded; torch 2.11 to 2.15 leaves it behind."""
+def _remove_load_hook(module: nn.Module) -> None:
+    """Remove the hook of spectral norm that runs when a state is loaded; torch 2.11 to 2.15 do not remove it."""
     hooks = module._load_state_dict_pre_hooks
     for key, hook in list(hooks.items()):
         if isinstance(getattr(hook, "hook", hook), SpectralNormLoadStateDictPreHook):
             del hooks[key]
-
-
-@contextmanager
-def _in_eval(module: nn.Module) -> Iterator[None]:
-    """Within the context ``module`` is in eval mode, where reading a weight does not change it."""
-    modes = {each: each.training for each in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, training in modes.items():
-            each.training = training
 
 
 def _name(dtype: torch.dtype) -> str:

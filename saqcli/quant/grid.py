@@ -1,20 +1,16 @@
-"""Integer grids, rounding onto them with its gradients, and codes packed into exactly their bits.
+"""Integer grids, rounding onto them with gradients, and packed codes.
 
-Integer grids: the finite sets that quantizers map onto, as ``value = step * code``.
+Grids. A grid is a finite set of codes, ``value = step * code``. The step comes from a clipping level, the value of the
+highest code: ``step = clipping_level / highest``. Two families for weights, one for activations:
 
-A grid is described by its codes alone; the step comes from a clipping level, the value of the highest code:
-``step = clipping_level / highest``. Two families for weights, one for activations:
-
-    paper weights, b bits     -n, -n + 2, ..., n      n = 2**b - 1: 2**b levels, symmetric, none of them zero
+    paper weights, b bits     -n, -n + 2, ..., n      n = 2**b - 1: 2**b levels, symmetric, without zero
     integer weights, b bits   -2**(b-1) ... 2**(b-1) - 1;   at 8 bits -127 ... 127
     activations               0 ... 2**b - 1, or -2**(b-1) ... 2**(b-1) - 1 where the input is signed
 
-The paper's weights (arXiv:2111.12273, Eq. 1 and 3-5) are ``a * (2 D - 1)`` with D in {0, 1/n, ..., 1}; in
-units of ``a / n`` these are exactly the odd integers above, so that they can be stored as integers with zero
-point 0.
+The paper's weights (Liu et al., arXiv:2111.12273, Eq. 1 and 3-5) are ``a * (2 D - 1)`` with D in {0, 1/n, ..., 1}; in
+units of ``a / n`` these are exactly the odd integers above, so that they can be stored as integers with zero point 0.
 
-The one numerical kernel: rounding onto a grid, with the gradients of Liu et al. (arXiv:2111.12273, section
-3).
+Rounding. ``fake_quantize`` is the one numerical kernel, with the gradients of the same paper, section 3:
 
     step  = |level| / highest
     code  = clamp(round(x / step), lowest, highest)               stride 1
@@ -26,13 +22,12 @@ With upstream gradient G and ``inside`` = 1 where x / step lies in [lowest, high
     dL/dx     = G * inside                                         straight through the rounding
     dL/dlevel = sum G * (Q(x) - inside * x) / level                the rounding residual inside, +-1 outside
 
-for the paper's grids these are its Eq. 6-8. The division ``x / step`` (not a multiplication by 1 / step) and
-the final product are what ONNX Runtime's QuantizeLinear and DequantizeLinear compute, bit for bit.
+For the paper's grids these are its Eq. 6-8. The division ``x / step`` (not a multiplication by 1 / step) and the final
+product are bit for bit those of ONNX Runtime's QuantizeLinear and DequantizeLinear.
 
-Integer codes in exactly their bits: 4-bit weights take half a byte, 3-bit weights three eighths.
-
-A code is stored as its index on the grid, ``(code - lowest) / stride``, most significant bit first, indices
-back to back, the last byte filled up with zeros.
+Packing. Codes are stored in exactly their bits: 4-bit weights take half a byte, 3-bit weights three eighths. A code is
+stored as its index on the grid, ``(code - lowest) / stride``, most significant bit first, indices back to back, the
+last byte padded with zeros.
 """
 
 from math import prod
@@ -57,7 +52,7 @@ class Grid(NamedTuple):
 
     @property
     def levels(self) -> int:
-        """How many codes there are."""
+        """The number of codes."""
         return (self.highest - self.lowest) // self.stride + 1
 
 
@@ -85,7 +80,7 @@ def activations(bits: int, *, signed: bool) -> Grid:
     return Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 1) if signed else Grid(0, 2**bits - 1, 1)
 
 
-TINY = 1e-12  # least clipping level, guards 0 / 0; initial levels of empty channels are set far above it
+TINY = 1e-12  # smallest clipping level, avoids 0 / 0; initial levels of empty channels are far above it
 
 
 def step_of(level: Tensor, grid: Grid) -> Tensor:
@@ -94,7 +89,7 @@ def step_of(level: Tensor, grid: Grid) -> Tensor:
 
 
 def codes_of(x: Tensor, step: Tensor, grid: Grid) -> Tensor:
-    """The integers, in the dtype and shape of ``x``, that stand for ``x``; rounding is half to even."""
+    """The codes of ``x``, integers in its dtype and shape; rounds half to even."""
     if grid.stride == 1:
         return (x / step).round_().clamp_(grid.lowest, grid.highest)
     n = grid.highest
@@ -130,16 +125,21 @@ class FakeQuantize(torch.autograd.Function):
 
 
 def between(x: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    """1 where x lies in the closed range, else 0, in the dtype of x: on a CPU four times as fast as with booleans."""
+    """1 where x lies in the closed range, else 0, in the dtype of x: four times as fast on a CPU as booleans."""
     inside = torch.le(x, highest, out=torch.empty_like(x))
     return inside.mul_(torch.ge(x, lowest, out=torch.empty_like(x)))
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """``x`` in at least float32, in which quantizers compute also under autocast."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def fake_quantize(x: Tensor, level: Tensor, grid: Grid) -> Tensor:
     """``x`` mapped onto the grid, differentiable in ``x`` and ``level``.
 
     Args:
-        x: any shape; computed in float32 at least, whatever autocast does around it.
+        x: any shape; computed in at least float32, also under autocast.
         level: clipping level, the value of the highest code; shape broadcasts against ``x``.
         grid: the codes.
 
@@ -147,9 +147,7 @@ def fake_quantize(x: Tensor, level: Tensor, grid: Grid) -> Tensor:
         >>> fake_quantize(torch.tensor([-0.2, 0.3, 0.9]), torch.tensor(0.75), Grid(0, 3, 1))
         tensor([0.0000, 0.2500, 0.7500])
     """
-    if x.dtype in (torch.bfloat16, torch.float16):
-        x = x.float()
-    return FakeQuantize.apply(x, level, grid)  # type: ignore[no-any-return]
+    return FakeQuantize.apply(full_precision(x), level, grid)  # type: ignore[no-any-return]
 
 
 def pack(codes: Tensor, grid: Grid, bits: int) -> Tensor:
@@ -160,7 +158,7 @@ def pack(codes: Tensor, grid: Grid, bits: int) -> Tensor:
 
 
 def packed_bytes(shape: tuple[int, ...], bits: int) -> int:
-    """How many bytes ``pack`` makes of codes of ``bits`` in ``shape``."""
+    """Number of bytes that ``pack`` returns for codes of ``bits`` in ``shape``."""
     return -(-prod(shape) * bits // 8)
 
 
@@ -168,8 +166,7 @@ def unpack(packed: Tensor, grid: Grid, bits: int, shape: tuple[int, ...]) -> Ten
     """The codes that ``pack`` stored, int32 in ``shape``.
 
     Raises:
-        CorruptArtifact: not the number of bytes that the shape needs, an index outside the grid, or filling that is not
-            zero.
+        CorruptArtifact: a wrong number of bytes for the shape, an index outside the grid, or padding that is not zero.
     """
     count = prod(shape)
     if packed.dtype != torch.uint8 or packed.numel() != packed_bytes(shape, bits):
@@ -178,7 +175,7 @@ def unpack(packed: Tensor, grid: Grid, bits: int, shape: tuple[int, ...]) -> Ten
         )
     stream = np.unpackbits(packed.cpu().numpy())
     if stream[count * bits :].any():
-        raise CorruptArtifact("the bits behind the last code are not zero")
+        raise CorruptArtifact("the padding bits after the last code are not zero")
     table = stream[: count * bits].reshape(count, bits)
     index = np.packbits(np.pad(table, ((0, 0), (8 - bits, 0))), axis=1).ravel().astype(np.int32)
     if count and int(index.max()) >= grid.levels:

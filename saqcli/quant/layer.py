@@ -1,14 +1,12 @@
-"""The one quantized layer: any layer's own class, with a read-only ``weight`` that is quantized on the way
-out.
+"""The quantized layer: its float class with a quantized ``weight``.
 
-Wrapping swaps a module's ``__class__`` for a subclass made on the fly. The float Parameter stays where it
-was, in ``_parameters["weight"]``, so ``parameters()``, ``state_dict()``, optimizers and data-parallel
-wrappers see it under its old name; every forward that reads ``self.weight``, timm's or torch's, computes with
-Q(w). No layer type is listed.
+Wrapping swaps a module's ``__class__`` for a subclass created at run time. The float Parameter stays in
+``_parameters["weight"]``, so ``parameters()``, ``state_dict()``, optimizers and data-parallel wrappers see it under its
+old name; every forward that reads ``self.weight``, timm's or torch's, computes with Q(w). No list of layer types is
+needed.
 
-The *port* is where sharpness-aware training enters: ``quantized_weight()`` returns ``Q(w) + perturbation``
-while a perturbation is set. A zero leaf in the port collects dL/dQ(w), bit for bit what ``retain_grad`` on
-Q(w) would.
+The *port* serves sharpness-aware training: ``quantized_weight()`` returns ``Q(w) + perturbation`` while a perturbation
+is set. A zero leaf in the port collects dL/dQ(w), bit for bit the gradient that ``retain_grad`` on Q(w) would give.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,15 +30,15 @@ class QuantizedLayer(nn.Module):
     """Mixin of every quantized layer; comes first in the method resolution order.
 
     Attributes:
-        float_class: the class the module had before.
-        weight_quantizer: identity until ``convert.install`` puts a ``Quantizer`` there.
-        input_quantizer: likewise, for the layer's input.
-        perturbation: the port; same shape as the weight the layer multiplies with, or None.
-        routed: a parent reads ``weight`` and multiplies with it itself (see ``routing``).
-        tied_to: the first layer with the same Parameter, in a tuple, which alone quantizes it; empty for that one.
+        float_class: the module's class before wrapping.
+        weight_quantizer: identity until ``convert.install`` sets a ``Quantizer``.
+        input_quantizer: the same for the layer's input.
+        perturbation: the port; None, or a tensor in the shape of ``effective_weight``.
+        routed: a parent reads ``weight`` and multiplies with it (see ``routing``).
+        tied_to: the first layer with the same Parameter, the only one to quantize it, in a tuple; empty for that layer.
         followers: products of activations that have the bits of this layer's input (see ``products``).
-        answers_in: the type of a float layer that is not float32; the quantized layer computes in float32 and returns
-            that type.
+        original_dtype: dtype of a float layer that is not float32, else None; the quantized layer computes in float32
+            and returns this dtype.
     """
 
     float_class: type[nn.Module]
@@ -49,22 +47,22 @@ class QuantizedLayer(nn.Module):
     input_quantizer: nn.Module
     perturbation: Tensor | None
     routed: bool
-    tied_to: "tuple[QuantizedLayer, ...]"  # a tuple, so that it is no child
+    tied_to: "tuple[QuantizedLayer, ...]"  # in a tuple, so that it is not a child
     followers: "tuple[QuantizedProduct, ...]"
-    answers_in: torch.dtype | None
+    original_dtype: torch.dtype | None
 
     def latent_weight(self) -> nn.Parameter:
-        """The float weight that training moves."""
+        """The float weight that training updates."""
         weight = self._parameters[self.weight_name]
         assert weight is not None
         return weight
 
     def effective_weight(self) -> Tensor:
-        """What the float layer multiplies with: the latent weight, unless the layer derives another from it."""
+        """The weight that the float layer multiplies with: the latent weight, or one derived from it."""
         return self.latent_weight()
 
     def quantized_weight(self) -> Tensor:
-        """Q(w), or Q(w) + perturbation while the port is filled; one for all layers that share the weight."""
+        """Q(w), or Q(w) + perturbation while the port is filled; the same for all layers that share the weight."""
         if self.tied_to:
             return self.tied_to[0].quantized_weight()
         quantized: Tensor = self.weight_quantizer(self.effective_weight())
@@ -72,7 +70,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def bits(self) -> LayerBits:
-        """The active bit-widths; None where an operand is still in floating point."""
+        """The active bit-widths; None for an operand in floating point."""
         weight = (self.tied_to[0] if self.tied_to else self).weight_quantizer
         inputs = self.input_quantizer
         return LayerBits(
@@ -82,15 +80,15 @@ class QuantizedLayer(nn.Module):
 
     @property
     def channel_dim(self) -> int:
-        """The weight's dimension of output channels."""
+        """The dimension of the weight's output channels."""
         return 1 if issubclass(self.float_class, TRANSPOSED) else 0
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's own forward, over a quantized input."""
-        if self.answers_in is not None:
+        """The forward of the float class on a quantized input."""
+        if self.original_dtype is not None:
             input = input.float()
         output: Tensor = super().forward(self.input_quantizer(input), *args, **kwargs)
-        return output if self.answers_in is None else output.to(self.answers_in)
+        return output if self.original_dtype is None else output.to(self.original_dtype)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -104,18 +102,18 @@ def is_convolution(layer: QuantizedLayer) -> bool:
 
 
 def stores_codes(layer: QuantizedLayer) -> bool:
-    """Whether the float weight can be rebuilt from codes; not where another weight is derived from it."""
+    """Whether codes represent the latent weight; False if the layer derives another weight from it."""
     return type(layer).effective_weight is QuantizedLayer.effective_weight
 
 
 def zero_ports(layers: Iterable[QuantizedLayer]) -> list[Tensor]:
-    """A zero leaf for every layer, shape and dtype of its effective weight; its gradient is dL/dQ(w)."""
+    """A zero leaf for every layer, in the shape and dtype of its effective weight; its gradient is dL/dQ(w)."""
     return [torch.zeros_like(layer.latent_weight(), requires_grad=True) for layer in layers]
 
 
 @contextmanager
 def perturbed(layers: Sequence[QuantizedLayer], perturbations: Sequence[Tensor]) -> Iterator[None]:
-    """Within the context every layer computes with Q(w) + perturbation; afterwards with Q(w), whatever happens."""
+    """Within the context every layer computes with Q(w) + perturbation; afterwards with Q(w), also after errors."""
     try:
         for layer, perturbation in zip(layers, perturbations, strict=True):
             layer.perturbation = perturbation
@@ -126,8 +124,20 @@ def perturbed(layers: Sequence[QuantizedLayer], perturbations: Sequence[Tensor])
 
 
 @contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within the context ``model`` is in eval mode; afterwards every module has its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
 def frozen_batch_stats(model: nn.Module) -> Iterator[None]:
-    """Within the context batch norms normalize as before but leave their running statistics alone."""
+    """Within the context batch norms normalize as before but do not update their running statistics."""
     norms = [
         module
         for module in model.modules()

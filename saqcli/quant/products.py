@@ -1,11 +1,12 @@
-"""Products of two activations, as attention makes them: queries times keys, probabilities times values.
+"""Products of two activations in attention, QK and PV, quantized.
 
-No layer owns them: the module whose forward multiplies does. Where they are to be quantized, that module keeps a
-``QuantizedProduct`` for each, numbered in the order in which its forward multiplies, and its multiplications are
-redirected through them (``routing``). They have the bits of the inputs of the layer that makes their first operand.
+Queries are multiplied by keys, and probabilities by values, in the forward of a module, not in a layer. To quantize the
+products, the module keeps a ``QuantizedProduct`` for each, numbered in the order of multiplication in its forward, and
+its multiplications are redirected through them (``routing``). They have the bits of the input of the layer that
+computes their first operand.
 
-torch's fused attention is two such products with a softmax between, and is written out as these; the numbers that
-it hides, the probabilities, are quantized as well.
+torch's fused attention consists of two such products with a softmax in between and is written out as these; the
+probabilities inside it are quantized as well.
 """
 
 import math
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from saqcli.quant.quantizers.base import Quantizer
 
-OPERANDS = {"left": "input_quantizer", "right": "weight_quantizer"}  # their quantizers
+OPERANDS = {"left": "input_quantizer", "right": "weight_quantizer"}  # attributes of their quantizers
 ATTENTION = F.scaled_dot_product_attention
 _MATMULS = {
     torch.matmul,
@@ -31,15 +32,15 @@ _MATMULS = {
     Tensor.__matmul__,
 }
 OPERATORS = {ATTENTION, torch.einsum, *_MATMULS}
-ADDING = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}  # heard, but never redirected
+ADD_OPERATORS = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}  # traced, but never redirected
 
 
 class Pair(NamedTuple):
-    """Two operands that are multiplied.
+    """Two operands of a multiplication.
 
     Attributes:
-        left: what the first is computed from; itself where it is at hand.
-        right: the second.
+        left: the first operand, or the tensors it is computed from inside fused attention.
+        right: the second operand.
         macs: multiply-accumulates.
     """
 
@@ -49,9 +50,9 @@ class Pair(NamedTuple):
 
 
 def pairs(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> list[Pair]:
-    """The products that an operator call computes; none if it multiplies more or fewer than two tensors."""
+    """The products that an operator call computes; empty unless it multiplies exactly two tensors."""
     if func in _MATMULS:
-        args, kwargs = in_order(args, dict(kwargs), ("other", "mat2"))
+        args, kwargs = operands_first(args, dict(kwargs), ("other", "mat2"))
     if func is ATTENTION:
         given = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
         query, key, value = given["query"], given["key"], given["value"]
@@ -66,15 +67,15 @@ def pairs(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: T
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if func in _MATMULS and len(tensors) >= 2:
         return [Pair((tensors[0],), tensors[1], output.numel() * tensors[0].shape[-1])]
-    if func in ADDING and len(tensors) >= 3:
+    if func in ADD_OPERATORS and len(tensors) >= 3:
         return [Pair((tensors[1],), tensors[2], output.numel() * tensors[1].shape[-1])]
     return []
 
 
-def in_order(
+def operands_first(
     args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call with the first two operands given by position, whatever they are called; ``names`` of the second."""
+    """The call with its two operands given by position; ``names`` are the keywords of the second."""
     kwargs = dict(kwargs)
     found = list(args)
     if not found and "input" in kwargs:
@@ -90,7 +91,7 @@ def _einsum_operands(args: tuple[Any, ...]) -> list[Tensor]:
 
 
 def _einsum_macs(equation: str, operands: list[Tensor]) -> int:
-    """The product of all its sizes."""
+    """The product of the sizes of all labels."""
     sizes: dict[str, int] = {}
     for labels, operand in zip(equation.replace(" ", "").split("->")[0].split(","), operands, strict=True):
         first, dots, last = labels.partition("...")
@@ -104,11 +105,11 @@ def _einsum_macs(equation: str, operands: list[Tensor]) -> int:
 
 
 class QuantizedProduct(nn.Module):
-    """A quantizer for each operand of a product; they pass numbers on until ``convert.install``.
+    """A quantizer for each operand of a product; identities until ``convert.install``.
 
     Attributes:
         input_quantizer: of the first operand.
-        weight_quantizer: of the second, which stands where a layer has its weight.
+        weight_quantizer: of the second operand, which takes the place of a weight.
     """
 
     input_quantizer: nn.Module
@@ -123,30 +124,30 @@ class QuantizedProduct(nn.Module):
         return self.input_quantizer(left), self.weight_quantizer(right)
 
     def select(self, bits: int) -> None:
-        """Give both operands ``bits`` from now on."""
+        """Set the active bits of both operands."""
         for quantizer in (self.input_quantizer, self.weight_quantizer):
             if isinstance(quantizer, Quantizer):
                 quantizer.select(bits)
 
 
 class Multiplications:
-    """The products of one forward pass of their owner, handed out in order.
+    """The products of one forward pass of their owner, used in order.
 
-    Whatever multiplies while that forward runs is counted, in modules within it too: as when it was traced.
+    All multiplications during that forward are counted, including those in submodules, as in the trace.
     """
 
     def __init__(self, products: nn.ModuleDict) -> None:
         self._products, self._done = products, 0
         self.attention_weights: Tensor | None = None
 
-    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, mine: bool) -> Any:
-        """The operator, over quantized operands unless it is another owner's (not ``mine``)."""
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, owned: bool) -> Any:
+        """Run the operator, on quantized operands if it is ``owned``, not called by a submodule."""
         if func in _MATMULS:
-            args, kwargs = in_order(args, kwargs, ("other", "mat2"))
+            args, kwargs = operands_first(args, kwargs, ("other", "mat2"))
         operands = _einsum_operands(args) if func is torch.einsum else list(args)
         if func is torch.einsum and len(operands) != 2:
             return func(*args, **kwargs)
-        if not mine:
+        if not owned:
             self._done += 2 if func is ATTENTION else 1
             return func(*args, **kwargs)
         if func is ATTENTION:
@@ -178,10 +179,10 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """``F.scaled_dot_product_attention``, (..., L, E) over (..., S, E), written out over quantized operands.
+    """``F.scaled_dot_product_attention``, (..., L, E) over (..., S, E), written out on quantized operands.
 
     Returns:
-        Its output, and the attention weights; None in the place of these where no operand is quantized.
+        The output, and the attention weights; None instead of the weights if no operand is quantized.
     """
     if scoring is None and mixing is None:
         return (
@@ -202,7 +203,7 @@ def attention(
 
 
 def probabilities(scores: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout_p: float) -> Tensor:
-    """The softmax of ``scores``, (..., L, S), by what is not hidden; arguments as those of torch's attention."""
+    """The masked softmax of ``scores``, (..., L, S); arguments as in torch's attention."""
     if is_causal:
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(hidden, float("-inf"))
@@ -211,15 +212,13 @@ def probabilities(scores: Tensor, attn_mask: Tensor | None, is_causal: bool, dro
     elif attn_mask is not None:
         scores = scores + attn_mask
     found = scores.softmax(-1)
-    if (
-        is_causal or attn_mask is not None
-    ):  # a row that is hidden as a whole attends to nothing, as torch has it
+    if is_causal or attn_mask is not None:  # a fully masked row attends to nothing, as in torch
         found = found.masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0.0)
     return F.dropout(found, dropout_p)
 
 
-def own_products(module: nn.Module) -> nn.ModuleDict | None:
-    """The products that ``module`` multiplies with itself, if they are to be quantized."""
+def products_of(module: nn.Module) -> nn.ModuleDict | None:
+    """The quantized products of ``module``, or None."""
     products = module._modules.get("products")
     holds = isinstance(products, nn.ModuleDict) and all(
         isinstance(p, QuantizedProduct) for p in products.values()
@@ -233,11 +232,11 @@ def quantized_products(model: nn.Module) -> dict[str, QuantizedProduct]:
 
 
 def split_name(product: str) -> tuple[str, int | None]:
-    """Name of the owner and number of a product; None where it is no name of one."""
+    """Name of the owner and index of a product; None if the name is not that of a product."""
     found = re.fullmatch(r"(?:(.+)\.)?products\.(0|[1-9][0-9]{0,5})", product, re.ASCII)
     return (found[1] or "", int(found[2])) if found else ("", None)
 
 
 def operand_name(product: str, operand: str) -> str:
-    """How an operand of a product is called where inputs of layers go by the name of the layer."""
+    """The name of an operand of a product, among inputs of layers, which have the name of their layer."""
     return f"{product}.{operand}"

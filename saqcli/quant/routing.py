@@ -1,12 +1,12 @@
-"""Weights that a parent takes: ``F.linear(x, self.qkv.weight)`` quantizes the weight but not the input.
+"""Weights and activations that a parent multiplies in its forward.
 
-A few networks (timm's beit, eva and swin_v2 attention, torchvision's Swin) never call their projection as a
-module. Reading ``weight`` hands out a tensor; while a ``Route`` is active it remembers who handed it out, and
-quantizes the other operand when that very tensor reaches a linear or convolution operator. Which parents need
-a route is found in the traced pass (``trace.py``), not listed.
+A few networks (timm's beit, eva and swin_v2 attention, torchvision's Swin) never call their projection as a module:
+``F.linear(x, self.qkv.weight)`` quantizes the weight but not the input. While a ``Route`` is active it records which
+layer each weight was read from, and quantizes the other operand when that tensor reaches a linear or convolution
+operator. The traced pass (``tracer``) finds the parents that need a route.
 
-The same modules, and others, multiply activations with each other; where those products are to be quantized, the
-route takes them through ``products``.
+The same modules, and others, multiply activations with each other; where those products are to be quantized, the route
+redirects them through ``products``.
 """
 
 from contextvars import ContextVar
@@ -33,34 +33,34 @@ WEIGHT_OPERATORS = {
     torch.conv_transpose3d,
 }
 
-_active: ContextVar["HandedOut | None"] = ContextVar("saq_handed_out", default=None)
+_active: ContextVar["WeightRecorder | None"] = ContextVar("saq_weight_recorder", default=None)
 
 
-def hand_out(weight: Tensor, layer: "QuantizedLayer") -> Tensor:
-    """``weight``, remembered as ``layer``'s by the innermost active listener."""
-    listener = _active.get()
-    if listener is not None:
-        listener.remember(weight, layer)
+def record_weight(weight: Tensor, layer: "QuantizedLayer") -> Tensor:
+    """``weight``, recorded as that of ``layer`` by the innermost active recorder."""
+    recorder = _active.get()
+    if recorder is not None:
+        recorder.record(weight, layer)
     return weight
 
 
-class HandedOut(TorchFunctionMode):
-    """Hears which layer handed out which weight tensor while it is active."""
+class WeightRecorder(TorchFunctionMode):
+    """Records the layer of every weight tensor that is read while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._handed: list[tuple[Tensor, QuantizedLayer]] = []
+        self._recorded: list[tuple[Tensor, QuantizedLayer]] = []
 
-    def remember(self, weight: Tensor, layer: "QuantizedLayer") -> None:
-        """Called by ``hand_out``."""
-        self._handed.append((weight, layer))
+    def record(self, weight: Tensor, layer: "QuantizedLayer") -> None:
+        """Called by ``record_weight``."""
+        self._recorded.append((weight, layer))
 
     def owner(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "QuantizedLayer | None":
-        """The layer whose weight this operator call multiplies with."""
+        """The layer whose weight this operator call multiplies with, or None."""
         if func not in WEIGHT_OPERATORS:
             return None
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
-        return next((layer for tensor, layer in reversed(self._handed) if tensor is weight), None)
+        return next((layer for tensor, layer in reversed(self._recorded) if tensor is weight), None)
 
     def __enter__(self) -> Self:
         self._token = _active.set(self)
@@ -70,49 +70,49 @@ class HandedOut(TorchFunctionMode):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
         _active.reset(self._token)
-        self._handed.clear()
+        self._recorded.clear()
 
 
-class Route(HandedOut):
-    """Quantizes what a parent multiplies itself: inputs of routed layers, and both operands of its own products."""
+class Route(WeightRecorder):
+    """Quantizes the operands that a parent multiplies: inputs of routed layers, and both operands of its products."""
 
-    def __init__(self, own: nn.ModuleDict | None = None) -> None:
-        """``own`` are the products of the parent, by position in its forward."""
+    def __init__(self, owned: nn.ModuleDict | None = None) -> None:
+        """``owned`` are the products of the parent, by position in its forward."""
         super().__init__()
-        self._multiply = None if own is None else products.Multiplications(own)
+        self._multiply = None if owned is None else products.Multiplications(owned)
 
     @property
     def attention_weights(self) -> Tensor | None:
-        """Of the last attention over quantized operands, (..., L, S); None where there was none."""
+        """Attention weights of the last attention on quantized operands, (..., L, S), or None."""
         return None if self._multiply is None else self._multiply.attention_weights
 
-    def remember(self, weight: Tensor, layer: "QuantizedLayer") -> None:
-        """Only routed layers concern us: the others quantize their input in their own forward."""
+    def record(self, weight: Tensor, layer: "QuantizedLayer") -> None:
+        """Record routed layers only: the others quantize their input in their own forward."""
         if layer.routed:
-            super().remember(weight, layer)
+            super().record(weight, layer)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """The operator, over a quantized input where the weight is a routed one, or over quantized operands."""
+        """Run the operator, on a quantized input if the weight is a routed one, or on quantized operands."""
         kwargs = kwargs or {}
         if self._multiply is not None and func in products.OPERATORS:
-            return self._multiply(func, args, kwargs, mine=_active.get() is self)
+            return self._multiply(func, args, kwargs, owned=_active.get() is self)
         layer = self.owner(func, args, kwargs)
         if layer is not None:
-            args, kwargs = products.in_order(args, kwargs, ("weight",))
+            args, kwargs = products.operands_first(args, kwargs, ("weight",))
             args = (layer.input_quantizer(args[0]), *args[1:])
         return func(*args, **kwargs)
 
 
 class RoutedParent(nn.Module):
-    """Mixin of a module that multiplies with its children's weights itself, or activations with each other."""
+    """Mixin of a module that multiplies with its children's weights, or activations with each other."""
 
     float_class: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward under a ``Route``."""
-        with Route(products.own_products(self)):
+        """The forward of the float class under a ``Route``."""
+        with Route(products.products_of(self)):
             return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -120,11 +120,11 @@ class RoutedParent(nn.Module):
         return _rebuild_parent, (self.float_class,), self.__dict__
 
 
-_classes: dict[type[nn.Module], type[RoutedParent]] = {}  # made so far; a class is made once
+_classes: dict[type[nn.Module], type[RoutedParent]] = {}  # cache: one class per float class
 
 
 def routed_class(float_class: type[nn.Module]) -> type[RoutedParent]:
-    """The routed sister of a module class."""
+    """The routed subclass of a module class."""
     if float_class not in _classes:
         members = {"float_class": float_class, "__module__": __name__}
         _classes[float_class] = type(f"Routed{float_class.__name__}", (RoutedParent, float_class), members)

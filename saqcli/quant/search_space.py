@@ -1,13 +1,13 @@
-"""What a search may choose: for every group of layers the bit-widths it may have, and what each costs.
+"""The search space: bit options and costs of every group of layers.
 
-A *decision* sets the bits of one group. Its options are the candidates, narrowed by rules of the user:
+A *decision* sets the bits of one group. Its options are the candidates, restricted by rules of the user:
 
-    layer4.*=8        these bits and no others
-    conv1=w8a4        apart for weights and inputs
-    *.conv1=3-5       a range, of the candidates that lie in it
+    layer4.*=8                these bits only
+    conv1=w8a4                different bits for weights and inputs
+    *.conv1=3-5               a range: the candidates within it
 
-First layer and classifier have 8 bits unless a rule names them. Members of a group have the options that the rules
-of all members leave.
+First layer and classifier have 8 bits unless a rule names them. The members of a group have the options allowed by the
+rules of all members.
 """
 
 import re
@@ -26,30 +26,30 @@ _RULE = re.compile(r"(\d)(?:-(\d))?|w(\d)(?:-(\d))?a(\d)(?:-(\d))?", re.IGNORECA
 
 
 class Candidates(NamedTuple):
-    """Bit-widths that free layers may have.
+    """Bit-widths of free layers.
 
     Attributes:
-        weights: ascending.
-        activations: likewise; None ties them to the weights, so that a layer has one width for both.
+        weights: bit-widths of weights, ascending.
+        activations: bit-widths of inputs, ascending; None ties them to the weights, one width for both.
     """
 
     weights: tuple[int, ...]
     activations: tuple[int, ...] | None = None
 
     def options(self) -> list[LayerBits]:
-        """All that they allow."""
+        """All combinations of weight and activation bits."""
         if self.activations is None:
             return [LayerBits(weight=bits, activation=bits) for bits in self.weights]
         return [LayerBits(weight=w, activation=a) for w in self.weights for a in self.activations]
 
 
 class Rule(NamedTuple):
-    """Bit-widths that the layers of a pattern may have, least and most.
+    """A range of bit-widths for the layers of a pattern.
 
     Attributes:
-        text: of the bits, as it was given.
-        weights: (least, most).
-        activations: likewise.
+        text: the bits as given by the user.
+        weights: (fewest, most) bits.
+        activations: (fewest, most) bits.
     """
 
     text: str
@@ -57,20 +57,20 @@ class Rule(NamedTuple):
     activations: tuple[int, int]
 
     def admits(self, bits: LayerBits) -> bool:
-        """Whether it leaves ``bits``."""
+        """Whether the rule allows ``bits``."""
         pairs = ((bits.weight, self.weights), (bits.activation, self.activations))
         return all(width is not None and least <= width <= most for width, (least, most) in pairs)
 
     @property
     def pin(self) -> LayerBits | None:
-        """The only bits it leaves, if it leaves no range; they need not be among the candidates."""
+        """The bits of a rule without range, else None; they need not be among the candidates."""
         if self.weights[0] != self.weights[1] or self.activations[0] != self.activations[1]:
             return None
         return LayerBits(weight=self.weights[0], activation=self.activations[0])
 
 
 def parse_rule(text: str, pattern: str = "...") -> Rule:
-    """``4``, ``3-6``, ``w4a8`` or ``w2-4a8`` as a rule; ``pattern`` is what a message names.
+    """Parse ``4``, ``3-6``, ``w4a8`` or ``w2-4a8``; messages name ``pattern``.
 
     Raises:
         ConfigError: not of that form, or a width outside 2..8.
@@ -101,9 +101,9 @@ class Decision:
     """One choice: the bits of a group of layers.
 
     Attributes:
-        members: in execution order.
-        options: from the cheapest to the dearest.
-        costs: of all members together, by option.
+        members: layers in execution order.
+        options: bits, from the cheapest to the most expensive.
+        costs: total cost of all members, by option.
     """
 
     members: tuple[LayerCost, ...]
@@ -112,18 +112,18 @@ class Decision:
 
     @property
     def name(self) -> str:
-        """Of its first layer."""
+        """Name of its first layer."""
         return self.members[0].name
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Every configuration that a search may return. A configuration is a *choice*: an option's index a decision.
+    """Every configuration that a search may return. A *choice* is one option index per decision.
 
     Attributes:
         model: canonical name of the network.
-        costs: of its layers.
-        decisions: with two options or more, in execution order.
+        costs: cost model of its layers.
+        decisions: those with two options or more, in execution order.
         fixed: bits of all other layers.
     """
 
@@ -133,7 +133,7 @@ class SearchSpace:
     fixed: Mapping[str, LayerBits]
 
     def config(self, choice: Sequence[int]) -> BitConfig:
-        """The bits of every layer."""
+        """The bits of every layer under ``choice``."""
         chosen = dict(self.fixed)
         for decision, index in zip(self.decisions, choice, strict=True):
             chosen |= {layer.name: decision.options[index] for layer in decision.members}
@@ -142,37 +142,37 @@ class SearchSpace:
         )
 
     def choice(self, config: BitConfig) -> list[int]:
-        """The choice that ``config`` is.
+        """The choice that gives ``config``.
 
         Raises:
-            ValueError: it is none.
+            ValueError: no choice gives it.
         """
         return [decision.options.index(config.layers[decision.name]) for decision in self.decisions]
 
     def cost(self, choice: Sequence[int]) -> Cost:
-        """What a choice costs, the fixed part included."""
+        """Cost of a choice, including the fixed part."""
         chosen = [decision.costs[index] for decision, index in zip(self.decisions, choice, strict=True)]
         fixed = self.fixed_cost
         return Cost(fixed.bops + sum(c.bops for c in chosen), fixed.size + sum(c.size for c in chosen))
 
     @cached_property
     def fixed_cost(self) -> Cost:
-        """What is paid whatever is chosen."""
+        """Cost of the part that no decision changes."""
         floor, cheapest = self.floor, [decision.costs[0] for decision in self.decisions]
         return Cost(floor.bops - sum(c.bops for c in cheapest), floor.size - sum(c.size for c in cheapest))
 
     @cached_property
     def floor(self) -> Cost:
-        """Of the cheapest configuration."""
+        """Cost of the cheapest configuration."""
         return self.costs.cost(self.config([0] * len(self.decisions)))
 
     @cached_property
     def ceiling(self) -> Cost:
-        """Of the dearest."""
+        """Cost of the most expensive configuration."""
         return self.costs.cost(self.config([len(decision.options) - 1 for decision in self.decisions]))
 
     def nearest(self, bits: LayerBits) -> list[int]:
-        """The choice with ``bits`` wherever they are an option, and elsewhere what lies nearest."""
+        """The choice whose options are nearest to ``bits``."""
 
         def distance(option: LayerBits) -> int:
             pairs = ((option.weight, bits.weight), (option.activation, bits.activation))
@@ -196,7 +196,7 @@ class SearchSpace:
         return notes
 
     def check_reachable(self, budget: Budget) -> None:
-        """Refuse at once what no configuration can meet.
+        """Refuse a budget that no configuration meets.
 
         Raises:
             InfeasibleBudget: names the reachable range.
@@ -219,16 +219,16 @@ class SearchSpace:
 def search_space(
     model: str, costs: CostModel, candidates: Candidates, rules: Mapping[str, Rule] | None = None
 ) -> SearchSpace:
-    """The configurations that candidates and rules leave.
+    """The configurations that candidates and rules allow.
 
     Args:
         model: canonical name of the network.
-        costs: of its layers.
-        candidates: of free layers.
-        rules: by pattern of layer names; of several that match a layer, the last holds.
+        costs: cost model of its layers.
+        candidates: bit-widths of free layers.
+        rules: by pattern of layer names; if several match a layer, the last one applies.
 
     Raises:
-        ConfigError: a pattern that matches no layer, or a layer without options.
+        ConfigError: a pattern matches no layer, or a layer has no options left.
     """
     by_layer = _match(costs, rules or {})
     groups: dict[str, list[LayerCost]] = {}

@@ -1,23 +1,15 @@
-"""One recorded forward pass: which layers run, what they cost, what they read, and where their outputs meet.
+"""One traced forward pass: cost, precision group and norm of every layer.
 
-Where tensors come from, while a network runs once: which layer made them, and where they meet.
+The pass runs over a wrapped, still floating-point model in eval mode. Every multiplication with a layer's weight is
+recognised by the weight tensor itself, wherever it happens: in the layer's forward, in a parent that reads the weight,
+in a layer called several times. All operators of the pass are intercepted, and the flow of tensors between them gives
+the rest. A tensor keeps its *producer*, the layer that made it, through element-wise and layout operators; where two
+such tensors are added or concatenated, their layers *meet*.
 
-Every operator of the pass is heard. A tensor is still "that layer's" after operators that pass a layer's output on,
-number by number or image by image; where two such tensors are added, or joined side by side, their layers meet.
-
-What one traced pass tells of a network: its layers, its products of activations, and what is neither.
-
-One recorded forward pass that tells what a layer costs, reads, feeds and shares.
-
-The pass runs over a wrapped, still floating-point model in eval mode. Every multiplication with a layer's
-weight is recognised by the weight tensor itself, so it is seen wherever it happens: in the layer's own
-forward, in a parent that takes the weight, in a layer called several times. The flow of tensors from operator
-to operator (``flow``) gives the rest:
-
-    norm      the first normalization a layer's output reaches through element-wise operators alone
-    group     layers whose outputs meet in an addition or a concatenation, and go nowhere else: a projection shortcut
-              and the last convolution of its branch, the branches of an inception block. An identity shortcut ties
-              nothing, since its tensor is also read by the branch; nor do dense connections. Layers with the same
+    norm      the first normalization that a layer's output reaches through element-wise operators alone
+    group     layers whose outputs meet in an addition or a concatenation, and are used nowhere else: a projection
+              shortcut and the last convolution of its branch, the branches of an inception block. An identity shortcut
+              ties nothing, since the branch also reads its tensor; nor do dense connections. Layers with the same
               weight are a group too.
     products  of two activations, as in attention, and the layer that makes their first operand
 """
@@ -32,9 +24,9 @@ from torch.utils._pytree import tree_leaves
 
 from saqcli.errors import UnsupportedModel
 from saqcli.quant import products
-from saqcli.quant.attention import keeps_products
+from saqcli.quant.attention import supports_products
 from saqcli.quant.layer import TRANSPOSED, WRAPPED, QuantizedLayer, quantized_layers
-from saqcli.quant.routing import WEIGHT_OPERATORS, HandedOut
+from saqcli.quant.routing import WEIGHT_OPERATORS, WeightRecorder
 from saqcli.quant.wrapping import reason_for_float
 
 _ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub__", "__isub__"}
@@ -50,17 +42,17 @@ _CARRIERS = set(
 
 @dataclass
 class Flow:
-    """What is known of a tensor.
+    """The origin of a tensor.
 
     Attributes:
-        producer: the layer whose output it is, if it still is one.
-        parent: the tensor before it, on the way from that layer.
-        parts: what was added or joined to make it.
-        is_image: nothing but layout operators lies between the image and it.
-        nearest: the last layer on the way here, whatever came after it.
-        depends: on the image.
-        weight_of: the layer whose weight it is, or is a part of.
-        readers: how many operators read it.
+        producer: the layer whose output it is, or None.
+        parent: the preceding tensor on the way from that layer.
+        parts: the tensors that were added or concatenated to make it.
+        is_image: only layout operators lie between the image and this tensor.
+        nearest: the last layer on the way here, whatever operators followed.
+        depends: whether it depends on the image.
+        weight_of: the layer whose weight it is or is part of.
+        readers: number of operators that read it.
     """
 
     producer: str | None
@@ -73,7 +65,7 @@ class Flow:
     readers: int = 0
 
     def producers(self) -> list[str]:
-        """The layers whose outputs it is made of, as long as they go nowhere else."""
+        """The layers whose outputs it consists of, if these are used nowhere else."""
         if self.readers > 1:
             return []
         if self.producer is not None:
@@ -81,7 +73,7 @@ class Flow:
         return [name for flow in self.parts or filter(None, [self.parent]) for name in flow.producers()]
 
     def read_once(self) -> bool:
-        """No tensor between the producer and here is read twice."""
+        """Whether no tensor from the producer to this one is read twice."""
         flow: Flow | None = self
         while flow is not None:
             if flow.readers > 1:
@@ -94,48 +86,48 @@ class Flows:
     """The flow of every tensor so far.
 
     Attributes:
-        meetings: tensors of layers that were added to each other or joined.
+        meetings: tensors that were added to each other or concatenated.
     """
 
     def __init__(self) -> None:
         self.meetings: list[list[Flow]] = []
         self._known: dict[int, Flow] = {}
-        self._alive: list[Tensor] = []  # ids of dead tensors would be used again
+        self._alive: list[Tensor] = []  # ids of dead tensors would be reused
 
-    def remember(self, tensor: Tensor, flow: Flow) -> None:
-        """From now on ``tensor`` has that flow."""
+    def set(self, tensor: Tensor, flow: Flow) -> None:
+        """Set the flow of ``tensor``."""
         self._known[id(tensor)] = flow
         self._alive.append(tensor)
 
-    def of(self, tensor: Tensor) -> Flow | None:
-        """The flow of ``tensor``; None for what the network holds: parameters and constants."""
+    def get(self, tensor: Tensor) -> Flow | None:
+        """The flow of ``tensor``; None for parameters and constants."""
         return self._known.get(id(tensor))
 
     def depends(self, *tensors: Tensor) -> bool:
         """Whether any of them depends on the image."""
-        return any(flow.depends for flow in map(self.of, tensors) if flow is not None)
+        return any(flow.depends for flow in map(self.get, tensors) if flow is not None)
 
     def nearest(self, *tensors: Tensor) -> str | None:
-        """The last layer on the way to the first of them that has one."""
-        return next((flow.nearest for flow in map(self.of, tensors) if flow and flow.nearest), None)
+        """The last layer on the way to the first tensor that has one."""
+        return next((flow.nearest for flow in map(self.get, tensors) if flow and flow.nearest), None)
 
     def weight_of(self, *tensors: Tensor) -> str | None:
-        """The layer whose weight one of them is, or is a part of."""
-        return next((flow.weight_of for flow in map(self.of, tensors) if flow and flow.weight_of), None)
+        """The layer whose weight one of them is or is part of."""
+        return next((flow.weight_of for flow in map(self.get, tensors) if flow and flow.weight_of), None)
 
-    def read(self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Operator ``name`` reads ``inputs``; in place it reads only what it adds."""
+    def count_readers(self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Count operator ``name`` as reader of ``inputs``; in-place operators read only what they add."""
         if name in _ADDITIONS or not any(x is y for x in inputs for y in outputs):
-            for flow in filter(None, map(self.of, inputs)):
+            for flow in filter(None, map(self.get, inputs)):
                 flow.readers += 1
 
-    def passed(self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """What operator ``name`` makes of its inputs' flows; it multiplies with no layer's weight."""
-        flows = [flow for flow in map(self.of, inputs) if flow is not None]
+    def propagate(self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Set the flows of the outputs of operator ``name``, which multiplies with no layer's weight."""
+        flows = [flow for flow in map(self.get, inputs) if flow is not None]
         in_place = any(x is y for x in inputs for y in outputs)
         nearest, depends = self.nearest(*inputs), any(flow.depends for flow in flows)
         if name in _WRITES and inputs:
-            self.remember(inputs[0], Flow(None, nearest=nearest, depends=depends))
+            self.set(inputs[0], Flow(None, nearest=nearest, depends=depends))
         elif name in _ADDITIONS | _CONCATENATIONS:
             if len(flows) > 1:
                 self.meetings.append(flows)
@@ -144,12 +136,13 @@ class Flows:
             made = Flow(kept.producer if kept else None, kept, nearest=nearest, depends=depends)
             made.parts = () if kept else tuple(flows)
             made.weight_of = None if depends else self.weight_of(*inputs)
-            self._all(outputs, made)
+            for output in outputs:
+                self.set(output, made)
         elif not in_place:
             carried = flows[0] if len(flows) == 1 and len(outputs) == 1 and name in _CARRIERS else None
             part = None if depends else self.weight_of(*inputs)
             for output in outputs:
-                self.remember(
+                self.set(
                     output,
                     Flow(
                         carried.producer if carried else None,
@@ -161,28 +154,24 @@ class Flows:
                     ),
                 )
 
-    def _all(self, outputs: Sequence[Tensor], flow: Flow) -> None:
-        for output in outputs:
-            self.remember(output, flow)
-
 
 @dataclass
 class LayerTrace:
-    """What one traced forward pass tells about a layer, for one image.
+    """A layer in the traced forward pass, for one image.
 
     Attributes:
         name: qualified name in the float model.
         kind: class name of the float layer.
         macs: multiply-accumulates, summed over calls.
-        calls: how often its weight is multiplied with.
+        calls: number of multiplications with its weight.
         weight_count: elements of the weight.
-        input_is_signed: the traced input had negative values (calibration measures it on real images).
-        group: name of the first layer of its precision group, its own where it is alone.
-        norm: the normalization that follows, if any.
-        reads_image: nothing but layout operators lies between the image and this layer.
+        input_is_signed: the traced input has negative values (calibration measures it on real images).
+        group: name of the first layer of its precision group.
+        norm: name of the normalization that follows, or None.
+        reads_image: only layout operators lie between the image and this layer.
         channels: output channels of the weight.
-        stored: its weight is its own; False where an earlier layer has the same one.
-        reason: why it is left in floating point, if it is no layer.
+        stored: False if an earlier layer has the same weight.
+        reason: why an unquantized module stays in floating point.
     """
 
     name: str
@@ -205,9 +194,9 @@ class ProductTrace:
 
     Attributes:
         owner: name of the module whose forward multiplies.
-        index: of the product in one forward of its owner.
+        index: index of the product in one forward of its owner.
         macs: multiply-accumulates, summed over calls.
-        follows: the layer that makes its first operand, whose input bits it has.
+        follows: the layer that computes its first operand, whose input bits it has.
     """
 
     owner: str
@@ -217,22 +206,22 @@ class ProductTrace:
 
     @property
     def name(self) -> str:
-        """Of the module that quantizes it."""
+        """Name of the module that quantizes it."""
         return f"{self.owner}.products.{self.index}".lstrip(".")
 
 
 @dataclass
 class Trace:
-    """All layers in execution order, and what the pass found beside them.
+    """The result of a traced pass: all layers in execution order, products and unquantized modules.
 
     Attributes:
         layers: by name, in order of first execution.
         idle: wrapped layers that never ran (auxiliary heads); they stay in floating point.
-        unquantized: modules that multiply with a weight that is no layer's (conditional convolutions), by name.
+        unquantized: modules that multiply with the weight of no quantized layer (conditional convolutions), by name.
         products: of two activations, in order of first execution.
-        routed: layers whose weight a parent multiplies with itself, by name of that parent.
-        outputs: what the model returned for the traced input.
-        other_bytes: of everything that is no weight of a layer: biases, norms, buffers, idle layers; 32-bit floats.
+        routed: layers whose weight a parent multiplies with, by name of that parent.
+        outputs: the model's output for the traced input.
+        other_bytes: bytes of everything except weights of layers: biases, norms, buffers, idle layers; 32-bit floats.
     """
 
     layers: dict[str, LayerTrace]
@@ -253,19 +242,19 @@ FUNCTIONAL = "multiplies with the weight of {} in a way that cannot be followed"
 
 @dataclass
 class _Running:
-    """A module that runs, and how many products have been computed since, in modules within it too."""
+    """A module in execution, and the number of products computed since it started, submodules included."""
 
     name: str
     module: nn.Module
     products: int = 0
 
 
-class _Tracer(HandedOut):
+class _Tracer(WeightRecorder):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.names = {id(layer): name for name, layer in quantized_layers(model).items()}
         self.layers: dict[str, LayerTrace] = {}
-        self.stored: dict[int, str] = {}  # latent weights seen so far, and the first layer with each
+        self.stored: dict[int, str] = {}  # the first layer with each latent weight, by id
         self.shared: list[tuple[str, str]] = []  # layers with the same weight
         self.unquantized: dict[str, LayerTrace] = {}
         self.routed: dict[str, list[str]] = {}
@@ -273,16 +262,16 @@ class _Tracer(HandedOut):
         self.flows = Flows()
         self.running: list[_Running] = []
 
-    def remember(self, weight: Tensor, layer: QuantizedLayer) -> None:
-        """A weight is read; what becomes of it is followed."""
-        super().remember(weight, layer)
-        if self.flows.of(weight) is None:
-            self.flows.remember(weight, Flow(None, depends=False, weight_of=self.names[id(layer)]))
+    def record(self, weight: Tensor, layer: QuantizedLayer) -> None:
+        """Record a weight that is read, and start its flow."""
+        super().record(weight, layer)
+        if self.flows.get(weight) is None:
+            self.flows.set(weight, Flow(None, depends=False, weight_of=self.names[id(layer)]))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operator and record what it means."""
+        """Run the operator and record its multiplications and flows."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
@@ -292,18 +281,18 @@ class _Tracer(HandedOut):
         )
         if not outputs and name != "__setitem__":
             return output
-        self.flows.read(name, inputs, outputs)
+        self.flows.count_readers(name, inputs, outputs)
         layer = self.owner(func, args, kwargs)
         if func in WEIGHT_OPERATORS:
-            (x, weight, *_), _ = products.in_order(args, kwargs, ("weight",))
+            (x, weight, *_), _ = products.operands_first(args, kwargs, ("weight",))
             if layer is not None:
                 self._multiplied(layer, x, weight, output)
             else:
                 self._multiplied_in_float(func, x, weight, output)
         else:
-            if func in products.OPERATORS | products.ADDING:
+            if func in products.OPERATORS | products.ADD_OPERATORS:
                 self._multiplied_activations(products.pairs(func, args, kwargs, output))
-            self.flows.passed(name, inputs, outputs)
+            self.flows.propagate(name, inputs, outputs)
         return output
 
     def _multiplied(self, layer: QuantizedLayer, x: Tensor, weight: Tensor, output: Tensor) -> None:
@@ -320,9 +309,9 @@ class _Tracer(HandedOut):
         entry.macs += _macs(weight, x, output, transposed=issubclass(layer.float_class, TRANSPOSED))
         entry.calls += 1
         entry.input_is_signed |= bool((x < 0).any())
-        flow = self.flows.of(x)
+        flow = self.flows.get(x)
         entry.reads_image |= flow is not None and flow.is_image
-        self.flows.remember(output, Flow(name, nearest=name))
+        self.flows.set(output, Flow(name, nearest=name))
         if self.running[-1].module is not layer:
             self.routed.setdefault(self.running[-1].name, []).append(name)
 
@@ -333,13 +322,15 @@ class _Tracer(HandedOut):
         else:
             reason = COMPUTED_WEIGHT if self.flows.depends(weight) else OWN_WEIGHT
             module = self.running[-1].module
-            if isinstance(module, WRAPPED):  # but left as it is when the network was wrapped
+            if isinstance(module, WRAPPED):  # but was not wrapped
                 reason = reason_for_float(module) or reason
-        self._left(weight.numel(), _macs(weight, x, output, transposed="transpose" in func.__name__), reason)
-        self.flows.remember(output, Flow(None, nearest=self.flows.nearest(x)))
+        self._add_unquantized(
+            weight.numel(), _macs(weight, x, output, transposed="transpose" in func.__name__), reason
+        )
+        self.flows.set(output, Flow(None, nearest=self.flows.nearest(x)))
 
-    def _left(self, weight_count: int, macs: int, reason: str) -> None:
-        """The running module multiplies in floating point."""
+    def _add_unquantized(self, weight_count: int, macs: int, reason: str) -> None:
+        """Record a multiplication of the running module in floating point."""
         running = self.running[-1]
         kind = type(running.module)
         kind = getattr(kind, "float_class", kind)
@@ -349,7 +340,7 @@ class _Tracer(HandedOut):
         )
         entry.macs += macs
         entry.calls += 1
-        if reason == COMPUTED_WEIGHT:  # what mixes the weight is the lesser part
+        if reason == COMPUTED_WEIGHT:  # mixing the weight costs less than multiplying with it
             entry.reason = reason
 
     def _multiplied_activations(self, found: Sequence[products.Pair]) -> None:
@@ -360,32 +351,32 @@ class _Tracer(HandedOut):
                 each.products += 1
             source = self.flows.weight_of(*pair.left, pair.right)
             if source is not None:
-                self._left(0, pair.macs, FUNCTIONAL.format(source))
+                self._add_unquantized(0, pair.macs, FUNCTIONAL.format(source))
             elif self.flows.depends(*pair.left) and self.flows.depends(pair.right):
                 key = running.name, index
                 entry = self.products.setdefault(key, ProductTrace(*key))
                 entry.macs += pair.macs
-                if keeps_products(running.module):
+                if supports_products(running.module):
                     entry.follows = entry.follows or self.flows.nearest(*pair.left, pair.right)
             elif self.flows.depends(*pair.left, pair.right):
-                self._left(0, pair.macs, OWN_WEIGHT)
+                self._add_unquantized(0, pair.macs, OWN_WEIGHT)
 
     def enter(self, name: str, module: nn.Module) -> None:
-        """A module starts to run."""
+        """Record the start of a module's forward."""
         self.running.append(_Running(name, module))
 
     def leave(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """A module has run: if it is a norm, it follows the layer that its input comes from."""
+        """Record the end of a module's forward; a norm is assigned to the producer of its input."""
         if isinstance(module, nn.RNNBase):
-            self._left(*_recurrent(module, inputs[0]), RECURRENT)
+            self._add_unquantized(*_recurrent(module, inputs[0]), RECURRENT)
         self.running.pop()
         if isinstance(module, _NORMS) and inputs and isinstance(inputs[0], Tensor):
-            flow = self.flows.of(inputs[0])
+            flow = self.flows.get(inputs[0])
             if flow is not None and flow.producer is not None and self.layers[flow.producer].norm is None:
                 self.layers[flow.producer].norm = name
 
     def join_groups(self) -> None:
-        """Give layers whose outputs meet, and go nowhere else, one group."""
+        """Merge the groups of layers whose outputs meet and are used nowhere else."""
         pairs = list(self.shared)
         for meeting in self.flows.meetings:
             meet = [name for flow in meeting for name in flow.producers()]
@@ -398,12 +389,12 @@ class _Tracer(HandedOut):
 
 
 def _macs(weight: Tensor, x: Tensor, output: Tensor, *, transposed: bool) -> int:
-    """Weight elements times the positions each is used at: of the output, or of the input where transposed."""
+    """Weight elements times positions: of the output, or of the input if transposed."""
     return weight.numel() * ((x if transposed else output).numel() // weight.shape[0])
 
 
 def _recurrent(module: nn.RNNBase, x: Tensor) -> tuple[int, int]:
-    """Elements of the weights of a recurrent layer, and its multiply-accumulates for a sequence ``x``."""
+    """Number of weight elements of a recurrent layer, and its multiply-accumulates for a sequence ``x``."""
     count = sum(
         parameter.numel() for name, parameter in module.named_parameters() if name.startswith("weight")
     )
@@ -419,7 +410,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         example: one image, (1, C, H, W).
 
     Raises:
-        UnsupportedModel: the forward pass fails, or its output is no (1, classes) tensor.
+        UnsupportedModel: the forward pass fails, or its output is not a (1, classes) tensor.
     """
     tracer = _Tracer(model)
     handles: list[Any] = []
@@ -428,7 +419,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         handles.append(module.register_forward_hook(lambda m, x, _, name=name: tracer.leave(name, m, x)))
     try:
         with tracer:
-            tracer.flows.remember(example, Flow(None, is_image=True))
+            tracer.flows.set(example, Flow(None, is_image=True))
             output = try_model(model, example)
     finally:
         for handle in handles:
@@ -436,7 +427,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     tracer.join_groups()
     if not tracer.layers:
         raise UnsupportedModel(
-            "none of its convolutions and linear layers runs: there is nothing to quantize"
+            "none of the model's convolutions and linear layers runs: there is nothing to quantize"
         )
     idle = [name for name in tracer.names.values() if name not in tracer.layers]
     numbers: list[Tensor] = [p for p in model.parameters() if id(p) not in tracer.stored]
@@ -448,10 +439,10 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
 
 @torch.no_grad()
 def try_model(model: nn.Module, example: Tensor) -> Tensor:
-    """What ``model`` returns for one image (1, C, H, W) in eval mode; its mode is restored.
+    """The output of ``model`` for one image (1, C, H, W) in eval mode; its mode is restored.
 
     Raises:
-        UnsupportedModel: the forward pass fails, or its output is no (1, classes) tensor.
+        UnsupportedModel: the forward pass fails, or its output is not a (1, classes) tensor.
     """
     training = model.training
     try:
@@ -463,6 +454,6 @@ def try_model(model: nn.Module, example: Tensor) -> Tensor:
     finally:
         model.train(training)
     if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(example):
-        what = f"tensor of {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise UnsupportedModel(f"the model returns a {what} where class scores, (1, classes), are expected")
+        kind = f"tensor of {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise UnsupportedModel(f"the model returns a {kind} instead of class scores, (1, classes)")
     return output

@@ -1,4 +1,4 @@
-"""Turning a layer into its quantized sister and back, by swapping its class."""
+"""Conversion of a layer to its quantized class and back, by a class swap."""
 
 from typing import Any
 
@@ -6,24 +6,22 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.quant.layer import FLOATS, QuantizedLayer
-from saqcli.quant.routing import hand_out
+from saqcli.quant.routing import record_weight
 
 
 def _read_weight(layer: QuantizedLayer) -> Tensor:
     try:
         weight = layer.quantized_weight()
-    except (
-        AttributeError
-    ) as error:  # nn.Module would take it for a missing attribute and return the float weight
+    except AttributeError as error:  # nn.Module would return the float weight for a missing attribute
         raise RuntimeError(f"quantized weight of {layer.float_class.__name__}: {error}") from error
-    return hand_out(weight, layer)
+    return record_weight(weight, layer)
 
 
-_classes: dict[type[nn.Module], type[QuantizedLayer]] = {}  # made so far; a class is made once
+_classes: dict[type[nn.Module], type[QuantizedLayer]] = {}  # cache: one class per float class
 
 
 def quantized_class(float_class: type[nn.Module]) -> type[QuantizedLayer]:
-    """The quantized sister of a layer class."""
+    """The quantized subclass of a layer class."""
     if float_class not in _classes:
         _classes[float_class] = _make_class(float_class)
     return _classes[float_class]
@@ -38,9 +36,9 @@ def _make_class(float_class: type[nn.Module]) -> type[QuantizedLayer]:
 
 
 def _mixin(float_class: type[nn.Module]) -> type[QuantizedLayer]:
-    from saqcli.quant.attention import special_mixin
+    from saqcli.quant.attention import custom_mixin
 
-    return special_mixin(float_class) or QuantizedLayer
+    return custom_mixin(float_class) or QuantizedLayer
 
 
 def _weight_name(float_class: type[nn.Module]) -> str:
@@ -48,7 +46,7 @@ def _weight_name(float_class: type[nn.Module]) -> str:
 
 
 def _reduce(layer: QuantizedLayer, protocol: Any) -> Any:
-    """Copy and pickle by float class, since the quantized class exists only at run time."""
+    """Copy and pickle by float class, since the quantized class exists at run time only."""
     return _rebuild, (layer.float_class,), layer.__dict__
 
 
@@ -57,14 +55,19 @@ def _rebuild(float_class: type[nn.Module]) -> QuantizedLayer:
     return cls.__new__(cls)
 
 
-# Names that wrapping takes in a module, and keys that files add to its own.
-_INSTANCE = (
-    *("weight_quantizer", "input_quantizer", "perturbation", "routed", "tied_to", "followers", "answers_in"),
+_ATTRIBUTES = (  # set by wrapping
+    *(
+        "weight_quantizer",
+        "input_quantizer",
+        "perturbation",
+        "routed",
+        "tied_to",
+        "followers",
+        "original_dtype",
+    ),
 )
-
-
-_OWN = (
-    *_INSTANCE,
+_RESERVED = (
+    *_ATTRIBUTES,
     *(
         "float_class",
         "weight_name",
@@ -75,28 +78,28 @@ _OWN = (
         "channel_dim",
     ),
 )
-
-
-_KEYS = ("codes", "step")
+_FILE_KEYS = ("codes", "step")  # added by files to the tensors of a layer
 
 
 def reason_for_float(module: nn.Module) -> str | None:
-    """Why a convolution, linear layer or attention has to stay in floating point; None where it can be quantized."""
+    """Why a convolution, linear layer or attention must stay in floating point; None if it can be quantized."""
     kind, key = type(module), _weight_name(type(module))
     weight = module._parameters.get(key)
     if weight is None or isinstance(getattr(kind, key, None), property):
-        return f"its {key} is not a parameter of its own"
+        return f"its {key} is not a plain parameter"
     if weight.dtype not in FLOATS or (weight.dtype != torch.float32 and _mixin(kind) is not QuantizedLayer):
         return f"its {key} is {str(weight.dtype).removeprefix('torch.')}, not float32"
     tensors = {*module._parameters, *module._buffers}
-    taken = [name for name in _OWN if hasattr(kind, name) or name in vars(module) or name in module._modules]
-    taken += [name for name in _OWN if name in tensors] + [name for name in _KEYS if name in tensors]
-    return f"it has a {taken[0]!r} of its own, a name that quantization needs" if taken else None
+    taken = [
+        name for name in _RESERVED if hasattr(kind, name) or name in vars(module) or name in module._modules
+    ]
+    taken += [name for name in (*_RESERVED, *_FILE_KEYS) if name in tensors]
+    return f"it has an attribute {taken[0]!r}, a name reserved for quantization" if taken else None
 
 
 def wrap_layer(module: nn.Module) -> QuantizedLayer:
     """Turn ``module`` itself into a quantized layer that still computes in floating point."""
-    dtype = own_type(module)
+    dtype = weight_dtype(module)
     if dtype != torch.float32:
         module.float()
     module.weight_quantizer = nn.Identity()
@@ -105,19 +108,19 @@ def wrap_layer(module: nn.Module) -> QuantizedLayer:
     assert isinstance(module, QuantizedLayer)
     module.perturbation = None
     module.routed, module.tied_to, module.followers = False, (), ()
-    module.answers_in = None if dtype == torch.float32 else dtype
+    module.original_dtype = None if dtype == torch.float32 else dtype
     return module
 
 
-def own_type(module: nn.Module) -> torch.dtype:
-    """The type of a layer's weight."""
+def weight_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a layer's weight."""
     return module._parameters[_weight_name(type(module))].dtype  # type: ignore[union-attr]
 
 
 def unwrap_layer(layer: QuantizedLayer) -> nn.Module:
-    """The same module object with its float class back; its latent weight as training left it."""
-    dtype = layer.answers_in
-    for name in _INSTANCE:
+    """Restore the float class of the module; the latent weight keeps its trained value."""
+    dtype = layer.original_dtype
+    for name in _ATTRIBUTES:
         delattr(layer, name)
     layer.__class__ = layer.float_class  # type: ignore[assignment]
     return layer if dtype is None else layer.to(dtype)

@@ -347,7 +347,7 @@ def _inputs(before: Record, after: Record) -> list[str]:
     """Weights, images, and the processes that augment them."""
     found = []
     old, new = before.run.config(), after.run.config()
-    facts = [record.content.facts for record in (before, after) if record.content]
+    facts = [record.content.metadata for record in (before, after) if record.content]
     same_weights = len(facts) == 2 and facts[0].source_sha256 == facts[1].source_sha256
     if facts and not same_weights:
         hashes = [(each.source_sha256 or "none")[:12] for each in facts]

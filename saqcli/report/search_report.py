@@ -97,7 +97,7 @@ def write_search(
         front: None for none.
 
     Returns:
-        What ``--json`` prints: the results with the front and the paths of all files.
+        The results with the front and the paths of all files.
     """
     costs, searcher = problem.space.costs, results["searcher"]
     write_text(run.policy_path, policy.to_json())

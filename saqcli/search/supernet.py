@@ -59,7 +59,7 @@ class Supernet:
             images = self.problem.images.whole
             images.set_epoch(0)
             batches = (batch.to(self.problem.device) for batch, _ in islice(images, SETTLING))
-            calibration.settle_batch_norms(self.model, batches)
+            calibration.reestimate_batch_norms(self.model, batches)
             distributed.average(running_statistics(self.model))
 
     def switch_norms(self) -> None:

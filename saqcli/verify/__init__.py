@@ -1,1 +1,1 @@
-"""The proof that an exported file computes what the model computes."""
+"""Verification that an exported file computes the same as the model."""

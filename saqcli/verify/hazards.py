@@ -1,17 +1,17 @@
-"""What ONNX Runtime's default optimizations would change in a graph, found by looking at it.
+"""Hazards: graph patterns that optimizations of ONNX Runtime change.
 
     H1   a float bias inside Conv or Gemm between quantized tensors is rounded to a multiple of the scales
-    H1b  a float constant weight between quantized tensors is quantized anew, per tensor
+    H1b  a float constant weight between quantized tensors is quantized again, per tensor
     H2   a dequantized weight times a float activation: the activation is quantized on the fly
-    H3   Clip in front of a 4- or 2-bit quantizer: the session cannot be made
-    H4   ReLU in front of a signed or shifted 4- or 2-bit quantizer is deleted
-    H5   2-bit weights with quantized activations make an invalid graph
-    H8   Gemm with alpha other than 1 between quantized tensors loses it
+    H3   Clip before a 4- or 2-bit quantizer: the session cannot be created
+    H4   ReLU before a signed or shifted 4- or 2-bit quantizer is removed
+    H5   2-bit weights with quantized activations give an invalid graph
+    H8   the alpha of a Gemm between quantized tensors, if not 1, is lost
     H9   8-bit inputs times INT8 weights (or activations) whose sums of two products exceed 16 bits: wrong on x86
          processors without VNNI
 
-Every exporter avoids them by how it writes; this list is the check that it did (``docs/export.md`` tells how each was
-found). Reproduced with ONNX Runtime 1.32. H6 and H7 are no patterns of a graph: see there.
+The exporters avoid all of them; this file checks the result (``docs/export.md`` describes how each was found).
+Reproduced with ONNX Runtime 1.32. H6 and H7 are not graph patterns (see there).
 
 H9 depends on the processor. A style may declare it as a condition of use, which the verdict then names.
 """
@@ -38,12 +38,12 @@ SATURATION = (
 
 @dataclass(frozen=True)
 class Hazard:
-    """A pattern that some optimization turns into something else.
+    """A pattern that an optimization would change.
 
     Attributes:
         code: H1 to H9.
         node: name of the node.
-        text: what would happen.
+        text: the effect.
     """
 
     code: str
@@ -60,16 +60,16 @@ def hazards(model: onnx.ModelProto) -> list[Hazard]:
     return [
         Hazard(code, node.name or node.output[0], text)
         for node in model.graph.node
-        for code, text in _of(graph, node)
+        for code, text in _node_hazards(graph, node)
     ]
 
 
-def sort_out(found: Sequence[Hazard], accepted: Collection[str]) -> tuple[list[Hazard], list[Hazard]]:
-    """The hazards that refuse a file, and those that are conditions of its use.
+def partition(found: Sequence[Hazard], accepted: Collection[str]) -> tuple[list[Hazard], list[Hazard]]:
+    """Split hazards into those that make a file invalid and those that are conditions of its use.
 
     Args:
-        found: by ``hazards``.
-        accepted: codes that the style may have, ``Exporter.conditions``.
+        found: from ``hazards``.
+        accepted: codes accepted by the style, ``Exporter.conditions``.
     """
     return (
         [hazard for hazard in found if hazard.code not in accepted],
@@ -78,35 +78,35 @@ def sort_out(found: Sequence[Hazard], accepted: Collection[str]) -> tuple[list[H
 
 
 class _Graph:
-    """Who makes and who reads a tensor, and which tensors are constants."""
+    """Producers and readers of tensors, constants, and ranks."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.constants = {each.name: each for each in model.graph.initializer}
-        self.makers = {name: node for node in model.graph.node for name in node.output}
+        self.producers = {name: node for node in model.graph.node for name in node.output}
         self.readers: dict[str, list[Any]] = defaultdict(list)
         for node in model.graph.node:
             for name in node.input:
                 self.readers[name].append(node)
         try:
             inferred = onnx.shape_inference.infer_shapes(model).graph
-        except Exception:  # shapes serve one pattern only
+        except Exception:  # shapes are needed for one pattern only
             inferred = model.graph
         known = [*inferred.value_info, *inferred.input, *inferred.output]
         self.ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in known}
 
     def dequantizer(self, name: str) -> tuple[Any, bool]:
-        """The DequantizeLinear that a tensor comes out of, and whether an odd number of transposes lies between."""
-        node, odd = self.makers.get(name), False
+        """The DequantizeLinear that produces a tensor, and whether an odd number of transposes lies in between."""
+        node, odd = self.producers.get(name), False
         while node is not None and node.op_type == "Transpose":
-            node, odd = self.makers.get(node.input[0]), not odd
+            node, odd = self.producers.get(node.input[0]), not odd
         return (node if node is not None and node.op_type == "DequantizeLinear" else None), odd
 
     def dequantized(self, name: str) -> bool:
-        """Whether a tensor comes out of DequantizeLinear, through transposes at most."""
+        """Whether DequantizeLinear produces a tensor, possibly through transposes."""
         return self.dequantizer(name)[0] is not None
 
     def quantized_next(self, name: str) -> bool:
-        """Whether a tensor is quantized, behind ReLUs and Clips at most."""
+        """Whether a tensor is quantized next, possibly after ReLUs and Clips."""
         for node in self.readers[name]:
             if node.op_type == "QuantizeLinear":
                 return True
@@ -115,23 +115,23 @@ class _Graph:
         return False
 
     def stored(self, name: str) -> int | None:
-        """The type of the constant behind a DequantizeLinear."""
-        node = self.makers.get(name)
+        """The type of the constant input of a DequantizeLinear, or None."""
+        node = self.producers.get(name)
         while node is not None and node.op_type in ("Transpose", "DequantizeLinear"):
             if node.input[0] in self.constants:
                 return int(self.constants[node.input[0]].data_type)
-            node = self.makers.get(node.input[0])
+            node = self.producers.get(node.input[0])
         return None
 
 
-def _of(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
+def _node_hazards(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
     if node.op_type in _PRODUCTS:
-        yield from _of_product(graph, node)
+        yield from _product_hazards(graph, node)
     if node.op_type == "QuantizeLinear" and len(node.input) > 2 and node.input[2] in graph.constants:
-        yield from _of_quantizer(graph, node)
+        yield from _quantizer_hazards(graph, node)
 
 
-def _of_product(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
+def _product_hazards(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
     x, weight = node.input[0], node.input[1]
     fed, dequantized = graph.dequantized(x), graph.dequantized(weight)
     output = node.output[0]
@@ -147,13 +147,13 @@ def _of_product(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
         sums = [each for each in graph.readers[output] if each.op_type == "Add"]
         constant = [each for each in sums if any(name in graph.constants for name in each.input)]
         if any(graph.quantized_next(each.output[0]) for each in constant):
-            yield "H1", "with the Add behind it, it would become a Gemm, whose bias would be rounded"
+            yield "H1", "with the Add after it, it would become a Gemm, whose bias would be rounded"
     if fed and weight in graph.constants and graph.quantized_next(output):
         yield "H1b", "its float weight would be quantized again, per tensor"
     if dequantized and not fed and node.op_type in ("MatMul", "Gemm") and graph.stored(weight) is not None:
         yield "H2", "its float input would be quantized on the fly"
     if fed and graph.stored(weight) in _TWO:
-        yield "H5", "2-bit weights with quantized inputs make an invalid graph"
+        yield "H5", "2-bit weights with quantized inputs give an invalid graph"
     if fed and node.op_type != "ConvTranspose" and _saturates(graph, node, weight):
         yield "H9", SATURATION
     alpha = [each.f for each in node.attribute if each.name == "alpha"]
@@ -162,11 +162,11 @@ def _of_product(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
 
 
 def _saturates(graph: _Graph, node: Any, weight: str) -> bool:
-    """Whether two products of 8-bit codes may exceed 16 bits where the second operand is INT8."""
+    """Whether two products of 8-bit codes may exceed 16 bits, with an INT8 second operand."""
     dequantizer, transposed = graph.dequantizer(weight)
     if dequantizer is None:
         return False
-    if dequantizer.input[0] not in graph.constants:  # an activation, which has every code
+    if dequantizer.input[0] not in graph.constants:  # an activation, which may have any code
         zero = graph.constants.get(dequantizer.input[2]) if len(dequantizer.input) > 2 else None
         return zero is not None and zero.data_type == onnx.TensorProto.INT8
     stored = graph.constants[dequantizer.input[0]]
@@ -179,17 +179,17 @@ def _saturates(graph: _Graph, node: Any, weight: str) -> bool:
     return may_saturate(codes, codes.ndim - 1 if by_rows == transposed else codes.ndim - 2)
 
 
-def _of_quantizer(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
+def _quantizer_hazards(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
     zero = graph.constants[node.input[2]]
     if zero.data_type not in (*_FOUR, *_TWO):
         return
-    maker = graph.makers.get(node.input[0])
+    maker = graph.producers.get(node.input[0])
     signed = zero.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.INT2)
-    if maker is not None and maker.op_type == "Clip" and maker.input[0] in graph.makers:
-        yield "H3", "a Clip in front of a quantizer below 8 bits makes the session fail"
+    if maker is not None and maker.op_type == "Clip" and maker.input[0] in graph.producers:
+        yield "H3", "a Clip before a quantizer below 8 bits makes the session fail"
     if (
         maker is not None
         and maker.op_type == "Relu"
         and (signed or onnx.numpy_helper.to_array(zero).astype(int).any())
     ):
-        yield "H4", "the ReLU in front of it would be deleted"
+        yield "H4", "the ReLU before it would be removed"

@@ -1,18 +1,14 @@
-"""Layerwise proof: an ONNX graph cut behind every quantizer, compared with PyTorch code by code.
+"""Layerwise proof: a graph cut at every quantizer, compared code by code.
 
-An ONNX graph, cut open behind every activation quantizer: PyTorch's codes go in, the graph's own come out.
+End to end, graph and PyTorch cannot agree to the last bit: they sum in different orders, an activation on the edge
+between two codes is then rounded to the other side, and in a deep network one such step becomes thousands in later
+layers. Therefore the graph is cut after every activation quantizer. There it is fed PyTorch's codes, and the codes it
+computed itself are compared with them. Between two cuts only summation order differs: a code may differ by one step,
+and only where PyTorch's value lies on the edge between the two within rounding error: 1e-4 of the largest magnitude, or
+more where PyTorch itself is further from float64 (a norm that subtracts a large mean leaves little but rounding
+errors).
 
-Proof by parts: every layer of an ONNX graph, fed what PyTorch feeds it, hands on the codes that PyTorch hands on.
-
-End to end the two cannot agree to the last bit: they sum in different orders, an activation on the edge
-between two codes then falls to the other side, and in a deep network one such step becomes thousands further
-on. So the graph is cut open behind every activation quantizer. There it gets PyTorch's codes, and the codes
-that it would have used itself are compared with them. Between two cuts lies nothing but summation order: a
-code may differ by one step, and only where PyTorch's own number lies on the edge between the two to within
-rounding error: 1e-4 of the largest magnitude, or more where PyTorch itself is further from float64 (a norm that
-takes a large mean away leaves little but rounding errors).
-
-Cut there, each part is quantized on both sides, as in the whole graph, so what a runtime's optimizer does to it shows.
+Each part keeps its quantizers on both sides, as in the whole graph, so changes by a runtime's optimizer are detected.
 """
 
 import copy
@@ -37,9 +33,9 @@ from saqcli.quant.grid import Grid, codes_of
 LARGEST_ERROR = 1e-4  # of a tensor's largest magnitude; float32 sums of up to 10**5 products stay well below
 HARMLESS = (
     2 * LARGEST_SHIFT
-)  # of a step: where images use little of a range, a rounded bias is more than rounding error
-LARGEST_OWN_ERROR = 1e-2  # however far PyTorch is from float64
-AS_PYTORCH = 4.0  # times PyTorch's own error: two runtimes round apart, and one of them may be the luckier
+)  # of a step; a rounded bias exceeds rounding error where images use little of a range
+LARGEST_FLOAT32_ERROR = 1e-2  # limit of the allowance for PyTorch's error
+PYTORCH_FACTOR = 4.0  # times PyTorch's float32 error is allowed; two runtimes round differently
 _FED = "fed_"
 _QUANTIZERS = ("QuantizeLinear", "IntQuant")
 
@@ -50,51 +46,51 @@ class Call:
 
     Attributes:
         x: a copy of its input, since later layers may write into it.
-        codes: that stand for it, in float32.
-        step: of the quantizer.
-        grid: likewise.
-        own_error: of ``x`` itself: how far it is, relative to its largest magnitude, from what float64 gives for the
-            same codes of the layers before.
+        codes: codes of ``x``, in float32.
+        step: step of the quantizer.
+        grid: grid of the quantizer.
+        float32_error: difference of ``x`` from the float64 result for the same codes of earlier layers, relative to
+            the largest magnitude.
     """
 
     x: Any
     codes: Any
     step: float
     grid: Grid
-    own_error: float = 0.0
+    float32_error: float = 0.0
 
     @property
     def allowed(self) -> float:
-        """The error that rounding explains, or that next to no code notices, relative to the largest magnitude."""
-        unfelt = HARMLESS * self.step / self.magnitude if self.magnitude else 0.0
-        return max(LARGEST_ERROR, min(AS_PYTORCH * self.own_error, LARGEST_OWN_ERROR), unfelt)
+        """The error explained by rounding, or too small to matter, relative to the largest magnitude."""
+        harmless = HARMLESS * self.step / self.magnitude if self.magnitude else 0.0
+        return max(LARGEST_ERROR, min(PYTORCH_FACTOR * self.float32_error, LARGEST_FLOAT32_ERROR), harmless)
 
     @property
     def magnitude(self) -> float:
-        """The largest, where codes change."""
+        """The largest magnitude of ``x`` in the range where codes change."""
         return float(np.abs(self.limited(self.x)).max(initial=0.0))
 
     def limited(self, values: Any) -> Any:
-        """``values`` limited to where codes change: beyond is the last code, and a Clip or ReLU may be merged."""
+        """``values`` limited to the range where codes change; beyond it a Clip or ReLU may be merged."""
         return np.clip(values, self.step * (self.grid.lowest + 0.5), self.step * (self.grid.highest - 0.5))
 
 
 @dataclass
 class Cut:
-    """A quantizer of the graph, and the call of PyTorch that it stands for.
+    """A quantizer of the graph, and the corresponding call in PyTorch.
 
     Attributes:
-        layer: that it tells.
-        call: of PyTorch.
-        before: name of the tensor that is quantized; None where copies of the quantizer stand in front of it.
+        layer: layer in its annotations.
+        call: the call in PyTorch.
+        before: name of the tensor that is quantized; None if copies of the quantizer precede it.
         after: name of the tensor that is cut: codes, or quantized values.
-        fed: name of the graph input that takes its place.
+        fed: name of the graph input that replaces it.
         unit: value of a difference of one code in ``after``.
-        zero: what stands for code 0 there.
-        dtype: of ``after``.
-        pads: zeros around ``after``, before and behind every dimension.
+        zero: zero point of ``after``.
+        dtype: type of ``after``.
+        pads: zero padding of ``after``, before and after every dimension.
         results: flipped and wrong codes of every run.
-        error: of the tensor before it is quantized.
+        error: error of the tensor before quantization.
     """
 
     layer: str
@@ -110,14 +106,14 @@ class Cut:
     error: float = 0.0
 
     def feed(self) -> Any:
-        """PyTorch's codes, as the graph has them."""
+        """PyTorch's codes in the format of the graph."""
         codes = np.pad(self.call.codes, self.pads) if self.pads else self.call.codes
         if self.dtype == np.float32:
             return codes * np.float32(self.unit)
         return (codes + np.float32(self.zero)).astype(self.dtype)
 
     def judge(self, answer: Any) -> None:
-        """Count the codes of ``answer`` that differ, and those that no rounding explains."""
+        """Count the codes of ``answer`` that differ, and those that rounding does not explain."""
         call = self.call
         truth, x = (np.pad(each, self.pads) if self.pads else each for each in (call.codes, call.x))
         if self.dtype == np.float32:
@@ -137,17 +133,17 @@ class Cut:
         self.results.append((len(where) - wrong, wrong))
 
     def compare(self, answer: Any) -> None:
-        """Take the error of the tensor before it is quantized."""
+        """Record the error of the tensor before quantization."""
         self.error = max(self.error, relative(self.call.limited(self.call.x), self.call.limited(answer)))
 
 
 class Unmatched(Exception):
-    """The graph and the model do not have the same quantizers, or the parts do not run."""
+    """The quantizers of graph and model differ, or the cut graph does not run."""
 
 
 @contextmanager
 def recorded(frozen: nn.Module) -> Iterator[dict[str, list[Call]]]:
-    """The calls of every activation quantizer, by layer, filled while the model runs."""
+    """The calls of every activation quantizer, by layer, recorded while the model runs."""
     calls: dict[str, list[Call]] = defaultdict(list)
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
@@ -166,11 +162,13 @@ def recorded(frozen: nn.Module) -> Iterator[dict[str, list[Call]]]:
             handle.remove()
 
 
-def own_errors(frozen: nn.Module, images: Tensor, calls: dict[str, list[Call]], logits: Any) -> float:
-    """Note for every call how far PyTorch's float32 is from float64 on the same codes.
+def measure_float32_errors(
+    frozen: nn.Module, images: Tensor, calls: dict[str, list[Call]], logits: Any
+) -> float:
+    """Set the error of PyTorch's float32 relative to float64 on the same codes, for every call.
 
     Returns:
-        The same for the logits, (N, classes).
+        The error of the logits, (N, classes).
     """
     double = copy.deepcopy(frozen).double()
     done: dict[str, int] = defaultdict(int)
@@ -179,7 +177,7 @@ def own_errors(frozen: nn.Module, images: Tensor, calls: dict[str, list[Call]], 
         assert isinstance(module, FrozenInput)
         call = calls[module.layer][done[module.layer]]
         done[module.layer] += 1
-        call.own_error = relative(call.limited(inputs[0].numpy()), call.limited(call.x))
+        call.float32_error = relative(call.limited(inputs[0].numpy()), call.limited(call.x))
         return torch.from_numpy(call.codes).double() * module.step
 
     for module in double.modules():
@@ -187,12 +185,12 @@ def own_errors(frozen: nn.Module, images: Tensor, calls: dict[str, list[Call]], 
             module.register_forward_hook(feed)
     try:
         return relative(double(images.double()).numpy(), logits)
-    except RuntimeError:  # its forward makes or asks for float32
+    except RuntimeError:  # its forward creates or requires float32
         return 0.0
 
 
 def cut_open(graph: Any, calls: dict[str, list[Call]]) -> list[Cut]:
-    """Put a graph input in the place of what comes out of every activation quantizer."""
+    """Replace the output of every activation quantizer by a graph input."""
     constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
     quantizers = [node for node in graph.node if _quantizes_input(node)]
     counts = Counter(_first_layer(node) for node in quantizers)
@@ -200,15 +198,15 @@ def cut_open(graph: Any, calls: dict[str, list[Call]]) -> list[Cut]:
     cuts: list[Cut] = []
     made_by = {node.output[0]: node for node in graph.node}
     for node in quantizers:
-        told = _told(node)
-        name, call = told[onnx_helpers.LAYER], next(matched[_first_layer(node)])
-        cut = Cut(name, call, _head(node, name, made_by), node.output[0], f"{_FED}{len(cuts)}")
-        if onnx_helpers.PADS in told:
-            pads = [int(pad) for pad in told[onnx_helpers.PADS].split(",")]
+        annotations = _annotations(node)
+        name, call = annotations[onnx_helpers.LAYER], next(matched[_first_layer(node)])
+        cut = Cut(name, call, _source(node, name, made_by), node.output[0], f"{_FED}{len(cuts)}")
+        if onnx_helpers.PADS in annotations:
+            pads = [int(pad) for pad in annotations[onnx_helpers.PADS].split(",")]
             cut.pads = list(zip(pads[: len(pads) // 2], pads[len(pads) // 2 :], strict=True))
         if node.op_type == "QuantizeLinear":
             zero = constants[node.input[2]]
-            cut.dtype, cut.zero = zero.dtype, float(told.get(onnx_helpers.ZERO, zero))
+            cut.dtype, cut.zero = zero.dtype, float(annotations.get(onnx_helpers.ZERO, zero))
         else:
             cut.unit = float(constants[node.input[1]])
         cuts.append(cut)
@@ -216,9 +214,9 @@ def cut_open(graph: Any, calls: dict[str, list[Call]]) -> list[Cut]:
     present = {
         name
         for node in graph.node
-        for name in _told(node).get(onnx_helpers.LAYER, "").split(onnx_helpers.LAYER_SEPARATOR)
+        for name in _annotations(node).get(onnx_helpers.LAYER, "").split(onnx_helpers.LAYER_SEPARATOR)
     }
-    for name in calls:  # a layer whose output nothing uses is not in the graph at all
+    for name in calls:  # a layer with an unused output is not in the graph
         if name not in quantized and name in present:
             raise Unmatched(f"the graph does not quantize the input of {name}")
     _feed(graph, cuts)
@@ -226,27 +224,27 @@ def cut_open(graph: Any, calls: dict[str, list[Call]]) -> list[Cut]:
 
 
 def _quantizes_input(node: Any) -> bool:
-    told = _told(node)
+    annotations = _annotations(node)
     return (
-        told.get(onnx_helpers.OPERAND) == "input"
-        and onnx_helpers.COPY not in told
+        annotations.get(onnx_helpers.OPERAND) == "input"
+        and onnx_helpers.COPY not in annotations
         and node.op_type in _QUANTIZERS
     )
 
 
 def _first_layer(node: Any) -> str:
-    """That of those that share a quantizer of the graph under whose name its calls are found."""
-    return _told(node)[onnx_helpers.LAYER].split(onnx_helpers.LAYER_SEPARATOR)[0]
+    """The first of the layers that share a quantizer; the name under which its calls are found."""
+    return _annotations(node)[onnx_helpers.LAYER].split(onnx_helpers.LAYER_SEPARATOR)[0]
 
 
 def _matching(layer: str, calls: list[Call], count: int) -> list[Call]:
-    """The calls that ``count`` quantizers of the graph stand for, in their order.
+    """The calls that correspond to ``count`` quantizers of the graph, in order.
 
     Raises:
-        Unmatched: as many there are not.
+        Unmatched: the numbers differ.
     """
     distinct = _distinct(calls)
-    if count == len(calls):  # equal tensors too, where the graph does not know that they are
+    if count == len(calls):  # including equal tensors that the exporter did not merge
         return calls
     if count != len(distinct):
         more = "more" if count > len(distinct) else "less"
@@ -254,24 +252,24 @@ def _matching(layer: str, calls: list[Call], count: int) -> list[Call]:
     return distinct
 
 
-def _head(node: Any, layer: str, made_by: dict[str, Any]) -> str | None:
-    """What a quantizer is given, in front of the Clip, Pad and Sub that prepare it; None if it is quantized already."""
+def _source(node: Any, layer: str, made_by: dict[str, Any]) -> str | None:
+    """The input of a quantizer before its Clip, Pad and Sub; None if it is already quantized."""
     while True:
         name: str = node.input[0]
         node = made_by.get(name)
-        if node is None or _told(node).get(onnx_helpers.LAYER) != layer:
+        if node is None or _annotations(node).get(onnx_helpers.LAYER) != layer:
             break
     while node is not None and node.op_type in SAME_CODES:
         node = made_by.get(node.input[0])
-    return None if node is not None and onnx_helpers.COPY in _told(node) else name
+    return None if node is not None and onnx_helpers.COPY in _annotations(node) else name
 
 
-def _told(node: Any) -> dict[str, str]:
+def _annotations(node: Any) -> dict[str, str]:
     return {entry.key: entry.value for entry in node.metadata_props}
 
 
 def _distinct(calls: list[Call]) -> list[Call]:
-    """Without repeats of equal tensors, which the exporter merges."""
+    """The calls without repeated equal tensors, which the exporter merges."""
     kept: list[Call] = []
     for call in calls:
         if not any(call.x.shape == one.x.shape and np.array_equal(call.x, one.x) for one in kept):
@@ -293,10 +291,10 @@ def _feed(graph: Any, cuts: list[Cut]) -> None:
 
 
 def run(model: Any, images: Tensor, cuts: list[Cut], more: set[str], level: Any) -> dict[str, Any]:
-    """Run the graph, cut open; what comes out of every quantizer, and of ``more`` tensors."""
+    """Run the cut graph; the outputs of every quantizer, and ``more`` tensors, by name."""
     opened = onnx.ModelProto()
     opened.CopyFrom(model)
-    del opened.graph.value_info[:]  # fixed sizes again, where a layer is fed a table of numbers
+    del opened.graph.value_info[:]  # fixed sizes, of layers that read a constant table
     given = {value.name for value in opened.graph.input} | {each.name for each in opened.graph.initializer}
     present = {value.name for value in opened.graph.output}
     for name in dict.fromkeys([cut.after for cut in cuts] + sorted(more)):
@@ -313,18 +311,18 @@ def run(model: Any, images: Tensor, cuts: list[Cut], more: set[str], level: Any)
         wanted = {value.name for value in session.get_inputs()}
         names = [value.name for value in session.get_outputs()]
         answers = session.run(names, {name: value for name, value in feed.items() if name in wanted})
-    except Exception as error:  # onnxruntime has a class for every reason, none of them public
+    except Exception as error:  # the exception classes of onnxruntime are not public
         reason = " ".join(str(error).split())[:200]
-        raise Unmatched(f"ONNX Runtime does not run it in parts: {reason}") from None
+        raise Unmatched(f"ONNX Runtime cannot run the cut graph: {reason}") from None
     known = {name: feed[name] for name in more & given if name in feed}
-    for each in opened.graph.initializer:  # a layer may be fed a table of numbers: relative positions
+    for each in opened.graph.initializer:  # a layer may read a constant table, of relative positions
         if each.name in more:
             known[each.name] = onnx.numpy_helper.to_array(each)
     return dict(zip(names, answers, strict=True)) | known
 
 
 def relative(truth: Any, answer: Any) -> float:
-    """The largest difference, relative to the largest magnitude of ``truth``; infinite where there is none."""
+    """The largest difference relative to the largest magnitude of ``truth``; infinite if undefined."""
     if truth.shape != answer.shape:
         return float("inf")
     largest = float(np.abs(truth).max(initial=0.0))
@@ -341,15 +339,16 @@ __all__ = ["LARGEST_ERROR", "LayerCheck", "LayerwiseCheck", "check_layers"]
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """The input of one quantized layer, as the graph computes it from PyTorch's codes of the layers before.
+    """The input of one quantized layer, as the graph computes it from PyTorch's codes of earlier layers.
 
     Attributes:
-        layer: or layers that share the quantizer.
-        codes: compared, over both levels of optimization.
-        flipped: that differ, all by one step and all on an edge.
-        wrong: that differ otherwise.
-        largest_error: of the tensor before it is quantized, without optimizations, relative to its largest magnitude.
-        allowed: of that, what rounding explains.
+        layer: name of the layer, or of all layers that share the quantizer.
+        codes: number of codes compared, over both optimization levels.
+        flipped: number of codes that differ by one step on an edge.
+        wrong: number of codes that differ otherwise.
+        largest_error: error of the tensor before quantization, without optimizations, relative to its largest
+            magnitude.
+        allowed: limit of ``largest_error`` explained by rounding.
     """
 
     layer: str
@@ -362,13 +361,13 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class LayerwiseCheck:
-    """How the parts compare.
+    """The comparison of all layers.
 
     Attributes:
-        layers: in execution order.
-        logits_error: of the logits, relative to their largest magnitude; the worse of the two levels.
-        logits_allowed: of that, what rounding explains.
-        problem: why the parts cannot be compared, or None.
+        layers: checks in execution order.
+        logits_error: error of the logits relative to their largest magnitude; the larger of both optimization levels.
+        logits_allowed: limit of ``logits_error`` explained by rounding.
+        problem: why the layers cannot be compared, or None.
     """
 
     layers: tuple[LayerCheck, ...] = ()
@@ -378,44 +377,44 @@ class LayerwiseCheck:
 
     @property
     def largest_error(self) -> float:
-        """Of any tensor."""
+        """The largest error of any tensor."""
         return max([layer.largest_error for layer in self.layers] + [self.logits_error])
 
     @property
     def codes(self) -> int:
-        """How many were compared."""
+        """Number of codes compared."""
         return sum(layer.codes for layer in self.layers)
 
     @property
     def flipped(self) -> int:
-        """How many fell to the other side of an edge."""
+        """Number of codes on the other side of an edge."""
         return sum(layer.flipped for layer in self.layers)
 
     @property
     def wrong(self) -> tuple[str, ...]:
-        """Layers with codes that no rounding explains, or a tensor that is off."""
+        """Layers with codes or a tensor error that rounding does not explain."""
         return tuple(
             each.layer for each in self.layers if each.wrong or not each.largest_error <= each.allowed
         )
 
     @property
     def passed(self) -> bool:
-        """Whether all parts agree to rounding error."""
+        """Whether all layers agree within rounding error."""
         return self.problem is None and not self.wrong and self.logits_error <= self.logits_allowed
 
 
 @torch.no_grad()
 def check_layers(path: Path, frozen: nn.Module, images: Tensor) -> LayerwiseCheck:
-    """Compare the graph at ``path`` with the frozen model it was exported from, part by part.
+    """Compare the graph at ``path`` with the frozen model it was exported from, layer by layer.
 
     Args:
-        path: written by one of ``EXPORTERS``.
+        path: file written by one of ``EXPORTERS``.
         frozen: from ``frozen_copy``.
         images: (N, C, H, W); all activations of the batch are held in memory.
     """
     with recorded(frozen) as calls:
         logits = frozen(images).numpy()
-    own = own_errors(frozen, images, calls, logits)
+    float32_error = measure_float32_errors(frozen, images, calls, logits)
     model = onnx.load(str(path))
     graph = model.graph
     output = graph.output[0].name
@@ -432,7 +431,7 @@ def check_layers(path: Path, frozen: nn.Module, images: Tensor) -> LayerwiseChec
             worst = max(worst, relative(logits, answers[output]))
     except Unmatched as error:
         return LayerwiseCheck(problem=str(error))
-    allowed = max(LARGEST_ERROR, min(AS_PYTORCH * own, LARGEST_OWN_ERROR))
+    allowed = max(LARGEST_ERROR, min(PYTORCH_FACTOR * float32_error, LARGEST_FLOAT32_ERROR))
     return LayerwiseCheck(tuple(_check(cut) for cut in cuts), worst, allowed)
 
 

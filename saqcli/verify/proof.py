@@ -1,4 +1,4 @@
-"""The proof that a file computes what the model computes: what has to agree, for a graph and for a file of tensors."""
+"""Proof that a file, an ONNX graph or a file of tensors, equals the model."""
 
 import copy
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from saqcli.export.operators import frozen_copy
 from saqcli.progress import Progress
 from saqcli.quant import convert
 from saqcli.training.loop import Batches
-from saqcli.verify.hazards import hazards, sort_out
+from saqcli.verify.hazards import hazards, partition
 from saqcli.verify.layerwise import check_layers
 from saqcli.verify.runtime import onnx_session
 from saqcli.verify.verdict import Verdict, compare, worst
 
 PYTORCH = "pytorch"
-LAYERWISE_IMAGES = 4  # all activations of which are held in memory
+LAYERWISE_IMAGES = 4  # all their activations are held in memory
 
 
 def prove_graph(
@@ -38,21 +38,21 @@ def prove_graph(
     """The verdict on an ONNX file of ``model``.
 
     Args:
-        path: of the file.
+        path: path of the file.
         model: quantized, on the CPU, in eval mode.
-        style: that it was written in.
-        batches: images to run from end to end; on the first few, layers are compared one by one.
+        style: style of the file.
+        batches: images for the end-to-end comparison; the first few are used for the layerwise comparison.
         count: number of batches.
-        progress: told about every batch.
-        runtimes: names in ``RUNTIMES``, to run it with too, end to end.
+        progress: reports every batch.
+        runtimes: names in ``RUNTIMES`` of further runtimes for the end-to-end comparison.
     """
-    refusing, conditions = sort_out(hazards(onnx.load(str(path))), EXPORTERS[style]().conditions)
-    if refusing:  # some of them would keep ONNX Runtime from running the file
-        return Verdict(0, 1.0, 0.0, 0.0, hazards=refusing)
+    fatal, conditions = partition(hazards(onnx.load(str(path))), EXPORTERS[style]().conditions)
+    if fatal:  # ONNX Runtime cannot run files with some of them
+        return Verdict(0, 1.0, 0.0, 0.0, hazards=fatal)
     frozen = frozen_copy(model)
     first = _first_images(batches)
     others = {name: RUNTIMES[name](path) for name in runtimes}
-    runs = _runs(path, one_by_one=style == "exact") | {PYTORCH: model}
+    runs = _sessions(path, one_by_one=style == "exact") | {PYTORCH: model}
     reference = ExactForm(frozen, first[:2]).eval() if style == "exact" else _in_float64(model, first[:1])
     verdicts = compare(reference, runs | others, batches, count, progress)
     pytorch = verdicts.pop(PYTORCH)
@@ -68,10 +68,10 @@ def prove_graph(
 
 
 def _first_images(batches: Batches) -> Tensor:
-    """The first images that could be read.
+    """The first readable images.
 
     Raises:
-        DataError: none could.
+        DataError: no image is readable.
     """
     for images, labels in batches:
         if bool((labels >= 0).any()):
@@ -80,34 +80,34 @@ def _first_images(batches: Batches) -> Tensor:
 
 
 def _in_float64(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
-    """The model, its sums in float64, where their order does not matter; as it is where it insists on float32."""
+    """The model in float64, where summation order does not matter; unchanged if its forward requires float32."""
     double = copy.deepcopy(model)
-    convert.fold(double)  # its codes are then those of the file: a transformation would round otherwise
+    convert.fold(double)  # gives the codes of the file; transformations round differently in float64
     double.double()
     try:
         with torch.inference_mode():
             double(images.double())
-    except RuntimeError:  # its forward makes or asks for float32
+    except RuntimeError:  # its forward creates or requires float32
         return model
     return lambda images: double(images.double())
 
 
 def prove_tensors(loaded: nn.Module, model: nn.Module, batches: Batches, progress: Progress) -> Verdict:
-    """The verdict on a file of tensors that was ``loaded``: logits must be equal, bit for bit."""
+    """The verdict on a file of tensors, ``loaded`` as a model: logits must be equal bit for bit."""
     verdict = compare(model, {"loaded": loaded}, [next(iter(batches))], 1, progress)["loaded"]
     verdict.bit_equal = True
     return verdict
 
 
 def versions(runtimes: tuple[str, ...] = ()) -> dict[str, str]:
-    """Of what a proof depends on."""
+    """Versions of the packages that a proof depends on."""
     return {"saq": __version__} | {
         name: version(name) for name in ("torch", "onnx", "onnxruntime", *runtimes)
     }
 
 
-def _runs(path: Path, *, one_by_one: bool) -> dict[str, Callable[[Tensor], Tensor]]:
-    """An ONNX file, run without graph optimizations and with the default ones; perhaps also image by image."""
+def _sessions(path: Path, *, one_by_one: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Sessions of an ONNX file: without and with default graph optimizations, and optionally image by image."""
     runs = {
         "unoptimized": onnx_session(path, optimized=False),
         "optimized": onnx_session(path, optimized=True),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.errors import CorruptArtifact, ExportMismatch, UnsupportedModel
-from saqcli.export import EXPORTERS, ModelFacts
+from saqcli.export import EXPORTERS, ModelMetadata
 from saqcli.export.containers import weight_storage
 from saqcli.export.restore import restore
 from saqcli.export.tracing import OPSET
@@ -15,7 +15,7 @@ from saqcli.models.preprocessing import Preprocessing
 from saqcli.progress import Progress
 from saqcli.serialization import replacing, write_text
 from saqcli.training.loop import Batches
-from saqcli.verify.hazards import hazards, sort_out
+from saqcli.verify.hazards import hazards, partition
 from saqcli.verify.proof import prove_graph, prove_tensors, versions
 from saqcli.verify.runtime import onnx_session
 from saqcli.verify.verdict import SYNTHETIC, Verdict, verdict_path, verdict_text
@@ -23,7 +23,7 @@ from saqcli.verify.verdict import SYNTHETIC, Verdict, verdict_path, verdict_text
 
 def export_verified(
     model: nn.Module,
-    facts: ModelFacts,
+    facts: ModelMetadata,
     path: Path,
     style: str,
     batches: Batches,
@@ -63,7 +63,7 @@ def export_verified(
             if exporter.suffix == ".onnx":
                 verdict = prove_graph(temporary, model, style, batches, count, progress, runtimes)
                 storage = weight_storage(temporary)
-                verdict.size_note = storage.explained(true_size, style) if true_size else None
+                verdict.size_note = storage.explain_size(true_size, style) if true_size else None
             else:
                 loaded, _ = restore(temporary)
                 verdict = prove_tensors(loaded, model, batches, progress)
@@ -82,7 +82,7 @@ def export_verified(
     return verdict
 
 
-def write_and_run(style: str, model: nn.Module, facts: ModelFacts, path: Path, images: Tensor) -> None:
+def write_and_run(style: str, model: nn.Module, facts: ModelMetadata, path: Path, images: Tensor) -> None:
     """Write ``path`` and run it in ONNX Runtime on ``images`` (N, C, H, W); nothing is compared but shapes.
 
     Raises:
@@ -90,7 +90,7 @@ def write_and_run(style: str, model: nn.Module, facts: ModelFacts, path: Path, i
     """
     exporter = EXPORTERS[style]()
     exporter.export(model, images[:2], path, facts)
-    found, _ = sort_out(hazards(onnx.load(str(path))), exporter.conditions)
+    found, _ = partition(hazards(onnx.load(str(path))), exporter.conditions)
     if found:
         raise UnsupportedModel(f"ONNX Runtime would change the graph, hazard {found[0]}")
     with torch.inference_mode():

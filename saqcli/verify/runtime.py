@@ -1,7 +1,6 @@
-"""ONNX files as the benchmark runs them, and which of their layers the runtime computes in integers.
+"""Sessions of ONNX Runtime, and the number of their integer kernels.
 
-What a file says and what is run are not the same: ONNX Runtime rewrites the graph when it opens it. It can write down
-what it has made of it, and there the kernels are counted.
+ONNX Runtime rewrites a graph when it opens a file. It can save the rewritten graph, in which the kernels are counted.
 """
 
 import tempfile
@@ -19,7 +18,7 @@ from saqcli.errors import CorruptArtifact
 from saqcli.export.model_metadata import read_onnx
 from saqcli.serialization import printable
 
-# Names of operators that multiply with weights, the standard's and ONNX Runtime's own.
+# Operators that multiply with weights, of the standard and of ONNX Runtime.
 INTEGER_KERNELS = {
     "QLinearConv",
     "QLinearConvTranspose",
@@ -50,7 +49,7 @@ FLOAT_KERNELS = {
 
 @dataclass(frozen=True)
 class Kernels:
-    """How many operators of an optimized graph multiply in integers, and how many in floating point."""
+    """Number of operators of an optimized graph that multiply in integers and in floating point."""
 
     integer: int
     floating: int
@@ -58,12 +57,12 @@ class Kernels:
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A file that ONNX Runtime takes.
+    """A file that ONNX Runtime can run.
 
     Attributes:
-        path: of the file.
-        batch: the only number of images it takes; None where any will do.
-        kernels: of the optimized graph.
+        path: path of the file.
+        batch: fixed batch size; None if dynamic.
+        kernels: kernel counts of the optimized graph.
     """
 
     path: Path
@@ -72,10 +71,10 @@ class OnnxFile:
 
 
 def open_file(path: Path) -> OnnxFile:
-    """Look at a file as ONNX Runtime sees it.
+    """Open a file in ONNX Runtime and count its kernels.
 
     Raises:
-        CorruptArtifact: ONNX Runtime does not take it, or it wants anything else than images in float32.
+        CorruptArtifact: ONNX Runtime cannot run it, or its input is not a batch of float32 images.
     """
     read_onnx(path)
     with tempfile.TemporaryDirectory(prefix="saq-") as folder:
@@ -87,7 +86,7 @@ def open_file(path: Path) -> OnnxFile:
 
 
 def count_kernels(graph: Any) -> Kernels:
-    """Count in an ``onnx.GraphProto`` and all graphs within it."""
+    """Count the kernels of an ``onnx.GraphProto`` and its subgraphs."""
     names = list(_operators(graph))
     return Kernels(
         sum(name in INTEGER_KERNELS for name in names), sum(name in FLOAT_KERNELS for name in names)
@@ -103,21 +102,13 @@ def _operators(graph: Any) -> Iterator[str]:
 
 
 def runner(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
-    """Images to logits by ONNX Runtime on the CPU, at its default optimizations.
+    """A function from images to logits by ONNX Runtime on the CPU, with default optimizations.
 
     Args:
-        path: of a file that ``open_file`` took.
-        threads: of every operator.
+        path: path of a file checked by ``open_file``.
+        threads: threads per operator.
     """
-    session = _session(path, threads)
-    name = session.get_inputs()[0].name
-
-    def run(images: Tensor) -> Tensor:
-        with told(path):
-            (logits,) = session.run(None, {name: images.numpy()})
-        return torch.from_numpy(logits)
-
-    return run
+    return _predictor(_session(path, threads), path)
 
 
 def _session(path: Path, threads: int, optimized: Path | None = None) -> Any:
@@ -126,7 +117,7 @@ def _session(path: Path, threads: int, optimized: Path | None = None) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Threads that wait for the next run of their own session would take the cores from the others' turns.
+    # Spinning threads of idle sessions would take cores from the others.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
@@ -134,55 +125,58 @@ def _session(path: Path, threads: int, optimized: Path | None = None) -> Any:
 
 
 def open_session(path: Path, options: Any) -> Any:
-    """ONNX Runtime's session on the CPU for a file that turns one batch of float images into float logits.
+    """ONNX Runtime's session on the CPU for a file from one batch of float images to float logits.
 
     Raises:
-        CorruptArtifact: ONNX Runtime does not take it, or it is a function of something else.
+        CorruptArtifact: ONNX Runtime cannot run it, or its inputs or outputs differ.
     """
     import onnxruntime as ort
 
-    options.log_severity_level = 4  # a reason comes as an error too
-    with told(path):
-        session = ort.InferenceSession(  # its fallback tries the same again, and prints that on stdout
+    options.log_severity_level = 4  # reasons are also in the error
+    with translated_errors(path):
+        session = ort.InferenceSession(  # the fallback only repeats the attempt, and prints to stdout
             str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
         )
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
         found = ", ".join(f"{one.name} {one.type} {one.shape}" for one in inputs)
         raise CorruptArtifact(
-            f"{path} takes {printable(found, 200) or 'nothing'}, where one batch of float images is meant"
+            f"{path} has the inputs {printable(found, 200) or 'none'} instead of one batch of float images"
         )
     if len(outputs) != 1 or outputs[0].type != "tensor(float)":
         found = ", ".join(f"{one.name} {one.type}" for one in outputs)
         raise CorruptArtifact(
-            f"{path} gives {printable(found, 200) or 'nothing'}, where float logits are meant"
+            f"{path} has the outputs {printable(found, 200) or 'none'} instead of float logits"
         )
     return session
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Within the context ONNX Runtime says in one line what it does not take."""
+def translated_errors(path: Path) -> Iterator[None]:
+    """Within the context errors of ONNX Runtime become a ``CorruptArtifact`` of one line."""
     try:
         yield
-    except Exception as error:  # onnxruntime has a class for every reason, none of them public
+    except Exception as error:  # the exception classes of onnxruntime are not public
         reason = printable(" ".join(str(error).split()), 200)
-        raise CorruptArtifact(f"ONNX Runtime does not take {path}: {reason}") from None
+        raise CorruptArtifact(f"ONNX Runtime cannot run {path}: {reason}") from None
 
 
 def onnx_session(path: Path, *, optimized: bool, threads: int | None = None) -> Callable[[Tensor], Tensor]:
-    """Images to logits by ONNX Runtime on the CPU, with as many threads as PyTorch has unless told otherwise."""
+    """A function from images to logits by ONNX Runtime on the CPU; ``threads`` defaults to those of PyTorch."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = open_session(path, options)
+    return _predictor(open_session(path, options), path)
+
+
+def _predictor(session: Any, path: Path) -> Callable[[Tensor], Tensor]:
     name = session.get_inputs()[0].name
 
     def predict(images: Tensor) -> Tensor:
-        with told(path):
+        with translated_errors(path):
             (logits,) = session.run(None, {name: images.cpu().numpy()})
         return torch.from_numpy(logits)
 

@@ -1,24 +1,21 @@
-"""The verdict on an exported file: the images it is checked on, the comparison, and its result.
+"""Verdict on an exported file: images, comparison with the model, result.
 
-Images to verify a file on where none are given: white noise, and noise with the statistics of natural images.
+A file must compute the same as the model; both run on the same images.
 
-White noise reaches every code of the first layers; but its neighbouring pixels have nothing to do with each
-other, and most filters average it away. The amplitude of natural images falls with the inverse of the spatial
-frequency (Field, 1987, "Relations between the statistics of natural images and the response properties of
-cortical cells"), and such images drive deeper layers.
+A safetensors file must give the same logits, bit for bit, and so must an ONNX graph of style ``exact``, compared with
+the exact form of the model. The other styles cannot: runtimes sum in different orders, where an activation lies on the
+edge between two codes the last bit of such a sum decides, and the difference becomes a whole step, which a deep network
+amplifies. Therefore they are proved layer by layer (``layerwise``). The end-to-end comparison, with the model in
+float64 as reference, only limits the remaining difference: nearly every image must have the same best class, and the
+mean difference of logits must be small. Where PyTorch itself, in float32, is far from its float64 results (networks
+that amplify every rounding), twice its difference is allowed.
 
-The verdict on an exported file: what was compared and what came out, as numbers, lines and a JSON file beside it.
+Without a data set the images are synthetic: white noise, and noise with the statistics of natural images. White noise
+reaches every code of the first layers; but its neighbouring pixels are uncorrelated, and most filters average it out.
+The amplitude of natural images falls with the inverse of the spatial frequency (Field, 1987, "Relations between the
+statistics of natural images and the response properties of cortical cells"), and such images drive deeper layers.
 
-Does a file compute what the model computes? Run both on the same images and compare.
-
-A safetensors file must give the same logits, bit for bit, and so must an ONNX graph of style ``exact``,
-compared with the exact form of the model. The other styles cannot: two runtimes sum in different orders,
-where an activation lies on the edge between two codes the last bit of such a sum decides, and the difference
-becomes a whole step, which a deep network multiplies. So they are proved layer by layer
-(``graphs.layerwise``); end to end both runtimes are compared with the model in float64, and it is only asked
-that little is left of that: nearly every image has the same best class, and the logits differ by little on average.
-Where PyTorch itself, in float32, is far from its own float64 (networks that amplify every rounding), twice as
-far is allowed.
+The result has figures, reasons, and a JSON file next to the exported file.
 """
 
 import hashlib
@@ -39,14 +36,14 @@ from saqcli.units import counted
 from saqcli.verify.hazards import Hazard
 from saqcli.verify.layerwise import LARGEST_ERROR, LayerwiseCheck
 
-SYNTHETIC = "synthetic images"  # what a verdict calls them
+SYNTHETIC = "synthetic images"  # their name in a verdict
 IMAGES = 64
 BATCH = 16
-COMMON = 0.8  # share of colour channels in their common part; natural images are nearly grey
+COMMON = 0.8  # weight of the part common to all channels; natural images are nearly grey
 
 
 def synthetic_batches(preprocessing: Preprocessing, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Normalized images in the place of a data set, with labels that mean nothing; the same for the same seed."""
+    """Normalized images for use without a data set, with arbitrary labels; deterministic in ``seed``."""
     generator = torch.Generator().manual_seed(seed)
     size = preprocessing.input_size
     half = IMAGES // 2
@@ -56,11 +53,11 @@ def synthetic_batches(preprocessing: Preprocessing, seed: int = 0) -> list[tuple
 
 
 def natural(count: int, size: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """Noise with amplitudes 1 / frequency, (count, *size), of mean 0 and deviation 1 an image."""
+    """Noise with amplitudes 1 / frequency, (count, *size), with mean 0 and deviation 1 per image."""
     channels, height, width = size
-    own = torch.randn(count, channels, height, width, generator=generator)
+    separate = torch.randn(count, channels, height, width, generator=generator)
     common = torch.randn(count, 1, height, width, generator=generator)
-    spectrum = torch.fft.rfft2(COMMON * common + (1 - COMMON**2) ** 0.5 * own)
+    spectrum = torch.fft.rfft2(COMMON * common + (1 - COMMON**2) ** 0.5 * separate)
     rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None, :]
     frequency = (rows.square() + columns.square()).sqrt().clamp_min(1 / max(height, width))
     images: Tensor = torch.fft.irfft2(spectrum / frequency, s=(height, width))
@@ -71,36 +68,36 @@ def natural(count: int, size: tuple[int, int, int], generator: torch.Generator) 
 SCHEMA_VERSION = 1
 SUFFIX = ".verdict.json"
 LEAST_AGREEMENT = 0.95  # share of images with the same best class
-FREE_IMAGES = 2  # that may differ beyond that, so that small samples are not judged by one image
+EXTRA_IMAGES = 2  # that may differ in addition, so that one image does not decide in a small sample
 LARGEST_MEAN_DIFFERENCE = 0.2  # of logits, in units of their standard deviation
-AS_PYTORCH = 2.0  # times what PyTorch in float32 differs from itself in float64 may always differ
-MOST_ASTRAY, LARGEST_LOOSE_DIFFERENCE = 0.25, 0.5  # however far PyTorch is from itself
-NAMED = 3  # layers that a message names
+PYTORCH_FACTOR = 2.0  # times the difference of PyTorch in float32 from float64 is always allowed
+MAX_DISAGREEMENT, MAX_MEAN_DIFFERENCE = 0.25, 0.5  # limits of that allowance
+NAMED = 3  # most layers that a message names
 
 
 @dataclass
 class Verdict:
-    """How a file compares with the model.
+    """The comparison of a file with the model.
 
     Attributes:
-        images: compared from end to end.
+        images: number of images in the end-to-end comparison.
         argmax_agreement: share of images with the same best class, 0 to 1.
         max_abs_diff: largest difference of a logit.
         mean_abs_diff: mean difference of a logit, in units of the logits' standard deviation.
-        problems: what is wrong with the file itself, a line each.
+        problems: defects of the file itself, one line each.
         pytorch_agreement: share of images on which PyTorch, in float32, has the best class of the reference.
-        pytorch_difference: mean difference of PyTorch's own logits in float32, in the same units as ``mean_abs_diff``.
+        pytorch_difference: mean difference of PyTorch's float32 logits, in the same units as ``mean_abs_diff``.
         pytorch_max_abs_diff: largest difference of a logit of PyTorch, in float32, from the reference.
-        largest_logit: magnitude of the reference's.
-        verified_on: where the images are from, as a person named it.
-        images_available: how many there are, of which ``images`` are a part; None where they are synthetic.
-        size_note: why the file is larger than the model at its true bits; None where it is not much larger.
-        layerwise: the comparison part by part; None where the file is no graph.
+        largest_logit: largest magnitude of the reference logits.
+        verified_on: source of the images, as given by the user.
+        images_available: number of images in the source; None for synthetic images.
+        size_note: why the file is larger than the model at its true bits; None if it is not much larger.
+        layerwise: the layerwise comparison; None if the file is not a graph.
         hazards: patterns that a runtime would change.
-        conditions: hazards that the style accepts: where the file must not run.
-        accumulators: of an exact graph, the largest sums of its layers.
+        conditions: hazards accepted by the style, which restrict where the file may run.
+        accumulators: largest sums of the layers of an exact graph.
         bit_equal: whether logits must be equal to the last bit.
-        others: the same comparison for runtimes that were asked for, by name; never held to ``bit_equal``.
+        others: end-to-end comparison for the requested runtimes, by name; ``bit_equal`` does not apply.
     """
 
     images: int
@@ -124,47 +121,47 @@ class Verdict:
 
     @property
     def verified(self) -> bool:
-        """Whether the file may be used in place of the model."""
+        """Whether the file can replace the model."""
         return not self.reasons()
 
     def reasons(self) -> list[str]:
-        """Why not, a line each."""
+        """Why the file is not verified, one line each."""
         reasons = [*self.problems, *(f"hazard {hazard}" for hazard in self.hazards)]
         if self.bit_equal and self.max_abs_diff != 0:
-            reasons.append(f"logits differ by up to {self.max_abs_diff:.3g} where none may")
+            reasons.append(f"logits differ by up to {self.max_abs_diff:.3g} but must be equal")
         different = round((1 - self.argmax_agreement) * self.images)
-        astray = min(AS_PYTORCH * (1 - self.pytorch_agreement), MOST_ASTRAY)
-        if different > (1 - LEAST_AGREEMENT + astray) * self.images + FREE_IMAGES:
+        allowance = min(PYTORCH_FACTOR * (1 - self.pytorch_agreement), MAX_DISAGREEMENT)
+        if different > (1 - LEAST_AGREEMENT + allowance) * self.images + EXTRA_IMAGES:
             reasons.append(
                 f"the best class agrees on {100 * self.argmax_agreement:.2f} % of {counted(self.images, 'image')}"
             )
-        loose = min(AS_PYTORCH * self.pytorch_difference, LARGEST_LOOSE_DIFFERENCE)
-        allowed = max(LARGEST_MEAN_DIFFERENCE, loose)
+        relaxed = min(PYTORCH_FACTOR * self.pytorch_difference, MAX_MEAN_DIFFERENCE)
+        allowed = max(LARGEST_MEAN_DIFFERENCE, relaxed)
         if not self.mean_abs_diff <= allowed:
             reasons.append(
                 f"logits differ by {self.mean_abs_diff:.3g} of their deviation on average, "
-                f"where {allowed:.3g} is allowed"
+                f"but only {allowed:.3g} is allowed"
             )
         for name, verdict in self.others.items():
             reasons += [f"in {name} {reason}" for reason in verdict.reasons()]
         if self.layerwise is not None and not self.layerwise.passed:
-            reasons.append(self.layerwise.problem or _which_layers(self.layerwise))
+            reasons.append(self.layerwise.problem or _differing_layers(self.layerwise))
         return reasons
 
     @property
     def explanation(self) -> str | None:
-        """Why logits differ by more than layers do; None where they do not."""
+        """Why logits differ by more than single layers; None if they do not."""
         if self.layerwise is None or self.max_abs_diff <= LARGEST_ERROR * self.largest_logit:
             return None
         return (
-            f"fed the same codes, every layer agrees to {self.layerwise.largest_error:.1e} of its range. End to end, "
-            "one code that rounding moves to the next step moves codes of later layers: logits are up to "
-            f"{self.max_abs_diff:.3g} away from PyTorch's in float64, and PyTorch's own in float32 up to "
+            f"given the same codes, every layer agrees to {self.layerwise.largest_error:.1e} of its range. End to end, "
+            "a code that rounding moves to the next step changes codes of later layers: logits differ by up to "
+            f"{self.max_abs_diff:.3g} from PyTorch's in float64, and those of PyTorch in float32 by up to "
             f"{self.pytorch_max_abs_diff:.3g}"
         )
 
     def figures(self) -> dict[str, Any]:
-        """Plain values, as JSON has them, and the head of the verdict file."""
+        """The figures for JSON output and for the head of the verdict file."""
         parts = self.layerwise
         return {
             "verified": self.verified,
@@ -193,16 +190,16 @@ class Verdict:
         }
 
 
-def _which_layers(check: LayerwiseCheck) -> str:
+def _differing_layers(check: LayerwiseCheck) -> str:
     names = check.wrong
     if not names:
         return f"logits computed from the same codes differ by {check.logits_error:.2g} of their range"
     more = f" and {counted(len(names) - NAMED, 'more layer')}" if len(names) > NAMED else ""
-    return f"fed the same codes, it differs in front of {', '.join(names[:NAMED])}{more}"
+    return f"given the same codes, it differs before {', '.join(names[:NAMED])}{more}"
 
 
 def verdict_path(path: Path) -> Path:
-    """Where the verdict on the file at ``path`` lies: ``model.onnx`` has ``model.verdict.json``."""
+    """Path of the verdict on the file at ``path``: ``model.verdict.json`` for ``model.onnx``."""
     return path.with_suffix(SUFFIX)
 
 
@@ -210,8 +207,8 @@ def verdict_text(verdict: Verdict, path: Path, about: dict[str, Any]) -> str:
     """The verdict as JSON.
 
     Args:
-        verdict: to tell.
-        path: of the file; its hash is kept, so that a verdict is not taken for that of another file.
+        verdict: the verdict.
+        path: path of the file; its hash identifies the file that the verdict is about.
         about: style, opset, versions.
     """
     parts = verdict.layerwise
@@ -246,7 +243,7 @@ def verdict_text(verdict: Verdict, path: Path, about: dict[str, Any]) -> str:
     return json_text(tree, indent=1) + "\n"
 
 
-TIE = 2.0**-20  # of the largest logit: where two best classes are nearer, rounding decides
+TIE = 2.0**-20  # of the largest logit; rounding decides between best classes that are closer
 
 
 def compare(
@@ -256,23 +253,21 @@ def compare(
     total: int,
     progress: Progress,
 ) -> dict[str, Verdict]:
-    """Compare every candidate with the reference on all batches; a verdict each.
+    """Compare every candidate with the reference on all batches; one verdict per candidate.
 
     Args:
-        reference: images (N, C, H, W) to logits (N, classes): the PyTorch model, in float64 where sums must
-            not depend on their order.
-        candidates: by name: the same file run in several ways, the model in float32.
-        batches: images on the device of the reference; labels are not used.
+        reference: images (N, C, H, W) to logits (N, classes): the PyTorch model, in float64 if sums must not depend on
+            their order.
+        candidates: by name, the same file run in several ways, and the model in float32.
+        batches: images on the device of the reference; images with a negative label are skipped.
         total: number of batches.
-        progress: told about every batch.
+        progress: reports every batch.
     """
     truth: list[Tensor] = []
     answers: dict[str, list[Tensor]] = {name: [] for name in candidates}
     with progress.task("verifying", total) as task, torch.inference_mode():
         for images, labels in batches:
-            images = images[
-                labels.to(images.device) >= 0
-            ]  # what stands in for an unreadable image proves nothing
+            images = images[labels.to(images.device) >= 0]  # without substitutes for unreadable images
             if not len(images):
                 continue
             truth.append(reference(images).float().cpu())
@@ -283,14 +278,15 @@ def compare(
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
-    """The verdict on the same file run in several ways: that of the run that failed, or else differs most."""
+    """The worst verdict on several runs of the same file: a failed one, or the one with the largest difference."""
     return max(verdicts, key=lambda verdict: (not verdict.verified, verdict.max_abs_diff))
 
 
 def judge(truth: Tensor, answer: Tensor) -> Verdict:
     """The verdict on two sets of logits, (N, classes) each."""
     if truth.shape != answer.shape or not answer.isfinite().all():
-        problem = f"it answers {tuple(answer.shape)} where {tuple(truth.shape)} finite numbers are expected"
+        wrong_shape = f"its logits have the shape {tuple(answer.shape)} instead of {tuple(truth.shape)}"
+        problem = "its logits are NaN or infinite" if truth.shape == answer.shape else wrong_shape
         return Verdict(len(truth), 0.0, float("inf"), float("inf"), [problem])
     difference = (truth - answer).abs()
     spread = float(truth.std()) or 1.0

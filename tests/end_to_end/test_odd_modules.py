@@ -16,7 +16,7 @@ from torch.nn.utils import weight_norm as old_weight_norm
 import saqcli
 from saqcli.config import ModelSection
 from saqcli.errors import UnsupportedModel
-from saqcli.export import EXPORTERS, ModelFacts
+from saqcli.export import EXPORTERS, ModelMetadata
 from saqcli.export.restore import restore
 from saqcli.export.safetensors import restore_structure
 from saqcli.models import networks
@@ -178,7 +178,7 @@ class Odd(NamedTuple):
 
 
 FOLDED = "parametrization or pruning of middle folded into plain weights"
-OWN = "of its own, a name that quantization needs"
+RESERVED = "a name reserved for quantization"
 ODD = {
     "plain": Odd(lambda: Net(conv())),
     "weight_norm": Odd(lambda: Net(parametrizations.weight_norm(conv())), note=FOLDED),
@@ -208,12 +208,14 @@ ODD = {
     "our names": Odd(lambda: Net(Named("weight", "bias", "codes", "step", "input_quantizer", "products")), layers=8),
     "signs": Odd(lambda: Net(Named("a/b", "<c>", "é", "w[0]", "*")), layers=7),
     "attribute": Odd(lambda: Net(having("step", 3))),
-    "buffer codes": Odd(lambda: Net(having("codes", torch.ones(2))), f"it has a 'codes' {OWN}", layers=2),
-    "buffer step": Odd(lambda: Net(having("step", torch.ones(2))), f"it has a 'step' {OWN}", layers=2),
-    "child quantizer": Odd(lambda: Net(having("input_quantizer", nn.ReLU())), f"'input_quantizer' {OWN}", layers=2),
-    "attribute bits": Odd(lambda: Net(having("bits", 8)), f"it has a 'bits' {OWN}", layers=2),
-    "property": Odd(lambda: Net(conv(Computed)), "its weight is not a parameter of its own", layers=2),
-    "assigned": Odd(lambda: Net(conv(Assigned)), "its weight is not a parameter of its own", layers=2),
+    "buffer codes": Odd(lambda: Net(having("codes", torch.ones(2))), f"'codes', {RESERVED}", layers=2),
+    "buffer step": Odd(lambda: Net(having("step", torch.ones(2))), f"'step', {RESERVED}", layers=2),
+    "child quantizer": Odd(
+        lambda: Net(having("input_quantizer", nn.ReLU())), f"'input_quantizer', {RESERVED}", layers=2
+    ),
+    "attribute bits": Odd(lambda: Net(having("bits", 8)), f"'bits', {RESERVED}", layers=2),
+    "property": Odd(lambda: Net(conv(Computed)), "its weight is not a plain parameter", layers=2),
+    "assigned": Odd(lambda: Net(conv(Assigned)), "its weight is not a plain parameter", layers=2),
     "attention weights": Odd(lambda: Net(Attended()), layers=4),
     "weights of heads": Odd(lambda: Net(Attended(average_attn_weights=False)), layers=4),
 }  # fmt: skip
@@ -252,7 +254,7 @@ def images(count: int = 8) -> Tensor:
     return torch.randn(count, *SIZE, generator=torch.Generator().manual_seed(1))
 
 
-def quantized(network: Network) -> ModelFacts:
+def quantized(network: Network) -> ModelMetadata:
     """Four bits everywhere and a step of SAQ; what files say of it."""
     model, x = network.model, images()
     statistics = calibration.observe(model, [x])
@@ -270,7 +272,7 @@ def quantized(network: Network) -> ModelFacts:
     assert all(value.isfinite().all() for value in model.parameters())
     with torch.no_grad():
         model.eval()(x)  # as runs do: what a forward assigned has no gradient any more
-    return ModelFacts(
+    return ModelMetadata(
         saq_version=saqcli.__version__,
         build=network.loaded.build,
         preprocessing=network.loaded.preprocessing.to_dict(),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saqcli.config import ModelSection
-from saqcli.export import ModelFacts
+from saqcli.export import ModelMetadata
 from saqcli.pipelines.profile import unquantized
 from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
 from saqcli.progress import SILENT
@@ -157,7 +157,7 @@ def test_a_policy_comes_back_from_its_file(subject: Subject) -> None:
 @pytest.mark.parametrize(("style", "ending"), [("safetensors", "safetensors"), ("qdq", "onnx")])
 def test_a_file_is_proved(subject: Subject, tmp_path: Path, style: str, ending: str) -> None:
     loaded = subject.network.loaded
-    facts = ModelFacts(
+    facts = ModelMetadata(
         saq_version="test",
         build=loaded.build,
         preprocessing=loaded.preprocessing.to_dict(),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saqcli.export import EXPORTERS
-from saqcli.export.model_metadata import ModelFacts
+from saqcli.export.model_metadata import ModelMetadata
 from saqcli.export.operators import frozen_copy
 from saqcli.quant.convert import Scheme, active_bits
 from saqcli.quant.layer import quantized_layers
@@ -41,7 +41,7 @@ class Positions(nn.Module):
 def test_is_exported_and_compared_like_any_other(style: str, tmp_path: Path) -> None:
     net, x = Positions().eval(), tiny.images((3, 8, 8))
     layers = list(tiny.quantized(net, x, 8))
-    facts = ModelFacts(
+    facts = ModelMetadata(
         saq_version="0",
         build={},
         preprocessing={},

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from saqcli.export import EXPORTERS
-from saqcli.export.containers import Stored, WeightStorage, weight_storage
+from saqcli.export.containers import StoredWeight, WeightStorage, weight_storage
 from saqcli.quant.convert import Scheme
 from tests.support.networks import images, quantize, same_bits
 
@@ -59,11 +59,11 @@ def test_the_grid_with_zero_has_the_size_foretold(tmp_path: Path) -> None:
 
 
 def test_a_much_larger_file_is_explained() -> None:
-    weights = tuple(Stored(f"layer{k}", 40_000, 4, "INT8", 8, 15) for k in range(3))
+    weights = tuple(StoredWeight(f"layer{k}", 40_000, 4, "INT8", 8, 15) for k in range(3))
     found = WeightStorage(150_000, weights)
 
-    assert found.explained(120_001, "qdq") is None
-    assert found.explained(80_000, "qdq") == (
+    assert found.explain_size(120_001, "qdq") is None
+    assert found.explain_size(80_000, "qdq") == (
         "the ONNX file has 150 KB where the true bits need 80 KB: 60 KB for wider containers (4-bit weights of 3 "
         "layers in INT8, their codes reach 15) and 10 KB for graph, names and metadata. Quantized with "
         "`quantization.weight_grid=zero` it can shrink to about 90 KB: compare the accuracy"
@@ -72,6 +72,6 @@ def test_a_much_larger_file_is_explained() -> None:
 
 @pytest.mark.parametrize(("reach", "says"), [(15, "only"), (7, "only: style qdq has smaller ones")])
 def test_a_smaller_style_is_named_only_if_it_is(reach: int, says: str) -> None:
-    found = WeightStorage(150_000, (Stored("layer", 120_000, 4, "INT8", 8, reach),))
+    found = WeightStorage(150_000, (StoredWeight("layer", 120_000, 4, "INT8", 8, reach),))
 
-    assert str(found.explained(80_000, "trt")).endswith(f". Style trt has INT8 containers {says}")
+    assert str(found.explain_size(80_000, "trt")).endswith(f". Style trt has INT8 containers {says}")

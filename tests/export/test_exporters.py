@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.errors import CorruptArtifact, UnsupportedModel
-from saqcli.export import EXPORTERS, STYLES, ModelFacts
-from saqcli.export.model_metadata import read_onnx_facts
+from saqcli.export import EXPORTERS, STYLES, ModelMetadata
+from saqcli.export.model_metadata import read_onnx_metadata
 from saqcli.export.operators import frozen_copy
-from saqcli.export.safetensors import read_facts
+from saqcli.export.safetensors import read_content
 from saqcli.export.tracing import INPUT, OUTPUT
 from saqcli.verify.hazards import hazards
 from saqcli.verify.runtime import onnx_session
@@ -34,9 +34,10 @@ EXPORTED = sweep(
 def test_the_file_tells_what_the_exporter_was_told(style: str, folder: Path) -> None:
     quantized = network("conv_bn")
     path = written(folder, style, quantized, "conv_bn-auto")
-    read = read_onnx_facts if path.suffix == ".onnx" else read_facts
+    onnx_file = path.suffix == ".onnx"
+    found = read_onnx_metadata(path) if onnx_file else read_content(path).metadata
 
-    assert read(path) == quantized.facts
+    assert found == quantized.facts
 
 
 @pytest.mark.parametrize("style", EXPORTERS)
@@ -203,7 +204,7 @@ def test_a_model_that_cannot_be_traced_is_refused(style: str, tmp_path: Path) ->
 
 def refused_onnx(path: Path) -> str:
     with pytest.raises(CorruptArtifact) as refusal:
-        read_onnx_facts(path)
+        read_onnx_metadata(path)
     assert "\n" not in str(refusal.value)
     assert str(path) in str(refusal.value)
     return str(refusal.value)
@@ -259,4 +260,4 @@ def test_onnx_whose_facts_are_no_description_is_refused(text: str, folder: Path,
 def test_facts_survive_as_json() -> None:
     facts = network("conv_bn").facts
 
-    assert ModelFacts.model_validate_json(facts.model_dump_json()) == facts
+    assert ModelMetadata.model_validate_json(facts.model_dump_json()) == facts

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from saqcli.errors import UnsupportedModel
 from saqcli.export import EXPORTERS
 from saqcli.export.exact_form import ExactForm
-from saqcli.export.integers import EXACT_FLOAT, Integers, Operator, part_of, parts_of
+from saqcli.export.integers import EXACT_FLOAT, Integers, Operator, split_channels, weight_part
 from saqcli.export.operators import frozen_copy
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
@@ -59,7 +59,7 @@ def test_the_bound_is_the_largest_sum(kind: str, span: tuple[int, int]) -> None:
     codes = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
     x = Integers(torch.zeros(1), SCALAR, None, *span)
     lowest, highest = min(span[0], 0), max(span[1], 0)
-    parts, largest = parts_of(Operator(target, settings), x, Integers(codes, SCALAR))
+    parts, largest = split_channels(Operator(target, settings), x, Integers(codes, SCALAR))
 
     # Padding and the edges of an image put zeros in the place of inputs: partial sums, each below the bound.
     assert largest == largest_sum(kind, codes, lowest, highest)
@@ -74,7 +74,9 @@ def test_no_input_exceeds_the_bound(kind: str, span: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(4)
     codes = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
     operator = Operator(target, settings)
-    _, largest = parts_of(operator, Integers(torch.zeros(1), SCALAR, None, *span), Integers(codes, SCALAR))
+    _, largest = split_channels(
+        operator, Integers(torch.zeros(1), SCALAR, None, *span), Integers(codes, SCALAR)
+    )
     channels = 6
     size = {"linear": (), "conv1d": (5,)}.get(kind, (5, 5))
     x = torch.randint(span[0], span[1] + 1, (64, channels, *size), generator=generator).double()
@@ -94,7 +96,7 @@ def test_parts_stay_below_and_add_up(kind: str) -> None:
     codes = torch.randint(64, 128, shape, generator=generator, dtype=torch.int8)
     operator = Operator(target, settings)
     weight = Integers(codes, SCALAR, layer="wide")
-    parts, largest = parts_of(operator, Integers(torch.zeros(1), SCALAR, None, *span), weight)
+    parts, largest = split_channels(operator, Integers(torch.zeros(1), SCALAR, None, *span), weight)
     inputs = operator.by_output(codes).shape[1]
 
     assert [index for part in parts for index in range(part.start, part.stop)] == list(range(inputs))
@@ -109,7 +111,7 @@ def test_parts_stay_below_and_add_up(kind: str) -> None:
     x[0] = span[1]
     total = torch.zeros(1, dtype=torch.float64)
     for part in parts:
-        cut = codes if len(parts) == 1 else part_of(operator, codes, part)
+        cut = codes if len(parts) == 1 else weight_part(operator, codes, part)
         given = x[:, part] if len(parts) > 1 and operator.groups == 1 else x
         one = twin(given.double(), cut.double(), None, **settings)
         assert float(one.abs().max()) <= EXACT_FLOAT
@@ -122,7 +124,7 @@ def test_parts_stay_below_and_add_up(kind: str) -> None:
 def test_parts_are_as_few_as_their_order_allows() -> None:
     codes = torch.full((1, 100), 127, dtype=torch.int8)
     x = Integers(torch.zeros(1), SCALAR, None, 0, 2**24 // (127 * 30))
-    parts, _ = parts_of(Operator(aten.linear.default, {}), x, Integers(codes, SCALAR))
+    parts, _ = split_channels(Operator(aten.linear.default, {}), x, Integers(codes, SCALAR))
 
     assert [part.stop - part.start for part in parts] == [30, 30, 30, 10]
 
@@ -131,7 +133,7 @@ def test_a_channel_that_is_too_large_by_itself_is_refused_by_name() -> None:
     codes = torch.full((1, 4), 127, dtype=torch.int8)
     x = Integers(torch.zeros(1), SCALAR, None, 0, 2**24 // 127 + 1)
     with pytest.raises(UnsupportedModel, match=r"layer blocks\.3 .*2\^24 .*choose another `style`"):
-        parts_of(Operator(aten.linear.default, {}), x, Integers(codes, SCALAR, layer="blocks.3"))
+        split_channels(Operator(aten.linear.default, {}), x, Integers(codes, SCALAR, layer="blocks.3"))
 
 
 # Whole layers, through the exact form and ONNX Runtime.

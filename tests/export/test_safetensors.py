@@ -320,7 +320,7 @@ def test_an_empty_file_and_one_with_more_than_its_tensors_are_refused(good: Path
         (b"\xff" * 64, "is not a safetensors file"),
         (b"hello, world, this is text", "is not a safetensors file"),
         ((2).to_bytes(8, "little") + b"{]", "is damaged"),
-        ((2).to_bytes(8, "little") + b"{}", "holds no quantized model"),
+        ((2).to_bytes(8, "little") + b"{}", "contains no quantized model"),
     ],
 )
 def test_a_foreign_file_is_called_what_it_is(content: bytes, what: str, tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_safetensors_of_others_are_refused(metadata: dict[str, str] | None, tmp_
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.zeros(2)}, path, metadata=metadata)
 
-    assert "holds no quantized model of saq" in refused(path)
+    assert "contains no quantized model of saq" in refused(path)
 
 
 def test_a_file_from_before_there_was_a_format_is_called_so(good: Path, tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_a_file_from_before_there_was_a_format_is_called_so(good: Path, tmp_path
     facts = json.dumps(entry_of(header)["facts"])
     header["__metadata__"] = {"format": "saq.model", "facts": facts}
 
-    assert "before saq had released a format" in refused(
+    assert "before the first released format" in refused(
         write(tmp_path / "model.safetensors", join(header, data))
     )
 
@@ -426,12 +426,12 @@ def _with(key: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, T
 
 LEVEL, NUMBER, STEP = "3.weight_quantizer.clipping_level", "3.input_quantizer.clipping_level", "3.step"
 CHANGED: dict[str, tuple[str, Callable[[dict[str, Tensor]], object]]] = {
-    "codes_missing": ("lacks 3.codes", _without("3.codes")),
-    "steps_missing": ("lacks 3.step", _without(STEP)),
-    "level_missing": ("lacks", _without(LEVEL)),
-    "input_level_missing": ("lacks", _without(NUMBER)),
-    "norm_missing": ("lacks 1.running_mean", _without("1.running_mean")),
-    "counter_missing": ("lacks", _without("1.num_batches_tracked")),
+    "codes_missing": ("missing 3.codes", _without("3.codes")),
+    "steps_missing": ("missing 3.step", _without(STEP)),
+    "level_missing": ("missing", _without(LEVEL)),
+    "input_level_missing": ("missing", _without(NUMBER)),
+    "norm_missing": ("missing 1.running_mean", _without("1.running_mean")),
+    "counter_missing": ("missing", _without("1.num_batches_tracked")),
     "codes_short": ("3.codes is uint8", _with("3.codes", lambda x: x[:-1])),
     "codes_long": ("3.codes is uint8", _with("3.codes", lambda x: torch.cat([x, x]))),
     "codes_empty": ("3.codes is uint8 [0]", _with("3.codes", lambda x: x[:0])),
@@ -439,20 +439,20 @@ CHANGED: dict[str, tuple[str, Callable[[dict[str, Tensor]], object]]] = {
     "codes_signed": ("3.codes is int8", _with("3.codes", lambda x: x.view(torch.int8))),
     "codes_folded": ("3.codes is uint8", _with("3.codes", lambda x: x.reshape(2, -1))),
     "codes_beyond_the_grid": ("outside a grid", _with("7.codes", lambda x: torch.full_like(x, 255))),
-    "step_scaled": ("do not belong", _with(STEP, lambda x: x * 2)),
-    "step_next": ("do not belong", _with(STEP, lambda x: torch.nextafter(x, x + 1))),
-    "step_negative": ("do not belong", _with(STEP, lambda x: -x)),
-    "step_zero": ("do not belong", _with(STEP, lambda x: x * 0)),
-    "step_no_number": ("do not belong", _with(STEP, lambda x: x * torch.nan)),
+    "step_scaled": ("do not match", _with(STEP, lambda x: x * 2)),
+    "step_next": ("do not match", _with(STEP, lambda x: torch.nextafter(x, x + 1))),
+    "step_negative": ("do not match", _with(STEP, lambda x: -x)),
+    "step_zero": ("do not match", _with(STEP, lambda x: x * 0)),
+    "step_no_number": ("do not match", _with(STEP, lambda x: x * torch.nan)),
     "step_of_another_shape": ("3.step is float32", _with(STEP, lambda x: x[:1])),
     "step_double": ("3.step is float64", _with(STEP, Tensor.double)),
     "level_of_another_shape": ("is float32", _with(LEVEL, lambda x: x[:, :1])),
     "level_empty": ("is float32 [0", _with(LEVEL, lambda x: x[:0])),
-    "level_no_number": ("not finite", _with(LEVEL, lambda x: x * torch.nan)),
-    "level_infinite": ("not finite", _with(LEVEL, lambda x: x * torch.inf)),
-    "level_zero": ("do not belong", _with(LEVEL, lambda x: x * 0)),
-    "input_level_no_number": ("not finite", _with(NUMBER, lambda x: x * torch.nan)),
-    "input_level_infinite": ("not finite", _with(NUMBER, lambda x: x * -torch.inf)),
+    "level_no_number": ("NaN or infinite", _with(LEVEL, lambda x: x * torch.nan)),
+    "level_infinite": ("NaN or infinite", _with(LEVEL, lambda x: x * torch.inf)),
+    "level_zero": ("do not match", _with(LEVEL, lambda x: x * 0)),
+    "input_level_no_number": ("NaN or infinite", _with(NUMBER, lambda x: x * torch.nan)),
+    "input_level_infinite": ("NaN or infinite", _with(NUMBER, lambda x: x * -torch.inf)),
     "input_level_empty": ("float32 [0]", _with(NUMBER, lambda x: x[:0])),
     "norm_of_another_shape": ("1.weight is float32 [3]", _with("1.weight", lambda x: x[:-1])),
     "norm_empty": ("1.weight is float32 [0]", _with("1.weight", lambda x: x[:0])),
@@ -464,9 +464,9 @@ CHANGED: dict[str, tuple[str, Callable[[dict[str, Tensor]], object]]] = {
     "counter_empty": ("int64 [0]", _with("1.num_batches_tracked", lambda x: x.reshape(1)[:0])),
     "counter_in_a_list": ("int64 [1]", _with("1.num_batches_tracked", lambda x: x.reshape(1))),
     "counter_in_float": ("float32 []", _with("1.num_batches_tracked", Tensor.float)),
-    "something_more": ("nothing takes surprise", lambda tensors: tensors.update(surprise=torch.zeros(1))),
-    "unpacked_too": ("nothing takes 3.weight", lambda t: t.update({"3.weight": torch.zeros(6, 4, 3, 3)})),
-    "complex": ("nothing takes", lambda t: t.update(surprise=torch.zeros(1, dtype=torch.complex64))),
+    "something_more": ("unexpected surprise", lambda tensors: tensors.update(surprise=torch.zeros(1))),
+    "unpacked_too": ("unexpected 3.weight", lambda t: t.update({"3.weight": torch.zeros(6, 4, 3, 3)})),
+    "complex": ("unexpected", lambda t: t.update(surprise=torch.zeros(1, dtype=torch.complex64))),
     "unknown_type": ("unknown type", lambda t: t.update(surprise=torch.zeros(1, dtype=torch.float8_e4m3fn))),
 }
 
@@ -503,7 +503,7 @@ def test_a_learned_offset_that_is_no_number_is_refused(tmp_path: Path) -> None:
     tensors["3.input_quantizer.offset"] *= torch.nan
     save_file({name: x.clone() for name, x in tensors.items()}, path, metadata=seal(quantized.facts, tensors))
 
-    assert "3.input_quantizer has a level, step or offset that is not finite" in refused(path)
+    assert "3.input_quantizer has a NaN or infinite level, step or offset" in refused(path)
 
 
 def test_another_architecture_is_refused(good: Path) -> None:

@@ -110,7 +110,7 @@ def test_every_file_has_the_products_and_equals_the_model(run: Path, data: Path,
     ],
 )
 def test_strange_products_in_a_description_are_refused(name: str, run: Path) -> None:
-    facts = read_content(run / "artifacts" / "model.safetensors").facts
+    facts = read_content(run / "artifacts" / "model.safetensors").metadata
     signed = facts.signed | {f"{name}.left": True, f"{name}.right": True}
     products = facts.products | {name: "blocks.0.attn.qkv"}
     strange = facts.model_copy(update={"products": products, "signed": signed})

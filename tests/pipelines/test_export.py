@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import saqcli
 from saqcli.errors import ExportMismatch
-from saqcli.export import EXPORTERS, STYLES, ModelFacts
+from saqcli.export import EXPORTERS, STYLES, ModelMetadata
 from saqcli.export.integers import Accumulator
 from saqcli.export.qdq import QdqExporter
 from saqcli.export.safetensors import SafetensorsExporter
@@ -70,7 +70,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     convert.install(loaded.model, Scheme(), policy, signed)
     calibration.fit(loaded.model, statistics)
-    facts = ModelFacts(
+    facts = ModelMetadata(
         saq_version=saqcli.__version__,
         build=loaded.build,
         preprocessing=loaded.preprocessing.to_dict(),
@@ -184,7 +184,7 @@ def test_every_style_is_proved(style: str, model: Path, tmp_path: Path) -> None:
 class Broken(QdqExporter):
     """Forgets the weights of one layer."""
 
-    def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
+    def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelMetadata) -> None:
         super().export(model, example, path, facts)
         graph = ir.load(path)
         name = next(name for name in graph.graph.initializers if name.endswith("conv2.codes"))
@@ -207,7 +207,7 @@ def test_a_file_that_is_not_the_model_does_not_get_its_name(
     message = last_error(result)
     assert "model.onnx does not match the model" in message
     assert "no file was written" in message
-    assert "fed the same codes, it differs in front of" in message
+    assert "given the same codes, it differs before" in message
     assert not list(tmp_path.iterdir())
 
     path.write_bytes(b"before")
@@ -220,7 +220,7 @@ def _node(*arguments: Any, **attributes: Any) -> onnx.NodeProto:
     return onnx.helper.make_node(*arguments, **attributes)
 
 
-# Graphs from images to logits that ONNX Runtime does not take, and what the message says of them.
+# Graphs from images to logits that ONNX Runtime cannot run, and the message.
 NOT_TAKEN = {
     "hazard": (
         [
@@ -230,11 +230,11 @@ NOT_TAKEN = {
             _node("DequantizeLinear", ["c", "one", "code"], ["d"]),
             _node("Flatten", ["d"], ["logits"]),
         ],
-        "hazard H3 at narrow: a Clip in front of a quantizer below 8 bits makes the session fail",
+        "hazard H3 at narrow: a Clip before a quantizer below 8 bits makes the session fail",
     ),
     "operator": (
         [_node("Mystery", ["images"], ["logits"], domain="nowhere")],
-        "ONNX Runtime does not take model.onnx",
+        "ONNX Runtime cannot run model.onnx",
     ),
 }
 
@@ -247,7 +247,7 @@ def test_a_graph_that_onnx_runtime_does_not_take_does_not_get_its_name(
     nodes, says = NOT_TAKEN[kind]
 
     class NotTaken(QdqExporter):
-        def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
+        def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelMetadata) -> None:
             values = {"zero": np.float32(0), "one": np.float32(1), "code": np.array(0, ml_dtypes.uint4)}
             constants = [onnx.numpy_helper.from_array(np.asarray(v), name) for name, v in values.items()]
             ends = [
@@ -427,7 +427,7 @@ def test_a_flipped_code_is_explained() -> None:
     verdict = Verdict(500, 0.998, 1.604, 0.01, layerwise=check, pytorch_max_abs_diff=1.7, largest_logit=20.0)
 
     assert verdict.explanation is not None
-    for figure in ("agrees to 1.1e-06", "up to 1.6 away from PyTorch's in float64", "in float32 up to 1.7"):
+    for figure in ("agrees to 1.1e-06", "by up to 1.6 from PyTorch's in float64", "in float32 by up to 1.7"):
         assert figure in verdict.explanation
     verdict.max_abs_diff = 1e-5
     assert verdict.explanation is None

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import saqcli
 from saqcli.cli import app
 from saqcli.errors import CorruptArtifact
-from saqcli.export.model_metadata import ModelFacts
+from saqcli.export.model_metadata import ModelMetadata
 from saqcli.export.safetensors import SafetensorsExporter
 from saqcli.machine import library_versions
 from saqcli.models.load import ModelSpec, load_model
@@ -34,7 +34,7 @@ SIDE, CLASSES = 8, 5
 SECONDS = 2.0  # of processor time, for any one file
 
 
-def quantized(name: str = "saq/resnet20", side: int = SIDE, **build: Any) -> tuple[nn.Module, ModelFacts]:
+def quantized(name: str = "saq/resnet20", side: int = SIDE, **build: Any) -> tuple[nn.Module, ModelMetadata]:
     """A registered network at mixed bits, calibrated on noise."""
     torch.manual_seed(0)
     spec = ModelSpec(name, pretrained=False, num_classes=CLASSES, input_size=side, kwargs=build)
@@ -51,7 +51,7 @@ def quantized(name: str = "saq/resnet20", side: int = SIDE, **build: Any) -> tup
     signed = {name: entry.signed for name, entry in statistics.items()}
     convert.install(loaded.model, Scheme(), policy, signed)
     calibration.fit(loaded.model, statistics)
-    facts = ModelFacts(
+    facts = ModelMetadata(
         saq_version=saqcli.__version__,
         versions=library_versions(),
         build=loaded.build,

@@ -91,11 +91,11 @@ class OwnProduct(Plain):
 
 # Not to be written in any style, and why.
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "decides": (DecidesByValues, "its forward decides by the values of a tensor what it computes"),
-    "image by image": (ImageByImage, "it takes one number of images only"),
+    "decides": (DecidesByValues, "its forward depends on the values of a tensor"),
+    "image by image": (ImageByImage, "it works for one batch size only"),
     "operator": (Bessel, "ONNX has no form of its operator prims::bessel_j0"),
     "pool": (AdaptiveMaxPool, "ONNX has no form of its operator aten::adaptive_max_pool2d"),
-    "random": (Random, "its forward draws random numbers in evaluation too (Dropout)"),
+    "random": (Random, "its forward draws random numbers also in eval mode (Dropout)"),
 }
 
 

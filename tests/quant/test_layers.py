@@ -180,7 +180,7 @@ def test_unwrapping_gives_back_the_same_objects_and_bits(name: str) -> None:
 def test_a_quantized_model_is_not_wrapped_again() -> None:
     net, _ = tiny.mlp()
     convert.wrap(net)
-    with pytest.raises(UnsupportedModel, match="quantized already"):
+    with pytest.raises(UnsupportedModel, match="already quantized"):
         convert.wrap(net)
 
 

@@ -89,7 +89,7 @@ def quantized(
     found = trace(net, x[:1])
     for parent, children in found.routed.items():
         convert.route(net, [parent], children)
-    convert.follow(net, {p.name: p.follows for p in found.products if p.follows})
+    convert.add_products(net, {p.name: p.follows for p in found.products if p.follows})
     costs = cost_model(found, products=True)
     statistics = calibration.observe(net, [x])
     config = BitConfig(
@@ -330,7 +330,7 @@ def test_products_follow_the_bits_of_their_layer() -> None:
     cost = next(each for each in costs.layers if each.name == "block.qkv")
     both = 2 * 16 * 16 * 8
     assert cost.bops(LayerBits(weight=4, activation=3)) == 16 * 8 * 24 * 4 * 3 + both * 3 * 3
-    assert cost.own_bops(LayerBits(weight=4, activation=3)) == 16 * 8 * 24 * 4 * 3
+    assert cost.layer_bops(LayerBits(weight=4, activation=3)) == 16 * 8 * 24 * 4 * 3
 
 
 @pytest.mark.parametrize("way", ["fused", "matmul"])

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from saqcli.errors import ConfigError
 from saqcli.quant import calibration, convert, grid
-from saqcli.quant.calibration import settle_batch_norms
+from saqcli.quant.calibration import reestimate_batch_norms
 from saqcli.quant.convert import Scheme
 from saqcli.quant.cost import cost_model
 from saqcli.quant.layer import quantized_layers
@@ -184,7 +184,7 @@ def test_settled_norms_hold_the_mean_statistics_of_the_batches_and_all_else_is_a
     net[1].eval()  # type: ignore[index]
     modes = [module.training for module in net.modules()]
 
-    settle_batch_norms(net, batches)
+    reestimate_batch_norms(net, batches)
 
     conv, norm = net[0], net[1]  # type: ignore[index]
     outputs = [answer(conv, batch) for batch in batches]
@@ -205,11 +205,11 @@ def test_settling_undoes_what_taking_the_mean_out_of_the_weights_did() -> None:
     with torch.no_grad():
         net[0].weight.add_(1.0)
     x = torch.randn(64, 4, 2, 2).softmax(1)
-    settle_batch_norms(net, [x])
+    reestimate_batch_norms(net, [x])
     truth = answer(net, x)
     tiny.quantized(net, x, bits=8, scheme=NORMALIZED)
     off = (answer(net, x) - truth).abs().max()
-    settle_batch_norms(net, [x])
+    reestimate_batch_norms(net, [x])
 
     assert off > 1
     assert (answer(net, x) - truth).abs().max() < off / 20

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saqcli.errors import PolicyMismatch
-from saqcli.export import ModelFacts
+from saqcli.export import ModelMetadata
 from saqcli.export.safetensors import SafetensorsExporter, read_content, rebuild
 from saqcli.quant import calibration, convert
 from saqcli.quant.bits import BitConfig, LayerBits
@@ -126,7 +126,7 @@ def test_a_shared_weight_is_written_once_and_read_for_all(quantizer: str, tmp_pa
     net, x = tied()
     scheme = Scheme(quantizer=quantizer)
     layers = tiny.quantized(net, x, 3, scheme)
-    facts = ModelFacts(
+    facts = ModelMetadata(
         saq_version="0",
         build={},
         preprocessing={},
@@ -138,7 +138,7 @@ def test_a_shared_weight_is_written_once_and_read_for_all(quantizer: str, tmp_pa
     SafetensorsExporter().export(net, x, tmp_path / "model.safetensors", facts)
     content = read_content(tmp_path / "model.safetensors")
     assert {name for name in content.tensors if "weight" in name and "two" in name} == set()
-    loaded = rebuild(Tied(), content.facts, content.tensors, "model")
+    loaded = rebuild(Tied(), content.metadata, content.tensors, "model")
     with torch.no_grad():
         assert torch.equal(loaded(x), net(x))
 

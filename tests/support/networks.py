@@ -9,7 +9,7 @@ import torch
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 
-from saqcli.export import ModelFacts
+from saqcli.export import ModelMetadata
 from saqcli.quant import calibration, convert
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.convert import Scheme
@@ -212,7 +212,7 @@ class Quantized:
     """A quantized network in eval mode, and what an exporter is told about it."""
 
     model: nn.Module
-    facts: ModelFacts
+    facts: ModelMetadata
 
     @property
     def layers(self) -> dict[str, QuantizedLayer]:
@@ -258,13 +258,13 @@ def quantize(
     for parent, children in traced.routed.items():
         convert.route(model, [parent], children)
     if products:
-        convert.follow(model, {each.name: each.follows for each in traced.products if each.follows})
+        convert.add_products(model, {each.name: each.follows for each in traced.products if each.follows})
     statistics = calibration.observe(model, [images(32, seed=1)])
     signed = {name: entry.signed for name, entry in statistics.items()}
     policy = BitConfig(model="tests/tiny", layers=choose(traced.layers))
     convert.install(model, scheme, policy, signed)
     calibration.fit(model, statistics)
-    facts = ModelFacts(
+    facts = ModelMetadata(
         saq_version="0.0.0",
         build={"name": "tests/tiny", "num_classes": CLASSES},
         preprocessing={"input_size": [CHANNELS, SIDE, SIDE]},

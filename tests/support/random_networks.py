@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from saqcli.export import ModelFacts
+from saqcli.export import ModelMetadata
 from saqcli.quant import calibration, convert
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.convert import Scheme
@@ -324,7 +324,7 @@ def random_network(seed: int) -> Quantized:
     chosen = scheme(dice)
     convert.install(model, chosen, policy, signed)
     calibration.fit(model, statistics)
-    facts = ModelFacts(
+    facts = ModelMetadata(
         saq_version="0.0.0",
         build={"name": "tests/random", "num_classes": CLASSES},
         preprocessing={"input_size": list(size)},

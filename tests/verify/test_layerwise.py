@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from saqcli.export import EXPORTERS, ModelFacts
+from saqcli.export import EXPORTERS, ModelMetadata
 from saqcli.export.operators import frozen_copy
 from saqcli.quant.convert import Scheme, active_bits
 from saqcli.quant.layer import quantized_layers
@@ -29,7 +29,7 @@ def write(net: nn.Module, x: Tensor, bits: int, path: Path, style: str = "qdq") 
     tiny.quantized(net, x, bits)
     net.eval()
     layers = list(quantized_layers(net))
-    facts = ModelFacts(
+    facts = ModelMetadata(
         saq_version="0",
         build={},
         preprocessing={},

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.errors import DataError
-from saqcli.export import EXPORTERS, ModelFacts
+from saqcli.export import EXPORTERS, ModelMetadata
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.progress import SILENT
 from saqcli.quant.convert import Scheme, active_bits
@@ -30,9 +30,9 @@ class Insisting(nn.Module):
         return logits
 
 
-def facts_of(model: nn.Module, x: Tensor) -> ModelFacts:
+def facts_of(model: nn.Module, x: Tensor) -> ModelMetadata:
     layers = list(quantized_layers(model))
-    return ModelFacts(
+    return ModelMetadata(
         saq_version="0",
         build={"num_classes": tiny.CLASSES},
         preprocessing=Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0).to_dict(),

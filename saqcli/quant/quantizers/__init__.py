@@ -1,7 +1,8 @@
 """Quantizers: modules that map a tensor onto a ``Grid``.
 
-Every candidate bit-width has parameters of its own. To add one, write ``saqcli/quant/quantizers/NAME.py`` with a weight
-and an activation class derived from ``Quantizer``, and add its line here. The property tests run over the table.
+Every candidate bit-width has its own parameters. To add a quantizer, write ``saqcli/quant/quantizers/NAME.py`` with a
+weight and an activation class derived from ``Quantizer``, and add a line to the table below. The property tests run
+over the table.
 """
 
 from typing import NamedTuple
@@ -13,13 +14,13 @@ from saqcli.quant.quantizers.learned_step import LsqActivation, LsqPlusActivatio
 
 
 class Family(NamedTuple):
-    """The two halves of a quantizer and what a list of quantizers says about it.
+    """The classes of a quantizer and its description.
 
     Attributes:
         weight: class for weights.
         activation: class for the inputs of layers.
-        description: one line.
-        normalized: class for weights under weight normalization; None where there is none.
+        description: one line for lists of quantizers.
+        normalized: class for weights with weight normalization; None if not supported.
     """
 
     weight: type[Quantizer]

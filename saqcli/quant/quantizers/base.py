@@ -1,12 +1,12 @@
-"""What every quantizer is: a grid for each candidate bit-width, one of them active, and how large its steps are.
+"""Base classes of quantizers: one grid per bit-width, one of them active.
 
-Numbers that say so (clipping levels, step sizes, offsets) are stacked over all candidates, ``(candidates,
-*shape)``, so that every pass uses the same parameters whatever bits are active (data-parallel training needs no
-search for unused ones) and switching bits is one assignment.
+Parameters (clipping levels, step sizes, offsets) are stacked over all candidates, ``(candidates, *shape)``, so that
+every pass uses the same parameters whatever bits are active (data-parallel training needs no search for unused ones)
+and switching bits is one assignment.
 
-A quantizer that transforms its tensor before it rounds has a *plain form*, which ``fold`` gives: a quantizer
-and a weight that compute the same quantized weight to the last bit, with nothing but rounding left. Files hold
-plain forms, since a weight that is stored as ``step * code`` must not be transformed again.
+A quantizer that transforms its tensor before rounding has a *plain form*, returned by ``fold``: a quantizer without a
+transformation and a weight that give the same quantized weight to the last bit. Files hold plain forms, since a weight
+that is stored as ``step * code`` must not be transformed again.
 """
 
 from abc import ABC, abstractmethod
@@ -24,12 +24,12 @@ class Quantizer(nn.Module, ABC):
     """Maps a tensor onto a finite grid; gradients pass straight through the rounding.
 
     Attributes:
-        candidates: bit-widths to choose from, ascending; one where precision is fixed.
-        shape: of one clipping level or step; broadcasts against the tensor.
+        candidates: bit-widths to choose from, ascending; a single one if precision is fixed.
+        shape: shape of one clipping level or step; broadcasts against the tensor.
     """
 
     def __init__(self, grids: Mapping[int, Grid], shape: tuple[int, ...] = ()) -> None:
-        """``grids`` by bit-width; ``shape`` of one level, which must broadcast against the tensor."""
+        """Create with ``grids`` by bit-width and the ``shape`` of one level, which broadcasts against the tensor."""
         super().__init__()
         self.grids = dict(sorted(grids.items()))
         self.candidates = tuple(self.grids)
@@ -59,7 +59,7 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def step(self) -> Tensor:
-        """The active step, positive, in ``shape``: ``value = step * code``, of the plain form at least."""
+        """The active step, positive, in ``shape``; in the plain form ``value = step * code``."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -67,30 +67,30 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def fit(self, x: Tensor) -> None:
-        """Set what belongs to all candidates so that they represent ``x`` well."""
+        """Fit the parameters of all candidates to ``x``."""
 
     def fit_as_published(self, x: Tensor, *, linear: bool) -> None:
-        """Set what belongs to all candidates as the SAQ paper does; ``linear``: of a layer that is no convolution.
+        """Set the parameters of all candidates as in the SAQ paper; ``linear``: the layer is not a convolution.
 
         Raises:
-            ConfigError: the quantizer is not that paper's.
+            ConfigError: the quantizer is not the one of that paper.
         """
         raise ConfigError(f"{type(self).__name__} has no initial levels of SAQ: give clip_init error")
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        """The integers that stand for ``x``: in the plain form ``step() * codes(x)`` is ``forward(x)``."""
+        """The codes of ``x``; in the plain form ``step() * codes(x)`` equals ``forward(x)``."""
         return codes_of(x.detach().float(), self.step(), self.grid()).to(torch.int32)
 
     def fold(self, weight: Tensor) -> "tuple[Quantizer, Tensor]":
-        """The plain form: a quantizer that transforms nothing, and the weight to give it.
+        """The plain form: a quantizer without a transformation, and the weight for it.
 
         Args:
-            weight: what this quantizer is given.
+            weight: the input of this quantizer.
 
         Returns:
-            ``(plain, w)``: ``plain(w)`` equals ``self(weight)`` to the last bit, and ``plain.step() * plain.codes(w)``
-            likewise. The very arguments where there is nothing to fold. Holds at the active bits.
+            ``(plain, w)``, where ``plain(w)`` and ``plain.step() * plain.codes(w)`` equal ``self(weight)`` to the last
+            bit, at the active bits; ``(self, weight)`` if there is nothing to fold.
         """
         return self, weight
 
@@ -100,10 +100,11 @@ class Quantizer(nn.Module, ABC):
 
 
 class LevelQuantizer(Quantizer):
-    """A quantizer with a clipping level, the value of its highest code, for each candidate.
+    """A quantizer with one clipping level, the value of the highest code, per candidate.
 
     Attributes:
-        clipping_level: ``(len(candidates), *shape)``, in units of the tensor; a parameter where it is ``trained``.
+        clipping_level: ``(len(candidates), *shape)``, in units of the tensor; a parameter if ``trained``, else a
+            buffer.
     """
 
     trained = True
@@ -118,11 +119,11 @@ class LevelQuantizer(Quantizer):
             self.register_buffer("clipping_level", levels)
 
     def level(self) -> Tensor:
-        """The active clipping level, differentiable, in the shape that broadcasts against the tensor."""
+        """The active clipping level, differentiable, in ``shape``."""
         return self.clipping_level[self._active]
 
     def step(self) -> Tensor:
-        """The active step: the clipping level over the highest code."""
+        """The active step: the clipping level divided by the highest code."""
         return step_of(self.level(), self.grid())
 
     @torch.no_grad()
@@ -130,11 +131,6 @@ class LevelQuantizer(Quantizer):
         """Levels of least squared error on ``x``, for every candidate."""
         for row, grid in zip(self.clipping_level, self.grids.values(), strict=True):
             row.copy_(best_level(x, grid, self.shape))
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """``x`` in float32 at least: quantizers compute there whatever autocast does around them."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def quantizers_of(model: nn.Module) -> Iterator[Quantizer]:

@@ -1,9 +1,10 @@
-"""The quantizer of SAQ: uniform, with a learned clipping level and the rounding residual as its gradient.
+"""SAQ's quantizer: uniform, with a learned clipping level.
 
-Weights on the paper's odd-integer grid or the integer grid, activations in [0, a] or, where the input is
-signed, on the signed grid of the same number of levels. Formulas and gradients stand in ``fake_quantize``.
+The gradient of the level is the rounding residual. Weights use the paper's odd-integer grid or the integer grid,
+activations [0, a] or, where the input is signed, the signed grid with the same number of levels. Formulas and gradients
+are given in ``grid.py``.
 
-With weight normalization a weight is quantized in deviations from its mean, both taken over the whole tensor
+With weight normalization a weight is quantized in standard deviations from its mean, both taken over the whole tensor
 and held constant in the gradient:
 
     Q(w)   = fake_quantize(w - mean(w), a * std(w))
@@ -13,8 +14,8 @@ Source: Liu et al., arXiv:2111.12273, section 3, and the released code, whose no
 (arXiv:1909.13144). Differs from the paper:
 
 - By default levels start at the least squared error and weights are not normalized, so that wrapping a
-  pretrained network keeps its function as well as the bits allow. ``fit_as_published`` starts as the paper does.
-- The normalized weight is multiplied by its deviation again (decision 0011): behind it a batch norm makes no
+  pretrained network keeps its function as well as the bits allow. ``fit_as_published`` starts as in the paper.
+- The normalized weight is multiplied by its deviation again (decision 0011): before a batch norm this makes no
   difference, and running statistics and networks without batch norm keep working.
 """
 
@@ -22,12 +23,12 @@ import torch
 from torch import Tensor
 
 from saqcli.quant.clip_init import best_level
-from saqcli.quant.grid import codes_of, fake_quantize
-from saqcli.quant.quantizers.base import LevelQuantizer, Quantizer, full_precision
+from saqcli.quant.grid import codes_of, fake_quantize, full_precision
+from saqcli.quant.quantizers.base import LevelQuantizer, Quantizer
 
-LEAST_DEVIATION = 1e-8  # guards a constant weight
-PUBLISHED_LEVEL = 1.0  # of convolutions: their weights have deviation 1 there
-PUBLISHED_FRACTION = 0.8  # of the largest magnitude, for other layers; the released code
+LEAST_DEVIATION = 1e-8  # for a constant weight
+PUBLISHED_LEVEL = 1.0  # of convolutions, whose weights have deviation 1 in the paper
+PUBLISHED_FRACTION = 0.8  # of the largest magnitude, for other layers, as in the released code
 
 
 class _Clip(LevelQuantizer):
@@ -37,7 +38,7 @@ class _Clip(LevelQuantizer):
 
     @torch.no_grad()
     def fit_as_published(self, x: Tensor, *, linear: bool) -> None:
-        """1 for convolutions, 0.8 of the largest magnitude for other layers; all candidates alike."""
+        """1 for convolutions, 0.8 of the largest magnitude for other layers; the same for all candidates."""
         level = PUBLISHED_FRACTION * float(x.abs().max()) if linear else self._published_level(x)
         self.clipping_level.fill_(level if level > 0 else PUBLISHED_LEVEL)
 
@@ -46,10 +47,10 @@ class _Clip(LevelQuantizer):
 
 
 class ClipWeight(_Clip):
-    """Weights: a level per output channel or one for the tensor."""
+    """Weights: one level per output channel or per tensor."""
 
     def _published_level(self, x: Tensor) -> float:
-        return float(_mean_and_deviation(x)[1])  # what 1 is where weights are normalized
+        return float(_mean_and_deviation(x)[1])  # equals level 1 of normalized weights
 
 
 class ClipActivation(_Clip):
@@ -57,8 +58,10 @@ class ClipActivation(_Clip):
 
     @torch.no_grad()
     def fit_as_published(self, x: Tensor, *, linear: bool) -> None:
-        """As above, but for signed inputs (the image, linear bottlenecks): the paper leaves the one in floating point
-        and clips the other at 0, so they start at the least squared error.
+        """As in the base class, except that signed inputs start at the least squared error.
+
+        The paper keeps one kind of them, the image, in floating point and clips the others, after linear bottlenecks,
+        at 0.
         """
         if self.grid().lowest < 0:
             self.fit(x)
@@ -67,17 +70,17 @@ class ClipActivation(_Clip):
 
 
 class NormalizedClipWeight(ClipWeight):
-    """Weights in deviations from their mean; levels and ``step()`` are in deviations until folded."""
+    """Weights in standard deviations from their mean; levels and ``step()`` have this unit until folded."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` less its mean, on the grid of level ``a * std(x)``."""
+        """``x`` minus its mean, on the grid of level ``a * std(x)``."""
         x = full_precision(x)
         mean, deviation = _mean_and_deviation(x)
         return fake_quantize(x - mean, self.level() * deviation, self.grid())
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        """The integers that stand for ``x`` less its mean."""
+        """The codes of ``x`` minus its mean."""
         plain, centred = self.fold(x.detach().float())
         return codes_of(centred, plain.step(), self.grid()).to(torch.int32)
 
@@ -93,7 +96,7 @@ class NormalizedClipWeight(ClipWeight):
 
     @torch.no_grad()
     def fold(self, weight: Tensor) -> tuple[Quantizer, Tensor]:
-        """``ClipWeight`` with levels ``a * std``, and ``weight`` less its mean."""
+        """``ClipWeight`` with levels ``a * std``, and ``weight`` minus its mean."""
         mean, deviation = _mean_and_deviation(weight)
         plain = ClipWeight(self.grids, self.shape).to(self.clipping_level)
         plain.clipping_level.copy_(self.clipping_level * deviation)
@@ -103,7 +106,7 @@ class NormalizedClipWeight(ClipWeight):
 
 @torch.no_grad()
 def _mean_and_deviation(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Over the whole tensor, the deviation unbiased; constants to autograd. A single number has mean 0."""
+    """Mean and unbiased deviation of the whole tensor, constants to autograd; a single element has mean 0."""
     if w.numel() == 1:
         return w.new_zeros(()), w.abs().sum().clamp_min(LEAST_DEVIATION)
     return w.mean(), w.std().clamp_min(LEAST_DEVIATION)

@@ -1,49 +1,46 @@
 """DoReFa and PACT: weights squeezed by tanh, inputs clipped.
 
-What DoReFa and PACT share: weights that are squeezed by tanh before they are rounded, on a range that is not
-trained.
+Weights of both are squeezed by tanh, then rounded on a range that is not trained:
 
     t(w)   = tanh(w) / max|tanh(w)|                                   in [-1, 1]
     Q(w)   = a * round(t(w))  on the grid of level 1                  on odd codes: 2 * quantize(t / 2 + 1 / 2) - 1
     dL/dw  = G * a * (1 - tanh(w)**2) / max|tanh(w)|                  straight through the rounding
 
-Source: Zhou et al., arXiv:1606.06160, Eq. 5 and 9. Differs from the paper:
-
-- The factor ``a`` is 1 there, and the network is trained from scratch with it. Here it is fitted by least squares
-  when the network is calibrated, and kept, so that a pretrained function survives.
-- The maximum is held constant in the gradient; the paper's formula would put a sum over the whole tensor on its
-  one largest element.
-- The maximum is over the weights that share a level: an output channel's with granularity ``channel``.
-- The grid is the one that the scheme asks for; ``auto`` is the paper's up to 7 bits and int8 at 8.
-
-DoReFa: weights squeezed into [-1, 1] by tanh, inputs clamped to a range that is not trained.
-
-Weights, with their formula and gradient: ``tanh_weight``. Inputs:
+Inputs of DoReFa are clamped to a range that is not trained:
 
     Q(x)   = a * round(clamp(x / a, 0, 1) * (2**bits - 1)) / (2**bits - 1)       a fixed
     dL/dx  = G * inside
 
-Source: Zhou et al., arXiv:1606.06160, Eq. 5, 9 and 11. Differs from the paper, beside what ``tanh_weight`` says:
-
-- The range of inputs is 1 there, behind an activation that is bounded by 1. Here it is fitted at calibration, at
-  the least squared error, since a pretrained network has no such bound.
-- Signed inputs get the signed grid.
-- Gradients are not quantized.
-
-PACT: inputs are clamped to a level that is learned from what it cuts off alone.
+Inputs of PACT are clamped to a level whose gradient comes from clipped values only:
 
     Q(x)   = a * round(clamp(x, 0, a) / a * n) / n                n = 2**bits - 1
     dL/dx  = G * inside
-    dL/da  = sum G * above                                        0 inside: rounding passes straight through
+    dL/da  = sum G * above                                        0 inside: straight through the rounding
 
-Compare ``clip``, whose level also gets the rounding residual inside. Signed inputs have the signed grid, from
+The level of ``clip``, in comparison, also gets the rounding residual inside. Signed inputs have the signed grid, from
 ``a * lowest / highest``, and ``dL/da = sum G * (above + below * lowest / highest)``.
 
-Weights are DoReFa's (``tanh_weight``), as in the paper. Source: Choi et al., arXiv:1805.06085, Eq. 1-3 and section
-3. Differs from the paper, beside what ``tanh_weight`` says:
+Source: Zhou et al., arXiv:1606.06160, Eq. 5, 9 and 11 (DoReFa); Choi et al., arXiv:1805.06085, Eq. 1-3 and section 3
+(PACT, whose weights are DoReFa's). Differs from the papers, in weights:
+
+- The paper's factor ``a`` is 1, and its networks are trained from scratch. Here ``a`` is fitted by least squares at
+  calibration and kept, so that the function of a pretrained network survives.
+- The maximum is held constant in the gradient; the paper's formula would add a sum over the whole tensor to its one
+  largest element.
+- The maximum is over the weights that share a level: those of an output channel with granularity ``channel``.
+- The grid is that of the scheme; ``auto`` is the SAQ paper's up to 7 bits and int8 at 8.
+
+In inputs of DoReFa:
+
+- The paper's range is 1, after an activation bounded by 1. Here it is fitted at calibration by least squares, since a
+  pretrained network has no such bound.
+- Signed inputs use the signed grid.
+- Gradients are not quantized.
+
+In inputs of PACT:
 
 - Levels start at the least squared error on calibration images; the paper starts high and lets weight decay on the
-  level bring it down (``training.decay_clips``).
+  level reduce it (``training.decay_clips``).
 - The paper's inputs are never signed.
 """
 
@@ -53,12 +50,12 @@ import torch
 from torch import Tensor
 
 from saqcli.quant.clip_init import least_level, reduce_to
-from saqcli.quant.grid import TINY, Grid, between, codes_of, fake_quantize, step_of
-from saqcli.quant.quantizers.base import LevelQuantizer, Quantizer, full_precision
+from saqcli.quant.grid import TINY, Grid, between, codes_of, fake_quantize, full_precision, step_of
+from saqcli.quant.quantizers.base import LevelQuantizer, Quantizer
 
 
 class FixedLevel(LevelQuantizer):
-    """Rounds on a range that is fitted at calibration and stays."""
+    """Rounds on a range that is fitted at calibration and not trained."""
 
     trained = False
 
@@ -81,12 +78,12 @@ class TanhWeight(LevelQuantizer):
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        """The integers that stand for ``x``; they do not depend on ``a``."""
+        """The codes of ``x``; they do not depend on ``a``."""
         return _codes(_squeezed(x.detach().float(), self.shape), self.grid()).to(torch.int32)
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Factors of least squared error, for every candidate: <x, q> / <q, q> with the codes q."""
+        """Fit the factor of every candidate by least squares: <x, q> / <q, q> with the codes q."""
         x = x.detach().float()
         squeezed, largest = _squeezed(x, self.shape), float(x.abs().max())
         for row, grid in zip(self.clipping_level, self.grids.values(), strict=True):
@@ -97,7 +94,7 @@ class TanhWeight(LevelQuantizer):
 
     @torch.no_grad()
     def fold(self, weight: Tensor) -> tuple[Quantizer, Tensor]:
-        """``FixedLevel`` with the same levels, and the quantized weight, which it maps onto itself."""
+        """``FixedLevel`` with the same levels, and the quantized weight, which it does not change."""
         plain = FixedLevel(self.grids, self.shape).to(self.clipping_level)
         plain.clipping_level.copy_(self.clipping_level)
         plain.select(self.bits)
@@ -117,7 +114,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _squeezed(w: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """tanh(w) over its largest magnitude among the weights that share a level, in [-1, 1]."""
+    """tanh(w) divided by its largest magnitude among the weights that share a level, in [-1, 1]."""
     squeezed = torch.tanh(w)
     return squeezed / reduce_to(squeezed.detach().abs(), shape, "amax").clamp_min(TINY)
 
@@ -127,7 +124,7 @@ def _codes(squeezed: Tensor, grid: Grid) -> Tensor:
 
 
 class DorefaWeight(TanhWeight):
-    """Weights: a factor per output channel or one for the tensor."""
+    """Weights: one factor per output channel or per tensor."""
 
 
 class DorefaActivation(FixedLevel):
@@ -135,7 +132,7 @@ class DorefaActivation(FixedLevel):
 
 
 class PactWeight(TanhWeight):
-    """Weights: a factor per output channel or one for the tensor."""
+    """Weights: one factor per output channel or per tensor."""
 
 
 class PactActivation(LevelQuantizer):
@@ -148,7 +145,7 @@ class PactActivation(LevelQuantizer):
 
 
 class _Pact(torch.autograd.Function):
-    """Q(x) and the gradients of the module's docstring; ``level`` is positive."""
+    """Q(x) and the gradients in the module's docstring; ``level`` is positive."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, level: Tensor, grid: Grid) -> Tensor:

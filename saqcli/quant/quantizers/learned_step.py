@@ -1,41 +1,27 @@
-"""LSQ and LSQ+: quantizers whose step is learned.
+"""LSQ and LSQ+: quantizers with a learned step.
 
-What LSQ and LSQ+ share: a weight quantizer whose trainable number is its step.
-
-    Q(w)   = s * clamp(round(w / s), lowest, highest)
-    dL/dw  = G * inside
-    dL/ds  = g * sum G * [ inside * (round(w / s) - w / s) + below * lowest + above * highest ]
-    g      = 1 / sqrt(N * highest)              N numbers share the step
-
-Up to g this is the kernel's gradient (``fake_quantize``) with the clipping level ``highest * s``. g makes a step
-as steady as the weights: otherwise its gradient, a sum over N numbers, is sqrt(N * highest) times too large
-beside its own size (Esser et al., arXiv:1902.08153, section 2.2).
-
-On the paper's grid of odd codes a step is the distance unit, half the distance of two levels.
-
-LSQ: the step is learned, with a gradient scaled to the size of the tensor.
+LSQ, for weights and inputs; LSQ+ uses it for weights:
 
     Q(x)   = s * clamp(round(x / s), lowest, highest)
     dL/dx  = G * inside
-    dL/ds  = sum G * [ inside * (round(x / s) - x / s) + below * lowest + above * highest ] / sqrt(N * highest)
+    dL/ds  = g * sum G * [ inside * (round(x / s) - x / s) + below * lowest + above * highest ]
+    g      = 1 / sqrt(N * highest)              N values share the step: of a weight, or of the input for one image
+
+Up to g this is the gradient of ``fake_quantize`` with the clipping level ``highest * s``. g balances the updates of
+steps and weights: without it the gradient of a step, a sum over N values, is sqrt(N * highest) times too large relative
+to the step (Esser et al., arXiv:1902.08153, section 2.2). On the grid of odd codes a step is the distance unit, half
+the distance between two levels.
 
 Source: Esser et al., arXiv:1902.08153, Eq. 1-3 and section 2.2. Differs from the paper:
 
-- Steps start at the least squared error (``levels.best_level``) instead of at 2 * mean|x| / sqrt(highest), so
-  that a pretrained network keeps its function as well as the bits allow.
-- Where each channel of a weight has a step of its own, N counts the weights of a channel.
-- Weights are on whatever grid the scheme asks for, also the one of odd codes.
+- Steps start at the least squared error (``clip_init.best_level``) instead of 2 * mean|x| / sqrt(highest), so that a
+  pretrained network keeps its function as well as the bits allow.
+- Where each channel of a weight has a step, N counts the weights of a channel.
+- Weights use the grid of the scheme, which may be that of odd codes.
 
-Where LSQ+ starts: the step and the lowest code of least squared error, by a scan over both ends of the range.
-
-A coarse scan takes fractions of the least and of the greatest number for the two ends; finer scans of the step,
-with the lowest code and its neighbours, and a few fixed-point steps finish. With the codes held, the best step is
-<x, q> / <q, q> (Lloyd, 1982).
-
-LSQ+: activations on a range of their own, from below zero to above it, for GELU, SiLU and the like.
-
-A signed grid gives half of its codes to negative numbers, though GELU never falls below -0.17. Here step s and
-offset o are learned, and the codes run from ``lowest`` to ``lowest + top``, ``top = 2**bits - 1``:
+LSQ+, for inputs: an asymmetric range from below to above zero, for GELU, SiLU and similar activations. A signed grid
+would use half of its codes for negative values, though GELU never falls below -0.17. Step s and offset o are learned,
+and the codes run from ``lowest`` to ``lowest + top``, ``top = 2**bits - 1``:
 
     lowest = clamp(round(o / s), -top, 0)               so that 0 is always a code
     Q(x)   = s * clamp(round(x / s), lowest, lowest + top)
@@ -43,17 +29,21 @@ offset o are learned, and the codes run from ``lowest`` to ``lowest + top``, ``t
     dL/dx  = G * inside
     dL/ds  = g * sum G * [ inside * (round(x / s) - x / s) + above * top ]
     dL/do  = g * sum G * [ below + above ]
-    g      = 1 / sqrt(N * top)                          N features of one image
+    g      = 1 / sqrt(N * top)                          N values of the input for one image
 
-Where ``round(o / s)`` is clamped, the ends are fixed codes: dL/ds gets ``below * lowest + above * (lowest + top)``
-from them, and dL/do is zero unless a step of descent would bring o back.
+Where ``round(o / s)`` is clamped, the ends are fixed codes: they add ``below * lowest + above * (lowest + top)`` to
+dL/ds instead, and dL/do is zero unless a descent step would move o back.
 
-Weights are LSQ's. Source: Bhalgat et al., arXiv:2004.09576, Eq. 4-8. Differs from the paper:
+Step and lowest code start at the least squared error: a coarse scan takes fractions of the smallest and of the largest
+value for the two ends; finer scans of the step, with the lowest code and its neighbours, and a few fixed-point steps
+finish. With the codes held, the best step is <x, q> / <q, q> (Lloyd, 1982).
 
-- The offset takes effect rounded to a multiple of the step and never above zero. Zero, and so the padding of a
-  convolution, stays exact, and the offset is the integer zero point of ONNX.
-- Step and offset start where a search finds the least squared error on calibration images; the paper minimises
-  the same error by gradient descent.
+Source: Bhalgat et al., arXiv:2004.09576, Eq. 4-8. Differs from the paper:
+
+- The offset is rounded to a multiple of the step and never above zero. Zero, and so the padding of a convolution, stays
+  exact, and the offset is the integer zero point of ONNX.
+- Step and offset start where a search finds the least squared error on calibration images; the paper minimizes the same
+  error by gradient descent.
 """
 
 from collections.abc import Mapping
@@ -63,8 +53,8 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.quant.clip_init import best_level
-from saqcli.quant.grid import TINY, Grid, between, fake_quantize, step_of
-from saqcli.quant.quantizers.base import Quantizer, full_precision
+from saqcli.quant.grid import TINY, Grid, between, fake_quantize, full_precision, step_of
+from saqcli.quant.quantizers.base import Quantizer
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -81,17 +71,17 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def scale_gradient(parameter: Tensor, count: float, highest: int) -> Tensor:
-    """``parameter``, its gradient scaled by 1 / sqrt(count * highest); ``count`` numbers share one of its elements."""
+    """``parameter`` with its gradient scaled by 1 / sqrt(count * highest); ``count`` values share an element of it."""
     return _ScaleGradient.apply(parameter, max(1.0, count * highest) ** -0.5)  # type: ignore[no-any-return]
 
 
-def features(x: Tensor) -> float:
-    """Numbers of ``x``, (N, ...), that belong to one image: how images are batched must not change a gradient."""
+def values_per_image(x: Tensor) -> float:
+    """Number of values of ``x``, (N, ...), per image: the batch size must not change a gradient."""
     return x.numel() / max(1, len(x))
 
 
 class LearnedStep(Quantizer):
-    """A trainable step for each candidate.
+    """A quantizer with one trainable step per candidate.
 
     Attributes:
         step_size: trainable, ``(len(candidates), *shape)``, in units of the tensor; its sign does not matter.
@@ -113,10 +103,10 @@ class LearnedStep(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid of the active step."""
         grid, level = self.grid(), self.level()
-        return fake_quantize(x, scale_gradient(level, self.sharing(x), grid.highest), grid)
+        return fake_quantize(x, scale_gradient(level, self.values_per_step(x), grid.highest), grid)
 
-    def sharing(self, x: Tensor) -> float:
-        """How many numbers of ``x`` share a step."""
+    def values_per_step(self, x: Tensor) -> float:
+        """Number of values of ``x`` that share a step."""
         return x.numel() / max(1, self.level().numel())
 
     @torch.no_grad()
@@ -127,15 +117,15 @@ class LearnedStep(Quantizer):
 
 
 class LsqWeight(LearnedStep):
-    """Weights: a step per output channel or one for the tensor."""
+    """Weights: one step per output channel or per tensor."""
 
 
 class LsqActivation(LearnedStep):
     """Inputs of a layer: one step."""
 
-    def sharing(self, x: Tensor) -> float:
-        """The features of one image, as in the paper."""
-        return features(x)
+    def values_per_step(self, x: Tensor) -> float:
+        """Number of values per image, as in the paper."""
+        return values_per_image(x)
 
 
 FRACTIONS = tuple(0.8**k for k in range(16))  # of either end: 1 down to 0.035
@@ -147,11 +137,11 @@ COARSE_SAMPLES = 8192  # enough to find the basin
 
 @torch.no_grad()
 def best_range(x: Tensor, top: int) -> tuple[float, int]:
-    """The step, and the lowest of ``top + 1`` consecutive codes, that represent ``x`` best.
+    """The step and the lowest of ``top + 1`` consecutive codes with the least squared error on ``x``.
 
     Args:
         x: values to represent, float32, any shape.
-        top: number of codes less one.
+        top: number of codes minus one.
 
     Returns:
         ``(step, lowest)``, the step positive, ``-top <= lowest <= 0``.
@@ -195,7 +185,7 @@ def _error(x: Tensor, step: float, lowest: int, top: int) -> float:
 
 
 class LsqPlusWeight(LearnedStep):
-    """Weights: a step per output channel or one for the tensor."""
+    """Weights: one step per output channel or per tensor."""
 
 
 class LsqPlusActivation(Quantizer):
@@ -207,7 +197,7 @@ class LsqPlusActivation(Quantizer):
     """
 
     def __init__(self, grids: Mapping[int, Grid], shape: tuple[int, ...] = ()) -> None:
-        """``grids`` by bit-width: their number of codes, and where the codes begin before anything is fitted."""
+        """Create with ``grids`` by bit-width, which set the number of codes and the lowest code before fitting."""
         super().__init__(grids, shape)
         steps = torch.tensor([1 / grid.highest for grid in self.grids.values()])
         lowest = torch.tensor([float(grid.lowest) for grid in self.grids.values()])
@@ -224,15 +214,15 @@ class LsqPlusActivation(Quantizer):
         return self.step_size[self._active].abs().clamp_min(TINY)
 
     def grid(self) -> Grid:
-        """The active codes, as step and offset put them."""
+        """The active codes, which follow from step and offset."""
         lowest = int(_lowest(self.step(), self.offset[self._active], self.top))
         return Grid(lowest, lowest + self.top, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` clamped to the learned range and rounded."""
         x = full_precision(x)
-        step = scale_gradient(self.step(), features(x), self.top)
-        offset = scale_gradient(self.offset[self._active], features(x), self.top)
+        step = scale_gradient(self.step(), values_per_image(x), self.top)
+        offset = scale_gradient(self.offset[self._active], values_per_image(x), self.top)
         return _Asymmetric.apply(x, step, offset, self.top)  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -248,7 +238,7 @@ def _lowest(step: Tensor, offset: Tensor, top: int) -> Tensor:
 
 
 class _Asymmetric(torch.autograd.Function):
-    """Q(x) and the gradients of the module's docstring, without g; ``step`` is positive, both are scalars."""
+    """Q(x) and the gradients in the module's docstring, without g; ``step`` is positive, both are scalars."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor, top: int) -> Tensor:
@@ -271,6 +261,6 @@ class _Asymmetric(torch.autograd.Function):
         ends = torch.where(wanted == lowest, over * top, under * lowest + over * (lowest + top))
         grad_step = (grad * inside * (quantized - x)).sum() / step + ends
         outside = under + over
-        # Descent moves against the gradient: out of reach above zero it must be positive to bring the offset back.
+        # Descent moves against the gradient: an offset clamped at zero needs a positive one to move back.
         stuck = ((wanted > 0) & (outside < 0)) | ((wanted < -top) & (outside > 0))
         return grad * inside, grad_step, torch.where(stuck, 0, outside), None

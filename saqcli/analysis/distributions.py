@@ -1,8 +1,7 @@
-"""How weights and inputs of every layer lie on their grids: what is clipped, which codes are used, what is lost.
+"""Every layer's weights and inputs on their grids: clipping, code usage, error.
 
-Values are counted in units of the step, so that the levels stand at the integer codes whatever the channel's
-scale. Weights are the latent ones where they are there; inputs are a sample of what reaches the quantizer in
-the quantized model.
+Values are in units of the step, so that the levels are at the integer codes for every channel scale. Weights are the
+latent ones if available; inputs are a sample of the values that reach the quantizer in the quantized model.
 """
 
 import torch
@@ -11,27 +10,27 @@ from torch import Tensor
 from saqcli.analysis.base import Reading, Session, Settings, Subject, observe_inputs
 from saqcli.quant.quantizers import Quantizer
 
-BINS = 96  # of a histogram
-BEYOND = 0.25  # a histogram reaches so far past the outermost codes, as a share of their distance
+BINS = 96  # per histogram
+BEYOND = 0.25  # extent of a histogram beyond the outermost codes, as a share of their distance
 
 
 class Operand(Reading):
-    """Values of one tensor against its grid.
+    """Values of one tensor on its grid.
 
     Attributes:
         bits: of the grid.
-        values: how many were looked at.
+        values: number of values.
         lowest: least code.
         highest: greatest code.
-        stride: distance of neighbouring codes.
+        stride: distance between neighboring codes.
         clipped: share of values beyond the outermost codes, 0 to 1.
         zero: share of values with code 0; 0 on a grid without zero.
         used: share of the codes that occur.
         entropy: of the codes, in bits; at most ``bits``.
-        error: squared error over the squared values.
+        error: squared error divided by the squared values.
         codes: share of every code, ascending; sums to 1.
         edges: first and last edge of the histogram, in codes.
-        histogram: share of values in each of equally wide bins; those beyond count in the outermost.
+        histogram: share of values in each of equally wide bins; the outermost bins include all values beyond them.
     """
 
     bits: int
@@ -58,10 +57,10 @@ class LayerDistributions(Reading):
 
 
 class DistributionsReading(Reading):
-    """All layers.
+    """The distributions of all layers.
 
     Attributes:
-        latent: whether weights are those of the training; otherwise they lie on the grid already.
+        latent: whether weights are those of training; otherwise they are already on the grid.
         layers: in execution order.
     """
 
@@ -71,7 +70,7 @@ class DistributionsReading(Reading):
 
 @torch.no_grad()
 def measure_distributions(subject: Subject, settings: Settings, session: Session) -> DistributionsReading:
-    """Weights as they are, inputs over all images."""
+    """Measure weights directly, and inputs over all images."""
     with session.progress.task("distributions", len(subject.batches)) as task:
         statistics = observe_inputs(subject, settings.seed, task)
     layers = []
@@ -90,7 +89,7 @@ def measure_distributions(subject: Subject, settings: Settings, session: Session
 def _operand(quantizer: object, x: Tensor) -> Operand | None:
     if not isinstance(quantizer, Quantizer):
         return None
-    quantizer, x = quantizer.fold(x.detach())  # in the units of its step
+    quantizer, x = quantizer.fold(x.detach())  # in units of its step
     grid, step = quantizer.grid(), quantizer.step().double()
     codes = quantizer.codes(x)
     index = ((codes - grid.lowest) // grid.stride).flatten().long()
@@ -103,7 +102,7 @@ def _operand(quantizer: object, x: Tensor) -> Operand | None:
     reach = BEYOND * (grid.highest - grid.lowest)
     first, last = grid.lowest - reach, grid.highest + reach
     if grid.lowest == 0:
-        first = -0.5  # nothing lies below
+        first = -0.5  # no values below 0
     histogram = torch.histc(scaled.clamp(first, last).float().cpu(), BINS, first, last)
     return Operand(
         bits=quantizer.bits,

@@ -1,13 +1,14 @@
-"""The share of weights whose code changes when the *latent* weights are perturbed (Case 2 of sharpness-aware
-quantization).
+"""The share of weights whose code changes when the *latent* weights are perturbed.
+
+This is Case 2 of sharpness-aware quantization:
 
     e = rho * normalize(dL/dw at Q(w)),   flipped where code(w + e) differs from code(w)
 
-Rounding swallows a perturbation that does not carry a weight over the edge of its code, and turns one that
-does into a whole step: few weights flip, and the quantized weights move much further than rho.
+Rounding removes a perturbation that does not move a weight across a code boundary, and turns one that does into a
+whole step: few weights flip, and the quantized weights move much further than rho.
 
-Source: Cases 1 to 3 of Liu et al. (arXiv:2111.12273). A weight that lies anywhere within its code with equal
-chance flips with probability |e| / gap, so that the share is about the mean of that.
+Source: Cases 1 to 3 of Liu et al. (arXiv:2111.12273). A weight at a uniformly random position within its code flips
+with probability |e| / gap, so the expected share is about the mean of that.
 """
 
 import torch
@@ -19,16 +20,16 @@ from saqcli.training.perturbation import PerturbedSet
 
 
 class LayerFlips(Reading):
-    """What the perturbation does to one layer.
+    """The effect of the perturbation on one layer.
 
     Attributes:
         name: of the layer.
-        weights: how many there are.
+        weights: number of weights.
         bits: of its weights.
-        flipped: how many have another code afterwards.
-        share: flipped of all, 0 to 1.
-        relative_size: mean of |e| over the distance of neighbouring levels.
-        norm_ratio: ||Q(w + e) - Q(w)|| / ||e||; 0 where nothing is perturbed.
+        flipped: number of weights whose code changes.
+        share: flipped divided by weights, 0 to 1.
+        relative_size: mean of |e| divided by the gap between neighboring levels.
+        norm_ratio: ||Q(w + e) - Q(w)|| / ||e||; 0 if nothing is perturbed.
     """
 
     name: str
@@ -41,18 +42,18 @@ class LayerFlips(Reading):
 
 
 class FlipsReading(Reading):
-    """Flips of all layers whose weights are quantized.
+    """Flips of all layers with quantized weights.
 
     Attributes:
-        reason: why nothing was measured; None where it was.
+        reason: why nothing was measured; None otherwise.
         rho: radius.
         rho_unit: deviations of each layer's weights, or absolute.
         layers: in execution order.
-        weights: how many there are in all.
-        flipped: how many flip.
-        share: flipped of all, 0 to 1.
-        relative_size: as of a layer, over all weights.
-        norm_ratio: likewise.
+        weights: total number of weights.
+        flipped: total number of flips.
+        share: flipped divided by weights, 0 to 1.
+        relative_size: as for a layer, over all weights.
+        norm_ratio: as for a layer, over all weights.
     """
 
     reason: str | None
@@ -67,9 +68,9 @@ class FlipsReading(Reading):
 
 
 def measure_flips(subject: Subject, settings: Settings, session: Session) -> FlipsReading:
-    """One ascent of the latent weights over all images, by the straight-through gradient."""
+    """One ascent step of the latent weights over all images, by the straight-through gradient."""
     if not subject.latent:
-        reason = "the latent weights are not there: they are in the checkpoint of a run directory"
+        reason = "the latent weights are not available: they are in the checkpoint of a run directory"
         return FlipsReading(reason=reason, rho=settings.rho, rho_unit=settings.rho_unit)
     perturbed_set = PerturbedSet(subject.model, ("latent_weights",))
     gradients = subject.gradients(perturbed_set, "flips", session)
@@ -118,7 +119,7 @@ class _Part:
         )
 
     def reading(self, name: str) -> LayerFlips:
-        """As it is told."""
+        """The reading of the layer."""
         weights, flipped, size, moved, perturbed = self.sums
         return LayerFlips(
             name=name,

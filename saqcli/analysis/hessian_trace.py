@@ -1,11 +1,11 @@
-"""The trace of every layer's block of the Hessian: how curved the loss is along a layer's quantized weights.
+"""The trace of every layer's Hessian block: the loss's curvature along its weights.
 
 Hutchinson: E <z, H z> = tr H for random signs z. One z over all layers at once serves every layer, since the
 blocks between two layers average to zero:
 
     tr H_l = E <z_l, (H z)_l>
 
-The average trace per weight is what HAWQ-V2 (Dong et al., arXiv:1911.03852) weighs quantization errors with.
+HAWQ-V2 (Dong et al., arXiv:1911.03852) weights quantization errors with the average trace per weight.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 from saqcli.analysis.base import Reading, Session, Settings, Subject, seeded
 from saqcli.analysis.curvature import Vector, hessian_products
 
-TOGETHER = 4  # vectors a pass over the images: they share forward and first backward pass
+TOGETHER = 4  # vectors per pass over the images: they share the forward and the first backward pass
 
 
 class LayerTrace(Reading):
@@ -23,7 +23,7 @@ class LayerTrace(Reading):
 
     Attributes:
         name: of the layer.
-        weights: how many there are.
+        weights: number of weights.
         trace: mean over the samples.
         standard_error: of that mean.
         per_weight: trace divided by the number of weights.
@@ -42,8 +42,8 @@ class TraceReading(Reading):
     Attributes:
         layers: in execution order.
         trace: of the whole Hessian.
-        standard_error: of it.
-        samples: random vectors.
+        standard_error: of that trace.
+        samples: number of random vectors.
     """
 
     layers: list[LayerTrace]
@@ -54,7 +54,7 @@ class TraceReading(Reading):
 
 def measure_trace(subject: Subject, settings: Settings, session: Session) -> TraceReading:
     """Hutchinson's estimate with ``settings.samples`` random sign vectors."""
-    estimates: list[list[float]] = []  # a row a sample, a column a layer
+    estimates: list[list[float]] = []  # (samples, layers)
     with session.progress.task("Hessian trace", settings.samples) as task:
         for first in range(0, settings.samples, TOGETHER):
             numbers = range(first, min(first + TOGETHER, settings.samples))

@@ -2,10 +2,10 @@
 
     L(Q(w) + a * d1 + b * d2),   a and b from -span to span
 
-d1 and d2 are Gaussian, drawn layer by layer from (seed, name of the layer), so that two models of one network
-are looked at along the same directions. They are made orthogonal and rescaled so that every filter has the
-norm of the quantized filter that it is added to (filter normalization); biases and norms stay. Adding to the
-latent weights instead would show the plateaus of rounding.
+d1 and d2 are Gaussian, drawn per layer from (seed, name of the layer), so that two models of one network are evaluated
+along the same directions. They are orthogonalized and scaled so that every filter has the norm of the quantized filter
+that it is added to (filter normalization); biases and norms are not perturbed. Perturbing the latent weights instead
+would show the plateaus of rounding.
 
 Source: Li et al., *Visualizing the Loss Landscape of Neural Nets*, arXiv:1712.09913, section 4; orthogonal
 directions as in Liu et al., arXiv:2111.12273.
@@ -18,7 +18,7 @@ from saqcli.analysis.base import Reading, Session, Settings, Subject, finite, se
 from saqcli.analysis.curvature import Vector, dot
 from saqcli.quant.layer import QuantizedLayer, perturbed
 
-PARALLEL = 1e-6  # a filter of the second direction with less than this share left is not made orthogonal
+PARALLEL = 1e-6  # filters of the second direction are kept if orthogonalization leaves less than this share
 
 
 class LandscapeReading(Reading):
@@ -26,10 +26,10 @@ class LandscapeReading(Reading):
 
     Attributes:
         grid: points along each axis, odd.
-        span: the axes reach from -span to span.
+        span: the axes extend from -span to span.
         done: points measured so far, row by row.
-        loss: row i, column j is a = axis[j], b = axis[i]; None where not measured, or not finite.
-        top1: likewise, in percent.
+        loss: row i, column j is a = axis[j], b = axis[i]; None if not measured, NaN or infinite.
+        top1: in percent, in the same order; None if not measured.
         cosine: of the two directions.
     """
 
@@ -58,7 +58,7 @@ def axis_of(grid: int, span: float) -> list[float]:
 
 
 def measure_landscape(subject: Subject, settings: Settings, session: Session) -> LandscapeReading:
-    """Evaluate the model at every point of the grid; goes on with an earlier, unfinished reading."""
+    """Evaluate the model at every point of the grid; resumes from an earlier, unfinished reading."""
     layers = list(subject.layers.values())
     one, two = directions(subject.layers, settings.seed)
     grid, axis = settings.grid, axis_of(settings.grid, settings.span)
@@ -96,9 +96,9 @@ def measure_landscape(subject: Subject, settings: Settings, session: Session) ->
 
 @torch.no_grad()
 def directions(layers: dict[str, QuantizedLayer], seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Two filter-normalized directions, a tensor a layer, in the shape of its weight.
+    """Two filter-normalized directions, one tensor per layer, in the shape of its weight.
 
-    They are orthogonal filter by filter, but for filters of a single weight, where nothing can be.
+    They are orthogonal filter by filter, except for filters of a single weight, where this is impossible.
     """
     first: list[Tensor] = []
     second: list[Tensor] = []

@@ -1,8 +1,8 @@
-"""What one layer costs at each bit-width: loss and accuracy when it alone is set to a candidate.
+"""Loss and accuracy of the model with one layer at other bits.
 
-Weights and inputs of the layer get freshly fitted quantizers at the candidate's bits, as calibration would;
-all other layers stay as they are. The change is against the model as it is, also for the bits that the layer
-already has: its trained levels then give way to fitted ones.
+Weights and inputs of the layer get newly fitted quantizers at the candidate's bits, as in calibration; all other
+layers are unchanged. Changes are relative to the unchanged model, also at the layer's own bits, where fitted levels
+replace the trained ones.
 """
 
 from collections.abc import Iterator
@@ -21,9 +21,9 @@ class Candidate(Reading):
 
     Attributes:
         bits: of the layer's weights and inputs.
-        loss: of the model; None where it is NaN or infinite.
+        loss: of the model; None if it is NaN or infinite.
         top1: percent.
-        loss_change: against the model as it is; positive is worse; None likewise.
+        loss_change: relative to the unchanged model; positive is worse; None if the loss is NaN or infinite.
         top1_change: in points; negative is worse.
     """
 
@@ -39,8 +39,8 @@ class LayerSensitivity(Reading):
 
     Attributes:
         name: of the layer.
-        weight_bits: as it is; None in floating point.
-        activation_bits: likewise.
+        weight_bits: current bits of the weights; None in floating point.
+        activation_bits: current bits of the inputs; None in floating point.
         candidates: ascending.
     """
 
@@ -54,7 +54,7 @@ class SensitivityReading(Reading):
     """Every layer at every candidate.
 
     Attributes:
-        loss: of the model as it is.
+        loss: of the unchanged model.
         top1: percent.
         layers: in execution order.
     """
@@ -100,8 +100,8 @@ def measure_sensitivity(subject: Subject, settings: Settings, session: Session) 
 def at_bits(
     subject: Subject, layer: QuantizedLayer, bits: int, statistics: InputStatistics
 ) -> Iterator[None]:
-    """Within the context ``layer`` has fitted quantizers at ``bits``; afterwards its own, bit for bit."""
-    owner = layer.tied_to[0] if layer.tied_to else layer  # that quantizes the weight
+    """Within the context ``layer`` has fitted quantizers at ``bits``; its own are restored afterwards, bit for bit."""
+    owner = layer.tied_to[0] if layer.tied_to else layer  # the layer that quantizes the weight
     before: tuple[nn.Module, nn.Module] = owner.weight_quantizer, layer.input_quantizer
     own = before[1]
     signed = own.grid().lowest < 0 if isinstance(own, Quantizer) else statistics.signed

@@ -1,16 +1,17 @@
-"""Bits by trying: the loss with one layer at fewer bits and all others in floating point.
+"""Sensitivity: the loss with one layer at fewer bits and all others in floating point.
 
-What quantizing one layer to a width costs is measured outright, on real images, and taken to add up over layers:
+The loss of quantizing one layer to a width is measured on images, and assumed to be additive over layers:
 
     loss of an option = L(only these layers, at these bits) - L(float)
 
-The knapsack is solved exactly. A layer's inputs are those of the float model as long as nothing before it is
-quantized, so the outputs of all layers in front of the decision that is tried are computed once a batch and reused.
+The knapsack is solved exactly. Layers that run before the quantized ones have the inputs of the float model, so their
+outputs are computed once per batch and reused.
 
-Weights are quantized as they are, also where the scheme normalizes them: the batch norms of a floating-point network do
-not expect weights without their mean.
+Weights are quantized without weight normalization, even if the scheme has it: the batch norms of a floating-point
+network expect weights with their mean.
 
-Source: the indicator of ZeroQ (Cai et al., arXiv:2001.00281, section 3.3), with the loss itself for its divergence.
+Source: the indicator of ZeroQ (Cai et al., arXiv:2001.00281, section 3.3), with the loss itself in place of its
+divergence.
 """
 
 from collections import Counter
@@ -35,7 +36,7 @@ from saqcli.search.supernet import Supernet
 
 
 class Sensitivity:
-    """Least sum of losses, each measured with one decision quantized and all else in floating point."""
+    """Minimizes the sum of losses, each measured with one decision quantized and all else in floating point."""
 
     def search(self, problem: SearchProblem) -> Found:
         """Measure every option of every decision, then solve the knapsack exactly."""
@@ -46,7 +47,7 @@ class Sensitivity:
 
     @torch.no_grad()
     def losses(self, problem: SearchProblem) -> Losses:
-        """Mean rise of the loss on the scoring images, of every option by decision."""
+        """Mean increase of the loss on the scoring images, of every option by decision."""
         decisions = problem.space.decisions
         batches = problem.images.scoring
         plain = {"weight_normalization": False, "clip_init": "error"}
@@ -68,7 +69,7 @@ class Sensitivity:
 
 
 def _rises(supernet: Supernet, batch: Batch, quantizers: "_Quantizers") -> Iterator[tuple[int, int, float]]:
-    """Decision, option and rise of the summed loss of a batch."""
+    """Decision, option and increase of the summed loss of a batch."""
     images, labels = batch
     with _Remembered(supernet.model) as remembered:
         base = _summed_loss(supernet.model, images, labels)
@@ -87,7 +88,7 @@ def _summed_loss(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 class _Quantizers:
-    """Takes the quantizers out of all layers, and puts those of some back for a while."""
+    """Removes the quantizers from all layers, and restores those of some layers temporarily."""
 
     def __init__(self, model: nn.Module) -> None:
         modules: list[QuantizedLayer | QuantizedProduct] = [
@@ -113,7 +114,7 @@ class _Quantizers:
 
 
 class _Remembered:
-    """Keeps what every layer returns in the first pass, and gives it again instead of computing it.
+    """Caches every layer's output in the first pass, and returns it in later passes.
 
     A layer that runs more than once in a pass, or returns no tensor, is computed every time.
     """
@@ -122,7 +123,9 @@ class _Remembered:
         self._layers = list(quantized_layers(model).values())
         self._outputs: dict[QuantizedLayer, Tensor] = {}
         self._runs: Counter[QuantizedLayer] = Counter()
-        self._before: dict[QuantizedLayer, set[QuantizedLayer]] = {}  # that had returned when it first ran
+        self._before: dict[
+            QuantizedLayer, set[QuantizedLayer]
+        ] = {}  # layers that had returned before its first run
         self._reused: set[QuantizedLayer] | None = None  # None in the first pass
 
     def __enter__(self) -> "_Remembered":
@@ -135,15 +138,14 @@ class _Remembered:
             del layer.forward
 
     def reuse_before(self, layers: Sequence[QuantizedLayer]) -> None:
-        """From now on compute ``layers``, what is within them, and what ran later; and nothing that ran before."""
-        before = [
-            self._before.get(layer, set()) for layer in layers
-        ]  # no forward: its parent takes the weight
+        """Recompute ``layers``, their submodules and later layers from now on; reuse all earlier outputs."""
+        # a layer without forward has no entry: its parent uses the weight
+        before = [self._before.get(layer, set()) for layer in layers]
         self._reused = {layer for layer in set.intersection(*before) if self._runs[layer] == 1}
 
     def _call(self, layer: QuantizedLayer, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._reused is not None and layer in self._reused:
-            return self._outputs[layer].clone()  # an activation behind it may work in place
+            return self._outputs[layer].clone()  # the next activation may work in place
         if self._reused is None:
             self._runs[layer] += 1
             self._before.setdefault(layer, set(self._outputs))

@@ -1,6 +1,6 @@
 """Sharpness-aware quantization of pretrained vision models under a hard BOP budget.
 
-The public names load on first use, so that ``import saqcli`` and ``saq --help`` stay quick.
+Public names are imported on first use, so that ``import saqcli`` and ``saq --help`` are fast.
 """
 
 from importlib import import_module

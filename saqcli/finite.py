@@ -1,4 +1,7 @@
-"""Whether the numbers of a network are numbers: a NaN in one weight makes every answer NaN, and every search blind."""
+"""Finding NaN, infinite or otherwise invalid values in a model's tensors.
+
+A single NaN weight makes every output NaN.
+"""
 
 from collections.abc import Mapping
 
@@ -7,14 +10,14 @@ from torch.nn.parameter import is_lazy
 
 
 def flaw(model: nn.Module, given: Mapping[str, Tensor] | None = None) -> str | None:
-    """The first tensor of ``model`` that it cannot compute with, and what is wrong with it; None if there is none.
+    """The first invalid tensor of ``model`` and what is wrong with it; None if all are valid.
 
-    Parameters and running statistics must be finite, and variances not negative. Other buffers may be infinite, as
-    masks of attention are.
+    Parameters and running statistics must be finite, and variances not negative. Other buffers may be infinite, such as
+    attention masks.
 
     Args:
         model: with all its weights.
-        given: what they were copied from, by name, to tell numbers that became infinite on the way.
+        given: the tensors that the weights were copied from, by name, to detect overflow in the copy.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -36,7 +39,7 @@ def _has_numbers(tensor: Tensor) -> bool:
 
 
 def _wrong(tensor: Tensor, *, infinite: bool) -> str:
-    """What is wrong with the numbers of ``tensor``, behind its name; empty if nothing is."""
+    """Description of the invalid values in ``tensor``, to follow its name; empty if there are none."""
     if bool(tensor.isfinite().all()):
         return ""
     for kind, found in (("NaN", tensor.isnan()), ("infinite", tensor.isinf())):

@@ -1,7 +1,7 @@
-"""Joining the processes that torchrun started, and leaving together.
+"""Joining and leaving the process group of torchrun's processes.
 
-NCCL connects GPUs, gloo CPUs. timm's helper is not used: with it, processes that torchrun has started again find the
-addresses of those that have died (see ``meeting_point``).
+GPUs use NCCL, CPUs gloo. timm's helper is not used: with it, processes restarted by torchrun find the addresses of
+terminated ones (see ``meeting_point``).
 """
 
 import os
@@ -22,40 +22,38 @@ from saqcli.machine import chosen_device
 from saqcli.units import counted
 
 SECONDS_TO_MEET = 300.0
-
-
 SECONDS_BETWEEN_TRIES = 5.0
 
 
 def started_by_torchrun() -> bool:
-    """Whether there are several processes to be joined."""
+    """Whether there are several processes to join."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def restarted() -> bool:
-    """Whether torchrun has started these processes again, after one of this host has failed."""
+    """Whether torchrun has restarted these processes after a failure on this host."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def may_be_restarted() -> bool:
-    """Whether torchrun starts processes again on several hosts: where those of another one failed, it does not say."""
+    """Whether torchrun restarts processes on several hosts; it does not report failures on other hosts."""
     several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
     return several and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 @contextmanager
 def process_group(asked: str, check: Callable[[], None] = lambda: None) -> Iterator[torch.device]:
-    """Within the context the processes that torchrun started work as one; without torchrun nothing happens.
+    """Within the context torchrun's processes form one group; without torchrun nothing happens.
 
     Args:
-        asked: device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``; with torchrun the number is that of the process.
-        check: called first, by all processes once they have met; what it raises one of them tells.
+        asked: device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``; with torchrun the index is that of the process.
+        check: called first, by all processes once they are connected; one process reports its error.
 
     Yields:
         The device of this process.
 
     Raises:
-        ConfigError: no such device here, or the processes do not find each other.
+        ConfigError: the device is not available, or the processes cannot connect.
     """
     if count() > 1 or not started_by_torchrun():
         together(check)
@@ -72,7 +70,7 @@ def process_group(asked: str, check: Callable[[], None] = lambda: None) -> Itera
         )
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"the processes that torchrun started do not find each other: {reason}") from None
+        raise ConfigError(f"the processes that torchrun started cannot connect: {reason}") from None
     try:
         together(check)
         yield device
@@ -81,14 +79,14 @@ def process_group(asked: str, check: Callable[[], None] = lambda: None) -> Itera
 
 
 def meeting_point() -> Store:
-    """A store that the processes of this attempt share, and none of an earlier one.
+    """A store shared by the processes of this attempt, and by none of an earlier one.
 
-    torchrun's own store outlives a restart, and so do the addresses in it; how often it was restarted is not the same
-    on all hosts. The first process therefore opens a store and leaves its port in torchrun's; the others try the port
-    that they find there until somebody answers who is waiting for them.
+    torchrun's own store survives a restart together with the addresses in it, and hosts disagree on the number of
+    restarts. Process 0 therefore opens a new store and publishes its port in torchrun's; the others try the published
+    port until process 0 of this attempt answers.
 
     Raises:
-        RuntimeError: they did not meet in time.
+        RuntimeError: the processes did not connect in time.
     """
     host, rank, count = os.environ["MASTER_ADDR"], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     known, _, _ = next(iter(rendezvous("env://")))
@@ -113,10 +111,10 @@ def meeting_point() -> Store:
 
 
 def own_device(asked: str) -> torch.device:
-    """The device of that kind that belongs to this process: of a host's GPUs the one with its number there.
+    """The device of this process: of a host's GPUs, the one with the process's local index.
 
     Raises:
-        ConfigError: there are fewer GPUs than processes, or no such device.
+        ConfigError: there are fewer GPUs than processes, or the device is not available.
     """
     if not chosen_device(asked).startswith("cuda") or not torch.cuda.is_available():
         return pick_device(asked)
@@ -130,10 +128,10 @@ def own_device(asked: str) -> torch.device:
 
 
 def pick_device(asked: str) -> torch.device:
-    """``auto`` is the GPU where there is one.
+    """The device for ``--device``: ``auto`` is the GPU if there is one.
 
     Raises:
-        ConfigError: no such device here.
+        ConfigError: the device is not available.
     """
     asked = chosen_device(asked)
     if count() > 1 and asked.startswith("cuda"):
@@ -142,7 +140,7 @@ def pick_device(asked: str) -> torch.device:
         device = torch.device(asked)
     except (RuntimeError, ValueError):
         device = torch.device("meta")
-    if device.type == "meta":  # which computes nothing
+    if device.type == "meta":  # has no data
         raise ConfigError(f"--device {asked} is not a device: give cpu, cuda or cuda:1, or omit it")
     try:
         torch.zeros(1, device=device)

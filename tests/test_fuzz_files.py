@@ -567,5 +567,5 @@ def test_a_name_that_nothing_can_have_is_told_in_one_line(tmp_path: Path) -> Non
         assert result.exit_code == 1
         assert "unexpected" not in last_error(result)
     for text in ("x" * 300, "a\0b", "\0"):
-        with pytest.raises(ConfigError, match="is no path"):
+        with pytest.raises(ConfigError, match="is not a path"):
             named_path(text)

@@ -210,7 +210,7 @@ def test_folders_that_lead_astray_are_told(folder: Path) -> None:
     (folder / "val" / "cat" / "more.png" / "back").symlink_to(folder / "val" / "cat")
     with pytest.raises(DataError, match="back is a link to a folder that it lies in: remove it"):
         opened(folder)
-    with pytest.raises(ConfigError, match="is no path"):
+    with pytest.raises(ConfigError, match="is not a path"):
         opened(Path("x" * 5000))
 
 

@@ -144,8 +144,8 @@ class TestLists:
             ({"dog": 0, "cat": 1, "ant": -1}, "the index of ant is below 0"),
             ({"dog": 0, "cat": True, "ant": 2}, "give a JSON list of names"),
             ([1, 2, 3], "give a JSON list of names"),
-            ('{"dog": 0, "dog": 1}', "'dog' stands there twice"),
-            ("[", "it is no JSON"),
+            ('{"dog": 0, "dog": 1}', "'dog' occurs twice"),
+            ("[", "it is not valid JSON"),
         ],
     )
     def test_a_file_that_does_not_fit_is_refused(self, content: object, message: str, tmp_path: Path) -> None:

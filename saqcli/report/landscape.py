@@ -1,7 +1,7 @@
-"""The loss landscape as contours and as a surface; two models side by side on one colour scale.
+"""Plots of the loss landscape as contours and as a surface.
 
-Colours and heights are logarithmic: from the minimum to the rim of the landscape the loss often grows by
-orders of magnitude, and the shape around the minimum is what is looked for.
+Two models are drawn side by side on one colour scale. Colours and heights are logarithmic: from the minimum to the rim
+of the landscape the loss often grows by orders of magnitude, and the shape around the minimum is of interest.
 """
 
 import math
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 Part = tuple[str, LandscapeReading, Array]  # title, reading, logarithms of its losses
-PANEL = 4.3  # inches that the panel of one model takes
-NAME = 3.2  # inches that its name may take
-LEVELS = 48  # of colour
+PANEL = 4.3  # inches per model
+NAME = 3.2  # maximum inches of a model's name
+LEVELS = 48  # number of colours
 FEWEST_TICKS, MOST_TICKS = 4, 10
-FINE = 80  # steps along each side of a drawn surface, at least
-LEAST = 1e-6  # a loss of zero is drawn as this where no loss is above zero: a logarithm has no zero
-LEAST_RANGE = 0.02  # decades that a flat landscape takes
-MARGIN = 0.07  # of an axis, from a label of a contour to the edge, so that it is not cut
-APART = 0.11  # of an axis, between two labels of contours
+FINE = 80  # minimum steps along each side of a drawn surface
+LEAST = 1e-6  # drawn in place of a loss of zero if no loss is positive
+LEAST_RANGE = 0.02  # decades of a flat landscape
+MARGIN = 0.07  # minimum distance of a contour label from the edge, as a share of the axis
+APART = 0.11  # minimum distance of two contour labels, as a share of the axis
 MAP = "viridis"
 AXIS = "cross-entropy loss (log scale)"
 TITLE = "Loss landscape over a plane through the quantized weights"
 
 
 class Scale(NamedTuple):
-    """Logarithms of the least and the greatest loss, and of those that are written."""
+    """Logarithms of the least and the greatest loss, and of the ticks."""
 
     low: float
     high: float
@@ -41,16 +41,16 @@ class Scale(NamedTuple):
 
     @property
     def numbers(self) -> list[str]:
-        """What is written at the ticks."""
+        """Labels of the ticks."""
         return [_number(10**tick) for tick in self.ticks]
 
 
 def paint_landscape(subjects: list[tuple[str, LandscapeReading]], images: str = "") -> "dict[str, Figure]":
-    """``landscape_contour`` and ``landscape_surface``."""
+    """Figures ``landscape_contour`` and ``landscape_surface``."""
     heights = _heights([reading for _, reading in subjects])
     found = np.concatenate([z[np.isfinite(z)] for z in heights])
     low, high = (float(found.min()), float(found.max())) if len(found) else (0.0, 1.0)
-    if high - low < LEAST_RANGE:  # a flat landscape has a colour too
+    if high - low < LEAST_RANGE:  # avoid an empty range
         low, high = low - LEAST_RANGE / 2, high + LEAST_RANGE / 2
     scale = Scale(low, high, _ticks(low, high) if len(found) else [])
     parts = [(name, reading, z) for (name, reading), z in zip(subjects, heights, strict=True)]
@@ -61,7 +61,7 @@ def paint_landscape(subjects: list[tuple[str, LandscapeReading]], images: str = 
 
 
 def _heights(readings: list[LandscapeReading]) -> list[Array]:
-    """Decimal logarithms of the losses, (grid, grid) each; NaN where a loss is not known, NaN or infinite."""
+    """Decimal logarithms of the losses, (grid, grid) each; NaN if a loss is unknown, NaN or infinite."""
     losses = [
         np.array([[math.nan if v is None else v for v in row] for row in reading.loss], dtype=np.float64)
         for reading in readings
@@ -77,7 +77,7 @@ def _contour(parts: list[Part], scale: Scale, images: str) -> "Figure":
     figure = new_figure(PANEL * len(parts) + 1.1, 5.1)
     put_title(figure, TITLE, images)
     axes: Any = figure.subplots(1, len(parts), squeeze=False, sharex=True, sharey=True)[0]
-    edge = (scale.high - scale.low) / 1e6  # the lowest and the highest loss are inside
+    edge = (scale.high - scale.low) / 1e6  # include the lowest and the highest loss
     levels = np.linspace(scale.low - edge, scale.high + edge, LEVELS)
     for index, (ax, (name, reading, z)) in enumerate(zip(axes, parts, strict=True)):
         axis, masked = np.array(reading.axis), np.ma.masked_invalid(z)
@@ -89,7 +89,7 @@ def _contour(parts: list[Part], scale: Scale, images: str) -> "Figure":
         ax.set_xlim(-reading.span, reading.span)
         ax.set_ylim(-reading.span, reading.span)
         places = _places(lines.allsegs, reading.span)
-        if places:  # clabel takes an empty list for a request to find places itself, at the edges too
+        if places:  # with an empty list clabel chooses places itself, also at the edges
             number = FuncFormatter(lambda v, _: _number(10**v))
             ax.clabel(lines, fmt=number, fontsize=7, manual=places)
         ax.plot(0, 0, marker="+", markersize=9, markeredgewidth=1.6, color="white")
@@ -108,12 +108,12 @@ def _contour(parts: list[Part], scale: Scale, images: str) -> "Figure":
 
 
 def _places(segments: list[list[Array]], span: float) -> list[tuple[float, float]]:
-    """Where contours get their numbers: whole ones, apart from each other, away from edges and centre."""
+    """Positions of contour labels: on whole contours, apart from each other, away from edges and center."""
     size = 2 * span
-    taken = [np.zeros(2)]  # the mark of the model
+    taken = [np.zeros(2)]  # the model's mark
     for points in (points for level in segments for points in level):
         if len(points) < 2 or max(np.ptp(points, axis=0)) < APART * size:
-            continue  # shorter than its number
+            continue  # shorter than its label
         inside = points[(np.abs(points) <= span - MARGIN * size).all(axis=1)]
         if not len(inside):
             continue
@@ -126,7 +126,7 @@ def _places(segments: list[list[Array]], span: float) -> list[tuple[float, float
 def _surface(parts: list[Part], scale: Scale, images: str) -> "Figure":
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
-    from mpl_toolkits import mplot3d  # noqa: F401  (makes the 3d projection known)
+    from mpl_toolkits import mplot3d  # noqa: F401  (registers the 3d projection)
 
     figure = new_figure((PANEL + 0.7) * len(parts) + 1.0, 5.0)
     put_title(figure, TITLE, images)
@@ -145,7 +145,7 @@ def _surface(parts: list[Part], scale: Scale, images: str) -> "Figure":
             rcount=len(axis),
             ccount=len(axis),
             linewidth=0,
-            rasterized=True,  # thousands of faces make no good SVG
+            rasterized=True,  # thousands of faces would make a large SVG
         )
         ax.set_zlim(scale.low, scale.high)
         ax.set_zticks(scale.ticks, scale.numbers)
@@ -156,20 +156,20 @@ def _surface(parts: list[Part], scale: Scale, images: str) -> "Figure":
         for set_ticks in (ax.set_xticks, ax.set_yticks):
             set_ticks(np.linspace(-reading.span, reading.span, 5))
         ax.tick_params(pad=-2, labelsize=7)
-        ax.tick_params(axis="z", pad=longest - 2)  # numbers are centred there
+        ax.tick_params(axis="z", pad=longest - 2)  # its numbers are centered
         ax.view_init(elev=34, azim=-56)
         for side in (ax.xaxis, ax.yaxis, ax.zaxis):
             side.set_pane_color((0.97, 0.97, 0.97, 1.0))
             side._axinfo["grid"].update(color=(0.85, 0.85, 0.85, 1.0), linewidth=0.5)
-        ax.set_box_aspect((1, 1, 0.72), zoom=0.86)  # numbers and names lie inside, too
-        ax.patch.set_visible(False)  # of a second model, it would cover numbers of the first
+        ax.set_box_aspect((1, 1, 0.72), zoom=0.86)  # leaves room for numbers and names
+        ax.patch.set_visible(False)  # that of a second model would cover numbers of the first
     _colour_bar(figure, colours, axes, scale, shrink=0.7, pad=0.05)
     _unknown(figure, parts, facecolor="none", edgecolor=INK)
     return figure
 
 
 def _finer(axis: Array, z: Array) -> tuple[Array, Array]:
-    """``z`` and its axis with straight lines between the points, so that colours run smoothly."""
+    """``z`` and its axis, linearly interpolated, for smooth colours."""
     factor = max(1, FINE // (len(axis) - 1))
     fine = np.linspace(axis[0], axis[-1], factor * (len(axis) - 1) + 1)
     rows = np.array([np.interp(fine, axis, row) for row in z])
@@ -184,7 +184,7 @@ def _colour_bar(figure: "Figure", image: Any, axes: Any, scale: Scale, *, shrink
 
 
 def _unknown(figure: "Figure", parts: list[Part], **colours: Any) -> None:
-    """What a gap means, where there is one."""
+    """Add a legend for gaps, if there are any."""
     from matplotlib.patches import Patch
 
     if any(np.isnan(z).any() for _, _, z in parts):
@@ -207,5 +207,5 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _number(value: float) -> str:
-    """Four significant digits at most."""
+    """At most four significant digits."""
     return f"{value:.4g}"

@@ -1,16 +1,12 @@
-"""Pictures of the readings of an analysis: bars, heat maps, histograms.
+"""Plots of the readings of an analysis: bars, heat maps, histograms.
 
-Eigenvalues, traces and flips as bars and dots: a row a layer, in execution order, two models beside each other.
+A painter takes the readings of one model, or of two to be compared, each with the model's name, and the images of the
+readings ("500 training images", or "" if unknown); it returns figures by name. To add one, write it in this file and
+add it to the table ``PAINTERS``.
 
-Sensitivity as two heat maps: how loss and accuracy change when one layer alone is at other bits.
-
-Weights and inputs of every layer against their grids: small multiples, a panel a layer.
-
-Readings as pictures: every instrument that has one, PNG and SVG, ready for a report.
-
-A painter takes the readings of one model, or of two to be compared, each with the model's name, and which images
-they are of ("500 training images", or "" for unknown); it returns figures by name. To add one: write it beside
-the others and add its line to the table.
+Eigenvalues, traces and flips are bars and dots, one row per layer in execution order, with two models side by side.
+Sensitivity is two heat maps: the changes of loss and accuracy when a single layer has other bits. Distributions of
+weights and inputs on their grids are small multiples, one panel per layer.
 """
 
 import math
@@ -45,13 +41,13 @@ from saqcli.units import with_error
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROW, PAIR = 0.2, 0.3  # inches a layer, of one model and of two
+ROW, PAIR = 0.2, 0.3  # inches per layer, for one model and for two
 MOST_TICKS = 6
 LEAST_SHARE = 0.1  # percent; below it the axis of shares is linear
 
 
 def paint_eigenvalue(subjects: list[tuple[str, EigenvalueReading]], images: str = "") -> "dict[str, Figure]":
-    """``eigenvalue``: a bar a model, a dot a start."""
+    """Figure ``eigenvalue``: one bar per model, one dot per start."""
     from matplotlib.lines import Line2D
 
     figure = new_figure(6.4, 1.55 + 0.45 * len(subjects))
@@ -88,7 +84,7 @@ def paint_eigenvalue(subjects: list[tuple[str, EigenvalueReading]], images: str 
 
 
 def paint_trace(subjects: list[tuple[str, TraceReading]], images: str = "") -> "dict[str, Figure]":
-    """``trace``: of every layer's block, as it is and per weight, with standard errors."""
+    """Figure ``trace``: every layer's trace, total and per weight, with standard errors."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     panels = []
@@ -122,7 +118,7 @@ def paint_trace(subjects: list[tuple[str, TraceReading]], images: str = "") -> "
             every = [v for one in found for v, _ in one.values()]
             subs = (1.0,) if max(every) > 50 * min(every) else (1.0, 2.0, 5.0)
             ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=MOST_TICKS))
-            ax.xaxis.set_major_formatter("{x:g}")  # powers would be mathematics, which is off
+            ax.xaxis.set_major_formatter("{x:g}")  # the default format needs math text, which is off
             ax.xaxis.set_minor_formatter(NullFormatter())
         else:
             ax.xaxis.set_major_locator(MaxNLocator(MOST_TICKS))
@@ -133,7 +129,7 @@ def paint_trace(subjects: list[tuple[str, TraceReading]], images: str = "") -> "
 
 
 def paint_flips(subjects: list[tuple[str, FlipsReading]], images: str = "") -> "dict[str, Figure]":
-    """``flips``: share of the weights whose code changes; nothing where no latent weights were there."""
+    """Figure ``flips``: share of the weights whose code changes; none without latent weights."""
     measured = [(name, reading) for name, reading in subjects if reading.reason is None and reading.layers]
     if not measured:
         return {}
@@ -171,18 +167,18 @@ def _rows(layers: list[list[str]]) -> list[str]:
 
 
 def _height(rows: list[str], models: int) -> float:
-    """Inches that all rows take."""
+    """Height of all rows in inches."""
     return (ROW if models == 1 else PAIR) * len(rows)
 
 
 def _stripes(ax: Any, rows: list[str]) -> None:
-    """Every other row grey, to be followed with the eye."""
+    """Shade every other row."""
     for row in range(0, len(rows), 2):
         ax.axhspan(row - 0.5, row + 0.5, color="#F3F3F3", zorder=0)
 
 
 def _place(row: int, index: int, count: int) -> float:
-    """Where the bar of model ``index`` of ``count`` lies in a row."""
+    """Position of the bar of model ``index`` of ``count`` in a row."""
     return row + (index - (count - 1) / 2) * 0.8 / count
 
 
@@ -204,13 +200,13 @@ def _bars(ax: Any, rows: list[str], values: list[dict[str, float]], names: list[
 
 
 def _name_rows(ax: Any, rows: list[str]) -> None:
-    """Names of the layers, top down."""
+    """Label the rows with layer names, top down."""
     ax.set_yticks(range(len(rows)), [shortened(name) for name in rows])
     ax.set_ylim(len(rows) - 0.4, -0.6)
 
 
 def _title(figure: "Figure", subjects: Sequence[tuple[str, object]], text: str) -> None:
-    """With the model's name where there is only one, and no legend therefore names it."""
+    """Set the title, with the model's name if there is only one, since no legend names it."""
     put_title(figure, *([subjects[0][0]] if len(subjects) == 1 else []), text)
 
 
@@ -219,17 +215,17 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 MAP = "PuOr"  # diverging, colour-blind-safe; orange is worse
-HEATMAP_ROW = 0.235  # inches a layer
-BAR = 0.11  # inches that a colour bar is thick
+HEATMAP_ROW = 0.235  # inches per layer
+BAR = 0.11  # thickness of a colour bar in inches
 NOTHING = 1e-5  # changes below this share of the largest one are written as 0
-ENOUGH = 3  # candidates that make a panel wide enough for five numbers at its colour bar
-FAR = 100  # times below the largest change of the loss colours get linear
+ENOUGH = 3  # candidates from which a panel has room for five numbers at its colour bar
+FAR = 100  # colours are linear below this fraction (1/FAR) of the largest change of the loss
 
 
 def paint_sensitivity(
     subjects: list[tuple[str, SensitivityReading]], images: str = ""
 ) -> "dict[str, Figure]":
-    """``sensitivity``, and ``sensitivity_against`` for the second model, on the same scales."""
+    """Figures ``sensitivity``, and ``sensitivity_against`` for the second model, on the same scales."""
     tables = [_tables(reading) for _, reading in subjects]
     limits = [_limit(pair[k] for pair in tables) for k in range(2)]
     keys = ("sensitivity", "sensitivity_against")
@@ -240,14 +236,14 @@ def paint_sensitivity(
 
 
 def _tables(reading: SensitivityReading) -> tuple[Array, Array]:
-    """Changes of loss and of top-1, (layers, candidates); NaN where the loss was NaN or infinite."""
+    """Changes of loss and of top-1, (layers, candidates); NaN if the loss was NaN or infinite."""
     loss = [[c.loss_change for c in layer.candidates] for layer in reading.layers]
     top1 = [[c.top1_change for c in layer.candidates] for layer in reading.layers]
     return np.array(loss, dtype=np.float64), np.array(top1, dtype=np.float64)
 
 
 def _limit(tables: Any) -> float:
-    """The largest finite change in any of the tables; 1 where nothing changes."""
+    """The largest finite change in any of the tables; 1 if nothing changes."""
     return max((float(np.abs(t[np.isfinite(t)]).max(initial=0.0)) for t in tables), default=0.0) or 1.0
 
 
@@ -264,7 +260,7 @@ def _heatmap_figure(
     put_title(
         figure,
         name,
-        "One layer at other bits, all others as they are",
+        "One layer at other bits, all others unchanged",
         of_images(f"unchanged: loss {reading.loss:.4g}, top-1 {reading.top1:.2f} %", images),
     )
     figure.set_layout_engine("constrained", wspace=0.05)  # between the numbers of the two colour bars
@@ -323,18 +319,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = 5
-CLEAR = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5}  # behind text
-MOST_LINES = 16  # grids with more codes show their two ends only
-LEAST_WIDTH = 5.6  # inches that title and legend take
-SPLIT = 0.5  # of a panel, beyond which there is text in its upper part
+CLEAR = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5}  # box behind text
+MOST_LINES = 16  # grids with more codes show only their two ends
+LEAST_WIDTH = 5.6  # inches for title and legend
+SPLIT = 0.5  # share of a panel's width beyond which its upper part contains text
 LINE: dict[str, Any] = {"color": FAINT, "linewidth": 0.5}  # at a code
-END: dict[str, Any] = {"color": "#444444", "linewidth": 0.8, "linestyle": (0, (3, 2))}  # at an outermost one
+END: dict[str, Any] = {"color": "#444444", "linewidth": 0.8, "linestyle": (0, (3, 2))}  # at an outermost code
 
 
 def paint_distributions(
     subjects: list[tuple[str, DistributionsReading]], images: str = ""
 ) -> "dict[str, Figure]":
-    """``distributions_weights`` and ``distributions_inputs``; with ``_against`` for the second model."""
+    """Figures ``distributions_weights`` and ``distributions_inputs``; with ``_against`` for the second model."""
     figures = {}
     for suffix, (name, reading) in zip(("", "_against"), subjects, strict=False):
         for kind in ("weights", "inputs"):
@@ -392,7 +388,7 @@ def _panel(ax: Any, name: str, operand: Operand) -> None:
         ax.axvline(code, zorder=1, **END)
     for mask, colour in ((~outside, COLOURS[0]), (outside, ACCENT)):
         ax.stairs(np.where(mask, shares, 0.0), edges, fill=True, color=colour, zorder=2)
-    # One spike, such as the zeros behind a ReLU, would hide all else: it may run out of the panel.
+    # A spike, such as the zeros behind a ReLU, would hide all other bars: it may exceed the panel.
     rest = np.sort(shares)[-2] if len(shares) > 1 else shares.max()
     top = min(shares.max(), max(4 * rest, 1e-9)) or 1.0
     ax.set_ylim(0, 1.08 * top)
@@ -447,16 +443,16 @@ PAINTERS: dict[str, Painter] = {
 def draw(
     instrument: str, subjects: "list[tuple[str, Reading]]", folder: Path, images: str = ""
 ) -> list[Path]:
-    """Draw the readings of an instrument.
+    """Draw the readings of an instrument to files.
 
     Args:
         instrument: name in ``INSTRUMENTS``.
-        subjects: one or two models: what they are called, and their readings.
-        folder: where the pictures go.
-        images: that the readings are of, such as "500 training images".
+        subjects: names and readings of one or two models.
+        folder: of the files.
+        images: of the readings, such as "500 training images".
 
     Returns:
-        Paths of the files written; none for an instrument without a picture.
+        Paths of the files written; empty for an instrument without a plot.
     """
     if instrument not in PAINTERS:
         return []

@@ -24,7 +24,7 @@ from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.search_space import SearchSpace
-from saqcli.search import SEARCHERS, Found, Searcher, SearchImages, SearchProblem
+from saqcli.search import SEARCHERS, Searcher, SearchImages, SearchProblem, SearchResult
 from saqcli.search.problem import NO_IMAGES
 from saqcli.training.loop import Memory
 from saqcli.training.optimizer import make_optimizer, search_training
@@ -79,7 +79,7 @@ class Searched:
 
     searcher: str
     seconds: float
-    found: Found
+    found: SearchResult
     posed: Posed
 
     @property
@@ -167,7 +167,7 @@ def ask(config: RunConfig, network: Network, images: Images | None, progress: Pr
     if config.search.proxy is not None:
         searched, images = open_proxy(config, network, pick_device(config.run.device), progress)
     assert images is not None
-    looks = SEARCHERS[config.quantization.searcher].looks or config.search.pareto > 0
+    looks = SEARCHERS[config.quantization.searcher].uses_images or config.search.pareto > 0
     parts = search_images(images, config.search, progress) if looks else NO_IMAGES
     if SEARCHERS[config.quantization.searcher].trains:
         _check_trains(searched, config, getattr(parts.training, "images", 0) * distributed.count())

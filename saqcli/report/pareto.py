@@ -22,7 +22,7 @@ from saqcli._version import __version__
 from saqcli.quant.bits import LayerBits, mean_bits
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.search_space import SearchSpace
-from saqcli.search.problem import Found, Scored, ScoreOf, SearchProblem
+from saqcli.search.problem import Scored, ScoreOf, SearchProblem, SearchResult
 from saqcli.serialization import write_text
 
 Result = tuple[Cost, float, float]  # cost, top-1, loss
@@ -108,7 +108,7 @@ class Front(BaseModel):
 
 def find_front(
     problem: SearchProblem,
-    found: Found,
+    found: SearchResult,
     count: int,
     searcher: str,
     score: ScoreOf,
@@ -155,7 +155,7 @@ def find_front(
 
 
 def _landmarks(
-    problem: SearchProblem, found: Found, count: int, widths: Sequence[int]
+    problem: SearchProblem, found: SearchResult, count: int, widths: Sequence[int]
 ) -> tuple[dict[Choice, Kind], dict[Choice, Budget]]:
     """Configurations to score in addition, with their kind (the more specific of two), and their budgets."""
     space = problem.space

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from saqcli.search.asga import ASGA
 from saqcli.search.baselines import ErrorKnapsack, RandomSearch, Uniform
 from saqcli.search.hawq import HAWQ
-from saqcli.search.problem import Found, Searcher, SearchImages, SearchProblem
+from saqcli.search.problem import Searcher, SearchImages, SearchProblem, SearchResult
 from saqcli.search.samq import SAMQ
 from saqcli.search.sensitivity import Sensitivity
 
@@ -24,13 +24,13 @@ class Entry(NamedTuple):
         make: builds the searcher from its options.
         description: one line for lists of searchers.
         trains: whether it trains weights; if so, its length is counted in epochs.
-        looks: whether it needs images.
+        uses_images: whether it needs images.
     """
 
     make: Callable[..., Searcher]
     description: str
     trains: bool = False
-    looks: bool = True
+    uses_images: bool = True
 
 
 SEARCHERS: dict[str, Entry] = {
@@ -41,8 +41,10 @@ SEARCHERS: dict[str, Entry] = {
     "hawq": Entry(HAWQ, "Hessian traces times quantization errors, exact knapsack (arXiv:1911.03852)"),
     "sensitivity": Entry(Sensitivity, "loss with one layer quantized at a time, exact knapsack"),
     "random": Entry(RandomSearch, "best of several random configurations"),
-    "error": Entry(ErrorKnapsack, "relative quantization errors, exact knapsack; takes seconds", looks=False),
-    "uniform": Entry(Uniform, "the same bits everywhere", looks=False),
+    "error": Entry(
+        ErrorKnapsack, "relative quantization errors, exact knapsack; takes seconds", uses_images=False
+    ),
+    "uniform": Entry(Uniform, "the same bits everywhere", uses_images=False),
 }
 
-__all__ = ["SEARCHERS", "Entry", "Found", "SearchImages", "SearchProblem", "Searcher"]
+__all__ = ["SEARCHERS", "Entry", "SearchImages", "SearchProblem", "SearchResult", "Searcher"]

@@ -46,9 +46,9 @@ from saqcli import distributed
 from saqcli.errors import ConfigError, TrainingDiverged
 from saqcli.quant.layer import frozen_batch_stats
 from saqcli.search.cosine import CosineRates
-from saqcli.search.knapsack import best_choice, indifferent
+from saqcli.search.knapsack import best_choice, untrained_choice
 from saqcli.search.mixture import Mixtures
-from saqcli.search.problem import Batches, Found, SearchProblem, remaining
+from saqcli.search.problem import Batches, SearchProblem, SearchResult, remaining_batches
 from saqcli.search.supernet import Scorer, Supernet
 from saqcli.training.minimizers import Chunk
 from saqcli.training.minimizers.base import average_gradients, check_step, gradients_of, running_statistics
@@ -109,9 +109,9 @@ class Settings:
         check_choice("align", self.align, get_args(Align))
 
 
-RISE = 0.1  # share of the steps over which the budget's weight rises to its full value
-THRIFT = 1e-3  # weight of the expected cost itself
-MEMORY = 0.9  # decay of the running mean of the gap
+RAMP_SHARE = 0.1  # share of the steps over which the budget's weight rises to its full value
+EXPECTED_COST_WEIGHT = 1e-3  # weight of the expected cost itself
+GAP_DECAY = 0.9  # decay of the running mean of the gap
 
 
 class Descent:
@@ -158,23 +158,23 @@ class Descent:
         epoch, phase, index = (0, 0, 0) if kept is None else self._load(kept)
         self.model.train()
         while epoch < self.settings.epochs:
-            self._pass(epoch, phase, index)
+            self._run_phase(epoch, phase, index)
             phase, index = phase + 1, 0
             if phase == len(self.phases):
-                self._note(epoch)
+                self._report_epoch(epoch)
                 epoch, phase = epoch + 1, 0
         if not self.trace:
             raise distributed.agreed(
                 TrainingDiverged("no step of the search had a finite loss: give a lower search.lr")
             )
 
-    def _pass(self, epoch: int, place: int, start: int) -> None:
+    def _run_phase(self, epoch: int, place: int, start: int) -> None:
         """Run one phase of an epoch, from batch ``start``."""
         problem, (batches, learning) = self.problem, self.phases[place]
         count = min(len(batches), math.ceil((self.settings.epochs - epoch) * len(batches)))
         with problem.progress.task(f"search epoch {epoch + 1} of {self.settings.epochs:g}", count) as task:
             task.advance(start)
-            for index, (images, labels) in remaining(batches, epoch, start, problem.memory):
+            for index, (images, labels) in remaining_batches(batches, epoch, start, problem.memory):
                 if index == count:
                     break
                 on_device = [tensor.to(problem.device) for tensor in (images, labels)]
@@ -222,12 +222,12 @@ class Descent:
         learned = [*(self.weights if weights else ()), *(self.logits if logits else ())]
         before, note = Before(self.model), self.problem.progress.note
 
-        def need_less() -> None:
+        def shrink_micro_batch() -> None:
             before.restore()
             self.setbacks.halve(images, note)
 
         value, raised, norm, total = fitting(
-            lambda: self._passes(parts(self.setbacks.micro_batch), learned, weights), need_less
+            lambda: self._passes(parts(self.setbacks.micro_batch), learned, weights), shrink_micro_batch
         )
         for parameter, gradient in zip(learned, total, strict=True):
             parameter.grad = gradient
@@ -244,14 +244,14 @@ class Descent:
         self.setbacks.in_row = 0
         gap = max(0.0, float(raised - value)) if self.settings.align == "sagm" else 0.0
         if logits:
-            for parameter, price in zip(self.logits, self._prices(), strict=True):
+            for parameter, price in zip(self.logits, self._cost_gradients(), strict=True):
                 if price is not None:
                     parameter.grad = price if parameter.grad is None else parameter.grad + price
         if weights:
             self.optimizer.step()
         if logits:
             self.logit_optimizer.step()
-        self._follow(float(value), gap)
+        self._update_radius(float(value), gap)
         self.done += share
 
     def _passes(
@@ -263,10 +263,10 @@ class Descent:
         members, total = gradients[: -len(learned)], gradients[-len(learned) :]
         if self.settings.align == "none":
             return value, value.clone(), torch.zeros_like(value), total
-        raised, norm, above = self._raised(chunk, members, value, learned)
+        raised, norm, above = self._perturbed_pass(chunk, members, value, learned)
         return value, raised, norm, add_up(add_up([], total, 0.5), above, 0.5)
 
-    def _raised(
+    def _perturbed_pass(
         self, chunk: Chunk, members: Gradients, value: Tensor, learned: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Gradients]:
         """The loss at the perturbed point, the gradient norm, and the gradients there."""
@@ -282,12 +282,12 @@ class Descent:
                 raised += part.detach() * share
         return raised, unit.norm, above
 
-    def _prices(self) -> Gradients:
+    def _cost_gradients(self) -> Gradients:
         """Gradients of the expected cost with respect to the logits."""
-        weight = self.settings.cost_weight * min(1.0, self.done / max(RISE * self.total, 1.0))
+        weight = self.settings.cost_weight * min(1.0, self.done / max(RAMP_SHARE * self.total, 1.0))
         with torch.enable_grad():
             used = self.mixtures.used(self.problem.budget)
-            price = weight * (used - 1).clamp_min(0).square().sum() + THRIFT * used.sum()
+            price = weight * (used - 1).clamp_min(0).square().sum() + EXPECTED_COST_WEIGHT * used.sum()
         return list(torch.autograd.grad(price, self.logits))
 
     def _schedule(self) -> None:
@@ -296,13 +296,13 @@ class Descent:
         self._rates.set(fraction)
         self.mixtures.set_temperature(self.settings.temperature_end**fraction)
 
-    def _follow(self, loss: float, gap: float) -> None:
+    def _update_radius(self, loss: float, gap: float) -> None:
         """Record a step, and adapt the radius to the gap."""
         self.trace.append((loss, gap))
-        self.gap = gap if self.gap is None else MEMORY * self.gap + (1 - MEMORY) * gap
+        self.gap = gap if self.gap is None else GAP_DECAY * self.gap + (1 - GAP_DECAY) * gap
         self.rho = min(self.settings.rho_max, max(self.settings.rho_min, math.log1p(self.gap)))
 
-    def _note(self, epoch: int) -> None:
+    def _report_epoch(self, epoch: int) -> None:
         """Report an epoch on one line."""
         problem = self.problem
         losses, gaps = zip(*(self.trace[self._since :] or [(math.nan, math.nan)]), strict=True)
@@ -349,7 +349,7 @@ class Descent:
 class ASGA(Settings):
     """Trains option shares together with the weights, by sharpness-aware gradient alignment."""
 
-    def search(self, problem: SearchProblem) -> Found:
+    def search(self, problem: SearchProblem) -> SearchResult:
         """Train shares and weights, then take the likeliest choice; no training if every option fits the budget.
 
         Raises:
@@ -360,11 +360,11 @@ class ASGA(Settings):
         space = problem.space
         space.check_reachable(problem.budget)
         if problem.budget.admits(space.ceiling):
-            return indifferent(problem)
+            return untrained_choice(problem)
         scorer = Scorer(problem)  # before the weights move
         descent = Descent(self, problem)
         descent.run()
         losses = descent.mixtures.losses()
         choice = best_choice(space, problem.budget, losses)
         scored = [scorer(choice)]
-        return Found(choice, lambda budget: [best_choice(space, budget, losses)], scorer, scored)
+        return SearchResult(choice, lambda budget: [best_choice(space, budget, losses)], scorer, scored)

@@ -16,7 +16,7 @@ from saqcli.quant.bits import LayerBits
 from saqcli.quant.cost import Budget
 from saqcli.quant.search_space import SearchSpace
 from saqcli.search.knapsack import FRONT_DRAWS, Sampler, best_choice
-from saqcli.search.problem import Found, SearchProblem
+from saqcli.search.problem import SearchProblem, SearchResult
 from saqcli.search.separable import relative_noise
 from saqcli.search.supernet import Scorer, score_all
 from saqcli.training.options import check_count
@@ -25,10 +25,10 @@ from saqcli.training.options import check_count
 class Uniform:
     """The greatest width that fits when every free layer has it; rules move a layer to its nearest option."""
 
-    def search(self, problem: SearchProblem) -> Found:
+    def search(self, problem: SearchProblem) -> SearchResult:
         """Try the widths in descending order."""
         problem.space.check_reachable(problem.budget)
-        return Found(
+        return SearchResult(
             greatest(problem.space, problem.budget), lambda budget: [greatest(problem.space, budget)]
         )
 
@@ -47,12 +47,12 @@ def greatest(space: SearchSpace, budget: Budget) -> list[int]:
 class ErrorKnapsack:
     """Minimizes the sum of relative quantization errors."""
 
-    def search(self, problem: SearchProblem) -> Found:
+    def search(self, problem: SearchProblem) -> SearchResult:
         """Measure every layer at every width, then solve the knapsack exactly."""
         problem.space.check_reachable(problem.budget)
         losses = relative_noise(problem)
         choice = best_choice(problem.space, problem.budget, losses)
-        return Found(choice, lambda budget: [best_choice(problem.space, budget, losses)])
+        return SearchResult(choice, lambda budget: [best_choice(problem.space, budget, losses)])
 
 
 class RandomSearch:
@@ -66,7 +66,7 @@ class RandomSearch:
         check_count("draws", draws)
         self.draws = draws
 
-    def search(self, problem: SearchProblem) -> Found:
+    def search(self, problem: SearchProblem) -> SearchResult:
         """Draw, score, take the best."""
         generator = torch.Generator().manual_seed(problem.seed)
         choices = Sampler(problem.space, problem.budget, generator).draw_distinct(self.draws)
@@ -76,4 +76,4 @@ class RandomSearch:
         def propose(budget: Budget) -> list[list[int]]:
             return Sampler(problem.space, budget, generator).draw_distinct(FRONT_DRAWS)
 
-        return Found(list(best.choice), propose, scorer, list(scorer.scored.values()))
+        return SearchResult(list(best.choice), propose, scorer, list(scorer.scored.values()))

@@ -36,12 +36,12 @@ from saqcli.quant.search_space import SearchSpace
 from saqcli.search.knapsack import best_choice, in_window
 
 HIDDEN = 64
-TOGETHER = 64  # sequences per round
+DRAWS_PER_ROUND = 64  # sequences per round
 ROUNDS = 40  # rounds before draws are moved into the window
 INITIAL = 0.1
 
 
-class Drawn(NamedTuple):
+class DrawnSequences(NamedTuple):
     """N sequences over D decisions with at most O options.
 
     Attributes:
@@ -100,15 +100,15 @@ class Controller(nn.Module):
         for d, row in enumerate(prior):
             self.prior[d, : len(row)] = row.float()
 
-    def draw(self, count: int, generator: torch.Generator) -> Drawn:
+    def draw(self, count: int, generator: torch.Generator) -> DrawnSequences:
         """Draw ``count`` sequences."""
         return self._run(count, None, generator)
 
-    def read(self, choices: Tensor) -> Drawn:
+    def evaluate(self, choices: Tensor) -> DrawnSequences:
         """Evaluate the sequences ``choices`` (N, D); differentiable."""
         return self._run(len(choices), choices, None)
 
-    def _run(self, count: int, given: Tensor | None, generator: torch.Generator | None) -> Drawn:
+    def _run(self, count: int, given: Tensor | None, generator: torch.Generator | None) -> DrawnSequences:
         x = torch.zeros(count, HIDDEN)
         state = (torch.zeros(count, HIDDEN), torch.zeros(count, HIDDEN))
         choices, rows, chosen, entropy = [], [], [], torch.zeros(count)
@@ -127,7 +127,9 @@ class Controller(nn.Module):
             x = self.embedding(self.weight_index[d][choice])
             if not self.tied:
                 x = x + self.embedding(self.activation_index[d][choice])
-        return Drawn(torch.stack(choices, 1), torch.stack(chosen, 1).sum(1), entropy, torch.stack(rows, 1))
+        return DrawnSequences(
+            torch.stack(choices, 1), torch.stack(chosen, 1).sum(1), entropy, torch.stack(rows, 1)
+        )
 
     def _logits(self, hidden: Tensor, decision: int) -> Tensor:
         by_width = self.head(hidden)  # (N, widths)
@@ -149,12 +151,12 @@ def draw_within(
         budget: to be used.
         count: number of configurations.
         generator: of random numbers.
-        rounds: of ``TOGETHER`` draws before draws are moved; 1 if the window is empty.
+        rounds: of ``DRAWS_PER_ROUND`` draws before draws are moved; 1 if the window is empty.
     """
     space = controller.space
     found: dict[tuple[int, ...], list[int]] = {}
     for _ in range(rounds):
-        drawn = controller.draw(TOGETHER, generator)
+        drawn = controller.draw(DRAWS_PER_ROUND, generator)
         for choice in drawn.choices.tolist():
             if in_window(space, budget, choice):
                 found.setdefault(tuple(choice), choice)
@@ -172,9 +174,9 @@ def draw_within(
 Baseline = Literal["ema", "none"]
 DECAY = 0.95  # decay of the moving averages
 CLIP = 0.2  # clipping range of the probability ratio
-FARTHEST = 3.0  # largest advantage, in mean distances from the baseline
-BROKEN = 100.0  # replaces a cost that is NaN or infinite, without a baseline
-TINY = 1e-12  # avoids division by zero if all costs are equal
+MAX_ADVANTAGE = 3.0  # largest advantage, in mean distances from the baseline
+FAILED_COST = 100.0  # replaces a cost that is NaN or infinite, without a baseline
+EPSILON = 1e-12  # avoids division by zero if all costs are equal
 
 
 class Reinforce:
@@ -213,7 +215,7 @@ class Reinforce:
         """Update the controller once with a draw and its cost; returns the entropy of a sequence."""
         advantage = self._advantage(cost)
         with torch.no_grad():
-            before = float(self.controller.read(torch.tensor([list(choice)])).log_probability[0])
+            before = float(self.controller.evaluate(torch.tensor([list(choice)])).log_probability[0])
         self._draws = [*self._draws, (list(choice), before, advantage)][-self.replay :]
         self.optimizer.zero_grad()
         loss, entropy = self._loss()
@@ -224,18 +226,18 @@ class Reinforce:
     def _advantage(self, cost: float) -> float:
         """The distance of ``cost`` above the baseline; updates the baseline."""
         if not math.isfinite(cost):  # the configuration failed
-            return FARTHEST if self.baseline == "ema" else BROKEN
+            return MAX_ADVANTAGE if self.baseline == "ema" else FAILED_COST
         before = cost if self.average is None else self.average
         self.average = DECAY * before + (1 - DECAY) * cost
         if self.baseline == "none":
             return cost
         above = cost - before
         self.distance = DECAY * self.distance + (1 - DECAY) * abs(above) if self.distance else abs(above)
-        return min(max(above / max(self.distance, TINY), -FARTHEST), FARTHEST)
+        return min(max(above / max(self.distance, EPSILON), -MAX_ADVANTAGE), MAX_ADVANTAGE)
 
     def _loss(self) -> tuple[Tensor, Tensor]:
         choices, before, advantages = zip(*self._draws, strict=True)
-        drawn = self.controller.read(torch.tensor(choices))
+        drawn = self.controller.evaluate(torch.tensor(choices))
         advantage = torch.tensor(advantages)
         ratio = (drawn.log_probability - torch.tensor(before)).exp()
         clipped = ratio.clamp(1 - CLIP, 1 + CLIP)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from saqcli.progress import Task
 from saqcli.quant.layer import QuantizedLayer, perturbed, quantized_layers, zero_ports
 from saqcli.search.knapsack import best_choice
-from saqcli.search.problem import Batch, Found, SearchProblem
+from saqcli.search.problem import Batch, SearchProblem, SearchResult
 from saqcli.search.separable import OPERANDS, Losses, Operand, add_losses, measure_noise, sums_over_batches
 from saqcli.training.hessian import HessianProduct, twice_differentiable
 from saqcli.training.options import check_count
@@ -48,12 +48,12 @@ class HAWQ:
         check_count("images", images)
         self.samples, self.images = samples, images
 
-    def search(self, problem: SearchProblem) -> Found:
+    def search(self, problem: SearchProblem) -> SearchResult:
         """Estimate traces, measure errors, then solve the knapsack exactly."""
         problem.space.check_reachable(problem.budget)
         losses = self.losses(problem, self.traces(problem))
         choice = best_choice(problem.space, problem.budget, losses)
-        return Found(choice, lambda budget: [best_choice(problem.space, budget, losses)])
+        return SearchResult(choice, lambda budget: [best_choice(problem.space, budget, losses)])
 
     def losses(self, problem: SearchProblem, traces: Traces) -> Losses:
         """Half the trace times the mean squared error; a negative trace is noise and counts as 0."""

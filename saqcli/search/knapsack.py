@@ -3,8 +3,8 @@
 The knapsack takes one option per group with the least total loss and total costs within limits. HiGHS solves it as an
 integer program through ``scipy.optimize.milp``. Costs are integers up to 10**15, but the solver works in floating point
 with a tolerance of about 1e-6. Every solution is therefore checked in exact integers; one that exceeds a bound within
-the tolerance is excluded, and the program is solved again. Only after ``RULED_OUT`` such solutions in a row the bounds
-are tightened by the tolerance.
+the tolerance is excluded, and the program is solved again. Only after ``MAX_REJECTED`` such solutions in a row the
+bounds are tightened by the tolerance.
 
 Random configurations use the budget and do not exceed it. Bits drawn uniformly nearly always cost too much or too
 little. Drawn with probabilities
@@ -31,10 +31,10 @@ from torch import Tensor
 from saqcli.errors import InfeasibleBudget
 from saqcli.quant.cost import USE_MIDDLE, Budget, least_use
 from saqcli.quant.search_space import SearchSpace
-from saqcli.search.problem import Found, SearchProblem
+from saqcli.search.problem import SearchProblem, SearchResult
 from saqcli.search.separable import Losses
 
-RULED_OUT = 20  # solutions that exceed a bound within the solver's tolerance, before the bounds are tightened
+MAX_REJECTED = 20  # solutions beyond a bound, within the tolerance, before the bounds are tightened
 
 
 class Resource(NamedTuple):
@@ -82,29 +82,29 @@ def best_choice(space: SearchSpace, budget: Budget, losses: Sequence[Sequence[fl
         )
         for index, bound in budget.bounds()
     ]
-    chosen = choose(losses, resources)
+    chosen = solve_knapsack(losses, resources)
     if budget.used_by(space.cost(chosen)):
         return chosen
     best: list[int] | None = None
     for place, (index, bound) in enumerate(budget.bounds()):
-        asked = list(resources)
-        asked[place] = asked[place]._replace(least=least_use(bound) - space.fixed_cost[index])
-        found = _within(losses, asked)
+        with_least = list(resources)
+        with_least[place] = with_least[place]._replace(least=least_use(bound) - space.fixed_cost[index])
+        found = _best_within(losses, with_least)
         if found is not None and (best is None or _loss(losses, found) < _loss(losses, best)):
             best = found
     return chosen if best is None else best
 
 
-def indifferent(problem: SearchProblem) -> Found:
+def untrained_choice(problem: SearchProblem) -> SearchResult:
     """A choice that fits and uses the budget, without any preference among options; for a search without training."""
     space = problem.space
     alike = [[0.0] * len(decision.options) for decision in space.decisions]
-    return Found(
+    return SearchResult(
         best_choice(space, problem.budget, alike), lambda budget: [best_choice(space, budget, alike)]
     )
 
 
-def choose(losses: Sequence[Sequence[float]], resources: Sequence[Resource]) -> list[int]:
+def solve_knapsack(losses: Sequence[Sequence[float]], resources: Sequence[Resource]) -> list[int]:
     """The index of the chosen option of every group.
 
     Args:
@@ -114,9 +114,9 @@ def choose(losses: Sequence[Sequence[float]], resources: Sequence[Resource]) -> 
     Raises:
         InfeasibleBudget: no choice is within the limits.
     """
-    chosen = _within(losses, resources)
+    chosen = _best_within(losses, resources)
     if chosen is None and any(resource.least > 0 for resource in resources):
-        chosen = _within(losses, [resource._replace(least=0) for resource in resources])
+        chosen = _best_within(losses, [resource._replace(least=0) for resource in resources])
     if chosen is not None:
         return chosen
     # If the solver misses an existing solution, that is the cheapest choice, within rounding of the limit.
@@ -139,19 +139,19 @@ def _loss(losses: Sequence[Sequence[float]], chosen: Sequence[int]) -> float:
     return sum(group[index] for group, index in zip(losses, chosen, strict=True))
 
 
-def _within(losses: Sequence[Sequence[float]], resources: Sequence[Resource]) -> list[int] | None:
+def _best_within(losses: Sequence[Sequence[float]], resources: Sequence[Resource]) -> list[int] | None:
     """The best choice within all bounds, checked in exact integers; None if there is none."""
     if not losses:
         return [] if all(resource.admits([]) for resource in resources) else None
-    refused: list[list[int]] = []
-    for slack in (*(0.0,) * RULED_OUT, 2e-6, 1e-5, 1e-4, 1e-3):
-        chosen = _solve(losses, resources, slack, refused)
+    rejected: list[list[int]] = []
+    for slack in (*(0.0,) * MAX_REJECTED, 2e-6, 1e-5, 1e-4, 1e-3):
+        chosen = _solve(losses, resources, slack, rejected)
         if chosen is None and not slack:
             return None
         if chosen is not None:
             if all(resource.admits(chosen) for resource in resources):
                 return chosen
-            refused.append(chosen)
+            rejected.append(chosen)
     return None
 
 
@@ -159,7 +159,7 @@ def _solve(
     losses: Sequence[Sequence[float]],
     resources: Sequence[Resource],
     slack: float,
-    refused: Sequence[Sequence[int]],
+    rejected: Sequence[Sequence[int]],
 ) -> list[int] | None:
     """The best choice within bounds tightened by ``slack``, to the solver's tolerance."""
     edges = np.cumsum([0, *(len(group) for group in losses)])
@@ -175,7 +175,7 @@ def _solve(
         lower = max(least, 0) / max(limit, 1)
         constraints.append(LinearConstraint(weight[None], lower + (slack if lower else 0), 1 - slack))
         usable &= affordable
-    for chosen in refused:
+    for chosen in rejected:
         same = np.zeros(edges[-1])
         same[edges[:-1] + chosen] = 1
         constraints.append(LinearConstraint(same[None], 0, len(losses) - 1))
@@ -195,8 +195,8 @@ def _solve(
 
 FRONT_DRAWS = 4  # configurations proposed per budget of a front
 DRAWS = 500  # failed draws before the knapsack moves a draw into the window
-HALVINGS, HOTTEST = 16, 9.0  # bisection steps for the temperature, and upper end of its interval
-STEEPEST = 1e4  # largest multiplier, per share of the budget: other options have probability e**-10000
+BISECTIONS, MAX_LOG_SCALE = 16, 9.0  # bisection steps for the temperature, and upper end of its interval
+MAX_MULTIPLIER = 1e4  # largest multiplier, per share of the budget: other options have probability e**-10000
 
 
 def budget_logits(space: SearchSpace, budget: Budget, losses: Losses | None = None) -> list[Tensor]:
@@ -237,7 +237,7 @@ def budget_logits(space: SearchSpace, budget: Budget, losses: Losses | None = No
         dual,
         np.zeros(len(bounds)),
         jac=True,
-        bounds=[(0, STEEPEST)] * len(bounds),
+        bounds=[(0, MAX_MULTIPLIER)] * len(bounds),
         options={"ftol": 0.0, "gtol": 1e-8},  # the gradient is the distance of the mean from the target
     )
     return [
@@ -255,8 +255,8 @@ def informed_logits(space: SearchSpace, budget: Budget, losses: Losses, entropy:
     if scale <= 0:
         return budget_logits(space, budget)
     wanted = entropy * _entropy(budget_logits(space, budget))
-    low, high = 0.0, HOTTEST  # logarithm of the inverse temperature, in units of 1 / scale
-    for _ in range(HALVINGS):
+    low, high = 0.0, MAX_LOG_SCALE  # logarithm of the inverse temperature, in units of 1 / scale
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
         scaled = [[math.expm1(middle) * loss / scale for loss in row] for row in losses]
         logits = budget_logits(space, budget, scaled)
@@ -289,11 +289,11 @@ class Sampler:
         if self.budget.admits(self.space.ceiling):
             return [len(decision.options) - 1 for decision in self.space.decisions]
         for _ in range(self._draws):
-            choice = self._any()
+            choice = self._sample()
             if in_window(self.space, self.budget, choice):
                 return choice
         self._draws = 0  # such draws are too rare: do not try again
-        return best_choice(self.space, self.budget, [(-noisy).tolist() for noisy in self._noisy()])
+        return best_choice(self.space, self.budget, [(-noisy).tolist() for noisy in self._noisy_logits()])
 
     def draw_distinct(self, count: int) -> list[list[int]]:
         """Draw up to ``count`` distinct configurations; fewer if hardly more exist."""
@@ -305,10 +305,10 @@ class Sampler:
                 break
         return list(found.values())
 
-    def _any(self) -> list[int]:
-        return [int(noisy.argmax()) for noisy in self._noisy()]
+    def _sample(self) -> list[int]:
+        return [int(noisy.argmax()) for noisy in self._noisy_logits()]
 
-    def _noisy(self) -> list[Tensor]:
+    def _noisy_logits(self) -> list[Tensor]:
         """Logits plus Gumbel noise; the argmax of each row is a draw."""
         uniform = (torch.rand(len(row), generator=self.generator, dtype=torch.float64) for row in self.logits)
         return [

@@ -29,7 +29,7 @@ from saqcli.quant.quantizers.base import Quantizer
 from saqcli.quant.search_space import Decision
 from saqcli.search.supernet import Supernet
 
-LEAST_SHARE = 0.01  # widths below it are skipped: they change little and take as long as others
+MIN_SHARE = 0.01  # widths below it are skipped: they change little and take as long as others
 
 
 class Mixture(nn.Module):
@@ -51,7 +51,7 @@ class Mixture(nn.Module):
         shares = self.shares()
         values = shares.tolist()
         for bits, share, value in zip(self.widths, shares.unbind(), values, strict=True):
-            if value < LEAST_SHARE and value < max(values):
+            if value < MIN_SHARE and value < max(values):
                 continue
             self.quantizer.select(bits)
             part: Tensor = self.quantizer(x)

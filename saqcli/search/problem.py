@@ -85,7 +85,7 @@ ScoreOf = Callable[[Sequence[int]], Scored]
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The result of a search.
 
     Attributes:
@@ -101,7 +101,7 @@ class Found:
     scored: Sequence[Scored] = ()
 
 
-def uncorrected(model: nn.Module) -> Callable[[], None]:
+def no_corrections(model: nn.Module) -> Callable[[], None]:
     """No corrections."""
     return lambda: None
 
@@ -135,7 +135,7 @@ class SearchProblem:
     seed: int = 0
     progress: Progress = SILENT
     memory: Memory = field(default=NO_MEMORY)
-    corrections: Callable[[nn.Module], Callable[[], None]] = field(default=uncorrected)
+    corrections: Callable[[nn.Module], Callable[[], None]] = field(default=no_corrections)
 
     @property
     def device(self) -> torch.device:
@@ -150,7 +150,7 @@ class SearchProblem:
 class Searcher(Protocol):
     """Finds the best configuration it can, within the budget."""
 
-    def search(self, problem: SearchProblem) -> Found:
+    def search(self, problem: SearchProblem) -> SearchResult:
         """The best configuration found, with proposals and scores.
 
         Raises:
@@ -159,7 +159,7 @@ class Searcher(Protocol):
         """
 
 
-def remaining(batches: Batches, epoch: int, done: int, memory: Memory) -> Iterator[tuple[int, Batch]]:
+def remaining_batches(batches: Batches, epoch: int, done: int, memory: Memory) -> Iterator[tuple[int, Batch]]:
     """The batches of ``epoch`` from number ``done``, identical to those of an uninterrupted pass."""
     batches.set_epoch(epoch)
     for index, batch in enumerate(batches):

@@ -55,10 +55,10 @@ from saqcli.search.knapsack import (
     best_choice,
     budget_logits,
     in_window,
-    indifferent,
     informed_logits,
+    untrained_choice,
 )
-from saqcli.search.problem import Found, SearchProblem, remaining
+from saqcli.search.problem import SearchProblem, SearchResult, remaining_batches
 from saqcli.search.separable import relative_noise
 from saqcli.search.supernet import Scorer, Supernet, most_accurate, score_all
 from saqcli.training.minimizers import Chunk
@@ -72,7 +72,7 @@ from saqcli.training.step import Setbacks, Stepper, fitting
 T = TypeVar("T")
 
 
-class SharpCost:
+class SharpnessAwareCost:
     """R of a configuration on a batch.
 
     Args:
@@ -107,7 +107,7 @@ class SharpCost:
         there = 0.0
         if self.reference is not None:
             self.supernet.select(self.reference)
-            there = self.plainly(images, labels)
+            there = self.plain_loss(images, labels)
         self.supernet.select(choice)
         return self.losses(images, labels)[1] - there + self.penalty(choice)
 
@@ -121,13 +121,13 @@ class SharpCost:
     def losses(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
         """The loss at the selected bits, and at the perturbed point; both are equal if the radius is 0."""
         if not self.rho:
-            value = self.plainly(images, labels)
+            value = self.plain_loss(images, labels)
             return value, value
-        return self._fitting(self._losses, images, labels)
+        return self._in_micro_batches(self._losses, images, labels)
 
-    def plainly(self, images: Tensor, labels: Tensor) -> float:
+    def plain_loss(self, images: Tensor, labels: Tensor) -> float:
         """The loss at the selected bits."""
-        return self._fitting(_mean, images, labels)
+        return self._in_micro_batches(_mean, images, labels)
 
     def _losses(self, chunk: Chunk) -> tuple[float, float]:
         value, gradients = gradients_of(chunk, self.perturbed)
@@ -135,7 +135,7 @@ class SharpCost:
         with self.perturbed.applied(ascent):
             return float(value), _mean(chunk)
 
-    def _fitting(self, passes: Callable[[Chunk], T], images: Tensor, labels: Tensor) -> T:
+    def _in_micro_batches(self, passes: Callable[[Chunk], T], images: Tensor, labels: Tensor) -> T:
         """``passes`` over a batch, in micro-batches that fit in memory; a retry restores nothing (eval mode)."""
         problem, model = self.supernet.problem, self.supernet.model
         images, labels = images.to(problem.device), labels.to(problem.device)
@@ -234,7 +234,7 @@ class Settings:
             )
 
 
-class Alternation:
+class AlternatingSearch:
     """The state of one search: supernet, controller, and the position in the schedule."""
 
     def __init__(self, settings: Settings, problem: SearchProblem) -> None:
@@ -265,7 +265,7 @@ class Alternation:
         )
         self.reference = best_choice(problem.space, problem.budget, self.noise)
         self._rounds = ROUNDS if in_window(problem.space, problem.budget, self.reference) else 1
-        self.cost = SharpCost(
+        self.cost = SharpnessAwareCost(
             self.supernet,
             self.minimizer.set,
             rho=settings.rho if settings.sharpness else 0.0,
@@ -296,7 +296,7 @@ class Alternation:
         title = f"search epoch {epoch + 1} of {self.settings.epochs}, weights"
         with self.problem.progress.task(title, len(batches)) as task:
             task.advance(self.step)
-            for index, (images, labels) in remaining(batches, epoch, self.step, memory):
+            for index, (images, labels) in remaining_batches(batches, epoch, self.step, memory):
                 self.rates.set((epoch * len(batches) + index) / steps)
                 self.supernet.select(self._draw())
                 self.stepper(images.to(self.problem.device), labels.to(self.problem.device))
@@ -308,17 +308,17 @@ class Alternation:
         batches, memory = self.problem.images.held_out, self.problem.memory
         self.supernet.model.eval()
         title = f"search epoch {epoch + 1} of {self.settings.epochs}, controller"
-        entropy, (mean, best, mega_bops) = 0.0, self._so_far()
+        entropy, (mean, best, mega_bops) = 0.0, self._statistics()
         with self.problem.progress.task(title, len(batches)) as task:
             task.advance(self.step)
-            for index, batch in remaining(batches, epoch, self.step, memory):
+            for index, batch in remaining_batches(batches, epoch, self.step, memory):
                 size = max(
                     1, self.settings.reward_images // distributed.count()
                 )  # of this rank: as many draws as on one
                 parts = (torch.split(tensor, size) for tensor in batch)
                 for part in zip(*parts, strict=True):
                     entropy = self._learn(*part)
-                mean, best, mega_bops = self._so_far()
+                mean, best, mega_bops = self._statistics()
                 task.advance(images=len(batch[1]), cost=mean, entropy=entropy, best=best, MBOPs=mega_bops)
                 self.epoch, self.phase, self.step = epoch, 1, index + 1
                 memory.offer(self._state, milestone=index + 1 == len(batches))
@@ -339,7 +339,7 @@ class Alternation:
             self.best = min(self.best or (cost, choice), (cost, choice))
         return self.learner.learn(choice, cost) / len(choice)
 
-    def _so_far(self) -> tuple[float, float, float]:
+    def _statistics(self) -> tuple[float, float, float]:
         """Mean cost, least cost of a configuration that fits, and its BOPs in millions; NaN without one."""
         mean = self.learner.average or 0.0
         if self.best is None:
@@ -360,7 +360,7 @@ class Alternation:
         choice: list[int] = self.controller.draw(1, self.generator).choices[0].tolist()
         return choice
 
-    def finish(self) -> Found:
+    def finish(self) -> SearchResult:
         """Draw configurations that fit, score them together with the reference, take the best."""
         generator = torch.Generator().manual_seed(self.problem.seed + 1)
         choices = draw_within(self.controller, self.problem.budget, self.settings.draws, generator)
@@ -379,7 +379,7 @@ class Alternation:
             self.controller.set_prior(self._prior(budget))
             return draw_within(self.controller, budget, FRONT_DRAWS, generator)
 
-        return Found(list(best.choice), propose, self.scorer, list(self.scorer.scored.values()))
+        return SearchResult(list(best.choice), propose, self.scorer, list(self.scorer.scored.values()))
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -409,12 +409,12 @@ class Alternation:
 class SAMQ(Settings):
     """Supernet and controller, trained in turns."""
 
-    def search(self, problem: SearchProblem) -> Found:
+    def search(self, problem: SearchProblem) -> SearchResult:
         """Train supernet and controller in turns, draw, score, select."""
         space = problem.space
         space.check_reachable(problem.budget)
         if problem.budget.admits(space.ceiling):
-            return indifferent(problem)
-        run = Alternation(self, problem)
+            return untrained_choice(problem)
+        run = AlternatingSearch(self, problem)
         run.train()
         return run.finish()

@@ -30,7 +30,7 @@ from saqcli.quant import convert
 from saqcli.quant.layer import QuantizedLayer, quantized_layers
 from saqcli.quant.products import QuantizedProduct, quantized_products
 from saqcli.search.knapsack import best_choice
-from saqcli.search.problem import Batch, Found, SearchProblem
+from saqcli.search.problem import Batch, SearchProblem, SearchResult
 from saqcli.search.separable import Losses, sums_over_batches
 from saqcli.search.supernet import Supernet
 
@@ -38,12 +38,12 @@ from saqcli.search.supernet import Supernet
 class Sensitivity:
     """Minimizes the sum of losses, each measured with one decision quantized and all else in floating point."""
 
-    def search(self, problem: SearchProblem) -> Found:
+    def search(self, problem: SearchProblem) -> SearchResult:
         """Measure every option of every decision, then solve the knapsack exactly."""
         problem.space.check_reachable(problem.budget)
         losses = self.losses(problem)
         choice = best_choice(problem.space, problem.budget, losses)
-        return Found(choice, lambda budget: [best_choice(problem.space, budget, losses)])
+        return SearchResult(choice, lambda budget: [best_choice(problem.space, budget, losses)])
 
     @torch.no_grad()
     def losses(self, problem: SearchProblem) -> Losses:
@@ -52,11 +52,11 @@ class Sensitivity:
         batches = problem.images.scoring
         plain = {"weight_normalization": False, "clip_init": "error"}
         supernet = Supernet(replace(problem, scheme=problem.scheme.model_copy(update=plain)))
-        quantizers = _Quantizers(supernet.model.eval())
+        quantizers = _QuantizerSwitch(supernet.model.eval())
         trials = sum(len(decision.options) for decision in decisions)
 
         def measure(number: int, task: Task) -> Iterator[tuple[str, float]]:
-            for decision, option, rise in _rises(supernet, batches[number], quantizers):
+            for decision, option, rise in _loss_increases(supernet, batches[number], quantizers):
                 task.advance(images=len(batches[number][1]))
                 yield f"{decision} {option}", rise
 
@@ -68,14 +68,16 @@ class Sensitivity:
         ]
 
 
-def _rises(supernet: Supernet, batch: Batch, quantizers: "_Quantizers") -> Iterator[tuple[int, int, float]]:
+def _loss_increases(
+    supernet: Supernet, batch: Batch, quantizers: "_QuantizerSwitch"
+) -> Iterator[tuple[int, int, float]]:
     """Decision, option and increase of the summed loss of a batch."""
     images, labels = batch
-    with _Remembered(supernet.model) as remembered:
+    with _OutputCache(supernet.model) as cache:
         base = _summed_loss(supernet.model, images, labels)
         for index, decision in enumerate(supernet.problem.space.decisions):
             members = supernet.layers_of(index)
-            remembered.reuse_before(members)
+            cache.reuse_before(members)
             with quantizers.on(members):
                 for option, bits in enumerate(decision.options):
                     for layer in members:
@@ -87,7 +89,7 @@ def _summed_loss(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float(F.cross_entropy(model(images).float(), labels, reduction="sum"))
 
 
-class _Quantizers:
+class _QuantizerSwitch:
     """Removes the quantizers from all layers, and restores those of some layers temporarily."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -113,7 +115,7 @@ class _Quantizers:
                 module.weight_quantizer, module.input_quantizer = nn.Identity(), nn.Identity()
 
 
-class _Remembered:
+class _OutputCache:
     """Caches every layer's output in the first pass, and returns it in later passes.
 
     A layer that runs more than once in a pass, or returns no tensor, is computed every time.
@@ -128,7 +130,7 @@ class _Remembered:
         ] = {}  # layers that had returned before its first run
         self._reused: set[QuantizedLayer] | None = None  # None in the first pass
 
-    def __enter__(self) -> "_Remembered":
+    def __enter__(self) -> "_OutputCache":
         for layer in self._layers:
             layer.forward = partial(self._call, layer, layer.forward)  # type: ignore[method-assign]
         return self

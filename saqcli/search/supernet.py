@@ -28,7 +28,7 @@ from saqcli.training.loop import evaluate
 from saqcli.training.minimizers.base import running_statistics
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
-SETTLING = 4  # batches for the initial running statistics, under weight normalization
+SETTLE_BATCHES = 4  # batches for the initial running statistics, under weight normalization
 
 
 class Supernet:
@@ -56,7 +56,7 @@ class Supernet:
         if self.problem.scheme.weight_normalization:
             images = self.problem.images.whole
             images.set_epoch(0)
-            batches = (batch.to(self.problem.device) for batch, _ in islice(images, SETTLING))
+            batches = (batch.to(self.problem.device) for batch, _ in islice(images, SETTLE_BATCHES))
             calibration.settle_batch_norms(self.model, batches)
             distributed.average(running_statistics(self.model))
 
@@ -65,7 +65,7 @@ class Supernet:
         decisions = self.problem.space.decisions
         owners = {layer.name: i for i, decision in enumerate(decisions) for layer in decision.members}
         example = self.problem.images.scoring[0][0][:1].to(self.problem.device)
-        for name, layer in norms_behind(self.model, example).items():
+        for name, layer in layers_before_norms(self.model, example).items():
             if layer in owners:
                 norm = self.model.get_submodule(name)
                 switch = SwitchableNorm(norm, len(decisions[owners[layer]].options))
@@ -108,7 +108,7 @@ class SwitchableNorm(nn.Module):
 
 
 @torch.no_grad()
-def norms_behind(model: nn.Module, example: Tensor) -> dict[str, str]:
+def layers_before_norms(model: nn.Module, example: Tensor) -> dict[str, str]:
     """The quantized layer that runs last before each batch norm or layer norm, by name of the norm.
 
     In a network that normalizes before its layers, this is the last layer of the preceding block, as in SAMQ's released
@@ -142,7 +142,7 @@ def norms_behind(model: nn.Module, example: Tensor) -> dict[str, str]:
     return {norm: layers.pop() for norm, layers in behind.items() if len(layers) == 1}
 
 
-class Calibrated:
+class CalibratedNetwork:
     """The network that fine-tuning would start from, at any configuration.
 
     Its weights are a copy of those of the problem's model at construction; levels are fitted at the first use.
@@ -168,7 +168,7 @@ class Scorer:
 
     Args:
         problem: of the search.
-        at: returns the network of a configuration; ``Calibrated`` by default.
+        at: returns the network of a configuration; ``CalibratedNetwork`` by default.
 
     Attributes:
         scored: all scores so far, by choice.
@@ -178,7 +178,7 @@ class Scorer:
         self, problem: SearchProblem, at: Callable[[Sequence[int]], nn.Module] | None = None
     ) -> None:
         self.problem = problem
-        self._at = Calibrated(problem).at if at is None else at
+        self._at = CalibratedNetwork(problem).at if at is None else at
         self.scored: dict[tuple[int, ...], Scored] = {}
 
     def __call__(self, choice: Sequence[int]) -> Scored:
@@ -206,7 +206,7 @@ def score_all(
     problem: SearchProblem,
     scorer: Scorer,
     choices: Sequence[Sequence[int]],
-    beside: Mapping[str, Any] | None = None,
+    extra_state: Mapping[str, Any] | None = None,
     key: str = "calibrated",
 ) -> Scored:
     """Score ``choices`` one after the other and return the best; resumes an interrupted call.
@@ -215,7 +215,7 @@ def score_all(
         problem: whose memory and progress are used.
         scorer: of the configurations.
         choices: at least one.
-        beside: further state to save in the memory.
+        extra_state: further state to save in the memory.
         key: of the scorer's state in the memory.
     """
     scorer.load_state_dict((problem.memory.load() or {}).get(key, {"configurations": []}))
@@ -227,7 +227,7 @@ def score_all(
             found.append(scorer(choice))
             best = max(found, key=rank)
             task.advance(images=images if new else 0, best=best.top1, MBOPs=best.cost.bops / 1e6)
-            problem.memory.offer(lambda: {**(beside or {}), key: scorer.state_dict()})
+            problem.memory.offer(lambda: {**(extra_state or {}), key: scorer.state_dict()})
     return max(found, key=rank)
 
 

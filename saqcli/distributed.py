@@ -92,7 +92,7 @@ def together(make: Callable[[], T]) -> T:
     return result
 
 
-def agreed(error: SaqError) -> SaqError:
+def reported_once(error: SaqError) -> SaqError:
     """The exception to raise for ``error``, which occurs on all ranks alike: only the first reports it."""
     return error if first() else StoppedElsewhere(error.exit_code)
 

@@ -25,12 +25,12 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def chosen_device(asked: str) -> str:
+def resolve_device(requested: str) -> str:
     """The device for ``--device``: ``auto`` is the GPU if there is one."""
     import torch
 
-    if asked != "auto":
-        return asked
+    if requested != "auto":
+        return requested
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -1,7 +1,7 @@
 """Joining and leaving the process group of torchrun's processes.
 
 GPUs use NCCL, CPUs gloo. timm's helper is not used: with it, processes restarted by torchrun find the addresses of
-terminated ones (see ``meeting_point``).
+terminated ones (see ``shared_store``).
 """
 
 import os
@@ -18,11 +18,11 @@ from torch.distributed.rendezvous import rendezvous
 
 from saqcli.distributed import count, together
 from saqcli.errors import ConfigError
-from saqcli.machine import chosen_device
+from saqcli.machine import resolve_device
 from saqcli.units import counted
 
-SECONDS_TO_MEET = 300.0
-SECONDS_BETWEEN_TRIES = 5.0
+CONNECT_TIMEOUT_S = 300.0
+RETRY_TIMEOUT_S = 5.0
 
 
 def started_by_torchrun() -> bool:
@@ -42,11 +42,11 @@ def may_be_restarted() -> bool:
 
 
 @contextmanager
-def process_group(asked: str, check: Callable[[], None] = lambda: None) -> Iterator[torch.device]:
+def process_group(requested: str, check: Callable[[], None] = lambda: None) -> Iterator[torch.device]:
     """Within the context torchrun's processes form one group; without torchrun nothing happens.
 
     Args:
-        asked: device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``; with torchrun the index is that of the process.
+        requested: device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``; with torchrun the index is that of the process.
         check: called first, by all processes once they are connected; one process reports its error.
 
     Yields:
@@ -57,11 +57,11 @@ def process_group(asked: str, check: Callable[[], None] = lambda: None) -> Itera
     """
     if count() > 1 or not started_by_torchrun():
         together(check)
-        yield pick_device(asked)
+        yield pick_device(requested)
         return
-    device = own_device(asked)
+    device = process_device(requested)
     try:
-        store = meeting_point()
+        store = shared_store()
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=store,
@@ -78,7 +78,7 @@ def process_group(asked: str, check: Callable[[], None] = lambda: None) -> Itera
         dist.destroy_process_group()
 
 
-def meeting_point() -> Store:
+def shared_store() -> Store:
     """A store shared by the processes of this attempt, and by none of an earlier one.
 
     torchrun's own store survives a restart together with the addresses in it, and hosts disagree on the number of
@@ -90,7 +90,7 @@ def meeting_point() -> Store:
     """
     host, rank, count = os.environ["MASTER_ADDR"], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     known, _, _ = next(iter(rendezvous("env://")))
-    end = time.monotonic() + SECONDS_TO_MEET
+    end = time.monotonic() + CONNECT_TIMEOUT_S
     if rank == 0:
         own = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         known.set("saq/port", str(own.port))
@@ -100,24 +100,24 @@ def meeting_point() -> Store:
     while time.monotonic() < end:
         with suppress(RuntimeError):
             port = int(known.get("saq/port"))
-            own = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=SECONDS_BETWEEN_TRIES))
+            own = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=RETRY_TIMEOUT_S))
             question = uuid4().hex
             own.set(f"question {rank}", question)
             if own.get(f"answer {rank}").decode() == question:
-                own.set_timeout(timedelta(seconds=SECONDS_TO_MEET))
+                own.set_timeout(timedelta(seconds=CONNECT_TIMEOUT_S))
                 return own
         time.sleep(0.2)
-    raise RuntimeError(f"process {rank} waited {SECONDS_TO_MEET:.0f} s for process 0 on {host}")
+    raise RuntimeError(f"process {rank} waited {CONNECT_TIMEOUT_S:.0f} s for process 0 on {host}")
 
 
-def own_device(asked: str) -> torch.device:
+def process_device(requested: str) -> torch.device:
     """The device of this process: of a host's GPUs, the one with the process's local index.
 
     Raises:
         ConfigError: there are fewer GPUs than processes, or the device is not available.
     """
-    if not chosen_device(asked).startswith("cuda") or not torch.cuda.is_available():
-        return pick_device(asked)
+    if not resolve_device(requested).startswith("cuda") or not torch.cuda.is_available():
+        return pick_device(requested)
     number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= there:
         raise ConfigError(
@@ -127,25 +127,27 @@ def own_device(asked: str) -> torch.device:
     return torch.device("cuda", number)
 
 
-def pick_device(asked: str) -> torch.device:
+def pick_device(requested: str) -> torch.device:
     """The device for ``--device``: ``auto`` is the GPU if there is one.
 
     Raises:
         ConfigError: the device is not available.
     """
-    asked = chosen_device(asked)
-    if count() > 1 and asked.startswith("cuda"):
+    requested = resolve_device(requested)
+    if count() > 1 and requested.startswith("cuda"):
         return torch.device("cuda", torch.cuda.current_device())
     try:
-        device = torch.device(asked)
+        device = torch.device(requested)
     except (RuntimeError, ValueError):
         device = torch.device("meta")
     if device.type == "meta":  # has no data
-        raise ConfigError(f"--device {asked} is not a device: give cpu, cuda or cuda:1, or omit it")
+        raise ConfigError(f"--device {requested} is not a device: give cpu, cuda or cuda:1, or omit it")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         there = torch.cuda.device_count() if device.type == "cuda" else None
         reason = "" if there is None else f" ({counted(there, 'CUDA device') if there else 'no CUDA device'})"
-        raise ConfigError(f"--device {asked} is not available{reason}: use --device cpu or omit it") from None
+        raise ConfigError(
+            f"--device {requested} is not available{reason}: use --device cpu or omit it"
+        ) from None
     return device

@@ -71,7 +71,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def deterministic_if_asked(work: Callable[P, T]) -> Callable[P, T]:
+def deterministic_if_requested(work: Callable[P, T]) -> Callable[P, T]:
     """``work`` with deterministic kernels if ``run.deterministic`` is set in its argument ``config``."""
 
     @wraps(work)

@@ -34,7 +34,7 @@ Model = TypeVar("Model", bound=BaseModel)
 MOST_BYTES = 2**25  # of a text file
 MOST_NESTED = 64  # levels of objects and lists
 _MOST_DOTS = 1000  # in a line of TOML: a key of n parts takes time and memory O(n**2)
-MOST_TOLD = 10  # reported mismatches of one object
+MAX_REPORTED = 10  # reported mismatches of one object
 _SHOWN = 300  # maximum characters of file content in a message
 _MARKS = {  # byte-order marks, the longer ones first
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -89,12 +89,12 @@ def _decoded(data: bytes, source: str, error: type[SaqError]) -> str:
 def read_json(text: str | bytes, source: str, error: type[SaqError] = ConfigError) -> Any:
     """``text`` as a tree of plain Python objects; raises as ``parse_json``."""
     try:
-        json.loads(text, object_pairs_hook=_each_once)  # pydantic accepts duplicate keys
+        json.loads(text, object_pairs_hook=_check_unique)  # pydantic accepts duplicate keys
         tree = from_json(text)
     except RecursionError:
         raise error(f"{source}: it is nested deeper than {MOST_NESTED} levels") from None
-    except _Twice as twice:
-        raise error(f"{source}: key {printable(twice.key, _SHOWN)!r} occurs twice") from None
+    except _DuplicateKey as duplicate:
+        raise error(f"{source}: key {printable(duplicate.key, _SHOWN)!r} occurs twice") from None
     except ValueError as failure:
         raise error(f"{source}: it is not valid JSON: {printable(str(failure), _SHOWN)}") from None
     check_nesting(tree, source, error)
@@ -263,21 +263,23 @@ class Misfit(ConfigError):
 
     @property
     def parts(self) -> list[SaqError]:
-        """One error per mismatch, up to ``MOST_TOLD``."""
-        return [ConfigError(f"{self._source}: {_describe_one(error)}") for error in self._errors[:MOST_TOLD]]
+        """One error per mismatch, up to ``MAX_REPORTED``."""
+        return [
+            ConfigError(f"{self._source}: {_describe_one(error)}") for error in self._errors[:MAX_REPORTED]
+        ]
 
 
-class _Twice(Exception):
+class _DuplicateKey(Exception):
     def __init__(self, key: str) -> None:
         super().__init__(key)
         self.key = key
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _check_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        raise _Twice(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+        raise _DuplicateKey(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
     return found
 
 
@@ -405,7 +407,7 @@ def _umask() -> int:
     return mask
 
 
-def natural(name: str) -> tuple[list[str | int], str]:
+def natural_key(name: str) -> tuple[list[str | int], str]:
     """Sort key like ``timm.utils.misc.natural_key``, 2 before 10; names equal to it (2 and 02) sort as text."""
     parts = re.split(r"(\d+)", name.lower())
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name

@@ -7,7 +7,7 @@ An instrument is a function of an analysis input, settings and a session; it ret
 from collections.abc import Callable
 from typing import NamedTuple
 
-from saqcli.analysis.base import Reading, Session, Settings, Subject
+from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings
 from saqcli.analysis.distributions import DistributionsReading, measure_distributions
 from saqcli.analysis.eigenvalue import EigenvalueReading, measure_eigenvalue
 from saqcli.analysis.flips import FlipsReading, measure_flips
@@ -28,7 +28,7 @@ class Instrument(NamedTuple):
         resumable: whether it passes unfinished readings to the session and can resume from them.
     """
 
-    measure: Callable[[Subject, Settings, Session], Reading]
+    measure: Callable[[AnalysisInput, Settings, Session], Reading]
     reading: type[Reading]
     settings: tuple[str, ...]
     quick: bool = True
@@ -49,4 +49,4 @@ INSTRUMENTS: dict[str, Instrument] = {
     ),
 }
 
-__all__ = ["INSTRUMENTS", "Instrument", "Reading", "Session", "Settings", "Subject"]
+__all__ = ["INSTRUMENTS", "AnalysisInput", "Instrument", "Reading", "Session", "Settings"]

@@ -92,7 +92,7 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Subject:
+class AnalysisInput:
     """A quantized model and the images to analyze it on.
 
     Attributes:
@@ -149,23 +149,23 @@ def seeded(seed: int, *key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
 
-def finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     """``value``, or None if it is NaN or infinite, which JSON cannot represent."""
     return value if math.isfinite(value) else None
 
 
 @torch.no_grad()
-def observe_inputs(subject: Subject, seed: int, task: Task) -> dict[str, InputStatistics]:
+def observe_inputs(analyzed: AnalysisInput, seed: int, task: Task) -> dict[str, InputStatistics]:
     """Range and a sample of the values at every layer's input, over all images.
 
     Args:
-        subject: analysis input; unchanged.
+        analyzed: analysis input; unchanged.
         seed: random seed of the sample.
         task: reports every batch.
     """
-    statistics = {name: InputStatistics() for name in subject.layers}
+    statistics = {name: InputStatistics() for name in analyzed.layers}
     handles = []
-    for name, layer in subject.layers.items():
+    for name, layer in analyzed.layers.items():
         generator = seeded(seed, "inputs", name)
 
         def note(
@@ -178,8 +178,8 @@ def observe_inputs(subject: Subject, seed: int, task: Task) -> dict[str, InputSt
 
         handles.append(layer.input_quantizer.register_forward_pre_hook(note))
     try:
-        for images, _ in subject.batches:
-            subject.model(images)
+        for images, _ in analyzed.batches:
+            analyzed.model(images)
             task.advance(images=len(images))
     finally:
         for handle in handles:

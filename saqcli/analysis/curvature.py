@@ -19,28 +19,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from saqcli.analysis.base import Subject
+from saqcli.analysis.base import AnalysisInput
 from saqcli.quant.layer import perturbed, zero_ports
 from saqcli.training import hessian
 
 Vector = list[Tensor]  # one tensor per layer, in the order of the input's layers
 
 
-def hessian_products(subject: Subject, vectors: Sequence[Vector]) -> list[Vector]:
+def hessian_products(analyzed: AnalysisInput, vectors: Sequence[Vector]) -> list[Vector]:
     """H v for every v in ``vectors``, accumulated over all images; every batch runs once for all of them.
 
     Args:
-        subject: analysis input, in eval mode.
+        analyzed: analysis input, in eval mode.
         vectors: one tensor per layer each, in the shape of its weight.
 
     Returns:
         In the structure of ``vectors``; zero for a layer without influence on the loss.
     """
-    layers = list(subject.layers.values())
+    layers = list(analyzed.layers.values())
     sums: list[Vector] = [[torch.zeros_like(part) for part in vector] for vector in vectors]
-    for loss in subject.losses():
+    for loss in analyzed.losses():
         ports = zero_ports(layers)
-        with hessian.twice_differentiable(subject.model), perturbed(layers, ports):
+        with hessian.twice_differentiable(analyzed.model), perturbed(layers, ports):
             product_with = hessian.HessianProduct(loss(), ports)
             for total, vector in zip(sums, vectors, strict=True):
                 for part, more in zip(total, product_with(vector), strict=True):

@@ -7,11 +7,11 @@ latent ones if available; inputs are a sample of the values that reach the quant
 import torch
 from torch import Tensor
 
-from saqcli.analysis.base import Reading, Session, Settings, Subject, observe_inputs
+from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings, observe_inputs
 from saqcli.quant.quantizers import Quantizer
 
 BINS = 96  # per histogram
-BEYOND = 0.25  # extent of a histogram beyond the outermost codes, as a share of their distance
+HISTOGRAM_MARGIN = 0.25  # extent of a histogram beyond the outermost codes, as a share of their distance
 
 
 class Operand(Reading):
@@ -69,12 +69,14 @@ class DistributionsReading(Reading):
 
 
 @torch.no_grad()
-def measure_distributions(subject: Subject, settings: Settings, session: Session) -> DistributionsReading:
+def measure_distributions(
+    analyzed: AnalysisInput, settings: Settings, session: Session
+) -> DistributionsReading:
     """Measure weights directly, and inputs over all images."""
-    with session.progress.task("distributions", len(subject.batches)) as task:
-        statistics = observe_inputs(subject, settings.seed, task)
+    with session.progress.task("distributions", len(analyzed.batches)) as task:
+        statistics = observe_inputs(analyzed, settings.seed, task)
     layers = []
-    for name, layer in subject.layers.items():
+    for name, layer in analyzed.layers.items():
         inputs = statistics[name].samples.to(layer.latent_weight())
         layers.append(
             LayerDistributions(
@@ -83,7 +85,7 @@ def measure_distributions(subject: Subject, settings: Settings, session: Session
                 inputs=_operand(layer.input_quantizer, inputs),
             )
         )
-    return DistributionsReading(latent=subject.latent, layers=layers)
+    return DistributionsReading(latent=analyzed.latent, layers=layers)
 
 
 def _operand(quantizer: object, x: Tensor) -> Operand | None:
@@ -99,7 +101,7 @@ def _operand(quantizer: object, x: Tensor) -> Operand | None:
     present = shares[shares > 0]
     power = float(x.double().square().sum())
     error = float((codes * step - x.double()).square().sum())
-    reach = BEYOND * (grid.highest - grid.lowest)
+    reach = HISTOGRAM_MARGIN * (grid.highest - grid.lowest)
     first, last = grid.lowest - reach, grid.highest + reach
     if grid.lowest == 0:
         first = -0.5  # no values below 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from saqcli.analysis.base import Reading, Session, Settings, Subject, seeded
+from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings, seeded
 from saqcli.analysis.curvature import Vector, dot, hessian_products
 from saqcli.progress import Task
 
@@ -52,13 +52,13 @@ class EigenvalueReading(Reading):
     lowest: float | None
 
 
-def measure_eigenvalue(subject: Subject, settings: Settings, session: Session) -> EigenvalueReading:
+def measure_eigenvalue(analyzed: AnalysisInput, settings: Settings, session: Session) -> EigenvalueReading:
     """Power iteration from several random starts; each stops at the tolerance or after ``settings.iterations``."""
     with session.progress.task("largest Hessian eigenvalue", settings.iterations) as task:
-        runs = _iterate(subject, settings, 0.0, task)
+        runs = _iterate(analyzed, settings, 0.0, task)
         lowest = min(run.eigenvalue for run in runs)
         if any(run.eigenvalue < 0 for run in runs):
-            runs = _iterate(subject, settings, lowest, task)
+            runs = _iterate(analyzed, settings, lowest, task)
         else:
             lowest = math.inf
     starts = [Start(**{name: getattr(run, name) for name in Start.model_fields}) for run in runs]
@@ -97,24 +97,24 @@ class _Run:
             self.vector = [part / norm for part in moved]
 
 
-def _iterate(subject: Subject, settings: Settings, shift: float, task: Task) -> list[_Run]:
-    runs = [_Run(_unit_vector(subject, settings.seed, start)) for start in range(settings.starts)]
+def _iterate(analyzed: AnalysisInput, settings: Settings, shift: float, task: Task) -> list[_Run]:
+    runs = [_Run(_unit_vector(analyzed, settings.seed, start)) for start in range(settings.starts)]
     for _ in range(settings.iterations):
         moving = [run for run in runs if not run.converged]
         if not moving:
             break
         for run, product in zip(
-            moving, hessian_products(subject, [run.vector for run in moving]), strict=True
+            moving, hessian_products(analyzed, [run.vector for run in moving]), strict=True
         ):
             run.advance(product, shift, settings.tolerance)
-        task.advance(images=subject.images, eigenvalue=max(run.eigenvalue for run in runs))
+        task.advance(images=analyzed.images, eigenvalue=max(run.eigenvalue for run in runs))
     return runs
 
 
-def _unit_vector(subject: Subject, seed: int, start: int) -> Vector:
+def _unit_vector(analyzed: AnalysisInput, seed: int, start: int) -> Vector:
     generator = seeded(seed, "eigenvalue", start)
     vector = []
-    for layer in subject.layers.values():
+    for layer in analyzed.layers.values():
         like = layer.latent_weight()
         vector.append(torch.randn(like.shape, generator=generator).to(like))
     norm = math.sqrt(dot(vector, vector))

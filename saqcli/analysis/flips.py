@@ -14,7 +14,7 @@ with probability |e| / gap, so the expected share is about the mean of that.
 import torch
 from torch import Tensor
 
-from saqcli.analysis.base import Reading, Session, Settings, Subject
+from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings
 from saqcli.quant.quantizers import Quantizer
 from saqcli.training.perturbation import PerturbedSet
 
@@ -67,24 +67,24 @@ class FlipsReading(Reading):
     norm_ratio: float = 0.0
 
 
-def measure_flips(subject: Subject, settings: Settings, session: Session) -> FlipsReading:
+def measure_flips(analyzed: AnalysisInput, settings: Settings, session: Session) -> FlipsReading:
     """One ascent step of the latent weights over all images, by the straight-through gradient."""
-    if not subject.latent:
+    if not analyzed.latent:
         reason = "the latent weights are not available: they are in the checkpoint of a run directory"
         return FlipsReading(reason=reason, rho=settings.rho, rho_unit=settings.rho_unit)
-    perturbed_set = PerturbedSet(subject.model, ("latent_weights",))
-    gradients = subject.gradients(perturbed_set, "flips", session)
+    perturbed_set = PerturbedSet(analyzed.model, ("latent_weights",))
+    gradients = analyzed.gradients(perturbed_set, "flips", session)
     perturbation = perturbed_set.ascent(gradients, settings.rho, settings.rho_unit)
     quantized = {
         name: (layer, layer.weight_quantizer)
-        for name, layer in subject.layers.items()
+        for name, layer in analyzed.layers.items()
         if isinstance(layer.weight_quantizer, Quantizer)
     }
     with torch.no_grad():
         before = {name: layer.effective_weight().clone() for name, (layer, _) in quantized.items()}
         with perturbed_set.applied(perturbation):
             after = {name: layer.effective_weight().clone() for name, (layer, _) in quantized.items()}
-        parts = {name: _Part(q, before[name], after[name]) for name, (_, q) in quantized.items()}
+        parts = {name: _LayerSums(q, before[name], after[name]) for name, (_, q) in quantized.items()}
     total = [sum(column) for column in zip(*(part.sums for part in parts.values()), strict=True)]
     weights, flipped, size, moved, perturbed = total or [0.0] * 5
     return FlipsReading(
@@ -100,7 +100,7 @@ def measure_flips(subject: Subject, settings: Settings, session: Session) -> Fli
     )
 
 
-class _Part:
+class _LayerSums:
     """Sums over one layer: weights, flipped, |e| / gap, ||Q(w + e) - Q(w)||^2, ||e||^2."""
 
     def __init__(self, quantizer: Quantizer, before: Tensor, after: Tensor) -> None:

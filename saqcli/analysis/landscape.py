@@ -14,11 +14,11 @@ directions as in Liu et al., arXiv:2111.12273.
 import torch
 from torch import Tensor
 
-from saqcli.analysis.base import Reading, Session, Settings, Subject, finite, seeded
+from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings, finite_or_none, seeded
 from saqcli.analysis.curvature import Vector, dot
 from saqcli.quant.layer import QuantizedLayer, perturbed
 
-PARALLEL = 1e-6  # filters of the second direction are kept if orthogonalization leaves less than this share
+MIN_REMAINDER = 1e-6  # a second direction is not orthogonalized if that leaves less than this share
 
 
 class LandscapeReading(Reading):
@@ -57,10 +57,10 @@ def axis_of(grid: int, span: float) -> list[float]:
     return [span * (k - half) / half for k in range(grid)]
 
 
-def measure_landscape(subject: Subject, settings: Settings, session: Session) -> LandscapeReading:
+def measure_landscape(analyzed: AnalysisInput, settings: Settings, session: Session) -> LandscapeReading:
     """Evaluate the model at every point of the grid; resumes from an earlier, unfinished reading."""
-    layers = list(subject.layers.values())
-    one, two = directions(subject.layers, settings.seed)
+    layers = list(analyzed.layers.values())
+    one, two = directions(analyzed.layers, settings.seed)
     grid, axis = settings.grid, axis_of(settings.grid, settings.span)
     loss: list[float | None] = [None] * grid**2
     top1: list[float | None] = [None] * grid**2
@@ -70,7 +70,7 @@ def measure_landscape(subject: Subject, settings: Settings, session: Session) ->
         loss = [value for row in session.earlier.loss for value in row]
         top1 = [value for row in session.earlier.top1 for value in row]
 
-    def so_far(done: int) -> LandscapeReading:
+    def unfinished(done: int) -> LandscapeReading:
         rows = [slice(first, first + grid) for first in range(0, grid**2, grid)]
         return LandscapeReading(
             grid=grid,
@@ -87,11 +87,11 @@ def measure_landscape(subject: Subject, settings: Settings, session: Session) ->
             row, column = divmod(point, grid)
             shift = [axis[column] * a + axis[row] * b for a, b in zip(one, two, strict=True)]
             with perturbed(layers, shift):
-                score = subject.score()
-            loss[point], top1[point] = finite(score.loss), score.top1
+                score = analyzed.score()
+            loss[point], top1[point] = finite_or_none(score.loss), score.top1
             task.advance(images=score.images, loss=score.loss, top1=score.top1)
-            session.keep(so_far(point + 1))
-    return so_far(grid**2)
+            session.keep(unfinished(point + 1))
+    return unfinished(grid**2)
 
 
 @torch.no_grad()
@@ -112,7 +112,7 @@ def directions(layers: dict[str, QuantizedLayer], seed: int) -> tuple[list[Tenso
         ]
         a, b = ((d.transpose(0, layer.channel_dim) if d.dim() > 1 else d[None]).flatten(1) for d in noise)
         rest = b - (a * b).sum(1, keepdim=True) / a.square().sum(1, keepdim=True).clamp_min(1e-30) * a
-        b = torch.where(rest.norm(dim=1, keepdim=True) > PARALLEL * b.norm(dim=1, keepdim=True), rest, b)
+        b = torch.where(rest.norm(dim=1, keepdim=True) > MIN_REMAINDER * b.norm(dim=1, keepdim=True), rest, b)
         size = flat.norm(dim=1, keepdim=True)
         for found, d in ((first, a), (second, b)):
             scaled = (d * (size / d.norm(dim=1, keepdim=True).clamp_min(1e-30))).reshape(rows.shape)

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from saqcli.analysis.base import Reading, Session, Settings, Subject, finite
+from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings, finite_or_none
 from saqcli.analysis.curvature import dot
 from saqcli.training.perturbation import PerturbedSet
 
@@ -42,18 +42,18 @@ class SharpnessReading(Reading):
     relative_norm: float
 
 
-def measure_sharpness(subject: Subject, settings: Settings, session: Session) -> SharpnessReading:
+def measure_sharpness(analyzed: AnalysisInput, settings: Settings, session: Session) -> SharpnessReading:
     """One ascent step of radius ``settings.rho`` over all images.
 
     Raises:
         UnperturbedLayer: no quantized layer influences the loss.
     """
-    perturbed_set = PerturbedSet(subject.model, ("weights",))
-    gradients = subject.gradients(perturbed_set, "sharpness", session)
+    perturbed_set = PerturbedSet(analyzed.model, ("weights",))
+    gradients = analyzed.gradients(perturbed_set, "sharpness", session)
     perturbation = perturbed_set.ascent(gradients, settings.rho, settings.rho_unit)
-    before = subject.score()
+    before = analyzed.score()
     with perturbed_set.applied(perturbation):
-        after = subject.score()
+        after = analyzed.score()
     with torch.no_grad():
         moved = perturbation.weights
         weights = [layer.quantized_weight().detach() for layer in perturbed_set.layers]
@@ -61,8 +61,8 @@ def measure_sharpness(subject: Subject, settings: Settings, session: Session) ->
         rho=settings.rho,
         rho_unit=settings.rho_unit,
         loss=before.loss,
-        perturbed_loss=finite(after.loss),
-        sharpness=finite(after.loss - before.loss),
+        perturbed_loss=finite_or_none(after.loss),
+        sharpness=finite_or_none(after.loss - before.loss),
         top1=before.top1,
         perturbed_top1=after.top1,
         gradient_norm=float(perturbation.norm),

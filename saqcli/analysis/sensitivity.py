@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from saqcli.analysis.base import Reading, Session, Settings, Subject, finite, observe_inputs
+from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings, finite_or_none, observe_inputs
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.layer import QuantizedLayer
 from saqcli.quant.quantizers import Quantizer
@@ -64,29 +64,29 @@ class SensitivityReading(Reading):
     layers: list[LayerSensitivity]
 
 
-def measure_sensitivity(subject: Subject, settings: Settings, session: Session) -> SensitivityReading:
+def measure_sensitivity(analyzed: AnalysisInput, settings: Settings, session: Session) -> SensitivityReading:
     """Evaluate the model once for every layer and candidate."""
     candidates = sorted(set(settings.candidates))
-    base = subject.score()
+    base = analyzed.score()
     rows = []
-    steps = len(subject.batches) + len(subject.layers) * len(candidates)
+    steps = len(analyzed.batches) + len(analyzed.layers) * len(candidates)
     with session.progress.task("sensitivity", steps) as task:
-        statistics = observe_inputs(subject, settings.seed, task)
-        for name, layer in subject.layers.items():
+        statistics = observe_inputs(analyzed, settings.seed, task)
+        for name, layer in analyzed.layers.items():
             row = []
             for bits in candidates:
-                with at_bits(subject, layer, bits, statistics[name]):
-                    score = subject.score()
+                with at_bits(analyzed, layer, bits, statistics[name]):
+                    score = analyzed.score()
                 row.append(
                     Candidate(
                         bits=bits,
-                        loss=finite(score.loss),
+                        loss=finite_or_none(score.loss),
                         top1=score.top1,
-                        loss_change=finite(score.loss - base.loss),
+                        loss_change=finite_or_none(score.loss - base.loss),
                         top1_change=score.top1 - base.top1,
                     )
                 )
-                task.advance(images=subject.images, loss=score.loss, top1=score.top1)
+                task.advance(images=analyzed.images, loss=score.loss, top1=score.top1)
             now = layer.bits
             rows.append(
                 LayerSensitivity(
@@ -98,7 +98,7 @@ def measure_sensitivity(subject: Subject, settings: Settings, session: Session) 
 
 @contextmanager
 def at_bits(
-    subject: Subject, layer: QuantizedLayer, bits: int, statistics: InputStatistics
+    analyzed: AnalysisInput, layer: QuantizedLayer, bits: int, statistics: InputStatistics
 ) -> Iterator[None]:
     """Within the context ``layer`` has fitted quantizers at ``bits``; its own are restored afterwards, bit for bit."""
     owner = layer.tied_to[0] if layer.tied_to else layer  # the layer that quantizes the weight
@@ -106,8 +106,8 @@ def at_bits(
     own = before[1]
     signed = own.grid().lowest < 0 if isinstance(own, Quantizer) else statistics.signed
     like = layer.latent_weight()
-    weight = subject.scheme.weight_quantizer(layer, [bits]).to(like)
-    inputs = subject.scheme.input_quantizer(layer, [bits], signed=signed).to(like)
+    weight = analyzed.scheme.weight_quantizer(layer, [bits]).to(like)
+    inputs = analyzed.scheme.input_quantizer(layer, [bits], signed=signed).to(like)
     weight.fit(layer.effective_weight().detach())
     inputs.fit(statistics.samples.to(like))
     try:

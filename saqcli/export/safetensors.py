@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from saqcli._version import __version__
 from saqcli.errors import CorruptArtifact, SaqError
 from saqcli.export.model_metadata import ModelFacts, check_schema
-from saqcli.finite import flaw
+from saqcli.finite import invalid_tensor
 from saqcli.quant import convert
 from saqcli.quant.attention import keeps_products
 from saqcli.quant.grid import pack, packed_bytes, unpack
@@ -313,7 +313,7 @@ def rebuild(model: nn.Module, facts: ModelFacts, tensors: Mapping[str, Tensor], 
         own.update(state)
         model.load_state_dict(own)
         _check_inputs(model)
-        if wrong := flaw(model):
+        if wrong := invalid_tensor(model):
             raise CorruptArtifact(f"{wrong}, which no file of saq has")
     except SaqError as error:
         raise CorruptArtifact(

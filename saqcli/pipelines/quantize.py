@@ -43,8 +43,8 @@ from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.cost import Budget
-from saqcli.random_state import deterministic_if_asked, seed_everything
-from saqcli.report.run_report import Outcome, write_report
+from saqcli.random_state import deterministic_if_requested, seed_everything
+from saqcli.report.run_report import QuantizeResult, write_report
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.resume import check_same, goes_on, note_start, resuming
 from saqcli.serialization import named_path, write_text
@@ -57,7 +57,7 @@ from saqcli.training.trainer import Best, finetune
 from saqcli.verify.verdict import verdict_path
 
 
-@deterministic_if_asked
+@deterministic_if_requested
 def quantize(
     config: RunConfig,
     run_dir: Path,
@@ -65,7 +65,7 @@ def quantize(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = SILENT,
-) -> Outcome:
+) -> QuantizeResult:
     """Quantize as ``config`` says and leave a run directory.
 
     Args:
@@ -84,7 +84,7 @@ def quantize(
 
 def _on(
     device: torch.device, config: RunConfig, run_dir: Path, resume: bool, overwrite: bool, progress: Progress
-) -> Outcome:
+) -> QuantizeResult:
     """Each rank on its own device."""
     run = RunDirectory(run_dir)
     resume = goes_on(run, resume=resume, overwrite=overwrite)
@@ -203,7 +203,7 @@ def begin(
     calibrated = score(quantized, validation, "evaluating calibrated", device, progress)
     check_score(calibrated.loss, calibrated.images, f"{network.name}, calibrated,")
     progress.note(f"float {float_score.top1:.2f} %, calibrated {calibrated.top1:.2f} % top-1")
-    outcome = Outcome(
+    outcome = QuantizeResult(
         network.name,
         float_score,
         calibrated,
@@ -254,12 +254,12 @@ def complete(
     progress: Progress,
     *,
     resumed: bool = False,
-) -> Outcome:
+) -> QuantizeResult:
     """From the last checkpoint, ``state``, to the end: train, score, export, report."""
     if state is None:
         raise RunDirectoryError(f"{run.path} holds no checkpoint: start again with --overwrite")
     facts = with_names_of_logits(ModelFacts.model_validate_json(state["facts"]))
-    outcome = Outcome.unpack(state["outcome"])
+    outcome = QuantizeResult.unpack(state["outcome"])
     model = build_architecture(facts.build)
     restore_structure(model, facts)
     model.load_state_dict(state["model"])
@@ -314,7 +314,7 @@ def write_files(
     facts: ModelFacts,
     config: RunConfig,
     run: RunDirectory,
-    outcome: Outcome,
+    outcome: QuantizeResult,
     progress: Progress,
     best: Best | None,
 ) -> None:

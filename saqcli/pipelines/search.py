@@ -41,7 +41,7 @@ from saqcli.process_group import process_group
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.calibration import InputStatistics
-from saqcli.random_state import deterministic_if_asked, random_state, seed_everything, set_random_state
+from saqcli.random_state import deterministic_if_requested, random_state, seed_everything, set_random_state
 from saqcli.report.front import draw_front
 from saqcli.report.pareto import Front, find_front, to_table, write_front
 from saqcli.report.policy import draw_policy
@@ -191,7 +191,7 @@ class SearchResults(BaseModel):
         return self
 
 
-@deterministic_if_asked
+@deterministic_if_requested
 def search(
     config: RunConfig,
     run_dir: Path,

@@ -62,10 +62,12 @@ def new_figure(width: float, height: float) -> "Figure":
 
 def put_title(figure: "Figure", *lines: str) -> None:
     """Set the title above all axes; a line wider than the figure is shortened in the middle."""
-    figure.suptitle("\n".join(fitted(line, float(figure.get_figwidth())) for line in lines if line))
+    figure.suptitle(
+        "\n".join(shortened_to_width(line, float(figure.get_figwidth())) for line in lines if line)
+    )
 
 
-def of_images(text: str, images: str) -> str:
+def with_images(text: str, images: str) -> str:
     """``text``, followed by ``images`` if given."""
     return f"{text}, {images}" if images else text
 
@@ -97,7 +99,7 @@ def shortened(name: str, longest: int = LONGEST_NAME) -> str:
     return f"{name[:head]}…{name[len(name) - (longest - 1 - head) :]}"
 
 
-def fitted(text: str, inches: float, size: float = TITLE_SIZE) -> str:
+def shortened_to_width(text: str, inches: float, size: float = TITLE_SIZE) -> str:
     """``text``, shortened to one line of the given width in letters of ``size`` points."""
     return shortened(text, max(8, int(inches * 72 / (CHARACTER * size))))
 

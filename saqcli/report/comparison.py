@@ -72,11 +72,11 @@ class Record:
         texts: dict[str, Any] = {"figures": manifest.results} if whole else {}
         for name, path in (("search", run.search_path), ("front", run.path / "pareto.json")):
             if path.is_file() or (name == "search" and not whole):
-                texts[name] = _json(_text(path), str(path))
+                texts[name] = _parse_json(_read_text(path), str(path))
         if whole:
-            lines = _text(run.metrics_path).splitlines()
+            lines = _read_text(run.metrics_path).splitlines()
             texts["metrics"] = [
-                _json(line, f"{run.metrics_path} line {number}") for number, line in enumerate(lines, 1)
+                _parse_json(line, f"{run.metrics_path} line {number}") for number, line in enumerate(lines, 1)
             ]
         files = _onnx_files(run) if whole else []
         for path in (run.safetensors_path, *files):
@@ -85,7 +85,7 @@ class Record:
         return cls(
             run,
             manifest,
-            parse_json(BitConfig, _text(run.policy_path), str(run.policy_path), RunDirectoryError),
+            parse_json(BitConfig, _read_text(run.policy_path), str(run.policy_path), RunDirectoryError),
             texts,
             read_content(run.safetensors_path) if whole else None,
             {path.name: sha256_of(path) for path in files},
@@ -155,7 +155,7 @@ def _texts_differ(one: Any, other: Any, name: str) -> str | None:
     if name == "metrics":
         one, other = ([_without_best(line) for line in lines] for lines in (one, other))
         for number, (mine, theirs) in enumerate(zip(one, other, strict=False), 1):
-            found = first_difference(_lasting(mine), _lasting(theirs))
+            found = first_difference(_without_varying(mine), _without_varying(theirs))
             if found:
                 epoch = f", epoch {mine['epoch']}" if "epoch" in mine else ""
                 return f"line {number} ({mine.get('phase')}{epoch}): {found}"
@@ -166,10 +166,10 @@ def _texts_differ(one: Any, other: Any, name: str) -> str | None:
         one, other = (
             {key: tree[key] for key in tree if key in one and key in other} for tree in (one, other)
         )
-    return first_difference(_lasting(one), _lasting(other))
+    return first_difference(_without_varying(one), _without_varying(other))
 
 
-def _lasting(tree: Mapping[str, Any]) -> dict[str, Any]:
+def _without_varying(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if key not in VARYING}
 
 
@@ -271,14 +271,14 @@ def _parsed(described: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RunDirectoryError(f"{path} cannot be read ({error}): restore it") from None
 
 
-def _json(text: str, source: str) -> dict[str, Any]:
+def _parse_json(text: str, source: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -304,7 +304,7 @@ def versions_differ(one: RunManifest, other: RunManifest) -> dict[str, list[str 
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def reasons(before: Record, after: Record) -> list[str]:
+def explain_diff(before: Record, after: Record) -> list[str]:
     """Likely causes of a difference, one line each, the likeliest first; a single line if no recorded item differs."""
     found = [
         f"{record.run.path / name} was changed after the run"

@@ -85,7 +85,12 @@ class Labels:
         self._lines = [Path(ax.transData.transform(line)) for line in lines if len(line) > 1]
 
     def add(
-        self, text: str, place: tuple[float, float], spots: Sequence[Spot], coords: Any = None, **looks: Any
+        self,
+        text: str,
+        place: tuple[float, float],
+        spots: Sequence[Spot],
+        coords: Any = None,
+        **properties: Any,
     ) -> None:
         """Write ``text`` at one of ``spots``.
 
@@ -94,21 +99,25 @@ class Labels:
             place: to label, in ``coords``.
             spots: the best first.
             coords: a transform; that of the data by default.
-            looks: passed to matplotlib.
+            properties: passed to matplotlib.
         """
         coords = self._ax.transData if coords is None else coords
-        trial = self._ax.annotate(text, place, xycoords=coords, annotation_clip=False, **looks)
+        trial = self._ax.annotate(text, place, xycoords=coords, annotation_clip=False, **properties)
         size = trial.get_window_extent().size
         trial.remove()
         boxes = [self._box(spot, coords.transform(spot.at or place), size) for spot in spots]
-        harm = [self._harm(box, spot) for box, spot in zip(boxes, spots, strict=True)]
-        best = harm.index(min(harm))
+        penalties = [self._penalty(box, spot) for box, spot in zip(boxes, spots, strict=True)]
+        best = penalties.index(min(penalties))
         spot = spots[best]
         if spot.at is None and _distance(spot) > NEAR:
-            looks["arrowprops"] = {"arrowstyle": "-", "linewidth": 0.5, "color": looks.get("color", "black")}
+            properties["arrowprops"] = {
+                "arrowstyle": "-",
+                "linewidth": 0.5,
+                "color": properties.get("color", "black"),
+            }
         self._ax.annotate(
             text, spot.at or place, xycoords=coords, xytext=(spot.right, spot.up), textcoords="offset points",
-            ha=spot.ha, va=spot.va, bbox=CLEAR, annotation_clip=False, **looks,
+            ha=spot.ha, va=spot.va, bbox=CLEAR, annotation_clip=False, **properties,
         )  # fmt: skip
         self._taken = np.vstack([self._taken, boxes[best]])
 
@@ -120,7 +129,7 @@ class Labels:
         margin = MARGIN * self._pixels
         return np.array([left - margin, bottom - margin, left + size[0] + margin, bottom + size[1] + margin])
 
-    def _harm(self, box: Any, spot: Spot) -> float:
+    def _penalty(self, box: Any, spot: Spot) -> float:
         from matplotlib.transforms import Bbox
 
         room = self._ax.bbox.padded(MARGIN * self._pixels).extents
@@ -174,7 +183,7 @@ def paint_front(front: "Front") -> "Figure":
     figure = new_figure(7.2, 4.6)
     ax: Any = figure.subplots()
     ax.set_xscale("log")
-    marks = [*_others(ax, front, unit), *_uniform(ax, front, unit), *_chosen(ax, front, unit)]
+    marks = [*_dominated(ax, front, unit), *_uniform(ax, front, unit), *_chosen(ax, front, unit)]
     line, best = _best(ax, front, unit)
     ax.set_xlabel(NAMES[unit])
     ax.set_ylabel(f"top-1 in %, calibrated, on {counted(front.images, 'held-out image')}")
@@ -207,14 +216,14 @@ def _place(point: "Point", unit: int) -> tuple[float, float]:
     return _cost(point, unit), point.top1
 
 
-def _scatter(ax: Any, points: "Sequence[Point]", unit: int, area: float, **looks: Any) -> list[Mark]:
+def _scatter(ax: Any, points: "Sequence[Point]", unit: int, area: float, **properties: Any) -> list[Mark]:
     """Draw square points; returns their positions and radii."""
     if points:
-        ax.scatter(*zip(*(_place(point, unit) for point in points), strict=True), s=area, **looks)
+        ax.scatter(*zip(*(_place(point, unit) for point in points), strict=True), s=area, **properties)
     return [(*_place(point, unit), math.sqrt(area) / 2) for point in points]
 
 
-def _others(ax: Any, front: "Front", unit: int) -> list[Mark]:
+def _dominated(ax: Any, front: "Front", unit: int) -> list[Mark]:
     """Dominated configurations without a label."""
     named = uniform_names(front)
     rest = [
@@ -222,15 +231,15 @@ def _others(ax: Any, front: "Front", unit: int) -> list[Mark]:
         for index, point in enumerate(front.points)
         if not point.on_front and point.kind != "chosen" and index not in named
     ]
-    looks = {"color": "#9A9A9A", "alpha": 0.55, "linewidths": 0, "zorder": 4}
-    return _scatter(ax, rest, unit, 9, label="other configurations", **looks)
+    properties = {"color": "#9A9A9A", "alpha": 0.55, "linewidths": 0, "zorder": 4}
+    return _scatter(ax, rest, unit, 9, label="other configurations", **properties)
 
 
 def _uniform(ax: Any, front: "Front", unit: int) -> list[Mark]:
     """Configurations of uniform bits."""
     found = [front.points[index] for index in uniform_names(front)]
-    looks = {"facecolors": "white", "edgecolors": COLOURS[1], "linewidths": 1.2, "zorder": 5}
-    return _scatter(ax, found, unit, 36, marker="s", label="uniform bits", **looks)
+    properties = {"facecolors": "white", "edgecolors": COLOURS[1], "linewidths": 1.2, "zorder": 5}
+    return _scatter(ax, found, unit, 36, marker="s", label="uniform bits", **properties)
 
 
 def _chosen(ax: Any, front: "Front", unit: int) -> list[Mark]:
@@ -239,8 +248,8 @@ def _chosen(ax: Any, front: "Front", unit: int) -> list[Mark]:
     text = "".join(
         f"chosen: {point.top1:.2f} % at {format_quantity(_cost(point, unit), UNITS[unit])}" for point in found
     )
-    looks = {"color": ACCENT, "edgecolors": INK, "linewidths": 0.8, "zorder": 6}
-    return _scatter(ax, found, unit, 130, marker="*", label=text, **looks)
+    properties = {"color": ACCENT, "edgecolors": INK, "linewidths": 0.8, "zorder": 6}
+    return _scatter(ax, found, unit, 130, marker="*", label=text, **properties)
 
 
 def _best(ax: Any, front: "Front", unit: int) -> tuple[list[tuple[float, float]], list[Mark]]:
@@ -255,9 +264,9 @@ def _best(ax: Any, front: "Front", unit: int) -> tuple[list[tuple[float, float]]
     both = front.budget_bops is not None and front.budget_bytes is not None
     if len(line) > 1:
         ax.plot(*zip(*line, strict=True), color=COLOURS[0], linewidth=1.4, zorder=3)
-    looks = {"color": COLOURS[0], "edgecolors": "white", "linewidths": 0.5, "zorder": 8}
+    properties = {"color": COLOURS[0], "edgecolors": "white", "linewidths": 0.5, "zorder": 8}
     label = "front (off the line: in bytes)" if both else "front"
-    return line, _scatter(ax, best, unit, 16, label=label, **looks)
+    return line, _scatter(ax, best, unit, 16, label=label, **properties)
 
 
 def _legend(ax: Any) -> list[Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saqcli.analysis.landscape import LandscapeReading
-from saqcli.report.canvas import FAINT, INK, fitted, new_figure, put_legend, put_title
+from saqcli.report.canvas import FAINT, INK, new_figure, put_legend, put_title, shortened_to_width
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,15 +45,15 @@ class Scale(NamedTuple):
         return [_number(10**tick) for tick in self.ticks]
 
 
-def paint_landscape(subjects: list[tuple[str, LandscapeReading]], images: str = "") -> "dict[str, Figure]":
+def paint_landscape(models: list[tuple[str, LandscapeReading]], images: str = "") -> "dict[str, Figure]":
     """Figures ``landscape_contour`` and ``landscape_surface``."""
-    heights = _heights([reading for _, reading in subjects])
+    heights = _heights([reading for _, reading in models])
     found = np.concatenate([z[np.isfinite(z)] for z in heights])
     low, high = (float(found.min()), float(found.max())) if len(found) else (0.0, 1.0)
     if high - low < LEAST_RANGE:  # avoid an empty range
         low, high = low - LEAST_RANGE / 2, high + LEAST_RANGE / 2
     scale = Scale(low, high, _ticks(low, high) if len(found) else [])
-    parts = [(name, reading, z) for (name, reading), z in zip(subjects, heights, strict=True)]
+    parts = [(name, reading, z) for (name, reading), z in zip(models, heights, strict=True)]
     return {
         "landscape_contour": _contour(parts, scale, images),
         "landscape_surface": _surface(parts, scale, images),
@@ -95,7 +95,7 @@ def _contour(parts: list[Part], scale: Scale, images: str) -> "Figure":
         ax.plot(0, 0, marker="+", markersize=9, markeredgewidth=1.6, color="white")
         centre = reading.loss[reading.grid // 2][reading.grid // 2]
         at_centre = "NaN or infinite" if centre is None else _number(centre)
-        ax.set_title(f"{fitted(name, NAME)}\nloss at the centre (+): {at_centre}")
+        ax.set_title(f"{shortened_to_width(name, NAME)}\nloss at the centre (+): {at_centre}")
         ax.set_xlabel("along direction 1 (filter norms)")
         if index == 0:
             ax.set_ylabel("along direction 2 (filter norms)")
@@ -149,7 +149,7 @@ def _surface(parts: list[Part], scale: Scale, images: str) -> "Figure":
         )
         ax.set_zlim(scale.low, scale.high)
         ax.set_zticks(scale.ticks, scale.numbers)
-        ax.set_title(fitted(name, NAME), y=0.98)
+        ax.set_title(shortened_to_width(name, NAME), y=0.98)
         ax.set_xlabel("direction 1 (filter norms)", labelpad=0, fontsize=8)
         ax.set_ylabel("direction 2 (filter norms)", labelpad=0, fontsize=8)
         ax.set_zlabel(AXIS, labelpad=longest - 2, fontsize=8)

@@ -28,7 +28,7 @@ from saqcli.serialization import write_text
 Result = tuple[Cost, float, float]  # cost, top-1, loss
 Choice = tuple[int, ...]  # one option index per decision
 Kind = Literal["sampled", "uniform", "proposed", "chosen"]
-LITTLE = 0.01  # relative distance of the smallest budget from the floor, which only one configuration meets
+FLOOR_MARGIN = 0.01  # relative distance of the smallest budget from the floor, where only one choice fits
 COLUMNS = (
     "kind", "budget_bops", "budget_bytes", "bops", "size_bytes", "top1", "loss", "on_front",
     "mean_weight_bits", "mean_activation_bits",
@@ -129,7 +129,7 @@ def find_front(
         float_top1: percent, on the scoring images.
     """
     space = problem.space
-    kinds, asked = _landmarks(problem, found, count, widths)
+    kinds, requested = _landmarks(problem, found, count, widths)
     scored = {one.choice: one for one in found.scored}
     images = sum(len(labels) for _, labels in problem.images.scoring)
     with problem.progress.task("scoring the front", len(kinds)) as task:
@@ -150,7 +150,7 @@ def find_front(
         images=images,
         float_top1=float_top1,
         macs={layer.name: layer.macs for layer in space.costs.layers},
-        points=_points(space, known, kinds, asked, problem.budget),
+        points=_points(space, known, kinds, requested, problem.budget),
     )
 
 
@@ -160,15 +160,15 @@ def _landmarks(
     """Configurations to score in addition, with their kind (the more specific of two), and their budgets."""
     space = problem.space
     kinds: dict[Choice, Kind] = {}
-    asked: dict[Choice, Budget] = {}
+    requested: dict[Choice, Budget] = {}
     for bits in widths:
         kinds[tuple(space.nearest(LayerBits(weight=bits, activation=bits)))] = "uniform"
     for budget in [*budgets(space, problem.budget, count), problem.budget]:
         for choice in found.propose(budget):
             kinds[tuple(choice)] = "proposed"
-            asked.setdefault(tuple(choice), budget)
-    kinds[tuple(found.choice)], asked[tuple(found.choice)] = "chosen", problem.budget
-    return kinds, asked
+            requested.setdefault(tuple(choice), budget)
+    kinds[tuple(found.choice)], requested[tuple(found.choice)] = "chosen", problem.budget
+    return kinds, requested
 
 
 def budgets(space: SearchSpace, budget: Budget, count: int) -> list[Budget]:
@@ -189,7 +189,7 @@ def budgets(space: SearchSpace, budget: Budget, count: int) -> list[Budget]:
 
 def _between(floor: int, ceiling: int, way: float) -> int:
     """Geometric interpolation from slightly above ``floor`` to ``ceiling``, never outside."""
-    least = min(math.ceil(floor * (1 + LITTLE)), ceiling)
+    least = min(math.ceil(floor * (1 + FLOOR_MARGIN)), ceiling)
     return min(max(round(least ** (1 - way) * ceiling**way), floor), ceiling) if way < 1 else ceiling
 
 
@@ -202,18 +202,18 @@ def _points(
     space: SearchSpace,
     known: Sequence[Scored],
     kinds: dict[Choice, Kind],
-    asked: dict[Choice, Budget],
+    requested: dict[Choice, Budget],
     budget: Budget,
 ) -> list[Point]:
     """Points in ascending order of cost; of equal costs the best first."""
     order = sorted(known, key=lambda one: (*one.cost, -one.top1, one.loss, one.choice))
     results = [(one.cost, one.top1, one.loss) for one in order]
-    front = undominated(results, _units(budget))
+    front = pareto_optimal(results, _units(budget))
     return [
         Point(
             kind=kinds.get(one.choice, "sampled"),
-            budget_bops=asked.get(one.choice, Budget()).bops,
-            budget_bytes=asked.get(one.choice, Budget()).size,
+            budget_bops=requested.get(one.choice, Budget()).bops,
+            budget_bytes=requested.get(one.choice, Budget()).size,
             bops=one.cost.bops,
             size_bytes=one.cost.size,
             top1=one.top1,
@@ -225,7 +225,7 @@ def _points(
     ]
 
 
-def undominated(results: Sequence[Result], units: Sequence[int]) -> set[int]:
+def pareto_optimal(results: Sequence[Result], units: Sequence[int]) -> set[int]:
     """Indices of the results that no other dominates.
 
     Args:

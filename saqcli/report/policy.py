@@ -53,12 +53,12 @@ def paint_policy(config: BitConfig, costs: CostModel, title: str) -> "Figure":
     _means(ax, config, costs)
     _axes(ax, names, small=column < WIDE)
     put_title(figure, title)
-    ax.set_title(_facts(config, costs), loc="left", fontsize=8, fontweight="normal")
+    ax.set_title(_summary(config, costs), loc="left", fontsize=8, fontweight="normal")
     _legend(figure, config, costs)
     return figure
 
 
-def _facts(config: BitConfig, costs: CostModel) -> str:
+def _summary(config: BitConfig, costs: CostModel) -> str:
     """The line below the title."""
     weights, inputs = _mean(config, costs)
     text = f"mean bits of a multiply-accumulate: weights {weights:.2f}, inputs {inputs:.2f};  {costs.cost(config)}"

@@ -28,12 +28,12 @@ from saqcli.report.canvas import (
     FAINT,
     INK,
     new_figure,
-    of_images,
     put_legend,
     put_title,
     save,
     shortened,
     style,
+    with_images,
 )
 from saqcli.report.landscape import paint_landscape
 from saqcli.units import with_error
@@ -46,16 +46,16 @@ MOST_TICKS = 6
 LEAST_SHARE = 0.1  # percent; below it the axis of shares is linear
 
 
-def paint_eigenvalue(subjects: list[tuple[str, EigenvalueReading]], images: str = "") -> "dict[str, Figure]":
+def paint_eigenvalue(readings: list[tuple[str, EigenvalueReading]], images: str = "") -> "dict[str, Figure]":
     """Figure ``eigenvalue``: one bar per model, one dot per start."""
     from matplotlib.lines import Line2D
 
-    figure = new_figure(6.4, 1.55 + 0.45 * len(subjects))
+    figure = new_figure(6.4, 1.55 + 0.45 * len(readings))
     ax: Any = figure.subplots()
-    every = [start.eigenvalue for _, reading in subjects for start in reading.starts]
+    every = [start.eigenvalue for _, reading in readings for start in reading.starts]
     values = [value for value in every if math.isfinite(value)]
     reach = max(map(abs, values), default=0.0) or 1.0
-    for row, (_, reading) in enumerate(subjects):
+    for row, (_, reading) in enumerate(readings):
         ax.barh(row, reading.eigenvalue, height=0.55, color=COLOURS[row % 2], alpha=0.8)
         found = [start.eigenvalue for start in reading.starts]
         ax.scatter(found, [row] * len(found), s=16, color="white", edgecolors=INK, linewidths=0.7, zorder=3)
@@ -64,13 +64,13 @@ def paint_eigenvalue(subjects: list[tuple[str, EigenvalueReading]], images: str 
             text += ", not converged"
         right = max([0.0, *(value for value in found if math.isfinite(value))])
         ax.text(right + 0.04 * reach, row, text, va="center", fontsize=7.5)
-    ax.set_yticks(range(len(subjects)), [shortened(name) for name, _ in subjects])
+    ax.set_yticks(range(len(readings)), [shortened(name) for name, _ in readings])
     ax.invert_yaxis()
     low = min([0.0, *values])
     ax.set_xlim(1.1 * low, 1.9 * max([reach / 5, *values]))
     ax.set_xlabel("largest eigenvalue of the Hessian over the quantized weights")
     ax.tick_params(axis="y", length=0)
-    put_title(figure, of_images("Largest Hessian eigenvalue", images))
+    put_title(figure, with_images("Largest Hessian eigenvalue", images))
     dot: dict[str, Any] = {
         "marker": "o",
         "color": "white",
@@ -83,12 +83,12 @@ def paint_eigenvalue(subjects: list[tuple[str, EigenvalueReading]], images: str 
     return {"eigenvalue": figure}
 
 
-def paint_trace(subjects: list[tuple[str, TraceReading]], images: str = "") -> "dict[str, Figure]":
+def paint_trace(readings: list[tuple[str, TraceReading]], images: str = "") -> "dict[str, Figure]":
     """Figure ``trace``: every layer's trace, total and per weight, with standard errors."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     panels = []
-    for _, reading in subjects:
+    for _, reading in readings:
         panels.append(
             (
                 [layer.name for layer in reading.layers],
@@ -97,13 +97,13 @@ def paint_trace(subjects: list[tuple[str, TraceReading]], images: str = "") -> "
             )
         )
     rows = _rows([panel[0] for panel in panels])
-    figure = new_figure(9.0, 1.9 + _height(rows, len(subjects)))
+    figure = new_figure(9.0, 1.9 + _height(rows, len(readings)))
     axes: Any = figure.subplots(1, 2, sharey=True)
     for k, label in ((1, "trace of the layer's Hessian block"), (2, "trace per weight")):
         ax = axes[k - 1]
         found: list[Any] = [dict(zip(panel[0], panel[k], strict=True)) for panel in panels]
         _bars(
-            ax, rows, [{n: v for n, (v, _) in one.items()} for one in found], [name for name, _ in subjects]
+            ax, rows, [{n: v for n, (v, _) in one.items()} for one in found], [name for name, _ in readings]
         )
         for index, one in enumerate(found):
             at = [_place(rows.index(n), index, len(found)) for n in one]
@@ -123,14 +123,14 @@ def paint_trace(subjects: list[tuple[str, TraceReading]], images: str = "") -> "
         else:
             ax.xaxis.set_major_locator(MaxNLocator(MOST_TICKS))
     _name_rows(axes[0], rows)
-    _title(figure, subjects, of_images("Hessian trace, layer by layer", images))
+    _title(figure, readings, with_images("Hessian trace, layer by layer", images))
     put_legend(figure, axes[0].get_legend_handles_labels()[0])
     return {"trace": figure}
 
 
-def paint_flips(subjects: list[tuple[str, FlipsReading]], images: str = "") -> "dict[str, Figure]":
+def paint_flips(readings: list[tuple[str, FlipsReading]], images: str = "") -> "dict[str, Figure]":
     """Figure ``flips``: share of the weights whose code changes; none without latent weights."""
-    measured = [(name, reading) for name, reading in subjects if reading.reason is None and reading.layers]
+    measured = [(name, reading) for name, reading in readings if reading.reason is None and reading.layers]
     if not measured:
         return {}
     rows = _rows([[layer.name for layer in reading.layers] for _, reading in measured])
@@ -156,7 +156,7 @@ def paint_flips(subjects: list[tuple[str, FlipsReading]], images: str = "") -> "
     first = measured[0][1]
     unit = "deviations" if first.rho_unit == "deviation" else "absolute"
     text = f"Flips under a perturbation of radius {first.rho:g} ({unit})"
-    _title(figure, measured, of_images(text, images))
+    _title(figure, measured, with_images(text, images))
     put_legend(figure, ax.get_legend_handles_labels()[0])
     return {"flips": figure}
 
@@ -205,9 +205,9 @@ def _name_rows(ax: Any, rows: list[str]) -> None:
     ax.set_ylim(len(rows) - 0.4, -0.6)
 
 
-def _title(figure: "Figure", subjects: Sequence[tuple[str, object]], text: str) -> None:
+def _title(figure: "Figure", readings: Sequence[tuple[str, object]], text: str) -> None:
     """Set the title, with the model's name if there is only one, since no legend names it."""
-    put_title(figure, *([subjects[0][0]] if len(subjects) == 1 else []), text)
+    put_title(figure, *([readings[0][0]] if len(readings) == 1 else []), text)
 
 
 if TYPE_CHECKING:
@@ -223,15 +223,15 @@ FAR = 100  # colours are linear below this fraction (1/FAR) of the largest chang
 
 
 def paint_sensitivity(
-    subjects: list[tuple[str, SensitivityReading]], images: str = ""
+    readings: list[tuple[str, SensitivityReading]], images: str = ""
 ) -> "dict[str, Figure]":
     """Figures ``sensitivity``, and ``sensitivity_against`` for the second model, on the same scales."""
-    tables = [_tables(reading) for _, reading in subjects]
+    tables = [_tables(reading) for _, reading in readings]
     limits = [_limit(pair[k] for pair in tables) for k in range(2)]
     keys = ("sensitivity", "sensitivity_against")
     return {
         key: _heatmap_figure(name, reading, pair, limits, images)
-        for key, (name, reading), pair in zip(keys, subjects, tables, strict=False)
+        for key, (name, reading), pair in zip(keys, readings, tables, strict=False)
     }
 
 
@@ -261,7 +261,7 @@ def _heatmap_figure(
         figure,
         name,
         "One layer at other bits, all others unchanged",
-        of_images(f"unchanged: loss {reading.loss:.4g}, top-1 {reading.top1:.2f} %", images),
+        with_images(f"unchanged: loss {reading.loss:.4g}, top-1 {reading.top1:.2f} %", images),
     )
     figure.set_layout_engine("constrained", wspace=0.05)  # between the numbers of the two colour bars
     axes: Any = figure.subplots(2, 2, sharey="row", height_ratios=(HEATMAP_ROW * rows, BAR))
@@ -328,18 +328,18 @@ END: dict[str, Any] = {"color": "#444444", "linewidth": 0.8, "linestyle": (0, (3
 
 
 def paint_distributions(
-    subjects: list[tuple[str, DistributionsReading]], images: str = ""
+    readings: list[tuple[str, DistributionsReading]], images: str = ""
 ) -> "dict[str, Figure]":
     """Figures ``distributions_weights`` and ``distributions_inputs``; with ``_against`` for the second model."""
     figures = {}
-    for suffix, (name, reading) in zip(("", "_against"), subjects, strict=False):
+    for suffix, (name, reading) in zip(("", "_against"), readings, strict=False):
         for kind in ("weights", "inputs"):
             panels = [(layer.name, getattr(layer, kind)) for layer in reading.layers]
             found = [(layer, operand) for layer, operand in panels if operand is not None]
             if found:
                 text = "Weights against their grids" if reading.latent else "Quantized weights on their grids"
                 if kind == "inputs":
-                    text = of_images("Layer inputs against their grids", images)
+                    text = with_images("Layer inputs against their grids", images)
                 figures[f"distributions_{kind}{suffix}"] = _histogram_figure((name, text), found)
     return figures
 
@@ -441,13 +441,13 @@ PAINTERS: dict[str, Painter] = {
 
 
 def draw(
-    instrument: str, subjects: "list[tuple[str, Reading]]", folder: Path, images: str = ""
+    instrument: str, readings: "list[tuple[str, Reading]]", folder: Path, images: str = ""
 ) -> list[Path]:
     """Draw the readings of an instrument to files.
 
     Args:
         instrument: name in ``INSTRUMENTS``.
-        subjects: names and readings of one or two models.
+        readings: names and readings of one or two models.
         folder: of the files.
         images: of the readings, such as "500 training images".
 
@@ -457,5 +457,5 @@ def draw(
     if instrument not in PAINTERS:
         return []
     with style():
-        figures = PAINTERS[instrument](subjects, images)
+        figures = PAINTERS[instrument](readings, images)
         return [path for name, figure in figures.items() for path in save(figure, folder / name)]

@@ -23,7 +23,7 @@ ONNX_FIGURES = (
 
 
 @dataclass
-class Outcome:
+class QuantizeResult:
     """The results of ``saq quantize``; the figures of the report.
 
     Attributes:
@@ -123,7 +123,7 @@ class Outcome:
         return packed
 
     @classmethod
-    def unpack(cls, packed: dict[str, Any]) -> "Outcome":
+    def unpack(cls, packed: dict[str, Any]) -> "QuantizeResult":
         """Inverse of ``pack``."""
         names = ("float_score", "calibrated_score", "score", "last_score", "best_score")
         scores = {name: Score(**packed[name]) for name in names if packed.get(name)}
@@ -172,9 +172,9 @@ def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
 {note}
 Evaluated on {counted(results["images"], "image")}. BOPs are reduced {results["bops_reduction"]:.1f} times.
 
-{_onnx(results)}
+{_onnx_summary(results)}
 
-{_made(config)}, seed {config.run.seed}, recipe {config.recipe}. Run it again, and compare, with
+{_training_summary(config)}, seed {config.run.seed}, recipe {config.recipe}. Run it again, and compare, with
 `{again}`.
 
 ## Bits
@@ -215,7 +215,7 @@ def results_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], 
     return ["float", *states], rows, exported
 
 
-def _made(config: RunConfig) -> str:
+def _training_summary(config: RunConfig) -> str:
     """The method and settings of training."""
     training = config.training
     if not training.epochs:
@@ -223,7 +223,7 @@ def _made(config: RunConfig) -> str:
     return f"Method {training.method}, {counted(training.epochs, 'epoch')}, learning rate {training.lr:g}"
 
 
-def _onnx(results: dict[str, Any]) -> str:
+def _onnx_summary(results: dict[str, Any]) -> str:
     """The agreement of the ONNX file with the model, and the reason for a larger size."""
     if results["onnx_style"] is None:
         return "No ONNX file was written (`--no-export`)."

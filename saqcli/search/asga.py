@@ -164,7 +164,7 @@ class Descent:
                 self._report_epoch(epoch)
                 epoch, phase = epoch + 1, 0
         if not self.trace:
-            raise distributed.agreed(
+            raise distributed.reported_once(
                 TrainingDiverged("no step of the search had a finite loss: give a lower search.lr")
             )
 

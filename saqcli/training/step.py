@@ -56,7 +56,7 @@ class Setbacks:
         self.in_row += 1
         if self.in_row > self.patience:
             message = f"{counted(self.in_row, 'step')} in a row could not be taken: {error}"
-            raise distributed.agreed(TrainingDiverged(message)) from None
+            raise distributed.reported_once(TrainingDiverged(message)) from None
         if self.in_row == 1:
             note(f"a step is left out: {error}")
 
@@ -72,7 +72,7 @@ class Setbacks:
         now = min(images, self.micro_batch or images)
         if now <= SMALLEST:
             message = f"out of memory with {counted(now, 'image')} at a time: give a smaller --input-size or network"
-            raise distributed.agreed(DeviceMemoryError(message))
+            raise distributed.reported_once(DeviceMemoryError(message))
         self.micro_batch = max(SMALLEST, -(-now // 2))
         note(
             f"out of memory: going on with micro-batches of {self.micro_batch} images, whose gradients add up "

@@ -31,9 +31,9 @@ from saqcli.report.pareto import (
     budgets,
     dominates,
     find_front,
+    pareto_optimal,
     to_csv,
     to_table,
-    undominated,
     uniform_names,
     write_front,
 )
@@ -145,7 +145,7 @@ class TestDominance:
     def test_nothing_on_the_front_is_dominated_and_all_else_is(
         self, found: list[Any], counted: tuple[int, ...]
     ) -> None:
-        front = undominated(found, counted)
+        front = pareto_optimal(found, counted)
 
         for index, one in enumerate(found):
             beaten = any(dominates(other, one, counted) for other in found)

@@ -1,6 +1,6 @@
 """Sharpness-aware quantization of pretrained vision models under a hard BOP budget.
 
-Public names are imported on first use, so that ``import saqcli`` and ``saq --help`` are fast.
+The public names load on first use, so that ``import saqcli`` and the help stay quick.
 """
 
 from importlib import import_module

@@ -26,7 +26,7 @@ def cores() -> int:
 
 
 def resolve_device(requested: str) -> str:
-    """The device for ``--device``: ``auto`` is the GPU if there is one."""
+    """The device for the setting ``run.device``: ``auto`` is the GPU if there is one."""
     import torch
 
     if requested != "auto":

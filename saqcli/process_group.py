@@ -128,7 +128,7 @@ def process_device(requested: str) -> torch.device:
 
 
 def pick_device(requested: str) -> torch.device:
-    """The device for ``--device``: ``auto`` is the GPU if there is one.
+    """The device for the setting ``run.device``: ``auto`` is the GPU if there is one.
 
     Raises:
         ConfigError: the device is not available.

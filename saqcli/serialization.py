@@ -96,7 +96,7 @@ def read_json(text: str | bytes, source: str, error: type[SaqError] = ConfigErro
     except _DuplicateKey as duplicate:
         raise error(f"{source}: key {printable(duplicate.key, _SHOWN)!r} occurs twice") from None
     except ValueError as failure:
-        raise error(f"{source}: it is not valid JSON: {printable(str(failure), _SHOWN)}") from None
+        raise error(f"{source}: it is not JSON: {printable(str(failure), _SHOWN)}") from None
     check_nesting(tree, source, error)
     return tree
 

@@ -1,8 +1,8 @@
 """Random states for checkpoints, seeds from (seed, epoch), and deterministic kernels.
 
 On a CPU the same command with the same number of threads gives the same bits. Some GPU kernels add in the order in
-which their threads finish; ``--deterministic`` makes PyTorch use other kernels, or raise an error. Every setting is
-restored at the end.
+which their threads finish; ``run.deterministic`` makes PyTorch use other kernels, or raise an error. Every setting
+is restored at the end.
 """
 
 import os

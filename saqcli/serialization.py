@@ -115,7 +115,7 @@ def read_toml(text: str, source: str) -> dict[str, Any]:
     except RecursionError:
         raise ConfigError(too_deep) from None
     except ValueError as failure:  # invalid TOML or an invalid number
-        raise ConfigError(f"{source}: it is not valid TOML: {printable(str(failure), _SHOWN)}") from None
+        raise ConfigError(f"{source}: it is not TOML: {printable(str(failure), _SHOWN)}") from None
     check_nesting(tree, source)
     return tree
 
@@ -208,7 +208,7 @@ def named_path(text: str) -> Path:
         pass
     except (OSError, ValueError) as failure:
         reason = getattr(failure, "strerror", None) or failure
-        raise ConfigError(f"{printable(text, 100)} is not a path ({reason}): give another") from None
+        raise ConfigError(f"{printable(text, 100)} is not a path ({reason}): name another") from None
     return path
 
 

@@ -1,7 +1,7 @@
 """Quantities with units, parsed and formatted: ``34G`` bit-operations, ``6MB``, ``5 MiB``, ``1 image``.
 
-A number without a unit is an error if the unit is ambiguous: ``--bops 34`` could mean 34 or 34 billion. A unit of
-another quantity is an error too; the message names the option that takes it.
+A number without a unit is an error if the unit is ambiguous: a budget of 34 could mean 34 or 34 billion. A unit of
+another quantity is an error too; the message names the setting that takes it.
 """
 
 import math
@@ -23,16 +23,16 @@ _ALL_PREFIXES = (
     "\u03bc",
     "p",
     "e",
-)  # including prefixes of units that no option takes
+)  # with those of units that no setting takes
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([^\d\s.,][^\d]*?)?\s*")
 
 
 class _Unit(NamedTuple):
-    """What a unit measures, its names in lower case, and the remedy if no option takes it."""
+    """What a unit measures, its names in lower case, and the remedy if no setting takes it."""
 
     measures: str
     words: tuple[str, ...]
-    remedy: str = "no option limits it"
+    remedy: str = "no setting bounds it"
 
 
 _BY_BITS = "each costs weight bits x activation bits: give w4a4 for the cost of uniform 4 bits"
@@ -46,12 +46,12 @@ _UNITS = {
     "time": _Unit(
         "a time",
         ("s", "sec", "secs", "second", "seconds", "min", "minutes", "h", "hours"),
-        "no option limits it; `saq eval --bench` measures it",
+        "no option bounds it, `saq eval --bench` measures it",
     ),
     "rate": _Unit(
         "a rate",
         ("fps", "hz", "images/s", "b/s", "bps", "flops/s", "ops/s"),
-        "no option limits it; `saq eval --bench` measures it",
+        "no option bounds it, `saq eval --bench` measures it",
     ),
     "energy": _Unit("an energy", ("j", "joule", "joules", "wh")),
     "power": _Unit("a power", ("w", "watt", "watts")),
@@ -122,7 +122,7 @@ def _split(unit: str, quantity: Quantity) -> tuple[str, str | None]:
 
 
 def _meant(text: str, prefixed: str, kind: str, quantity: Quantity) -> str:
-    """The error message for the unit of another quantity; names the option that takes it, if any."""
+    """The error message for the unit of another quantity; names the setting that takes it, if any."""
     wanted, found = _UNITS[quantity], _UNITS[kind]
     remedy = found.remedy
     if kind in OPTIONS:

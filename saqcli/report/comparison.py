@@ -319,7 +319,7 @@ def explain_diff(before: Record, after: Record) -> list[str]:
     devices = {c.device.partition(" ")[0] for c in after.manifest.circumstances}
     if devices - {"cpu"} and not after.run.config().run.deterministic:
         found.append("a GPU adds in any order: run with --deterministic to get the same bits")
-    return found or ["no recorded circumstance differs"]
+    return found or ["nothing that is recorded differs"]
 
 
 def _circumstances(before: Record, after: Record) -> list[str]:
@@ -355,7 +355,7 @@ def _inputs(before: Record, after: Record) -> list[str]:
     if counts[0] != counts[1]:
         found.append(f"other images: {counts[0]} for validation then, {counts[1]} now")
     elif same_weights and floats[0] != floats[1] and not found:
-        found.append("probably other images: the same float weights have another score")
+        found.append("other images, most likely: the same float weights score differently on them")
     if old.data.workers != new.data.workers and new.data.augmentation != "none":
         found.append(
             f"another number of reading processes ({old.data.workers} then, {new.data.workers} now), each of which "

@@ -138,9 +138,7 @@ def find_front(
             task.advance(images=images, top1=scored[choice].top1)
     known = [one for one in scored.values() if math.isfinite(one.loss) and math.isfinite(one.top1)]
     if len(known) < len(scored):
-        problem.progress.note(
-            f"omitted from the front: {len(scored) - len(known)} whose loss is NaN or infinite"
-        )
+        problem.progress.note(f"not on the front: {len(scored) - len(known)} whose loss is NaN or infinite")
     return Front(
         saq_version=__version__,
         model=space.model,

@@ -84,7 +84,7 @@ class QuantizeResult:
         return {"best_epoch": self.best_epoch, "best_top1": self.best_score.top1}
 
     def to_dict(self, run_dir: Path) -> dict[str, Any]:
-        """The dictionary that ``--json`` prints; accuracies in percent. ``onnx_*`` are None without an ONNX file."""
+        """Plain values, as JSON has them; accuracies in percent; ``onnx_*`` are None without an ONNX file."""
         onnx = self.onnx or {}
         return {
             "run_dir": str(run_dir),
@@ -137,7 +137,7 @@ def write_report(path: Path, config: RunConfig, results: dict[str, Any]) -> None
     Args:
         path: of the Markdown file.
         config: of the run.
-        results: the dictionary that ``saq quantize --json`` prints.
+        results: the figures of ``QuantizeResult.to_dict``.
     """
     write_text(path, report_markdown(config, results))
 

@@ -222,12 +222,12 @@ class Descent:
         learned = [*(self.weights if weights else ()), *(self.logits if logits else ())]
         before, note = Before(self.model), self.problem.progress.note
 
-        def shrink_micro_batch() -> None:
+        def need_less() -> None:
             before.restore()
             self.setbacks.halve(images, note)
 
         value, raised, norm, total = fitting(
-            lambda: self._passes(parts(self.setbacks.micro_batch), learned, weights), shrink_micro_batch
+            lambda: self._passes(parts(self.setbacks.micro_batch), learned, weights), need_less
         )
         for parameter, gradient in zip(learned, total, strict=True):
             parameter.grad = gradient

@@ -123,11 +123,11 @@ class SharpnessAwareCost:
         if not self.rho:
             value = self.plain_loss(images, labels)
             return value, value
-        return self._in_micro_batches(self._losses, images, labels)
+        return self._retried(self._losses, images, labels)
 
     def plain_loss(self, images: Tensor, labels: Tensor) -> float:
         """The loss at the selected bits."""
-        return self._in_micro_batches(_mean, images, labels)
+        return self._retried(_mean, images, labels)
 
     def _losses(self, chunk: Chunk) -> tuple[float, float]:
         value, gradients = gradients_of(chunk, self.perturbed)
@@ -135,7 +135,7 @@ class SharpnessAwareCost:
         with self.perturbed.applied(ascent):
             return float(value), _mean(chunk)
 
-    def _in_micro_batches(self, passes: Callable[[Chunk], T], images: Tensor, labels: Tensor) -> T:
+    def _retried(self, passes: Callable[[Chunk], T], images: Tensor, labels: Tensor) -> T:
         """``passes`` over a batch, in micro-batches that fit in memory; a retry restores nothing (eval mode)."""
         problem, model = self.supernet.problem, self.supernet.model
         images, labels = images.to(problem.device), labels.to(problem.device)

@@ -6,8 +6,8 @@ arXiv:1912.09666). Batch norms and layer norms can have a copy for every option 
 bits change means and variances (slimmable networks, arXiv:1812.08928).
 
 Configurations are scored on the scoring images at the starting point of fine-tuning: float weights with levels fitted
-at the configuration's bits, with the corrections of calibration. ``saq quantize --policy FOUND --epochs 0`` scores
-exactly that network.
+at the configuration's bits, with the corrections of calibration. ``quantize`` with that policy and no epochs
+scores exactly that network.
 """
 
 import copy

@@ -127,7 +127,7 @@ def change_onnx(run: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "what", "detail", "reason"),
     [
-        (change_metrics, "metrics", "line 3 (train, epoch 1): loss: 0.5 -> ", "no recorded circumstance"),
+        (change_metrics, "metrics", "line 3 (train, epoch 1): loss: 0.5 -> ", "nothing that is recorded"),
         (change_policy, "policy", "layer2.0.conv1.weight: 7 -> ", "policy.json was changed after the run"),
         (
             change_weight,

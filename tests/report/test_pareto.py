@@ -269,7 +269,7 @@ class TestFront:
         front = find_front(problem_of(space, budget, telling), found, 6, "fake", score, WIDTHS)
 
         assert (0,) * len(space.decisions) not in [space_choice(space, point) for point in front.points]
-        assert telling.notes == ["omitted from the front: 1 whose loss is NaN or infinite"]
+        assert telling.notes == ["not on the front: 1 whose loss is NaN or infinite"]
 
     def test_names_uniform_points_whatever_else_they_are(self, space: SearchSpace) -> None:
         front = front_of(space, middle(space))

@@ -19,6 +19,13 @@ import torch
 
 from saqcli.errors import UnsupportedModel
 
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # read when CUDA starts
+CUBLAS_CHOICES = (":4096:8", ":16:8")  # with which cuBLAS is deterministic
+_REFUSED = re.compile(r"(\S+) does not have a deterministic implementation")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 def random_state() -> dict[str, Any]:
     """The states of the generators of Python, NumPy and torch."""
@@ -60,15 +67,6 @@ def seed_everything(seed: int, epoch: int = 0, rank: int = 0) -> None:
     random.seed(for_python)
     np.random.seed(for_numpy)
     torch.manual_seed(for_torch)
-
-
-CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # read when CUDA starts
-CUBLAS_CHOICES = (":4096:8", ":16:8")  # with which cuBLAS is deterministic
-_REFUSED = re.compile(r"(\S+) does not have a deterministic implementation")
-
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 def deterministic_if_requested(work: Callable[P, T]) -> Callable[P, T]:

@@ -42,6 +42,15 @@ _MARKS = {  # byte-order marks, the longer ones first
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+UNFINISHED = ".unfinished-"  # name prefix of files that are being written
+_REMEDIES = {
+    errno.ENOSPC: "free disk space",
+    errno.EDQUOT: "free space in your quota",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.ENOENT: "its folder is missing",
+}
 
 
 def read_text(path: Path, source: str, error: type[SaqError] = ConfigError, most: int = MOST_BYTES) -> str:
@@ -298,17 +307,6 @@ def _check_version(schema: type[BaseModel], value: object, source: str, error: t
 
 def _digits(number: int) -> str:
     return str(number) if abs(number) < 10**20 else "a very large number"
-
-
-UNFINISHED = ".unfinished-"  # name prefix of files that are being written
-_REMEDIES = {
-    errno.ENOSPC: "free disk space",
-    errno.EDQUOT: "free space in your quota",
-    errno.EROFS: "make it writable",
-    errno.EACCES: "make it writable",
-    errno.EPERM: "make it writable",
-    errno.ENOENT: "its folder is missing",
-}
 
 
 @contextmanager

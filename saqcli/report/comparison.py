@@ -26,6 +26,13 @@ from saqcli.units import counted
 
 VARYING = {"run_dir", "artifacts", "seconds", "saq_version", "policy"}  # or compared separately
 _SHOWN = 60  # maximum characters of a value in a message
+CIRCUMSTANCES = {  # field to its name in messages
+    "device": "device",
+    "cpu": "processor",
+    "instructions": "vector instructions",
+    "threads": "number of threads",
+    "processes": "number of processes",
+}
 
 
 class Difference(NamedTuple):
@@ -286,15 +293,6 @@ def _parse_json(text: str, source: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RunDirectoryError(f"{source} is not a JSON object: restore it")
     return found
-
-
-CIRCUMSTANCES = {  # field to its name in messages
-    "device": "device",
-    "cpu": "processor",
-    "instructions": "vector instructions",
-    "threads": "number of threads",
-    "processes": "number of processes",
-}
 
 
 def versions_differ(one: RunManifest, other: RunManifest) -> dict[str, list[str | None]]:

@@ -16,18 +16,23 @@ import numpy as np
 
 from saqcli.quant.cost import UNITS, Budget
 from saqcli.report.canvas import ACCENT, COLOURS, FAINT, INK, new_figure, save, style
-from saqcli.report.pareto import uniform_names
+from saqcli.report.pareto import Front, Point, uniform_names
 from saqcli.units import counted, format_quantity
 
-OUTSIDE, HIDES, CROSSES, FAR = (
-    1000.0,
-    100.0,
-    3.0,
-    0.1,
-)  # penalties of a spot: each conflict, and each point of distance
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Penalties of a spot: for each conflict, and for each point of distance.
+OUTSIDE, HIDES, CROSSES, FAR = 1000.0, 100.0, 3.0, 0.1
 MARGIN = 1.5  # points around a text, since its size in a file differs slightly from that on the screen
 NEAR = 8.0  # points from a mark, up to which no connecting line is needed
 CLEAR = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.4}  # box behind text
+STEPS = ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8))  # ticks per decade
+FEWEST_TICKS = 5
+ROOM = 0.05  # margin at every side, as a share of the range
+SQUEEZED = 3.0  # the float model's line is omitted if it enlarges the range by more than this factor
+Mark = tuple[float, float, float]  # x, y, radius in points
+NAMES = ("BOPs for one image", "bytes of the model")
 
 
 class Spot(NamedTuple):
@@ -144,26 +149,7 @@ def _distance(spot: Spot) -> float:
     return max(abs(spot.right), abs(spot.up))
 
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from matplotlib.figure import Figure
-
-    from saqcli.report.pareto import Front, Point
-
-STEPS = (
-    (1,),
-    (1, 2, 5),
-    (1, 1.5, 2, 3, 4, 5, 6, 8),
-)  # ticks per decade
-FEWEST_TICKS = 5
-ROOM = 0.05  # margin at every side, as a share of the range
-SQUEEZED = 3.0  # the float model's line is omitted if it enlarges the range by more than this factor
-Mark = tuple[float, float, float]  # x, y, radius in points
-NAMES = ("BOPs for one image", "bytes of the model")
-
-
-def draw_front(front: "Front", path: Path) -> list[Path]:
+def draw_front(front: Front, path: Path) -> list[Path]:
     """Draw the front to files.
 
     Args:
@@ -177,7 +163,7 @@ def draw_front(front: "Front", path: Path) -> list[Path]:
         return save(paint_front(front), path)
 
 
-def paint_front(front: "Front") -> "Figure":
+def paint_front(front: Front) -> "Figure":
     """Top-1 over BOPs, or over bytes if the budget limits bytes only."""
     unit = 1 if front.budget_bops is None and front.budget_bytes is not None else 0
     figure = new_figure(7.2, 4.6)
@@ -208,22 +194,18 @@ def paint_front(front: "Front") -> "Figure":
     return figure
 
 
-def _cost(point: "Point", unit: int) -> int:
-    return point.cost[unit]
+def _place(point: Point, unit: int) -> tuple[float, float]:
+    return point.cost[unit], point.top1
 
 
-def _place(point: "Point", unit: int) -> tuple[float, float]:
-    return _cost(point, unit), point.top1
-
-
-def _scatter(ax: Any, points: "Sequence[Point]", unit: int, area: float, **properties: Any) -> list[Mark]:
+def _scatter(ax: Any, points: Sequence[Point], unit: int, area: float, **properties: Any) -> list[Mark]:
     """Draw square points; returns their positions and radii."""
     if points:
         ax.scatter(*zip(*(_place(point, unit) for point in points), strict=True), s=area, **properties)
     return [(*_place(point, unit), math.sqrt(area) / 2) for point in points]
 
 
-def _dominated(ax: Any, front: "Front", unit: int) -> list[Mark]:
+def _dominated(ax: Any, front: Front, unit: int) -> list[Mark]:
     """Dominated configurations without a label."""
     named = uniform_names(front)
     rest = [
@@ -235,27 +217,27 @@ def _dominated(ax: Any, front: "Front", unit: int) -> list[Mark]:
     return _scatter(ax, rest, unit, 9, label="other configurations", **properties)
 
 
-def _uniform(ax: Any, front: "Front", unit: int) -> list[Mark]:
+def _uniform(ax: Any, front: Front, unit: int) -> list[Mark]:
     """Configurations of uniform bits."""
     found = [front.points[index] for index in uniform_names(front)]
     properties = {"facecolors": "white", "edgecolors": COLOURS[1], "linewidths": 1.2, "zorder": 5}
     return _scatter(ax, found, unit, 36, marker="s", label="uniform bits", **properties)
 
 
-def _chosen(ax: Any, front: "Front", unit: int) -> list[Mark]:
+def _chosen(ax: Any, front: Front, unit: int) -> list[Mark]:
     """The policy."""
     found = [point for point in front.points if point.kind == "chosen"]
     text = "".join(
-        f"chosen: {point.top1:.2f} % at {format_quantity(_cost(point, unit), UNITS[unit])}" for point in found
+        f"chosen: {point.top1:.2f} % at {format_quantity(point.cost[unit], UNITS[unit])}" for point in found
     )
     properties = {"color": ACCENT, "edgecolors": INK, "linewidths": 0.8, "zorder": 6}
     return _scatter(ax, found, unit, 130, marker="*", label=text, **properties)
 
 
-def _best(ax: Any, front: "Front", unit: int) -> tuple[list[tuple[float, float]], list[Mark]]:
+def _best(ax: Any, front: Front, unit: int) -> tuple[list[tuple[float, float]], list[Mark]]:
     """The front, above all other marks; with two budgets the line joins the points that are optimal in this unit."""
     best = [point for point in front.points if point.on_front]
-    best.sort(key=lambda point: (_cost(point, unit), -point.top1, point.loss))
+    best.sort(key=lambda point: (point.cost[unit], -point.top1, point.loss))
     joined: list[Point] = []
     for point in best:
         if not joined or (point.top1, -point.loss) >= (joined[-1].top1, -joined[-1].loss):
@@ -285,7 +267,7 @@ def _legend(ax: Any) -> list[Any]:
     ]
 
 
-def _limit_accuracies(ax: Any, front: "Front") -> bool:
+def _limit_accuracies(ax: Any, front: Front) -> bool:
     """Limit the axis to 0..100; returns whether the float model's line is in view.
 
     The line is omitted if it would squeeze the rest.
@@ -303,7 +285,7 @@ def _limit_accuracies(ax: Any, front: "Front") -> bool:
     return True
 
 
-def _name_lines(ax: Any, labels: Labels, front: "Front", unit: int, *, in_view: bool) -> None:
+def _name_lines(ax: Any, labels: Labels, front: Front, unit: int, *, in_view: bool) -> None:
     """Label the budget along its line, and the float model along its own, or at the top if that is out of view."""
     small = {"fontsize": 7.5, "zorder": 9}
     bound = (front.budget_bops, front.budget_bytes)[unit]
@@ -328,9 +310,9 @@ def _name_lines(ax: Any, labels: Labels, front: "Front", unit: int, *, in_view: 
         labels.add(text, (0.012, height), spots, ax.get_yaxis_transform(), **small)
 
 
-def _limit_costs(ax: Any, front: "Front", unit: int) -> None:
+def _limit_costs(ax: Any, front: Front, unit: int) -> None:
     """Set a margin at both sides, and ticks with units."""
-    costs = [_cost(point, unit) for point in front.points]
+    costs = [point.cost[unit] for point in front.points]
     budget = (front.budget_bops, front.budget_bytes)[unit]
     costs += [budget] if budget is not None else []
     low, high = math.log10(max(min(costs, default=1), 1)), math.log10(max(*costs, 1, 1))

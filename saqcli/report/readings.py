@@ -41,9 +41,25 @@ from saqcli.units import with_error
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from saqcli.analysis import Reading
+
 ROW, PAIR = 0.2, 0.3  # inches per layer, for one model and for two
 MOST_TICKS = 6
-LEAST_SHARE = 0.1  # percent; below it the axis of shares is linear
+MIN_SHARE = 0.1  # percent; below it the axis of shares is linear
+Array = NDArray[np.float64]
+MAP = "PuOr"  # diverging, colour-blind-safe; orange is worse
+HEATMAP_ROW = 0.235  # inches per layer
+BAR = 0.11  # thickness of a colour bar in inches
+NEGLIGIBLE = 1e-5  # changes below this share of the largest one are written as 0
+WIDE_PANEL = 3  # candidates from which a panel has room for five numbers at its colour bar
+LINEAR_RATIO = 100  # colours are linear below 1/LINEAR_RATIO of the largest change of the loss
+COLUMNS = 5
+CLEAR = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5}  # box behind text
+MOST_LINES = 16  # grids with more codes show only their two ends
+MIN_WIDTH = 5.6  # inches for title and legend
+SPLIT = 0.5  # share of a panel's width beyond which its upper part contains text
+LINE: dict[str, Any] = {"color": FAINT, "linewidth": 0.5}  # at a code
+END: dict[str, Any] = {"color": "#444444", "linewidth": 0.8, "linestyle": (0, (3, 2))}  # at an outermost code
 
 
 def paint_eigenvalue(readings: list[tuple[str, EigenvalueReading]], images: str = "") -> "dict[str, Figure]":
@@ -147,7 +163,7 @@ def paint_flips(readings: list[tuple[str, FlipsReading]], images: str = "") -> "
         ax.scatter(
             sizes, at, marker="|", s=40, color=INK, linewidths=1.1, zorder=2, label=expected, clip_on=False
         )
-    ax.set_xscale("symlog", linthresh=LEAST_SHARE, linscale=0.4)
+    ax.set_xscale("symlog", linthresh=MIN_SHARE, linscale=0.4)
     ax.set_xlim(0, 100)
     ax.set_xticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
     ax.minorticks_off()
@@ -210,18 +226,6 @@ def _title(figure: "Figure", readings: Sequence[tuple[str, object]], text: str) 
     put_title(figure, *([readings[0][0]] if len(readings) == 1 else []), text)
 
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Array = NDArray[np.float64]
-MAP = "PuOr"  # diverging, colour-blind-safe; orange is worse
-HEATMAP_ROW = 0.235  # inches per layer
-BAR = 0.11  # thickness of a colour bar in inches
-NOTHING = 1e-5  # changes below this share of the largest one are written as 0
-ENOUGH = 3  # candidates from which a panel has room for five numbers at its colour bar
-FAR = 100  # colours are linear below this fraction (1/FAR) of the largest change of the loss
-
-
 def paint_sensitivity(
     readings: list[tuple[str, SensitivityReading]], images: str = ""
 ) -> "dict[str, Figure]":
@@ -265,7 +269,7 @@ def _heatmap_figure(
     )
     figure.set_layout_engine("constrained", wspace=0.05)  # between the numbers of the two colour bars
     axes: Any = figure.subplots(2, 2, sharey="row", height_ratios=(HEATMAP_ROW * rows, BAR))
-    loss_scale = SymLogNorm(limits[0] / FAR, vmin=-limits[0], vmax=limits[0])
+    loss_scale = SymLogNorm(limits[0] / LINEAR_RATIO, vmin=-limits[0], vmax=limits[0])
     panels = (
         (tables[0], f"{MAP}_r", loss_scale, 1 / 10, "change of the loss", "{:+.2g}"),
         (tables[1], MAP, Normalize(-limits[1], limits[1]), 1 / 2, "change of top-1, in points", "{:+.1f}"),
@@ -282,7 +286,7 @@ def _heatmap_figure(
         for (row, column), value in np.ndenumerate(values):
             known = bool(np.isfinite(value))
             dark = known and abs(float(norm(value)) - 0.5) > 0.32
-            text = form.format(value) if abs(value) > NOTHING * limit else "0"
+            text = form.format(value) if abs(value) > NEGLIGIBLE * limit else "0"
             text = text if known and float(text) != 0 else "0" if known else "NaN"
             colour = "white" if dark else INK
             ax.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
@@ -298,7 +302,7 @@ def _heatmap_figure(
         for side in ax.spines.values():
             side.set_visible(False)
         bar = figure.colorbar(image, cax=axes[1][k], orientation="horizontal")
-        shares = (-1, -half, 0, half, 1) if len(bits) >= ENOUGH else (-1, 0, 1)
+        shares = (-1, -half, 0, half, 1) if len(bits) >= WIDE_PANEL else (-1, 0, 1)
         bar.set_ticks([s * limit for s in shares], labels=[f"{s * limit:+.2g}" if s else "0" for s in shares])
         bar.minorticks_off()
         bar.ax.tick_params(labelsize=7)
@@ -313,18 +317,6 @@ def _heatmap_figure(
         handles.append(Patch(facecolor=FAINT, edgecolor="none", label="loss NaN or infinite"))
     put_legend(figure, handles)
     return figure
-
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-COLUMNS = 5
-CLEAR = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5}  # box behind text
-MOST_LINES = 16  # grids with more codes show only their two ends
-LEAST_WIDTH = 5.6  # inches for title and legend
-SPLIT = 0.5  # share of a panel's width beyond which its upper part contains text
-LINE: dict[str, Any] = {"color": FAINT, "linewidth": 0.5}  # at a code
-END: dict[str, Any] = {"color": "#444444", "linewidth": 0.8, "linestyle": (0, (3, 2))}  # at an outermost code
 
 
 def paint_distributions(
@@ -350,7 +342,7 @@ def _histogram_figure(title: tuple[str, str], panels: list[tuple[str, Operand]])
 
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
-    figure = new_figure(max(LEAST_WIDTH, 2.15 * columns), 1.45 + 1.5 * rows)
+    figure = new_figure(max(MIN_WIDTH, 2.15 * columns), 1.45 + 1.5 * rows)
     put_title(figure, *title)
     axes: Any = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax, (name, operand) in zip(axes, panels, strict=False):
@@ -422,11 +414,6 @@ def _panel(ax: Any, name: str, operand: Operand) -> None:
     ax.tick_params(axis="x", labelsize=6.5, length=2)
     ax.spines["left"].set_visible(False)
 
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from saqcli.analysis import Reading
 
 Painter = Callable[[list[tuple[str, Any]], str], "dict[str, Figure]"]
 

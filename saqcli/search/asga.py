@@ -59,6 +59,9 @@ from saqcli.training.step import Before, Setbacks, fitting
 from saqcli.units import format_quantity
 
 Align = Literal["sagm", "none"]
+RAMP_SHARE = 0.1  # share of the steps over which the budget's weight rises to its full value
+EXPECTED_COST_WEIGHT = 1e-3  # weight of the expected cost itself
+GAP_DECAY = 0.9  # decay of the running mean of the gap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +110,6 @@ class Settings:
         check_flag("bilevel", self.bilevel)
         check_choice("rho_unit", self.rho_unit, get_args(RadiusUnit))
         check_choice("align", self.align, get_args(Align))
-
-
-RAMP_SHARE = 0.1  # share of the steps over which the budget's weight rises to its full value
-EXPECTED_COST_WEIGHT = 1e-3  # weight of the expected cost itself
-GAP_DECAY = 0.9  # decay of the running mean of the gap
 
 
 class Descent:

@@ -39,6 +39,12 @@ HIDDEN = 64
 DRAWS_PER_ROUND = 64  # sequences per round
 ROUNDS = 40  # rounds before draws are moved into the window
 INITIAL = 0.1
+Baseline = Literal["ema", "none"]
+DECAY = 0.95  # decay of the moving averages
+CLIP = 0.2  # clipping range of the probability ratio
+MAX_ADVANTAGE = 3.0  # largest advantage, in mean distances from the baseline
+FAILED_COST = 100.0  # replaces a cost that is NaN or infinite, without a baseline
+EPSILON = 1e-12  # avoids division by zero if all costs are equal
 
 
 class DrawnSequences(NamedTuple):
@@ -169,14 +175,6 @@ def draw_within(
         if len(found) == count:
             break
     return list(found.values())
-
-
-Baseline = Literal["ema", "none"]
-DECAY = 0.95  # decay of the moving averages
-CLIP = 0.2  # clipping range of the probability ratio
-MAX_ADVANTAGE = 3.0  # largest advantage, in mean distances from the baseline
-FAILED_COST = 100.0  # replaces a cost that is NaN or infinite, without a baseline
-EPSILON = 1e-12  # avoids division by zero if all costs are equal
 
 
 class Reinforce:

@@ -35,6 +35,10 @@ from saqcli.search.problem import SearchProblem, SearchResult
 from saqcli.search.separable import Losses
 
 MAX_REJECTED = 20  # solutions beyond a bound, within the tolerance, before the bounds are tightened
+FRONT_DRAWS = 4  # configurations proposed per budget of a front
+DRAWS = 500  # failed draws before the knapsack moves a draw into the window
+BISECTIONS, MAX_LOG_SCALE = 16, 9.0  # bisection steps for the temperature, and upper end of its interval
+MAX_MULTIPLIER = 1e4  # largest multiplier, per share of the budget: other options have probability e**-10000
 
 
 class Resource(NamedTuple):
@@ -191,12 +195,6 @@ def _solve(
     if answer.x is None:
         return None
     return [int(np.argmax(answer.x[first:last])) for first, last in pairwise(edges)]
-
-
-FRONT_DRAWS = 4  # configurations proposed per budget of a front
-DRAWS = 500  # failed draws before the knapsack moves a draw into the window
-BISECTIONS, MAX_LOG_SCALE = 16, 9.0  # bisection steps for the temperature, and upper end of its interval
-MAX_MULTIPLIER = 1e4  # largest multiplier, per share of the budget: other options have probability e**-10000
 
 
 def budget_logits(space: SearchSpace, budget: Budget, losses: Losses | None = None) -> list[Tensor]:

@@ -310,7 +310,7 @@ def explain_diff(before: Record, after: Record) -> list[str]:
         for name in record.changed()
     ]
     found += [
-        f"another version of {name}: {then or 'none'} then, {now or 'none'} now"
+        f"different version of {name}: {then or 'none'} then, {now or 'none'} now"
         for name, (then, now) in versions_differ(before.manifest, after.manifest).items()
     ]
     found += [*_circumstances(before, after), *_inputs(before, after)]
@@ -329,10 +329,10 @@ def _circumstances(before: Record, after: Record) -> list[str]:
     if not before.manifest.circumstances:
         return [*found, f"threads, processor and device of {before.run.path} are not recorded"]
     then, now = before.manifest.circumstances[0], after.manifest.circumstances[0]
-    for field, called in CIRCUMSTANCES.items():
+    for field, name in CIRCUMSTANCES.items():
         pair = getattr(then, field), getattr(now, field)
         if pair[0] != pair[1]:
-            found.append(f"another {called}: {pair[0]} then, {pair[1]} now")
+            found.append(f"different {name}: {pair[0]} then, {pair[1]} now")
     return found
 
 
@@ -344,19 +344,19 @@ def _inputs(before: Record, after: Record) -> list[str]:
     same_weights = len(facts) == 2 and facts[0].source_sha256 == facts[1].source_sha256
     if facts and not same_weights:
         hashes = [(each.source_sha256 or "none")[:12] for each in facts]
-        found.append(f"other float weights: SHA-256 {hashes[0]}... then, {hashes[1]}... now")
+        found.append(f"different float weights: SHA-256 {hashes[0]}... then, {hashes[1]}... now")
     for split in before.manifest.images.keys() & after.manifest.images.keys():
         if before.manifest.images[split] != after.manifest.images[split]:
-            found.append(f"other images for {'training' if split == 'train' else 'validation'}")
+            found.append(f"different images for {'training' if split == 'train' else 'validation'}")
     floats = [record.texts.get("metrics", [{}])[:1] for record in (before, after)]
     counts = [line[0].get("images") if line else None for line in floats]
     if counts[0] != counts[1]:
-        found.append(f"other images: {counts[0]} for validation then, {counts[1]} now")
+        found.append(f"different images: {counts[0]} for validation then, {counts[1]} now")
     elif same_weights and floats[0] != floats[1] and not found:
         found.append("other images, most likely: the same float weights score differently on them")
     if old.data.workers != new.data.workers and new.data.augmentation != "none":
         found.append(
-            f"another number of reading processes ({old.data.workers} then, {new.data.workers} now), each of which "
-            "draws its own augmentation"
+            f"different number of data-loading workers ({old.data.workers} then, {new.data.workers} now), each with its own "
+            "augmentation"
         )
     return found

@@ -1,4 +1,4 @@
-"""Common style of all plots: fonts, colour-blind-safe colours, reproducible files."""
+"""Common style of all plots: fonts, color-blind-safe colors, reproducible files."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette for colour-blind readers: blue for the first model, vermilion for the second.
-COLOURS = ("#0072B2", "#D55E00")
+# Okabe and Ito's palette for color-blind readers: blue for the first model, vermilion for the second.
+COLORS = ("#0072B2", "#D55E00")
 ACCENT, INK, FAINT = "#E69F00", "#222222", "#B8B8B8"
 PIXELS_PER_INCH = 160
 LONGEST_NAME = 26  # maximum characters of a layer's name

@@ -356,7 +356,7 @@ def _inputs(before: Record, after: Record) -> list[str]:
         found.append("other images, most likely: the same float weights score differently on them")
     if old.data.workers != new.data.workers and new.data.augmentation != "none":
         found.append(
-            f"different number of data-loading workers ({old.data.workers} then, {new.data.workers} now), each with its own "
-            "augmentation"
+            f"different number of data-loading workers ({old.data.workers} then, {new.data.workers} now), each with "
+            "its own augmentation"
         )
     return found

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from saqcli.quant.cost import UNITS, Budget
-from saqcli.report.canvas import ACCENT, COLOURS, FAINT, INK, new_figure, save, style
+from saqcli.report.canvas import ACCENT, COLORS, FAINT, INK, new_figure, save, style
 from saqcli.report.pareto import Front, Point, uniform_names
 from saqcli.units import counted, format_quantity
 
@@ -190,7 +190,7 @@ def paint_front(front: Front) -> "Figure":
     _name_lines(ax, labels, front, unit, in_view=in_view)
     for index, name in uniform_names(front).items():
         place = _place(front.points[index], unit)
-        labels.add(name, place, around(), fontsize=7.5, color=COLOURS[1], zorder=9)
+        labels.add(name, place, around(), fontsize=7.5, color=COLORS[1], zorder=9)
     return figure
 
 
@@ -220,7 +220,7 @@ def _dominated(ax: Any, front: Front, unit: int) -> list[Mark]:
 def _uniform(ax: Any, front: Front, unit: int) -> list[Mark]:
     """Configurations of uniform bits."""
     found = [front.points[index] for index in uniform_names(front)]
-    properties = {"facecolors": "white", "edgecolors": COLOURS[1], "linewidths": 1.2, "zorder": 5}
+    properties = {"facecolors": "white", "edgecolors": COLORS[1], "linewidths": 1.2, "zorder": 5}
     return _scatter(ax, found, unit, 36, marker="s", label="uniform bits", **properties)
 
 
@@ -245,8 +245,8 @@ def _best(ax: Any, front: Front, unit: int) -> tuple[list[tuple[float, float]], 
     line = [_place(point, unit) for point in joined]
     both = front.budget_bops is not None and front.budget_bytes is not None
     if len(line) > 1:
-        ax.plot(*zip(*line, strict=True), color=COLOURS[0], linewidth=1.4, zorder=3)
-    properties = {"color": COLOURS[0], "edgecolors": "white", "linewidths": 0.5, "zorder": 8}
+        ax.plot(*zip(*line, strict=True), color=COLORS[0], linewidth=1.4, zorder=3)
+    properties = {"color": COLORS[0], "edgecolors": "white", "linewidths": 0.5, "zorder": 8}
     label = "front (off the line: in bytes)" if both else "front"
     return line, _scatter(ax, best, unit, 16, label=label, **properties)
 
@@ -260,7 +260,7 @@ def _legend(ax: Any) -> list[Any]:
     front = [label for label in labels if label.startswith("front")]
     return [
         *(
-            Line2D([], [], color=COLOURS[0], linewidth=width, marker="o", markersize=4, label=label)
+            Line2D([], [], color=COLORS[0], linewidth=width, marker="o", markersize=4, label=label)
             for label in front
         ),
         *(handle for handle, label in zip(handles, labels, strict=True) if label not in front),

@@ -1,6 +1,6 @@
 """Plots of the loss landscape as contours and as a surface.
 
-Two models are drawn side by side on one colour scale. Colours and heights are logarithmic: from the minimum to the rim
+Two models are drawn side by side on one color scale. Colors and heights are logarithmic: from the minimum to the rim
 of the landscape the loss often grows by orders of magnitude, and the shape around the minimum is of interest.
 """
 
@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 Part = tuple[str, LandscapeReading, Array]  # title, reading, logarithms of its losses
 PANEL = 4.3  # inches per model
 NAME = 3.2  # maximum inches of a model's name
-LEVELS = 48  # number of colours
+LEVELS = 48  # number of colors
 FEWEST_TICKS, MOST_TICKS = 4, 10
 FINE = 80  # minimum steps along each side of a drawn surface
 LEAST = 1e-6  # drawn in place of a loss of zero if no loss is positive
@@ -93,16 +93,16 @@ def _contour(parts: list[Part], scale: Scale, images: str) -> "Figure":
             number = FuncFormatter(lambda v, _: _number(10**v))
             ax.clabel(lines, fmt=number, fontsize=7, manual=places)
         ax.plot(0, 0, marker="+", markersize=9, markeredgewidth=1.6, color="white")
-        centre = reading.loss[reading.grid // 2][reading.grid // 2]
-        at_centre = "NaN or infinite" if centre is None else _number(centre)
-        ax.set_title(f"{shortened_to_width(name, NAME)}\nloss at the centre (+): {at_centre}")
+        center = reading.loss[reading.grid // 2][reading.grid // 2]
+        at_center = "NaN or infinite" if center is None else _number(center)
+        ax.set_title(f"{shortened_to_width(name, NAME)}\nloss at the center (+): {at_center}")
         ax.set_xlabel("along direction 1 (filter norms)")
         if index == 0:
             ax.set_ylabel("along direction 2 (filter norms)")
         ax.set_xticks(np.linspace(-reading.span, reading.span, 5))
         ax.set_yticks(np.linspace(-reading.span, reading.span, 5))
         ax.set_aspect("equal")
-    _colour_bar(figure, image, axes, scale, shrink=0.9, pad=0.03)
+    _color_bar(figure, image, axes, scale, shrink=0.9, pad=0.03)
     _unknown(figure, parts, facecolor=FAINT)
     return figure
 
@@ -131,7 +131,7 @@ def _surface(parts: list[Part], scale: Scale, images: str) -> "Figure":
     figure = new_figure((PANEL + 0.7) * len(parts) + 1.0, 5.0)
     put_title(figure, TITLE, images)
     axes: Any = figure.subplots(1, len(parts), squeeze=False, subplot_kw={"projection": "3d"})[0]
-    colours = ScalarMappable(Normalize(scale.low, scale.high), MAP)
+    colors = ScalarMappable(Normalize(scale.low, scale.high), MAP)
     longest = max(map(len, scale.numbers), default=2)
     for ax, (name, reading, z) in zip(axes, parts, strict=True):
         axis, fine = _finer(np.array(reading.axis), z)
@@ -141,7 +141,7 @@ def _surface(parts: list[Part], scale: Scale, images: str) -> "Figure":
             y,
             fine,
             cmap=MAP,
-            norm=colours.norm,
+            norm=colors.norm,
             rcount=len(axis),
             ccount=len(axis),
             linewidth=0,
@@ -163,32 +163,32 @@ def _surface(parts: list[Part], scale: Scale, images: str) -> "Figure":
             side._axinfo["grid"].update(color=(0.85, 0.85, 0.85, 1.0), linewidth=0.5)
         ax.set_box_aspect((1, 1, 0.72), zoom=0.86)  # leaves room for numbers and names
         ax.patch.set_visible(False)  # that of a second model would cover numbers of the first
-    _colour_bar(figure, colours, axes, scale, shrink=0.7, pad=0.05)
+    _color_bar(figure, colors, axes, scale, shrink=0.7, pad=0.05)
     _unknown(figure, parts, facecolor="none", edgecolor=INK)
     return figure
 
 
 def _finer(axis: Array, z: Array) -> tuple[Array, Array]:
-    """``z`` and its axis, linearly interpolated, for smooth colours."""
+    """``z`` and its axis, linearly interpolated, for smooth colors."""
     factor = max(1, FINE // (len(axis) - 1))
     fine = np.linspace(axis[0], axis[-1], factor * (len(axis) - 1) + 1)
     rows = np.array([np.interp(fine, axis, row) for row in z])
     return fine, np.array([np.interp(fine, axis, column) for column in rows.T]).T
 
 
-def _colour_bar(figure: "Figure", image: Any, axes: Any, scale: Scale, *, shrink: float, pad: float) -> None:
+def _color_bar(figure: "Figure", image: Any, axes: Any, scale: Scale, *, shrink: float, pad: float) -> None:
     bar = figure.colorbar(image, ax=list(axes), shrink=shrink, pad=pad)
     bar.set_ticks(scale.ticks, labels=scale.numbers)
     bar.minorticks_off()
     bar.set_label(AXIS)
 
 
-def _unknown(figure: "Figure", parts: list[Part], **colours: Any) -> None:
+def _unknown(figure: "Figure", parts: list[Part], **colors: Any) -> None:
     """Add a legend for gaps, if there are any."""
     from matplotlib.patches import Patch
 
     if any(np.isnan(z).any() for _, _, z in parts):
-        put_legend(figure, [Patch(label="gap: the loss is NaN or infinite", **colours)])
+        put_legend(figure, [Patch(label="gap: the loss is NaN or infinite", **colors)])
 
 
 def _ticks(low: float, high: float) -> list[float]:

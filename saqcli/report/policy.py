@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 WIDE, NARROW = 0.24, 0.15  # inches per layer, for few and for many
 FEW, MANY = 30, 90  # layers
-MARGIN = 1.9  # inches for the axis and the colour bar
+MARGIN = 1.9  # inches for the axis and the color bar
 LEAST_WIDTH = 6.6  # inches for the line below the title
 FEWEST_COLUMNS = 14  # width limit for bars of few layers
 FLOAT_HEIGHT = MAX_BITS + 1  # height of a bar for floating point: above all others, hatched
 NUMBER = 0.18  # bits between the end of a bar and its number
 CLEAR = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # box behind numbers
 MEAN = (0, (4, 2))  # dashes
-LIGHTEST = 0.2  # start of the colour map; lighter colours would not be visible on white
+LIGHTEST = 0.2  # start of the color map; lighter colors would not be visible on white
 
 
 def draw_policy(config: BitConfig, costs: CostModel, path: Path, title: str) -> list[Path]:
@@ -43,7 +43,7 @@ def draw_policy(config: BitConfig, costs: CostModel, path: Path, title: str) -> 
 
 
 def paint_policy(config: BitConfig, costs: CostModel, title: str) -> "Figure":
-    """Bars as high as the bits, coloured by the layer's share of the network's BOPs."""
+    """Bars as high as the bits, colored by the layer's share of the network's BOPs."""
     names = [layer.name for layer in costs.layers]
     share_out = (len(names) - FEW) / (MANY - FEW)
     column = WIDE + (NARROW - WIDE) * min(max(share_out, 0.0), 1.0)
@@ -76,14 +76,14 @@ def _bars(figure: "Figure", ax: Any, config: BitConfig, costs: CostModel, *, sma
 
     total = costs.bops(config) or 1
     shares = [100 * layer.bops(config.layers[layer.name]) / total for layer in costs.layers]
-    colours: Any = ScalarMappable(Normalize(0, max(shares) or 1), _map())
+    colors: Any = ScalarMappable(Normalize(0, max(shares) or 1), _map())
     for at, (layer, share) in enumerate(zip(costs.layers, shares, strict=True)):
         bits = config.layers[layer.name]
         pinned = _is_pinned(bits, layer.pinned)
         for sign, width in ((1, bits.weight), (-1, bits.activation)):
             height = FLOAT_HEIGHT if width is None else width
             ax.bar(
-                at, sign * height, width=0.78, color=colours.to_rgba(share), zorder=2, linewidth=1.0,
+                at, sign * height, width=0.78, color=colors.to_rgba(share), zorder=2, linewidth=1.0,
                 edgecolor=INK if pinned else "white" if width is None else "none",
                 hatch="////" if width is None else None,
             )  # fmt: skip
@@ -91,13 +91,13 @@ def _bars(figure: "Figure", ax: Any, config: BitConfig, costs: CostModel, *, sma
                 at, sign * (height + NUMBER), str(width or FLOAT_BITS), fontsize=6 if small else 7, ha="center",
                 va="bottom" if sign > 0 else "top", color=INK, bbox=CLEAR, zorder=3,
             )  # fmt: skip
-    bar = figure.colorbar(colours, ax=ax, pad=0.012, aspect=28, fraction=0.05, format="{x:g} %")
+    bar = figure.colorbar(colors, ax=ax, pad=0.012, aspect=28, fraction=0.05, format="{x:g} %")
     bar.set_label("share of the network's BOPs")
     bar.outline.set_visible(False)
 
 
 def _map() -> "Colormap":
-    """A colour map from light to dark, distinguishable for colour-blind readers and in grayscale."""
+    """A color map from light to dark, distinguishable for color-blind readers and in grayscale."""
     import matplotlib
     from matplotlib.colors import ListedColormap
 

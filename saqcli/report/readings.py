@@ -24,7 +24,7 @@ from saqcli.analysis.hessian_trace import TraceReading
 from saqcli.analysis.sensitivity import SensitivityReading
 from saqcli.report.canvas import (
     ACCENT,
-    COLOURS,
+    COLORS,
     FAINT,
     INK,
     new_figure,
@@ -47,12 +47,12 @@ ROW, PAIR = 0.2, 0.3  # inches per layer, for one model and for two
 MOST_TICKS = 6
 MIN_SHARE = 0.1  # percent; below it the axis of shares is linear
 Array = NDArray[np.float64]
-MAP = "PuOr"  # diverging, colour-blind-safe; orange is worse
+MAP = "PuOr"  # diverging, color-blind-safe; orange is worse
 HEATMAP_ROW = 0.235  # inches per layer
-BAR = 0.11  # thickness of a colour bar in inches
+BAR = 0.11  # thickness of a color bar in inches
 NEGLIGIBLE = 1e-5  # changes below this share of the largest one are written as 0
-WIDE_PANEL = 3  # candidates from which a panel has room for five numbers at its colour bar
-LINEAR_RATIO = 100  # colours are linear below 1/LINEAR_RATIO of the largest change of the loss
+WIDE_PANEL = 3  # candidates from which a panel has room for five numbers at its color bar
+LINEAR_RATIO = 100  # colors are linear below 1/LINEAR_RATIO of the largest change of the loss
 COLUMNS = 5
 CLEAR = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5}  # box behind text
 MOST_LINES = 16  # grids with more codes show only their two ends
@@ -72,7 +72,7 @@ def paint_eigenvalue(readings: list[tuple[str, EigenvalueReading]], images: str 
     values = [value for value in every if math.isfinite(value)]
     reach = max(map(abs, values), default=0.0) or 1.0
     for row, (_, reading) in enumerate(readings):
-        ax.barh(row, reading.eigenvalue, height=0.55, color=COLOURS[row % 2], alpha=0.8)
+        ax.barh(row, reading.eigenvalue, height=0.55, color=COLORS[row % 2], alpha=0.8)
         found = [start.eigenvalue for start in reading.starts]
         ax.scatter(found, [row] * len(found), s=16, color="white", edgecolors=INK, linewidths=0.7, zorder=3)
         text = with_error(reading.eigenvalue, reading.spread, "\nspread ")
@@ -158,7 +158,7 @@ def paint_flips(readings: list[tuple[str, FlipsReading]], images: str = "") -> "
         shares = [100 * layer.share for layer in reading.layers]
         sizes = [100 * min(layer.relative_size, 1.0) for layer in reading.layers]
         label = shortened(name) if len(measured) > 1 else "weights that flip"
-        ax.scatter(shares, at, s=26, color=COLOURS[index % 2], zorder=3, label=label, clip_on=False)
+        ax.scatter(shares, at, s=26, color=COLORS[index % 2], zorder=3, label=label, clip_on=False)
         expected = "expected: mean |e| / gap between levels" if index == len(measured) - 1 else None
         ax.scatter(
             sizes, at, marker="|", s=40, color=INK, linewidths=1.1, zorder=2, label=expected, clip_on=False
@@ -206,7 +206,7 @@ def _bars(ax: Any, rows: list[str], values: list[dict[str, float]], names: list[
             at,
             list(found.values()),
             height=0.72 / len(values),
-            color=COLOURS[index % 2],
+            color=COLORS[index % 2],
             alpha=0.85,
             label=label,
         )
@@ -267,7 +267,7 @@ def _heatmap_figure(
         "One layer at other bits, all others unchanged",
         with_images(f"unchanged: loss {reading.loss:.4g}, top-1 {reading.top1:.2f} %", images),
     )
-    figure.set_layout_engine("constrained", wspace=0.05)  # between the numbers of the two colour bars
+    figure.set_layout_engine("constrained", wspace=0.05)  # between the numbers of the two color bars
     axes: Any = figure.subplots(2, 2, sharey="row", height_ratios=(HEATMAP_ROW * rows, BAR))
     loss_scale = SymLogNorm(limits[0] / LINEAR_RATIO, vmin=-limits[0], vmax=limits[0])
     panels = (
@@ -275,12 +275,12 @@ def _heatmap_figure(
         (tables[1], MAP, Normalize(-limits[1], limits[1]), 1 / 2, "change of top-1, in points", "{:+.1f}"),
     )
     framed = unknown = False
-    for k, (values, colours, norm, half, title, form) in enumerate(panels):
+    for k, (values, colors, norm, half, title, form) in enumerate(panels):
         ax, limit = axes[0][k], limits[k]
         image = ax.imshow(
             np.ma.masked_invalid(values),
             norm=norm,
-            cmap=matplotlib.colormaps[colours].with_extremes(bad=FAINT),
+            cmap=matplotlib.colormaps[colors].with_extremes(bad=FAINT),
             aspect="auto",
         )
         for (row, column), value in np.ndenumerate(values):
@@ -288,8 +288,8 @@ def _heatmap_figure(
             dark = known and abs(float(norm(value)) - 0.5) > 0.32
             text = form.format(value) if abs(value) > NEGLIGIBLE * limit else "0"
             text = text if known and float(text) != 0 else "0" if known else "NaN"
-            colour = "white" if dark else INK
-            ax.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
+            color = "white" if dark else INK
+            ax.text(column, row, text, ha="center", va="center", fontsize=6.5, color=color)
             unknown |= not known
         for row, layer in enumerate(reading.layers):
             if layer.weight_bits == layer.activation_bits and layer.weight_bits in bits:
@@ -353,7 +353,7 @@ def _histogram_figure(title: tuple[str, str], panels: list[tuple[str, Operand]])
         ax.set_xlabel("value / step (codes)", fontsize=7)
     figure.supylabel("share of values", fontsize=8.5)
     marks: list[Any] = [
-        Patch(facecolor=COLOURS[0], label="within the grid"),
+        Patch(facecolor=COLORS[0], label="within the grid"),
         Patch(facecolor=ACCENT, label="clipped"),
         Line2D([], [], label="outermost codes", **END),
     ]
@@ -378,8 +378,8 @@ def _panel(ax: Any, name: str, operand: Operand) -> None:
             ax.axvline(code, zorder=0, **LINE)
     for code in (operand.lowest, operand.highest):
         ax.axvline(code, zorder=1, **END)
-    for mask, colour in ((~outside, COLOURS[0]), (outside, ACCENT)):
-        ax.stairs(np.where(mask, shares, 0.0), edges, fill=True, color=colour, zorder=2)
+    for mask, color in ((~outside, COLORS[0]), (outside, ACCENT)):
+        ax.stairs(np.where(mask, shares, 0.0), edges, fill=True, color=color, zorder=2)
     # A spike, such as the zeros behind a ReLU, would hide all other bars: it may exceed the panel.
     rest = np.sort(shares)[-2] if len(shares) > 1 else shares.max()
     top = min(shares.max(), max(4 * rest, 1e-9)) or 1.0

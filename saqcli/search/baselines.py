@@ -29,11 +29,12 @@ class Uniform:
         """Try the widths in descending order."""
         problem.space.check_reachable(problem.budget)
         return SearchResult(
-            greatest(problem.space, problem.budget), lambda budget: [greatest(problem.space, budget)]
+            largest_uniform(problem.space, problem.budget),
+            lambda budget: [largest_uniform(problem.space, budget)],
         )
 
 
-def greatest(space: SearchSpace, budget: Budget) -> list[int]:
+def largest_uniform(space: SearchSpace, budget: Budget) -> list[int]:
     """The uniform choice with the most bits within ``budget``; the cheapest choice if there is none."""
     options = [bits for decision in space.decisions for bits in decision.options]
     widths = {width for bits in options for width in (bits.weight, bits.activation)}

@@ -102,9 +102,10 @@ def best_choice(space: SearchSpace, budget: Budget, losses: Sequence[Sequence[fl
 def untrained_choice(problem: SearchProblem) -> SearchResult:
     """A choice that fits and uses the budget, without any preference among options; for a search without training."""
     space = problem.space
-    alike = [[0.0] * len(decision.options) for decision in space.decisions]
+    equal_losses = [[0.0] * len(decision.options) for decision in space.decisions]
     return SearchResult(
-        best_choice(space, problem.budget, alike), lambda budget: [best_choice(space, budget, alike)]
+        best_choice(space, problem.budget, equal_losses),
+        lambda budget: [best_choice(space, budget, equal_losses)],
     )
 
 

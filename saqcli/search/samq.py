@@ -104,12 +104,12 @@ class SharpnessAwareCost:
 
     def __call__(self, choice: Sequence[int], images: Tensor, labels: Tensor) -> float:
         """R of ``choice`` on images (N, C, H, W) and labels (N,)."""
-        there = 0.0
+        reference_loss = 0.0
         if self.reference is not None:
             self.supernet.select(self.reference)
-            there = self.plain_loss(images, labels)
+            reference_loss = self.plain_loss(images, labels)
         self.supernet.select(choice)
-        return self.losses(images, labels)[1] - there + self.penalty(choice)
+        return self.losses(images, labels)[1] - reference_loss + self.penalty(choice)
 
     def penalty(self, choice: Sequence[int]) -> float:
         """The squared relative distance of ``choice`` from the middle of the window, times the weight."""
@@ -365,12 +365,15 @@ class AlternatingSearch:
         generator = torch.Generator().manual_seed(self.problem.seed + 1)
         choices = draw_within(self.controller, self.problem.budget, self.settings.draws, generator)
         choices += [self.reference] if self.reference not in choices else []
-        judge, state = self.scorer, self._state()
-        score_all(self.problem, judge, choices, state)
+        scorer, state = self.scorer, self._state()
+        score_all(self.problem, scorer, choices, state)
         if self.settings.score_in == "supernet":
-            judge, state = Scorer(self.problem, self.supernet.at), state | {"calibrated": judge.state_dict()}
-            score_all(self.problem, judge, choices, state, "supernet")
-        found = [judge.scored[tuple(choice)] for choice in choices]
+            scorer, state = (
+                Scorer(self.problem, self.supernet.at),
+                state | {"calibrated": scorer.state_dict()},
+            )
+            score_all(self.problem, scorer, choices, state, "supernet")
+        found = [scorer.scored[tuple(choice)] for choice in choices]
         best = most_accurate(found, self.problem.images.scoring)
         if self.settings.select_by == "sharpness":
             best = min(found, key=lambda scored: self.cost.sharpness(scored.choice))

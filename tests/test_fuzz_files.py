@@ -221,7 +221,7 @@ def test_keys_that_stand_twice_unknown_ones_and_other_versions_are_named(
         return refused(read, path)
 
     twice = f"[{KINDS[name]}]\n" if path.suffix == ".toml" else f'"{KINDS[name]}": {{}}, '
-    assert ("twice" if path.suffix == ".json" else "no TOML") in message({}, twice)
+    assert ("twice" if path.suffix == ".json" else "not TOML") in message({}, twice)
     assert "unknown key 'surprise'" in message({"surprise": 1}, "")
     newer = message({"schema_version": 2, "surprise": 1}, "")
     assert "another version of saq" in newer

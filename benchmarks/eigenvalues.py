@@ -10,7 +10,7 @@ import torch
 from common import append, read
 from minimizers import METHODS, Prepared, arguments, state_path
 
-from saqcli.analysis import INSTRUMENTS, Session, Settings, Subject
+from saqcli.analysis import INSTRUMENTS, AnalysisInput, Session, Settings
 from saqcli.data.loaders import calibration_loader, read_all
 from saqcli.progress import SILENT
 from saqcli.quant.layer import quantized_layers
@@ -47,7 +47,7 @@ def main() -> None:
                     images=wanted.images,
                 )
                 batches = read_all(loader, SILENT, "measure on")
-                subject = Subject(model.eval(), quantized_layers(model), batches)
+                subject = AnalysisInput(model.eval(), quantized_layers(model), batches)
                 settings = Settings(starts=wanted.starts, tolerance=wanted.tolerance)
                 reading = INSTRUMENTS["eigenvalue"].measure(subject, settings, Session())
                 line = {"bits": bits, "name": name, "seed": seed, "images": subject.images}

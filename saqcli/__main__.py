@@ -1,4 +1,4 @@
-"""Makes ``python -m saqcli`` do what ``saq`` does."""
+"""Runs ``saq`` as ``python -m saqcli``."""
 
 from saqcli.cli import main
 

@@ -1,11 +1,11 @@
-"""Processes that work as one, as the rest of the code sees them: ranks of torch's default process group.
+"""Collective operations on the ranks of torch's default process group.
 
-``torchrun`` starts them, ``process_group.py`` joins them. All ranks run the same code on their own share of the
-images and hold the same weights after every step. Where nothing was joined there is one rank, and every function here
-returns what it is given.
+``torchrun`` starts the processes, ``process_group.py`` joins them. All ranks run the same code on their own share of
+the images and hold the same weights after every step. Without a process group there is one rank, and every function
+here returns its argument.
 
-A rank that fails closes its connections, upon which the others raise ``StoppedElsewhere``: the message of the failed
-rank gives the reason.
+A rank that fails closes its connections; the others then raise ``StoppedElsewhere``. The message of the failed rank
+gives the reason.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,36 +15,36 @@ from typing import Any, TypeVar
 
 from saqcli.errors import SaqError, StoppedElsewhere, out_of_memory
 
-BUCKET = 2**24  # numbers that are averaged at a time
+BUCKET = 2**24  # values per all-reduce
 LOST = ("connection", "closed by peer", "broken pipe", "socket", "timed out", "timeout", "gloo", "nccl")
 
 T = TypeVar("T")
 
 
 def count() -> int:
-    """How many processes work as one."""
+    """Number of ranks."""
     import torch.distributed as dist
 
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def index() -> int:
-    """Which of them this is, from 0 on."""
+    """Index of this rank, from 0."""
     import torch.distributed as dist
 
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def first() -> bool:
-    """Whether this is the one that writes and prints."""
+    """Whether this rank writes and prints."""
     return index() == 0
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What ``make`` gives on the first rank; the others do not call it.
+    """The result of ``make`` on the first rank; the others do not call it.
 
     Raises:
-        SaqError: what ``make`` raised on the first rank; on the others ``StoppedElsewhere``.
+        SaqError: the error of ``make`` on the first rank; ``StoppedElsewhere`` on the others.
     """
     if count() == 1:
         return make()
@@ -69,10 +69,10 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def together(make: Callable[[], T]) -> T:
-    """What ``make`` gives on every rank; it talks to no other rank.
+    """The result of ``make`` on every rank; ``make`` must not communicate with other ranks.
 
     Raises:
-        SaqError: what it raised, on the lowest rank where it did; on the others ``StoppedElsewhere``.
+        SaqError: the error of ``make`` on the lowest rank that failed; ``StoppedElsewhere`` on the others.
     """
     if count() == 1:
         return make()
@@ -92,13 +92,13 @@ def together(make: Callable[[], T]) -> T:
     return result
 
 
-def agreed(error: SaqError) -> SaqError:
-    """To be raised for ``error``, which all ranks have come to alike: the first one is to tell it."""
+def reported_once(error: SaqError) -> SaqError:
+    """The exception to raise for ``error``, which occurs on all ranks alike: only the first reports it."""
     return error if first() else StoppedElsewhere(error.exit_code)
 
 
 def gathered(value: T) -> list[T]:
-    """``value`` of every rank, in their order."""
+    """``value`` of every rank, in rank order."""
     if count() == 1:
         return [value]
     import torch.distributed as dist
@@ -110,12 +110,12 @@ def gathered(value: T) -> list[T]:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether ``flag`` is true on one rank at least."""
+    """Whether ``flag`` is true on at least one rank."""
     return (count() > 1 and totals(float(flag))[0] > 0) or (count() == 1 and flag)
 
 
 def totals(*values: float) -> list[float]:
-    """Sums over the ranks, in double precision where the device has it."""
+    """Sums over the ranks, in double precision if the device supports it."""
     if count() == 1:
         return list(values)
     import torch
@@ -136,7 +136,8 @@ def mean(value: float) -> float:
 def average(tensors: Iterable[Any]) -> None:
     """Replace tensors by their means over the ranks, in place; the same shapes and types on every rank.
 
-    Gathered into buckets of ``BUCKET`` numbers by type and device, one all-reduce each. All ranks get the same bits.
+    Tensors are concatenated into buckets of ``BUCKET`` values by type and device, one all-reduce per bucket. All ranks
+    get the same bits.
     """
     if count() == 1:
         return
@@ -153,7 +154,7 @@ def average(tensors: Iterable[Any]) -> None:
 
 
 def share(items: Iterable[T]) -> Iterator[T]:
-    """Every ``count()``-th of ``items``, from number ``index()`` on; what can be cut knows how (``part``)."""
+    """Every ``count()``-th of ``items``, from number ``index()``; items with a method ``part`` divide themselves."""
     part = getattr(items, "part", None)
     if part is not None:
         cut: Iterator[T] = part(index(), count())
@@ -162,7 +163,7 @@ def share(items: Iterable[T]) -> Iterator[T]:
 
 
 def interleaved(lists: Sequence[Sequence[T]]) -> list[T]:
-    """The items that ``share`` dealt out, in their order again."""
+    """Inverse of ``share``: the items of all ranks in their original order."""
     longest = max(map(len, lists))
     return [items[place] for place in range(longest) for items in lists if place < len(items)]
 
@@ -185,7 +186,7 @@ def _buckets(tensors: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 def _device() -> str:
-    """Where the group's tensors must be: NCCL knows GPUs only."""
+    """Device of the group's tensors: NCCL supports GPUs only."""
     import torch.distributed as dist
 
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -193,10 +194,10 @@ def _device() -> str:
 
 @contextmanager
 def _connected() -> Iterator[None]:
-    """Turns a lost connection into the error that it means."""
+    """Raises ``StoppedElsewhere`` for a lost connection."""
     try:
         yield
-    except RuntimeError as error:  # gloo has no class of its own; NCCL's is a RuntimeError
+    except RuntimeError as error:  # gloo has no exception class; NCCL's is a RuntimeError
         if type(error) is RuntimeError and not any(words in str(error).lower() for words in LOST):
             raise
         if out_of_memory(error):

@@ -1,28 +1,28 @@
-"""Everything that can go wrong and that a person can act on, in one tree.
+"""All errors that a user can act on, in one tree.
 
     SaqError                      exit code 1
-    ├── ConfigError               a setting, file or option that makes no sense
-    │   └── SeveralProblems       more than one of all these, found before anything was loaded
-    ├── UnknownModel              no such network; names near matches
-    ├── WeightsMismatch           weights that do not belong to the network
+    ├── ConfigError               an invalid setting, file or option
+    │   └── SeveralProblems       several errors, found before anything was loaded
+    ├── UnknownModel              an unknown network; names similar ones
+    ├── WeightsMismatch           weights that do not match the network
     ├── UnsafeWeights             a weight file that would run code when loaded
-    ├── DataError                 a data set that cannot be read as asked
+    ├── DataError                 a data set that cannot be read as requested
     ├── UnsupportedModel          a network that cannot be wrapped or traced
-    ├── PolicyMismatch            a policy that was made for another network
-    ├── UnperturbedLayer          a quantized layer that took no part in the loss
-    ├── TrainingDiverged          the loss stopped being a number
-    ├── DeviceMemoryError         memory of a GPU or of the machine that does not suffice
-    ├── RunDirectoryError         a run directory that is taken, foreign or damaged
-    │   └── CannotWrite           a full disk, a folder that is read-only or gone
-    ├── CorruptArtifact           a file that is truncated, tampered with or foreign
+    ├── PolicyMismatch            a policy for another network
+    ├── UnperturbedLayer          a quantized layer without influence on the loss
+    ├── TrainingDiverged          the loss is NaN or infinite
+    ├── DeviceMemoryError         out of memory, on a GPU or the machine
+    ├── RunDirectoryError         a run directory that is in use, foreign or damaged
+    │   └── CannotWrite           a full disk, a read-only or missing folder
+    ├── CorruptArtifact           a file that is truncated, modified or foreign
     ├── ExportMismatch            exit code 3: an artifact that does not equal the model
-    ├── InfeasibleBudget          exit code 4: no configuration meets the budget
-    ├── NotReproduced             exit code 3: a run that did not give the same again
-    ├── Interrupted               exit code 130: stopped by the user, work saved
-    └── StoppedElsewhere          another process of the same run failed, and said why
+    ├── InfeasibleBudget          exit code 4: the budget is below the smallest reachable cost
+    ├── NotReproduced             exit code 3: a rerun with a different result
+    ├── Interrupted               exit code 130: stopped by the user, progress saved
+    └── StoppedElsewhere          another process of the same run failed and reported why
 
-A message has three parts: what was asked, what is true, what to do. The command line prints it on one
-line and exits with ``exit_code``; no traceback.
+A message has three parts: the request, the facts, the remedy. The command line prints it on one line and exits with
+``exit_code``, without a traceback.
 """
 
 from collections.abc import Callable
@@ -39,24 +39,24 @@ class SaqError(Exception):
 
     @property
     def parts(self) -> "list[SaqError]":
-        """What can be told apart in it: itself, or what it was put together from."""
+        """The individual errors: the error itself, or those that it combines."""
         return [self]
 
 
 class ConfigError(SaqError):
-    """A setting, file or option that makes no sense."""
+    """An invalid setting, file or option."""
 
 
 class SeveralProblems(ConfigError):
-    """More than one thing that is wrong with what was asked, in one message.
+    """Several errors in one message.
 
     Args:
-        errors: two or more, in the order in which they are told.
+        errors: two or more, in the order of the message.
     """
 
     def __init__(self, errors: list[SaqError]) -> None:
-        told = "; ".join(f"({number}) {error}" for number, error in enumerate(errors, 1))
-        super().__init__(f"{len(errors)} problems: {told}")
+        listed = "; ".join(f"({number}) {error}" for number, error in enumerate(errors, 1))
+        super().__init__(f"{len(errors)} problems: {listed}")
         self._errors = errors
 
     @property
@@ -66,13 +66,13 @@ class SeveralProblems(ConfigError):
 
 
 class Problems:
-    """Collects what is wrong, so that one message can tell all of it."""
+    """Collects errors, so that one message can report all of them."""
 
     def __init__(self) -> None:
         self.errors: list[SaqError] = []
 
     def attempt(self, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """What ``make`` returns; None where it raises a ``SaqError``, which is kept."""
+        """The result of ``make``; None if it raises a ``SaqError``, which is collected."""
         try:
             return make(*args, **kwargs)
         except SaqError as error:
@@ -80,13 +80,13 @@ class Problems:
             return None
 
     def add(self, error: SaqError) -> None:
-        """Keep ``error``, each of its parts by itself; one that says the same as another is kept once."""
+        """Collect each part of ``error``; identical messages are kept once."""
         for one in error.parts:
             if str(one) not in map(str, self.errors):
                 self.errors.append(one)
 
     def check(self) -> None:
-        """Raise what was kept: the error itself where it is one, ``SeveralProblems`` where there are more."""
+        """Raise the collected error, or ``SeveralProblems`` if there are several."""
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
@@ -94,11 +94,11 @@ class Problems:
 
 
 class UnknownModel(SaqError):
-    """No such network."""
+    """An unknown network."""
 
 
 class WeightsMismatch(SaqError):
-    """Weights that do not belong to the network."""
+    """Weights that do not match the network."""
 
 
 class UnsafeWeights(SaqError):
@@ -106,7 +106,7 @@ class UnsafeWeights(SaqError):
 
 
 class DataError(SaqError):
-    """A data set that cannot be read as asked."""
+    """A data set that cannot be read as requested."""
 
 
 class UnsupportedModel(SaqError):
@@ -114,77 +114,77 @@ class UnsupportedModel(SaqError):
 
 
 class PolicyMismatch(SaqError):
-    """A bit configuration that was made for another network."""
+    """A bit configuration for another network."""
 
 
 class UnperturbedLayer(SaqError):
-    """A quantized layer that took no part in the loss."""
+    """A quantized layer without influence on the loss."""
 
 
 class TrainingDiverged(SaqError):
-    """The loss stopped being a number."""
+    """The loss is NaN or infinite."""
 
 
 class DeviceMemoryError(SaqError):
-    """Memory of a GPU or of the machine that does not suffice."""
+    """Out of memory, on a GPU or the machine."""
 
 
 class RunDirectoryError(SaqError):
-    """A run directory that is taken, foreign or damaged."""
+    """A run directory that is in use, foreign or damaged."""
 
 
 class CannotWrite(RunDirectoryError):
-    """A file that cannot be written: a full disk, a folder that is read-only or gone."""
+    """A file that cannot be written: a full disk, a read-only or missing folder."""
 
 
 class CorruptArtifact(SaqError):
-    """A file that is truncated, tampered with or foreign."""
+    """A file that is truncated, modified or foreign."""
 
 
 class ExportMismatch(SaqError):
-    """An artifact that does not compute what the model computes."""
+    """An artifact whose outputs differ from the model's."""
 
     exit_code = 3
 
 
 class InfeasibleBudget(SaqError):
-    """No bit configuration meets the budget."""
+    """The budget is below the smallest reachable cost."""
 
     exit_code = 4
 
 
 class NotReproduced(SaqError):
-    """A run that was run again and did not give the same."""
+    """A rerun with a different result."""
 
     exit_code = 3
 
 
 class Interrupted(SaqError):
-    """Stopped by the user, as asked: no error to whom asked.
+    """Stopped by the user.
 
     Args:
         resume: the command that resumes the work, in backticks.
-        exit_code: 128 plus the number of the signal; that of Ctrl-C where nothing is given.
-        saved: whether there is anything to resume from.
+        exit_code: 128 plus the signal number; that of Ctrl-C by default.
+        saved: whether there is progress to resume from.
     """
 
     exit_code = 130
 
     def __init__(self, resume: str, exit_code: int = exit_code, *, saved: bool = True) -> None:
-        said = (
+        message = (
             "Interrupted; progress saved. Resume"
             if saved
             else "Interrupted before anything was saved. Start again"
         )
-        super().__init__(f"{said} with {resume}")
+        super().__init__(f"{message} with {resume}")
         self.exit_code, self.saved = exit_code, saved
 
 
 class StoppedElsewhere(SaqError):
-    """Another process of the same run failed; what it said is the reason.
+    """Another process of the same run failed; its message gives the reason.
 
     Args:
-        exit_code: of that process, as far as it is known.
+        exit_code: of that process, if known.
     """
 
     def __init__(self, exit_code: int = 1) -> None:
@@ -195,6 +195,6 @@ class StoppedElsewhere(SaqError):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether this is how Python, torch on a GPU or a CPU, or ONNX Runtime says that memory has run out."""
+    """Whether ``error`` is an out-of-memory error of Python, torch (GPU or CPU) or ONNX Runtime."""
     words = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(part in str(error) for part in words)

@@ -1,4 +1,4 @@
-"""The machine and the libraries that figures come from, as far as they tell."""
+"""The CPU, devices and library versions of this machine."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ from saqcli._version import __version__
 
 
 def cpu_name() -> str:
-    """Such as ``AMD EPYC 7763 64-Core Processor``; the architecture where the machine does not say more."""
+    """Such as ``AMD EPYC 7763 64-Core Processor``; the architecture if the model name is not available."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -19,23 +19,23 @@ def cpu_name() -> str:
 
 
 def cores() -> int:
-    """Logical processors that this process may use."""
+    """Number of logical processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def chosen_device(asked: str) -> str:
-    """The device that a setting means: ``auto`` is the GPU where there is one."""
+def resolve_device(requested: str) -> str:
+    """The device for the setting ``run.device``: ``auto`` is the GPU if there is one."""
     import torch
 
-    if asked != "auto":
-        return asked
+    if requested != "auto":
+        return requested
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def versions() -> dict[str, str]:
-    """Of saq, Python and the libraries that the numbers depend on."""
+    """Versions of saq, Python and the libraries that results depend on."""
     from importlib.metadata import version
 
     python = {"saq": __version__, "python": platform.python_version()}
@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
 
 
 def library_versions() -> dict[str, str]:
-    """Of the libraries that networks are made of: what they are called and how they are built may change."""
+    """Versions of the libraries that build the networks: layer names and structure may change between them."""
     from importlib.metadata import version
 
     return {name: version(name) for name in ("torch", "torchvision", "timm")}

@@ -1,7 +1,7 @@
-"""Joining the processes that torchrun started, and leaving together.
+"""Joining and leaving the process group of torchrun's processes.
 
-NCCL connects GPUs, gloo CPUs. timm's helper is not used: with it, processes that torchrun has started again find the
-addresses of those that have died (see ``meeting_point``).
+GPUs use NCCL, CPUs gloo. timm's helper is not used: with it, processes restarted by torchrun find the addresses of
+terminated ones (see ``shared_store``).
 """
 
 import os
@@ -18,64 +18,62 @@ from torch.distributed.rendezvous import rendezvous
 
 from saqcli.distributed import count, together
 from saqcli.errors import ConfigError
-from saqcli.machine import chosen_device
+from saqcli.machine import resolve_device
 from saqcli.random_state import deterministic
 from saqcli.units import counted
 
-SECONDS_TO_MEET = 300.0
-
-
-SECONDS_BETWEEN_TRIES = 5.0
+CONNECT_TIMEOUT_S = 300.0
+RETRY_TIMEOUT_S = 5.0
 
 
 def started_by_torchrun() -> bool:
-    """Whether there are several processes to be joined."""
+    """Whether there are several processes to join."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def restarted() -> bool:
-    """Whether torchrun has started these processes again, after one of this host has failed."""
+    """Whether torchrun has restarted these processes after a failure on this host."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def may_be_restarted() -> bool:
-    """Whether torchrun starts processes again on several hosts: where those of another one failed, it does not say."""
+    """Whether torchrun restarts processes on several hosts; it does not report failures on other hosts."""
     several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
     return several and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 @contextmanager
 def process_group(
-    asked: str, check: Callable[[], None] = lambda: None, *, deterministically: bool = False
+    requested: str, check: Callable[[], None] = lambda: None, *, deterministically: bool = False
 ) -> Iterator[torch.device]:
     """Within the context the processes that torchrun started work as one; without torchrun nothing happens.
 
     Args:
-        asked: device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``; with torchrun the number is that of the process.
-        check: called first, by all processes once they have met; what it raises one of them tells.
-        deterministically: whether to compute with deterministic kernels only.
+        requested: device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``; with torchrun the index is that of the process.
+        check: called first, by all processes once they are connected; one process reports its error.
+        deterministically: whether to use deterministic kernels only.
 
     Yields:
         The device of this process.
 
     Raises:
-        ConfigError: no such device here, or the processes do not find each other.
-        UnsupportedModel: something was computed that has no deterministic kernel.
+        ConfigError: the device is not available, or the processes cannot connect.
+        UnsupportedModel: an operation has no deterministic kernel.
     """
-    with deterministic() if deterministically else nullcontext(), _joined(asked, check) as device:
+    with deterministic() if deterministically else nullcontext(), _joined(requested, check) as device:
         yield device
 
 
 @contextmanager
-def _joined(asked: str, check: Callable[[], None]) -> Iterator[torch.device]:
-    """What ``process_group`` does, on whatever kernels."""
+def _joined(requested: str, check: Callable[[], None]) -> Iterator[torch.device]:
+    """``process_group`` with any kernels."""
     if count() > 1 or not started_by_torchrun():
         together(check)
-        yield pick_device(asked)
+        yield pick_device(requested)
         return
-    device = own_device(asked)
+    device = process_device(requested)
     try:
-        store = meeting_point()
+        store = shared_store()
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=store,
@@ -84,7 +82,7 @@ def _joined(asked: str, check: Callable[[], None]) -> Iterator[torch.device]:
         )
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"the processes that torchrun started do not find each other: {reason}") from None
+        raise ConfigError(f"the processes that torchrun started cannot connect: {reason}") from None
     try:
         together(check)
         yield device
@@ -92,19 +90,19 @@ def _joined(asked: str, check: Callable[[], None]) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def meeting_point() -> Store:
-    """A store that the processes of this attempt share, and none of an earlier one.
+def shared_store() -> Store:
+    """A store shared by the processes of this attempt, and by none of an earlier one.
 
-    torchrun's own store outlives a restart, and so do the addresses in it; how often it was restarted is not the same
-    on all hosts. The first process therefore opens a store and leaves its port in torchrun's; the others try the port
-    that they find there until somebody answers who is waiting for them.
+    torchrun's own store survives a restart together with the addresses in it, and hosts disagree on the number of
+    restarts. Process 0 therefore opens a new store and publishes its port in torchrun's; the others try the published
+    port until process 0 of this attempt answers.
 
     Raises:
-        RuntimeError: they did not meet in time.
+        RuntimeError: the processes did not connect in time.
     """
     host, rank, count = os.environ["MASTER_ADDR"], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     known, _, _ = next(iter(rendezvous("env://")))
-    end = time.monotonic() + SECONDS_TO_MEET
+    end = time.monotonic() + CONNECT_TIMEOUT_S
     if rank == 0:
         own = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         known.set("saq/port", str(own.port))
@@ -114,24 +112,24 @@ def meeting_point() -> Store:
     while time.monotonic() < end:
         with suppress(RuntimeError):
             port = int(known.get("saq/port"))
-            own = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=SECONDS_BETWEEN_TRIES))
+            own = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=RETRY_TIMEOUT_S))
             question = uuid4().hex
             own.set(f"question {rank}", question)
             if own.get(f"answer {rank}").decode() == question:
-                own.set_timeout(timedelta(seconds=SECONDS_TO_MEET))
+                own.set_timeout(timedelta(seconds=CONNECT_TIMEOUT_S))
                 return own
         time.sleep(0.2)
-    raise RuntimeError(f"process {rank} waited {SECONDS_TO_MEET:.0f} s for process 0 on {host}")
+    raise RuntimeError(f"process {rank} waited {CONNECT_TIMEOUT_S:.0f} s for process 0 on {host}")
 
 
-def own_device(asked: str) -> torch.device:
-    """The device of that kind that belongs to this process: of a host's GPUs the one with its number there.
+def process_device(requested: str) -> torch.device:
+    """The device of this process: of a host's GPUs, the one with the process's local index.
 
     Raises:
-        ConfigError: there are fewer GPUs than processes, or no such device.
+        ConfigError: there are fewer GPUs than processes, or the device is not available.
     """
-    if not chosen_device(asked).startswith("cuda") or not torch.cuda.is_available():
-        return pick_device(asked)
+    if not resolve_device(requested).startswith("cuda") or not torch.cuda.is_available():
+        return pick_device(requested)
     number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= there:
         raise ConfigError(
@@ -141,27 +139,27 @@ def own_device(asked: str) -> torch.device:
     return torch.device("cuda", number)
 
 
-def pick_device(asked: str) -> torch.device:
-    """``auto`` is the GPU where there is one.
+def pick_device(requested: str) -> torch.device:
+    """The device for the setting ``run.device``: ``auto`` is the GPU if there is one.
 
     Raises:
-        ConfigError: no such device here.
+        ConfigError: the device is not available.
     """
-    asked = chosen_device(asked)
-    if count() > 1 and asked.startswith("cuda"):
+    requested = resolve_device(requested)
+    if count() > 1 and requested.startswith("cuda"):
         return torch.device("cuda", torch.cuda.current_device())
     try:
-        device = torch.device(asked)
+        device = torch.device(requested)
     except (RuntimeError, ValueError):
         device = torch.device("meta")
-    if device.type == "meta":  # which computes nothing
-        raise ConfigError(f"`run.device={asked}` is not a device: give cpu, cuda or cuda:1, or omit it")
+    if device.type == "meta":  # has no data
+        raise ConfigError(f"`run.device={requested}` is not a device: give cpu, cuda or cuda:1, or omit it")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         there = torch.cuda.device_count() if device.type == "cuda" else None
         reason = "" if there is None else f" ({counted(there, 'CUDA device') if there else 'no CUDA device'})"
         raise ConfigError(
-            f"`run.device={asked}` is not available{reason}: use `run.device=cpu` or omit it"
+            f"`run.device={requested}` is not available{reason}: use `run.device=cpu` or omit it"
         ) from None
     return device

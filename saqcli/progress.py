@@ -1,7 +1,7 @@
-"""How long work tells what it is doing, without knowing who listens.
+"""Progress reports of long-running work, independent of their display.
 
-Workflows and algorithms print nothing. They are handed a ``Progress`` and call it; the command line hands
-them one that draws on stderr, a library user gets ``SILENT``.
+Pipelines and algorithms print nothing. They receive a ``Progress`` and call it; the command line passes one that draws
+on stderr, and library users get ``SILENT`` by default.
 """
 
 from collections.abc import Iterator
@@ -10,38 +10,38 @@ from typing import Protocol
 
 
 class Task(Protocol):
-    """One piece of work with a known number of steps."""
+    """A piece of work with a known number of steps."""
 
     def advance(self, steps: int = 1, *, images: int = 0, **figures: float) -> None:
         """Report that ``steps`` more are done, over ``images`` more images, with the latest figures.
 
-        Where a run is resumed, the first call reports without images what was done before.
+        When a run is resumed, the first call reports the earlier steps, without images.
         """
 
 
 class Progress(Protocol):
-    """Where work in progress is told."""
+    """Receives progress reports."""
 
     def task(self, title: str, total: int) -> AbstractContextManager[Task]:
-        """A context that yields the ``Task`` to advance; ``title`` is what a person reads."""
+        """A context that yields the ``Task`` to advance; ``title`` is shown to the user."""
 
     def note(self, text: str) -> None:
-        """Say one line that stays on the screen."""
+        """Report one line that stays on the screen."""
 
 
 class _Silent:
-    """Hears everything and says nothing."""
+    """Ignores all reports."""
 
     def advance(self, steps: int = 1, *, images: int = 0, **figures: float) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Task]:
-        """A task that nobody watches."""
+        """A task that ignores all reports."""
         yield self
 
     def note(self, text: str) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 SILENT: Progress = _Silent()

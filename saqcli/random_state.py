@@ -1,7 +1,8 @@
-"""Random numbers and determinism: states for checkpoints, seeds from (seed, epoch), kernels that add in one order.
+"""Random states for checkpoints, seeds from (seed, epoch), and deterministic kernels.
 
-On a CPU the same command with the same number of threads gives the same bits. On a GPU some kernels add in whatever
-order their threads come; ``run.deterministic`` makes PyTorch use others, or refuse. Every setting is restored.
+On a CPU the same command with the same number of threads gives the same bits. Some GPU kernels add in the order in
+which their threads finish; ``run.deterministic`` makes PyTorch use other kernels, or raise an error. Every setting
+is restored at the end.
 """
 
 import os
@@ -16,9 +17,13 @@ import torch
 
 from saqcli.errors import UnsupportedModel
 
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # read when CUDA starts
+CUBLAS_CHOICES = (":4096:8", ":16:8")  # with which cuBLAS is deterministic
+_REFUSED = re.compile(r"(\S+) does not have a deterministic implementation")
+
 
 def random_state() -> dict[str, Any]:
-    """Of Python, NumPy and torch."""
+    """The states of the generators of Python, NumPy and torch."""
     version, internal, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
     state: dict[str, Any] = {
@@ -27,12 +32,12 @@ def random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()  # of the device that computes
+        state["cuda"] = torch.cuda.get_rng_state()  # of the current device
     return state
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what ``random_state`` noted."""
+    """Restore what ``random_state`` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]
@@ -43,9 +48,9 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def seeds_of(seed: int, epoch: int = 0, rank: int = 0) -> tuple[int, int, int]:
-    """For Python, NumPy and torch.
+    """Seeds for Python, NumPy and torch.
 
-    A ``SeedSequence`` mixes the three, so that (1, 0) and (0, 1) have nothing in common.
+    A ``SeedSequence`` mixes the three arguments, so that (1, 0) and (0, 1) give unrelated seeds.
     """
     state = np.random.SeedSequence((seed, epoch, rank)).generate_state(3, np.uint64)
     return int(state[0]), int(state[1]) % 2**32, int(state[2])
@@ -59,21 +64,12 @@ def seed_everything(seed: int, epoch: int = 0, rank: int = 0) -> None:
     torch.manual_seed(for_torch)
 
 
-CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # read when CUDA starts
-
-
-CUBLAS_CHOICES = (":4096:8", ":16:8")  # with which cuBLAS gives the same again
-
-
-_REFUSED = re.compile(r"(\S+) does not have a deterministic implementation")
-
-
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Within the context PyTorch computes with deterministic kernels only.
+    """Within the context PyTorch uses deterministic kernels only.
 
     Raises:
-        UnsupportedModel: something was computed that has none.
+        UnsupportedModel: an operation has no deterministic kernel.
     """
     cudnn = torch.backends.cudnn
     before = (cudnn.deterministic, cudnn.benchmark, os.environ.get(CUBLAS))
@@ -97,7 +93,7 @@ def deterministic() -> Iterator[None]:
 
 
 def _explain(error: RuntimeError) -> None:
-    """Raise what PyTorch's refusal of a kernel means; do nothing where the error is another."""
+    """Raise an explanation if the error is about deterministic kernels; otherwise do nothing."""
     text = str(error)
     found = _REFUSED.search(text)
     if found:
@@ -114,7 +110,7 @@ def _explain(error: RuntimeError) -> None:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """PyTorch computes with ``count`` threads, and with as many as before at the end."""
+    """Within the context PyTorch uses ``count`` threads; the earlier number is restored at the end."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,12 +1,11 @@
-"""Strict reading of JSON that others wrote, and atomic writing of files.
+"""Strict reading of untrusted JSON and TOML, and atomic writing of files.
 
-Reading what other programs or people wrote: strict, and with one clear line when it does not fit; writing JSON.
+Every JSON object on disk is a pydantic model that forbids unknown keys. Pydantic's own report fills a screen; messages
+here give the first error, its location, and what was expected, on one line. Problems that pydantic does not see are
+checked first: oversized files, duplicate keys, excessive nesting, other schema versions.
 
-Every object that reaches the disk is a pydantic model that forbids unknown keys. Pydantic's own report takes
-a screen; a person wants the first thing that is wrong, where it is, and what was expected. What pydantic does not
-see is looked at first: files without end, keys that stand twice, nesting without end, versions of other times.
-
-Writing files so that a reader never sees half of one: beside, flushed to disk, renamed into place.
+Files are written to a temporary file in the same folder, flushed to disk, and renamed, so that no reader sees a partial
+file.
 """
 
 import codecs
@@ -32,30 +31,39 @@ from saqcli.units import counted
 
 Model = TypeVar("Model", bound=BaseModel)
 
-MOST_BYTES = 2**25  # of a text that is read as one
-MOST_NESTED = 64  # objects and lists within each other
-_MOST_DOTS = 1000  # of a line of TOML: a key of n parts takes time and memory of n squared
-MOST_TOLD = 10  # misfits of one object
-_SHOWN = 300  # characters of a message that a file decides
-_MARKS = {  # at the beginning of a text, the longer ones first
+MOST_BYTES = 2**25  # of a text file
+MOST_NESTED = 64  # levels of objects and lists
+_MOST_DOTS = 1000  # in a line of TOML: a key of n parts takes time and memory O(n**2)
+MAX_REPORTED = 10  # reported mismatches of one object
+_SHOWN = 300  # maximum characters of file content in a message
+_MARKS = {  # byte-order marks, the longer ones first
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+UNFINISHED = ".unfinished-"  # name prefix of files that are being written
+_REMEDIES = {
+    errno.ENOSPC: "free disk space",
+    errno.EDQUOT: "free space in your quota",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.ENOENT: "its folder is missing",
+}
 
 
 def read_text(path: Path, source: str, error: type[SaqError] = ConfigError, most: int = MOST_BYTES) -> str:
-    """The text of a file in UTF-8, without the byte-order mark that some editors put before it.
+    """The text of a UTF-8 file, without a byte-order mark.
 
     Args:
         path: of the file.
-        source: what the message calls it.
-        error: the error raised when it cannot be read.
-        most: bytes that it may have.
+        source: name of the file in messages.
+        error: the error raised if it cannot be read.
+        most: maximum size in bytes.
 
     Raises:
-        SaqError: the given ``error``: no file, another encoding, or more than ``most`` bytes.
+        SaqError: the given ``error``: no such file, another encoding, or more than ``most`` bytes.
     """
     try:
         with path.open("rb") as file:
@@ -70,7 +78,7 @@ def read_text(path: Path, source: str, error: type[SaqError] = ConfigError, most
 
 
 def _decoded(data: bytes, source: str, error: type[SaqError]) -> str:
-    """UTF-8; what else ``data`` looks like is said."""
+    """``data`` decoded as UTF-8; the message of the error names the encoding that it seems to have."""
     name = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
     if name is None and b"\0" in data:
         name = "UTF-16" if data[:2].count(0) == 1 else "not text"
@@ -90,12 +98,12 @@ def _decoded(data: bytes, source: str, error: type[SaqError]) -> str:
 def read_json(text: str | bytes, source: str, error: type[SaqError] = ConfigError) -> Any:
     """``text`` as a tree of plain Python objects; raises as ``parse_json``."""
     try:
-        json.loads(text, object_pairs_hook=_each_once)  # pydantic takes the last of two
+        json.loads(text, object_pairs_hook=_check_unique)  # pydantic accepts duplicate keys
         tree = from_json(text)
     except RecursionError:
         raise error(f"{source}: it is nested deeper than {MOST_NESTED} levels") from None
-    except _Twice as twice:
-        raise error(f"{source}: key {printable(twice.key, _SHOWN)!r} stands there twice") from None
+    except _DuplicateKey as duplicate:
+        raise error(f"{source}: key {printable(duplicate.key, _SHOWN)!r} occurs twice") from None
     except ValueError as failure:
         raise error(f"{source}: it is not JSON: {printable(str(failure), _SHOWN)}") from None
     check_nesting(tree, source, error)
@@ -106,7 +114,7 @@ def read_toml(text: str, source: str) -> dict[str, Any]:
     """``text`` as a tree of plain Python objects.
 
     Raises:
-        ConfigError: it is no TOML, or is nested without end.
+        ConfigError: it is not valid TOML, or nested too deeply.
     """
     too_deep = f"{source}: it is nested deeper than {MOST_NESTED} levels"
     if any(line.count(".") > _MOST_DOTS for line in text.splitlines()):
@@ -115,7 +123,7 @@ def read_toml(text: str, source: str) -> dict[str, Any]:
         tree = tomllib.loads(text)
     except RecursionError:
         raise ConfigError(too_deep) from None
-    except ValueError as failure:  # that of TOML, or of a number
+    except ValueError as failure:  # invalid TOML or an invalid number
         raise ConfigError(f"{source}: it is not TOML: {printable(str(failure), _SHOWN)}") from None
     check_nesting(tree, source)
     return tree
@@ -129,11 +137,11 @@ def parse_json(
     Args:
         schema: the pydantic model to read.
         text: JSON.
-        source: what the message calls the text: a path, an option.
-        error: the error raised when it does not fit.
+        source: name of the text in messages: a path, an option.
+        error: the error raised if the text does not match the schema.
 
     Raises:
-        SaqError: the given ``error``, naming the first misfit and the count of the others.
+        SaqError: the given ``error``, with the first mismatch and the number of others.
     """
     _check_version(schema, read_json(text, source, error), source, error)
     try:
@@ -156,10 +164,10 @@ def parse_object(
 
 
 def check_nesting(tree: object, source: str, error: type[SaqError] = ConfigError) -> None:
-    """Refuse lists and objects within each other without end, on which recursion would end in a traceback.
+    """Raise an error for lists and objects nested so deeply that recursion would fail.
 
     Raises:
-        SaqError: the given ``error``: more than ``MOST_NESTED``.
+        SaqError: the given ``error``: more than ``MOST_NESTED`` levels.
     """
     level: Sequence[object] = [tree]
     for _ in range(MOST_NESTED + 1):
@@ -175,7 +183,7 @@ def check_nesting(tree: object, source: str, error: type[SaqError] = ConfigError
 
 
 def json_text(value: Any, **layout: Any) -> str:
-    """``value`` as JSON, NaN and infinity as null, which JSON lacks; all text that is not pydantic's is made here.
+    """``value`` as JSON, NaN and infinity as null; all JSON that pydantic does not write comes from here.
 
     Args:
         value: a tree of plain Python objects.
@@ -197,10 +205,10 @@ def _finite(value: Any) -> Any:
 
 
 def named_path(text: str) -> Path:
-    """The path that a person or a file named, ``~`` taken for the home folder.
+    """The path for ``text`` from a user or a file, with ``~`` expanded.
 
     Raises:
-        ConfigError: nothing can have this name: it is too long, or has a NUL.
+        ConfigError: not a possible path: it is too long, or contains NUL.
     """
     path = Path(os.path.expanduser(text))
     try:
@@ -214,14 +222,14 @@ def named_path(text: str) -> Path:
 
 
 def describe(failure: ValidationError) -> str:
-    """The first misfit on one line, and how many more there are."""
+    """The first mismatch on one line, and the number of others."""
     errors = failure.errors(include_url=False, include_context=False, include_input=False)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return _describe_one(errors[0]) + more
 
 
 def _describe_one(first: Any) -> str:
-    """One error of pydantic's."""
+    """One error of pydantic."""
     place = printable(".".join(str(part) for part in first["loc"]), _SHOWN)
     if first["type"] == "extra_forbidden":
         text = f"unknown key {place!r}"
@@ -234,7 +242,7 @@ def _describe_one(first: Any) -> str:
 
 
 def printable(text: str, most: int = 600) -> str:
-    """``text`` from a stranger's file as one line of printable characters, cut where it is longer than ``most``.
+    """Untrusted ``text`` as one line of printable characters, truncated to ``most``.
 
     Example:
         >>> printable("conv1\\nerror: \\x1b[31mall is lost")
@@ -245,10 +253,10 @@ def printable(text: str, most: int = 600) -> str:
 
 
 class Misfit(ConfigError):
-    """An object that does not fit its schema; the message names the first place where.
+    """An object that does not match its schema; the message names the first mismatch.
 
     Args:
-        source: what the message calls the object.
+        source: name of the object in the message.
         failure: pydantic's report.
     """
 
@@ -259,39 +267,41 @@ class Misfit(ConfigError):
 
     @property
     def places(self) -> list[tuple[int | str, ...]]:
-        """Keys from the top, of every misfit."""
+        """Keys from the root, of every mismatch."""
         return [error["loc"] for error in self._errors]
 
     @property
     def parts(self) -> list[SaqError]:
-        """One error for every misfit, up to ``MOST_TOLD``."""
-        return [ConfigError(f"{self._source}: {_describe_one(error)}") for error in self._errors[:MOST_TOLD]]
+        """One error per mismatch, up to ``MAX_REPORTED``."""
+        return [
+            ConfigError(f"{self._source}: {_describe_one(error)}") for error in self._errors[:MAX_REPORTED]
+        ]
 
 
-class _Twice(Exception):
+class _DuplicateKey(Exception):
     def __init__(self, key: str) -> None:
         super().__init__(key)
         self.key = key
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _check_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        raise _Twice(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+        raise _DuplicateKey(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
     return found
 
 
 def _check_version(schema: type[BaseModel], value: object, source: str, error: type[SaqError]) -> None:
-    """Tell another version of saq from a mistake, before what that version changed is called one."""
+    """Report another version of saq, before its changes to the format appear as errors."""
     field = schema.model_fields.get("schema_version")
     if field is None or not isinstance(value, dict):
         return
     version, (known,) = value.get("schema_version", field.default), typing.get_args(field.annotation)
     if type(version) is int and version != known:
         raise error(
-            f"{source}: it was written by another version of saq, its schema_version is {_digits(version)}, this saq "
-            f"{__version__} reads {known}; {'upgrade saq' if version > known else 'make the file again'}"
+            f"{source}: it was written by another version of saq: its schema_version is {_digits(version)}, saq "
+            f"{__version__} reads {known}; {'upgrade saq' if version > known else 'create the file again'}"
         )
 
 
@@ -299,24 +309,14 @@ def _digits(number: int) -> str:
     return str(number) if abs(number) < 10**20 else "a very large number"
 
 
-UNFINISHED = ".unfinished-"  # how names begin of what is being written
-_REMEDIES = {
-    errno.ENOSPC: "make room on its disk",
-    errno.EDQUOT: "make room in your quota",
-    errno.EROFS: "make it writable",
-    errno.EACCES: "make it writable",
-    errno.EPERM: "make it writable",
-    errno.ENOENT: "its folder is not there",
-}
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, with its suffix; renamed to ``path`` if the context ends without an
-    error. The folder must be there: one that somebody took away is not made again.
+    """A temporary path in the folder of ``path``, with its suffix; renamed to ``path`` at the end, except on an error.
+
+    The folder must exist: one that was removed meanwhile is not created again.
 
     Raises:
-        CannotWrite: the folder is gone or cannot be written to, or the disk is full.
+        CannotWrite: the folder is missing or cannot be written to, or the disk is full.
     """
     try:
         handle, name = tempfile.mkstemp(
@@ -336,61 +336,61 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise cannot_write(path, error) from None
     finally:
-        with suppress(OSError):  # the disk may be read-only by now
+        with suppress(OSError):  # the disk may have become read-only
             temporary.unlink(missing_ok=True)
 
 
 def cannot_write(path: Path, error: OSError) -> CannotWrite:
-    """The error that names ``path``, why it cannot be written, and what to do."""
+    """The error that names ``path``, the reason, and the remedy."""
     reason = error.strerror or str(error)
     other = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
-    if other.parent != path.parent:  # what it is made of could not be written
+    if other.parent != path.parent:  # a file that it is built from could not be written
         reason += f": {other}"
     remedy = _REMEDIES.get(error.errno or 0)
     return CannotWrite(f"{path} cannot be written ({reason})" + (f": {remedy}" if remedy else ""))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` as one act."""
+    """Write ``text`` to ``path`` atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, where they are not there.
+    """Create a folder and its missing parents.
 
     Raises:
-        RunDirectoryError: that is not allowed, or something else stands there.
+        RunDirectoryError: permission denied, or another kind of file has this name.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunDirectoryError(f"{path} cannot be made: {error.strerror}") from None
+        raise RunDirectoryError(f"{path} cannot be created: {error.strerror}") from None
 
 
 def check_can_write(path: Path) -> None:
-    """Refuse a folder that ``make_folder`` could not make, or in which nothing could be written.
+    """Raise an error if ``make_folder`` could not create the folder, or no file could be written to it.
 
     Raises:
-        CannotWrite: what stands in the way.
+        CannotWrite: with the reason.
     """
     there = path.absolute()
     while not there.exists():
         there = there.parent
     if not there.is_dir():
-        raise CannotWrite(f"{path} cannot be made: {there} is a file")
+        raise CannotWrite(f"{path} cannot be created: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
         raise CannotWrite(f"{path} cannot be written: {there} is read-only")
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what ``replacing`` left in ``folder`` when its process was killed; nobody else may be writing there."""
+    """Remove the temporary files that killed processes left in ``folder``; no other process may be writing there."""
     for path in folder.glob(f"{UNFINISHED}*"):
         path.unlink(missing_ok=True)
 
 
 def _flush_folder(folder: Path) -> None:
-    """So that the new name, too, outlives a loss of power; where a folder cannot be flushed, nothing happens."""
+    """Flush the new name to disk; does nothing if the folder cannot be flushed."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -405,14 +405,14 @@ def _umask() -> int:
     return mask
 
 
-def natural(name: str) -> tuple[list[str | int], str]:
-    """Sorts as ``timm.utils.misc.natural_key`` does, 2 before 10; what that cannot tell apart (2 and 02), as text."""
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Sort key like ``timm.utils.misc.natural_key``, 2 before 10; names equal to it (2 and 02) sort as text."""
     parts = re.split(r"(\d+)", name.lower())
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
 def some(names: Sequence[str], limit: int = 5) -> str:
-    """The first ``limit`` names for a message, and how many more there are.
+    """The first ``limit`` names for a message, and the number of others.
 
     Example:
         >>> some(["a", "b", "c"], limit=2)

@@ -1,7 +1,7 @@
-"""Quantities with units, as people type and read them: ``34G`` bit-operations, ``6MB``, ``5 MiB``, ``1 image``.
+"""Quantities with units, parsed and formatted: ``34G`` bit-operations, ``6MB``, ``5 MiB``, ``1 image``.
 
-A bare number is refused where the unit would be a guess: a budget of 34 could mean 34 or 34 billion. A unit of
-another quantity is refused too, with the setting that takes it.
+A number without a unit is an error if the unit is ambiguous: a budget of 34 could mean 34 or 34 billion. A unit of
+another quantity is an error too; the message names the setting that takes it.
 """
 
 import math
@@ -13,7 +13,7 @@ from saqcli.errors import ConfigError
 Quantity = Literal["bops", "size"]
 
 _PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # of bytes
+_BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # for bytes
 _FACTORS = _PREFIXES | _BINARY
 _ALL_PREFIXES = (
     *_FACTORS,
@@ -28,7 +28,7 @@ _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([^\d\s.,][^\d]*?)?\s*")
 
 
 class _Unit(NamedTuple):
-    """What a unit measures, the words for it in lower case, and what to do where no setting takes it."""
+    """What a unit measures, its names in lower case, and the remedy if no setting takes it."""
 
     measures: str
     words: tuple[str, ...]
@@ -73,19 +73,19 @@ _COSTS = {"bops": "what uniform 4 bits cost", "size": "the size at uniform 4 bit
 _NAMES = {"bops": "budget", "size": "size"}
 SETTINGS = {"bops": "quantization.bops", "size": "quantization.size"}
 
-PLAIN = (1e-4, 1e7)  # magnitudes between these are written without an exponent
-DIGITS = 4  # of a value without an error
-MOST_DIGITS = 6  # of a value, however small its error is
+PLAIN = (1e-4, 1e7)  # range of magnitudes written without an exponent
+DIGITS = 4  # significant digits of a value without an error
+MOST_DIGITS = 6  # maximum for a value with an error
 
 
 def parse_quantity(text: str, quantity: Quantity = "bops") -> int:
-    """The bit-operations or bytes that ``text`` stands for.
+    """Parse ``text`` as a number of bit-operations or bytes.
 
     Decimal prefixes K, M, G, T with or without the unit; bytes also as KiB, MiB, GiB, TiB, or without a prefix.
-    Upper and lower case are the same, and a space may stand before the unit.
+    Case is ignored, and a space may precede the unit.
 
     Raises:
-        ConfigError: no number, zero, no unit, or the unit of another quantity: names the setting that takes it.
+        ConfigError: no number, zero, no unit, or the unit of another quantity.
 
     Example:
         >>> parse_quantity("674.6M")
@@ -112,7 +112,7 @@ def parse_quantity(text: str, quantity: Quantity = "bops") -> int:
 
 
 def _split(unit: str, quantity: Quantity) -> tuple[str, str | None]:
-    """The prefix of a unit, and what it measures: ``quantity`` where it is a prefix alone, None where unknown."""
+    """The prefix of a unit, and its quantity: ``quantity`` for a prefix alone, None if unknown."""
     unit = " ".join(unit.lower().split())
     if unit and unit in _FACTORS:
         return unit, "size" if unit in _BINARY else quantity
@@ -124,7 +124,7 @@ def _split(unit: str, quantity: Quantity) -> tuple[str, str | None]:
 
 
 def _meant(text: str, prefixed: str, kind: str, quantity: Quantity) -> str:
-    """The message for the unit of another quantity: which setting takes it, if one does."""
+    """The error message for the unit of another quantity; names the setting that takes it, if any."""
     wanted, found = _UNITS[quantity], _UNITS[kind]
     remedy = found.remedy
     if kind in SETTINGS:
@@ -148,7 +148,7 @@ def format_quantity(value: float, unit: str = "") -> str:
 
 
 def format_figure(value: float | None, spec: str = ".4g", unit: str = "") -> str:
-    """``value`` as ``format`` has it; a dash where nothing was measured, words where it is NaN or infinite.
+    """Format ``value`` with ``spec``; a dash for None, "not finite" for NaN and infinity.
 
     Example:
         >>> format_figure(91.668, ".2f", " %"), format_figure(None), format_figure(float("nan"), unit=" %")
@@ -160,7 +160,7 @@ def format_figure(value: float | None, spec: str = ".4g", unit: str = "") -> str
 
 
 def format_duration(seconds: float) -> str:
-    """Time as a person reads a clock.
+    """Format a duration like a clock.
 
     Example:
         >>> format_duration(7.6), format_duration(754), format_duration(3725)
@@ -174,7 +174,7 @@ def format_duration(seconds: float) -> str:
 
 
 def counted(number: float, thing: str) -> str:
-    """``number`` of ``thing``, named in the singular.
+    """``number`` and ``thing``, a singular noun that becomes plural if needed.
 
     Example:
         >>> counted(1, "epoch"), counted(3, "epoch"), counted(1437, "training image"), counted(0, "batch")
@@ -186,12 +186,12 @@ def counted(number: float, thing: str) -> str:
 
 
 def with_error(value: float, error: float, joint: str = " ± ") -> str:
-    """``value`` and its error with the same decimals: two significant digits of the error decide.
+    """``value`` and its error with the same number of decimals, from two significant digits of the error.
 
     Args:
         value: any number.
-        error: of it, in the same unit; not negative.
-        joint: what stands between the two.
+        error: of the value, in the same unit; not negative.
+        joint: text between the two.
 
     Example:
         >>> with_error(892.7, 123.4)
@@ -217,5 +217,5 @@ def with_error(value: float, error: float, joint: str = " ± ") -> str:
 
 
 def _exponent(value: float) -> int:
-    """Of ten, in scientific notation."""
+    """Decimal exponent in scientific notation."""
     return math.floor(math.log10(abs(value)))

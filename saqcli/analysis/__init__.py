@@ -1,13 +1,13 @@
 """Instruments that measure a quantized model, one file each.
 
-An instrument is a function of a subject, settings and a session; it returns a reading. To add one, write
-``saqcli/analysis/NAME.py`` and add its line here.
+An instrument is a function of an analysis input, settings and a session; it returns a reading. To add one, write
+``saqcli/analysis/NAME.py`` and add it to the table below.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from saqcli.analysis.base import Reading, Session, Settings, Subject
+from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings
 from saqcli.analysis.distributions import DistributionsReading, measure_distributions
 from saqcli.analysis.eigenvalue import EigenvalueReading, measure_eigenvalue
 from saqcli.analysis.flips import FlipsReading, measure_flips
@@ -18,17 +18,17 @@ from saqcli.analysis.sensitivity import SensitivityReading, measure_sensitivity
 
 
 class Instrument(NamedTuple):
-    """What the table says about an instrument.
+    """An instrument in the table.
 
     Attributes:
-        measure: subject, settings, session to a reading.
-        reading: what it returns.
+        measure: maps analysis input, settings and session to a reading.
+        reading: type of its reading.
         settings: names of the settings that its reading depends on.
-        quick: whether it runs without being asked for.
-        resumable: whether it hands unfinished readings to the session and goes on with them.
+        quick: whether it runs by default.
+        resumable: whether it passes unfinished readings to the session and can resume from them.
     """
 
-    measure: Callable[[Subject, Settings, Session], Reading]
+    measure: Callable[[AnalysisInput, Settings, Session], Reading]
     reading: type[Reading]
     settings: tuple[str, ...]
     quick: bool = True
@@ -49,4 +49,4 @@ INSTRUMENTS: dict[str, Instrument] = {
     ),
 }
 
-__all__ = ["INSTRUMENTS", "Instrument", "Reading", "Session", "Settings", "Subject"]
+__all__ = ["INSTRUMENTS", "AnalysisInput", "Instrument", "Reading", "Session", "Settings"]

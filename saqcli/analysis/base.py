@@ -1,14 +1,10 @@
-"""What every instrument is given and returns.
+"""The input, settings, session and reading of instruments.
 
-What every instrument is handed and what it gives back.
+An instrument evaluates a quantized model in eval mode on a fixed set of images and returns a reading: a strict
+object that converts to JSON and back. Every change to the model is undone bit for bit.
 
-An instrument looks at a quantized model in eval mode on a fixed set of images and returns a reading: a strict
-object that goes to JSON and back. It changes nothing that it does not put back bit for bit.
-
-What reaches the input quantizers of a quantized model, as it is.
-
-``quant.calibrate`` looks at the float network; here every layer computes with its own bits, and the values are
-noted just before they are rounded.
+``observe_inputs`` records the values that reach the input quantizers. Unlike ``quant.calibration``, which runs the
+float network, every layer computes with its own bits, and the values are recorded just before rounding.
 """
 
 import math
@@ -36,34 +32,34 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Reading(BaseModel):
-    """What an instrument measured. Plain values only; unknown keys are errors."""
+    """The result of an instrument. Plain values only; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to be measured."""
+        """Whether the measurement is complete."""
         return True
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them."""
+        """The reading as JSON-compatible values."""
         return self.model_dump(mode="json")
 
 
 class Settings(BaseModel):
-    """What all instruments can be told; each reads some of it.
+    """Settings of all instruments; each uses some of them.
 
     Attributes:
-        seed: of random vectors and directions.
+        seed: random seed of vectors and directions.
         rho: radius of the perturbation, in ``rho_unit``.
         rho_unit: deviations of each layer's weights, or absolute.
-        starts: of the power iteration.
-        tolerance: relative change of the eigenvalue at which an iteration ends.
-        iterations: at most so many for a start.
-        samples: random vectors of the trace.
-        candidates: bit-widths that the sensitivity tries.
-        grid: points along each axis of the landscape; odd, so that there is a centre.
-        span: the landscape reaches from -span to span, in norms of the weights' filters.
+        starts: number of power iterations.
+        tolerance: relative change of the eigenvalue at which an iteration stops.
+        iterations: maximum number per start.
+        samples: random vectors for the trace.
+        candidates: bit-widths for the sensitivity.
+        grid: points along each axis of the landscape; odd, so that there is a center.
+        span: the landscape extends from -span to span, in norms of the weights' filters.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -82,12 +78,12 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True)
 class Session:
-    """How an instrument speaks to whoever started it.
+    """How an instrument communicates with its caller.
 
     Attributes:
-        progress: told about everything that takes time.
-        earlier: an unfinished reading of the same subject and settings to go on with.
-        keep: called with an unfinished reading whenever a piece is done; may save it, and may raise to stop.
+        progress: reports all long-running work.
+        earlier: an unfinished reading of the same analysis input and settings to resume from.
+        keep: called with an unfinished reading after every completed piece; may save it, and may raise to stop.
     """
 
     progress: Progress = SILENT
@@ -96,15 +92,15 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A quantized model and the images it is looked at on.
+class AnalysisInput:
+    """A quantized model and the images to analyze it on.
 
     Attributes:
         model: wrapped, quantizers installed, in eval mode.
         layers: its quantized layers by name, in execution order.
         batches: normalized images (N, C, H, W) and labels (N,), on the model's device.
-        scheme: which quantizers it has.
-        latent: whether the float weights of its training are there; otherwise they are the quantized ones.
+        scheme: its quantizers.
+        latent: whether the float weights of its training are available; otherwise they equal the quantized ones.
     """
 
     model: nn.Module
@@ -115,21 +111,21 @@ class Subject:
 
     @property
     def images(self) -> int:
-        """How many there are."""
+        """Number of images."""
         return sum(len(labels) for _, labels in self.batches)
 
     @property
     def device(self) -> torch.device:
-        """Of images and model."""
+        """The device of images and model."""
         return self.batches[0][0].device
 
     def score(self) -> Score:
-        """Loss and accuracy over all images, just as ``saq eval`` computes them."""
+        """Loss and accuracy over all images, as ``saq eval`` computes them."""
         with SILENT.task("", len(self.batches)) as task:
             return evaluate(self.model, self.batches, task, device=self.device)
 
     def gradients(self, of: PerturbedSet, title: str, session: "Session") -> Gradients:
-        """Gradients of the mean loss over all images to the members of ``of``, told as ``title``."""
+        """Gradients of the mean loss over all images for the members of ``of``; ``title`` names the task."""
         sums: Gradients = []
         with session.progress.task(title, len(self.batches)) as task:
             for loss, (images, _) in zip(self.losses(), self.batches, strict=True):
@@ -138,7 +134,7 @@ class Subject:
         return sums
 
     def losses(self) -> Iterator[Callable[[], Tensor]]:
-        """A function for every batch: its share of the mean cross-entropy; the shares add up to the mean."""
+        """One function per batch: its share of the mean cross-entropy; the shares sum to the mean."""
         count = self.images
         for images, labels in self.batches:
             yield lambda images=images, labels=labels: (  # type: ignore[misc]
@@ -147,29 +143,29 @@ class Subject:
 
 
 def seeded(seed: int, *key: int | str) -> torch.Generator:
-    """A generator on the CPU that follows from ``seed`` and ``key`` alone."""
+    """A CPU generator that depends on ``seed`` and ``key`` alone."""
     numbers = [part if isinstance(part, int) else zlib.crc32(part.encode()) for part in key]
     state = np.random.SeedSequence((seed, *numbers)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
 
-def finite(value: float) -> float | None:
-    """``value``, or None where it is no finite number, which JSON does not have."""
+def finite_or_none(value: float) -> float | None:
+    """``value``, or None if it is NaN or infinite, which JSON cannot represent."""
     return value if math.isfinite(value) else None
 
 
 @torch.no_grad()
-def observe_inputs(subject: Subject, seed: int, task: Task) -> dict[str, InputStatistics]:
-    """Range and a sample of the values at the input of every layer, over all images.
+def observe_inputs(analyzed: AnalysisInput, seed: int, task: Task) -> dict[str, InputStatistics]:
+    """Range and a sample of the values at every layer's input, over all images.
 
     Args:
-        subject: left as it is.
-        seed: of the draw of sample values.
-        task: told about every batch.
+        analyzed: analysis input; unchanged.
+        seed: random seed of the sample.
+        task: reports every batch.
     """
-    statistics = {name: InputStatistics() for name in subject.layers}
+    statistics = {name: InputStatistics() for name in analyzed.layers}
     handles = []
-    for name, layer in subject.layers.items():
+    for name, layer in analyzed.layers.items():
         generator = seeded(seed, "inputs", name)
 
         def note(
@@ -182,8 +178,8 @@ def observe_inputs(subject: Subject, seed: int, task: Task) -> dict[str, InputSt
 
         handles.append(layer.input_quantizer.register_forward_pre_hook(note))
     try:
-        for images, _ in subject.batches:
-            subject.model(images)
+        for images, _ in analyzed.batches:
+            analyzed.model(images)
             task.advance(images=len(images))
     finally:
         for handle in handles:

@@ -1,37 +1,36 @@
-"""How weights and inputs of every layer lie on their grids: what is clipped, which codes are used, what is lost.
+"""Every layer's weights and inputs on their grids: clipping, code usage, error.
 
-Values are counted in units of the step, so that the levels stand at the integer codes whatever the channel's
-scale. Weights are the latent ones where they are there; inputs are a sample of what reaches the quantizer in
-the quantized model.
+Values are in units of the step, so that the levels are at the integer codes for every channel scale. Weights are the
+latent ones if available; inputs are a sample of the values that reach the quantizer in the quantized model.
 """
 
 import torch
 from torch import Tensor
 
-from saqcli.analysis.base import Reading, Session, Settings, Subject, observe_inputs
+from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings, observe_inputs
 from saqcli.quant.quantizers import Quantizer
 
-BINS = 96  # of a histogram
-BEYOND = 0.25  # a histogram reaches so far past the outermost codes, as a share of their distance
+BINS = 96  # per histogram
+HISTOGRAM_MARGIN = 0.25  # extent of a histogram beyond the outermost codes, as a share of their distance
 
 
 class Operand(Reading):
-    """Values of one tensor against its grid.
+    """Values of one tensor on its grid.
 
     Attributes:
         bits: of the grid.
-        values: how many were looked at.
+        values: number of values.
         lowest: least code.
         highest: greatest code.
-        stride: distance of neighbouring codes.
+        stride: distance between neighboring codes.
         clipped: share of values beyond the outermost codes, 0 to 1.
         zero: share of values with code 0; 0 on a grid without zero.
         used: share of the codes that occur.
         entropy: of the codes, in bits; at most ``bits``.
-        error: squared error over the squared values.
+        error: squared error divided by the squared values.
         codes: share of every code, ascending; sums to 1.
         edges: first and last edge of the histogram, in codes.
-        histogram: share of values in each of equally wide bins; those beyond count in the outermost.
+        histogram: share of values in each of equally wide bins; the outermost bins include all values beyond them.
     """
 
     bits: int
@@ -58,10 +57,10 @@ class LayerDistributions(Reading):
 
 
 class DistributionsReading(Reading):
-    """All layers.
+    """The distributions of all layers.
 
     Attributes:
-        latent: whether weights are those of the training; otherwise they lie on the grid already.
+        latent: whether weights are those of training; otherwise they are already on the grid.
         layers: in execution order.
     """
 
@@ -70,12 +69,14 @@ class DistributionsReading(Reading):
 
 
 @torch.no_grad()
-def measure_distributions(subject: Subject, settings: Settings, session: Session) -> DistributionsReading:
-    """Weights as they are, inputs over all images."""
-    with session.progress.task("distributions", len(subject.batches)) as task:
-        statistics = observe_inputs(subject, settings.seed, task)
+def measure_distributions(
+    analyzed: AnalysisInput, settings: Settings, session: Session
+) -> DistributionsReading:
+    """Measure weights directly, and inputs over all images."""
+    with session.progress.task("distributions", len(analyzed.batches)) as task:
+        statistics = observe_inputs(analyzed, settings.seed, task)
     layers = []
-    for name, layer in subject.layers.items():
+    for name, layer in analyzed.layers.items():
         inputs = statistics[name].samples.to(layer.latent_weight())
         layers.append(
             LayerDistributions(
@@ -84,13 +85,13 @@ def measure_distributions(subject: Subject, settings: Settings, session: Session
                 inputs=_operand(layer.input_quantizer, inputs),
             )
         )
-    return DistributionsReading(latent=subject.latent, layers=layers)
+    return DistributionsReading(latent=analyzed.latent, layers=layers)
 
 
 def _operand(quantizer: object, x: Tensor) -> Operand | None:
     if not isinstance(quantizer, Quantizer):
         return None
-    quantizer, x = quantizer.fold(x.detach())  # in the units of its step
+    quantizer, x = quantizer.fold(x.detach())  # in units of its step
     grid, step = quantizer.grid(), quantizer.step().double()
     codes = quantizer.codes(x)
     index = ((codes - grid.lowest) // grid.stride).flatten().long()
@@ -100,10 +101,10 @@ def _operand(quantizer: object, x: Tensor) -> Operand | None:
     present = shares[shares > 0]
     power = float(x.double().square().sum())
     error = float((codes * step - x.double()).square().sum())
-    reach = BEYOND * (grid.highest - grid.lowest)
+    reach = HISTOGRAM_MARGIN * (grid.highest - grid.lowest)
     first, last = grid.lowest - reach, grid.highest + reach
     if grid.lowest == 0:
-        first = -0.5  # nothing lies below
+        first = -0.5  # no values below 0
     histogram = torch.histc(scaled.clamp(first, last).float().cpu(), BINS, first, last)
     return Operand(
         bits=quantizer.bits,

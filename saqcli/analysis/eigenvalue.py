@@ -1,8 +1,8 @@
-"""The largest eigenvalue of the Hessian over the quantized weights: how sharp the sharpest direction is.
+"""The largest eigenvalue of the Hessian over the quantized weights.
 
-Power iteration: v <- H v / ||H v||, the eigenvalue is <v, H v>. It finds the eigenvalue of largest magnitude;
-where that one is negative, a second round on H - lambda I finds the largest. All starts are moved at once, so
-that every batch is run once an iteration.
+It is the curvature of the sharpest direction. Power iteration: v <- H v / ||H v||, the eigenvalue is <v, H v>. It
+converges to the eigenvalue of largest magnitude; if that is negative, a second round on H - lambda I finds the largest.
+All starts advance together, so that every batch runs once per iteration.
 
 Source: Liu et al. (arXiv:2111.12273), who report it on 500 training images, as in HAWQ (Dong et al.,
 arXiv:1905.03696).
@@ -13,19 +13,19 @@ from dataclasses import dataclass
 
 import torch
 
-from saqcli.analysis.base import Reading, Session, Settings, Subject, seeded
+from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings, seeded
 from saqcli.analysis.curvature import Vector, dot, hessian_products
 from saqcli.progress import Task
 
 
 class Start(Reading):
-    """How one start of the power iteration ended.
+    """The result of one start of the power iteration.
 
     Attributes:
-        eigenvalue: <v, H v> of the last unit vector; never above the largest eigenvalue.
-        iterations: products with the Hessian.
+        eigenvalue: <v, H v> of the last unit vector; a lower bound of the largest eigenvalue.
+        iterations: number of products with the Hessian.
         converged: whether the relative change of the eigenvalue fell below the tolerance.
-        residual: ||H v - eigenvalue v|| / |eigenvalue|; some eigenvalue lies within this share of it.
+        residual: ||H v - eigenvalue v|| / |eigenvalue|; an eigenvalue is within this relative distance.
     """
 
     eigenvalue: float
@@ -38,11 +38,11 @@ class EigenvalueReading(Reading):
     """Largest eigenvalue of the Hessian of the mean cross-entropy.
 
     Attributes:
-        eigenvalue: the largest that a start found.
+        eigenvalue: maximum over the starts.
         mean: over the starts.
-        spread: largest less smallest of the starts; large where they did not agree.
-        starts: each of them.
-        lowest: the negative eigenvalue of largest magnitude, where it outweighs the largest one; else None.
+        spread: maximum minus minimum over the starts; large if they disagree.
+        starts: result of every start.
+        lowest: the negative eigenvalue of largest magnitude, if that exceeds the largest eigenvalue; else None.
     """
 
     eigenvalue: float
@@ -52,13 +52,13 @@ class EigenvalueReading(Reading):
     lowest: float | None
 
 
-def measure_eigenvalue(subject: Subject, settings: Settings, session: Session) -> EigenvalueReading:
-    """Power iteration from several random starts; each ends by tolerance or after ``settings.iterations``."""
+def measure_eigenvalue(analyzed: AnalysisInput, settings: Settings, session: Session) -> EigenvalueReading:
+    """Power iteration from several random starts; each stops at the tolerance or after ``settings.iterations``."""
     with session.progress.task("largest Hessian eigenvalue", settings.iterations) as task:
-        runs = _iterate(subject, settings, 0.0, task)
+        runs = _iterate(analyzed, settings, 0.0, task)
         lowest = min(run.eigenvalue for run in runs)
         if any(run.eigenvalue < 0 for run in runs):
-            runs = _iterate(subject, settings, lowest, task)
+            runs = _iterate(analyzed, settings, lowest, task)
         else:
             lowest = math.inf
     starts = [Start(**{name: getattr(run, name) for name in Start.model_fields}) for run in runs]
@@ -74,7 +74,7 @@ def measure_eigenvalue(subject: Subject, settings: Settings, session: Session) -
 
 @dataclass
 class _Run:
-    """One start under way."""
+    """The state of one start."""
 
     vector: Vector
     eigenvalue: float = math.nan
@@ -83,7 +83,7 @@ class _Run:
     residual: float = math.inf
 
     def advance(self, product: Vector, shift: float, tolerance: float) -> None:
-        """Take in H v: note the eigenvalue, and move on along (H - shift) v."""
+        """Use the product H v: update the eigenvalue, and step along (H - shift) v."""
         before, self.eigenvalue = self.eigenvalue, dot(self.vector, product)
         self.iterations += 1
         rest = [p - self.eigenvalue * v for p, v in zip(product, self.vector, strict=True)]
@@ -91,30 +91,30 @@ class _Run:
         self.residual = math.sqrt(dot(rest, rest)) / size if size > 0 else 0.0
         moved = [p - shift * v for p, v in zip(product, self.vector, strict=True)]
         norm = math.sqrt(dot(moved, moved))
-        scale = abs(self.eigenvalue - shift)  # what the iteration itself converges to
+        scale = abs(self.eigenvalue - shift)  # the limit of the iteration
         self.converged = norm == 0 or abs(self.eigenvalue - before) < tolerance * min(size or scale, scale)
         if norm > 0:
             self.vector = [part / norm for part in moved]
 
 
-def _iterate(subject: Subject, settings: Settings, shift: float, task: Task) -> list[_Run]:
-    runs = [_Run(_unit_vector(subject, settings.seed, start)) for start in range(settings.starts)]
+def _iterate(analyzed: AnalysisInput, settings: Settings, shift: float, task: Task) -> list[_Run]:
+    runs = [_Run(_unit_vector(analyzed, settings.seed, start)) for start in range(settings.starts)]
     for _ in range(settings.iterations):
         moving = [run for run in runs if not run.converged]
         if not moving:
             break
         for run, product in zip(
-            moving, hessian_products(subject, [run.vector for run in moving]), strict=True
+            moving, hessian_products(analyzed, [run.vector for run in moving]), strict=True
         ):
             run.advance(product, shift, settings.tolerance)
-        task.advance(images=subject.images, eigenvalue=max(run.eigenvalue for run in runs))
+        task.advance(images=analyzed.images, eigenvalue=max(run.eigenvalue for run in runs))
     return runs
 
 
-def _unit_vector(subject: Subject, seed: int, start: int) -> Vector:
+def _unit_vector(analyzed: AnalysisInput, seed: int, start: int) -> Vector:
     generator = seeded(seed, "eigenvalue", start)
     vector = []
-    for layer in subject.layers.values():
+    for layer in analyzed.layers.values():
         like = layer.latent_weight()
         vector.append(torch.randn(like.shape, generator=generator).to(like))
     norm = math.sqrt(dot(vector, vector))

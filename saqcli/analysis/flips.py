@@ -1,34 +1,35 @@
-"""The share of weights whose code changes when the *latent* weights are perturbed (Case 2 of sharpness-aware
-quantization).
+"""The share of weights whose code changes when the *latent* weights are perturbed.
+
+This is Case 2 of sharpness-aware quantization:
 
     e = rho * normalize(dL/dw at Q(w)),   flipped where code(w + e) differs from code(w)
 
-Rounding swallows a perturbation that does not carry a weight over the edge of its code, and turns one that
-does into a whole step: few weights flip, and the quantized weights move much further than rho.
+Rounding removes a perturbation that does not move a weight across a code boundary, and turns one that does into a
+whole step: few weights flip, and the quantized weights move much further than rho.
 
-Source: Cases 1 to 3 of Liu et al. (arXiv:2111.12273). A weight that lies anywhere within its code with equal
-chance flips with probability |e| / gap, so that the share is about the mean of that.
+Source: Cases 1 to 3 of Liu et al. (arXiv:2111.12273). A weight at a uniformly random position within its code flips
+with probability |e| / gap, so the expected share is about the mean of that.
 """
 
 import torch
 from torch import Tensor
 
-from saqcli.analysis.base import Reading, Session, Settings, Subject
+from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings
 from saqcli.quant.quantizers import Quantizer
 from saqcli.training.perturbation import PerturbedSet
 
 
 class LayerFlips(Reading):
-    """What the perturbation does to one layer.
+    """The effect of the perturbation on one layer.
 
     Attributes:
         name: of the layer.
-        weights: how many there are.
+        weights: number of weights.
         bits: of its weights.
-        flipped: how many have another code afterwards.
-        share: flipped of all, 0 to 1.
-        relative_size: mean of |e| over the distance of neighbouring levels.
-        norm_ratio: ||Q(w + e) - Q(w)|| / ||e||; 0 where nothing is perturbed.
+        flipped: number of weights whose code changes.
+        share: flipped divided by weights, 0 to 1.
+        relative_size: mean of |e| divided by the gap between neighboring levels.
+        norm_ratio: ||Q(w + e) - Q(w)|| / ||e||; 0 if nothing is perturbed.
     """
 
     name: str
@@ -41,18 +42,18 @@ class LayerFlips(Reading):
 
 
 class FlipsReading(Reading):
-    """Flips of all layers whose weights are quantized.
+    """Flips of all layers with quantized weights.
 
     Attributes:
-        reason: why nothing was measured; None where it was.
+        reason: why nothing was measured; None otherwise.
         rho: radius.
         rho_unit: deviations of each layer's weights, or absolute.
         layers: in execution order.
-        weights: how many there are in all.
-        flipped: how many flip.
-        share: flipped of all, 0 to 1.
-        relative_size: as of a layer, over all weights.
-        norm_ratio: likewise.
+        weights: total number of weights.
+        flipped: total number of flips.
+        share: flipped divided by weights, 0 to 1.
+        relative_size: as for a layer, over all weights.
+        norm_ratio: as for a layer, over all weights.
     """
 
     reason: str | None
@@ -66,24 +67,24 @@ class FlipsReading(Reading):
     norm_ratio: float = 0.0
 
 
-def measure_flips(subject: Subject, settings: Settings, session: Session) -> FlipsReading:
-    """One ascent of the latent weights over all images, by the straight-through gradient."""
-    if not subject.latent:
-        reason = "the latent weights are not there: they are in the checkpoint of a run directory"
+def measure_flips(analyzed: AnalysisInput, settings: Settings, session: Session) -> FlipsReading:
+    """One ascent step of the latent weights over all images, by the straight-through gradient."""
+    if not analyzed.latent:
+        reason = "the latent weights are not available: they are in the checkpoint of a run directory"
         return FlipsReading(reason=reason, rho=settings.rho, rho_unit=settings.rho_unit)
-    perturbed_set = PerturbedSet(subject.model, ("latent_weights",))
-    gradients = subject.gradients(perturbed_set, "flips", session)
+    perturbed_set = PerturbedSet(analyzed.model, ("latent_weights",))
+    gradients = analyzed.gradients(perturbed_set, "flips", session)
     perturbation = perturbed_set.ascent(gradients, settings.rho, settings.rho_unit)
     quantized = {
         name: (layer, layer.weight_quantizer)
-        for name, layer in subject.layers.items()
+        for name, layer in analyzed.layers.items()
         if isinstance(layer.weight_quantizer, Quantizer)
     }
     with torch.no_grad():
         before = {name: layer.effective_weight().clone() for name, (layer, _) in quantized.items()}
         with perturbed_set.applied(perturbation):
             after = {name: layer.effective_weight().clone() for name, (layer, _) in quantized.items()}
-        parts = {name: _Part(q, before[name], after[name]) for name, (_, q) in quantized.items()}
+        parts = {name: _LayerSums(q, before[name], after[name]) for name, (_, q) in quantized.items()}
     total = [sum(column) for column in zip(*(part.sums for part in parts.values()), strict=True)]
     weights, flipped, size, moved, perturbed = total or [0.0] * 5
     return FlipsReading(
@@ -99,7 +100,7 @@ def measure_flips(subject: Subject, settings: Settings, session: Session) -> Fli
     )
 
 
-class _Part:
+class _LayerSums:
     """Sums over one layer: weights, flipped, |e| / gap, ||Q(w + e) - Q(w)||^2, ||e||^2."""
 
     def __init__(self, quantizer: Quantizer, before: Tensor, after: Tensor) -> None:
@@ -118,7 +119,7 @@ class _Part:
         )
 
     def reading(self, name: str) -> LayerFlips:
-        """As it is told."""
+        """The reading of the layer."""
         weights, flipped, size, moved, perturbed = self.sums
         return LayerFlips(
             name=name,

@@ -1,21 +1,21 @@
-"""The trace of every layer's block of the Hessian: how curved the loss is along a layer's quantized weights.
+"""The trace of every layer's Hessian block: the loss's curvature along its weights.
 
 Hutchinson: E <z, H z> = tr H for random signs z. One z over all layers at once serves every layer, since the
 blocks between two layers average to zero:
 
     tr H_l = E <z_l, (H z)_l>
 
-The average trace per weight is what HAWQ-V2 (Dong et al., arXiv:1911.03852) weighs quantization errors with.
+HAWQ-V2 (Dong et al., arXiv:1911.03852) weights quantization errors with the average trace per weight.
 """
 
 import math
 
 import torch
 
-from saqcli.analysis.base import Reading, Session, Settings, Subject, seeded
+from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings, seeded
 from saqcli.analysis.curvature import Vector, hessian_products
 
-TOGETHER = 4  # vectors a pass over the images: they share forward and first backward pass
+VECTORS_PER_PASS = 4  # vectors per pass over the images: they share the forward and the first backward pass
 
 
 class LayerTrace(Reading):
@@ -23,7 +23,7 @@ class LayerTrace(Reading):
 
     Attributes:
         name: of the layer.
-        weights: how many there are.
+        weights: number of weights.
         trace: mean over the samples.
         standard_error: of that mean.
         per_weight: trace divided by the number of weights.
@@ -42,8 +42,8 @@ class TraceReading(Reading):
     Attributes:
         layers: in execution order.
         trace: of the whole Hessian.
-        standard_error: of it.
-        samples: random vectors.
+        standard_error: of that trace.
+        samples: number of random vectors.
     """
 
     layers: list[LayerTrace]
@@ -52,20 +52,20 @@ class TraceReading(Reading):
     samples: int
 
 
-def measure_trace(subject: Subject, settings: Settings, session: Session) -> TraceReading:
+def measure_trace(analyzed: AnalysisInput, settings: Settings, session: Session) -> TraceReading:
     """Hutchinson's estimate with ``settings.samples`` random sign vectors."""
-    estimates: list[list[float]] = []  # a row a sample, a column a layer
+    estimates: list[list[float]] = []  # (samples, layers)
     with session.progress.task("Hessian trace", settings.samples) as task:
-        for first in range(0, settings.samples, TOGETHER):
-            numbers = range(first, min(first + TOGETHER, settings.samples))
-            vectors = [_signs(subject, settings.seed, number) for number in numbers]
-            for vector, product in zip(vectors, hessian_products(subject, vectors), strict=True):
+        for first in range(0, settings.samples, VECTORS_PER_PASS):
+            numbers = range(first, min(first + VECTORS_PER_PASS, settings.samples))
+            vectors = [_signs(analyzed, settings.seed, number) for number in numbers]
+            for vector, product in zip(vectors, hessian_products(analyzed, vectors), strict=True):
                 estimates.append(
                     [float((z * p).double().sum()) for z, p in zip(vector, product, strict=True)]
                 )
-            task.advance(len(numbers), images=subject.images)
+            task.advance(len(numbers), images=analyzed.images)
     layers = []
-    for index, (name, layer) in enumerate(subject.layers.items()):
+    for index, (name, layer) in enumerate(analyzed.layers.items()):
         mean, error = _mean_and_error([row[index] for row in estimates])
         count = layer.latent_weight().numel()
         layers.append(
@@ -75,10 +75,10 @@ def measure_trace(subject: Subject, settings: Settings, session: Session) -> Tra
     return TraceReading(layers=layers, trace=mean, standard_error=error, samples=settings.samples)
 
 
-def _signs(subject: Subject, seed: int, number: int) -> Vector:
+def _signs(analyzed: AnalysisInput, seed: int, number: int) -> Vector:
     generator = seeded(seed, "trace", number)
     vector = []
-    for layer in subject.layers.values():
+    for layer in analyzed.layers.values():
         like = layer.latent_weight()
         vector.append((torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like))
     return vector

@@ -2,10 +2,10 @@
 
     L(Q(w) + a * d1 + b * d2),   a and b from -span to span
 
-d1 and d2 are Gaussian, drawn layer by layer from (seed, name of the layer), so that two models of one network
-are looked at along the same directions. They are made orthogonal and rescaled so that every filter has the
-norm of the quantized filter that it is added to (filter normalization); biases and norms stay. Adding to the
-latent weights instead would show the plateaus of rounding.
+d1 and d2 are Gaussian, drawn per layer from (seed, name of the layer), so that two models of one network are evaluated
+along the same directions. They are orthogonalized and scaled so that every filter has the norm of the quantized filter
+that it is added to (filter normalization); biases and norms are not perturbed. Perturbing the latent weights instead
+would show the plateaus of rounding.
 
 Source: Li et al., *Visualizing the Loss Landscape of Neural Nets*, arXiv:1712.09913, section 4; orthogonal
 directions as in Liu et al., arXiv:2111.12273.
@@ -14,11 +14,11 @@ directions as in Liu et al., arXiv:2111.12273.
 import torch
 from torch import Tensor
 
-from saqcli.analysis.base import Reading, Session, Settings, Subject, finite, seeded
+from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings, finite_or_none, seeded
 from saqcli.analysis.curvature import Vector, dot
 from saqcli.quant.layer import QuantizedLayer, perturbed
 
-PARALLEL = 1e-6  # a filter of the second direction with less than this share left is not made orthogonal
+MIN_REMAINDER = 1e-6  # a second direction is not orthogonalized if that leaves less than this share
 
 
 class LandscapeReading(Reading):
@@ -26,10 +26,10 @@ class LandscapeReading(Reading):
 
     Attributes:
         grid: points along each axis, odd.
-        span: the axes reach from -span to span.
+        span: the axes extend from -span to span.
         done: points measured so far, row by row.
-        loss: row i, column j is a = axis[j], b = axis[i]; None where not measured, or not finite.
-        top1: likewise, in percent.
+        loss: row i, column j is a = axis[j], b = axis[i]; None if not measured, NaN or infinite.
+        top1: in percent, in the same order; None if not measured.
         cosine: of the two directions.
     """
 
@@ -57,10 +57,10 @@ def axis_of(grid: int, span: float) -> list[float]:
     return [span * (k - half) / half for k in range(grid)]
 
 
-def measure_landscape(subject: Subject, settings: Settings, session: Session) -> LandscapeReading:
-    """Evaluate the model at every point of the grid; goes on with an earlier, unfinished reading."""
-    layers = list(subject.layers.values())
-    one, two = directions(subject.layers, settings.seed)
+def measure_landscape(analyzed: AnalysisInput, settings: Settings, session: Session) -> LandscapeReading:
+    """Evaluate the model at every point of the grid; resumes from an earlier, unfinished reading."""
+    layers = list(analyzed.layers.values())
+    one, two = directions(analyzed.layers, settings.seed)
     grid, axis = settings.grid, axis_of(settings.grid, settings.span)
     loss: list[float | None] = [None] * grid**2
     top1: list[float | None] = [None] * grid**2
@@ -70,7 +70,7 @@ def measure_landscape(subject: Subject, settings: Settings, session: Session) ->
         loss = [value for row in session.earlier.loss for value in row]
         top1 = [value for row in session.earlier.top1 for value in row]
 
-    def so_far(done: int) -> LandscapeReading:
+    def unfinished(done: int) -> LandscapeReading:
         rows = [slice(first, first + grid) for first in range(0, grid**2, grid)]
         return LandscapeReading(
             grid=grid,
@@ -87,18 +87,18 @@ def measure_landscape(subject: Subject, settings: Settings, session: Session) ->
             row, column = divmod(point, grid)
             shift = [axis[column] * a + axis[row] * b for a, b in zip(one, two, strict=True)]
             with perturbed(layers, shift):
-                score = subject.score()
-            loss[point], top1[point] = finite(score.loss), score.top1
+                score = analyzed.score()
+            loss[point], top1[point] = finite_or_none(score.loss), score.top1
             task.advance(images=score.images, loss=score.loss, top1=score.top1)
-            session.keep(so_far(point + 1))
-    return so_far(grid**2)
+            session.keep(unfinished(point + 1))
+    return unfinished(grid**2)
 
 
 @torch.no_grad()
 def directions(layers: dict[str, QuantizedLayer], seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Two filter-normalized directions, a tensor a layer, in the shape of its weight.
+    """Two filter-normalized directions, one tensor per layer, in the shape of its weight.
 
-    They are orthogonal filter by filter, but for filters of a single weight, where nothing can be.
+    They are orthogonal filter by filter, except for filters of a single weight, where this is impossible.
     """
     first: list[Tensor] = []
     second: list[Tensor] = []
@@ -112,7 +112,7 @@ def directions(layers: dict[str, QuantizedLayer], seed: int) -> tuple[list[Tenso
         ]
         a, b = ((d.transpose(0, layer.channel_dim) if d.dim() > 1 else d[None]).flatten(1) for d in noise)
         rest = b - (a * b).sum(1, keepdim=True) / a.square().sum(1, keepdim=True).clamp_min(1e-30) * a
-        b = torch.where(rest.norm(dim=1, keepdim=True) > PARALLEL * b.norm(dim=1, keepdim=True), rest, b)
+        b = torch.where(rest.norm(dim=1, keepdim=True) > MIN_REMAINDER * b.norm(dim=1, keepdim=True), rest, b)
         size = flat.norm(dim=1, keepdim=True)
         for found, d in ((first, a), (second, b)):
             scaled = (d * (size / d.norm(dim=1, keepdim=True).clamp_min(1e-30))).reshape(rows.shape)

@@ -1,16 +1,17 @@
-"""How much the loss rises within a radius: L(Q(w) + e) - L(Q(w)) at the steepest ascent e of norm rho.
+"""Sharpness: the increase of the loss within a radius, L(Q(w) + e) - L(Q(w)).
 
-The gradient is that of the mean loss over *all* images before the one step is taken, so that the result does
-not depend on how the images are batched. Only the quantized weights are perturbed.
+e is the steepest ascent of norm rho; ``training.perturbation`` computes it. The gradient is that of the mean loss over
+*all* images before the single step, so that the result does not depend on the batches. Only the quantized weights are
+perturbed.
 
-Source: the sharpness of Liu et al. (arXiv:2111.12273, Eq. 10-11); ``sharpness`` holds the ascent itself.
+Source: the sharpness of Liu et al. (arXiv:2111.12273, Eq. 10-11).
 """
 
 import math
 
 import torch
 
-from saqcli.analysis.base import Reading, Session, Settings, Subject, finite
+from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings, finite_or_none
 from saqcli.analysis.curvature import dot
 from saqcli.training.perturbation import PerturbedSet
 
@@ -22,12 +23,12 @@ class SharpnessReading(Reading):
         rho: radius.
         rho_unit: deviations of each layer's weights, or absolute.
         loss: at the quantized weights.
-        perturbed_loss: at the perturbed ones; None where it is no finite number.
-        sharpness: the difference.
+        perturbed_loss: at the perturbed weights; None if it is NaN or infinite.
+        sharpness: perturbed loss minus loss.
         top1: percent, at the quantized weights.
-        perturbed_top1: percent, at the perturbed ones.
-        gradient_norm: joint L2 norm of the gradients, each times its layer's deviation where that is the unit.
-        relative_norm: L2 norm of the perturbation over that of the quantized weights.
+        perturbed_top1: percent, at the perturbed weights.
+        gradient_norm: joint L2 norm of the gradients, each times its layer's deviation if that is the unit.
+        relative_norm: L2 norm of the perturbation divided by that of the quantized weights.
     """
 
     rho: float
@@ -41,18 +42,18 @@ class SharpnessReading(Reading):
     relative_norm: float
 
 
-def measure_sharpness(subject: Subject, settings: Settings, session: Session) -> SharpnessReading:
-    """One ascent of radius ``settings.rho`` over all images.
+def measure_sharpness(analyzed: AnalysisInput, settings: Settings, session: Session) -> SharpnessReading:
+    """One ascent step of radius ``settings.rho`` over all images.
 
     Raises:
-        UnperturbedLayer: not one quantized layer takes part in the loss.
+        UnperturbedLayer: no quantized layer influences the loss.
     """
-    perturbed_set = PerturbedSet(subject.model, ("weights",))
-    gradients = subject.gradients(perturbed_set, "sharpness", session)
+    perturbed_set = PerturbedSet(analyzed.model, ("weights",))
+    gradients = analyzed.gradients(perturbed_set, "sharpness", session)
     perturbation = perturbed_set.ascent(gradients, settings.rho, settings.rho_unit)
-    before = subject.score()
+    before = analyzed.score()
     with perturbed_set.applied(perturbation):
-        after = subject.score()
+        after = analyzed.score()
     with torch.no_grad():
         moved = perturbation.weights
         weights = [layer.quantized_weight().detach() for layer in perturbed_set.layers]
@@ -60,8 +61,8 @@ def measure_sharpness(subject: Subject, settings: Settings, session: Session) ->
         rho=settings.rho,
         rho_unit=settings.rho_unit,
         loss=before.loss,
-        perturbed_loss=finite(after.loss),
-        sharpness=finite(after.loss - before.loss),
+        perturbed_loss=finite_or_none(after.loss),
+        sharpness=finite_or_none(after.loss - before.loss),
         top1=before.top1,
         perturbed_top1=after.top1,
         gradient_norm=float(perturbation.norm),

@@ -1,8 +1,8 @@
-"""What one layer costs at each bit-width: loss and accuracy when it alone is set to a candidate.
+"""Loss and accuracy of the model with one layer at other bits.
 
-Weights and inputs of the layer get freshly fitted quantizers at the candidate's bits, as calibration would;
-all other layers stay as they are. The change is against the model as it is, also for the bits that the layer
-already has: its trained levels then give way to fitted ones.
+Weights and inputs of the layer get newly fitted quantizers at the candidate's bits, as in calibration; all other
+layers are unchanged. Changes are relative to the unchanged model, also at the layer's own bits, where fitted levels
+replace the trained ones.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from saqcli.analysis.base import Reading, Session, Settings, Subject, finite, observe_inputs
+from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings, finite_or_none, observe_inputs
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.layer import QuantizedLayer
 from saqcli.quant.quantizers import Quantizer
@@ -21,9 +21,9 @@ class Candidate(Reading):
 
     Attributes:
         bits: of the layer's weights and inputs.
-        loss: of the model; None where it is NaN or infinite.
+        loss: of the model; None if it is NaN or infinite.
         top1: percent.
-        loss_change: against the model as it is; positive is worse; None likewise.
+        loss_change: relative to the unchanged model; positive is worse; None if the loss is NaN or infinite.
         top1_change: in points; negative is worse.
     """
 
@@ -39,8 +39,8 @@ class LayerSensitivity(Reading):
 
     Attributes:
         name: of the layer.
-        weight_bits: as it is; None in floating point.
-        activation_bits: likewise.
+        weight_bits: current bits of the weights; None in floating point.
+        activation_bits: current bits of the inputs; None in floating point.
         candidates: ascending.
     """
 
@@ -54,7 +54,7 @@ class SensitivityReading(Reading):
     """Every layer at every candidate.
 
     Attributes:
-        loss: of the model as it is.
+        loss: of the unchanged model.
         top1: percent.
         layers: in execution order.
     """
@@ -64,29 +64,29 @@ class SensitivityReading(Reading):
     layers: list[LayerSensitivity]
 
 
-def measure_sensitivity(subject: Subject, settings: Settings, session: Session) -> SensitivityReading:
+def measure_sensitivity(analyzed: AnalysisInput, settings: Settings, session: Session) -> SensitivityReading:
     """Evaluate the model once for every layer and candidate."""
     candidates = sorted(set(settings.candidates))
-    base = subject.score()
+    base = analyzed.score()
     rows = []
-    steps = len(subject.batches) + len(subject.layers) * len(candidates)
+    steps = len(analyzed.batches) + len(analyzed.layers) * len(candidates)
     with session.progress.task("sensitivity", steps) as task:
-        statistics = observe_inputs(subject, settings.seed, task)
-        for name, layer in subject.layers.items():
+        statistics = observe_inputs(analyzed, settings.seed, task)
+        for name, layer in analyzed.layers.items():
             row = []
             for bits in candidates:
-                with at_bits(subject, layer, bits, statistics[name]):
-                    score = subject.score()
+                with at_bits(analyzed, layer, bits, statistics[name]):
+                    score = analyzed.score()
                 row.append(
                     Candidate(
                         bits=bits,
-                        loss=finite(score.loss),
+                        loss=finite_or_none(score.loss),
                         top1=score.top1,
-                        loss_change=finite(score.loss - base.loss),
+                        loss_change=finite_or_none(score.loss - base.loss),
                         top1_change=score.top1 - base.top1,
                     )
                 )
-                task.advance(images=subject.images, loss=score.loss, top1=score.top1)
+                task.advance(images=analyzed.images, loss=score.loss, top1=score.top1)
             now = layer.bits
             rows.append(
                 LayerSensitivity(
@@ -98,16 +98,16 @@ def measure_sensitivity(subject: Subject, settings: Settings, session: Session) 
 
 @contextmanager
 def at_bits(
-    subject: Subject, layer: QuantizedLayer, bits: int, statistics: InputStatistics
+    analyzed: AnalysisInput, layer: QuantizedLayer, bits: int, statistics: InputStatistics
 ) -> Iterator[None]:
-    """Within the context ``layer`` has fitted quantizers at ``bits``; afterwards its own, bit for bit."""
-    owner = layer.tied_to[0] if layer.tied_to else layer  # that quantizes the weight
+    """Within the context ``layer`` has fitted quantizers at ``bits``; its own are restored afterwards, bit for bit."""
+    owner = layer.tied_to[0] if layer.tied_to else layer  # the layer that quantizes the weight
     before: tuple[nn.Module, nn.Module] = owner.weight_quantizer, layer.input_quantizer
     own = before[1]
     signed = own.grid().lowest < 0 if isinstance(own, Quantizer) else statistics.signed
     like = layer.latent_weight()
-    weight = subject.scheme.weight_quantizer(layer, [bits]).to(like)
-    inputs = subject.scheme.input_quantizer(layer, [bits], signed=signed).to(like)
+    weight = analyzed.scheme.weight_quantizer(layer, [bits]).to(like)
+    inputs = analyzed.scheme.input_quantizer(layer, [bits], signed=signed).to(like)
     weight.fit(layer.effective_weight().detach())
     inputs.fit(statistics.samples.to(like))
     try:

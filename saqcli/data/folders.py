@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from saqcli.errors import DataError
-from saqcli.serialization import natural, printable, some
+from saqcli.serialization import natural_key, printable, some
 from saqcli.units import counted
 
 SplitName = Literal["train", "val"]
@@ -144,7 +144,7 @@ def find_images(folder: Path, *, dead_images: bool = False) -> Listing:
     images = {
         name: sorted(
             _image_files(folder / name, {top}, passed_over, dead_images),
-            key=lambda path: natural(path[skipped:]),
+            key=lambda path: natural_key(path[skipped:]),
         )
         for name, skipped in ((name, len(str(folder / name)) + 1) for name in classes)
     }

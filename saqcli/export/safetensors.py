@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from saqcli._version import __version__
 from saqcli.errors import CorruptArtifact, SaqError
 from saqcli.export.model_metadata import ModelMetadata, check_schema
-from saqcli.finite import flaw
+from saqcli.finite import invalid_tensor
 from saqcli.quant import convert
 from saqcli.quant.attention import supports_products
 from saqcli.quant.grid import pack, packed_bytes, unpack
@@ -301,7 +301,7 @@ def rebuild(
         complete.update(state)
         model.load_state_dict(complete)
         _check_inputs(model)
-        if wrong := flaw(model):
+        if wrong := invalid_tensor(model):
             raise CorruptArtifact(f"{wrong}, which is never in a file of saq")
     except SaqError as error:
         raise CorruptArtifact(

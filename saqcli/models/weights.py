@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from saqcli.errors import ConfigError, CorruptArtifact, UnsafeWeights, WeightsMismatch
-from saqcli.finite import flaw
+from saqcli.finite import invalid_tensor
 from saqcli.models.state_dicts import choose, class_lists, from_metadata
 from saqcli.serialization import printable
 from saqcli.units import counted
@@ -259,7 +259,7 @@ def check_numbers(model: nn.Module, source: str, state: Mapping[str, Tensor] | N
     Raises:
         CorruptArtifact: a parameter or running statistic is NaN or infinite, or a variance negative; says which.
     """
-    if found := flaw(model, state):
+    if found := invalid_tensor(model, state):
         raise CorruptArtifact(
             f"weights {source} cannot be used: {printable(found)}; give weights of finite numbers"
         )

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from saqcli.analysis import Subject
+from saqcli.analysis import AnalysisInput
 from saqcli.config import DataSection, ModelSection, QuantizationSection, RunConfig, resolve
 from saqcli.data.loaders import calibration_loader, read_all
 from saqcli.data.splits import workers_of
@@ -76,7 +76,7 @@ class Opened:
 
     target: str
     facts: ModelMetadata
-    subject: Subject
+    subject: AnalysisInput
     sha256: str
     images_sha256: str
     score: Score
@@ -156,7 +156,7 @@ def open_subject(
     batches = _images(facts, view, target, device, progress)
     layers = quantized_layers(model)
     ordered = {name: layers[name] for name in facts.policy.layers}
-    subject = Subject(model, ordered, batches, facts.scheme, latent)
+    subject = AnalysisInput(model, ordered, batches, facts.scheme, latent)
     score = subject.score()
     check_score(score.loss, score.images, target)
     return Opened(target, facts, subject, _hash_model(model), _hash_images(batches), score)

@@ -23,7 +23,7 @@ from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.resume import check_same, goes_on
-from saqcli.search.baselines import greatest
+from saqcli.search.baselines import largest_uniform
 from saqcli.serialization import check_can_write
 from saqcli.training.preflight import check_trains
 
@@ -91,7 +91,7 @@ def plan(
     run = RunDirectory(run_dir, verb)
     if resume := goes_on(run, resume=resume, overwrite=overwrite):
         check_same(run, config)
-    policy = given_policy(section, network) if space is None else space.config(greatest(space, budget))
+    policy = given_policy(section, network) if space is None else space.config(largest_uniform(space, budget))
     assert policy is not None
     profile = measure(network, policy, space or space_of(section, network))
     return {

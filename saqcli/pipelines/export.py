@@ -25,7 +25,7 @@ from saqcli.pipelines.setup import Network, open_run_images, open_trained
 from saqcli.pipelines.targets import QUANTIZED, find_target, named_file
 from saqcli.progress import SILENT, Progress
 from saqcli.random_state import random_state, set_random_state
-from saqcli.report.run_report import Outcome
+from saqcli.report.run_report import QuantizeResult
 from saqcli.runs.directory import RunDirectory
 from saqcli.serialization import make_folder
 from saqcli.training.loop import Batches
@@ -155,7 +155,7 @@ def write_files(
     facts: ModelMetadata,
     config: RunConfig,
     run: RunDirectory,
-    outcome: Outcome,
+    outcome: QuantizeResult,
     progress: Progress,
     best: Mapping[str, Tensor] | None,
 ) -> None:

@@ -22,7 +22,7 @@ from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.search_space import SearchSpace
-from saqcli.search import SEARCHERS, Found, SearchImages, SearchProblem
+from saqcli.search import SEARCHERS, SearchImages, SearchProblem, SearchResult
 from saqcli.search.problem import NO_IMAGES
 from saqcli.training.loop import Memory
 from saqcli.training.optimizer import make_optimizer, search_training
@@ -76,7 +76,7 @@ class Searched:
 
     searcher: str
     seconds: float
-    found: Found
+    found: SearchResult
     posed: Posed
 
     @property
@@ -135,8 +135,8 @@ def ask(config: RunConfig, network: Network, images: Images | None, progress: Pr
     if config.search.proxy is not None:
         searched, images = open_proxy(config, network, pick_device(config.run.device), progress)
     assert images is not None
-    looks = SEARCHERS[config.quantization.searcher].looks or config.search.pareto > 0
-    parts = search_images(images, config.search, progress) if looks else NO_IMAGES
+    uses_images = SEARCHERS[config.quantization.searcher].uses_images or config.search.pareto > 0
+    parts = search_images(images, config.search, progress) if uses_images else NO_IMAGES
     if SEARCHERS[config.quantization.searcher].trains:
         _check_trains(searched, config, getattr(parts.training, "images", 0) * distributed.count())
     return Asked(space, budget, network, searched, images, parts)

@@ -33,7 +33,7 @@ from saqcli.pipelines.setup import (
 )
 from saqcli.process_group import process_group
 from saqcli.progress import SILENT, Progress
-from saqcli.report.run_report import Outcome, write_report
+from saqcli.report.run_report import QuantizeResult, write_report
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.resume import check_same, goes_on, note_start, resuming
 from saqcli.runs.saving import TrainingSaving
@@ -48,7 +48,7 @@ def quantize(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = SILENT,
-) -> Outcome:
+) -> QuantizeResult:
     """Quantize as ``config`` says and leave a run directory.
 
     Args:
@@ -87,7 +87,7 @@ def quantize(
                 begin(config, prepared, run, device, progress)
                 state = run.load_saved()
             run.end_search()
-            outcome = Outcome.unpack(state["outcome"])
+            outcome = QuantizeResult.unpack(state["outcome"])
             model, facts, outcome.policy = saved_model(state)
             model.to(device)
             images = distributed.together(lambda: open_run_images(config, facts, device))
@@ -158,7 +158,7 @@ def begin(
     model = install_quantizers(config, network, policy, statistics, images, progress)
     calibrated = score(model, validation, "evaluating calibrated", device, progress, f"{name}, calibrated,")
     progress.note(f"float {float_score.top1:.2f} %, calibrated {calibrated.top1:.2f} % top-1")
-    outcome = Outcome(
+    outcome = QuantizeResult(
         name,
         float_score,
         calibrated,

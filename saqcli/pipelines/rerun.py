@@ -22,14 +22,14 @@ from saqcli import distributed
 from saqcli.config import RunConfig
 from saqcli.data.loaders import MOST_WORKERS, default_workers
 from saqcli.errors import ConfigError, DataError, Interrupted, RunDirectoryError
-from saqcli.machine import chosen_device, cores
+from saqcli.machine import cores, resolve_device
 from saqcli.pipelines.quantize import quantize
 from saqcli.pipelines.search import search
 from saqcli.pipelines.setup import load_float
 from saqcli.pipelines.targets import find_target
 from saqcli.progress import SILENT, Progress
 from saqcli.random_state import random_state, set_random_state, torch_threads
-from saqcli.report.comparison import Difference, Record, compare, reasons, versions_differ
+from saqcli.report.comparison import Difference, Record, compare, explain_diff, versions_differ
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.manifest import Circumstances, RunManifest
 from saqcli.runs.resume import first_difference
@@ -166,7 +166,7 @@ def rerun(
         run_dir,
         compared,
         differences,
-        reasons(before, after) if differences else [],
+        explain_diff(before, after) if differences else [],
         versions_differ(before.manifest, after.manifest),
     )
 
@@ -222,7 +222,7 @@ def _restored(run: RunDirectory, then: Circumstances | None) -> RunConfig:
     if then is None:
         return _with(config, changes)
     device = then.device.partition(" ")[0]
-    if config.run.device == "auto" and device == "cpu" != chosen_device("auto"):
+    if config.run.device == "auto" and device == "cpu" != resolve_device("auto"):
         changes["run.device"] = "cpu"
     if config.data.workers is None and then.cores != cores():
         changes["data.workers"] = _default_workers(config, then.cores)

@@ -1,1 +1,1 @@
-"""Pictures, report pages, and the comparison of runs."""
+"""Plots, report pages, and the comparison of runs."""

@@ -1,5 +1,4 @@
-"""What all pictures share: type, colours that colour-blind people can tell apart, and files that come out the
-same every time."""
+"""Common style of all plots: fonts, color-blind-safe colors, reproducible files."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,12 +12,12 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette for colour-blind readers: blue for the first model, vermilion for the second.
-COLOURS = ("#0072B2", "#D55E00")
+# Okabe and Ito's palette for color-blind readers: blue for the first model, vermilion for the second.
+COLORS = ("#0072B2", "#D55E00")
 ACCENT, INK, FAINT = "#E69F00", "#222222", "#B8B8B8"
 PIXELS_PER_INCH = 160
-LONGEST_NAME = 26  # characters of a layer's name that a picture has room for
-CHARACTER = 0.6  # width of a letter, in sizes of its type; bold ones are wider
+LONGEST_NAME = 26  # maximum characters of a layer's name
+CHARACTER = 0.6  # width of a letter relative to the font size; bold letters are wider
 TITLE_SIZE = 10.0  # points
 
 _STYLE = {
@@ -37,14 +36,14 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8.0,
     "figure.facecolor": "white",
-    "text.parse_math": False,  # a path may have a dollar in it
-    "svg.hashsalt": "saq",  # otherwise the ids in an SVG are random
+    "text.parse_math": False,  # a path may contain a dollar sign
+    "svg.hashsalt": "saq",  # without it the ids in an SVG are random
 }
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Within the context figures are drawn and saved alike, whatever matplotlib was configured to."""
+    """Within the context figures have the same style, independent of matplotlib's configuration."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
@@ -55,56 +54,58 @@ def style() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, sides in inches, whose parts make room for each other."""
+    """An empty figure with constrained layout; width and height in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def put_title(figure: "Figure", *lines: str) -> None:
-    """What a figure shows, above everything else; a line that is wider than the figure loses its middle."""
-    figure.suptitle("\n".join(fitted(line, float(figure.get_figwidth())) for line in lines if line))
+    """Set the title above all axes; a line wider than the figure is shortened in the middle."""
+    figure.suptitle(
+        "\n".join(shortened_to_width(line, float(figure.get_figwidth())) for line in lines if line)
+    )
 
 
-def of_images(text: str, images: str) -> str:
-    """``text``, and of which images it is, if that is known."""
+def with_images(text: str, images: str) -> str:
+    """``text``, followed by ``images`` if given."""
     return f"{text}, {images}" if images else text
 
 
 def put_legend(figure: "Figure", handles: "Sequence[Artist]", **options: Any) -> None:
-    """What the marks of a figure mean, below everything else."""
+    """Add a legend below all axes."""
     if handles:
         options.setdefault("ncols", len(handles))
         figure.legend(handles=list(handles), loc="outside lower center", **options)
 
 
 def save(figure: "Figure", path: Path) -> list[Path]:
-    """Write ``path`` plus ``.png`` and plus ``.svg``; without a date, so that equal figures are equal files."""
+    """Write ``path`` plus ``.png`` and plus ``.svg``; without dates, so that equal figures give equal files."""
     written = []
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
         target = path.with_name(path.name + suffix)
         with replacing(target) as temporary:
             figure.savefig(temporary, dpi=PIXELS_PER_INCH, metadata=metadata)
-        figure.set_layout_engine("none")  # the second file takes the places that the first one found
+        figure.set_layout_engine("none")  # the second file reuses the layout of the first
         written.append(target)
     return written
 
 
 def shortened(name: str, longest: int = LONGEST_NAME) -> str:
-    """``name`` with its middle left out where there is no room for it."""
+    """``name``, with its middle omitted if it is longer than ``longest``."""
     if len(name) <= longest:
         return name
     head = (longest - 1) // 3
     return f"{name[:head]}…{name[len(name) - (longest - 1 - head) :]}"
 
 
-def fitted(text: str, inches: float, size: float = TITLE_SIZE) -> str:
-    """``text`` as far as there is room for it in one line of letters of ``size`` points."""
+def shortened_to_width(text: str, inches: float, size: float = TITLE_SIZE) -> str:
+    """``text``, shortened to one line of the given width in letters of ``size`` points."""
     return shortened(text, max(8, int(inches * 72 / (CHARACTER * size))))
 
 
 def titles(targets: list[str]) -> list[str]:
-    """What models are called in a picture: the last parts of their paths, as few as tell them apart."""
+    """Names of models in a plot: the shortest distinct ends of their paths."""
     parts = [Path(target).parts or (target,) for target in targets]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]
@@ -114,13 +115,13 @@ def titles(targets: list[str]) -> list[str]:
 
 
 def model_names(models: "Sequence[tuple[str, str]]") -> list[str]:
-    """What models are called in a picture.
+    """Names of models in a plot.
 
     Args:
-        models: canonical name of each network, and the target that it was opened by.
+        models: canonical name of each network, and the target that it was loaded from.
 
     Returns:
-        The network, and behind it in brackets where it came from, if that is another name.
+        The network's name, followed by the target in brackets if that differs.
     """
     places = titles([target for _, target in models])
     return [

@@ -1,10 +1,7 @@
-"""Whether two runs left the same files, what differs first, and why it may.
+"""Bitwise comparison of the files of two runs, and likely causes of differences.
 
-Whether two runs left the same, bit for bit; and where not, what differs first and by how much.
-
-Left aside is what is another in every run: times, and paths.
-
-Why a run that was done again may differ: whatever is recorded of both and is not the same.
+Times and paths differ in every run and are ignored. For a difference the comparison reports where it is first and how
+large it is; as likely causes it lists every recorded circumstance that differs.
 """
 
 import hashlib
@@ -27,16 +24,23 @@ from saqcli.runs.manifest import RunManifest
 from saqcli.serialization import json_text, parse_json, printable
 from saqcli.units import counted
 
-VARYING = {"run_dir", "artifacts", "seconds", "saq_version", "policy"}  # or compared by itself
-_SHOWN = 60  # characters of a value in a message
+VARYING = {"run_dir", "artifacts", "seconds", "saq_version", "policy"}  # or compared separately
+_SHOWN = 60  # maximum characters of a value in a message
+CIRCUMSTANCES = {  # field to its name in messages
+    "device": "device",
+    "cpu": "processor",
+    "instructions": "vector instructions",
+    "threads": "number of threads",
+    "processes": "number of processes",
+}
 
 
 class Difference(NamedTuple):
-    """What is not the same.
+    """A difference between two runs.
 
     Attributes:
         what: ``policy``, ``search``, ``front``, ``metrics``, ``weights``, ``onnx`` or ``figures``.
-        detail: one line: what differs first, from the first run to the second.
+        detail: one line: the first difference, from the first run to the second.
     """
 
     what: str
@@ -45,15 +49,15 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """What a finished run left, read and checked.
+    """The files of a finished run, read and checked.
 
     Attributes:
         run: its directory.
-        manifest: of it.
+        manifest: of the run.
         policy: bits by layer.
-        texts: name to parsed JSON: ``search`` and ``front`` where there are such, ``metrics`` as a list.
-        content: of ``model.safetensors``; None of a search.
-        onnx: SHA-256 of every ONNX file, by name; none of a search, or where a run wrote none.
+        texts: name to parsed JSON: ``search`` and ``front`` if they exist, ``metrics`` as a list.
+        content: of ``model.safetensors``; None for a search.
+        onnx: SHA-256 of every ONNX file, by name; empty for a search, or if a run wrote none.
     """
 
     run: RunDirectory
@@ -65,39 +69,37 @@ class Record:
 
     @classmethod
     def read(cls, run: RunDirectory) -> "Record":
-        """What is in the directory of a finished run.
+        """Read the directory of a finished run.
 
         Raises:
-            SaqError: something is missing or damaged; the message names it.
+            SaqError: a file is missing or damaged; the message names it.
         """
         manifest = run.manifest()
         whole = manifest.verb == "quantize"
         texts: dict[str, Any] = {"figures": manifest.results} if whole else {}
         for name, path in (("search", run.search_path), ("front", run.path / "pareto.json")):
             if path.is_file() or (name == "search" and not whole):
-                texts[name] = _json(_text(path), str(path))
+                texts[name] = _parse_json(_read_text(path), str(path))
         if whole:
-            lines = _text(run.metrics_path).splitlines()
+            lines = _read_text(run.metrics_path).splitlines()
             texts["metrics"] = [
-                _json(line, f"{run.metrics_path} line {number}") for number, line in enumerate(lines, 1)
+                _parse_json(line, f"{run.metrics_path} line {number}") for number, line in enumerate(lines, 1)
             ]
         files = _onnx_files(run) if whole else []
         for path in (run.safetensors_path, *files):
             if whole and not path.is_file():
-                raise RunDirectoryError(
-                    f"{path} is missing, so there is nothing to compare with: put it back"
-                )
+                raise RunDirectoryError(f"{path} is missing, so the run cannot be compared: restore the file")
         return cls(
             run,
             manifest,
-            parse_json(BitConfig, _text(run.policy_path), str(run.policy_path), RunDirectoryError),
+            parse_json(BitConfig, _read_text(run.policy_path), str(run.policy_path), RunDirectoryError),
             texts,
             read_content(run.safetensors_path) if whole else None,
             {path.name: sha256_of(path) for path in files},
         )
 
     def changed(self) -> list[str]:
-        """Files that are not as the run left them, as far as it kept their hashes or content."""
+        """Names of files that changed after the run, as far as their hashes or contents are recorded."""
         found = [
             name
             for name, hashed in self.manifest.artifacts.items()
@@ -109,7 +111,7 @@ class Record:
 
 
 def compare(one: Record, other: Record) -> tuple[list[str], list[Difference]]:
-    """What was compared, and what of it is not the same."""
+    """The compared items, and the differences among them."""
     details: dict[str, str | None] = {
         "policy": first_difference(one.policy.model_dump()["layers"], other.policy.model_dump()["layers"]),
     }
@@ -124,7 +126,7 @@ def compare(one: Record, other: Record) -> tuple[list[str], list[Difference]]:
 
 
 def first_difference(one: object, other: object, place: str = "") -> str | None:
-    """``layers.fc.weight: 4 -> 8``, the first place where two trees of JSON differ; None where none does.
+    """The first difference between two JSON trees, such as ``layers.fc.weight: 4 -> 8``; None if they are equal.
 
     Example:
         >>> first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]})
@@ -147,12 +149,12 @@ def first_difference(one: object, other: object, place: str = "") -> str | None:
         return (
             None if len(one) == len(other) else f"{place}: {len(one):,} -> {counted(len(other), 'element')}"
         )
-    texts = [json_text(value) for value in (one, other)]  # NaN is NaN here, and 1 is not 1.0
+    texts = [json_text(value) for value in (one, other)]  # NaN equals NaN here, and 1 differs from 1.0
     return None if texts[0] == texts[1] else f"{place}: {' -> '.join(printable(t, _SHOWN) for t in texts)}"
 
 
 def _without_best(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics without what earlier versions do not note; it follows from the other lines."""
+    """A line of metrics without the keys that earlier versions lack; they follow from the other lines."""
     return {key: value for key, value in line.items() if key not in ("best_epoch", "best_top1")}
 
 
@@ -160,26 +162,26 @@ def _texts_differ(one: Any, other: Any, name: str) -> str | None:
     if name == "metrics":
         one, other = ([_without_best(line) for line in lines] for lines in (one, other))
         for number, (mine, theirs) in enumerate(zip(one, other, strict=False), 1):
-            found = first_difference(_lasting(mine), _lasting(theirs))
+            found = first_difference(_without_varying(mine), _without_varying(theirs))
             if found:
                 epoch = f", epoch {mine['epoch']}" if "epoch" in mine else ""
                 return f"line {number} ({mine.get('phase')}{epoch}): {found}"
         return None if len(one) == len(other) else f"{len(one)} lines -> {len(other)}"
     if one is None or other is None:
-        return f"there is one in the {'first' if other is None else 'second'} run only"
-    if name == "figures":  # another version of saq may note more of them
+        return f"it exists in the {'first' if other is None else 'second'} run only"
+    if name == "figures":  # versions of saq may record different keys
         one, other = (
             {key: tree[key] for key in tree if key in one and key in other} for tree in (one, other)
         )
-    return first_difference(_lasting(one), _lasting(other))
+    return first_difference(_without_varying(one), _without_varying(other))
 
 
-def _lasting(tree: Mapping[str, Any]) -> dict[str, Any]:
+def _without_varying(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if key not in VARYING}
 
 
 def _weights_differ(one: Record, other: Record) -> str | None:
-    """How many tensors and numbers differ, and where most; codes are compared as the weights they stand for."""
+    """Number of different tensors and values, and the largest difference; codes are compared as dequantized weights."""
     if one.content is None or other.content is None:
         return f"there is a model in the {'first' if other.content is None else 'second'} run only"
     stored = _differing(one.content.tensors, other.content.tensors)
@@ -187,7 +189,7 @@ def _weights_differ(one: Record, other: Record) -> str | None:
         return None
     try:
         states = [restore(each.run.safetensors_path)[0].state_dict() for each in (one, other)]
-    except SaqError:  # of another version, say: then what is stored has to do
+    except SaqError:  # perhaps another version: compare the stored tensors
         states = [dict(one.content.tensors), dict(other.content.tensors)]
     names = _differing(*states)
     numbers, most, where = 0, -1.0, ""
@@ -195,13 +197,13 @@ def _weights_differ(one: Record, other: Record) -> str | None:
         pair = [state.get(name) for state in states]
         if pair[0] is None or pair[1] is None or pair[0].shape != pair[1].shape:
             different = f"{len(names)} of {counted(len(states[0]), 'tensor')} differ"
-            return f"{name} is not in both, or of another shape; {different}"
+            return f"{name} is missing in one, or has another shape; {different}"
         apart = (pair[0].double() - pair[1].double()).abs()
         numbers += int((apart != 0).sum())
-        if apart.numel() and not apart.max() <= most:  # NaN counts as most
+        if apart.numel() and not apart.max() <= most:  # NaN counts as the largest
             most, where = float(apart.max()), name
     if not where:
-        return f"{stored[0]} is stored with other bytes that mean the same"
+        return f"{stored[0]} is stored as different bytes with the same meaning"
     total = sum(tensor.numel() for tensor in states[0].values())
     return (
         f"{len(names)} of {counted(len(states[0]), 'tensor')}, {numbers:,} of {counted(total, 'number')}; the largest "
@@ -210,7 +212,7 @@ def _weights_differ(one: Record, other: Record) -> str | None:
 
 
 def _differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors that are not the same bits in both."""
+    """Names of tensors whose bits differ."""
     names = [*one, *(name for name in other if name not in one)]
     return [
         name for name in names if name not in one or name not in other or not _same(one[name], other[name])
@@ -218,22 +220,22 @@ def _differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[s
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Same type, shape and bits: -0 is not 0, and NaN may be NaN."""
+    """Whether type, shape and bits are equal: -0 differs from 0, and NaN may equal NaN."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other)))
 
 
 def _onnx_files(run: RunDirectory) -> list[Path]:
-    """The ONNX files of a finished run that its manifest names, in the order of their names."""
+    """The ONNX files in the manifest of a finished run, sorted by name."""
     artifacts = run.manifest().artifacts
-    if not artifacts:  # of an earlier version
+    if not artifacts:  # written by an earlier version
         return [run.onnx_path]
     return [run.path / name for name in sorted(artifacts) if name.endswith(".onnx")]
 
 
 def _onnx_differ(one: Record, other: Record) -> str:
-    """Where ONNX files of other bytes differ: in their weights, their graph, or what they say about themselves."""
+    """Where different ONNX files differ: in weights, graph or metadata."""
     for name in dict.fromkeys([*one.onnx, *other.onnx]):
         if name not in one.onnx or name not in other.onnx:
             return f"there is a {name} in the {'first' if name in one.onnx else 'second'} run only"
@@ -250,7 +252,7 @@ def _graphs_differ(*paths: Path) -> str:
     for path in paths:
         try:
             model = onnx.load(str(path))
-        except Exception as error:  # protobuf and onnx each have their own
+        except Exception as error:  # protobuf and onnx have their own classes
             return f"{path} cannot be read as ONNX: {printable(str(error), 200)}"
         kept = {
             tensor.name: tensor.SerializeToString(deterministic=True) for tensor in model.graph.initializer
@@ -262,11 +264,11 @@ def _graphs_differ(*paths: Path) -> str:
         first = f", {names[0]} first" if names else ""
         return f"{len(names)} of {counted(len(tensors[0]), 'initializer')} differ{first}"
     found = first_difference(_parsed(described[0]), _parsed(described[1]))
-    return f"the same initializers; {f'it says of itself: {found}' if found else 'the graph around them differs'}"
+    return f"the same initializers; {f'the metadata differ: {found}' if found else 'the graph differs'}"
 
 
 def _parsed(described: Mapping[str, str]) -> dict[str, Any]:
-    """Metadata as a tree, so that a message can name a place in it."""
+    """Metadata as a tree, so that a message can name a key."""
     found: dict[str, Any] = {}
     for key, text in described.items():
         try:
@@ -276,14 +278,14 @@ def _parsed(described: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RunDirectoryError(f"{path} cannot be read ({error}): put it back as it was") from None
+        raise RunDirectoryError(f"{path} cannot be read ({error}): restore it") from None
 
 
-def _json(text: str, source: str) -> dict[str, Any]:
+def _parse_json(text: str, source: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -293,31 +295,22 @@ def _json(text: str, source: str) -> dict[str, Any]:
     return found
 
 
-CIRCUMSTANCES = {  # field to what a person calls it
-    "device": "device",
-    "cpu": "processor",
-    "instructions": "vector instructions",
-    "threads": "number of threads",
-    "processes": "number of processes",
-}
-
-
 def versions_differ(one: RunManifest, other: RunManifest) -> dict[str, list[str | None]]:
-    """Name to the version then and now, where they are not the same."""
+    """The versions that differ: name to the earlier and the later version."""
     names = dict.fromkeys([*one.versions, *other.versions])
     pairs = {name: [one.versions.get(name), other.versions.get(name)] for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def reasons(before: Record, after: Record) -> list[str]:
-    """Likely ones, a line each, the likeliest first; one that says so where nothing is recorded."""
+def explain_diff(before: Record, after: Record) -> list[str]:
+    """Likely causes of a difference, one line each, the likeliest first; a single line if no recorded item differs."""
     found = [
         f"{record.run.path / name} was changed after the run"
         for record in (before, after)
         for name in record.changed()
     ]
     found += [
-        f"another version of {name}: {then or 'none'} then, {now or 'none'} now"
+        f"different version of {name}: {then or 'none'} then, {now or 'none'} now"
         for name, (then, now) in versions_differ(before.manifest, after.manifest).items()
     ]
     found += [*_circumstances(before, after), *_inputs(before, after)]
@@ -336,34 +329,34 @@ def _circumstances(before: Record, after: Record) -> list[str]:
     if not before.manifest.circumstances:
         return [*found, f"threads, processor and device of {before.run.path} are not recorded"]
     then, now = before.manifest.circumstances[0], after.manifest.circumstances[0]
-    for field, called in CIRCUMSTANCES.items():
+    for field, name in CIRCUMSTANCES.items():
         pair = getattr(then, field), getattr(now, field)
         if pair[0] != pair[1]:
-            found.append(f"another {called}: {pair[0]} then, {pair[1]} now")
+            found.append(f"different {name}: {pair[0]} then, {pair[1]} now")
     return found
 
 
 def _inputs(before: Record, after: Record) -> list[str]:
-    """Weights, images, and the processes that augment them."""
+    """Differences in weights, images and the number of augmenting processes."""
     found = []
     old, new = before.run.config(), after.run.config()
     facts = [record.content.metadata for record in (before, after) if record.content]
     same_weights = len(facts) == 2 and facts[0].source_sha256 == facts[1].source_sha256
     if facts and not same_weights:
         hashes = [(each.source_sha256 or "none")[:12] for each in facts]
-        found.append(f"other float weights: SHA-256 {hashes[0]}... then, {hashes[1]}... now")
+        found.append(f"different float weights: SHA-256 {hashes[0]}... then, {hashes[1]}... now")
     for split in before.manifest.images.keys() & after.manifest.images.keys():
         if before.manifest.images[split] != after.manifest.images[split]:
-            found.append(f"other images for {'training' if split == 'train' else 'validation'}")
+            found.append(f"different images for {'training' if split == 'train' else 'validation'}")
     floats = [record.texts.get("metrics", [{}])[:1] for record in (before, after)]
     counts = [line[0].get("images") if line else None for line in floats]
     if counts[0] != counts[1]:
-        found.append(f"other images: {counts[0]} for validation then, {counts[1]} now")
+        found.append(f"different images: {counts[0]} for validation then, {counts[1]} now")
     elif same_weights and floats[0] != floats[1] and not found:
         found.append("other images, most likely: the same float weights score differently on them")
     if old.data.workers != new.data.workers and new.data.augmentation != "none":
         found.append(
-            f"another number of reading processes ({old.data.workers} then, {new.data.workers} now), each of which "
-            "draws its own augmentation"
+            f"different number of data-loading workers ({old.data.workers} then, {new.data.workers} now), each with "
+            "its own augmentation"
         )
     return found

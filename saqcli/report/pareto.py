@@ -1,11 +1,11 @@
-"""What accuracy costs: the configurations that a search knows of, and which of them are Pareto-optimal.
+"""The front of accuracy over cost: which of a search's configurations are Pareto-optimal.
 
-One configuration beats another, *dominates* it, if it costs no more and does no worse, and is better in one of the
-two. Cost is what the search had a budget for: BOPs, bytes, or both, and then both count. To do better is to have a
-higher top-1, and at equal top-1 a lower loss. The front is what nothing dominates; of equals all are on it.
+One configuration dominates another if it costs no more and is no worse, and is better in one of the two. Cost is what
+the search had a budget for: BOPs, bytes, or both, in which case both count. Better means a higher top-1, or an equal
+top-1 and a lower loss. The front contains all configurations that no other dominates; equal ones are all in it.
 
-All figures are those of the network that fine-tuning starts from, on the scoring images of the search: they tell
-configurations apart, and are not the accuracy after training.
+All figures are those of the network that fine-tuning starts from, on the scoring images of the search: they compare
+configurations, and are not the accuracy after training.
 """
 
 import csv
@@ -25,17 +25,15 @@ from saqcli.progress import SILENT
 from saqcli.quant.bits import LayerBits, mean_bits
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.search_space import SearchSpace
-from saqcli.search.problem import Found, Scored, ScoreOf, SearchProblem
+from saqcli.search.problem import Scored, ScoreOf, SearchProblem, SearchResult
 from saqcli.search.supernet import Scorer
 from saqcli.serialization import write_text
 from saqcli.training.loop import evaluate
 
 Result = tuple[Cost, float, float]  # cost, top-1, loss
-Choice = tuple[int, ...]  # an option's index a decision
+Choice = tuple[int, ...]  # one option index per decision
 Kind = Literal["sampled", "uniform", "proposed", "chosen"]
-LITTLE = (
-    0.01  # by how much the tightest budget lies above the floor, where one configuration alone would be left
-)
+FLOOR_MARGIN = 0.01  # relative distance of the smallest budget from the floor, where only one choice fits
 COLUMNS = (
     "kind", "budget_bops", "budget_bytes", "bops", "size_bytes", "top1", "loss", "on_front",
     "mean_weight_bits", "mean_activation_bits",
@@ -43,17 +41,18 @@ COLUMNS = (
 
 
 class Point(BaseModel):
-    """A configuration, what it costs and how it did.
+    """A configuration, its cost and its score.
 
     Attributes:
-        kind: how it came here: ``sampled`` on the way, ``uniform`` bits, ``proposed`` by the searcher for a budget, or
-            ``chosen`` as the policy. Whether it is on the front is another matter.
-        budget_bops: that it was proposed or chosen for, the tightest of several; None without such a bound.
-        budget_bytes: likewise.
+        kind: origin: ``sampled`` during the search, ``uniform`` bits, ``proposed`` by the searcher for a budget, or
+            ``chosen`` as the policy; independent of ``on_front``.
+        budget_bops: BOPs of the budget that it was proposed or chosen for, the smallest of several; None without such a
+            bound.
+        budget_bytes: bytes of that budget; None without such a bound.
         bops: bit-operations for one image.
         size_bytes: of the model.
         top1: percent, on the scoring images of the search.
-        loss: mean cross-entropy there.
+        loss: mean cross-entropy on the same images.
         on_front: whether no other point dominates it.
         layers: bits by name, in execution order.
     """
@@ -72,24 +71,24 @@ class Point(BaseModel):
 
     @property
     def cost(self) -> Cost:
-        """Both parts."""
+        """BOPs and bytes."""
         return Cost(self.bops, self.size_bytes)
 
 
 class Front(BaseModel):
-    """``pareto.json``: all points of a search, from the cheapest to the dearest.
+    """Content of ``pareto.json``: all points of a search in ascending order of cost.
 
     Attributes:
         schema_version: of the file format.
-        saq_version: that wrote it.
+        saq_version: of the saq that wrote it.
         model: canonical name of the network.
         searcher: name in ``SEARCHERS``.
-        budget_bops: of the search, None where there was none.
-        budget_bytes: likewise.
-        images: that configurations were scored on.
-        float_top1: percent, of the float model, None where it is not known.
+        budget_bops: of the search; None without such a bound.
+        budget_bytes: of the search; None without such a bound.
+        images: number of scoring images.
+        float_top1: percent, of the float model; None if unknown.
         macs: multiply-accumulates of every layer for one image; mean bits are weighted by them.
-        points: the configurations, each once.
+        points: the distinct configurations.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -106,14 +105,19 @@ class Front(BaseModel):
     points: list[Point]
 
     def to_json(self) -> str:
-        """The text of ``pareto.json``: a line a point."""
+        """The text of ``pareto.json``, one line per point."""
         head = self.model_dump_json(exclude={"points"}).removesuffix("}")
         points = ",\n".join(f"    {point.model_dump_json()}" for point in self.points)
         return f'{head},\n  "points": [\n{points}\n  ]\n}}\n'
 
 
 def front_of(
-    problem: SearchProblem, found: Found, count: int, searcher: str, model: nn.Module, widths: Sequence[int]
+    problem: SearchProblem,
+    found: SearchResult,
+    count: int,
+    searcher: str,
+    model: nn.Module,
+    widths: Sequence[int],
 ) -> Front:
     """The front of a search, all its points calibrated.
 
@@ -135,28 +139,28 @@ def front_of(
 
 def find_front(
     problem: SearchProblem,
-    found: Found,
+    found: SearchResult,
     count: int,
     searcher: str,
     score: ScoreOf,
     widths: Sequence[int],
     float_top1: float | None = None,
 ) -> Front:
-    """What the search proposes over its whole range, beside all that it scored and beside uniform bits.
+    """Proposals of the search over its whole range, with all configurations it scored and uniform bits.
 
-    A configuration whose loss is NaN or infinite is left out, and a note says so.
+    A configuration whose loss is NaN or infinite is omitted, and a note reports it.
 
     Args:
-        problem: that was solved.
-        found: its solution.
-        count: budgets to ask for, beside that of the problem.
+        problem: of the search.
+        found: result of the search.
+        count: number of budgets in addition to that of the problem.
         searcher: name in ``SEARCHERS``.
-        score: how a configuration does; the same as the one that ``found.scored`` comes from.
+        score: scores a configuration; the same function that ``found.scored`` comes from.
         widths: bits of the uniform configurations.
         float_top1: percent, on the scoring images.
     """
     space = problem.space
-    kinds, asked = _landmarks(problem, found, count, widths)
+    kinds, requested = _landmarks(problem, found, count, widths)
     scored = {one.choice: one for one in found.scored}
     images = sum(len(labels) for _, labels in problem.images.scoring)
     with problem.progress.task("scoring the front", len(kinds)) as task:
@@ -175,33 +179,33 @@ def find_front(
         images=images,
         float_top1=float_top1,
         macs={layer.name: layer.macs for layer in space.costs.layers},
-        points=_points(space, known, kinds, asked, problem.budget),
+        points=_points(space, known, kinds, requested, problem.budget),
     )
 
 
 def _landmarks(
-    problem: SearchProblem, found: Found, count: int, widths: Sequence[int]
+    problem: SearchProblem, found: SearchResult, count: int, widths: Sequence[int]
 ) -> tuple[dict[Choice, Kind], dict[Choice, Budget]]:
-    """What is to be scored beside what was, and how it came here, of two ways the more telling one; and the budgets."""
+    """Configurations to score in addition, with their kind (the more specific of two), and their budgets."""
     space = problem.space
     kinds: dict[Choice, Kind] = {}
-    asked: dict[Choice, Budget] = {}
+    requested: dict[Choice, Budget] = {}
     for bits in widths:
         kinds[tuple(space.nearest(LayerBits(weight=bits, activation=bits)))] = "uniform"
     for budget in [*budgets(space, problem.budget, count), problem.budget]:
         for choice in found.propose(budget):
             kinds[tuple(choice)] = "proposed"
-            asked.setdefault(tuple(choice), budget)
-    kinds[tuple(found.choice)], asked[tuple(found.choice)] = "chosen", problem.budget
-    return kinds, asked
+            requested.setdefault(tuple(choice), budget)
+    kinds[tuple(found.choice)], requested[tuple(found.choice)] = "chosen", problem.budget
+    return kinds, requested
 
 
 def budgets(space: SearchSpace, budget: Budget, count: int) -> list[Budget]:
     """Budgets from just above the floor to the ceiling, evenly spaced in their logarithm, ascending.
 
-    They bound what ``budget`` bounds; nothing bounded means BOPs. Where it bounds both, every one of them lies as
-    far on the way from floor to ceiling in BOPs as it does in bytes, as a share of the logarithm. The ratio of the
-    problem's own two bounds is not kept: it could leave the range of one at once. Equal budgets come once.
+    They bound the same units as ``budget``; BOPs if that bounds none. If it bounds both, each budget is at the same
+    fraction of the logarithmic range from floor to ceiling in BOPs and in bytes. The ratio of the problem's own two
+    bounds is not kept: it could leave the range of one immediately. Duplicates are removed.
     """
     units = _units(budget)
     found: list[Budget] = []
@@ -213,13 +217,13 @@ def budgets(space: SearchSpace, budget: Budget, count: int) -> list[Budget]:
 
 
 def _between(floor: int, ceiling: int, way: float) -> int:
-    """Geometrically between a little above ``floor`` and ``ceiling``, never outside."""
-    least = min(math.ceil(floor * (1 + LITTLE)), ceiling)
+    """Geometric interpolation from slightly above ``floor`` to ``ceiling``, never outside."""
+    least = min(math.ceil(floor * (1 + FLOOR_MARGIN)), ceiling)
     return min(max(round(least ** (1 - way) * ceiling**way), floor), ceiling) if way < 1 else ceiling
 
 
 def _units(budget: Budget) -> tuple[int, ...]:
-    """Indices into a cost: what is bounded."""
+    """Indices of the bounded units in a cost."""
     return tuple(index for index, _ in budget.bounds()) or (0,)
 
 
@@ -227,18 +231,18 @@ def _points(
     space: SearchSpace,
     known: Sequence[Scored],
     kinds: dict[Choice, Kind],
-    asked: dict[Choice, Budget],
+    requested: dict[Choice, Budget],
     budget: Budget,
 ) -> list[Point]:
-    """From the cheapest to the dearest; of equally cheap ones the best first."""
+    """Points in ascending order of cost; of equal costs the best first."""
     order = sorted(known, key=lambda one: (*one.cost, -one.top1, one.loss, one.choice))
     results = [(one.cost, one.top1, one.loss) for one in order]
-    front = undominated(results, _units(budget))
+    front = pareto_optimal(results, _units(budget))
     return [
         Point(
             kind=kinds.get(one.choice, "sampled"),
-            budget_bops=asked.get(one.choice, Budget()).bops,
-            budget_bytes=asked.get(one.choice, Budget()).size,
+            budget_bops=requested.get(one.choice, Budget()).bops,
+            budget_bytes=requested.get(one.choice, Budget()).size,
             bops=one.cost.bops,
             size_bytes=one.cost.size,
             top1=one.top1,
@@ -250,12 +254,12 @@ def _points(
     ]
 
 
-def undominated(results: Sequence[Result], units: Sequence[int]) -> set[int]:
+def pareto_optimal(results: Sequence[Result], units: Sequence[int]) -> set[int]:
     """Indices of the results that no other dominates.
 
     Args:
         results: of configurations.
-        units: indices of the parts of the cost that count.
+        units: indices of the cost units to consider.
     """
 
     def order(index: int) -> tuple[float, ...]:
@@ -264,14 +268,14 @@ def undominated(results: Sequence[Result], units: Sequence[int]) -> set[int]:
 
     front: list[int] = []
     for index in sorted(range(len(results)), key=order):
-        # What dominates comes earlier, and is itself on the front or dominated by something that is.
+        # A dominating result comes earlier, and is on the front or dominated by a result on the front.
         if not any(dominates(results[other], results[index], units) for other in front):
             front.append(index)
     return set(front)
 
 
 def dominates(one: Result, other: Result, units: Iterable[int]) -> bool:
-    """Whether ``one`` costs no more in any unit and does no worse, and is better in something."""
+    """Whether ``one`` costs no more in any unit and is no worse, and is better in at least one respect."""
     costs = [(one[0][unit], other[0][unit]) for unit in units]
     mine, theirs = (one[1], -one[2]), (other[1], -other[2])
     no_worse = mine >= theirs and all(a <= b for a, b in costs)
@@ -279,7 +283,7 @@ def dominates(one: Result, other: Result, units: Iterable[int]) -> bool:
 
 
 def to_csv(front: Front) -> str:
-    """``pareto.csv``: a line a point, the cheapest in BOPs first; mean bits are weighted by MACs."""
+    """The text of ``pareto.csv``: one line per point, in ascending order of BOPs; mean bits are weighted by MACs."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -292,8 +296,11 @@ def to_csv(front: Front) -> str:
 
 
 def to_table(front: Front) -> dict[str, Any]:
-    """What ``saq search`` prints of a front: for each budget the best that was proposed for it, uniform bits, and all
-    else that is on the front; from the cheapest to the dearest."""
+    """The table of a front that ``saq search`` prints.
+
+    It contains the best proposal for each budget, uniform bits, and all other points of the front, in ascending order
+    of cost.
+    """
     names = uniform_names(front)
     best: dict[Budget, int] = {}
     for index, point in enumerate(front.points):
@@ -320,12 +327,12 @@ def to_table(front: Front) -> dict[str, Any]:
 
 
 def _rank(point: Point) -> tuple[bool, float, float]:
-    """Higher is better; what was chosen is shown whatever else was proposed."""
+    """Higher is better; the chosen point ranks above all proposals."""
     return point.kind == "chosen", point.top1, -point.loss
 
 
 def write_front(front: Front, folder: Path) -> list[Path]:
-    """Write ``pareto.json`` and ``pareto.csv``; their paths."""
+    """Write ``pareto.json`` and ``pareto.csv``; returns their paths."""
     written = [folder / "pareto.json", folder / "pareto.csv"]
     for path, text in zip(written, (front.to_json(), to_csv(front)), strict=True):
         write_text(path, text)
@@ -333,7 +340,7 @@ def write_front(front: Front, folder: Path) -> list[Path]:
 
 
 def uniform_names(front: "Front") -> dict[int, str]:
-    """``w4a4`` and the like by index of the point: what all layers have whose bits are not the same in all points."""
+    """Names such as ``w4a4`` by index of the point: the common bits of all layers whose bits vary among the points."""
     layers = [name for name in front.macs if len({point.layers[name] for point in front.points}) > 1]
     names = {}
     for index, point in enumerate(front.points):

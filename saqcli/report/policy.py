@@ -1,4 +1,7 @@
-"""A bit configuration as bars: a column a layer, in execution order, weights upwards and inputs downwards."""
+"""Bar chart of a bit configuration, one column per layer in execution order.
+
+Bars of weights point upwards, bars of inputs downwards.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,26 +14,26 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-WIDE, NARROW = 0.24, 0.15  # inches a layer, of few and of many
+WIDE, NARROW = 0.24, 0.15  # inches per layer, for few and for many
 FEW, MANY = 30, 90  # layers
-MARGIN = 1.9  # inches for the axis and the colour bar
-LEAST_WIDTH = 6.6  # inches that the line below the title takes
-FEWEST_COLUMNS = 14  # that there is room for; bars of fewer layers are no wider
-FLOAT_HEIGHT = MAX_BITS + 1  # of a bar that stands for floating point: above all others, hatched
+MARGIN = 1.9  # inches for the axis and the color bar
+LEAST_WIDTH = 6.6  # inches for the line below the title
+FEWEST_COLUMNS = 14  # width limit for bars of few layers
+FLOAT_HEIGHT = MAX_BITS + 1  # height of a bar for floating point: above all others, hatched
 NUMBER = 0.18  # bits between the end of a bar and its number
-CLEAR = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # behind numbers
+CLEAR = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # box behind numbers
 MEAN = (0, (4, 2))  # dashes
-LIGHTEST = 0.2  # of the map of colours; what is lighter would be lost on white
+LIGHTEST = 0.2  # start of the color map; lighter colors would not be visible on white
 
 
 def draw_policy(config: BitConfig, costs: CostModel, path: Path, title: str) -> list[Path]:
-    """Draw a bit configuration.
+    """Draw a bit configuration to files.
 
     Args:
         config: the bits of every layer.
         costs: of the same network.
         path: of the files, without a suffix.
-        title: what the configuration is called.
+        title: of the figure.
 
     Returns:
         Paths of the PNG and the SVG.
@@ -40,7 +43,7 @@ def draw_policy(config: BitConfig, costs: CostModel, path: Path, title: str) -> 
 
 
 def paint_policy(config: BitConfig, costs: CostModel, title: str) -> "Figure":
-    """Bars as high as the bits, coloured by the share that the layer has in the BOPs of the network."""
+    """Bars as high as the bits, colored by the layer's share of the network's BOPs."""
     names = [layer.name for layer in costs.layers]
     share_out = (len(names) - FEW) / (MANY - FEW)
     column = WIDE + (NARROW - WIDE) * min(max(share_out, 0.0), 1.0)
@@ -50,17 +53,17 @@ def paint_policy(config: BitConfig, costs: CostModel, title: str) -> "Figure":
     _means(ax, config, costs)
     _axes(ax, names, small=column < WIDE)
     put_title(figure, title)
-    ax.set_title(_facts(config, costs), loc="left", fontsize=8, fontweight="normal")
+    ax.set_title(_summary(config, costs), loc="left", fontsize=8, fontweight="normal")
     _legend(figure, config, costs)
     return figure
 
 
-def _facts(config: BitConfig, costs: CostModel) -> str:
-    """What is said below the title."""
+def _summary(config: BitConfig, costs: CostModel) -> str:
+    """The line below the title."""
     weights, inputs = _mean(config, costs)
     text = f"mean bits of a multiply-accumulate: weights {weights:.2f}, inputs {inputs:.2f};  {costs.cost(config)}"
     apart = sum(layer.macs for layer in costs.unquantized)
-    return text + (f"\n{100 * apart / costs.macs:.1f} % of the MACs are in no layer" if apart else "")
+    return text + (f"\n{100 * apart / costs.macs:.1f} % of the MACs are outside the layers" if apart else "")
 
 
 def _mean(config: BitConfig, costs: CostModel) -> tuple[float, float]:
@@ -73,14 +76,14 @@ def _bars(figure: "Figure", ax: Any, config: BitConfig, costs: CostModel, *, sma
 
     total = costs.bops(config) or 1
     shares = [100 * layer.bops(config.layers[layer.name]) / total for layer in costs.layers]
-    colours: Any = ScalarMappable(Normalize(0, max(shares) or 1), _map())
+    colors: Any = ScalarMappable(Normalize(0, max(shares) or 1), _map())
     for at, (layer, share) in enumerate(zip(costs.layers, shares, strict=True)):
         bits = config.layers[layer.name]
         pinned = _is_pinned(bits, layer.pinned)
         for sign, width in ((1, bits.weight), (-1, bits.activation)):
             height = FLOAT_HEIGHT if width is None else width
             ax.bar(
-                at, sign * height, width=0.78, color=colours.to_rgba(share), zorder=2, linewidth=1.0,
+                at, sign * height, width=0.78, color=colors.to_rgba(share), zorder=2, linewidth=1.0,
                 edgecolor=INK if pinned else "white" if width is None else "none",
                 hatch="////" if width is None else None,
             )  # fmt: skip
@@ -88,13 +91,13 @@ def _bars(figure: "Figure", ax: Any, config: BitConfig, costs: CostModel, *, sma
                 at, sign * (height + NUMBER), str(width or FLOAT_BITS), fontsize=6 if small else 7, ha="center",
                 va="bottom" if sign > 0 else "top", color=INK, bbox=CLEAR, zorder=3,
             )  # fmt: skip
-    bar = figure.colorbar(colours, ax=ax, pad=0.012, aspect=28, fraction=0.05, format="{x:g} %")
+    bar = figure.colorbar(colors, ax=ax, pad=0.012, aspect=28, fraction=0.05, format="{x:g} %")
     bar.set_label("share of the network's BOPs")
     bar.outline.set_visible(False)
 
 
 def _map() -> "Colormap":
-    """From light to dark, told apart by colour-blind readers and in grey too."""
+    """A color map from light to dark, distinguishable for color-blind readers and in grayscale."""
     import matplotlib
     from matplotlib.colors import ListedColormap
 
@@ -103,19 +106,19 @@ def _map() -> "Colormap":
 
 
 def _is_pinned(bits: LayerBits, pinned: LayerBits | None) -> bool:
-    """Whether a layer has the bits that were fixed beforehand."""
+    """Whether a layer has its pinned bits."""
     return pinned is not None and bits == pinned
 
 
 def _means(ax: Any, config: BitConfig, costs: CostModel) -> None:
-    """A dashed line at the mean bits, where it is in reach."""
+    """Draw a dashed line at the mean bits, if it is in view."""
     for sign, mean in zip((1, -1), _mean(config, costs), strict=True):
         if mean <= FLOAT_HEIGHT:
             ax.axhline(sign * mean, color=INK, linewidth=0.9, linestyle=MEAN, zorder=1)
 
 
 def _axes(ax: Any, names: list[str], *, small: bool) -> None:
-    """Names below, bits at the side."""
+    """Label the layers below and the bits at the side."""
     most = FLOAT_HEIGHT + 1
     bits = range(2, MAX_BITS + 1, 2)
     ticks = [*(-b for b in reversed(bits)), 0, *bits]
@@ -134,7 +137,7 @@ def _axes(ax: Any, names: list[str], *, small: bool) -> None:
 
 
 def _legend(figure: "Figure", config: BitConfig, costs: CostModel) -> None:
-    """What outlines, hatches and dashes mean, as far as there are any."""
+    """Add a legend of the outlines, hatches and dashes in use."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

@@ -1,8 +1,6 @@
-"""The figures of a run, and report.md.
+"""The results of a quantization run, and ``report.md``.
 
-What ``saq quantize`` did: the figures of the report, kept in the checkpoint while the run is under way.
-
-``report.md``: what a person reads first in a run directory.
+A checkpoint keeps the results during the run; ``report.md`` summarizes them in the run directory.
 """
 
 import shlex
@@ -17,7 +15,7 @@ from saqcli.training.best import Best, advice
 from saqcli.training.loop import Score
 from saqcli.units import counted, format_quantity
 
-# Of the verdict on an ONNX file, and its size.
+# Figures of the verdict on an ONNX file, and its size.
 ONNX_FIGURES = (
     *("style", "size_bytes", "size_note", "images", "images_available", "argmax_agreement", "max_abs_diff"),
     *("pytorch_max_abs_diff", "layers_error", "explanation"),
@@ -25,29 +23,29 @@ ONNX_FIGURES = (
 
 
 @dataclass
-class Outcome:
-    """What ``saq quantize`` did; the figures of the report.
+class QuantizeResult:
+    """The results of ``saq quantize``; the figures of the report.
 
     Attributes:
         model: canonical name.
         float_score: of the float model on the validation images.
         calibrated_score: after calibration, before any training.
-        score: at the end, of what is exported.
+        score: at the end, of the exported state.
         bops: of the policy.
         float_bops: of the float model.
-        budget_bops: that was asked for, or None.
+        budget_bops: requested, or None.
         size: bytes of the quantized model.
         float_size: bytes of the float model.
         policy: bits of every layer.
         artifacts: name to path of the files written.
-        onnx: figures of the first ONNX file, those of its verdict and ``size_bytes``; None where there is none.
-        budget_bytes: that was asked for, or None.
+        onnx: figures of the first ONNX file, those of its verdict and ``size_bytes``; None without one.
+        budget_bytes: requested, or None.
         epochs: of fine-tuning.
-        last_score: after the last of them; None without fine-tuning.
-        best_epoch: whose state did best, 0 for the calibrated one; None where that is not known.
-        best_score: of that state.
-        exported_epoch: whose state is exported.
-        advice: what to change, where fine-tuning ended below calibration or below its best epoch.
+        last_score: after the last epoch; None without fine-tuning.
+        best_epoch: epoch of the best state, 0 for the calibrated one; None if unknown.
+        best_score: of the best state.
+        exported_epoch: epoch of the exported state.
+        advice: recommended changes, if fine-tuning ended below calibration or below its best epoch.
     """
 
     model: str
@@ -71,13 +69,7 @@ class Outcome:
     advice: str | None = None
 
     def note_training(self, best: Best | None, last: Score | None, training: TrainingSection) -> None:
-        """Keep the scores of fine-tuning, and the advice that follows from them.
-
-        Args:
-            best: state of all epochs; None where an old checkpoint does not hold it.
-            last: score after the last epoch; likewise.
-            training: the settings.
-        """
+        """Record the best and last state of fine-tuning, and the advice that follows."""
         last = last or (self.score if best is None or training.keep == "last" else None)
         self.last_score, self.epochs, self.exported_epoch = last, training.epochs, training.epochs
         if best is not None:
@@ -86,7 +78,7 @@ class Outcome:
         self.advice = advice(self.calibrated_score, last, best, training)
 
     def best_figures(self) -> dict[str, Any]:
-        """Which state did best in fine-tuning, for the metrics; nothing without it."""
+        """The best state of fine-tuning, for the metrics; empty without fine-tuning."""
         if not self.epochs or self.best_score is None:
             return {}
         return {"best_epoch": self.best_epoch, "best_top1": self.best_score.top1}
@@ -124,15 +116,15 @@ class Outcome:
         }
 
     def pack(self) -> dict[str, Any]:
-        """Plain values that a checkpoint can hold."""
+        """Plain values for a checkpoint."""
         packed = asdict(self)
-        del packed["onnx"]  # comes last, and is not known before
+        del packed["onnx"]  # unknown until the end of the run
         packed["policy"] = self.policy.to_json()
         return packed
 
     @classmethod
-    def unpack(cls, packed: dict[str, Any]) -> "Outcome":
-        """What ``pack`` made."""
+    def unpack(cls, packed: dict[str, Any]) -> "QuantizeResult":
+        """Inverse of ``pack``."""
         names = ("float_score", "calibrated_score", "score", "last_score", "best_score")
         scores = {name: Score(**packed[name]) for name in names if packed.get(name)}
         known = {name: value for name, value in packed.items() if name in cls.__dataclass_fields__}
@@ -145,13 +137,13 @@ def write_report(path: Path, config: RunConfig, results: dict[str, Any]) -> None
     Args:
         path: of the Markdown file.
         config: of the run.
-        results: the figures of ``Outcome.to_dict``.
+        results: the figures of ``QuantizeResult.to_dict``.
     """
     write_text(path, report_markdown(config, results))
 
 
 def quantized_states(results: dict[str, Any]) -> dict[str, tuple[float, bool]]:
-    """Title to top-1 in percent, and whether it is exported: calibrated, after the last epoch, and the best of all."""
+    """Title to top-1 in percent and whether it is exported: calibrated, after the last epoch, and the best state."""
     last, best, epochs = results["last_top1"], results["best_top1"], results["epochs"]
     states = {"calibrated": (results["calibrated_top1"], epochs == 0)}
     if last is not None:
@@ -180,9 +172,9 @@ def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
 {note}
 Evaluated on {counted(results["images"], "image")}. BOPs are reduced {results["bops_reduction"]:.1f} times.
 
-{_onnx(results)}
+{_onnx_summary(results)}
 
-{_made(config)}, seed {config.run.seed}, recipe {config.recipe}. Run it again, and compare, with
+{_training_summary(config)}, seed {config.run.seed}, recipe {config.recipe}. Run it again, and compare, with
 `{again}`.
 
 ## Bits
@@ -197,11 +189,11 @@ def results_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], 
     """The figures of a run side by side.
 
     Args:
-        results: as ``report_markdown``.
+        results: as for ``report_markdown``.
 
     Returns:
-        Names of the columns behind the first one, the rows (top-1, top-5, BOPs, size, ONNX file), and the place in a
-        row of the state that was exported, which alone has all figures beside the float network.
+        Names of the columns after the first, the rows (top-1, top-5, BOPs, size, ONNX file), and the index in a row of
+        the exported state, the only quantized state with all figures.
     """
     states = quantized_states(results)
     exported = 2 + [taken for _, taken in states.values()].index(True)
@@ -223,16 +215,16 @@ def results_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], 
     return ["float", *states], rows, exported
 
 
-def _made(config: RunConfig) -> str:
-    """How the weights came about."""
+def _training_summary(config: RunConfig) -> str:
+    """The method and settings of training."""
     training = config.training
     if not training.epochs:
         return "Calibrated, not fine-tuned"
     return f"Method {training.method}, {counted(training.epochs, 'epoch')}, learning rate {training.lr:g}"
 
 
-def _onnx(results: dict[str, Any]) -> str:
-    """How the ONNX file compares with the model, and why it is larger where it is."""
+def _onnx_summary(results: dict[str, Any]) -> str:
+    """The agreement of the ONNX file with the model, and the reason for a larger size."""
     if results["onnx_style"] is None:
         return "No ONNX file was written (`export.styles=()`)."
     count, available = results["onnx_images"], results["onnx_images_available"]

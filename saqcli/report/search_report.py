@@ -10,7 +10,7 @@ from saqcli.report.front import draw_front
 from saqcli.report.pareto import Front, to_table, write_front
 from saqcli.report.policy import draw_policy
 from saqcli.runs.directory import RunDirectory
-from saqcli.search.problem import Found, SearchProblem
+from saqcli.search.problem import SearchProblem, SearchResult
 from saqcli.serialization import json_text, write_text
 
 Count = Annotated[int, Field(ge=0)]
@@ -81,7 +81,7 @@ class SearchResults(BaseModel):
 def write_search(
     run: RunDirectory,
     problem: SearchProblem,
-    found: Found,
+    found: SearchResult,
     policy: BitConfig,
     results: dict[str, Any],
     front: Front | None,

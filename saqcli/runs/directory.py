@@ -413,4 +413,4 @@ def stop_if_asked(stop: StopRequest, run: RunDirectory) -> None:
 
 def stopped(run: RunDirectory, exit_code: int) -> SaqError:
     """To be raised by a rank that stops because it was asked to, where all is saved."""
-    return distributed.agreed(run.interrupted(exit_code))
+    return distributed.reported_once(run.interrupted(exit_code))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from saqcli import distributed
-from saqcli.machine import chosen_device, cores, cpu_name
+from saqcli.machine import cores, cpu_name, resolve_device
 
 
 def _below_artifacts(name: str) -> str:
@@ -82,7 +82,7 @@ def circumstances(device: str) -> Circumstances:
     """Those of this process, which computes on ``device``, as the setting names it."""
     import torch
 
-    chosen = chosen_device(device)
+    chosen = resolve_device(device)
     gpu = f" ({torch.cuda.get_device_name(chosen)})" if chosen.startswith("cuda") else ""
     return Circumstances(
         directory=os.getcwd(),

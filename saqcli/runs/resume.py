@@ -18,7 +18,7 @@ def goes_on(run: RunDirectory, *, resume: bool, overwrite: bool) -> bool:
     """
     if may_be_restarted():
         if overwrite:
-            raise distributed.agreed(
+            raise distributed.reported_once(
                 ConfigError(
                     "`overwrite=True` would remove the run whenever torchrun starts its processes again: remove "
                     f"{run.path} by hand, or give torchrun no restarts"

@@ -2,8 +2,8 @@
 
 A searcher receives a wrapped copy of the model with its input statistics, the search space and its costs, the budget,
 images, an optimizer and a memory, and returns a configuration within the budget. To add one, write
-``saqcli/search/NAME.py`` with a class that has ``search`` and takes its options as keyword arguments, and add its line
-here. The contract tests run over the table.
+``saqcli/search/NAME.py`` with a class that has ``search`` and takes its options as keyword arguments, and add it to
+the table below. The contract tests cover every entry of the table.
 """
 
 from collections.abc import Callable
@@ -12,35 +12,39 @@ from typing import NamedTuple
 from saqcli.search.asga import ASGA
 from saqcli.search.baselines import ErrorKnapsack, RandomSearch, Uniform
 from saqcli.search.hawq import HAWQ
-from saqcli.search.problem import Found, Searcher, SearchImages, SearchProblem
+from saqcli.search.problem import Searcher, SearchImages, SearchProblem, SearchResult
 from saqcli.search.samq import SAMQ
 from saqcli.search.sensitivity import Sensitivity
 
 
 class Entry(NamedTuple):
-    """A searcher and what a list of searchers says about it.
+    """A searcher in the table.
 
     Attributes:
-        make: from its options to the searcher.
-        description: one line.
-        trains: whether it trains weights, so that its length is counted in epochs.
-        looks: whether it looks at images.
+        make: builds the searcher from its options.
+        description: one line for lists of searchers.
+        trains: whether it trains weights; if so, its length is counted in epochs.
+        uses_images: whether it needs images.
     """
 
     make: Callable[..., Searcher]
     description: str
     trains: bool = False
-    looks: bool = True
+    uses_images: bool = True
 
 
 SEARCHERS: dict[str, Entry] = {
     "samq": Entry(SAMQ, "controller rewarded by the sharpness-aware loss (arXiv:2111.12273)", trains=True),
-    "asga": Entry(ASGA, "differentiable, sharpness-aware, made for proxies (arXiv:2505.04877)", trains=True),
+    "asga": Entry(
+        ASGA, "differentiable, sharpness-aware, for proxy data sets (arXiv:2505.04877)", trains=True
+    ),
     "hawq": Entry(HAWQ, "Hessian traces times quantization errors, exact knapsack (arXiv:1911.03852)"),
     "sensitivity": Entry(Sensitivity, "loss with one layer quantized at a time, exact knapsack"),
-    "random": Entry(RandomSearch, "the best of a number of random configurations"),
-    "error": Entry(ErrorKnapsack, "relative quantization errors, exact knapsack; seconds", looks=False),
-    "uniform": Entry(Uniform, "the same bits everywhere", looks=False),
+    "random": Entry(RandomSearch, "best of several random configurations"),
+    "error": Entry(
+        ErrorKnapsack, "relative quantization errors, exact knapsack; takes seconds", uses_images=False
+    ),
+    "uniform": Entry(Uniform, "the same bits everywhere", uses_images=False),
 }
 
-__all__ = ["SEARCHERS", "Entry", "Found", "SearchImages", "SearchProblem", "Searcher"]
+__all__ = ["SEARCHERS", "Entry", "SearchImages", "SearchProblem", "SearchResult", "Searcher"]

@@ -1,40 +1,35 @@
 """ASGA: bits by gradient descent on a small data set, with aligned gradients.
 
-What can be said of how ASGA searches. The formulas stand in ``asga``.
-
-ASGA under way: what learns, step by step. The formulas stand in ``asga``.
-
-Bits by gradient descent, where the loss is low and stays low nearby: a search meant for another data set's network.
-
-Every free layer computes with all its options at once, see ``mixture``. Weights w and logits A descend together, on
-the loss L and on the loss at a perturbed point, and on what exceeds the budget:
+The search prefers bits whose loss is low and stays low nearby; its result is meant for a network on another data set.
+Every free layer computes with all its options at once (``search.mixture``). Weights w and logits A are trained
+together on the loss L, on the loss at a perturbed point, and on the excess over the budget:
 
     pass 1    L, g = dL/dp,  p the mixed quantized weights, biases and norm parameters
-    ascent    e = (rho / ||s g|| - a) s**2 g,  s the deviation of a layer's weights, 1 for the rest; see ``sharpness``
+    ascent    e = (rho / ||s g|| - a) s**2 g,  s the deviation of a layer's weights, 1 for the other parameters
     pass 2    L_p = L at p + e, batch statistics frozen
     update    1/2 grad L + 1/2 grad L_p  to w and A,  and to A once
               lambda sum_k max(0, E[c_k] / C_k - 1)**2 + 0.001 E[c_k] / C_k,  k over the bounds C_k of the budget
     radius    rho = clip(ln(1 + h), rho_min, rho_max) for the next step,  h = max(0, L_p - L), a running mean
 
-The expected cost is that of the options by their shares: at settled shares it is what the choice costs, exactly.
-Lambda rises from 0 over the first tenth of the steps, learning rates fall to 0 along a cosine. In the end the choice is
-the likeliest that the budget admits: the least sum of -log p_o, by an exact knapsack. Where the likeliest option of
-every decision fits and uses the budget, it is that.
+The expected cost weights the options by their shares; once the shares are 0 or 1 it is exactly the cost of the
+choice. Lambda rises from 0 over the first tenth of the steps; learning rates follow a cosine to 0. The result is the
+likeliest choice within the budget: the least sum of -log p_o, solved as an exact knapsack. If the likeliest option of
+every decision fits and uses the budget, that is the result.
 
 Sources: the idea, the radius and the proxy set are those of "Learning from Loss Landscape: Generalizable
-Mixed-Precision Quantization via Adaptive Sharpness-Aware Gradient Aligning" (ASGA, arXiv:2505.04877), of which no full
-text was at hand. The update is that of SAGM (Wang et al., CVPR 2023, arXiv:2303.10353), as released; mixtures as in
-EdMIPS (arXiv:2004.05795).
+Mixed-Precision Quantization via Adaptive Sharpness-Aware Gradient Aligning" (ASGA, arXiv:2505.04877), whose full text
+was not available. The update is that of SAGM (Wang et al., CVPR 2023, arXiv:2303.10353), as released; the mixtures
+follow EdMIPS (arXiv:2004.05795).
 
 Differs from ASGA:
 
-- rho does not fall below ``rho_min``: to first order h = rho ||g||, so that ln(1 + h) alone shrinks to 0 wherever
-  ||g|| < 1. Of h the running mean is taken.
+- rho does not fall below ``rho_min``: to first order h = rho ||g||, so ln(1 + h) alone shrinks to 0 wherever
+  ||g|| < 1. A running mean of h is used.
 - rho is in units of weight deviations, and the perturbation is added to quantized weights, as in SAQ.
-- The exact knapsack takes the place of lowering bits one by one until the budget is met.
-- Logits have an optimizer of their own, Adam, and steps are on few images: less than an epoch does, not 90.
-- ``bilevel`` learns weights on some images and logits on others, an epoch of each in turn (DARTS, arXiv:1806.09055,
-  takes turns at every step).
+- An exact knapsack replaces lowering bits one by one until the budget is met.
+- Logits have their own optimizer, Adam, and a step uses few images: less than an epoch suffices instead of 90.
+- ``bilevel`` trains weights and logits on different images, alternating by epoch (DARTS, arXiv:1806.09055, alternates
+  by step).
 """
 
 import math
@@ -51,9 +46,9 @@ from saqcli import distributed
 from saqcli.errors import ConfigError, TrainingDiverged
 from saqcli.quant.layer import frozen_batch_stats
 from saqcli.search.cosine import CosineRates
-from saqcli.search.knapsack import best_choice, indifferent
+from saqcli.search.knapsack import best_choice, untrained_choice
 from saqcli.search.mixture import Mixtures
-from saqcli.search.problem import Batches, Found, SearchProblem, remaining
+from saqcli.search.problem import Batches, SearchProblem, SearchResult, remaining_batches
 from saqcli.search.supernet import Scorer, Supernet
 from saqcli.training.minimizers import Chunk
 from saqcli.training.minimizers.base import average_gradients, check_step, gradients_of, running_statistics
@@ -64,27 +59,30 @@ from saqcli.training.step import Recovery, Snapshot, retry_on_oom
 from saqcli.units import format_quantity
 
 Align = Literal["sagm", "none"]
+RAMP_SHARE = 0.1  # share of the steps over which the budget's weight rises to its full value
+EXPECTED_COST_WEIGHT = 1e-3  # weight of the expected cost itself
+GAP_DECAY = 0.9  # decay of the running mean of the gap
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How ASGA searches: its options.
+    """Options of ASGA.
 
     Attributes:
-        epochs: passes over the images; a fraction ends within one.
-        step_images: of a batch, for one step.
+        epochs: passes over the images; a fraction stops within an epoch.
+        step_images: images per step; a batch is cut into such parts.
         rho_min: least radius.
         rho_max: greatest radius, and the first.
         rho_unit: ``deviation`` (of each layer's weights) or ``absolute``.
-        alignment: ``a``, how far the ascent is drawn back along the gradient, which aligns the two gradients.
+        alignment: ``a``, which shortens the ascent along the gradient and so aligns the two gradients.
         align: ``sagm``, or ``none`` for the same search on the plain loss, without a second pass.
         cost_weight: ``lambda``.
-        logit_lr: first learning rate of the logits.
-        temperature_end: softmax temperature at the last step, from 1 at the first; 1 keeps it.
-        bilevel: learn the logits on held-out images.
+        logit_lr: initial learning rate of the logits.
+        temperature_end: softmax temperature at the last step, from 1 at the first; 1 keeps it constant.
+        bilevel: train the logits on held-out images.
 
     Raises:
-        ConfigError: a word that is not among an option's choices, or a number out of range.
+        ConfigError: an option has an unknown value or is out of range.
     """
 
     epochs: float = 0.25
@@ -102,7 +100,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_number("epochs", self.epochs, 0)
         if not self.epochs:
-            raise ConfigError(f"epochs {self.epochs!r} is not possible: give more than 0")
+            raise ConfigError(f"epochs {self.epochs!r} is out of range: give more than 0")
         check_number("rho_min", self.rho_min, 0)
         check_number("rho_max", self.rho_max, self.rho_min)
         for option in ("alignment", "cost_weight", "logit_lr"):
@@ -114,19 +112,14 @@ class Settings:
         check_choice("align", self.align, get_args(Align))
 
 
-RISE = 0.1  # of all steps, until the budget weighs in full
-THRIFT = 1e-3  # weight of the expected cost itself
-MEMORY = 0.9  # of the running mean of the gap
-
-
 class Descent:
-    """One search under way: what learns, and how far it is.
+    """The state of one search: trained tensors, optimizers and progress.
 
     Attributes:
-        model: with mixtures for quantizers.
-        phases: of an epoch: images, and what learns on them.
+        model: with mixtures in place of quantizers.
+        phases: of an epoch: images, and what is trained on them.
         total: batches of the whole search.
-        done: batches so far; a step may be on a part of one.
+        done: batches so far; a step may cover a part of one.
         rho: radius of the next step.
         gap: running mean of h; None before the first step.
         trace: loss and h of every step so far.
@@ -154,32 +147,32 @@ class Descent:
         self.rho = settings.rho_max
         self.gap: float | None = None
         self.trace: list[tuple[float, float]] = []
-        self._since = 0  # steps before this epoch
+        self._since = 0  # number of steps before this epoch
         self.recovery = Recovery()
 
     def run(self) -> None:
-        """All steps, from where the memory left off."""
+        """Run all steps, from the position in the memory."""
         kept = self.problem.memory.load()
         epoch, phase, index = (0, 0, 0) if kept is None else self._load(kept)
         self.model.train()
         while epoch < self.settings.epochs:
-            self._pass(epoch, phase, index)
+            self._run_phase(epoch, phase, index)
             phase, index = phase + 1, 0
             if phase == len(self.phases):
-                self._note(epoch)
+                self._report_epoch(epoch)
                 epoch, phase = epoch + 1, 0
         if not self.trace:
-            raise distributed.agreed(
-                TrainingDiverged("not one step of the search had a loss: give a lower search.lr")
+            raise distributed.reported_once(
+                TrainingDiverged("no step of the search had a finite loss: give a lower search.lr")
             )
 
-    def _pass(self, epoch: int, place: int, start: int) -> None:
-        """One phase of an epoch, from batch number ``start`` on."""
+    def _run_phase(self, epoch: int, place: int, start: int) -> None:
+        """Run one phase of an epoch, from batch ``start``."""
         problem, (batches, learning) = self.problem, self.phases[place]
         count = min(len(batches), math.ceil((self.settings.epochs - epoch) * len(batches)))
         with problem.progress.task(f"search epoch {epoch + 1} of {self.settings.epochs:g}", count) as task:
             task.advance(start)
-            for index, (images, labels) in remaining(batches, epoch, start, problem.memory):
+            for index, (images, labels) in remaining_batches(batches, epoch, start, problem.memory):
                 if index == count:
                     break
                 on_device = [tensor.to(problem.device) for tensor in (images, labels)]
@@ -213,15 +206,15 @@ class Descent:
         """One update of weights, logits or both.
 
         Args:
-            parts: the images of the step, in micro-batches of at most that many.
-            images: how many these are on this rank.
-            share: of a batch.
-            weights: whether these learn.
-            logits: likewise.
+            parts: the images of the step, in micro-batches of at most the given size.
+            images: number of images of the step on this rank.
+            share: of a batch that the step covers.
+            weights: whether to update the weights.
+            logits: whether to update the logits.
 
         Raises:
-            TrainingDiverged: the loss is no finite number, in many steps in a row.
-            DeviceMemoryError: out of memory, however small the micro-batches.
+            TrainingDiverged: the loss is NaN or infinite in many steps in a row.
+            DeviceMemoryError: out of memory even with the smallest micro-batch.
         """
         self._schedule()
         learned = [*(self.weights if weights else ()), *(self.logits if logits else ())]
@@ -249,32 +242,32 @@ class Descent:
         self.recovery.in_row = 0
         gap = max(0.0, float(raised - value)) if self.settings.align == "sagm" else 0.0
         if logits:
-            for parameter, price in zip(self.logits, self._prices(), strict=True):
+            for parameter, price in zip(self.logits, self._cost_gradients(), strict=True):
                 if price is not None:
                     parameter.grad = price if parameter.grad is None else parameter.grad + price
         if weights:
             self.optimizer.step()
         if logits:
             self.logit_optimizer.step()
-        self._follow(float(value), gap)
+        self._update_radius(float(value), gap)
         self.done += share
 
     def _passes(
         self, chunk: Chunk, learned: Sequence[nn.Parameter], weights: bool
     ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
-        """The loss, that at the perturbed point, the norm that must be finite too, and the gradients of the step."""
+        """The loss, the loss at the perturbed point, the norm (must be finite too), the gradients."""
         with nullcontext() if weights else frozen_batch_stats(self.model):
             value, gradients = gradients_of(chunk, self.set, also=learned)
         members, total = gradients[: -len(learned)], gradients[-len(learned) :]
         if self.settings.align == "none":
             return value, value.clone(), torch.zeros_like(value), total
-        raised, norm, above = self._raised(chunk, members, value, learned)
+        raised, norm, above = self._perturbed_pass(chunk, members, value, learned)
         return value, raised, norm, add_up(add_up([], total, 0.5), above, 0.5)
 
-    def _raised(
+    def _perturbed_pass(
         self, chunk: Chunk, members: Gradients, value: Tensor, learned: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Gradients]:
-        """The loss at the perturbed point, the norm, and the gradients there."""
+        """The loss at the perturbed point, the gradient norm, and the gradients there."""
         unit = self.set.ascent(members, 1.0, self.settings.rho_unit)
         factor = self.rho - self.settings.alignment * unit.norm  # of e in units of s**2 g / ||s g||
         weights, parameters = ([factor * e for e in part] for part in (unit.weights, unit.parameters))
@@ -287,28 +280,28 @@ class Descent:
                 raised += part.detach() * share
         return raised, unit.norm, above
 
-    def _prices(self) -> Gradients:
-        """Gradients to the logits of what the mixtures cost."""
-        weight = self.settings.cost_weight * min(1.0, self.done / max(RISE * self.total, 1.0))
+    def _cost_gradients(self) -> Gradients:
+        """Gradients of the expected cost with respect to the logits."""
+        weight = self.settings.cost_weight * min(1.0, self.done / max(RAMP_SHARE * self.total, 1.0))
         with torch.enable_grad():
             used = self.mixtures.used(self.problem.budget)
-            price = weight * (used - 1).clamp_min(0).square().sum() + THRIFT * used.sum()
+            price = weight * (used - 1).clamp_min(0).square().sum() + EXPECTED_COST_WEIGHT * used.sum()
         return list(torch.autograd.grad(price, self.logits))
 
     def _schedule(self) -> None:
-        """Learning rates and temperature of the coming step."""
+        """Set learning rates and temperature of the next step."""
         fraction = min(1.0, self.done / max(self.total, 1))
         self._rates.set(fraction)
         self.mixtures.set_temperature(self.settings.temperature_end**fraction)
 
-    def _follow(self, loss: float, gap: float) -> None:
-        """Note a step, and adapt the radius to the gap."""
+    def _update_radius(self, loss: float, gap: float) -> None:
+        """Record a step, and adapt the radius to the gap."""
         self.trace.append((loss, gap))
-        self.gap = gap if self.gap is None else MEMORY * self.gap + (1 - MEMORY) * gap
+        self.gap = gap if self.gap is None else GAP_DECAY * self.gap + (1 - GAP_DECAY) * gap
         self.rho = min(self.settings.rho_max, max(self.settings.rho_min, math.log1p(self.gap)))
 
-    def _note(self, epoch: int) -> None:
-        """One line on an epoch."""
+    def _report_epoch(self, epoch: int) -> None:
+        """Report an epoch on one line."""
         problem = self.problem
         losses, gaps = zip(*(self.trace[self._since :] or [(math.nan, math.nan)]), strict=True)
         self._since = len(self.trace)
@@ -316,11 +309,11 @@ class Descent:
         problem.progress.note(
             f"search epoch {epoch + 1} of {self.settings.epochs:g}: loss {sum(losses) / len(losses):.4f}, "
             f"gap {sum(gaps) / len(gaps):.4f} (at most {max(gaps):.4f}), entropy {self.mixtures.entropy():.3f}, "
-            f"the present choice costs {format_quantity(problem.space.cost(choice).bops, 'BOPs')}"
+            f"the current choice costs {format_quantity(problem.space.cost(choice).bops, 'BOPs')}"
         )
 
     def _state(self, epoch: int, phase: int, index: int) -> dict[str, Any]:
-        """All that the search goes on from."""
+        """The state that the search resumes from."""
         return {
             "at": [epoch, phase, index],
             "model": self.model.state_dict(),
@@ -336,7 +329,7 @@ class Descent:
         }
 
     def _load(self, state: dict[str, Any]) -> tuple[int, int, int]:
-        """Put back what ``_state`` gave; returns epoch, phase and batch."""
+        """Restore what ``_state`` returned; returns epoch, phase and batch."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.logit_optimizer.load_state_dict(state["logit_optimizer"])
@@ -352,24 +345,24 @@ class Descent:
 
 
 class ASGA(Settings):
-    """Learns shares of all options together with the weights, by sharpness-aware gradient alignment."""
+    """Trains option shares together with the weights, by sharpness-aware gradient alignment."""
 
-    def search(self, problem: SearchProblem) -> Found:
-        """Train shares and weights, then take the likeliest choice; where all fits, that, without training.
+    def search(self, problem: SearchProblem) -> SearchResult:
+        """Train shares and weights, then take the likeliest choice; no training if every option fits the budget.
 
         Raises:
-            InfeasibleBudget: no configuration meets the budget.
-            TrainingDiverged: the loss is no finite number.
-            Interrupted: asked to stop; the memory holds what was done.
+            InfeasibleBudget: the budget is below the smallest reachable cost.
+            TrainingDiverged: the loss is NaN or infinite.
+            Interrupted: stopped by the user; the memory holds the progress.
         """
         space = problem.space
         space.check_reachable(problem.budget)
         if problem.budget.admits(space.ceiling):
-            return indifferent(problem)
+            return untrained_choice(problem)
         scorer = Scorer(problem)  # before the weights move
         descent = Descent(self, problem)
         descent.run()
         losses = descent.mixtures.losses()
         choice = best_choice(space, problem.budget, losses)
         scored = [scorer(choice)]
-        return Found(choice, lambda budget: [best_choice(space, budget, losses)], scorer, scored)
+        return SearchResult(choice, lambda budget: [best_choice(space, budget, losses)], scorer, scored)

@@ -1,15 +1,13 @@
-"""Baselines: uniform bits, least quantization error, the best of random configurations.
+"""Baselines: uniform bits, least quantization error, best of random configurations.
 
-The plainest baseline: the same bits everywhere, as many as the budget allows.
+``Uniform`` gives every layer the same bits, as many as the budget allows. ``RandomSearch`` takes the best of several
+random configurations: any search must beat it at the same cost.
 
-Bits by quantization error alone: seconds, no training, an exact knapsack.
-
-The output noise of a layer, relative to its signal, is to first order the sum of the noise-to-signal ratios
-of its weight and of its input, each on the scheme's grid at the level of least squared error, whatever the
-quantizer. The searcher minimises the sum of these over all layers under the budget. It knows nothing of how
-much a layer's noise matters to the loss; it is what a learned search must beat.
-
-The best of a number of random configurations: what any search must beat at the same cost.
+``ErrorKnapsack`` uses the quantization error alone: it takes seconds, trains nothing and solves an exact knapsack. To
+first order the output noise of a layer, relative to its signal, is the sum of the noise-to-signal ratios of its weight
+and of its input, each on the scheme's grid at the level of least squared error, whatever the quantizer. The searcher
+minimizes the sum of these over all layers under the budget. It ignores how much a layer's noise matters to the loss;
+a learned search must beat it.
 """
 
 import torch
@@ -18,25 +16,26 @@ from saqcli.quant.bits import LayerBits
 from saqcli.quant.cost import Budget
 from saqcli.quant.search_space import SearchSpace
 from saqcli.search.knapsack import FRONT_DRAWS, Sampler, best_choice
-from saqcli.search.problem import Found, SearchProblem
+from saqcli.search.problem import SearchProblem, SearchResult
 from saqcli.search.separable import relative_noise
 from saqcli.search.supernet import Scorer, score_all
 from saqcli.training.options import check_count
 
 
 class Uniform:
-    """The greatest width that fits when every free layer has it, or what rules leave nearest to it."""
+    """The greatest width that fits when every free layer has it; rules move a layer to its nearest option."""
 
-    def search(self, problem: SearchProblem) -> Found:
-        """Try the widths from the top."""
+    def search(self, problem: SearchProblem) -> SearchResult:
+        """Try the widths in descending order."""
         problem.space.check_reachable(problem.budget)
-        return Found(
-            greatest(problem.space, problem.budget), lambda budget: [greatest(problem.space, budget)]
+        return SearchResult(
+            largest_uniform(problem.space, problem.budget),
+            lambda budget: [largest_uniform(problem.space, budget)],
         )
 
 
-def greatest(space: SearchSpace, budget: Budget) -> list[int]:
-    """The uniform choice with the most bits that ``budget`` admits; the cheapest choice where none is."""
+def largest_uniform(space: SearchSpace, budget: Budget) -> list[int]:
+    """The uniform choice with the most bits within ``budget``; the cheapest choice if there is none."""
     options = [bits for decision in space.decisions for bits in decision.options]
     widths = {width for bits in options for width in (bits.weight, bits.activation)}
     for width in sorted(filter(None, widths), reverse=True):
@@ -47,28 +46,28 @@ def greatest(space: SearchSpace, budget: Budget) -> list[int]:
 
 
 class ErrorKnapsack:
-    """Least sum of relative quantization errors."""
+    """Minimizes the sum of relative quantization errors."""
 
-    def search(self, problem: SearchProblem) -> Found:
+    def search(self, problem: SearchProblem) -> SearchResult:
         """Measure every layer at every width, then solve the knapsack exactly."""
         problem.space.check_reachable(problem.budget)
         losses = relative_noise(problem)
         choice = best_choice(problem.space, problem.budget, losses)
-        return Found(choice, lambda budget: [best_choice(problem.space, budget, losses)])
+        return SearchResult(choice, lambda budget: [best_choice(problem.space, budget, losses)])
 
 
 class RandomSearch:
-    """Draws configurations that use the budget and takes the one with the highest accuracy, calibrated.
+    """Draws configurations that use the budget; takes the one with the highest calibrated accuracy.
 
     Args:
-        draws: how many.
+        draws: number of configurations.
     """
 
     def __init__(self, *, draws: int = 32) -> None:
         check_count("draws", draws)
         self.draws = draws
 
-    def search(self, problem: SearchProblem) -> Found:
+    def search(self, problem: SearchProblem) -> SearchResult:
         """Draw, score, take the best."""
         generator = torch.Generator().manual_seed(problem.seed)
         choices = Sampler(problem.space, problem.budget, generator).draw_distinct(self.draws)
@@ -78,4 +77,4 @@ class RandomSearch:
         def propose(budget: Budget) -> list[list[int]]:
             return Sampler(problem.space, budget, generator).draw_distinct(FRONT_DRAWS)
 
-        return Found(list(best.choice), propose, scorer, list(scorer.scored.values()))
+        return SearchResult(list(best.choice), propose, scorer, list(scorer.scored.values()))

@@ -1,27 +1,27 @@
-"""The recurrent controller of SAMQ, and how it learns by policy gradients.
+"""SAMQ's recurrent controller, and its training by policy gradients.
 
-SAMQ's controller: a recurrent network that draws the bits of one decision after the other.
+The controller draws the bits of one decision after the other:
 
     first input 0;  h = LSTM(input, h);  logits = W h;  draw an option;  input = embedding(option)
 
-A layer's bits so depend on those drawn before it. Source: Liu et al., arXiv:2111.12273, section 4 and its released
-code: embeddings and cell of size 64, all parameters uniform in [-0.1, 0.1], no temperature.
+A layer's bits therefore depend on those drawn before it. Source: Liu et al., arXiv:2111.12273, section 4 and its
+released code: embeddings and cell of size 64, all parameters uniform in [-0.1, 0.1], no temperature.
 
-Differs from the paper: a ``prior`` is added to the logits, by default the one with which configurations cost the budget
-on average (``sampling.budget_logits``), so that what is learned is which layers deserve more bits than others and not
-how many bits there are; options of untied bits share logits by width, weights and inputs adding up.
+Differs from the paper: a ``prior`` is added to the logits, by default the one whose configurations cost the budget on
+average (``knapsack.budget_logits``), so that the controller learns which layers deserve more bits than others, not
+the total number of bits; options of untied bits share logits by width, the sum of one for weights and one for inputs.
 
-How SAMQ's controller learns: policy gradients on the cost of what it drew.
+The controller is trained on the cost R of its draws:
 
-    minimise  mean over the last ``replay`` draws of  max(r A, clip(r, 1 - c, 1 + c) A)  -  entropy_weight * H
-    A = clip((R - baseline) / d, -3, 3),      r = pi(b) / pi(b) when it was drawn
+    minimize  mean over the last ``replay`` draws of  max(r A, clip(r, 1 - c, 1 + c) A)  -  entropy_weight * H
+    A = clip((R - baseline) / d, -3, 3),      r = pi(b) / pi(b) at the time of the draw
 
-with d the mean distance of R from its baseline: so the entropy's weight means the same for every network, and a
-configuration that breaks down, whose loss has no upper bound, does not count for more than three. Without a baseline
-A is R itself, as in the paper.
+with d the mean distance of R from its baseline, so that the entropy's weight has the same meaning for every network,
+and a configuration that fails, whose loss has no upper bound, counts at most 3. Without a baseline A is R itself, as
+in the paper.
 
 With ``replay`` 1 the ratio r is 1 and the gradient is that of A log pi: REINFORCE (Williams, 1992), as in SAMQ. With
-more a draw is learned from several times, as in PPO (Schulman et al., arXiv:1707.06347, Eq. 7, the sign turned).
+more, every draw is used several times, as in PPO (Schulman et al., arXiv:1707.06347, Eq. 7, with the sign changed).
 """
 
 import math
@@ -36,19 +36,25 @@ from saqcli.quant.search_space import SearchSpace
 from saqcli.search.knapsack import best_choice, in_window
 
 HIDDEN = 64
-TOGETHER = 64  # sequences drawn at a time
-ROUNDS = 40  # of them, before draws are moved into the window
+DRAWS_PER_ROUND = 64  # sequences per round
+ROUNDS = 40  # rounds before draws are moved into the window
 INITIAL = 0.1
+Baseline = Literal["ema", "none"]
+DECAY = 0.95  # decay of the moving averages
+CLIP = 0.2  # clipping range of the probability ratio
+MAX_ADVANTAGE = 3.0  # largest advantage, in mean distances from the baseline
+FAILED_COST = 100.0  # replaces a cost that is NaN or infinite, without a baseline
+EPSILON = 1e-12  # avoids division by zero if all costs are equal
 
 
-class Drawn(NamedTuple):
+class DrawnSequences(NamedTuple):
     """N sequences over D decisions with at most O options.
 
     Attributes:
-        choices: (N, D), an option's index each.
+        choices: (N, D), one option index per decision.
         log_probability: (N,), of the whole sequence.
         entropy: (N,), summed over decisions along the sequence.
-        options: (N, D, O), log-probability of every option given those drawn before; -inf where there is none.
+        options: (N, D, O), log-probability of every option given the preceding draws; -inf for padding.
     """
 
     choices: Tensor
@@ -58,11 +64,11 @@ class Drawn(NamedTuple):
 
 
 class Controller(nn.Module):
-    """Draws choices of a space.
+    """Draws choices of a search space.
 
     Args:
-        space: what may be chosen.
-        prior: log-probabilities of every option, by decision, that the logits are added to.
+        space: the search space.
+        prior: log-probabilities of every option, by decision; added to the logits.
         generator: of the initial parameters.
     """
 
@@ -95,20 +101,20 @@ class Controller(nn.Module):
                 parameter.uniform_(-INITIAL, INITIAL, generator=generator)
 
     def set_prior(self, prior: Sequence[Tensor]) -> None:
-        """Put another prior in the place of the present one."""
+        """Replace the prior."""
         self.prior.fill_(-torch.inf)
         for d, row in enumerate(prior):
             self.prior[d, : len(row)] = row.float()
 
-    def draw(self, count: int, generator: torch.Generator) -> Drawn:
-        """``count`` sequences."""
+    def draw(self, count: int, generator: torch.Generator) -> DrawnSequences:
+        """Draw ``count`` sequences."""
         return self._run(count, None, generator)
 
-    def read(self, choices: Tensor) -> Drawn:
-        """How probable ``choices`` (N, D) are; differentiable."""
+    def evaluate(self, choices: Tensor) -> DrawnSequences:
+        """Evaluate the sequences ``choices`` (N, D); differentiable."""
         return self._run(len(choices), choices, None)
 
-    def _run(self, count: int, given: Tensor | None, generator: torch.Generator | None) -> Drawn:
+    def _run(self, count: int, given: Tensor | None, generator: torch.Generator | None) -> DrawnSequences:
         x = torch.zeros(count, HIDDEN)
         state = (torch.zeros(count, HIDDEN), torch.zeros(count, HIDDEN))
         choices, rows, chosen, entropy = [], [], [], torch.zeros(count)
@@ -127,7 +133,9 @@ class Controller(nn.Module):
             x = self.embedding(self.weight_index[d][choice])
             if not self.tied:
                 x = x + self.embedding(self.activation_index[d][choice])
-        return Drawn(torch.stack(choices, 1), torch.stack(chosen, 1).sum(1), entropy, torch.stack(rows, 1))
+        return DrawnSequences(
+            torch.stack(choices, 1), torch.stack(chosen, 1).sum(1), entropy, torch.stack(rows, 1)
+        )
 
     def _logits(self, hidden: Tensor, decision: int) -> Tensor:
         by_width = self.head(hidden)  # (N, widths)
@@ -139,22 +147,22 @@ class Controller(nn.Module):
 def draw_within(
     controller: Controller, budget: Budget, count: int, generator: torch.Generator, rounds: int = ROUNDS
 ) -> list[list[int]]:
-    """Different configurations that ``budget`` admits and that use it, as ``controller`` draws them.
+    """Draw distinct configurations that are within ``budget`` and use it.
 
-    Where too few of its draws do, draws are moved into the window by the knapsack: to the choice that is likeliest
-    by the probabilities met along the draw. Fewer than ``count`` where no more are found.
+    If too few draws fall into the window, the knapsack moves draws into it: to the choice that is likeliest by the
+    probabilities met along the draw. Returns fewer than ``count`` if no more are found.
 
     Args:
-        controller: that draws.
+        controller: to draw from.
         budget: to be used.
-        count: of configurations.
-        generator: of the random numbers.
-        rounds: of ``TOGETHER`` draws, before they are moved; 1 where nothing is in the window.
+        count: number of configurations.
+        generator: of random numbers.
+        rounds: of ``DRAWS_PER_ROUND`` draws before draws are moved; 1 if the window is empty.
     """
     space = controller.space
     found: dict[tuple[int, ...], list[int]] = {}
     for _ in range(rounds):
-        drawn = controller.draw(TOGETHER, generator)
+        drawn = controller.draw(DRAWS_PER_ROUND, generator)
         for choice in drawn.choices.tolist():
             if in_window(space, budget, choice):
                 found.setdefault(tuple(choice), choice)
@@ -169,24 +177,16 @@ def draw_within(
     return list(found.values())
 
 
-Baseline = Literal["ema", "none"]
-DECAY = 0.95  # of the moving average
-CLIP = 0.2  # of the ratio of probabilities
-FARTHEST = 3.0  # distances from the baseline
-BROKEN = 100.0  # what a cost that is no finite number counts as without a baseline
-TINY = 1e-12  # guards costs that are all the same
-
-
 class Reinforce:
     """Moves a controller towards draws of low cost.
 
     Args:
-        controller: that draws.
-        lr: of Adam.
-        weight_decay: likewise; the paper's is 5e-5.
-        entropy_weight: of the entropy of a whole sequence.
+        controller: to be trained.
+        lr: learning rate of Adam.
+        weight_decay: of Adam; the paper's is 5e-5.
+        entropy_weight: weight of the entropy of a whole sequence.
         baseline: ``ema`` subtracts the moving average of the costs, ``none`` nothing.
-        replay: draws that take part in an update.
+        replay: number of draws per update.
     """
 
     def __init__(
@@ -203,15 +203,17 @@ class Reinforce:
         self.baseline: Baseline = baseline
         self.replay = replay
         self.optimizer = torch.optim.Adam(controller.parameters(), lr=lr, weight_decay=weight_decay)
-        self.average: float | None = None  # of the costs
-        self.distance = 0.0  # of the costs from it, on average
-        self._draws: list[tuple[list[int], float, float]] = []  # choice, log-probability then, advantage
+        self.average: float | None = None  # moving average of the costs
+        self.distance = 0.0  # mean distance of the costs from the average
+        self._draws: list[
+            tuple[list[int], float, float]
+        ] = []  # choice, log-probability when drawn, advantage
 
     def learn(self, choice: Sequence[int], cost: float) -> float:
-        """Take in one draw and its cost, and move the controller once; returns the entropy of a sequence."""
+        """Update the controller once with a draw and its cost; returns the entropy of a sequence."""
         advantage = self._advantage(cost)
         with torch.no_grad():
-            before = float(self.controller.read(torch.tensor([list(choice)])).log_probability[0])
+            before = float(self.controller.evaluate(torch.tensor([list(choice)])).log_probability[0])
         self._draws = [*self._draws, (list(choice), before, advantage)][-self.replay :]
         self.optimizer.zero_grad()
         loss, entropy = self._loss()
@@ -220,20 +222,20 @@ class Reinforce:
         return float(entropy)
 
     def _advantage(self, cost: float) -> float:
-        """How much ``cost`` is above the baseline, which takes it in."""
-        if not math.isfinite(cost):  # a configuration that broke down altogether
-            return FARTHEST if self.baseline == "ema" else BROKEN
+        """The distance of ``cost`` above the baseline; updates the baseline."""
+        if not math.isfinite(cost):  # the configuration failed
+            return MAX_ADVANTAGE if self.baseline == "ema" else FAILED_COST
         before = cost if self.average is None else self.average
         self.average = DECAY * before + (1 - DECAY) * cost
         if self.baseline == "none":
             return cost
         above = cost - before
         self.distance = DECAY * self.distance + (1 - DECAY) * abs(above) if self.distance else abs(above)
-        return min(max(above / max(self.distance, TINY), -FARTHEST), FARTHEST)
+        return min(max(above / max(self.distance, EPSILON), -MAX_ADVANTAGE), MAX_ADVANTAGE)
 
     def _loss(self) -> tuple[Tensor, Tensor]:
         choices, before, advantages = zip(*self._draws, strict=True)
-        drawn = self.controller.read(torch.tensor(choices))
+        drawn = self.controller.evaluate(torch.tensor(choices))
         advantage = torch.tensor(advantages)
         ratio = (drawn.log_probability - torch.tensor(before)).exp()
         clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
@@ -252,7 +254,7 @@ class Reinforce:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""
         self.controller.load_state_dict(state["controller"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average, self.distance = state["average"], state["distance"]

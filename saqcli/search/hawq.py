@@ -1,17 +1,18 @@
-"""Bits by curvature: quantization errors weighed with how sharply the loss bends where they are made.
+"""HAWQ: quantization errors weighted by the curvature of the loss.
 
-To second order, noise e on a tensor of n numbers raises the loss, which is at a minimum, by 1/2 e^T H e. In a random
+At a minimum of the loss, noise e on a tensor of n values raises it to second order by 1/2 e^T H e. In a random
 direction that is
 
     loss of a width = 1/2 * tr(H) / n * ||Q(x) - x||**2
 
-for the weights of a layer, and likewise for its inputs, where H is the Hessian of an image's loss to that layer's
-input. Traces come from Hutchinson's estimate: random signs z over all tensors at once, tr H_l = E <z_l, (H z)_l>, since
-the blocks between two tensors average to zero. The losses add up, and the knapsack is solved exactly.
+for the weights of a layer, and in the same way for its inputs, where H is the Hessian of one image's loss with respect
+to the layer's input. Traces come from Hutchinson's estimate: random signs z over all tensors at once,
+tr H_l = E <z_l, (H z)_l>, since the blocks between two tensors average to zero. The losses are summed over layers, and
+the knapsack is solved exactly.
 
-Source: HAWQ-V2 (Dong et al., arXiv:1911.03852), sections 3.2 and 3.3. Differs from the paper: weights and inputs stand
-in one sum, so that tied bits are decided by both; and an integer program takes the place of the Pareto frontier, as in
-HAWQ-V3 (arXiv:2011.10680).
+Source: HAWQ-V2 (Dong et al., arXiv:1911.03852), sections 3.2 and 3.3. Differs from the paper: weights and inputs are in
+one sum, so both decide tied bits; and an integer program replaces the Pareto frontier, as in HAWQ-V3
+(arXiv:2011.10680).
 """
 
 from collections.abc import Iterator
@@ -25,21 +26,21 @@ from torch.nn import functional as F
 from saqcli.progress import Task
 from saqcli.quant.layer import QuantizedLayer, perturbed, quantized_layers, zero_ports
 from saqcli.search.knapsack import best_choice
-from saqcli.search.problem import Batch, Found, SearchProblem
+from saqcli.search.problem import Batch, SearchProblem, SearchResult
 from saqcli.search.separable import OPERANDS, Losses, Operand, add_losses, measure_noise, sums_over_batches
 from saqcli.training.hessian import HessianProduct, twice_differentiable
 from saqcli.training.options import check_count
 
 Traces = dict[tuple[str, Operand], float]
-SMALL, LARGE_BATCH = 64, 16  # pixels up to which batches stay whole, and images at a time above
+SMALL, LARGE_BATCH = 64, 16  # image side up to which batches stay whole; images at a time for larger ones
 
 
 class HAWQ:
-    """Least sum of second-order losses.
+    """Minimizes the sum of second-order losses.
 
     Args:
-        samples: random vectors a batch of images.
-        images: of the scoring ones, to estimate the traces on; whole batches.
+        samples: random vectors per batch of images.
+        images: number of scoring images for the traces, rounded up to whole batches.
     """
 
     def __init__(self, *, samples: int = 8, images: int = 512) -> None:
@@ -47,15 +48,15 @@ class HAWQ:
         check_count("images", images)
         self.samples, self.images = samples, images
 
-    def search(self, problem: SearchProblem) -> Found:
+    def search(self, problem: SearchProblem) -> SearchResult:
         """Estimate traces, measure errors, then solve the knapsack exactly."""
         problem.space.check_reachable(problem.budget)
         losses = self.losses(problem, self.traces(problem))
         choice = best_choice(problem.space, problem.budget, losses)
-        return Found(choice, lambda budget: [best_choice(problem.space, budget, losses)])
+        return SearchResult(choice, lambda budget: [best_choice(problem.space, budget, losses)])
 
     def losses(self, problem: SearchProblem, traces: Traces) -> Losses:
-        """Half the trace times the mean squared error; a negative trace, which is noise, counts as none."""
+        """Half the trace times the mean squared error; a negative trace is noise and counts as 0."""
         noise = measure_noise(problem)
         return add_losses(
             problem.space,
@@ -63,7 +64,7 @@ class HAWQ:
         )
 
     def traces(self, problem: SearchProblem) -> Traces:
-        """Trace of the Hessian of the mean loss, of every layer's weights and of an image's inputs."""
+        """Traces of the Hessian of the mean loss, of every layer's weights and of one image's inputs."""
         batches = self._batches(problem)
         count = sum(len(labels) for _, labels in batches)
         layers = quantized_layers(problem.model.eval())
@@ -106,9 +107,7 @@ class HAWQ:
             names += [f"activation {name}" for name, leaves in inputs.items() for _ in leaves]
             variables = [*ports, *(leaf for leaves in inputs.values() for leaf in leaves)]
             product_with = HessianProduct(value, variables)
-            for _ in range(
-                self.samples
-            ):  # one after the other: a vector is as large as all inputs of all layers
+            for _ in range(self.samples):  # one at a time: a vector is as large as all layers' inputs
                 vector = [_signs(leaf, generator) for leaf in variables]
                 for name, z, h in zip(names, vector, product_with(vector), strict=True):
                     yield name, float((z * h).double().sum()) / self.samples
@@ -116,7 +115,7 @@ class HAWQ:
 
 @contextmanager
 def input_ports(layers: dict[str, QuantizedLayer]) -> Iterator[dict[str, list[Tensor]]]:
-    """Within the context a zero leaf is added to every layer's input at each call; the leaves, by layer."""
+    """Within the context a zero leaf is added to every layer's input at each call; yields the leaves by layer."""
     leaves: dict[str, list[Tensor]] = {name: [] for name in layers}
     before = {name: layer.input_quantizer for name, layer in layers.items()}
     try:
@@ -129,14 +128,14 @@ def input_ports(layers: dict[str, QuantizedLayer]) -> Iterator[dict[str, list[Te
 
 
 class _InputPort(nn.Module):
-    """Adds a zero leaf to what passes, and notes it."""
+    """Adds a zero leaf to its input, and keeps the leaf."""
 
     def __init__(self, leaves: list[Tensor]) -> None:
         super().__init__()
         self.leaves = leaves
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x``, through a leaf."""
+        """``x`` plus a zero leaf."""
         leaf = torch.zeros_like(x, requires_grad=True)
         self.leaves.append(leaf)
         return x + leaf

@@ -1,23 +1,21 @@
 """The exact multiple-choice knapsack, and random configurations that use a budget.
 
-The exact multiple-choice knapsack: one choice a group, least total loss, total costs within limits.
+The knapsack takes one option per group with the least total loss and total costs within limits. HiGHS solves it as an
+integer program through ``scipy.optimize.milp``. Costs are integers up to 10**15, but the solver works in floating point
+with a tolerance of about 1e-6. Every solution is therefore checked in exact integers; one that exceeds a bound within
+the tolerance is excluded, and the program is solved again. Only after ``MAX_REJECTED`` such solutions in a row the
+bounds are tightened by the tolerance.
 
-Solved as an integer program by HiGHS through ``scipy.optimize.milp``. Costs are integers up to 10**15, the solver
-works in floating point with a tolerance of about 1e-6: every answer is checked in exact integers, and one that the
-tolerance let slip out of bounds is ruled out before asking again. Only where more than ``RULED_OUT`` such answers
-come in a row are the bounds drawn in by the tolerance instead.
+Random configurations use the budget and do not exceed it. Bits drawn uniformly nearly always cost too much or too
+little. Drawn with probabilities
 
-Configurations at random that use a budget and do not exceed it.
+    p(option) ~ exp(-m . cost)          for every decision independently
 
-Bits drawn evenly nearly always cost too much or too little. Drawn instead with probabilities
-
-    p(option) ~ exp(-m . cost)          for every decision on its own
-
-they cost the budget on average, where the multipliers m >= 0 (one a bound) are chosen so. Among configurations of the
-same cost all are equally likely, since their probabilities depend on the cost alone: drawing until one lies between
-``BUDGET_USE`` of the budget and the budget gives nearly even draws from all of these. This is the distribution of
-greatest entropy with that mean cost (Jaynes, 1957). The multipliers minimise a convex function, m . target + the sum of
-the decisions' log partition functions.
+they cost the budget on average, for suitable multipliers m >= 0 (one per bound). Configurations of the same cost are
+equally likely, since their probabilities depend on the cost alone: drawing until one lies between ``BUDGET_USE`` of the
+budget and the budget gives nearly uniform draws from all of these. This is the distribution of greatest entropy with
+that mean cost (Jaynes, 1957). The multipliers minimize a convex function, m . target + the sum of the decisions' log
+partition functions.
 """
 
 import math
@@ -33,19 +31,23 @@ from torch import Tensor
 from saqcli.errors import InfeasibleBudget
 from saqcli.quant.cost import USE_MIDDLE, Budget, least_use
 from saqcli.quant.search_space import SearchSpace
-from saqcli.search.problem import Found, SearchProblem
+from saqcli.search.problem import SearchProblem, SearchResult
 from saqcli.search.separable import Losses
 
-RULED_OUT = 20  # answers out of bounds by the solver's tolerance, before the bounds are drawn in
+MAX_REJECTED = 20  # solutions beyond a bound, within the tolerance, before the bounds are tightened
+FRONT_DRAWS = 4  # configurations proposed per budget of a front
+DRAWS = 500  # failed draws before the knapsack moves a draw into the window
+BISECTIONS, MAX_LOG_SCALE = 16, 9.0  # bisection steps for the temperature, and upper end of its interval
+MAX_MULTIPLIER = 1e4  # largest multiplier, per share of the budget: other options have probability e**-10000
 
 
 class Resource(NamedTuple):
-    """Something that every option takes some of.
+    """A cost that every option has.
 
     Attributes:
         costs: of every option, by group.
         limit: greatest total, never exceeded.
-        least: least total wanted.
+        least: smallest desired total.
     """
 
     costs: Sequence[Sequence[int]]
@@ -53,30 +55,30 @@ class Resource(NamedTuple):
     least: int = 0
 
     def total(self, chosen: Sequence[int]) -> int:
-        """What a choice takes."""
+        """Total cost of a choice."""
         return sum(group[index] for group, index in zip(self.costs, chosen, strict=True))
 
     def admits(self, chosen: Sequence[int]) -> bool:
-        """Whether that lies within the bounds."""
+        """Whether the total cost is within the bounds."""
         return self.least <= self.total(chosen) <= self.limit
 
 
 def best_choice(space: SearchSpace, budget: Budget, losses: Sequence[Sequence[float]]) -> list[int]:
-    """The choice of least total loss that the budget admits; it uses the budget where any choice does.
+    """The choice of least total loss within the budget; it uses the budget if any choice does.
 
     Args:
-        space: what may be chosen.
+        space: the search space.
         budget: never exceeded.
-        losses: of every option, by decision; they add up. What is no finite number counts as worse than all.
+        losses: of every option, by decision; summed over decisions. NaN and infinity count as worse than all others.
 
     Raises:
-        InfeasibleBudget: the budget is below the floor.
+        InfeasibleBudget: the budget is below the smallest reachable cost.
     """
     space.check_reachable(budget)
     losses = _finite(losses)
     ceiling = [len(decision.options) - 1 for decision in space.decisions]
     if budget.admits(space.ceiling):
-        return ceiling  # nothing to choose, even where fewer bits err as little
+        return ceiling  # even if fewer bits have the same loss
     resources = [
         Resource(
             [[cost[index] for cost in decision.costs] for decision in space.decisions],
@@ -84,44 +86,45 @@ def best_choice(space: SearchSpace, budget: Budget, losses: Sequence[Sequence[fl
         )
         for index, bound in budget.bounds()
     ]
-    chosen = choose(losses, resources)
+    chosen = solve_knapsack(losses, resources)
     if budget.used_by(space.cost(chosen)):
         return chosen
     best: list[int] | None = None
     for place, (index, bound) in enumerate(budget.bounds()):
-        asked = list(resources)
-        asked[place] = asked[place]._replace(least=least_use(bound) - space.fixed_cost[index])
-        found = _within(losses, asked)
+        with_least = list(resources)
+        with_least[place] = with_least[place]._replace(least=least_use(bound) - space.fixed_cost[index])
+        found = _best_within(losses, with_least)
         if found is not None and (best is None or _loss(losses, found) < _loss(losses, best)):
             best = found
     return chosen if best is None else best
 
 
-def indifferent(problem: SearchProblem) -> Found:
-    """What fits and uses the budget where nothing is known of the options, since nothing had to be learned."""
+def untrained_choice(problem: SearchProblem) -> SearchResult:
+    """A choice that fits and uses the budget, without any preference among options; for a search without training."""
     space = problem.space
-    alike = [[0.0] * len(decision.options) for decision in space.decisions]
-    return Found(
-        best_choice(space, problem.budget, alike), lambda budget: [best_choice(space, budget, alike)]
+    equal_losses = [[0.0] * len(decision.options) for decision in space.decisions]
+    return SearchResult(
+        best_choice(space, problem.budget, equal_losses),
+        lambda budget: [best_choice(space, budget, equal_losses)],
     )
 
 
-def choose(losses: Sequence[Sequence[float]], resources: Sequence[Resource]) -> list[int]:
+def solve_knapsack(losses: Sequence[Sequence[float]], resources: Sequence[Resource]) -> list[int]:
     """The index of the chosen option of every group.
 
     Args:
         losses: of every option, by group.
-        resources: with their limits; a ``least`` is given up where no choice lies between it and the limit.
+        resources: with their limits; a ``least`` is ignored if no choice lies between it and the limit.
 
     Raises:
-        InfeasibleBudget: no choice stays within the limits.
+        InfeasibleBudget: no choice is within the limits.
     """
-    chosen = _within(losses, resources)
+    chosen = _best_within(losses, resources)
     if chosen is None and any(resource.least > 0 for resource in resources):
-        chosen = _within(losses, [resource._replace(least=0) for resource in resources])
+        chosen = _best_within(losses, [resource._replace(least=0) for resource in resources])
     if chosen is not None:
         return chosen
-    # Where the solver finds nothing although there is something, it is the cheapest, short of the limit by rounding.
+    # If the solver misses an existing solution, that is the cheapest choice, within rounding of the limit.
     cheapest = [min(range(len(group)), key=group.__getitem__) for group in resources[0].costs]
     for resource in resources:
         if resource.total(cheapest) > resource.limit:
@@ -141,19 +144,19 @@ def _loss(losses: Sequence[Sequence[float]], chosen: Sequence[int]) -> float:
     return sum(group[index] for group, index in zip(losses, chosen, strict=True))
 
 
-def _within(losses: Sequence[Sequence[float]], resources: Sequence[Resource]) -> list[int] | None:
-    """The best choice within all bounds, checked in exact integers; None where there is none."""
+def _best_within(losses: Sequence[Sequence[float]], resources: Sequence[Resource]) -> list[int] | None:
+    """The best choice within all bounds, checked in exact integers; None if there is none."""
     if not losses:
         return [] if all(resource.admits([]) for resource in resources) else None
-    refused: list[list[int]] = []
-    for slack in (*(0.0,) * RULED_OUT, 2e-6, 1e-5, 1e-4, 1e-3):
-        chosen = _solve(losses, resources, slack, refused)
+    rejected: list[list[int]] = []
+    for slack in (*(0.0,) * MAX_REJECTED, 2e-6, 1e-5, 1e-4, 1e-3):
+        chosen = _solve(losses, resources, slack, rejected)
         if chosen is None and not slack:
             return None
         if chosen is not None:
             if all(resource.admits(chosen) for resource in resources):
                 return chosen
-            refused.append(chosen)
+            rejected.append(chosen)
     return None
 
 
@@ -161,9 +164,9 @@ def _solve(
     losses: Sequence[Sequence[float]],
     resources: Sequence[Resource],
     slack: float,
-    refused: Sequence[Sequence[int]],
+    rejected: Sequence[Sequence[int]],
 ) -> list[int] | None:
-    """The best choice within bounds drawn in by ``slack``, to the solver's tolerance."""
+    """The best choice within bounds tightened by ``slack``, to the solver's tolerance."""
     edges = np.cumsum([0, *(len(group) for group in losses)])
     one_each = np.zeros((len(losses), edges[-1]))
     for group, (first, last) in enumerate(pairwise(edges)):
@@ -177,7 +180,7 @@ def _solve(
         lower = max(least, 0) / max(limit, 1)
         constraints.append(LinearConstraint(weight[None], lower + (slack if lower else 0), 1 - slack))
         usable &= affordable
-    for chosen in refused:
+    for chosen in rejected:
         same = np.zeros(edges[-1])
         same[edges[:-1] + chosen] = 1
         constraints.append(LinearConstraint(same[None], 0, len(losses) - 1))
@@ -195,21 +198,13 @@ def _solve(
     return [int(np.argmax(answer.x[first:last])) for first, last in pairwise(edges)]
 
 
-FRONT_DRAWS = 4  # configurations proposed for another budget
-DRAWS = 500  # in vain, before the knapsack makes a configuration fit
-HALVINGS, HOTTEST = 16, 9.0  # of the search for a temperature
-STEEPEST = (
-    1e4  # of a multiplier, per share of the budget: the cheapest option in all but one of e**10000 draws
-)
-
-
 def budget_logits(space: SearchSpace, budget: Budget, losses: Losses | None = None) -> list[Tensor]:
-    """Log-probabilities of every option, by decision, float64, with which the mean cost is that of the window.
+    """Log-probabilities of every option, by decision, float64, whose mean cost is the middle of the window.
 
-    Where the budget is beyond the mean, or has no bounds, the cost makes no difference.
+    If the budget is above the mean cost, or has no bounds, cost has no influence.
 
     Args:
-        space: what may be chosen.
+        space: the search space.
         budget: to be used.
         losses: of every option, by decision; p ~ exp(-loss - m . cost). None for 0.
     """
@@ -241,8 +236,8 @@ def budget_logits(space: SearchSpace, budget: Budget, losses: Losses | None = No
         dual,
         np.zeros(len(bounds)),
         jac=True,
-        bounds=[(0, STEEPEST)] * len(bounds),
-        options={"ftol": 0.0, "gtol": 1e-8},  # the gradient is how far the mean misses the target
+        bounds=[(0, MAX_MULTIPLIER)] * len(bounds),
+        options={"ftol": 0.0, "gtol": 1e-8},  # the gradient is the distance of the mean from the target
     )
     return [
         torch.log_softmax(torch.from_numpy(-share @ answer.x - energy), 0)
@@ -251,16 +246,16 @@ def budget_logits(space: SearchSpace, budget: Budget, losses: Losses | None = No
 
 
 def informed_logits(space: SearchSpace, budget: Budget, losses: Losses, entropy: float) -> list[Tensor]:
-    """``budget_logits`` with losses at the temperature where the mean entropy of a decision is ``entropy``.
+    """``budget_logits`` with losses, at the temperature where the mean entropy of a decision is ``entropy``.
 
-    The entropy is in units of what it is without losses: 1 ignores them, near 0 there is no choice left.
+    The entropy is relative to that without losses: 1 ignores the losses, near 0 the choice is deterministic.
     """
     scale = max((max(row) - min(row) for row in losses), default=0.0)
     if scale <= 0:
         return budget_logits(space, budget)
     wanted = entropy * _entropy(budget_logits(space, budget))
-    low, high = 0.0, HOTTEST  # of the logarithm of the inverse temperature, in units of 1 / scale
-    for _ in range(HALVINGS):
+    low, high = 0.0, MAX_LOG_SCALE  # logarithm of the inverse temperature, in units of 1 / scale
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
         scaled = [[math.expm1(middle) * loss / scale for loss in row] for row in losses]
         logits = budget_logits(space, budget, scaled)
@@ -269,17 +264,17 @@ def informed_logits(space: SearchSpace, budget: Budget, losses: Losses, entropy:
 
 
 def _entropy(logits: Sequence[Tensor]) -> float:
-    """Summed over decisions."""
+    """Sum over decisions."""
     return sum(float(-(row.exp() * row).nan_to_num().sum()) for row in logits)
 
 
 class Sampler:
-    """Draws configurations that the budget admits, and that use it where configurations do.
+    """Draws configurations within the budget that use it, if any do.
 
     Args:
-        space: to draw from.
+        space: the search space.
         budget: to draw for.
-        generator: of the random numbers.
+        generator: of random numbers.
     """
 
     def __init__(self, space: SearchSpace, budget: Budget, generator: torch.Generator) -> None:
@@ -289,18 +284,18 @@ class Sampler:
         self._draws = DRAWS
 
     def draw(self) -> list[int]:
-        """One configuration; the dearest where the budget admits it."""
+        """Draw one configuration; the most expensive one if it is within the budget."""
         if self.budget.admits(self.space.ceiling):
             return [len(decision.options) - 1 for decision in self.space.decisions]
         for _ in range(self._draws):
-            choice = self._any()
+            choice = self._sample()
             if in_window(self.space, self.budget, choice):
                 return choice
-        self._draws = 0  # they are too rare to be found so
-        return best_choice(self.space, self.budget, [(-noisy).tolist() for noisy in self._noisy()])
+        self._draws = 0  # such draws are too rare: do not try again
+        return best_choice(self.space, self.budget, [(-noisy).tolist() for noisy in self._noisy_logits()])
 
     def draw_distinct(self, count: int) -> list[list[int]]:
-        """Up to ``count`` different ones; fewer where hardly more exist."""
+        """Draw up to ``count`` distinct configurations; fewer if hardly more exist."""
         found: dict[tuple[int, ...], list[int]] = {}
         for _ in range(4 * count):
             choice = self.draw()
@@ -309,11 +304,11 @@ class Sampler:
                 break
         return list(found.values())
 
-    def _any(self) -> list[int]:
-        return [int(noisy.argmax()) for noisy in self._noisy()]
+    def _sample(self) -> list[int]:
+        return [int(noisy.argmax()) for noisy in self._noisy_logits()]
 
-    def _noisy(self) -> list[Tensor]:
-        """Logits plus Gumbel noise: the greatest of each is a draw."""
+    def _noisy_logits(self) -> list[Tensor]:
+        """Logits plus Gumbel noise; the argmax of each row is a draw."""
         uniform = (torch.rand(len(row), generator=self.generator, dtype=torch.float64) for row in self.logits)
         return [
             row - torch.log(-torch.log(u.clamp(1e-300, 1 - 1e-16)))
@@ -322,6 +317,6 @@ class Sampler:
 
 
 def in_window(space: SearchSpace, budget: Budget, choice: Sequence[int]) -> bool:
-    """Whether the budget admits ``choice`` and it uses the budget, or it is all there is to use."""
+    """Whether ``choice`` is within the budget and uses it, or is the most expensive choice."""
     cost = space.cost(choice)
     return budget.admits(cost) and (budget.used_by(cost) or cost == space.ceiling)

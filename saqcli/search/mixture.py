@@ -1,20 +1,21 @@
-"""One quantizer that is all options at once, in shares that a search learns.
+"""A quantizer that blends all options, in shares that a search learns.
 
-A layer's bits become something to differentiate by where it computes with every option, blended:
+A layer computes with every option, weighted by its share, so that the bits become differentiable:
 
     p_j   = exp(a_j / T) / sum_k exp(a_k / T)                       shares of the widths, from logits a
-    W~    = sum_j p_j Q_j(w)          X~ = sum_j p_j Q_j(x)         w is shared, clipping levels belong to a width
+    W~    = sum_j p_j Q_j(w)          X~ = sum_j p_j Q_j(x)         w is shared; every width has its clipping level
     E[c]  = sum_o p_o c_o                                           of a decision, o over its options
 
-Where weights and inputs of a decision always have the same width, one logit a width gives the shares of both.
-Elsewhere each operand has logits of its own, and an option's share is the product of its widths' shares, divided by
-the sum over the options there are.
+If weights and inputs of a decision always have the same width, one logit per width gives the shares of both.
+Otherwise each operand has its own logits, and an option's share is the product of its widths' shares, normalized over
+the existing options.
 
-Source: EdMIPS (Cai and Vasconcelos, arXiv:2004.05795). Differs from it: the expected cost is that of the options,
-where EdMIPS multiplies expected widths. At settled shares both are what the choice costs; before, with one width for
-both operands, E[b] E[b] < E[b b]: half 2 and half 6 bits count 16 there, and 4 or 36, 20 on average, once chosen.
+Source: EdMIPS (Cai and Vasconcelos, arXiv:2004.05795). Differs from it: the expected cost averages over options,
+where EdMIPS multiplies expected widths. If the shares are 0 or 1 both equal the cost of the choice; before, with one
+width for both operands, E[b] E[b] < E[b b]: with 2 and 6 bits at equal shares EdMIPS counts 16, although the choice
+costs 4 or 36, 20 on average.
 
-The logits are no part of the model: neither its optimizer nor a perturbation of its parameters may meet them.
+The logits do not belong to the model: neither its optimizer nor a perturbation of its parameters sees them.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,18 +29,16 @@ from saqcli.quant.quantizers.base import Quantizer
 from saqcli.quant.search_space import Decision
 from saqcli.search.supernet import Supernet
 
-LEAST_SHARE = (
-    0.01  # below it a width is not computed any more: it changes little and takes as long as any other
-)
+MIN_SHARE = 0.01  # widths below it are skipped: they change little and take as long as others
 
 
 class Mixture(nn.Module):
-    """Stands where a layer's quantizer was, and blends that quantizer's results at several widths.
+    """Replaces a layer's quantizer; blends its results at several widths.
 
     Attributes:
         quantizer: with levels for all widths.
-        widths: that are blended.
-        shares: gives one for every width, (widths,); they sum to 1.
+        widths: to blend.
+        shares: returns one share per width, (widths,); they sum to 1.
     """
 
     def __init__(self, quantizer: Quantizer, widths: Sequence[int], shares: Callable[[], Tensor]) -> None:
@@ -47,12 +46,12 @@ class Mixture(nn.Module):
         self.quantizer, self.widths, self.shares = quantizer, tuple(widths), shares
 
     def forward(self, x: Tensor) -> Tensor:
-        """The blend, in the shape of ``x``; exactly the one result where one width has all of it."""
+        """The blend, in the shape of ``x``; exactly one width's result if that width has the whole share."""
         blend: Tensor | None = None
         shares = self.shares()
         values = shares.tolist()
         for bits, share, value in zip(self.widths, shares.unbind(), values, strict=True):
-            if value < LEAST_SHARE and value < max(values):
+            if value < MIN_SHARE and value < max(values):
                 continue
             self.quantizer.select(bits)
             part: Tensor = self.quantizer(x)
@@ -66,17 +65,17 @@ class Mixture(nn.Module):
 
 
 class Preference:
-    """What a search has learned of one decision.
+    """The learned shares of one decision's options.
 
     Attributes:
         weights: distinct widths of the options' weights, ascending.
-        activations: likewise of their inputs.
-        logits: of the weights' widths, then of the inputs'; a single tensor where the two are always the same.
-        temperature: that the logits are divided by.
+        activations: distinct widths of the options' inputs, ascending.
+        logits: of the weights' widths, then of the inputs'; a single tensor if the two are always the same.
+        temperature: divisor of the logits.
     """
 
     def __init__(self, decision: Decision, device: torch.device, dtype: torch.dtype) -> None:
-        """All options alike."""
+        """All options start with equal shares."""
         pairs = [(bits.weight or 0, bits.activation or 0) for bits in decision.options]
         self.weights = sorted({weight for weight, _ in pairs})
         self.activations = sorted({activation for _, activation in pairs})
@@ -84,17 +83,17 @@ class Preference:
         parts = [self.weights] if tied else [self.weights, self.activations]
         self.logits = [nn.Parameter(torch.zeros(len(part), device=device, dtype=dtype)) for part in parts]
         self.temperature = 1.0
-        self._places = [  # of every option among the widths of each part
+        self._places = [  # index of every option's width, by part
             torch.tensor([part.index(pair[i]) for pair in pairs], device=device)
             for i, part in enumerate(parts)
         ]
 
     def weight_shares(self) -> Tensor:
-        """Of every width of the weights."""
+        """Share of every weight width."""
         return torch.softmax(self.logits[0] / self.temperature, 0)
 
     def input_shares(self) -> Tensor:
-        """Of every width of the inputs."""
+        """Share of every input width."""
         return torch.softmax(self.logits[-1] / self.temperature, 0)
 
     def log_shares(self) -> Tensor:
@@ -106,7 +105,7 @@ class Preference:
 class Mixtures:
     """A supernet whose free layers compute with all their options at once.
 
-    Quantizers of fixed layers stay as they are, and so does an operand with a single width.
+    Quantizers of fixed layers, and of operands with a single width, stay unchanged.
 
     Attributes:
         preferences: by decision.
@@ -134,7 +133,9 @@ class Mixtures:
         self, owner: nn.Module, name: str, widths: Sequence[int], shares: Callable[[], Tensor]
     ) -> None:
         plain = getattr(owner, name)
-        if len(widths) > 1 and isinstance(plain, Quantizer):  # a layer with another's weight has none for it
+        if len(widths) > 1 and isinstance(
+            plain, Quantizer
+        ):  # a layer with a tied weight has no weight quantizer
             setattr(owner, name, Mixture(plain, widths, shares))
 
     def parameters(self) -> list[nn.Parameter]:
@@ -142,12 +143,12 @@ class Mixtures:
         return [logits for preference in self.preferences for logits in preference.logits]
 
     def set_temperature(self, temperature: float) -> None:
-        """Of all decisions; below 1 the largest logit takes more than its share."""
+        """Set the temperature of all decisions; below 1 the largest logit gets more than its share."""
         for preference in self.preferences:
             preference.temperature = temperature
 
     def used(self, budget: Budget) -> Tensor:
-        """Expected cost over the budget, for every bound of it; differentiable, the fixed part included."""
+        """Expected cost relative to the budget, per bound; differentiable, fixed layers included."""
         fixed = torch.tensor(self._space.fixed_cost, device=self._costs[0].device, dtype=torch.float64)
         shares = [preference.log_shares().exp().double() for preference in self.preferences]
         paid = [share @ costs for share, costs in zip(shares, self._costs, strict=True)]
@@ -156,11 +157,11 @@ class Mixtures:
 
     @torch.no_grad()
     def entropy(self) -> float:
-        """Mean over decisions, of their options' shares, in nats: 0 where all are settled."""
+        """Entropy of the options' shares in nats, mean over decisions; 0 if all shares are 0 or 1."""
         logs = [preference.log_shares() for preference in self.preferences]
         return sum(float(-(log.exp() * log).sum()) for log in logs) / max(len(logs), 1)
 
     @torch.no_grad()
     def losses(self) -> list[list[float]]:
-        """-log of every option's share, by decision; which choice has the least sum, no temperature changes."""
+        """-log of every option's share, by decision; the temperature does not change which choice has the least sum."""
         return [(-preference.log_shares()).tolist() for preference in self.preferences]

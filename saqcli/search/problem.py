@@ -1,4 +1,4 @@
-"""What a searcher is asked, what it must give back, and how it is stopped and resumed."""
+"""The interface of searchers: problem, result, images, and resuming."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,27 +19,27 @@ Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) and labels (N,)
 
 
 class Batches(Protocol):
-    """Images that come in another order every epoch; what is random about it follows from (seed, epoch)."""
+    """Images in a different order every epoch; all randomness follows from (seed, epoch)."""
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches per epoch."""
 
     def __iter__(self) -> Iterator[Batch]:
         """One epoch."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the next pass that of ``epoch``."""
+        """Select the epoch of the next pass."""
 
 
 @dataclass(frozen=True)
 class SearchImages:
-    """What a search may look at; none of it is of the validation split.
+    """The images of a search; none of them are from the validation split.
 
     Attributes:
         training: augmented, to train on.
-        held_out: apart from those, in their evaluation view.
-        scoring: a fixed part of the held-out ones, to compare configurations on.
-        whole: all images, augmented: for a search that learns weights and bits on the same ones.
+        held_out: disjoint from those, in their evaluation view.
+        scoring: a fixed part of the held-out images, to compare configurations on.
+        whole: all images, augmented, for a search that trains weights and bits on the same images.
     """
 
     training: Batches
@@ -49,7 +49,7 @@ class SearchImages:
 
 
 class _NoBatches:
-    """Nothing to look at."""
+    """No images."""
 
     def __len__(self) -> int:
         return 0
@@ -58,20 +58,20 @@ class _NoBatches:
         return iter(())
 
     def set_epoch(self, epoch: int) -> None:
-        """Nothing changes."""
+        """Does nothing."""
 
 
-NO_IMAGES = SearchImages(_NoBatches(), _NoBatches(), (), _NoBatches())  # for searchers that look at none
+NO_IMAGES = SearchImages(_NoBatches(), _NoBatches(), (), _NoBatches())  # for searchers without images
 
 
 class Scored(NamedTuple):
-    """A configuration and how it did.
+    """A configuration and its score.
 
     Attributes:
-        choice: an option's index a decision.
-        cost: of it.
-        top1: percent, on the scoring images, as fine-tuning would start from it.
-        loss: mean cross-entropy there.
+        choice: one option index per decision.
+        cost: of the configuration.
+        top1: percent, on the scoring images, at the starting point of fine-tuning.
+        loss: mean cross-entropy on the same images.
     """
 
     choice: tuple[int, ...]
@@ -85,14 +85,14 @@ ScoreOf = Callable[[Sequence[int]], Scored]
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search ends with.
+class SearchResult:
+    """The result of a search.
 
     Attributes:
-        choice: the best configuration found, which the budget admits.
-        propose: what the same search would take under other budgets; nothing is trained for it.
-        score: how a configuration does, calibrated; None where the search scored nothing.
-        scored: every configuration that was scored so.
+        choice: the best configuration found, within the budget.
+        propose: configurations of the same search for other budgets, without further training.
+        score: scores a configuration, calibrated; None if the search scored nothing.
+        scored: every configuration that was scored.
     """
 
     choice: list[int]
@@ -101,8 +101,8 @@ class Found:
     scored: Sequence[Scored] = ()
 
 
-def uncorrected(model: nn.Module) -> Callable[[], None]:
-    """Corrects nothing."""
+def no_corrections(model: nn.Module) -> Callable[[], None]:
+    """No corrections."""
     return lambda: None
 
 
@@ -111,18 +111,18 @@ class SearchProblem:
     """Find bits for every layer of a model under a budget.
 
     Attributes:
-        model: wrapped, in floating point, no quantizers installed; the searcher's own, to do with as it likes.
-        space: what may be chosen, and what it costs in the network that the policy is for.
-        budget: never to be exceeded.
-        scheme: which quantizers will be used.
+        model: wrapped, in floating point, no quantizers installed; the searcher may modify it.
+        space: the options, and their costs in the network that the policy is for.
+        budget: never exceeded.
+        scheme: the quantizers to use.
         statistics: of every layer's input on calibration images.
         images: to search on.
-        optimizer: makes the one that trains a model's weights.
-        seed: of everything random.
-        progress: where to tell how far the search is.
-        memory: for what would be lost.
-        corrections: of a model with fitted levels: what is to be called at any bits, and as often as these change, to
-            make of it what fine-tuning would start from.
+        optimizer: builds the optimizer of a model's weights.
+        seed: random seed.
+        progress: receives the progress of the search.
+        memory: saves and restores the state of the search.
+        corrections: takes a model with fitted levels and returns a function; call it after every change of bits to
+            bring the model to the starting point of fine-tuning.
     """
 
     model: nn.Module
@@ -135,11 +135,11 @@ class SearchProblem:
     seed: int = 0
     progress: Progress = SILENT
     memory: Memory = field(default=NO_MEMORY)
-    corrections: Callable[[nn.Module], Callable[[], None]] = field(default=uncorrected)
+    corrections: Callable[[nn.Module], Callable[[], None]] = field(default=no_corrections)
 
     @property
     def device(self) -> torch.device:
-        """Of the model."""
+        """The model's device."""
         return next(self.model.parameters()).device
 
     def config(self, choice: Sequence[int]) -> BitConfig:
@@ -148,19 +148,19 @@ class SearchProblem:
 
 
 class Searcher(Protocol):
-    """Finds the best configuration it can; the budget admits what it returns."""
+    """Finds the best configuration it can, within the budget."""
 
-    def search(self, problem: SearchProblem) -> Found:
-        """The best configuration found, and what else was learned.
+    def search(self, problem: SearchProblem) -> SearchResult:
+        """The best configuration found, with proposals and scores.
 
         Raises:
-            InfeasibleBudget: no configuration meets the budget.
-            Interrupted: asked to stop; the memory holds what was done.
+            InfeasibleBudget: the budget is below the smallest reachable cost.
+            Interrupted: stopped by the user; the memory holds the progress.
         """
 
 
-def remaining(batches: Batches, epoch: int, done: int, memory: Memory) -> Iterator[tuple[int, Batch]]:
-    """The batches of ``epoch`` from number ``done`` on, just as an uninterrupted pass would give them."""
+def remaining_batches(batches: Batches, epoch: int, done: int, memory: Memory) -> Iterator[tuple[int, Batch]]:
+    """The batches of ``epoch`` from number ``done``, identical to those of an uninterrupted pass."""
     batches.set_epoch(epoch)
     for index, batch in enumerate(batches):
         if index >= done:

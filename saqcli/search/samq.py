@@ -1,46 +1,38 @@
 """SAMQ: bits drawn by a controller that learns from the sharpness-aware loss of a supernet.
 
-What SAMQ's controller is to make small: the loss at the perturbed point, and how far the budget is missed.
-
-    R(b) = L(Q(w, b) + e) - L(Q(w, r)) + cost_weight * (c(b) / C - 1)**2          r a reference configuration
-
-See ``samq``. A cost is a plain number: nothing is differentiated through it.
-
-SAMQ under way: supernet and controller in turns. The formulas stand in ``samq``.
-
-SAMQ: bits drawn by a controller that learns from the sharpness-aware loss of a weight-sharing supernet.
+The supernet shares weights among all configurations; supernet and controller are trained in turns:
 
     for every epoch
-        model phase         for every training batch: draw bits, one SAQ step of the supernet at them
+        model phase         for every training batch: draw bits, one SAQ step of the supernet at these bits
         controller phase    for every held-out batch: draw bits b, one step of the controller on
 
-            R(b) log pi(b) - entropy_weight * H(pi)          to be minimised; R is a cost
-            R(b) = L(Q(w, b) + e) - L(Q(w, r)) + cost_weight * (c(b) / C - 1)**2
+            R(b) log pi(b) - entropy_weight * H(pi)          to be minimized; R is a cost
+            R(b) = L(Q(w, b) + e) - L(Q(w, r)) + cost_weight * (c(b) / C - 1)**2          r a reference configuration
 
     then draw configurations that fit the budget, and take the one with the highest accuracy
 
-``e`` is SAQ's perturbation on the same held-out batch: it reaches every searched layer. Controller phases begin after
-``warmup`` epochs. Source: Liu et al., arXiv:2111.12273, section 4, Algorithm 1 and its released code.
+``e`` is SAQ's perturbation on the same held-out batch, over every searched layer. R is a plain number: no gradient
+passes through it. Controller phases begin after ``warmup`` epochs. Source: Liu et al., arXiv:2111.12273, section 4,
+Algorithm 1 and its released code.
 
-Differs from the paper, with the way back in brackets:
+Differs from the paper; the option in brackets restores the paper's behavior:
 
 - A moving average of R is subtracted (``baseline="none"``). The loss of a fixed configuration r on the same images is
-  subtracted too (``reference="none"``): it does not depend on b, and takes the noise of the batch out of the reward. A
-  batch is cut into parts of ``reward_images``, each for a draw of its own.
-- The penalty is relative to the budget, so that one weight serves every model. The paper's is ``cost_weight`` 45 in its
-  CIFAR setting and 6 for ImageNet. C is the middle of the window that is searched, and of several bounds the one counts
-  of which most is used.
-- Draws are repeated until one fits the budget and uses it (``within="anything"``). What is minimised is then the mean
-  cost given that a draw fits; with a baseline subtracted, leaving the chance of fitting out of the gradient makes no
-  difference on average. The controller starts at configurations that cost the budget (``prior="none"``), by default
-  (``error``) at those with little quantization noise: evenly drawn ones spend so much on a few layers that all others
-  have 2 bits, and a short search would be over before it has unlearned them.
-- Every reward counts ``replay`` times, clipped as in PPO (arXiv:1707.06347), since a search is short (``replay=1``).
-- Draws are compared as fine-tuning starts: from the float weights, calibrated at the draw's bits, corrections
-  included (``score_in="supernet"`` compares in the trained supernet). The configuration of least quantization noise is
-  compared with them. Of those within a standard error of the highest accuracy the
-  one of least loss is taken.
-- The released code perturbs first layer and classifier alone, and leaves the reward attached to its graph.
+  subtracted too (``reference="none"``): it does not depend on b, and removes the noise of the batch from the reward. A
+  batch is cut into parts of ``reward_images``, one draw each.
+- The penalty is relative to the budget, so that one weight serves every model. The paper's ``cost_weight`` is 45 in
+  its CIFAR setting and 6 for ImageNet. C is the middle of the searched window; of several bounds, the one that is
+  used most counts.
+- Draws are repeated until one fits the budget and uses it (``within="anything"``). The objective is then the mean
+  cost given that a draw fits; with a baseline subtracted, omitting the probability of fitting from the gradient makes
+  no difference on average. The controller starts at configurations that cost the budget (``prior="none"``), by
+  default (``error``) at those with little quantization noise: uniform draws spend so much on a few layers that all
+  others have 2 bits, and a short search would end before the controller unlearns them.
+- Every reward is used ``replay`` times, clipped as in PPO (arXiv:1707.06347), since a search is short (``replay=1``).
+- Draws are compared at the starting point of fine-tuning: float weights, calibrated at the draw's bits, with
+  corrections (``score_in="supernet"`` compares them in the trained supernet). The configuration of least quantization
+  noise is compared with them. Among those within a standard error of the highest accuracy, the least loss wins.
+- The released code perturbs the first layer and the classifier only, and keeps the reward attached to its graph.
 """
 
 import math
@@ -63,10 +55,10 @@ from saqcli.search.knapsack import (
     best_choice,
     budget_logits,
     in_window,
-    indifferent,
     informed_logits,
+    untrained_choice,
 )
-from saqcli.search.problem import Found, SearchProblem, remaining
+from saqcli.search.problem import SearchProblem, SearchResult, remaining_batches
 from saqcli.search.separable import relative_noise
 from saqcli.search.supernet import Scorer, Supernet, most_accurate, score_all
 from saqcli.training.minimizers import Chunk
@@ -80,19 +72,19 @@ from saqcli.training.step import Recovery, Stepper, retry_on_oom
 T = TypeVar("T")
 
 
-class SharpCost:
+class SharpnessAwareCost:
     """R of a configuration on a batch.
 
     Args:
-        supernet: in eval mode whenever it is asked.
-        perturbed: the tensors that ascend, those of every searched layer among them.
+        supernet: in eval mode at every call.
+        perturbed: the tensors to perturb, including those of every searched layer.
         rho: radius; 0 for the loss at the quantized weights themselves.
-        rho_unit: of it.
-        cost_weight: of the penalty.
-        reference: a choice whose loss on the same images is subtracted; None for nothing.
+        rho_unit: unit of ``rho``.
+        cost_weight: weight of the penalty.
+        reference: a choice whose loss on the same images is subtracted; None for no subtraction.
 
     Attributes:
-        recovery: how many images go through the supernet at a time, where memory does not suffice for all.
+        setbacks: holds the micro-batch size, reduced when memory runs out.
     """
 
     def __init__(
@@ -112,28 +104,28 @@ class SharpCost:
 
     def __call__(self, choice: Sequence[int], images: Tensor, labels: Tensor) -> float:
         """R of ``choice`` on images (N, C, H, W) and labels (N,)."""
-        there = 0.0
+        reference_loss = 0.0
         if self.reference is not None:
             self.supernet.select(self.reference)
-            there = self.plainly(images, labels)
+            reference_loss = self.plain_loss(images, labels)
         self.supernet.select(choice)
-        return self.losses(images, labels)[1] - there + self.penalty(choice)
+        return self.losses(images, labels)[1] - reference_loss + self.penalty(choice)
 
     def penalty(self, choice: Sequence[int]) -> float:
-        """How far ``choice`` misses the middle of the window, squared and weighed."""
+        """The squared relative distance of ``choice`` from the middle of the window, times the weight."""
         problem = self.supernet.problem
         cost = problem.space.cost(choice)
         used = max(cost[index] / bound for index, bound in problem.budget.bounds())
         return self.cost_weight * (used / USE_MIDDLE - 1) ** 2
 
     def losses(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
-        """The loss at the selected bits, and at the perturbed point; the same where the radius is 0."""
+        """The loss at the selected bits, and at the perturbed point; both are equal if the radius is 0."""
         if not self.rho:
-            value = self.plainly(images, labels)
+            value = self.plain_loss(images, labels)
             return value, value
         return self._retried(self._losses, images, labels)
 
-    def plainly(self, images: Tensor, labels: Tensor) -> float:
+    def plain_loss(self, images: Tensor, labels: Tensor) -> float:
         """The loss at the selected bits."""
         return self._retried(_mean, images, labels)
 
@@ -144,7 +136,7 @@ class SharpCost:
             return float(value), _mean(chunk)
 
     def _retried(self, passes: Callable[[Chunk], T], images: Tensor, labels: Tensor) -> T:
-        """``passes`` over a batch, of as many images at a time as memory suffices for; in eval mode nothing changes."""
+        """``passes`` over a batch, in micro-batches that fit in memory; a retry restores nothing (eval mode)."""
         problem, model = self.supernet.problem, self.supernet.model
         images, labels = images.to(problem.device), labels.to(problem.device)
         for attempt in retry_on_oom(
@@ -155,7 +147,7 @@ class SharpCost:
         return result
 
     def sharpness(self, choice: Sequence[int]) -> float:
-        """Mean rise of the loss to the perturbed point, over the scoring images."""
+        """Mean increase of the loss to the perturbed point, over the scoring images."""
         problem = self.supernet.problem
         self.supernet.select(choice)
         self.supernet.model.eval()
@@ -173,33 +165,33 @@ def _mean(chunk: Chunk) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How SAMQ searches: its options.
+    """Options of SAMQ.
 
     Attributes:
         epochs: of the search; each is a model phase and, after the first ``warmup``, a controller phase.
-        warmup: epochs without one; the last always has one.
+        warmup: epochs without a controller phase; the last epoch always has one.
         rho: radius of the perturbation in both phases; 0 for none.
         rho_unit: ``deviation`` (of each layer's weights) or ``absolute``.
         sharpness: whether the controller's cost is the loss at the perturbed point; False is the paper's ablation.
-        cost_weight: of the penalty.
+        cost_weight: weight of the penalty.
         entropy_weight: see ``Reinforce``.
-        baseline: likewise.
-        reference: whether the loss of a ``fixed`` configuration is subtracted, or ``none``.
+        baseline: see ``Reinforce``.
+        reference: subtract the loss of a ``fixed`` configuration, or ``none``.
         prior: where the controller starts: at configurations that cost the budget (``budget``), at those of them with
-            little quantization noise (``error``), or at even probabilities (``none``).
-        prior_entropy: of the prior ``error``, as a share of that of ``budget``.
+            little quantization noise (``error``), or at uniform probabilities (``none``).
+        prior_entropy: entropy of the prior ``error``, as a share of that of ``budget``.
         within: draws are from the ``window`` between ``BUDGET_USE`` of the budget and the budget, or ``anything``.
-        controller_lr: see ``Reinforce``.
-        controller_decay: likewise, of the weights.
-        replay: likewise.
-        reward_images: of a held-out batch, for one draw.
-        draws: configurations that are compared in the end.
-        select_by: ``accuracy`` on the scoring images, or least ``sharpness`` as the released code does.
+        controller_lr: learning rate of the controller, see ``Reinforce``.
+        controller_decay: weight decay of the controller, see ``Reinforce``.
+        replay: see ``Reinforce``.
+        reward_images: images of a held-out batch per draw.
+        draws: configurations to compare at the end.
+        select_by: ``accuracy`` on the scoring images, or least ``sharpness`` as in the released code.
         score_in: where draws are compared: in the ``calibrated`` network, which fine-tuning starts from, or in the
-            trained ``supernet``; what is reported of them is calibrated in either case.
+            trained ``supernet``; reported scores are calibrated in either case.
 
     Raises:
-        ConfigError: an option that is not possible.
+        ConfigError: an option has an unknown value or is out of range.
     """
 
     epochs: int = 3
@@ -244,13 +236,13 @@ class Settings:
             )
 
 
-class Alternation:
-    """One search under way: supernet, controller, and where in the schedule they are."""
+class AlternatingSearch:
+    """The state of one search: supernet, controller, and the position in the schedule."""
 
     def __init__(self, settings: Settings, problem: SearchProblem) -> None:
         self.settings, self.problem = settings, problem
         self.generator = torch.Generator().manual_seed(problem.seed)
-        self.scorer = Scorer(problem)  # before the weights move
+        self.scorer = Scorer(problem)  # copies the weights before they are trained
         self.supernet = Supernet(problem)
         self.supernet.settle()
         self.supernet.switch_norms()
@@ -274,8 +266,8 @@ class Alternation:
             self.supernet.model, self.minimizer, whole, sys.maxsize, Recovery(), problem.progress.note
         )
         self.reference = best_choice(problem.space, problem.budget, self.noise)
-        self._rounds = ROUNDS if in_window(problem.space, problem.budget, self.reference) else 1  # of draws
-        self.cost = SharpCost(
+        self._rounds = ROUNDS if in_window(problem.space, problem.budget, self.reference) else 1
+        self.cost = SharpnessAwareCost(
             self.supernet,
             self.minimizer.set,
             rho=settings.rho if settings.sharpness else 0.0,
@@ -284,13 +276,13 @@ class Alternation:
             reference=self.reference if settings.reference == "fixed" else None,
         )
         self.epoch, self.phase, self.step = 0, 0, 0
-        self.best: tuple[float, list[int]] | None = None  # least cost of a draw in the window
+        self.best: tuple[float, list[int]] | None = None  # least cost of a draw in the window, and the draw
         kept = problem.memory.load()
         if kept is not None:
             self._load(kept)
 
     def train(self) -> None:
-        """All phases of all epochs, from where it is on."""
+        """Run all phases of all epochs from the current position."""
         for epoch in range(self.epoch, self.settings.epochs):
             if self.phase == 0:
                 self._model_phase(epoch)
@@ -306,7 +298,7 @@ class Alternation:
         title = f"search epoch {epoch + 1} of {self.settings.epochs}, weights"
         with self.problem.progress.task(title, len(batches)) as task:
             task.advance(self.step)
-            for index, (images, labels) in remaining(batches, epoch, self.step, memory):
+            for index, (images, labels) in remaining_batches(batches, epoch, self.step, memory):
                 self.rates.set((epoch * len(batches) + index) / steps)
                 self.supernet.select(self._draw())
                 self.stepper(images.to(self.problem.device), labels.to(self.problem.device))
@@ -318,17 +310,17 @@ class Alternation:
         batches, memory = self.problem.images.held_out, self.problem.memory
         self.supernet.model.eval()
         title = f"search epoch {epoch + 1} of {self.settings.epochs}, controller"
-        entropy, (mean, best, mega_bops) = 0.0, self._so_far()
+        entropy, (mean, best, mega_bops) = 0.0, self._statistics()
         with self.problem.progress.task(title, len(batches)) as task:
             task.advance(self.step)
-            for index, batch in remaining(batches, epoch, self.step, memory):
+            for index, batch in remaining_batches(batches, epoch, self.step, memory):
                 size = max(
                     1, self.settings.reward_images // distributed.count()
-                )  # of this rank, as often as without others
+                )  # of this rank: as many draws as on one
                 parts = (torch.split(tensor, size) for tensor in batch)
                 for part in zip(*parts, strict=True):
                     entropy = self._learn(*part)
-                mean, best, mega_bops = self._so_far()
+                mean, best, mega_bops = self._statistics()
                 task.advance(images=len(batch[1]), cost=mean, entropy=entropy, best=best, MBOPs=mega_bops)
                 self.epoch, self.phase, self.step = epoch, 1, index + 1
                 memory.offer(self._state, milestone=index + 1 == len(batches))
@@ -342,45 +334,48 @@ class Alternation:
         )
 
     def _learn(self, images: Tensor, labels: Tensor) -> float:
-        """Draw, judge, learn; returns the entropy of a decision."""
+        """Draw, score, update the controller; returns the entropy per decision."""
         choice = self._draw()
         cost = distributed.mean(self.cost(choice, images, labels))
         if in_window(self.problem.space, self.problem.budget, choice):
             self.best = min(self.best or (cost, choice), (cost, choice))
         return self.learner.learn(choice, cost) / len(choice)
 
-    def _so_far(self) -> tuple[float, float, float]:
-        """Mean cost, and the least of a configuration that fits with its BOPs in millions; NaN before there is one."""
+    def _statistics(self) -> tuple[float, float, float]:
+        """Mean cost, least cost of a configuration that fits, and its BOPs in millions; NaN without one."""
         mean = self.learner.average or 0.0
         if self.best is None:
             return mean, math.nan, math.nan
         return mean, self.best[0], self.problem.space.cost(self.best[1]).bops / 1e6
 
     def _prior(self, budget: Budget) -> list[Tensor]:
-        """Where the controller starts if ``budget`` is the one to use."""
+        """The controller's initial log-probabilities for ``budget``."""
         space, settings = self.problem.space, self.settings
         if settings.prior == "error":
             return informed_logits(space, budget, self.noise, settings.prior_entropy)
         return budget_logits(space, budget if settings.prior == "budget" else Budget())
 
     def _draw(self) -> list[int]:
-        """A configuration to train or to be judged."""
+        """Draw a configuration to train or score."""
         if self.settings.within == "window":
             return draw_within(self.controller, self.problem.budget, 1, self.generator, self._rounds)[0]
         choice: list[int] = self.controller.draw(1, self.generator).choices[0].tolist()
         return choice
 
-    def finish(self) -> Found:
-        """Draw configurations that fit, score them beside the reference, take the best."""
+    def finish(self) -> SearchResult:
+        """Draw configurations that fit, score them together with the reference, take the best."""
         generator = torch.Generator().manual_seed(self.problem.seed + 1)
         choices = draw_within(self.controller, self.problem.budget, self.settings.draws, generator)
         choices += [self.reference] if self.reference not in choices else []
-        judge, state = self.scorer, self._state()
-        score_all(self.problem, judge, choices, state)
+        scorer, state = self.scorer, self._state()
+        score_all(self.problem, scorer, choices, state)
         if self.settings.score_in == "supernet":
-            judge, state = Scorer(self.problem, self.supernet.at), state | {"calibrated": judge.state_dict()}
-            score_all(self.problem, judge, choices, state, "supernet")
-        found = [judge.scored[tuple(choice)] for choice in choices]
+            scorer, state = (
+                Scorer(self.problem, self.supernet.at),
+                state | {"calibrated": scorer.state_dict()},
+            )
+            score_all(self.problem, scorer, choices, state, "supernet")
+        found = [scorer.scored[tuple(choice)] for choice in choices]
         best = most_accurate(found, self.problem.images.scoring)
         if self.settings.select_by == "sharpness":
             best = min(found, key=lambda scored: self.cost.sharpness(scored.choice))
@@ -389,7 +384,7 @@ class Alternation:
             self.controller.set_prior(self._prior(budget))
             return draw_within(self.controller, budget, FRONT_DRAWS, generator)
 
-        return Found(list(best.choice), propose, self.scorer, list(self.scorer.scored.values()))
+        return SearchResult(list(best.choice), propose, self.scorer, list(self.scorer.scored.values()))
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -417,14 +412,14 @@ class Alternation:
 
 
 class SAMQ(Settings):
-    """The paper's search."""
+    """Supernet and controller, trained in turns."""
 
-    def search(self, problem: SearchProblem) -> Found:
-        """Train supernet and controller in turns, draw, score, choose."""
+    def search(self, problem: SearchProblem) -> SearchResult:
+        """Train supernet and controller in turns, draw, score, select."""
         space = problem.space
         space.check_reachable(problem.budget)
         if problem.budget.admits(space.ceiling):
-            return indifferent(problem)
-        run = Alternation(self, problem)
+            return untrained_choice(problem)
+        run = AlternatingSearch(self, problem)
         run.train()
         return run.finish()

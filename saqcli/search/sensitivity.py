@@ -1,16 +1,17 @@
-"""Bits by trying: the loss with one layer at fewer bits and all others in floating point.
+"""Sensitivity: the loss with one layer at fewer bits and all others in floating point.
 
-What quantizing one layer to a width costs is measured outright, on real images, and taken to add up over layers:
+The loss of quantizing one layer to a width is measured on images, and assumed to be additive over layers:
 
     loss of an option = L(only these layers, at these bits) - L(float)
 
-The knapsack is solved exactly. A layer's inputs are those of the float model as long as nothing before it is
-quantized, so the outputs of all layers in front of the decision that is tried are computed once a batch and reused.
+The knapsack is solved exactly. Layers that run before the quantized ones have the inputs of the float model, so their
+outputs are computed once per batch and reused.
 
-Weights are quantized as they are, also where the scheme normalizes them: the batch norms of a floating-point network do
-not expect weights without their mean.
+Weights are quantized without weight normalization, even if the scheme has it: the batch norms of a floating-point
+network expect weights with their mean.
 
-Source: the indicator of ZeroQ (Cai et al., arXiv:2001.00281, section 3.3), with the loss itself for its divergence.
+Source: the indicator of ZeroQ (Cai et al., arXiv:2001.00281, section 3.3), with the loss itself in place of its
+divergence.
 """
 
 from collections import Counter
@@ -29,33 +30,33 @@ from saqcli.quant import convert
 from saqcli.quant.layer import QuantizedLayer, quantized_layers
 from saqcli.quant.products import QuantizedProduct, quantized_products
 from saqcli.search.knapsack import best_choice
-from saqcli.search.problem import Batch, Found, SearchProblem
+from saqcli.search.problem import Batch, SearchProblem, SearchResult
 from saqcli.search.separable import Losses, sums_over_batches
 from saqcli.search.supernet import Supernet
 
 
 class Sensitivity:
-    """Least sum of losses, each measured with one decision quantized and all else in floating point."""
+    """Minimizes the sum of losses, each measured with one decision quantized and all else in floating point."""
 
-    def search(self, problem: SearchProblem) -> Found:
+    def search(self, problem: SearchProblem) -> SearchResult:
         """Measure every option of every decision, then solve the knapsack exactly."""
         problem.space.check_reachable(problem.budget)
         losses = self.losses(problem)
         choice = best_choice(problem.space, problem.budget, losses)
-        return Found(choice, lambda budget: [best_choice(problem.space, budget, losses)])
+        return SearchResult(choice, lambda budget: [best_choice(problem.space, budget, losses)])
 
     @torch.no_grad()
     def losses(self, problem: SearchProblem) -> Losses:
-        """Mean rise of the loss on the scoring images, of every option by decision."""
+        """Mean increase of the loss on the scoring images, of every option by decision."""
         decisions = problem.space.decisions
         batches = problem.images.scoring
         plain = {"weight_normalization": False, "clip_init": "error"}
         supernet = Supernet(replace(problem, scheme=problem.scheme.model_copy(update=plain)))
-        quantizers = _Quantizers(supernet.model.eval())
+        quantizers = _QuantizerSwitch(supernet.model.eval())
         trials = sum(len(decision.options) for decision in decisions)
 
         def measure(number: int, task: Task) -> Iterator[tuple[str, float]]:
-            for decision, option, rise in _rises(supernet, batches[number], quantizers):
+            for decision, option, rise in _loss_increases(supernet, batches[number], quantizers):
                 task.advance(images=len(batches[number][1]))
                 yield f"{decision} {option}", rise
 
@@ -67,14 +68,16 @@ class Sensitivity:
         ]
 
 
-def _rises(supernet: Supernet, batch: Batch, quantizers: "_Quantizers") -> Iterator[tuple[int, int, float]]:
-    """Decision, option and rise of the summed loss of a batch."""
+def _loss_increases(
+    supernet: Supernet, batch: Batch, quantizers: "_QuantizerSwitch"
+) -> Iterator[tuple[int, int, float]]:
+    """Decision, option and increase of the summed loss of a batch."""
     images, labels = batch
-    with _Remembered(supernet.model) as remembered:
+    with _OutputCache(supernet.model) as cache:
         base = _summed_loss(supernet.model, images, labels)
         for index, decision in enumerate(supernet.problem.space.decisions):
             members = supernet.layers_of(index)
-            remembered.reuse_before(members)
+            cache.reuse_before(members)
             with quantizers.on(members):
                 for option, bits in enumerate(decision.options):
                     for layer in members:
@@ -86,8 +89,8 @@ def _summed_loss(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float(F.cross_entropy(model(images).float(), labels, reduction="sum"))
 
 
-class _Quantizers:
-    """Takes the quantizers out of all layers, and puts those of some back for a while."""
+class _QuantizerSwitch:
+    """Removes the quantizers from all layers, and restores those of some layers temporarily."""
 
     def __init__(self, model: nn.Module) -> None:
         modules: list[QuantizedLayer | QuantizedProduct] = [
@@ -112,8 +115,8 @@ class _Quantizers:
                 module.weight_quantizer, module.input_quantizer = nn.Identity(), nn.Identity()
 
 
-class _Remembered:
-    """Keeps what every layer returns in the first pass, and gives it again instead of computing it.
+class _OutputCache:
+    """Caches every layer's output in the first pass, and returns it in later passes.
 
     A layer that runs more than once in a pass, or returns no tensor, is computed every time.
     """
@@ -122,10 +125,12 @@ class _Remembered:
         self._layers = list(quantized_layers(model).values())
         self._outputs: dict[QuantizedLayer, Tensor] = {}
         self._runs: Counter[QuantizedLayer] = Counter()
-        self._before: dict[QuantizedLayer, set[QuantizedLayer]] = {}  # that had returned when it first ran
+        self._before: dict[
+            QuantizedLayer, set[QuantizedLayer]
+        ] = {}  # layers that had returned before its first run
         self._reused: set[QuantizedLayer] | None = None  # None in the first pass
 
-    def __enter__(self) -> "_Remembered":
+    def __enter__(self) -> "_OutputCache":
         for layer in self._layers:
             layer.forward = partial(self._call, layer, layer.forward)  # type: ignore[method-assign]
         return self
@@ -135,15 +140,14 @@ class _Remembered:
             del layer.forward
 
     def reuse_before(self, layers: Sequence[QuantizedLayer]) -> None:
-        """From now on compute ``layers``, what is within them, and what ran later; and nothing that ran before."""
-        before = [
-            self._before.get(layer, set()) for layer in layers
-        ]  # no forward: its parent takes the weight
+        """Recompute ``layers``, their submodules and later layers from now on; reuse all earlier outputs."""
+        # a layer without forward has no entry: its parent uses the weight
+        before = [self._before.get(layer, set()) for layer in layers]
         self._reused = {layer for layer in set.intersection(*before) if self._runs[layer] == 1}
 
     def _call(self, layer: QuantizedLayer, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._reused is not None and layer in self._reused:
-            return self._outputs[layer].clone()  # an activation behind it may work in place
+            return self._outputs[layer].clone()  # the next activation may work in place
         if self._reused is None:
             self._runs[layer] += 1
             self._before.setdefault(layer, set(self._outputs))

@@ -1,8 +1,7 @@
-"""Losses that add up over layers, and how they are measured batch by batch.
+"""Losses that are additive over layers, measured batch by batch.
 
-Measuring on one batch after the other what adds up: dealt out to the ranks, and gone on with after a stop.
-
-Losses that add up over layers and operands: what a knapsack is solved with, and the errors they are made of.
+A knapsack is solved with losses that are sums over layers and operands (weights, inputs). They are measured on batches
+that are distributed over the ranks; the measurement can be interrupted and resumed.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,14 +27,14 @@ def sums_over_batches(
     measure: Callable[[int, Task], Iterable[tuple[str, float]]],
     steps: int = 1,
 ) -> dict[str, float]:
-    """Sums by name, from where the memory left off; every rank gets those of one process, bit for bit.
+    """Sums by name, resumed from the memory; every rank gets the sums of a single process, bit for bit.
 
     Args:
-        problem: whose memory holds the sums, and whose progress is told.
+        problem: whose memory holds the sums, and whose progress receives the task.
         title: of the task.
-        count: batches.
-        measure: number of a batch to names and values, each batch by one rank; advances the task.
-        steps: by which it does so for a batch.
+        count: number of batches.
+        measure: maps a batch number to names and values, each batch on one rank; advances the task.
+        steps: by which ``measure`` advances the task per batch.
     """
     kept: dict[str, Any] = problem.memory.load() or {"done": 0, "sums": {}}
     sums: dict[str, float] = kept["sums"]
@@ -66,7 +65,7 @@ class Key(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """What rounding and clipping do to a tensor, per number.
+    """Mean noise power of rounding and clipping, and the signal's power, per value.
 
     Attributes:
         error: mean squared error at the level where it is least.
@@ -78,12 +77,12 @@ class Noise(NamedTuple):
 
 
 def widths(decision: Decision, operand: Operand) -> list[int]:
-    """The bit-widths that weights, or inputs, of a decision's layers may have, ascending."""
+    """The possible bit-widths of the weights, or inputs, of a decision's layers, ascending."""
     return sorted({getattr(bits, operand) for bits in decision.options})
 
 
 def add_losses(space: SearchSpace, loss: Callable[[Key], float]) -> Losses:
-    """The sum over a decision's layers of what weights and inputs lose, for every option."""
+    """The sum over a decision's layers of the losses of weights and inputs, for every option."""
     return [
         [
             sum(
@@ -99,7 +98,7 @@ def add_losses(space: SearchSpace, loss: Callable[[Key], float]) -> Losses:
 
 @torch.no_grad()
 def measure_noise(problem: SearchProblem) -> dict[Key, Noise]:
-    """The noise of every operand at every width it may have."""
+    """The noise of every operand at every possible width."""
     layers = quantized_layers(problem.model)
     found: dict[Key, Noise] = {}
     with problem.progress.task("measuring quantization error", len(problem.space.decisions)) as task:

@@ -1,15 +1,13 @@
-"""One model that computes at any configuration, and scores of configurations.
+"""A supernet that computes at any configuration, and scores of configurations.
 
-One model that computes at any configuration: shared weights, quantizers for every option of every layer.
+The supernet shares weights among all configurations, and has quantizers for every option of every layer. Every
+bit-width has its own clipping levels (Liu et al., arXiv:2111.12273, section 4; the idea is AdaBits',
+arXiv:1912.09666). Batch norms and layer norms can have a copy for every option of the preceding layer, since fewer
+bits change means and variances (slimmable networks, arXiv:1812.08928).
 
-Clipping levels belong to a bit-width, weights to all of them (Liu et al., arXiv:2111.12273, section 4; the idea is
-AdaBits', arXiv:1912.09666). Batch norms, and the layer norms of transformers, can have a copy for every option of the
-layer that runs before them, since fewer bits mean other means and variances (slimmable networks, arXiv:1812.08928).
-
-How configurations do on the scoring images, and which of them is the best.
-
-What counts is where fine-tuning starts: the float weights with levels fitted at the configuration's bits, corrected as
-calibration corrects them. ``quantize`` with that policy and no epochs scores that very network.
+Configurations are scored on the scoring images at the starting point of fine-tuning: float weights with levels fitted
+at the configuration's bits, with the corrections of calibration. ``quantize`` with that policy and no epochs
+scores exactly that network.
 """
 
 import copy
@@ -30,15 +28,15 @@ from saqcli.training.loop import evaluate
 from saqcli.training.minimizers.base import running_statistics
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
-SETTLING = 4  # batches that running statistics are settled on, under weight normalization
+SETTLE_BATCHES = 4  # batches for the initial running statistics, under weight normalization
 
 
 class Supernet:
     """A problem's model with quantizers installed and fitted for all options.
 
     Attributes:
-        model: the problem's.
-        choice: what it computes with right now.
+        model: the problem's model.
+        choice: the current configuration.
     """
 
     def __init__(self, problem: SearchProblem) -> None:
@@ -54,20 +52,20 @@ class Supernet:
         self.select(self.choice)
 
     def settle(self) -> None:
-        """Under weight normalization, estimate running statistics at the most bits, to train from."""
+        """Under weight normalization, estimate running statistics at the most bits before training."""
         if self.problem.scheme.weight_normalization:
             images = self.problem.images.whole
             images.set_epoch(0)
-            batches = (batch.to(self.problem.device) for batch, _ in islice(images, SETTLING))
+            batches = (batch.to(self.problem.device) for batch, _ in islice(images, SETTLE_BATCHES))
             calibration.reestimate_batch_norms(self.model, batches)
             distributed.average(running_statistics(self.model))
 
     def switch_norms(self) -> None:
-        """Give every batch norm and layer norm behind a free layer a copy for each of its options."""
+        """Give every batch norm and layer norm behind a free layer a copy for each of the layer's options."""
         decisions = self.problem.space.decisions
         owners = {layer.name: i for i, decision in enumerate(decisions) for layer in decision.members}
         example = self.problem.images.scoring[0][0][:1].to(self.problem.device)
-        for name, layer in norms_behind(self.model, example).items():
+        for name, layer in layers_before_norms(self.model, example).items():
             if layer in owners:
                 norm = self.model.get_submodule(name)
                 switch = SwitchableNorm(norm, len(decisions[owners[layer]].options))
@@ -76,16 +74,16 @@ class Supernet:
         self.select(self.choice)
 
     def layers_of(self, decision: int) -> list[QuantizedLayer]:
-        """The layers that share a decision."""
+        """The layers of a decision."""
         return [self._layers[layer.name] for layer in self.problem.space.decisions[decision].members]
 
     def at(self, choice: Sequence[int]) -> nn.Module:
-        """The model, computing with the bits of ``choice``."""
+        """Select ``choice`` and return the model."""
         self.select(choice)
         return self.model
 
     def select(self, choice: Sequence[int]) -> None:
-        """Compute with the bits of ``choice`` from now on."""
+        """Set the bits of ``choice``."""
         self.choice = list(choice)
         for decision, index, norms in zip(self.problem.space.decisions, choice, self._norms, strict=True):
             bits = decision.options[index]
@@ -96,7 +94,7 @@ class Supernet:
 
 
 class SwitchableNorm(nn.Module):
-    """A norm for every option of the layer in front of it; all start as copies of the pretrained one."""
+    """A norm for every option of the preceding layer; all start as copies of the pretrained one."""
 
     def __init__(self, norm: nn.Module, count: int) -> None:
         super().__init__()
@@ -104,17 +102,17 @@ class SwitchableNorm(nn.Module):
         self.active = 0
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The active norm of ``x``."""
+        """Apply the active norm."""
         normalized: Tensor = self.copies[self.active](x, *args, **kwargs)
         return normalized
 
 
 @torch.no_grad()
-def norms_behind(model: nn.Module, example: Tensor) -> dict[str, str]:
+def layers_before_norms(model: nn.Module, example: Tensor) -> dict[str, str]:
     """The quantized layer that runs last before each batch norm or layer norm, by name of the norm.
 
-    In a network with norms in front of its layers that is the last layer of the block before, as in the released SAMQ
-    code. A norm that runs behind several layers is left out.
+    In a network that normalizes before its layers, this is the last layer of the preceding block, as in SAMQ's released
+    code. A norm that runs behind several layers is omitted.
 
     Args:
         model: wrapped; its mode is restored.
@@ -125,7 +123,7 @@ def norms_behind(model: nn.Module, example: Tensor) -> dict[str, str]:
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
-            # whoever multiplies with its weight, its input is quantized first
+            # hook the input quantizer: another module may multiply with the layer's weight
             hook = module.input_quantizer.register_forward_hook(lambda *_, name=name: last.append(name))
             handles.append(hook)
         elif isinstance(module, _NORMS):
@@ -144,10 +142,10 @@ def norms_behind(model: nn.Module, example: Tensor) -> dict[str, str]:
     return {norm: layers.pop() for norm, layers in behind.items() if len(layers) == 1}
 
 
-class Calibrated:
+class CalibratedNetwork:
     """The network that fine-tuning would start from, at any configuration.
 
-    Its weights are those of the problem's model when this is made; nothing is fitted before the first use.
+    Its weights are a copy of those of the problem's model at construction; levels are fitted at the first use.
     """
 
     def __init__(self, problem: SearchProblem) -> None:
@@ -170,21 +168,21 @@ class Scorer:
 
     Args:
         problem: of the search.
-        at: gives the network of a configuration; ``Calibrated`` by default.
+        at: returns the network of a configuration; ``CalibratedNetwork`` by default.
 
     Attributes:
-        scored: everything so far, by choice.
+        scored: all scores so far, by choice.
     """
 
     def __init__(
         self, problem: SearchProblem, at: Callable[[Sequence[int]], nn.Module] | None = None
     ) -> None:
         self.problem = problem
-        self._at = Calibrated(problem).at if at is None else at
+        self._at = CalibratedNetwork(problem).at if at is None else at
         self.scored: dict[tuple[int, ...], Scored] = {}
 
     def __call__(self, choice: Sequence[int]) -> Scored:
-        """How ``choice`` does."""
+        """Score ``choice``."""
         key = tuple(choice)
         if key not in self.scored:
             model, problem = self._at(choice).eval(), self.problem
@@ -194,11 +192,11 @@ class Scorer:
         return self.scored[key]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything so far, in plain values."""
+        """All scores so far, as plain values."""
         return {"configurations": [[list(s.choice), s.top1, s.loss] for s in self.scored.values()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""
         for choice, top1, loss in state["configurations"]:
             cost = self.problem.space.cost(choice)
             self.scored[tuple(choice)] = Scored(tuple(choice), cost, top1, loss)
@@ -208,17 +206,17 @@ def score_all(
     problem: SearchProblem,
     scorer: Scorer,
     choices: Sequence[Sequence[int]],
-    beside: Mapping[str, Any] | None = None,
+    extra_state: Mapping[str, Any] | None = None,
     key: str = "calibrated",
 ) -> Scored:
-    """Score ``choices`` one after the other and return the best; goes on where it was stopped.
+    """Score ``choices`` one after the other and return the best; resumes an interrupted call.
 
     Args:
         problem: whose memory and progress are used.
         scorer: of the configurations.
         choices: at least one.
-        beside: what else the memory is to hold.
-        key: of what the scorer knows, in the memory.
+        extra_state: further state to save in the memory.
+        key: of the scorer's state in the memory.
     """
     scorer.load_state_dict((problem.memory.load() or {}).get(key, {"configurations": []}))
     found: list[Scored] = []
@@ -229,7 +227,7 @@ def score_all(
             found.append(scorer(choice))
             best = max(found, key=rank)
             task.advance(images=images if new else 0, best=best.top1, MBOPs=best.cost.bops / 1e6)
-            problem.memory.offer(lambda: {**(beside or {}), key: scorer.state_dict()})
+            problem.memory.offer(lambda: {**(extra_state or {}), key: scorer.state_dict()})
     return max(found, key=rank)
 
 
@@ -239,7 +237,7 @@ def rank(scored: Scored) -> tuple[float, float]:
 
 
 def most_accurate(scored: Sequence[Scored], scoring: Sequence[Batch]) -> Scored:
-    """The one of least loss among those whose accuracy on ``scoring`` cannot be told from the highest."""
+    """The least loss among those whose accuracy on ``scoring`` is within a standard error of the highest."""
     images = sum(len(labels) for _, labels in scoring)
     highest = max(found.top1 for found in scored) / 100
     error = (highest * (1 - highest) / max(images, 1)) ** 0.5

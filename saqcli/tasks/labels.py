@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from saqcli.errors import ConfigError, DataError
-from saqcli.serialization import named_path, natural, printable, some
+from saqcli.serialization import named_path, natural_key, printable, some
 from saqcli.tasks.class_lists import misfit, read_class_list, read_class_map
 from saqcli.units import counted
 
@@ -131,7 +131,7 @@ def sort_classes(names: Iterable[str], order: Order) -> list[str]:
         >>> sort_classes(["b10", "b9", "A"], "timm"), sort_classes(["b10", "b9", "A"], "torchvision")
         (['A', 'b9', 'b10'], ['A', 'b10', 'b9'])
     """
-    return sorted(names, key=natural) if order == "timm" else sorted(names)
+    return sorted(names, key=natural_key) if order == "timm" else sorted(names)
 
 
 def number_classes(
@@ -416,7 +416,9 @@ def _order_notes(
                 f"class folders are numbered in {chosen.order}'s order ({_around(mine, theirs)}), {other}'s order is "
                 f"{_around(theirs, mine)}: use `data.class_order={other}` for weights that were trained in it"
             )
-        same = next((pair for pair in pairwise(timm) if natural(pair[0])[0] == natural(pair[1])[0]), None)
+        same = next(
+            (pair for pair in pairwise(timm) if natural_key(pair[0])[0] == natural_key(pair[1])[0]), None
+        )
         if chosen.order == "timm" and same:
             yield f"timm does not tell {same[0]} from {same[1]} and numbers them by chance: here {same[0]} comes first"
     elif not given:

@@ -53,7 +53,7 @@ class Recovery:
         self.in_row += 1
         if self.in_row > self.patience:
             message = f"{counted(self.in_row, 'step')} in a row were skipped: {error}"
-            raise distributed.agreed(TrainingDiverged(message)) from None
+            raise distributed.reported_once(TrainingDiverged(message)) from None
         if self.in_row == 1:
             note(f"step skipped: {error}")
 
@@ -70,7 +70,7 @@ class Recovery:
         if now <= SMALLEST:
             tried = f"out of memory with {counted(now, 'image')} at a time"
             message = f"{tried}: use a smaller `model.input_size` or network"
-            raise distributed.agreed(DeviceMemoryError(message))
+            raise distributed.reported_once(DeviceMemoryError(message))
         self.micro_batch = max(SMALLEST, -(-now // 2))
         note(
             f"out of memory: continuing with micro-batches of {self.micro_batch} images, whose gradients add up "

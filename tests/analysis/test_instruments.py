@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.analysis import INSTRUMENTS, Session, Settings, Subject
+from saqcli.analysis import INSTRUMENTS, AnalysisInput, Session, Settings
 from saqcli.analysis.curvature import dot, hessian_products
 from saqcli.analysis.distributions import measure_distributions
 from saqcli.analysis.eigenvalue import measure_eigenvalue
@@ -30,7 +30,7 @@ Bits = Callable[[Any], dict[str, LayerBits]]
 
 def subject_of(
     name: str = "conv_bn", bits: Bits | None = None, batch: int = 7, dtype: torch.dtype = torch.float64
-) -> Subject:
+) -> AnalysisInput:
     """A quantized network with images that it takes for its own, so that its loss is that of a trained one."""
     made = quantize(NETWORKS[name], bits) if bits else quantize(NETWORKS[name])
     model = made.model.to(dtype).eval()
@@ -39,14 +39,14 @@ def subject_of(
         labels = model(pictures).argmax(1)
         labels[::6] = (labels[::6] + 1) % CLASSES  # and a few that it gets wrong
     batches = list(zip(pictures.split(batch), labels.split(batch), strict=True))
-    return Subject(model, made.layers, batches, made.facts.scheme)
+    return AnalysisInput(model, made.layers, batches, made.facts.scheme)
 
 
-def state_of(subject: Subject) -> dict[str, Tensor]:
+def state_of(subject: AnalysisInput) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in subject.model.state_dict().items()}
 
 
-def same_state(subject: Subject, before: dict[str, Tensor]) -> bool:
+def same_state(subject: AnalysisInput, before: dict[str, Tensor]) -> bool:
     after = subject.model.state_dict()
     return set(after) == set(before) and all(torch.equal(after[name], before[name]) for name in before)
 
@@ -58,7 +58,7 @@ def line_through(x: Tensor, quantizer: Quantizer) -> Tensor:
     return x * inside + (quantizer.codes(x) * step - x * inside).detach()
 
 
-def twin_loss(subject: Subject) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+def twin_loss(subject: AnalysisInput) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """The loss of ``conv_bn`` as a function of one flat vector of quantized weights, and that vector."""
     layers = list(subject.layers.values())
     start = [layer.quantized_weight().detach() for layer in layers]
@@ -85,7 +85,7 @@ def _norm(x: Tensor, norm: Any) -> Tensor:
     return centred * norm.weight.view(shape) + norm.bias.view(shape)
 
 
-def explicit_hessian(subject: Subject) -> Tensor:
+def explicit_hessian(subject: AnalysisInput) -> Tensor:
     """(weights, weights), by differentiating the twin twice."""
     loss, point = twin_loss(subject)
     assert loss(point).item() == pytest.approx(subject.score().loss, rel=1e-6)  # the twin is the model
@@ -97,14 +97,16 @@ EIGHT, THREE = same_bits(8), same_bits(3)
 
 
 @pytest.fixture(scope="module", params=["smooth", "coarse"])
-def with_hessian(request: pytest.FixtureRequest) -> tuple[Subject, Tensor]:
+def with_hessian(request: pytest.FixtureRequest) -> tuple[AnalysisInput, Tensor]:
     torch.manual_seed(0)
     subject = subject_of(bits=EIGHT if request.param == "smooth" else THREE)
     return subject, explicit_hessian(subject)
 
 
 class TestCurvature:
-    def test_products_are_those_of_the_explicit_hessian(self, with_hessian: tuple[Subject, Tensor]) -> None:
+    def test_products_are_those_of_the_explicit_hessian(
+        self, with_hessian: tuple[AnalysisInput, Tensor]
+    ) -> None:
         subject, hessian = with_hessian
         sizes = [layer.latent_weight().numel() for layer in subject.layers.values()]
         flat = torch.randn(2, sum(sizes), dtype=torch.float64)
@@ -138,7 +140,7 @@ class TestCurvature:
 
 
 class TestEigenvalue:
-    def test_is_the_largest_of_the_explicit_hessian(self, with_hessian: tuple[Subject, Tensor]) -> None:
+    def test_is_the_largest_of_the_explicit_hessian(self, with_hessian: tuple[AnalysisInput, Tensor]) -> None:
         subject, hessian = with_hessian
         largest = torch.linalg.eigvalsh(hessian)[-1].item()
 
@@ -148,7 +150,7 @@ class TestEigenvalue:
         assert found.eigenvalue == pytest.approx(largest, rel=1e-6)
         assert found.spread <= 1e-6 * largest
 
-    def test_at_the_default_tolerance_is_near(self, with_hessian: tuple[Subject, Tensor]) -> None:
+    def test_at_the_default_tolerance_is_near(self, with_hessian: tuple[AnalysisInput, Tensor]) -> None:
         subject, hessian = with_hessian
         values = torch.linalg.eigvalsh(hessian)
 
@@ -171,7 +173,7 @@ class TestEigenvalue:
         count = sum(layer.latent_weight().numel() for layer in subject.layers.values())
         diagonal = torch.linspace(-8.0, 5.0, count, dtype=torch.float64)
 
-        def products(subject: Subject, vectors: list[list[Tensor]]) -> list[list[Tensor]]:
+        def products(subject: AnalysisInput, vectors: list[list[Tensor]]) -> list[list[Tensor]]:
             sizes = [layer.latent_weight().numel() for layer in subject.layers.values()]
             parts = diagonal.split(sizes)
             return [[v * d.view_as(v) for v, d in zip(vector, parts, strict=True)] for vector in vectors]
@@ -190,7 +192,7 @@ class TestEigenvalue:
 
 
 class TestTrace:
-    def test_lies_within_the_derived_error(self, with_hessian: tuple[Subject, Tensor]) -> None:
+    def test_lies_within_the_derived_error(self, with_hessian: tuple[AnalysisInput, Tensor]) -> None:
         subject, hessian = with_hessian
         samples = 200
 
@@ -278,7 +280,7 @@ class TestFlips:
     def test_are_refused_without_latent_weights(self) -> None:
         subject = subject_of()
         found = measure_flips(
-            Subject(subject.model, subject.layers, subject.batches, latent=False), Settings(), Session()
+            AnalysisInput(subject.model, subject.layers, subject.batches, latent=False), Settings(), Session()
         )
 
         assert found.reason is not None

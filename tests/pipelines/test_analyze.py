@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from saqcli.analysis import INSTRUMENTS, Subject
+from saqcli.analysis import INSTRUMENTS, AnalysisInput
 from saqcli.analysis.landscape import LandscapeReading
 from saqcli.pipelines import export
 from saqcli.report.readings import draw
@@ -213,7 +213,7 @@ def test_a_model_without_a_finite_loss_is_refused(
     run: Path, data: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score = Score(top1=10.0, top5=50.0, loss=math.nan, images=40, skipped=0)
-    monkeypatch.setattr(Subject, "score", lambda self: score)
+    monkeypatch.setattr(AnalysisInput, "score", lambda self: score)
 
     result = saq("analyze", run, *data, "--flips", "--out", tmp_path / "out", "--quiet")
 
@@ -230,18 +230,18 @@ class TestGoingOn:
         whole, stopped = tmp_path / "whole", tmp_path / "stopped"
         answer(*command, "--out", whole)
         calls = 0
-        score = Subject.score
+        score = AnalysisInput.score
 
-        def interrupted(subject: Subject) -> Any:
+        def interrupted(subject: AnalysisInput) -> Any:
             nonlocal calls
             calls += 1
             if calls == 9:
                 signal.raise_signal(signal.SIGINT)
             return score(subject)
 
-        monkeypatch.setattr(Subject, "score", interrupted)
+        monkeypatch.setattr(AnalysisInput, "score", interrupted)
         result = saq(*command, "--out", stopped, "--quiet")
-        monkeypatch.setattr(Subject, "score", score)
+        monkeypatch.setattr(AnalysisInput, "score", score)
 
         assert result.exit_code == 130
         resume = "Interrupted; progress saved. Resume with the same command and --resume"
@@ -253,7 +253,7 @@ class TestGoingOn:
         assert not list(stopped.glob("*.png"))
 
         calls = 0
-        monkeypatch.setattr(Subject, "score", interrupted)  # counts; never reaches the ninth again
+        monkeypatch.setattr(AnalysisInput, "score", interrupted)  # counts; never reaches the ninth again
         calls = -100
         answer(*command, "--out", stopped, "--resume")
 

@@ -18,7 +18,7 @@ from saqcli.data.datasets import open_split
 from saqcli.data.loaders import make_loader
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.runs.checkpoints import CheckpointFile
-from saqcli.search.samq import Alternation
+from saqcli.search.samq import AlternatingSearch
 from saqcli.training import trainer
 from tests.support.command_line import answer
 from tests.support.digits import MODEL, float_options
@@ -267,14 +267,14 @@ def test_evaluation_counts_every_image_once(few: list[object], pair: tuple[Path,
 
 def drawing(rank: int) -> None:
     """Every draw of this process must be that of the others."""
-    draw = Alternation._draw
+    draw = AlternatingSearch._draw
 
-    def compared(self: Alternation) -> list[int]:
+    def compared(self: AlternatingSearch) -> list[int]:
         choice = draw(self)
         assert distributed.gathered(choice) == [choice] * distributed.count()
         return choice
 
-    Alternation._draw = compared  # type: ignore[method-assign]
+    AlternatingSearch._draw = compared  # type: ignore[method-assign]
 
 
 def test_all_processes_search_with_the_same_bits(few: list[object], tmp_path: Path) -> None:

@@ -316,7 +316,7 @@ def test_a_full_disk_stops_a_run_until_there_is_room(
     ):
         there = processes.seen(run / "manifest.json").exists()
         job = processes.start(run, *chain.commands[there], fault={"on": act, "count": count, "do": "fill"})
-        failed(job, f"{run}", f"{file} cannot be written (No space left on device): make room on its disk")
+        failed(job, f"{run}", f"{file} cannot be written (No space left on device): free disk space")
         assert "--resume" in job.said() or file == "manifest.json"
         check_readable(processes.seen(run))
         processes.run("rm", disk / "filler")
@@ -357,7 +357,7 @@ def test_what_cannot_be_written_to_is_told_at_once_and_in_the_middle(
     failed(processes.start(run, *resume), f"{run}/.lock cannot be written (Read-only file system)")
     failed(
         processes.start(run, *quantization(processes, images, disk / "other", "--bits", 4).commands[0]),
-        f"{disk}/other cannot be made",
+        f"{disk}/other cannot be created",
     )
 
 
@@ -390,7 +390,7 @@ def test_a_full_disk_stops_a_search_and_an_analysis_until_there_is_room(
         for act in acts:
             there = any(processes.seen(chain.run).glob("[!.]*.json"))
             job = processes.start(chain.run, *chain.commands[there], fault={"on": act, "do": "fill"})
-            failed(job, act.rpartition("new ")[2], "No space left on device", "make room", "--resume")
+            failed(job, act.rpartition("new ")[2], "No space left on device", "free disk space", "--resume")
             check_readable(processes.seen(chain.run))
             processes.run("rm", disk / "filler")
         assert processes.start(chain.run, *chain.commands[1]).wait() == 0

@@ -31,13 +31,13 @@ from saqcli.report.pareto import (
     budgets,
     dominates,
     find_front,
+    pareto_optimal,
     to_csv,
     to_table,
-    undominated,
     uniform_names,
     write_front,
 )
-from saqcli.search.problem import Found, Scored, SearchImages, SearchProblem
+from saqcli.search.problem import Scored, SearchImages, SearchProblem, SearchResult
 from saqcli.serialization import parse_json
 from tests.support.tiny import build
 
@@ -112,10 +112,10 @@ class Search:
         loss = sum((k + 1) * 0.5**index for k, index in enumerate(choice))
         return Scored(tuple(choice), self.space.cost(choice), round(100 - 3 * loss, 1), loss)
 
-    def found(self, budget: Budget) -> Found:
+    def found(self, budget: Budget) -> SearchResult:
         every = [[index] * len(self.space.decisions) for index in range(4)]
         samples = [self.score([*choice[1:], 2]) for choice in every]
-        return Found(self.propose(budget)[0], self.propose, self.score, samples)
+        return SearchResult(self.propose(budget)[0], self.propose, self.score, samples)
 
 
 def middle(space: SearchSpace, bops: bool = True, size: bool = False) -> Budget:
@@ -145,7 +145,7 @@ class TestDominance:
     def test_nothing_on_the_front_is_dominated_and_all_else_is(
         self, found: list[Any], counted: tuple[int, ...]
     ) -> None:
-        front = undominated(found, counted)
+        front = pareto_optimal(found, counted)
 
         for index, one in enumerate(found):
             beaten = any(dominates(other, one, counted) for other in found)
@@ -363,7 +363,7 @@ class TestPicture:
         ax, _ = painted(front.model_copy(update={"points": low}))
 
         assert ax.get_ylim()[1] < 6
-        assert "float 97.50 %, above this picture" in [text.get_text() for text in ax.texts]
+        assert "float 97.50 %, above the plot" in [text.get_text() for text in ax.texts]
 
     def test_accuracies_end_at_100(self, space: SearchSpace) -> None:
         (one,) = (p for p in front_of(space, middle(space)).points if p.kind == "chosen")

@@ -20,7 +20,7 @@ from saqcli.quant.quantizers.base import Quantizer, quantizers_of
 from saqcli.quant.search_space import Candidates
 from saqcli.search.asga import ASGA, Descent
 from saqcli.search.mixture import Mixture, Mixtures
-from saqcli.search.problem import Found, SearchProblem
+from saqcli.search.problem import SearchProblem, SearchResult
 from saqcli.search.supernet import Supernet
 from saqcli.training.minimizers import Chunk, MicroBatch
 from saqcli.training.objective import micro_batches
@@ -448,7 +448,7 @@ def test_on_images_apart_the_branch_that_counts_most_keeps_its_bits(seed: int) -
     assert found.choice[2] == 2
 
 
-def outcome(problem: SearchProblem, search: ASGA) -> tuple[Found, dict[str, Tensor]]:
+def outcome(problem: SearchProblem, search: ASGA) -> tuple[SearchResult, dict[str, Tensor]]:
     return search.search(problem), problem.model.state_dict()
 
 

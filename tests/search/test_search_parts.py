@@ -26,14 +26,14 @@ from saqcli.quant.correction import Corrections, correct
 from saqcli.quant.cost import BUDGET_USE, Budget, CostModel, LayerCost
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.search_space import Candidates, SearchSpace, search_space
-from saqcli.search import SEARCHERS, Found, SearchProblem
+from saqcli.search import SEARCHERS, SearchProblem, SearchResult
 from saqcli.search.controller import Controller, Reinforce
 from saqcli.search.hawq import HAWQ
 from saqcli.search.knapsack import Sampler, budget_logits, in_window
-from saqcli.search.samq import SharpCost
+from saqcli.search.samq import SharpnessAwareCost
 from saqcli.search.sensitivity import Sensitivity
 from saqcli.search.separable import Key, measure_noise
-from saqcli.search.supernet import Scorer, Supernet, SwitchableNorm, norms_behind
+from saqcli.search.supernet import Scorer, Supernet, SwitchableNorm, layers_before_norms
 from saqcli.training.loop import evaluate
 from saqcli.training.minimizers.sharpness_aware import SAQ
 from saqcli.training.objective import micro_batches
@@ -198,7 +198,7 @@ SPACES = {
 def test_what_was_drawn_reads_as_probable_as_it_was(space: SearchSpace) -> None:
     controller = controller_of(space, 5)
     drawn = controller.draw(50, generator())
-    read = controller.read(drawn.choices)
+    read = controller.evaluate(drawn.choices)
     assert torch.equal(drawn.choices, read.choices)
     for one, other in ((0, 0), (1, 1), (2, 2), (3, 3)):
         assert torch.equal(drawn[one], read[other])
@@ -212,7 +212,7 @@ def test_probabilities_of_all_sequences_add_up_to_one_and_entropies_to_that_of_t
 ) -> None:
     every = torch.tensor(list(product(*(range(len(d.options)) for d in space.decisions))))
     with torch.no_grad():
-        read = controller_of(space, 5).read(every)
+        read = controller_of(space, 5).evaluate(every)
     p = read.log_probability.double().exp()
     assert float(p.sum()) == pytest.approx(1, abs=1e-5)
     assert float((p * read.entropy).sum()) == pytest.approx(float(-(p * p.log()).sum()), abs=1e-5)
@@ -222,7 +222,7 @@ def test_probabilities_of_all_sequences_add_up_to_one_and_entropies_to_that_of_t
 def test_entropies_along_a_sequence_are_those_of_an_explicit_enumeration() -> None:
     space = simple_space(2, (2, 4))
     with torch.no_grad():
-        read = controller_of(space, 8).read(torch.tensor(list(product((0, 1), repeat=2))))
+        read = controller_of(space, 8).evaluate(torch.tensor(list(product((0, 1), repeat=2))))
     p = read.log_probability.double().exp().view(2, 2)
     first = p.sum(1)
     for choice, entropy in zip(product((0, 1), repeat=2), read.entropy, strict=True):
@@ -237,7 +237,7 @@ def test_frequencies_of_draws_are_their_probabilities() -> None:
     count = 4000
     with torch.no_grad():
         drawn = controller.draw(count, generator(2))
-        p = controller.read(torch.tensor(list(product((0, 1), repeat=2)))).log_probability.exp()
+        p = controller.evaluate(torch.tensor(list(product((0, 1), repeat=2)))).log_probability.exp()
     for choice, probability in zip(product((0, 1), repeat=2), p, strict=True):
         seen = int((drawn.choices == torch.tensor(choice)).all(1).sum())
         spread = math.sqrt(count * float(probability * (1 - probability)))
@@ -282,7 +282,7 @@ def test_bits_apart_share_logits_by_width() -> None:
 
 
 def test_later_bits_depend_on_those_drawn_before() -> None:
-    read = controller_of(simple_space(2, (2, 4)), 8).read(torch.tensor([[0, 0], [1, 0]]))
+    read = controller_of(simple_space(2, (2, 4)), 8).evaluate(torch.tensor([[0, 0], [1, 0]]))
     assert torch.equal(read.options[0, 0], read.options[1, 0])
     assert (read.options[0, 1] - read.options[1, 1]).abs().max() > 1e-3
 
@@ -320,7 +320,7 @@ def test_without_baseline_and_replay_a_step_is_that_of_adam_on_cost_times_log_pr
     twin = copy.deepcopy(before).double()
     torch.set_default_dtype(torch.float64)
     try:
-        read = twin.read(torch.tensor([choice]))
+        read = twin.evaluate(torch.tensor([choice]))
         (cost * read.log_probability - weight * read.entropy).mean().backward()
     finally:
         torch.set_default_dtype(torch.float32)
@@ -556,7 +556,7 @@ class OneNormTwice(nn.Module):
 
 def behind(net: nn.Module, shape: tuple[int, ...]) -> dict[str, str]:
     convert.wrap(net.train())
-    found = norms_behind(net, tiny.images(shape, 1))  # type: ignore[arg-type]
+    found = layers_before_norms(net, tiny.images(shape, 1))  # type: ignore[arg-type]
     assert net.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
     return found
@@ -616,11 +616,13 @@ def test_clipping_levels_belong_to_a_width() -> None:
 # The sharp cost
 
 
-def sharp_cost_of(name: str, rho: float, budget: Budget | None = None, **options: Any) -> SharpCost:
+def sharp_cost_of(name: str, rho: float, budget: Budget | None = None, **options: Any) -> SharpnessAwareCost:
     supernet = supernet_of(name, switch_norms=True, budget=budget, **options)
     perturbed = PerturbedSet(supernet.model)
     reference = [len(decision.options) - 1 for decision in supernet.problem.space.decisions]
-    return SharpCost(supernet, perturbed, rho=rho, rho_unit="deviation", cost_weight=6.0, reference=reference)
+    return SharpnessAwareCost(
+        supernet, perturbed, rho=rho, rho_unit="deviation", cost_weight=6.0, reference=reference
+    )
 
 
 def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -967,7 +969,7 @@ def outcome(method: str, problem: SearchProblem, memory: Stopping, noise: int) -
     """Everything a search leaves behind; ``noise`` seeds the global random numbers before."""
     torch.manual_seed(noise)
     asked = fresh(problem, memory=memory)
-    found: Found = SEARCHERS[method.split()[0]].make(**RESUMED[method]).search(asked)
+    found: SearchResult = SEARCHERS[method.split()[0]].make(**RESUMED[method]).search(asked)
     space = problem.space
     other = Budget(*((a + b) // 2 for a, b in zip(space.floor, space.ceiling, strict=True)))
     weights = {key: value.clone().numpy().tobytes() for key, value in asked.model.state_dict().items()}

@@ -22,9 +22,9 @@ from saqcli.quant.bits import LayerBits
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.cost import Budget, CostModel, LayerCost
 from saqcli.quant.search_space import Candidates, SearchSpace, search_space
-from saqcli.search import SEARCHERS, Found, SearchProblem
+from saqcli.search import SEARCHERS, SearchProblem, SearchResult
 from saqcli.search.baselines import relative_noise
-from saqcli.search.knapsack import Resource, best_choice, choose
+from saqcli.search.knapsack import Resource, best_choice, solve_knapsack
 from saqcli.units import format_quantity
 from tests.support.searching import fresh, problem_of, random_problem, search_images, tiny_problem
 from tests.support.spaces import admitted, budget_within, every_cost, every_loss, spaces, used
@@ -77,7 +77,7 @@ def allowance(losses: Losses) -> float:
 @given(instances())
 def test_the_choice_is_the_best_of_all_and_within_the_limit(instance: tuple[Costs, Losses, int]) -> None:
     costs, losses, limit = instance
-    chosen = choose(losses, [Resource(costs, limit)])
+    chosen = solve_knapsack(losses, [Resource(costs, limit)])
     best = brute_force(costs, losses, limit)
 
     assert total(costs, chosen) <= limit
@@ -92,7 +92,7 @@ def test_the_least_cost_is_honoured_where_possible(
 ) -> None:
     costs, losses, limit = instance
     least = limit * per_mille // 1000
-    chosen = choose(losses, [Resource(costs, limit, least)])
+    chosen = solve_knapsack(losses, [Resource(costs, limit, least)])
     best = brute_force(costs, losses, limit, least)
 
     assert total(costs, chosen) <= limit
@@ -110,19 +110,19 @@ def test_a_limit_below_every_choice_is_refused(instance: tuple[Costs, Losses, in
     floor = sum(min(group) for group in costs)
 
     with pytest.raises(InfeasibleBudget, match=str(floor)):
-        choose(losses, [Resource(costs, floor - 1)])
+        solve_knapsack(losses, [Resource(costs, floor - 1)])
 
 
 def test_a_choice_that_exceeds_the_limit_by_one_in_10_to_the_15_is_not_taken() -> None:
     costs, losses = [[HUGE, HUGE + 1, 5]], [[0.5, 0.0, 0.9]]
 
-    assert choose(losses, [Resource(costs, HUGE)]) == [0]
+    assert solve_knapsack(losses, [Resource(costs, HUGE)]) == [0]
 
 
 def test_an_option_that_no_choice_can_afford_does_not_blur_the_others() -> None:
     costs, losses = [[1, 2, HUGE]], [[1e-3, 0.0, 1e6]]
 
-    assert choose(losses, [Resource(costs, 2)]) == [1]
+    assert solve_knapsack(losses, [Resource(costs, 2)]) == [1]
 
 
 @st.composite
@@ -159,7 +159,7 @@ def test_of_two_resources_both_limits_hold_and_the_choice_is_the_best_of_all(
     instance: tuple[Losses, list[Resource]],
 ) -> None:
     losses, resources = instance
-    chosen = choose(losses, resources)
+    chosen = solve_knapsack(losses, resources)
     best = best_within(losses, resources)
 
     assert all(total(resource.costs, chosen) <= resource.limit for resource in resources)
@@ -172,7 +172,7 @@ def test_of_two_resources_both_limits_hold_and_the_choice_is_the_best_of_all(
 
 
 def test_nothing_to_choose_is_the_empty_choice() -> None:
-    assert choose([], [Resource([], 5)]) == []
+    assert solve_knapsack([], [Resource([], 5)]) == []
 
 
 # The best choice under a budget.
@@ -240,13 +240,13 @@ def problem(seed: int) -> SearchProblem:
     return random_problem(seed)
 
 
-def search(method: str, asked: SearchProblem, **changes: Any) -> Found:
+def search(method: str, asked: SearchProblem, **changes: Any) -> SearchResult:
     """On a copy of the model."""
     return SEARCHERS[method].make(**FAST.get(method, {})).search(fresh(asked, **changes))
 
 
 @cache
-def solved(method: str, seed: int) -> Found:
+def solved(method: str, seed: int) -> SearchResult:
     return search(method, problem(seed))
 
 

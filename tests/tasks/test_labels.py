@@ -146,7 +146,7 @@ class TestLists:
             ({"dog": 0, "cat": 1, "ant": -1}, "the index of ant is below 0"),
             ({"dog": 0, "cat": True, "ant": 2}, "give a JSON list of names"),
             ([1, 2, 3], "give a JSON list of names"),
-            ('{"dog": 0, "dog": 1}', "'dog' stands there twice"),
+            ('{"dog": 0, "dog": 1}', "'dog' occurs twice"),
             ("[", "it is not JSON"),
         ],
     )

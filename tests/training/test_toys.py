@@ -9,7 +9,7 @@ import torch
 
 from saqcli.quant.cost import Cost
 from saqcli.search import SEARCHERS
-from saqcli.search.problem import Found, Scored, SearchProblem
+from saqcli.search.problem import Scored, SearchProblem, SearchResult
 from saqcli.search.supernet import most_accurate
 from tests.support.sweeps import sweep
 from tests.support.toys import RIGHT, branches
@@ -26,7 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @cache
-def found(method: str, seed: int) -> tuple[SearchProblem, Found]:
+def found(method: str, seed: int) -> tuple[SearchProblem, SearchResult]:
     problem = branches(seed)
     return problem, SEARCHERS[method].make(**OPTIONS[method]).search(problem)
 

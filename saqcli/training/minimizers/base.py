@@ -56,7 +56,9 @@ def check_epoch(loss: float, classes: int) -> None:
         TrainingDiverged: it is not finite, or absurd.
     """
     if not loss <= LARGEST_LOSS * math.log(max(classes, 2)):
-        raise distributed.agreed(TrainingDiverged(f"the validation loss has become {loss:g}: {_advice()}"))
+        raise distributed.reported_once(
+            TrainingDiverged(f"the validation loss has become {loss:g}: {_advice()}")
+        )
 
 
 def check_score(loss: float, images: int, name: str) -> None:

@@ -43,7 +43,7 @@ def contains(words: list[str], text: str) -> bool:
 
 @pytest.mark.parametrize("width", [40, 80, 120])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_word_reads_back_as_typed(monkeypatch: pytest.MonkeyPatch, name: str, width: int) -> None:
+def test_every_word_is_printed_unchanged(monkeypatch: pytest.MonkeyPatch, name: str, width: int) -> None:
     text = screen(monkeypatch, width, name)
     words = text.split()
 
@@ -57,7 +57,7 @@ def test_every_word_reads_back_as_typed(monkeypatch: pytest.MonkeyPatch, name: s
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_80_columns_are_kept(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_fits_80_columns(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert max(map(len, screen(monkeypatch, 80, name).splitlines())) <= 80
 
 
@@ -68,14 +68,14 @@ def test_patterns_keep_their_asterisks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "'resnet50.*'" in screen(monkeypatch, 80, "models").split()
 
 
-def test_examples_stand_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_are_one_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = screen(monkeypatch, 80, "eval").splitlines()
 
     assert "Example: saq eval runs/resnet18-w4a4 --bench --batch-sizes 1,8 --threads 1,2" in lines
     assert "Example: saq models 'timm/mobilenetv3*'" in screen(monkeypatch, 80, "models").splitlines()
 
 
-def test_the_program_lists_its_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_program_lists_its_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = screen(monkeypatch, 80).splitlines()
 
     assert [line.split()[0] for line in lines if re.match(r"  [a-z]", line)] == list(COMMANDS)
@@ -83,7 +83,7 @@ def test_the_program_lists_its_commands(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_is_described(name: str) -> None:
+def test_every_option_has_help(name: str) -> None:
     for parameter in COMMANDS[name].params:
         assert re.match(r"[A-Zct]", parameter.help), (parameter.opts, parameter.help)
         assert len(parameter.help.split()) > 1
@@ -92,7 +92,7 @@ def test_every_option_is_described(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "parameter"), OPTIONS)
-def test_the_default_named_is_the_default(monkeypatch: pytest.MonkeyPatch, name: str, parameter: Any) -> None:
+def test_documented_default_is_the_default(monkeypatch: pytest.MonkeyPatch, name: str, parameter: Any) -> None:
     """The option at the value that its help names changes nothing."""
     found: list[RunConfig] = []
 

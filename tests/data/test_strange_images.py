@@ -137,7 +137,7 @@ def opened(folder: Path, bad_images: str = "refuse") -> Split:
     return open_split(str(folder), "val", num_classes=2, bad_images=bad_images)  # type: ignore[arg-type]
 
 
-def test_any_kind_of_image_is_read_in_silence(folder: Path) -> None:
+def test_every_image_kind_is_read_without_warning(folder: Path) -> None:
     """Its first picture, as it is stored; a warning would be an error here."""
     for name, content in READABLE.items():
         (folder / "val" / "cat" / f"{name}.jpg").write_bytes(content())
@@ -151,7 +151,7 @@ def test_any_kind_of_image_is_read_in_silence(folder: Path) -> None:
         (folder / "val" / "cat" / f"{name}.jpg").unlink()
 
 
-def test_large_images_are_read_in_silence_up_to_pillows_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_are_read_without_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE)
     assert decode(io.BytesIO(encoded("png", picture(SIDE + 1)))).size == (SIDE + 1, SIDE + 1)
     with pytest.raises(Image.DecompressionBombError):
@@ -160,7 +160,7 @@ def test_large_images_are_read_in_silence_up_to_pillows_limit(monkeypatch: pytes
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pipes and links")
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_what_cannot_be_read_is_named_or_skipped(folder: Path, workers: int) -> None:
+def test_unreadable_image_is_named_or_skipped(folder: Path, workers: int) -> None:
     for name, (make, reason) in UNREADABLE.items():
         path = folder / "val" / "cat" / f"{name}.jpg"
         make(path)
@@ -176,7 +176,7 @@ def test_what_cannot_be_read_is_named_or_skipped(folder: Path, workers: int) -> 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pipes and links")
-def test_a_command_counts_what_it_skips(digits: Path, tmp_path: Path) -> None:
+def test_command_counts_skipped_images(digits: Path, tmp_path: Path) -> None:
     for label in range(10):
         (tmp_path / "images" / str(label)).mkdir(parents=True)
         (tmp_path / "images" / str(label) / "good.png").write_bytes(encoded("png"))
@@ -193,7 +193,7 @@ def test_a_command_counts_what_it_skips(digits: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_file_that_goes_away_during_the_run_is_named_or_skipped(folder: Path, workers: int) -> None:
+def test_image_deleted_during_run_is_reported(folder: Path, workers: int) -> None:
     strict, lenient = opened(folder), opened(folder, "skip")
     (folder / "val" / "dog" / "good.png").unlink()
     with pytest.raises(DataError, match=r"good.png \(it was there when the run started\)"):
@@ -202,7 +202,7 @@ def test_a_file_that_goes_away_during_the_run_is_named_or_skipped(folder: Path, 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no links")
-def test_folders_that_lead_astray_are_told(folder: Path) -> None:
+def test_misleading_folders_are_reported(folder: Path) -> None:
     (folder / "val" / "cat" / "more.png").mkdir()  # a folder, whatever it is called
     (folder / "val" / "cat" / "more.png" / "2.png").write_bytes(encoded("png"))
     (folder / "val" / "dog" / "far").symlink_to(folder / "val" / "cat")
@@ -216,7 +216,7 @@ def test_folders_that_lead_astray_are_told(folder: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal")
 @pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_reader_that_is_killed_within_an_epoch_is_told_soon(folder: Path, training: bool) -> None:
+def test_killed_worker_is_reported_promptly(folder: Path, training: bool) -> None:
     for number in range(200):
         (folder / "val" / "cat" / f"{number}.png").write_bytes(encoded("png"))
     before = set(multiprocessing.active_children())
@@ -242,7 +242,7 @@ def begin_later(begin: Callable[[int], None], started: Any, worker: int) -> None
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal")
 @pytest.mark.parametrize("beginning", [False, True])
-def test_readers_outlive_the_signal_that_the_whole_group_gets(folder: Path, beginning: bool) -> None:
+def test_workers_survive_group_signals(folder: Path, beginning: bool) -> None:
     """As from Ctrl-C in a terminal, or from torchrun: the one that they read for decides when it ends."""
     for number in range(200):
         (folder / "val" / "cat" / f"{number}.png").write_bytes(encoded("png"))
@@ -269,7 +269,7 @@ def test_readers_outlive_the_signal_that_the_whole_group_gets(folder: Path, begi
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_readers_end_with_the_loader_that_they_read_for(folder: Path, training: bool) -> None:
+def test_workers_exit_with_their_loader(folder: Path, training: bool) -> None:
     """Without the garbage collector, which would take torch seconds a reader and might leave them behind."""
     before = set(multiprocessing.active_children())
     loader = load(opened(folder), 2, training=training)
@@ -289,7 +289,7 @@ def test_readers_end_with_the_loader_that_they_read_for(folder: Path, training: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_readers_are_ready_for_signals_however_they_are_started(method: str) -> None:
+def test_workers_handle_signals_under_any_start_method(method: str) -> None:
     code = (
         f"import multiprocessing, sys, pytest; multiprocessing.set_start_method({method!r}); "
         "sys.exit(pytest.main(sys.argv[1:]))"

@@ -282,7 +282,7 @@ def quantized(network: Network) -> ModelFacts:
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_modules_are_trained_saved_and_resumed(
+def test_odd_modules_train_save_and_resume(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     odd = ODD[name]
@@ -348,7 +348,7 @@ def test_odd_modules_are_exported(
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_traced_is_refused(name: str) -> None:
+def test_untraceable_models_are_refused(name: str) -> None:
     build, said = REFUSED[name]
     with pytest.raises(UnsupportedModel) as caught:
         convert.wrap(build())
@@ -356,7 +356,7 @@ def test_what_cannot_be_traced_is_refused(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_pruned_zeros_stay_zeros_on_the_grid_with_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruned_weights_stay_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     network, before = opened("pruned", monkeypatch)
     pruned_away = before.middle.weight == 0  # type: ignore[union-attr]
     assert pruned_away.sum() == round(0.25 * pruned_away.numel())  # type: ignore[union-attr, operator, arg-type]
@@ -375,7 +375,7 @@ def test_pruned_zeros_stay_zeros_on_the_grid_with_zero(monkeypatch: pytest.Monke
     {"key_padding_mask": torch.tensor([[False] * 5 + [True]] * 2)},
 ])  # fmt: skip
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_attention_weights_are_those_of_torch(options: dict[str, Any], batch_first: bool) -> None:
+def test_attention_weights_match_torch(options: dict[str, Any], batch_first: bool) -> None:
     attention = nn.MultiheadAttention(8, 2, batch_first=batch_first).eval()
     x = torch.randn(2, 6, 8)
     x = x if batch_first else x.transpose(0, 1)

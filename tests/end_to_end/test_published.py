@@ -41,14 +41,14 @@ def calibrated(quantizer: str, digits: Path, run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_every_recipe_resolves_to_settings_that_training_takes(name: str) -> None:
+def test_every_recipe_resolves_to_valid_settings(name: str) -> None:
     config = resolve(recipe=name, options={"model.name": MODEL})
     scheme_of(config).check()
     check_training(config)
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_published_recipes_are_what_was_published(name: str) -> None:
+def test_published_recipes_match_the_papers(name: str) -> None:
     config = resolve(recipe=name, options={"model.name": MODEL})
     cifar = name == "paper-cifar"
     assert config.quantization.model_dump(
@@ -83,7 +83,7 @@ def test_the_published_recipes_are_what_was_published(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [PAPER[0], pytest.param(PAPER[1], marks=pytest.mark.slow)])
-def test_a_published_recipe_runs_to_verified_files(name: str, digits: Path, tmp_path: Path) -> None:
+def test_published_recipe_runs_to_verified_files(name: str, digits: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     answer = saq(
         *("quantize", MODEL, *float_options(digits), "--recipe", name, "--bits", 4, "--epochs", 1),
@@ -103,7 +103,7 @@ def test_a_published_recipe_runs_to_verified_files(name: str, digits: Path, tmp_
     "name",
     [pytest.param("lsq", marks=pytest.mark.slow), "lsq_plus", pytest.param("pact", marks=pytest.mark.slow)],
 )
-def test_a_quantizer_is_chosen_by_option_and_keeps_the_function(
+def test_quantizer_option_keeps_the_function(
     name: str, digits: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -114,7 +114,7 @@ def test_a_quantizer_is_chosen_by_option_and_keeps_the_function(
     assert saq("eval", run, "--data", digits / "images")["top1"] == answer["top1"]
 
 
-def test_a_run_whose_weights_are_transformed_is_resumed_from_latent_weights(
+def test_transformed_weights_resume_from_latent_weights(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files hold plain forms, checkpoints do not: what is built from a checkpoint transforms again."""
@@ -135,7 +135,7 @@ def test_a_run_whose_weights_are_transformed_is_resumed_from_latent_weights(
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_what_quantizers_learn_has_an_optimizer_group_of_its_own(name: str) -> None:
+def test_quantizer_parameters_have_their_optimizer_group(name: str) -> None:
     net, x = tiny.build("conv_bn")
     layers = tiny.quantized(net, x, scheme=Scheme(quantizer=name))
     training = TrainingSection(lr=0.1, clip_lr_factor=0.5, weight_decay=1e-3)
@@ -174,7 +174,7 @@ def test_granularity_and_weight_normalization_are_options(digits: Path, tmp_path
         (("--quantizer", "pact", "--set", "quantization.clip_init=paper"), "not defined for quantizer pact"),
     ],
 )
-def test_what_does_not_go_together_is_refused_before_anything_is_loaded(
+def test_incompatible_options_fail_before_loading(
     options: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

@@ -58,7 +58,7 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_resnet20_scores_what_it_should_on_a_tenth_of_the_images(tenth: Path, shared: Path) -> None:
+def test_resnet20_accuracy_on_a_tenth(tenth: Path, shared: Path) -> None:
     weights = shared / "data" / "weights" / "cifar10_resnet20.safetensors"
 
     found = saq("eval", "saq/resnet20", "--weights", weights, "--data", tenth)
@@ -68,7 +68,7 @@ def test_resnet20_scores_what_it_should_on_a_tenth_of_the_images(tenth: Path, sh
 
 
 @pytest.mark.slow
-def test_resnet20_scores_what_was_published(cifar10: Path, shared: Path) -> None:
+def test_resnet20_accuracy_matches_the_published(cifar10: Path, shared: Path) -> None:
     weights = shared / "data" / "weights" / "cifar10_resnet20.safetensors"
 
     found = saq("eval", "saq/resnet20", "--weights", weights, "--data", cifar10)
@@ -78,7 +78,7 @@ def test_resnet20_scores_what_was_published(cifar10: Path, shared: Path) -> None
 
 
 @pytest.mark.slow
-def test_resnet20_at_4_bits_is_within_6_points_after_calibration(
+def test_resnet20_4_bits_loses_under_6_points(
     cifar10: Path, shared: Path, tmp_path: Path
 ) -> None:
     weights = shared / "data" / "weights" / "cifar10_resnet20.safetensors"
@@ -105,7 +105,7 @@ def test_resnet20_at_4_bits_is_within_6_points_after_calibration(
         ),
     ],
 )
-def test_imagenet_networks_score_what_was_measured_on_some_of_the_classes(
+def test_imagenet_accuracy_on_some_classes(
     model: str, weights: str, options: list[str], top1: float, shared: Path, tmp_path: Path
 ) -> None:
     data = shared / "data"
@@ -148,7 +148,7 @@ def top1(model: nn.Module, folders: list[Path], classes: int, config: RunConfig,
         ("saq/vit_cifar", "cifar10_vit_postnorm", {}),
     ],
 )
-def test_8_bits_after_calibration_are_within_three_quarters_of_a_point(
+def test_int8_loses_under_three_quarter_points(
     model: str, weights: str, options: dict[str, Any], shared: Path, tmp_path: Path
 ) -> None:
     data = shared / "data"

@@ -65,18 +65,18 @@ def float_network(place: Path) -> list[str]:
     return float_options(place, place / "digits")
 
 
-def test_the_budget_is_met_and_used(quantized: dict[str, Any]) -> None:
+def test_budget_is_met_and_used(quantized: dict[str, Any]) -> None:
     assert quantized["budget_bops"] == UNIFORM_3
     assert 0.985 * UNIFORM_3 <= quantized["bops"] <= UNIFORM_3
     assert quantized["bops_reduction"] == pytest.approx(quantized["float_bops"] / quantized["bops"])
 
 
-def test_accuracy_stays_within_three_points_of_float(quantized: dict[str, Any]) -> None:
+def test_accuracy_is_within_three_points_of_float(quantized: dict[str, Any]) -> None:
     assert quantized["float_top1"] > 90
     assert quantized["top1"] > quantized["float_top1"] - 3
 
 
-def test_the_run_directory_holds_what_was_promised(quantized: dict[str, Any], run: Path) -> None:
+def test_run_directory_is_complete(quantized: dict[str, Any], run: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
 
     assert manifest["status"] == "finished"
@@ -89,7 +89,7 @@ def test_the_run_directory_holds_what_was_promised(quantized: dict[str, Any], ru
     assert f"{quantized['top1']:.2f} %" in (run / "report.md").read_text()
 
 
-def test_run_safetensors_and_onnx_score_the_same(quantized: dict[str, Any], run: Path, place: Path) -> None:
+def test_run_safetensors_and_onnx_agree(quantized: dict[str, Any], run: Path, place: Path) -> None:
     data = ("--data", place / "digits")
     scores = [
         saq("eval", target, *data)
@@ -101,13 +101,13 @@ def test_run_safetensors_and_onnx_score_the_same(quantized: dict[str, Any], run:
     assert quantized["onnx_argmax_agreement"] >= 0.99
 
 
-def test_the_policy_can_be_profiled_and_costs_what_was_said(quantized: dict[str, Any], run: Path) -> None:
+def test_policy_costs_match_profile(quantized: dict[str, Any], run: Path) -> None:
     options = ("--num-classes", 10, "--in-chans", 1, "--input-size", 16)
 
     assert saq("profile", MODEL, *options, "--policy", run / "policy.json")["bops"] == quantized["bops"]
 
 
-def test_loading_gives_a_module_at_exactly_that_policy(quantized: dict[str, Any], run: Path) -> None:
+def test_loaded_module_has_that_policy(quantized: dict[str, Any], run: Path) -> None:
     from saqcli.quant.convert import active_bits
 
     model = saqcli.load(run)
@@ -116,7 +116,7 @@ def test_loading_gives_a_module_at_exactly_that_policy(quantized: dict[str, Any]
     assert found.model_dump()["layers"] == quantized["policy"]
 
 
-def test_another_policy_gives_other_outputs_and_other_costs(
+def test_other_policy_changes_outputs_and_costs(
     quantized: dict[str, Any], run: Path, place: Path, tmp_path: Path
 ) -> None:
     policy = json.loads((run / "policy.json").read_text())
@@ -137,14 +137,14 @@ def test_another_policy_gives_other_outputs_and_other_costs(
         assert not torch.equal(saqcli.load(run)(images), saqcli.load(tmp_path / "two")(images))
 
 
-def test_the_configuration_is_one_to_run_again(quantized: dict[str, Any], run: Path) -> None:
+def test_run_config_is_complete(quantized: dict[str, Any], run: Path) -> None:
     planned = saq("quantize", "--config", run / "config.json", "--dry-run")
 
     assert planned["config"] == json.loads((run / "config.json").read_text())
 
 
 @pytest.mark.slow  # in every run, `saq rerun` must give the same bits
-def test_the_configuration_run_again_gives_the_same_metrics(
+def test_rerun_gives_the_same_metrics(
     quantized: dict[str, Any], run: Path, tmp_path: Path
 ) -> None:
     again = saq("quantize", "--config", run / "config.json", "--run-dir", tmp_path / "again")
@@ -153,7 +153,7 @@ def test_the_configuration_run_again_gives_the_same_metrics(
     assert again["policy"] == quantized["policy"]
 
 
-def test_a_finished_run_is_neither_replaced_nor_lost(
+def test_finished_run_is_not_overwritten(
     quantized: dict[str, Any], run: Path, place: Path
 ) -> None:
     before = (run / "artifacts" / "model.safetensors").read_bytes()
@@ -167,7 +167,7 @@ def test_a_finished_run_is_neither_replaced_nor_lost(
     assert (run / "artifacts" / "model.safetensors").read_bytes() == before
 
 
-def test_export_writes_a_verified_file_and_refuses_to_replace_it(
+def test_export_is_verified_and_never_overwrites(
     quantized: dict[str, Any], run: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "model.onnx"
@@ -181,7 +181,7 @@ def test_export_writes_a_verified_file_and_refuses_to_replace_it(
     assert "--overwrite" in second.stderr
 
 
-def test_an_artifact_that_does_not_equal_the_model_leaves_no_file_and_exits_3(
+def test_failed_verification_writes_nothing_and_exits_3(
     quantized: dict[str, Any], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from saqcli import export
@@ -210,17 +210,17 @@ def check_demonstrated(answer: dict[str, Any], float_top1: int) -> None:
     assert answer["bops"] <= answer["budget_bops"]
 
 
-def test_the_demo_runs_offline_to_the_end(quantized: dict[str, Any]) -> None:
+def test_demo_runs_offline(quantized: dict[str, Any]) -> None:
     check_demonstrated(quantized, 90)
 
 
-def test_the_budget_of_the_demo_mixes_bits() -> None:
+def test_demo_budget_mixes_bits() -> None:
     """Above uniform 2 bits, and too far below 3 for these to use it."""
     assert BUDGET_USE * parse_quantity(BUDGET) > UNIFORM_2
     assert parse_quantity(BUDGET) < UNIFORM_3
 
 
-def test_the_demo_shows_the_bits(
+def test_demo_prints_the_bits(
     place: Path, quantized: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "demo", lambda *_, **__: quantized)
@@ -236,7 +236,7 @@ def test_the_demo_shows_the_bits(
 
 
 @pytest.mark.slow
-def test_the_demo_as_a_person_gets_it_runs_offline_to_the_end(tmp_path: Path) -> None:
+def test_full_demo_runs_offline(tmp_path: Path) -> None:
     answer = demonstrated(tmp_path / "demo", FLOAT_EPOCHS)
     check_demonstrated(answer, 95)
     assert {bits["weight"] for bits in answer["policy"].values()} >= {2, 3, 8}

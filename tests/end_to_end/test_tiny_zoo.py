@@ -103,11 +103,11 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     return found
 
 
-def test_wrapping_changes_not_one_bit(subject: Subject) -> None:
+def test_wrapping_is_bit_identical(subject: Subject) -> None:
     assert torch.equal(subject.wrapped, subject.in_float)
 
 
-def test_every_layer_is_seen_and_quantized(subject: Subject) -> None:
+def test_every_layer_is_traced_and_quantized(subject: Subject) -> None:
     layers = quantized_layers(subject.model)
     kinds = (nn.Conv2d, nn.Linear)
     assert set(layers) == {name for name, m in subject.model.named_modules() if isinstance(m, kinds)}
@@ -116,7 +116,7 @@ def test_every_layer_is_seen_and_quantized(subject: Subject) -> None:
     assert sum(layer.macs for layer in subject.network.costs.layers) == subject.network.costs.macs
 
 
-def test_eight_bits_compute_nearly_the_same(subject: Subject) -> None:
+def test_8_bits_are_close_to_float(subject: Subject) -> None:
     with torch.inference_mode():
         quantized = subject.model(subject.images)
     assert not torch.equal(quantized, subject.in_float)
@@ -124,7 +124,7 @@ def test_eight_bits_compute_nearly_the_same(subject: Subject) -> None:
     assert F.cosine_similarity(subject.in_float - mean, quantized - mean).mean() > 0.9
 
 
-def test_a_saq_step_perturbs_and_moves_every_layer(subject: Subject) -> None:
+def test_saq_step_moves_every_layer(subject: Subject) -> None:
     model, layers = subject.model.train(), quantized_layers(subject.model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     try:
@@ -148,14 +148,14 @@ def test_a_saq_step_perturbs_and_moves_every_layer(subject: Subject) -> None:
         model.eval()
 
 
-def test_a_policy_comes_back_from_its_file(subject: Subject) -> None:
+def test_policy_survives_its_file(subject: Subject) -> None:
     back = BitConfig.model_validate_json(subject.policy.to_json())
     assert back == subject.policy
     assert convert.active_bits(subject.model, back.model, back.layers) == back
 
 
 @pytest.mark.parametrize(("style", "ending"), [("safetensors", "safetensors"), ("qdq", "onnx")])
-def test_a_file_is_proved(subject: Subject, tmp_path: Path, style: str, ending: str) -> None:
+def test_export_is_verified(subject: Subject, tmp_path: Path, style: str, ending: str) -> None:
     loaded = subject.network.loaded
     facts = ModelFacts(
         saq_version="test",

@@ -74,7 +74,7 @@ def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_is_killed_is_started_again_and_the_run_goes_on(
+def test_killed_worker_restarts_and_resumes(
     rank: int, digits: Path, whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -91,7 +91,7 @@ def test_a_process_that_is_killed_is_started_again_and_the_run_goes_on(
     assert_same(run, whole)
 
 
-def test_a_process_that_fails_says_why_and_brings_all_down_in_seconds(digits: Path, tmp_path: Path) -> None:
+def test_failing_worker_stops_all_with_its_error(digits: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
     for number, path in enumerate(sorted((digits / "images").rglob("*.png"))):
         copy = images / path.relative_to(digits / "images")
@@ -110,7 +110,7 @@ def test_a_process_that_fails_says_why_and_brings_all_down_in_seconds(digits: Pa
     assert time.monotonic() - start < 200
 
 
-def test_a_signal_to_torchrun_stops_all_and_they_can_go_on(digits: Path, whole: Path, tmp_path: Path) -> None:
+def test_signal_interrupts_all_and_run_resumes(digits: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = torchrun(2, *command(digits, run, *EVERY_STEP))
     while not (run / "checkpoints" / "last.previous.ckpt").exists():
@@ -170,7 +170,7 @@ def on_host(
     )
 
 
-def test_two_hosts_train_as_one(hosts: list[str], digits: Path, whole: Path, tmp_path: Path) -> None:
+def test_two_hosts_equal_one(hosts: list[str], digits: Path, whole: Path, tmp_path: Path) -> None:
     """Two agents of torchrun, each in a network of its own; only one of the directories is written to."""
     runs = [tmp_path / name for name in hosts]
     processes = [
@@ -185,7 +185,7 @@ def test_two_hosts_train_as_one(hosts: list[str], digits: Path, whole: Path, tmp
     assert_same(written[0], whole)
 
 
-def test_a_process_that_is_killed_on_one_host_is_started_again_on_both(
+def test_killed_worker_restarts_on_both_hosts(
     hosts: list[str], digits: Path, whole: Path, tmp_path: Path
 ) -> None:
     """The other host's agent is not told that it was a failure: nothing in its environment says so."""

@@ -38,7 +38,7 @@ class Positions(nn.Module):
 
 
 @pytest.mark.parametrize("style", sweep(["qdq", "trt", "qonnx"], lambda style: style == "qdq"))
-def test_is_exported_and_compared_like_any_other(style: str, tmp_path: Path) -> None:
+def test_constant_input_layers_are_exported(style: str, tmp_path: Path) -> None:
     net, x = Positions().eval(), tiny.images((3, 8, 8))
     layers = list(tiny.quantized(net, x, 8))
     facts = ModelFacts(

@@ -61,7 +61,7 @@ def check_bits(quantized: Quantized, path: Path) -> ExactForm:
 
 
 @pytest.mark.parametrize(("name", "quantizer", "grid"), SCHEMES)
-def test_onnx_runtime_has_the_bits_of_the_exact_form(
+def test_onnx_runtime_matches_bit_for_bit(
     name: str, quantizer: str, grid: str, tmp_path: Path
 ) -> None:
     scheme = Scheme(quantizer=quantizer, weight_grid=grid)  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ def test_onnx_runtime_has_the_bits_of_the_exact_form(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", ["paper", "zero"])
-def test_every_kind_of_layer_at_every_bit_width_has_its_bits(grid: str, tmp_path: Path) -> None:
+def test_every_layer_and_bit_width_matches(grid: str, tmp_path: Path) -> None:
     check_bits(network("bank", grid), tmp_path / "model.onnx")
 
 
@@ -81,7 +81,7 @@ def test_every_kind_of_layer_at_every_bit_width_has_its_bits(grid: str, tmp_path
         lambda name, kind: (name, kind) == ("depthwise", "channel"),
     ),
 )
-def test_gains_below_zero_and_zero_are_folded(name: str, granularity: str, tmp_path: Path) -> None:
+def test_negative_and_zero_gains_are_folded(name: str, granularity: str, tmp_path: Path) -> None:
     quantized = quantize(NETWORKS[name], scheme=Scheme(granularity=granularity))  # type: ignore[arg-type]
     set_gains(quantized.model)
     path = tmp_path / "model.onnx"
@@ -98,7 +98,7 @@ def one_channel() -> nn.Module:
 
 
 @pytest.mark.parametrize("granularity", sweep(["channel", "tensor"], lambda kind: kind == "tensor"))
-def test_one_step_for_one_output_channel_stays_outside_the_product(granularity: str, tmp_path: Path) -> None:
+def test_single_output_channel_scales_after_the_product(granularity: str, tmp_path: Path) -> None:
     quantized = quantize(one_channel, scheme=Scheme(granularity=granularity))  # type: ignore[arg-type]
     path = export(quantized, "exact", tmp_path / "model.onnx")
     form = ExactForm(frozen_copy(quantized.model), images(2)).eval()
@@ -182,11 +182,11 @@ CASES: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize(
     "case", sweep(CASES, lambda case: case in ("norms", "arithmetic", "shared", "conv1d"))
 )
-def test_whatever_stands_between_layers_is_exact(case: str, tmp_path: Path) -> None:
+def test_operations_between_layers_are_exact(case: str, tmp_path: Path) -> None:
     check_bits(quantize(CASES[case], scheme=Scheme(quantizer="lsq_plus")), tmp_path / "model.onnx")
 
 
-def test_a_linear_layer_in_floating_point_is_exact_too(tmp_path: Path) -> None:
+def test_float_linear_layer_is_exact(tmp_path: Path) -> None:
     """Its product is one of integers of 21 bits."""
     float_layer = LayerBits(weight=None, activation=None)
     quantized = quantize(
@@ -198,7 +198,7 @@ def test_a_linear_layer_in_floating_point_is_exact_too(tmp_path: Path) -> None:
     check_bits(quantized, tmp_path / "model.onnx")
 
 
-def test_odd_codes_of_four_bits_are_stored_in_four_bits(tmp_path: Path) -> None:
+def test_odd_4_bit_codes_pack_into_int4(tmp_path: Path) -> None:
     quantized = quantize(
         NETWORKS["conv_bn"],
         lambda names: {n: LayerBits(weight=4, activation=4) for n in names},
@@ -220,7 +220,7 @@ def test_odd_codes_of_four_bits_are_stored_in_four_bits(tmp_path: Path) -> None:
     ("channels", "size", "kernel", "groups"),
     [(64, 28, 3, 1), (128, 14, 3, 1), (96, 14, 3, 96), (32, 30, 5, 2), (3, 64, 7, 1)],
 )
-def test_pytorchs_convolutions_of_integers_are_exact_at_real_sizes(
+def test_integer_convolutions_are_exact_at_real_sizes(
     channels: int, size: int, kernel: int, groups: int, batch: int, threads: int
 ) -> None:
     """No algorithm that multiplies anything but the codes, such as Winograd's, is chosen."""
@@ -255,7 +255,7 @@ def test_pytorchs_convolutions_of_integers_are_exact_at_real_sizes(
         ),
     ],
 )
-def test_an_operator_without_an_exact_form_is_refused_in_one_line(
+def test_operator_without_exact_form_is_refused(
     make: Callable[[], nn.Module], named: str
 ) -> None:
     quantized = quantize(make)
@@ -265,7 +265,7 @@ def test_an_operator_without_an_exact_form_is_refused_in_one_line(
     assert "\n" not in str(refusal.value)
 
 
-def test_the_form_is_for_any_number_of_images() -> None:
+def test_batch_size_is_dynamic() -> None:
     form = ExactForm(frozen_copy(network("standardized").model), images(1)).eval()
     x = images(33, seed=3)
 

@@ -55,18 +55,18 @@ def check(seed: int, styles: Iterable[str], folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("seed", "styles"), FEW.items())
-def test_a_random_network_is_exported_as_it_is(seed: int, styles: tuple[str, ...], tmp_path: Path) -> None:
+def test_random_network_exports_faithfully(seed: int, styles: tuple[str, ...], tmp_path: Path) -> None:
     check(seed, styles, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(MANY // CHUNK))
-def test_many_random_networks_are_exported_as_they_are(chunk: int, tmp_path: Path) -> None:
+def test_many_random_networks_export_faithfully(chunk: int, tmp_path: Path) -> None:
     for seed in range(chunk * CHUNK, (chunk + 1) * CHUNK):
         check(seed, ("exact", "qdq", "trt" if seed % 2 else "qonnx"), tmp_path)
 
 
-def test_the_generator_reaches_everything_and_repeats() -> None:
+def test_generator_covers_everything_and_is_seeded() -> None:
     """Every block, scheme and bit-width occurs among the networks, and a seed stands for one network."""
     kinds: Counter[str] = Counter()
     for seed in range(60):

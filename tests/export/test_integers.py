@@ -53,7 +53,7 @@ def largest_sum(kind: str, codes: Tensor, lowest: int, highest: int) -> int:
 
 @pytest.mark.parametrize("span", RANGES)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_the_bound_is_the_largest_sum(kind: str, span: tuple[int, int]) -> None:
+def test_bound_is_the_largest_sum(kind: str, span: tuple[int, int]) -> None:
     target, shape, settings, _ = LAYERS[kind]
     generator = torch.Generator().manual_seed(3)
     codes = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
@@ -68,7 +68,7 @@ def test_the_bound_is_the_largest_sum(kind: str, span: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("span", RANGES)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_no_input_exceeds_the_bound(kind: str, span: tuple[int, int]) -> None:
+def test_bound_is_tight_for_real_inputs(kind: str, span: tuple[int, int]) -> None:
     """Random inputs, and for every output the one that drives it farthest; the bound is reached, and not passed."""
     target, shape, settings, twin = LAYERS[kind]
     generator = torch.Generator().manual_seed(4)
@@ -85,7 +85,7 @@ def test_no_input_exceeds_the_bound(kind: str, span: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_parts_stay_below_and_add_up(kind: str) -> None:
+def test_parts_are_bounded_and_add_up(kind: str) -> None:
     """Weights and inputs of 16 bits, as if: sums pass 2**24, those of every part do not, and the total is exact."""
     target, shape, settings, twin = LAYERS[kind]
     generator = torch.Generator().manual_seed(5)
@@ -119,7 +119,7 @@ def test_parts_stay_below_and_add_up(kind: str) -> None:
     assert torch.equal(total, twin(x.double(), codes.double(), None, **settings))
 
 
-def test_parts_are_as_few_as_their_order_allows() -> None:
+def test_as_few_parts_as_possible() -> None:
     codes = torch.full((1, 100), 127, dtype=torch.int8)
     x = Integers(torch.zeros(1), SCALAR, None, 0, 2**24 // (127 * 30))
     parts, _ = parts_of(Operator(aten.linear.default, {}), x, Integers(codes, SCALAR))
@@ -127,7 +127,7 @@ def test_parts_are_as_few_as_their_order_allows() -> None:
     assert [part.stop - part.start for part in parts] == [30, 30, 30, 10]
 
 
-def test_a_channel_that_is_too_large_by_itself_is_refused_by_name() -> None:
+def test_oversized_channel_is_refused_by_name() -> None:
     codes = torch.full((1, 4), 127, dtype=torch.int8)
     x = Integers(torch.zeros(1), SCALAR, None, 0, 2**24 // 127 + 1)
     with pytest.raises(UnsupportedModel, match=r"layer blocks\.3 .*2\^24 .*choose another --style"):
@@ -181,7 +181,7 @@ def all_positive(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("kind", sweep(WIDE, lambda kind: kind in ("linear", "conv", "transposed_grouped")))
-def test_a_layer_whose_sums_pass_float32_is_exact_all_the_same(kind: str, tmp_path: Path) -> None:
+def test_sums_beyond_float32_stay_exact(kind: str, tmp_path: Path) -> None:
     """Against integers in float64; ONNX Runtime has the same bits however many images it is given."""
 
     def make() -> nn.Module:
@@ -231,7 +231,7 @@ def test_a_layer_whose_sums_pass_float32_is_exact_all_the_same(kind: str, tmp_pa
             assert torch.equal(onnx_session(path, optimized=optimized)(x[:count]), found[:count])
 
 
-def test_a_layer_within_the_bound_is_not_cut() -> None:
+def test_bounded_layer_is_not_split() -> None:
     quantized = quantize(
         wide_linear, lambda names: {name: LayerBits(weight=4, activation=4) for name in names}
     )

@@ -55,7 +55,7 @@ def exported(request: pytest.FixtureRequest, folder: Path) -> tuple[Quantized, P
     return quantized, written(folder, "qdq", quantized, f"{name}-{grid}")
 
 
-def test_there_is_one_dequantizer_of_integers_for_every_quantized_weight(
+def test_one_integer_dequantizer_per_quantized_weight(
     exported: tuple[Quantized, Path],
 ) -> None:
     quantized, path = exported
@@ -94,7 +94,7 @@ def check_weights(quantized: Quantized, path: Path) -> None:
         assert (np.abs(mine - truth) <= EPSILON * np.abs(truth)).all(), name
 
 
-def test_stored_codes_and_steps_are_those_of_the_quantizers(exported: tuple[Quantized, Path]) -> None:
+def test_stored_codes_and_steps_match_quantizers(exported: tuple[Quantized, Path]) -> None:
     check_weights(*exported)
 
 
@@ -105,7 +105,7 @@ def test_stored_codes_and_steps_are_those_of_the_quantizers(exported: tuple[Quan
         lambda *case: case[1:] == ("channel", "zero") or case == ("conv_bn", "tensor", "paper"),
     ),
 )
-def test_gains_below_zero_change_signs_and_a_gain_of_zero_leaves_nothing(
+def test_negative_and_zero_gains_fold_into_codes(
     name: str, granularity: str, grid: str, tmp_path: Path
 ) -> None:
     scheme = Scheme(weight_grid=grid, granularity=granularity)  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ def test_gains_below_zero_change_signs_and_a_gain_of_zero_leaves_nothing(
 
 
 @pytest.mark.parametrize("code", [-8, -7])
-def test_a_norm_that_would_take_codes_out_of_four_bits_stays(code: int, tmp_path: Path) -> None:
+def test_norm_overflowing_int4_is_not_folded(code: int, tmp_path: Path) -> None:
     """-8 has no negative in INT4, and twice the size for one sign is no good trade."""
     quantized = quantize(lambda: nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Flatten()),
                          lambda names: {n: LayerBits(weight=4, activation=8) for n in names},
@@ -153,7 +153,7 @@ def test_a_norm_that_would_take_codes_out_of_four_bits_stays(code: int, tmp_path
     assert check_layers(path, frozen_copy(quantized.model), x[:8]).passed
 
 
-def test_codes_lie_in_the_smallest_container(exported: tuple[Quantized, Path]) -> None:
+def test_codes_use_the_smallest_container(exported: tuple[Quantized, Path]) -> None:
     """INT4 where the codes fit, INT16 only for the paper's 8 bits; and INT4 is packed two a byte."""
     _, path = exported
     for _, codes in dequantized(graph_of(path)):
@@ -166,7 +166,7 @@ def test_codes_lie_in_the_smallest_container(exported: tuple[Quantized, Path]) -
             assert len(codes.raw_data) == ceil(prod(codes.dims) / 2)
 
 
-def test_no_float_bias_is_fused_with_a_dequantized_weight(exported: tuple[Quantized, Path]) -> None:
+def test_float_bias_is_never_fused(exported: tuple[Quantized, Path]) -> None:
     """ONNX Runtime would round it; an integer bias, of a layer that runs on integers, is rounded already."""
     graph = graph_of(exported[1])
     made = producers(graph)
@@ -185,7 +185,7 @@ def test_no_float_bias_is_fused_with_a_dequantized_weight(exported: tuple[Quanti
 
 
 @pytest.mark.parametrize("quantizer", ["clip", "lsq_plus"])
-def test_a_layer_that_runs_on_integers_has_a_bias_of_its_scales(quantizer: str, tmp_path: Path) -> None:
+def test_integer_layer_has_integer_bias(quantizer: str, tmp_path: Path) -> None:
     """Rounded by half a unit at most; a layer whose output is not quantized to 8 bits keeps its float bias."""
     quantized = quantize(NETWORKS["conv_bn"], same_bits(8), Scheme(quantizer=quantizer))
     path = export(quantized, "qdq", tmp_path / "model.onnx")
@@ -213,7 +213,7 @@ def test_a_layer_that_runs_on_integers_has_a_bias_of_its_scales(quantizer: str, 
         assert (np.abs(values - exact) <= 0.5 * unit + 2 * EPSILON * np.abs(exact)).all()
 
 
-def test_inputs_are_quantized_into_eight_bits_behind_a_clip(exported: tuple[Quantized, Path]) -> None:
+def test_inputs_are_clipped_then_quantized_to_uint8(exported: tuple[Quantized, Path]) -> None:
     """A narrower container is refused or miscomputed by ONNX Runtime; without the clip it would hold too many codes."""
     quantized, path = exported
     graph = graph_of(path)
@@ -243,7 +243,7 @@ def test_inputs_are_quantized_into_eight_bits_behind_a_clip(exported: tuple[Quan
 
 @pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
 @pytest.mark.parametrize("grid", sweep(["paper", "zero"], lambda grid: grid == "paper"))
-def test_a_single_layer_equals_the_model_to_float32_rounding(
+def test_single_layer_matches_to_float32_rounding(
     grid: str, optimized: bool, folder: Path
 ) -> None:
     """Products of the same codes, summed in another order: each sum of K terms is within K + 2 roundings of the true
@@ -296,7 +296,7 @@ def magnitudes(branch: nn.Module, layer: QuantizedLayer, x: Tensor) -> tuple[Ten
 @pytest.mark.parametrize(
     ("name", "grid"), sweep((pair for pair in EXPORTED if pair[0] != "bank"), first_of_all)
 )
-def test_a_deep_network_agrees_with_the_model(name: str, grid: str, optimized: bool, folder: Path) -> None:
+def test_deep_network_matches_the_model(name: str, grid: str, optimized: bool, folder: Path) -> None:
     """An activation on the edge of two codes may fall either way, hence no bound on the largest difference; the median
     image has none: its largest difference is that of a few thousand float32 roundings."""
     quantized = network(name, grid, "channel")
@@ -311,7 +311,7 @@ def test_a_deep_network_agrees_with_the_model(name: str, grid: str, optimized: b
 
 
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
-def test_one_step_for_a_tensor_is_exported_as_well(granularity: str, folder: Path) -> None:
+def test_per_tensor_step_is_exported(granularity: str, folder: Path) -> None:
     """One number, unless a norm was folded into it."""
     quantized = network("conv_bn", "auto", granularity)
     path = written(
@@ -330,7 +330,7 @@ def test_one_step_for_a_tensor_is_exported_as_well(granularity: str, folder: Pat
         assert judge(answer(quantized.model, x), onnx_session(path, optimized=optimized)(x)).verified
 
 
-def test_norms_behind_convolutions_are_gone(exported: tuple[Quantized, Path]) -> None:
+def test_batch_norms_are_folded(exported: tuple[Quantized, Path]) -> None:
     quantized, path = exported
     kinds = {node.op_type for node in graph_of(path).node}
 

@@ -62,7 +62,7 @@ POINTWISE: dict[str, tuple[Function, Function, Callable[[Tensor, Tensor], Tensor
 
 
 @pytest.mark.parametrize("name", POINTWISE)
-def test_a_function_is_pytorchs_to_a_few_roundings(name: str) -> None:
+def test_function_matches_pytorch_to_rounding(name: str) -> None:
     mine, truth, allowed = POINTWISE[name]
     x = numbers()
     found, expected = mine(x).double(), truth(x.double())
@@ -73,7 +73,7 @@ def test_a_function_is_pytorchs_to_a_few_roundings(name: str) -> None:
     assert float(off.max()) <= 0, (float(x[worst]), float(found[worst]), float(expected[worst]))
 
 
-def test_exp_is_pytorchs_between_its_ends() -> None:
+def test_exp_matches_pytorch_within_its_range() -> None:
     x = torch.cat([torch.linspace(-87, 87, 200001), torch.tensor([0.0, 1e-40, -1e-40, 1e-8])])
     found, expected = ordered.exp(x).double(), torch.exp(x.double())
 
@@ -83,7 +83,7 @@ def test_exp_is_pytorchs_between_its_ends() -> None:
     assert float(ordered.exp(torch.tensor(0.0))) == 1
 
 
-def test_a_root_is_rounded_correctly() -> None:
+def test_sqrt_is_correctly_rounded() -> None:
     """Also in the middle between two numbers, and next to squares."""
     near = torch.arange(1, 40000, dtype=torch.float64).square().float()
     x = torch.cat([numbers().abs(), near, near * (1 + 2.0**-23), near * (1 - 2.0**-24)])
@@ -92,7 +92,7 @@ def test_a_root_is_rounded_correctly() -> None:
     assert np.array_equal(ordered.sqrt(x).numpy(), expected)
 
 
-def test_exp_never_falls() -> None:
+def test_exp_is_monotonic() -> None:
     """Within its roundings: a larger number has no exponential that is clearly smaller."""
     x = torch.linspace(-20, 20, 100001)
     y = ordered.exp(x).double()
@@ -102,7 +102,7 @@ def test_exp_never_falls() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 31, 64, 100])
 @pytest.mark.parametrize("dims", [0, 1, -1, (0, 2), (0, 1, 2)])
-def test_a_total_is_the_sum_rounded_once_or_twice(size: int, dims: int | tuple[int, ...]) -> None:
+def test_total_is_rounded_at_most_twice(size: int, dims: int | tuple[int, ...]) -> None:
     """Also of numbers that nearly cancel: what is lost is far below the rounding of the largest."""
     x = torch.cat([normal(size, 3, 4), -normal(size, 3, 4)], 2) * torch.exp(normal(size, 3, 8, seed=1) * 3)
     found, expected = ordered.total(x, dims).double(), x.double().sum(dims, keepdim=True)
@@ -112,7 +112,7 @@ def test_a_total_is_the_sum_rounded_once_or_twice(size: int, dims: int | tuple[i
     assert ((found - expected).abs() <= EPS * expected.abs() + 2.0**-32 * largest).all()
 
 
-def test_a_total_does_not_depend_on_the_order() -> None:
+def test_total_is_independent_of_order() -> None:
     x = normal(5, 1000)
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(2))
 
@@ -122,7 +122,7 @@ def test_a_total_does_not_depend_on_the_order() -> None:
 @pytest.mark.parametrize("keepdim", [False, True])
 @pytest.mark.parametrize("dims", [None, 0, -1, [2], [2, 3], [-1, -2], [1, 3], [0, 1, 2, 3]])
 @pytest.mark.parametrize("name", ["mean", "sum"])
-def test_mean_and_sum_have_pytorchs_shape_and_value(name: str, dims: object, keepdim: bool) -> None:
+def test_mean_and_sum_match_pytorch(name: str, dims: object, keepdim: bool) -> None:
     x = normal(3, 4, 5, 7)
     if name == "sum" and isinstance(dims, int):
         dims = [dims]
@@ -188,7 +188,7 @@ def test_group_norm(shape: tuple[int, ...], groups: int, affine: bool) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 64, 1000, 2048, 2049])
 @pytest.mark.parametrize("lead", [((4,), ()), ((2, 3), (2, 3)), ((3,), (3,))])
-def test_matmul_keeps_as_many_bits_as_exact_sums_allow(
+def test_matmul_keeps_bits_of_exact_sums(
     count: int, lead: tuple[tuple[int, ...], tuple[int, ...]]
 ) -> None:
     rows, columns = lead
@@ -203,7 +203,7 @@ def test_matmul_keeps_as_many_bits_as_exact_sums_allow(
     assert ((ordered.matmul(a, b).double() - a.double() @ b.double()).abs() <= allowed).all()
 
 
-def test_matmul_does_not_depend_on_the_order_of_its_sums() -> None:
+def test_matmul_is_independent_of_order() -> None:
     a, b = normal(7, 500), normal(500, 9, seed=1)
     order = torch.randperm(500, generator=torch.Generator().manual_seed(2))
 
@@ -242,7 +242,7 @@ def test_attention(mask: str) -> None:
         assert not found[:, :, ::4].any()
 
 
-def test_attention_with_grouped_queries_is_refused() -> None:
+def test_grouped_query_attention_is_refused() -> None:
     query, key = normal(2, 4, 6, 8), normal(2, 2, 6, 8, seed=1)
     with pytest.raises(UnsupportedModel, match=r"grouped queries: choose another --style"):
         ordered.attention(query, key, key, enable_gqa=True)
@@ -269,7 +269,7 @@ POOLS = [
 
 
 @pytest.mark.parametrize("size", [(6, 6), (7, 5), (4, 9)])
-def test_average_pools_of_every_kind(size: tuple[int, int]) -> None:
+def test_average_pools_2d(size: tuple[int, int]) -> None:
     x = normal(2, 3, *size)
     for options in POOLS:
         found = ORDERED["avg_pool2d"](x, **options)
@@ -280,7 +280,7 @@ def test_average_pools_of_every_kind(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("target", [(1, 1), (2, 2), (3, 3), (4, 3), (7, 5), (2, 5), (9, 9)])
-def test_adaptive_average_pools(target: tuple[int, int]) -> None:
+def test_adaptive_average_pools_2d(target: tuple[int, int]) -> None:
     x = normal(2, 3, 7, 5)
     found, expected = ORDERED["adaptive_avg_pool2d"](x, target), F.adaptive_avg_pool2d(x.double(), target)
 
@@ -289,7 +289,7 @@ def test_adaptive_average_pools(target: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("length", [6, 7])
-def test_average_pools_of_lines_of_every_kind(length: int) -> None:
+def test_average_pools_1d(length: int) -> None:
     x = normal(2, 3, length)
     for kernel, stride, padding, ceil_mode, include in itertools.product(
         ([2], [3]), ([], [1], [2]), ([0], [1]), (False, True), (False, True)
@@ -302,7 +302,7 @@ def test_average_pools_of_lines_of_every_kind(length: int) -> None:
 
 
 @pytest.mark.parametrize("target", [1, 2, 3, 7, 9])
-def test_adaptive_average_pools_of_lines(target: int) -> None:
+def test_adaptive_average_pools_1d(target: int) -> None:
     x = normal(2, 3, 7)
     found, expected = ORDERED["adaptive_avg_pool1d"](x, [target]), F.adaptive_avg_pool1d(x.double(), target)
 
@@ -310,7 +310,7 @@ def test_adaptive_average_pools_of_lines(target: int) -> None:
     assert float((found.double() - expected).abs().max()) <= 16 * EPS * 4
 
 
-def test_tanh_near_zero_keeps_its_relative_precision() -> None:
+def test_tanh_near_zero_is_precise() -> None:
     """Below and above the border at 0.1, where a difference would cancel and a series would end too early."""
     x = torch.cat([torch.logspace(-6, 0, 4001), torch.linspace(0.0999, 0.1001, 4001)])
     x = torch.cat([x, -x])
@@ -331,12 +331,12 @@ def test_powers(exponent: float) -> None:
 @pytest.mark.parametrize(
     ("name", "argument"), [("pow", 1.5), ("pow", -1), ("pow", 9), ("linalg_vector_norm", 1)]
 )
-def test_what_has_no_ordered_form_says_so(name: str, argument: float) -> None:
+def test_operator_without_ordered_form_is_named(name: str, argument: float) -> None:
     with pytest.raises(UnsupportedModel):
         ORDERED[name](torch.ones(3), argument)
 
 
-def test_norm_and_reciprocal_root() -> None:
+def test_norm_and_rsqrt() -> None:
     x = normal(4, 9)
     expected = torch.linalg.vector_norm(x.double(), 2, [1], keepdim=True)
 
@@ -429,7 +429,7 @@ class SideBySide(nn.Module):
         return torch.cat([CONVERTED[name](x).flatten(1) for name in self.names], 1)
 
 
-def test_what_is_left_alone_is_in_the_table() -> None:
+def test_exceptions_are_in_the_table() -> None:
     others = {"divided", "upsample_to", *(f"{name}_scaled" for name in SCALED)}
 
     assert set(ALONE) - others <= EXACT_ALONE
@@ -475,7 +475,7 @@ def expected_of(kind: str, count: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_ALL"])
 @pytest.mark.parametrize("kind", ["normal", "wide", "zeros", "special"])
-def test_onnx_runtime_computes_the_same_numbers(
+def test_onnx_runtime_matches_pytorch(
     kind: str, level: str, threads: int, converted: tuple[list[str], Path]
 ) -> None:
     names, path = converted

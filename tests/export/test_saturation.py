@@ -60,7 +60,7 @@ def integer_weights(path: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 @given(st.lists(st.lists(st.integers(-128, 127), min_size=3, max_size=3), min_size=1, max_size=3))
-def test_weights_that_pass_never_saturate(rows: list[list[int]]) -> None:
+def test_weights_passing_the_check_never_saturate(rows: list[list[int]]) -> None:
     codes = np.array(rows, np.int8)
 
     assert (worst_error(codes) > 0) == may_saturate(codes, 0)
@@ -102,7 +102,7 @@ def at_eight_bits(request: pytest.FixtureRequest) -> Quantized:
 
 
 @pytest.mark.parametrize("style", ["qdq", "exact"])
-def test_no_exported_layer_can_saturate(at_eight_bits: Quantized, style: str, tmp_path: Path) -> None:
+def test_exported_layers_cannot_saturate(at_eight_bits: Quantized, style: str, tmp_path: Path) -> None:
     path = export(at_eight_bits, style, tmp_path / "model.onnx")
 
     weights = integer_weights(path, tmp_path)
@@ -124,7 +124,7 @@ def test_int8_weights_saturate_and_are_named(tmp_path: Path) -> None:
     assert len(hazards(onnx.load(str(path)))) == 6
 
 
-def test_both_forms_answer_alike(tmp_path: Path) -> None:
+def test_int8_and_uint8_forms_agree(tmp_path: Path) -> None:
     quantized = spread(quantize(chain, same_bits(8)))
     x = images(16, seed=3)
 
@@ -143,7 +143,7 @@ def test_few_bits_keep_int8_containers(tmp_path: Path) -> None:
     assert {stored.data_type for _, stored in dequantized(graph_of(path))} == {INT8}
 
 
-def test_products_of_activations_take_unsigned_codes(tmp_path: Path) -> None:
+def test_activation_products_use_unsigned_codes(tmp_path: Path) -> None:
     quantized = quantize(attention, same_bits(8), products=True)
     safe, fast = (export(quantized, style, tmp_path / f"{style}.onnx") for style in ("qdq", "qdq-vnni"))
 

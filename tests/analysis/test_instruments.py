@@ -162,9 +162,7 @@ class TestEigenvalue:
             assert nearest <= start.residual * abs(start.eigenvalue) + 1e-12
         assert found.mean == pytest.approx(sum(s.eigenvalue for s in found.starts) / 3)
 
-    def test_ignores_larger_negative_eigenvalues(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_ignores_larger_negative_eigenvalues(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from saqcli.analysis import eigenvalue
 
         subject = subject_of()
@@ -455,9 +453,7 @@ class TestLandscape:
 @pytest.mark.parametrize("name", INSTRUMENTS)
 @pytest.mark.parametrize("network", ["residual", "attention"])
 class TestEveryInstrument:
-    def test_reading_is_json_and_model_unchanged(
-        self, name: str, network: str
-    ) -> None:
+    def test_reading_is_json_and_model_unchanged(self, name: str, network: str) -> None:
         subject = subject_of(network, dtype=torch.float32)
         before = state_of(subject)
         settings = Settings(grid=3, samples=2, iterations=3, candidates=(4,))

@@ -206,9 +206,7 @@ class TestRefusals:
         assert json.loads((run / "manifest.json").read_text())["status"] == "failed"
         assert not any((run / "artifacts").iterdir())
 
-    def test_run_failed_at_startup_can_restart(
-        self, digits: Path, tmp_path: Path
-    ) -> None:
+    def test_run_failed_at_startup_can_restart(self, digits: Path, tmp_path: Path) -> None:
         folder = tmp_path / "images"
         shutil.copytree(digits / "few", folder)
         broken = folder / "val" / "3" / "broken.png"

@@ -92,7 +92,9 @@ def test_every_option_has_help(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "parameter"), OPTIONS)
-def test_documented_default_is_the_default(monkeypatch: pytest.MonkeyPatch, name: str, parameter: Any) -> None:
+def test_documented_default_is_the_default(
+    monkeypatch: pytest.MonkeyPatch, name: str, parameter: Any
+) -> None:
     """The option at the value that its help names changes nothing."""
     found: list[RunConfig] = []
 

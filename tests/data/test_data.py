@@ -28,9 +28,7 @@ def labels(split: Split) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["val", "validation", "test"])
-def test_validation_folder_aliases_are_found(
-    name: str, tmp_path: Path, make_classes: MakeClasses
-) -> None:
+def test_validation_folder_aliases_are_found(name: str, tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path / "train", {"cat": 3, "dog": 3})
     make_classes(tmp_path / name, {"cat": 2, "dog": 1})
     split = open_split(str(tmp_path), "val", num_classes=2)
@@ -49,9 +47,7 @@ def test_bare_class_folders_cannot_be_trained_on(tmp_path: Path, make_classes: M
         open_split(str(tmp_path), "train", num_classes=2)
 
 
-def test_training_images_are_never_evaluated(
-    tmp_path: Path, make_classes: MakeClasses
-) -> None:
+def test_training_images_are_never_evaluated(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path / "train", {"cat": 1, "dog": 2})
     with pytest.raises(DataError, match=r"no val/, validation/, test/"):
         open_split(str(tmp_path), "val", num_classes=2)
@@ -102,9 +98,7 @@ def test_numeric_class_names_sort_numerically(tmp_path: Path, make_classes: Make
     assert labels(split) == list(range(12))
 
 
-def test_synsets_keep_imagenet_indices(
-    tmp_path: Path, make_classes: MakeClasses
-) -> None:
+def test_synsets_keep_imagenet_indices(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path, {TENCH: 1, GOLDFISH: 1, PARACHUTE: 1})
     assert labels(open_split(str(tmp_path), "val", num_classes=1000)) == [0, 1, 701]
 
@@ -140,9 +134,7 @@ def test_splits_with_different_classes_are_refused(tmp_path: Path, make_classes:
         check_same_classes(train, val)
 
 
-def test_subset_is_balanced_and_nested(
-    tmp_path: Path, make_classes: MakeClasses
-) -> None:
+def test_subset_is_balanced_and_nested(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path, {"ant": 20, "cat": 10, "dog": 2})
     split = open_split(str(tmp_path), "val", num_classes=3)
     small, large = subset(split, 6, seed=1), subset(split, 12, seed=1)
@@ -151,9 +143,7 @@ def test_subset_is_balanced_and_nested(
     assert labels(large)[:6] == labels(small)
 
 
-def test_subset_is_seeded_without_repeats(
-    tmp_path: Path, make_classes: MakeClasses
-) -> None:
+def test_subset_is_seeded_without_repeats(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path, {"ant": 20, "cat": 20})
     split = open_split(str(tmp_path), "val", num_classes=2)
     drawn = [[subset(split, 10, seed).dataset.source[index][0] for index in range(10)] for seed in (1, 1, 2)]

@@ -86,9 +86,7 @@ class TestBrokenLinks:
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("place", ["val/cat", "val/cat/more"])
-def test_unreadable_folder_is_named(
-    place: str, tmp_path: Path, make_classes: MakeClasses
-) -> None:
+def test_unreadable_folder_is_named(place: str, tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path / "val", {"cat": 1, "dog": 1})
     (tmp_path / place).mkdir(exist_ok=True)
     (tmp_path / place).chmod(0)

@@ -138,9 +138,7 @@ AMBIGUOUS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", AMBIGUOUS)
-def test_unknown_range_is_refused(
-    kind: str, tmp_path: Path, make_classes: MakeClasses
-) -> None:
+def test_unknown_range_is_refused(kind: str, tmp_path: Path, make_classes: MakeClasses) -> None:
     content, reason = AMBIGUOUS[kind]
     path = make_classes(tmp_path, {"cat": 1}) / "cat" / "0.png"
     path.write_bytes(content)

@@ -85,9 +85,7 @@ def test_epoch_is_determined_by_seed_and_number(
     assert seen(load(opened(folder, "train"), **options, seed=1), 0) != first
 
 
-def test_parts_are_disjoint_and_subsets_nested(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_are_disjoint_and_subsets_nested(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards_module, "TOGETHER", 2)
     split = opened(folder, "train")
     small, large, whole = (seen(load(subset(split, count, seed=3))) for count in (8, 15, 99))
@@ -275,9 +273,7 @@ def test_ranks_partition_the_images(folder: Path) -> None:
         assert len({*passes[0], *passes[1]}) == (20 if drop_last else COUNT)
 
 
-def test_missing_webdataset_names_the_extra(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_webdataset_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "webdataset", None)
     with pytest.raises(DataError, match=r'pip install "saq\[wds\]"'):
         opened(folder)

@@ -121,9 +121,7 @@ def test_resume_command_is_shell_quoted(quantized: dict[str, Any], tmp_path: Pat
     assert shlex.split(command) == ["saq", "quantize", "--run-dir", str(run), "--resume"]
 
 
-def test_artifact_link_out_of_run_is_refused(
-    quantized: dict[str, Any], tmp_path: Path
-) -> None:
+def test_artifact_link_out_of_run_is_refused(quantized: dict[str, Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(quantized["run"], run)
     (run / "artifacts" / "model.onnx").rename(tmp_path / "model.onnx")

@@ -103,9 +103,7 @@ def test_published_recipe_runs_to_verified_files(name: str, digits: Path, tmp_pa
     "name",
     [pytest.param("lsq", marks=pytest.mark.slow), "lsq_plus", pytest.param("pact", marks=pytest.mark.slow)],
 )
-def test_quantizer_option_keeps_the_function(
-    name: str, digits: Path, tmp_path: Path
-) -> None:
+def test_quantizer_option_keeps_the_function(name: str, digits: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     answer = calibrated(name, digits, run)
 

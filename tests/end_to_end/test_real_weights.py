@@ -78,9 +78,7 @@ def test_resnet20_accuracy_matches_the_published(cifar10: Path, shared: Path) ->
 
 
 @pytest.mark.slow
-def test_resnet20_4_bits_loses_under_6_points(
-    cifar10: Path, shared: Path, tmp_path: Path
-) -> None:
+def test_resnet20_4_bits_loses_under_6_points(cifar10: Path, shared: Path, tmp_path: Path) -> None:
     weights = shared / "data" / "weights" / "cifar10_resnet20.safetensors"
     options = ("--weights", weights, "--data", cifar10, "--epochs", 0, "--run-dir", tmp_path / "run")
 

@@ -144,18 +144,14 @@ def test_run_config_is_complete(quantized: dict[str, Any], run: Path) -> None:
 
 
 @pytest.mark.slow  # in every run, `saq rerun` must give the same bits
-def test_rerun_gives_the_same_metrics(
-    quantized: dict[str, Any], run: Path, tmp_path: Path
-) -> None:
+def test_rerun_gives_the_same_metrics(quantized: dict[str, Any], run: Path, tmp_path: Path) -> None:
     again = saq("quantize", "--config", run / "config.json", "--run-dir", tmp_path / "again")
 
     assert (tmp_path / "again" / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
     assert again["policy"] == quantized["policy"]
 
 
-def test_finished_run_is_not_overwritten(
-    quantized: dict[str, Any], run: Path, place: Path
-) -> None:
+def test_finished_run_is_not_overwritten(quantized: dict[str, Any], run: Path, place: Path) -> None:
     before = (run / "artifacts" / "model.safetensors").read_bytes()
 
     result = CliRunner().invoke(

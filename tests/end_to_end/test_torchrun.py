@@ -74,9 +74,7 @@ def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_killed_worker_restarts_and_resumes(
-    rank: int, digits: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_killed_worker_restarts_and_resumes(rank: int, digits: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = torchrun(2, *command(digits, run, *EVERY_STEP), options=("--max-restarts", "2"))
     for _ in range(3000):

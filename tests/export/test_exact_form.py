@@ -61,9 +61,7 @@ def check_bits(quantized: Quantized, path: Path) -> ExactForm:
 
 
 @pytest.mark.parametrize(("name", "quantizer", "grid"), SCHEMES)
-def test_onnx_runtime_matches_bit_for_bit(
-    name: str, quantizer: str, grid: str, tmp_path: Path
-) -> None:
+def test_onnx_runtime_matches_bit_for_bit(name: str, quantizer: str, grid: str, tmp_path: Path) -> None:
     scheme = Scheme(quantizer=quantizer, weight_grid=grid)  # type: ignore[arg-type]
     check_bits(quantize(NETWORKS[name], scheme=scheme), tmp_path / "model.onnx")
 
@@ -255,9 +253,7 @@ def test_integer_convolutions_are_exact_at_real_sizes(
         ),
     ],
 )
-def test_operator_without_exact_form_is_refused(
-    make: Callable[[], nn.Module], named: str
-) -> None:
+def test_operator_without_exact_form_is_refused(make: Callable[[], nn.Module], named: str) -> None:
     quantized = quantize(make)
     with pytest.raises(UnsupportedModel, match=named) as refusal:
         ExactForm(frozen_copy(quantized.model), images(2))

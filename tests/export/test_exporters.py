@@ -75,9 +75,7 @@ def test_frozen_copy_is_bit_identical(name: str, grid: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "style"), EXPORTED)
-def test_opset_is_21_and_no_paths_leak(
-    name: str, style: str, folder: Path
-) -> None:
+def test_opset_is_21_and_no_paths_leak(name: str, style: str, folder: Path) -> None:
     path = written(folder, style, network(name), f"{name}-auto")
     model = onnx.load(str(path))
 
@@ -105,9 +103,7 @@ def test_metadata_is_plain_json(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "style"), EXPORTED)
-def test_quantizer_names_carry_layer_operand_bits(
-    name: str, style: str, folder: Path
-) -> None:
+def test_quantizer_names_carry_layer_operand_bits(name: str, style: str, folder: Path) -> None:
     quantized = network(name)
     graph = graph_of(written(folder, style, quantized, f"{name}-auto"))
     policy = quantized.facts.policy.layers

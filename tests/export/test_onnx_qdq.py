@@ -243,9 +243,7 @@ def test_inputs_are_clipped_then_quantized_to_uint8(exported: tuple[Quantized, P
 
 @pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
 @pytest.mark.parametrize("grid", sweep(["paper", "zero"], lambda grid: grid == "paper"))
-def test_single_layer_matches_to_float32_rounding(
-    grid: str, optimized: bool, folder: Path
-) -> None:
+def test_single_layer_matches_to_float32_rounding(grid: str, optimized: bool, folder: Path) -> None:
     """Products of the same codes, summed in another order: each sum of K terms is within K + 2 roundings of the true
     one, times the sum of magnitudes; 2 for the steps and the bias."""
     quantized = network("bank", grid, "channel")

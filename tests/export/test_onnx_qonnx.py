@@ -43,9 +43,7 @@ def int_quant(x: Any, scale: Any, zero: Any, bits: Any, signed: int, narrow: int
         lambda name, quantizer, grid: (quantizer == "clip") == (name == "conv_bn"),
     ),
 )
-def test_nodes_hold_true_bits_and_float_weights(
-    name: str, grid: str, quantizer: str, tmp_path: Path
-) -> None:
+def test_nodes_hold_true_bits_and_float_weights(name: str, grid: str, quantizer: str, tmp_path: Path) -> None:
     """The quantizer leaves its constant as it is: it is on its grid already."""
     quantized = quantize(NETWORKS[name], scheme=Scheme(quantizer=quantizer, weight_grid=grid))  # type: ignore[arg-type]
     path = export(quantized, "qonnx", tmp_path / "model.onnx")

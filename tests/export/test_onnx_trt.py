@@ -53,9 +53,7 @@ MOVED = {
         lambda name, quantizer, grid: name != "token_mlp" and (quantizer == "clip") == (name == "conv_bn"),
     ),
 )
-def test_every_quantizer_is_symmetric_int8(
-    name: str, quantizer: str, grid: str, tmp_path: Path
-) -> None:
+def test_every_quantizer_is_symmetric_int8(name: str, quantizer: str, grid: str, tmp_path: Path) -> None:
     scheme = Scheme(quantizer=quantizer, weight_grid=grid)  # type: ignore[arg-type]
     quantized = quantize(NETWORKS[name], scheme=scheme)
     path = export(quantized, "trt", tmp_path / "model.onnx")

@@ -188,9 +188,7 @@ def test_group_norm(shape: tuple[int, ...], groups: int, affine: bool) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 64, 1000, 2048, 2049])
 @pytest.mark.parametrize("lead", [((4,), ()), ((2, 3), (2, 3)), ((3,), (3,))])
-def test_matmul_keeps_bits_of_exact_sums(
-    count: int, lead: tuple[tuple[int, ...], tuple[int, ...]]
-) -> None:
+def test_matmul_keeps_bits_of_exact_sums(count: int, lead: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     rows, columns = lead
     a, b = normal(*rows, 5, count, seed=1), normal(*columns, count, 6, seed=2)
     a[..., 0, :], b[..., 1] = 0, 0

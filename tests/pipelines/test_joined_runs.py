@@ -69,7 +69,7 @@ def pair(
     return run, ranks_saq(2, "quantize", *few, *RUNS, "--epochs", 2, "--run-dir", run, "--json")
 
 
-def test_the_first_process_alone_speaks_and_writes(pair: tuple[Path, list[tuple[int, str, str]]]) -> None:
+def test_only_rank_zero_prints_and_writes(pair: tuple[Path, list[tuple[int, str, str]]]) -> None:
     run, ((code, stdout, stderr), silent) = pair
 
     assert (code, stderr) == (0, "")
@@ -82,7 +82,7 @@ def test_the_first_process_alone_speaks_and_writes(pair: tuple[Path, list[tuple[
     assert not (run / ".lock").exists()
 
 
-def test_two_processes_are_one_with_two_perturbations_a_batch(
+def test_two_ranks_equal_two_perturbations_per_batch(
     pair: tuple[Path, list[tuple[int, str, str]]], few: list[object], tmp_path: Path
 ) -> None:
     """Halves are summed exactly, so that not one bit differs; running statistics are averaged, not updated twice."""
@@ -141,7 +141,7 @@ def stopped(
     return run, ranks_saq(2, *options, before=signalled(step=2, rank=1))
 
 
-def test_all_stop_when_one_is_asked_to_and_go_on_bit_for_bit(
+def test_interrupt_stops_all_and_resumes_bit_identically(
     pair: tuple[Path, list[tuple[int, str, str]]],
     stopped: tuple[Path, list[tuple[int, str, str]]],
     few: list[object],
@@ -163,7 +163,7 @@ def test_all_stop_when_one_is_asked_to_and_go_on_bit_for_bit(
     assert (run / "metrics.jsonl").read_text() == (pair[0] / "metrics.jsonl").read_text()
 
 
-def test_another_number_of_processes_goes_on_with_a_run(
+def test_resume_with_another_world_size(
     stopped: tuple[Path, list[tuple[int, str, str]]], tmp_path: Path
 ) -> None:
     run = shutil.copytree(stopped[0], tmp_path / "run")
@@ -175,7 +175,7 @@ def test_another_number_of_processes_goes_on_with_a_run(
     assert (trained["phase"], trained["images"]) == ("train", 192)  # none is lost, none counted twice
 
 
-def test_what_one_process_alone_meets_is_said_by_it_and_ends_all(few: list[object], tmp_path: Path) -> None:
+def test_error_of_one_rank_stops_all(few: list[object], tmp_path: Path) -> None:
     start = time.monotonic()
     ended = ranks_saq(
         2,
@@ -200,9 +200,7 @@ def test_what_one_process_alone_meets_is_said_by_it_and_ends_all(few: list[objec
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
 
 
-def test_an_image_that_one_process_cannot_read_is_named_by_it(
-    few: list[object], digits: Path, tmp_path: Path
-) -> None:
+def test_unreadable_image_is_named_by_its_rank(few: list[object], digits: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
     shutil.copytree(few[few.index("--data") + 1], images)  # type: ignore[arg-type]
     split = open_split(str(images), "train", num_classes=10)
@@ -217,7 +215,7 @@ def test_an_image_that_one_process_cannot_read_is_named_by_it(
     assert "another process" in ended[0][2]
 
 
-def test_what_all_meet_alike_is_said_once(few: list[object], tmp_path: Path) -> None:
+def test_common_errors_are_printed_once(few: list[object], tmp_path: Path) -> None:
     missing = [str(option).replace("float.safetensors", "nothing.safetensors") for option in few]
     for options, reason in (
         ((*few, *RUNS, "--batch-size", 63), "--batch-size 63 is for all 2 processes together"),
@@ -233,7 +231,7 @@ def test_what_all_meet_alike_is_said_once(few: list[object], tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_budget_that_nothing_meets_is_told_once(few: list[object], tmp_path: Path) -> None:
+def test_unreachable_budget_is_reported_once(few: list[object], tmp_path: Path) -> None:
     ended = ranks_saq(
         2, "search", *few, "--batch-size", 32, "--budget", "1M", "--run-dir", tmp_path / "run", "--quiet"
     )
@@ -243,7 +241,7 @@ def test_a_budget_that_nothing_meets_is_told_once(few: list[object], tmp_path: P
     assert ended[1][2] == ""
 
 
-def test_what_has_work_for_one_process_is_refused(few: list[object]) -> None:
+def test_single_process_features_are_refused(few: list[object]) -> None:
     for options, reason in (
         (("profile", "resnet18", "--no-pretrained"), "`saq profile` works in one process"),
         (("eval", *few, "--bench"), "--bench measures one process"),
@@ -277,7 +275,7 @@ def drawing(rank: int) -> None:
     Alternation._draw = compared  # type: ignore[method-assign]
 
 
-def test_all_processes_search_with_the_same_bits(few: list[object], tmp_path: Path) -> None:
+def test_search_bits_agree_on_all_ranks(few: list[object], tmp_path: Path) -> None:
     options = ("search", *few, "--batch-size", 32, "--workers", 0, *STOPPED, "--run-dir", tmp_path / "run")
     ended = ranks_saq(2, *options, before=drawing)
 
@@ -291,7 +289,7 @@ def test_all_processes_search_with_the_same_bits(few: list[object], tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("searcher", ["asga", "hawq", "sensitivity", "random", "error", "uniform"])
-def test_every_searcher_works_in_two_processes(searcher: str, few: list[object], tmp_path: Path) -> None:
+def test_every_searcher_works_on_two_ranks(searcher: str, few: list[object], tmp_path: Path) -> None:
     options = ("search", *few, "--batch-size", 32, "--workers", 0, "--budget", "w4a4", "--searcher", searcher)
     ended = ranks_saq(2, *options, "--search-images", 128, "--run-dir", tmp_path / "run", "--json")
 
@@ -300,7 +298,7 @@ def test_every_searcher_works_in_two_processes(searcher: str, few: list[object],
 
 
 @pytest.mark.parametrize("settled", sweep([False, True], lambda settled: not settled))
-def test_two_processes_score_as_one(settled: bool, few: list[object], tmp_path: Path) -> None:
+def test_two_ranks_score_like_one(settled: bool, few: list[object], tmp_path: Path) -> None:
     """Corrections are measured on every rank; settled statistics, whose images are drawn by rank, on the first."""
     command = ("search", *few, "--batch-size", 32, "--workers", 0, "--budget", "w3a3", "--searcher", "random")
     settings = ("--set", "search.options.random.draws=2", "--set", "data.calibration_images=48")
@@ -334,7 +332,7 @@ def labels_read(images: str) -> list[list[list[int]]]:
     return found
 
 
-def test_shares_are_the_batches_of_one_process(few: list[object]) -> None:
+def test_rank_slices_form_the_single_process_batches(few: list[object]) -> None:
     images = str(few[few.index("--data") + 1])
     whole, shares = labels_read(images), ranks_run(3, labels_read, images)
 
@@ -347,7 +345,7 @@ def test_shares_are_the_batches_of_one_process(few: list[object]) -> None:
 
 
 @pytest.mark.parametrize(("images", "batch", "count"), [(100, 12, 3), (100, 100, 4), (7, 6, 2), (5, 6, 2)])
-def test_every_image_of_a_whole_batch_is_trained_on_once(images: int, batch: int, count: int) -> None:
+def test_training_covers_every_image_once(images: int, batch: int, count: int) -> None:
     shares = [TrainingShare(images, batch, rank, count, seed=1) for rank in range(count)]
 
     read = [image for share in shares for image in share]
@@ -355,7 +353,7 @@ def test_every_image_of_a_whole_batch_is_trained_on_once(images: int, batch: int
 
 
 @pytest.mark.parametrize(("images", "batch", "count"), [(100, 12, 3), (10, 3, 4), (3, 8, 2)])
-def test_every_image_is_evaluated_once(images: int, batch: int, count: int) -> None:
+def test_evaluation_covers_every_image_once(images: int, batch: int, count: int) -> None:
     read = [list(EvaluationShare(range(images), batch, rank, count)) for rank in range(count)]
 
     assert sorted(image for share in read for image in share) == list(range(images))

@@ -223,7 +223,7 @@ def whole(processes: Zygote, images: Path, tmp_path_factory: pytest.TempPathFact
     return chain.run
 
 
-def test_a_run_killed_wherever_it_hurts_ends_as_one_that_was_not(
+def test_result_survives_kills_at_critical_points(
     processes: Zygote, images: Path, whole: Path, tmp_path: Path
 ) -> None:
     chain = quantization(processes, images, tmp_path / "run", "--bits", 4)
@@ -260,7 +260,7 @@ def damage(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_replacement_killed_in_the_middle_is_never_taken_for_the_run_before(
+def test_killed_overwrite_is_never_the_old_run(
     processes: Zygote, images: Path, whole: Path, tmp_path: Path
 ) -> None:
     """Manifest, configuration and checkpoints go together whenever ``--overwrite`` is killed."""
@@ -300,9 +300,7 @@ def failed(job: Job, *texts: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_a_run_until_there_is_room(
-    processes: Zygote, images: Path, whole: Path, disk: Path
-) -> None:
+def test_full_disk_pauses_a_run(processes: Zygote, images: Path, whole: Path, disk: Path) -> None:
     run = disk / "run"
     chain = quantization(processes, images, run, "--bits", 4)
     for act, count, file in (
@@ -326,7 +324,7 @@ def test_a_full_disk_stops_a_run_until_there_is_room(
 
 
 @pytest.mark.parametrize("harm", sweep(["remove", "empty"], lambda harm: harm == "remove"))
-def test_a_run_whose_directory_is_taken_away_makes_none_in_its_place(
+def test_deleted_run_directory_is_not_recreated(
     harm: str, processes: Zygote, images: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -340,9 +338,7 @@ def test_a_run_whose_directory_is_taken_away_makes_none_in_its_place(
 
 
 @pytest.mark.slow
-def test_what_cannot_be_written_to_is_told_at_once_and_in_the_middle(
-    processes: Zygote, images: Path, disk: Path
-) -> None:
+def test_unwritable_files_fail_immediately(processes: Zygote, images: Path, disk: Path) -> None:
     run = disk / "run"
     start, resume = quantization(processes, images, run, "--bits", 4).commands
     fault = {"on": "make checkpoints/new last.ckpt", "count": 2, "do": "forbid"}
@@ -362,7 +358,7 @@ def test_what_cannot_be_written_to_is_told_at_once_and_in_the_middle(
 
 
 @pytest.mark.slow
-def test_a_full_disk_of_temporary_files_does_not_matter(
+def test_full_temp_disk_is_harmless(
     processes: Zygote, images: Path, whole: Path, disk: Path, tmp_path: Path
 ) -> None:
     processes.run("dd", "if=/dev/zero", f"of={disk}/filler", "bs=4k", "status=none")
@@ -374,7 +370,7 @@ def test_a_full_disk_of_temporary_files_does_not_matter(
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_a_search_and_an_analysis_until_there_is_room(
+def test_full_disk_pauses_search_and_analysis(
     processes: Zygote, images: Path, whole: Path, disk: Path, tmp_path: Path
 ) -> None:
     for chain, acts in (
@@ -455,9 +451,7 @@ def ends_undisturbed(chain: Chain, whole: Chain) -> None:
 
 
 @pytest.mark.slow
-def test_quantize_killed_at_random_moments_of_every_phase(
-    processes: Zygote, images: Path, tmp_path: Path
-) -> None:
+def test_quantize_survives_random_kills(processes: Zygote, images: Path, tmp_path: Path) -> None:
     whole, chain = (
         quantization(processes, images, tmp_path / name, *search_options("samq", "--bops"))
         for name in ("whole", "run")
@@ -467,15 +461,13 @@ def test_quantize_killed_at_random_moments_of_every_phase(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SEARCHES)
-def test_a_search_killed_at_random_moments_of_every_phase(
-    name: str, processes: Zygote, images: Path, tmp_path: Path
-) -> None:
+def test_search_survives_random_kills(name: str, processes: Zygote, images: Path, tmp_path: Path) -> None:
     whole, chain = (search(processes, images, tmp_path / place, name) for place in ("whole", "run"))
     ends_undisturbed(chain, whole)
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_acts_on_the_disk(
+def test_run_survives_kills_during_writes(
     processes: Zygote, images: Path, whole: Path, tmp_path: Path
 ) -> None:
     """Writes are acts, and are killed with half of the bytes on the disk."""
@@ -491,7 +483,7 @@ def test_a_run_killed_at_random_acts_on_the_disk(
 
 
 @pytest.mark.slow
-def test_an_analysis_killed_at_random_moments(processes: Zygote, images: Path, tmp_path: Path) -> None:
+def test_analysis_survives_random_kills(processes: Zygote, images: Path, tmp_path: Path) -> None:
     target = quantization(processes, images, tmp_path / "target", "--bits", 4, "--epochs", 0)
     target.finish()
     whole, chain = (landscape(processes, images, tmp_path / name, target.run) for name in ("whole", "run"))

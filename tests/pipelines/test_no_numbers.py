@@ -83,7 +83,7 @@ def test_every_command_names_the_nan(command: str, tmp_path: Path, data: Path) -
 
 
 @pytest.mark.parametrize("command", ["eval", "quantize", "search", "analyze"])
-def test_every_command_says_that_numbers_overflow(command: str, tmp_path: Path, data: Path) -> None:
+def test_every_command_reports_overflow(command: str, tmp_path: Path, data: Path) -> None:
     path = weights(tmp_path, "fc.bias", 1e38, scale=1e38)
     result = saq(
         *commands(path, data, tmp_path / "run")[command], "--mean", "-9,-9,-9", "--std", ".01,.01,.01"
@@ -96,7 +96,7 @@ def test_every_command_says_that_numbers_overflow(command: str, tmp_path: Path, 
     assert "nan %" not in result.stdout
 
 
-def test_inputs_that_overflow_are_named() -> None:
+def test_overflowing_inputs_are_named() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     nn.init.constant_(model[0].weight, 3e38)  # type: ignore[arg-type]
     convert.wrap(model)
@@ -127,7 +127,7 @@ def subclasses(kind: type) -> list[type[BaseModel]]:
     return [each for child in kind.__subclasses__() for each in (child, *subclasses(child))]
 
 
-def test_pydantic_writes_null_for_nan() -> None:
+def test_pydantic_models_write_null_for_nan() -> None:
     """What it does unless a model says otherwise; none of ours does."""
 
     class Anything(BaseModel):
@@ -140,7 +140,7 @@ def test_pydantic_writes_null_for_nan() -> None:
     assert all(each.model_config.get("ser_json_inf_nan", "null") == "null" for each in ours)
 
 
-def test_json_is_made_in_one_place() -> None:
+def test_json_is_written_in_one_place() -> None:
     root = Path(saqcli.__file__).parent
     makers = {
         path.relative_to(root).as_posix()

@@ -85,7 +85,7 @@ def again(run: Path) -> Path:
     return run.parent / "again"
 
 
-def test_another_process_gives_the_same_bits(run: Path, again: Path) -> None:
+def test_another_process_is_bit_identical(run: Path, again: Path) -> None:
     for name in ("metrics.jsonl", "policy.json", "artifacts/model.safetensors", "artifacts/model.onnx"):
         assert (run / name).read_bytes() == (again / name).read_bytes(), name
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 5
@@ -138,7 +138,7 @@ def change_onnx(run: Path) -> None:
         (change_onnx, "onnx", r"1 of \d+ initializers differ, ", "artifacts/model.onnx was changed"),
     ],
 )
-def test_what_was_changed_by_hand_is_found_and_named(
+def test_modified_results_are_found_and_named(
     change: Callable[[Path], None],
     what: str,
     detail: str,
@@ -165,7 +165,7 @@ def test_what_was_changed_by_hand_is_found_and_named(
     assert table.count("the same, bit for bit") == 4
 
 
-def test_a_search_gives_the_same_again_with_images_that_moved(searched: Path, tmp_path: Path) -> None:
+def test_search_reruns_with_moved_images(searched: Path, tmp_path: Path) -> None:
     moved = shutil.move(searched.parent / "images", tmp_path / "images")
     try:
         gone = saq("rerun", searched, "--run-dir", tmp_path / "new", "--quiet")
@@ -183,7 +183,7 @@ def test_a_search_gives_the_same_again_with_images_that_moved(searched: Path, tm
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_what_cannot_be_run_again_is_refused_in_one_line(run: Path, again: Path, tmp_path: Path) -> None:
+def test_impossible_rerun_is_one_line_error(run: Path, again: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     unfinished, damaged = (shutil.copytree(run, tmp_path / name) for name in ("unfinished", "damaged"))
     manifest = json.loads((run / "manifest.json").read_text())
@@ -212,12 +212,12 @@ def test_what_cannot_be_run_again_is_refused_in_one_line(run: Path, again: Path,
 
 
 @pytest.mark.slow
-def test_two_processes_that_read_images_give_what_none_gives(run: Path, tmp_path: Path) -> None:
+def test_worker_count_does_not_change_results(run: Path, tmp_path: Path) -> None:
     assert answer("rerun", run, "--run-dir", tmp_path / "new", "--workers", 2)["identical"]
 
 
 @pytest.mark.slow
-def test_a_rerun_that_was_stopped_goes_on_with_resume(run: Path, again: Path, tmp_path: Path) -> None:
+def test_interrupted_rerun_resumes(run: Path, again: Path, tmp_path: Path) -> None:
     stopped = shutil.copytree(again, tmp_path / "stopped")
     manifest = json.loads((stopped / "manifest.json").read_text())
     (stopped / "manifest.json").write_text(json.dumps({**manifest, "status": "interrupted"}))
@@ -227,7 +227,7 @@ def test_a_rerun_that_was_stopped_goes_on_with_resume(run: Path, again: Path, tm
 
 
 @pytest.mark.slow
-def test_deterministic_kernels_change_no_number_on_a_cpu(run: Path, tmp_path: Path) -> None:
+def test_deterministic_kernels_change_nothing_on_cpu(run: Path, tmp_path: Path) -> None:
     answer(
         "quantize", "--config", run / "config.json", "--deterministic", *float_options(run.parent),
         *("--policy", run / "policy.json", "--run-dir", tmp_path / "new"),

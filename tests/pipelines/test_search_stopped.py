@@ -35,7 +35,7 @@ def whole(network: list[object], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return path
 
 
-def test_a_signal_in_the_middle_of_a_search_stops_it_for_a_while(
+def test_signal_pauses_the_search(
     network: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("search", *network, *STOPPED, "--set", "search.epochs=1")
@@ -59,7 +59,7 @@ def test_a_signal_in_the_middle_of_a_search_stops_it_for_a_while(
 
 @pytest.mark.slow  # starting processes takes longer than what they do
 @pytest.mark.parametrize(("phase", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT)])
-def test_a_search_stopped_by_a_signal_goes_on_to_the_same_policy(
+def test_resumed_search_finds_the_same_policy(
     phase: int, number: int, whole: Path, network: list[object], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -112,9 +112,7 @@ def proxy_notes(text: str) -> list[str]:
     return [line for line in text.splitlines() if "proxy: top-1" in line]
 
 
-def test_fitting_the_network_of_a_proxy_goes_on_too(
-    three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_proxy_training_resumes_too(three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped at the end of an epoch and between two; within one, to go on into the next; and in the search."""
     command = ("search", *proxied(three), "--budget", "w4a4")
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -148,7 +146,7 @@ def test_fitting_the_network_of_a_proxy_goes_on_too(
     assert not list((run / "checkpoints").iterdir())
 
 
-def test_a_run_does_not_go_on_with_another_proxy(
+def test_resume_with_another_proxy_is_refused(
     three: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its images are not those that are trained and evaluated on."""

@@ -127,14 +127,14 @@ def refused(path: Path) -> str:
     return message
 
 
-def test_the_file_itself_is_taken_and_bit_equal(good: Path, truth: Tensor) -> None:
+def test_valid_file_loads_bit_identically(good: Path, truth: Tensor) -> None:
     assert torch.equal(truth, answer(quantized()[0]))
 
 
 # Accidents.
 
 
-def test_a_file_cut_anywhere_is_refused(raw: bytes, tmp_path: Path) -> None:
+def test_file_truncated_anywhere_is_refused(raw: bytes, tmp_path: Path) -> None:
     header, data = split(raw)
     start = len(raw) - len(data)
     ends = [start + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
@@ -172,7 +172,7 @@ def test_many_flipped_bits_are_refused(seed: int, raw: bytes, tmp_path: Path) ->
     flip_many(raw, tmp_path / "model.safetensors", 1000, seed)
 
 
-def test_bytes_put_in_taken_out_and_moved_are_refused(raw: bytes, tmp_path: Path) -> None:
+def test_inserted_removed_and_moved_bytes_are_refused(raw: bytes, tmp_path: Path) -> None:
     randomness = random.Random(0)
     for _ in range(60):
         one, other = sorted(randomness.sample(range(len(raw)), 2))
@@ -196,7 +196,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
-def test_a_pickle_under_this_name_is_refused_and_not_run(zipped: bool, tmp_path: Path) -> None:
+def test_disguised_pickle_is_not_executed(zipped: bool, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     torch.save({"weight": Bomb(tmp_path / "mark")}, path, _use_new_zipfile_serialization=zipped)
     message = refused(path)
@@ -276,14 +276,14 @@ def attacks(raw: bytes) -> list[tuple[tuple[str | int, ...], Callable[[Any], Non
     return found
 
 
-def test_facts_changed_anywhere_are_refused_or_harmless(raw: bytes, truth: Tensor, tmp_path: Path) -> None:
+def test_sampled_metadata_changes_are_refused_or_harmless(raw: bytes, truth: Tensor, tmp_path: Path) -> None:
     for place, change in random.Random(0).sample(attacks(raw), 100):
         take(tmp_path / "model.safetensors", raw, place, change, truth)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(8))
-def test_facts_changed_everywhere_are_refused_or_harmless(
+def test_all_metadata_changes_are_refused_or_harmless(
     part: int, raw: bytes, truth: Tensor, tmp_path: Path
 ) -> None:
     for place, change in attacks(raw)[part::8]:
@@ -333,9 +333,7 @@ def timm_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.mark.parametrize(("key", "value"), KWARGS, ids=[f"{key}-{i}" for i, (key, _) in enumerate(KWARGS)])
-def test_arguments_that_reach_beyond_the_network_are_refused(
-    key: str, value: Any, timm_file: bytes, tmp_path: Path
-) -> None:
+def test_unsafe_builder_arguments_are_refused(key: str, value: Any, timm_file: bytes, tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "weights.pth")
 
     refused(
@@ -361,7 +359,7 @@ def test_arguments_that_reach_beyond_the_network_are_refused(
         "timm/",
     ],
 )
-def test_names_of_other_places_are_refused(name: str, raw: bytes, tmp_path: Path) -> None:
+def test_names_outside_the_catalogue_are_refused(name: str, raw: bytes, tmp_path: Path) -> None:
     assert "no network is called" in refused(
         write(tmp_path / "model.safetensors", retold(raw, changed(("build", "name"), name)))
     )
@@ -376,7 +374,7 @@ def test_names_of_other_places_are_refused(name: str, raw: bytes, tmp_path: Path
         (("build", "name"), "torchvision/vgg19"),
     ],
 )
-def test_a_network_larger_than_the_file_is_never_built(
+def test_oversized_network_is_never_built(
     place: tuple[str, str], value: Any, raw: bytes, tmp_path: Path
 ) -> None:
     message = refused(write(tmp_path / "model.safetensors", retold(raw, changed(place, value))))
@@ -386,7 +384,7 @@ def test_a_network_larger_than_the_file_is_never_built(
 
 @pytest.mark.parametrize("key", ["num_classes", "in_chans"])
 @pytest.mark.parametrize("value", [10**12, 10**30, 0, -1, 2.0, "3", True, None, [3]])
-def test_counts_that_cannot_be_meant_are_refused(key: str, value: Any, raw: bytes, tmp_path: Path) -> None:
+def test_impossible_counts_are_refused(key: str, value: Any, raw: bytes, tmp_path: Path) -> None:
     message = refused(write(tmp_path / "model.safetensors", retold(raw, changed(("build", key), value))))
 
     assert f"its build has no {key} that could be meant" in message
@@ -396,7 +394,7 @@ def test_counts_that_cannot_be_meant_are_refused(key: str, value: Any, raw: byte
     "size",
     [[3, 10**6, 10**6], [3, 0, 8], [3, 8], [3, -8, 8], [1, 8, 8], [10**9, 8, 8], "3x8x8", [3, 8, 1e400]],
 )
-def test_images_of_impossible_sizes_are_refused(size: Any, raw: bytes, tmp_path: Path) -> None:
+def test_impossible_image_sizes_are_refused(size: Any, raw: bytes, tmp_path: Path) -> None:
     refused(
         write(tmp_path / "model.safetensors", retold(raw, changed(("preprocessing", "input_size"), size)))
     )
@@ -407,7 +405,7 @@ def test_impossible_crops_are_refused(crop: Any, raw: bytes, tmp_path: Path) -> 
     refused(write(tmp_path / "model.safetensors", retold(raw, changed(("preprocessing", "crop_pct"), crop))))
 
 
-def test_a_network_that_does_not_take_its_images_is_refused(tmp_path: Path) -> None:
+def test_network_refusing_its_image_size_is_refused(tmp_path: Path) -> None:
     """A vision transformer has positions for one size."""
     model, facts = quantized("timm/vit_tiny_patch16_224", 32)
     path = tmp_path / "model.safetensors"
@@ -418,9 +416,7 @@ def test_a_network_that_does_not_take_its_images_is_refused(tmp_path: Path) -> N
     assert "does not turn images of 3 x 64 x 64 into 5 logits" in refused(write(path, smaller))
 
 
-def test_what_was_written_with_other_libraries_says_so_where_it_does_not_fit(
-    raw: bytes, tmp_path: Path
-) -> None:
+def test_other_library_versions_are_named(raw: bytes, tmp_path: Path) -> None:
     def older(facts: Json) -> None:
         facts["versions"]["timm"] = "0.1"
         facts["build"]["name"] = "timm/network_of_the_past"
@@ -432,7 +428,7 @@ def test_what_was_written_with_other_libraries_says_so_where_it_does_not_fit(
 @pytest.mark.parametrize(
     "dtype", ["I8", "I32", "F16", "BF16", "F64", "F8_E4M3", "F4", "C64", "U64", "BOOL", "X"]
 )
-def test_tensors_of_other_types_are_refused(dtype: str, raw: bytes, tmp_path: Path) -> None:
+def test_wrong_tensor_types_are_refused(dtype: str, raw: bytes, tmp_path: Path) -> None:
     header, data = split(raw)
     for name in ("conv1.codes", "conv1.step", "bn1.weight", "bn1.num_batches_tracked"):
         other = {**header, name: {**header[name], "dtype": dtype}}
@@ -440,7 +436,7 @@ def test_tensors_of_other_types_are_refused(dtype: str, raw: bytes, tmp_path: Pa
             refused(write(tmp_path / "model.safetensors", sealed(other, data, entry_of(header))))
 
 
-def test_tensors_of_other_shapes_names_and_places_are_refused(raw: bytes, tmp_path: Path) -> None:
+def test_wrong_shapes_names_and_places_are_refused(raw: bytes, tmp_path: Path) -> None:
     header, data = split(raw)
     name = "conv1.codes"
     start, end = header[name]["data_offsets"]
@@ -469,13 +465,13 @@ def test_tensors_of_other_shapes_names_and_places_are_refused(raw: bytes, tmp_pa
 @pytest.mark.parametrize(
     "metadata", [None, [], {"saq": 1}, {"saq": None}, {"saq": {}}, {"saq": ["a"]}, "saq"]
 )
-def test_metadata_of_other_kinds_are_refused(metadata: Any, raw: bytes, tmp_path: Path) -> None:
+def test_wrong_metadata_types_are_refused(metadata: Any, raw: bytes, tmp_path: Path) -> None:
     header, data = split(raw)
 
     refused(write(tmp_path / "model.safetensors", join({**header, "__metadata__": metadata}, data)))
 
 
-def test_a_header_nested_without_end_is_refused(tmp_path: Path) -> None:
+def test_deeply_nested_header_is_refused(tmp_path: Path) -> None:
     for text in (
         b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
         b"{" + b" " * 10**6,
@@ -488,7 +484,7 @@ def test_a_header_nested_without_end_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["truncated", "foreign", "newer", "changed", "larger"])
-def test_eval_says_it_in_one_line(what: str, raw: bytes, tmp_path: Path) -> None:
+def test_eval_error_is_one_line(what: str, raw: bytes, tmp_path: Path) -> None:
     header, data = split(raw)
     content, expected = {
         "truncated": (raw[:-5], "is truncated"),
@@ -507,7 +503,7 @@ def test_eval_says_it_in_one_line(what: str, raw: bytes, tmp_path: Path) -> None
     assert result.stderr.count("\n") == 1
 
 
-def test_json_of_a_file_can_be_read_by_others(raw: bytes) -> None:
+def test_stored_json_is_readable_by_others(raw: bytes) -> None:
     facts = entry_of(split(raw)[0])["facts"]
 
     assert facts["versions"].keys() == {"torch", "torchvision", "timm"}

@@ -74,19 +74,19 @@ def said(images: Path, target: object) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["nosuch", "./nosuch", "runs/nosuch", "nosuch/", "~/nosuch-run"])
-def test_missing_run_is_called_missing_by_all(images: Path, name: str) -> None:
+def test_missing_run_is_reported_by_every_command(images: Path, name: str) -> None:
     for command, line in said(images, name).items():
         assert "there is no run directory or file " in line, command
 
 
-def test_missing_run_names_those_near(images: Path, tmp_path: Path, config: RunConfig) -> None:
+def test_missing_run_suggests_similar_paths(images: Path, tmp_path: Path, config: RunConfig) -> None:
     searched(tmp_path / "resnet8-w4a4", config)
 
     for line in said(images, tmp_path / "resnet8-w4a3").values():
         assert line.endswith(f"near are {tmp_path / 'resnet8-w4a4'}")
 
 
-def test_folders_that_are_no_run_say_what_fits(images: Path, tmp_path: Path, config: RunConfig) -> None:
+def test_non_run_folders_give_advice(images: Path, tmp_path: Path, config: RunConfig) -> None:
     run = searched(tmp_path / "place" / "found", config)
     inside = run / "artifacts"
     inside.mkdir()
@@ -101,7 +101,7 @@ def test_folders_that_are_no_run_say_what_fits(images: Path, tmp_path: Path, con
             assert says in line
 
 
-def test_files_that_are_no_model_say_what_takes_them(images: Path, tmp_path: Path, config: RunConfig) -> None:
+def test_non_model_files_give_advice(images: Path, tmp_path: Path, config: RunConfig) -> None:
     run = searched(tmp_path / "found", config)
     (run / "report.md").touch()
     for name in ("weights.pth", "policy.json", "notes.txt"):
@@ -117,7 +117,7 @@ def test_files_that_are_no_model_say_what_takes_them(images: Path, tmp_path: Pat
             assert says in line
 
 
-def test_search_points_to_quantize_with_its_policy(images: Path, tmp_path: Path, config: RunConfig) -> None:
+def test_search_run_suggests_quantize_policy(images: Path, tmp_path: Path, config: RunConfig) -> None:
     run = searched(tmp_path / "found", config)
     step = f"quantize to its bits with `saq quantize {MODEL} --policy {run}`"
 
@@ -130,7 +130,7 @@ def test_search_points_to_quantize_with_its_policy(images: Path, tmp_path: Path,
     assert f"not a model: {step}" in last_error(saq("quantize", run, "--bits", 4, "--data", images))
 
 
-def test_killed_run_is_called_interrupted_by_all(images: Path, tmp_path: Path, config: RunConfig) -> None:
+def test_killed_run_is_interrupted_for_every_command(images: Path, tmp_path: Path, config: RunConfig) -> None:
     pid = killed(tmp_path / "run", config)
 
     for line in said(images, tmp_path / "run").values():
@@ -141,7 +141,7 @@ def test_killed_run_is_called_interrupted_by_all(images: Path, tmp_path: Path, c
     assert "already holds an interrupted run: give --resume to continue it" in last_error(again)
 
 
-def test_run_at_work_is_waited_for(images: Path, tmp_path: Path, config: RunConfig) -> None:
+def test_active_run_is_reported_as_running(images: Path, tmp_path: Path, config: RunConfig) -> None:
     run = begin(tmp_path / "run", config)
     try:
         for line in said(images, run.path).values():
@@ -151,7 +151,7 @@ def test_run_at_work_is_waited_for(images: Path, tmp_path: Path, config: RunConf
         run._lock.release()
 
 
-def test_interrupted_and_failed_runs_say_so(images: Path, tmp_path: Path, config: RunConfig) -> None:
+def test_interrupted_and_failed_runs_are_reported(images: Path, tmp_path: Path, config: RunConfig) -> None:
     for error, state in ((KeyboardInterrupt, "was interrupted"), (ValueError, "failed")):
         run = begin(tmp_path / state, config)
         with pytest.raises((SaqError, ValueError)), run.recorded():
@@ -161,7 +161,7 @@ def test_interrupted_and_failed_runs_say_so(images: Path, tmp_path: Path, config
             assert "resume with `saq quantize --run-dir" in line
 
 
-def test_names_of_models_are_not_taken_for_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_names_are_not_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("resnet18", "timm/resnet18.a1_in1k", "torchvision/resnet18", "saq/resnet20"):
         assert not is_path(name)
         assert find_target(name, EVALUATED).kind == "model"
@@ -174,7 +174,7 @@ def test_names_of_models_are_not_taken_for_paths(tmp_path: Path, monkeypatch: py
         find_target("resnt18", EVALUATED)
 
 
-def test_policy_of_a_run_is_taken(tmp_path: Path, config: RunConfig) -> None:
+def test_policy_may_be_a_run(tmp_path: Path, config: RunConfig) -> None:
     plain = answer("profile", MODEL, "--bits", "w3a5")
     four = answer("profile", MODEL, "--bits", 4)
     run = searched(tmp_path / "found", config)

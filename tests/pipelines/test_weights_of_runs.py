@@ -54,7 +54,7 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["saq/tiny", *map(str, named), "--bits", "4", "--no-export"]
 
 
-def test_a_run_keeps_the_key_of_its_weights(options: list[str], tmp_path: Path) -> None:
+def test_run_keeps_its_weights_key(options: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     averaged = answer("quantize", *options, "--epochs", 0, "--run-dir", tmp_path / "averaged")
     assert averaged["float_top1"] == 100
@@ -68,7 +68,7 @@ def test_a_run_keeps_the_key_of_its_weights(options: list[str], tmp_path: Path) 
     assert "model.weights_key: state_dict -> state_dict_ema" in last_error(other)
 
 
-def test_a_new_head_is_trained_and_drawn_again(options: list[str], tmp_path: Path) -> None:
+def test_new_head_is_trained_and_reproducible(options: list[str], tmp_path: Path) -> None:
     torch.save({"model": Tiny(num_classes=5).state_dict()}, tmp_path / "w.pth.tar")
     refused = saq("quantize", *options, "--num-classes", 2, "--run-dir", tmp_path / "run", "--quiet")
     assert "has 5 classes, saq/tiny was asked for 2" in last_error(refused)

@@ -114,11 +114,11 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
         left = {m: targets for m, targets in left.items() if m not in ends}
 
 
-def test_imports_form_no_circle() -> None:
+def test_imports_form_no_cycle() -> None:
     assert circles(graph()) == []
 
 
-def test_circles_are_found() -> None:
+def test_cycles_are_detected() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["b", "c"]]
 
 
@@ -138,7 +138,7 @@ def test_imports_point_down_only(path: Path) -> None:
 
 
 @each_file
-def test_a_file_imports_few_others(path: Path) -> None:
+def test_file_has_few_internal_imports(path: Path) -> None:
     assert len(graph_of(path)) <= MOST_IMPORTS
 
 
@@ -146,13 +146,13 @@ def graph_of(path: Path) -> set[str]:
     return {target_of(name) for _, name in imports(path)} - {"saqcli"}
 
 
-def test_a_folder_holds_few_files() -> None:
+def test_folder_holds_few_files() -> None:
     for folder in {path.parent for path in FILES}:
         assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
 
 
 @each_file
-def test_no_flags_below_the_command_line(path: Path) -> None:
+def test_no_flags_below_the_cli(path: Path) -> None:
     if room_of(module_of(path)) == "cli":
         return
     flags = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
@@ -165,7 +165,7 @@ def test_no_flags_below_the_command_line(path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_plugins_of_a_family_do_not_import_each_other(family: str) -> None:
+def test_plugins_do_not_import_each_other(family: str) -> None:
     shared = FAMILIES[family]
     prefix = "saqcli." + family.replace("/", ".")
     plugins = [p for p in sorted((ROOT / family).glob("*.py")) if p.stem not in {"__init__", *shared}]
@@ -178,20 +178,20 @@ def test_plugins_of_a_family_do_not_import_each_other(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_family_shares_exists(family: str) -> None:
+def test_shared_family_modules_exist(family: str) -> None:
     for name in FAMILIES[family]:
         assert (ROOT / family / f"{name}.py").is_file()
 
 
 @each_file
-def test_every_module_says_what_it_is(path: Path) -> None:
+def test_every_module_has_a_docstring(path: Path) -> None:
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     assert text
     assert text.strip()
 
 
 @each_file
-def test_nothing_is_imported_by_star(path: Path) -> None:
+def test_no_star_imports(path: Path) -> None:
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     assert not [n.lineno for n in nodes if isinstance(n, ast.ImportFrom) and n.names[0].name == "*"]
 
@@ -201,13 +201,13 @@ def test_every_public_name_resolves(name: str) -> None:
     assert getattr(saqcli, name) is not None
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
+def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         saqcli.no_such_name  # noqa: B018
 
 
 @pytest.mark.parametrize("module", ["saqcli", "saqcli.cli", "saqcli.errors", "saqcli.config"])
-def test_a_light_import_stays_light(module: str) -> None:
+def test_light_imports_stay_light(module: str) -> None:
     heavy = ("torch", "torchvision", "timm", "numpy", "scipy", "sklearn", "onnx", "onnxruntime", "PIL")
     code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
     result = subprocess.run(
@@ -216,7 +216,7 @@ def test_a_light_import_stays_light(module: str) -> None:
     assert result.stdout.strip() == "[]"
 
 
-def test_the_walk_sees_imports_inside_functions_and_relative_ones(tmp_path: Path) -> None:
+def test_import_scan_sees_local_and_relative_imports(tmp_path: Path) -> None:
     """The tests above can fail: what they look for is found."""
     path = ROOT / "quant" / "wrapping.py"
     assert "saqcli.quant.attention.special_mixin" in {name for _, name in imports(path)}
@@ -224,7 +224,7 @@ def test_the_walk_sees_imports_inside_functions_and_relative_ones(tmp_path: Path
     assert room_of("saqcli.pipelines.quantize") == "pipelines"
 
 
-def test_what_takes_time_is_measured_by_a_clock_that_only_goes_forward() -> None:
+def test_durations_use_a_monotonic_clock() -> None:
     """The time of day, which may jump, is told to people and decides nothing: two files write it down."""
     wall = {"time.time", "time.localtime", "time.gmtime", "datetime.now", "datetime.utcnow", "datetime.today"}
     found = {

@@ -111,20 +111,22 @@ def make_cli() -> Any:
 
 
 class TestCommandReference:
-    def test_is_current(self, make_cli: Any) -> None:
+    def test_generated_page_is_current(self, make_cli: Any) -> None:
         assert text_of(DOCS / "cli.md") == make_cli.reference(), "run python docs/make_cli.py"
 
-    def test_does_not_depend_on_the_terminal(self, make_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_output_is_independent_of_the_terminal(
+        self, make_cli: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         before = make_cli.reference()
         for name, value in {"COLUMNS": "40", "TERM": "dumb", "NO_COLOR": "1", "FORCE_COLOR": "1"}.items():
             monkeypatch.setenv(name, value)
         assert make_cli.reference() == before
 
-    def test_has_every_command(self) -> None:
+    def test_lists_every_command(self) -> None:
         assert set(re.findall(r"^## saq (\S+)$", text_of(DOCS / "cli.md"), re.MULTILINE)) == set(COMMANDS)
 
     @pytest.mark.parametrize("name", COMMANDS)
-    def test_has_every_option_and_no_other(self, name: str) -> None:
+    def test_lists_exactly_all_options(self, name: str) -> None:
         section = text_of(DOCS / "cli.md").split(f"## saq {name}\n")[1].split("\n## ")[0]
         cells = re.findall(r"^\| (`-.*?) \| ", section, re.MULTILINE)
         found = {span.split()[0] for cell in cells for span in CODE_SPAN.findall(cell)}
@@ -133,7 +135,7 @@ class TestCommandReference:
 
 class TestTablesAndSettings:
     @pytest.mark.parametrize("table", TABLES)
-    def test_every_entry_is_documented(self, table: str) -> None:
+    def test_every_table_entry_is_documented(self, table: str) -> None:
         pages = text_of(DOCS / "cli.md") + text_of(DOCS / "architecture.md")
         entries = entries_of(table)
         assert entries
@@ -143,7 +145,7 @@ class TestTablesAndSettings:
         pages = text_of(DOCS / "cli.md") + text_of(DOCS / "architecture.md")
         assert not [name for name in config.recipes() if f"`{name}`" not in pages]
 
-    def test_every_setting_is_documented_with_its_default(self) -> None:
+    def test_every_setting_is_documented_with_default(self) -> None:
         settings = config.RunConfig(model=config.ModelSection(name="any")).model_dump(mode="json")
         expected = {}
         for section, values in settings.items():
@@ -155,7 +157,7 @@ class TestTablesAndSettings:
 
         assert {key: json.loads(default) for key, default in rows} == expected
 
-    def test_the_walks_name_functions_that_exist(self) -> None:
+    def test_walkthroughs_name_existing_functions(self) -> None:
         rows = re.findall(
             r"^\| [^|]+ \| `([\w/]+\.py)` \| `(\w+)` \|$", text_of(DOCS / "architecture.md"), re.MULTILINE
         )
@@ -166,7 +168,7 @@ class TestTablesAndSettings:
                 f"{file} {name}"
             )
 
-    def test_the_tree_is_that_of_the_docstrings(self) -> None:
+    def test_file_tree_matches_docstrings(self) -> None:
         make_tree = script("make_tree")
         assert text_of(DOCS / "architecture.md") == make_tree.page(), "run python docs/make_tree.py"
         assert f"{make_tree.PACKAGE.name}/" in make_tree.page()
@@ -198,7 +200,7 @@ def test_data_blocks_parse(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=title)
-def test_python_blocks_compile_and_import_what_exists(page: Path) -> None:
+def test_python_blocks_compile_and_import(page: Path) -> None:
     for body in blocks(text_of(page), "python"):
         tree = ast.parse(body, str(page))
         compile(tree, str(page), "exec")
@@ -231,7 +233,7 @@ def test_command_lines_parse(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=title)
-def test_commands_and_options_in_the_text_exist(page: Path) -> None:
+def test_mentioned_commands_and_options_exist(page: Path) -> None:
     every = set().union(*map(options_of, COMMANDS.values())) | options_of(GROUP) | UNIVERSAL
     wrong = []
     for span in code_spans(text_of(page)):
@@ -250,23 +252,23 @@ def test_commands_and_options_in_the_text_exist(page: Path) -> None:
     assert not wrong
 
 
-def test_the_readme_names_the_two_set_up_commands() -> None:
+def test_readme_names_the_setup_commands() -> None:
     if not README.exists():
         pytest.skip("there is no README.md yet")
     lines = [line.strip() for line in text_of(README).splitlines()]
     assert [command for command in SETUP if command not in lines] == []
 
 
-class TestTheChecksThemselves:
-    def test_find_calls_in_shell_blocks(self) -> None:
+class TestParsingOfThePages:
+    def test_finds_calls_in_shell_blocks(self) -> None:
         text = "```sh\npip install . && saq demo\n$ saq eval x \\\n  --data d  # why\n```\n`saq models`\n"
         assert command_lines(text) == ["saq demo", "saq eval x    --data d  # why"]
 
-    def test_find_options_in_a_span(self) -> None:
+    def test_finds_options_in_code_spans(self) -> None:
         assert OPTION.findall("saq eval x -q --bad-images skip a-b 1--2") == ["-q", "--bad-images"]
 
-    def test_know_the_options(self) -> None:
+    def test_finds_the_options_of_a_command(self) -> None:
         assert {"--bops", "--budget", "--no-pretrained", "--set"} <= options_of(COMMANDS["quantize"])
 
-    def test_make_anchors_as_github_does(self) -> None:
+    def test_anchors_match_github(self) -> None:
         assert slug("What `--json` prints") == "what---json-prints"

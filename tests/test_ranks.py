@@ -53,7 +53,7 @@ def everything() -> dict[str, Any]:
     }
 
 
-def test_three_ranks_come_to_the_same() -> None:
+def test_three_ranks_agree() -> None:
     found = ranks_run(3, everything)
 
     told = ("StoppedElsewhere", 1)
@@ -73,7 +73,7 @@ def test_three_ranks_come_to_the_same() -> None:
         assert seen["shares"] == list(range(7))
 
 
-def test_one_process_is_given_back_what_it_gives() -> None:
+def test_single_process_collectives_are_identity() -> None:
     tensor = torch.tensor([2.0])
     distributed.average([tensor])
 
@@ -109,7 +109,7 @@ def _waiting() -> float:
     return time.monotonic() - start
 
 
-def test_a_rank_that_dies_is_noticed_at_once() -> None:
+def test_dead_rank_is_detected_immediately() -> None:
     with pytest.raises(AssertionError, match="rank 1: it ended with 7"):
         ranks_run(3, _waiting)
 
@@ -126,6 +126,6 @@ def _blocked(number: int) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_waiting_rank_ends_within_seconds_of_a_signal(number: int, code: int) -> None:
+def test_waiting_rank_ends_promptly_on_signal(number: int, code: int) -> None:
     with pytest.raises(AssertionError, match=f"rank 0: it ended with {code}"):
         ranks_run(2, partial(_blocked, number))

@@ -294,7 +294,7 @@ def test_workers_handle_signals_under_any_start_method(method: str) -> None:
         f"import multiprocessing, sys, pytest; multiprocessing.set_start_method({method!r}); "
         "sys.exit(pytest.main(sys.argv[1:]))"
     )
-    test = f"{__file__}::{test_readers_outlive_the_signal_that_the_whole_group_gets.__name__}"
+    test = f"{__file__}::{test_workers_survive_group_signals.__name__}"
     command = [sys.executable, "-c", code, "-n", "0", "-q", "-p", "no:cacheprovider", f"{test}[True]"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stdout

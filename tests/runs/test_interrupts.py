@@ -45,7 +45,7 @@ def handlers() -> Iterator[None]:
         ((signal.SIGTERM, signal.SIGHUP), 143),
     ],
 )
-def test_first_signal_is_noted(numbers: tuple[int, ...], code: int) -> None:
+def test_first_signal_is_deferred(numbers: tuple[int, ...], code: int) -> None:
     with deferred_interrupts() as stop:
         assert not stop.signal
         for number in numbers:
@@ -54,7 +54,7 @@ def test_first_signal_is_noted(numbers: tuple[int, ...], code: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_second_request_stops_at_once(number: int) -> None:
+def test_second_signal_stops_immediately(number: int) -> None:
     with deferred_interrupts():
         signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(number)
@@ -73,7 +73,7 @@ def test_ignored_hangup_stays_ignored(context: Callable[[], "deferred_interrupts
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
-def test_hangup_is_raised_once_and_set_back() -> None:
+def test_hangup_raises_once_and_is_restored() -> None:
     before = signal.getsignal(signal.SIGHUP)
     with raised_signals():
         with pytest.raises(Stopped) as stopped:
@@ -87,7 +87,7 @@ def test_hangup_is_raised_once_and_set_back() -> None:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
-def test_command_without_a_run_ends_without_an_error(
+def test_interrupted_eval_prints_no_error(
     digits: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
     monkeypatch.setattr(evaluate, "score_predictor", lambda *_: signal.raise_signal(number))
@@ -99,7 +99,7 @@ def test_command_without_a_run_ends_without_an_error(
     assert "error" not in result.stderr
 
 
-def test_progress_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_survives_a_closed_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -118,7 +118,7 @@ def test_progress_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.slow  # starts a process
 @pytest.mark.parametrize("options", [("--quiet",), ()])
-def test_closed_terminal_saves_the_step(digits: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_closed_terminal_saves_a_checkpoint(digits: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     """The kernel sends SIGHUP, and nothing can be written any more."""
     run = tmp_path / "run"
     given = ("--bits", 4, "--epochs", 30, "--batch-size", 32, "--workers", 2, "--run-dir", run, *options)

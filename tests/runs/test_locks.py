@@ -37,7 +37,7 @@ class Other:
         self.process.join()
 
 
-def test_a_second_process_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
+def test_second_process_is_refused_naming_the_first(tmp_path: Path) -> None:
     other = Other(tmp_path)
     try:
         with pytest.raises(RunDirectoryError, match=f"in use by process {other.process.pid} on") as refused:
@@ -47,7 +47,7 @@ def test_a_second_process_is_refused_with_the_name_of_the_first(tmp_path: Path) 
         other.kill()
 
 
-def test_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+def test_killed_process_releases_its_lock(tmp_path: Path) -> None:
     other = Other(tmp_path)
     other.kill()
     assert (tmp_path / locks.NAME).is_file()
@@ -62,7 +62,7 @@ def test_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     assert not (tmp_path / locks.NAME).exists()
 
 
-def test_a_lock_that_was_let_go_leaves_nothing(tmp_path: Path) -> None:
+def test_released_lock_leaves_no_file(tmp_path: Path) -> None:
     lock = Lock(tmp_path)
     lock.take()
     lock.release()
@@ -78,7 +78,7 @@ def test_a_lock_that_was_let_go_leaves_nothing(tmp_path: Path) -> None:
     [(socket.gethostname(), False), ("elsewhere.example", True)],
     ids=["here", "elsewhere"],
 )
-def test_without_locks_of_the_system_only_what_is_known_to_be_gone_is_taken_over(
+def test_without_os_locks_only_dead_owners_lose(
     host: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "_lock", lambda handle: None)
@@ -98,18 +98,18 @@ def test_without_locks_of_the_system_only_what_is_known_to_be_gone_is_taken_over
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pid": "x"}', b"\xff\x00", b"{}" * 600])
-def test_a_lock_file_that_says_nothing_is_free(content: bytes, tmp_path: Path) -> None:
+def test_malformed_lock_file_is_free(content: bytes, tmp_path: Path) -> None:
     (tmp_path / locks.NAME).write_bytes(content)
 
     Lock(tmp_path).take()
 
 
-def test_a_folder_that_cannot_be_written_to_is_told(tmp_path: Path) -> None:
+def test_unwritable_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="cannot be written"):
         Lock(tmp_path / "missing").take()
 
 
-def test_holder_is_seen_from_other_processes(tmp_path: Path) -> None:
+def test_owner_is_visible_to_other_processes(tmp_path: Path) -> None:
     assert Lock(tmp_path).holder() == (None, False)
     other = Other(tmp_path)
     named, working = Lock(tmp_path).holder()
@@ -122,7 +122,7 @@ def test_holder_is_seen_from_other_processes(tmp_path: Path) -> None:
     assert (tmp_path / locks.NAME).is_file()
 
 
-def test_looking_at_a_lock_of_ones_own_keeps_it(tmp_path: Path) -> None:
+def test_inspecting_own_lock_keeps_it(tmp_path: Path) -> None:
     """To close a second handle of the file would let other processes in."""
     lock = Lock(tmp_path)
     lock.take()

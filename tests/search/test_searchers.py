@@ -75,7 +75,7 @@ def allowance(losses: Losses) -> float:
 
 @settings(max_examples=examples(400), deadline=None, derandomize=True)
 @given(instances())
-def test_the_choice_is_the_best_of_all_and_within_the_limit(instance: tuple[Costs, Losses, int]) -> None:
+def test_knapsack_choice_is_optimal_within_the_limit(instance: tuple[Costs, Losses, int]) -> None:
     costs, losses, limit = instance
     chosen = choose(losses, [Resource(costs, limit)])
     best = brute_force(costs, losses, limit)
@@ -87,9 +87,7 @@ def test_the_choice_is_the_best_of_all_and_within_the_limit(instance: tuple[Cost
 
 @settings(max_examples=examples(250), deadline=None, derandomize=True)
 @given(instances(), st.integers(900, 1000))
-def test_the_least_cost_is_honoured_where_possible(
-    instance: tuple[Costs, Losses, int], per_mille: int
-) -> None:
+def test_minimum_cost_is_met_where_possible(instance: tuple[Costs, Losses, int], per_mille: int) -> None:
     costs, losses, limit = instance
     least = limit * per_mille // 1000
     chosen = choose(losses, [Resource(costs, limit, least)])
@@ -105,7 +103,7 @@ def test_the_least_cost_is_honoured_where_possible(
 
 @given(instances())
 @settings(max_examples=examples(50), deadline=None, derandomize=True)
-def test_a_limit_below_every_choice_is_refused(instance: tuple[Costs, Losses, int]) -> None:
+def test_limit_below_every_choice_is_refused(instance: tuple[Costs, Losses, int]) -> None:
     costs, losses, _ = instance
     floor = sum(min(group) for group in costs)
 
@@ -113,13 +111,13 @@ def test_a_limit_below_every_choice_is_refused(instance: tuple[Costs, Losses, in
         choose(losses, [Resource(costs, floor - 1)])
 
 
-def test_a_choice_that_exceeds_the_limit_by_one_in_10_to_the_15_is_not_taken() -> None:
+def test_limit_holds_to_1_in_1e15() -> None:
     costs, losses = [[HUGE, HUGE + 1, 5]], [[0.5, 0.0, 0.9]]
 
     assert choose(losses, [Resource(costs, HUGE)]) == [0]
 
 
-def test_an_option_that_no_choice_can_afford_does_not_blur_the_others() -> None:
+def test_unaffordable_options_do_not_blur_the_rest() -> None:
     costs, losses = [[1, 2, HUGE]], [[1e-3, 0.0, 1e6]]
 
     assert choose(losses, [Resource(costs, 2)]) == [1]
@@ -155,7 +153,7 @@ def best_within(losses: Losses, resources: Sequence[Resource]) -> float | None:
 
 @settings(max_examples=examples(300), deadline=None, derandomize=True)
 @given(two_resources())
-def test_of_two_resources_both_limits_hold_and_the_choice_is_the_best_of_all(
+def test_two_limits_hold_and_choice_is_optimal(
     instance: tuple[Losses, list[Resource]],
 ) -> None:
     losses, resources = instance
@@ -171,7 +169,7 @@ def test_of_two_resources_both_limits_hold_and_the_choice_is_the_best_of_all(
     assert total(losses, chosen) <= best + allowance(losses)
 
 
-def test_nothing_to_choose_is_the_empty_choice() -> None:
+def test_empty_problem_has_an_empty_choice() -> None:
     assert choose([], [Resource([], 5)]) == []
 
 
@@ -180,7 +178,7 @@ def test_nothing_to_choose_is_the_empty_choice() -> None:
 
 @settings(max_examples=examples(400), deadline=None, derandomize=True)
 @given(spaces(), st.integers(0, 10**6), st.sampled_from(["bops", "size", "both"]), st.booleans())
-def test_the_best_choice_never_exceeds_the_budget_and_uses_it_wherever_any_choice_does(
+def test_best_choice_uses_but_never_exceeds_budget(
     space: SearchSpace, seed: int, kind: str, monotone: bool
 ) -> None:
     rng = random.Random(seed)
@@ -205,7 +203,7 @@ def test_the_best_choice_never_exceeds_the_budget_and_uses_it_wherever_any_choic
         assert total(losses, chosen) <= best + slack
 
 
-def test_a_configuration_at_exactly_98_5_percent_counts_as_using_the_budget() -> None:
+def test_exactly_98_5_percent_counts_as_used() -> None:
     """Of budget 16000: (4, 2) bits cost 15760, (2, 4) cost 9040 and err less, (4, 4) cost too much."""
     names = zip(("a", "b"), (900, 340), strict=True)
     costs = CostModel(tuple(LayerCost(name, "Linear", macs, 4, name, None) for name, macs in names))
@@ -259,7 +257,7 @@ each_searcher = pytest.mark.parametrize("method", SEARCHERS)
 each_part = pytest.mark.parametrize("part", sweep(range(PARTS), lambda part: part == 0))
 
 
-def test_the_problems_have_everything_that_may_occur() -> None:
+def test_problems_cover_all_features() -> None:
     """Else what follows would be worth less than it seems."""
     spaces = [problem(seed).space for seed in range(120)]
     for trains in (24, 120):
@@ -273,7 +271,7 @@ def test_the_problems_have_everything_that_may_occur() -> None:
 
 @each_part
 @each_searcher
-def test_the_budget_admits_what_is_found(method: str, part: int) -> None:
+def test_result_meets_the_budget(method: str, part: int) -> None:
     for seed in cases(method, part=part):
         asked = problem(seed)
         assert asked.budget.admits(asked.space.cost(solved(method, seed).choice)), seed
@@ -281,7 +279,7 @@ def test_the_budget_admits_what_is_found(method: str, part: int) -> None:
 
 @each_part
 @each_searcher
-def test_98_5_percent_of_the_budget_is_used_wherever_any_configuration_does(method: str, part: int) -> None:
+def test_98_5_percent_is_used_where_possible(method: str, part: int) -> None:
     if method == "uniform":
         pytest.skip("has the same bits everywhere, whatever is left over")
     wherever = 0
@@ -295,7 +293,7 @@ def test_98_5_percent_of_the_budget_is_used_wherever_any_configuration_does(meth
 
 @each_part
 @each_searcher
-def test_every_layer_is_there_in_order_with_its_fixed_bits_or_an_option(method: str, part: int) -> None:
+def test_policy_lists_every_layer_in_order(method: str, part: int) -> None:
     for seed in cases(method, part=part):
         space = problem(seed).space
         config = space.config(solved(method, seed).choice)
@@ -310,7 +308,7 @@ def test_every_layer_is_there_in_order_with_its_fixed_bits_or_an_option(method: 
 
 @each_part
 @each_searcher
-def test_the_layers_of_a_group_get_equal_bits(method: str, part: int) -> None:
+def test_group_members_get_equal_bits(method: str, part: int) -> None:
     for seed in cases(method, part=part):
         space = problem(seed).space
         config = space.config(solved(method, seed).choice)
@@ -320,9 +318,7 @@ def test_the_layers_of_a_group_get_equal_bits(method: str, part: int) -> None:
 
 @each_part
 @each_searcher
-def test_the_same_seed_gives_the_same_result_whatever_the_global_random_numbers(
-    method: str, part: int
-) -> None:
+def test_same_seed_gives_the_same_result(method: str, part: int) -> None:
     for seed in cases(method, 4, part):
         torch.manual_seed(seed + 12345)
         again = search(method, problem(seed))
@@ -333,7 +329,7 @@ def test_the_same_seed_gives_the_same_result_whatever_the_global_random_numbers(
 
 @each_part
 @each_searcher
-def test_other_budgets_can_be_asked_for_and_admit_what_is_proposed(method: str, part: int) -> None:
+def test_other_budgets_are_met(method: str, part: int) -> None:
     for seed in cases(method, 2, part):
         asked, costs = problem(seed), costs_of(seed)
         for kind in ("bops", "size", "both"):
@@ -349,7 +345,7 @@ def test_other_budgets_can_be_asked_for_and_admit_what_is_proposed(method: str, 
 
 @each_part
 @each_searcher
-def test_what_was_scored_is_what_the_score_says(method: str, part: int) -> None:
+def test_scores_match_reported_choices(method: str, part: int) -> None:
     for seed in cases(method, 6, part):
         found, space = solved(method, seed), problem(seed).space
         for one in list(found.scored)[:3]:
@@ -365,7 +361,7 @@ def bounded(asked: SearchProblem, bops: int, size: int) -> Budget:
 
 
 @each_searcher
-def test_a_budget_below_the_floor_is_refused_with_the_range(method: str) -> None:
+def test_budget_below_floor_names_the_range(method: str) -> None:
     for seed in cases(method, 4):
         asked = problem(seed)
         floor, ceiling = asked.space.floor, asked.space.ceiling
@@ -383,7 +379,7 @@ def test_a_budget_below_the_floor_is_refused_with_the_range(method: str) -> None
 
 @each_part
 @each_searcher
-def test_a_budget_at_the_floor_gives_the_floor(method: str, part: int) -> None:
+def test_budget_at_floor_gives_floor(method: str, part: int) -> None:
     for seed in cases(method, 2, part):
         asked = problem(seed)
         budget = bounded(asked, *asked.space.floor)
@@ -395,7 +391,7 @@ def test_a_budget_at_the_floor_gives_the_floor(method: str, part: int) -> None:
 @each_part
 @each_searcher
 @pytest.mark.parametrize("factor", [1, 3])
-def test_a_budget_at_or_above_the_ceiling_gives_the_ceiling(method: str, factor: int, part: int) -> None:
+def test_budget_at_ceiling_gives_ceiling(method: str, factor: int, part: int) -> None:
     for seed in cases(method, 2, part):
         asked = problem(seed)
         ceiling = asked.space.ceiling
@@ -405,9 +401,7 @@ def test_a_budget_at_or_above_the_ceiling_gives_the_ceiling(method: str, factor:
 
 @each_searcher
 @pytest.mark.parametrize("value", [0.0, 0.5])
-def test_layers_that_few_bits_hold_exactly_still_get_all_bits_that_the_budget_allows(
-    method: str, value: float
-) -> None:
+def test_exact_layers_still_get_all_allowed_bits(method: str, value: float) -> None:
     for seed in cases(method, 12):
         easy = fresh(problem(seed))
         for parameter in easy.model.parameters():
@@ -427,7 +421,7 @@ def test_layers_that_few_bits_hold_exactly_still_get_all_bits_that_the_budget_al
         lambda network, method: network in ("residual", "attention") or method == "error",
     ),
 )
-def test_traced_networks_are_searched_within_their_budget(network: str, method: str) -> None:
+def test_traced_networks_meet_their_budget(network: str, method: str) -> None:
     asked = tiny_problem(network)  # 4 bits everywhere would use it all
     cost = asked.space.cost(search(method, asked).choice)
 
@@ -439,7 +433,7 @@ def test_traced_networks_are_searched_within_their_budget(network: str, method: 
 
 
 @each_part
-def test_uniform_is_the_greatest_width_that_fits(part: int) -> None:
+def test_uniform_is_the_largest_fitting_width(part: int) -> None:
     for seed in cases("uniform", part=part):
         asked = problem(seed)
         space = asked.space
@@ -451,7 +445,7 @@ def test_uniform_is_the_greatest_width_that_fits(part: int) -> None:
 
 
 @each_part
-def test_the_error_search_finds_the_least_noise_of_all_configurations_that_use_the_budget(part: int) -> None:
+def test_error_search_minimizes_noise(part: int) -> None:
     for seed in cases("error", part=part):
         asked, costs = problem(seed), costs_of(seed)
         losses = relative_noise(asked)
@@ -463,7 +457,7 @@ def test_the_error_search_finds_the_least_noise_of_all_configurations_that_use_t
         assert total(losses, solved("error", seed).choice) <= best + allowance(losses), seed
 
 
-def test_the_noise_of_an_option_is_that_of_its_weights_plus_that_of_its_inputs() -> None:
+def test_option_noise_adds_weights_and_inputs() -> None:
     """A weight and inputs that 4 bits hold exactly, so that noise is there where fewer are given."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 5)).eval()
     levels = torch.arange(-7, 8).float()
@@ -486,7 +480,7 @@ def test_the_noise_of_an_option_is_that_of_its_weights_plus_that_of_its_inputs()
 
 
 @each_part
-def test_random_takes_the_most_accurate_of_its_draws(part: int) -> None:
+def test_random_picks_its_most_accurate_draw(part: int) -> None:
     for seed in cases("random", 3, part):
         found = solved("random", seed)
         best = max(found.scored, key=lambda one: (one.top1, -one.loss))

@@ -52,7 +52,7 @@ def all_methods() -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("count", sweep([2, 4], lambda count: count == 2))
-def test_ranks_agree_and_are_one_process_with_a_chunk_for_each(count: int) -> None:
+def test_ranks_equal_one_process_with_chunks(count: int) -> None:
     """Every rank ascends on its own slice; the descents are averaged.
 
     The sums of ``count`` gradients differ in their order alone: by ``count`` roundings of 2**-53 a step, which a step
@@ -89,7 +89,7 @@ def trouble(kind: str) -> tuple[list[tuple[str, torch.Tensor]], Setbacks, list[s
     return snapshot(model, base), step.setbacks, notes
 
 
-def test_ranks_share_their_troubles() -> None:
+def test_all_ranks_skip_failed_steps() -> None:
     """What one cannot do, none does; all hold the same afterwards."""
     (one, setbacks, _), (other, _, notes) = ranks_run(2, trouble, "memory")
     assert setbacks.micro_batch == 4
@@ -110,7 +110,7 @@ def scored() -> tuple[dict[str, Any], dict[str, Any]]:
         return tuple(vars(evaluate(model, data, task, device=CPU, shared=shared)) for shared in (True, False))  # type: ignore[return-value]
 
 
-def test_evaluation_by_ranks_is_that_of_one_process_bit_for_bit() -> None:
+def test_distributed_evaluation_is_bit_identical() -> None:
     found = ranks_run(3, scored)
 
     assert {together["images"] for together, _ in found} == {59}
@@ -127,7 +127,7 @@ def measured() -> dict[str, Any]:
     }
 
 
-def test_what_searchers_measure_is_shared_out_and_the_same_bit_for_bit() -> None:
+def test_distributed_search_measurements_are_bit_identical() -> None:
     """Three ranks, two batches."""
     alone = measured()
     for found in ranks_run(3, measured):
@@ -144,7 +144,7 @@ def summed(memory: Stopping) -> dict[str, float]:
     return sums_over_batches(fresh(tiny_problem("residual"), memory=memory), "", 11, values)
 
 
-def test_sums_over_batches_are_gone_on_with_by_another_number_of_ranks() -> None:
+def test_batch_sums_resume_with_another_world_size() -> None:
     whole, stopped = summed(Stopping()), Stopping(4)
     with pytest.raises(Interrupted):
         summed(stopped)
@@ -159,6 +159,6 @@ def metered() -> dict[str, Any]:
     return vars(meter.over_ranks())
 
 
-def test_figures_of_training_are_those_of_all_ranks() -> None:
+def test_training_metrics_cover_all_ranks() -> None:
     for found in ranks_run(2, metered):
         assert (found["images"], found["loss"]) == (3, 1.0)

@@ -57,7 +57,7 @@ def batches(count: int, size: int = 16) -> list[tuple[Tensor, Tensor]]:
 # Counting.
 
 
-def test_score_is_that_of_all_images_together() -> None:
+def test_score_covers_all_images_jointly() -> None:
     logits, labels = random_logits(100)
     score = Meter()
     score.update(logits, labels)
@@ -71,7 +71,7 @@ def test_score_is_that_of_all_images_together() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_counts_do_not_depend_on_how_images_are_batched(size: int) -> None:
+def test_counts_are_independent_of_batching(size: int) -> None:
     logits, labels = random_logits(100)
     whole, split = Meter(), Meter()
     whole.update(logits, labels)
@@ -82,7 +82,7 @@ def test_counts_do_not_depend_on_how_images_are_batched(size: int) -> None:
     assert split.loss == pytest.approx(whole.loss, rel=1e-5)
 
 
-def test_unreadable_images_are_left_out_and_told_apart() -> None:
+def test_unreadable_images_are_counted_separately() -> None:
     logits, labels = random_logits(40)
     readable, all_of_them = Meter(), Meter()
     readable.update(logits[::2], labels[::2])
@@ -93,7 +93,7 @@ def test_unreadable_images_are_left_out_and_told_apart() -> None:
     assert vars(all_of_them) == {**vars(readable), "skipped": 20}
 
 
-def test_a_batch_of_unreadable_images_counts_nothing() -> None:
+def test_batch_of_unreadable_images_counts_nothing() -> None:
     meter = Meter()
     meter.update(torch.randn(4, 10), torch.full((4,), -1))
 
@@ -101,14 +101,14 @@ def test_a_batch_of_unreadable_images_counts_nothing() -> None:
 
 
 @pytest.mark.parametrize("classes", [1, 2, 5])
-def test_top5_is_all_of_them_with_five_classes_or_fewer(classes: int) -> None:
+def test_top5_is_100_with_few_classes(classes: int) -> None:
     meter = Meter()
     meter.update(*random_logits(30, classes))
 
     assert meter.score().top5 == 100.0
 
 
-def test_a_meter_is_made_again_from_its_variables() -> None:
+def test_meter_is_restored_from_its_state() -> None:
     meter = Meter()
     logits, labels = random_logits(30)
     labels[3] = -1
@@ -117,7 +117,7 @@ def test_a_meter_is_made_again_from_its_variables() -> None:
     assert Meter(**vars(meter)).score() == meter.score()
 
 
-def test_evaluate_counts_every_batch_and_keeps_the_best_classes() -> None:
+def test_evaluate_counts_batches_and_keeps_predictions() -> None:
     logits, labels = random_logits(50)
     labels[[0, 20]] = -1
     meter, task, kept = Meter(), Watch(), []
@@ -134,7 +134,7 @@ def test_evaluate_counts_every_batch_and_keeps_the_best_classes() -> None:
 
 
 @pytest.mark.parametrize("data", [[], [(torch.randn(2, 3), torch.tensor([-1, -1]))]])
-def test_evaluating_nothing_is_refused(data: list[tuple[Tensor, Tensor]]) -> None:
+def test_empty_evaluation_is_refused(data: list[tuple[Tensor, Tensor]]) -> None:
     with pytest.raises(DataError, match="nothing to evaluate"):
         evaluate(lambda x: x, data, Watch(), device=CPU)
 
@@ -143,7 +143,7 @@ def test_evaluating_nothing_is_refused(data: list[tuple[Tensor, Tensor]]) -> Non
 
 
 @pytest.mark.parametrize("method", MINIMIZERS)
-def test_an_epoch_reports_loss_and_accuracy_of_the_unperturbed_model(method: str) -> None:
+def test_epoch_metrics_are_unperturbed(method: str) -> None:
     model = quantize(NETWORKS["token_mlp"]).model
     still = torch.optim.SGD(model.parameters(), lr=0.0)
     minimizer = QAT(model, still) if method == "qat" else MINIMIZERS[method](model, still, rho=0.5)
@@ -157,7 +157,7 @@ def test_an_epoch_reports_loss_and_accuracy_of_the_unperturbed_model(method: str
     assert task.figures["loss"] == score.loss
 
 
-def test_an_epoch_trains_in_training_mode() -> None:
+def test_epoch_uses_training_mode() -> None:
     model = quantize(NETWORKS["conv_bn"]).model.eval()
     train_epoch(
         model,
@@ -198,7 +198,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize(("m", "sizes"), [(8, [8, 8]), (16, [16]), (128, [16]), (6, [6, 5, 5])])
-def test_a_batch_is_split_into_chunks_that_share_a_perturbation(m: int, sizes: list[int]) -> None:
+def test_batch_is_split_into_perturbation_chunks(m: int, sizes: list[int]) -> None:
     model = quantize(NETWORKS["token_mlp"]).model
     recorder = Recorder()
     ((x, labels),) = batches(1)
@@ -208,7 +208,7 @@ def test_a_batch_is_split_into_chunks_that_share_a_perturbation(m: int, sizes: l
     assert recorder.losses[0] == pytest.approx(float(F.cross_entropy(model(x), labels).detach()), rel=1e-5)
 
 
-def test_a_chunk_is_cut_into_micro_batches() -> None:
+def test_chunk_is_split_into_micro_batches() -> None:
     model = quantize(NETWORKS["token_mlp"]).model
     recorder = Recorder()
     wanted = settings(8)
@@ -220,7 +220,7 @@ def test_a_chunk_is_cut_into_micro_batches() -> None:
     assert recorder.losses[0] == pytest.approx(float(F.cross_entropy(model(x), labels).detach()), rel=1e-5)
 
 
-def test_after_step_hears_the_number_of_steps_done() -> None:
+def test_after_step_gets_the_step_count() -> None:
     model = quantize(NETWORKS["token_mlp"]).model
     heard: list[int] = []
     for skip in (0, 3):
@@ -230,7 +230,7 @@ def test_after_step_hears_the_number_of_steps_done() -> None:
 
 
 @pytest.mark.parametrize("skip", [0, 1, 3, 5])
-def test_after_skip_is_called_once_between_the_last_batch_passed_over_and_the_first_step(skip: int) -> None:
+def test_after_skip_runs_once_before_first_step(skip: int) -> None:
     model = quantize(NETWORKS["token_mlp"]).model
     heard: list[object] = []
     told = settings(after_step=heard.append, after_skip=lambda: heard.append("skipped"))
@@ -245,7 +245,7 @@ class _Stop(Exception):
 
 @pytest.mark.parametrize("stopped_at", [1, 3, 5])
 @pytest.mark.parametrize("method", MINIMIZERS)
-def test_an_interrupted_epoch_goes_on_bitwise_as_if_it_had_not_been(method: str, stopped_at: int) -> None:
+def test_interrupted_epoch_resumes_bit_identically(method: str, stopped_at: int) -> None:
     """With augmentation and dropout, which both draw from the random state."""
 
     def network() -> nn.Module:
@@ -290,7 +290,7 @@ def test_an_interrupted_epoch_goes_on_bitwise_as_if_it_had_not_been(method: str,
         assert torch.equal(value, second.state_dict()[name]), name
 
 
-def test_a_loss_that_is_no_number_stops_training_before_anything_is_saved() -> None:
+def test_nan_loss_stops_training_before_saving() -> None:
     model = quantize(NETWORKS["token_mlp"]).model
     heard: list[int] = []
     data = batches(3)
@@ -304,7 +304,7 @@ def test_a_loss_that_is_no_number_stops_training_before_anything_is_saved() -> N
     assert heard == [1]
 
 
-def test_autocast_surrounds_the_forward_pass_and_the_loss_stays_in_float32() -> None:
+def test_autocast_keeps_the_loss_in_float32() -> None:
     seen: list[torch.dtype] = []
 
     def criterion(logits: Tensor, labels: Tensor) -> Tensor:
@@ -323,6 +323,6 @@ def test_autocast_surrounds_the_forward_pass_and_the_loss_stays_in_float32() -> 
     assert set(seen) == {torch.float32}
 
 
-def test_watch_is_a_task() -> None:
+def test_test_double_is_a_task() -> None:
     task: Task = Watch()
     task.advance(images=3)

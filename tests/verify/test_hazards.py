@@ -136,7 +136,7 @@ def gemm(kind: str) -> onnx.ModelProto:
     ],
     ids=["conv", "gemm", "matmul"],
 )
-def test_h1_a_bias_between_quantizers_is_rounded(
+def test_h1_bias_between_quantizers_is_rounded(
     build: Callable[[str], onnx.ModelProto], careless: str, careful: str, shape: list[int]
 ) -> None:
     assert codes_of(build(careless)) == ["H1"]
@@ -147,7 +147,7 @@ def test_h1_a_bias_between_quantizers_is_rounded(
     assert changed(build(careless), shape) > 1e-4
 
 
-def test_h1b_a_float_weight_between_quantizers_is_quantized_anew() -> None:
+def test_h1b_float_weight_is_requantized() -> None:
     def build(kind: str) -> onnx.ModelProto:
         hand = Hand([8, 6, 6])
         x = hand.quantized("x", 0.2)
@@ -166,7 +166,7 @@ def test_h1b_a_float_weight_between_quantizers_is_quantized_anew() -> None:
 
 
 @pytest.mark.parametrize("kind", ["MatMul", "Gemm"])
-def test_h2_a_float_input_of_a_dequantized_weight_is_quantized_on_the_fly(kind: str) -> None:
+def test_h2_float_input_is_quantized_on_the_fly(kind: str) -> None:
     def build(how: str) -> onnx.ModelProto:
         hand = Hand([64])
         if how == "dequantized":
@@ -186,7 +186,7 @@ def test_h2_a_float_input_of_a_dequantized_weight_is_quantized_on_the_fly(kind: 
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.uint4, ml_dtypes.int4])
-def test_h3_a_clip_in_front_of_a_narrow_quantizer_makes_the_session_fail(dtype: Any) -> None:
+def test_h3_clip_before_narrow_quantizer_fails_session(dtype: Any) -> None:
     def build(zero: Any) -> onnx.ModelProto:
         hand = Hand([8])
         ends = [hand.constant(np.float32(end)) for end in (0, 6)]
@@ -207,7 +207,7 @@ def test_h3_a_clip_in_front_of_a_narrow_quantizer_makes_the_session_fail(dtype: 
 
 
 @pytest.mark.parametrize(("dtype", "zero"), [(ml_dtypes.int4, 0), (ml_dtypes.uint4, 5)])
-def test_h4_a_relu_in_front_of_a_narrow_quantizer_is_deleted(dtype: Any, zero: int) -> None:
+def test_h4_relu_before_narrow_quantizer_is_removed(dtype: Any, zero: int) -> None:
     def build(kind: Any, point: int) -> onnx.ModelProto:
         hand = Hand([8])
         relu = hand.add("Relu", [hand.add("Neg", ["x"])])
@@ -222,7 +222,7 @@ def test_h4_a_relu_in_front_of_a_narrow_quantizer_is_deleted(dtype: Any, zero: i
     assert changed(build(dtype, zero), [8]) > 0.2
 
 
-def test_h5_weights_of_two_bits_with_quantized_inputs_make_an_invalid_graph() -> None:
+def test_h5_2_bit_weights_make_an_invalid_graph() -> None:
     def build(dtype: Any) -> onnx.ModelProto:
         hand = Hand([8, 6, 6], opset=25, ir_version=12)
         y = hand.add("Conv", [hand.quantized("x", 0.5), hand.weight([4, 8, 3, 3], dtype, 1)])
@@ -243,7 +243,7 @@ def test_h5_weights_of_two_bits_with_quantized_inputs_make_an_invalid_graph() ->
             skip()
 
 
-def test_h8_a_gemm_with_a_factor_loses_it() -> None:
+def test_h8_gemm_loses_its_factor() -> None:
     def build(alpha: float) -> onnx.ModelProto:
         hand = Hand([24])
         y = hand.add("Gemm", [hand.quantized("x", 0.1), hand.weight([24, 6], axis=1)], alpha=alpha)
@@ -283,7 +283,7 @@ def differing(path: Path, x: Tensor) -> float:
         lambda case, style, bits: bits == 2 and (style == "qdq" or case == "H1"),
     ),
 )
-def test_our_styles_keep_their_numbers(case: str, style: str, bits: int, tmp_path: Path) -> None:
+def test_exported_styles_have_no_hazards(case: str, style: str, bits: int, tmp_path: Path) -> None:
     quantized = quantize(LAYERS[case], same_bits(bits), Scheme(weight_grid="zero"))
     path = export(quantized, style, tmp_path / "model.onnx")
 
@@ -303,9 +303,7 @@ def test_our_styles_keep_their_numbers(case: str, style: str, bits: int, tmp_pat
         lambda case, style, bits: bits == 4 and (case == "H2" or style == "trt"),
     ),
 )
-def test_layers_with_quantized_weights_alone_keep_their_inputs(
-    case: str, style: str, bits: int, tmp_path: Path
-) -> None:
+def test_weight_only_layers_keep_float_inputs(case: str, style: str, bits: int, tmp_path: Path) -> None:
     quantized = quantize(
         LAYERS[case], lambda names: {name: LayerBits(weight=bits, activation=None) for name in names}
     )
@@ -367,7 +365,7 @@ def chain(name: str) -> Callable[[], nn.Module]:
         lambda name, quantizer: (quantizer == "lsq_plus") == (name == "bn_relu") and name != "relu6",
     ),
 )
-def test_layers_of_eight_bits_run_on_integers(name: str, quantizer: str, tmp_path: Path) -> None:
+def test_8_bit_layers_run_on_integers(name: str, quantizer: str, tmp_path: Path) -> None:
     """All but the last, whose output is not quantized."""
     quantized = quantize(chain(name), same_bits(8), Scheme(quantizer=quantizer))
     path = export(quantized, "qdq", tmp_path / "model.onnx")
@@ -385,7 +383,7 @@ def test_layers_of_eight_bits_run_on_integers(name: str, quantizer: str, tmp_pat
 
 
 @pytest.mark.parametrize("width", [1, 64])
-def test_a_bias_is_rounded_only_where_nobody_feels_it(width: int, tmp_path: Path) -> None:
+def test_bias_is_rounded_only_where_harmless(width: int, tmp_path: Path) -> None:
     """With few products a sum, half a unit of the sum is much of a step of the output: such a layer keeps its bias."""
     quantized = quantize(
         lambda: nn.Sequential(
@@ -419,14 +417,14 @@ def test_a_bias_is_rounded_only_where_nobody_feels_it(width: int, tmp_path: Path
     assert width == 1 or len(units) == 2
 
 
-def test_an_exact_graph_never_runs_on_integers(tmp_path: Path) -> None:
+def test_exact_graph_never_runs_on_integers(tmp_path: Path) -> None:
     """ONNX Runtime's integer kernels round ties otherwise."""
     found = kernels(export(quantize(chain("bn_relu"), same_bits(8)), "exact", tmp_path / "model.onnx"))
 
     assert found["QLinearConv"] == 0
 
 
-def test_a_narrower_layer_stays_in_floating_point(tmp_path: Path) -> None:
+def test_narrower_layer_stays_float(tmp_path: Path) -> None:
     path = export(quantize(chain("bn_relu"), same_bits(4)), "qdq", tmp_path / "model.onnx")
 
     assert kernels(path)["QLinearConv"] == 0

@@ -75,7 +75,7 @@ def labelled(x: Tensor, label: int) -> tuple[Tensor, Tensor]:
     return x, torch.full((len(x),), label)
 
 
-def test_the_reference_sums_in_float64(plain: nn.Module, images: Tensor) -> None:
+def test_reference_is_float64(plain: nn.Module, images: Tensor) -> None:
     reference = proof._in_float64(plain, images[:1])
     with torch.no_grad():
         truth, near = reference(images), plain(images)
@@ -86,7 +86,7 @@ def test_the_reference_sums_in_float64(plain: nn.Module, images: Tensor) -> None
     assert float((truth - near).abs().max()) < 1e-4 * float(truth.abs().max())
 
 
-def test_a_model_that_insists_on_float32_is_its_own_reference(
+def test_model_forcing_float32_is_its_own_reference(
     insisting: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
     with pytest.raises(RuntimeError, match="dtype"):
@@ -104,7 +104,7 @@ def test_a_model_that_insists_on_float32_is_its_own_reference(
     assert path.is_file()
 
 
-def test_images_that_could_not_be_read_prove_nothing(plain: nn.Module, images: Tensor, file: Path) -> None:
+def test_unreadable_images_prove_nothing(plain: nn.Module, images: Tensor, file: Path) -> None:
     """What stands in for them is zeros with a label below 0."""
     missing = labelled(torch.zeros_like(images), -1)
     mixed = images[:4], torch.tensor([-1, 0, -1, 0])
@@ -116,7 +116,7 @@ def test_images_that_could_not_be_read_prove_nothing(plain: nn.Module, images: T
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2])
-def test_without_a_readable_image_nothing_is_written(
+def test_without_readable_images_nothing_is_written(
     batches: int, plain: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
     missing = [labelled(images, -1)] * batches

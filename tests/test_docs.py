@@ -145,7 +145,7 @@ class TestTablesAndSettings:
         pages = text_of(DOCS / "cli.md") + text_of(DOCS / "architecture.md")
         assert not [name for name in config.recipes() if f"`{name}`" not in pages]
 
-    def test_every_setting_is_documented_with_default(self) -> None:
+    def test_every_setting_and_default_is_documented(self) -> None:
         settings = config.RunConfig(model=config.ModelSection(name="any")).model_dump(mode="json")
         expected = {}
         for section, values in settings.items():

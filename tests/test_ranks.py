@@ -73,7 +73,7 @@ def test_three_ranks_agree() -> None:
         assert seen["shares"] == list(range(7))
 
 
-def test_single_process_collectives_are_identity() -> None:
+def test_single_process_collectives() -> None:
     tensor = torch.tensor([2.0])
     distributed.average([tensor])
 

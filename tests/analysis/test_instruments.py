@@ -406,7 +406,7 @@ class TestLandscape:
         assert subject.score().loss == pytest.approx(found.loss[0][2], rel=1e-12)
 
     @pytest.mark.parametrize("name", NETWORKS)
-    def test_directions_are_filter_normalized_and_orthogonal(self, name: str) -> None:
+    def test_directions_are_normalized_and_orthogonal(self, name: str) -> None:
         subject = subject_of(name)
 
         for layer, *pair in zip(subject.layers.values(), *directions(subject.layers, 0), strict=True):
@@ -417,7 +417,7 @@ class TestLandscape:
                 torch.testing.assert_close(d.norm(dim=1), weight.norm(dim=1))
             assert (flat[0] * flat[1]).sum(1).abs().max() < 1e-9 * weight.square().sum(1).max()
 
-    def test_directions_depend_only_on_the_seed(self) -> None:
+    def test_directions_differ_only_in_norm(self) -> None:
         coarse, fine = subject_of(bits=THREE), subject_of(bits=EIGHT)
 
         for a, b in zip(directions(coarse.layers, 0)[0], directions(fine.layers, 0)[0], strict=True):

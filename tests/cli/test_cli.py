@@ -347,7 +347,7 @@ class TestInstalledProgram:
     @pytest.mark.parametrize(
         ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
     )
-    def test_signal_before_training_prints_resume_command(
+    def test_signal_before_training_gives_resume_command(
         self, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
     ) -> None:
         run = tmp_path / "run"
@@ -360,7 +360,7 @@ class TestInstalledProgram:
         assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
         assert not (run / ".lock").exists()
 
-    def test_resume_after_signal_within_epoch_is_bit_identical(
+    def test_resume_within_an_epoch_is_bit_identical(
         self, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """In this process: to start one takes longer than what it does."""

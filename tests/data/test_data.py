@@ -41,7 +41,7 @@ def test_bare_class_folders_can_be_evaluated(tmp_path: Path, make_classes: MakeC
     assert open_split(str(tmp_path), "val", num_classes=2).images == 3
 
 
-def test_bare_class_folders_cannot_be_trained_on(tmp_path: Path, make_classes: MakeClasses) -> None:
+def test_bare_class_folders_cannot_be_trained(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path, {"cat": 1, "dog": 2})
     with pytest.raises(DataError, match=r"has no train/ folder"):
         open_split(str(tmp_path), "train", num_classes=2)
@@ -125,7 +125,7 @@ def test_class_count_mismatch_is_refused(
         open_split(str(tmp_path), "val", num_classes=num_classes)
 
 
-def test_splits_with_different_classes_are_refused(tmp_path: Path, make_classes: MakeClasses) -> None:
+def test_splits_with_other_classes_are_refused(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path / "train", {"ant": 1, "cat": 1})
     make_classes(tmp_path / "val", {"cat": 1, "dog": 1})
     train, val = (open_split(str(tmp_path), name, num_classes=2) for name in ("train", "val"))
@@ -206,7 +206,7 @@ def test_timm_data_classes_can_be_remapped(tmp_path: Path) -> None:
     assert (plain.class_order, plain.notes) == ("data set", ())
 
 
-def test_torchvision_folder_keeps_order_and_labels(tmp_path: Path) -> None:
+def test_torchvision_folder_keeps_its_labels(tmp_path: Path) -> None:
     for name in ("c1", "c2", "c10"):
         (tmp_path / "validation" / name).mkdir(parents=True)
         deep = np.arange(0, 256, 4, dtype=np.int32).reshape(8, 8)
@@ -218,7 +218,7 @@ def test_torchvision_folder_keeps_order_and_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["torch/mnist", "torch/no_such_set"])
-def test_unknown_timm_data_names_searched_places(name: str, tmp_path: Path) -> None:
+def test_unknown_timm_data_is_refused_with_advice(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"cannot open the val split of {name}@.* in {tmp_path}"):
         open_split(f"{name}@{tmp_path}", "val", num_classes=10)
 
@@ -231,7 +231,7 @@ def test_folder_takes_precedence_over_timm_name(
     assert open_split("torch/mnist", "val", num_classes=1).images == 1
 
 
-def test_real_imagenet_folders_get_official_labels(shared: Path, tmp_path: Path) -> None:
+def test_imagenet_folders_get_official_labels(shared: Path, tmp_path: Path) -> None:
     data = shared / "data"
     archive, table = data / "imagenette" / "val.tar", data / "imagenet-sample" / "labels.csv"
     if not (archive.is_file() and table.is_file()):

@@ -152,7 +152,7 @@ def test_short_last_batch_is_kept_or_dropped(
     assert (len(loader), loader.images) == (len(sizes), sum(sizes))
 
 
-def test_oversized_batch_is_refused_with_drop_last(split: Split, load: Load) -> None:
+def test_oversized_batch_is_refused(split: Split, load: Load) -> None:
     assert len(load(split, training=True, batch_size=50)) == 1
     with pytest.raises(DataError, match=r"has 12 images, not one batch of 50: give --batch-size 12"):
         load(split, training=True, batch_size=50, drop_last=True)
@@ -204,7 +204,7 @@ def test_training_replaces_skipped_images(
     assert batches(calibration)[1].min() >= 0
 
 
-def test_split_without_readable_images_is_refused(split: Split, load: Load, tmp_path: Path) -> None:
+def test_split_without_images_is_refused(split: Split, load: Load, tmp_path: Path) -> None:
     for index in range(split.images):
         damage(split, index, "empty")
     tolerant = open_split(str(tmp_path), "val", num_classes=2, bad_images="skip")

@@ -239,7 +239,7 @@ def test_broken_exif_is_ignored() -> None:
     assert decode(io.BytesIO(content), "L", exif_transpose=True).size == (8, 8)
 
 
-def test_accuracy_is_independent_of_storage_format(digits: Path, tmp_path: Path) -> None:
+def test_accuracy_ignores_storage_format(digits: Path, tmp_path: Path) -> None:
     """Digits as 8-bit PNG, and as TIFFs of 32-bit integers and floats; and turned, with the orientation said."""
     forms: dict[str, Callable[[Any], tuple[Any, str, dict[str, Any]]]] = {
         "int": lambda a: (a.astype(np.int32), "tif", {}),

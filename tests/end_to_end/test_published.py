@@ -41,7 +41,7 @@ def calibrated(quantizer: str, digits: Path, run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_every_recipe_resolves_to_valid_settings(name: str) -> None:
+def test_every_recipe_is_valid(name: str) -> None:
     config = resolve(recipe=name, options={"model.name": MODEL})
     scheme_of(config).check()
     check_training(config)
@@ -83,7 +83,7 @@ def test_published_recipes_match_the_papers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [PAPER[0], pytest.param(PAPER[1], marks=pytest.mark.slow)])
-def test_published_recipe_runs_to_verified_files(name: str, digits: Path, tmp_path: Path) -> None:
+def test_published_recipe_gives_verified_files(name: str, digits: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     answer = saq(
         *("quantize", MODEL, *float_options(digits), "--recipe", name, "--bits", 4, "--epochs", 1),
@@ -103,7 +103,7 @@ def test_published_recipe_runs_to_verified_files(name: str, digits: Path, tmp_pa
     "name",
     [pytest.param("lsq", marks=pytest.mark.slow), "lsq_plus", pytest.param("pact", marks=pytest.mark.slow)],
 )
-def test_quantizer_option_keeps_the_function(name: str, digits: Path, tmp_path: Path) -> None:
+def test_quantizer_option_is_saved_and_reloaded(name: str, digits: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     answer = calibrated(name, digits, run)
 
@@ -112,7 +112,7 @@ def test_quantizer_option_keeps_the_function(name: str, digits: Path, tmp_path: 
     assert saq("eval", run, "--data", digits / "images")["top1"] == answer["top1"]
 
 
-def test_transformed_weights_resume_from_latent_weights(
+def test_transformed_weights_resume_bit_identically(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files hold plain forms, checkpoints do not: what is built from a checkpoint transforms again."""
@@ -133,7 +133,7 @@ def test_transformed_weights_resume_from_latent_weights(
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_quantizer_parameters_have_their_optimizer_group(name: str) -> None:
+def test_quantizer_parameters_have_own_optimizer_group(name: str) -> None:
     net, x = tiny.build("conv_bn")
     layers = tiny.quantized(net, x, scheme=Scheme(quantizer=name))
     training = TrainingSection(lr=0.1, clip_lr_factor=0.5, weight_decay=1e-3)
@@ -149,7 +149,7 @@ def test_quantizer_parameters_have_their_optimizer_group(name: str) -> None:
     assert (others["lr"], others["weight_decay"]) == (0.1, 1e-3)
 
 
-def test_granularity_and_weight_normalization_are_options(digits: Path, tmp_path: Path) -> None:
+def test_granularity_and_normalization_are_options(digits: Path, tmp_path: Path) -> None:
     planned = saq(
         *("quantize", MODEL, *float_options(digits), "--bits", 4, "--granularity", "tensor", "--weight-norm"),
         "--dry-run",
@@ -172,9 +172,7 @@ def test_granularity_and_weight_normalization_are_options(digits: Path, tmp_path
         (("--quantizer", "pact", "--set", "quantization.clip_init=paper"), "not defined for quantizer pact"),
     ],
 )
-def test_incompatible_options_fail_before_loading(
-    options: tuple[str, ...], message: str, tmp_path: Path
-) -> None:
+def test_incompatible_options_fail_early(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     result = CliRunner().invoke(
         app, ["quantize", MODEL, "--bits", "4", *options, "--data", "nowhere", "--run-dir", str(run)]

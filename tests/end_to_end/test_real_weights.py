@@ -68,7 +68,7 @@ def test_resnet20_accuracy_on_a_tenth(tenth: Path, shared: Path) -> None:
 
 
 @pytest.mark.slow
-def test_resnet20_accuracy_matches_the_published(cifar10: Path, shared: Path) -> None:
+def test_resnet20_accuracy_matches_the_paper(cifar10: Path, shared: Path) -> None:
     weights = shared / "data" / "weights" / "cifar10_resnet20.safetensors"
 
     found = saq("eval", "saq/resnet20", "--weights", weights, "--data", cifar10)

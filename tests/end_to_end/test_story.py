@@ -71,7 +71,7 @@ def test_budget_is_met_and_used(quantized: dict[str, Any]) -> None:
     assert quantized["bops_reduction"] == pytest.approx(quantized["float_bops"] / quantized["bops"])
 
 
-def test_accuracy_is_within_three_points_of_float(quantized: dict[str, Any]) -> None:
+def test_accuracy_is_within_3_points_of_float(quantized: dict[str, Any]) -> None:
     assert quantized["float_top1"] > 90
     assert quantized["top1"] > quantized["float_top1"] - 3
 
@@ -163,9 +163,7 @@ def test_finished_run_is_not_overwritten(quantized: dict[str, Any], run: Path, p
     assert (run / "artifacts" / "model.safetensors").read_bytes() == before
 
 
-def test_export_is_verified_and_never_overwrites(
-    quantized: dict[str, Any], run: Path, tmp_path: Path
-) -> None:
+def test_export_is_verified_and_not_overwritten(quantized: dict[str, Any], run: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
 
     answer = saq("export", run, "--onnx", path)
@@ -177,7 +175,7 @@ def test_export_is_verified_and_never_overwrites(
     assert "--overwrite" in second.stderr
 
 
-def test_failed_verification_writes_nothing_and_exits_3(
+def test_failed_verification_exits_3_without_file(
     quantized: dict[str, Any], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from saqcli import export

@@ -89,7 +89,7 @@ def test_killed_worker_restarts_and_resumes(rank: int, digits: Path, whole: Path
     assert_same(run, whole)
 
 
-def test_failing_worker_stops_all_with_its_error(digits: Path, tmp_path: Path) -> None:
+def test_failing_worker_stops_all(digits: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
     for number, path in enumerate(sorted((digits / "images").rglob("*.png"))):
         copy = images / path.relative_to(digits / "images")

@@ -75,7 +75,7 @@ each_run = pytest.mark.parametrize(("scheme", "name"), RUNS, ids=["-".join(run) 
 
 
 @each_run
-def test_training_moves_weights_and_quantizer_parameters(scheme: str, name: str) -> None:
+def test_training_moves_all_parameters(scheme: str, name: str) -> None:
     before = dict(quantize(NETWORKS[name], scheme=SCHEMES[scheme]).model.named_parameters())
     after = dict(trained(scheme, name).model.named_parameters())
     still = [key for key in before if torch.equal(before[key], after[key])]
@@ -183,7 +183,7 @@ def test_lsq_plus_range_fits_gelu_better() -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_perturbation_includes_quantizer_parameters(scheme: str) -> None:
+def test_quantizer_parameters_are_perturbed(scheme: str) -> None:
     model = quantize(NETWORKS["conv_bn"], scheme=SCHEMES[scheme]).model
     layers: list[QuantizedLayer] = list(quantized_layers(model).values())
     for kind, of in (("activation_clips", "input_quantizer"), ("weight_clips", "weight_quantizer")):

@@ -96,7 +96,7 @@ def one_channel() -> nn.Module:
 
 
 @pytest.mark.parametrize("granularity", sweep(["channel", "tensor"], lambda kind: kind == "tensor"))
-def test_single_output_channel_scales_after_the_product(granularity: str, tmp_path: Path) -> None:
+def test_single_output_channel_is_exact(granularity: str, tmp_path: Path) -> None:
     quantized = quantize(one_channel, scheme=Scheme(granularity=granularity))  # type: ignore[arg-type]
     path = export(quantized, "exact", tmp_path / "model.onnx")
     form = ExactForm(frozen_copy(quantized.model), images(2)).eval()
@@ -218,7 +218,7 @@ def test_odd_4_bit_codes_pack_into_int4(tmp_path: Path) -> None:
     ("channels", "size", "kernel", "groups"),
     [(64, 28, 3, 1), (128, 14, 3, 1), (96, 14, 3, 96), (32, 30, 5, 2), (3, 64, 7, 1)],
 )
-def test_integer_convolutions_are_exact_at_real_sizes(
+def test_integer_convolutions_are_exact(
     channels: int, size: int, kernel: int, groups: int, batch: int, threads: int
 ) -> None:
     """No algorithm that multiplies anything but the codes, such as Winograd's, is chosen."""

@@ -66,7 +66,7 @@ def test_many_random_networks_export_faithfully(chunk: int, tmp_path: Path) -> N
         check(seed, ("exact", "qdq", "trt" if seed % 2 else "qonnx"), tmp_path)
 
 
-def test_generator_covers_everything_and_is_seeded() -> None:
+def test_generator_covers_all_and_is_seeded() -> None:
     """Every block, scheme and bit-width occurs among the networks, and a seed stands for one network."""
     kinds: Counter[str] = Counter()
     for seed in range(60):

@@ -103,7 +103,7 @@ def test_metadata_is_plain_json(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "style"), EXPORTED)
-def test_quantizer_names_carry_layer_operand_bits(name: str, style: str, folder: Path) -> None:
+def test_quantizer_nodes_state_layer_operand_bits(name: str, style: str, folder: Path) -> None:
     quantized = network(name)
     graph = graph_of(written(folder, style, quantized, f"{name}-auto"))
     policy = quantized.facts.policy.layers

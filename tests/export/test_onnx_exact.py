@@ -112,7 +112,7 @@ def test_codes_use_the_smallest_container(bits: int, grid: str, folder: Path) ->
 
 
 @pytest.mark.parametrize("case", ["weight", "activation"])
-def test_float_convolution_operand_is_refused_by_name(case: str, tmp_path: Path) -> None:
+def test_float_convolution_operand_is_refused(case: str, tmp_path: Path) -> None:
     other = LayerBits(weight=4, activation=4)
     one = LayerBits(weight=None if case == "weight" else 4, activation=None if case == "activation" else 4)
     quantized = quantize(

@@ -55,7 +55,7 @@ def exported(request: pytest.FixtureRequest, folder: Path) -> tuple[Quantized, P
     return quantized, written(folder, "qdq", quantized, f"{name}-{grid}")
 
 
-def test_one_integer_dequantizer_per_quantized_weight(
+def test_one_dequantizer_per_quantized_weight(
     exported: tuple[Quantized, Path],
 ) -> None:
     quantized, path = exported
@@ -94,7 +94,7 @@ def check_weights(quantized: Quantized, path: Path) -> None:
         assert (np.abs(mine - truth) <= EPSILON * np.abs(truth)).all(), name
 
 
-def test_stored_codes_and_steps_match_quantizers(exported: tuple[Quantized, Path]) -> None:
+def test_stored_codes_match_the_quantizers(exported: tuple[Quantized, Path]) -> None:
     check_weights(*exported)
 
 
@@ -105,9 +105,7 @@ def test_stored_codes_and_steps_match_quantizers(exported: tuple[Quantized, Path
         lambda *case: case[1:] == ("channel", "zero") or case == ("conv_bn", "tensor", "paper"),
     ),
 )
-def test_negative_and_zero_gains_fold_into_codes(
-    name: str, granularity: str, grid: str, tmp_path: Path
-) -> None:
+def test_negative_and_zero_gains_are_folded(name: str, granularity: str, grid: str, tmp_path: Path) -> None:
     scheme = Scheme(weight_grid=grid, granularity=granularity)  # type: ignore[arg-type]
 
     def make() -> nn.Module:
@@ -213,7 +211,7 @@ def test_integer_layer_has_integer_bias(quantizer: str, tmp_path: Path) -> None:
         assert (np.abs(values - exact) <= 0.5 * unit + 2 * EPSILON * np.abs(exact)).all()
 
 
-def test_inputs_are_clipped_then_quantized_to_uint8(exported: tuple[Quantized, Path]) -> None:
+def test_inputs_are_clipped_then_quantized(exported: tuple[Quantized, Path]) -> None:
     """A narrower container is refused or miscomputed by ONNX Runtime; without the clip it would hold too many codes."""
     quantized, path = exported
     graph = graph_of(path)
@@ -243,7 +241,7 @@ def test_inputs_are_clipped_then_quantized_to_uint8(exported: tuple[Quantized, P
 
 @pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
 @pytest.mark.parametrize("grid", sweep(["paper", "zero"], lambda grid: grid == "paper"))
-def test_single_layer_matches_to_float32_rounding(grid: str, optimized: bool, folder: Path) -> None:
+def test_single_layer_matches_to_rounding(grid: str, optimized: bool, folder: Path) -> None:
     """Products of the same codes, summed in another order: each sum of K terms is within K + 2 roundings of the true
     one, times the sum of magnitudes; 2 for the steps and the bias."""
     quantized = network("bank", grid, "channel")

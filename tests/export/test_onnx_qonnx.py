@@ -43,7 +43,7 @@ def int_quant(x: Any, scale: Any, zero: Any, bits: Any, signed: int, narrow: int
         lambda name, quantizer, grid: (quantizer == "clip") == (name == "conv_bn"),
     ),
 )
-def test_nodes_hold_true_bits_and_float_weights(name: str, grid: str, quantizer: str, tmp_path: Path) -> None:
+def test_nodes_hold_true_bits_and_weights(name: str, grid: str, quantizer: str, tmp_path: Path) -> None:
     """The quantizer leaves its constant as it is: it is on its grid already."""
     quantized = quantize(NETWORKS[name], scheme=Scheme(quantizer=quantizer, weight_grid=grid))  # type: ignore[arg-type]
     path = export(quantized, "qonnx", tmp_path / "model.onnx")
@@ -80,7 +80,7 @@ def test_nodes_hold_true_bits_and_float_weights(name: str, grid: str, quantizer:
 @pytest.mark.parametrize("narrow", [0, 1])
 @pytest.mark.parametrize("zero", [0.0, -0.5, 3.0])
 @pytest.mark.parametrize("bits", [2, 5, 8])
-def test_embedded_function_matches_the_specification(
+def test_embedded_function_matches_the_standard(
     bits: int, zero: float, narrow: int, signed: int, folder: Path
 ) -> None:
     """Away from edges, where the order of rounding shows in the last bit only."""

@@ -234,7 +234,7 @@ def test_documented_check_detects_changes(
         exec(check, {})
 
 
-def test_hash_covers_names_shapes_types_order_bytes() -> None:
+def test_hash_covers_header_and_data() -> None:
     ramp = torch.arange(6, dtype=torch.float32)
     base = {"a": ramp, "b": torch.zeros(2)}
     others: list[tuple[str, dict[str, Tensor]]] = [

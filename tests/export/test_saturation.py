@@ -60,7 +60,7 @@ def integer_weights(path: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 @given(st.lists(st.lists(st.integers(-128, 127), min_size=3, max_size=3), min_size=1, max_size=3))
-def test_weights_passing_the_check_never_saturate(rows: list[list[int]]) -> None:
+def test_saturation_check_is_exact(rows: list[list[int]]) -> None:
     codes = np.array(rows, np.int8)
 
     assert (worst_error(codes) > 0) == may_saturate(codes, 0)
@@ -124,7 +124,7 @@ def test_int8_weights_saturate_and_are_named(tmp_path: Path) -> None:
     assert len(hazards(onnx.load(str(path)))) == 6
 
 
-def test_int8_and_uint8_forms_agree(tmp_path: Path) -> None:
+def test_qdq_and_vnni_forms_agree(tmp_path: Path) -> None:
     quantized = spread(quantize(chain, same_bits(8)))
     x = images(16, seed=3)
 

@@ -71,7 +71,7 @@ def test_find_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_other_library_version_is_queried_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_library_version_is_queried(monkeypatch: pytest.MonkeyPatch) -> None:
     def newer(library: str) -> str:
         return "99.0" if library == "timm" else KEPT[library]["version"]
 

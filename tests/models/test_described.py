@@ -115,7 +115,7 @@ def test_saq_and_timm_networks_pass_the_limit() -> None:
 
 
 @pytest.mark.parametrize("name", ["saq/resnet56", "timm/resnet18", "torchvision/regnet_x_400mf"])
-def test_larger_network_is_stopped_during_construction(name: str) -> None:
+def test_oversized_network_is_stopped_while_built(name: str) -> None:
     few = {"a": torch.zeros(10)}
     with pytest.raises(SaqError) as refusal:
         build_described(RESNET | {"name": name, "num_classes": 10**6}, IMAGES, few)

@@ -76,7 +76,7 @@ def test_unknown_name_suggests_similar_ones(asked: str, near: str) -> None:
         (random("saq/resnet20"), (3, 32, 32), 1.0),
     ],
 )
-def test_preprocessing_matches_the_published_weights(
+def test_preprocessing_matches_published_weights(
     spec: ModelSpec, input_size: tuple[int, ...], crop_pct: float
 ) -> None:
     found = load_model(spec).preprocessing
@@ -91,7 +91,7 @@ def test_preprocessing_can_be_overridden() -> None:
     assert (found.mean, found.std, found.input_size) == ((0.5,) * 3, (0.25,) * 3, (3, 64, 48))
 
 
-def test_preprocessing_follows_the_channel_count() -> None:
+def test_preprocessing_follows_channel_count() -> None:
     loaded = load_model(random("timm/resnet18", in_chans=1))
     assert loaded.preprocessing.input_size == (1, 224, 224)
     assert loaded.preprocessing.mean == pytest.approx((0.449,))
@@ -123,7 +123,7 @@ def test_invalid_preprocessing_is_refused(change: dict[str, Any], said: str) -> 
         Preprocessing.from_dict(good | change)
 
 
-def test_preprocessing_with_missing_key_is_refused() -> None:
+def test_preprocessing_with_missing_key_fails() -> None:
     with pytest.raises(ConfigError, match="std is missing"):
         Preprocessing.from_dict(
             {
@@ -158,7 +158,7 @@ def test_architecture_is_rebuilt_from_json(spec: ModelSpec) -> None:
         assert torch.equal(scores, loaded.model(images))
 
 
-def test_architecture_with_unknown_key_is_refused() -> None:
+def test_architecture_with_unknown_key_fails() -> None:
     with pytest.raises(ConfigError, match="in_chans"):
         build_architecture({"name": "saq/resnet20", "num_classes": 10, "kwargs": {}})
 
@@ -324,7 +324,7 @@ def test_offline_error_suggests_weights(name: str, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", ["saq/resnet20", "timm/coatnet_0_224"])
-def test_network_without_published_weights_is_reported(name: str) -> None:
+def test_network_without_published_weights(name: str) -> None:
     message = refusal(ModelSpec(name), SaqError)
     assert message.startswith(f"{name} has no published weights: give --weights FILE")
     assert "--no-pretrained" in message

@@ -64,7 +64,7 @@ def test_invalid_name_error_gives_advice(asked: str, said: str) -> None:
 @pytest.mark.parametrize(
     "command", [("profile",), ("quantize", "--bits=4", "--data=."), ("search", "--budget=w4a4", "--data=.")]
 )
-def test_weight_file_as_name_suggests_weights_option(command: tuple[str, ...], tmp_path: Path) -> None:
+def test_weight_file_suggests_weights_option(command: tuple[str, ...], tmp_path: Path) -> None:
     (path := tmp_path / "weights.pth").write_bytes(b"")
     verb, *options = command
     result = saq(verb, path, *options, "--quiet")

@@ -62,7 +62,7 @@ def test_resnet20_shortcuts_have_no_parameters() -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_accept_other_classes_and_channels(name: str) -> None:
+def test_networks_accept_classes_and_channels(name: str) -> None:
     model = NETWORKS[name].build(num_classes=7, in_chans=1).eval()
     assert model(torch.randn(2, 1, *NETWORKS[name].input_size[1:])).shape == (2, 7)
 
@@ -95,7 +95,7 @@ def test_depth_must_be_6n_plus_2(depth: int) -> None:
         ("mobilenetv1_025", "imagenet_mobilenetv1_025"),
     ],
 )
-def test_real_weights_reproduce_reference_outputs(
+def test_real_weights_reproduce_outputs(
     shared: Path, name: str, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shared / "data" / "weights"

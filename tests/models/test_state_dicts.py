@@ -105,7 +105,7 @@ AVERAGES: dict[str, tuple[Any, str]] = {  # content, and the key that is taken
 
 
 @pytest.mark.parametrize("layout", AVERAGES)
-def test_averaged_weights_are_preferred_and_noted(layout: str, tmp_path: Path) -> None:
+def test_averaged_weights_are_preferred(layout: str, tmp_path: Path) -> None:
     content, key = AVERAGES[layout]
     loaded = load(tmp_path, content)
     assert has(loaded.model, AVERAGED)
@@ -280,7 +280,7 @@ def test_nan_weights_are_refused(
     assert said in refusal(tmp_path, CorruptArtifact, under("module", state))
 
 
-def test_weights_overflowing_float32_are_refused(tmp_path: Path) -> None:
+def test_overflowing_weights_are_refused(tmp_path: Path) -> None:
     state = RAW | {"fc.weight": RAW["fc.weight"].double()}
     state["fc.weight"][0, 0] = 1e39
     message = refusal(tmp_path, CorruptArtifact, state)

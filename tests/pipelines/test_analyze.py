@@ -79,7 +79,7 @@ class TestTargets:
         assert refused.exit_code == 1
         assert f"in use by process {other.pid}" in last_error(refused)
 
-    def test_landscape_centre_is_the_evaluation_loss(self, everything: dict[str, Any]) -> None:
+    def test_landscape_centre_is_evaluation_loss(self, everything: dict[str, Any]) -> None:
         readings = everything["instruments"]
 
         assert readings["landscape"]["loss"][1][1] == everything["loss"]
@@ -99,7 +99,7 @@ class TestTargets:
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert found["top1"] == expected["top1"]
 
-    def test_latent_weights_come_from_the_checkpoint(
+    def test_latent_weights_come_from_checkpoint(
         self, run: Path, data: tuple[object, ...], tmp_path: Path, everything: dict[str, Any]
     ) -> None:
         file = run / "artifacts" / "model.safetensors"
@@ -217,7 +217,7 @@ def test_model_without_finite_loss_is_refused(
 
 
 class TestResume:
-    def test_interrupted_landscape_resumes_bit_identically(
+    def test_interrupted_landscape_resumes(
         self, run: Path, data: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         command = ("analyze", run, *data, "--landscape", "--grid", 5)
@@ -255,7 +255,7 @@ class TestResume:
         for name in ("landscape.json", "landscape_contour.svg", "landscape_surface.png"):
             assert (stopped / name).read_bytes() == (whole / name).read_bytes()
 
-    def test_existing_results_are_never_mixed_or_replaced(
+    def test_existing_results_are_kept(
         self, run: Path, data: tuple[object, ...], everything: dict[str, Any]
     ) -> None:
         path = run / "analysis" / "trace.json"

@@ -51,7 +51,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_profile_counts_attention_products_on_request() -> None:
+def test_profile_counts_products_on_request() -> None:
     plain, counted = (
         answer("profile", *NETWORK, "--bits", "w8a4", *more) for more in ((), ("--quantize-attention",))
     )
@@ -63,7 +63,7 @@ def test_profile_counts_attention_products_on_request() -> None:
 
 
 @pytest.mark.parametrize("searcher", ["error", "sensitivity"])
-def test_searched_policy_meets_budget_with_products(searcher: str, data: Path, tmp_path: Path) -> None:
+def test_searched_policy_meets_the_budget(searcher: str, data: Path, tmp_path: Path) -> None:
     found = answer(
         *("search", *NETWORK, "--data", data, "--budget", "w4a4", "--quantize-attention", "--workers", 0),
         *("--searcher", searcher, "--run-dir", tmp_path / "run"),

@@ -144,7 +144,7 @@ class TestMeasuring:
         assert found.baseline == "PyTorch float"
         assert found.rows[0].relative == 1.0
 
-    def test_cases_set_batch_and_threads_and_restore(self) -> None:
+    def test_cases_set_and_restore_threads(self) -> None:
         seen: list[tuple[int, int, bool]] = []
         line = lineup("PyTorch float")
         line.contenders[0] = Contender(
@@ -235,7 +235,7 @@ class TestTargets:
         assert [row["name"] for row in found["rows"][:4]] == FOUR
         assert "style qdq" in found["notes"][0]
 
-    def test_onnx_file_includes_its_float_architecture(self, run: Path) -> None:
+    def test_onnx_file_includes_float_architecture(self, run: Path) -> None:
         found = answer("eval", run / "artifacts" / "model.onnx", *QUICK)["bench"]
 
         assert [row["name"] for row in found["rows"][:3]] == [n for n in FOUR if "fake" not in n]
@@ -250,7 +250,7 @@ class TestTargets:
         assert "no quantized rows" in found["notes"][0]
         assert not found["few_bits"]
 
-    def test_accuracy_is_measured_when_data_is_given(self, run: Path, digits: Path) -> None:
+    def test_accuracy_is_measured_with_data(self, run: Path, digits: Path) -> None:
         data = ("--data", digits / "few")
         plain = answer("eval", run, *data)
         both = answer("eval", run, *data, *QUICK)
@@ -289,9 +289,7 @@ class TestTargets:
         with torch.inference_mode():
             torch.testing.assert_close(line.contenders[1].open(1)(x), net(x), atol=1e-4, rtol=1e-4)
 
-    def test_unexportable_model_is_skipped_with_a_note(
-        self, run: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_unexportable_model_is_skipped(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*arguments: object) -> None:
             raise UnsupportedModel("the model cannot be exported to ONNX: no")
 
@@ -305,7 +303,7 @@ class TestTargets:
 
 
 class TestOnnxFiles:
-    def test_operators_are_counted_including_subgraphs(self) -> None:
+    def test_operators_in_subgraphs_are_counted(self) -> None:
         def nodes(*types: str) -> list[onnx.NodeProto]:
             return [helper.make_node(kind, ["x"], ["y"]) for kind in types]
 
@@ -323,7 +321,7 @@ class TestOnnxFiles:
 
         assert count_kernels(graph) == Kernels(integer=4, floating=4)
 
-    def test_integer_kernels_are_found_after_optimization(self, tmp_path: Path) -> None:
+    def test_integer_kernels_are_detected(self, tmp_path: Path) -> None:
         """The file holds no QLinearConv; ONNX Runtime makes one of Q and DQ around a convolution."""
         path = tmp_path / "model.onnx"
         onnx.save(quantized_convolution(), path)

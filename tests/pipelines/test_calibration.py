@@ -39,7 +39,7 @@ def calibrated(config: RunConfig) -> nn.Module:
 
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("norms", [False, True])
-def test_only_requested_corrections_change_the_model(digits: Path, biases: bool, norms: bool) -> None:
+def test_only_requested_corrections_apply(digits: Path, biases: bool, norms: bool) -> None:
     plain = calibrated(settings(digits, correct_bias=False, recalibrate_bn=False)).state_dict()
     corrected = calibrated(settings(digits, correct_bias=biases, recalibrate_bn=norms)).state_dict()
     moved = {
@@ -49,7 +49,7 @@ def test_only_requested_corrections_change_the_model(digits: Path, biases: bool,
     assert moved == expected | ({"bias"} if biases else set()) | ({"running_var"} if norms else set())
 
 
-def test_recalibrate_bn_is_default_except_in_recipe(digits: Path) -> None:
+def test_recalibrate_bn_default(digits: Path) -> None:
     section = settings(digits).quantization
     assert (section.correct_bias, section.recalibrate_bn) == (False, True)
     published = resolve(recipe="paper-cifar", options={"model.name": "saq/preresnet20"}).quantization

@@ -126,7 +126,7 @@ def test_run_directory_is_checked_last(images: Path, tmp_path: Path) -> None:
     assert "is already there" not in last_error(saq("export", "nosuch", "--onnx", exported))
 
 
-def test_budgets_are_validated_from_every_source(images: Path, tmp_path: Path) -> None:
+def test_budgets_are_validated_everywhere(images: Path, tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     base = ("quantize", "saq/resnet20", "--no-pretrained", "--dry-run")
     for text, says in (
@@ -178,7 +178,7 @@ def test_problems_are_unique_and_ordered() -> None:
     assert raised.value.exit_code == 1
 
 
-def test_resume_needs_neither_weights_nor_policy(tmp_path: Path, images: Path) -> None:
+def test_resume_needs_no_weights_or_policy(tmp_path: Path, images: Path) -> None:
     """What is read once only may be gone; the settings of the run are."""
     config = tmp_path / "config.json"
     plan = answer("quantize", "saq/resnet20", "--no-pretrained", "--bits", 4, "--dry-run")["config"]

@@ -151,7 +151,7 @@ MIXED = ["Eight", "Five", "four", "Nine", "one", "Seven", "six", "Three", "two",
         ),
     ],
 )
-def test_accuracy_requires_the_training_class_order(
+def test_accuracy_requires_the_training_order(
     names: list[str], order: list[str], other: list[str], digits: Path, renamed: Renamed
 ) -> None:
     def top1(data: Path, *options: str) -> float:

@@ -31,7 +31,7 @@ def trained(name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", sorted(tiny.TINY))
-def test_deterministic_mode_changes_nothing_on_cpu(name: str) -> None:
+def test_deterministic_cpu_run_is_unchanged(name: str) -> None:
     before = flags()
     expected = trained(name)
     with deterministic():
@@ -44,7 +44,7 @@ def test_deterministic_mode_changes_nothing_on_cpu(name: str) -> None:
 
 
 @pytest.mark.parametrize("value", [None, ":16:8", ":0:0"])
-def test_operation_without_deterministic_kernel_is_named(
+def test_operation_without_deterministic_kernel_fails(
     value: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if value is None:

@@ -260,7 +260,7 @@ class TestTraining:
         assert random_state()["python"][1] == list(state[1][1])
         assert np.array_equal(np.random.get_state()[1], state[2])
 
-    def test_auxiliary_heads_are_refused_before_writing(self, grey: Path, tmp_path: Path) -> None:
+    def test_auxiliary_heads_are_refused_early(self, grey: Path, tmp_path: Path) -> None:
         options = [
             "--no-pretrained",
             "--num-classes",

@@ -82,7 +82,7 @@ def test_only_rank_zero_prints_and_writes(pair: tuple[Path, list[tuple[int, str,
     assert not (run / ".lock").exists()
 
 
-def test_two_ranks_equal_two_perturbations_per_batch(
+def test_two_ranks_equal_two_chunks(
     pair: tuple[Path, list[tuple[int, str, str]]], few: list[object], tmp_path: Path
 ) -> None:
     """Halves are summed exactly, so that not one bit differs; running statistics are averaged, not updated twice."""
@@ -141,7 +141,7 @@ def stopped(
     return run, ranks_saq(2, *options, before=signalled(step=2, rank=1))
 
 
-def test_interrupt_stops_all_and_resumes_bit_identically(
+def test_interrupted_ranks_resume_bit_identically(
     pair: tuple[Path, list[tuple[int, str, str]]],
     stopped: tuple[Path, list[tuple[int, str, str]]],
     few: list[object],
@@ -332,7 +332,7 @@ def labels_read(images: str) -> list[list[list[int]]]:
     return found
 
 
-def test_rank_slices_form_the_single_process_batches(few: list[object]) -> None:
+def test_rank_slices_form_the_whole_batch(few: list[object]) -> None:
     images = str(few[few.index("--data") + 1])
     whole, shares = labels_read(images), ranks_run(3, labels_read, images)
 

@@ -223,7 +223,7 @@ def whole(processes: Zygote, images: Path, tmp_path_factory: pytest.TempPathFact
     return chain.run
 
 
-def test_result_survives_kills_at_critical_points(
+def test_result_survives_kills_at_critical_writes(
     processes: Zygote, images: Path, whole: Path, tmp_path: Path
 ) -> None:
     chain = quantization(processes, images, tmp_path / "run", "--bits", 4)

@@ -109,7 +109,7 @@ def test_search_uses_training_images(images: Path) -> None:
     assert "search.json" in found["writes"]
 
 
-def test_published_weights_are_named_not_downloaded() -> None:
+def test_published_weights_are_not_downloaded() -> None:
     found = lines("resnet18", "--bits", 4)
 
     assert found["weights"].startswith("timm/resnet18.a1_in1k (published; ")

@@ -227,7 +227,7 @@ def test_interrupted_rerun_resumes(run: Path, again: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_deterministic_kernels_change_nothing_on_cpu(run: Path, tmp_path: Path) -> None:
+def test_deterministic_kernels_change_no_cpu_result(run: Path, tmp_path: Path) -> None:
     answer(
         "quantize", "--config", run / "config.json", "--deterministic", *float_options(run.parent),
         *("--policy", run / "policy.json", "--run-dir", tmp_path / "new"),

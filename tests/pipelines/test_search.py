@@ -174,7 +174,7 @@ def test_pareto_front_is_printed_as_table(plain: tuple[Path, dict[str, Any]]) ->
     assert sum(" uniform w" in line for line in rows) + sum(" error w" in line for line in rows) == 6
 
 
-def test_default_candidates_are_the_same_everywhere() -> None:
+def test_default_candidates_agree() -> None:
     assert Settings().candidates == QuantizationSection().candidates == (2, 3, 4, 5, 6, 8)
     for verb in ("search", "quantize", "profile", "analyze"):
         shown = re.sub(r"[│\s]+", " ", saq(verb, "--help").stdout)
@@ -234,7 +234,7 @@ def calibrated(run: Path) -> Score:
         ("error", ()),
     ],
 )
-def test_score_equals_quantize_without_epochs(
+def test_score_equals_calibrated_policy(
     method: str, options: tuple[object, ...], digits: Path, scoring: Path, tmp_path: Path
 ) -> None:
     """The same accuracy on the same images, and the same loss, but for the order in which images are added up."""
@@ -254,7 +254,7 @@ def test_score_equals_quantize_without_epochs(
         assert (found["scoring_top1"], found["scoring_loss"]) == (chosen["top1"], chosen["loss"])
 
 
-def test_calibration_only_quantize_matches_search_score(digits: Path, scoring: Path, tmp_path: Path) -> None:
+def test_quantize_without_epochs_matches_search_score(digits: Path, scoring: Path, tmp_path: Path) -> None:
     network = (MODEL, *float_options(digits, scoring), "--batch-size", 32, "--workers", 0)
     search = ("--budget", "w3a3", "--searcher", "random", *sets(**{"search.options.random.draws": 2}))
     found = answer("search", *network, *search, "--run-dir", tmp_path / "search")
@@ -328,9 +328,7 @@ def test_activation_candidates_are_separate(network: list[object], tmp_path: Pat
     assert 0.985 * UNIFORM[4] <= found["bops"] <= UNIFORM[4]
 
 
-def test_default_folder_names_model_budget_searcher(
-    network: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_folder_name(network: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = answer("search", *network, "--budget", "95M", "--searcher", "uniform")
     assert Path(found["run_dir"]) == Path("runs/resnet20-95m-uniform")
@@ -379,7 +377,7 @@ def test_proxy_without_weights_is_trained_first(digits: Path, tmp_path: Path) ->
 # Refusals
 
 
-def test_unreachable_budget_names_range_and_writes_nothing(network: list[object], tmp_path: Path) -> None:
+def test_unreachable_budget_names_the_range(network: list[object], tmp_path: Path) -> None:
     for method in SEARCHERS:
         result = saq(
             "search", *network, "--budget", "1M", "--searcher", method, "--run-dir", tmp_path / "run"
@@ -480,7 +478,7 @@ def test_finished_search_is_not_overwritten(
     assert {item: item.stat().st_mtime_ns for item in path.iterdir()} == before
 
 
-def test_resume_of_finished_search_prints_result(plain: tuple[Path, dict[str, Any]]) -> None:
+def test_resume_of_finished_search_prints_it(plain: tuple[Path, dict[str, Any]]) -> None:
     path, found = plain
     assert answer("search", "--run-dir", path, "--resume") == found
 
@@ -515,7 +513,7 @@ def test_quantize_cannot_resume_a_search(
     assert "saq search" in last_error(result)
 
 
-def test_dry_run_prints_range_and_writes_nothing(network: list[object], tmp_path: Path) -> None:
+def test_dry_run_writes_nothing(network: list[object], tmp_path: Path) -> None:
     options = ["--budget", "w4a4", "--pin", "layer1.*=4-8", "--activation-candidates", "4,8", "--dry-run"]
     plan = answer("search", *network, *options, "--run-dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()

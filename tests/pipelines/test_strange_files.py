@@ -172,7 +172,7 @@ def test_many_flipped_bits_are_refused(seed: int, raw: bytes, tmp_path: Path) ->
     flip_many(raw, tmp_path / "model.safetensors", 1000, seed)
 
 
-def test_inserted_removed_and_moved_bytes_are_refused(raw: bytes, tmp_path: Path) -> None:
+def test_edited_bytes_are_refused(raw: bytes, tmp_path: Path) -> None:
     randomness = random.Random(0)
     for _ in range(60):
         one, other = sorted(randomness.sample(range(len(raw)), 2))
@@ -276,16 +276,14 @@ def attacks(raw: bytes) -> list[tuple[tuple[str | int, ...], Callable[[Any], Non
     return found
 
 
-def test_sampled_metadata_changes_are_refused_or_harmless(raw: bytes, truth: Tensor, tmp_path: Path) -> None:
+def test_sampled_metadata_changes_are_safe(raw: bytes, truth: Tensor, tmp_path: Path) -> None:
     for place, change in random.Random(0).sample(attacks(raw), 100):
         take(tmp_path / "model.safetensors", raw, place, change, truth)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(8))
-def test_all_metadata_changes_are_refused_or_harmless(
-    part: int, raw: bytes, truth: Tensor, tmp_path: Path
-) -> None:
+def test_all_metadata_changes_are_safe(part: int, raw: bytes, truth: Tensor, tmp_path: Path) -> None:
     for place, change in attacks(raw)[part::8]:
         take(tmp_path / "model.safetensors", raw, place, change, truth)
 
@@ -359,7 +357,7 @@ def test_unsafe_builder_arguments_are_refused(key: str, value: Any, timm_file: b
         "timm/",
     ],
 )
-def test_names_outside_the_catalogue_are_refused(name: str, raw: bytes, tmp_path: Path) -> None:
+def test_unknown_network_names_are_refused(name: str, raw: bytes, tmp_path: Path) -> None:
     assert "no network is called" in refused(
         write(tmp_path / "model.safetensors", retold(raw, changed(("build", "name"), name)))
     )
@@ -405,7 +403,7 @@ def test_impossible_crops_are_refused(crop: Any, raw: bytes, tmp_path: Path) -> 
     refused(write(tmp_path / "model.safetensors", retold(raw, changed(("preprocessing", "crop_pct"), crop))))
 
 
-def test_network_refusing_its_image_size_is_refused(tmp_path: Path) -> None:
+def test_network_refusing_its_images_is_refused(tmp_path: Path) -> None:
     """A vision transformer has positions for one size."""
     model, facts = quantized("timm/vit_tiny_patch16_224", 32)
     path = tmp_path / "model.safetensors"
@@ -436,7 +434,7 @@ def test_wrong_tensor_types_are_refused(dtype: str, raw: bytes, tmp_path: Path) 
             refused(write(tmp_path / "model.safetensors", sealed(other, data, entry_of(header))))
 
 
-def test_wrong_shapes_names_and_places_are_refused(raw: bytes, tmp_path: Path) -> None:
+def test_wrong_shapes_and_names_are_refused(raw: bytes, tmp_path: Path) -> None:
     header, data = split(raw)
     name = "conv1.codes"
     start, end = header[name]["data_offsets"]

@@ -74,7 +74,7 @@ def said(images: Path, target: object) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["nosuch", "./nosuch", "runs/nosuch", "nosuch/", "~/nosuch-run"])
-def test_missing_run_is_reported_by_every_command(images: Path, name: str) -> None:
+def test_missing_run_is_reported_by_all_commands(images: Path, name: str) -> None:
     for command, line in said(images, name).items():
         assert "there is no run directory or file " in line, command
 
@@ -130,7 +130,7 @@ def test_search_run_suggests_quantize_policy(images: Path, tmp_path: Path, confi
     assert f"not a model: {step}" in last_error(saq("quantize", run, "--bits", 4, "--data", images))
 
 
-def test_killed_run_is_interrupted_for_every_command(images: Path, tmp_path: Path, config: RunConfig) -> None:
+def test_killed_run_is_interrupted_for_all_commands(images: Path, tmp_path: Path, config: RunConfig) -> None:
     pid = killed(tmp_path / "run", config)
 
     for line in said(images, tmp_path / "run").values():
@@ -151,7 +151,7 @@ def test_active_run_is_reported_as_running(images: Path, tmp_path: Path, config:
         run._lock.release()
 
 
-def test_interrupted_and_failed_runs_are_reported(images: Path, tmp_path: Path, config: RunConfig) -> None:
+def test_interrupted_and_failed_runs_say_so(images: Path, tmp_path: Path, config: RunConfig) -> None:
     for error, state in ((KeyboardInterrupt, "was interrupted"), (ValueError, "failed")):
         run = begin(tmp_path / state, config)
         with pytest.raises((SaqError, ValueError)), run.recorded():

@@ -130,7 +130,7 @@ def options(images: Path, run: Path) -> list[object]:
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_unexportable_model_is_refused_before_calibration(
+def test_unexportable_model_is_refused_early(
     kind: str, images: Path, network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, why = REFUSED[kind]
@@ -226,7 +226,7 @@ def test_meaningless_export_options_are_refused(given: tuple[str, ...], says: st
     assert not list(tmp_path.iterdir())
 
 
-def test_network_using_layer_weights_itself_is_exported(images: Path, network: Any, tmp_path: Path) -> None:
+def test_shared_weight_use_is_exported(images: Path, network: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     found = answer("quantize", network(OwnProduct), "--bits", 4, *options(images, run))
     verdict = json.loads((run / "artifacts" / "model.verdict.json").read_text())
@@ -256,7 +256,7 @@ def test_trial_keeps_random_state(network: Any) -> None:
     ("raised", "says"),
     [(AssertionError("oh\nno"), "AssertionError: oh no"), (KeyError("x"), "KeyError: 'x'")],
 )
-def test_failing_exporter_is_named_before_training(
+def test_failing_exporter_is_named_early(
     raised: Exception, says: str, network: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def export(*_: Any) -> None:

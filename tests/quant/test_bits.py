@@ -69,7 +69,7 @@ def test_missing_version_means_1() -> None:
         ("", "JSON"),
     ],
 )
-def test_invalid_policy_error_gives_the_location(text: str, reason: str) -> None:
+def test_invalid_policy_error_names_the_place(text: str, reason: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         parse_json(BitConfig, text, "policy.json")
     assert str(refusal.value).startswith("policy.json: ")
@@ -168,7 +168,7 @@ def test_invalid_candidates_are_refused(text: str) -> None:
 
 
 @given(text=st.text(max_size=8))
-def test_arbitrary_text_parses_or_raises_config_error(text: str) -> None:
+def test_arbitrary_text_parses_or_fails_cleanly(text: str) -> None:
     for parse in (parse_bits, parse_candidates, parse_quantity):
         try:
             parse(text)
@@ -201,7 +201,7 @@ def test_quantities_are_exact_integers(
 
 
 @given(value=st.integers(1000, 10**16 - 10**12))
-def test_formatted_quantity_parses_to_four_digits(value: int) -> None:
+def test_formatted_quantity_parses_back(value: int) -> None:
     text = format_quantity(value, "BOPs")
     assert abs(parse_quantity(text) - value) <= 0.0005 * value * (1 + 1e-9)
 

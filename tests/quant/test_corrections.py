@@ -54,7 +54,7 @@ def order(net: nn.Module, x: Tensor, kinds: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", BIASED)
-def test_bias_correction_matches_layerwise_reference(name: str) -> None:
+def test_bias_correction_matches_reference(name: str) -> None:
     in_float, net, x = quantized(name)
     twin = copy.deepcopy(net)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_bias_correction_matches_layerwise_reference(name: str) -> None:
 
 @pytest.mark.parametrize("variance", [False, True], ids=["bias", "bn"])
 @pytest.mark.parametrize("name", NORMED)
-def test_norm_recalibration_matches_layerwise_reference(name: str, variance: bool) -> None:
+def test_norm_recalibration_matches_reference(name: str, variance: bool) -> None:
     in_float, net, x = quantized(name)
     twin = copy.deepcopy(net)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_batches_are_weighted_by_image_count() -> None:
         torch.testing.assert_close(value, (24 * first + 8 * second) / 32)
 
 
-def test_packed_attention_projection_keeps_its_mean() -> None:
+def test_packed_projection_keeps_its_mean() -> None:
     in_float, net, x = quantized("attention")
     before = net.attention.in_proj_bias.clone()  # type: ignore[union-attr,operator]
 
@@ -137,7 +137,7 @@ def seen_tokens(net: Any, x: Tensor) -> Tensor:
     return tokens
 
 
-def test_non_adjacent_norm_is_not_bias_corrected() -> None:
+def test_non_adjacent_norm_is_left_alone() -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5)
     )
@@ -149,7 +149,7 @@ def test_non_adjacent_norm_is_not_bias_corrected() -> None:
     assert not torch.equal(net[2].running_mean, torch.zeros(4))
 
 
-def test_weights_levels_modes_and_quantizers_are_unchanged() -> None:
+def test_weights_levels_and_modes_are_unchanged() -> None:
     _, net, x = quantized("residual")
     next(net.children()).train()
     modes = [module.training for module in net.modules()]

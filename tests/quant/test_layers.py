@@ -190,7 +190,7 @@ def test_model_without_layers_is_refused() -> None:
 
 
 @pytest.mark.parametrize("options", [{"kdim": 3}, {"add_bias_kv": True}, {"add_zero_attn": True}])
-def test_attention_without_packed_projections_is_refused(options: dict) -> None:
+def test_unpacked_attention_is_refused(options: dict) -> None:
     net = nn.ModuleDict({"first": nn.Linear(8, 8), "attention": nn.MultiheadAttention(8, 2, **options)})
     with pytest.raises(UnsupportedModel, match="attention attention"):
         convert.wrap(net)
@@ -221,7 +221,7 @@ def test_unknown_quantizer_lists_the_known() -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_per_channel_levels_follow_output_channels(layer: nn.Module, shape: tuple[int, ...]) -> None:
+def test_per_channel_levels_follow_outputs(layer: nn.Module, shape: tuple[int, ...]) -> None:
     wrapped = wrap_layer(layer)
     assert convert.Scheme().level_shape(wrapped) == shape
     assert convert.Scheme(granularity="tensor").level_shape(wrapped) == ()
@@ -278,7 +278,7 @@ def closure(net: nn.Module, x: Tensor) -> None:
 
 @every_net
 @pytest.mark.parametrize("bits", [2, 8])
-def test_port_gradient_equals_quantized_weight_gradient(name: str, bits: int) -> None:
+def test_port_gradient_is_bit_identical(name: str, bits: int) -> None:
     net, x = tiny.build(name)
     layers = list(tiny.quantized(net, x, bits).values())
     kept: dict[int, Tensor] = {}
@@ -301,7 +301,7 @@ def test_port_gradient_equals_quantized_weight_gradient(name: str, bits: int) ->
 
 
 @every_net
-def test_perturbation_adds_to_the_quantized_weight(name: str) -> None:
+def test_perturbation_adds_to_quantized_weight(name: str) -> None:
     net, x = tiny.build(name)
     layers = list(tiny.quantized(net, x).values())
     expected = run(net, x)
@@ -323,7 +323,7 @@ def test_ports_are_cleared_after_exceptions() -> None:
     assert all(layer.perturbation is None for layer in layers)
 
 
-def test_ports_are_cleared_on_missing_perturbations() -> None:
+def test_ports_are_cleared_if_too_few_perturbations() -> None:
     net, x = tiny.build("conv_bn")
     layers = list(tiny.quantized(net, x).values())
     with pytest.raises(ValueError, match="shorter"), perturbed(layers, zero_ports(layers)[:-1]):
@@ -338,7 +338,7 @@ def normed(request: pytest.FixtureRequest) -> Iterator[tuple[nn.Module, Tensor]]
     return nn.Sequential(nn.Conv2d(3, 4, 1), norm).train(), torch.randn(8, 3, 4, 4)
 
 
-def test_frozen_norms_keep_output_and_statistics(normed: tuple[nn.Module, Tensor]) -> None:
+def test_frozen_norms_keep_their_statistics(normed: tuple[nn.Module, Tensor]) -> None:
     net, x = normed
     before = {key: value.clone() for key, value in net.state_dict().items()}
     with frozen_batch_stats(net):
@@ -460,7 +460,7 @@ def test_wrapped_attention_equals_float(batch_first: bool, cross: bool, mask: st
 
 @pytest.mark.parametrize("layer", ["attention", "attention.out_proj"])
 @pytest.mark.parametrize("operand", ["weight_quantizer", "input_quantizer"])
-def test_attention_projections_quantize_weight_and_input(layer: str, operand: str) -> None:
+def test_attention_projections_are_quantized(layer: str, operand: str) -> None:
     net, x = tiny.build("attention")
     layers = convert.wrap(net)
     expected = run(net, x)
@@ -471,7 +471,7 @@ def test_attention_projections_quantize_weight_and_input(layer: str, operand: st
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_fused_encoder_layer_uses_the_quantizers(norm_first: bool, stacked: bool, padded: bool) -> None:
+def test_fused_encoder_layer_is_quantized(norm_first: bool, stacked: bool, padded: bool) -> None:
     net: nn.Module = nn.TransformerEncoderLayer(12, 2, 16, batch_first=True, norm_first=norm_first)
     if stacked:
         net = nn.TransformerEncoder(net, 1, enable_nested_tensor=not norm_first)

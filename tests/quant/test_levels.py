@@ -86,7 +86,7 @@ def test_levels_have_the_requested_shape(shape: tuple[int, ...]) -> None:
     assert best_level(torch.randn(4, 4, 3, 3), grids.paper_weights(4), shape).shape == shape
 
 
-def test_levels_along_dimension_1_match_transposed() -> None:
+def test_levels_along_dimension_1() -> None:
     x = torch.randn(4, 6, 3, 3)  # a transposed convolution's weight has its output channels there
     one = best_level(x, grids.paper_weights(4), (1, 6, 1, 1))
     zero = best_level(x.transpose(0, 1), grids.paper_weights(4), (6, 1, 1, 1))
@@ -104,7 +104,7 @@ def test_levels_are_positive_and_finite(grid: Grid, x: Tensor, constant: float) 
 
 @every_grid
 @pytest.mark.parametrize("empty", ["all zero", "one channel zero", "one channel constant"])
-def test_empty_and_constant_channels_stay_finite(grid: Grid, empty: str) -> None:
+def test_empty_and_constant_channels_are_finite(grid: Grid, empty: str) -> None:
     x = torch.zeros(3, 8) if empty == "all zero" else torch.randn(3, 8)
     x[1] = 0.0 if "zero" in empty else 0.37
     level = best_level(x, grid, (3, 1)).requires_grad_()
@@ -136,7 +136,7 @@ def test_level_scales_with_the_tensor(width: int) -> None:
     )  # a power of two rounds nothing
 
 
-def test_noise_to_signal_is_relative_squared_error() -> None:
+def test_noise_to_signal_definition() -> None:
     x, grid, level = torch.tensor([0.5, -1.0, 2.0]), grids.paper_weights(2), torch.tensor(1.5)
     # Levels -1.5, -0.5, 0.5, 1.5: errors 0, 0.5 and 0.5 (both -0.5 and -1.5 are 0.5 away from -1).
     assert noise_to_signal(x, level, grid) == pytest.approx(0.5 / 5.25)

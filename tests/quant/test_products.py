@@ -188,7 +188,7 @@ def test_transformer_bops_match_the_published(name: str, full: float, by_bits: d
         assert round(costs.bops(config) / GIGA, 3) == published
 
 
-def test_product_with_a_parameter_is_not_counted() -> None:
+def test_matmul_with_parameter_is_no_product() -> None:
     class Table(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -250,7 +250,7 @@ def test_attention_dropout_is_kept() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("bits", [3, 8])
-def test_quantized_network_equals_float64_reference(way: str, bits: int) -> None:
+def test_quantized_network_matches_float64(way: str, bits: int) -> None:
     net, x = network(way)
     quantized(net, x, bits)
     with torch.no_grad():
@@ -348,7 +348,7 @@ def test_copy_pickle_and_unwrap(way: str) -> None:
     assert not any(isinstance(m, QuantizedProduct | RoutedParent) for m in net.modules())
 
 
-def test_activation_clips_include_product_levels() -> None:
+def test_activation_clips_include_products() -> None:
     net, x = network("fused")
     quantized(net, x, 4)
     kinds = PerturbedSet(net, ["activation_clips"])
@@ -359,7 +359,7 @@ def test_activation_clips_include_product_levels() -> None:
     assert all(g is not None and bool(g.any()) for g in gradients)
 
 
-def test_layer_with_internal_products_keeps_them_float() -> None:
+def test_layer_with_own_products_keeps_them_float() -> None:
     class Squaring(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             x = super().forward(x)

@@ -197,7 +197,7 @@ def test_zero_and_negative_steps_are_handled(step: float) -> None:
 
 @pytest.mark.parametrize("signed", [False, True])
 @given(x=tensors(ROWS, torch.float64), level=levels(), width=bits(), sign=st.sampled_from([1.0, -1.0]))
-def test_pact_gradient_comes_from_clipped_values(
+def test_pact_learns_from_clipped_values(
     signed: bool, x: Tensor, level: float, width: int, sign: float
 ) -> None:
     """arXiv:1805.06085, Eq. 1-3, and their mirror image for negative numbers."""
@@ -254,7 +254,7 @@ def test_tanh_weights_match_the_formula(case: Case, x: Tensor, level: float, wid
     width=bits(),
     kind=st.sampled_from(["paper", "zero"]),
 )
-def test_weight_normalization_matches_the_scaled_formula(
+def test_weight_normalization_matches_its_formula(
     channels: bool, x: Tensor, level: float, width: int, kind: Any
 ) -> None:
     """Of the paper: w^ = (w - mean) / std, u = clip(w^ / a), both statistics constants; ours is std * Q(w^)."""

@@ -25,7 +25,7 @@ every_learner = each([case for case in CASES if case.learns])
 
 
 @pytest.mark.parametrize("width", BITS)
-def test_paper_weight_levels_are_uniform(width: int) -> None:
+def test_paper_grid_codes(width: int) -> None:
     n = 2**width - 1
     grid = grids.paper_weights(width)
     codes = list(range(grid.lowest, grid.highest + 1, grid.stride))
@@ -34,7 +34,7 @@ def test_paper_weight_levels_are_uniform(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", BITS)
-def test_integer_grid_is_twos_complement_int8_symmetric(width: int) -> None:
+def test_integer_grids(width: int) -> None:
     grid = grids.integer_weights(width)
     assert grid == ((-127, 127, 1) if width == 8 else (-(2 ** (width - 1)), 2 ** (width - 1) - 1, 1))
 
@@ -159,7 +159,7 @@ def test_folded_form_is_bit_identical(case: Case, x: Tensor, level: float, width
 
 @every_quantizer
 @given(x=tensors(ROWS), level=levels(), width=bits())
-def test_arithmetic_matches_onnx_quantize_dequantize(case: Case, x: Tensor, level: float, width: int) -> None:
+def test_arithmetic_matches_onnx(case: Case, x: Tensor, level: float, width: int) -> None:
     """Division by the step, round half to even, saturate, multiply: float32 throughout, as ONNX defines it."""
     quantizer = case.build(level)
     quantizer.select(width)
@@ -183,7 +183,7 @@ def test_arithmetic_matches_onnx_quantize_dequantize(case: Case, x: Tensor, leve
 
 @every_quantizer
 @given(x=tensors(ROWS), level=levels(), width=bits())
-def test_zero_maps_to_zero_on_grids_with_it(case: Case, x: Tensor, level: float, width: int) -> None:
+def test_zero_maps_to_zero(case: Case, x: Tensor, level: float, width: int) -> None:
     quantizer = case.build(level)
     quantizer.select(width)
     with torch.no_grad():
@@ -284,7 +284,7 @@ def test_quantizers_of_a_model_are_found() -> None:
 
 
 @every_quantizer
-def test_bit_width_outside_candidates_is_refused(case: Case) -> None:
+def test_bit_width_must_be_a_candidate(case: Case) -> None:
     quantizer = case.build(1.0, (2, 4))
     with pytest.raises(ConfigError, match="cannot switch to 3"):
         quantizer.select(3)
@@ -313,7 +313,7 @@ def test_fitted_levels_beat_no_clipping(case: Case, width: int) -> None:
 
 @every_straight
 @given(x=tensors(ROWS), level=levels(), width=bits())
-def test_gradient_is_straight_through_inside_only(case: Case, x: Tensor, level: float, width: int) -> None:
+def test_gradient_passes_inside_the_range_only(case: Case, x: Tensor, level: float, width: int) -> None:
     quantizer = case.build(level)
     quantizer.select(width)
     if hasattr(quantizer, "level"):

@@ -38,7 +38,7 @@ def answer(net: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["residual", "transposed"])
-def test_weight_normalization_is_for_convolutions_only(name: str) -> None:
+def test_weight_normalization_needs_convolutions(name: str) -> None:
     net, x = tiny.build(name)
     layers = tiny.quantized(net, x, scheme=NORMALIZED)
     kinds = {name: type(quantizer) for name, quantizer in weight_quantizers(net).items()}
@@ -48,7 +48,7 @@ def test_weight_normalization_is_for_convolutions_only(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_unsupported_quantizer_options_are_refused(name: str) -> None:
+def test_unsupported_options_are_refused(name: str) -> None:
     for scheme in (
         Scheme(quantizer=name, weight_normalization=True),
         Scheme(quantizer=name, clip_init="paper"),
@@ -62,7 +62,7 @@ def test_unsupported_quantizer_options_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_supported_quantizer_options_are_accepted(name: str) -> None:
+def test_supported_options_are_accepted(name: str) -> None:
     Scheme(quantizer=name).check()
     if name not in PLAIN:
         Scheme(quantizer=name, weight_normalization=True, clip_init="paper").check()
@@ -116,7 +116,7 @@ def test_paper_clip_init_levels(granularity: str, normalized: bool) -> None:
 
 @pytest.mark.parametrize("scheme", FOLDED.values(), ids=FOLDED)
 @pytest.mark.parametrize("name", ["residual", "transposed", "attention"])
-def test_folding_is_bit_identical_and_idempotent(name: str, scheme: Scheme) -> None:
+def test_folding_is_exact_and_idempotent(name: str, scheme: Scheme) -> None:
     net, x = tiny.build(name)
     tiny.quantized(net, x, scheme=scheme)
     before = answer(net, x)
@@ -176,7 +176,7 @@ def test_single_weight_can_be_normalized() -> None:
     assert quantizer.clipping_level.grad.isfinite().all()
 
 
-def test_recalibrated_norms_hold_mean_batch_statistics() -> None:
+def test_recalibrated_norms_hold_batch_means() -> None:
     net, x = tiny.build("conv_bn")
     batches = [x, x + 1]
     momenta = [m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -197,7 +197,7 @@ def test_recalibrated_norms_hold_mean_batch_statistics() -> None:
     assert all(torch.equal(p, parameters[name]) for name, p in net.named_parameters())
 
 
-def test_recalibration_undoes_weight_mean_removal() -> None:
+def test_recalibration_undoes_mean_removal() -> None:
     """Where channels sum to 1 the mean of a 1 x 1 convolution adds one number everywhere: statistics alone move."""
     net = nn.Sequential(
         nn.Conv2d(4, 6, 1, bias=False), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(24, 5)

@@ -119,7 +119,7 @@ def test_invalid_rule_is_refused(text: str, says: str) -> None:
         parse_rule(text)
 
 
-def test_default_rules_pin_first_and_last_to_8() -> None:
+def test_default_rules_pin_first_and_last() -> None:
     space = space_of()
     assert space.fixed == {"conv1": W8A8, "fc": W8A8}
     assert [decision.name for decision in space.decisions] == list(FREE)
@@ -188,7 +188,7 @@ def test_rules_of_group_members_intersect() -> None:
 
 
 @pytest.mark.parametrize("one", ["4", "2-4"])
-def test_empty_rule_intersection_names_the_layers(one: str) -> None:
+def test_contradicting_rules_name_the_layers(one: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         space_of({"layer1.conv2": one, "layer1.short": "6"})
     for part in ("layer1.conv2, layer1.short", one, "6", "layers that share their bits", "w2a2, w4a4, w6a6"):
@@ -309,7 +309,7 @@ def test_budget_is_refused_only_if_unreachable(
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["bops", "bytes"])
-def test_floor_is_reachable_and_one_less_is_not(index: int) -> None:
+def test_floor_is_the_smallest_reachable_budget(index: int) -> None:
     space = space_of()
     unit = ("BOPs", "B")[index]
 
@@ -331,7 +331,7 @@ def test_floor_is_reachable_and_one_less_is_not(index: int) -> None:
     assert refusal.value.exit_code == 4
 
 
-def test_unreachable_one_of_two_budgets_is_named() -> None:
+def test_unreachable_one_of_two_bounds_is_named() -> None:
     space = space_of()
     with pytest.raises(InfeasibleBudget, match="meets 1 KB:"):
         space.check_reachable(Budget(space.ceiling.bops, 1000))
@@ -339,13 +339,13 @@ def test_unreachable_one_of_two_budgets_is_named() -> None:
         space.check_reachable(Budget(1000, space.ceiling.size))
 
 
-def test_fewer_candidates_suggested_for_fewer_bits() -> None:
+def test_fewer_candidates_are_suggested() -> None:
     space = search_space("net", BLOCKS, Candidates((3, 4)))
     with pytest.raises(InfeasibleBudget, match="allow fewer bits with --candidates"):
         space.check_reachable(Budget(space.floor.bops - 1))
 
 
-def test_budget_counts_as_used_from_98_5_percent() -> None:
+def test_budget_is_used_from_98_5_percent() -> None:
     assert Budget(200_000).used_by(Cost(197_000, 0))
     assert not Budget(200_000).used_by(Cost(196_999, 10**9))
     assert Budget(200_000, 1000).used_by(Cost(0, 985))

@@ -83,7 +83,7 @@ def test_copies_stay_tied() -> None:
         assert not torch.equal(twin.one.quantized_weight(), net.one.quantized_weight())
 
 
-def test_different_bits_for_tied_weights_are_refused() -> None:
+def test_tied_weights_need_equal_bits() -> None:
     net, x = tied()
     convert.wrap(net)
     statistics = calibration.observe(net, [x])
@@ -93,14 +93,14 @@ def test_different_bits_for_tied_weights_are_refused() -> None:
         convert.install(net, Scheme(), config, {name: s.signed for name, s in statistics.items()})
 
 
-def test_second_layer_quantizes_if_first_is_float() -> None:
+def test_second_layer_quantizes_if_first_is_unused() -> None:
     net, _ = tied()
     convert.wrap(net)
     convert.leave_float(net, ["one"])
     assert net.two.tied_to == ()
 
 
-def test_remaining_tied_layers_share_a_quantizer() -> None:
+def test_remaining_tied_layers_share() -> None:
     net, _ = tied()
     net.three = nn.Linear(12, 12)
     net.three.weight = net.one.weight
@@ -110,7 +110,7 @@ def test_remaining_tied_layers_share_a_quantizer() -> None:
     assert net.three.tied_to == (net.two,)
 
 
-def test_straight_through_gradients_count_shared_weight_once() -> None:
+def test_shared_weight_gradient_counts_once() -> None:
     net, x = tied()
     tiny.quantized(net, x, 3)
     _, gradients = PerturbedSet(net, ["weights"]).gradients(

@@ -78,11 +78,11 @@ def test_golden_integers_round_to_paper_values(golden: Golden) -> None:
     assert f"{golden.bops / {'M': 1e6, 'G': 1e9}[unit]:.1f}" == value
 
 
-def test_timm_and_torchvision_resnet18_cost_equal() -> None:
+def test_timm_and_torchvision_costs_agree() -> None:
     assert cost_model(traced(timm.create_model("resnet18"), (3, 224, 224))).macs == MACS["resnet18"]
 
 
-def test_preresnet20_layer_costs_match_the_table() -> None:
+def test_preresnet20_layer_costs() -> None:
     macs = sorted(layer.macs for layer in known("preresnet20").layers.values())
     assert macs == sorted([442_368, *[2_359_296] * 16, *[1_179_648] * 2, *[131_072] * 2, 6_400])
 
@@ -123,7 +123,7 @@ def test_known_network_macs_match_torch_counter(build: object) -> None:
     assert cost_model(traced(net, (3, 64, 64))).macs == expected
 
 
-def test_packed_attention_counts_its_projections() -> None:
+def test_packed_attention_macs() -> None:
     net, shape = tiny.attention()
     found = traced(net, shape)
     tokens = 4
@@ -157,19 +157,19 @@ def test_cross_attention_is_one_layer() -> None:
 # Groups, norms, signs
 
 
-def test_resnet18_shortcuts_share_bits_with_branch_ends() -> None:
+def test_resnet18_shortcuts_share_bits() -> None:
     expected = [[f"layer{k}.0.conv2", f"layer{k}.0.downsample.0"] for k in (2, 3, 4)]
     assert groups(known("resnet18", 64)) == expected
     assert groups(traced(timm.create_model("resnet18"), (3, 64, 64))) == expected
 
 
-def test_resnet50_shortcuts_share_bits_with_branch_ends() -> None:
+def test_resnet50_shortcuts_share_bits() -> None:
     assert groups(known("resnet50", 64)) == [
         [f"layer{k}.0.conv3", f"layer{k}.0.downsample.0"] for k in (1, 2, 3, 4)
     ]
 
 
-def test_preresnet20_shortcuts_share_bits_with_branches() -> None:
+def test_preresnet20_shortcuts_share_bits() -> None:
     pairs = groups(known("preresnet20"))
     assert [set(pair) for pair in pairs] == [{f"layer{k}.0.conv2", f"layer{k}.0.shortcut"} for k in (2, 3)]
 
@@ -205,7 +205,7 @@ def test_norm_after_addition_has_no_layer() -> None:
     assert layers["layer1.0.conv2"].norm is None
 
 
-def test_layer_norm_belongs_to_the_previous_layer() -> None:
+def test_layer_norm_belongs_to_previous_layer() -> None:
     net, shape = tiny.tokens()
     layers = traced(net, shape).layers
     assert {name: layer.norm for name, layer in layers.items() if layer.norm} == {"patches": "norm"}
@@ -330,7 +330,7 @@ def test_non_logit_output_is_refused(output: object) -> None:
 # Pins, budget, size
 
 
-def test_first_and_last_layers_are_pinned_to_8() -> None:
+def test_first_and_last_layers_are_pinned() -> None:
     pins = cost_model(known("resnet18", 64)).pins
     assert {name: pin for name, pin in pins.items() if pin} == {"conv1": W8A8, "fc": W8A8}
 
@@ -370,7 +370,7 @@ def space_of(costs: CostModel, *candidates: int) -> SearchSpace:
     return search_space("timm/resnet18", costs, Candidates(candidates))
 
 
-def test_reachable_range_spans_fewest_to_most_bits() -> None:
+def test_reachable_range() -> None:
     costs = cost_model(known("resnet18"))
     space = space_of(costs, 4, 2, 3)
     assert (space.floor.bops, space.ceiling.bops) == (at(costs, 2), at(costs, 4))
@@ -400,7 +400,7 @@ def test_group_is_one_decision_and_pins_none() -> None:
     }
 
 
-def test_size_counts_packed_weights_steps_and_floats() -> None:
+def test_size_includes_steps_and_float_tensors() -> None:
     net, shape = tiny.conv_bn()
     config = BitConfig(
         model="tiny",
@@ -493,7 +493,7 @@ class Dense(nn.Module):
         return self.head(torch.cat(parts, 1).mean((2, 3)))
 
 
-def test_concatenated_branches_group_but_dense_layers_do_not() -> None:
+def test_concatenated_branches_form_a_group() -> None:
     assert groups(traced(Branches(), (3, 8, 8))) == [["one", "two.1"]]
     dense = groups(traced(Dense(), (3, 8, 8)))
     assert dense == []
@@ -517,7 +517,7 @@ def test_all_summands_form_a_group() -> None:
     assert groups(traced(Sum(), (3, 8, 8))) == [["branches.0", "branches.1", "branches.2"]]
 
 
-def test_fire_modules_share_bits_dense_blocks_do_not() -> None:
+def test_fire_modules_share_bits() -> None:
     squeezenet = traced(torchvision.models.squeezenet1_1(), (3, 64, 64))
     assert [names for names in groups(squeezenet) if "features.3" in names[0]] == [
         ["features.3.expand1x1", "features.3.expand3x3"]
@@ -525,7 +525,7 @@ def test_fire_modules_share_bits_dense_blocks_do_not() -> None:
     assert groups(traced(timm.create_model("densenet121"), (3, 64, 64))) == []
 
 
-def test_recurrent_layer_stays_float_with_reason() -> None:
+def test_recurrent_layer_stays_float() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -540,7 +540,7 @@ def test_recurrent_layer_stays_float_with_reason() -> None:
     assert "recurrent" in left.reason
 
 
-def test_input_dependent_weight_stays_float_with_reason() -> None:
+def test_input_dependent_weight_stays_float() -> None:
     net = timm.create_model("efficientnet_cc_b0_4e")
     found = traced(net, (3, 64, 64)).unquantized
     assert {layer.kind for layer in found.values()} == {"CondConv2d"}
@@ -548,7 +548,7 @@ def test_input_dependent_weight_stays_float_with_reason() -> None:
 
 
 @pytest.mark.parametrize("how", ["matmul", "slice"])
-def test_unsupported_use_of_child_weight_is_reported(how: str) -> None:
+def test_unsupported_weight_use_is_reported(how: str) -> None:
     class Strange(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -227,7 +227,7 @@ def space_choice(space: SearchSpace, point: Any) -> tuple[int, ...]:
 
 
 class TestFront:
-    def test_configurations_are_unique_with_their_source(self, space: SearchSpace) -> None:
+    def test_configurations_are_unique(self, space: SearchSpace) -> None:
         budget = middle(space)
         search, telling = Search(space), Telling()
         found = search.found(budget)
@@ -357,7 +357,7 @@ class TestPicture:
         marks = {each.get_label(): each for each in ax.collections}
         assert marks["front"].get_zorder() == max(each.get_zorder() for each in ax.collections)
 
-    def test_distant_float_point_does_not_squeeze_axes(self, space: SearchSpace) -> None:
+    def test_distant_float_point_keeps_the_scale(self, space: SearchSpace) -> None:
         front = front_of(space, middle(space))
         low = [p.model_copy(update={"top1": p.top1 / 20}) for p in front.points]
         ax, _ = painted(front.model_copy(update={"points": low}))

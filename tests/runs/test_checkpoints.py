@@ -45,7 +45,7 @@ def test_missing_checkpoint_loads_none(tmp_path: Path) -> None:
     assert CheckpointFile(tmp_path / "last.ckpt").load() is None
 
 
-def test_damaged_checkpoint_falls_back_to_previous(tmp_path: Path) -> None:
+def test_damaged_checkpoint_falls_back(tmp_path: Path) -> None:
     file = written(tmp_path / "last.ckpt")
     raw, chance = file.path.read_bytes(), random.Random(0)
     for number in range(MUTATIONS):
@@ -70,7 +70,7 @@ def test_damaged_checkpoint_falls_back_to_previous(tmp_path: Path) -> None:
         assert "last.previous.ckpt" in notes[0]
 
 
-def test_damaged_checkpoint_never_replaces_previous(tmp_path: Path) -> None:
+def test_damaged_checkpoint_never_replaces_a_good_one(tmp_path: Path) -> None:
     written(tmp_path / "last.ckpt").path.write_bytes(b"")
     file = CheckpointFile(tmp_path / "last.ckpt")
     file.load()
@@ -83,7 +83,7 @@ def test_damaged_checkpoint_never_replaces_previous(tmp_path: Path) -> None:
     assert loaded["number"] == 0
 
 
-def test_single_damaged_checkpoint_error_gives_advice(tmp_path: Path) -> None:
+def test_single_damaged_checkpoint_gives_advice(tmp_path: Path) -> None:
     file = written(tmp_path / "last.ckpt", 1)
     file.path.write_bytes(file.path.read_bytes()[:-1])
 
@@ -124,7 +124,7 @@ def test_code_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("stop_before", range(1, 4))
-def test_crash_while_saving_leaves_a_loadable_checkpoint(
+def test_crash_while_saving_is_recoverable(
     stop_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The acts that change names, and the flush before them."""

@@ -37,7 +37,7 @@ class Other:
         self.process.join()
 
 
-def test_second_process_is_refused_naming_the_first(tmp_path: Path) -> None:
+def test_second_process_is_refused(tmp_path: Path) -> None:
     other = Other(tmp_path)
     try:
         with pytest.raises(RunDirectoryError, match=f"in use by process {other.process.pid} on") as refused:
@@ -78,7 +78,7 @@ def test_released_lock_leaves_no_file(tmp_path: Path) -> None:
     [(socket.gethostname(), False), ("elsewhere.example", True)],
     ids=["here", "elsewhere"],
 )
-def test_without_os_locks_only_dead_owners_lose(
+def test_without_os_locks_dead_owner_is_replaced(
     host: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "_lock", lambda handle: None)

@@ -24,7 +24,7 @@ def finished(tmp_path: Path, config: RunConfig) -> Path:
     return run.path
 
 
-def test_metrics_are_truncated_to_the_checkpoint(tmp_path: Path, config: RunConfig) -> None:
+def test_metrics_are_truncated_to_checkpoint(tmp_path: Path, config: RunConfig) -> None:
     run = RunDirectory.start(tmp_path / "run", config, resume=False, overwrite=False)
     run.log(phase="float", loss=1.0)
     run.save_checkpoint({"epoch": 1})
@@ -67,7 +67,7 @@ def test_run_crashed_at_start_is_restarted(left: list[str], tmp_path: Path, conf
     assert not list(tmp_path.glob(".unfinished*"))
 
 
-def test_finished_run_is_neither_overwritten_nor_resumed(finished: Path, config: RunConfig) -> None:
+def test_finished_run_is_protected(finished: Path, config: RunConfig) -> None:
     with pytest.raises(RunDirectoryError, match="already holds a finished run: give --resume"):
         RunDirectory.start(finished, config, resume=False, overwrite=False)
     with pytest.raises(

@@ -110,7 +110,7 @@ def test_one_hot_mixture_equals_plain_quantizer(place: int) -> None:
 
 
 @pytest.mark.parametrize("candidates", [Candidates((2, 4, 6)), UNTIED])
-def test_expected_cost_is_the_configuration_mean(
+def test_expected_cost_is_the_mean(
     candidates: Candidates,
 ) -> None:
     problem = branches(candidates=candidates)
@@ -338,7 +338,7 @@ def test_every_step_matches_the_formulas(candidates: Candidates, unit: Any, alig
 
 
 @pytest.mark.parametrize("weights", [True, False])
-def test_zero_radius_and_alignment_equal_plain_gradients(weights: bool) -> None:
+def test_zero_radius_and_alignment_are_plain(weights: bool) -> None:
     ends = []
     for align in ("sagm", "none"):
         descent = Descent(ASGA(epochs=2, align=align, rho_min=0, rho_max=0, alignment=0), branches())  # type: ignore[arg-type]
@@ -390,7 +390,7 @@ def whole(loss: Callable[..., Tensor]) -> Callable[[int | None], Chunk]:
 @pytest.mark.parametrize(
     ("align", "training", "later"), [("sagm", True, 0), ("sagm", False, 1), ("none", False, 0)]
 )
-def test_out_of_memory_step_equals_micro_batched_step(align: Any, training: bool, later: int) -> None:
+def test_out_of_memory_step_equals_micro_batches(align: Any, training: bool, later: int) -> None:
     """Bit for bit; and where batch norms do not look at the batch, that of the whole batch up to rounding."""
     ends: list[list[Tensor]] = []
     for most, micro in ((12, None), (99, 8), (99, None)):
@@ -439,7 +439,7 @@ def test_optimum_is_found(seed: int, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("seed", sweep(range(3), lambda seed: seed == 0))
-def test_bilevel_search_keeps_the_important_branch(seed: int) -> None:
+def test_bilevel_search_keeps_key_branch_bits(seed: int) -> None:
     problem = branches(seed)
     found = ASGA(bilevel=True, epochs=4).search(problem)
     assert problem.budget.used_by(problem.space.cost(found.choice))
@@ -506,7 +506,7 @@ def test_all_budget_bounds_are_met(budget: Any, candidates: Candidates) -> None:
     assert problem.budget.used_by(cost)
 
 
-def test_larger_cost_weight_approaches_the_budget() -> None:
+def test_larger_cost_weight_nears_the_budget() -> None:
     used = []
     for weight in (0.0, 1.0, 30.0):
         problem = branches(budget=lambda space: Budget(bops=int(1.3 * space.floor.bops)))

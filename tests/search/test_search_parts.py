@@ -90,7 +90,7 @@ def shares(space: SearchSpace, budget: Budget, logits: list[Tensor]) -> np.ndarr
 
 @given(spaces(), st.integers(0, 10**6), st.sampled_from(["bops", "size"]))
 @settings(max_examples=examples(300), deadline=None, derandomize=True)
-def test_mean_draw_cost_is_the_window_center(space: SearchSpace, seed: int, kind: str) -> None:
+def test_mean_draw_cost_is_mid_window(space: SearchSpace, seed: int, kind: str) -> None:
     budget = budget_within(space, random.Random(seed), kind)
     ((index, bound),) = budget.bounds()
     middle = (1 + BUDGET_USE) / 2
@@ -135,7 +135,7 @@ def test_equal_cost_options_are_equally_likely() -> None:
                 assert one != other or p == q
 
 
-def test_without_budget_options_are_equally_likely() -> None:
+def test_without_budget_draws_are_uniform() -> None:
     rows = budget_logits(uneven_space(), Budget())
     assert [len(row) for row in rows] == [2, 4, 3]
     assert all(torch.allclose(row.exp(), torch.full_like(row, 1 / len(row))) for row in rows)
@@ -161,7 +161,7 @@ def test_draws_are_distinct_and_within_budget(dice: int) -> None:
     assert with_window > 10
 
 
-def test_equal_cost_configurations_are_equally_frequent() -> None:
+def test_equal_cost_configurations_are_uniform() -> None:
     """Six ways to give two of four layers 4 bits; chi-square at 5 degrees of freedom, 20.5 for one in a thousand."""
     space = simple_space(4, (2, 4))
     budget = Budget(1000 * (2 * 16 + 2 * 4))
@@ -195,7 +195,7 @@ SPACES = {
 
 
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
-def test_drawn_probabilities_are_recomputed(space: SearchSpace) -> None:
+def test_read_reproduces_draw_probabilities(space: SearchSpace) -> None:
     controller = controller_of(space, 5)
     drawn = controller.draw(50, generator())
     read = controller.read(drawn.choices)
@@ -287,7 +287,7 @@ def test_later_bits_depend_on_earlier_draws() -> None:
     assert (read.options[0, 1] - read.options[1, 1]).abs().max() > 1e-3
 
 
-def test_initial_parameters_are_small_and_seeded() -> None:
+def test_initial_parameters_are_small() -> None:
     one, other = controller_of(SPACES["tied"]), controller_of(SPACES["tied"])
     for p, q in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -427,7 +427,7 @@ def answer(supernet: Supernet, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("switch_norms", [False, True])
 @pytest.mark.parametrize("name", tiny.TINY)
-def test_selection_changes_output_and_is_reversible(name: str, switch_norms: bool) -> None:
+def test_selection_is_reversible(name: str, switch_norms: bool) -> None:
     supernet = supernet_of(name, switch_norms=switch_norms)
     decisions = supernet.problem.space.decisions
     low, high = [0] * len(decisions), [len(d.options) - 1 for d in decisions]
@@ -468,7 +468,7 @@ def test_switchable_norms_start_equal_to_plain(name: str) -> None:
 
 @pytest.mark.parametrize("name", tiny.TINY)
 @pytest.mark.parametrize(("biases", "norms"), [(True, True), (True, False)])
-def test_scores_equal_individually_calibrated_networks(name: str, biases: bool, norms: bool) -> None:
+def test_scores_equal_calibrated_networks(name: str, biases: bool, norms: bool) -> None:
     """Whatever was scored before, and whatever becomes of the weights meanwhile; with real corrections."""
     problem = tiny_problem(name, candidates=Candidates((2, 3)))
     images = [batch for batch, _ in problem.images.scoring]
@@ -573,7 +573,7 @@ def test_norm_belongs_to_the_last_layer_before() -> None:
     assert behind(PreActivation(), (3, 6, 6)) == {"norm1": "stem", "norm2": "conv1", "norm3": "conv2"}
 
 
-def test_layer_norms_belong_to_layers() -> None:
+def test_layer_norms_belong_to_previous_layer() -> None:
     assert behind(*tiny.tokens()) == {"norm": "patches"}
     transformer = VisionTransformer(
         img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_classes=CLASSES
@@ -632,7 +632,7 @@ def plain_loss(supernet: Supernet, choice: list[int], images: Tensor, labels: Te
 
 
 @pytest.mark.parametrize("name", tiny.TINY)
-def test_perturbation_reaches_every_searched_layer(name: str) -> None:
+def test_perturbation_reaches_searched_layers(name: str) -> None:
     cost = sharp_cost_of(name, 0.5, candidates=Candidates((3, 4, 8)))
     supernet = cost.supernet
     batch = supernet.problem.images.scoring[0]
@@ -1034,7 +1034,7 @@ def test_every_norm_copy_is_recalibrated() -> None:
             assert torch.equal(other.running_var, first.running_var)
 
 
-def test_network_without_second_derivatives_is_refused() -> None:
+def test_missing_second_derivatives_are_refused() -> None:
     problem = tiny_problem("conv_bn")
     activations = [name for name, module in problem.model.named_modules() if isinstance(module, nn.ReLU)]
     problem.model.set_submodule(activations[0], nn.Hardsigmoid())

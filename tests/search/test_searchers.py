@@ -75,7 +75,7 @@ def allowance(losses: Losses) -> float:
 
 @settings(max_examples=examples(400), deadline=None, derandomize=True)
 @given(instances())
-def test_knapsack_choice_is_optimal_within_the_limit(instance: tuple[Costs, Losses, int]) -> None:
+def test_knapsack_choice_is_optimal(instance: tuple[Costs, Losses, int]) -> None:
     costs, losses, limit = instance
     chosen = choose(losses, [Resource(costs, limit)])
     best = brute_force(costs, losses, limit)
@@ -117,7 +117,7 @@ def test_limit_holds_to_1_in_1e15() -> None:
     assert choose(losses, [Resource(costs, HUGE)]) == [0]
 
 
-def test_unaffordable_options_do_not_blur_the_rest() -> None:
+def test_unaffordable_options_are_ignored() -> None:
     costs, losses = [[1, 2, HUGE]], [[1e-3, 0.0, 1e6]]
 
     assert choose(losses, [Resource(costs, 2)]) == [1]
@@ -178,9 +178,7 @@ def test_empty_problem_has_an_empty_choice() -> None:
 
 @settings(max_examples=examples(400), deadline=None, derandomize=True)
 @given(spaces(), st.integers(0, 10**6), st.sampled_from(["bops", "size", "both"]), st.booleans())
-def test_best_choice_uses_but_never_exceeds_budget(
-    space: SearchSpace, seed: int, kind: str, monotone: bool
-) -> None:
+def test_best_choice_uses_the_budget(space: SearchSpace, seed: int, kind: str, monotone: bool) -> None:
     rng = random.Random(seed)
     budget = budget_within(space, rng, kind)
     losses = [[rng.uniform(-1, 1) for _ in decision.options] for decision in space.decisions]
@@ -401,7 +399,7 @@ def test_budget_at_ceiling_gives_ceiling(method: str, factor: int, part: int) ->
 
 @each_searcher
 @pytest.mark.parametrize("value", [0.0, 0.5])
-def test_exact_layers_still_get_all_allowed_bits(method: str, value: float) -> None:
+def test_exact_layers_get_maximum_bits(method: str, value: float) -> None:
     for seed in cases(method, 12):
         easy = fresh(problem(seed))
         for parameter in easy.model.parameters():

@@ -286,7 +286,7 @@ class TestImageNet:
         assert split.folders[PARACHUTE] == 701
         assert "class_to_idx.json is not used: it lists 2 classes, the model has 1000" in split.notes[0]
 
-    def test_synsets_stay_correct_beside_ambiguous_words(self, tmp_path: Path) -> None:
+    def test_synsets_beside_ambiguous_words(self, tmp_path: Path) -> None:
         """Two classes of ImageNet are called crane: the bird is 134, the machine 517."""
         from timm.data import ImageNetInfo
 
@@ -300,7 +300,7 @@ class TestImageNet:
         with pytest.raises(DataError, match="does not name 1 class folder"):
             opened(tmp_path, ["a", "b"], Classes(3, names=("a", "a", "b")))
 
-    def test_partial_list_error_gives_working_advice(self, tmp_path: Path) -> None:
+    def test_partial_list_error_gives_advice(self, tmp_path: Path) -> None:
         classes = Classes(3, names=("dog", "cat", "ant"))
         with pytest.raises(DataError) as error:
             opened(tmp_path, ["dog", "foo"], classes)
@@ -372,14 +372,14 @@ class TestClassMap:
         (["search", "--budget", "w4a4"], "--class-map"),
     ],
 )
-def test_missing_file_is_reported_before_loading(command: list[str], option: str, tmp_path: Path) -> None:
+def test_missing_file_is_reported_early(command: list[str], option: str, tmp_path: Path) -> None:
     more = ["saq/resnet20", "--weights", "nowhere.pth", "--data", tmp_path, option, "nowhere.txt", "--quiet"]
     result = saq(command[0], *more, *command[1:])
     assert result.exit_code == 1
     assert f"{option} nowhere.txt is no" in last_error(result)
 
 
-def test_splits_with_different_labels_are_refused(tmp_path: Path) -> None:
+def test_splits_with_other_labels_are_refused(tmp_path: Path) -> None:
     opened(tmp_path, ["ant", "cat"], 2)
     (tmp_path / "val").rename(tmp_path / "train")
     opened(tmp_path, ["ant", "cat"], 2, {"val/classes.txt": "cat\nant\n"})

@@ -121,7 +121,7 @@ def test_checkpoints_without_best_state_resume(harmed: tuple[Path, Any], tmp_pat
     show_quantized(again)
 
 
-def test_without_training_calibration_is_exported(digits: Path, images: Path, tmp_path: Path) -> None:
+def test_calibration_is_exported_without_training(digits: Path, images: Path, tmp_path: Path) -> None:
     options = (*float_options(digits, images), "--bits", 8, "--epochs", 0, "--set", "data.verify_images=20")
 
     found = answer("quantize", MODEL, *options, "--run-dir", tmp_path)
@@ -131,7 +131,7 @@ def test_without_training_calibration_is_exported(digits: Path, images: Path, tm
     assert "|  | float | calibrated |\n" in (tmp_path / "report.md").read_text()
 
 
-def test_noise_is_the_standard_error_of_difference() -> None:
+def test_noise_is_a_standard_error() -> None:
     one, other = Score(images=10_000, top1=88.2), Score(images=10_000, top1=87.2)
     assert noise(one, other) == pytest.approx(0.4644, abs=1e-4)
     assert noise(Score(images=100, top1=100.0), Score(images=100, top1=100.0)) == 0

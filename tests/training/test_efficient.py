@@ -51,7 +51,7 @@ def test_interval_1_equals_the_method(method: str) -> None:
 
 @pytest.mark.parametrize("method", ASCENDING)
 @pytest.mark.parametrize("interval", [2, 3])
-def test_interval_alternates_method_and_plain_steps(method: str, interval: int) -> None:
+def test_interval_alternates_with_plain_steps(method: str, interval: int) -> None:
     model = trainable("conv_bn")
     base = sgd(model)
     ascending, plain = make(method, model, base), make("qat", model, base)
@@ -88,7 +88,7 @@ def test_invalid_options_are_refused(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("method", ASCENDING)
-def test_reuse_with_zero_radius_is_plain_training(method: str) -> None:
+def test_reuse_at_zero_radius_is_plain_training(method: str) -> None:
     """What rounding leaves of equal gradients must not be blown up to their size."""
     assert_bitwise_equal(train("qat"), train(method, rho=0.0, interval=2, reuse=0.7))
 
@@ -101,7 +101,7 @@ def gradients(model: nn.Module, loss: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("network", ["token_mlp", "attention"])
-def test_reuse_adds_the_previous_orthogonal_component(network: str) -> None:
+def test_reuse_adds_previous_component(network: str) -> None:
     """Algorithm 1 of LookSAM, written out in float64 on the vector of all gradients."""
     reuse = 0.7
     model = trainable(network, torch.float64)
@@ -133,7 +133,7 @@ def test_reuse_adds_the_previous_orthogonal_component(network: str) -> None:
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(1.0, 16), (0.25, 4), (0.3, 5), (0.01, 2)])
-def test_ascent_fraction_uses_part_of_the_images(fraction: float, count: int) -> None:
+def test_ascent_fraction_subsamples_images(fraction: float, count: int) -> None:
     model = trainable("conv_bn")
     seen: list[int] = []
     model.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
@@ -146,7 +146,7 @@ def test_ascent_fraction_uses_part_of_the_images(fraction: float, count: int) ->
 
 
 @pytest.mark.parametrize("method", ASCENDING)
-def test_ascent_fraction_is_irrelevant_at_zero_radius(method: str) -> None:
+def test_ascent_fraction_at_zero_radius(method: str) -> None:
     ends = []
     for name, fraction in (("qat", 1.0), (method, 0.25)):
         model = trainable("conv_bn")
@@ -201,7 +201,7 @@ def test_four_micro_batches_equal_one_batch(method: str, network: str, quantizer
         assert (value - ends[1][name]).abs().max() <= 128 * 2**-52 * 100 * scale, name
 
 
-def test_chunk_of_micro_batches_shares_perturbation() -> None:
+def test_chunk_shares_one_perturbation() -> None:
     model = eval_norms(trainable("conv_bn"))
     layers = quantized_layers(model)
     seen: list[list[Tensor]] = []

@@ -234,7 +234,7 @@ def test_case_1_equals_saq_without_clipping() -> None:
         assert equal == same
 
 
-def test_saq_moves_more_quantized_weights_than_sam() -> None:
+def test_saq_moves_more_weights_than_sam() -> None:
     """Rounding swallows a perturbation of the float weights: the reason for SAQ."""
     shares = {}
     for method in ("sam", "saq"):
@@ -255,7 +255,7 @@ def test_saq_moves_more_quantized_weights_than_sam() -> None:
     assert 0 < shares["sam"] < 0.2 * shares["saq"]
 
 
-def test_nonzero_radius_differs_from_plain_training() -> None:
+def test_nonzero_radius_differs_from_plain() -> None:
     model = trainable("conv_bn")
     other = deepcopy(model)
     data = batch()
@@ -371,7 +371,7 @@ def test_unused_layer_is_unchanged(method: str) -> None:
     assert all(value.isfinite().all() for _, value in snapshot(model))
 
 
-def test_loss_without_quantized_layers_is_refused() -> None:
+def test_loss_without_quantized_layers_fails() -> None:
     model = trainable("conv_bn")
     norm = next(norms(model))
 
@@ -447,7 +447,7 @@ def test_exception_leaves_the_model_unchanged(fails_in: int) -> None:
     assert all(int(norm.num_batches_tracked) == 1 for norm in norms(model))  # type: ignore[arg-type]
 
 
-def test_statistics_come_from_the_unperturbed_pass() -> None:
+def test_statistics_come_from_the_first_pass() -> None:
     model = trainable("conv_bn")
     plain = deepcopy(model)
     data = batch()
@@ -459,7 +459,7 @@ def test_statistics_come_from_the_unperturbed_pass() -> None:
     assert_bitwise_equal(snapshot(model), snapshot(plain))
 
 
-def test_both_passes_update_statistics_on_request() -> None:
+def test_both_passes_may_update_statistics() -> None:
     model = trainable("conv_bn")
     plain = deepcopy(model)
     data = batch()

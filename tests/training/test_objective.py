@@ -65,7 +65,7 @@ def test_distillation_matches_its_formula(weight: float, temperature: float) -> 
     assert piece().item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_teacher_runs_once_per_image_without_gradients() -> None:
+def test_teacher_runs_once_per_image() -> None:
     model, teacher = trainable("conv_bn"), nn.Sequential(nn.Flatten(), nn.Linear(108, CLASSES))
     asked: list[Tensor] = []
 
@@ -81,7 +81,7 @@ def test_teacher_runs_once_per_image_without_gradients() -> None:
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_low_precision_ascent_keeps_float32_descent() -> None:
+def test_low_precision_ascent_keeps_descent() -> None:
     model = trainable("conv_bn")
     seen: list[torch.dtype] = []
     model.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))

@@ -12,7 +12,7 @@ from saqcli.training.optimizer import make_minimizer, make_optimizer
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lion", "lookahead_sgd", "lookahead_adamw"])
-def test_gradients_are_clipped_for_every_optimizer(optimizer: str) -> None:
+def test_gradients_are_clipped(optimizer: str) -> None:
     model = nn.Linear(4, 3)
     found = make_optimizer(model, TrainingSection(optimizer=optimizer, clip_grad=1e-3))
     (100 * model(torch.randn(8, 4))).square().sum().backward()

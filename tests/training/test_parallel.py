@@ -110,7 +110,7 @@ def scored() -> tuple[dict[str, Any], dict[str, Any]]:
         return tuple(vars(evaluate(model, data, task, device=CPU, shared=shared)) for shared in (True, False))  # type: ignore[return-value]
 
 
-def test_distributed_evaluation_is_bit_identical() -> None:
+def test_distributed_evaluation_is_exact() -> None:
     found = ranks_run(3, scored)
 
     assert {together["images"] for together, _ in found} == {59}
@@ -127,7 +127,7 @@ def measured() -> dict[str, Any]:
     }
 
 
-def test_distributed_search_measurements_are_bit_identical() -> None:
+def test_distributed_measurements_are_exact() -> None:
     """Three ranks, two batches."""
     alone = measured()
     for found in ranks_run(3, measured):
@@ -144,7 +144,7 @@ def summed(memory: Stopping) -> dict[str, float]:
     return sums_over_batches(fresh(tiny_problem("residual"), memory=memory), "", 11, values)
 
 
-def test_batch_sums_resume_with_another_world_size() -> None:
+def test_batch_sums_resume_with_other_world_size() -> None:
     whole, stopped = summed(Stopping()), Stopping(4)
     with pytest.raises(Interrupted):
         summed(stopped)

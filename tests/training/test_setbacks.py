@@ -52,7 +52,7 @@ def stepper(
 
 
 @pytest.mark.parametrize("method", MINIMIZERS)
-def test_out_of_memory_step_equals_micro_batched_step(method: str) -> None:
+def test_out_of_memory_step_equals_micro_batches(method: str) -> None:
     """Bit for bit: no random number, no running statistic of the attempt is left."""
     ends = []
     for most, micro in ((4, None), (99, 4)):
@@ -108,7 +108,7 @@ def test_nan_step_changes_nothing(method: str, value: float) -> None:
     assert_bitwise_equal(*ends)
 
 
-def test_nan_gradient_is_detected_with_finite_loss() -> None:
+def test_nan_gradient_is_detected() -> None:
     class Steep(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def test_nan_gradient_is_detected_with_finite_loss() -> None:
     assert_bitwise_equal(before, snapshot(model))
 
 
-def test_repeated_nan_restores_last_good_weights() -> None:
+def test_repeated_nan_restores_good_weights() -> None:
     model = trainable("conv_bn")
     base = sgd(model)
     step, notes = stepper(model, base, patience=3)

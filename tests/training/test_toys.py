@@ -57,7 +57,7 @@ def test_samq_breaks_accuracy_ties_by_loss() -> None:
     assert chosen.loss == min(one.loss for one in tied)
 
 
-def test_loss_decides_only_within_standard_error() -> None:
+def test_loss_decides_within_standard_error() -> None:
     images = [(torch.zeros(100, 1), torch.zeros(100, dtype=torch.long))]  # at 90 % an error of 3 points
     one, two, three = (Scored((i,), Cost(1, 1), top1, loss) for i, (top1, loss) in enumerate(TRIO))
     assert most_accurate([one, two, three], images) is two

@@ -82,7 +82,7 @@ def test_counts_are_independent_of_batching(size: int) -> None:
     assert split.loss == pytest.approx(whole.loss, rel=1e-5)
 
 
-def test_unreadable_images_are_counted_separately() -> None:
+def test_unreadable_images_are_skipped() -> None:
     logits, labels = random_logits(40)
     readable, all_of_them = Meter(), Meter()
     readable.update(logits[::2], labels[::2])
@@ -93,7 +93,7 @@ def test_unreadable_images_are_counted_separately() -> None:
     assert vars(all_of_them) == {**vars(readable), "skipped": 20}
 
 
-def test_batch_of_unreadable_images_counts_nothing() -> None:
+def test_unreadable_batch_counts_nothing() -> None:
     meter = Meter()
     meter.update(torch.randn(4, 10), torch.full((4,), -1))
 
@@ -117,7 +117,7 @@ def test_meter_is_restored_from_its_state() -> None:
     assert Meter(**vars(meter)).score() == meter.score()
 
 
-def test_evaluate_counts_batches_and_keeps_predictions() -> None:
+def test_evaluate_counts_and_keeps_predictions() -> None:
     logits, labels = random_logits(50)
     labels[[0, 20]] = -1
     meter, task, kept = Meter(), Watch(), []
@@ -198,7 +198,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize(("m", "sizes"), [(8, [8, 8]), (16, [16]), (128, [16]), (6, [6, 5, 5])])
-def test_batch_is_split_into_perturbation_chunks(m: int, sizes: list[int]) -> None:
+def test_batch_is_split_into_chunks(m: int, sizes: list[int]) -> None:
     model = quantize(NETWORKS["token_mlp"]).model
     recorder = Recorder()
     ((x, labels),) = batches(1)
@@ -323,6 +323,6 @@ def test_autocast_keeps_the_loss_in_float32() -> None:
     assert set(seen) == {torch.float32}
 
 
-def test_test_double_is_a_task() -> None:
+def test_watch_implements_task() -> None:
     task: Task = Watch()
     task.advance(images=3)

@@ -166,7 +166,7 @@ def test_h1b_float_weight_is_requantized() -> None:
 
 
 @pytest.mark.parametrize("kind", ["MatMul", "Gemm"])
-def test_h2_float_input_is_quantized_on_the_fly(kind: str) -> None:
+def test_h2_float_input_is_quantized(kind: str) -> None:
     def build(how: str) -> onnx.ModelProto:
         hand = Hand([64])
         if how == "dequantized":
@@ -186,7 +186,7 @@ def test_h2_float_input_is_quantized_on_the_fly(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.uint4, ml_dtypes.int4])
-def test_h3_clip_before_narrow_quantizer_fails_session(dtype: Any) -> None:
+def test_h3_clip_before_narrow_quantizer_fails(dtype: Any) -> None:
     def build(zero: Any) -> onnx.ModelProto:
         hand = Hand([8])
         ends = [hand.constant(np.float32(end)) for end in (0, 6)]
@@ -207,7 +207,7 @@ def test_h3_clip_before_narrow_quantizer_fails_session(dtype: Any) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "zero"), [(ml_dtypes.int4, 0), (ml_dtypes.uint4, 5)])
-def test_h4_relu_before_narrow_quantizer_is_removed(dtype: Any, zero: int) -> None:
+def test_h4_relu_before_quantizer_is_removed(dtype: Any, zero: int) -> None:
     def build(kind: Any, point: int) -> onnx.ModelProto:
         hand = Hand([8])
         relu = hand.add("Relu", [hand.add("Neg", ["x"])])
@@ -222,7 +222,7 @@ def test_h4_relu_before_narrow_quantizer_is_removed(dtype: Any, zero: int) -> No
     assert changed(build(dtype, zero), [8]) > 0.2
 
 
-def test_h5_2_bit_weights_make_an_invalid_graph() -> None:
+def test_h5_2_bit_weights_give_invalid_graph() -> None:
     def build(dtype: Any) -> onnx.ModelProto:
         hand = Hand([8, 6, 6], opset=25, ir_version=12)
         y = hand.add("Conv", [hand.quantized("x", 0.5), hand.weight([4, 8, 3, 3], dtype, 1)])

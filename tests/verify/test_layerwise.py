@@ -124,7 +124,7 @@ def quantizers_of(graph: Any, layer: str) -> list[Any]:
         lambda kind, style: (kind is SameTwice) == (style == "trt"),
     ),
 )
-def test_repeated_calls_are_distinguished_by_input(kind: type[Again], style: str, tmp_path: Path) -> None:
+def test_repeated_calls_are_distinguished(kind: type[Again], style: str, tmp_path: Path) -> None:
     """Each is found right, and each is found wrong."""
     path, x = tmp_path / "model.onnx", tiny.images((3, 8, 8))
     net = kind()

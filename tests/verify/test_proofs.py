@@ -86,9 +86,7 @@ def test_reference_is_float64(plain: nn.Module, images: Tensor) -> None:
     assert float((truth - near).abs().max()) < 1e-4 * float(truth.abs().max())
 
 
-def test_model_forcing_float32_is_its_own_reference(
-    insisting: nn.Module, images: Tensor, tmp_path: Path
-) -> None:
+def test_float32_model_is_its_own_reference(insisting: nn.Module, images: Tensor, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="dtype"):
         insisting.double()(images.double())
     insisting.float()
@@ -116,7 +114,7 @@ def test_unreadable_images_prove_nothing(plain: nn.Module, images: Tensor, file:
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2])
-def test_without_readable_images_nothing_is_written(
+def test_unreadable_images_write_nothing(
     batches: int, plain: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
     missing = [labelled(images, -1)] * batches

@@ -54,7 +54,7 @@ def test_nan_reference_verifies_nothing(bad: float) -> None:
 @pytest.mark.parametrize(
     ("wrong", "verified"), [(0, True), (1, True), (10, True), (12, True), (13, False), (200, False)]
 )
-def test_agreement_threshold_is_95_percent_plus_two(wrong: int, verified: bool) -> None:
+def test_agreement_threshold(wrong: int, verified: bool) -> None:
     truth = logits(200)
     answer = truth.clone()
     answer[:wrong, 0], answer[:wrong, 1] = truth[:wrong, 1], truth[:wrong, 0]
@@ -66,7 +66,7 @@ def test_agreement_threshold_is_95_percent_plus_two(wrong: int, verified: bool) 
 
 
 @pytest.mark.parametrize(("share", "verified"), [(0.5, True), (0.99, True), (1.01, False), (20.0, False)])
-def test_mean_difference_is_bounded_by_logit_deviation(share: float, verified: bool) -> None:
+def test_mean_difference_scales_with_logits(share: float, verified: bool) -> None:
     """A shift of all logits leaves every best class as it is."""
     truth = logits()
     shift = share * LARGEST_MEAN_DIFFERENCE * float(truth.std())
@@ -110,7 +110,7 @@ def test_outlier_shows_in_max_difference() -> None:
 
 
 @pytest.mark.parametrize("classes", [1, 10])
-def test_constant_logits_are_compared_without_division(classes: int) -> None:
+def test_constant_logits_are_compared(classes: int) -> None:
     truth = torch.full((8, classes), 2.0)
 
     assert judge(truth, truth.clone()).verified
@@ -135,7 +135,7 @@ def test_worst_candidate_decides() -> None:
     assert compare(lambda x: x, {"equal": lambda x: x}, batches, 7, SILENT)["equal"].verified
 
 
-def test_failing_candidate_outweighs_larger_difference() -> None:
+def test_failure_outweighs_larger_difference() -> None:
     """One image far off is allowed; every best class wrong is not."""
     images = torch.rand(200, 10)
     images[:, 0] += 2e-2 + images[:, 1:].amax(1) - images[:, 0]
@@ -157,7 +157,7 @@ def test_failing_candidate_outweighs_larger_difference() -> None:
     assert verdict.argmax_agreement == 0.0
 
 
-def test_allowance_is_twice_pytorch_disagreement() -> None:
+def test_allowance_grows_with_pytorch_noise() -> None:
     """Networks that amplify every rounding differ from themselves."""
     verdict = Verdict(images=100, argmax_agreement=0.8, max_abs_diff=1.0, mean_abs_diff=0.35)
     assert len(verdict.reasons()) == 2

@@ -1,4 +1,4 @@
-"""What every test may lean on: one seed, and the data and weights that lie beside the repository."""
+"""Shared fixtures: the seed, and the data and weights stored beside the repository."""
 
 import gc
 import os
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: the collector of garbage need not walk its million objects again and again."""
+    """Freeze the imported objects, so that the garbage collector skips a million objects."""
     gc.collect()
     gc.freeze()
 
@@ -59,7 +59,7 @@ def operators_read_once() -> None:
 
 
 def shared_data() -> Path:
-    """The folder of real data and weights, or a skip where it is not there."""
+    """The folder of real data and weights; skips the test if it is missing."""
     path = Path(__file__).resolve().parents[2] / "shared"
     if not (path / "data").is_dir():
         pytest.skip(f"needs real data and weights in {path}")
@@ -72,7 +72,7 @@ def shared() -> Path:
 
 
 def shared_folder(factory: pytest.TempPathFactory) -> Path:
-    """One for all processes of a run."""
+    """One folder for all worker processes of a test run."""
     base = factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -104,7 +104,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where files are written, each under a name of its own and at once, that several tests read, in any process."""
+    """Where files shared by several tests and processes are written, each once and under its own name."""
     found = shared_folder(tmp_path_factory) / "files"
     found.mkdir(exist_ok=True)
     return found

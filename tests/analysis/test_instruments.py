@@ -1,4 +1,4 @@
-"""Instruments: against explicit Hessians of an independent twin, brute force, and separately built models."""
+"""Instruments, compared with explicit Hessians of an independent reference, brute force and separately built models."""
 
 import math
 from collections.abc import Callable
@@ -31,7 +31,7 @@ Bits = Callable[[Any], dict[str, LayerBits]]
 def subject_of(
     name: str = "conv_bn", bits: Bits | None = None, batch: int = 7, dtype: torch.dtype = torch.float64
 ) -> Subject:
-    """A quantized network with images that it takes for its own, so that its loss is that of a trained one."""
+    """A quantized network and images labelled with its own answers, so that its loss is that of a trained network."""
     made = quantize(NETWORKS[name], bits) if bits else quantize(NETWORKS[name])
     model = made.model.to(dtype).eval()
     pictures = images(COUNT, seed=5).to(dtype)
@@ -52,7 +52,7 @@ def same_state(subject: Subject, before: dict[str, Tensor]) -> bool:
 
 
 def line_through(x: Tensor, quantizer: Quantizer) -> Tensor:
-    """Straight through a quantizer, by detaching and in plain operators; none of its own gradient is used."""
+    """Straight-through gradient by detaching, in plain operators; the quantizer's own gradient is not used."""
     grid, step = quantizer.grid(), quantizer.step().detach()
     inside = ((x / step <= grid.highest) & (x / step >= grid.lowest)).to(x.dtype).detach()
     return x * inside + (quantizer.codes(x) * step - x * inside).detach()
@@ -86,7 +86,7 @@ def _norm(x: Tensor, norm: Any) -> Tensor:
 
 
 def explicit_hessian(subject: Subject) -> Tensor:
-    """(weights, weights), by differentiating the twin twice."""
+    """(weights, weights), by differentiating the reference twice."""
     loss, point = twin_loss(subject)
     assert loss(point).item() == pytest.approx(subject.score().loss, rel=1e-6)  # the twin is the model
     hessian: Tensor = torch.autograd.functional.hessian(loss, point)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit codes, stdout, stderr, and the files that appear."""
+"""The command line: exit codes, stdout, stderr and the files written."""
 
 import json
 import os
@@ -339,7 +339,7 @@ class TestInstalledProgram:
 
     @pytest.fixture(scope="class")
     def whole(self, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """A run that nobody interrupted."""
+        """An uninterrupted run."""
         run = tmp_path_factory.mktemp("whole") / "run"
         assert subprocess.run(_command(digits, run), env=_single_threaded(), check=False).returncode == 0
         return run
@@ -363,7 +363,7 @@ class TestInstalledProgram:
     def test_resume_within_an_epoch_is_bit_identical(
         self, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """In this process: to start one takes longer than what it does."""
+        """Runs in this process, since starting another takes longer than the test."""
         whole, run = tmp_path / "whole", tmp_path / "run"
         assert saq(*_command(digits, whole)[3:]).exit_code == 0
         with monkeypatch.context() as patch:
@@ -406,7 +406,7 @@ class TestInstalledProgram:
 
 
 def _raising(number: int, step: int) -> Any:
-    """Makes a minimizer in whose step of that number the signal comes."""
+    """Build a minimizer that raises the signal in the step of that number."""
     make, calls = trainer.make_minimizer, 0
 
     def made(*arguments: Any) -> Any:

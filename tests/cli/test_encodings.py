@@ -1,4 +1,4 @@
-"""Text files as editors of all systems write them: UTF-8 with or without a mark, and others that are named."""
+"""Encodings of text files: UTF-8 with or without a byte order mark; others are named."""
 
 import json
 from pathlib import Path

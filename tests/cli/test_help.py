@@ -1,4 +1,4 @@
-"""Help screens: what is written reads back as typed, at every width, and the defaults it names are true."""
+"""Help screens: text is printed unchanged at every width, and the defaults named are the defaults."""
 
 import re
 from typing import Any
@@ -32,7 +32,7 @@ def screen(monkeypatch: pytest.MonkeyPatch, width: int, *command: str) -> str:
 
 
 def contains(words: list[str], text: str) -> bool:
-    """Whether the words of ``text`` stand in ``words``, one after the other, but for the full stop at the end."""
+    """Whether the words of ``text`` occur in ``words`` in sequence, ignoring the final full stop."""
     *part, last = text.replace("`", "").split()
     starts = range(len(words) - len(part))
     return any(
@@ -95,7 +95,7 @@ def test_every_option_has_help(name: str) -> None:
 def test_documented_default_is_the_default(
     monkeypatch: pytest.MonkeyPatch, name: str, parameter: Any
 ) -> None:
-    """The option at the value that its help names changes nothing."""
+    """Passing the default named in the help changes nothing."""
     found: list[RunConfig] = []
 
     def take(config: RunConfig, *_: object, **__: object) -> None:

@@ -43,7 +43,7 @@ def shown(
     what: tuple[list[dict[str, Any]], Tree] | None = None,
     **options: Any,
 ) -> str:
-    """What is printed on a terminal of ``width`` columns, or into a pipe."""
+    """The output on a terminal of ``width`` columns, or into a pipe."""
     for name in ("FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     file = io.StringIO()

@@ -1,4 +1,4 @@
-"""What people read on the screen: whole names at every width, one image and two images, time left of this process."""
+"""Tables on the screen: complete names at every width, singular and plural, remaining time."""
 
 import json
 import re
@@ -174,7 +174,7 @@ def test_nan_is_written_as_text() -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, to be set."""
+    """The time, set by the test."""
     now = [100.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     return now
@@ -192,7 +192,7 @@ class TestRemainingTime:
         assert pace.texts == ["11 images/s", "24 s left"]
 
     def test_excludes_steps_before_resume(self, clock: list[float]) -> None:
-        """80 of 100 steps were done before; passing over their images takes a minute, a step 2 s."""
+        """80 of 100 steps ran before; skipping their images takes a minute, a step 2 s."""
         pace = console.Pace(100)
         pace.advance(80, 0)
         clock[0] += 62.0
@@ -242,7 +242,7 @@ class TestRemainingTime:
 
 @pytest.fixture(scope="module")
 def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Calibrated, not fine-tuned; what was printed lies beside it."""
+    """A calibrated run without fine-tuning; its output is stored beside it."""
     path = tmp_path_factory.mktemp("one") / "my run"
     options = [*float_options(digits, digits / "few"), "--bits", "w4a5", "--epochs", 0, "--quiet"]
     result = saq("quantize", MODEL, *options, "--set", "data.verify_images=1", "--run-dir", path)
@@ -288,7 +288,7 @@ class TestCalibratedRun:
             assert f"remove {option}" in result.stderr
 
     def test_profile_works_without_a_model(self, run: Path, tmp_path: Path) -> None:
-        """As a search has, or a run that was interrupted."""
+        """As for a search or an interrupted run."""
         shutil.copytree(run, tmp_path / "run")
         (tmp_path / "run" / "artifacts" / "model.safetensors").unlink()
 

@@ -1,4 +1,4 @@
-"""What a data set is: its splits, its classes and their labels, and drawing from it."""
+"""Data sets: splits, classes, labels and subsets."""
 
 import csv
 import json

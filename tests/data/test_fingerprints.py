@@ -1,4 +1,4 @@
-"""Which images a split holds, told by a line of text."""
+"""Fingerprints of the images in a split."""
 
 import shutil
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What is found in a data folder, and what is never left out in silence: dead links, capitals, other endings."""
+"""Data folders: what is found, and what is reported instead of ignored: broken links, capitals, other suffixes."""
 
 import os
 import sys

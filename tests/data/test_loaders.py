@@ -1,4 +1,4 @@
-"""How images reach the network: what is done to them, in which order, and when they cannot be read."""
+"""Loaders: transforms, order, and unreadable images."""
 
 import io
 import os
@@ -36,7 +36,7 @@ def split(tmp_path: Path, make_classes: MakeClasses) -> Split:
 
 @pytest.fixture
 def load(cifar_like: Preprocessing) -> Load:
-    """``make_loader`` with everything that a test does not care about."""
+    """``make_loader`` with defaults for everything a test does not set."""
 
     def make(split: Split, **options: object) -> Loader:
         defaults = {"batch_size": 4, "training": False, "workers": 0, "device": CPU, "seed": 0}
@@ -52,7 +52,7 @@ def batches(loader: Loader, epoch: int = 0) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def damage(split: Split, index: int, how: str) -> str:
-    """Spoil the file of one image, whose path is returned."""
+    """Damage the file of one image and return its path."""
     file = split.dataset.source[index][0]
     content = Path(file).read_bytes()
     Path(file).write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "text": b"hello"}[how])
@@ -213,7 +213,7 @@ def test_split_without_images_is_refused(split: Split, load: Load, tmp_path: Pat
 
 
 class Fatal:
-    """A source whose reading kills the process, as the kernel does when memory runs out."""
+    """A data source that kills the reading process, as the kernel does when memory runs out."""
 
     def __len__(self) -> int:
         return 4
@@ -274,7 +274,7 @@ def test_label_out_of_range_is_refused(label: int, load: Load) -> None:
 
 
 class Reader(list[tuple[Image.Image, int]]):
-    """What a timm reader of a stream looks like."""
+    """The interface of a timm stream reader."""
 
     epoch = -1
 

@@ -1,4 +1,4 @@
-"""Whatever numbers an image holds, it is read as what it shows, or refused; never black or white in silence."""
+"""Pixel values of any range are scaled correctly or refused, never black or white without notice."""
 
 import io
 import struct
@@ -38,7 +38,7 @@ def read(content: bytes, mode: str = "L") -> Any:
 def tiff(
     pixels: Any, bits: int, sample_format: int = 1, photometric: int = 1, order: str = "<", width: int = 0
 ) -> bytes:
-    """An uncompressed TIFF of these bytes, in forms that Pillow itself does not write."""
+    """An uncompressed TIFF of these bytes, in forms that Pillow does not write."""
     shape = pixels.shape
     samples = shape[2] if len(shape) == 3 else 1
     data = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
@@ -148,7 +148,7 @@ def test_unknown_range_is_refused(kind: str, tmp_path: Path, make_classes: MakeC
 
 
 def png16(pixels: Any) -> bytes:
-    """A 16-bit colour PNG, which Pillow reads and does not write."""
+    """A 16-bit colour PNG, which Pillow reads but does not write."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -240,7 +240,7 @@ def test_broken_exif_is_ignored() -> None:
 
 
 def test_accuracy_ignores_storage_format(digits: Path, tmp_path: Path) -> None:
-    """Digits as 8-bit PNG, and as TIFFs of 32-bit integers and floats; and turned, with the orientation said."""
+    """Digits as 8-bit PNG, as TIFF of 32-bit integers and floats, and rotated with EXIF orientation."""
     forms: dict[str, Callable[[Any], tuple[Any, str, dict[str, Any]]]] = {
         "int": lambda a: (a.astype(np.int32), "tif", {}),
         "float": lambda a: (a.astype(np.float32) / 255, "tif", {}),

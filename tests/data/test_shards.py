@@ -1,4 +1,4 @@
-"""Sharded data (wds/): every image once, in an order that can be had again, and what is damaged is said."""
+"""Sharded data (wds/): every image once, in a reproducible order; damage is reported."""
 
 import io
 import json
@@ -27,7 +27,7 @@ COUNT = sum(SIZES)
 
 
 def sample(number: int) -> Sample:
-    """An image whose every pixel, and whose label, is ``number``."""
+    """An image whose pixels and label are all ``number``."""
     file = io.BytesIO()
     Image.new("RGB", (16, 16), (number,) * 3).save(file, "png")
     return f"{number:04d}", {"png": file.getvalue(), "cls": str(number).encode()}
@@ -51,7 +51,7 @@ def load(split: Split, **options: Any) -> Loader:
 
 
 def seen(loader: Loader, epoch: int = 0) -> list[int]:
-    """The labels of a pass, whose images must be theirs and whose batches must be as many as was said."""
+    """The labels of one epoch; checks that images match labels and that the batch count is as announced."""
     loader.set_epoch(epoch)
     batches = list(loader)
     assert len(batches) == len(loader)
@@ -101,7 +101,7 @@ def test_parts_are_disjoint_and_subsets_nested(folder: Path, monkeypatch: pytest
 
 
 def test_calibration_samples_across_shards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where files hold a class each, calibration sees more than the first one."""
+    """With one class per file, calibration sees more than the first class."""
     monkeypatch.setattr(shards_module, "TOGETHER", 2)
     file_of = [number for number, size in enumerate(SIZES) for _ in range(size)]
     for seed in range(3):
@@ -138,7 +138,7 @@ def cut(path: Path) -> None:
 
 
 def spoil(path: Path) -> None:
-    """A header in the middle, after which Python's tarfile sees the end."""
+    """Corrupt a header in the middle; Python's tarfile then reports the end of the file."""
     content = bytearray(path.read_bytes())
     content[4096:4096] = b"\xff" * 512
     path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Whatever lies under the name of an image: it is read, or named in one line; nothing hangs, runs or is noted."""
+"""Unusual image files are read, or named in one line; nothing hangs, runs code or warns."""
 
 import gc
 import io
@@ -33,7 +33,7 @@ SIDE = 32
 
 
 def picture(side: int = SIDE) -> Image.Image:
-    """Smooth, so that JPEG keeps it nearly."""
+    """A smooth image, so that JPEG nearly preserves it."""
     across = np.linspace(0, 255, side).astype(np.uint8)
     return Image.fromarray(np.stack(np.broadcast_arrays(across, across[:, None], np.uint8(128)), axis=-1))
 
@@ -49,20 +49,20 @@ def animated(kind: str) -> bytes:
 
 
 def ycck() -> bytes:
-    """A CMYK file whose Adobe marker says that its colours are YCCK; what comes out is another picture."""
+    """A CMYK file whose Adobe marker claims YCCK; it decodes to another picture."""
     content = bytearray(encoded("jpeg", picture().convert("CMYK")))
     content[content.index(b"Adobe") + 11] = 2
     return bytes(content)
 
 
 def with_exif(content: bytes) -> bytes:
-    """A JPEG with that in its EXIF segment."""
+    """A JPEG with these bytes as EXIF."""
     file, segment = encoded("jpeg"), b"Exif\0\0" + content
     return file[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + file[2:]
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A PNG file that says it has that size."""
+    """A PNG file that claims that size."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     file = encoded("png")
     return file[:8] + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + file[33:]
@@ -126,7 +126,7 @@ def load(split: Split, workers: int = 0, **options: bool) -> Loader:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes with a good image each."""
+    """Two classes with one valid image each."""
     for name in ("cat", "dog"):
         (tmp_path / "val" / name).mkdir(parents=True)
         (tmp_path / "val" / name / "good.png").write_bytes(encoded("png"))
@@ -138,7 +138,7 @@ def opened(folder: Path, bad_images: str = "refuse") -> Split:
 
 
 def test_every_image_kind_is_read_silently(folder: Path) -> None:
-    """Its first picture, as it is stored; a warning would be an error here."""
+    """The first frame, as stored; a warning would be an error here."""
     for name, content in READABLE.items():
         (folder / "val" / "cat" / f"{name}.jpg").write_bytes(content())
         (folder / "val" / "cat" / "good.png").unlink(missing_ok=True)
@@ -232,7 +232,7 @@ def test_killed_worker_is_reported_promptly(folder: Path, training: bool) -> Non
 
 
 def begin_later(begin: Callable[[int], None], started: Any, worker: int) -> None:
-    """What a reader does first; before that it waits, or afterwards until all have done it."""
+    """Runs first in a worker: waits before, or afterwards until all workers have started."""
     if started is None:
         time.sleep(0.5)
     begin(worker)
@@ -243,7 +243,7 @@ def begin_later(begin: Callable[[int], None], started: Any, worker: int) -> None
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal")
 @pytest.mark.parametrize("beginning", [False, True])
 def test_workers_survive_group_signals(folder: Path, beginning: bool) -> None:
-    """As from Ctrl-C in a terminal, or from torchrun: the one that they read for decides when it ends."""
+    """As from Ctrl-C in a terminal, or from torchrun: the main process decides when workers end."""
     for number in range(200):
         (folder / "val" / "cat" / f"{number}.png").write_bytes(encoded("png"))
     started = None if beginning else multiprocessing.Barrier(3)
@@ -270,7 +270,7 @@ def test_workers_survive_group_signals(folder: Path, beginning: bool) -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_workers_exit_with_their_loader(folder: Path, training: bool) -> None:
-    """Without the garbage collector, which would take torch seconds a reader and might leave them behind."""
+    """Without garbage collection, which would take seconds per worker and might leave workers behind."""
     before = set(multiprocessing.active_children())
     loader = load(opened(folder), 2, training=training)
     batches = iter(loader)

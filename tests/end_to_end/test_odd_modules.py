@@ -1,4 +1,4 @@
-"""Modules as people write them, one line each: through everything, or left in floating point, or refused."""
+"""Unusual modules: each goes through the whole pipeline, stays in floating point, or is refused."""
 
 import math
 from collections.abc import Callable
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 
 
 class Net(nn.Module):
-    """A convolution, what is odd, and a classifier."""
+    """A convolution, the unusual module, and a classifier."""
 
     def __init__(self, middle: nn.Module) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def pruned(layer: Any, times: int = 1) -> Any:
 
 
 class Cast(nn.Module):
-    """A layer of another type within a network of float32."""
+    """A layer of another dtype in a float32 network."""
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Cast(nn.Module):
 
 
 class Named(nn.Module):
-    """Layers of given names, one after another."""
+    """Layers with given names, in sequence."""
 
     def __init__(self, *names: str) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def having(name: str, value: Any) -> Any:
 
 
 class Computed(nn.Conv2d):
-    """Its weight is a property."""
+    """A layer whose weight is a property."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -124,7 +124,7 @@ class Computed(nn.Conv2d):
 
 
 class Assigned(nn.Conv2d):
-    """Its forward makes its weight."""
+    """A layer whose forward creates its weight."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -169,7 +169,7 @@ def frozen(layer: nn.Module) -> nn.Module:
 
 
 class Odd(NamedTuple):
-    """A network, why a layer of it stays in floating point, and what is noted."""
+    """A network, why one of its layers stays in floating point, and the note printed."""
 
     build: Callable[[], nn.Module]
     left: str = ""
@@ -235,7 +235,7 @@ def parametrized_attention() -> nn.Module:
 
 
 def opened(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Network, nn.Module]:
-    """The network, wrapped and traced, and the same as it was before."""
+    """The network, wrapped and traced, and an unwrapped copy."""
 
     def build(num_classes: int, in_chans: int) -> nn.Module:
         torch.manual_seed(0)  # lazy layers are drawn after this
@@ -253,7 +253,7 @@ def images(count: int = 8) -> Tensor:
 
 
 def quantized(network: Network) -> ModelFacts:
-    """Four bits everywhere and a step of SAQ; what files say of it."""
+    """Quantize to 4 bits, take one SAQ step, and return the metadata."""
     model, x = network.model, images()
     statistics = calibration.observe(model, [x])
     signed = {name: found.signed for name, found in statistics.items()}

@@ -1,4 +1,4 @@
-"""Folders may be called anything, and a run writes to its own folder and nowhere else."""
+"""Folders may have any name, and a run writes only to its own folder."""
 
 import json
 import os
@@ -21,7 +21,7 @@ UNIFORM = ("--budget", "w4a4", "--searcher", "uniform")
 
 
 def files_in(*folders: Path) -> dict[Path, str]:
-    """Everything below the folders: what it is, or its SHA-256."""
+    """Everything below the folders, by type or SHA-256."""
     return {
         path: sha256_of(path) if path.is_file() else "folder"
         for folder in folders
@@ -31,7 +31,7 @@ def files_in(*folders: Path) -> dict[Path, str]:
 
 @pytest.fixture(scope="module")
 def place(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a name, and images and weights with names in it."""
+    """A folder of that name, with images and weights."""
     place = tmp_path_factory.mktemp("place") / NAME
     for split in ("train", "val"):
         for folder in sorted((digits / "images" / split).iterdir()):
@@ -54,7 +54,7 @@ def options(digits: Path, place: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def quantized(digits: Path, place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A quantization by a process with its own home and place for temporary files: what it printed and wrote."""
+    """A quantization in a process with its own home and temporary folder: its output and the files it wrote."""
     run, temporary, home = (
         place / "un run",
         tmp_path_factory.mktemp("temporary"),

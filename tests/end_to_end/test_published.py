@@ -1,4 +1,4 @@
-"""Quantizers and the published recipes by the command line, on real handwritten digits."""
+"""Quantizers and published recipes from the command line, on real handwritten digits."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ PAPER = ("paper-cifar", "paper-imagenet")
 
 
 def saq(*arguments: object) -> Any:
-    """The JSON that a command prints; it must succeed."""
+    """Run a command, which must succeed, and return its JSON."""
     result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout)
@@ -115,7 +115,7 @@ def test_quantizer_option_is_saved_and_reloaded(name: str, digits: Path, tmp_pat
 def test_transformed_weights_resume_bit_identically(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files hold plain forms, checkpoints do not: what is built from a checkpoint transforms again."""
+    """Files hold folded weights, checkpoints latent ones: a model resumed from a checkpoint transforms again."""
     import saqcli.pipelines.quantize as workflow
 
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Pretrained networks on real images: what is loaded, seen and counted is what others measured.
+"""Pretrained networks on real images reproduce published figures.
 
 The archives and weights lie beside the repository; without them these tests are skipped.
 """
@@ -25,7 +25,7 @@ from saqcli.progress import SILENT
 
 
 def saq(*arguments: object) -> Any:
-    """The JSON that a command prints; it must succeed."""
+    """Run a command, which must succeed, and return its JSON."""
     result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout)
@@ -33,7 +33,7 @@ def saq(*arguments: object) -> Any:
 
 @pytest.fixture(scope="module")
 def tenth(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every tenth of them, evenly over the classes."""
+    """Every tenth image, evenly over the classes."""
     folder = tmp_path_factory.mktemp("tenth")
     for label in sorted((cifar10 / "test").iterdir()):
         (folder / "test" / label.name).mkdir(parents=True)
@@ -44,7 +44,7 @@ def tenth(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All 8,000 test images as PNG files, and a few of them again as training images to calibrate on."""
+    """All 8,000 test images as PNG files, and some of them again as training images for calibration."""
     from tests.conftest import shared_data
 
     data = shared_data() / "data"

@@ -1,4 +1,4 @@
-"""The story that the README tells, on real handwritten digits: quantize, evaluate, export, do it again.
+"""The README example on real handwritten digits: quantize, evaluate, export, rerun.
 
 The run that it is about is that of ``saq demo``.
 """
@@ -28,7 +28,7 @@ UNIFORM_3 = 92_640_256  # BOPs, just below what 3 bits cost saq/resnet20 on 16 x
 
 
 def saq(*arguments: object) -> Any:
-    """The JSON that a command prints; it must succeed."""
+    """Run a command, which must succeed, and return its JSON."""
     result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout)
@@ -48,12 +48,12 @@ def run(place: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def quantized(place: Path) -> dict[str, Any]:
-    """What ``saq demo`` printed for it, with fewer epochs of float training than a person gets."""
+    """The output of ``saq demo``, with fewer epochs of float training than by default."""
     return demonstrated(place, 3, "--bops", f"{UNIFORM_3 / 1e6:f}M")
 
 
 def demonstrated(place: Path, float_epochs: int, *options: str) -> dict[str, Any]:
-    """What ``saq demo`` prints."""
+    """The output of ``saq demo``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "train_float", partial(demo.train_float, epochs=float_epochs))
         answer: dict[str, Any] = saq("demo", "--run-dir", place, "--epochs", 1, *options)
@@ -61,7 +61,7 @@ def demonstrated(place: Path, float_epochs: int, *options: str) -> dict[str, Any
 
 
 def float_network(place: Path) -> list[str]:
-    """Options that name the demo's weights and images."""
+    """Options that select the demo's weights and images."""
     return float_options(place, place / "digits")
 
 
@@ -209,7 +209,7 @@ def test_demo_runs_offline(quantized: dict[str, Any]) -> None:
 
 
 def test_demo_budget_mixes_bits() -> None:
-    """Above uniform 2 bits, and too far below 3 for these to use it."""
+    """Above uniform 2 bits, and well below 3."""
     assert BUDGET_USE * parse_quantity(BUDGET) > UNIFORM_2
     assert parse_quantity(BUDGET) < UNIFORM_3
 

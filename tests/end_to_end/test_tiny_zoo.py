@@ -1,4 +1,4 @@
-"""timm's tiny networks through the whole mechanism: one for each kind of layer and block, from wrapping to the file.
+"""timm's tiny networks, one for each kind of layer and block, from wrapping to the exported file.
 
 Weights are random. Batch norms have seen a few images, and what starts at zero (scales of residual branches, last
 norms) is filled: else nothing passes, and a layer could be left out of a step without notice.
@@ -44,7 +44,7 @@ NATIVE = {"test_coatnet", "test_maxvit"}  # windows that divide no other size
 
 @dataclass
 class Subject:
-    """A network on its way: what it answered in floating point, and how it is quantized."""
+    """A network in progress: its float outputs, and how it is quantized."""
 
     network: Network
     images: Tensor

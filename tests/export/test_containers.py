@@ -1,4 +1,4 @@
-"""What the weights of a file take beside their true bits, read off the graph."""
+"""Storage containers of the weights compared with their true bits, read from the graph."""
 
 from pathlib import Path
 

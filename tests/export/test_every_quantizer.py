@@ -1,4 +1,4 @@
-"""Every quantizer from a float network to files: wrapped, calibrated, trained by SAQ, saved, loaded, exported."""
+"""Every quantizer from float network to files: wrapped, calibrated, trained by SAQ, saved, loaded, exported."""
 
 from functools import cache
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The exact form is the model, and ONNX Runtime computes it bit for bit, however it is run."""
+"""The exact form equals the model, and ONNX Runtime reproduces it bit for bit in every configuration."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +41,7 @@ BATCHES = (1, 2, 5, 16)
 
 
 def check_bits(quantized: Quantized, path: Path) -> ExactForm:
-    """Every way to run the file gives the bits of the exact form, in every batch; and the form is the model."""
+    """Check that every way to run the file matches the exact form in every batch, and the form the model."""
     export(quantized, "exact", path)
     form = ExactForm(frozen_copy(quantized.model), images(2)).eval()
     x = images(16, seed=8)
@@ -89,7 +89,7 @@ def test_negative_and_zero_gains_are_folded(name: str, granularity: str, tmp_pat
 
 
 def one_channel() -> nn.Module:
-    """A single step in the place of a factor a channel, which ONNX Runtime would merge into a matrix product."""
+    """A single output channel: its scalar scale could be merged into the matrix product by ONNX Runtime."""
     return nn.Sequential(
         Tokens(), nn.Linear(3, 4), nn.Linear(4, 1, bias=False), nn.Flatten(), nn.Linear(36, 1, bias=False)
     )
@@ -106,7 +106,7 @@ def test_single_output_channel_is_exact(granularity: str, tmp_path: Path) -> Non
 
 
 class BetweenNorms(nn.Module):
-    """Batch norms over tensors of two and three dimensions, in front of anything and behind it."""
+    """Batch norms over 2-D and 3-D tensors, before and after other operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class BetweenNorms(nn.Module):
 
 
 class Arithmetic(nn.Module):
-    """What a network does between its layers, here and there."""
+    """Arithmetic between layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Arithmetic(nn.Module):
 
 
 class Shared(nn.Module):
-    """A layer that is called twice, and a tensor of codes that moves about before it is multiplied."""
+    """A layer called twice, and codes that are reshaped before the product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ def test_operations_between_layers_are_exact(case: str, tmp_path: Path) -> None:
 
 
 def test_float_linear_layer_is_exact(tmp_path: Path) -> None:
-    """Its product is one of integers of 21 bits."""
+    """Its product is computed with 21-bit integers."""
     float_layer = LayerBits(weight=None, activation=None)
     quantized = quantize(
         NETWORKS["token_mlp"],
@@ -221,7 +221,7 @@ def test_odd_4_bit_codes_pack_into_int4(tmp_path: Path) -> None:
 def test_integer_convolutions_are_exact(
     channels: int, size: int, kernel: int, groups: int, batch: int, threads: int
 ) -> None:
-    """No algorithm that multiplies anything but the codes, such as Winograd's, is chosen."""
+    """No algorithm that transforms the codes, such as Winograd, is chosen."""
     generator = torch.Generator().manual_seed(7)
     x = torch.randint(0, 16, (batch, channels, size, size), generator=generator).float()
     shape = (64 if groups == 1 else channels, channels // groups, kernel, kernel)

@@ -1,4 +1,4 @@
-"""Random networks, exported and proved: in style exact equal to the last bit, in the others layer by layer."""
+"""Random networks, exported and verified: style exact bit for bit, the others layer by layer."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ def refused_by_design(style: str, seed: int) -> bool:
 
 
 def outcomes(seed: int, styles: Iterable[str], folder: Path) -> dict[str, str]:
-    """What became of every style that is tried: "proved", "refused", or what is wrong."""
+    """The outcome of every style tried: "proved", "refused", or the error."""
     quantized = random_network(seed)
     size = quantized.facts.preprocessing["input_size"]
     generator = torch.Generator().manual_seed(seed)
@@ -67,7 +67,7 @@ def test_many_random_networks_export_faithfully(chunk: int, tmp_path: Path) -> N
 
 
 def test_generator_covers_all_and_is_seeded() -> None:
-    """Every block, scheme and bit-width occurs among the networks, and a seed stands for one network."""
+    """Every block, scheme and bit-width occurs among the networks, and a seed determines the network."""
     kinds: Counter[str] = Counter()
     for seed in range(60):
         quantized = random_network(seed)

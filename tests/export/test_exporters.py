@@ -1,4 +1,4 @@
-"""What every exporter does, whatever it writes: the model stays as it is, the file says what it is and repeats."""
+"""Properties of every exporter: the model is unchanged, metadata is complete, and output is reproducible."""
 
 import json
 import warnings
@@ -43,7 +43,7 @@ def test_metadata_matches_the_arguments(style: str, folder: Path) -> None:
 def test_repeated_export_is_byte_identical(
     style: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Without a warning."""
+    """Also without a warning."""
     one = written(folder, style, network("conv_bn"), "conv_bn-auto")
     quantized, other = quantize(NETWORKS["conv_bn"]), tmp_path / "other"
     before = {name: value.clone() for name, value in quantized.model.state_dict().items()}
@@ -160,7 +160,7 @@ def test_every_bit_width_matches_the_model(bits: int, style: str, folder: Path) 
 
 @pytest.mark.parametrize(("name", "style"), EXPORTED)
 def test_batch_size_is_dynamic(name: str, style: str, folder: Path) -> None:
-    """The median logit, since an activation on an edge may fall either way where sums are cut otherwise."""
+    """Compares the median logit, since a code at a rounding edge may differ with another summation order."""
     path = written(folder, style, network(name), f"{name}-auto")
     run = onnx_session(path, optimized=True)
     x = images(7, seed=6)
@@ -243,7 +243,7 @@ def test_tampered_metadata_is_refused(change: str, folder: Path, tmp_path: Path)
     "text", ["[" * 100_000, '{"a":' * 100_000, "[" * 100_000 + "]" * 100_000, "", "{", "1"]
 )
 def test_malformed_metadata_is_refused(text: str, folder: Path, tmp_path: Path) -> None:
-    """However deep its brackets go."""
+    """At any nesting depth."""
     model = onnx.load(str(written(folder, "qdq", network("conv_bn"), "conv_bn-auto")))
     next(entry for entry in model.metadata_props if entry.key == "saq.facts").value = text
     path = tmp_path / "model.onnx"

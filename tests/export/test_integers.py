@@ -1,4 +1,4 @@
-"""Sums of codes: never larger than their bound, cut into parts where float32 could not count them, and exact."""
+"""Sums of codes: bounded, split where float32 would overflow its integers, and exact."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ RANGES = [(0, 255), (0, 15), (-128, 127), (-8, 7), (-20, 235), (0, 1)]
 
 
 def largest_sum(kind: str, codes: Tensor, lowest: int, highest: int) -> int:
-    """The largest magnitude of any sum, by looking at every output and both signs of every input."""
+    """The largest magnitude of any sum, over all outputs and both signs of every input."""
     target, _, settings, _ = LAYERS[kind]
     operator = Operator(target, settings)
     best = 0
@@ -69,7 +69,7 @@ def test_bound_is_the_largest_sum(kind: str, span: tuple[int, int]) -> None:
 @pytest.mark.parametrize("span", RANGES)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_bound_is_tight_for_real_inputs(kind: str, span: tuple[int, int]) -> None:
-    """Random inputs, and for every output the one that drives it farthest; the bound is reached, and not passed."""
+    """Random inputs, and for every output the worst input; the bound is reached and not exceeded."""
     target, shape, settings, twin = LAYERS[kind]
     generator = torch.Generator().manual_seed(4)
     codes = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
@@ -86,7 +86,7 @@ def test_bound_is_tight_for_real_inputs(kind: str, span: tuple[int, int]) -> Non
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_parts_are_bounded_and_add_up(kind: str) -> None:
-    """Weights and inputs of 16 bits, as if: sums pass 2**24, those of every part do not, and the total is exact."""
+    """With 16-bit weights and inputs, sums exceed 2**24 while each part does not, and the total is exact."""
     target, shape, settings, twin = LAYERS[kind]
     generator = torch.Generator().manual_seed(5)
     taps = int(np.prod(shape[2:]))
@@ -182,7 +182,7 @@ def all_positive(module: nn.Module) -> None:
 
 @pytest.mark.parametrize("kind", sweep(WIDE, lambda kind: kind in ("linear", "conv", "transposed_grouped")))
 def test_sums_beyond_float32_stay_exact(kind: str, tmp_path: Path) -> None:
-    """Against integers in float64; ONNX Runtime has the same bits however many images it is given."""
+    """Compared with integers in float64; ONNX Runtime gives the same bits at every batch size."""
 
     def make() -> nn.Module:
         module = WIDE[kind]()

@@ -62,7 +62,7 @@ def test_only_deterministic_operators_are_used(name: str, grid: str, folder: Pat
 
 @pytest.mark.parametrize(("name", "grid"), EXPORTED)
 def test_products_are_integer_without_bias(name: str, grid: str, folder: Path) -> None:
-    """Codes are dequantized with step 1; the steps come behind."""
+    """Codes are dequantized with step 1; the steps are applied after the product."""
     graph = graph_of(written(folder, "exact", network(name, grid), f"{name}-{grid}"))
     made, known = producers(graph), constants(graph)
     count = 0
@@ -85,7 +85,7 @@ def test_products_are_integer_without_bias(name: str, grid: str, folder: Path) -
     ),
 )
 def test_codes_use_the_smallest_container(bits: int, grid: str, folder: Path) -> None:
-    """Odd codes up to 15 by halves in INT4: code = 2 h + 1."""
+    """Odd codes up to 15 are stored as halves in INT4: code = 2 h + 1."""
     quantized = quantize(NETWORKS["conv_bn"], same_bits(bits), Scheme(weight_grid=grid))  # type: ignore[arg-type]
     graph = graph_of(written(folder, "exact", quantized, f"conv_bn-{bits}-{grid}"))
     known = constants(graph)
@@ -144,7 +144,7 @@ def test_largest_sums_are_reported() -> None:
 
 
 def test_wide_products_are_split_as_codes(tmp_path: Path) -> None:
-    """8-bit sums over 4,608 inputs leave 2^24: each part is a product of codes, and no float is sliced (hazard H2)."""
+    """8-bit sums over 4,608 inputs exceed 2^24: each part is a product of codes, no float is sliced (hazard H2)."""
     quantized = quantize(
         lambda: nn.Sequential(
             nn.Conv2d(3, 128, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128 * 36, 5)

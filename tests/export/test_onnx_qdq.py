@@ -1,4 +1,4 @@
-"""Style qdq: integer codes behind DequantizeLinear, folded norms, and the numbers of the model."""
+"""Style qdq: integer codes with DequantizeLinear, folded norms, and the values of the model."""
 
 import itertools
 from math import ceil, prod
@@ -65,7 +65,7 @@ def test_one_dequantizer_per_quantized_weight(
 
 
 def check_weights(quantized: Quantized, path: Path) -> None:
-    """Codes are those of the quantizer, with the sign of the gain; steps are the quantizer's times its magnitude,
+    """Codes are the quantizer's with the sign of the gain; steps are the quantizer's times its magnitude, rounded once.
     rounded once."""
     graph = graph_of(path)
     known = constants(graph)
@@ -129,7 +129,7 @@ def test_negative_and_zero_gains_are_folded(name: str, granularity: str, grid: s
 
 @pytest.mark.parametrize("code", [-8, -7])
 def test_norm_overflowing_int4_is_not_folded(code: int, tmp_path: Path) -> None:
-    """-8 has no negative in INT4, and twice the size for one sign is no good trade."""
+    """-8 has no negative in INT4, and a larger container for one sign does not pay off."""
     quantized = quantize(lambda: nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Flatten()),
                          lambda names: {n: LayerBits(weight=4, activation=8) for n in names},
                          Scheme(weight_grid="zero"))  # fmt: skip
@@ -152,7 +152,7 @@ def test_norm_overflowing_int4_is_not_folded(code: int, tmp_path: Path) -> None:
 
 
 def test_codes_use_the_smallest_container(exported: tuple[Quantized, Path]) -> None:
-    """INT4 where the codes fit, INT16 only for the paper's 8 bits; and INT4 is packed two a byte."""
+    """INT4 where the codes fit, packed two per byte; INT16 only for the paper's 8 bits."""
     _, path = exported
     for _, codes in dequantized(graph_of(path)):
         array = integers(codes)
@@ -165,7 +165,7 @@ def test_codes_use_the_smallest_container(exported: tuple[Quantized, Path]) -> N
 
 
 def test_float_bias_is_never_fused(exported: tuple[Quantized, Path]) -> None:
-    """ONNX Runtime would round it; an integer bias, of a layer that runs on integers, is rounded already."""
+    """ONNX Runtime would round it; the integer bias of an integer layer is already rounded."""
     graph = graph_of(exported[1])
     made = producers(graph)
     behind = {node.output[0] for node, _ in dequantized(graph)}
@@ -184,7 +184,7 @@ def test_float_bias_is_never_fused(exported: tuple[Quantized, Path]) -> None:
 
 @pytest.mark.parametrize("quantizer", ["clip", "lsq_plus"])
 def test_integer_layer_has_integer_bias(quantizer: str, tmp_path: Path) -> None:
-    """Rounded by half a unit at most; a layer whose output is not quantized to 8 bits keeps its float bias."""
+    """Rounded by half a unit at most; a layer without 8-bit output keeps its float bias."""
     quantized = quantize(NETWORKS["conv_bn"], same_bits(8), Scheme(quantizer=quantizer))
     path = export(quantized, "qdq", tmp_path / "model.onnx")
     graph = graph_of(path)
@@ -212,7 +212,7 @@ def test_integer_layer_has_integer_bias(quantizer: str, tmp_path: Path) -> None:
 
 
 def test_inputs_are_clipped_then_quantized(exported: tuple[Quantized, Path]) -> None:
-    """A narrower container is refused or miscomputed by ONNX Runtime; without the clip it would hold too many codes."""
+    """ONNX Runtime refuses or miscomputes narrower containers; without the clip there would be too many codes."""
     quantized, path = exported
     graph = graph_of(path)
     known = constants(graph)
@@ -265,7 +265,7 @@ def test_single_layer_matches_to_rounding(grid: str, optimized: bool, folder: Pa
 
 @torch.no_grad()
 def magnitudes(branch: nn.Module, layer: QuantizedLayer, x: Tensor) -> tuple[Tensor, int]:
-    """The sum of magnitudes of the terms of every output, in float64, and how many terms there are at most."""
+    """The sum of magnitudes of the terms of every output, in float64, and the largest number of terms."""
     seen: list[Tensor] = []
     hook = layer.input_quantizer.register_forward_hook(lambda module, args, output: seen.append(output))
     output = branch(x)
@@ -308,7 +308,7 @@ def test_deep_network_matches_the_model(name: str, grid: str, optimized: bool, f
 
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
 def test_per_tensor_step_is_exported(granularity: str, folder: Path) -> None:
-    """One number, unless a norm was folded into it."""
+    """A scalar, unless a norm was folded into it."""
     quantized = network("conv_bn", "auto", granularity)
     path = written(
         folder, "qdq", quantized, "conv_bn-auto" if granularity == "channel" else "conv_bn-auto-tensor"

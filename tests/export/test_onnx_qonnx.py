@@ -1,4 +1,4 @@
-"""Style qonnx: IntQuant nodes whose inputs say everything, and a function that says what they mean."""
+"""Style qonnx: IntQuant nodes with complete inputs, and a function that defines them."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def int_quant(x: Any, scale: Any, zero: Any, bits: Any, signed: int, narrow: int
     ),
 )
 def test_nodes_hold_true_bits_and_weights(name: str, grid: str, quantizer: str, tmp_path: Path) -> None:
-    """The quantizer leaves its constant as it is: it is on its grid already."""
+    """The constant is unchanged by its quantizer, since it is already on the grid."""
     quantized = quantize(NETWORKS[name], scheme=Scheme(quantizer=quantizer, weight_grid=grid))  # type: ignore[arg-type]
     path = export(quantized, "qonnx", tmp_path / "model.onnx")
     graph = graph_of(path)
@@ -83,7 +83,7 @@ def test_nodes_hold_true_bits_and_weights(name: str, grid: str, quantizer: str, 
 def test_embedded_function_matches_the_standard(
     bits: int, zero: float, narrow: int, signed: int, folder: Path
 ) -> None:
-    """Away from edges, where the order of rounding shows in the last bit only."""
+    """Away from rounding edges, where the order of operations shows only in the last bit."""
     import onnxruntime as ort
 
     model = onnx.load(str(written(folder, "qonnx", network("conv_bn"), "conv_bn-auto")))

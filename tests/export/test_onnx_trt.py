@@ -1,4 +1,4 @@
-"""Style trt: INT8 everywhere, no zero points, and grids that do not fit moved and set right again."""
+"""Style trt: INT8 throughout, zero points of 0, and grids that do not fit are shifted and corrected."""
 
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def test_every_quantizer_is_symmetric_int8(name: str, quantizer: str, grid: str,
 
 
 def moved(kind: str, quantizer: str) -> Quantized:
-    """One layer, its input quantized on a grid beyond INT8."""
+    """One layer whose input is quantized on a grid outside INT8."""
     quantized = quantize(
         lambda: nn.Sequential(nn.ReLU(), MOVED[kind](), nn.Flatten()),
         same_bits(8),
@@ -89,7 +89,7 @@ def moved(kind: str, quantizer: str) -> Quantized:
     ),
 )
 def test_offset_is_corrected_after_the_layer(kind: str, quantizer: str, tmp_path: Path) -> None:
-    """One layer on inputs that are all on the grid, so no code can flip: only sums are rounded."""
+    """One layer on inputs that lie on the grid, so no code can flip: only sums are rounded."""
     quantized = moved(kind, quantizer)
     path = export(quantized, "trt", tmp_path / "model.onnx")
     (layer,) = quantized.layers.values()

@@ -1,4 +1,4 @@
-"""Ordered arithmetic is near to PyTorch's, and ONNX Runtime computes the very same numbers.
+"""Ordered arithmetic is close to PyTorch's, and ONNX Runtime computes identical values.
 
 The second is what the functions are for: not one number may differ, whatever goes in.
 """
@@ -34,7 +34,7 @@ SPECIAL = (
 
 
 def numbers() -> Tensor:
-    """Every magnitude, both signs."""
+    """Values of every magnitude and both signs."""
     with seeded(0):
         spread = torch.randn(4000) * torch.exp(torch.empty(4000).uniform_(-12, 5))
     return torch.cat([torch.tensor(SPECIAL), spread, torch.linspace(-12, 12, 4001)])
@@ -84,7 +84,7 @@ def test_exp_matches_pytorch_within_its_range() -> None:
 
 
 def test_sqrt_is_correctly_rounded() -> None:
-    """Also in the middle between two numbers, and next to squares."""
+    """Also halfway between two floats, and next to squares."""
     near = torch.arange(1, 40000, dtype=torch.float64).square().float()
     x = torch.cat([numbers().abs(), near, near * (1 + 2.0**-23), near * (1 - 2.0**-24)])
     expected = np.sqrt(x.numpy().astype(np.longdouble)).astype(np.float32)
@@ -93,7 +93,7 @@ def test_sqrt_is_correctly_rounded() -> None:
 
 
 def test_exp_is_monotonic() -> None:
-    """Within its roundings: a larger number has no exponential that is clearly smaller."""
+    """Up to its rounding error."""
     x = torch.linspace(-20, 20, 100001)
     y = ordered.exp(x).double()
 
@@ -103,7 +103,7 @@ def test_exp_is_monotonic() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 31, 64, 100])
 @pytest.mark.parametrize("dims", [0, 1, -1, (0, 2), (0, 1, 2)])
 def test_total_is_rounded_at_most_twice(size: int, dims: int | tuple[int, ...]) -> None:
-    """Also of numbers that nearly cancel: what is lost is far below the rounding of the largest."""
+    """Also under cancellation: the loss is far below the rounding of the largest term."""
     x = torch.cat([normal(size, 3, 4), -normal(size, 3, 4)], 2) * torch.exp(normal(size, 3, 8, seed=1) * 3)
     found, expected = ordered.total(x, dims).double(), x.double().sum(dims, keepdim=True)
     largest = x.double().abs().amax(dims, keepdim=True)
@@ -309,7 +309,7 @@ def test_adaptive_average_pools_1d(target: int) -> None:
 
 
 def test_tanh_near_zero_is_precise() -> None:
-    """Below and above the border at 0.1, where a difference would cancel and a series would end too early."""
+    """On both sides of the switch at 0.1, where a difference would cancel and a series would end too early."""
     x = torch.cat([torch.logspace(-6, 0, 4001), torch.linspace(0.0999, 0.1001, 4001)])
     x = torch.cat([x, -x])
     error = (ordered.tanh(x).double() - x.double().tanh()).abs() / x.double().tanh().abs()
@@ -417,7 +417,7 @@ CONVERTED |= ALONE
 
 
 class SideBySide(nn.Module):
-    """All functions of one image, in a row."""
+    """All functions of one image, concatenated."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
@@ -465,7 +465,7 @@ def inputs(kind: str, count: int) -> Tensor:
 
 @cache
 def expected_of(kind: str, count: int) -> dict[str, Tensor]:
-    """What PyTorch computes."""
+    """The result of PyTorch."""
     x = inputs(kind, count)
     return {name: function(x).flatten(1) for name, function in CONVERTED.items()}
 

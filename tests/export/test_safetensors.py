@@ -1,4 +1,4 @@
-"""Safetensors files: equal to the model, as small as they should be, always the same, and checked when read."""
+"""Safetensors files: equal to the model, minimal in size, reproducible, and checked when read."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def network(name: str, grid: str = "auto", granularity: str = "channel") -> Quan
 
 
 def architecture(name: str) -> nn.Module:
-    """The float network, other weights in it."""
+    """The float network with other weights."""
     torch.manual_seed(77)
     return Bank() if name == "bank" else NETWORKS[name]()
 
@@ -72,7 +72,7 @@ def export(quantized: Quantized, path: Path) -> Path:
 
 
 def written(folder: Path, name: str, grid: str = "auto", granularity: str = "channel") -> Path:
-    """The file of a network, written once a test session, whatever test or process wants it first."""
+    """The file of a network, written once per test session."""
     path = folder / f"{name}-{grid}-{granularity}.safetensors"
     if not path.exists():
         export(network(name, grid, granularity), path.with_name(f"{os.getpid()}-{path.name}")).replace(path)
@@ -104,7 +104,7 @@ def reread(path: Path, name: str = "conv_bn") -> nn.Module:
 
 
 def refused(path: Path) -> str:
-    """The one-line message with which ``path`` is refused."""
+    """The one-line message that refuses ``path``."""
     with pytest.raises(CorruptArtifact) as refusal:
         reread(path)
     message = str(refusal.value)
@@ -194,7 +194,7 @@ def test_saving_twice_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow  # to start it takes seconds; saq rerun is tested with another process in every run
 def test_another_process_saves_the_same_bytes(good: Path, tmp_path: Path) -> None:
-    """Neither Python's hashes nor the library's, seeded anew in every process, decide about an order."""
+    """No order depends on hash seeds, which differ between processes."""
     path = tmp_path / "model.safetensors"
     code = (
         "import pathlib, sys; sys.path.insert(0, sys.argv[1]); import networks; "
@@ -487,7 +487,7 @@ def test_changed_tensors_are_refused(
 
 @pytest.mark.parametrize("key", [LEVEL, NUMBER])
 def test_sign_of_clip_level_is_ignored(key: str, good: Path, tmp_path: Path) -> None:
-    """Training may carry a level through zero; formats.md defines the step by its magnitude."""
+    """A level may cross zero in training; formats.md defines the step by its magnitude."""
     facts, tensors = read_content(good)
     tensors[key] = -tensors[key]
     path = tmp_path / "model.safetensors"

@@ -1,4 +1,4 @@
-"""What comes out of tracing: images to logits in plain ONNX, without what the exporter adds of its own."""
+"""The traced graph: images to logits in plain ONNX, without the exporter's additions."""
 
 from itertools import product
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_only_exactly_zero_bias_is_dropped() -> None:
 
 
 class Windows(nn.Module):
-    """Attention within windows: (N, heads, windows, L, E), or with fewer dimensions."""
+    """Attention in windows: (N, heads, windows, L, E), or fewer dimensions."""
 
     def __init__(self, dims: int, *, masked: bool) -> None:
         super().__init__()

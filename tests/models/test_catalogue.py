@@ -1,4 +1,4 @@
-"""What `saq models` tells: patterns, what is kept against what the libraries say, and what is tried."""
+"""``saq models``: patterns, the stored catalogue compared with the libraries, and coverage."""
 
 import csv
 import json

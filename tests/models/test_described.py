@@ -1,4 +1,4 @@
-"""What a builder may be told, and networks that are drawn before they are built."""
+"""Builder arguments allowed in metadata, and networks checked on the meta device before they are built."""
 
 import threading
 from typing import Any
@@ -82,14 +82,14 @@ def test_non_plain_values_are_refused(value: Any) -> None:
 
 
 def test_user_arguments_follow_the_same_rules() -> None:
-    """What could not be loaded again is not quantized in the first place."""
+    """A model that could not be loaded again is not quantized in the first place."""
     with pytest.raises(ConfigError, match="cannot take scriptable"):
         load_model(ModelSpec("saq/resnet20", pretrained=False, kwargs={"scriptable": True}))
 
 
 @pytest.mark.parametrize("name", ["saq/resnet20", "timm/test_resnet", "torchvision/regnet_x_400mf"])
 def test_model_is_rebuilt_from_metadata(name: str) -> None:
-    """The last one computes with numbers while it is built, and so cannot be drawn."""
+    """The last one computes with numbers during construction and so cannot be built on meta."""
     build = RESNET | {"name": name}
     state = build_architecture(build).state_dict()
     model = build_described(build, IMAGES | {"input_size": [3, 32, 32]}, state)

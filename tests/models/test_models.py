@@ -1,4 +1,4 @@
-"""From a name to a model: resolution, weights from every source, preprocessing, and building it again."""
+"""From name to model: name resolution, weight sources, preprocessing and rebuilding."""
 
 import json
 import time
@@ -302,7 +302,7 @@ def test_real_weights_load(shared: Path, spec: ModelSpec, file: str) -> None:
 
 
 def offline(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """What asking for published weights says where nothing is cached and nothing can be reached."""
+    """The error for published weights without cache and network."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):

@@ -1,4 +1,4 @@
-"""Networks are found however people and other programs write their names."""
+"""Resolution of network names in the spellings of people and other programs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The networks of the papers: their sizes to the last MAC, and that real weights fit them."""
+"""The networks of the papers: exact costs, and real weights load."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from saqcli.models.networks import NETWORKS, MobileNetV1
 
 
 def layer_macs(model: nn.Module, side: int = 32) -> list[int]:
-    """MACs of every convolution and linear layer for one image, counted from what passes through."""
+    """MACs of every convolution and linear layer for one image, counted by hooks."""
     counts: list[int] = []
 
     def count(layer: nn.Module, _inputs: object, output: torch.Tensor) -> None:
@@ -114,7 +114,7 @@ def test_real_weights_reproduce_outputs(
 
 
 def test_mobilenetv1_pads_like_tensorflow() -> None:
-    """Odd and even sides, against timm's own padding at full width."""
+    """Odd and even sides, compared with timm's padding at full width."""
     import timm
 
     theirs = timm.create_model("mobilenetv1_100", pad_type="same", bn_eps=1e-3).eval()

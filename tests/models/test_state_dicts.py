@@ -1,4 +1,4 @@
-"""Checkpoints of training scripts: the right weights of several, without the prefixes of wrappers."""
+"""Checkpoints of training scripts: the right one of several weight sets, without wrapper prefixes."""
 
 import json
 from argparse import Namespace
@@ -31,7 +31,7 @@ class Tiny(nn.Module):
 
 
 class Module(nn.Module):
-    """All its names start as those of a wrapper do."""
+    """A network whose parameter names all begin like a wrapper's."""
 
     def __init__(self, num_classes: int = 10, in_chans: int = 3) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def test_averaged_weights_are_preferred(layout: str, tmp_path: Path) -> None:
 
 
 def test_uninitialized_average_is_noted(tmp_path: Path) -> None:
-    """As torch.optim.swa_utils saves it before the epoch from which it averages."""
+    """As torch.optim.swa_utils saves it before averaging starts."""
     never = swa() | {"n_averaged": torch.tensor(0)}
     loaded = load(tmp_path, {"model": RAW, "swa_model": never})
     assert "averaged weights (of no update: n_averaged is 0) taken from 'swa_model'" in loaded.notes[0]

@@ -1,4 +1,4 @@
-"""Weight files: every shape they come in, and every way they go wrong."""
+"""Weight files: every layout, and every way they fail."""
 
 import os
 import pickle
@@ -18,7 +18,7 @@ from saqcli.models.weights import load_into, read_weights, sha256_of
 
 
 class Touch:
-    """A pickle of this creates ``path`` when it is loaded without care."""
+    """Creates ``path`` when unpickled unsafely."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,7 +37,7 @@ def assert_same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def refusal(path: Path, kind: type[SaqError]) -> str:
-    """The message of the one error that reading ``path`` raises."""
+    """The message of the error that reading ``path`` raises."""
     with pytest.raises(kind) as caught:
         read_weights(path)
     assert type(caught.value) is kind
@@ -176,7 +176,7 @@ def test_sha256_of_the_file(tmp_path: Path) -> None:
 
 
 def test_versioned_state_dicts_load(tmp_path: Path) -> None:
-    """torchvision's MNASNet refuses tensors without the version that a plain dictionary has lost."""
+    """torchvision's MNASNet requires the version metadata that a plain dictionary lacks."""
     net = torchvision.models.mnasnet0_5()
     save_file(net.state_dict(), tmp_path / "weights.safetensors")
     state = read_weights(tmp_path / "weights.safetensors").tensors

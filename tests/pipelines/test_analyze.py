@@ -1,4 +1,4 @@
-"""``saq analyze`` as a user meets it, on handwritten digits: targets, files, pictures, going on, refusals."""
+"""``saq analyze`` on handwritten digits: targets, files, pictures, resume and errors."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from tests.support.digits import MODEL, float_options
 
 @pytest.fixture(scope="module")
 def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is calibrated only."""
+    """A calibrated run without fine-tuning."""
     path = tmp_path_factory.mktemp("analyze") / "calibrated"
     options = ("--bits", 4, "--epochs", 0, "--run-dir", path, "--set", "data.verify_images=20")
     answer("quantize", MODEL, *float_options(digits, digits / "few"), *options)
@@ -39,7 +39,7 @@ SMALL = ("--grid", 3, "--samples", 2, "--iterations", 3, "--candidates", "2,4")
 
 @pytest.fixture(scope="module")
 def everything(run: Path, data: tuple[object, ...]) -> dict[str, Any]:
-    """What all instruments say about the run, in its default folder."""
+    """The readings of all instruments for the run, in its default folder."""
     found: dict[str, Any] = answer("analyze", run, *data, *SMALL, "--all")
     return found
 

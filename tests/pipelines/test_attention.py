@@ -1,4 +1,4 @@
-"""``--quantize-attention`` from the command line to the file: profile, search, quantize, export, eval."""
+"""``--quantize-attention`` in every command: profile, search, quantize, export, eval."""
 
 from pathlib import Path
 from typing import Any

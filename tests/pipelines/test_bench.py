@@ -1,4 +1,4 @@
-"""Speed side by side: turns and medians by a clock of our own, real runs on tiny networks for the rest."""
+"""Benchmarks: timing with a fake clock, and real runs on tiny networks."""
 
 import json
 import math
@@ -106,7 +106,7 @@ class TestTimingRounds:
 
 
 class CountingTask:
-    """Counts what it is told."""
+    """A task that counts its calls."""
 
     steps = 0
 
@@ -115,7 +115,7 @@ class CountingTask:
 
 
 class Clock:
-    """Stands still until it is moved."""
+    """A clock that the test advances."""
 
     now = 0.0
 
@@ -183,7 +183,7 @@ class TestMeasuring:
 
 
 def lineup(*names: str) -> Lineup:
-    """Contenders that do nothing."""
+    """Targets that do nothing."""
     return Lineup(
         "tiny", (3, 4, 4), contenders=[Contender(name, "any", 10, lambda n: lambda x: x) for name in names]
     )
@@ -191,7 +191,7 @@ def lineup(*names: str) -> Lineup:
 
 @pytest.fixture(scope="module")
 def measured(run: Path) -> dict[str, Any]:
-    """What the command says of the run."""
+    """The command's output for the run."""
     found: dict[str, Any] = answer("eval", run, *QUICK)
     return found
 
@@ -322,7 +322,7 @@ class TestOnnxFiles:
         assert count_kernels(graph) == Kernels(integer=4, floating=4)
 
     def test_integer_kernels_are_detected(self, tmp_path: Path) -> None:
-        """The file holds no QLinearConv; ONNX Runtime makes one of Q and DQ around a convolution."""
+        """The file holds no QLinearConv; ONNX Runtime fuses Q and DQ around a convolution into one."""
         path = tmp_path / "model.onnx"
         onnx.save(quantized_convolution(), path)
 
@@ -454,7 +454,7 @@ class TestTables:
 
 
 def sample() -> dict[str, Any]:
-    """What ``--json`` could hold, with wide figures."""
+    """A possible ``--json`` output with wide figures."""
     rows = [
         {
             "name": name,

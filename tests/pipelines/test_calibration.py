@@ -1,4 +1,4 @@
-"""The two corrections as settings: what a run does by default, and how it is told otherwise."""
+"""The two corrections after calibration as settings, and their defaults."""
 
 from pathlib import Path
 

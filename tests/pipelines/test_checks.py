@@ -1,4 +1,4 @@
-"""All that is missing or mistyped is told in one message, before anything is fetched, loaded or written."""
+"""Everything missing or mistyped is reported in one message, before anything is downloaded, loaded or written."""
 
 import json
 from pathlib import Path
@@ -179,7 +179,7 @@ def test_problems_are_unique_and_ordered() -> None:
 
 
 def test_resume_needs_no_weights_or_policy(tmp_path: Path, images: Path) -> None:
-    """What is read once only may be gone; the settings of the run are."""
+    """Files read only once may be gone; the settings of the run may not."""
     config = tmp_path / "config.json"
     plan = answer("quantize", "saq/resnet20", "--no-pretrained", "--bits", 4, "--dry-run")["config"]
     plan["model"]["weights"] = "gone.pth"
@@ -194,7 +194,7 @@ def test_resume_needs_no_weights_or_policy(tmp_path: Path, images: Path) -> None
 
 
 def test_weights_key_causes_no_second_error(tmp_path: Path) -> None:
-    """The network is built without weights to find more problems, and so without the key of its weights."""
+    """Without weights the network is built only to find further problems, and the key is not needed."""
     weights = tmp_path / "five.pth"
     torch.save({"model": build_architecture(TINY).state_dict(), "other": {}}, weights)
     result = saq("quantize", "saq/resnet20", "--weights", weights, "--weights-key", "model", "--bits", 4)

@@ -1,4 +1,4 @@
-"""The names of a file's classes are those of its logits, and the labels of a run go with everything it leaves."""
+"""Class names of a file match its logits, and a run's labels are stored in all its files."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ TENCH, GOLF_BALL, PARACHUTE = "n01440764", "n03445777", "n03888257"  # 0, 574 an
 
 @pytest.fixture(scope="module")
 def imagenet_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a 1000-class network on three synset folders, that takes everything for a parachute."""
+    """A run of a 1000-class network on three synset folders that predicts parachute for everything."""
     folder = tmp_path_factory.mktemp("imagenet")
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
@@ -121,7 +121,7 @@ Renamed = Callable[[list[str]], Path]
 
 @pytest.fixture
 def renamed(digits: Path, tmp_path: Path) -> Renamed:
-    """Makes a copy of a few digits, the class folders called otherwise, in the order of their labels."""
+    """Copies a few digits, with class folders renamed in the order of their labels."""
 
     def make(names: list[str]) -> Path:
         for split in ("train", "val"):

@@ -1,4 +1,4 @@
-"""Deterministic kernels: the same numbers on a CPU, one line where there is no such kernel, and nothing left behind."""
+"""Deterministic kernels: same results on a CPU, a one-line error where there is none, and settings restored."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""``saq export``: a file that is proved before it has its name, and what lies beside it."""
+"""``saq export``: files are verified before they are published, with a verdict beside them."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ FIGURES = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The safetensors file of a small network of random weights, at mixed bits."""
+    """The safetensors file of a small network with random weights, at mixed bits."""
     plain = {"stem_type": "", "avg_down": False, "zero_init_last": False}  # else branches are times zero
     spec = ModelSpec(
         "timm/test_resnet", pretrained=False, num_classes=5, in_chans=1, input_size=16, kwargs=plain
@@ -86,14 +86,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def near(path: Path) -> Any:
-    """A runtime that rounds otherwise."""
+    """A runtime that rounds differently."""
     run = onnx_session(path, optimized=True)
     return lambda images: run(images) * (1 + 1e-6)
 
 
 @pytest.fixture(scope="module")
 def exact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Its file of style exact, verified with another runtime as well, and what the command printed."""
+    """Its file in style exact, also verified with another runtime, and the command's output."""
     path = tmp_path_factory.mktemp("exact") / "model.onnx"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(proof.RUNTIMES, "openvino", near)
@@ -178,7 +178,7 @@ def test_every_style_is_verified(style: str, model: Path, tmp_path: Path) -> Non
 
 
 class Broken(QdqExporter):
-    """Forgets the weights of one layer."""
+    """An exporter that drops the weights of one layer."""
 
     def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelFacts) -> None:
         super().export(model, example, path, facts)
@@ -194,7 +194,7 @@ class Broken(QdqExporter):
 def test_failed_verification_publishes_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither a new file nor the one that was there before is touched; the exit code is 3."""
+    """Neither a new file nor an existing one is touched; the exit code is 3."""
     monkeypatch.setitem(EXPORTERS, "qdq", Broken)
     path = tmp_path / "model.onnx"
     result = saq("export", model, "--onnx", path, "--quiet")
@@ -239,7 +239,7 @@ NOT_TAKEN = {
 def test_unloadable_graph_is_not_published(
     kind: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A known hazard is named, before ONNX Runtime's own words, which say less."""
+    """A known hazard is named before ONNX Runtime's less specific message."""
     nodes, says = NOT_TAKEN[kind]
 
     class NotTaken(QdqExporter):
@@ -332,7 +332,7 @@ def test_openvino_verification_needs_openvino(
 def test_additional_runtime_can_fail_the_file(
     style: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that answers wrongly fails the file, whatever the style."""
+    """A runtime with wrong results fails the file, whatever the style."""
 
     def wrong(path: Path) -> Any:
         run = onnx_session(path, optimized=True)
@@ -369,7 +369,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def seen_by(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Filled with the images that files are compared on."""
+    """A list that receives the images used for verification."""
     seen: list[Tensor] = []
     prove = proof.prove_graph
 
@@ -417,7 +417,7 @@ def test_table_names_the_verification_images(model: Path, few: Path, tmp_path: P
 
 
 def test_flipped_code_is_explained() -> None:
-    """Layers agree to rounding, and logits do not: both are true."""
+    """Layers agree up to rounding, while logits do not."""
     check = LayerwiseCheck((LayerCheck("one", 100, 1, 0, 1.1e-6),), 2e-7)
     verdict = Verdict(500, 0.998, 1.604, 0.01, layerwise=check, pytorch_max_abs_diff=1.7, largest_logit=20.0)
 

@@ -1,4 +1,4 @@
-"""Networks that are not 224 pixels, 3 channels, 1000 classes, one head: sizes, channels, heads, training apart."""
+"""Networks with other sizes, channels, classes and heads, or another forward pass in training."""
 
 import json
 import random
@@ -105,7 +105,7 @@ def test_all_classifiers_are_pinned(name: str, kwargs: dict[str, Any], heads: li
 
 
 class Auxiliary(nn.Module):
-    """Gives a second answer in training."""
+    """Returns a second output in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,14 +118,14 @@ class Auxiliary(nn.Module):
 
 
 class Scoreless(Auxiliary):
-    """Gives features in training."""
+    """Returns features in training."""
 
     def forward(self, x: Tensor) -> Any:
         return self.layers(x).reshape(len(x), 4, 36) if self.training else self.head(self.layers(x))
 
 
 class EvaluationAlone(Auxiliary):
-    """Cannot run in training."""
+    """Fails in training mode."""
 
     def forward(self, x: Tensor) -> Any:
         if self.training:
@@ -134,7 +134,7 @@ class EvaluationAlone(Auxiliary):
 
 
 class Pooled(nn.Module):
-    """Has a batch norm over single numbers, which needs two images."""
+    """Has a batch norm over single values, which needs two images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Pooled(nn.Module):
 
 
 class Dense(Pooled):
-    """Another norm over features that are no image."""
+    """Another norm over flat features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -293,7 +293,7 @@ class TestTraining:
 
 @pytest.fixture(scope="module")
 def grey(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Grey images of two classes and another shape than the network's: bright above or bright below."""
+    """Grey images of two classes in another shape than the network's: bright above or bright below."""
     folder = tmp_path_factory.mktemp("grey")
     generator = np.random.default_rng(0)
     for split, label, count in [(s, c, n) for s, n in (("train", 8), ("val", 4)) for c in (0, 1)]:

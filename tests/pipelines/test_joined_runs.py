@@ -1,4 +1,4 @@
-"""Commands in several processes that work as one: what they leave, say, and go on from."""
+"""Commands in several processes: what they write, print, and resume."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ RUNS = (
 
 @pytest.fixture(scope="module")
 def few(digits: Path) -> list[object]:
-    """Names the network and a few of the digits."""
+    """Options for the network and a few of the digits."""
     return [MODEL, *float_options(digits, digits / "few")]
 
 
@@ -64,7 +64,7 @@ def same(one: Any, other: Any) -> bool:
 def pair(
     few: list[object], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[tuple[int, str, str]]]:
-    """A run of two processes, and what they said."""
+    """A run of two processes and their output."""
     run = tmp_path_factory.mktemp("pair") / "run"
     return run, ranks_saq(2, "quantize", *few, *RUNS, "--epochs", 2, "--run-dir", run, "--json")
 
@@ -85,7 +85,7 @@ def test_only_rank_zero_prints_and_writes(pair: tuple[Path, list[tuple[int, str,
 def test_two_ranks_equal_two_chunks(
     pair: tuple[Path, list[tuple[int, str, str]]], few: list[object], tmp_path: Path
 ) -> None:
-    """Halves are summed exactly, so that not one bit differs; running statistics are averaged, not updated twice."""
+    """Halves are summed exactly, so no bit differs; running statistics are averaged, not updated twice."""
     alone = tmp_path / "alone"
     answer("quantize", *few, *RUNS, "--epochs", 2, "--sharpness-batch", 32, "--run-dir", alone)
     one, other = state_of(alone), state_of(pair[0])
@@ -105,7 +105,7 @@ def test_two_ranks_equal_two_chunks(
 
 
 def signalled(step: int, rank: int, number: int = signal.SIGTERM) -> Callable[[int], None]:
-    """Lets the process of that rank get a signal in a step of its training."""
+    """Raise a signal in a training step of the process with that rank."""
     return partial(_signal_in, step, rank, number)
 
 
@@ -135,7 +135,7 @@ def _signal_in(step: int, rank: int, number: int, here: int) -> None:
 def stopped(
     few: list[object], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[tuple[int, str, str]]]:
-    """A run of two processes of which the second was asked to stop, and what they said."""
+    """A run of two processes of which the second was interrupted, and their output."""
     run = tmp_path_factory.mktemp("stopped") / "run"
     options = ("quantize", *few, *RUNS, "--epochs", 2, "--run-dir", run, "--quiet")
     return run, ranks_saq(2, *options, before=signalled(step=2, rank=1))
@@ -264,7 +264,7 @@ def test_evaluation_counts_every_image_once(few: list[object], pair: tuple[Path,
 
 
 def drawing(rank: int) -> None:
-    """Every draw of this process must be that of the others."""
+    """Check that every random draw is the same on all ranks."""
     draw = Alternation._draw
 
     def compared(self: Alternation) -> list[int]:
@@ -299,7 +299,7 @@ def test_every_searcher_works_on_two_ranks(searcher: str, few: list[object], tmp
 
 @pytest.mark.parametrize("settled", sweep([False, True], lambda settled: not settled))
 def test_two_ranks_score_like_one(settled: bool, few: list[object], tmp_path: Path) -> None:
-    """Corrections are measured on every rank; settled statistics, whose images are drawn by rank, on the first."""
+    """Corrections are measured on every rank; recalibrated statistics, with images drawn by rank, on the first."""
     command = ("search", *few, "--batch-size", 32, "--workers", 0, "--budget", "w3a3", "--searcher", "random")
     settings = ("--set", "search.options.random.draws=2", "--set", "data.calibration_images=48")
     settings += SETTLED if settled else ()
@@ -314,7 +314,7 @@ def test_two_ranks_score_like_one(settled: bool, few: list[object], tmp_path: Pa
 
 
 def labels_read(images: str) -> list[list[list[int]]]:
-    """Of this rank, in every batch of two epochs."""
+    """The labels this rank reads, in every batch of two epochs."""
     loader = make_loader(
         open_split(images, "train", num_classes=10),
         Preprocessing((1, 16, 16), (0.3,), (0.4,), "bilinear", 1.0),

@@ -92,7 +92,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Chain:
-    """A command on one directory, started again and again until it ends.
+    """A command on one directory, restarted until it ends.
 
     Args:
         processes: that it is forked from.
@@ -108,12 +108,12 @@ class Chain:
         self.pids: list[int] = []
 
     def begin(self, fault: dict[str, Any] | None = None) -> Job:
-        """The next process."""
+        """Start the next process."""
         sign = "[!.]*.json" if self.commands[0][0] == "analyze" else "manifest.json"
         return self.processes.start(self.run, *self.commands[any(self.run.glob(sign))], fault=fault)
 
     def killed_at(self, fault: dict[str, Any]) -> bool:
-        """Go on until it is killed by the fault; False if it finished."""
+        """Run until the fault kills it; False if it finished."""
         job = self.begin(fault)
         code = job.wait()
         assert code in (0, -9), job.said()
@@ -122,7 +122,7 @@ class Chain:
         return code != 0
 
     def killed_after(self, what: str, seconds: float, later: list[str]) -> bool:
-        """Go on until ``seconds`` after ``what``, then kill; False if one of ``later`` was met, or the end."""
+        """Run until ``seconds`` after ``what``, then kill; False on one of ``later`` or at the end."""
         job = self.begin()
         job.reach(what, *later)
         met = any(mark.what == what for mark in job.marks())
@@ -140,7 +140,7 @@ class Chain:
         check_readable(self.run)
 
     def finish(self) -> None:
-        """Go on to the end; nothing unfinished may be left."""
+        """Run to the end and check that nothing unfinished is left."""
         job = self.begin()
         assert job.wait() == 0, job.said()
         check_readable(self.run)
@@ -148,7 +148,7 @@ class Chain:
 
 
 def check_readable(run: Path) -> None:
-    """Whatever has its name is whole."""
+    """Check that every file under its final name is complete."""
     for path in run.rglob("*"):
         if path.name.startswith(".") or path.is_dir():
             continue
@@ -163,7 +163,7 @@ def check_readable(run: Path) -> None:
 
 
 def check_same(run: Path, whole: Path) -> None:
-    """Everything that was computed is the same to the last bit."""
+    """Check that all results are bit-identical."""
     names = {path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()}
     assert names == {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     manifests = [json.loads((path / "manifest.json").read_text()) for path in (run, whole)]
@@ -187,7 +187,7 @@ def check_same(run: Path, whole: Path) -> None:
 
 
 def difference(one: Any, other: Any, place: str = "") -> str | None:
-    """Where two trees of tensors and values are not the same to the last bit."""
+    """Where two trees of tensors and values differ in any bit."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         pairs = [(f"{place}.{key}", one[key], other[key]) for key in one]
     elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
@@ -217,7 +217,7 @@ def landscape(processes: Zygote, images: Path, run: Path, target: Path) -> Chain
 
 @pytest.fixture(scope="module")
 def whole(processes: Zygote, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody killed."""
+    """An undisturbed run."""
     chain = quantization(processes, images, tmp_path_factory.mktemp("whole") / "run", "--bits", 4)
     chain.finish()
     return chain.run
@@ -263,7 +263,7 @@ def damage(path: Path) -> None:
 def test_killed_overwrite_is_never_the_old_run(
     processes: Zygote, images: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """Manifest, configuration and checkpoints go together whenever ``--overwrite`` is killed."""
+    """Manifest, configuration and checkpoints stay consistent whenever ``--overwrite`` is killed."""
     run = tmp_path / "run"
     command = quantization(processes, images, run, "--bits", 3, "--epochs", 0).commands[0]
     for act in (
@@ -290,7 +290,7 @@ def test_killed_overwrite_is_never_the_old_run(
 
 
 def failed(job: Job, *texts: str) -> None:
-    """It ended by one line that holds ``texts``."""
+    """Check that it ended with one line that contains ``texts``."""
     assert job.wait() == 1, job.said()
     (line,) = [line for line in job.said().splitlines() if line.startswith("error: ")]
     for text in texts:
@@ -397,7 +397,7 @@ def test_full_disk_pauses_search_and_analysis(
 
 
 def phases(marks: list[Mark]) -> list[tuple[str, float]]:
-    """What a process did that nobody killed, and how long: its tasks, its pictures, its exports, its end."""
+    """The phases of an undisturbed process and their durations: tasks, pictures, exports, end."""
     first: dict[str, float] = {}
     for mark in marks:
         if mark.what.startswith(
@@ -409,7 +409,7 @@ def phases(marks: list[Mark]) -> list[tuple[str, float]]:
 
 
 def kill_everywhere(chain: Chain, whole: Chain, moments: int) -> dict[str, int]:
-    """Kill ``chain`` at so many random moments of every phase of ``whole``; how many kills each phase got."""
+    """Kill ``chain`` at random moments in every phase of ``whole``; returns the number of kills per phase."""
     chance, job = random.Random(0), whole.begin()
     assert job.wait() == 0, job.said()
     known = phases(job.marks())
@@ -441,7 +441,7 @@ def report(chain: Chain, got: dict[str, int]) -> None:
 
 
 def ends_undisturbed(chain: Chain, whole: Chain) -> None:
-    """Killed at ``MOMENTS`` in every phase, it leaves what the other leaves that was never killed."""
+    """Killed at ``MOMENTS`` in every phase, it leaves the same as an undisturbed run."""
     got = kill_everywhere(chain, whole, MOMENTS)
     chain.finish()
 
@@ -470,7 +470,7 @@ def test_search_survives_random_kills(name: str, processes: Zygote, images: Path
 def test_run_survives_kills_during_writes(
     processes: Zygote, images: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """Writes are acts, and are killed with half of the bytes on the disk."""
+    """Writes are acts too, and are killed with half of the bytes on disk."""
     chance = random.Random(1)
     kills = 0
     while kills < 4 * MOMENTS:

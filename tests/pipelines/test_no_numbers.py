@@ -1,4 +1,4 @@
-"""Numbers that are none: refused where they enter, an error where they arise, null wherever JSON is written."""
+"""NaN and infinity: refused in inputs, errors when they arise, null in JSON."""
 
 import ast
 import json
@@ -38,7 +38,7 @@ class Tiny(nn.Module):
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Four images of two classes; a network for them is called ``saq/tiny``."""
+    """Four images of two classes; a network for them is registered as ``saq/tiny``."""
     entry = NetworkEntry(Tiny, CLASSES, "", (0.5,) * 3, (0.5,) * 3, (3, SIDE, SIDE))
     monkeypatch.setitem(networks.NETWORKS, "tiny", entry)
     numbers = np.random.default_rng(0)
@@ -52,7 +52,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def weights(folder: Path, name: str, value: float, scale: float = 1.0) -> Path:
-    """A file in which one number is ``value`` and the classifier is multiplied by ``scale``."""
+    """A weight file with one value replaced by ``value`` and the classifier multiplied by ``scale``."""
     torch.manual_seed(0)
     state = Tiny().state_dict()
     state["fc.weight"] *= scale
@@ -128,7 +128,7 @@ def subclasses(kind: type) -> list[type[BaseModel]]:
 
 
 def test_pydantic_models_write_null_for_nan() -> None:
-    """What it does unless a model says otherwise; none of ours does."""
+    """Pydantic's default unless a model overrides it; none of ours does."""
 
     class Anything(BaseModel):
         value: float

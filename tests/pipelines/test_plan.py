@@ -1,4 +1,4 @@
-"""--dry-run: what a run would refuse is refused, what it would do is said, nothing is fetched or written."""
+"""--dry-run refuses what a run would refuse, describes the run, and downloads and writes nothing."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory, and nobody to fetch weights from."""
+    """The current directory, with weight downloads disabled."""
 
     monkeypatch.delenv("COLUMNS", raising=False)  # nothing wraps in a pipe
 
@@ -44,7 +44,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def lines(*options: object, verb: str = "quantize") -> dict[str, str]:
-    """What is printed, by subject."""
+    """The printed plan, by subject."""
     result = saq(verb, *options, "--dry-run", "--quiet")
     assert result.exit_code == 0, result.stderr
     found: dict[str, str] = {}

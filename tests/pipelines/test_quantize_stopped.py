@@ -1,4 +1,4 @@
-"""``saq quantize`` that is stopped in its search and goes on, in this process and in processes of its own."""
+"""``saq quantize`` interrupted during its search and resumed, in this process and in others."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""``saq rerun``: the same command and seed give the same bits, and whatever is not the same is found and named."""
+"""``saq rerun``: same command and seed give the same bits, and every difference is named."""
 
 import json
 import os
@@ -28,7 +28,7 @@ SHORT = ("--epochs", 1, "--batch-size", BATCH, "--workers", 0, "--set", "data.au
 
 
 def options(folder: Path) -> list[object]:
-    """The network, its weights and images, named relative to ``folder``."""
+    """Network, weights and images, relative to ``folder``."""
     return [MODEL, *(text.removeprefix(f"{folder}/") for text in float_options(folder))]
 
 
@@ -58,7 +58,7 @@ def searched(place: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(place: Path, searched: Path) -> Path:
-    """A run of a dozen steps, at bits from a file that is gone; its paths are relative, with one thread."""
+    """A run of a dozen steps with bits from a deleted file, relative paths and one thread."""
     with chdir(place), torch_threads(1):
         shutil.copy(searched / "policy.json", "bits.json")
         found = answer("quantize", *options(place), "--policy", "bits.json", *SHORT, "--run-dir", "run")
@@ -69,7 +69,7 @@ def run(place: Path, searched: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def again(run: Path) -> Path:
-    """The same in a process of its own, which has another number of threads and another working directory."""
+    """The same run in another process with another number of threads and working directory."""
     done = subprocess.run(
         [sys.executable, "-m", "saqcli", "rerun", "../run", "--run-dir", "../again", "--json"],
         cwd=run.parent / "images",

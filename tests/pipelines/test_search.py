@@ -1,4 +1,4 @@
-"""``saq search`` as a user meets it, on handwritten digits: policies, files, refusals."""
+"""``saq search`` on handwritten digits: policies, files and errors."""
 
 import json
 import re
@@ -39,7 +39,7 @@ FAST: dict[str, tuple[object, ...]] = {
 
 @pytest.fixture(scope="module")
 def network(digits: Path) -> list[object]:
-    """Names the network, its weights and its images."""
+    """Options for the network, its weights and its images."""
     return [MODEL, *float_options(digits, digits / "few"), *SMALL]
 
 
@@ -50,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(network: list[object], runs: Path) -> tuple[Path, dict[str, Any]]:
-    """A finished search that takes no time, with its front."""
+    """A finished quick search, with its front."""
     path = runs / "plain"
     return path, answer("search", *network, "--budget", "w3a3", "--pareto", 3, "--run-dir", path)
 
@@ -151,7 +151,7 @@ def test_tables_on_stdout_progress_on_stderr(
 
 
 def test_pareto_front_is_printed_as_table(plain: tuple[Path, dict[str, Any]]) -> None:
-    """Shown again by ``--resume``; ``--json`` has its rows."""
+    """Printed again by ``--resume``; ``--json`` has its rows."""
     path, found = plain
     points = {point["bops"]: point for point in json.loads((path / "pareto.json").read_text())["points"]}
     shown = saq("search", "--run-dir", path, "--resume").stdout
@@ -192,13 +192,13 @@ def test_quiet_prints_nothing(network: list[object], tmp_path: Path) -> None:
 
 
 def sets(**settings: object) -> tuple[object, ...]:
-    """``--set`` for each."""
+    """Return ``--set`` options."""
     return tuple(word for name, value in settings.items() for word in ("--set", f"{name}={value}"))
 
 
 @pytest.fixture(scope="module")
 def scoring(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits whose validation images are those that a search holds out, and scores on."""
+    """Digits whose validation images are those a search holds out for scoring."""
     folder = tmp_path_factory.mktemp("scoring")
     (folder / "train").symlink_to(digits / "few" / "train")
     held_out, _ = divide(open_split(str(digits / "few"), "train", num_classes=10), 0.5, seed=0)
@@ -211,7 +211,7 @@ def scoring(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def calibrated(run: Path) -> Score:
-    """What ``saq quantize --policy FOUND --epochs 0`` scores under the settings of the search in ``run``."""
+    """The score of ``saq quantize --policy FOUND --epochs 0`` under the settings of the search in ``run``."""
     config = RunConfig.model_validate_json((run / "config.json").read_text())
     bits = {"bops": None, "policy": str(run / "policy.json")}
     section = config.quantization.model_copy(update=bits)
@@ -237,7 +237,7 @@ def calibrated(run: Path) -> Score:
 def test_score_equals_calibrated_policy(
     method: str, options: tuple[object, ...], digits: Path, scoring: Path, tmp_path: Path
 ) -> None:
-    """The same accuracy on the same images, and the same loss, but for the order in which images are added up."""
+    """The same accuracy on the same images, and the same loss up to summation order."""
     network = (MODEL, *float_options(digits, scoring), "--batch-size", 32, "--workers", 0)
     found = answer(
         *("search", *network, "--budget", "w3a3", "--searcher", method, *options, "--run-dir", tmp_path),
@@ -346,7 +346,7 @@ def test_search_classes_are_sampled(network: list[object], tmp_path: Path) -> No
 
 
 def test_proxy_policy_fits_another_network(digits: Path, tmp_path: Path) -> None:
-    """The target has 100 classes and images of 32 pixels; its images and weights are nowhere."""
+    """The target has 100 classes and 32-pixel images; its images and weights do not exist here."""
     target = [
         *(MODEL, "--num-classes", 100, "--in-chans", 1, "--input-size", 32, "--mean", 0.305, "--std", 0.376)
     ]
@@ -454,7 +454,7 @@ def test_missing_data_is_refused_before_loading(tmp_path: Path) -> None:
 
 
 def test_tied_layers_cannot_be_pinned_apart(network: list[object], tmp_path: Path) -> None:
-    """The network here ties nothing; another of ours does."""
+    """Uses another network, since this one ties nothing."""
     result = saq(
         *("search", "saq/preresnet20", *network[3:], "--budget", "w4a4", "--run-dir", tmp_path / "run"),
         *("--pin", "layer2.0.conv2=4", "--pin", "layer2.0.shortcut=8", "--quiet", "--no-pretrained"),

@@ -1,4 +1,4 @@
-"""``saq search`` that is stopped by a signal and goes on, in this process and in processes of its own."""
+"""``saq search`` interrupted by a signal and resumed, in this process and in others."""
 
 import json
 import signal
@@ -29,7 +29,7 @@ def network(digits: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def whole(network: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A search that nobody stopped."""
+    """An uninterrupted search."""
     path = tmp_path_factory.mktemp("searches") / "whole"
     finish(start("search", *network, *STOPPED, "--run-dir", path))
     return path
@@ -84,7 +84,7 @@ def test_resumed_search_finds_the_same_policy(
 
 
 def proxied(images: Path, classes: int = 100) -> list[object]:
-    """A search on ``images`` for a network of others; dropout draws random numbers at every step."""
+    """A search on ``images`` as proxy for another network; dropout draws random numbers at every step."""
     settings = {
         "images": 96, "scoring_images": 32, "options.random.draws": 3,
         "proxy.input_size": 32, "proxy.epochs": 3, "proxy.data": images,
@@ -113,7 +113,7 @@ def proxy_notes(text: str) -> list[str]:
 
 
 def test_proxy_training_resumes_too(three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped at the end of an epoch and between two; within one, to go on into the next; and in the search."""
+    """Interrupted at the end of an epoch, between two, within one, and in the search."""
     command = ("search", *proxied(three), "--budget", "w4a4")
     whole, run = tmp_path / "whole", tmp_path / "run"
     notes = proxy_notes(saq(*command, "--run-dir", whole).stderr)
@@ -149,7 +149,7 @@ def test_proxy_training_resumes_too(three: Path, tmp_path: Path, monkeypatch: py
 def test_resume_with_another_proxy_is_refused(
     three: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its images are not those that are trained and evaluated on."""
+    """Its images are not the ones that were trained and evaluated on."""
     run = tmp_path / "run"
     given = (*proxied(three, 10), "--data", digits / "images", "--bops", "w4a4", "--epochs", 0)
     with monkeypatch.context() as patch:

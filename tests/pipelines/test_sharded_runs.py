@@ -1,4 +1,4 @@
-"""Commands on sharded data (wds/): the same figures as on the folder that the shards were made of."""
+"""Commands on sharded data (wds/): the same figures as on the folder the shards were made from."""
 
 import signal
 from pathlib import Path
@@ -19,7 +19,7 @@ FEW = {"train": 8, "val": 4}  # images a class
 
 @pytest.fixture(scope="module")
 def few(digits: Path, folder: Path) -> Path:
-    """Some of the digits, as a folder and as shards of it."""
+    """Some of the digits, as a folder and as shards."""
     for split, count in FEW.items():
         for label in range(10):
             kept = folder / "images" / split / str(label)
@@ -74,7 +74,7 @@ def test_resume_within_an_epoch_is_byte_identical(
 
 
 def raising_in_step(number: int) -> Any:
-    """Makes a minimizer in whose step of that number SIGTERM comes."""
+    """Build a minimizer that raises SIGTERM in the step of that number."""
     make = trainer.make_minimizer
 
     def made(*arguments: Any) -> Any:

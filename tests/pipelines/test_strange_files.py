@@ -1,4 +1,4 @@
-"""Files from strangers: whatever is done to a real one, it is refused in one line, or computes what it says.
+"""Untrusted files: every manipulated file is refused in one line, or computes what its metadata says.
 
 A hash stops accidents. Where it is made right again, only what the file asks for can give it away.
 """
@@ -97,7 +97,7 @@ def truth(good: Path) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that a file says reaches out: every connection would fail the test loudly."""
+    """Block network access: every connection fails the test."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a file made saq open a connection")
@@ -107,7 +107,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def judged(path: Path) -> tuple[nn.Module | None, str]:
-    """The model in ``path``, or the one line that refuses it; soon, and no other way."""
+    """The model in ``path``, or the one line that refuses it; any other outcome fails."""
     start, model, message = time.process_time(), None, ""
     try:
         model = saqcli.load(path)
@@ -152,7 +152,7 @@ def flipped(raw: bytes, randomness: random.Random, until: int) -> bytes:
 
 
 def flip_many(raw: bytes, path: Path, count: int, seed: int) -> None:
-    """No bit may differ from what was written, wherever it lies."""
+    """Check that a flip of any bit is detected."""
     randomness = random.Random(seed)
     start = len(raw) - len(split(raw)[1])
     for until in (8, start, len(raw)):
@@ -216,7 +216,7 @@ OTHERS: list[Any] = [
 
 
 def places(value: Any, prefix: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """Every place of a tree of JSON but its root."""
+    """Every node of a JSON tree except its root."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in pairs:
         yield (*prefix, key)
@@ -258,7 +258,7 @@ DECISIVE = {"policy", "signed", "routed", "scheme", "build"}
 def take(
     path: Path, raw: bytes, place: tuple[str | int, ...], change: Callable[[Any], None], truth: Tensor
 ) -> None:
-    """Refused, or a model that runs; the very same one where the change is not about what is computed."""
+    """Check that the file is refused or gives a model that runs, unchanged where the change is irrelevant."""
     model, _ = judged(write(path, retold(raw, change)))
     if model is None:
         return

@@ -1,4 +1,4 @@
-"""What commands are pointed at: one mistake gets one message, whichever command it was made with."""
+"""Targets of commands: the same mistake gives the same message in every command."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def config() -> RunConfig:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Named as data, never read."""
+    """Passed as data, never read."""
     for split in ("train", "val"):
         (tmp_path / "images" / split / "cat").mkdir(parents=True)
     return tmp_path / "images"
@@ -39,7 +39,7 @@ def begin(path: Path, config: RunConfig, verb: str = "quantize") -> RunDirectory
 
 
 def searched(path: Path, config: RunConfig) -> Path:
-    """A search that has ended."""
+    """A finished search."""
     run = begin(path, config, "search")
     with run.recorded():
         four = LayerBits(weight=4, activation=4)
@@ -49,7 +49,7 @@ def searched(path: Path, config: RunConfig) -> Path:
 
 
 def killed(path: Path, config: RunConfig) -> int:
-    """A run whose process was killed, and the number of that process."""
+    """A run whose process was killed, and the process id."""
     run = begin(path, config)
     lock = (path / ".lock").read_text()
     run._lock.release()
@@ -60,7 +60,7 @@ def killed(path: Path, config: RunConfig) -> int:
 
 
 def said(images: Path, target: object) -> dict[str, str]:
-    """What each command says about ``target``."""
+    """The message of every command about ``target``."""
     given = {
         "eval": ("--data", images),
         "analyze": ("--data", images),

@@ -1,4 +1,4 @@
-"""What cannot be exported is found out before calibration, and `--no-export` goes without."""
+"""Models that cannot be exported are detected before calibration, and ``--no-export`` skips the check."""
 
 import json
 from collections.abc import Callable
@@ -81,7 +81,7 @@ class Largest(Plain):
 
 
 class OwnProduct(Plain):
-    """The whole network multiplies with the weight of a layer itself."""
+    """A network that itself multiplies with the weight of a layer."""
 
     def features(self, x: Tensor) -> Tensor:
         y = torch.relu(self.stem(x))
@@ -111,7 +111,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], nn.Module]], str]:
-    """Makes a network known; its name."""
+    """Registers a network and returns its name."""
 
     def known(make: Callable[[], nn.Module]) -> str:
         def build(**_: Any) -> nn.Module:
@@ -160,7 +160,7 @@ def test_every_requested_style_is_tried(images: Path, network: Any, tmp_path: Pa
 
 
 def test_trial_under_budget_uses_most_bits(images: Path, network: Any, tmp_path: Path) -> None:
-    """Codes of the paper's grid at 8 bits, which the search may choose, have no INT8 container."""
+    """8-bit codes of the paper's grid, which the search may choose, have no INT8 container."""
     bits = ("--bops", "w4a4", "--weight-grid", "paper", "--pin", "*=2-8")
     given = (*options(images, tmp_path / "run"), "--style", "trt", "--quiet")
     result = saq("quantize", network(Plain), *bits, *given)

@@ -1,4 +1,4 @@
-"""The policy file and the notations of bits and quantities: what is written is read again, and nothing else is."""
+"""The policy file and the notations of bits and quantities: what is written parses again, invalid text does not."""
 
 import json
 
@@ -19,7 +19,7 @@ names = st.text(min_size=1, max_size=20)
 
 
 def policy(**changes: object) -> str:
-    """The text of a small policy with some keys changed."""
+    """A small policy as text, with some keys replaced."""
     tree = {"schema_version": 1, "model": "timm/resnet18", "layers": {"fc": {"weight": 4, "activation": 8}}}
     return json.dumps({**tree, **changes})
 

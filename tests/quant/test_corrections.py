@@ -1,4 +1,4 @@
-"""What quantization moved is taken back: against a slow twin that corrects one place after the other."""
+"""Corrections after quantization, compared with a slow reference that corrects one layer after the other."""
 
 import copy
 from collections.abc import Callable
@@ -18,7 +18,7 @@ NORMED = ["conv_bn", "residual", "depthwise"]
 
 
 def quantized(name: str, bits: int = 3) -> tuple[nn.Module, nn.Module, Tensor]:
-    """A network in float64, the same one quantized, and images."""
+    """A float64 network, its quantized copy, and images."""
     net, _ = tiny.build(name)
     x = tiny.images(tiny.TINY[name]()[1], 32)
     in_float = copy.deepcopy(net).double()
@@ -28,7 +28,7 @@ def quantized(name: str, bits: int = 3) -> tuple[nn.Module, nn.Module, Tensor]:
 
 @torch.no_grad()
 def seen(net: nn.Module, module: str, x: Tensor, *, before: bool = False) -> Tensor:
-    """What ``module`` returns, or is given, as (numbers, channels)."""
+    """The output or input of ``module``, as (numbers, channels)."""
     found: list[Tensor] = []
     target = net.get_submodule(module)
     note: Callable[..., None] = lambda m, given, *out: found.append(given[0] if before else out[0])  # noqa: E731
@@ -40,7 +40,7 @@ def seen(net: nn.Module, module: str, x: Tensor, *, before: bool = False) -> Ten
 
 
 def order(net: nn.Module, x: Tensor, kinds: Any) -> list[str]:
-    """Names of modules as they run."""
+    """Names of modules in execution order."""
     names: list[str] = []
     handles = [
         module.register_forward_pre_hook(lambda *_, name=name: names.append(name))

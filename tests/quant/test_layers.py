@@ -1,4 +1,4 @@
-"""The class swap: nothing changes until quantizers are installed, then whatever reads a weight reads Q(w)."""
+"""The class swap: nothing changes until quantizers are installed; then every reader of a weight gets Q(w)."""
 
 import copy
 import io
@@ -38,7 +38,7 @@ def names_of_float(net: nn.Module) -> list[str]:
 
 
 class Halve(nn.Module):
-    """A stand-in that shows whether it was used."""
+    """A stand-in quantizer whose use is visible."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x / 2
@@ -123,7 +123,7 @@ def test_8_bits_are_closer_than_2(name: str) -> None:
 
 @every_net
 def test_every_layer_quantizes_weight_and_input(name: str) -> None:
-    """Each of the two, of every layer, changes the output on its own."""
+    """Weight and input each change the output on their own, in every layer."""
     net, x = tiny.build(name)
     layers = tiny.quantized(net, x)
     for layer in layers.values():
@@ -257,7 +257,7 @@ def test_unquantized_layer_is_the_float_layer() -> None:
 
 
 def test_attribute_error_in_quantizer_is_raised() -> None:
-    """nn.Module takes a property's AttributeError for a missing attribute, and finds the float Parameter."""
+    """nn.Module turns a property's AttributeError into a lookup, which finds the float Parameter."""
 
     class Broken(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -333,7 +333,7 @@ def test_ports_are_cleared_if_too_few_perturbations() -> None:
 
 @pytest.fixture(params=["torch", "timm"])
 def normed(request: pytest.FixtureRequest) -> Iterator[tuple[nn.Module, Tensor]]:
-    """A network in train mode whose norm is torch's or timm's with a built-in activation."""
+    """A network in train mode with a norm of torch, or of timm with built-in activation."""
     norm = nn.BatchNorm2d(4) if request.param == "torch" else timm.layers.BatchNormAct2d(4)
     return nn.Sequential(nn.Conv2d(3, 4, 1), norm).train(), torch.randn(8, 3, 4, 4)
 
@@ -400,7 +400,7 @@ def test_standardized_convolutions_are_bit_identical(kind: type[nn.Module], stri
 
 @every_standardized
 def test_standardization_precedes_quantization(kind: type[nn.Module]) -> None:
-    """Standardizing a quantized weight would leave the grid, and with it the integers."""
+    """Standardizing a quantized weight would leave the grid."""
     net = nn.Sequential(kind(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).eval()
     x = torch.randn(2, 3, 7, 7)
     layer = tiny.quantized(net, x, 3)["0"]

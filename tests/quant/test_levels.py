@@ -1,4 +1,4 @@
-"""Clipping levels of least squared error: close to the best there is, channel by channel, finite whatever comes."""
+"""Clipping levels of least squared error: near-optimal, independent per channel, and always finite."""
 
 from itertools import product
 

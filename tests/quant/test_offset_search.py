@@ -1,4 +1,4 @@
-"""Where LSQ+ starts: no worse than any grid that has the same number of codes."""
+"""Initialization of LSQ+: no worse than any grid with the same number of codes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Codes in exactly their bits: what goes in comes out, and nothing else is let in."""
+"""Packed codes: exact size, lossless, and strict when read."""
 
 from math import ceil
 

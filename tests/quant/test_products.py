@@ -1,4 +1,4 @@
-"""Products of two activations: found, counted, quantized where they happen, at the bits of the layer they follow."""
+"""Products of two activations: found, counted, and quantized at the bits of the layer they follow."""
 
 import copy
 import pickle
@@ -84,7 +84,7 @@ def network(way: str) -> tuple[nn.Module, Tensor]:
 def quantized(
     net: nn.Module, x: Tensor, bits: int, more: tuple[int, ...] = ()
 ) -> tuple[Trace, CostModel, dict[str, Any]]:
-    """``net`` with its products, as the workflows quantize it."""
+    """Quantize ``net`` with its products, as the pipelines do."""
     convert.wrap(net)
     found = trace(net, x[:1])
     for parent, children in found.routed.items():
@@ -103,7 +103,7 @@ def quantized(
 
 
 def by_hand(net: nn.Module, x: Tensor) -> Tensor:
-    """The whole quantized network in float64, its products written out; quantizers by step and codes."""
+    """The whole quantized network in float64, with explicit products, steps and codes."""
 
     def on_grid(quantizer: Any, values: Tensor) -> Tensor:
         step, grid = quantizer.step().double(), quantizer.grid()
@@ -264,7 +264,7 @@ def test_quantized_network_matches_float64(way: str, bits: int) -> None:
 
 
 def test_nested_modules_quantize_operands_once() -> None:
-    """What a child multiplies is not its parent's, though it runs within the parent's forward."""
+    """A child's product is not its parent's, though it runs within the parent's forward."""
 
     class Child(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The gradients of every family against its paper's formulas, written number by number in float64."""
+"""Gradients of every quantizer compared with the formulas of its paper, element by element in float64."""
 
 import math
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def near_half(scaled: float) -> bool:
 def compare(
     quantizer: Any, x: Tensor, twin: Callable[[float, int], tuple[float, float, dict[str, float], bool]]
 ) -> None:
-    """Values and gradients against ``twin(number, row)``: Q, dQ/dx, dQ/d(each parameter), and if it is at an edge."""
+    """Compare values and gradients with ``twin(number, row)``: Q, dQ/dx, dQ/d(parameters), and edge flags."""
     entries = [[twin(value, row) for value in x[row].tolist()] for row in range(ROWS)]
     clear = torch.tensor([[not entry[3] for entry in row] for row in entries])
     upstream = upstream_of(x) * clear
@@ -257,7 +257,7 @@ def test_tanh_weights_match_the_formula(case: Case, x: Tensor, level: float, wid
 def test_weight_normalization_matches_its_formula(
     channels: bool, x: Tensor, level: float, width: int, kind: Any
 ) -> None:
-    """Of the paper: w^ = (w - mean) / std, u = clip(w^ / a), both statistics constants; ours is std * Q(w^)."""
+    """The paper: w^ = (w - mean) / std, u = clip(w^ / a), both statistics constant; ours is std * Q(w^)."""
     quantizer = NormalizedClipWeight(
         {width: grids.weights(width, kind)}, (ROWS, 1) if channels else ()
     ).double()

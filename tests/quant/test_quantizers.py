@@ -1,4 +1,4 @@
-"""Properties of every quantizer in the table, and the closed forms of the one from the paper."""
+"""Properties of every quantizer in the table, and closed forms of the paper's."""
 
 import numpy as np
 import pytest
@@ -141,7 +141,7 @@ def test_codes_are_grid_integers(case: Case, x: Tensor, level: float, width: int
 @every_quantizer
 @given(x=tensors(ROWS), level=levels(), width=bits())
 def test_folded_form_is_bit_identical(case: Case, x: Tensor, level: float, width: int) -> None:
-    """Also once the weight is stored as codes: what a file does."""
+    """Also after the weight is stored as codes, as in a file."""
     quantizer = case.build(level)
     quantizer.select(width)
     with torch.no_grad():
@@ -394,7 +394,7 @@ def test_activations_match_the_paper_formula(x: Tensor, level: float, width: int
 def test_level_gradient_matches_closed_form(
     case: Case, x: Tensor, level: float, width: int, sign: float
 ) -> None:
-    """The closed form on every grid; a negative level acts as its magnitude and its gradient turns round."""
+    """The closed form on every grid; a negative level acts as its magnitude with the gradient reversed."""
     quantizer = case.build(sign * level).double()
     quantizer.select(width)
     upstream = torch.cos(torch.arange(x.numel(), dtype=torch.float64)).view_as(x)

@@ -1,4 +1,4 @@
-"""What a scheme asks for: which quantizer a layer gets, where its levels start, what is refused, what is folded."""
+"""Schemes: quantizers per layer, initial levels, refused combinations, and folding."""
 
 import pytest
 import torch
@@ -146,7 +146,7 @@ def test_tied_weights_are_folded_per_layer(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_size_is_independent_of_the_quantizer(name: str) -> None:
-    """Counted in the quantized network itself, where quantizers hold numbers of their own."""
+    """Counted in the quantized network, where quantizers hold additional values."""
     twin, x = tiny.build("conv_bn")
     convert.wrap(twin)
     costs = cost_model(trace(twin, x[:1]))
@@ -165,7 +165,7 @@ def test_size_is_independent_of_the_quantizer(name: str) -> None:
 
 
 def test_single_weight_can_be_normalized() -> None:
-    """Its deviation is not defined."""
+    """Its standard deviation is undefined."""
     quantizer = NormalizedClipWeight({4: grid.weights(4, "paper")})
     w = torch.full((1, 1, 1, 1), -0.7, requires_grad=True)
     quantizer.fit(w.detach())
@@ -198,7 +198,7 @@ def test_recalibrated_norms_hold_batch_means() -> None:
 
 
 def test_recalibration_undoes_mean_removal() -> None:
-    """Where channels sum to 1 the mean of a 1 x 1 convolution adds one number everywhere: statistics alone move."""
+    """Where channels sum to 1, the mean of a 1 x 1 convolution adds a constant: only statistics shift."""
     net = nn.Sequential(
         nn.Conv2d(4, 6, 1, bias=False), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(24, 5)
     ).eval()

@@ -1,4 +1,4 @@
-"""What a search may choose: rules, groups, pins, and what every choice costs, against brute force."""
+"""The search space: rules, groups, pins and the cost of every choice, compared with brute force."""
 
 import random
 import re
@@ -52,7 +52,7 @@ def space_of(rules: Mapping[str, str] | None = None, *, apart: bool = False) -> 
 
 
 def options(space: SearchSpace) -> dict[str, set[LayerBits]]:
-    """What every layer may have."""
+    """The options of every layer."""
     found = {name: {fixed} for name, fixed in space.fixed.items()}
     for decision in space.decisions:
         found |= {member.name: set(decision.options) for member in decision.members}

@@ -1,4 +1,4 @@
-"""Layers that share one weight: one quantizer, one perturbation, counted at every use."""
+"""Layers that share a weight: one quantizer, one perturbation, counted at every use."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tests.support import tiny
 
 
 class Tied(nn.Module):
-    """Two linear layers with one weight and biases of their own."""
+    """Two linear layers with a shared weight and separate biases."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What one traced pass tells: costs to the last digit, groups, norms, signs; and the budget that stands on them."""
+"""The traced pass: exact costs, groups, norms and signs, and budgets based on them."""
 
 import functools
 from math import ceil
@@ -39,7 +39,7 @@ def traced(net: nn.Module, shape: tuple[int, ...]) -> Trace:
 
 @functools.cache
 def known(name: str, side: int | None = None) -> Trace:
-    """One of ``BUILDERS``, traced once; a smaller side is quicker where only the graph matters."""
+    """One of ``BUILDERS``, traced once; a smaller image is faster where only the graph matters."""
     build, full = BUILDERS[name]
     return traced(build(), (3, side or full, side or full))
 
@@ -132,7 +132,7 @@ def test_packed_attention_macs() -> None:
 
 
 class Cross(nn.Module):
-    """Tokens asked by learned queries: query, key and value are not one tensor."""
+    """Tokens attended by learned queries: query, key and value are different tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ def test_only_negative_inputs_are_signed() -> None:
 
 
 class Odd(nn.Module):
-    """A layer that runs twice, one that never does, and a convolution that is mixed for every image."""
+    """A layer that runs twice, one that never runs, and a convolution mixed per image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -462,7 +462,7 @@ def test_tiny_networks_are_small(name: str) -> None:
 
 
 class Branches(nn.Module):
-    """Two branches joined side by side, as in an inception block."""
+    """Two concatenated branches, as in an inception block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -479,7 +479,7 @@ class Branches(nn.Module):
 
 
 class Dense(nn.Module):
-    """Every layer reads all before it, as in a dense block."""
+    """Every layer reads all previous ones, as in a dense block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -500,7 +500,7 @@ def test_concatenated_branches_form_a_group() -> None:
 
 
 class Sum(nn.Module):
-    """Three branches that are added, and a fourth that is also read elsewhere."""
+    """Three branches that are added, and a fourth that is also used elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()

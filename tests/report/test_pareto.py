@@ -1,4 +1,4 @@
-"""The front of a search: what dominates what, which budgets are asked for, and the files."""
+"""The Pareto front of a search: dominance, budgets and files."""
 
 import csv
 import io
@@ -57,7 +57,7 @@ def space() -> SearchSpace:
 
 
 class Telling:
-    """Hears what a search tells."""
+    """A progress that records what a search reports."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -91,7 +91,7 @@ def problem_of(space: SearchSpace, budget: Budget, progress: Any = SILENT) -> Se
 
 
 class Search:
-    """Raises the bits of one decision after the other while the budget admits it; more bits do better."""
+    """Raises the bits of one decision after another within the budget; more bits score better."""
 
     def __init__(self, space: SearchSpace) -> None:
         self.space = space
@@ -305,7 +305,7 @@ class TestTable:
 
 
 def painted(front: Front) -> tuple[Any, Any]:
-    """The axes of the picture, laid out, and its legend."""
+    """The axes of the picture after layout, and its legend."""
     with style():
         figure = paint_front(front)
         figure.draw_without_rendering()
@@ -313,7 +313,7 @@ def painted(front: Front) -> tuple[Any, Any]:
 
 
 def crowd(front: Front) -> Front:
-    """Beside every point many others, where its label would stand."""
+    """Surround every point with others where its label would be."""
     (one, *_) = (point for point in front.points if point.kind == "sampled")
     added = [
         one.model_copy(update={"bops": round(p.bops * (1 + k / 100)), "top1": p.top1 - 0.3 * (k % 7)})

@@ -1,4 +1,4 @@
-"""Pictures of readings: what is written in them is whole, inside, and says what is shown."""
+"""Figures of readings: text is complete, inside the figure, and describes it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -118,7 +118,7 @@ _drawn: dict[int, list[Drawn]] = {}  # of the subjects in EVERY, which are drawn
 
 
 def figures(instrument: str, subjects: list[tuple[str, Any]]) -> list[Drawn]:
-    """Every figure with the texts that were drawn into it, and the rectangles that they take."""
+    """Every figure with its texts and their bounding boxes."""
     if id(subjects) in _drawn:
         return _drawn[id(subjects)]
     with style():
@@ -150,14 +150,14 @@ def _draw(figure: Any) -> Drawn:
 
 
 def overlap(one: Any, other: Any) -> bool:
-    """Whether two rectangles share more than a pixel."""
+    """Whether two boxes share more than a pixel."""
     width = min(one.x1, other.x1) - max(one.x0, other.x0)
     height = min(one.y1, other.y1) - max(one.y0, other.y0)
     return bool(width > 1 and height > 1)
 
 
 def within(one: Any, other: Any) -> bool:
-    """Whether a rectangle lies in another, to a pixel."""
+    """Whether a box lies in another, to a pixel."""
     low = one.x0 >= other.x0 - 1 and one.y0 >= other.y0 - 1
     return bool(low and one.x1 <= other.x1 + 1 and one.y1 <= other.y1 + 1)
 

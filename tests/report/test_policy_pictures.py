@@ -1,4 +1,4 @@
-"""A bit configuration as a picture: any network, any bits, the same files every time."""
+"""The picture of a bit configuration: any network, any bits, reproducible files."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def costs_of(name: str) -> CostModel:
 
 
 def deep(count: int) -> CostModel:
-    """As many layers as asked for."""
+    """As many layers as requested."""
     return CostModel(
         tuple(
             LayerCost(
@@ -48,7 +48,7 @@ def mixed(costs: CostModel) -> BitConfig:
 
 
 def texts(costs: CostModel, config: BitConfig) -> list[str]:
-    """All that is written in the picture."""
+    """All text in the picture."""
     from matplotlib.text import Text
 
     with style():

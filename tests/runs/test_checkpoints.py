@@ -1,4 +1,4 @@
-"""Checkpoints that were cut short, altered, or interrupted while they were written."""
+"""Checkpoints that are truncated, altered, or interrupted while being written."""
 
 import os
 import random
@@ -127,7 +127,7 @@ def test_code_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_crash_while_saving_is_recoverable(
     stop_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The acts that change names, and the flush before them."""
+    """At every rename, and at the flush before it."""
     file = written(tmp_path / "last.ckpt")
     acts = 0
 

@@ -1,4 +1,4 @@
-"""Signals that ask to stop: Ctrl-C, SIGTERM, and SIGHUP of a terminal that closes."""
+"""Interrupts: Ctrl-C, SIGTERM, and SIGHUP when the terminal closes."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such s
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Whatever a test sets is set back."""
+    """Restores signal handlers after the test."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     yield
@@ -65,7 +65,7 @@ def test_second_signal_stops_immediately(number: int) -> None:
 
 @pytest.mark.parametrize("context", [deferred_interrupts, raised_signals])
 def test_ignored_hangup_stays_ignored(context: Callable[[], "deferred_interrupts"]) -> None:
-    """As nohup has it."""
+    """As under nohup."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with context():
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -119,7 +119,7 @@ def test_progress_survives_a_closed_terminal(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.slow  # starts a process
 @pytest.mark.parametrize("options", [("--quiet",), ()])
 def test_closed_terminal_saves_a_checkpoint(digits: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
-    """The kernel sends SIGHUP, and nothing can be written any more."""
+    """The kernel sends SIGHUP, and writing to the terminal fails."""
     run = tmp_path / "run"
     given = ("--bits", 4, "--epochs", 30, "--batch-size", 32, "--workers", 2, "--run-dir", run, *options)
     command = ["quantize", MODEL, *float_options(digits, digits / "few"), *given]

@@ -1,4 +1,4 @@
-"""One process at a time in a folder, whatever became of the one before."""
+"""Locks: one process at a time in a folder, also after a crash."""
 
 import json
 import multiprocessing
@@ -15,7 +15,7 @@ from saqcli.runs.locks import Lock
 
 
 class Other:
-    """Another process that takes the lock of a folder and keeps it."""
+    """Another process that takes and holds the lock of a folder."""
 
     def __init__(self, folder: Path) -> None:
         context = multiprocessing.get_context("fork")
@@ -123,7 +123,7 @@ def test_owner_is_visible_to_other_processes(tmp_path: Path) -> None:
 
 
 def test_inspecting_own_lock_keeps_it(tmp_path: Path) -> None:
-    """To close a second handle of the file would let other processes in."""
+    """Closing a second handle of the file would release the lock."""
     lock = Lock(tmp_path)
     lock.take()
 

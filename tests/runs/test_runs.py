@@ -1,4 +1,4 @@
-"""Run directories that are begun, gone on with and replaced, with a crash in between."""
+"""Run directories: started, resumed and replaced, also after a crash."""
 
 from pathlib import Path
 

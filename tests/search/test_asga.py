@@ -1,4 +1,4 @@
-"""ASGA: its step against formulas written out, a toy whose best bits are known, and that it stops and goes on."""
+"""ASGA: its step compared with explicit formulas, a toy problem with known optimum, and resume."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -59,7 +59,7 @@ def twin_quantize(x: Tensor, level: Tensor, bits: int, kind: str) -> Tensor:
 
 
 def mixture(kind: str, widths: tuple[int, ...] = (2, 3, 5)) -> tuple[Mixture, nn.Parameter, Tensor]:
-    """In float64, with levels that clip some values: of weights, or of inputs without negative values."""
+    """In float64, with levels that clip some values, for weights or for inputs without negative values."""
     problem = branches(candidates=Candidates(widths))
     layer = Supernet(problem).layers_of(0)[0]
     quantizer = (layer.weight_quantizer if kind == "paper" else layer.input_quantizer).double()
@@ -169,7 +169,7 @@ def test_logits_are_not_model_parameters() -> None:
 
 
 class Twin:
-    """A convolution and three linear layers, first and last with fixed bits; the two between are blends."""
+    """A convolution and three linear layers, first and last with fixed bits; the two between are mixtures."""
 
     def __init__(self, descent: Descent, unit: str, align: str) -> None:
         self.unit, self.align, self.search = unit, align, descent.settings
@@ -190,7 +190,7 @@ class Twin:
         self.problem, self.total = descent.problem, descent.total
 
     def shares(self, p: dict[str, Tensor], decision: int) -> list[Tensor]:
-        """Of the weights' widths and the inputs'."""
+        """The shares of weight widths and of input widths."""
         parts = [p[name] for name in (f"A{decision}0", f"A{decision}1") if name in p]
         exponents = [[torch.exp(a) for a in part] for part in (parts[0], parts[-1])]
         return [torch.stack([e / sum(part) for e in part]) for part in exponents]  # type: ignore[arg-type]
@@ -253,7 +253,7 @@ class Twin:
         return float(first.detach())
 
     def prices(self) -> dict[str, Tensor]:
-        """Of the logits, written out."""
+        """The cost gradients of the logits, written out."""
         weight = self.search.cost_weight * min(1.0, self.done / (0.1 * self.total))
         decisions, bound = self.problem.space.decisions, self.problem.budget.bops
         assert bound is not None
@@ -391,7 +391,7 @@ def whole(loss: Callable[..., Tensor]) -> Callable[[int | None], Chunk]:
     ("align", "training", "later"), [("sagm", True, 0), ("sagm", False, 1), ("none", False, 0)]
 )
 def test_out_of_memory_step_equals_micro_batches(align: Any, training: bool, later: int) -> None:
-    """Bit for bit; and where batch norms do not look at the batch, that of the whole batch up to rounding."""
+    """Bit for bit; where batch norms ignore the batch, equal to the whole batch up to rounding."""
     ends: list[list[Tensor]] = []
     for most, micro in ((12, None), (99, 8), (99, None)):
         descent = Descent(ASGA(align=align), branches())
@@ -592,7 +592,7 @@ def test_nan_step_changes_nothing() -> None:
 
 
 class Told:
-    """A progress that remembers."""
+    """A progress that records its calls."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []

@@ -1,4 +1,4 @@
-"""What searchers are made of: sampling, controller, its learning, the sharp cost, the supernet, losses, going on."""
+"""Parts of the searchers: sampling, controller, learner, perturbed cost, supernet, losses and resume."""
 
 import copy
 import io
@@ -125,7 +125,7 @@ def test_two_bounds_hold_on_average(space: SearchSpace, seed: int) -> None:
 
 
 def test_equal_cost_options_are_equally_likely() -> None:
-    """Probabilities depend on the cost alone."""
+    """Probabilities depend only on the cost."""
     rng = random.Random(3)
     for _ in range(50):
         space = random_space(rng)
@@ -179,7 +179,7 @@ def test_equal_cost_configurations_are_uniform() -> None:
 
 
 def controller_of(space: SearchSpace, scale: float = 1.0, prior: list[Tensor] | None = None) -> Controller:
-    """``scale`` makes its parameters larger, so that its probabilities are far from even."""
+    """``scale`` enlarges the parameters, so that probabilities are far from uniform."""
     made = Controller(space, prior or budget_logits(space, Budget()), generator(1))
     with torch.no_grad():
         for parameter in made.parameters():
@@ -372,7 +372,7 @@ def test_replay_uses_the_latest_draws(replay: int) -> None:
 
 @pytest.mark.parametrize("replay", sweep([1, 8], lambda replay: replay == 1))
 def test_controller_finds_the_best_sequence(replay: int) -> None:
-    """The cost is the number of decisions that are not as they should be."""
+    """The cost is the number of wrong decisions."""
     space = simple_space(3, (2, 3, 4, 8))
     best = [3, 0, 2]
     controller = controller_of(space)
@@ -469,7 +469,7 @@ def test_switchable_norms_start_equal_to_plain(name: str) -> None:
 @pytest.mark.parametrize("name", tiny.TINY)
 @pytest.mark.parametrize(("biases", "norms"), [(True, True), (True, False)])
 def test_scores_equal_calibrated_networks(name: str, biases: bool, norms: bool) -> None:
-    """Whatever was scored before, and whatever becomes of the weights meanwhile; with real corrections."""
+    """Independent of earlier scores and of changes of the weights; with real corrections."""
     problem = tiny_problem(name, candidates=Candidates((2, 3)))
     images = [batch for batch, _ in problem.images.scoring]
 
@@ -494,7 +494,7 @@ def test_scores_equal_calibrated_networks(name: str, biases: bool, norms: bool) 
 
 
 def test_reported_scores_are_always_calibrated() -> None:
-    """What is reported does not depend on where draws were compared."""
+    """The report is independent of where draws were compared."""
     problem = PROBLEMS["conv_bn"]()  # type: ignore[no-untyped-call]
     options = {"epochs": 1, "warmup": 0, "draws": 3}
     found = [
@@ -527,7 +527,7 @@ def test_norm_after_pinned_layer_is_unchanged() -> None:
 
 
 class PreActivation(nn.Module):
-    """Norms stand in front of their convolutions."""
+    """A network with norms before their convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -593,7 +593,7 @@ def test_norm_after_several_layers_is_skipped() -> None:
 
 
 def test_clipping_levels_are_per_width() -> None:
-    """A step at one width leaves the levels of all others as they were."""
+    """A step at one width leaves the levels of all others unchanged."""
     supernet = supernet_of("conv_bn")
     supernet.select([1])
     model = supernet.model.train()
@@ -734,7 +734,7 @@ def test_penalty_is_the_squared_relative_miss() -> None:
 
 
 class Shared(nn.Module):
-    """A layer that runs twice, with others in front, between and behind, and activations in place."""
+    """A layer that runs twice, with others before, between and after, and in-place activations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -749,7 +749,7 @@ class Shared(nn.Module):
 
 
 class InPlace(nn.Module):
-    """Every output is changed in place by what comes next; a shortcut adds in place too."""
+    """Every output is changed in place by its successor; the shortcut also adds in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -765,7 +765,7 @@ class InPlace(nn.Module):
 
 
 class BorrowedPair(nn.Module):
-    """A weight that its parent takes shares bits with one that runs later: the sum of both goes on."""
+    """A routed weight shares bits with a layer that runs later: their sum is passed on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -780,7 +780,7 @@ class BorrowedPair(nn.Module):
 
 
 def brute_force_losses(problem: SearchProblem) -> list[list[float]]:
-    """Mean loss with only one decision quantized, less that of the float network, nothing remembered."""
+    """Mean loss with only one decision quantized, minus that of the float network, without caching."""
 
     @torch.no_grad()
     def mean_loss(model: nn.Module) -> float:
@@ -948,7 +948,7 @@ MANY = Candidates((2, 3, 4, 5, 6, 7, 8))
 
 
 class Dropout(PreActivation):
-    """Random beyond its weights."""
+    """Randomness beyond the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.dropout(x, 0.2, self.training))
@@ -962,7 +962,7 @@ PROBLEMS = {
 
 
 def outcome(method: str, problem: SearchProblem, memory: Stopping, noise: int) -> tuple[Any, ...]:
-    """Everything a search leaves behind; ``noise`` seeds the global random numbers before."""
+    """The full result of a search; ``noise`` seeds the global random numbers before."""
     torch.manual_seed(noise)
     asked = fresh(problem, memory=memory)
     found: Found = SEARCHERS[method.split()[0]].make(**RESUMED[method]).search(asked)
@@ -980,7 +980,7 @@ def outcome(method: str, problem: SearchProblem, memory: Stopping, noise: int) -
     ),
 )
 def test_resume_after_any_step_is_identical(method: str, name: str, stride: int) -> None:
-    """Stopped after every ``stride`` steps, and after the last one."""
+    """Interrupted after every ``stride`` steps, and after the last one."""
     problem = PROBLEMS[name]()  # type: ignore[no-untyped-call]
     whole = Stopping()
     expected = outcome(method, problem, whole, 1)

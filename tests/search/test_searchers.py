@@ -55,7 +55,7 @@ def total(rows: Sequence[Sequence[float]], chosen: list[int]) -> float:
 
 @st.composite
 def instances(draw: st.DrawFn) -> tuple[Costs, Losses, int]:
-    """Groups of options whose costs are small, huge, or huge and one apart, with a limit that some choice meets."""
+    """Groups of options with costs that are small, huge, or huge and one apart, and a feasible limit."""
     sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     base = draw(st.sampled_from([0, 1000, HUGE // 7, HUGE]))
     cost = st.one_of(st.integers(0, 40), st.integers(0, HUGE), st.integers(base, base + 3))
@@ -68,7 +68,7 @@ def instances(draw: st.DrawFn) -> tuple[Costs, Losses, int]:
 
 
 def allowance(losses: Losses) -> float:
-    """What the solver may miss: its gap of 1e-6, of the largest loss and of the sum, and as much for each binary."""
+    """The tolerance of the solver: its gap of 1e-6, of the largest loss and of the sum, and the same per binary."""
     largest = max(abs(value) for group in losses for value in group)
     return 1e-6 * largest * (1 + len(losses) + sum(len(group) for group in losses))
 
@@ -125,7 +125,7 @@ def test_unaffordable_options_are_ignored() -> None:
 
 @st.composite
 def two_resources(draw: st.DrawFn) -> tuple[Losses, list[Resource]]:
-    """Groups whose options cost two things that have nothing to do with each other, and limits around some choice."""
+    """Groups of options with two independent costs, and limits around some choice."""
     sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     losses = [draw(st.lists(st.floats(-1, 1, width=32), min_size=n, max_size=n)) for n in sizes]
     some = [draw(st.integers(0, n - 1)) for n in sizes]
@@ -226,7 +226,7 @@ PARTS = 8
 
 
 def cases(method: str, share: int = 1, part: int | None = None) -> range:
-    """Seeds of the problems; ``share`` leaves only every so-manieth, and ``part`` every eighth of these."""
+    """Seeds of the problems; ``share`` keeps a fraction of them, and ``part`` every eighth of these."""
     count = 24 if SEARCHERS[method].trains else 120
     return range(0, count, share) if part is None else range(share * part, count, PARTS * share)
 
@@ -237,7 +237,7 @@ def problem(seed: int) -> SearchProblem:
 
 
 def search(method: str, asked: SearchProblem, **changes: Any) -> Found:
-    """On a copy of the model."""
+    """Search on a copy of the model."""
     return SEARCHERS[method].make(**FAST.get(method, {})).search(fresh(asked, **changes))
 
 
@@ -256,7 +256,7 @@ each_part = pytest.mark.parametrize("part", sweep(range(PARTS), lambda part: par
 
 
 def test_problems_cover_all_features() -> None:
-    """Else what follows would be worth less than it seems."""
+    """Otherwise the tests below would be weaker than they seem."""
     spaces = [problem(seed).space for seed in range(120)]
     for trains in (24, 120):
         some = spaces[:trains]
@@ -456,7 +456,7 @@ def test_error_search_minimizes_noise(part: int) -> None:
 
 
 def test_option_noise_adds_weights_and_inputs() -> None:
-    """A weight and inputs that 4 bits hold exactly, so that noise is there where fewer are given."""
+    """4 bits hold weight and inputs exactly, so noise occurs only with fewer."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 5)).eval()
     levels = torch.arange(-7, 8).float()
     nn.init.zeros_(model[1].weight)

@@ -1,4 +1,4 @@
-"""The shape of the package: which way imports point, what a light import loads."""
+"""The structure of the package: import directions, and what light imports load."""
 
 import ast
 import re
@@ -63,7 +63,7 @@ def module_of(path: Path) -> str:
 
 
 def imports(path: Path) -> list[tuple[int, str]]:
-    """Line and full name of everything of ours that a file imports, inside functions too."""
+    """Line and full name of everything of ours that a file imports, including inside functions."""
     package = module_of(path).split(".")
     package = package if path.name == "__init__.py" else package[:-1]
     found = []
@@ -84,7 +84,7 @@ def room_of(name: str) -> str:
 
 
 def target_of(name: str) -> str:
-    """The module that an import of ``name`` loads."""
+    """The module loaded by an import of ``name``."""
     return name if name in MODULES else name.rpartition(".")[0]
 
 
@@ -97,14 +97,14 @@ each_file = pytest.mark.parametrize("path", FILES, ids=relative)
 
 
 def graph() -> dict[str, set[str]]:
-    """Every module of ours and the modules of ours that it imports."""
+    """Every module of ours and its imports of ours."""
     return {
         module: {target_of(name) for _, name in imports(path)} - {module} for module, path in MODULES.items()
     }
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Modules that import each other, directly or through others: what is left when ends are taken away."""
+    """Modules in import cycles: those left after repeatedly removing leaves."""
     left = dict(edges)
     while True:
         imported = set().union(*left.values()) if left else set()
@@ -217,7 +217,7 @@ def test_light_imports_stay_light(module: str) -> None:
 
 
 def test_import_scan_sees_local_imports(tmp_path: Path) -> None:
-    """The tests above can fail: what they look for is found."""
+    """Control for the tests above."""
     path = ROOT / "quant" / "wrapping.py"
     assert "saqcli.quant.attention.special_mixin" in {name for _, name in imports(path)}
     assert "saqcli.quant.attention" in graph()["saqcli.quant.wrapping"]
@@ -225,7 +225,7 @@ def test_import_scan_sees_local_imports(tmp_path: Path) -> None:
 
 
 def test_durations_use_a_monotonic_clock() -> None:
-    """The time of day, which may jump, is told to people and decides nothing: two files write it down."""
+    """The wall clock, which may jump, is only displayed: two files write it down."""
     wall = {"time.time", "time.localtime", "time.gmtime", "datetime.now", "datetime.utcnow", "datetime.today"}
     found = {
         f"{relative(path)} {name}"

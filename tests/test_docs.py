@@ -1,4 +1,4 @@
-"""The documentation says what the code does: commands, options, tables, settings, links and examples."""
+"""The documentation matches the code: commands, options, tables, settings, links and examples."""
 
 import ast
 import importlib
@@ -44,7 +44,7 @@ COMMANDS: dict[str, Any] = GROUP.commands
 
 
 def options_of(command: Any) -> set[str]:
-    """Every spelling of every option, ``--help`` left out."""
+    """Every spelling of every option except ``--help``."""
     names = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     return {name for name in names if name.startswith("-")} - UNIVERSAL
 
@@ -66,7 +66,7 @@ def code_spans(text: str) -> list[str]:
 
 
 def command_lines(text: str) -> list[str]:
-    """Every call of ``saq`` in a shell block, without comments and what is chained before or after it."""
+    """Every call of ``saq`` in a shell block, without comments and chained commands."""
     lines = []
     for language, body in FENCE.findall(text):
         if language not in ("sh", "bash", "shell", "console", ""):
@@ -81,7 +81,7 @@ def command_lines(text: str) -> list[str]:
 
 
 def entries_of(table: str) -> list[str]:
-    """The keys of a table, read from its source: importing the exporters takes seconds."""
+    """The keys of a table, read from its source, since importing the exporters takes seconds."""
     source = ast.parse(text_of(ROOT / "saqcli" / TABLES[table] / "__init__.py"))
     for node in source.body:
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == table:
@@ -91,12 +91,12 @@ def entries_of(table: str) -> list[str]:
 
 
 def slug(heading: str) -> str:
-    """The anchor that GitHub gives a heading."""
+    """GitHub's anchor for a heading."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
 def script(name: str) -> Any:
-    """``docs/NAME.py``, which is no module of a package."""
+    """``docs/NAME.py``, imported from its file."""
     spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

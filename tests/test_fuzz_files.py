@@ -61,7 +61,7 @@ Read = Callable[[Path], object]
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Within the context nothing may take all time or memory."""
+    """Limit time and memory within the context."""
 
     def stop(*_: object) -> None:
         raise AssertionError(f"a file was read for more than {SECONDS} seconds")
@@ -78,7 +78,7 @@ def bounded() -> Iterator[None]:
 
 
 def judged(read: Read, path: Path) -> str | None:
-    """The one line that refuses a file; None where it is taken."""
+    """The one line that refuses a file, or None if it is accepted."""
     try:
         with bounded():
             read(path)
@@ -98,7 +98,7 @@ def refused(read: Read, path: Path) -> str:
 
 
 def attack(read: Read, path: Path, files: Iterable[bytes]) -> None:
-    """Read every file under this name; most must be refused, and all be judged."""
+    """Read every file under this name; most must be refused, and each refused or accepted cleanly."""
     outcomes = []
     for number, raw in enumerate(files):
         path.write_bytes(raw)
@@ -124,7 +124,7 @@ def policy(network: Network) -> dict[str, Any]:
 
 
 def settings() -> dict[str, Any]:
-    """A configuration in which as much as can be is given."""
+    """A configuration with as many settings as possible."""
     options = {
         "model.name": "saq/resnet20",
         "model.kwargs": {"a": 1},
@@ -318,7 +318,7 @@ def test_mutated_weights_are_safe(name: str, count: int, tmp_path: Path) -> None
 
 
 class Call:
-    """A pickle of this calls a function when it is loaded without care."""
+    """Calls a function when unpickled unsafely."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments
@@ -368,7 +368,7 @@ def test_code_in_weights_is_never_executed(how: str, tmp_path: Path) -> None:
 
 
 def doubled(levels: int) -> bytes:
-    """A pickle whose stack ends with a tuple of 2 ** ``levels`` empty ones, most of them the same."""
+    """A pickle that ends with a tuple of 2 ** ``levels`` empty tuples, most of them shared."""
     steps = b"".join(b"h%ch%c\x86q%c" % (level, level, level + 1) for level in range(levels))
     return b"\x80\x02)q\x00" + steps
 
@@ -435,7 +435,7 @@ CHANNELS, SIDE, CLASSES = 3, 8, 5
 
 
 def onnx_model() -> Any:
-    """A convolution and a mean, with weights between QuantizeLinear and DequantizeLinear, described as saq does it."""
+    """A convolution and a mean with quantized weights, and the metadata that saq writes."""
     images = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ["n", CHANNELS, SIDE, SIDE])
     logits = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["n", CLASSES])
     shape = (CLASSES, CHANNELS, 3, 3)

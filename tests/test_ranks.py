@@ -1,4 +1,4 @@
-"""What ranks tell each other, and what one of them does when another fails."""
+"""Communication between ranks, and their behaviour when one fails."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from tests.support.joined import ranks_run
 
 
 def outcome(call: Any) -> Any:
-    """What a call gives, or the class and the exit code of what it raises."""
+    """The result of a call, or the class and exit code of its error."""
     try:
         return call()
     except (ConfigError, DataError, StoppedElsewhere) as error:
@@ -100,7 +100,7 @@ def test_large_tensors_are_averaged_in_buckets() -> None:
 
 
 def _waiting() -> float:
-    """Rank 1 dies, the others wait for it."""
+    """Rank 1 dies while the others wait for it."""
     if distributed.index() == 1:
         os._exit(7)
     start = time.monotonic()
@@ -115,7 +115,7 @@ def test_dead_rank_is_detected_immediately() -> None:
 
 
 def _blocked(number: int) -> None:
-    """Rank 0 waits, where no Python code runs, for a rank that never comes; then it is asked to end."""
+    """Rank 0 blocks outside Python, waiting for a rank that never arrives, and gets a signal."""
     if distributed.index() == 1:
         time.sleep(4)
         return

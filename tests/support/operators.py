@@ -1,4 +1,4 @@
-"""PyTorch's ONNX exporter, made to remember what does not change from export to export."""
+"""A cache for what PyTorch's ONNX exporter reads anew in every export."""
 
 import functools
 import sys

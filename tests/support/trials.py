@@ -1,11 +1,11 @@
-"""The export that is tried before a run, once for each network and style in a process: tests start many alike."""
+"""A cache for the trial export before a run, per network and style."""
 
 import sys
 from typing import Any
 
 
 def tried_once() -> None:
-    """Let a trial that has passed pass again without being made."""
+    """Skip trial exports that have already passed."""
     exporting: Any = sys.modules.get("saqcli.pipelines.export")
     if exporting is None or not hasattr(exporting, "_try_export") or hasattr(exporting._try_export, "passed"):
         return

@@ -1,4 +1,4 @@
-"""Which class a folder stands for: orders, lists of classes, maps from folders, and what is said about them."""
+"""Labels of class folders: orders, class lists, class maps, and notes about them."""
 
 import json
 import random
@@ -27,7 +27,7 @@ def opened(
     files: Mapping[str, object] | None = None,
     **options: str,
 ) -> Split:
-    """A split of class folders with an image each; ``options`` name files, which lie in the folder's parent."""
+    """A split of class folders with one image each; ``options`` name files in the folder's parent."""
     for name in folders:
         (root / "val" / name).mkdir(parents=True, exist_ok=True)
         Image.new("L", (2, 2)).save(root / "val" / name / "0.png")
@@ -287,7 +287,7 @@ class TestImageNet:
         assert "class_to_idx.json is not used: it lists 2 classes, the model has 1000" in split.notes[0]
 
     def test_synsets_beside_ambiguous_words(self, tmp_path: Path) -> None:
-        """Two classes of ImageNet are called crane: the bird is 134, the machine 517."""
+        """Two ImageNet classes are called crane: the bird is 134, the machine 517."""
         from timm.data import ImageNetInfo
 
         info = ImageNetInfo("imagenet-1k")

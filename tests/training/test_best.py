@@ -1,4 +1,4 @@
-"""Fine-tuning that ends below where it was: the best state is kept, told, and exported where that is asked for."""
+"""Fine-tuning that ends below its best: the best state is kept, reported, and exported on request."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def images(digits: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def harmed(digits: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A run with a learning rate that is much too high, and what it printed."""
+    """A run with a far too high learning rate, and its output."""
     run = tmp_path_factory.mktemp("harmed") / "run"
     given = ("--bits", 4, "--epochs", EPOCHS, "--lr", 0.5, "--ema", 0.5, "--batch-size", 48, "--workers", 0)
     options = (*float_options(digits, images), *given, "--set", "data.verify_images=20")
@@ -104,7 +104,7 @@ def test_resume_can_export_the_best(harmed: tuple[Path, Any], images: Path, tmp_
 
 
 def test_checkpoints_without_best_state_resume(harmed: tuple[Path, Any], tmp_path: Path) -> None:
-    """Those of earlier versions: the best epoch is not known, and the model is the same."""
+    """Checkpoints of earlier versions: the best epoch is unknown, and the model is the same."""
     before, found = harmed
     run = shutil.copytree(before, tmp_path / "run")
     file = CheckpointFile(run / "checkpoints" / "last.ckpt")

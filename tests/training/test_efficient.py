@@ -1,4 +1,4 @@
-"""Cheaper ascents, accumulation and data-parallel steps: each is compared with what it stands for."""
+"""Cheaper ascents, accumulation and data-parallel steps, each compared with its reference."""
 
 import copy
 from typing import Any
@@ -89,12 +89,12 @@ def test_invalid_options_are_refused(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("method", ASCENDING)
 def test_reuse_at_zero_radius_is_plain_training(method: str) -> None:
-    """What rounding leaves of equal gradients must not be blown up to their size."""
+    """Rounding noise between equal gradients must not be scaled up."""
     assert_bitwise_equal(train("qat"), train(method, rho=0.0, interval=2, reuse=0.7))
 
 
 def gradients(model: nn.Module, loss: Any) -> Tensor:
-    """Of all parameters in one vector."""
+    """The gradients of all parameters as one vector."""
     found = torch.autograd.grad(loss(), list(model.parameters()), allow_unused=True)
     parts = [torch.zeros_like(p) if g is None else g for g, p in zip(found, model.parameters(), strict=True)]
     return torch.cat([part.flatten() for part in parts])
@@ -102,7 +102,7 @@ def gradients(model: nn.Module, loss: Any) -> Tensor:
 
 @pytest.mark.parametrize("network", ["token_mlp", "attention"])
 def test_reuse_adds_previous_component(network: str) -> None:
-    """Algorithm 1 of LookSAM, written out in float64 on the vector of all gradients."""
+    """Algorithm 1 of LookSAM, in float64 on the vector of all gradients."""
     reuse = 0.7
     model = trainable(network, torch.float64)
     data = [(x.double(), labels) for x, labels in (batch(16, seed=0), batch(16, seed=1))]
@@ -162,7 +162,7 @@ def test_ascent_fraction_at_zero_radius(method: str) -> None:
 
 
 def eval_norms(model: nn.Module) -> nn.Module:
-    """Batch norms in eval mode: a batch statistic is of its micro-batch, by nature."""
+    """Batch norms in eval mode, since batch statistics depend on the micro-batch."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()

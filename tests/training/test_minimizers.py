@@ -1,4 +1,4 @@
-"""Minimizers: their limits, an independent twin, and that they leave nothing behind."""
+"""Minimizers: limiting cases, an independent reference, and side effects."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -85,7 +85,7 @@ def twin_step(
     kinds: dict[str, Any],
     method: str = "saq",
 ) -> Tensor:
-    """One update, in place."""
+    """One in-place update."""
     small = ["b", "g", "s", "c", "conv_a", "linear_a"]
     moved = [*small, "w", "v", "w_a", "v_a"] if method == "sam" else small
     zero = {name: torch.zeros_like(p[name]) for name in moved}
@@ -116,7 +116,7 @@ def twin_step(
 def twin_scales(
     p: dict[str, Tensor], unit: RadiusUnit, kinds: dict[str, Any], *, adaptive: bool
 ) -> dict[str, Any]:
-    """T of every tensor that has another than 1."""
+    """T of every tensor where it is not 1."""
     scale: dict[str, Any] = {}
     for name in ("w", "v"):
         weight = p[name].detach()
@@ -133,7 +133,7 @@ def twin_scales(
 
 
 def twin_model(grid: str) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
-    """A float64 network with levels set by hand, its tensors under the twin's names, and its grids."""
+    """A float64 network with levels set by hand, its tensors under the reference's names, and its grids."""
     model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 5))
     model.double().train()
     convert.wrap(model)
@@ -235,7 +235,7 @@ def test_case_1_equals_saq_without_clipping() -> None:
 
 
 def test_saq_moves_more_weights_than_sam() -> None:
-    """Rounding swallows a perturbation of the float weights: the reason for SAQ."""
+    """Rounding absorbs a perturbation of the float weights: the reason for SAQ."""
     shares = {}
     for method in ("sam", "saq"):
         model = trainable("conv_bn")
@@ -391,7 +391,7 @@ def test_zero_gradients_leave_finite_weights(method: str) -> None:
 
 @pytest.mark.parametrize("method", MINIMIZERS)
 def test_single_weight_layer_stays_finite(method: str) -> None:
-    """Its deviation is that of one number."""
+    """The standard deviation of a single number is undefined."""
     network = nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(36, 5))
     model = quantize(lambda: network).model.train()
     minimizer = make(method, model, sgd(model))
@@ -402,7 +402,7 @@ def test_single_weight_layer_stays_finite(method: str) -> None:
 
 
 def test_empty_perturbed_set_is_refused() -> None:
-    """Rather than training without perturbation in silence."""
+    """Instead of training silently without perturbation."""
     model = quantize(lambda: nn.Sequential(nn.Flatten(), nn.Linear(108, 5, bias=False))).model.train()
 
     with pytest.raises(UnperturbedLayer, match="nothing to perturb"):
@@ -499,7 +499,7 @@ def test_returned_loss_is_unperturbed(method: str) -> None:
 
 def gradients_of(minimizer: Callable[[nn.Module, torch.optim.Optimizer], Minimizer], model: nn.Module,
                  chunks: Callable[[nn.Module], list[Chunk]]) -> list[Tensor]:  # fmt: skip
-    """What the minimizer hands the optimizer; ``model`` is left as it is."""
+    """The gradients the minimizer passes to the optimizer; ``model`` is unchanged."""
     model = deepcopy(model)
     minimizer(model, still(model)).step(chunks(model))
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
@@ -558,7 +558,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     [("qat", "full"), *((method, name) for method in MINIMIZERS if method != "qat" for name in STRATEGIES)],
 )
 def test_saved_state_resumes_bit_identically(method: str, strategy: str) -> None:
-    """Saved after three steps, in the middle of an interval."""
+    """Saved after three steps, within an interval."""
     straight = trainable("conv_bn")
     base = sgd(straight)
     minimizer = make(method, straight, base, **STRATEGIES[strategy])
@@ -602,7 +602,7 @@ def test_base_optimizer_state_is_unchanged(method: str) -> None:
     ),
 )
 def test_training_lowers_the_loss(method: str, network: str) -> None:
-    """Classes that one linear layer could tell apart: the sign of a channel's mean, in two bits."""
+    """Linearly separable classes: the sign of a channel's mean, in two bits."""
     with seeded(0):
         model = trainable(network)
     x = images(64, seed=5)
@@ -615,5 +615,5 @@ def test_training_lowers_the_loss(method: str, network: str) -> None:
 
 
 def test_perturbed_kinds_by_default() -> None:
-    """What the released code perturbs; clipping levels of weights are trained but stay in place."""
+    """As in the released code; clipping levels of weights are trained but not perturbed."""
     assert set(PERTURBED) == {"weights", "biases", "norms", "activation_clips"}

@@ -1,4 +1,4 @@
-"""What a batch's loss is: the same images in both passes, one answer of the teacher, formulas written out."""
+"""The objective of a batch: same images in both passes, one teacher pass, explicit formulas."""
 
 import pytest
 import torch

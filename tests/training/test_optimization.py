@@ -1,4 +1,4 @@
-"""From settings to optimizer and minimizer: what is asked for reaches the step."""
+"""From settings to optimizer and minimizer."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Ranks that train together: what they hold after every step, and what one process would hold."""
+"""Data-parallel training: the state after every step, compared with one process."""
 
 import math
 from typing import Any
@@ -75,7 +75,7 @@ def test_ranks_equal_one_process_with_chunks(count: int) -> None:
 
 
 def trouble(kind: str) -> tuple[list[tuple[str, torch.Tensor]], Setbacks, list[str]]:
-    """Steps in which one of two ranks has no memory, or no number."""
+    """Steps in which one of two ranks runs out of memory or gets NaN."""
     here = distributed.index()
     model = Small(trainable("conv_bn"), 4 if kind == "memory" and here == 1 else 99)
     base = sgd(model)
@@ -90,7 +90,7 @@ def trouble(kind: str) -> tuple[list[tuple[str, torch.Tensor]], Setbacks, list[s
 
 
 def test_all_ranks_skip_failed_steps() -> None:
-    """What one cannot do, none does; all hold the same afterwards."""
+    """If one rank cannot do a step, none does; all hold the same state afterwards."""
     (one, setbacks, _), (other, _, notes) = ranks_run(2, trouble, "memory")
     assert setbacks.micro_batch == 4
     assert len(notes) == 2
@@ -119,7 +119,7 @@ def test_distributed_evaluation_is_exact() -> None:
 
 
 def measured() -> dict[str, Any]:
-    """What the searchers that measure one batch after the other find."""
+    """The measurements of the searchers that go batch by batch."""
     problem = tiny_problem("residual")
     return {
         "hawq": HAWQ(samples=2).traces(fresh(problem)),
@@ -135,7 +135,7 @@ def test_distributed_measurements_are_exact() -> None:
 
 
 def values(batch: int, task: Task) -> list[tuple[str, float]]:
-    """Whose sum depends on the order."""
+    """Values whose sum depends on the order."""
     task.advance()
     return [(name, 10.0 ** ((batch * step) % 17) / 3) for name, step in (("a", 5), ("b", 7))]
 

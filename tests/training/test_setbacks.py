@@ -1,4 +1,4 @@
-"""Steps in which something goes wrong: no memory, no number, no gradient."""
+"""Failing steps: out of memory, NaN, zero gradients."""
 
 import gc
 import math
@@ -24,7 +24,7 @@ OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 class Small(nn.Module):
-    """A network on a device that holds a few images at a time, and no more."""
+    """A network on a device with memory for a few images."""
 
     def __init__(self, model: nn.Module, most: int, error: BaseException = OUT) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def stepper(
 
 @pytest.mark.parametrize("method", MINIMIZERS)
 def test_out_of_memory_step_equals_micro_batches(method: str) -> None:
-    """Bit for bit: no random number, no running statistic of the attempt is left."""
+    """Bit for bit: the attempt leaves no random numbers or running statistics behind."""
     ends = []
     for most, micro in ((4, None), (99, 4)):
         model = Small(trainable("conv_bn"), most)
@@ -88,7 +88,7 @@ def test_other_errors_are_not_out_of_memory() -> None:
 @pytest.mark.parametrize("method", MINIMIZERS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_step_changes_nothing(method: str, value: float) -> None:
-    """Training goes on as if the batch had not been there."""
+    """Training continues as if the batch did not exist."""
     ends = []
     for spoiled in (True, False):
         model = trainable("conv_bn")
@@ -173,7 +173,7 @@ def test_evaluation_halves_the_batch_on_oom() -> None:
 
 
 def _train_in(mebibytes: int, pipe: Any) -> None:
-    """A step on images that need more memory than this process may have."""
+    """A training step that needs more memory than this process may use."""
     torch.set_num_threads(1)
     gc.collect()
     model = nn.Sequential(

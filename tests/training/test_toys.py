@@ -1,4 +1,4 @@
-"""On a problem with a known best configuration every searcher that looks at the loss finds it."""
+"""On a problem with a known optimum, every loss-based searcher finds it."""
 
 from functools import cache
 from itertools import product
@@ -64,6 +64,6 @@ def test_loss_decides_within_standard_error() -> None:
 
 
 def test_baselines_ignore_branch_importance() -> None:
-    """What makes the problem a test: the least quantization error, and equal bits, are something else."""
+    """Control: the least quantization error and equal bits are not the optimum."""
     for method in ("error", "uniform"):
         assert SEARCHERS[method].make().search(branches()).choice != RIGHT

@@ -1,4 +1,4 @@
-"""The loops over batches: what they count, what they report, how they go on after an interruption."""
+"""Training and evaluation loops: counts, reports, and resume."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 class Watch:
-    """A task that remembers what it was told."""
+    """A task that records its calls."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -173,7 +173,7 @@ def test_epoch_uses_training_mode() -> None:
 
 
 class Recorder:
-    """A minimizer that notes the chunks it gets and moves nothing."""
+    """A minimizer that records its chunks and changes nothing."""
 
     def __init__(self) -> None:
         self.shares: list[list[list[float]]] = []
@@ -246,7 +246,7 @@ class _Stop(Exception):
 @pytest.mark.parametrize("stopped_at", [1, 3, 5])
 @pytest.mark.parametrize("method", MINIMIZERS)
 def test_interrupted_epoch_resumes_bit_identically(method: str, stopped_at: int) -> None:
-    """With augmentation and dropout, which both draw from the random state."""
+    """With augmentation and dropout, which both use the random state."""
 
     def network() -> nn.Module:
         return nn.Sequential(NETWORKS["conv_bn"](), nn.Dropout(0.5))

@@ -1,4 +1,4 @@
-"""What ONNX Runtime's optimizer does to careless graphs, that the list finds it, and that our styles avoid it.
+"""Hazards of ONNX Runtime's optimizer: real, detected by the list, and avoided by our styles.
 
 Every hazard is a graph built by hand without our counter-measure. A newer ONNX Runtime may leave it alone: such a
 test is skipped with the version, and the counter-measure may go one day.
@@ -38,7 +38,7 @@ node: Build = helper.make_node
 
 
 class Hand:
-    """A graph under construction, ``x`` to ``y``."""
+    """A graph built by hand, ``x`` to ``y``."""
 
     def __init__(self, shape: list[int], opset: int = 21, ir_version: int = 10) -> None:
         self.shape, self.opset, self.ir_version = shape, opset, ir_version
@@ -57,12 +57,12 @@ class Hand:
         return name
 
     def quantized(self, x: str, step: float = 0.37, zero: Any = np.uint8(0)) -> str:
-        """``x`` quantized and back."""
+        """``x`` quantized and dequantized."""
         inputs = [self.constant(np.float32(step)), self.constant(zero)]
         return self.add("DequantizeLinear", [self.add("QuantizeLinear", [x, *inputs]), *inputs])
 
     def weight(self, shape: list[int], dtype: Any = np.int8, highest: int = 7, axis: int = 0) -> str:
-        """Integer codes behind a DequantizeLinear, a step a channel."""
+        """Integer codes with a DequantizeLinear, one step per channel."""
         codes = self.dice.integers(-highest - 1, highest + 1, shape).astype(dtype)
         steps = self.dice.uniform(0.02, 0.2, shape[axis]).astype(np.float32)
         return self.add("DequantizeLinear", [self.constant(codes), self.constant(steps)], axis=axis)
@@ -89,7 +89,7 @@ def run(model: onnx.ModelProto, level: Any, x: Any) -> Any:
 
 
 def changed(model: onnx.ModelProto, shape: list[int]) -> float:
-    """The share of numbers that default optimizations change by more than float32 rounding."""
+    """The share of values that default optimizations change by more than float32 rounding."""
     x = np.random.default_rng(1).normal(size=[64, *shape]).astype(np.float32)
     plain, found = run(model, PLAIN, x), run(model, DEFAULT, x)
     return float((np.abs(plain - found) > 1e-5 * np.abs(plain).max()).mean())
@@ -104,7 +104,7 @@ def skip() -> None:
 
 
 def conv(bias: str) -> onnx.ModelProto:
-    """A convolution at 2 bits between quantizers; its bias inside or behind it, or none."""
+    """A 2-bit convolution between quantizers, with its bias inside, after it, or none."""
     hand = Hand([8, 6, 6])
     inputs = [hand.quantized("x", 0.9), hand.weight([4, 8, 3, 3], highest=1)]
     shift = hand.bias(4) if bias == "inside" else ""
@@ -322,7 +322,7 @@ def test_weight_only_layers_keep_float_inputs(case: str, style: str, bits: int, 
 
 
 def kernels(path: Path) -> Counter[str]:
-    """The operators that ONNX Runtime runs, by default."""
+    """The operators that ONNX Runtime runs by default."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     with tempfile.TemporaryDirectory() as folder:
@@ -333,7 +333,7 @@ def kernels(path: Path) -> Counter[str]:
 
 
 class Split(nn.Module):
-    """Two convolutions side by side, their outputs in one tensor."""
+    """Two parallel convolutions with concatenated outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -384,7 +384,7 @@ def test_8_bit_layers_run_on_integers(name: str, quantizer: str, tmp_path: Path)
 
 @pytest.mark.parametrize("width", [1, 64])
 def test_bias_is_rounded_only_where_harmless(width: int, tmp_path: Path) -> None:
-    """With few products a sum, half a unit of the sum is much of a step of the output: such a layer keeps its bias."""
+    """With few products per sum, rounding the bias would shift the output too far: it stays float."""
     quantized = quantize(
         lambda: nn.Sequential(
             nn.Conv2d(3, width, 3, padding=1),
@@ -418,7 +418,7 @@ def test_bias_is_rounded_only_where_harmless(width: int, tmp_path: Path) -> None
 
 
 def test_exact_graph_never_runs_on_integers(tmp_path: Path) -> None:
-    """ONNX Runtime's integer kernels round ties otherwise."""
+    """ONNX Runtime's integer kernels round ties differently."""
     found = kernels(export(quantize(chain("bn_relu"), same_bits(8)), "exact", tmp_path / "model.onnx"))
 
     assert found["QLinearConv"] == 0

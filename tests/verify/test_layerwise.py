@@ -1,4 +1,4 @@
-"""The proof by parts finds one wrong layer, and passes a correct graph."""
+"""The layerwise proof detects one wrong layer, and passes a correct graph."""
 
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def test_missing_quantizer_is_found(tmp_path: Path) -> None:
 
 
 class Again(nn.Module):
-    """Calls one layer more than once."""
+    """Calls one layer several times."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Again(nn.Module):
 
 
 class ChangedInPlace(Again):
-    """What the layer is given is written over between its two calls."""
+    """The layer's input is overwritten between its two calls."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.stem(x)
@@ -101,7 +101,7 @@ class ChangedInPlace(Again):
 
 
 class SameTwice(Again):
-    """Two of three calls are given equal tensors, and so are one call in the graph."""
+    """Two of three calls get equal tensors and so are one call in the graph."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.stem(x)
@@ -111,7 +111,7 @@ class SameTwice(Again):
 
 
 def quantizers_of(graph: Any, layer: str) -> list[Any]:
-    """The nodes that a layer's input goes through first, a call each."""
+    """The first nodes on a layer's input, one per call."""
     found = [node for node in graph.node if told(node).get("saq.layer") == layer and node.op_type == "Clip"]
     assert all(told(node)["saq.operand"] == "input" for node in found)
     return found
@@ -125,7 +125,7 @@ def quantizers_of(graph: Any, layer: str) -> list[Any]:
     ),
 )
 def test_repeated_calls_are_distinguished(kind: type[Again], style: str, tmp_path: Path) -> None:
-    """Each is found right, and each is found wrong."""
+    """Each is accepted when right and detected when wrong."""
     path, x = tmp_path / "model.onnx", tiny.images((3, 8, 8))
     net = kind()
     write(net, x, 4, path, style)
@@ -147,7 +147,7 @@ def test_repeated_calls_are_distinguished(kind: type[Again], style: str, tmp_pat
 
 
 def _sort(graph: Any) -> None:
-    """Every node behind those that it reads."""
+    """Sort nodes topologically."""
     known = {value.name for value in [*graph.input, *graph.initializer]} | {""}
     waiting, done = list(graph.node), []
     while waiting:
@@ -160,7 +160,7 @@ def _sort(graph: Any) -> None:
 
 
 def test_border_codes_after_offset_are_checked(tmp_path: Path) -> None:
-    """Padding after the offset was taken away puts the lowest code's opposite around the image, not zero."""
+    """Padding after the offset subtraction would surround the image with the wrong code."""
     path, x = tmp_path / "model.onnx", tiny.images((3, 8, 8))
     net = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     write(net, x, 8, path, "trt")
@@ -185,7 +185,7 @@ def test_border_codes_after_offset_are_checked(tmp_path: Path) -> None:
 
 
 class Cancelling(nn.Module):
-    """A norm takes a large mean away, and what is left is rounding error in every runtime."""
+    """A norm removes a large mean, leaving rounding error in every runtime."""
 
     def __init__(self, mean: float) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ def test_tolerance_equals_pytorch_rounding(tmp_path: Path) -> None:
 
 
 def test_small_bias_rounding_is_tolerated(tmp_path: Path) -> None:
-    """0.01 of a step changes next to no code, however small the numbers are; a tenth of a step is a difference."""
+    """0.01 of a step changes almost no code, however small the values; a tenth of a step is a difference."""
     torch.manual_seed(0)
     net, x = tiny.build("conv_bn")
     write(net, x, 8, tmp_path / "model.onnx")
@@ -245,7 +245,7 @@ def test_small_bias_rounding_is_tolerated(tmp_path: Path) -> None:
 
 
 class Spare(Again):
-    """Computes with a layer what it does not return."""
+    """Uses a layer for something it does not return."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.stem(x))
@@ -255,7 +255,7 @@ class Spare(Again):
 
 
 class EqualTensors(Again):
-    """A layer whose weights are zero is given the same numbers twice, and the graph cannot know."""
+    """A layer with zero weights gets equal inputs twice, which the graph merges."""
 
     def __init__(self) -> None:
         super().__init__()

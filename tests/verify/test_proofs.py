@@ -1,4 +1,4 @@
-"""What an ONNX file is compared with, and on which images."""
+"""The reference an ONNX file is compared with, and the images used."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tests.support import tiny
 
 
 class Insisting(nn.Module):
-    """Makes its numbers float32 on the way, as some forwards do."""
+    """Converts to float32 in its forward, as some networks do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def test_float32_model_is_its_own_reference(insisting: nn.Module, images: Tensor
 
 
 def test_unreadable_images_prove_nothing(plain: nn.Module, images: Tensor, file: Path) -> None:
-    """What stands in for them is zeros with a label below 0."""
+    """They are replaced by zeros with a label below 0."""
     missing = labelled(torch.zeros_like(images), -1)
     mixed = images[:4], torch.tensor([-1, 0, -1, 0])
     verdict = prove_graph(file, plain, "qdq", [missing, mixed], 2, SILENT)

@@ -1,4 +1,4 @@
-"""Images made up for the proof: normalized, varied, and the same every time."""
+"""Synthetic images for verification: normalized, varied and reproducible."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_natural_images_are_normalized() -> None:
 
 
 def test_spectrum_falls_with_inverse_frequency() -> None:
-    """The slope of the spectrum in logarithms is -1; that of white noise is 0."""
+    """The slope of the log spectrum is -1; that of white noise is 0."""
 
     def slope(images: torch.Tensor) -> float:
         power = torch.fft.rfft2(images).abs().square().mean((0, 1))

@@ -1,4 +1,4 @@
-"""When a file counts as equal to the model."""
+"""The verdict: when a file counts as equal to the model."""
 
 import math
 
@@ -11,7 +11,7 @@ from saqcli.verify.verdict import LARGEST_MEAN_DIFFERENCE, LEAST_AGREEMENT, Verd
 
 
 def logits(count: int = 200) -> Tensor:
-    """Rows whose best class is 0, ahead of the next by at least 6."""
+    """Rows whose best class is 0, by a margin of at least 6."""
     scores = torch.rand(count, 10)
     scores[:, 0] += 7
     return scores
@@ -67,7 +67,7 @@ def test_agreement_threshold(wrong: int, verified: bool) -> None:
 
 @pytest.mark.parametrize(("share", "verified"), [(0.5, True), (0.99, True), (1.01, False), (20.0, False)])
 def test_mean_difference_scales_with_logits(share: float, verified: bool) -> None:
-    """A shift of all logits leaves every best class as it is."""
+    """A shift of all logits keeps every best class."""
     truth = logits()
     shift = share * LARGEST_MEAN_DIFFERENCE * float(truth.std())
     verdict = judge(truth, truth + shift)
@@ -89,7 +89,7 @@ def test_verdict_is_independent_of_logit_scale(scale: float) -> None:
 
 @pytest.mark.parametrize(("gap", "agreement"), [(0.0, 1.0), (2.0**-21, 1.0), (2.0**-18, 0.0)])
 def test_ties_may_break_either_way(gap: float, agreement: float) -> None:
-    """Two logits that rounding alone tells apart are both the best class."""
+    """Two logits that differ only by rounding are both best."""
     truth = torch.zeros(8, 5)
     truth[:, 1], truth[:, 3] = 1.0, 1.0 - gap
     answer = truth.clone()
@@ -136,7 +136,7 @@ def test_worst_candidate_decides() -> None:
 
 
 def test_failure_outweighs_larger_difference() -> None:
-    """One image far off is allowed; every best class wrong is not."""
+    """One outlier image is allowed; every best class wrong is not."""
     images = torch.rand(200, 10)
     images[:, 0] += 2e-2 + images[:, 1:].amax(1) - images[:, 0]
 
@@ -158,7 +158,7 @@ def test_failure_outweighs_larger_difference() -> None:
 
 
 def test_allowance_grows_with_pytorch_noise() -> None:
-    """Networks that amplify every rounding differ from themselves."""
+    """Networks that amplify rounding disagree with themselves."""
     verdict = Verdict(images=100, argmax_agreement=0.8, max_abs_diff=1.0, mean_abs_diff=0.35)
     assert len(verdict.reasons()) == 2
     verdict.pytorch_agreement, verdict.pytorch_difference = 0.9, 0.2

@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would be in each other's way
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads would compete
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as the command line does; no test reaches the network
@@ -17,11 +17,11 @@ from tests.support.image_folders import cifar_like, make_classes  # noqa: F401  
 from tests.support.operators import read_once
 from tests.support.trials import tried_once
 
-# A shell lets what it runs behind its back ignore it.
+# A shell makes background jobs ignore SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Files that take longest, for the processes to end at about the same time. The second learns the digits for all, while
-# the first, which needs them not, goes on.
+# The slowest files first, so that workers end at about the same time. The second trains on the digits for all, while
+# the first, which does not need them, runs.
 LONGEST = """
     test_story test_analyze test_joined_runs test_search test_bench test_export test_asga test_search_parts
     test_exact_form test_search_stopped test_killed test_published test_rerun test_exporters test_cli test_searchers
@@ -46,7 +46,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    import torch  # here, since the process that only hands out tests needs none
+    import torch  # here, since the xdist controller does not need torch
 
     torch.manual_seed(0)
 
@@ -54,7 +54,7 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def operators_read_once() -> None:
     if read_once():
-        gc.freeze()  # what an export imports
+        gc.freeze()  # the modules that an export imports
     tried_once()
 
 
@@ -81,9 +81,9 @@ def shared_folder(factory: pytest.TempPathFactory) -> Path:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with handwritten digits as ``images/`` and a network trained on them as ``float.safetensors``.
 
-    Every sixth of the images is in ``few/``, for whom a few are enough.
+    Every sixth image is also in ``few/``.
 
-    One process makes it, and the others of a run wait for it.
+    One process creates it, and the others wait for it.
     """
     from tests.support.digits import make
 

@@ -44,7 +44,7 @@ BASE = {
 }
 MOST_IMPORTS = 20  # of ours in one file
 MOST_FILES = 20  # in one folder
-# Plugins of one family do not know each other; these files are what they share.
+# Plugins of a family do not import each other; these files are shared.
 FAMILIES = {
     "training/minimizers": {"base"},
     "search": {"problem", "knapsack", "separable", "supernet", "controller", "cosine", "mixture"},

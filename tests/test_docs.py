@@ -22,7 +22,7 @@ DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = sorted({*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")})
-GUIDES = [page for page in PAGES if page.name != "CHANGELOG.md"]  # a changelog may name what is gone
+GUIDES = [page for page in PAGES if page.name != "CHANGELOG.md"]  # a changelog may name removed options
 
 SETUP = ("pip install . && saq demo", 'pip install ".[test]" && pytest')
 TABLES = {

@@ -1,7 +1,7 @@
-"""Whatever is done to a file that is read, it is taken for what it says or refused in one line; nothing is run.
+"""Mutated files are read as what they say or refused in one line; no code is run.
 
-The model files that saq writes are attacked in ``pipelines/test_strange_files.py``; here are all others: settings,
-policies, manifests, readings, float weights and ONNX graphs.
+Model files of saq are attacked in ``pipelines/test_strange_files.py``; here are all others: settings, policies,
+manifests, readings, float weights and ONNX graphs.
 """
 
 import functools
@@ -51,7 +51,7 @@ from tests.support.mutations import bytes_of, texts_of
 from tests.support.sweeps import sweep
 
 SECONDS = 5  # for any one file; most take a millisecond
-MEGABYTES = 600  # that reading one may add to what the process ever held
+MEGABYTES = 600  # that reading one may add to peak memory
 FEW, MANY = 60, 3000
 COUNTS = sweep([FEW, MANY], lambda count: count == FEW)
 BITS = LayerBits(weight=4, activation=4)
@@ -252,7 +252,7 @@ def test_artifacts_outside_the_run_are_refused(name: str, tmp_path: Path) -> Non
 
 def test_endless_files_are_not_read_fully(network: Network, tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
-    path.write_text("a." * 100_000 + "a = 1")  # takes the TOML reader time and memory of the square
+    path.write_text("a." * 100_000 + "a = 1")  # quadratic time and memory in the TOML reader
 
     assert "nested deeper" in refused(read_config, path)
     assert "more than" in refused(lambda path: read_policy(path, network), Path("/dev/zero"))
@@ -280,7 +280,7 @@ def test_mutated_readings_are_safe(count: int, tmp_path: Path) -> None:
     path = folder.path_of("sensitivity")
 
     def read(path: Path) -> None:
-        assert folder.load("sensitivity") == reading  # whatever else was changed
+        assert folder.load("sensitivity") == reading  # whatever else changed
 
     read(path)
     attack(read, path, texts_of(json.loads(path.read_text()), count))
@@ -549,7 +549,7 @@ def test_custom_operators_are_refused(tmp_path: Path) -> None:
     assert "does not take" in refused(read_and_run, path)
 
 
-# What a person sees.
+# Error messages.
 
 
 def test_impossible_name_is_one_line_error(tmp_path: Path) -> None:

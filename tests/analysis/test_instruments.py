@@ -37,7 +37,7 @@ def subject_of(
     pictures = images(COUNT, seed=5).to(dtype)
     with torch.no_grad():
         labels = model(pictures).argmax(1)
-        labels[::6] = (labels[::6] + 1) % CLASSES  # and a few that it gets wrong
+        labels[::6] = (labels[::6] + 1) % CLASSES  # and a few misclassified
     batches = list(zip(pictures.split(batch), labels.split(batch), strict=True))
     return Subject(model, made.layers, batches, made.facts.scheme)
 
@@ -88,7 +88,7 @@ def _norm(x: Tensor, norm: Any) -> Tensor:
 def explicit_hessian(subject: Subject) -> Tensor:
     """(weights, weights), by differentiating the reference twice."""
     loss, point = twin_loss(subject)
-    assert loss(point).item() == pytest.approx(subject.score().loss, rel=1e-6)  # the twin is the model
+    assert loss(point).item() == pytest.approx(subject.score().loss, rel=1e-6)  # equals the model
     hessian: Tensor = torch.autograd.functional.hessian(loss, point)
     return hessian
 
@@ -155,7 +155,7 @@ class TestEigenvalue:
         found = measure_eigenvalue(subject, Settings(), Session())
 
         assert len(found.starts) == 3
-        assert found.eigenvalue <= values[-1] * (1 + 1e-9)  # a Rayleigh quotient is never above
+        assert found.eigenvalue <= values[-1] * (1 + 1e-9)  # a Rayleigh quotient is a lower bound
         assert found.eigenvalue == pytest.approx(values[-1].item(), rel=0.02)
         for start in found.starts:  # for a symmetric matrix, an eigenvalue lies within the residual
             nearest = (values - start.eigenvalue).abs().min().item()
@@ -223,7 +223,7 @@ class TestSharpness:
 
         with torch.no_grad():
             expected = loss(point + 0.2 * g / g.norm()) - loss(point)
-        # the twin's lines hold at the point alone: beyond it inputs are rounded anew, as here
+        # the reference is linear only at this point: elsewhere inputs are rounded again, as here
         assert found.gradient_norm == pytest.approx(g.norm().item(), rel=1e-6)
         assert found.sharpness == pytest.approx(expected.item(), rel=1e-5)
         assert found.relative_norm == pytest.approx(0.2 / point.norm().item(), rel=1e-6)
@@ -463,7 +463,7 @@ class TestEveryInstrument:
         kind = INSTRUMENTS[name].reading
         assert isinstance(readings[0], kind)
         assert kind.model_validate_json(readings[0].model_dump_json()) == readings[0]
-        assert readings[0] == readings[1]  # nothing random is left
+        assert readings[0] == readings[1]  # deterministic
         assert same_state(subject, before)
         assert not subject.model.training
 

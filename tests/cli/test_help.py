@@ -14,13 +14,13 @@ from tests.support.command_line import saq
 
 GROUP: Any = get_command(app)
 COMMANDS: dict[str, Any] = GROUP.commands
-NO_VALUE = {"all", "runs/NAME-BITS", "runs/NAME-BUDGET-SEARCHER"}  # words for what cannot be typed
+NO_VALUE = {"all", "runs/NAME-BITS", "runs/NAME-BUDGET-SEARCHER"}  # words for values that cannot be typed
 OPTIONS = [
     pytest.param(name, parameter, id=f"{name} {parameter.opts[0]}")
     for name in ("quantize", "search")
     for parameter in COMMANDS[name].params
     if (found := re.search(r"\[default: (\S+)\]", parameter.help)) and found[1] not in NO_VALUE
-    if parameter.name != "in_chans"  # the network decides, where nothing is given
+    if parameter.name != "in_chans"  # determined by the network if omitted
 ]
 
 

@@ -37,7 +37,7 @@ class TestBrokenLinks:
     )
     def test_broken_class_folder_is_named(self, place: str, folder: Path, make_classes: MakeClasses) -> None:
         if place == "val":
-            (folder / "val").rename(folder / "test")  # which must not be taken in its place
+            (folder / "val").rename(folder / "test")  # which must not be used instead
         (folder / place).parent.mkdir(exist_ok=True)
         (folder / place).symlink_to("/nowhere/truck")
         with pytest.raises(

@@ -223,7 +223,7 @@ class Fatal:
         raise AssertionError
 
 
-@pytest.mark.slow  # torch asks every five seconds
+@pytest.mark.slow  # torch polls every five seconds
 def test_dead_workers_are_reported_with_advice(load: Load) -> None:
     with pytest.raises(DataError, match=r"the processes that read fatal died.* --workers 0"):
         batches(load(Split("fatal", ImageSet(Fatal(), None, 2, "fatal"), ()), workers=1))

@@ -231,7 +231,7 @@ def test_tiff_is_rotated_once() -> None:
     content = stored(Image.fromarray(GREY[:5]), "tiff", tiffinfo={0x0112: 6})
     plain, turned = (np.asarray(decode(io.BytesIO(content), "L", exif_transpose=on)) for on in (False, True))
     assert np.array_equal(turned, plain)
-    assert plain.shape == (8, 5)  # by Pillow, for timm and torchvision too
+    assert plain.shape == (8, 5)  # by Pillow, as in timm and torchvision
 
 
 def test_broken_exif_is_ignored() -> None:

@@ -22,7 +22,7 @@ from saqcli.errors import DataError
 from saqcli.models.preprocessing import Preprocessing
 from tests.support.shards import Sample, write_shard, write_shards
 
-SIZES = (5, 1, 8, 0, 3, 6)  # images a file
+SIZES = (5, 1, 8, 0, 3, 6)  # images per file
 COUNT = sum(SIZES)
 
 

@@ -109,7 +109,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a link to nothing": (lambda path: path.symlink_to("nowhere.png"), "it is a link to nothing"),
     "a pipe": (lambda path: os.mkfifo(path), "it is a pipe or a device"),
 }
-if os.name == "posix" and os.geteuid() != 0:  # root may read everything
+if os.name == "posix" and os.geteuid() != 0:  # root can read everything
     UNREADABLE["forbidden"] = (
         lambda path: (path.write_bytes(encoded("png")), path.chmod(0)),
         "Permission denied",
@@ -203,7 +203,7 @@ def test_image_deleted_during_run_is_reported(folder: Path, workers: int) -> Non
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no links")
 def test_misleading_folders_are_reported(folder: Path) -> None:
-    (folder / "val" / "cat" / "more.png").mkdir()  # a folder, whatever it is called
+    (folder / "val" / "cat" / "more.png").mkdir()  # a folder despite its name
     (folder / "val" / "cat" / "more.png" / "2.png").write_bytes(encoded("png"))
     (folder / "val" / "dog" / "far").symlink_to(folder / "val" / "cat")
     assert opened(folder).images == 5

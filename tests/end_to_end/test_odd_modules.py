@@ -238,7 +238,7 @@ def opened(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Network, nn.Modu
     """The network, wrapped and traced, and an unwrapped copy."""
 
     def build(num_classes: int, in_chans: int) -> nn.Module:
-        torch.manual_seed(0)  # lazy layers are drawn after this
+        torch.manual_seed(0)  # lazy layers are initialized after this
         return ODD[name].build()
 
     entry = NetworkEntry(build, CLASSES, "", (0.5,) * 3, (0.5,) * 3, SIZE)
@@ -269,7 +269,7 @@ def quantized(network: Network) -> ModelFacts:
     assert "fc.weight" in moved
     assert all(value.isfinite().all() for value in model.parameters())
     with torch.no_grad():
-        model.eval()(x)  # as runs do: what a forward assigned has no gradient any more
+        model.eval()(x)  # as runs do: tensors assigned in a forward have no gradient afterwards
     return ModelFacts(
         saq_version=saqcli.__version__,
         build=network.loaded.build,

@@ -92,7 +92,7 @@ def test_published_recipe_gives_verified_files(name: str, digits: Path, tmp_path
     evaluated = saq("eval", run, "--data", digits / "images")
     exported = saq("export", run, "--onnx", tmp_path / "again.onnx")
 
-    assert answer["calibrated_top1"] < 70  # clipped at one deviation, it has to learn anew
+    assert answer["calibrated_top1"] < 70  # clipped at one deviation, it must learn again
     assert answer["top1"] > 70
     assert evaluated["top1"] == answer["top1"]
     assert answer["onnx_layers_error"] < 1e-5

@@ -1,6 +1,6 @@
 """Pretrained networks on real images reproduce published figures.
 
-The archives and weights lie beside the repository; without them these tests are skipped.
+The archives and weights are stored beside the repository; without them these tests are skipped.
 """
 
 import json

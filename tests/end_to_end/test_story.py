@@ -1,6 +1,6 @@
 """The README example on real handwritten digits: quantize, evaluate, export, rerun.
 
-The run that it is about is that of ``saq demo``.
+The run is that of ``saq demo``.
 """
 
 import json

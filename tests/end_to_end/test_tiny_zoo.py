@@ -1,7 +1,7 @@
 """timm's tiny networks, one for each kind of layer and block, from wrapping to the exported file.
 
-Weights are random. Batch norms have seen a few images, and what starts at zero (scales of residual branches, last
-norms) is filled: else nothing passes, and a layer could be left out of a step without notice.
+Weights are random. Batch norms are calibrated, and zero-initialized parameters (residual scales, last norms) are
+filled: otherwise no signal passes, and a layer missing from a step would go unnoticed.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from saqcli.training.minimizers import MINIMIZERS, MicroBatch
 from saqcli.training.perturbation import PerturbedSet
 from saqcli.verify.verdict import natural
 
-FAST = {  # what is in no other of them
+FAST = {  # found in none of the others
     "test_resnet": "plain convolutions, shared groups",
     "test_efficientnet": "depthwise convolutions, squeeze and excitation, SiLU",
     "test_mambaout": "gated branches of a split",
@@ -39,7 +39,7 @@ SLOW = (  # nfnet has standardized convolutions and no norms, convnext linear la
     "test_efficientnet_gn test_efficientnet_ln test_maxvit test_vit2 test_vit3 test_vit4 test_vit_relpos"
 ).split()
 SIDE, CLASSES, IMAGES = 64, 10, 8
-NATIVE = {"test_coatnet", "test_maxvit"}  # windows that divide no other size
+NATIVE = {"test_coatnet", "test_maxvit"}  # its windows fit no other size
 
 
 @dataclass

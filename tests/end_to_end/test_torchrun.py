@@ -1,6 +1,6 @@
 """Real processes under torchrun: killed, failing, and on two hosts.
 
-Slow, since every process imports everything; what they do together is tested in tests/pipelines/test_joined_runs.py.
+Slow, since every process imports everything; their cooperation is tested in tests/pipelines/test_joined_runs.py.
 """
 
 import contextlib

@@ -35,7 +35,7 @@ RUNS = [
     *((scheme, name) for scheme in SCHEMES for name in ("conv_bn", "token_mlp")),
     *((scheme, "standardized") for scheme in ("lsq_plus", "dorefa", "normalized")),
 ]
-# An export takes seconds: every quantizer once, and where its operators differ. ``clip`` stands in test_exporters.
+# An export takes seconds: every quantizer once, more where operators differ. ``clip`` is in test_exporters.
 GRAPHS = [
     ("lsq", "conv_bn"),
     ("lsq_plus", "conv_bn"),
@@ -79,7 +79,7 @@ def test_training_moves_all_parameters(scheme: str, name: str) -> None:
     before = dict(quantize(NETWORKS[name], scheme=SCHEMES[scheme]).model.named_parameters())
     after = dict(trained(scheme, name).model.named_parameters())
     still = [key for key in before if torch.equal(before[key], after[key])]
-    # A bias in front of a batch norm has no effect; these learn nothing where nothing lies outside the range.
+    # A bias before a batch norm has no effect; these get no gradient if nothing is outside the range.
     may = ("bias", "offset", *(("input_quantizer.clipping_level",) if scheme == "pact" else ()))
     assert not [key for key in still if not key.endswith(may)]
     if scheme in ("lsq_plus", "pact"):
@@ -143,7 +143,7 @@ def test_offset_becomes_a_zero_point(
     bits: int, lowest: int, container: int, zero: int, clipped: bool, tmp_path: Path
 ) -> None:
     quantized = quantize(NETWORKS["token_mlp"], same_bits(bits), Scheme(quantizer="lsq_plus"))
-    layer = quantized.layers["4"]  # behind the GELU
+    layer = quantized.layers["4"]  # after the GELU
     set_offset(layer.input_quantizer, lowest)
     path = tmp_path / "model.onnx"
     QdqExporter().export(quantized.model, images(2), path, quantized.facts)

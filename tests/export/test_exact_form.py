@@ -35,7 +35,7 @@ SCHEMES = sweep(
         *((name, *scheme) for name in ("conv_bn", "token_mlp") for scheme in (LSQ, OFFSETS)),
     ],
     lambda name, *scheme: name in ("attention", "standardized", "transposed") and scheme == OFFSETS_ZERO,
-    # others: below
+    # others are below
 )
 BATCHES = (1, 2, 5, 16)
 

@@ -13,7 +13,7 @@ from saqcli.progress import SILENT
 from saqcli.verify.proof import prove_graph
 from tests.support.random_networks import random_network
 
-FEW = {2: ("exact", "qonnx"), 3: ("qdq", "trt")}  # two that are quick, and have every style between them
+FEW = {2: ("exact", "qonnx"), 3: ("qdq", "trt")}  # two fast ones that together cover every style
 MANY, CHUNK = 300, 10
 BATCHES = (16, 5, 1, 16)
 

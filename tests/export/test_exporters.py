@@ -23,7 +23,7 @@ from tests.support.onnx_files import GRIDS, answer, constants, export, graph_of,
 from tests.support.sweeps import sweep
 from tests.support.tampering import TAMPERED
 
-# Every network in one style, and in the others one of every kind of product.
+# Every network in one style; in the others one per kind of product.
 EXPORTED = sweep(
     ((name, style) for name in NETWORKS for style in STYLES),
     lambda name, style: style == "qdq" or name in ("conv_bn", "attention"),
@@ -194,7 +194,7 @@ def test_untraceable_model_is_refused(style: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# Files of others.
+# Foreign files.
 
 
 def refused_onnx(path: Path) -> str:

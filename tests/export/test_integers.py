@@ -24,7 +24,7 @@ from tests.support.sweeps import sweep
 aten = torch.ops.aten
 SCALAR = torch.tensor(1.0, dtype=torch.float64)
 
-# Kind of layer: ATen operator, shape of its weight, further arguments, and its functional twin.
+# Kind of layer: ATen operator, weight shape, further arguments, and functional equivalent.
 LAYERS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any], Any]] = {
     "linear": (aten.linear.default, (4, 6), {}, F.linear),
     "conv": (aten.conv2d.default, (4, 6, 3, 3), {}, F.conv2d),
@@ -61,7 +61,7 @@ def test_bound_is_the_largest_sum(kind: str, span: tuple[int, int]) -> None:
     lowest, highest = min(span[0], 0), max(span[1], 0)
     parts, largest = parts_of(Operator(target, settings), x, Integers(codes, SCALAR))
 
-    # Padding and the edges of an image put zeros in the place of inputs: partial sums, each below the bound.
+    # Padding replaces inputs by zeros: partial sums, each below the bound.
     assert largest == largest_sum(kind, codes, lowest, highest)
     assert parts == [slice(0, Operator(target, settings).by_output(codes).shape[1])]
 
@@ -192,9 +192,7 @@ def test_sums_beyond_float32_stay_exact(kind: str, tmp_path: Path) -> None:
     quantized = quantize(make, same_bits(8), Scheme(weight_grid="paper"))
     ((name, layer),) = quantized.layers.items()
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
-    x = (
-        torch.rand(16, 3, 6, 6, generator=torch.Generator().manual_seed(6)) * 10
-    )  # beyond the range: codes of 255
+    x = torch.rand(16, 3, 6, 6, generator=torch.Generator().manual_seed(6)) * 10  # beyond the range: code 255
     form = ExactForm(frozen_copy(quantized.model), x[:2]).eval()
     (accumulator,) = form.accumulators
 
@@ -214,7 +212,7 @@ def test_sums_beyond_float32_stay_exact(kind: str, tmp_path: Path) -> None:
         sums = F.conv_transpose2d(codes[1], codes[0], None, 1, 1, groups=kind_of.groups)
     else:
         sums = F.conv2d(codes[1], codes[0], None, 1, 1, groups=kind_of.groups)
-    assert float(sums.abs().max()) > EXACT_FLOAT  # it does happen
+    assert float(sums.abs().max()) > EXACT_FLOAT  # it does occur
     steps = weights.step().detach().double() * inputs.step().detach().double()  # type: ignore[operator, union-attr]
     scale = steps.flatten().repeat(sums.shape[1] // steps.numel())
     shape = (-1,) if sums.dim() == 2 else (1, -1, 1, 1)

@@ -39,7 +39,7 @@ from tests.support.onnx_files import (
 )
 from tests.support.sweeps import sweep
 
-# Where a result depends on the order of a sum, or on somebody's approximation.
+# Operators whose result depends on summation order or on an approximation.
 INEXACT = set(
     """
     BatchNormalization LayerNormalization GroupNormalization InstanceNormalization Softmax LogSoftmax Exp Log Erf

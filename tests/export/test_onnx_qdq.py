@@ -200,7 +200,7 @@ def test_integer_layer_has_integer_bias(quantizer: str, tmp_path: Path) -> None:
             found[told(weight)["saq.layer"]] = (codes * unit, unit)
 
     norms = norms_of(quantized.model)
-    assert set(found) == {"0"}  # the others' outputs are reshaped, or not quantized
+    assert set(found) == {"0"}  # outputs of the others are reshaped or not quantized
     for name in found:
         norm = norms[name]
         values, unit = found[name]
@@ -223,7 +223,7 @@ def test_inputs_are_clipped_then_quantized(exported: tuple[Quantized, Path]) -> 
                 known[node.output[0]] = attribute.t
     quantizers = [node for node in graph.node if node.op_type == "QuantizeLinear"]
     layers = [layer for layer in quantized.layers.values() if isinstance(layer.input_quantizer, Quantizer)]
-    if not isinstance(quantized.model, Bank):  # whose layers share the quantized images
+    if not isinstance(quantized.model, Bank):  # its layers share the quantized images
         assert len(quantizers) == len(layers)
 
     assert {known[n.input[2]].data_type for n in quantizers} <= {INT8, UINT8}

@@ -1,6 +1,6 @@
 """Ordered arithmetic is close to PyTorch's, and ONNX Runtime computes identical values.
 
-The second is what the functions are for: not one number may differ, whatever goes in.
+The latter is their purpose: no value may differ, for any input.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from tests.support.sweeps import sweep
 EPS = 2.0**-24  # relative rounding error of one float32 operation
 Function = Callable[[Tensor], Tensor]
 
-# Extremes of what a network computes, and what may come out of damaged ones.
+# Extreme values of networks, and values of damaged ones.
 SPECIAL = (
     0.0, -0.0, 1.0, -1.0, 3.0, -3.0, 6.0, 0.5, 1e-3, -1e-3, 1e-30, -1e-30, 1.2e-38, 1e-40, -1e-40, 1e-45, 4.0, -4.0,
     86.9, -86.9, 87.0, -87.0, 88.8, -88.8, 103.0, -103.0, 150.0, -150.0, 1e4, -1e4, 1e20, -1e20,
@@ -149,12 +149,12 @@ def test_softmax(dim: int) -> None:
 @pytest.mark.parametrize("shape", [[8], [7, 8], [5, 7, 8]])
 def test_layer_norm(shape: list[int], affine: bool) -> None:
     x = normal(4, 5, 7, 8) * 3 + 1
-    x[0, 0] = 2.5  # no deviation at all
+    x[0, 0] = 2.5  # zero deviation
     weight, bias = (normal(*shape, seed=1), normal(*shape, seed=2)) if affine else (None, None)
     found = ordered.layer_norm(x, shape, weight, bias, 1e-5)
     double = [None if each is None else each.double() for each in (weight, bias)]
     expected = F.layer_norm(x.double(), shape, *double, 1e-5)
-    # A constant is off its mean by a rounding, over the root of eps.
+    # A constant differs from its mean by one rounding, divided by sqrt(eps).
     allowed = torch.full_like(expected, 64 * EPS * 4)
     allowed[0, 0] = (
         2.5 * 2 * EPS / math.sqrt(1e-5) * (1 if weight is None else float(weight.abs().max())) + 1e-6
@@ -378,7 +378,7 @@ CONVERTED: dict[str, Function] = {
 }
 
 
-# What the exact form leaves as it is: one operation of IEEE 754, in PyTorch and in ONNX Runtime.
+# Unchanged in the exact form: one IEEE 754 operation in PyTorch and in ONNX Runtime.
 ALONE: dict[str, Function] = {
     "add": lambda x: x + x.flip(1),
     "sub": lambda x: x - 0.3,
@@ -434,7 +434,7 @@ def test_exceptions_are_in_the_table() -> None:
     assert not EXACT_ALONE & set(ORDERED)
 
 
-# An operation takes as long to export as any other: these have hundreds, and nothing that others here have not.
+# Slow to export: these have hundreds of operations, all of them covered by others.
 LONG = {"masked", "blind", "causal", "softmax_1", "adaptive_line", "average_ceil"}
 SHORT = [name for name in CONVERTED if name not in LONG]
 
@@ -457,7 +457,7 @@ def inputs(kind: str, count: int) -> Tensor:
         return normal(count, 6, 7, 5, seed=count) * torch.exp(normal(count, 6, 7, 5, seed=9) * 4)
     if kind == "zeros":
         return torch.zeros(count, 6, 7, 5)
-    # Attention multiplies three of them: what float32 cannot hold is no number in either.
+    # Attention multiplies three of them: what overflows float32 is NaN in both.
     special = torch.tensor([each for each in SPECIAL if abs(each) <= 1e4])
     repeated = special.repeat(math.ceil(count * 210 / len(special)))
     return repeated[: count * 210].reshape(count, 6, 7, 5)

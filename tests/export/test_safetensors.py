@@ -113,7 +113,7 @@ def refused(path: Path) -> str:
     return message
 
 
-# What is written.
+# Writing.
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_saving_twice_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
     assert one.read_bytes() == other.read_bytes()
 
 
-@pytest.mark.slow  # to start it takes seconds; saq rerun is tested with another process in every run
+@pytest.mark.slow  # starting it takes seconds; every test run covers another process through saq rerun
 def test_another_process_saves_the_same_bytes(good: Path, tmp_path: Path) -> None:
     """No order depends on hash seeds, which differ between processes."""
     path = tmp_path / "model.safetensors"
@@ -290,7 +290,7 @@ def test_missing_or_wrong_hash_is_refused(sha256: Any, good: Path, tmp_path: Pat
     refused(write(tmp_path / "model.safetensors", join({**header, "__metadata__": {"saq": text}}, data)))
 
 
-# Truncated, foreign, of another version.
+# Truncated files, foreign files, other versions.
 
 
 @pytest.mark.parametrize("part", [1, 7, 8, 9, 100, 0.3, 0.6, 0.9, -1])
@@ -406,7 +406,7 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
     refused(tmp_path)
 
 
-# Contradictions, the hash made right again.
+# Contradictions with a recomputed hash.
 
 
 @pytest.mark.parametrize("change", TAMPERED.values(), ids=TAMPERED)

@@ -13,7 +13,7 @@ from saqcli.export import onnx_helpers, tracing
 from tests.support.networks import CHANNELS, images
 from tests.support.sweeps import sweep
 
-# One layer each, and whether it has a bias that is worth a node.
+# One layer each, and whether its bias needs a node.
 BIASED = {
     "conv": (lambda: nn.Conv2d(CHANNELS, 4, 3), True),
     "conv_without": (lambda: nn.Conv2d(CHANNELS, 4, 3, bias=False), False),

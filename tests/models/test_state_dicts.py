@@ -85,7 +85,7 @@ def has(model: nn.Module, state: State) -> bool:
 N = torch.tensor(5)
 OPTIMIZER = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
 TIMM = {"state_dict": RAW, "state_dict_ema": AVERAGED, "args": Namespace(lr=1), "optimizer": OPTIMIZER}
-AVERAGES: dict[str, tuple[Any, str]] = {  # content, and the key that is taken
+AVERAGES: dict[str, tuple[Any, str]] = {  # content, and the key selected
     "timm": (TIMM, "state_dict_ema"),
     "torchvision": ({"model": RAW, "model_ema": under("module", AVERAGED) | {"n_averaged": N}}, "model_ema"),
     "swa": ({"model_state_dict": RAW, "swa_model": swa()}, "swa_model"),

@@ -44,7 +44,7 @@ def everything(run: Path, data: tuple[object, ...]) -> dict[str, Any]:
     return found
 
 
-# Locks a folder and keeps it.
+# Locks a folder and holds the lock.
 HOLD = """
 import pathlib, sys
 from saqcli.runs.locks import Lock
@@ -113,7 +113,7 @@ class TestTargets:
         assert found["instruments"]["distributions"]["latent"] is False
         assert found["loss"] == everything["loss"]
         first = found["instruments"]["distributions"]["layers"][0]["weights"]
-        assert first["error"] < 1e-10  # on the grid already
+        assert first["error"] < 1e-10  # already on the grid
 
     @pytest.mark.parametrize(
         "options",
@@ -173,7 +173,7 @@ class TestTargets:
         assert (tmp_path / "against" / "landscape.json").is_file()
         assert (tmp_path / "sensitivity_against.svg").is_file()
         before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*g")}
-        answer("analyze", run, *data, *options, "--resume")  # draws again from the files
+        answer("analyze", run, *data, *options, "--resume")  # redraws from the files
         assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*g")} == before
 
     def test_default_instruments_print_a_table(

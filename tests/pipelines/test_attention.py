@@ -16,7 +16,7 @@ from saqcli.export.safetensors import read_content, restore_structure
 from saqcli.quant.products import quantized_products
 from tests.support.command_line import answer
 
-BLOCKS = 2  # of six: each is exported in every style, and there are two products in each
+BLOCKS = 2  # of six: each has two products and is exported in every style
 NETWORK = (
     *("timm/test_vit", "--no-pretrained", "--num-classes", 3, "--input-size", 32),
     *("--model-kwargs", f"depth={BLOCKS}"),

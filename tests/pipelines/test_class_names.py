@@ -213,7 +213,7 @@ def test_run_keeps_class_map_and_exif_setting(digits: Path, renamed: Renamed, tm
     refused = saq(*resume)
     assert refused.exit_code == 1
     assert "with other names or labels" in last_error(refused)
-    (tmp_path / "map.json").unlink()  # the run knows its labels
+    (tmp_path / "map.json").unlink()  # the run stores its labels
     assert saq(*resume).exit_code == 0
 
     for target in (run, run / "artifacts" / "model.onnx"):

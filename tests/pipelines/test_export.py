@@ -51,7 +51,7 @@ FIGURES = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The safetensors file of a small network with random weights, at mixed bits."""
-    plain = {"stem_type": "", "avg_down": False, "zero_init_last": False}  # else branches are times zero
+    plain = {"stem_type": "", "avg_down": False, "zero_init_last": False}  # no branch scaled by zero
     spec = ModelSpec(
         "timm/test_resnet", pretrained=False, num_classes=5, in_chans=1, input_size=16, kwargs=plain
     )
@@ -216,7 +216,7 @@ def _node(*arguments: Any, **attributes: Any) -> onnx.NodeProto:
     return onnx.helper.make_node(*arguments, **attributes)
 
 
-# Graphs from images to logits that ONNX Runtime does not take, and what the message says of them.
+# Graphs from images to logits that ONNX Runtime refuses, and the message.
 NOT_TAKEN = {
     "hazard": (
         [

@@ -155,7 +155,7 @@ def test_interrupted_ranks_resume_bit_identically(
     assert said[0][2].startswith("Interrupted; progress saved. Resume with `saq quantize --run-dir")
     assert state_of(run)["position"] == {"epoch": 0, "step": 2}
 
-    # torchrun starts the same command again when a process has failed: it goes on without --resume
+    # torchrun restarts the same command after a failure: it resumes without --resume
     options = ("quantize", *few, *RUNS, "--epochs", 2, "--run-dir", run, "--quiet")
     again = ranks_saq(2, *options, TORCHELASTIC_RESTART_COUNT="1")
     assert [code for code, _, _ in again] == [0, 0], again[0][2]

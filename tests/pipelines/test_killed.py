@@ -1,5 +1,7 @@
-"""Commands that are killed, by SIGKILL, at any moment, and whose disk is full, read-only or gone: nothing becomes
-unreadable, and in the end all is, to the last bit, as if nothing had happened."""
+"""Commands killed by SIGKILL at any moment, or with a full, read-only or missing disk.
+
+Nothing becomes unreadable, and the final result is bit-identical to an undisturbed run.
+"""
 
 import json
 import random
@@ -28,7 +30,7 @@ NETWORK = (
     *("saq/resnet8s", "--no-pretrained", "--num-classes", 10, "--in-chans", 1, "--input-size", 32),
     *("--mean", 0.3, "--std", 0.4, "--batch-size", 16, "--workers", 0, "--quiet"),
 )
-TRAINING = (  # everything that has a state of its own
+TRAINING = (  # everything that has state
     *("--epochs", 2, "--ema", 0.9, "--mixup", 0.2),
     *("--method", "saq", "--sam-interval", 2, "--sam-reuse", 0.7),
     *("--set", "training.sharpness_batch=16"),
@@ -58,7 +60,7 @@ def search_options(name: str, budget: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    alone = ("unshare", "-rm")  # with mounts of their own
+    alone = ("unshare", "-rm")  # with their own mounts
     allowed = not subprocess.run([*alone, "true"], check=False, capture_output=True).returncode
     with zygote(tmp_path_factory.mktemp("processes"), *alone[: 2 * allowed]) as made:
         yield made
@@ -172,7 +174,7 @@ def check_same(run: Path, whole: Path) -> None:
     if "search.json" in names:
         assert figures(run) == figures(whole)
     for name in sorted(names - {"manifest.json", "search.json"}):
-        if name.endswith("previous.ckpt"):  # a resumed run has another one
+        if name.endswith("previous.ckpt"):  # differs in a resumed run
             continue
         if name.endswith(".ckpt"):
             assert not difference(CheckpointFile(run / name).load(), CheckpointFile(whole / name).load())
@@ -228,13 +230,13 @@ def test_result_survives_kills_at_critical_writes(
 ) -> None:
     chain = quantization(processes, images, tmp_path / "run", "--bits", 4)
     for act, count in (
-        ("make .lock", 1),  # the directory alone
+        ("make .lock", 1),  # only the directory exists
         ("replace config.json", 1),
         ("write new manifest.json", 1),
         ("write checkpoints/new last.ckpt", 1),
-        ("replace checkpoints/last.ckpt", 3),  # in the first epoch: there is the one before alone
+        ("replace checkpoints/last.ckpt", 3),  # in the first epoch: only the previous one exists
         ("write metrics.jsonl", 1),  # of its end
-        ("flush checkpoints/new last.ckpt", 1),  # the metrics are there, its checkpoint is not
+        ("flush checkpoints/new last.ckpt", 1),  # metrics are written, the checkpoint is not
         ("write checkpoints/new last.ckpt", 4),  # in the second epoch
         ("make artifacts/new model.onnx", 1),
     ):
@@ -277,7 +279,7 @@ def test_killed_overwrite_is_never_the_old_run(
         status = json.loads((run / "manifest.json").read_text())["status"]
         assert (status == "finished") == (act == "write new manifest.json")
         again = processes.start(run, *command)
-        if status == "clearing":  # of the run before some is gone already: the new one simply begins
+        if status == "clearing":  # parts of the previous run are already deleted: the new one starts
             assert again.wait() == 0, again.said()
             assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
         else:
@@ -427,7 +429,7 @@ def kill_everywhere(chain: Chain, whole: Chain, moments: int) -> dict[str, int]:
             if got[what] == moments:
                 break
             if not hit:  # the phase is over
-                if not got[what]:  # and was before this loop: from the beginning
+                if not got[what]:  # and had ended before this loop: start over
                     shutil.rmtree(before, ignore_errors=True)
                 shutil.rmtree(chain.run)
                 if before.exists():

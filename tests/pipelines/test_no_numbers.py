@@ -90,7 +90,7 @@ def test_every_command_reports_overflow(command: str, tmp_path: Path, data: Path
     )
     assert result.exit_code == 1
     said = "the loss of saq/tiny is" if command == "eval" else "the class scores are NaN or infinite"
-    if command != "quantize":  # it looks at the float network first
+    if command != "quantize":  # it evaluates the float network first
         assert said in last_error(result)
     assert "--mean" in last_error(result)
     assert "nan %" not in result.stdout

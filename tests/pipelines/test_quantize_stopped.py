@@ -38,7 +38,7 @@ def test_resume_after_interrupt_during_search(
     check_same(run, whole)
 
 
-@pytest.mark.slow  # starting processes takes longer than what they do
+@pytest.mark.slow  # starting processes dominates the time
 def test_search_precedes_training_and_resumes(digits: Path, tmp_path: Path) -> None:
     options = (*network_options(digits), *STOPPED, "--epochs", 1)
     whole, run = tmp_path / "whole", tmp_path / "run"

@@ -23,7 +23,7 @@ from tests.support.digits import MODEL, float_options
 from tests.support.sweeps import sweep
 
 FREE, FIXED = 10_027_008, 36_864 + 640  # MACs of the network; first layer and classifier have 8 bits
-UNIFORM = {bits: FREE * bits**2 + FIXED * 64 for bits in (2, 3, 4, 8)}  # its BOPs at so many bits
+UNIFORM = {bits: FREE * bits**2 + FIXED * 64 for bits in (2, 3, 4, 8)}  # its BOPs by bit-width
 SMALL = ("--search-images", 192, "--scoring-images", 48, "--batch-size", 32, "--workers", 0)
 FAST: dict[str, tuple[object, ...]] = {
     "samq": (
@@ -55,7 +55,7 @@ def plain(network: list[object], runs: Path) -> tuple[Path, dict[str, Any]]:
     return path, answer("search", *network, "--budget", "w3a3", "--pareto", 3, "--run-dir", path)
 
 
-# What a search leaves behind
+# Files of a search
 
 
 @pytest.mark.parametrize("method", SEARCHERS)
@@ -123,7 +123,7 @@ def test_policy_of_another_model_names_layers(plain: tuple[Path, dict[str, Any]]
         assert part in last_error(result)
 
 
-@pytest.mark.slow  # tests/pipelines/test_rerun.py does so in every run
+@pytest.mark.slow  # covered by tests/pipelines/test_rerun.py in every run
 def test_quantize_uses_the_policy(
     plain: tuple[Path, dict[str, Any]], network: list[object], tmp_path: Path
 ) -> None:
@@ -267,7 +267,7 @@ def test_quantize_without_epochs_matches_search_score(digits: Path, scoring: Pat
     assert run["images"] == 120
 
 
-# What may be asked
+# Requests
 
 
 def test_pins_are_respected(network: list[object], tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_signal_pauses_the_search(
     assert not (run / "checkpoints" / "search.ckpt").exists()
 
 
-@pytest.mark.slow  # starting processes takes longer than what they do
+@pytest.mark.slow  # starting processes dominates the time
 @pytest.mark.parametrize(("phase", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT)])
 def test_resumed_search_finds_the_same_policy(
     phase: int, number: int, whole: Path, network: list[object], tmp_path: Path
@@ -134,7 +134,7 @@ def test_proxy_training_resumes_too(three: Path, tmp_path: Path, monkeypatch: py
             assert seen[0] == ([1, 0] if last == [0, steps] else [last[0], last[1] + 1])
             last = position
         told += stopped.stderr
-    with monkeypatch.context() as patch:  # where nothing is left to be trained
+    with monkeypatch.context() as patch:  # where training is finished
         patch.setattr(trainer, "make_objective", lambda *_: signal.raise_signal(signal.SIGTERM))
         stopped = saq(*again)
     assert stopped.exit_code == 143, stopped.stderr

@@ -1,6 +1,6 @@
 """Untrusted files: every manipulated file is refused in one line, or computes what its metadata says.
 
-A hash stops accidents. Where it is made right again, only what the file asks for can give it away.
+The hash detects accidents. If an attacker recomputes it, only the content can be checked.
 """
 
 import json
@@ -206,7 +206,7 @@ def test_disguised_pickle_is_not_executed(zipped: bool, tmp_path: Path) -> None:
     assert not (tmp_path / "mark").exists()
 
 
-# Intent: the hash is right.
+# Attacks with a correct hash.
 
 OTHERS: list[Any] = [
     None, True, False, 0, 1, -1, 3, 2**40, 10**12, 10**30, 0.5, -2.5, 1e300, float("nan"), float("inf"),
@@ -251,7 +251,7 @@ def renamed(place: tuple[str | int, ...], name: str) -> Callable[[Any], None]:
     return change
 
 
-# What decides what is computed, and so makes another model of the same tensors where it can be taken at all.
+# Metadata that changes the computation, and so gives another model of the same tensors where accepted.
 DECISIVE = {"policy", "signed", "routed", "scheme", "build"}
 
 
@@ -478,7 +478,7 @@ def test_deeply_nested_header_is_refused(tmp_path: Path) -> None:
         refused(write(tmp_path / "model.safetensors", len(text).to_bytes(8, "little") + text))
 
 
-# What a person sees.
+# Error messages.
 
 
 @pytest.mark.parametrize("what", ["truncated", "foreign", "newer", "changed", "larger"])

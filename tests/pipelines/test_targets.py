@@ -166,7 +166,7 @@ def test_model_names_are_not_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert not is_path(name)
         assert find_target(name, EVALUATED).kind == "model"
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "resnet18").mkdir()  # a folder of that name is not a run
+    (tmp_path / "resnet18").mkdir()  # a folder of that name is no run
     assert find_target("resnet18", ANALYZED).kind == "model"
     with pytest.raises(SaqError, match="not quantized: quantize it with `saq quantize saq/resnet20`"):
         find_target("saq/resnet20", QUANTIZED)

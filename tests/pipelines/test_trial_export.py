@@ -88,7 +88,7 @@ class OwnProduct(Plain):
         return torch.relu(F.conv2d(y, self.inner.weight, self.inner.bias, padding=1))
 
 
-# Not to be written in any style, and why.
+# Cannot be written in any style, and why.
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "decides": (DecidesByValues, "its forward decides by the values of a tensor what it computes"),
     "image by image": (ImageByImage, "it takes one number of images only"),

@@ -364,7 +364,7 @@ def test_eval_norms_are_not_frozen() -> None:
     assert not plain.track_running_stats
 
 
-# Layers with a forward of their own
+# Layers with a custom forward
 
 
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d])
@@ -411,7 +411,7 @@ def test_standardization_precedes_quantization(kind: type[nn.Module]) -> None:
         assert torch.allclose(codes, codes.round(), atol=1e-5)
         assert torch.equal(quantizer.codes(layer.effective_weight()), codes.round().int())
         before = net(x)
-        layer.latent_weight().mul_(3)  # standardization takes a factor away, but for its epsilon
+        layer.latent_weight().mul_(3)  # standardization removes a factor, up to its epsilon
         assert torch.allclose(net(x), before, atol=1e-3)
 
 
@@ -480,7 +480,7 @@ def test_fused_encoder_layer_is_quantized(norm_first: bool, stacked: bool, padde
     options = {"src_key_padding_mask": torch.tensor([[False] * 5, [False] * 4 + [True]])} if padded else {}
     seen = torch.ones(2, 5, dtype=torch.bool) if not padded else ~options["src_key_padding_mask"]
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nested tensors are a prototype, says torch
+        warnings.simplefilter("ignore")  # torch warns that nested tensors are a prototype
         expected = net(x, **options)
         layers = convert.wrap(net)
         assert len(layers) == 4
@@ -505,7 +505,7 @@ def test_unwrapped_encoder_layer_may_fuse_again() -> None:
     assert {n: m.__dict__ for n, m in net.named_modules()} == before
 
 
-# Parents that take a weight
+# Parents that use a child's weight
 
 
 def swin_v2() -> nn.Module:
@@ -532,10 +532,10 @@ def test_routed_layer_quantizes_its_input(build: object) -> None:
     assert routed.endswith("qkv")
     for module in net.modules():
         if isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)  # Swin V2 starts with branches that are zero
+            nn.init.ones_(module.weight)  # Swin V2 initializes branches to zero
     expected = run(net, x)
     with torch.no_grad():
-        layers[routed].input_quantizer = nn.Hardtanh(-0.1, 0.1)  # cosine attention would not notice a factor
+        layers[routed].input_quantizer = nn.Hardtanh(-0.1, 0.1)  # cosine attention is invariant to a factor
         assert torch.equal(net(x), expected), "unrouted, the input quantizer is never called"
         convert.route(net, found.routed, [routed])
         assert not torch.equal(net(x), expected)

@@ -87,7 +87,7 @@ def test_levels_have_the_requested_shape(shape: tuple[int, ...]) -> None:
 
 
 def test_levels_along_dimension_1() -> None:
-    x = torch.randn(4, 6, 3, 3)  # a transposed convolution's weight has its output channels there
+    x = torch.randn(4, 6, 3, 3)  # output channels of a transposed convolution's weight
     one = best_level(x, grids.paper_weights(4), (1, 6, 1, 1))
     zero = best_level(x.transpose(0, 1), grids.paper_weights(4), (6, 1, 1, 1))
     torch.testing.assert_close(one.flatten(), zero.flatten(), rtol=1e-5, atol=0)
@@ -133,7 +133,7 @@ def test_level_scales_with_the_tensor(width: int) -> None:
     x, grid = torch.randn(500), grids.paper_weights(width)
     assert torch.equal(
         best_level(1024 * x, grid), 1024 * best_level(x, grid)
-    )  # a power of two rounds nothing
+    )  # scaling by a power of two is exact
 
 
 def test_noise_to_signal_definition() -> None:

@@ -74,7 +74,7 @@ def test_non_bytes_input_is_refused() -> None:
 
 
 def test_index_beyond_the_grid_is_refused() -> None:
-    grid = grids.integer_weights(8)  # 255 levels: index 255 stands for nothing
+    grid = grids.integer_weights(8)  # 255 levels: index 255 is unused
     packed = pack(all_codes(grid)[:4], grid, 8)
     packed[2] = 255
     with pytest.raises(CorruptArtifact, match="outside a grid of 255 levels"):
@@ -83,7 +83,7 @@ def test_index_beyond_the_grid_is_refused() -> None:
 
 def test_nonzero_padding_bits_are_refused() -> None:
     grid = grids.paper_weights(3)
-    packed = pack(all_codes(grid)[:3], grid, 3)  # 9 bits: seven are filling
+    packed = pack(all_codes(grid)[:3], grid, 3)  # 9 bits: seven are padding
     packed[1] |= 1
     with pytest.raises(CorruptArtifact):
         unpack(packed, grid, 3, (3,))

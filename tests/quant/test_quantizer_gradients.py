@@ -17,7 +17,7 @@ from saqcli.quant.quantizers.learned_step import LsqPlusActivation
 from tests.support.cases import ROWS, Case, each, set_levels
 from tests.support.strategies import BITS, bits, levels, tensors
 
-EDGE = 1e-9  # numbers nearer to a rounding or clipping boundary than this may fall to either side
+EDGE = 1e-9  # values nearer to a rounding or clipping boundary than this may fall on either side
 
 
 def upstream_of(x: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def test_tanh_weights_match_the_formula(case: Case, x: Tensor, level: float, wid
             r, edge = round(t * grid.highest) / grid.highest, near_half(t * grid.highest)
         return a * r, a * (1 - math.tanh(value) ** 2) / peak, {}, edge
 
-    x = x.clamp(-3, 3)  # beyond, 1 - tanh**2 is cancellation and nothing else
+    x = x.clamp(-3, 3)  # beyond, 1 - tanh**2 cancels completely
     largest = x.abs().amax(1) if case.channels else x.abs().max().expand(ROWS)
     compare(quantizer, x, twin)
 

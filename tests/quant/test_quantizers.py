@@ -321,7 +321,7 @@ def test_gradient_passes_inside_the_range_only(case: Case, x: Tensor, level: flo
         low = high * (quantizer.grid().lowest / quantizer.grid().highest)
     else:
         low, high = (bound.expand_as(x) for bound in bounds(quantizer))
-    x = torch.cat([x, high[:, :1], low[:, :1]], dim=1).requires_grad_()  # the ends belong to the inside
+    x = torch.cat([x, high[:, :1], low[:, :1]], dim=1).requires_grad_()  # the ends count as inside
     upstream = torch.cos(torch.arange(x.numel())).view_as(x)
     quantizer(x).backward(upstream)
     high, low = (torch.cat([b, b[:, :1], b[:, :1]], dim=1) for b in (high, low))

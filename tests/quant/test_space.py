@@ -327,7 +327,7 @@ def test_floor_is_the_smallest_reachable_budget(index: int) -> None:
         "Raise the budget",
     ):
         assert part in message
-    assert "--candidates" not in message  # 2 bits are allowed already
+    assert "--candidates" not in message  # 2 bits are already allowed
     assert refusal.value.exit_code == 4
 
 

@@ -386,7 +386,7 @@ def test_budget_below_floor_names_the_range() -> None:
         space_of(costs, 2, 4).check_reachable(Budget(floor - 1))
     for part in ("timm/resnet18", "at its fewest bits", "14.37 G to 34.71 GBOPs", "Raise the budget"):
         assert part in str(refusal.value)
-    assert "--candidates" not in str(refusal.value)  # there are no fewer bits than 2
+    assert "--candidates" not in str(refusal.value)  # 2 bits are the minimum
     with pytest.raises(InfeasibleBudget, match="--candidates"):
         space_of(costs, 3, 4).check_reachable(Budget(floor))
 
@@ -458,7 +458,7 @@ def test_tiny_networks_are_small(name: str) -> None:
     assert sum(p.numel() for p in net.parameters()) < 10_000
 
 
-# Where tensors meet, and what is left in floating point
+# Where tensors meet, and what stays in floating point
 
 
 class Branches(nn.Module):

@@ -164,7 +164,7 @@ class TestDominance:
             ((Cost(1, 9), 70.0, 1.0), (Cost(2, 1), 70.0, 1.0), BOTH, False),  # in one unit only
             ((Cost(1, 1), 70.1, 9.0), (Cost(1, 1), 70.0, 1.0), (0,), True),  # top-1 before loss
             ((Cost(1, 1), 70.0, 1.0), (Cost(1, 1), 70.0, 1.1), (0,), True),  # loss at equal top-1
-            ((Cost(1, 1), 70.0, 1.1), (Cost(2, 2), 70.0, 1.0), (0,), False),  # the dearer has the lower loss
+            ((Cost(1, 1), 70.0, 1.1), (Cost(2, 2), 70.0, 1.0), (0,), False),  # more costly, lower loss
             ((Cost(2, 2), 90.0, 0.1), (Cost(1, 1), 10.0, 9.0), (0,), False),  # dearer
         ],
     )
@@ -386,7 +386,7 @@ class TestFiles:
         old = text.replace('"kind":"proposed"', '"kind":"front"').replace(
             '"budget_bops":null,"budget_bytes":null,', ""
         )
-        assert parse_json(Front, old, "pareto.json") == front  # as versions before wrote it
+        assert parse_json(Front, old, "pareto.json") == front  # as earlier versions wrote it
         for wrong in (text.replace('"kind"', '"sort"', 1), text.replace('version":1', 'version":2', 1)):
             with pytest.raises(ValidationError):
                 Front.model_validate_json(wrong)

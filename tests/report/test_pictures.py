@@ -114,7 +114,7 @@ def _every() -> Iterator[Any]:
 
 EVERY = list(_every())
 Drawn = tuple[Any, list[Any], list[Any]]
-_drawn: dict[int, list[Drawn]] = {}  # of the subjects in EVERY, which are drawn once
+_drawn: dict[int, list[Drawn]] = {}  # of the readings in EVERY, which are drawn once
 
 
 def figures(instrument: str, subjects: list[tuple[str, Any]]) -> list[Drawn]:

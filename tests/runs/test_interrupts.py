@@ -78,7 +78,7 @@ def test_hangup_raises_once_and_is_restored() -> None:
     with raised_signals():
         with pytest.raises(Stopped) as stopped:
             signal.raise_signal(signal.SIGHUP)
-        signal.raise_signal(signal.SIGHUP)  # what ends now is not disturbed
+        signal.raise_signal(signal.SIGHUP)  # a second signal does not interrupt the shutdown
         assert exit_code_of(stopped.value) == 129
     assert signal.getsignal(signal.SIGHUP) is before
     assert exit_code_of(KeyboardInterrupt()) == 130
@@ -130,7 +130,7 @@ def test_closed_terminal_saves_a_checkpoint(digits: Path, tmp_path: Path, option
     os.set_blocking(terminal, False)
     path = run / "checkpoints" / "last.ckpt"
     for _ in range(3000):
-        with suppress(BlockingIOError):  # nothing is shown
+        with suppress(BlockingIOError):  # nothing is printed
             os.read(terminal, 100_000)
         if path.exists() and "position" in (CheckpointFile(path).load() or {}):
             break

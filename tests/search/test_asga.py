@@ -320,7 +320,7 @@ def test_every_step_matches_the_formulas(candidates: Candidates, unit: Any, alig
     search = ASGA(epochs=4, align=align, rho_unit=unit, alignment=0.05, rho_max=0.3)
     descent = Descent(search, twin_problem(candidates))
     descent.model.double().train()
-    with torch.no_grad():  # levels fitted to a value would leave open on which side of the clipping it lies
+    with torch.no_grad():  # fitted levels could equal a value, which would then lie on the clipping edge
         for quantizer in quantizers_of(descent.model):
             for level in quantizer.parameters():
                 level.mul_(0.93)

@@ -103,7 +103,7 @@ def test_mean_draw_cost_is_mid_window(space: SearchSpace, seed: int, kind: str) 
     if evenly <= middle:
         assert share == pytest.approx(evenly, rel=1e-5)
         assert all(torch.allclose(row, row.mean()) for row in logits)
-    elif space.floor[index] < 0.99 * bound:  # else next to the floor, and the multiplier without bounds
+    elif space.floor[index] < 0.99 * bound:  # otherwise near the floor, where the multiplier is unbounded
         assert share == pytest.approx(middle, abs=1e-6)
     else:
         assert share <= max(space.floor[index] / bound, middle) + 1e-3
@@ -216,7 +216,7 @@ def test_sequence_probabilities_sum_to_one(
     p = read.log_probability.double().exp()
     assert float(p.sum()) == pytest.approx(1, abs=1e-5)
     assert float((p * read.entropy).sum()) == pytest.approx(float(-(p * p.log()).sum()), abs=1e-5)
-    assert p.max() > 1.5 * p.min()  # they are not all alike
+    assert p.max() > 1.5 * p.min()  # they differ
 
 
 def test_sequence_entropies_match_enumeration() -> None:
@@ -436,7 +436,7 @@ def test_selection_is_reversible(name: str, switch_norms: bool) -> None:
     supernet.select(high)
     second = answer(supernet)
     assert not torch.equal(first, second)
-    for d in range(len(decisions)):  # every decision has its say
+    for d in range(len(decisions)):  # every decision matters
         one = [*high[:d], 0, *high[d + 1 :]]
         supernet.select(one)
         assert supernet.choice == one
@@ -881,7 +881,7 @@ def test_traces_match_the_explicit_hessian() -> None:
     found = HAWQ(samples=samples, images=count).traces(fresh(problem))
     for name in names:
         error = 4 * math.sqrt(variance[name] / samples)
-        assert error < 0.8 * abs(exact[name])  # the test can tell
+        assert error < 0.8 * abs(exact[name])  # the test is sensitive
         assert abs(found[name] - exact[name]) < error, name  # type: ignore[index]
 
 
@@ -1016,7 +1016,7 @@ def test_controller_phases_start_after_warmup(warmup: int, steps: int) -> None:
     memory = Stopping()
     asked = fresh(PROBLEMS["tokens"](), memory=memory)  # type: ignore[no-untyped-call]
     found = SEARCHERS["samq"].make(epochs=2, warmup=warmup, draws=3).search(asked)
-    assert memory.offers == steps + len(found.scored)  # the last epoch has one in any case
+    assert memory.offers == steps + len(found.scored)  # the last epoch always has one
 
 
 def test_every_norm_copy_is_recalibrated() -> None:

@@ -1,6 +1,6 @@
 """Searchers: the knapsack against brute force, and the contract of every searcher on random problems.
 
-The contract runs over the table of searchers. Those that train are given fewer problems, and few epochs.
+The contract runs over the table of searchers. Those that train get fewer problems and few epochs.
 """
 
 import random
@@ -213,7 +213,7 @@ def test_exactly_98_5_percent_counts_as_used() -> None:
 
 # The contract.
 
-# What makes a searcher quick enough to be run by the dozen.
+# Options that make a searcher fast enough to run many times.
 FAST: dict[str, dict[str, Any]] = {
     "samq": {"epochs": 1, "warmup": 0, "draws": 4},
     "asga": {"epochs": 1},
@@ -286,7 +286,7 @@ def test_98_5_percent_is_used_where_possible(method: str, part: int) -> None:
         if (admitted(costs, asked.budget) & used(costs, asked.budget)).any():
             wherever += 1
             assert asked.budget.used_by(asked.space.cost(solved(method, seed).choice)), seed
-    assert wherever > len(cases(method, part=part)) // 4  # the cases are worth something
+    assert wherever > len(cases(method, part=part)) // 4  # the cases are not trivial
 
 
 @each_part

@@ -64,7 +64,7 @@ def set_levels(quantizer: Quantizer, level: Tensor) -> None:
             quantizer.offset[position] = level / grid.highest * grid.lowest  # type: ignore[index, operator]
 
 
-SHARED = {"lsq_plus": LearnedStep, "pact": TanhWeight}  # weights that another family has too
+SHARED = {"lsq_plus": LearnedStep, "pact": TanhWeight}  # weights that another quantizer has too
 
 
 def _weights(family: str) -> list[tuple[str, bool]]:

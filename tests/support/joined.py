@@ -1,7 +1,7 @@
 """Functions that run on several ranks, as under torchrun, without the seconds of starting processes.
 
-The processes are forked from a server that has imported everything and done nothing: autograd does not survive to be
-forked once it has run. What they are to do is sent to them, so it must be a function of a module, or a ``partial``.
+The processes are forked from a server that has imported everything but run nothing, since autograd does not survive
+a fork after use. The function is pickled, so it must be a module-level function or a ``partial``.
 """
 
 import multiprocessing

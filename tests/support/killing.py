@@ -1,9 +1,9 @@
 """Real processes of the command line, killed where and when a test says.
 
 ``python -m tests.support.killing`` imports everything once and then forks a process for every command that is
-requested, so that a process that is killed costs a tenth of a second and not five. A process records the tasks that are
-shown to a person, and every act on the disk within a folder that is watched. At the act that the test names it fills
-the disk, removes its folder, or is killed: by SIGKILL, in the middle of a write with half of it done.
+requested, so that a process that is killed costs a tenth of a second and not five. A process records its visible
+tasks and every file operation in the watched folder. At the act that the test names it fills the disk, removes its
+folder, or is killed by SIGKILL, in a write with half of it done.
 
     {"start": ARGUMENTS, "watch": FOLDER, "journal": FILE, "output": FILE, ...}     answers with the process
     {"wait": PROCESS}                                                               answers with its exit status
@@ -281,7 +281,7 @@ class Half:
         self._fresh = True
 
     def write(self, data: Any) -> Any:
-        fresh, self._fresh = self._fresh, False  # of many small writes the first counts
+        fresh, self._fresh = self._fresh, False  # of many small writes only the first counts
         if fresh and self._journal.act("write", self._path):
             self._file.write(data[: len(data) // 2])
             self._file.flush()
@@ -396,7 +396,7 @@ def _serve() -> None:
             print(done.returncode, flush=True)
     for child in running:
         os.kill(child, signal.SIGKILL)
-    os._exit(0)  # tidying up takes seconds
+    os._exit(0)  # cleanup takes seconds
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Mutated files: bytes flipped, cut, duplicated or inserted, and JSON trees with other content.
 
-Everything is drawn from a seed, so that a failure can be repeated by its number.
+Everything is determined by a seed, so that failures are reproducible.
 """
 
 import copy

@@ -160,7 +160,7 @@ def _with_zero_channel(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
-# One layer each, with the layout it wants and outputs of (N, anything).
+# One layer each, with its input layout and outputs of (N, anything).
 SINGLE: dict[str, Callable[[], nn.Module]] = {
     "conv": lambda: nn.Conv2d(CHANNELS, 4, 3, padding=1, bias=False),
     "conv_bias_stride": lambda: nn.Conv2d(CHANNELS, 4, 3, stride=2, padding=1),

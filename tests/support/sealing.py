@@ -1,6 +1,6 @@
 """Safetensors files split and joined with only JSON and bytes, including the hash.
 
-The slow twin of the exporter, and what somebody would write who means to deceive it.
+A slow reference of the exporter, and the tool of an attacker.
 """
 
 import hashlib

@@ -20,7 +20,7 @@ def random_space(rng: random.Random, fewest: int = 1, most: int = 6) -> SearchSp
     while True:
         try:
             return _random_space(rng, rng.randint(fewest, most))
-        except ConfigError:  # rules that leave a layer nothing
+        except ConfigError:  # rules that leave a layer no bits
             continue
 
 

@@ -1,6 +1,6 @@
 """Hypothesis strategies for inputs of quantizers: tensors, bit-widths, clipping levels.
 
-No subnormals: flush-to-zero differs between machines. The profile is deterministic, so that a red test is red again.
+No subnormals: flush-to-zero differs between machines. The profile is deterministic, so that failures are reproducible.
 """
 
 import torch

@@ -170,7 +170,7 @@ def attention() -> tuple[nn.Module, Shape]:
     return Attention(), (3, 8, 8)
 
 
-# Networks that, wrapped without quantizers, compute the very same bits as before.
+# Networks that are bit-identical when wrapped without quantizers.
 EXACT: dict[str, Callable[[], tuple[nn.Module, Shape]]] = {
     "mlp": mlp,
     "conv_bn": conv_bn,

@@ -1,8 +1,8 @@
 """Search problems small enough to enumerate, with one clearly optimal configuration.
 
 The network of ``branches`` sees an image through a first layer, three branches of equal cost side by side, and a
-classifier over all of them. Branches count by fixed factors that lie far apart, labels are the float network's own
-answers: whoever gives bits by anything else than what a branch matters to the loss ends elsewhere.
+classifier over all of them. Branches are scaled by fixed factors that differ widely, and labels are the float network's
+predictions: only a searcher that measures the effect on the loss finds the optimum.
 """
 
 import itertools
@@ -23,8 +23,8 @@ from saqcli.quant.tracer import trace
 from saqcli.search.problem import Batch, Scored, SearchImages, SearchProblem
 from saqcli.search.supernet import Scorer
 
-FACTORS = (0.6, 0.03, 2.0)  # what the branches count, in order of execution
-RIGHT = [1, 0, 2]  # the choice for them under the budget that one of each option takes
+FACTORS = (0.6, 0.03, 2.0)  # factors of the branches, in execution order
+RIGHT = [1, 0, 2]  # the optimum under a budget for one of each option
 CLASSES = 5
 
 

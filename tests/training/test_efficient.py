@@ -84,7 +84,7 @@ def test_invalid_options_are_refused(options: dict[str, Any]) -> None:
         make("asaq", model, sgd(model), **options)
 
 
-# Going on with the last ascent.
+# Reuse of the last ascent.
 
 
 @pytest.mark.parametrize("method", ASCENDING)
@@ -129,7 +129,7 @@ def test_reuse_adds_previous_component(network: str) -> None:
     assert abs(float(g_v @ g_s)) > 0
 
 
-# A part of the images.
+# Ascent on a fraction of the images.
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(1.0, 16), (0.25, 4), (0.3, 5), (0.01, 2)])

@@ -195,7 +195,7 @@ def test_every_method_matches_its_formulas(method: str, unit: RadiusUnit, grid: 
     assert (norm.running_var - buffers["var"]).abs().max() < 1e-10
 
 
-# Limits.
+# Limiting cases.
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_perturbation_increases_the_loss(network: str) -> None:
     model = trainable(network, torch.float64)
     x, labels = batch()
     loss = loss_of(model, (x.double(), labels))
-    members = PerturbedSet(model, ["weights"])  # in which the loss is smooth, all but the codes behind
+    members = PerturbedSet(model, ["weights"])  # where the loss is smooth, except for later codes
     before, gradients = members.gradients(loss)
     with members.applied(members.ascent(gradients, 0.05, "deviation")), torch.no_grad():
         assert loss() > before

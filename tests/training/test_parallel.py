@@ -59,7 +59,7 @@ def test_ranks_equal_one_process_with_chunks(count: int) -> None:
     of SGD with momentum 0.9 carries over to at most 10 times as much.
     """
     ends = ranks_run(count, all_methods)
-    tolerance = 10 * STEPS * count * 2**-53 * 100  # and the network's own condition, below 100
+    tolerance = 10 * STEPS * count * 2**-53 * 100  # and the condition number of the network, below 100
     for method, options in METHODS.items():
         for other in ends[1:]:
             assert_bitwise_equal(list(ends[0][method].items()), list(other[method].items()))

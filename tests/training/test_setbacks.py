@@ -33,7 +33,7 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.dropout(self.model(x))
-        if len(x) > self.most:  # after batch norms and random numbers have moved
+        if len(x) > self.most:  # after batch norms and random state have changed
             raise self.error
         return logits
 

@@ -31,7 +31,7 @@ def found(method: str, seed: int) -> tuple[SearchProblem, Found]:
     return problem, SEARCHERS[method].make(**OPTIONS[method]).search(problem)
 
 
-# Those that train take seconds.
+# Searchers that train take seconds.
 @pytest.mark.parametrize(
     ("method", "seed"),
     sweep(product(OPTIONS, range(3)), lambda method, seed: seed == 0 or not SEARCHERS[method].trains),

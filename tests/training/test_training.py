@@ -54,7 +54,7 @@ def batches(count: int, size: int = 16) -> list[tuple[Tensor, Tensor]]:
         return [(images(size, seed), torch.randint(0, CLASSES, (size,))) for seed in range(count)]
 
 
-# Counting.
+# Metrics.
 
 
 def test_score_covers_all_images_jointly() -> None:
@@ -139,7 +139,7 @@ def test_empty_evaluation_is_refused(data: list[tuple[Tensor, Tensor]]) -> None:
         evaluate(lambda x: x, data, Watch(), device=CPU)
 
 
-# One epoch.
+# Epochs.
 
 
 @pytest.mark.parametrize("method", MINIMIZERS)

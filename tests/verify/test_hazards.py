@@ -1,7 +1,7 @@
 """Hazards of ONNX Runtime's optimizer: real, detected by the list, and avoided by our styles.
 
-Every hazard is a graph built by hand without our counter-measure. A newer ONNX Runtime may leave it alone: such a
-test is skipped with the version, and the counter-measure may go one day.
+Every hazard is a graph built by hand without our countermeasure. If a newer ONNX Runtime handles it correctly, the
+test is skipped with the version, and the countermeasure may be removed.
 """
 
 import tempfile
@@ -256,7 +256,7 @@ def test_h8_gemm_loses_its_factor() -> None:
     assert changed(build(0.5), [24]) > 0.1
 
 
-# The same layers, as our styles write them.
+# The same layers, as exported by our styles.
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "H1": lambda: nn.Sequential(
@@ -288,7 +288,7 @@ def test_exported_styles_have_no_hazards(case: str, style: str, bits: int, tmp_p
     path = export(quantized, style, tmp_path / "model.onnx")
 
     assert hazards(onnx.load(str(path))) == []
-    # An activation on an edge may fall either way; a rounded bias moves a hundred times as many.
+    # Codes at rounding edges may differ; a rounded bias changes a hundred times as many.
     assert differing(path, images(256, seed=3)) <= (0 if style == "exact" else 0.01)
 
 

@@ -221,7 +221,7 @@ def test_small_bias_rounding_is_tolerated(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, x = tiny.build("conv_bn")
     write(net, x, 8, tmp_path / "model.onnx")
-    faint = x * 0.05  # of the range that was calibrated
+    faint = x * 0.05  # of the calibrated range
     model = onnx.load(str(tmp_path / "model.onnx"))
     frozen = frozen_copy(net)
     assert check_layers(tmp_path / "model.onnx", frozen, faint).passed

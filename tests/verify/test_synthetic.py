@@ -21,7 +21,7 @@ def test_batches_cover_the_image_size(size: tuple[int, int, int]) -> None:
         assert images.dtype == torch.float32
         assert images.isfinite().all()
         assert labels.dtype == torch.long
-        assert (labels >= 0).all()  # below zero stands for an image that cannot be read
+        assert (labels >= 0).all()  # below zero marks an unreadable image
 
 
 def test_seed_determines_the_images() -> None:

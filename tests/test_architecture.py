@@ -103,7 +103,7 @@ def graph() -> dict[str, set[str]]:
     }
 
 
-def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+def cycles(edges: dict[str, set[str]]) -> list[list[str]]:
     """Modules in import cycles: those left after repeatedly removing leaves."""
     left = dict(edges)
     while True:
@@ -115,11 +115,11 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
 
 
 def test_imports_form_no_cycle() -> None:
-    assert circles(graph()) == []
+    assert cycles(graph()) == []
 
 
 def test_cycles_are_detected() -> None:
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["b", "c"]]
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["b", "c"]]
 
 
 @each_file

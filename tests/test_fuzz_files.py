@@ -77,7 +77,7 @@ def bounded() -> Iterator[None]:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held < MEGABYTES * 1024
 
 
-def judged(read: Read, path: Path) -> str | None:
+def refusal_of(read: Read, path: Path) -> str | None:
     """The one line that refuses a file, or None if it is accepted."""
     try:
         with bounded():
@@ -92,7 +92,7 @@ def judged(read: Read, path: Path) -> str | None:
 
 
 def refused(read: Read, path: Path) -> str:
-    message = judged(read, path)
+    message = refusal_of(read, path)
     assert message is not None
     return message
 
@@ -103,7 +103,7 @@ def attack(read: Read, path: Path, files: Iterable[bytes]) -> None:
     for number, raw in enumerate(files):
         path.write_bytes(raw)
         try:
-            outcomes.append(judged(read, path) is not None)
+            outcomes.append(refusal_of(read, path) is not None)
         except Exception as error:
             raise AssertionError(f"file {number}, {raw[:2000]!r}: {error!r}") from error
     assert sum(outcomes) > len(outcomes) / 2
@@ -493,7 +493,7 @@ def test_mutated_onnx_is_safe(count: int, tmp_path: Path, capfd: pytest.CaptureF
     path = tmp_path / "model.onnx"
     for read in (read_and_run, count_and_run):
         path.write_bytes(raw)
-        assert judged(read, path) is None
+        assert refusal_of(read, path) is None
         attack(read, path, bytes_of(raw, count))
 
     assert capfd.readouterr().out == ""

@@ -231,7 +231,7 @@ def test_killed_worker_is_reported_promptly(folder: Path, training: bool) -> Non
     assert time.monotonic() - started < 60
 
 
-def begin_later(begin: Callable[[int], None], started: Any, worker: int) -> None:
+def delay_start(begin: Callable[[int], None], started: Any, worker: int) -> None:
     """Runs first in a worker: waits before, or afterwards until all workers have started."""
     if started is None:
         time.sleep(0.5)
@@ -249,7 +249,7 @@ def test_workers_survive_group_signals(folder: Path, beginning: bool) -> None:
     started = None if beginning else multiprocessing.Barrier(3)
     loader = load(opened(folder), 2, training=True)
     inner = loader._inner
-    inner.worker_init_fn = partial(begin_later, inner.worker_init_fn, started)
+    inner.worker_init_fn = partial(delay_start, inner.worker_init_fn, started)
     before = set(multiprocessing.active_children())
     batches = iter(inner)
     readers = [child for child in multiprocessing.active_children() if child not in before]

@@ -104,7 +104,7 @@ class Named(nn.Module):
         return x
 
 
-def having(name: str, value: Any) -> Any:
+def conv_with(name: str, value: Any) -> Any:
     """A convolution with an attribute, buffer or child of that name."""
     layer = conv()
     layer.register_buffer(name, value) if isinstance(value, Tensor) else setattr(layer, name, value)
@@ -207,11 +207,11 @@ ODD = {
     "spaces": Odd(lambda: Net(Named("my conv", "my conv 2", "my%20conv")), layers=5),
     "our names": Odd(lambda: Net(Named("weight", "bias", "codes", "step", "input_quantizer", "products")), layers=8),
     "signs": Odd(lambda: Net(Named("a/b", "<c>", "é", "w[0]", "*")), layers=7),
-    "attribute": Odd(lambda: Net(having("step", 3))),
-    "buffer codes": Odd(lambda: Net(having("codes", torch.ones(2))), f"it has a 'codes' {OWN}", layers=2),
-    "buffer step": Odd(lambda: Net(having("step", torch.ones(2))), f"it has a 'step' {OWN}", layers=2),
-    "child quantizer": Odd(lambda: Net(having("input_quantizer", nn.ReLU())), f"'input_quantizer' {OWN}", layers=2),
-    "attribute bits": Odd(lambda: Net(having("bits", 8)), f"it has a 'bits' {OWN}", layers=2),
+    "attribute": Odd(lambda: Net(conv_with("step", 3))),
+    "buffer codes": Odd(lambda: Net(conv_with("codes", torch.ones(2))), f"it has a 'codes' {OWN}", layers=2),
+    "buffer step": Odd(lambda: Net(conv_with("step", torch.ones(2))), f"it has a 'step' {OWN}", layers=2),
+    "child quantizer": Odd(lambda: Net(conv_with("input_quantizer", nn.ReLU())), f"'input_quantizer' {OWN}", layers=2),
+    "attribute bits": Odd(lambda: Net(conv_with("bits", 8)), f"it has a 'bits' {OWN}", layers=2),
     "property": Odd(lambda: Net(conv(Computed)), "its weight is not a parameter of its own", layers=2),
     "assigned": Odd(lambda: Net(conv(Assigned)), "its weight is not a parameter of its own", layers=2),
     "attention weights": Odd(lambda: Net(Attended()), layers=4),

@@ -66,7 +66,7 @@ class Subject:
 
 
 @torch.no_grad()
-def enliven(model: nn.Module, images: Tensor) -> None:
+def fill_zeros(model: nn.Module, images: Tensor) -> None:
     for name, parameter in model.named_parameters():
         if not name.endswith("bias") and parameter.abs().max() <= 1e-3:
             parameter.fill_(0.5)
@@ -90,7 +90,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     )
     loaded = load_float(section, SILENT)
     images = natural(IMAGES, loaded.preprocessing.input_size, torch.Generator().manual_seed(0))
-    enliven(loaded.model, images)
+    fill_zeros(loaded.model, images)
     with torch.inference_mode():
         in_float = loaded.model(images)
     network = wrap_and_trace(loaded)

@@ -41,7 +41,7 @@ from tests.support.networks import (
     quantize,
     same_bits,
 )
-from tests.support.sealing import entry_of, join, retold, sealed, sha256_of, split, write
+from tests.support.sealing import entry_of, join, sealed, sha256_of, split, with_metadata, write
 from tests.support.sweeps import sweep
 from tests.support.tampering import TAMPERED
 
@@ -364,7 +364,7 @@ def test_newer_metadata_version_is_reported(good: Path, tmp_path: Path) -> None:
     def newer(facts: dict[str, Any]) -> None:
         facts |= {"schema_version": 2, "saq_version": "9.1", "unheard": 1}
 
-    message = refused(write(tmp_path / "model.safetensors", retold(good.read_bytes(), newer)))
+    message = refused(write(tmp_path / "model.safetensors", with_metadata(good.read_bytes(), newer)))
     assert "was written by saq 9.1, description version 2" in message
     assert "upgrade saq" in message
 
@@ -413,7 +413,7 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
 def test_tampered_metadata_is_refused(
     change: Callable[[dict[str, Any]], None], good: Path, tmp_path: Path
 ) -> None:
-    refused(write(tmp_path / "model.safetensors", retold(good.read_bytes(), change)))
+    refused(write(tmp_path / "model.safetensors", with_metadata(good.read_bytes(), change)))
 
 
 def _without(key: str) -> Callable[[dict[str, Tensor]], object]:
@@ -522,6 +522,6 @@ def test_error_is_always_one_line(good: Path, tmp_path: Path) -> None:
         layers["3\nerror: \x1b[31mnothing works\u2028" + "!" * 10_000] = layers.pop("3")
         facts["signed"] = dict.fromkeys(layers, True)
 
-    message = refused(write(tmp_path / "model.safetensors", retold(good.read_bytes(), shout)))
+    message = refused(write(tmp_path / "model.safetensors", with_metadata(good.read_bytes(), shout)))
     assert "\x1b" not in message
     assert len(message) < 1000

@@ -20,7 +20,7 @@ BITS = "no bits and no budget were given: give exactly one of --bits 4, --bops 3
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
     def fetched(*_: Any) -> None:
         raise AssertionError("published weights were asked for")
 

@@ -104,7 +104,7 @@ def test_two_ranks_equal_two_chunks(
             assert now["loss"] == pytest.approx(before["loss"], rel=1e-12)
 
 
-def signalled(step: int, rank: int, number: int = signal.SIGTERM) -> Callable[[int], None]:
+def raise_signal_in(step: int, rank: int, number: int = signal.SIGTERM) -> Callable[[int], None]:
     """Raise a signal in a training step of the process with that rank."""
     return partial(_signal_in, step, rank, number)
 
@@ -138,7 +138,7 @@ def stopped(
     """A run of two processes of which the second was interrupted, and their output."""
     run = tmp_path_factory.mktemp("stopped") / "run"
     options = ("quantize", *few, *RUNS, "--epochs", 2, "--run-dir", run, "--quiet")
-    return run, ranks_saq(2, *options, before=signalled(step=2, rank=1))
+    return run, ranks_saq(2, *options, before=raise_signal_in(step=2, rank=1))
 
 
 def test_interrupted_ranks_resume_bit_identically(
@@ -187,7 +187,7 @@ def test_error_of_one_rank_stops_all(few: list[object], tmp_path: Path) -> None:
         "--run-dir",
         tmp_path / "run",
         "--quiet",
-        before=signalled(step=2, rank=1, number=signal.SIGKILL),
+        before=raise_signal_in(step=2, rank=1, number=signal.SIGKILL),
     )
 
     assert ended[1][0] == -1
@@ -263,7 +263,7 @@ def test_evaluation_counts_every_image_once(few: list[object], pair: tuple[Path,
         assert [out for _, out, _ in together[1:]] == ["", ""]
 
 
-def drawing(rank: int) -> None:
+def check_same_draws(rank: int) -> None:
     """Check that every random draw is the same on all ranks."""
     draw = Alternation._draw
 
@@ -277,7 +277,7 @@ def drawing(rank: int) -> None:
 
 def test_search_bits_agree_on_all_ranks(few: list[object], tmp_path: Path) -> None:
     options = ("search", *few, "--batch-size", 32, "--workers", 0, *STOPPED, "--run-dir", tmp_path / "run")
-    ended = ranks_saq(2, *options, before=drawing)
+    ended = ranks_saq(2, *options, before=check_same_draws)
 
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert "searcher samq: " in ended[0][1]

@@ -442,7 +442,7 @@ def report(chain: Chain, got: dict[str, int]) -> None:
     print(f"{len(chain.kills)} kills of {chain.commands[0][0]}: {got}, last acts {Counter(chain.kills)}")
 
 
-def ends_undisturbed(chain: Chain, whole: Chain) -> None:
+def check_survives_kills(chain: Chain, whole: Chain) -> None:
     """Killed at ``MOMENTS`` in every phase, it leaves the same as an undisturbed run."""
     got = kill_everywhere(chain, whole, MOMENTS)
     chain.finish()
@@ -458,14 +458,14 @@ def test_quantize_survives_random_kills(processes: Zygote, images: Path, tmp_pat
         quantization(processes, images, tmp_path / name, *search_options("samq", "--bops"))
         for name in ("whole", "run")
     )
-    ends_undisturbed(chain, whole)
+    check_survives_kills(chain, whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SEARCHES)
 def test_search_survives_random_kills(name: str, processes: Zygote, images: Path, tmp_path: Path) -> None:
     whole, chain = (search(processes, images, tmp_path / place, name) for place in ("whole", "run"))
-    ends_undisturbed(chain, whole)
+    check_survives_kills(chain, whole)
 
 
 @pytest.mark.slow

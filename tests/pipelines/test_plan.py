@@ -29,7 +29,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory, with weight downloads disabled."""
 
     monkeypatch.delenv("COLUMNS", raising=False)  # nothing wraps in a pipe
@@ -55,7 +55,7 @@ def lines(*options: object, verb: str = "quantize") -> dict[str, str]:
     return found
 
 
-def test_dry_run_describes_the_run(images: Path, elsewhere: Path) -> None:
+def test_dry_run_describes_the_run(images: Path, working_directory: Path) -> None:
     found = lines(*SMALL, "--data", images, "--bits", 4, "--batch-size", 6, "--epochs", 2)
     costs = answer("profile", *SMALL, "--bits", 4)
 
@@ -73,7 +73,7 @@ def test_dry_run_describes_the_run(images: Path, elsewhere: Path) -> None:
     assert found["run"] == "runs/resnet20-w4a4, new"
     assert "artifacts/model.onnx" in found["writes"]
     assert "search" not in found
-    assert list(elsewhere.iterdir()) == []
+    assert list(working_directory.iterdir()) == []
 
 
 def test_single_epoch_and_step_are_singular(images: Path) -> None:
@@ -152,17 +152,17 @@ def test_json_keys_are_stable(images: Path) -> None:
     ],
 )
 def test_dry_run_refuses_like_a_run(
-    images: Path, elsewhere: Path, options: tuple[Any, ...], code: int, says: str
+    images: Path, working_directory: Path, options: tuple[Any, ...], code: int, says: str
 ) -> None:
-    (elsewhere / "taken").mkdir()
-    (elsewhere / "taken" / "mine.txt").touch()
-    (elsewhere / "file").touch()
+    (working_directory / "taken").mkdir()
+    (working_directory / "taken" / "mine.txt").touch()
+    (working_directory / "file").touch()
 
     result = saq("quantize", *options, "--data", images, "--dry-run", "--quiet")
 
     assert result.exit_code == code, result.stdout
     assert says in last_error(result)
-    assert {path.name for path in elsewhere.iterdir()} == {"taken", "file"}
+    assert {path.name for path in working_directory.iterdir()} == {"taken", "file"}
 
 
 def test_impossible_search_is_refused(images: Path) -> None:

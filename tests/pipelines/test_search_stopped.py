@@ -83,7 +83,7 @@ def test_resumed_search_finds_the_same_policy(
     assert not (run / "checkpoints" / "search.ckpt").exists()
 
 
-def proxied(images: Path, classes: int = 100) -> list[object]:
+def proxy_search(images: Path, classes: int = 100) -> list[object]:
     """A search on ``images`` as proxy for another network; dropout draws random numbers at every step."""
     settings = {
         "images": 96, "scoring_images": 32, "options.random.draws": 3,
@@ -114,7 +114,7 @@ def proxy_notes(text: str) -> list[str]:
 
 def test_proxy_training_resumes_too(three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted at the end of an epoch, between two, within one, and in the search."""
-    command = ("search", *proxied(three), "--budget", "w4a4")
+    command = ("search", *proxy_search(three), "--budget", "w4a4")
     whole, run = tmp_path / "whole", tmp_path / "run"
     notes = proxy_notes(saq(*command, "--run-dir", whole).stderr)
     assert len(notes) == 3
@@ -151,7 +151,7 @@ def test_resume_with_another_proxy_is_refused(
 ) -> None:
     """Its images are not the ones that were trained and evaluated on."""
     run = tmp_path / "run"
-    given = (*proxied(three, 10), "--data", digits / "images", "--bops", "w4a4", "--epochs", 0)
+    given = (*proxy_search(three, 10), "--data", digits / "images", "--bops", "w4a4", "--epochs", 0)
     with monkeypatch.context() as patch:
         stop_at(patch, "proxy", [1, 0])
         stopped = saq("quantize", *given, "--run-dir", run)

@@ -28,7 +28,7 @@ from saqcli.quant import calibration, convert
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.quant.tracer import trace
-from tests.support.sealing import Json, entry_of, join, retold, sealed, split, write
+from tests.support.sealing import Json, entry_of, join, sealed, split, with_metadata, write
 
 SIDE, CLASSES = 8, 5
 SECONDS = 2.0  # of processor time, for any one file
@@ -106,7 +106,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def judged(path: Path) -> tuple[nn.Module | None, str]:
+def load_or_refusal(path: Path) -> tuple[nn.Module | None, str]:
     """The model in ``path``, or the one line that refuses it; any other outcome fails."""
     start, model, message = time.process_time(), None, ""
     try:
@@ -122,7 +122,7 @@ def judged(path: Path) -> tuple[nn.Module | None, str]:
 
 
 def refused(path: Path) -> str:
-    model, message = judged(path)
+    model, message = load_or_refusal(path)
     assert model is None
     return message
 
@@ -259,7 +259,7 @@ def take(
     path: Path, raw: bytes, place: tuple[str | int, ...], change: Callable[[Any], None], truth: Tensor
 ) -> None:
     """Check that the file is refused or gives a model that runs, unchanged where the change is irrelevant."""
-    model, _ = judged(write(path, retold(raw, change)))
+    model, _ = load_or_refusal(write(path, with_metadata(raw, change)))
     if model is None:
         return
     logits = answer(model)
@@ -335,7 +335,10 @@ def test_unsafe_builder_arguments_are_refused(key: str, value: Any, timm_file: b
     torch.save({"state_dict": {}}, tmp_path / "weights.pth")
 
     refused(
-        write(tmp_path / "model.safetensors", retold(timm_file, changed(("build", "kwargs"), {key: value})))
+        write(
+            tmp_path / "model.safetensors",
+            with_metadata(timm_file, changed(("build", "kwargs"), {key: value})),
+        )
     )
 
 
@@ -359,7 +362,7 @@ def test_unsafe_builder_arguments_are_refused(key: str, value: Any, timm_file: b
 )
 def test_unknown_network_names_are_refused(name: str, raw: bytes, tmp_path: Path) -> None:
     assert "no network is called" in refused(
-        write(tmp_path / "model.safetensors", retold(raw, changed(("build", "name"), name)))
+        write(tmp_path / "model.safetensors", with_metadata(raw, changed(("build", "name"), name)))
     )
 
 
@@ -375,7 +378,7 @@ def test_unknown_network_names_are_refused(name: str, raw: bytes, tmp_path: Path
 def test_oversized_network_is_never_built(
     place: tuple[str, str], value: Any, raw: bytes, tmp_path: Path
 ) -> None:
-    message = refused(write(tmp_path / "model.safetensors", retold(raw, changed(place, value))))
+    message = refused(write(tmp_path / "model.safetensors", with_metadata(raw, changed(place, value))))
 
     assert "a larger network than its tensors can be of" in message
 
@@ -383,7 +386,9 @@ def test_oversized_network_is_never_built(
 @pytest.mark.parametrize("key", ["num_classes", "in_chans"])
 @pytest.mark.parametrize("value", [10**12, 10**30, 0, -1, 2.0, "3", True, None, [3]])
 def test_impossible_counts_are_refused(key: str, value: Any, raw: bytes, tmp_path: Path) -> None:
-    message = refused(write(tmp_path / "model.safetensors", retold(raw, changed(("build", key), value))))
+    message = refused(
+        write(tmp_path / "model.safetensors", with_metadata(raw, changed(("build", key), value)))
+    )
 
     assert f"its build has no {key} that could be meant" in message
 
@@ -394,13 +399,19 @@ def test_impossible_counts_are_refused(key: str, value: Any, raw: bytes, tmp_pat
 )
 def test_impossible_image_sizes_are_refused(size: Any, raw: bytes, tmp_path: Path) -> None:
     refused(
-        write(tmp_path / "model.safetensors", retold(raw, changed(("preprocessing", "input_size"), size)))
+        write(
+            tmp_path / "model.safetensors", with_metadata(raw, changed(("preprocessing", "input_size"), size))
+        )
     )
 
 
 @pytest.mark.parametrize("crop", [0, -1, 1e-9, float("nan"), float("inf"), "a", None])
 def test_impossible_crops_are_refused(crop: Any, raw: bytes, tmp_path: Path) -> None:
-    refused(write(tmp_path / "model.safetensors", retold(raw, changed(("preprocessing", "crop_pct"), crop))))
+    refused(
+        write(
+            tmp_path / "model.safetensors", with_metadata(raw, changed(("preprocessing", "crop_pct"), crop))
+        )
+    )
 
 
 def test_network_refusing_its_images_is_refused(tmp_path: Path) -> None:
@@ -408,9 +419,9 @@ def test_network_refusing_its_images_is_refused(tmp_path: Path) -> None:
     model, facts = quantized("timm/vit_tiny_patch16_224", 32)
     path = tmp_path / "model.safetensors"
     SafetensorsExporter().export(model, torch.zeros(0), path, facts)
-    smaller = retold(path.read_bytes(), changed(("preprocessing", "input_size"), [3, 64, 64]))
+    smaller = with_metadata(path.read_bytes(), changed(("preprocessing", "input_size"), [3, 64, 64]))
 
-    assert judged(path)[0] is not None
+    assert load_or_refusal(path)[0] is not None
     assert "does not turn images of 3 x 64 x 64 into 5 logits" in refused(write(path, smaller))
 
 
@@ -419,7 +430,7 @@ def test_other_library_versions_are_named(raw: bytes, tmp_path: Path) -> None:
         facts["versions"]["timm"] = "0.1"
         facts["build"]["name"] = "timm/network_of_the_past"
 
-    message = refused(write(tmp_path / "model.safetensors", retold(raw, older)))
+    message = refused(write(tmp_path / "model.safetensors", with_metadata(raw, older)))
     assert "it was written with timm 0.1, here is torch" in message
 
 
@@ -489,7 +500,7 @@ def test_eval_error_is_one_line(what: str, raw: bytes, tmp_path: Path) -> None:
         "foreign": (b"PK\x03\x04" + raw, "is a zip archive"),
         "newer": (sealed(header, data, {**entry_of(header), "version": 2}), "upgrade saq"),
         "changed": (raw[:-1] + bytes([raw[-1] ^ 1]), "was changed after it was written"),
-        "larger": (retold(raw, changed(("build", "num_classes"), 10**7)), "a larger network"),
+        "larger": (with_metadata(raw, changed(("build", "num_classes"), 10**7)), "a larger network"),
     }[what]
     path = write(tmp_path / "model.safetensors", content)
     result = CliRunner().invoke(app, ["eval", str(path), "--data", str(tmp_path)])

@@ -59,7 +59,7 @@ def killed(path: Path, config: RunConfig) -> int:
     return ended.pid
 
 
-def said(images: Path, target: object) -> dict[str, str]:
+def messages_of(images: Path, target: object) -> dict[str, str]:
     """The message of every command about ``target``."""
     given = {
         "eval": ("--data", images),
@@ -75,14 +75,14 @@ def said(images: Path, target: object) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", ["nosuch", "./nosuch", "runs/nosuch", "nosuch/", "~/nosuch-run"])
 def test_missing_run_is_reported_by_all_commands(images: Path, name: str) -> None:
-    for command, line in said(images, name).items():
+    for command, line in messages_of(images, name).items():
         assert "there is no run directory or file " in line, command
 
 
 def test_missing_run_suggests_similar_paths(images: Path, tmp_path: Path, config: RunConfig) -> None:
     searched(tmp_path / "resnet8-w4a4", config)
 
-    for line in said(images, tmp_path / "resnet8-w4a3").values():
+    for line in messages_of(images, tmp_path / "resnet8-w4a3").values():
         assert line.endswith(f"near are {tmp_path / 'resnet8-w4a4'}")
 
 
@@ -97,7 +97,7 @@ def test_non_run_folders_give_advice(images: Path, tmp_path: Path, config: RunCo
         (inside, f"a folder of a run: give the run directory, {run}"),
         (tmp_path / "empty", "it has no manifest.json"),
     ):
-        for line in said(images, folder).values():
+        for line in messages_of(images, folder).values():
             assert says in line
 
 
@@ -113,7 +113,7 @@ def test_non_model_files_give_advice(images: Path, tmp_path: Path, config: RunCo
         (tmp_path / "weights.pth", f"give MODEL --weights {tmp_path / 'weights.pth'}"),
         (tmp_path / "notes.txt", "not a model file of saq"),
     ):
-        for line in said(images, path).values():
+        for line in messages_of(images, path).values():
             assert says in line
 
 
@@ -133,7 +133,7 @@ def test_search_run_suggests_quantize_policy(images: Path, tmp_path: Path, confi
 def test_killed_run_is_interrupted_for_all_commands(images: Path, tmp_path: Path, config: RunConfig) -> None:
     pid = killed(tmp_path / "run", config)
 
-    for line in said(images, tmp_path / "run").values():
+    for line in messages_of(images, tmp_path / "run").values():
         assert f"was interrupted (process {pid} was killed)" in line
         assert f"resume with `saq quantize --run-dir {tmp_path / 'run'} --resume`" in line
         assert "running" not in line
@@ -144,7 +144,7 @@ def test_killed_run_is_interrupted_for_all_commands(images: Path, tmp_path: Path
 def test_active_run_is_reported_as_running(images: Path, tmp_path: Path, config: RunConfig) -> None:
     run = begin(tmp_path / "run", config)
     try:
-        for line in said(images, run.path).values():
+        for line in messages_of(images, run.path).values():
             assert f"is still running (process {os.getpid()} on " in line
             assert "wait for it" in line
     finally:
@@ -156,7 +156,7 @@ def test_interrupted_and_failed_runs_say_so(images: Path, tmp_path: Path, config
         run = begin(tmp_path / state, config)
         with pytest.raises((SaqError, ValueError)), run.recorded():
             raise error
-        for line in said(images, run.path).values():
+        for line in messages_of(images, run.path).values():
             assert f"{state}" in line
             assert "resume with `saq quantize --run-dir" in line
 

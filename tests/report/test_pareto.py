@@ -56,7 +56,7 @@ def space() -> SearchSpace:
     return space_of()
 
 
-class Telling:
+class RecordingProgress:
     """A progress that records what a search reports."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Telling:
         self.total = self.done = 0
 
     @contextmanager
-    def task(self, title: str, total: int) -> Iterator["Telling"]:
+    def task(self, title: str, total: int) -> Iterator["RecordingProgress"]:
         assert title == "scoring the front"
         self.total = total
         yield self
@@ -229,7 +229,7 @@ def space_choice(space: SearchSpace, point: Any) -> tuple[int, ...]:
 class TestFront:
     def test_configurations_are_unique(self, space: SearchSpace) -> None:
         budget = middle(space)
-        search, telling = Search(space), Telling()
+        search, telling = Search(space), RecordingProgress()
         found = search.found(budget)
         search.scored.clear()
 
@@ -257,7 +257,7 @@ class TestFront:
 
     def test_leaves_out_nan_scores(self, space: SearchSpace) -> None:
         budget = middle(space)
-        search, telling = Search(space), Telling()
+        search, telling = Search(space), RecordingProgress()
         found = search.found(budget)
 
         def score(choice: Sequence[int]) -> Scored:
@@ -304,7 +304,7 @@ class TestTable:
         assert 1 not in [row["size_bytes"] for row in rows]
 
 
-def painted(front: Front) -> tuple[Any, Any]:
+def axes_and_legend(front: Front) -> tuple[Any, Any]:
     """The axes of the picture after layout, and its legend."""
     with style():
         figure = paint_front(front)
@@ -331,7 +331,7 @@ class TestPicture:
     ) -> None:
         front = front_of(space, middle(space, bops, size))
         front = crowd(front) if crowded else front
-        ax, _ = painted(front)
+        ax, _ = axes_and_legend(front)
 
         unit = 0 if bops else 1
         places = ax.transData.transform([(point.cost[unit], point.top1) for point in front.points])
@@ -347,12 +347,12 @@ class TestPicture:
         front = front_of(space, middle(space))
         alone = front.model_copy(update={"points": [p for p in front.points if p.kind == "chosen"]})
         for shown in (front, alone):
-            ax, legend = painted(shown)
+            ax, legend = axes_and_legend(shown)
             marks = {each.get_label(): each for each in ax.collections}
             for text in legend.get_texts():
                 assert len(marks[text.get_text()].get_offsets())
             assert ("front" in marks) == any(point.on_front for point in shown.points)
-        ax, legend = painted(front)
+        ax, legend = axes_and_legend(front)
         assert legend.get_texts()[0].get_text() == "front"
         marks = {each.get_label(): each for each in ax.collections}
         assert marks["front"].get_zorder() == max(each.get_zorder() for each in ax.collections)
@@ -360,7 +360,7 @@ class TestPicture:
     def test_distant_float_point_keeps_the_scale(self, space: SearchSpace) -> None:
         front = front_of(space, middle(space))
         low = [p.model_copy(update={"top1": p.top1 / 20}) for p in front.points]
-        ax, _ = painted(front.model_copy(update={"points": low}))
+        ax, _ = axes_and_legend(front.model_copy(update={"points": low}))
 
         assert ax.get_ylim()[1] < 6
         assert "float 97.50 %, above this picture" in [text.get_text() for text in ax.texts]
@@ -368,7 +368,7 @@ class TestPicture:
     def test_accuracy_axis_ends_at_100(self, space: SearchSpace) -> None:
         (one,) = (p for p in front_of(space, middle(space)).points if p.kind == "chosen")
         perfect = one.model_copy(update={"top1": 100.0})
-        ax, _ = painted(
+        ax, _ = axes_and_legend(
             front_of(space, middle(space)).model_copy(update={"points": [perfect], "float_top1": 100.0})
         )
 

@@ -591,7 +591,7 @@ def test_nan_step_changes_nothing() -> None:
     assert (len(descent.trace), descent.setbacks.in_row) == (2, 0)
 
 
-class Told:
+class RecordingProgress:
     """A progress that records its calls."""
 
     def __init__(self) -> None:
@@ -600,7 +600,7 @@ class Told:
         self.titles: list[str] = []
 
     @contextmanager
-    def task(self, title: str, total: int) -> Iterator["Told"]:
+    def task(self, title: str, total: int) -> Iterator["RecordingProgress"]:
         self.titles.append(title)
         yield self
 
@@ -612,7 +612,7 @@ class Told:
 
 
 def test_progress_is_reported() -> None:
-    told = Told()
+    told = RecordingProgress()
     ASGA(epochs=2).search(branches(count=256, progress=told))
     assert told.titles == ["search epoch 1 of 2", "search epoch 2 of 2"]
     assert len(told.notes) == 2

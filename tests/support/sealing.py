@@ -51,7 +51,7 @@ def sealed(header: Json, data: bytes, entry: Any) -> bytes:
     return join({**header, "__metadata__": {"saq": text}}, data)
 
 
-def retold(raw: bytes, change: Callable[[Json], object]) -> bytes:
+def with_metadata(raw: bytes, change: Callable[[Json], object]) -> bytes:
     """``raw`` with other metadata and a matching hash."""
     header, data = split(raw)
     entry = entry_of(header)

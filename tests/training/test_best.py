@@ -29,9 +29,9 @@ def images(digits: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def harmed(digits: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def degraded_run(digits: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A run with a far too high learning rate, and its output."""
-    run = tmp_path_factory.mktemp("harmed") / "run"
+    run = tmp_path_factory.mktemp("degraded") / "run"
     given = ("--bits", 4, "--epochs", EPOCHS, "--lr", 0.5, "--ema", 0.5, "--batch-size", 48, "--workers", 0)
     options = (*float_options(digits, images), *given, "--set", "data.verify_images=20")
     return run, answer("quantize", MODEL, *options, "--run-dir", run)
@@ -45,8 +45,8 @@ def top1(images: Path, target: Path) -> float:
     return float(answer("eval", target, "--data", images)["top1"])
 
 
-def test_best_state_matches_the_metrics(harmed: tuple[Path, Any], images: Path) -> None:
-    run, found = harmed
+def test_best_state_matches_the_metrics(degraded_run: tuple[Path, Any], images: Path) -> None:
+    run, found = degraded_run
     scores = {line.get("epoch", 0): line for line in lines(run) if line["phase"] in ("calibrated", "val")}
     best = max(scores, key=lambda epoch: (scores[epoch]["top1"], -scores[epoch]["loss"], epoch))
 
@@ -62,9 +62,9 @@ def test_best_state_matches_the_metrics(harmed: tuple[Path, Any], images: Path) 
 
 
 def test_table_and_report_show_last_and_best(
-    harmed: tuple[Path, Any], capsys: pytest.CaptureFixture[str]
+    degraded_run: tuple[Path, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, found = harmed
+    run, found = degraded_run
     show_quantized(found)
     table, report = capsys.readouterr().out, (run / "report.md").read_text()
     best = f"best (epoch {found['best_epoch']})"
@@ -80,8 +80,8 @@ def test_table_and_report_show_last_and_best(
     assert row == f"| top-1 | {' | '.join(f'{value:.2f} %' for value in shown)} |"
 
 
-def test_resume_can_export_the_best(harmed: tuple[Path, Any], images: Path, tmp_path: Path) -> None:
-    before, found = harmed
+def test_resume_can_export_the_best(degraded_run: tuple[Path, Any], images: Path, tmp_path: Path) -> None:
+    before, found = degraded_run
     run = shutil.copytree(before, tmp_path / "run")
 
     again = answer("quantize", "--run-dir", run, "--resume", "--set", "training.keep=best")
@@ -103,9 +103,9 @@ def test_resume_can_export_the_best(harmed: tuple[Path, Any], images: Path, tmp_
     assert "started with other settings (training.lr: 0.5 -> 0.1)" in refused.stderr
 
 
-def test_checkpoints_without_best_state_resume(harmed: tuple[Path, Any], tmp_path: Path) -> None:
+def test_checkpoints_without_best_state_resume(degraded_run: tuple[Path, Any], tmp_path: Path) -> None:
     """Checkpoints of earlier versions: the best epoch is unknown, and the model is the same."""
-    before, found = harmed
+    before, found = degraded_run
     run = shutil.copytree(before, tmp_path / "run")
     file = CheckpointFile(run / "checkpoints" / "last.ckpt")
     state = file.load() or {}

@@ -18,7 +18,7 @@ from saqcli.verify.proof import prove_graph
 from tests.support import tiny
 
 
-class Insisting(nn.Module):
+class CastsToFloat32(nn.Module):
     """Converts to float32 in its forward, as some networks do."""
 
     def __init__(self) -> None:
@@ -59,9 +59,9 @@ def plain(images: Tensor) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def insisting(images: Tensor) -> nn.Module:
+def float32_only(images: Tensor) -> nn.Module:
     torch.manual_seed(0)
-    return quantized(Insisting(), images)
+    return quantized(CastsToFloat32(), images)
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +86,17 @@ def test_reference_is_float64(plain: nn.Module, images: Tensor) -> None:
     assert float((truth - near).abs().max()) < 1e-4 * float(truth.abs().max())
 
 
-def test_float32_model_is_its_own_reference(insisting: nn.Module, images: Tensor, tmp_path: Path) -> None:
+def test_float32_model_is_its_own_reference(float32_only: nn.Module, images: Tensor, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="dtype"):
-        insisting.double()(images.double())
-    insisting.float()
+        float32_only.double()(images.double())
+    float32_only.float()
     path = tmp_path / "model.onnx"
     verdict = export_verified(
-        insisting, facts_of(insisting, images), path, "qdq", [labelled(images, 0)], 1, SILENT
+        float32_only, facts_of(float32_only, images), path, "qdq", [labelled(images, 0)], 1, SILENT
     )
 
-    assert proof._in_float64(insisting, images[:1]) is insisting
-    assert {parameter.dtype for parameter in insisting.parameters()} == {torch.float32}
+    assert proof._in_float64(float32_only, images[:1]) is float32_only
+    assert {parameter.dtype for parameter in float32_only.parameters()} == {torch.float32}
     assert verdict.verified
     assert (verdict.images, verdict.pytorch_agreement) == (8, 1.0)
     assert path.is_file()

@@ -259,7 +259,7 @@ def test_readme_names_the_setup_commands() -> None:
     assert [command for command in SETUP if command not in lines] == []
 
 
-class TestParsingOfThePages:
+class TestPageParsing:
     def test_finds_calls_in_shell_blocks(self) -> None:
         text = "```sh\npip install . && saq demo\n$ saq eval x \\\n  --data d  # why\n```\n`saq models`\n"
         assert command_lines(text) == ["saq demo", "saq eval x    --data d  # why"]

@@ -76,7 +76,7 @@ class TestProfile:
         assert "layer1.0.conv1" in last_error(result)
 
 
-class TestRefusals:
+class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "code", "says"),
         [

@@ -307,7 +307,7 @@ def test_every_landscape_can_be_plotted(losses: Any, tmp_path: Path) -> None:
     ]
 
 
-class TestRefusals:
+class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "code", "says"),
         [

@@ -1,4 +1,4 @@
-"""What every test may lean on: one seed, and the data and weights that lie beside the repository."""
+"""Shared fixtures: the seed, and the data and weights stored beside the repository."""
 
 import gc
 import os
@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would be in each other's way
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads would compete
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as the command line does; no test reaches the network
@@ -17,11 +17,11 @@ from tests.support.image_folders import cifar_like, make_classes  # noqa: F401  
 from tests.support.operators import read_once
 from tests.support.trials import tried_once
 
-# A shell lets what it runs behind its back ignore it.
+# A shell makes background jobs ignore SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Files that take longest, for the processes to end at about the same time. The second learns the digits for all, while
-# the first, which needs them not, goes on.
+# The slowest files first, so that workers end at about the same time. The second trains on the digits for all, while
+# the first, which does not need them, runs.
 LONGEST = """
     test_story test_analyze test_goldens test_joined_runs test_search test_bench test_export test_asga test_search_parts
     test_exact_form test_search_stopped test_killed test_published test_rerun test_exporters test_cli test_searchers
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: the collector of garbage need not walk its million objects again and again."""
+    """Freeze the imported objects, so that the garbage collector skips a million objects."""
     gc.collect()
     gc.freeze()
 
@@ -46,7 +46,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    import torch  # here, since the process that only hands out tests needs none
+    import torch  # here, since the xdist controller does not need torch
 
     torch.manual_seed(0)
 
@@ -54,12 +54,12 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def operators_read_once() -> None:
     if read_once():
-        gc.freeze()  # what an export imports
+        gc.freeze()  # the modules that an export imports
     tried_once()
 
 
 def shared_data() -> Path:
-    """The folder of real data and weights, or a skip where it is not there."""
+    """The folder of real data and weights; skips the test if it is missing."""
     path = Path(__file__).resolve().parents[2] / "shared"
     if not (path / "data").is_dir():
         pytest.skip(f"needs real data and weights in {path}")
@@ -72,7 +72,7 @@ def shared() -> Path:
 
 
 def shared_folder(factory: pytest.TempPathFactory) -> Path:
-    """One for all processes of a run."""
+    """One folder for all worker processes of a test run."""
     base = factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -81,9 +81,9 @@ def shared_folder(factory: pytest.TempPathFactory) -> Path:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with handwritten digits as ``images/`` and a network trained on them as ``float.safetensors``.
 
-    Every sixth of the images is in ``few/``, for whom a few are enough.
+    Every sixth image is also in ``few/``.
 
-    One process makes it, and the others of a run wait for it.
+    One process creates it, and the others wait for it.
     """
     from tests.support.digits import make
 
@@ -104,7 +104,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where files are written, each under a name of its own and at once, that several tests read, in any process."""
+    """Where files shared by several tests and processes are written, each once and under its own name."""
     found = shared_folder(tmp_path_factory) / "files"
     found.mkdir(exist_ok=True)
     return found

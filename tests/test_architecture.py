@@ -1,4 +1,4 @@
-"""The shape of the package: which way imports point, what a light import loads."""
+"""The structure of the package: import directions, and what light imports load."""
 
 import ast
 import re
@@ -44,7 +44,7 @@ BASE = {
 }
 MOST_IMPORTS = 20  # of ours in one file
 MOST_FILES = 20  # in one folder
-# Plugins of one family do not know each other; these files are what they share.
+# Plugins of a family do not import each other; these files are shared.
 FAMILIES = {
     "training/minimizers": {"base"},
     "search": {"problem", "knapsack", "separable", "supernet", "controller", "cosine", "mixture"},
@@ -63,7 +63,7 @@ def module_of(path: Path) -> str:
 
 
 def imports(path: Path) -> list[tuple[int, str]]:
-    """Line and full name of everything of ours that a file imports, inside functions too."""
+    """Line and full name of everything of ours that a file imports, including inside functions."""
     package = module_of(path).split(".")
     package = package if path.name == "__init__.py" else package[:-1]
     found = []
@@ -84,7 +84,7 @@ def room_of(name: str) -> str:
 
 
 def target_of(name: str) -> str:
-    """The module that an import of ``name`` loads."""
+    """The module loaded by an import of ``name``."""
     return name if name in MODULES else name.rpartition(".")[0]
 
 
@@ -97,14 +97,14 @@ each_file = pytest.mark.parametrize("path", FILES, ids=relative)
 
 
 def graph() -> dict[str, set[str]]:
-    """Every module of ours and the modules of ours that it imports."""
+    """Every module of ours and its imports of ours."""
     return {
         module: {target_of(name) for _, name in imports(path)} - {module} for module, path in MODULES.items()
     }
 
 
-def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Modules that import each other, directly or through others: what is left when ends are taken away."""
+def cycles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Modules in import cycles: those left after repeatedly removing leaves."""
     left = dict(edges)
     while True:
         imported = set().union(*left.values()) if left else set()
@@ -114,12 +114,12 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
         left = {m: targets for m, targets in left.items() if m not in ends}
 
 
-def test_imports_form_no_circle() -> None:
-    assert circles(graph()) == []
+def test_imports_form_no_cycle() -> None:
+    assert cycles(graph()) == []
 
 
-def test_circles_are_found() -> None:
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["b", "c"]]
+def test_cycles_are_detected() -> None:
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["b", "c"]]
 
 
 @each_file
@@ -138,7 +138,7 @@ def test_imports_point_down_only(path: Path) -> None:
 
 
 @each_file
-def test_a_file_imports_few_others(path: Path) -> None:
+def test_file_has_few_internal_imports(path: Path) -> None:
     assert len(graph_of(path)) <= MOST_IMPORTS
 
 
@@ -146,13 +146,13 @@ def graph_of(path: Path) -> set[str]:
     return {target_of(name) for _, name in imports(path)} - {"saqcli"}
 
 
-def test_a_folder_holds_few_files() -> None:
+def test_folder_holds_few_files() -> None:
     for folder in {path.parent for path in FILES}:
         assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
 
 
 @each_file
-def test_no_flags_below_the_command_line(path: Path) -> None:
+def test_no_flags_below_the_cli(path: Path) -> None:
     if room_of(module_of(path)) == "cli":
         return
     flags = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
@@ -173,7 +173,7 @@ def test_no_flags_below_the_command_line(path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_plugins_of_a_family_do_not_import_each_other(family: str) -> None:
+def test_plugins_do_not_import_each_other(family: str) -> None:
     shared = FAMILIES[family]
     prefix = "saqcli." + family.replace("/", ".")
     plugins = [p for p in sorted((ROOT / family).glob("*.py")) if p.stem not in {"__init__", *shared}]
@@ -186,20 +186,20 @@ def test_plugins_of_a_family_do_not_import_each_other(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_family_shares_exists(family: str) -> None:
+def test_shared_family_modules_exist(family: str) -> None:
     for name in FAMILIES[family]:
         assert (ROOT / family / f"{name}.py").is_file()
 
 
 @each_file
-def test_every_module_says_what_it_is(path: Path) -> None:
+def test_every_module_has_a_docstring(path: Path) -> None:
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     assert text
     assert text.strip()
 
 
 @each_file
-def test_nothing_is_imported_by_star(path: Path) -> None:
+def test_no_star_imports(path: Path) -> None:
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     assert not [n.lineno for n in nodes if isinstance(n, ast.ImportFrom) and n.names[0].name == "*"]
 
@@ -209,13 +209,13 @@ def test_every_public_name_resolves(name: str) -> None:
     assert getattr(saqcli, name) is not None
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
+def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         saqcli.no_such_name  # noqa: B018
 
 
 @pytest.mark.parametrize("module", ["saqcli", "saqcli.cli", "saqcli.errors", "saqcli.config"])
-def test_a_light_import_stays_light(module: str) -> None:
+def test_light_imports_stay_light(module: str) -> None:
     heavy = ("torch", "torchvision", "timm", "numpy", "scipy", "sklearn", "onnx", "onnxruntime", "PIL")
     code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
     result = subprocess.run(
@@ -224,16 +224,16 @@ def test_a_light_import_stays_light(module: str) -> None:
     assert result.stdout.strip() == "[]"
 
 
-def test_the_walk_sees_imports_inside_functions_and_relative_ones(tmp_path: Path) -> None:
-    """The tests above can fail: what they look for is found."""
+def test_import_scan_sees_local_imports(tmp_path: Path) -> None:
+    """Control for the tests above."""
     path = ROOT / "quant" / "wrapping.py"
     assert "saqcli.quant.attention.custom_mixin" in {name for _, name in imports(path)}
     assert "saqcli.quant.attention" in graph()["saqcli.quant.wrapping"]
     assert room_of("saqcli.pipelines.quantize") == "pipelines"
 
 
-def test_what_takes_time_is_measured_by_a_clock_that_only_goes_forward() -> None:
-    """The time of day, which may jump, is told to people and decides nothing: two files write it down."""
+def test_durations_use_a_monotonic_clock() -> None:
+    """The wall clock, which may jump, is only displayed: two files write it down."""
     wall = {"time.time", "time.localtime", "time.gmtime", "datetime.now", "datetime.utcnow", "datetime.today"}
     found = {
         f"{relative(path)} {name}"

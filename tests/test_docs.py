@@ -1,4 +1,4 @@
-"""The documentation says what the code does: commands, options, tables, settings, links and examples."""
+"""The documentation matches the code: commands, options, tables, settings, links and examples."""
 
 import ast
 import importlib
@@ -22,7 +22,7 @@ DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = sorted({*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")})
-GUIDES = [page for page in PAGES if page.name != "CHANGELOG.md"]  # a changelog may name what is gone
+GUIDES = [page for page in PAGES if page.name != "CHANGELOG.md"]  # a changelog may name removed options
 
 SETUP = ("pip install . && saq demo", 'pip install ".[test]" && pytest')
 TABLES = {
@@ -44,7 +44,7 @@ COMMANDS: dict[str, Any] = GROUP.commands
 
 
 def options_of(command: Any) -> set[str]:
-    """Every spelling of every option, ``--help`` left out."""
+    """Every spelling of every option except ``--help``."""
     names = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     return {name for name in names if name.startswith("-")} - UNIVERSAL
 
@@ -66,7 +66,7 @@ def code_spans(text: str) -> list[str]:
 
 
 def command_lines(text: str) -> list[str]:
-    """Every call of ``saq`` in a shell block, without comments and what is chained before or after it."""
+    """Every call of ``saq`` in a shell block, without comments and chained commands."""
     lines = []
     for language, body in FENCE.findall(text):
         if language not in ("sh", "bash", "shell", "console", ""):
@@ -81,7 +81,7 @@ def command_lines(text: str) -> list[str]:
 
 
 def entries_of(table: str) -> list[str]:
-    """The keys of a table, read from its source: importing the exporters takes seconds."""
+    """The keys of a table, read from its source, since importing the exporters takes seconds."""
     source = ast.parse(text_of(ROOT / "saqcli" / TABLES[table] / "__init__.py"))
     for node in source.body:
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == table:
@@ -91,12 +91,12 @@ def entries_of(table: str) -> list[str]:
 
 
 def slug(heading: str) -> str:
-    """The anchor that GitHub gives a heading."""
+    """GitHub's anchor for a heading."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
 def script(name: str) -> Any:
-    """``docs/NAME.py``, which is no module of a package."""
+    """``docs/NAME.py``, imported from its file."""
     spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -111,20 +111,22 @@ def make_cli() -> Any:
 
 
 class TestCommandReference:
-    def test_is_current(self, make_cli: Any) -> None:
+    def test_generated_page_is_current(self, make_cli: Any) -> None:
         assert text_of(DOCS / "cli.md") == make_cli.reference(), "run python docs/make_cli.py"
 
-    def test_does_not_depend_on_the_terminal(self, make_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_output_is_independent_of_the_terminal(
+        self, make_cli: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         before = make_cli.reference()
         for name, value in {"COLUMNS": "40", "TERM": "dumb", "NO_COLOR": "1", "FORCE_COLOR": "1"}.items():
             monkeypatch.setenv(name, value)
         assert make_cli.reference() == before
 
-    def test_has_every_command(self) -> None:
+    def test_lists_every_command(self) -> None:
         assert set(re.findall(r"^## saq (\S+)$", text_of(DOCS / "cli.md"), re.MULTILINE)) == set(COMMANDS)
 
     @pytest.mark.parametrize("name", COMMANDS)
-    def test_has_every_option_and_no_other(self, name: str) -> None:
+    def test_lists_exactly_all_options(self, name: str) -> None:
         section = text_of(DOCS / "cli.md").split(f"## saq {name}\n")[1].split("\n## ")[0]
         cells = re.findall(r"^\| (`-.*?) \| ", section, re.MULTILINE)
         found = {span.split()[0] for cell in cells for span in CODE_SPAN.findall(cell)}
@@ -133,7 +135,7 @@ class TestCommandReference:
 
 class TestTablesAndSettings:
     @pytest.mark.parametrize("table", TABLES)
-    def test_every_entry_is_documented(self, table: str) -> None:
+    def test_every_table_entry_is_documented(self, table: str) -> None:
         pages = text_of(DOCS / "cli.md") + text_of(DOCS / "architecture.md")
         entries = entries_of(table)
         assert entries
@@ -143,7 +145,7 @@ class TestTablesAndSettings:
         pages = text_of(DOCS / "cli.md") + text_of(DOCS / "architecture.md")
         assert not [name for name in config.recipes() if f"`{name}`" not in pages]
 
-    def test_every_setting_is_documented_with_its_default(self) -> None:
+    def test_every_setting_and_default_is_documented(self) -> None:
         settings = config.RunConfig(model=config.ModelSection(name="any")).model_dump(mode="json")
         expected = {}
         for section, values in settings.items():
@@ -155,7 +157,7 @@ class TestTablesAndSettings:
 
         assert {key: json.loads(default) for key, default in rows} == expected
 
-    def test_the_walks_name_functions_that_exist(self) -> None:
+    def test_walkthroughs_name_existing_functions(self) -> None:
         rows = re.findall(
             r"^\| [^|]+ \| `([\w/]+\.py)` \| `(\w+)` \|$", text_of(DOCS / "architecture.md"), re.MULTILINE
         )
@@ -166,7 +168,7 @@ class TestTablesAndSettings:
                 f"{file} {name}"
             )
 
-    def test_the_tree_is_that_of_the_docstrings(self) -> None:
+    def test_file_tree_matches_docstrings(self) -> None:
         make_tree = script("make_tree")
         assert text_of(DOCS / "architecture.md") == make_tree.page(), "run python docs/make_tree.py"
         assert f"{make_tree.PACKAGE.name}/" in make_tree.page()
@@ -198,7 +200,7 @@ def test_data_blocks_parse(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=title)
-def test_python_blocks_compile_and_import_what_exists(page: Path) -> None:
+def test_python_blocks_compile_and_import(page: Path) -> None:
     for body in blocks(text_of(page), "python"):
         tree = ast.parse(body, str(page))
         compile(tree, str(page), "exec")
@@ -231,7 +233,7 @@ def test_command_lines_parse(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=title)
-def test_commands_and_options_in_the_text_exist(page: Path) -> None:
+def test_mentioned_commands_and_options_exist(page: Path) -> None:
     every = set().union(*map(options_of, COMMANDS.values())) | options_of(GROUP) | UNIVERSAL
     wrong = []
     for span in code_spans(text_of(page)):
@@ -250,23 +252,23 @@ def test_commands_and_options_in_the_text_exist(page: Path) -> None:
     assert not wrong
 
 
-def test_the_readme_names_the_two_set_up_commands() -> None:
+def test_readme_names_the_setup_commands() -> None:
     if not README.exists():
         pytest.skip("there is no README.md yet")
     lines = [line.strip() for line in text_of(README).splitlines()]
     assert [command for command in SETUP if command not in lines] == []
 
 
-class TestTheChecksThemselves:
-    def test_find_calls_in_shell_blocks(self) -> None:
+class TestPageParsing:
+    def test_finds_calls_in_shell_blocks(self) -> None:
         text = "```sh\npip install . && saq demo\n$ saq eval x \\\n  --data d  # why\n```\n`saq models`\n"
         assert command_lines(text) == ["saq demo", "saq eval x    --data d  # why"]
 
-    def test_find_options_in_a_span(self) -> None:
+    def test_finds_options_in_code_spans(self) -> None:
         assert OPTION.findall("saq eval x -q --bad-images skip a-b 1--2") == ["-q", "--bad-images"]
 
-    def test_know_the_options(self) -> None:
+    def test_finds_the_options_of_a_command(self) -> None:
         assert {"--bops", "--budget", "--no-pretrained", "--set"} <= options_of(COMMANDS["quantize"])
 
-    def test_make_anchors_as_github_does(self) -> None:
+    def test_anchors_match_github(self) -> None:
         assert slug("What `--json` prints") == "what---json-prints"

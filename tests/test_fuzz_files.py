@@ -1,7 +1,7 @@
-"""Whatever is done to a file that is read, it is taken for what it says or refused in one line; nothing is run.
+"""Mutated files are read as what they say or refused in one line; no code is run.
 
-The model files that saq writes are attacked in ``pipelines/test_strange_files.py``; here are all others: settings,
-policies, manifests, readings, float weights and ONNX graphs.
+Model files of saq are attacked in ``pipelines/test_strange_files.py``; here are all others: settings, policies,
+manifests, readings, float weights and ONNX graphs.
 """
 
 import functools
@@ -51,7 +51,7 @@ from tests.support.mutations import bytes_of, texts_of
 from tests.support.sweeps import sweep
 
 SECONDS = 5  # for any one file; most take a millisecond
-MEGABYTES = 600  # that reading one may add to what the process ever held
+MEGABYTES = 600  # that reading one may add to peak memory
 FEW, MANY = 60, 3000
 COUNTS = sweep([FEW, MANY], lambda count: count == FEW)
 BITS = LayerBits(weight=4, activation=4)
@@ -61,7 +61,7 @@ Read = Callable[[Path], object]
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Within the context nothing may take all time or memory."""
+    """Limit time and memory within the context."""
 
     def stop(*_: object) -> None:
         raise AssertionError(f"a file was read for more than {SECONDS} seconds")
@@ -77,8 +77,8 @@ def bounded() -> Iterator[None]:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held < MEGABYTES * 1024
 
 
-def judged(read: Read, path: Path) -> str | None:
-    """The one line that refuses a file; None where it is taken."""
+def refusal_of(read: Read, path: Path) -> str | None:
+    """The one line that refuses a file, or None if it is accepted."""
     try:
         with bounded():
             read(path)
@@ -92,18 +92,18 @@ def judged(read: Read, path: Path) -> str | None:
 
 
 def refused(read: Read, path: Path) -> str:
-    message = judged(read, path)
+    message = refusal_of(read, path)
     assert message is not None
     return message
 
 
 def attack(read: Read, path: Path, files: Iterable[bytes]) -> None:
-    """Read every file under this name; most must be refused, and all be judged."""
+    """Read every file under this name; most must be refused, and each refused or accepted cleanly."""
     outcomes = []
     for number, raw in enumerate(files):
         path.write_bytes(raw)
         try:
-            outcomes.append(judged(read, path) is not None)
+            outcomes.append(refusal_of(read, path) is not None)
         except Exception as error:
             raise AssertionError(f"file {number}, {raw[:2000]!r}: {error!r}") from error
     assert sum(outcomes) > len(outcomes) / 2
@@ -124,7 +124,7 @@ def policy(network: Network) -> dict[str, Any]:
 
 
 def settings() -> dict[str, Any]:
-    """A configuration in which as much as can be is given."""
+    """A configuration with as many settings as possible."""
     options = {
         "model.name": "saq/resnet20",
         "model.kwargs": {"a": 1},
@@ -179,20 +179,20 @@ lr = 1e-2
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_strange_policies_are_refused_or_harmless(count: int, network: Network, tmp_path: Path) -> None:
+def test_mutated_policies_are_safe(count: int, network: Network, tmp_path: Path) -> None:
     attack(
         lambda path: read_policy(path, network), tmp_path / "policy.json", texts_of(policy(network), count)
     )
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_strange_settings_are_refused_or_harmless(count: int, tmp_path: Path) -> None:
+def test_mutated_settings_are_safe(count: int, tmp_path: Path) -> None:
     attack(read_config, tmp_path / "config.json", texts_of(settings(), count))
     attack(read_config, tmp_path / "config.toml", bytes_of(TOML, count))
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_strange_run_directories_are_refused_or_harmless(count: int, tmp_path: Path) -> None:
+def test_mutated_run_directories_are_safe(count: int, tmp_path: Path) -> None:
     attack(read_manifest, tmp_path / "manifest.json", texts_of(manifest(), count))
     attack(read_run_config, tmp_path / "config.json", texts_of(settings(), count))
 
@@ -201,9 +201,7 @@ KINDS = {"policy.json": "layers", "config.json": "model", "config.toml": "model"
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_keys_that_stand_twice_unknown_ones_and_other_versions_are_named(
-    name: str, network: Network, tmp_path: Path
-) -> None:
+def test_duplicate_and_unknown_keys_are_named(name: str, network: Network, tmp_path: Path) -> None:
     trees = {"policy.json": policy(network), "config.json": settings(), "manifest.json": manifest()}
     reads: dict[str, Read] = {
         "policy.json": lambda path: read_policy(path, network),
@@ -245,16 +243,16 @@ OUTSIDE = [
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_artifacts_outside_of_their_run_are_refused(name: str, tmp_path: Path) -> None:
+def test_artifacts_outside_the_run_are_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(manifest(artifacts={name: ""})))
 
     assert "below artifacts/" in refused(read_manifest, path)
 
 
-def test_files_without_end_are_not_read_to_it(network: Network, tmp_path: Path) -> None:
+def test_endless_files_are_not_read_fully(network: Network, tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
-    path.write_text("a." * 100_000 + "a = 1")  # takes the TOML reader time and memory of the square
+    path.write_text("a." * 100_000 + "a = 1")  # quadratic time and memory in the TOML reader
 
     assert "nested deeper" in refused(read_config, path)
     assert "more than" in refused(lambda path: read_policy(path, network), Path("/dev/zero"))
@@ -264,7 +262,7 @@ def test_files_without_end_are_not_read_to_it(network: Network, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_strange_readings_are_refused_or_harmless(count: int, tmp_path: Path) -> None:
+def test_mutated_readings_are_safe(count: int, tmp_path: Path) -> None:
     candidates = [
         Candidate(bits=bits, loss=0.5, top1=80.0, loss_change=0.1, top1_change=-1.0) for bits in (2, 8)
     ]
@@ -282,7 +280,7 @@ def test_strange_readings_are_refused_or_harmless(count: int, tmp_path: Path) ->
     path = folder.path_of("sensitivity")
 
     def read(path: Path) -> None:
-        assert folder.load("sensitivity") == reading  # whatever else was changed
+        assert folder.load("sensitivity") == reading  # whatever else changed
 
     read(path)
     attack(read, path, texts_of(json.loads(path.read_text()), count))
@@ -302,7 +300,7 @@ def load_weights(path: Path) -> None:
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("name", ["zip.pth", "legacy.pt", "w.safetensors"])
-def test_strange_weights_are_refused_or_harmless(name: str, count: int, tmp_path: Path) -> None:
+def test_mutated_weights_are_safe(name: str, count: int, tmp_path: Path) -> None:
     path, state = tmp_path / name, float_network().state_dict()
     checkpoint = {
         "epoch": 3,
@@ -320,7 +318,7 @@ def test_strange_weights_are_refused_or_harmless(name: str, count: int, tmp_path
 
 
 class Call:
-    """A pickle of this calls a function when it is loaded without care."""
+    """Calls a function when unpickled unsafely."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments
@@ -349,7 +347,7 @@ def payloads(mark: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", ["zip", "legacy", "pickle0", "pickle2", "pickle4"])
-def test_no_code_in_weights_is_run_wherever_it_lies(how: str, tmp_path: Path) -> None:
+def test_code_in_weights_is_never_executed(how: str, tmp_path: Path) -> None:
     mark, path = tmp_path / "ran", tmp_path / "w.pth"
     for name, call in payloads(mark).items():
         nests = [
@@ -370,7 +368,7 @@ def test_no_code_in_weights_is_run_wherever_it_lies(how: str, tmp_path: Path) ->
 
 
 def doubled(levels: int) -> bytes:
-    """A pickle whose stack ends with a tuple of 2 ** ``levels`` empty ones, most of them the same."""
+    """A pickle that ends with a tuple of 2 ** ``levels`` empty tuples, most of them shared."""
     steps = b"".join(b"h%ch%c\x86q%c" % (level, level, level + 1) for level in range(levels))
     return b"\x80\x02)q\x00" + steps
 
@@ -387,7 +385,7 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("case", ENDLESS)
-def test_a_small_pickle_cannot_take_all_time_or_memory(case: str, tmp_path: Path) -> None:
+def test_pickle_bomb_is_refused(case: str, tmp_path: Path) -> None:
     (path := tmp_path / "w.pth").write_bytes(ENDLESS[case])
     assert "nothing was run" in refused(read_weights, path)
 
@@ -397,7 +395,7 @@ def test_a_small_pickle_cannot_take_all_time_or_memory(case: str, tmp_path: Path
     assert "nothing was run" in refused(read_weights, path)
 
 
-def test_an_archive_that_unfolds_to_far_more_than_it_is_is_refused(tmp_path: Path) -> None:
+def test_zip_bomb_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(path := tmp_path / "w.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("w/data.pkl", b"\x80\x02}.")
         archive.writestr("w/data/0", bytes(2**26))
@@ -418,14 +416,14 @@ WITHOUT_NUMBERS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("expected", WITHOUT_NUMBERS)
-def test_tensors_without_all_of_their_numbers_are_refused(expected: str, tmp_path: Path) -> None:
+def test_incomplete_tensors_are_refused(expected: str, tmp_path: Path) -> None:
     torch.save({"weight": WITHOUT_NUMBERS[expected]()}, path := tmp_path / "w.pth")
 
     assert expected in refused(read_weights, path)
 
 
 @pytest.mark.parametrize("key", ["module." * 200_000 + "x", ("a", "b"), 3])
-def test_names_of_tensors_that_are_none_are_refused(key: Any, tmp_path: Path) -> None:
+def test_invalid_tensor_names_are_refused(key: Any, tmp_path: Path) -> None:
     torch.save({key: torch.ones(1)}, path := tmp_path / "w.pth")
 
     assert "no tensors by name" in refused(read_weights, path)
@@ -437,7 +435,7 @@ CHANNELS, SIDE, CLASSES = 3, 8, 5
 
 
 def onnx_model() -> Any:
-    """A convolution and a mean, with weights between QuantizeLinear and DequantizeLinear, described as saq does it."""
+    """A convolution and a mean with quantized weights, and the metadata that saq writes."""
     images = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ["n", CHANNELS, SIDE, SIDE])
     logits = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["n", CLASSES])
     shape = (CLASSES, CHANNELS, 3, 3)
@@ -490,20 +488,18 @@ def count_and_run(path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_strange_onnx_files_are_refused_or_run(
-    count: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_mutated_onnx_is_safe(count: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     raw = onnx_model().SerializeToString()
     path = tmp_path / "model.onnx"
     for read in (read_and_run, count_and_run):
         path.write_bytes(raw)
-        assert judged(read, path) is None
+        assert refusal_of(read, path) is None
         attack(read, path, bytes_of(raw, count))
 
     assert capfd.readouterr().out == ""
 
 
-def test_an_onnx_file_with_a_nan_is_refused(tmp_path: Path) -> None:
+def test_onnx_with_nan_is_refused(tmp_path: Path) -> None:
     model = onnx_model()
     model.graph.initializer[1].float_data[0] = math.nan
     (path := tmp_path / "model.onnx").write_bytes(model.SerializeToString())
@@ -524,7 +520,7 @@ def tensor_elsewhere(location: str) -> Any:
 )
 @pytest.mark.parametrize("place", ["initializer", "attribute", "branch", "function"])
 @pytest.mark.parametrize("read", [read_and_run, count_and_run])
-def test_tensors_in_other_files_are_never_read(read: Read, place: str, location: str, tmp_path: Path) -> None:
+def test_external_tensor_files_are_never_read(read: Read, place: str, location: str, tmp_path: Path) -> None:
     model, tensor = onnx_model(), tensor_elsewhere(location)
     (tmp_path / "beside.bin").write_bytes(b"abcd")
     constant = helper.make_node("Constant", [], ["c"], value=tensor)
@@ -543,7 +539,7 @@ def test_tensors_in_other_files_are_never_read(read: Read, place: str, location:
     assert "in other files" in refused(read, path)
 
 
-def test_operators_of_custom_libraries_are_refused(tmp_path: Path) -> None:
+def test_custom_operators_are_refused(tmp_path: Path) -> None:
     model = onnx_model()
     model.opset_import.append(helper.make_opsetid("evil", 1))
     model.graph.node[3].op_type, model.graph.node[3].domain = "Run", "evil"
@@ -553,10 +549,10 @@ def test_operators_of_custom_libraries_are_refused(tmp_path: Path) -> None:
     assert "ONNX Runtime cannot run" in refused(read_and_run, path)
 
 
-# What a person sees.
+# Error messages.
 
 
-def test_a_name_that_nothing_can_have_is_told_in_one_line(tmp_path: Path) -> None:
+def test_impossible_name_is_one_line_error(tmp_path: Path) -> None:
     for target in (
         "x" * 5000,
         "~nobody/" + "y" * 300 + "/z",

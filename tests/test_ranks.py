@@ -1,4 +1,4 @@
-"""What ranks tell each other, and what one of them does when another fails."""
+"""Communication between ranks, and their behaviour when one fails."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from tests.support.joined import ranks_run
 
 
 def outcome(call: Any) -> Any:
-    """What a call gives, or the class and the exit code of what it raises."""
+    """The result of a call, or the class and exit code of its error."""
     try:
         return call()
     except (ConfigError, DataError, StoppedElsewhere) as error:
@@ -53,7 +53,7 @@ def everything() -> dict[str, Any]:
     }
 
 
-def test_three_ranks_come_to_the_same() -> None:
+def test_three_ranks_agree() -> None:
     found = ranks_run(3, everything)
 
     told = ("StoppedElsewhere", 1)
@@ -73,7 +73,7 @@ def test_three_ranks_come_to_the_same() -> None:
         assert seen["shares"] == list(range(7))
 
 
-def test_one_process_is_given_back_what_it_gives() -> None:
+def test_single_process_collectives() -> None:
     tensor = torch.tensor([2.0])
     distributed.average([tensor])
 
@@ -100,7 +100,7 @@ def test_large_tensors_are_averaged_in_buckets() -> None:
 
 
 def _waiting() -> float:
-    """Rank 1 dies, the others wait for it."""
+    """Rank 1 dies while the others wait for it."""
     if distributed.index() == 1:
         os._exit(7)
     start = time.monotonic()
@@ -109,13 +109,13 @@ def _waiting() -> float:
     return time.monotonic() - start
 
 
-def test_a_rank_that_dies_is_noticed_at_once() -> None:
+def test_dead_rank_is_detected_immediately() -> None:
     with pytest.raises(AssertionError, match="rank 1: it ended with 7"):
         ranks_run(3, _waiting)
 
 
 def _blocked(number: int) -> None:
-    """Rank 0 waits, where no Python code runs, for a rank that never comes; then it is asked to end."""
+    """Rank 0 blocks outside Python, waiting for a rank that never arrives, and gets a signal."""
     if distributed.index() == 1:
         time.sleep(4)
         return
@@ -126,6 +126,6 @@ def _blocked(number: int) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_waiting_rank_ends_within_seconds_of_a_signal(number: int, code: int) -> None:
+def test_waiting_rank_ends_promptly_on_signal(number: int, code: int) -> None:
     with pytest.raises(AssertionError, match=f"rank 0: it ended with {code}"):
         ranks_run(2, partial(_blocked, number))

@@ -1,4 +1,4 @@
-"""Instruments: against explicit Hessians of an independent twin, brute force, and separately built models."""
+"""Instruments, compared with explicit Hessians of an independent reference, brute force and separately built models."""
 
 import math
 from collections.abc import Callable
@@ -31,13 +31,13 @@ Bits = Callable[[Any], dict[str, LayerBits]]
 def subject_of(
     name: str = "conv_bn", bits: Bits | None = None, batch: int = 7, dtype: torch.dtype = torch.float64
 ) -> AnalysisInput:
-    """A quantized network with images that it takes for its own, so that its loss is that of a trained one."""
+    """A quantized network and images labelled with its own answers, so that its loss is that of a trained network."""
     made = quantize(NETWORKS[name], bits) if bits else quantize(NETWORKS[name])
     model = made.model.to(dtype).eval()
     pictures = images(COUNT, seed=5).to(dtype)
     with torch.no_grad():
         labels = model(pictures).argmax(1)
-        labels[::6] = (labels[::6] + 1) % CLASSES  # and a few that it gets wrong
+        labels[::6] = (labels[::6] + 1) % CLASSES  # and a few misclassified
     batches = list(zip(pictures.split(batch), labels.split(batch), strict=True))
     return AnalysisInput(model, made.layers, batches, made.facts.scheme)
 
@@ -52,7 +52,7 @@ def same_state(subject: AnalysisInput, before: dict[str, Tensor]) -> bool:
 
 
 def line_through(x: Tensor, quantizer: Quantizer) -> Tensor:
-    """Straight through a quantizer, by detaching and in plain operators; none of its own gradient is used."""
+    """Straight-through gradient by detaching, in plain operators; the quantizer's own gradient is not used."""
     grid, step = quantizer.grid(), quantizer.step().detach()
     inside = ((x / step <= grid.highest) & (x / step >= grid.lowest)).to(x.dtype).detach()
     return x * inside + (quantizer.codes(x) * step - x * inside).detach()
@@ -86,9 +86,9 @@ def _norm(x: Tensor, norm: Any) -> Tensor:
 
 
 def explicit_hessian(subject: AnalysisInput) -> Tensor:
-    """(weights, weights), by differentiating the twin twice."""
+    """(weights, weights), by differentiating the reference twice."""
     loss, point = twin_loss(subject)
-    assert loss(point).item() == pytest.approx(subject.score().loss, rel=1e-6)  # the twin is the model
+    assert loss(point).item() == pytest.approx(subject.score().loss, rel=1e-6)  # equals the model
     hessian: Tensor = torch.autograd.functional.hessian(loss, point)
     return hessian
 
@@ -104,9 +104,7 @@ def with_hessian(request: pytest.FixtureRequest) -> tuple[AnalysisInput, Tensor]
 
 
 class TestCurvature:
-    def test_products_are_those_of_the_explicit_hessian(
-        self, with_hessian: tuple[AnalysisInput, Tensor]
-    ) -> None:
+    def test_matches_the_explicit_hessian(self, with_hessian: tuple[AnalysisInput, Tensor]) -> None:
         subject, hessian = with_hessian
         sizes = [layer.latent_weight().numel() for layer in subject.layers.values()]
         flat = torch.randn(2, sum(sizes), dtype=torch.float64)
@@ -121,7 +119,7 @@ class TestCurvature:
             torch.testing.assert_close(torch.cat([p.flatten() for p in product]), hessian @ v)
 
     @pytest.mark.parametrize("name", NETWORKS)
-    def test_the_operator_is_symmetric(self, name: str) -> None:
+    def test_hessian_is_symmetric(self, name: str) -> None:
         subject = subject_of(name)
         u, v = ([torch.randn_like(x.latent_weight()) for x in subject.layers.values()] for _ in range(2))
 
@@ -131,7 +129,7 @@ class TestCurvature:
         assert scale > 0
         assert dot(u, hv) == pytest.approx(dot(v, hu), abs=1e-9 * scale)
 
-    def test_leave_parameters_trainable_and_without_gradients(self) -> None:
+    def test_model_state_is_restored(self) -> None:
         subject = subject_of()
         measure_eigenvalue(subject, Settings(iterations=2), Session())
 
@@ -140,7 +138,7 @@ class TestCurvature:
 
 
 class TestEigenvalue:
-    def test_is_the_largest_of_the_explicit_hessian(self, with_hessian: tuple[AnalysisInput, Tensor]) -> None:
+    def test_matches_the_explicit_hessian(self, with_hessian: tuple[AnalysisInput, Tensor]) -> None:
         subject, hessian = with_hessian
         largest = torch.linalg.eigvalsh(hessian)[-1].item()
 
@@ -150,23 +148,21 @@ class TestEigenvalue:
         assert found.eigenvalue == pytest.approx(largest, rel=1e-6)
         assert found.spread <= 1e-6 * largest
 
-    def test_at_the_default_tolerance_is_near(self, with_hessian: tuple[AnalysisInput, Tensor]) -> None:
+    def test_default_tolerance_is_close(self, with_hessian: tuple[AnalysisInput, Tensor]) -> None:
         subject, hessian = with_hessian
         values = torch.linalg.eigvalsh(hessian)
 
         found = measure_eigenvalue(subject, Settings(), Session())
 
         assert len(found.starts) == 3
-        assert found.eigenvalue <= values[-1] * (1 + 1e-9)  # a Rayleigh quotient is never above
+        assert found.eigenvalue <= values[-1] * (1 + 1e-9)  # a Rayleigh quotient is a lower bound
         assert found.eigenvalue == pytest.approx(values[-1].item(), rel=0.02)
         for start in found.starts:  # for a symmetric matrix, an eigenvalue lies within the residual
             nearest = (values - start.eigenvalue).abs().min().item()
             assert nearest <= start.residual * abs(start.eigenvalue) + 1e-12
         assert found.mean == pytest.approx(sum(s.eigenvalue for s in found.starts) / 3)
 
-    def test_is_the_largest_even_where_a_negative_one_outweighs_it(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_ignores_larger_negative_eigenvalues(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from saqcli.analysis import eigenvalue
 
         subject = subject_of()
@@ -184,7 +180,7 @@ class TestEigenvalue:
         assert found.eigenvalue == pytest.approx(5.0, rel=1e-3)
         assert found.lowest == pytest.approx(-8.0, rel=1e-3)
 
-    def test_says_where_it_did_not_converge(self) -> None:
+    def test_reports_non_convergence(self) -> None:
         found = measure_eigenvalue(subject_of(), Settings(iterations=1), Session())
 
         assert not any(start.converged for start in found.starts)
@@ -192,7 +188,7 @@ class TestEigenvalue:
 
 
 class TestTrace:
-    def test_lies_within_the_derived_error(self, with_hessian: tuple[AnalysisInput, Tensor]) -> None:
+    def test_is_within_its_error_estimate(self, with_hessian: tuple[AnalysisInput, Tensor]) -> None:
         subject, hessian = with_hessian
         samples = 200
 
@@ -217,7 +213,7 @@ class TestTrace:
 
 
 class TestSharpness:
-    def test_is_that_of_one_step_along_the_gradient_of_the_whole_set(self) -> None:
+    def test_matches_one_full_gradient_step(self) -> None:
         subject = subject_of()
         loss, point = twin_loss(subject)
         point.requires_grad_()
@@ -227,12 +223,12 @@ class TestSharpness:
 
         with torch.no_grad():
             expected = loss(point + 0.2 * g / g.norm()) - loss(point)
-        # the twin's lines hold at the point alone: beyond it inputs are rounded anew, as here
+        # the reference is linear only at this point: elsewhere inputs are rounded again, as here
         assert found.gradient_norm == pytest.approx(g.norm().item(), rel=1e-6)
         assert found.sharpness == pytest.approx(expected.item(), rel=1e-5)
         assert found.relative_norm == pytest.approx(0.2 / point.norm().item(), rel=1e-6)
 
-    def test_does_not_depend_on_the_batches(self) -> None:
+    def test_is_independent_of_batch_size(self) -> None:
         found = [
             measure_sharpness(subject_of(batch=size), Settings(rho=0.5), Session()) for size in (5, 8, COUNT)
         ]
@@ -241,12 +237,12 @@ class TestSharpness:
             assert other.perturbed_loss == pytest.approx(found[0].perturbed_loss, rel=1e-6)
             assert other.gradient_norm == pytest.approx(found[0].gradient_norm, rel=1e-6)
 
-    def test_is_nothing_at_radius_zero(self) -> None:
+    def test_is_zero_at_radius_zero(self) -> None:
         assert measure_sharpness(subject_of(), Settings(rho=0.0), Session()).sharpness == 0
 
 
 class TestFlips:
-    def test_are_counted_as_by_hand(self) -> None:
+    def test_counts_match_hand_computation(self) -> None:
         subject = subject_of(batch=COUNT)
         layers = subject.layers
         ((pictures, labels),) = subject.batches
@@ -269,7 +265,7 @@ class TestFlips:
         assert found.share == flipped / found.weights
         assert found.norm_ratio == pytest.approx(math.sqrt(moved) / 0.4, rel=1e-5)
 
-    def test_put_the_latent_weights_back(self) -> None:
+    def test_latent_weights_are_restored(self) -> None:
         subject = subject_of("standardized")
         before = state_of(subject)
 
@@ -277,7 +273,7 @@ class TestFlips:
 
         assert same_state(subject, before)
 
-    def test_are_refused_without_latent_weights(self) -> None:
+    def test_require_latent_weights(self) -> None:
         subject = subject_of()
         found = measure_flips(
             AnalysisInput(subject.model, subject.layers, subject.batches, latent=False), Settings(), Session()
@@ -289,7 +285,7 @@ class TestFlips:
 
 
 class TestDistributions:
-    def test_sum_to_one_and_agree_with_the_quantizer(self) -> None:
+    def test_histograms_sum_to_one(self) -> None:
         subject = subject_of()
 
         found = measure_distributions(subject, Settings(), Session())
@@ -311,7 +307,7 @@ class TestDistributions:
             outside = (w / step > entry.weights.highest) | (w / step < entry.weights.lowest)
             assert entry.weights.clipped == pytest.approx(float(outside.double().mean()))
 
-    def test_of_inputs_are_those_of_the_quantized_model(self) -> None:
+    def test_input_codes_match_the_model(self) -> None:
         subject = subject_of(batch=COUNT)
         second = list(subject.layers.values())[1]
         seen: list[Tensor] = []
@@ -329,7 +325,7 @@ class TestDistributions:
 
 
 class TestSensitivity:
-    def test_equals_a_model_that_was_built_at_those_bits(self) -> None:
+    def test_matches_a_model_built_at_those_bits(self) -> None:
         subject = subject_of(batch=COUNT)
         pictures, _ = subject.batches[0]
         name = list(subject.layers)[1]
@@ -369,7 +365,7 @@ class TestSensitivity:
         assert row.candidates[1].loss_change == pytest.approx(score.loss - found.loss)
 
     @pytest.mark.parametrize("name", NETWORKS)
-    def test_leaves_the_model_as_it_was(self, name: str) -> None:
+    def test_model_is_unchanged(self, name: str) -> None:
         subject = subject_of(name, dtype=torch.float32)
         before, modules = state_of(subject), list(subject.model.modules())
         loss = subject.score().loss
@@ -390,7 +386,7 @@ class TestSensitivity:
 
 class TestLandscape:
     @pytest.mark.parametrize("name", NETWORKS)
-    def test_the_centre_is_the_evaluated_loss(self, name: str) -> None:
+    def test_centre_is_the_evaluation_loss(self, name: str) -> None:
         subject = subject_of(name, dtype=torch.float32)
 
         found = measure_landscape(subject, Settings(grid=3), Session())
@@ -400,7 +396,7 @@ class TestLandscape:
         assert found.loss[1][1] == subject.score().loss
         assert found.top1[1][1] == subject.score().top1
 
-    def test_a_corner_is_the_model_with_the_directions_added(self) -> None:
+    def test_corner_adds_both_directions(self) -> None:
         subject = subject_of()
         found = measure_landscape(subject, Settings(grid=3, span=0.5, seed=3), Session())
         one, two = directions(subject.layers, 3)
@@ -410,7 +406,7 @@ class TestLandscape:
         assert subject.score().loss == pytest.approx(found.loss[0][2], rel=1e-12)
 
     @pytest.mark.parametrize("name", NETWORKS)
-    def test_directions_have_the_norms_of_the_filters_and_are_orthogonal(self, name: str) -> None:
+    def test_directions_are_normalized_and_orthogonal(self, name: str) -> None:
         subject = subject_of(name)
 
         for layer, *pair in zip(subject.layers.values(), *directions(subject.layers, 0), strict=True):
@@ -421,14 +417,14 @@ class TestLandscape:
                 torch.testing.assert_close(d.norm(dim=1), weight.norm(dim=1))
             assert (flat[0] * flat[1]).sum(1).abs().max() < 1e-9 * weight.square().sum(1).max()
 
-    def test_directions_are_the_same_for_two_models_but_for_the_norms(self) -> None:
+    def test_directions_differ_only_in_norm(self) -> None:
         coarse, fine = subject_of(bits=THREE), subject_of(bits=EIGHT)
 
         for a, b in zip(directions(coarse.layers, 0)[0], directions(fine.layers, 0)[0], strict=True):
             cosines = F.cosine_similarity(a.flatten(1), b.flatten(1))
             torch.testing.assert_close(cosines, torch.ones_like(cosines))
 
-    def test_goes_on_where_it_was_stopped(self) -> None:
+    def test_resume_is_bit_identical(self) -> None:
         subject = subject_of()
         whole = measure_landscape(subject, Settings(grid=5), Session())
         kept: list[LandscapeReading] = []
@@ -457,9 +453,7 @@ class TestLandscape:
 @pytest.mark.parametrize("name", INSTRUMENTS)
 @pytest.mark.parametrize("network", ["residual", "attention"])
 class TestEveryInstrument:
-    def test_gives_a_reading_that_survives_json_and_leaves_the_model_alone(
-        self, name: str, network: str
-    ) -> None:
+    def test_reading_is_json_and_model_unchanged(self, name: str, network: str) -> None:
         subject = subject_of(network, dtype=torch.float32)
         before = state_of(subject)
         settings = Settings(grid=3, samples=2, iterations=3, candidates=(4,))
@@ -469,15 +463,15 @@ class TestEveryInstrument:
         kind = INSTRUMENTS[name].reading
         assert isinstance(readings[0], kind)
         assert kind.model_validate_json(readings[0].model_dump_json()) == readings[0]
-        assert readings[0] == readings[1]  # nothing random is left
+        assert readings[0] == readings[1]  # deterministic
         assert same_state(subject, before)
         assert not subject.model.training
 
-    def test_names_the_settings_it_reads(self, name: str, network: str) -> None:
+    def test_declares_its_settings(self, name: str, network: str) -> None:
         assert set(INSTRUMENTS[name].settings) <= set(Settings.model_fields)
 
 
-def test_a_layer_in_floating_point_is_measured_too() -> None:
+def test_float_layers_are_measured() -> None:
     subject = subject_of()
     first = next(iter(subject.layers))
     layer = subject.layers[first]

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit codes, stdout, stderr, and the files that appear."""
+"""The command line: exit codes, stdout, stderr and the files written."""
 
 import json
 import os
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("digits")
 
 
 class TestProfile:
-    def test_prints_the_published_bops_of_resnet18(self) -> None:
+    def test_resnet18_bops_match_the_paper(self) -> None:
         result = saq("profile", "torchvision/resnet18", "--bits", 4, "--no-pretrained", "--json")
 
         assert result.exit_code == 0
@@ -49,19 +49,19 @@ class TestProfile:
             ("saq/mobilenetv2_cifar", 3, 877_131_776),
         ],
     )
-    def test_prints_the_published_bops_of_the_cifar_networks(self, model: str, bits: int, bops: int) -> None:
+    def test_cifar_bops_match_the_paper(self, model: str, bits: int, bops: int) -> None:
         result = saq("profile", model, "--num-classes", 100, "--bits", bits, "--json")
 
         assert json.loads(result.stdout)["bops"] == bops
 
-    def test_shows_a_table_for_people(self) -> None:
+    def test_prints_a_table(self) -> None:
         result = saq("profile", "saq/resnet20", "--bits", 4)
 
         assert result.exit_code == 0
         assert "layer1.0.conv1" in result.stdout
         assert "reachable budgets" in result.stdout
 
-    def test_a_policy_can_be_checked(self, tmp_path: Path, digits: Path) -> None:
+    def test_policy_is_costed(self, tmp_path: Path, digits: Path) -> None:
         policy = {
             "schema_version": 1,
             "model": "saq/resnet20",
@@ -76,7 +76,7 @@ class TestProfile:
         assert "layer1.0.conv1" in last_error(result)
 
 
-class TestRefusals:
+class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "code", "says"),
         [
@@ -127,7 +127,7 @@ class TestRefusals:
             (["profile"], 2, "Missing argument"),
         ],
     )
-    def test_say_what_to_do_in_one_line(self, arguments: list[str], code: int, says: str) -> None:
+    def test_errors_are_one_line_with_advice(self, arguments: list[str], code: int, says: str) -> None:
         result = saq(*arguments)
 
         assert result.exit_code == code
@@ -135,7 +135,7 @@ class TestRefusals:
         if code == 1:
             assert says in last_error(result)
 
-    def test_a_budget_below_the_floor_names_the_reachable_range(self, digits: Path, tmp_path: Path) -> None:
+    def test_budget_below_floor_reports_range(self, digits: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"
 
         result = saq("quantize", MODEL, *float_options(digits), "--bops", "1M", "--run-dir", run, "--quiet")
@@ -144,7 +144,7 @@ class TestRefusals:
         assert "reachable: 42.51 M" in last_error(result)
         assert not run.exists()
 
-    def test_weights_of_another_network_are_refused(self, digits: Path, tmp_path: Path) -> None:
+    def test_weights_of_another_model(self, digits: Path, tmp_path: Path) -> None:
         options = float_options(digits)
 
         result = saq(
@@ -154,7 +154,7 @@ class TestRefusals:
         assert result.exit_code == 1
         assert "does not fit saq/resnet32" in last_error(result)
 
-    def test_a_pickle_that_carries_code_is_refused_and_not_run(self, digits: Path, tmp_path: Path) -> None:
+    def test_pickle_code_is_not_executed(self, digits: Path, tmp_path: Path) -> None:
         class Bomb:
             def __reduce__(self) -> Any:
                 return os.mkdir, (str(tmp_path / "exploded"),)
@@ -168,7 +168,7 @@ class TestRefusals:
         assert "code" in last_error(result)
         assert not (tmp_path / "exploded").exists()
 
-    def test_an_unreadable_image_is_named_or_skipped_as_asked(self, digits: Path, tmp_path: Path) -> None:
+    def test_unreadable_image_is_named_or_skipped(self, digits: Path, tmp_path: Path) -> None:
         folder = tmp_path / "images"
         for label in range(10):
             (folder / str(label)).mkdir(parents=True)
@@ -186,7 +186,7 @@ class TestRefusals:
         assert skipped.exit_code == 0
         assert (json.loads(skipped.stdout)["images"], json.loads(skipped.stdout)["skipped"]) == (10, 1)
 
-    def test_an_empty_class_folder_is_named(self, digits: Path, tmp_path: Path) -> None:
+    def test_empty_class_folder_is_named(self, digits: Path, tmp_path: Path) -> None:
         for label in range(10):
             (tmp_path / "images" / str(label)).mkdir(parents=True)
 
@@ -195,7 +195,7 @@ class TestRefusals:
         assert result.exit_code == 1
         assert str(tmp_path / "images") in last_error(result)
 
-    def test_a_diverging_training_is_named_and_not_finished(self, digits: Path, tmp_path: Path) -> None:
+    def test_diverging_training_fails(self, digits: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"
         options = ("--bits", 4, "--epochs", 1, "--batch-size", 32, "--lr", "1e6", "--run-dir", run, "--quiet")
 
@@ -206,9 +206,7 @@ class TestRefusals:
         assert json.loads((run / "manifest.json").read_text())["status"] == "failed"
         assert not any((run / "artifacts").iterdir())
 
-    def test_a_run_that_failed_before_any_work_can_be_started_again(
-        self, digits: Path, tmp_path: Path
-    ) -> None:
+    def test_run_failed_at_startup_can_restart(self, digits: Path, tmp_path: Path) -> None:
         folder = tmp_path / "images"
         shutil.copytree(digits / "few", folder)
         broken = folder / "val" / "3" / "broken.png"
@@ -224,7 +222,7 @@ class TestRefusals:
         assert "broken.png" in last_error(first)
         assert second.exit_code == 0, second.stderr
 
-    def test_a_run_directory_that_holds_other_files_is_left_alone(self, digits: Path, tmp_path: Path) -> None:
+    def test_foreign_files_are_not_overwritten(self, digits: Path, tmp_path: Path) -> None:
         (tmp_path / "mine.txt").write_text("mine")
 
         result = saq(
@@ -237,7 +235,7 @@ class TestRefusals:
 
 
 class TestTrainingOptions:
-    def test_what_cannot_work_is_refused_in_one_line(self, digits: Path, tmp_path: Path) -> None:
+    def test_invalid_options_are_one_line_errors(self, digits: Path, tmp_path: Path) -> None:
         given = ["quantize", MODEL, *float_options(digits), "--bits", 4, "--run-dir", tmp_path / "run"]
         for options, expected in (
             (["--mixup", 0.2, "--batch-size", 33], "multiple of 2"),
@@ -256,7 +254,7 @@ class TestTrainingOptions:
             assert expected in last_error(result)
         assert not (tmp_path / "run").exists()
 
-    def test_distilling_from_random_weights_is_refused(self, digits: Path) -> None:
+    def test_random_teacher_is_refused(self, digits: Path) -> None:
         result = saq(
             *("quantize", "saq/resnet20", "--no-pretrained", "--bits", 4, "--distill"),
             *("--data", digits / "images"),
@@ -264,7 +262,7 @@ class TestTrainingOptions:
         assert result.exit_code == 1
         assert "--weights" in last_error(result)
 
-    def test_efficient_stands_for_settings_that_flags_override(self) -> None:
+    def test_flags_override_the_efficient_preset(self) -> None:
         base = ["quantize", "saq/resnet20", "--no-pretrained", "--bits", 4, "--dry-run", "--json"]
         for options, fraction in (
             ([], 1),
@@ -277,13 +275,13 @@ class TestTrainingOptions:
 
 
 class TestModels:
-    def test_lists_names_that_match(self) -> None:
+    def test_lists_matching_names(self) -> None:
         result = saq("models", "saq/*")
 
         assert result.exit_code == 0
         assert "saq/preresnet20" in result.stdout.splitlines()
 
-    def test_tells_programs_more(self) -> None:
+    def test_json_has_more_fields(self) -> None:
         networks = {network["name"]: network for network in answer("models", "mobilenet_v2*")["models"]}
 
         found = networks["torchvision/mobilenet_v2"]
@@ -291,7 +289,7 @@ class TestModels:
         assert found["tags"] == ["IMAGENET1K_V2", "IMAGENET1K_V1"]
         assert found["covered"] in (True, False, None)
 
-    def test_shows_a_table_for_people(
+    def test_prints_a_table(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         entries = [
@@ -317,17 +315,17 @@ class TestModels:
             assert numbers in (rows[2], rows[1][1:])
             assert "saq models 'torchvision/other.*'" in note
 
-    def test_refuses_a_pattern_that_matches_nothing(self) -> None:
+    def test_pattern_without_match_is_refused(self) -> None:
         assert saq("models", "nosuchnet*").exit_code == 1
 
 
 class TestInstalledProgram:
-    def test_help_answers_without_importing_torch(self) -> None:
+    def test_help_does_not_import_torch(self) -> None:
         code = "import sys; import saqcli.cli; sys.exit('torch' in sys.modules)"
 
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
-    def test_an_error_reaches_the_shell_as_one_line_and_a_code(self) -> None:
+    def test_error_is_one_line_with_exit_code(self) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "saqcli", "quantize", "--resume", "--run-dir", "/no/such/run"],
             capture_output=True,
@@ -341,7 +339,7 @@ class TestInstalledProgram:
 
     @pytest.fixture(scope="class")
     def whole(self, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """A run that nobody interrupted."""
+        """An uninterrupted run."""
         run = tmp_path_factory.mktemp("whole") / "run"
         assert subprocess.run(_command(digits, run), env=_single_threaded(), check=False).returncode == 0
         return run
@@ -349,7 +347,7 @@ class TestInstalledProgram:
     @pytest.mark.parametrize(
         ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
     )
-    def test_a_signal_before_training_notes_the_end_and_says_how_to_go_on(
+    def test_signal_before_training_gives_resume_command(
         self, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
     ) -> None:
         run = tmp_path / "run"
@@ -362,10 +360,10 @@ class TestInstalledProgram:
         assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
         assert not (run / ".lock").exists()
 
-    def test_a_signal_within_an_epoch_stops_it_and_resuming_gives_the_same_weights(
+    def test_resume_within_an_epoch_is_bit_identical(
         self, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """In this process: to start one takes longer than what it does."""
+        """Runs in this process, since starting another takes longer than the test."""
         whole, run = tmp_path / "whole", tmp_path / "run"
         assert saq(*_command(digits, whole)[3:]).exit_code == 0
         with monkeypatch.context() as patch:
@@ -385,7 +383,7 @@ class TestInstalledProgram:
     @pytest.mark.parametrize(
         ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
     )
-    def test_a_signal_leaves_a_checkpoint_and_resuming_gives_the_same_weights(
+    def test_resume_after_signal_is_bit_identical(
         self, digits: Path, tmp_path: Path, whole: Path, number: int, code: int
     ) -> None:
         run = tmp_path / "run"
@@ -408,7 +406,7 @@ class TestInstalledProgram:
 
 
 def _raising(number: int, step: int) -> Any:
-    """Makes a minimizer in whose step of that number the signal comes."""
+    """Build a minimizer that raises the signal in the step of that number."""
     make, calls = trainer.make_minimizer, 0
 
     def made(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Text files as editors of all systems write them: UTF-8 with or without a mark, and others that are named."""
+"""Encodings of text files: UTF-8 with or without a byte order mark; others are named."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ CONFIG = {
 
 @pytest.mark.parametrize("name", CONFIG)
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_a_byte_order_mark_is_passed_over(name: str, newline: str, tmp_path: Path) -> None:
+def test_byte_order_mark_is_ignored(name: str, newline: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(CONFIG[name].replace("\n", newline).encode("utf-8-sig"))
 
@@ -38,7 +38,7 @@ def test_other_encodings_are_named(name: str, encoding: str, called: str, tmp_pa
     assert str(error.value) == f"{path} cannot be read: it is encoded in {called}; save it as UTF-8"
 
 
-def test_a_byte_that_is_not_utf8_is_located(tmp_path: Path) -> None:
+def test_invalid_utf8_byte_is_located(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_bytes('[model]\n# "Größe"\nname = "saq/resnet20"\n'.encode("latin-1"))
 
@@ -46,7 +46,7 @@ def test_a_byte_that_is_not_utf8_is_located(tmp_path: Path) -> None:
         resolve(file=path)
 
 
-def test_a_binary_file_is_no_text(tmp_path: Path) -> None:
+def test_binary_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
 
@@ -54,7 +54,7 @@ def test_a_binary_file_is_no_text(tmp_path: Path) -> None:
         resolve(file=path)
 
 
-def test_a_policy_may_have_a_mark(tmp_path: Path) -> None:
+def test_policy_may_start_with_bom(tmp_path: Path) -> None:
     layers = {
         layer["name"]: {"weight": 3, "activation": 3} for layer in answer("profile", "saq/resnet20")["layers"]
     }

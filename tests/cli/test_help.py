@@ -1,4 +1,4 @@
-"""Help screens: what is written reads back as typed, at every width, and the defaults it names are true."""
+"""Help screens: text is printed unchanged at every width, and the defaults named are the defaults."""
 
 import re
 import shlex
@@ -17,14 +17,14 @@ from tests.support.command_line import saq
 
 GROUP: Any = get_command(app)
 COMMANDS: dict[str, Any] = GROUP.commands
-NO_VALUE = {"all", "runs/NAME-BITS", "runs/NAME-BUDGET-SEARCHER"}  # words for what cannot be typed
+NO_VALUE = {"all", "runs/NAME-BITS", "runs/NAME-BUDGET-SEARCHER"}  # words for values that cannot be typed
 DEFAULT = re.compile(r"\[default: (\S+)( \(recipe quick\))?\]")
 OPTIONS = [
     pytest.param(name, parameter, id=f"{name} {parameter.opts[0]}")
     for name in ("quantize", "search")
     for parameter in COMMANDS[name].params
     if (found := re.search(DEFAULT, parameter.help)) and found[1] not in NO_VALUE
-    if "--in-chans" not in parameter.opts  # the network decides, where nothing is given
+    if "--in-chans" not in parameter.opts  # determined by the network if omitted
 ]
 
 
@@ -36,7 +36,7 @@ def screen(monkeypatch: pytest.MonkeyPatch, width: int, *command: str) -> str:
 
 
 def contains(words: list[str], text: str) -> bool:
-    """Whether the words of ``text`` stand in ``words``, one after the other, but for the full stop at the end."""
+    """Whether the words of ``text`` occur in ``words`` in sequence, ignoring the final full stop."""
     *part, last = text.replace("`", "").split()
     starts = range(len(words) - len(part))
     return any(
@@ -47,7 +47,7 @@ def contains(words: list[str], text: str) -> bool:
 
 @pytest.mark.parametrize("width", [40, 80, 120])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_word_reads_back_as_typed(monkeypatch: pytest.MonkeyPatch, name: str, width: int) -> None:
+def test_every_word_is_printed_unchanged(monkeypatch: pytest.MonkeyPatch, name: str, width: int) -> None:
     text = screen(monkeypatch, width, name)
     words = text.split()
 
@@ -61,7 +61,7 @@ def test_every_word_reads_back_as_typed(monkeypatch: pytest.MonkeyPatch, name: s
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_80_columns_are_kept(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_fits_80_columns(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert max(map(len, screen(monkeypatch, 80, name).splitlines())) <= 80
 
 
@@ -114,14 +114,14 @@ def test_panels_stand_in_one_order(monkeypatch: pytest.MonkeyPatch, name: str) -
     assert headings[-1] == PANELS[-1]
 
 
-def test_examples_stand_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_are_one_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = screen(monkeypatch, 80, "eval").splitlines()
 
     assert "Example: saq eval runs/resnet18-w4a4 --bench --batch-sizes 1,8 --threads 1,2" in lines
     assert "Example: saq models 'timm/mobilenetv3*'" in screen(monkeypatch, 80, "models").splitlines()
 
 
-def test_the_program_lists_its_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_program_lists_its_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = screen(monkeypatch, 80).splitlines()
 
     assert [line.split()[0] for line in lines if re.match(r"  [a-z]", line)] == list(COMMANDS)
@@ -129,7 +129,7 @@ def test_the_program_lists_its_commands(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_is_described(name: str) -> None:
+def test_every_option_has_help(name: str) -> None:
     for parameter in COMMANDS[name].params:
         assert re.match(r"[A-Zct]", parameter.help), (parameter.opts, parameter.help)
         assert len(parameter.help.split()) > 1
@@ -138,8 +138,10 @@ def test_every_option_is_described(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "parameter"), OPTIONS)
-def test_the_default_named_is_the_default(monkeypatch: pytest.MonkeyPatch, name: str, parameter: Any) -> None:
-    """The option at the value that its help names changes nothing."""
+def test_documented_default_is_the_default(
+    monkeypatch: pytest.MonkeyPatch, name: str, parameter: Any
+) -> None:
+    """Passing the default named in the help changes nothing."""
     found: list[RunConfig] = []
 
     def take(config: RunConfig, *_: object, **__: object) -> None:

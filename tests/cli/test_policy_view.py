@@ -43,7 +43,7 @@ def shown(
     what: tuple[list[dict[str, Any]], Tree] | None = None,
     **options: Any,
 ) -> str:
-    """What is printed on a terminal of ``width`` columns, or into a pipe."""
+    """The output on a terminal of ``width`` columns, or into a pipe."""
     for name in ("FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     file = io.StringIO()
@@ -64,7 +64,7 @@ def plain(text: str) -> list[str]:
     return [line.rstrip() for line in Text.from_ansi(text).plain.splitlines()]
 
 
-def test_into_a_pipe_goes_plain_text_with_whole_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipe_gets_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, None)
     lines = text.splitlines()
 
@@ -79,7 +79,7 @@ def test_into_a_pipe_goes_plain_text_with_whole_names(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("width", [80, 140])
-def test_names_are_whole_at_every_width(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+def test_names_are_complete_at_every_width(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     head, *lines = plain(shown(monkeypatch, width))
 
     if width == 80:
@@ -95,7 +95,7 @@ def test_names_are_whole_at_every_width(monkeypatch: pytest.MonkeyPatch, width: 
     assert lines[-1].endswith("colours by share of BOPs")
 
 
-def test_the_widest_numbers_fit_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_widest_numbers_fit_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     layers, policy = layers_and_policy()
     for layer in layers:
         layer["bops"] = 1_234_000_000
@@ -106,7 +106,7 @@ def test_the_widest_numbers_fit_80_columns(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(line.endswith("1.234 G  100.0 %") and len(line) <= 80 for line in lines[:4])
 
 
-def test_colour_follows_the_share_and_pinned_layers_are_dim(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colour_encodes_share_and_pinned_is_dim(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = shown(monkeypatch, 140).splitlines()
     first, last = tables.COLOURS[0], tables.COLOURS[-1]
 
@@ -119,9 +119,9 @@ def test_colour_follows_the_share_and_pinned_layers_are_dim(monkeypatch: pytest.
     assert not lines[2].startswith("\x1b[2m")
 
 
-def test_the_share_may_be_of_more_than_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_share_is_of_the_given_total(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "10.0 %" in shown(monkeypatch, None, bops=256_000)
 
 
-def test_no_layers_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_policy_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "layer" in shown(monkeypatch, None, ([], {}))

@@ -1,4 +1,4 @@
-"""What people read on the screen: whole names at every width, one image and two images, time left of this process."""
+"""Tables on the screen: complete names at every width, singular and plural, remaining time."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def profile(layers: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     }
 
 
-def test_profile_names_are_whole_at_80_columns(columns: int, capsys: Printed) -> None:
+def test_profile_names_fit_80_columns(columns: int, capsys: Printed) -> None:
     product = {"name": f"{LONG}.product", "follows": LONG, "macs": 5, "bits": 4, "bops": 80}
     layers = [layer("conv1", pinned=True), layer(LONG), layer("layer1.0.conv2", LONG)]
     show_profile(profile(layers, products=[product]))
@@ -62,7 +62,7 @@ def test_profile_names_are_whole_at_80_columns(columns: int, capsys: Printed) ->
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
-def test_the_command_prints_whole_names(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+def test_command_prints_complete_names(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     text = saq("profile", "saq/preresnet20", "--bits", 4).stdout
     names = [each["name"] for each in answer("profile", "saq/preresnet20", "--bits", 4)["layers"]]
@@ -72,7 +72,7 @@ def test_the_command_prints_whole_names(monkeypatch: pytest.MonkeyPatch, width: 
     assert max(map(len, text.splitlines()[1:25])) <= width
 
 
-def test_operations_left_in_float_are_counted(capsys: Printed) -> None:
+def test_float_operations_are_counted(capsys: Printed) -> None:
     left = [{"name": f"norm{i}", "reason": "not a convolution"} for i in range(4)]
     show_profile(profile([layer("conv")], unquantized=[*left, {"name": "fft", "reason": "no weight"}]))
     lines = capsys.readouterr().out.splitlines()
@@ -81,7 +81,7 @@ def test_operations_left_in_float_are_counted(capsys: Printed) -> None:
     assert "1 operation stays in floating point: fft; no weight" in lines
 
 
-def test_bench_names_are_whole_at_80_columns(columns: int, capsys: Printed) -> None:
+def test_bench_names_fit_80_columns(columns: int, capsys: Printed) -> None:
     names = ("PyTorch float", f"ONNX {LONG}.onnx")
     row = {
         "batch_size": 1,
@@ -129,7 +129,7 @@ def analysis(target: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def test_analysis_names_are_whole_at_80_columns(columns: int, capsys: Printed) -> None:
+def test_analysis_names_fit_80_columns(columns: int, capsys: Printed) -> None:
     targets = [f"runs/{'a' * 50}", f"runs/{'b' * 50}"]
     show_analysis(analysis(targets[0], against=analysis(targets[1])))
     text = capsys.readouterr().out
@@ -143,7 +143,7 @@ def test_analysis_names_are_whole_at_80_columns(columns: int, capsys: Printed) -
     assert "wrote 1 reading as JSON to out" in text
 
 
-def test_one_image_is_no_images(capsys: Printed) -> None:
+def test_image_count_of_one_is_singular(capsys: Printed) -> None:
     result = {"top1": 100.0, "top5": 100.0, "loss": 0.5, "images_per_second": 3.0}
     show_evaluation({**result, "images": 1, "skipped": 1})
     show_evaluation({**result, "images": 8000, "skipped": 0})
@@ -162,25 +162,25 @@ def test_one_image_is_no_images(capsys: Printed) -> None:
         (3, "epoch", "3 epochs"),
     ],
 )
-def test_counts_have_a_singular(number: int, thing: str, text: str) -> None:
+def test_counts_of_one_are_singular(number: int, thing: str, text: str) -> None:
     assert counted(number, thing) == text
 
 
-def test_what_is_no_number_is_said_in_words() -> None:
+def test_nan_is_written_as_text() -> None:
     assert format_figure(float("inf")) == format_figure(float("nan"), ".2f", " %") == "not finite"
     assert format_figure(None) == "-"
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, to be set."""
+    """The time, set by the test."""
     now = [100.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     return now
 
 
-class TestTimeLeft:
-    def test_is_that_of_a_fresh_task(self, clock: list[float]) -> None:
+class TestRemainingTime:
+    def test_matches_a_fresh_task(self, clock: list[float]) -> None:
         pace = console.Pace(10)
         pace.advance(0, 0)
         for _ in range(2):
@@ -190,8 +190,8 @@ class TestTimeLeft:
         assert pace.seconds_left == 3.0 * 8
         assert pace.texts == ["11 images/s", "24 s left"]
 
-    def test_counts_no_step_of_an_earlier_process(self, clock: list[float]) -> None:
-        """80 of 100 steps were done before; passing over their images takes a minute, a step 2 s."""
+    def test_excludes_steps_before_resume(self, clock: list[float]) -> None:
+        """80 of 100 steps ran before; skipping their images takes a minute, a step 2 s."""
         pace = console.Pace(100)
         pace.advance(80, 0)
         clock[0] += 62.0
@@ -205,7 +205,7 @@ class TestTimeLeft:
         assert pace.seconds_left == 2.0 * 15
         assert pace.texts == ["16 images/s", "30 s left"]
 
-    def test_needs_no_images(self, clock: list[float]) -> None:
+    def test_works_without_image_counts(self, clock: list[float]) -> None:
         pace = console.Pace(4)
         for _ in range(2):
             clock[0] += 60.0
@@ -213,7 +213,7 @@ class TestTimeLeft:
 
         assert pace.texts == ["2:00 left"]
 
-    def test_is_the_same_in_lines_and_in_the_bar(
+    def test_log_and_progress_bar_agree(
         self, clock: list[float], capsys: Printed, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         told: dict[str, Any] = {}
@@ -235,13 +235,13 @@ class TestTimeLeft:
         )
         assert told["pace"] == "0.5 images/s, 2:20 left"
 
-    def test_hours_are_hours(self) -> None:
+    def test_formats_hours(self) -> None:
         assert [format_duration(s) for s in (0.4, 59.6, 3600)] == ["0 s", "1:00", "1:00:00"]
 
 
 @pytest.fixture(scope="module")
 def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Calibrated, not fine-tuned; what was printed lies beside it."""
+    """A calibrated run without fine-tuning; its output is stored beside it."""
     path = tmp_path_factory.mktemp("one") / "my run"
     options = [*float_options(digits, digits / "few"), "--bits", "w4a5", "--epochs", 0, "--quiet"]
     result = saq("quantize", MODEL, *options, "--set", "data.verify_images=1", "--run-dir", path)
@@ -251,7 +251,7 @@ def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestCalibratedRun:
-    def test_has_no_column_of_fine_tuning(self, run: Path) -> None:
+    def test_omits_fine_tuning_columns(self, run: Path) -> None:
         report, shown = (run / "report.md").read_text(), run.with_suffix(".txt").read_text()
 
         assert report.splitlines()[2] == "|  | float | calibrated |"
@@ -261,13 +261,13 @@ class TestCalibratedRun:
         top1 = json.loads((run / "manifest.json").read_text())["results"]["calibrated_top1"]
         assert f"{top1:.2f} % |" in report.splitlines()[4]
 
-    def test_counts_its_image_in_the_singular(self, run: Path) -> None:
+    def test_uses_singular_for_one_image(self, run: Path) -> None:
         assert "% of 1 image" in (run / "report.md").read_text()
         assert "on 100.00 % of 1 image" in run.with_suffix(".txt").read_text()
         said = (run / "report.md").read_text() + run.with_suffix(".txt").read_text()
         assert not re.search(r"\b1 images", said)
 
-    def test_says_how_to_run_it_again(self, run: Path) -> None:
+    def test_prints_the_rerun_command(self, run: Path) -> None:
         report = (run / "report.md").read_text()
         command = next(line for line in report.splitlines() if line.startswith("`saq rerun"))
 
@@ -280,14 +280,14 @@ class TestCalibratedRun:
         for target in (run, run / "artifacts" / "model.safetensors", run / "artifacts" / "model.onnx"):
             assert answer("profile", target) == expected
 
-    def test_has_bits_of_its_own(self, run: Path) -> None:
+    def test_reports_its_bits(self, run: Path) -> None:
         for option, value in (("--bits", 4), ("--policy", run / "policy.json")):
             result = saq("profile", run, option, value)
             assert result.exit_code == 1
             assert f"remove {option}" in result.stderr
 
-    def test_has_a_profile_without_its_model(self, run: Path, tmp_path: Path) -> None:
-        """As a search has, or a run that was interrupted."""
+    def test_profile_works_without_a_model(self, run: Path, tmp_path: Path) -> None:
+        """As for a search or an interrupted run."""
         shutil.copytree(run, tmp_path / "run")
         (tmp_path / "run" / "artifacts" / "model.safetensors").unlink()
 

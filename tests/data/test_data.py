@@ -1,4 +1,4 @@
-"""What a data set is: its splits, its classes and their labels, and drawing from it."""
+"""Data sets: splits, classes, labels and subsets."""
 
 import csv
 import json
@@ -28,9 +28,7 @@ def labels(split: Split) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["val", "validation", "test"])
-def test_each_name_of_the_validation_folder_is_found(
-    name: str, tmp_path: Path, make_classes: MakeClasses
-) -> None:
+def test_validation_folder_aliases_are_found(name: str, tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path / "train", {"cat": 3, "dog": 3})
     make_classes(tmp_path / name, {"cat": 2, "dog": 1})
     split = open_split(str(tmp_path), "val", num_classes=2)
@@ -38,38 +36,36 @@ def test_each_name_of_the_validation_folder_is_found(
     assert labels(split) == [0, 0, 1]
 
 
-def test_class_folders_themselves_can_be_evaluated_on(tmp_path: Path, make_classes: MakeClasses) -> None:
+def test_bare_class_folders_can_be_evaluated(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path, {"cat": 1, "dog": 2})
     assert open_split(str(tmp_path), "val", num_classes=2).images == 3
 
 
-def test_class_folders_themselves_cannot_be_trained_on(tmp_path: Path, make_classes: MakeClasses) -> None:
+def test_bare_class_folders_cannot_be_trained(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path, {"cat": 1, "dog": 2})
     with pytest.raises(DataError, match=r"has no train/ folder"):
         open_split(str(tmp_path), "train", num_classes=2)
 
 
-def test_training_images_are_never_evaluated_on_for_want_of_others(
-    tmp_path: Path, make_classes: MakeClasses
-) -> None:
+def test_training_images_are_never_evaluated(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path / "train", {"cat": 1, "dog": 2})
     with pytest.raises(DataError, match=r"no val/, validation/, test/"):
         open_split(str(tmp_path), "val", num_classes=2)
 
 
-def test_a_missing_folder_is_told_with_its_near_matches(tmp_path: Path) -> None:
+def test_missing_folder_suggests_similar_paths(tmp_path: Path) -> None:
     (tmp_path / "imagenette").mkdir()
     with pytest.raises(DataError, match=r"did you mean .*imagenette\?"):
         open_split(str(tmp_path / "imagenete"), "val", num_classes=10)
 
 
-def test_a_file_is_no_data_set(tmp_path: Path) -> None:
+def test_file_is_not_a_data_set(tmp_path: Path) -> None:
     (tmp_path / "val.tar").touch()
     with pytest.raises(DataError, match="is a file"):
         open_split(str(tmp_path / "val.tar"), "val", num_classes=10)
 
 
-def test_a_folder_without_class_folders_is_told_what_it_holds(tmp_path: Path) -> None:
+def test_folder_without_classes_lists_its_contents(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is empty"):
         open_split(str(tmp_path), "val", num_classes=2)
     (tmp_path / "1.JPEG").touch()
@@ -77,7 +73,7 @@ def test_a_folder_without_class_folders_is_told_what_it_holds(tmp_path: Path) ->
         open_split(str(tmp_path), "val", num_classes=2)
 
 
-def test_class_folders_without_images_are_named(tmp_path: Path, make_classes: MakeClasses) -> None:
+def test_empty_class_folders_are_named(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path, {"bird": 0, "cat": 0, "dog": 0})
     with pytest.raises(DataError, match=r"3 folders \(bird, cat, dog\) and no image in any"):
         open_split(str(tmp_path), "val", num_classes=3)
@@ -86,7 +82,7 @@ def test_class_folders_without_images_are_named(tmp_path: Path, make_classes: Ma
         open_split(str(tmp_path), "val", num_classes=3)
 
 
-def test_only_images_that_are_not_hidden_count(tmp_path: Path, make_classes: MakeClasses) -> None:
+def test_hidden_and_foreign_files_are_ignored(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path, {"cat": 2, "dog": 1, ".ipynb_checkpoints": 1})
     (tmp_path / "cat" / "notes.txt").write_text("not an image")
     (tmp_path / "cat" / ".0.png").touch()
@@ -95,21 +91,19 @@ def test_only_images_that_are_not_hidden_count(tmp_path: Path, make_classes: Mak
     assert labels(open_split(str(tmp_path), "val", num_classes=2)) == [0, 0, 0, 1]
 
 
-def test_numbers_as_names_are_sorted_as_numbers(tmp_path: Path, make_classes: MakeClasses) -> None:
+def test_numeric_class_names_sort_numerically(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path, {str(number): 1 for number in range(12)})
     split = open_split(str(tmp_path), "val", num_classes=12)
     assert split.class_names == tuple(map(str, range(12)))
     assert labels(split) == list(range(12))
 
 
-def test_synsets_keep_their_place_among_the_classes_of_imagenet(
-    tmp_path: Path, make_classes: MakeClasses
-) -> None:
+def test_synsets_keep_imagenet_indices(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path, {TENCH: 1, GOLDFISH: 1, PARACHUTE: 1})
     assert labels(open_split(str(tmp_path), "val", num_classes=1000)) == [0, 1, 701]
 
 
-def test_synsets_are_numbered_from_zero_for_a_new_head(tmp_path: Path, make_classes: MakeClasses) -> None:
+def test_synsets_start_at_zero_for_new_head(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path, {TENCH: 1, GOLDFISH: 1, PARACHUTE: 1})
     assert labels(open_split(str(tmp_path), "val", num_classes=3)) == [0, 1, 2]
 
@@ -123,7 +117,7 @@ def test_synsets_are_numbered_from_zero_for_a_new_head(tmp_path: Path, make_clas
         ([TENCH, "n99999999"], 1000, r"the model 1000: .* neither an ImageNet synset \(n99999999\)"),
     ],
 )
-def test_classes_that_do_not_fit_the_model_are_refused(
+def test_class_count_mismatch_is_refused(
     names: list[str], num_classes: int, message: str, tmp_path: Path, make_classes: MakeClasses
 ) -> None:
     make_classes(tmp_path, dict.fromkeys(names, 1))
@@ -131,7 +125,7 @@ def test_classes_that_do_not_fit_the_model_are_refused(
         open_split(str(tmp_path), "val", num_classes=num_classes)
 
 
-def test_splits_of_different_classes_are_refused(tmp_path: Path, make_classes: MakeClasses) -> None:
+def test_splits_with_other_classes_are_refused(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path / "train", {"ant": 1, "cat": 1})
     make_classes(tmp_path / "val", {"cat": 1, "dog": 1})
     train, val = (open_split(str(tmp_path), name, num_classes=2) for name in ("train", "val"))
@@ -140,9 +134,7 @@ def test_splits_of_different_classes_are_refused(tmp_path: Path, make_classes: M
         check_same_classes(train, val)
 
 
-def test_a_subset_is_balanced_and_the_beginning_of_a_larger_one(
-    tmp_path: Path, make_classes: MakeClasses
-) -> None:
+def test_subset_is_balanced_and_nested(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path, {"ant": 20, "cat": 10, "dog": 2})
     split = open_split(str(tmp_path), "val", num_classes=3)
     small, large = subset(split, 6, seed=1), subset(split, 12, seed=1)
@@ -151,9 +143,7 @@ def test_a_subset_is_balanced_and_the_beginning_of_a_larger_one(
     assert labels(large)[:6] == labels(small)
 
 
-def test_a_subset_follows_from_its_seed_and_repeats_no_image(
-    tmp_path: Path, make_classes: MakeClasses
-) -> None:
+def test_subset_is_seeded_without_repeats(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path, {"ant": 20, "cat": 20})
     split = open_split(str(tmp_path), "val", num_classes=2)
     drawn = [[subset(split, 10, seed).dataset.source[index][0] for index in range(10)] for seed in (1, 1, 2)]
@@ -161,13 +151,13 @@ def test_a_subset_follows_from_its_seed_and_repeats_no_image(
     assert len(set(drawn[0])) == 10
 
 
-def test_a_subset_larger_than_the_split_is_all_of_it(tmp_path: Path, make_classes: MakeClasses) -> None:
+def test_oversized_subset_is_the_whole_split(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path, {"ant": 2, "cat": 1})
     split = open_split(str(tmp_path), "val", num_classes=2)
     assert sorted(labels(subset(split, 512, seed=0))) == [0, 0, 1]
 
 
-def test_a_stream_cannot_be_drawn_from() -> None:
+def test_stream_cannot_be_subsampled() -> None:
     with pytest.raises(DataError, match="is a stream"):
         subset(Split("wds/x", ImageStream([], 2, "wds/x"), ()), 1, seed=0)  # type: ignore[arg-type]
 
@@ -183,7 +173,7 @@ def write_mnist(root: Path, images: int) -> None:
         (root / "MNIST" / "raw" / f"{part}-labels-idx1-ubyte").write_bytes(head + bytes(range(images)))
 
 
-def test_a_timm_string_opens_a_torchvision_data_set_in_colour(tmp_path: Path) -> None:
+def test_timm_name_opens_torchvision_data(tmp_path: Path) -> None:
     write_mnist(tmp_path, images=4)
     split = open_split(f"torch/mnist@{tmp_path}", "val", num_classes=10)
     image, label = split.dataset[3]
@@ -192,13 +182,13 @@ def test_a_timm_string_opens_a_torchvision_data_set_in_colour(tmp_path: Path) ->
     assert labels(subset(split, 2, seed=0)) != [0, 1, 2, 3]
 
 
-def test_a_timm_string_whose_classes_do_not_fit_is_refused(tmp_path: Path) -> None:
+def test_timm_data_class_mismatch_is_refused(tmp_path: Path) -> None:
     write_mnist(tmp_path, images=4)
     with pytest.raises(DataError, match=r"10 classes .*, the model 100: give `model.num_classes=10`"):
         open_split(f"torch/mnist@{tmp_path}", "val", num_classes=100)
 
 
-def test_classes_of_a_timm_string_can_be_numbered_otherwise(tmp_path: Path) -> None:
+def test_timm_data_classes_can_be_remapped(tmp_path: Path) -> None:
     write_mnist(tmp_path, images=4)
     data = f"torch/mnist@{tmp_path}"
     plain = open_split(data, "val", num_classes=10)
@@ -216,7 +206,7 @@ def test_classes_of_a_timm_string_can_be_numbered_otherwise(tmp_path: Path) -> N
     assert (plain.class_order, plain.notes) == ("data set", ())
 
 
-def test_a_folder_of_torchvision_keeps_its_order_and_its_numbers(tmp_path: Path) -> None:
+def test_torchvision_folder_keeps_its_labels(tmp_path: Path) -> None:
     for name in ("c1", "c2", "c10"):
         (tmp_path / "validation" / name).mkdir(parents=True)
         deep = np.arange(0, 256, 4, dtype=np.int32).reshape(8, 8)
@@ -228,12 +218,12 @@ def test_a_folder_of_torchvision_keeps_its_order_and_its_numbers(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["torch/mnist", "torch/no_such_set"])
-def test_a_timm_string_that_opens_nothing_says_where_it_looked(name: str, tmp_path: Path) -> None:
+def test_unknown_timm_data_is_refused_with_advice(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"cannot open the val split of {name}@.* in {tmp_path}"):
         open_split(f"{name}@{tmp_path}", "val", num_classes=10)
 
 
-def test_a_folder_wins_over_a_timm_string(
+def test_folder_takes_precedence_over_timm_name(
     tmp_path: Path, make_classes: MakeClasses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_classes(tmp_path / "torch" / "mnist", {"cat": 1})
@@ -241,7 +231,7 @@ def test_a_folder_wins_over_a_timm_string(
     assert open_split("torch/mnist", "val", num_classes=1).images == 1
 
 
-def test_real_imagenet_folders_get_the_labels_of_the_label_file(shared: Path, tmp_path: Path) -> None:
+def test_imagenet_folders_get_official_labels(shared: Path, tmp_path: Path) -> None:
     data = shared / "data"
     archive, table = data / "imagenette" / "val.tar", data / "imagenet-sample" / "labels.csv"
     if not (archive.is_file() and table.is_file()):

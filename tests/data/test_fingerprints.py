@@ -1,4 +1,4 @@
-"""Which images a split holds, told by a line of text."""
+"""Fingerprints of the images in a split."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ def opened(folder: Path) -> Split:
     return open_split(str(folder), "val", num_classes=2)
 
 
-def test_a_moved_folder_is_the_same_and_any_other_is_not(
+def test_fingerprint_survives_moves_only(
     tmp_path: Path, make_classes: MakeClasses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_classes(tmp_path / "set", {"cat": 3, "dog": 2})
@@ -52,7 +52,7 @@ def os_name(name: bytes) -> str:
     return name.decode(errors="surrogateescape")
 
 
-def test_labels_count_too() -> None:
+def test_fingerprint_includes_labels() -> None:
     kept = [
         fingerprint(Split(name, ImageSet(source, labels, 3, name), ()))
         for name, source, labels in (
@@ -69,7 +69,7 @@ def test_labels_count_too() -> None:
     assert fingerprint(moved) == kept[3]
 
 
-def test_a_run_goes_on_with_its_own_images_alone(tmp_path: Path, make_classes: MakeClasses) -> None:
+def test_resume_requires_the_same_images(tmp_path: Path, make_classes: MakeClasses) -> None:
     for split in ("train", "val"):
         make_classes(tmp_path / split, {"cat": 2, "dog": 2})
     config = resolve(options={"data.path": str(tmp_path), "model.name": "x"})

@@ -1,4 +1,4 @@
-"""What is found in a data folder, and what is never left out in silence: dead links, capitals, other endings."""
+"""Data folders: what is found, and what is reported instead of ignored: broken links, capitals, other suffixes."""
 
 import os
 import sys
@@ -25,7 +25,7 @@ def val(root: Path, classes: int = 2, **options: str) -> Split:
 
 
 @links
-class TestDeadLinks:
+class TestBrokenLinks:
     @pytest.fixture
     def folder(self, tmp_path: Path, make_classes: MakeClasses) -> Path:
         make_classes(tmp_path / "val", {"cat": 2, "dog": 1})
@@ -35,9 +35,9 @@ class TestDeadLinks:
         "place",
         ["val/truck", "val/truck.txt", "val/cat/more", "val/cat/deep/more", "val", "train", "Val", "test"],
     )
-    def test_a_folder_that_is_one_is_named(self, place: str, folder: Path, make_classes: MakeClasses) -> None:
+    def test_broken_class_folder_is_named(self, place: str, folder: Path, make_classes: MakeClasses) -> None:
         if place == "val":
-            (folder / "val").rename(folder / "test")  # which must not be taken in its place
+            (folder / "val").rename(folder / "test")  # which must not be used instead
         (folder / place).parent.mkdir(exist_ok=True)
         (folder / place).symlink_to("/nowhere/truck")
         with pytest.raises(
@@ -46,23 +46,23 @@ class TestDeadLinks:
             open_split(str(folder), "train" if place == "train" else "val", num_classes=2, bad_images="skip")
         assert "\n" not in str(caught.value)
 
-    def test_a_link_to_itself_is_named(self, folder: Path) -> None:
+    def test_link_to_itself_is_named(self, folder: Path) -> None:
         (folder / "val" / "loop").symlink_to(folder / "val" / "loop")
         with pytest.raises(DataError, match="loop is a link to nothing"):
             val(folder)
 
-    def test_data_that_is_one_is_named(self, tmp_path: Path) -> None:
+    def test_broken_data_root_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "data").symlink_to("nowhere")
         with pytest.raises(DataError, match=r"data is a link to nothing \(nowhere\)"):
             val(tmp_path / "data")
 
-    def test_one_among_synsets_is_named(self, tmp_path: Path, make_classes: MakeClasses) -> None:
+    def test_broken_synset_folder_is_named(self, tmp_path: Path, make_classes: MakeClasses) -> None:
         make_classes(tmp_path, {TENCH: 1})
         (tmp_path / GOLDFISH).symlink_to("/nowhere")
         with pytest.raises(DataError, match=f"{GOLDFISH} is a link to nothing"):
             val(tmp_path, 1000)
 
-    def test_an_image_that_is_one_is_named_or_counted(self, folder: Path) -> None:
+    def test_broken_image_is_named_or_counted(self, folder: Path) -> None:
         (folder / "val" / "cat" / "9.png").symlink_to("/nowhere/9.png")
         with pytest.raises(
             DataError, match=r"cannot read .*9.png \(it is a link to nothing\).*`data.bad_images=skip`"
@@ -73,12 +73,12 @@ class TestDeadLinks:
         found = replace(split.dataset, unreadable="leave_out")
         assert [found[index][1] for index in range(4)] == [0, 0, LEFT_OUT, 1]  # type: ignore[index]
 
-    def test_hidden_ones_are_passed_over(self, folder: Path) -> None:
+    def test_hidden_links_are_ignored(self, folder: Path) -> None:
         (folder / "val" / ".old").symlink_to("/nowhere")
         (folder / "val" / "cat" / ".old").symlink_to("/nowhere")
         assert val(folder).images == 3
 
-    def test_links_that_lead_somewhere_are_followed(self, folder: Path, tmp_path: Path) -> None:
+    def test_valid_links_are_followed(self, folder: Path, tmp_path: Path) -> None:
         (folder / "val" / "dog" / "far.png").symlink_to(folder / "val" / "cat" / "0.png")
         (folder / "val" / "dog" / "more").symlink_to(folder / "val" / "cat")
         assert val(folder).images == 6
@@ -86,9 +86,7 @@ class TestDeadLinks:
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("place", ["val/cat", "val/cat/more"])
-def test_a_folder_that_may_not_be_read_is_named(
-    place: str, tmp_path: Path, make_classes: MakeClasses
-) -> None:
+def test_unreadable_folder_is_named(place: str, tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path / "val", {"cat": 1, "dog": 1})
     (tmp_path / place).mkdir(exist_ok=True)
     (tmp_path / place).chmod(0)
@@ -107,7 +105,7 @@ class TestSplits:
             *[("train", "Test"), ("train", "testing"), ("train", "Valid")],
         ],
     )
-    def test_other_spellings_are_understood(
+    def test_split_aliases_are_accepted(
         self, train: str, name: str, tmp_path: Path, make_classes: MakeClasses
     ) -> None:
         make_classes(tmp_path / train, {"cat": 3, "dog": 2})
@@ -119,7 +117,7 @@ class TestSplits:
         ]
 
     @pytest.mark.parametrize("names", [("Val", "Test"), ("valid", "VAL"), ("val", "Val")])
-    def test_two_that_may_be_meant_are_refused(
+    def test_ambiguous_splits_are_refused(
         self, names: tuple[str, str], tmp_path: Path, make_classes: MakeClasses
     ) -> None:
         for name in names:
@@ -129,14 +127,14 @@ class TestSplits:
         with pytest.raises(DataError, match=rf"has .*{names[0]}/.*: rename the one that is meant to val/"):
             val(tmp_path)
 
-    def test_test_before_valid_is_noted(self, tmp_path: Path, make_classes: MakeClasses) -> None:
+    def test_test_preferred_over_valid_is_noted(self, tmp_path: Path, make_classes: MakeClasses) -> None:
         for name in ("train", "valid", "test"):
             make_classes(tmp_path / name, {"cat": 1, "dog": 1})
         split = val(tmp_path)
         assert split.name == str(tmp_path / "test")
         assert "and not valid/" in split.notes[0]
 
-    def test_classes_called_like_splits_are_classes(self, tmp_path: Path, make_classes: MakeClasses) -> None:
+    def test_classes_may_be_named_like_splits(self, tmp_path: Path, make_classes: MakeClasses) -> None:
         make_classes(tmp_path, {"Bus": 1, "train": 2, "Test": 1})
         assert val(tmp_path, 3).folders == {"Bus": 0, "Test": 1, "train": 2}
 
@@ -147,7 +145,7 @@ class TestSplits:
             ("train", ["Fit", "Val"], r"no train/ folder.*\(it has Fit/, Val/\).*rename"),
         ],
     )
-    def test_what_is_there_instead_is_said(
+    def test_missing_split_lists_contents(
         self, split: str, there: list[str], message: str, tmp_path: Path, make_classes: MakeClasses
     ) -> None:
         for name in there:
@@ -156,15 +154,15 @@ class TestSplits:
             open_split(str(tmp_path), split, num_classes=2)  # type: ignore[arg-type]
 
 
-class TestPassedOver:
-    def test_endings_in_capitals_count(self, tmp_path: Path, make_classes: MakeClasses) -> None:
+class TestIgnoredFiles:
+    def test_uppercase_suffixes_count(self, tmp_path: Path, make_classes: MakeClasses) -> None:
         make_classes(tmp_path, {"cat": 4, "dog": 1})
         for number, ending in enumerate((".JPEG", ".TIF", ".Png", ".webp")):
             (tmp_path / "cat" / f"{number}.png").rename(tmp_path / "cat" / f"{number}{ending}")
         split = val(tmp_path)
         assert (split.images, split.notes) == (5, ())
 
-    def test_files_that_may_be_images_are_noted(self, tmp_path: Path, make_classes: MakeClasses) -> None:
+    def test_ignored_image_like_files_are_noted(self, tmp_path: Path, make_classes: MakeClasses) -> None:
         make_classes(tmp_path, {"cat": 2, "dog": 1})
         for name in (
             "cat/a.gif",
@@ -184,7 +182,7 @@ class TestPassedOver:
         assert "ignored: 1 image outside the class folders (loose.png)" in split.notes[1]
         assert "notes" not in " ".join(split.notes)
 
-    def test_a_class_of_other_files_says_which(self, tmp_path: Path, make_classes: MakeClasses) -> None:
+    def test_class_without_images_lists_suffixes(self, tmp_path: Path, make_classes: MakeClasses) -> None:
         make_classes(tmp_path, {"cat": 1, "dog": 0})
         (tmp_path / "dog" / "a.gif").touch()
         with pytest.raises(DataError, match=r"without an image: dog \(1 .gif file \(such as .*a.gif\)\)"):
@@ -192,7 +190,7 @@ class TestPassedOver:
 
 
 @links
-def test_commands_name_a_dead_class_folder(digits: Path, tmp_path: Path) -> None:
+def test_commands_name_a_broken_class_folder(digits: Path, tmp_path: Path) -> None:
     for label in range(9):
         (tmp_path / str(label)).symlink_to(digits / "few" / "val" / str(label))
     (tmp_path / "9").symlink_to("/nowhere/9")
@@ -207,7 +205,7 @@ def test_commands_name_a_dead_class_folder(digits: Path, tmp_path: Path) -> None
 
 
 @links
-def test_dead_images_beside_classes_can_be_skipped(tmp_path: Path, make_classes: MakeClasses) -> None:
+def test_broken_images_can_be_skipped(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path / "val", {"cat": 2, "dog": 1})
     (tmp_path / "val" / "stray.png").symlink_to("/nowhere/stray.png")
     with pytest.raises(DataError, match=r"`data\.bad_images=skip`"):

@@ -1,4 +1,4 @@
-"""How images reach the network: what is done to them, in which order, and when they cannot be read."""
+"""Loaders: transforms, order, and unreadable images."""
 
 import io
 import os
@@ -36,7 +36,7 @@ def split(tmp_path: Path, make_classes: MakeClasses) -> Split:
 
 @pytest.fixture
 def load(cifar_like: Preprocessing) -> Load:
-    """``make_loader`` with everything that a test does not care about."""
+    """``make_loader`` with defaults for everything a test does not set."""
 
     def make(split: Split, **options: object) -> Loader:
         defaults = {"batch_size": 4, "training": False, "workers": 0, "device": CPU, "seed": 0}
@@ -52,14 +52,14 @@ def batches(loader: Loader, epoch: int = 0) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def damage(split: Split, index: int, how: str) -> str:
-    """Spoil the file of one image, whose path is returned."""
+    """Damage the file of one image and return its path."""
     file = split.dataset.source[index][0]
     content = Path(file).read_bytes()
     Path(file).write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "text": b"hello"}[how])
     return file
 
 
-def test_an_image_of_the_right_size_is_only_scaled_and_normalized(split: Split, load: Load) -> None:
+def test_image_of_model_size_is_only_normalized(split: Split, load: Load) -> None:
     images, labels = batches(load(split))
     for index, image in enumerate(images):
         pixels = np.asarray(Image.open(split.dataset.source[index][0])).astype(np.float32) / 255
@@ -68,7 +68,7 @@ def test_an_image_of_the_right_size_is_only_scaled_and_normalized(split: Split, 
     assert labels.tolist() == [0] * 6 + [1] * 6
 
 
-def test_a_loader_leaves_its_split_as_it_was(split: Split, load: Load, cifar_like: Preprocessing) -> None:
+def test_loader_does_not_change_its_split(split: Split, load: Load, cifar_like: Preprocessing) -> None:
     evaluation = load(split)
     before = batches(evaluation)[0]
     load(split, training=True, augmentation="cifar")
@@ -79,7 +79,7 @@ def test_a_loader_leaves_its_split_as_it_was(split: Split, load: Load, cifar_lik
 
 @pytest.mark.parametrize("augmentation", ["imagenet", "cifar", "none"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_follows_from_its_seed_and_number(
+def test_epoch_is_determined_by_seed_and_number(
     augmentation: str, workers: int, split: Split, load: Load
 ) -> None:
     def epoch(loader: Loader, number: int) -> torch.Tensor:
@@ -94,12 +94,12 @@ def test_an_epoch_follows_from_its_seed_and_number(
     assert not torch.equal(epoch(load(split, **options, seed=1), 0), first)
 
 
-def test_the_order_does_not_depend_on_workers(split: Split, load: Load) -> None:
+def test_order_is_independent_of_workers(split: Split, load: Load) -> None:
     alone, helped = (batches(load(split, training=True, workers=workers))[0] for workers in (0, 2))
     assert torch.equal(alone, helped)
 
 
-def test_seeding_reaches_every_generator() -> None:
+def test_seed_reaches_every_generator() -> None:
     def draw(seed: int, epoch: int, rank: int) -> tuple[float, float, float]:
         seed_everything(seed, epoch, rank)
         return random.random(), float(np.random.rand()), float(torch.rand(()))
@@ -110,7 +110,7 @@ def test_seeding_reaches_every_generator() -> None:
         assert len(set(figures)) == len(draws)
 
 
-def test_cifar_augmentation_shifts_by_at_most_four_pixels_and_flips(cifar_like: Preprocessing) -> None:
+def test_cifar_augmentation_pads_four_and_flips(cifar_like: Preprocessing) -> None:
     transform = image_transform(cifar_like, augmentation="cifar", normalize=False)
     pixels = np.random.default_rng(0).integers(1, 256, (32, 32, 3), dtype=np.uint8)
     padded = np.pad(pixels, ((4, 4), (4, 4), (0, 0)))
@@ -126,7 +126,7 @@ def test_cifar_augmentation_shifts_by_at_most_four_pixels_and_flips(cifar_like: 
 
 
 @pytest.mark.parametrize("augmentation", ["imagenet", "cifar", "none"])
-def test_normalizing_later_gives_the_same(augmentation: str, cifar_like: Preprocessing) -> None:
+def test_deferred_normalization_is_equal(augmentation: str, cifar_like: Preprocessing) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
     views = []
     for normalize in (True, False):
@@ -138,13 +138,13 @@ def test_normalizing_later_gives_the_same(augmentation: str, cifar_like: Preproc
     torch.testing.assert_close((later / 255 - mean) / std, now, rtol=0, atol=1e-5)
 
 
-def test_an_unknown_augmentation_is_refused(split: Split, load: Load) -> None:
+def test_unknown_augmentation_is_refused(split: Split, load: Load) -> None:
     with pytest.raises(ConfigError, match="'mixup' does not exist: choose from imagenet, cifar, none"):
         load(split, training=True, augmentation="mixup")
 
 
 @pytest.mark.parametrize(("drop_last", "sizes"), [(True, [5, 5]), (False, [5, 5, 2])])
-def test_a_short_last_batch_is_kept_or_dropped(
+def test_short_last_batch_is_kept_or_dropped(
     drop_last: bool, sizes: list[int], split: Split, load: Load
 ) -> None:
     loader = load(split, training=True, batch_size=5, drop_last=drop_last)
@@ -152,19 +152,19 @@ def test_a_short_last_batch_is_kept_or_dropped(
     assert (len(loader), loader.images) == (len(sizes), sum(sizes))
 
 
-def test_a_batch_larger_than_the_split_is_refused_if_it_would_be_dropped(split: Split, load: Load) -> None:
+def test_oversized_batch_is_refused(split: Split, load: Load) -> None:
     assert len(load(split, training=True, batch_size=50)) == 1
     with pytest.raises(DataError, match=r"has 12 images, not one batch of 50: use `data.batch_size=12`"):
         load(split, training=True, batch_size=50, drop_last=True)
 
 
-def test_a_limit_keeps_a_balanced_part(split: Split, load: Load) -> None:
+def test_limit_keeps_classes_balanced(split: Split, load: Load) -> None:
     loader = load(split, limit=6)
     assert batches(loader)[1].bincount().tolist() == [3, 3]
     assert (len(loader), loader.images) == (2, 6)
 
 
-def test_calibration_sees_the_same_images_each_time(split: Split, cifar_like: Preprocessing) -> None:
+def test_calibration_images_are_deterministic(split: Split, cifar_like: Preprocessing) -> None:
     loader = calibration_loader(split, cifar_like, batch_size=4, workers=0, device=CPU, seed=0, images=8)
     first, second = batches(loader, 0), batches(loader, 1)
     assert torch.equal(first[0], second[0])
@@ -173,7 +173,7 @@ def test_calibration_sees_the_same_images_each_time(split: Split, cifar_like: Pr
 
 @pytest.mark.parametrize("how", ["empty", "truncated", "text"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_is_named_on_one_line(how: str, workers: int, split: Split, load: Load) -> None:
+def test_unreadable_image_error_is_one_line(how: str, workers: int, split: Split, load: Load) -> None:
     file = damage(split, 7, how)
     with pytest.raises(DataError) as caught:
         batches(load(split, workers=workers))
@@ -183,7 +183,7 @@ def test_an_unreadable_image_is_named_on_one_line(how: str, workers: int, split:
     assert "\n" not in message
 
 
-def test_evaluation_marks_what_it_skips(split: Split, load: Load, tmp_path: Path) -> None:
+def test_evaluation_marks_skipped_images(split: Split, load: Load, tmp_path: Path) -> None:
     damage(split, 7, "truncated")
     tolerant = open_split(str(tmp_path), "val", num_classes=2, bad_images="skip")
     images, labels = batches(load(tolerant))
@@ -191,7 +191,7 @@ def test_evaluation_marks_what_it_skips(split: Split, load: Load, tmp_path: Path
     assert images.shape == (12, 3, 32, 32)
 
 
-def test_training_and_calibration_put_the_next_image_in_place_of_what_they_skip(
+def test_training_replaces_skipped_images(
     split: Split, load: Load, tmp_path: Path, cifar_like: Preprocessing
 ) -> None:
     for index in (5, 11):
@@ -204,7 +204,7 @@ def test_training_and_calibration_put_the_next_image_in_place_of_what_they_skip(
     assert batches(calibration)[1].min() >= 0
 
 
-def test_a_split_without_one_readable_image_is_refused(split: Split, load: Load, tmp_path: Path) -> None:
+def test_split_without_images_is_refused(split: Split, load: Load, tmp_path: Path) -> None:
     for index in range(split.images):
         damage(split, index, "empty")
     tolerant = open_split(str(tmp_path), "val", num_classes=2, bad_images="skip")
@@ -213,7 +213,7 @@ def test_a_split_without_one_readable_image_is_refused(split: Split, load: Load,
 
 
 class Fatal:
-    """A source whose reading kills the process, as the kernel does when memory runs out."""
+    """A data source that kills the reading process, as the kernel does when memory runs out."""
 
     def __len__(self) -> int:
         return 4
@@ -223,8 +223,8 @@ class Fatal:
         raise AssertionError
 
 
-@pytest.mark.slow  # torch asks every five seconds
-def test_dead_workers_are_told_with_what_to_do(load: Load) -> None:
+@pytest.mark.slow  # torch polls every five seconds
+def test_dead_workers_are_reported_with_advice(load: Load) -> None:
     with pytest.raises(DataError, match=r"the processes that read fatal died.* `data.workers=0`"):
         batches(load(Split("fatal", ImageSet(Fatal(), None, 2, "fatal"), ()), workers=1))
 
@@ -235,7 +235,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> io.BytesIO:
     return io.BytesIO(file.getvalue())
 
 
-def test_any_kind_of_image_becomes_colour() -> None:
+def test_every_image_mode_becomes_rgb() -> None:
     grey = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
     colour = Image.fromarray(np.stack([grey, grey.T, grey[::-1]], axis=-1))
     palette = colour.quantize(16)
@@ -251,13 +251,13 @@ def test_any_kind_of_image_becomes_colour() -> None:
     assert np.array_equal(np.asarray(decode(files[-1])), np.asarray(colour))
 
 
-def test_sixteen_bits_keep_their_upper_half() -> None:
+def test_uint16_keeps_the_high_byte() -> None:
     deep = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     image = np.asarray(decode(encoded(Image.fromarray(deep), "png")))
     assert np.array_equal(image, np.stack([deep >> 8] * 3, axis=-1))
 
 
-def test_a_grey_network_gets_grey_images(split: Split, load: Load) -> None:
+def test_grey_model_gets_grey_images(split: Split, load: Load) -> None:
     images, _ = batches(
         load(split, preprocessing=Preprocessing((1, 32, 32), (0.5,), (0.5,), "bilinear", 1.0))
     )
@@ -267,14 +267,14 @@ def test_a_grey_network_gets_grey_images(split: Split, load: Load) -> None:
 
 
 @pytest.mark.parametrize("label", [-1, 2])
-def test_a_label_out_of_range_is_refused(label: int, load: Load) -> None:
+def test_label_out_of_range_is_refused(label: int, load: Load) -> None:
     source = [(Image.new("RGB", (32, 32)), label)]
     with pytest.raises(DataError, match=f"set has the label {label}, the model classes 0 to 1"):
         batches(load(Split("set", ImageSet(source, None, 2, "set"), (), "skip")))
 
 
 class Reader(list[tuple[Image.Image, int]]):
-    """What a timm reader of a stream looks like."""
+    """The interface of a timm stream reader."""
 
     epoch = -1
 
@@ -290,7 +290,7 @@ def stream() -> Iterator[ImageStream]:
     return ImageStream(IterableImageDataset("", reader=reader), 10, "wds/ten")
 
 
-def test_a_stream_is_loaded_from_its_beginning(stream: ImageStream, load: Load) -> None:
+def test_stream_is_read_from_the_start(stream: ImageStream, load: Load) -> None:
     loader = load(Split("wds/ten", stream, ()), limit=6)
     images, labels = batches(loader, epoch=3)
     assert (len(loader), loader.images, images.shape) == (2, 6, (6, 3, 32, 32))
@@ -299,13 +299,13 @@ def test_a_stream_is_loaded_from_its_beginning(stream: ImageStream, load: Load) 
     assert stream.transform is None
 
 
-def test_a_stream_is_checked_for_labels_out_of_range(stream: ImageStream, load: Load) -> None:
+def test_stream_labels_are_checked(stream: ImageStream, load: Load) -> None:
     stream.num_classes = 9
     with pytest.raises(DataError, match="wds/ten has the label 9"):
         batches(load(Split("wds/ten", stream, ())))
 
 
-def test_small_images_are_read_without_workers(cifar_like: Preprocessing) -> None:
+def test_small_data_uses_no_workers(cifar_like: Preprocessing) -> None:
     assert default_workers(cifar_like) == 0
     large = Preprocessing((3, 224, 224), cifar_like.mean, cifar_like.std, "bicubic", 0.875)
     assert 1 <= default_workers(large) <= 8

@@ -1,4 +1,4 @@
-"""Whatever numbers an image holds, it is read as what it shows, or refused; never black or white in silence."""
+"""Pixel values of any range are scaled correctly or refused, never black or white without notice."""
 
 import io
 import struct
@@ -38,7 +38,7 @@ def read(content: bytes, mode: str = "L") -> Any:
 def tiff(
     pixels: Any, bits: int, sample_format: int = 1, photometric: int = 1, order: str = "<", width: int = 0
 ) -> bytes:
-    """An uncompressed TIFF of these bytes, in forms that Pillow itself does not write."""
+    """An uncompressed TIFF of these bytes, in forms that Pillow does not write."""
     shape = pixels.shape
     samples = shape[2] if len(shape) == 3 else 1
     data = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
@@ -90,12 +90,12 @@ EQUAL_TO_GREY: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("kind", EQUAL_TO_GREY)
-def test_numbers_beyond_8_bits_are_read_by_their_range(kind: str) -> None:
+def test_wide_integers_are_scaled_by_range(kind: str) -> None:
     assert np.array_equal(read(EQUAL_TO_GREY[kind]), GREY)
     assert np.array_equal(read(EQUAL_TO_GREY[kind], "RGB"), np.stack([GREY] * 3, axis=-1))
 
 
-def test_twelve_bits_are_scaled_to_eight() -> None:
+def test_twelve_bits_scale_to_eight() -> None:
     twelve = np.arange(64, dtype=np.uint16).reshape(8, 8) * 65
     left, right = twelve.reshape(-1, 2).T
     packed = np.stack([left >> 4, ((left & 15) << 4) | (right >> 8), right & 255], axis=-1).astype(np.uint8)
@@ -105,11 +105,11 @@ def test_twelve_bits_are_scaled_to_eight() -> None:
 @pytest.mark.parametrize(
     "pixels", [np.zeros((8, 8), np.uint16), np.zeros((8, 8), np.int32), np.zeros((8, 8), np.float32)]
 )
-def test_black_is_black_at_any_range(pixels: Any) -> None:
+def test_black_stays_zero_at_any_range(pixels: Any) -> None:
     assert not read(stored(pixels, "tiff")).any()
 
 
-def test_floats_may_pass_white_by_rounding() -> None:
+def test_floats_may_exceed_one_by_rounding() -> None:
     assert read(stored(np.array([[0, 1.00001]], np.float32), "tiff")).tolist() == [[0, 255]]
 
 
@@ -138,9 +138,7 @@ AMBIGUOUS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", AMBIGUOUS)
-def test_numbers_of_an_unknown_range_are_refused(
-    kind: str, tmp_path: Path, make_classes: MakeClasses
-) -> None:
+def test_unknown_range_is_refused(kind: str, tmp_path: Path, make_classes: MakeClasses) -> None:
     content, reason = AMBIGUOUS[kind]
     path = make_classes(tmp_path, {"cat": 1}) / "cat" / "0.png"
     path.write_bytes(content)
@@ -150,7 +148,7 @@ def test_numbers_of_an_unknown_range_are_refused(
 
 
 def png16(pixels: Any) -> bytes:
-    """A 16-bit colour PNG, which Pillow reads and does not write."""
+    """A 16-bit colour PNG, which Pillow reads but does not write."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -174,14 +172,14 @@ def png16(pixels: Any) -> bytes:
         b"P6 8 8 65535\n" + (COLOUR.astype(">u2") * 257).tobytes(),
     ],
 )
-def test_sixteen_bit_colours_keep_their_upper_half(content: bytes) -> None:
+def test_rgb16_keeps_the_high_byte(content: bytes) -> None:
     assert np.array_equal(read(content, "RGB"), COLOUR)
 
 
 @pytest.mark.parametrize(
     "content", [png16(COLOUR.astype(np.uint16)), b"P6 8 8 65535\n" + COLOUR.astype(">u2").tobytes()]
 )
-def test_sixteen_bit_colours_that_are_all_dark_are_refused(content: bytes) -> None:
+def test_dark_rgb16_is_refused(content: bytes) -> None:
     with pytest.raises(ValueError, match="below 4096 of 65535"):
         read(content, "RGB")
 
@@ -189,7 +187,7 @@ def test_sixteen_bit_colours_that_are_all_dark_are_refused(content: bytes) -> No
 @pytest.mark.parametrize(
     "mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"]
 )
-def test_every_mode_of_pillow_is_read_as_it_shows(mode: str) -> None:
+def test_every_pillow_mode_is_converted(mode: str) -> None:
     shown = Image.fromarray(
         COLOUR if mode in ("RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV", "LAB") else GREY
     )
@@ -217,7 +215,7 @@ TURNS = {
 
 @pytest.mark.parametrize("orientation", TURNS)
 @pytest.mark.parametrize("kind", ["png", "webp", "jpeg"])
-def test_exif_orientation_is_applied_where_asked(kind: str, orientation: int) -> None:
+def test_exif_orientation_is_applied_on_request(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     options: dict[str, Any] = (
@@ -229,20 +227,20 @@ def test_exif_orientation_is_applied_where_asked(kind: str, orientation: int) ->
     assert np.array_equal(turned, TURNS[orientation](plain))
 
 
-def test_a_tiff_is_turned_once() -> None:
+def test_tiff_is_rotated_once() -> None:
     content = stored(Image.fromarray(GREY[:5]), "tiff", tiffinfo={0x0112: 6})
     plain, turned = (np.asarray(decode(io.BytesIO(content), "L", exif_transpose=on)) for on in (False, True))
     assert np.array_equal(turned, plain)
-    assert plain.shape == (8, 5)  # by Pillow, for timm and torchvision too
+    assert plain.shape == (8, 5)  # by Pillow, as in timm and torchvision
 
 
-def test_a_broken_exif_leaves_the_image_as_it_is() -> None:
+def test_broken_exif_is_ignored() -> None:
     content = stored(Image.fromarray(GREY), "jpeg", exif=b"Exif\0\0II*\0" + b"\xff" * 60)
     assert decode(io.BytesIO(content), "L", exif_transpose=True).size == (8, 8)
 
 
-def test_accuracy_does_not_depend_on_how_numbers_are_stored(digits: Path, tmp_path: Path) -> None:
-    """Digits as 8-bit PNG, and as TIFFs of 32-bit integers and floats; and turned, with the orientation said."""
+def test_accuracy_ignores_storage_format(digits: Path, tmp_path: Path) -> None:
+    """Digits as 8-bit PNG, as TIFF of 32-bit integers and floats, and rotated with EXIF orientation."""
     forms: dict[str, Callable[[Any], tuple[Any, str, dict[str, Any]]]] = {
         "int": lambda a: (a.astype(np.int32), "tif", {}),
         "float": lambda a: (a.astype(np.float32) / 255, "tif", {}),

@@ -1,4 +1,4 @@
-"""Sharded data (wds/): every image once, in an order that can be had again, and what is damaged is said."""
+"""Sharded data (wds/): every image once, in a reproducible order; damage is reported."""
 
 import io
 import json
@@ -22,12 +22,12 @@ from saqcli.errors import DataError
 from saqcli.models.preprocessing import Preprocessing
 from tests.support.shards import Sample, write_shard, write_shards
 
-SIZES = (5, 1, 8, 0, 3, 6)  # images a file
+SIZES = (5, 1, 8, 0, 3, 6)  # images per file
 COUNT = sum(SIZES)
 
 
 def sample(number: int) -> Sample:
-    """An image whose every pixel, and whose label, is ``number``."""
+    """An image whose pixels and label are all ``number``."""
     file = io.BytesIO()
     Image.new("RGB", (16, 16), (number,) * 3).save(file, "png")
     return f"{number:04d}", {"png": file.getvalue(), "cls": str(number).encode()}
@@ -51,7 +51,7 @@ def load(split: Split, **options: Any) -> Loader:
 
 
 def seen(loader: Loader, epoch: int = 0) -> list[int]:
-    """The labels of a pass, whose images must be theirs and whose batches must be as many as was said."""
+    """The labels of one epoch; checks that images match labels and that the batch count is as announced."""
     loader.set_epoch(epoch)
     batches = list(loader)
     assert len(batches) == len(loader)
@@ -63,7 +63,7 @@ def seen(loader: Loader, epoch: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_sees_each_image_once(folder: Path, workers: int) -> None:
+def test_evaluation_visits_each_image_once(folder: Path, workers: int) -> None:
     for size in (1, 4, 7, 64):
         found = seen(load(opened(folder), workers=workers, batch_size=size))
         assert sorted(found) == list(range(COUNT))
@@ -71,7 +71,7 @@ def test_evaluation_sees_each_image_once(folder: Path, workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_training_epoch_follows_from_its_seed_and_number(
+def test_epoch_is_determined_by_seed_and_number(
     folder: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards_module, "MIXED", 6)
@@ -85,9 +85,7 @@ def test_a_training_epoch_follows_from_its_seed_and_number(
     assert seen(load(opened(folder, "train"), **options, seed=1), 0) != first
 
 
-def test_parts_share_no_image_and_a_subset_is_part_of_a_larger_one(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_are_disjoint_and_subsets_nested(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards_module, "TOGETHER", 2)
     split = opened(folder, "train")
     small, large, whole = (seen(load(subset(split, count, seed=3))) for count in (8, 15, 99))
@@ -102,8 +100,8 @@ def test_parts_share_no_image_and_a_subset_is_part_of_a_larger_one(
         some_classes(split, 2, seed=0)
 
 
-def test_a_few_images_come_from_many_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where files hold a class each, calibration sees more than the first one."""
+def test_calibration_samples_across_shards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one class per file, calibration sees more than the first class."""
     monkeypatch.setattr(shards_module, "TOGETHER", 2)
     file_of = [number for number, size in enumerate(SIZES) for _ in range(size)]
     for seed in range(3):
@@ -114,7 +112,7 @@ def test_a_few_images_come_from_many_files(folder: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.filterwarnings("ignore")  # timm leaves the files open
-def test_what_timm_reads_is_what_saq_reads(folder: Path) -> None:
+def test_saq_and_timm_read_the_same(folder: Path) -> None:
     from timm.data import create_dataset
 
     theirs = [
@@ -123,7 +121,7 @@ def test_what_timm_reads_is_what_saq_reads(folder: Path) -> None:
     assert seen(load(opened(folder))) == theirs
 
 
-def test_shards_come_through_a_command_too(folder: Path) -> None:
+def test_shards_can_come_from_a_pipe(folder: Path) -> None:
     split = open_split(f"wds/set@pipe:cat {folder}", "val", num_classes=COUNT)
     assert sorted(seen(load(split))) == list(range(COUNT))
     assert len(seen(load(split, limit=2))) == 2
@@ -140,7 +138,7 @@ def cut(path: Path) -> None:
 
 
 def spoil(path: Path) -> None:
-    """A header in the middle, after which Python's tarfile sees the end."""
+    """Corrupt a header in the middle; Python's tarfile then reports the end of the file."""
     content = bytearray(path.read_bytes())
     content[4096:4096] = b"\xff" * 512
     path.write_bytes(content)
@@ -204,7 +202,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_what_is_wrong_with_shards_is_told_in_one_line(tmp_path: Path, workers: int) -> None:
+def test_broken_shards_are_one_line_errors(tmp_path: Path, workers: int) -> None:
     numbers = range(COUNT)
     files = [
         [sample(number) for number in numbers[sum(SIZES[:i]) : sum(SIZES[: i + 1])]]
@@ -219,7 +217,7 @@ def test_what_is_wrong_with_shards_is_told_in_one_line(tmp_path: Path, workers: 
         assert "\n" not in str(caught.value)
 
 
-def test_what_is_wrong_with_a_command_is_told_in_one_line(
+def test_pipe_failures_are_one_line_errors(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for command, message in (
@@ -238,7 +236,7 @@ def test_what_is_wrong_with_a_command_is_told_in_one_line(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_images_are_skipped_and_counted(folder: Path, workers: int) -> None:
+def test_unreadable_images_are_counted(folder: Path, workers: int) -> None:
     for split in ("validation", "train"):
         write_shard(folder / f"{split}-0001.tar", [("a", {"png": b"\x89PNG", "cls": b"5"})])
     found = seen(load(opened(folder, bad_images="skip"), workers=workers))
@@ -254,7 +252,7 @@ def test_unreadable_images_are_skipped_and_counted(folder: Path, workers: int) -
         seen(load(opened(folder, "train", "skip"), workers=workers, training=True))
 
 
-def test_processes_share_the_images(folder: Path) -> None:
+def test_ranks_partition_the_images(folder: Path) -> None:
     from dataclasses import replace
 
     from saqcli.data.datasets import sharded
@@ -275,15 +273,13 @@ def test_processes_share_the_images(folder: Path) -> None:
         assert len({*passes[0], *passes[1]}) == (20 if drop_last else COUNT)
 
 
-def test_without_webdataset_the_message_says_what_to_install(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_webdataset_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "webdataset", None)
     with pytest.raises(DataError, match=r'pip install "saq\[wds\]"'):
         opened(folder)
 
 
-def test_labels_of_shards_can_be_mapped_and_not_ordered(tmp_path: Path) -> None:
+def test_shard_labels_can_be_mapped_not_sorted(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "set", {"validation": [[sample(number) for number in range(3)]]})
     (tmp_path / "map.txt").write_text("0 5\n1 7\n2 9\n")
     mapped = open_split(f"wds/{folder}", "val", num_classes=10, class_map=str(tmp_path / "map.txt"))

@@ -1,4 +1,4 @@
-"""Whatever lies under the name of an image: it is read, or named in one line; nothing hangs, runs or is noted."""
+"""Unusual image files are read, or named in one line; nothing hangs, runs code or warns."""
 
 import gc
 import io
@@ -33,7 +33,7 @@ SIDE = 32
 
 
 def picture(side: int = SIDE) -> Image.Image:
-    """Smooth, so that JPEG keeps it nearly."""
+    """A smooth image, so that JPEG nearly preserves it."""
     across = np.linspace(0, 255, side).astype(np.uint8)
     return Image.fromarray(np.stack(np.broadcast_arrays(across, across[:, None], np.uint8(128)), axis=-1))
 
@@ -49,20 +49,20 @@ def animated(kind: str) -> bytes:
 
 
 def ycck() -> bytes:
-    """A CMYK file whose Adobe marker says that its colours are YCCK; what comes out is another picture."""
+    """A CMYK file whose Adobe marker claims YCCK; it decodes to another picture."""
     content = bytearray(encoded("jpeg", picture().convert("CMYK")))
     content[content.index(b"Adobe") + 11] = 2
     return bytes(content)
 
 
 def with_exif(content: bytes) -> bytes:
-    """A JPEG with that in its EXIF segment."""
+    """A JPEG with these bytes as EXIF."""
     file, segment = encoded("jpeg"), b"Exif\0\0" + content
     return file[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + file[2:]
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A PNG file that says it has that size."""
+    """A PNG file that claims that size."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     file = encoded("png")
     return file[:8] + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + file[33:]
@@ -109,7 +109,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a link to nothing": (lambda path: path.symlink_to("nowhere.png"), "it is a link to nothing"),
     "a pipe": (lambda path: os.mkfifo(path), "it is a pipe or a device"),
 }
-if os.name == "posix" and os.geteuid() != 0:  # root may read everything
+if os.name == "posix" and os.geteuid() != 0:  # root can read everything
     UNREADABLE["forbidden"] = (
         lambda path: (path.write_bytes(encoded("png")), path.chmod(0)),
         "Permission denied",
@@ -126,7 +126,7 @@ def load(split: Split, workers: int = 0, **options: bool) -> Loader:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes with a good image each."""
+    """Two classes with one valid image each."""
     for name in ("cat", "dog"):
         (tmp_path / "val" / name).mkdir(parents=True)
         (tmp_path / "val" / name / "good.png").write_bytes(encoded("png"))
@@ -137,8 +137,8 @@ def opened(folder: Path, bad_images: str = "refuse") -> Split:
     return open_split(str(folder), "val", num_classes=2, bad_images=bad_images)  # type: ignore[arg-type]
 
 
-def test_any_kind_of_image_is_read_in_silence(folder: Path) -> None:
-    """Its first picture, as it is stored; a warning would be an error here."""
+def test_every_image_kind_is_read_silently(folder: Path) -> None:
+    """The first frame, as stored; a warning would be an error here."""
     for name, content in READABLE.items():
         (folder / "val" / "cat" / f"{name}.jpg").write_bytes(content())
         (folder / "val" / "cat" / "good.png").unlink(missing_ok=True)
@@ -151,7 +151,7 @@ def test_any_kind_of_image_is_read_in_silence(folder: Path) -> None:
         (folder / "val" / "cat" / f"{name}.jpg").unlink()
 
 
-def test_large_images_are_read_in_silence_up_to_pillows_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_are_read_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE)
     assert decode(io.BytesIO(encoded("png", picture(SIDE + 1)))).size == (SIDE + 1, SIDE + 1)
     with pytest.raises(Image.DecompressionBombError):
@@ -160,7 +160,7 @@ def test_large_images_are_read_in_silence_up_to_pillows_limit(monkeypatch: pytes
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pipes and links")
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_what_cannot_be_read_is_named_or_skipped(folder: Path, workers: int) -> None:
+def test_unreadable_image_is_named_or_skipped(folder: Path, workers: int) -> None:
     for name, (make, reason) in UNREADABLE.items():
         path = folder / "val" / "cat" / f"{name}.jpg"
         make(path)
@@ -176,7 +176,7 @@ def test_what_cannot_be_read_is_named_or_skipped(folder: Path, workers: int) -> 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pipes and links")
-def test_a_command_counts_what_it_skips(digits: Path, tmp_path: Path) -> None:
+def test_command_counts_skipped_images(digits: Path, tmp_path: Path) -> None:
     for label in range(10):
         (tmp_path / "images" / str(label)).mkdir(parents=True)
         (tmp_path / "images" / str(label) / "good.png").write_bytes(encoded("png"))
@@ -193,7 +193,7 @@ def test_a_command_counts_what_it_skips(digits: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_file_that_goes_away_during_the_run_is_named_or_skipped(folder: Path, workers: int) -> None:
+def test_image_deleted_during_run_is_reported(folder: Path, workers: int) -> None:
     strict, lenient = opened(folder), opened(folder, "skip")
     (folder / "val" / "dog" / "good.png").unlink()
     with pytest.raises(DataError, match=r"good.png \(it was there when the run started\)"):
@@ -202,8 +202,8 @@ def test_a_file_that_goes_away_during_the_run_is_named_or_skipped(folder: Path, 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no links")
-def test_folders_that_lead_astray_are_told(folder: Path) -> None:
-    (folder / "val" / "cat" / "more.png").mkdir()  # a folder, whatever it is called
+def test_misleading_folders_are_reported(folder: Path) -> None:
+    (folder / "val" / "cat" / "more.png").mkdir()  # a folder despite its name
     (folder / "val" / "cat" / "more.png" / "2.png").write_bytes(encoded("png"))
     (folder / "val" / "dog" / "far").symlink_to(folder / "val" / "cat")
     assert opened(folder).images == 5
@@ -216,7 +216,7 @@ def test_folders_that_lead_astray_are_told(folder: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal")
 @pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_reader_that_is_killed_within_an_epoch_is_told_soon(folder: Path, training: bool) -> None:
+def test_killed_worker_is_reported_promptly(folder: Path, training: bool) -> None:
     for number in range(200):
         (folder / "val" / "cat" / f"{number}.png").write_bytes(encoded("png"))
     before = set(multiprocessing.active_children())
@@ -231,8 +231,8 @@ def test_a_reader_that_is_killed_within_an_epoch_is_told_soon(folder: Path, trai
     assert time.monotonic() - started < 60
 
 
-def begin_later(begin: Callable[[int], None], started: Any, worker: int) -> None:
-    """What a reader does first; before that it waits, or afterwards until all have done it."""
+def delay_start(begin: Callable[[int], None], started: Any, worker: int) -> None:
+    """Runs first in a worker: waits before, or afterwards until all workers have started."""
     if started is None:
         time.sleep(0.5)
     begin(worker)
@@ -242,14 +242,14 @@ def begin_later(begin: Callable[[int], None], started: Any, worker: int) -> None
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal")
 @pytest.mark.parametrize("beginning", [False, True])
-def test_readers_outlive_the_signal_that_the_whole_group_gets(folder: Path, beginning: bool) -> None:
-    """As from Ctrl-C in a terminal, or from torchrun: the one that they read for decides when it ends."""
+def test_workers_survive_group_signals(folder: Path, beginning: bool) -> None:
+    """As from Ctrl-C in a terminal, or from torchrun: the main process decides when workers end."""
     for number in range(200):
         (folder / "val" / "cat" / f"{number}.png").write_bytes(encoded("png"))
     started = None if beginning else multiprocessing.Barrier(3)
     loader = load(opened(folder), 2, training=True)
     inner = loader._inner
-    inner.worker_init_fn = partial(begin_later, inner.worker_init_fn, started)
+    inner.worker_init_fn = partial(delay_start, inner.worker_init_fn, started)
     before = set(multiprocessing.active_children())
     batches = iter(inner)
     readers = [child for child in multiprocessing.active_children() if child not in before]
@@ -269,8 +269,8 @@ def test_readers_outlive_the_signal_that_the_whole_group_gets(folder: Path, begi
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_readers_end_with_the_loader_that_they_read_for(folder: Path, training: bool) -> None:
-    """Without the garbage collector, which would take torch seconds a reader and might leave them behind."""
+def test_workers_exit_with_their_loader(folder: Path, training: bool) -> None:
+    """Without garbage collection, which would take seconds per worker and might leave workers behind."""
     before = set(multiprocessing.active_children())
     loader = load(opened(folder), 2, training=training)
     batches = iter(loader)
@@ -289,12 +289,12 @@ def test_readers_end_with_the_loader_that_they_read_for(folder: Path, training: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_readers_are_ready_for_signals_however_they_are_started(method: str) -> None:
+def test_workers_handle_signals_with_every_start_method(method: str) -> None:
     code = (
         f"import multiprocessing, sys, pytest; multiprocessing.set_start_method({method!r}); "
         "sys.exit(pytest.main(sys.argv[1:]))"
     )
-    test = f"{__file__}::{test_readers_outlive_the_signal_that_the_whole_group_gets.__name__}"
+    test = f"{__file__}::{test_workers_survive_group_signals.__name__}"
     command = [sys.executable, "-c", code, "-n", "0", "-q", "-p", "no:cacheprovider", f"{test}[True]"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stdout

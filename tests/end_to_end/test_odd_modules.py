@@ -1,4 +1,4 @@
-"""Modules as people write them, one line each: through everything, or left in floating point, or refused."""
+"""Unusual modules: each goes through the whole pipeline, stays in floating point, or is refused."""
 
 import math
 from collections.abc import Callable
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 
 
 class Net(nn.Module):
-    """A convolution, what is odd, and a classifier."""
+    """A convolution, the unusual module, and a classifier."""
 
     def __init__(self, middle: nn.Module) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def pruned(layer: Any, times: int = 1) -> Any:
 
 
 class Cast(nn.Module):
-    """A layer of another type within a network of float32."""
+    """A layer of another dtype in a float32 network."""
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Cast(nn.Module):
 
 
 class Named(nn.Module):
-    """Layers of given names, one after another."""
+    """Layers with given names, in sequence."""
 
     def __init__(self, *names: str) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Named(nn.Module):
         return x
 
 
-def having(name: str, value: Any) -> Any:
+def conv_with(name: str, value: Any) -> Any:
     """A convolution with an attribute, buffer or child of that name."""
     layer = conv()
     layer.register_buffer(name, value) if isinstance(value, Tensor) else setattr(layer, name, value)
@@ -112,7 +112,7 @@ def having(name: str, value: Any) -> Any:
 
 
 class Computed(nn.Conv2d):
-    """Its weight is a property."""
+    """A layer whose weight is a property."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -124,7 +124,7 @@ class Computed(nn.Conv2d):
 
 
 class Assigned(nn.Conv2d):
-    """Its forward makes its weight."""
+    """A layer whose forward creates its weight."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -169,7 +169,7 @@ def frozen(layer: nn.Module) -> nn.Module:
 
 
 class Odd(NamedTuple):
-    """A network, why a layer of it stays in floating point, and what is noted."""
+    """A network, why one of its layers stays in floating point, and the note printed."""
 
     build: Callable[[], nn.Module]
     left: str = ""
@@ -207,13 +207,13 @@ ODD = {
     "spaces": Odd(lambda: Net(Named("my conv", "my conv 2", "my%20conv")), layers=5),
     "our names": Odd(lambda: Net(Named("weight", "bias", "codes", "step", "input_quantizer", "products")), layers=8),
     "signs": Odd(lambda: Net(Named("a/b", "<c>", "é", "w[0]", "*")), layers=7),
-    "attribute": Odd(lambda: Net(having("step", 3))),
-    "buffer codes": Odd(lambda: Net(having("codes", torch.ones(2))), f"'codes', {RESERVED}", layers=2),
-    "buffer step": Odd(lambda: Net(having("step", torch.ones(2))), f"'step', {RESERVED}", layers=2),
+    "attribute": Odd(lambda: Net(conv_with("step", 3))),
+    "buffer codes": Odd(lambda: Net(conv_with("codes", torch.ones(2))), f"'codes', {RESERVED}", layers=2),
+    "buffer step": Odd(lambda: Net(conv_with("step", torch.ones(2))), f"'step', {RESERVED}", layers=2),
     "child quantizer": Odd(
-        lambda: Net(having("input_quantizer", nn.ReLU())), f"'input_quantizer', {RESERVED}", layers=2
+        lambda: Net(conv_with("input_quantizer", nn.ReLU())), f"'input_quantizer', {RESERVED}", layers=2
     ),
-    "attribute bits": Odd(lambda: Net(having("bits", 8)), f"'bits', {RESERVED}", layers=2),
+    "attribute bits": Odd(lambda: Net(conv_with("bits", 8)), f"'bits', {RESERVED}", layers=2),
     "property": Odd(lambda: Net(conv(Computed)), "its weight is not a plain parameter", layers=2),
     "assigned": Odd(lambda: Net(conv(Assigned)), "its weight is not a plain parameter", layers=2),
     "attention weights": Odd(lambda: Net(Attended()), layers=4),
@@ -237,10 +237,10 @@ def parametrized_attention() -> nn.Module:
 
 
 def opened(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Network, nn.Module]:
-    """The network, wrapped and traced, and the same as it was before."""
+    """The network, wrapped and traced, and an unwrapped copy."""
 
     def build(num_classes: int, in_chans: int) -> nn.Module:
-        torch.manual_seed(0)  # lazy layers are drawn after this
+        torch.manual_seed(0)  # lazy layers are initialized after this
         return ODD[name].build()
 
     entry = NetworkEntry(build, CLASSES, "", (0.5,) * 3, (0.5,) * 3, SIZE)
@@ -255,7 +255,7 @@ def images(count: int = 8) -> Tensor:
 
 
 def quantized(network: Network) -> ModelMetadata:
-    """Four bits everywhere and a step of SAQ; what files say of it."""
+    """Quantize to 4 bits, take one SAQ step, and return the metadata."""
     model, x = network.model, images()
     statistics = calibration.observe(model, [x])
     signed = {name: found.signed for name, found in statistics.items()}
@@ -271,7 +271,7 @@ def quantized(network: Network) -> ModelMetadata:
     assert "fc.weight" in moved
     assert all(value.isfinite().all() for value in model.parameters())
     with torch.no_grad():
-        model.eval()(x)  # as runs do: what a forward assigned has no gradient any more
+        model.eval()(x)  # as runs do: tensors assigned in a forward have no gradient afterwards
     return ModelMetadata(
         saq_version=saqcli.__version__,
         build=network.loaded.build,
@@ -284,7 +284,7 @@ def quantized(network: Network) -> ModelMetadata:
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_modules_are_trained_saved_and_resumed(
+def test_odd_modules_train_save_and_resume(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     odd = ODD[name]
@@ -350,7 +350,7 @@ def test_odd_modules_are_exported(
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_traced_is_refused(name: str) -> None:
+def test_untraceable_models_are_refused(name: str) -> None:
     build, said = REFUSED[name]
     with pytest.raises(UnsupportedModel) as caught:
         convert.wrap(build())
@@ -358,7 +358,7 @@ def test_what_cannot_be_traced_is_refused(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_pruned_zeros_stay_zeros_on_the_grid_with_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruned_weights_stay_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     network, before = opened("pruned", monkeypatch)
     pruned_away = before.middle.weight == 0  # type: ignore[union-attr]
     assert pruned_away.sum() == round(0.25 * pruned_away.numel())  # type: ignore[union-attr, operator, arg-type]
@@ -377,7 +377,7 @@ def test_pruned_zeros_stay_zeros_on_the_grid_with_zero(monkeypatch: pytest.Monke
     {"key_padding_mask": torch.tensor([[False] * 5 + [True]] * 2)},
 ])  # fmt: skip
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_attention_weights_are_those_of_torch(options: dict[str, Any], batch_first: bool) -> None:
+def test_attention_weights_match_torch(options: dict[str, Any], batch_first: bool) -> None:
     attention = nn.MultiheadAttention(8, 2, batch_first=batch_first).eval()
     x = torch.randn(2, 6, 8)
     x = x if batch_first else x.transpose(0, 1)

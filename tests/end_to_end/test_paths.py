@@ -1,4 +1,4 @@
-"""Folders may be called anything, and a run writes to its own folder and nowhere else."""
+"""Folders may have any name, and a run writes only to its own folder."""
 
 import json
 import os
@@ -21,7 +21,7 @@ UNIFORM = ("--budget", "w4a4", "--searcher", "uniform")
 
 
 def files_in(*folders: Path) -> dict[Path, str]:
-    """Everything below the folders: what it is, or its SHA-256."""
+    """Everything below the folders, by type or SHA-256."""
     return {
         path: sha256_of(path) if path.is_file() else "folder"
         for folder in folders
@@ -31,7 +31,7 @@ def files_in(*folders: Path) -> dict[Path, str]:
 
 @pytest.fixture(scope="module")
 def place(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a name, and images and weights with names in it."""
+    """A folder of that name, with images and weights."""
     place = tmp_path_factory.mktemp("place") / NAME
     for split in ("train", "val"):
         for folder in sorted((digits / "images" / split).iterdir()):
@@ -54,7 +54,7 @@ def options(digits: Path, place: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def quantized(digits: Path, place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A quantization by a process with its own home and place for temporary files: what it printed and wrote."""
+    """A quantization in a process with its own home and temporary folder: its output and the files it wrote."""
     run, temporary, home = (
         place / "un run",
         tmp_path_factory.mktemp("temporary"),
@@ -77,12 +77,12 @@ def quantized(digits: Path, place: Path, tmp_path_factory: pytest.TempPathFactor
     return {"run": run, "printed": json.loads(process.stdout), "elsewhere": elsewhere}
 
 
-def test_nothing_is_written_outside_of_the_run(quantized: dict[str, Any]) -> None:
+def test_writes_only_inside_the_run(quantized: dict[str, Any]) -> None:
     assert quantized["elsewhere"] == []
     assert not any(path.name.startswith(".") for path in quantized["run"].rglob("*"))
 
 
-def test_a_run_in_a_folder_of_any_name_is_read_again(quantized: dict[str, Any], place: Path) -> None:
+def test_run_works_in_any_folder_name(quantized: dict[str, Any], place: Path) -> None:
     run, data = quantized["run"], ("--data", place / "des images")
     for target in (run, run / "artifacts" / "model.onnx"):
         assert answer("eval", target, *data)["top1"] == pytest.approx(quantized["printed"]["top1"], abs=5)
@@ -91,7 +91,7 @@ def test_a_run_in_a_folder_of_any_name_is_read_again(quantized: dict[str, Any], 
 
 
 @pytest.mark.slow
-def test_every_other_command_works_in_a_folder_of_any_name(
+def test_commands_work_in_any_folder_name(
     quantized: dict[str, Any], digits: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, data = quantized["run"], ("--data", place / "des images")
@@ -111,7 +111,7 @@ def test_every_other_command_works_in_a_folder_of_any_name(
     assert not any(tmp_path.iterdir())
 
 
-def test_the_command_that_goes_on_is_quoted_for_a_shell(quantized: dict[str, Any], tmp_path: Path) -> None:
+def test_resume_command_is_shell_quoted(quantized: dict[str, Any], tmp_path: Path) -> None:
     run = tmp_path / NAME
     run.mkdir(parents=True)
     shutil.copy(quantized["run"] / "manifest.json", run)
@@ -121,9 +121,7 @@ def test_the_command_that_goes_on_is_quoted_for_a_shell(quantized: dict[str, Any
     assert shlex.split(command) == ["saq", "quantize", "--run-dir", str(run), "--resume"]
 
 
-def test_an_artifact_that_is_a_link_out_of_the_run_is_refused(
-    quantized: dict[str, Any], tmp_path: Path
-) -> None:
+def test_artifact_link_out_of_run_is_refused(quantized: dict[str, Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(quantized["run"], run)
     (run / "artifacts" / "model.onnx").rename(tmp_path / "model.onnx")
@@ -135,7 +133,7 @@ def test_an_artifact_that_is_a_link_out_of_the_run_is_refused(
     assert "leads out of the run" in last_error(result)
 
 
-def test_a_search_whose_results_were_changed_is_not_shown(
+def test_modified_search_results_are_refused(
     quantized: dict[str, Any], digits: Path, place: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

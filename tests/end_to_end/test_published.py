@@ -1,4 +1,4 @@
-"""Quantizers and the published recipes by the command line, on real handwritten digits."""
+"""Quantizers and published recipes from the command line, on real handwritten digits."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ PAPER = ("paper-cifar", "paper-imagenet")
 
 
 def saq(*arguments: object) -> Any:
-    """The JSON that a command prints; it must succeed."""
+    """Run a command, which must succeed, and return its JSON."""
     result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout)
@@ -41,14 +41,14 @@ def calibrated(quantizer: str, digits: Path, run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_every_recipe_resolves_to_settings_that_training_takes(name: str) -> None:
+def test_every_recipe_is_valid(name: str) -> None:
     config = resolve(recipe=name, options={"model.name": MODEL})
     scheme_of(config).check()
     check_training(config)
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_published_recipes_are_what_was_published(name: str) -> None:
+def test_published_recipes_match_the_papers(name: str) -> None:
     config = resolve(recipe=name, options={"model.name": MODEL})
     cifar = name == "paper-cifar"
     assert config.quantization.model_dump(
@@ -83,7 +83,7 @@ def test_the_published_recipes_are_what_was_published(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [PAPER[0], pytest.param(PAPER[1], marks=pytest.mark.slow)])
-def test_a_published_recipe_runs_to_verified_files(name: str, digits: Path, tmp_path: Path) -> None:
+def test_published_recipe_gives_verified_files(name: str, digits: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     answer = saq(
         *("quantize", MODEL, *float_options(digits), "--recipe", name, "--bits", 4, "--epochs", 1),
@@ -92,7 +92,7 @@ def test_a_published_recipe_runs_to_verified_files(name: str, digits: Path, tmp_
     evaluated = saq("eval", run, "--data", digits / "images")
     exported = saq("export", run, "--onnx", tmp_path / "again.onnx")
 
-    assert answer["calibrated_top1"] < 70  # clipped at one deviation, it has to learn anew
+    assert answer["calibrated_top1"] < 70  # clipped at one deviation, it must learn again
     assert answer["top1"] > 70
     assert evaluated["top1"] == answer["top1"]
     assert answer["onnx_layers_error"] < 1e-5
@@ -103,9 +103,7 @@ def test_a_published_recipe_runs_to_verified_files(name: str, digits: Path, tmp_
     "name",
     [pytest.param("lsq", marks=pytest.mark.slow), "lsq_plus", pytest.param("pact", marks=pytest.mark.slow)],
 )
-def test_a_quantizer_is_chosen_by_option_and_keeps_the_function(
-    name: str, digits: Path, tmp_path: Path
-) -> None:
+def test_quantizer_option_is_saved_and_reloaded(name: str, digits: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     answer = calibrated(name, digits, run)
 
@@ -114,10 +112,10 @@ def test_a_quantizer_is_chosen_by_option_and_keeps_the_function(
     assert saq("eval", run, "--data", digits / "images")["top1"] == answer["top1"]
 
 
-def test_a_run_whose_weights_are_transformed_is_resumed_from_latent_weights(
+def test_transformed_weights_resume_bit_identically(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files hold plain forms, checkpoints do not: what is built from a checkpoint transforms again."""
+    """Files hold folded weights, checkpoints latent ones: a model resumed from a checkpoint transforms again."""
     import saqcli.pipelines.export as workflow
 
     run = tmp_path / "run"
@@ -135,7 +133,7 @@ def test_a_run_whose_weights_are_transformed_is_resumed_from_latent_weights(
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_what_quantizers_learn_has_an_optimizer_group_of_its_own(name: str) -> None:
+def test_quantizer_parameters_have_own_optimizer_group(name: str) -> None:
     net, x = tiny.build("conv_bn")
     layers = tiny.quantized(net, x, scheme=Scheme(quantizer=name))
     training = TrainingSection(lr=0.1, clip_lr_factor=0.5, weight_decay=1e-3)
@@ -151,7 +149,7 @@ def test_what_quantizers_learn_has_an_optimizer_group_of_its_own(name: str) -> N
     assert (others["lr"], others["weight_decay"]) == (0.1, 1e-3)
 
 
-def test_granularity_and_weight_normalization_are_options(digits: Path, tmp_path: Path) -> None:
+def test_granularity_and_normalization_are_options(digits: Path, tmp_path: Path) -> None:
     planned = saq(
         *("quantize", MODEL, *float_options(digits), "--bits", 4, "--granularity", "tensor", "--weight-norm"),
         "--dry-run",
@@ -174,9 +172,7 @@ def test_granularity_and_weight_normalization_are_options(digits: Path, tmp_path
         (("--quantizer", "pact", "--set", "quantization.clip_init=paper"), "not defined for quantizer pact"),
     ],
 )
-def test_what_does_not_go_together_is_refused_before_anything_is_loaded(
-    options: tuple[str, ...], message: str, tmp_path: Path
-) -> None:
+def test_incompatible_options_fail_early(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     result = CliRunner().invoke(
         app, ["quantize", MODEL, "--bits", "4", *options, "--data", "nowhere", "--run-dir", str(run)]

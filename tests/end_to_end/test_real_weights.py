@@ -1,6 +1,6 @@
-"""Pretrained networks on real images: what is loaded, seen and counted is what others measured.
+"""Pretrained networks on real images reproduce published figures.
 
-The archives and weights lie beside the repository; without them these tests are skipped.
+The archives and weights are stored beside the repository; without them these tests are skipped.
 """
 
 import json
@@ -26,7 +26,7 @@ from saqcli.training.loop import score
 
 
 def saq(*arguments: object) -> Any:
-    """The JSON that a command prints; it must succeed."""
+    """Run a command, which must succeed, and return its JSON."""
     result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout)
@@ -34,7 +34,7 @@ def saq(*arguments: object) -> Any:
 
 @pytest.fixture(scope="module")
 def tenth(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every tenth of them, evenly over the classes."""
+    """Every tenth image, evenly over the classes."""
     folder = tmp_path_factory.mktemp("tenth")
     for label in sorted((cifar10 / "test").iterdir()):
         (folder / "test" / label.name).mkdir(parents=True)
@@ -45,7 +45,7 @@ def tenth(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All 8,000 test images as PNG files, and a few of them again as training images to calibrate on."""
+    """All 8,000 test images as PNG files, and some of them again as training images for calibration."""
     from tests.conftest import shared_data
 
     data = shared_data() / "data"
@@ -59,7 +59,7 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_resnet20_scores_what_it_should_on_a_tenth_of_the_images(tenth: Path, shared: Path) -> None:
+def test_resnet20_accuracy_on_a_tenth(tenth: Path, shared: Path) -> None:
     weights = shared / "data" / "weights" / "cifar10_resnet20.safetensors"
 
     found = saq("eval", "saq/resnet20", "--weights", weights, "--data", tenth)
@@ -69,7 +69,7 @@ def test_resnet20_scores_what_it_should_on_a_tenth_of_the_images(tenth: Path, sh
 
 
 @pytest.mark.slow
-def test_resnet20_scores_what_was_published(cifar10: Path, shared: Path) -> None:
+def test_resnet20_accuracy_matches_the_paper(cifar10: Path, shared: Path) -> None:
     weights = shared / "data" / "weights" / "cifar10_resnet20.safetensors"
 
     found = saq("eval", "saq/resnet20", "--weights", weights, "--data", cifar10)
@@ -79,9 +79,7 @@ def test_resnet20_scores_what_was_published(cifar10: Path, shared: Path) -> None
 
 
 @pytest.mark.slow
-def test_resnet20_at_4_bits_is_within_6_points_after_calibration(
-    cifar10: Path, shared: Path, tmp_path: Path
-) -> None:
+def test_resnet20_4_bits_loses_under_6_points(cifar10: Path, shared: Path, tmp_path: Path) -> None:
     weights = shared / "data" / "weights" / "cifar10_resnet20.safetensors"
     options = ("--weights", weights, "--data", cifar10, "--epochs", 0, "--run-dir", tmp_path / "run")
 
@@ -106,7 +104,7 @@ def test_resnet20_at_4_bits_is_within_6_points_after_calibration(
         ),
     ],
 )
-def test_imagenet_networks_score_what_was_measured_on_some_of_the_classes(
+def test_imagenet_accuracy_on_some_classes(
     model: str, weights: str, options: list[str], top1: float, shared: Path, tmp_path: Path
 ) -> None:
     data = shared / "data"
@@ -149,7 +147,7 @@ def top1(model: nn.Module, folders: list[Path], classes: int, config: RunConfig,
         ("saq/vit_cifar", "cifar10_vit_postnorm", {}),
     ],
 )
-def test_8_bits_after_calibration_are_within_three_quarters_of_a_point(
+def test_int8_loses_under_three_quarter_points(
     model: str, weights: str, options: dict[str, Any], shared: Path, tmp_path: Path
 ) -> None:
     data = shared / "data"

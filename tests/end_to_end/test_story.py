@@ -1,6 +1,6 @@
-"""The story that the README tells, on real handwritten digits: quantize, evaluate, export, do it again.
+"""The README example on real handwritten digits: quantize, evaluate, export, rerun.
 
-The run that it is about is that of ``saq demo``.
+The run is that of ``saq demo``.
 """
 
 import json
@@ -28,7 +28,7 @@ UNIFORM_3 = 92_640_256  # BOPs, just below what 3 bits cost saq/resnet20 on 16 x
 
 
 def saq(*arguments: object) -> Any:
-    """The JSON that a command prints; it must succeed."""
+    """Run a command, which must succeed, and return its JSON."""
     result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout)
@@ -48,12 +48,12 @@ def run(place: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def quantized(place: Path) -> dict[str, Any]:
-    """What ``saq demo`` printed for it, with fewer epochs of float training than a person gets."""
+    """The output of ``saq demo``, with fewer epochs of float training than by default."""
     return demonstrated(place, 3, "--bops", f"{UNIFORM_3 / 1e6:f}M")
 
 
 def demonstrated(place: Path, float_epochs: int, *options: str) -> dict[str, Any]:
-    """What ``saq demo`` prints."""
+    """The output of ``saq demo``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "train_float", partial(demo.train_float, epochs=float_epochs))
         answer: dict[str, Any] = saq("demo", "--run-dir", place, "--epochs", 1, *options)
@@ -61,22 +61,22 @@ def demonstrated(place: Path, float_epochs: int, *options: str) -> dict[str, Any
 
 
 def float_network(place: Path) -> list[str]:
-    """Options that name the demo's weights and images."""
+    """Options that select the demo's weights and images."""
     return float_options(place, place / "digits")
 
 
-def test_the_budget_is_met_and_used(quantized: dict[str, Any]) -> None:
+def test_budget_is_met_and_used(quantized: dict[str, Any]) -> None:
     assert quantized["budget_bops"] == UNIFORM_3
     assert 0.985 * UNIFORM_3 <= quantized["bops"] <= UNIFORM_3
     assert quantized["bops_reduction"] == pytest.approx(quantized["float_bops"] / quantized["bops"])
 
 
-def test_accuracy_stays_within_three_points_of_float(quantized: dict[str, Any]) -> None:
+def test_accuracy_is_within_3_points_of_float(quantized: dict[str, Any]) -> None:
     assert quantized["float_top1"] > 90
     assert quantized["top1"] > quantized["float_top1"] - 3
 
 
-def test_the_run_directory_holds_what_was_promised(quantized: dict[str, Any], run: Path) -> None:
+def test_run_directory_is_complete(quantized: dict[str, Any], run: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
 
     assert manifest["status"] == "finished"
@@ -89,7 +89,7 @@ def test_the_run_directory_holds_what_was_promised(quantized: dict[str, Any], ru
     assert f"{quantized['top1']:.2f} %" in (run / "report.md").read_text()
 
 
-def test_run_safetensors_and_onnx_score_the_same(quantized: dict[str, Any], run: Path, place: Path) -> None:
+def test_run_safetensors_and_onnx_agree(quantized: dict[str, Any], run: Path, place: Path) -> None:
     data = ("--data", place / "digits")
     scores = [
         saq("eval", target, *data)
@@ -101,13 +101,13 @@ def test_run_safetensors_and_onnx_score_the_same(quantized: dict[str, Any], run:
     assert quantized["onnx_argmax_agreement"] >= 0.99
 
 
-def test_the_policy_can_be_profiled_and_costs_what_was_said(quantized: dict[str, Any], run: Path) -> None:
+def test_policy_costs_match_profile(quantized: dict[str, Any], run: Path) -> None:
     options = ("--num-classes", 10, "--in-chans", 1, "--input-size", 16)
 
     assert saq("profile", MODEL, *options, "--policy", run / "policy.json")["bops"] == quantized["bops"]
 
 
-def test_loading_gives_a_module_at_exactly_that_policy(quantized: dict[str, Any], run: Path) -> None:
+def test_loaded_module_has_that_policy(quantized: dict[str, Any], run: Path) -> None:
     from saqcli.quant.convert import active_bits
 
     model = saqcli.load(run)
@@ -116,7 +116,7 @@ def test_loading_gives_a_module_at_exactly_that_policy(quantized: dict[str, Any]
     assert found.model_dump()["layers"] == quantized["policy"]
 
 
-def test_another_policy_gives_other_outputs_and_other_costs(
+def test_other_policy_changes_outputs_and_costs(
     quantized: dict[str, Any], run: Path, place: Path, tmp_path: Path
 ) -> None:
     policy = json.loads((run / "policy.json").read_text())
@@ -137,25 +137,21 @@ def test_another_policy_gives_other_outputs_and_other_costs(
         assert not torch.equal(saqcli.load(run)(images), saqcli.load(tmp_path / "two")(images))
 
 
-def test_the_configuration_is_one_to_run_again(quantized: dict[str, Any], run: Path) -> None:
+def test_run_config_is_complete(quantized: dict[str, Any], run: Path) -> None:
     planned = saq("quantize", "--config", run / "config.json", "--dry-run")
 
     assert planned["config"] == json.loads((run / "config.json").read_text())
 
 
 @pytest.mark.slow  # in every run, `saq rerun` must give the same bits
-def test_the_configuration_run_again_gives_the_same_metrics(
-    quantized: dict[str, Any], run: Path, tmp_path: Path
-) -> None:
+def test_rerun_gives_the_same_metrics(quantized: dict[str, Any], run: Path, tmp_path: Path) -> None:
     again = saq("quantize", "--config", run / "config.json", "--run-dir", tmp_path / "again")
 
     assert (tmp_path / "again" / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
     assert again["policy"] == quantized["policy"]
 
 
-def test_a_finished_run_is_neither_replaced_nor_lost(
-    quantized: dict[str, Any], run: Path, place: Path
-) -> None:
+def test_finished_run_is_not_overwritten(quantized: dict[str, Any], run: Path, place: Path) -> None:
     before = (run / "artifacts" / "model.safetensors").read_bytes()
 
     result = CliRunner().invoke(
@@ -167,9 +163,7 @@ def test_a_finished_run_is_neither_replaced_nor_lost(
     assert (run / "artifacts" / "model.safetensors").read_bytes() == before
 
 
-def test_export_writes_a_verified_file_and_refuses_to_replace_it(
-    quantized: dict[str, Any], run: Path, tmp_path: Path
-) -> None:
+def test_export_is_verified_and_not_overwritten(quantized: dict[str, Any], run: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
 
     answer = saq("export", run, "--onnx", path)
@@ -181,7 +175,7 @@ def test_export_writes_a_verified_file_and_refuses_to_replace_it(
     assert "--overwrite" in second.stderr
 
 
-def test_an_artifact_that_does_not_equal_the_model_leaves_no_file_and_exits_3(
+def test_failed_verification_exits_3_without_file(
     quantized: dict[str, Any], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from saqcli import export
@@ -210,17 +204,17 @@ def check_demonstrated(answer: dict[str, Any], float_top1: int) -> None:
     assert answer["bops"] <= answer["budget_bops"]
 
 
-def test_the_demo_runs_offline_to_the_end(quantized: dict[str, Any]) -> None:
+def test_demo_runs_offline(quantized: dict[str, Any]) -> None:
     check_demonstrated(quantized, 90)
 
 
-def test_the_budget_of_the_demo_mixes_bits() -> None:
-    """Above uniform 2 bits, and too far below 3 for these to use it."""
+def test_demo_budget_mixes_bits() -> None:
+    """Above uniform 2 bits, and well below 3."""
     assert BUDGET_USE * parse_quantity(BUDGET) > UNIFORM_2
     assert parse_quantity(BUDGET) < UNIFORM_3
 
 
-def test_the_demo_shows_the_bits(
+def test_demo_prints_the_bits(
     place: Path, quantized: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "demo", lambda *_, **__: quantized)
@@ -236,7 +230,7 @@ def test_the_demo_shows_the_bits(
 
 
 @pytest.mark.slow
-def test_the_demo_as_a_person_gets_it_runs_offline_to_the_end(tmp_path: Path) -> None:
+def test_full_demo_runs_offline(tmp_path: Path) -> None:
     answer = demonstrated(tmp_path / "demo", FLOAT_EPOCHS)
     check_demonstrated(answer, 95)
     assert {bits["weight"] for bits in answer["policy"].values()} >= {2, 3, 8}

@@ -1,7 +1,7 @@
-"""timm's tiny networks through the whole mechanism: one for each kind of layer and block, from wrapping to the file.
+"""timm's tiny networks, one for each kind of layer and block, from wrapping to the exported file.
 
-Weights are random. Batch norms have seen a few images, and what starts at zero (scales of residual branches, last
-norms) is filled: else nothing passes, and a layer could be left out of a step without notice.
+Weights are random. Batch norms are calibrated, and zero-initialized parameters (residual scales, last norms) are
+filled: otherwise no signal passes, and a layer missing from a step would go unnoticed.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from saqcli.training.perturbation import PerturbedSet
 from saqcli.verify.publish import export_verified
 from saqcli.verify.verdict import natural
 
-FAST = {  # what is in no other of them
+FAST = {  # found in none of the others
     "test_resnet": "plain convolutions, shared groups",
     "test_efficientnet": "depthwise convolutions, squeeze and excitation, SiLU",
     "test_mambaout": "gated branches of a split",
@@ -39,12 +39,12 @@ SLOW = (  # nfnet has standardized convolutions and no norms, convnext linear la
     "test_efficientnet_gn test_efficientnet_ln test_maxvit test_vit2 test_vit3 test_vit4 test_vit_relpos"
 ).split()
 SIDE, CLASSES, IMAGES = 64, 10, 8
-NATIVE = {"test_coatnet", "test_maxvit"}  # windows that divide no other size
+NATIVE = {"test_coatnet", "test_maxvit"}  # its windows fit no other size
 
 
 @dataclass
 class Subject:
-    """A network on its way: what it answered in floating point, and how it is quantized."""
+    """A network in progress: its float outputs, and how it is quantized."""
 
     network: Network
     images: Tensor
@@ -66,7 +66,7 @@ class Subject:
 
 
 @torch.no_grad()
-def enliven(model: nn.Module, images: Tensor) -> None:
+def fill_zeros(model: nn.Module, images: Tensor) -> None:
     for name, parameter in model.named_parameters():
         if not name.endswith("bias") and parameter.abs().max() <= 1e-3:
             parameter.fill_(0.5)
@@ -90,7 +90,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     )
     loaded = load_float(section, SILENT)
     images = natural(IMAGES, loaded.preprocessing.input_size, torch.Generator().manual_seed(0))
-    enliven(loaded.model, images)
+    fill_zeros(loaded.model, images)
     with torch.inference_mode():
         in_float = loaded.model(images)
     network = wrap_and_trace(loaded)
@@ -103,11 +103,11 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     return found
 
 
-def test_wrapping_changes_not_one_bit(subject: Subject) -> None:
+def test_wrapping_is_bit_identical(subject: Subject) -> None:
     assert torch.equal(subject.wrapped, subject.in_float)
 
 
-def test_every_layer_is_seen_and_quantized(subject: Subject) -> None:
+def test_every_layer_is_traced_and_quantized(subject: Subject) -> None:
     layers = quantized_layers(subject.model)
     kinds = (nn.Conv2d, nn.Linear)
     assert set(layers) == {name for name, m in subject.model.named_modules() if isinstance(m, kinds)}
@@ -116,7 +116,7 @@ def test_every_layer_is_seen_and_quantized(subject: Subject) -> None:
     assert sum(layer.macs for layer in subject.network.costs.layers) == subject.network.costs.macs
 
 
-def test_eight_bits_compute_nearly_the_same(subject: Subject) -> None:
+def test_8_bits_are_close_to_float(subject: Subject) -> None:
     with torch.inference_mode():
         quantized = subject.model(subject.images)
     assert not torch.equal(quantized, subject.in_float)
@@ -124,7 +124,7 @@ def test_eight_bits_compute_nearly_the_same(subject: Subject) -> None:
     assert F.cosine_similarity(subject.in_float - mean, quantized - mean).mean() > 0.9
 
 
-def test_a_saq_step_perturbs_and_moves_every_layer(subject: Subject) -> None:
+def test_saq_step_moves_every_layer(subject: Subject) -> None:
     model, layers = subject.model.train(), quantized_layers(subject.model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     try:
@@ -148,14 +148,14 @@ def test_a_saq_step_perturbs_and_moves_every_layer(subject: Subject) -> None:
         model.eval()
 
 
-def test_a_policy_comes_back_from_its_file(subject: Subject) -> None:
+def test_policy_survives_its_file(subject: Subject) -> None:
     back = BitConfig.model_validate_json(subject.policy.to_json())
     assert back == subject.policy
     assert convert.active_bits(subject.model, back.model, back.layers) == back
 
 
 @pytest.mark.parametrize(("style", "ending"), [("safetensors", "safetensors"), ("qdq", "onnx")])
-def test_a_file_is_proved(subject: Subject, tmp_path: Path, style: str, ending: str) -> None:
+def test_export_is_verified(subject: Subject, tmp_path: Path, style: str, ending: str) -> None:
     loaded = subject.network.loaded
     facts = ModelMetadata(
         saq_version="test",

@@ -1,6 +1,6 @@
-"""Real processes under torchrun: one that dies, one that fails, and two hosts.
+"""Real processes under torchrun: killed, failing, and on two hosts.
 
-Slow, since every process imports everything; what they do together is tested in tests/pipelines/test_joined_runs.py.
+Slow, since every process imports everything; their cooperation is tested in tests/pipelines/test_joined_runs.py.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def torchrun(count: int, *arguments: str, options: tuple[str, ...] = ()) -> "sub
 
 
 def workers(run: Path) -> list[int]:
-    """Processes that work on a run, without torchrun's own."""
+    """The worker processes of a run, without torchrun's own."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
@@ -65,7 +65,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes that nothing happened to."""
+    """An undisturbed run of two processes."""
     run = tmp_path_factory.mktemp("whole") / "run"
     process = torchrun(2, *command(digits, run))
     _, stderr = process.communicate(timeout=600)
@@ -74,9 +74,7 @@ def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_is_killed_is_started_again_and_the_run_goes_on(
-    rank: int, digits: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_killed_worker_restarts_and_resumes(rank: int, digits: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = torchrun(2, *command(digits, run, *EVERY_STEP), options=("--max-restarts", "2"))
     for _ in range(3000):
@@ -91,7 +89,7 @@ def test_a_process_that_is_killed_is_started_again_and_the_run_goes_on(
     assert_same(run, whole)
 
 
-def test_a_process_that_fails_says_why_and_brings_all_down_in_seconds(digits: Path, tmp_path: Path) -> None:
+def test_failing_worker_stops_all(digits: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
     for number, path in enumerate(sorted((digits / "images").rglob("*.png"))):
         copy = images / path.relative_to(digits / "images")
@@ -110,7 +108,7 @@ def test_a_process_that_fails_says_why_and_brings_all_down_in_seconds(digits: Pa
     assert time.monotonic() - start < 200
 
 
-def test_a_signal_to_torchrun_stops_all_and_they_can_go_on(digits: Path, whole: Path, tmp_path: Path) -> None:
+def test_signal_interrupts_all_and_run_resumes(digits: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = torchrun(2, *command(digits, run, *EVERY_STEP))
     while not (run / "checkpoints" / "last.previous.ckpt").exists():
@@ -134,7 +132,7 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def hosts() -> Iterator[list[str]]:
-    """Two network namespaces that see each other and nothing else."""
+    """Two network namespaces that see only each other."""
     names = list(HOSTS)
     try:
         for name in names:
@@ -157,7 +155,7 @@ def hosts() -> Iterator[list[str]]:
 def on_host(
     name: str, link: str, digits: Path, run: Path, *more: str, restarts: int = 0
 ) -> "subprocess.Popen[str]":
-    """An agent of torchrun with one process, in a network of its own; the first host is where they meet."""
+    """A torchrun agent with one process in its own network namespace; the first host is the rendezvous."""
     first, address = next(iter(HOSTS.items()))
     meet = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:29511")
     host = ("--rdzv-conf", f"is_host={int(name == first)}", "--local-addr", HOSTS[name])
@@ -170,8 +168,8 @@ def on_host(
     )
 
 
-def test_two_hosts_train_as_one(hosts: list[str], digits: Path, whole: Path, tmp_path: Path) -> None:
-    """Two agents of torchrun, each in a network of its own; only one of the directories is written to."""
+def test_two_hosts_equal_one(hosts: list[str], digits: Path, whole: Path, tmp_path: Path) -> None:
+    """Two torchrun agents, each in its own network namespace; only one run directory is written to."""
     runs = [tmp_path / name for name in hosts]
     processes = [
         on_host(name, link, digits, run)
@@ -185,10 +183,10 @@ def test_two_hosts_train_as_one(hosts: list[str], digits: Path, whole: Path, tmp
     assert_same(written[0], whole)
 
 
-def test_a_process_that_is_killed_on_one_host_is_started_again_on_both(
+def test_killed_worker_restarts_on_both_hosts(
     hosts: list[str], digits: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """The other host's agent is not told that it was a failure: nothing in its environment says so."""
+    """The other host's agent is not told of the failure: nothing in its environment shows it."""
     run = tmp_path / "run"  # on a disk that both hosts see
     processes = [
         on_host(name, link, digits, run, *EVERY_STEP, restarts=3)

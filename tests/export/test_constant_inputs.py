@@ -1,4 +1,4 @@
-"""A layer that is fed a table of numbers instead of what the image became: relative positions of attention."""
+"""Layers fed by constants instead of the image, such as relative position tables of attention."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tests.support.sweeps import sweep
 
 
 class Positions(nn.Module):
-    """Attention scores moved by a small network over the distances of patches, as in Swin V2."""
+    """Attention scores shifted by a small network over patch distances, as in Swin V2."""
 
     table: Tensor
 
@@ -38,7 +38,7 @@ class Positions(nn.Module):
 
 
 @pytest.mark.parametrize("style", sweep(["qdq", "trt", "qonnx"], lambda style: style == "qdq"))
-def test_is_exported_and_compared_like_any_other(style: str, tmp_path: Path) -> None:
+def test_constant_input_layers_are_exported(style: str, tmp_path: Path) -> None:
     net, x = Positions().eval(), tiny.images((3, 8, 8))
     layers = list(tiny.quantized(net, x, 8))
     facts = ModelMetadata(

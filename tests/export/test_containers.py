@@ -1,4 +1,4 @@
-"""What the weights of a file take beside their true bits, read off the graph."""
+"""Storage containers of the weights compared with their true bits, read from the graph."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def stored(style: str, bits: int, grid: str, path: Path) -> WeightStorage:
         ("qonnx", 4, "zero", 32),
     ],
 )
-def test_containers_are_read_off_the_graph(
+def test_containers_are_read_from_the_graph(
     style: str, bits: int, grid: str, width: int, tmp_path: Path
 ) -> None:
     found = stored(style, bits, grid, tmp_path / "model.onnx")
@@ -50,7 +50,7 @@ def test_containers_are_read_off_the_graph(
     assert found.file_bytes == (tmp_path / "model.onnx").stat().st_size
 
 
-def test_the_grid_with_zero_has_the_size_foretold(tmp_path: Path) -> None:
+def test_grid_with_zero_has_predicted_size(tmp_path: Path) -> None:
     auto, zero = (stored("qdq", 4, grid, tmp_path / f"{grid}.onnx") for grid in ("auto", "zero"))
 
     assert auto.file_bytes - zero.file_bytes == pytest.approx(COUNT / 2, abs=16)
@@ -58,7 +58,7 @@ def test_the_grid_with_zero_has_the_size_foretold(tmp_path: Path) -> None:
     assert zero.with_zero_grid == zero.file_bytes
 
 
-def test_a_much_larger_file_is_explained() -> None:
+def test_much_larger_file_is_explained() -> None:
     weights = tuple(StoredWeight(f"layer{k}", 40_000, 4, "INT8", 8, 15) for k in range(3))
     found = WeightStorage(150_000, weights)
 
@@ -71,7 +71,7 @@ def test_a_much_larger_file_is_explained() -> None:
 
 
 @pytest.mark.parametrize(("reach", "says"), [(15, "only"), (7, "only: style qdq has smaller ones")])
-def test_a_smaller_style_is_named_only_if_it_is(reach: int, says: str) -> None:
+def test_smaller_style_is_suggested_if_smaller(reach: int, says: str) -> None:
     found = WeightStorage(150_000, (StoredWeight("layer", 120_000, 4, "INT8", 8, reach),))
 
     assert str(found.explain_size(80_000, "trt")).endswith(f". Style trt has INT8 containers {says}")

@@ -1,4 +1,4 @@
-"""Every quantizer from a float network to files: wrapped, calibrated, trained by SAQ, saved, loaded, exported."""
+"""Every quantizer from float network to files: wrapped, calibrated, trained by SAQ, saved, loaded, exported."""
 
 from functools import cache
 from pathlib import Path
@@ -35,7 +35,7 @@ RUNS = [
     *((scheme, name) for scheme in SCHEMES for name in ("conv_bn", "token_mlp")),
     *((scheme, "standardized") for scheme in ("lsq_plus", "dorefa", "normalized")),
 ]
-# An export takes seconds: every quantizer once, and where its operators differ. ``clip`` stands in test_exporters.
+# An export takes seconds: every quantizer once, more where operators differ. ``clip`` is in test_exporters.
 GRAPHS = [
     ("lsq", "conv_bn"),
     ("lsq_plus", "conv_bn"),
@@ -75,11 +75,11 @@ each_run = pytest.mark.parametrize(("scheme", "name"), RUNS, ids=["-".join(run) 
 
 
 @each_run
-def test_training_moves_weights_and_everything_that_is_learned(scheme: str, name: str) -> None:
+def test_training_moves_all_parameters(scheme: str, name: str) -> None:
     before = dict(quantize(NETWORKS[name], scheme=SCHEMES[scheme]).model.named_parameters())
     after = dict(trained(scheme, name).model.named_parameters())
     still = [key for key in before if torch.equal(before[key], after[key])]
-    # A bias in front of a batch norm has no effect; these learn nothing where nothing lies outside the range.
+    # A bias before a batch norm has no effect; these get no gradient if nothing is outside the range.
     may = ("bias", "offset", *(("input_quantizer.clipping_level",) if scheme == "pact" else ()))
     assert not [key for key in still if not key.endswith(may)]
     if scheme in ("lsq_plus", "pact"):
@@ -88,7 +88,7 @@ def test_training_moves_weights_and_everything_that_is_learned(scheme: str, name
 
 
 @each_run
-def test_a_file_holds_the_very_same_network(scheme: str, name: str, tmp_path: Path) -> None:
+def test_file_reloads_bit_identically(scheme: str, name: str, tmp_path: Path) -> None:
     quantized = trained(scheme, name)
     path = tmp_path / "model.safetensors"
     state = {key: value.clone() for key, value in quantized.model.state_dict().items()}
@@ -109,7 +109,7 @@ def test_a_file_holds_the_very_same_network(scheme: str, name: str, tmp_path: Pa
     sweep(GRAPHS, lambda *case: case != ("lsq_plus", "token_mlp")),
     ids=["-".join(run) for run in GRAPHS],
 )
-def test_the_graph_computes_what_the_network_computes(scheme: str, name: str, tmp_path: Path) -> None:
+def test_onnx_matches_the_model(scheme: str, name: str, tmp_path: Path) -> None:
     quantized = trained(scheme, name)
     path = tmp_path / "model.onnx"
     QdqExporter().export(quantized.model, images(2), path, quantized.facts)
@@ -139,11 +139,11 @@ def set_offset(quantizer: nn.Module, lowest: int) -> None:
         (2, 0, onnx.TensorProto.UINT8, 0, True),
     ],
 )
-def test_an_offset_becomes_the_zero_point_of_a_container_that_holds_the_codes(
+def test_offset_becomes_a_zero_point(
     bits: int, lowest: int, container: int, zero: int, clipped: bool, tmp_path: Path
 ) -> None:
     quantized = quantize(NETWORKS["token_mlp"], same_bits(bits), Scheme(quantizer="lsq_plus"))
-    layer = quantized.layers["4"]  # behind the GELU
+    layer = quantized.layers["4"]  # after the GELU
     set_offset(layer.input_quantizer, lowest)
     path = tmp_path / "model.onnx"
     QdqExporter().export(quantized.model, images(2), path, quantized.facts)
@@ -167,7 +167,7 @@ def test_an_offset_becomes_the_zero_point_of_a_container_that_holds_the_codes(
         assert judge(answer(quantized.model, x), answered).verified
 
 
-def test_the_range_of_lsq_plus_fits_gelu_better_than_a_signed_grid() -> None:
+def test_lsq_plus_range_fits_gelu_better() -> None:
     """GELU never falls below -0.17: of 16 levels a signed grid wastes half."""
     x = F.gelu(2 * torch.randn(20_000))
     errors = {}
@@ -183,7 +183,7 @@ def test_the_range_of_lsq_plus_fits_gelu_better_than_a_signed_grid() -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_perturbed_set_holds_what_the_quantizers_learn(scheme: str) -> None:
+def test_quantizer_parameters_are_perturbed(scheme: str) -> None:
     model = quantize(NETWORKS["conv_bn"], scheme=SCHEMES[scheme]).model
     layers: list[QuantizedLayer] = list(quantized_layers(model).values())
     for kind, of in (("activation_clips", "input_quantizer"), ("weight_clips", "weight_quantizer")):

@@ -1,4 +1,4 @@
-"""The exact form is the model, and ONNX Runtime computes it bit for bit, however it is run."""
+"""The exact form equals the model, and ONNX Runtime reproduces it bit for bit in every configuration."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,13 +35,13 @@ SCHEMES = sweep(
         *((name, *scheme) for name in ("conv_bn", "token_mlp") for scheme in (LSQ, OFFSETS)),
     ],
     lambda name, *scheme: name in ("attention", "standardized", "transposed") and scheme == OFFSETS_ZERO,
-    # others: below
+    # others are below
 )
 BATCHES = (1, 2, 5, 16)
 
 
 def check_bits(quantized: Quantized, path: Path) -> ExactForm:
-    """Every way to run the file gives the bits of the exact form, in every batch; and the form is the model."""
+    """Check that every way to run the file matches the exact form in every batch, and the form the model."""
     export(quantized, "exact", path)
     form = ExactForm(frozen_copy(quantized.model), images(2)).eval()
     x = images(16, seed=8)
@@ -61,16 +61,14 @@ def check_bits(quantized: Quantized, path: Path) -> ExactForm:
 
 
 @pytest.mark.parametrize(("name", "quantizer", "grid"), SCHEMES)
-def test_onnx_runtime_has_the_bits_of_the_exact_form(
-    name: str, quantizer: str, grid: str, tmp_path: Path
-) -> None:
+def test_onnx_runtime_matches_bit_for_bit(name: str, quantizer: str, grid: str, tmp_path: Path) -> None:
     scheme = Scheme(quantizer=quantizer, weight_grid=grid)  # type: ignore[arg-type]
     check_bits(quantize(NETWORKS[name], scheme=scheme), tmp_path / "model.onnx")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", ["paper", "zero"])
-def test_every_kind_of_layer_at_every_bit_width_has_its_bits(grid: str, tmp_path: Path) -> None:
+def test_every_layer_and_bit_width_matches(grid: str, tmp_path: Path) -> None:
     check_bits(network("bank", grid), tmp_path / "model.onnx")
 
 
@@ -81,7 +79,7 @@ def test_every_kind_of_layer_at_every_bit_width_has_its_bits(grid: str, tmp_path
         lambda name, kind: (name, kind) == ("depthwise", "channel"),
     ),
 )
-def test_gains_below_zero_and_zero_are_folded(name: str, granularity: str, tmp_path: Path) -> None:
+def test_negative_and_zero_gains_are_folded(name: str, granularity: str, tmp_path: Path) -> None:
     quantized = quantize(NETWORKS[name], scheme=Scheme(granularity=granularity))  # type: ignore[arg-type]
     set_gains(quantized.model)
     path = tmp_path / "model.onnx"
@@ -91,14 +89,14 @@ def test_gains_below_zero_and_zero_are_folded(name: str, granularity: str, tmp_p
 
 
 def one_channel() -> nn.Module:
-    """A single step in the place of a factor a channel, which ONNX Runtime would merge into a matrix product."""
+    """A single output channel: its scalar scale could be merged into the matrix product by ONNX Runtime."""
     return nn.Sequential(
         Tokens(), nn.Linear(3, 4), nn.Linear(4, 1, bias=False), nn.Flatten(), nn.Linear(36, 1, bias=False)
     )
 
 
 @pytest.mark.parametrize("granularity", sweep(["channel", "tensor"], lambda kind: kind == "tensor"))
-def test_one_step_for_one_output_channel_stays_outside_the_product(granularity: str, tmp_path: Path) -> None:
+def test_single_output_channel_is_exact(granularity: str, tmp_path: Path) -> None:
     quantized = quantize(one_channel, scheme=Scheme(granularity=granularity))  # type: ignore[arg-type]
     path = export(quantized, "exact", tmp_path / "model.onnx")
     form = ExactForm(frozen_copy(quantized.model), images(2)).eval()
@@ -108,7 +106,7 @@ def test_one_step_for_one_output_channel_stays_outside_the_product(granularity: 
 
 
 class BetweenNorms(nn.Module):
-    """Batch norms over tensors of two and three dimensions, in front of anything and behind it."""
+    """Batch norms over 2-D and 3-D tensors, before and after other operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +122,7 @@ class BetweenNorms(nn.Module):
 
 
 class Arithmetic(nn.Module):
-    """What a network does between its layers, here and there."""
+    """Arithmetic between layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +141,7 @@ class Arithmetic(nn.Module):
 
 
 class Shared(nn.Module):
-    """A layer that is called twice, and a tensor of codes that moves about before it is multiplied."""
+    """A layer called twice, and codes that are reshaped before the product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,12 +180,12 @@ CASES: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize(
     "case", sweep(CASES, lambda case: case in ("norms", "arithmetic", "shared", "conv1d"))
 )
-def test_whatever_stands_between_layers_is_exact(case: str, tmp_path: Path) -> None:
+def test_operations_between_layers_are_exact(case: str, tmp_path: Path) -> None:
     check_bits(quantize(CASES[case], scheme=Scheme(quantizer="lsq_plus")), tmp_path / "model.onnx")
 
 
-def test_a_linear_layer_in_floating_point_is_exact_too(tmp_path: Path) -> None:
-    """Its product is one of integers of 21 bits."""
+def test_float_linear_layer_is_exact(tmp_path: Path) -> None:
+    """Its product is computed with 21-bit integers."""
     float_layer = LayerBits(weight=None, activation=None)
     quantized = quantize(
         NETWORKS["token_mlp"],
@@ -198,7 +196,7 @@ def test_a_linear_layer_in_floating_point_is_exact_too(tmp_path: Path) -> None:
     check_bits(quantized, tmp_path / "model.onnx")
 
 
-def test_odd_codes_of_four_bits_are_stored_in_four_bits(tmp_path: Path) -> None:
+def test_odd_4_bit_codes_pack_into_int4(tmp_path: Path) -> None:
     quantized = quantize(
         NETWORKS["conv_bn"],
         lambda names: {n: LayerBits(weight=4, activation=4) for n in names},
@@ -220,10 +218,10 @@ def test_odd_codes_of_four_bits_are_stored_in_four_bits(tmp_path: Path) -> None:
     ("channels", "size", "kernel", "groups"),
     [(64, 28, 3, 1), (128, 14, 3, 1), (96, 14, 3, 96), (32, 30, 5, 2), (3, 64, 7, 1)],
 )
-def test_pytorchs_convolutions_of_integers_are_exact_at_real_sizes(
+def test_integer_convolutions_are_exact(
     channels: int, size: int, kernel: int, groups: int, batch: int, threads: int
 ) -> None:
-    """No algorithm that multiplies anything but the codes, such as Winograd's, is chosen."""
+    """No algorithm that transforms the codes, such as Winograd, is chosen."""
     generator = torch.Generator().manual_seed(7)
     x = torch.randint(0, 16, (batch, channels, size, size), generator=generator).float()
     shape = (64 if groups == 1 else channels, channels // groups, kernel, kernel)
@@ -255,9 +253,7 @@ def test_pytorchs_convolutions_of_integers_are_exact_at_real_sizes(
         ),
     ],
 )
-def test_an_operator_without_an_exact_form_is_refused_in_one_line(
-    make: Callable[[], nn.Module], named: str
-) -> None:
+def test_operator_without_exact_form_is_refused(make: Callable[[], nn.Module], named: str) -> None:
     quantized = quantize(make)
     with pytest.raises(UnsupportedModel, match=named) as refusal:
         ExactForm(frozen_copy(quantized.model), images(2))
@@ -265,7 +261,7 @@ def test_an_operator_without_an_exact_form_is_refused_in_one_line(
     assert "\n" not in str(refusal.value)
 
 
-def test_the_form_is_for_any_number_of_images() -> None:
+def test_batch_size_is_dynamic() -> None:
     form = ExactForm(frozen_copy(network("standardized").model), images(1)).eval()
     x = images(33, seed=3)
 

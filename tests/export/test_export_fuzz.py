@@ -1,4 +1,4 @@
-"""Random networks, exported and proved: in style exact equal to the last bit, in the others layer by layer."""
+"""Random networks, exported and verified: style exact bit for bit, the others layer by layer."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from saqcli.progress import SILENT
 from saqcli.verify.proof import prove_graph
 from tests.support.random_networks import random_network
 
-FEW = {2: ("exact", "qonnx"), 3: ("qdq", "trt")}  # two that are quick, and have every style between them
+FEW = {2: ("exact", "qonnx"), 3: ("qdq", "trt")}  # two fast ones that together cover every style
 MANY, CHUNK = 300, 10
 BATCHES = (16, 5, 1, 16)
 
@@ -26,7 +26,7 @@ def refused_by_design(style: str, seed: int) -> bool:
 
 
 def outcomes(seed: int, styles: Iterable[str], folder: Path) -> dict[str, str]:
-    """What became of every style that is tried: "proved", "refused", or what is wrong."""
+    """The outcome of every style tried: "proved", "refused", or the error."""
     quantized = random_network(seed)
     size = quantized.facts.preprocessing["input_size"]
     generator = torch.Generator().manual_seed(seed)
@@ -55,19 +55,19 @@ def check(seed: int, styles: Iterable[str], folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("seed", "styles"), FEW.items())
-def test_a_random_network_is_exported_as_it_is(seed: int, styles: tuple[str, ...], tmp_path: Path) -> None:
+def test_random_network_exports_faithfully(seed: int, styles: tuple[str, ...], tmp_path: Path) -> None:
     check(seed, styles, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(MANY // CHUNK))
-def test_many_random_networks_are_exported_as_they_are(chunk: int, tmp_path: Path) -> None:
+def test_many_random_networks_export_faithfully(chunk: int, tmp_path: Path) -> None:
     for seed in range(chunk * CHUNK, (chunk + 1) * CHUNK):
         check(seed, ("exact", "qdq", "trt" if seed % 2 else "qonnx"), tmp_path)
 
 
-def test_the_generator_reaches_everything_and_repeats() -> None:
-    """Every block, scheme and bit-width occurs among the networks, and a seed stands for one network."""
+def test_generator_covers_all_and_is_seeded() -> None:
+    """Every block, scheme and bit-width occurs among the networks, and a seed determines the network."""
     kinds: Counter[str] = Counter()
     for seed in range(60):
         quantized = random_network(seed)

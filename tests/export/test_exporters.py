@@ -1,4 +1,4 @@
-"""What every exporter does, whatever it writes: the model stays as it is, the file says what it is and repeats."""
+"""Properties of every exporter: the model is unchanged, metadata is complete, and output is reproducible."""
 
 import json
 import warnings
@@ -23,7 +23,7 @@ from tests.support.onnx_files import GRIDS, answer, constants, export, graph_of,
 from tests.support.sweeps import sweep
 from tests.support.tampering import TAMPERED
 
-# Every network in one style, and in the others one of every kind of product.
+# Every network in one style; in the others one per kind of product.
 EXPORTED = sweep(
     ((name, style) for name in NETWORKS for style in STYLES),
     lambda name, style: style == "qdq" or name in ("conv_bn", "attention"),
@@ -31,7 +31,7 @@ EXPORTED = sweep(
 
 
 @pytest.mark.parametrize("style", EXPORTERS)
-def test_the_file_tells_what_the_exporter_was_told(style: str, folder: Path) -> None:
+def test_metadata_matches_the_arguments(style: str, folder: Path) -> None:
     quantized = network("conv_bn")
     path = written(folder, style, quantized, "conv_bn-auto")
     onnx_file = path.suffix == ".onnx"
@@ -41,10 +41,10 @@ def test_the_file_tells_what_the_exporter_was_told(style: str, folder: Path) -> 
 
 
 @pytest.mark.parametrize("style", EXPORTERS)
-def test_exporting_again_from_one_image_gives_one_file_of_the_same_bytes_and_leaves_the_model_as_it_was(
+def test_repeated_export_is_byte_identical(
     style: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Without a warning."""
+    """Also without a warning."""
     one = written(folder, style, network("conv_bn"), "conv_bn-auto")
     quantized, other = quantize(NETWORKS["conv_bn"]), tmp_path / "other"
     before = {name: value.clone() for name, value in quantized.model.state_dict().items()}
@@ -66,7 +66,7 @@ def test_exporting_again_from_one_image_gives_one_file_of_the_same_bytes_and_lea
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("name", ["bank", *NETWORKS])
-def test_the_frozen_copy_is_bit_equal(name: str, grid: str) -> None:
+def test_frozen_copy_is_bit_identical(name: str, grid: str) -> None:
     quantized = network(name, grid, "channel")
 
     assert torch.equal(answer(frozen_copy(quantized.model), images(16)), answer(quantized.model, images(16)))
@@ -76,9 +76,7 @@ def test_the_frozen_copy_is_bit_equal(name: str, grid: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "style"), EXPORTED)
-def test_the_file_is_of_opset_21_and_tells_nothing_of_where_it_was_made(
-    name: str, style: str, folder: Path
-) -> None:
+def test_opset_is_21_and_no_paths_leak(name: str, style: str, folder: Path) -> None:
     path = written(folder, style, network(name), f"{name}-auto")
     model = onnx.load(str(path))
 
@@ -96,7 +94,7 @@ def test_the_file_is_of_opset_21_and_tells_nothing_of_where_it_was_made(
         assert trace not in path.read_bytes()
 
 
-def test_what_others_need_is_in_the_metadata_as_plain_json(folder: Path) -> None:
+def test_metadata_is_plain_json(folder: Path) -> None:
     quantized = network("conv_bn")
     model = onnx.load(str(written(folder, "qdq", quantized, "conv_bn-auto")))
     found = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
@@ -106,9 +104,7 @@ def test_what_others_need_is_in_the_metadata_as_plain_json(folder: Path) -> None
 
 
 @pytest.mark.parametrize(("name", "style"), EXPORTED)
-def test_every_quantizer_tells_its_layer_its_operand_and_its_true_bits(
-    name: str, style: str, folder: Path
-) -> None:
+def test_quantizer_nodes_state_layer_operand_bits(name: str, style: str, folder: Path) -> None:
     quantized = network(name)
     graph = graph_of(written(folder, style, quantized, f"{name}-auto"))
     policy = quantized.facts.policy.layers
@@ -123,7 +119,7 @@ def test_every_quantizer_tells_its_layer_its_operand_and_its_true_bits(
 
 
 @pytest.mark.parametrize(("name", "style"), EXPORTED)
-def test_no_constant_is_left_unused(name: str, style: str, folder: Path) -> None:
+def test_constants_are_all_used(name: str, style: str, folder: Path) -> None:
     graph = graph_of(written(folder, style, network(name), f"{name}-auto"))
     used = {given for node in graph.node for given in node.input}
 
@@ -131,7 +127,7 @@ def test_no_constant_is_left_unused(name: str, style: str, folder: Path) -> None
 
 
 @pytest.mark.parametrize(("name", "style"), EXPORTED)
-def test_nothing_is_left_that_a_runtime_would_change(name: str, style: str, folder: Path) -> None:
+def test_runtime_optimization_changes_nothing(name: str, style: str, folder: Path) -> None:
     found = hazards(onnx.load(str(written(folder, style, network(name), f"{name}-auto"))))
 
     assert {hazard.code for hazard in found} <= set(EXPORTERS[style]().conditions)
@@ -139,7 +135,7 @@ def test_nothing_is_left_that_a_runtime_would_change(name: str, style: str, fold
 
 @pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
 @pytest.mark.parametrize(("name", "style"), EXPORTED)
-def test_a_deep_network_agrees_with_the_model(name: str, style: str, optimized: bool, folder: Path) -> None:
+def test_deep_network_matches_the_model(name: str, style: str, optimized: bool, folder: Path) -> None:
     quantized = network(name)
     path = written(folder, style, quantized, f"{name}-auto")
     x = images(256, seed=6)
@@ -154,7 +150,7 @@ def test_a_deep_network_agrees_with_the_model(name: str, style: str, optimized: 
         lambda bits, style: bits == (8 if style in ("exact", "trt") else 2),
     ),
 )
-def test_every_bit_width_agrees_with_the_model(bits: int, style: str, folder: Path) -> None:
+def test_every_bit_width_matches_the_model(bits: int, style: str, folder: Path) -> None:
     quantized = quantize(NETWORKS["depthwise"], same_bits(bits))
     path = written(folder, style, quantized, f"depthwise-{bits}")
     x = images(256, seed=6)
@@ -164,8 +160,8 @@ def test_every_bit_width_agrees_with_the_model(bits: int, style: str, folder: Pa
 
 
 @pytest.mark.parametrize(("name", "style"), EXPORTED)
-def test_any_number_of_images_can_be_given_at_once(name: str, style: str, folder: Path) -> None:
-    """The median logit, since an activation on an edge may fall either way where sums are cut otherwise."""
+def test_batch_size_is_dynamic(name: str, style: str, folder: Path) -> None:
+    """Compares the median logit, since a code at a rounding edge may differ with another summation order."""
     path = written(folder, style, network(name), f"{name}-auto")
     run = onnx_session(path, optimized=True)
     x = images(7, seed=6)
@@ -182,7 +178,7 @@ def test_any_number_of_images_can_be_given_at_once(name: str, style: str, folder
 
 
 @pytest.mark.parametrize("style", sweep(STYLES, lambda style: style in ("qdq", "exact")))
-def test_a_model_that_cannot_be_traced_is_refused(style: str, tmp_path: Path) -> None:
+def test_untraceable_model_is_refused(style: str, tmp_path: Path) -> None:
     class Whimsical(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -199,7 +195,7 @@ def test_a_model_that_cannot_be_traced_is_refused(style: str, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-# Files of others.
+# Foreign files.
 
 
 def refused_onnx(path: Path) -> str:
@@ -211,14 +207,14 @@ def refused_onnx(path: Path) -> str:
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n" + bytes(64), bytes(range(256)), b"\xff" * 64])
-def test_a_file_that_is_no_onnx_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_non_onnx_file_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
 
     refused_onnx(path)
 
 
-def test_onnx_of_others_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_foreign_onnx_is_refused(folder: Path, tmp_path: Path) -> None:
     model = onnx.load(str(written(folder, "qdq", network("conv_bn"), "conv_bn-auto")))
     del model.metadata_props[:]
     path = tmp_path / "model.onnx"
@@ -232,7 +228,7 @@ def test_onnx_of_others_is_refused(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change", ["newer_schema", "unknown_key", "no_policy", "no_signs", "bits_out_of_range"]
 )
-def test_onnx_with_tampered_facts_is_refused(change: str, folder: Path, tmp_path: Path) -> None:
+def test_tampered_metadata_is_refused(change: str, folder: Path, tmp_path: Path) -> None:
     model = onnx.load(str(written(folder, "qdq", network("conv_bn"), "conv_bn-auto")))
     entry = next(entry for entry in model.metadata_props if entry.key == "saq.facts")
     facts = json.loads(entry.value)
@@ -247,8 +243,8 @@ def test_onnx_with_tampered_facts_is_refused(change: str, folder: Path, tmp_path
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, '{"a":' * 100_000, "[" * 100_000 + "]" * 100_000, "", "{", "1"]
 )
-def test_onnx_whose_facts_are_no_description_is_refused(text: str, folder: Path, tmp_path: Path) -> None:
-    """However deep its brackets go."""
+def test_malformed_metadata_is_refused(text: str, folder: Path, tmp_path: Path) -> None:
+    """At any nesting depth."""
     model = onnx.load(str(written(folder, "qdq", network("conv_bn"), "conv_bn-auto")))
     next(entry for entry in model.metadata_props if entry.key == "saq.facts").value = text
     path = tmp_path / "model.onnx"
@@ -257,7 +253,7 @@ def test_onnx_whose_facts_are_no_description_is_refused(text: str, folder: Path,
     assert len(refused_onnx(path)) < len(str(path)) + 200
 
 
-def test_facts_survive_as_json() -> None:
+def test_metadata_survives_json() -> None:
     facts = network("conv_bn").facts
 
     assert ModelMetadata.model_validate_json(facts.model_dump_json()) == facts

@@ -1,4 +1,4 @@
-"""Sums of codes: never larger than their bound, cut into parts where float32 could not count them, and exact."""
+"""Sums of codes: bounded, split where float32 would overflow its integers, and exact."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tests.support.sweeps import sweep
 aten = torch.ops.aten
 SCALAR = torch.tensor(1.0, dtype=torch.float64)
 
-# Kind of layer: ATen operator, shape of its weight, further arguments, and its functional twin.
+# Kind of layer: ATen operator, weight shape, further arguments, and functional equivalent.
 LAYERS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any], Any]] = {
     "linear": (aten.linear.default, (4, 6), {}, F.linear),
     "conv": (aten.conv2d.default, (4, 6, 3, 3), {}, F.conv2d),
@@ -38,7 +38,7 @@ RANGES = [(0, 255), (0, 15), (-128, 127), (-8, 7), (-20, 235), (0, 1)]
 
 
 def largest_sum(kind: str, codes: Tensor, lowest: int, highest: int) -> int:
-    """The largest magnitude of any sum, by looking at every output and both signs of every input."""
+    """The largest magnitude of any sum, over all outputs and both signs of every input."""
     target, _, settings, _ = LAYERS[kind]
     operator = Operator(target, settings)
     best = 0
@@ -53,7 +53,7 @@ def largest_sum(kind: str, codes: Tensor, lowest: int, highest: int) -> int:
 
 @pytest.mark.parametrize("span", RANGES)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_the_bound_is_the_largest_sum(kind: str, span: tuple[int, int]) -> None:
+def test_bound_is_the_largest_sum(kind: str, span: tuple[int, int]) -> None:
     target, shape, settings, _ = LAYERS[kind]
     generator = torch.Generator().manual_seed(3)
     codes = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
@@ -61,15 +61,15 @@ def test_the_bound_is_the_largest_sum(kind: str, span: tuple[int, int]) -> None:
     lowest, highest = min(span[0], 0), max(span[1], 0)
     parts, largest = split_channels(Operator(target, settings), x, Integers(codes, SCALAR))
 
-    # Padding and the edges of an image put zeros in the place of inputs: partial sums, each below the bound.
+    # Padding replaces inputs by zeros: partial sums, each below the bound.
     assert largest == largest_sum(kind, codes, lowest, highest)
     assert parts == [slice(0, Operator(target, settings).by_output(codes).shape[1])]
 
 
 @pytest.mark.parametrize("span", RANGES)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_no_input_exceeds_the_bound(kind: str, span: tuple[int, int]) -> None:
-    """Random inputs, and for every output the one that drives it farthest; the bound is reached, and not passed."""
+def test_bound_is_tight_for_real_inputs(kind: str, span: tuple[int, int]) -> None:
+    """Random inputs, and for every output the worst input; the bound is reached and not exceeded."""
     target, shape, settings, twin = LAYERS[kind]
     generator = torch.Generator().manual_seed(4)
     codes = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
@@ -87,8 +87,8 @@ def test_no_input_exceeds_the_bound(kind: str, span: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_parts_stay_below_and_add_up(kind: str) -> None:
-    """Weights and inputs of 16 bits, as if: sums pass 2**24, those of every part do not, and the total is exact."""
+def test_parts_are_bounded_and_add_up(kind: str) -> None:
+    """With 16-bit weights and inputs, sums exceed 2**24 while each part does not, and the total is exact."""
     target, shape, settings, twin = LAYERS[kind]
     generator = torch.Generator().manual_seed(5)
     taps = int(np.prod(shape[2:]))
@@ -121,7 +121,7 @@ def test_parts_stay_below_and_add_up(kind: str) -> None:
     assert torch.equal(total, twin(x.double(), codes.double(), None, **settings))
 
 
-def test_parts_are_as_few_as_their_order_allows() -> None:
+def test_as_few_parts_as_possible() -> None:
     codes = torch.full((1, 100), 127, dtype=torch.int8)
     x = Integers(torch.zeros(1), SCALAR, None, 0, 2**24 // (127 * 30))
     parts, _ = split_channels(Operator(aten.linear.default, {}), x, Integers(codes, SCALAR))
@@ -129,7 +129,7 @@ def test_parts_are_as_few_as_their_order_allows() -> None:
     assert [part.stop - part.start for part in parts] == [30, 30, 30, 10]
 
 
-def test_a_channel_that_is_too_large_by_itself_is_refused_by_name() -> None:
+def test_oversized_channel_is_refused_by_name() -> None:
     codes = torch.full((1, 4), 127, dtype=torch.int8)
     x = Integers(torch.zeros(1), SCALAR, None, 0, 2**24 // 127 + 1)
     with pytest.raises(UnsupportedModel, match=r"layer blocks\.3 .*2\^24 .*choose another `style`"):
@@ -183,8 +183,8 @@ def all_positive(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("kind", sweep(WIDE, lambda kind: kind in ("linear", "conv", "transposed_grouped")))
-def test_a_layer_whose_sums_pass_float32_is_exact_all_the_same(kind: str, tmp_path: Path) -> None:
-    """Against integers in float64; ONNX Runtime has the same bits however many images it is given."""
+def test_sums_beyond_float32_stay_exact(kind: str, tmp_path: Path) -> None:
+    """Compared with integers in float64; ONNX Runtime gives the same bits at every batch size."""
 
     def make() -> nn.Module:
         module = WIDE[kind]()
@@ -194,9 +194,7 @@ def test_a_layer_whose_sums_pass_float32_is_exact_all_the_same(kind: str, tmp_pa
     quantized = quantize(make, same_bits(8), Scheme(weight_grid="paper"))
     ((name, layer),) = quantized.layers.items()
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
-    x = (
-        torch.rand(16, 3, 6, 6, generator=torch.Generator().manual_seed(6)) * 10
-    )  # beyond the range: codes of 255
+    x = torch.rand(16, 3, 6, 6, generator=torch.Generator().manual_seed(6)) * 10  # beyond the range: code 255
     form = ExactForm(frozen_copy(quantized.model), x[:2]).eval()
     (accumulator,) = form.accumulators
 
@@ -216,7 +214,7 @@ def test_a_layer_whose_sums_pass_float32_is_exact_all_the_same(kind: str, tmp_pa
         sums = F.conv_transpose2d(codes[1], codes[0], None, 1, 1, groups=kind_of.groups)
     else:
         sums = F.conv2d(codes[1], codes[0], None, 1, 1, groups=kind_of.groups)
-    assert float(sums.abs().max()) > EXACT_FLOAT  # it does happen
+    assert float(sums.abs().max()) > EXACT_FLOAT  # it does occur
     steps = weights.step().detach().double() * inputs.step().detach().double()  # type: ignore[operator, union-attr]
     scale = steps.flatten().repeat(sums.shape[1] // steps.numel())
     shape = (-1,) if sums.dim() == 2 else (1, -1, 1, 1)
@@ -233,7 +231,7 @@ def test_a_layer_whose_sums_pass_float32_is_exact_all_the_same(kind: str, tmp_pa
             assert torch.equal(onnx_session(path, optimized=optimized)(x[:count]), found[:count])
 
 
-def test_a_layer_within_the_bound_is_not_cut() -> None:
+def test_bounded_layer_is_not_split() -> None:
     quantized = quantize(
         wide_linear, lambda names: {name: LayerBits(weight=4, activation=4) for name in names}
     )

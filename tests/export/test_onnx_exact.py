@@ -39,7 +39,7 @@ from tests.support.onnx_files import (
 )
 from tests.support.sweeps import sweep
 
-# Where a result depends on the order of a sum, or on somebody's approximation.
+# Operators whose result depends on summation order or on an approximation.
 INEXACT = set(
     """
     BatchNormalization LayerNormalization GroupNormalization InstanceNormalization Softmax LogSoftmax Exp Log Erf
@@ -54,15 +54,15 @@ EXPORTED = sweep(
 
 
 @pytest.mark.parametrize(("name", "grid"), EXPORTED)
-def test_there_is_no_node_whose_result_is_a_matter_of_opinion(name: str, grid: str, folder: Path) -> None:
+def test_only_deterministic_operators_are_used(name: str, grid: str, folder: Path) -> None:
     graph = graph_of(written(folder, "exact", network(name, grid), f"{name}-{grid}"))
 
     assert not INEXACT & {node.op_type for node in graph.node}
 
 
 @pytest.mark.parametrize(("name", "grid"), EXPORTED)
-def test_products_multiply_integers_without_a_bias(name: str, grid: str, folder: Path) -> None:
-    """Codes are dequantized with step 1; the steps come behind."""
+def test_products_are_integer_without_bias(name: str, grid: str, folder: Path) -> None:
+    """Codes are dequantized with step 1; the steps are applied after the product."""
     graph = graph_of(written(folder, "exact", network(name, grid), f"{name}-{grid}"))
     made, known = producers(graph), constants(graph)
     count = 0
@@ -84,8 +84,8 @@ def test_products_multiply_integers_without_a_bias(name: str, grid: str, folder:
         lambda bits, grid: bits == 8 or (bits, grid) in ((4, "paper"), (2, "zero")),
     ),
 )
-def test_codes_lie_in_the_smallest_container(bits: int, grid: str, folder: Path) -> None:
-    """Odd codes up to 15 by halves in INT4: code = 2 h + 1."""
+def test_codes_use_the_smallest_container(bits: int, grid: str, folder: Path) -> None:
+    """Odd codes up to 15 are stored as halves in INT4: code = 2 h + 1."""
     quantized = quantize(NETWORKS["conv_bn"], same_bits(bits), Scheme(weight_grid=grid))  # type: ignore[arg-type]
     graph = graph_of(written(folder, "exact", quantized, f"conv_bn-{bits}-{grid}"))
     known = constants(graph)
@@ -112,7 +112,7 @@ def test_codes_lie_in_the_smallest_container(bits: int, grid: str, folder: Path)
 
 
 @pytest.mark.parametrize("case", ["weight", "activation"])
-def test_a_convolution_with_a_float_operand_is_refused_by_name(case: str, tmp_path: Path) -> None:
+def test_float_convolution_operand_is_refused(case: str, tmp_path: Path) -> None:
     other = LayerBits(weight=4, activation=4)
     one = LayerBits(weight=None if case == "weight" else 4, activation=None if case == "activation" else 4)
     quantized = quantize(
@@ -126,7 +126,7 @@ def test_a_convolution_with_a_float_operand_is_refused_by_name(case: str, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_an_operator_without_an_exact_form_is_refused_by_name(tmp_path: Path) -> None:
+def test_operator_without_exact_form_is_named(tmp_path: Path) -> None:
     quantized = quantize(
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softplus(), nn.Flatten(), nn.Linear(64, 5))
     )
@@ -134,7 +134,7 @@ def test_an_operator_without_an_exact_form_is_refused_by_name(tmp_path: Path) ->
         export(quantized, "exact", tmp_path / "model.onnx")
 
 
-def test_the_largest_sums_are_told() -> None:
+def test_largest_sums_are_reported() -> None:
     quantized = network("depthwise")
     form = ExactForm(frozen_copy(quantized.model), images(2))
 
@@ -143,8 +143,8 @@ def test_the_largest_sums_are_told() -> None:
     assert answer(form.eval(), images(3)).shape == (3, 5)
 
 
-def test_wide_matrix_products_are_cut_as_codes(tmp_path: Path) -> None:
-    """8-bit sums over 4,608 inputs leave 2^24: each part is a product of codes, and no float is sliced (hazard H2)."""
+def test_wide_products_are_split_as_codes(tmp_path: Path) -> None:
+    """8-bit sums over 4,608 inputs exceed 2^24: each part is a product of codes, no float is sliced (hazard H2)."""
     quantized = quantize(
         lambda: nn.Sequential(
             nn.Conv2d(3, 128, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128 * 36, 5)

@@ -1,4 +1,4 @@
-"""Style qdq: integer codes behind DequantizeLinear, folded norms, and the numbers of the model."""
+"""Style qdq: integer codes with DequantizeLinear, folded norms, and the values of the model."""
 
 import itertools
 from math import ceil, prod
@@ -55,7 +55,7 @@ def exported(request: pytest.FixtureRequest, folder: Path) -> tuple[Quantized, P
     return quantized, written(folder, "qdq", quantized, f"{name}-{grid}")
 
 
-def test_there_is_one_dequantizer_of_integers_for_every_quantized_weight(
+def test_one_dequantizer_per_quantized_weight(
     exported: tuple[Quantized, Path],
 ) -> None:
     quantized, path = exported
@@ -65,7 +65,7 @@ def test_there_is_one_dequantizer_of_integers_for_every_quantized_weight(
 
 
 def check_weights(quantized: Quantized, path: Path) -> None:
-    """Codes are those of the quantizer, with the sign of the gain; steps are the quantizer's times its magnitude,
+    """Codes are the quantizer's with the sign of the gain; steps are the quantizer's times its magnitude, rounded once.
     rounded once."""
     graph = graph_of(path)
     known = constants(graph)
@@ -94,7 +94,7 @@ def check_weights(quantized: Quantized, path: Path) -> None:
         assert (np.abs(mine - truth) <= EPSILON * np.abs(truth)).all(), name
 
 
-def test_stored_codes_and_steps_are_those_of_the_quantizers(exported: tuple[Quantized, Path]) -> None:
+def test_stored_codes_match_the_quantizers(exported: tuple[Quantized, Path]) -> None:
     check_weights(*exported)
 
 
@@ -105,9 +105,7 @@ def test_stored_codes_and_steps_are_those_of_the_quantizers(exported: tuple[Quan
         lambda *case: case[1:] == ("channel", "zero") or case == ("conv_bn", "tensor", "paper"),
     ),
 )
-def test_gains_below_zero_change_signs_and_a_gain_of_zero_leaves_nothing(
-    name: str, granularity: str, grid: str, tmp_path: Path
-) -> None:
+def test_negative_and_zero_gains_are_folded(name: str, granularity: str, grid: str, tmp_path: Path) -> None:
     scheme = Scheme(weight_grid=grid, granularity=granularity)  # type: ignore[arg-type]
 
     def make() -> nn.Module:
@@ -130,8 +128,8 @@ def test_gains_below_zero_change_signs_and_a_gain_of_zero_leaves_nothing(
 
 
 @pytest.mark.parametrize("code", [-8, -7])
-def test_a_norm_that_would_take_codes_out_of_four_bits_stays(code: int, tmp_path: Path) -> None:
-    """-8 has no negative in INT4, and twice the size for one sign is no good trade."""
+def test_norm_overflowing_int4_is_not_folded(code: int, tmp_path: Path) -> None:
+    """-8 has no negative in INT4, and a larger container for one sign does not pay off."""
     quantized = quantize(lambda: nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Flatten()),
                          lambda names: {n: LayerBits(weight=4, activation=8) for n in names},
                          Scheme(weight_grid="zero"))  # fmt: skip
@@ -153,8 +151,8 @@ def test_a_norm_that_would_take_codes_out_of_four_bits_stays(code: int, tmp_path
     assert check_layers(path, frozen_copy(quantized.model), x[:8]).passed
 
 
-def test_codes_lie_in_the_smallest_container(exported: tuple[Quantized, Path]) -> None:
-    """INT4 where the codes fit, INT16 only for the paper's 8 bits; and INT4 is packed two a byte."""
+def test_codes_use_the_smallest_container(exported: tuple[Quantized, Path]) -> None:
+    """INT4 where the codes fit, packed two per byte; INT16 only for the paper's 8 bits."""
     _, path = exported
     for _, codes in dequantized(graph_of(path)):
         array = integers(codes)
@@ -166,8 +164,8 @@ def test_codes_lie_in_the_smallest_container(exported: tuple[Quantized, Path]) -
             assert len(codes.raw_data) == ceil(prod(codes.dims) / 2)
 
 
-def test_no_float_bias_is_fused_with_a_dequantized_weight(exported: tuple[Quantized, Path]) -> None:
-    """ONNX Runtime would round it; an integer bias, of a layer that runs on integers, is rounded already."""
+def test_float_bias_is_never_fused(exported: tuple[Quantized, Path]) -> None:
+    """ONNX Runtime would round it; the integer bias of an integer layer is already rounded."""
     graph = graph_of(exported[1])
     made = producers(graph)
     behind = {node.output[0] for node, _ in dequantized(graph)}
@@ -185,8 +183,8 @@ def test_no_float_bias_is_fused_with_a_dequantized_weight(exported: tuple[Quanti
 
 
 @pytest.mark.parametrize("quantizer", ["clip", "lsq_plus"])
-def test_a_layer_that_runs_on_integers_has_a_bias_of_its_scales(quantizer: str, tmp_path: Path) -> None:
-    """Rounded by half a unit at most; a layer whose output is not quantized to 8 bits keeps its float bias."""
+def test_integer_layer_has_integer_bias(quantizer: str, tmp_path: Path) -> None:
+    """Rounded by half a unit at most; a layer without 8-bit output keeps its float bias."""
     quantized = quantize(NETWORKS["conv_bn"], same_bits(8), Scheme(quantizer=quantizer))
     path = export(quantized, "qdq", tmp_path / "model.onnx")
     graph = graph_of(path)
@@ -202,7 +200,7 @@ def test_a_layer_that_runs_on_integers_has_a_bias_of_its_scales(quantizer: str, 
             found[told(weight)["saq.layer"]] = (codes * unit, unit)
 
     norms = norms_of(quantized.model)
-    assert set(found) == {"0"}  # the others' outputs are reshaped, or not quantized
+    assert set(found) == {"0"}  # outputs of the others are reshaped or not quantized
     for name in found:
         norm = norms[name]
         values, unit = found[name]
@@ -213,8 +211,8 @@ def test_a_layer_that_runs_on_integers_has_a_bias_of_its_scales(quantizer: str, 
         assert (np.abs(values - exact) <= 0.5 * unit + 2 * EPSILON * np.abs(exact)).all()
 
 
-def test_inputs_are_quantized_into_eight_bits_behind_a_clip(exported: tuple[Quantized, Path]) -> None:
-    """A narrower container is refused or miscomputed by ONNX Runtime; without the clip it would hold too many codes."""
+def test_inputs_are_clipped_then_quantized(exported: tuple[Quantized, Path]) -> None:
+    """ONNX Runtime refuses or miscomputes narrower containers; without the clip there would be too many codes."""
     quantized, path = exported
     graph = graph_of(path)
     known = constants(graph)
@@ -225,7 +223,7 @@ def test_inputs_are_quantized_into_eight_bits_behind_a_clip(exported: tuple[Quan
                 known[node.output[0]] = attribute.t
     quantizers = [node for node in graph.node if node.op_type == "QuantizeLinear"]
     layers = [layer for layer in quantized.layers.values() if isinstance(layer.input_quantizer, Quantizer)]
-    if not isinstance(quantized.model, Bank):  # whose layers share the quantized images
+    if not isinstance(quantized.model, Bank):  # its layers share the quantized images
         assert len(quantizers) == len(layers)
 
     assert {known[n.input[2]].data_type for n in quantizers} <= {INT8, UINT8}
@@ -243,9 +241,7 @@ def test_inputs_are_quantized_into_eight_bits_behind_a_clip(exported: tuple[Quan
 
 @pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
 @pytest.mark.parametrize("grid", sweep(["paper", "zero"], lambda grid: grid == "paper"))
-def test_a_single_layer_equals_the_model_to_float32_rounding(
-    grid: str, optimized: bool, folder: Path
-) -> None:
+def test_single_layer_matches_to_rounding(grid: str, optimized: bool, folder: Path) -> None:
     """Products of the same codes, summed in another order: each sum of K terms is within K + 2 roundings of the true
     one, times the sum of magnitudes; 2 for the steps and the bias."""
     quantized = network("bank", grid, "channel")
@@ -269,7 +265,7 @@ def test_a_single_layer_equals_the_model_to_float32_rounding(
 
 @torch.no_grad()
 def magnitudes(branch: nn.Module, layer: QuantizedLayer, x: Tensor) -> tuple[Tensor, int]:
-    """The sum of magnitudes of the terms of every output, in float64, and how many terms there are at most."""
+    """The sum of magnitudes of the terms of every output, in float64, and the largest number of terms."""
     seen: list[Tensor] = []
     hook = layer.input_quantizer.register_forward_hook(lambda module, args, output: seen.append(output))
     output = branch(x)
@@ -296,7 +292,7 @@ def magnitudes(branch: nn.Module, layer: QuantizedLayer, x: Tensor) -> tuple[Ten
 @pytest.mark.parametrize(
     ("name", "grid"), sweep((pair for pair in EXPORTED if pair[0] != "bank"), first_of_all)
 )
-def test_a_deep_network_agrees_with_the_model(name: str, grid: str, optimized: bool, folder: Path) -> None:
+def test_deep_network_matches_the_model(name: str, grid: str, optimized: bool, folder: Path) -> None:
     """An activation on the edge of two codes may fall either way, hence no bound on the largest difference; the median
     image has none: its largest difference is that of a few thousand float32 roundings."""
     quantized = network(name, grid, "channel")
@@ -311,8 +307,8 @@ def test_a_deep_network_agrees_with_the_model(name: str, grid: str, optimized: b
 
 
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
-def test_one_step_for_a_tensor_is_exported_as_well(granularity: str, folder: Path) -> None:
-    """One number, unless a norm was folded into it."""
+def test_per_tensor_step_is_exported(granularity: str, folder: Path) -> None:
+    """A scalar, unless a norm was folded into it."""
     quantized = network("conv_bn", "auto", granularity)
     path = written(
         folder, "qdq", quantized, "conv_bn-auto" if granularity == "channel" else "conv_bn-auto-tensor"
@@ -330,7 +326,7 @@ def test_one_step_for_a_tensor_is_exported_as_well(granularity: str, folder: Pat
         assert judge(answer(quantized.model, x), onnx_session(path, optimized=optimized)(x)).verified
 
 
-def test_norms_behind_convolutions_are_gone(exported: tuple[Quantized, Path]) -> None:
+def test_batch_norms_are_folded(exported: tuple[Quantized, Path]) -> None:
     quantized, path = exported
     kinds = {node.op_type for node in graph_of(path).node}
 

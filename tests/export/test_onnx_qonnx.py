@@ -1,4 +1,4 @@
-"""Style qonnx: IntQuant nodes whose inputs say everything, and a function that says what they mean."""
+"""Style qonnx: IntQuant nodes with complete inputs, and a function that defines them."""
 
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,8 @@ def int_quant(x: Any, scale: Any, zero: Any, bits: Any, signed: int, narrow: int
         lambda name, quantizer, grid: (quantizer == "clip") == (name == "conv_bn"),
     ),
 )
-def test_nodes_say_the_true_bits_and_their_constants_are_the_weights(
-    name: str, grid: str, quantizer: str, tmp_path: Path
-) -> None:
-    """The quantizer leaves its constant as it is: it is on its grid already."""
+def test_nodes_hold_true_bits_and_weights(name: str, grid: str, quantizer: str, tmp_path: Path) -> None:
+    """The constant is unchanged by its quantizer, since it is already on the grid."""
     quantized = quantize(NETWORKS[name], scheme=Scheme(quantizer=quantizer, weight_grid=grid))  # type: ignore[arg-type]
     path = export(quantized, "qonnx", tmp_path / "model.onnx")
     graph = graph_of(path)
@@ -82,10 +80,10 @@ def test_nodes_say_the_true_bits_and_their_constants_are_the_weights(
 @pytest.mark.parametrize("narrow", [0, 1])
 @pytest.mark.parametrize("zero", [0.0, -0.5, 3.0])
 @pytest.mark.parametrize("bits", [2, 5, 8])
-def test_the_function_in_the_file_is_the_definition(
+def test_embedded_function_matches_the_standard(
     bits: int, zero: float, narrow: int, signed: int, folder: Path
 ) -> None:
-    """Away from edges, where the order of rounding shows in the last bit only."""
+    """Away from rounding edges, where the order of operations shows only in the last bit."""
     import onnxruntime as ort
 
     model = onnx.load(str(written(folder, "qonnx", network("conv_bn"), "conv_bn-auto")))
@@ -120,7 +118,7 @@ def test_the_function_in_the_file_is_the_definition(
     assert np.allclose(found, int_quant(x, scale, zero, bits, signed, narrow), rtol=1e-6, atol=1e-6)
 
 
-def test_the_papers_grid_has_zero_point_minus_one_half(tmp_path: Path) -> None:
+def test_paper_grid_has_zero_point_half(tmp_path: Path) -> None:
     quantized = quantize(NETWORKS["conv_bn"], scheme=Scheme(weight_grid="paper"))
     graph = graph_of(export(quantized, "qonnx", tmp_path / "model.onnx"))
     known = constants(graph)

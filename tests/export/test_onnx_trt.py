@@ -1,4 +1,4 @@
-"""Style trt: INT8 everywhere, no zero points, and grids that do not fit moved and set right again."""
+"""Style trt: INT8 throughout, zero points of 0, and grids that do not fit are shifted and corrected."""
 
 from pathlib import Path
 
@@ -53,9 +53,7 @@ MOVED = {
         lambda name, quantizer, grid: name != "token_mlp" and (quantizer == "clip") == (name == "conv_bn"),
     ),
 )
-def test_every_quantizer_is_int8_with_zero_point_zero(
-    name: str, quantizer: str, grid: str, tmp_path: Path
-) -> None:
+def test_every_quantizer_is_symmetric_int8(name: str, quantizer: str, grid: str, tmp_path: Path) -> None:
     scheme = Scheme(quantizer=quantizer, weight_grid=grid)  # type: ignore[arg-type]
     quantized = quantize(NETWORKS[name], scheme=scheme)
     path = export(quantized, "trt", tmp_path / "model.onnx")
@@ -72,7 +70,7 @@ def test_every_quantizer_is_int8_with_zero_point_zero(
 
 
 def moved(kind: str, quantizer: str) -> Quantized:
-    """One layer, its input quantized on a grid beyond INT8."""
+    """One layer whose input is quantized on a grid outside INT8."""
     quantized = quantize(
         lambda: nn.Sequential(nn.ReLU(), MOVED[kind](), nn.Flatten()),
         same_bits(8),
@@ -90,8 +88,8 @@ def moved(kind: str, quantizer: str) -> Quantized:
         lambda kind, quantizer: quantizer == "lsq_plus" or kind == "padded",
     ),
 )
-def test_an_offset_in_front_is_set_right_behind(kind: str, quantizer: str, tmp_path: Path) -> None:
-    """One layer on inputs that are all on the grid, so no code can flip: only sums are rounded."""
+def test_offset_is_corrected_after_the_layer(kind: str, quantizer: str, tmp_path: Path) -> None:
+    """One layer on inputs that lie on the grid, so no code can flip: only sums are rounded."""
     quantized = moved(kind, quantizer)
     path = export(quantized, "trt", tmp_path / "model.onnx")
     (layer,) = quantized.layers.values()
@@ -108,7 +106,7 @@ def test_an_offset_in_front_is_set_right_behind(kind: str, quantizer: str, tmp_p
         assert np.abs((found - expected).numpy()).max() <= 2 * (terms + 4) * EPSILON * terms * largest
 
 
-def test_padding_is_done_before_the_offset(tmp_path: Path) -> None:
+def test_padding_precedes_the_offset(tmp_path: Path) -> None:
     graph = graph_of(export(moved("padded", "clip"), "trt", tmp_path / "model.onnx"))
     kinds = [node.op_type for node in graph.node]
     pads = [list(a.ints) for node in graph.node for a in node.attribute if a.name == "pads"]
@@ -120,7 +118,7 @@ def test_padding_is_done_before_the_offset(tmp_path: Path) -> None:
     assert told(codes)["saq.pads"] == "0,0,1,1,0,0,1,1"
 
 
-def test_unsigned_codes_up_to_127_stay_as_they_are(folder: Path) -> None:
+def test_unsigned_codes_up_to_127_are_kept(folder: Path) -> None:
     quantized = quantize(
         NETWORKS["depthwise"],
         lambda names: {name: LayerBits(weight=4, activation=7 if k else 8) for k, name in enumerate(names)},
@@ -130,7 +128,7 @@ def test_unsigned_codes_up_to_127_stay_as_they_are(folder: Path) -> None:
     assert not {"Sub", "Pad"} & {node.op_type for node in graph.node}
 
 
-def test_weights_that_reach_255_are_refused_by_name(tmp_path: Path) -> None:
+def test_weights_beyond_int8_are_refused(tmp_path: Path) -> None:
     quantized = quantize(NETWORKS["conv_bn"], same_bits(8), Scheme(weight_grid="paper"))
     with pytest.raises(
         UnsupportedModel, match=r"codes of 0 reach 2[0-9][0-9].*`quantization.weight_grid=auto`"
@@ -140,7 +138,7 @@ def test_weights_that_reach_255_are_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["conv_bn", "depthwise"])
-def test_norms_are_folded(name: str, folder: Path) -> None:
+def test_batch_norms_are_folded(name: str, folder: Path) -> None:
     model = onnx.load(str(written(folder, "trt", network(name), f"{name}-auto")))
 
     assert "BatchNormalization" not in {node.op_type for node in model.graph.node}

@@ -1,6 +1,6 @@
-"""Ordered arithmetic is near to PyTorch's, and ONNX Runtime computes the very same numbers.
+"""Ordered arithmetic is close to PyTorch's, and ONNX Runtime computes identical values.
 
-The second is what the functions are for: not one number may differ, whatever goes in.
+The latter is their purpose: no value may differ, for any input.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from tests.support.sweeps import sweep
 EPS = 2.0**-24  # relative rounding error of one float32 operation
 Function = Callable[[Tensor], Tensor]
 
-# Extremes of what a network computes, and what may come out of damaged ones.
+# Extreme values of networks, and values of damaged ones.
 SPECIAL = (
     0.0, -0.0, 1.0, -1.0, 3.0, -3.0, 6.0, 0.5, 1e-3, -1e-3, 1e-30, -1e-30, 1.2e-38, 1e-40, -1e-40, 1e-45, 4.0, -4.0,
     86.9, -86.9, 87.0, -87.0, 88.8, -88.8, 103.0, -103.0, 150.0, -150.0, 1e4, -1e4, 1e20, -1e20,
@@ -34,7 +34,7 @@ SPECIAL = (
 
 
 def numbers() -> Tensor:
-    """Every magnitude, both signs."""
+    """Values of every magnitude and both signs."""
     with seeded(0):
         spread = torch.randn(4000) * torch.exp(torch.empty(4000).uniform_(-12, 5))
     return torch.cat([torch.tensor(SPECIAL), spread, torch.linspace(-12, 12, 4001)])
@@ -62,7 +62,7 @@ POINTWISE: dict[str, tuple[Function, Function, Callable[[Tensor, Tensor], Tensor
 
 
 @pytest.mark.parametrize("name", POINTWISE)
-def test_a_function_is_pytorchs_to_a_few_roundings(name: str) -> None:
+def test_function_matches_pytorch_to_rounding(name: str) -> None:
     mine, truth, allowed = POINTWISE[name]
     x = numbers()
     found, expected = mine(x).double(), truth(x.double())
@@ -73,7 +73,7 @@ def test_a_function_is_pytorchs_to_a_few_roundings(name: str) -> None:
     assert float(off.max()) <= 0, (float(x[worst]), float(found[worst]), float(expected[worst]))
 
 
-def test_exp_is_pytorchs_between_its_ends() -> None:
+def test_exp_matches_pytorch_within_its_range() -> None:
     x = torch.cat([torch.linspace(-87, 87, 200001), torch.tensor([0.0, 1e-40, -1e-40, 1e-8])])
     found, expected = ordered.exp(x).double(), torch.exp(x.double())
 
@@ -83,8 +83,8 @@ def test_exp_is_pytorchs_between_its_ends() -> None:
     assert float(ordered.exp(torch.tensor(0.0))) == 1
 
 
-def test_a_root_is_rounded_correctly() -> None:
-    """Also in the middle between two numbers, and next to squares."""
+def test_sqrt_is_correctly_rounded() -> None:
+    """Also halfway between two floats, and next to squares."""
     near = torch.arange(1, 40000, dtype=torch.float64).square().float()
     x = torch.cat([numbers().abs(), near, near * (1 + 2.0**-23), near * (1 - 2.0**-24)])
     expected = np.sqrt(x.numpy().astype(np.longdouble)).astype(np.float32)
@@ -92,8 +92,8 @@ def test_a_root_is_rounded_correctly() -> None:
     assert np.array_equal(ordered.sqrt(x).numpy(), expected)
 
 
-def test_exp_never_falls() -> None:
-    """Within its roundings: a larger number has no exponential that is clearly smaller."""
+def test_exp_is_monotonic() -> None:
+    """Up to its rounding error."""
     x = torch.linspace(-20, 20, 100001)
     y = ordered.exp(x).double()
 
@@ -102,8 +102,8 @@ def test_exp_never_falls() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 31, 64, 100])
 @pytest.mark.parametrize("dims", [0, 1, -1, (0, 2), (0, 1, 2)])
-def test_a_total_is_the_sum_rounded_once_or_twice(size: int, dims: int | tuple[int, ...]) -> None:
-    """Also of numbers that nearly cancel: what is lost is far below the rounding of the largest."""
+def test_total_is_rounded_at_most_twice(size: int, dims: int | tuple[int, ...]) -> None:
+    """Also under cancellation: the loss is far below the rounding of the largest term."""
     x = torch.cat([normal(size, 3, 4), -normal(size, 3, 4)], 2) * torch.exp(normal(size, 3, 8, seed=1) * 3)
     found, expected = ordered.total(x, dims).double(), x.double().sum(dims, keepdim=True)
     largest = x.double().abs().amax(dims, keepdim=True)
@@ -112,7 +112,7 @@ def test_a_total_is_the_sum_rounded_once_or_twice(size: int, dims: int | tuple[i
     assert ((found - expected).abs() <= EPS * expected.abs() + 2.0**-32 * largest).all()
 
 
-def test_a_total_does_not_depend_on_the_order() -> None:
+def test_total_is_independent_of_order() -> None:
     x = normal(5, 1000)
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(2))
 
@@ -122,7 +122,7 @@ def test_a_total_does_not_depend_on_the_order() -> None:
 @pytest.mark.parametrize("keepdim", [False, True])
 @pytest.mark.parametrize("dims", [None, 0, -1, [2], [2, 3], [-1, -2], [1, 3], [0, 1, 2, 3]])
 @pytest.mark.parametrize("name", ["mean", "sum"])
-def test_mean_and_sum_have_pytorchs_shape_and_value(name: str, dims: object, keepdim: bool) -> None:
+def test_mean_and_sum_match_pytorch(name: str, dims: object, keepdim: bool) -> None:
     x = normal(3, 4, 5, 7)
     if name == "sum" and isinstance(dims, int):
         dims = [dims]
@@ -149,12 +149,12 @@ def test_softmax(dim: int) -> None:
 @pytest.mark.parametrize("shape", [[8], [7, 8], [5, 7, 8]])
 def test_layer_norm(shape: list[int], affine: bool) -> None:
     x = normal(4, 5, 7, 8) * 3 + 1
-    x[0, 0] = 2.5  # no deviation at all
+    x[0, 0] = 2.5  # zero deviation
     weight, bias = (normal(*shape, seed=1), normal(*shape, seed=2)) if affine else (None, None)
     found = ordered.layer_norm(x, shape, weight, bias, 1e-5)
     double = [None if each is None else each.double() for each in (weight, bias)]
     expected = F.layer_norm(x.double(), shape, *double, 1e-5)
-    # A constant is off its mean by a rounding, over the root of eps.
+    # A constant differs from its mean by one rounding, divided by sqrt(eps).
     allowed = torch.full_like(expected, 64 * EPS * 4)
     allowed[0, 0] = (
         2.5 * 2 * EPS / math.sqrt(1e-5) * (1 if weight is None else float(weight.abs().max())) + 1e-6
@@ -188,9 +188,7 @@ def test_group_norm(shape: tuple[int, ...], groups: int, affine: bool) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 64, 1000, 2048, 2049])
 @pytest.mark.parametrize("lead", [((4,), ()), ((2, 3), (2, 3)), ((3,), (3,))])
-def test_matmul_keeps_as_many_bits_as_exact_sums_allow(
-    count: int, lead: tuple[tuple[int, ...], tuple[int, ...]]
-) -> None:
+def test_matmul_keeps_bits_of_exact_sums(count: int, lead: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     rows, columns = lead
     a, b = normal(*rows, 5, count, seed=1), normal(*columns, count, 6, seed=2)
     a[..., 0, :], b[..., 1] = 0, 0
@@ -203,7 +201,7 @@ def test_matmul_keeps_as_many_bits_as_exact_sums_allow(
     assert ((ordered.matmul(a, b).double() - a.double() @ b.double()).abs() <= allowed).all()
 
 
-def test_matmul_does_not_depend_on_the_order_of_its_sums() -> None:
+def test_matmul_is_independent_of_order() -> None:
     a, b = normal(7, 500), normal(500, 9, seed=1)
     order = torch.randperm(500, generator=torch.Generator().manual_seed(2))
 
@@ -242,7 +240,7 @@ def test_attention(mask: str) -> None:
         assert not found[:, :, ::4].any()
 
 
-def test_attention_with_grouped_queries_is_refused() -> None:
+def test_grouped_query_attention_is_refused() -> None:
     query, key = normal(2, 4, 6, 8), normal(2, 2, 6, 8, seed=1)
     with pytest.raises(UnsupportedModel, match=r"grouped queries: choose another `style`"):
         ordered.attention(query, key, key, enable_gqa=True)
@@ -269,7 +267,7 @@ POOLS = [
 
 
 @pytest.mark.parametrize("size", [(6, 6), (7, 5), (4, 9)])
-def test_average_pools_of_every_kind(size: tuple[int, int]) -> None:
+def test_average_pools_2d(size: tuple[int, int]) -> None:
     x = normal(2, 3, *size)
     for options in POOLS:
         found = ORDERED["avg_pool2d"](x, **options)
@@ -280,7 +278,7 @@ def test_average_pools_of_every_kind(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("target", [(1, 1), (2, 2), (3, 3), (4, 3), (7, 5), (2, 5), (9, 9)])
-def test_adaptive_average_pools(target: tuple[int, int]) -> None:
+def test_adaptive_average_pools_2d(target: tuple[int, int]) -> None:
     x = normal(2, 3, 7, 5)
     found, expected = ORDERED["adaptive_avg_pool2d"](x, target), F.adaptive_avg_pool2d(x.double(), target)
 
@@ -289,7 +287,7 @@ def test_adaptive_average_pools(target: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("length", [6, 7])
-def test_average_pools_of_lines_of_every_kind(length: int) -> None:
+def test_average_pools_1d(length: int) -> None:
     x = normal(2, 3, length)
     for kernel, stride, padding, ceil_mode, include in itertools.product(
         ([2], [3]), ([], [1], [2]), ([0], [1]), (False, True), (False, True)
@@ -302,7 +300,7 @@ def test_average_pools_of_lines_of_every_kind(length: int) -> None:
 
 
 @pytest.mark.parametrize("target", [1, 2, 3, 7, 9])
-def test_adaptive_average_pools_of_lines(target: int) -> None:
+def test_adaptive_average_pools_1d(target: int) -> None:
     x = normal(2, 3, 7)
     found, expected = ORDERED["adaptive_avg_pool1d"](x, [target]), F.adaptive_avg_pool1d(x.double(), target)
 
@@ -310,8 +308,8 @@ def test_adaptive_average_pools_of_lines(target: int) -> None:
     assert float((found.double() - expected).abs().max()) <= 16 * EPS * 4
 
 
-def test_tanh_near_zero_keeps_its_relative_precision() -> None:
-    """Below and above the border at 0.1, where a difference would cancel and a series would end too early."""
+def test_tanh_near_zero_is_precise() -> None:
+    """On both sides of the switch at 0.1, where a difference would cancel and a series would end too early."""
     x = torch.cat([torch.logspace(-6, 0, 4001), torch.linspace(0.0999, 0.1001, 4001)])
     x = torch.cat([x, -x])
     error = (ordered.tanh(x).double() - x.double().tanh()).abs() / x.double().tanh().abs()
@@ -331,12 +329,12 @@ def test_powers(exponent: float) -> None:
 @pytest.mark.parametrize(
     ("name", "argument"), [("pow", 1.5), ("pow", -1), ("pow", 9), ("linalg_vector_norm", 1)]
 )
-def test_what_has_no_ordered_form_says_so(name: str, argument: float) -> None:
+def test_operator_without_ordered_form_is_named(name: str, argument: float) -> None:
     with pytest.raises(UnsupportedModel):
         ORDERED[name](torch.ones(3), argument)
 
 
-def test_norm_and_reciprocal_root() -> None:
+def test_norm_and_rsqrt() -> None:
     x = normal(4, 9)
     expected = torch.linalg.vector_norm(x.double(), 2, [1], keepdim=True)
 
@@ -380,7 +378,7 @@ CONVERTED: dict[str, Function] = {
 }
 
 
-# What the exact form leaves as it is: one operation of IEEE 754, in PyTorch and in ONNX Runtime.
+# Unchanged in the exact form: one IEEE 754 operation in PyTorch and in ONNX Runtime.
 ALONE: dict[str, Function] = {
     "add": lambda x: x + x.flip(1),
     "sub": lambda x: x - 0.3,
@@ -419,7 +417,7 @@ CONVERTED |= ALONE
 
 
 class SideBySide(nn.Module):
-    """All functions of one image, in a row."""
+    """All functions of one image, concatenated."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
@@ -429,14 +427,14 @@ class SideBySide(nn.Module):
         return torch.cat([CONVERTED[name](x).flatten(1) for name in self.names], 1)
 
 
-def test_what_is_left_alone_is_in_the_table() -> None:
+def test_exceptions_are_in_the_table() -> None:
     others = {"divided", "upsample_to", *(f"{name}_scaled" for name in SCALED)}
 
     assert set(ALONE) - others <= EXACT_ALONE
     assert not EXACT_ALONE & set(ORDERED)
 
 
-# An operation takes as long to export as any other: these have hundreds, and nothing that others here have not.
+# Slow to export: these have hundreds of operations, all of them covered by others.
 LONG = {"masked", "blind", "causal", "softmax_1", "adaptive_line", "average_ceil"}
 SHORT = [name for name in CONVERTED if name not in LONG]
 
@@ -459,7 +457,7 @@ def inputs(kind: str, count: int) -> Tensor:
         return normal(count, 6, 7, 5, seed=count) * torch.exp(normal(count, 6, 7, 5, seed=9) * 4)
     if kind == "zeros":
         return torch.zeros(count, 6, 7, 5)
-    # Attention multiplies three of them: what float32 cannot hold is no number in either.
+    # Attention multiplies three of them: what overflows float32 is NaN in both.
     special = torch.tensor([each for each in SPECIAL if abs(each) <= 1e4])
     repeated = special.repeat(math.ceil(count * 210 / len(special)))
     return repeated[: count * 210].reshape(count, 6, 7, 5)
@@ -467,7 +465,7 @@ def inputs(kind: str, count: int) -> Tensor:
 
 @cache
 def expected_of(kind: str, count: int) -> dict[str, Tensor]:
-    """What PyTorch computes."""
+    """The result of PyTorch."""
     x = inputs(kind, count)
     return {name: function(x).flatten(1) for name, function in CONVERTED.items()}
 
@@ -475,7 +473,7 @@ def expected_of(kind: str, count: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_ALL"])
 @pytest.mark.parametrize("kind", ["normal", "wide", "zeros", "special"])
-def test_onnx_runtime_computes_the_same_numbers(
+def test_onnx_runtime_matches_pytorch(
     kind: str, level: str, threads: int, converted: tuple[list[str], Path]
 ) -> None:
     names, path = converted

@@ -1,4 +1,4 @@
-"""Safetensors files: equal to the model, as small as they should be, always the same, and checked when read."""
+"""Safetensors files: equal to the model, minimal in size, reproducible, and checked when read."""
 
 import json
 import os
@@ -41,7 +41,7 @@ from tests.support.networks import (
     quantize,
     same_bits,
 )
-from tests.support.sealing import entry_of, join, retold, sealed, sha256_of, split, write
+from tests.support.sealing import entry_of, join, sealed, sha256_of, split, with_metadata, write
 from tests.support.sweeps import sweep
 from tests.support.tampering import TAMPERED
 
@@ -61,7 +61,7 @@ def network(name: str, grid: str = "auto", granularity: str = "channel") -> Quan
 
 
 def architecture(name: str) -> nn.Module:
-    """The float network, other weights in it."""
+    """The float network with other weights."""
     torch.manual_seed(77)
     return Bank() if name == "bank" else NETWORKS[name]()
 
@@ -72,7 +72,7 @@ def export(quantized: Quantized, path: Path) -> Path:
 
 
 def written(folder: Path, name: str, grid: str = "auto", granularity: str = "channel") -> Path:
-    """The file of a network, written once a test session, whatever test or process wants it first."""
+    """The file of a network, written once per test session."""
     path = folder / f"{name}-{grid}-{granularity}.safetensors"
     if not path.exists():
         export(network(name, grid, granularity), path.with_name(f"{os.getpid()}-{path.name}")).replace(path)
@@ -104,7 +104,7 @@ def reread(path: Path, name: str = "conv_bn") -> nn.Module:
 
 
 def refused(path: Path) -> str:
-    """The one-line message with which ``path`` is refused."""
+    """The one-line message that refuses ``path``."""
     with pytest.raises(CorruptArtifact) as refusal:
         reread(path)
     message = str(refusal.value)
@@ -113,7 +113,7 @@ def refused(path: Path) -> str:
     return message
 
 
-# What is written.
+# Writing.
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def refused(path: Path) -> str:
         lambda name, *scheme: name == "bank" or scheme in (("auto", "channel"), ("zero", "tensor")),
     ),
 )
-def test_a_rebuilt_model_is_bit_equal(name: str, grid: str, granularity: str, folder: Path) -> None:
+def test_rebuilt_model_is_bit_identical(name: str, grid: str, granularity: str, folder: Path) -> None:
     quantized = network(name, grid, granularity)
     model = reread(written(folder, name, grid, granularity), name)
 
@@ -139,7 +139,7 @@ def test_a_rebuilt_model_is_bit_equal(name: str, grid: str, granularity: str, fo
 
 
 @pytest.mark.parametrize("name", ["conv_bn", "attention", "standardized"])
-def test_a_rebuilt_model_is_written_as_the_same_file(name: str, folder: Path, tmp_path: Path) -> None:
+def test_rebuilt_model_saves_the_same_file(name: str, folder: Path, tmp_path: Path) -> None:
     path = written(folder, name)
     again = export(Quantized(reread(path, name), network(name).facts), tmp_path / "again.safetensors")
 
@@ -147,7 +147,7 @@ def test_a_rebuilt_model_is_written_as_the_same_file(name: str, folder: Path, tm
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_codes_take_exactly_their_bits(grid: str, folder: Path) -> None:
+def test_codes_are_packed_exactly(grid: str, folder: Path) -> None:
     tensors = read_content(written(folder, "bank", grid)).tensors
     stored = coded_layers(network("bank", grid))
 
@@ -158,20 +158,20 @@ def test_codes_take_exactly_their_bits(grid: str, folder: Path) -> None:
         assert f"{name}.{layer.weight_name}" not in tensors
 
 
-def test_the_file_holds_its_tensors_and_a_header_alone(good: Path) -> None:
+def test_file_is_header_and_tensors_only(good: Path) -> None:
     data = sum(value.numel() * value.element_size() for value in read_content(good).tensors.values())
     header = int.from_bytes(good.read_bytes()[:8], "little")
 
     assert good.stat().st_size == 8 + header + data
 
 
-def test_a_file_holds_nothing_but_numbers_and_json(good: Path) -> None:
+def test_file_holds_only_tensors_and_json(good: Path) -> None:
     with safetensors.safe_open(good, "pt") as file:
         assert set(file.metadata()) == {"saq"}
     assert set(entry_of(split(good.read_bytes())[0])) == {"format", "version", "sha256", "facts"}
 
 
-def test_layers_left_in_floating_point_are_stored_as_they_are(tmp_path: Path) -> None:
+def test_float_layers_are_stored_unchanged(tmp_path: Path) -> None:
     def half(names: Any) -> Any:
         bits = same_bits(4)(names)
         return {name: b.model_copy(update={"weight": None}) if name == "0" else b for name, b in bits.items()}
@@ -186,15 +186,15 @@ def test_layers_left_in_floating_point_are_stored_as_they_are(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["conv_bn", "attention"])
-def test_writing_twice_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
+def test_saving_twice_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
     one, other = (export(network(name), tmp_path / which) for which in ("one", "other"))
 
     assert one.read_bytes() == other.read_bytes()
 
 
-@pytest.mark.slow  # to start it takes seconds; saq rerun is tested with another process in every run
-def test_another_process_writes_the_same_bytes(good: Path, tmp_path: Path) -> None:
-    """Neither Python's hashes nor the library's, seeded anew in every process, decide about an order."""
+@pytest.mark.slow  # starting it takes seconds; every test run covers another process through saq rerun
+def test_another_process_saves_the_same_bytes(good: Path, tmp_path: Path) -> None:
+    """No order depends on hash seeds, which differ between processes."""
     path = tmp_path / "model.safetensors"
     code = (
         "import pathlib, sys; sys.path.insert(0, sys.argv[1]); import networks; "
@@ -214,13 +214,13 @@ def test_another_process_writes_the_same_bytes(good: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["bank", *NETWORKS])
-def test_the_hash_is_what_the_documentation_says(name: str, folder: Path) -> None:
+def test_hash_matches_the_documentation(name: str, folder: Path) -> None:
     header, data = split(written(folder, name).read_bytes())
 
     assert entry_of(header)["sha256"] == sha256_of(header, data)
 
 
-def test_the_check_in_the_documentation_finds_a_changed_file(
+def test_documented_check_detects_changes(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
@@ -234,7 +234,7 @@ def test_the_check_in_the_documentation_finds_a_changed_file(
         exec(check, {})
 
 
-def test_the_hash_sees_names_shapes_types_order_and_bytes() -> None:
+def test_hash_covers_header_and_data() -> None:
     ramp = torch.arange(6, dtype=torch.float32)
     base = {"a": ramp, "b": torch.zeros(2)}
     others: list[tuple[str, dict[str, Tensor]]] = [
@@ -257,13 +257,13 @@ def test_the_hash_sees_names_shapes_types_order_and_bytes() -> None:
     assert content_digest("", {"a": ramp.reshape(3, 2).T.reshape(6), "b": base["b"]}) not in hashes[:1]
 
 
-def test_a_tensor_of_strides_has_the_hash_of_its_numbers() -> None:
+def test_hash_ignores_strides() -> None:
     x = torch.arange(6.0).reshape(2, 3)
 
     assert content_digest("", {"x": x.T}) == content_digest("", {"x": x.T.contiguous()})
 
 
-def test_every_flipped_bit_of_the_data_is_found(good: Path, tmp_path: Path) -> None:
+def test_every_flipped_data_bit_is_detected(good: Path, tmp_path: Path) -> None:
     raw = good.read_bytes()
     start = len(raw) - len(split(raw)[1])
     for place in range(start, len(raw), 7):
@@ -274,7 +274,7 @@ def test_every_flipped_bit_of_the_data_is_found(good: Path, tmp_path: Path) -> N
         )
 
 
-def test_changed_facts_are_found(good: Path, tmp_path: Path) -> None:
+def test_changed_metadata_is_detected(good: Path, tmp_path: Path) -> None:
     header, data = split(good.read_bytes())
     text = header["__metadata__"]["saq"].replace('"saq_version":"0.0.0"', '"saq_version":"0.0.1"')
     path = write(tmp_path / "model.safetensors", join({**header, "__metadata__": {"saq": text}}, data))
@@ -283,25 +283,25 @@ def test_changed_facts_are_found(good: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sha256", [None, 7, "", "0" * 63, "G" * 64, BLANK, "A" * 64, ["0" * 64]])
-def test_a_file_without_a_right_hash_is_refused(sha256: Any, good: Path, tmp_path: Path) -> None:
+def test_missing_or_wrong_hash_is_refused(sha256: Any, good: Path, tmp_path: Path) -> None:
     header, data = split(good.read_bytes())
     text = json.dumps({**entry_of(header), "sha256": sha256})
 
     refused(write(tmp_path / "model.safetensors", join({**header, "__metadata__": {"saq": text}}, data)))
 
 
-# Truncated, foreign, of another version.
+# Truncated files, foreign files, other versions.
 
 
 @pytest.mark.parametrize("part", [1, 7, 8, 9, 100, 0.3, 0.6, 0.9, -1])
-def test_a_truncated_file_is_called_so(part: float, good: Path, tmp_path: Path) -> None:
+def test_truncated_file_is_named_as_such(part: float, good: Path, tmp_path: Path) -> None:
     whole = good.read_bytes()
     cut = whole[: int(part * len(whole)) if isinstance(part, float) else part]
 
     assert "is truncated" in refused(write(tmp_path / "model.safetensors", cut))
 
 
-def test_an_empty_file_and_one_with_more_than_its_tensors_are_refused(good: Path, tmp_path: Path) -> None:
+def test_empty_and_overlong_files_are_refused(good: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
 
     assert "is empty" in refused(write(path, b""))
@@ -323,19 +323,19 @@ def test_an_empty_file_and_one_with_more_than_its_tensors_are_refused(good: Path
         ((2).to_bytes(8, "little") + b"{}", "contains no quantized model"),
     ],
 )
-def test_a_foreign_file_is_called_what_it_is(content: bytes, what: str, tmp_path: Path) -> None:
+def test_foreign_file_type_is_named(content: bytes, what: str, tmp_path: Path) -> None:
     assert what in refused(write(tmp_path / "model.safetensors", content))
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "saq.model.2"}, {"facts": "{}"}])
-def test_safetensors_of_others_are_refused(metadata: dict[str, str] | None, tmp_path: Path) -> None:
+def test_foreign_safetensors_is_refused(metadata: dict[str, str] | None, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.zeros(2)}, path, metadata=metadata)
 
     assert "contains no quantized model of saq" in refused(path)
 
 
-def test_a_file_from_before_there_was_a_format_is_called_so(good: Path, tmp_path: Path) -> None:
+def test_unversioned_file_is_named_as_such(good: Path, tmp_path: Path) -> None:
     header, data = split(good.read_bytes())
     facts = json.dumps(entry_of(header)["facts"])
     header["__metadata__"] = {"format": "saq.model", "facts": facts}
@@ -346,7 +346,7 @@ def test_a_file_from_before_there_was_a_format_is_called_so(good: Path, tmp_path
 
 
 @pytest.mark.parametrize("right", [True, False], ids=["hashed", "not_hashed"])
-def test_a_newer_format_is_called_so_whatever_else_it_holds(right: bool, good: Path, tmp_path: Path) -> None:
+def test_newer_format_is_reported_first(right: bool, good: Path, tmp_path: Path) -> None:
     header, data = split(good.read_bytes())
     entry: dict[str, Any] = {
         "format": "saq.model",
@@ -360,17 +360,17 @@ def test_a_newer_format_is_called_so_whatever_else_it_holds(right: bool, good: P
     assert "reads up to 1: upgrade saq" in message
 
 
-def test_a_newer_description_is_called_so(good: Path, tmp_path: Path) -> None:
+def test_newer_metadata_version_is_reported(good: Path, tmp_path: Path) -> None:
     def newer(facts: dict[str, Any]) -> None:
         facts |= {"schema_version": 2, "saq_version": "9.1", "unheard": 1}
 
-    message = refused(write(tmp_path / "model.safetensors", retold(good.read_bytes(), newer)))
+    message = refused(write(tmp_path / "model.safetensors", with_metadata(good.read_bytes(), newer)))
     assert "was written by saq 9.1, description version 2" in message
     assert "upgrade saq" in message
 
 
 @pytest.mark.parametrize("version", [None, 0, -1, "1", 1.0, True, [1], 10**400])
-def test_a_version_that_is_none_is_refused(version: Any, good: Path, tmp_path: Path) -> None:
+def test_invalid_version_is_refused(version: Any, good: Path, tmp_path: Path) -> None:
     header, data = split(good.read_bytes())
 
     refused(
@@ -381,39 +381,39 @@ def test_a_version_that_is_none_is_refused(version: Any, good: Path, tmp_path: P
 @pytest.mark.parametrize(
     "entry", [None, [], "saq", 1, {}, {"format": "saq.model"}, {"format": ["saq.model"]}]
 )
-def test_an_entry_that_is_no_description_is_refused(entry: Any, good: Path, tmp_path: Path) -> None:
+def test_malformed_metadata_is_refused(entry: Any, good: Path, tmp_path: Path) -> None:
     refused(write(tmp_path / "model.safetensors", sealed(*split(good.read_bytes()), entry)))
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[" * 100_000, '{"format":"saq.model","version":' + "9" * 10_000 + "}"]
 )
-def test_an_entry_that_is_no_json_is_refused(text: str, good: Path, tmp_path: Path) -> None:
+def test_invalid_json_metadata_is_refused(text: str, good: Path, tmp_path: Path) -> None:
     header, data = split(good.read_bytes())
 
     refused(write(tmp_path / "model.safetensors", join({**header, "__metadata__": {"saq": text}}, data)))
 
 
-def test_an_unknown_key_is_refused(good: Path, tmp_path: Path) -> None:
+def test_unknown_key_is_refused(good: Path, tmp_path: Path) -> None:
     header, data = split(good.read_bytes())
     path = write(tmp_path / "model.safetensors", sealed(header, data, {**entry_of(header), "surprise": 1}))
 
     assert "unknown key 'surprise'" in refused(path)
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "nothing.safetensors")
     refused(tmp_path)
 
 
-# Contradictions, the hash made right again.
+# Contradictions with a recomputed hash.
 
 
 @pytest.mark.parametrize("change", TAMPERED.values(), ids=TAMPERED)
-def test_tampered_facts_are_refused(
+def test_tampered_metadata_is_refused(
     change: Callable[[dict[str, Any]], None], good: Path, tmp_path: Path
 ) -> None:
-    refused(write(tmp_path / "model.safetensors", retold(good.read_bytes(), change)))
+    refused(write(tmp_path / "model.safetensors", with_metadata(good.read_bytes(), change)))
 
 
 def _without(key: str) -> Callable[[dict[str, Tensor]], object]:
@@ -486,8 +486,8 @@ def test_changed_tensors_are_refused(
 
 
 @pytest.mark.parametrize("key", [LEVEL, NUMBER])
-def test_the_sign_of_a_level_has_no_meaning(key: str, good: Path, tmp_path: Path) -> None:
-    """Training may carry a level through zero; formats.md defines the step by its magnitude."""
+def test_sign_of_clip_level_is_ignored(key: str, good: Path, tmp_path: Path) -> None:
+    """A level may cross zero in training; formats.md defines the step by its magnitude."""
     facts, tensors = read_content(good)
     tensors[key] = -tensors[key]
     path = tmp_path / "model.safetensors"
@@ -496,7 +496,7 @@ def test_the_sign_of_a_level_has_no_meaning(key: str, good: Path, tmp_path: Path
     assert torch.equal(answer(reread(path), images(8)), answer(network("conv_bn").model, images(8)))
 
 
-def test_a_learned_offset_that_is_no_number_is_refused(tmp_path: Path) -> None:
+def test_nan_offset_is_refused(tmp_path: Path) -> None:
     quantized = quantize(NETWORKS["conv_bn"], scheme=Scheme(quantizer="lsq_plus"))
     path = export(quantized, tmp_path / "model.safetensors")
     tensors = read_content(path).tensors
@@ -506,7 +506,7 @@ def test_a_learned_offset_that_is_no_number_is_refused(tmp_path: Path) -> None:
     assert "3.input_quantizer has a NaN or infinite level, step or offset" in refused(path)
 
 
-def test_another_architecture_is_refused(good: Path) -> None:
+def test_other_architecture_is_refused(good: Path) -> None:
     facts, tensors = read_content(good)
     wider = NETWORKS["conv_bn"]()
     wider[3] = nn.Conv2d(4, 7, 3)  # type: ignore[operator]
@@ -516,12 +516,12 @@ def test_another_architecture_is_refused(good: Path) -> None:
             rebuild(other, facts, tensors, str(good))
 
 
-def test_a_message_stays_one_line_whatever_the_file_says(good: Path, tmp_path: Path) -> None:
+def test_error_is_always_one_line(good: Path, tmp_path: Path) -> None:
     def shout(facts: dict[str, Any]) -> None:
         layers = facts["policy"]["layers"]
         layers["3\nerror: \x1b[31mnothing works\u2028" + "!" * 10_000] = layers.pop("3")
         facts["signed"] = dict.fromkeys(layers, True)
 
-    message = refused(write(tmp_path / "model.safetensors", retold(good.read_bytes(), shout)))
+    message = refused(write(tmp_path / "model.safetensors", with_metadata(good.read_bytes(), shout)))
     assert "\x1b" not in message
     assert len(message) < 1000

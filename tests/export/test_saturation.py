@@ -1,4 +1,4 @@
-"""8-bit files are right on processors that add two products in 16 bits: computed in numpy, without such a processor."""
+"""8-bit files are correct on processors that add product pairs in 16 bits, simulated in numpy."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,14 +24,14 @@ from tests.support.onnx_files import INT8, dequantized, export, graph_of
 
 
 def pairwise_sum(inputs: Any, weights: Any) -> int:
-    """A sum of products as VPMADDUBSW makes it: neighbours are added in 16 bits, and cut off there."""
+    """A sum of products as VPMADDUBSW computes it: neighbours are added in 16 bits with saturation."""
     products = inputs.astype(np.int64) * weights.astype(np.int64)
     products = np.append(products, np.zeros(len(products) % 2, np.int64)).reshape(-1, 2)
     return int(products.sum(1).clip(-(2**15), 2**15 - 1).sum())
 
 
 def worst_error(weights: Any) -> int:
-    """How far such a sum over a row of (outputs, K) can be from the true one, for any inputs and any order."""
+    """The largest error of such a sum over a row of (outputs, K), for any inputs and order."""
     error = 0
     for row in weights.astype(np.int64):
         for sign in (1, -1):
@@ -43,7 +43,7 @@ def worst_error(weights: Any) -> int:
 
 
 def integer_weights(path: Path, tmp_path: Path) -> dict[str, Any]:
-    """Constant weights, (outputs, K), of every kernel that ONNX Runtime runs in integers, and their zero points."""
+    """Constant weights, (outputs, K), and zero points of every integer kernel of ONNX Runtime."""
     options = ort.SessionOptions()
     options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 4
     ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -60,7 +60,7 @@ def integer_weights(path: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 @given(st.lists(st.lists(st.integers(-128, 127), min_size=3, max_size=3), min_size=1, max_size=3))
-def test_weights_that_pass_never_saturate(rows: list[list[int]]) -> None:
+def test_saturation_check_is_exact(rows: list[list[int]]) -> None:
     codes = np.array(rows, np.int8)
 
     assert (worst_error(codes) > 0) == may_saturate(codes, 0)
@@ -68,7 +68,7 @@ def test_weights_that_pass_never_saturate(rows: list[list[int]]) -> None:
 
 
 def test_saturation_halves_the_largest_sum() -> None:
-    """64 products of 255 and 127: each pair gives 32767 in place of 64770."""
+    """64 products of 255 and 127: each pair gives 32767 instead of 64770."""
     inputs, weights = np.full(64, 255), np.full(64, 127)
 
     assert int((inputs * weights).sum()) == 32 * 64770
@@ -76,7 +76,7 @@ def test_saturation_halves_the_largest_sum() -> None:
 
 
 def chain() -> nn.Module:
-    """Layers between ReLUs, so that ONNX Runtime runs them in integers: dense, grouped, depthwise, linear."""
+    """Layers with ReLUs between, so that ONNX Runtime uses integers: dense, grouped, depthwise, linear."""
     return nn.Sequential(
         *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.ReLU()),
         *(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 16), nn.ReLU()),
@@ -88,7 +88,7 @@ CHAINS: dict[str, Callable[[], nn.Module]] = {"chain": chain, **NETWORKS}
 
 
 def spread(quantized: Quantized) -> Quantized:
-    """The same with extreme codes in every weight, as trained networks have them."""
+    """The same network with extreme codes in every weight, as in trained networks."""
     with torch.no_grad():
         for layer in quantized.layers.values():
             if type(layer.weight_quantizer).__name__ != "Identity":
@@ -102,7 +102,7 @@ def at_eight_bits(request: pytest.FixtureRequest) -> Quantized:
 
 
 @pytest.mark.parametrize("style", ["qdq", "exact"])
-def test_no_exported_layer_can_saturate(at_eight_bits: Quantized, style: str, tmp_path: Path) -> None:
+def test_exported_layers_cannot_saturate(at_eight_bits: Quantized, style: str, tmp_path: Path) -> None:
     path = export(at_eight_bits, style, tmp_path / "model.onnx")
 
     weights = integer_weights(path, tmp_path)
@@ -113,7 +113,7 @@ def test_no_exported_layer_can_saturate(at_eight_bits: Quantized, style: str, tm
 
 
 def test_int8_weights_saturate_and_are_named(tmp_path: Path) -> None:
-    """The test above can fail: the same network with INT8 weights is wrong without VNNI, in all layers but one."""
+    """Control: the same network with INT8 weights is wrong without VNNI, in all layers but one."""
     path = export(spread(quantize(chain, same_bits(8))), "qdq-vnni", tmp_path / "model.onnx")
 
     weights = integer_weights(path, tmp_path)
@@ -124,7 +124,7 @@ def test_int8_weights_saturate_and_are_named(tmp_path: Path) -> None:
     assert len(hazards(onnx.load(str(path)))) == 6
 
 
-def test_both_forms_answer_alike(tmp_path: Path) -> None:
+def test_qdq_and_vnni_forms_agree(tmp_path: Path) -> None:
     quantized = spread(quantize(chain, same_bits(8)))
     x = images(16, seed=3)
 
@@ -137,13 +137,13 @@ def test_both_forms_answer_alike(tmp_path: Path) -> None:
 
 
 def test_few_bits_keep_int8_containers(tmp_path: Path) -> None:
-    """Two codes of the paper's 6-bit grid reach 126 together, which 16 bits hold."""
+    """Two codes of the paper's 6-bit grid sum to 126 at most, which 16 bits hold."""
     path = export(spread(quantize(chain, same_bits(6))), "qdq", tmp_path / "model.onnx")
 
     assert {stored.data_type for _, stored in dequantized(graph_of(path))} == {INT8}
 
 
-def test_products_of_activations_take_unsigned_codes(tmp_path: Path) -> None:
+def test_activation_products_use_unsigned_codes(tmp_path: Path) -> None:
     quantized = quantize(attention, same_bits(8), products=True)
     safe, fast = (export(quantized, style, tmp_path / f"{style}.onnx") for style in ("qdq", "qdq-vnni"))
 

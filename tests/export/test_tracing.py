@@ -1,4 +1,4 @@
-"""What comes out of tracing: images to logits in plain ONNX, without what the exporter adds of its own."""
+"""The traced graph: images to logits in plain ONNX, without the exporter's additions."""
 
 from itertools import product
 from pathlib import Path
@@ -13,7 +13,7 @@ from saqcli.export import onnx_helpers, tracing
 from tests.support.networks import CHANNELS, images
 from tests.support.sweeps import sweep
 
-# One layer each, and whether it has a bias that is worth a node.
+# One layer each, and whether its bias needs a node.
 BIASED = {
     "conv": (lambda: nn.Conv2d(CHANNELS, 4, 3), True),
     "conv_without": (lambda: nn.Conv2d(CHANNELS, 4, 3, bias=False), False),
@@ -24,7 +24,7 @@ BIASED = {
 
 
 @pytest.mark.parametrize("kind", BIASED)
-def test_a_convolution_has_a_bias_only_where_the_layer_has_one(kind: str) -> None:
+def test_convolution_bias_only_if_layer_has_one(kind: str) -> None:
     make, biased = BIASED[kind]
     graph = tracing.onnx_graph(make(), images(2)).graph
     (multiplied,) = [node for node in graph if node.op_type in ("Conv", "ConvTranspose")]
@@ -34,7 +34,7 @@ def test_a_convolution_has_a_bias_only_where_the_layer_has_one(kind: str) -> Non
         assert onnx_helpers.array_of(multiplied.inputs[2]).any()
 
 
-def test_a_bias_that_is_zero_is_dropped_and_one_that_is_nearly_zero_is_not() -> None:
+def test_only_exactly_zero_bias_is_dropped() -> None:
     net = nn.Sequential(nn.Conv2d(CHANNELS, 4, 3), nn.Conv2d(4, 2, 3), nn.Flatten())
     with torch.no_grad():
         for layer in (net[0], net[1]):
@@ -47,7 +47,7 @@ def test_a_bias_that_is_zero_is_dropped_and_one_that_is_nearly_zero_is_not() -> 
 
 
 class Windows(nn.Module):
-    """Attention within windows: (N, heads, windows, L, E), or with fewer dimensions."""
+    """Attention in windows: (N, heads, windows, L, E), or fewer dimensions."""
 
     def __init__(self, dims: int, *, masked: bool) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Windows(nn.Module):
     ("dims", "masked"),
     sweep(product((3, 4, 5), (False, True)), lambda dims, masked: masked or dims == 5),
 )
-def test_attention_of_any_number_of_dimensions_is_exported(dims: int, masked: bool, tmp_path: Path) -> None:
+def test_attention_of_any_rank_is_exported(dims: int, masked: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, x = Windows(dims, masked=masked).eval(), images(3)
     tracing.save(tracing.onnx_graph(net, images(2)), tmp_path / "model.onnx", {}, "0")

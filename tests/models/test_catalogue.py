@@ -1,4 +1,4 @@
-"""What `saq models` tells: patterns, what is kept against what the libraries say, and what is tried."""
+"""``saq models``: patterns, the stored catalogue compared with the libraries, and coverage."""
 
 import csv
 import json
@@ -38,7 +38,7 @@ def names(pattern: str | None) -> list[str]:
         ("nothing-like-it", []),
     ],
 )
-def test_patterns(pattern: str, found: list[str]) -> None:
+def test_find_matches_patterns(pattern: str, found: list[str]) -> None:
     assert names(pattern) == found
 
 
@@ -48,7 +48,7 @@ def test_holds_classifiers_only() -> None:
     assert not [name for name in found if "fasterrcnn" in name or "deeplab" in name or "raft" in name]
 
 
-def test_the_size_is_that_of_the_tag() -> None:
+def test_input_size_is_that_of_the_tag() -> None:
     sizes = {entry.name: entry.input_size for entry in catalogue.find("resnet18.a[13]_in1k")}
     assert sizes == {"timm/resnet18.a1_in1k": (3, 224, 224), "timm/resnet18.a3_in1k": (3, 160, 160)}
     (large,) = catalogue.find("torchvision/vit_b_16.*swag_e2e*")
@@ -56,7 +56,7 @@ def test_the_size_is_that_of_the_tag() -> None:
 
 
 @pytest.mark.parametrize("library", KEPT)
-def test_what_is_kept_is_what_the_library_says(library: str) -> None:
+def test_stored_catalogue_matches_the_library(library: str) -> None:
     if not current(library):
         pytest.skip(f"another {library} is installed, which is asked itself")
     found = catalogue.look_up(library)
@@ -64,14 +64,14 @@ def test_what_is_kept_is_what_the_library_says(library: str) -> None:
     assert list(found) == list(KEPT[library]["networks"])
 
 
-def test_answers_without_importing_what_it_tells_about() -> None:
+def test_find_does_not_import_torch() -> None:
     if not all(map(current, KEPT)):
         pytest.skip("other libraries are installed, which are asked themselves")
     code = "import sys; from saqcli.models.catalogue import find; find('resnet*'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_another_version_of_a_library_is_asked_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_library_version_is_queried(monkeypatch: pytest.MonkeyPatch) -> None:
     def newer(library: str) -> str:
         return "99.0" if library == "timm" else KEPT[library]["version"]
 
@@ -88,7 +88,7 @@ def test_another_version_of_a_library_is_asked_itself(monkeypatch: pytest.Monkey
     assert new == catalogue.Entry("timm/new18", None, (3, 8, 8), (), None)
 
 
-def test_covered_is_what_came_out_for_the_family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_coverage_is_read_per_family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for file in ("catalogue.csv", "published.json"):
         (tmp_path / file).write_text((FOLDER / file).read_text())
     verdicts = {"resnet": "ok", "vgg": "SAQ does not perturb 2 layers, such as features.0"}
@@ -103,7 +103,7 @@ def test_covered_is_what_came_out_for_the_family(monkeypatch: pytest.MonkeyPatch
     assert {entry.covered for entry in catalogue.find("torchvision/vgg*")} == {None}
 
 
-def test_coverage_names_families_of_the_catalogue() -> None:
+def test_coverage_lists_known_families() -> None:
     with (FOLDER / "catalogue.csv").open() as file:
         families = {(row["name"].partition("/")[0], row["family"]) for row in csv.DictReader(file)}
     with (FOLDER / "coverage.csv").open() as file:
@@ -115,7 +115,7 @@ def test_coverage_names_families_of_the_catalogue() -> None:
 
 
 @pytest.mark.parametrize("name", ["timm/test_vit", "torchvision/squeezenet1_1", "saq/resnet20"])
-def test_parameters_are_counted(name: str) -> None:
+def test_parameter_counts(name: str) -> None:
     classes = {"saq/resnet20": 10}.get(name, 1000)
     model = build_architecture({"name": name, "num_classes": classes, "in_chans": 3, "kwargs": {}})
     (entry,) = catalogue.find(name)

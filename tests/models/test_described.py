@@ -1,4 +1,4 @@
-"""What a builder may be told, and networks that are drawn before they are built."""
+"""Builder arguments allowed in metadata, and networks checked on the meta device before they are built."""
 
 import threading
 from typing import Any
@@ -38,12 +38,12 @@ RESNET = {"name": "saq/resnet20", "num_classes": 5, "in_chans": 3, "kwargs": {}}
         },
     ],
 )
-def test_arguments_of_architectures_are_taken(kwargs: dict[str, Any]) -> None:
+def test_architecture_arguments_are_accepted(kwargs: dict[str, Any]) -> None:
     check_arguments("timm/any", kwargs)
 
 
 @pytest.mark.parametrize("name", RESERVED)
-def test_reserved_arguments_are_refused_whatever_they_say(name: str) -> None:
+def test_reserved_arguments_are_always_refused(name: str) -> None:
     for value in (None, False, True, "", {}):
         with pytest.raises(ConfigError, match=f"cannot take {name} as a model argument"):
             check_arguments("timm/any", {name: value})
@@ -75,21 +75,21 @@ def test_reserved_arguments_are_refused_whatever_they_say(name: str) -> None:
     ],
     ids=range(20),
 )
-def test_values_that_are_not_plain_are_refused(value: Any) -> None:
+def test_non_plain_values_are_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match="cannot take") as refusal:
         check_arguments("timm/any", {"argument": value})
     assert len(str(refusal.value)) < 200
 
 
-def test_a_user_is_held_to_the_same_rules_before_any_work() -> None:
-    """What could not be loaded again is not quantized in the first place."""
+def test_user_arguments_follow_the_same_rules() -> None:
+    """A model that could not be loaded again is not quantized in the first place."""
     with pytest.raises(ConfigError, match="cannot take scriptable"):
         load_model(ModelSpec("saq/resnet20", pretrained=False, kwargs={"scriptable": True}))
 
 
 @pytest.mark.parametrize("name", ["saq/resnet20", "timm/test_resnet", "torchvision/regnet_x_400mf"])
-def test_a_network_is_built_from_its_own_tensors(name: str) -> None:
-    """The last one computes with numbers while it is built, and so cannot be drawn."""
+def test_model_is_rebuilt_from_metadata(name: str) -> None:
+    """The last one computes with numbers during construction and so cannot be built on meta."""
     build = RESNET | {"name": name}
     state = build_architecture(build).state_dict()
     model = build_described(build, IMAGES | {"input_size": [3, 32, 32]}, state)
@@ -99,7 +99,7 @@ def test_a_network_is_built_from_its_own_tensors(name: str) -> None:
     assert not model.training
 
 
-def test_every_network_of_ours_and_some_of_timm_pass() -> None:
+def test_saq_and_timm_networks_pass_the_limit() -> None:
     """Networks with position tables, windows, relative positions, pruned layers, several heads."""
     for name, side in (
         ("saq/mobilenetv2_cifar", 32),
@@ -115,7 +115,7 @@ def test_every_network_of_ours_and_some_of_timm_pass() -> None:
 
 
 @pytest.mark.parametrize("name", ["saq/resnet56", "timm/resnet18", "torchvision/regnet_x_400mf"])
-def test_a_network_larger_than_the_tensors_is_stopped_on_the_way(name: str) -> None:
+def test_oversized_network_is_stopped_while_built(name: str) -> None:
     few = {"a": torch.zeros(10)}
     with pytest.raises(SaqError) as refusal:
         build_described(RESNET | {"name": name, "num_classes": 10**6}, IMAGES, few)
@@ -123,7 +123,7 @@ def test_a_network_larger_than_the_tensors_is_stopped_on_the_way(name: str) -> N
     assert "a larger network" in str(refusal.value)
 
 
-def test_the_limit_ends_with_the_building() -> None:
+def test_limit_is_removed_after_construction() -> None:
     with pytest.raises(CorruptArtifact):
         build_described(RESNET | {"num_classes": 10**6}, IMAGES, {})
 
@@ -131,7 +131,7 @@ def test_the_limit_ends_with_the_building() -> None:
     assert not hooks._global_buffer_registration_hooks
 
 
-def test_the_limit_is_of_one_thread_alone() -> None:
+def test_limit_applies_to_one_thread_only() -> None:
     built: list[nn.Module] = []
     with _no_larger_than(1, 1):
         other = threading.Thread(target=lambda: built.append(nn.Linear(2000, 2000)))
@@ -160,8 +160,6 @@ def test_the_limit_is_of_one_thread_alone() -> None:
         ({}, {"input_size": [3, 8, float("inf")]}),
     ],
 )
-def test_descriptions_that_contradict_themselves_are_refused(
-    build: dict[str, Any], images: dict[str, Any]
-) -> None:
+def test_contradictory_metadata_is_refused(build: dict[str, Any], images: dict[str, Any]) -> None:
     with pytest.raises(SaqError):
         check_description(RESNET | build, IMAGES | images)

@@ -1,4 +1,4 @@
-"""From a name to a model: resolution, weights from every source, preprocessing, and building it again."""
+"""From name to model: name resolution, weight sources, preprocessing and rebuilding."""
 
 import json
 import time
@@ -40,7 +40,7 @@ def refusal(spec: ModelSpec, kind: type[SaqError]) -> str:
         ("saq/mobilenetv2_cifar", "saq/mobilenetv2_cifar"),
     ],
 )
-def test_a_name_is_looked_for_in_order(asked: str, found: str) -> None:
+def test_name_lookup_order(asked: str, found: str) -> None:
     loaded = load_model(random(asked))
     assert (loaded.name, loaded.weights_source, loaded.weights_sha256) == (found, "random", None)
     assert not loaded.model.training
@@ -58,7 +58,7 @@ def test_a_name_is_looked_for_in_order(asked: str, found: str) -> None:
         ("", "nothing is near"),
     ],
 )
-def test_an_unknown_name_is_refused_with_near_ones(asked: str, near: str) -> None:
+def test_unknown_name_suggests_similar_ones(asked: str, near: str) -> None:
     message = refusal(random(asked), UnknownModel)
     assert near in message
     assert "saq models" in message
@@ -76,7 +76,7 @@ def test_an_unknown_name_is_refused_with_near_ones(asked: str, near: str) -> Non
         (random("saq/resnet20"), (3, 32, 32), 1.0),
     ],
 )
-def test_preprocessing_is_that_of_the_published_weights(
+def test_preprocessing_matches_published_weights(
     spec: ModelSpec, input_size: tuple[int, ...], crop_pct: float
 ) -> None:
     found = load_model(spec).preprocessing
@@ -91,7 +91,7 @@ def test_preprocessing_can_be_overridden() -> None:
     assert (found.mean, found.std, found.input_size) == ((0.5,) * 3, (0.25,) * 3, (3, 64, 48))
 
 
-def test_preprocessing_follows_the_number_of_channels() -> None:
+def test_preprocessing_follows_channel_count() -> None:
     loaded = load_model(random("timm/resnet18", in_chans=1))
     assert loaded.preprocessing.input_size == (1, 224, 224)
     assert loaded.preprocessing.mean == pytest.approx((0.449,))
@@ -117,13 +117,13 @@ def test_preprocessing_survives_json() -> None:
         ({"crop_mode": "magic"}, "center"),
     ],
 )
-def test_preprocessing_that_makes_no_sense_is_refused(change: dict[str, Any], said: str) -> None:
+def test_invalid_preprocessing_is_refused(change: dict[str, Any], said: str) -> None:
     good = Preprocessing((3, 32, 32), *IMAGENET, interpolation="bilinear", crop_pct=1.0).to_dict()
     with pytest.raises(ConfigError, match=said):
         Preprocessing.from_dict(good | change)
 
 
-def test_preprocessing_with_a_missing_key_is_refused() -> None:
+def test_preprocessing_with_missing_key_fails() -> None:
     with pytest.raises(ConfigError, match="std is missing"):
         Preprocessing.from_dict(
             {
@@ -146,7 +146,7 @@ def test_preprocessing_with_a_missing_key_is_refused() -> None:
         random("saq/preresnet20", num_classes=5),
     ],
 )
-def test_the_architecture_is_built_again_from_json(spec: ModelSpec) -> None:
+def test_architecture_is_rebuilt_from_json(spec: ModelSpec) -> None:
     loaded = load_model(spec)
     again = build_architecture(json.loads(json.dumps(loaded.build)))
     again.load_state_dict(loaded.model.state_dict(), strict=True)
@@ -158,7 +158,7 @@ def test_the_architecture_is_built_again_from_json(spec: ModelSpec) -> None:
         assert torch.equal(scores, loaded.model(images))
 
 
-def test_an_architecture_with_a_wrong_key_is_refused() -> None:
+def test_architecture_with_unknown_key_fails() -> None:
     with pytest.raises(ConfigError, match="in_chans"):
         build_architecture({"name": "saq/resnet20", "num_classes": 10, "kwargs": {}})
 
@@ -178,11 +178,11 @@ def test_an_architecture_with_a_wrong_key_is_refused() -> None:
         (random("saq/resnet20", mean=(0.5,)), "one number a channel"),
     ],
 )
-def test_arguments_that_do_not_suit_are_refused(spec: ModelSpec, said: str) -> None:
+def test_invalid_arguments_are_refused(spec: ModelSpec, said: str) -> None:
     assert said in refusal(spec, ConfigError)
 
 
-def test_a_network_without_classifier_needs_a_number_of_classes() -> None:
+def test_headless_network_needs_num_classes() -> None:
     assert "`model.num_classes`" in refusal(random("timm/vit_small_patch16_224.dino"), UnsupportedModel)
 
 
@@ -197,9 +197,7 @@ def test_arguments_reach_the_builder() -> None:
     [("saq/resnet20", None, 12), ("timm/test_resnet", None, 12), ("torchvision/squeezenet1_1", None, 12),
      ("timm/test_resnet", 12, 12)],
 )  # fmt: skip
-def test_the_file_decides_the_number_of_classes(
-    tmp_path: Path, name: str, classes: int | None, inferred: int
-) -> None:
+def test_file_determines_num_classes(tmp_path: Path, name: str, classes: int | None, inferred: int) -> None:
     original = load_model(random(name, num_classes=12))
     torch.save({"state_dict": original.model.state_dict()}, path := tmp_path / "w.pth")
     loaded = load_model(ModelSpec(name, weights=path, num_classes=classes))
@@ -215,7 +213,7 @@ def test_the_file_decides_the_number_of_classes(
         assert torch.equal(loaded.model(images), original.model(images))
 
 
-def test_asking_for_other_classes_than_the_file_has_is_refused(tmp_path: Path) -> None:
+def test_num_classes_unlike_the_file_is_refused(tmp_path: Path) -> None:
     save_file(
         load_model(random("timm/resnet18", num_classes=10)).model.state_dict(),
         path := tmp_path / "w.safetensors",
@@ -233,7 +231,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     )
 
 
-def test_weights_for_another_input_size_are_converted_by_timm(tmp_path: Path) -> None:
+def test_timm_converts_weights_to_input_size(tmp_path: Path) -> None:
     save_file(load_model(random("timm/test_vit")).model.state_dict(), path := tmp_path / "w.safetensors")
     loaded = load_model(ModelSpec("timm/test_vit", weights=path, input_size=96))
     assert "converted" in loaded.notes[0]
@@ -244,7 +242,7 @@ FIRST = {"timm/test_resnet": "conv1.0", "torchvision/squeezenet1_1": "features.0
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_grey_images_are_read_with_the_sum_of_colours(name: str, tmp_path: Path) -> None:
+def test_grey_input_sums_the_colour_channels(name: str, tmp_path: Path) -> None:
     first, colour = f"{FIRST[name]}.weight", load_model(random(name)).model
     save_file(colour.state_dict(), path := tmp_path / "w.safetensors")
     grey, four = (load_model(ModelSpec(name, weights=path, in_chans=channels)) for channels in (1, 4))
@@ -260,7 +258,7 @@ def test_grey_images_are_read_with_the_sum_of_colours(name: str, tmp_path: Path)
         )
 
 
-def test_weights_of_grey_images_ask_for_their_channels(tmp_path: Path) -> None:
+def test_grey_weights_suggest_in_chans(tmp_path: Path) -> None:
     save_file(
         load_model(random("saq/resnet20", in_chans=1)).model.state_dict(), path := tmp_path / "w.safetensors"
     )
@@ -272,7 +270,7 @@ def test_weights_of_grey_images_ask_for_their_channels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["timm/test_resnet", "torchvision/squeezenet1_1", "saq/resnet20"])
-def test_a_new_head_starts_random_on_local_weights(name: str, tmp_path: Path) -> None:
+def test_new_head_is_randomly_initialized(name: str, tmp_path: Path) -> None:
     original = load_model(random(name, num_classes=12))
     save_file(original.model.state_dict(), path := tmp_path / "w.safetensors")
     loaded = load_model(ModelSpec(name, weights=path, num_classes=7, new_head=True))
@@ -305,11 +303,11 @@ def test_real_weights_load(shared: Path, spec: ModelSpec, file: str) -> None:
 
 
 def offline(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """What asking for published weights says where nothing is cached and nothing can be reached."""
+    """The error for published weights without cache and network."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody listens there
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # no server listens there
     for variable in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(variable, raising=False)
     started = time.perf_counter()
@@ -319,9 +317,7 @@ def offline(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", ["timm/test_resnet.r160_in1k", "torchvision/squeezenet1_1"])
-def test_without_a_network_the_message_says_to_give_weights(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_offline_error_suggests_weights(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     message = offline(name, monkeypatch, tmp_path)
     assert f"the pretrained weights of {name} could not be fetched" in message
     assert "`model.weights=FILE`" in message
@@ -329,15 +325,13 @@ def test_without_a_network_the_message_says_to_give_weights(
 
 
 @pytest.mark.parametrize("name", ["saq/resnet20", "timm/coatnet_0_224"])
-def test_a_network_without_published_weights_says_so(name: str) -> None:
+def test_network_without_published_weights(name: str) -> None:
     message = refusal(ModelSpec(name), SaqError)
     assert message.startswith(f"{name} has no published weights: use `model.weights=FILE`")
     assert "`model.pretrained=False`" in message
 
 
-def test_cached_weights_of_timm_are_used_without_a_network(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_cached_timm_weights_work_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     original = load_model(random("timm/test_resnet"))
     folder = tmp_path / "models--timm--test_resnet.r160_in1k"
     (folder / "refs").mkdir(parents=True)
@@ -357,9 +351,7 @@ def test_cached_weights_of_timm_are_used_without_a_network(
     assert torch.equal(other.model.conv1[0].weight, original.model.conv1[0].weight)
 
 
-def test_cached_weights_of_torchvision_are_used_without_a_network(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_cached_torchvision_weights_work_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from torchvision.models import SqueezeNet1_1_Weights
 
     original = load_model(random("torchvision/squeezenet1_1")).model

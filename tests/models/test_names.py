@@ -1,4 +1,4 @@
-"""Networks are found however people and other programs write their names."""
+"""Resolution of network names in the spellings of people and other programs."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize("asked", WRITTEN)
-def test_names_are_found_however_they_are_written(asked: str) -> None:
+def test_spelling_variants_are_resolved(asked: str) -> None:
     found = resolve(asked)
     assert f"{found.prefix}/{found.name}" == WRITTEN[asked]
     plain = asked in (WRITTEN[asked], WRITTEN[asked].partition("/")[2])
@@ -54,7 +54,7 @@ def test_names_are_found_however_they_are_written(asked: str) -> None:
     ("", "nothing is near"),
     ("-", "nothing is near"),
 ])  # fmt: skip
-def test_what_is_no_name_is_pointed_elsewhere(asked: str, said: str) -> None:
+def test_invalid_name_error_gives_advice(asked: str, said: str) -> None:
     with pytest.raises(UnknownModel) as caught:
         resolve(asked)
     assert said in str(caught.value)
@@ -64,7 +64,7 @@ def test_what_is_no_name_is_pointed_elsewhere(asked: str, said: str) -> None:
 @pytest.mark.parametrize(
     "command", [("profile",), ("quantize", "--bits=4", "--data=."), ("search", "--budget=w4a4", "--data=.")]
 )
-def test_a_weight_file_for_a_network_is_pointed_to(command: tuple[str, ...], tmp_path: Path) -> None:
+def test_weight_file_suggests_weights_option(command: tuple[str, ...], tmp_path: Path) -> None:
     (path := tmp_path / "weights.pth").write_bytes(b"")
     verb, *options = command
     result = saq(verb, path, *options, "--quiet")

@@ -1,4 +1,4 @@
-"""The networks of the papers: their sizes to the last MAC, and that real weights fit them."""
+"""The networks of the papers: exact costs, and real weights load."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from saqcli.models.networks import NETWORKS, MobileNetV1
 
 
 def layer_macs(model: nn.Module, side: int = 32) -> list[int]:
-    """MACs of every convolution and linear layer for one image, counted from what passes through."""
+    """MACs of every convolution and linear layer for one image, counted by hooks."""
     counts: list[int] = []
 
     def count(layer: nn.Module, _inputs: object, output: torch.Tensor) -> None:
@@ -38,7 +38,7 @@ def bops(macs: list[int], bits: int) -> int:
         ("mobilenetv2_cifar", 58, 93460.6, 1508.9, 877.1),
     ],
 )
-def test_bops_are_those_printed_in_the_paper(
+def test_bops_match_the_paper(
     name: str, layers: int, float_bops: float, four_bits: float, three_bits: float
 ) -> None:
     macs = layer_macs(NETWORKS[name].build(num_classes=100))
@@ -48,28 +48,28 @@ def test_bops_are_those_printed_in_the_paper(
     assert round(bops(macs, 3) / 1e6, 1) == three_bits
 
 
-def test_preresnet20_counts_exactly() -> None:
+def test_preresnet20_costs_are_exact() -> None:
     macs = layer_macs(NETWORKS["preresnet20"].build(num_classes=100))
     assert sorted(macs) == sorted([442_368, *[2_359_296] * 16, *[1_179_648] * 2, *[131_072] * 2, 6_400])
     assert sum(macs) == 40_818_944
     assert bops(macs, 4) == 674_643_968
 
 
-def test_resnet20_has_no_parameters_in_its_shortcuts() -> None:
+def test_resnet20_shortcuts_have_no_parameters() -> None:
     macs = layer_macs(NETWORKS["resnet20"].build(num_classes=100))
     assert len(macs) == 20
     assert sum(macs) == 40_556_800
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_takes_other_classes_and_channels(name: str) -> None:
+def test_networks_accept_classes_and_channels(name: str) -> None:
     model = NETWORKS[name].build(num_classes=7, in_chans=1).eval()
     assert model(torch.randn(2, 1, *NETWORKS[name].input_size[1:])).shape == (2, 7)
 
 
 @pytest.mark.parametrize("depth", [20, 32, 44, 56])
 @pytest.mark.parametrize("family", ["resnet", "preresnet"])
-def test_the_name_says_the_depth(family: str, depth: int) -> None:
+def test_name_gives_the_depth(family: str, depth: int) -> None:
     model = NETWORKS[f"{family}{depth}"].build(num_classes=10)
     layers = [
         m for m in model.modules() if isinstance(m, nn.Linear) or getattr(m, "kernel_size", 0) == (3, 3)
@@ -78,7 +78,7 @@ def test_the_name_says_the_depth(family: str, depth: int) -> None:
 
 
 @pytest.mark.parametrize("depth", [19, 2, 21])
-def test_a_depth_that_is_not_6n_plus_2_is_refused(depth: int) -> None:
+def test_depth_must_be_6n_plus_2(depth: int) -> None:
     with pytest.raises(ValueError, match="6n \\+ 2"):
         NETWORKS["resnet20"].build.func(depth, num_classes=10)  # type: ignore[attr-defined]
 
@@ -95,7 +95,7 @@ def test_a_depth_that_is_not_6n_plus_2_is_refused(depth: int) -> None:
         ("mobilenetv1_025", "imagenet_mobilenetv1_025"),
     ],
 )
-def test_real_weights_give_the_outputs_of_their_own_network(
+def test_real_weights_reproduce_outputs(
     shared: Path, name: str, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shared / "data" / "weights"
@@ -113,8 +113,8 @@ def test_real_weights_give_the_outputs_of_their_own_network(
         assert torch.equal(model(images), reference(images))
 
 
-def test_mobilenetv1_pads_as_tensorflow_does() -> None:
-    """Odd and even sides, against timm's own padding at full width."""
+def test_mobilenetv1_pads_like_tensorflow() -> None:
+    """Odd and even sides, compared with timm's padding at full width."""
     import timm
 
     theirs = timm.create_model("mobilenetv1_100", pad_type="same", bn_eps=1e-3).eval()

@@ -1,4 +1,4 @@
-"""Checkpoints of training scripts: the right weights of several, without the prefixes of wrappers."""
+"""Checkpoints of training scripts: the right one of several weight sets, without wrapper prefixes."""
 
 import json
 from argparse import Namespace
@@ -31,7 +31,7 @@ class Tiny(nn.Module):
 
 
 class Module(nn.Module):
-    """All its names start as those of a wrapper do."""
+    """A network whose parameter names all begin like a wrapper's."""
 
     def __init__(self, num_classes: int = 10, in_chans: int = 3) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def has(model: nn.Module, state: State) -> bool:
 N = torch.tensor(5)
 OPTIMIZER = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
 TIMM = {"state_dict": RAW, "state_dict_ema": AVERAGED, "args": Namespace(lr=1), "optimizer": OPTIMIZER}
-AVERAGES: dict[str, tuple[Any, str]] = {  # content, and the key that is taken
+AVERAGES: dict[str, tuple[Any, str]] = {  # content, and the key selected
     "timm": (TIMM, "state_dict_ema"),
     "torchvision": ({"model": RAW, "model_ema": under("module", AVERAGED) | {"n_averaged": N}}, "model_ema"),
     "swa": ({"model_state_dict": RAW, "swa_model": swa()}, "swa_model"),
@@ -105,7 +105,7 @@ AVERAGES: dict[str, tuple[Any, str]] = {  # content, and the key that is taken
 
 
 @pytest.mark.parametrize("layout", AVERAGES)
-def test_averaged_weights_are_taken_and_noted(layout: str, tmp_path: Path) -> None:
+def test_averaged_weights_are_preferred(layout: str, tmp_path: Path) -> None:
     content, key = AVERAGES[layout]
     loaded = load(tmp_path, content)
     assert has(loaded.model, AVERAGED)
@@ -117,15 +117,15 @@ def test_averaged_weights_are_taken_and_noted(layout: str, tmp_path: Path) -> No
     assert has(load(tmp_path, content, weights_key=key).model, AVERAGED)
 
 
-def test_an_average_that_never_started_is_noted(tmp_path: Path) -> None:
-    """As torch.optim.swa_utils saves it before the epoch from which it averages."""
+def test_uninitialized_average_is_noted(tmp_path: Path) -> None:
+    """As torch.optim.swa_utils saves it before averaging starts."""
     never = swa() | {"n_averaged": torch.tensor(0)}
     loaded = load(tmp_path, {"model": RAW, "swa_model": never})
     assert "averaged weights (of no update: n_averaged is 0) taken from 'swa_model'" in loaded.notes[0]
 
 
 @pytest.mark.parametrize("key", ["ema.shadow_params", "avg_model", "callbacks.EMA.ema_weights"])
-def test_averages_without_names_are_no_silent_raw_weights(key: str, tmp_path: Path) -> None:
+def test_unnamed_averages_require_a_choice(key: str, tmp_path: Path) -> None:
     """torch_ema and diffusers save a list of tensors."""
     content: Any = list(AVERAGED.values())
     for part in reversed(key.split(".")):
@@ -142,12 +142,12 @@ def test_averages_without_names_are_no_silent_raw_weights(key: str, tmp_path: Pa
     {"state_dict": RAW, "state_dict_ema": None}, {"state_dict": AVERAGED, "model": RAW},
     {"state_dict_ema": AVERAGED, "model_ema": RAW, "state_dict": RAW}, RAW,
 ])  # fmt: skip
-def test_the_choice_is_that_of_timm(content: Any, tmp_path: Path) -> None:
+def test_selection_matches_timm(content: Any, tmp_path: Path) -> None:
     loaded = load(tmp_path, content)
     assert has(loaded.model, load_state_dict(str(tmp_path / "w.pth.tar")))  # type: ignore[arg-type]
 
 
-def test_mmengine_keeps_averages_in_its_state_dict(tmp_path: Path) -> None:
+def test_mmengine_averages_are_found(tmp_path: Path) -> None:
     content = {
         "meta": {"mmengine_version": "0.10.4"},
         "state_dict": AVERAGED,
@@ -158,7 +158,7 @@ def test_mmengine_keeps_averages_in_its_state_dict(tmp_path: Path) -> None:
     assert "'ema_state_dict'" in loaded.notes[0]
 
 
-def test_lightning_keeps_averages_in_its_state_dict(tmp_path: Path) -> None:
+def test_lightning_averages_are_found(tmp_path: Path) -> None:
     content = {
         "state_dict": under("model", AVERAGED),
         "current_model_state": under("model"),
@@ -178,7 +178,7 @@ PREFIXED: dict[str, State] = {
 
 
 @pytest.mark.parametrize("layout", PREFIXED)
-def test_prefixes_of_wrappers_are_removed_and_noted(layout: str, tmp_path: Path) -> None:
+def test_wrapper_prefixes_are_removed_and_noted(layout: str, tmp_path: Path) -> None:
     loaded = load(tmp_path, {"state_dict": PREFIXED[layout]})
     assert has(loaded.model, AVERAGED if layout == "average within" else RAW)
     assert len(loaded.notes) == 1
@@ -190,7 +190,7 @@ def test_prefixes_of_wrappers_are_removed_and_noted(layout: str, tmp_path: Path)
     )
 
 
-def test_a_prefix_of_the_network_stays(tmp_path: Path) -> None:
+def test_prefix_of_the_network_is_kept(tmp_path: Path) -> None:
     loaded = load(tmp_path, Module().state_dict(), "saq/inner")
     assert loaded.notes == []
     assert next(iter(loaded.model.state_dict())) == "module.conv.weight"
@@ -198,7 +198,7 @@ def test_a_prefix_of_the_network_stays(tmp_path: Path) -> None:
     assert has(wrapped.model, under("module", RAW))
 
 
-def test_a_prefix_that_does_not_help_stays(tmp_path: Path) -> None:
+def test_unhelpful_prefix_is_kept(tmp_path: Path) -> None:
     state = under("model")
     del state["model.fc.weight"]
     with pytest.raises(WeightsMismatch, match=r"1 missing .fc.weight"):
@@ -216,7 +216,7 @@ def refusal(tmp_path: Path, kind: type[SaqError], content: Any, **spec: Any) -> 
     return str(caught.value)
 
 
-def test_an_unknown_key_lists_those_with_tensors(tmp_path: Path) -> None:
+def test_unknown_key_lists_the_valid_ones(tmp_path: Path) -> None:
     message = refusal(tmp_path, ConfigError, AVERAGES["timm"][0], weights_key="model")
     assert (
         "no tensors under `model.weights_key='model'`: choose from 'state_dict', 'state_dict_ema'" in message
@@ -224,7 +224,7 @@ def test_an_unknown_key_lists_those_with_tensors(tmp_path: Path) -> None:
     assert "remove it" in refusal(tmp_path, ConfigError, RAW, weights_key="model")
 
 
-def test_several_unknown_sets_have_to_be_chosen_from(tmp_path: Path) -> None:
+def test_several_unknown_sets_require_a_choice(tmp_path: Path) -> None:
     content = {"student": RAW, "teacher": under("backbone", AVERAGED)}
     assert "'student', 'teacher'" in refusal(tmp_path, ConfigError, content)
     assert has(load(tmp_path, content, weights_key="teacher").model, AVERAGED)
@@ -234,7 +234,7 @@ def test_several_unknown_sets_have_to_be_chosen_from(tmp_path: Path) -> None:
         assert has(load(tmp_path, {"state_dict": flat}, weights_key=key).model, AVERAGED)
 
 
-def test_a_key_without_a_file_is_refused() -> None:
+def test_key_without_a_file_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"`model\.weights=FILE`"):
         load_model(ModelSpec("saq/tiny", pretrained=False, weights_key="ema"))
 
@@ -252,16 +252,16 @@ CLASS_LISTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("key", CLASS_LISTS)
-def test_class_names_of_a_checkpoint_are_returned(key: str, tmp_path: Path) -> None:
+def test_checkpoint_class_names_are_returned(key: str, tmp_path: Path) -> None:
     assert load(tmp_path, {"state_dict": RAW, key: CLASS_LISTS[key]}).class_names == NAMES
 
 
 @pytest.mark.parametrize("value", [list(NAMES[:9]), {"a": 0, "b": 5}, [1] * 10, "0123456789", None])
-def test_what_is_no_list_of_the_classes_is_passed_over(value: Any, tmp_path: Path) -> None:
+def test_invalid_class_lists_are_ignored(value: Any, tmp_path: Path) -> None:
     assert load(tmp_path, {"state_dict": RAW, "classes": value}).class_names == ()
 
 
-def test_class_names_of_safetensors_metadata_are_returned(tmp_path: Path) -> None:
+def test_safetensors_class_names_are_returned(tmp_path: Path) -> None:
     names = json.dumps({name: index for index, name in enumerate(NAMES)})
     save_file(RAW, path := tmp_path / "w.safetensors", metadata={"class_to_idx": names, "format": "pt"})
     assert load_model(ModelSpec("saq/tiny", weights=path)).class_names == NAMES
@@ -275,7 +275,7 @@ def test_class_names_of_safetensors_metadata_are_returned(tmp_path: Path) -> Non
     ("bn.running_var", -1e-3, "bn.running_var has negative variances (1 of 4)"),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_weights_that_are_no_numbers_are_refused(
+def test_nan_weights_are_refused(
     name: str, value: float, said: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     state = {key: x.to(dtype, copy=True) if x.is_floating_point() else x for key, x in RAW.items()}
@@ -284,13 +284,13 @@ def test_weights_that_are_no_numbers_are_refused(
     assert said in refusal(tmp_path, CorruptArtifact, under("module", state))
 
 
-def test_weights_that_overflow_on_conversion_are_refused(tmp_path: Path) -> None:
+def test_overflowing_weights_are_refused(tmp_path: Path) -> None:
     state = RAW | {"fc.weight": RAW["fc.weight"].double()}
     state["fc.weight"][0, 0] = 1e39
     message = refusal(tmp_path, CorruptArtifact, state)
     assert "fc.weight has infinite values (1 of 40) once it is converted from float64 to float32" in message
 
 
-def test_numbers_of_other_sets_do_not_matter(tmp_path: Path) -> None:
+def test_nan_in_unused_sets_is_ignored(tmp_path: Path) -> None:
     spoiled = {name: value * float("nan") for name, value in RAW.items()}
     assert has(load(tmp_path, {"state_dict": spoiled, "state_dict_ema": AVERAGED}).model, AVERAGED)

@@ -1,4 +1,4 @@
-"""``saq analyze`` as a user meets it, on handwritten digits: targets, files, pictures, going on, refusals."""
+"""``saq analyze`` on handwritten digits: targets, files, pictures, resume and errors."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from tests.support.digits import MODEL, float_options
 
 @pytest.fixture(scope="module")
 def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is calibrated only."""
+    """A calibrated run without fine-tuning."""
     path = tmp_path_factory.mktemp("analyze") / "calibrated"
     options = ("--bits", 4, "--epochs", 0, "--run-dir", path, "--set", "data.verify_images=20")
     answer("quantize", MODEL, *float_options(digits, digits / "few"), *options)
@@ -39,12 +39,12 @@ SMALL = ("--grid", 3, "--samples", 2, "--iterations", 3, "--candidates", "2,4")
 
 @pytest.fixture(scope="module")
 def everything(run: Path, data: tuple[object, ...]) -> dict[str, Any]:
-    """What all instruments say about the run, in its default folder."""
+    """The readings of all instruments for the run, in its default folder."""
     found: dict[str, Any] = answer("analyze", run, *data, *SMALL, "--all")
     return found
 
 
-# Locks a folder and keeps it.
+# Locks a folder and holds the lock.
 HOLD = """
 import pathlib, sys
 from saqcli.runs.locks import Lock
@@ -56,9 +56,7 @@ sys.stdin.read()
 
 
 class TestTargets:
-    def test_a_run_directory_gets_every_instrument_and_every_file(
-        self, run: Path, everything: dict[str, Any]
-    ) -> None:
+    def test_every_instrument_runs_on_a_run(self, run: Path, everything: dict[str, Any]) -> None:
         assert set(everything["instruments"]) == set(INSTRUMENTS)
         assert everything["out"] == str(run / "analysis")
         assert (everything["images"], everything["split"]) == (40, "train")
@@ -70,9 +68,7 @@ class TestTargets:
         assert names >= {f"{name}{suffix}" for name in pictures for suffix in (".png", ".svg")}
         assert all((run / "analysis" / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in pictures)
 
-    def test_a_folder_in_which_another_process_is_at_work_is_refused(
-        self, run: Path, data: tuple[object, ...], tmp_path: Path
-    ) -> None:
+    def test_folder_in_use_is_refused(self, run: Path, data: tuple[object, ...], tmp_path: Path) -> None:
         command = [sys.executable, "-c", HOLD, str(tmp_path)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
             assert other.stdout is not None
@@ -83,7 +79,7 @@ class TestTargets:
         assert refused.exit_code == 1
         assert f"in use by process {other.pid}" in last_error(refused)
 
-    def test_the_centre_of_the_landscape_is_the_evaluated_loss(self, everything: dict[str, Any]) -> None:
+    def test_landscape_centre_is_evaluation_loss(self, everything: dict[str, Any]) -> None:
         readings = everything["instruments"]
 
         assert readings["landscape"]["loss"][1][1] == everything["loss"]
@@ -91,9 +87,7 @@ class TestTargets:
         assert readings["sharpness"]["loss"] == readings["sensitivity"]["loss"] == everything["loss"]
         assert readings["sharpness"]["sharpness"] > 0
 
-    def test_the_loss_on_all_validation_images_is_that_of_eval(
-        self, run: Path, digits: Path, tmp_path: Path
-    ) -> None:
+    def test_validation_loss_equals_eval(self, run: Path, digits: Path, tmp_path: Path) -> None:
         data = ("--data", digits / "few")
         expected = answer("eval", run, *data)
 
@@ -105,7 +99,7 @@ class TestTargets:
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert found["top1"] == expected["top1"]
 
-    def test_latent_weights_come_from_the_checkpoint(
+    def test_latent_weights_come_from_checkpoint(
         self, run: Path, data: tuple[object, ...], tmp_path: Path, everything: dict[str, Any]
     ) -> None:
         file = run / "artifacts" / "model.safetensors"
@@ -119,13 +113,13 @@ class TestTargets:
         assert found["instruments"]["distributions"]["latent"] is False
         assert found["loss"] == everything["loss"]
         first = found["instruments"]["distributions"]["layers"][0]["weights"]
-        assert first["error"] < 1e-10  # on the grid already
+        assert first["error"] < 1e-10  # already on the grid
 
     @pytest.mark.parametrize(
         "options",
         [pytest.param(("--weight-norm",), marks=pytest.mark.slow), ("--quantizer", "dorefa")],
     )
-    def test_weights_that_are_transformed_before_rounding_have_latent_ones_too(
+    def test_transformed_weights_have_latent_weights(
         self, digits: Path, data: tuple[object, ...], tmp_path: Path, options: tuple[str, ...]
     ) -> None:
         run = tmp_path / "run"
@@ -137,7 +131,7 @@ class TestTargets:
         assert found["reason"] is None
         assert 0 < found["share"] < 0.1
 
-    def test_latent_weights_of_another_state_are_left_out(
+    def test_mismatched_latent_weights_are_ignored(
         self, run: Path, data: tuple[object, ...], tmp_path: Path, everything: dict[str, Any]
     ) -> None:
         import shutil
@@ -155,7 +149,7 @@ class TestTargets:
         assert "checkpoint" in found["instruments"]["flips"]["reason"]
         assert found["loss"] == everything["loss"]
 
-    def test_a_float_model_is_calibrated_as_a_run_without_epochs(
+    def test_float_model_is_calibrated_like_a_run(
         self, run: Path, digits: Path, tmp_path: Path, everything: dict[str, Any]
     ) -> None:
         options = ("--bits", 4, "--images", 40, "--sharpness", "--out", tmp_path, "--against", run)
@@ -167,7 +161,7 @@ class TestTargets:
         assert mine["rho"] == other["rho"] == 0.9
         assert mine["sharpness"] == pytest.approx(other["sharpness"], rel=1e-5)
 
-    def test_two_models_are_drawn_side_by_side(
+    def test_two_models_are_plotted_together(
         self, run: Path, data: tuple[object, ...], digits: Path, tmp_path: Path
     ) -> None:
         file = run / "artifacts" / "model.safetensors"
@@ -179,10 +173,10 @@ class TestTargets:
         assert (tmp_path / "against" / "landscape.json").is_file()
         assert (tmp_path / "sensitivity_against.svg").is_file()
         before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*g")}
-        answer("analyze", run, *data, *options, "--resume")  # draws again from the files
+        answer("analyze", run, *data, *options, "--resume")  # redraws from the files
         assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*g")} == before
 
-    def test_without_flags_the_quick_ones_run_and_a_table_is_shown(
+    def test_default_instruments_print_a_table(
         self, run: Path, data: tuple[object, ...], tmp_path: Path
     ) -> None:
         few = ("--iterations", 2, "--samples", 2)
@@ -209,7 +203,7 @@ class TestTargets:
         assert "top-1 on validation images" in result.stdout
 
 
-def test_a_model_without_a_finite_loss_is_refused(
+def test_model_without_finite_loss_is_refused(
     run: Path, data: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score = Score(top1=10.0, top5=50.0, loss=math.nan, images=40, skipped=0)
@@ -222,8 +216,8 @@ def test_a_model_without_a_finite_loss_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-class TestGoingOn:
-    def test_a_landscape_that_was_stopped_ends_as_one_that_was_not(
+class TestResume:
+    def test_interrupted_landscape_resumes(
         self, run: Path, data: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         command = ("analyze", run, *data, "--landscape", "--grid", 5)
@@ -261,7 +255,7 @@ class TestGoingOn:
         for name in ("landscape.json", "landscape_contour.svg", "landscape_surface.png"):
             assert (stopped / name).read_bytes() == (whole / name).read_bytes()
 
-    def test_what_is_there_is_neither_replaced_nor_mixed(
+    def test_existing_results_are_kept(
         self, run: Path, data: tuple[object, ...], everything: dict[str, Any]
     ) -> None:
         path = run / "analysis" / "trace.json"
@@ -279,7 +273,7 @@ class TestGoingOn:
         assert "other images" in last_error(fewer)
         assert path.read_bytes() == before
 
-    def test_a_file_with_an_unknown_key_is_refused(
+    def test_unknown_key_in_results_is_refused(
         self, run: Path, data: tuple[object, ...], tmp_path: Path
     ) -> None:
         command = ("analyze", run, *data, "--sharpness", "--out", tmp_path)
@@ -303,7 +297,7 @@ class TestGoingOn:
     [[[None] * 3] * 3, [[0.0] * 3] * 3, [[None, 1e30, 2.0], [1.0, 0.0, 1.0], [None, 3.0, 1e-9]]],
     ids=["nothing", "flat", "steep"],
 )
-def test_any_landscape_can_be_drawn(losses: Any, tmp_path: Path) -> None:
+def test_every_landscape_can_be_plotted(losses: Any, tmp_path: Path) -> None:
     reading = LandscapeReading(grid=3, span=1.0, done=9, loss=losses, top1=losses, cosine=0.0)
 
     drawn = draw("landscape", [("a/b", reading), ("c/b", reading)], tmp_path)
@@ -313,7 +307,7 @@ def test_any_landscape_can_be_drawn(losses: Any, tmp_path: Path) -> None:
     ]
 
 
-class TestRefusals:
+class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "code", "says"),
         [
@@ -334,7 +328,7 @@ class TestRefusals:
             ([], 2, "Missing argument"),
         ],
     )
-    def test_say_what_to_do_in_one_line(
+    def test_errors_are_one_line_with_advice(
         self, arguments: list[str], code: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
@@ -347,7 +341,7 @@ class TestRefusals:
             assert says in last_error(result)
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_run_brings_its_own_bits_and_model(self, run: Path, data: tuple[object, ...]) -> None:
+    def test_options_fixed_by_the_run_are_refused(self, run: Path, data: tuple[object, ...]) -> None:
         bits = saq("analyze", run, *data, "--bits", 4, "--quiet")
         size = saq("analyze", run, *data, "--input-size", 32, "--trace", "--overwrite", "--quiet")
 
@@ -369,7 +363,7 @@ class TestRefusals:
         assert not (tmp_path / "out").exists()
 
 
-def test_a_network_that_cannot_be_exported_can_be_analyzed(
+def test_unexportable_network_can_be_analyzed(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""``--quantize-attention`` from the command line to the file: profile, search, quantize, export, eval."""
+"""``--quantize-attention`` in every command: profile, search, quantize, export, eval."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from saqcli.export.safetensors import read_content, restore_structure
 from saqcli.quant.products import quantized_products
 from tests.support.command_line import answer
 
-BLOCKS = 2  # of six: each is exported in every style, and there are two products in each
+BLOCKS = 2  # of six: each has two products and is exported in every style
 NETWORK = (
     *("timm/test_vit", "--no-pretrained", "--num-classes", 3, "--input-size", 32),
     *("--model-kwargs", f"depth={BLOCKS}"),
@@ -51,7 +51,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_profile_tells_products_and_counts_them_only_on_request() -> None:
+def test_profile_counts_products_on_request() -> None:
     plain, counted = (
         answer("profile", *NETWORK, "--bits", "w8a4", *more) for more in ((), ("--quantize-attention",))
     )
@@ -63,7 +63,7 @@ def test_profile_tells_products_and_counts_them_only_on_request() -> None:
 
 
 @pytest.mark.parametrize("searcher", ["error", "sensitivity"])
-def test_a_searched_policy_keeps_the_budget_with_products(searcher: str, data: Path, tmp_path: Path) -> None:
+def test_searched_policy_meets_the_budget(searcher: str, data: Path, tmp_path: Path) -> None:
     found = answer(
         *("search", *NETWORK, "--data", data, "--budget", "w4a4", "--quantize-attention", "--workers", 0),
         *("--searcher", searcher, "--run-dir", tmp_path / "run"),
@@ -75,7 +75,7 @@ def test_a_searched_policy_keeps_the_budget_with_products(searcher: str, data: P
     assert 0.985 * uniform["bops"] <= found["bops"] <= uniform["bops"] == found["budget_bops"]
 
 
-def test_every_file_has_the_products_and_equals_the_model(run: Path, data: Path, tmp_path: Path) -> None:
+def test_exported_files_keep_the_products(run: Path, data: Path, tmp_path: Path) -> None:
     model, facts = restore(run / "artifacts" / "model.safetensors")
     found = quantized_products(model)
     assert list(found) == list(facts.products)
@@ -109,7 +109,7 @@ def test_every_file_has_the_products_and_equals_the_model(run: Path, data: Path,
         "products",
     ],
 )
-def test_strange_products_in_a_description_are_refused(name: str, run: Path) -> None:
+def test_unknown_products_are_refused(name: str, run: Path) -> None:
     facts = read_content(run / "artifacts" / "model.safetensors").metadata
     signed = facts.signed | {f"{name}.left": True, f"{name}.right": True}
     products = facts.products | {name: "blocks.0.attn.qkv"}

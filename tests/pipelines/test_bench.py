@@ -1,4 +1,4 @@
-"""Speed side by side: turns and medians by a clock of our own, real runs on tiny networks for the rest."""
+"""Benchmarks: timing with a fake clock, and real runs on tiny networks."""
 
 import json
 import math
@@ -64,8 +64,8 @@ def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class TestTurns:
-    def test_alternate_in_direction_and_begin_untimed(self) -> None:
+class TestTimingRounds:
+    def test_directions_alternate_after_warm_up(self) -> None:
         calls: list[str] = []
         task = CountingTask()
         time_in_turns({name: partial(calls.append, name) for name in "abc"}, 3, task)
@@ -75,7 +75,7 @@ class TestTurns:
         assert calls == warm_up + rounds
         assert task.steps == 3
 
-    def test_time_the_second_run_of_a_turn_alone(self) -> None:
+    def test_only_second_calls_are_timed(self) -> None:
         clock = Clock()
         calls = 0
 
@@ -87,7 +87,7 @@ class TestTurns:
 
         assert time_in_turns({"a": run}, 5, CountingTask(), clock) == {"a": Timing(1.0, 0.0, 5)}
 
-    def test_keep_the_times_of_contenders_apart(self) -> None:
+    def test_targets_are_timed_separately(self) -> None:
         clock = Clock()
         found = time_in_turns(
             {"slow": partial(clock.wait, 3.0), "fast": partial(clock.wait, 0.5)}, 4, CountingTask(), clock
@@ -99,14 +99,14 @@ class TestTurns:
         ("seconds", "median", "spread"),
         [([7.0], 7.0, 0.0), ([1.0, 3.0], 2.0, 1.0), ([5.0, 1.0, 2.0, 4.0, 1000.0], 4.0, 3.0)],
     )
-    def test_are_summed_up_by_median_and_quartiles(
+    def test_timings_give_median_and_quartiles(
         self, seconds: list[float], median: float, spread: float
     ) -> None:
         assert summarize(seconds) == Timing(median, spread, len(seconds))
 
 
 class CountingTask:
-    """Counts what it is told."""
+    """A task that counts its calls."""
 
     steps = 0
 
@@ -115,7 +115,7 @@ class CountingTask:
 
 
 class Clock:
-    """Stands still until it is moved."""
+    """A clock that the test advances."""
 
     now = 0.0
 
@@ -127,7 +127,7 @@ class Clock:
 
 
 class TestMeasuring:
-    def test_rows_follow_from_medians(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_rows_use_medians(self, monkeypatch: pytest.MonkeyPatch) -> None:
         given = {"PyTorch float": Timing(0.04, 0.004, 9), "ONNX float": Timing(0.02, 0.001, 9)}
         monkeypatch.setattr(bench, "time_in_turns", lambda runs, rounds, task: given)
         found = measure(lineup("PyTorch float", "ONNX float"), BenchSettings((8,), (1,)), SILENT)
@@ -138,13 +138,13 @@ class TestMeasuring:
         assert [row.images_per_second for row in found.rows] == pytest.approx([200, 400])
         assert [row.relative for row in found.rows] == pytest.approx([0.5, 1.0])
 
-    def test_without_an_onnx_file_pytorch_is_the_measure(self) -> None:
+    def test_baseline_without_onnx_is_pytorch(self) -> None:
         found = measure(lineup("PyTorch float"), BenchSettings((1,), (1,), 1), SILENT)
 
         assert found.baseline == "PyTorch float"
         assert found.rows[0].relative == 1.0
 
-    def test_every_case_sees_its_batch_and_threads_and_these_are_put_back(self) -> None:
+    def test_cases_set_and_restore_threads(self) -> None:
         seen: list[tuple[int, int, bool]] = []
         line = lineup("PyTorch float")
         line.contenders[0] = Contender(
@@ -161,7 +161,7 @@ class TestMeasuring:
         cases = list(dict.fromkeys(seen))
         assert cases == [(size, count, False) for count in threads for size in (1, 3)]
 
-    def test_threads_are_put_back_after_an_error(self) -> None:
+    def test_threads_are_restored_after_errors(self) -> None:
         def fail(threads: int) -> Any:
             raise RuntimeError("no")
 
@@ -173,17 +173,17 @@ class TestMeasuring:
 
         assert torch.get_num_threads() == before
 
-    def test_images_are_the_same_every_time(self) -> None:
+    def test_images_are_deterministic(self) -> None:
         assert torch.equal(bench.random_images(2, (3, 4, 4)), bench.random_images(2, (3, 4, 4)))
         assert bench.random_images(2, (3, 4, 5)).shape == (2, 3, 4, 5)
 
-    def test_the_machine_has_a_name_and_cores(self) -> None:
+    def test_machine_name_and_cores(self) -> None:
         assert cpu_name().strip()
         assert cores() >= 1
 
 
 def lineup(*names: str) -> Lineup:
-    """Contenders that do nothing."""
+    """Targets that do nothing."""
     return Lineup(
         "tiny", (3, 4, 4), contenders=[Contender(name, "any", 10, lambda n: lambda x: x) for name in names]
     )
@@ -191,13 +191,13 @@ def lineup(*names: str) -> Lineup:
 
 @pytest.fixture(scope="module")
 def measured(run: Path) -> dict[str, Any]:
-    """What the command says of the run."""
+    """The command's output for the run."""
     found: dict[str, Any] = answer("eval", run, *QUICK)
     return found
 
 
 class TestTargets:
-    def test_a_run_stands_four_ways(self, run: Path, measured: dict[str, Any]) -> None:
+    def test_run_is_measured_in_four_forms(self, run: Path, measured: dict[str, Any]) -> None:
         found = measured
         rows = found["bench"]["rows"]
 
@@ -220,7 +220,7 @@ class TestTargets:
         layers = {row["name"]: (row["integer_kernels"], row["float_kernels"]) for row in rows}
         assert layers["ONNX float"] == (0, 20)  # 19 convolutions and the classifier
 
-    def test_the_conditions_are_told(self, measured: dict[str, Any]) -> None:
+    def test_conditions_are_reported(self, measured: dict[str, Any]) -> None:
         found = measured["bench"]
 
         assert {"saq", "torch", "onnxruntime"} <= set(found["versions"])
@@ -229,20 +229,20 @@ class TestTargets:
         assert (found["model"], found["input_size"], found["few_bits"]) == (MODEL, [1, 16, 16], True)
         assert (found["baseline"], found["notes"]) == ("ONNX float", [])
 
-    def test_a_safetensors_file_is_exported_first(self, run: Path) -> None:
+    def test_safetensors_is_exported_first(self, run: Path) -> None:
         found = answer("eval", run / "artifacts" / "model.safetensors", *QUICK)["bench"]
 
         assert [row["name"] for row in found["rows"][:4]] == FOUR
         assert "style qdq" in found["notes"][0]
 
-    def test_an_onnx_file_brings_its_float_architecture(self, run: Path) -> None:
+    def test_onnx_file_includes_float_architecture(self, run: Path) -> None:
         found = answer("eval", run / "artifacts" / "model.onnx", *QUICK)["bench"]
 
         assert [row["name"] for row in found["rows"][:3]] == [n for n in FOUR if "fake" not in n]
         assert found["notes"] == ["no PyTorch fake-quant: an ONNX file holds no PyTorch model"]
         assert found["few_bits"]
 
-    def test_a_float_model_has_no_quantized_rows(self) -> None:
+    def test_float_model_has_no_quantized_rows(self) -> None:
         options = ("--no-pretrained", "--num-classes", 10, "--input-size", 16)
         found = answer("eval", MODEL, *options, *QUICK)["bench"]
 
@@ -250,7 +250,7 @@ class TestTargets:
         assert "no quantized rows" in found["notes"][0]
         assert not found["few_bits"]
 
-    def test_accuracy_comes_first_where_images_are_named(self, run: Path, digits: Path) -> None:
+    def test_accuracy_is_measured_with_data(self, run: Path, digits: Path) -> None:
         data = ("--data", digits / "few")
         plain = answer("eval", run, *data)
         both = answer("eval", run, *data, *QUICK)
@@ -259,7 +259,7 @@ class TestTargets:
         assert both["top1"] == plain["top1"] > 0
         assert len(both["bench"]["rows"]) == 8
 
-    def test_all_files_of_a_run_take_part(self, run: Path, tmp_path: Path) -> None:
+    def test_all_artifacts_of_a_run_are_measured(self, run: Path, tmp_path: Path) -> None:
         copied = tmp_path / "run"
         shutil.copytree(run, copied)
         shutil.copy(copied / "artifacts" / "model.onnx", copied / "artifacts" / "float.onnx")
@@ -277,7 +277,7 @@ class TestTargets:
         assert "float.onnx is gone" in gone.stderr
 
     @pytest.mark.parametrize("name", ["attention", "residual", "tokens"])
-    def test_float_networks_compute_the_same_as_onnx(self, name: str, tmp_path: Path) -> None:
+    def test_float_pytorch_and_onnx_agree(self, name: str, tmp_path: Path) -> None:
         net, x = build(name)
         convert.wrap(net)
         convert.unwrap(net)
@@ -289,9 +289,7 @@ class TestTargets:
         with torch.inference_mode():
             torch.testing.assert_close(line.contenders[1].open(1)(x), net(x), atol=1e-4, rtol=1e-4)
 
-    def test_what_cannot_be_exported_is_left_out_with_a_note(
-        self, run: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_unexportable_model_is_skipped(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*arguments: object) -> None:
             raise UnsupportedModel("the model cannot be exported to ONNX: no")
 
@@ -305,7 +303,7 @@ class TestTargets:
 
 
 class TestOnnxFiles:
-    def test_operators_are_counted_by_name_and_in_inner_graphs(self) -> None:
+    def test_operators_in_subgraphs_are_counted(self) -> None:
         def nodes(*types: str) -> list[onnx.NodeProto]:
             return [helper.make_node(kind, ["x"], ["y"]) for kind in types]
 
@@ -323,15 +321,15 @@ class TestOnnxFiles:
 
         assert count_kernels(graph) == Kernels(integer=4, floating=4)
 
-    def test_integer_kernels_are_found_in_what_is_run(self, tmp_path: Path) -> None:
-        """The file holds no QLinearConv; ONNX Runtime makes one of Q and DQ around a convolution."""
+    def test_integer_kernels_are_detected(self, tmp_path: Path) -> None:
+        """The file holds no QLinearConv; ONNX Runtime fuses Q and DQ around a convolution into one."""
         path = tmp_path / "model.onnx"
         onnx.save(quantized_convolution(), path)
 
         assert open_file(path).kernels == Kernels(integer=1, floating=0)
         assert runner(path, 1)(torch.zeros(2, 1, 4, 4)).shape == (2, 1, 4, 4)
 
-    def test_a_fixed_batch_is_refused_before_anything_is_measured(self, run: Path, tmp_path: Path) -> None:
+    def test_fixed_batch_size_is_refused_up_front(self, run: Path, tmp_path: Path) -> None:
         model = onnx.load(run / "artifacts" / "model.onnx")
         for value in (*model.graph.input, *model.graph.output):
             value.type.tensor_type.shape.dim[0].dim_value = 3
@@ -394,7 +392,7 @@ def quantized_convolution() -> onnx.ModelProto:
         (["--bench", "--device", "cuda"], 1, "measures the CPU"),
     ],
 )
-def test_bad_input_is_one_clear_line(options: list[str], code: int, says: str) -> None:
+def test_invalid_input_is_one_line_error(options: list[str], code: int, says: str) -> None:
     result = saq("eval", "saq/resnet20", "--no-pretrained", *options)
 
     assert result.exit_code == code
@@ -403,14 +401,14 @@ def test_bad_input_is_one_clear_line(options: list[str], code: int, says: str) -
 
 
 @pytest.mark.parametrize(("target", "says"), [("gone.onnx", "no file"), ("gone.safetensors", "no file")])
-def test_a_missing_target_is_one_clear_line(target: str, says: str) -> None:
+def test_missing_target_is_one_line_error(target: str, says: str) -> None:
     result = saq("eval", target, "--bench")
 
     assert result.exit_code == 1
     assert says in result.stderr
 
 
-def test_settings_are_checked_without_the_command_line_too() -> None:
+def test_settings_are_validated_in_python_too() -> None:
     for settings in (BenchSettings((0,)), BenchSettings(threads=(0,)), BenchSettings(repeats=0)):
         with pytest.raises(ConfigError):
             settings.check()
@@ -429,7 +427,7 @@ class TestTables:
 
         return show
 
-    def test_fit_a_terminal_of_80_columns(self, shown: Callable[..., str]) -> None:
+    def test_fits_80_columns(self, shown: Callable[..., str]) -> None:
         text = shown(few_bits=False)
         tables = text.split("Medians of")[0].splitlines()[1:]
 
@@ -439,14 +437,14 @@ class TestTables:
         for name in FOUR:
             assert sum(line.startswith(name) for line in tables) == 3
 
-    def test_say_what_few_bits_do_not_gain_only_where_there_are_few(self, shown: Callable[..., str]) -> None:
+    def test_explains_low_bits_only_where_present(self, shown: Callable[..., str]) -> None:
         assert SMALLER_NOT_FASTER in shown(few_bits=True)
         assert SMALLER_NOT_FASTER not in shown(few_bits=False)
 
-    def test_say_what_is_missing(self, shown: Callable[..., str]) -> None:
+    def test_explains_missing_rows(self, shown: Callable[..., str]) -> None:
         assert "No ONNX float: why [not]." in shown(notes=["no ONNX float: why [not]"])
 
-    def test_come_from_the_command(self, run: Path) -> None:
+    def test_printed_by_the_command(self, run: Path) -> None:
         result = saq("eval", run, *QUICK)
 
         assert result.exit_code == 0
@@ -456,7 +454,7 @@ class TestTables:
 
 
 def sample() -> dict[str, Any]:
-    """What ``--json`` could hold, with wide figures."""
+    """A possible ``--json`` output with wide figures."""
     rows = [
         {
             "name": name,

@@ -1,4 +1,4 @@
-"""The two corrections as settings: what a run does by default, and how it is told otherwise."""
+"""The two corrections after calibration as settings, and their defaults."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def calibrated(config: RunConfig) -> nn.Module:
 
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("norms", [False, True])
-def test_nothing_but_what_was_asked_for_moves(digits: Path, biases: bool, norms: bool) -> None:
+def test_only_requested_corrections_apply(digits: Path, biases: bool, norms: bool) -> None:
     plain = calibrated(settings(digits, correct_bias=False, recalibrate_bn=False)).state_dict()
     corrected = calibrated(settings(digits, correct_bias=biases, recalibrate_bn=norms)).state_dict()
     moved = {
@@ -49,7 +49,7 @@ def test_nothing_but_what_was_asked_for_moves(digits: Path, biases: bool, norms:
     assert moved == expected | ({"bias"} if biases else set()) | ({"running_var"} if norms else set())
 
 
-def test_batch_norms_move_by_default_but_not_in_the_published_setting(digits: Path) -> None:
+def test_recalibrate_bn_default(digits: Path) -> None:
     section = settings(digits).quantization
     assert (section.correct_bias, section.recalibrate_bn) == (False, True)
     published = resolve(recipe="paper-cifar", options={"model.name": "saq/preresnet20"}).quantization

@@ -1,4 +1,4 @@
-"""All that is missing or mistyped is told in one message, before anything is fetched, loaded or written."""
+"""Everything missing or mistyped is reported in one message, before anything is downloaded, loaded or written."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ BITS = "no bits and no budget were given: give exactly one of --bits 4, --bops 3
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
     def fetched(*_: Any) -> None:
         raise AssertionError("published weights were asked for")
 
@@ -94,7 +94,7 @@ def images(tmp_path: Path) -> Path:
         ("profile resnt18 --bits 9 --policy x.json", ["near are", "--bits 9", "give one of them", "x.json"]),
     ],
 )
-def test_everything_wrong_is_told_at_once(
+def test_all_problems_are_reported_together(
     command: str, says: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -111,7 +111,7 @@ def test_everything_wrong_is_told_at_once(
     assert not list(tmp_path.iterdir())
 
 
-def test_existing_run_is_looked_at_last(images: Path, tmp_path: Path) -> None:
+def test_run_directory_is_checked_last(images: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "mine.txt").touch()
@@ -126,7 +126,7 @@ def test_existing_run_is_looked_at_last(images: Path, tmp_path: Path) -> None:
     assert "already exists" not in last_error(saq("export", "nosuch", "--onnx", exported))
 
 
-def test_budgets_are_checked_wherever_they_are_read(images: Path, tmp_path: Path) -> None:
+def test_budgets_are_validated_everywhere(images: Path, tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     base = ("quantize", "saq/resnet20", "--no-pretrained", "--dry-run")
     for text, says in (
@@ -149,7 +149,7 @@ def test_budgets_are_checked_wherever_they_are_read(images: Path, tmp_path: Path
     assert [bits[name] for name in ("conv1", "layer1.0.conv1", "layer1.0.conv2")] == [8, 4, 6]
 
 
-def test_demo_refuses_budgets_before_it_trains(tmp_path: Path) -> None:
+def test_demo_checks_budget_before_training(tmp_path: Path) -> None:
     for budget, code, says in (
         ("500MB", 1, "use --size 500MB, or 500M"),
         ("5mJ", 1, "is an energy"),
@@ -161,7 +161,7 @@ def test_demo_refuses_budgets_before_it_trains(tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir())
 
 
-def test_problems_are_told_once_and_in_their_order() -> None:
+def test_problems_are_unique_and_ordered() -> None:
     problems = Problems()
     problems.check()
     assert problems.attempt(int, "3") == 3
@@ -178,8 +178,8 @@ def test_problems_are_told_once_and_in_their_order() -> None:
     assert raised.value.exit_code == 1
 
 
-def test_resuming_needs_neither_weights_nor_policy(tmp_path: Path, images: Path) -> None:
-    """What is read once only may be gone; the settings of the run are."""
+def test_resume_needs_no_weights_or_policy(tmp_path: Path, images: Path) -> None:
+    """Files read only once may be gone; the settings of the run may not."""
     config = tmp_path / "config.json"
     plan = answer("quantize", "saq/resnet20", "--no-pretrained", "--bits", 4, "--dry-run")["config"]
     plan["model"]["weights"] = "gone.pth"
@@ -193,8 +193,8 @@ def test_resuming_needs_neither_weights_nor_policy(tmp_path: Path, images: Path)
         check_quantize(resolve(file=config), images=True)
 
 
-def test_a_chosen_set_of_weights_is_no_second_problem(tmp_path: Path) -> None:
-    """The network is built without weights to find more problems, and so without the key of its weights."""
+def test_weights_key_causes_no_second_error(tmp_path: Path) -> None:
+    """Without weights the network is built only to find further problems, and the key is not needed."""
     weights = tmp_path / "five.pth"
     torch.save({"model": build_architecture(TINY).state_dict(), "other": {}}, weights)
     result = saq("quantize", "saq/resnet20", "--weights", weights, "--weights-key", "model", "--bits", 4)
@@ -202,26 +202,26 @@ def test_a_chosen_set_of_weights_is_no_second_problem(tmp_path: Path) -> None:
     assert last_error(result).startswith(f"error: {DATA}")
 
 
-def test_a_dry_search_is_checked_as_a_search() -> None:
+def test_dry_search_is_checked_as_search() -> None:
     result = saq("search", "saq/resnet20", "--mean", "abc", "--dry-run", "--no-pretrained")
     assert "no budget was given: use --budget 34G" in last_error(result)
     assert "--bits" not in last_error(result)
 
 
-def test_a_policy_is_no_weight_file(tmp_path: Path) -> None:
+def test_policy_folder_is_not_weights(tmp_path: Path) -> None:
     (tmp_path / "some.safetensors").touch()
     result = saq("profile", "saq/resnet20", "--policy", tmp_path)
     assert "is not a run directory" in last_error(result)
     assert "some.safetensors" not in last_error(result)
 
 
-def test_attention_of_a_file_is_its_own(tmp_path: Path) -> None:
+def test_attention_option_on_a_file_is_refused(tmp_path: Path) -> None:
     (file := tmp_path / "some.safetensors").touch()
     result = saq("profile", file, "--quantize-attention")
     assert result.exit_code == 1
     assert last_error(result).endswith("has its own attention: remove --quantize-attention")
 
 
-def test_workers_of_a_rerun_need_no_weights() -> None:
+def test_rerun_workers_need_no_weights() -> None:
     named = {"model.name": "saq/resnet20", "model.weights": "gone.pth", "model.weights_key": "model"}
     assert rerun._default_workers(resolve(options=named), 1) in (0, 1)

@@ -1,4 +1,4 @@
-"""The names of a file's classes are those of its logits, and the labels of a run go with everything it leaves."""
+"""Class names of a file match its logits, and a run's labels are stored in all its files."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ TENCH, GOLF_BALL, PARACHUTE = "n01440764", "n03445777", "n03888257"  # 0, 574 an
 
 @pytest.fixture(scope="module")
 def imagenet_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a 1000-class network on three synset folders, that takes everything for a parachute."""
+    """A run of a 1000-class network on three synset folders that predicts parachute for everything."""
     folder = tmp_path_factory.mktemp("imagenet")
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
@@ -67,8 +67,8 @@ def imagenet_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class TestThousandClasses:
-    def test_the_name_of_the_best_logit_is_right(self, imagenet_run: Path) -> None:
+class TestImageNetClasses:
+    def test_class_name_of_best_logit_is_correct(self, imagenet_run: Path) -> None:
         path = imagenet_run / "run" / "artifacts" / "model.onnx"
         found = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
         names, facts = json.loads(found["class_names"]), json.loads(found["saq.facts"])
@@ -80,7 +80,7 @@ class TestThousandClasses:
         assert facts["class_order"] == "imagenet"
         assert facts["class_names"] == names
 
-    def test_one_image_of_three_is_right(self, imagenet_run: Path) -> None:
+    def test_top1_counts_the_right_class(self, imagenet_run: Path) -> None:
         for target in ("run", "run/artifacts/model.onnx", "run/artifacts/model.safetensors"):
             found = answer("eval", imagenet_run / target, "--data", imagenet_run / "data", "--workers", 0)
             assert found["top1"] == pytest.approx(100 / 3)
@@ -99,7 +99,7 @@ class TestThousandClasses:
         assert "has the classes my parachute, my tench" in last_error(refused)
         assert "--class-map" in last_error(refused)
 
-    def test_files_of_before_are_read(self, imagenet_run: Path, tmp_path: Path) -> None:
+    def test_older_files_are_read(self, imagenet_run: Path, tmp_path: Path) -> None:
         model, facts = restore(imagenet_run / "run" / "artifacts" / "model.safetensors")
         folders = (TENCH, GOLF_BALL, PARACHUTE)
         before = facts.model_copy(update={"class_names": folders, "folders": {}, "class_order": ""})
@@ -121,7 +121,7 @@ Renamed = Callable[[list[str]], Path]
 
 @pytest.fixture
 def renamed(digits: Path, tmp_path: Path) -> Renamed:
-    """Makes a copy of a few digits, the class folders called otherwise, in the order of their labels."""
+    """Copies a few digits, with class folders renamed in the order of their labels."""
 
     def make(names: list[str]) -> Path:
         for split in ("train", "val"):
@@ -151,7 +151,7 @@ MIXED = ["Eight", "Five", "four", "Nine", "one", "Seven", "six", "Three", "two",
         ),
     ],
 )
-def test_accuracy_needs_the_order_of_training(
+def test_accuracy_requires_the_training_order(
     names: list[str], order: list[str], other: list[str], digits: Path, renamed: Renamed
 ) -> None:
     def top1(data: Path, *options: str) -> float:
@@ -172,7 +172,7 @@ def quantized(digits: Path, data: Path, run: Path, *options: object) -> Any:
     return answer("quantize", MODEL, *float_options(digits, data), *more, *options)
 
 
-def test_a_run_carries_its_order_to_its_files(digits: Path, renamed: Renamed, tmp_path: Path) -> None:
+def test_class_order_is_stored_in_all_files(digits: Path, renamed: Renamed, tmp_path: Path) -> None:
     data, run = renamed(sorted(NATURAL)), tmp_path / "run"
     done = quantized(digits, data, run, "--class-order", "torchvision")
     assert done["float_top1"] > 80
@@ -196,7 +196,7 @@ def test_a_run_carries_its_order_to_its_files(digits: Path, renamed: Renamed, tm
     assert answer("eval", run, "--data", data, "--class-order", "timm")["top1"] < done["top1"] - 50
 
 
-def test_a_run_keeps_its_class_map_and_turns(digits: Path, renamed: Renamed, tmp_path: Path) -> None:
+def test_run_keeps_class_map_and_exif_setting(digits: Path, renamed: Renamed, tmp_path: Path) -> None:
     words = ["null", "eins", "zwei", "drei", "vier", "fuenf", "sechs", "sieben", "acht", "neun"]
     data, run = renamed(words), tmp_path / "run"
     turned = Image.Exif()
@@ -213,7 +213,7 @@ def test_a_run_keeps_its_class_map_and_turns(digits: Path, renamed: Renamed, tmp
     refused = saq(*resume)
     assert refused.exit_code == 1
     assert "with other names or labels" in last_error(refused)
-    (tmp_path / "map.json").unlink()  # the run knows its labels
+    (tmp_path / "map.json").unlink()  # the run stores its labels
     assert saq(*resume).exit_code == 0
 
     for target in (run, run / "artifacts" / "model.onnx"):
@@ -223,7 +223,7 @@ def test_a_run_keeps_its_class_map_and_turns(digits: Path, renamed: Renamed, tmp
     assert "the model was trained with --exif-transpose" in said
 
 
-def test_too_many_workers_are_noted_once(digits: Path) -> None:
+def test_excess_workers_are_noted_once(digits: Path) -> None:
     options = ["eval", MODEL, *float_options(digits, digits / "few")]
     done = saq(*options, "--workers", cores() + 1)
     assert done.stderr.count("workers") == 1

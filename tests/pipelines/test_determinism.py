@@ -1,4 +1,4 @@
-"""Deterministic kernels: the same numbers on a CPU, one line where there is no such kernel, and nothing left behind."""
+"""Deterministic kernels: same results on a CPU, a one-line error where there is none, and settings restored."""
 
 import os
 
@@ -31,7 +31,7 @@ def trained(name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", sorted(tiny.TINY))
-def test_on_a_cpu_no_number_changes(name: str) -> None:
+def test_deterministic_cpu_run_is_unchanged(name: str) -> None:
     before = flags()
     expected = trained(name)
     with deterministic():
@@ -44,7 +44,7 @@ def test_on_a_cpu_no_number_changes(name: str) -> None:
 
 
 @pytest.mark.parametrize("value", [None, ":16:8", ":0:0"])
-def test_an_operation_without_such_a_kernel_is_named_in_one_line_and_all_is_set_back(
+def test_operation_without_deterministic_kernel_fails(
     value: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if value is None:

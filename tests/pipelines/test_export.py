@@ -1,4 +1,4 @@
-"""``saq export``: a file that is proved before it has its name, and what lies beside it."""
+"""``saq export``: files are verified before they are published, with a verdict beside them."""
 
 import hashlib
 import json
@@ -50,8 +50,8 @@ FIGURES = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The safetensors file of a small network of random weights, at mixed bits."""
-    plain = {"stem_type": "", "avg_down": False, "zero_init_last": False}  # else branches are times zero
+    """The safetensors file of a small network with random weights, at mixed bits."""
+    plain = {"stem_type": "", "avg_down": False, "zero_init_last": False}  # no branch scaled by zero
     spec = ModelSpec(
         "timm/test_resnet", pretrained=False, num_classes=5, in_chans=1, input_size=16, kwargs=plain
     )
@@ -86,14 +86,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def near(path: Path) -> Any:
-    """A runtime that rounds otherwise."""
+    """A runtime that rounds differently."""
     run = onnx_session(path, optimized=True)
     return lambda images: run(images) * (1 + 1e-6)
 
 
 @pytest.fixture(scope="module")
 def exact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Its file of style exact, verified with another runtime as well, and what the command printed."""
+    """Its file in style exact, also verified with another runtime, and the command's output."""
     path = tmp_path_factory.mktemp("exact") / "model.onnx"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(proof.RUNTIMES, "openvino", near)
@@ -101,7 +101,7 @@ def exact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         return path, answer("export", model, "--onnx", path, "--style", "exact", "--verify", "openvino")
 
 
-def test_the_answer_says_what_was_proved(exact: tuple[Path, dict[str, Any]]) -> None:
+def test_output_reports_the_proof(exact: tuple[Path, dict[str, Any]]) -> None:
     path, found = exact
 
     assert found["onnx"] == str(path)
@@ -114,9 +114,7 @@ def test_the_answer_says_what_was_proved(exact: tuple[Path, dict[str, Any]]) -> 
     assert sorted(each.name for each in path.parent.iterdir()) == ["model.onnx", "model.verdict.json"]
 
 
-def test_the_verdict_tells_every_layer_and_is_of_this_file(
-    exact: tuple[Path, dict[str, Any]], model: Path
-) -> None:
+def test_verdict_lists_layers_and_file_hash(exact: tuple[Path, dict[str, Any]], model: Path) -> None:
     path, printed = exact
     verdict = json.loads(verdict_path(path).read_text())
     layers = list(saqcli.load(model).state_dict())
@@ -141,7 +139,7 @@ def test_the_verdict_tells_every_layer_and_is_of_this_file(
     assert sum(entry["codes"] for entry in verdict["per_layer"]) == verdict["codes"]
 
 
-def test_a_verdict_of_any_figures_is_strict_json(tmp_path: Path) -> None:
+def test_verdict_is_strict_json(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"file")
     verdict = Verdict(4, 1.0, 0.5, 0.1, accumulators=(Accumulator("one", 2**25, 3), Accumulator("two", 7, 1)))
@@ -152,9 +150,7 @@ def test_a_verdict_of_any_figures_is_strict_json(tmp_path: Path) -> None:
     assert tree["per_layer"] == []
 
 
-def test_the_exact_form_that_is_loaded_has_the_bits_of_the_file(
-    exact: tuple[Path, dict[str, Any]], model: Path
-) -> None:
+def test_loaded_exact_form_equals_the_file(exact: tuple[Path, dict[str, Any]], model: Path) -> None:
     path, _ = exact
     form = saqcli.load(model, exact=True)
     x = torch.randn(7, 1, 16, 16)
@@ -169,7 +165,7 @@ def test_the_exact_form_that_is_loaded_has_the_bits_of_the_file(
 
 
 @pytest.mark.parametrize("style", [style for style in STYLES if style != "exact"])
-def test_every_style_is_proved(style: str, model: Path, tmp_path: Path) -> None:
+def test_every_style_is_verified(style: str, model: Path, tmp_path: Path) -> None:
     path = tmp_path / "folder" / "model.onnx"
     found = answer("export", model, "--onnx", path, "--style", style)
     verdict = json.loads(verdict_path(path).read_text())
@@ -182,7 +178,7 @@ def test_every_style_is_proved(style: str, model: Path, tmp_path: Path) -> None:
 
 
 class Broken(QdqExporter):
-    """Forgets the weights of one layer."""
+    """An exporter that drops the weights of one layer."""
 
     def export(self, model: nn.Module, example: Tensor, path: Path, facts: ModelMetadata) -> None:
         super().export(model, example, path, facts)
@@ -195,10 +191,10 @@ class Broken(QdqExporter):
         ir.save(graph, path)
 
 
-def test_a_file_that_is_not_the_model_does_not_get_its_name(
+def test_failed_verification_publishes_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither a new file nor the one that was there before is touched; the exit code is 3."""
+    """Neither a new file nor an existing one is touched; the exit code is 3."""
     monkeypatch.setitem(EXPORTERS, "qdq", Broken)
     path = tmp_path / "model.onnx"
     result = saq("export", model, "--onnx", path, "--quiet")
@@ -220,7 +216,7 @@ def _node(*arguments: Any, **attributes: Any) -> onnx.NodeProto:
     return onnx.helper.make_node(*arguments, **attributes)
 
 
-# Graphs from images to logits that ONNX Runtime cannot run, and the message.
+# Graphs from images to logits that ONNX Runtime refuses, and the message.
 NOT_TAKEN = {
     "hazard": (
         [
@@ -240,10 +236,10 @@ NOT_TAKEN = {
 
 
 @pytest.mark.parametrize("kind", NOT_TAKEN)
-def test_a_graph_that_onnx_runtime_does_not_take_does_not_get_its_name(
+def test_unloadable_graph_is_not_published(
     kind: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A known hazard is named, before ONNX Runtime's own words, which say less."""
+    """A known hazard is named before ONNX Runtime's less specific message."""
     nodes, says = NOT_TAKEN[kind]
 
     class NotTaken(QdqExporter):
@@ -267,7 +263,9 @@ def test_a_graph_that_onnx_runtime_does_not_take_does_not_get_its_name(
     assert not list(tmp_path.iterdir())
 
 
-def test_made_images_are_made_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synthetic_images_are_generated_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[Any] = []
 
     def count(*arguments: Any) -> Any:
@@ -281,7 +279,7 @@ def test_made_images_are_made_once(model: Path, tmp_path: Path, monkeypatch: pyt
     assert found["images"] == len(made[0][0][0])
 
 
-def test_what_is_there_is_replaced_only_when_told(model: Path, tmp_path: Path) -> None:
+def test_existing_file_needs_overwrite(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     for taken in (verdict_path(path), path):
         taken.write_text("before")
@@ -311,7 +309,7 @@ def test_what_is_there_is_replaced_only_when_told(model: Path, tmp_path: Path) -
         ),
     ],
 )
-def test_options_that_mean_nothing_are_refused_at_once(
+def test_meaningless_options_are_refused_early(
     options: tuple[str, ...], says: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -322,7 +320,7 @@ def test_options_that_mean_nothing_are_refused_at_once(
     assert not list(tmp_path.iterdir())
 
 
-def test_verifying_with_openvino_needs_openvino(
+def test_openvino_verification_needs_openvino(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "openvino", None)
@@ -334,10 +332,10 @@ def test_verifying_with_openvino_needs_openvino(
 
 
 @pytest.mark.parametrize("style", sweep(["qdq", "exact"], lambda style: style == "qdq"))
-def test_another_runtime_is_asked_as_well(
+def test_additional_runtime_can_fail_the_file(
     style: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that answers wrongly fails the file, whatever the style."""
+    """A runtime with wrong results fails the file, whatever the style."""
 
     def wrong(path: Path) -> Any:
         run = onnx_session(path, optimized=True)
@@ -352,7 +350,7 @@ def test_another_runtime_is_asked_as_well(
     assert not list(tmp_path.iterdir())
 
 
-def test_another_runtime_need_not_have_the_bits_of_an_exact_file(exact: tuple[Path, dict[str, Any]]) -> None:
+def test_exact_style_allows_other_runtimes_to_differ(exact: tuple[Path, dict[str, Any]]) -> None:
     path, found = exact
 
     assert (found["verified"], found["max_abs_diff"]) == (True, 0.0)
@@ -374,7 +372,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def seen_by(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Filled with the images that files are compared on."""
+    """A list that receives the images used for verification."""
     seen: list[Tensor] = []
     prove = proof.prove_graph
 
@@ -390,7 +388,7 @@ def seen_by(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("given", "count"), [((), 20), (("--verify-images", "10"), 10), (("--verify-images", "all"), 20)]
 )
-def test_as_many_images_verify_as_asked(
+def test_verify_images_sets_the_image_count(
     given: tuple[str, ...],
     count: int,
     model: Path,
@@ -408,7 +406,7 @@ def test_as_many_images_verify_as_asked(
     assert (verdict["images"], verdict["images_available"], verdict["verified_on"]) == (count, 20, str(few))
 
 
-def test_the_table_says_what_was_verified_on_what(model: Path, few: Path, tmp_path: Path) -> None:
+def test_table_names_the_verification_images(model: Path, few: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     some = saq("export", model, "--onnx", path, "--data", few, "--verify-images", "5", "--quiet").stdout
     made = saq("export", model, "--onnx", path, "--overwrite", "--quiet").stdout
@@ -421,8 +419,8 @@ def test_the_table_says_what_was_verified_on_what(model: Path, few: Path, tmp_pa
     assert f"largest difference of a logit: {difference}" in " ".join(made.split())
 
 
-def test_a_flipped_code_is_explained() -> None:
-    """Layers agree to rounding, and logits do not: both are true."""
+def test_flipped_code_is_explained() -> None:
+    """Layers agree up to rounding, while logits do not."""
     check = LayerwiseCheck((LayerCheck("one", 100, 1, 0, 1.1e-6),), 2e-7)
     verdict = Verdict(500, 0.998, 1.604, 0.01, layerwise=check, pytorch_max_abs_diff=1.7, largest_logit=20.0)
 

@@ -1,4 +1,4 @@
-"""Networks that are not 224 pixels, 3 channels, 1000 classes, one head: sizes, channels, heads, training apart."""
+"""Networks with other sizes, channels, classes and heads, or another forward pass in training."""
 
 import json
 import random
@@ -27,11 +27,11 @@ from tests.support.command_line import answer, last_error, saq
 
 class TestInputSize:
     @pytest.mark.parametrize(("text", "size"), [("224", 224), ("96x64", (96, 64)), (" 8X8 ", (8, 8))])
-    def test_is_one_side_or_height_and_width(self, text: str, size: object) -> None:
+    def test_parses_side_or_height_and_width(self, text: str, size: object) -> None:
         assert parse_size(text) == size
 
     @pytest.mark.parametrize("text", ["", "0", "-3", "x64", "96x0", "3x96x64", "96,64", "1e3", "9999999"])
-    def test_refuses_what_is_no_size(self, text: str) -> None:
+    def test_invalid_sizes_are_refused(self, text: str) -> None:
         with pytest.raises(ConfigError, match="256x192"):
             parse_size(text)
 
@@ -50,7 +50,7 @@ class TestInputSize:
             ("saq/resnet20", ["--input-size", "48x32", "--in-chans", 2], [2, 48, 32]),
         ],
     )
-    def test_reaches_the_network(self, name: str, options: list[object], size: list[int]) -> None:
+    def test_size_reaches_the_network(self, name: str, options: list[object], size: list[int]) -> None:
         found = answer("profile", name, "--no-pretrained", "--num-classes", 7, *options)
 
         assert (found["input_size"], found["num_classes"]) == (size, 7)
@@ -64,9 +64,7 @@ class TestInputSize:
             (["--model-kwargs", "global_pool="], "tensor of (1, 101, 9)"),  # scores for every patch
         ],
     )
-    def test_one_that_gives_no_scores_is_refused_in_one_line(
-        self, command: str, options: list[object], says: str
-    ) -> None:
+    def test_model_without_logits_is_refused(self, command: str, options: list[object], says: str) -> None:
         result = saq(command, "timm/test_vit", "--no-pretrained", "--num-classes", 9, *options, "--json")
 
         assert result.exit_code == 1
@@ -75,7 +73,7 @@ class TestInputSize:
         assert "--input-size" in last_error(result)
 
 
-def test_arguments_of_a_builder_may_be_lists() -> None:
+def test_builder_arguments_may_be_lists() -> None:
     found = parse_assignments("depths=[1, 2,1],act_layer=silu, dynamic=True,drop=0.5,pool=", "--model-kwargs")
     assert found == {"depths": [1, 2, 1], "act_layer": "silu", "dynamic": True, "drop": 0.5, "pool": ""}
     profiled = answer(
@@ -94,7 +92,7 @@ def test_arguments_of_a_builder_may_be_lists() -> None:
         ("torchvision/squeezenet1_1", {}, ["classifier.1"]),
     ],
 )
-def test_every_head_is_pinned(name: str, kwargs: dict[str, Any], heads: list[str]) -> None:
+def test_all_classifiers_are_pinned(name: str, kwargs: dict[str, Any], heads: list[str]) -> None:
     section = ModelSection(name=name, pretrained=False, num_classes=3, input_size=64, kwargs=kwargs)
     costs = wrap_and_trace(load_float(section, SILENT)).costs
     stem, *pinned = [layer for layer in costs.layers if layer.pinned]
@@ -105,7 +103,7 @@ def test_every_head_is_pinned(name: str, kwargs: dict[str, Any], heads: list[str
 
 
 class Auxiliary(nn.Module):
-    """Gives a second answer in training."""
+    """Returns a second output in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,14 +116,14 @@ class Auxiliary(nn.Module):
 
 
 class Scoreless(Auxiliary):
-    """Gives features in training."""
+    """Returns features in training."""
 
     def forward(self, x: Tensor) -> Any:
         return self.layers(x).reshape(len(x), 4, 36) if self.training else self.head(self.layers(x))
 
 
 class EvaluationAlone(Auxiliary):
-    """Cannot run in training."""
+    """Fails in training mode."""
 
     def forward(self, x: Tensor) -> Any:
         if self.training:
@@ -134,7 +132,7 @@ class EvaluationAlone(Auxiliary):
 
 
 class Pooled(nn.Module):
-    """Has a batch norm over single numbers, which needs two images."""
+    """Has a batch norm over single values, which needs two images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +143,7 @@ class Pooled(nn.Module):
 
 
 class Dense(Pooled):
-    """Another norm over features that are no image."""
+    """Another norm over flat features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +179,7 @@ class TestTraining:
             (Pooled, {"micro_batch": 1}, "fails in training on 1 image: "),
         ],
     )
-    def test_one_that_cannot_be_trained_is_refused_in_one_line(
+    def test_untrainable_model_is_one_line_error(
         self, build: Callable[[], nn.Module], options: dict[str, Any], says: str
     ) -> None:
         with pytest.raises(UnsupportedModel, match=says) as caught:
@@ -218,7 +216,7 @@ class TestTraining:
             (128, 1, {"micro_batch": 1}, "a training set of 1 image leaves", "give more images,"),
         ],
     )
-    def test_a_single_image_is_blamed_on_what_leaves_it(
+    def test_batch_of_one_names_its_cause(
         self,
         build: Callable[[], nn.Module],
         batch: int,
@@ -237,7 +235,7 @@ class TestTraining:
         assert remedy in str(caught.value)
         check_trains(Pooled().eval(), "any", self.size, self.config(micro_batch=2), images=900)
 
-    def test_images_too_small_are_not_blamed_on_their_number(self) -> None:
+    def test_too_small_images_are_named(self) -> None:
         with pytest.raises(UnsupportedModel) as caught:
             check_trains(Instances().eval(), "any", self.size, self.config(micro_batch=1))
 
@@ -246,11 +244,11 @@ class TestTraining:
         assert "`model.input_size`" in str(caught.value)
 
     @pytest.mark.parametrize(("batch", "micro"), [(7, 2), (8, 3), (9, 4), (12, 12), (1, 5)])
-    def test_sizes_are_those_of_the_parts(self, batch: int, micro: int) -> None:
+    def test_micro_batch_sizes_match_the_split(self, batch: int, micro: int) -> None:
         assert sizes(batch, micro) == [len(part[0]) for part in cut([torch.zeros(batch)], micro)]
 
     @pytest.mark.parametrize("build", [Pooled, Auxiliary])
-    def test_trying_changes_nothing(self, build: Callable[[], nn.Module]) -> None:
+    def test_preflight_changes_nothing(self, build: Callable[[], nn.Module]) -> None:
         model = build().eval()
         before = {key: value.clone() for key, value in model.state_dict().items()}
         state = torch.get_rng_state(), random.random.__self__.getstate(), np.random.get_state()[1].copy()  # type: ignore[attr-defined]
@@ -266,7 +264,7 @@ class TestTraining:
         assert random_state()["python"][1] == list(state[1][1])
         assert np.array_equal(np.random.get_state()[1], state[2])
 
-    def test_auxiliary_heads_are_refused_before_anything_is_written(self, grey: Path, tmp_path: Path) -> None:
+    def test_auxiliary_heads_are_refused_early(self, grey: Path, tmp_path: Path) -> None:
         options = [
             "--no-pretrained",
             "--num-classes",
@@ -287,7 +285,7 @@ class TestTraining:
         assert "GoogLeNetOutputs" in last_error(result)
         assert not (tmp_path / "run").exists()
 
-    def test_auxiliary_heads_stay_in_floating_point(self) -> None:
+    def test_auxiliary_heads_stay_float(self) -> None:
         section = ModelSection(
             name="torchvision/googlenet", pretrained=False, input_size=64, kwargs={"aux_logits": True}
         )
@@ -299,7 +297,7 @@ class TestTraining:
 
 @pytest.fixture(scope="module")
 def grey(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Grey images of two classes and another shape than the network's: bright above or bright below."""
+    """Grey images of two classes in another shape than the network's: bright above or bright below."""
     folder = tmp_path_factory.mktemp("grey")
     generator = np.random.default_rng(0)
     for split, label, count in [(s, c, n) for s, n in (("train", 8), ("val", 4)) for c in (0, 1)]:
@@ -311,7 +309,7 @@ def grey(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_grey_images_of_another_shape_from_the_folder_to_the_file(grey: Path, tmp_path: Path) -> None:
+def test_grey_images_work_end_to_end(grey: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = [
         "--no-pretrained",

@@ -1,4 +1,4 @@
-"""Commands in several processes that work as one: what they leave, say, and go on from."""
+"""Commands in several processes: what they write, print, and resume."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ RUNS = (
 
 @pytest.fixture(scope="module")
 def few(digits: Path) -> list[object]:
-    """Names the network and a few of the digits."""
+    """Options for the network and a few of the digits."""
     return [MODEL, *float_options(digits, digits / "few")]
 
 
@@ -64,12 +64,12 @@ def same(one: Any, other: Any) -> bool:
 def pair(
     few: list[object], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[tuple[int, str, str]]]:
-    """A run of two processes, and what they said."""
+    """A run of two processes and their output."""
     run = tmp_path_factory.mktemp("pair") / "run"
     return run, ranks_saq(2, "quantize", *few, *RUNS, "--epochs", 2, "--run-dir", run, "--json")
 
 
-def test_the_first_process_alone_speaks_and_writes(pair: tuple[Path, list[tuple[int, str, str]]]) -> None:
+def test_only_rank_zero_prints_and_writes(pair: tuple[Path, list[tuple[int, str, str]]]) -> None:
     run, ((code, stdout, stderr), silent) = pair
 
     assert (code, stderr) == (0, "")
@@ -82,10 +82,10 @@ def test_the_first_process_alone_speaks_and_writes(pair: tuple[Path, list[tuple[
     assert not (run / ".lock").exists()
 
 
-def test_two_processes_are_one_with_two_perturbations_a_batch(
+def test_two_ranks_equal_two_chunks(
     pair: tuple[Path, list[tuple[int, str, str]]], few: list[object], tmp_path: Path
 ) -> None:
-    """Halves are summed exactly, so that not one bit differs; running statistics are averaged, not updated twice."""
+    """Halves are summed exactly, so no bit differs; running statistics are averaged, not updated twice."""
     alone = tmp_path / "alone"
     answer("quantize", *few, *RUNS, "--epochs", 2, "--sharpness-batch", 32, "--run-dir", alone)
     one, other = state_of(alone), state_of(pair[0])
@@ -104,8 +104,8 @@ def test_two_processes_are_one_with_two_perturbations_a_batch(
             assert now["loss"] == pytest.approx(before["loss"], rel=1e-12)
 
 
-def signalled(step: int, rank: int, number: int = signal.SIGTERM) -> Callable[[int], None]:
-    """Lets the process of that rank get a signal in a step of its training."""
+def raise_signal_in(step: int, rank: int, number: int = signal.SIGTERM) -> Callable[[int], None]:
+    """Raise a signal in a training step of the process with that rank."""
     return partial(_signal_in, step, rank, number)
 
 
@@ -135,13 +135,13 @@ def _signal_in(step: int, rank: int, number: int, here: int) -> None:
 def stopped(
     few: list[object], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[tuple[int, str, str]]]:
-    """A run of two processes of which the second was asked to stop, and what they said."""
+    """A run of two processes of which the second was interrupted, and their output."""
     run = tmp_path_factory.mktemp("stopped") / "run"
     options = ("quantize", *few, *RUNS, "--epochs", 2, "--run-dir", run, "--quiet")
-    return run, ranks_saq(2, *options, before=signalled(step=2, rank=1))
+    return run, ranks_saq(2, *options, before=raise_signal_in(step=2, rank=1))
 
 
-def test_all_stop_when_one_is_asked_to_and_go_on_bit_for_bit(
+def test_interrupted_ranks_resume_bit_identically(
     pair: tuple[Path, list[tuple[int, str, str]]],
     stopped: tuple[Path, list[tuple[int, str, str]]],
     few: list[object],
@@ -155,7 +155,7 @@ def test_all_stop_when_one_is_asked_to_and_go_on_bit_for_bit(
     assert said[0][2].startswith("Interrupted; progress saved. Resume with `saq quantize --run-dir")
     assert state_of(run)["position"] == {"epoch": 0, "step": 2}
 
-    # torchrun starts the same command again when a process has failed: it goes on without --resume
+    # torchrun restarts the same command after a failure: it resumes without --resume
     options = ("quantize", *few, *RUNS, "--epochs", 2, "--run-dir", run, "--quiet")
     again = ranks_saq(2, *options, TORCHELASTIC_RESTART_COUNT="1")
     assert [code for code, _, _ in again] == [0, 0], again[0][2]
@@ -163,7 +163,7 @@ def test_all_stop_when_one_is_asked_to_and_go_on_bit_for_bit(
     assert (run / "metrics.jsonl").read_text() == (pair[0] / "metrics.jsonl").read_text()
 
 
-def test_another_number_of_processes_goes_on_with_a_run(
+def test_resume_with_another_world_size(
     stopped: tuple[Path, list[tuple[int, str, str]]], tmp_path: Path
 ) -> None:
     run = shutil.copytree(stopped[0], tmp_path / "run")
@@ -175,7 +175,7 @@ def test_another_number_of_processes_goes_on_with_a_run(
     assert (trained["phase"], trained["images"]) == ("train", 192)  # none is lost, none counted twice
 
 
-def test_what_one_process_alone_meets_is_said_by_it_and_ends_all(few: list[object], tmp_path: Path) -> None:
+def test_error_of_one_rank_stops_all(few: list[object], tmp_path: Path) -> None:
     start = time.monotonic()
     ended = ranks_saq(
         2,
@@ -187,7 +187,7 @@ def test_what_one_process_alone_meets_is_said_by_it_and_ends_all(few: list[objec
         "--run-dir",
         tmp_path / "run",
         "--quiet",
-        before=signalled(step=2, rank=1, number=signal.SIGKILL),
+        before=raise_signal_in(step=2, rank=1, number=signal.SIGKILL),
     )
 
     assert ended[1][0] == -1
@@ -200,9 +200,7 @@ def test_what_one_process_alone_meets_is_said_by_it_and_ends_all(few: list[objec
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
 
 
-def test_an_image_that_one_process_cannot_read_is_named_by_it(
-    few: list[object], digits: Path, tmp_path: Path
-) -> None:
+def test_unreadable_image_is_named_by_its_rank(few: list[object], digits: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
     shutil.copytree(few[few.index("--data") + 1], images)  # type: ignore[arg-type]
     split = open_split(str(images), "train", num_classes=10)
@@ -217,7 +215,7 @@ def test_an_image_that_one_process_cannot_read_is_named_by_it(
     assert "another process" in ended[0][2]
 
 
-def test_what_all_meet_alike_is_said_once(few: list[object], tmp_path: Path) -> None:
+def test_common_errors_are_printed_once(few: list[object], tmp_path: Path) -> None:
     missing = [str(option).replace("float.safetensors", "nothing.safetensors") for option in few]
     for options, reason in (
         ((*few, *RUNS, "--batch-size", 63), "--batch-size 63 is for all 2 processes together"),
@@ -233,7 +231,7 @@ def test_what_all_meet_alike_is_said_once(few: list[object], tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_budget_that_nothing_meets_is_told_once(few: list[object], tmp_path: Path) -> None:
+def test_unreachable_budget_is_reported_once(few: list[object], tmp_path: Path) -> None:
     ended = ranks_saq(
         2, "search", *few, "--batch-size", 32, "--budget", "1M", "--run-dir", tmp_path / "run", "--quiet"
     )
@@ -243,7 +241,7 @@ def test_a_budget_that_nothing_meets_is_told_once(few: list[object], tmp_path: P
     assert ended[1][2] == ""
 
 
-def test_what_has_work_for_one_process_is_refused(few: list[object]) -> None:
+def test_single_process_features_are_refused(few: list[object]) -> None:
     for options, reason in (
         (("profile", "resnet18", "--no-pretrained"), "`saq profile` works in one process"),
         (("eval", *few, "--bench"), "--bench measures one process"),
@@ -265,8 +263,8 @@ def test_evaluation_counts_every_image_once(few: list[object], pair: tuple[Path,
         assert [out for _, out, _ in together[1:]] == ["", ""]
 
 
-def drawing(rank: int) -> None:
-    """Every draw of this process must be that of the others."""
+def check_same_draws(rank: int) -> None:
+    """Check that every random draw is the same on all ranks."""
     draw = AlternatingSearch._draw
 
     def compared(self: AlternatingSearch) -> list[int]:
@@ -277,9 +275,9 @@ def drawing(rank: int) -> None:
     AlternatingSearch._draw = compared  # type: ignore[method-assign]
 
 
-def test_all_processes_search_with_the_same_bits(few: list[object], tmp_path: Path) -> None:
+def test_search_bits_agree_on_all_ranks(few: list[object], tmp_path: Path) -> None:
     options = ("search", *few, "--batch-size", 32, "--workers", 0, *STOPPED, "--run-dir", tmp_path / "run")
-    ended = ranks_saq(2, *options, before=drawing)
+    ended = ranks_saq(2, *options, before=check_same_draws)
 
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert "searcher samq: " in ended[0][1]
@@ -291,7 +289,7 @@ def test_all_processes_search_with_the_same_bits(few: list[object], tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("searcher", ["asga", "hawq", "sensitivity", "random", "error", "uniform"])
-def test_every_searcher_works_in_two_processes(searcher: str, few: list[object], tmp_path: Path) -> None:
+def test_every_searcher_works_on_two_ranks(searcher: str, few: list[object], tmp_path: Path) -> None:
     options = ("search", *few, "--batch-size", 32, "--workers", 0, "--budget", "w4a4", "--searcher", searcher)
     ended = ranks_saq(2, *options, "--search-images", 128, "--run-dir", tmp_path / "run", "--json")
 
@@ -300,8 +298,8 @@ def test_every_searcher_works_in_two_processes(searcher: str, few: list[object],
 
 
 @pytest.mark.parametrize("settled", sweep([False, True], lambda settled: not settled))
-def test_two_processes_score_as_one(settled: bool, few: list[object], tmp_path: Path) -> None:
-    """Corrections are measured on every rank; settled statistics, whose images are drawn by rank, on the first."""
+def test_two_ranks_score_like_one(settled: bool, few: list[object], tmp_path: Path) -> None:
+    """Corrections are measured on every rank; recalibrated statistics, with images drawn by rank, on the first."""
     command = ("search", *few, "--batch-size", 32, "--workers", 0, "--budget", "w3a3", "--searcher", "random")
     settings = ("--set", "search.options.random.draws=2", "--set", "data.calibration_images=48")
     settings += SETTLED if settled else ()
@@ -316,7 +314,7 @@ def test_two_processes_score_as_one(settled: bool, few: list[object], tmp_path: 
 
 
 def labels_read(images: str) -> list[list[list[int]]]:
-    """Of this rank, in every batch of two epochs."""
+    """The labels this rank reads, in every batch of two epochs."""
     loader = make_loader(
         open_split(images, "train", num_classes=10),
         Preprocessing((1, 16, 16), (0.3,), (0.4,), "bilinear", 1.0),
@@ -334,7 +332,7 @@ def labels_read(images: str) -> list[list[list[int]]]:
     return found
 
 
-def test_shares_are_the_batches_of_one_process(few: list[object]) -> None:
+def test_rank_slices_form_the_whole_batch(few: list[object]) -> None:
     images = str(few[few.index("--data") + 1])
     whole, shares = labels_read(images), ranks_run(3, labels_read, images)
 
@@ -347,7 +345,7 @@ def test_shares_are_the_batches_of_one_process(few: list[object]) -> None:
 
 
 @pytest.mark.parametrize(("images", "batch", "count"), [(100, 12, 3), (100, 100, 4), (7, 6, 2), (5, 6, 2)])
-def test_every_image_of_a_whole_batch_is_trained_on_once(images: int, batch: int, count: int) -> None:
+def test_training_covers_every_image_once(images: int, batch: int, count: int) -> None:
     shares = [TrainingShare(images, batch, rank, count, seed=1) for rank in range(count)]
 
     read = [image for share in shares for image in share]
@@ -355,7 +353,7 @@ def test_every_image_of_a_whole_batch_is_trained_on_once(images: int, batch: int
 
 
 @pytest.mark.parametrize(("images", "batch", "count"), [(100, 12, 3), (10, 3, 4), (3, 8, 2)])
-def test_every_image_is_evaluated_once(images: int, batch: int, count: int) -> None:
+def test_evaluation_covers_every_image_once(images: int, batch: int, count: int) -> None:
     read = [list(EvaluationShare(range(images), batch, rank, count)) for rank in range(count)]
 
     assert sorted(image for share in read for image in share) == list(range(images))

@@ -1,5 +1,7 @@
-"""Commands that are killed, by SIGKILL, at any moment, and whose disk is full, read-only or gone: nothing becomes
-unreadable, and in the end all is, to the last bit, as if nothing had happened."""
+"""Commands killed by SIGKILL at any moment, or with a full, read-only or missing disk.
+
+Nothing becomes unreadable, and the final result is bit-identical to an undisturbed run.
+"""
 
 import json
 import random
@@ -28,7 +30,7 @@ NETWORK = (
     *("saq/resnet8s", "--no-pretrained", "--num-classes", 10, "--in-chans", 1, "--input-size", 32),
     *("--mean", 0.3, "--std", 0.4, "--batch-size", 16, "--workers", 0, "--quiet"),
 )
-TRAINING = (  # everything that has a state of its own
+TRAINING = (  # everything that has state
     *("--epochs", 2, "--ema", 0.9, "--mixup", 0.2),
     *("--method", "saq", "--sam-interval", 2, "--sam-reuse", 0.7),
     *("--set", "training.sharpness_batch=16"),
@@ -58,7 +60,7 @@ def search_options(name: str, budget: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    alone = ("unshare", "-rm")  # with mounts of their own
+    alone = ("unshare", "-rm")  # with their own mounts
     allowed = not subprocess.run([*alone, "true"], check=False, capture_output=True).returncode
     with zygote(tmp_path_factory.mktemp("processes"), *alone[: 2 * allowed]) as made:
         yield made
@@ -92,7 +94,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Chain:
-    """A command on one directory, started again and again until it ends.
+    """A command on one directory, restarted until it ends.
 
     Args:
         processes: that it is forked from.
@@ -108,12 +110,12 @@ class Chain:
         self.pids: list[int] = []
 
     def begin(self, fault: dict[str, Any] | None = None) -> Job:
-        """The next process."""
+        """Start the next process."""
         sign = "[!.]*.json" if self.commands[0][0] == "analyze" else "manifest.json"
         return self.processes.start(self.run, *self.commands[any(self.run.glob(sign))], fault=fault)
 
     def killed_at(self, fault: dict[str, Any]) -> bool:
-        """Go on until it is killed by the fault; False if it finished."""
+        """Run until the fault kills it; False if it finished."""
         job = self.begin(fault)
         code = job.wait()
         assert code in (0, -9), job.said()
@@ -122,7 +124,7 @@ class Chain:
         return code != 0
 
     def killed_after(self, what: str, seconds: float, later: list[str]) -> bool:
-        """Go on until ``seconds`` after ``what``, then kill; False if one of ``later`` was met, or the end."""
+        """Run until ``seconds`` after ``what``, then kill; False on one of ``later`` or at the end."""
         job = self.begin()
         job.reach(what, *later)
         met = any(mark.what == what for mark in job.marks())
@@ -140,7 +142,7 @@ class Chain:
         check_readable(self.run)
 
     def finish(self) -> None:
-        """Go on to the end; nothing unfinished may be left."""
+        """Run to the end and check that nothing unfinished is left."""
         job = self.begin()
         assert job.wait() == 0, job.said()
         check_readable(self.run)
@@ -148,7 +150,7 @@ class Chain:
 
 
 def check_readable(run: Path) -> None:
-    """Whatever has its name is whole."""
+    """Check that every file under its final name is complete."""
     for path in run.rglob("*"):
         if path.name.startswith(".") or path.is_dir():
             continue
@@ -163,7 +165,7 @@ def check_readable(run: Path) -> None:
 
 
 def check_same(run: Path, whole: Path) -> None:
-    """Everything that was computed is the same to the last bit."""
+    """Check that all results are bit-identical."""
     names = {path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()}
     assert names == {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     manifests = [json.loads((path / "manifest.json").read_text()) for path in (run, whole)]
@@ -172,7 +174,7 @@ def check_same(run: Path, whole: Path) -> None:
     if "search.json" in names:
         assert figures(run) == figures(whole)
     for name in sorted(names - {"manifest.json", "search.json"}):
-        if name.endswith("previous.ckpt"):  # a resumed run has another one
+        if name.endswith("previous.ckpt"):  # differs in a resumed run
             continue
         if name.endswith(".ckpt"):
             assert not difference(CheckpointFile(run / name).load(), CheckpointFile(whole / name).load())
@@ -187,7 +189,7 @@ def check_same(run: Path, whole: Path) -> None:
 
 
 def difference(one: Any, other: Any, place: str = "") -> str | None:
-    """Where two trees of tensors and values are not the same to the last bit."""
+    """Where two trees of tensors and values differ in any bit."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         pairs = [(f"{place}.{key}", one[key], other[key]) for key in one]
     elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
@@ -217,24 +219,24 @@ def landscape(processes: Zygote, images: Path, run: Path, target: Path) -> Chain
 
 @pytest.fixture(scope="module")
 def whole(processes: Zygote, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody killed."""
+    """An undisturbed run."""
     chain = quantization(processes, images, tmp_path_factory.mktemp("whole") / "run", "--bits", 4)
     chain.finish()
     return chain.run
 
 
-def test_a_run_killed_wherever_it_hurts_ends_as_one_that_was_not(
+def test_result_survives_kills_at_critical_writes(
     processes: Zygote, images: Path, whole: Path, tmp_path: Path
 ) -> None:
     chain = quantization(processes, images, tmp_path / "run", "--bits", 4)
     for act, count in (
-        ("make .lock", 1),  # the directory alone
+        ("make .lock", 1),  # only the directory exists
         ("replace config.json", 1),
         ("write new manifest.json", 1),
         ("write checkpoints/new last.ckpt", 1),
-        ("replace checkpoints/last.ckpt", 3),  # in the first epoch: there is the one before alone
+        ("replace checkpoints/last.ckpt", 3),  # in the first epoch: only the previous one exists
         ("write metrics.jsonl", 1),  # of its end
-        ("flush checkpoints/new last.ckpt", 1),  # the metrics are there, its checkpoint is not
+        ("flush checkpoints/new last.ckpt", 1),  # metrics are written, the checkpoint is not
         ("write checkpoints/new last.ckpt", 4),  # in the second epoch
         ("make artifacts/new model.onnx", 1),
     ):
@@ -260,10 +262,10 @@ def damage(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_replacement_killed_in_the_middle_is_never_taken_for_the_run_before(
+def test_killed_overwrite_is_never_the_old_run(
     processes: Zygote, images: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """Manifest, configuration and checkpoints go together whenever ``--overwrite`` is killed."""
+    """Manifest, configuration and checkpoints stay consistent whenever ``--overwrite`` is killed."""
     run = tmp_path / "run"
     command = quantization(processes, images, run, "--bits", 3, "--epochs", 0).commands[0]
     for act in (
@@ -277,7 +279,7 @@ def test_a_replacement_killed_in_the_middle_is_never_taken_for_the_run_before(
         status = json.loads((run / "manifest.json").read_text())["status"]
         assert (status == "finished") == (act == "write new manifest.json")
         again = processes.start(run, *command)
-        if status == "clearing":  # of the run before some is gone already: the new one simply begins
+        if status == "clearing":  # parts of the previous run are already deleted: the new one starts
             assert again.wait() == 0, again.said()
             assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
         else:
@@ -290,7 +292,7 @@ def test_a_replacement_killed_in_the_middle_is_never_taken_for_the_run_before(
 
 
 def failed(job: Job, *texts: str) -> None:
-    """It ended by one line that holds ``texts``."""
+    """Check that it ended with one line that contains ``texts``."""
     assert job.wait() == 1, job.said()
     (line,) = [line for line in job.said().splitlines() if line.startswith("error: ")]
     for text in texts:
@@ -300,9 +302,7 @@ def failed(job: Job, *texts: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_a_run_until_there_is_room(
-    processes: Zygote, images: Path, whole: Path, disk: Path
-) -> None:
+def test_full_disk_pauses_a_run(processes: Zygote, images: Path, whole: Path, disk: Path) -> None:
     run = disk / "run"
     chain = quantization(processes, images, run, "--bits", 4)
     for act, count, file in (
@@ -326,7 +326,7 @@ def test_a_full_disk_stops_a_run_until_there_is_room(
 
 
 @pytest.mark.parametrize("harm", sweep(["remove", "empty"], lambda harm: harm == "remove"))
-def test_a_run_whose_directory_is_taken_away_makes_none_in_its_place(
+def test_deleted_run_directory_is_not_recreated(
     harm: str, processes: Zygote, images: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -340,9 +340,7 @@ def test_a_run_whose_directory_is_taken_away_makes_none_in_its_place(
 
 
 @pytest.mark.slow
-def test_what_cannot_be_written_to_is_told_at_once_and_in_the_middle(
-    processes: Zygote, images: Path, disk: Path
-) -> None:
+def test_unwritable_files_fail_immediately(processes: Zygote, images: Path, disk: Path) -> None:
     run = disk / "run"
     start, resume = quantization(processes, images, run, "--bits", 4).commands
     fault = {"on": "make checkpoints/new last.ckpt", "count": 2, "do": "forbid"}
@@ -362,7 +360,7 @@ def test_what_cannot_be_written_to_is_told_at_once_and_in_the_middle(
 
 
 @pytest.mark.slow
-def test_a_full_disk_of_temporary_files_does_not_matter(
+def test_full_temp_disk_is_harmless(
     processes: Zygote, images: Path, whole: Path, disk: Path, tmp_path: Path
 ) -> None:
     processes.run("dd", "if=/dev/zero", f"of={disk}/filler", "bs=4k", "status=none")
@@ -374,7 +372,7 @@ def test_a_full_disk_of_temporary_files_does_not_matter(
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_a_search_and_an_analysis_until_there_is_room(
+def test_full_disk_pauses_search_and_analysis(
     processes: Zygote, images: Path, whole: Path, disk: Path, tmp_path: Path
 ) -> None:
     for chain, acts in (
@@ -401,7 +399,7 @@ def test_a_full_disk_stops_a_search_and_an_analysis_until_there_is_room(
 
 
 def phases(marks: list[Mark]) -> list[tuple[str, float]]:
-    """What a process did that nobody killed, and how long: its tasks, its pictures, its exports, its end."""
+    """The phases of an undisturbed process and their durations: tasks, pictures, exports, end."""
     first: dict[str, float] = {}
     for mark in marks:
         if mark.what.startswith(
@@ -413,7 +411,7 @@ def phases(marks: list[Mark]) -> list[tuple[str, float]]:
 
 
 def kill_everywhere(chain: Chain, whole: Chain, moments: int) -> dict[str, int]:
-    """Kill ``chain`` at so many random moments of every phase of ``whole``; how many kills each phase got."""
+    """Kill ``chain`` at random moments in every phase of ``whole``; returns the number of kills per phase."""
     chance, job = random.Random(0), whole.begin()
     assert job.wait() == 0, job.said()
     known = phases(job.marks())
@@ -431,7 +429,7 @@ def kill_everywhere(chain: Chain, whole: Chain, moments: int) -> dict[str, int]:
             if got[what] == moments:
                 break
             if not hit:  # the phase is over
-                if not got[what]:  # and was before this loop: from the beginning
+                if not got[what]:  # and had ended before this loop: start over
                     shutil.rmtree(before, ignore_errors=True)
                 shutil.rmtree(chain.run)
                 if before.exists():
@@ -444,8 +442,8 @@ def report(chain: Chain, got: dict[str, int]) -> None:
     print(f"{len(chain.kills)} kills of {chain.commands[0][0]}: {got}, last acts {Counter(chain.kills)}")
 
 
-def ends_undisturbed(chain: Chain, whole: Chain) -> None:
-    """Killed at ``MOMENTS`` in every phase, it leaves what the other leaves that was never killed."""
+def check_survives_kills(chain: Chain, whole: Chain) -> None:
+    """Killed at ``MOMENTS`` in every phase, it leaves the same as an undisturbed run."""
     got = kill_everywhere(chain, whole, MOMENTS)
     chain.finish()
 
@@ -455,30 +453,26 @@ def ends_undisturbed(chain: Chain, whole: Chain) -> None:
 
 
 @pytest.mark.slow
-def test_quantize_killed_at_random_moments_of_every_phase(
-    processes: Zygote, images: Path, tmp_path: Path
-) -> None:
+def test_quantize_survives_random_kills(processes: Zygote, images: Path, tmp_path: Path) -> None:
     whole, chain = (
         quantization(processes, images, tmp_path / name, *search_options("samq", "--bops"))
         for name in ("whole", "run")
     )
-    ends_undisturbed(chain, whole)
+    check_survives_kills(chain, whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SEARCHES)
-def test_a_search_killed_at_random_moments_of_every_phase(
-    name: str, processes: Zygote, images: Path, tmp_path: Path
-) -> None:
+def test_search_survives_random_kills(name: str, processes: Zygote, images: Path, tmp_path: Path) -> None:
     whole, chain = (search(processes, images, tmp_path / place, name) for place in ("whole", "run"))
-    ends_undisturbed(chain, whole)
+    check_survives_kills(chain, whole)
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_acts_on_the_disk(
+def test_run_survives_kills_during_writes(
     processes: Zygote, images: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """Writes are acts, and are killed with half of the bytes on the disk."""
+    """Writes are acts too, and are killed with half of the bytes on disk."""
     chance = random.Random(1)
     kills = 0
     while kills < 4 * MOMENTS:
@@ -491,7 +485,7 @@ def test_a_run_killed_at_random_acts_on_the_disk(
 
 
 @pytest.mark.slow
-def test_an_analysis_killed_at_random_moments(processes: Zygote, images: Path, tmp_path: Path) -> None:
+def test_analysis_survives_random_kills(processes: Zygote, images: Path, tmp_path: Path) -> None:
     target = quantization(processes, images, tmp_path / "target", "--bits", 4, "--epochs", 0)
     target.finish()
     whole, chain = (landscape(processes, images, tmp_path / name, target.run) for name in ("whole", "run"))

@@ -1,4 +1,4 @@
-"""Numbers that are none: refused where they enter, an error where they arise, null wherever JSON is written."""
+"""NaN and infinity: refused in inputs, errors when they arise, null in JSON."""
 
 import ast
 import json
@@ -38,7 +38,7 @@ class Tiny(nn.Module):
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Four images of two classes; a network for them is called ``saq/tiny``."""
+    """Four images of two classes; a network for them is registered as ``saq/tiny``."""
     entry = NetworkEntry(Tiny, CLASSES, "", (0.5,) * 3, (0.5,) * 3, (3, SIDE, SIDE))
     monkeypatch.setitem(networks.NETWORKS, "tiny", entry)
     numbers = np.random.default_rng(0)
@@ -52,7 +52,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def weights(folder: Path, name: str, value: float, scale: float = 1.0) -> Path:
-    """A file in which one number is ``value`` and the classifier is multiplied by ``scale``."""
+    """A weight file with one value replaced by ``value`` and the classifier multiplied by ``scale``."""
     torch.manual_seed(0)
     state = Tiny().state_dict()
     state["fc.weight"] *= scale
@@ -83,20 +83,20 @@ def test_every_command_names_the_nan(command: str, tmp_path: Path, data: Path) -
 
 
 @pytest.mark.parametrize("command", ["eval", "quantize", "search", "analyze"])
-def test_every_command_says_that_numbers_overflow(command: str, tmp_path: Path, data: Path) -> None:
+def test_every_command_reports_overflow(command: str, tmp_path: Path, data: Path) -> None:
     path = weights(tmp_path, "fc.bias", 1e38, scale=1e38)
     result = saq(
         *commands(path, data, tmp_path / "run")[command], "--mean", "-9,-9,-9", "--std", ".01,.01,.01"
     )
     assert result.exit_code == 1
     said = "the loss of saq/tiny is" if command == "eval" else "the class scores are NaN or infinite"
-    if command != "quantize":  # it looks at the float network first
+    if command != "quantize":  # it evaluates the float network first
         assert said in last_error(result)
     assert "--mean" in last_error(result)
     assert "nan %" not in result.stdout
 
 
-def test_inputs_that_overflow_are_named() -> None:
+def test_overflowing_inputs_are_named() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     nn.init.constant_(model[0].weight, 3e38)  # type: ignore[arg-type]
     convert.wrap(model)
@@ -127,8 +127,8 @@ def subclasses(kind: type) -> list[type[BaseModel]]:
     return [each for child in kind.__subclasses__() for each in (child, *subclasses(child))]
 
 
-def test_pydantic_writes_null_for_nan() -> None:
-    """What it does unless a model says otherwise; none of ours does."""
+def test_pydantic_models_write_null_for_nan() -> None:
+    """Pydantic's default unless a model overrides it; none of ours does."""
 
     class Anything(BaseModel):
         value: float
@@ -140,7 +140,7 @@ def test_pydantic_writes_null_for_nan() -> None:
     assert all(each.model_config.get("ser_json_inf_nan", "null") == "null" for each in ours)
 
 
-def test_json_is_made_in_one_place() -> None:
+def test_json_is_written_in_one_place() -> None:
     root = Path(saqcli.__file__).parent
     makers = {
         path.relative_to(root).as_posix()

@@ -1,4 +1,4 @@
-"""--dry-run: what a run would refuse is refused, what it would do is said, nothing is fetched or written."""
+"""--dry-run refuses what a run would refuse, describes the run, and downloads and writes nothing."""
 
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory, and nobody to fetch weights from."""
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with weight downloads disabled."""
 
     monkeypatch.delenv("COLUMNS", raising=False)  # nothing wraps in a pipe
 
@@ -44,7 +44,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def lines(*options: object, verb: str = "quantize") -> dict[str, str]:
-    """What is printed, by subject."""
+    """The printed plan, by subject."""
     result = saq(verb, *options, "--dry-run", "--quiet")
     assert result.exit_code == 0, result.stderr
     found: dict[str, str] = {}
@@ -55,7 +55,7 @@ def lines(*options: object, verb: str = "quantize") -> dict[str, str]:
     return found
 
 
-def test_the_plan_says_what_happens(images: Path, elsewhere: Path) -> None:
+def test_dry_run_describes_the_run(images: Path, working_directory: Path) -> None:
     found = lines(*SMALL, "--data", images, "--bits", 4, "--batch-size", 6, "--epochs", 2)
     costs = answer("profile", *SMALL, "--bits", 4)
 
@@ -73,22 +73,22 @@ def test_the_plan_says_what_happens(images: Path, elsewhere: Path) -> None:
     assert found["run"] == "runs/resnet20-w4a4, new"
     assert "artifacts/model.onnx" in found["writes"]
     assert "search" not in found
-    assert list(elsewhere.iterdir()) == []
+    assert list(working_directory.iterdir()) == []
 
 
-def test_one_epoch_of_one_step_is_singular(images: Path) -> None:
+def test_single_epoch_and_step_are_singular(images: Path) -> None:
     found = lines(*SMALL, "--data", images, "--bits", 4, "--epochs", 1)
 
     assert "1 epoch of 1 step, 15 images each" in found["training"]
 
 
-def test_pins_are_part_of_the_bits(images: Path) -> None:
+def test_bits_line_includes_pins(images: Path) -> None:
     found = lines(*SMALL, "--data", images, "--bits", 4, "--pin", "layer1.*=8", "--pin", "linear=w8a4")
 
     assert found["bits"].startswith("--bits 4 --pin 'layer1.*=8' --pin linear=w8a4: ")
 
 
-def test_a_budget_shows_what_fits(images: Path) -> None:
+def test_budget_shows_uniform_bits_that_fit(images: Path) -> None:
     options = (*SMALL, "--data", images, "--bops", "w4a4", "--epochs", 0)
     found, plan = lines(*options), answer("quantize", *options, "--dry-run")
 
@@ -99,7 +99,7 @@ def test_a_budget_shows_what_fits(images: Path) -> None:
     assert {layer["weight_bits"] for layer in plan["profile"]["layers"]} == {4, 8}
 
 
-def test_a_search_looks_at_training_images(images: Path) -> None:
+def test_search_uses_training_images(images: Path) -> None:
     options = ("--data", images, "--budget", "w3a3", "--searcher", "samq", "--batch-size", 4)
     found = lines(*SMALL, *options, verb="search")
 
@@ -109,21 +109,21 @@ def test_a_search_looks_at_training_images(images: Path) -> None:
     assert "search.json" in found["writes"]
 
 
-def test_published_weights_are_named_not_fetched() -> None:
+def test_published_weights_are_not_downloaded() -> None:
     found = lines("resnet18", "--bits", 4)
 
     assert found["weights"].startswith("timm/resnet18.a1_in1k (published; ")
     assert found["data"] == "none given"
 
 
-def test_images_may_still_be_missing() -> None:
+def test_data_may_be_missing() -> None:
     result = saq("quantize", *SMALL, "--bits", 4, "--dry-run")
 
     assert result.exit_code == 0
     assert "Missing: --data DIR" in result.stdout
 
 
-def test_json_keeps_its_keys(images: Path) -> None:
+def test_json_keys_are_stable(images: Path) -> None:
     plan = answer("quantize", *SMALL, "--data", images, "--bits", 4, "--dry-run")
 
     assert {"run_dir", "config", "budget_bops", "budget_bytes", "profile"} <= set(plan)
@@ -151,21 +151,21 @@ def test_json_keeps_its_keys(images: Path) -> None:
         ((*SMALL, "--bits", 4, "--bops", "w4a4"), 1, "--bops"),
     ],
 )
-def test_what_a_run_refuses_is_refused(
-    images: Path, elsewhere: Path, options: tuple[Any, ...], code: int, says: str
+def test_dry_run_refuses_like_a_run(
+    images: Path, working_directory: Path, options: tuple[Any, ...], code: int, says: str
 ) -> None:
-    (elsewhere / "taken").mkdir()
-    (elsewhere / "taken" / "mine.txt").touch()
-    (elsewhere / "file").touch()
+    (working_directory / "taken").mkdir()
+    (working_directory / "taken" / "mine.txt").touch()
+    (working_directory / "file").touch()
 
     result = saq("quantize", *options, "--data", images, "--dry-run", "--quiet")
 
     assert result.exit_code == code, result.stdout
     assert says in last_error(result)
-    assert {path.name for path in elsewhere.iterdir()} == {"taken", "file"}
+    assert {path.name for path in working_directory.iterdir()} == {"taken", "file"}
 
 
-def test_a_search_that_cannot_begin_is_refused(images: Path) -> None:
+def test_impossible_search_is_refused(images: Path) -> None:
     options = ("--data", images, "--budget", "w4a4", "--searcher", "samq", "--set", "search.images=1")
     result = saq("search", *SMALL, *options, "--dry-run", "--quiet")
 

@@ -1,4 +1,4 @@
-"""``saq quantize`` that is stopped in its search and goes on, in this process and in processes of its own."""
+"""``saq quantize`` interrupted during its search and resumed, in this process and in others."""
 
 import json
 import signal
@@ -20,7 +20,7 @@ def check_same(run: Path, whole: Path) -> None:
     assert not (run / "checkpoints" / "search.ckpt").exists()
 
 
-def test_quantize_goes_on_after_a_stop_in_the_search(
+def test_resume_after_interrupt_during_search(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = ("--data", digits / "few", "--set", "search.epochs=1", "--set", "data.verify_images=20")
@@ -38,8 +38,8 @@ def test_quantize_goes_on_after_a_stop_in_the_search(
     check_same(run, whole)
 
 
-@pytest.mark.slow  # starting processes takes longer than what they do
-def test_quantize_searches_first_and_goes_on_after_a_stop_in_the_search(digits: Path, tmp_path: Path) -> None:
+@pytest.mark.slow  # starting processes dominates the time
+def test_search_precedes_training_and_resumes(digits: Path, tmp_path: Path) -> None:
     options = (*network_options(digits), *STOPPED, "--epochs", 1)
     whole, run = tmp_path / "whole", tmp_path / "run"
     running = start("quantize", *options, "--run-dir", whole)

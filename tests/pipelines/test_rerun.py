@@ -1,4 +1,4 @@
-"""``saq rerun``: the same command and seed give the same bits, and whatever is not the same is found and named."""
+"""``saq rerun``: same command and seed give the same bits, and every difference is named."""
 
 import json
 import os
@@ -28,7 +28,7 @@ SHORT = ("--epochs", 1, "--batch-size", BATCH, "--workers", 0, "--set", "data.au
 
 
 def options(folder: Path) -> list[object]:
-    """The network, its weights and images, named relative to ``folder``."""
+    """Network, weights and images, relative to ``folder``."""
     return [MODEL, *(text.removeprefix(f"{folder}/") for text in float_options(folder))]
 
 
@@ -58,7 +58,7 @@ def searched(place: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(place: Path, searched: Path) -> Path:
-    """A run of a dozen steps, at bits from a file that is gone; its paths are relative, with one thread."""
+    """A run of a dozen steps with bits from a deleted file, relative paths and one thread."""
     with chdir(place), torch_threads(1):
         shutil.copy(searched / "policy.json", "bits.json")
         found = answer("quantize", *options(place), "--policy", "bits.json", *SHORT, "--run-dir", "run")
@@ -69,7 +69,7 @@ def run(place: Path, searched: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def again(run: Path) -> Path:
-    """The same in a process of its own, which has another number of threads and another working directory."""
+    """The same run in another process with another number of threads and working directory."""
     done = subprocess.run(
         [sys.executable, "-m", "saqcli", "rerun", "../run", "--run-dir", "../again", "--json"],
         cwd=run.parent / "images",
@@ -85,7 +85,7 @@ def again(run: Path) -> Path:
     return run.parent / "again"
 
 
-def test_another_process_gives_the_same_bits(run: Path, again: Path) -> None:
+def test_another_process_is_bit_identical(run: Path, again: Path) -> None:
     for name in ("metrics.jsonl", "policy.json", "artifacts/model.safetensors", "artifacts/model.onnx"):
         assert (run / name).read_bytes() == (again / name).read_bytes(), name
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 5
@@ -138,7 +138,7 @@ def change_onnx(run: Path) -> None:
         (change_onnx, "onnx", r"1 of \d+ initializers differ, ", "artifacts/model.onnx was changed"),
     ],
 )
-def test_what_was_changed_by_hand_is_found_and_named(
+def test_modified_results_are_found_and_named(
     change: Callable[[Path], None],
     what: str,
     detail: str,
@@ -165,7 +165,7 @@ def test_what_was_changed_by_hand_is_found_and_named(
     assert table.count("the same, bit for bit") == 4
 
 
-def test_a_search_gives_the_same_again_with_images_that_moved(searched: Path, tmp_path: Path) -> None:
+def test_search_reruns_with_moved_images(searched: Path, tmp_path: Path) -> None:
     moved = shutil.move(searched.parent / "images", tmp_path / "images")
     try:
         gone = saq("rerun", searched, "--run-dir", tmp_path / "new", "--quiet")
@@ -183,7 +183,7 @@ def test_a_search_gives_the_same_again_with_images_that_moved(searched: Path, tm
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_what_cannot_be_run_again_is_refused_in_one_line(run: Path, again: Path, tmp_path: Path) -> None:
+def test_impossible_rerun_is_one_line_error(run: Path, again: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     unfinished, damaged = (shutil.copytree(run, tmp_path / name) for name in ("unfinished", "damaged"))
     manifest = json.loads((run / "manifest.json").read_text())
@@ -212,12 +212,12 @@ def test_what_cannot_be_run_again_is_refused_in_one_line(run: Path, again: Path,
 
 
 @pytest.mark.slow
-def test_two_processes_that_read_images_give_what_none_gives(run: Path, tmp_path: Path) -> None:
+def test_worker_count_does_not_change_results(run: Path, tmp_path: Path) -> None:
     assert answer("rerun", run, "--run-dir", tmp_path / "new", "--workers", 2)["identical"]
 
 
 @pytest.mark.slow
-def test_a_rerun_that_was_stopped_goes_on_with_resume(run: Path, again: Path, tmp_path: Path) -> None:
+def test_interrupted_rerun_resumes(run: Path, again: Path, tmp_path: Path) -> None:
     stopped = shutil.copytree(again, tmp_path / "stopped")
     manifest = json.loads((stopped / "manifest.json").read_text())
     (stopped / "manifest.json").write_text(json.dumps({**manifest, "status": "interrupted"}))
@@ -227,7 +227,7 @@ def test_a_rerun_that_was_stopped_goes_on_with_resume(run: Path, again: Path, tm
 
 
 @pytest.mark.slow
-def test_deterministic_kernels_change_no_number_on_a_cpu(run: Path, tmp_path: Path) -> None:
+def test_deterministic_kernels_change_no_cpu_result(run: Path, tmp_path: Path) -> None:
     answer(
         "quantize", "--config", run / "config.json", "--deterministic", *float_options(run.parent),
         *("--policy", run / "policy.json", "--run-dir", tmp_path / "new"),

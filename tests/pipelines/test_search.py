@@ -1,4 +1,4 @@
-"""``saq search`` as a user meets it, on handwritten digits: policies, files, refusals."""
+"""``saq search`` on handwritten digits: policies, files and errors."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from tests.support.digits import MODEL, float_options
 from tests.support.sweeps import sweep
 
 FREE, FIXED = 10_027_008, 36_864 + 640  # MACs of the network; first layer and classifier have 8 bits
-UNIFORM = {bits: FREE * bits**2 + FIXED * 64 for bits in (2, 3, 4, 8)}  # its BOPs at so many bits
+UNIFORM = {bits: FREE * bits**2 + FIXED * 64 for bits in (2, 3, 4, 8)}  # its BOPs by bit-width
 SMALL = ("--search-images", 192, "--scoring-images", 48, "--batch-size", 32, "--workers", 0)
 FAST: dict[str, tuple[object, ...]] = {
     "samq": (
@@ -39,7 +39,7 @@ FAST: dict[str, tuple[object, ...]] = {
 
 @pytest.fixture(scope="module")
 def network(digits: Path) -> list[object]:
-    """Names the network, its weights and its images."""
+    """Options for the network, its weights and its images."""
     return [MODEL, *float_options(digits, digits / "few"), *SMALL]
 
 
@@ -50,16 +50,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(network: list[object], runs: Path) -> tuple[Path, dict[str, Any]]:
-    """A finished search that takes no time, with its front."""
+    """A finished quick search, with its front."""
     path = runs / "plain"
     return path, answer("search", *network, "--budget", "w3a3", "--pareto", 3, "--run-dir", path)
 
 
-# What a search leaves behind
+# Files of a search
 
 
 @pytest.mark.parametrize("method", SEARCHERS)
-def test_every_searcher_finds_a_policy_within_the_budget(
+def test_every_searcher_meets_the_budget(
     method: str, network: list[object], digits: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "run"
@@ -94,7 +94,7 @@ def test_every_searcher_finds_a_policy_within_the_budget(
         assert Path(name).is_file()
 
 
-def test_a_front_comes_with_its_files(plain: tuple[Path, dict[str, Any]]) -> None:
+def test_pareto_files_are_written(plain: tuple[Path, dict[str, Any]]) -> None:
     path, found = plain
     assert {"pareto.json", "pareto.csv", "pareto.png", "pareto.svg"} <= set(found["artifacts"])
     front = json.loads((path / "pareto.json").read_text())
@@ -108,16 +108,14 @@ def test_a_front_comes_with_its_files(plain: tuple[Path, dict[str, Any]]) -> Non
     assert max(bops) == UNIFORM[8]
 
 
-def test_profile_accepts_the_policy_and_agrees_on_its_cost(
-    plain: tuple[Path, dict[str, Any]], digits: Path
-) -> None:
+def test_profile_agrees_on_the_policy_cost(plain: tuple[Path, dict[str, Any]], digits: Path) -> None:
     path, found = plain
     options = ("--num-classes", 10, "--in-chans", 1, "--input-size", 16)
     shown = answer("profile", MODEL, *options, "--policy", path / "policy.json")
     assert (shown["bops"], shown["size_bytes"]) == (found["bops"], found["size_bytes"])
 
 
-def test_another_model_refuses_the_policy_and_names_the_layers(plain: tuple[Path, dict[str, Any]]) -> None:
+def test_policy_of_another_model_names_layers(plain: tuple[Path, dict[str, Any]]) -> None:
     path, _ = plain
     result = saq("profile", "saq/resnet32", "--policy", path / "policy.json")
     assert result.exit_code == 1
@@ -125,8 +123,8 @@ def test_another_model_refuses_the_policy_and_names_the_layers(plain: tuple[Path
         assert part in last_error(result)
 
 
-@pytest.mark.slow  # tests/pipelines/test_rerun.py does so in every run
-def test_quantize_obeys_the_policy(
+@pytest.mark.slow  # covered by tests/pipelines/test_rerun.py in every run
+def test_quantize_uses_the_policy(
     plain: tuple[Path, dict[str, Any]], network: list[object], tmp_path: Path
 ) -> None:
     path, found = plain
@@ -138,7 +136,7 @@ def test_quantize_obeys_the_policy(
     assert run["bops"] == found["bops"]
 
 
-def test_people_see_tables_on_stdout_and_progress_on_stderr(
+def test_tables_on_stdout_progress_on_stderr(
     plain: tuple[Path, dict[str, Any]], network: list[object], tmp_path: Path
 ) -> None:
     result = saq("search", *network, "--budget", "w3a3", "--size", "200KB", "--run-dir", tmp_path / "run")
@@ -152,8 +150,8 @@ def test_people_see_tables_on_stdout_and_progress_on_stderr(
     assert re.search(shares, result.stderr)
 
 
-def test_the_front_is_a_table_too(plain: tuple[Path, dict[str, Any]]) -> None:
-    """Shown again by ``--resume``; ``--json`` has its rows."""
+def test_pareto_front_is_printed_as_table(plain: tuple[Path, dict[str, Any]]) -> None:
+    """Printed again by ``--resume``; ``--json`` has its rows."""
     path, found = plain
     points = {point["bops"]: point for point in json.loads((path / "pareto.json").read_text())["points"]}
     shown = saq("search", "--run-dir", path, "--resume").stdout
@@ -176,14 +174,14 @@ def test_the_front_is_a_table_too(plain: tuple[Path, dict[str, Any]]) -> None:
     assert sum(" uniform w" in line for line in rows) + sum(" error w" in line for line in rows) == 6
 
 
-def test_searches_and_analyses_try_the_same_widths() -> None:
+def test_default_candidates_agree() -> None:
     assert Settings().candidates == QuantizationSection().candidates == (2, 3, 4, 5, 6, 8)
     for verb in ("search", "quantize", "profile", "analyze"):
         shown = re.sub(r"[│\s]+", " ", saq(verb, "--help").stdout)
         assert "[default: 2,3,4,5,6,8]" in shown, verb
 
 
-def test_quiet_is_quiet(network: list[object], tmp_path: Path) -> None:
+def test_quiet_prints_nothing(network: list[object], tmp_path: Path) -> None:
     given = ("--budget", "w3a3", "--searcher", "uniform", "--run-dir", tmp_path / "run")
     result = saq("search", *network, *given, "--quiet")
     assert result.exit_code == 0
@@ -194,13 +192,13 @@ def test_quiet_is_quiet(network: list[object], tmp_path: Path) -> None:
 
 
 def sets(**settings: object) -> tuple[object, ...]:
-    """``--set`` for each."""
+    """Return ``--set`` options."""
     return tuple(word for name, value in settings.items() for word in ("--set", f"{name}={value}"))
 
 
 @pytest.fixture(scope="module")
 def scoring(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits whose validation images are those that a search holds out, and scores on."""
+    """Digits whose validation images are those a search holds out for scoring."""
     folder = tmp_path_factory.mktemp("scoring")
     (folder / "train").symlink_to(digits / "few" / "train")
     held_out, _ = divide(open_split(str(digits / "few"), "train", num_classes=10), 0.5, seed=0)
@@ -213,7 +211,7 @@ def scoring(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def calibrated(run: Path) -> Score:
-    """What ``saq quantize --policy FOUND --epochs 0`` scores under the settings of the search in ``run``."""
+    """The score of ``saq quantize --policy FOUND --epochs 0`` under the settings of the search in ``run``."""
     config = RunConfig.model_validate_json((run / "config.json").read_text())
     bits = {"bops": None, "policy": str(run / "policy.json")}
     section = config.quantization.model_copy(update=bits)
@@ -236,10 +234,10 @@ def calibrated(run: Path) -> Score:
         ("error", ()),
     ],
 )
-def test_scores_are_what_fine_tuning_starts_from(
+def test_score_equals_calibrated_policy(
     method: str, options: tuple[object, ...], digits: Path, scoring: Path, tmp_path: Path
 ) -> None:
-    """The same accuracy on the same images, and the same loss, but for the order in which images are added up."""
+    """The same accuracy on the same images, and the same loss up to summation order."""
     network = (MODEL, *float_options(digits, scoring), "--batch-size", 32, "--workers", 0)
     found = answer(
         *("search", *network, "--budget", "w3a3", "--searcher", method, *options, "--run-dir", tmp_path),
@@ -256,9 +254,7 @@ def test_scores_are_what_fine_tuning_starts_from(
         assert (found["scoring_top1"], found["scoring_loss"]) == (chosen["top1"], chosen["loss"])
 
 
-def test_quantize_without_training_scores_as_the_search_did(
-    digits: Path, scoring: Path, tmp_path: Path
-) -> None:
+def test_quantize_without_epochs_matches_search_score(digits: Path, scoring: Path, tmp_path: Path) -> None:
     network = (MODEL, *float_options(digits, scoring), "--batch-size", 32, "--workers", 0)
     search = ("--budget", "w3a3", "--searcher", "random", *sets(**{"search.options.random.draws": 2}))
     found = answer("search", *network, *search, "--run-dir", tmp_path / "search")
@@ -271,10 +267,10 @@ def test_quantize_without_training_scores_as_the_search_did(
     assert run["images"] == 120
 
 
-# What may be asked
+# Requests
 
 
-def test_pins_hold(network: list[object], tmp_path: Path) -> None:
+def test_pins_are_respected(network: list[object], tmp_path: Path) -> None:
     found = answer(
         *("search", *network, "--budget", "w4a4", "--run-dir", tmp_path / "run"),
         *(
@@ -302,7 +298,7 @@ def test_pins_hold(network: list[object], tmp_path: Path) -> None:
     assert found["bops"] <= UNIFORM[4]
 
 
-def test_bytes_alone_are_a_budget(network: list[object], tmp_path: Path) -> None:
+def test_budget_may_be_size_only(network: list[object], tmp_path: Path) -> None:
     found = answer("search", *network, "--size", "120KB", "--run-dir", tmp_path / "run")
     assert (found["budget_bops"], found["budget_bytes"]) == (None, 120_000)
     assert 0.985 * 120_000 <= found["size_bytes"] <= 120_000
@@ -312,7 +308,7 @@ def test_bytes_alone_are_a_budget(network: list[object], tmp_path: Path) -> None
     ("bops", "size"),
     sweep([("w3a3", "w8a8"), ("w8a8", "w3a3"), ("100M", "130KB")], lambda bops, _: bops != "100M"),
 )
-def test_of_two_budgets_both_hold_and_one_is_used(
+def test_two_budgets_hold_and_one_is_used(
     bops: str, size: str, network: list[object], tmp_path: Path
 ) -> None:
     found = answer("search", *network, "--budget", bops, "--size", size, "--run-dir", tmp_path / "run")
@@ -321,7 +317,7 @@ def test_of_two_budgets_both_hold_and_one_is_used(
     assert max(used) >= 0.985
 
 
-def test_inputs_can_have_candidates_of_their_own(network: list[object], tmp_path: Path) -> None:
+def test_activation_candidates_are_separate(network: list[object], tmp_path: Path) -> None:
     found = answer(
         *("search", *network, "--budget", "w4a4", "--run-dir", tmp_path / "run"),
         *("--candidates", "2,4,8", "--activation-candidates", "3,5"),
@@ -332,16 +328,14 @@ def test_inputs_can_have_candidates_of_their_own(network: list[object], tmp_path
     assert 0.985 * UNIFORM[4] <= found["bops"] <= UNIFORM[4]
 
 
-def test_the_default_folder_names_network_budget_and_searcher(
-    network: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_folder_name(network: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = answer("search", *network, "--budget", "95M", "--searcher", "uniform")
     assert Path(found["run_dir"]) == Path("runs/resnet20-95m-uniform")
     assert found["bops"] == UNIFORM[3]
 
 
-def test_the_searched_classes_are_drawn(network: list[object], tmp_path: Path) -> None:
+def test_search_classes_are_sampled(network: list[object], tmp_path: Path) -> None:
     found = answer(
         *("search", *network, "--budget", "w3a3", "--search-classes", 3, "--pareto", 2),
         *("--scoring-images", 36),
@@ -351,8 +345,8 @@ def test_the_searched_classes_are_drawn(network: list[object], tmp_path: Path) -
     assert json.loads((tmp_path / "run" / "pareto.json").read_text())["images"] == 36
 
 
-def test_a_proxy_is_searched_for_the_policy_of_another_network(digits: Path, tmp_path: Path) -> None:
-    """The target has 100 classes and images of 32 pixels; its images and weights are nowhere."""
+def test_proxy_policy_fits_another_network(digits: Path, tmp_path: Path) -> None:
+    """The target has 100 classes and 32-pixel images; its images and weights do not exist here."""
     target = [
         *(MODEL, "--num-classes", 100, "--in-chans", 1, "--input-size", 32, "--mean", 0.305, "--std", 0.376)
     ]
@@ -370,7 +364,7 @@ def test_a_proxy_is_searched_for_the_policy_of_another_network(digits: Path, tmp
     assert found["scoring_top1"] > 40  # the proxy's weights are trained
 
 
-def test_a_proxy_without_weights_is_fitted_first(digits: Path, tmp_path: Path) -> None:
+def test_proxy_without_weights_is_trained_first(digits: Path, tmp_path: Path) -> None:
     result = saq(
         *("search", MODEL, "--num-classes", 100, "--in-chans", 1, "--input-size", 32, "--no-pretrained"),
         *("--mean", 0.305, "--std", 0.376, "--data", digits / "images", *SMALL, "--budget", "w4a4"),
@@ -383,9 +377,7 @@ def test_a_proxy_without_weights_is_fitted_first(digits: Path, tmp_path: Path) -
 # Refusals
 
 
-def test_an_unreachable_budget_is_refused_with_the_range_and_nothing_is_written(
-    network: list[object], tmp_path: Path
-) -> None:
+def test_unreachable_budget_names_the_range(network: list[object], tmp_path: Path) -> None:
     for method in SEARCHERS:
         result = saq(
             "search", *network, "--budget", "1M", "--searcher", method, "--run-dir", tmp_path / "run"
@@ -395,7 +387,7 @@ def test_an_unreachable_budget_is_refused_with_the_range_and_nothing_is_written(
         assert not (tmp_path / "run").exists()
 
 
-def test_unreachable_bytes_are_refused_with_their_range(network: list[object], tmp_path: Path) -> None:
+def test_unreachable_size_names_the_range(network: list[object], tmp_path: Path) -> None:
     result = saq("search", *network, "--budget", "w4a4", "--size", "1KB", "--run-dir", tmp_path / "run")
     assert result.exit_code == 4
     assert "meets 1 KB" in last_error(result)
@@ -440,7 +432,7 @@ def test_unreachable_bytes_are_refused_with_their_range(network: list[object], t
         (["--resume"], "no run to resume"),
     ],
 )
-def test_what_cannot_be_searched_is_refused_in_one_line(
+def test_impossible_search_is_one_line_error(
     options: list[object], says: str, network: list[object], tmp_path: Path
 ) -> None:
     given = network if options != ["--resume"] else []
@@ -451,18 +443,18 @@ def test_what_cannot_be_searched_is_refused_in_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_policy_is_no_option_of_a_search(network: list[object]) -> None:
+def test_policy_is_not_a_search_option(network: list[object]) -> None:
     assert saq("search", *network, "--policy", "p.json").exit_code == 2
 
 
-def test_no_images_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_missing_data_is_refused_before_loading(tmp_path: Path) -> None:
     result = saq("search", MODEL, "--budget", "w4a4", "--run-dir", tmp_path / "run")
     assert result.exit_code == 1
     assert "--data" in last_error(result)
 
 
-def test_two_layers_that_share_bits_cannot_be_pinned_apart(network: list[object], tmp_path: Path) -> None:
-    """The network here ties nothing; another of ours does."""
+def test_tied_layers_cannot_be_pinned_apart(network: list[object], tmp_path: Path) -> None:
+    """Uses another network, since this one ties nothing."""
     result = saq(
         *("search", "saq/preresnet20", *network[3:], "--budget", "w4a4", "--run-dir", tmp_path / "run"),
         *("--pin", "layer2.0.conv2=4", "--pin", "layer2.0.shortcut=8", "--quiet", "--no-pretrained"),
@@ -474,7 +466,7 @@ def test_two_layers_that_share_bits_cannot_be_pinned_apart(network: list[object]
 # Run directories
 
 
-def test_a_finished_search_is_not_replaced_unasked(
+def test_finished_search_is_not_overwritten(
     plain: tuple[Path, dict[str, Any]], network: list[object]
 ) -> None:
     path, _ = plain
@@ -486,19 +478,19 @@ def test_a_finished_search_is_not_replaced_unasked(
     assert {item: item.stat().st_mtime_ns for item in path.iterdir()} == before
 
 
-def test_resuming_a_finished_search_prints_its_result_again(plain: tuple[Path, dict[str, Any]]) -> None:
+def test_resume_of_finished_search_prints_it(plain: tuple[Path, dict[str, Any]]) -> None:
     path, found = plain
     assert answer("search", "--run-dir", path, "--resume") == found
 
 
-def test_resuming_under_another_budget_is_refused(plain: tuple[Path, dict[str, Any]]) -> None:
+def test_resume_with_another_budget_is_refused(plain: tuple[Path, dict[str, Any]]) -> None:
     path, _ = plain
     result = saq("search", "--run-dir", path, "--resume", "--budget", "w4a4")
     assert result.exit_code == 1
     assert "quantization.bops: w3a3 -> w4a4" in last_error(result)
 
 
-def test_a_refused_search_loses_nothing_of_the_one_before(network: list[object], tmp_path: Path) -> None:
+def test_refused_search_keeps_the_previous_one(network: list[object], tmp_path: Path) -> None:
     run = tmp_path / "run"
     quick = (*network, "--searcher", "uniform", "--run-dir", run)
     answer("search", *quick, "--budget", "w3a3")
@@ -513,7 +505,7 @@ def test_a_refused_search_loses_nothing_of_the_one_before(network: list[object],
     assert own.read_bytes() == before[own]
 
 
-def test_a_search_and_a_quantization_do_not_go_on_with_each_other(
+def test_quantize_cannot_resume_a_search(
     plain: tuple[Path, dict[str, Any]],
 ) -> None:
     result = saq("quantize", "--run-dir", plain[0], "--resume")
@@ -521,7 +513,7 @@ def test_a_search_and_a_quantization_do_not_go_on_with_each_other(
     assert "saq search" in last_error(result)
 
 
-def test_a_dry_run_shows_the_range_and_writes_nothing(network: list[object], tmp_path: Path) -> None:
+def test_dry_run_writes_nothing(network: list[object], tmp_path: Path) -> None:
     options = ["--budget", "w4a4", "--pin", "layer1.*=4-8", "--activation-candidates", "4,8", "--dry-run"]
     plan = answer("search", *network, *options, "--run-dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -530,7 +522,7 @@ def test_a_dry_run_shows_the_range_and_writes_nothing(network: list[object], tmp
     assert 0 < plan["profile"]["floor_size_bytes"] < plan["profile"]["ceiling_size_bytes"]
 
 
-def test_overwriting_leaves_nothing_of_the_search_before(
+def test_overwrite_removes_the_previous_search(
     plain: tuple[Path, dict[str, Any]], network: list[object], tmp_path: Path
 ) -> None:
     path = tmp_path / "run"

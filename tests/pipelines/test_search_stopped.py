@@ -1,4 +1,4 @@
-"""``saq search`` that is stopped by a signal and goes on, in this process and in processes of its own."""
+"""``saq search`` interrupted by a signal and resumed, in this process and in others."""
 
 import json
 import signal
@@ -29,13 +29,13 @@ def network(digits: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def whole(network: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A search that nobody stopped."""
+    """An uninterrupted search."""
     path = tmp_path_factory.mktemp("searches") / "whole"
     finish(start("search", *network, *STOPPED, "--run-dir", path))
     return path
 
 
-def test_a_signal_in_the_middle_of_a_search_stops_it_for_a_while(
+def test_signal_pauses_the_search(
     network: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("search", *network, *STOPPED, "--set", "search.epochs=1")
@@ -57,9 +57,9 @@ def test_a_signal_in_the_middle_of_a_search_stops_it_for_a_while(
     assert not (run / "checkpoints" / "search.ckpt").exists()
 
 
-@pytest.mark.slow  # starting processes takes longer than what they do
+@pytest.mark.slow  # starting processes dominates the time
 @pytest.mark.parametrize(("phase", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT)])
-def test_a_search_stopped_by_a_signal_goes_on_to_the_same_policy(
+def test_resumed_search_finds_the_same_policy(
     phase: int, number: int, whole: Path, network: list[object], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -83,8 +83,8 @@ def test_a_search_stopped_by_a_signal_goes_on_to_the_same_policy(
     assert not (run / "checkpoints" / "search.ckpt").exists()
 
 
-def proxied(images: Path, classes: int = 100) -> list[object]:
-    """A search on ``images`` for a network of others; dropout draws random numbers at every step."""
+def proxy_search(images: Path, classes: int = 100) -> list[object]:
+    """A search on ``images`` as proxy for another network; dropout draws random numbers at every step."""
     settings = {
         "images": 96, "scoring_images": 32, "options.random.draws": 3,
         "proxy.input_size": 32, "proxy.epochs": 3, "proxy.data": images,
@@ -112,11 +112,9 @@ def proxy_notes(text: str) -> list[str]:
     return [line for line in text.splitlines() if "proxy: top-1" in line]
 
 
-def test_fitting_the_network_of_a_proxy_goes_on_too(
-    three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stopped at the end of an epoch and between two; within one, to go on into the next; and in the search."""
-    command = ("search", *proxied(three), "--budget", "w4a4")
+def test_proxy_training_resumes_too(three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted at the end of an epoch, between two, within one, and in the search."""
+    command = ("search", *proxy_search(three), "--budget", "w4a4")
     whole, run = tmp_path / "whole", tmp_path / "run"
     notes = proxy_notes(saq(*command, "--run-dir", whole).stderr)
     assert len(notes) == 3
@@ -136,7 +134,7 @@ def test_fitting_the_network_of_a_proxy_goes_on_too(
             assert seen[0] == ([1, 0] if last == [0, steps] else [last[0], last[1] + 1])
             last = position
         told += stopped.stderr
-    with monkeypatch.context() as patch:  # where nothing is left to be trained
+    with monkeypatch.context() as patch:  # where training is finished
         patch.setattr(trainer, "make_objective", lambda *_: signal.raise_signal(signal.SIGTERM))
         stopped = saq(*again)
     assert stopped.exit_code == 143, stopped.stderr
@@ -148,12 +146,12 @@ def test_fitting_the_network_of_a_proxy_goes_on_too(
     assert not list((run / "checkpoints").iterdir())
 
 
-def test_a_run_does_not_go_on_with_another_proxy(
+def test_resume_with_another_proxy_is_refused(
     three: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its images are not those that are trained and evaluated on."""
+    """Its images are not the ones that were trained and evaluated on."""
     run = tmp_path / "run"
-    given = (*proxied(three, 10), "--data", digits / "images", "--bops", "w4a4", "--epochs", 0)
+    given = (*proxy_search(three, 10), "--data", digits / "images", "--bops", "w4a4", "--epochs", 0)
     with monkeypatch.context() as patch:
         stop_at(patch, "proxy", [1, 0])
         stopped = saq("quantize", *given, "--run-dir", run)

@@ -1,4 +1,4 @@
-"""Commands on sharded data (wds/): the same figures as on the folder that the shards were made of."""
+"""Commands on sharded data (wds/): the same figures as on the folder the shards were made from."""
 
 import signal
 from pathlib import Path
@@ -19,7 +19,7 @@ FEW = {"train": 8, "val": 4}  # images a class
 
 @pytest.fixture(scope="module")
 def few(digits: Path, folder: Path) -> Path:
-    """Some of the digits, as a folder and as shards of it."""
+    """Some of the digits, as a folder and as shards."""
     for split, count in FEW.items():
         for label in range(10):
             kept = folder / "images" / split / str(label)
@@ -35,7 +35,7 @@ def options(digits: Path, few: Path, workers: int) -> list[object]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_gives_the_figures_of_the_folder(digits: Path, few: Path, workers: int) -> None:
+def test_evaluation_equals_the_image_folder(digits: Path, few: Path, workers: int) -> None:
     expected = answer("eval", MODEL, *float_options(digits, few / "images"), "--batch-size", 7)
     found = answer("eval", *options(digits, few, workers), "--batch-size", 7)
     assert found["images"] == expected["images"] == 40
@@ -45,7 +45,7 @@ def test_evaluation_gives_the_figures_of_the_folder(digits: Path, few: Path, wor
 
 @pytest.mark.slow  # exports two models
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_that_stops_within_an_epoch_goes_on_to_the_same_bytes(
+def test_resume_within_an_epoch_is_byte_identical(
     digits: Path, few: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards_module, "MIXED", 16)
@@ -74,7 +74,7 @@ def test_a_run_that_stops_within_an_epoch_goes_on_to_the_same_bytes(
 
 
 def raising_in_step(number: int) -> Any:
-    """Makes a minimizer in whose step of that number SIGTERM comes."""
+    """Build a minimizer that raises SIGTERM in the step of that number."""
     make = trainer.make_minimizer
 
     def made(*arguments: Any) -> Any:
@@ -93,7 +93,7 @@ def raising_in_step(number: int) -> Any:
 
 
 @pytest.mark.slow
-def test_a_search_runs_on_shards(digits: Path, few: Path, tmp_path: Path) -> None:
+def test_search_runs_on_shards(digits: Path, few: Path, tmp_path: Path) -> None:
     found = answer(
         *("search", *options(digits, few, 0), "--budget", "w4a4", "--run-dir", tmp_path, "--batch-size", 16),
         *("--searcher", "sensitivity", "--set", "search.images=60", "--set", "search.scoring_images=16"),
@@ -101,9 +101,7 @@ def test_a_search_runs_on_shards(digits: Path, few: Path, tmp_path: Path) -> Non
     assert found["bops"] <= found["budget_bops"]
 
 
-def test_what_is_wrong_with_shards_reaches_the_shell_as_one_line(
-    digits: Path, few: Path, tmp_path: Path
-) -> None:
+def test_broken_shards_are_one_line_errors(digits: Path, few: Path, tmp_path: Path) -> None:
     shards_of_folder(few / "images", tmp_path / "shards", (13, 7, 22))
     damaged = tmp_path / "shards" / "validation-0001.tar"
     damaged.write_bytes(damaged.read_bytes()[:3000])

@@ -1,6 +1,6 @@
-"""Files from strangers: whatever is done to a real one, it is refused in one line, or computes what it says.
+"""Untrusted files: every manipulated file is refused in one line, or computes what its metadata says.
 
-A hash stops accidents. Where it is made right again, only what the file asks for can give it away.
+The hash detects accidents. If an attacker recomputes it, only the content can be checked.
 """
 
 import json
@@ -28,7 +28,7 @@ from saqcli.quant import calibration, convert
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.quant.tracer import trace
-from tests.support.sealing import Json, entry_of, join, retold, sealed, split, write
+from tests.support.sealing import Json, entry_of, join, sealed, split, with_metadata, write
 
 SIDE, CLASSES = 8, 5
 SECONDS = 2.0  # of processor time, for any one file
@@ -97,7 +97,7 @@ def truth(good: Path) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that a file says reaches out: every connection would fail the test loudly."""
+    """Block network access: every connection fails the test."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a file made saq open a connection")
@@ -106,8 +106,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def judged(path: Path) -> tuple[nn.Module | None, str]:
-    """The model in ``path``, or the one line that refuses it; soon, and no other way."""
+def load_or_refusal(path: Path) -> tuple[nn.Module | None, str]:
+    """The model in ``path``, or the one line that refuses it; any other outcome fails."""
     start, model, message = time.process_time(), None, ""
     try:
         model = saqcli.load(path)
@@ -122,19 +122,19 @@ def judged(path: Path) -> tuple[nn.Module | None, str]:
 
 
 def refused(path: Path) -> str:
-    model, message = judged(path)
+    model, message = load_or_refusal(path)
     assert model is None
     return message
 
 
-def test_the_file_itself_is_taken_and_bit_equal(good: Path, truth: Tensor) -> None:
+def test_valid_file_loads_bit_identically(good: Path, truth: Tensor) -> None:
     assert torch.equal(truth, answer(quantized()[0]))
 
 
 # Accidents.
 
 
-def test_a_file_cut_anywhere_is_refused(raw: bytes, tmp_path: Path) -> None:
+def test_file_truncated_anywhere_is_refused(raw: bytes, tmp_path: Path) -> None:
     header, data = split(raw)
     start = len(raw) - len(data)
     ends = [start + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
@@ -152,7 +152,7 @@ def flipped(raw: bytes, randomness: random.Random, until: int) -> bytes:
 
 
 def flip_many(raw: bytes, path: Path, count: int, seed: int) -> None:
-    """No bit may differ from what was written, wherever it lies."""
+    """Check that a flip of any bit is detected."""
     randomness = random.Random(seed)
     start = len(raw) - len(split(raw)[1])
     for until in (8, start, len(raw)):
@@ -172,7 +172,7 @@ def test_many_flipped_bits_are_refused(seed: int, raw: bytes, tmp_path: Path) ->
     flip_many(raw, tmp_path / "model.safetensors", 1000, seed)
 
 
-def test_bytes_put_in_taken_out_and_moved_are_refused(raw: bytes, tmp_path: Path) -> None:
+def test_edited_bytes_are_refused(raw: bytes, tmp_path: Path) -> None:
     randomness = random.Random(0)
     for _ in range(60):
         one, other = sorted(randomness.sample(range(len(raw)), 2))
@@ -196,7 +196,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
-def test_a_pickle_under_this_name_is_refused_and_not_run(zipped: bool, tmp_path: Path) -> None:
+def test_disguised_pickle_is_not_executed(zipped: bool, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     torch.save({"weight": Bomb(tmp_path / "mark")}, path, _use_new_zipfile_serialization=zipped)
     message = refused(path)
@@ -206,7 +206,7 @@ def test_a_pickle_under_this_name_is_refused_and_not_run(zipped: bool, tmp_path:
     assert not (tmp_path / "mark").exists()
 
 
-# Intent: the hash is right.
+# Attacks with a correct hash.
 
 OTHERS: list[Any] = [
     None, True, False, 0, 1, -1, 3, 2**40, 10**12, 10**30, 0.5, -2.5, 1e300, float("nan"), float("inf"),
@@ -216,7 +216,7 @@ OTHERS: list[Any] = [
 
 
 def places(value: Any, prefix: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """Every place of a tree of JSON but its root."""
+    """Every node of a JSON tree except its root."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in pairs:
         yield (*prefix, key)
@@ -251,15 +251,15 @@ def renamed(place: tuple[str | int, ...], name: str) -> Callable[[Any], None]:
     return change
 
 
-# What decides what is computed, and so makes another model of the same tensors where it can be taken at all.
+# Metadata that changes the computation, and so gives another model of the same tensors where accepted.
 DECISIVE = {"policy", "signed", "routed", "scheme", "build"}
 
 
 def take(
     path: Path, raw: bytes, place: tuple[str | int, ...], change: Callable[[Any], None], truth: Tensor
 ) -> None:
-    """Refused, or a model that runs; the very same one where the change is not about what is computed."""
-    model, _ = judged(write(path, retold(raw, change)))
+    """Check that the file is refused or gives a model that runs, unchanged where the change is irrelevant."""
+    model, _ = load_or_refusal(write(path, with_metadata(raw, change)))
     if model is None:
         return
     logits = answer(model)
@@ -276,16 +276,14 @@ def attacks(raw: bytes) -> list[tuple[tuple[str | int, ...], Callable[[Any], Non
     return found
 
 
-def test_facts_changed_anywhere_are_refused_or_harmless(raw: bytes, truth: Tensor, tmp_path: Path) -> None:
+def test_sampled_metadata_changes_are_safe(raw: bytes, truth: Tensor, tmp_path: Path) -> None:
     for place, change in random.Random(0).sample(attacks(raw), 100):
         take(tmp_path / "model.safetensors", raw, place, change, truth)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(8))
-def test_facts_changed_everywhere_are_refused_or_harmless(
-    part: int, raw: bytes, truth: Tensor, tmp_path: Path
-) -> None:
+def test_all_metadata_changes_are_safe(part: int, raw: bytes, truth: Tensor, tmp_path: Path) -> None:
     for place, change in attacks(raw)[part::8]:
         take(tmp_path / "model.safetensors", raw, place, change, truth)
 
@@ -333,13 +331,14 @@ def timm_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.mark.parametrize(("key", "value"), KWARGS, ids=[f"{key}-{i}" for i, (key, _) in enumerate(KWARGS)])
-def test_arguments_that_reach_beyond_the_network_are_refused(
-    key: str, value: Any, timm_file: bytes, tmp_path: Path
-) -> None:
+def test_unsafe_builder_arguments_are_refused(key: str, value: Any, timm_file: bytes, tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "weights.pth")
 
     refused(
-        write(tmp_path / "model.safetensors", retold(timm_file, changed(("build", "kwargs"), {key: value})))
+        write(
+            tmp_path / "model.safetensors",
+            with_metadata(timm_file, changed(("build", "kwargs"), {key: value})),
+        )
     )
 
 
@@ -361,9 +360,9 @@ def test_arguments_that_reach_beyond_the_network_are_refused(
         "timm/",
     ],
 )
-def test_names_of_other_places_are_refused(name: str, raw: bytes, tmp_path: Path) -> None:
+def test_unknown_network_names_are_refused(name: str, raw: bytes, tmp_path: Path) -> None:
     assert "no network is called" in refused(
-        write(tmp_path / "model.safetensors", retold(raw, changed(("build", "name"), name)))
+        write(tmp_path / "model.safetensors", with_metadata(raw, changed(("build", "name"), name)))
     )
 
 
@@ -376,18 +375,20 @@ def test_names_of_other_places_are_refused(name: str, raw: bytes, tmp_path: Path
         (("build", "name"), "torchvision/vgg19"),
     ],
 )
-def test_a_network_larger_than_the_file_is_never_built(
+def test_oversized_network_is_never_built(
     place: tuple[str, str], value: Any, raw: bytes, tmp_path: Path
 ) -> None:
-    message = refused(write(tmp_path / "model.safetensors", retold(raw, changed(place, value))))
+    message = refused(write(tmp_path / "model.safetensors", with_metadata(raw, changed(place, value))))
 
     assert "a larger network than its tensors can be of" in message
 
 
 @pytest.mark.parametrize("key", ["num_classes", "in_chans"])
 @pytest.mark.parametrize("value", [10**12, 10**30, 0, -1, 2.0, "3", True, None, [3]])
-def test_counts_that_cannot_be_meant_are_refused(key: str, value: Any, raw: bytes, tmp_path: Path) -> None:
-    message = refused(write(tmp_path / "model.safetensors", retold(raw, changed(("build", key), value))))
+def test_impossible_counts_are_refused(key: str, value: Any, raw: bytes, tmp_path: Path) -> None:
+    message = refused(
+        write(tmp_path / "model.safetensors", with_metadata(raw, changed(("build", key), value)))
+    )
 
     assert f"its build has no {key} that could be meant" in message
 
@@ -396,43 +397,47 @@ def test_counts_that_cannot_be_meant_are_refused(key: str, value: Any, raw: byte
     "size",
     [[3, 10**6, 10**6], [3, 0, 8], [3, 8], [3, -8, 8], [1, 8, 8], [10**9, 8, 8], "3x8x8", [3, 8, 1e400]],
 )
-def test_images_of_impossible_sizes_are_refused(size: Any, raw: bytes, tmp_path: Path) -> None:
+def test_impossible_image_sizes_are_refused(size: Any, raw: bytes, tmp_path: Path) -> None:
     refused(
-        write(tmp_path / "model.safetensors", retold(raw, changed(("preprocessing", "input_size"), size)))
+        write(
+            tmp_path / "model.safetensors", with_metadata(raw, changed(("preprocessing", "input_size"), size))
+        )
     )
 
 
 @pytest.mark.parametrize("crop", [0, -1, 1e-9, float("nan"), float("inf"), "a", None])
 def test_impossible_crops_are_refused(crop: Any, raw: bytes, tmp_path: Path) -> None:
-    refused(write(tmp_path / "model.safetensors", retold(raw, changed(("preprocessing", "crop_pct"), crop))))
+    refused(
+        write(
+            tmp_path / "model.safetensors", with_metadata(raw, changed(("preprocessing", "crop_pct"), crop))
+        )
+    )
 
 
-def test_a_network_that_does_not_take_its_images_is_refused(tmp_path: Path) -> None:
+def test_network_refusing_its_images_is_refused(tmp_path: Path) -> None:
     """A vision transformer has positions for one size."""
     model, facts = quantized("timm/vit_tiny_patch16_224", 32)
     path = tmp_path / "model.safetensors"
     SafetensorsExporter().export(model, torch.zeros(0), path, facts)
-    smaller = retold(path.read_bytes(), changed(("preprocessing", "input_size"), [3, 64, 64]))
+    smaller = with_metadata(path.read_bytes(), changed(("preprocessing", "input_size"), [3, 64, 64]))
 
-    assert judged(path)[0] is not None
+    assert load_or_refusal(path)[0] is not None
     assert "does not turn images of 3 x 64 x 64 into 5 logits" in refused(write(path, smaller))
 
 
-def test_what_was_written_with_other_libraries_says_so_where_it_does_not_fit(
-    raw: bytes, tmp_path: Path
-) -> None:
+def test_other_library_versions_are_named(raw: bytes, tmp_path: Path) -> None:
     def older(facts: Json) -> None:
         facts["versions"]["timm"] = "0.1"
         facts["build"]["name"] = "timm/network_of_the_past"
 
-    message = refused(write(tmp_path / "model.safetensors", retold(raw, older)))
+    message = refused(write(tmp_path / "model.safetensors", with_metadata(raw, older)))
     assert "it was written with timm 0.1, here is torch" in message
 
 
 @pytest.mark.parametrize(
     "dtype", ["I8", "I32", "F16", "BF16", "F64", "F8_E4M3", "F4", "C64", "U64", "BOOL", "X"]
 )
-def test_tensors_of_other_types_are_refused(dtype: str, raw: bytes, tmp_path: Path) -> None:
+def test_wrong_tensor_types_are_refused(dtype: str, raw: bytes, tmp_path: Path) -> None:
     header, data = split(raw)
     for name in ("conv1.codes", "conv1.step", "bn1.weight", "bn1.num_batches_tracked"):
         other = {**header, name: {**header[name], "dtype": dtype}}
@@ -440,7 +445,7 @@ def test_tensors_of_other_types_are_refused(dtype: str, raw: bytes, tmp_path: Pa
             refused(write(tmp_path / "model.safetensors", sealed(other, data, entry_of(header))))
 
 
-def test_tensors_of_other_shapes_names_and_places_are_refused(raw: bytes, tmp_path: Path) -> None:
+def test_wrong_shapes_and_names_are_refused(raw: bytes, tmp_path: Path) -> None:
     header, data = split(raw)
     name = "conv1.codes"
     start, end = header[name]["data_offsets"]
@@ -469,13 +474,13 @@ def test_tensors_of_other_shapes_names_and_places_are_refused(raw: bytes, tmp_pa
 @pytest.mark.parametrize(
     "metadata", [None, [], {"saq": 1}, {"saq": None}, {"saq": {}}, {"saq": ["a"]}, "saq"]
 )
-def test_metadata_of_other_kinds_are_refused(metadata: Any, raw: bytes, tmp_path: Path) -> None:
+def test_wrong_metadata_types_are_refused(metadata: Any, raw: bytes, tmp_path: Path) -> None:
     header, data = split(raw)
 
     refused(write(tmp_path / "model.safetensors", join({**header, "__metadata__": metadata}, data)))
 
 
-def test_a_header_nested_without_end_is_refused(tmp_path: Path) -> None:
+def test_deeply_nested_header_is_refused(tmp_path: Path) -> None:
     for text in (
         b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
         b"{" + b" " * 10**6,
@@ -484,18 +489,18 @@ def test_a_header_nested_without_end_is_refused(tmp_path: Path) -> None:
         refused(write(tmp_path / "model.safetensors", len(text).to_bytes(8, "little") + text))
 
 
-# What a person sees.
+# Error messages.
 
 
 @pytest.mark.parametrize("what", ["truncated", "foreign", "newer", "changed", "larger"])
-def test_eval_says_it_in_one_line(what: str, raw: bytes, tmp_path: Path) -> None:
+def test_eval_error_is_one_line(what: str, raw: bytes, tmp_path: Path) -> None:
     header, data = split(raw)
     content, expected = {
         "truncated": (raw[:-5], "is truncated"),
         "foreign": (b"PK\x03\x04" + raw, "is a zip archive"),
         "newer": (sealed(header, data, {**entry_of(header), "version": 2}), "upgrade saq"),
         "changed": (raw[:-1] + bytes([raw[-1] ^ 1]), "was changed after it was written"),
-        "larger": (retold(raw, changed(("build", "num_classes"), 10**7)), "a larger network"),
+        "larger": (with_metadata(raw, changed(("build", "num_classes"), 10**7)), "a larger network"),
     }[what]
     path = write(tmp_path / "model.safetensors", content)
     result = CliRunner().invoke(app, ["eval", str(path), "--data", str(tmp_path)])
@@ -507,7 +512,7 @@ def test_eval_says_it_in_one_line(what: str, raw: bytes, tmp_path: Path) -> None
     assert result.stderr.count("\n") == 1
 
 
-def test_json_of_a_file_can_be_read_by_others(raw: bytes) -> None:
+def test_stored_json_is_readable_by_others(raw: bytes) -> None:
     facts = entry_of(split(raw)[0])["facts"]
 
     assert facts["versions"].keys() == {"torch", "torchvision", "timm"}

@@ -1,4 +1,4 @@
-"""What commands are pointed at: one mistake gets one message, whichever command it was made with."""
+"""Targets of commands: the same mistake gives the same message in every command."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def config() -> RunConfig:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Named as data, never read."""
+    """Passed as data, never read."""
     for split in ("train", "val"):
         (tmp_path / "images" / split / "cat").mkdir(parents=True)
     return tmp_path / "images"
@@ -39,7 +39,7 @@ def begin(path: Path, config: RunConfig, verb: str = "quantize") -> RunDirectory
 
 
 def searched(path: Path, config: RunConfig) -> Path:
-    """A search that has ended."""
+    """A finished search."""
     run = begin(path, config, "search")
     with run.recorded():
         four = LayerBits(weight=4, activation=4)
@@ -49,7 +49,7 @@ def searched(path: Path, config: RunConfig) -> Path:
 
 
 def killed(path: Path, config: RunConfig) -> int:
-    """A run whose process was killed, and the number of that process."""
+    """A run whose process was killed, and the process id."""
     run = begin(path, config)
     lock = (path / ".lock").read_text()
     run._lock.release()
@@ -59,8 +59,8 @@ def killed(path: Path, config: RunConfig) -> int:
     return ended.pid
 
 
-def said(images: Path, target: object) -> dict[str, str]:
-    """What each command says about ``target``."""
+def messages_of(images: Path, target: object) -> dict[str, str]:
+    """The message of every command about ``target``."""
     given = {
         "eval": ("--data", images),
         "analyze": ("--data", images),
@@ -74,19 +74,19 @@ def said(images: Path, target: object) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["nosuch", "./nosuch", "runs/nosuch", "nosuch/", "~/nosuch-run"])
-def test_missing_run_is_called_missing_by_all(images: Path, name: str) -> None:
-    for command, line in said(images, name).items():
+def test_missing_run_is_reported_by_all_commands(images: Path, name: str) -> None:
+    for command, line in messages_of(images, name).items():
         assert "there is no run directory or file " in line, command
 
 
-def test_missing_run_names_those_near(images: Path, tmp_path: Path, config: RunConfig) -> None:
+def test_missing_run_suggests_similar_paths(images: Path, tmp_path: Path, config: RunConfig) -> None:
     searched(tmp_path / "resnet8-w4a4", config)
 
-    for line in said(images, tmp_path / "resnet8-w4a3").values():
+    for line in messages_of(images, tmp_path / "resnet8-w4a3").values():
         assert line.endswith(f"near are {tmp_path / 'resnet8-w4a4'}")
 
 
-def test_folders_that_are_no_run_say_what_fits(images: Path, tmp_path: Path, config: RunConfig) -> None:
+def test_non_run_folders_give_advice(images: Path, tmp_path: Path, config: RunConfig) -> None:
     run = searched(tmp_path / "place" / "found", config)
     inside = run / "artifacts"
     inside.mkdir()
@@ -97,11 +97,11 @@ def test_folders_that_are_no_run_say_what_fits(images: Path, tmp_path: Path, con
         (inside, f"a folder of a run: give the run directory, {run}"),
         (tmp_path / "empty", "it has no manifest.json"),
     ):
-        for line in said(images, folder).values():
+        for line in messages_of(images, folder).values():
             assert says in line
 
 
-def test_files_that_are_no_model_say_what_takes_them(images: Path, tmp_path: Path, config: RunConfig) -> None:
+def test_non_model_files_give_advice(images: Path, tmp_path: Path, config: RunConfig) -> None:
     run = searched(tmp_path / "found", config)
     (run / "report.md").touch()
     for name in ("weights.pth", "policy.json", "notes.txt"):
@@ -113,11 +113,11 @@ def test_files_that_are_no_model_say_what_takes_them(images: Path, tmp_path: Pat
         (tmp_path / "weights.pth", f"give MODEL --weights {tmp_path / 'weights.pth'}"),
         (tmp_path / "notes.txt", "not a model file of saq"),
     ):
-        for line in said(images, path).values():
+        for line in messages_of(images, path).values():
             assert says in line
 
 
-def test_search_points_to_quantize_with_its_policy(images: Path, tmp_path: Path, config: RunConfig) -> None:
+def test_search_run_suggests_quantize_policy(images: Path, tmp_path: Path, config: RunConfig) -> None:
     run = searched(tmp_path / "found", config)
     step = f"quantize to its bits with `saq quantize {MODEL} --policy {run}`"
 
@@ -130,10 +130,10 @@ def test_search_points_to_quantize_with_its_policy(images: Path, tmp_path: Path,
     assert f"not a model: {step}" in last_error(saq("quantize", run, "--bits", 4, "--data", images))
 
 
-def test_killed_run_is_called_interrupted_by_all(images: Path, tmp_path: Path, config: RunConfig) -> None:
+def test_killed_run_is_interrupted_for_all_commands(images: Path, tmp_path: Path, config: RunConfig) -> None:
     pid = killed(tmp_path / "run", config)
 
-    for line in said(images, tmp_path / "run").values():
+    for line in messages_of(images, tmp_path / "run").values():
         assert f"was interrupted (process {pid} was killed)" in line
         assert f"resume with `saq quantize --run-dir {tmp_path / 'run'} --resume`" in line
         assert "running" not in line
@@ -141,10 +141,10 @@ def test_killed_run_is_called_interrupted_by_all(images: Path, tmp_path: Path, c
     assert "already holds an interrupted run: use --resume to continue it" in last_error(again)
 
 
-def test_run_at_work_is_waited_for(images: Path, tmp_path: Path, config: RunConfig) -> None:
+def test_active_run_is_reported_as_running(images: Path, tmp_path: Path, config: RunConfig) -> None:
     run = begin(tmp_path / "run", config)
     try:
-        for line in said(images, run.path).values():
+        for line in messages_of(images, run.path).values():
             assert f"is still running (process {os.getpid()} on " in line
             assert "wait for it" in line
     finally:
@@ -156,17 +156,17 @@ def test_interrupted_and_failed_runs_say_so(images: Path, tmp_path: Path, config
         run = begin(tmp_path / state, config)
         with pytest.raises((SaqError, ValueError)), run.recorded():
             raise error
-        for line in said(images, run.path).values():
+        for line in messages_of(images, run.path).values():
             assert f"{state}" in line
             assert "resume with `saq quantize --run-dir" in line
 
 
-def test_names_of_models_are_not_taken_for_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_names_are_not_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("resnet18", "timm/resnet18.a1_in1k", "torchvision/resnet18", "saq/resnet20"):
         assert not is_path(name)
         assert find_target(name, EVALUATED).kind == "model"
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "resnet18").mkdir()  # a folder of that name is not a run
+    (tmp_path / "resnet18").mkdir()  # a folder of that name is no run
     assert find_target("resnet18", ANALYZED).kind == "model"
     with pytest.raises(SaqError, match="not quantized: quantize it with `saq quantize saq/resnet20`"):
         find_target("saq/resnet20", QUANTIZED)
@@ -174,7 +174,7 @@ def test_names_of_models_are_not_taken_for_paths(tmp_path: Path, monkeypatch: py
         find_target("resnt18", EVALUATED)
 
 
-def test_policy_of_a_run_is_taken(tmp_path: Path, config: RunConfig) -> None:
+def test_policy_may_be_a_run(tmp_path: Path, config: RunConfig) -> None:
     plain = answer("profile", MODEL, "--bits", "w3a5")
     four = answer("profile", MODEL, "--bits", 4)
     run = searched(tmp_path / "found", config)

@@ -1,4 +1,4 @@
-"""What cannot be exported is found out before calibration, and `--no-export` goes without."""
+"""Models that cannot be exported are detected before calibration, and ``--no-export`` skips the check."""
 
 import json
 from collections.abc import Callable
@@ -82,14 +82,14 @@ class Largest(Plain):
 
 
 class OwnProduct(Plain):
-    """The whole network multiplies with the weight of a layer itself."""
+    """A network that itself multiplies with the weight of a layer."""
 
     def features(self, x: Tensor) -> Tensor:
         y = torch.relu(self.stem(x))
         return torch.relu(F.conv2d(y, self.inner.weight, self.inner.bias, padding=1))
 
 
-# Not to be written in any style, and why.
+# Cannot be written in any style, and why.
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "decides": (DecidesByValues, "its forward depends on the values of a tensor"),
     "image by image": (ImageByImage, "it works for one batch size only"),
@@ -112,7 +112,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], nn.Module]], str]:
-    """Makes a network known; its name."""
+    """Registers a network and returns its name."""
 
     def known(make: Callable[[], nn.Module]) -> str:
         def build(**_: Any) -> nn.Module:
@@ -131,7 +131,7 @@ def options(images: Path, run: Path) -> list[object]:
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_onnx_cannot_express_is_refused_first(
+def test_unexportable_model_is_refused_early(
     kind: str, images: Path, network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, why = REFUSED[kind]
@@ -146,7 +146,7 @@ def test_what_onnx_cannot_express_is_refused_first(
     assert not list(tmp_path.iterdir())
 
 
-def test_every_style_asked_for_is_tried(images: Path, network: Any, tmp_path: Path) -> None:
+def test_every_requested_style_is_tried(images: Path, network: Any, tmp_path: Path) -> None:
     name, run = network(Largest), tmp_path / "run"
     styles = ("--style", "qonnx", "--style", "exact")
     result = saq("quantize", name, "--bits", 4, *options(images, run), *styles, "--quiet")
@@ -160,8 +160,8 @@ def test_every_style_asked_for_is_tried(images: Path, network: Any, tmp_path: Pa
     assert found["onnx_style"] == "qonnx"
 
 
-def test_under_a_budget_most_bits_are_tried_for_int8(images: Path, network: Any, tmp_path: Path) -> None:
-    """Codes of the paper's grid at 8 bits, which the search may choose, have no INT8 container."""
+def test_trial_under_budget_uses_most_bits(images: Path, network: Any, tmp_path: Path) -> None:
+    """8-bit codes of the paper's grid, which the search may choose, have no INT8 container."""
     bits = ("--bops", "w4a4", "--weight-grid", "paper", "--pin", "*=2-8")
     given = (*options(images, tmp_path / "run"), "--style", "trt", "--quiet")
     result = saq("quantize", network(Plain), *bits, *given)
@@ -172,7 +172,7 @@ def test_under_a_budget_most_bits_are_tried_for_int8(images: Path, network: Any,
     assert saq("quantize", network(Plain), *bits, "--candidates", "2,4", *given).exit_code == 0
 
 
-def test_without_export_a_run_ends_with_safetensors(images: Path, network: Any, tmp_path: Path) -> None:
+def test_no_export_writes_only_safetensors(images: Path, network: Any, tmp_path: Path) -> None:
     name, run = network(DecidesByValues), tmp_path / "run"
     found = answer("quantize", name, "--bits", 4, *options(images, run), "--no-export")
 
@@ -192,7 +192,7 @@ def test_without_export_a_run_ends_with_safetensors(images: Path, network: Any, 
     assert "no ONNX file was written (--no-export)" in resumed.stdout
 
 
-def test_a_file_a_style_is_written_and_compared(images: Path, network: Any, tmp_path: Path) -> None:
+def test_one_verified_file_per_style(images: Path, network: Any, tmp_path: Path) -> None:
     name, run = network(Plain), tmp_path / "run"
     styles = ("--style", "trt", "--style", "qdq")
     found = answer("quantize", name, "--bits", 4, *options(images, run), *styles)
@@ -227,7 +227,7 @@ def test_meaningless_export_options_are_refused(given: tuple[str, ...], says: st
     assert not list(tmp_path.iterdir())
 
 
-def test_a_network_that_multiplies_itself_is_exported(images: Path, network: Any, tmp_path: Path) -> None:
+def test_shared_weight_use_is_exported(images: Path, network: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     found = answer("quantize", network(OwnProduct), "--bits", 4, *options(images, run))
     verdict = json.loads((run / "artifacts" / "model.verdict.json").read_text())
@@ -242,7 +242,7 @@ def tried(make: Callable[[], nn.Module], network: Any, **settings: Any) -> None:
     exporting.check_exports(config, wrap_and_trace(load_float(config.model, SILENT)))
 
 
-def test_a_trial_changes_no_random_state(network: Any) -> None:
+def test_trial_keeps_random_state(network: Any) -> None:
     network(Plain)
     torch.manual_seed(5)
     tried(Plain, network)
@@ -257,7 +257,7 @@ def test_a_trial_changes_no_random_state(network: Any) -> None:
     ("raised", "says"),
     [(AssertionError("oh\nno"), "AssertionError: oh no"), (KeyError("x"), "KeyError: 'x'")],
 )
-def test_an_exporter_that_fails_is_named_in_time(
+def test_failing_exporter_is_named_early(
     raised: Exception, says: str, network: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def export(*_: Any) -> None:
@@ -268,7 +268,7 @@ def test_an_exporter_that_fails_is_named_in_time(
         tried(Plain, network, **{"quantization.quantizer": "lsq"})
 
 
-def test_without_room_for_a_trial_the_run_goes_on(
+def test_trial_is_skipped_on_full_disk(
     images: Path, network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(**_: Any) -> Any:
@@ -283,7 +283,7 @@ def test_without_room_for_a_trial_the_run_goes_on(
     assert (tmp_path / "run" / "artifacts" / "model.onnx").is_file()
 
 
-def test_export_verifies_on_the_images_of_the_run(
+def test_export_verifies_on_the_run_data(
     images: Path, network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []

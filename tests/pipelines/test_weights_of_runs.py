@@ -1,4 +1,4 @@
-"""Runs keep which tensors of a checkpoint they started from, and draw a new classifier by their seed."""
+"""Runs store which weight set of a checkpoint they used, and initialize a new classifier from their seed."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ class Tiny(nn.Module):
 
 
 def bright(sign: int) -> dict[str, Tensor]:
-    """Weights that tell bright images from dark ones, or confuse them with sign -1."""
+    """Weights that separate bright images from dark ones, or swap them with sign -1."""
     state = Tiny().state_dict()
     state["conv.weight"] = torch.ones_like(state["conv.weight"]) / 27
     state["conv.weight"][2:] *= -1
@@ -39,7 +39,7 @@ def bright(sign: int) -> dict[str, Tensor]:
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Images of two classes, a checkpoint whose averaged weights know them, and a run of four bits."""
+    """Images of two classes, a checkpoint whose averaged weights classify them, and a 4-bit run."""
     entry = NetworkEntry(Tiny, CLASSES, "", (0.5,) * 3, (0.5,) * 3, (3, SIDE, SIDE))
     monkeypatch.setitem(networks.NETWORKS, "tiny", entry)
     numbers = np.random.default_rng(0)
@@ -54,7 +54,7 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["saq/tiny", *map(str, named), "--bits", "4", "--no-export"]
 
 
-def test_a_run_keeps_the_key_of_its_weights(options: list[str], tmp_path: Path) -> None:
+def test_run_keeps_its_weights_key(options: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     averaged = answer("quantize", *options, "--epochs", 0, "--run-dir", tmp_path / "averaged")
     assert averaged["float_top1"] == 100
@@ -68,7 +68,7 @@ def test_a_run_keeps_the_key_of_its_weights(options: list[str], tmp_path: Path) 
     assert "model.weights_key: state_dict -> state_dict_ema" in last_error(other)
 
 
-def test_a_new_head_is_trained_and_drawn_again(options: list[str], tmp_path: Path) -> None:
+def test_new_head_is_trained_and_reproducible(options: list[str], tmp_path: Path) -> None:
     torch.save({"model": Tiny(num_classes=5).state_dict()}, tmp_path / "w.pth.tar")
     refused = saq("quantize", *options, "--num-classes", 2, "--run-dir", tmp_path / "run", "--quiet")
     assert "has 5 classes, saq/tiny was asked for 2" in last_error(refused)

@@ -1,4 +1,4 @@
-"""The policy file and the notations of bits and quantities: what is written is read again, and nothing else is."""
+"""The policy file and the notations of bits and quantities: what is written parses again, invalid text does not."""
 
 import json
 
@@ -19,7 +19,7 @@ names = st.text(min_size=1, max_size=20)
 
 
 def policy(**changes: object) -> str:
-    """The text of a small policy with some keys changed."""
+    """A small policy as text, with some keys replaced."""
     tree = {"schema_version": 1, "model": "timm/resnet18", "layers": {"fc": {"weight": 4, "activation": 8}}}
     return json.dumps({**tree, **changes})
 
@@ -28,14 +28,14 @@ def policy(**changes: object) -> str:
 
 
 @given(model=names, layers=st.dictionaries(names, layer_bits, max_size=6))
-def test_a_policy_survives_its_file(model: str, layers: dict[str, LayerBits]) -> None:
+def test_policy_survives_its_file(model: str, layers: dict[str, LayerBits]) -> None:
     config = BitConfig(model=model, layers=layers)
     restored = parse_json(BitConfig, config.to_json(), "policy.json")
     assert restored == config
     assert list(restored.layers) == list(layers)  # in execution order
 
 
-def test_a_policy_has_a_line_a_layer() -> None:
+def test_policy_file_has_one_line_per_layer() -> None:
     config = BitConfig(model="timm/resnet18", layers={"conv1": W4A4, "layer1.0.conv1": W4A4})
     lines = config.to_json().splitlines()
     assert [line.strip() for line in lines[4:6]] == [
@@ -44,7 +44,7 @@ def test_a_policy_has_a_line_a_layer() -> None:
     ]
 
 
-def test_a_missing_version_means_the_first() -> None:
+def test_missing_version_means_1() -> None:
     assert parse_json(BitConfig, '{"model": "m", "layers": {}}', "policy.json").schema_version == 1
 
 
@@ -69,7 +69,7 @@ def test_a_missing_version_means_the_first() -> None:
         ("", "JSON"),
     ],
 )
-def test_a_policy_that_does_not_fit_its_schema_is_refused_with_the_place(text: str, reason: str) -> None:
+def test_invalid_policy_error_names_the_place(text: str, reason: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         parse_json(BitConfig, text, "policy.json")
     assert str(refusal.value).startswith("policy.json: ")
@@ -77,7 +77,7 @@ def test_a_policy_that_does_not_fit_its_schema_is_refused_with_the_place(text: s
     assert "\n" not in str(refusal.value)
 
 
-def test_a_policy_cannot_be_changed_in_place() -> None:
+def test_policy_is_immutable() -> None:
     config = BitConfig(model="m", layers={"fc": W4A4})
     with pytest.raises(ValueError, match="frozen"):
         config.model = "other"
@@ -88,11 +88,11 @@ def test_a_policy_cannot_be_changed_in_place() -> None:
 # Fitting a network
 
 
-def test_a_policy_fits_the_network_it_was_made_for_in_any_order() -> None:
+def test_layer_order_does_not_matter() -> None:
     BitConfig(model="m", layers={"a": W4A4, "b": W4A4}).check_fits("m", ["b", "a"])
 
 
-def test_a_misfit_names_both_sides() -> None:
+def test_mismatch_names_both_sides() -> None:
     config = BitConfig(model="timm/resnet18", layers={"a": W4A4, "old": W4A4})
     with pytest.raises(PolicyMismatch) as refusal:
         config.check_fits("timm/resnet50", ["a", "new"])
@@ -101,20 +101,20 @@ def test_a_misfit_names_both_sides() -> None:
         assert part in message
 
 
-def test_a_misfit_names_only_the_side_that_differs() -> None:
+def test_mismatch_names_only_the_differing_side() -> None:
     config = BitConfig(model="m", layers={"a": W4A4})
     with pytest.raises(PolicyMismatch, match="missing layers b") as refusal:
         config.check_fits("m", ["a", "b"])
     assert "alone" not in str(refusal.value)
 
 
-def test_a_long_misfit_is_cut_short_and_counted() -> None:
+def test_long_mismatch_is_truncated_and_counted() -> None:
     config = BitConfig(model="m", layers={})
     with pytest.raises(PolicyMismatch, match=r"n0, n1, n2, n3, n4 and 7 more"):
         config.check_fits("m", [f"n{k}" for k in range(12)])
 
 
-def test_pins_stay_where_bits_are_uniform() -> None:
+def test_uniform_bits_keep_pins() -> None:
     pin = LayerBits(weight=8, activation=8)
     config = uniform("m", {"conv1": pin, "mid": None, "fc": pin}, W4A4)
     assert list(config.layers.items()) == [("conv1", pin), ("mid", W4A4), ("fc", pin)]
@@ -124,7 +124,7 @@ def test_pins_stay_where_bits_are_uniform() -> None:
 
 
 @pytest.mark.parametrize("width", BITS)
-def test_one_number_is_both_operands(width: int) -> None:
+def test_one_number_sets_both_operands(width: int) -> None:
     assert parse_bits(str(width)) == LayerBits(weight=width, activation=width)
 
 
@@ -135,26 +135,26 @@ def test_bits_survive_their_notation(weight: int, activation: int) -> None:
     assert parse_bits(f" W{weight}A{activation} ") == bits
 
 
-def test_an_operand_in_floating_point_reads_as_32_bits() -> None:
+def test_float_operand_counts_as_32_bits() -> None:
     assert str(LayerBits(weight=None, activation=8)) == "w32a8"
 
 
 @pytest.mark.parametrize(
     "text", ["", "four", "4.5", "-4", "w4", "a4", "w4a", "4a4", "w4 a4", "4,4", "w4a4a4"]
 )
-def test_what_is_no_bit_width_is_refused(text: str) -> None:
+def test_invalid_bit_width_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="is not a bit-width"):
         parse_bits(text)
 
 
 @pytest.mark.parametrize("text", ["0", "1", "9", "32", "w1a4", "w4a9", "w16a16"])
-def test_bits_that_no_quantizer_has_are_refused_with_the_range(text: str) -> None:
+def test_unsupported_bits_error_gives_the_range(text: str) -> None:
     with pytest.raises(ConfigError, match="2 to 8"):
         parse_bits(text)
 
 
 @given(chosen=st.lists(widths(), min_size=1))
-def test_candidates_ascend_without_repeats(chosen: list[int]) -> None:
+def test_candidates_are_sorted_and_unique(chosen: list[int]) -> None:
     assert parse_candidates(",".join(map(str, chosen))) == tuple(sorted(set(chosen)))
     assert parse_candidates(" , ".join(map(str, chosen))) == tuple(sorted(set(chosen)))
 
@@ -162,13 +162,13 @@ def test_candidates_ascend_without_repeats(chosen: list[int]) -> None:
 @pytest.mark.parametrize(
     "text", ["", ",", "2,", "2;3", "2 3", "1,2", "8,9", "2,-3", "2.0,3", "two", "²,3", "2,3,x"]
 )
-def test_candidates_that_are_no_bit_widths_are_refused(text: str) -> None:
+def test_invalid_candidates_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"`quantization\.candidates="):
         parse_candidates(text)
 
 
 @given(text=st.text(max_size=8))
-def test_any_text_is_read_or_refused_in_one_way(text: str) -> None:
+def test_arbitrary_text_parses_or_fails_cleanly(text: str) -> None:
     for parse in (parse_bits, parse_candidates, parse_quantity):
         try:
             parse(text)
@@ -201,7 +201,7 @@ def test_quantities_are_exact_integers(
 
 
 @given(value=st.integers(1000, 10**16 - 10**12))
-def test_a_formatted_quantity_is_read_again_to_four_digits(value: int) -> None:
+def test_formatted_quantity_parses_back(value: int) -> None:
     text = format_quantity(value, "BOPs")
     assert abs(parse_quantity(text) - value) <= 0.0005 * value * (1 + 1e-9)
 
@@ -217,14 +217,14 @@ def test_a_formatted_quantity_is_read_again_to_four_digits(value: int) -> None:
         (0, "0 BOPs"),
     ],
 )
-def test_quantities_read_as_in_the_documentation(value: int, text: str) -> None:
+def test_documented_quantities_parse(value: int, text: str) -> None:
     assert format_quantity(value, "BOPs") == text
 
 
 @pytest.mark.parametrize(
     "text", ["", "34", "G", "-3G", "1e9", "3 4G", "3GG", "3P", "nanG", "0x3G", ".5G", "1,5G", "3Gx4"]
 )
-def test_a_quantity_without_number_or_unit_is_refused(text: str) -> None:
+def test_quantity_needs_number_and_unit(text: str) -> None:
     with pytest.raises(ConfigError, match=r"is not a (budget|size): (add a unit|give a number with a unit)"):
         parse_quantity(text)
     with pytest.raises(ConfigError, match=r"`quantization.size`: .* is not a size"):
@@ -238,7 +238,7 @@ def test_a_quantity_without_number_or_unit_is_refused(text: str) -> None:
         ("7 bytes", 7), ("5MiB", 5 * 2**20), ("5 mib", 5 * 2**20), ("1.5Gi", 3 * 2**29), ("1TiB", 2**40),
     ],
 )  # fmt: skip
-def test_sizes_are_read_in_decimal_and_binary_units(text: str, value: int) -> None:
+def test_sizes_accept_decimal_and_binary_units(text: str, value: int) -> None:
     assert parse_quantity(text, "size") == value
 
 
@@ -264,7 +264,7 @@ def test_sizes_are_read_in_decimal_and_binary_units(text: str, value: int) -> No
         ("4 bits", "use `quantization.bits=4`"),
     ],
 )
-def test_units_of_another_quantity_name_its_option(text: str, says: str) -> None:
+def test_foreign_unit_suggests_the_right_option(text: str, says: str) -> None:
     with pytest.raises(ConfigError) as refused:
         parse_quantity(text)
     assert str(refused.value).startswith("`quantization.bops`: ")
@@ -275,7 +275,7 @@ def test_units_of_another_quantity_name_its_option(text: str, says: str) -> None
 
 
 @pytest.mark.parametrize("text", ["34GBOPs", "34 GBops", "34gbop", "34 Gbitops", "34G bit-operations"])
-def test_bit_operations_are_no_size(text: str) -> None:
+def test_bops_are_not_a_size(text: str) -> None:
     assert parse_quantity(text) == 34 * 10**9
     with pytest.raises(
         ConfigError, match=f"use `quantization.bops={''.join(text.split())}`, or 34G for bytes"

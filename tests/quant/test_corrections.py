@@ -1,4 +1,4 @@
-"""What quantization moved is taken back: against a slow twin that corrects one place after the other."""
+"""Corrections after quantization, compared with a slow reference that corrects one layer after the other."""
 
 import copy
 from collections.abc import Callable
@@ -18,7 +18,7 @@ NORMED = ["conv_bn", "residual", "depthwise"]
 
 
 def quantized(name: str, bits: int = 3) -> tuple[nn.Module, nn.Module, Tensor]:
-    """A network in float64, the same one quantized, and images."""
+    """A float64 network, its quantized copy, and images."""
     net, _ = tiny.build(name)
     x = tiny.images(tiny.TINY[name]()[1], 32)
     in_float = copy.deepcopy(net).double()
@@ -28,7 +28,7 @@ def quantized(name: str, bits: int = 3) -> tuple[nn.Module, nn.Module, Tensor]:
 
 @torch.no_grad()
 def seen(net: nn.Module, module: str, x: Tensor, *, before: bool = False) -> Tensor:
-    """What ``module`` returns, or is given, as (numbers, channels)."""
+    """The output or input of ``module``, as (numbers, channels)."""
     found: list[Tensor] = []
     target = net.get_submodule(module)
     note: Callable[..., None] = lambda m, given, *out: found.append(given[0] if before else out[0])  # noqa: E731
@@ -40,7 +40,7 @@ def seen(net: nn.Module, module: str, x: Tensor, *, before: bool = False) -> Ten
 
 
 def order(net: nn.Module, x: Tensor, kinds: Any) -> list[str]:
-    """Names of modules as they run."""
+    """Names of modules in execution order."""
     names: list[str] = []
     handles = [
         module.register_forward_pre_hook(lambda *_, name=name: names.append(name))
@@ -54,7 +54,7 @@ def order(net: nn.Module, x: Tensor, kinds: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", BIASED)
-def test_biases_are_those_of_a_twin_that_corrects_layer_by_layer(name: str) -> None:
+def test_bias_correction_matches_reference(name: str) -> None:
     in_float, net, x = quantized(name)
     twin = copy.deepcopy(net)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_biases_are_those_of_a_twin_that_corrects_layer_by_layer(name: str) -> N
 
 @pytest.mark.parametrize("variance", [False, True], ids=["bias", "bn"])
 @pytest.mark.parametrize("name", NORMED)
-def test_batch_norms_are_those_of_a_twin_that_corrects_norm_by_norm(name: str, variance: bool) -> None:
+def test_norm_recalibration_matches_reference(name: str, variance: bool) -> None:
     in_float, net, x = quantized(name)
     twin = copy.deepcopy(net)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_batch_norms_are_those_of_a_twin_that_corrects_norm_by_norm(name: str, v
         torch.testing.assert_close(scale, torch.ones_like(scale), atol=0.01, rtol=0)
 
 
-def test_several_batches_count_by_their_images() -> None:
+def test_batches_are_weighted_by_image_count() -> None:
     _, net, x = quantized("mlp")
     parts = [copy.deepcopy(net), copy.deepcopy(net)]
     batches = [x[:24], x[24:]]
@@ -116,7 +116,7 @@ def test_several_batches_count_by_their_images() -> None:
         torch.testing.assert_close(value, (24 * first + 8 * second) / 32)
 
 
-def test_the_packed_projection_of_an_attention_keeps_its_mean() -> None:
+def test_packed_projection_keeps_its_mean() -> None:
     in_float, net, x = quantized("attention")
     before = net.attention.in_proj_bias.clone()  # type: ignore[union-attr,operator]
 
@@ -137,7 +137,7 @@ def seen_tokens(net: Any, x: Tensor) -> Tensor:
     return tokens
 
 
-def test_a_norm_that_does_not_follow_directly_is_left_alone_by_bias_correction() -> None:
+def test_non_adjacent_norm_is_left_alone() -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5)
     )
@@ -149,7 +149,7 @@ def test_a_norm_that_does_not_follow_directly_is_left_alone_by_bias_correction()
     assert not torch.equal(net[2].running_mean, torch.zeros(4))
 
 
-def test_weights_levels_modes_and_quantizers_stay() -> None:
+def test_weights_levels_and_modes_are_unchanged() -> None:
     _, net, x = quantized("residual")
     next(net.children()).train()
     modes = [module.training for module in net.modules()]

@@ -1,4 +1,4 @@
-"""The class swap: nothing changes until quantizers are installed, then whatever reads a weight reads Q(w)."""
+"""The class swap: nothing changes until quantizers are installed; then every reader of a weight gets Q(w)."""
 
 import copy
 import io
@@ -38,7 +38,7 @@ def names_of_float(net: nn.Module) -> list[str]:
 
 
 class Halve(nn.Module):
-    """A stand-in that shows whether it was used."""
+    """A stand-in quantizer whose use is visible."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x / 2
@@ -49,7 +49,7 @@ class Halve(nn.Module):
 
 @every_exact_net
 @pytest.mark.parametrize("training", [False, True])
-def test_a_wrapped_network_computes_the_same_bits(name: str, training: bool) -> None:
+def test_wrapping_is_bit_identical(name: str, training: bool) -> None:
     net, x = tiny.build(name)
     net.train(training)
     expected = run(net, x)
@@ -58,7 +58,7 @@ def test_a_wrapped_network_computes_the_same_bits(name: str, training: bool) -> 
 
 
 @every_exact_net
-def test_a_wrapped_network_has_the_same_gradients_to_the_bit(name: str) -> None:
+def test_wrapped_gradients_are_bit_identical(name: str) -> None:
     net, x = tiny.build(name)
     net(x).square().sum().backward()
     expected = {n: p.grad for n, p in net.named_parameters()}
@@ -70,7 +70,7 @@ def test_a_wrapped_network_has_the_same_gradients_to_the_bit(name: str) -> None:
 
 
 @every_net
-def test_every_convolution_linear_layer_and_attention_is_wrapped(name: str) -> None:
+def test_all_layer_types_are_wrapped(name: str) -> None:
     net, _ = tiny.build(name)
     expected = names_of_float(net)
     assert expected
@@ -78,7 +78,7 @@ def test_every_convolution_linear_layer_and_attention_is_wrapped(name: str) -> N
 
 
 @every_net
-def test_wrapping_keeps_keys_and_parameter_objects(name: str) -> None:
+def test_wrapping_keeps_keys_and_parameters(name: str) -> None:
     net, _ = tiny.build(name)
     state = {key: value.clone() for key, value in net.state_dict().items()}
     parameters = dict(net.named_parameters())
@@ -90,7 +90,7 @@ def test_wrapping_keeps_keys_and_parameter_objects(name: str) -> None:
 
 
 @every_net
-def test_installed_quantizers_add_keys_and_take_none_away(name: str) -> None:
+def test_installing_quantizers_only_adds_keys(name: str) -> None:
     net, x = tiny.build(name)
     keys = set(net.state_dict())
     tiny.quantized(net, x)
@@ -110,7 +110,7 @@ def test_installed_quantizers_change_the_output(name: str, quantizer: str) -> No
 
 
 @every_net
-def test_eight_bits_stay_closer_than_two(name: str) -> None:
+def test_8_bits_are_closer_than_2(name: str) -> None:
     net, x = tiny.build(name)
     expected = run(net, x)
     tiny.quantized(net, x, 8, candidates=(2,))
@@ -123,7 +123,7 @@ def test_eight_bits_stay_closer_than_two(name: str) -> None:
 
 @every_net
 def test_every_layer_quantizes_weight_and_input(name: str) -> None:
-    """Each of the two, of every layer, changes the output on its own."""
+    """Weight and input each change the output on their own, in every layer."""
     net, x = tiny.build(name)
     layers = tiny.quantized(net, x)
     for layer in layers.values():
@@ -139,7 +139,7 @@ def test_every_layer_quantizes_weight_and_input(name: str) -> None:
 
 @every_net
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_copies_compute_the_same_bits_and_share_nothing(name: str, how: str) -> None:
+def test_copies_are_equal_and_independent(name: str, how: str) -> None:
     net, x = tiny.build(name)
     tiny.quantized(net, x)
     expected = run(net, x)
@@ -161,7 +161,7 @@ def test_copies_compute_the_same_bits_and_share_nothing(name: str, how: str) -> 
 
 
 @every_net
-def test_unwrapping_gives_back_the_same_objects_and_bits(name: str) -> None:
+def test_unwrapping_restores_objects_and_bits(name: str) -> None:
     net, x = tiny.build(name)
     expected = run(net, x)
     modules, parameters = dict(net.named_modules()), dict(net.named_parameters())
@@ -177,27 +177,27 @@ def test_unwrapping_gives_back_the_same_objects_and_bits(name: str) -> None:
     assert {n: set(m.__dict__) for n, m in net.named_modules()} == attributes
 
 
-def test_a_quantized_model_is_not_wrapped_again() -> None:
+def test_quantized_model_is_not_wrapped_again() -> None:
     net, _ = tiny.mlp()
     convert.wrap(net)
     with pytest.raises(UnsupportedModel, match="already quantized"):
         convert.wrap(net)
 
 
-def test_a_model_without_layers_is_refused() -> None:
+def test_model_without_layers_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="nothing to quantize"):
         convert.wrap(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)))
 
 
 @pytest.mark.parametrize("options", [{"kdim": 3}, {"add_bias_kv": True}, {"add_zero_attn": True}])
-def test_an_attention_without_packed_projections_is_refused_and_the_model_left_alone(options: dict) -> None:
+def test_unpacked_attention_is_refused(options: dict) -> None:
     net = nn.ModuleDict({"first": nn.Linear(8, 8), "attention": nn.MultiheadAttention(8, 2, **options)})
     with pytest.raises(UnsupportedModel, match="attention attention"):
         convert.wrap(net)
     assert not quantized_layers(net)
 
 
-def test_a_policy_of_another_network_is_not_installed() -> None:
+def test_policy_of_another_network_is_refused() -> None:
     net, _ = tiny.mlp()
     convert.wrap(net)
     config = BitConfig(model="other", layers={"9": LayerBits(weight=4, activation=4)})
@@ -205,7 +205,7 @@ def test_a_policy_of_another_network_is_not_installed() -> None:
         convert.install(net, convert.Scheme(), config, {})
 
 
-def test_an_unknown_quantizer_is_refused_with_the_known_ones() -> None:
+def test_unknown_quantizer_lists_the_known() -> None:
     layer = wrap_layer(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="clip"):
         convert.Scheme(quantizer="magic").weight_quantizer(layer, [4])
@@ -221,14 +221,14 @@ def test_an_unknown_quantizer_is_refused_with_the_known_ones() -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_level_a_channel_runs_along_the_output_channels(layer: nn.Module, shape: tuple[int, ...]) -> None:
+def test_per_channel_levels_follow_outputs(layer: nn.Module, shape: tuple[int, ...]) -> None:
     wrapped = wrap_layer(layer)
     assert convert.Scheme().level_shape(wrapped) == shape
     assert convert.Scheme(granularity="tensor").level_shape(wrapped) == ()
 
 
 @every_net
-def test_applied_bits_are_the_bits_that_are_read_back(name: str) -> None:
+def test_applied_bits_are_read_back(name: str) -> None:
     net, x = tiny.build(name)
     layers = tiny.quantized(net, x, 4, candidates=(2, 3, 8))
     mixed = {n: LayerBits(weight=2 + k % 2, activation=8 - 4 * (k % 2)) for k, n in enumerate(layers)}
@@ -237,7 +237,7 @@ def test_applied_bits_are_the_bits_that_are_read_back(name: str) -> None:
     assert convert.active_bits(net, "tiny", mixed) == config
 
 
-def test_an_operand_without_bits_stays_in_floating_point() -> None:
+def test_operand_without_bits_stays_float() -> None:
     net, x = tiny.build("mlp")
     layers = convert.wrap(net)
     expected = run(net, x)
@@ -248,7 +248,7 @@ def test_an_operand_without_bits_stays_in_floating_point() -> None:
     assert torch.equal(run(net, x), expected)
 
 
-def test_a_layer_left_float_is_the_float_layer_again() -> None:
+def test_unquantized_layer_is_the_float_layer() -> None:
     net, _ = tiny.mlp()
     convert.wrap(net)
     convert.leave_float(net, ["3"])
@@ -256,8 +256,8 @@ def test_a_layer_left_float_is_the_float_layer_again() -> None:
     assert list(quantized_layers(net)) == ["1", "5"]
 
 
-def test_an_attribute_error_in_a_quantizer_does_not_fall_back_to_the_float_weight() -> None:
-    """nn.Module takes a property's AttributeError for a missing attribute, and finds the float Parameter."""
+def test_attribute_error_in_quantizer_is_raised() -> None:
+    """nn.Module turns a property's AttributeError into a lookup, which finds the float Parameter."""
 
     class Broken(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -278,7 +278,7 @@ def closure(net: nn.Module, x: Tensor) -> None:
 
 @every_net
 @pytest.mark.parametrize("bits", [2, 8])
-def test_a_ports_gradient_is_that_of_the_quantized_weight_to_the_bit(name: str, bits: int) -> None:
+def test_port_gradient_is_bit_identical(name: str, bits: int) -> None:
     net, x = tiny.build(name)
     layers = list(tiny.quantized(net, x, bits).values())
     kept: dict[int, Tensor] = {}
@@ -301,7 +301,7 @@ def test_a_ports_gradient_is_that_of_the_quantized_weight_to_the_bit(name: str, 
 
 
 @every_net
-def test_a_perturbation_is_added_to_the_quantized_weight(name: str) -> None:
+def test_perturbation_adds_to_quantized_weight(name: str) -> None:
     net, x = tiny.build(name)
     layers = list(tiny.quantized(net, x).values())
     expected = run(net, x)
@@ -315,7 +315,7 @@ def test_a_perturbation_is_added_to_the_quantized_weight(name: str) -> None:
     assert torch.equal(run(net, x), expected)
 
 
-def test_ports_are_emptied_after_an_exception() -> None:
+def test_ports_are_cleared_after_exceptions() -> None:
     net, x = tiny.build("conv_bn")
     layers = list(tiny.quantized(net, x).values())
     with pytest.raises(KeyboardInterrupt), perturbed(layers, zero_ports(layers)):
@@ -323,7 +323,7 @@ def test_ports_are_emptied_after_an_exception() -> None:
     assert all(layer.perturbation is None for layer in layers)
 
 
-def test_ports_are_emptied_where_perturbations_are_too_few() -> None:
+def test_ports_are_cleared_if_too_few_perturbations() -> None:
     net, x = tiny.build("conv_bn")
     layers = list(tiny.quantized(net, x).values())
     with pytest.raises(ValueError, match="shorter"), perturbed(layers, zero_ports(layers)[:-1]):
@@ -333,12 +333,12 @@ def test_ports_are_emptied_where_perturbations_are_too_few() -> None:
 
 @pytest.fixture(params=["torch", "timm"])
 def normed(request: pytest.FixtureRequest) -> Iterator[tuple[nn.Module, Tensor]]:
-    """A network in train mode whose norm is torch's or timm's with a built-in activation."""
+    """A network in train mode with a norm of torch, or of timm with built-in activation."""
     norm = nn.BatchNorm2d(4) if request.param == "torch" else timm.layers.BatchNormAct2d(4)
     return nn.Sequential(nn.Conv2d(3, 4, 1), norm).train(), torch.randn(8, 3, 4, 4)
 
 
-def test_frozen_norms_normalize_as_before_and_keep_their_statistics(normed: tuple[nn.Module, Tensor]) -> None:
+def test_frozen_norms_keep_their_statistics(normed: tuple[nn.Module, Tensor]) -> None:
     net, x = normed
     before = {key: value.clone() for key, value in net.state_dict().items()}
     with frozen_batch_stats(net):
@@ -349,14 +349,14 @@ def test_frozen_norms_normalize_as_before_and_keep_their_statistics(normed: tupl
     assert net[1].num_batches_tracked == 1
 
 
-def test_norms_track_again_after_an_exception(normed: tuple[nn.Module, Tensor]) -> None:
+def test_norms_unfreeze_after_exceptions(normed: tuple[nn.Module, Tensor]) -> None:
     net, _ = normed
     with pytest.raises(KeyError), frozen_batch_stats(net):
         {}["stop"]
     assert net[1].track_running_stats
 
 
-def test_norms_in_eval_mode_and_without_statistics_are_left_alone() -> None:
+def test_eval_norms_are_not_frozen() -> None:
     frozen, plain = nn.BatchNorm2d(3).eval(), nn.BatchNorm2d(3, track_running_stats=False)
     net = nn.Sequential(frozen, plain)
     with frozen_batch_stats(net):
@@ -364,11 +364,11 @@ def test_norms_in_eval_mode_and_without_statistics_are_left_alone() -> None:
     assert not plain.track_running_stats
 
 
-# Layers with a forward of their own
+# Layers with a custom forward
 
 
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d])
-def test_convolutions_of_other_dimensions_compute_the_same_bits(kind: type[nn.Module]) -> None:
+def test_conv1d_and_conv3d_are_bit_identical(kind: type[nn.Module]) -> None:
     layer = kind(4, 6, 3)
     x = torch.randn(2, 4, *[5] * (1 if "1d" in kind.__name__ else 3))
     expected = run(layer, x)
@@ -376,7 +376,7 @@ def test_convolutions_of_other_dimensions_compute_the_same_bits(kind: type[nn.Mo
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_same_padding_computes_the_same_bits(stride: int) -> None:
+def test_same_padding_is_bit_identical(stride: int) -> None:
     layer, x = Conv2dSame(3, 4, 3, stride), torch.randn(2, 3, 7, 7)
     expected = run(layer, x)
     assert torch.equal(run(wrap_layer(layer), x), expected)
@@ -388,7 +388,7 @@ every_standardized = pytest.mark.parametrize("kind", STANDARDIZED, ids=lambda ki
 
 @every_standardized
 @pytest.mark.parametrize("stride", [1, 2])
-def test_standardized_convolutions_compute_the_same_bits(kind: type[nn.Module], stride: int) -> None:
+def test_standardized_convolutions_are_bit_identical(kind: type[nn.Module], stride: int) -> None:
     layer, x = kind(3, 4, 3, stride), torch.randn(2, 3, 7, 7)
     expected = run(layer, x)
     wrapped = wrap_layer(layer)
@@ -399,8 +399,8 @@ def test_standardized_convolutions_compute_the_same_bits(kind: type[nn.Module], 
 
 
 @every_standardized
-def test_the_standardized_weight_is_what_lies_on_the_grid(kind: type[nn.Module]) -> None:
-    """Standardizing a quantized weight would leave the grid, and with it the integers."""
+def test_standardization_precedes_quantization(kind: type[nn.Module]) -> None:
+    """Standardizing a quantized weight would leave the grid."""
     net = nn.Sequential(kind(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).eval()
     x = torch.randn(2, 3, 7, 7)
     layer = tiny.quantized(net, x, 3)["0"]
@@ -411,7 +411,7 @@ def test_the_standardized_weight_is_what_lies_on_the_grid(kind: type[nn.Module])
         assert torch.allclose(codes, codes.round(), atol=1e-5)
         assert torch.equal(quantizer.codes(layer.effective_weight()), codes.round().int())
         before = net(x)
-        layer.latent_weight().mul_(3)  # standardization takes a factor away, but for its epsilon
+        layer.latent_weight().mul_(3)  # standardization removes a factor, up to its epsilon
         assert torch.allclose(net(x), before, atol=1e-3)
 
 
@@ -441,7 +441,7 @@ def masks() -> dict[str, dict[str, Tensor]]:
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("mask", masks())
-def test_wrapped_attention_equals_the_float_one(batch_first: bool, cross: bool, mask: str) -> None:
+def test_wrapped_attention_equals_float(batch_first: bool, cross: bool, mask: str) -> None:
     attention = nn.MultiheadAttention(12, 4, batch_first=batch_first).eval()
     nn.init.normal_(attention.in_proj_bias)
     nn.init.normal_(attention.out_proj.bias)
@@ -460,7 +460,7 @@ def test_wrapped_attention_equals_the_float_one(batch_first: bool, cross: bool, 
 
 @pytest.mark.parametrize("layer", ["attention", "attention.out_proj"])
 @pytest.mark.parametrize("operand", ["weight_quantizer", "input_quantizer"])
-def test_both_projections_of_an_attention_quantize_weight_and_input(layer: str, operand: str) -> None:
+def test_attention_projections_are_quantized(layer: str, operand: str) -> None:
     net, x = tiny.build("attention")
     layers = convert.wrap(net)
     expected = run(net, x)
@@ -471,9 +471,7 @@ def test_both_projections_of_an_attention_quantize_weight_and_input(layer: str, 
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_fused_encoder_layer_does_not_bypass_the_quantizers(
-    norm_first: bool, stacked: bool, padded: bool
-) -> None:
+def test_fused_encoder_layer_is_quantized(norm_first: bool, stacked: bool, padded: bool) -> None:
     net: nn.Module = nn.TransformerEncoderLayer(12, 2, 16, batch_first=True, norm_first=norm_first)
     if stacked:
         net = nn.TransformerEncoder(net, 1, enable_nested_tensor=not norm_first)
@@ -482,7 +480,7 @@ def test_the_fused_encoder_layer_does_not_bypass_the_quantizers(
     options = {"src_key_padding_mask": torch.tensor([[False] * 5, [False] * 4 + [True]])} if padded else {}
     seen = torch.ones(2, 5, dtype=torch.bool) if not padded else ~options["src_key_padding_mask"]
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nested tensors are a prototype, says torch
+        warnings.simplefilter("ignore")  # torch warns that nested tensors are a prototype
         expected = net(x, **options)
         layers = convert.wrap(net)
         assert len(layers) == 4
@@ -497,7 +495,7 @@ def test_the_fused_encoder_layer_does_not_bypass_the_quantizers(
                 setattr(layer, operand, nn.Identity())
 
 
-def test_an_unwrapped_encoder_layer_may_take_its_fused_path_again() -> None:
+def test_unwrapped_encoder_layer_may_fuse_again() -> None:
     net = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 16, batch_first=True), 1).eval()
     before = {n: dict(m.__dict__) for n, m in net.named_modules()}
     convert.wrap(net)
@@ -507,7 +505,7 @@ def test_an_unwrapped_encoder_layer_may_take_its_fused_path_again() -> None:
     assert {n: m.__dict__ for n, m in net.named_modules()} == before
 
 
-# Parents that take a weight
+# Parents that use a child's weight
 
 
 def swin_v2() -> nn.Module:
@@ -523,7 +521,7 @@ def beit() -> nn.Module:
 @pytest.mark.parametrize(
     "build", [swin_v2, beit, lambda: tiny.functional()[0]], ids=["swin_v2", "beit", "tiny"]
 )
-def test_a_layer_whose_weight_a_parent_takes_quantizes_its_input(build: object) -> None:
+def test_routed_layer_quantizes_its_input(build: object) -> None:
     net = build().eval()  # type: ignore[operator]
     x = torch.randn(2, 3, 16, 16) if not isinstance(net, nn.Sequential) else torch.randn(2, 3, 4, 4)
     expected = run(net, x)
@@ -534,10 +532,10 @@ def test_a_layer_whose_weight_a_parent_takes_quantizes_its_input(build: object) 
     assert routed.endswith("qkv")
     for module in net.modules():
         if isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)  # Swin V2 starts with branches that are zero
+            nn.init.ones_(module.weight)  # Swin V2 initializes branches to zero
     expected = run(net, x)
     with torch.no_grad():
-        layers[routed].input_quantizer = nn.Hardtanh(-0.1, 0.1)  # cosine attention would not notice a factor
+        layers[routed].input_quantizer = nn.Hardtanh(-0.1, 0.1)  # cosine attention is invariant to a factor
         assert torch.equal(net(x), expected), "unrouted, the input quantizer is never called"
         convert.route(net, found.routed, [routed])
         assert not torch.equal(net(x), expected)
@@ -548,7 +546,7 @@ def test_a_layer_whose_weight_a_parent_takes_quantizes_its_input(build: object) 
     assert torch.equal(run(net, x), expected)
 
 
-def test_a_routed_input_is_quantized_to_the_value_of_the_formula() -> None:
+def test_routed_input_matches_the_formula() -> None:
     net, x = tiny.build("functional")
     layers = tiny.quantized(net, x, 3)
     layer, parent = layers["3.qkv"], net[3]
@@ -558,7 +556,7 @@ def test_a_routed_input_is_quantized_to_the_value_of_the_formula() -> None:
         assert torch.equal(parent(hidden), expected)
 
 
-def test_a_layer_that_is_both_called_and_taken_quantizes_its_input_once_in_effect() -> None:
+def test_called_and_routed_layer_quantizes_once() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Clipping levels of least squared error: close to the best there is, channel by channel, finite whatever comes."""
+"""Clipping levels of least squared error: near-optimal, independent per channel, and always finite."""
 
 from itertools import product
 
@@ -48,7 +48,7 @@ def brute_force(x: Tensor, grid: Grid) -> float:
         lambda kind, width, sample: width == 3 or (width in (2, 8) and sample == "heavy tails"),
     ),
 )
-def test_the_level_is_within_one_percent_of_a_fine_scan(kind: str, width: int, sample: str) -> None:
+def test_level_is_within_1_percent_of_scan(kind: str, width: int, sample: str) -> None:
     x = SAMPLES[sample]()
     x = x.abs() if kind == "unsigned" else x
     grid = GRIDS[f"{kind}-{width}"]
@@ -56,14 +56,14 @@ def test_the_level_is_within_one_percent_of_a_fine_scan(kind: str, width: int, s
 
 
 @every_grid
-def test_what_is_on_a_grid_already_is_kept(grid: Grid) -> None:
+def test_values_on_the_grid_are_kept(grid: Grid) -> None:
     codes = torch.arange(grid.lowest, grid.highest + 1, grid.stride).float()
     level = best_level(codes * 0.25, grid)
     torch.testing.assert_close(level, torch.tensor(0.25 * grid.highest), rtol=1e-6, atol=0)
 
 
 @every_grid
-def test_every_channel_gets_the_level_it_would_get_alone(grid: Grid) -> None:
+def test_channels_are_fitted_independently(grid: Grid) -> None:
     x = torch.randn(5, 3, 2, 2) * torch.tensor([0.01, 0.1, 1.0, 10.0, 100.0]).view(5, 1, 1, 1)
     together = best_level(x, grid, (5, 1, 1, 1))
     alone = torch.stack([best_level(row, grid) for row in x])
@@ -72,7 +72,7 @@ def test_every_channel_gets_the_level_it_would_get_alone(grid: Grid) -> None:
 
 
 @every_grid
-def test_changing_one_channel_leaves_the_levels_of_the_others(grid: Grid) -> None:
+def test_changing_one_channel_leaves_the_others(grid: Grid) -> None:
     x = torch.randn(4, 6)
     before = best_level(x, grid, (4, 1))
     x[2] = torch.randn(6)
@@ -82,12 +82,12 @@ def test_changing_one_channel_leaves_the_levels_of_the_others(grid: Grid) -> Non
 
 
 @pytest.mark.parametrize("shape", [(), (4, 1, 1, 1), (1, 4, 1, 1)])
-def test_levels_have_the_shape_that_was_asked_for(shape: tuple[int, ...]) -> None:
+def test_levels_have_the_requested_shape(shape: tuple[int, ...]) -> None:
     assert best_level(torch.randn(4, 4, 3, 3), grids.paper_weights(4), shape).shape == shape
 
 
-def test_levels_along_dimension_one_are_those_of_the_transposed_tensor() -> None:
-    x = torch.randn(4, 6, 3, 3)  # a transposed convolution's weight has its output channels there
+def test_levels_along_dimension_1() -> None:
+    x = torch.randn(4, 6, 3, 3)  # output channels of a transposed convolution's weight
     one = best_level(x, grids.paper_weights(4), (1, 6, 1, 1))
     zero = best_level(x.transpose(0, 1), grids.paper_weights(4), (6, 1, 1, 1))
     torch.testing.assert_close(one.flatten(), zero.flatten(), rtol=1e-5, atol=0)
@@ -95,9 +95,7 @@ def test_levels_along_dimension_one_are_those_of_the_transposed_tensor() -> None
 
 @every_grid
 @given(x=tensors(3), constant=st.sampled_from([0.0, 1e-30, -1e-6, 3.0]))
-def test_levels_are_positive_and_finite_whatever_a_channel_holds(
-    grid: Grid, x: Tensor, constant: float
-) -> None:
+def test_levels_are_positive_and_finite(grid: Grid, x: Tensor, constant: float) -> None:
     x = torch.cat([x, torch.full_like(x[:1], constant)])
     level = best_level(x, grid, (4, 1))
     assert (level > 0).all()
@@ -106,7 +104,7 @@ def test_levels_are_positive_and_finite_whatever_a_channel_holds(
 
 @every_grid
 @pytest.mark.parametrize("empty", ["all zero", "one channel zero", "one channel constant"])
-def test_empty_and_constant_channels_stay_finite_forward_and_backward(grid: Grid, empty: str) -> None:
+def test_empty_and_constant_channels_are_finite(grid: Grid, empty: str) -> None:
     x = torch.zeros(3, 8) if empty == "all zero" else torch.randn(3, 8)
     x[1] = 0.0 if "zero" in empty else 0.37
     level = best_level(x, grid, (3, 1)).requires_grad_()
@@ -122,7 +120,7 @@ def test_empty_and_constant_channels_stay_finite_forward_and_backward(grid: Grid
 
 @every_grid
 @given(x=tensors(3))
-def test_fitting_is_never_worse_than_clipping_nothing(grid: Grid, x: Tensor) -> None:
+def test_fit_is_never_worse_than_no_clipping(grid: Grid, x: Tensor) -> None:
     x = x if grid.lowest else x.abs()
     widest = torch.maximum(x.max(), -x.min() * grid.highest / -grid.lowest if grid.lowest else x.max())
     widest = widest.clamp_min(1e-3)
@@ -131,14 +129,14 @@ def test_fitting_is_never_worse_than_clipping_nothing(grid: Grid, x: Tensor) -> 
 
 
 @pytest.mark.parametrize("width", BITS)
-def test_the_scale_of_a_tensor_scales_its_level(width: int) -> None:
+def test_level_scales_with_the_tensor(width: int) -> None:
     x, grid = torch.randn(500), grids.paper_weights(width)
     assert torch.equal(
         best_level(1024 * x, grid), 1024 * best_level(x, grid)
-    )  # a power of two rounds nothing
+    )  # scaling by a power of two is exact
 
 
-def test_noise_to_signal_is_the_relative_squared_error() -> None:
+def test_noise_to_signal_definition() -> None:
     x, grid, level = torch.tensor([0.5, -1.0, 2.0]), grids.paper_weights(2), torch.tensor(1.5)
     # Levels -1.5, -0.5, 0.5, 1.5: errors 0, 0.5 and 0.5 (both -0.5 and -1.5 are 0.5 away from -1).
     assert noise_to_signal(x, level, grid) == pytest.approx(0.5 / 5.25)

@@ -1,4 +1,4 @@
-"""Where LSQ+ starts: no worse than any grid that has the same number of codes."""
+"""Initialization of LSQ+: no worse than any grid with the same number of codes."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def sample(shape: str) -> Tensor:
 
 @pytest.mark.parametrize("width", BITS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_no_worse_than_the_signed_and_the_unsigned_grid(shape: str, width: int) -> None:
+def test_no_worse_than_signed_or_unsigned_grid(shape: str, width: int) -> None:
     x, top = sample(shape), 2**width - 1
     step, lowest = best_range(x, top)
     for signed in (False, True):
@@ -40,7 +40,7 @@ def test_no_worse_than_the_signed_and_the_unsigned_grid(shape: str, width: int) 
 
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("shape", ["normal", "gelu", "shifted"])
-def test_no_worse_than_the_best_of_a_fine_search_over_everything(shape: str, width: int) -> None:
+def test_no_worse_than_exhaustive_search(shape: str, width: int) -> None:
     x, top = sample(shape), 2**width - 1
     step, lowest = best_range(x, top)
     widest = float(x.max() - x.min()) / top
@@ -49,7 +49,7 @@ def test_no_worse_than_the_best_of_a_fine_search_over_everything(shape: str, wid
 
 
 @pytest.mark.parametrize("width", BITS)
-def test_zero_is_a_code_and_the_step_is_positive_whatever_comes(width: int) -> None:
+def test_zero_is_a_code_and_step_positive(width: int) -> None:
     top = 2**width - 1
     for x in (
         torch.zeros(5),

@@ -1,4 +1,4 @@
-"""Codes in exactly their bits: what goes in comes out, and nothing else is let in."""
+"""Packed codes: exact size, lossless, and strict when read."""
 
 from math import ceil
 
@@ -44,13 +44,13 @@ def test_codes_survive_packing(kind: str, width: int, data: st.DataObject) -> No
 
 @every_kind
 @pytest.mark.parametrize("width", BITS)
-def test_every_code_of_a_grid_survives(kind: str, width: int) -> None:
+def test_every_grid_code_survives(kind: str, width: int) -> None:
     grid = KINDS[kind](width)
     codes = all_codes(grid)
     assert torch.equal(unpack(pack(codes, grid, width), grid, width, tuple(codes.shape)), codes)
 
 
-def test_the_most_significant_bit_comes_first_and_the_rest_is_filled_with_zeros() -> None:
+def test_bits_are_msb_first_and_zero_padded() -> None:
     grid = grids.activations(3, signed=False)
     packed = pack(torch.tensor([1, 7, 4], dtype=torch.int32), grid, 3)
     assert packed.tolist() == [0b00111110, 0b00000000]
@@ -59,7 +59,7 @@ def test_the_most_significant_bit_comes_first_and_the_rest_is_filled_with_zeros(
 @every_kind
 @pytest.mark.parametrize("width", BITS)
 @pytest.mark.parametrize("change", [-1, 1])
-def test_a_wrong_number_of_bytes_is_refused(kind: str, width: int, change: int) -> None:
+def test_wrong_byte_count_is_refused(kind: str, width: int, change: int) -> None:
     grid = KINDS[kind](width)
     packed = pack(all_codes(grid)[:3].repeat(5), grid, width)
     wrong = packed[:-1] if change < 0 else torch.cat([packed, packed[:1]])
@@ -67,23 +67,23 @@ def test_a_wrong_number_of_bytes_is_refused(kind: str, width: int, change: int) 
         unpack(wrong, grid, width, (15,))
 
 
-def test_another_type_than_bytes_is_refused() -> None:
+def test_non_bytes_input_is_refused() -> None:
     grid = grids.paper_weights(8)
     with pytest.raises(CorruptArtifact):
         unpack(torch.zeros(4, dtype=torch.int32), grid, 8, (4,))
 
 
-def test_an_index_beyond_the_grid_is_refused() -> None:
-    grid = grids.integer_weights(8)  # 255 levels: index 255 stands for nothing
+def test_index_beyond_the_grid_is_refused() -> None:
+    grid = grids.integer_weights(8)  # 255 levels: index 255 is unused
     packed = pack(all_codes(grid)[:4], grid, 8)
     packed[2] = 255
     with pytest.raises(CorruptArtifact, match="outside a grid of 255 levels"):
         unpack(packed, grid, 8, (4,))
 
 
-def test_set_bits_behind_the_last_code_are_refused() -> None:
+def test_nonzero_padding_bits_are_refused() -> None:
     grid = grids.paper_weights(3)
-    packed = pack(all_codes(grid)[:3], grid, 3)  # 9 bits: seven are filling
+    packed = pack(all_codes(grid)[:3], grid, 3)  # 9 bits: seven are padding
     packed[1] |= 1
     with pytest.raises(CorruptArtifact):
         unpack(packed, grid, 3, (3,))

@@ -1,4 +1,4 @@
-"""Products of two activations: found, counted, quantized where they happen, at the bits of the layer they follow."""
+"""Products of two activations: found, counted, and quantized at the bits of the layer they follow."""
 
 import copy
 import pickle
@@ -84,7 +84,7 @@ def network(way: str) -> tuple[nn.Module, Tensor]:
 def quantized(
     net: nn.Module, x: Tensor, bits: int, more: tuple[int, ...] = ()
 ) -> tuple[Trace, CostModel, dict[str, Any]]:
-    """``net`` with its products, as the workflows quantize it."""
+    """Quantize ``net`` with its products, as the pipelines do."""
     convert.wrap(net)
     found = trace(net, x[:1])
     for parent, children in found.routed.items():
@@ -103,7 +103,7 @@ def quantized(
 
 
 def by_hand(net: nn.Module, x: Tensor) -> Tensor:
-    """The whole quantized network in float64, its products written out; quantizers by step and codes."""
+    """The whole quantized network in float64, with explicit products, steps and codes."""
 
     def on_grid(quantizer: Any, values: Tensor) -> Tensor:
         step, grid = quantizer.step().double(), quantizer.grid()
@@ -135,7 +135,7 @@ def by_hand(net: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_products_are_found_however_they_are_written(way: str) -> None:
+def test_products_are_found_in_every_spelling(way: str) -> None:
     net, x = network(way)
     convert.wrap(net)
     found = trace(net, x[:1]).products
@@ -146,7 +146,7 @@ def test_products_are_found_however_they_are_written(way: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_mambaout"])
-def test_macs_are_those_of_torchs_own_counter(name: str) -> None:
+def test_macs_match_torch_counter(name: str) -> None:
     net = timm.create_model(name).eval()
     size = net.pretrained_cfg["input_size"]
     x = torch.zeros(1, *size)
@@ -178,9 +178,7 @@ def test_macs_are_those_of_torchs_own_counter(name: str) -> None:
         ),
     ],
 )
-def test_bops_of_transformers_are_the_published_ones(
-    name: str, full: float, by_bits: dict[int, float]
-) -> None:
+def test_transformer_bops_match_the_published(name: str, full: float, by_bits: dict[int, float]) -> None:
     net = timm.create_model(name).eval()
     convert.wrap(net)
     costs = cost_model(trace(net, torch.zeros(1, 3, 224, 224)), products=True)
@@ -190,7 +188,7 @@ def test_bops_of_transformers_are_the_published_ones(
         assert round(costs.bops(config) / GIGA, 3) == published
 
 
-def test_a_product_with_a_table_is_no_product_of_activations() -> None:
+def test_matmul_with_parameter_is_no_product() -> None:
     class Table(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -227,7 +225,7 @@ def test_a_product_with_a_table_is_no_product_of_activations() -> None:
     ],
     ids=lambda options: next(iter(options), "plain"),
 )
-def test_attention_written_out_is_torchs_own(options: dict[str, Any]) -> None:
+def test_decomposed_attention_equals_torch(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     heads = 2 if options.get("enable_gqa") else 4
     q, k, v = (
@@ -239,7 +237,7 @@ def test_attention_written_out_is_torchs_own(options: dict[str, Any]) -> None:
     torch.testing.assert_close(written, F.scaled_dot_product_attention(q, k, v, **options))
 
 
-def test_dropout_of_attention_is_kept() -> None:
+def test_attention_dropout_is_kept() -> None:
     q = torch.randn(1, 1, 64, 8)
     written, _ = products.attention(
         QuantizedProduct(), QuantizedProduct(), q, q, torch.ones(1, 1, 64, 1), dropout_p=0.5
@@ -252,21 +250,19 @@ def test_dropout_of_attention_is_kept() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("bits", [3, 8])
-def test_a_quantized_network_equals_its_float64_twin(way: str, bits: int) -> None:
+def test_quantized_network_matches_float64(way: str, bits: int) -> None:
     net, x = network(way)
     quantized(net, x, bits)
     with torch.no_grad():
         difference = (net(x).double() - by_hand(net, x)).abs()
-    assert (
-        difference.median() < 1e-5
-    )  # here and there a number on the edge between two codes falls to the other side
+    assert difference.median() < 1e-5  # a value at the edge between two codes may round to the other side
     assert difference.max() < 0.01
     unsigned = net.block.products["1"].input_quantizer  # probabilities
     assert unsigned.grid().lowest == 0
 
 
-def test_operands_are_quantized_once_where_modules_are_nested() -> None:
-    """What a child multiplies is not its parent's, though it runs within the parent's forward."""
+def test_nested_modules_quantize_operands_once() -> None:
+    """A child's product is not its parent's, though it runs within the parent's forward."""
 
     class Child(nn.Module):
         def __init__(self) -> None:
@@ -305,7 +301,7 @@ def test_operands_are_quantized_once_where_modules_are_nested() -> None:
     )  # the probabilities, not what the child multiplies
 
 
-def test_packed_attention_of_torch_has_products_too() -> None:
+def test_packed_torch_attention_has_products() -> None:
     net, x = tiny.build("attention")
     with torch.no_grad():
         expected = net(x)
@@ -319,7 +315,7 @@ def test_packed_attention_of_torch_has_products_too() -> None:
     assert len(calls) == 2
 
 
-def test_products_follow_the_bits_of_their_layer() -> None:
+def test_product_bits_follow_their_layer() -> None:
     net, x = network("fused")
     _, costs, _ = quantized(net, x, 8, more=(2, 4))
     layer = quantized_layers(net)["block.qkv"]
@@ -334,7 +330,7 @@ def test_products_follow_the_bits_of_their_layer() -> None:
 
 
 @pytest.mark.parametrize("way", ["fused", "matmul"])
-def test_copies_pickles_and_unwrapping(way: str) -> None:
+def test_copy_pickle_and_unwrap(way: str) -> None:
     net, x = network(way)
     with torch.no_grad():
         plain = net(x)
@@ -350,7 +346,7 @@ def test_copies_pickles_and_unwrapping(way: str) -> None:
     assert not any(isinstance(m, QuantizedProduct | RoutedParent) for m in net.modules())
 
 
-def test_levels_of_products_are_perturbed_with_those_of_inputs() -> None:
+def test_activation_clips_include_products() -> None:
     net, x = network("fused")
     quantized(net, x, 4)
     kinds = PerturbedSet(net, ["activation_clips"])
@@ -361,7 +357,7 @@ def test_levels_of_products_are_perturbed_with_those_of_inputs() -> None:
     assert all(g is not None and bool(g.any()) for g in gradients)
 
 
-def test_a_layer_that_multiplies_activations_itself_keeps_them_in_floating_point() -> None:
+def test_layer_with_own_products_keeps_them_float() -> None:
     class Squaring(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             x = super().forward(x)

@@ -1,4 +1,4 @@
-"""The gradients of every family against its paper's formulas, written number by number in float64."""
+"""Gradients of every quantizer compared with the formulas of its paper, element by element in float64."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from saqcli.quant.quantizers.learned_step import LsqPlusActivation
 from tests.support.cases import ROWS, Case, each, set_levels
 from tests.support.strategies import BITS, bits, levels, tensors
 
-EDGE = 1e-9  # numbers nearer to a rounding or clipping boundary than this may fall to either side
+EDGE = 1e-9  # values nearer to a rounding or clipping boundary than this may fall on either side
 
 
 def upstream_of(x: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def near_half(scaled: float) -> bool:
 def compare(
     quantizer: Any, x: Tensor, twin: Callable[[float, int], tuple[float, float, dict[str, float], bool]]
 ) -> None:
-    """Values and gradients against ``twin(number, row)``: Q, dQ/dx, dQ/d(each parameter), and if it is at an edge."""
+    """Compare values and gradients with ``twin(number, row)``: Q, dQ/dx, dQ/d(parameters), and edge flags."""
     entries = [[twin(value, row) for value in x[row].tolist()] for row in range(ROWS)]
     clear = torch.tensor([[not entry[3] for entry in row] for row in entries])
     upstream = upstream_of(x) * clear
@@ -72,9 +72,7 @@ LSQ = [Case("lsq", o, c) for o in ("paper", "zero") for c in (False, True)] + [
 
 @each(LSQ)
 @given(x=tensors(ROWS, torch.float64), level=levels(), width=bits(), sign=st.sampled_from([1.0, -1.0]))
-def test_lsq_is_equations_1_to_3_with_the_gradient_scale(
-    case: Case, x: Tensor, level: float, width: int, sign: float
-) -> None:
+def test_lsq_matches_equations_1_to_3(case: Case, x: Tensor, level: float, width: int, sign: float) -> None:
     """arXiv:1902.08153, Eq. 1-3 and section 2.2; on odd codes the nearest one is taken."""
     quantizer = case.build(sign * level).double()
     quantizer.select(width)
@@ -113,9 +111,7 @@ def lsq_plus(step: float, offset: float, widths: tuple[int, ...] = tuple(BITS)) 
     width=bits(),
     place=st.floats(-1.5, 0.5, width=32),
 )
-def test_lsq_plus_is_its_equations_with_the_offset_on_a_code(
-    x: Tensor, level: float, width: int, place: float
-) -> None:
+def test_lsq_plus_matches_its_equations(x: Tensor, level: float, width: int, place: float) -> None:
     """arXiv:2004.09576, Eq. 4-8: the offset gets the gradient outside the range, the step its residual inside."""
     top = 2**width - 1
     step, offset = level / top, place * level
@@ -147,14 +143,14 @@ def test_lsq_plus_is_its_equations_with_the_offset_on_a_code(
         compare(quantizer, x, twin)
 
 
-def test_a_shift_of_the_offset_moves_the_range_by_whole_codes() -> None:
+def test_offset_shifts_range_by_whole_codes() -> None:
     quantizer = lsq_plus(0.5, -1.3, (4,))
     assert quantizer.grid() == (-3, 12, 1)
     assert quantizer(torch.tensor([-9.0, -1.6, 0.0, 9.0]).double()).tolist() == [-1.5, -1.5, 0.0, 6.0]
 
 
 @pytest.mark.parametrize(("offset", "lowest"), [(0.3, 0), (40.0, 0), (-40.0, -15), (-0.2, 0), (0.0, 0)])
-def test_zero_is_a_code_wherever_the_offset_goes(offset: float, lowest: int) -> None:
+def test_zero_is_a_code_at_any_offset(offset: float, lowest: int) -> None:
     quantizer = lsq_plus(0.5, offset, (4,))
     assert quantizer.grid() == (lowest, lowest + 15, 1)
     assert quantizer(torch.zeros(3).double()).tolist() == [0.0] * 3
@@ -172,7 +168,7 @@ def test_zero_is_a_code_wherever_the_offset_goes(offset: float, lowest: int) -> 
         (-9.0, [3.0, -1.0], [-1.0, 1.0], True),
     ],
 )
-def test_an_offset_out_of_reach_moves_back_alone(
+def test_out_of_range_offset_recovers(
     offset: float, values: list[float], upstream: list[float], moves: bool
 ) -> None:
     quantizer = lsq_plus(0.5, offset, (4,))
@@ -184,7 +180,7 @@ def test_an_offset_out_of_reach_moves_back_alone(
 
 
 @pytest.mark.parametrize("step", [0.0, -0.5])
-def test_a_step_of_zero_stays_finite_and_a_negative_one_acts_as_its_magnitude(step: float) -> None:
+def test_zero_and_negative_steps_are_handled(step: float) -> None:
     quantizer, x = lsq_plus(step, -1.0, (4,)), torch.linspace(-2, 9, 12).double().requires_grad_()
     q = quantizer(x)
     q.sum().backward()
@@ -201,7 +197,7 @@ def test_a_step_of_zero_stays_finite_and_a_negative_one_acts_as_its_magnitude(st
 
 @pytest.mark.parametrize("signed", [False, True])
 @given(x=tensors(ROWS, torch.float64), level=levels(), width=bits(), sign=st.sampled_from([1.0, -1.0]))
-def test_pact_learns_from_what_it_cuts_off_alone(
+def test_pact_learns_from_clipped_values(
     signed: bool, x: Tensor, level: float, width: int, sign: float
 ) -> None:
     """arXiv:1805.06085, Eq. 1-3, and their mirror image for negative numbers."""
@@ -229,7 +225,7 @@ def test_pact_learns_from_what_it_cuts_off_alone(
     [Case("dorefa", o, c) for o in ("paper", "zero") for c in (False, True)] + [Case("pact", "paper", True)]
 )
 @given(x=tensors(ROWS, torch.float64), level=levels(), width=bits())
-def test_tanh_weights_are_the_papers_formula(case: Case, x: Tensor, level: float, width: int) -> None:
+def test_tanh_weights_match_the_formula(case: Case, x: Tensor, level: float, width: int) -> None:
     """arXiv:1606.06160, Eq. 9 times the level; the gradient is that of tanh(w) / max|tanh(w)| with the maximum held."""
     quantizer = case.build(level).double()
     quantizer.select(width)
@@ -246,7 +242,7 @@ def test_tanh_weights_are_the_papers_formula(case: Case, x: Tensor, level: float
             r, edge = round(t * grid.highest) / grid.highest, near_half(t * grid.highest)
         return a * r, a * (1 - math.tanh(value) ** 2) / peak, {}, edge
 
-    x = x.clamp(-3, 3)  # beyond, 1 - tanh**2 is cancellation and nothing else
+    x = x.clamp(-3, 3)  # beyond, 1 - tanh**2 cancels completely
     largest = x.abs().amax(1) if case.channels else x.abs().max().expand(ROWS)
     compare(quantizer, x, twin)
 
@@ -258,10 +254,10 @@ def test_tanh_weights_are_the_papers_formula(case: Case, x: Tensor, level: float
     width=bits(),
     kind=st.sampled_from(["paper", "zero"]),
 )
-def test_weight_normalization_is_the_papers_times_the_deviation(
+def test_weight_normalization_matches_its_formula(
     channels: bool, x: Tensor, level: float, width: int, kind: Any
 ) -> None:
-    """Of the paper: w^ = (w - mean) / std, u = clip(w^ / a), both statistics constants; ours is std * Q(w^)."""
+    """The paper: w^ = (w - mean) / std, u = clip(w^ / a), both statistics constant; ours is std * Q(w^)."""
     quantizer = NormalizedClipWeight(
         {width: grids.weights(width, kind)}, (ROWS, 1) if channels else ()
     ).double()
@@ -287,9 +283,7 @@ def test_weight_normalization_is_the_papers_times_the_deviation(
 
 
 @given(x=tensors(ROWS), level=levels(), width=bits())
-def test_the_plain_form_of_a_normalized_weight_is_clip_to_the_bit(
-    x: Tensor, level: float, width: int
-) -> None:
+def test_folded_normalized_weight_equals_clip(x: Tensor, level: float, width: int) -> None:
     quantizer = NormalizedClipWeight({width: grids.weights(width, "paper") for width in BITS}, (ROWS, 1))
     set_levels(quantizer, level * torch.tensor([[1.0], [2.0], [3.0]]))
     quantizer.select(width)

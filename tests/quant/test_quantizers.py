@@ -1,4 +1,4 @@
-"""Properties of every quantizer in the table, and the closed forms of the one from the paper."""
+"""Properties of every quantizer in the table, and closed forms of the paper's."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ every_learner = each([case for case in CASES if case.learns])
 
 
 @pytest.mark.parametrize("width", BITS)
-def test_the_papers_weights_are_all_levels_of_two_d_minus_one(width: int) -> None:
+def test_paper_grid_codes(width: int) -> None:
     n = 2**width - 1
     grid = grids.paper_weights(width)
     codes = list(range(grid.lowest, grid.highest + 1, grid.stride))
@@ -34,20 +34,20 @@ def test_the_papers_weights_are_all_levels_of_two_d_minus_one(width: int) -> Non
 
 
 @pytest.mark.parametrize("width", BITS)
-def test_integer_weights_are_twos_complement_and_int8_is_symmetric(width: int) -> None:
+def test_integer_grids(width: int) -> None:
     grid = grids.integer_weights(width)
     assert grid == ((-127, 127, 1) if width == 8 else (-(2 ** (width - 1)), 2 ** (width - 1) - 1, 1))
 
 
 @pytest.mark.parametrize("width", BITS)
-def test_auto_is_the_papers_grid_up_to_seven_bits_and_int8_at_eight(width: int) -> None:
+def test_auto_grid_is_paper_below_8_bits(width: int) -> None:
     expected = grids.integer_weights(8) if width == 8 else grids.paper_weights(width)
     assert grids.weights(width, "auto") == expected
 
 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("width", BITS)
-def test_zero_is_a_level_of_every_activation_grid(width: int, signed: bool) -> None:
+def test_zero_is_a_level_of_activation_grids(width: int, signed: bool) -> None:
     grid = grids.activations(width, signed=signed)
     assert grid.levels == 2**width
     assert 0 in range(grid.lowest, grid.highest + 1, grid.stride)
@@ -58,9 +58,7 @@ def test_zero_is_a_level_of_every_activation_grid(width: int, signed: bool) -> N
 
 @every_quantizer
 @given(x=tensors(ROWS), level=levels(), width=bits())
-def test_at_most_two_to_the_bits_values_and_none_beyond_the_grid(
-    case: Case, x: Tensor, level: float, width: int
-) -> None:
+def test_at_most_2_to_the_bits_values(case: Case, x: Tensor, level: float, width: int) -> None:
     quantizer = case.build(level)
     quantizer.select(width)
     many = torch.cat([x, torch.linspace(-2, 2, 600).expand(ROWS, -1) * level], dim=1)
@@ -74,7 +72,7 @@ def test_at_most_two_to_the_bits_values_and_none_beyond_the_grid(
 
 @every_quantizer
 @given(x=tensors(ROWS, torch.float64), level=levels(), width=bits())
-def test_quantizing_twice_is_quantizing_once(case: Case, x: Tensor, level: float, width: int) -> None:
+def test_quantization_is_idempotent(case: Case, x: Tensor, level: float, width: int) -> None:
     quantizer = case.build(level).double()
     quantizer.select(width)
     with torch.no_grad():
@@ -84,7 +82,7 @@ def test_quantizing_twice_is_quantizing_once(case: Case, x: Tensor, level: float
 
 @every_quantizer
 @given(x=tensors(ROWS), level=levels(), width=bits())
-def test_order_is_kept(case: Case, x: Tensor, level: float, width: int) -> None:
+def test_quantization_is_monotonic(case: Case, x: Tensor, level: float, width: int) -> None:
     quantizer = case.build(level)
     quantizer.select(width)
     with torch.no_grad():
@@ -94,9 +92,7 @@ def test_order_is_kept(case: Case, x: Tensor, level: float, width: int) -> None:
 
 @every_quantizer
 @given(x=tensors(ROWS, torch.float64), level=levels(), width=bits())
-def test_inside_the_range_the_error_is_at_most_half_a_spacing(
-    case: Case, x: Tensor, level: float, width: int
-) -> None:
+def test_error_is_at_most_half_a_step(case: Case, x: Tensor, level: float, width: int) -> None:
     quantizer = case.build(level).double()
     quantizer.select(width)
     quantizer = plain_of(quantizer, x)
@@ -111,7 +107,7 @@ def test_inside_the_range_the_error_is_at_most_half_a_spacing(
 
 @every_quantizer
 @given(x=tensors(ROWS), level=levels(), width=bits())
-def test_beyond_the_range_the_nearest_end_is_taken(case: Case, x: Tensor, level: float, width: int) -> None:
+def test_values_outside_range_are_clipped(case: Case, x: Tensor, level: float, width: int) -> None:
     quantizer = case.build(level)
     quantizer.select(width)
     quantizer = plain_of(quantizer, x)
@@ -124,7 +120,7 @@ def test_beyond_the_range_the_nearest_end_is_taken(case: Case, x: Tensor, level:
 
 @every_quantizer
 @given(x=tensors(ROWS), level=levels(), width=bits())
-def test_step_times_codes_is_the_output_to_the_bit(case: Case, x: Tensor, level: float, width: int) -> None:
+def test_step_times_codes_equals_output(case: Case, x: Tensor, level: float, width: int) -> None:
     quantizer = case.build(level)
     quantizer.select(width)
     with torch.no_grad():
@@ -133,7 +129,7 @@ def test_step_times_codes_is_the_output_to_the_bit(case: Case, x: Tensor, level:
 
 @every_quantizer
 @given(x=tensors(ROWS), level=levels(), width=bits())
-def test_codes_are_integers_of_the_grid(case: Case, x: Tensor, level: float, width: int) -> None:
+def test_codes_are_grid_integers(case: Case, x: Tensor, level: float, width: int) -> None:
     quantizer = case.build(level)
     quantizer.select(width)
     codes, grid = quantizer.codes(x), quantizer.grid()
@@ -144,8 +140,8 @@ def test_codes_are_integers_of_the_grid(case: Case, x: Tensor, level: float, wid
 
 @every_quantizer
 @given(x=tensors(ROWS), level=levels(), width=bits())
-def test_the_plain_form_computes_the_same_to_the_bit(case: Case, x: Tensor, level: float, width: int) -> None:
-    """Also once the weight is stored as codes: what a file does."""
+def test_folded_form_is_bit_identical(case: Case, x: Tensor, level: float, width: int) -> None:
+    """Also after the weight is stored as codes, as in a file."""
     quantizer = case.build(level)
     quantizer.select(width)
     with torch.no_grad():
@@ -163,9 +159,7 @@ def test_the_plain_form_computes_the_same_to_the_bit(case: Case, x: Tensor, leve
 
 @every_quantizer
 @given(x=tensors(ROWS), level=levels(), width=bits())
-def test_the_arithmetic_is_that_of_quantize_linear_and_dequantize_linear(
-    case: Case, x: Tensor, level: float, width: int
-) -> None:
+def test_arithmetic_matches_onnx(case: Case, x: Tensor, level: float, width: int) -> None:
     """Division by the step, round half to even, saturate, multiply: float32 throughout, as ONNX defines it."""
     quantizer = case.build(level)
     quantizer.select(width)
@@ -189,7 +183,7 @@ def test_the_arithmetic_is_that_of_quantize_linear_and_dequantize_linear(
 
 @every_quantizer
 @given(x=tensors(ROWS), level=levels(), width=bits())
-def test_zero_stays_zero_wherever_the_grid_has_it(case: Case, x: Tensor, level: float, width: int) -> None:
+def test_zero_maps_to_zero(case: Case, x: Tensor, level: float, width: int) -> None:
     quantizer = case.build(level)
     quantizer.select(width)
     with torch.no_grad():
@@ -222,7 +216,7 @@ def test_autocast_changes_nothing(case: Case, width: int) -> None:
 
 
 @every_quantizer
-def test_the_input_is_left_alone(case: Case) -> None:
+def test_input_is_not_modified(case: Case) -> None:
     x = torch.randn(ROWS, 40, requires_grad=True)
     before = x.detach().clone()
     case.build(1.0)(x).sum().backward()
@@ -233,7 +227,7 @@ def test_the_input_is_left_alone(case: Case) -> None:
 
 
 @every_quantizer
-def test_switching_bits_and_back_restores_the_output_to_the_bit(case: Case) -> None:
+def test_switching_bits_back_restores_output(case: Case) -> None:
     quantizer = case.build(1.0)
     quantizer.fit(torch.randn(ROWS, 200))  # a level of its own for every candidate
     x = torch.randn(ROWS, 40)
@@ -251,7 +245,7 @@ def test_switching_bits_and_back_restores_the_output_to_the_bit(case: Case) -> N
 
 @every_learner
 @pytest.mark.parametrize("width", BITS)
-def test_inactive_levels_get_a_zero_gradient_and_the_active_one_does_not(case: Case, width: int) -> None:
+def test_only_the_active_level_gets_gradients(case: Case, width: int) -> None:
     quantizer = case.build(1.0)
     quantizer.select(width)
     quantizer(3 * torch.randn(ROWS, 40)).square().sum().backward()
@@ -263,14 +257,14 @@ def test_inactive_levels_get_a_zero_gradient_and_the_active_one_does_not(case: C
 
 
 @each([case for case in CASES if not case.learns])
-def test_what_learns_nothing_has_no_parameters_and_keeps_its_levels_in_its_state(case: Case) -> None:
+def test_unlearned_levels_are_buffers(case: Case) -> None:
     quantizer = case.build(1.5)
     assert not list(quantizer.parameters())
     assert set(quantizer.state_dict()) == {"clipping_level"}
 
 
 @every_quantizer
-def test_the_state_is_all_that_it_takes_to_build_it_again(case: Case) -> None:
+def test_state_dict_is_sufficient_to_rebuild(case: Case) -> None:
     quantizer, again = case.build(1.0), case.build(3.0)
     x = torch.randn(ROWS, 200)
     quantizer.fit(x)
@@ -282,7 +276,7 @@ def test_the_state_is_all_that_it_takes_to_build_it_again(case: Case) -> None:
             assert torch.equal(again(x), quantizer(x))
 
 
-def test_the_quantizers_of_a_model_are_found() -> None:
+def test_quantizers_of_a_model_are_found() -> None:
     model = torch.nn.Sequential(
         torch.nn.ReLU(), CASES[0].build(1.0), torch.nn.Sequential(CASES[-1].build(1.0))
     )
@@ -290,7 +284,7 @@ def test_the_quantizers_of_a_model_are_found() -> None:
 
 
 @every_quantizer
-def test_a_width_that_is_no_candidate_is_refused(case: Case) -> None:
+def test_bit_width_must_be_a_candidate(case: Case) -> None:
     quantizer = case.build(1.0, (2, 4))
     with pytest.raises(ConfigError, match="cannot switch to 3"):
         quantizer.select(3)
@@ -298,13 +292,13 @@ def test_a_width_that_is_no_candidate_is_refused(case: Case) -> None:
 
 
 @every_quantizer
-def test_candidates_ascend_whatever_order_they_come_in(case: Case) -> None:
+def test_candidates_are_sorted(case: Case) -> None:
     assert case.build(1.0, (8, 2, 5)).candidates == (2, 5, 8)
 
 
 @every_quantizer
 @pytest.mark.parametrize("width", BITS)
-def test_fitted_levels_err_less_than_clipping_nothing(case: Case, width: int) -> None:
+def test_fitted_levels_beat_no_clipping(case: Case, width: int) -> None:
     x = torch.randn(ROWS, 500)
     x = x.relu() if case.operand == "unsigned" else x
     quantizer = case.build(float(x.abs().max()), (width,))
@@ -319,9 +313,7 @@ def test_fitted_levels_err_less_than_clipping_nothing(case: Case, width: int) ->
 
 @every_straight
 @given(x=tensors(ROWS), level=levels(), width=bits())
-def test_the_gradient_passes_straight_through_inside_and_stops_outside(
-    case: Case, x: Tensor, level: float, width: int
-) -> None:
+def test_gradient_passes_inside_the_range_only(case: Case, x: Tensor, level: float, width: int) -> None:
     quantizer = case.build(level)
     quantizer.select(width)
     if hasattr(quantizer, "level"):
@@ -329,7 +321,7 @@ def test_the_gradient_passes_straight_through_inside_and_stops_outside(
         low = high * (quantizer.grid().lowest / quantizer.grid().highest)
     else:
         low, high = (bound.expand_as(x) for bound in bounds(quantizer))
-    x = torch.cat([x, high[:, :1], low[:, :1]], dim=1).requires_grad_()  # the ends belong to the inside
+    x = torch.cat([x, high[:, :1], low[:, :1]], dim=1).requires_grad_()  # the ends count as inside
     upstream = torch.cos(torch.arange(x.numel())).view_as(x)
     quantizer(x).backward(upstream)
     high, low = (torch.cat([b, b[:, :1], b[:, :1]], dim=1) for b in (high, low))
@@ -384,16 +376,14 @@ def check_against_twin(quantizer: Quantizer, x: Tensor, twin: object) -> None:
 
 @pytest.mark.parametrize("channels", [False, True])
 @given(x=tensors(ROWS, torch.float64), level=levels(), width=bits())
-def test_weights_are_the_papers_formula_written_with_d_and_u(
-    channels: bool, x: Tensor, level: float, width: int
-) -> None:
+def test_weights_match_the_paper_formula(channels: bool, x: Tensor, level: float, width: int) -> None:
     quantizer = Case("clip", "paper", channels).build(level).double()
     quantizer.select(width)
     check_against_twin(quantizer, x, twin_weights)
 
 
 @given(x=tensors(ROWS, torch.float64), level=levels(), width=bits())
-def test_activations_are_the_papers_formula_written_with_d(x: Tensor, level: float, width: int) -> None:
+def test_activations_match_the_paper_formula(x: Tensor, level: float, width: int) -> None:
     quantizer = Case("clip", "unsigned", False).build(level).double()
     quantizer.select(width)
     check_against_twin(quantizer, x, twin_activations)
@@ -401,10 +391,10 @@ def test_activations_are_the_papers_formula_written_with_d(x: Tensor, level: flo
 
 @every_clip
 @given(x=tensors(ROWS, torch.float64), level=levels(), width=bits(), sign=st.sampled_from([1.0, -1.0]))
-def test_the_level_gets_the_rounding_residual_inside_and_the_end_outside(
+def test_level_gradient_matches_closed_form(
     case: Case, x: Tensor, level: float, width: int, sign: float
 ) -> None:
-    """The closed form on every grid; a negative level acts as its magnitude and its gradient turns round."""
+    """The closed form on every grid; a negative level acts as its magnitude with the gradient reversed."""
     quantizer = case.build(sign * level).double()
     quantizer.select(width)
     upstream = torch.cos(torch.arange(x.numel(), dtype=torch.float64)).view_as(x)
@@ -420,7 +410,7 @@ def test_the_level_gets_the_rounding_residual_inside_and_the_end_outside(
 
 
 @every_clip
-def test_a_level_of_zero_stays_finite(case: Case) -> None:
+def test_zero_level_stays_finite(case: Case) -> None:
     quantizer = case.build(0.0)
     x = torch.randn(ROWS, 20, requires_grad=True)
     q = quantizer(x)

@@ -1,4 +1,4 @@
-"""What a scheme asks for: which quantizer a layer gets, where its levels start, what is refused, what is folded."""
+"""Schemes: quantizers per layer, initial levels, refused combinations, and folding."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def answer(net: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["residual", "transposed"])
-def test_weight_normalization_is_for_convolutions_alone(name: str) -> None:
+def test_weight_normalization_needs_convolutions(name: str) -> None:
     net, x = tiny.build(name)
     layers = tiny.quantized(net, x, scheme=NORMALIZED)
     kinds = {name: type(quantizer) for name, quantizer in weight_quantizers(net).items()}
@@ -48,7 +48,7 @@ def test_weight_normalization_is_for_convolutions_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_what_a_quantizer_does_not_have_is_refused_in_one_line(name: str) -> None:
+def test_unsupported_options_are_refused(name: str) -> None:
     for scheme in (
         Scheme(quantizer=name, weight_normalization=True),
         Scheme(quantizer=name, clip_init="paper"),
@@ -62,19 +62,19 @@ def test_what_a_quantizer_does_not_have_is_refused_in_one_line(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_what_a_quantizer_has_is_accepted(name: str) -> None:
+def test_supported_options_are_accepted(name: str) -> None:
     Scheme(quantizer=name).check()
     if name not in PLAIN:
         Scheme(quantizer=name, weight_normalization=True, clip_init="paper").check()
 
 
-def test_an_unknown_quantizer_is_refused() -> None:
+def test_unknown_quantizer_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"no quantizer 'magic'.*lsq_plus"):
         Scheme(quantizer="magic").check()
 
 
 @pytest.mark.parametrize("family", PLAIN)
-def test_published_levels_of_saq_are_refused_where_they_mean_nothing(family: str) -> None:
+def test_paper_clip_init_is_refused_for_others(family: str) -> None:
     net, x = tiny.build("conv_bn")
     tiny.quantized(net, x, scheme=Scheme(quantizer=family))
     with pytest.raises(ConfigError, match="no initial levels of SAQ"):
@@ -83,7 +83,7 @@ def test_published_levels_of_saq_are_refused_where_they_mean_nothing(family: str
 
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
-def test_levels_start_as_published(granularity: str, normalized: bool) -> None:
+def test_paper_clip_init_levels(granularity: str, normalized: bool) -> None:
     """1 for convolutions, 0.8 of the largest magnitude for the linear layer, least squared error for the image."""
     scheme = Scheme(granularity=granularity, weight_normalization=normalized, clip_init="paper")  # type: ignore[arg-type]
     net, x = tiny.build("conv_bn")
@@ -116,7 +116,7 @@ def test_levels_start_as_published(granularity: str, normalized: bool) -> None:
 
 @pytest.mark.parametrize("scheme", FOLDED.values(), ids=FOLDED)
 @pytest.mark.parametrize("name", ["residual", "transposed", "attention"])
-def test_folding_changes_no_output_bit_and_folding_again_changes_nothing(name: str, scheme: Scheme) -> None:
+def test_folding_is_exact_and_idempotent(name: str, scheme: Scheme) -> None:
     net, x = tiny.build(name)
     tiny.quantized(net, x, scheme=scheme)
     before = answer(net, x)
@@ -134,7 +134,7 @@ def test_folding_changes_no_output_bit_and_folding_again_changes_nothing(name: s
 
 
 @pytest.mark.parametrize("scheme", FOLDED.values(), ids=FOLDED)
-def test_layers_that_share_a_weight_are_folded_each(scheme: Scheme) -> None:
+def test_tied_weights_are_folded_per_layer(scheme: Scheme) -> None:
     net, x = tiny.build("residual")
     convs = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     convs[-1].weight = convs[-2].weight
@@ -145,8 +145,8 @@ def test_layers_that_share_a_weight_are_folded_each(scheme: Scheme) -> None:
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_the_size_is_that_of_packed_weights_steps_and_floats_whatever_the_quantizer(name: str) -> None:
-    """Counted in the quantized network itself, where quantizers hold numbers of their own."""
+def test_size_is_independent_of_the_quantizer(name: str) -> None:
+    """Counted in the quantized network, where quantizers hold additional values."""
     twin, x = tiny.build("conv_bn")
     convert.wrap(twin)
     costs = cost_model(trace(twin, x[:1]))
@@ -164,8 +164,8 @@ def test_the_size_is_that_of_packed_weights_steps_and_floats_whatever_the_quanti
     assert costs.size(config) == packed + 4 * sum(t.numel() for t in floats)
 
 
-def test_a_single_weight_can_be_normalized() -> None:
-    """Its deviation is not defined."""
+def test_single_weight_can_be_normalized() -> None:
+    """Its standard deviation is undefined."""
     quantizer = NormalizedClipWeight({4: grid.weights(4, "paper")})
     w = torch.full((1, 1, 1, 1), -0.7, requires_grad=True)
     quantizer.fit(w.detach())
@@ -176,7 +176,7 @@ def test_a_single_weight_can_be_normalized() -> None:
     assert quantizer.clipping_level.grad.isfinite().all()
 
 
-def test_settled_norms_hold_the_mean_statistics_of_the_batches_and_all_else_is_as_before() -> None:
+def test_recalibrated_norms_hold_batch_means() -> None:
     net, x = tiny.build("conv_bn")
     batches = [x, x + 1]
     momenta = [m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -197,8 +197,8 @@ def test_settled_norms_hold_the_mean_statistics_of_the_batches_and_all_else_is_a
     assert all(torch.equal(p, parameters[name]) for name, p in net.named_parameters())
 
 
-def test_settling_undoes_what_taking_the_mean_out_of_the_weights_did() -> None:
-    """Where channels sum to 1 the mean of a 1 x 1 convolution adds one number everywhere: statistics alone move."""
+def test_recalibration_undoes_mean_removal() -> None:
+    """Where channels sum to 1, the mean of a 1 x 1 convolution adds a constant: only statistics shift."""
     net = nn.Sequential(
         nn.Conv2d(4, 6, 1, bias=False), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(24, 5)
     ).eval()

@@ -1,4 +1,4 @@
-"""What a search may choose: rules, groups, pins, and what every choice costs, against brute force."""
+"""The search space: rules, groups, pins and the cost of every choice, compared with brute force."""
 
 import random
 import re
@@ -52,7 +52,7 @@ def space_of(rules: Mapping[str, str] | None = None, *, apart: bool = False) -> 
 
 
 def options(space: SearchSpace) -> dict[str, set[LayerBits]]:
-    """What every layer may have."""
+    """The options of every layer."""
     found = {name: {fixed} for name, fixed in space.fixed.items()}
     for decision in space.decisions:
         found |= {member.name: set(decision.options) for member in decision.members}
@@ -76,7 +76,7 @@ def options(space: SearchSpace) -> dict[str, set[LayerBits]]:
         ("w2-3a4-5", (2, 3), (4, 5)),
     ],
 )
-def test_a_rule_is_read_as_least_and_most_bits(
+def test_rule_gives_minimum_and_maximum_bits(
     text: str, weights: tuple[int, int], activations: tuple[int, int]
 ) -> None:
     rule = parse_rule(text)
@@ -85,7 +85,7 @@ def test_a_rule_is_read_as_least_and_most_bits(
 
 @given(st.text(st.sampled_from("0123456789wa-WA ."), max_size=8))
 @settings(max_examples=examples(300))
-def test_any_rule_is_read_or_refused_with_its_text(text: str) -> None:
+def test_any_rule_parses_or_names_its_text(text: str) -> None:
     try:
         rule = parse_rule(text)
     except ConfigError:
@@ -114,31 +114,31 @@ def test_any_rule_is_read_or_refused_with_its_text(text: str) -> None:
         ("w5-3a4", "the fewer first"),
     ],
 )
-def test_what_is_no_rule_is_refused(text: str, says: str) -> None:
+def test_invalid_rule_is_refused(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         parse_rule(text)
 
 
-def test_without_rules_first_layer_and_classifier_have_8_bits_and_all_else_every_candidate() -> None:
+def test_default_rules_pin_first_and_last() -> None:
     space = space_of()
     assert space.fixed == {"conv1": W8A8, "fc": W8A8}
     assert [decision.name for decision in space.decisions] == list(FREE)
     assert all(decision.options == (bits(2), bits(4), bits(6)) for decision in space.decisions)
 
 
-def test_bits_apart_are_all_pairs_of_candidates() -> None:
+def test_untied_options_are_all_candidate_pairs() -> None:
     expected = {bits(w, a) for w, a in product((2, 4, 6), (3, 8))}
     assert all(set(decision.options) == expected for decision in space_of(apart=True).decisions)
 
 
-def test_the_layers_of_a_group_take_one_decision_together() -> None:
+def test_groups_share_one_decision() -> None:
     members = [[member.name for member in decision.members] for decision in space_of().decisions]
     assert members == [
         ["layer1.conv1"], ["layer1.conv2", "layer1.short"], ["layer2.conv1"], ["layer2.conv2", "layer2.short"]
     ]  # fmt: skip
 
 
-def test_a_pin_fixes_the_layers_of_its_pattern_and_no_others() -> None:
+def test_pin_fixes_only_matching_layers() -> None:
     found = options(space_of({"layer1.*": "4"}))
     every = {bits(2), bits(4), bits(6)}
     assert found == {
@@ -156,19 +156,19 @@ def test_pinned_bits_need_not_be_candidates(text: str, apart: bool) -> None:
     assert pinned.pin is not None
 
 
-def test_a_range_leaves_the_candidates_that_lie_in_it() -> None:
+def test_range_keeps_candidates_within_it() -> None:
     assert options(space_of({"layer1.conv1": "3-6"}))["layer1.conv1"] == {bits(4), bits(6)}
     apart = options(space_of({"layer1.conv1": "w2-5a8"}, apart=True))["layer1.conv1"]
     assert apart == {bits(2, 8), bits(4, 8)}
 
 
-def test_a_range_of_one_candidate_is_no_decision() -> None:
+def test_single_candidate_range_is_no_decision() -> None:
     space = space_of({"layer1.conv1": "3-5"})
     assert space.fixed["layer1.conv1"] == bits(4)
     assert "layer1.conv1" not in [decision.name for decision in space.decisions]
 
 
-def test_of_several_rules_that_match_the_last_one_holds() -> None:
+def test_last_matching_rule_wins() -> None:
     assert options(space_of({"layer1.*": "4", "*.conv1": "6"}))["layer1.conv1"] == {bits(6)}
     assert options(space_of({"*.conv1": "6", "layer1.*": "4"}))["layer1.conv1"] == {bits(4)}
     widened = options(space_of({"layer1.conv1": "4", "layer1.conv*": "2-4"}))
@@ -177,44 +177,44 @@ def test_of_several_rules_that_match_the_last_one_holds() -> None:
 
 @pytest.mark.parametrize("member", ["layer1.conv2", "layer1.short"])
 @pytest.mark.parametrize(("text", "left"), [("4", {bits(4)}), ("4-8", {bits(4), bits(6)})])
-def test_a_rule_on_one_member_holds_for_its_group(member: str, text: str, left: set[LayerBits]) -> None:
+def test_rule_on_one_member_applies_to_group(member: str, text: str, left: set[LayerBits]) -> None:
     found = options(space_of({member: text}))
     assert found["layer1.conv2"] == found["layer1.short"] == left
 
 
-def test_rules_of_several_members_hold_all() -> None:
+def test_rules_of_group_members_intersect() -> None:
     found = options(space_of({"layer1.conv2": "2-4", "layer1.short": "4-6"}))
     assert found["layer1.conv2"] == found["layer1.short"] == {bits(4)}
 
 
 @pytest.mark.parametrize("one", ["4", "2-4"])
-def test_rules_that_leave_a_group_no_bits_are_refused_with_its_layers(one: str) -> None:
+def test_contradicting_rules_name_the_layers(one: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         space_of({"layer1.conv2": one, "layer1.short": "6"})
     for part in ("layer1.conv2, layer1.short", one, "6", "layers that share their bits", "w2a2, w4a4, w6a6"):
         assert part in str(refusal.value)
 
 
-def test_a_range_without_a_candidate_is_refused_with_the_candidates() -> None:
+def test_empty_range_lists_the_candidates() -> None:
     with pytest.raises(ConfigError, match=r"leaves layer1\.conv1 no bits") as refusal:
         space_of({"layer1.conv1": "7-8"})
     assert "w2a2, w4a4, w6a6" in str(refusal.value)
     assert "share" not in str(refusal.value)
 
 
-def test_a_pattern_without_a_layer_is_refused_with_names_of_layers() -> None:
+def test_unmatched_pattern_suggests_layer_names() -> None:
     with pytest.raises(ConfigError, match=r"`quantization.pins=layer9\.\*=4` matches no layer") as refusal:
         space_of({"layer9.*": "4"})
     assert "conv1, layer1.conv1" in str(refusal.value)
 
 
-def test_patterns_tell_upper_and_lower_case_apart() -> None:
+def test_patterns_are_case_sensitive() -> None:
     with pytest.raises(ConfigError, match="matches no layer"):
         space_of({"Layer1.*": "4"})
 
 
 @pytest.mark.parametrize("name", ["conv1", "fc"])
-def test_a_rule_frees_a_layer_that_is_pinned_by_default(name: str) -> None:
+def test_rule_overrides_default_pin(name: str) -> None:
     found = options(space_of({name: "2-8"}))
     assert found[name] == {bits(2), bits(4), bits(6)}
     other = "fc" if name == "conv1" else "conv1"
@@ -231,7 +231,7 @@ def choices(space: SearchSpace) -> list[tuple[int, ...]]:
 
 @given(spaces(), st.randoms(use_true_random=False))
 @settings(max_examples=examples(200))
-def test_a_choice_costs_what_its_configuration_costs(space: SearchSpace, rng: random.Random) -> None:
+def test_choice_cost_equals_configuration_cost(space: SearchSpace, rng: random.Random) -> None:
     for choice in rng.sample(found := choices(space), min(len(found), 20)):
         config = space.config(choice)
         bops = sum(entry.bops(config.layers[entry.name]) for entry in space.costs.layers)
@@ -243,7 +243,7 @@ def test_a_choice_costs_what_its_configuration_costs(space: SearchSpace, rng: ra
 
 @given(spaces())
 @settings(max_examples=examples(200))
-def test_floor_and_ceiling_are_the_least_and_greatest_of_all_choices_in_both_units(
+def test_floor_and_ceiling_bound_all_choices(
     space: SearchSpace,
 ) -> None:
     costs = [space.cost(choice) for choice in choices(space)]
@@ -254,7 +254,7 @@ def test_floor_and_ceiling_are_the_least_and_greatest_of_all_choices_in_both_uni
 
 @given(spaces())
 @settings(max_examples=examples(200))
-def test_options_ascend_in_cost_and_are_costs_of_all_members(space: SearchSpace) -> None:
+def test_options_are_sorted_by_group_cost(space: SearchSpace) -> None:
     for decision in space.decisions:
         assert len(decision.options) > 1
         assert list(decision.costs) == sorted(decision.costs)
@@ -265,7 +265,7 @@ def test_options_ascend_in_cost_and_are_costs_of_all_members(space: SearchSpace)
 
 @given(spaces())
 @settings(max_examples=examples(100))
-def test_every_layer_is_decided_once_and_groups_agree(space: SearchSpace) -> None:
+def test_every_layer_is_decided_once(space: SearchSpace) -> None:
     names = [member.name for decision in space.decisions for member in decision.members]
     assert sorted([*names, *space.fixed]) == sorted(entry.name for entry in space.costs.layers)
     ruled = options(space)
@@ -276,9 +276,7 @@ def test_every_layer_is_decided_once_and_groups_agree(space: SearchSpace) -> Non
 
 @given(spaces(), st.integers(2, 8), st.integers(2, 8))
 @settings(max_examples=examples(100))
-def test_the_nearest_choice_has_the_asked_bits_wherever_they_are_an_option(
-    space: SearchSpace, weight: int, activation: int
-) -> None:
+def test_nearest_choice_minimizes_bit_distance(space: SearchSpace, weight: int, activation: int) -> None:
     asked = bits(weight, activation)
     for decision, index in zip(space.decisions, space.nearest(asked), strict=True):
         chosen = decision.options[index]
@@ -292,7 +290,7 @@ def test_the_nearest_choice_has_the_asked_bits_wherever_they_are_an_option(
 
 @given(spaces(), st.booleans(), st.booleans(), st.floats(0, 1), st.floats(0, 1))
 @settings(max_examples=examples(300))
-def test_a_budget_is_refused_exactly_where_no_choice_meets_it(
+def test_budget_is_refused_only_if_unreachable(
     space: SearchSpace, use_bops: bool, use_size: bool, bops_way: float, size_way: float
 ) -> None:
     def bound(floor: int, ceiling: int, way: float) -> int:
@@ -311,7 +309,7 @@ def test_a_budget_is_refused_exactly_where_no_choice_meets_it(
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["bops", "bytes"])
-def test_a_budget_of_the_floor_is_met_and_one_less_is_refused_with_the_range(index: int) -> None:
+def test_floor_is_the_smallest_reachable_budget(index: int) -> None:
     space = space_of()
     unit = ("BOPs", "B")[index]
 
@@ -329,11 +327,11 @@ def test_a_budget_of_the_floor_is_met_and_one_less_is_refused_with_the_range(ind
         "Raise the budget",
     ):
         assert part in message
-    assert "candidates" not in message  # 2 bits are allowed already
+    assert "candidates" not in message  # 2 bits are already allowed
     assert refusal.value.exit_code == 4
 
 
-def test_of_two_budgets_the_one_that_cannot_be_met_is_named() -> None:
+def test_unreachable_one_of_two_bounds_is_named() -> None:
     space = space_of()
     with pytest.raises(InfeasibleBudget, match="meets 1 KB:"):
         space.check_reachable(Budget(space.ceiling.bops, 1000))
@@ -341,13 +339,13 @@ def test_of_two_budgets_the_one_that_cannot_be_met_is_named() -> None:
         space.check_reachable(Budget(1000, space.ceiling.size))
 
 
-def test_fewer_candidates_are_proposed_where_fewer_bits_exist() -> None:
+def test_fewer_candidates_are_suggested() -> None:
     space = search_space("net", BLOCKS, Candidates((3, 4)))
     with pytest.raises(InfeasibleBudget, match=r"allow fewer bits with `quantization\.candidates`"):
         space.check_reachable(Budget(space.floor.bops - 1))
 
 
-def test_a_budget_is_used_from_98_5_percent_of_any_bound_on() -> None:
+def test_budget_is_used_from_98_5_percent() -> None:
     assert Budget(200_000).used_by(Cost(197_000, 0))
     assert not Budget(200_000).used_by(Cost(196_999, 10**9))
     assert Budget(200_000, 1000).used_by(Cost(0, 985))
@@ -357,12 +355,12 @@ def test_a_budget_is_used_from_98_5_percent_of_any_bound_on() -> None:
     assert not Budget(huge).used_by(Cost(985 * huge // 1000 - 1, 0))
 
 
-def test_a_budget_reads_as_its_bounds() -> None:
+def test_budget_prints_its_bounds() -> None:
     assert str(Budget(34 * 10**9, 5 * 10**6)) == "34 GBOPs and 5 MB"
     assert str(Budget(size=5 * 10**6)) == "5 MB"
 
 
-def test_uniform_bits_are_the_costs_pins_and_the_choice_with_the_same_bits_costs_as_much() -> None:
+def test_uniform_bits_equal_the_uniform_choice() -> None:
     space = space_of()
     for index, width in enumerate((2, 4, 6)):
         config = BLOCKS.uniform("net", bits(width))

@@ -1,4 +1,4 @@
-"""Layers that share one weight: one quantizer, one perturbation, counted at every use."""
+"""Layers that share a weight: one quantizer, one perturbation, counted at every use."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tests.support import tiny
 
 
 class Tied(nn.Module):
-    """Two linear layers with one weight and biases of their own."""
+    """Two linear layers with a shared weight and separate biases."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ def tied() -> tuple[Tied, Tensor]:
     return Tied().eval(), tiny.images((3, 2, 2), 8)
 
 
-def test_tied_layers_have_one_quantizer() -> None:
+def test_tied_layers_share_one_quantizer() -> None:
     net, x = tied()
     layers = tiny.quantized(net, x, 3)
     assert isinstance(layers["one"].weight_quantizer, Quantizer)
@@ -51,7 +51,7 @@ def test_tied_layers_have_one_quantizer() -> None:
         assert torch.equal(net(x), net.head(expected))
 
 
-def test_a_perturbation_reaches_every_use_once() -> None:
+def test_perturbation_reaches_every_use_once() -> None:
     net, x = tied()
     tiny.quantized(net, x, 3)
     subject = PerturbedSet(net, ["weights"])
@@ -83,7 +83,7 @@ def test_copies_stay_tied() -> None:
         assert not torch.equal(twin.one.quantized_weight(), net.one.quantized_weight())
 
 
-def test_different_bits_for_one_weight_are_refused() -> None:
+def test_tied_weights_need_equal_bits() -> None:
     net, x = tied()
     convert.wrap(net)
     statistics = calibration.observe(net, [x])
@@ -93,14 +93,14 @@ def test_different_bits_for_one_weight_are_refused() -> None:
         convert.install(net, Scheme(), config, {name: s.signed for name, s in statistics.items()})
 
 
-def test_where_the_first_never_runs_the_second_quantizes() -> None:
+def test_second_layer_quantizes_if_first_is_unused() -> None:
     net, _ = tied()
     convert.wrap(net)
     convert.leave_float(net, ["one"])
     assert net.two.tied_to == ()
 
 
-def test_where_the_first_goes_all_others_share_one_quantizer() -> None:
+def test_remaining_tied_layers_share() -> None:
     net, _ = tied()
     net.three = nn.Linear(12, 12)
     net.three.weight = net.one.weight
@@ -110,7 +110,7 @@ def test_where_the_first_goes_all_others_share_one_quantizer() -> None:
     assert net.three.tied_to == (net.two,)
 
 
-def test_straight_through_gradients_count_a_shared_weight_once() -> None:
+def test_shared_weight_gradient_counts_once() -> None:
     net, x = tied()
     tiny.quantized(net, x, 3)
     _, gradients = PerturbedSet(net, ["weights"]).gradients(
@@ -122,7 +122,7 @@ def test_straight_through_gradients_count_a_shared_weight_once() -> None:
 
 
 @pytest.mark.parametrize("quantizer", ["clip", "dorefa"])
-def test_a_shared_weight_is_written_once_and_read_for_all(quantizer: str, tmp_path: Path) -> None:
+def test_shared_weight_is_stored_once(quantizer: str, tmp_path: Path) -> None:
     net, x = tied()
     scheme = Scheme(quantizer=quantizer)
     layers = tiny.quantized(net, x, 3, scheme)

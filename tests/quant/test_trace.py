@@ -1,4 +1,4 @@
-"""What one traced pass tells: costs to the last digit, groups, norms, signs; and the budget that stands on them."""
+"""The traced pass: exact costs, groups, norms and signs, and budgets based on them."""
 
 import functools
 from math import ceil
@@ -39,7 +39,7 @@ def traced(net: nn.Module, shape: tuple[int, ...]) -> Trace:
 
 @functools.cache
 def known(name: str, side: int | None = None) -> Trace:
-    """One of ``BUILDERS``, traced once; a smaller side is quicker where only the graph matters."""
+    """One of ``BUILDERS``, traced once; a smaller image is faster where only the graph matters."""
     build, full = BUILDERS[name]
     return traced(build(), (3, side or full, side or full))
 
@@ -63,26 +63,26 @@ def groups(found: Trace) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda g: f"{g.network}-{g.bits}")
-def test_bops_are_the_published_ones_to_the_last_digit(golden: Golden) -> None:
+def test_bops_match_the_published_exactly(golden: Golden) -> None:
     assert at(cost_model(known(golden.network)), golden.bits) == golden.bops
 
 
 @pytest.mark.parametrize("name", MACS)
-def test_macs_are_the_published_ones_to_the_last_digit(name: str) -> None:
+def test_macs_match_the_published_exactly(name: str) -> None:
     assert cost_model(known(name)).macs == MACS[name]
 
 
 @pytest.mark.parametrize("golden", [g for g in GOLDEN if g.published], ids=lambda g: f"{g.network}-{g.bits}")
-def test_golden_integers_round_to_what_the_paper_prints(golden: Golden) -> None:
+def test_golden_integers_round_to_paper_values(golden: Golden) -> None:
     value, unit = golden.published.split()
     assert f"{golden.bops / {'M': 1e6, 'G': 1e9}[unit]:.1f}" == value
 
 
-def test_timm_and_torchvision_resnet18_cost_the_same() -> None:
+def test_timm_and_torchvision_costs_agree() -> None:
     assert cost_model(traced(timm.create_model("resnet18"), (3, 224, 224))).macs == MACS["resnet18"]
 
 
-def test_the_layers_of_preresnet20_cost_what_the_layer_table_says() -> None:
+def test_preresnet20_layer_costs() -> None:
     macs = sorted(layer.macs for layer in known("preresnet20").layers.values())
     assert macs == sorted([442_368, *[2_359_296] * 16, *[1_179_648] * 2, *[131_072] * 2, 6_400])
 
@@ -98,7 +98,7 @@ def flop_counter_macs(net: nn.Module, shape: tuple[int, ...]) -> int:
 
 
 @pytest.mark.parametrize("name", tiny.EXACT)
-def test_macs_of_tiny_networks_equal_those_of_torchs_counter(name: str) -> None:
+def test_tiny_network_macs_match_torch_counter(name: str) -> None:
     net, shape = tiny.EXACT[name]()
     expected = flop_counter_macs(net, shape)
     assert expected > 0
@@ -117,13 +117,13 @@ def test_macs_of_tiny_networks_equal_those_of_torchs_counter(name: str) -> None:
     ],
     ids=["torchvision resnet18", "torchvision mobilenet_v2", "timm resnet18", "timm mobilenetv2_100"],
 )
-def test_macs_of_known_networks_equal_those_of_torchs_counter(build: object) -> None:
+def test_known_network_macs_match_torch_counter(build: object) -> None:
     net = build()  # type: ignore[operator]
     expected = flop_counter_macs(net, (3, 64, 64))
     assert cost_model(traced(net, (3, 64, 64))).macs == expected
 
 
-def test_packed_attention_counts_its_projections() -> None:
+def test_packed_attention_macs() -> None:
     net, shape = tiny.attention()
     found = traced(net, shape)
     tokens = 4
@@ -132,7 +132,7 @@ def test_packed_attention_counts_its_projections() -> None:
 
 
 class Cross(nn.Module):
-    """Tokens asked by learned queries: query, key and value are not one tensor."""
+    """Tokens attended by learned queries: query, key and value are different tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Cross(nn.Module):
         return self.head(self.attention(queries, x, x, need_weights=False)[0].mean(1))
 
 
-def test_cross_attention_is_one_layer_with_the_macs_of_three_projections() -> None:
+def test_cross_attention_is_one_layer() -> None:
     found = traced(Cross(), (3, 8, 8))
     assert not found.idle
     assert not found.unquantized
@@ -157,24 +157,24 @@ def test_cross_attention_is_one_layer_with_the_macs_of_three_projections() -> No
 # Groups, norms, signs
 
 
-def test_the_shortcuts_of_resnet18_share_bits_with_the_end_of_their_branch_and_nothing_else_does() -> None:
+def test_resnet18_shortcuts_share_bits() -> None:
     expected = [[f"layer{k}.0.conv2", f"layer{k}.0.downsample.0"] for k in (2, 3, 4)]
     assert groups(known("resnet18", 64)) == expected
     assert groups(traced(timm.create_model("resnet18"), (3, 64, 64))) == expected
 
 
-def test_the_shortcuts_of_resnet50_share_bits_with_the_end_of_their_branch() -> None:
+def test_resnet50_shortcuts_share_bits() -> None:
     assert groups(known("resnet50", 64)) == [
         [f"layer{k}.0.conv3", f"layer{k}.0.downsample.0"] for k in (1, 2, 3, 4)
     ]
 
 
-def test_the_convolution_shortcuts_of_preresnet20_share_bits_with_their_branch() -> None:
+def test_preresnet20_shortcuts_share_bits() -> None:
     pairs = groups(known("preresnet20"))
     assert [set(pair) for pair in pairs] == [{f"layer{k}.0.conv2", f"layer{k}.0.shortcut"} for k in (2, 3)]
 
 
-def test_the_four_projections_of_mobilenetv2_for_cifar_are_tied() -> None:
+def test_mobilenetv2_cifar_projections_are_tied() -> None:
     pairs = groups(known("mobilenetv2_cifar"))
     assert [len(pair) for pair in pairs] == [2, 2, 2, 2]
 
@@ -187,31 +187,31 @@ def test_identity_shortcuts_tie_nothing(name: str) -> None:
     assert name != "mobilenetv2" or not tied
 
 
-def test_tiny_residual_ties_its_projection_only() -> None:
+def test_tiny_residual_ties_only_its_projection() -> None:
     net, shape = tiny.residual()
     assert groups(traced(net, shape)) == [["3.main.3", "3.shortcut.0"]]
 
 
-def test_every_convolution_of_resnet18_names_the_norm_that_follows() -> None:
+def test_resnet18_convolutions_name_their_norm() -> None:
     layers = known("resnet18", 64).layers
     for name, layer in layers.items():
         expected = name.replace("conv", "bn").replace("downsample.0", "downsample.1")
         assert layer.norm == (None if name == "fc" else expected)
 
 
-def test_a_norm_behind_an_addition_belongs_to_nobody() -> None:
+def test_norm_after_addition_has_no_layer() -> None:
     layers = known("preresnet20").layers
     assert layers["layer1.0.conv1"].norm == "layer1.0.bn2"
     assert layers["layer1.0.conv2"].norm is None
 
 
-def test_a_layer_norm_in_front_of_a_layer_follows_the_one_before() -> None:
+def test_layer_norm_belongs_to_previous_layer() -> None:
     net, shape = tiny.tokens()
     layers = traced(net, shape).layers
     assert {name: layer.norm for name, layer in layers.items() if layer.norm} == {"patches": "norm"}
 
 
-def test_only_what_has_negative_inputs_is_signed() -> None:
+def test_only_negative_inputs_are_signed() -> None:
     assert [n for n, layer in known("resnet18", 64).layers.items() if layer.input_is_signed] == ["conv1"]
     net, shape = tiny.depthwise()
     signed = [n for n, layer in traced(net, shape).layers.items() if layer.input_is_signed]
@@ -222,7 +222,7 @@ def test_only_what_has_negative_inputs_is_signed() -> None:
 
 
 class Odd(nn.Module):
-    """A layer that runs twice, one that never does, and a convolution that is mixed for every image."""
+    """A layer that runs twice, one that never runs, and a convolution mixed per image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,20 +239,20 @@ class Odd(nn.Module):
         return self.head(x) if not self.training else self.auxiliary(x)
 
 
-def test_a_layer_that_runs_twice_is_counted_twice() -> None:
+def test_repeated_layer_is_counted_twice() -> None:
     layer = traced(Odd(), (3, 4, 4)).layers["twice"]
     assert layer.calls == 2
     assert layer.macs == 2 * 8 * 8 * 9 * 16
     assert layer.weight_count == 8 * 8 * 9
 
 
-def test_a_layer_that_never_runs_is_idle() -> None:
+def test_unused_layer_is_idle() -> None:
     found = traced(Odd(), (3, 4, 4))
     assert found.idle == ["auxiliary"]
     assert list(found.layers) == ["stem", "twice", "head"]
 
 
-def test_a_mixed_convolution_is_counted_at_32_bits_whatever_the_policy() -> None:
+def test_mixed_convolution_counts_at_32_bits() -> None:
     found = traced(Odd(), (3, 4, 4))
     (entry,) = found.unquantized.values()
     mixed = 8 * 8 * 16
@@ -264,7 +264,7 @@ def test_a_mixed_convolution_is_counted_at_32_bits_whatever_the_policy() -> None
     assert at(costs, 2) == 64 * (3 * 8 + 0) * 16 + 64 * 40 + 4 * found.layers["twice"].macs + 1024 * mixed
 
 
-def test_timms_conditional_convolution_is_found_by_name() -> None:
+def test_timm_conditional_convolution_is_found() -> None:
     class Conditional(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -280,14 +280,14 @@ def test_timms_conditional_convolution_is_found_by_name() -> None:
     assert {name: entry.macs for name, entry in found.unquantized.items()} == {"mixed": 4 * 6 * 9 * 16}
 
 
-def test_a_weight_that_a_parent_takes_is_the_layers_own() -> None:
+def test_routed_weight_belongs_to_its_layer() -> None:
     net, shape = tiny.functional()
     found = traced(net, shape)
     assert found.routed == {"3": ["3.qkv"]}
     assert found.layers["3.qkv"].macs == 16 * 16
 
 
-def test_tracing_leaves_mode_hooks_and_statistics_alone() -> None:
+def test_tracing_leaves_the_model_unchanged() -> None:
     net, shape = tiny.conv_bn()
     net.train()
     before = {key: value.clone() for key, value in net.state_dict().items()}
@@ -298,7 +298,7 @@ def test_tracing_leaves_mode_hooks_and_statistics_alone() -> None:
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
-def test_a_traced_model_computes_what_it_computed() -> None:
+def test_traced_model_is_bit_identical() -> None:
     net, x = tiny.build("residual")
     with torch.no_grad():
         expected = net(x[:1])
@@ -307,14 +307,14 @@ def test_a_traced_model_computes_what_it_computed() -> None:
 
 
 @pytest.mark.parametrize("side", [1, 3])
-def test_an_image_the_model_cannot_take_is_refused_with_its_shape(side: int) -> None:
+def test_image_shape_mismatch_is_refused(side: int) -> None:
     net, _ = tiny.mlp()
     with pytest.raises(UnsupportedModel, match=f"does not run on an image of 3x{side}x{side}"):
         traced(net, (3, side, side))
 
 
 @pytest.mark.parametrize("output", [lambda x: (x, x), lambda x: x.unsqueeze(-1), lambda x: x.flatten()])
-def test_an_output_that_is_no_row_of_scores_is_refused(output: object) -> None:
+def test_non_logit_output_is_refused(output: object) -> None:
     class Strange(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -330,12 +330,12 @@ def test_an_output_that_is_no_row_of_scores_is_refused(output: object) -> None:
 # Pins, budget, size
 
 
-def test_first_layer_and_classifier_are_pinned_to_8_bits() -> None:
+def test_first_and_last_layers_are_pinned() -> None:
     pins = cost_model(known("resnet18", 64)).pins
     assert {name: pin for name, pin in pins.items() if pin} == {"conv1": W8A8, "fc": W8A8}
 
 
-def test_every_layer_that_reads_the_image_and_every_classifier_is_pinned() -> None:
+def test_all_stems_and_classifiers_are_pinned() -> None:
     class TwoStems(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -351,13 +351,13 @@ def test_every_layer_that_reads_the_image_and_every_classifier_is_pinned() -> No
     assert [name for name, pin in costs.pins.items() if pin is None] == ["mid"]
 
 
-def test_a_layer_without_quantizers_costs_32_bits() -> None:
+def test_float_layer_costs_32_bits() -> None:
     layer = LayerCost("a", "Linear", 10, 10, "a", None)
     assert layer.bops(LayerBits(weight=None, activation=None)) == 10 * 1024
     assert layer.bops(LayerBits(weight=4, activation=None)) == 10 * 128
 
 
-def test_a_budget_admits_its_very_bound() -> None:
+def test_budget_bound_is_inclusive() -> None:
     for budget in (Budget(100), Budget(100, 7), Budget(size=7)):
         assert budget.admits(Cost(100, 7))
     assert not Budget(100).admits(Cost(101, 0))
@@ -370,7 +370,7 @@ def space_of(costs: CostModel, *candidates: int) -> SearchSpace:
     return search_space("timm/resnet18", costs, Candidates(candidates))
 
 
-def test_the_reachable_range_is_that_of_fewest_and_most_bits() -> None:
+def test_reachable_range() -> None:
     costs = cost_model(known("resnet18"))
     space = space_of(costs, 4, 2, 3)
     assert (space.floor.bops, space.ceiling.bops) == (at(costs, 2), at(costs, 4))
@@ -378,7 +378,7 @@ def test_the_reachable_range_is_that_of_fewest_and_most_bits() -> None:
         assert end == costs.cost(costs.uniform("", LayerBits(weight=bits, activation=bits)))
 
 
-def test_a_budget_below_the_floor_is_refused_with_the_range_and_the_floor_itself_is_not() -> None:
+def test_budget_below_floor_names_the_range() -> None:
     costs = cost_model(known("resnet18"))
     floor = 14_367_850_496
     space_of(costs, 2, 4).check_reachable(Budget(floor))
@@ -386,12 +386,12 @@ def test_a_budget_below_the_floor_is_refused_with_the_range_and_the_floor_itself
         space_of(costs, 2, 4).check_reachable(Budget(floor - 1))
     for part in ("timm/resnet18", "at its fewest bits", "14.37 G to 34.71 GBOPs", "Raise the budget"):
         assert part in str(refusal.value)
-    assert "candidates" not in str(refusal.value)  # there are no fewer bits than 2
+    assert "candidates" not in str(refusal.value)  # 2 bits are the minimum
     with pytest.raises(InfeasibleBudget, match=r"`quantization\.candidates`"):
         space_of(costs, 3, 4).check_reachable(Budget(floor))
 
 
-def test_a_group_takes_one_decision_and_pinned_layers_take_none() -> None:
+def test_group_is_one_decision_and_pins_none() -> None:
     costs = cost_model(known("resnet18"))
     found = space_of(costs, 2, 3, 4).decisions
     assert len(found) == 16  # the count of SAMQ's decisions on ResNet-18
@@ -400,7 +400,7 @@ def test_a_group_takes_one_decision_and_pinned_layers_take_none() -> None:
     }
 
 
-def test_size_counts_packed_weights_a_step_a_channel_and_floats_for_the_rest() -> None:
+def test_size_includes_steps_and_float_tensors() -> None:
     net, shape = tiny.conv_bn()
     config = BitConfig(
         model="tiny",
@@ -417,14 +417,14 @@ def test_size_counts_packed_weights_a_step_a_channel_and_floats_for_the_rest() -
 
 
 @pytest.mark.parametrize("name", tiny.TINY)
-def test_the_float_size_is_four_bytes_a_number(name: str) -> None:
+def test_float_size_is_four_bytes_per_number(name: str) -> None:
     net, shape = tiny.TINY[name]()
     numbers = [*net.parameters(), *(b for b in net.buffers() if b.is_floating_point())]
     expected = 4 * sum(t.numel() for t in numbers)
     assert cost_model(traced(net, shape)).float_size == expected
 
 
-def test_a_layer_that_never_runs_is_stored_in_floats() -> None:
+def test_unused_layer_is_stored_as_float() -> None:
     net = Odd()
     costs = cost_model(traced(net, (3, 4, 4)))
     config = costs.uniform("", W8A8)
@@ -435,7 +435,7 @@ def test_a_layer_that_never_runs_is_stored_in_floats() -> None:
     assert costs.size(config) == packed + 4 * floats
 
 
-def test_a_tied_weight_is_stored_once() -> None:
+def test_tied_weight_is_stored_once() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -453,16 +453,16 @@ def test_a_tied_weight_is_stored_once() -> None:
 
 
 @pytest.mark.parametrize("name", tiny.TINY)
-def test_tiny_networks_are_tiny(name: str) -> None:
+def test_tiny_networks_are_small(name: str) -> None:
     net, _ = tiny.TINY[name]()
     assert sum(p.numel() for p in net.parameters()) < 10_000
 
 
-# Where tensors meet, and what is left in floating point
+# Where tensors meet, and what stays in floating point
 
 
 class Branches(nn.Module):
-    """Two branches joined side by side, as in an inception block."""
+    """Two concatenated branches, as in an inception block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -479,7 +479,7 @@ class Branches(nn.Module):
 
 
 class Dense(nn.Module):
-    """Every layer reads all before it, as in a dense block."""
+    """Every layer reads all previous ones, as in a dense block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -493,14 +493,14 @@ class Dense(nn.Module):
         return self.head(torch.cat(parts, 1).mean((2, 3)))
 
 
-def test_branches_that_are_joined_are_a_group_and_dense_layers_are_none() -> None:
+def test_concatenated_branches_form_a_group() -> None:
     assert groups(traced(Branches(), (3, 8, 8))) == [["one", "two.1"]]
     dense = groups(traced(Dense(), (3, 8, 8)))
     assert dense == []
 
 
 class Sum(nn.Module):
-    """Three branches that are added, and a fourth that is also read elsewhere."""
+    """Three branches that are added, and a fourth that is also used elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -513,11 +513,11 @@ class Sum(nn.Module):
         return self.head((F.relu(sum([a, b])) + c + d - d.mean()).mean((2, 3)))
 
 
-def test_all_summands_are_a_group() -> None:
+def test_all_summands_form_a_group() -> None:
     assert groups(traced(Sum(), (3, 8, 8))) == [["branches.0", "branches.1", "branches.2"]]
 
 
-def test_fire_modules_share_bits_and_dense_blocks_do_not() -> None:
+def test_fire_modules_share_bits() -> None:
     squeezenet = traced(torchvision.models.squeezenet1_1(), (3, 64, 64))
     assert [names for names in groups(squeezenet) if "features.3" in names[0]] == [
         ["features.3.expand1x1", "features.3.expand3x3"]
@@ -525,7 +525,7 @@ def test_fire_modules_share_bits_and_dense_blocks_do_not() -> None:
     assert groups(traced(timm.create_model("densenet121"), (3, 64, 64))) == []
 
 
-def test_a_recurrent_layer_is_counted_and_left_with_the_reason() -> None:
+def test_recurrent_layer_stays_float() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -540,7 +540,7 @@ def test_a_recurrent_layer_is_counted_and_left_with_the_reason() -> None:
     assert "recurrent" in left.reason
 
 
-def test_a_weight_that_depends_on_the_image_is_left_with_the_reason() -> None:
+def test_input_dependent_weight_stays_float() -> None:
     net = timm.create_model("efficientnet_cc_b0_4e")
     found = traced(net, (3, 64, 64)).unquantized
     assert {layer.kind for layer in found.values()} == {"CondConv2d"}
@@ -548,7 +548,7 @@ def test_a_weight_that_depends_on_the_image_is_left_with_the_reason() -> None:
 
 
 @pytest.mark.parametrize("how", ["matmul", "slice"])
-def test_a_weight_that_a_parent_uses_in_its_own_way_is_reported(how: str) -> None:
+def test_unsupported_weight_use_is_reported(how: str) -> None:
     class Strange(nn.Module):
         def __init__(self) -> None:
             super().__init__()

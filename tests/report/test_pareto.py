@@ -1,4 +1,4 @@
-"""The front of a search: what dominates what, which budgets are asked for, and the files."""
+"""The Pareto front of a search: dominance, budgets and files."""
 
 import csv
 import io
@@ -56,15 +56,15 @@ def space() -> SearchSpace:
     return space_of()
 
 
-class Telling:
-    """Hears what a search tells."""
+class RecordingProgress:
+    """A progress that records what a search reports."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.total = self.done = 0
 
     @contextmanager
-    def task(self, title: str, total: int) -> Iterator["Telling"]:
+    def task(self, title: str, total: int) -> Iterator["RecordingProgress"]:
         assert title == "scoring the front"
         self.total = total
         yield self
@@ -91,7 +91,7 @@ def problem_of(space: SearchSpace, budget: Budget, progress: Any = SILENT) -> Se
 
 
 class Search:
-    """Raises the bits of one decision after the other while the budget admits it; more bits do better."""
+    """Raises the bits of one decision after another within the budget; more bits score better."""
 
     def __init__(self, space: SearchSpace) -> None:
         self.space = space
@@ -142,9 +142,7 @@ units = st.sampled_from([(0,), (1,), BOTH])
 
 class TestDominance:
     @given(results, units)
-    def test_nothing_on_the_front_is_dominated_and_all_else_is(
-        self, found: list[Any], counted: tuple[int, ...]
-    ) -> None:
+    def test_front_is_exactly_the_non_dominated_set(self, found: list[Any], counted: tuple[int, ...]) -> None:
         front = pareto_optimal(found, counted)
 
         for index, one in enumerate(found):
@@ -153,7 +151,7 @@ class TestDominance:
         assert front or not found
 
     @given(results, units)
-    def test_it_is_an_order(self, found: list[Any], counted: tuple[int, ...]) -> None:
+    def test_dominance_is_a_strict_order(self, found: list[Any], counted: tuple[int, ...]) -> None:
         for one in found[:8]:
             assert not dominates(one, one, counted)
             for other in found[:8]:
@@ -166,18 +164,18 @@ class TestDominance:
             ((Cost(1, 9), 70.0, 1.0), (Cost(2, 1), 70.0, 1.0), BOTH, False),  # in one unit only
             ((Cost(1, 1), 70.1, 9.0), (Cost(1, 1), 70.0, 1.0), (0,), True),  # top-1 before loss
             ((Cost(1, 1), 70.0, 1.0), (Cost(1, 1), 70.0, 1.1), (0,), True),  # loss at equal top-1
-            ((Cost(1, 1), 70.0, 1.1), (Cost(2, 2), 70.0, 1.0), (0,), False),  # the dearer has the lower loss
+            ((Cost(1, 1), 70.0, 1.1), (Cost(2, 2), 70.0, 1.0), (0,), False),  # more costly, lower loss
             ((Cost(2, 2), 90.0, 0.1), (Cost(1, 1), 10.0, 9.0), (0,), False),  # dearer
         ],
     )
-    def test_by_hand(self, one: Any, other: Any, counted: tuple[int, ...], expected: bool) -> None:
+    def test_dominance_examples(self, one: Any, other: Any, counted: tuple[int, ...], expected: bool) -> None:
         assert dominates(one, other, counted) is expected
 
 
 class TestBudgets:
     @pytest.mark.parametrize("count", [1, 2, 7])
     @pytest.mark.parametrize(("bops", "size"), [(True, False), (False, True), (True, True)])
-    def test_lie_within_the_range_and_end_at_the_ceiling(
+    def test_budgets_span_range_up_to_ceiling(
         self, space: SearchSpace, bops: bool, size: bool, count: int
     ) -> None:
         asked = budgets(space, middle(space, bops, size), count)
@@ -191,7 +189,7 @@ class TestBudgets:
         if count > 1:
             assert all(bound > space.floor[unit] for unit, bound in asked[0].bounds())
 
-    def test_are_evenly_spaced_in_their_logarithm(self, space: SearchSpace) -> None:
+    def test_budgets_are_log_spaced(self, space: SearchSpace) -> None:
         asked = budgets(space, middle(space, size=True), 5)
 
         for unit in BOTH:
@@ -199,13 +197,13 @@ class TestBudgets:
             steps = [b - a for a, b in pairwise(logs)]
             assert steps == pytest.approx([steps[0]] * 4, rel=0.01)
 
-    def test_without_a_choice_there_is_one(self) -> None:
+    def test_fixed_space_has_one_budget(self) -> None:
         fixed = space_of("mlp", (4,))
 
         assert budgets(fixed, Budget(10**9), 5) == [Budget(fixed.ceiling.bops)]
 
     @pytest.mark.parametrize(("bops", "size"), [(True, False), (False, True), (True, True)])
-    def test_what_is_proposed_honours_them(self, space: SearchSpace, bops: bool, size: bool) -> None:
+    def test_proposals_meet_their_budgets(self, space: SearchSpace, bops: bool, size: bool) -> None:
         budget = middle(space, bops, size)
         search = Search(space)
         found = search.found(budget)
@@ -229,9 +227,9 @@ def space_choice(space: SearchSpace, point: Any) -> tuple[int, ...]:
 
 
 class TestFront:
-    def test_has_every_configuration_once_and_tells_where_it_is_from(self, space: SearchSpace) -> None:
+    def test_configurations_are_unique(self, space: SearchSpace) -> None:
         budget = middle(space)
-        search, telling = Search(space), Telling()
+        search, telling = Search(space), RecordingProgress()
         found = search.found(budget)
         search.scored.clear()
 
@@ -248,7 +246,7 @@ class TestFront:
         assert (front.model, front.searcher, front.float_top1) == ("tiny", "fake", None)
 
     @pytest.mark.parametrize(("bops", "size"), [(True, False), (False, True), (True, True)])
-    def test_marks_what_nothing_beats(self, space: SearchSpace, bops: bool, size: bool) -> None:
+    def test_marks_pareto_optimal_points(self, space: SearchSpace, bops: bool, size: bool) -> None:
         front = front_of(space, middle(space, bops, size))
         counted = [unit for unit, given in enumerate((bops, size)) if given]
 
@@ -257,9 +255,9 @@ class TestFront:
             assert point.on_front != any(dominates(other, one, counted) for other in found)
         assert found == sorted(found, key=lambda one: (*one[0], -one[1], one[2]))
 
-    def test_leaves_out_what_is_no_number(self, space: SearchSpace) -> None:
+    def test_leaves_out_nan_scores(self, space: SearchSpace) -> None:
         budget = middle(space)
-        search, telling = Search(space), Telling()
+        search, telling = Search(space), RecordingProgress()
         found = search.found(budget)
 
         def score(choice: Sequence[int]) -> Scored:
@@ -271,7 +269,7 @@ class TestFront:
         assert (0,) * len(space.decisions) not in [space_choice(space, point) for point in front.points]
         assert telling.notes == ["not on the front: 1 whose loss is NaN or infinite"]
 
-    def test_names_uniform_points_whatever_else_they_are(self, space: SearchSpace) -> None:
+    def test_names_uniform_points(self, space: SearchSpace) -> None:
         front = front_of(space, middle(space))
 
         assert sorted(uniform_names(front).values()) == [f"w{bits}a{bits}" for bits in WIDTHS]
@@ -295,7 +293,7 @@ class TestTable:
         shown = {(row["bops"], row["size_bytes"], row["top1"], row["on_front"]) for row in rows}
         assert shown >= {(p.bops, p.size_bytes, p.top1, True) for p in front.points if p.on_front}
 
-    def test_shows_the_best_of_several_for_a_budget(self, space: SearchSpace) -> None:
+    def test_shows_the_best_point_per_budget(self, space: SearchSpace) -> None:
         front = front_of(space, middle(space))
         named = uniform_names(front)
         some = next(p for index, p in enumerate(front.points) if p.kind == "proposed" and index not in named)
@@ -306,8 +304,8 @@ class TestTable:
         assert 1 not in [row["size_bytes"] for row in rows]
 
 
-def painted(front: Front) -> tuple[Any, Any]:
-    """The axes of the picture, laid out, and its legend."""
+def axes_and_legend(front: Front) -> tuple[Any, Any]:
+    """The axes of the picture after layout, and its legend."""
     with style():
         figure = paint_front(front)
         figure.draw_without_rendering()
@@ -315,7 +313,7 @@ def painted(front: Front) -> tuple[Any, Any]:
 
 
 def crowd(front: Front) -> Front:
-    """Beside every point many others, where its label would stand."""
+    """Surround every point with others where its label would be."""
     (one, *_) = (point for point in front.points if point.kind == "sampled")
     added = [
         one.model_copy(update={"bops": round(p.bops * (1 + k / 100)), "top1": p.top1 - 0.3 * (k % 7)})
@@ -328,10 +326,12 @@ def crowd(front: Front) -> Front:
 class TestPicture:
     @pytest.mark.parametrize("crowded", [False, True])
     @pytest.mark.parametrize(("bops", "size"), [(True, False), (False, True), (True, True)])
-    def test_no_label_hides_a_point(self, space: SearchSpace, crowded: bool, bops: bool, size: bool) -> None:
+    def test_labels_do_not_hide_points(
+        self, space: SearchSpace, crowded: bool, bops: bool, size: bool
+    ) -> None:
         front = front_of(space, middle(space, bops, size))
         front = crowd(front) if crowded else front
-        ax, _ = painted(front)
+        ax, _ = axes_and_legend(front)
 
         unit = 0 if bops else 1
         places = ax.transData.transform([(point.cost[unit], point.top1) for point in front.points])
@@ -343,32 +343,32 @@ class TestPicture:
             assert ax.bbox.contains(box.x0 + 1, box.y0 + 1)
             assert ax.bbox.contains(box.x1 - 1, box.y1 - 1)
 
-    def test_every_entry_of_the_legend_has_marks(self, space: SearchSpace) -> None:
+    def test_legend_entries_have_marks(self, space: SearchSpace) -> None:
         front = front_of(space, middle(space))
         alone = front.model_copy(update={"points": [p for p in front.points if p.kind == "chosen"]})
         for shown in (front, alone):
-            ax, legend = painted(shown)
+            ax, legend = axes_and_legend(shown)
             marks = {each.get_label(): each for each in ax.collections}
             for text in legend.get_texts():
                 assert len(marks[text.get_text()].get_offsets())
             assert ("front" in marks) == any(point.on_front for point in shown.points)
-        ax, legend = painted(front)
+        ax, legend = axes_and_legend(front)
         assert legend.get_texts()[0].get_text() == "front"
         marks = {each.get_label(): each for each in ax.collections}
         assert marks["front"].get_zorder() == max(each.get_zorder() for each in ax.collections)
 
-    def test_a_float_model_far_above_squeezes_nothing(self, space: SearchSpace) -> None:
+    def test_distant_float_point_keeps_the_scale(self, space: SearchSpace) -> None:
         front = front_of(space, middle(space))
         low = [p.model_copy(update={"top1": p.top1 / 20}) for p in front.points]
-        ax, _ = painted(front.model_copy(update={"points": low}))
+        ax, _ = axes_and_legend(front.model_copy(update={"points": low}))
 
         assert ax.get_ylim()[1] < 6
         assert "float 97.50 %, above the plot" in [text.get_text() for text in ax.texts]
 
-    def test_accuracies_end_at_100(self, space: SearchSpace) -> None:
+    def test_accuracy_axis_ends_at_100(self, space: SearchSpace) -> None:
         (one,) = (p for p in front_of(space, middle(space)).points if p.kind == "chosen")
         perfect = one.model_copy(update={"top1": 100.0})
-        ax, _ = painted(
+        ax, _ = axes_and_legend(
             front_of(space, middle(space)).model_copy(update={"points": [perfect], "float_top1": 100.0})
         )
 
@@ -376,7 +376,7 @@ class TestPicture:
 
 
 class TestFiles:
-    def test_json_goes_there_and_back(self, space: SearchSpace) -> None:
+    def test_json_survives_a_round_trip(self, space: SearchSpace) -> None:
         front = front_of(space, middle(space))
         text = front.to_json()
 
@@ -386,14 +386,14 @@ class TestFiles:
         old = text.replace('"kind":"proposed"', '"kind":"front"').replace(
             '"budget_bops":null,"budget_bytes":null,', ""
         )
-        assert parse_json(Front, old, "pareto.json") == front  # as versions before wrote it
+        assert parse_json(Front, old, "pareto.json") == front  # as earlier versions wrote it
         for wrong in (text.replace('"kind"', '"sort"', 1), text.replace('version":1', 'version":2', 1)):
             with pytest.raises(ValidationError):
                 Front.model_validate_json(wrong)
         with pytest.raises(ValidationError):
             Front.model_validate_json(text.replace('"images":7', '"images":"7"'))
 
-    def test_csv_says_the_same(self, space: SearchSpace) -> None:
+    def test_csv_equals_json(self, space: SearchSpace) -> None:
         front = front_of(space, middle(space, bops=False, size=True))
         rows = list(csv.DictReader(io.StringIO(to_csv(front))))
 
@@ -417,7 +417,7 @@ class TestFiles:
         }
         assert all(2 <= float(row[name]) <= 8 for row in rows for name in COLUMNS[-2:])
 
-    def test_are_the_same_every_time(self, space: SearchSpace, tmp_path: Path) -> None:
+    def test_files_are_deterministic(self, space: SearchSpace, tmp_path: Path) -> None:
         front = front_of(space, middle(space))
 
         for name in ("a", "b"):
@@ -432,7 +432,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("kept", [0, 1])
     @pytest.mark.parametrize("bound", [Budget(10), Budget(None, 10), Budget(10**12, 10**12)])
-    def test_any_front_can_be_painted(self, space: SearchSpace, kept: int, bound: Budget) -> None:
+    def test_every_front_can_be_plotted(self, space: SearchSpace, kept: int, bound: Budget) -> None:
         front = front_of(space, middle(space))
         bounds = {"budget_bops": bound.bops, "budget_bytes": bound.size, "float_top1": None}
 

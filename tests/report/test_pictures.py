@@ -1,4 +1,4 @@
-"""Pictures of readings: what is written in them is whole, inside, and says what is shown."""
+"""Figures of readings: text is complete, inside the figure, and describes it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -114,11 +114,11 @@ def _every() -> Iterator[Any]:
 
 EVERY = list(_every())
 Drawn = tuple[Any, list[Any], list[Any]]
-_drawn: dict[int, list[Drawn]] = {}  # of the subjects in EVERY, which are drawn once
+_drawn: dict[int, list[Drawn]] = {}  # of the readings in EVERY, which are drawn once
 
 
 def figures(instrument: str, subjects: list[tuple[str, Any]]) -> list[Drawn]:
-    """Every figure with the texts that were drawn into it, and the rectangles that they take."""
+    """Every figure with its texts and their bounding boxes."""
     if id(subjects) in _drawn:
         return _drawn[id(subjects)]
     with style():
@@ -150,20 +150,20 @@ def _draw(figure: Any) -> Drawn:
 
 
 def overlap(one: Any, other: Any) -> bool:
-    """Whether two rectangles share more than a pixel."""
+    """Whether two boxes share more than a pixel."""
     width = min(one.x1, other.x1) - max(one.x0, other.x0)
     height = min(one.y1, other.y1) - max(one.y0, other.y0)
     return bool(width > 1 and height > 1)
 
 
 def within(one: Any, other: Any) -> bool:
-    """Whether a rectangle lies in another, to a pixel."""
+    """Whether a box lies in another, to a pixel."""
     low = one.x0 >= other.x0 - 1 and one.y0 >= other.y0 - 1
     return bool(low and one.x1 <= other.x1 + 1 and one.y1 <= other.y1 + 1)
 
 
 @pytest.mark.parametrize(("instrument", "subjects"), EVERY)
-def test_every_text_is_whole_and_inside(instrument: str, subjects: list[tuple[str, Any]]) -> None:
+def test_text_is_never_clipped_or_overlapping(instrument: str, subjects: list[tuple[str, Any]]) -> None:
     for figure, texts, extents in figures(instrument, subjects):
         for text, extent in zip(texts, extents, strict=True):
             said = text.get_text()
@@ -179,7 +179,7 @@ def test_every_text_is_whole_and_inside(instrument: str, subjects: list[tuple[st
 
 
 @pytest.mark.parametrize(("instrument", "subjects"), EVERY)
-def test_titles_say_what_is_shown(instrument: str, subjects: list[tuple[str, Any]]) -> None:
+def test_titles_describe_the_figure(instrument: str, subjects: list[tuple[str, Any]]) -> None:
     words = {"eigenvalue": "eigenvalue", "trace": "trace", "flips": "Flips", "distributions": "grids"}
     words |= {"sensitivity": "other bits", "landscape": "landscape"}
     for figure, texts, _ in figures(instrument, subjects):
@@ -200,7 +200,7 @@ def test_legend_entries_have_marks(instrument: str, subjects: list[tuple[str, An
 
 
 class TestLandscape:
-    def test_axes_and_colours_are_named(self) -> None:
+    def test_axes_and_colour_bar_are_labelled(self) -> None:
         found = list(figures("landscape", [("a", landscape(1e-3, 5e4)), ("b", landscape(1e-3, 5e4))]))
 
         for figure, texts, _ in found:
@@ -210,14 +210,14 @@ class TestLandscape:
         surface = found[1][0]
         assert [ax.get_zlabel() for ax in surface.axes[:2]] == ["cross-entropy loss (log scale)"] * 2
 
-    def test_colours_reach_from_least_to_greatest(self) -> None:
+    def test_colour_scale_spans_the_data(self) -> None:
         ((contour, _, _), _) = figures("landscape", [("a", landscape(1e-9, 0.5))])
 
         low, high = contour.axes[-1].get_ylim()
         assert 10**low == pytest.approx(1e-9, rel=1e-3)
         assert 10**high == pytest.approx(3e-9, rel=1e-3)
 
-    def test_what_is_unknown_is_no_loss(self) -> None:
+    def test_nan_is_drawn_as_gap(self) -> None:
         reading = landscape(1.0, 8.0)
         reading.loss[0][0] = None
 
@@ -242,24 +242,24 @@ class TestSensitivity:
         assert np.allclose(orange, loss.images[0].to_rgba(np.array([[2.5]]))[0, 0])  # both are worse
         assert orange[0] > orange[2]
 
-    def test_tiny_changes_are_written(self) -> None:
+    def test_tiny_changes_are_printed(self) -> None:
         ((_, texts, _),) = figures("sensitivity", [("a", sensitivity(["b"], [2e-9, -1e-9, 0.0]))])
 
         assert {"+2e-09", "-1e-09", "0"} <= {text.get_text() for text in texts}
 
-    def test_an_unknown_change_is_called_so(self) -> None:
+    def test_nan_change_is_labelled(self) -> None:
         ((_, texts, _),) = figures("sensitivity", [("a", sensitivity(["b"], [None, 1.0]))])
 
         assert {"NaN", "loss NaN or infinite"} <= {text.get_text() for text in texts}
 
 
-def test_value_and_spread_have_equal_decimals() -> None:
+def test_value_and_error_have_equal_decimals() -> None:
     ((_, texts, _),) = figures("eigenvalue", [("a", eigenvalue([892.7, 769.3]))])
 
     assert "893\nspread 123, not converged" in [text.get_text() for text in texts]
 
 
-def test_models_are_called_by_network_and_place() -> None:
+def test_model_labels_name_network_and_run() -> None:
     assert model_names([("saq/resnet20", "runs/w4")]) == ["saq/resnet20 (w4)"]
     assert model_names([("saq/resnet20", "saq/resnet20")]) == ["saq/resnet20"]
     assert model_names([("m", "a/run"), ("m", "b/run")]) == ["m (a/run)", "m (b/run)"]

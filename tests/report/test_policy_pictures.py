@@ -1,4 +1,4 @@
-"""A bit configuration as a picture: any network, any bits, the same files every time."""
+"""The picture of a bit configuration: any network, any bits, reproducible files."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def costs_of(name: str) -> CostModel:
 
 
 def deep(count: int) -> CostModel:
-    """As many layers as asked for."""
+    """As many layers as requested."""
     return CostModel(
         tuple(
             LayerCost(
@@ -48,7 +48,7 @@ def mixed(costs: CostModel) -> BitConfig:
 
 
 def texts(costs: CostModel, config: BitConfig) -> list[str]:
-    """All that is written in the picture."""
+    """All text in the picture."""
     from matplotlib.text import Text
 
     with style():
@@ -57,7 +57,7 @@ def texts(costs: CostModel, config: BitConfig) -> list[str]:
 
 
 @pytest.mark.parametrize("count", [1, 120])
-def test_any_number_of_layers(count: int, tmp_path: Path) -> None:
+def test_any_number_of_layers_fits(count: int, tmp_path: Path) -> None:
     costs = deep(count)
 
     drawn = draw_policy(mixed(costs), costs, tmp_path / "policy", f"{count} layers")
@@ -68,14 +68,14 @@ def test_any_number_of_layers(count: int, tmp_path: Path) -> None:
     assert 600 < width < 4000
 
 
-def test_the_same_policy_is_the_same_file(tmp_path: Path) -> None:
+def test_same_policy_gives_the_same_file(tmp_path: Path) -> None:
     costs = costs_of("residual")
     drawn = [draw_policy(mixed(costs), costs, tmp_path / name, "the same") for name in "ab"]
 
     assert [path.read_bytes() for path in drawn[0]] == [path.read_bytes() for path in drawn[1]]
 
 
-def test_it_says_what_the_policy_costs_and_names_every_layer() -> None:
+def test_shows_costs_and_layer_names() -> None:
     costs = costs_of("residual")
     config = mixed(costs)
     said = texts(costs, config)
@@ -90,7 +90,7 @@ def test_it_says_what_the_policy_costs_and_names_every_layer() -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp", "attention"])
-def test_floating_point_is_shown_as_such(name: str) -> None:
+def test_float_layers_are_labelled(name: str) -> None:
     costs = costs_of(name)
     config = BitConfig(model="tiny", layers=dict.fromkeys((layer.name for layer in costs.layers), FLOAT))
     said = texts(costs, config)
@@ -100,7 +100,7 @@ def test_floating_point_is_shown_as_such(name: str) -> None:
     assert not any(text.startswith("pinned") for text in said)  # none has its pinned bits
 
 
-def test_one_operand_may_be_in_floating_point() -> None:
+def test_one_operand_may_be_float() -> None:
     costs = costs_of("mlp")
     half = LayerBits(weight=4, activation=None)
     config = mixed(costs)
@@ -110,10 +110,10 @@ def test_one_operand_may_be_in_floating_point() -> None:
 
 
 class TestMeanBits:
-    def test_are_weighted_by_macs(self) -> None:
+    def test_weighted_by_macs(self) -> None:
         layers = {"a": LayerBits(weight=2, activation=4), "b": LayerBits(weight=6, activation=None)}
 
         assert mean_bits(layers, {"a": 3, "b": 1}) == (3.0, 11.0)
 
-    def test_of_nothing_are_nothing(self) -> None:
+    def test_empty_policy_has_no_mean(self) -> None:
         assert mean_bits({}, {}) == (0.0, 0.0)

@@ -1,4 +1,4 @@
-"""Checkpoints that were cut short, altered, or interrupted while they were written."""
+"""Checkpoints that are truncated, altered, or interrupted while being written."""
 
 import os
 import random
@@ -26,7 +26,7 @@ def written(path: Path, count: int = 2) -> CheckpointFile:
     return file
 
 
-def test_the_newest_is_loaded_and_the_one_before_kept(tmp_path: Path) -> None:
+def test_newest_is_loaded_and_previous_kept(tmp_path: Path) -> None:
     file = written(tmp_path / "deep" / "last.ckpt", 3)
 
     loaded = CheckpointFile(file.path).load()
@@ -41,11 +41,11 @@ def test_the_newest_is_loaded_and_the_one_before_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in file.path.parent.iterdir()) == ["last.ckpt", "last.previous.ckpt"]
 
 
-def test_nothing_written_is_nothing_loaded(tmp_path: Path) -> None:
+def test_missing_checkpoint_loads_none(tmp_path: Path) -> None:
     assert CheckpointFile(tmp_path / "last.ckpt").load() is None
 
 
-def test_every_damage_is_noticed_told_and_the_one_before_used(tmp_path: Path) -> None:
+def test_damaged_checkpoint_falls_back(tmp_path: Path) -> None:
     file = written(tmp_path / "last.ckpt")
     raw, chance = file.path.read_bytes(), random.Random(0)
     for number in range(MUTATIONS):
@@ -70,7 +70,7 @@ def test_every_damage_is_noticed_told_and_the_one_before_used(tmp_path: Path) ->
         assert "last.previous.ckpt" in notes[0]
 
 
-def test_a_damaged_one_does_not_take_the_place_of_the_good_one_before(tmp_path: Path) -> None:
+def test_damaged_checkpoint_never_replaces_a_good_one(tmp_path: Path) -> None:
     written(tmp_path / "last.ckpt").path.write_bytes(b"")
     file = CheckpointFile(tmp_path / "last.ckpt")
     file.load()
@@ -83,7 +83,7 @@ def test_a_damaged_one_does_not_take_the_place_of_the_good_one_before(tmp_path: 
     assert loaded["number"] == 0
 
 
-def test_without_a_good_one_it_says_what_to_do(tmp_path: Path) -> None:
+def test_single_damaged_checkpoint_gives_advice(tmp_path: Path) -> None:
     file = written(tmp_path / "last.ckpt", 1)
     file.path.write_bytes(file.path.read_bytes()[:-1])
 
@@ -93,7 +93,7 @@ def test_without_a_good_one_it_says_what_to_do(tmp_path: Path) -> None:
         CheckpointFile(file.path).load()
 
 
-def test_where_both_are_damaged_both_are_named_with_what_to_do(tmp_path: Path) -> None:
+def test_two_damaged_checkpoints_are_both_named(tmp_path: Path) -> None:
     file = written(tmp_path / "last.ckpt")
     for path in (file.path, file.previous):
         path.write_bytes(path.read_bytes()[:-1])
@@ -104,7 +104,7 @@ def test_where_both_are_damaged_both_are_named_with_what_to_do(tmp_path: Path) -
         CheckpointFile(file.path).load()
 
 
-def test_another_version_is_told_from_damage(tmp_path: Path) -> None:
+def test_newer_version_is_not_called_damaged(tmp_path: Path) -> None:
     file = written(tmp_path / "last.ckpt", 1)
     file.path.write_bytes(file.path.read_bytes().replace(b"saq-checkpoint 1", b"saq-checkpoint 2", 1))
 
@@ -117,7 +117,7 @@ class Malice:
         return os.mkdir, ("harmed",)
 
 
-def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     CheckpointFile(tmp_path / "last.ckpt").save({"number": Malice()})
 
@@ -128,10 +128,10 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("stop_before", range(1, 4))
-def test_a_crash_between_any_two_acts_of_writing_leaves_one_to_load(
+def test_crash_while_saving_is_recoverable(
     stop_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The acts that change names, and the flush before them."""
+    """At every rename, and at the flush before it."""
     file = written(tmp_path / "last.ckpt")
     acts = 0
 

@@ -1,4 +1,4 @@
-"""Signals that ask to stop: Ctrl-C, SIGTERM, and SIGHUP of a terminal that closes."""
+"""Interrupts: Ctrl-C, SIGTERM, and SIGHUP when the terminal closes."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such s
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Whatever a test sets is set back."""
+    """Restores signal handlers after the test."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     yield
@@ -45,7 +45,7 @@ def handlers() -> Iterator[None]:
         ((signal.SIGTERM, signal.SIGHUP), 143),
     ],
 )
-def test_first_signal_is_noted(numbers: tuple[int, ...], code: int) -> None:
+def test_first_signal_is_deferred(numbers: tuple[int, ...], code: int) -> None:
     with deferred_interrupts() as stop:
         assert not stop.signal
         for number in numbers:
@@ -54,7 +54,7 @@ def test_first_signal_is_noted(numbers: tuple[int, ...], code: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_second_request_stops_at_once(number: int) -> None:
+def test_second_signal_stops_immediately(number: int) -> None:
     with deferred_interrupts():
         signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(number)
@@ -65,7 +65,7 @@ def test_second_request_stops_at_once(number: int) -> None:
 
 @pytest.mark.parametrize("context", [deferred_interrupts, raised_signals])
 def test_ignored_hangup_stays_ignored(context: Callable[[], "deferred_interrupts"]) -> None:
-    """As nohup has it."""
+    """As under nohup."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with context():
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -73,12 +73,12 @@ def test_ignored_hangup_stays_ignored(context: Callable[[], "deferred_interrupts
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
-def test_hangup_is_raised_once_and_set_back() -> None:
+def test_hangup_raises_once_and_is_restored() -> None:
     before = signal.getsignal(signal.SIGHUP)
     with raised_signals():
         with pytest.raises(Stopped) as stopped:
             signal.raise_signal(signal.SIGHUP)
-        signal.raise_signal(signal.SIGHUP)  # what ends now is not disturbed
+        signal.raise_signal(signal.SIGHUP)  # a second signal does not interrupt the shutdown
         assert exit_code_of(stopped.value) == 129
     assert signal.getsignal(signal.SIGHUP) is before
     assert exit_code_of(KeyboardInterrupt()) == 130
@@ -87,7 +87,7 @@ def test_hangup_is_raised_once_and_set_back() -> None:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
-def test_command_without_a_run_ends_without_an_error(
+def test_interrupted_eval_prints_no_error(
     digits: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
     monkeypatch.setattr(evaluate, "score_predictor", lambda *_: signal.raise_signal(number))
@@ -99,7 +99,7 @@ def test_command_without_a_run_ends_without_an_error(
     assert "error" not in result.stderr
 
 
-def test_progress_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_survives_a_closed_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -118,8 +118,8 @@ def test_progress_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.slow  # starts a process
 @pytest.mark.parametrize("options", [("--quiet",), ()])
-def test_closed_terminal_saves_the_step(digits: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
-    """The kernel sends SIGHUP, and nothing can be written any more."""
+def test_closed_terminal_saves_a_checkpoint(digits: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """The kernel sends SIGHUP, and writing to the terminal fails."""
     run = tmp_path / "run"
     given = ("--bits", 4, "--epochs", 30, "--batch-size", 32, "--workers", 2, "--run-dir", run, *options)
     command = ["quantize", MODEL, *float_options(digits, digits / "few"), *given]
@@ -130,7 +130,7 @@ def test_closed_terminal_saves_the_step(digits: Path, tmp_path: Path, options: t
     os.set_blocking(terminal, False)
     path = run / "checkpoints" / "last.ckpt"
     for _ in range(3000):
-        with suppress(BlockingIOError):  # nothing is shown
+        with suppress(BlockingIOError):  # nothing is printed
             os.read(terminal, 100_000)
         if path.exists() and "position" in (CheckpointFile(path).load() or {}):
             break

@@ -1,4 +1,4 @@
-"""One process at a time in a folder, whatever became of the one before."""
+"""Locks: one process at a time in a folder, also after a crash."""
 
 import json
 import multiprocessing
@@ -15,7 +15,7 @@ from saqcli.runs.locks import Lock
 
 
 class Other:
-    """Another process that takes the lock of a folder and keeps it."""
+    """Another process that takes and holds the lock of a folder."""
 
     def __init__(self, folder: Path) -> None:
         context = multiprocessing.get_context("fork")
@@ -37,7 +37,7 @@ class Other:
         self.process.join()
 
 
-def test_a_second_process_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
+def test_second_process_is_refused(tmp_path: Path) -> None:
     other = Other(tmp_path)
     try:
         with pytest.raises(RunDirectoryError, match=f"in use by process {other.process.pid} on") as refused:
@@ -47,7 +47,7 @@ def test_a_second_process_is_refused_with_the_name_of_the_first(tmp_path: Path) 
         other.kill()
 
 
-def test_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+def test_killed_process_releases_its_lock(tmp_path: Path) -> None:
     other = Other(tmp_path)
     other.kill()
     assert (tmp_path / locks.NAME).is_file()
@@ -62,37 +62,7 @@ def test_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     assert not (tmp_path / locks.NAME).exists()
 
 
-def test_forked_children_do_not_inherit_the_lock(tmp_path: Path) -> None:
-    """One that ends leaves the lock as it is, one that outlives its parent does not keep it."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    parent = context.Process(target=_hold_with_children, args=(tmp_path, theirs))
-    parent.start()
-    child = ours.recv()
-    assert Lock(tmp_path).holder()[1]
-    os.kill(parent.pid or 0, signal.SIGKILL)
-    parent.join()
-
-    killed = Lock(tmp_path).take()
-
-    os.kill(child, signal.SIGKILL)
-    assert killed is not None
-    assert killed.pid == parent.pid
-
-
-def _hold_with_children(folder: Path, pipe: "multiprocessing.connection.Connection") -> None:
-    lock = Lock(folder)
-    lock.take()
-    context = multiprocessing.get_context("fork")
-    ended, staying = context.Process(target=int), context.Process(target=signal.pause)
-    ended.start()
-    ended.join()
-    staying.start()
-    pipe.send(staying.pid)
-    signal.pause()
-
-
-def test_a_lock_that_was_let_go_leaves_nothing(tmp_path: Path) -> None:
+def test_released_lock_leaves_no_file(tmp_path: Path) -> None:
     lock = Lock(tmp_path)
     lock.take()
     lock.release()
@@ -108,7 +78,7 @@ def test_a_lock_that_was_let_go_leaves_nothing(tmp_path: Path) -> None:
     [(socket.gethostname(), False), ("elsewhere.example", True)],
     ids=["here", "elsewhere"],
 )
-def test_without_locks_of_the_system_only_what_is_known_to_be_gone_is_taken_over(
+def test_without_os_locks_dead_owner_is_replaced(
     host: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "_lock", lambda handle: None)
@@ -128,18 +98,18 @@ def test_without_locks_of_the_system_only_what_is_known_to_be_gone_is_taken_over
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pid": "x"}', b"\xff\x00", b"{}" * 600])
-def test_a_lock_file_that_says_nothing_is_free(content: bytes, tmp_path: Path) -> None:
+def test_malformed_lock_file_is_free(content: bytes, tmp_path: Path) -> None:
     (tmp_path / locks.NAME).write_bytes(content)
 
     Lock(tmp_path).take()
 
 
-def test_a_folder_that_cannot_be_written_to_is_told(tmp_path: Path) -> None:
+def test_unwritable_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="cannot be written"):
         Lock(tmp_path / "missing").take()
 
 
-def test_holder_is_seen_from_other_processes(tmp_path: Path) -> None:
+def test_owner_is_visible_to_other_processes(tmp_path: Path) -> None:
     assert Lock(tmp_path).holder() == (None, False)
     other = Other(tmp_path)
     named, working = Lock(tmp_path).holder()
@@ -152,8 +122,8 @@ def test_holder_is_seen_from_other_processes(tmp_path: Path) -> None:
     assert (tmp_path / locks.NAME).is_file()
 
 
-def test_looking_at_a_lock_of_ones_own_keeps_it(tmp_path: Path) -> None:
-    """To close a second handle of the file would let other processes in."""
+def test_inspecting_own_lock_keeps_it(tmp_path: Path) -> None:
+    """Closing a second handle of the file would release the lock."""
     lock = Lock(tmp_path)
     lock.take()
 

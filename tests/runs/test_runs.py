@@ -1,4 +1,4 @@
-"""Run directories that are begun, gone on with and replaced, with a crash in between."""
+"""Run directories: started, resumed and replaced, also after a crash."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def finished(tmp_path: Path, config: RunConfig) -> Path:
     return run.path
 
 
-def test_metrics_are_taken_back_to_the_checkpoint(tmp_path: Path, config: RunConfig) -> None:
+def test_metrics_are_truncated_to_checkpoint(tmp_path: Path, config: RunConfig) -> None:
     run = RunDirectory.start(tmp_path / "run", config, resume=False, overwrite=False)
     run.log(phase="float", loss=1.0)
     run.save_checkpoint({"epoch": 1})
@@ -36,7 +36,7 @@ def test_metrics_are_taken_back_to_the_checkpoint(tmp_path: Path, config: RunCon
     assert (again.path / "metrics.jsonl").read_text() == '{"phase": "float", "loss": 1.0}\n'
 
 
-def test_an_overwrite_that_is_killed_is_never_taken_for_the_run_that_it_replaces(
+def test_interrupted_overwrite_is_not_the_old_run(
     finished: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(run: RunDirectory) -> None:
@@ -57,9 +57,7 @@ def test_an_overwrite_that_is_killed_is_never_taken_for_the_run_that_it_replaces
 
 
 @pytest.mark.parametrize("left", [[], ["config.json"], [".unfinished-manifest.x.json", "config.json"]])
-def test_what_a_crash_leaves_of_the_first_moment_is_begun_again(
-    left: list[str], tmp_path: Path, config: RunConfig
-) -> None:
+def test_run_crashed_at_start_is_restarted(left: list[str], tmp_path: Path, config: RunConfig) -> None:
     for name in left:
         (tmp_path / name).write_text("{")
 
@@ -69,7 +67,7 @@ def test_what_a_crash_leaves_of_the_first_moment_is_begun_again(
     assert not list(tmp_path.glob(".unfinished*"))
 
 
-def test_a_finished_run_is_neither_lost_nor_gone_on_with_by_chance(finished: Path, config: RunConfig) -> None:
+def test_finished_run_is_protected(finished: Path, config: RunConfig) -> None:
     with pytest.raises(RunDirectoryError, match="already holds a finished run: use `resume=True`"):
         RunDirectory.start(finished, config, resume=False, overwrite=False)
     with pytest.raises(

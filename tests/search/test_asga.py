@@ -1,4 +1,4 @@
-"""ASGA: its step against formulas written out, a toy whose best bits are known, and that it stops and goes on."""
+"""ASGA: its step compared with explicit formulas, a toy problem with known optimum, and resume."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -59,7 +59,7 @@ def twin_quantize(x: Tensor, level: Tensor, bits: int, kind: str) -> Tensor:
 
 
 def mixture(kind: str, widths: tuple[int, ...] = (2, 3, 5)) -> tuple[Mixture, nn.Parameter, Tensor]:
-    """In float64, with levels that clip some values: of weights, or of inputs without negative values."""
+    """In float64, with levels that clip some values, for weights or for inputs without negative values."""
     problem = branches(candidates=Candidates(widths))
     layer = Supernet(problem).layers_of(0)[0]
     quantizer = (layer.weight_quantizer if kind == "paper" else layer.input_quantizer).double()
@@ -73,7 +73,7 @@ def mixture(kind: str, widths: tuple[int, ...] = (2, 3, 5)) -> tuple[Mixture, nn
 
 
 @pytest.mark.parametrize("kind", ["paper", "unsigned"])
-def test_a_mixture_and_its_gradients_equal_the_formula(kind: str) -> None:
+def test_mixture_matches_formula_with_gradients(kind: str) -> None:
     mixed, logits, x = mixture(kind)
     levels = mixed.quantizer.clipping_level
     upstream = torch.randn(x.shape, dtype=torch.float64)
@@ -100,7 +100,7 @@ def test_a_mixture_and_its_gradients_equal_the_formula(kind: str) -> None:
 
 
 @pytest.mark.parametrize("place", range(3))
-def test_a_mixture_that_is_settled_is_the_plain_quantizer_bitwise(place: int) -> None:
+def test_one_hot_mixture_equals_plain_quantizer(place: int) -> None:
     mixed, logits, x = mixture("paper")
     with torch.no_grad():
         logits.fill_(-1000.0)[place] = 1000.0
@@ -110,7 +110,7 @@ def test_a_mixture_that_is_settled_is_the_plain_quantizer_bitwise(place: int) ->
 
 
 @pytest.mark.parametrize("candidates", [Candidates((2, 4, 6)), UNTIED])
-def test_the_expected_cost_is_the_mean_over_configurations_and_settles_at_the_choice(
+def test_expected_cost_is_the_mean(
     candidates: Candidates,
 ) -> None:
     problem = branches(candidates=candidates)
@@ -136,7 +136,7 @@ def test_the_expected_cost_is_the_mean_over_configurations_and_settles_at_the_ch
     assert mixtures.entropy() == pytest.approx(0, abs=1e-6)
 
 
-def test_an_untied_share_is_the_product_of_its_widths_shares() -> None:
+def test_untied_share_is_product_of_both_shares() -> None:
     mixtures = Mixtures(Supernet(branches(candidates=UNTIED)))
     preference = mixtures.preferences[0]
     for logits in preference.logits:
@@ -151,7 +151,7 @@ def test_an_untied_share_is_the_product_of_its_widths_shares() -> None:
         assert share == pytest.approx(float((weights[w] * inputs[a]).detach()), rel=1e-5)
 
 
-def test_logits_are_no_part_of_the_model() -> None:
+def test_logits_are_not_model_parameters() -> None:
     problem = branches()
     before = {id(p) for p in problem.model.parameters()}
     mixtures = Mixtures(Supernet(problem))
@@ -169,7 +169,7 @@ def test_logits_are_no_part_of_the_model() -> None:
 
 
 class Twin:
-    """A convolution and three linear layers, first and last with fixed bits; the two between are blends."""
+    """A convolution and three linear layers, first and last with fixed bits; the two between are mixtures."""
 
     def __init__(self, descent: Descent, unit: str, align: str) -> None:
         self.unit, self.align, self.search = unit, align, descent.settings
@@ -190,7 +190,7 @@ class Twin:
         self.problem, self.total = descent.problem, descent.total
 
     def shares(self, p: dict[str, Tensor], decision: int) -> list[Tensor]:
-        """Of the weights' widths and the inputs'."""
+        """The shares of weight widths and of input widths."""
         parts = [p[name] for name in (f"A{decision}0", f"A{decision}1") if name in p]
         exponents = [[torch.exp(a) for a in part] for part in (parts[0], parts[-1])]
         return [torch.stack([e / sum(part) for e in part]) for part in exponents]  # type: ignore[arg-type]
@@ -253,7 +253,7 @@ class Twin:
         return float(first.detach())
 
     def prices(self) -> dict[str, Tensor]:
-        """Of the logits, written out."""
+        """The cost gradients of the logits, written out."""
         weight = self.search.cost_weight * min(1.0, self.done / (0.1 * self.total))
         decisions, bound = self.problem.space.decisions, self.problem.budget.bops
         assert bound is not None
@@ -316,11 +316,11 @@ def twin_problem(candidates: Candidates) -> SearchProblem:
 @pytest.mark.parametrize("candidates", [Candidates((2, 3, 4)), UNTIED], ids=["tied", "untied"])
 @pytest.mark.parametrize("unit", ["deviation", "absolute"])
 @pytest.mark.parametrize("align", ["sagm", "none"])
-def test_every_step_equals_the_formulas_written_out(candidates: Candidates, unit: Any, align: Any) -> None:
+def test_every_step_matches_the_formulas(candidates: Candidates, unit: Any, align: Any) -> None:
     search = ASGA(epochs=4, align=align, rho_unit=unit, alignment=0.05, rho_max=0.3)
     descent = Descent(search, twin_problem(candidates))
     descent.model.double().train()
-    with torch.no_grad():  # levels fitted to a value would leave open on which side of the clipping it lies
+    with torch.no_grad():  # fitted levels could equal a value, which would then lie on the clipping edge
         for quantizer in quantizers_of(descent.model):
             for level in quantizer.parameters():
                 level.mul_(0.93)
@@ -338,7 +338,7 @@ def test_every_step_equals_the_formulas_written_out(candidates: Candidates, unit
 
 
 @pytest.mark.parametrize("weights", [True, False])
-def test_without_radius_and_alignment_the_second_pass_is_the_first(weights: bool) -> None:
+def test_zero_radius_and_alignment_are_plain(weights: bool) -> None:
     ends = []
     for align in ("sagm", "none"):
         descent = Descent(ASGA(epochs=2, align=align, rho_min=0, rho_max=0, alignment=0), branches())  # type: ignore[arg-type]
@@ -350,7 +350,7 @@ def test_without_radius_and_alignment_the_second_pass_is_the_first(weights: bool
         assert torch.equal(one, other)
 
 
-def test_only_what_learns_is_moved() -> None:
+def test_only_selected_parameters_are_updated() -> None:
     for weights, logits in ((True, False), (False, True)):
         descent = Descent(ASGA(epochs=2), branches())
         descent.model.train()
@@ -363,7 +363,7 @@ def test_only_what_learns_is_moved() -> None:
         assert all(bool(a.detach().any()) for a in descent.logits) == logits
 
 
-def test_every_layer_is_perturbed_in_the_second_pass() -> None:
+def test_every_layer_is_perturbed() -> None:
     descent = Descent(ASGA(epochs=2), branches())
     layers = layers_of(descent.problem)
     seen: list[dict[str, bool]] = []
@@ -390,10 +390,8 @@ def whole(loss: Callable[..., Tensor]) -> Callable[[int | None], Chunk]:
 @pytest.mark.parametrize(
     ("align", "training", "later"), [("sagm", True, 0), ("sagm", False, 1), ("none", False, 0)]
 )
-def test_a_step_that_ran_out_of_memory_is_the_step_of_smaller_micro_batches(
-    align: Any, training: bool, later: int
-) -> None:
-    """Bit for bit; and where batch norms do not look at the batch, that of the whole batch up to rounding."""
+def test_out_of_memory_step_equals_micro_batches(align: Any, training: bool, later: int) -> None:
+    """Bit for bit; where batch norms ignore the batch, equal to the whole batch up to rounding."""
     ends: list[list[Tensor]] = []
     for most, micro in ((12, None), (99, 8), (99, None)):
         descent = Descent(ASGA(align=align), branches())
@@ -413,7 +411,7 @@ def test_a_step_that_ran_out_of_memory_is_the_step_of_smaller_micro_batches(
 # The whole search.
 
 
-def test_the_toy_has_one_right_answer() -> None:
+def test_toy_problem_has_one_optimum() -> None:
     for seed in range(3):
         best, second, *_ = every_choice(branches(seed))
         assert list(best.choice) == RIGHT
@@ -428,7 +426,7 @@ ALIGNMENTS: list[dict[str, Any]] = [{}, {"align": "none"}, {"temperature_end": 0
     sweep(product(range(3), ALIGNMENTS), lambda seed, options: options == ALIGNMENTS[seed]),
     ids=str,
 )
-def test_the_right_answer_is_found(seed: int, options: dict[str, Any]) -> None:
+def test_optimum_is_found(seed: int, options: dict[str, Any]) -> None:
     problem = branches(seed)
     found = ASGA(epochs=2, **options).search(problem)
     assert found.choice == RIGHT
@@ -441,7 +439,7 @@ def test_the_right_answer_is_found(seed: int, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("seed", sweep(range(3), lambda seed: seed == 0))
-def test_on_images_apart_the_branch_that_counts_most_keeps_its_bits(seed: int) -> None:
+def test_bilevel_search_keeps_key_branch_bits(seed: int) -> None:
     problem = branches(seed)
     found = ASGA(bilevel=True, epochs=4).search(problem)
     assert problem.budget.used_by(problem.space.cost(found.choice))
@@ -453,7 +451,7 @@ def outcome(problem: SearchProblem, search: ASGA) -> tuple[SearchResult, dict[st
 
 
 @pytest.mark.parametrize("options", [{}, {"bilevel": True, "temperature_end": 0.5}], ids=str)
-def test_a_search_is_deterministic_and_goes_on_where_it_stopped(options: dict[str, Any]) -> None:
+def test_search_is_deterministic_and_resumable(options: dict[str, Any]) -> None:
     search = ASGA(epochs=2, **options)
     whole = outcome(branches(count=256), search)
     torch.manual_seed(99)
@@ -473,7 +471,7 @@ def test_a_search_is_deterministic_and_goes_on_where_it_stopped(options: dict[st
             assert torch.equal(value, whole[1][name]), name
 
 
-def test_nothing_is_left_to_do_for_a_search_that_ended() -> None:
+def test_finished_search_has_no_steps_left() -> None:
     memory = Kept(stop_at=16)
     with pytest.raises(Interrupted):
         ASGA(epochs=2).search(replace(branches(count=256), memory=memory))
@@ -483,7 +481,7 @@ def test_nothing_is_left_to_do_for_a_search_that_ended() -> None:
     assert found.choice == ASGA(epochs=2).search(branches(count=256)).choice
 
 
-def test_what_a_search_leaves_behind() -> None:
+def test_search_leaves_the_model_trained() -> None:
     problem = branches(count=256)
     before = {name: layer.latent_weight().detach().clone() for name, layer in layers_of(problem).items()}
     ASGA(epochs=1).search(problem)
@@ -500,7 +498,7 @@ BUDGETS = {
 
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
 @pytest.mark.parametrize("candidates", [Candidates((2, 4, 6)), UNTIED], ids=["tied", "untied"])
-def test_every_bound_of_a_budget_is_kept(budget: Any, candidates: Candidates) -> None:
+def test_all_budget_bounds_are_met(budget: Any, candidates: Candidates) -> None:
     problem = branches(count=256, budget=budget, candidates=candidates)
     choice = ASGA(epochs=1).search(problem).choice
     cost = problem.space.cost(choice)
@@ -508,7 +506,7 @@ def test_every_bound_of_a_budget_is_kept(budget: Any, candidates: Candidates) ->
     assert problem.budget.used_by(cost)
 
 
-def test_the_more_the_budget_weighs_the_nearer_the_shares_come_to_it() -> None:
+def test_larger_cost_weight_nears_the_budget() -> None:
     used = []
     for weight in (0.0, 1.0, 30.0):
         problem = branches(budget=lambda space: Budget(bops=int(1.3 * space.floor.bops)))
@@ -520,7 +518,7 @@ def test_the_more_the_budget_weighs_the_nearer_the_shares_come_to_it() -> None:
     assert used[-1] < 1.03
 
 
-def test_pinned_operands_stay_plain() -> None:
+def test_pinned_operands_are_not_mixed() -> None:
     rules = {"branches.0": "w4a2-8", "branches.1": "w4a6"}
     problem = branches(
         count=256, candidates=UNTIED, rules=rules, budget=lambda space: Budget(bops=space.floor.bops)
@@ -544,13 +542,13 @@ def token_problem(**options: Any) -> SearchProblem:
     return problem_of(net, images, labels, candidates=Candidates((2, 3, 4)), **options)
 
 
-def test_networks_with_layer_norms() -> None:
+def test_layer_norm_networks_are_searched() -> None:
     problem = token_problem()
     found = ASGA(epochs=2).search(problem)
     assert problem.budget.admits(problem.space.cost(found.choice))
 
 
-def test_what_fits_is_taken_without_training() -> None:
+def test_reachable_ceiling_needs_no_training() -> None:
     problem = branches(count=256, budget=lambda space: Budget(bops=space.ceiling.bops))
     before = {name: value.clone() for name, value in problem.model.state_dict().items()}
     found = ASGA(epochs=2).search(problem)
@@ -561,12 +559,12 @@ def test_what_fits_is_taken_without_training() -> None:
     assert problem.space.cost(other).bops <= problem.space.cost(RIGHT).bops
 
 
-def test_what_no_choice_meets_is_refused() -> None:
+def test_unreachable_budget_is_refused() -> None:
     with pytest.raises(InfeasibleBudget):
         ASGA(epochs=2).search(branches(count=256, budget=lambda space: Budget(bops=space.floor.bops - 1)))
 
 
-def test_a_loss_that_is_no_number_ends_the_search() -> None:
+def test_nan_loss_ends_the_search() -> None:
     for align in ("sagm", "none"):
         problem = branches(count=256)
         whole = problem.images.whole
@@ -576,7 +574,7 @@ def test_a_loss_that_is_no_number_ends_the_search() -> None:
             ASGA(align=align).search(problem)  # type: ignore[arg-type]
 
 
-def test_a_step_without_a_number_leaves_nothing_behind() -> None:
+def test_nan_step_changes_nothing() -> None:
     problem = branches(count=256)
     descent = Descent(ASGA(), problem)
     images, labels = next(iter(problem.images.whole))
@@ -593,8 +591,8 @@ def test_a_step_without_a_number_leaves_nothing_behind() -> None:
     assert (len(descent.trace), descent.recovery.in_row) == (2, 0)
 
 
-class Told:
-    """A progress that remembers."""
+class RecordingProgress:
+    """A progress that records its calls."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -602,7 +600,7 @@ class Told:
         self.titles: list[str] = []
 
     @contextmanager
-    def task(self, title: str, total: int) -> Iterator["Told"]:
+    def task(self, title: str, total: int) -> Iterator["RecordingProgress"]:
         self.titles.append(title)
         yield self
 
@@ -613,8 +611,8 @@ class Told:
         self.notes.append(text)
 
 
-def test_progress_is_told() -> None:
-    told = Told()
+def test_progress_is_reported() -> None:
+    told = RecordingProgress()
     ASGA(epochs=2).search(branches(count=256, progress=told))
     assert told.titles == ["search epoch 1 of 2", "search epoch 2 of 2"]
     assert len(told.notes) == 2
@@ -631,6 +629,6 @@ def test_progress_is_told() -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         ASGA(**options)

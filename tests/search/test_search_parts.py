@@ -1,4 +1,4 @@
-"""What searchers are made of: sampling, controller, its learning, the sharp cost, the supernet, losses, going on."""
+"""Parts of the searchers: sampling, controller, learner, perturbed cost, supernet, losses and resume."""
 
 import copy
 import io
@@ -90,7 +90,7 @@ def shares(space: SearchSpace, budget: Budget, logits: list[Tensor]) -> np.ndarr
 
 @given(spaces(), st.integers(0, 10**6), st.sampled_from(["bops", "size"]))
 @settings(max_examples=examples(300), deadline=None, derandomize=True)
-def test_draws_cost_the_middle_of_the_window_on_average(space: SearchSpace, seed: int, kind: str) -> None:
+def test_mean_draw_cost_is_mid_window(space: SearchSpace, seed: int, kind: str) -> None:
     budget = budget_within(space, random.Random(seed), kind)
     ((index, bound),) = budget.bounds()
     middle = (1 + BUDGET_USE) / 2
@@ -103,7 +103,7 @@ def test_draws_cost_the_middle_of_the_window_on_average(space: SearchSpace, seed
     if evenly <= middle:
         assert share == pytest.approx(evenly, rel=1e-5)
         assert all(torch.allclose(row, row.mean()) for row in logits)
-    elif space.floor[index] < 0.99 * bound:  # else next to the floor, and the multiplier without bounds
+    elif space.floor[index] < 0.99 * bound:  # otherwise near the floor, where the multiplier is unbounded
         assert share == pytest.approx(middle, abs=1e-6)
     else:
         assert share <= max(space.floor[index] / bound, middle) + 1e-3
@@ -111,7 +111,7 @@ def test_draws_cost_the_middle_of_the_window_on_average(space: SearchSpace, seed
 
 @given(spaces(), st.integers(0, 10**6))
 @settings(max_examples=examples(200), deadline=None, derandomize=True)
-def test_of_two_bounds_neither_is_exceeded_on_average_and_one_is_used(space: SearchSpace, seed: int) -> None:
+def test_two_bounds_hold_on_average(space: SearchSpace, seed: int) -> None:
     budget = budget_within(space, random.Random(seed), "both")
     middle = (1 + BUDGET_USE) / 2
     even = [torch.full((len(d.options),), -math.log(len(d.options))) for d in space.decisions]
@@ -124,8 +124,8 @@ def test_of_two_bounds_neither_is_exceeded_on_average_and_one_is_used(space: Sea
     assert found.max() == pytest.approx(middle, abs=1e-6)
 
 
-def test_equally_dear_options_are_equally_likely() -> None:
-    """Probabilities depend on the cost alone."""
+def test_equal_cost_options_are_equally_likely() -> None:
+    """Probabilities depend only on the cost."""
     rng = random.Random(3)
     for _ in range(50):
         space = random_space(rng)
@@ -135,14 +135,14 @@ def test_equally_dear_options_are_equally_likely() -> None:
                 assert one != other or p == q
 
 
-def test_without_a_budget_all_options_are_equally_likely() -> None:
+def test_without_budget_draws_are_uniform() -> None:
     rows = budget_logits(uneven_space(), Budget())
     assert [len(row) for row in rows] == [2, 4, 3]
     assert all(torch.allclose(row.exp(), torch.full_like(row, 1 / len(row))) for row in rows)
 
 
 @pytest.mark.parametrize("dice", sweep([7, 8], lambda dice: dice == 7))
-def test_draws_are_distinct_and_in_the_window_wherever_any_configuration_is(dice: int) -> None:
+def test_draws_are_distinct_and_within_budget(dice: int) -> None:
     rng = random.Random(dice)
     with_window = 0
     for seed in range(20):
@@ -161,7 +161,7 @@ def test_draws_are_distinct_and_in_the_window_wherever_any_configuration_is(dice
     assert with_window > 10
 
 
-def test_configurations_of_equal_cost_are_drawn_equally_often() -> None:
+def test_equal_cost_configurations_are_uniform() -> None:
     """Six ways to give two of four layers 4 bits; chi-square at 5 degrees of freedom, 20.5 for one in a thousand."""
     space = simple_space(4, (2, 4))
     budget = Budget(1000 * (2 * 16 + 2 * 4))
@@ -179,7 +179,7 @@ def test_configurations_of_equal_cost_are_drawn_equally_often() -> None:
 
 
 def controller_of(space: SearchSpace, scale: float = 1.0, prior: list[Tensor] | None = None) -> Controller:
-    """``scale`` makes its parameters larger, so that its probabilities are far from even."""
+    """``scale`` enlarges the parameters, so that probabilities are far from uniform."""
     made = Controller(space, prior or budget_logits(space, Budget()), generator(1))
     with torch.no_grad():
         for parameter in made.parameters():
@@ -195,7 +195,7 @@ SPACES = {
 
 
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
-def test_what_was_drawn_reads_as_probable_as_it_was(space: SearchSpace) -> None:
+def test_read_reproduces_draw_probabilities(space: SearchSpace) -> None:
     controller = controller_of(space, 5)
     drawn = controller.draw(50, generator())
     read = controller.evaluate(drawn.choices)
@@ -207,7 +207,7 @@ def test_what_was_drawn_reads_as_probable_as_it_was(space: SearchSpace) -> None:
 
 
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
-def test_probabilities_of_all_sequences_add_up_to_one_and_entropies_to_that_of_their_distribution(
+def test_sequence_probabilities_sum_to_one(
     space: SearchSpace,
 ) -> None:
     every = torch.tensor(list(product(*(range(len(d.options)) for d in space.decisions))))
@@ -216,10 +216,10 @@ def test_probabilities_of_all_sequences_add_up_to_one_and_entropies_to_that_of_t
     p = read.log_probability.double().exp()
     assert float(p.sum()) == pytest.approx(1, abs=1e-5)
     assert float((p * read.entropy).sum()) == pytest.approx(float(-(p * p.log()).sum()), abs=1e-5)
-    assert p.max() > 1.5 * p.min()  # they are not all alike
+    assert p.max() > 1.5 * p.min()  # they differ
 
 
-def test_entropies_along_a_sequence_are_those_of_an_explicit_enumeration() -> None:
+def test_sequence_entropies_match_enumeration() -> None:
     space = simple_space(2, (2, 4))
     with torch.no_grad():
         read = controller_of(space, 8).evaluate(torch.tensor(list(product((0, 1), repeat=2))))
@@ -231,7 +231,7 @@ def test_entropies_along_a_sequence_are_those_of_an_explicit_enumeration() -> No
         assert float(entropy) == pytest.approx(float(expected), abs=1e-5)
 
 
-def test_frequencies_of_draws_are_their_probabilities() -> None:
+def test_draw_frequencies_match_probabilities() -> None:
     space = simple_space(2, (2, 4))
     controller = controller_of(space, 8)
     count = 4000
@@ -244,7 +244,7 @@ def test_frequencies_of_draws_are_their_probabilities() -> None:
         assert abs(seen - count * float(probability)) < 4 * spread
 
 
-def test_an_option_that_a_decision_lacks_is_never_drawn() -> None:
+def test_unavailable_options_are_never_drawn() -> None:
     space = uneven_space()
     controller = controller_of(space, 20)
     drawn = controller.draw(2000, generator())
@@ -257,7 +257,7 @@ def test_an_option_that_a_decision_lacks_is_never_drawn() -> None:
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_the_prior_is_what_a_controller_without_an_opinion_draws_by(apart: bool) -> None:
+def test_zero_head_draws_from_the_prior(apart: bool) -> None:
     space = SPACES["apart" if apart else "uneven"]
     budget = budget_within(space, random.Random(1), "bops")
     prior = budget_logits(space, budget)
@@ -272,7 +272,7 @@ def test_the_prior_is_what_a_controller_without_an_opinion_draws_by(apart: bool)
             torch.testing.assert_close(drawn.options[:, d, : len(row)], row.float().expand(3, -1))
 
 
-def test_bits_apart_share_logits_by_width() -> None:
+def test_untied_options_share_logits_by_width() -> None:
     space = SPACES["apart"]
     drawn = controller_of(space, 10).draw(5, generator())
     for d, decision in enumerate(space.decisions):
@@ -281,13 +281,13 @@ def test_bits_apart_share_logits_by_width() -> None:
             torch.testing.assert_close(at[weight, 3] - at[weight, 8], at[2, 3] - at[2, 8], atol=1e-5, rtol=0)
 
 
-def test_later_bits_depend_on_those_drawn_before() -> None:
+def test_later_bits_depend_on_earlier_draws() -> None:
     read = controller_of(simple_space(2, (2, 4)), 8).evaluate(torch.tensor([[0, 0], [1, 0]]))
     assert torch.equal(read.options[0, 0], read.options[1, 0])
     assert (read.options[0, 1] - read.options[1, 1]).abs().max() > 1e-3
 
 
-def test_the_initial_parameters_are_small_and_follow_from_the_seed() -> None:
+def test_initial_parameters_are_small() -> None:
     one, other = controller_of(SPACES["tied"]), controller_of(SPACES["tied"])
     for p, q in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -309,7 +309,7 @@ def learner_of(controller: Controller, **options: Any) -> Reinforce:
 
 
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
-def test_without_baseline_and_replay_a_step_is_that_of_adam_on_cost_times_log_probability_less_entropy(
+def test_plain_step_is_reinforce_with_adam(
     space: SearchSpace,
 ) -> None:
     controller = controller_of(space, 3)
@@ -335,7 +335,7 @@ def test_without_baseline_and_replay_a_step_is_that_of_adam_on_cost_times_log_pr
         torch.testing.assert_close(after.detach().double(), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_advantages_are_distances_from_the_moving_average_in_units_of_their_mean() -> None:
+def test_ema_advantages_are_normalized() -> None:
     learner = learner_of(controller_of(SPACES["tied"]), baseline="ema")
     average, distance = None, 0.0
     for cost in (2.0, 1.0, 4.0, 1.5, 90.0, 2.0):
@@ -349,7 +349,7 @@ def test_advantages_are_distances_from_the_moving_average_in_units_of_their_mean
 
 
 @pytest.mark.parametrize("baseline", ["ema", "none"])
-def test_a_cost_that_is_no_number_counts_as_bad_and_spoils_nothing(baseline: str) -> None:
+def test_nan_cost_counts_as_bad(baseline: str) -> None:
     controller = controller_of(SPACES["tied"])
     learner = learner_of(controller, baseline=baseline)
     for cost in (1.0, 2.0, float("inf"), float("nan"), 1.5):
@@ -363,7 +363,7 @@ def test_a_cost_that_is_no_number_counts_as_bad_and_spoils_nothing(baseline: str
 
 
 @pytest.mark.parametrize("replay", [1, 8])
-def test_replayed_draws_are_the_last_ones(replay: int) -> None:
+def test_replay_uses_the_latest_draws(replay: int) -> None:
     learner = learner_of(controller_of(SPACES["tied"]), replay=replay)
     for number in range(12):
         learner.learn([number % 2, 1, 0], float(number))
@@ -371,8 +371,8 @@ def test_replayed_draws_are_the_last_ones(replay: int) -> None:
 
 
 @pytest.mark.parametrize("replay", sweep([1, 8], lambda replay: replay == 1))
-def test_the_best_sequence_is_found(replay: int) -> None:
-    """The cost is the number of decisions that are not as they should be."""
+def test_controller_finds_the_best_sequence(replay: int) -> None:
+    """The cost is the number of wrong decisions."""
     space = simple_space(3, (2, 3, 4, 8))
     best = [3, 0, 2]
     controller = controller_of(space)
@@ -386,7 +386,7 @@ def test_the_best_sequence_is_found(replay: int) -> None:
     assert drawn.mode(0).values.tolist() == best
 
 
-def test_learning_goes_on_bitwise_from_what_was_kept() -> None:
+def test_learning_resumes_bit_identically() -> None:
     space = SPACES["uneven"]
     rng = random.Random(0)
     steps = [([rng.randrange(len(d.options)) for d in space.decisions], rng.random()) for _ in range(20)]
@@ -427,9 +427,7 @@ def answer(supernet: Supernet, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("switch_norms", [False, True])
 @pytest.mark.parametrize("name", tiny.TINY)
-def test_selecting_changes_what_is_computed_and_selecting_again_restores_it(
-    name: str, switch_norms: bool
-) -> None:
+def test_selection_is_reversible(name: str, switch_norms: bool) -> None:
     supernet = supernet_of(name, switch_norms=switch_norms)
     decisions = supernet.problem.space.decisions
     low, high = [0] * len(decisions), [len(d.options) - 1 for d in decisions]
@@ -438,7 +436,7 @@ def test_selecting_changes_what_is_computed_and_selecting_again_restores_it(
     supernet.select(high)
     second = answer(supernet)
     assert not torch.equal(first, second)
-    for d in range(len(decisions)):  # every decision has its say
+    for d in range(len(decisions)):  # every decision matters
         one = [*high[:d], 0, *high[d + 1 :]]
         supernet.select(one)
         assert supernet.choice == one
@@ -448,7 +446,7 @@ def test_selecting_changes_what_is_computed_and_selecting_again_restores_it(
 
 
 @pytest.mark.parametrize("name", tiny.TINY)
-def test_the_active_bits_are_those_of_the_choice(name: str) -> None:
+def test_active_bits_equal_the_choice(name: str) -> None:
     supernet = supernet_of(name, candidates=Candidates((2, 4), (3, 8)))
     space = supernet.problem.space
     rng = random.Random(0)
@@ -460,7 +458,7 @@ def test_the_active_bits_are_those_of_the_choice(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NORMED)
-def test_with_switchable_norms_a_supernet_starts_as_without(name: str) -> None:
+def test_switchable_norms_start_equal_to_plain(name: str) -> None:
     plain, switched = supernet_of(name), supernet_of(name, switch_norms=True)
     for choice in ([0] * len(plain.problem.space.decisions), plain.choice):
         plain.select(choice)
@@ -470,8 +468,8 @@ def test_with_switchable_norms_a_supernet_starts_as_without(name: str) -> None:
 
 @pytest.mark.parametrize("name", tiny.TINY)
 @pytest.mark.parametrize(("biases", "norms"), [(True, True), (True, False)])
-def test_scores_equal_networks_calibrated_one_by_one(name: str, biases: bool, norms: bool) -> None:
-    """Whatever was scored before, and whatever becomes of the weights meanwhile; with real corrections."""
+def test_scores_equal_calibrated_networks(name: str, biases: bool, norms: bool) -> None:
+    """Independent of earlier scores and of changes of the weights; with real corrections."""
     problem = tiny_problem(name, candidates=Candidates((2, 3)))
     images = [batch for batch, _ in problem.images.scoring]
 
@@ -495,8 +493,8 @@ def test_scores_equal_networks_calibrated_one_by_one(name: str, biases: bool, no
         assert scorer(choice)[2:] == (expected.top1, expected.loss)
 
 
-def test_reported_scores_are_calibrated_whoever_judges() -> None:
-    """What is reported does not depend on where draws were compared."""
+def test_reported_scores_are_always_calibrated() -> None:
+    """The report is independent of where draws were compared."""
     problem = PROBLEMS["conv_bn"]()  # type: ignore[no-untyped-call]
     options = {"epochs": 1, "warmup": 0, "draws": 3}
     found = [
@@ -508,7 +506,7 @@ def test_reported_scores_are_calibrated_whoever_judges() -> None:
     assert [scorer(one.choice) for one in found[0].scored] == found[0].scored
 
 
-def test_in_training_only_the_norm_of_the_selected_option_moves() -> None:
+def test_only_selected_norm_is_trained() -> None:
     supernet = supernet_of("conv_bn", switch_norms=True, rules={"0": "2-8"})
     space = supernet.problem.space
     switches = {n: m for n, m in supernet.model.named_modules() if isinstance(m, SwitchableNorm)}
@@ -522,14 +520,14 @@ def test_in_training_only_the_norm_of_the_selected_option_moves() -> None:
     assert {key.rpartition(".")[0] for key in moved} == {"1.copies.0", "4.copies.2"}
 
 
-def test_the_norm_behind_a_pinned_layer_stays_as_it_is() -> None:
+def test_norm_after_pinned_layer_is_unchanged() -> None:
     supernet = supernet_of("conv_bn", switch_norms=True)
     assert isinstance(supernet.model.get_submodule("1"), nn.BatchNorm2d)
     assert isinstance(supernet.model.get_submodule("4"), SwitchableNorm)
 
 
 class PreActivation(nn.Module):
-    """Norms stand in front of their convolutions."""
+    """A network with norms before their convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -562,7 +560,7 @@ def behind(net: nn.Module, shape: tuple[int, ...]) -> dict[str, str]:
     return found
 
 
-def test_a_norm_belongs_to_the_layer_that_runs_last_before_it() -> None:
+def test_norm_belongs_to_the_last_layer_before() -> None:
     assert behind(*tiny.conv_bn()) == {"1": "0", "4": "3"}
     assert behind(*tiny.residual()) == {
         "1": "0",
@@ -575,7 +573,7 @@ def test_a_norm_belongs_to_the_layer_that_runs_last_before_it() -> None:
     assert behind(PreActivation(), (3, 6, 6)) == {"norm1": "stem", "norm2": "conv1", "norm3": "conv2"}
 
 
-def test_layer_norms_belong_to_a_layer_too() -> None:
+def test_layer_norms_belong_to_previous_layer() -> None:
     assert behind(*tiny.tokens()) == {"norm": "patches"}
     transformer = VisionTransformer(
         img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_classes=CLASSES
@@ -589,13 +587,13 @@ def test_layer_norms_belong_to_a_layer_too() -> None:
     }
 
 
-def test_a_norm_behind_several_layers_is_left_out() -> None:
+def test_norm_after_several_layers_is_skipped() -> None:
     assert behind(OneNormTwice(), (3, 4, 4)) == {}
     assert behind(*tiny.attention()) == {}
 
 
-def test_clipping_levels_belong_to_a_width() -> None:
-    """A step at one width leaves the levels of all others as they were."""
+def test_clipping_levels_are_per_width() -> None:
+    """A step at one width leaves the levels of all others unchanged."""
     supernet = supernet_of("conv_bn")
     supernet.select([1])
     model = supernet.model.train()
@@ -636,7 +634,7 @@ def plain_loss(supernet: Supernet, choice: list[int], images: Tensor, labels: Te
 
 
 @pytest.mark.parametrize("name", tiny.TINY)
-def test_the_perturbation_reaches_every_searched_layer(name: str) -> None:
+def test_perturbation_reaches_searched_layers(name: str) -> None:
     cost = sharp_cost_of(name, 0.5, candidates=Candidates((3, 4, 8)))
     supernet = cost.supernet
     batch = supernet.problem.images.scoring[0]
@@ -661,7 +659,7 @@ def test_the_perturbation_reaches_every_searched_layer(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*NORMED, "attention"])
-def test_the_cost_is_the_perturbed_loss_less_that_of_the_reference_plus_the_penalty(name: str) -> None:
+def test_controller_cost_matches_its_formula(name: str) -> None:
     cost = sharp_cost_of(name, 0.3)
     supernet = cost.supernet
     decisions = supernet.problem.space.decisions
@@ -680,7 +678,7 @@ def test_the_cost_is_the_perturbed_loss_less_that_of_the_reference_plus_the_pena
 
 
 @pytest.mark.parametrize("radius", [0.3, 0.0])
-def test_a_cost_that_ran_out_of_memory_is_found_on_fewer_images_at_a_time(radius: float) -> None:
+def test_out_of_memory_cost_uses_micro_batches(radius: float) -> None:
     """In eval mode the mean over micro-batches is the mean over all images."""
     cost = sharp_cost_of("residual", radius)
     choice = [0] * len(cost.supernet.problem.space.decisions)
@@ -696,7 +694,7 @@ def test_a_cost_that_ran_out_of_memory_is_found_on_fewer_images_at_a_time(radius
 
 
 @pytest.mark.parametrize("name", [*NORMED, "attention"])
-def test_without_a_radius_the_cost_is_that_of_the_plain_loss(name: str) -> None:
+def test_zero_radius_cost_is_the_plain_loss(name: str) -> None:
     cost = sharp_cost_of(name, 0.0)
     decisions = cost.supernet.problem.space.decisions
     images, labels = cost.supernet.problem.images.scoring[0]
@@ -710,7 +708,7 @@ def test_without_a_radius_the_cost_is_that_of_the_plain_loss(name: str) -> None:
     assert cost(choice, images, labels) == pytest.approx(plain + cost.penalty(choice), abs=1e-7)
 
 
-def test_a_cost_is_a_number_and_leaves_the_network_as_it_was() -> None:
+def test_cost_is_finite_and_network_unchanged() -> None:
     cost = sharp_cost_of("residual", 0.5)
     model = cost.supernet.model
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -720,7 +718,7 @@ def test_a_cost_is_a_number_and_leaves_the_network_as_it_was() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_the_penalty_is_the_squared_relative_miss_of_the_middle_of_the_window() -> None:
+def test_penalty_is_the_squared_relative_miss() -> None:
     problem = tiny_problem("residual")
     space = problem.space
     middle = (1 + BUDGET_USE) / 2
@@ -738,7 +736,7 @@ def test_the_penalty_is_the_squared_relative_miss_of_the_middle_of_the_window() 
 
 
 class Shared(nn.Module):
-    """A layer that runs twice, with others in front, between and behind, and activations in place."""
+    """A layer that runs twice, with others before, between and after, and in-place activations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -753,7 +751,7 @@ class Shared(nn.Module):
 
 
 class InPlace(nn.Module):
-    """Every output is changed in place by what comes next; a shortcut adds in place too."""
+    """Every output is changed in place by its successor; the shortcut also adds in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -769,7 +767,7 @@ class InPlace(nn.Module):
 
 
 class BorrowedPair(nn.Module):
-    """A weight that its parent takes shares bits with one that runs later: the sum of both goes on."""
+    """A routed weight shares bits with a layer that runs later: their sum is passed on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -784,7 +782,7 @@ class BorrowedPair(nn.Module):
 
 
 def brute_force_losses(problem: SearchProblem) -> list[list[float]]:
-    """Mean loss with only one decision quantized, less that of the float network, nothing remembered."""
+    """Mean loss with only one decision quantized, minus that of the float network, without caching."""
 
     @torch.no_grad()
     def mean_loss(model: nn.Module) -> float:
@@ -823,7 +821,7 @@ WITH_MEMORY = {
     "name",
     sweep(WITH_MEMORY, lambda name: name not in tiny.TINY or name in ("conv_bn", "residual", "attention")),
 )
-def test_remembered_outputs_change_nothing_in_the_losses(name: str) -> None:
+def test_cached_outputs_leave_losses_unchanged(name: str) -> None:
     problem = WITH_MEMORY[name]()  # type: ignore[no-untyped-call]
     found = Sensitivity().losses(fresh(problem))
     expected = brute_force_losses(problem)
@@ -853,7 +851,7 @@ def smooth_problem() -> SearchProblem:
     return replace(asked, images=replace(images, scoring=scoring))
 
 
-def test_traces_are_those_of_the_explicit_hessian_within_the_error_of_the_estimate() -> None:
+def test_traces_match_the_explicit_hessian() -> None:
     problem = smooth_problem()
     one, two = (problem.model.get_submodule(name) for name in ("1", "3"))
     names = [("1", "weight"), ("3", "weight"), ("1", "activation"), ("3", "activation")]
@@ -885,11 +883,11 @@ def test_traces_are_those_of_the_explicit_hessian_within_the_error_of_the_estima
     found = HAWQ(samples=samples, images=count).traces(fresh(problem))
     for name in names:
         error = 4 * math.sqrt(variance[name] / samples)
-        assert error < 0.8 * abs(exact[name])  # the test can tell
+        assert error < 0.8 * abs(exact[name])  # the test is sensitive
         assert abs(found[name] - exact[name]) < error, name  # type: ignore[index]
 
 
-def test_a_few_images_are_whole_batches_and_the_mean_is_over_them() -> None:
+def test_images_are_rounded_to_whole_batches() -> None:
     problem = smooth_problem()
     one = HAWQ(samples=3, images=8).traces(fresh(problem))
     rounded = HAWQ(samples=3, images=5).traces(fresh(problem))
@@ -898,7 +896,7 @@ def test_a_few_images_are_whole_batches_and_the_mean_is_over_them() -> None:
     assert one != both
 
 
-def test_a_loss_is_half_the_trace_times_the_mean_squared_error_over_weights_and_inputs() -> None:
+def test_loss_is_half_trace_times_mse() -> None:
     problem = tiny_problem("residual", candidates=Candidates((2, 4), (3, 8)))
     layers = list(quantized_layers(problem.model))
     rng = random.Random(0)
@@ -922,7 +920,7 @@ def test_a_loss_is_half_the_trace_times_the_mean_squared_error_over_weights_and_
 
 @pytest.mark.parametrize("name", ["conv_bn", "depthwise", "tokens", "transposed"])
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
-def test_the_noise_of_a_weight_is_what_its_quantizer_makes_of_it(name: str, granularity: str) -> None:
+def test_weight_noise_matches_its_quantizer(name: str, granularity: str) -> None:
     scheme = convert.Scheme(granularity=granularity)  # type: ignore[arg-type]
     problem = tiny_problem(name, scheme=scheme)
     noise = measure_noise(fresh(problem))
@@ -952,7 +950,7 @@ MANY = Candidates((2, 3, 4, 5, 6, 7, 8))
 
 
 class Dropout(PreActivation):
-    """Random beyond its weights."""
+    """Randomness beyond the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.dropout(x, 0.2, self.training))
@@ -966,7 +964,7 @@ PROBLEMS = {
 
 
 def outcome(method: str, problem: SearchProblem, memory: Stopping, noise: int) -> tuple[Any, ...]:
-    """Everything a search leaves behind; ``noise`` seeds the global random numbers before."""
+    """The full result of a search; ``noise`` seeds the global random numbers before."""
     torch.manual_seed(noise)
     asked = fresh(problem, memory=memory)
     found: SearchResult = SEARCHERS[method.split()[0]].make(**RESUMED[method]).search(asked)
@@ -983,10 +981,8 @@ def outcome(method: str, problem: SearchProblem, memory: Stopping, noise: int) -
         lambda method, name, stride: stride == 7 and name == ("dropout" if method == "samq" else "tokens"),
     ),
 )
-def test_a_search_stopped_after_any_step_goes_on_to_the_same_result(
-    method: str, name: str, stride: int
-) -> None:
-    """Stopped after every ``stride`` steps, and after the last one."""
+def test_resume_after_any_step_is_identical(method: str, name: str, stride: int) -> None:
+    """Interrupted after every ``stride`` steps, and after the last one."""
     problem = PROBLEMS[name]()  # type: ignore[no-untyped-call]
     whole = Stopping()
     expected = outcome(method, problem, whole, 1)
@@ -1000,7 +996,7 @@ def test_a_search_stopped_after_any_step_goes_on_to_the_same_result(
         assert resumed.offers <= whole.offers
 
 
-def test_a_search_can_be_stopped_again_and_again() -> None:
+def test_search_can_be_interrupted_repeatedly() -> None:
     problem = PROBLEMS["tokens"]()  # type: ignore[no-untyped-call]
     expected = outcome("samq", problem, Stopping(), 1)
     kept, stops = None, 0
@@ -1018,14 +1014,14 @@ def test_a_search_can_be_stopped_again_and_again() -> None:
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 2 * (2 + 2)), (1, 2 * 2 + 2), (2, 2 * 2 + 2)])
-def test_controller_phases_begin_after_the_warm_up(warmup: int, steps: int) -> None:
+def test_controller_phases_start_after_warmup(warmup: int, steps: int) -> None:
     memory = Stopping()
     asked = fresh(PROBLEMS["tokens"](), memory=memory)  # type: ignore[no-untyped-call]
     found = SEARCHERS["samq"].make(epochs=2, warmup=warmup, draws=3).search(asked)
-    assert memory.offers == steps + len(found.scored)  # the last epoch has one in any case
+    assert memory.offers == steps + len(found.scored)  # the last epoch always has one
 
 
-def test_under_weight_normalization_every_copy_of_a_norm_is_settled() -> None:
+def test_every_norm_copy_is_recalibrated() -> None:
     problem = tiny_problem("conv_bn", scheme=Scheme(weight_normalization=True))
     supernet = Supernet(problem)
     supernet.settle()
@@ -1040,7 +1036,7 @@ def test_under_weight_normalization_every_copy_of_a_norm_is_settled() -> None:
             assert torch.equal(other.running_var, first.running_var)
 
 
-def test_a_network_without_second_derivatives_is_refused_with_what_to_do() -> None:
+def test_missing_second_derivatives_are_refused() -> None:
     problem = tiny_problem("conv_bn")
     activations = [name for name, module in problem.model.named_modules() if isinstance(module, nn.ReLU)]
     problem.model.set_submodule(activations[0], nn.Hardsigmoid())

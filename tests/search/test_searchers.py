@@ -1,6 +1,6 @@
 """Searchers: the knapsack against brute force, and the contract of every searcher on random problems.
 
-The contract runs over the table of searchers. Those that train are given fewer problems, and few epochs.
+The contract runs over the table of searchers. Those that train get fewer problems and few epochs.
 """
 
 import random
@@ -55,7 +55,7 @@ def total(rows: Sequence[Sequence[float]], chosen: list[int]) -> float:
 
 @st.composite
 def instances(draw: st.DrawFn) -> tuple[Costs, Losses, int]:
-    """Groups of options whose costs are small, huge, or huge and one apart, with a limit that some choice meets."""
+    """Groups of options with costs that are small, huge, or huge and one apart, and a feasible limit."""
     sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     base = draw(st.sampled_from([0, 1000, HUGE // 7, HUGE]))
     cost = st.one_of(st.integers(0, 40), st.integers(0, HUGE), st.integers(base, base + 3))
@@ -68,14 +68,14 @@ def instances(draw: st.DrawFn) -> tuple[Costs, Losses, int]:
 
 
 def allowance(losses: Losses) -> float:
-    """What the solver may miss: its gap of 1e-6, of the largest loss and of the sum, and as much for each binary."""
+    """The tolerance of the solver: its gap of 1e-6, of the largest loss and of the sum, and the same per binary."""
     largest = max(abs(value) for group in losses for value in group)
     return 1e-6 * largest * (1 + len(losses) + sum(len(group) for group in losses))
 
 
 @settings(max_examples=examples(400), deadline=None, derandomize=True)
 @given(instances())
-def test_the_choice_is_the_best_of_all_and_within_the_limit(instance: tuple[Costs, Losses, int]) -> None:
+def test_knapsack_choice_is_optimal(instance: tuple[Costs, Losses, int]) -> None:
     costs, losses, limit = instance
     chosen = solve_knapsack(losses, [Resource(costs, limit)])
     best = brute_force(costs, losses, limit)
@@ -87,9 +87,7 @@ def test_the_choice_is_the_best_of_all_and_within_the_limit(instance: tuple[Cost
 
 @settings(max_examples=examples(250), deadline=None, derandomize=True)
 @given(instances(), st.integers(900, 1000))
-def test_the_least_cost_is_honoured_where_possible(
-    instance: tuple[Costs, Losses, int], per_mille: int
-) -> None:
+def test_minimum_cost_is_met_where_possible(instance: tuple[Costs, Losses, int], per_mille: int) -> None:
     costs, losses, limit = instance
     least = limit * per_mille // 1000
     chosen = solve_knapsack(losses, [Resource(costs, limit, least)])
@@ -105,7 +103,7 @@ def test_the_least_cost_is_honoured_where_possible(
 
 @given(instances())
 @settings(max_examples=examples(50), deadline=None, derandomize=True)
-def test_a_limit_below_every_choice_is_refused(instance: tuple[Costs, Losses, int]) -> None:
+def test_limit_below_every_choice_is_refused(instance: tuple[Costs, Losses, int]) -> None:
     costs, losses, _ = instance
     floor = sum(min(group) for group in costs)
 
@@ -113,13 +111,13 @@ def test_a_limit_below_every_choice_is_refused(instance: tuple[Costs, Losses, in
         solve_knapsack(losses, [Resource(costs, floor - 1)])
 
 
-def test_a_choice_that_exceeds_the_limit_by_one_in_10_to_the_15_is_not_taken() -> None:
+def test_limit_holds_to_1_in_1e15() -> None:
     costs, losses = [[HUGE, HUGE + 1, 5]], [[0.5, 0.0, 0.9]]
 
     assert solve_knapsack(losses, [Resource(costs, HUGE)]) == [0]
 
 
-def test_an_option_that_no_choice_can_afford_does_not_blur_the_others() -> None:
+def test_unaffordable_options_are_ignored() -> None:
     costs, losses = [[1, 2, HUGE]], [[1e-3, 0.0, 1e6]]
 
     assert solve_knapsack(losses, [Resource(costs, 2)]) == [1]
@@ -127,7 +125,7 @@ def test_an_option_that_no_choice_can_afford_does_not_blur_the_others() -> None:
 
 @st.composite
 def two_resources(draw: st.DrawFn) -> tuple[Losses, list[Resource]]:
-    """Groups whose options cost two things that have nothing to do with each other, and limits around some choice."""
+    """Groups of options with two independent costs, and limits around some choice."""
     sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     losses = [draw(st.lists(st.floats(-1, 1, width=32), min_size=n, max_size=n)) for n in sizes]
     some = [draw(st.integers(0, n - 1)) for n in sizes]
@@ -155,7 +153,7 @@ def best_within(losses: Losses, resources: Sequence[Resource]) -> float | None:
 
 @settings(max_examples=examples(300), deadline=None, derandomize=True)
 @given(two_resources())
-def test_of_two_resources_both_limits_hold_and_the_choice_is_the_best_of_all(
+def test_two_limits_hold_and_choice_is_optimal(
     instance: tuple[Losses, list[Resource]],
 ) -> None:
     losses, resources = instance
@@ -171,7 +169,7 @@ def test_of_two_resources_both_limits_hold_and_the_choice_is_the_best_of_all(
     assert total(losses, chosen) <= best + allowance(losses)
 
 
-def test_nothing_to_choose_is_the_empty_choice() -> None:
+def test_empty_problem_has_an_empty_choice() -> None:
     assert solve_knapsack([], [Resource([], 5)]) == []
 
 
@@ -180,9 +178,7 @@ def test_nothing_to_choose_is_the_empty_choice() -> None:
 
 @settings(max_examples=examples(400), deadline=None, derandomize=True)
 @given(spaces(), st.integers(0, 10**6), st.sampled_from(["bops", "size", "both"]), st.booleans())
-def test_the_best_choice_never_exceeds_the_budget_and_uses_it_wherever_any_choice_does(
-    space: SearchSpace, seed: int, kind: str, monotone: bool
-) -> None:
+def test_best_choice_uses_the_budget(space: SearchSpace, seed: int, kind: str, monotone: bool) -> None:
     rng = random.Random(seed)
     budget = budget_within(space, rng, kind)
     losses = [[rng.uniform(-1, 1) for _ in decision.options] for decision in space.decisions]
@@ -205,7 +201,7 @@ def test_the_best_choice_never_exceeds_the_budget_and_uses_it_wherever_any_choic
         assert total(losses, chosen) <= best + slack
 
 
-def test_a_configuration_at_exactly_98_5_percent_counts_as_using_the_budget() -> None:
+def test_exactly_98_5_percent_counts_as_used() -> None:
     """Of budget 16000: (4, 2) bits cost 15760, (2, 4) cost 9040 and err less, (4, 4) cost too much."""
     names = zip(("a", "b"), (900, 340), strict=True)
     costs = CostModel(tuple(LayerCost(name, "Linear", macs, 4, name, None) for name, macs in names))
@@ -217,7 +213,7 @@ def test_a_configuration_at_exactly_98_5_percent_counts_as_using_the_budget() ->
 
 # The contract.
 
-# What makes a searcher quick enough to be run by the dozen.
+# Options that make a searcher fast enough to run many times.
 FAST: dict[str, dict[str, Any]] = {
     "samq": {"epochs": 1, "warmup": 0, "draws": 4},
     "asga": {"epochs": 1},
@@ -230,7 +226,7 @@ PARTS = 8
 
 
 def cases(method: str, share: int = 1, part: int | None = None) -> range:
-    """Seeds of the problems; ``share`` leaves only every so-manieth, and ``part`` every eighth of these."""
+    """Seeds of the problems; ``share`` keeps a fraction of them, and ``part`` every eighth of these."""
     count = 24 if SEARCHERS[method].trains else 120
     return range(0, count, share) if part is None else range(share * part, count, PARTS * share)
 
@@ -241,7 +237,7 @@ def problem(seed: int) -> SearchProblem:
 
 
 def search(method: str, asked: SearchProblem, **changes: Any) -> SearchResult:
-    """On a copy of the model."""
+    """Search on a copy of the model."""
     return SEARCHERS[method].make(**FAST.get(method, {})).search(fresh(asked, **changes))
 
 
@@ -259,8 +255,8 @@ each_searcher = pytest.mark.parametrize("method", SEARCHERS)
 each_part = pytest.mark.parametrize("part", sweep(range(PARTS), lambda part: part == 0))
 
 
-def test_the_problems_have_everything_that_may_occur() -> None:
-    """Else what follows would be worth less than it seems."""
+def test_problems_cover_all_features() -> None:
+    """Otherwise the tests below would be weaker than they seem."""
     spaces = [problem(seed).space for seed in range(120)]
     for trains in (24, 120):
         some = spaces[:trains]
@@ -273,7 +269,7 @@ def test_the_problems_have_everything_that_may_occur() -> None:
 
 @each_part
 @each_searcher
-def test_the_budget_admits_what_is_found(method: str, part: int) -> None:
+def test_result_meets_the_budget(method: str, part: int) -> None:
     for seed in cases(method, part=part):
         asked = problem(seed)
         assert asked.budget.admits(asked.space.cost(solved(method, seed).choice)), seed
@@ -281,7 +277,7 @@ def test_the_budget_admits_what_is_found(method: str, part: int) -> None:
 
 @each_part
 @each_searcher
-def test_98_5_percent_of_the_budget_is_used_wherever_any_configuration_does(method: str, part: int) -> None:
+def test_98_5_percent_is_used_where_possible(method: str, part: int) -> None:
     if method == "uniform":
         pytest.skip("has the same bits everywhere, whatever is left over")
     wherever = 0
@@ -290,12 +286,12 @@ def test_98_5_percent_of_the_budget_is_used_wherever_any_configuration_does(meth
         if (admitted(costs, asked.budget) & used(costs, asked.budget)).any():
             wherever += 1
             assert asked.budget.used_by(asked.space.cost(solved(method, seed).choice)), seed
-    assert wherever > len(cases(method, part=part)) // 4  # the cases are worth something
+    assert wherever > len(cases(method, part=part)) // 4  # the cases are not trivial
 
 
 @each_part
 @each_searcher
-def test_every_layer_is_there_in_order_with_its_fixed_bits_or_an_option(method: str, part: int) -> None:
+def test_policy_lists_every_layer_in_order(method: str, part: int) -> None:
     for seed in cases(method, part=part):
         space = problem(seed).space
         config = space.config(solved(method, seed).choice)
@@ -310,7 +306,7 @@ def test_every_layer_is_there_in_order_with_its_fixed_bits_or_an_option(method: 
 
 @each_part
 @each_searcher
-def test_the_layers_of_a_group_get_equal_bits(method: str, part: int) -> None:
+def test_group_members_get_equal_bits(method: str, part: int) -> None:
     for seed in cases(method, part=part):
         space = problem(seed).space
         config = space.config(solved(method, seed).choice)
@@ -320,9 +316,7 @@ def test_the_layers_of_a_group_get_equal_bits(method: str, part: int) -> None:
 
 @each_part
 @each_searcher
-def test_the_same_seed_gives_the_same_result_whatever_the_global_random_numbers(
-    method: str, part: int
-) -> None:
+def test_same_seed_gives_the_same_result(method: str, part: int) -> None:
     for seed in cases(method, 4, part):
         torch.manual_seed(seed + 12345)
         again = search(method, problem(seed))
@@ -333,7 +327,7 @@ def test_the_same_seed_gives_the_same_result_whatever_the_global_random_numbers(
 
 @each_part
 @each_searcher
-def test_other_budgets_can_be_asked_for_and_admit_what_is_proposed(method: str, part: int) -> None:
+def test_other_budgets_are_met(method: str, part: int) -> None:
     for seed in cases(method, 2, part):
         asked, costs = problem(seed), costs_of(seed)
         for kind in ("bops", "size", "both"):
@@ -349,7 +343,7 @@ def test_other_budgets_can_be_asked_for_and_admit_what_is_proposed(method: str, 
 
 @each_part
 @each_searcher
-def test_what_was_scored_is_what_the_score_says(method: str, part: int) -> None:
+def test_scores_match_reported_choices(method: str, part: int) -> None:
     for seed in cases(method, 6, part):
         found, space = solved(method, seed), problem(seed).space
         for one in list(found.scored)[:3]:
@@ -365,7 +359,7 @@ def bounded(asked: SearchProblem, bops: int, size: int) -> Budget:
 
 
 @each_searcher
-def test_a_budget_below_the_floor_is_refused_with_the_range(method: str) -> None:
+def test_budget_below_floor_names_the_range(method: str) -> None:
     for seed in cases(method, 4):
         asked = problem(seed)
         floor, ceiling = asked.space.floor, asked.space.ceiling
@@ -383,7 +377,7 @@ def test_a_budget_below_the_floor_is_refused_with_the_range(method: str) -> None
 
 @each_part
 @each_searcher
-def test_a_budget_at_the_floor_gives_the_floor(method: str, part: int) -> None:
+def test_budget_at_floor_gives_floor(method: str, part: int) -> None:
     for seed in cases(method, 2, part):
         asked = problem(seed)
         budget = bounded(asked, *asked.space.floor)
@@ -395,7 +389,7 @@ def test_a_budget_at_the_floor_gives_the_floor(method: str, part: int) -> None:
 @each_part
 @each_searcher
 @pytest.mark.parametrize("factor", [1, 3])
-def test_a_budget_at_or_above_the_ceiling_gives_the_ceiling(method: str, factor: int, part: int) -> None:
+def test_budget_at_ceiling_gives_ceiling(method: str, factor: int, part: int) -> None:
     for seed in cases(method, 2, part):
         asked = problem(seed)
         ceiling = asked.space.ceiling
@@ -405,9 +399,7 @@ def test_a_budget_at_or_above_the_ceiling_gives_the_ceiling(method: str, factor:
 
 @each_searcher
 @pytest.mark.parametrize("value", [0.0, 0.5])
-def test_layers_that_few_bits_hold_exactly_still_get_all_bits_that_the_budget_allows(
-    method: str, value: float
-) -> None:
+def test_exact_layers_get_maximum_bits(method: str, value: float) -> None:
     for seed in cases(method, 12):
         easy = fresh(problem(seed))
         for parameter in easy.model.parameters():
@@ -427,7 +419,7 @@ def test_layers_that_few_bits_hold_exactly_still_get_all_bits_that_the_budget_al
         lambda network, method: network in ("residual", "attention") or method == "error",
     ),
 )
-def test_traced_networks_are_searched_within_their_budget(network: str, method: str) -> None:
+def test_traced_networks_meet_their_budget(network: str, method: str) -> None:
     asked = tiny_problem(network)  # 4 bits everywhere would use it all
     cost = asked.space.cost(search(method, asked).choice)
 
@@ -439,7 +431,7 @@ def test_traced_networks_are_searched_within_their_budget(network: str, method: 
 
 
 @each_part
-def test_uniform_is_the_greatest_width_that_fits(part: int) -> None:
+def test_uniform_is_the_largest_fitting_width(part: int) -> None:
     for seed in cases("uniform", part=part):
         asked = problem(seed)
         space = asked.space
@@ -451,7 +443,7 @@ def test_uniform_is_the_greatest_width_that_fits(part: int) -> None:
 
 
 @each_part
-def test_the_error_search_finds_the_least_noise_of_all_configurations_that_use_the_budget(part: int) -> None:
+def test_error_search_minimizes_noise(part: int) -> None:
     for seed in cases("error", part=part):
         asked, costs = problem(seed), costs_of(seed)
         losses = relative_noise(asked)
@@ -463,8 +455,8 @@ def test_the_error_search_finds_the_least_noise_of_all_configurations_that_use_t
         assert total(losses, solved("error", seed).choice) <= best + allowance(losses), seed
 
 
-def test_the_noise_of_an_option_is_that_of_its_weights_plus_that_of_its_inputs() -> None:
-    """A weight and inputs that 4 bits hold exactly, so that noise is there where fewer are given."""
+def test_option_noise_adds_weights_and_inputs() -> None:
+    """4 bits hold weight and inputs exactly, so noise occurs only with fewer."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 5)).eval()
     levels = torch.arange(-7, 8).float()
     nn.init.zeros_(model[1].weight)
@@ -486,7 +478,7 @@ def test_the_noise_of_an_option_is_that_of_its_weights_plus_that_of_its_inputs()
 
 
 @each_part
-def test_random_takes_the_most_accurate_of_its_draws(part: int) -> None:
+def test_random_picks_its_most_accurate_draw(part: int) -> None:
     for seed in cases("random", 3, part):
         found = solved("random", seed)
         best = max(found.scored, key=lambda one: (one.top1, -one.loss))

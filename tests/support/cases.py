@@ -1,4 +1,4 @@
-"""Every quantizer of the table on every grid that it may be given."""
+"""Every quantizer of the table on every grid it supports."""
 
 from typing import NamedTuple
 
@@ -26,12 +26,12 @@ class Case(NamedTuple):
 
     @property
     def squeezes(self) -> bool:
-        """Weights go through tanh before they are rounded: they have a plain form of another kind."""
+        """Whether weights go through tanh before rounding, so that the folded form differs."""
         return self.family in ("pact", "dorefa") and self.operand in WEIGHT_GRIDS
 
     @property
     def learns(self) -> bool:
-        """Something of it is trained."""
+        """Whether any parameter is trained."""
         return not self.squeezes and self.family != "dorefa"
 
     def grid(self, width: int) -> Grid:
@@ -40,7 +40,7 @@ class Case(NamedTuple):
         return grids.activations(width, signed=self.operand == "signed")
 
     def build(self, level: float, widths: tuple[int, ...] = tuple(BITS)) -> Quantizer:
-        """All ``widths`` as candidates; rows have the levels level, 2 level, 3 level where they have their own."""
+        """Build it with all ``widths`` as candidates; with per-row levels these are level, 2 level, 3 level."""
         family = QUANTIZERS[self.family]
         by_bits = {width: self.grid(width) for width in widths}
         if self.operand in WEIGHT_GRIDS:
@@ -54,7 +54,7 @@ class Case(NamedTuple):
 
 @torch.no_grad()
 def set_levels(quantizer: Quantizer, level: Tensor) -> None:
-    """Give the highest code of every candidate the value ``level``, whatever the quantizer calls its numbers."""
+    """Set the highest code of every candidate to the value ``level``, whatever the parameter's name."""
     for position, grid in enumerate(quantizer.grids.values()):
         if hasattr(quantizer, "clipping_level"):
             quantizer.clipping_level[position] = level
@@ -64,11 +64,11 @@ def set_levels(quantizer: Quantizer, level: Tensor) -> None:
             quantizer.offset[position] = level / grid.highest * grid.lowest  # type: ignore[index, operator]
 
 
-SHARED = {"lsq_plus": LearnedStep, "pact": TanhWeight}  # weights that another family has too
+SHARED = {"lsq_plus": LearnedStep, "pact": TanhWeight}  # weights that another quantizer has too
 
 
 def _weights(family: str) -> list[tuple[str, bool]]:
-    """Grids, and whether each row has a level: all for the first family, and no more than are needed for the others."""
+    """Grids, and whether levels are per row: all for the first quantizer, the necessary ones for others."""
     if family == "clip":
         return [(grid, channels) for grid in WEIGHT_GRIDS for channels in (False, True)]
     kind = QUANTIZERS[family].weight
@@ -94,7 +94,7 @@ def each(cases: list[Case]) -> pytest.MarkDecorator:
 
 
 def plain_of(quantizer: Quantizer, x: Tensor) -> Quantizer:
-    """Its plain form; itself where it transforms nothing."""
+    """Its folded form, or itself where it transforms nothing."""
     with torch.no_grad():
         return quantizer.fold(x)[0]
 

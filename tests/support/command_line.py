@@ -1,4 +1,4 @@
-"""Commands run in this process, and what they answer."""
+"""Run commands in this process and read their output."""
 
 import json
 from typing import Any
@@ -14,14 +14,14 @@ def saq(*arguments: object) -> Any:
 
 
 def answer(*arguments: object) -> Any:
-    """The JSON that a command prints; it must succeed, and print nothing else."""
+    """Run a command, which must succeed and print only JSON, and return the JSON."""
     result = saq(*arguments, "--json")
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout)
 
 
 def last_error(result: Any) -> str:
-    """The one line that went wrong; nothing else may stand on stderr under --quiet or --json."""
+    """The error line; under --quiet or --json stderr must hold nothing else."""
     line = last_line(result)
     assert line.startswith("error: ")
     return line

@@ -12,7 +12,7 @@ MODEL = demo.MODEL
 def make(folder: Path) -> None:
     """Write the digits to ``folder/images`` and a network trained on them for a few epochs to ``folder``.
 
-    Every sixth image stands in ``folder/few`` too.
+    Every sixth image is also in ``folder/few``.
     """
     demo.write_digits(folder / "images")
     for path in sorted((folder / "images").rglob("*.png"))[::6]:

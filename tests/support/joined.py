@@ -1,7 +1,7 @@
-"""Functions that run in several processes which work as one, as under torchrun, without the seconds of starting one.
+"""Functions that run on several ranks, as under torchrun, without the seconds of starting processes.
 
-The processes are forked from a server that has imported everything and done nothing: autograd does not survive to be
-forked once it has run. What they are to do is sent to them, so it must be a function of a module, or a ``partial``.
+The processes are forked from a server that has imported everything but run nothing, since autograd does not survive
+a fork after use. The function is pickled, so it must be a module-level function or a ``partial``.
 """
 
 import multiprocessing
@@ -23,7 +23,7 @@ SECONDS = 120.0
 def ranks_run(
     count: int, function: Callable[..., Any], *arguments: Any, seconds: float = SECONDS
 ) -> list[Any]:
-    """What ``function(*arguments)`` gives in each of ``count`` processes, of one process group; all must succeed."""
+    """The results of ``function(*arguments)`` in ``count`` processes of one group; all must succeed."""
     found = _run(count, _in_group, (function, arguments), seconds)
     for rank, (value, failure) in enumerate(found):
         assert failure is None, f"rank {rank}: {failure}"
@@ -43,7 +43,7 @@ def ranks_saq(
 
 
 def forks() -> "multiprocessing.context.ForkServerContext":
-    """Processes made here have imported torch and the command line."""
+    """A context for processes that have already imported torch and the command line."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["torch", "timm", "tests.support.command_line", "saqcli.pipelines.quantize"]

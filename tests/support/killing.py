@@ -1,9 +1,9 @@
-"""Real processes of the command line that are killed where and when a test says.
+"""Real processes of the command line, killed where and when a test says.
 
 ``python -m tests.support.killing`` imports everything once and then forks a process for every command that is
-requested, so that a process that is killed costs a tenth of a second and not five. A process records the tasks that are
-shown to a person, and every act on the disk within a folder that is watched. At the act that the test names it fills
-the disk, removes its folder, or is killed: by SIGKILL, in the middle of a write with half of it done.
+requested, so that a process that is killed costs a tenth of a second and not five. A process records its visible
+tasks and every file operation in the watched folder. At the act that the test names it fills the disk, removes its
+folder, or is killed by SIGKILL, in a write with half of it done.
 
     {"start": ARGUMENTS, "watch": FOLDER, "journal": FILE, "output": FILE, ...}     answers with the process
     {"wait": PROCESS}                                                               answers with its exit status
@@ -36,7 +36,7 @@ POLL = 0.002  # seconds
 
 
 class Mark(NamedTuple):
-    """One thing that a process did.
+    """One act of a process.
 
     Attributes:
         at: seconds, of a clock that only goes forward.
@@ -48,23 +48,23 @@ class Mark(NamedTuple):
 
 
 class Job:
-    """A process under way."""
+    """A running process."""
 
     def __init__(self, zygote: "Zygote", pid: int, journal: Path, output: Path) -> None:
         self.zygote, self.pid, self.journal, self._output = zygote, pid, journal, output
 
     def wait(self) -> int:
-        """Its exit code, or minus the signal that ended it."""
+        """Wait and return its exit code, or minus the signal that ended it."""
         return int(self.zygote.ask(wait=self.pid))
 
     def kill(self) -> int:
-        """Kill it now; its exit code if it was faster."""
+        """Kill it now and return its exit code, in case it ended before."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         return self.wait()
 
     def alive(self) -> bool:
-        """Whether it is still at work."""
+        """Whether it is running."""
         state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
         return state != "Z"
 
@@ -77,7 +77,7 @@ class Job:
         return True
 
     def marks(self) -> list[Mark]:
-        """What it did so far."""
+        """Its acts so far."""
         text = self.journal.read_text() if self.journal.exists() else ""
         pairs = (line.split(" ", 1) for line in text.splitlines(keepends=True) if line.endswith("\n"))
         return [Mark(float(at), what.rstrip("\n")) for at, what in pairs]
@@ -108,7 +108,7 @@ class Zygote:
         assert self._answer() == "ready"
 
     def ask(self, **question: Any) -> Any:
-        """Put one question."""
+        """Send one request."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
@@ -117,7 +117,7 @@ class Zygote:
     def start(
         self, watch: Path, *arguments: object, fault: dict[str, Any] | None = None, **environment: str
     ) -> Job:
-        """Begin a command, its journal telling of ``watch``."""
+        """Start a command whose journal watches ``watch``."""
         self._count += 1
         journal, output = (self.folder / f"{self._count}.{name}" for name in ("journal", "output"))
         pid = self.ask(
@@ -131,15 +131,15 @@ class Zygote:
         return Job(self, pid, journal, output)
 
     def run(self, *command: object) -> int:
-        """Run a command where the zygote is, in its mounts; its exit code."""
+        """Run a command in the zygote's mounts and return its exit code."""
         return int(self.ask(run=[str(word) for word in command]))
 
     def seen(self, path: Path) -> Path:
-        """``path`` as it is in the zygote's mounts, for this process."""
+        """``path`` as seen from the zygote's mounts, for this process."""
         return Path(f"/proc/{self.process.pid}/root") / path.relative_to("/")
 
     def close(self) -> None:
-        """End it."""
+        """Stop it."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
@@ -155,7 +155,7 @@ class Zygote:
 
 @contextmanager
 def zygote(folder: Path, *prefix: str) -> Iterator[Zygote]:
-    """A zygote that ends with the context."""
+    """A zygote that stops with the context."""
     made = Zygote(folder, *prefix)
     try:
         yield made
@@ -167,7 +167,7 @@ def zygote(folder: Path, *prefix: str) -> Iterator[Zygote]:
 
 
 class Journal:
-    """Writes down what this process does, and does the harm that was asked for.
+    """Records the acts of this process, and injects the fault.
 
     Args:
         path: of the journal.
@@ -185,7 +185,7 @@ class Journal:
         self.file.write(f"{time.monotonic()} {what}\n")
 
     def act(self, name: str, path: Any) -> bool:
-        """Note an act that is about to be done; whether this process is to be killed in it."""
+        """Record the next act; returns whether this process is to be killed in it."""
         try:
             place = os.path.abspath(os.fspath(path))
         except TypeError:
@@ -232,7 +232,7 @@ class Journal:
         print(text, file=sys.stderr)
 
     def watched(self, name: str, function: Any) -> Any:
-        """``function``, whose last path is what it is about."""
+        """``function`` with its last path argument recorded."""
 
         @functools.wraps(function)
         def acting(*arguments: Any, **options: Any) -> Any:
@@ -250,7 +250,7 @@ class Journal:
         return acting
 
     def opening(self, function: Any) -> Any:
-        """``open``, whose files note what is written to them."""
+        """``open`` whose files record writes."""
 
         @functools.wraps(function)
         def opened(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
@@ -274,14 +274,14 @@ class Journal:
 
 
 class Half:
-    """A file; to be killed in a write is to be killed with half of it on the disk."""
+    """A file whose write can be killed with half of the bytes on disk."""
 
     def __init__(self, file: Any, journal: Journal, path: Any) -> None:
         self._file, self._journal, self._path = file, journal, path
         self._fresh = True
 
     def write(self, data: Any) -> Any:
-        fresh, self._fresh = self._fresh, False  # of many small writes the first counts
+        fresh, self._fresh = self._fresh, False  # of many small writes only the first counts
         if fresh and self._journal.act("write", self._path):
             self._file.write(data[: len(data) // 2])
             self._file.flush()
@@ -302,7 +302,7 @@ class Half:
 
 
 def fill(folder: Path) -> None:
-    """Leave no room on the disk of ``folder``; ``filler`` beside it is what takes it."""
+    """Fill the disk of ``folder`` with the file ``filler``."""
     with (folder.parent / "filler").open("ab", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(b"\0" * 4096)
@@ -315,7 +315,7 @@ def empty(folder: Path) -> None:
 
 
 def forbid(folder: Path) -> None:
-    """Let nothing be written to ``checkpoints`` any more."""
+    """Make ``checkpoints`` unwritable."""
     for options in (["--bind", folder / "checkpoints"], ["-o", "remount,bind,ro"]):
         subprocess.run(["mount", *options, folder / "checkpoints"], check=True)
 
@@ -324,7 +324,7 @@ HARMS = {"fill": fill, "remove": shutil.rmtree, "empty": empty, "forbid": forbid
 
 
 def _command(question: dict[str, Any]) -> int:
-    """Run a command of saq in this process, a fresh fork; its exit code."""
+    """Run a command of saq in this process, a fresh fork, and return its exit code."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     output = os.open(question["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
@@ -396,7 +396,7 @@ def _serve() -> None:
             print(done.returncode, flush=True)
     for child in running:
         os.kill(child, signal.SIGKILL)
-    os._exit(0)  # tidying up takes seconds
+    os._exit(0)  # cleanup takes seconds
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Files made strange: bytes that were flipped, cut, doubled or put in, and trees of JSON that say something else.
+"""Mutated files: bytes flipped, cut, duplicated or inserted, and JSON trees with other content.
 
-Everything is drawn from a seed, so that a failure can be repeated by its number.
+Everything is determined by a seed, so that failures are reproducible.
 """
 
 import copy
@@ -24,7 +24,7 @@ OTHERS: list[Any] = [
 
 
 def bytes_of(raw: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
-    """``count`` files that differ from ``raw`` by one to four mutations of bytes."""
+    """``count`` files that differ from ``raw`` by one to four byte mutations."""
     rng = random.Random(seed)
     for _ in range(count):
         changed = raw
@@ -59,7 +59,7 @@ def _one(raw: bytes, rng: random.Random) -> bytes:
 
 
 def trees_of(tree: Any, count: int, seed: int = 0) -> Iterator[Any]:
-    """``count`` trees that differ from ``tree`` at one to three places: another value, none, or another key."""
+    """``count`` trees that differ from ``tree`` at one to three nodes: other value, removed, or other key."""
     rng = random.Random(seed)
     for _ in range(count):
         changed = copy.deepcopy(tree)
@@ -81,7 +81,7 @@ def trees_of(tree: Any, count: int, seed: int = 0) -> Iterator[Any]:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every place of a tree but its root: what holds it, and by which key."""
+    """Every node of a tree except its root: its container and key."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in pairs:
         yield value, key

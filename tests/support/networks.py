@@ -1,4 +1,4 @@
-"""Networks of a few hundred weights, one for every way a layer multiplies, and the shortest way to a quantized one."""
+"""Networks of a few hundred weights, one for every kind of product, and a short way to quantize them."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -65,7 +65,7 @@ class Residual(nn.Module):
 
 
 class TwoHeads(nn.Module):
-    """A network with a head that can be left out."""
+    """A network with an optional head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def _with_zero_channel(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
-# One layer each, with the layout it wants and outputs of (N, anything).
+# One layer each, with its input layout and outputs of (N, anything).
 SINGLE: dict[str, Callable[[], nn.Module]] = {
     "conv": lambda: nn.Conv2d(CHANNELS, 4, 3, padding=1, bias=False),
     "conv_bias_stride": lambda: nn.Conv2d(CHANNELS, 4, 3, stride=2, padding=1),
@@ -190,14 +190,14 @@ class Bank(nn.Module):
 
 
 def bank_bits(names: Iterable[str]) -> dict[str, LayerBits]:
-    """The bits that stand in the names of the branches."""
+    """The bits given in the names of the branches."""
     widths = {name: int(name.split(".")[1].rpartition("_")[2]) for name in names}
     return {name: LayerBits(weight=bits, activation=bits) for name, bits in widths.items()}
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Within the context the random state of PyTorch starts at ``seed``; afterwards it is as before."""
+    """Seed PyTorch's random state within the context, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -209,7 +209,7 @@ def images(count: int, seed: int = 0) -> Tensor:
 
 @dataclass
 class Quantized:
-    """A quantized network in eval mode, and what an exporter is told about it."""
+    """A quantized network in eval mode, and the arguments of an exporter."""
 
     model: nn.Module
     facts: ModelMetadata
@@ -220,7 +220,7 @@ class Quantized:
 
 
 def mixed_bits(names: Iterable[str]) -> dict[str, LayerBits]:
-    """Neighbouring layers at different widths, weights and activations too."""
+    """Different widths for neighbouring layers, and for weights and activations."""
     widths = cycle(((4, 8), (2, 3), (7, 5), (3, 2), (8, 4), (5, 7), (6, 6)))
     return {name: LayerBits(weight=w, activation=a) for name, (w, a) in zip(names, widths, strict=False)}
 
@@ -248,7 +248,7 @@ def quantize(
     *,
     products: bool = False,
 ) -> Quantized:
-    """``make()``, wrapped, calibrated on noise and quantized; with ``products`` those of activations too."""
+    """``make()`` wrapped, calibrated on noise and quantized; ``products`` also quantizes activation products."""
     scheme = scheme or Scheme()
     with seeded(seed):
         model = make().eval()

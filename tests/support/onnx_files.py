@@ -1,4 +1,4 @@
-"""Networks written as ONNX, once a session, and what a test reads out of such files."""
+"""Networks written as ONNX once per session, and readers of such files."""
 
 import os
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ EXPORTED = [
 
 
 def first_of_all(name: str, grid: str) -> bool:
-    """What of ``EXPORTED`` every run of the tests sees: layers on the paper's grid, networks on the default."""
+    """The part of ``EXPORTED`` in every test run: layers on the paper's grid, networks on the default."""
     return grid in ("paper", "auto") or name in ("conv_bn", "token_mlp")
 
 
@@ -47,7 +47,7 @@ def network(name: str, grid: str = "auto", granularity: str = "channel") -> Quan
 
 @torch.no_grad()
 def set_gains(model: nn.Module) -> None:
-    """Batch norms with gains below zero, and one that is zero."""
+    """Give batch norms negative gains and one zero."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.weight[::2] *= -1
@@ -60,7 +60,7 @@ def export(quantized: Quantized, style: str, path: Path) -> Path:
 
 
 def written(folder: Path, style: str, quantized: Quantized, name: str) -> Path:
-    """The file of ``quantized``, written once a test session, whatever test or process wants it first."""
+    """The file of ``quantized``, written once per test session."""
     path = folder / f"{name}-{style}{EXPORTERS[style]().suffix}"
     if not path.exists():
         export(quantized, style, path.with_name(f"{os.getpid()}-{path.name}")).replace(path)
@@ -80,7 +80,7 @@ def weights_of(quantized: Quantized) -> dict[str, QuantizedLayer]:
 
 
 def norms_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The batch norm right behind a convolution, by the name of the convolution."""
+    """The batch norm after each convolution, by the convolution's name."""
     found = {}
     for name, parent in model.named_modules():
         if isinstance(parent, nn.Sequential):
@@ -92,7 +92,7 @@ def norms_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def gain_of(norm: Any) -> Any:
-    """What a batch norm multiplies every channel by, in float64."""
+    """The factor of a batch norm per channel, in float64."""
     return (norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)).detach().numpy()
 
 
@@ -109,12 +109,12 @@ def producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
 
 
 def told(node: onnx.NodeProto) -> dict[str, str]:
-    """What a node says about itself."""
+    """The metadata of a node."""
     return {entry.key: entry.value for entry in node.metadata_props}
 
 
 def dequantized(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, onnx.TensorProto]]:
-    """Every DequantizeLinear over the integer codes of a weight; not the int32 biases."""
+    """Every DequantizeLinear of weight codes, excluding int32 biases."""
     known = constants(graph)
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0].endswith(".codes"):
@@ -122,5 +122,5 @@ def dequantized(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, onnx.T
 
 
 def integers(tensor: onnx.TensorProto) -> Any:
-    """Weight codes without zero point, which is 128 in UINT8."""
+    """Weight codes minus the zero point, which is 128 in UINT8."""
     return numpy_helper.to_array(tensor).astype(np.int32) - (128 if tensor.data_type == UINT8 else 0)

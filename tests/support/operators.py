@@ -1,4 +1,4 @@
-"""PyTorch's ONNX exporter, made to remember what does not change from export to export."""
+"""A cache for what PyTorch's ONNX exporter reads anew in every export."""
 
 import functools
 import sys
@@ -8,10 +8,10 @@ from typing import Any, Callable  # noqa: UP035
 def read_once() -> bool:
     """Read the source and signatures of 500 ONNX operators once, and list PyTorch's own once.
 
-    Every export does it anew; together this takes more time than the rest of it where the network is small.
+    Every export repeats this, which for small networks takes longer than the rest.
 
     Returns:
-        Whether there was anything to do: the exporter has been imported, and has not been here before.
+        Whether anything was done: the exporter is imported and not yet cached.
     """
     registration: Any = sys.modules.get("torch.onnx._internal.exporter._registration")
     if registration is None or "onnxscript" not in sys.modules:
@@ -27,6 +27,6 @@ def read_once() -> bool:
                 setattr(module, listed, functools.cache(getattr(module, listed)))
     schemas: Any = sys.modules["torch.onnx._internal.exporter._schemas"]
     schemas.op_signature_from_function = functools.cache(schemas.op_signature_from_function)
-    # It annotates 10,000 inner functions: typing remembers what it was asked, collections.abc does not.
+    # It annotates 10,000 inner functions: typing caches, collections.abc does not.
     sys.modules["torch._ops"].Callable = Callable  # type: ignore[attr-defined]
     return True

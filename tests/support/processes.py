@@ -1,4 +1,4 @@
-"""Searches that are stopped by signals, in processes of their own or in this one."""
+"""Searches interrupted by signals, in other processes or in this one."""
 
 import json
 import os
@@ -31,7 +31,7 @@ STOPPED = (
 
 
 def network_options(digits: Path) -> list[object]:
-    """Names the network, its weights and its images."""
+    """Options for the network, its weights and its images."""
     return [MODEL, *float_options(digits), "--batch-size", 32, "--workers", 0]
 
 
@@ -51,7 +51,7 @@ def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
 
 
 def stop_in_phase(process: "subprocess.Popen[str]", run: Path, phase: int, number: int) -> str:
-    """Wait until the search is in its model (0) or controller (1) phase, then send the signal."""
+    """Wait for the model (0) or controller (1) phase of the search, then send the signal."""
     path = run / "checkpoints" / "search.ckpt"
     for _ in range(5000):
         assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
@@ -64,7 +64,7 @@ def stop_in_phase(process: "subprocess.Popen[str]", run: Path, phase: int, numbe
 
 
 def stop_here(monkeypatch: pytest.MonkeyPatch, phase: int, number: int) -> None:
-    """Let the first search of this process get the signal in its model (0) or controller (1) phase."""
+    """Raise the signal in the model (0) or controller (1) phase of the first search of this process."""
     offer = SearchMemory.offer
     sent: list[int] = []
 
@@ -98,6 +98,6 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, stage: str, position: list[int] | N
 
 
 def figures(run: Path) -> dict[str, Any]:
-    """What ``search.json`` says, less what is another in every run."""
+    """The content of ``search.json`` without what differs in every run."""
     found: dict[str, Any] = json.loads((run / "search.json").read_text())
     return {key: value for key, value in found.items() if key not in ("seconds", "run_dir", "artifacts")}

@@ -1,4 +1,4 @@
-"""Random small networks of everything that image models are made of, quantized at random; one for every seed."""
+"""Random small networks from the building blocks of image models, randomly quantized; one per seed."""
 
 import random
 from collections.abc import Callable
@@ -21,7 +21,7 @@ ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
 
 
 class Sum(nn.Module):
-    """Branches, added up; a branch may be the identity."""
+    """The sum of branches; a branch may be the identity."""
 
     def __init__(self, *branches: nn.Module) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Sum(nn.Module):
 
 
 class Concat(nn.Module):
-    """Branches, side by side."""
+    """Concatenated branches."""
 
     def __init__(self, *branches: nn.Module) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Concat(nn.Module):
 
 
 class Gate(nn.Module):
-    """Squeeze and excite."""
+    """Squeeze and excitation."""
 
     def __init__(self, channels: int, gate: nn.Module) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Mixer(nn.Module):
 
 @dataclass
 class Builder:
-    """Blocks, one after another, for images of ``channels`` channels and ``side`` pixels."""
+    """Blocks in sequence, for images of ``channels`` channels and ``side`` pixels."""
 
     dice: random.Random
     channels: int
@@ -120,7 +120,7 @@ class Builder:
         return nn.Sequential(self.convolution(inputs, outputs, stride), self.norm(outputs), self.activation())
 
     def block(self) -> nn.Module:
-        """One block; keeps count of channels and pixels."""
+        """Add a block, updating channels and pixels."""
         kinds = [
             "unit",
             "unit",
@@ -234,7 +234,7 @@ class Builder:
         self.side = made(torch.zeros(1, self.channels, self.side, self.side)).shape[-1]
 
     def head(self) -> nn.Module:
-        """From an image to logits, by pooling, flattening or tokens."""
+        """Add the head: pooling, flattening or tokens, to logits."""
         bias = self.dice.random() < 0.8
         draw = self.dice.random()
         if draw < 0.35:
@@ -269,7 +269,7 @@ class Builder:
 
 
 def build(dice: random.Random) -> tuple[nn.Module, tuple[int, int, int]]:
-    """A float network in eval mode, its norms settled, and the size of its images."""
+    """A float network in eval mode with recalibrated norms, and its image size."""
     size = (dice.choice((3, 3, 1, 4)), *(dice.choice((8, 9, 12)),) * 2)
     builder = Builder(dice, size[0], size[1])
     blocks = [builder.block() for _ in range(dice.randint(2, 4))]

@@ -1,6 +1,6 @@
-"""Safetensors files taken apart and put together again with nothing but JSON and bytes, hash included.
+"""Safetensors files split and joined with only JSON and bytes, including the hash.
 
-The slow twin of the exporter, and what somebody would write who means to deceive it.
+A slow reference of the exporter, and the tool of an attacker.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ def join(header: Json, data: bytes) -> bytes:
 
 
 def entry_of(header: Json) -> Json:
-    """What stands in the metadata."""
+    """The entry in the metadata."""
     entry: Json = json.loads(header["__metadata__"]["saq"])
     return entry
 
@@ -42,7 +42,7 @@ def sha256_of(header: Json, data: bytes) -> str:
 
 
 def sealed(header: Json, data: bytes, entry: Any) -> bytes:
-    """A file with ``entry`` in its metadata and the hash that belongs to it, where there is a place for one."""
+    """A file with ``entry`` in its metadata and the matching hash, where there is a place for one."""
     text = json.dumps(entry)
     if isinstance(entry, dict) and "sha256" in entry:
         entry = {**entry, "sha256": "0" * 64}
@@ -51,8 +51,8 @@ def sealed(header: Json, data: bytes, entry: Any) -> bytes:
     return join({**header, "__metadata__": {"saq": text}}, data)
 
 
-def retold(raw: bytes, change: Callable[[Json], object]) -> bytes:
-    """``raw`` with other facts, its hash made right again."""
+def with_metadata(raw: bytes, change: Callable[[Json], object]) -> bytes:
+    """``raw`` with other metadata and a matching hash."""
     header, data = split(raw)
     entry = entry_of(header)
     change(entry["facts"])

@@ -1,4 +1,4 @@
-"""Search problems small enough to be solved by the dozen: tiny networks, images in memory, memories that stop."""
+"""Small search problems: tiny networks, images in memory, and interrupting memories."""
 
 import copy
 import io
@@ -27,7 +27,7 @@ CLASSES, BATCH = 5, 8
 
 
 class InMemory:
-    """Batches of given images, in another order every epoch; as a loader does, it seeds the global generator."""
+    """Batches of given images in another order every epoch; like a loader, seeds the global generator."""
 
     def __init__(self, images: Tensor, labels: Tensor, seed: int = 0) -> None:
         self.images, self.labels, self.seed, self.epoch = images, labels, seed, 0
@@ -47,7 +47,7 @@ class InMemory:
 
 
 def some_images(shape: Sequence[int], batches: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Normal images whose class shifts their mean, so that there is something to learn."""
+    """Normal images with a class-dependent mean, so that there is something to learn."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (BATCH * batches,), generator=generator)
     noise = torch.randn(len(labels), *shape, generator=generator)
@@ -55,7 +55,7 @@ def some_images(shape: Sequence[int], batches: int, seed: int = 0) -> tuple[Tens
 
 
 def search_images(shape: Sequence[int], seed: int = 0, batches: int = 2) -> SearchImages:
-    """Two batches of everything, three where all images are asked for."""
+    """Two batches of each kind, three where all images are used."""
     training, held_out, whole = (some_images(shape, n, seed + k) for k, n in enumerate((batches, batches, 3)))
     scoring = list(zip(*(part.split(BATCH) for part in held_out), strict=True))
     return SearchImages(InMemory(*training), InMemory(*held_out, 1), scoring, InMemory(*whole, 2))
@@ -97,13 +97,13 @@ def problem_of(
     scheme: Scheme | None = None,
     seed: int = 0,
 ) -> SearchProblem:
-    """``model`` is wrapped, in eval mode."""
+    """A search problem for ``model``, which is wrapped and in eval mode."""
     statistics = calibration.observe(model, [batch for batch, _ in images.scoring])
     return SearchProblem(model, space, budget, scheme or Scheme(), statistics, images, sgd, seed)
 
 
 def random_problem(seed: int) -> SearchProblem:
-    """A random network, space and scheme, and a budget within reach; nothing random but by ``seed``."""
+    """A random network, space and scheme, and a reachable budget, all determined by ``seed``."""
     rng = random.Random(seed)
     space = random_space(rng, 2, 5)
     budget = budget_within(space, rng, ("bops", "size", "both")[seed % 3])
@@ -126,7 +126,7 @@ def traced_problem(
     scheme: Scheme | None = None,
     seed: int = 0,
 ) -> SearchProblem:
-    """``net`` wrapped and traced as the workflows do it; by default the budget is what uniform 4 bits cost."""
+    """``net`` wrapped and traced as in the pipelines; the default budget is the cost of uniform 4 bits."""
     convert.wrap(net.eval())
     traced = trace(net, tiny.images(shape, 1))  # type: ignore[arg-type]
     convert.leave_float(net, traced.idle)
@@ -145,12 +145,12 @@ def tiny_problem(name: str, **options: Any) -> SearchProblem:
 
 
 def fresh(problem: SearchProblem, **changes: Any) -> SearchProblem:
-    """The same problem with a model of its own, since a search does with it as it likes."""
+    """The same problem with a copy of the model, since a search changes it."""
     return replace(problem, model=copy.deepcopy(problem.model), **changes)
 
 
 class Stopping:
-    """A memory in which a signal asks to stop after a number of steps; what it keeps goes through a file.
+    """A memory that requests an interrupt after a number of steps; its state goes through a file.
 
     Attributes:
         offers: steps so far.

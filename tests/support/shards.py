@@ -1,4 +1,4 @@
-"""Tar files of images, made on the spot, as timm's ``wds/`` reads them."""
+"""Tar files of images, generated as timm's ``wds/`` reads them."""
 
 import io
 import json
@@ -10,7 +10,7 @@ Sample = tuple[str, dict[str, bytes]]  # key, and contents by extension
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> None:
-    """One file."""
+    """Write one file."""
     with tarfile.open(path, "w") as archive:
         for key, files in samples:
             for extension, content in files.items():
@@ -20,7 +20,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
 
 
 def write_shards(folder: Path, splits: dict[str, Sequence[Sequence[Sample]]]) -> Path:
-    """Splits of so many files each, and the ``_info.json`` about them."""
+    """Write splits of these numbers of files, and their ``_info.json``."""
     folder.mkdir(parents=True, exist_ok=True)
     info = {}
     for split, shards in splits.items():
@@ -39,7 +39,7 @@ def write_shards(folder: Path, splits: dict[str, Sequence[Sequence[Sample]]]) ->
 
 
 def shards_of_folder(folder: Path, target: Path, sizes: Sequence[int]) -> Path:
-    """``folder/{train,val}/CLASS/*.png`` as shards of ``sizes`` images in turn, with the classes mixed."""
+    """``folder/{train,val}/CLASS/*.png`` as shards of ``sizes`` images in turn, with classes mixed."""
     splits = {}
     for split, name in (("train", "train"), ("val", "validation")):
         classes = sorted(path.name for path in (folder / split).iterdir())

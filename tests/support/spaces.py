@@ -16,11 +16,11 @@ W8A8 = LayerBits(weight=8, activation=8)
 
 
 def random_space(rng: random.Random, fewest: int = 1, most: int = 6) -> SearchSpace:
-    """Layers with groups, default pins, weights in common and rules; candidates tied or apart."""
+    """Layers with groups, default pins, shared weights and rules; candidates tied or not."""
     while True:
         try:
             return _random_space(rng, rng.randint(fewest, most))
-        except ConfigError:  # rules that leave a layer nothing
+        except ConfigError:  # rules that leave a layer no bits
             continue
 
 
@@ -55,12 +55,12 @@ def _random_space(rng: random.Random, count: int) -> SearchSpace:
 
 
 def spaces() -> st.SearchStrategy[SearchSpace]:
-    """Such spaces, by seed."""
+    """Random spaces, by seed."""
     return st.integers(0, 10**9).map(lambda seed: random_space(random.Random(seed)))
 
 
 def budget_within(space: SearchSpace, rng: random.Random, kind: str | None = None) -> Budget:
-    """A budget of BOPs, of bytes, or of both, that some configuration meets."""
+    """A reachable budget of BOPs, of bytes, or of both."""
     kind = kind or rng.choice(["bops", "size", "both"])
     bops, size = (rng.randint(*ends) for ends in zip(space.floor, space.ceiling, strict=True))
     return Budget(bops if kind != "size" else None, size if kind != "bops" else None)
@@ -83,7 +83,7 @@ def every_loss(losses: Sequence[Sequence[float]]) -> np.ndarray:
 
 
 def admitted(costs: np.ndarray, budget: Budget) -> np.ndarray:
-    """Which configurations a budget admits."""
+    """Which configurations meet a budget."""
     found = np.ones(len(costs), dtype=bool)
     for index, bound in budget.bounds():
         found &= costs[:, index] <= bound
@@ -91,7 +91,7 @@ def admitted(costs: np.ndarray, budget: Budget) -> np.ndarray:
 
 
 def used(costs: np.ndarray, budget: Budget) -> np.ndarray:
-    """Which of them use 98.5 % of a bound at least."""
+    """Which of them use at least 98.5 % of a bound."""
     assert BUDGET_USE == 0.985
     found = np.zeros(len(costs), dtype=bool)
     for index, bound in budget.bounds():

@@ -1,4 +1,4 @@
-"""Steps of minimizers on tiny networks: batches, chunks of them, and what a step leaves behind."""
+"""Minimizer steps on tiny networks: batches, chunks, and snapshots."""
 
 import inspect
 from typing import Any
@@ -43,21 +43,21 @@ def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
 
 
 def still(model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer whose step moves nothing."""
+    """An optimizer whose step changes nothing."""
     return torch.optim.SGD(model.parameters(), lr=0.0)
 
 
 def make(
     method: str, model: nn.Module, base: torch.optim.Optimizer, rho: float = RHO, **options: Any
 ) -> Minimizer:
-    """Any minimizer of the table, at a radius where it has one."""
+    """Any minimizer of the table, with a radius where it has one."""
     if "rho" in inspect.signature(MINIMIZERS[method]).parameters:
         options["rho"] = rho
     return MINIMIZERS[method](model, base, **options)
 
 
 def snapshot(model: nn.Module, base: torch.optim.Optimizer | None = None) -> list[tuple[str, Tensor]]:
-    """Every tensor of the model and of the optimizer's state, copied."""
+    """A copy of every tensor of the model and the optimizer state."""
     tensors = [(name, value.detach().clone()) for name, value in model.state_dict().items()]
     if base is not None:
         for index, state in base.state_dict()["state"].items():

@@ -1,6 +1,6 @@
-"""Hypothesis strategies for what quantizers meet: tensors, bit-widths, clipping levels.
+"""Hypothesis strategies for inputs of quantizers: tensors, bit-widths, clipping levels.
 
-No subnormals: flush-to-zero differs between machines. The profile is deterministic, so that a red test is red again.
+No subnormals: flush-to-zero differs between machines. The profile is deterministic, so that failures are reproducible.
 """
 
 import torch
@@ -17,7 +17,7 @@ BITS = range(2, 9)
 
 
 def bits() -> st.SearchStrategy[int]:
-    """Bit-widths that quantizers have."""
+    """Supported bit-widths."""
     return st.integers(2, 8)
 
 

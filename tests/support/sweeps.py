@@ -1,4 +1,4 @@
-"""Sweeps over many cases: a few of them in every run, all of them under ``pytest -m slow`` and these together."""
+"""Sweeps over many cases: some in every run, all with ``pytest -m slow``."""
 
 import os
 from collections.abc import Callable, Iterable

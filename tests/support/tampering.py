@@ -1,4 +1,4 @@
-"""Descriptions of a quantized ``conv_bn`` that contradict themselves, their network, or their schema."""
+"""Metadata of a quantized ``conv_bn`` that contradicts itself, its network, or its schema."""
 
 from collections.abc import Callable
 from typing import Any

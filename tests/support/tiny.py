@@ -1,4 +1,4 @@
-"""Networks of fewer than 10,000 parameters, one for each shape of network that the code must get right.
+"""Networks of fewer than 10,000 parameters, one for each structure that the code must handle.
 
 Every builder returns a float module and the shape (C, H, W) of one image. ``build`` adds settled batch norms, since
 freshly made running statistics (mean 0, variance 1) would hide mistakes; ``quantized`` installs real quantizers the
@@ -80,13 +80,13 @@ class Inverted(nn.Module):
 
 
 def depthwise() -> tuple[nn.Module, Shape]:
-    """Depthwise convolutions with ReLU6, whose bottlenecks hand on negative values."""
+    """Depthwise convolutions with ReLU6, whose bottlenecks output negative values."""
     layers = [*_conv_norm(3, 8, stride=2), Inverted(8, 16), Inverted(8, 16), nn.ReLU6(), *_head(8)]
     return nn.Sequential(*layers), (3, 8, 8)
 
 
 def grouped() -> tuple[nn.Module, Shape]:
-    """Grouped convolutions with biases, no norm."""
+    """Grouped convolutions with biases, without norms."""
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
         nn.ReLU(),
@@ -132,7 +132,7 @@ def tokens() -> tuple[nn.Module, Shape]:
 
 
 class Borrower(nn.Module):
-    """Multiplies with its child's weight itself, as Swin V2 and BEiT do, and so skips the child's forward."""
+    """Multiplies with its child's weight itself, as Swin V2 and BEiT do, bypassing the child's forward."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Borrower(nn.Module):
 
 
 def functional() -> tuple[nn.Module, Shape]:
-    """A parent that takes its child's weight."""
+    """A parent that uses its child's weight."""
     net = nn.Sequential(
         nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), Borrower(16), nn.ReLU(), nn.Linear(16, CLASSES)
     )
@@ -166,11 +166,11 @@ class Attention(nn.Module):
 
 
 def attention() -> tuple[nn.Module, Shape]:
-    """``nn.MultiheadAttention``; its own arithmetic, so equal to the float model to rounding only."""
+    """``nn.MultiheadAttention``, computed differently when wrapped: equal to float up to rounding."""
     return Attention(), (3, 8, 8)
 
 
-# Networks that, wrapped without quantizers, compute the very same bits as before.
+# Networks that are bit-identical when wrapped without quantizers.
 EXACT: dict[str, Callable[[], tuple[nn.Module, Shape]]] = {
     "mlp": mlp,
     "conv_bn": conv_bn,
@@ -190,7 +190,7 @@ def images(shape: Shape, count: int = 4, seed: int = 0) -> Tensor:
 
 
 def build(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
-    """A network of ``TINY`` in eval mode with settled batch norms, and four images for it."""
+    """A network of ``TINY`` in eval mode with recalibrated batch norms, and four images."""
     torch.manual_seed(seed)
     net, shape = TINY[name]()
     net.train()
@@ -207,7 +207,7 @@ def quantized(
     scheme: convert.Scheme | None = None,
     candidates: tuple[int, ...] = (),
 ) -> dict[str, QuantizedLayer]:
-    """Quantize ``net`` in place, every layer at ``bits``, with levels fitted on ``x``; its layers by name."""
+    """Quantize ``net`` in place at ``bits``, with levels fitted on ``x``, and return its layers by name."""
     convert.wrap(net)
     traced = trace(net, x[:1])
     convert.leave_float(net, traced.idle)

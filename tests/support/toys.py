@@ -1,8 +1,8 @@
-"""Search problems small enough to try every configuration, one of which is right by far.
+"""Search problems small enough to enumerate, with one clearly optimal configuration.
 
 The network of ``branches`` sees an image through a first layer, three branches of equal cost side by side, and a
-classifier over all of them. Branches count by fixed factors that lie far apart, labels are the float network's own
-answers: whoever gives bits by anything else than what a branch matters to the loss ends elsewhere.
+classifier over all of them. Branches are scaled by fixed factors that differ widely, and labels are the float network's
+predictions: only a searcher that measures the effect on the loss finds the optimum.
 """
 
 import itertools
@@ -23,13 +23,13 @@ from saqcli.quant.tracer import trace
 from saqcli.search.problem import Batch, Scored, SearchImages, SearchProblem
 from saqcli.search.supernet import Scorer
 
-FACTORS = (0.6, 0.03, 2.0)  # what the branches count, in order of execution
-RIGHT = [1, 0, 2]  # the choice for them under the budget that one of each option takes
+FACTORS = (0.6, 0.03, 2.0)  # factors of the branches, in execution order
+RIGHT = [1, 0, 2]  # the optimum under a budget for one of each option
 CLASSES = 5
 
 
 class Branches(nn.Module):
-    """Three convolutions of equal cost that count differently."""
+    """Three convolutions of equal cost and different importance."""
 
     def __init__(self, factors: tuple[float, ...] = FACTORS, width: int = 4) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Branches(nn.Module):
 
 
 class Shuffled:
-    """Batches in another order every epoch, each image a little changed; both drawn from the global generator."""
+    """Batches in another order every epoch with perturbed images, drawn from the global generator."""
 
     def __init__(
         self, images: Tensor, labels: Tensor, size: int = 32, seed: int = 0, noise: float = 0.05
@@ -70,7 +70,7 @@ class Shuffled:
 
 @dataclass
 class Kept:
-    """A memory that keeps every step's state, and stops the search at the one asked for."""
+    """A memory that keeps every step's state, and interrupts the search at the requested step."""
 
     stop_at: int = 0
     steps: int = 0
@@ -168,7 +168,7 @@ def branches(seed: int = 0, count: int = 1024, temperature: float = 4.0, **optio
 
 
 def every_choice(problem: SearchProblem) -> list[Scored]:
-    """All that the budget admits, by their loss with fitted levels, the best first."""
+    """All choices within the budget by their loss with fitted levels, best first."""
     scorer = Scorer(problem)
     choices = itertools.product(*(range(len(decision.options)) for decision in problem.space.decisions))
     admitted = [choice for choice in choices if problem.budget.admits(problem.space.cost(choice))]

@@ -1,11 +1,11 @@
-"""The export that is tried before a run, once for each network and style in a process: tests start many alike."""
+"""A cache for the trial export before a run, per network and style."""
 
 import sys
 from typing import Any
 
 
 def tried_once() -> None:
-    """Let a trial that has passed pass again without being made."""
+    """Skip trial exports that have already passed."""
     exporting: Any = sys.modules.get("saqcli.pipelines.export")
     if exporting is None or not hasattr(exporting, "_try_export") or hasattr(exporting._try_export, "passed"):
         return
@@ -15,7 +15,7 @@ def tried_once() -> None:
 
     def once(style: str, config: Any, network: Any) -> None:
         wanted = config.quantization
-        entry = NETWORKS.get(config.model.name.partition("/")[2])  # a test may have put another one there
+        entry = NETWORKS.get(config.model.name.partition("/")[2])  # a test may have replaced it
         key = (style, config.model.model_dump_json(), wanted.quantizer, wanted.weight_grid, id(entry))
         if key not in once.passed:  # type: ignore[attr-defined]
             trial(style, config, network)

@@ -1,4 +1,4 @@
-"""Which class a folder stands for: orders, lists of classes, maps from folders, and what is said about them."""
+"""Labels of class folders: orders, class lists, class maps, and notes about them."""
 
 import json
 import random
@@ -27,7 +27,7 @@ def opened(
     files: Mapping[str, object] | None = None,
     **options: str,
 ) -> Split:
-    """A split of class folders with an image each; ``options`` name files, which lie in the folder's parent."""
+    """A split of class folders with one image each; ``options`` name files in the folder's parent."""
     for name in folders:
         (root / "val" / name).mkdir(parents=True, exist_ok=True)
         Image.new("L", (2, 2)).save(root / "val" / name / "0.png")
@@ -41,8 +41,8 @@ def opened(
     return open_split(str(root), "val", num_classes=classes, **paths)  # type: ignore[arg-type]
 
 
-class TestOrder:
-    def test_timm_order_is_that_of_timm(self) -> None:
+class TestClassOrder:
+    def test_timm_order_matches_timm(self) -> None:
         from timm.utils.misc import natural_key
 
         names = [
@@ -62,7 +62,7 @@ class TestOrder:
         random.Random(0).shuffle(names)
         assert sort_classes(names, "timm") == sorted(names, key=natural_key)
 
-    def test_labels_are_those_of_timm_and_torchvision(self, tmp_path: Path) -> None:
+    def test_labels_match_timm_and_torchvision(self, tmp_path: Path) -> None:
         from timm.data.readers.reader_image_folder import find_images_and_targets
         from torchvision.datasets import ImageFolder
 
@@ -73,7 +73,7 @@ class TestOrder:
         assert (natural.class_order, text.class_order) == ("timm", "torchvision")
 
     @pytest.mark.parametrize("classes", [12, TORCHVISION])
-    def test_an_option_chooses_the_order(self, classes: Classes | int, tmp_path: Path) -> None:
+    def test_class_order_option_selects_the_order(self, classes: Classes | int, tmp_path: Path) -> None:
         names = [f"class_{number}" for number in range(1, 13)]
         for order in ("timm", "torchvision"):
             split = opened(tmp_path, names, classes, class_order=order)
@@ -91,21 +91,21 @@ class TestOrder:
             (["A", "a", "b"], r"timm does not tell A from a .* here A comes first"),
         ],
     )
-    def test_orders_that_differ_are_noted(self, names: list[str], text: str, tmp_path: Path) -> None:
+    def test_differing_orders_are_noted(self, names: list[str], text: str, tmp_path: Path) -> None:
         (note,) = opened(tmp_path, names, 3).notes
         assert re.search(text, note)
 
-    def test_orders_that_agree_are_not_noted(self, tmp_path: Path) -> None:
+    def test_agreeing_orders_are_not_noted(self, tmp_path: Path) -> None:
         assert opened(tmp_path, ["ant", "bee", "cat"], 3).notes == ()
 
-    def test_another_order_is_another_data_set(self, tmp_path: Path) -> None:
+    def test_other_order_changes_the_fingerprint(self, tmp_path: Path) -> None:
         names = ["c1", "c2", "c10"]
         kept = fingerprint(opened(tmp_path, names, 3))
         check_fingerprint(kept, opened(tmp_path, names, 3, class_order="timm"), "training")
         with pytest.raises(DataError, match="with other names or labels"):
             check_fingerprint(kept, opened(tmp_path, names, 3, class_order="torchvision"), "training")
 
-    def test_an_order_that_is_none_is_refused(self, tmp_path: Path) -> None:
+    def test_unknown_order_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(
             ConfigError, match=r"`data.class_order=.*alphabet` is neither an order nor a file"
         ):
@@ -124,9 +124,9 @@ LISTS: dict[str, tuple[str, object]] = {
 }
 
 
-class TestLists:
+class TestClassLists:
     @pytest.mark.parametrize("kind", LISTS)
-    def test_a_file_gives_the_order(self, kind: str, tmp_path: Path) -> None:
+    def test_file_sets_the_order(self, kind: str, tmp_path: Path) -> None:
         name, content = LISTS[kind]
         split = opened(tmp_path, ["ant", "cat", "dog"], 3, {name: content}, class_order=name)
         assert split.class_names == ("dog", "cat", "ant")
@@ -150,7 +150,7 @@ class TestLists:
             ("[", "it is not JSON"),
         ],
     )
-    def test_a_file_that_does_not_fit_is_refused(self, content: object, message: str, tmp_path: Path) -> None:
+    def test_mismatched_file_is_refused(self, content: object, message: str, tmp_path: Path) -> None:
         plain = isinstance(content, str) and content[:1] not in ("[", "{")
         name = "order.txt" if plain else "order.json"
         with pytest.raises((ConfigError, DataError), match=message) as caught:
@@ -158,7 +158,7 @@ class TestLists:
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
 
-    def test_a_pickled_list_is_not_read(self, tmp_path: Path) -> None:
+    def test_pickled_list_is_not_loaded(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="may hold code"):
             opened(tmp_path, ["ant"], 1, {"map.pkl": "x"}, class_order="map.pkl")
 
@@ -167,7 +167,7 @@ class TestLists:
         "name",
         ["class_to_idx.json", "class_to_idx.txt", "classes.txt", "class_indices.json", "class_map.txt"],
     )
-    def test_a_list_beside_the_folders_decides(self, name: str, place: str, tmp_path: Path) -> None:
+    def test_list_beside_folders_is_used(self, name: str, place: str, tmp_path: Path) -> None:
         content = ["dog", "cat", "ant"] if name.endswith("json") else "dog\ncat\nant\n"
         split = opened(tmp_path, ["ant", "cat", "dog"], 3)
         assert split.class_names == ("ant", "cat", "dog")
@@ -179,41 +179,41 @@ class TestLists:
         assert split.class_names == ("ant", "cat", "dog")
         assert any("numbers these classes differently: ant is 2 there, and 0" in note for note in split.notes)
 
-    def test_a_list_of_other_things_is_noted(self, tmp_path: Path) -> None:
+    def test_unrelated_list_is_noted(self, tmp_path: Path) -> None:
         split = opened(tmp_path, ["ant", "cat", "dog"], 3, {"classes.txt": "a\nb\nc\n"})
         assert split.class_names == ("ant", "cat", "dog")
         assert "lists other classes (a, b, c) than these folders: not used" in split.notes[0]
 
-    def test_a_list_of_some_folders_is_refused(self, tmp_path: Path) -> None:
+    def test_partial_list_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(
             DataError, match=r"classes.txt does not name 1 class folder .* \(ant\).*`data.class_order=timm`"
         ):
             opened(tmp_path, ["ant", "cat", "dog"], 3, {"classes.txt": "dog\ncat\nbee\n"})
 
-    def test_folders_that_are_not_there_are_noted(self, tmp_path: Path) -> None:
+    def test_missing_folders_are_noted(self, tmp_path: Path) -> None:
         split = opened(tmp_path, ["cat"], KNOWN)
         assert split.folders == {"cat": 1}
         assert split.notes == ("2 classes of the model's 3 have no folder: dog, ant",)
 
 
 class TestCheckpointAndRun:
-    def test_the_list_of_a_checkpoint_decides(self, tmp_path: Path) -> None:
+    def test_checkpoint_list_sets_the_order(self, tmp_path: Path) -> None:
         split = opened(tmp_path, ["ant", "cat", "dog"], KNOWN, {"classes.txt": "ant\ncat\ndog\n"})
         assert (split.class_names, split.class_order) == (("dog", "cat", "ant"), "checkpoint")
         assert "as in the checkpoint (dog, cat, ant)" in split.notes[0]
         assert "classes.txt numbers these classes differently" in split.notes[1]
 
-    def test_capitals_and_underscores_do_not_matter(self, tmp_path: Path) -> None:
+    def test_case_and_underscores_are_ignored(self, tmp_path: Path) -> None:
         classes = Classes(2, names=("golf ball", "English springer"))
         split = opened(tmp_path, ["Golf_Ball", "english-springer"], classes)
         assert split.folders == {"Golf_Ball": 0, "english-springer": 1}
 
-    def test_a_checkpoint_of_other_names_is_noted(self, tmp_path: Path) -> None:
+    def test_unrelated_checkpoint_classes_are_noted(self, tmp_path: Path) -> None:
         split = opened(tmp_path, ["x", "y", "z"], KNOWN)
         assert (split.class_names, split.class_order) == (("x", "y", "z"), "timm")
         assert "the checkpoint lists other classes (dog, cat, ant)" in split.notes[0]
 
-    def test_words_of_a_checkpoint_name_synsets(self, tmp_path: Path) -> None:
+    def test_checkpoint_words_map_to_synsets(self, tmp_path: Path) -> None:
         classes = Classes(3, names=("golf ball", "goldfish, Carassius auratus", "tench, Tinca tinca"))
         assert opened(tmp_path, [TENCH, GOLDFISH, GOLF_BALL], classes).folders == {
             TENCH: 2,
@@ -221,7 +221,7 @@ class TestCheckpointAndRun:
             GOLF_BALL: 0,
         }
 
-    def test_a_run_keeps_its_labels(self, tmp_path: Path) -> None:
+    def test_run_keeps_its_labels(self, tmp_path: Path) -> None:
         split = opened(tmp_path, ["ant", "cat", "dog"], RUN, {"class_to_idx.json": ["ant", "cat", "dog"]})
         assert split.folders == RUN.folders
         assert "numbered as in runs/x (dog, cat, ant)" in split.notes[0]
@@ -230,14 +230,14 @@ class TestCheckpointAndRun:
             in split.notes[1]
         )
 
-    def test_an_option_against_the_run_is_noted(self, tmp_path: Path) -> None:
+    def test_option_unlike_the_run_is_noted(self, tmp_path: Path) -> None:
         split = opened(tmp_path, ["ant", "cat", "dog"], RUN, class_order="torchvision")
         assert split.class_names == ("ant", "cat", "dog")
         assert split.notes == (
             "runs/x numbers these classes differently: ant is 2 there, and 0 by torchvision's order, which decides",
         )
 
-    def test_folders_that_the_run_did_not_see_are_refused(self, tmp_path: Path) -> None:
+    def test_unknown_folders_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(
             DataError,
             match=r"has the classes z, runs/x was trained on dog, cat, ant: .*`data.class_map=FILE`",
@@ -246,7 +246,7 @@ class TestCheckpointAndRun:
 
 
 class TestImageNet:
-    def test_names_are_those_of_the_logits(self, tmp_path: Path) -> None:
+    def test_class_names_follow_the_logits(self, tmp_path: Path) -> None:
         split = opened(tmp_path, [TENCH, PARACHUTE], 1000)
         assert (len(split.class_names), split.class_names[701], split.class_order) == (
             1000,
@@ -255,13 +255,13 @@ class TestImageNet:
         )
         assert split.folders == {TENCH: 0, PARACHUTE: 701}
 
-    def test_an_order_leaves_synsets_their_index(self, tmp_path: Path) -> None:
+    def test_order_option_keeps_synset_indices(self, tmp_path: Path) -> None:
         assert opened(tmp_path, [TENCH, PARACHUTE], 1000, class_order="timm").folders == {
             TENCH: 0,
             PARACHUTE: 701,
         }
 
-    def test_words_are_read_with_a_note(self, tmp_path: Path) -> None:
+    def test_words_are_mapped_with_a_note(self, tmp_path: Path) -> None:
         split = opened(tmp_path, ["tench", "golf ball", "English_springer"], 1000)
         assert split.folders == {"tench": 0, "golf ball": 574, "English_springer": 217}
         assert "golf ball is n03445777" in split.notes[0]
@@ -283,19 +283,17 @@ class TestImageNet:
             ),  # volleyball the game, not the ball
         ],
     )
-    def test_names_that_are_not_clear_are_refused(
-        self, names: list[str], message: str, tmp_path: Path
-    ) -> None:
+    def test_ambiguous_names_are_refused(self, names: list[str], message: str, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             opened(tmp_path, names, 1000)
 
-    def test_a_list_of_the_folders_alone_is_not_used(self, tmp_path: Path) -> None:
+    def test_partial_list_is_ignored_for_imagenet(self, tmp_path: Path) -> None:
         split = opened(tmp_path, [TENCH, PARACHUTE], 1000, {"class_to_idx.json": {TENCH: 0, PARACHUTE: 1}})
         assert split.folders[PARACHUTE] == 701
         assert "class_to_idx.json is not used: it lists 2 classes, the model has 1000" in split.notes[0]
 
-    def test_synsets_keep_their_index_beside_words(self, tmp_path: Path) -> None:
-        """Two classes of ImageNet are called crane: the bird is 134, the machine 517."""
+    def test_synsets_beside_ambiguous_words(self, tmp_path: Path) -> None:
+        """Two ImageNet classes are called crane: the bird is 134, the machine 517."""
         from timm.data import ImageNetInfo
 
         info = ImageNetInfo("imagenet-1k")
@@ -304,11 +302,11 @@ class TestImageNet:
         assert split.folders == {TENCH: 0, "n02012849": 134}
         assert split.class_order == "imagenet"
 
-    def test_a_name_that_stands_twice_decides_nothing(self, tmp_path: Path) -> None:
+    def test_duplicate_names_are_not_used(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="does not name 1 class folder"):
             opened(tmp_path, ["a", "b"], Classes(3, names=("a", "a", "b")))
 
-    def test_advice_leads_out_of_a_partial_list(self, tmp_path: Path) -> None:
+    def test_partial_list_error_gives_advice(self, tmp_path: Path) -> None:
         classes = Classes(3, names=("dog", "cat", "ant"))
         with pytest.raises(DataError) as error:
             opened(tmp_path, ["dog", "foo"], classes)
@@ -326,20 +324,20 @@ MAPS: dict[str, tuple[str, object]] = {
 }
 
 
-class TestMap:
+class TestClassMap:
     @pytest.mark.parametrize("kind", MAPS)
-    def test_folders_are_what_the_map_says(self, kind: str, tmp_path: Path) -> None:
+    def test_map_assigns_folders(self, kind: str, tmp_path: Path) -> None:
         name, content = MAPS[kind]
         split = opened(tmp_path, ["fish", "my ball"], 1000, {name: content}, class_map=name)
         assert split.folders == {"fish": 0, "my ball": 574}
         assert (len(split.class_names), split.notes) == (1000, ())
 
-    def test_a_map_may_join_and_rename_folders(self, tmp_path: Path) -> None:
+    def test_map_may_merge_and_rename_folders(self, tmp_path: Path) -> None:
         files = {"m.txt": "a zebra\nb ant\nc zebra\n"}
         split = opened(tmp_path, ["a", "b", "c"], 2, files, class_map="m.txt")
         assert (split.class_names, split.folders) == (("ant", "zebra"), {"a": 1, "b": 0, "c": 1})
 
-    def test_a_run_knows_joined_folders_again(self, tmp_path: Path) -> None:
+    def test_run_recognizes_merged_folders(self, tmp_path: Path) -> None:
         run = Classes(
             2, names=("ant", "zebra"), folders={"a": 1, "b": 0, "c": 1}, order="timm", trained="runs/x"
         )
@@ -367,7 +365,7 @@ class TestMap:
             ("", "maps no folder"),
         ],
     )
-    def test_a_map_that_does_not_fit_is_refused(self, content: str, message: str, tmp_path: Path) -> None:
+    def test_mismatched_map_is_refused(self, content: str, message: str, tmp_path: Path) -> None:
         with pytest.raises((ConfigError, DataError), match=message):
             opened(tmp_path, ["ant", "cat", "dog"], 3, {"m.txt": content}, class_map="m.txt")
 
@@ -380,16 +378,14 @@ class TestMap:
         (["search", "--budget", "w4a4"], "--class-map"),
     ],
 )
-def test_a_missing_file_is_told_before_weights_are_read(
-    command: list[str], option: str, tmp_path: Path
-) -> None:
+def test_missing_file_is_reported_early(command: list[str], option: str, tmp_path: Path) -> None:
     more = ["saq/resnet20", "--weights", "nowhere.pth", "--data", tmp_path, option, "nowhere.txt", "--quiet"]
     result = saq(command[0], *more, *command[1:])
     assert result.exit_code == 1
     assert f"{option} nowhere.txt is " in last_error(result)
 
 
-def test_splits_that_are_numbered_differently_are_refused(tmp_path: Path) -> None:
+def test_splits_with_other_labels_are_refused(tmp_path: Path) -> None:
     opened(tmp_path, ["ant", "cat"], 2)
     (tmp_path / "val").rename(tmp_path / "train")
     opened(tmp_path, ["ant", "cat"], 2, {"val/classes.txt": "cat\nant\n"})

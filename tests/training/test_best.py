@@ -1,4 +1,4 @@
-"""Fine-tuning that ends below where it was: the best state is kept, told, and exported where that is asked for."""
+"""Fine-tuning that ends below its best: the best state is kept, reported, and exported on request."""
 
 import json
 import shutil
@@ -29,9 +29,9 @@ def images(digits: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def harmed(digits: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A run with a learning rate that is much too high, and what it printed."""
-    run = tmp_path_factory.mktemp("harmed") / "run"
+def degraded_run(digits: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A run with a far too high learning rate, and its output."""
+    run = tmp_path_factory.mktemp("degraded") / "run"
     given = ("--bits", 4, "--epochs", EPOCHS, "--lr", 0.5, "--ema", 0.5, "--batch-size", 48, "--workers", 0)
     options = (*float_options(digits, images), *given, "--set", "data.verify_images=20")
     return run, answer("quantize", MODEL, *options, "--run-dir", run)
@@ -45,8 +45,8 @@ def top1(images: Path, target: Path) -> float:
     return float(answer("eval", target, "--data", images)["top1"])
 
 
-def test_best_state_is_that_of_the_metrics(harmed: tuple[Path, Any], images: Path) -> None:
-    run, found = harmed
+def test_best_state_matches_the_metrics(degraded_run: tuple[Path, Any], images: Path) -> None:
+    run, found = degraded_run
     scores = {line.get("epoch", 0): line for line in lines(run) if line["phase"] in ("calibrated", "val")}
     best = max(scores, key=lambda epoch: (scores[epoch]["top1"], -scores[epoch]["loss"], epoch))
 
@@ -62,9 +62,9 @@ def test_best_state_is_that_of_the_metrics(harmed: tuple[Path, Any], images: Pat
 
 
 def test_table_and_report_show_last_and_best(
-    harmed: tuple[Path, Any], capsys: pytest.CaptureFixture[str]
+    degraded_run: tuple[Path, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, found = harmed
+    run, found = degraded_run
     show_quantized(found)
     table, report = capsys.readouterr().out, (run / "report.md").read_text()
     best = f"best (epoch {found['best_epoch']})"
@@ -82,8 +82,8 @@ def test_table_and_report_show_last_and_best(
     assert row == f"| top-1 | {' | '.join(f'{value:.2f} %' for value in shown)} |"
 
 
-def test_resuming_can_export_the_best(harmed: tuple[Path, Any], images: Path, tmp_path: Path) -> None:
-    before, found = harmed
+def test_resume_can_export_the_best(degraded_run: tuple[Path, Any], images: Path, tmp_path: Path) -> None:
+    before, found = degraded_run
     run = shutil.copytree(before, tmp_path / "run")
 
     again = answer("quantize", "--run-dir", run, "--resume", "--set", "training.keep=best")
@@ -105,9 +105,9 @@ def test_resuming_can_export_the_best(harmed: tuple[Path, Any], images: Path, tm
     assert "started with other settings (training.lr: 0.5 -> 0.1)" in refused.stderr
 
 
-def test_checkpoints_without_a_best_state_resume(harmed: tuple[Path, Any], tmp_path: Path) -> None:
-    """Those of earlier versions: the best epoch is not known, and the model is the same."""
-    before, found = harmed
+def test_checkpoints_without_best_state_resume(degraded_run: tuple[Path, Any], tmp_path: Path) -> None:
+    """Checkpoints of earlier versions: the best epoch is unknown, and the model is the same."""
+    before, found = degraded_run
     run = shutil.copytree(before, tmp_path / "run")
     file = CheckpointFile(run / "checkpoints" / "last.ckpt")
     state = file.load() or {}
@@ -123,7 +123,7 @@ def test_checkpoints_without_a_best_state_resume(harmed: tuple[Path, Any], tmp_p
     show_quantized(again)
 
 
-def test_without_fine_tuning_calibration_is_exported(digits: Path, images: Path, tmp_path: Path) -> None:
+def test_calibration_is_exported_without_training(digits: Path, images: Path, tmp_path: Path) -> None:
     options = (*float_options(digits, images), "--bits", 8, "--epochs", 0, "--set", "data.verify_images=20")
 
     found = answer("quantize", MODEL, *options, "--run-dir", tmp_path)
@@ -133,7 +133,7 @@ def test_without_fine_tuning_calibration_is_exported(digits: Path, images: Path,
     assert "|  | float | calibrated |\n" in (tmp_path / "report.md").read_text()
 
 
-def test_noise_is_the_error_of_a_difference() -> None:
+def test_noise_is_a_standard_error() -> None:
     one, other = Score(images=10_000, top1=88.2), Score(images=10_000, top1=87.2)
     assert noise(one, other) == pytest.approx(0.4644, abs=1e-4)
     assert noise(Score(images=100, top1=100.0), Score(images=100, top1=100.0)) == 0
@@ -150,7 +150,7 @@ def test_noise_is_the_error_of_a_difference() -> None:
         (8000, 85.0, None, 80.0, "ended below calibration"),
     ],
 )  # fmt: skip
-def test_advice_comes_where_the_last_is_worse_by_more_than_noise(
+def test_advice_appears_beyond_noise(
     images: int, calibrated: float, best: tuple[int, float] | None, last: float, says: str | None
 ) -> None:
     def score(value: float) -> Score:
@@ -166,7 +166,7 @@ def test_advice_comes_where_the_last_is_worse_by_more_than_noise(
         assert ("training.keep=best" in text) == (best is not None)
 
 
-def test_equal_states_are_told_by_loss_then_by_time() -> None:
+def test_ties_are_broken_by_loss_then_epoch() -> None:
     best = Best(1, Score(images=10, top1=90.0, loss=0.5), {})
     assert best.beaten_by(Score(images=10, top1=90.0, loss=0.4))
     assert best.beaten_by(Score(images=10, top1=90.0, loss=0.5))

@@ -1,4 +1,4 @@
-"""Cheaper ascents, accumulation and data-parallel steps: each is compared with what it stands for."""
+"""Cheaper ascents, accumulation and data-parallel steps, each compared with its reference."""
 
 import copy
 from typing import Any
@@ -45,15 +45,13 @@ def train(method: str, steps: int = 7, **options: Any) -> list[tuple[str, Tensor
 
 
 @pytest.mark.parametrize("method", ASCENDING)
-def test_an_interval_of_1_is_the_method_itself_bitwise(method: str) -> None:
+def test_interval_1_equals_the_method(method: str) -> None:
     assert_bitwise_equal(train(method), train(method, interval=1, reuse=0.7))
 
 
 @pytest.mark.parametrize("method", ASCENDING)
 @pytest.mark.parametrize("interval", [2, 3])
-def test_an_interval_alternates_between_the_method_and_plain_steps_bitwise(
-    method: str, interval: int
-) -> None:
+def test_interval_alternates_with_plain_steps(method: str, interval: int) -> None:
     model = trainable("conv_bn")
     base = sgd(model)
     ascending, plain = make(method, model, base), make("qat", model, base)
@@ -80,31 +78,31 @@ def test_an_interval_alternates_between_the_method_and_plain_steps_bitwise(
         {"bn_second_pass": "sometimes"},
     ],
 )
-def test_options_that_cannot_be_are_refused_at_once(options: dict[str, Any]) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any]) -> None:
     model = trainable("conv_bn")
     with pytest.raises(ConfigError, match=next(iter(options))):
         make("asaq", model, sgd(model), **options)
 
 
-# Going on with the last ascent.
+# Reuse of the last ascent.
 
 
 @pytest.mark.parametrize("method", ASCENDING)
-def test_reuse_at_a_radius_of_zero_is_plain_training_bitwise(method: str) -> None:
-    """What rounding leaves of equal gradients must not be blown up to their size."""
+def test_reuse_at_zero_radius_is_plain_training(method: str) -> None:
+    """Rounding noise between equal gradients must not be scaled up."""
     assert_bitwise_equal(train("qat"), train(method, rho=0.0, interval=2, reuse=0.7))
 
 
 def gradients(model: nn.Module, loss: Any) -> Tensor:
-    """Of all parameters in one vector."""
+    """The gradients of all parameters as one vector."""
     found = torch.autograd.grad(loss(), list(model.parameters()), allow_unused=True)
     parts = [torch.zeros_like(p) if g is None else g for g, p in zip(found, model.parameters(), strict=True)]
     return torch.cat([part.flatten() for part in parts])
 
 
 @pytest.mark.parametrize("network", ["token_mlp", "attention"])
-def test_reuse_adds_what_the_last_ascent_had_beside_the_gradient(network: str) -> None:
-    """Algorithm 1 of LookSAM, written out in float64 on the vector of all gradients."""
+def test_reuse_adds_previous_component(network: str) -> None:
+    """Algorithm 1 of LookSAM, in float64 on the vector of all gradients."""
     reuse = 0.7
     model = trainable(network, torch.float64)
     data = [(x.double(), labels) for x, labels in (batch(16, seed=0), batch(16, seed=1))]
@@ -131,11 +129,11 @@ def test_reuse_adds_what_the_last_ascent_had_beside_the_gradient(network: str) -
     assert abs(float(g_v @ g_s)) > 0
 
 
-# A part of the images.
+# Ascent on a fraction of the images.
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(1.0, 16), (0.25, 4), (0.3, 5), (0.01, 2)])
-def test_the_ascent_sees_a_part_of_the_images_and_the_descent_all(fraction: float, count: int) -> None:
+def test_ascent_fraction_subsamples_images(fraction: float, count: int) -> None:
     model = trainable("conv_bn")
     seen: list[int] = []
     model.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
@@ -148,7 +146,7 @@ def test_the_ascent_sees_a_part_of_the_images_and_the_descent_all(fraction: floa
 
 
 @pytest.mark.parametrize("method", ASCENDING)
-def test_a_part_of_the_images_does_not_matter_at_a_radius_of_zero(method: str) -> None:
+def test_ascent_fraction_at_zero_radius(method: str) -> None:
     ends = []
     for name, fraction in (("qat", 1.0), (method, 0.25)):
         model = trainable("conv_bn")
@@ -164,7 +162,7 @@ def test_a_part_of_the_images_does_not_matter_at_a_radius_of_zero(method: str) -
 
 
 def eval_norms(model: nn.Module) -> nn.Module:
-    """Batch norms in eval mode: a batch statistic is of its micro-batch, by nature."""
+    """Batch norms in eval mode, since batch statistics depend on the micro-batch."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
@@ -179,7 +177,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("method", "network", "quantizer"), CASES)
-def test_four_micro_batches_of_32_are_one_of_128(method: str, network: str, quantizer: str) -> None:
+def test_four_micro_batches_equal_one_batch(method: str, network: str, quantizer: str) -> None:
     """In float64: sums of 128 terms in another order differ by at most 128 eps of their terms, here of order 1; a
     hundredfold is allowed for the way through the network and three steps."""
     ends = []
@@ -203,7 +201,7 @@ def test_four_micro_batches_of_32_are_one_of_128(method: str, network: str, quan
         assert (value - ends[1][name]).abs().max() <= 128 * 2**-52 * 100 * scale, name
 
 
-def test_a_chunk_of_micro_batches_has_one_perturbation() -> None:
+def test_chunk_shares_one_perturbation() -> None:
     model = eval_norms(trainable("conv_bn"))
     layers = quantized_layers(model)
     seen: list[list[Tensor]] = []

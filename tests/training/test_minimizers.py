@@ -1,4 +1,4 @@
-"""Minimizers: their limits, an independent twin, and that they leave nothing behind."""
+"""Minimizers: limiting cases, an independent reference, and side effects."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -85,7 +85,7 @@ def twin_step(
     kinds: dict[str, Any],
     method: str = "saq",
 ) -> Tensor:
-    """One update, in place."""
+    """One in-place update."""
     small = ["b", "g", "s", "c", "conv_a", "linear_a"]
     moved = [*small, "w", "v", "w_a", "v_a"] if method == "sam" else small
     zero = {name: torch.zeros_like(p[name]) for name in moved}
@@ -116,7 +116,7 @@ def twin_step(
 def twin_scales(
     p: dict[str, Tensor], unit: RadiusUnit, kinds: dict[str, Any], *, adaptive: bool
 ) -> dict[str, Any]:
-    """T of every tensor that has another than 1."""
+    """T of every tensor where it is not 1."""
     scale: dict[str, Any] = {}
     for name in ("w", "v"):
         weight = p[name].detach()
@@ -133,7 +133,7 @@ def twin_scales(
 
 
 def twin_model(grid: str) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
-    """A float64 network with levels set by hand, its tensors under the twin's names, and its grids."""
+    """A float64 network with levels set by hand, its tensors under the reference's names, and its grids."""
     model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 5))
     model.double().train()
     convert.wrap(model)
@@ -170,7 +170,7 @@ def twin_model(grid: str) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]
 @pytest.mark.parametrize("grid", ["auto", "paper", "zero"])
 @pytest.mark.parametrize("unit", ["deviation", "absolute"])
 @pytest.mark.parametrize("method", [name for name in MINIMIZERS if name != "qat"])
-def test_every_method_equals_its_formulas_written_out(method: str, unit: RadiusUnit, grid: str) -> None:
+def test_every_method_matches_its_formulas(method: str, unit: RadiusUnit, grid: str) -> None:
     model, members, kinds = twin_model(grid)
     p = {name: value.detach().clone() for name, value in members.items()}
     for name in ("w_a", "v_a", "conv_a", "linear_a"):
@@ -195,7 +195,7 @@ def test_every_method_equals_its_formulas_written_out(method: str, unit: RadiusU
     assert (norm.running_var - buffers["var"]).abs().max() < 1e-10
 
 
-# Limits.
+# Limiting cases.
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_every_method_equals_its_formulas_written_out(method: str, unit: RadiusU
         lambda method, network: network == (network if method == "saq" else "conv_bn"),
     ),
 )
-def test_a_radius_of_zero_is_plain_training_bitwise(method: str, network: str) -> None:
+def test_zero_radius_is_plain_training(method: str, network: str) -> None:
     ends = []
     for name in ("qat", method):
         model = trainable(network)
@@ -219,7 +219,7 @@ def test_a_radius_of_zero_is_plain_training_bitwise(method: str, network: str) -
     assert_bitwise_equal(*ends)
 
 
-def test_case_1_is_saq_bitwise_where_nothing_is_clipped_and_not_otherwise() -> None:
+def test_case_1_equals_saq_without_clipping() -> None:
     for widen, same in ((100.0, True), (0.5, False)):
         ends = []
         for method in ("saq", "case1"):
@@ -234,8 +234,8 @@ def test_case_1_is_saq_bitwise_where_nothing_is_clipped_and_not_otherwise() -> N
         assert equal == same
 
 
-def test_sam_moves_few_quantized_weights_and_saq_all_of_them() -> None:
-    """Rounding swallows a perturbation of the float weights: the reason for SAQ."""
+def test_saq_moves_more_weights_than_sam() -> None:
+    """Rounding absorbs a perturbation of the float weights: the reason for SAQ."""
     shares = {}
     for method in ("sam", "saq"):
         model = trainable("conv_bn")
@@ -255,7 +255,7 @@ def test_sam_moves_few_quantized_weights_and_saq_all_of_them() -> None:
     assert 0 < shares["sam"] < 0.2 * shares["saq"]
 
 
-def test_a_radius_above_zero_is_not_plain_training() -> None:
+def test_nonzero_radius_differs_from_plain() -> None:
     model = trainable("conv_bn")
     other = deepcopy(model)
     data = batch()
@@ -271,7 +271,7 @@ def test_a_radius_above_zero_is_not_plain_training() -> None:
 
 @pytest.mark.parametrize("unit", ["deviation", "absolute"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_joint_norm_of_the_scaled_perturbation_is_the_radius(network: str, unit: RadiusUnit) -> None:
+def test_scaled_perturbation_has_norm_rho(network: str, unit: RadiusUnit) -> None:
     model = trainable(network, torch.float64)
     x, labels = batch()
     members = PerturbedSet(model)
@@ -286,7 +286,7 @@ def test_joint_norm_of_the_scaled_perturbation_is_the_radius(network: str, unit:
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_every_quantized_layer_is_perturbed_in_the_second_pass_alone(network: str) -> None:
+def test_only_second_pass_is_perturbed(network: str) -> None:
     model = trainable(network)
     layers = quantized_layers(model)
     data = batch()
@@ -303,11 +303,11 @@ def test_every_quantized_layer_is_perturbed_in_the_second_pass_alone(network: st
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_the_perturbation_raises_the_loss(network: str) -> None:
+def test_perturbation_increases_the_loss(network: str) -> None:
     model = trainable(network, torch.float64)
     x, labels = batch()
     loss = loss_of(model, (x.double(), labels))
-    members = PerturbedSet(model, ["weights"])  # in which the loss is smooth, all but the codes behind
+    members = PerturbedSet(model, ["weights"])  # where the loss is smooth, except for later codes
     before, gradients = members.gradients(loss)
     with members.applied(members.ascent(gradients, 0.05, "deviation")), torch.no_grad():
         assert loss() > before
@@ -323,7 +323,7 @@ KINDS: dict[Kind, set[str]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_the_kinds_asked_for_are_moved(kind: Kind) -> None:
+def test_only_selected_kinds_are_perturbed(kind: Kind) -> None:
     model = trainable("conv_bn")
     members = PerturbedSet(model, [kind])
     _, gradients = members.gradients(loss_of(model, batch()))
@@ -336,7 +336,7 @@ def test_only_the_kinds_asked_for_are_moved(kind: Kind) -> None:
     assert ports == {kind == "weights"}
 
 
-def test_frozen_parameters_are_not_moved() -> None:
+def test_frozen_parameters_are_not_perturbed() -> None:
     model = trainable("conv_bn")
     frozen = [value for norm in norms(model) for value in norm.parameters()]
     for value in frozen:
@@ -345,7 +345,7 @@ def test_frozen_parameters_are_not_moved() -> None:
     assert not {id(p) for p in PerturbedSet(model).parameters} & {id(p) for p in frozen}
 
 
-def test_a_layer_that_did_not_run_counts_as_zero() -> None:
+def test_unused_layer_counts_as_zero() -> None:
     model = quantize(TwoHeads).model.double().train()
     assert isinstance(model, TwoHeads)
     model.use_auxiliary = False
@@ -360,7 +360,7 @@ def test_a_layer_that_did_not_run_counts_as_zero() -> None:
 
 
 @pytest.mark.parametrize("method", MINIMIZERS)
-def test_a_layer_that_did_not_run_stays_as_it_is(method: str) -> None:
+def test_unused_layer_is_unchanged(method: str) -> None:
     model = quantize(TwoHeads).model.train()
     assert isinstance(model, TwoHeads)
     model.use_auxiliary = False
@@ -371,7 +371,7 @@ def test_a_layer_that_did_not_run_stays_as_it_is(method: str) -> None:
     assert all(value.isfinite().all() for _, value in snapshot(model))
 
 
-def test_a_loss_that_no_quantized_layer_takes_part_in_is_refused() -> None:
+def test_loss_without_quantized_layers_fails() -> None:
     model = trainable("conv_bn")
     norm = next(norms(model))
 
@@ -381,7 +381,7 @@ def test_a_loss_that_no_quantized_layer_takes_part_in_is_refused() -> None:
 
 
 @pytest.mark.parametrize("method", MINIMIZERS)
-def test_gradients_of_zero_leave_finite_weights(method: str) -> None:
+def test_zero_gradients_leave_finite_weights(method: str) -> None:
     model = trainable("conv_bn")
     x, _ = batch()
     make(method, model, sgd(model)).step(one_chunk(lambda *, ascent=False: model(x).sum() * 0))
@@ -390,8 +390,8 @@ def test_gradients_of_zero_leave_finite_weights(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", MINIMIZERS)
-def test_a_layer_of_a_single_weight_leaves_finite_weights(method: str) -> None:
-    """Its deviation is that of one number."""
+def test_single_weight_layer_stays_finite(method: str) -> None:
+    """The standard deviation of a single number is undefined."""
     network = nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(36, 5))
     model = quantize(lambda: network).model.train()
     minimizer = make(method, model, sgd(model))
@@ -401,8 +401,8 @@ def test_a_layer_of_a_single_weight_leaves_finite_weights(method: str) -> None:
     assert all(value.isfinite().all() for _, value in snapshot(model))
 
 
-def test_a_perturbed_set_without_members_is_refused() -> None:
-    """Rather than training without perturbation in silence."""
+def test_empty_perturbed_set_is_refused() -> None:
+    """Instead of training silently without perturbation."""
     model = quantize(lambda: nn.Sequential(nn.Flatten(), nn.Linear(108, 5, bias=False))).model.train()
 
     with pytest.raises(UnperturbedLayer, match="nothing to perturb"):
@@ -414,7 +414,7 @@ def test_a_perturbed_set_without_members_is_refused() -> None:
 
 @pytest.mark.parametrize("method", MINIMIZERS)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_step_of_length_zero_leaves_every_parameter_bitwise(network: str, method: str) -> None:
+def test_zero_learning_rate_changes_nothing(network: str, method: str) -> None:
     model = trainable(network)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     make(method, model, still(model)).step(chunks_of(model, batch(), 8))
@@ -425,7 +425,7 @@ def test_a_step_of_length_zero_leaves_every_parameter_bitwise(network: str, meth
 
 
 @pytest.mark.parametrize("fails_in", [1, 2])
-def test_an_exception_leaves_the_model_as_it_was(fails_in: int) -> None:
+def test_exception_leaves_the_model_unchanged(fails_in: int) -> None:
     model = trainable("conv_bn")
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     data, calls = batch(), []
@@ -447,7 +447,7 @@ def test_an_exception_leaves_the_model_as_it_was(fails_in: int) -> None:
     assert all(int(norm.num_batches_tracked) == 1 for norm in norms(model))  # type: ignore[arg-type]
 
 
-def test_batch_statistics_are_counted_once_and_are_those_of_the_unperturbed_pass() -> None:
+def test_statistics_come_from_the_first_pass() -> None:
     model = trainable("conv_bn")
     plain = deepcopy(model)
     data = batch()
@@ -459,7 +459,7 @@ def test_batch_statistics_are_counted_once_and_are_those_of_the_unperturbed_pass
     assert_bitwise_equal(snapshot(model), snapshot(plain))
 
 
-def test_batch_statistics_are_updated_by_both_passes_on_request() -> None:
+def test_both_passes_may_update_statistics() -> None:
     model = trainable("conv_bn")
     plain = deepcopy(model)
     data = batch()
@@ -472,7 +472,7 @@ def test_batch_statistics_are_updated_by_both_passes_on_request() -> None:
         assert not torch.equal(norm.running_mean, once.running_mean)  # type: ignore[arg-type]
 
 
-def test_norms_in_eval_mode_stay_untouched() -> None:
+def test_eval_norms_are_unchanged() -> None:
     model = trainable("conv_bn")
     frozen = next(norms(model)).eval()
     before = snapshot(frozen)
@@ -483,7 +483,7 @@ def test_norms_in_eval_mode_stay_untouched() -> None:
 
 
 @pytest.mark.parametrize("method", MINIMIZERS)
-def test_the_returned_loss_is_that_of_the_unperturbed_model(method: str) -> None:
+def test_returned_loss_is_unperturbed(method: str) -> None:
     model = trainable("conv_bn")
     plain = deepcopy(model)
     data = batch(16)
@@ -499,7 +499,7 @@ def test_the_returned_loss_is_that_of_the_unperturbed_model(method: str) -> None
 
 def gradients_of(minimizer: Callable[[nn.Module, torch.optim.Optimizer], Minimizer], model: nn.Module,
                  chunks: Callable[[nn.Module], list[Chunk]]) -> list[Tensor]:  # fmt: skip
-    """What the minimizer hands the optimizer; ``model`` is left as it is."""
+    """The gradients the minimizer passes to the optimizer; ``model`` is unchanged."""
     model = deepcopy(model)
     minimizer(model, still(model)).step(chunks(model))
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
@@ -512,7 +512,7 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("network", ["conv_bn", "token_mlp"])
-def test_every_chunk_is_perturbed_by_its_own_gradient(network: str) -> None:
+def test_every_chunk_has_its_own_perturbation(network: str) -> None:
     model = trainable(network, torch.float64)
     x, labels = batch(32)
     data = (x.double(), labels)
@@ -532,7 +532,7 @@ def test_every_chunk_is_perturbed_by_its_own_gradient(network: str) -> None:
 
 @pytest.mark.parametrize("sizes", [8, 12])
 @pytest.mark.parametrize("network", ["token_mlp", "attention", "standardized", "transposed"])
-def test_chunks_do_not_change_plain_training_without_batch_norm(network: str, sizes: int) -> None:
+def test_chunks_do_not_change_plain_training(network: str, sizes: int) -> None:
     model = trainable(network, torch.float64)
     x, labels = batch(32)
     data = (x.double(), labels)
@@ -557,8 +557,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     ("method", "strategy"),
     [("qat", "full"), *((method, name) for method in MINIMIZERS if method != "qat" for name in STRATEGIES)],
 )
-def test_training_continues_bitwise_from_saved_state(method: str, strategy: str) -> None:
-    """Saved after three steps, in the middle of an interval."""
+def test_saved_state_resumes_bit_identically(method: str, strategy: str) -> None:
+    """Saved after three steps, within an interval."""
     straight = trainable("conv_bn")
     base = sgd(straight)
     minimizer = make(method, straight, base, **STRATEGIES[strategy])
@@ -586,7 +586,7 @@ def test_training_continues_bitwise_from_saved_state(method: str, strategy: str)
 
 
 @pytest.mark.parametrize("method", MINIMIZERS)
-def test_the_base_optimizers_state_is_its_own(method: str) -> None:
+def test_base_optimizer_state_is_unchanged(method: str) -> None:
     model = trainable("conv_bn")
     base = sgd(model)
     make(method, model, base).step(chunks_of(model, batch(16), 8))
@@ -602,7 +602,7 @@ def test_the_base_optimizers_state_is_its_own(method: str) -> None:
     ),
 )
 def test_training_lowers_the_loss(method: str, network: str) -> None:
-    """Classes that one linear layer could tell apart: the sign of a channel's mean, in two bits."""
+    """Linearly separable classes: the sign of a channel's mean, in two bits."""
     with seeded(0):
         model = trainable(network)
     x = images(64, seed=5)
@@ -614,6 +614,6 @@ def test_training_lowers_the_loss(method: str, network: str) -> None:
     assert sum(losses[-5:]) / 5 < 0.9 * losses[0]
 
 
-def test_perturbed_by_default_are_weights_biases_norms_and_activation_clips() -> None:
-    """What the released code perturbs; clipping levels of weights are trained but stay in place."""
+def test_perturbed_kinds_by_default() -> None:
+    """As in the released code; clipping levels of weights are trained but not perturbed."""
     assert set(PERTURBED) == {"weights", "biases", "norms", "activation_clips"}

@@ -1,4 +1,4 @@
-"""What a batch's loss is: the same images in both passes, one answer of the teacher, formulas written out."""
+"""The objective of a batch: same images in both passes, one teacher pass, explicit formulas."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def mixing() -> Mixup:
 
 
 @pytest.mark.parametrize("method", ["qat", "saq", "sam"])
-def test_both_passes_see_the_same_mixed_images(method: str) -> None:
+def test_both_passes_use_the_same_mixed_images(method: str) -> None:
     model = trainable("conv_bn")
     seen: list[Tensor] = []
     model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].clone()))
@@ -29,14 +29,14 @@ def test_both_passes_see_the_same_mixed_images(method: str) -> None:
     assert not torch.equal(seen[0], x)
 
 
-def test_an_odd_batch_is_mixed_without_its_last_image() -> None:
+def test_odd_batch_drops_the_last_image() -> None:
     model = trainable("conv_bn")
     chunks = Objective(nn.CrossEntropyLoss(), mix=mixing()).pieces(model, *batch(15), chunk=16)
 
     assert [len(piece.labels) for chunk in chunks for piece in chunk] == [14]
 
 
-def test_mixed_targets_are_shares_and_count_as_their_largest() -> None:
+def test_mixed_targets_count_as_the_largest() -> None:
     model = trainable("conv_bn")
     ((piece,),) = Objective(nn.CrossEntropyLoss(), mix=mixing()).pieces(model, *batch(16), chunk=16)
     piece()
@@ -48,7 +48,7 @@ def test_mixed_targets_are_shares_and_count_as_their_largest() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_distillation_is_its_formula_written_out(weight: float, temperature: float) -> None:
+def test_distillation_matches_its_formula(weight: float, temperature: float) -> None:
     model = trainable("token_mlp")
     answers = torch.randn(16, CLASSES)
     objective = Objective(
@@ -65,7 +65,7 @@ def test_distillation_is_its_formula_written_out(weight: float, temperature: flo
     assert piece().item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_teacher_is_asked_once_about_every_image_and_gets_no_gradient() -> None:
+def test_teacher_runs_once_per_image() -> None:
     model, teacher = trainable("conv_bn"), nn.Sequential(nn.Flatten(), nn.Linear(108, CLASSES))
     asked: list[Tensor] = []
 
@@ -81,7 +81,7 @@ def test_the_teacher_is_asked_once_about_every_image_and_gets_no_gradient() -> N
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_a_lower_precision_of_the_ascent_leaves_the_descent_in_float32() -> None:
+def test_low_precision_ascent_keeps_descent() -> None:
     model = trainable("conv_bn")
     seen: list[torch.dtype] = []
     model.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
@@ -93,7 +93,7 @@ def test_a_lower_precision_of_the_ascent_leaves_the_descent_in_float32() -> None
     assert seen == [torch.bfloat16, torch.float32]
 
 
-def test_counting_before_any_loss_is_a_mistake_of_the_minimizer() -> None:
+def test_counting_before_any_loss_raises() -> None:
     ((piece,),) = Objective(nn.CrossEntropyLoss()).pieces(
         trainable("conv_bn"), images(4), torch.zeros(4), chunk=4
     )

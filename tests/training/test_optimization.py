@@ -1,4 +1,4 @@
-"""From settings to optimizer and minimizer: what is asked for reaches the step."""
+"""From settings to optimizer and minimizer."""
 
 import math
 
@@ -12,7 +12,7 @@ from saqcli.training.optimizer import make_minimizer, make_optimizer
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lion", "lookahead_sgd", "lookahead_adamw"])
-def test_gradients_are_clipped_before_the_step_of_any_optimizer(optimizer: str) -> None:
+def test_gradients_are_clipped(optimizer: str) -> None:
     model = nn.Linear(4, 3)
     found = make_optimizer(model, TrainingSection(optimizer=optimizer, clip_grad=1e-3))
     (100 * model(torch.randn(8, 4))).square().sum().backward()
@@ -23,7 +23,7 @@ def test_gradients_are_clipped_before_the_step_of_any_optimizer(optimizer: str) 
 
 
 @pytest.mark.parametrize("options", [{"rho": 0.6}, {"minimizer": {"rho": 0.6}}])
-def test_the_radius_is_the_one_that_was_asked_for(options: dict[str, float]) -> None:
+def test_radius_is_the_configured_one(options: dict[str, float]) -> None:
     training = TrainingSection(ascent_fraction=0.25, **options)  # type: ignore[arg-type]
     model = nn.Linear(1, 1)
     minimizer = make_minimizer(model, make_optimizer(model, training), training, side=32)

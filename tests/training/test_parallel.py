@@ -1,4 +1,4 @@
-"""Ranks that train together: what they hold after every step, and what one process would hold."""
+"""Data-parallel training: the state after every step, compared with one process."""
 
 import math
 from typing import Any
@@ -52,14 +52,14 @@ def all_methods() -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("count", sweep([2, 4], lambda count: count == 2))
-def test_ranks_agree_and_are_one_process_with_a_chunk_for_each(count: int) -> None:
+def test_ranks_equal_one_process_with_chunks(count: int) -> None:
     """Every rank ascends on its own slice; the descents are averaged.
 
     The sums of ``count`` gradients differ in their order alone: by ``count`` roundings of 2**-53 a step, which a step
     of SGD with momentum 0.9 carries over to at most 10 times as much.
     """
     ends = ranks_run(count, all_methods)
-    tolerance = 10 * STEPS * count * 2**-53 * 100  # and the network's own condition, below 100
+    tolerance = 10 * STEPS * count * 2**-53 * 100  # and the condition number of the network, below 100
     for method, options in METHODS.items():
         for other in ends[1:]:
             assert_bitwise_equal(list(ends[0][method].items()), list(other[method].items()))
@@ -75,7 +75,7 @@ def test_ranks_agree_and_are_one_process_with_a_chunk_for_each(count: int) -> No
 
 
 def trouble(kind: str) -> tuple[list[tuple[str, torch.Tensor]], Recovery, list[str]]:
-    """Steps in which one of two ranks has no memory, or no number."""
+    """Steps in which one of two ranks runs out of memory or gets NaN."""
     here = distributed.index()
     model = Small(trainable("conv_bn"), 4 if kind == "memory" and here == 1 else 99)
     base = sgd(model)
@@ -89,8 +89,8 @@ def trouble(kind: str) -> tuple[list[tuple[str, torch.Tensor]], Recovery, list[s
     return snapshot(model, base), step.recovery, notes
 
 
-def test_ranks_share_their_troubles() -> None:
-    """What one cannot do, none does; all hold the same afterwards."""
+def test_all_ranks_skip_failed_steps() -> None:
+    """If one rank cannot do a step, none does; all hold the same state afterwards."""
     (one, recovery, _), (other, _, notes) = ranks_run(2, trouble, "memory")
     assert recovery.micro_batch == 4
     assert len(notes) == 2
@@ -110,7 +110,7 @@ def scored() -> tuple[dict[str, Any], dict[str, Any]]:
         return tuple(vars(evaluate(model, data, task, device=CPU, shared=shared)) for shared in (True, False))  # type: ignore[return-value]
 
 
-def test_evaluation_by_ranks_is_that_of_one_process_bit_for_bit() -> None:
+def test_distributed_evaluation_is_exact() -> None:
     found = ranks_run(3, scored)
 
     assert {together["images"] for together, _ in found} == {59}
@@ -119,7 +119,7 @@ def test_evaluation_by_ranks_is_that_of_one_process_bit_for_bit() -> None:
 
 
 def measured() -> dict[str, Any]:
-    """What the searchers that measure one batch after the other find."""
+    """The measurements of the searchers that go batch by batch."""
     problem = tiny_problem("residual")
     return {
         "hawq": HAWQ(samples=2).traces(fresh(problem)),
@@ -127,7 +127,7 @@ def measured() -> dict[str, Any]:
     }
 
 
-def test_what_searchers_measure_is_shared_out_and_the_same_bit_for_bit() -> None:
+def test_distributed_measurements_are_exact() -> None:
     """Three ranks, two batches."""
     alone = measured()
     for found in ranks_run(3, measured):
@@ -135,7 +135,7 @@ def test_what_searchers_measure_is_shared_out_and_the_same_bit_for_bit() -> None
 
 
 def values(batch: int, task: Task) -> list[tuple[str, float]]:
-    """Whose sum depends on the order."""
+    """Values whose sum depends on the order."""
     task.advance()
     return [(name, 10.0 ** ((batch * step) % 17) / 3) for name, step in (("a", 5), ("b", 7))]
 
@@ -144,7 +144,7 @@ def summed(memory: Stopping) -> dict[str, float]:
     return sums_over_batches(fresh(tiny_problem("residual"), memory=memory), "", 11, values)
 
 
-def test_sums_over_batches_are_gone_on_with_by_another_number_of_ranks() -> None:
+def test_batch_sums_resume_with_other_world_size() -> None:
     whole, stopped = summed(Stopping()), Stopping(4)
     with pytest.raises(Interrupted):
         summed(stopped)
@@ -159,6 +159,6 @@ def metered() -> dict[str, Any]:
     return vars(meter.over_ranks())
 
 
-def test_figures_of_training_are_those_of_all_ranks() -> None:
+def test_training_metrics_cover_all_ranks() -> None:
     for found in ranks_run(2, metered):
         assert (found["images"], found["loss"]) == (3, 1.0)

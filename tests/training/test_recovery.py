@@ -1,4 +1,4 @@
-"""Steps in which something goes wrong: no memory, no number, no gradient."""
+"""Failing steps: out of memory, NaN, zero gradients."""
 
 import gc
 import math
@@ -24,7 +24,7 @@ OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 class Small(nn.Module):
-    """A network on a device that holds a few images at a time, and no more."""
+    """A network on a device with memory for a few images."""
 
     def __init__(self, model: nn.Module, most: int, error: BaseException = OUT) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.dropout(self.model(x))
-        if len(x) > self.most:  # after batch norms and random numbers have moved
+        if len(x) > self.most:  # after batch norms and random state have changed
             raise self.error
         return logits
 
@@ -52,8 +52,8 @@ def stepper(
 
 
 @pytest.mark.parametrize("method", MINIMIZERS)
-def test_a_step_that_ran_out_of_memory_is_the_step_of_smaller_micro_batches(method: str) -> None:
-    """Bit for bit: no random number, no running statistic of the attempt is left."""
+def test_out_of_memory_step_equals_micro_batches(method: str) -> None:
+    """Bit for bit: the attempt leaves no random numbers or running statistics behind."""
     ends = []
     for most, micro in ((4, None), (99, 4)):
         model = Small(trainable("conv_bn"), most)
@@ -69,7 +69,7 @@ def test_a_step_that_ran_out_of_memory_is_the_step_of_smaller_micro_batches(meth
     assert_bitwise_equal(*ends)
 
 
-def test_a_network_that_does_not_fit_at_all_is_told() -> None:
+def test_model_exceeding_memory_is_reported() -> None:
     model = Small(trainable("conv_bn"), 1)
     step, _ = stepper(model, sgd(model))
 
@@ -77,7 +77,7 @@ def test_a_network_that_does_not_fit_at_all_is_told() -> None:
         step(*batch(16))
 
 
-def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory() -> None:
+def test_other_errors_are_not_out_of_memory() -> None:
     model = Small(trainable("conv_bn"), 1, RuntimeError("shapes do not fit"))
     step, _ = stepper(model, sgd(model))
 
@@ -87,8 +87,8 @@ def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory() -> None:
 
 @pytest.mark.parametrize("method", MINIMIZERS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_step_without_a_number_leaves_nothing_behind(method: str, value: float) -> None:
-    """Training goes on as if the batch had not been there."""
+def test_nan_step_changes_nothing(method: str, value: float) -> None:
+    """Training continues as if the batch did not exist."""
     ends = []
     for spoiled in (True, False):
         model = trainable("conv_bn")
@@ -108,7 +108,7 @@ def test_a_step_without_a_number_leaves_nothing_behind(method: str, value: float
     assert_bitwise_equal(*ends)
 
 
-def test_a_gradient_without_a_number_is_noticed_though_the_loss_is_one() -> None:
+def test_nan_gradient_is_detected() -> None:
     class Steep(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def test_a_gradient_without_a_number_is_noticed_though_the_loss_is_one() -> None
     assert_bitwise_equal(before, snapshot(model))
 
 
-def test_too_many_in_a_row_end_training_with_the_last_good_weights() -> None:
+def test_repeated_nan_restores_good_weights() -> None:
     model = trainable("conv_bn")
     base = sgd(model)
     step, notes = stepper(model, base, patience=3)
@@ -148,7 +148,7 @@ def test_too_many_in_a_row_end_training_with_the_last_good_weights() -> None:
 
 
 @pytest.mark.parametrize("method", MINIMIZERS)
-def test_gradients_of_zero_move_nothing(method: str) -> None:
+def test_zero_gradients_change_nothing(method: str) -> None:
     model = trainable("conv_bn")
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -159,7 +159,7 @@ def test_gradients_of_zero_move_nothing(method: str) -> None:
     assert_bitwise_equal(list(before.items()), [(name, p.detach()) for name, p in model.named_parameters()])
 
 
-def test_evaluation_goes_on_in_halves() -> None:
+def test_evaluation_halves_the_batch_on_oom() -> None:
     model = quantize(NETWORKS["conv_bn"]).model.eval()
     data = [batch(16, seed=number) for number in range(2)]
     with SILENT.task("", 0) as task:
@@ -173,7 +173,7 @@ def test_evaluation_goes_on_in_halves() -> None:
 
 
 def _train_in(mebibytes: int, pipe: Any) -> None:
-    """A step on images that need more memory than this process may have."""
+    """A training step that needs more memory than this process may use."""
     torch.set_num_threads(1)
     gc.collect()
     model = nn.Sequential(
@@ -192,7 +192,7 @@ def _train_in(mebibytes: int, pipe: Any) -> None:
     pipe.send((len(pieces), step.recovery.micro_batch, notes))
 
 
-def test_memory_that_really_runs_out_is_recognised() -> None:
+def test_real_out_of_memory_is_recognized() -> None:
     """64 images of 128 x 128 in 32 channels are 128 MiB a tensor."""
     context = forks()
     ours, theirs = context.Pipe()

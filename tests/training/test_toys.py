@@ -1,4 +1,4 @@
-"""On a problem with a known best configuration every searcher that looks at the loss finds it."""
+"""On a problem with a known optimum, every loss-based searcher finds it."""
 
 from functools import cache
 from itertools import product
@@ -31,22 +31,22 @@ def found(method: str, seed: int) -> tuple[SearchProblem, SearchResult]:
     return problem, SEARCHERS[method].make(**OPTIONS[method]).search(problem)
 
 
-# Those that train take seconds.
+# Searchers that train take seconds.
 @pytest.mark.parametrize(
     ("method", "seed"),
     sweep(product(OPTIONS, range(3)), lambda method, seed: seed == 0 or not SEARCHERS[method].trains),
 )
-def test_the_best_configuration_is_found(method: str, seed: int) -> None:
+def test_best_configuration_is_found(method: str, seed: int) -> None:
     assert found(method, seed)[1].choice == RIGHT
 
 
-def test_the_most_accurate_of_what_was_scored_is_chosen() -> None:
+def test_most_accurate_candidate_is_chosen() -> None:
     _, drawn = found("random", 0)
     top1 = {scored.choice: scored.top1 for scored in drawn.scored}
     assert top1[tuple(drawn.choice)] == max(top1.values())
 
 
-def test_samq_takes_the_least_loss_of_those_that_accuracy_cannot_tell_apart() -> None:
+def test_samq_breaks_accuracy_ties_by_loss() -> None:
     problem, sampled = found("samq", 0)
     scored = {one.choice: one for one in sampled.scored}
     chosen, best = scored[tuple(sampled.choice)], max(one.top1 for one in sampled.scored)
@@ -57,13 +57,13 @@ def test_samq_takes_the_least_loss_of_those_that_accuracy_cannot_tell_apart() ->
     assert chosen.loss == min(one.loss for one in tied)
 
 
-def test_of_more_accurate_configurations_the_loss_decides_within_a_standard_error_only() -> None:
+def test_loss_decides_within_standard_error() -> None:
     images = [(torch.zeros(100, 1), torch.zeros(100, dtype=torch.long))]  # at 90 % an error of 3 points
     one, two, three = (Scored((i,), Cost(1, 1), top1, loss) for i, (top1, loss) in enumerate(TRIO))
     assert most_accurate([one, two, three], images) is two
 
 
-def test_the_simple_searchers_do_not_know_what_a_branch_matters() -> None:
-    """What makes the problem a test: the least quantization error, and equal bits, are something else."""
+def test_baselines_ignore_branch_importance() -> None:
+    """Control: the least quantization error and equal bits are not the optimum."""
     for method in ("error", "uniform"):
         assert SEARCHERS[method].make().search(branches()).choice != RIGHT

@@ -1,4 +1,4 @@
-"""The loops over batches: what they count, what they report, how they go on after an interruption."""
+"""Training and evaluation loops: counts, reports, and resume."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 class Watch:
-    """A task that remembers what it was told."""
+    """A task that records its calls."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -60,10 +60,10 @@ def batches(count: int, size: int = 16) -> list[tuple[Tensor, Tensor]]:
         return [(images(size, seed), torch.randint(0, CLASSES, (size,))) for seed in range(count)]
 
 
-# Counting.
+# Metrics.
 
 
-def test_score_is_that_of_all_images_together() -> None:
+def test_score_covers_all_images_jointly() -> None:
     logits, labels = random_logits(100)
     score = Meter()
     score.update(logits, labels)
@@ -77,7 +77,7 @@ def test_score_is_that_of_all_images_together() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_counts_do_not_depend_on_how_images_are_batched(size: int) -> None:
+def test_counts_are_independent_of_batching(size: int) -> None:
     logits, labels = random_logits(100)
     whole, split = Meter(), Meter()
     whole.update(logits, labels)
@@ -88,7 +88,7 @@ def test_counts_do_not_depend_on_how_images_are_batched(size: int) -> None:
     assert split.loss == pytest.approx(whole.loss, rel=1e-5)
 
 
-def test_unreadable_images_are_left_out_and_told_apart() -> None:
+def test_unreadable_images_are_skipped() -> None:
     logits, labels = random_logits(40)
     readable, all_of_them = Meter(), Meter()
     readable.update(logits[::2], labels[::2])
@@ -99,7 +99,7 @@ def test_unreadable_images_are_left_out_and_told_apart() -> None:
     assert vars(all_of_them) == {**vars(readable), "skipped": 20}
 
 
-def test_a_batch_of_unreadable_images_counts_nothing() -> None:
+def test_unreadable_batch_counts_nothing() -> None:
     meter = Meter()
     meter.update(torch.randn(4, 10), torch.full((4,), -1))
 
@@ -107,14 +107,14 @@ def test_a_batch_of_unreadable_images_counts_nothing() -> None:
 
 
 @pytest.mark.parametrize("classes", [1, 2, 5])
-def test_top5_is_all_of_them_with_five_classes_or_fewer(classes: int) -> None:
+def test_top5_is_100_with_few_classes(classes: int) -> None:
     meter = Meter()
     meter.update(*random_logits(30, classes))
 
     assert meter.score().top5 == 100.0
 
 
-def test_a_meter_is_made_again_from_its_variables() -> None:
+def test_meter_is_restored_from_its_state() -> None:
     meter = Meter()
     logits, labels = random_logits(30)
     labels[3] = -1
@@ -123,7 +123,7 @@ def test_a_meter_is_made_again_from_its_variables() -> None:
     assert Meter(**vars(meter)).score() == meter.score()
 
 
-def test_evaluate_counts_every_batch_and_keeps_the_best_classes() -> None:
+def test_evaluate_counts_and_keeps_predictions() -> None:
     logits, labels = random_logits(50)
     labels[[0, 20]] = -1
     meter, task, kept = Meter(), Watch(), []
@@ -140,16 +140,16 @@ def test_evaluate_counts_every_batch_and_keeps_the_best_classes() -> None:
 
 
 @pytest.mark.parametrize("data", [[], [(torch.randn(2, 3), torch.tensor([-1, -1]))]])
-def test_evaluating_nothing_is_refused(data: list[tuple[Tensor, Tensor]]) -> None:
+def test_empty_evaluation_is_refused(data: list[tuple[Tensor, Tensor]]) -> None:
     with pytest.raises(DataError, match="nothing to evaluate"):
         evaluate(lambda x: x, data, Watch(), device=CPU)
 
 
-# One epoch.
+# Epochs.
 
 
 @pytest.mark.parametrize("method", MINIMIZERS)
-def test_an_epoch_reports_loss_and_accuracy_of_the_unperturbed_model(method: str) -> None:
+def test_epoch_metrics_are_unperturbed(method: str) -> None:
     model = quantize(NETWORKS["token_mlp"]).model
     still = torch.optim.SGD(model.parameters(), lr=0.0)
     minimizer = QAT(model, still) if method == "qat" else MINIMIZERS[method](model, still, rho=0.5)
@@ -163,7 +163,7 @@ def test_an_epoch_reports_loss_and_accuracy_of_the_unperturbed_model(method: str
     assert task.figures["loss"] == score.loss
 
 
-def test_an_epoch_trains_in_training_mode() -> None:
+def test_epoch_uses_training_mode() -> None:
     model = quantize(NETWORKS["conv_bn"]).model.eval()
     one_epoch(model, QAT(model, torch.optim.SGD(model.parameters(), lr=0.1)), batches(2))
 
@@ -172,7 +172,7 @@ def test_an_epoch_trains_in_training_mode() -> None:
 
 
 class Recorder:
-    """A minimizer that notes the chunks it gets and moves nothing."""
+    """A minimizer that records its chunks and changes nothing."""
 
     def __init__(self) -> None:
         self.shares: list[list[list[float]]] = []
@@ -197,7 +197,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize(("m", "sizes"), [(8, [8, 8]), (16, [16]), (128, [16]), (6, [6, 5, 5])])
-def test_a_batch_is_split_into_chunks_that_share_a_perturbation(m: int, sizes: list[int]) -> None:
+def test_batch_is_split_into_chunks(m: int, sizes: list[int]) -> None:
     model = quantize(NETWORKS["token_mlp"]).model
     recorder = Recorder()
     ((x, labels),) = batches(1)
@@ -207,7 +207,7 @@ def test_a_batch_is_split_into_chunks_that_share_a_perturbation(m: int, sizes: l
     assert recorder.losses[0] == pytest.approx(float(F.cross_entropy(model(x), labels).detach()), rel=1e-5)
 
 
-def test_a_chunk_is_cut_into_micro_batches() -> None:
+def test_chunk_is_split_into_micro_batches() -> None:
     model = quantize(NETWORKS["token_mlp"]).model
     recorder = Recorder()
     ((x, labels),) = batches(1)
@@ -217,7 +217,7 @@ def test_a_chunk_is_cut_into_micro_batches() -> None:
     assert recorder.losses[0] == pytest.approx(float(F.cross_entropy(model(x), labels).detach()), rel=1e-5)
 
 
-def test_after_step_hears_the_number_of_steps_done() -> None:
+def test_after_step_gets_the_step_count() -> None:
     model = quantize(NETWORKS["token_mlp"]).model
     heard: list[int] = []
     for skip in (0, 3):
@@ -227,7 +227,7 @@ def test_after_step_hears_the_number_of_steps_done() -> None:
 
 
 @pytest.mark.parametrize("skip", [0, 1, 3, 5])
-def test_after_skip_is_called_once_between_the_last_batch_passed_over_and_the_first_step(skip: int) -> None:
+def test_after_skip_runs_once_before_first_step(skip: int) -> None:
     model = quantize(NETWORKS["token_mlp"]).model
     heard: list[object] = []
     hooks: dict[str, Any] = {"after_step": heard.append, "after_skip": lambda: heard.append("skipped")}
@@ -242,8 +242,8 @@ class _Stop(Exception):
 
 @pytest.mark.parametrize("stopped_at", [1, 3, 5])
 @pytest.mark.parametrize("method", MINIMIZERS)
-def test_an_interrupted_epoch_goes_on_bitwise_as_if_it_had_not_been(method: str, stopped_at: int) -> None:
-    """With augmentation and dropout, which both draw from the random state."""
+def test_interrupted_epoch_resumes_bit_identically(method: str, stopped_at: int) -> None:
+    """With augmentation and dropout, which both use the random state."""
 
     def network() -> nn.Module:
         return nn.Sequential(NETWORKS["conv_bn"](), nn.Dropout(0.5))
@@ -291,7 +291,7 @@ def test_an_interrupted_epoch_goes_on_bitwise_as_if_it_had_not_been(method: str,
         assert torch.equal(value, second.state_dict()[name]), name
 
 
-def test_a_loss_that_is_no_number_stops_training_before_anything_is_saved() -> None:
+def test_nan_loss_stops_training_before_saving() -> None:
     model = quantize(NETWORKS["token_mlp"]).model
     heard: list[int] = []
     data = batches(3)
@@ -309,7 +309,7 @@ def test_a_loss_that_is_no_number_stops_training_before_anything_is_saved() -> N
     assert heard == [1]
 
 
-def test_autocast_surrounds_the_forward_pass_and_the_loss_stays_in_float32() -> None:
+def test_autocast_keeps_the_loss_in_float32() -> None:
     seen: list[torch.dtype] = []
 
     def criterion(logits: Tensor, labels: Tensor) -> Tensor:
@@ -328,6 +328,6 @@ def test_autocast_surrounds_the_forward_pass_and_the_loss_stays_in_float32() -> 
     assert set(seen) == {torch.float32}
 
 
-def test_watch_is_a_task() -> None:
+def test_watch_implements_task() -> None:
     task: Task = Watch()
     task.advance(images=3)

@@ -1,7 +1,7 @@
-"""What ONNX Runtime's optimizer does to careless graphs, that the list finds it, and that our styles avoid it.
+"""Hazards of ONNX Runtime's optimizer: real, detected by the list, and avoided by our styles.
 
-Every hazard is a graph built by hand without our counter-measure. A newer ONNX Runtime may leave it alone: such a
-test is skipped with the version, and the counter-measure may go one day.
+Every hazard is a graph built by hand without our countermeasure. If a newer ONNX Runtime handles it correctly, the
+test is skipped with the version, and the countermeasure may be removed.
 """
 
 import tempfile
@@ -38,7 +38,7 @@ node: Build = helper.make_node
 
 
 class Hand:
-    """A graph under construction, ``x`` to ``y``."""
+    """A graph built by hand, ``x`` to ``y``."""
 
     def __init__(self, shape: list[int], opset: int = 21, ir_version: int = 10) -> None:
         self.shape, self.opset, self.ir_version = shape, opset, ir_version
@@ -57,12 +57,12 @@ class Hand:
         return name
 
     def quantized(self, x: str, step: float = 0.37, zero: Any = np.uint8(0)) -> str:
-        """``x`` quantized and back."""
+        """``x`` quantized and dequantized."""
         inputs = [self.constant(np.float32(step)), self.constant(zero)]
         return self.add("DequantizeLinear", [self.add("QuantizeLinear", [x, *inputs]), *inputs])
 
     def weight(self, shape: list[int], dtype: Any = np.int8, highest: int = 7, axis: int = 0) -> str:
-        """Integer codes behind a DequantizeLinear, a step a channel."""
+        """Integer codes with a DequantizeLinear, one step per channel."""
         codes = self.dice.integers(-highest - 1, highest + 1, shape).astype(dtype)
         steps = self.dice.uniform(0.02, 0.2, shape[axis]).astype(np.float32)
         return self.add("DequantizeLinear", [self.constant(codes), self.constant(steps)], axis=axis)
@@ -89,7 +89,7 @@ def run(model: onnx.ModelProto, level: Any, x: Any) -> Any:
 
 
 def changed(model: onnx.ModelProto, shape: list[int]) -> float:
-    """The share of numbers that default optimizations change by more than float32 rounding."""
+    """The share of values that default optimizations change by more than float32 rounding."""
     x = np.random.default_rng(1).normal(size=[64, *shape]).astype(np.float32)
     plain, found = run(model, PLAIN, x), run(model, DEFAULT, x)
     return float((np.abs(plain - found) > 1e-5 * np.abs(plain).max()).mean())
@@ -104,7 +104,7 @@ def skip() -> None:
 
 
 def conv(bias: str) -> onnx.ModelProto:
-    """A convolution at 2 bits between quantizers; its bias inside or behind it, or none."""
+    """A 2-bit convolution between quantizers, with its bias inside, after it, or none."""
     hand = Hand([8, 6, 6])
     inputs = [hand.quantized("x", 0.9), hand.weight([4, 8, 3, 3], highest=1)]
     shift = hand.bias(4) if bias == "inside" else ""
@@ -136,7 +136,7 @@ def gemm(kind: str) -> onnx.ModelProto:
     ],
     ids=["conv", "gemm", "matmul"],
 )
-def test_h1_a_bias_between_quantizers_is_rounded(
+def test_h1_bias_between_quantizers_is_rounded(
     build: Callable[[str], onnx.ModelProto], careless: str, careful: str, shape: list[int]
 ) -> None:
     assert codes_of(build(careless)) == ["H1"]
@@ -147,7 +147,7 @@ def test_h1_a_bias_between_quantizers_is_rounded(
     assert changed(build(careless), shape) > 1e-4
 
 
-def test_h1b_a_float_weight_between_quantizers_is_quantized_anew() -> None:
+def test_h1b_float_weight_is_requantized() -> None:
     def build(kind: str) -> onnx.ModelProto:
         hand = Hand([8, 6, 6])
         x = hand.quantized("x", 0.2)
@@ -166,7 +166,7 @@ def test_h1b_a_float_weight_between_quantizers_is_quantized_anew() -> None:
 
 
 @pytest.mark.parametrize("kind", ["MatMul", "Gemm"])
-def test_h2_a_float_input_of_a_dequantized_weight_is_quantized_on_the_fly(kind: str) -> None:
+def test_h2_float_input_is_quantized(kind: str) -> None:
     def build(how: str) -> onnx.ModelProto:
         hand = Hand([64])
         if how == "dequantized":
@@ -186,7 +186,7 @@ def test_h2_a_float_input_of_a_dequantized_weight_is_quantized_on_the_fly(kind: 
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.uint4, ml_dtypes.int4])
-def test_h3_a_clip_in_front_of_a_narrow_quantizer_makes_the_session_fail(dtype: Any) -> None:
+def test_h3_clip_before_narrow_quantizer_fails(dtype: Any) -> None:
     def build(zero: Any) -> onnx.ModelProto:
         hand = Hand([8])
         ends = [hand.constant(np.float32(end)) for end in (0, 6)]
@@ -207,7 +207,7 @@ def test_h3_a_clip_in_front_of_a_narrow_quantizer_makes_the_session_fail(dtype: 
 
 
 @pytest.mark.parametrize(("dtype", "zero"), [(ml_dtypes.int4, 0), (ml_dtypes.uint4, 5)])
-def test_h4_a_relu_in_front_of_a_narrow_quantizer_is_deleted(dtype: Any, zero: int) -> None:
+def test_h4_relu_before_quantizer_is_removed(dtype: Any, zero: int) -> None:
     def build(kind: Any, point: int) -> onnx.ModelProto:
         hand = Hand([8])
         relu = hand.add("Relu", [hand.add("Neg", ["x"])])
@@ -222,7 +222,7 @@ def test_h4_a_relu_in_front_of_a_narrow_quantizer_is_deleted(dtype: Any, zero: i
     assert changed(build(dtype, zero), [8]) > 0.2
 
 
-def test_h5_weights_of_two_bits_with_quantized_inputs_make_an_invalid_graph() -> None:
+def test_h5_2_bit_weights_give_invalid_graph() -> None:
     def build(dtype: Any) -> onnx.ModelProto:
         hand = Hand([8, 6, 6], opset=25, ir_version=12)
         y = hand.add("Conv", [hand.quantized("x", 0.5), hand.weight([4, 8, 3, 3], dtype, 1)])
@@ -243,7 +243,7 @@ def test_h5_weights_of_two_bits_with_quantized_inputs_make_an_invalid_graph() ->
             skip()
 
 
-def test_h8_a_gemm_with_a_factor_loses_it() -> None:
+def test_h8_gemm_loses_its_factor() -> None:
     def build(alpha: float) -> onnx.ModelProto:
         hand = Hand([24])
         y = hand.add("Gemm", [hand.quantized("x", 0.1), hand.weight([24, 6], axis=1)], alpha=alpha)
@@ -256,7 +256,7 @@ def test_h8_a_gemm_with_a_factor_loses_it() -> None:
     assert changed(build(0.5), [24]) > 0.1
 
 
-# The same layers, as our styles write them.
+# The same layers, as exported by our styles.
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "H1": lambda: nn.Sequential(
@@ -283,12 +283,12 @@ def differing(path: Path, x: Tensor) -> float:
         lambda case, style, bits: bits == 2 and (style == "qdq" or case == "H1"),
     ),
 )
-def test_our_styles_keep_their_numbers(case: str, style: str, bits: int, tmp_path: Path) -> None:
+def test_exported_styles_have_no_hazards(case: str, style: str, bits: int, tmp_path: Path) -> None:
     quantized = quantize(LAYERS[case], same_bits(bits), Scheme(weight_grid="zero"))
     path = export(quantized, style, tmp_path / "model.onnx")
 
     assert hazards(onnx.load(str(path))) == []
-    # An activation on an edge may fall either way; a rounded bias moves a hundred times as many.
+    # Codes at rounding edges may differ; a rounded bias changes a hundred times as many.
     assert differing(path, images(256, seed=3)) <= (0 if style == "exact" else 0.01)
 
 
@@ -303,9 +303,7 @@ def test_our_styles_keep_their_numbers(case: str, style: str, bits: int, tmp_pat
         lambda case, style, bits: bits == 4 and (case == "H2" or style == "trt"),
     ),
 )
-def test_layers_with_quantized_weights_alone_keep_their_inputs(
-    case: str, style: str, bits: int, tmp_path: Path
-) -> None:
+def test_weight_only_layers_keep_float_inputs(case: str, style: str, bits: int, tmp_path: Path) -> None:
     quantized = quantize(
         LAYERS[case], lambda names: {name: LayerBits(weight=bits, activation=None) for name in names}
     )
@@ -324,7 +322,7 @@ def test_layers_with_quantized_weights_alone_keep_their_inputs(
 
 
 def kernels(path: Path) -> Counter[str]:
-    """The operators that ONNX Runtime runs, by default."""
+    """The operators that ONNX Runtime runs by default."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     with tempfile.TemporaryDirectory() as folder:
@@ -335,7 +333,7 @@ def kernels(path: Path) -> Counter[str]:
 
 
 class Split(nn.Module):
-    """Two convolutions side by side, their outputs in one tensor."""
+    """Two parallel convolutions with concatenated outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -367,7 +365,7 @@ def chain(name: str) -> Callable[[], nn.Module]:
         lambda name, quantizer: (quantizer == "lsq_plus") == (name == "bn_relu") and name != "relu6",
     ),
 )
-def test_layers_of_eight_bits_run_on_integers(name: str, quantizer: str, tmp_path: Path) -> None:
+def test_8_bit_layers_run_on_integers(name: str, quantizer: str, tmp_path: Path) -> None:
     """All but the last, whose output is not quantized."""
     quantized = quantize(chain(name), same_bits(8), Scheme(quantizer=quantizer))
     path = export(quantized, "qdq", tmp_path / "model.onnx")
@@ -385,8 +383,8 @@ def test_layers_of_eight_bits_run_on_integers(name: str, quantizer: str, tmp_pat
 
 
 @pytest.mark.parametrize("width", [1, 64])
-def test_a_bias_is_rounded_only_where_nobody_feels_it(width: int, tmp_path: Path) -> None:
-    """With few products a sum, half a unit of the sum is much of a step of the output: such a layer keeps its bias."""
+def test_bias_is_rounded_only_where_harmless(width: int, tmp_path: Path) -> None:
+    """With few products per sum, rounding the bias would shift the output too far: it stays float."""
     quantized = quantize(
         lambda: nn.Sequential(
             nn.Conv2d(3, width, 3, padding=1),
@@ -419,14 +417,14 @@ def test_a_bias_is_rounded_only_where_nobody_feels_it(width: int, tmp_path: Path
     assert width == 1 or len(units) == 2
 
 
-def test_an_exact_graph_never_runs_on_integers(tmp_path: Path) -> None:
-    """ONNX Runtime's integer kernels round ties otherwise."""
+def test_exact_graph_never_runs_on_integers(tmp_path: Path) -> None:
+    """ONNX Runtime's integer kernels round ties differently."""
     found = kernels(export(quantize(chain("bn_relu"), same_bits(8)), "exact", tmp_path / "model.onnx"))
 
     assert found["QLinearConv"] == 0
 
 
-def test_a_narrower_layer_stays_in_floating_point(tmp_path: Path) -> None:
+def test_narrower_layer_stays_float(tmp_path: Path) -> None:
     path = export(quantize(chain("bn_relu"), same_bits(4)), "qdq", tmp_path / "model.onnx")
 
     assert kernels(path)["QLinearConv"] == 0

@@ -1,4 +1,4 @@
-"""The proof by parts finds one wrong layer, and passes a correct graph."""
+"""The layerwise proof detects one wrong layer, and passes a correct graph."""
 
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def write(net: nn.Module, x: Tensor, bits: int, path: Path, style: str = "qdq") 
         lambda name, bits: bits == {"conv_bn": 2, "depthwise": 8}.get(name, 4),
     ),
 )
-def test_a_correct_graph_agrees_in_every_part(name: str, bits: int, tmp_path: Path) -> None:
+def test_correct_graph_passes_every_part(name: str, bits: int, tmp_path: Path) -> None:
     net, x = exported(name, bits, tmp_path / "model.onnx")
 
     check = check_layers(tmp_path / "model.onnx", frozen_copy(net), x)
@@ -58,7 +58,7 @@ def test_a_correct_graph_agrees_in_every_part(name: str, bits: int, tmp_path: Pa
     assert len(check.layers) >= 2
 
 
-def test_a_single_wrong_layer_is_found_wherever_it_is(tmp_path: Path) -> None:
+def test_single_wrong_layer_is_found(tmp_path: Path) -> None:
     net, x = exported("residual", 4, tmp_path / "model.onnx")
 
     for layer in quantized_layers(net).values():
@@ -69,7 +69,7 @@ def test_a_single_wrong_layer_is_found_wherever_it_is(tmp_path: Path) -> None:
         assert not check.passed
 
 
-def test_a_missing_quantizer_is_found(tmp_path: Path) -> None:
+def test_missing_quantizer_is_found(tmp_path: Path) -> None:
     net, x = exported("conv_bn", 4, tmp_path / "model.onnx")
     frozen = frozen_copy(net)
     next(iter(quantized_layers(frozen).values())).input_quantizer = nn.Identity()
@@ -81,7 +81,7 @@ def test_a_missing_quantizer_is_found(tmp_path: Path) -> None:
 
 
 class Again(nn.Module):
-    """Calls one layer more than once."""
+    """Calls one layer several times."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Again(nn.Module):
 
 
 class ChangedInPlace(Again):
-    """What the layer is given is written over between its two calls."""
+    """The layer's input is overwritten between its two calls."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.stem(x)
@@ -101,7 +101,7 @@ class ChangedInPlace(Again):
 
 
 class SameTwice(Again):
-    """Two of three calls are given equal tensors, and so are one call in the graph."""
+    """Two of three calls get equal tensors and so are one call in the graph."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.stem(x)
@@ -111,7 +111,7 @@ class SameTwice(Again):
 
 
 def quantizers_of(graph: Any, layer: str) -> list[Any]:
-    """The nodes that a layer's input goes through first, a call each."""
+    """The first nodes on a layer's input, one per call."""
     found = [node for node in graph.node if told(node).get("saq.layer") == layer and node.op_type == "Clip"]
     assert all(told(node)["saq.operand"] == "input" for node in found)
     return found
@@ -124,10 +124,8 @@ def quantizers_of(graph: Any, layer: str) -> list[Any]:
         lambda kind, style: (kind is SameTwice) == (style == "trt"),
     ),
 )
-def test_calls_of_one_layer_are_told_apart_by_what_they_are_given(
-    kind: type[Again], style: str, tmp_path: Path
-) -> None:
-    """Each is found right, and each is found wrong."""
+def test_repeated_calls_are_distinguished(kind: type[Again], style: str, tmp_path: Path) -> None:
+    """Each is accepted when right and detected when wrong."""
     path, x = tmp_path / "model.onnx", tiny.images((3, 8, 8))
     net = kind()
     write(net, x, 4, path, style)
@@ -149,7 +147,7 @@ def test_calls_of_one_layer_are_told_apart_by_what_they_are_given(
 
 
 def _sort(graph: Any) -> None:
-    """Every node behind those that it reads."""
+    """Sort nodes topologically."""
     known = {value.name for value in [*graph.input, *graph.initializer]} | {""}
     waiting, done = list(graph.node), []
     while waiting:
@@ -161,8 +159,8 @@ def _sort(graph: Any) -> None:
     graph.node.extend(done)
 
 
-def test_codes_at_the_border_of_a_moved_image_are_judged(tmp_path: Path) -> None:
-    """Padding after the offset was taken away puts the lowest code's opposite around the image, not zero."""
+def test_border_codes_after_offset_are_checked(tmp_path: Path) -> None:
+    """Padding after the offset subtraction would surround the image with the wrong code."""
     path, x = tmp_path / "model.onnx", tiny.images((3, 8, 8))
     net = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     write(net, x, 8, path, "trt")
@@ -187,7 +185,7 @@ def test_codes_at_the_border_of_a_moved_image_are_judged(tmp_path: Path) -> None
 
 
 class Cancelling(nn.Module):
-    """A norm takes a large mean away, and what is left is rounding error in every runtime."""
+    """A norm removes a large mean, leaving rounding error in every runtime."""
 
     def __init__(self, mean: float) -> None:
         super().__init__()
@@ -202,7 +200,7 @@ class Cancelling(nn.Module):
         return self.head(self.two(self.norm(self.one(x))).relu().mean((2, 3)))
 
 
-def test_what_pytorch_itself_rounds_is_allowed_and_no_more(tmp_path: Path) -> None:
+def test_tolerance_equals_pytorch_rounding(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, x = Cancelling(3000.0).eval(), tiny.images((3, 6, 6))
     write(net, x, 8, tmp_path / "model.onnx")
@@ -218,12 +216,12 @@ def test_what_pytorch_itself_rounds_is_allowed_and_no_more(tmp_path: Path) -> No
     assert all(layer.allowed < 20 * LARGEST_ERROR for layer in check.layers)
 
 
-def test_a_rounded_bias_of_a_range_that_images_hardly_use_is_no_difference(tmp_path: Path) -> None:
-    """0.01 of a step changes next to no code, however small the numbers are; a tenth of a step is a difference."""
+def test_small_bias_rounding_is_tolerated(tmp_path: Path) -> None:
+    """0.01 of a step changes almost no code, however small the values; a tenth of a step is a difference."""
     torch.manual_seed(0)
     net, x = tiny.build("conv_bn")
     write(net, x, 8, tmp_path / "model.onnx")
-    faint = x * 0.05  # of the range that was calibrated
+    faint = x * 0.05  # of the calibrated range
     model = onnx.load(str(tmp_path / "model.onnx"))
     frozen = frozen_copy(net)
     assert check_layers(tmp_path / "model.onnx", frozen, faint).passed
@@ -247,7 +245,7 @@ def test_a_rounded_bias_of_a_range_that_images_hardly_use_is_no_difference(tmp_p
 
 
 class Spare(Again):
-    """Computes with a layer what it does not return."""
+    """Uses a layer for something it does not return."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.stem(x))
@@ -257,7 +255,7 @@ class Spare(Again):
 
 
 class EqualTensors(Again):
-    """A layer whose weights are zero is given the same numbers twice, and the graph cannot know."""
+    """A layer with zero weights gets equal inputs twice, which the graph merges."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -283,9 +281,7 @@ class EqualTensors(Again):
         lambda kind, calls, style: (kind is Spare) == (style == "qdq"),
     ),
 )
-def test_graph_may_know_more_or_less_of_calls(
-    kind: type[Again], calls: int, style: str, tmp_path: Path
-) -> None:
+def test_graph_may_merge_or_split_calls(kind: type[Again], calls: int, style: str, tmp_path: Path) -> None:
     path, x = tmp_path / "model.onnx", tiny.images((3, 8, 8))
     net = kind()
     write(net, x, 8, path, style)

@@ -1,4 +1,4 @@
-"""What an ONNX file is compared with, and on which images."""
+"""The reference an ONNX file is compared with, and the images used."""
 
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from saqcli.verify.publish import export_verified
 from tests.support import tiny
 
 
-class Insisting(nn.Module):
-    """Makes its numbers float32 on the way, as some forwards do."""
+class CastsToFloat32(nn.Module):
+    """Converts to float32 in its forward, as some networks do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,9 +59,9 @@ def plain(images: Tensor) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def insisting(images: Tensor) -> nn.Module:
+def float32_only(images: Tensor) -> nn.Module:
     torch.manual_seed(0)
-    return quantized(Insisting(), images)
+    return quantized(CastsToFloat32(), images)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def labelled(x: Tensor, label: int) -> tuple[Tensor, Tensor]:
     return x, torch.full((len(x),), label)
 
 
-def test_the_reference_sums_in_float64(plain: nn.Module, images: Tensor) -> None:
+def test_reference_is_float64(plain: nn.Module, images: Tensor) -> None:
     reference = proof._in_float64(plain, images[:1])
     with torch.no_grad():
         truth, near = reference(images), plain(images)
@@ -86,26 +86,24 @@ def test_the_reference_sums_in_float64(plain: nn.Module, images: Tensor) -> None
     assert float((truth - near).abs().max()) < 1e-4 * float(truth.abs().max())
 
 
-def test_a_model_that_insists_on_float32_is_its_own_reference(
-    insisting: nn.Module, images: Tensor, tmp_path: Path
-) -> None:
+def test_float32_model_is_its_own_reference(float32_only: nn.Module, images: Tensor, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="dtype"):
-        insisting.double()(images.double())
-    insisting.float()
+        float32_only.double()(images.double())
+    float32_only.float()
     path = tmp_path / "model.onnx"
     verdict = export_verified(
-        insisting, facts_of(insisting, images), path, "qdq", [labelled(images, 0)], 1, SILENT
+        float32_only, facts_of(float32_only, images), path, "qdq", [labelled(images, 0)], 1, SILENT
     )
 
-    assert proof._in_float64(insisting, images[:1]) is insisting
-    assert {parameter.dtype for parameter in insisting.parameters()} == {torch.float32}
+    assert proof._in_float64(float32_only, images[:1]) is float32_only
+    assert {parameter.dtype for parameter in float32_only.parameters()} == {torch.float32}
     assert verdict.verified
     assert (verdict.images, verdict.pytorch_agreement) == (8, 1.0)
     assert path.is_file()
 
 
-def test_images_that_could_not_be_read_prove_nothing(plain: nn.Module, images: Tensor, file: Path) -> None:
-    """What stands in for them is zeros with a label below 0."""
+def test_unreadable_images_prove_nothing(plain: nn.Module, images: Tensor, file: Path) -> None:
+    """They are replaced by zeros with a label below 0."""
     missing = labelled(torch.zeros_like(images), -1)
     mixed = images[:4], torch.tensor([-1, 0, -1, 0])
     verdict = prove_graph(file, plain, "qdq", [missing, mixed], 2, SILENT)
@@ -116,7 +114,7 @@ def test_images_that_could_not_be_read_prove_nothing(plain: nn.Module, images: T
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2])
-def test_without_a_readable_image_nothing_is_written(
+def test_unreadable_images_write_nothing(
     batches: int, plain: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
     missing = [labelled(images, -1)] * batches

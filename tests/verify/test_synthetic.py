@@ -1,4 +1,4 @@
-"""Images made up for the proof: normalized, varied, and the same every time."""
+"""Synthetic images for verification: normalized, varied and reproducible."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def preprocessing(*size: int) -> Preprocessing:
 
 
 @pytest.mark.parametrize("size", [(3, 32, 32), (1, 28, 28), (3, 16, 33), (4, 1, 1), (3, 1, 7)])
-def test_batches_have_the_size_of_the_images_and_cover_all(size: tuple[int, int, int]) -> None:
+def test_batches_cover_the_image_size(size: tuple[int, int, int]) -> None:
     batches = synthetic_batches(preprocessing(*size))
 
     assert [len(images) for images, _ in batches] == [BATCH] * (IMAGES // BATCH)
@@ -21,17 +21,17 @@ def test_batches_have_the_size_of_the_images_and_cover_all(size: tuple[int, int,
         assert images.dtype == torch.float32
         assert images.isfinite().all()
         assert labels.dtype == torch.long
-        assert (labels >= 0).all()  # below zero stands for an image that cannot be read
+        assert (labels >= 0).all()  # below zero marks an unreadable image
 
 
-def test_the_same_seed_gives_the_same_images() -> None:
+def test_seed_determines_the_images() -> None:
     one, same, other = (synthetic_batches(preprocessing(3, 8, 8), seed) for seed in (0, 0, 1))
 
     assert all(torch.equal(a[0], b[0]) for a, b in zip(one, same, strict=True))
     assert not torch.equal(one[0][0], other[0][0])
 
 
-def test_making_images_leaves_the_random_state_alone() -> None:
+def test_random_state_is_unchanged() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
     synthetic_batches(preprocessing(3, 8, 8))
@@ -39,15 +39,15 @@ def test_making_images_leaves_the_random_state_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_natural_images_have_mean_zero_and_deviation_one() -> None:
+def test_natural_images_are_normalized() -> None:
     images = natural(16, (3, 32, 48), torch.Generator().manual_seed(0))
 
     assert torch.allclose(images.mean((1, 2, 3)), torch.zeros(16), atol=1e-5)
     assert torch.allclose(images.std((1, 2, 3)), torch.ones(16), atol=1e-4)
 
 
-def test_amplitudes_fall_with_the_inverse_of_the_frequency() -> None:
-    """The slope of the spectrum in logarithms is -1; that of white noise is 0."""
+def test_spectrum_falls_with_inverse_frequency() -> None:
+    """The slope of the log spectrum is -1; that of white noise is 0."""
 
     def slope(images: torch.Tensor) -> float:
         power = torch.fft.rfft2(images).abs().square().mean((0, 1))
@@ -62,7 +62,7 @@ def test_amplitudes_fall_with_the_inverse_of_the_frequency() -> None:
     assert slope(torch.randn(64, 3, 64, 64)) == pytest.approx(0, abs=0.05)
 
 
-def test_colour_channels_go_together() -> None:
+def test_colour_channels_correlate() -> None:
     images = natural(32, (3, 32, 32), torch.Generator().manual_seed(0))
     flat = images.transpose(0, 1).flatten(1)
 

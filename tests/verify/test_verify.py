@@ -1,4 +1,4 @@
-"""When a file counts as equal to the model."""
+"""The verdict: when a file counts as equal to the model."""
 
 import math
 
@@ -11,13 +11,13 @@ from saqcli.verify.verdict import LARGEST_MEAN_DIFFERENCE, LEAST_AGREEMENT, Verd
 
 
 def logits(count: int = 200) -> Tensor:
-    """Rows whose best class is 0, ahead of the next by at least 6."""
+    """Rows whose best class is 0, by a margin of at least 6."""
     scores = torch.rand(count, 10)
     scores[:, 0] += 7
     return scores
 
 
-def test_equal_logits_are_verified_without_difference() -> None:
+def test_equal_logits_are_verified() -> None:
     truth = logits()
 
     assert judge(truth, truth.clone()) == Verdict(200, 1.0, 0.0, 0.0)
@@ -25,7 +25,7 @@ def test_equal_logits_are_verified_without_difference() -> None:
 
 
 @pytest.mark.parametrize("shape", [(200, 9), (199, 10), (200, 10, 1), (2000,), (0, 10)])
-def test_another_shape_is_not_verified(shape: tuple[int, ...]) -> None:
+def test_other_shape_fails(shape: tuple[int, ...]) -> None:
     verdict = judge(logits(), torch.zeros(shape))
 
     assert not verdict.verified
@@ -33,7 +33,7 @@ def test_another_shape_is_not_verified(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_one_number_that_is_not_finite_is_not_verified(bad: float) -> None:
+def test_single_nan_fails(bad: float) -> None:
     truth = logits()
     answer = truth.clone()
     answer[7, 3] = bad
@@ -43,7 +43,7 @@ def test_one_number_that_is_not_finite_is_not_verified(bad: float) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_model_that_answers_no_number_verifies_nothing(bad: float) -> None:
+def test_nan_reference_verifies_nothing(bad: float) -> None:
     truth = logits()
     truth[7, 3] = bad
 
@@ -54,7 +54,7 @@ def test_a_model_that_answers_no_number_verifies_nothing(bad: float) -> None:
 @pytest.mark.parametrize(
     ("wrong", "verified"), [(0, True), (1, True), (10, True), (12, True), (13, False), (200, False)]
 )
-def test_agreement_of_95_percent_and_two_images_is_enough_and_less_is_not(wrong: int, verified: bool) -> None:
+def test_agreement_threshold(wrong: int, verified: bool) -> None:
     truth = logits(200)
     answer = truth.clone()
     answer[:wrong, 0], answer[:wrong, 1] = truth[:wrong, 1], truth[:wrong, 0]
@@ -66,8 +66,8 @@ def test_agreement_of_95_percent_and_two_images_is_enough_and_less_is_not(wrong:
 
 
 @pytest.mark.parametrize(("share", "verified"), [(0.5, True), (0.99, True), (1.01, False), (20.0, False)])
-def test_mean_difference_is_bounded_in_deviations_of_the_logits(share: float, verified: bool) -> None:
-    """A shift of all logits leaves every best class as it is."""
+def test_mean_difference_scales_with_logits(share: float, verified: bool) -> None:
+    """A shift of all logits keeps every best class."""
     truth = logits()
     shift = share * LARGEST_MEAN_DIFFERENCE * float(truth.std())
     verdict = judge(truth, truth + shift)
@@ -78,7 +78,7 @@ def test_mean_difference_is_bounded_in_deviations_of_the_logits(share: float, ve
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_the_verdict_does_not_depend_on_the_scale_of_the_logits(scale: float) -> None:
+def test_verdict_is_independent_of_logit_scale(scale: float) -> None:
     truth = logits()
     answer = truth + 0.01 * torch.randn_like(truth)
     one, other = judge(truth, answer), judge(scale * truth, scale * answer)
@@ -88,8 +88,8 @@ def test_the_verdict_does_not_depend_on_the_scale_of_the_logits(scale: float) ->
 
 
 @pytest.mark.parametrize(("gap", "agreement"), [(0.0, 1.0), (2.0**-21, 1.0), (2.0**-18, 0.0)])
-def test_a_tie_may_be_broken_either_way(gap: float, agreement: float) -> None:
-    """Two logits that rounding alone tells apart are both the best class."""
+def test_ties_may_break_either_way(gap: float, agreement: float) -> None:
+    """Two logits that differ only by rounding are both best."""
     truth = torch.zeros(8, 5)
     truth[:, 1], truth[:, 3] = 1.0, 1.0 - gap
     answer = truth.clone()
@@ -99,7 +99,7 @@ def test_a_tie_may_be_broken_either_way(gap: float, agreement: float) -> None:
     assert judge(truth, answer).argmax_agreement == agreement
 
 
-def test_one_image_that_is_far_off_shows_in_the_largest_difference() -> None:
+def test_outlier_shows_in_max_difference() -> None:
     truth = logits()
     answer = truth.clone()
     answer[5, 0] += 3
@@ -110,18 +110,18 @@ def test_one_image_that_is_far_off_shows_in_the_largest_difference() -> None:
 
 
 @pytest.mark.parametrize("classes", [1, 10])
-def test_constant_logits_are_compared_without_dividing_by_zero(classes: int) -> None:
+def test_constant_logits_are_compared(classes: int) -> None:
     truth = torch.full((8, classes), 2.0)
 
     assert judge(truth, truth.clone()).verified
     assert not judge(truth, truth + 1).verified
 
 
-def test_a_problem_with_the_file_outweighs_equal_numbers() -> None:
+def test_file_problem_outweighs_equal_numbers() -> None:
     assert not Verdict(8, 1.0, 0.0, 0.0, ["no facts"]).verified
 
 
-def test_comparing_gives_the_verdict_of_the_worst_candidate() -> None:
+def test_worst_candidate_decides() -> None:
     images = logits(64)
     batches = [(batch, torch.zeros(len(batch))) for batch in images.split(10)]
     candidates = {
@@ -135,8 +135,8 @@ def test_comparing_gives_the_verdict_of_the_worst_candidate() -> None:
     assert compare(lambda x: x, {"equal": lambda x: x}, batches, 7, SILENT)["equal"].verified
 
 
-def test_a_candidate_that_fails_outweighs_one_that_differs_more() -> None:
-    """One image far off is allowed; every best class wrong is not."""
+def test_failure_outweighs_larger_difference() -> None:
+    """One outlier image is allowed; every best class wrong is not."""
     images = torch.rand(200, 10)
     images[:, 0] += 2e-2 + images[:, 1:].amax(1) - images[:, 0]
 
@@ -157,8 +157,8 @@ def test_a_candidate_that_fails_outweighs_one_that_differs_more() -> None:
     assert verdict.argmax_agreement == 0.0
 
 
-def test_a_file_may_differ_twice_as_much_as_pytorch_does() -> None:
-    """Networks that amplify every rounding differ from themselves."""
+def test_allowance_grows_with_pytorch_noise() -> None:
+    """Networks that amplify rounding disagree with themselves."""
     verdict = Verdict(images=100, argmax_agreement=0.8, max_abs_diff=1.0, mean_abs_diff=0.35)
     assert len(verdict.reasons()) == 2
     verdict.pytorch_agreement, verdict.pytorch_difference = 0.9, 0.2
@@ -168,7 +168,7 @@ def test_a_file_may_differ_twice_as_much_as_pytorch_does() -> None:
 
 
 @pytest.mark.parametrize(("pytorch", "most"), [(1.0, 27), (0.99, 37), (0.5, 152)])
-def test_documented_number_of_images_may_differ(pytorch: float, most: int) -> None:
+def test_documented_allowance_of_images(pytorch: float, most: int) -> None:
     """Of 500 (docs/export.md): 5 %, twice PyTorch's own share but 25 % at most, and two."""
     for wrong, verified in ((most, True), (most + 1, False)):
         verdict = Verdict(500, 1 - wrong / 500, 1.0, 0.1, pytorch_agreement=pytorch)

@@ -33,7 +33,8 @@ from saqcli.progress import SILENT
 from saqcli.quant.bits import BitConfig, parse_bits
 from saqcli.quant.calibration import InputStatistics
 from saqcli.serialization import make_folder, write_text
-from saqcli.training.loop import NO_MEMORY, Meter, score, train_epoch
+from saqcli.tasks.classification import Meter
+from saqcli.training.loop import NO_MEMORY, score, train_epoch
 from saqcli.training.minimizers.qat import QAT
 from saqcli.training.optimizer import make_objective, make_optimizer
 from saqcli.training.step import Recovery, Stepper

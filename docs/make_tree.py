@@ -14,7 +14,7 @@ BLOCK = re.compile(r"(<!-- tree -->\n).*?(<!-- end of tree -->\n)", re.DOTALL)
 # From top to bottom, as imports point; tests/test_architecture.py holds the same order.
 ROOMS = (
     *("cli", "pipelines", "report", "verify", "analysis", "search", "training", "export"),
-    *("data", "runs", "models", "tasks", "quant"),
+    *("data", "runs", "models", "quant", "tasks"),
 )
 NAMES = 26  # columns
 

@@ -26,8 +26,8 @@ ROOMS = (
     "data",
     "runs",
     "models",
-    "tasks",
     "quant",
+    "tasks",
 )
 BASE = {
     "_version",

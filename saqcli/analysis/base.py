@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from saqcli.config import WIDTHS
 from saqcli.progress import SILENT, Progress, Task
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.convert import Scheme
 from saqcli.quant.layer import QuantizedLayer
-from saqcli.training.loop import Score, evaluate
+from saqcli.tasks import classification
+from saqcli.tasks.classification import Score
+from saqcli.training.loop import evaluate
 from saqcli.training.perturbation import Gradients, PerturbedSet, RadiusUnit, add_up
 
 Count = Annotated[int, Field(ge=1)]
@@ -138,7 +139,7 @@ class AnalysisInput:
         count = self.images
         for images, labels in self.batches:
             yield lambda images=images, labels=labels: (  # type: ignore[misc]
-                F.cross_entropy(self.model(images), labels, reduction="sum") / count
+                classification.total_loss(self.model(images), labels) / count
             )
 
 

@@ -32,7 +32,7 @@ from saqcli.pipelines.targets import ANALYZED, find_target, named_file
 from saqcli.progress import Progress
 from saqcli.quant.layer import quantized_layers
 from saqcli.runs.directory import RunDirectory
-from saqcli.training.loop import Score
+from saqcli.tasks.classification import Score
 from saqcli.training.minimizers.base import check_score
 
 SMALL_BATCH, LARGE_BATCH = 128, 16  # images at a time, up to 64 pixels and above: differentiated twice

@@ -18,7 +18,8 @@ from saqcli.pipelines.setup import as_trained
 from saqcli.pipelines.targets import EVALUATED, find_target, named_file
 from saqcli.process_group import process_group, started_by_torchrun
 from saqcli.progress import SILENT, Progress
-from saqcli.training.loop import Score, score
+from saqcli.tasks.classification import Score
+from saqcli.training.loop import score
 
 
 @dataclass(frozen=True)

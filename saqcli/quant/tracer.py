@@ -28,6 +28,7 @@ from saqcli.quant.attention import supports_products
 from saqcli.quant.layer import TRANSPOSED, WRAPPED, QuantizedLayer, quantized_layers
 from saqcli.quant.routing import WEIGHT_OPERATORS, WeightRecorder
 from saqcli.quant.wrapping import reason_for_float
+from saqcli.tasks import classification
 
 _ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub__", "__isub__"}
 _CONCATENATIONS = {"cat", "concat", "concatenate", "hstack"}
@@ -453,7 +454,7 @@ def try_model(model: nn.Module, example: Tensor) -> Tensor:
         raise UnsupportedModel(f"the model does not run on an image of {shape}: {reason}") from error
     finally:
         model.train(training)
-    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(example):
-        kind = f"tensor of {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise UnsupportedModel(f"the model returns a {kind} instead of class scores, (1, classes)")
-    return output
+    if kind := classification.unfit(output, len(example)):
+        raise UnsupportedModel(f"the model returns a {kind} instead of {classification.OUTPUT}, (1, classes)")
+    scores: Tensor = output
+    return scores

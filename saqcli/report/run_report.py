@@ -11,8 +11,8 @@ from typing import Any
 from saqcli.config import RunConfig, TrainingSection
 from saqcli.quant.bits import BitConfig
 from saqcli.serialization import write_text
+from saqcli.tasks.classification import Score
 from saqcli.training.best import Best, advice
-from saqcli.training.loop import Score
 from saqcli.units import counted, format_quantity
 
 # Figures of the verdict on an ONNX file, and its size.

@@ -21,13 +21,13 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from saqcli.progress import Task
 from saqcli.quant.layer import QuantizedLayer, perturbed, quantized_layers, zero_ports
 from saqcli.search.knapsack import best_choice
 from saqcli.search.problem import Batch, SearchProblem, SearchResult
 from saqcli.search.separable import OPERANDS, Losses, Operand, add_losses, measure_noise, sums_over_batches
+from saqcli.tasks import classification
 from saqcli.training.hessian import HessianProduct, twice_differentiable
 from saqcli.training.options import check_count
 
@@ -102,7 +102,7 @@ class HAWQ:
             perturbed(list(layers.values()), ports),
             input_ports(layers) as inputs,
         ):
-            value = F.cross_entropy(model(images), labels, reduction="sum")
+            value = classification.total_loss(model(images), labels)
             names = [f"weight {name}" for name in layers]
             names += [f"activation {name}" for name, leaves in inputs.items() for _ in leaves]
             variables = [*ports, *(leaf for leaves in inputs.values() for leaf in leaves)]

@@ -43,7 +43,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from saqcli import distributed
 from saqcli.errors import ConfigError
@@ -61,6 +60,7 @@ from saqcli.search.knapsack import (
 from saqcli.search.problem import SearchProblem, SearchResult, remaining_batches
 from saqcli.search.separable import relative_noise
 from saqcli.search.supernet import Scorer, Supernet, most_accurate, score_all
+from saqcli.tasks import classification
 from saqcli.training.minimizers import Chunk
 from saqcli.training.minimizers.base import gradients_of
 from saqcli.training.minimizers.sharpness_aware import SAQ
@@ -261,7 +261,7 @@ class AlternatingSearch:
         self.minimizer = SAQ(
             self.supernet.model, self.optimizer, rho=settings.rho, rho_unit=settings.rho_unit
         )
-        whole = Objective(F.cross_entropy)
+        whole = Objective(classification.loss)
         self.stepper = Stepper(
             self.supernet.model, self.minimizer, whole, sys.maxsize, Recovery(), problem.progress.note
         )

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from saqcli.progress import Task
 from saqcli.quant import convert
@@ -33,6 +32,7 @@ from saqcli.search.knapsack import best_choice
 from saqcli.search.problem import Batch, SearchProblem, SearchResult
 from saqcli.search.separable import Losses, sums_over_batches
 from saqcli.search.supernet import Supernet
+from saqcli.tasks import classification
 
 
 class Sensitivity:
@@ -86,7 +86,7 @@ def _loss_increases(
 
 
 def _summed_loss(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    return float(F.cross_entropy(model(images).float(), labels, reduction="sum"))
+    return float(classification.total_loss(model(images).float(), labels))
 
 
 class _QuantizerSwitch:

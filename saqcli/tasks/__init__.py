@@ -1,1 +1,1 @@
-"""What depends on the task: class labels."""
+"""What depends on the task: outputs, losses, scores, and the reading of labels."""

@@ -4,7 +4,6 @@ The calibrated state counts as epoch 0. The last state is exported, as in publis
 ``training.keep`` is ``best``: that one is chosen by the images that it is then evaluated on.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from saqcli.config import TrainingSection
-from saqcli.training.loop import Score
+from saqcli.tasks.classification import Score, noise
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Best:
 
     def beaten_by(self, score: Score) -> bool:
         """Whether the later state with ``score`` is at least as good: of equals the later one is kept."""
-        return (score.top1, -score.loss) >= (self.score.top1, -self.score.loss)
+        return score.rank >= self.score.rank
 
     @classmethod
     def of(cls, epoch: int, score: Score, model: Mapping[str, Tensor]) -> "Best":
@@ -46,15 +45,6 @@ class Best:
     def unpack(cls, packed: Mapping[str, Any]) -> "Best":
         """The inverse of ``pack``."""
         return cls(packed["epoch"], Score(**packed["score"]), packed["model"])
-
-
-def noise(one: Score, other: Score) -> float:
-    """Standard error of the difference of two top-1s, in percentage points.
-
-    Computed as if the two were measured on different images. They share their images, so the true error is smaller:
-    a difference above this value is not chance.
-    """
-    return math.sqrt(sum(s.top1 * (100 - s.top1) / max(s.images, 1) for s in (one, other)))
 
 
 def advice(calibrated: Score, last: Score | None, best: Best | None, training: TrainingSection) -> str | None:

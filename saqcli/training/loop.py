@@ -1,7 +1,6 @@
 """The only loops over batches: one epoch of training, one pass of evaluation."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -11,81 +10,11 @@ from saqcli import distributed
 from saqcli.data.batches import Loader
 from saqcli.errors import DataError, DeviceMemoryError, TrainingDiverged
 from saqcli.progress import Progress, Task
+from saqcli.tasks.classification import Meter, Score, best_class
 from saqcli.training.minimizers.base import check_score
 from saqcli.training.step import Attempt, Stepper
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, C, H, W) and labels (N,)
-
-
-@dataclass
-class Score:
-    """Accuracy and loss over a number of images.
-
-    Attributes:
-        images: how many were counted; unreadable ones (label below 0) are not.
-        loss: mean cross-entropy.
-        top1: percent.
-        top5: percent; equals 100 with five classes or fewer.
-        skipped: unreadable images left out.
-    """
-
-    images: int = 0
-    loss: float = 0.0
-    top1: float = 0.0
-    top5: float = 0.0
-    skipped: int = 0
-
-
-class Meter:
-    """Sums over batches; ``score()`` divides at the end."""
-
-    def __init__(
-        self, images: int = 0, skipped: int = 0, loss: float = 0.0, right1: int = 0, right5: int = 0
-    ) -> None:
-        """``vars(meter)`` gives the arguments that make an equal one."""
-        self.images, self.skipped = images, skipped
-        self.loss = loss
-        self.right1, self.right5 = right1, right5
-
-    def clear(self) -> None:
-        """Start again at zero."""
-        self.images = self.skipped = self.right1 = self.right5 = 0
-        self.loss = 0.0
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Count one batch: logits (N, classes), labels (N,)."""
-        readable = labels >= 0
-        if not readable.all():
-            self.skipped += int((~readable).sum())
-            logits, labels = logits[readable], labels[readable]
-        if not len(labels):
-            return
-        logits = logits.float()
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        self.images += len(labels)
-        self.loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        self.right1 += int(best[:, 0].sum())
-        self.right5 += int(best.sum())
-
-    def add(self, other: "Meter") -> None:
-        """Count what ``other`` has counted."""
-        self.images += other.images
-        self.skipped += other.skipped
-        self.loss += other.loss
-        self.right1 += other.right1
-        self.right5 += other.right5
-
-    def over_ranks(self) -> "Meter":
-        """What all ranks have counted."""
-        images, skipped, loss, right1, right5 = distributed.totals(*vars(self).values())
-        return Meter(int(images), int(skipped), loss, int(right1), int(right5))
-
-    def score(self) -> Score:
-        """Means over everything counted so far."""
-        count = max(self.images, 1)
-        return Score(
-            self.images, self.loss / count, 100 * self.right1 / count, 100 * self.right5 / count, self.skipped
-        )
 
 
 def evaluate(
@@ -122,7 +51,7 @@ def evaluate(
             meters[-1].update(logits, labels)
             so_far.add(meters[-1])
             if keep is not None:
-                keep.append(logits[labels >= 0].argmax(1))
+                keep.append(best_class(logits[labels >= 0]))
             task.advance(images=len(labels), top1=100 * so_far.right1 / max(so_far.images, 1))
     if shared and distributed.count() > 1:
         so_far = Meter()

@@ -16,31 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from saqcli.tasks import classification
+from saqcli.tasks.classification import Distillation
 from saqcli.training.minimizers import Chunk, MicroBatch
 
 Precision = Callable[[], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """Learning from the answers of another model.
-
-    Attributes:
-        teacher: images (N, C, H, W) to logits (N, classes); a model in eval mode.
-        weight: of its answers in the loss, 0 to 1.
-        temperature: that softens both answers.
-    """
-
-    teacher: Callable[[Tensor], Tensor]
-    weight: float = 0.5
-    temperature: float = 1.0
-
-    def distance(self, logits: Tensor, answers: Tensor) -> Tensor:
-        """Mean Kullback-Leibler divergence from the teacher's ``answers``, (N, classes) both, times T**2."""
-        student, teacher = (F.log_softmax(x.float() / self.temperature, dim=1) for x in (logits, answers))
-        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * self.temperature**2
 
 
 @dataclass(frozen=True)
@@ -79,7 +60,7 @@ class Objective:
         if self.mix is not None:
             even = len(labels) - len(labels) % 2  # images are mixed in pairs
             images, targets = self.mix(images[:even], labels[:even])
-            labels = targets.argmax(1)
+            labels = classification.best_class(targets)
         tensors = [images, labels, targets]
         if self.distillation is not None:
             with torch.no_grad(), self.autocast():
@@ -99,7 +80,7 @@ def as_chunks(pieces: list[list["Piece"]]) -> list[Chunk]:
 
 def micro_batches(model: nn.Module, images: Tensor, labels: Tensor, most: int | None) -> Chunk:
     """The mean cross-entropy of a batch, images (N, C, H, W) and labels (N,), of at most ``most`` images at a time."""
-    pieces = Objective(F.cross_entropy).pieces(model, images, labels, len(labels), most)
+    pieces = Objective(classification.loss).pieces(model, images, labels, len(labels), most)
     return as_chunks(pieces)[0]
 
 

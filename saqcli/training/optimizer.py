@@ -14,8 +14,9 @@ from saqcli.errors import ConfigError, Problems
 from saqcli.models.preprocessing import SMALL_IMAGES
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers import quantizers_of
+from saqcli.tasks import classification
 from saqcli.training.minimizers import MINIMIZERS, Minimizer
-from saqcli.training.objective import Distillation, Objective
+from saqcli.training.objective import Objective
 from saqcli.units import counted
 
 # Liu et al. (arXiv:2111.12273), section 5: radius by bit-width, for images of 32 and of 224 pixels.
@@ -142,20 +143,12 @@ def make_objective(
     """
     autocast = partial(_autocast, training.precision, device)
     ascent = None if training.ascent_precision == "same" else partial(_autocast, "bfloat16", device)
-    mix = None
-    if training.mixup or training.cutmix:
-        from timm.data import Mixup
-
-        mix = Mixup(
-            mixup_alpha=training.mixup,
-            cutmix_alpha=training.cutmix,
-            label_smoothing=training.label_smoothing,
-            num_classes=num_classes,
-        )
     return Objective(
-        criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if mix else training.label_smoothing),
-        mix=mix,
-        distillation=Distillation(teacher, training.distill_weight, training.distill_temperature)
+        criterion=classification.criterion(training),
+        mix=classification.mixing(training, num_classes),
+        distillation=classification.Distillation(
+            teacher, training.distill_weight, training.distill_temperature
+        )
         if teacher
         else None,
         autocast=autocast,

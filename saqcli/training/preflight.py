@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from saqcli import distributed
 from saqcli.config import RunConfig
@@ -17,6 +17,7 @@ from saqcli.errors import UnsupportedModel
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.quant.layer import frozen_batch_stats
 from saqcli.random_state import random_state, set_random_state
+from saqcli.tasks import classification
 from saqcli.training.objective import sizes
 from saqcli.units import counted
 
@@ -60,9 +61,9 @@ def check_trains(
     least = _least(config.data.batch_size, images, limits, pairs=mixes)
     count = min(2, least.images)
     answer = _answer(model, name, preprocessing, count, least)
-    if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != count:
-        what = f"tensor of {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
-        _refuse(name, f"returns a {what} in training, where class scores, ({count}, classes), are expected")
+    if what := classification.unfit(answer, count):
+        expected = f"{classification.OUTPUT}, ({count}, classes)"
+        _refuse(name, f"returns a {what} in training, where {expected}, are expected")
 
 
 def _least(batch: int, images: int | None, limits: Limits, *, pairs: bool) -> Least:

@@ -17,8 +17,9 @@ from saqcli.errors import RunDirectoryError
 from saqcli.progress import SILENT, Progress, Task
 from saqcli.random_state import random_state, set_random_state
 from saqcli.runs.checkpoints import CheckpointFile
+from saqcli.tasks.classification import Meter, Score
 from saqcli.training.best import Best
-from saqcli.training.loop import Meter, Score, evaluate, train_epoch
+from saqcli.training.loop import evaluate, train_epoch
 from saqcli.training.minimizers.base import check_epoch
 from saqcli.training.optimizer import make_minimizer, make_objective, make_optimizer, make_schedule
 from saqcli.training.step import Recovery, Stepper

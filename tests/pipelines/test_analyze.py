@@ -15,7 +15,7 @@ from saqcli.analysis.landscape import LandscapeReading
 from saqcli.pipelines import export
 from saqcli.report.readings import draw
 from saqcli.runs.checkpoints import CheckpointFile
-from saqcli.training.loop import Score
+from saqcli.tasks.classification import Score
 from tests.support.command_line import answer, last_error, last_line, saq
 from tests.support.digits import MODEL, float_options
 

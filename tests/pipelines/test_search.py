@@ -17,7 +17,8 @@ from saqcli.pipelines.calibration import calibrate, install_quantizers
 from saqcli.pipelines.quantize import prepare
 from saqcli.progress import SILENT
 from saqcli.search import SEARCHERS
-from saqcli.training.loop import Score, score
+from saqcli.tasks.classification import Score
+from saqcli.training.loop import score
 from tests.support.command_line import answer, last_error, saq
 from tests.support.digits import MODEL, float_options
 from tests.support.sweeps import sweep

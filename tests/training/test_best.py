@@ -15,8 +15,8 @@ from saqcli.pipelines import analysis_inputs
 from saqcli.progress import SILENT
 from saqcli.runs.checkpoints import CheckpointFile
 from saqcli.runs.directory import RunDirectory
-from saqcli.training.best import Best, advice, noise
-from saqcli.training.loop import Score
+from saqcli.tasks.classification import Score, noise
+from saqcli.training.best import Best, advice
 from tests.support.command_line import answer, saq
 from tests.support.digits import MODEL, float_options
 

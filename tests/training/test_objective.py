@@ -6,7 +6,8 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.training.objective import Distillation, Objective, as_chunks
+from saqcli.tasks.classification import Distillation
+from saqcli.training.objective import Objective, as_chunks
 from tests.support.networks import CLASSES, images
 from tests.support.steps import batch, make, sgd, trainable
 

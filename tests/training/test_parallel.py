@@ -14,7 +14,8 @@ from saqcli.progress import SILENT, Task
 from saqcli.search.hawq import HAWQ
 from saqcli.search.sensitivity import Sensitivity
 from saqcli.search.separable import sums_over_batches
-from saqcli.training.loop import Meter, evaluate
+from saqcli.tasks.classification import Meter
+from saqcli.training.loop import evaluate
 from saqcli.training.objective import Objective
 from saqcli.training.step import Recovery, Stepper
 from tests.support.joined import ranks_run

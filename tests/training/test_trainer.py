@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saqcli.config import TrainingSection
 from saqcli.errors import RunDirectoryError
-from saqcli.training.loop import Score
+from saqcli.tasks.classification import Score
 from saqcli.training.trainer import NO_RUN, Trainer, TrainingRun
 from tests.support.networks import NETWORKS, quantize
 from tests.support.steps import assert_bitwise_equal, batch, snapshot

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from saqcli.errors import DataError, TrainingDiverged
 from saqcli.progress import Task
-from saqcli.training.loop import Meter, Score, evaluate, train_epoch
+from saqcli.tasks.classification import Meter, Score
+from saqcli.training.loop import evaluate, train_epoch
 from saqcli.training.minimizers import MINIMIZERS, Chunk, Passes
 from saqcli.training.minimizers.qat import QAT
 from saqcli.training.minimizers.sharpness_aware import SAQ

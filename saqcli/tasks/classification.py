@@ -1,0 +1,171 @@
+"""Image classification: losses, distillation, mixing, accuracy.
+
+All that the package knows of its task stands here and in ``labels.py``. Another task is a file beside this one with the
+same names: what a model must return, the loss of a batch, its sum over images, and the score of a model.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saqcli import distributed
+from saqcli.config import TrainingSection
+
+OUTPUT = "class scores"  # of a model, (N, classes)
+
+
+def unfit(output: Any, images: int) -> str | None:
+    """What a model returned for ``images`` images if these are no class scores, else None."""
+    if not isinstance(output, Tensor):
+        return type(output).__name__
+    return None if output.dim() == 2 and len(output) == images else f"tensor of {tuple(output.shape)}"
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (N, classes) and labels (N,) or shares (N, classes)."""
+    return F.cross_entropy(logits, labels)
+
+
+def total_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of logits (N, classes) and labels (N,), summed over the images."""
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def criterion(training: TrainingSection) -> Callable[[Tensor, Tensor], Tensor]:
+    """The training loss, from logits (N, classes) and labels (N,) or shares (N, classes) to a mean.
+
+    Mixed images come with smoothed shares, so their labels are not smoothed again.
+    """
+    mixed = training.mixup or training.cutmix
+    return nn.CrossEntropyLoss(label_smoothing=0.0 if mixed else training.label_smoothing)
+
+
+def mixing(
+    training: TrainingSection, num_classes: int
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """Mixup and cutmix by timm: from images and labels to mixed images and shares; None without either."""
+    if not (training.mixup or training.cutmix):
+        return None
+    from timm.data import Mixup
+
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = Mixup(
+        mixup_alpha=training.mixup,
+        cutmix_alpha=training.cutmix,
+        label_smoothing=training.label_smoothing,
+        num_classes=num_classes,
+    )
+    return mix
+
+
+def best_class(logits: Tensor) -> Tensor:
+    """Index of the highest logit, (N, classes) to (N,); of shares likewise."""
+    return logits.argmax(1)
+
+
+@dataclass
+class Score:
+    """Accuracy and loss over a number of images.
+
+    Attributes:
+        images: how many were counted; unreadable ones (label below 0) are not.
+        loss: mean cross-entropy.
+        top1: percent.
+        top5: percent; equals 100 with five classes or fewer.
+        skipped: unreadable images left out.
+    """
+
+    images: int = 0
+    loss: float = 0.0
+    top1: float = 0.0
+    top5: float = 0.0
+    skipped: int = 0
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The larger, the better: by top-1, then by loss."""
+        return self.top1, -self.loss
+
+
+class Meter:
+    """Sums over batches; ``score()`` divides at the end."""
+
+    def __init__(
+        self, images: int = 0, skipped: int = 0, loss: float = 0.0, right1: int = 0, right5: int = 0
+    ) -> None:
+        """``vars(meter)`` gives the arguments that make an equal one."""
+        self.images, self.skipped = images, skipped
+        self.loss = loss
+        self.right1, self.right5 = right1, right5
+
+    def clear(self) -> None:
+        """Start again at zero."""
+        self.images = self.skipped = self.right1 = self.right5 = 0
+        self.loss = 0.0
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Count one batch: logits (N, classes), labels (N,)."""
+        readable = labels >= 0
+        if not readable.all():
+            self.skipped += int((~readable).sum())
+            logits, labels = logits[readable], labels[readable]
+        if not len(labels):
+            return
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        self.images += len(labels)
+        self.loss += float(total_loss(logits, labels))
+        self.right1 += int(best[:, 0].sum())
+        self.right5 += int(best.sum())
+
+    def add(self, other: "Meter") -> None:
+        """Count what ``other`` has counted."""
+        self.images += other.images
+        self.skipped += other.skipped
+        self.loss += other.loss
+        self.right1 += other.right1
+        self.right5 += other.right5
+
+    def over_ranks(self) -> "Meter":
+        """What all ranks have counted."""
+        images, skipped, loss, right1, right5 = distributed.totals(*vars(self).values())
+        return Meter(int(images), int(skipped), loss, int(right1), int(right5))
+
+    def score(self) -> Score:
+        """Means over everything counted so far."""
+        count = max(self.images, 1)
+        return Score(
+            self.images, self.loss / count, 100 * self.right1 / count, 100 * self.right5 / count, self.skipped
+        )
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Learning from the outputs of another model.
+
+    Attributes:
+        teacher: images (N, C, H, W) to logits (N, classes); a model in eval mode.
+        weight: share of its outputs in the loss, 0 to 1.
+        temperature: softens both outputs.
+    """
+
+    teacher: Callable[[Tensor], Tensor]
+    weight: float = 0.5
+    temperature: float = 1.0
+
+    def distance(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean Kullback-Leibler divergence from the teacher's logits ``targets``, (N, classes) both, times T**2."""
+        student, teacher = (F.log_softmax(x.float() / self.temperature, dim=1) for x in (logits, targets))
+        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * self.temperature**2
+
+
+def noise(one: Score, other: Score) -> float:
+    """Standard error of the difference of two top-1s, in percentage points.
+
+    Computed as if the two were measured on different images. They share their images, so the true error is smaller:
+    a difference above this value is not chance.
+    """
+    return math.sqrt(sum(s.top1 * (100 - s.top1) / max(s.images, 1) for s in (one, other)))

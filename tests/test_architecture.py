@@ -47,8 +47,8 @@ MOST_FILES = 20  # in one folder
 # Plugins of a family do not import each other; these files are shared.
 FAMILIES = {
     "training/minimizers": {"base"},
-    "search": {"problem", "knapsack", "separable", "supernet", "controller", "cosine", "mixture"},
-    "analysis": {"base", "curvature"},
+    "search": {"problem", "knapsack", "separable", "supernet", "controller", "mixture"},
+    "analysis": {"base"},
     "export": {
         *("model_metadata", "onnx_helpers", "operators", "tracing", "containers", "integer_kernels"),
         *("exact_form", "integers", "ordered", "restore", "safetensors"),

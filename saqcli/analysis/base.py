@@ -22,9 +22,10 @@ from saqcli.config import WIDTHS
 from saqcli.progress import SILENT, Progress, Task
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.convert import Scheme
-from saqcli.quant.layer import QuantizedLayer
+from saqcli.quant.layer import QuantizedLayer, perturbed, zero_ports
 from saqcli.tasks import classification
 from saqcli.tasks.classification import Score
+from saqcli.training import hessian
 from saqcli.training.loop import evaluate
 from saqcli.training.perturbation import Gradients, PerturbedSet, RadiusUnit, add_up
 
@@ -186,3 +187,33 @@ def observe_inputs(analyzed: AnalysisInput, seed: int, task: Task) -> dict[str, 
         for handle in handles:
             handle.remove()
     return statistics
+
+
+Vector = list[Tensor]  # one tensor per layer, in the order of the input's layers
+
+
+def hessian_products(analyzed: AnalysisInput, vectors: Sequence[Vector]) -> list[Vector]:
+    """H v for every v in ``vectors``, accumulated over all images; every batch runs once for all of them.
+
+    Args:
+        analyzed: analysis input, in eval mode.
+        vectors: one tensor per layer each, in the shape of its weight.
+
+    Returns:
+        In the structure of ``vectors``; zero for a layer without influence on the loss.
+    """
+    layers = list(analyzed.layers.values())
+    sums: list[Vector] = [[torch.zeros_like(part) for part in vector] for vector in vectors]
+    for loss in analyzed.losses():
+        ports = zero_ports(layers)
+        with hessian.twice_differentiable(analyzed.model), perturbed(layers, ports):
+            product_with = hessian.HessianProduct(loss(), ports)
+            for total, vector in zip(sums, vectors, strict=True):
+                for part, more in zip(total, product_with(vector), strict=True):
+                    part += more
+    return sums
+
+
+def dot(one: Vector, other: Vector) -> float:
+    """Inner product over all layers, summed in float64."""
+    return sum(float((a.double() * b.double()).sum()) for a, b in zip(one, other, strict=True))

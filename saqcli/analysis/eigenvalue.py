@@ -13,8 +13,16 @@ from dataclasses import dataclass
 
 import torch
 
-from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings, seeded
-from saqcli.analysis.curvature import Vector, dot, hessian_products
+from saqcli.analysis.base import (
+    AnalysisInput,
+    Reading,
+    Session,
+    Settings,
+    Vector,
+    dot,
+    hessian_products,
+    seeded,
+)
 from saqcli.progress import Task
 
 

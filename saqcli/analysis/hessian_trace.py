@@ -12,8 +12,7 @@ import math
 
 import torch
 
-from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings, seeded
-from saqcli.analysis.curvature import Vector, hessian_products
+from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings, Vector, hessian_products, seeded
 
 VECTORS_PER_PASS = 4  # vectors per pass over the images: they share the forward and the first backward pass
 

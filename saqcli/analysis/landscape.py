@@ -14,8 +14,16 @@ directions as in Liu et al., arXiv:2111.12273.
 import torch
 from torch import Tensor
 
-from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings, finite_or_none, seeded
-from saqcli.analysis.curvature import Vector, dot
+from saqcli.analysis.base import (
+    AnalysisInput,
+    Reading,
+    Session,
+    Settings,
+    Vector,
+    dot,
+    finite_or_none,
+    seeded,
+)
 from saqcli.quant.layer import QuantizedLayer, perturbed
 
 MIN_REMAINDER = 1e-6  # a second direction is not orthogonalized if that leaves less than this share

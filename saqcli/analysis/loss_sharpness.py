@@ -11,8 +11,7 @@ import math
 
 import torch
 
-from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings, finite_or_none
-from saqcli.analysis.curvature import dot
+from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings, dot, finite_or_none
 from saqcli.training.perturbation import PerturbedSet
 
 

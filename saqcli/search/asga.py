@@ -45,7 +45,6 @@ from torch import Tensor, nn
 from saqcli import distributed
 from saqcli.errors import ConfigError, TrainingDiverged
 from saqcli.quant.layer import frozen_batch_stats
-from saqcli.search.cosine import CosineRates
 from saqcli.search.knapsack import best_choice, untrained_choice
 from saqcli.search.mixture import Mixtures
 from saqcli.search.problem import Batches, SearchProblem, SearchResult, remaining_batches
@@ -53,6 +52,7 @@ from saqcli.search.supernet import Scorer, Supernet
 from saqcli.training.minimizers import Chunk
 from saqcli.training.minimizers.base import average_gradients, check_step, gradients_of, running_statistics
 from saqcli.training.objective import cut, micro_batches
+from saqcli.training.optimizer import CosineRates
 from saqcli.training.options import check_choice, check_count, check_flag, check_number
 from saqcli.training.perturbation import Gradients, Perturbation, PerturbedSet, RadiusUnit, add_up
 from saqcli.training.step import Recovery, Snapshot, retry_on_oom

@@ -48,7 +48,6 @@ from saqcli import distributed
 from saqcli.errors import ConfigError
 from saqcli.quant.cost import USE_MIDDLE, Budget
 from saqcli.search.controller import ROUNDS, Baseline, Controller, Reinforce, draw_within
-from saqcli.search.cosine import CosineRates
 from saqcli.search.knapsack import (
     FRONT_DRAWS,
     best_choice,
@@ -65,6 +64,7 @@ from saqcli.training.minimizers import Chunk
 from saqcli.training.minimizers.base import gradients_of
 from saqcli.training.minimizers.sharpness_aware import SAQ
 from saqcli.training.objective import Objective, micro_batches
+from saqcli.training.optimizer import CosineRates
 from saqcli.training.options import check_choice, check_count, check_flag, check_number
 from saqcli.training.perturbation import PerturbedSet, RadiusUnit
 from saqcli.training.step import Recovery, Stepper, retry_on_oom

@@ -1,5 +1,6 @@
 """From the training section of the settings to the parts that train: optimizer, schedule, minimizer, objective."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -202,3 +203,21 @@ def default_rho(model: nn.Module, side: int) -> float:
     free = [bits for bits in widths if bits < 8] or [8]
     nearest = min(4, max(2, round(sum(free) / len(free))))
     return (SMALL_IMAGE_RHO if side <= SMALL_IMAGES else LARGE_IMAGE_RHO)[nearest]
+
+
+class CosineRates:
+    """The learning rates of some optimizers, from their current values to 0.
+
+    Args:
+        optimizers: whose groups are scheduled; they may load a state later.
+    """
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self._optimizers = optimizers
+        self._first = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+
+    def set(self, done: float) -> None:
+        """Set the rates for the share ``done`` of all steps."""
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        for group, rate in zip(groups, self._first, strict=True):
+            group["lr"] = rate * (1 + math.cos(math.pi * done)) / 2

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saqcli.analysis import INSTRUMENTS, AnalysisInput, Session, Settings
-from saqcli.analysis.curvature import dot, hessian_products
+from saqcli.analysis.base import dot, hessian_products
 from saqcli.analysis.distributions import measure_distributions
 from saqcli.analysis.eigenvalue import measure_eigenvalue
 from saqcli.analysis.flips import measure_flips

@@ -5,6 +5,19 @@ object that converts to JSON and back. Every change to the model is undone bit f
 
 ``observe_inputs`` records the values that reach the input quantizers. Unlike ``quant.calibration``, which runs the
 float network, every layer computes with its own bits, and the values are recorded just before rounding.
+
+``hessian_products`` differentiates twice. The variables are the quantized weights of all quantized layers: zero leaves in the ports, so that the function
+is L(Q(w) + leaf) at leaf = 0, averaged over all images. Activation quantizers pass gradients straight through.
+Differentiating twice gives the Hessian of the network in which every activation quantizer is replaced by its
+straight-through line at the point,
+
+    q(x) = Q(x0) + inside * (x - x0)          inside = 1 where x0 is not clipped, else 0,
+
+which has the value and the gradient of training, and no jumps. It is a twice differentiable function of the weights
+(almost everywhere, as with ReLU), so its Hessian is symmetric, and power iteration and Hutchinson's estimate apply.
+
+Source of the choice of variables: Liu et al., arXiv:2111.12273, section 5, which reports the largest
+eigenvalue of the quantized models; products as in Pearlmutter (1994).
 """
 
 import math

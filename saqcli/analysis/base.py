@@ -6,8 +6,9 @@ object that converts to JSON and back. Every change to the model is undone bit f
 ``observe_inputs`` records the values that reach the input quantizers. Unlike ``quant.calibration``, which runs the
 float network, every layer computes with its own bits, and the values are recorded just before rounding.
 
-``hessian_products`` differentiates twice. The variables are the quantized weights of all quantized layers: zero leaves in the ports, so that the function
-is L(Q(w) + leaf) at leaf = 0, averaged over all images. Activation quantizers pass gradients straight through.
+``hessian_products`` differentiates twice. The variables are the quantized weights of all quantized layers: zero leaves
+in the ports, so that the function is L(Q(w) + leaf) at leaf = 0, averaged over all images. Activation quantizers pass
+gradients straight through.
 Differentiating twice gives the Hessian of the network in which every activation quantizer is replaced by its
 straight-through line at the point,
 

@@ -65,6 +65,7 @@ class Option:
         least: smallest number accepted, where the type has no bound or another one.
         file: whether the value is a path, which shells complete.
         repeated: whether the option may be given several times.
+        negative: whether a boolean has ``--no-NAME`` too.
     """
 
     help: str
@@ -77,6 +78,7 @@ class Option:
     least: int | None = None
     file: bool = False
     repeated: bool = False
+    negative: bool = True
 
 
 def recipes() -> list[str]:
@@ -127,7 +129,8 @@ class ModelSection(_Section):
     new_head: Annotated[
         bool,
         Option(
-            "Start with a random classifier if --weights has a different number of classes than --num-classes"
+            "Start with a random classifier if --weights has a different number of classes than --num-classes",
+            negative=False,
         ),
     ] = False
     in_chans: Annotated[Positive | None, Option("Number of image channels", "N", "3")] = None
@@ -506,7 +509,7 @@ class TrainingSection(_Section):
         NotNegative, Option("Alpha of cutmix, 0 for none", "ALPHA", panel=REGULARIZATION, least=0)
     ] = 0.0
     distill: Annotated[
-        bool, Option("Also learn from the outputs of the float model", panel=REGULARIZATION)
+        bool, Option("Also learn from the outputs of the float model", panel=REGULARIZATION, negative=False)
     ] = False
     distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
     distill_temperature: Rate = 1.0
@@ -536,7 +539,8 @@ class RunSection(_Section):
     deterministic: Annotated[
         bool,
         Option(
-            "Use deterministic kernels only: runs on a GPU repeat exactly; slower, and an error where one is missing"
+            "Use deterministic kernels only: runs on a GPU repeat exactly; slower, and an error where one is missing",
+            negative=False,
         ),
     ] = False
     checkpoint_minutes: Rate = 10.0

@@ -112,8 +112,10 @@ def _flag(name: str, value: str | None, command: Command | None) -> str | None:
         return option
     if name == "export.styles" and value == "()":
         return "--no-export"
-    if value == "False":
+    if value == "False" and (command is None or option.replace("--", "--no-", 1) in command.options):
         return option.replace("--", "--no-", 1)
+    if value == "False":
+        return f"--set {name}=false"
     return f"{option} {_plain(str(value))}"
 
 

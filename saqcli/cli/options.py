@@ -80,7 +80,7 @@ class Setting:
     def parameter(self) -> inspect.Parameter:
         """Typer's declaration of the option."""
         names = [f"--{name}" for name in _names(self.path, self.option)]
-        if self.kind is bool:
+        if self.kind is bool and self.option.negative:
             names = [f"{name}/--no-{name[2:]}" for name in names]
         choices = list(self.choices)
         info = typer.Option(
@@ -247,7 +247,7 @@ def _typed(option: Option, kind: Any, notes: list[Any]) -> tuple[type, dict[str,
 
 def _shown(key: str, option: Option, value: Any) -> str | None:
     """A default as it is typed; None where there is nothing to show."""
-    if value is None or value == {}:
+    if value is None or value == {} or not option.negative:
         return None
     if isinstance(value, bool):
         return f"--{'' if value else 'no-'}{_names(key, option)[0]}"

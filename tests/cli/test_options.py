@@ -28,7 +28,7 @@ TABLES = {
 }
 GENERAL = "--json --quiet --verbose -q"
 RUN = (
-    "--config --deterministic --device --dry-run --no-deterministic --overwrite --recipe --resume --run-dir --seed "
+    "--config --deterministic --device --dry-run --overwrite --recipe --resume --run-dir --seed "
     f"--set {GENERAL}"
 )
 IMAGES = "--bad-images --batch-size --class-map --class-order --data --exif-transpose --no-exif-transpose --workers"
@@ -38,12 +38,12 @@ NETWORK = (
 )
 BITS = (
     "--activation-candidates --bops --budget --candidates --correct-bias --granularity --new-head --no-correct-bias "
-    "--no-new-head --no-quantize-attention --no-recalibrate-bn --no-weight-norm --pin --quantize-attention --quantizer "
+    "--no-quantize-attention --no-recalibrate-bn --no-weight-norm --pin --quantize-attention --quantizer "
     "--recalibrate-bn --searcher --size --weight-grid --weight-norm"
 )
 ACCEPTED = {
     "quantize": f"{BITS} {IMAGES} {NETWORK} {RUN} --ascent-fraction --bits --clip-grad --cutmix --distill --efficient "
-    "--ema --epochs --export --label-smoothing --lr --method --micro-batch --mixup --no-distill --no-export "
+    "--ema --epochs --export --label-smoothing --lr --method --micro-batch --mixup --no-export "
     "--optimizer --policy --precision --rho --rho-unit --sam-interval --sam-reuse --sharpness-batch --style "
     "--verify-images",
     "search": f"{BITS} {IMAGES} {NETWORK} {RUN} --epochs --lr --pareto --proxy --rho --scoring-images --search-classes "
@@ -102,7 +102,7 @@ def test_every_flag_sets_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(quantize, "quantize", take)
     pins = ("--pin", "layer1.*=8", "--pin", "fc=w8a4")
-    saq("quantize", "saq/resnet20", *("--bits", 4, "--style", "trt", "--style", "qdq", "--no-distill"), *pins)
+    saq("quantize", "saq/resnet20", *("--bits", 4, "--style", "trt", "--style", "qdq", "--distill"), *pins)
     saq("quantize", "saq/resnet20", *("--bops", "w4a4", "--no-export", "--weights", "a//b.pth", "--ema", 0.5))
 
     first, second = found
@@ -110,7 +110,7 @@ def test_every_flag_sets_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (first.quantization.bits, first.export.styles, first.training.distill) == (
         "4",
         ("trt", "qdq"),
-        False,
+        True,
     )
     assert (second.quantization.bops, second.export.styles, second.training.ema_decay) == ("w4a4", (), 0.5)
     assert second.model.weights == str(Path("a/b.pth"))

@@ -137,7 +137,7 @@ def analyze_command(
     from saqcli.analysis import INSTRUMENTS as TABLE
     from saqcli.analysis import Settings
     from saqcli.errors import ConfigError
-    from saqcli.pipelines.analysis_inputs import View
+    from saqcli.pipelines.analysis_inputs import ImageSelection
     from saqcli.pipelines.analyze import Request, analyze, check_request
     from saqcli.serialization import parse_object
 
@@ -173,7 +173,7 @@ def analyze_command(
     settings = {name: value for name, value in wanted.items() if value is not None}
     request = Request(
         target=target,
-        view=View(given.data(), split, images, seed),  # type: ignore[arg-type]
+        selection=ImageSelection(given.data(), split, images, seed),  # type: ignore[arg-type]
         instruments=chosen,
         out=out or default_out(target, bits, policy),
         settings=problems.attempt(parse_object, Settings, settings, "options") or Settings(),

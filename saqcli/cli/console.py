@@ -24,7 +24,7 @@ from saqcli.units import format_duration, format_figure
 
 SECONDS_BETWEEN_LINES = 10.0  # of plain progress
 WIDE = 100  # columns of a terminal that has room for a long bar
-TOGETHER = {"quantize_command", "search_command", "eval_command"}  # several processes work as one
+MULTI_PROCESS = {"quantize_command", "search_command", "eval_command"}  # several processes work as one
 
 P = ParamSpec("P")
 
@@ -54,16 +54,16 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
                 command(*args, **kwargs)
         except StoppedElsewhere as error:
             if not _rank():
-                _complain(str(error))
+                _print_error(str(error))
             raise typer.Exit(error.exit_code) from None
         except Interrupted as asked:
-            _say(str(asked))
+            _print_line(str(asked))
             raise typer.Exit(asked.exit_code) from None
         except SaqError as error:
-            _complain(str(error))
+            _print_error(str(error))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as asked:
-            _say("Interrupted")
+            _print_line("Interrupted")
             raise typer.Exit(exit_code_of(asked)) from None
         except (typer.Exit, typer.Abort):
             raise
@@ -71,15 +71,15 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
             # Of the file system, about a name that was given: too long, no permission, full.
             if kwargs.get("verbose"):
                 raise
-            _complain(f"{error.filename or 'a file'} cannot be used: {error.strerror or error}")
+            _print_error(f"{error.filename or 'a file'} cannot be used: {error.strerror or error}")
             raise typer.Exit(1) from None
         except Exception as error:
             if kwargs.get("verbose"):
                 raise
             if out_of_memory(error):
-                _complain("out of memory: give a smaller --batch-size, --input-size or network")
+                _print_error("out of memory: give a smaller --batch-size, --input-size or network")
                 raise typer.Exit(1) from None
-            _complain(
+            _print_error(
                 f"unexpected {type(error).__name__}: {error}. Please report it with the output of --verbose"
             )
             raise typer.Exit(1) from None
@@ -87,20 +87,20 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
-def _complain(message: str) -> None:
+def _print_error(message: str) -> None:
     who = f"process {_rank()}: " if _rank() else ""
-    _say(f"error: {who}{' '.join(message.splitlines())}")
+    _print_line(f"error: {who}{' '.join(message.splitlines())}")
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     """A line on stderr."""
     try:
         typer.echo(as_flags(line), err=True)
     except OSError:
-        _without_terminal()
+        _discard_stderr()
 
 
-def _without_terminal() -> None:
+def _discard_stderr() -> None:
     """Let stderr lead nowhere once it cannot be written to, as that of a closed terminal: the work is not to end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     with suppress(OSError, ValueError):  # it may be no file of the system
@@ -119,7 +119,7 @@ class _Stderr:
         try:
             return sys.stderr.write(text)
         except OSError:
-            _without_terminal()
+            _discard_stderr()
             return len(text)
 
     def flush(self) -> None:
@@ -127,7 +127,7 @@ class _Stderr:
         try:
             sys.stderr.flush()
         except OSError:
-            _without_terminal()
+            _discard_stderr()
 
 
 def _check_started(command: str) -> None:
@@ -136,7 +136,7 @@ def _check_started(command: str) -> None:
     Raises:
         ConfigError: says what to do.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command not in TOGETHER:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command not in MULTI_PROCESS:
         verb = command.removesuffix("_command")
         raise ConfigError(f"`saq {verb}` works in one process: start it without torchrun")
 
@@ -208,7 +208,7 @@ class _PlainTask:
             self.said = time.monotonic()
             found = [_figures(figures)] if figures else []
             line = ", ".join([f"{self.pace.done}/{self.pace.total}", *found, *self.pace.texts])
-            _say(f"{self.title}: {line}")
+            _print_line(f"{self.title}: {line}")
 
 
 class _Plain:
@@ -219,7 +219,7 @@ class _Plain:
 
     def note(self, text: str) -> None:
         """One line."""
-        _say(text)
+        _print_line(text)
 
 
 class _LiveTask:

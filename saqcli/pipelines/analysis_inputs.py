@@ -23,7 +23,7 @@ from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.export import ModelMetadata
 from saqcli.export.restore import rebuild_structure, restore
 from saqcli.models.preprocessing import Preprocessing, is_small
-from saqcli.pipelines.bits import check_bits, check_way, given_policy
+from saqcli.pipelines.bits import check_bits, check_bits_source, given_policy
 from saqcli.pipelines.calibration import calibrate, describe, install_quantizers
 from saqcli.pipelines.checks import check_builds, check_model
 from saqcli.pipelines.quantize import prepare
@@ -39,7 +39,7 @@ SMALL_BATCH, LARGE_BATCH = 128, 16  # images at a time, up to 64 pixels and abov
 
 
 @dataclass(frozen=True)
-class View:
+class ImageSelection:
     """Which images, and how many.
 
     Attributes:
@@ -62,12 +62,12 @@ def images_of(count: int, split: str) -> str:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A subject and where it came from.
 
     Attributes:
         target: as it was named.
-        facts: of its model.
+        metadata: of its model.
         subject: ready to be measured.
         sha256: of all tensors of the model.
         images_sha256: of the images, their labels and how they are batched.
@@ -75,7 +75,7 @@ class Opened:
     """
 
     target: str
-    facts: ModelMetadata
+    metadata: ModelMetadata
     subject: AnalysisInput
     sha256: str
     images_sha256: str
@@ -84,7 +84,7 @@ class Opened:
     @property
     def side(self) -> int:
         """Pixels along the longer side of an image."""
-        return max(Preprocessing.from_dict(self.facts.preprocessing).input_size[1:])
+        return max(Preprocessing.from_dict(self.metadata.preprocessing).input_size[1:])
 
 
 def check_target(target: str, section: ModelSection, bits: str | None, policy: Path | None) -> None:
@@ -107,7 +107,7 @@ def check_target(target: str, section: ModelSection, bits: str | None, policy: P
         quantization = QuantizationSection.model_validate(options)
         if found is not None:
             problems.attempt(check_model, section)
-        problems.attempt(check_way, quantization)
+        problems.attempt(check_bits_source, quantization)
         problems.attempt(check_bits, quantization)
         check_builds(problems, section)
     elif found is not None:
@@ -120,15 +120,15 @@ def check_target(target: str, section: ModelSection, bits: str | None, policy: P
     problems.check()
 
 
-def open_subject(
+def open_input(
     target: str,
     section: ModelSection,
     bits: str | None,
     policy: Path | None,
-    view: View,
+    selection: ImageSelection,
     device: torch.device,
     progress: Progress,
-) -> Opened:
+) -> OpenedModel:
     """The subject that ``target`` names.
 
     Args:
@@ -136,7 +136,7 @@ def open_subject(
         section: further options of a model name.
         bits: of a float model.
         policy: likewise.
-        view: the images.
+        selection: the images.
         device: of model and images.
         progress: for calibration and notes.
 
@@ -147,34 +147,34 @@ def open_subject(
     path = named_file(found, section)
     if path is not None:
         run = found.run
-        model, facts = restore(path)
-        trained = None if run is None else _with_latent_weights(model, facts, run, progress)
+        model, metadata = restore(path)
+        trained = None if run is None else _with_latent_weights(model, metadata, run, progress)
         model, latent = trained or model, trained is not None
     else:
-        model, facts = _calibrated(section, bits, policy, view, device, progress)
+        model, metadata = _calibrated(section, bits, policy, selection, device, progress)
     model = model.to(device).eval()
-    batches = _images(facts, view, target, device, progress)
+    batches = _images(metadata, selection, target, device, progress)
     layers = quantized_layers(model)
-    ordered = {name: layers[name] for name in facts.policy.layers}
-    subject = AnalysisInput(model, ordered, batches, facts.scheme, latent)
+    ordered = {name: layers[name] for name in metadata.policy.layers}
+    subject = AnalysisInput(model, ordered, batches, metadata.scheme, latent)
     score = subject.score()
     check_score(score.loss, score.images, target)
-    return Opened(target, facts, subject, _hash_model(model), _hash_images(batches), score)
+    return OpenedModel(target, metadata, subject, _hash_model(model), _hash_images(batches), score)
 
 
 def _calibrated(
     section: ModelSection,
     bits: str | None,
     policy: Path | None,
-    view: View,
+    selection: ImageSelection,
     device: torch.device,
     progress: Progress,
 ) -> tuple[nn.Module, ModelMetadata]:
     """A float model, quantized and calibrated without training."""
     options = {"quantization.bits": bits, "quantization.policy": str(policy) if policy else None}
     named = {f"model.{key}": value for key, value in section.model_dump().items()}
-    base = resolve(options=named | options | {"run.seed": view.seed})
-    sections = {"data": view.data.model_dump(), "export": {"styles": ()}}  # nothing is exported
+    base = resolve(options=named | options | {"run.seed": selection.seed})
+    sections = {"data": selection.data.model_dump(), "export": {"styles": ()}}  # nothing is exported
     config = RunConfig.model_validate({**base.model_dump(), **sections})
     network, images = prepare(config, device, progress)
     statistics = calibrate(network, images, config, progress)
@@ -186,10 +186,10 @@ def _calibrated(
 
 @torch.no_grad()
 def _with_latent_weights(
-    model: nn.Module, facts: ModelMetadata, run: RunDirectory, progress: Progress
+    model: nn.Module, metadata: ModelMetadata, run: RunDirectory, progress: Progress
 ) -> nn.Module | None:
     """The model as training left it in the run's checkpoint; None where that is not the exported ``model``."""
-    trained = rebuild_structure(facts)
+    trained = rebuild_structure(metadata)
     try:
         checkpoint = run.load_checkpoint() or {}
     except RunDirectoryError:
@@ -208,19 +208,20 @@ def _with_latent_weights(
 
 
 def _images(
-    facts: ModelMetadata, view: View, target: str, device: torch.device, progress: Progress
+    metadata: ModelMetadata, selection: ImageSelection, target: str, device: torch.device, progress: Progress
 ) -> list[tuple[Tensor, Tensor]]:
     """The images of ``view`` as the model wants them, held in memory."""
-    preprocessing = Preprocessing.from_dict(facts.preprocessing)
-    split = open_trained(view.data, view.split, facts, target, progress)
+    preprocessing = Preprocessing.from_dict(metadata.preprocessing)
+    split = open_trained(selection.data, selection.split, metadata, target, progress)
     loader = calibration_loader(
         split,
         preprocessing,
-        batch_size=view.data.eval_batch_size or (SMALL_BATCH if is_small(preprocessing) else LARGE_BATCH),
-        workers=workers_of(view.data, preprocessing),
+        batch_size=selection.data.eval_batch_size
+        or (SMALL_BATCH if is_small(preprocessing) else LARGE_BATCH),
+        workers=workers_of(selection.data, preprocessing),
         device=device,
-        seed=view.seed,
-        images=view.images,
+        seed=selection.seed,
+        images=selection.images,
     )
     return read_all(loader, progress, "analyze on")
 

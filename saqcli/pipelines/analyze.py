@@ -30,7 +30,7 @@ from saqcli._version import __version__
 from saqcli.analysis import INSTRUMENTS, Reading, Session, Settings
 from saqcli.config import ModelSection
 from saqcli.errors import CannotWrite, ConfigError, Interrupted, Problems, RunDirectoryError
-from saqcli.pipelines.analysis_inputs import Opened, View, check_target, images_of, open_subject
+from saqcli.pipelines.analysis_inputs import ImageSelection, OpenedModel, check_target, images_of, open_input
 from saqcli.pipelines.checks import check_device, check_images
 from saqcli.pipelines.targets import QUANTIZED, find_target, named_file
 from saqcli.process_group import pick_device
@@ -54,7 +54,7 @@ from saqcli.training.optimizer import default_rho
 AGAINST = "against"  # folder of the second model
 
 
-class SubjectFacts(BaseModel):
+class SubjectMetadata(BaseModel):
     """What was measured.
 
     Attributes:
@@ -104,23 +104,23 @@ class AnalysisFile(BaseModel):
     saq_version: str
     instrument: str
     finished: bool
-    subject: SubjectFacts
+    subject: SubjectMetadata
     settings: dict[str, Any]
     reading: dict[str, Any]
     sha256: str
 
 
-def facts_of(opened: Opened, view: View) -> SubjectFacts:
+def subject_metadata(opened: OpenedModel, selection: ImageSelection) -> SubjectMetadata:
     """The head of every file about ``opened``."""
-    return SubjectFacts(
+    return SubjectMetadata(
         target=opened.target,
-        model=opened.facts.policy.model,
+        model=opened.metadata.policy.model,
         sha256=opened.sha256,
         latent_weights=opened.subject.latent,
-        split=view.split,
+        split=selection.split,
         images=opened.score.images,
         images_sha256=opened.images_sha256,
-        seed=view.seed,
+        seed=selection.seed,
         loss=opened.score.loss,
         top1=opened.score.top1,
     )
@@ -129,8 +129,8 @@ def facts_of(opened: Opened, view: View) -> SubjectFacts:
 class AnalysisFolder:
     """The files about one subject."""
 
-    def __init__(self, path: Path, facts: SubjectFacts, settings: Settings) -> None:
-        self.path, self.facts = path, facts
+    def __init__(self, path: Path, metadata: SubjectMetadata, settings: Settings) -> None:
+        self.path, self.metadata = path, metadata
         self._settings = settings.model_dump(mode="json")
 
     def path_of(self, name: str) -> Path:
@@ -144,7 +144,7 @@ class AnalysisFolder:
             saq_version=__version__,
             instrument=name,
             finished=reading.finished,
-            subject=self.facts,
+            subject=self.metadata,
             settings=self._settings_of(name),
             reading=tree,
             sha256=_sha256(tree),
@@ -191,9 +191,9 @@ class AnalysisFolder:
     def _difference(self, file: AnalysisFile) -> str | None:
         """The first thing that was not as it is now."""
         now = self._settings_of(file.instrument) if file.instrument in INSTRUMENTS else {}
-        if file.subject.sha256 != self.facts.sha256:
+        if file.subject.sha256 != self.metadata.sha256:
             return f"another model, {printable(file.subject.target, 100)}"
-        if file.subject.images_sha256 != self.facts.images_sha256:
+        if file.subject.images_sha256 != self.metadata.images_sha256:
             return "other images or another batch size"
         for key in sorted({*now, *file.settings}):
             if now.get(key) != file.settings.get(key):
@@ -224,7 +224,7 @@ class Request:
 
     Attributes:
         target: run directory, ``.safetensors`` file or model name.
-        view: which images.
+        selection: which images.
         instruments: names in ``INSTRUMENTS``.
         out: folder of the results.
         settings: of the instruments.
@@ -239,7 +239,7 @@ class Request:
     """
 
     target: str
-    view: View
+    selection: ImageSelection
     instruments: tuple[str, ...]
     out: Path
     settings: Settings = field(default_factory=Settings)
@@ -267,18 +267,18 @@ class Request:
 class Measured:
     """The readings of one model."""
 
-    facts: SubjectFacts
+    metadata: SubjectMetadata
     readings: dict[str, Reading]
 
     def to_dict(self) -> dict[str, Any]:
         """Accuracies in percent."""
         return {
-            "target": self.facts.target,
-            "model": self.facts.model,
-            "split": self.facts.split,
-            "images": self.facts.images,
-            "loss": self.facts.loss,
-            "top1": self.facts.top1,
+            "target": self.metadata.target,
+            "model": self.metadata.model,
+            "split": self.metadata.split,
+            "images": self.metadata.images,
+            "loss": self.metadata.loss,
+            "top1": self.metadata.top1,
             "instruments": {name: reading.to_dict() for name, reading in self.readings.items()},
         }
 
@@ -322,7 +322,7 @@ def analyze(request: Request, progress: Progress = SILENT) -> Analysis:
     wanted = [(request.target, request.named, request.bits, request.policy)]
     if request.against is not None:
         wanted.append((request.against, ModelSection(name=request.against), None, None))
-    opened = [open_subject(*one, request.view, device, progress) for one in wanted]
+    opened = [open_input(*one, request.selection, device, progress) for one in wanted]
     settings = _with_radius(request, opened[0])
     with _alone_in(request, progress):
         return _measure(request, opened, settings, progress)
@@ -354,10 +354,10 @@ def _alone_in(request: Request, progress: Progress) -> Iterator[None]:
         lock.release()
 
 
-def _measure(request: Request, opened: list[Opened], settings: Settings, progress: Progress) -> Analysis:
+def _measure(request: Request, opened: list[OpenedModel], settings: Settings, progress: Progress) -> Analysis:
     """Once the folders are ours."""
     folders = [
-        AnalysisFolder(path, facts_of(one, request.view), settings)
+        AnalysisFolder(path, subject_metadata(one, request.selection), settings)
         for path, one in zip(request.folders, opened, strict=True)
     ]
     there = [
@@ -365,12 +365,12 @@ def _measure(request: Request, opened: list[Opened], settings: Settings, progres
         for folder in folders
     ]
     measured = [
-        Measured(folder.facts, _measure_all(one, folder, settings, earlier, progress))
+        Measured(folder.metadata, _measure_all(one, folder, settings, earlier, progress))
         for one, folder, earlier in zip(opened, folders, there, strict=True)
     ]
     files = [folder.path_of(name) for folder in folders for name in request.instruments]
-    names = model_names([(one.facts.model, one.facts.target) for one in measured])
-    images = images_of(opened[0].score.images, request.view.split)
+    names = model_names([(one.metadata.model, one.metadata.target) for one in measured])
+    images = images_of(opened[0].score.images, request.selection.split)
     with progress.task("drawing", len(request.instruments)) as task:
         for name in request.instruments:
             subjects = [(model, one.readings[name]) for model, one in zip(names, measured, strict=True)]
@@ -393,7 +393,7 @@ def check_request(request: Request) -> None:
     problems.attempt(check_target, request.target, request.named, request.bits, request.policy)
     if request.against is not None:
         problems.attempt(_check_against, request.against)
-    problems.attempt(check_images, request.view.data, request.view.split)
+    problems.attempt(check_images, request.selection.data, request.selection.split)
     grid = request.settings.grid
     if grid % 2 == 0:
         problems.add(
@@ -430,14 +430,14 @@ def _check_free(request: Request) -> None:
         )
 
 
-def _with_radius(request: Request, first: Opened) -> Settings:
+def _with_radius(request: Request, first: OpenedModel) -> Settings:
     """The settings with the radius that was asked for, or that training would take for the first model."""
     rho = default_rho(first.subject.model, first.side) if request.rho is None else request.rho
     return request.settings.model_copy(update={"rho": rho})
 
 
 def _measure_all(
-    opened: Opened,
+    opened: OpenedModel,
     folder: AnalysisFolder,
     settings: Settings,
     earlier: dict[str, Reading | None],
@@ -482,7 +482,7 @@ def _check_finite(name: str, reading: Reading, target: str) -> None:
 
 
 def _measure_resumable(
-    name: str, opened: Opened, folder: AnalysisFolder, settings: Settings, session: Session
+    name: str, opened: OpenedModel, folder: AnalysisFolder, settings: Settings, session: Session
 ) -> Reading:
     """Save what there is now and then, and when a signal asks to stop."""
     saved_at = time.monotonic()

@@ -9,7 +9,7 @@ architecture, whose speed does not depend on its weights.
 
 A benchmark: how fast a network is, float and quantized, in PyTorch and in ONNX Runtime, on this CPU.
 
-Images are random, since their values do not change the time. All contenders take turns
+Images are random, since their values do not change the time. All targets take turns
 (``saqcli.pipelines.bench``), once for every batch size and number of threads.
 """
 
@@ -64,30 +64,30 @@ class Timing:
 
 
 def time_in_turns(
-    contenders: Mapping[str, Callable[[], object]],
+    targets: Mapping[str, Callable[[], object]],
     rounds: int,
     task: Task,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Run all contenders in every round, one after the other, and every second round in reverse order.
+    """Run all targets in every round, one after the other, and every second round in reverse order.
 
     A turn is two runs, of which the second is timed: the first brings back into the caches what the others have
     driven out, as in a program that runs nothing else.
 
     Args:
-        contenders: functions by name.
+        targets: functions by name.
         rounds: timed runs of each, at least 1.
         task: told about every round.
         clock: seconds that only go forward.
     """
-    for run in contenders.values():
+    for run in targets.values():
         for _ in range(WARM_UP):
             run()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    order = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in targets}
+    order = list(targets)
     for _ in range(rounds):
         for name in order:
-            run = contenders[name]
+            run = targets[name]
             run()
             start = clock()
             run()
@@ -109,7 +109,7 @@ ONNX_FLOAT, ONNX_QUANTIZED = "ONNX float", "ONNX quantized"
 
 
 @dataclass(frozen=True)
-class Contender:
+class BenchTarget:
     """One way to run the network.
 
     Attributes:
@@ -138,39 +138,39 @@ class Lineup:
         model: name of the network.
         input_size: of one image, (C, H, W).
         few_bits: whether a layer has fewer than 8.
-        contenders: in the order of the table.
+        targets: in the order of the table.
         notes: what is missing and why, a line each.
     """
 
     model: str
     input_size: tuple[int, int, int]
     few_bits: bool = False
-    contenders: list[Contender] = field(default_factory=list)
+    targets: list[BenchTarget] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add_torch(self, name: str, model: nn.Module, size_bytes: int) -> None:
         """A PyTorch model, on the CPU."""
         model.cpu().eval().requires_grad_(False)
-        self.contenders.append(Contender(name, PYTORCH, size_bytes, lambda threads: model))
+        self.targets.append(BenchTarget(name, PYTORCH, size_bytes, lambda threads: model))
 
     def add_onnx(self, name: str, file: OnnxFile) -> None:
         """A file that ONNX Runtime takes."""
         path = file.path
         opener = lambda threads: runner(path, threads)  # noqa: E731 - as in add_torch
         size = path.stat().st_size
-        self.contenders.append(Contender(name, ONNX, size, opener, file.kernels, file.batch))
+        self.targets.append(BenchTarget(name, ONNX, size, opener, file.kernels, file.batch))
 
-    def add_exported(self, name: str, model: nn.Module, path: Path, facts: ModelMetadata) -> None:
+    def add_exported(self, name: str, model: nn.Module, path: Path, metadata: ModelMetadata) -> None:
         """A model as ONNX, written to ``path``; a note where that cannot be done."""
         try:
-            EXPORTERS["qdq"]().export(model, torch.zeros(2, *self.input_size), path, facts)
+            EXPORTERS["qdq"]().export(model, torch.zeros(2, *self.input_size), path, metadata)
         except UnsupportedModel as error:
             self.notes.append(f"no {name}: {error}")
         else:
             self.add_onnx(name, open_file(path))
 
 
-def line_up(target: str, section: ModelSection, folder: Path, progress: Progress) -> Lineup:
+def open_lineup(target: str, section: ModelSection, folder: Path, progress: Progress) -> Lineup:
     """Everything that can be measured of ``target``.
 
     Args:
@@ -200,35 +200,35 @@ def _of_name(section: ModelSection, folder: Path, progress: Progress) -> Lineup:
 
 
 def _of_onnx(path: Path, folder: Path) -> Lineup:
-    facts = read_onnx_metadata(path)
-    lineup = _described(facts)
+    metadata = read_onnx_metadata(path)
+    lineup = _from_metadata(metadata)
     lineup.notes.append(f"no {TORCH_QUANTIZED}: an ONNX file holds no PyTorch model")
-    _add_float(lineup, build_architecture(facts.build), facts.build, folder)
+    _add_float(lineup, build_architecture(metadata.build), metadata.build, folder)
     lineup.add_onnx(ONNX_QUANTIZED, open_file(path))
     return lineup
 
 
 def _of_safetensors(path: Path, run: RunDirectory | None, folder: Path) -> Lineup:
     files = _onnx_files(run) if run else []
-    model, facts = restore(path)
-    lineup = _described(facts)
+    model, metadata = restore(path)
+    lineup = _from_metadata(metadata)
     plain = copy.deepcopy(model)
     convert.unwrap(plain)
-    _add_float(lineup, plain, facts.build, folder)
+    _add_float(lineup, plain, metadata.build, folder)
     lineup.add_torch(TORCH_QUANTIZED, model, path.stat().st_size)
-    lineup.contenders.sort(key=lambda one: one.runtime, reverse=True)  # PyTorch, then ONNX Runtime
+    lineup.targets.sort(key=lambda one: one.runtime, reverse=True)  # PyTorch, then ONNX Runtime
     for file in files:
         lineup.add_onnx(ONNX_QUANTIZED if len(files) == 1 else f"ONNX {file.name}", open_file(file))
     if not files:
         lineup.notes.append(f"{ONNX_QUANTIZED} was exported for the measurement, in style qdq")
-        lineup.add_exported(ONNX_QUANTIZED, model, folder / "quantized.onnx", facts)
+        lineup.add_exported(ONNX_QUANTIZED, model, folder / "quantized.onnx", metadata)
     return lineup
 
 
-def _described(facts: ModelMetadata) -> Lineup:
-    size = Preprocessing.from_dict(facts.preprocessing).input_size
-    widths = {width for bits in facts.policy.layers.values() for width in (bits.weight, bits.activation)}
-    return Lineup(str(facts.build["name"]), size, any(width and width < MAX_BITS for width in widths))
+def _from_metadata(metadata: ModelMetadata) -> Lineup:
+    size = Preprocessing.from_dict(metadata.preprocessing).input_size
+    widths = {width for bits in metadata.policy.layers.values() for width in (bits.weight, bits.activation)}
+    return Lineup(str(metadata.build["name"]), size, any(width and width < MAX_BITS for width in widths))
 
 
 def _onnx_files(run: RunDirectory) -> list[Path]:
@@ -251,7 +251,7 @@ def _onnx_files(run: RunDirectory) -> list[Path]:
 def _add_float(lineup: Lineup, model: nn.Module, build: dict[str, object], folder: Path) -> None:
     tensors = {id(tensor): tensor for tensor in model.state_dict().values()}.values()
     lineup.add_torch(TORCH_FLOAT, model, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-    facts = ModelMetadata(
+    metadata = ModelMetadata(
         saq_version=__version__,
         build=build,
         preprocessing={},
@@ -261,7 +261,7 @@ def _add_float(lineup: Lineup, model: nn.Module, build: dict[str, object], folde
         routed={},
     )
     with _attention_spelled_out():
-        lineup.add_exported(ONNX_FLOAT, model, folder / "float.onnx", facts)
+        lineup.add_exported(ONNX_FLOAT, model, folder / "float.onnx", metadata)
 
 
 @contextmanager
@@ -310,10 +310,10 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender in one case; the units are in the names.
+    """One target in one case; the units are in the names.
 
     Attributes:
-        name: of the contender.
+        name: of the target.
         runtime: that it ran in.
         batch_size: images at a time.
         threads: of every operator.
@@ -348,9 +348,9 @@ class Bench:
         input_size: of one image, (C, H, W).
         settings: as given.
         threads: that were measured.
-        baseline: name of the contender that ``relative`` refers to.
+        baseline: name of the target that ``relative`` refers to.
         few_bits: whether a layer has fewer than 8.
-        rows: by threads, batch size and contender.
+        rows: by threads, batch size and target.
         notes: what is missing and why, a line each.
     """
 
@@ -394,37 +394,37 @@ def bench_target(target: str, section: ModelSection, settings: BenchSettings, pr
     """
     settings.check()
     with tempfile.TemporaryDirectory(prefix="saq-") as folder:
-        lineup = line_up(target, section, Path(folder), progress)
+        lineup = open_lineup(target, section, Path(folder), progress)
         _check_batches(lineup, settings.batch_sizes)
         return measure(lineup, settings, progress)
 
 
 def _check_batches(lineup: Lineup, batch_sizes: tuple[int, ...]) -> None:
-    for contender in lineup.contenders:
-        if contender.batch is not None and any(size != contender.batch for size in batch_sizes):
+    for target in lineup.targets:
+        if target.batch is not None and any(size != target.batch for size in batch_sizes):
             raise ConfigError(
-                f"{contender.name} takes batches of {contender.batch} only: use `batch_sizes={contender.batch}`"
+                f"{target.name} takes batches of {target.batch} only: use `batch_sizes={target.batch}`"
             )
 
 
 def measure(lineup: Lineup, settings: BenchSettings, progress: Progress) -> Bench:
-    """Measure every contender at every batch size and number of threads."""
+    """Measure every target at every batch size and number of threads."""
     threads = settings.threads or (torch.get_num_threads(),)
-    names = [contender.name for contender in lineup.contenders]
+    names = [target.name for target in lineup.targets]
     baseline = ONNX_FLOAT if ONNX_FLOAT in names else TORCH_FLOAT
     rows: list[Row] = []
     cases = len(threads) * len(settings.batch_sizes)
     with progress.task("measuring", cases * settings.repeats) as task, torch.inference_mode():
         for count in threads:
             with torch_threads(count):
-                functions = {contender.name: contender.open(count) for contender in lineup.contenders}
+                functions = {target.name: target.open(count) for target in lineup.targets}
                 for size in settings.batch_sizes:
                     images = random_images(size, lineup.input_size)
                     runs = {name: partial(function, images) for name, function in functions.items()}
                     timings = time_in_turns(runs, settings.repeats, task)
                     rows += [
-                        _row(contender, size, count, timings[contender.name], timings[baseline])
-                        for contender in lineup.contenders
+                        _row(target, size, count, timings[target.name], timings[baseline])
+                        for target in lineup.targets
                     ]
     return Bench(
         lineup.model, lineup.input_size, settings, threads, baseline, lineup.few_bits, rows, lineup.notes
@@ -436,11 +436,11 @@ def random_images(count: int, size: tuple[int, int, int], seed: int = 0) -> Tens
     return torch.randn(count, *size, generator=torch.Generator().manual_seed(seed))
 
 
-def _row(contender: Contender, size: int, threads: int, timing: Timing, baseline: Timing) -> Row:
-    kernels = contender.kernels
+def _row(target: BenchTarget, size: int, threads: int, timing: Timing, baseline: Timing) -> Row:
+    kernels = target.kernels
     return Row(
-        contender.name,
-        contender.runtime,
+        target.name,
+        target.runtime,
         size,
         threads,
         1e3 * timing.median_s,
@@ -449,5 +449,5 @@ def _row(contender: Contender, size: int, threads: int, timing: Timing, baseline
         baseline.median_s / timing.median_s,
         kernels.integer if kernels else None,
         kernels.floating if kernels else None,
-        contender.size_bytes,
+        target.size_bytes,
     )

@@ -56,7 +56,7 @@ def _check_budget(text: str | None, quantity: Quantity) -> None:
         parse_quantity(text, quantity)
 
 
-def check_way(section: QuantizationSection) -> None:
+def check_bits_source(section: QuantizationSection) -> None:
     """Refuse a quantization to nothing, or to several things at once.
 
     Raises:
@@ -145,7 +145,7 @@ def given_policy(section: QuantizationSection, network: Network) -> BitConfig | 
     Raises:
         ConfigError: more than one of bits, budget and policy, or none.
     """
-    check_way(section)
+    check_bits_source(section)
     if section.policy is not None:
         return read_policy(section.policy, network)
     if section.bits is not None:

@@ -28,11 +28,13 @@ def calibrate(
 ) -> dict[str, InputStatistics]:
     """What the inputs of all layers look like on a few training images; the first rank looks for all."""
     return distributed.from_first(
-        lambda: observe(network.model, _told("calibrating", images.calibration(), progress), config.run.seed)
+        lambda: observe(
+            network.model, _reported("calibrating", images.calibration(), progress), config.run.seed
+        )
     )
 
 
-def _told(title: str, loader: Loader, progress: Progress) -> Iterator[Tensor]:
+def _reported(title: str, loader: Loader, progress: Progress) -> Iterator[Tensor]:
     """The images of ``loader``, batch by batch, with their progress."""
     with progress.task(title, len(loader)) as task:
         for batch, _ in loader:
@@ -63,22 +65,22 @@ def install_quantizers(
     """Give every layer its quantizers at the policy's bits, with fitted levels, and correct what they moved."""
     convert.install(network.model, scheme_of(config), policy, signs_of(statistics))
     fit(network.model, statistics, config.quantization.clip_init)
-    AfterFit(config, network.model, images, progress)()
+    CalibrationCorrection(config, network.model, images, progress)()
     return network.model
 
 
-def provisional(
-    config: RunConfig, network: Network, images: Tensor, *, dearest: bool = False
+def provisional_model(
+    config: RunConfig, network: Network, images: Tensor, *, most_bits: bool = False
 ) -> tuple[nn.Module, ModelMetadata]:
     """A quantized copy of the network, its levels fitted to ``images`` and not to be used.
 
-    Its bits are those given; under a budget the fewest that a search may choose, or the most (``dearest``).
+    Its bits are those given; under a budget the fewest that a search may choose, or the most (``most_bits``).
     """
     model = copy.deepcopy(network.model).eval()
     policy = given_policy(config.quantization, network)
     if policy is None:
         space = space_of(config.quantization, network)
-        policy = space.config([-1 if dearest else 0] * len(space.decisions))
+        policy = space.config([-1 if most_bits else 0] * len(space.decisions))
     statistics = observe(model, [images])
     scheme = scheme_of(config)
     convert.install(model, scheme, policy, signs_of(statistics))
@@ -100,7 +102,7 @@ def describe(
 ) -> ModelMetadata:
     """The metadata of the exported files; without ``images`` nothing about classes."""
     loaded = network.loaded
-    facts = ModelMetadata(
+    metadata = ModelMetadata(
         saq_version=__version__,
         versions=library_versions(),
         build=loaded.build,
@@ -114,17 +116,17 @@ def describe(
         source_sha256=loaded.weights_sha256,
     )
     if images is None:
-        return facts
+        return metadata
     classes = {
         "class_names": images.train.class_names,
         "folders": dict(images.train.folders),
         "class_order": images.train.class_order,
         "exif_transpose": bool(images.section.exif_transpose),
     }
-    return facts.model_copy(update=classes)
+    return metadata.model_copy(update=classes)
 
 
-class AfterFit:
+class CalibrationCorrection:
     """What calibration does to a model with fitted levels: correct what quantization moved, as the settings ask.
 
     It can be called again whenever the model's bits have changed. It starts from the uncorrected model each time.
@@ -172,7 +174,7 @@ class AfterFit:
         """The images of a loader, or what was kept of them."""
         if title in self._kept:
             return self._kept[title]
-        batches = _told(title, loader(), self._progress)
+        batches = _reported(title, loader(), self._progress)
         if not self._keep:
             return batches
         return self._kept.setdefault(title, list(batches))

@@ -17,10 +17,17 @@ from saqcli.errors import ConfigError, Problems, SaqError
 from saqcli.export import STYLES
 from saqcli.models.arguments import check_arguments
 from saqcli.models.load import LoadedModel, check_named
-from saqcli.pipelines.bits import budget_of, check_bits, check_way, given_policy, make_searcher, space_of
+from saqcli.pipelines.bits import (
+    budget_of,
+    check_bits,
+    check_bits_source,
+    given_policy,
+    make_searcher,
+    space_of,
+)
 from saqcli.pipelines.calibration import scheme_of
 from saqcli.pipelines.proxy import proxy_data
-from saqcli.pipelines.setup import Network, Prepared, answering, load_float, wrap_and_trace
+from saqcli.pipelines.setup import Network, Prepared, explain_unsupported, load_float, wrap_and_trace
 from saqcli.pipelines.targets import check_not_run
 from saqcli.process_group import pick_device, started_by_torchrun
 from saqcli.progress import SILENT
@@ -68,7 +75,7 @@ def _build(section: ModelSection) -> None:
         return  # that was complained of
     without = {"pretrained": False, "weights": None, "weights_key": None}
     loaded = load_float(section.model_copy(update=without), SILENT)
-    with answering(loaded.name):
+    with explain_unsupported(loaded.name):
         try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size))
 
 
@@ -148,7 +155,7 @@ def check_quantize(config: RunConfig, *, images: bool = False, files: bool = Tru
         problems.attempt(check_images, config.data, "train", "val", files=files)
     if config.search.proxy is not None:
         problems.attempt(check_images, proxy_data(config), "train", files=files)
-    problems.attempt(check_way, config.quantization)
+    problems.attempt(check_bits_source, config.quantization)
     problems.attempt(check_bits, config.quantization, files=files)
     problems.attempt(make_searcher, config)
     problems.attempt(scheme_of(config).check)

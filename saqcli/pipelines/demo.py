@@ -38,8 +38,8 @@ def demo(run_dir: Path, *, bops: str, epochs: int, seed: int, progress: Progress
     progress.note(f"training a float {MODEL} for {counted(FLOAT_EPOCHS, 'epoch')}")
     train_float(config, weights, progress)
     progress.note(f"quantizing it under {bops}")
-    outcome = quantize(config, quantized, overwrite=True, progress=progress)
-    return outcome.to_dict(quantized)
+    result = quantize(config, quantized, overwrite=True, progress=progress)
+    return result.to_dict(quantized)
 
 
 def check_budget(config: RunConfig) -> None:

@@ -16,13 +16,13 @@ from saqcli.models.load import LoadedModel, default_classes, published_weights
 from saqcli.pipelines.bits import budget_of, given_policy, space_of
 from saqcli.pipelines.checks import check_quantize, check_search, network_for
 from saqcli.pipelines.export import check_exports, onnx_names
-from saqcli.pipelines.find_bits import ask
+from saqcli.pipelines.find_bits import request_search
 from saqcli.pipelines.profile import measure
 from saqcli.pipelines.setup import Network, load_float, open_images, training_images, wrap_and_trace
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
 from saqcli.runs.directory import RunDirectory
-from saqcli.runs.resume import check_same, goes_on
+from saqcli.runs.resume import check_same_settings, should_resume
 from saqcli.search.baselines import largest_uniform
 from saqcli.serialization import check_can_write
 from saqcli.training.preflight import check_trains
@@ -89,8 +89,8 @@ def plan(
         check_trains(network.model, network.name, loaded.preprocessing, config, images=count)
     check_can_write(run_dir)
     run = RunDirectory(run_dir, verb)
-    if resume := goes_on(run, resume=resume, overwrite=overwrite):
-        check_same(run, config)
+    if resume := should_resume(run, resume=resume, overwrite=overwrite):
+        check_same_settings(run, config)
     policy = given_policy(section, network) if space is None else space.config(largest_uniform(space, budget))
     assert policy is not None
     profile = measure(network, policy, space or space_of(section, network))
@@ -143,8 +143,8 @@ def _check_search(config: RunConfig, network: Network, images: Images | None) ->
         return None
     if config.model.weights is None:  # those of the proxy come from where the network's do
         config = config.model_copy(update={"model": config.model.model_copy(update={"pretrained": False})})
-    asked = ask(config, network, images, SILENT)
-    return None if config.search.proxy is None else asked.images
+    request = request_search(config, network, images, SILENT)
+    return None if config.search.proxy is None else request.images
 
 
 def _described(images: Images | None, proxy: Images | None, verb: str) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from saqcli.errors import ConfigError, Problems
 from saqcli.pipelines.bench import Bench, BenchSettings, bench_target
 from saqcli.pipelines.checks import check_builds, check_device, check_images, check_model
 from saqcli.pipelines.predictors import Predictor, open_target
-from saqcli.pipelines.setup import as_trained
+from saqcli.pipelines.setup import with_trained_rotation
 from saqcli.pipelines.targets import EVALUATED, find_target, named_file
 from saqcli.process_group import process_group, started_by_torchrun
 from saqcli.progress import SILENT, Progress
@@ -136,8 +136,8 @@ def _opened(
 ) -> tuple[Predictor, Loader, str]:
     """What is evaluated, on what, and what decided on the labels."""
     predictor = open_target(target, section, device, progress)
-    if predictor.facts is not None:
-        data = as_trained(data, predictor.facts, progress)
+    if predictor.metadata is not None:
+        data = with_trained_rotation(data, predictor.metadata, progress)
     split = open_named(data, "val", predictor.classes, progress)
     loader = validation_loader(split, predictor.preprocessing, data, predictor.device)
     return predictor, loader, split.class_order

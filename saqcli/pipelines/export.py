@@ -19,7 +19,7 @@ from saqcli.export import ModelMetadata
 from saqcli.export.restore import restore
 from saqcli.export.tracing import CANNOT_EXPORT, OPSET
 from saqcli.models.preprocessing import Preprocessing
-from saqcli.pipelines.calibration import provisional
+from saqcli.pipelines.calibration import provisional_model
 from saqcli.pipelines.checks import check_images, check_styles
 from saqcli.pipelines.setup import Network, open_run_images, open_trained
 from saqcli.pipelines.targets import QUANTIZED, find_target, named_file
@@ -97,8 +97,8 @@ def export(
             )
     make_folder(path.parent)
     run = RunDirectory.open(source) if source.is_dir() else None
-    model, facts = restore(weights)
-    preprocessing = Preprocessing.from_dict(facts.preprocessing)
+    model, metadata = restore(weights)
+    preprocessing = Preprocessing.from_dict(metadata.preprocessing)
     about: dict[str, Any] = {
         "true_size": (run.manifest().results.get("size_bytes") if run else None) or weights.stat().st_size
     }
@@ -107,13 +107,13 @@ def export(
         batches: Batches = made
         count = len(made)
     else:
-        split = open_trained(data, "val", facts, str(source), progress)
+        split = open_trained(data, "val", metadata, str(source), progress)
         seed = run.config().run.seed if run else 0
         limit = verify_limit(data.verify_images)
         batches = loader = validation_loader(split, preprocessing, data, torch.device("cpu"), seed, limit)
         count = len(loader)
         about |= {"verified_on": data.path, "available": split.images}
-    verdict = export_verified(model, facts, path, style, batches, count, progress, runtimes, **about)
+    verdict = export_verified(model, metadata, path, style, batches, count, progress, runtimes, **about)
     return Export(path, style, verdict)
 
 
@@ -152,42 +152,44 @@ def verify_limit(wanted: int | Literal["all"]) -> int | None:
 
 def write_files(
     model: nn.Module,
-    facts: ModelMetadata,
+    metadata: ModelMetadata,
     config: RunConfig,
     run: RunDirectory,
-    outcome: QuantizeResult,
+    result: QuantizeResult,
     progress: Progress,
     best: Mapping[str, Tensor] | None,
 ) -> None:
-    """The safetensors file and an ONNX file a style, each compared with ``model``; noted in ``outcome``.
+    """The safetensors file and an ONNX file a style, each compared with ``model``; noted in ``result``.
 
     ``best`` is the best state of fine-tuning; it gets a file of its own if it is clearly better than the exported one.
     """
-    images = open_run_images(config, facts, torch.device("cpu"))
+    images = open_run_images(config, metadata, torch.device("cpu"))
     batches = images.validation(verify_limit(config.data.verify_images))
     about: dict[str, Any] = {
         "verified_on": str(config.data.path),
         "available": images.val.images,
-        "true_size": outcome.size,
+        "true_size": result.size,
     }
     export_verified(
-        model, facts, run.safetensors_path, "safetensors", batches, len(batches), progress, **about
+        model, metadata, run.safetensors_path, "safetensors", batches, len(batches), progress, **about
     )
-    outcome.artifacts["safetensors"] = str(run.safetensors_path)
+    result.artifacts["safetensors"] = str(run.safetensors_path)
     for style, name in onnx_names(config.export.styles).items():
         path = run.onnx_path.with_name(f"{name}.onnx")
-        verdict = export_verified(model, facts, path, style, batches, len(batches), progress, **about)
-        outcome.artifacts[style] = str(path)
-        outcome.artifacts[name.replace("model", "verdict", 1)] = str(verdict_path(path))
-        if outcome.onnx is None:
-            outcome.onnx = {**verdict.figures(), "style": style, "size_bytes": path.stat().st_size}
-    if best is not None and outcome.advice and outcome.best_epoch != outcome.exported_epoch:
+        verdict = export_verified(model, metadata, path, style, batches, len(batches), progress, **about)
+        result.artifacts[style] = str(path)
+        result.artifacts[name.replace("model", "verdict", 1)] = str(verdict_path(path))
+        if result.onnx is None:
+            result.onnx = {**verdict.figures(), "style": style, "size_bytes": path.stat().st_size}
+    if best is not None and result.advice and result.best_epoch != result.exported_epoch:
         model.load_state_dict(best)
-        export_verified(model, facts, run.best_path, "safetensors", batches, len(batches), progress, **about)
-        outcome.artifacts["best"] = str(run.best_path)
+        export_verified(
+            model, metadata, run.best_path, "safetensors", batches, len(batches), progress, **about
+        )
+        result.artifacts["best"] = str(run.best_path)
     else:
         run.best_path.unlink(missing_ok=True)  # of an attempt in which another epoch was best
-    outcome.artifacts |= {"policy": str(run.policy_path), "report": str(run.report_path)}
+    result.artifacts |= {"policy": str(run.policy_path), "report": str(run.report_path)}
 
 
 def onnx_names(styles: Sequence[str]) -> dict[str, str]:
@@ -230,9 +232,9 @@ def _try_export(style: str, config: RunConfig, network: Network) -> None:
     with tempfile.TemporaryDirectory(prefix="saq-") as folder:
         path = Path(folder) / "model.onnx"
         try:
-            dearest = style == "trt"  # whose containers may be too small for the most bits
-            model, facts = provisional(config, network, images, dearest=dearest)
-            write_and_run(style, model, facts, path, images)
+            most_bits = style == "trt"  # whose containers may be too small for the most bits
+            model, metadata = provisional_model(config, network, images, most_bits=most_bits)
+            write_and_run(style, model, metadata, path, images)
         except (OSError, ConfigError, PolicyMismatch):
             raise
         except Exception as error:  # a forward pass and a graph of somebody else's may fail in any way

@@ -15,7 +15,7 @@ from saqcli.export.operators import frozen_copy
 from saqcli.export.restore import complete_class_names, restore, trained_classes
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.models.rebuild import check_description
-from saqcli.pipelines.setup import answering, classes_of, load_float
+from saqcli.pipelines.setup import classes_of, explain_unsupported, load_float
 from saqcli.pipelines.targets import EVALUATED, QUANTIZED, find_target, model_file, named_file
 from saqcli.progress import Progress
 from saqcli.quant.tracer import try_model
@@ -35,7 +35,7 @@ class Predictor:
         num_classes: how many logits.
         preprocessing: of its images.
         device: where it wants its images.
-        facts: what the file says about itself; None for a float model.
+        metadata: what the file says about itself; None for a float model.
         classes: of the logits.
     """
 
@@ -45,7 +45,7 @@ class Predictor:
     preprocessing: Preprocessing
     device: torch.device
     classes: Classes
-    facts: ModelMetadata | None = None
+    metadata: ModelMetadata | None = None
 
 
 def open_target(target: str, section: ModelSection, device: torch.device, progress: Progress) -> Predictor:
@@ -64,7 +64,7 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
     if path is not None:
         return open_onnx(path) if path.suffix == ".onnx" else open_safetensors(path, device)
     loaded = load_float(section, progress)
-    with answering(loaded.name):
+    with explain_unsupported(loaded.name):
         try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size))
     return Predictor(
         loaded.model.to(device),
@@ -78,8 +78,8 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
 
 def open_safetensors(path: Path, device: torch.device) -> Predictor:
     """A predictor from a file that ``saq quantize`` or ``saq export`` wrote."""
-    model, facts = restore(path)
-    return _described(model.to(device), str(path), facts, device)
+    model, metadata = restore(path)
+    return _from_metadata(model.to(device), str(path), metadata, device)
 
 
 def open_onnx(path: Path, *, optimized: bool = True) -> Predictor:
@@ -90,8 +90,8 @@ def open_onnx(path: Path, *, optimized: bool = True) -> Predictor:
     """
     if not path.is_file():
         raise ConfigError(f"there is no file {path}")
-    facts = complete_class_names(read_onnx_metadata(path))
-    answer, classes = onnx_session(path, optimized=optimized), facts.build.get("num_classes")
+    metadata = complete_class_names(read_onnx_metadata(path))
+    answer, classes = onnx_session(path, optimized=optimized), metadata.build.get("num_classes")
 
     def predict(images: Tensor) -> Tensor:
         logits = answer(images)
@@ -102,18 +102,18 @@ def open_onnx(path: Path, *, optimized: bool = True) -> Predictor:
             )
         return logits
 
-    return _described(predict, str(path), facts, torch.device("cpu"))
+    return _from_metadata(predict, str(path), metadata, torch.device("cpu"))
 
 
-def _described(
-    predict: Callable[[Tensor], Tensor], name: str, facts: ModelMetadata, device: torch.device
+def _from_metadata(
+    predict: Callable[[Tensor], Tensor], name: str, metadata: ModelMetadata, device: torch.device
 ) -> Predictor:
     try:
-        preprocessing = check_description(facts.build, facts.preprocessing)
+        preprocessing = check_description(metadata.build, metadata.preprocessing)
     except SaqError as error:
         raise CorruptArtifact(f"{name} does not say what it expects: {printable(str(error))}") from None
-    classes = trained_classes(facts, name)
-    return Predictor(predict, name, classes.count, preprocessing, device, classes, facts)
+    classes = trained_classes(metadata, name)
+    return Predictor(predict, name, classes.count, preprocessing, device, classes, metadata)
 
 
 def load(path: str | Path, *, exact: bool = False) -> nn.Module:
@@ -132,8 +132,8 @@ def load(path: str | Path, *, exact: bool = False) -> nn.Module:
     """
     target = find_target(str(path), QUANTIZED, "path")
     run = target.run
-    model, facts = restore(model_file(run) if run else target.path or Path(path))
+    model, metadata = restore(model_file(run) if run else target.path or Path(path))
     if not exact:
         return model
-    example = torch.zeros(2, *Preprocessing.from_dict(facts.preprocessing).input_size)
+    example = torch.zeros(2, *Preprocessing.from_dict(metadata.preprocessing).input_size)
     return ExactForm(frozen_copy(model), example).eval()

@@ -191,15 +191,15 @@ def _quantized(target: Target, progress: Progress) -> tuple[Network, BitConfig]:
             return _of_settings(run, progress)
         path = run.safetensors_path
     assert path is not None
-    loaded, facts = open_from_metadata(path)
-    network = wrap_and_trace(loaded, quantize_attention=bool(facts.products))
-    return network, in_order(facts.policy, network, str(path))
+    loaded, metadata = open_from_metadata(path)
+    network = wrap_and_trace(loaded, quantize_attention=bool(metadata.products))
+    return network, in_order(metadata.policy, network, str(path))
 
 
 def _of_settings(run: RunDirectory, progress: Progress) -> tuple[Network, BitConfig]:
     """Of a search, or of a run that has not got to its end: what its settings build, and the bits that it found."""
     if not run.policy_path.is_file():
-        raise RunDirectoryError(f"{run.path} has no bits yet: it {run.standing()}, {run.next_step()}")
+        raise RunDirectoryError(f"{run.path} has no bits yet: it {run.status_text()}, {run.next_step()}")
     config = run.config()
     loaded = load_float(config.model.model_copy(update={"pretrained": False}), progress)
     network = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)

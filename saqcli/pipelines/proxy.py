@@ -63,12 +63,12 @@ def search_images(images: Images, section: SearchSection, progress: Progress) ->
     return SearchImages(
         training=replace(images, train=training).training(),
         held_out=replace(images, train=held_out, section=plain).training(),
-        scoring=Kept(scoring, progress),
+        scoring=CachedBatches(scoring, progress),
         whole=replace(images, train=split).training(),
     )
 
 
-class Kept(Sequence[Batch]):
+class CachedBatches(Sequence[Batch]):
     """The batches of a loader, read once and kept; images that could not be read are left out."""
 
     def __init__(self, loader: Loader, progress: Progress) -> None:
@@ -154,7 +154,7 @@ def fit_proxy(
     )
     if (kept := memory.load()) is not None:
         memory.restore_random()
-        trainer.load_state_dict(_unpacked(kept))
+        trainer.load_state_dict(_unpack(kept))
     trainer.fit()
     proxy.model.eval()
 
@@ -169,7 +169,7 @@ class _ProxyRun:
         self, state: Callable[[], dict[str, Any]], *, milestone: bool = False, failing: bool = False
     ) -> None:
         """As ``Memory.offer``."""
-        self._memory.offer(lambda: _packed(state()), milestone=milestone, failing=failing)
+        self._memory.offer(lambda: _pack(state()), milestone=milestone, failing=failing)
 
     def log(self, **values: Any) -> None:
         """Note the accuracy."""
@@ -179,7 +179,7 @@ class _ProxyRun:
         """Nothing is evaluated."""
 
 
-def _packed(state: dict[str, Any]) -> dict[str, Any]:
+def _pack(state: dict[str, Any]) -> dict[str, Any]:
     """A trainer's state as ``proxy.ckpt`` holds it: the memory adds the random numbers of all ranks."""
     total = Meter()
     for rank in state["ranks"]:
@@ -188,8 +188,8 @@ def _packed(state: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "meter": vars(total), "position": list(state["position"].values())}
 
 
-def _unpacked(kept: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of ``_packed``, once the random numbers are restored; the first rank gets all figures."""
+def _unpack(kept: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of ``_pack``, once the random numbers are restored; the first rank gets all figures."""
     epoch, step = kept["position"]
     meters = [kept["meter"], *(vars(Meter()) for _ in range(1, distributed.count()))]
     ranks = [{"random": random_state(), "meter": meter} for meter in meters]

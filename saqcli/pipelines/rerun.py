@@ -42,7 +42,7 @@ NAMED_SETS = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")  # timm's, which are
 
 
 @dataclass(frozen=True)
-class Changes:
+class Overrides:
     """What is taken from elsewhere than the run says; None for as it says.
 
     Attributes:
@@ -57,7 +57,7 @@ class Changes:
     device: str | None = None
     workers: int | None = None
 
-    def absolute(self) -> "Changes":
+    def absolute(self) -> "Overrides":
         """The same, whatever the current directory becomes."""
         data, weights = self.data, self.weights
         if data is not None and not _is_named(data):
@@ -72,7 +72,7 @@ class Changes:
         return _with(config, {key: value for key, value in given.items() if value is not None})
 
 
-AS_IT_WAS = Changes()
+NO_OVERRIDES = Overrides()
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Rerun:
 def rerun(
     run_dir: Path,
     new_dir: Path | None = None,
-    changes: Changes = AS_IT_WAS,
+    changes: Overrides = NO_OVERRIDES,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -178,7 +178,7 @@ def _check_finished(run: RunDirectory, manifest: RunManifest) -> None:
         )
     if manifest.status != "finished":
         raise RunDirectoryError(
-            f"{run.path} {run.standing()}, so there is nothing to compare with: {run.next_step()} first"
+            f"{run.path} {run.status_text()}, so there is nothing to compare with: {run.next_step()} first"
         )
 
 

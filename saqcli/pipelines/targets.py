@@ -130,12 +130,12 @@ def model_file(run: RunDirectory) -> Path:
     """
     manifest = run.manifest()
     if manifest.verb != "quantize":
-        state = "" if manifest.status == "finished" else f"; it {run.standing()}"
+        state = "" if manifest.status == "finished" else f"; it {run.status_text()}"
         raise RunDirectoryError(
             f"{run.path} is a run of `saq {manifest.verb}`, which holds bits and no model{state}: {run.next_step()}"
         )
     if not run.safetensors_path.is_file() or manifest.status == "clearing":
-        raise RunDirectoryError(f"{run.path} holds no model: it {run.standing()}, {run.next_step()}")
+        raise RunDirectoryError(f"{run.path} holds no model: it {run.status_text()}, {run.next_step()}")
     return run.safetensors_path
 
 
@@ -167,7 +167,7 @@ def policy_file(text: str) -> Path:
     run = RunDirectory.open(path)
     if not run.policy_path.is_file():
         raise RunDirectoryError(
-            f"`quantization.policy={path}` holds no policy.json: it {run.standing()}, {run.next_step()}"
+            f"`quantization.policy={path}` holds no policy.json: it {run.status_text()}, {run.next_step()}"
         )
     return run.policy_path
 

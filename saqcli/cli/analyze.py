@@ -146,7 +146,7 @@ def analyze_command(
     if split not in ("train", "val"):
         problems.add(ConfigError(f"--split {split} is not known: choose train or val"))
         split = "train"
-    asked = {
+    requested = {
         "sharpness": sharpness,
         "eigenvalue": eigenvalue,
         "flips": flips,
@@ -155,7 +155,7 @@ def analyze_command(
         "sensitivity": sensitivity,
         "landscape": landscape,
     }
-    chosen = tuple(name for name in TABLE if everything or asked[name]) or tuple(
+    chosen = tuple(name for name in TABLE if everything or requested[name]) or tuple(
         name for name, instrument in TABLE.items() if instrument.quick
     )
     rho, seed = given.get("training.rho"), given.get("run.seed", 0)
@@ -199,7 +199,7 @@ def analyze_command(
 
 
 def default_out(target: str, bits: str | None, policy: Path | None) -> Path:
-    """Inside a run directory; beside everything else for a file or a float model."""
+    """The default output folder: ``analysis`` inside a run directory; ``analysis/NAME`` for a file or a float model."""
     path = Path(target).expanduser()
     if path.is_dir():
         return path / "analysis"

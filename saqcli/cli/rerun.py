@@ -60,6 +60,6 @@ def rerun_command(
     if not found.identical:
         what = ", ".join(difference.what for difference in found.differences)
         raise NotReproduced(
-            f"{found.run_dir} is not the same as {run}: {what} ({found.differences[0].detail}); likely reason: "
+            f"{found.run_dir} differs from {run}: {what} ({found.differences[0].detail}); likely cause: "
             f"{found.reasons[0]}"
         )

@@ -389,7 +389,7 @@ def quantized_convolution() -> onnx.ModelProto:
         (["--threads", "1"], 1, "give --bench"),
         (["--repeats", "3"], 1, "give --bench"),
         (["--bench", "--batch-size", "8"], 1, "give --batch-sizes"),
-        (["--bench", "--device", "cuda"], 1, "measures the CPU"),
+        (["--bench", "--device", "cuda"], 1, "runs on the CPU"),
     ],
 )
 def test_invalid_input_is_one_line_error(options: list[str], code: int, says: str) -> None:

@@ -214,7 +214,7 @@ def test_one_verified_file_per_style(images: Path, network: Any, tmp_path: Path)
     [
         (("--style", "tflite"), "there is no export style 'tflite': choose from qdq, "),
         (("--style", "qdq", "--style", "qdq"), "--style qdq is given twice"),
-        (("--style", "qdq", "--no-export"), "--style qdq is of an ONNX file: remove it, or --no-export"),
+        (("--style", "qdq", "--no-export"), "--style qdq selects an ONNX style: remove it, or --no-export"),
         (("--verify-images", "none"), "--verify-images none: give a number of at least 1, or all"),
         (("--set", "data.verify_images=0"), "give a number of at least 1, or all"),
     ],

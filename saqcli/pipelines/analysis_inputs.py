@@ -1,9 +1,8 @@
-"""What ``saq analyze`` looks at: a quantized model with its latent weights, where they are there, and a fixed
-set of images.
+"""Inputs of ``saq analyze``: a quantized model and a fixed set of images.
 
-A run directory brings the model that it exported, with the latent weights of its checkpoint if they give the very
-same quantized weights. A ``.safetensors`` file has none. A float model is calibrated at the bits that are asked
-for, just as ``quantize`` with ``training.epochs=0`` does.
+A run directory gives its exported model, with the latent weights of its checkpoint if their quantized weights are
+bit-identical. A ``.safetensors`` file has no latent weights. A float model is calibrated at the given bits, as
+``quantize`` with ``training.epochs=0`` does.
 """
 
 import hashlib
@@ -35,18 +34,18 @@ from saqcli.runs.directory import RunDirectory
 from saqcli.training.loop import Score
 from saqcli.training.minimizers.base import check_score
 
-SMALL_BATCH, LARGE_BATCH = 128, 16  # images at a time, up to 64 pixels and above: differentiated twice
+SMALL_BATCH, LARGE_BATCH = 128, 16  # batch sizes up to 64 pixels and above, for second derivatives
 
 
 @dataclass(frozen=True)
 class ImageSelection:
-    """Which images, and how many.
+    """The images to measure on.
 
     Attributes:
-        data: which images, and how they are read.
-        split: of the data.
-        images: drawn evenly over the classes.
-        seed: of the draw.
+        data: source of the images.
+        split: split of the data.
+        images: number of images, drawn evenly over the classes.
+        seed: random seed of the draw.
     """
 
     data: DataSection
@@ -63,15 +62,15 @@ def images_of(count: int, split: str) -> str:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A subject and where it came from.
+    """A model opened for analysis.
 
     Attributes:
-        target: as it was named.
-        metadata: of its model.
-        subject: ready to be measured.
-        sha256: of all tensors of the model.
-        images_sha256: of the images, their labels and how they are batched.
-        score: of the model on these images.
+        target: as given.
+        metadata: the model's metadata.
+        subject: model, images and layers for the instruments.
+        sha256: hash of all tensors of the model.
+        images_sha256: hash of the images, their labels and batch sizes.
+        score: loss and accuracy of the model on these images.
     """
 
     target: str
@@ -88,11 +87,11 @@ class OpenedModel:
 
 
 def check_target(target: str, section: ModelSection, bits: str | None, policy: Path | None) -> None:
-    """Refuse what can be seen to be no subject before anything is loaded.
+    """Check the target of an analysis before anything is loaded.
 
     Raises:
-        SaqError: nothing of that name, a run without a model, an ONNX file, a quantized model with bits, a float
-            one without, or bits out of range.
+        SaqError: unknown target, a run without a model, an ONNX file, a quantized model with bits, a float model
+            without bits, or bits out of range.
     """
     problems, given = Problems(), bits is not None or policy is not None
     found = problems.attempt(find_target, target, ANALYZED)
@@ -113,8 +112,8 @@ def check_target(target: str, section: ModelSection, bits: str | None, policy: P
     elif found is not None:
         problems.add(
             ConfigError(
-                f"{target} is a float model: give `bits=4` or `policy=FILE`, at which it is calibrated, "
-                "or a run directory or .safetensors file"
+                f"{target} is a float model: give `bits=4` or `policy=FILE` to calibrate it, or a run directory or "
+                ".safetensors file"
             )
         )
     problems.check()
@@ -129,19 +128,19 @@ def open_input(
     device: torch.device,
     progress: Progress,
 ) -> OpenedModel:
-    """The subject that ``target`` names.
+    """Open the model ``target`` and its images.
 
     Args:
         target: a run directory, a ``.safetensors`` file, or the name of a float model.
-        section: further options of a model name.
-        bits: of a float model.
-        policy: likewise.
+        section: further options of a float model.
+        bits: bits of a float model.
+        policy: policy of a float model.
         selection: the images.
-        device: of model and images.
-        progress: for calibration and notes.
+        device: device of model and images.
+        progress: reports calibration and notes.
 
     Raises:
-        SaqError: no such thing, a damaged one, or images that do not fit it.
+        SaqError: unknown or damaged target, or images that do not match it.
     """
     found, latent = find_target(target, ANALYZED), True
     path = named_file(found, section)
@@ -170,11 +169,11 @@ def _calibrated(
     device: torch.device,
     progress: Progress,
 ) -> tuple[nn.Module, ModelMetadata]:
-    """A float model, quantized and calibrated without training."""
+    """A float model quantized by calibration only."""
     options = {"quantization.bits": bits, "quantization.policy": str(policy) if policy else None}
     named = {f"model.{key}": value for key, value in section.model_dump().items()}
     base = resolve(options=named | options | {"run.seed": selection.seed})
-    sections = {"data": selection.data.model_dump(), "export": {"styles": ()}}  # nothing is exported
+    sections = {"data": selection.data.model_dump(), "export": {"styles": ()}}  # no trial export
     config = RunConfig.model_validate({**base.model_dump(), **sections})
     network, images = prepare(config, device, progress)
     statistics = calibrate(network, images, config, progress)
@@ -188,7 +187,7 @@ def _calibrated(
 def _with_latent_weights(
     model: nn.Module, metadata: ModelMetadata, run: RunDirectory, progress: Progress
 ) -> nn.Module | None:
-    """The model as training left it in the run's checkpoint; None where that is not the exported ``model``."""
+    """The model of the run's checkpoint; None unless its quantized weights equal those of ``model``."""
     trained = rebuild_structure(metadata)
     try:
         checkpoint = run.load_checkpoint() or {}
@@ -210,7 +209,7 @@ def _with_latent_weights(
 def _images(
     metadata: ModelMetadata, selection: ImageSelection, target: str, device: torch.device, progress: Progress
 ) -> list[tuple[Tensor, Tensor]]:
-    """The images of ``view`` as the model wants them, held in memory."""
+    """The selected images, preprocessed for the model and held in memory."""
     preprocessing = Preprocessing.from_dict(metadata.preprocessing)
     split = open_trained(selection.data, selection.split, metadata, target, progress)
     loader = calibration_loader(

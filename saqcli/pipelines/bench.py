@@ -1,16 +1,10 @@
 """Benchmark: latency of a network, float and quantized, in PyTorch and in ONNX Runtime.
 
-How long functions take, measured in turns: a machine that others use too slows all of them alike.
+A run or a safetensors file gives all four targets. An ONNX file holds no PyTorch model, but names the float
+architecture, whose speed does not depend on its weights. Images are random, since their values do not change the time.
 
-What a benchmark sets side by side: a network in PyTorch and in ONNX Runtime, float and quantized.
-
-From a run or a safetensors file all four can be made; an ONNX file holds no PyTorch model, but names the float
-architecture, whose speed does not depend on its weights.
-
-A benchmark: how fast a network is, float and quantized, in PyTorch and in ONNX Runtime, on this CPU.
-
-Images are random, since their values do not change the time. All targets take turns
-(``saqcli.pipelines.bench``), once for every batch size and number of threads.
+The runs of the targets are interleaved, so that other load on the machine slows all of them alike. They are measured on
+the CPU for every batch size and number of threads.
 """
 
 import copy
@@ -45,17 +39,17 @@ from saqcli.random_state import torch_threads
 from saqcli.runs.directory import RunDirectory
 from saqcli.verify.runtime import Kernels, OnnxFile, open_file, runner
 
-WARM_UP = 3  # runs of each function that are not timed, before the rounds
+WARM_UP = 3  # untimed runs of each function
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What one function took over all its timed runs.
+    """Durations of one function.
 
     Attributes:
-        median_s: seconds.
-        spread_s: seconds from the first to the third quartile.
-        runs: timed.
+        median_s: median in seconds.
+        spread_s: interquartile range in seconds.
+        runs: number of timed runs.
     """
 
     median_s: float
@@ -69,16 +63,15 @@ def time_in_turns(
     task: Task,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Run all targets in every round, one after the other, and every second round in reverse order.
+    """Time functions in rounds: each runs once per round, in reverse order every second round.
 
-    A turn is two runs, of which the second is timed: the first brings back into the caches what the others have
-    driven out, as in a program that runs nothing else.
+    Every timed run follows an untimed one, which refills the caches after the other functions.
 
     Args:
         targets: functions by name.
         rounds: timed runs of each, at least 1.
-        task: told about every round.
-        clock: seconds that only go forward.
+        task: advances with every round.
+        clock: monotonic clock in seconds.
     """
     for run in targets.values():
         for _ in range(WARM_UP):
@@ -113,13 +106,13 @@ class BenchTarget:
     """One way to run the network.
 
     Attributes:
-        name: in the table.
+        name: name in the table.
         runtime: ``PyTorch`` or ``ONNX Runtime``.
-        size_bytes: of the file; of a float PyTorch model, of its tensors.
-        open: from a number of threads to a function from images (N, C, H, W) to logits; PyTorch's number is set
-            by who calls.
-        kernels: that ONNX Runtime multiplies with; None in PyTorch.
-        batch: the only number of images it takes; None where any will do.
+        size_bytes: size of the file; for a float PyTorch model, of its tensors.
+        open: maps a number of threads to a function from images (N, C, H, W) to logits; the caller sets PyTorch's
+            number of threads.
+        kernels: matrix kernels of ONNX Runtime; None for PyTorch.
+        batch: the only accepted batch size; None if any is accepted.
     """
 
     name: str
@@ -136,10 +129,10 @@ class Lineup:
 
     Attributes:
         model: name of the network.
-        input_size: of one image, (C, H, W).
-        few_bits: whether a layer has fewer than 8.
+        input_size: size of one image, (C, H, W).
+        few_bits: whether a layer has fewer than 8 bits.
         targets: in the order of the table.
-        notes: what is missing and why, a line each.
+        notes: missing targets with reasons, one line each.
     """
 
     model: str
@@ -149,19 +142,19 @@ class Lineup:
     notes: list[str] = field(default_factory=list)
 
     def add_torch(self, name: str, model: nn.Module, size_bytes: int) -> None:
-        """A PyTorch model, on the CPU."""
+        """Add a PyTorch model, on the CPU."""
         model.cpu().eval().requires_grad_(False)
         self.targets.append(BenchTarget(name, PYTORCH, size_bytes, lambda threads: model))
 
     def add_onnx(self, name: str, file: OnnxFile) -> None:
-        """A file that ONNX Runtime takes."""
+        """Add an ONNX file."""
         path = file.path
         opener = lambda threads: runner(path, threads)  # noqa: E731 - as in add_torch
         size = path.stat().st_size
         self.targets.append(BenchTarget(name, ONNX, size, opener, file.kernels, file.batch))
 
     def add_exported(self, name: str, model: nn.Module, path: Path, metadata: ModelMetadata) -> None:
-        """A model as ONNX, written to ``path``; a note where that cannot be done."""
+        """Export a model to ``path`` and add the file, or a note if it cannot be exported."""
         try:
             EXPORTERS["qdq"]().export(model, torch.zeros(2, *self.input_size), path, metadata)
         except UnsupportedModel as error:
@@ -171,16 +164,16 @@ class Lineup:
 
 
 def open_lineup(target: str, section: ModelSection, folder: Path, progress: Progress) -> Lineup:
-    """Everything that can be measured of ``target``.
+    """Everything that can be measured for ``target``.
 
     Args:
         target: a run directory, a ``.safetensors`` or ``.onnx`` file, or a model name.
         section: further options of a model name.
-        folder: for files that are made only to be measured.
-        progress: for notes.
+        folder: folder for temporary exports.
+        progress: receives notes.
 
     Raises:
-        SaqError: no such thing, or a damaged one.
+        SaqError: unknown or damaged target.
     """
     found = find_target(target, EVALUATED)
     path = named_file(found, section)
@@ -232,10 +225,10 @@ def _from_metadata(metadata: ModelMetadata) -> Lineup:
 
 
 def _onnx_files(run: RunDirectory) -> list[Path]:
-    """The ONNX files that a run left.
+    """The ONNX files of a run.
 
     Raises:
-        RunDirectoryError: one that the manifest names is gone, or leads elsewhere.
+        RunDirectoryError: a file of the manifest is missing, or a link that leads out of the run.
     """
     files = [run.path / name for name in run.manifest().artifacts if name.endswith(".onnx")]
     for file in files:
@@ -243,7 +236,7 @@ def _onnx_files(run: RunDirectory) -> list[Path]:
             raise RunDirectoryError(f"{file} is a link that leads out of the run: put the file itself there")
         if not file.is_file():
             raise RunDirectoryError(
-                f"{file} is gone, though the run's manifest names it: name {run.safetensors_path} instead"
+                f"{file} is missing, though the run's manifest lists it: use {run.safetensors_path} instead"
             )
     return files
 
@@ -266,7 +259,7 @@ def _add_float(lineup: Lineup, model: nn.Module, build: dict[str, object], folde
 
 @contextmanager
 def _attention_spelled_out() -> Iterator[None]:
-    """PyTorch's fused attention has no counterpart in ONNX."""
+    """Disable PyTorch's fused attention, which has no counterpart in ONNX."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -275,16 +268,16 @@ def _attention_spelled_out() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-MOST_IMAGES = 65536  # of a batch: the bound of the dynamic dimension in exported files
+MOST_IMAGES = 65536  # largest batch: the bound of the dynamic dimension in exported files
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What is measured.
+    """The settings of a benchmark.
 
     Attributes:
-        batch_sizes: images at a time.
-        threads: of every operator; None: as many as PyTorch uses.
+        batch_sizes: batch sizes.
+        threads: numbers of threads per operator; None is the number that PyTorch uses.
         repeats: timed runs of every case.
     """
 
@@ -293,10 +286,10 @@ class BenchSettings:
     repeats: int = 20
 
     def check(self) -> None:
-        """Refuse what cannot be measured.
+        """Check the settings.
 
         Raises:
-            ConfigError: names the option.
+            ConfigError: names the invalid setting.
         """
         for size in self.batch_sizes:
             if not 1 <= size <= MOST_IMAGES:
@@ -310,20 +303,20 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class Row:
-    """One target in one case; the units are in the names.
+    """The timing of one target in one case.
 
     Attributes:
-        name: of the target.
-        runtime: that it ran in.
-        batch_size: images at a time.
-        threads: of every operator.
+        name: name of the target.
+        runtime: its runtime.
+        batch_size: images per batch.
+        threads: threads per operator.
         latency_ms: median time of a batch.
         spread_ms: interquartile range of that time.
-        images_per_second: from the median.
-        relative: images a second, relative to the baseline in the same case.
-        integer_kernels: operators of ONNX Runtime's optimized graph that multiply in integers; None in PyTorch.
-        float_kernels: those that multiply in floating point.
-        size_bytes: of the file; of a float PyTorch model, of its tensors.
+        images_per_second: throughput at the median.
+        relative: throughput relative to the baseline in the same case.
+        integer_kernels: operators of ONNX Runtime's optimized graph that multiply integers; None for PyTorch.
+        float_kernels: operators that multiply in floating point; None for PyTorch.
+        size_bytes: size of the file; for a float PyTorch model, of its tensors.
     """
 
     name: str
@@ -341,17 +334,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """What a benchmark found.
+    """The result of a benchmark.
 
     Attributes:
         model: name of the network.
-        input_size: of one image, (C, H, W).
+        input_size: size of one image, (C, H, W).
         settings: as given.
-        threads: that were measured.
+        threads: measured numbers of threads.
         baseline: name of the target that ``relative`` refers to.
-        few_bits: whether a layer has fewer than 8.
+        few_bits: whether a layer has fewer than 8 bits.
         rows: by threads, batch size and target.
-        notes: what is missing and why, a line each.
+        notes: missing targets with reasons, one line each.
     """
 
     model: str
@@ -364,7 +357,7 @@ class Bench:
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them."""
+        """Plain values, as in JSON."""
         return {
             "model": self.model,
             "input_size": list(self.input_size),
@@ -381,16 +374,16 @@ class Bench:
 
 
 def bench_target(target: str, section: ModelSection, settings: BenchSettings, progress: Progress) -> Bench:
-    """Measure everything that can be made of ``target``.
+    """Measure everything available for ``target``.
 
     Args:
         target: a run directory, a ``.safetensors`` or ``.onnx`` file, or a model name.
         section: further options of a model name.
-        settings: what is measured.
-        progress: told about every round.
+        settings: batch sizes, threads and repeats.
+        progress: reports every round.
 
     Raises:
-        SaqError: the target cannot be used, or does not take batches of the sizes asked for.
+        SaqError: the target cannot be used, or does not accept the requested batch sizes.
     """
     settings.check()
     with tempfile.TemporaryDirectory(prefix="saq-") as folder:
@@ -432,7 +425,7 @@ def measure(lineup: Lineup, settings: BenchSettings, progress: Progress) -> Benc
 
 
 def random_images(count: int, size: tuple[int, int, int], seed: int = 0) -> Tensor:
-    """Normal noise in the place of normalized images, (count, C, H, W)."""
+    """Normal noise in place of normalized images, (count, C, H, W)."""
     return torch.randn(count, *size, generator=torch.Generator().manual_seed(seed))
 
 

@@ -1,7 +1,7 @@
-"""``saq quantize``: from a float network and a budget to a fine-tuned, exported, verified one.
+"""``saq quantize``: choose bits, calibrate, fine-tune, export and verify.
 
     load        float model, images
-    bits        as given, or searched under the budget
+    bits        given, or searched under the budget
     calibrate   clipping levels and signs from training images
     train       sharpness-aware, with checkpoints
     export      safetensors and ONNX, each compared with the model
@@ -49,17 +49,17 @@ def quantize(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> QuantizeResult:
-    """Quantize as ``config`` says and leave a run directory.
+    """Quantize according to ``config`` and write a run directory.
 
     Args:
         config: resolved.
-        run_dir: made if it is not there.
-        resume: continue the run in ``run_dir``.
+        run_dir: created if missing.
+        resume: resume the run in ``run_dir``.
         overwrite: replace the run in ``run_dir``.
-        progress: reports everything that takes time.
+        progress: reports all long steps.
 
     Raises:
-        SaqError: anything the user can act on; work done so far stays in ``run_dir``.
+        SaqError: anything the user can act on; completed work stays in ``run_dir``.
     """
     with process_group(
         config.run.device,
@@ -84,7 +84,7 @@ def quantize(
                 if resume:
                     note_restart(run, progress.note)
                 prepared.images.bind_to(run)
-                begin(config, prepared, run, device, progress)
+                start_run(config, prepared, run, device, progress)
                 state = run.load_saved()
             run.end_search()
             result = QuantizeResult.unpack(state["outcome"])
@@ -131,7 +131,7 @@ def quantize(
 
 
 def prepare(config: RunConfig, device: torch.device, progress: Progress) -> Prepared:
-    """Load, wrap and trace the network, open its images, and try the export: nothing is written yet.
+    """Load, wrap and trace the network, open its images, and make a trial export; writes nothing.
 
     Raises:
         SaqError: unusable model, data or policy, a budget below the smallest reachable cost, or a network that cannot
@@ -146,10 +146,10 @@ def prepare(config: RunConfig, device: torch.device, progress: Progress) -> Prep
     return Prepared(network, images)
 
 
-def begin(
+def start_run(
     config: RunConfig, prepared: Prepared, run: RunDirectory, device: torch.device, progress: Progress
 ) -> None:
-    """Score the float model, choose bits, calibrate, score again; leave the first checkpoint."""
+    """Score the float model, choose bits, calibrate, score again, and save the first checkpoint."""
     network, images = prepared
     validation, name = images.validation(), network.name
     float_score = score(network.model, validation, "evaluating float", device, progress, name)
@@ -179,7 +179,7 @@ def begin(
 
 
 def resume_point(state: dict[str, Any], epochs: int) -> str:
-    """Where a run resumes from its checkpoint, counting epochs from 1 and steps done."""
+    """The position of a checkpoint as text; counts epochs from 1 and completed steps."""
     if "position" not in state:
         return "after calibration"
     epoch, step = state["position"]["epoch"], state["position"]["step"]

@@ -3,7 +3,7 @@
 load        the target network of the policy; with a proxy, also the proxy's network, which is trained on its images
 calibrate   input statistics of all layers
 search      on parts of the training images; an interrupted search resumes bit-identically
-write       policy.json, search.json, pictures
+write       policy.json, search.json, plots
 """
 
 from collections.abc import Mapping
@@ -42,13 +42,13 @@ def search(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Search as ``config`` says and leave policy, figures and pictures in ``run_dir``.
+    """Search according to ``config`` and write policy, results and plots to ``run_dir``.
 
     Args:
         config: resolved.
         run_dir: created if missing.
-        resume: continue the search in ``run_dir``.
-        overwrite: replace what is in ``run_dir``.
+        resume: resume the search in ``run_dir``.
+        overwrite: replace the search in ``run_dir``.
         progress: reports all long steps.
 
     Returns:
@@ -159,7 +159,7 @@ def choose_bits(
 
 
 def save_search(found: FoundBits, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
-    """Write policy, figures and pictures; returns the results as plain values."""
+    """Write policy, results and plots; returns the results as plain values."""
     problem, result = found.bound.problem, found.result
     results = found.to_dict()  # on all ranks, since the policy may have to be scored
     front = None

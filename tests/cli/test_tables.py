@@ -109,7 +109,7 @@ def test_bench_names_fit_80_columns(columns: int, capsys: Printed) -> None:
     lines = capsys.readouterr().out.splitlines()
 
     assert lines.count(names[1]) == 3
-    assert "8        1        1.50    0.25       667      1.00" in "\n".join(lines)
+    assert "8        1      1.50    0.25       667      1.00" in "\n".join(lines)
     assert "Medians of 1 run (interleaved); spread is the interquartile range." in lines
 
 
@@ -140,7 +140,7 @@ def test_analysis_names_fit_80_columns(columns: int, capsys: Printed) -> None:
     assert "images" not in text.splitlines()[0]
     assert "None" not in text
     assert "nan" not in text
-    assert "wrote 1 reading as JSON to out" in text
+    assert "wrote 1 reading (JSON) to out" in text
 
 
 def test_image_count_of_one_is_singular(capsys: Printed) -> None:

@@ -305,7 +305,7 @@ def test_existing_file_needs_overwrite(model: Path, tmp_path: Path) -> None:
         (("--onnx", "model.onnx", "--style", "safetensors"), "there is no export style 'safetensors'"),
         (
             ("--onnx", "model.onnx", "--verify", "tensorrt"),
-            "--verify tensorrt is not a runtime that saq knows",
+            "--verify tensorrt is not a known runtime",
         ),
     ],
 )

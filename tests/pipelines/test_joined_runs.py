@@ -244,7 +244,7 @@ def test_unreachable_budget_is_reported_once(few: list[object], tmp_path: Path) 
 def test_single_process_features_are_refused(few: list[object]) -> None:
     for options, reason in (
         (("profile", "resnet18", "--no-pretrained"), "`saq profile` runs in one process"),
-        (("eval", *few, "--bench"), "--bench measures one process"),
+        (("eval", *few, "--bench"), "--bench runs in one process"),
     ):
         assert reason in ranks_saq(2, *options)[0][2]
 

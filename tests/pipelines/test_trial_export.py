@@ -142,7 +142,7 @@ def test_unexportable_model_is_refused_early(
     assert result.stderr.count("\n") == 1
     assert "saq/of_a_test cannot be exported to ONNX in style qdq: " in last_error(result)
     assert why in last_error(result)
-    assert "use --no-export to end with model.safetensors alone, or another network" in last_error(result)
+    assert "use --no-export to write model.safetensors only, or another network" in last_error(result)
     assert not list(tmp_path.iterdir())
 
 
@@ -279,7 +279,7 @@ def test_trial_is_skipped_on_full_disk(
     result = saq("quantize", network(Plain), "--bits", 4, *options(images, tmp_path / "run"))
 
     assert result.exit_code == 0
-    assert "the export could not be tried before training: " in result.stderr
+    assert "no trial export before training: " in result.stderr
     assert (tmp_path / "run" / "artifacts" / "model.onnx").is_file()
 
 

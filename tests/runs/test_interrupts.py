@@ -104,7 +104,7 @@ def test_progress_survives_a_closed_terminal(monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(typer, "echo", gone)
-    monkeypatch.setattr(console, "_without_terminal", lambda: None)
+    monkeypatch.setattr(console, "_discard_stderr", lambda: None)
     monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0)
     progress = console.progress_for(json_output=False, quiet=False)
     with progress.task("working", 2) as task:

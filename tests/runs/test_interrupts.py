@@ -90,7 +90,7 @@ def test_hangup_raises_once_and_is_restored() -> None:
 def test_interrupted_eval_prints_no_error(
     digits: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
-    monkeypatch.setattr(evaluate, "score_predictor", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr(evaluate, "score", lambda *_: signal.raise_signal(number))
 
     result = saq("eval", MODEL, *float_options(digits, digits / "few"))
 

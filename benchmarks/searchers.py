@@ -25,7 +25,7 @@ from torch import nn
 from saqcli.config import RunConfig, resolve
 from saqcli.data.splits import Images, open_named
 from saqcli.pipelines.calibration import calibrate, install_quantizers
-from saqcli.pipelines.find_bits import ask, find_bits, pose
+from saqcli.pipelines.find_bits import bind_search, find_bits, request_search
 from saqcli.pipelines.proxy import fit_proxy
 from saqcli.pipelines.setup import Network, classes_of, load_float, wrap_and_trace
 from saqcli.process_group import pick_device
@@ -96,11 +96,11 @@ class Bench:
         """Search once; the policy and what it took."""
         config, busy = self.config(budget, name, seed), time.process_time()
         statistics_ = None if self.wanted.proxy else self.statistics
-        asked = ask(config, self.network, self.images(config), SILENT)
+        request = request_search(config, self.network, self.images(config), SILENT)
         if self.wanted.proxy:
-            fit_proxy(asked.searched, asked.images, config, SILENT)
-        posed = pose(config, asked, statistics_, SILENT)
-        found = find_bits(config, posed, NO_MEMORY)
+            fit_proxy(request.search_network, request.images, config, SILENT)
+        bound = bind_search(config, request, statistics_, SILENT)
+        found = find_bits(config, bound, NO_MEMORY)
         bits = [bits.model_dump() for bits in found.policy.layers.values()]
         return {
             "policy": found.policy.model_dump(),

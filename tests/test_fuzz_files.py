@@ -36,7 +36,7 @@ from saqcli.export.model_metadata import properties
 from saqcli.export.tracing import INPUT, OUTPUT
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.models.weights import load_into, read_weights
-from saqcli.pipelines.analyze import AnalysisFolder, SubjectFacts
+from saqcli.pipelines.analyze import AnalysisFolder, SubjectMetadata
 from saqcli.pipelines.bits import read_policy
 from saqcli.pipelines.predictors import open_onnx
 from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
@@ -270,7 +270,7 @@ def test_mutated_readings_are_safe(count: int, tmp_path: Path) -> None:
         LayerSensitivity(name=name, weight_bits=4, activation_bits=None, candidates=candidates)
         for name in ("conv1", "fc")
     ]
-    facts = SubjectFacts(
+    facts = SubjectMetadata(
         target="run", model="saq/resnet20", sha256="0" * 64, latent_weights=True, split="val", images=10,
         images_sha256="1" * 64, seed=0, loss=0.4, top1=81.0,
     )  # fmt: skip

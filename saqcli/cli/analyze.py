@@ -137,7 +137,7 @@ def analyze_command(
     from saqcli.analysis import INSTRUMENTS as TABLE
     from saqcli.analysis import Settings
     from saqcli.errors import ConfigError
-    from saqcli.pipelines.analysis_inputs import View
+    from saqcli.pipelines.analysis_inputs import ImageSelection
     from saqcli.pipelines.analyze import Request, analyze, check_request
     from saqcli.serialization import parse_object
 
@@ -146,7 +146,7 @@ def analyze_command(
     if split not in ("train", "val"):
         problems.add(ConfigError(f"--split {split} is not known: choose train or val"))
         split = "train"
-    asked = {
+    requested = {
         "sharpness": sharpness,
         "eigenvalue": eigenvalue,
         "flips": flips,
@@ -155,7 +155,7 @@ def analyze_command(
         "sensitivity": sensitivity,
         "landscape": landscape,
     }
-    chosen = tuple(name for name in TABLE if everything or asked[name]) or tuple(
+    chosen = tuple(name for name in TABLE if everything or requested[name]) or tuple(
         name for name, instrument in TABLE.items() if instrument.quick
     )
     rho, seed = given.get("training.rho"), given.get("run.seed", 0)
@@ -173,7 +173,7 @@ def analyze_command(
     settings = {name: value for name, value in wanted.items() if value is not None}
     request = Request(
         target=target,
-        view=View(given.data(), split, images, seed),  # type: ignore[arg-type]
+        selection=ImageSelection(given.data(), split, images, seed),  # type: ignore[arg-type]
         instruments=chosen,
         out=out or default_out(target, bits, policy),
         settings=problems.attempt(parse_object, Settings, settings, "options") or Settings(),
@@ -199,7 +199,7 @@ def analyze_command(
 
 
 def default_out(target: str, bits: str | None, policy: Path | None) -> Path:
-    """Inside a run directory; beside everything else for a file or a float model."""
+    """The default output folder: ``analysis`` inside a run directory; ``analysis/NAME`` for a file or a float model."""
     path = Path(target).expanduser()
     if path.is_dir():
         return path / "analysis"

@@ -1,4 +1,4 @@
-"""The Typer application: one command a file."""
+"""The Typer application: one command per file."""
 
 import os
 import tempfile
@@ -41,8 +41,8 @@ app.command("models", cls=HelpCommand)(models_command)
 app.command("demo", cls=HelpCommand)(demo_command)
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"saq {__version__}")
         raise typer.Exit
 
@@ -58,10 +58,10 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; what libraries would send or write beside the work is turned off before they are imported.
+    """Run the command line, with telemetry and unneeded files of libraries disabled before they are imported.
 
-    ONNX Runtime sends usage to its maker, and keeps a device id and a data base in the home folder. PyTorch makes a
-    folder for compiled code, of which there is none, unless it is told one that exists.
+    ONNX Runtime sends usage data, and keeps a device id and a database in the home folder. PyTorch creates a cache
+    folder for compiled code, which saq does not use, unless it is given an existing one.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())

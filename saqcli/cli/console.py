@@ -1,8 +1,8 @@
-"""What a person sees: progress on stderr, the answer on stdout, one line for an error.
+"""Console output: progress and one-line errors on stderr, results on stdout.
 
-On a terminal progress is a live line with a bar, figures, images per second and the time left; elsewhere it
-is a plain line now and then; under ``--json`` and ``--quiet`` it is nothing. Of several processes that torchrun started
-the first one alone speaks, but for errors that another has by itself.
+On a terminal, progress is a live bar with figures, images per second and the time left; elsewhere it is a plain line
+every few seconds; with ``--json`` and ``--quiet`` there is none. Under torchrun only the first rank prints, except for
+errors that occur on another rank alone.
 """
 
 import functools
@@ -23,28 +23,28 @@ from saqcli.runs.interrupts import exit_code_of, raised_signals
 from saqcli.units import format_duration, format_figure
 
 SECONDS_BETWEEN_LINES = 10.0  # of plain progress
-WIDE = 100  # columns of a terminal that has room for a long bar
-TOGETHER = {"quantize_command", "search_command", "eval_command"}  # several processes work as one
+WIDE = 100  # columns from which the bar is long
+MULTI_PROCESS = {"quantize_command", "search_command", "eval_command"}  # commands that run under torchrun
 
 P = ParamSpec("P")
 
 
 def progress_for(*, json_output: bool, quiet: bool) -> Progress:
-    """Where a command's progress goes."""
+    """The progress display of a command."""
     if json_output or quiet or _rank():
         return SILENT
     return _Live() if sys.stderr.isatty() else _Plain()
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
-    from saqcli.serialization import json_text  # pydantic with it, which no help needs
+    """Print one JSON object on stdout."""
+    from saqcli.serialization import json_text  # imports pydantic, which --help does not need
 
     typer.echo(json_text(flags_in(value)))
 
 
 def reporting(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn errors of ``command`` into one line on stderr and an exit code; every command is wrapped in it."""
+    """Report errors of ``command`` as one line on stderr and an exit code; wraps every command."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -54,32 +54,32 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
                 command(*args, **kwargs)
         except StoppedElsewhere as error:
             if not _rank():
-                _complain(str(error))
+                _print_error(str(error))
             raise typer.Exit(error.exit_code) from None
-        except Interrupted as asked:
-            _say(str(asked))
-            raise typer.Exit(asked.exit_code) from None
+        except Interrupted as interrupt:
+            _print_line(str(interrupt))
+            raise typer.Exit(interrupt.exit_code) from None
         except SaqError as error:
-            _complain(str(error))
+            _print_error(str(error))
             raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt as asked:
-            _say("Interrupted")
-            raise typer.Exit(exit_code_of(asked)) from None
+        except KeyboardInterrupt as interrupt:
+            _print_line("Interrupted")
+            raise typer.Exit(exit_code_of(interrupt)) from None
         except (typer.Exit, typer.Abort):
             raise
         except OSError as error:
-            # Of the file system, about a name that was given: too long, no permission, full.
+            # File-system errors about a given path: name too long, no permission, disk full.
             if kwargs.get("verbose"):
                 raise
-            _complain(f"{error.filename or 'a file'} cannot be used: {error.strerror or error}")
+            _print_error(f"{error.filename or 'a file'} cannot be used: {error.strerror or error}")
             raise typer.Exit(1) from None
         except Exception as error:
             if kwargs.get("verbose"):
                 raise
             if out_of_memory(error):
-                _complain("out of memory: give a smaller --batch-size, --input-size or network")
+                _print_error("out of memory: use a smaller --batch-size, --input-size or network")
                 raise typer.Exit(1) from None
-            _complain(
+            _print_error(
                 f"unexpected {type(error).__name__}: {error}. Please report it with the output of --verbose"
             )
             raise typer.Exit(1) from None
@@ -87,62 +87,62 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
-def _complain(message: str) -> None:
+def _print_error(message: str) -> None:
     who = f"process {_rank()}: " if _rank() else ""
-    _say(f"error: {who}{' '.join(message.splitlines())}")
+    _print_line(f"error: {who}{' '.join(message.splitlines())}")
 
 
-def _say(line: str) -> None:
-    """A line on stderr."""
+def _print_line(line: str) -> None:
+    """Print one line on stderr."""
     try:
         typer.echo(as_flags(line), err=True)
     except OSError:
-        _without_terminal()
+        _discard_stderr()
 
 
-def _without_terminal() -> None:
-    """Let stderr lead nowhere once it cannot be written to, as that of a closed terminal: the work is not to end."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    with suppress(OSError, ValueError):  # it may be no file of the system
-        os.dup2(nowhere, sys.stderr.fileno())
-    os.close(nowhere)
+def _discard_stderr() -> None:
+    """Redirect stderr to the null device after a failed write, as to a closed terminal, so that work continues."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    with suppress(OSError, ValueError):  # stderr may not be a system file
+        os.dup2(null, sys.stderr.fileno())
+    os.close(null)
 
 
 class _Stderr:
-    """``sys.stderr`` for rich, which writes from a thread too."""
+    """``sys.stderr`` for rich, which also writes from a thread."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stderr, name)
 
     def write(self, text: str) -> int:
-        """Write, as long as that is possible."""
+        """Write; discard stderr if that fails."""
         try:
             return sys.stderr.write(text)
         except OSError:
-            _without_terminal()
+            _discard_stderr()
             return len(text)
 
     def flush(self) -> None:
-        """Flush, as long as that is possible."""
+        """Flush; discard stderr if that fails."""
         try:
             sys.stderr.flush()
         except OSError:
-            _without_terminal()
+            _discard_stderr()
 
 
 def _check_started(command: str) -> None:
-    """Refuse several processes where a command has work for one.
+    """Check that a command for one process was not started by torchrun.
 
     Raises:
-        ConfigError: says what to do.
+        ConfigError: it was.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command not in TOGETHER:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command not in MULTI_PROCESS:
         verb = command.removesuffix("_command")
-        raise ConfigError(f"`saq {verb}` works in one process: start it without torchrun")
+        raise ConfigError(f"`saq {verb}` runs in one process: start it without torchrun")
 
 
 def _rank() -> int:
-    """Of this process among those that torchrun started."""
+    """The rank of this process under torchrun; 0 otherwise."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -156,10 +156,10 @@ def _figures(figures: dict[str, float]) -> str:
 
 
 class Pace:
-    """How fast a task goes in this process.
+    """The speed of a task.
 
-    Steps that an earlier process did are reported first, without images. They count as done; the clock starts with the
-    first step after them, since until then their images are only passed over.
+    A resumed task reports its earlier steps first, without images. They count as done; the clock starts with the first
+    step after them, since until then their images are only skipped.
     """
 
     def __init__(self, total: int) -> None:
@@ -177,13 +177,13 @@ class Pace:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace so far; None where nothing was timed yet."""
+        """Estimated time left in seconds; None before the first timed step."""
         steps = self.done - self._done_then
         return (time.monotonic() - self._since) / steps * (self.total - self.done) if steps > 0 else None
 
     @property
     def texts(self) -> list[str]:
-        """``412 images/s`` and ``1:20 left``, as far as they are known."""
+        """``412 images/s`` and ``1:20 left``, if known."""
         images, seconds, left = (
             self.images - self._images_then,
             time.monotonic() - self._since,
@@ -195,31 +195,31 @@ class Pace:
 
 
 class _PlainTask:
-    """Counts, and says a line now and then."""
+    """Prints a line every ``SECONDS_BETWEEN_LINES``."""
 
     def __init__(self, title: str, total: int) -> None:
         self.title, self.pace = title, Pace(total)
-        self.said = time.monotonic()
+        self._printed_at = time.monotonic()
 
     def advance(self, steps: int = 1, *, images: int = 0, **figures: float) -> None:
-        """Count, and speak if it is time."""
+        """Count, and print a line if it is due."""
         self.pace.advance(steps, images)
-        if time.monotonic() - self.said >= SECONDS_BETWEEN_LINES:
-            self.said = time.monotonic()
+        if time.monotonic() - self._printed_at >= SECONDS_BETWEEN_LINES:
+            self._printed_at = time.monotonic()
             found = [_figures(figures)] if figures else []
             line = ", ".join([f"{self.pace.done}/{self.pace.total}", *found, *self.pace.texts])
-            _say(f"{self.title}: {line}")
+            _print_line(f"{self.title}: {line}")
 
 
 class _Plain:
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Task]:
-        """A task told in lines."""
+        """A task that prints lines."""
         yield _PlainTask(title, total)
 
     def note(self, text: str) -> None:
-        """One line."""
-        _say(text)
+        """Print one line."""
+        _print_line(text)
 
 
 class _LiveTask:
@@ -245,12 +245,12 @@ class _Live:
 
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Task]:
-        """A task drawn as a bar that disappears when it is done."""
+        """A task shown as a bar, removed at its end."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.table import Column
 
         def text(field: str) -> TextColumn:
-            """Wrapped where the terminal is too narrow, not cut."""
+            """A column that wraps instead of truncating."""
             return TextColumn(field, table_column=Column(overflow="fold", no_wrap=False))
 
         columns = (
@@ -264,5 +264,5 @@ class _Live:
             yield _LiveTask(bar, bar.add_task(title, total=total, figures="", pace=""), total)
 
     def note(self, text: str) -> None:
-        """One line above the bars."""
+        """Print one line above the bars."""
         self.console.print(as_flags(text), highlight=False, markup=False, emoji=False)

@@ -70,9 +70,11 @@ def eval_command(
     problems, device = given.problems, given.get("run.device", "auto")
     settings = problems.attempt(_bench_settings, bench, batch_sizes, threads, repeats)
     if bench and "data.path" not in given and "data.eval_batch_size" in given:
-        problems.add(ConfigError("--batch-size is for the images of --data: give --batch-sizes for --bench"))
+        problems.add(
+            ConfigError("--batch-size applies to the images of --data: use --batch-sizes for --bench")
+        )
     if bench and device not in ("auto", "cpu"):
-        problems.add(ConfigError(f"--device {device}: --bench measures the CPU, remove --device or --bench"))
+        problems.add(ConfigError(f"--device {device}: --bench runs on the CPU, remove --device or --bench"))
     from saqcli.pipelines.evaluate import check_evaluation, evaluate_target
 
     section, images = given.model(target), given.data()
@@ -103,15 +105,15 @@ def eval_command(
 def _bench_settings(
     bench: bool, batch_sizes: str | None, threads: str | None, repeats: int | None
 ) -> "BenchSettings | None":
-    """What ``--bench`` measures; None without it.
+    """The settings of ``--bench``; None without it.
 
     Raises:
-        ConfigError: one of its options without ``--bench``, or a text that is no list of numbers.
+        ConfigError: one of its options without ``--bench``, or an invalid list of numbers.
     """
     options = {"--batch-sizes": batch_sizes, "--threads": threads, "--repeats": repeats}
     for option, value in options.items():
         if value is not None and not bench:
-            raise ConfigError(f"{option} says what --bench measures: give --bench with it")
+            raise ConfigError(f"{option} requires --bench: add it")
     if not bench:
         return None
     counts = {"batch_sizes": batch_sizes, "threads": threads}

@@ -1,7 +1,7 @@
-"""Settings as a user of the command line types them.
+"""Translation of settings in messages to command-line flags.
 
-Messages of the library name settings and arguments in backticks, as a Python caller has them: ```data.batch_size=8```,
-```overwrite=True```, ```quantize(run_dir='runs/x', resume=True)```. What leaves the command line has flags instead.
+Messages of the library name settings and arguments in backticks, as in Python: ```data.batch_size=8```,
+```overwrite=True```, ```quantize(run_dir='runs/x', resume=True)```. The command line prints flags instead.
 """
 
 import ast
@@ -16,11 +16,11 @@ from saqcli.config import RunConfig
 _CALL = re.compile(r"`([a-z]+\([^`]*\))`")
 _TOKEN = re.compile(r"`([a-z_][\w.]*)(?:=([^`]*))?`")
 
-SEARCH = {"quantization.bops": "--budget"}  # where ``saq search`` names a flag differently
-# Settings that a command takes by --set alone, as another one has their flag.
+SEARCH = {"quantization.bops": "--budget"}  # flags with another name in ``saq search``
+# Settings without a flag in this command, to be given with --set.
 HIDDEN = {"quantize": ("search.", "data.eval_"), "search": ("training.", "export.", "data.eval_")}
 
-# Arguments of library functions that are no settings.
+# Arguments of library functions other than settings.
 ARGUMENTS = {
     name: f"--{name.replace('_', '-')}"
     for name in (
@@ -28,7 +28,7 @@ ARGUMENTS = {
         *("bits", "policy", "style", "against", "grid", "bench", "batch_sizes", "threads", "repeats"),
     )
 } | {"model": "MODEL", "path": "--onnx", "runtimes": "--verify", "assignments": "--set"}
-VERBS = {"evaluate": "eval"}  # functions that are not called as their command
+VERBS = {"evaluate": "eval"}  # functions whose command has another name
 
 
 class Command(NamedTuple):
@@ -48,18 +48,18 @@ def command_of(group: Any, verb: str) -> Command:
 
 
 def enter(context: Any) -> None:
-    """Take the flags of the command that ``context`` invokes, until it is closed."""
+    """Use the flags of the command that ``context`` invokes until the context is closed."""
     if context.invoked_subcommand in context.command.commands:
         _entered.append(command_of(context.command, context.invoked_subcommand))
         context.call_on_close(_entered.pop)
 
 
 def as_flags(text: str, command: Command | None = None) -> str:
-    """``text`` with flags in place of the settings, arguments and calls that it names in backticks.
+    """``text`` with flags in place of settings, arguments and calls in backticks.
 
     Args:
-        text: a message of the library; names in backticks that it does not know stay as they are.
-        command: that is run; None for the one that was entered. Without any, every setting is taken to have a flag.
+        text: a message of the library; unknown names in backticks are left unchanged.
+        command: the running command; None is the entered one. Without any, every setting is assumed to have a flag.
 
     Example:
         >>> as_flags("is there: use `overwrite=True`, or a smaller `data.batch_size`; `data.bad_images=skip` skips")
@@ -71,7 +71,7 @@ def as_flags(text: str, command: Command | None = None) -> str:
 
 
 def flags_in(value: Any) -> Any:
-    """``value``, of lists and dictionaries, with flags in all of its strings; keys stay."""
+    """``value`` with flags in all strings of its lists and dictionaries; keys are unchanged."""
     if isinstance(value, dict):
         return {key: flags_in(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -80,7 +80,7 @@ def flags_in(value: Any) -> Any:
 
 
 def _command_line(call: str, command: Command | None) -> str | None:
-    """``quantize(run_dir='x')`` as `` `saq quantize --run-dir x` ``; None where it is no such call."""
+    """``quantize(run_dir='x')`` as `` `saq quantize --run-dir x` ``; None if ``call`` is not such a call."""
     try:
         tree = ast.parse(call, mode="eval").body
         assert isinstance(tree, ast.Call)
@@ -100,7 +100,7 @@ def _command_line(call: str, command: Command | None) -> str | None:
 
 
 def _flag(name: str, value: str | None, command: Command | None) -> str | None:
-    """The flag of a setting or argument, and its value; None where ``name`` is neither."""
+    """The flag of a setting or argument with its value; None if ``name`` is neither."""
     if name not in ARGUMENTS and ".".join(name.split(".")[:2]) not in _settings():
         return None
     option = ARGUMENTS.get(name) or _option(name, command)
@@ -120,7 +120,7 @@ def _flag(name: str, value: str | None, command: Command | None) -> str | None:
 
 
 def _option(name: str, command: Command | None) -> str | None:
-    """The option of a setting; None where the command takes it by --set alone."""
+    """The option of a setting; None if the command accepts it only through --set."""
     option = "MODEL" if name == "model.name" else flag_of(name)
     if command is None or option is None:
         return option
@@ -134,7 +134,7 @@ def _option(name: str, command: Command | None) -> str | None:
 
 
 def _plain(value: str) -> str:
-    """A value of Python as it is typed: lists with commas, truth in lower case."""
+    """A Python value as typed on the command line: lists with commas, booleans in lower case."""
     if value in ("True", "False"):
         return value.lower()
     if value[:1] in ("(", "[") and value[-1:] in (")", "]"):

@@ -1,7 +1,7 @@
-"""What ``--help`` prints: every name, example and default as it is typed, however narrow the terminal.
+"""The screens of ``--help``, without Markdown and without truncation.
 
-Typer's own screen reads help as Markdown, which takes the asterisks of ``'layer4.*=8'``, and cuts what does not fit its
-columns. Here a line is broken between words alone, and a name that is too long for its column gets a line of its own.
+Typer's screen reads help as Markdown, which drops the asterisks of ``'layer4.*=8'``, and truncates long names. Here
+lines break between words only, and a name that is too long for its column is printed on a separate line.
 """
 
 import inspect
@@ -28,32 +28,32 @@ from saqcli.config import (
     TRAINING,
 )
 
-NAMES = 26  # columns for the names of options, the gap behind them not included
-WIDEST = 110  # longer lines are hard to read
-STACKED = 60  # columns below which help stands under the names
+NAMES = 26  # columns for option names, without the gap
+WIDEST = 110  # longest line
+STACKED = 60  # width below which help is printed under the names
 INSTRUMENTS, MEASURING, SPEED, FILES = "Instruments", "Measurement", "Speed", "Files"
-PANELS = (  # headings in their order, the most used first
+PANELS = (  # headings, the most used first
     *(INSTRUMENTS, MEASURING, BITS, DATA, MODEL, TRAINING, EFFICIENCY, REGULARIZATION, SEARCH, SPEED),
     *(EXPORT, FILES, RUN, GENERAL),
 )
 
-Row = tuple[str, str]  # names, and what they mean
+Row = tuple[str, str]  # names and help
 
 
 class HelpCommand(TyperCommand):
-    """A command with this help."""
+    """A command with this help screen."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help of the command."""
         formatter.write(_screen(self, ctx))
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """What may stand behind the name of the command."""
+        """The arguments shown after the name of the command."""
         return [*(argument(each) for each in self.get_params(ctx) if is_argument(each)), "[OPTIONS]"]
 
 
 class HelpGroup(TyperGroup):
-    """The program with this help."""
+    """The program with this help screen."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help of the program."""
@@ -61,29 +61,29 @@ class HelpGroup(TyperGroup):
 
 
 def plain(text: str) -> str:
-    """Help without its backticks; spaces within them are kept together."""
+    """Help without backticks; spaces inside them become no-break spaces."""
     parts = text.split("`")
     return "".join(part.replace(" ", "\N{NO-BREAK SPACE}") if i % 2 else part for i, part in enumerate(parts))
 
 
 def paragraphs(text: str | None) -> list[str]:
-    """Of a docstring, each as one line."""
+    """The paragraphs of a docstring, each as one line."""
     return [" ".join(block.split()) for block in inspect.cleandoc(text or "").split("\n\n") if block.strip()]
 
 
 def is_argument(parameter: Any) -> bool:
-    """Whether it has no dashes."""
+    """Whether the parameter is positional."""
     return str(parameter.param_type_name) == "argument"
 
 
 def argument(parameter: Any) -> str:
-    """``RUN``, or ``[MODEL]`` where it may be missing."""
+    """``RUN``, or ``[MODEL]`` if it is optional."""
     name = parameter.metavar or parameter.name.upper()
     return str(name) if parameter.required else f"[{name}]"
 
 
 def meaning(parameter: Any) -> str:
-    """Help of a parameter, with what holds where it is not given; some help says so itself."""
+    """Help of a parameter with its default, unless the help includes it."""
     text, default = str(parameter.help or ""), parameter.default
     if parameter.required and not is_argument(parameter):
         return f"{text} [required]"
@@ -93,7 +93,7 @@ def meaning(parameter: Any) -> str:
 
 
 def panels(parameters: Iterable[Any]) -> dict[str, list[Any]]:
-    """Options by heading, in the order of ``PANELS``; hidden ones are left out."""
+    """Options by heading, in the order of ``PANELS``, without hidden ones."""
     found: dict[str, list[Any]] = {panel: [] for panel in PANELS}
     for parameter in parameters:
         if not is_argument(parameter) and not parameter.hidden:
@@ -117,7 +117,7 @@ def _screen(command: Any, ctx: Any) -> str:
 
 
 def _styled(text: str, **style: Any) -> str:
-    """With colour where people want it; Typer takes it out of what goes into a file."""
+    """``text`` with color unless ``NO_COLOR`` is set; Typer removes it if stdout is not a terminal."""
     return text if "NO_COLOR" in os.environ else typer.style(text, **style)
 
 

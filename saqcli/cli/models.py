@@ -1,4 +1,4 @@
-"""``saq models``: a table on a terminal, bare names for a pipe, everything as JSON."""
+"""``saq models``: a table on a terminal, names for a pipe, or JSON."""
 
 import sys
 from typing import Annotated

@@ -1,7 +1,8 @@
-"""Options made from the settings: help, bounds, default and reader of each come from its field in ``saqcli.config``.
+"""Command-line options generated from the fields of ``saqcli.config``.
 
-``with_settings`` gives a command the options of whole sections or of single settings, and hands it what was given as a
-``Given``: ``section.key`` to value. Options that are no settings, such as ``--json``, are declared by the commands.
+Help, bounds, default and parser of an option come from its field. ``with_settings`` adds the options of sections or of
+single settings to a command, which receives the given values as a ``Given`` (``section.key`` to value). Other options,
+such as ``--json``, are declared by the commands.
 """
 
 import functools
@@ -34,7 +35,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an unexpected error")]
 
-# The images that a finished network reads, and a network in floating point.
+# Settings for the images of a finished network, and for a float network.
 IMAGES = (
     *("data.path", "data.eval_batch_size", "data.workers", "data.bad_images"),
     *("data.class_order", "data.class_map", "data.exif_transpose"),
@@ -47,15 +48,15 @@ FLOAT_MODEL = (
 
 @dataclass(frozen=True)
 class Setting:
-    """A field of the configuration that is an option.
+    """A field of the configuration with a command-line option.
 
     Attributes:
         path: ``section.key``.
-        option: from its annotation.
-        kind: type of the value; ``str`` where a text is parsed.
-        choices: values and a remark on each; empty where any fits.
+        option: the ``Option`` in its annotation.
+        kind: type of the value; ``str`` if the text is parsed.
+        choices: accepted values with a remark on each; empty if any value is accepted.
         least: smallest number accepted by the command line.
-        default: value of a missing option in words; None where help names none.
+        default: default as shown in the help; None if the help shows none.
     """
 
     path: str
@@ -100,10 +101,10 @@ class Setting:
         )
 
     def read(self, value: Any) -> Any:
-        """The value of the setting from what Typer gives.
+        """The value of the setting from the value of Typer.
 
         Raises:
-            ConfigError: a text that cannot be read.
+            ConfigError: the text is invalid.
         """
         if self.option.parse:
             return PARSERS[self.option.parse](value, self.path)
@@ -111,22 +112,22 @@ class Setting:
 
 
 class Given(dict[str, Any]):
-    """Settings that were given, by ``section.key``; ``problems`` holds what could not be read."""
+    """The given settings by ``section.key``; ``problems`` collects errors."""
 
     def __init__(self) -> None:
         super().__init__()
         self.problems = Problems()
 
     def path(self, key: str) -> Path | None:
-        """A file or folder."""
+        """The value of ``key`` as a path, or None."""
         return Path(self[key]) if key in self else None
 
     def model(self, name: str) -> ModelSection:
-        """The ``model`` section for the network ``name``; what does not fit is added to ``problems``."""
+        """The ``model`` section for the network ``name``; errors are added to ``problems``."""
         return self._section(ModelSection, "model", {"name": name})
 
     def data(self) -> DataSection:
-        """The ``data`` section; what does not fit is added to ``problems``."""
+        """The ``data`` section; errors are added to ``problems``."""
         return self._section(DataSection, "data", {"path": self.get("data.path")})
 
     def _section(self, schema: type[Section], section: str, kept: dict[str, Any]) -> Section:
@@ -139,11 +140,11 @@ class Given(dict[str, Any]):
 def with_settings(
     *wanted: str | Setting, without: Collection[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command options for settings; its argument ``given`` takes a ``Given``.
+    """Add options for settings to a command, which receives a ``Given`` as ``given``.
 
     Args:
-        wanted: paths of settings (``data.path``), of sections (``data``), or settings as ``adapted`` returns them.
-        without: paths that are left out of the sections.
+        wanted: paths of settings (``data.path``) or sections (``data``), or settings returned by ``adapted``.
+        without: paths excluded from the sections.
     """
     chosen = [
         setting
@@ -174,7 +175,7 @@ def with_settings(
 
 
 def adapted(path: str, *, default: str | None = None, **changes: Any) -> Setting:
-    """A setting for a command that has another default or wording; ``changes`` are those of its ``Option``."""
+    """A setting with another default or wording for one command; ``changes`` apply to its ``Option``."""
     setting = SETTINGS[path]
     return replace(
         setting,
@@ -184,7 +185,7 @@ def adapted(path: str, *, default: str | None = None, **changes: Any) -> Setting
 
 
 def flag_of(path: str) -> str | None:
-    """Main flag of the setting ``path``, such as ``--lr`` of ``training.lr``; None where it has no option."""
+    """Main flag of the setting ``path``, such as ``--lr`` of ``training.lr``; None if it has no option."""
     return SETTINGS[path].flag if path in SETTINGS else None
 
 
@@ -203,7 +204,7 @@ def _names(path: str, option: Option) -> tuple[str, ...]:
 
 
 def _settings() -> Iterator[Setting]:
-    """All settings that are options, in the order of the configuration."""
+    """All settings with options, in the order of the configuration."""
     sections: dict[str, Any] = {"": RunConfig}
     sections |= {name: field.annotation for name, field in RunConfig.model_fields.items()}
     recipe = read_recipe(DEFAULT_RECIPE)
@@ -222,7 +223,7 @@ def _settings() -> Iterator[Setting]:
 
 
 def _unwrapped(annotation: Any) -> tuple[Any, list[Any]]:
-    """The type within ``Annotated`` and beside ``None``, and all that is annotated to it."""
+    """The type without ``Annotated`` and ``None``, and its annotations."""
     notes: list[Any] = []
     while True:
         if get_origin(annotation) is Annotated:
@@ -235,7 +236,7 @@ def _unwrapped(annotation: Any) -> tuple[Any, list[Any]]:
 
 
 def _typed(option: Option, kind: Any, notes: list[Any]) -> tuple[type, dict[str, str], int | None]:
-    """Type, choices and smallest number of the option."""
+    """Type, choices and smallest number of an option."""
     choices = option.choices or dict.fromkeys(get_args(kind) if get_origin(kind) is Literal else (), "")
     if option.file:
         return Path, {}, None
@@ -246,7 +247,7 @@ def _typed(option: Option, kind: Any, notes: list[Any]) -> tuple[type, dict[str,
 
 
 def _shown(key: str, option: Option, value: Any) -> str | None:
-    """A default as it is typed; None where there is nothing to show."""
+    """A default as typed on the command line; None if there is none."""
     if value is None or value == {} or not option.negative:
         return None
     if isinstance(value, bool):
@@ -260,7 +261,7 @@ def parse_numbers(text: str, setting: str) -> tuple[float, ...]:
     """``0.5,0.5,0.5`` as numbers.
 
     Raises:
-        ConfigError: something else.
+        ConfigError: the text is invalid.
     """
     try:
         return tuple(float(part) for part in text.split(","))
@@ -271,10 +272,10 @@ def parse_numbers(text: str, setting: str) -> tuple[float, ...]:
 
 
 def parse_counts(text: str, setting: str) -> tuple[int, ...]:
-    """``1,8`` as whole numbers of at least 1, each once, in their order.
+    """``1,8`` as whole numbers of at least 1, in order, without duplicates.
 
     Raises:
-        ConfigError: something else.
+        ConfigError: the text is invalid.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch("0*[1-9][0-9]{0,8}", part) for part in parts):
@@ -288,7 +289,7 @@ def parse_count_or_all(text: str, setting: str) -> int | str:
     """``500`` as a number of at least 1, or ``all``.
 
     Raises:
-        ConfigError: something else.
+        ConfigError: the text is invalid.
     """
     if text == "all":
         return text
@@ -301,7 +302,7 @@ def parse_size(text: str, setting: str = "model.input_size") -> int | tuple[int,
     """``224`` as one side, ``256x192`` as height and width.
 
     Raises:
-        ConfigError: something else.
+        ConfigError: the text is invalid.
     """
     sides = text.strip().lower().split("x")
     if len(sides) > 2 or not all(re.fullmatch("0*[1-9][0-9]{0,5}", side) for side in sides):
@@ -312,13 +313,13 @@ def parse_size(text: str, setting: str = "model.input_size") -> int | tuple[int,
 
 
 def parse_assignments(text: str, setting: str) -> dict[str, Any]:
-    """``a=1,b=same,c=[2,3]`` as a dictionary; values are numbers, booleans or lists where they look like it.
+    """``a=1,b=same,c=[2,3]`` as a dictionary; values are numbers, booleans and lists if they parse as such.
 
     Raises:
-        ConfigError: a part without ``=``.
+        ConfigError: a pair without ``=``.
     """
     values: dict[str, Any] = {}
-    for part in re.split(r",(?![^\[]*\])", text):  # not at commas within a list
+    for part in re.split(r",(?![^\[]*\])", text):  # commas outside lists
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise ConfigError(
@@ -333,15 +334,15 @@ def _literal(text: str) -> Any:
         return tomllib.loads(f"value = {text.lower() if text.lower() in ('true', 'false') else text}")[
             "value"
         ]
-    except (ValueError, RecursionError):  # no TOML, a number or a nesting without end
+    except (ValueError, RecursionError):  # not TOML, or nested too deeply
         return text
 
 
 def parse_pins(texts: list[str], setting: str) -> dict[str, str]:
-    """``PATTERN=BITS`` pairs as a dictionary, in their order.
+    """``PATTERN=BITS`` pairs as a dictionary, in order.
 
     Raises:
-        ConfigError: a text without ``=``.
+        ConfigError: a pair without ``=``.
     """
     pins = {}
     for text in texts:
@@ -356,7 +357,7 @@ def parse_widths(text: str, setting: str) -> tuple[int, ...]:
     """``2,3,4`` as bit-widths.
 
     Raises:
-        ConfigError: something else.
+        ConfigError: the text is invalid.
     """
     from saqcli.quant.bits import parse_candidates
 
@@ -375,6 +376,6 @@ SETTINGS = {setting.path: setting for setting in _settings()}
 
 
 def folder_of_bits(bits: str) -> str:
-    """Bits, or a budget, as a part of a folder's name: ``w4a4`` for ``4``."""
+    """Bits or a budget as part of a folder name: ``w4a4`` for ``4``."""
     bits = "".join(bits.split()).lower()
     return f"w{bits}a{bits}" if bits.isdigit() else bits

@@ -12,7 +12,7 @@ from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.config import EFFICIENCY, RUN, ExportSection, RunConfig
 from saqcli.errors import ConfigError
 
-# What --efficient stands for; docs/reproduction.md has the measurements that chose it.
+# The settings of --efficient; measurements are in docs/reproduction.md.
 EFFICIENT: dict[str, Any] = {"training.ascent_fraction": 0.25}
 
 
@@ -87,14 +87,14 @@ def quantize_command(
 
 
 def _choose_styles(given: o.Given, export: bool | None) -> None:
-    """Let ``--export`` and ``--style`` decide ``export.styles``.
+    """Set ``export.styles`` from ``--export`` and ``--style``.
 
     Raises:
-        ConfigError: a style of a file that is not to be written.
+        ConfigError: ``--style`` with ``--no-export``.
     """
     styles = given.get("export.styles")
     if styles and export is False:
-        raise ConfigError(f"--style {styles[0]} is of an ONNX file: remove it, or --no-export")
+        raise ConfigError(f"--style {styles[0]} selects an ONNX style: remove it, or --no-export")
     if export is not None:
         given.setdefault("export.styles", ExportSection().styles if export else ())
 

@@ -1,4 +1,4 @@
-"""Measurements as tables: those of ``saq analyze``, whose files hold more, and of ``saq eval --bench``."""
+"""Tables of ``saq analyze`` and ``saq eval --bench``."""
 
 import math
 from collections import Counter
@@ -9,44 +9,44 @@ from typing import Any
 
 from rich.console import Console
 
-from saqcli.cli.tables import print_table, say
+from saqcli.cli.tables import print_table, print_text
 from saqcli.pipelines.analysis_inputs import images_of
 from saqcli.report.canvas import titles
 from saqcli.units import counted, format_figure, format_quantity, with_error
 
 MARGIN = 4  # columns between the cells of a row
-MOST_LAYERS = 5  # named in a line; all of them are in the files
+MOST_LAYERS = 5  # listed on a line; the files hold all
 SMALLER_NOT_FASTER = (
-    "Fewer than 8 bits make the file smaller, not faster, on this runtime: "
-    "it has no integer kernels below 8 bits."
+    "Fewer than 8 bits make the file smaller but not faster: "
+    "this runtime has no integer kernels below 8 bits."
 )
 
 
 def show_analysis(result: dict[str, Any]) -> None:
-    """A column a model, a row a figure; then the files."""
+    """Print one column per model and one row per figure, then the files."""
     console = Console()
     models = [result, *([result["against"]] if result["against"] else [])]
     names = titles([model["target"] for model in models])
     rows = [_rows(model, result["split"]) for model in models]
     figures = list(dict.fromkeys(name for row in rows for name in row))
-    say(console, f"{result['model']} on {images_of(result['images'], result['split'])}")
+    print_text(console, f"{result['model']} on {images_of(result['images'], result['split'])}")
     columns = names
     if len(names) > 1 and sum(map(len, names)) + max(map(len, figures)) > console.width - MARGIN:
         columns = list("AB")
         for letter, name in zip(columns, names, strict=True):
-            say(console, f"{letter}: {name}")
+            print_text(console, f"{letter}: {name}")
     print_table(console, ("", *columns), [[name, *(row.get(name, "") for row in rows)] for name in figures])
     for name, model in zip(names, models, strict=True):
         for line in _lines(model["instruments"]):
             where = f"{name}: " if len(models) > 1 else ""
-            say(console, f"{where}{line}")
+            print_text(console, f"{where}{line}")
     counts = Counter(Path(path).suffix for path in result["files"])
-    drawn = f", and {counted(counts['.png'], 'picture')} as PNG and SVG" if counts[".png"] else ""
-    say(console, f"wrote {counted(counts['.json'], 'reading')} as JSON{drawn} to {result['out']}")
+    plots = f" and {counted(counts['.png'], 'plot')} (PNG, SVG)" if counts[".png"] else ""
+    print_text(console, f"wrote {counted(counts['.json'], 'reading')} (JSON){plots} to {result['out']}")
 
 
 def _rows(model: dict[str, Any], split: str) -> dict[str, str]:
-    """Figures of one model by what they are called."""
+    """Figures of one model by title."""
     on = "training images" if split == "train" else "validation images"
     rows = {
         f"loss on {on}": format_figure(model["loss"], ".4f"),
@@ -89,7 +89,7 @@ def _flips(reading: dict[str, Any]) -> dict[str, str]:
         return {"weights that flip (Case 2)": "not measured"}
     return {
         "weights that flip (Case 2)": f"{100 * reading['share']:.3f} %",
-        "  moving Q(w), in norms of e": format_figure(reading["norm_ratio"], ".1f"),
+        "  change of Q(w) / norm of e": format_figure(reading["norm_ratio"], ".1f"),
     }
 
 
@@ -108,8 +108,8 @@ def _landscape(reading: dict[str, Any]) -> dict[str, str]:
     found = [value for row in reading["loss"] for value in row if value is not None] or [math.nan]
     size = f"{reading['grid']} x {reading['grid']}, span {reading['span']:g}"
     return {
-        "landscape, least loss": format_figure(min(found)),
-        f"  {size}": f"up to {format_figure(max(found))}",
+        "landscape, lowest loss": format_figure(min(found)),
+        f"  {size}": f"highest {format_figure(max(found))}",
     }
 
 
@@ -124,10 +124,10 @@ _FIGURES: dict[str, Callable[[dict[str, Any]], dict[str, str]]] = {
 
 
 def _lines(instruments: dict[str, Any]) -> list[str]:
-    """What a table has no room for."""
+    """The figures that do not fit into the table."""
     lines = []
     if "flips" in instruments and instruments["flips"]["reason"]:
-        lines.append(f"flips were not measured: {instruments['flips']['reason']}")
+        lines.append(f"flips not measured: {instruments['flips']['reason']}")
     if "sensitivity" in instruments:
         layers = instruments["sensitivity"]["layers"]
         least = min(candidate["bits"] for layer in layers for candidate in layer["candidates"])
@@ -153,28 +153,28 @@ def _lines(instruments: dict[str, Any]) -> list[str]:
 
 
 def show_bench(bench: dict[str, Any]) -> None:
-    """Print what ``saq eval --bench --json`` holds under ``bench``."""
+    """Print the benchmark, ``bench`` of ``saq eval --bench --json``."""
     console = Console()
     size = "x".join(map(str, bench["input_size"]))
-    say(console, f"{bench['model']}, input {size}, on {bench['cpu']['name']}\n")
+    print_text(console, f"{bench['model']}, input {size}, on {bench['cpu']['name']}\n")
     print_table(console, ("", "size", "integer kernels", "float kernels"), _bench_targets(bench["rows"]))
     console.print()
-    columns = ("", "batch", "threads", "ms a batch", "spread", "images/s", "relative")
+    columns = ("", "batch", "threads", "ms/batch", "spread", "images/s", "relative")
     print_table(console, columns, _timings(bench["rows"]))
     console.print()
-    say(
+    print_text(
         console,
-        f"Medians of {counted(bench['repeats'], 'run')}, in turns; spread is the interquartile range.",
+        f"Medians of {counted(bench['repeats'], 'run')} (interleaved); spread is the interquartile range.",
     )
-    say(console, f"Relative is images a second, with {bench['baseline']} as 1.")
+    print_text(console, f"Relative is the throughput relative to {bench['baseline']}.")
     for note in bench["notes"]:
-        say(console, f"{note[0].upper()}{note[1:]}.")
+        print_text(console, f"{note[0].upper()}{note[1:]}.")
     if bench["few_bits"]:
-        say(console, SMALLER_NOT_FASTER)
+        print_text(console, SMALLER_NOT_FASTER)
 
 
 def _bench_targets(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Size and kernels, which are the same in every case."""
+    """Sizes and kernels, which do not depend on the case."""
     return [
         [
             name,
@@ -186,7 +186,7 @@ def _bench_targets(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _timings(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """A row for each of them in every case, and a gap between cases."""
+    """One row per target in every case, and a blank line between cases."""
     milliseconds = _places(row["latency_ms"] for row in rows)
     rate = _places(row["images_per_second"] for row in rows)
     table: list[list[str]] = []
@@ -208,5 +208,5 @@ def _timings(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _places(values: Iterable[float]) -> int:
-    """Behind the point, so that the least of a column has three digits, or three places."""
+    """Decimal places that give the smallest of ``values`` three significant digits; at most 3."""
     return min(max(2 - math.floor(math.log10(min(values))), 0), 3)

@@ -40,13 +40,13 @@ def rerun_command(
 
     Example: `saq rerun runs/resnet18-34g`
     """
-    from saqcli.pipelines.rerun import Changes, rerun
+    from saqcli.pipelines.rerun import Overrides, rerun
 
     device, workers = given.get("run.device"), given.get("data.workers")
     found = rerun(
         run,
         run_dir,
-        Changes(given.get("data.path"), given.path("model.weights"), device, workers),
+        Overrides(given.get("data.path"), given.path("model.weights"), device, workers),
         resume=resume,
         overwrite=overwrite,
         progress=progress_for(json_output=json_output, quiet=quiet),
@@ -60,6 +60,6 @@ def rerun_command(
     if not found.identical:
         what = ", ".join(difference.what for difference in found.differences)
         raise NotReproduced(
-            f"{found.run_dir} is not the same as {run}: {what} ({found.differences[0].detail}); likely reason: "
+            f"{found.run_dir} differs from {run}: {what} ({found.differences[0].detail}); likely cause: "
             f"{found.reasons[0]}"
         )

@@ -1,4 +1,4 @@
-"""Options of commands that leave a run directory, and the settings that they make together."""
+"""Options of the commands that write a run directory, and their configuration."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -59,18 +59,17 @@ def resolved(
     resumed: tuple[str, Path] | None,
     check: Callable[[RunConfig], None],
 ) -> RunConfig:
-    """The configuration; with ``--resume`` that of the run, on top of which the same options may be given again.
+    """The resolved configuration; with ``--resume``, that of the run, overridden by the given options.
 
     Args:
-        given: settings of the options; if it has problems, or more are found here, ``check`` adds its own and all are
-            raised.
+        given: settings of the options; if there are problems, ``check`` adds its own and all are raised together.
         config: ``--config``.
         assign: ``--set``.
         resumed: the command and its run directory, with ``--resume``.
-        check: what the command refuses before anything is loaded.
+        check: the command's checks before anything is loaded.
 
     Raises:
-        SaqError: all that is wrong: what was found before, assignments without ``=``, unknown keys, nothing to resume.
+        SaqError: all problems in one message: earlier ones, assignments without ``=``, unknown keys, no run to resume.
     """
     problems, pairs = given.problems, {}
     for text in assign or []:
@@ -83,7 +82,7 @@ def resolved(
         config = _config_of(*resumed)
         if config is None and "model.name" not in given:
             raise RunDirectoryError(
-                f"{resumed[1]} holds no run to resume: give MODEL and its options to start one"
+                f"{resumed[1]} holds no run to resume: give MODEL and options to start a new one"
             )
     recipe = given.pop("recipe", None)
     found = resolve_into(problems, recipe=recipe, file=config, assignments=pairs, options=given)
@@ -95,10 +94,10 @@ def resolved(
 
 
 def _config_of(verb: str, run_dir: Path) -> Path | None:
-    """The settings of the run in ``run_dir``; None where there is none.
+    """The configuration file of the run in ``run_dir``; None if there is none.
 
     Raises:
-        RunDirectoryError: it is of another command.
+        RunDirectoryError: a run of another command.
     """
     if not (run_dir / "config.json").is_file():
         return None
@@ -109,7 +108,7 @@ def _config_of(verb: str, run_dir: Path) -> Path | None:
 
 
 def default_run_dir(config: RunConfig, *more: str) -> Path:
-    """``runs/resnet18-w4a4``: the network's name, what it is quantized to, and ``more``."""
+    """``runs/resnet18-w4a4``: the network's name, its bits or budget, and ``more``."""
     wanted, name = config.quantization, config.model.name.split("/")[-1]
     policy = Path(wanted.policy or "float").name.removesuffix(".json")
     bits = wanted.bops or wanted.size or wanted.bits or policy
@@ -126,7 +125,7 @@ def dry_run(
     json_output: bool,
     quiet: bool,
 ) -> None:
-    """What a run would do and cost, without doing it."""
+    """Print what a run would do and cost."""
     from saqcli.pipelines.dry_run import plan
 
     progress = progress_for(json_output=json_output, quiet=quiet)

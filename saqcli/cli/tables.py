@@ -1,4 +1,4 @@
-"""Results as tables and bars, printed on stdout; no name is cut, however narrow the terminal."""
+"""Result tables on stdout; names are never truncated."""
 
 import os
 import sys
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from saqcli.models.catalogue import Entry
 
 BLOCK = "■"
-# Little to much, in quarters of the largest share: of middling brightness, so that they can be read on dark and on
-# light, and told apart by colour-blind readers from their brightness and the number beside them.
+# Low to high, one for each quarter of the largest share: readable on dark and light backgrounds; colour-blind readers
+# distinguish them by brightness and by the number next to them.
 COLOURS = ("#3B86D1", "#8A83C6", "#D18A2C", "#DC4A3D")
 PINNED = " (pinned)"
-PIPED = 200  # columns where nobody looks at a terminal, so that no line wraps
+PIPED = 200  # columns when stdout is not a terminal
 GAP = 2  # columns between two cells
-NAMED = 3  # modules that are left in floating point for one reason, before they are counted
+NAMED = 3  # modules named for each reason to stay in floating point
 COVERED = {True: Text("yes"), False: Text("no", style="red"), None: Text("-")}
 
 
@@ -37,9 +37,9 @@ def show_policy(
     """Print the bits of every layer.
 
     Args:
-        policy: ``weight`` and ``activation`` by the name of the layer; None is floating point.
-        layers: in execution order, as ``saq profile --json`` has them, measured at the bits of ``policy``.
-        bops: of the whole network; the sum over the layers where it is not given.
+        policy: ``weight`` and ``activation`` bits by layer name; None is floating point.
+        layers: in execution order, as in ``saq profile --json``, at the bits of ``policy``.
+        bops: BOPs of the whole network; None is the sum over the layers.
     """
     console = Console()
     total = (sum(layer["bops"] for layer in layers) if bops is None else bops) or 1
@@ -60,11 +60,11 @@ def show_policy(
         )
     print_table(console, ("layer", "weights", "inputs", "BOPs", "share"), rows, left=(0, 1, 2))
     colours = "; colours by share of BOPs" if console.color_system else ""
-    say(console, _summary(policy, layers) + colours)
+    print_text(console, _summary(policy, layers) + colours)
 
 
 def _bar(bits: int | None, colour: str, style: str) -> Text:
-    """A block a bit, and the number."""
+    """One block per bit, then the number of bits."""
     text = Text(style=style)
     if bits is None:
         return text.append("float", style=colour)
@@ -72,7 +72,7 @@ def _bar(bits: int | None, colour: str, style: str) -> Text:
 
 
 def _summary(policy: Mapping[str, Mapping[str, int | None]], layers: Sequence[Mapping[str, Any]]) -> str:
-    """Mean bits, as the pictures have them."""
+    """Mean bits, as in the plots."""
     bits = {
         name: LayerBits(weight=one["weight"], activation=one["activation"]) for name, one in policy.items()
     }
@@ -81,8 +81,8 @@ def _summary(policy: Mapping[str, Mapping[str, int | None]], layers: Sequence[Ma
     return f"\nmean bits, weighted by MACs: weights {weights:.2f}, inputs {inputs:.2f}"
 
 
-def say(console: Console, text: str, *, markup: bool = False) -> None:
-    """A line that wraps nowhere, so that it can be searched and cut; ``markup`` is for lines that name no path."""
+def print_text(console: Console, text: str, *, markup: bool = False) -> None:
+    """Print a line without wrapping; ``markup`` must be off if the text may contain a path."""
     console.print(as_flags(text), highlight=False, soft_wrap=True, markup=markup, emoji=False)
 
 
@@ -94,17 +94,17 @@ def print_table(
     title: str | None = None,
     left: Iterable[int] = (0,),
 ) -> None:
-    """Print a table whose cells are all shown in full.
+    """Print a table without truncating cells.
 
-    Where the terminal is too narrow, the first cell of a row that does not fit stands on a line of its own, above the
-    others. An empty row is a blank line.
+    If the terminal is too narrow for a row, its first cell is printed on a separate line above the others. An empty row
+    prints a blank line.
 
     Args:
-        console: to print on.
-        columns: their titles; none is printed where all are empty.
-        rows: cells, as many as there are columns.
-        title: a line above.
-        left: indices of the columns that are aligned on the left.
+        console: output.
+        columns: titles; the header is omitted if all are empty.
+        rows: one cell per column.
+        title: a line above the table.
+        left: indices of left-aligned columns.
     """
     left = set(left)
     lines = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
@@ -117,7 +117,7 @@ def print_table(
     if (most := width_of(console)) is not None and widths[0] + others > most:
         widths[0] = max(most - others, 0)
     if title is not None:
-        say(console, title)
+        print_text(console, title)
     for cells in [head, *lines] if any(columns) else lines:
         if cells and cells[0].cell_len > widths[0]:
             _print_line(console, [cells[0]])
@@ -136,12 +136,12 @@ def _print_line(console: Console, cells: list[Text]) -> None:
 
 
 def width_of(console: Console) -> int | None:
-    """Columns that a line should fit in; None for a pipe or a file, where nothing wraps."""
+    """Width of the terminal in columns; None for a pipe or file, where nothing wraps."""
     return console.width if console.is_terminal or "COLUMNS" in os.environ else None
 
 
 def plain_table(title: str | None = None) -> Table:
-    """A table without lines, its columns still to be added."""
+    """A table without borders and without columns."""
     return Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
 
 
@@ -150,7 +150,7 @@ def _bits(value: int | None) -> str:
 
 
 def show_profile(result: dict[str, Any]) -> None:
-    """Every layer with its costs, then the sums."""
+    """Print the costs of every layer, then the totals."""
     console = Console()
     size = "x".join(map(str, result["input_size"]))
     products: dict[str, list[dict[str, Any]]] = {}
@@ -194,31 +194,37 @@ def show_profile(result: dict[str, Any]) -> None:
         reasons.setdefault(left["reason"], []).append(left["name"])
     for reason, names in reasons.items():
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        say(
+        print_text(
             console,
             f"{counted(len(names), 'operation')} {'stays' if len(names) == 1 else 'stay'} in floating point: "
             f"{', '.join(names[:NAMED])}{more}; {reason}",
         )
     uncounted = sum(product["macs"] for product in result["products"] if product["bops"] is None)
     if uncounted:
-        say(
+        print_text(
             console,
-            f"not counted, since they stay in floating point: {format_quantity(uncounted, 'MACs')} of products of "
-            "activations, as in attention; --quantize-attention quantizes and counts them",
+            f"not counted: {format_quantity(uncounted, 'MACs')} of products of activations in floating point, as in "
+            "attention; --quantize-attention quantizes and counts them",
         )
-    say(
+    print_text(
         console,
-        f"\n{format_quantity(result['macs'], 'MACs')}, {format_quantity(result['bops'], 'BOPs')} "
-        f"of {format_quantity(result['float_bops'], 'BOPs')} in floating point "
-        f"({result['float_bops'] / result['bops']:.1f} times fewer)\n"
-        f"size {format_quantity(result['size_bytes'], 'B')} of {format_quantity(result['float_size_bytes'], 'B')}\n"
-        f"reachable budgets: {format_quantity(result['floor_bops'])} to "
+        f"\nMACs: {format_quantity(result['macs'], 'MACs')}\n"
+        f"BOPs: {format_quantity(result['bops'], 'BOPs')} "
+        f"(float: {format_quantity(result['float_bops'], 'BOPs')}, {times_fewer(result, 'bops')} more)\n"
+        f"size: {format_quantity(result['size_bytes'], 'B')} "
+        f"(float: {format_quantity(result['float_size_bytes'], 'B')}, {times_fewer(result, 'size_bytes')} more)\n"
+        f"reachable budgets: {format_quantity(result['floor_bops'], 'BOPs')} to "
         f"{format_quantity(result['ceiling_bops'], 'BOPs')}",
     )
 
 
+def times_fewer(result: dict[str, Any], cost: str) -> str:
+    """``12.3x``: how many times a ``cost`` of the float network exceeds the quantized one."""
+    return f"{result[f'float_{cost}'] / result[cost]:.1f}x"
+
+
 def show_quantized(result: dict[str, Any]) -> None:
-    """Float beside quantized, the budget, and the files written."""
+    """Print the accuracies and costs before and after, the budget, and the files written."""
     from saqcli.report.run_report import results_table
 
     console = Console()
@@ -236,111 +242,106 @@ def show_quantized(result: dict[str, Any]) -> None:
         title=f"{result['model']} on {counted(result['images'], 'image')}",
     )
     if result["advice"]:
-        say(console, f"\nnote: {result['advice']}")
-    reduction = f"{result['bops_reduction']:.1f} times fewer BOPs"
+        print_text(console, f"\nnote: {result['advice']}")
+    reduction = f"{result['bops_reduction']:.1f}x fewer BOPs than float"
     if result["budget_bops"]:
         share = 100 * result["bops"] / result["budget_bops"]
-        reduction += f", {share:.2f} % of the budget of {format_quantity(result['budget_bops'], 'BOPs')}"
-    say(console, f"\n{reduction}")
+        reduction += f"; {share:.2f} % of the budget of {format_quantity(result['budget_bops'], 'BOPs')}"
+    print_text(console, f"\n{reduction}")
     if result["onnx_style"] is None:
-        say(console, "no ONNX file was written (--no-export)")
+        print_text(console, "no ONNX file was written (--no-export)")
     else:
-        say(console, onnx_sentence(result))
+        print_text(console, onnx_sentence(result))
     for note in ("onnx_explanation", "onnx_size_note"):
         if result[note]:
-            say(console, upper_first(result[note]))
+            print_text(console, upper_first(result[note]))
     for path in result["artifacts"].values():
-        say(console, f"wrote {path}")
+        print_text(console, f"wrote {path}")
 
 
 def onnx_sentence(result: dict[str, Any]) -> str:
-    """How the ONNX file of a run compares with the model."""
+    """The comparison of a run's ONNX file with the model."""
     agreement = f"on {100 * result['onnx_argmax_agreement']:.2f} % of {images_of(result, 'onnx_images')}"
     if result["onnx_style"] == "exact":
-        return f"ONNX equals the model's exact form bit for bit, and has its best class {agreement}"
+        return f"ONNX equals the model's exact form bit for bit; same top-1 class {agreement}"
     return (
-        f"ONNX equals PyTorch layer by layer to {result['onnx_layers_error']:.1e}, and has the best class of the model "
-        f"in float64 {agreement}"
+        f"ONNX equals PyTorch layer by layer to {result['onnx_layers_error']:.1e}; same top-1 class as the model in "
+        f"float64 {agreement}"
     )
 
 
 def images_of(result: dict[str, Any], key: str = "images") -> str:
-    """``500 images (of 8,000)``, or ``64 images`` where there are no more."""
+    """``500 images (of 8,000)``, or ``64 images`` if these are all."""
     count, available = result[key], result[f"{key}_available"]
     return counted(count, "image") + (f" (of {available:,})" if available and available > count else "")
 
 
 def upper_first(text: str) -> str:
-    """``text`` as the beginning of a line."""
+    """``text`` with its first letter in upper case."""
     return text[0].upper() + text[1:]
 
 
 def show_evaluation(result: dict[str, Any]) -> None:
-    """Accuracy in one line."""
+    """Print the accuracy on one line."""
     skipped = f", {counted(result['skipped'], 'unreadable image')} skipped" if result["skipped"] else ""
     loss = format_figure(result["loss"], ".4f")
-    say(
+    print_text(
         Console(),
         f"[bold]top-1 {result['top1']:.2f} %[/bold], top-5 {result['top5']:.2f} %, loss {loss} on "
-        f"{counted(result['images'], 'image')} ({result['images_per_second']:.0f} a second){skipped}",
+        f"{counted(result['images'], 'image')} ({result['images_per_second']:.0f} images/s){skipped}",
         markup=True,
     )
 
 
 def show_export(result: dict[str, Any]) -> None:
-    """The file and how it was verified."""
+    """Print the file and its verification."""
     console = Console()
     size = format_quantity(result["size_bytes"], "B")
-    say(console, f"wrote {result['onnx']} ({size}, style {result['style']}, opset {result['opset']})")
+    print_text(console, f"wrote {result['onnx']} ({size}, style {result['style']}, opset {result['opset']})")
     table = plain_table()
     table.show_header = False
     table.add_column("what", no_wrap=True)
     table.add_column("found")
     count, available = result["images"], result["images_available"]
     if available is None:
-        source = f"{count} {result['verified_on']}: give --data DIR to verify on real ones"
+        source = f"{count} {result['verified_on']}: give --data DIR to verify on real images"
     elif count < available:
-        source = (
-            f"{count:,} of {available:,} images of {result['verified_on']}: --verify-images all takes all"
-        )
+        source = f"{count:,} of {available:,} images of {result['verified_on']}: --verify-images all uses all of them"
     else:
         source = f"{count:,} images of {result['verified_on']}"
     table.add_row("verified on", escape(source))
     table.add_row(
-        "end to end", f"the same best class on {100 * result['argmax_agreement']:.2f} % of {count:,} images"
+        "end to end", f"same top-1 class on {100 * result['argmax_agreement']:.2f} % of {count:,} images"
     )
     if result["style"] == "exact":
-        table.add_row("", "every logit equal to PyTorch's exact form, bit for bit")
+        table.add_row("", "every logit equals PyTorch's exact form bit for bit")
     else:
-        table.add_row(
-            "", f"(as the model in float64; PyTorch in float32: {100 * result['pytorch_agreement']:.2f} %)"
-        )
-        differences = (
-            f"{result['max_abs_diff']:.3g} (PyTorch in float32: {result['pytorch_max_abs_diff']:.3g})"
-        )
-        table.add_row("", f"largest difference of a logit: {differences}")
+        table.add_row("", f"(reference: float64; PyTorch float32: {100 * result['pytorch_agreement']:.2f} %)")
+        differences = f"{result['max_abs_diff']:.3g} (PyTorch float32: {result['pytorch_max_abs_diff']:.3g})"
+        table.add_row("", f"largest logit difference: {differences}")
     for name, other in result["runtimes"].items():
-        table.add_row("", f"with {name} on {100 * other['argmax_agreement']:.2f} %")
-    table.add_row("layer by layer", f"{counted(result['layers'], 'layer')}, each fed PyTorch's codes")
-    flipped = f"{result['flipped_codes']:,} on the edge between two"
-    table.add_row("", f"{counted(result['codes'], 'code')}, {flipped}, none wrong")
-    table.add_row("", f"largest error {result['layers_error']:.1e} of a layer's range")
+        table.add_row("", f"{name}: {100 * other['argmax_agreement']:.2f} %")
+    table.add_row("layer by layer", f"{counted(result['layers'], 'layer')}, given PyTorch's codes as input")
+    flipped = f"{result['flipped_codes']:,} differ by rounding at an edge, 0 wrong"
+    table.add_row("", f"{counted(result['codes'], 'code')}: {flipped}")
+    table.add_row("", f"largest error: {result['layers_error']:.1e} of a layer's range")
     if result["largest_accumulator"] is not None:
-        table.add_row("sums", f"at most {result['largest_accumulator']:,} (float32 counts to 16,777,216)")
+        largest = f"at most {result['largest_accumulator']:,} (exact in float32 up to 16,777,216)"
+        table.add_row("accumulators", largest)
     if result["split_layers"]:
-        table.add_row("", f"cut into parts below that: {', '.join(result['split_layers'])}")
-    table.add_row("hazards", "none of the patterns that ONNX Runtime changes")
+        table.add_row("", f"split to stay below: {', '.join(result['split_layers'])}")
+    table.add_row("hazards", "none (no pattern that ONNX Runtime's optimizations change)")
     for condition in result["conditions"]:
         table.add_row("condition", as_flags(condition))
     console.print(table)
     for note in ("explanation", "size_note"):
         if result[note]:
-            say(console, upper_first(result[note]))
-    say(console, f"verdict in {result['verdict']}")
+            print_text(console, upper_first(result[note]))
+    print_text(console, f"verdict in {result['verdict']}")
 
 
 def show_searched(result: dict[str, Any]) -> None:
-    """The policy as a picture, then what it costs."""
+    """Print the policy, the front, and the cost."""
     from saqcli.quant.cost import Budget, Cost
 
     show_policy(result["policy"], result["layers"])
@@ -349,24 +350,24 @@ def show_searched(result: dict[str, Any]) -> None:
     console = Console()
     cost = Cost(result["bops"], result["size_bytes"])
     shares = Budget(result["budget_bops"], result["budget_bytes"]).shares(cost)
-    say(console, f"\nsearcher {result['searcher']}: {shares}, {result['seconds']:.0f} s")
+    print_text(console, f"\nsearcher {result['searcher']}: {shares}, {result['seconds']:.0f} s")
     if result["scoring_top1"] is not None:
-        say(
+        print_text(
             console,
-            f"top-1 {result['scoring_top1']:.2f} % on held-out training images, calibrated, not fine-tuned",
+            f"top-1 {result['scoring_top1']:.2f} % on held-out training images (calibrated, not fine-tuned)",
         )
     for path in result["artifacts"].values():
-        say(console, f"wrote {path}")
+        print_text(console, f"wrote {path}")
 
 
 def _show_front(front: dict[str, Any]) -> None:
-    """What every budget buys, the chosen policy marked."""
+    """Print the best policy for every budget; the chosen one is marked."""
     from saqcli.quant.cost import Budget
 
     console = Console() if sys.stdout.isatty() else Console(width=PIPED)
-    in_float = "" if front["float_top1"] is None else f"; float {front['float_top1']:.2f}"
-    say(console, "\naccuracy over cost; score: top-1 in %, calibrated, on")
-    say(console, f"{front['images']:,} held-out training images{in_float}")
+    in_float = "" if front["float_top1"] is None else f" (float: {front['float_top1']:.2f})"
+    print_text(console, "\naccuracy over cost; the score is the top-1 in %, calibrated, on")
+    print_text(console, f"{front['images']:,} held-out training images{in_float}")
     table = plain_table()
     for column in ("budget", "BOPs", "size", "score", "on front", "searcher"):
         table.add_column(column, justify="left" if column == "searcher" else "right", no_wrap=True)
@@ -384,24 +385,24 @@ def _show_front(front: dict[str, Any]) -> None:
 
 
 def show_rerun(result: dict[str, Any]) -> None:
-    """What is the same and what is not, then likely reasons."""
+    """Print what is identical and what differs, then the likely causes."""
     console = Console() if sys.stdout.isatty() else Console(width=PIPED)
     details = {difference["what"]: difference["detail"] for difference in result["differences"]}
-    table = plain_table(escape(f"{result['run_dir']} against {result['reran']}"))
+    table = plain_table(escape(f"{result['run_dir']} compared with {result['reran']}"))
     table.add_column("", no_wrap=True)
     table.add_column("")
     for what in result["compared"]:
-        table.add_row(what, escape(as_flags(details[what])) if what in details else "the same, bit for bit")
+        table.add_row(what, escape(as_flags(details[what])) if what in details else "bit-identical")
     console.print(table)
     for reason in result["reasons"]:
-        say(console, f"likely reason: {reason}", markup=False)
+        print_text(console, f"likely cause: {reason}", markup=False)
     if not result["reasons"]:
         for name, (then, now) in result["versions_differ"].items():
-            say(console, f"the same though {name} was {then} and is {now}", markup=False)
+            print_text(console, f"identical although {name} was {then} and is {now}", markup=False)
 
 
 def show_models(entries: "Sequence[Entry]") -> None:
-    """A line a network. Of published weights the default, and how many others there are, where names carry none."""
+    """Print one line per network: its default weights, and the number of others unless the names carry a tag."""
     console = Console()
     tagged = all("." in entry.name for entry in entries)
     rows: list[list[str | Text]] = [
@@ -416,11 +417,11 @@ def show_models(entries: "Sequence[Entry]") -> None:
     ]
     columns = ["network", "parameters", "input", *([] if tagged else ["weights"]), "covered"]
     print_table(console, columns, rows, left=(0, *(() if tagged else (3,)), len(columns) - 1))
-    say(console, f"[dim]{_notes(entries, tagged)}[/dim]", markup=True)
+    print_text(console, f"[dim]{_notes(entries, tagged)}[/dim]", markup=True)
 
 
 def _pixels(size: tuple[int, int, int]) -> str:
-    """One side where both are equal; the number of channels where it is not 3."""
+    """Input size: one number for square images; with the number of channels unless it is 3."""
     channels, height, width = size
     sides = str(height) if height == width else f"{height}x{width}"
     return sides if channels == 3 else f"{channels}x{sides}"
@@ -432,7 +433,7 @@ def _weights(tags: tuple[str, ...]) -> Text:
 
 
 def _notes(entries: "Sequence[Entry]", tagged: bool) -> str:
-    """How many there are, and where the other weights are to be seen."""
+    """The number of networks, and how to list all weights of one."""
     notes = [counted(len(entries), "network")]
     most = max(entries, key=lambda entry: len(entry.tags))
     if not tagged and len(most.tags) > 1:

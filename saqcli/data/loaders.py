@@ -25,7 +25,7 @@ from saqcli.data.transforms import CROP_SCALE, Augmentation, image_transform
 from saqcli.errors import ConfigError, DataError
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.progress import Progress
-from saqcli.runs.interrupts import held_back_signals, outlive_one_signal
+from saqcli.runs.interrupts import blocked_signals, outlive_one_signal
 from saqcli.units import counted
 
 CALIBRATION_IMAGES = 512
@@ -143,7 +143,7 @@ def _start_readers(batches: weakref.ref[Any]) -> Any:
     By a weak reference: a loader that refers to itself is left to the garbage collector, which cannot end its readers.
     """
     loader: Any = batches()
-    with held_back_signals() if loader.num_workers else nullcontext():
+    with blocked_signals() if loader.num_workers else nullcontext():
         return type(loader)._get_iterator(loader)
 
 

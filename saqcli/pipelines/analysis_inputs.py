@@ -1,9 +1,8 @@
-"""What ``saq analyze`` looks at: a quantized model with its latent weights, where they are there, and a fixed
-set of images.
+"""Inputs of ``saq analyze``: a quantized model and a fixed set of images.
 
-A run directory brings the model that it exported, with the latent weights of its checkpoint if they give the very
-same quantized weights. A ``.safetensors`` file has none. A float model is calibrated at the bits that are asked
-for, just as ``quantize`` with ``training.epochs=0`` does.
+A run directory gives its exported model, with the latent weights of its checkpoint if their quantized weights are
+bit-identical. A ``.safetensors`` file has no latent weights. A float model is calibrated at the given bits, as
+``quantize`` with ``training.epochs=0`` does.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.export import ModelMetadata
 from saqcli.export.restore import rebuild_structure, restore
 from saqcli.models.preprocessing import Preprocessing, is_small
-from saqcli.pipelines.bits import check_bits, check_way, given_policy
+from saqcli.pipelines.bits import check_bits, check_bits_source, given_policy
 from saqcli.pipelines.calibration import calibrate, describe, install_quantizers
 from saqcli.pipelines.checks import check_builds, check_model
 from saqcli.pipelines.quantize import prepare
@@ -35,18 +34,18 @@ from saqcli.runs.directory import RunDirectory
 from saqcli.tasks.classification import Score
 from saqcli.training.minimizers.base import check_score
 
-SMALL_BATCH, LARGE_BATCH = 128, 16  # images at a time, up to 64 pixels and above: differentiated twice
+SMALL_BATCH, LARGE_BATCH = 128, 16  # batch sizes up to 64 pixels and above, for second derivatives
 
 
 @dataclass(frozen=True)
-class View:
-    """Which images, and how many.
+class ImageSelection:
+    """The images to measure on.
 
     Attributes:
-        data: which images, and how they are read.
-        split: of the data.
-        images: drawn evenly over the classes.
-        seed: of the draw.
+        data: source of the images.
+        split: split of the data.
+        images: number of images, drawn evenly over the classes.
+        seed: random seed of the draw.
     """
 
     data: DataSection
@@ -62,20 +61,20 @@ def images_of(count: int, split: str) -> str:
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A subject and where it came from.
+class OpenedModel:
+    """A model opened for analysis.
 
     Attributes:
-        target: as it was named.
-        facts: of its model.
-        subject: ready to be measured.
-        sha256: of all tensors of the model.
-        images_sha256: of the images, their labels and how they are batched.
-        score: of the model on these images.
+        target: as given.
+        metadata: the model's metadata.
+        subject: model, images and layers for the instruments.
+        sha256: hash of all tensors of the model.
+        images_sha256: hash of the images, their labels and batch sizes.
+        score: loss and accuracy of the model on these images.
     """
 
     target: str
-    facts: ModelMetadata
+    metadata: ModelMetadata
     subject: AnalysisInput
     sha256: str
     images_sha256: str
@@ -84,15 +83,15 @@ class Opened:
     @property
     def side(self) -> int:
         """Pixels along the longer side of an image."""
-        return max(Preprocessing.from_dict(self.facts.preprocessing).input_size[1:])
+        return max(Preprocessing.from_dict(self.metadata.preprocessing).input_size[1:])
 
 
 def check_target(target: str, section: ModelSection, bits: str | None, policy: Path | None) -> None:
-    """Refuse what can be seen to be no subject before anything is loaded.
+    """Check the target of an analysis before anything is loaded.
 
     Raises:
-        SaqError: nothing of that name, a run without a model, an ONNX file, a quantized model with bits, a float
-            one without, or bits out of range.
+        SaqError: unknown target, a run without a model, an ONNX file, a quantized model with bits, a float model
+            without bits, or bits out of range.
     """
     problems, given = Problems(), bits is not None or policy is not None
     found = problems.attempt(find_target, target, ANALYZED)
@@ -107,74 +106,74 @@ def check_target(target: str, section: ModelSection, bits: str | None, policy: P
         quantization = QuantizationSection.model_validate(options)
         if found is not None:
             problems.attempt(check_model, section)
-        problems.attempt(check_way, quantization)
+        problems.attempt(check_bits_source, quantization)
         problems.attempt(check_bits, quantization)
         check_builds(problems, section)
     elif found is not None:
         problems.add(
             ConfigError(
-                f"{target} is a float model: give `bits=4` or `policy=FILE`, at which it is calibrated, "
-                "or a run directory or .safetensors file"
+                f"{target} is a float model: give `bits=4` or `policy=FILE` to calibrate it, or a run directory or "
+                ".safetensors file"
             )
         )
     problems.check()
 
 
-def open_subject(
+def open_input(
     target: str,
     section: ModelSection,
     bits: str | None,
     policy: Path | None,
-    view: View,
+    selection: ImageSelection,
     device: torch.device,
     progress: Progress,
-) -> Opened:
-    """The subject that ``target`` names.
+) -> OpenedModel:
+    """Open the model ``target`` and its images.
 
     Args:
         target: a run directory, a ``.safetensors`` file, or the name of a float model.
-        section: further options of a model name.
-        bits: of a float model.
-        policy: likewise.
-        view: the images.
-        device: of model and images.
-        progress: for calibration and notes.
+        section: further options of a float model.
+        bits: bits of a float model.
+        policy: policy of a float model.
+        selection: the images.
+        device: device of model and images.
+        progress: reports calibration and notes.
 
     Raises:
-        SaqError: no such thing, a damaged one, or images that do not fit it.
+        SaqError: unknown or damaged target, or images that do not match it.
     """
     found, latent = find_target(target, ANALYZED), True
     path = named_file(found, section)
     if path is not None:
         run = found.run
-        model, facts = restore(path)
-        trained = None if run is None else _with_latent_weights(model, facts, run, progress)
+        model, metadata = restore(path)
+        trained = None if run is None else _with_latent_weights(model, metadata, run, progress)
         model, latent = trained or model, trained is not None
     else:
-        model, facts = _calibrated(section, bits, policy, view, device, progress)
+        model, metadata = _calibrated(section, bits, policy, selection, device, progress)
     model = model.to(device).eval()
-    batches = _images(facts, view, target, device, progress)
+    batches = _images(metadata, selection, target, device, progress)
     layers = quantized_layers(model)
-    ordered = {name: layers[name] for name in facts.policy.layers}
-    subject = AnalysisInput(model, ordered, batches, facts.scheme, latent)
+    ordered = {name: layers[name] for name in metadata.policy.layers}
+    subject = AnalysisInput(model, ordered, batches, metadata.scheme, latent)
     score = subject.score()
     check_score(score.loss, score.images, target)
-    return Opened(target, facts, subject, _hash_model(model), _hash_images(batches), score)
+    return OpenedModel(target, metadata, subject, _hash_model(model), _hash_images(batches), score)
 
 
 def _calibrated(
     section: ModelSection,
     bits: str | None,
     policy: Path | None,
-    view: View,
+    selection: ImageSelection,
     device: torch.device,
     progress: Progress,
 ) -> tuple[nn.Module, ModelMetadata]:
-    """A float model, quantized and calibrated without training."""
+    """A float model quantized by calibration only."""
     options = {"quantization.bits": bits, "quantization.policy": str(policy) if policy else None}
     named = {f"model.{key}": value for key, value in section.model_dump().items()}
-    base = resolve(options=named | options | {"run.seed": view.seed})
-    sections = {"data": view.data.model_dump(), "export": {"styles": ()}}  # nothing is exported
+    base = resolve(options=named | options | {"run.seed": selection.seed})
+    sections = {"data": selection.data.model_dump(), "export": {"styles": ()}}  # no trial export
     config = RunConfig.model_validate({**base.model_dump(), **sections})
     network, images = prepare(config, device, progress)
     statistics = calibrate(network, images, config, progress)
@@ -186,10 +185,10 @@ def _calibrated(
 
 @torch.no_grad()
 def _with_latent_weights(
-    model: nn.Module, facts: ModelMetadata, run: RunDirectory, progress: Progress
+    model: nn.Module, metadata: ModelMetadata, run: RunDirectory, progress: Progress
 ) -> nn.Module | None:
-    """The model as training left it in the run's checkpoint; None where that is not the exported ``model``."""
-    trained = rebuild_structure(facts)
+    """The model of the run's checkpoint; None unless its quantized weights equal those of ``model``."""
+    trained = rebuild_structure(metadata)
     try:
         checkpoint = run.load_checkpoint() or {}
     except RunDirectoryError:
@@ -208,19 +207,20 @@ def _with_latent_weights(
 
 
 def _images(
-    facts: ModelMetadata, view: View, target: str, device: torch.device, progress: Progress
+    metadata: ModelMetadata, selection: ImageSelection, target: str, device: torch.device, progress: Progress
 ) -> list[tuple[Tensor, Tensor]]:
-    """The images of ``view`` as the model wants them, held in memory."""
-    preprocessing = Preprocessing.from_dict(facts.preprocessing)
-    split = open_trained(view.data, view.split, facts, target, progress)
+    """The selected images, preprocessed for the model and held in memory."""
+    preprocessing = Preprocessing.from_dict(metadata.preprocessing)
+    split = open_trained(selection.data, selection.split, metadata, target, progress)
     loader = calibration_loader(
         split,
         preprocessing,
-        batch_size=view.data.eval_batch_size or (SMALL_BATCH if is_small(preprocessing) else LARGE_BATCH),
-        workers=workers_of(view.data, preprocessing),
+        batch_size=selection.data.eval_batch_size
+        or (SMALL_BATCH if is_small(preprocessing) else LARGE_BATCH),
+        workers=workers_of(selection.data, preprocessing),
         device=device,
-        seed=view.seed,
-        images=view.images,
+        seed=selection.seed,
+        images=selection.images,
     )
     return read_all(loader, progress, "analyze on")
 

@@ -1,16 +1,12 @@
-"""``saq analyze``: from a quantized model and images to readings, as JSON and as pictures.
-
-The files of an analysis: one JSON object an instrument, with what it was measured on and how.
-
-A file is taken up again only if model, images and settings are the same; a finished reading is then not
-measured twice, and an unfinished one goes on.
-
-``saq analyze``: from a quantized model and images to readings, as JSON and as pictures.
+"""``saq analyze``: measure a quantized model; write JSON and plots.
 
 open       the model, a second one to compare with, the images
-resume     readings that are there already, with ``resume``
-measure    one instrument after the other; each writes its JSON as soon as it is done
-draw       PNG and SVG
+resume     the readings of an earlier call, with ``resume``
+measure    one instrument after the other; each writes its JSON when it is finished
+plot       PNG and SVG
+
+Each instrument has a JSON file, which records model, images and settings. It is resumed only if these are the same: a
+finished reading is kept, an unfinished one is continued.
 """
 
 import hashlib
@@ -30,7 +26,7 @@ from saqcli._version import __version__
 from saqcli.analysis import INSTRUMENTS, Reading, Session, Settings
 from saqcli.config import ModelSection
 from saqcli.errors import CannotWrite, ConfigError, Interrupted, Problems, RunDirectoryError
-from saqcli.pipelines.analysis_inputs import Opened, View, check_target, images_of, open_subject
+from saqcli.pipelines.analysis_inputs import ImageSelection, OpenedModel, check_target, images_of, open_input
 from saqcli.pipelines.checks import check_device, check_images
 from saqcli.pipelines.targets import QUANTIZED, find_target, named_file
 from saqcli.process_group import pick_device
@@ -54,19 +50,19 @@ from saqcli.training.optimizer import default_rho
 AGAINST = "against"  # folder of the second model
 
 
-class SubjectFacts(BaseModel):
-    """What was measured.
+class SubjectMetadata(BaseModel):
+    """The model and the images of an analysis.
 
     Attributes:
-        target: as it was named.
+        target: as given.
         model: canonical name of the network.
-        sha256: of all tensors of the model.
-        latent_weights: whether its float weights were there.
-        split: of the data.
-        images: how many.
-        images_sha256: of the images, their labels and how they are batched.
-        seed: of the draw of images.
-        loss: mean cross-entropy on them.
+        sha256: hash of all tensors of the model.
+        latent_weights: whether its latent weights were available.
+        split: split of the data.
+        images: number of images.
+        images_sha256: hash of the images, their labels and batch sizes.
+        seed: random seed of the draw of images.
+        loss: mean cross-entropy on the images.
         top1: percent.
     """
 
@@ -85,17 +81,17 @@ class SubjectFacts(BaseModel):
 
 
 class AnalysisFile(BaseModel):
-    """``INSTRUMENT.json``: a reading and what it was taken of.
+    """``INSTRUMENT.json``: a reading with its model, images and settings.
 
     Attributes:
-        schema_version: of the format.
-        saq_version: that wrote it.
+        schema_version: version of the format.
+        saq_version: version of saq that wrote it.
         instrument: name in ``INSTRUMENTS``.
-        finished: whether nothing is left to be measured.
+        finished: whether the measurement is complete.
         subject: the model and the images.
-        settings: those that the reading depends on.
-        reading: of the instrument.
-        sha256: of the reading; one that was changed by hand fits its schema and makes no sense.
+        settings: the settings that the reading depends on.
+        reading: the reading.
+        sha256: hash of the reading, which detects manual changes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -104,47 +100,47 @@ class AnalysisFile(BaseModel):
     saq_version: str
     instrument: str
     finished: bool
-    subject: SubjectFacts
+    subject: SubjectMetadata
     settings: dict[str, Any]
     reading: dict[str, Any]
     sha256: str
 
 
-def facts_of(opened: Opened, view: View) -> SubjectFacts:
-    """The head of every file about ``opened``."""
-    return SubjectFacts(
+def subject_metadata(opened: OpenedModel, selection: ImageSelection) -> SubjectMetadata:
+    """The metadata that every file about ``opened`` contains."""
+    return SubjectMetadata(
         target=opened.target,
-        model=opened.facts.policy.model,
+        model=opened.metadata.policy.model,
         sha256=opened.sha256,
         latent_weights=opened.subject.latent,
-        split=view.split,
+        split=selection.split,
         images=opened.score.images,
         images_sha256=opened.images_sha256,
-        seed=view.seed,
+        seed=selection.seed,
         loss=opened.score.loss,
         top1=opened.score.top1,
     )
 
 
 class AnalysisFolder:
-    """The files about one subject."""
+    """The analysis files of one model."""
 
-    def __init__(self, path: Path, facts: SubjectFacts, settings: Settings) -> None:
-        self.path, self.facts = path, facts
+    def __init__(self, path: Path, metadata: SubjectMetadata, settings: Settings) -> None:
+        self.path, self.metadata = path, metadata
         self._settings = settings.model_dump(mode="json")
 
     def path_of(self, name: str) -> Path:
-        """Where the reading of an instrument is kept."""
+        """The path of an instrument's reading."""
         return self.path / f"{name}.json"
 
     def save(self, name: str, reading: Reading) -> None:
-        """Write a reading, finished or not, as one act."""
+        """Write a reading, finished or not, atomically."""
         tree = json.loads(reading.model_dump_json())
         file = AnalysisFile(
             saq_version=__version__,
             instrument=name,
             finished=reading.finished,
-            subject=self.facts,
+            subject=self.metadata,
             settings=self._settings_of(name),
             reading=tree,
             sha256=_sha256(tree),
@@ -152,11 +148,11 @@ class AnalysisFolder:
         write_text(self.path_of(name), to_text(json.loads(file.model_dump_json())))
 
     def load(self, name: str) -> Reading | None:
-        """The reading that is there, or None.
+        """The reading in the folder, or None.
 
         Raises:
-            RunDirectoryError: damaged, foreign, or of another version; it says what to do.
-            ConfigError: taken of another model, of other images, or with other settings.
+            RunDirectoryError: damaged, of another instrument, or of another version.
+            ConfigError: of another model, of other images, or with other settings.
         """
         path = self.path_of(name)
         if not path.is_file():
@@ -176,8 +172,8 @@ class AnalysisFolder:
         difference = self._difference(file)
         if difference:
             raise ConfigError(
-                f"{path} was measured differently ({difference}): give `resume=True` the same model and settings, "
-                "or use `overwrite=True`, or another `out`"
+                f"{path} was measured differently ({difference}): use the same model and settings with "
+                "`resume=True`, or `overwrite=True`, or another `out`"
             )
         if _sha256(file.reading) != file.sha256 or reading.finished != file.finished:
             raise RunDirectoryError(
@@ -189,11 +185,11 @@ class AnalysisFolder:
         return {key: self._settings[key] for key in INSTRUMENTS[name].settings}
 
     def _difference(self, file: AnalysisFile) -> str | None:
-        """The first thing that was not as it is now."""
+        """The first difference between the file and this analysis."""
         now = self._settings_of(file.instrument) if file.instrument in INSTRUMENTS else {}
-        if file.subject.sha256 != self.facts.sha256:
+        if file.subject.sha256 != self.metadata.sha256:
             return f"another model, {printable(file.subject.target, 100)}"
-        if file.subject.images_sha256 != self.facts.images_sha256:
+        if file.subject.images_sha256 != self.metadata.images_sha256:
             return "other images or another batch size"
         for key in sorted({*now, *file.settings}):
             if now.get(key) != file.settings.get(key):
@@ -202,7 +198,7 @@ class AnalysisFolder:
 
 
 def to_text(tree: dict[str, Any]) -> str:
-    """JSON with a line for every list of plain values."""
+    """JSON with every list of plain values on one line."""
     text = json_text(tree, indent=2)
     return re.sub(r"\[\n[^\[\]{}]*\]", lambda found: _one_line(found[0]), text) + "\n"
 
@@ -220,26 +216,26 @@ SECONDS_BETWEEN_SAVES = 5.0
 
 @dataclass(frozen=True)
 class Request:
-    """What ``saq analyze`` is asked for.
+    """The arguments of ``saq analyze``.
 
     Attributes:
         target: run directory, ``.safetensors`` file or model name.
-        view: which images.
+        selection: the images.
         instruments: names in ``INSTRUMENTS``.
         out: folder of the results.
-        settings: of the instruments.
-        rho: radius; None for the one that training would take.
-        against: a second quantized model, measured likewise.
-        section: options of a model name.
-        bits: of a float model.
-        policy: likewise.
+        settings: settings of the instruments.
+        rho: radius; None for the default of training.
+        against: a second quantized model to compare with.
+        section: options of a float model.
+        bits: bits of a float model.
+        policy: policy of a float model.
         device: ``auto``, ``cpu``, ``cuda``.
-        resume: continue what is in ``out``.
-        overwrite: replace it.
+        resume: resume the analysis in ``out``.
+        overwrite: replace the analysis in ``out``.
     """
 
     target: str
-    view: View
+    selection: ImageSelection
     instruments: tuple[str, ...]
     out: Path
     settings: Settings = field(default_factory=Settings)
@@ -259,7 +255,7 @@ class Request:
 
     @property
     def folders(self) -> list[Path]:
-        """Of the model, and of the second one."""
+        """The folders of the model and of the second one."""
         return [self.out] if self.against is None else [self.out, self.out / AGAINST]
 
 
@@ -267,31 +263,31 @@ class Request:
 class Measured:
     """The readings of one model."""
 
-    facts: SubjectFacts
+    metadata: SubjectMetadata
     readings: dict[str, Reading]
 
     def to_dict(self) -> dict[str, Any]:
         """Accuracies in percent."""
         return {
-            "target": self.facts.target,
-            "model": self.facts.model,
-            "split": self.facts.split,
-            "images": self.facts.images,
-            "loss": self.facts.loss,
-            "top1": self.facts.top1,
+            "target": self.metadata.target,
+            "model": self.metadata.model,
+            "split": self.metadata.split,
+            "images": self.metadata.images,
+            "loss": self.metadata.loss,
+            "top1": self.metadata.top1,
             "instruments": {name: reading.to_dict() for name, reading in self.readings.items()},
         }
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What ``saq analyze`` found.
+    """The result of ``saq analyze``.
 
     Attributes:
         out: folder of the files.
         first: the model.
-        second: the one it was compared with.
-        files: written or taken up, JSON first.
+        second: the model it was compared with.
+        files: written or kept files, JSON first.
     """
 
     out: Path
@@ -300,7 +296,7 @@ class Analysis:
     files: list[Path]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them."""
+        """Plain values, as in JSON."""
         against = None if self.second is None else self.second.to_dict()
         return {
             "out": str(self.out),
@@ -311,10 +307,10 @@ class Analysis:
 
 
 def analyze(request: Request, progress: Progress = SILENT) -> Analysis:
-    """Measure, write and draw what ``request`` asks for.
+    """Run the analysis ``request``.
 
     Raises:
-        SaqError: anything the user can act on; readings finished so far stay in the folder.
+        SaqError: anything the user can act on; finished readings stay in the folder.
     """
     check_request(request)
     _check_free(request)
@@ -322,7 +318,7 @@ def analyze(request: Request, progress: Progress = SILENT) -> Analysis:
     wanted = [(request.target, request.named, request.bits, request.policy)]
     if request.against is not None:
         wanted.append((request.against, ModelSection(name=request.against), None, None))
-    opened = [open_subject(*one, request.view, device, progress) for one in wanted]
+    opened = [open_input(*one, request.selection, device, progress) for one in wanted]
     settings = _with_radius(request, opened[0])
     with _alone_in(request, progress):
         return _measure(request, opened, settings, progress)
@@ -330,10 +326,10 @@ def analyze(request: Request, progress: Progress = SILENT) -> Analysis:
 
 @contextmanager
 def _alone_in(request: Request, progress: Progress) -> Iterator[None]:
-    """Within the context no other process works in the folders, and there is nothing unfinished of an earlier one.
+    """Lock the folders within the context, and remove temporary files of earlier processes.
 
     Raises:
-        RunDirectoryError: another process is at work there, or was in the meantime.
+        RunDirectoryError: another process is using the folders, or used them in the meantime.
     """
     for folder in request.folders:
         make_folder(folder)
@@ -346,18 +342,18 @@ def _alone_in(request: Request, progress: Progress) -> Iterator[None]:
         for folder in request.folders:
             remove_unfinished(folder)
         yield
-    except KeyboardInterrupt as asked:
-        raise _interrupted(request, exit_code_of(asked)) from None
+    except KeyboardInterrupt as interrupt:
+        raise _interrupted(request, exit_code_of(interrupt)) from None
     except CannotWrite as error:
         raise CannotWrite(f"{error}, then repeat this with `resume=True`") from None
     finally:
         lock.release()
 
 
-def _measure(request: Request, opened: list[Opened], settings: Settings, progress: Progress) -> Analysis:
-    """Once the folders are ours."""
+def _measure(request: Request, opened: list[OpenedModel], settings: Settings, progress: Progress) -> Analysis:
+    """The part of ``analyze`` that needs the lock."""
     folders = [
-        AnalysisFolder(path, facts_of(one, request.view), settings)
+        AnalysisFolder(path, subject_metadata(one, request.selection), settings)
         for path, one in zip(request.folders, opened, strict=True)
     ]
     there = [
@@ -365,12 +361,12 @@ def _measure(request: Request, opened: list[Opened], settings: Settings, progres
         for folder in folders
     ]
     measured = [
-        Measured(folder.facts, _measure_all(one, folder, settings, earlier, progress))
+        Measured(folder.metadata, _measure_all(one, folder, settings, earlier, progress))
         for one, folder, earlier in zip(opened, folders, there, strict=True)
     ]
     files = [folder.path_of(name) for folder in folders for name in request.instruments]
-    names = model_names([(one.facts.model, one.facts.target) for one in measured])
-    images = images_of(opened[0].score.images, request.view.split)
+    names = model_names([(one.metadata.model, one.metadata.target) for one in measured])
+    images = images_of(opened[0].score.images, request.selection.split)
     with progress.task("drawing", len(request.instruments)) as task:
         for name in request.instruments:
             subjects = [(model, one.readings[name]) for model, one in zip(names, measured, strict=True)]
@@ -380,20 +376,20 @@ def _measure(request: Request, opened: list[Opened], settings: Settings, progres
 
 
 def check_request(request: Request) -> None:
-    """Refuse what can be seen to be wrong before anything is loaded.
+    """Check the arguments before anything is loaded.
 
     Raises:
-        SaqError: all that is wrong, in one message.
+        SaqError: all problems in one message.
     """
     problems = Problems()
     unknown = [name for name in request.instruments if name not in INSTRUMENTS]
     if unknown or not request.instruments:
-        asked = unknown[0] if unknown else "none"
-        problems.add(ConfigError(f"there is no instrument {asked!r}: choose from {', '.join(INSTRUMENTS)}"))
+        named = unknown[0] if unknown else "none"
+        problems.add(ConfigError(f"there is no instrument {named!r}: choose from {', '.join(INSTRUMENTS)}"))
     problems.attempt(check_target, request.target, request.named, request.bits, request.policy)
     if request.against is not None:
         problems.attempt(_check_against, request.against)
-    problems.attempt(check_images, request.view.data, request.view.split)
+    problems.attempt(check_images, request.selection.data, request.selection.split)
     grid = request.settings.grid
     if grid % 2 == 0:
         problems.add(
@@ -414,7 +410,7 @@ def _check_against(against: str) -> None:
 
 
 def _check_free(request: Request) -> None:
-    """Refuse to replace what was not said to be replaced."""
+    """Check that no reading would be replaced without ``overwrite`` or ``resume``."""
     if request.out.exists() and not request.out.is_dir():
         raise RunDirectoryError(f"{request.out} is a file: use another `out`")
     there = [
@@ -430,20 +426,20 @@ def _check_free(request: Request) -> None:
         )
 
 
-def _with_radius(request: Request, first: Opened) -> Settings:
-    """The settings with the radius that was asked for, or that training would take for the first model."""
+def _with_radius(request: Request, first: OpenedModel) -> Settings:
+    """The settings with the given radius, or with the default of training for the first model."""
     rho = default_rho(first.subject.model, first.side) if request.rho is None else request.rho
     return request.settings.model_copy(update={"rho": rho})
 
 
 def _measure_all(
-    opened: Opened,
+    opened: OpenedModel,
     folder: AnalysisFolder,
     settings: Settings,
     earlier: dict[str, Reading | None],
     progress: Progress,
 ) -> dict[str, Reading]:
-    """Every instrument that ``earlier`` names; each is saved as soon as it is done."""
+    """Run every instrument in ``earlier``; each reading is saved when it is finished."""
     readings: dict[str, Reading] = {}
     for name, before in earlier.items():
         if before is not None and before.finished:
@@ -460,10 +456,10 @@ def _measure_all(
 
 
 def _check_finite(name: str, reading: Reading, target: str) -> None:
-    """Refuse a reading that JSON cannot hold; points that may be NaN or infinite are None in it.
+    """Check that a reading can be stored as JSON; figures that may be NaN or infinite are None in it.
 
     Raises:
-        ConfigError: some figure is NaN or infinite.
+        ConfigError: a figure is NaN or infinite.
     """
 
     def broken(value: Any) -> bool:
@@ -482,9 +478,9 @@ def _check_finite(name: str, reading: Reading, target: str) -> None:
 
 
 def _measure_resumable(
-    name: str, opened: Opened, folder: AnalysisFolder, settings: Settings, session: Session
+    name: str, opened: OpenedModel, folder: AnalysisFolder, settings: Settings, session: Session
 ) -> Reading:
-    """Save what there is now and then, and when a signal asks to stop."""
+    """Run an instrument that saves periodically, and on a signal."""
     saved_at = time.monotonic()
     with deferred_interrupts() as stop:
 

@@ -1,16 +1,10 @@
 """Benchmark: latency of a network, float and quantized, in PyTorch and in ONNX Runtime.
 
-How long functions take, measured in turns: a machine that others use too slows all of them alike.
+A run or a safetensors file gives all four targets. An ONNX file holds no PyTorch model, but names the float
+architecture, whose speed does not depend on its weights. Images are random, since their values do not change the time.
 
-What a benchmark sets side by side: a network in PyTorch and in ONNX Runtime, float and quantized.
-
-From a run or a safetensors file all four can be made; an ONNX file holds no PyTorch model, but names the float
-architecture, whose speed does not depend on its weights.
-
-A benchmark: how fast a network is, float and quantized, in PyTorch and in ONNX Runtime, on this CPU.
-
-Images are random, since their values do not change the time. All contenders take turns
-(``saqcli.pipelines.bench``), once for every batch size and number of threads.
+The runs of the targets are interleaved, so that other load on the machine slows all of them alike. They are measured on
+the CPU for every batch size and number of threads.
 """
 
 import copy
@@ -45,17 +39,17 @@ from saqcli.random_state import torch_threads
 from saqcli.runs.directory import RunDirectory
 from saqcli.verify.runtime import Kernels, OnnxFile, open_file, runner
 
-WARM_UP = 3  # runs of each function that are not timed, before the rounds
+WARM_UP = 3  # untimed runs of each function
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What one function took over all its timed runs.
+    """Durations of one function.
 
     Attributes:
-        median_s: seconds.
-        spread_s: seconds from the first to the third quartile.
-        runs: timed.
+        median_s: median in seconds.
+        spread_s: interquartile range in seconds.
+        runs: number of timed runs.
     """
 
     median_s: float
@@ -64,30 +58,29 @@ class Timing:
 
 
 def time_in_turns(
-    contenders: Mapping[str, Callable[[], object]],
+    targets: Mapping[str, Callable[[], object]],
     rounds: int,
     task: Task,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Run all contenders in every round, one after the other, and every second round in reverse order.
+    """Time functions in rounds: each runs once per round, in reverse order every second round.
 
-    A turn is two runs, of which the second is timed: the first brings back into the caches what the others have
-    driven out, as in a program that runs nothing else.
+    Every timed run follows an untimed one, which refills the caches after the other functions.
 
     Args:
-        contenders: functions by name.
+        targets: functions by name.
         rounds: timed runs of each, at least 1.
-        task: told about every round.
-        clock: seconds that only go forward.
+        task: advances with every round.
+        clock: monotonic clock in seconds.
     """
-    for run in contenders.values():
+    for run in targets.values():
         for _ in range(WARM_UP):
             run()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    order = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in targets}
+    order = list(targets)
     for _ in range(rounds):
         for name in order:
-            run = contenders[name]
+            run = targets[name]
             run()
             start = clock()
             run()
@@ -109,17 +102,17 @@ ONNX_FLOAT, ONNX_QUANTIZED = "ONNX float", "ONNX quantized"
 
 
 @dataclass(frozen=True)
-class Contender:
+class BenchTarget:
     """One way to run the network.
 
     Attributes:
-        name: in the table.
+        name: name in the table.
         runtime: ``PyTorch`` or ``ONNX Runtime``.
-        size_bytes: of the file; of a float PyTorch model, of its tensors.
-        open: from a number of threads to a function from images (N, C, H, W) to logits; PyTorch's number is set
-            by who calls.
-        kernels: that ONNX Runtime multiplies with; None in PyTorch.
-        batch: the only number of images it takes; None where any will do.
+        size_bytes: size of the file; for a float PyTorch model, of its tensors.
+        open: maps a number of threads to a function from images (N, C, H, W) to logits; the caller sets PyTorch's
+            number of threads.
+        kernels: matrix kernels of ONNX Runtime; None for PyTorch.
+        batch: the only accepted batch size; None if any is accepted.
     """
 
     name: str
@@ -136,51 +129,51 @@ class Lineup:
 
     Attributes:
         model: name of the network.
-        input_size: of one image, (C, H, W).
-        few_bits: whether a layer has fewer than 8.
-        contenders: in the order of the table.
-        notes: what is missing and why, a line each.
+        input_size: size of one image, (C, H, W).
+        few_bits: whether a layer has fewer than 8 bits.
+        targets: in the order of the table.
+        notes: missing targets with reasons, one line each.
     """
 
     model: str
     input_size: tuple[int, int, int]
     few_bits: bool = False
-    contenders: list[Contender] = field(default_factory=list)
+    targets: list[BenchTarget] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add_torch(self, name: str, model: nn.Module, size_bytes: int) -> None:
-        """A PyTorch model, on the CPU."""
+        """Add a PyTorch model, on the CPU."""
         model.cpu().eval().requires_grad_(False)
-        self.contenders.append(Contender(name, PYTORCH, size_bytes, lambda threads: model))
+        self.targets.append(BenchTarget(name, PYTORCH, size_bytes, lambda threads: model))
 
     def add_onnx(self, name: str, file: OnnxFile) -> None:
-        """A file that ONNX Runtime takes."""
+        """Add an ONNX file."""
         path = file.path
         opener = lambda threads: runner(path, threads)  # noqa: E731 - as in add_torch
         size = path.stat().st_size
-        self.contenders.append(Contender(name, ONNX, size, opener, file.kernels, file.batch))
+        self.targets.append(BenchTarget(name, ONNX, size, opener, file.kernels, file.batch))
 
-    def add_exported(self, name: str, model: nn.Module, path: Path, facts: ModelMetadata) -> None:
-        """A model as ONNX, written to ``path``; a note where that cannot be done."""
+    def add_exported(self, name: str, model: nn.Module, path: Path, metadata: ModelMetadata) -> None:
+        """Export a model to ``path`` and add the file, or a note if it cannot be exported."""
         try:
-            EXPORTERS["qdq"]().export(model, torch.zeros(2, *self.input_size), path, facts)
+            EXPORTERS["qdq"]().export(model, torch.zeros(2, *self.input_size), path, metadata)
         except UnsupportedModel as error:
             self.notes.append(f"no {name}: {error}")
         else:
             self.add_onnx(name, open_file(path))
 
 
-def line_up(target: str, section: ModelSection, folder: Path, progress: Progress) -> Lineup:
-    """Everything that can be measured of ``target``.
+def open_lineup(target: str, section: ModelSection, folder: Path, progress: Progress) -> Lineup:
+    """Everything that can be measured for ``target``.
 
     Args:
         target: a run directory, a ``.safetensors`` or ``.onnx`` file, or a model name.
         section: further options of a model name.
-        folder: for files that are made only to be measured.
-        progress: for notes.
+        folder: folder for temporary exports.
+        progress: receives notes.
 
     Raises:
-        SaqError: no such thing, or a damaged one.
+        SaqError: unknown or damaged target.
     """
     found = find_target(target, EVALUATED)
     path = named_file(found, section)
@@ -200,42 +193,42 @@ def _of_name(section: ModelSection, folder: Path, progress: Progress) -> Lineup:
 
 
 def _of_onnx(path: Path, folder: Path) -> Lineup:
-    facts = read_onnx_metadata(path)
-    lineup = _described(facts)
+    metadata = read_onnx_metadata(path)
+    lineup = _from_metadata(metadata)
     lineup.notes.append(f"no {TORCH_QUANTIZED}: an ONNX file holds no PyTorch model")
-    _add_float(lineup, build_architecture(facts.build), facts.build, folder)
+    _add_float(lineup, build_architecture(metadata.build), metadata.build, folder)
     lineup.add_onnx(ONNX_QUANTIZED, open_file(path))
     return lineup
 
 
 def _of_safetensors(path: Path, run: RunDirectory | None, folder: Path) -> Lineup:
     files = _onnx_files(run) if run else []
-    model, facts = restore(path)
-    lineup = _described(facts)
+    model, metadata = restore(path)
+    lineup = _from_metadata(metadata)
     plain = copy.deepcopy(model)
     convert.unwrap(plain)
-    _add_float(lineup, plain, facts.build, folder)
+    _add_float(lineup, plain, metadata.build, folder)
     lineup.add_torch(TORCH_QUANTIZED, model, path.stat().st_size)
-    lineup.contenders.sort(key=lambda one: one.runtime, reverse=True)  # PyTorch, then ONNX Runtime
+    lineup.targets.sort(key=lambda one: one.runtime, reverse=True)  # PyTorch, then ONNX Runtime
     for file in files:
         lineup.add_onnx(ONNX_QUANTIZED if len(files) == 1 else f"ONNX {file.name}", open_file(file))
     if not files:
         lineup.notes.append(f"{ONNX_QUANTIZED} was exported for the measurement, in style qdq")
-        lineup.add_exported(ONNX_QUANTIZED, model, folder / "quantized.onnx", facts)
+        lineup.add_exported(ONNX_QUANTIZED, model, folder / "quantized.onnx", metadata)
     return lineup
 
 
-def _described(facts: ModelMetadata) -> Lineup:
-    size = Preprocessing.from_dict(facts.preprocessing).input_size
-    widths = {width for bits in facts.policy.layers.values() for width in (bits.weight, bits.activation)}
-    return Lineup(str(facts.build["name"]), size, any(width and width < MAX_BITS for width in widths))
+def _from_metadata(metadata: ModelMetadata) -> Lineup:
+    size = Preprocessing.from_dict(metadata.preprocessing).input_size
+    widths = {width for bits in metadata.policy.layers.values() for width in (bits.weight, bits.activation)}
+    return Lineup(str(metadata.build["name"]), size, any(width and width < MAX_BITS for width in widths))
 
 
 def _onnx_files(run: RunDirectory) -> list[Path]:
-    """The ONNX files that a run left.
+    """The ONNX files of a run.
 
     Raises:
-        RunDirectoryError: one that the manifest names is gone, or leads elsewhere.
+        RunDirectoryError: a file of the manifest is missing, or a link that leads out of the run.
     """
     files = [run.path / name for name in run.manifest().artifacts if name.endswith(".onnx")]
     for file in files:
@@ -243,7 +236,7 @@ def _onnx_files(run: RunDirectory) -> list[Path]:
             raise RunDirectoryError(f"{file} is a link that leads out of the run: put the file itself there")
         if not file.is_file():
             raise RunDirectoryError(
-                f"{file} is gone, though the run's manifest names it: name {run.safetensors_path} instead"
+                f"{file} is missing, though the run's manifest lists it: use {run.safetensors_path} instead"
             )
     return files
 
@@ -251,7 +244,7 @@ def _onnx_files(run: RunDirectory) -> list[Path]:
 def _add_float(lineup: Lineup, model: nn.Module, build: dict[str, object], folder: Path) -> None:
     tensors = {id(tensor): tensor for tensor in model.state_dict().values()}.values()
     lineup.add_torch(TORCH_FLOAT, model, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-    facts = ModelMetadata(
+    metadata = ModelMetadata(
         saq_version=__version__,
         build=build,
         preprocessing={},
@@ -261,12 +254,12 @@ def _add_float(lineup: Lineup, model: nn.Module, build: dict[str, object], folde
         routed={},
     )
     with _attention_spelled_out():
-        lineup.add_exported(ONNX_FLOAT, model, folder / "float.onnx", facts)
+        lineup.add_exported(ONNX_FLOAT, model, folder / "float.onnx", metadata)
 
 
 @contextmanager
 def _attention_spelled_out() -> Iterator[None]:
-    """PyTorch's fused attention has no counterpart in ONNX."""
+    """Disable PyTorch's fused attention, which has no counterpart in ONNX."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -275,16 +268,16 @@ def _attention_spelled_out() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-MOST_IMAGES = 65536  # of a batch: the bound of the dynamic dimension in exported files
+MOST_IMAGES = 65536  # largest batch: the bound of the dynamic dimension in exported files
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What is measured.
+    """The settings of a benchmark.
 
     Attributes:
-        batch_sizes: images at a time.
-        threads: of every operator; None: as many as PyTorch uses.
+        batch_sizes: batch sizes.
+        threads: numbers of threads per operator; None is the number that PyTorch uses.
         repeats: timed runs of every case.
     """
 
@@ -293,10 +286,10 @@ class BenchSettings:
     repeats: int = 20
 
     def check(self) -> None:
-        """Refuse what cannot be measured.
+        """Check the settings.
 
         Raises:
-            ConfigError: names the option.
+            ConfigError: names the invalid setting.
         """
         for size in self.batch_sizes:
             if not 1 <= size <= MOST_IMAGES:
@@ -310,20 +303,20 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender in one case; the units are in the names.
+    """The timing of one target in one case.
 
     Attributes:
-        name: of the contender.
-        runtime: that it ran in.
-        batch_size: images at a time.
-        threads: of every operator.
+        name: name of the target.
+        runtime: its runtime.
+        batch_size: images per batch.
+        threads: threads per operator.
         latency_ms: median time of a batch.
         spread_ms: interquartile range of that time.
-        images_per_second: from the median.
-        relative: images a second, relative to the baseline in the same case.
-        integer_kernels: operators of ONNX Runtime's optimized graph that multiply in integers; None in PyTorch.
-        float_kernels: those that multiply in floating point.
-        size_bytes: of the file; of a float PyTorch model, of its tensors.
+        images_per_second: throughput at the median.
+        relative: throughput relative to the baseline in the same case.
+        integer_kernels: operators of ONNX Runtime's optimized graph that multiply integers; None for PyTorch.
+        float_kernels: operators that multiply in floating point; None for PyTorch.
+        size_bytes: size of the file; for a float PyTorch model, of its tensors.
     """
 
     name: str
@@ -341,17 +334,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """What a benchmark found.
+    """The result of a benchmark.
 
     Attributes:
         model: name of the network.
-        input_size: of one image, (C, H, W).
+        input_size: size of one image, (C, H, W).
         settings: as given.
-        threads: that were measured.
-        baseline: name of the contender that ``relative`` refers to.
-        few_bits: whether a layer has fewer than 8.
-        rows: by threads, batch size and contender.
-        notes: what is missing and why, a line each.
+        threads: measured numbers of threads.
+        baseline: name of the target that ``relative`` refers to.
+        few_bits: whether a layer has fewer than 8 bits.
+        rows: by threads, batch size and target.
+        notes: missing targets with reasons, one line each.
     """
 
     model: str
@@ -364,7 +357,7 @@ class Bench:
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them."""
+        """Plain values, as in JSON."""
         return {
             "model": self.model,
             "input_size": list(self.input_size),
@@ -381,50 +374,50 @@ class Bench:
 
 
 def bench_target(target: str, section: ModelSection, settings: BenchSettings, progress: Progress) -> Bench:
-    """Measure everything that can be made of ``target``.
+    """Measure everything available for ``target``.
 
     Args:
         target: a run directory, a ``.safetensors`` or ``.onnx`` file, or a model name.
         section: further options of a model name.
-        settings: what is measured.
-        progress: told about every round.
+        settings: batch sizes, threads and repeats.
+        progress: reports every round.
 
     Raises:
-        SaqError: the target cannot be used, or does not take batches of the sizes asked for.
+        SaqError: the target cannot be used, or does not accept the requested batch sizes.
     """
     settings.check()
     with tempfile.TemporaryDirectory(prefix="saq-") as folder:
-        lineup = line_up(target, section, Path(folder), progress)
+        lineup = open_lineup(target, section, Path(folder), progress)
         _check_batches(lineup, settings.batch_sizes)
         return measure(lineup, settings, progress)
 
 
 def _check_batches(lineup: Lineup, batch_sizes: tuple[int, ...]) -> None:
-    for contender in lineup.contenders:
-        if contender.batch is not None and any(size != contender.batch for size in batch_sizes):
+    for target in lineup.targets:
+        if target.batch is not None and any(size != target.batch for size in batch_sizes):
             raise ConfigError(
-                f"{contender.name} takes batches of {contender.batch} only: use `batch_sizes={contender.batch}`"
+                f"{target.name} takes batches of {target.batch} only: use `batch_sizes={target.batch}`"
             )
 
 
 def measure(lineup: Lineup, settings: BenchSettings, progress: Progress) -> Bench:
-    """Measure every contender at every batch size and number of threads."""
+    """Measure every target at every batch size and number of threads."""
     threads = settings.threads or (torch.get_num_threads(),)
-    names = [contender.name for contender in lineup.contenders]
+    names = [target.name for target in lineup.targets]
     baseline = ONNX_FLOAT if ONNX_FLOAT in names else TORCH_FLOAT
     rows: list[Row] = []
     cases = len(threads) * len(settings.batch_sizes)
     with progress.task("measuring", cases * settings.repeats) as task, torch.inference_mode():
         for count in threads:
             with torch_threads(count):
-                functions = {contender.name: contender.open(count) for contender in lineup.contenders}
+                functions = {target.name: target.open(count) for target in lineup.targets}
                 for size in settings.batch_sizes:
                     images = random_images(size, lineup.input_size)
                     runs = {name: partial(function, images) for name, function in functions.items()}
                     timings = time_in_turns(runs, settings.repeats, task)
                     rows += [
-                        _row(contender, size, count, timings[contender.name], timings[baseline])
-                        for contender in lineup.contenders
+                        _row(target, size, count, timings[target.name], timings[baseline])
+                        for target in lineup.targets
                     ]
     return Bench(
         lineup.model, lineup.input_size, settings, threads, baseline, lineup.few_bits, rows, lineup.notes
@@ -432,15 +425,15 @@ def measure(lineup: Lineup, settings: BenchSettings, progress: Progress) -> Benc
 
 
 def random_images(count: int, size: tuple[int, int, int], seed: int = 0) -> Tensor:
-    """Normal noise in the place of normalized images, (count, C, H, W)."""
+    """Normal noise in place of normalized images, (count, C, H, W)."""
     return torch.randn(count, *size, generator=torch.Generator().manual_seed(seed))
 
 
-def _row(contender: Contender, size: int, threads: int, timing: Timing, baseline: Timing) -> Row:
-    kernels = contender.kernels
+def _row(target: BenchTarget, size: int, threads: int, timing: Timing, baseline: Timing) -> Row:
+    kernels = target.kernels
     return Row(
-        contender.name,
-        contender.runtime,
+        target.name,
+        target.runtime,
         size,
         threads,
         1e3 * timing.median_s,
@@ -449,5 +442,5 @@ def _row(contender: Contender, size: int, threads: int, timing: Timing, baseline
         baseline.median_s / timing.median_s,
         kernels.integer if kernels else None,
         kernels.floating if kernels else None,
-        contender.size_bytes,
+        target.size_bytes,
     )

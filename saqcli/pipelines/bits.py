@@ -1,4 +1,4 @@
-"""What a network is to be quantized to: given bits, a given policy, or a budget and what may be chosen under it."""
+"""Given bits, a given policy, or a budget with its searcher and search space."""
 
 import inspect
 import re
@@ -17,19 +17,19 @@ from saqcli.units import SETTINGS, Quantity, parse_quantity
 BUDGETS: tuple[tuple[str, Quantity], ...] = (
     ("bops", "bops"),
     ("size", "size"),
-)  # setting, and what it counts
-UNIFORM_BUDGET = re.compile(r"w\d+a\d+", re.IGNORECASE)  # a budget given as what uniform bits cost
+)  # setting and quantity
+UNIFORM_BUDGET = re.compile(r"w\d+a\d+", re.IGNORECASE)  # a budget given as the cost of uniform bits
 
 
 def check_bits(section: QuantizationSection, *, files: bool = True) -> None:
-    """Refuse what can be seen to be wrong before a network is loaded.
+    """Check bits, budgets, pins and policy before a network is loaded.
 
     Args:
-        section: of the settings.
-        files: whether the policy must be there.
+        section: the settings.
+        files: whether the policy file must exist.
 
     Raises:
-        SaqError: all of it: bits, budgets or pins that are none, a policy that cannot be read.
+        SaqError: all problems in one message.
     """
     problems = Problems()
     if section.bits is not None:
@@ -56,11 +56,11 @@ def _check_budget(text: str | None, quantity: Quantity) -> None:
         parse_quantity(text, quantity)
 
 
-def check_way(section: QuantizationSection) -> None:
-    """Refuse a quantization to nothing, or to several things at once.
+def check_bits_source(section: QuantizationSection) -> None:
+    """Check that exactly one of bits, budget and policy is given.
 
     Raises:
-        ConfigError: more than one of bits, budget and policy, or none.
+        ConfigError: none or more than one.
     """
     ways = {
         "`quantization.bits`": section.bits is not None,
@@ -80,7 +80,7 @@ def make_searcher(config: RunConfig) -> Searcher:
     """The searcher with its options.
 
     Raises:
-        ConfigError: no such searcher, or options that it does not take.
+        ConfigError: unknown searcher or unknown options.
     """
     name, section = config.quantization.searcher, config.search
     if name not in SEARCHERS:
@@ -107,10 +107,10 @@ def make_searcher(config: RunConfig) -> Searcher:
 
 
 def space_of(section: QuantizationSection, network: Network) -> SearchSpace:
-    """What may be chosen under a budget.
+    """The search space of the settings.
 
     Raises:
-        ConfigError: pins that match no layer, or leave one no bits.
+        ConfigError: pins that match no layer, or leave a layer without options.
     """
     activations = section.activation_candidates
     candidates = Candidates(
@@ -126,7 +126,7 @@ def _rules(section: QuantizationSection) -> dict[str, Rule]:
 
 
 def budget_of(section: QuantizationSection, network: Network) -> Budget:
-    """The bounds: ``34G``, ``5MB``, or ``w4a4`` for what uniform 4 bits cost in this network."""
+    """The budget: ``34G``, ``5MB``, or ``w4a4`` for the cost of uniform 4 bits in this network."""
 
     def bound(text: str | None, quantity: Quantity) -> int | None:
         if text is None:
@@ -140,12 +140,12 @@ def budget_of(section: QuantizationSection, network: Network) -> Budget:
 
 
 def given_policy(section: QuantizationSection, network: Network) -> BitConfig | None:
-    """The configuration that ``bits`` or ``policy`` gives; None where a search must find it.
+    """The configuration given by ``bits`` or ``policy``; None for a budget.
 
     Raises:
-        ConfigError: more than one of bits, budget and policy, or none.
+        ConfigError: none or more than one of bits, budget and policy.
     """
-    check_way(section)
+    check_bits_source(section)
     if section.policy is not None:
         return read_policy(section.policy, network)
     if section.bits is not None:
@@ -158,12 +158,12 @@ def given_policy(section: QuantizationSection, network: Network) -> BitConfig | 
 
 
 def read_policy(text: str, network: Network) -> BitConfig:
-    """The policy that ``text`` names, a file or a run directory, checked against the network.
+    """Read the policy ``text``, a file or run directory, and check it against the network.
 
     Raises:
-        ConfigError: unreadable, of a foreign version, or with unknown keys.
-        RunDirectoryError: a run without one.
-        PolicyMismatch: made for another network.
+        ConfigError: unreadable, of another version, or with unknown keys.
+        RunDirectoryError: a run without a policy.
+        PolicyMismatch: for another network.
     """
     return in_order(_parse_policy(text), network, f"the policy {text}")
 
@@ -172,7 +172,7 @@ def in_order(policy: BitConfig, network: Network, source: str) -> BitConfig:
     """``policy`` in the execution order of the network's layers.
 
     Raises:
-        PolicyMismatch: made for another network; ``source`` is what the message calls it.
+        PolicyMismatch: for another network; ``source`` is the name of the policy in the message.
     """
     names = [layer.name for layer in network.costs.layers]
     policy.check_fits(network.name, names, source)
@@ -186,5 +186,5 @@ def _parse_policy(text: str) -> BitConfig:
 
 def float_policy(network: Network) -> BitConfig:
     """Every layer in floating point."""
-    nothing = LayerBits(weight=None, activation=None)
-    return BitConfig(model=network.name, layers={layer.name: nothing for layer in network.costs.layers})
+    unquantized = LayerBits(weight=None, activation=None)
+    return BitConfig(model=network.name, layers={layer.name: unquantized for layer in network.costs.layers})

@@ -1,4 +1,4 @@
-"""From a traced float network to a calibrated quantized one: look at inputs, fit quantizers, correct means."""
+"""Calibration: observe layer inputs, install and fit quantizers, correct statistics."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,14 +26,16 @@ from saqcli.training.minimizers.base import running_statistics
 def calibrate(
     network: Network, images: Images, config: RunConfig, progress: Progress
 ) -> dict[str, InputStatistics]:
-    """What the inputs of all layers look like on a few training images; the first rank looks for all."""
+    """Input statistics of all layers on calibration images, computed by the first rank."""
     return distributed.from_first(
-        lambda: observe(network.model, _told("calibrating", images.calibration(), progress), config.run.seed)
+        lambda: observe(
+            network.model, _reported("calibrating", images.calibration(), progress), config.run.seed
+        )
     )
 
 
-def _told(title: str, loader: Loader, progress: Progress) -> Iterator[Tensor]:
-    """The images of ``loader``, batch by batch, with their progress."""
+def _reported(title: str, loader: Loader, progress: Progress) -> Iterator[Tensor]:
+    """Batches of images, reported to ``progress``."""
     with progress.task(title, len(loader)) as task:
         for batch, _ in loader:
             yield batch
@@ -41,7 +43,7 @@ def _told(title: str, loader: Loader, progress: Progress) -> Iterator[Tensor]:
 
 
 def scheme_of(config: RunConfig) -> Scheme:
-    """Which quantizers the configuration asks for."""
+    """The quantizers of the configuration."""
     wanted = config.quantization
     return Scheme(
         quantizer=wanted.quantizer,
@@ -60,25 +62,25 @@ def install_quantizers(
     images: Images,
     progress: Progress,
 ) -> nn.Module:
-    """Give every layer its quantizers at the policy's bits, with fitted levels, and correct what they moved."""
+    """Install and fit the quantizers of every layer at the policy's bits, then apply the corrections."""
     convert.install(network.model, scheme_of(config), policy, signs_of(statistics))
     fit(network.model, statistics, config.quantization.clip_init)
-    AfterFit(config, network.model, images, progress)()
+    CalibrationCorrection(config, network.model, images, progress)()
     return network.model
 
 
-def provisional(
-    config: RunConfig, network: Network, images: Tensor, *, dearest: bool = False
+def provisional_model(
+    config: RunConfig, network: Network, images: Tensor, *, most_bits: bool = False
 ) -> tuple[nn.Module, ModelMetadata]:
-    """A quantized copy of the network, its levels fitted to ``images`` and not to be used.
+    """A quantized copy of the network for a trial export, fitted to ``images`` only.
 
-    Its bits are those given; under a budget the fewest that a search may choose, or the most (``dearest``).
+    It has the given bits; under a budget, the fewest that a search may choose, or the most with ``most_bits``.
     """
     model = copy.deepcopy(network.model).eval()
     policy = given_policy(config.quantization, network)
     if policy is None:
         space = space_of(config.quantization, network)
-        policy = space.config([-1 if dearest else 0] * len(space.decisions))
+        policy = space.config([-1 if most_bits else 0] * len(space.decisions))
     statistics = observe(model, [images])
     scheme = scheme_of(config)
     convert.install(model, scheme, policy, signs_of(statistics))
@@ -87,7 +89,7 @@ def provisional(
 
 
 def signs_of(statistics: Mapping[str, InputStatistics]) -> dict[str, bool]:
-    """Whether the input of a layer is signed, by its name."""
+    """Whether the input of each layer is signed, by layer name."""
     return {name: of_layer.signed for name, of_layer in statistics.items()}
 
 
@@ -98,9 +100,9 @@ def describe(
     statistics: Mapping[str, InputStatistics],
     images: Images | None = None,
 ) -> ModelMetadata:
-    """The metadata of the exported files; without ``images`` nothing about classes."""
+    """The metadata of exported files; without ``images``, no classes."""
     loaded = network.loaded
-    facts = ModelMetadata(
+    metadata = ModelMetadata(
         saq_version=__version__,
         versions=library_versions(),
         build=loaded.build,
@@ -114,27 +116,27 @@ def describe(
         source_sha256=loaded.weights_sha256,
     )
     if images is None:
-        return facts
+        return metadata
     classes = {
         "class_names": images.train.class_names,
         "folders": dict(images.train.folders),
         "class_order": images.train.class_order,
         "exif_transpose": bool(images.section.exif_transpose),
     }
-    return facts.model_copy(update=classes)
+    return metadata.model_copy(update=classes)
 
 
-class AfterFit:
-    """What calibration does to a model with fitted levels: correct what quantization moved, as the settings ask.
+class CalibrationCorrection:
+    """Correction of a fitted model: biases and batch-norm statistics, according to the settings.
 
-    It can be called again whenever the model's bits have changed. It starts from the uncorrected model each time.
+    It may be called again after the bits of the model change, and starts from the uncorrected model each time.
 
     Args:
         config: resolved.
-        model: not corrected yet.
-        images: of the model; a few of them are looked at.
-        progress: told about everything.
-        keep: whether to keep these images in memory, for more than one call.
+        model: the fitted, uncorrected model.
+        images: its images; the calibration images are used.
+        progress: reports all batches.
+        keep: whether to keep the images in memory for further calls.
     """
 
     def __init__(
@@ -149,7 +151,7 @@ class AfterFit:
         self._kept: dict[str, list[Tensor]] = {}
 
     def __call__(self) -> None:
-        """Correct the model at its present bits."""
+        """Correct the model at its current bits."""
         if self._correct is not None:
             self._correct(self._batches("correcting means", self._images.calibration))
         if self._settles:
@@ -158,21 +160,21 @@ class AfterFit:
                 tensor.copy_(value)
 
     def _settled(self) -> list[Tensor]:
-        """Running statistics that are estimated anew; on one rank, since each would draw other augmentations."""
+        """Re-estimated running statistics; on one rank, since every rank draws other augmentations."""
         reestimate_batch_norms(self.model, self._batches("settling batch norms", self._augmented))
         return [tensor.cpu() for tensor in running_statistics(self.model)]
 
     def _augmented(self) -> Loader:
-        """As training sees them: without its augmentation running statistics are others, and accuracy is lower."""
+        """Images with the augmentation of training; without it the statistics differ and accuracy is lower."""
         loader = self._images.training(limit=self._count, shared=False)
         loader.set_epoch(0)
         return loader
 
     def _batches(self, title: str, loader: Callable[[], Loader]) -> Iterable[Tensor]:
-        """The images of a loader, or what was kept of them."""
+        """The images of a loader, or the kept ones."""
         if title in self._kept:
             return self._kept[title]
-        batches = _told(title, loader(), self._progress)
+        batches = _reported(title, loader(), self._progress)
         if not self._keep:
             return batches
         return self._kept.setdefault(title, list(batches))

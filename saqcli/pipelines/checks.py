@@ -1,7 +1,7 @@
-"""What can be seen to be wrong with a command before anything is fetched or loaded.
+"""Checks of a command's settings before anything is downloaded or loaded.
 
-Every command collects what its checks find and tells all of it at once: missing images beside a typing mistake
-in ``training.method``. Whether a run directory is there already is looked at after that; weights and images come last.
+A command collects the problems found by all its checks and reports them in one message, such as missing images and a
+typing error in ``training.method``. An existing run directory is checked after that, weights and images last.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,17 @@ from saqcli.errors import ConfigError, Problems, SaqError
 from saqcli.export import STYLES
 from saqcli.models.arguments import check_arguments
 from saqcli.models.load import LoadedModel, check_named
-from saqcli.pipelines.bits import budget_of, check_bits, check_way, given_policy, make_searcher, space_of
+from saqcli.pipelines.bits import (
+    budget_of,
+    check_bits,
+    check_bits_source,
+    given_policy,
+    make_searcher,
+    space_of,
+)
 from saqcli.pipelines.calibration import scheme_of
 from saqcli.pipelines.proxy import proxy_data
-from saqcli.pipelines.setup import Network, Prepared, answering, load_float, wrap_and_trace
+from saqcli.pipelines.setup import Network, Prepared, explain_unsupported, load_float, wrap_and_trace
 from saqcli.pipelines.targets import check_not_run
 from saqcli.process_group import pick_device, started_by_torchrun
 from saqcli.progress import SILENT
@@ -32,14 +39,14 @@ from saqcli.training.preflight import check_trains
 
 
 def check_model(section: ModelSection, *, files: bool = True) -> None:
-    """Refuse a model that cannot be meant; an empty name, which was complained of before, is not looked up.
+    """Check the model; an empty name, which is reported elsewhere, is skipped.
 
     Args:
-        section: of the settings.
-        files: whether its weight file must be there.
+        section: the settings.
+        files: whether the weight file must exist.
 
     Raises:
-        SaqError: all that is wrong.
+        SaqError: all problems in one message.
     """
     problems = Problems()
     if section.name:
@@ -51,11 +58,11 @@ def check_model(section: ModelSection, *, files: bool = True) -> None:
 
 
 def check_builds(problems: Problems, section: ModelSection) -> None:
-    """Where there are problems already, add those that only building the network shows; no weights are fetched for it.
+    """If there are problems already, add those of building the network; no weights are downloaded.
 
     Args:
-        problems: found so far; without any nothing happens, as the network is built soon anyway.
-        section: of the settings.
+        problems: found so far; without any, nothing is built, since the command builds the network next.
+        section: the settings.
     """
     if problems.errors:
         problems.attempt(_build, section)
@@ -65,10 +72,10 @@ def _build(section: ModelSection) -> None:
     try:
         _check_name(section.name)
     except SaqError:
-        return  # that was complained of
+        return  # reported by check_model
     without = {"pretrained": False, "weights": None, "weights_key": None}
     loaded = load_float(section.model_copy(update=without), SILENT)
-    with answering(loaded.name):
+    with explain_unsupported(loaded.name):
         try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size))
 
 
@@ -87,16 +94,16 @@ def _check_weights(weights: str) -> None:
 
 
 def check_images(section: DataSection, *splits: Literal["train", "val"], files: bool = True) -> None:
-    """Refuse images that are missing or not there.
+    """Check that images are given and exist.
 
     Args:
-        section: of the settings.
-        splits: that it must have.
-        files: whether files about its classes must be there; a run that is resumed has what they said.
+        section: the settings.
+        splits: required splits.
+        files: whether the files about classes must exist; a resumed run has stored their content.
 
     Raises:
-        SaqError: all that is wrong: none was named, no such folder, it lacks one of ``splits``, or files about its
-            classes that are not there.
+        SaqError: all problems in one message: no images given, no such folder, a missing split, or missing files about
+            classes.
     """
     problems = Problems()
     if files:
@@ -109,7 +116,7 @@ def check_images(section: DataSection, *splits: Literal["train", "val"], files: 
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that is not here; processes that torchrun started find theirs when they meet.
+    """Check that the device is available; under torchrun, the process group checks it.
 
     Raises:
         ConfigError: no such device.
@@ -119,10 +126,10 @@ def check_device(device: str) -> None:
 
 
 def check_styles(styles: Sequence[str]) -> None:
-    """Refuse styles that there are not.
+    """Check the export styles.
 
     Raises:
-        ConfigError: an unknown style, or one named twice.
+        ConfigError: unknown or duplicate style.
     """
     for style in styles:
         if style not in STYLES:
@@ -132,15 +139,15 @@ def check_styles(styles: Sequence[str]) -> None:
 
 
 def check_quantize(config: RunConfig, *, images: bool = False, files: bool = True) -> None:
-    """Refuse what can be seen to be wrong before anything is loaded.
+    """Check the settings of ``saq quantize`` before anything is loaded.
 
     Args:
         config: of the run.
-        images: whether it needs images; if not, those that are named must be there nevertheless.
-        files: whether weights and policy must be there; not where a run is resumed.
+        images: whether images are required; given ones must exist in any case.
+        files: whether weights and policy must exist; False for a resumed run.
 
     Raises:
-        SaqError: all that is wrong, in one message.
+        SaqError: all problems in one message.
     """
     problems = Problems()
     problems.attempt(check_model, config.model, files=files)
@@ -148,7 +155,7 @@ def check_quantize(config: RunConfig, *, images: bool = False, files: bool = Tru
         problems.attempt(check_images, config.data, "train", "val", files=files)
     if config.search.proxy is not None:
         problems.attempt(check_images, proxy_data(config), "train", files=files)
-    problems.attempt(check_way, config.quantization)
+    problems.attempt(check_bits_source, config.quantization)
     problems.attempt(check_bits, config.quantization, files=files)
     problems.attempt(make_searcher, config)
     problems.attempt(scheme_of(config).check)
@@ -157,7 +164,7 @@ def check_quantize(config: RunConfig, *, images: bool = False, files: bool = Tru
     if config.model.new_head and not config.training.epochs:
         problems.add(
             ConfigError(
-                "`model.new_head` starts a random classifier, which fine-tuning trains: remove `training.epochs=0`"
+                "`model.new_head` gives a random classifier, which needs training: remove `training.epochs=0`"
             )
         )
     problems.attempt(check_styles, config.export.styles)
@@ -166,15 +173,15 @@ def check_quantize(config: RunConfig, *, images: bool = False, files: bool = Tru
 
 
 def check_search(config: RunConfig, *, images: bool = True, files: bool = True) -> None:
-    """Refuse what can be seen to be wrong before anything is loaded.
+    """Check the settings of ``saq search`` before anything is loaded.
 
     Args:
         config: of the search.
-        images: whether it needs images; if not, those that are named must be there nevertheless.
-        files: whether weights must be there; not where a search is resumed, which may have ended.
+        images: whether images are required; given ones must exist in any case.
+        files: whether weights must exist; False for a resumed search, which may be finished.
 
     Raises:
-        SaqError: all that is wrong, in one message.
+        SaqError: all problems in one message.
     """
     section, problems = config.quantization, Problems()
     problems.attempt(check_model, config.model, files=files and config.search.proxy is None)
@@ -183,10 +190,7 @@ def check_search(config: RunConfig, *, images: bool = True, files: bool = True) 
         problems.attempt(check_images, data, "train", files=files)
     if section.bits is not None or section.policy is not None:
         problems.add(
-            ConfigError(
-                "`quantization.bits` and `quantization.policy` give the bits, so there is nothing to search: "
-                "remove them"
-            )
+            ConfigError("`quantization.bits` and `quantization.policy` leave nothing to search: remove them")
         )
     elif section.bops is None and section.size is None:
         problems.add(
@@ -202,15 +206,16 @@ def check_search(config: RunConfig, *, images: bool = True, files: bool = True) 
 
 
 def network_for(config: RunConfig, loaded: LoadedModel) -> Network:
-    """The network, wrapped and traced, once bits, budget and distillation are known to suit it.
+    """Wrap and trace the network, and check bits, budget and distillation for it.
 
     Raises:
-        SaqError: a policy of another network, a budget that nothing meets, no float model to learn from.
+        SaqError: a policy of another network, a budget below the smallest reachable cost, or no trained float model to
+            distill from.
     """
     if config.training.distill and not loaded.trained:
         raise ConfigError(
-            f"`training.distill` learns from the float model, and the weights of {loaded.name} are random, or "
-            "those of its classifier: use `model.weights=FILE` with all of them, or remove `training.distill`"
+            f"`training.distill` needs a trained float model, but weights of {loaded.name}, or of its classifier, "
+            "are random: use `model.weights=FILE` with all weights, or remove `training.distill`"
         )
     network = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
     if given_policy(config.quantization, network) is None:
@@ -219,10 +224,10 @@ def network_for(config: RunConfig, loaded: LoadedModel) -> Network:
 
 
 def check_trainable(config: RunConfig, prepared: Prepared) -> None:
-    """Refuse a network that fine-tuning cannot train; on the images that it is trained on.
+    """Check that fine-tuning can train the network.
 
     Raises:
-        UnsupportedModel: it fails in training, or returns something else than class scores.
+        UnsupportedModel: it fails in training mode, or does not return class scores.
     """
     network, images = prepared
     if config.training.epochs:

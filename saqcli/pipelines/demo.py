@@ -1,8 +1,8 @@
-"""``saq demo``: the whole job offline, on the handwritten digits that come with scikit-learn.
+"""``saq demo``: train, quantize and export offline, on scikit-learn's digits.
 
-1,797 real images of 8 x 8 pixels (UCI ML hand-written digits), written as a folder of PNG files
-a float ResNet-20 trained on them
-the same ``quantize`` workflow that ``saq quantize`` runs, under a budget
+data       1,797 images of 8 x 8 pixels (UCI ML hand-written digits), written as PNG files
+train      a float ResNet-20
+quantize   as ``saq quantize``, under a budget
 """
 
 from pathlib import Path
@@ -24,29 +24,29 @@ from saqcli.units import counted
 
 MODEL = "saq/resnet20"
 SIDE = 16  # pixels; the digits have 8 and are doubled
-PIXEL_MEAN, PIXEL_STD = 0.305, 0.376  # of the digits, scaled to 0..1
-VALIDATION_SHARE = 5  # every fifth image of a class is for validation
+PIXEL_MEAN, PIXEL_STD = 0.305, 0.376  # of pixels scaled to 0..1
+VALIDATION_SHARE = 5  # every fifth image of a class is in the validation split
 FLOAT_EPOCHS, FLOAT_LR = 12, 0.05
 
 
 def demo(run_dir: Path, *, bops: str, epochs: int, seed: int, progress: Progress) -> dict[str, Any]:
-    """Run it all below ``run_dir``, replacing an earlier demo there; returns what ``quantize`` found."""
+    """Run the demo in ``run_dir``, replacing an earlier one; returns the results of ``quantize``."""
     data, weights, quantized = (run_dir / name for name in ("digits", "float.safetensors", "quantized"))
     config = demo_config(data, weights, bops=bops, epochs=epochs, seed=seed)
     check_budget(config)
     progress.note(f"writing {counted(write_digits(data), 'handwritten digit')} to {data}")
     progress.note(f"training a float {MODEL} for {counted(FLOAT_EPOCHS, 'epoch')}")
     train_float(config, weights, progress)
-    progress.note(f"quantizing it under {bops}")
-    outcome = quantize(config, quantized, overwrite=True, progress=progress)
-    return outcome.to_dict(quantized)
+    progress.note(f"quantizing it under a budget of {bops} BOPs")
+    result = quantize(config, quantized, overwrite=True, progress=progress)
+    return result.to_dict(quantized)
 
 
 def check_budget(config: RunConfig) -> None:
-    """Refuse a budget before the float network is trained.
+    """Check the budget before the float network is trained.
 
     Raises:
-        SaqError: it is none, or below the smallest reachable cost.
+        SaqError: it is invalid, or below the smallest reachable cost.
     """
     check_bits(config.quantization)
     section = config.model.model_copy(update={"weights": None, "pretrained": False})
@@ -55,7 +55,7 @@ def check_budget(config: RunConfig) -> None:
 
 
 def demo_config(data: Path, weights: Path, *, bops: str, epochs: int, seed: int) -> RunConfig:
-    """The configuration of the quantization: digits are neither flipped nor colourful."""
+    """The configuration of the quantization, without augmentation, since digits must not be flipped."""
     return resolve(
         options={
             "model.name": MODEL,
@@ -76,7 +76,7 @@ def demo_config(data: Path, weights: Path, *, bops: str, epochs: int, seed: int)
 
 
 def write_digits(folder: Path) -> int:
-    """Write the digits as ``folder/{train,val}/CLASS/INDEX.png``; returns how many there are."""
+    """Write the digits as ``folder/{train,val}/CLASS/INDEX.png``; returns their number."""
     from PIL import Image
     from sklearn.datasets import load_digits
 

@@ -1,7 +1,7 @@
-"""Dry runs of ``quantize`` and ``search``: what a run would do and cost, before it takes any time.
+"""Dry runs of ``quantize`` and ``search``: the plan and cost of a run.
 
-Everything that a run looks at before its first long step is looked at here, with the same functions: model, data,
-device, bits or budget, training, run directory. Nothing is written, and published weights are not fetched.
+A dry run makes all checks that precede the first long step of a run, with the same functions: model, data, device, bits
+or budget, training, run directory. Nothing is written, and published weights are not downloaded.
 """
 
 import shlex
@@ -16,25 +16,25 @@ from saqcli.models.load import LoadedModel, default_classes, published_weights
 from saqcli.pipelines.bits import budget_of, given_policy, space_of
 from saqcli.pipelines.checks import check_quantize, check_search, network_for
 from saqcli.pipelines.export import check_exports, onnx_names
-from saqcli.pipelines.find_bits import ask
+from saqcli.pipelines.find_bits import request_search
 from saqcli.pipelines.profile import measure
 from saqcli.pipelines.setup import Network, load_float, open_images, training_images, wrap_and_trace
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
 from saqcli.runs.directory import RunDirectory
-from saqcli.runs.resume import check_same, goes_on
+from saqcli.runs.resume import check_same_settings, should_resume
 from saqcli.search.baselines import largest_uniform
 from saqcli.serialization import check_can_write
 from saqcli.training.preflight import check_trains
 
-PUBLISHED = "{} (published; fetched when the run starts, unless it is cached)"
+PUBLISHED = "{} (published; downloaded when the run starts, unless cached)"
 WRITTEN = {
     "quantize": """
         manifest.json config.json policy.json metrics.jsonl report.md checkpoints/last.ckpt artifacts/model.safetensors
     """.split(),
     "search": "manifest.json config.json policy.json search.json policy.png policy.svg".split(),
 }
-SEARCHED = ("search.json", "policy.png", "policy.svg")  # by a quantization that searches, too
+SEARCHED = ("search.json", "policy.png", "policy.svg")  # also written by a quantization under a budget
 FRONT = ("pareto.json", "pareto.csv", "pareto.png", "pareto.svg")
 
 
@@ -47,22 +47,22 @@ def plan(
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """What ``saq VERB`` with ``config`` would do.
+    """The plan of ``saq VERB`` with ``config``.
 
     Args:
         config: resolved.
-        run_dir: that would be written.
-        progress: for notes.
+        run_dir: the run directory that would be written.
+        progress: receives notes.
         verb: ``quantize`` or ``search``.
-        resume: the run in ``run_dir``.
-        overwrite: the run in ``run_dir``.
+        resume: resume the run in ``run_dir``.
+        overwrite: replace the run in ``run_dir``.
 
     Returns:
-        Plain values, as JSON has them. Under a budget the profile is that of the most uniform bits that meet it,
-        since nothing is searched.
+        Plain values, as in JSON. Under a budget the profile is that of the largest uniform bits that fit, since no
+        search is run.
 
     Raises:
-        SaqError: what would stop the run before its first long step.
+        SaqError: the errors that the run would raise before its first long step.
     """
     if verb == "search":
         check_search(config, images=False, files=not resume)
@@ -89,8 +89,8 @@ def plan(
         check_trains(network.model, network.name, loaded.preprocessing, config, images=count)
     check_can_write(run_dir)
     run = RunDirectory(run_dir, verb)
-    if resume := goes_on(run, resume=resume, overwrite=overwrite):
-        check_same(run, config)
+    if resume := should_resume(run, resume=resume, overwrite=overwrite):
+        check_same_settings(run, config)
     policy = given_policy(section, network) if space is None else space.config(largest_uniform(space, budget))
     assert policy is not None
     profile = measure(network, policy, space or space_of(section, network))
@@ -115,7 +115,7 @@ def plan(
 
 
 def _load(section: ModelSection, progress: Progress) -> tuple[LoadedModel, str]:
-    """The float model and where its weights come from; in the place of published ones they are random."""
+    """The float model and the source of its weights; random weights stand in for published ones."""
     if section.weights is not None or not section.pretrained:
         loaded = load_float(section, progress)
         return loaded, loaded.weights_source
@@ -129,7 +129,7 @@ def _load(section: ModelSection, progress: Progress) -> tuple[LoadedModel, str]:
 def _images(
     config: RunConfig, loaded: LoadedModel, verb: str, device: Any, progress: Progress
 ) -> Images | None:
-    """Those of the run; None where none are named yet, or a proxy's are taken."""
+    """The images of the run; None if none are given yet, or if a search uses a proxy's."""
     if config.data.path is None or (verb == "search" and config.search.proxy is not None):
         return None
     if verb == "search":
@@ -138,34 +138,32 @@ def _images(
 
 
 def _check_search(config: RunConfig, network: Network, images: Images | None) -> Images | None:
-    """Refuse a search that could not begin; the images of its proxy, where it has one."""
+    """Check that the search could start; returns the images of its proxy, if any."""
     if images is None and config.search.proxy is None:
         return None
-    if config.model.weights is None:  # those of the proxy come from where the network's do
+    if config.model.weights is None:  # the proxy loads the weights of the network
         config = config.model_copy(update={"model": config.model.model_copy(update={"pretrained": False})})
-    asked = ask(config, network, images, SILENT)
-    return None if config.search.proxy is None else asked.images
+    request = request_search(config, network, images, SILENT)
+    return None if config.search.proxy is None else request.images
 
 
 def _described(images: Images | None, proxy: Images | None, verb: str) -> dict[str, Any] | None:
-    """Every split that the run looks at; None where no images are named."""
+    """Every split of the run; None if no images are given."""
     splits = {} if images is None else {"train": images.train, "val": images.val}
     if verb == "search":
-        splits.pop("val", None)  # the training split again
+        splits.pop("val", None)  # equal to the training split
     if proxy is not None:
         splits["proxy"] = proxy.train
     return {name: _split(split) for name, split in splits.items()} or None
 
 
 def _split(split: Split) -> dict[str, Any]:
-    classes = sorted(
-        split.folders, key=split.folders.__getitem__
-    )  # that are there, of ImageNet not all names
+    classes = sorted(split.folders, key=split.folders.__getitem__)  # the folders present, not all class names
     return {"name": split.name, "images": split.images, "classes": classes}
 
 
 def _bits(config: RunConfig) -> str:
-    """Where they come from, as typed."""
+    """The settings that determine the bits."""
     section = config.quantization
     given = {
         "bits": section.bits,
@@ -179,7 +177,7 @@ def _bits(config: RunConfig) -> str:
 
 
 def _written(config: RunConfig, verb: str, *, searches: bool) -> list[str]:
-    """Files of the run directory, in the order of ``WRITTEN``."""
+    """The files of the run directory, in the order of ``WRITTEN``."""
     written = [*WRITTEN[verb]]
     if verb == "quantize":
         names = onnx_names(config.export.styles).values()

@@ -1,4 +1,4 @@
-"""``saq eval``: accuracy of anything on a folder of images, and with a benchmark how fast it is."""
+"""``saq eval``: accuracy of a model on images, and optionally a benchmark."""
 
 import time
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from saqcli.errors import ConfigError, Problems
 from saqcli.pipelines.bench import Bench, BenchSettings, bench_target
 from saqcli.pipelines.checks import check_builds, check_device, check_images, check_model
 from saqcli.pipelines.predictors import Predictor, open_target
-from saqcli.pipelines.setup import as_trained
+from saqcli.pipelines.setup import with_trained_rotation
 from saqcli.pipelines.targets import EVALUATED, find_target, named_file
 from saqcli.process_group import process_group, started_by_torchrun
 from saqcli.progress import SILENT, Progress
@@ -24,14 +24,14 @@ from saqcli.training.loop import score
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``saq eval`` found.
+    """The result of ``saq eval``.
 
     Attributes:
-        target: what was evaluated.
-        score: accuracy and loss; None where no images were named, for a benchmark alone.
-        images_per_second: including reading the images.
-        bench: how fast it is; None where that was not asked.
-        class_order: what decided on the labels of the images, see ``Numbering``; None without images.
+        target: the evaluated target.
+        score: accuracy and loss; None for a benchmark without images.
+        images_per_second: throughput, including reading the images.
+        bench: the benchmark; None if not requested.
+        class_order: how folders were mapped to classes, see ``Numbering``; None without images.
     """
 
     target: str
@@ -41,7 +41,7 @@ class Evaluation:
     class_order: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them; accuracies in percent."""
+        """Plain values, as in JSON; accuracies in percent."""
         score = self.score
         return {
             "target": self.target,
@@ -65,15 +65,15 @@ def evaluate_target(
     progress: Progress,
     bench: BenchSettings | None = None,
 ) -> Evaluation:
-    """Accuracy, or speed, or both, of a model name, a run directory, a safetensors or an ONNX file.
+    """Accuracy, speed, or both, of a model name, a run directory, a safetensors or an ONNX file.
 
     Args:
-        target: what to evaluate.
+        target: the target.
         section: further options of a model name.
-        data: images; with ``bench`` they may be left away.
-        device: that accuracy is measured on; speed is always that of the CPU.
-        progress: told about every batch and every round.
-        bench: what to time, if anything.
+        data: images; optional with ``bench``.
+        device: device for the accuracy; the benchmark always runs on the CPU.
+        progress: reports every batch and every round.
+        bench: settings of the benchmark, if any.
 
     Raises:
         SaqError: the target or the data cannot be used.
@@ -81,7 +81,7 @@ def evaluate_target(
     if bench is None:
         return _accuracy(target, section, data, device, progress)
     if started_by_torchrun():
-        raise ConfigError("`bench` measures one process: start it without torchrun")
+        raise ConfigError("`bench` runs in one process: start it without torchrun")
     problems = Problems()
     problems.attempt(bench.check)
     problems.attempt(check_evaluation, target, section, data, device, needs_images=False)
@@ -95,17 +95,17 @@ def evaluate_target(
 def _accuracy(
     target: str, section: ModelSection, data: DataSection, device: str, progress: Progress
 ) -> Evaluation:
-    with process_group(device, lambda: check_evaluation(target, section, data, device)) as own:
-        return _on(own, target, section, data, progress if distributed.first() else SILENT)
+    with process_group(device, lambda: check_evaluation(target, section, data, device)) as rank_device:
+        return _on(rank_device, target, section, data, progress if distributed.first() else SILENT)
 
 
 def check_evaluation(
     target: str, section: ModelSection, data: DataSection, device: str, *, needs_images: bool = True
 ) -> None:
-    """Refuse what can be seen to be wrong before anything is fetched or loaded.
+    """Check the arguments before anything is downloaded or loaded.
 
     Raises:
-        SaqError: all that is wrong, in one message.
+        SaqError: all problems in one message.
     """
     problems = Problems()
     found = problems.attempt(find_target, target, EVALUATED)
@@ -124,7 +124,7 @@ def check_evaluation(
 def _on(
     device: torch.device, target: str, section: ModelSection, data: DataSection, progress: Progress
 ) -> Evaluation:
-    """Each rank on its own device, with its part of the images."""
+    """The evaluation on every rank's device, with its share of the images."""
     predictor, loader, order = distributed.together(lambda: _opened(device, target, section, data, progress))
     start = time.perf_counter()
     found = score(predictor.predict, loader, "evaluating", predictor.device, progress, predictor.name)
@@ -135,10 +135,10 @@ def _on(
 def _opened(
     device: torch.device, target: str, section: ModelSection, data: DataSection, progress: Progress
 ) -> tuple[Predictor, Loader, str]:
-    """What is evaluated, on what, and what decided on the labels."""
+    """The predictor, its images, and how their folders were mapped to classes."""
     predictor = open_target(target, section, device, progress)
-    if predictor.facts is not None:
-        data = as_trained(data, predictor.facts, progress)
+    if predictor.metadata is not None:
+        data = with_trained_rotation(data, predictor.metadata, progress)
     split = open_named(data, "val", predictor.classes, progress)
     loader = validation_loader(split, predictor.preprocessing, data, predictor.device)
     return predictor, loader, split.class_order

@@ -1,6 +1,6 @@
-"""``saq export``: from a finished run to a file, which is checked against the model before it gets its name.
+"""``saq export``: ONNX files, compared with the model before publication.
 
-``check_exports`` finds out with random images, before hours are spent on training, whether there can be such a file.
+``check_exports`` makes a trial export before training, on random images.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ from saqcli.export import ModelMetadata
 from saqcli.export.restore import restore
 from saqcli.export.tracing import CANNOT_EXPORT, OPSET
 from saqcli.models.preprocessing import Preprocessing
-from saqcli.pipelines.calibration import provisional
+from saqcli.pipelines.calibration import provisional_model
 from saqcli.pipelines.checks import check_images, check_styles
 from saqcli.pipelines.setup import Network, open_run_images, open_trained
 from saqcli.pipelines.targets import QUANTIZED, find_target, named_file
@@ -33,10 +33,8 @@ from saqcli.verify.proof import RUNTIMES
 from saqcli.verify.publish import export_verified, write_and_run
 from saqcli.verify.verdict import Verdict, synthetic_batches, verdict_path
 
-ELSEWHERE = ": choose another `style`"  # how exporters end that refuse what another style can write
-TRIED_IMAGES = (
-    3  # by a trial export; it is traced with two, so that a number of images left in the graph shows
-)
+ELSEWHERE = ": choose another `style`"  # end of exporters' messages where another style may work
+TRIED_IMAGES = 3  # of a trial export; tracing uses 2, so that a fixed batch size in the graph is detected
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Export:
     Attributes:
         path: of the file.
         style: name in ``EXPORTERS``.
-        verdict: how it compares with the model.
+        verdict: the comparison with the model.
     """
 
     path: Path
@@ -54,7 +52,7 @@ class Export:
     verdict: Verdict
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them."""
+        """Plain values, as in JSON."""
         return {
             "onnx": str(self.path),
             "verdict": str(verdict_path(self.path)),
@@ -81,13 +79,13 @@ def export(
         source: run directory or ``.safetensors`` file.
         path: of the file to write.
         style: name in ``EXPORTERS``.
-        data: images to verify on; made ones where no path is given.
-        overwrite: replace ``path`` if it is there.
-        progress: told about the verification.
-        runtimes: to verify with, beside ONNX Runtime.
+        data: images to verify on; synthetic ones if no path is given.
+        overwrite: replace an existing ``path``.
+        progress: reports the verification.
+        runtimes: runtimes to verify with in addition to ONNX Runtime.
 
     Raises:
-        ExportMismatch: the file does not equal the model; nothing is left at ``path``.
+        ExportMismatch: the file does not equal the model; nothing is written to ``path``.
     """
     weights = check_export(source, path, style, data, runtimes)
     for taken in (path, verdict_path(path)):
@@ -97,8 +95,8 @@ def export(
             )
     make_folder(path.parent)
     run = RunDirectory.open(source) if source.is_dir() else None
-    model, facts = restore(weights)
-    preprocessing = Preprocessing.from_dict(facts.preprocessing)
+    model, metadata = restore(weights)
+    preprocessing = Preprocessing.from_dict(metadata.preprocessing)
     about: dict[str, Any] = {
         "true_size": (run.manifest().results.get("size_bytes") if run else None) or weights.stat().st_size
     }
@@ -107,23 +105,23 @@ def export(
         batches: Batches = made
         count = len(made)
     else:
-        split = open_trained(data, "val", facts, str(source), progress)
+        split = open_trained(data, "val", metadata, str(source), progress)
         seed = run.config().run.seed if run else 0
         limit = verify_limit(data.verify_images)
         batches = loader = validation_loader(split, preprocessing, data, torch.device("cpu"), seed, limit)
         count = len(loader)
         about |= {"verified_on": data.path, "available": split.images}
-    verdict = export_verified(model, facts, path, style, batches, count, progress, runtimes, **about)
+    verdict = export_verified(model, metadata, path, style, batches, count, progress, runtimes, **about)
     return Export(path, style, verdict)
 
 
 def check_export(
     source: Path, path: Path, style: str, data: DataSection, runtimes: tuple[str, ...] = ()
 ) -> Path:
-    """The file of tensors to export; refuses what can be seen to be wrong before it is read.
+    """Check the arguments and return the safetensors file to export.
 
     Raises:
-        SaqError: all that is wrong, in one message.
+        SaqError: all problems in one message.
     """
     problems = Problems()
     target = problems.attempt(find_target, str(source), QUANTIZED, "RUN")
@@ -132,9 +130,7 @@ def check_export(
     for runtime in runtimes:
         if runtime not in RUNTIMES:
             problems.add(
-                ConfigError(
-                    f"`runtimes={runtime}` is not a runtime that saq knows: choose {', '.join(RUNTIMES)}"
-                )
+                ConfigError(f"`runtimes={runtime}` is not a known runtime: choose {', '.join(RUNTIMES)}")
             )
     if path.suffix != ".onnx":
         problems.add(ConfigError(f"`path={path}` does not end with .onnx: give a file name like model.onnx"))
@@ -146,68 +142,70 @@ def check_export(
 
 
 def verify_limit(wanted: int | Literal["all"]) -> int | None:
-    """``data.verify_images`` as a largest number, None for no limit."""
+    """``data.verify_images`` as a limit; None for ``all``."""
     return None if wanted == "all" else wanted
 
 
 def write_files(
     model: nn.Module,
-    facts: ModelMetadata,
+    metadata: ModelMetadata,
     config: RunConfig,
     run: RunDirectory,
-    outcome: QuantizeResult,
+    result: QuantizeResult,
     progress: Progress,
     best: Mapping[str, Tensor] | None,
 ) -> None:
-    """The safetensors file and an ONNX file a style, each compared with ``model``; noted in ``outcome``.
+    """Write the safetensors file and one ONNX file per style, each compared with ``model``; recorded in ``result``.
 
-    ``best`` is the best state of fine-tuning; it gets a file of its own if it is clearly better than the exported one.
+    ``best`` is the best state of fine-tuning; it is saved too if it is clearly better than the exported one.
     """
-    images = open_run_images(config, facts, torch.device("cpu"))
+    images = open_run_images(config, metadata, torch.device("cpu"))
     batches = images.validation(verify_limit(config.data.verify_images))
     about: dict[str, Any] = {
         "verified_on": str(config.data.path),
         "available": images.val.images,
-        "true_size": outcome.size,
+        "true_size": result.size,
     }
     export_verified(
-        model, facts, run.safetensors_path, "safetensors", batches, len(batches), progress, **about
+        model, metadata, run.safetensors_path, "safetensors", batches, len(batches), progress, **about
     )
-    outcome.artifacts["safetensors"] = str(run.safetensors_path)
+    result.artifacts["safetensors"] = str(run.safetensors_path)
     for style, name in onnx_names(config.export.styles).items():
         path = run.onnx_path.with_name(f"{name}.onnx")
-        verdict = export_verified(model, facts, path, style, batches, len(batches), progress, **about)
-        outcome.artifacts[style] = str(path)
-        outcome.artifacts[name.replace("model", "verdict", 1)] = str(verdict_path(path))
-        if outcome.onnx is None:
-            outcome.onnx = {**verdict.figures(), "style": style, "size_bytes": path.stat().st_size}
-    if best is not None and outcome.advice and outcome.best_epoch != outcome.exported_epoch:
+        verdict = export_verified(model, metadata, path, style, batches, len(batches), progress, **about)
+        result.artifacts[style] = str(path)
+        result.artifacts[name.replace("model", "verdict", 1)] = str(verdict_path(path))
+        if result.onnx is None:
+            result.onnx = {**verdict.figures(), "style": style, "size_bytes": path.stat().st_size}
+    if best is not None and result.advice and result.best_epoch != result.exported_epoch:
         model.load_state_dict(best)
-        export_verified(model, facts, run.best_path, "safetensors", batches, len(batches), progress, **about)
-        outcome.artifacts["best"] = str(run.best_path)
+        export_verified(
+            model, metadata, run.best_path, "safetensors", batches, len(batches), progress, **about
+        )
+        result.artifacts["best"] = str(run.best_path)
     else:
-        run.best_path.unlink(missing_ok=True)  # of an attempt in which another epoch was best
-    outcome.artifacts |= {"policy": str(run.policy_path), "report": str(run.report_path)}
+        run.best_path.unlink(missing_ok=True)  # of an earlier attempt with another best epoch
+    result.artifacts |= {"policy": str(run.policy_path), "report": str(run.report_path)}
 
 
 def onnx_names(styles: Sequence[str]) -> dict[str, str]:
-    """Style to the name of a run's ONNX file without its ending: that of the first is ``model``."""
+    """Style to the stem of a run's ONNX file: ``model`` for the first, ``model-STYLE`` for the others."""
     return {style: f"model-{style}" if index else "model" for index, style in enumerate(styles)}
 
 
 def check_exports(config: RunConfig, network: Network, progress: Progress = SILENT) -> None:
-    """Export a copy of ``network`` in every style that the run is to end with, and run it in ONNX Runtime.
+    """Export a copy of ``network`` in every style of the run, and run it in ONNX Runtime.
 
-    Bits are those given, under a budget the fewest that a search may choose; levels are provisional. The files are
-    temporary, and nothing is compared: whether they compute what the model computes is proved at the end of the run.
+    Bits are the given ones, or under a budget the fewest that a search may choose; levels are provisional. The files
+    are temporary; the comparison with the model follows at the end of the run.
 
     Args:
         config: resolved.
-        network: wrapped and traced, on the CPU, without quantizers; left as it is.
-        progress: told about every style.
+        network: wrapped and traced, on the CPU, without quantizers; not changed.
+        progress: reports every style.
 
     Raises:
-        UnsupportedModel: a style has no form of it; the message says why, and what to do.
+        UnsupportedModel: a style cannot express the network; the message gives reason and remedy.
     """
     styles = config.export.styles
     if not styles:
@@ -218,8 +216,8 @@ def check_exports(config: RunConfig, network: Network, progress: Progress = SILE
             for style in styles:
                 _try_export(style, config, network)
                 task.advance()
-    except OSError as error:  # of the temporary files, which the run itself does not need
-        progress.note(f"the export could not be tried before training: {error}")
+    except OSError as error:  # about the temporary files, which the run does not need
+        progress.note(f"no trial export before training: {error}")
     finally:
         set_random_state(before)
 
@@ -230,20 +228,20 @@ def _try_export(style: str, config: RunConfig, network: Network) -> None:
     with tempfile.TemporaryDirectory(prefix="saq-") as folder:
         path = Path(folder) / "model.onnx"
         try:
-            dearest = style == "trt"  # whose containers may be too small for the most bits
-            model, facts = provisional(config, network, images, dearest=dearest)
-            write_and_run(style, model, facts, path, images)
+            most_bits = style == "trt"  # its containers may be too small for the most bits
+            model, metadata = provisional_model(config, network, images, most_bits=most_bits)
+            write_and_run(style, model, metadata, path, images)
         except (OSError, ConfigError, PolicyMismatch):
             raise
-        except Exception as error:  # a forward pass and a graph of somebody else's may fail in any way
+        except Exception as error:  # a foreign forward pass or graph may raise any exception
             if out_of_memory(error):
                 raise MemoryError(str(error)) from error
             reason = str(error).replace(str(path), "the file")
-            traced = not reason.startswith(CANNOT_EXPORT)  # what cannot be traced has no form in any style
+            traced = not reason.startswith(CANNOT_EXPORT)  # without a trace, no style can work
             reason = reason.removeprefix(CANNOT_EXPORT).removesuffix(ELSEWHERE)
             if not isinstance(error, SaqError):
                 reason = f"{type(error).__name__}: {' '.join(reason.split())[:200]}"
             raise UnsupportedModel(
                 f"{network.name} cannot be exported to ONNX in style {style}: {reason}; use `export.styles=()` to "
-                f"end with model.safetensors alone, or another {'`style`' if traced else 'network'}"
+                f"write model.safetensors only, or another {'`style`' if traced else 'network'}"
             ) from error

@@ -1,4 +1,4 @@
-"""From a budget to a policy: what the configured searcher is asked, and what it found."""
+"""From a budget to a policy: requesting, binding and running a search."""
 
 import copy
 import time
@@ -12,7 +12,7 @@ from saqcli import distributed
 from saqcli.config import RunConfig
 from saqcli.data.splits import Images
 from saqcli.pipelines.bits import budget_of, make_searcher, space_of
-from saqcli.pipelines.calibration import AfterFit, calibrate, scheme_of
+from saqcli.pipelines.calibration import CalibrationCorrection, calibrate, scheme_of
 from saqcli.pipelines.profile import layer_rows
 from saqcli.pipelines.proxy import open_proxy, search_images
 from saqcli.pipelines.setup import Network
@@ -29,79 +29,79 @@ from saqcli.training.optimizer import make_optimizer, search_training
 from saqcli.training.preflight import check_trains
 
 
-class Asked(NamedTuple):
-    """What is to be found, and in which network.
+class SearchRequest(NamedTuple):
+    """A checked request for a search.
 
     Attributes:
-        space: what may be chosen.
-        budget: that is to be met.
-        network: that the policy is for.
-        searched: the network that is searched: the same, or the proxy's.
-        images: of that network.
-        parts: of these, for the search.
+        space: the bit options.
+        budget: the budget to meet.
+        network: the target network of the policy.
+        search_network: the network that is searched: the target network, or the proxy's.
+        images: images of ``search_network``.
+        parts: the parts of these images that the search uses.
     """
 
     space: SearchSpace
     budget: Budget
     network: Network
-    searched: Network
+    search_network: Network
     images: Images
     parts: SearchImages
 
 
-class Posed(NamedTuple):
-    """A problem and where it came from.
+class BoundSearch(NamedTuple):
+    """A search problem with its networks.
 
     Attributes:
-        problem: without a memory yet.
-        network: that the policy is for.
-        searched: the network that is searched: the same, or the proxy's.
+        problem: the problem, not yet given a memory.
+        network: the target network of the policy.
+        search_network: the network that is searched: the target network, or the proxy's.
     """
 
     problem: SearchProblem
     network: Network
-    searched: Network
+    search_network: Network
 
 
 @dataclass(frozen=True)
-class Searched:
-    """What a search found.
+class FoundBits:
+    """The result of a search.
 
     Attributes:
         searcher: its name.
-        seconds: that the search took, since it was last resumed.
-        found: what the searcher gave back.
-        posed: what it was asked.
+        seconds: duration of the search since it was last resumed.
+        result: what the searcher returned.
+        bound: the search that was run.
     """
 
     searcher: str
     seconds: float
-    found: SearchResult
-    posed: Posed
+    result: SearchResult
+    bound: BoundSearch
 
     @property
     def policy(self) -> BitConfig:
         """The bits of every layer."""
-        return self.posed.problem.config(self.found.choice)
+        return self.bound.problem.config(self.result.choice)
 
     @property
     def cost(self) -> Cost:
-        """Of the policy."""
-        return self.posed.problem.space.cost(self.found.choice)
+        """The policy's cost."""
+        return self.bound.problem.space.cost(self.result.choice)
 
     @property
     def budget(self) -> Budget:
-        """That admits it."""
-        return self.posed.problem.budget
+        """The budget of the search."""
+        return self.bound.problem.budget
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as ``search.json`` keeps them; accuracies in percent."""
-        score = self.found.score(self.found.choice) if self.found.score else None
+        """Plain values, as in ``search.json``; accuracies in percent."""
+        score = self.result.score(self.result.choice) if self.result.score else None
         return {
             "model": self.policy.model,
             "searcher": self.searcher,
             "policy": self.policy.model_dump()["layers"],
-            "layers": layer_rows(self.posed.network, self.policy),
+            "layers": layer_rows(self.bound.network, self.policy),
             "bops": self.cost.bops,
             "size_bytes": self.cost.size,
             "budget_bops": self.budget.bops,
@@ -109,97 +109,101 @@ class Searched:
             "seconds": round(self.seconds, 1),
             "scoring_top1": score.top1 if score else None,
             "scoring_loss": score.loss if score else None,
-            "scored": len(self.found.scored),
+            "scored": len(self.result.scored),
         }
 
 
-def ask(config: RunConfig, network: Network, images: Images | None, progress: Progress) -> Asked:
-    """What the configuration asks for; everything that can be refused before time is spent is refused.
+def request_search(
+    config: RunConfig, network: Network, images: Images | None, progress: Progress
+) -> SearchRequest:
+    """The search that the configuration describes, with every check that takes no time.
 
     Args:
         config: resolved.
-        network: that the policy is for.
-        images: of the network; not used where the configuration has a proxy.
-        progress: told about everything.
+        network: the target network of the policy.
+        images: its images; unused if the configuration has a proxy.
+        progress: reports opening the images, and notes.
 
     Raises:
-        SaqError: a budget that nothing meets, images that cannot be searched on, an optimizer that is none.
+        SaqError: the budget is below the smallest reachable cost, the images do not suffice, or the optimizer is
+            invalid.
     """
     space, budget = space_of(config.quantization, network), budget_of(config.quantization, network)
     for line in space.outlook(budget):
         progress.note(line)
     space.check_reachable(budget)
     training = search_training(config)
-    make_optimizer(nn.Linear(1, 1), training)  # to be refused now, if at all
-    searched = network
+    make_optimizer(nn.Linear(1, 1), training)  # raises now, not after the calibration
+    search_network = network
     if config.search.proxy is not None:
-        searched, images = open_proxy(config, network, pick_device(config.run.device), progress)
+        search_network, images = open_proxy(config, network, pick_device(config.run.device), progress)
     assert images is not None
     uses_images = SEARCHERS[config.quantization.searcher].uses_images or config.search.pareto > 0
     parts = search_images(images, config.search, progress) if uses_images else NO_IMAGES
     if SEARCHERS[config.quantization.searcher].trains:
-        _check_trains(searched, config, getattr(parts.training, "images", 0) * distributed.count())
-    return Asked(space, budget, network, searched, images, parts)
+        _check_trains(search_network, config, getattr(parts.training, "images", 0) * distributed.count())
+    return SearchRequest(space, budget, network, search_network, images, parts)
 
 
-def _check_trains(searched: Network, config: RunConfig, images: int) -> None:
-    """Refuse a network that cannot be trained on ``images`` as the searcher does."""
+def _check_trains(search_network: Network, config: RunConfig, images: int) -> None:
+    """Check that the searcher can train the network on ``images``."""
     limits = {}
     if (step := config.search.options.get("asga", {}).get("step_images")) and isinstance(step, int):
         limits["search.options.asga.step_images"] = max(1, step // distributed.count())
     name = config.quantization.searcher
     check_trains(
-        searched.model,
-        searched.name,
-        searched.loaded.preprocessing,
+        search_network.model,
+        search_network.name,
+        search_network.loaded.preprocessing,
         config,
         images=images or None,
         limits=limits if name == "asga" else {},
     )
 
 
-def pose(
-    config: RunConfig, asked: Asked, statistics: Mapping[str, InputStatistics] | None, progress: Progress
-) -> Posed:
-    """The problem of what was asked.
+def bind_search(
+    config: RunConfig,
+    request: SearchRequest,
+    statistics: Mapping[str, InputStatistics] | None,
+    progress: Progress,
+) -> BoundSearch:
+    """The search problem of ``request``, calibrated.
 
     Args:
         config: resolved.
-        asked: its networks are left as they are.
-        statistics: of the inputs of the network that is searched, where they are known already.
-        progress: told about everything.
+        request: its networks are not changed.
+        statistics: input statistics of the searched network, if known already.
+        progress: reports the calibration.
     """
-    training, searched = search_training(config), asked.searched
+    training, search_network = search_training(config), request.search_network
     if statistics is None:
-        statistics = calibrate(searched, asked.images, config, progress)
+        statistics = calibrate(search_network, request.images, config, progress)
     problem = SearchProblem(
-        model=copy.deepcopy(searched.model),
-        space=asked.space,
-        budget=asked.budget,
+        model=copy.deepcopy(search_network.model),
+        space=request.space,
+        budget=request.budget,
         scheme=scheme_of(config),
         statistics=statistics,
-        images=asked.parts,
+        images=request.parts,
         optimizer=lambda model: make_optimizer(model, training),
         seed=config.run.seed,
         progress=progress,
-        corrections=lambda model: AfterFit(config, model, asked.images, SILENT, keep=True),
+        corrections=lambda model: CalibrationCorrection(config, model, request.images, SILENT, keep=True),
     )
-    return Posed(problem, asked.network, searched)
+    return BoundSearch(problem, request.network, search_network)
 
 
-def find_bits(config: RunConfig, posed: Posed, memory: Memory) -> Searched:
+def find_bits(config: RunConfig, bound: BoundSearch, memory: Memory) -> FoundBits:
     """The policy that the configured searcher finds.
 
     Raises:
-        Interrupted: asked to stop.
+        Interrupted: a signal asked to stop.
     """
-    searcher, problem = make_searcher(config), replace(posed.problem, memory=memory)
+    searcher, problem = make_searcher(config), replace(bound.problem, memory=memory)
     start = time.perf_counter()
-    found = searcher.search(problem)
-    found = replace(
-        found, choice=distributed.from_first(lambda: found.choice)
-    )  # in case that their processors differ
-    searched = Searched(config.quantization.searcher, time.perf_counter() - start, found, posed)
-    found_at = problem.budget.shares(searched.cost)
-    problem.progress.note(f"searcher {searched.searcher}: {found_at}, {searched.seconds:.0f} s")
-    return searched
+    result = searcher.search(problem)
+    choice = distributed.from_first(lambda: result.choice)  # the ranks may have different processors
+    seconds = time.perf_counter() - start
+    found = FoundBits(config.quantization.searcher, seconds, replace(result, choice=choice), bound)
+    problem.progress.note(f"searcher {found.searcher}: {problem.budget.shares(found.cost)}, {seconds:.0f} s")
+    return found

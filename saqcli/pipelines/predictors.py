@@ -1,4 +1,4 @@
-"""Anything that can be evaluated, as a function from images to logits: a name, a run, a file."""
+"""Predictors: model names, runs and files as functions from images to logits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from saqcli.export.operators import frozen_copy
 from saqcli.export.restore import complete_class_names, restore, trained_classes
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.models.rebuild import check_description
-from saqcli.pipelines.setup import answering, classes_of, load_float
+from saqcli.pipelines.setup import classes_of, explain_unsupported, load_float
 from saqcli.pipelines.targets import EVALUATED, QUANTIZED, find_target, model_file, named_file
 from saqcli.progress import Progress
 from saqcli.quant.tracer import try_model
@@ -27,16 +27,16 @@ from saqcli.verify.runtime import onnx_session
 
 @dataclass(frozen=True)
 class Predictor:
-    """Something to evaluate.
+    """A model to evaluate.
 
     Attributes:
-        predict: normalized images (N, C, H, W) to logits (N, classes).
-        name: what messages call it.
-        num_classes: how many logits.
-        preprocessing: of its images.
-        device: where it wants its images.
-        facts: what the file says about itself; None for a float model.
-        classes: of the logits.
+        predict: maps normalized images (N, C, H, W) to logits (N, classes).
+        name: name in messages.
+        num_classes: number of logits.
+        preprocessing: preprocessing of its images.
+        device: device of its images.
+        metadata: metadata of the file; None for a float model.
+        classes: classes of the logits.
     """
 
     predict: Callable[[Tensor], Tensor]
@@ -45,26 +45,26 @@ class Predictor:
     preprocessing: Preprocessing
     device: torch.device
     classes: Classes
-    facts: ModelMetadata | None = None
+    metadata: ModelMetadata | None = None
 
 
 def open_target(target: str, section: ModelSection, device: torch.device, progress: Progress) -> Predictor:
-    """The predictor that ``target`` names.
+    """The predictor of ``target``.
 
     Args:
         target: a run directory, a ``.safetensors`` or ``.onnx`` file, or a model name.
         section: further options of a model name.
-        device: of PyTorch models; ONNX files run on the CPU.
-        progress: for notes.
+        device: device of PyTorch models; ONNX files run on the CPU.
+        progress: receives notes.
 
     Raises:
-        SaqError: no such thing, or a damaged one.
+        SaqError: unknown or damaged target.
     """
     path = named_file(find_target(target, EVALUATED), section)
     if path is not None:
         return open_onnx(path) if path.suffix == ".onnx" else open_safetensors(path, device)
     loaded = load_float(section, progress)
-    with answering(loaded.name):
+    with explain_unsupported(loaded.name):
         try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size))
     return Predictor(
         loaded.model.to(device),
@@ -77,63 +77,62 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
 
 
 def open_safetensors(path: Path, device: torch.device) -> Predictor:
-    """A predictor from a file that ``saq quantize`` or ``saq export`` wrote."""
-    model, facts = restore(path)
-    return _described(model.to(device), str(path), facts, device)
+    """The predictor of a ``.safetensors`` file of saq."""
+    model, metadata = restore(path)
+    return _from_metadata(model.to(device), str(path), metadata, device)
 
 
 def open_onnx(path: Path, *, optimized: bool = True) -> Predictor:
-    """A predictor that runs in ONNX Runtime, at its default optimizations or at none.
+    """A predictor in ONNX Runtime, with its default graph optimizations or none.
 
     Raises:
-        CorruptArtifact: ONNX Runtime does not take it.
+        CorruptArtifact: ONNX Runtime cannot load the file.
     """
     if not path.is_file():
         raise ConfigError(f"there is no file {path}")
-    facts = complete_class_names(read_onnx_metadata(path))
-    answer, classes = onnx_session(path, optimized=optimized), facts.build.get("num_classes")
+    metadata = complete_class_names(read_onnx_metadata(path))
+    session, classes = onnx_session(path, optimized=optimized), metadata.build.get("num_classes")
 
     def predict(images: Tensor) -> Tensor:
-        logits = answer(images)
+        logits = session(images)
         if logits.shape != (len(images), classes):
             raise CorruptArtifact(
-                f"{path} does not turn {counted(len(images), 'image')} into logits of {classes} classes, as it says: "
-                "export it again"
+                f"{path} does not return logits of {classes} classes for {counted(len(images), 'image')}, as its "
+                "metadata says: export it again"
             )
         return logits
 
-    return _described(predict, str(path), facts, torch.device("cpu"))
+    return _from_metadata(predict, str(path), metadata, torch.device("cpu"))
 
 
-def _described(
-    predict: Callable[[Tensor], Tensor], name: str, facts: ModelMetadata, device: torch.device
+def _from_metadata(
+    predict: Callable[[Tensor], Tensor], name: str, metadata: ModelMetadata, device: torch.device
 ) -> Predictor:
     try:
-        preprocessing = check_description(facts.build, facts.preprocessing)
+        preprocessing = check_description(metadata.build, metadata.preprocessing)
     except SaqError as error:
-        raise CorruptArtifact(f"{name} does not say what it expects: {printable(str(error))}") from None
-    classes = trained_classes(facts, name)
-    return Predictor(predict, name, classes.count, preprocessing, device, classes, facts)
+        raise CorruptArtifact(f"{name} has invalid metadata: {printable(str(error))}") from None
+    classes = trained_classes(metadata, name)
+    return Predictor(predict, name, classes.count, preprocessing, device, classes, metadata)
 
 
 def load(path: str | Path, *, exact: bool = False) -> nn.Module:
-    """The quantized model in a safetensors file or a finished run directory, ready to be called.
+    """The quantized model of a safetensors file or a finished run directory.
 
     Args:
-        path: ``model.safetensors``, or the directory that ``saq quantize`` left.
-        exact: in its exact form, which ONNX files of style ``exact`` equal bit for bit.
+        path: ``model.safetensors``, or a run directory of ``saq quantize``.
+        exact: return the exact form, which ONNX files of style ``exact`` equal bit for bit.
 
     Returns:
-        In eval mode on the CPU; bit-equal to the model that was saved. Its input is normalized images (N, C,
-        H, W).
+        The model in eval mode on the CPU, bit-identical to the saved one. Its input is normalized images (N, C, H, W).
 
     Raises:
-        SaqError: no such thing, or a damaged one.
+        SaqError: unknown or damaged path.
     """
     target = find_target(str(path), QUANTIZED, "path")
     run = target.run
-    model, facts = restore(model_file(run) if run else target.path or Path(path))
+    model, metadata = restore(model_file(run) if run else target.path or Path(path))
     if not exact:
         return model
-    example = torch.zeros(2, *Preprocessing.from_dict(facts.preprocessing).input_size)
+    example = torch.zeros(2, *Preprocessing.from_dict(metadata.preprocessing).input_size)
     return ExactForm(frozen_copy(model), example).eval()

@@ -1,4 +1,4 @@
-"""``saq profile``: what a network costs at given bits, layer by layer. Needs no data and no training."""
+"""``saq profile``: costs of a network at given bits, layer by layer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +26,10 @@ class Profile:
     """Costs of a network under one bit configuration.
 
     Attributes:
-        network: traced.
+        network: the traced network.
         policy: the bits.
         floor: cost with every free layer at the fewest bits.
-        ceiling: with every free layer at the most bits.
+        ceiling: cost with every free layer at the most bits.
     """
 
     network: Network
@@ -39,11 +39,11 @@ class Profile:
 
     @property
     def bops(self) -> int:
-        """Bit-operations for one image."""
+        """Bit-operations per image."""
         return self.network.costs.bops(self.policy)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them."""
+        """Plain values, as in JSON."""
         costs, traced = self.network.costs, self.network.traced
         return {
             "model": self.network.name,
@@ -85,7 +85,7 @@ def layer_rows(network: Network, policy: BitConfig) -> list[dict[str, Any]]:
 
 
 def product_rows(network: Network, policy: BitConfig) -> list[dict[str, Any]]:
-    """Every product of two activations; bits are those of the layer it follows, None where it is not quantized."""
+    """Every product of two activations, with the bits of the layer it follows; None if it is not quantized."""
     rows = []
     for product in network.traced.products:
         followed = network.products.get(product.name)
@@ -104,26 +104,26 @@ def product_rows(network: Network, policy: BitConfig) -> list[dict[str, Any]]:
 
 
 def unquantized(traced: Trace) -> list[dict[str, Any]]:
-    """What is left in floating point, why, and its multiply-accumulates."""
+    """The modules that stay in floating point, with reasons and MACs."""
     multiplying = [
         {"name": layer.name, "kind": layer.kind, "macs": layer.macs, "reason": layer.reason}
         for layer in traced.unquantized.values()
     ]
-    told = {layer.reason for layer in traced.unquantized.values()}
+    reported = {layer.reason for layer in traced.unquantized.values()}
     return multiplying + [
         {"name": name, "kind": None, "macs": 0, "reason": NEVER_RUNS}
         for name in traced.idle
-        if FUNCTIONAL.format(name) not in told
+        if FUNCTIONAL.format(name) not in reported
     ]
 
 
 def check_profile(
     section: ModelSection, bits: str | None, policy: Path | None, quantize_attention: bool
 ) -> Target:
-    """What ``section.name`` names; refuses what can be seen to be wrong before the network is built.
+    """Check the arguments before the network is built; returns the target ``section.name``.
 
     Raises:
-        SaqError: all that is wrong, in one message.
+        SaqError: all problems in one message.
     """
     problems = Problems()
     target = problems.attempt(find_target, section.name, EVALUATED, "MODEL")
@@ -159,19 +159,19 @@ def profile(
     quantize_attention: bool = False,
     pretrained: bool = False,
 ) -> Profile:
-    """The costs of a network at ``bits``, under ``policy``, or in floating point where neither is given.
+    """The costs of a network at ``bits``, under ``policy``, or by default in floating point.
 
     With ``quantize_attention`` products of two activations are counted too. ``section.name`` may also be a run
-    directory or a file of a quantized model, which have bits of their own.
+    directory or a file of a quantized model, which has its own bits.
 
     Raises:
-        SaqError: no such model, or a policy that does not fit it.
+        SaqError: unknown model, or a policy of another network.
     """
     target = check_profile(section, bits, policy, quantize_attention)
     if target.kind != "model":
         network, config = _quantized(target, progress)
         return measure(network, config, search_space(network.name, network.costs, Candidates(candidates)))
-    if not pretrained or section.weights is not None:  # no cost depends on published weights
+    if not pretrained or section.weights is not None:  # costs do not depend on published weights
         section = section.model_copy(update={"pretrained": False})
     network = wrap_and_trace(load_float(section, progress), quantize_attention=quantize_attention)
     if policy is not None:
@@ -184,22 +184,22 @@ def profile(
 
 
 def _quantized(target: Target, progress: Progress) -> tuple[Network, BitConfig]:
-    """The network of a run or of a file that it left, and its bits."""
+    """The network and the bits of a run or a model file."""
     path, run = target.path, target.run
     if run is not None:
         if not run.safetensors_path.is_file():
             return _of_settings(run, progress)
         path = run.safetensors_path
     assert path is not None
-    loaded, facts = open_from_metadata(path)
-    network = wrap_and_trace(loaded, quantize_attention=bool(facts.products))
-    return network, in_order(facts.policy, network, str(path))
+    loaded, metadata = open_from_metadata(path)
+    network = wrap_and_trace(loaded, quantize_attention=bool(metadata.products))
+    return network, in_order(metadata.policy, network, str(path))
 
 
 def _of_settings(run: RunDirectory, progress: Progress) -> tuple[Network, BitConfig]:
-    """Of a search, or of a run that has not got to its end: what its settings build, and the bits that it found."""
+    """The network and the bits of a search or an unfinished run, built from its settings."""
     if not run.policy_path.is_file():
-        raise RunDirectoryError(f"{run.path} has no bits yet: it {run.standing()}, {run.next_step()}")
+        raise RunDirectoryError(f"{run.path} has no bits yet: it {run.status_text()}, {run.next_step()}")
     config = run.config()
     loaded = load_float(config.model.model_copy(update={"pretrained": False}), progress)
     network = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
@@ -207,5 +207,5 @@ def _of_settings(run: RunDirectory, progress: Progress) -> tuple[Network, BitCon
 
 
 def measure(network: Network, policy: BitConfig, space: SearchSpace) -> Profile:
-    """The costs of a traced network under ``policy``, and what can be reached in ``space``."""
+    """The costs of a traced network under ``policy``, and the reachable costs in ``space``."""
     return Profile(network, policy, space.floor, space.ceiling)

@@ -1,16 +1,15 @@
-"""The images of a search: parts of the training split, or a smaller proxy data set.
+"""The images of a search: parts of the training split, or a proxy data set.
 
-The images of a search: parts of the training split, so that the validation split stays unseen.
+A search uses parts of the training split, so that the validation split stays unseen:
 
-drawn       ``search.images`` of ``search.classes`` classes, all where nothing is said
-divided     held out, and the rest to train on, each with its part of every class
-scoring     the same few held-out images for every configuration, kept in memory
+drawn       ``search.images`` images of ``search.classes`` classes; all by default
+divided     held-out images and training images, each with a share of every class
+scoring     the same held-out images for every configuration, kept in memory
 
-Searching on a small data set in the place of the network's own: the same layers, other images and classes.
-
-The budget and the policy are those of the target network. The proxy's network has its name and its layers, and is
-built for the proxy's classes and image size. Without weights of its own it takes those of the target, with a new
-classifier that is trained in floating point before the search.
+A proxy is a small data set that replaces the network's own in the search. Budget and policy are those of the target
+network. The proxy's network has the same name and layers, and is built for the classes and the image size of the proxy.
+Without separate weights it loads those of the target, with a new classifier that is trained in floating point before
+the search.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,10 +45,10 @@ Batch = tuple[Tensor, Tensor]
 
 
 def search_images(images: Images, section: SearchSection, progress: Progress) -> SearchImages:
-    """The parts of ``images.train`` that a search looks at.
+    """The parts of ``images.train`` for a search.
 
     Raises:
-        DataError: a stream, or too few images.
+        DataError: a streamed data set, or too few images.
     """
     split = images.train
     if section.classes is not None:
@@ -64,13 +63,13 @@ def search_images(images: Images, section: SearchSection, progress: Progress) ->
     return SearchImages(
         training=replace(images, train=training).training(),
         held_out=replace(images, train=held_out, section=plain).training(),
-        scoring=Kept(scoring, progress),
+        scoring=CachedBatches(scoring, progress),
         whole=replace(images, train=split).training(),
     )
 
 
-class Kept(Sequence[Batch]):
-    """The batches of a loader, read once and kept; images that could not be read are left out."""
+class CachedBatches(Sequence[Batch]):
+    """The batches of a loader, read once and cached, without unreadable images."""
 
     def __init__(self, loader: Loader, progress: Progress) -> None:
         self._loader, self._progress = loader, progress
@@ -96,7 +95,7 @@ class Kept(Sequence[Batch]):
 
 
 def proxy_data(config: RunConfig) -> DataSection:
-    """The data section with the proxy's path, where it has one, and without the files about the target's classes."""
+    """The data section with the proxy's path, if any, and without the files about the target's classes."""
     proxy = config.search.proxy or ProxySection()
     order = config.data.class_order if config.data.class_order in ORDERS else None
     changes = {"path": proxy.data or config.data.path, "class_order": order, "class_map": None}
@@ -106,11 +105,11 @@ def proxy_data(config: RunConfig) -> DataSection:
 def open_proxy(
     config: RunConfig, network: Network, device: torch.device, progress: Progress
 ) -> tuple[Network, Images]:
-    """The network of the same name, built for the proxy's images, and these; not fitted to them yet.
+    """The network of the same name, built for the proxy's images and not yet trained on them, and these images.
 
     Raises:
-        DataError: no images are there.
-        PolicyMismatch: its layers are others than those of ``network``.
+        DataError: there are no images.
+        PolicyMismatch: its layers differ from those of ``network``.
     """
     proxy, data = config.search.proxy or ProxySection(), proxy_data(config)
     seed_everything(config.run.seed)  # of a new classifier
@@ -126,7 +125,7 @@ def open_proxy(
     float_policy(network).check_fits(f"{small.name} as it is built for the proxy", names)
     if names != wanted:
         raise PolicyMismatch(
-            "the layers of the proxy's network run in another order: give another input_size"
+            "the layers of the proxy's network run in another order: use another `search.proxy.input_size`"
         )
     return small, images
 
@@ -134,11 +133,10 @@ def open_proxy(
 def fit_proxy(
     proxy: Network, images: Images, config: RunConfig, progress: Progress, memory: Memory = NO_MEMORY
 ) -> None:
-    """Train the network in floating point on the proxy's images, as the settings of the search say, where its weights
-    are not of these.
+    """Train the network in floating point on the proxy's images, unless its weights fit them already.
 
     Raises:
-        Interrupted: asked to stop; the memory holds what was done.
+        Interrupted: a signal asked to stop; the memory holds the state.
     """
     epochs = _epochs(config.search.proxy or ProxySection(), proxy.loaded)
     if not epochs:
@@ -155,13 +153,13 @@ def fit_proxy(
     )
     if (kept := memory.load()) is not None:
         memory.restore_random()
-        trainer.load_state_dict(_unpacked(kept))
+        trainer.load_state_dict(_unpack(kept))
     trainer.fit()
     proxy.model.eval()
 
 
 class _ProxyRun:
-    """Training whose state is kept in the memory of a search."""
+    """A training run that saves its state in the memory of a search."""
 
     def __init__(self, memory: Memory, progress: Progress) -> None:
         self._memory, self._progress = memory, progress
@@ -169,19 +167,19 @@ class _ProxyRun:
     def offer(
         self, state: Callable[[], dict[str, Any]], *, milestone: bool = False, failing: bool = False
     ) -> None:
-        """As ``Memory.offer``."""
-        self._memory.offer(lambda: _packed(state()), milestone=milestone, failing=failing)
+        """Offer the state to the memory, see ``Memory.offer``."""
+        self._memory.offer(lambda: _pack(state()), milestone=milestone, failing=failing)
 
     def log(self, **values: Any) -> None:
         """Note the accuracy."""
-        self._progress.note(f"proxy: top-1 {values['top1']:.2f} % in training, in floating point")
+        self._progress.note(f"proxy: training top-1 {values['top1']:.2f} % in floating point")
 
     def check_signal(self) -> None:
-        """Nothing is evaluated."""
+        """Does nothing, since there is no evaluation."""
 
 
-def _packed(state: dict[str, Any]) -> dict[str, Any]:
-    """A trainer's state as ``proxy.ckpt`` holds it: the memory adds the random numbers of all ranks."""
+def _pack(state: dict[str, Any]) -> dict[str, Any]:
+    """A trainer's state in the format of ``proxy.ckpt``; the memory adds the random states of all ranks."""
     total = Meter()
     for rank in state["ranks"]:
         total.add(Meter(**rank["meter"]))
@@ -189,8 +187,8 @@ def _packed(state: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "meter": vars(total), "position": list(state["position"].values())}
 
 
-def _unpacked(kept: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of ``_packed``, once the random numbers are restored; the first rank gets all figures."""
+def _unpack(kept: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of ``_pack``, after the random states are restored; the first rank gets all figures."""
     epoch, step = kept["position"]
     meters = [kept["meter"], *(vars(Meter()) for _ in range(1, distributed.count()))]
     ranks = [{"random": random_state(), "meter": meter} for meter in meters]
@@ -198,20 +196,20 @@ def _unpacked(kept: dict[str, Any]) -> dict[str, Any]:
 
 
 def _epochs(proxy: ProxySection, loaded: LoadedModel) -> int:
-    """Of its training in floating point."""
+    """The number of epochs of its training in floating point."""
     if proxy.epochs is not None:
         return proxy.epochs
     return 0 if loaded.trained else 1
 
 
 def _section(model: ModelSection, proxy: ProxySection, data: DataSection) -> ModelSection:
-    """The target's model section with what the proxy has otherwise."""
+    """The target's model section with the proxy's changes."""
     classes, folder = proxy.num_classes, named_path(data.path or "")
     if classes is None and data.path is not None and folder.is_dir():
         classes = len(find_images(find_split(folder, "train"), dead_images=True).images)
     given = {name: getattr(proxy, name) for name in ("input_size", "weights", "mean", "std")}
     given["num_classes"] = classes
     changes = {name: value for name, value in given.items() if value is not None}
-    if proxy.weights or proxy.weights_key:  # the target's key is of the target's file
+    if proxy.weights or proxy.weights_key:  # the target's key refers to the target's file
         changes["weights_key"] = proxy.weights_key
     return model.model_copy(update=changes)

@@ -1,7 +1,7 @@
-"""``saq quantize``: from a float network and a budget to a fine-tuned, exported, verified one.
+"""``saq quantize``: choose bits, calibrate, fine-tune, export and verify.
 
     load        float model, images
-    bits        as given, or searched under the budget
+    bits        given, or searched under the budget
     calibrate   clipping levels and signs from training images
     train       sharpness-aware, with checkpoints
     export      safetensors and ONNX, each compared with the model
@@ -35,7 +35,7 @@ from saqcli.process_group import process_group
 from saqcli.progress import SILENT, Progress
 from saqcli.report.run_report import QuantizeResult, write_report
 from saqcli.runs.directory import RunDirectory
-from saqcli.runs.resume import check_same, goes_on, note_start, resuming
+from saqcli.runs.resume import check_same_settings, note_restart, resuming, should_resume
 from saqcli.runs.saving import TrainingSaving
 from saqcli.training.loop import score
 from saqcli.training.trainer import Trainer
@@ -49,17 +49,17 @@ def quantize(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> QuantizeResult:
-    """Quantize as ``config`` says and leave a run directory.
+    """Quantize according to ``config`` and write a run directory.
 
     Args:
         config: resolved.
-        run_dir: made if it is not there.
-        resume: continue the run in ``run_dir``.
+        run_dir: created if missing.
+        resume: resume the run in ``run_dir``.
         overwrite: replace the run in ``run_dir``.
-        progress: reports everything that takes time.
+        progress: reports all long steps.
 
     Raises:
-        SaqError: anything the user can act on; work done so far stays in ``run_dir``.
+        SaqError: anything the user can act on; completed work stays in ``run_dir``.
     """
     with process_group(
         config.run.device,
@@ -68,10 +68,10 @@ def quantize(
     ) as device:
         progress = progress if distributed.first() else SILENT
         run = RunDirectory(run_dir)
-        resume = goes_on(run, resume=resume, overwrite=overwrite)
+        resume = should_resume(run, resume=resume, overwrite=overwrite)
         state = run.load_checkpoint(progress.note) if resume else None
         if resume:
-            distributed.from_first(lambda: check_same(run, config))
+            distributed.from_first(lambda: check_same_settings(run, config))
         if state is None:
             prepared = distributed.together(lambda: prepare(config, device, progress))
             distributed.together(lambda: check_trainable(config, prepared))
@@ -82,18 +82,18 @@ def quantize(
             resumed = state is not None
             if state is None:
                 if resume:
-                    note_start(run, progress.note)
+                    note_restart(run, progress.note)
                 prepared.images.bind_to(run)
-                begin(config, prepared, run, device, progress)
+                start_run(config, prepared, run, device, progress)
                 state = run.load_saved()
             run.end_search()
-            outcome = QuantizeResult.unpack(state["outcome"])
-            model, facts, outcome.policy = saved_model(state)
+            result = QuantizeResult.unpack(state["outcome"])
+            model, metadata, result.policy = saved_model(state)
             model.to(device)
-            images = distributed.together(lambda: open_run_images(config, facts, device))
+            images = distributed.together(lambda: open_run_images(config, metadata, device))
             if resumed:
                 images.bind_to(run)
-                progress.note(resuming(run, place_of(state, config.training.epochs)))
+                progress.note(resuming(run, resume_point(state, config.training.epochs)))
             best: Mapping[str, Tensor] | None = None
             if config.training.epochs:
                 teacher = load_teacher(config, device, progress)
@@ -102,10 +102,10 @@ def quantize(
                         model,
                         images.training(),
                         config.training,
-                        num_classes=int(facts.build["num_classes"]),
+                        num_classes=int(metadata.build["num_classes"]),
                         image_size=max(images.preprocessing.input_size[1:]),
                         validation=images.validation(),
-                        initial=outcome.calibrated_score,
+                        initial=result.calibrated_score,
                         teacher=teacher,
                         run=saving,
                         progress=progress,
@@ -113,25 +113,25 @@ def quantize(
                     if "position" in state:
                         trainer.load_state_dict(state)
                     trainer.fit()
-                name = f"{facts.policy.model}, fine-tuned,"
-                outcome.score = score(model, images.validation(), "evaluating", device, progress, name)
-                outcome.note_training(trainer.best, trainer.last, config.training)
+                name = f"{metadata.policy.model}, fine-tuned,"
+                result.score = score(model, images.validation(), "evaluating", device, progress, name)
+                result.note_training(trainer.best, trainer.last, config.training)
                 best = trainer.best.model if trainer.best else None
             else:
-                outcome.score = outcome.best_score = outcome.calibrated_score
-                outcome.best_epoch = 0
-            if outcome.advice:
-                progress.note(outcome.advice)
-            run.log(phase="quantized", **asdict(outcome.score), **outcome.best_figures())
+                result.score = result.best_score = result.calibrated_score
+                result.best_epoch = 0
+            if result.advice:
+                progress.note(result.advice)
+            run.log(phase="quantized", **asdict(result.score), **result.best_figures())
             if distributed.first():
-                write_files(model, facts, config, run, outcome, progress, best)
-                write_report(run.report_path, config, outcome.to_dict(run.path))
-                run.finish(outcome.to_dict(run.path))
-            return outcome
+                write_files(model, metadata, config, run, result, progress, best)
+                write_report(run.report_path, config, result.to_dict(run.path))
+                run.finish(result.to_dict(run.path))
+            return result
 
 
 def prepare(config: RunConfig, device: torch.device, progress: Progress) -> Prepared:
-    """Load, wrap and trace the network, open its images, and try the export: nothing is written yet.
+    """Load, wrap and trace the network, open its images, and make a trial export; writes nothing.
 
     Raises:
         SaqError: unusable model, data or policy, a budget below the smallest reachable cost, or a network that cannot
@@ -146,10 +146,10 @@ def prepare(config: RunConfig, device: torch.device, progress: Progress) -> Prep
     return Prepared(network, images)
 
 
-def begin(
+def start_run(
     config: RunConfig, prepared: Prepared, run: RunDirectory, device: torch.device, progress: Progress
 ) -> None:
-    """Score the float model, choose bits, calibrate, score again; leave the first checkpoint."""
+    """Score the float model, choose bits, calibrate, score again, and save the first checkpoint."""
     network, images = prepared
     validation, name = images.validation(), network.name
     float_score = score(network.model, validation, "evaluating float", device, progress, name)
@@ -158,7 +158,7 @@ def begin(
     model = install_quantizers(config, network, policy, statistics, images, progress)
     calibrated = score(model, validation, "evaluating calibrated", device, progress, f"{name}, calibrated,")
     progress.note(f"float {float_score.top1:.2f} %, calibrated {calibrated.top1:.2f} % top-1")
-    outcome = QuantizeResult(
+    result = QuantizeResult(
         name,
         float_score,
         calibrated,
@@ -170,16 +170,16 @@ def begin(
         policy,
         budget_bytes=budget.size,
     )
-    facts = describe(config, network, policy, statistics, images)
+    metadata = describe(config, network, policy, statistics, images)
     run.log(phase="float", **asdict(float_score))
     run.log(phase="calibrated", **asdict(calibrated))
     run.save_checkpoint(
-        {"facts": facts.model_dump_json(), "outcome": outcome.pack(), "model": model.state_dict()}
+        {"facts": metadata.model_dump_json(), "outcome": result.pack(), "model": model.state_dict()}
     )
 
 
-def place_of(state: dict[str, Any], epochs: int) -> str:
-    """Where a run resumes from its checkpoint, counting epochs from 1 and steps done."""
+def resume_point(state: dict[str, Any], epochs: int) -> str:
+    """The position of a checkpoint as text; counts epochs from 1 and completed steps."""
     if "position" not in state:
         return "after calibration"
     epoch, step = state["position"]["epoch"], state["position"]["step"]

@@ -1,11 +1,11 @@
-"""``saq rerun``: a finished run done again from what its directory holds, and compared with it.
+"""``saq rerun``: repeat a finished run from its directory and compare the two.
 
-    read       what the run left; refused before any time is spent where something is missing
-    restore    the directory that its relative paths refer to, its device, threads and reading processes
-    run        the same verb with the same settings, in a directory of its own
-    compare    policy, search, metrics, weights, ONNX, figures; and why they may differ
+    read       the run directory; missing files are reported first
+    restore    working directory, device, threads and loader workers
+    run        the same command with the same settings, in a new directory
+    compare    policy, search, metrics, weights, ONNX, figures; likely causes of differences
 
-The first run is read, and never written to.
+The original run is never written to.
 """
 
 import os
@@ -38,18 +38,18 @@ from saqcli.units import counted
 
 VERBS: dict[str, Callable[..., Any]] = {"quantize": quantize, "search": search}
 MAY_DIFFER = ("data.path", "data.workers", "model.weights", "quantization.policy", "run.device")
-NAMED_SETS = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")  # timm's, which are no paths
+NAMED_SETS = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")  # prefixes of timm's data sets
 
 
 @dataclass(frozen=True)
-class Changes:
-    """What is taken from elsewhere than the run says; None for as it says.
+class Overrides:
+    """Settings that a rerun may change; None keeps those of the run.
 
     Attributes:
-        data: images.
-        weights: float weights.
-        device: to compute on.
-        workers: processes that read images.
+        data: path of the images.
+        weights: path of the float weights.
+        device: device.
+        workers: number of loader workers.
     """
 
     data: str | None = None
@@ -57,35 +57,35 @@ class Changes:
     device: str | None = None
     workers: int | None = None
 
-    def absolute(self) -> "Changes":
-        """The same, whatever the current directory becomes."""
+    def absolute(self) -> "Overrides":
+        """The same with absolute paths."""
         data, weights = self.data, self.weights
         if data is not None and not _is_named(data):
             data = str(Path(data).expanduser().absolute())
         return replace(self, data=data, weights=weights and weights.expanduser().absolute())
 
     def applied(self, config: RunConfig) -> RunConfig:
-        """``config`` with them."""
+        """``config`` with these settings."""
         weights = self.weights and str(self.weights)
         given = {"data.path": self.data, "data.workers": self.workers, "model.weights": weights}
         given["run.device"] = self.device
         return _with(config, {key: value for key, value in given.items() if value is not None})
 
 
-AS_IT_WAS = Changes()
+NO_OVERRIDES = Overrides()
 
 
 @dataclass(frozen=True)
 class Rerun:
-    """How a run compares with the one before.
+    """The comparison of a rerun with the original run.
 
     Attributes:
-        run_dir: of the new run.
-        reran: of the run that was done again.
-        compared: what was compared.
-        differences: what of it is not the same; empty where all bits are.
-        reasons: likely ones, a line each, where something differs.
-        versions: name to what it was and is, where these differ.
+        run_dir: directory of the new run.
+        reran: directory of the original run.
+        compared: the compared parts.
+        differences: the parts that differ; empty if all are bit-identical.
+        reasons: likely causes of differences, one line each.
+        versions: changed versions: name to old and new.
     """
 
     run_dir: Path
@@ -101,7 +101,7 @@ class Rerun:
         return not self.differences
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them."""
+        """Plain values, as in JSON."""
         return {
             "run_dir": str(self.run_dir),
             "reran": str(self.reran),
@@ -116,21 +116,21 @@ class Rerun:
 def rerun(
     run_dir: Path,
     new_dir: Path | None = None,
-    changes: Changes = AS_IT_WAS,
+    changes: Overrides = NO_OVERRIDES,
     *,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Rerun:
-    """Do the run in ``run_dir`` again in ``new_dir`` and compare the two.
+    """Repeat the run in ``run_dir`` in ``new_dir`` and compare the two.
 
     Args:
-        run_dir: of a finished ``saq quantize`` or ``saq search``; left as it is.
-        new_dir: made if it is not there; None is ``run_dir`` with ``-rerun`` behind its name.
-        changes: what is taken from elsewhere.
-        resume: go on with the run in ``new_dir``; one that is finished is compared.
+        run_dir: a finished run of ``saq quantize`` or ``saq search``; not changed.
+        new_dir: created if missing; None is ``run_dir`` with ``-rerun`` appended to its name.
+        changes: settings to change.
+        resume: resume the run in ``new_dir``; a finished one is only compared.
         overwrite: replace the run in ``new_dir``.
-        progress: told about everything that takes time.
+        progress: reports all long steps.
 
     Raises:
         SaqError: anything the user can act on.
@@ -173,26 +173,24 @@ def rerun(
 
 def _check_finished(run: RunDirectory, manifest: RunManifest) -> None:
     if manifest.verb not in VERBS:
-        raise RunDirectoryError(
-            f"{run.path} is of `saq {manifest.verb}`: give a run of {' or '.join(f'`saq {verb}`' for verb in VERBS)}"
-        )
+        accepted = " or ".join(f"`saq {verb}`" for verb in VERBS)
+        raise RunDirectoryError(f"{run.path} is a run of `saq {manifest.verb}`: give a run of {accepted}")
     if manifest.status != "finished":
         raise RunDirectoryError(
-            f"{run.path} {run.standing()}, so there is nothing to compare with: {run.next_step()} first"
+            f"{run.path} {run.status_text()}, so there is nothing to compare with: {run.next_step()} first"
         )
 
 
 def _check_apart(old: Path, new: Path) -> None:
-    """Nothing is written into the run that is done again, nor around it."""
+    """Check that neither directory contains the other."""
     if old == new or old in new.parents or new in old.parents:
         raise RunDirectoryError(
-            f"{new} and {old} are the same or one in the other, and the run must not change: use another "
-            "`run_dir`"
+            f"{new} and {old} are the same or nested, and the original run must not change: use another `run_dir`"
         )
 
 
 def _check_is_rerun(old: RunConfig, new: RunConfig, new_dir: Path, run_dir: Path) -> None:
-    """A run that is gone on with must have the settings of the first but for what a rerun may change."""
+    """Check that a resumed rerun has the settings of the original, except those that a rerun may change."""
     difference = first_difference(_with(old, {key: _get(new, key) for key in MAY_DIFFER}), new)
     if difference:
         raise ConfigError(
@@ -201,21 +199,21 @@ def _check_is_rerun(old: RunConfig, new: RunConfig, new_dir: Path, run_dir: Path
 
 
 def _check_there(config: RunConfig, run_dir: Path) -> None:
-    """What the run was made from, named with the option that says where it is now."""
+    """Check that images and weights exist; the error names the setting for their new place."""
     data, weights = config.data.path, config.model.weights
     if data is not None and not _is_named(data) and not Path(data).expanduser().is_dir():
         raise DataError(
-            f"the images of {run_dir} are no longer in {Path(data).absolute()}: use `data.path=DIR` with the same"
+            f"the images of {run_dir} are no longer in {Path(data).absolute()}: give their new place as `data.path=DIR`"
         )
     if weights is not None and not Path(weights).is_file():
         raise ConfigError(
-            f"the weights of {run_dir} are no longer in {Path(weights).absolute()}: use `model.weights=FILE` with "
-            "the same"
+            f"the weights of {run_dir} are no longer in {Path(weights).absolute()}: give their new place as "
+            "`model.weights=FILE`"
         )
 
 
 def _restored(run: RunDirectory, then: Circumstances | None) -> RunConfig:
-    """The settings of ``run``, where they leave a choice to the machine as it was made then."""
+    """The settings of ``run``, with the choices that its machine made for automatic ones."""
     config, changes = run.config(), dict[str, Any]()
     if config.quantization.policy is not None:
         changes["quantization.policy"] = str(run.policy_path)
@@ -230,7 +228,7 @@ def _restored(run: RunDirectory, then: Circumstances | None) -> RunConfig:
 
 
 def _default_workers(config: RunConfig, cores_then: int) -> int:
-    """How many processes read images by default on a machine with so many cores."""
+    """The default number of loader workers on a machine with ``cores_then`` cores."""
     section = config.model.model_copy(update={"weights": None, "weights_key": None, "pretrained": False})
     if config.search.proxy is not None and config.search.proxy.input_size is not None:
         section = section.model_copy(update={"input_size": config.search.proxy.input_size})
@@ -242,35 +240,35 @@ def _default_workers(config: RunConfig, cores_then: int) -> int:
 
 @contextmanager
 def _as_then(then: Circumstances | None, run_dir: Path, new_dir: Path, progress: Progress) -> Iterator[None]:
-    """In the directory that relative paths refer to, with as many threads as then."""
+    """Within the context, work in the directory and with the number of threads of the run."""
     if then is None:
         progress.note(
-            "the run does not say with how many threads it was made, nor in which directory: those of now"
+            "the run recorded neither its number of threads nor its working directory: using the current ones"
         )
         yield
         return
     if then.threads != torch.get_num_threads():
         progress.note(
-            f"computing with {counted(then.threads, 'thread')}, as the run did: another number gives other bits"
+            f"computing with {counted(then.threads, 'thread')} as in the run: another number changes bits"
         )
     if then.processes != distributed.count():
         progress.note(
-            f"the run was made by {counted(then.processes, 'process')} and this is one, which gives other "
-            f"bits: for the same ones start torchrun with `nproc_per_node={then.processes}`, "
+            f"the run used {counted(then.processes, 'process')} and this rerun uses 1, which changes bits: "
+            f"for identical bits start torchrun with `nproc_per_node={then.processes}`, "
             f"`config={shlex.quote(str(run_dir / 'config.json'))}` and another `run_dir`, and compare with "
             f"`rerun({str(run_dir)!r}, run_dir={str(new_dir)!r}, resume=True)`"
         )
     there = Path(then.directory).is_dir() and os.access(then.directory, os.X_OK)
     if not there:
         progress.note(
-            f"{printable(then.directory)} cannot be entered: relative paths refer to the current directory"
+            f"{printable(then.directory)} is not accessible: relative paths refer to the current directory"
         )
     with torch_threads(then.threads), chdir(then.directory) if there else nullcontext():
         yield
 
 
 def _with(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
-    """``config`` with other values at ``section.key``."""
+    """``config`` with ``changes``, by ``section.key``."""
     tree = config.model_dump()
     for key, value in changes.items():
         section, _, name = key.partition(".")
@@ -284,5 +282,5 @@ def _get(config: RunConfig, key: str) -> Any:
 
 
 def _is_named(data: str) -> bool:
-    """Whether it is a name that timm knows, and no folder."""
+    """Whether ``data`` is the name of a timm data set and not a folder."""
     return data.lower().startswith(NAMED_SETS) and not Path(data).exists()

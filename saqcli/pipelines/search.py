@@ -1,10 +1,9 @@
-"""``saq search``: bits for every layer under a budget, and the front that a search found on the way.
+"""``saq search``: bits for every layer under a budget, and the Pareto front.
 
-load        the network that the policy is for; with a proxy, also the one that is searched, which is fitted to its
-            images
-calibrate   what the inputs of all layers look like
+load        the target network of the policy; with a proxy, also the proxy's network, which is trained on its images
+calibrate   input statistics of all layers
 search      on parts of the training images; an interrupted search resumes bit-identically
-write       policy.json, search.json, pictures
+write       policy.json, search.json, plots
 """
 
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from saqcli.data.splits import Images
 from saqcli.errors import RunDirectoryError
 from saqcli.pipelines.bits import given_policy
 from saqcli.pipelines.checks import check_search
-from saqcli.pipelines.find_bits import Asked, Searched, ask, find_bits, pose
+from saqcli.pipelines.find_bits import FoundBits, SearchRequest, bind_search, find_bits, request_search
 from saqcli.pipelines.proxy import fit_proxy
 from saqcli.pipelines.setup import Network, Prepared, load_float, load_seeded, training_images, wrap_and_trace
 from saqcli.process_group import process_group
@@ -30,7 +29,7 @@ from saqcli.quant.cost import Budget
 from saqcli.report.pareto import front_of
 from saqcli.report.search_report import SearchResults, write_search
 from saqcli.runs.directory import RunDirectory
-from saqcli.runs.resume import check_same, goes_on, note_start
+from saqcli.runs.resume import check_same_settings, note_restart, should_resume
 from saqcli.runs.saving import SearchMemory
 from saqcli.serialization import parse_object, write_text
 
@@ -43,20 +42,20 @@ def search(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Search as ``config`` says and leave policy, figures and pictures in ``run_dir``.
+    """Search according to ``config`` and write policy, results and plots to ``run_dir``.
 
     Args:
         config: resolved.
-        run_dir: made if it is not there.
-        resume: continue the search in ``run_dir``.
-        overwrite: replace what is in ``run_dir``.
-        progress: told about everything that takes time.
+        run_dir: created if missing.
+        resume: resume the search in ``run_dir``.
+        overwrite: replace the search in ``run_dir``.
+        progress: reports all long steps.
 
     Returns:
-        Plain values, as JSON has them.
+        Plain values, as in JSON.
 
     Raises:
-        SaqError: anything the user can act on; a search under way stays in ``run_dir``.
+        SaqError: anything the user can act on; an interrupted search stays in ``run_dir``.
     """
     with process_group(
         config.run.device,
@@ -70,43 +69,43 @@ def search(
 def _search(
     device: torch.device, config: RunConfig, run_dir: Path, resume: bool, overwrite: bool, progress: Progress
 ) -> dict[str, Any]:
-    """On one rank, with its own device."""
+    """The search of one rank, on its device."""
     run = RunDirectory(run_dir, "search")
-    resume = goes_on(run, resume=resume, overwrite=overwrite)
+    resume = should_resume(run, resume=resume, overwrite=overwrite)
     if resume:
-        distributed.from_first(lambda: check_same(run, config))
+        distributed.from_first(lambda: check_same_settings(run, config))
         done = distributed.from_first(run.manifest)
         if done.status == "finished":
             parse_object(SearchResults, done.results, f"{run_dir}/manifest.json, results", RunDirectoryError)
             return done.results
     prepared = distributed.together(lambda: prepare_search(config, device, progress))
-    asked = distributed.together(lambda: ask(config, *prepared, progress))
+    request = distributed.together(lambda: request_search(config, *prepared, progress))
     run = RunDirectory.start(run_dir, config, resume=resume, overwrite=overwrite, verb="search")
     with run.recorded():
         if resume:
-            note_start(run, progress.note)
-        asked.images.bind_to(run)
-        results = keep_search(search_and_stop(config, asked, None, run, progress), config, run)
+            note_restart(run, progress.note)
+        request.images.bind_to(run)
+        results = save_search(run_search(config, request, None, run, progress), config, run)
         run.finish(results)
         run.end_search()
     return results
 
 
-def search_and_stop(
+def run_search(
     config: RunConfig,
-    asked: Asked,
+    request: SearchRequest,
     statistics: Mapping[str, InputStatistics] | None,
     run: RunDirectory,
     progress: Progress,
-) -> Searched:
-    """What the searcher finds; a signal stops it where its memory can hold what was done.
+) -> FoundBits:
+    """Run the searcher; a signal interrupts it once its state is saved.
 
     Args:
         config: resolved.
-        asked: what is to be found.
-        statistics: of the inputs of the network that the policy is for, where they are known already.
-        run: that keeps what was done.
-        progress: told about everything.
+        request: the search.
+        statistics: input statistics of the target network, if known already.
+        run: stores the state of the search.
+        progress: reports all long steps.
 
     Raises:
         Interrupted: a signal asked to stop.
@@ -115,16 +114,16 @@ def search_and_stop(
     if config.search.proxy is not None:
         statistics = None
         with SearchMemory(run, minutes, progress.note, "proxy") as memory:
-            fit_proxy(asked.searched, asked.images, config, progress, memory)
-    posed = pose(config, asked, statistics, progress)
+            fit_proxy(request.search_network, request.images, config, progress, memory)
+    bound = bind_search(config, request, statistics, progress)
     with SearchMemory(run, minutes, progress.note) as memory:
-        return find_bits(config, posed, memory)
+        return find_bits(config, bound, memory)
 
 
 def prepare_search(
     config: RunConfig, device: torch.device, progress: Progress
 ) -> tuple[Network, Images | None]:
-    """The network and its training images; with a proxy its images are not needed, nor are published weights."""
+    """The network and its training images; with a proxy, neither images nor published weights are needed."""
     attention = config.quantization.quantize_attention
     if config.search.proxy is not None:
         section = config.model.model_copy(update={"pretrained": False})
@@ -144,27 +143,27 @@ def choose_bits(
     run: RunDirectory,
     progress: Progress,
 ) -> tuple[BitConfig, Budget]:
-    """The policy that was given, or the one that the searcher finds under the budget; kept in the run."""
+    """The given policy, or the one that the searcher finds under the budget; saved in the run."""
     network, images = prepared
     policy = given_policy(config.quantization, network)
     if policy is not None:
         if distributed.first():
             write_text(run.policy_path, policy.to_json())
         return policy, Budget()
-    asked = distributed.together(lambda: ask(config, network, images, progress))
+    request = distributed.together(lambda: request_search(config, network, images, progress))
     if config.search.proxy is not None:
-        asked.images.bind_to(run, of="proxy ")
-    searched = search_and_stop(config, asked, statistics, run, progress)
-    keep_search(searched, config, run)
-    return searched.policy, searched.budget
+        request.images.bind_to(run, of="proxy ")
+    found = run_search(config, request, statistics, run, progress)
+    save_search(found, config, run)
+    return found.policy, found.budget
 
 
-def keep_search(searched: Searched, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
-    """Write policy, figures and pictures; the results as plain values."""
-    problem, found = searched.posed.problem, searched.found
-    results = searched.to_dict()  # by all ranks, as it may have to be scored
+def save_search(found: FoundBits, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+    """Write policy, results and plots; returns the results as plain values."""
+    problem, result = found.bound.problem, found.result
+    results = found.to_dict()  # on all ranks, since the policy may have to be scored
     front = None
     if config.search.pareto:
-        model, widths = searched.posed.searched.model, config.quantization.candidates
-        front = front_of(problem, found, config.search.pareto, searched.searcher, model, widths)
-    return distributed.from_first(lambda: write_search(run, problem, found, searched.policy, results, front))
+        model, widths = found.bound.search_network.model, config.quantization.candidates
+        front = front_of(problem, result, config.search.pareto, found.searcher, model, widths)
+    return distributed.from_first(lambda: write_search(run, problem, result, found.policy, results, front))

@@ -1,4 +1,4 @@
-"""What every verb needs: device, float model, data, and the traced network with its costs."""
+"""Set-up of every command: float model, data, the traced network and its costs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,13 +30,13 @@ from saqcli.units import counted
 
 @dataclass(frozen=True)
 class Network:
-    """A float model turned into quantized layers that still compute in floating point.
+    """A float model with wrapped layers that still compute in floating point.
 
     Attributes:
-        loaded: the model (wrapped in place) and where it came from.
-        traced: facts of one forward pass.
-        costs: of its layers.
-        products: of activations that are quantized, and the layers whose input bits they have.
+        loaded: the model (wrapped in place) and its origin.
+        traced: the traced forward pass.
+        costs: costs of its layers.
+        products: quantized products of activations, and the layers whose input bits they share.
     """
 
     loaded: LoadedModel
@@ -51,12 +51,12 @@ class Network:
 
     @property
     def name(self) -> str:
-        """Its canonical name."""
+        """The model's canonical name."""
         return self.loaded.name
 
 
 def load_float(section: ModelSection, progress: Progress, *, new_head: bool = False) -> LoadedModel:
-    """The float model that the configuration names; what was decided for the user is noted.
+    """The float model of the configuration; defaults chosen for the user are noted.
 
     With ``new_head`` a weight file may have another number of classes: the classifier then starts random.
     """
@@ -97,7 +97,7 @@ def wrap_and_trace(loaded: LoadedModel, *, quantize_attention: bool = False) -> 
     convert.wrap(loaded.model)
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(1, *loaded.preprocessing.input_size, generator=generator)
-    with answering(loaded.name):
+    with explain_unsupported(loaded.name):
         traced = trace(loaded.model, example)
     convert.leave_float(loaded.model, traced.idle)
     for parent, children in traced.routed.items():
@@ -110,8 +110,8 @@ def wrap_and_trace(loaded: LoadedModel, *, quantize_attention: bool = False) -> 
 
 
 @contextmanager
-def answering(name: str) -> Iterator[None]:
-    """Say whose forward pass does not give class scores, and what can be done about it."""
+def explain_unsupported(name: str) -> Iterator[None]:
+    """Add the model's name and a remedy to an ``UnsupportedModel`` raised in the context."""
     try:
         yield
     except UnsupportedModel as error:
@@ -122,28 +122,31 @@ def answering(name: str) -> Iterator[None]:
 
 
 def classes_of(loaded: LoadedModel) -> Classes:
-    """The classes of a float model: those that its checkpoint lists, unless its classifier is new."""
+    """The classes of a float model: those listed in its checkpoint, unless its classifier is new."""
     return Classes.of(loaded.name, loaded.num_classes, loaded.class_names if loaded.trained else ())
 
 
 def open_trained(
     section: DataSection,
     split: Literal["train", "val"],
-    facts: ModelMetadata,
+    metadata: ModelMetadata,
     called: str,
     progress: Progress = SILENT,
 ) -> Split:
-    """One split of the data with the labels that a quantized model was trained on, and turned as then."""
-    return open_named(as_trained(section, facts, progress), split, trained_classes(facts, called), progress)
+    """One split of the data, with the labels and the EXIF rotation that a quantized model was trained with."""
+    section = with_trained_rotation(section, metadata, progress)
+    return open_named(section, split, trained_classes(metadata, called), progress)
 
 
-def as_trained(section: DataSection, facts: ModelMetadata, progress: Progress = SILENT) -> DataSection:
-    """``section``, in which the model decides on what the user leaves open."""
+def with_trained_rotation(
+    section: DataSection, metadata: ModelMetadata, progress: Progress = SILENT
+) -> DataSection:
+    """``section`` with the model's ``exif_transpose`` where the user gives none."""
     if section.exif_transpose is None:
-        return section.model_copy(update={"exif_transpose": facts.exif_transpose})
-    if section.exif_transpose != facts.exif_transpose:
-        then = "with" if facts.exif_transpose else "without"
-        progress.note(f"the model was trained {then} `data.exif_transpose`, and is now used differently")
+        return section.model_copy(update={"exif_transpose": metadata.exif_transpose})
+    if section.exif_transpose != metadata.exif_transpose:
+        then = "with" if metadata.exif_transpose else "without"
+        progress.note(f"the model was trained {then} `data.exif_transpose`; this command differs from that")
     return section
 
 
@@ -155,7 +158,7 @@ class Prepared(NamedTuple):
 
 
 def load_seeded(config: RunConfig, progress: Progress) -> LoadedModel:
-    """``load_float`` for a run, whose seed a new classifier is drawn from."""
+    """``load_float`` for a run, whose seed initializes a new classifier."""
     if config.model.new_head:
         seed_everything(config.run.seed)
     return load_float(config.model, progress)
@@ -164,7 +167,7 @@ def load_seeded(config: RunConfig, progress: Progress) -> LoadedModel:
 def training_images(
     section: DataSection, loaded: LoadedModel, device: torch.device, seed: int, progress: Progress
 ) -> Images:
-    """The training images for a search in the network ``loaded``."""
+    """The training images for a search of the network ``loaded``."""
     return Images.training_alone(section, classes_of(loaded), loaded.preprocessing, device, seed, progress)
 
 
@@ -179,25 +182,25 @@ def saved_model(state: dict[str, Any]) -> tuple[nn.Module, ModelMetadata, BitCon
     """The model in the checkpoint of a run, its metadata, and the bits of its layers.
 
     Raises:
-        SaqError: it cannot be built here.
+        SaqError: the model cannot be built by the installed libraries.
     """
-    facts = complete_class_names(ModelMetadata.model_validate_json(state["facts"]))
-    model = rebuild_structure(facts)
+    metadata = complete_class_names(ModelMetadata.model_validate_json(state["facts"]))
+    model = rebuild_structure(metadata)
     model.load_state_dict(state["model"])
-    return model, facts, convert.active_bits(model, facts.policy.model, facts.policy.layers)
+    return model, metadata, convert.active_bits(model, metadata.policy.model, metadata.policy.layers)
 
 
-def open_run_images(config: RunConfig, facts: ModelMetadata, device: torch.device) -> Images:
+def open_run_images(config: RunConfig, metadata: ModelMetadata, device: torch.device) -> Images:
     """The images of a run, with the labels that it started with.
 
-    The files that map folders to classes may be gone; if they are there, they must say the same.
+    The files that map folders to classes may be missing; if present, they must agree with the run.
     """
-    preprocessing = Preprocessing.from_dict(facts.preprocessing)
+    preprocessing = Preprocessing.from_dict(metadata.preprocessing)
     gone = {
         name: None
         for name in ("class_order", "class_map")
         if (file := getattr(config.data, name)) not in (None, *ORDERS) and not named_path(file).is_file()
     }
-    if gone and facts.folders:
+    if gone and metadata.folders:
         config = config.model_copy(update={"data": config.data.model_copy(update=gone)})
-    return Images.open(config, trained_classes(facts, "the run"), preprocessing, device)
+    return Images.open(config, trained_classes(metadata, "the run"), preprocessing, device)

@@ -1,4 +1,4 @@
-"""What a command is pointed at: a run, a file of a model, or a model's name; every command reads it alike."""
+"""Targets of commands: run directories, model files and model names."""
 
 import difflib
 import shlex
@@ -28,17 +28,17 @@ CALLED = {
 QUANTIZED: tuple[Kind, ...] = ("run", "safetensors")
 ANALYZED: tuple[Kind, ...] = (*QUANTIZED, "model")
 EVALUATED: tuple[Kind, ...] = (*QUANTIZED, "onnx", "model")
-NEAR = 3  # names that a message lists
+NEAR = 3  # similar names in a message
 
 
 @dataclass(frozen=True)
 class Target:
-    """Something to work on.
+    """The target of a command.
 
     Attributes:
-        text: as it was named.
-        kind: what it is.
-        path: of the run directory or file; None of a model's name.
+        text: as given.
+        kind: its kind.
+        path: path of the run directory or file; None for a model name.
     """
 
     text: str
@@ -47,28 +47,28 @@ class Target:
 
     @property
     def run(self) -> RunDirectory | None:
-        """The run directory, where it is one."""
+        """The run directory; None for other kinds."""
         return RunDirectory.open(self.path) if self.kind == "run" and self.path else None
 
 
 def find_target(text: str, accepts: Sequence[Kind], called: str = "TARGET") -> Target:
-    """What ``text`` names; nothing is loaded, and of a run nothing is read.
+    """The target that ``text`` refers to; nothing is loaded or read.
 
     Args:
-        text: a path, whose ``~`` is the home folder, or a model's name.
-        accepts: what the command can work on.
-        called: what a message calls the argument.
+        text: a path, in which ``~`` is the home folder, or a model name.
+        accepts: the kinds that the command accepts.
+        called: name of the argument in messages.
 
     Raises:
-        ConfigError: nothing of that name, or something that the command cannot work on.
+        ConfigError: no such file, or a kind that the command does not accept.
         RunDirectoryError: a folder that is not a run.
-        UnknownModel: no model of that name, nor anything else.
+        UnknownModel: no model, run or file of that name.
     """
     wanted = " or ".join(
         filter(None, (", ".join(CALLED[kind] for kind in accepts[:-1]), CALLED[accepts[-1]]))
     )
     if not text.strip():
-        raise ConfigError(f"no {called} was named: give {wanted}")
+        raise ConfigError(f"{called} is empty: give {wanted}")
     path = named_path(text)
     if path.is_dir():
         target = _folder(text, path, accepts)
@@ -89,7 +89,7 @@ def find_target(text: str, accepts: Sequence[Kind], called: str = "TARGET") -> T
 
 
 def is_path(text: str) -> bool:
-    """Whether ``text`` can only mean a path: names of models have neither such a beginning nor such an end."""
+    """Whether ``text`` can only be a path, by prefixes and suffixes that model names do not have."""
     head, slash, _ = text.partition("/")
     library = head.lower() in ZOOS or ":" in head
     endings = (*MODEL_FILES, *FLOAT_WEIGHTS, *OTHER_FILES)
@@ -102,18 +102,18 @@ def is_path(text: str) -> bool:
 
 
 def check_no_model_options(target: str, section: ModelSection) -> None:
-    """A file that describes itself cannot be told otherwise."""
+    """Check that no model options are given for a file that contains its own model."""
     plain = ModelSection(name=section.name).model_dump()
     given = [name.replace("_", "-") for name, value in section.model_dump().items() if value != plain[name]]
     if given:
-        raise ConfigError(f"{target} brings its own network and preprocessing: remove --{', --'.join(given)}")
+        raise ConfigError(f"{target} has its own network and preprocessing: remove --{', --'.join(given)}")
 
 
 def check_not_run(name: str) -> None:
-    """Refuse a run directory in the place of a model's name.
+    """Check that a model name is not a run directory.
 
     Raises:
-        ConfigError: it is one; says what takes it.
+        ConfigError: it is one.
     """
     path = named_path(name)
     if (path / "manifest.json").is_file():
@@ -126,24 +126,24 @@ def model_file(run: RunDirectory) -> Path:
     """The safetensors file of a run.
 
     Raises:
-        RunDirectoryError: the run is one of another command, or has not got that far; says what to do.
+        RunDirectoryError: a run of another command, or one without a model yet.
     """
     manifest = run.manifest()
     if manifest.verb != "quantize":
-        state = "" if manifest.status == "finished" else f"; it {run.standing()}"
+        state = "" if manifest.status == "finished" else f"; it {run.status_text()}"
         raise RunDirectoryError(
-            f"{run.path} is a run of `saq {manifest.verb}`, which holds bits and no model{state}: {run.next_step()}"
+            f"{run.path} is a run of `saq {manifest.verb}`, which holds bits but no model{state}: {run.next_step()}"
         )
     if not run.safetensors_path.is_file() or manifest.status == "clearing":
-        raise RunDirectoryError(f"{run.path} holds no model: it {run.standing()}, {run.next_step()}")
+        raise RunDirectoryError(f"{run.path} holds no model: it {run.status_text()}, {run.next_step()}")
     return run.safetensors_path
 
 
 def named_file(target: Target, section: ModelSection) -> Path | None:
-    """The file that ``target`` stands for: itself, the model of a run directory, or None for a model's name.
+    """The model file of ``target``: the file itself, the model of a run directory, or None for a model name.
 
     Raises:
-        SaqError: a run without a model, or options that a file does not take.
+        SaqError: a run without a model, or model options for a file.
     """
     if target.kind == "model":
         return None
@@ -153,11 +153,11 @@ def named_file(target: Target, section: ModelSection) -> Path | None:
 
 
 def policy_file(text: str) -> Path:
-    """The file of bits that ``text`` names: itself, or that of a run.
+    """The policy file ``text``, or that of a run directory.
 
     Raises:
         ConfigError: a folder that is not a run.
-        RunDirectoryError: a run that has none yet.
+        RunDirectoryError: a run without a policy yet.
     """
     path = named_path(text)
     if not path.is_dir():
@@ -167,13 +167,13 @@ def policy_file(text: str) -> Path:
     run = RunDirectory.open(path)
     if not run.policy_path.is_file():
         raise RunDirectoryError(
-            f"`quantization.policy={path}` holds no policy.json: it {run.standing()}, {run.next_step()}"
+            f"`quantization.policy={path}` holds no policy.json: it {run.status_text()}, {run.next_step()}"
         )
     return run.policy_path
 
 
 def _folder(text: str, path: Path, accepts: Sequence[Kind]) -> Target:
-    """A run directory; or a model of the same name as a folder that is none."""
+    """The target for an existing folder: a run directory, or a model of the same name."""
     if (path / "manifest.json").is_file():
         return Target(text, "run", path)
     if "model" in accepts and not is_path(text) and _known(text):
@@ -182,42 +182,40 @@ def _folder(text: str, path: Path, accepts: Sequence[Kind]) -> Target:
 
 
 def _not_a_run(path: Path, *, files: bool = True) -> str:
-    """What a folder without a manifest is, and what may be meant: with ``files`` a model file in it, too."""
+    """The message about a folder that is not a run; with ``files`` it suggests model files in the folder too."""
     if (above := _run_of(path)) is not None:
-        return f"{path} is a folder of a run: give the run directory, {above}"
+        return f"{path} is a folder inside a run: give the run directory, {above}"
     runs = _runs_in(path)
     if runs:
-        return f"{path} is not a run directory, it holds some: give one of them, such as {', '.join(runs[:NEAR])}"
+        return f"{path} contains run directories but is not one: give one of them, such as {', '.join(runs[:NEAR])}"
     if any((path / name).is_dir() for name in ("train", *VAL_FOLDERS)):
         return f"{path} is not a run directory: if it holds images, give it as `data.path`"
     models = [file for suffix in MODEL_FILES for file in sorted(path.glob(f"*{suffix}"))]
     hint = f", or the file {models[0]}" if models and files else ""
-    return (
-        f"{path} is not a run directory: it has no manifest.json; give one that has{hint}{_near_runs(path)}"
-    )
+    return f"{path} is not a run directory: it has no manifest.json; give a run directory{hint}{_near_runs(path)}"
 
 
 def _no_model(path: Path, wanted: str) -> str:
-    """What a file is that is not a model, and what takes it."""
+    """The message about a file that is not a model."""
     quoted = shlex.quote(str(path))
     if (run := _run_of(path)) is not None:
-        return f"{path} is a file of a run: give the run directory, {run}"
+        return f"{path} is a file inside a run: give the run directory, {run}"
     if path.name.endswith("policy.json"):
-        return f"{path} holds bits and no model: give `model.name` `quantization.policy={quoted}`"
+        return f"{path} holds bits but no model: give `model.name` `quantization.policy={quoted}`"
     if path.suffix in FLOAT_WEIGHTS:
-        return f"{path} holds float weights without their network: give `model.name` `model.weights={quoted}`"
+        return f"{path} holds float weights but no network: give `model.name` `model.weights={quoted}`"
     return f"{path} is not a model file of saq: give {wanted}"
 
 
 def _cannot(target: Target, called: str, wanted: str) -> str:
-    """Why the command cannot work on ``target``, which is there."""
+    """The message about an existing target of the wrong kind."""
     run = _run_of(target.path) if target.path else None
     if target.kind == "onnx":
-        where = f", {run}" if run else ", or the .safetensors file, that it came from"
+        where = f", {run}" if run else " or the .safetensors file that it came from"
         return f"{target.text} is an ONNX graph, which is final: give the run directory{where}"
     if target.kind == "safetensors":
         where = f", {run}" if run else ""
-        return f"{target.text} names a file: give a run directory{where}"
+        return f"{target.text} is a file: give a run directory{where}"
     if target.kind == "model":
         return (
             f"{target.text} is a model that is not quantized: quantize it with `saq quantize {target.text}`, "
@@ -227,11 +225,11 @@ def _cannot(target: Target, called: str, wanted: str) -> str:
 
 
 def _check_name(text: str, path: Path, accepts: Sequence[Kind]) -> None:
-    """Refuse what names neither a model nor anything else.
+    """Check a model name.
 
     Raises:
-        UnknownModel: where a model's name is accepted; with names that are near.
-        ConfigError: elsewhere.
+        UnknownModel: unknown, where model names are accepted; suggests similar names.
+        ConfigError: unknown, where they are not.
     """
     try:
         check_named(text)
@@ -251,7 +249,7 @@ def _known(name: str) -> bool:
 
 
 def _run_of(path: Path) -> Path | None:
-    """The run directory that ``path`` lies in, at most three folders up."""
+    """The run directory that contains ``path``, at most three levels up."""
     return next((above for above in list(path.parents)[:3] if (above / "manifest.json").is_file()), None)
 
 
@@ -264,8 +262,8 @@ def _runs_in(folder: Path) -> list[str]:
 
 
 def _near_runs(path: Path) -> str:
-    """Runs beside ``path``, or in ``runs/``, with a name like its; as the end of a message."""
+    """The end of a message that lists runs of similar name next to ``path`` or in ``runs/``."""
     there = [*_runs_in(path.parent), *_runs_in(Path("runs"))]
     named = {Path(run).name: run for run in reversed(there)}
     near = difflib.get_close_matches(path.name, named, n=NEAR, cutoff=0.6)
-    return f"; near are {', '.join(named[name] for name in near)}" if near else ""
+    return f"; similar: {', '.join(named[name] for name in near)}" if near else ""

@@ -1,1 +1,1 @@
-"""Run directories: manifest, checkpoints, locks, and the signals that interrupt a run."""
+"""Run directories: manifest, checkpoints, locks, and signal handling."""

@@ -1,11 +1,11 @@
-"""Checkpoints that a crash at any moment and damage on the disk leave usable.
+"""Checkpoints that survive crashes and damage on disk.
 
     first line   saq-checkpoint VERSION SHA-256 LENGTH
-    the rest     what torch.save wrote: tensors and plain values, read without unpickling code
+    the rest     output of torch.save: tensors and plain values, read without unpickling code
 
-A new one is written beside, flushed and renamed into place; the good one before it stays as ``NAME.previous.pt``. What
-is read is hashed first. Where the newest is cut short or altered, or a crash fell between the two renames, the one
-before is used: nothing is lost but the work between the two.
+A new checkpoint is written to a temporary file, flushed and renamed; the last valid one stays as
+``NAME.previous.ckpt``. The hash is checked before reading. If the newest file is truncated or altered, or a crash fell
+between the two renames, the previous one is used: only the work between the two is lost.
 """
 
 import hashlib
@@ -25,27 +25,27 @@ LONGEST_HEAD = 200  # bytes
 
 
 class CheckpointFile:
-    """One checkpoint and the one before it.
+    """A checkpoint and its predecessor.
 
     Attributes:
-        path: of the newest.
-        previous: of the one before.
+        path: path of the newest checkpoint.
+        previous: path of its predecessor.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.previous = path.with_suffix(f".previous{path.suffix}")
-        self._good = False  # whether what stands at ``path`` is known to be whole
+        self._good = False  # whether the file at ``path`` is known to be valid
 
     def exists(self) -> bool:
-        """Whether there is anything to load."""
+        """Whether there is a checkpoint to load."""
         return self.path.is_file() or self.previous.is_file()
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint by ``state``, tensors and plain values only.
+        """Replace the checkpoint by ``state``, which holds tensors and plain values only.
 
         Raises:
-            CannotWrite: the disk is full, or the folder read-only or gone; what there is stays to be loaded.
+            CannotWrite: the disk is full, or the folder is read-only or missing; existing checkpoints stay valid.
         """
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -62,13 +62,13 @@ class CheckpointFile:
         self._good = True
 
     def load(self, note: Callable[[str], None] = lambda _: None) -> dict[str, Any] | None:
-        """The newest state that is whole, on the CPU, or None if there is none.
+        """The newest valid state, on the CPU, or None if there is no checkpoint.
 
         Args:
-            note: told when the newest is damaged and the one before is used.
+            note: receives a line if the newest is damaged and the previous one is used.
 
         Raises:
-            RunDirectoryError: there are checkpoints, and none of them is whole.
+            RunDirectoryError: there are checkpoints, but none is valid.
         """
         if not self.exists():
             return None
@@ -80,17 +80,17 @@ class CheckpointFile:
         except RunDirectoryError as error:
             if not self.previous.is_file():
                 raise RunDirectoryError(
-                    f"{error} and there is none before it: start again with `overwrite=True`"
+                    f"{error} and there is no previous one: start again with `overwrite=True`"
                 ) from None
             try:
                 state = _read(self.previous)
             except RunDirectoryError as older:
                 raise RunDirectoryError(f"{error}, and {older}: start again with `overwrite=True`") from None
-            note(f"{error}: continuing from the one before it, {self.previous.name}")
+            note(f"{error}: resuming from the previous one, {self.previous.name}")
             return state
 
     def remove(self) -> None:
-        """Leave none."""
+        """Delete both files."""
         self.path.unlink(missing_ok=True)
         self.previous.unlink(missing_ok=True)
 
@@ -99,7 +99,7 @@ def _read(path: Path) -> dict[str, Any]:
     """The state in the file at ``path``.
 
     Raises:
-        RunDirectoryError: it is not there, damaged, or of another version; the message has no advice yet.
+        RunDirectoryError: the file is missing, damaged, or of another version; the message gives no remedy.
     """
     try:
         with path.open("rb") as file:
@@ -108,21 +108,21 @@ def _read(path: Path) -> dict[str, Any]:
         raise RunDirectoryError(f"{path} cannot be read ({error.strerror})") from None
     words = head.split()
     if len(words) != 4 or words[0] != MAGIC or not head.endswith(b"\n"):
-        raise RunDirectoryError(f"{path} is damaged (it does not begin as a checkpoint of saq does)")
+        raise RunDirectoryError(f"{path} is damaged (it does not begin like a saq checkpoint)")
     if words[1] != VERSION:
         raise RunDirectoryError(
             f"{path} was written by another version of saq (format {words[1].decode('latin-1')!r})"
         )
     if str(len(payload)).encode() != words[3]:
         raise RunDirectoryError(
-            f"{path} is damaged (it has {len(payload):,} bytes of {words[3].decode('latin-1')})"
+            f"{path} is damaged (it has {len(payload):,} of {words[3].decode('latin-1')} bytes)"
         )
     if _digest(payload) != words[2]:
-        raise RunDirectoryError(f"{path} is damaged (its hash is not what was written)")
+        raise RunDirectoryError(f"{path} is damaged (its hash does not match)")
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own
-        raise RunDirectoryError(f"{path} holds what no checkpoint holds ({type(error).__name__})") from None
+        raise RunDirectoryError(f"{path} has content of an invalid type ({type(error).__name__})") from None
     return state
 
 

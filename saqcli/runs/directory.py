@@ -1,20 +1,16 @@
-"""The run directory: everything a run leaves, enough to read, resume and repeat it.
+"""The run directory: everything needed to read, resume and repeat a run.
 
-``metrics.jsonl``: one object a line, appended as a run goes, taken back to the last checkpoint on resuming.
-
-The run directory: everything a run leaves behind, enough to read, resume and repeat it.
-
-manifest.json     who made it, from what, how it ended, and the SHA-256 of every artifact
+manifest.json     command, versions, status, results, and the SHA-256 of every artifact
 config.json       the resolved configuration
 policy.json       the bits of every layer
-search.json       how they were found, where a search found them; policy.png, policy.svg, pareto.* are its pictures
-metrics.jsonl     one object a line
-checkpoints/      last.ckpt: model, optimizer, random state, position in the epoch; search.ckpt: a search under way,
-                  proxy.ckpt: the network that it searches in; *.previous.ckpt: the good one before each;
-                  best.safetensors: the best state, where it was clearly better than the exported one
+search.json       the results of a search; its plots are policy.png, policy.svg and pareto.*
+metrics.jsonl     one object per line, appended during the run, restored from the checkpoint on resume
+checkpoints/      last.ckpt: model, optimizer, random state, position in the epoch; search.ckpt: an unfinished search,
+                  proxy.ckpt: training of the proxy network; *.previous.ckpt: the last valid one before each;
+                  best.safetensors: the best state, if it was clearly better than the exported one
 artifacts/        model.safetensors, model.onnx, model-STYLE.onnx of further styles, their verdicts
-report.md         what a person reads first
-.lock             which process is at work here, while one is
+report.md         summary of the results
+.lock             the process that is using the directory
 """
 
 import os
@@ -32,7 +28,7 @@ from saqcli.errors import CannotWrite, Interrupted, RunDirectoryError, SaqError
 from saqcli.machine import versions
 from saqcli.models.weights import sha256_of
 from saqcli.runs.checkpoints import CheckpointFile
-from saqcli.runs.interrupts import StopRequest, exit_code_of, held_back_signals
+from saqcli.runs.interrupts import StopRequest, blocked_signals, exit_code_of
 from saqcli.runs.locks import Lock, Owner
 from saqcli.runs.manifest import Circumstances, RunManifest, circumstances
 from saqcli.serialization import (
@@ -47,16 +43,16 @@ from saqcli.serialization import (
 
 
 class Metrics:
-    """The file at ``path``."""
+    """The metrics file at ``path``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, values: dict[str, Any]) -> None:
-        """Add a line.
+        """Append a line.
 
         Raises:
-            CannotWrite: the disk is full, or not to be written to.
+            CannotWrite: the disk is full or read-only.
         """
         there = self.path.stat().st_size if self.path.is_file() else 0
         try:
@@ -64,33 +60,37 @@ class Metrics:
                 file.write(json_text(values) + "\n")
         except OSError as error:
             with suppress(OSError):
-                os.truncate(self.path, there)  # no half of a line
+                os.truncate(self.path, there)  # drop the partial line
             raise cannot_write(self.path, error) from None
 
     def text(self) -> str:
-        """What it says, to go with a checkpoint; nothing where it is not there or cannot be read."""
+        """The content, to be saved in a checkpoint; empty if the file is missing or unreadable."""
         try:
             return self.path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             return ""
 
     def restore(self, text: str) -> None:
-        """Let it say what it said at the checkpoint: what came after is done again."""
+        """Restore the content at the checkpoint; later lines are produced again."""
         write_text(self.path, text)
 
 
-Stage = Literal["proxy", "search"]  # fitting the network that is searched in its place; searching
-_FILES = [  # beside manifest.json
+Stage = Literal["proxy", "search"]  # training the proxy network; searching
+_FILES = [  # other than manifest.json
     *("config.json", "policy.json", "metrics.jsonl", "report.md", "search.json"),
     *("policy.png", "policy.svg", "pareto.json", "pareto.csv", "pareto.png", "pareto.svg"),
 ]
 
 
 class RunDirectory:
-    """A run directory that exists."""
+    """A run directory, existing or to be created.
+
+    Args:
+        path: of the directory.
+        verb: the command that creates it.
+    """
 
     def __init__(self, path: Path, verb: str = "quantize") -> None:
-        """``verb`` is the command that made it."""
         self.path, self.verb = path, verb
         self.policy_path = path / "policy.json"
         self.checkpoint_path = path / "checkpoints" / "last.ckpt"
@@ -106,19 +106,19 @@ class RunDirectory:
             stage: CheckpointFile(path / "checkpoints" / f"{stage}.ckpt") for stage in get_args(Stage)
         }
         self._lock = Lock(path)
-        self.killed: Owner | None = None  # the process before this one, where it was killed
+        self.killed: Owner | None = None  # the last process in this directory, if it was killed
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
         """An existing run directory.
 
         Raises:
-            RunDirectoryError: ``path`` is none.
+            RunDirectoryError: ``path`` is not a run directory.
         """
         if not (path / "manifest.json").is_file():
             raise RunDirectoryError(f"{path} is not a run directory: it has no manifest.json")
         run = cls(path)
-        with suppress(SaqError):  # one that is damaged is told where it is read
+        with suppress(SaqError):  # a damaged manifest is reported by its readers
             run.verb = run.manifest().verb
         return run
 
@@ -132,11 +132,11 @@ class RunDirectory:
         overwrite: bool,
         verb: str = "quantize",
     ) -> "RunDirectory":
-        """Make ``path`` a run directory for ``config``, or resume the one that is there; lock it.
+        """Create a run directory for ``config`` at ``path``, or resume the existing one; lock it.
 
         Raises:
             RunDirectoryError: it holds a run and neither ``resume`` nor ``overwrite`` was given, it holds
-                other files, another process is at work in it, or it cannot be written.
+                other files, another process is using it, or it cannot be written.
         """
         run = cls(path, verb)
 
@@ -154,13 +154,13 @@ class RunDirectory:
         return run
 
     def _open(self, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
-        """Once it is locked: what ``start`` does."""
+        """The part of ``start`` that needs the lock."""
         there, now = self._check_usable(resume=resume, overwrite=overwrite), circumstances(config.run.device)
         for folder in ("", "checkpoints", "artifacts"):
             remove_unfinished(self.path / folder)
         if not (there and resume):
             if (self.path / "manifest.json").is_file():
-                self._write_manifest(now, "clearing")  # never taken for the run whose files go now
+                self._write_manifest(now, "clearing")  # an interrupted clearing must not look like a run
             self._clear()
         if not (self.path / "config.json").is_file():
             write_text(self.path / "config.json", config.to_json())
@@ -173,23 +173,22 @@ class RunDirectory:
             make_folder(self.path / name)
 
     def _write_manifest(self, now: Circumstances, status: Literal["clearing", "running"]) -> None:
-        """That of a run that begins."""
-        started, facts = datetime.now(UTC).isoformat(timespec="seconds"), versions()
+        """Write the manifest of a new run."""
         manifest = RunManifest(
             command=sys.argv,
             verb=self.verb,
             status=status,
-            started=started,
-            versions=facts,
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=versions(),
             circumstances=[now],
         )
         write_text(self.path / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
 
     def check_usable(self, *, resume: bool, overwrite: bool) -> bool:
-        """Whether there is a run already; to be asked before any time is spent.
+        """Whether the directory holds a run that this command may use; called before any long step.
 
         Raises:
-            RunDirectoryError: as ``start``.
+            RunDirectoryError: as in ``start``.
         """
         return distributed.from_first(lambda: self._check_usable(resume=resume, overwrite=overwrite))
 
@@ -198,12 +197,12 @@ class RunDirectory:
             raise RunDirectoryError(f"{self.path} is a file: use another `run_dir`")
         entries = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
         if all(name == "config.json" or name.startswith(".") for name in entries):
-            return False  # nothing, or what a crash left of a run's first moment
+            return False  # empty, or a crash before the first manifest
         if not (self.path / "manifest.json").is_file():
             raise RunDirectoryError(f"{self.path} holds other files and no run: use another `run_dir`")
         manifest = self.manifest()
         if manifest.status == "clearing":
-            return False  # overwriting was killed: what is left is removed when the next run starts
+            return False  # overwriting was interrupted: the next run removes the rest
         if resume and manifest.verb != self.verb:
             there = RunDirectory.open(self.path)
             raise RunDirectoryError(
@@ -222,23 +221,22 @@ class RunDirectory:
         return True
 
     def _holds_work(self) -> bool:
-        """Whether starting over would lose anything."""
+        """Whether overwriting would lose work."""
         return self.search_path.exists() or self.saved() or self.manifest().status in ("finished", "running")
 
     def manifest(self) -> RunManifest:
-        """What ``manifest.json`` says."""
+        """The content of ``manifest.json``."""
         return parse_json(
             RunManifest, self._read("manifest.json"), f"{self.path}/manifest.json", RunDirectoryError
         )
 
     def config(self) -> RunConfig:
-        """What ``config.json`` says."""
+        """The content of ``config.json``."""
         return parse_json(RunConfig, self._read("config.json"), f"{self.path}/config.json", RunDirectoryError)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Within the context the run is ``running``; its end is noted in the manifest, whatever it is, and the lock
-        let go."""
+        """Within the context the run is ``running``; at its end the status is written and the lock released."""
         try:
             yield
         except Interrupted:
@@ -248,7 +246,7 @@ class RunDirectory:
             self._note_end("interrupted")
             raise self.interrupted(exit_code_of(asked)) from None
         except CannotWrite as error:
-            self._check_there()
+            self._check_exists()
             self._note_end("failed")
             raise CannotWrite(f"{error}, then {self.how_to_resume()}") from None
         except BaseException:
@@ -258,27 +256,27 @@ class RunDirectory:
             self._lock.release()
 
     def _note_end(self, status: Literal["interrupted", "failed"]) -> None:
-        """Unless nothing can be written, which is told then."""
-        with suppress(SaqError), held_back_signals():
+        """Write the final status; errors are suppressed, since the cause is reported."""
+        with suppress(SaqError), blocked_signals():
             self._update(status=status)
 
     def interrupted(self, exit_code: int) -> Interrupted:
-        """To be raised where a signal, 128 less than ``exit_code``, has ended the work on this run."""
-        return Interrupted(self._resuming(), exit_code, saved=self.saved())
+        """The error to raise after signal ``exit_code - 128``."""
+        return Interrupted(self._resume_command(), exit_code, saved=self.saved())
 
     def saved(self) -> bool:
-        """Whether there is a checkpoint, or the state of a search, to resume from."""
+        """Whether there is a checkpoint or a search state to resume from."""
         return any(state.exists() for state in (self._checkpoint, *self.search_states.values()))
 
     def how_to_resume(self) -> str:
         """The command that resumes this run."""
-        return f"resume with {self._resuming()}"
+        return f"resume with {self._resume_command()}"
 
-    def _resuming(self) -> str:
+    def _resume_command(self) -> str:
         return f"`{self.verb}(run_dir={str(self.path)!r}, resume=True)`"
 
-    def standing(self) -> str:
-        """How the run stands, as a clause: ``was interrupted (process 24054 was killed)``."""
+    def status_text(self) -> str:
+        """The status as a clause: ``was interrupted (process 24054 was killed)``."""
         status, (owner, working) = self.manifest().status, self._lock.holder()
         if working:
             return f"is still running ({owner or 'in another process'})"
@@ -289,7 +287,7 @@ class RunDirectory:
         return "is finished" if status == "finished" else "failed"
 
     def next_step(self) -> str:
-        """What to do with the run as it stands: wait, resume, or quantize to the bits that a search found."""
+        """The advice for the run: wait, resume, or quantize to the bits of a finished search."""
         if self._lock.holder()[1]:
             return "wait for it"
         found = self.verb == "search" and self.policy_path.is_file() and self.manifest().status == "finished"
@@ -303,16 +301,16 @@ class RunDirectory:
         return f"quantize to its bits with `quantize({model!r}, policy={str(self.path)!r})`"
 
     def keep_config(self, config: RunConfig) -> None:
-        """Let ``config.json`` say what a resumed run now exports; all else in it is as it was."""
+        """Update ``config.json`` of a resumed run, which may change ``training.keep`` only."""
         if distributed.first() and self.config() != config:
             write_text(self.path / "config.json", config.to_json())
 
     def note_images(self, fingerprints: dict[str, str], **more: str) -> None:
-        """Keep which images the run is made on, and ``more`` about them that the manifest has a place for."""
+        """Record the fingerprints of the images, and ``more`` manifest fields about them."""
         self._update(images=fingerprints, **more)
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Note the results and the hashes of all artifacts, and that the run is finished."""
+        """Record the results, the hashes of all artifacts, and the status ``finished``."""
         if not distributed.first():
             return
         paths = sorted(path for path in (self.path / "artifacts").glob("*") if not path.name.startswith("."))
@@ -323,30 +321,33 @@ class RunDirectory:
         """Append one object to ``metrics.jsonl``.
 
         Raises:
-            RunDirectoryError: it cannot be written.
+            RunDirectoryError: the directory was removed.
+            CannotWrite: the disk is full or read-only.
         """
         if distributed.first():
-            self._check_there()
+            self._check_exists()
             self._metrics.append(values)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint by ``state``, tensors and plain values only, and keep the one before; the metrics so
-        far go with it.
+        """Replace the checkpoint by ``state`` and the metrics so far, and keep the previous one.
+
+        ``state`` holds tensors and plain values only.
 
         Raises:
-            RunDirectoryError: it cannot be written; what was there is as it was.
+            RunDirectoryError: the directory was removed.
+            CannotWrite: it cannot be written; existing checkpoints stay valid.
         """
         if distributed.first():
             self.save(self._checkpoint, {**state, "metrics": self._metrics.text()})
 
     def load_checkpoint(self, note: Callable[[str], None] = lambda _: None) -> dict[str, Any] | None:
-        """The last checkpoint that is whole, on the CPU, or None if there is none.
+        """The last valid checkpoint, on the CPU, or None if there is none.
 
         Args:
-            note: told when the newest is damaged.
+            note: receives a line if the newest is damaged.
 
         Raises:
-            RunDirectoryError: none is whole.
+            RunDirectoryError: there are checkpoints, but none is valid.
         """
         return distributed.from_first(lambda: self._checkpoint.load(note))
 
@@ -354,7 +355,7 @@ class RunDirectory:
         """The checkpoint that this process has just saved.
 
         Raises:
-            RunDirectoryError: it is gone.
+            RunDirectoryError: it is missing.
         """
         state = self.load_checkpoint()
         if state is None:
@@ -362,26 +363,26 @@ class RunDirectory:
         return state
 
     def restore_metrics(self, state: dict[str, Any] | None) -> None:
-        """Let ``metrics.jsonl`` say what it said when ``state`` was saved: what came after is done again."""
+        """Restore ``metrics.jsonl`` as of ``state``; later lines are produced again."""
         if distributed.first():
             self._metrics.restore((state or {}).get("metrics", ""))
 
     def end_search(self) -> None:
-        """The search is done: its state is not needed any more."""
+        """Delete the states of a finished search."""
         if distributed.first():
             for state in self.search_states.values():
                 state.remove()
 
     def save(self, file: CheckpointFile, state: dict[str, Any]) -> None:
-        """Replace what is in one of the ``search_states``; as ``save_checkpoint``, on the first rank."""
-        self._check_there()
+        """Replace one of the ``search_states``; called by the first rank, raises as ``save_checkpoint``."""
+        self._check_exists()
         file.save(state)
 
-    def _check_there(self) -> None:
-        """Nothing is made again in the place of a directory that somebody took away."""
+    def _check_exists(self) -> None:
+        """Refuse to recreate a directory that was removed during the run."""
         if not (self.path / "manifest.json").is_file():
             raise RunDirectoryError(
-                f"{self.path} was removed or emptied while the run was under way: put it back, or start again"
+                f"{self.path} was removed or emptied during the run: restore it, or start again"
             )
 
     def _read(self, name: str) -> str:
@@ -394,7 +395,7 @@ class RunDirectory:
         write_text(self.path / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
 
     def _clear(self) -> None:
-        """Remove what a run wrote, and nothing else."""
+        """Remove the files of a run, and nothing else."""
         for name in ("checkpoints", "artifacts"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in _FILES:
@@ -402,7 +403,7 @@ class RunDirectory:
 
 
 def stop_if_asked(stop: StopRequest, run: RunDirectory) -> None:
-    """Stop on all ranks if one was asked to, where all is saved. All of them call this.
+    """Stop on all ranks if one of them received a signal. All ranks call this, after saving.
 
     Raises:
         Interrupted: a signal asked to stop.
@@ -412,5 +413,5 @@ def stop_if_asked(stop: StopRequest, run: RunDirectory) -> None:
 
 
 def stopped(run: RunDirectory, exit_code: int) -> SaqError:
-    """To be raised by a rank that stops because it was asked to, where all is saved."""
+    """The error that a rank raises when it stops on a signal, after saving; reported once."""
     return distributed.reported_once(run.interrupted(exit_code))

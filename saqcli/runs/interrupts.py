@@ -1,10 +1,9 @@
-"""Stopping between two steps: Ctrl-C, SIGTERM and SIGHUP ask, the loop finishes its step, saves, and says how to
-resume.
+"""Interruption by Ctrl-C, SIGTERM and SIGHUP: finish the step, save, stop.
 
-A second Ctrl-C or SIGTERM stops at once. SIGHUP, which a terminal that closes may send twice, stays ignored where it
-was, as under nohup. Where several processes work as one, torchrun ends all by SIGTERM when one has failed. No
-Python code runs in a process that waits inside NCCL for one that is gone, so that a thread is told of the signal too,
-and ends a process that does not answer.
+A second Ctrl-C or SIGTERM stops immediately. SIGHUP may arrive twice from a closing terminal, and stays ignored if it
+was ignored at start, as under nohup. When one rank fails, torchrun sends SIGTERM to all others. A process that waits
+inside NCCL for a missing rank runs no Python code, so a thread watches for signals too, and ends a process that does
+not respond.
 """
 
 import os
@@ -20,55 +19,55 @@ from saqcli import distributed
 
 SECONDS_TO_ANSWER = 20.0  # torchrun kills after 30
 SECONDS_BETWEEN_LOOKS = 0.1
-SECONDS_TO_OUTLIVE = 300
+SECONDS_TO_OUTLIVE = 300  # of a worker after the first SIGTERM
 
 _HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
-_ASK_TO_STOP = (
+_STOP_SIGNALS = (
     (signal.SIGINT, signal.SIGTERM) if _HANGUP is None else (signal.SIGINT, signal.SIGTERM, _HANGUP)
 )
 
 
-def _heeded() -> list[signal.Signals]:
-    """The signals that ask to stop: not SIGHUP where whoever started this process had it ignored."""
+def _handled_signals() -> list[signal.Signals]:
+    """The signals that stop this process; without SIGHUP if it was ignored at start."""
     ignored = _HANGUP is not None and signal.getsignal(_HANGUP) is signal.SIG_IGN
-    return [number for number in _ASK_TO_STOP if not (ignored and number == _HANGUP)]
+    return [number for number in _STOP_SIGNALS if not (ignored and number == _HANGUP)]
 
 
 class StopRequest:
-    """Whether a signal has asked to stop.
+    """The first signal that was received.
 
     Attributes:
-        signal: number of the signal, 0 as long as none came.
+        signal: number of the signal; 0 before any.
     """
 
     signal = 0
 
     @property
     def exit_code(self) -> int:
-        """128 plus the number of the signal, as shells have it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+        """128 plus the signal number, as in shells: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + self.signal
 
 
 @contextmanager
 def deferred_interrupts() -> Iterator[StopRequest]:
-    """Within the context the first signal is noted instead of raised; outside the main thread nothing changes."""
+    """Within the context the first signal is recorded instead of raised; no effect outside the main thread."""
     request = StopRequest()
-    asked: list[int] = []
+    received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         request.signal = request.signal or number
         if number != _HANGUP:
-            asked.append(number)
-        if len(asked) > 1:
+            received.append(number)
+        if len(received) > 1:
             raise Stopped(number)
 
     try:
-        before = {number: signal.signal(number, note) for number in _heeded()}
-    except ValueError:  # not the main thread: signals are not ours to handle
+        before = {number: signal.signal(number, note) for number in _handled_signals()}
+    except ValueError:  # not the main thread
         yield request
         return
     try:
-        with _answered(request) if distributed.count() > 1 else nullcontext():
+        with _watchdog(request) if distributed.count() > 1 else nullcontext():
             yield request
     finally:
         for number, handler in before.items():
@@ -76,10 +75,10 @@ def deferred_interrupts() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def held_back_signals() -> Iterator[None]:
-    """Within the context signals that ask to stop wait; a process begun in it has them wait until it outlives one.
+def blocked_signals() -> Iterator[None]:
+    """Within the context stop signals are blocked, also in processes started in it until ``outlive_one_signal``.
 
-    Outside the main thread, and where the system cannot, nothing changes.
+    No effect outside the main thread, and on systems without ``pthread_sigmask``.
     """
     if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
         yield
@@ -88,8 +87,8 @@ def held_back_signals() -> Iterator[None]:
     from multiprocessing import resource_tracker
 
     if multiprocessing.get_start_method() != "fork":
-        resource_tracker.ensure_running()  # or it is begun within the context, and lets signals through
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ASK_TO_STOP)
+        resource_tracker.ensure_running()  # started within the context, it would unblock signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
         yield
     finally:
@@ -97,9 +96,9 @@ def held_back_signals() -> Iterator[None]:
 
 
 def outlive_one_signal() -> None:
-    """For a process that reads images: a signal to the whole group is for the one that it reads for, which ends it.
+    """Let a loader worker ignore signals to the process group, which its parent handles before it ends the worker.
 
-    SIGTERM ends it the second time, or minutes after the first: it is also how that one ends a reader that hangs.
+    A second SIGTERM ends the worker, or the first after some minutes: the parent also ends hanging workers by SIGTERM.
     """
 
     def ignore(number: int, frame: FrameType | None) -> None:
@@ -108,18 +107,18 @@ def outlive_one_signal() -> None:
             signal.alarm(SECONDS_TO_OUTLIVE)
 
     signal.signal(signal.SIGTERM, ignore)
-    for number in _ASK_TO_STOP:
+    for number in _STOP_SIGNALS:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASK_TO_STOP)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that asked to stop, where nothing is to be finished first.
+    """A signal that stops immediately.
 
     Args:
-        number: of the signal.
+        number: signal number.
     """
 
     def __init__(self, number: int) -> None:
@@ -127,22 +126,22 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
-def exit_code_of(asked: KeyboardInterrupt) -> int:
+def exit_code_of(interrupt: KeyboardInterrupt) -> int:
     """128 plus the number of the signal that was raised: 130 for Ctrl-C."""
-    return asked.exit_code if isinstance(asked, Stopped) else 128 + signal.SIGINT
+    return interrupt.exit_code if isinstance(interrupt, Stopped) else 128 + signal.SIGINT
 
 
 @contextmanager
 def raised_signals() -> Iterator[None]:
-    """Within the context SIGTERM and SIGHUP are raised as Ctrl-C is; outside the main thread nothing changes."""
+    """Within the context SIGTERM and SIGHUP raise like Ctrl-C; no effect outside the main thread."""
 
     def end(number: int, frame: FrameType | None) -> None:
         if number == _HANGUP:
-            signal.signal(number, signal.SIG_IGN)  # it comes twice, and what ends now is not to be disturbed
+            signal.signal(number, signal.SIG_IGN)  # it may arrive twice, during the clean-up
         raise Stopped(number)
 
     try:
-        before = {n: signal.signal(n, end) for n in _heeded() if n != signal.SIGINT}
+        before = {n: signal.signal(n, end) for n in _handled_signals() if n != signal.SIGINT}
     except ValueError:  # not the main thread
         yield
         return
@@ -154,8 +153,8 @@ def raised_signals() -> Iterator[None]:
 
 
 @contextmanager
-def _answered(request: StopRequest) -> Iterator[None]:
-    """Within the context this process ends if it gets SIGTERM or SIGHUP and cannot note it."""
+def _watchdog(request: StopRequest) -> Iterator[None]:
+    """Within the context this process ends if it receives SIGTERM or SIGHUP and cannot record it."""
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
@@ -168,7 +167,7 @@ def _answered(request: StopRequest) -> Iterator[None]:
 
 
 def _watch(pipe: socket.socket, request: StopRequest) -> None:
-    """Runs in a thread of its own; the system writes the number of every signal into ``pipe``."""
+    """Thread of the watchdog; the system writes the number of every signal into ``pipe``."""
     with pipe:
         while number := pipe.recv(1):
             waited = 0.0

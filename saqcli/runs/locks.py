@@ -1,9 +1,9 @@
-"""One process at a time in a run directory.
+"""Locks that admit one process at a time to a run directory.
 
-The file ``.lock`` names the owner (process, host, since when), and the owner holds a lock of the operating system on
-it, which ends with the process, however that ends. A name without a lock is that of a process that was killed: the lock
-is taken over. POSIX record locks are used, since processes that are forked to read images do not
-inherit them. On a file system without locks the name alone decides: a process of this host that is gone is no owner.
+The file ``.lock`` names the owner (process, host, start time), and the owner holds an operating-system lock on it,
+which ends with the process. A name without a lock belongs to a killed process: the lock is taken over. POSIX record
+locks are used, since forked loader workers do not inherit them. On a file system without locks the name alone decides:
+an ended process of this host is not an owner.
 """
 
 import errno
@@ -27,12 +27,12 @@ _HELD = (errno.EACCES, errno.EAGAIN)
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock.
+    """The owner of a lock.
 
     Attributes:
-        pid: of the process.
-        host: that it runs on.
-        since: UTC.
+        pid: process id.
+        host: host name.
+        since: start time, UTC.
     """
 
     pid: int
@@ -44,7 +44,7 @@ class Owner:
 
     @property
     def gone(self) -> bool:
-        """Whether it is a process of this host that has ended; of another host nothing is known."""
+        """Whether the process ran on this host and has ended; False for other hosts."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -56,14 +56,14 @@ class Owner:
         return False
 
 
-_OURS: dict[Path, Owner] = {}  # that this process holds: to open and close such a file would give up its lock
+_OURS: dict[Path, Owner] = {}  # held by this process: opening and closing such a file would release its lock
 
 
 class Lock:
     """The lock of a folder.
 
     Args:
-        folder: that exists.
+        folder: existing folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,13 +71,14 @@ class Lock:
         self._handle: int | None = None
 
     def take(self) -> Owner | None:
-        """Become the owner.
+        """Acquire the lock.
 
         Returns:
-            The owner before, where it was killed: it left its name and no lock.
+            The last owner if it was killed: its name is left without a lock.
 
         Raises:
-            RunDirectoryError: another process is the owner, or the folder cannot be written to.
+            RunDirectoryError: another process is the owner.
+            CannotWrite: the folder cannot be written to.
         """
         for last in (number == TRIES for number in range(1, TRIES + 1)):
             try:
@@ -92,13 +93,15 @@ class Lock:
                 os.close(handle)
                 if last or locked is None or (before and not before.gone):
                     raise RunDirectoryError(self.refusal(before, certain=locked is False))
-                time.sleep(SECONDS_BETWEEN_TRIES)  # another process looks who holds it, or takes it just now
+                time.sleep(
+                    SECONDS_BETWEEN_TRIES
+                )  # another process is reading the owner or acquiring the lock
                 continue
-            if _same_file(handle, self.path):  # the owner before may have removed it in the meantime
+            if _same_file(handle, self.path):  # the last owner may have removed it in the meantime
                 break
             os.close(handle)
         else:
-            raise RunDirectoryError(f"{self.path} is made and removed again and again: use another `run_dir`")
+            raise RunDirectoryError(f"{self.path} is repeatedly created and removed: use another `run_dir`")
         self._handle = handle
         owner = Owner(os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(timespec="seconds"))
         _OURS[self.path.resolve()] = owner
@@ -111,7 +114,7 @@ class Lock:
         return before if before and before.pid != os.getpid() else None
 
     def holder(self) -> tuple[Owner | None, bool]:
-        """Who is named as the owner, and whether it is at work; nothing changes."""
+        """The named owner, and whether it is running; changes nothing."""
         ours = _OURS.get(self.path.resolve())
         if ours and ours.pid == os.getpid() and self.path.is_file():
             return ours, True
@@ -126,7 +129,7 @@ class Lock:
         return named, locked is False or (locked is None and named is not None and not named.gone)
 
     def release(self) -> None:
-        """Be the owner no more; nothing happens where this process is none."""
+        """Release the lock; no effect if this process does not hold it."""
         if self._handle is None:
             return
         if _same_file(self._handle, self.path):
@@ -137,14 +140,14 @@ class Lock:
         self._handle = None
 
     def refusal(self, owner: Owner | None, *, certain: bool = True) -> str:
-        """Why ``owner`` keeps others out, and what to do; ``certain`` where the system says that it is at work."""
+        """The error message about ``owner``; ``certain`` if the operating system reports it as running."""
         who = f"in use by {owner}" if owner else "in use by another process"
         remedy = "wait for it or stop it" if certain else f"if it has ended, remove {self.path}"
-        return f"{self.path.parent} is {who}: {remedy}, or give another folder"
+        return f"{self.path.parent} is {who}: {remedy}, or use another folder"
 
 
 def _lock(handle: int, *, shared: bool = False) -> bool | None:
-    """Whether the operating system gave the lock, alone or ``shared``; None where it has none to give."""
+    """Whether the operating system granted the lock, exclusive or ``shared``; None if it has no locks."""
     try:
         import fcntl
     except ImportError:
@@ -157,7 +160,7 @@ def _lock(handle: int, *, shared: bool = False) -> bool | None:
 
 
 def _read(handle: int) -> Owner | None:
-    """Who is named; None where nobody is, or nothing that can be read."""
+    """The named owner; None if there is none or it cannot be read."""
     try:
         named = json.loads(os.pread(handle, 1000, 0))
         return Owner(int(named["pid"]), str(named["host"]), str(named["since"]))

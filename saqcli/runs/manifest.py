@@ -1,7 +1,7 @@
-"""``manifest.json``: who made a run directory, from what, under which circumstances, and how it ended.
+"""``manifest.json``: command, versions, circumstances, status and results of a run.
 
-The circumstances are what bits can depend on beside the settings: another number of threads adds in another order,
-another processor has other kernels. ``saq rerun`` restores those it can, and names the others.
+The circumstances are what the bits of a result depend on besides the settings: the number of threads changes the order
+of summation, the processor selects the kernels. ``saq rerun`` restores what it can and names the rest.
 """
 
 import os
@@ -15,7 +15,7 @@ from saqcli.machine import cores, cpu_name, resolve_device
 
 
 def _below_artifacts(name: str) -> str:
-    """A name that a manifest from elsewhere may give a file, which is then opened."""
+    """Check a file name from an untrusted manifest before the file is opened."""
     if not re.fullmatch(r"artifacts(/[^/\\\0]+)+", name) or not {".", ".."}.isdisjoint(name.split("/")):
         raise ValueError("an artifact is a relative path below artifacts/, without '..'")
     return name
@@ -25,13 +25,13 @@ class Circumstances(BaseModel):
     """Where and how a process computed.
 
     Attributes:
-        directory: that relative paths refer to.
-        device: that computed, with the name of a GPU.
+        directory: working directory; relative paths refer to it.
+        device: device, with the name of a GPU.
         cpu: name of the processor.
-        instructions: the widest that PyTorch's kernels use, such as ``AVX512``.
-        cores: logical processors that the process could use; the default number of reading processes follows it.
-        threads: that PyTorch computed with.
-        processes: that worked as one.
+        instructions: widest instruction set of PyTorch's kernels, such as ``AVX512``.
+        cores: logical processors available to the process; they set the default number of loader workers.
+        threads: number of PyTorch threads.
+        processes: number of ranks.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,21 +46,20 @@ class Circumstances(BaseModel):
 
 
 class RunManifest(BaseModel):
-    """Who made this run directory, from what, and how it ended. This is ``manifest.json``.
+    """The content of ``manifest.json``.
 
     Attributes:
-        command: as typed.
+        command: the command line as typed.
         verb: the command of saq.
-        status: ``running`` also after a crash; ``clearing`` while the files of the run before are removed.
+        status: ``running`` also after a crash; ``clearing`` while the files of an overwritten run are removed.
         started: UTC.
-        versions: of saq and of what its numbers depend on.
-        circumstances: under which it was made: one, and another for each time that it was resumed under others;
-            empty in manifests of earlier versions.
-        images: a line for each split, and for those of a proxy beside it, which says what images it holds (see
-            ``fingerprints.py``).
-        class_order: what decided which class a folder is: ``timm``, ``torchvision``, ``imagenet``, a file's name.
+        versions: versions of saq and of the libraries that its results depend on.
+        circumstances: one entry, plus one for each resume under different circumstances; empty in manifests of
+            earlier versions.
+        images: fingerprints of the images, one for each split, including those of a proxy.
+        class_order: how folders were mapped to classes: ``timm``, ``torchvision``, ``imagenet``, or a file name.
         artifacts: relative path to SHA-256.
-        results: the figures that ``saq quantize`` printed.
+        results: the figures that the command printed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -79,7 +78,7 @@ class RunManifest(BaseModel):
 
 
 def circumstances(device: str) -> Circumstances:
-    """Those of this process, which computes on ``device``, as the setting names it."""
+    """The circumstances of this process; ``device`` is the value of the setting."""
     import torch
 
     chosen = resolve_device(device)

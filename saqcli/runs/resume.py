@@ -1,4 +1,4 @@
-"""What a resumed run must have in common with the run that was interrupted: its settings."""
+"""Resuming a run: whether to, whether its settings agree, and the note about it."""
 
 from collections.abc import Callable
 
@@ -9,19 +9,19 @@ from saqcli.process_group import may_be_restarted, restarted
 from saqcli.runs.directory import RunDirectory
 
 
-def goes_on(run: RunDirectory, *, resume: bool, overwrite: bool) -> bool:
-    """Whether there is a run that is gone on with: as asked, or because torchrun has started its processes again.
+def should_resume(run: RunDirectory, *, resume: bool, overwrite: bool) -> bool:
+    """Whether an existing run is resumed: on request, or because torchrun has restarted its processes.
 
     Raises:
-        ConfigError: a run that would be removed by every restart.
-        RunDirectoryError: what is there cannot be used.
+        ConfigError: ``overwrite`` under torchrun with restarts, each of which would remove the run.
+        RunDirectoryError: the directory cannot be used.
     """
     if may_be_restarted():
         if overwrite:
             raise distributed.reported_once(
                 ConfigError(
-                    "`overwrite=True` would remove the run whenever torchrun starts its processes again: remove "
-                    f"{run.path} by hand, or give torchrun no restarts"
+                    "`overwrite=True` would remove the run whenever torchrun restarts its processes: remove "
+                    f"{run.path} by hand, or start torchrun without restarts"
                 )
             )
         usable = run.check_usable(resume=True, overwrite=False)
@@ -32,25 +32,25 @@ def goes_on(run: RunDirectory, *, resume: bool, overwrite: bool) -> bool:
     return resume and there
 
 
-def note_start(run: RunDirectory, note: Callable[[str], None]) -> None:
-    """Note that a run starts again from its beginning, where the process before was killed too early."""
+def note_restart(run: RunDirectory, note: Callable[[str], None]) -> None:
+    """Note that a run restarts from the beginning if its last process was killed before the first checkpoint."""
     if run.killed and not run.saved():
-        note(f"starting again (process {run.killed.pid} was killed before anything was saved)")
+        note(f"starting from the beginning (process {run.killed.pid} was killed before its first checkpoint)")
 
 
 def resuming(run: RunDirectory, place: str) -> str:
-    """The note of a run that is resumed at ``place``, and whether the process before was killed."""
+    """The note about resuming at ``place``; says if the last process was killed."""
     return f"resuming {place}" + (f" (process {run.killed.pid} was killed)" if run.killed else "")
 
 
-def check_same(run: RunDirectory, config: RunConfig) -> None:
-    """Refuse to go on with a run under other settings.
+def check_same_settings(run: RunDirectory, config: RunConfig) -> None:
+    """Check that a resumed run has the settings it was started with.
 
     Raises:
         ConfigError: names the first setting that differs.
     """
     there = (run.path / "config.json").is_file()
-    difference = first_difference(kept_as(run.config(), config), config) if there else None
+    difference = first_difference(with_same_keep(run.config(), config), config) if there else None
     if difference:
         raise ConfigError(
             f"{run.path} was started with other settings ({difference}): give the same ones with `resume=True`, "
@@ -58,8 +58,8 @@ def check_same(run: RunDirectory, config: RunConfig) -> None:
         )
 
 
-def kept_as(one: RunConfig, other: RunConfig) -> RunConfig:
-    """``one`` exporting the state that ``other`` does: both are in the checkpoint, so that a run may be asked anew."""
+def with_same_keep(one: RunConfig, other: RunConfig) -> RunConfig:
+    """``one`` with the ``training.keep`` of ``other``; a resumed run may change it, as checkpoints hold both states."""
     training = one.training.model_copy(update={"keep": other.training.keep})
     return one.model_copy(update={"training": training})
 

@@ -1,4 +1,4 @@
-"""Saving the state of long work now and then, and before an interruption."""
+"""Periodic saving of training and search state, and saving on signals."""
 
 import time
 from abc import ABC, abstractmethod
@@ -16,11 +16,11 @@ from saqcli.runs.resume import resuming
 class PeriodicSaving(ABC):
     """Saves every few minutes, at milestones, and when a signal asks to stop.
 
-    Within its context signals are noted, to be answered between two steps, by ``Interrupted`` on all ranks.
+    Within its context a signal is deferred until the end of the step, where all ranks raise ``Interrupted``.
 
     Args:
-        run: whose directory it is.
-        minutes: between two saves.
+        run: the run directory.
+        minutes: time between two saves.
     """
 
     def __init__(self, run: RunDirectory, minutes: float) -> None:
@@ -34,7 +34,7 @@ class PeriodicSaving(ABC):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Answer a signal that came after the last offer."""
+        """Handle a signal that arrived after the last offer."""
         with self._context:
             if kind is None:
                 self.check()
@@ -42,9 +42,9 @@ class PeriodicSaving(ABC):
     def offer(
         self, state: Callable[[], dict[str, Any]], *, milestone: bool = False, failing: bool = False
     ) -> None:
-        """Save ``state()`` if it is time, or at a ``milestone``, unless steps are ``failing``; and if a signal came.
+        """Save ``state()`` if it is due or at a ``milestone``, unless steps are ``failing``; always after a signal.
 
-        The first rank decides whether it is time. All ranks call this together.
+        The first rank decides whether a save is due. All ranks call this together.
 
         Raises:
             Interrupted: a signal asked to stop.
@@ -57,7 +57,7 @@ class PeriodicSaving(ABC):
         self.check()
 
     def check(self) -> None:
-        """Stop on all ranks if a signal asked one of them to. All ranks call this together.
+        """Stop on all ranks if one of them received a signal. All ranks call this together.
 
         Raises:
             Interrupted: a signal asked to stop.
@@ -70,11 +70,11 @@ class PeriodicSaving(ABC):
 
 
 class TrainingSaving(PeriodicSaving):
-    """The training of a run: state to its checkpoint, metrics to its metrics file.
+    """Saves training state to the run's checkpoint and metrics to its metrics file.
 
     Args:
-        run: as for ``PeriodicSaving``.
-        minutes: likewise.
+        run: the run directory.
+        minutes: time between two saves.
         kept: further entries of the checkpoint.
     """
 
@@ -90,7 +90,7 @@ class TrainingSaving(PeriodicSaving):
         self.run.log(**values)
 
     def check_signal(self) -> None:
-        """Stop this rank, without the others and without saving, if a signal asked to.
+        """Stop this rank alone, without saving, if it received a signal.
 
         Raises:
             Interrupted: a signal asked to stop.
@@ -100,13 +100,13 @@ class TrainingSaving(PeriodicSaving):
 
 
 class SearchMemory(PeriodicSaving):
-    """The memory of a search, a file for each of its stages.
+    """The memory of a search: one file for each stage.
 
     Args:
-        run: as for ``PeriodicSaving``.
-        minutes: likewise.
-        note: called if the newest state is damaged.
-        stage: of the search.
+        run: the run directory.
+        minutes: time between two saves.
+        note: receives a line when the search resumes, or if the newest state is damaged.
+        stage: stage of the search.
     """
 
     def __init__(
@@ -122,10 +122,10 @@ class SearchMemory(PeriodicSaving):
         self._random: dict[str, Any] | None = None
 
     def load(self) -> dict[str, Any] | None:
-        """The state that was saved last, or None.
+        """The last saved state, or None.
 
         Raises:
-            RunDirectoryError: damaged.
+            RunDirectoryError: the file is damaged.
         """
         kept = distributed.from_first(lambda: self._file.load(self._note))
         if kept is None:
@@ -145,6 +145,6 @@ class SearchMemory(PeriodicSaving):
             self.run.save(self._file, kept)
 
     def restore_random(self) -> None:
-        """Restore the random numbers of the saved state, unless the number of ranks has changed."""
+        """Restore the random state of the saved state, unless the number of ranks has changed."""
         if self._random is not None:
             set_random_state(self._random)

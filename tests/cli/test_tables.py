@@ -109,8 +109,8 @@ def test_bench_names_fit_80_columns(columns: int, capsys: Printed) -> None:
     lines = capsys.readouterr().out.splitlines()
 
     assert lines.count(names[1]) == 3
-    assert "8        1        1.50    0.25       667      1.00" in "\n".join(lines)
-    assert "Medians of 1 run, in turns; spread is the interquartile range." in lines
+    assert "8        1      1.50    0.25       667      1.00" in "\n".join(lines)
+    assert "Medians of 1 run (interleaved); spread is the interquartile range." in lines
 
 
 def analysis(target: str, **more: Any) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def test_analysis_names_fit_80_columns(columns: int, capsys: Printed) -> None:
     assert "images" not in text.splitlines()[0]
     assert "None" not in text
     assert "nan" not in text
-    assert "wrote 1 reading as JSON to out" in text
+    assert "wrote 1 reading (JSON) to out" in text
 
 
 def test_image_count_of_one_is_singular(capsys: Printed) -> None:
@@ -149,8 +149,8 @@ def test_image_count_of_one_is_singular(capsys: Printed) -> None:
     show_evaluation({**result, "images": 8000, "skipped": 0})
     first, second = capsys.readouterr().out.splitlines()
 
-    assert first.endswith("on 1 image (3 a second), 1 unreadable image skipped")
-    assert second.endswith("on 8,000 images (3 a second)")
+    assert first.endswith("on 1 image (3 images/s), 1 unreadable image skipped")
+    assert second.endswith("on 8,000 images (3 images/s)")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from saqcli.machine import cores, cpu_name
 from saqcli.pipelines import bench
 from saqcli.pipelines.bench import (
     BenchSettings,
-    Contender,
+    BenchTarget,
     Lineup,
     Timing,
     bench_target,
@@ -147,7 +147,7 @@ class TestMeasuring:
     def test_cases_set_and_restore_threads(self) -> None:
         seen: list[tuple[int, int, bool]] = []
         line = lineup("PyTorch float")
-        line.contenders[0] = Contender(
+        line.targets[0] = BenchTarget(
             "PyTorch float",
             "PyTorch",
             0,
@@ -166,7 +166,7 @@ class TestMeasuring:
             raise RuntimeError("no")
 
         line = lineup("PyTorch float")
-        line.contenders[0] = Contender("PyTorch float", "PyTorch", 0, fail)
+        line.targets[0] = BenchTarget("PyTorch float", "PyTorch", 0, fail)
         before = torch.get_num_threads()
         with pytest.raises(RuntimeError, match="no"):
             measure(line, BenchSettings((1,), (cores(),)), SILENT)
@@ -185,7 +185,7 @@ class TestMeasuring:
 def lineup(*names: str) -> Lineup:
     """Targets that do nothing."""
     return Lineup(
-        "tiny", (3, 4, 4), contenders=[Contender(name, "any", 10, lambda n: lambda x: x) for name in names]
+        "tiny", (3, 4, 4), targets=[BenchTarget(name, "any", 10, lambda n: lambda x: x) for name in names]
     )
 
 
@@ -284,10 +284,10 @@ class TestTargets:
         line = Lineup("tiny", tuple(x.shape[1:]))
         bench._add_float(line, net, {}, tmp_path)
 
-        assert [one.name for one in line.contenders] == ["PyTorch float", "ONNX float"]
+        assert [one.name for one in line.targets] == ["PyTorch float", "ONNX float"]
         assert torch.backends.mha.get_fastpath_enabled()
         with torch.inference_mode():
-            torch.testing.assert_close(line.contenders[1].open(1)(x), net(x), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(line.targets[1].open(1)(x), net(x), atol=1e-4, rtol=1e-4)
 
     def test_unexportable_model_is_skipped(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*arguments: object) -> None:
@@ -389,7 +389,7 @@ def quantized_convolution() -> onnx.ModelProto:
         (["--threads", "1"], 1, "give --bench"),
         (["--repeats", "3"], 1, "give --bench"),
         (["--bench", "--batch-size", "8"], 1, "give --batch-sizes"),
-        (["--bench", "--device", "cuda"], 1, "measures the CPU"),
+        (["--bench", "--device", "cuda"], 1, "runs on the CPU"),
     ],
 )
 def test_invalid_input_is_one_line_error(options: list[str], code: int, says: str) -> None:

@@ -105,7 +105,7 @@ class TestImageNetClasses:
         before = facts.model_copy(update={"class_names": folders, "folders": {}, "class_order": ""})
         for style, name in (("safetensors", "old.safetensors"), ("qdq", "old.onnx")):
             EXPORTERS[style]().export(model, torch.zeros(2, 3, 32, 32), tmp_path / name, before)
-        for found in (restore(tmp_path / "old.safetensors")[1], open_onnx(tmp_path / "old.onnx").facts):
+        for found in (restore(tmp_path / "old.safetensors")[1], open_onnx(tmp_path / "old.onnx").metadata):
             assert found is not None
             assert (len(found.class_names), found.folders) == (1000, facts.folders)
         for name in ("old.safetensors", "old.onnx"):

@@ -305,7 +305,7 @@ def test_existing_file_needs_overwrite(model: Path, tmp_path: Path) -> None:
         (("--onnx", "model.onnx", "--style", "safetensors"), "there is no export style 'safetensors'"),
         (
             ("--onnx", "model.onnx", "--verify", "tensorrt"),
-            "--verify tensorrt is not a runtime that saq knows",
+            "--verify tensorrt is not a known runtime",
         ),
     ],
 )
@@ -412,8 +412,8 @@ def test_table_names_the_verification_images(model: Path, few: Path, tmp_path: P
     made = saq("export", model, "--onnx", path, "--overwrite", "--quiet").stdout
     figures = json.loads(verdict_path(path).read_text())
 
-    assert f"5 of 20 images of {few}: --verify-images all takes all" in " ".join(some.split())
-    assert "64 synthetic images: give --data DIR to verify on real ones" in " ".join(made.split())
+    assert f"5 of 20 images of {few}: --verify-images all uses all of them" in " ".join(some.split())
+    assert "64 synthetic images: give --data DIR to verify on real images" in " ".join(made.split())
     assert (figures["verified_on"], figures["images_available"]) == ("synthetic images", None)
     difference = f"{figures['max_abs_diff']:.3g} (PyTorch in float32: {figures['pytorch_max_abs_diff']:.3g})"
     assert f"largest difference of a logit: {difference}" in " ".join(made.split())

@@ -243,8 +243,8 @@ def test_unreachable_budget_is_reported_once(few: list[object], tmp_path: Path) 
 
 def test_single_process_features_are_refused(few: list[object]) -> None:
     for options, reason in (
-        (("profile", "resnet18", "--no-pretrained"), "`saq profile` works in one process"),
-        (("eval", *few, "--bench"), "--bench measures one process"),
+        (("profile", "resnet18", "--no-pretrained"), "`saq profile` runs in one process"),
+        (("eval", *few, "--bench"), "--bench runs in one process"),
     ):
         assert reason in ranks_saq(2, *options)[0][2]
 

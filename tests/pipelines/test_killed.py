@@ -333,7 +333,7 @@ def test_deleted_run_directory_is_not_recreated(
     command = quantization(processes, images, run, "--bits", 4).commands[0]
 
     fault = {"on": "make checkpoints/new last.ckpt", "count": 3, "do": harm}
-    failed(processes.start(run, *command, fault=fault), f"{run} was removed or emptied while")
+    failed(processes.start(run, *command, fault=fault), f"{run} was removed or emptied during")
 
     assert run.exists() == (harm == "empty")
     assert not list(run.rglob("*"))

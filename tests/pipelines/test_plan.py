@@ -67,9 +67,11 @@ def test_dry_run_describes_the_run(images: Path, working_directory: Path) -> Non
     ]
     assert found["device"] == "cpu"
     assert found["bits"].startswith(f"--bits 4: {costs['bops'] / 1e6:.4g} MBOPs, ")
-    assert "8 bits in conv1, linear" in found["bits"]
-    assert found["reachable"].startswith(f"{costs['floor_bops'] / 1e6:.4g} MBOPs and ")
-    assert found["training"].startswith("saq, 2 epochs of 2 steps, 6 images each; sgd, learning rate 0.005")
+    assert "pinned to 8 bits (input layers and classifiers): conv1, linear" in found["bits"]
+    assert found["reachable"].startswith(f"{costs['floor_bops'] / 1e6:.4g} MBOPs to ")
+    assert found["training"].startswith(
+        "saq, 2 epochs of 2 steps with 6 images each; sgd, learning rate 0.005"
+    )
     assert found["run"] == "runs/resnet20-w4a4, new"
     assert "artifacts/model.onnx" in found["writes"]
     assert "search" not in found
@@ -79,7 +81,7 @@ def test_dry_run_describes_the_run(images: Path, working_directory: Path) -> Non
 def test_single_epoch_and_step_are_singular(images: Path) -> None:
     found = lines(*SMALL, "--data", images, "--bits", 4, "--epochs", 1)
 
-    assert "1 epoch of 1 step, 15 images each" in found["training"]
+    assert "1 epoch of 1 step with 15 images each" in found["training"]
 
 
 def test_bits_line_includes_pins(images: Path) -> None:
@@ -92,7 +94,7 @@ def test_budget_shows_uniform_bits_that_fit(images: Path) -> None:
     options = (*SMALL, "--data", images, "--bops", "w4a4", "--epochs", 0)
     found, plan = lines(*options), answer("quantize", *options, "--dry-run")
 
-    assert "the most uniform bits that fit: w4a4, " in found["bits"]
+    assert "largest uniform bits that fit: w4a4, " in found["bits"]
     assert found["search"].startswith("error, 18 decisions, candidates 2, 3, 4, 5, 6, 8")
     assert found["training"] == "none: calibration only"
     assert plan["profile"]["bops"] == plan["budget_bops"]

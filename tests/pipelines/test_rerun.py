@@ -162,7 +162,7 @@ def test_modified_results_are_found_and_named(
     assert what in last_error(result)
     table = saq("rerun", changed, "--run-dir", again, "--resume", "--quiet").stdout
     assert found["differences"][0]["detail"] in table
-    assert table.count("the same, bit for bit") == 4
+    assert table.count("bit-identical") == 4
 
 
 def test_search_reruns_with_moved_images(searched: Path, tmp_path: Path) -> None:

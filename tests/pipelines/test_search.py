@@ -156,7 +156,7 @@ def test_pareto_front_is_printed_as_table(plain: tuple[Path, dict[str, Any]]) ->
     path, found = plain
     points = {point["bops"]: point for point in json.loads((path / "pareto.json").read_text())["points"]}
     shown = saq("search", "--run-dir", path, "--resume").stdout
-    assert "48 held-out training images; float" in shown
+    assert "48 held-out training images (float: " in shown
     heading = re.search(r"budget +BOPs +size +score +on front +searcher *\n", shown)
     assert heading
     rows = shown[heading.end() :].split("\n\n")[0].splitlines()

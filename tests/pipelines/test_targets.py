@@ -83,7 +83,7 @@ def test_missing_run_suggests_similar_paths(images: Path, tmp_path: Path, config
     searched(tmp_path / "resnet8-w4a4", config)
 
     for line in messages_of(images, tmp_path / "resnet8-w4a3").values():
-        assert line.endswith(f"near are {tmp_path / 'resnet8-w4a4'}")
+        assert line.endswith(f"similar: {tmp_path / 'resnet8-w4a4'}")
 
 
 def test_non_run_folders_give_advice(images: Path, tmp_path: Path, config: RunConfig) -> None:
@@ -93,8 +93,8 @@ def test_non_run_folders_give_advice(images: Path, tmp_path: Path, config: RunCo
     (tmp_path / "empty").mkdir()
     for folder, says in (
         (images, "if it holds images, give it as --data"),
-        (tmp_path / "place", f"it holds some: give one of them, such as {run}"),
-        (inside, f"a folder of a run: give the run directory, {run}"),
+        (tmp_path / "place", f"contains run directories but is not one: give one of them, such as {run}"),
+        (inside, f"a folder inside a run: give the run directory, {run}"),
         (tmp_path / "empty", "it has no manifest.json"),
     ):
         for line in messages_of(images, folder).values():
@@ -107,8 +107,8 @@ def test_non_model_files_give_advice(images: Path, tmp_path: Path, config: RunCo
     for name in ("weights.pth", "policy.json", "notes.txt"):
         (tmp_path / name).touch()
     for path, says in (
-        (run / "report.md", f"a file of a run: give the run directory, {run}"),
-        (run / "policy.json", f"a file of a run: give the run directory, {run}"),
+        (run / "report.md", f"a file inside a run: give the run directory, {run}"),
+        (run / "policy.json", f"a file inside a run: give the run directory, {run}"),
         (tmp_path / "policy.json", f"give MODEL --policy {tmp_path / 'policy.json'}"),
         (tmp_path / "weights.pth", f"give MODEL --weights {tmp_path / 'weights.pth'}"),
         (tmp_path / "notes.txt", "not a model file of saq"),
@@ -124,7 +124,7 @@ def test_search_run_suggests_quantize_policy(images: Path, tmp_path: Path, confi
     for command in ("eval", "analyze", "export"):
         given = ("--onnx", tmp_path / "x.onnx") if command == "export" else ("--data", images)
         line = last_error(saq(command, f"{run}/", *given))
-        assert line == f"error: {run} is a run of `saq search`, which holds bits and no model: {step}"
+        assert line == f"error: {run} is a run of `saq search`, which holds bits but no model: {step}"
     resumed = saq("quantize", "--run-dir", run, "--resume")
     assert f"which `saq quantize` cannot resume: {step}" in last_error(resumed)
     assert f"not a model: {step}" in last_error(saq("quantize", run, "--bits", 4, "--data", images))

@@ -142,7 +142,7 @@ def test_unexportable_model_is_refused_early(
     assert result.stderr.count("\n") == 1
     assert "saq/of_a_test cannot be exported to ONNX in style qdq: " in last_error(result)
     assert why in last_error(result)
-    assert "use --no-export to end with model.safetensors alone, or another network" in last_error(result)
+    assert "use --no-export to write model.safetensors only, or another network" in last_error(result)
     assert not list(tmp_path.iterdir())
 
 
@@ -214,7 +214,7 @@ def test_one_verified_file_per_style(images: Path, network: Any, tmp_path: Path)
     [
         (("--style", "tflite"), "there is no export style 'tflite': choose from qdq, "),
         (("--style", "qdq", "--style", "qdq"), "--style qdq is given twice"),
-        (("--style", "qdq", "--no-export"), "--style qdq is of an ONNX file: remove it, or --no-export"),
+        (("--style", "qdq", "--no-export"), "--style qdq selects an ONNX style: remove it, or --no-export"),
         (("--verify-images", "none"), "--verify-images none: give a number of at least 1, or all"),
         (("--set", "data.verify_images=0"), "give a number of at least 1, or all"),
     ],
@@ -279,7 +279,7 @@ def test_trial_is_skipped_on_full_disk(
     result = saq("quantize", network(Plain), "--bits", 4, *options(images, tmp_path / "run"))
 
     assert result.exit_code == 0
-    assert "the export could not be tried before training: " in result.stderr
+    assert "no trial export before training: " in result.stderr
     assert (tmp_path / "run" / "artifacts" / "model.onnx").is_file()
 
 

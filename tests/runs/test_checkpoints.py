@@ -121,7 +121,7 @@ def test_code_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     CheckpointFile(tmp_path / "last.ckpt").save({"number": Malice()})
 
-    with pytest.raises(RunDirectoryError, match="holds what no checkpoint holds"):
+    with pytest.raises(RunDirectoryError, match="has content of an invalid type"):
         CheckpointFile(tmp_path / "last.ckpt").load()
 
     assert not (tmp_path / "harmed").exists()

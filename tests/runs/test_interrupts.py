@@ -90,7 +90,7 @@ def test_hangup_raises_once_and_is_restored() -> None:
 def test_interrupted_eval_prints_no_error(
     digits: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
-    monkeypatch.setattr(evaluate, "score_predictor", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr(evaluate, "score", lambda *_: signal.raise_signal(number))
 
     result = saq("eval", MODEL, *float_options(digits, digits / "few"))
 
@@ -104,7 +104,7 @@ def test_progress_survives_a_closed_terminal(monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(typer, "echo", gone)
-    monkeypatch.setattr(console, "_without_terminal", lambda: None)
+    monkeypatch.setattr(console, "_discard_stderr", lambda: None)
     monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0)
     progress = console.progress_for(json_output=False, quiet=False)
     with progress.task("working", 2) as task:

@@ -320,6 +320,15 @@ def forbid(folder: Path) -> None:
         subprocess.run(["mount", *options, folder / "checkpoints"], check=True)
 
 
+# Modules that commands import. A name that does not exist fails.
+MODULES = (
+    *(f"saqcli.pipelines.{name}" for name in ("quantize", "search", "analyze", "evaluate", "demo")),
+    *(f"saqcli.report.{name}" for name in ("canvas", "front", "landscape", "pareto", "policy", "readings")),
+    *("saqcli.verify.proof", "saqcli.verify.publish", "saqcli.verify.runtime", "saqcli.cli"),
+    *("timm.utils", "onnxruntime", "onnxscript", "torch.onnx._internal.exporter._registration"),
+    *(f"matplotlib.{name}" for name in ("figure", "backends.backend_agg", "backends.backend_svg")),
+)
+
 HARMS = {"fill": fill, "remove": shutil.rmtree, "empty": empty, "forbid": forbid}
 
 
@@ -353,22 +362,8 @@ def _serve() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    for name in (
-        *("quantize", "search", "analyze", "evaluate", "demo", "pareto", "pictures.canvas"),
-        *("onnx_runs", "proofs", "pictures.policy"),
-    ):
-        importlib.import_module(f"saqcli.pipelines.{name}")
-    for name in (
-        "timm.utils",
-        "matplotlib.figure",
-        "onnxruntime",
-        "onnxscript",
-        "matplotlib.backends.backend_svg",
-    ):
+    for name in MODULES:
         importlib.import_module(name)
-    importlib.import_module("matplotlib.backends.backend_agg")
-    importlib.import_module("saqcli.cli")
-    importlib.import_module("torch.onnx._internal.exporter._registration")
     read_once()
     torch.onnx.export(torch.nn.Linear(1, 1), (torch.zeros(1, 1),), dynamo=True, verbose=False)  # imports more
     print('"ready"', flush=True)

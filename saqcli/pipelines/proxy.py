@@ -27,7 +27,6 @@ from saqcli.data.folders import find_images, find_split
 from saqcli.data.loaders import read_all
 from saqcli.data.splits import Images, validation_loader
 from saqcli.errors import PolicyMismatch
-from saqcli.models.load import LoadedModel
 from saqcli.pipelines.bits import float_policy
 from saqcli.pipelines.setup import Network, load_float, training_images, wrap_and_trace
 from saqcli.progress import Progress
@@ -115,7 +114,7 @@ def open_proxy(
     seed_everything(config.run.seed)  # of a new classifier
     loaded = load_float(_section(config.model, proxy, data), progress, new_head=True)
     images = training_images(data, loaded, device, config.run.seed, progress)
-    if _epochs(proxy, loaded):
+    if _epochs(proxy, trained=loaded.trained):
         check_trains(
             loaded.model, loaded.name, loaded.preprocessing, config, images=images.train.images, limits={}
         )
@@ -138,7 +137,7 @@ def fit_proxy(
     Raises:
         Interrupted: a signal asked to stop; the memory holds the state.
     """
-    epochs = _epochs(config.search.proxy or ProxySection(), proxy.loaded)
+    epochs = _epochs(config.search.proxy or ProxySection(), trained=proxy.loaded.trained)
     if not epochs:
         return
     trainer = Trainer(
@@ -195,11 +194,11 @@ def _unpack(kept: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "position": {"epoch": epoch, "step": step}, "ranks": ranks}
 
 
-def _epochs(proxy: ProxySection, loaded: LoadedModel) -> int:
+def _epochs(proxy: ProxySection, *, trained: bool) -> int:
     """The number of epochs of its training in floating point."""
     if proxy.epochs is not None:
         return proxy.epochs
-    return 0 if loaded.trained else 1
+    return 0 if trained else 1
 
 
 def _section(model: ModelSection, proxy: ProxySection, data: DataSection) -> ModelSection:

@@ -69,12 +69,12 @@ def export_verified(
                 verdict = prove_tensors(loaded, model, batches, progress)
         except CorruptArtifact as error:
             reason = str(error).replace(str(temporary), path.name)
-            raise ExportMismatch(f"{reason}: nothing was written") from None
+            raise ExportMismatch(f"{reason}; no file was written") from None
         verdict.verified_on, verdict.images_available = verified_on, available
         reasons = verdict.reasons()
         if reasons:
             raise ExportMismatch(
-                f"{path.name} does not equal the model ({'; '.join(reasons)}): nothing was written"
+                f"{path.name} does not match the model ({'; '.join(reasons)}); no file was written"
             )
     if exporter.suffix == ".onnx":
         about = {"style": style, "opset": OPSET, "versions": versions(runtimes)}

@@ -150,4 +150,4 @@ def test_json_is_written_in_one_place() -> None:
         and node.attr in ("dumps", "dump")
         and ast.unparse(node.value) == "json"
     }
-    assert makers == {"strict.py"}
+    assert makers == {"serialization.py"}

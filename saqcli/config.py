@@ -65,7 +65,7 @@ class Option:
         least: smallest number accepted, where the type has no bound or another one.
         file: whether the value is a path, which shells complete.
         repeated: whether the option may be given several times.
-        negative: whether a boolean has ``--no-NAME`` too.
+        negative: whether a boolean has a negative name too.
     """
 
     help: str

@@ -13,7 +13,7 @@ from saqcli.data.datasets import Split, check_fingerprint, check_same_classes, f
 from saqcli.data.loaders import calibration_loader, check_shared, default_workers, make_loader
 from saqcli.errors import ConfigError
 from saqcli.machine import cores
-from saqcli.models.preprocessing import Preprocessing, is_small
+from saqcli.models.preprocessing import Preprocessing, has_small_images
 from saqcli.progress import SILENT, Progress
 from saqcli.runs.directory import RunDirectory
 from saqcli.tasks.labels import Classes
@@ -121,7 +121,7 @@ class Images:
             self.preprocessing,
             batch_size=self.section.batch_size,
             training=True,
-            augmentation=("cifar" if is_small(self.preprocessing) else "imagenet")
+            augmentation=("cifar" if has_small_images(self.preprocessing) else "imagenet")
             if wanted == "auto"
             else wanted,
             workers=workers_of(self.section, self.preprocessing),
@@ -214,7 +214,7 @@ def validation_loader(
     return make_loader(
         split,
         preprocessing,
-        batch_size=section.eval_batch_size or (256 if is_small(preprocessing) else 64),
+        batch_size=section.eval_batch_size or (256 if has_small_images(preprocessing) else 64),
         training=False,
         workers=workers_of(section, preprocessing),
         device=device,

@@ -117,10 +117,10 @@ def choose(content: Mapping[Any, Any], key: str | None, source: str) -> StateDic
 def fit_names(values: Mapping[str, Tensor], own: Collection[str], source: str) -> Iterator[StateDict]:
     """Candidates for ``values`` under the network's names, ``own``; the first one that loads is right.
 
-    If all names of the network are present under one prefix, or without one, this is the only candidate; tensors outside
-    of the prefix (counters, losses, another copy of the network) are dropped. Of several copies the averaged one is
-    chosen. Otherwise, since layers may rename old parameters, the candidates are the unchanged names, then the names
-    without each prefix that all of them share.
+    If all names of the network are present under one prefix, or without one, this is the only candidate; tensors
+    outside of the prefix (counters, losses, another copy of the network) are dropped. Of several copies the averaged
+    one is chosen. Otherwise, since layers may rename old parameters, the candidates are the unchanged names, then the
+    names without each prefix that all of them share.
 
     Raises:
         ConfigError: there are several copies, and no rule selects one.
@@ -265,7 +265,7 @@ def _at_key(content: Mapping[Any, Any], key: str, nested: list[Path], source: st
 
 
 def _under(values: Mapping[Any, Any], key: str) -> Mapping[Any, Any]:
-    """The tensors at a dotted ``key`` of nested mappings, whose end may be a prefix of names; empty if there are none."""
+    """The tensors at a dotted ``key`` of nested mappings, whose end may be a prefix of names; empty without any."""
     while key:
         names = [
             name for name, value in values.items() if isinstance(name, str) and isinstance(value, Mapping)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from saqcli.config import DataSection, ModelSection, RunConfig
-from saqcli.data.datasets import check_there
+from saqcli.data.datasets import check_split_exists
 from saqcli.data.splits import named_data
 from saqcli.errors import ConfigError, Problems, SaqError
 from saqcli.export import STYLES
@@ -104,7 +104,7 @@ def check_images(section: DataSection, *splits: Literal["train", "val"], files: 
     path = problems.attempt(named_data, section)
     if path is not None:
         for split in splits:
-            problems.attempt(check_there, path, split)
+            problems.attempt(check_split_exists, path, split)
     problems.check()
 
 

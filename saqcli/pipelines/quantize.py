@@ -83,7 +83,7 @@ def quantize(
             if state is None:
                 if resume:
                     note_start(run, progress.note)
-                prepared.images.bind_to(run)
+                prepared.images.record_or_check(run)
                 begin(config, prepared, run, device, progress)
                 state = run.load_saved()
             run.end_search()
@@ -92,7 +92,7 @@ def quantize(
             model.to(device)
             images = distributed.together(lambda: open_run_images(config, facts, device))
             if resumed:
-                images.bind_to(run)
+                images.record_or_check(run)
                 progress.note(resuming(run, place_of(state, config.training.epochs)))
             best: Mapping[str, Tensor] | None = None
             if config.training.epochs:

@@ -85,7 +85,7 @@ def _search(
     with run.recorded():
         if resume:
             note_start(run, progress.note)
-        asked.images.bind_to(run)
+        asked.images.record_or_check(run)
         results = keep_search(search_and_stop(config, asked, None, run, progress), config, run)
         run.finish(results)
         run.end_search()
@@ -153,7 +153,7 @@ def choose_bits(
         return policy, Budget()
     asked = distributed.together(lambda: ask(config, network, images, progress))
     if config.search.proxy is not None:
-        asked.images.bind_to(run, of="proxy ")
+        asked.images.record_or_check(run, prefix="proxy ")
     searched = search_and_stop(config, asked, statistics, run, progress)
     keep_search(searched, config, run)
     return searched.policy, searched.budget

@@ -165,7 +165,7 @@ def training_images(
     section: DataSection, loaded: LoadedModel, device: torch.device, seed: int, progress: Progress
 ) -> Images:
     """The training images for a search in the network ``loaded``."""
-    return Images.training_alone(section, classes_of(loaded), loaded.preprocessing, device, seed, progress)
+    return Images.training_only(section, classes_of(loaded), loaded.preprocessing, device, seed, progress)
 
 
 def open_images(

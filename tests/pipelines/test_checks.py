@@ -14,7 +14,7 @@ from saqcli.models.load import build_architecture
 from saqcli.pipelines import rerun
 from tests.support.command_line import answer, last_error, saq
 
-DATA = "no images were named: give --data DIR"
+DATA = "no images given: use --data DIR"
 TINY = {"name": "saq/resnet20", "num_classes": 10, "in_chans": 3, "kwargs": {}}
 BITS = "no bits and no budget were given: give exactly one of --bits 4, --bops 34G"
 

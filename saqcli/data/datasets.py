@@ -130,7 +130,7 @@ def _open_folder(
         str(folder),
         order=order,
         class_map=class_map,
-        beside=find_class_lists(places),
+        list_files=find_class_lists(places),
     )
     labels = numbering.labels
     source = [(file, labels[name]) for name, files in images.items() for file in files]

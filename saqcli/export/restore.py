@@ -13,7 +13,8 @@ from saqcli.models.load import LoadedModel, as_loaded, build_architecture
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.models.rebuild import build_described, check_description
 from saqcli.serialization import printable
-from saqcli.tasks.labels import Classes, imagenet_names, library_order
+from saqcli.tasks.class_names import imagenet_names, library_order
+from saqcli.tasks.labels import Classes
 
 
 def trained_classes(metadata: ModelMetadata, called: str) -> Classes:

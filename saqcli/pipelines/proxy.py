@@ -35,7 +35,7 @@ from saqcli.progress import Progress
 from saqcli.random_state import random_state, seed_everything
 from saqcli.search import SearchImages
 from saqcli.serialization import named_path
-from saqcli.tasks.labels import ORDERS
+from saqcli.tasks.class_names import ORDERS
 from saqcli.training.loop import NO_MEMORY, Memory, Meter
 from saqcli.training.optimizer import in_float, search_training
 from saqcli.training.preflight import check_trains

@@ -24,7 +24,8 @@ from saqcli.quant.fold import make_plain
 from saqcli.quant.tracer import Trace, trace
 from saqcli.random_state import seed_everything
 from saqcli.serialization import named_path
-from saqcli.tasks.labels import ORDERS, Classes
+from saqcli.tasks.class_names import ORDERS
+from saqcli.tasks.labels import Classes
 from saqcli.units import counted
 
 

@@ -190,7 +190,7 @@ def test_class_order_is_stored_in_all_files(digits: Path, renamed: Renamed, tmp_
 
     against = saq("eval", run, "--data", data, "--class-order", "timm")
     assert (
-        f"{run / 'artifacts' / 'model.safetensors'} numbers these classes otherwise: class_10 is 1"
+        f"{run / 'artifacts' / 'model.safetensors'} numbers these classes differently: class_10 is 1"
         in against.stderr
     )
     assert answer("eval", run, "--data", data, "--class-order", "timm")["top1"] < done["top1"] - 50

@@ -1,10 +1,11 @@
-"""Top-1 and loss after a short fine-tuning with every method, from the same calibrated network, over several seeds.
+"""Top-1 and loss after short fine-tuning with every method, over seeds.
 
     python benchmarks/minimizers.py --model saq/resnet20 --weights FILE --data DIR --out results --bits 2,4 --seeds 3
 
-Every (bits, method, seed) is one line of ``results/results.jsonl``; those that stand there are not run again, so the
-script can be stopped at any time and started anew. The trained states lie beside it, for ``saq analyze`` and
-``eigenvalues.py``. ``--table`` prints what has been measured so far as Markdown, and runs nothing.
+All methods start from the same calibrated network. Every (bits, method, seed) is one line of
+``results/results.jsonl``; existing lines are not run again, so the script can be interrupted and restarted. The trained
+states are saved in the same folder, for ``saq analyze`` and ``eigenvalues.py``. ``--table`` only prints the existing
+results as Markdown.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from saqcli.serialization import replacing
 from saqcli.training.loop import score
 from saqcli.training.trainer import train
 
-# What is compared: settings of the training section.
+# The compared methods: settings of the training section.
 METHODS: dict[str, dict[str, Any]] = {
     "qat": {"method": "qat"},
     "sam": {"method": "sam"},
@@ -47,7 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def run(config: RunConfig, prepared: "Prepared") -> tuple[dict[str, float], dict[str, Any]]:
-    """Train from the calibrated state; figures and the state at the end."""
+    """Train from the calibrated state; returns the results and the final state."""
     model, images = prepared.network.model, prepared.images(config)
     model.load_state_dict(prepared.initial)
     start = time.perf_counter()
@@ -59,7 +60,7 @@ def run(config: RunConfig, prepared: "Prepared") -> tuple[dict[str, float], dict
 
 
 class Prepared:
-    """A network, calibrated at given bits, and what it is trained with."""
+    """A network calibrated at given bits, with its images."""
 
     def __init__(self, wanted: argparse.Namespace, bits: str) -> None:
         self.options = {
@@ -87,7 +88,7 @@ class Prepared:
         return resolve(options=self.options | changes | {"run.seed": seed})
 
     def images(self, config: RunConfig) -> Images:
-        """Fed as ``config`` says."""
+        """The images with the data settings of ``config``."""
         opened = self._images
         return Images(
             opened.train, opened.val, opened.preprocessing, config.data, self.device, config.run.seed
@@ -95,14 +96,14 @@ class Prepared:
 
 
 def state_path(wanted: argparse.Namespace, bits: str, name: str, seed: int) -> Path:
-    """Where the trained state of a run lies."""
+    """The path of a run's trained state."""
     plain = re.sub(r"[^\w.]+", "_", name).strip("_")
     path: Path = wanted.out / f"{bits}-{plain}-{seed}.pt"
     return path
 
 
 def measure(wanted: argparse.Namespace) -> None:
-    """Run what has not been run yet."""
+    """Run what is missing."""
     results = wanted.out / "results.jsonl"
     done = {(r["bits"], r["name"], r["seed"]) for r in read(results)}
     chosen = wanted.methods.split(";") if wanted.methods else list(METHODS)

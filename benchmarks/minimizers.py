@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from saqcli.process_group import pick_device
 from saqcli.progress import SILENT
 from saqcli.serialization import replacing
 from saqcli.training.loop import score
-from saqcli.training.trainer import train
+from saqcli.training.trainer import Trainer
 
 # The compared methods: settings of the training section.
 METHODS: dict[str, dict[str, Any]] = {
@@ -47,15 +48,41 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+class LastMetrics:
+    """A run that keeps the metrics of the last epoch, and saves nothing."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, Any] = {}
+
+    def offer(self, state: Callable[[], Any], *, milestone: bool = False, failing: bool = False) -> None:
+        """Nothing is saved."""
+
+    def log(self, **values: Any) -> None:
+        """Keep the metrics."""
+        self.metrics = values
+
+    def check_signal(self) -> None:
+        """Signals are raised as usual."""
+
+
 def run(config: RunConfig, prepared: "Prepared") -> tuple[dict[str, float], dict[str, Any]]:
     """Train from the calibrated state; returns the results and the final state."""
     model, images = prepared.network.model, prepared.images(config)
     model.load_state_dict(prepared.initial)
+    last = LastMetrics()
+    trainer = Trainer(
+        model,
+        images.training(),
+        config.training,
+        num_classes=prepared.network.loaded.num_classes,
+        image_size=max(images.preprocessing.input_size[1:]),
+        run=last,
+    )
     start = time.perf_counter()
-    trained = train(model, images, config.training, prepared.network.loaded.num_classes)
+    trainer.fit()
     seconds = time.perf_counter() - start
     found = score(model, images.validation(), "", prepared.device, SILENT)
-    figures = {"top1": found.top1, "loss": found.loss, "train_loss": trained.loss, "seconds": seconds}
+    figures = {"top1": found.top1, "loss": found.loss, "train_loss": last.metrics["loss"], "seconds": seconds}
     return figures, {name: value.clone() for name, value in model.state_dict().items()}
 
 

@@ -172,7 +172,7 @@ def test_architecture_with_unknown_key_fails() -> None:
         (random("timm/resnet18", kwargs={"checkpoint_path": "x"}), "`model.weights`"),
         (random("timm/resnet18", kwargs={"num_classes": 3}), "`model.num_classes`"),
         (random("timm/resnet18", kwargs={"block_args": 5}), "`model.kwargs`"),
-        (random("torchvision/googlenet", in_chans=1), "under timm/"),
+        (random("torchvision/googlenet", in_chans=1), "use the network of timm/"),
         (random("saq/resnet20", num_classes=0), "at least 1"),
         (random("saq/resnet20", input_size=-4), "one side"),
         (random("saq/resnet20", mean=(0.5,)), "one number per channel"),

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from saqcli.errors import UnsupportedModel
-from saqcli.models.catalogue import installed, look_up
+from saqcli.models.catalogue import installed_version, read_library
 from saqcli.models.libraries import ZOOS
 from saqcli.models.load import build_architecture
 from saqcli.serialization import write_text
@@ -63,9 +63,9 @@ def write_published() -> None:
     """Write input sizes and tags of all libraries, one line per network; saq's networks have no version number."""
     libraries = []
     for library in ZOOS:
-        version = json.dumps(None if library == "saq" else installed(library))
+        version = json.dumps(None if library == "saq" else installed_version(library))
         networks = [
-            f"{json.dumps(name)}: {json.dumps(weights)}" for name, weights in look_up(library).items()
+            f"{json.dumps(name)}: {json.dumps(weights)}" for name, weights in read_library(library).items()
         ]
         lines = ",\n".join(networks)
         libraries.append(f'"{library}": {{"version": {version}, "networks": {{\n{lines}\n}}}}')

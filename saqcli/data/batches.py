@@ -26,7 +26,7 @@ from saqcli.errors import DataError
 from saqcli.random_state import seed_everything, seeds_of
 
 
-class TrainingShare(Sampler[int]):
+class TrainingSampler(Sampler[int]):
     """A rank's images of every whole batch of an epoch; a short last batch is dropped.
 
     Args:
@@ -53,7 +53,7 @@ class TrainingShare(Sampler[int]):
         return self.images // self.batch * (self.batch // self.count)
 
 
-class EvaluationShare(Sampler[int]):
+class EvaluationSampler(Sampler[int]):
     """The images of every ``count``-th batch of ``sampler``, starting with batch ``rank``."""
 
     def __init__(self, sampler: Iterable[int], batch: int, rank: int, count: int) -> None:
@@ -114,7 +114,7 @@ class Loader:
         seed_everything(self._seed, epoch, distributed.index())
         if self._streamed:
             self._inner.dataset.source.set_epoch(epoch)
-        elif isinstance(self._inner.batch_sampler.sampler, TrainingShare):
+        elif isinstance(self._inner.batch_sampler.sampler, TrainingSampler):
             self._inner.batch_sampler.sampler.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -164,7 +164,7 @@ class Loader:
             return
         batches = self._inner.batch_sampler
         whole = batches.sampler
-        batches.sampler = EvaluationShare(whole, batches.batch_size, rank, count)
+        batches.sampler = EvaluationSampler(whole, batches.batch_size, rank, count)
         try:
             yield from self
         finally:

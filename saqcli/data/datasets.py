@@ -28,7 +28,7 @@ from saqcli.data.images import ImageSet, ImageStream
 from saqcli.errors import DataError
 from saqcli.serialization import named_path, some
 from saqcli.tasks.class_lists import find_class_lists, read_class_map
-from saqcli.tasks.labels import Classes, Numbering, check_files, number_classes
+from saqcli.tasks.labels import Classes, Numbering, assign_labels, check_files
 from saqcli.units import counted
 
 BadImages = Literal["refuse", "skip", "replace"]
@@ -124,7 +124,7 @@ def _open_folder(
     places = [folder, data] if folder != data else [folder]
     if folder == data and is_split_name(folder.name):
         places.append(folder.absolute().parent)
-    numbering = number_classes(
+    numbering = assign_labels(
         list(images),
         classes,
         str(folder),
@@ -302,7 +302,7 @@ def _by_number(split: Split, classes: Classes, order: str | None, class_map: str
         raise DataError(
             f"{split.name} has numbers as labels, but {class_map} maps {some(wrong, 3)}: give lines `LABEL CLASS`"
         )
-    numbering = number_classes(list(mapped), classes, split.name, class_map=class_map)
+    numbering = assign_labels(list(mapped), classes, split.name, class_map=class_map)
     relabel = {int(name): label for name, label in numbering.labels.items()}
     return _numbered(replace(split, dataset=replace(split.dataset, relabel=relabel)), numbering)
 
@@ -349,7 +349,7 @@ def _open_named(
     names = _class_names(opened)
     if not names or len(set(names)) < len(names):
         return _by_number(plain, classes, order, class_map)
-    numbering = number_classes(names, classes, title, order=order, class_map=class_map, in_order=True)
+    numbering = assign_labels(names, classes, title, order=order, class_map=class_map, in_order=True)
     relabel = {place: numbering.labels[name] for place, name in enumerate(names)}
     if any(place != label for place, label in relabel.items()):
         labels = None if dataset.labels is None else [relabel[label] for label in dataset.labels]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saqcli import distributed
-from saqcli.data.batches import Loader, TrainingShare
+from saqcli.data.batches import Loader, TrainingSampler
 from saqcli.data.datasets import Split, sharded, subset
 from saqcli.data.images import ImageSet, ImageStream, Unreadable
 from saqcli.data.transforms import CROP_SCALE, Augmentation, image_transform
@@ -30,7 +30,7 @@ from saqcli.units import counted
 
 CALIBRATION_IMAGES = 512
 LARGEST_SIDE_WITHOUT_WORKERS = 64  # pixels; decoding smaller images costs less than sending them to a process
-MOST_WORKERS = 8
+MAX_WORKERS = 8
 
 _COLOR_MODES = {1: "L", 3: "RGB"}
 
@@ -131,7 +131,9 @@ def make_loader(
 
 def _distribute(batches: Any, split: Split, batch_size: int, seed: int) -> None:
     """Make a batch sampler yield only this rank's slice of every batch."""
-    batches.sampler = TrainingShare(split.images, batch_size, distributed.index(), distributed.count(), seed)
+    batches.sampler = TrainingSampler(
+        split.images, batch_size, distributed.index(), distributed.count(), seed
+    )
     batches.batch_size, batches.drop_last = batch_size // distributed.count(), True
 
 
@@ -237,4 +239,4 @@ def default_workers(preprocessing: Preprocessing) -> int:
     if max(preprocessing.input_size[1:]) <= LARGEST_SIDE_WITHOUT_WORKERS:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_WORKERS, cores)
+    return min(MAX_WORKERS, cores)

@@ -169,7 +169,7 @@ def _open(
     section: DataSection, split: Literal["train", "val"], classes: Classes | int, notes: dict[str, None]
 ) -> Split:
     opened = open_split(
-        named_data(section),
+        data_path(section),
         split,
         num_classes=classes,
         bad_images=section.bad_images,
@@ -190,7 +190,7 @@ def _report(notes: Iterable[str], progress: Progress) -> None:
         progress.note(note)
 
 
-def named_data(section: DataSection) -> str:
+def data_path(section: DataSection) -> str:
     """The path of the data; also an early check before long work.
 
     Raises:

@@ -12,9 +12,9 @@ from typing import Any
 
 from saqcli.errors import ConfigError
 
-MOST_NUMBER = 2**16  # largest absolute value of an integer: widths, depths, sides
-MOST_VALUES = 1000
-MOST_NESTED = 4
+MAX_NUMBER = 2**16  # largest absolute value of an integer: widths, depths, sides
+MAX_VALUES = 1000
+MAX_NESTED = 4
 
 _WEIGHTS, _SWITCH = "use `model.weights`", "saq sets such switches itself, remove it"
 RESERVED = {  # builder arguments that saq sets itself
@@ -43,15 +43,15 @@ def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
     for count, (argument, value) in enumerate(_leaves(name, kwargs, ()), start=1):
         if problem := _problem(value):
             raise ConfigError(f"{name} cannot take {argument} as a model argument: {problem}")
-        if count > MOST_VALUES:
+        if count > MAX_VALUES:
             raise ConfigError(
-                f"{name} cannot take more than {MOST_VALUES} model arguments: correct `model.kwargs`"
+                f"{name} cannot take more than {MAX_VALUES} model arguments: correct `model.kwargs`"
             )
 
 
 def _leaves(name: str, value: Any, place: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     """Every scalar in ``value``, with the name of the argument that contains it."""
-    if len(place) > MOST_NESTED:
+    if len(place) > MAX_NESTED:
         raise ConfigError(f"{name} cannot take {place[0]} as a model argument: it is nested too deep")
     if isinstance(value, Mapping):
         for key, inner in value.items():
@@ -67,8 +67,8 @@ def _leaves(name: str, value: Any, place: tuple[str, ...]) -> Iterator[tuple[str
 
 def _problem(value: Any) -> str:
     """Why a scalar is not allowed; empty if it is."""
-    if isinstance(value, int) and abs(value) > MOST_NUMBER:
-        return f"{value if abs(value) < 10**20 else 'it'} is beyond {MOST_NUMBER}"
+    if isinstance(value, int) and abs(value) > MAX_NUMBER:
+        return f"{value if abs(value) < 10**20 else 'it'} is beyond {MAX_NUMBER}"
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value} is not a finite number"
     if isinstance(value, str) and not _TEXT.fullmatch(value):

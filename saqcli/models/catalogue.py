@@ -79,12 +79,12 @@ def find(pattern: str | None = None) -> list[Entry]:
     return found
 
 
-def installed(library: str) -> str:
+def installed_version(library: str) -> str:
     """The installed version of a library, without the build suffix (``+cpu``)."""
     return version(library).partition("+")[0]
 
 
-def look_up(library: str) -> dict[str, Weights]:
+def read_library(library: str) -> dict[str, Weights]:
     """The published weights of an installed library, by network name; imports the library (seconds)."""
     from saqcli.models.libraries import ZOOS
 
@@ -105,8 +105,8 @@ def _published() -> Iterator[tuple[str, str, Weights]]:
         (files("saqcli.models") / "published.json").read_text(encoding="utf-8")
     )
     for library, record in stored.items():
-        current = record["version"] in (None, installed(library))
-        for name, weights in (record["networks"] if current else look_up(library)).items():
+        current = record["version"] in (None, installed_version(library))
+        for name, weights in (record["networks"] if current else read_library(library)).items():
             yield library, name, weights
 
 

@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from saqcli.errors import ConfigError, SaqError
 from saqcli.models.networks import NETWORKS
 from saqcli.models.preprocessing import Preprocessing
-from saqcli.models.weights import COLOURS, to_channels, versioned
+from saqcli.models.weights import COLOURS, adapt_channels, with_versions
 
 _SECONDS = 5.0
 _REMEDY = "use `model.weights=FILE` with a local .safetensors or .pth"
@@ -50,7 +50,7 @@ def fetching(name: str) -> Iterator[None]:
         ) from error
 
 
-def unpublished(name: str) -> SaqError:
+def no_published_weights(name: str) -> SaqError:
     """The error for a network without published weights."""
     return SaqError(
         f"{name} has no published weights: {_REMEDY}, or `model.pretrained=False` for random ones"
@@ -107,7 +107,7 @@ class Zoo(Protocol):
     def tags(self) -> dict[str, list[str]]:
         """Tags of the published weights by architecture, the default first; ``NAME.TAG`` is also a name."""
 
-    def knows(self, name: str) -> bool:
+    def has_model(self, name: str) -> bool:
         """Whether ``name``, tag included, exists."""
 
     def default_classes(self, name: str) -> int:
@@ -161,7 +161,7 @@ class Timm:
             tags.sort(key=lambda tag: tag != default)
         return found
 
-    def knows(self, name: str) -> bool:
+    def has_model(self, name: str) -> bool:
         """See ``Zoo``."""
         import timm
 
@@ -204,7 +204,7 @@ class Timm:
         """See ``Zoo``."""
         name, cfg = f"timm/{arch.name}", self._cfg(arch.name)
         if not cfg.has_weights:
-            raise unpublished(name)
+            raise no_published_weights(name)
         with fetching(name):
             if cfg.hf_hub_id:
                 require_repository(cfg.hf_hub_id, cfg.hf_hub_filename)
@@ -261,7 +261,7 @@ class TorchVision:
             for name, entries in published.items()
         }
 
-    def knows(self, name: str) -> bool:
+    def has_model(self, name: str) -> bool:
         """See ``Zoo``."""
         from torchvision.models import get_model_weights
 
@@ -317,12 +317,12 @@ class TorchVision:
             require_url(weights.url)
             donor = torchvision.models.get_model(name, weights=weights, **kwargs)
         own = model.state_dict()
-        state = dict(to_channels(donor.state_dict(), own, arch.in_chans, name)[0])
+        state = dict(adapt_channels(donor.state_dict(), own, arch.in_chans, name)[0])
         heads = () if arch.num_classes == self.default_classes(arch.name) else self.classifiers(model)
         state.update(
             {f"{head}.{part}": own[f"{head}.{part}"] for head in heads for part in ("weight", "bias")}
         )
-        model.load_state_dict(versioned(model, {key: state[key] for key in own}))
+        model.load_state_dict(with_versions(model, {key: state[key] for key in own}))
         return Published(model, arch.name, str(weights))
 
     def convert(self, arch: Architecture, state: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
@@ -371,7 +371,7 @@ class Saq:
         """See ``Zoo``; there are no published weights."""
         return {name: [] for name in NETWORKS}
 
-    def knows(self, name: str) -> bool:
+    def has_model(self, name: str) -> bool:
         """See ``Zoo``."""
         return name in NETWORKS
 
@@ -401,7 +401,7 @@ class Saq:
 
     def fetch(self, arch: Architecture) -> Published:
         """See ``Zoo``; there are no published weights."""
-        raise unpublished(f"saq/{arch.name}")
+        raise no_published_weights(f"saq/{arch.name}")
 
     def convert(self, arch: Architecture, state: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
         """See ``Zoo``; there is only one version of these networks."""

@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from saqcli.errors import ConfigError, SaqError, UnsupportedModel, WeightsMismatch
 from saqcli.models import catalogue
 from saqcli.models.arguments import check_arguments
-from saqcli.models.libraries import ZOOS, Architecture, Zoo, unpublished
+from saqcli.models.libraries import ZOOS, Architecture, Zoo, no_published_weights
 from saqcli.models.names import resolve
 from saqcli.models.preprocessing import Preprocessing as Preprocessing
-from saqcli.models.state_dicts import fit_names
+from saqcli.models.state_dicts import match_names
 from saqcli.models.weights import (
     WeightFile,
+    adapt_channels,
     channels_note,
-    check_numbers,
+    check_finite,
     load_into,
     read_weights,
     sha256_of,
-    to_channels,
 )
 from saqcli.serialization import printable
 from saqcli.units import counted
@@ -134,7 +134,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         else:
             model, source, trained = zoo.build(arch), "random", False
         if not spec.weights:  # weights of a file were checked when they were loaded
-            check_numbers(model, source)
+            check_finite(model, source)
     build = asdict(arch) | {"name": f"{prefix}/{name}"}
     return LoadedModel(
         model.eval(),
@@ -161,7 +161,7 @@ def published_weights(name: str) -> str:
     architecture, _, tag = short.partition(".")
     tags = next((entry.tags for entry in catalogue.find(f"{prefix}/{architecture}")), ())
     if not tags:
-        raise unpublished(f"{prefix}/{short}")
+        raise no_published_weights(f"{prefix}/{short}")
     return f"{prefix}/{architecture}.{tag or tags[0]}".rstrip(".")
 
 
@@ -175,7 +175,7 @@ def default_classes(name: str) -> int:
     return ZOOS[prefix].default_classes(short)
 
 
-def check_named(name: str) -> None:
+def check_model_name(name: str) -> None:
     """Check that a network of that name exists, without building it.
 
     Raises:
@@ -272,7 +272,7 @@ def _from_file(
     name, source = f"{prefix}/{arch.name}", spec.weights.name if spec.weights else ""
     model = zoo.build(arch)
     own, misfits = model.state_dict().keys(), dict[int, WeightsMismatch]()
-    for candidate in fit_names(file.tensors, own, source):
+    for candidate in match_names(file.tensors, own, source):
         more: list[str] = []
         try:
             found = _from_state(zoo, name, arch, model, candidate.values, spec, more)
@@ -317,7 +317,7 @@ def _from_state(
             f"{source} has another classifier: the new one of {counted(arch.num_classes, 'class')} starts with "
             "random weights"
         )
-    state, note = to_channels(state, model.state_dict(), arch.in_chans, source)
+    state, note = adapt_channels(state, model.state_dict(), arch.in_chans, source)
     notes += [note] if note else []
     try:
         load_into(model, state, source, name=name, classifiers=heads)

@@ -22,7 +22,7 @@ _DOTTED = re.compile(r"(timm|torchvision|models|saq)(?:\.models)?[.:](.+)", re.I
 _FILES = (".safetensors", ".onnx", *PICKLES)
 
 
-class Named(NamedTuple):
+class ModelName(NamedTuple):
     """The resolved name of a network.
 
     Attributes:
@@ -36,36 +36,36 @@ class Named(NamedTuple):
     note: str = ""
 
 
-def resolve(spelling: str, *, exact: bool = False) -> Named:
+def resolve(spelling: str, *, exact: bool = False) -> ModelName:
     """The network with the name ``spelling``; other spellings are accepted unless ``exact``, as for names in files.
 
     Raises:
         UnknownModel: there is none, or several; the message suggests similar names or a remedy.
     """
-    if (found := exactly(spelling)) is not None:
+    if (found := find_exact(spelling)) is not None:
         return found
     name = spelling
     if not exact:
         _refuse_files(spelling)
-        name = _as_here(spelling.strip().removesuffix("()"))
-        for prefix, short in _places(name):
-            if (same := _alike(ZOOS[prefix], short)) is not None:
-                return Named(prefix, same, f"{printable(spelling, 100)} is read as {prefix}/{same}")
+        name = _with_prefix(spelling.strip().removesuffix("()"))
+        for prefix, short in _candidates(name):
+            if (same := _fuzzy_match(ZOOS[prefix], short)) is not None:
+                return ModelName(prefix, same, f"{printable(spelling, 100)} is read as {prefix}/{same}")
     prefix, slash, short = name.partition("/")
-    near = _near(short if slash else name, prefix if slash and prefix in ZOOS else None)
+    near = _similar(short if slash else name, prefix if slash and prefix in ZOOS else None)
     hint = f"did you mean {', '.join(near)}?" if near else "no similar name"
     raise UnknownModel(f"unknown model {spelling!r} ({hint}): `saq models PATTERN` lists names")
 
 
-def exactly(name: str) -> Named | None:
+def find_exact(name: str) -> ModelName | None:
     """The network with exactly that name; None if there is none."""
-    for prefix, short in _places(name):
-        if ZOOS[prefix].knows(short):
-            return Named(prefix, short)
+    for prefix, short in _candidates(name):
+        if ZOOS[prefix].has_model(short):
+            return ModelName(prefix, short)
     return None
 
 
-def _places(name: str) -> list[tuple[str, str]]:
+def _candidates(name: str) -> list[tuple[str, str]]:
     """Pairs of library and name to try; all libraries in search order if ``name`` has no prefix."""
     prefix, slash, rest = name.partition("/")
     if slash and prefix in ZOOS:
@@ -73,7 +73,7 @@ def _places(name: str) -> list[tuple[str, str]]:
     return [(known, name) for known in ZOOS]
 
 
-def _as_here(name: str) -> str:
+def _with_prefix(name: str) -> str:
     """``name`` with the library's prefix, if a known spelling of another program contains the library."""
     if hub := _HUB.fullmatch(name):
         name = hub[1].partition("@")[0]
@@ -89,12 +89,12 @@ def _as_here(name: str) -> str:
     return f"{prefix.lower()}/{rest}" if slash and prefix.lower() in ZOOS else name
 
 
-def _alike(zoo: Zoo, name: str) -> str | None:
+def _fuzzy_match(zoo: Zoo, name: str) -> str | None:
     """The only network of ``zoo`` that equals ``name`` up to case and separators; None if there is none or several."""
-    if zoo.knows(name):
+    if zoo.has_model(name):
         return name
     networks = zoo.names()
-    for architecture, tag in _readings(name):
+    for architecture, tag in _interpretations(name):
         same = [network for network in networks if _key(network) == _key(architecture)]
         if len(same) != 1:
             continue
@@ -106,7 +106,7 @@ def _alike(zoo: Zoo, name: str) -> str | None:
     return None
 
 
-def _readings(name: str) -> Iterator[tuple[str, str]]:
+def _interpretations(name: str) -> Iterator[tuple[str, str]]:
     """Pairs of architecture and tag: ``squeezenet1.1`` may be one name, ``resnet.resnet18`` a function in a module."""
     architecture, _, tag = name.partition(".")
     yield architecture, tag
@@ -135,7 +135,7 @@ def _refuse_files(name: str) -> None:
         raise UnknownModel(f"{name} is a weight file: name its network, and use `model.weights={name}`")
 
 
-def _near(name: str, prefix: str | None) -> list[str]:
+def _similar(name: str, prefix: str | None) -> list[str]:
     """Up to five known names similar to ``name``, of the library ``prefix`` if given."""
     name = name.lower()
     architecture, dot, _ = name.partition(".")

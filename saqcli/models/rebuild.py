@@ -26,10 +26,10 @@ from saqcli.models.load import build_architecture
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.units import counted
 
-MOST_CLASSES = 2**24  # and channels
-MOST_SIDE = 4096  # of an image, in pixels
-MOST_SCALED = 4 * MOST_SIDE  # of an image before the crop, in pixels
-MOST_TRIED = 2**20  # pixels of an image in a real forward pass
+MAX_CLASSES = 2**24  # and channels
+MAX_SIDE = 4096  # of an image, in pixels
+MAX_SCALED = 4 * MAX_SIDE  # of an image before the crop, in pixels
+MAX_TRIED = 2**20  # pixels of an image in a real forward pass
 CODES_A_BYTE = 4  # at 2 bits
 REBUILT = (
     4  # some networks create layers and replace them: timm's pruned ones have twice the numbers while built
@@ -41,7 +41,7 @@ SCRATCH_NUMBERS = 2**27  # of tables that are computed and not saved, such as re
 _TOO_LARGE = "it describes a larger network than its tensors belong to"
 
 
-def build_described(
+def rebuild_from_metadata(
     build: Mapping[str, Any], preprocessing: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> nn.Module:
     """Build the network of a file, with random weights and in eval mode.
@@ -54,15 +54,15 @@ def build_described(
     Raises:
         SaqError: the metadata are not allowed, or contradict each other or the tensors.
     """
-    channels, height, width = check_description(build, preprocessing).input_size
+    channels, height, width = check_build_metadata(build, preprocessing).input_size
     numbers = sum(x.numel() * (CODES_A_BYTE if x.dtype == torch.uint8 else 1) for x in tensors.values())
-    with _no_larger_than(len(tensors), numbers), torch.device("meta"):
-        answer = _draw(build, torch.empty(1, channels, height, width), numbers + SCRATCH_NUMBERS)
-    with _no_larger_than(len(tensors), numbers):
+    with _limited_size(len(tensors), numbers), torch.device("meta"):
+        shape = _build_on_meta(build, torch.empty(1, channels, height, width), numbers + SCRATCH_NUMBERS)
+    with _limited_size(len(tensors), numbers):
         model = build_architecture(build)
-    if answer is None and height * width <= MOST_TRIED:  # the meta device failed, so a real pass decides
-        answer = _answer(model, torch.zeros(1, channels, height, width)) or ()
-    if answer not in (None, (1, build["num_classes"])):
+    if shape is None and height * width <= MAX_TRIED:  # the meta device failed, so a real pass decides
+        shape = _output_shape(model, torch.zeros(1, channels, height, width)) or ()
+    if shape not in (None, (1, build["num_classes"])):
         raise CorruptArtifact(
             f"{build['name']} does not turn images of {channels} x {height} x {width} into {build['num_classes']} "
             "logits"
@@ -70,7 +70,7 @@ def build_described(
     return model
 
 
-def check_description(build: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> Preprocessing:
+def check_build_metadata(build: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> Preprocessing:
     """Check the types and sizes of a file's metadata, and return its preprocessing.
 
     Raises:
@@ -78,7 +78,7 @@ def check_description(build: Mapping[str, Any], preprocessing: Mapping[str, Any]
     """
     kinds = {"name": str, "num_classes": int, "in_chans": int, "kwargs": dict}
     for key, kind in kinds.items():
-        if type(build.get(key)) is not kind or (kind is int and not 1 <= build[key] <= MOST_CLASSES):
+        if type(build.get(key)) is not kind or (kind is int and not 1 <= build[key] <= MAX_CLASSES):
             raise CorruptArtifact(f"its build has no valid {key}")
     check_arguments(build["name"], build["kwargs"])
     images = Preprocessing.from_dict(preprocessing)
@@ -88,15 +88,15 @@ def check_description(build: Mapping[str, Any], preprocessing: Mapping[str, Any]
             f"its images have {counted(channels, 'channel')}, its network {build['in_chans']}: "
             "they do not belong to the same model"
         )
-    if max(sides) > MOST_SIDE or max(sides) / images.crop_pct > MOST_SCALED:
+    if max(sides) > MAX_SIDE or max(sides) / images.crop_pct > MAX_SCALED:
         raise CorruptArtifact(
             f"its images of {sides[0]} x {sides[1]} pixels, a crop of {images.crop_pct:g}, are larger than "
-            f"{MOST_SIDE} pixels per side or {MOST_SCALED} before the crop"
+            f"{MAX_SIDE} pixels per side or {MAX_SCALED} before the crop"
         )
     return images
 
 
-def _draw(build: Mapping[str, Any], image: Tensor, most: int) -> tuple[int, ...] | None:
+def _build_on_meta(build: Mapping[str, Any], image: Tensor, most: int) -> tuple[int, ...] | None:
     """The shape of the network's output on the device of the context; None if it cannot be built or run there.
 
     Some networks compute with values while they are built or run, which the meta device does not have. No tensor of
@@ -105,9 +105,9 @@ def _draw(build: Mapping[str, Any], image: Tensor, most: int) -> tuple[int, ...]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with _Scratch(most):
+            with _TensorLimit(most):
                 model = build_architecture(build)
-            return _answer(model, image)
+            return _output_shape(model, image)
     except CorruptArtifact:
         raise
     except SaqError:
@@ -115,7 +115,7 @@ def _draw(build: Mapping[str, Any], image: Tensor, most: int) -> tuple[int, ...]
 
 
 @torch.no_grad()
-def _answer(model: nn.Module, image: Tensor) -> tuple[int, ...] | None:
+def _output_shape(model: nn.Module, image: Tensor) -> tuple[int, ...] | None:
     """The shape of the logits of one image; None if the network does not accept it."""
     try:
         return tuple(model(image).shape)
@@ -124,7 +124,7 @@ def _answer(model: nn.Module, image: Tensor) -> tuple[int, ...] | None:
 
 
 @contextmanager
-def _no_larger_than(tensors: int, numbers: int) -> Iterator[None]:
+def _limited_size(tensors: int, numbers: int) -> Iterator[None]:
     """Context that stops the building of a network with clearly more tensors or numbers, before they take memory.
 
     Raises:
@@ -159,7 +159,7 @@ def _no_larger_than(tensors: int, numbers: int) -> Iterator[None]:
             handle.remove()
 
 
-class _Scratch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _TensorLimit(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises ``CorruptArtifact`` when an operator returns a tensor with more than ``most`` numbers."""
 
     def __init__(self, most: int) -> None:

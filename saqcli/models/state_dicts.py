@@ -114,7 +114,7 @@ def choose(content: Mapping[Any, Any], key: str | None, source: str) -> StateDic
     return chosen
 
 
-def fit_names(values: Mapping[str, Tensor], own: Collection[str], source: str) -> Iterator[StateDict]:
+def match_names(values: Mapping[str, Tensor], own: Collection[str], source: str) -> Iterator[StateDict]:
     """Candidates for ``values`` under the network's names, ``own``; the first one that loads is right.
 
     If all names of the network are present under one prefix, or without one, this is the only candidate; tensors

@@ -35,8 +35,8 @@ from saqcli.models.state_dicts import choose, class_lists, from_metadata
 from saqcli.serialization import printable
 from saqcli.units import counted
 
-MOST_UNFOLDED = 2**24  # values of a pickle, with shared values counted at every use
-MOST_PICKLES = 5  # per file: torch before 1.6 writes five, followed by the tensors' bytes
+MAX_UNFOLDED = 2**24  # values of a pickle, with shared values counted at every use
+MAX_PICKLES = 5  # per file: torch before 1.6 writes five, followed by the tensors' bytes
 SPARE_BYTES = 2**20
 _REFUSED = {"builtins.bytearray", "__builtin__.bytearray", "_codecs.encode", "builtins.complex"}
 _APPENDING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
@@ -49,7 +49,7 @@ _DAMAGED = (
 )
 
 
-class Strange(Exception):
+class SuspiciousFile(Exception):
     """A suspicious file, which no training program writes; the message continues "the file".
 
     Attributes:
@@ -73,18 +73,18 @@ def globals_of(path: Path) -> list[str]:
     """The globals that the pickles of a file name, as ``module.name``, up to the first damage.
 
     Raises:
-        Strange: reading the file could run forever or exhaust the memory.
+        SuspiciousFile: reading the file could run forever or exhaust the memory.
     """
     found: list[str] = []
     try:
         for file in _pickles(path):
             _walk(file, found)
-    except Strange as strange:
-        raise Strange(str(strange), found) from None
+    except SuspiciousFile as strange:
+        raise SuspiciousFile(str(strange), found) from None
     except _DAMAGED:  # damage, or bytes after the last pickle; torch reports damage
         pass
     if refused := next((name for name in found if name in _REFUSED), None):
-        raise Strange(f"calls {refused}", found)
+        raise SuspiciousFile(f"calls {refused}", found)
     return found
 
 
@@ -93,13 +93,13 @@ def _pickles(path: Path) -> Iterator[IO[bytes]]:
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
             file.seek(0)
-            for _ in range(MOST_PICKLES):
+            for _ in range(MAX_PICKLES):
                 yield file
             return
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             if sum(entry.file_size for entry in entries) > path.stat().st_size + SPARE_BYTES:
-                raise Strange("decompresses to more than its size")
+                raise SuspiciousFile("decompresses to more than its size")
             for entry in entries:
                 if entry.filename.endswith(".pkl"):
                     with archive.open(entry) as inner:
@@ -130,15 +130,15 @@ def _walk(file: IO[bytes], found: list[str]) -> None:
             size = 1 + sum(value.size for value in taken)
             if name in _APPENDING and taken:
                 if taken[0].shared:
-                    raise Strange(
+                    raise SuspiciousFile(
                         "contains a list or dictionary that contains itself, or that is filled after its use"
                     )
                 taken[0].size = size
                 stack.append(taken[0])
             else:
                 stack.extend(_Value(size) for _ in opcode.stack_after)
-            if size > MOST_UNFOLDED:
-                raise Strange("repeats its values endlessly")
+            if size > MAX_UNFOLDED:
+                raise SuspiciousFile("repeats its values endlessly")
 
 
 def _take(stack: list[_Value | None], kinds: list[str]) -> list[_Value]:
@@ -155,7 +155,7 @@ def _take(stack: list[_Value | None], kinds: list[str]) -> list[_Value]:
 
 PICKLES = (".pth", ".pt", ".th", ".bin", ".tar", ".ckpt")
 COLOURS = 3  # image channels of published weights
-MOST_NAME = 1000  # characters of a tensor's name
+MAX_NAME = 1000  # characters of a tensor's name
 _NAMED = 5  # keys in a message before "and N more"
 _CODE = (
     "weights {path} hold code ({code}) in addition to tensors: nothing was run; if you trust the file, convert it to "
@@ -242,15 +242,15 @@ def load_into(
     own = model.state_dict()
     counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
     try:
-        model.load_state_dict(versioned(model, {**counters, **state}), strict=True)
+        model.load_state_dict(with_versions(model, {**counters, **state}), strict=True)
     except RuntimeError as error:  # torch decides, since layers may rename old keys
         raise WeightsMismatch(
             _misfit({**counters, **state}, own, source, name, classifiers, error)
         ) from error
-    check_numbers(model, source, state)
+    check_finite(model, source, state)
 
 
-def check_numbers(model: nn.Module, source: str, state: Mapping[str, Tensor] | None = None) -> None:
+def check_finite(model: nn.Module, source: str, state: Mapping[str, Tensor] | None = None) -> None:
     """Refuse weights with invalid values.
 
     Args:
@@ -267,7 +267,7 @@ def check_numbers(model: nn.Module, source: str, state: Mapping[str, Tensor] | N
         )
 
 
-def to_channels(
+def adapt_channels(
     state: Mapping[str, Tensor], own: Mapping[str, Tensor], channels: int, source: str
 ) -> tuple[Mapping[str, Tensor], str]:
     """Adapt the first convolution of ``state`` from colour images to images of ``channels``, as timm does.
@@ -298,7 +298,7 @@ def channels_note(source: str, before: int, now: int) -> str:
     return f"{source} reads images of {counted(before, 'channel')}: {how} to read {now}"
 
 
-def versioned(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_versions(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``state`` with the current version numbers of all modules, which torchvision's MNASNet requires."""
     known: dict[str, Tensor] = model.state_dict()  # its _metadata holds the version of every module
     known.clear()
@@ -335,7 +335,7 @@ def _read_pickle(path: Path) -> tuple[Any, Any]:
         return content, content
     except OSError:
         raise
-    except Strange as error:
+    except SuspiciousFile as error:
         if code := _code_of(error.called):
             raise UnsafeWeights(_CODE.format(path=path, code=code)) from None
         raise UnsafeWeights(
@@ -370,7 +370,7 @@ def _code_of(called: Sequence[str]) -> str:
 def _tensors(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     """Check that ``content`` consists of dense tensors by name, and detach them."""
     for key, value in content.items():
-        if not isinstance(key, str) or len(key) > MOST_NAME:
+        if not isinstance(key, str) or len(key) > MAX_NAME:
             what = "a very long one" if isinstance(key, str) else f"a {type(key).__name__}"
             raise CorruptArtifact(f"weights {path} hold no tensors by name ({what}): save model.state_dict()")
         if not isinstance(value, Tensor):

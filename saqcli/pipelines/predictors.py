@@ -14,7 +14,7 @@ from saqcli.export.model_metadata import ModelMetadata, read_onnx_metadata
 from saqcli.export.operators import frozen_copy
 from saqcli.export.restore import complete_class_names, restore, trained_classes
 from saqcli.models.preprocessing import Preprocessing
-from saqcli.models.rebuild import check_description
+from saqcli.models.rebuild import check_build_metadata
 from saqcli.pipelines.setup import answering, classes_of, load_float
 from saqcli.pipelines.targets import EVALUATED, QUANTIZED, find_target, model_file, named_file
 from saqcli.progress import Progress
@@ -109,7 +109,7 @@ def _described(
     predict: Callable[[Tensor], Tensor], name: str, facts: ModelMetadata, device: torch.device
 ) -> Predictor:
     try:
-        preprocessing = check_description(facts.build, facts.preprocessing)
+        preprocessing = check_build_metadata(facts.build, facts.preprocessing)
     except SaqError as error:
         raise CorruptArtifact(f"{name} does not say what it expects: {printable(str(error))}") from None
     classes = trained_classes(facts, name)

@@ -79,7 +79,7 @@ class Numbering:
     notes: tuple[str, ...] = ()
 
 
-def number_classes(
+def assign_labels(
     folders: Sequence[str],
     classes: Classes,
     where: str,

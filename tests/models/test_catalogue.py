@@ -17,7 +17,7 @@ KEPT: dict[str, Any] = json.loads((FOLDER / "published.json").read_text())
 
 
 def current(library: str) -> bool:
-    return KEPT[library]["version"] in (None, catalogue.installed(library))
+    return KEPT[library]["version"] in (None, catalogue.installed_version(library))
 
 
 def names(pattern: str | None) -> list[str]:
@@ -79,7 +79,7 @@ def test_other_library_version_is_queried(monkeypatch: pytest.MonkeyPatch) -> No
         "resnet18": KEPT["timm"]["networks"]["resnet18"],
         "new18": {"input_size": [3, 8, 8], "tags": {}},
     }
-    monkeypatch.setattr(catalogue, "installed", newer)
+    monkeypatch.setattr(catalogue, "installed_version", newer)
     monkeypatch.setattr(catalogue, "read_library", {"timm": brand_new}.__getitem__)
 
     known, new = catalogue.find("timm/*")

@@ -1,11 +1,11 @@
-"""Top-1 after calibration alone, without any training: the tool's default and what could be done otherwise.
+"""Top-1 after calibration without training: the default and alternatives.
 
     python benchmarks/calibration.py --model torchvision/squeezenet1_1 --weights FILE --data imagenette --out results
     python benchmarks/calibration.py ... --out results --table
 
-`--data` has train/ to calibrate on and val/ to evaluate; `--also` names further folders of images to evaluate. Every
-variant at every width is a line of `OUT/calibration.jsonl`, and is not measured again. First and last layers are at 8
-bits, as the tool pins them.
+`--data` has train/ for calibration and val/ for evaluation; `--also` adds folders of images to evaluate. Each variant
+at each bit-width is a line of `OUT/calibration.jsonl`; existing lines are not measured again. First and last layers are
+at 8 bits, as in the tool's default.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ from saqcli.progress import SILENT
 from saqcli.quant.calibration import reestimate_batch_norms
 from saqcli.training.loop import evaluate
 
-# What differs from the settings of the run; `bn` is a way to estimate batch norms anew that the tool does not offer.
+# Changes of the settings; `bn` is a re-estimation of batch norms that the tool does not offer.
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "lsq": {"quantization.quantizer": "lsq"},
@@ -49,7 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Bench:
-    """One network and its images, read once."""
+    """A network with its images, which are read once."""
 
     def __init__(self, wanted: Any) -> None:
         self.options = {
@@ -79,7 +79,7 @@ class Bench:
         return resolve(options=self.options | {"quantization.bits": bits} | own)
 
     def score(self, model: torch.nn.Module) -> dict[str, list[float]]:
-        """Images, top-1 and loss on every set."""
+        """Number of images, top-1 and loss on every set."""
         model.eval()
         found = {}
         for name, batches in self.sets.items():
@@ -89,7 +89,7 @@ class Bench:
         return found
 
     def measure(self, variant: dict[str, Any], bits: str) -> dict[str, list[float]]:
-        """The same, calibrated at ``bits``."""
+        """The scores of a variant, calibrated at ``bits``."""
         config = self.config(variant, bits)
         network, images = prepare(config, torch.device("cpu"), SILENT)
         statistics = calibrate(network, images, config, SILENT)
@@ -111,7 +111,7 @@ def together(scores: dict[str, list[float]]) -> float:
 
 
 def table(lines: list[dict[str, Any]]) -> None:
-    """Top-1 of all images, a row a variant; first the change from floating point."""
+    """Print top-1 over all images, one row per variant, after the float accuracies."""
     for model in dict.fromkeys(line["model"] for line in lines):
         own = [line for line in lines if line["model"] == model]
         widths = sorted({line["bits"] for line in own if line["bits"]}, reverse=True)
@@ -125,7 +125,7 @@ def table(lines: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Measure what is missing, or print what was measured."""
+    """Measure missing results, or print the table."""
     options = parser(__doc__)
     options.add_argument("--model-kwargs")
     options.add_argument("--mean")

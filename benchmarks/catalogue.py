@@ -1,11 +1,10 @@
-"""Write what `saq models` tells at once: `saqcli/models/catalogue.csv` and `saqcli/models/published.json`.
+"""Write the tables of `saq models`: catalogue.csv and published.json.
 
     python benchmarks/catalogue.py
 
-The parameters of every network that saq can name are counted without memory for them, which takes minutes for a
-thousand networks; input sizes and tags are read from timm and torchvision, whose import alone takes seconds. Run it
-again when they have learnt new names: what is counted already is kept, also by a script that was stopped, and what they
-no longer know goes.
+Both files are in `saqcli/models`. The parameters of every network are counted on the meta device, which takes minutes
+for a thousand networks; input sizes and tags are read from timm and torchvision. Run the script again after an update
+of these libraries: existing counts are kept, also those of an interrupted run, and removed networks are deleted.
 """
 
 import argparse
@@ -20,15 +19,15 @@ from typing import Any
 import torch
 
 from saqcli.errors import UnsupportedModel
-from saqcli.models.catalogue import installed, look_up
+from saqcli.models.catalogue import installed_version, read_library
 from saqcli.models.libraries import ZOOS
 from saqcli.models.load import build_architecture
 from saqcli.serialization import write_text
 
-PATH = Path(__file__).parents[1] / "saqcli" / "io" / "catalogue.csv"
+PATH = Path(__file__).parents[1] / "saqcli" / "models" / "catalogue.csv"
 PUBLISHED = PATH.with_name("published.json")
 SECONDS_BETWEEN_SAVES = 10.0
-CLASSES = 1000  # where a network has no classifier of its own
+CLASSES = 1000  # of networks without a classifier
 
 
 def family_of(library: str, name: str) -> str:
@@ -44,7 +43,7 @@ def family_of(library: str, name: str) -> str:
 
 
 def parameters(library: str, name: str) -> int:
-    """Elements of all parameters, classifier included."""
+    """Number of parameters, including the classifier."""
     zoo = ZOOS[library]
     build = {
         "name": f"{library}/{name}",
@@ -61,12 +60,12 @@ def parameters(library: str, name: str) -> int:
 
 
 def write_published() -> None:
-    """Input sizes and tags of all libraries, a line a network; our own networks have no version but the file's."""
+    """Write input sizes and tags of all libraries, one line per network; saq's networks have no version number."""
     libraries = []
     for library in ZOOS:
-        version = json.dumps(None if library == "saq" else installed(library))
+        version = json.dumps(None if library == "saq" else installed_version(library))
         networks = [
-            f"{json.dumps(name)}: {json.dumps(weights)}" for name, weights in look_up(library).items()
+            f"{json.dumps(name)}: {json.dumps(weights)}" for name, weights in read_library(library).items()
         ]
         lines = ",\n".join(networks)
         libraries.append(f'"{library}": {{"version": {version}, "networks": {{\n{lines}\n}}}}')
@@ -74,7 +73,7 @@ def write_published() -> None:
 
 
 def write_rows(rows: list[dict[str, Any]]) -> None:
-    """Replace the table of parameters as one act."""
+    """Replace the table of parameters atomically."""
     text = io.StringIO()
     writer = csv.DictWriter(text, ["name", "family", "parameters"], lineterminator="\n")
     writer.writeheader()
@@ -83,7 +82,7 @@ def write_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Add what is missing."""
+    """Add missing networks and remove unknown ones."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -101,7 +100,7 @@ def main() -> None:
             if full not in known:
                 try:
                     count = parameters(library, name)
-                except Exception as error:  # one network that cannot be built must not lose the others
+                except Exception as error:  # one network that cannot be built must not stop the others
                     print(f"{full}: {type(error).__name__}: {str(error)[:150]}", flush=True)
                     continue
                 known[full] = {"name": full, "family": family_of(library, name), "parameters": count}

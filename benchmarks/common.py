@@ -1,6 +1,6 @@
-"""What the scripts of this folder share: options that name network and images, and results as lines of JSON.
+"""Shared by the benchmarks: common options, and results as JSON lines.
 
-A result is on disk as soon as it is known, so that a script that was stopped or killed goes on where it was.
+A result is written as soon as it is measured, so that an interrupted script resumes where it stopped.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from saqcli.serialization import json_text, write_text
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """With the options that name network and images."""
+    """A parser with the options for network and images."""
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -24,14 +24,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """One more line, on the screen too; half a line, which a full disk or a crash left at the end, goes."""
+    """Append a line and print it; an incomplete last line, left by a crash or a full disk, is removed."""
     text = path.read_text() if path.is_file() else ""
     write_text(path, text[: text.rfind("\n") + 1] + json_text(line) + "\n")
     print(json_text(line), flush=True)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines measured so far, whole ones."""
+    """All complete lines."""
     text = path.read_text() if path.is_file() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 

@@ -1,12 +1,12 @@
-"""Put every family of timm and torchvision through everything that saq does: which networks does "any" mean?
+"""Run every step of saq on every family of timm and torchvision.
 
     python benchmarks/coverage.py --out coverage                  the smallest member of every family
-    python benchmarks/coverage.py --out coverage vgg11 timm/xcit_nano_12_p8_224     these
-    python benchmarks/coverage.py --out coverage --table          docs/models.md and saqcli/models/coverage.csv
+    python benchmarks/coverage.py --out coverage vgg11 timm/xcit_nano_12_p8_224     these networks
+    python benchmarks/coverage.py --out coverage --table          write docs/models.md and saqcli/models/coverage.csv
 
-Networks have random weights (no download), their native input size, and batch norms that have seen a few images;
-parameters that start at zero are filled, so that signals and gradients flow. Every network runs in a process of its
-own under a limit of time and memory; what was run to its end, by what is in DIR, is not run again.
+Networks have random weights (no download), their native input size, and batch norms estimated on a few images;
+parameters that start at zero are filled, so that signals and gradients flow. Each network runs in its own process with
+limits of time and memory; networks with a complete record in the output folder are not run again.
 """
 
 import argparse
@@ -25,38 +25,38 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-CATALOGUE = ROOT / "saqcli" / "io" / "catalogue.csv"
+CATALOGUE = ROOT / "saqcli" / "models" / "catalogue.csv"
 IMAGES, STEP_IMAGES = 8, 2
 PAGE = os.sysconf("SC_PAGE_SIZE")
-COVERAGE = ROOT / "saqcli" / "io" / "coverage.csv"
+COVERAGE = ROOT / "saqcli" / "models" / "coverage.csv"
 PAGE_OF_MODELS = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- coverage -->", "<!-- end of coverage -->"
 
 
-# One network, in a process of its own ------------------------------------------------------------------------
+# One network, in its own process ------------------------------------------------------------------------------
 
 
 class Record:
-    """What is known of a network so far, on disk after every stage."""
+    """The results of a network, written after every stage."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.facts = path, {"model": name, "stage": "build"}
 
     def add(self, stage: str, **facts: Any) -> None:
-        """Facts of a stage that is over, and the name of the one that begins."""
+        """Add the results of the last stage, and the name of the next one, ``stage``."""
         self.facts |= facts | {"stage": stage}
         _write(self.path, self.facts)
 
 
 def _write(path: Path, facts: dict[str, Any]) -> None:
-    """As one act: a record that is there is whole."""
+    """Write a record atomically."""
     from saqcli.serialization import write_text
 
     write_text(path, json.dumps(facts, indent=1))
 
 
 def try_out(name: str, path: Path) -> None:
-    """Everything, stage by stage."""
+    """Run all stages on one network and record the result."""
     import torch
 
     record, started = Record(path, name), time.perf_counter()
@@ -64,7 +64,7 @@ def try_out(name: str, path: Path) -> None:
     try:
         _stages(name, record)
         record.add("done", problem=None)
-    except Exception as error:  # whatever it is, it is what the table has to tell
+    except Exception as error:  # any error is a result of the table
         text = " ".join(str(error).split())[:400]
         record.add(record.facts["stage"], problem=f"{type(error).__name__}: {text}")
         traceback.print_exc()
@@ -186,7 +186,7 @@ WITHOUT_CLASSIFIER = ("timm/gemma4_vit", "timm/deepseek_vit", "timm/qwen3_vit")
 
 
 def _same(before: Any, after: Any, *, exactly: bool) -> bool:
-    """Bit for bit, or to rounding where torch's fused attention is written out."""
+    """Whether outputs are equal bit for bit, or up to rounding if torch's fused attention was decomposed."""
     import torch
 
     return bool(torch.equal(before, after)) or (
@@ -202,10 +202,12 @@ def _counts(values: Any) -> dict[str, int]:
 
 
 def _wake(model: Any) -> None:
-    """Fill what starts at zero or so near to it that nothing passes: last norms, gains, scales of residual branches."""
+    """Fill parameters that start near zero and block the signal: last norms, gains, scales of residual branches."""
     import torch
 
-    for module in model.modules():  # a branch that is dropped for both images of a step has no gradient
+    for (
+        module
+    ) in model.modules():  # a branch that is dropped for both images of a step would have no gradient
         for rate in ("drop_prob", "p"):
             if isinstance(getattr(module, rate, None), float):
                 setattr(module, rate, 0.0)
@@ -220,7 +222,7 @@ def _wake(model: Any) -> None:
 
 
 def _settle(model: Any, images: Any) -> None:
-    """Let batch norms see images: at their initial statistics, activations vanish on the way."""
+    """Estimate batch norms on images: with their initial statistics, activations vanish."""
     import torch
 
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
@@ -236,9 +238,10 @@ def _settle(model: Any, images: Any) -> None:
 
 
 def _teach(model: Any, images: Any) -> None:
-    """Let the last layer tell the images apart: of random features nearly the same class comes out for all of them.
+    """Fit the last layer so that it distinguishes the images.
 
-    Then one rounding more or less decides which class is the best, and no comparison of two runtimes means anything.
+    With random weights the logits of all images are nearly equal. A single rounding would then decide which class is
+    the best, and comparisons of runtimes would be meaningless.
     """
     import torch
 
@@ -266,7 +269,7 @@ def _teach(model: Any, images: Any) -> None:
 
 
 def _train(model: Any) -> Any:
-    """Training mode but for batch norms: the statistics of two images would be others than those of calibration."""
+    """Training mode except for batch norms, since the statistics of two images differ from those of calibration."""
     import torch
 
     model.train()
@@ -277,7 +280,7 @@ def _train(model: Any) -> Any:
 
 
 def _loss(model: Any, images: Any) -> Any:
-    """Smoothed, so that no gradient is exactly zero however sure the last layer is."""
+    """Cross-entropy with label smoothing, so that no gradient is exactly zero for confident logits."""
     import torch
     from torch.nn import functional as F
 
@@ -285,8 +288,7 @@ def _loss(model: Any, images: Any) -> Any:
 
 
 def _zero_gradients(model: Any, images: Any) -> list[str]:
-    """Modules whose weight gets no gradient in the float model either."""
-
+    """Modules whose weight has no gradient in the float model."""
     _train(model)
     _loss(model, images).backward()
     model.eval()
@@ -299,8 +301,7 @@ def _zero_gradients(model: Any, images: Any) -> list[str]:
 
 
 def _perturbed(model: Any, images: Any) -> dict[str, bool]:
-    """Which layers SAQ's ascent moves."""
-
+    """For every layer, whether SAQ's ascent perturbs it."""
     from saqcli.quant.layer import frozen_batch_stats, quantized_layers
     from saqcli.training.perturbation import PerturbedSet
 
@@ -316,7 +317,7 @@ def _perturbed(model: Any, images: Any) -> dict[str, bool]:
 
 
 def smallest() -> list[str]:
-    """The smallest member of every family, by the catalogue; from the smallest to the largest."""
+    """The smallest member of every family in the catalogue, sorted by size."""
     from saqcli.models.libraries import ZOOS
 
     best: dict[tuple[str, str], tuple[int, str]] = {}
@@ -336,7 +337,7 @@ def smallest() -> list[str]:
 
 
 def run_all(names: list[str], out: Path, jobs: int, seconds: float, gibibytes: float) -> None:
-    """Every network that has no record yet, ``jobs`` at a time."""
+    """Run all networks without a complete record, ``jobs`` at a time."""
     waiting = [name for name in names if not _ended(_record(out, name))]
     running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
     print(f"{len(names)} networks, {len(waiting)} to run", flush=True)
@@ -364,7 +365,7 @@ def _record(out: Path, name: str) -> Path:
 
 
 def _ended(record: Path) -> bool:
-    """Whether it says how the network did; that of one that was killed in the middle does not."""
+    """Whether the record is complete; that of an interrupted process is not."""
     return record.is_file() and "problem" in json.loads(record.read_text())
 
 
@@ -396,11 +397,11 @@ def _line(out: Path, name: str) -> str:
     return f"{name:45} {facts['stage']:9} {facts.get('seconds', '?'):>4} s  {failure(facts) or 'ok'}"
 
 
-# What came out -----------------------------------------------------------------------------------------------
+# Results -------------------------------------------------------------------------------------------------------
 
 
 def records(out: Path) -> Iterator[dict[str, Any]]:
-    """Of all networks that were run to an end, good or bad."""
+    """All complete records."""
     for path in sorted(out.glob("[!.]*.json")):
         facts = json.loads(path.read_text())
         if "problem" in facts:
@@ -408,7 +409,7 @@ def records(out: Path) -> Iterator[dict[str, Any]]:
 
 
 def failure(facts: dict[str, Any]) -> str | None:
-    """What is wrong, or None."""
+    """The first failure in a record; None if there is none."""
     if facts.get("problem"):
         return str(facts["problem"])
     for key, title in (("unchanged", "a step leaves"), ("unperturbed", "SAQ does not perturb")):
@@ -424,7 +425,7 @@ def failure(facts: dict[str, Any]) -> str | None:
 
 
 def write_tables(out: Path) -> None:
-    """What is kept of it: ``docs/models.md`` between its marks, and ``saqcli/models/coverage.csv``."""
+    """Write the table in ``docs/models.md``, between its marks, and ``saqcli/models/coverage.csv``."""
     with CATALOGUE.open() as file:
         families = {row["name"]: row["family"] for row in csv.DictReader(file)}
     lines, verdicts = [], []
@@ -469,7 +470,7 @@ def _cells(facts: dict[str, Any], verdict: str) -> list[str]:
 
 
 def main() -> None:
-    """Run, or tell."""
+    """Run the networks, or write the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -478,7 +479,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--gibibytes", type=float, default=10)
-    parser.add_argument("--table", action="store_true", help="write what was found into docs and package")
+    parser.add_argument("--table", action="store_true", help="write the results into docs and package")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

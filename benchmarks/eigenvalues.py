@@ -1,9 +1,10 @@
-"""Largest Hessian eigenvalue of every state that ``minimizers.py`` has left, on the same training images.
+"""Largest Hessian eigenvalue of every state saved by ``minimizers.py``.
 
     python benchmarks/eigenvalues.py --model saq/resnet20 --weights FILE --data DIR --out results --images 250
 
-Give the same model, weights, data and folder as there. One line a state in ``results/eigenvalues.jsonl``; those that
-stand there are not measured again. ``minimizers.py --table`` shows them beside the accuracies.
+All states are measured on the same training images. Use the same model, weights, data and output folder as for
+``minimizers.py``. Each state is a line of ``results/eigenvalues.jsonl``; existing lines are not measured again.
+``minimizers.py --table`` shows them next to the accuracies.
 """
 
 import torch
@@ -17,7 +18,7 @@ from saqcli.quant.layer import quantized_layers
 
 
 def main() -> None:
-    """Measure what has not been measured yet."""
+    """Measure missing results."""
     parser = arguments(__doc__)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--starts", type=int, default=1)

@@ -1,16 +1,18 @@
-"""Top-1 and loss after a short fine-tuning with every method, from the same calibrated network, over several seeds.
+"""Top-1 and loss after short fine-tuning with every method, over seeds.
 
     python benchmarks/minimizers.py --model saq/resnet20 --weights FILE --data DIR --out results --bits 2,4 --seeds 3
 
-Every (bits, method, seed) is one line of ``results/results.jsonl``; those that stand there are not run again, so the
-script can be stopped at any time and started anew. The trained states lie beside it, for ``saq analyze`` and
-``eigenvalues.py``. ``--table`` prints what has been measured so far as Markdown, and runs nothing.
+All methods start from the same calibrated network. Every (bits, method, seed) is one line of
+``results/results.jsonl``; existing lines are not run again, so the script can be interrupted and restarted. The trained
+states are saved in the same folder, for ``saq analyze`` and ``eigenvalues.py``. ``--table`` only prints the existing
+results as Markdown.
 """
 
 import argparse
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,9 @@ from saqcli.process_group import pick_device
 from saqcli.progress import SILENT
 from saqcli.serialization import replacing
 from saqcli.training.loop import score
-from saqcli.training.trainer import train
+from saqcli.training.trainer import Trainer
 
-# What is compared: settings of the training section.
+# The compared methods: settings of the training section.
 METHODS: dict[str, dict[str, Any]] = {
     "qat": {"method": "qat"},
     "sam": {"method": "sam"},
@@ -46,20 +48,46 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+class LastMetrics:
+    """A run that keeps the metrics of the last epoch, and saves nothing."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, Any] = {}
+
+    def offer(self, state: Callable[[], Any], *, milestone: bool = False, failing: bool = False) -> None:
+        """Nothing is saved."""
+
+    def log(self, **values: Any) -> None:
+        """Keep the metrics."""
+        self.metrics = values
+
+    def check_signal(self) -> None:
+        """Signals are raised as usual."""
+
+
 def run(config: RunConfig, prepared: "Prepared") -> tuple[dict[str, float], dict[str, Any]]:
-    """Train from the calibrated state; figures and the state at the end."""
+    """Train from the calibrated state; returns the results and the final state."""
     model, images = prepared.network.model, prepared.images(config)
     model.load_state_dict(prepared.initial)
+    last = LastMetrics()
+    trainer = Trainer(
+        model,
+        images.training(),
+        config.training,
+        num_classes=prepared.network.loaded.num_classes,
+        image_size=max(images.preprocessing.input_size[1:]),
+        run=last,
+    )
     start = time.perf_counter()
-    trained = train(model, images, config.training, prepared.network.loaded.num_classes)
+    trainer.fit()
     seconds = time.perf_counter() - start
     found = score(model, images.validation(), "", prepared.device, SILENT)
-    figures = {"top1": found.top1, "loss": found.loss, "train_loss": trained.loss, "seconds": seconds}
+    figures = {"top1": found.top1, "loss": found.loss, "train_loss": last.metrics["loss"], "seconds": seconds}
     return figures, {name: value.clone() for name, value in model.state_dict().items()}
 
 
 class Prepared:
-    """A network, calibrated at given bits, and what it is trained with."""
+    """A network calibrated at given bits, with its images."""
 
     def __init__(self, wanted: argparse.Namespace, bits: str) -> None:
         self.options = {
@@ -87,7 +115,7 @@ class Prepared:
         return resolve(options=self.options | changes | {"run.seed": seed})
 
     def images(self, config: RunConfig) -> Images:
-        """Fed as ``config`` says."""
+        """The images with the data settings of ``config``."""
         opened = self._images
         return Images(
             opened.train, opened.val, opened.preprocessing, config.data, self.device, config.run.seed
@@ -95,14 +123,14 @@ class Prepared:
 
 
 def state_path(wanted: argparse.Namespace, bits: str, name: str, seed: int) -> Path:
-    """Where the trained state of a run lies."""
+    """The path of a run's trained state."""
     plain = re.sub(r"[^\w.]+", "_", name).strip("_")
     path: Path = wanted.out / f"{bits}-{plain}-{seed}.pt"
     return path
 
 
 def measure(wanted: argparse.Namespace) -> None:
-    """Run what has not been run yet."""
+    """Run what is missing."""
     results = wanted.out / "results.jsonl"
     done = {(r["bits"], r["name"], r["seed"]) for r in read(results)}
     chosen = wanted.methods.split(";") if wanted.methods else list(METHODS)

@@ -1,11 +1,11 @@
-"""How many images it takes to rank configurations: rank correlation of a few with all held-out images.
+"""How many images rank configurations: rank correlation with all images.
 
     python benchmarks/ranking.py --model saq/resnet20 --weights FILE --data DIR --out ranking
 
-Random configurations that use the budget are evaluated, calibrated, on every held-out image of a search; top-1 and loss
-on the first 256, 512, ... of them are compared with those on all by Spearman's rank correlation, and so is the loss on
-few with the top-1 on all. What was evaluated stays in OUT and is not evaluated again: give every network, budget and
-data set an OUT of its own.
+Random configurations that use the budget are calibrated and evaluated on all held-out images of a search. Top-1 and
+loss on the first 256, 512, ... images are compared with top-1 and loss on all images by Spearman's rank correlation,
+and also the loss on few images with the top-1 on all. Results are stored in OUT and not measured again: use a separate
+OUT for each network, budget and data set.
 """
 
 import copy
@@ -33,7 +33,7 @@ SIZES = (256, 512, 1024, 2048, 4096)
 
 
 def main() -> None:
-    """Evaluate, compare, print a line a size."""
+    """Evaluate, compare, and print one line per number of images."""
     options = parser(__doc__)
     options.add_argument("--budget", default="w3a3")
     options.add_argument("--out", type=Path, required=True)
@@ -63,7 +63,7 @@ def main() -> None:
     supernet = Supernet(problem)
     choices = Sampler(space, budget, torch.Generator().manual_seed(0)).draw_distinct(wanted.configurations)
     make_folder(wanted.out)
-    rows = (kept(wanted.out, supernet, choice) for choice in choices)
+    rows = (cached(wanted.out, supernet, choice) for choice in choices)
     losses, right = (torch.stack(each) for each in zip(*rows, strict=True))
     count = losses.shape[1]
     print(f"{len(choices)} configurations, {count} held-out images")
@@ -76,19 +76,19 @@ def main() -> None:
         print(f"| {size} | " + " | ".join(f"{value:.3f}" for value in found) + " |")
 
 
-def kept(out: Path, supernet: Supernet, choice: list[int]) -> tuple[Tensor, Tensor]:
-    """What ``judged`` says, from ``out`` where it said so before."""
+def cached(out: Path, supernet: Supernet, choice: list[int]) -> tuple[Tensor, Tensor]:
+    """The result of ``evaluated``, read from ``out`` if it exists there."""
     path = out / f"{'-'.join(map(str, choice))}.pt"
     if not path.is_file():
         with replacing(path) as temporary:
-            torch.save(judged(supernet, choice), temporary)
+            torch.save(evaluated(supernet, choice), temporary)
     losses, right = torch.load(path, weights_only=True)
     return losses, right
 
 
 @torch.no_grad()
-def judged(supernet: Supernet, choice: list[int]) -> tuple[Tensor, Tensor]:
-    """Loss and whether the best class is right, of every held-out image."""
+def evaluated(supernet: Supernet, choice: list[int]) -> tuple[Tensor, Tensor]:
+    """Loss and correctness (0 or 1) of every held-out image."""
     supernet.select(choice)
     model = supernet.model.eval()
     losses, right = [], []

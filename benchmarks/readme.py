@@ -1,8 +1,8 @@
-"""README's table of measured accuracies from the run directories that its commands left.
+"""Print README's table of measured accuracies from run directories.
 
     python benchmarks/readme.py RUN [RUN ...]
 
-A run is one row, in the order given; what a row repeats of the one above it is left out. Prints Markdown.
+Prints Markdown, one row per run in the given order; cells that repeat the row above are empty.
 """
 
 import argparse

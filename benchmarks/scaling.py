@@ -1,17 +1,17 @@
-"""What a training step is made of, and how long ImageNet-1k takes with many processes.
+"""Parts of a training step, and hours of ImageNet-1k on many processes.
 
     python benchmarks/scaling.py --out DIR [--models resnet18,resnet50] [--batch-size 16] [--images FOLDER]
     torchrun --nproc-per-node 2 benchmarks/scaling.py --out DIR ...
 
-Measured for every model and method, on this process's device: seconds of a step on ``--batch-size`` images a process
-(passes, all-reduce and update), of the all-reduce of its gradients alone, and, on a GPU, the memory in use at most.
-With ``--images`` also how many images of that folder a process reads and augments in a second. Every record is kept in
-``DIR/records.jsonl`` as soon as it is known; what is there is not measured again. Then, from the records,
+Measured for every model and method, on this process's device: the seconds of a step on ``--batch-size`` images per
+process (passes, all-reduce and update), the seconds of the all-reduce of its gradients alone, and, on a GPU, the peak
+memory. With ``--images``, also the images per second that a process reads and augments. Each record is written to
+``DIR/records.jsonl`` immediately; existing records are not measured again. Then, from the records,
 
     hours = epochs * ceil(images / batch) * max(step + (all-reduce over the network), loading) / 3600
 
 is printed for ``--processes``, where the all-reduce of n processes takes 2 (n - 1) / n * bytes / bandwidth (a ring; see
-docs/scaling.md). Hours of processes that were not there are computed, not measured.
+docs/scaling.md). These hours are computed, not measured.
 """
 
 import argparse
@@ -42,7 +42,7 @@ METHODS = ("qat", "saq")
 
 
 def measured_step(model: str, method: str, batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Median seconds of a step of this process together with the others, and the memory it took."""
+    """Median seconds of a step of this process together with the others, and its peak memory."""
     loaded = load_float(ModelSection(name=model, pretrained=False), SILENT)
     generator = torch.Generator().manual_seed(distributed.index())
     images = torch.randn(batch, *loaded.preprocessing.input_size, generator=generator).to(device)
@@ -52,14 +52,14 @@ def measured_step(model: str, method: str, batch: int, rounds: int, device: torc
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
-        step()  # it ends by reading the loss, which waits for the device
+        step()  # ends by reading the loss, which synchronizes with the device
         seconds.append(time.perf_counter() - start)
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {"seconds": statistics.median(seconds), "memory": memory}
 
 
 def measured_reduce(model: str, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Median seconds of averaging tensors of the shapes of the model's parameters, and how many bytes these are."""
+    """Median seconds of averaging tensors with the shapes of the model's parameters, and their bytes."""
     network = load_float(ModelSection(name=model, pretrained=False), SILENT).model
     tensors = [torch.zeros_like(parameter, device=device) for parameter in network.parameters()]
     seconds = []
@@ -72,7 +72,7 @@ def measured_reduce(model: str, rounds: int, device: torch.device) -> dict[str, 
 
 
 def measured_loading(folder: str, model: str, most: int) -> dict[str, Any]:
-    """Images of ``folder`` that this process reads, decodes and augments in a second, without worker processes."""
+    """Images of ``folder`` per second that this process reads, decodes and augments without worker processes."""
     preprocessing = load_float(ModelSection(name=model, pretrained=False), SILENT).preprocessing
     split = open_split(folder, "train", num_classes=len(list((Path(folder) / "train").iterdir())))
     loader = make_loader(
@@ -94,14 +94,14 @@ def measured_loading(folder: str, model: str, most: int) -> dict[str, Any]:
 
 
 class Records:
-    """What was measured, a line each; the first process alone writes."""
+    """Measured records, one per line; only the first process writes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.known = read(path)
 
     def get(self, measure: Callable[[], dict[str, Any]], **key: Any) -> dict[str, Any]:
-        """The record of ``key``, measured by ``measure`` where there is none."""
+        """The record of ``key``, measured by ``measure`` if there is none."""
         key["processes"] = distributed.count()
         found = distributed.from_first(lambda: [r for r in self.known if key.items() <= r.items()])
         if found:
@@ -114,13 +114,13 @@ class Records:
 
 @dataclass
 class Plan:
-    """ImageNet-1k by processes that were not there.
+    """Training on ImageNet-1k with a hypothetical number of processes.
 
     Attributes:
-        batch: images of a process in a step.
-        epochs: of the recipe.
-        bandwidth: of the slowest link of the ring, bytes a second.
-        loading: images a second that a process is fed.
+        batch: images per process and step.
+        epochs: epochs of the recipe.
+        bandwidth: bandwidth of the slowest link of the ring, in bytes per second.
+        loading: images per second that are loaded for a process.
     """
 
     batch: int
@@ -129,7 +129,7 @@ class Plan:
     loading: float
 
     def hours(self, step: float, size: int, processes: int) -> float:
-        """From seconds of a step without all-reduce, and the bytes that are reduced."""
+        """Hours, from the seconds of a step without all-reduce and the bytes of the all-reduce."""
         reduce = 2 * (processes - 1) / processes * size / self.bandwidth
         steps = math.ceil(IMAGENET / (self.batch * processes))
         return self.epochs * steps * max(step + reduce, self.batch / self.loading) / 3600
@@ -142,14 +142,16 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", default="resnet18,resnet50,mobilenetv2_100,vit_base_patch16_224")
-    parser.add_argument("--batch-size", type=int, default=16, help="images of a process in a step")
+    parser.add_argument("--batch-size", type=int, default=16, help="images per process and step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", help="folder with train/, to measure loading")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--processes", default="8,16,32,64")
     parser.add_argument("--epochs", type=int, default=90)
     parser.add_argument("--bandwidth", type=float, default=10.0, help="GB/s of the slowest link of the ring")
-    parser.add_argument("--loading", type=float, default=math.inf, help="images/s that a process is fed")
+    parser.add_argument(
+        "--loading", type=float, default=math.inf, help="images/s that are loaded for a process"
+    )
     wanted = parser.parse_args()
     make_folder(wanted.out)
     records = Records(wanted.out / "records.jsonl")

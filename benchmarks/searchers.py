@@ -1,11 +1,11 @@
-"""What a search is worth: top-1 after the same short fine-tuning under the policy of every searcher, over seeds.
+"""Top-1 after the same fine-tuning under every searcher's policy.
 
     python benchmarks/searchers.py --model saq/resnet20 --weights FILE --data DIR --out results --seeds 3
 
-Every search and every fine-tuning is one line of ``results/results.jsonl``; those that stand there are not run again,
-so the script can be stopped at any time and started anew. Equal policies are trained once. The cost of a search is told
-in units of one epoch of plain QAT on all training images, timed by ``--time``; on a CPU both are processor time, which
-other work on the machine changes little. ``--table`` prints what has been measured so far as Markdown.
+Every search and every fine-tuning is one line of ``results/results.jsonl``; existing lines are not run again, so the
+script can be interrupted and restarted. Equal policies are trained once. The cost of a search is given in epochs of
+plain QAT on all training images, timed by ``--time``; on a CPU both are processor time, which depends little on other
+work on the machine. ``--table`` prints the existing results as Markdown.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from saqcli.training.optimizer import make_objective, make_optimizer
 from saqcli.training.step import Recovery, Stepper
 from saqcli.training.trainer import Trainer
 
-# What is compared: a searcher and its options.
+# The compared searchers with their options.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform": ("uniform", {}),
     "error": ("error", {}),
@@ -55,7 +55,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Bench:
-    """A network with its images, calibrated once, to be searched and trained many times."""
+    """A network with its images, calibrated once, for many searches and trainings."""
 
     def __init__(self, wanted: argparse.Namespace) -> None:
         self.wanted, self.device = wanted, pick_device("auto")
@@ -89,11 +89,11 @@ class Bench:
         return resolve(options=given, assignments=assignments)
 
     def images(self, config: RunConfig) -> Images:
-        """Fed as ``config`` says."""
+        """The images with the data settings of ``config``."""
         return Images(*self._images, config.data, self.device, config.run.seed)
 
     def search(self, budget: str, name: str, seed: int) -> dict[str, Any]:
-        """Search once; the policy and what it took."""
+        """Search once; returns the policy and the cost of the search."""
         config, busy = self.config(budget, name, seed), time.process_time()
         statistics_ = None if self.wanted.proxy else self.statistics
         request = request_search(config, self.network, self.images(config), SILENT)
@@ -112,13 +112,13 @@ class Bench:
         }
 
     def quantized(self, config: RunConfig, policy: BitConfig) -> tuple[nn.Module, Images]:
-        """A model of its own, calibrated at ``policy``, and its images."""
+        """A new model, calibrated at ``policy``, and its images."""
         loaded = replace(self.network.loaded, model=copy.deepcopy(self.network.model))
         network, images = replace(self.network, loaded=loaded), self.images(config)
         return install_quantizers(config, network, policy, self.statistics, images, SILENT), images
 
     def train(self, policy: BitConfig, seed: int) -> dict[str, float]:
-        """Calibrate at ``policy`` and train; accuracy before and after, in percent."""
+        """Calibrate at ``policy`` and train; returns the accuracy before and after, in percent."""
         config = self.config("w4a4", "uniform", seed)
         model, images = self.quantized(config, policy)
         before = score(model, images.validation(), "", self.device, SILENT)
@@ -134,7 +134,7 @@ class Bench:
         }
 
     def trainer(self, model: nn.Module, images: Images, config: RunConfig) -> Trainer:
-        """Of ``model``, without validation."""
+        """A trainer of ``model`` without validation."""
         return Trainer(
             model,
             images.training(),
@@ -144,7 +144,7 @@ class Bench:
         )
 
     def epoch_seconds(self, steps: int = 12) -> float:
-        """Of one epoch of plain QAT at uniform 4 bits, from the median of some steps."""
+        """Seconds of one epoch of plain QAT at uniform 4 bits, from the median of ``steps`` steps."""
         config = self.config("w4a4", "uniform", 0)
         policy = self.network.costs.uniform(self.network.name, parse_bits("4"))
         model, images = self.quantized(config, policy)
@@ -164,7 +164,7 @@ class Bench:
                 train_epoch(stepper, loader, task, Meter(), after_step=mark)
         except StopIteration:
             pass
-        each = [b - a for a, b in itertools.pairwise(marks)]  # not the first, which warms up
+        each = [b - a for a, b in itertools.pairwise(marks)]  # without the first step, which warms up
         return statistics.median(each) * len(loader)
 
 
@@ -173,7 +173,7 @@ def _pair(weight: int | None, activation: int | None) -> str:
 
 
 def measure(wanted: argparse.Namespace) -> None:
-    """Search and train what has not been done yet."""
+    """Run the missing searches and trainings."""
     bench = Bench(wanted)
     results = wanted.out / "results.jsonl"
     if wanted.time:
@@ -220,7 +220,7 @@ def _train(
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Top-1 over seeds beside BOPs and the cost of the search, as Markdown."""
+    """Top-1 over seeds, BOPs and cost of the search, as Markdown."""
     epoch = statistics.median([r["seconds"] for r in lines if r["kind"] == "epoch"] or [float("nan")])
     rows = []
     for method in sorted({r["method"] for r in lines if r["kind"] == "train"}):
@@ -262,10 +262,10 @@ def main() -> None:
     options.add_argument("--epochs", type=int, default=1)
     options.add_argument("--lr", type=float, default=0.01)
     options.add_argument("--proxy", help="JSON of the search.proxy settings")
-    options.add_argument("--suffix", default="", help="of the searchers' names in the results")
+    options.add_argument("--suffix", default="", help="suffix of the searchers' names in the results")
     options.add_argument("--set", dest="assign", action="append", help="any setting")
     options.add_argument("--search-only", action="store_true")
-    options.add_argument("--time", action="store_true", help="time an epoch of plain QAT, and nothing else")
+    options.add_argument("--time", action="store_true", help="only time an epoch of plain QAT")
     options.add_argument("--table", action="store_true")
     wanted = options.parse_args()
     if wanted.table:

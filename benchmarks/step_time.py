@@ -1,9 +1,9 @@
-"""Time of one training step: float, plain QAT, SAQ and its cheaper strategies on the same batch, as ratios to QAT.
+"""Time of a training step as a ratio to QAT: float, SAQ, cheaper SAQ.
 
     python benchmarks/step_time.py [--model saq/resnet20] [--batch-size 128] [--rounds 5]
 
-A round is five steps of each, interleaved, so that whatever else the machine does disturbs all of them; medians
-over the rounds are printed.
+All methods use the same batch. A round runs five steps of each in turn, so that other work on the machine disturbs all
+of them; medians over the rounds are printed.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from saqcli.quant.convert import Scheme
 from saqcli.training.minimizers import MINIMIZERS
 from saqcli.training.objective import Objective, as_chunks
 
-STEPS = 5  # a round; an interval of 5 ascends once in it
+STEPS = 5  # per round; with an interval of 5 there is one ascent per round
 
-# Method, and what the ascent costs: share of the images, in bfloat16, options of the minimizer.
-CONTENDERS: dict[str, tuple[str, float, bool, dict[str, Any]]] = {
+# Method, share of the images in the ascent, whether the ascent is in bfloat16, options of the minimizer.
+VARIANTS: dict[str, tuple[str, float, bool, dict[str, Any]]] = {
     "qat": ("qat", 1.0, False, {}),
     "saq": ("saq", 1.0, False, {}),
     "saq, ascent in bfloat16": ("saq", 1.0, True, {}),
@@ -43,8 +43,8 @@ CONTENDERS: dict[str, tuple[str, float, bool, dict[str, Any]]] = {
 def stepper(
     model: str, name: str | None, images: torch.Tensor, labels: torch.Tensor, bits: int
 ) -> Callable[[], None]:
-    """A function that does one step of a contender (None: float) on the batch."""
-    method, fraction, half, options = CONTENDERS[name or "qat"]
+    """A function that runs one step of a variant (None: float) on the batch."""
+    method, fraction, half, options = VARIANTS[name or "qat"]
     loaded = load_float(ModelSection(name=model, pretrained=False), SILENT)
     net = loaded.model
     if name is not None:
@@ -89,7 +89,7 @@ def main() -> None:
     labels = torch.randint(10, (wanted.batch_size,), generator=generator).to(device)
     steps = {
         name or "float": stepper(wanted.model, name, images, labels, wanted.bits)
-        for name in (None, *CONTENDERS)
+        for name in (None, *VARIANTS)
     }
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(wanted.rounds + 1):

@@ -1,13 +1,13 @@
-"""Tar archives of images: the files, and which images of them a process reads, in which order.
+"""Sharded data sets: tar archives of images, read by rank and worker.
 
-The ``_info.json`` names the files, as timm lays them out (``wds/DIR``). ``webdataset`` opens files, URLs and
-commands and takes the archives apart, as it does for timm. timm passes over what is damaged with a line in its log;
-here an archive that is cut short, or holds something else than ``_info.json`` says, is refused.
+The layout is timm's (``wds/DIR``): ``_info.json`` lists the files. ``webdataset`` opens files, URLs and commands and
+unpacks the archives, as in timm. timm skips damaged data with a line in its log; here an archive that is truncated, or
+does not match ``_info.json``, is refused.
 
-timm's own reader repeats images of a training pass, and shuffles by what it has drawn before. Here a pass gives each
-image once, whatever the number of workers, and its order follows from (seed, epoch, workers), so that an interrupted
-run resumes with the same images. Every worker reads a run of whole batches, so that it opens only the archives that
-these lie in.
+timm's reader repeats images within a training pass, and its order depends on earlier draws. Here a pass gives each
+image once for any number of workers, and its order follows from (seed, epoch, workers), so that an interrupted run
+resumes with the same images. Each worker reads a contiguous range of whole batches and opens only the archives of that
+range.
 """
 
 import io
@@ -30,13 +30,13 @@ from saqcli.errors import DataError
 from saqcli.units import counted
 
 _INFO_FILES = ("_info.json", "info.json")
-_PLAIN = re.compile(r"[\w.+=,@/-]+")  # a name that no shell takes for more than a name
+_PLAIN = re.compile(r"[\w.+=,@/-]+")  # a name without special characters of a shell
 _REMEDY = "replace the file, or correct shard_lengths"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Images ``start`` to ``stop`` of an archive that holds ``images``; ``file`` is relative to the root."""
+    """Images ``start`` to ``stop`` of an archive with ``images`` images; ``file`` is relative to the root."""
 
     file: str
     images: int
@@ -47,8 +47,8 @@ class Part:
         return self.stop - self.start
 
 
-class Member(io.BytesIO):
-    """An encoded image that knows where it is from."""
+class EncodedImage(io.BytesIO):
+    """An encoded image with its name in the archive, for messages."""
 
     def __init__(self, content: bytes, name: str) -> None:
         super().__init__(content)
@@ -56,15 +56,15 @@ class Member(io.BytesIO):
 
 
 def read_split(root: str, names: Sequence[str], title: str) -> tuple[str, tuple[Part, ...]]:
-    """The first of the splits ``names`` that is in ``root``, and the files that hold it.
+    """The first of the splits ``names`` that exists in ``root``, and its files.
 
     Args:
-        root: folder or address of ``_info.json`` and the files that it names.
-        names: what the split may be called.
-        title: what messages call the data set.
+        root: folder or address of ``_info.json`` and its files.
+        names: possible names of the split.
+        title: name of the data set in messages.
 
     Raises:
-        DataError: no ``webdataset``, nothing there, no such split, or an ``_info.json`` that makes no sense.
+        DataError: ``webdataset`` is not installed, or ``_info.json`` is missing, invalid or without such a split.
     """
     try:
         import webdataset  # noqa: F401
@@ -75,21 +75,21 @@ def read_split(root: str, names: Sequence[str], title: str) -> tuple[str, tuple[
     where, info = _read_info(root, title)
     splits = info.get("splits") if isinstance(info, dict) else None
     if not isinstance(splits, dict):
-        raise DataError(f"{where} has no splits: write one as timm reads it (docs/formats.md shows it)")
+        raise DataError(f"{where} has no splits: write it in timm's layout (see docs/formats.md)")
     name = next((name for name in names if name in splits), None)
     if name is None:
         raise DataError(
-            f"{where} has the splits {', '.join(map(str, splits)) or '(none)'}, and not {' or '.join(names)}: "
-            "add it there, or give other data"
+            f"{where} has the splits {', '.join(map(str, splits)) or '(none)'}, but not {' or '.join(names)}: "
+            "add it, or give other data"
         )
     return name, _parts(splits[name], f"the split {name} in {where}", root)
 
 
-def read_part(root: str, part: Part) -> Iterator[tuple[Member, int]]:
+def read_part(root: str, part: Part) -> Iterator[tuple[EncodedImage, int]]:
     """The images of ``part`` and their labels.
 
     Raises:
-        DataError: a file that is missing, damaged, or not what ``_info.json`` says.
+        DataError: the file is missing or damaged, or does not match ``_info.json``.
     """
     address = os.path.join(root, part.file)
     with _opened(address) as archive:
@@ -110,7 +110,7 @@ def read_part(root: str, part: Part) -> Iterator[tuple[Member, int]]:
 
 
 def _read_info(root: str, title: str) -> tuple[str, Any]:
-    """Address and content of the file that says what splits there are."""
+    """Address and content of ``_info.json``."""
     failures = []
     for file in _INFO_FILES:
         address = os.path.join(root, file)
@@ -121,12 +121,12 @@ def _read_info(root: str, title: str) -> tuple[str, Any]:
             failures.append(str(error) if isinstance(error, DataError) else f"{address} is not JSON")
     raise DataError(
         f"{title} cannot be opened ({failures[0].partition(': give')[0]}): give wds/DIR, where DIR holds tar files "
-        "and an _info.json about them"
+        "and their _info.json"
     )
 
 
 def _parts(split: Any, where: str, root: str) -> tuple[Part, ...]:
-    """The files of a split and how many images each holds."""
+    """The files of a split with their numbers of images."""
     fields = split if isinstance(split, dict) else {}
     files, lengths, total = (fields.get(key) for key in ("filenames", "shard_lengths", "num_samples"))
     if not (
@@ -138,11 +138,11 @@ def _parts(split: Any, where: str, root: str) -> tuple[Part, ...]:
         and total == sum(lengths) > 0
     ):
         raise DataError(
-            f"{where} does not fit together: filenames and shard_lengths must be lists of the same length, and "
-            "num_samples the sum of shard_lengths"
+            f"{where} is inconsistent: filenames and shard_lengths must be lists of the same length, and num_samples "
+            "the sum of shard_lengths"
         )
     if fields.get("alt_label"):
-        raise DataError(f"{where} has its labels under {fields['alt_label']!r}: give shards with .cls files")
+        raise DataError(f"{where} has labels under {fields['alt_label']!r}: give shards with .cls files")
     for file in files:
         if os.path.isabs(file) or ".." in file.split("/") or not _harmless(file, root):
             raise DataError(f"{where} names the file {file!r}: give plain names, relative to {root}")
@@ -150,13 +150,13 @@ def _parts(split: Any, where: str, root: str) -> tuple[Part, ...]:
 
 
 def _harmless(file: str, root: str) -> bool:
-    """Whether a shell, to which a ``pipe:`` goes, takes the file's name for a name and nothing else."""
+    """Whether the file's name is safe in a shell, which runs a ``pipe:`` address."""
     return bool(_PLAIN.fullmatch(file)) or not root.startswith("pipe:")
 
 
 @contextmanager
 def _opened(address: str) -> Iterator[Any]:
-    """A stream of bytes from a file, a URL or a ``pipe:``; whoever feeds it is stopped at the end."""
+    """A stream of bytes from a file, a URL or a ``pipe:``; the process behind it is terminated at the end."""
     from webdataset.gopen import gopen
 
     try:
@@ -164,15 +164,13 @@ def _opened(address: str) -> Iterator[Any]:
         if is_file and not stat.S_ISREG(os.stat(address).st_mode):
             raise OSError("it is not a file")
         stream = gopen(address)
-    except Exception as error:  # whatever a handler of webdataset's raises
-        raise DataError(
-            f"cannot open {address} ({_reason(error)}): give the address of what is there"
-        ) from error
+    except Exception as error:  # handlers of webdataset may raise anything
+        raise DataError(f"cannot open {address} ({_reason(error)}): give an existing address") from error
     try:
         yield stream
-    except OSError as error:  # of a command that failed
+    except OSError as error:  # a command failed
         raise DataError(
-            f"cannot read {address} ({_reason(error)}{_status(stream)}): give it again"
+            f"cannot read {address} ({_reason(error)}{_status(stream)}): give a readable address"
         ) from error
     finally:
         process = getattr(stream, "proc", None)
@@ -183,40 +181,40 @@ def _opened(address: str) -> Iterator[Any]:
 
 
 def _samples(archive: Any, address: str) -> Iterator[dict[str, Any]]:
-    """What belongs together in an archive: bytes by extension, and ``__key__``."""
+    """The samples of an archive: bytes by extension, and ``__key__``."""
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     files = tar_file_expander([{"url": address, "stream": archive}])
     try:
         yield from group_by_keys(files)
-    except Exception as error:  # whatever tarfile and the decompressors raise
+    except Exception as error:  # tarfile and the decompressors may raise anything
         raise DataError(
             f"cannot read {address} ({_reason(error)}{_status(archive)}): replace the file"
         ) from error
 
 
-def _labelled(sample: dict[str, Any], address: str) -> tuple[Member, int]:
+def _labelled(sample: dict[str, Any], address: str) -> tuple[EncodedImage, int]:
     """Image and label of a sample."""
     name = f"{sample['__key__']} in {address}"
     content = next((sample[end[1:]] for end in IMAGE_EXTENSIONS if end[1:] in sample), None)
     if content is None or "cls" not in sample:
         held = ", ".join(f".{key}" for key in sample if not key.startswith("__"))
-        raise DataError(f"{name} has {held}: a sample needs an image and its label, .cls, side by side")
+        raise DataError(f"{name} has {held}: a sample needs an image and its label (.cls)")
     try:
-        return Member(content, name), int(sample["cls"])
+        return EncodedImage(content, name), int(sample["cls"])
     except ValueError:
-        raise DataError(f"{name} has no number in its .cls file: write the label, from 0 on") from None
+        raise DataError(f"{name} has no number in its .cls file: write the label, counted from 0") from None
 
 
 def _reason(error: BaseException) -> str:
-    """In a few words; webdataset hangs streams and addresses on what it passes on."""
-    told = getattr(error, "strerror", None) or (error.args[0] if error.args else "") or type(error).__name__
-    told = " ".join(str(told).partition("\n")[0].split())
-    return "it is not a tar file" if told.startswith(("file could not be opened", "invalid header")) else told
+    """The error in one line, without the streams and addresses that webdataset appends."""
+    text = getattr(error, "strerror", None) or (error.args[0] if error.args else "") or type(error).__name__
+    text = " ".join(str(text).partition("\n")[0].split())
+    return "it is not a tar file" if text.startswith(("file could not be opened", "invalid header")) else text
 
 
 def _status(stream: Any) -> str:
-    """How the command of a ``pipe:`` or URL ended, if it failed."""
+    """The exit status of the command of a ``pipe:`` or URL, if it failed."""
     process = getattr(stream, "proc", None)
     if process is None:
         return ""
@@ -225,24 +223,24 @@ def _status(stream: Any) -> str:
     return f"; its command ended with {process.returncode}" if process.returncode else ""
 
 
-MIXED = 2048  # images that a worker holds, still encoded, to draw the next one from
-TOGETHER = 8  # images that are drawn from a file before it is the turn of the next
+SHUFFLE_BUFFER = 2048  # encoded images from which a worker draws the next one
+IMAGES_PER_TURN = 8  # images that are drawn from a file before the next file
 
 
 @dataclass
 class Shards:
-    """A split in tar files, or a part of it, and how a pass goes over it.
+    """A split in tar files, or a part of it, as a stream of images.
 
     Attributes:
-        root: folder or address that the files are in.
-        parts: what is read of each file.
-        batch_size: workers share the images by batches.
-        shuffled: by (seed, epoch); otherwise in order, which is another one for another number of workers.
-        drop_last: leave out the last batch if it is short.
-        seed: of the order.
-        epoch: the pass that comes next.
-        share: (this process, all processes) that go over the images together. With ``drop_last`` all get equally many,
-            and less than one image for each is left out; otherwise each gets whole batches, and none comes twice.
+        root: folder or address of the files.
+        parts: ranges of images to read.
+        batch_size: images per batch; workers share the images by whole batches.
+        shuffled: shuffle by (seed, epoch); otherwise the order depends on the number of workers only.
+        drop_last: drop the last batch if it is short.
+        seed: seed of the order.
+        epoch: epoch of the next pass.
+        share: (rank, number of processes) that read the images together. With ``drop_last`` all get the same number,
+            and fewer images than processes are dropped; otherwise each gets whole batches, and no image is read twice.
     """
 
     root: str
@@ -255,11 +253,11 @@ class Shards:
     share: tuple[int, int] = (0, 1)
 
     def __len__(self) -> int:
-        """Images that one pass gives."""
-        return self._own()[1]
+        """Images in one pass."""
+        return self._own_range()[1]
 
-    def _own(self) -> tuple[int, int]:
-        """First image of this process, and how many it has."""
+    def _own_range(self) -> tuple[int, int]:
+        """First image of this process, and their number."""
         total, (rank, count) = sum(map(len, self.parts)), self.share
         if self.drop_last:
             each = total // count
@@ -269,46 +267,46 @@ class Shards:
         return first, last - first
 
     def set_epoch(self, count: int, /) -> None:
-        """Choose the order of the next pass."""
+        """Set the epoch of the next pass, which determines its order."""
         self.epoch = count
 
     def set_loader_cfg(self, num_workers: int | None = None) -> None:
-        """Nothing: a worker asks torch which one it is."""
+        """Do nothing: each worker gets its number from torch."""
 
     def draw(self, count: int, seed: int) -> "Shards":
-        """``count`` images: the first ones of files drawn by ``seed``, a few of each in turn.
+        """``count`` images: the first ones of files drawn by ``seed``, a few from each in turn.
 
-        Files may hold a class each, and reading the beginning of one does not take its whole.
+        A file may hold a single class, so many files are used; only their beginnings are read.
         """
         parts = _shuffled(self.parts, np.random.SeedSequence(seed))
         return self._split(parts, _in_turns([len(part) for part in parts], count))[0]
 
     def divide(self, count: int, seed: int) -> tuple["Shards", "Shards"]:
-        """``count`` images, of every file its share, and all others; files come in an order drawn by ``seed``."""
+        """``count`` images, a proportional number from each file, and the rest; ``seed`` draws the order of files."""
         parts = _shuffled(self.parts, np.random.SeedSequence(seed))
         ends = np.cumsum([len(part) for part in parts])
         shares = np.diff(np.rint(ends * (count / ends[-1])).astype(int), prepend=0)
         return self._split(parts, shares.tolist())
 
     def _split(self, parts: Sequence[Part], taken: Sequence[int]) -> tuple["Shards", "Shards"]:
-        """The first of each part, as many as are ``taken``, and what is left."""
+        """The first ``taken`` images of each part, and the rest."""
         pairs = list(zip(parts, taken, strict=True))
         first = [replace(part, stop=part.start + n) for part, n in pairs if n]
         rest = [replace(part, start=part.start + n) for part, n in pairs if n < len(part)]
         return replace(self, parts=tuple(first)), replace(self, parts=tuple(rest))
 
-    def __iter__(self) -> Iterator[tuple[Member, int]]:
+    def __iter__(self) -> Iterator[tuple[EncodedImage, int]]:
         """Each image of this worker once.
 
         Raises:
-            DataError: a file that is missing, damaged, or not what ``_info.json`` says.
+            DataError: a file is missing or damaged, or does not match ``_info.json``.
         """
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         parts = self.parts
         if self.shuffled:
             parts = _shuffled(parts, np.random.SeedSequence((self.seed, self.epoch)))
-        begin, count = self._own()
+        begin, count = self._own_range()
         each, more = divmod(-(-count // self.batch_size), workers)
         first = worker * each + min(worker, more)
         last = first + each + (worker < more)
@@ -317,11 +315,11 @@ class Shards:
         if not self.shuffled:
             return images
         seeds = np.random.SeedSequence((self.seed, self.epoch, self.share[0], worker))
-        return _mixed(images, random.Random(int(seeds.generate_state(1, np.uint64)[0])))
+        return _shuffled_images(images, random.Random(int(seeds.generate_state(1, np.uint64)[0])))
 
 
 def _cut(parts: Sequence[Part], first: int, last: int) -> tuple[Part, ...]:
-    """Images ``first`` to ``last`` of all that ``parts`` hold, one part after the other."""
+    """Images ``first`` to ``last`` of the concatenated ``parts``."""
     kept = []
     for part in parts:
         start, stop = max(first, 0), min(last, len(part))
@@ -332,12 +330,12 @@ def _cut(parts: Sequence[Part], first: int, last: int) -> tuple[Part, ...]:
 
 
 def _in_turns(available: Sequence[int], count: int) -> list[int]:
-    """How many of ``count`` each gives, ``TOGETHER`` at a time for as long as it has some."""
+    """The number of images from each file, ``count`` in total, taken ``IMAGES_PER_TURN`` at a time in rounds."""
     taken = [0] * len(available)
     left = min(count, sum(available))
     while left:
         for place, most in enumerate(available):
-            given = min(TOGETHER, most - taken[place], left)
+            given = min(IMAGES_PER_TURN, most - taken[place], left)
             taken[place] += given
             left -= given
     return taken
@@ -347,14 +345,16 @@ def _shuffled(parts: Sequence[Part], seeds: np.random.SeedSequence) -> tuple[Par
     return tuple(parts[place] for place in np.random.default_rng(seeds).permutation(len(parts)))
 
 
-def _mixed(images: Iterator[tuple[Member, int]], rng: random.Random) -> Iterator[tuple[Member, int]]:
-    """All images, each drawn from ``MIXED`` that lie ready."""
-    held: list[tuple[Member, int]] = []
+def _shuffled_images(
+    images: Iterator[tuple[EncodedImage, int]], rng: random.Random
+) -> Iterator[tuple[EncodedImage, int]]:
+    """All images, each drawn from a buffer of ``SHUFFLE_BUFFER`` images."""
+    held: list[tuple[EncodedImage, int]] = []
     for image in images:
-        if len(held) < MIXED:
+        if len(held) < SHUFFLE_BUFFER:
             held.append(image)
             continue
-        place = rng.randrange(MIXED)
+        place = rng.randrange(SHUFFLE_BUFFER)
         held[place], image = image, held[place]
         yield image
     rng.shuffle(held)

@@ -1,15 +1,13 @@
-"""Batches of a split, pass by pass, and the share of each rank.
+"""Loaders: batches of a split, distributed over the ranks.
 
-Which images of a pass are this rank's, where several processes work as one.
+Several processes divide the images of a pass as follows:
 
 training     a slice of every batch: rank r of N takes images r B / N to (r + 1) B / N of each batch of B, in the
-             order that one process would read them in. The batch, and so the learning rate, do not depend on N.
-evaluation   every N-th batch, whole: no image is read twice, and none is counted twice.
+             order of a single process. The batch size, and so the learning rate, do not depend on N.
+evaluation   every N-th batch as a whole: no image is read or counted twice.
 
-Batches of a split, pass by pass, and one clear line when a pass cannot be finished.
-
-Everything random about an epoch follows from (seed, epoch, rank): ``Loader.set_epoch`` seeds the global generators, and
-order and augmentation are drawn from them once iteration starts.
+All randomness of an epoch follows from (seed, epoch, rank): ``Loader.set_epoch`` seeds the global generators, and
+order and augmentation are drawn from them when iteration starts. A pass that fails raises an error of one line.
 """
 
 import signal
@@ -28,18 +26,18 @@ from saqcli.errors import DataError
 from saqcli.random_state import seed_everything, seeds_of
 
 
-class TrainingShare(Sampler[int]):
-    """A rank's images of every whole batch of an epoch; the last batch is left out if it is short.
+class TrainingSampler(Sampler[int]):
+    """A rank's images of every whole batch of an epoch; a short last batch is dropped.
 
     Args:
-        images: in the split.
-        batch: images that all ranks take in a step; a multiple of ``count``.
-        rank: of this process.
-        count: of processes.
-        seed: of the run.
+        images: images in the split.
+        batch: images of all ranks in one step; a multiple of ``count``.
+        rank: rank of this process.
+        count: number of processes.
+        seed: seed of the run.
 
     Attributes:
-        epoch: that the next pass is of.
+        epoch: epoch of the next pass.
     """
 
     def __init__(self, images: int, batch: int, rank: int, count: int, seed: int) -> None:
@@ -55,8 +53,8 @@ class TrainingShare(Sampler[int]):
         return self.images // self.batch * (self.batch // self.count)
 
 
-class EvaluationShare(Sampler[int]):
-    """The images of every ``count``-th batch, from number ``rank`` on, of those of ``sampler``."""
+class EvaluationSampler(Sampler[int]):
+    """The images of every ``count``-th batch of ``sampler``, starting with batch ``rank``."""
 
     def __init__(self, sampler: Iterable[int], batch: int, rank: int, count: int) -> None:
         self.sampler, self.batch, self.rank, self.count = sampler, batch, rank, count
@@ -68,7 +66,7 @@ class EvaluationShare(Sampler[int]):
 
 
 def order_of(images: int, seed: int, epoch: int) -> list[int]:
-    """The order in which one process reads an epoch's images: drawn as torch's loader and random sampler draw it."""
+    """The order of an epoch's images in a single process, drawn exactly as torch's loader and random sampler do."""
     generator = torch.Generator().manual_seed(seeds_of(seed, epoch, 0)[2])
     for_workers, for_order = (
         int(torch.empty((), dtype=torch.int64).random_(generator=generator)) for _ in range(2)
@@ -84,11 +82,11 @@ _CHILD_ENDED: int | None = getattr(signal, "SIGCHLD", None)
 class Loader:
     """Batches of a split: normalized float32 images (N, C, H, W) and int64 labels (N), on the device.
 
-    Made by ``make_loader``. A label of ``LEFT_OUT`` (-1) marks an image that could not be read.
+    Created by ``make_loader``. The label ``LEFT_OUT`` (-1) marks an image that could not be read.
 
     Attributes:
-        name: of the split, for messages.
-        images: in one pass of this process; of a stream, about, and 0 if unknown.
+        name: name of the split in messages.
+        images: images in one pass of this process; approximate for a stream, 0 if unknown.
     """
 
     def __init__(
@@ -108,29 +106,29 @@ class Loader:
         self.images = min(most, self._length * size)
 
     def __len__(self) -> int:
-        """Batches in one pass; of a stream, about, and 0 if unknown."""
+        """Batches in one pass; approximate for a stream, 0 if unknown."""
         return self._length
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the next pass that of ``epoch``: seeds the global generators from (seed, epoch, rank)."""
+        """Set the epoch of the next pass: seeds the global generators from (seed, epoch, rank)."""
         seed_everything(self._seed, epoch, distributed.index())
         if self._streamed:
             self._inner.dataset.source.set_epoch(epoch)
-        elif isinstance(self._inner.batch_sampler.sampler, TrainingShare):
+        elif isinstance(self._inner.batch_sampler.sampler, TrainingSampler):
             self._inner.batch_sampler.sampler.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass.
 
         Raises:
-            DataError: an image that cannot be read, a label out of range, or worker processes that died; the
-                same one line whether it happened in this process or in a worker.
+            DataError: an image cannot be read, a label is out of range, or a worker process died; the message is the
+                same whether it happened in this process or in a worker.
         """
         left = self._limit
         handler = signal.getsignal(_CHILD_ENDED) if _CHILD_ENDED else None
         try:
             for images, labels in self._batches:
-                _put_back(handler)
+                _restore_handler(handler)
                 if left is not None:
                     images, labels = images[:left], labels[:left]
                     left -= len(labels)
@@ -138,24 +136,27 @@ class Loader:
                 if left == 0:
                     return
         except DataError as error:
-            # Let go of the workers here: left to the garbage collector, each takes torch five seconds to end.
+            # Release the workers here: if the garbage collector ends them, torch needs five seconds for each.
             clear_frames(error.__traceback__)
             self._inner._iterator = None
             raise DataError(_without_traceback(error)) from None
         except (RuntimeError, OSError, EOFError) as error:
-            if not (self._inner.num_workers and _tells_of_death(error)):
+            if not (self._inner.num_workers and _is_worker_death(error)):
                 raise
             raise DataError(
-                f"the processes that read {self.name} died, most often for lack of (shared) memory: "
+                f"the worker processes that read {self.name} died, most often because (shared) memory ran out: "
                 "lower `data.workers` or `data.batch_size`, or use `data.workers=0`"
             ) from error
 
     def part(self, rank: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """A rank's batches of a pass, of which each is that of one rank: every ``count``-th, from number ``rank`` on,
-        or of shards as many in a row. The images of the others are not read, but for hfids/ and tfds/."""
+        """The batches of one rank in an evaluation pass: every ``count``-th batch, starting with batch ``rank``.
+
+        For shards (wds/) these are as many consecutive batches. Images of other ranks are not read, except in hfids/
+        and tfds/.
+        """
         if self._streamed and isinstance(self._inner.dataset.source, Shards):
             self._inner.dataset.source.share = (rank, count)
-            self._inner._iterator = None  # workers that live on hold the share that they began with
+            self._inner._iterator = None  # persistent workers keep the share with which they started
             yield from self
             return
         if self._streamed or count == 1:
@@ -163,7 +164,7 @@ class Loader:
             return
         batches = self._inner.batch_sampler
         whole = batches.sampler
-        batches.sampler = EvaluationShare(whole, batches.batch_size, rank, count)
+        batches.sampler = EvaluationSampler(whole, batches.batch_size, rank, count)
         try:
             yield from self
         finally:
@@ -174,20 +175,20 @@ class Loader:
         return isinstance(self._inner.dataset, torch.utils.data.IterableDataset)
 
 
-def _put_back(handler: Any) -> None:
-    """Undo torch's handler, which raises wherever the program is when a worker dies; while it waits, torch asks."""
+def _restore_handler(handler: Any) -> None:
+    """Remove torch's SIGCHLD handler, which raises anywhere in the program; torch also checks workers while waiting."""
     if _CHILD_ENDED and handler is not None and signal.getsignal(_CHILD_ENDED) is not handler:
         signal.signal(_CHILD_ENDED, handler)
 
 
-def _tells_of_death(error: BaseException) -> bool:
-    """Whether this is what torch raises when a worker died, be it in the midst of handing over a batch."""
-    told = str(error)
+def _is_worker_death(error: BaseException) -> bool:
+    """Whether torch raised ``error`` because a worker died, possibly while it transferred a batch."""
+    text = str(error)
     if isinstance(error, RuntimeError):
-        return "exited unexpectedly" in told or "killed by signal" in told
-    return not told.startswith("Caught ")  # else a living worker met with it
+        return "exited unexpectedly" in text or "killed by signal" in text
+    return not text.startswith("Caught ")  # torch's prefix of errors that a live worker reports
 
 
 def _without_traceback(error: DataError) -> str:
-    """The message alone: a worker's error arrives as a traceback that ends in it."""
+    """The message of an error; an error from a worker contains its whole traceback, which ends with the message."""
     return str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")

@@ -1,18 +1,14 @@
-"""Opening a data set by name, and the fingerprint of its images.
+"""Data sets by name: opening, subsets and fingerprints.
 
-Opening a data set by what a user calls it: a folder, or one of timm's data-set strings.
+A name is the path of an ImageNet-style folder (see ``folders``), or one of timm's strings such as ``torch/cifar100``,
+``hfds/NAME`` or ``wds/DIR``; ``@ROOT`` after it sets where the data set is stored (default: the current folder for
+torch/ and tfds/, Hugging Face's cache for hfds/). Only hfds/ and remote wds/ data are downloaded.
 
-A path is an ImageNet-style folder (see ``folders.py``). A string such as ``torch/cifar100``,
-``hfds/NAME`` or ``wds/DIR`` goes to timm; ``@ROOT`` after it says where it is stored (by default the current
-folder for torch/ and tfds/, Hugging Face's cache for hfds/). Nothing is downloaded but what Hugging Face's
-library fetches by itself.
+A ``Split`` holds images and labels; ``loaders`` feeds them to a network.
 
-A ``Split`` knows what its images and labels are; how they are fed to a network is ``loaders.py``.
-
-Which images a split holds, as a line of text: a run that goes on must go on with the same ones.
-
-No file is opened or looked at, so that a million names take seconds; an image that was replaced under its name is
-not noticed.
+A fingerprint identifies the images of a split in one line of text, since a run must resume with the same images. It is
+made from file names and labels, so a million images take seconds; an image that was replaced under the same name is
+not detected.
 """
 
 import hashlib
@@ -32,7 +28,7 @@ from saqcli.data.images import ImageSet, ImageStream
 from saqcli.errors import DataError
 from saqcli.serialization import named_path, some
 from saqcli.tasks.class_lists import find_class_lists, read_class_map
-from saqcli.tasks.labels import Classes, Numbering, check_files, number_classes
+from saqcli.tasks.labels import Classes, Numbering, assign_labels, check_files
 from saqcli.units import counted
 
 BadImages = Literal["refuse", "skip", "replace"]
@@ -48,15 +44,15 @@ class Split:
     """The training or the validation part of a data set.
 
     Attributes:
-        name: what messages call it: its folder, or timm's string and the name of the split.
+        name: name in messages: its folder, or timm's string and the name of the split.
         dataset: the images; a loader copies it before it sets a transform, so that splits can be shared.
-        class_names: of all classes of the network, by index; empty where unknown.
-        bad_images: what happens to an image that cannot be read. ``refuse``: an error names it. ``skip``: in
-            training the next one takes its place; in evaluation its label is ``LEFT_OUT`` (-1), to be counted
-            neither right nor wrong. ``replace``: the next one takes its place in evaluation too.
-        folders: class folders, or classes of the data set, and their labels; empty where unknown.
-        class_order: what decided on the labels, see ``Numbering``.
-        notes: what was decided for the user, or passed over, one line each.
+        class_names: names of all classes of the network, by index; empty if unknown.
+        bad_images: treatment of an image that cannot be read. ``refuse``: an error names it. ``skip``: in training the
+            next image replaces it; in evaluation its label is ``LEFT_OUT`` (-1), which counts as neither right nor
+            wrong. ``replace``: the next image replaces it in evaluation too.
+        folders: labels of the class folders, or of the classes of the data set; empty if unknown.
+        class_order: source of the labels, see ``Numbering``.
+        notes: choices made for the user, and ignored files, one line each.
     """
 
     name: str
@@ -69,7 +65,7 @@ class Split:
 
     @property
     def images(self) -> int:
-        """How many there are; of a stream, about."""
+        """Number of images; approximate for a stream."""
         return len(self.dataset)
 
 
@@ -83,21 +79,21 @@ def open_split(
     class_map: str | None = None,
     exif_transpose: bool = False,
 ) -> Split:
-    """The ``split`` of ``data``, with labels that fit a network.
+    """Open the ``split`` of ``data``, with labels for a network.
 
     Args:
         data: a folder with train/ and val/ (or validation/, test/), each with a folder per class; for ``val``
             also the folder of class folders itself; or one of timm's strings, ``PREFIX/NAME[@ROOT]``.
-        split: which part.
-        num_classes: of the network, or all that is known of its classes.
-        bad_images: see ``Split``; the readers of hfids/ and tfds/ decide instead.
-        class_order: ``timm``, ``torchvision``, or a file of class names, where the user says so.
-        class_map: a file that says which class a folder is.
-        exif_transpose: turn images as their EXIF orientation says.
+        split: the part to open.
+        num_classes: the network's number of classes, or all that is known of its classes.
+        bad_images: see ``Split``; the readers of hfids/ and tfds/ ignore it.
+        class_order: ``timm``, ``torchvision`` or a file of class names, if the user sets one.
+        class_map: file that maps folders to classes.
+        exif_transpose: rotate images by their EXIF orientation.
 
     Raises:
-        ConfigError: a file of classes that cannot be read.
-        DataError: nothing there, no such split, or classes that do not fit the network.
+        ConfigError: a file of classes cannot be read.
+        DataError: the data or the split does not exist, or its classes do not match the network.
     """
     classes = Classes(num_classes) if isinstance(num_classes, int) else num_classes
     check_files(class_order, class_map)
@@ -128,13 +124,13 @@ def _open_folder(
     places = [folder, data] if folder != data else [folder]
     if folder == data and is_split_name(folder.name):
         places.append(folder.absolute().parent)
-    numbering = number_classes(
+    numbering = assign_labels(
         list(images),
         classes,
         str(folder),
         order=order,
         class_map=class_map,
-        beside=find_class_lists(places),
+        list_files=find_class_lists(places),
     )
     labels = numbering.labels
     source = [(file, labels[name]) for name, files in images.items() for file in files]
@@ -153,10 +149,10 @@ def _numbered(split: Split, numbering: Numbering) -> Split:
 
 
 def check_same_classes(train: Split, val: Split) -> None:
-    """Refuse two splits whose labels mean different things.
+    """Check that the labels of two splits denote the same classes.
 
     Raises:
-        DataError: their classes differ; the message says which.
+        DataError: their classes or the labels of their classes differ.
     """
     differences = []
     for here, there in ((train, val), (val, train)):
@@ -179,7 +175,7 @@ def check_same_classes(train: Split, val: Split) -> None:
 
 
 def _meanings(split: Split) -> dict[str, str | int]:
-    """What the folders of a split stand for: names of classes, or indices where these have none."""
+    """The classes of a split's folders: names, or indices if the classes have no names."""
     names = split.class_names
     return {name: names[label] if names else label for name, label in split.folders.items()}
 
@@ -187,13 +183,12 @@ def _meanings(split: Split) -> dict[str, str | int]:
 def subset(split: Split, count: int, seed: int) -> Split:
     """``count`` images of ``split``, drawn evenly over its classes; all of them if it has no more.
 
-    The same (split, seed) gives the same order whatever the count, so that a smaller subset is the beginning
-    of a larger one, and classes take turns, so that its first batch shows many of them. Where the labels are
-    not known beforehand (hfds/) the draw is uniform; shards (wds/) give their first images, a few each, and a
-    smaller subset is a part of a larger one.
+    The order depends only on (split, seed), so a smaller subset is the beginning of a larger one; classes alternate, so
+    the first batch contains many of them. If labels are unknown before reading (hfds/), the draw is uniform. Shards
+    (wds/) give their first images, a few each, and a smaller subset is contained in a larger one.
 
     Raises:
-        DataError: a stream, which cannot be drawn from.
+        DataError: the split is a stream, which does not support subsets.
     """
     if (shards := sharded(split)) is not None:
         return _with_shards(split, shards.draw(count, seed))
@@ -201,7 +196,7 @@ def subset(split: Split, count: int, seed: int) -> Split:
 
 
 def sharded(split: Split) -> Shards | None:
-    """The shards that a split is stored in, if any."""
+    """The shards of a split; None if it is not stored in shards."""
     source = split.dataset.source
     return source if isinstance(source, Shards) else None
 
@@ -214,31 +209,31 @@ def _with_shards(split: Split, shards: Shards) -> Split:
 def _random_access(split: Split) -> ImageSet:
     if isinstance(split.dataset, ImageStream):
         raise DataError(
-            f"{split.name} is a stream, from which no images can be drawn: give a folder of images"
+            f"{split.name} is a stream, which does not support drawing images: give a folder of images"
         )
     return split.dataset
 
 
 def _order(split: Split, seed: int) -> list[int]:
-    """All images, shuffled, classes taking turns."""
+    """All images in random order, with alternating classes."""
     order = np.random.default_rng(seed).permutation(split.images)
     labels = _random_access(split).labels
-    found: list[int] = (order if labels is None else _taking_turns(order, labels)).tolist()
+    found: list[int] = (order if labels is None else _alternate_classes(order, labels)).tolist()
     return found
 
 
 def divide(split: Split, share: float, seed: int) -> tuple[Split, Split]:
-    """Two parts of ``split``, each with its part of every class: ``share`` of the images, and the rest.
+    """Divide ``split`` into ``share`` of its images and the rest, with the same share of every class.
 
-    Of shards (wds/), whose labels are not known beforehand, each part gets its share of every file.
+    For shards (wds/), whose labels are unknown before reading, it is the same share of every file.
 
     Raises:
-        DataError: a stream, or a part without an image.
+        DataError: the split is a stream, or a part would be empty.
     """
     count = round(share * split.images)
     if not 0 < count < split.images:
         raise DataError(
-            f"{split.name} has {counted(split.images, 'image')}, too few to hold {share:.0%} of them out: "
+            f"{split.name} has {counted(split.images, 'image')}, too few to hold out {share:.0%} of them: "
             "give more images"
         )
     if (shards := sharded(split)) is not None:
@@ -251,23 +246,23 @@ def divide(split: Split, share: float, seed: int) -> tuple[Split, Split]:
     )
 
 
-def some_classes(split: Split, count: int, seed: int) -> Split:
-    """The images of ``count`` classes of ``split``, drawn by ``seed``; labels and the number of classes stay.
+def class_subset(split: Split, count: int, seed: int) -> Split:
+    """The images of ``count`` classes of ``split``, drawn by ``seed``; labels and the number of classes stay the same.
 
     Raises:
-        DataError: a stream, or labels that are not known beforehand.
+        DataError: the split is a stream, or its labels are unknown before reading.
     """
     labels = _random_access(split).labels
     if labels is None:
-        raise DataError(f"the labels of {split.name} are not known beforehand: classes cannot be drawn")
+        raise DataError(f"the labels of {split.name} are unknown before reading: classes cannot be drawn")
     present = sorted(set(labels))
     chosen = set(np.random.default_rng(seed).permutation(present)[:count].tolist())
     kept = [index for index, label in enumerate(labels) if label in chosen]
     return replace(split, dataset=_random_access(split).pick(kept))
 
 
-def _taking_turns(order: "np.ndarray[Any, np.dtype[np.int64]]", labels: Sequence[int]) -> Any:
-    """``order`` so rearranged that first comes the first image of each class, then the second of each."""
+def _alternate_classes(order: "np.ndarray[Any, np.dtype[np.int64]]", labels: Sequence[int]) -> Any:
+    """``order`` rearranged: the first image of each class, then the second of each, and so on."""
     seen: Counter[int] = Counter()
     turns = []
     for index in order:
@@ -279,7 +274,7 @@ def _taking_turns(order: "np.ndarray[Any, np.dtype[np.int64]]", labels: Sequence
 def _open_shards(
     data: str, split: SplitName, classes: Classes, order: str | None, class_map: str | None
 ) -> Split:
-    """Tar files in the layout that timm reads, whose labels are numbers."""
+    """Open tar files in timm's layout, whose labels are numbers."""
     name, _, root = data.partition("@")
     root = os.path.expanduser(root or name.partition("/")[2])
     found, parts = read_split(root, _SPLIT_SYNONYMS[split], data)
@@ -290,14 +285,14 @@ def _open_shards(
 
 
 def _by_number(split: Split, classes: Classes, order: str | None, class_map: str | None) -> Split:
-    """A split whose labels are numbers without names: those of the network, unless a class map says otherwise.
+    """Label a split whose labels are numbers: these are the network's labels, unless a class map is given.
 
     Raises:
-        DataError: an order of names, or a map from names.
+        DataError: ``order`` is given, or the class map contains names.
     """
     if order is not None:
         raise DataError(
-            f"{split.name} has numbers for labels and no class names, so they cannot be reordered: remove "
+            f"{split.name} has numbers as labels and no class names, so they cannot be reordered: remove "
             "`data.class_order`"
         )
     if class_map is None:
@@ -305,10 +300,9 @@ def _by_number(split: Split, classes: Classes, order: str | None, class_map: str
     mapped = read_class_map(named_path(class_map), ())
     if wrong := [name for name in mapped if not name.isdecimal()]:
         raise DataError(
-            f"{split.name} has numbers for labels, and {class_map} maps {some(wrong, 3)}: give lines "
-            "`LABEL CLASS`"
+            f"{split.name} has numbers as labels, but {class_map} maps {some(wrong, 3)}: give lines `LABEL CLASS`"
         )
-    numbering = number_classes(list(mapped), classes, split.name, class_map=class_map)
+    numbering = assign_labels(list(mapped), classes, split.name, class_map=class_map)
     relabel = {int(name): label for name, label in numbering.labels.items()}
     return _numbered(replace(split, dataset=replace(split.dataset, relabel=relabel)), numbering)
 
@@ -316,7 +310,7 @@ def _by_number(split: Split, classes: Classes, order: str | None, class_map: str
 def _open_named(
     data: str, split: SplitName, classes: Classes, order: str | None, class_map: str | None
 ) -> Split:
-    """A data set that timm knows by name, under the first name of the split that it has."""
+    """Open one of timm's data sets, under the first existing name of the split."""
     from timm.data import create_dataset
 
     name, _, root = data.partition("@")
@@ -333,12 +327,12 @@ def _open_named(
             raise DataError(
                 f"{data} needs a package that is missing ({error}): install it, or give a folder of images"
             ) from error
-        except Exception as error:  # whatever the library behind the prefix raises
+        except Exception as error:  # the library of the prefix may raise anything
             failures.append(" ".join(str(error).split()) or type(error).__name__)
     else:
         raise DataError(
             f"cannot open the {split} split of {data} in {where or 'its cache'} ({failures[0]}): "
-            f"check the name, or say where it is stored with {name}@ROOT"
+            f"check the name, or give its location with {name}@ROOT"
         )
 
     title = f"{data} ({synonym})"
@@ -347,17 +341,15 @@ def _open_named(
             Split(title, ImageStream(opened, classes.count, title), ()), classes, order, class_map
         )
     if hasattr(opened, "loader"):
-        opened.loader = (
-            str  # of torchvision's folders: the path, since its own reading clips what has more than 8 bits
-        )
+        opened.loader = str  # torchvision's folders give paths; their reader clips images of more than 8 bits
     labels = getattr(opened, "targets", None)
-    source = getattr(opened, "reader", opened)  # past timm's own reading, which takes a neighbour in silence
+    source = getattr(opened, "reader", opened)  # bypasses timm's reading, which silently replaces bad images
     dataset = ImageSet(source, None if labels is None else list(map(int, labels)), classes.count, title)
     plain = Split(title, dataset, ())
     names = _class_names(opened)
     if not names or len(set(names)) < len(names):
         return _by_number(plain, classes, order, class_map)
-    numbering = number_classes(names, classes, title, order=order, class_map=class_map, in_order=True)
+    numbering = assign_labels(names, classes, title, order=order, class_map=class_map, in_order=True)
     relabel = {place: numbering.labels[name] for place, name in enumerate(names)}
     if any(place != label for place, label in relabel.items()):
         labels = None if dataset.labels is None else [relabel[label] for label in dataset.labels]
@@ -366,7 +358,7 @@ def _open_named(
 
 
 def _class_names(opened: Any) -> tuple[str, ...]:
-    """In the order of their labels; those of torchvision's ImageNet are synsets."""
+    """Class names in the order of their labels; for torchvision's ImageNet these are synsets."""
     names = getattr(opened, "wnids", None) or getattr(opened, "classes", None)
     if names is not None:
         return tuple(names)
@@ -374,11 +366,11 @@ def _class_names(opened: Any) -> tuple[str, ...]:
     return tuple(sorted(indices, key=indices.__getitem__))
 
 
-def check_there(data: str, split: SplitName) -> None:
-    """Refuse a folder that has no such split; nothing in it is opened, and no name of timm's is looked up.
+def check_split_exists(data: str, split: SplitName) -> None:
+    """Check that a folder has the split, without opening its files; timm's strings are not checked.
 
     Raises:
-        DataError: says what is missing.
+        DataError: the folder or the split does not exist.
     """
     prefix = data.partition("/")[0].lower()
     if prefix not in (_SHARDED, *_RANDOM_ACCESS, *_STREAMED) or named_path(data).exists():
@@ -386,11 +378,11 @@ def check_there(data: str, split: SplitName) -> None:
 
 
 def fingerprint(split: Split) -> str:
-    """``COUNT:SHA256`` over what is known of the images of ``split``, in order.
+    """``COUNT:SHA256`` of the images of ``split``, in order.
 
-    Of a folder these are file names, relative to it, and labels, so that a data set may be moved; of shards the names
-    of the files and how many images each holds; of other named sets the name, without where it is stored, their
-    number, and the labels where they are known.
+    The hash covers, for a folder, the file names relative to it and the labels, so the data set may be moved; for
+    shards, the file names and their numbers of images; for other data sets, the name without its location, the number
+    of images, and the labels if known.
     """
     hashed = hashlib.sha256()
     for line in _lines(split):
@@ -398,33 +390,35 @@ def fingerprint(split: Split) -> str:
     return f"{split.images}:{hashed.hexdigest()}"
 
 
-def check_fingerprint(kept: str, split: Split, called: str, then: str = "the run started with") -> None:
-    """Refuse other images than those that a run started with.
+def check_fingerprint(
+    recorded: str, split: Split, called: str, expected_by: str = "the run started with"
+) -> None:
+    """Check that ``split`` still holds the images with the fingerprint ``recorded``.
 
     Args:
-        kept: what ``fingerprint`` gave then.
-        split: as it is now.
+        recorded: earlier result of ``fingerprint``.
+        split: the split to check.
         called: the split's name in the message, such as ``training``.
-        then: who saw the others, in the message.
+        expected_by: continues "the images that" in the message.
 
     Raises:
-        DataError: they differ.
+        DataError: the fingerprints differ.
     """
-    if fingerprint(split) == kept:
+    if fingerprint(split) == recorded:
         return
-    before = kept.partition(":")[0]
+    before = recorded.partition(":")[0]
     count = int(before) if before.isdecimal() else -1
     counts = f"{count:,} expected, {split.images:,} found"
     if count == split.images:
         counts = f"{count:,} expected and found, with other names or labels"
     raise DataError(
-        f"the {called} images in {split.name} are not those that {then} ({counts}): "
+        f"the {called} images in {split.name} are not those that {expected_by} ({counts}): "
         "restore them, or start again with `overwrite=True`"
     )
 
 
 def _lines(split: Split) -> Iterator[str]:
-    """What the fingerprint is of; NUL, which no name holds, stands between name and number."""
+    """The lines that are hashed; NUL, which no file name contains, separates names and numbers."""
     for label, meant in sorted((split.dataset.relabel or {}).items()):
         yield f"\0{label}\0{meant}"
     if (shards := sharded(split)) is not None:
@@ -433,7 +427,7 @@ def _lines(split: Split) -> Iterator[str]:
         return
     dataset = split.dataset
     if isinstance(dataset, ImageSet) and isinstance(dataset.source, list):
-        folder = os.path.join(split.name, "")  # the split is called by it
+        folder = os.path.join(split.name, "")  # the split's name is its folder
         for file, label in dataset.source:
             yield f"{file.removeprefix(folder)}\0{label}".replace(os.sep, "/")
         return

@@ -1,7 +1,7 @@
-"""Finding the images of an ImageNet-style folder: its splits, its class folders, the files in them.
+"""Splits, class folders and image files of an ImageNet-style folder.
 
-Whatever is left out changes an accuracy in silence. So a link to nothing is an error that names it, and files that may
-be images and are not read are noted; hidden ones and other files are passed over.
+A missing image silently changes an accuracy. So a broken link is an error, and files that may be images but are not
+read are noted; hidden files and all others are ignored.
 """
 
 import errno
@@ -17,9 +17,9 @@ from saqcli.units import counted
 
 SplitName = Literal["train", "val"]
 
-# As torchvision.datasets.folder has it; timm alone would see .png, .jpg and .jpeg only.
+# The list of torchvision.datasets.folder; timm reads only .png, .jpg and .jpeg.
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-# Images to other programs, or to somebody who left the ending away.
+# Suffixes that other programs use for images; the empty one may be an image too.
 _OTHER_IMAGES = set(
     (
         ".gif .jfif .jpe .jif .jp2 .j2k .jxl .apng .avif .heic .heif .tga .dib .pbm .pnm .pfm .dng .npy .dcm"
@@ -38,8 +38,8 @@ class Listing(NamedTuple):
     """The images of a folder.
 
     Attributes:
-        images: class folder's name to its files.
-        notes: what was passed over and may be images, one line each.
+        images: name of each class folder to its files.
+        notes: ignored files that may be images, one line each.
     """
 
     images: dict[str, list[str]]
@@ -47,50 +47,48 @@ class Listing(NamedTuple):
 
 
 def find_split(data: Path, split: SplitName, notes: list[str] | None = None) -> Path:
-    """The folder of ``data`` that holds the class folders of ``split``.
+    """The folder in ``data`` with the class folders of ``split``.
 
-    For ``val`` that is the first of val/, validation/ and test/, or ``data`` itself when it has no split at all. Where
-    none of these is there, a single folder of such a name in capitals, training/, valid/ or testing/ is taken.
+    For ``val`` this is the first of val/, validation/ and test/, or ``data`` itself if it has no splits. If none of
+    these exists, a single folder with such a name in other case, training/, valid/ or testing/ is accepted.
 
     Args:
-        data: that holds it.
-        split: which one.
-        notes: gets a line where another folder could have been meant.
+        data: folder of the data set.
+        split: the split to find.
+        notes: receives a line if another folder could also be the split.
 
     Raises:
-        DataError: ``data`` is no folder, has no such split, or more than one that may be meant.
+        DataError: ``data`` is not a folder, or has no such split or several candidates.
     """
     _check_folder(data)
     there = sorted(entry.name for entry in _list(data) if entry.name[0] != "." and _is_folder(entry))
     if (found := _split_folder(data, split)) is not None:
         others = [name for name in there if name.lower() in ("valid", "validation") and name != found.name]
         if found.name == "test" and others and notes is not None:
-            notes.append(
-                f"{found} is evaluated on, and not {some(others)}/: rename the one that is meant to val/"
-            )
+            notes.append(f"{found} is used for evaluation, not {some(others)}/: rename the right one to val/")
         return found
     train = _split_folder(data, "train")
     if split == "val" and (train is None or (len(there) > 1 and not _holds_classes(train))):
-        return data  # a folder of images that is called train is a class
+        return data  # a folder named train that contains images is a class
     seen = f" (it has {some([name + '/' for name in there])})" if there else ""
     if split == "train":
         raise DataError(
-            f"{data} has no train/ folder to take training images from{seen}: give the folder that holds train/ and "
-            "val/, each with a folder per class, or rename the one that is meant"
+            f"{data} has no train/ folder with training images{seen}: give the folder that holds train/ and val/, "
+            "each with a folder per class, or rename the right one"
         )
     raise DataError(
         f"{data} has a train/ folder but no {', '.join(f'{name}/' for name in VAL_FOLDERS)} to evaluate on{seen}: "
-        "add one, rename the one that is meant, or give a folder of class folders"
+        "add one, rename the right one, or give a folder of class folders"
     )
 
 
 def is_split_name(name: str) -> bool:
-    """Whether a folder of that name may be a split."""
+    """Whether ``name`` is a possible name of a split's folder."""
     return any(name.lower() in variants for variants in _VARIANTS.values())
 
 
 def _split_folder(data: Path, split: SplitName) -> Path | None:
-    """The folder of a split, if there is one."""
+    """The folder of a split; None if there is none."""
     entries = [entry for entry in _list(data) if entry.name.lower() in _VARIANTS[split]]
     for entry in entries:
         _refuse_dead_link(entry)
@@ -104,31 +102,31 @@ def _split_folder(data: Path, split: SplitName) -> Path | None:
     meant = [exact, *meant] if exact else meant
     if len(meant) > 1:
         raise DataError(
-            f"{data} has {' and '.join(f'{name}/' for name in meant)}: rename the one that is meant to {split}/, and "
-            "the others to another name"
+            f"{data} has {' and '.join(f'{name}/' for name in meant)}: rename the right one to {split}/, and the "
+            "others to another name"
         )
     return data / meant[0] if meant else None
 
 
 def _holds_classes(folder: Path) -> bool:
-    """Whether a folder has folders and no images, so that it is a split and no class of that name."""
+    """Whether a folder contains folders and no images, so that it is a split and not a class of that name."""
     entries = [entry for entry in _list(folder) if not entry.name.startswith(".")]
     folders = [entry.name for entry in entries if _is_folder(entry)]
     return bool(folders) and not any(_is_image(entry.name) for entry in entries if entry.name not in folders)
 
 
 def find_images(folder: Path, *, dead_images: bool = False) -> Listing:
-    """The image files below each class folder, at any depth; other files and hidden ones are passed over.
+    """The image files below each class folder, at any depth; other files and hidden files are ignored.
 
     Args:
-        folder: of class folders.
-        dead_images: list links to nothing that are called images, too.
+        folder: folder of class folders.
+        dead_images: also list broken links with the suffix of an image.
 
     Returns:
-        Classes and files sorted with numbers as numbers, in the same order on every machine.
+        Classes and files in natural order (numbers as numbers), which is the same on every machine.
 
     Raises:
-        DataError: no class folders, some without an image, links to nothing, or folders that cannot be read.
+        DataError: there are no class folders, class folders without an image, broken links, or unreadable folders.
     """
     entries = [entry for entry in _list(folder) if not entry.name.startswith(".")]
     for entry in entries:
@@ -153,8 +151,8 @@ def find_images(folder: Path, *, dead_images: bool = False) -> Listing:
     if not any(images.values()):
         seen = f", but {others}" if others else ""
         raise DataError(
-            f"{folder} has {counted(len(classes), 'folder')} ({some(classes)}) and no image in any of them{seen}: give "
-            f"a folder whose class folders hold {known} files"
+            f"{folder} has {counted(len(classes), 'folder')} ({some(classes)}) but no image in them{seen}: give a "
+            f"folder whose class folders contain {known} files"
         )
     if empty := [name for name in classes if not images[name]]:
         seen = f" ({others})" if others else ""
@@ -174,17 +172,17 @@ def find_images(folder: Path, *, dead_images: bool = False) -> Listing:
 def _image_files(
     folder: Path, above: Set[tuple[int, int]], passed_over: dict[str, list[str]], dead_images: bool
 ) -> Iterator[str]:
-    """The image files below a folder, through links too.
+    """The image files below a folder, including linked folders.
 
     Args:
-        folder: to be searched.
-        above: identifies the folders that it lies in.
-        passed_over: gets the files that may be images and are not read, by ending.
+        folder: folder to search.
+        above: identities of its parent folders.
+        passed_over: receives the ignored files that may be images, by suffix.
         dead_images: see ``find_images``.
     """
     identity = _identity(folder)
     if identity in above:
-        raise DataError(f"{folder} is a link to a folder that it lies in: remove it")
+        raise DataError(f"{folder} is a link to one of its parent folders: remove it")
     for entry in _list(folder):
         if entry.name.startswith("."):
             continue
@@ -199,13 +197,13 @@ def _image_files(
 
 
 def _describe_passed_over(files: Mapping[str, Sequence[str]]) -> str:
-    """What ``_image_files`` has passed over, for a message."""
+    """Text for a message about the ignored files of ``_image_files``."""
     texts = []
     for ending, paths in sorted(files.items()):
         what = (
             counted(len(paths), f"{ending} file")
             if ending
-            else f"{counted(len(paths), 'file')} without an ending"
+            else f"{counted(len(paths), 'file')} without a suffix"
         )
         texts.append(f"{what} (such as {printable(paths[0])})")
     return ", ".join(texts)
@@ -216,21 +214,21 @@ def _is_image(name: str) -> bool:
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    """Whether it is a folder, or a link to one.
+    """Whether ``entry`` is a folder or a link to one.
 
     Raises:
-        DataError: nobody can tell, as where a link leads to a place that may not be entered.
+        DataError: the entry cannot be read, for example because the target of a link is not accessible.
     """
     try:
         return entry.is_dir()
     except OSError as error:
         if _is_image(entry.name):
-            return False  # whoever reads it finds out why it cannot be read
+            return False  # reading the image will report the reason
         raise _cannot_list(Path(entry.path), error) from error
 
 
 def _refuse_dead_link(entry: "os.DirEntry[str]") -> None:
-    """Refuse a link to nothing, or to itself."""
+    """Refuse a broken link, or a link to itself."""
     if not entry.is_symlink():
         return
     try:
@@ -240,12 +238,11 @@ def _refuse_dead_link(entry: "os.DirEntry[str]") -> None:
             return
         if _is_image(entry.name):
             raise DataError(
-                f"cannot read {entry.path} (it is a link to nothing): replace or remove it, or use "
-                "`data.bad_images=skip`"
+                f"cannot read {entry.path} (it is a broken link): replace or remove it, or use `data.bad_images=skip`"
             ) from None
         target = printable(os.readlink(entry.path), 200)
         raise DataError(
-            f"{entry.path} is a link to nothing ({target}): restore what it leads to, or remove the link"
+            f"{entry.path} is a broken link ({target}): restore its target, or remove the link"
         ) from None
 
 
@@ -259,7 +256,7 @@ def _list(folder: Path) -> "list[os.DirEntry[str]]":
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """What tells a folder from all others, whatever way leads to it."""
+    """Device and inode, which identify a folder independently of its path."""
     try:
         status = folder.stat()
     except OSError as error:
@@ -268,11 +265,11 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _cannot_list(folder: Path, error: OSError) -> DataError:
-    return DataError(f"cannot read the folder {folder} ({error.strerror}): give one that can be read")
+    return DataError(f"cannot read the folder {folder} ({error.strerror}): give a readable folder")
 
 
 def _sort_names(names: Sequence[str]) -> list[str]:
-    """Names of class folders in the order in which their images are listed, which is not that of their labels."""
+    """Names of class folders in the order of the image list, which may differ from the order of labels."""
     names = sorted(names)
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
 
@@ -283,7 +280,7 @@ def _check_folder(folder: Path) -> None:
     if os.path.exists(folder):
         raise DataError(f"{folder} is a file: give a folder (unpack an archive first)")
     if os.path.islink(folder):
-        raise DataError(f"{folder} is a link to nothing ({os.readlink(folder)}): give a folder that is there")
+        raise DataError(f"{folder} is a broken link ({os.readlink(folder)}): give an existing folder")
     parent = folder.absolute().parent
     siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
     near = [str(folder.parent / name) for name in get_close_matches(folder.name, siblings)]
@@ -296,9 +293,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _describe(images: Sequence[str], entries: Sequence[object]) -> str:
-    """What is wrong with a folder that holds no class folder."""
+    """Text for a message about a folder without class folders."""
     if not entries:
         return "is empty"
-    return (
-        f"holds {counted(len(images), 'image')} but no class folders" if images else "holds no class folders"
-    )
+    return f"has {counted(len(images), 'image')} but no class folders" if images else "has no class folders"

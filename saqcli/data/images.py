@@ -1,25 +1,21 @@
-"""Reading images: pixels of any range become 8 bits, and unreadable files are reported by name.
+"""Reading images: conversion to 8 bits, and handling of bad files.
 
-From whatever numbers an image holds to the 8 bits that a network's preprocessing starts from.
-
-Pillow converts numbers above 255 by clipping and fractions by truncation, so that TIFFs of 16 or 32 bits, or of floats,
-turn white or black. Here they are read by their range, each image by itself:
+A network's preprocessing starts from 8 bits per colour. Pillow clips values above 255 and truncates fractions, so that
+TIFFs of 16 or 32 bits, or of floats, turn white or black. Here each image is scaled by its range:
 
 ===================  ==========================================================================================
-declared bits        16-bit PNG, PGM and TIFF, 12-bit TIFF: white is the largest number of that many bits
-32-bit integers      white is 255 if nothing is above that, or else 65535
-floats               white is 1 if nothing is above that, or else 255
+declared bits        16-bit PNG, PGM and TIFF, 12-bit TIFF: white is the largest value of that many bits
+32-bit integers      white is 255 if no value is larger, otherwise 65535
+floats               white is 1 if no value is larger, otherwise 255
 ===================  ==========================================================================================
 
-What these leave open is refused: negative or larger numbers, NaN, and an image whose largest number is not zero and
-below a sixteenth of white. It may be dark, or of another range, and would come out black.
+Ambiguous images are refused: negative or larger values, NaN, and an image whose largest value is above zero but below
+a sixteenth of white. Such an image may be dark or have another range, and would turn black.
 
-Reading one image after another, when some cannot be read.
-
-A data set of a million files has a few that are truncated or are no images at all. timm passes over them with
-a logged warning and takes the neighbour instead, so that an accuracy may count one image twice and nobody
-knows. Here it is said: ``refuse`` names the file; ``replace`` takes the next readable image, which is right
-for training; ``leave_out`` gives the label ``LEFT_OUT``, which evaluation counts neither right nor wrong.
+A data set of a million files contains a few that are truncated or not images. timm logs a warning and uses the next
+image instead, so that an accuracy may silently count an image twice. Here the treatment is explicit: ``refuse`` raises
+an error with the file's name; ``replace`` uses the next readable image, as is right for training; ``leave_out`` gives
+the label ``LEFT_OUT``, which evaluation counts as neither right nor wrong.
 """
 
 import os
@@ -39,8 +35,8 @@ from saqcli.data.transforms import ImageTransform
 from saqcli.errors import DataError
 from saqcli.units import counted
 
-DARKEST = 16  # the largest number of an image is at least white over this
-_ROUNDING = 1e-4  # by which a float may pass white, relative
+DARKEST = 16  # the largest value of an image must be at least white / DARKEST
+_ROUNDING = 1e-4  # relative amount by which a float may exceed white
 
 _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339  # tags of TIFF
 _WHITE_IS_ZERO, _SIGNED = 0, 2
@@ -57,15 +53,15 @@ _TURNS = {
 
 
 def to_mode(image: Image.Image, mode: str, *, exif_transpose: bool = False) -> Image.Image:
-    """The image in colour ``mode``, RGB or L, whatever numbers it holds.
+    """Convert an image with values of any range to colour ``mode``, RGB or L, with 8 bits.
 
     Args:
-        image: open or in memory.
-        mode: as Pillow names it.
-        exif_transpose: turn it as its EXIF orientation says. Pillow turns a TIFF by itself.
+        image: an opened image, or one in memory.
+        mode: Pillow's name of the mode.
+        exif_transpose: rotate the image by its EXIF orientation. Pillow always rotates a TIFF.
 
     Raises:
-        ValueError: nobody can tell what its numbers show.
+        ValueError: the range of its values is ambiguous.
     """
     whites, inverted = _declared(image)
     deep = _is_deep(image)
@@ -78,11 +74,8 @@ def to_mode(image: Image.Image, mode: str, *, exif_transpose: bool = False) -> I
     elif deep:
         _check_upper_half(image)
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB, Pillow warns
-    elif image.mode in (
-        "La",
-        "RGBa",
-    ):  # colours times transparency, from which Pillow goes one step at a time
+        image = image.convert("RGBA")  # Pillow warns if it is converted to RGB directly
+    elif image.mode in ("La", "RGBa"):  # premultiplied alpha, which Pillow converts in two steps only
         image = image.convert(image.mode.upper())
     elif image.mode == "LAB":
         image = image.convert("RGB")
@@ -90,16 +83,16 @@ def to_mode(image: Image.Image, mode: str, *, exif_transpose: bool = False) -> I
 
 
 def _declared(image: Image.Image) -> tuple[tuple[int, ...], bool]:
-    """The numbers that may be white by the file's own format; and whether black is that number instead.
+    """The possible values of white in the file's format, and whether this value is black instead.
 
     Raises:
-        ValueError: a TIFF of signed 8-bit numbers, which Pillow reads as others.
+        ValueError: the image is a TIFF of signed 8-bit values, which Pillow misreads.
     """
     tags: Any = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS, (16,))[0]
     signed = _SIGNED in tags.get(_SAMPLE_FORMAT, ())
     if signed and bits <= 8:
-        raise ValueError("its numbers are signed 8-bit ones: save it unsigned")
+        raise ValueError("its values are signed 8-bit integers: save it unsigned")
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
     inverted = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     if signed and bits == 16:
@@ -110,7 +103,7 @@ def _declared(image: Image.Image) -> tuple[tuple[int, ...], bool]:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether the file has 16 bits a colour, of which Pillow keeps the upper 8."""
+    """Whether the file has 16 bits per colour, of which Pillow keeps the upper 8."""
     for tile in getattr(image, "tile", ()):
         codec, arguments = tile[0], tile[3] if isinstance(tile[3], tuple) else (tile[3],)
         if any(isinstance(each, str) and ";16" in each for each in arguments):
@@ -123,22 +116,22 @@ def _is_deep(image: Image.Image) -> bool:
 def _to_bytes(
     pixels: "np.ndarray[Any, np.dtype[Any]]", whites: tuple[int, ...]
 ) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """Numbers as 8 bits, where the first of ``whites`` that nothing exceeds is 255."""
+    """Scale values to 8 bits, so that white, the first of ``whites`` that no value exceeds, becomes 255."""
     low, high = pixels.min().item(), pixels.max().item()
     whole = pixels.dtype.kind in "iu"
     spare = 0 if whole else _ROUNDING
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError("it has numbers that are NaN or infinite")
+        raise ValueError("it has values that are NaN or infinite")
     if low < -spare:
-        raise ValueError(f"its numbers reach down to {low:g}, below black: save it with 0 as black")
+        raise ValueError(f"its smallest value is {low:g}, below black: save it with 0 as black")
     white = next((each for each in whites if high <= each * (1 + spare)), None)
     if white is None:
         raise ValueError(
-            f"its numbers reach {high:g}, so nobody can tell which one is white: save it with 8 bits"
+            f"its largest value is {high:g}, so the value of white is unknown: save it with 8 bits"
         )
     if 0 < high * DARKEST < white:
         raise ValueError(
-            f"its numbers reach {high:g} of {white}, so it is dark or has another range: save it with 8 bits"
+            f"its largest value is {high:g} of {white}, so it is dark or has another range: save it with 8 bits"
         )
     if whole:
         return (pixels >> max(0, white.bit_length() - 8)).astype(np.uint8)
@@ -146,7 +139,11 @@ def _to_bytes(
 
 
 def _check_upper_half(image: Image.Image) -> None:
-    """Refuse an image whose 16-bit colours are all in the lowest sixteenth, of which the upper 8 bits show nothing."""
+    """Refuse an image whose 16-bit colours are all in the lowest sixteenth of the range.
+
+    Raises:
+        ValueError: they are, so that their upper 8 bits show nothing.
+    """
     bands = [band for name, band in zip(image.getbands(), image.split(), strict=True) if name not in "AaX"]
     if max(int(np.asarray(band).max()) for band in bands) < 256 // DARKEST:
         raise ValueError(
@@ -156,50 +153,50 @@ def _check_upper_half(image: Image.Image) -> None:
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation says; as it is where that cannot be read."""
+    """The image rotated by its EXIF orientation; unchanged if that cannot be read."""
     try:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # whatever Pillow raises on damaged metadata
+    except Exception:  # Pillow may raise anything on damaged metadata
         turn = None
     return image if turn is None else image.transpose(turn)
 
 
-LEFT_OUT = -1  # the label of an image that could not be read and must not be counted
+LEFT_OUT = -1  # the label of an unreadable image that must not be counted
 
 Encoded = str | IO[bytes] | Image.Image
 Unreadable = Literal["refuse", "replace", "leave_out"]
 
-# No others, whatever a file is called: some of Pillow's formats are programs that another program runs.
+# Only these formats, whatever the file's suffix: Pillow passes some others to external programs.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
-# What Pillow's decoders raise on damaged files.
+# Exceptions that Pillow's decoders raise on damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
 
 class Source(Protocol):
-    """Images with their labels, in any order: a list, a torchvision data set, a timm reader."""
+    """Labelled images with random access: a list, a torchvision data set, a timm reader."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of images."""
 
     def __getitem__(self, index: int, /) -> tuple[Encoded, int]:
-        """An image, or the file that holds it, and its label."""
+        """An image, or its file, and its label."""
 
 
 class Stream(Protocol):
-    """Images with their labels, one after another: timm's iterable data sets."""
+    """Labelled images in sequence: timm's iterable data sets."""
 
     def __len__(self) -> int:
-        """About how many there are."""
+        """Approximate number of images."""
 
     def __iter__(self) -> Iterator[tuple[Encoded, int]]:
         """Each image once."""
 
     def set_epoch(self, count: int, /) -> None:
-        """Choose the order of the next pass."""
+        """Set the epoch of the next pass, which determines its order."""
 
     def set_loader_cfg(self, num_workers: int | None = None) -> None:
-        """Tell how many worker processes share the stream."""
+        """Set the number of worker processes that share the stream."""
 
 
 @dataclass(eq=False)
@@ -207,16 +204,15 @@ class ImageSet(Dataset[tuple[Tensor | Image.Image, int]]):
     """Labelled images with random access.
 
     Attributes:
-        source: where they come from.
-        labels: of all images, known without reading them, or None.
-        num_classes: labels are below it.
-        name: what messages call the set.
-        transform: from the image to the tensor (C, H, W); a loader sets it.
-        unreadable: what to do about an image that cannot be read.
-        mode: Pillow's name of the colours that the network reads, RGB or L.
-        exif_transpose: turn images as their EXIF orientation says.
-        relabel: label of the source to label of the network; None where they are the same. ``labels`` are those of the
-            network.
+        source: source of images and labels.
+        labels: labels of all images, as the network numbers them; None if unknown before reading.
+        num_classes: number of classes; labels must be smaller.
+        name: name of the set in messages.
+        transform: function from an image to a tensor (C, H, W); set by a loader.
+        unreadable: treatment of an image that cannot be read.
+        mode: Pillow's name of the network's colour mode, RGB or L.
+        exif_transpose: rotate images by their EXIF orientation.
+        relabel: label of the source to label of the network; None if they are equal.
     """
 
     source: Source
@@ -233,11 +229,11 @@ class ImageSet(Dataset[tuple[Tensor | Image.Image, int]]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Tensor | Image.Image, int]:
-        """The image at ``index`` and its label, or what stands in for it if it cannot be read.
+        """The image at ``index`` and its label, or a replacement if it cannot be read.
 
         Raises:
-            DataError: an unreadable image under ``refuse``, no readable one under ``replace``, or a label
-                outside [0, num_classes).
+            DataError: the image is unreadable under ``refuse``, no image is readable under ``replace``, or the label
+                is outside [0, num_classes).
         """
         for step in range(len(self) if self.unreadable == "replace" else 1):
             place = (index + step) % len(self)
@@ -282,9 +278,9 @@ class _Picked:
 
 @dataclass(eq=False)
 class ImageStream(IterableDataset[tuple[Tensor | Image.Image, int]]):
-    """Labelled images that come one after another (wds/, hfids/, tfds/); attributes as in ``ImageSet``.
+    """Labelled images in sequence (wds/, hfids/, tfds/); attributes as in ``ImageSet``.
 
-    The readers of hfids/ and tfds/ decide for themselves what happens to an image that cannot be read.
+    The readers of hfids/ and tfds/ handle unreadable images themselves.
     """
 
     source: Stream
@@ -300,10 +296,10 @@ class ImageStream(IterableDataset[tuple[Tensor | Image.Image, int]]):
         return len(self.source)
 
     def __iter__(self) -> Iterator[tuple[Tensor | Image.Image, int]]:
-        """Each image; under ``replace`` the next readable one, or at the end the last, comes once more.
+        """All images; under ``replace`` the next readable image, or at the end the last one, is repeated.
 
         Raises:
-            DataError: as ``ImageSet`` does.
+            DataError: as in ``ImageSet``.
         """
         owed = 0
         image, label = None, LEFT_OUT
@@ -335,36 +331,36 @@ class ImageStream(IterableDataset[tuple[Tensor | Image.Image, int]]):
 
 
 def decode(item: Encoded, mode: str = "RGB", *, exif_transpose: bool = False) -> Image.Image:
-    """The image in colour ``mode``, whatever it was: grey, palette, CMYK, 16 or 32 bits, floats, animated.
+    """Read any image (grey, palette, CMYK, 16 or 32 bits, floats, animated) in colour ``mode``.
 
-    Transparency is dropped, of an animation the first frame is taken, and numbers beyond 8 bits are read by their range
-    (see ``pixels.py``). Images of more pixels than Pillow deems safe (178,956,970) cannot be read.
+    Transparency is dropped, the first frame of an animation is used, and values beyond 8 bits are scaled by their range
+    (see ``to_mode``). Images of more pixels than Pillow deems safe (178,956,970) cannot be read.
     """
     if isinstance(item, Image.Image):
         return to_mode(item, mode, exif_transpose=exif_transpose)
     if isinstance(item, str) and not stat.S_ISREG(os.stat(item).st_mode):
-        raise OSError("it is a pipe or a device")  # to open a pipe would wait for its other end
+        raise OSError("it is a pipe or a device")  # opening a pipe would block until it is written to
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about damaged metadata, and large images short of Pillow's limit
+        warnings.simplefilter("ignore")  # about damaged metadata, and large images below Pillow's limit
         with Image.open(item, formats=_FORMATS) as opened:
             return to_mode(opened, mode, exif_transpose=exif_transpose)
 
 
 def check_label(label: int, num_classes: int, name: str, relabel: Mapping[int, int] | None = None) -> int:
-    """``label`` as a plain integer, as ``relabel`` has it.
+    """``label`` as a plain integer, mapped by ``relabel``.
 
     Raises:
-        DataError: it is outside [0, num_classes), or not in ``relabel``.
+        DataError: the label is outside [0, num_classes), or not in ``relabel``.
     """
     label = int(label)
     if relabel is not None:
         if label not in relabel:
-            raise DataError(f"{name} has the label {label}, for which `data.class_map` has no line: add one")
+            raise DataError(f"{name} has the label {label}, but `data.class_map` has no line for it: add one")
         return relabel[label]
     if not 0 <= label < num_classes:
         raise DataError(
-            f"{name} has the label {label}, the model classes 0 to {num_classes - 1}: give data with the model's "
-            "labels, or `data.class_map=FILE` with a line `LABEL CLASS` each"
+            f"{name} has the label {label}, the model has classes 0 to {num_classes - 1}: give data with the model's "
+            "labels, or `data.class_map=FILE` with lines `LABEL CLASS`"
         )
     return label
 
@@ -373,9 +369,9 @@ def _unreadable(what: str, error: BaseException) -> DataError:
     reason = getattr(error, "strerror", None) or str(error).replace(repr(what), "")
     reason = " ".join(reason.split()).removesuffix(" file") or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
-        reason = "its kind of TIFF is none that Pillow reads" if _is_tiff(what) else "it is not an image"
+        reason = "Pillow cannot read this kind of TIFF" if _is_tiff(what) else "it is not an image"
     elif isinstance(error, FileNotFoundError):
-        reason = "it is a link to nothing" if os.path.islink(what) else "it was there when the run started"
+        reason = "it is a broken link" if os.path.islink(what) else "it existed when the run started"
     return DataError(f"cannot read {what} ({reason}): replace or remove it, or use `data.bad_images=skip`")
 
 

@@ -1,8 +1,8 @@
-"""Feeding images to a network, reproducibly, through timm's loader.
+"""Reproducible loaders, made with timm's loader.
 
-The order of an epoch does not depend on the number of worker processes; the augmentation does, since each worker draws
-its own. Worker processes of a training loader live for one epoch only (timm keeps them), because a process that lives
-on carries the state of its generators along, and a resumed run would then differ from an uninterrupted one.
+The order of an epoch does not depend on the number of worker processes; the augmentation does, since each worker has
+its own generators. Worker processes of a training loader live for one epoch only (timm keeps them): a persistent worker
+would keep the state of its generators, and a resumed run would differ from an uninterrupted one.
 """
 
 import os
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saqcli import distributed
-from saqcli.data.batches import Loader, TrainingShare
+from saqcli.data.batches import Loader, TrainingSampler
 from saqcli.data.datasets import Split, sharded, subset
 from saqcli.data.images import ImageSet, ImageStream, Unreadable
 from saqcli.data.transforms import CROP_SCALE, Augmentation, image_transform
@@ -29,10 +29,8 @@ from saqcli.runs.interrupts import blocked_signals, outlive_one_signal
 from saqcli.units import counted
 
 CALIBRATION_IMAGES = 512
-LARGEST_SIDE_WITHOUT_WORKERS = (
-    64  # pixels; up to here decoding costs less than handing over between processes
-)
-MOST_WORKERS = 8
+LARGEST_SIDE_WITHOUT_WORKERS = 64  # pixels; decoding smaller images costs less than sending them to a process
+MAX_WORKERS = 8
 
 _COLOR_MODES = {1: "L", 3: "RGB"}
 
@@ -55,26 +53,26 @@ def make_loader(
     """A loader of ``split``: shuffled for training, in order otherwise.
 
     Args:
-        split: left as it is.
-        preprocessing: of the network.
-        batch_size: images a batch, on all ranks together.
-        training: shuffle, and let the next image stand in for one that is skipped.
+        split: data of the loader; not changed.
+        preprocessing: preprocessing of the network.
+        batch_size: images per batch, on all ranks together.
+        training: shuffle, and replace a skipped image by the next one.
         augmentation: see ``image_transform``; ``none`` is the evaluation view, in training too.
-        workers: processes that read; 0 reads in this one.
-        device: where batches arrive. On CUDA they are normalized there.
-        seed: of the order, the augmentation and the images that ``limit`` keeps.
-        drop_last: leave out the last batch if it is short; of a stream (hfids/, tfds/), training always does.
-        limit: at most this many images: a ``subset``, or the beginning of a stream.
+        workers: number of worker processes; 0 reads in the main process.
+        device: device of the batches. On CUDA they are also normalized there.
+        seed: seed of the order, the augmentation and the images chosen by ``limit``.
+        drop_last: drop the last batch if it is short; training on a stream (hfids/, tfds/) always does.
+        limit: maximum number of images: a ``subset``, or the beginning of a stream.
         crop_scale: see ``image_transform``.
-        shared: in training each rank gets its slice of every batch; otherwise, and in evaluation (see ``part``), all
-            get everything.
+        shared: in training, give each rank its slice of every batch; if False, and in evaluation (see ``part``), every
+            rank gets all images.
 
     Raises:
-        DataError: not one batch, or a network that reads neither grey nor colour images.
+        DataError: there is not one batch, or the network reads neither grey nor colour images.
     """
     from timm.data import create_loader
 
-    exact = isinstance(split.dataset, ImageSet) or sharded(split) is not None  # each image once, and how many
+    exact = isinstance(split.dataset, ImageSet) or sharded(split) is not None  # the number of images is known
     if limit is not None and exact:
         split, limit = subset(split, limit, seed), None
     on_device = device.type == "cuda"
@@ -94,7 +92,7 @@ def make_loader(
             share=(distributed.index(), distributed.count()) if divided else (0, 1),
         )
     with warnings.catch_warnings():
-        # That there are more workers than cores is noted where the option is read.
+        # splits.py already notes if there are more workers than cores.
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         batches = create_loader(
             dataset,
@@ -109,76 +107,78 @@ def make_loader(
             use_prefetcher=on_device,
             persistent_workers=not training,
         )
-    batches_of = getattr(batches, "loader", batches)
-    batches_of.worker_init_fn = partial(_begin_reading, batches_of.worker_init_fn)
-    batches_of._get_iterator = partial(_start_readers, weakref.ref(batches_of))
+    inner = getattr(batches, "loader", batches)  # the DataLoader within timm's prefetcher
+    inner.worker_init_fn = partial(_init_worker, inner.worker_init_fn)
+    inner._get_iterator = partial(_start_workers, weakref.ref(inner))
     dataset.transform = image_transform(
         preprocessing, augmentation=augmentation, normalize=not on_device, crop_scale=crop_scale
     )
     if isinstance(dataset, ImageSet):
-        # timm always drops the last batch in training; the batch sampler alone decides, and has not run yet.
+        # timm always drops the last batch in training; only the batch sampler, which has not run yet, decides.
         batches.batch_sampler.drop_last = drop_last
         if divided:
-            _share_out(batches.batch_sampler, split, batch_size, seed)
+            _distribute(batches.batch_sampler, split, batch_size, seed)
     else:
         dataset.source.set_loader_cfg(num_workers=workers)
     loader = Loader(batches, name=split.name, device=device, seed=seed, limit=limit)
     if len(loader) == 0 and exact:
         raise DataError(
-            f"{split.name} has {counted(split.images, 'image')}, not one batch of {batch_size}: "
+            f"{split.name} has {counted(split.images, 'image')}, less than one batch of {batch_size}: "
             f"use `data.batch_size={max(1, split.images)}` or less, or more data"
         )
     return loader
 
 
-def _share_out(batches: Any, split: Split, batch_size: int, seed: int) -> None:
-    """Let a batch sampler give this rank's slice of every batch."""
-    batches.sampler = TrainingShare(split.images, batch_size, distributed.index(), distributed.count(), seed)
+def _distribute(batches: Any, split: Split, batch_size: int, seed: int) -> None:
+    """Make a batch sampler yield only this rank's slice of every batch."""
+    batches.sampler = TrainingSampler(
+        split.images, batch_size, distributed.index(), distributed.count(), seed
+    )
     batches.batch_size, batches.drop_last = batch_size // distributed.count(), True
 
 
-def _start_readers(batches: weakref.ref[Any]) -> Any:
-    """What torch's loader does when a pass begins, with signals held back for the processes that it starts.
+def _start_workers(batches: weakref.ref[Any]) -> Any:
+    """Start a pass of torch's loader, with signals held back while it starts its worker processes.
 
-    By a weak reference: a loader that refers to itself is left to the garbage collector, which cannot end its readers.
+    The reference is weak, since the garbage collector cannot end the workers of a loader that refers to itself.
     """
     loader: Any = batches()
     with blocked_signals() if loader.num_workers else nullcontext():
         return type(loader)._get_iterator(loader)
 
 
-def _begin_reading(seeded: Callable[[int], None] | None, worker: int) -> None:
-    """What a process that reads images does first."""
+def _init_worker(init: Callable[[int], None] | None, worker: int) -> None:
+    """Ignore the first signal in a worker process, then run timm's initialization ``init``."""
     outlive_one_signal()
-    if seeded is not None:
-        seeded(worker)
+    if init is not None:
+        init(worker)
 
 
 def check_shared(split: Split, batch_size: int) -> None:
-    """Refuse batches that the ranks cannot share.
+    """Check that the ranks can share the batches of a split.
 
     Raises:
-        ConfigError: their size is no multiple of the number of ranks.
-        DataError: there is not one whole batch, or a stream that gives all images to every process.
+        ConfigError: the batch size is not a multiple of the number of ranks.
+        DataError: there is less than one whole batch, or the split is a stream, which every process reads as a whole.
     """
     if distributed.count() == 1:
         return
     if batch_size % distributed.count():
         raise ConfigError(
-            f"`data.batch_size={batch_size}` is for all {counted(distributed.count(), 'process')} together and "
-            f"cannot be shared equally: give a multiple of {distributed.count()}"
+            f"`data.batch_size={batch_size}` is the total of {counted(distributed.count(), 'process')} and cannot be "
+            f"divided equally: give a multiple of {distributed.count()}"
         )
     if split.images < batch_size:
         raise DataError(
-            f"{split.name} has {counted(split.images, 'image')}, not one whole batch of {batch_size} to share "
-            f"out among {counted(distributed.count(), 'process')}: use a smaller `data.batch_size`"
+            f"{split.name} has {counted(split.images, 'image')}, less than one batch of {batch_size} to divide "
+            f"among {counted(distributed.count(), 'process')}: use a smaller `data.batch_size`"
         )
     if isinstance(split.dataset, ImageStream) and sharded(split) is None:
-        raise DataError(f"{split.name} cannot be shared out among processes: give a folder, or shards (wds/)")
+        raise DataError(f"{split.name} cannot be divided among processes: give a folder, or shards (wds/)")
 
 
 def _ready(split: Split, preprocessing: Preprocessing, *, training: bool) -> ImageSet | ImageStream:
-    """A copy of the split's images, in the colours that the network reads."""
+    """A copy of the split's images, in the network's colour mode."""
     channels = preprocessing.input_size[0]
     if channels not in _COLOR_MODES:
         raise DataError(
@@ -200,9 +200,9 @@ def calibration_loader(
     seed: int,
     images: int = CALIBRATION_IMAGES,
 ) -> Loader:
-    """The same few images of ``split`` at every pass, in the same order, as evaluation sees them.
+    """A loader of a few images of ``split``, the same at every pass, in their evaluation view.
 
-    An image that is to be skipped is replaced by the next one, so that no blank one is calibrated on.
+    A skipped image is replaced by the next one, so that no blank image is used for calibration.
     """
     return make_loader(
         split if split.bad_images == "refuse" else replace(split, bad_images="replace"),
@@ -217,10 +217,10 @@ def calibration_loader(
 
 
 def read_all(loader: Loader, progress: Progress, purpose: str) -> list[tuple[Tensor, Tensor]]:
-    """The batches of one pass, to be kept in memory; images that could not be read are left out.
+    """Read the batches of one pass into memory, without unreadable images.
 
     Raises:
-        DataError: not one could be read; it says that there is nothing to ``purpose``.
+        DataError: no image is readable; the message says that there is nothing to ``purpose``.
     """
     batches = []
     with progress.task("reading images", len(loader)) as task:
@@ -230,13 +230,13 @@ def read_all(loader: Loader, progress: Progress, purpose: str) -> list[tuple[Ten
                 batches.append((images[readable], labels[readable]))
             task.advance(images=len(labels))
     if not batches:
-        raise DataError(f"not one image could be read: there is nothing to {purpose}")
+        raise DataError(f"no image could be read: there is nothing to {purpose}")
     return batches
 
 
 def default_workers(preprocessing: Preprocessing) -> int:
-    """Worker processes to read images with: none for small ones, otherwise up to eight, one a core."""
+    """Default number of worker processes: none for small images, otherwise one per core, at most eight."""
     if max(preprocessing.input_size[1:]) <= LARGEST_SIDE_WITHOUT_WORKERS:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_WORKERS, cores)
+    return min(MAX_WORKERS, cores)

@@ -1,4 +1,4 @@
-"""The training and validation images of one network, and how they are fed to it."""
+"""Training and validation images of a network, with their loaders."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from saqcli.data.datasets import Split, check_fingerprint, check_same_classes, f
 from saqcli.data.loaders import calibration_loader, check_shared, default_workers, make_loader
 from saqcli.errors import ConfigError
 from saqcli.machine import cores
-from saqcli.models.preprocessing import Preprocessing, is_small
+from saqcli.models.preprocessing import Preprocessing, has_small_images
 from saqcli.progress import SILENT, Progress
 from saqcli.runs.directory import RunDirectory
 from saqcli.tasks.labels import Classes
@@ -23,7 +23,7 @@ CALIBRATION_BATCH = 64
 
 @dataclass(frozen=True)
 class Images:
-    """Training and validation images for one network, and how they are fed to it."""
+    """Training and validation images of a network, with their loaders."""
 
     train: Split
     val: Split
@@ -41,21 +41,21 @@ class Images:
         device: torch.device,
         progress: Progress = SILENT,
     ) -> "Images":
-        """Both splits of the data; their classes must agree.
+        """Open both splits of the data; their classes must agree.
 
         Raises:
-            ConfigError: no data was named.
-            DataError: they cannot be used with this network.
+            ConfigError: ``data.path`` is not set.
+            DataError: the splits cannot be used with this network.
         """
         notes: dict[str, None] = {}
         train, val = (_open(config.data, split, classes, notes) for split in ("train", "val"))
         check_same_classes(train, val)
         check_shared(train, config.data.batch_size)
-        _tell(notes, progress)
+        _report(notes, progress)
         return cls(train, val, preprocessing, config.data, device, config.run.seed)
 
     @classmethod
-    def training_alone(
+    def training_only(
         cls,
         section: DataSection,
         classes: Classes | int,
@@ -64,56 +64,58 @@ class Images:
         seed: int,
         progress: Progress = SILENT,
     ) -> "Images":
-        """The training split, in the place of the validation split too: for a search, which may not see that one.
+        """Open the training split, also in place of the validation split: for a search, which must not use the latter.
 
         Raises:
-            ConfigError: no data was named.
-            DataError: it cannot be used with this network.
+            ConfigError: ``data.path`` is not set.
+            DataError: the split cannot be used with this network.
         """
         split = open_named(section, "train", classes, progress)
         check_shared(split, section.batch_size)
         return cls(split, split, preprocessing, section, device, seed)
 
     def fingerprints(self) -> dict[str, str]:
-        """Which images these are: a line of text for ``train`` and for ``val``, to be kept by the run."""
+        """The fingerprints of ``train`` and ``val``, which the run records."""
         return {"train": fingerprint(self.train), "val": fingerprint(self.val)}
 
-    def check_fingerprints(self, kept: Mapping[str, str], then: str = "the run started with") -> None:
-        """Refuse to go on with other images; what is not in ``kept`` is not compared.
+    def check_fingerprints(
+        self, recorded: Mapping[str, str], expected_by: str = "the run started with"
+    ) -> None:
+        """Check that the splits in ``recorded`` have the fingerprints that it holds.
 
         Raises:
-            DataError: these are not the images of which ``fingerprints`` gave ``kept``.
+            DataError: a split has another fingerprint.
         """
         for name, split, called in (("train", self.train, "training"), ("val", self.val, "validation")):
-            if name in kept:
-                check_fingerprint(kept[name], split, called, then)
+            if name in recorded:
+                check_fingerprint(recorded[name], split, called, expected_by)
 
-    def bind_to(self, run: RunDirectory, of: str = "") -> None:
-        """Note in a run that it is made on these images, or check that it resumes with the same, on all ranks.
+    def record_or_check(self, run: RunDirectory, prefix: str = "") -> None:
+        """Record the images' fingerprints in a run's manifest, or compare them with those recorded, on all ranks.
 
         Args:
-            run: whose manifest holds their fingerprints.
-            of: goes before the names of the splits, where a run has others beside its own.
+            run: the run with the manifest.
+            prefix: prefix of the splits' names in the manifest, for data other than the run's main data.
 
         Raises:
-            DataError: these are other images, or others than those of another rank.
+            DataError: the images differ from the recorded ones, or between ranks.
         """
         known = distributed.from_first(lambda: run.manifest().images)
-        names = (f"{of}train", f"{of}val")
-        kept = {name.removeprefix(of): line for name, line in known.items() if name in names}
-        if kept:
-            distributed.together(lambda: self.check_fingerprints(kept))
+        names = (f"{prefix}train", f"{prefix}val")
+        recorded = {name.removeprefix(prefix): line for name, line in known.items() if name in names}
+        if recorded:
+            distributed.together(lambda: self.check_fingerprints(recorded))
             return
         now = self.fingerprints()
-        mine = distributed.from_first(lambda: now)
-        distributed.together(lambda: self.check_fingerprints(mine, then="the first process sees"))
-        more = {} if of else {"class_order": self.train.class_order}
-        run.note_images(known | {f"{of}{name}": line for name, line in now.items()}, **more)
+        of_first = distributed.from_first(lambda: now)
+        distributed.together(lambda: self.check_fingerprints(of_first, "the first process sees"))
+        more = {} if prefix else {"class_order": self.train.class_order}
+        run.note_images(known | {f"{prefix}{name}": line for name, line in now.items()}, **more)
 
     def training(self, limit: int | None = None, *, shared: bool = True) -> Loader:
-        """Shuffled and augmented, ``limit`` images at most; call ``set_epoch`` before each pass.
+        """A loader of shuffled, augmented images, ``limit`` at most; call ``set_epoch`` before each pass.
 
-        Each rank gets its share of every batch, or all of it where it is not ``shared``.
+        Each rank gets its slice of every batch, or the whole batch if not ``shared``.
         """
         wanted = self.section.augmentation
         return make_loader(
@@ -121,7 +123,7 @@ class Images:
             self.preprocessing,
             batch_size=self.section.batch_size,
             training=True,
-            augmentation=("cifar" if is_small(self.preprocessing) else "imagenet")
+            augmentation=("cifar" if has_small_images(self.preprocessing) else "imagenet")
             if wanted == "auto"
             else wanted,
             workers=workers_of(self.section, self.preprocessing),
@@ -134,7 +136,7 @@ class Images:
         )
 
     def calibration(self) -> Loader:
-        """A few training images, in their evaluation view."""
+        """A loader of a few training images in their evaluation view."""
         return calibration_loader(
             self.train,
             self.preprocessing,
@@ -146,7 +148,7 @@ class Images:
         )
 
     def validation(self, limit: int | None = None) -> Loader:
-        """All validation images in order, or ``limit`` of them drawn evenly over the classes."""
+        """A loader of all validation images in order, or of ``limit`` images drawn evenly over the classes."""
         return validation_loader(self.val, self.preprocessing, self.section, self.device, self.seed, limit)
 
 
@@ -156,10 +158,10 @@ def open_named(
     classes: Classes | int,
     progress: Progress = SILENT,
 ) -> Split:
-    """One split of the data; what was decided for the user is noted."""
+    """Open one split of the data; choices made for the user are noted on ``progress``."""
     notes: dict[str, None] = {}
     opened = _open(section, split, classes, notes)
-    _tell(notes, progress)
+    _report(notes, progress)
     return opened
 
 
@@ -167,7 +169,7 @@ def _open(
     section: DataSection, split: Literal["train", "val"], classes: Classes | int, notes: dict[str, None]
 ) -> Split:
     opened = open_split(
-        named_data(section),
+        data_path(section),
         split,
         num_classes=classes,
         bad_images=section.bad_images,
@@ -178,26 +180,25 @@ def _open(
     notes |= dict.fromkeys(opened.notes)
     if (section.workers or 0) > cores():
         notes[
-            f"`data.workers={section.workers}` is more than the {cores()} cores that this process may use, and may "
-            "be slower"
+            f"`data.workers={section.workers}` exceeds the {cores()} cores of this process and may be slower"
         ] = None
     return opened
 
 
-def _tell(notes: Iterable[str], progress: Progress) -> None:
+def _report(notes: Iterable[str], progress: Progress) -> None:
     for note in notes:
         progress.note(note)
 
 
-def named_data(section: DataSection) -> str:
-    """The path of the data; to be asked early where much is done before images are opened.
+def data_path(section: DataSection) -> str:
+    """The path of the data; also an early check before long work.
 
     Raises:
-        ConfigError: none was named.
+        ConfigError: ``data.path`` is not set.
     """
     if section.path is None:
         raise ConfigError(
-            "no images were named: give `data.path=DIR` with train/ and val/, one folder per class in each"
+            "no images given: use `data.path=DIR` with train/ and val/, one folder per class in each"
         )
     return section.path
 
@@ -210,11 +211,11 @@ def validation_loader(
     seed: int = 0,
     limit: int | None = None,
 ) -> Loader:
-    """Images of ``split`` in their evaluation view, in a fixed order."""
+    """A loader of ``split`` in its evaluation view, in a fixed order."""
     return make_loader(
         split,
         preprocessing,
-        batch_size=section.eval_batch_size or (256 if is_small(preprocessing) else 64),
+        batch_size=section.eval_batch_size or (256 if has_small_images(preprocessing) else 64),
         training=False,
         workers=workers_of(section, preprocessing),
         device=device,
@@ -224,5 +225,5 @@ def validation_loader(
 
 
 def workers_of(section: DataSection, preprocessing: Preprocessing) -> int:
-    """How many processes read images."""
+    """The number of worker processes that read images."""
     return default_workers(preprocessing) if section.workers is None else section.workers

@@ -1,7 +1,7 @@
-"""From a picture to the tensor that a network reads, with augmentation or without.
+"""Transforms from an image to a network's input, and augmentation.
 
-The transforms are timm's, so that accuracy here is comparable with what timm publishes; only the
-augmentation usual for CIFAR is put together from torchvision.
+The transforms are timm's, so that accuracies are comparable with those that timm publishes; only the usual augmentation
+for CIFAR is composed of torchvision's transforms.
 """
 
 from collections.abc import Callable
@@ -28,18 +28,18 @@ def image_transform(
     normalize: bool = True,
     crop_scale: tuple[float, float] = CROP_SCALE,
 ) -> ImageTransform:
-    """The map from an image to the network's input (C, H, W).
+    """The transform from an image to the network's input (C, H, W).
 
     Args:
-        preprocessing: of the network.
-        augmentation: ``none`` is the evaluation view (timm's resize and crop; an image that has the network's
-            size already was cropped before and is taken whole); ``imagenet`` is timm's random resized crop
-            and flip, without colour jitter; ``cifar`` pads by four pixels, crops at random and flips.
-        normalize: float32, normalized; otherwise uint8, for a loader that normalizes on the device.
-        crop_scale: for ``imagenet``, least and largest share of the area that a crop keeps.
+        preprocessing: preprocessing of the network.
+        augmentation: ``none`` is the evaluation view (timm's resize and crop; an image of exactly the network's size
+            was cropped before and is used whole); ``imagenet`` is timm's random resized crop and flip, without
+            colour jitter; ``cifar`` pads by four pixels, crops at random and flips.
+        normalize: return normalized float32; otherwise uint8, for a loader that normalizes on the device.
+        crop_scale: for ``imagenet``, the smallest and largest share of the area in a crop.
 
     Raises:
-        ConfigError: no such augmentation.
+        ConfigError: there is no such augmentation.
     """
     from timm.data import create_transform
 
@@ -50,7 +50,7 @@ def image_transform(
     if augmentation == "cifar":
         return _cifar_transform(preprocessing, normalize=normalize)
 
-    def made(crop_pct: float) -> ImageTransform:
+    def timm_transform(crop_pct: float) -> ImageTransform:
         transform: ImageTransform = create_transform(
             preprocessing.input_size,
             is_training=augmentation == "imagenet",
@@ -66,17 +66,19 @@ def image_transform(
         return transform
 
     if augmentation == "imagenet":
-        return made(preprocessing.crop_pct)
+        return timm_transform(preprocessing.crop_pct)
     _, height, width = preprocessing.input_size
-    return _EvaluationView((width, height), whole=made(1.0), cropped=made(preprocessing.crop_pct))
+    return _EvaluationView(
+        (width, height), whole=timm_transform(1.0), cropped=timm_transform(preprocessing.crop_pct)
+    )
 
 
 @dataclass(frozen=True)
 class _EvaluationView:
-    """Images of the network's own size whole, all others resized and cropped.
+    """Uses images of exactly the network's size whole; resizes and crops all others.
 
-    Cropping seven eighths out of an image that somebody has cropped to 224 pixels already would cut twice: on
-    such a copy of Imagenette it costs SqueezeNet 6.5 points.
+    Cropping seven eighths of an image that was already cropped to 224 pixels would crop it twice: on such a copy of
+    Imagenette this costs SqueezeNet 6.5 points.
     """
 
     size: tuple[int, int]

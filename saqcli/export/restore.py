@@ -11,9 +11,10 @@ from saqcli.export.safetensors import read_content, rebuild, restore_structure
 from saqcli.machine import library_versions
 from saqcli.models.load import LoadedModel, as_loaded, build_architecture
 from saqcli.models.preprocessing import Preprocessing
-from saqcli.models.rebuild import build_described, check_description
+from saqcli.models.rebuild import check_build_metadata, rebuild_from_metadata
 from saqcli.serialization import printable
-from saqcli.tasks.labels import Classes, imagenet_names, library_order
+from saqcli.tasks.class_names import imagenet_names, library_order
+from saqcli.tasks.labels import Classes
 
 
 def trained_classes(metadata: ModelMetadata, called: str) -> Classes:
@@ -87,7 +88,7 @@ def open_from_metadata(path: Path) -> tuple[LoadedModel, ModelMetadata]:
     try:
         if path.suffix == ".onnx":
             metadata = read_onnx_metadata(path)
-            check_description(metadata.build, metadata.preprocessing)
+            check_build_metadata(metadata.build, metadata.preprocessing)
             model = build_architecture(metadata.build)
         else:
             metadata, tensors = read_content(path)
@@ -101,7 +102,7 @@ def open_from_metadata(path: Path) -> tuple[LoadedModel, ModelMetadata]:
 def _float_model(path: Path, metadata: ModelMetadata, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The network that ``metadata`` describes, with random weights."""
     try:
-        return build_described(metadata.build, metadata.preprocessing, tensors)
+        return rebuild_from_metadata(metadata.build, metadata.preprocessing, tensors)
     except SaqError as error:
         raise CorruptArtifact(f"{path} describes a model that cannot be built: {error}") from None
 

@@ -1,1 +1,1 @@
-"""From names to networks: libraries, published and local weights, preprocessing."""
+"""Networks by name: libraries, weights, preprocessing."""

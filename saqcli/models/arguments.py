@@ -1,8 +1,8 @@
-"""What a builder of networks may be told: plain JSON of moderate size, and nothing that reaches beyond the network.
+"""Model arguments: which keyword arguments a builder may receive.
 
-timm and torchvision take much with ``**kwargs`` that no architecture has: where weights come from, a file to load,
-a wrapper for features, global switches. The same rules hold for what a user types and for what a file says, so that
-every network that can be quantized can be loaded again.
+Allowed is plain JSON of moderate size that describes the architecture only. The ``**kwargs`` of timm and torchvision
+also accept sources of weights, files to load, feature wrappers and global switches; these are refused. The same rules
+apply to the user's arguments and to those in a file, so every network that can be quantized can be loaded again.
 """
 
 import math
@@ -12,12 +12,12 @@ from typing import Any
 
 from saqcli.errors import ConfigError
 
-MOST_NUMBER = 2**16  # of an integer: widths, depths, sides
-MOST_VALUES = 1000
-MOST_NESTED = 4
+MAX_NUMBER = 2**16  # largest absolute value of an integer: widths, depths, sides
+MAX_VALUES = 1000
+MAX_NESTED = 4
 
 _WEIGHTS, _SWITCH = "use `model.weights`", "saq sets such switches itself, remove it"
-RESERVED = {  # builder arguments that are ours to set
+RESERVED = {  # builder arguments that saq sets itself
     "num_classes": "use `model.num_classes`",
     "pretrained": "use `model.pretrained` or `model.pretrained=False`",
     "features_only": "saq needs the classifier, remove it",
@@ -33,25 +33,25 @@ _TEXT = re.compile(r"[\w .,+=-]{0,200}", re.ASCII)  # no path, no address
 
 
 def check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Refuse arguments that are no matter of the architecture ``name``.
+    """Refuse arguments that do not describe the architecture ``name``.
 
     Raises:
-        ConfigError: names the first.
+        ConfigError: an argument is reserved, or its value is not allowed.
     """
     for argument in RESERVED.keys() & kwargs.keys():
         raise ConfigError(f"{name} cannot take {argument} as a model argument: {RESERVED[argument]}")
     for count, (argument, value) in enumerate(_leaves(name, kwargs, ()), start=1):
         if problem := _problem(value):
             raise ConfigError(f"{name} cannot take {argument} as a model argument: {problem}")
-        if count > MOST_VALUES:
+        if count > MAX_VALUES:
             raise ConfigError(
-                f"{name} cannot take more than {MOST_VALUES} model arguments: correct `model.kwargs`"
+                f"{name} cannot take more than {MAX_VALUES} model arguments: correct `model.kwargs`"
             )
 
 
 def _leaves(name: str, value: Any, place: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """Everything that is no list and no object, and where it stands."""
-    if len(place) > MOST_NESTED:
+    """Every scalar in ``value``, with the name of the argument that contains it."""
+    if len(place) > MAX_NESTED:
         raise ConfigError(f"{name} cannot take {place[0]} as a model argument: it is nested too deep")
     if isinstance(value, Mapping):
         for key, inner in value.items():
@@ -66,13 +66,13 @@ def _leaves(name: str, value: Any, place: tuple[str, ...]) -> Iterator[tuple[str
 
 
 def _problem(value: Any) -> str:
-    """What is wrong with a single value; empty if nothing is."""
-    if isinstance(value, int) and abs(value) > MOST_NUMBER:
-        return f"{value if abs(value) < 10**20 else 'it'} is beyond {MOST_NUMBER}"
+    """Why a scalar is not allowed; empty if it is."""
+    if isinstance(value, int) and abs(value) > MAX_NUMBER:
+        return f"{value if abs(value) < 10**20 else 'it'} is beyond {MAX_NUMBER}"
     if isinstance(value, float) and not math.isfinite(value):
-        return f"{value} is not a number"
+        return f"{value} is not a finite number"
     if isinstance(value, str) and not _TEXT.fullmatch(value):
-        return "it may be text of letters, digits and . , + = - alone"
+        return "text may only contain letters, digits and . , + = -"
     if not (value is None or isinstance(value, bool | int | float | str)):
         return f"a {type(value).__name__} is not a plain value"
     return ""

@@ -1,12 +1,12 @@
-"""What can be quantized, told at once: names, parameters, input sizes, published weights, and what was tried.
+"""The catalogue of networks, readable without importing timm.
 
-Asking timm takes the seconds of its import. So what is known lies in files beside this one:
+Importing timm takes seconds, so the catalogue is stored in three files in this folder:
 
-    catalogue.csv   family and parameters of every network; benchmarks/catalogue.py
-    published.json  input sizes and tags of published weights, as one version of each library has them; the same
-                    script. Where another version is installed, that library is asked itself
-    coverage.csv    what came out when the smallest member of a family went through all that saq does: wrapping,
-                    calibration, a SAQ step, policy, verified export; benchmarks/coverage.py
+    catalogue.csv   family and parameters of every network; written by benchmarks/catalogue.py
+    published.json  input sizes and tags of published weights, for one version of each library; written by the same
+                    script. If another version is installed, the library itself is imported and queried
+    coverage.csv    result of the smallest member of each family in every step of saq (wrapping, calibration, a SAQ
+                    step, policy, verified export); written by benchmarks/coverage.py
 """
 
 import csv
@@ -22,11 +22,11 @@ Size = tuple[int, int, int]
 
 
 class Weights(TypedDict):
-    """What a library publishes of one network.
+    """The published weights of one network.
 
     Keys:
         input_size: (C, H, W) that the default weights expect.
-        tags: of all weights, the default first, and the input size of each.
+        tags: tag of each set of weights to its input size, the default first.
     """
 
     input_size: list[int]
@@ -35,15 +35,15 @@ class Weights(TypedDict):
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the catalogue.
+    """One network of the catalogue.
 
     Attributes:
-        name: with prefix, and with the tag of published weights where these were asked for.
-        parameters: with the classifier of the published weights, of 1000 classes where there is none; None where
-            nobody counted.
+        name: with the library's prefix, and with the tag of the weights if the pattern asks for tags.
+        parameters: count with the classifier of the published weights (1000 classes if there is none); None if
+            unknown.
         input_size: (C, H, W).
-        tags: of published weights, the default first; ``NAME.TAG`` is a name too.
-        covered: whether the smallest member of its family went through everything; None where nobody tried.
+        tags: tags of the published weights, the default first; ``NAME.TAG`` is also a valid name.
+        covered: whether the smallest member of its family passed every step; None if untested.
     """
 
     name: str
@@ -54,11 +54,11 @@ class Entry:
 
 
 def find(pattern: str | None = None) -> list[Entry]:
-    """The networks that a shell pattern matches, by library in order of search.
+    """The networks that match a shell pattern, sorted by library in search order.
 
     Args:
-        pattern: without a slash it is matched against what follows the prefix; with a dot in it names with the
-            tags of published weights are matched too. None is all networks.
+        pattern: a pattern without a slash is matched against the name without its prefix; a pattern with a dot is
+            also matched against names with tags. None matches all networks.
     """
     pattern = (pattern or "*").lower()
     known = {row["name"]: row for row in _rows("catalogue.csv")}
@@ -79,13 +79,13 @@ def find(pattern: str | None = None) -> list[Entry]:
     return found
 
 
-def installed(library: str) -> str:
-    """Version of a library, without what tells builds of it apart."""
+def installed_version(library: str) -> str:
+    """The installed version of a library, without the build suffix (``+cpu``)."""
     return version(library).partition("+")[0]
 
 
-def look_up(library: str) -> dict[str, Weights]:
-    """What an installed library publishes, by name; takes the seconds of its import."""
+def read_library(library: str) -> dict[str, Weights]:
+    """The published weights of an installed library, by network name; imports the library (seconds)."""
     from saqcli.models.libraries import ZOOS
 
     zoo = ZOOS[library]
@@ -101,10 +101,12 @@ def look_up(library: str) -> dict[str, Weights]:
 
 def _published() -> Iterator[tuple[str, str, Weights]]:
     """Library, name and published weights of every network."""
-    kept: dict[str, Any] = json.loads((files("saqcli.models") / "published.json").read_text(encoding="utf-8"))
-    for library, record in kept.items():
-        current = record["version"] in (None, installed(library))
-        for name, weights in (record["networks"] if current else look_up(library)).items():
+    stored: dict[str, Any] = json.loads(
+        (files("saqcli.models") / "published.json").read_text(encoding="utf-8")
+    )
+    for library, record in stored.items():
+        current = record["version"] in (None, installed_version(library))
+        for name, weights in (record["networks"] if current else read_library(library)).items():
             yield library, name, weights
 
 

@@ -1,23 +1,13 @@
-"""The libraries that networks come from: timm, torchvision and the networks of the papers.
+"""Model libraries behind one interface: timm, torchvision, saq.
 
-Published weights: whether they can be fetched is found out in seconds, and told in one line.
+timm and torchvision differ in how a name carries its weights, where preprocessing is stored, and what happens to a
+classifier of another size. ``Zoo`` hides these differences; ``saq`` are the networks of the papers
+(``saqcli.models.networks``). No library is imported before it is needed.
 
-huggingface_hub tries each file six times with growing pauses (46 s without a network, measured with version
-2.4) and torch.hub waits without limit. So what is not in a cache is asked for once, with a time limit, before
-either of them starts. Their own settings (``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, proxies) hold.
-
-What every library of networks is asked, and how a network without its weights is named.
-
-timm's networks.
-
-torchvision's classification networks.
-
-The networks of the papers, ``saqcli.models.networks``, as a library like the others.
-
-The three libraries that networks come from, behind one contract.
-
-timm and torchvision agree on little: how a name carries its weights, where preprocessing is kept, what
-happens to a classifier of another size. Those differences end here. Neither is imported before it is needed.
+Missing published weights are reported within seconds, in one line. huggingface_hub tries each file six times with
+growing pauses (46 s without a network, measured with version 2.4) and torch.hub waits without limit. So a file that
+is not cached is first requested once, with a time limit. The settings of both (``HF_HUB_OFFLINE``, ``HF_ENDPOINT``,
+proxies) apply.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from saqcli.errors import ConfigError, SaqError
 from saqcli.models.networks import NETWORKS
 from saqcli.models.preprocessing import Preprocessing
-from saqcli.models.weights import COLOURS, to_channels, versioned
+from saqcli.models.weights import COLOURS, adapt_channels, with_versions
 
 _SECONDS = 5.0
 _REMEDY = "use `model.weights=FILE` with a local .safetensors or .pth"
@@ -44,7 +34,7 @@ _TRANSPORTS = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "ur
 
 @contextmanager
 def fetching(name: str) -> Iterator[None]:
-    """Turn what a download may raise into a ``SaqError`` that says what to do.
+    """Convert the exceptions of a download to a ``SaqError`` with a remedy.
 
     Raises:
         SaqError: the weights of ``name`` could not be fetched.
@@ -60,15 +50,15 @@ def fetching(name: str) -> Iterator[None]:
         ) from error
 
 
-def unpublished(name: str) -> SaqError:
-    """The error for a network that nobody published weights of."""
+def no_published_weights(name: str) -> SaqError:
+    """The error for a network without published weights."""
     return SaqError(
         f"{name} has no published weights: {_REMEDY}, or `model.pretrained=False` for random ones"
     )
 
 
 def require_repository(repository: str, filename: str | None = None) -> None:
-    """Raise within seconds if ``repository`` on the Hugging Face hub is neither cached nor in reach."""
+    """Raise within seconds if ``repository`` on the Hugging Face hub is neither cached nor reachable."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     repo_id, _, revision = repository.partition("@")
@@ -79,7 +69,7 @@ def require_repository(repository: str, filename: str | None = None) -> None:
 
 
 def require_url(url: str) -> None:
-    """Raise within seconds if ``url`` is neither in torch.hub's cache nor in reach."""
+    """Raise within seconds if ``url`` is neither in torch.hub's cache nor reachable."""
     from torch.hub import get_dir
 
     if not (Path(get_dir()) / "checkpoints" / Path(urlparse(url).path).name).is_file():
@@ -88,7 +78,7 @@ def require_url(url: str) -> None:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network without its weights; ``name`` is the library's own, ``kwargs`` go to its builder."""
+    """A network without its weights; ``name`` is the library's name, ``kwargs`` are passed to its builder."""
 
     name: str
     num_classes: int
@@ -96,12 +86,12 @@ class Architecture:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def with_default(self, **kwargs: Any) -> "Architecture":
-        """The same with ``kwargs`` where none of that name is set."""
+        """A copy with ``kwargs`` added, except those that are already set."""
         return replace(self, kwargs={**kwargs, **self.kwargs})
 
 
 class Published(NamedTuple):
-    """A network with the weights that its library publishes."""
+    """A network with published weights."""
 
     model: nn.Module
     name: str  # the library's name, with the tag of the weights
@@ -109,41 +99,41 @@ class Published(NamedTuple):
 
 
 class Zoo(Protocol):
-    """A library of networks. A ``name`` is the library's own, without prefix."""
+    """A library of networks; every ``name`` is the library's name, without prefix."""
 
     def names(self) -> list[str]:
         """Every architecture."""
 
     def tags(self) -> dict[str, list[str]]:
-        """Of the published weights, by architecture, the default first; ``NAME.TAG`` is a name too."""
+        """Tags of the published weights by architecture, the default first; ``NAME.TAG`` is also a name."""
 
-    def knows(self, name: str) -> bool:
+    def has_model(self, name: str) -> bool:
         """Whether ``name``, tag included, exists."""
 
     def default_classes(self, name: str) -> int:
         """Classes of the published network; 0 if it has no classifier."""
 
     def preprocessing(self, name: str, size: tuple[int, int] | None) -> Preprocessing:
-        """What the published weights expect; ``size`` (H, W) if the user asks for one."""
+        """The preprocessing of the published weights; ``size`` is (H, W) if the user sets it."""
 
     def sized(self, arch: Architecture, size: tuple[int, int]) -> Architecture:
-        """``arch`` for images of (H, W), where the architecture depends on that."""
+        """``arch`` for images of (H, W), if the architecture depends on their size."""
 
     def build(self, arch: Architecture) -> nn.Module:
         """The network with random weights."""
 
     def fetch(self, arch: Architecture) -> Published:
-        """The network with published weights; a classifier of another size stays random."""
+        """The network with published weights; a classifier of another size is random."""
 
     def convert(self, arch: Architecture, state: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
-        """``state``, written by another version of the network, under today's names; None if that fails."""
+        """``state`` of another version of the network under the current names; None if that fails."""
 
     def classifiers(self, model: nn.Module) -> tuple[str, ...]:
-        """Names of the layers with one row a class; the first one decides."""
+        """Names of the layers with one row per class; the first one determines the number of classes."""
 
 
 def last_layer(model: nn.Module) -> tuple[str, ...]:
-    """The classifier, where nothing says which one it is."""
+    """The last linear or convolutional layer: the classifier, if the library does not name it."""
     layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     return tuple(layers[-1:])
 
@@ -171,7 +161,7 @@ class Timm:
             tags.sort(key=lambda tag: tag != default)
         return found
 
-    def knows(self, name: str) -> bool:
+    def has_model(self, name: str) -> bool:
         """See ``Zoo``."""
         import timm
 
@@ -185,7 +175,7 @@ class Timm:
         return int(self._cfg(name).num_classes or 0)
 
     def preprocessing(self, name: str, size: tuple[int, int] | None) -> Preprocessing:
-        """See ``Zoo``; timm's test-time crop belongs to its test-time size, and comes with that size only."""
+        """See ``Zoo``; timm's test-time crop is used only with its test-time size."""
         from timm.data import resolve_data_config
 
         cfg = self._cfg(name)
@@ -195,14 +185,14 @@ class Timm:
         return Preprocessing(**resolve_data_config(pretrained_cfg=cfg.to_dict(), use_test_size=at_test_size))
 
     def sized(self, arch: Architecture, size: tuple[int, int]) -> Architecture:
-        """See ``Zoo``; by the rule of timm's own scripts."""
+        """See ``Zoo``; follows the rule of timm's scripts."""
         cfg = self._cfg(arch.name)
         if not cfg.fixed_input_size or size == tuple(cfg.input_size[-2:]):
             return arch
         return arch.with_default(img_size=size[0] if size[0] == size[1] else size)
 
     def build(self, arch: Architecture, **how: Any) -> nn.Module:
-        """See ``Zoo``; ``how`` tells timm where weights come from."""
+        """See ``Zoo``; ``how`` sets timm's source of weights."""
         import timm
 
         model: nn.Module = timm.create_model(
@@ -214,7 +204,7 @@ class Timm:
         """See ``Zoo``."""
         name, cfg = f"timm/{arch.name}", self._cfg(arch.name)
         if not cfg.has_weights:
-            raise unpublished(name)
+            raise no_published_weights(name)
         with fetching(name):
             if cfg.hf_hub_id:
                 require_repository(cfg.hf_hub_id, cfg.hf_hub_filename)
@@ -225,11 +215,11 @@ class Timm:
         return Published(model, tagged, cfg.hf_hub_id or cfg.url)
 
     def convert(self, arch: Architecture, state: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
-        """See ``Zoo``; by the rules that timm applies to files of the hub."""
+        """See ``Zoo``; applies timm's conversion of files from the hub."""
         overlay = {"state_dict": dict(state), "num_classes": arch.num_classes}
         try:
             donor = self.build(arch, pretrained=True, pretrained_cfg_overlay=overlay)
-        except Exception:  # those rules presume the right file, and fail on others in any way
+        except Exception:  # the conversion assumes a file of this network and fails on others in any way
             return None
         converted: dict[str, Tensor] = donor.state_dict()
         return converted
@@ -250,8 +240,8 @@ class Timm:
 class TorchVision:
     """torchvision's classification networks: names like ``resnet50.IMAGENET1K_V1``, without a tag its DEFAULT."""
 
-    # Only these two have heads for training alone, whose outputs no plain loss can take. Their published
-    # weights expect inputs normalized otherwise, which the network itself does if asked to.
+    # Only these two have auxiliary heads for training, whose outputs no plain loss accepts. Their published weights
+    # expect another normalization of the inputs, which the network applies itself (transform_input).
     _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}  # noqa: RUF012
 
     def names(self) -> list[str]:
@@ -271,7 +261,7 @@ class TorchVision:
             for name, entries in published.items()
         }
 
-    def knows(self, name: str) -> bool:
+    def has_model(self, name: str) -> bool:
         """See ``Zoo``."""
         from torchvision.models import get_model_weights
 
@@ -297,7 +287,7 @@ class TorchVision:
         )
 
     def sized(self, arch: Architecture, size: tuple[int, int]) -> Architecture:
-        """See ``Zoo``; always said, because builders presume 224 where their weights may not."""
+        """See ``Zoo``; the size is always passed, since builders assume 224 pixels and their weights may not."""
         if arch.name.startswith("vit_") and size[0] == size[1]:
             return arch.with_default(image_size=size[0])
         return arch.with_default(input_size=size) if arch.name.startswith("maxvit") else arch
@@ -309,8 +299,8 @@ class TorchVision:
         name = _untagged(arch.name)
         if name in self._AUXILIARY and arch.in_chans != COLOURS:
             raise ConfigError(
-                f"torchvision/{arch.name} was asked for {arch.in_chans} input channels, and it normalizes colours "
-                "itself: look for it under timm/"
+                f"torchvision/{arch.name} cannot have {arch.in_chans} input channels, since it normalizes colours "
+                "itself: use the network of timm/"
             )
         if name in self._AUXILIARY:
             arch = arch.with_default(aux_logits=False, transform_input=True, init_weights=True)
@@ -327,16 +317,16 @@ class TorchVision:
             require_url(weights.url)
             donor = torchvision.models.get_model(name, weights=weights, **kwargs)
         own = model.state_dict()
-        state = dict(to_channels(donor.state_dict(), own, arch.in_chans, name)[0])
+        state = dict(adapt_channels(donor.state_dict(), own, arch.in_chans, name)[0])
         heads = () if arch.num_classes == self.default_classes(arch.name) else self.classifiers(model)
         state.update(
             {f"{head}.{part}": own[f"{head}.{part}"] for head in heads for part in ("weight", "bias")}
         )
-        model.load_state_dict(versioned(model, {key: state[key] for key in own}))
+        model.load_state_dict(with_versions(model, {key: state[key] for key in own}))
         return Published(model, arch.name, str(weights))
 
     def convert(self, arch: Architecture, state: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
-        """See ``Zoo``; leaves out the heads that only training uses."""
+        """See ``Zoo``; drops the auxiliary heads."""
         prefixes = self._AUXILIARY.get(_untagged(arch.name), ())
         return (
             {key: value for key, value in state.items() if not key.startswith(prefixes)} if prefixes else None
@@ -355,7 +345,7 @@ class TorchVision:
 
 
 def _reading(model: nn.Module, channels: int) -> nn.Module:
-    """``model``, its convolutions of colour images replaced by random ones of images of ``channels``."""
+    """``model`` with new random weights, for ``channels``, in the convolutions that read colour images."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.in_channels == COLOURS and module.groups == 1:
             module.in_channels = channels
@@ -378,10 +368,10 @@ class Saq:
         return list(NETWORKS)
 
     def tags(self) -> dict[str, list[str]]:
-        """See ``Zoo``; nobody published any."""
+        """See ``Zoo``; there are no published weights."""
         return {name: [] for name in NETWORKS}
 
-    def knows(self, name: str) -> bool:
+    def has_model(self, name: str) -> bool:
         """See ``Zoo``."""
         return name in NETWORKS
 
@@ -395,11 +385,11 @@ class Saq:
         return Preprocessing(entry.input_size, entry.mean, entry.std, "bilinear", entry.crop_pct)
 
     def sized(self, arch: Architecture, size: tuple[int, int]) -> Architecture:
-        """See ``Zoo``; all of them take any size."""
+        """See ``Zoo``; no architecture depends on the size."""
         return arch
 
     def build(self, arch: Architecture) -> nn.Module:
-        """See ``Zoo``; lazy layers get their shapes from an empty image, other types become float32."""
+        """See ``Zoo``; lazy layers get their shapes from a zero image, other data types become float32."""
         entry = NETWORKS[arch.name]
         model = entry.build(num_classes=arch.num_classes, in_chans=arch.in_chans, **arch.kwargs)
         if all(parameter.dtype != torch.float32 for parameter in model.parameters()):
@@ -410,11 +400,11 @@ class Saq:
         return model
 
     def fetch(self, arch: Architecture) -> Published:
-        """See ``Zoo``; nobody published any."""
-        raise unpublished(f"saq/{arch.name}")
+        """See ``Zoo``; there are no published weights."""
+        raise no_published_weights(f"saq/{arch.name}")
 
     def convert(self, arch: Architecture, state: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
-        """See ``Zoo``; there is one version of them."""
+        """See ``Zoo``; there is only one version of these networks."""
         return None
 
     def classifiers(self, model: nn.Module) -> tuple[str, ...]:
@@ -422,4 +412,4 @@ class Saq:
         return last_layer(model)
 
 
-ZOOS: dict[str, Zoo] = {"timm": Timm(), "torchvision": TorchVision(), "saq": Saq()}  # in order of search
+ZOOS: dict[str, Zoo] = {"timm": Timm(), "torchvision": TorchVision(), "saq": Saq()}  # in search order

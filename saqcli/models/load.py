@@ -1,8 +1,8 @@
-"""From the name of a network to a float model, its preprocessing, and what is needed to build it again.
+"""Loading a float model with its preprocessing, by name.
 
-``resnet18`` is looked for in timm, then torchvision, then among the networks of the papers; a prefix
-(``timm/``, ``torchvision/``, ``saq/``) says which one is meant. Weights come from a local file, from
-where the library publishes them, or are random.
+A name such as ``resnet18`` is searched in timm, then torchvision, then among the networks of the papers; a prefix
+(``timm/``, ``torchvision/``, ``saq/``) selects the library. Weights come from a local file, from the library's
+published weights, or are random. ``LoadedModel.build`` holds all arguments that rebuild the network.
 """
 
 import re
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from saqcli.errors import ConfigError, SaqError, UnsupportedModel, WeightsMismatch
 from saqcli.models import catalogue
 from saqcli.models.arguments import check_arguments
-from saqcli.models.libraries import ZOOS, Architecture, Zoo, unpublished
+from saqcli.models.libraries import ZOOS, Architecture, Zoo, no_published_weights
 from saqcli.models.names import resolve
 from saqcli.models.preprocessing import Preprocessing as Preprocessing
-from saqcli.models.state_dicts import fit_names
+from saqcli.models.state_dicts import match_names
 from saqcli.models.weights import (
     WeightFile,
+    adapt_channels,
     channels_note,
-    check_numbers,
+    check_finite,
     load_into,
     read_weights,
     sha256_of,
-    to_channels,
 )
 from saqcli.serialization import printable
 from saqcli.units import counted
@@ -36,20 +36,20 @@ from saqcli.units import counted
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What the user asks for; None leaves the choice to the network or its weights.
+    """The user's request; None leaves the choice to the network or its weights.
 
     Attributes:
-        name: as the user gave it.
+        name: the name as the user typed it.
         weights: a local file; excludes published weights.
-        pretrained: take published weights if no file is given.
+        pretrained: load published weights if no file is given.
         num_classes: rows of the classifier.
         in_chans: channels of an image.
-        kwargs: for the library's builder.
+        kwargs: arguments of the library's builder.
         input_size: one side, (H, W) or (C, H, W).
         mean: per channel, of pixels scaled to 0..1.
-        std: likewise.
-        new_head: where a weight file has other classes than are asked for, let the classifier start random.
-        weights_key: which tensors of the file, where it holds several sets; see ``state_dicts``.
+        std: per channel, of pixels scaled to 0..1.
+        new_head: start with a random classifier if a weight file has another number of classes.
+        weights_key: selects one of several sets of tensors in the file; see ``state_dicts``.
     """
 
     name: str
@@ -73,14 +73,14 @@ class LoadedModel:
         model: in eval mode, on the CPU.
         name: canonical, like ``timm/resnet18.a1_in1k`` or ``saq/resnet20``.
         num_classes: rows of the classifier.
-        preprocessing: what its images go through.
+        preprocessing: preprocessing of its images.
         weights_source: name of the weight file, tag of the published weights, or ``random``.
-        weights_sha256: of the weight file, if there is one.
-        build: what ``build_architecture`` takes; JSON can hold it if it could hold the user's kwargs.
-        notes: what was decided for the user, one line each.
-        trained: whether all its weights are; not those of a new head, or random ones.
-        classifiers: names of the layers that give class scores; several where heads are averaged (distillation).
-        class_names: by index, where the weight file carries one for each class; else empty.
+        weights_sha256: hash of the weight file; None without one.
+        build: arguments of ``build_architecture``; JSON-serializable if the user's kwargs are.
+        notes: choices made for the user, one line each.
+        trained: whether all weights are trained; False with a new head or random weights.
+        classifiers: names of the layers that give class scores; several if heads are averaged (distillation).
+        class_names: names by index, if the weight file has one for each class; else empty.
     """
 
     model: nn.Module
@@ -97,14 +97,14 @@ class LoadedModel:
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:
-    """The network that ``spec`` asks for.
+    """Load the network that ``spec`` describes.
 
     Raises:
-        UnknownModel: no network of that name.
-        UnsupportedModel: it has no classifier, or cannot be built here.
-        ConfigError: arguments that do not suit it.
-        SaqError: its published weights cannot be had.
-        CorruptArtifact, UnsafeWeights, WeightsMismatch: the weight file; see ``saqcli.models.weights``.
+        UnknownModel: there is no network of that name.
+        UnsupportedModel: the network has no classifier, or cannot be built here.
+        ConfigError: the network does not accept the arguments.
+        SaqError: the published weights are missing or not reachable.
+        CorruptArtifact, UnsafeWeights, WeightsMismatch: see ``saqcli.models.weights``.
     """
     prefix, name, note = resolve(spec.name)
     zoo, notes = ZOOS[prefix], [note] if note else []
@@ -112,7 +112,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         raise ConfigError(
             "`model.weights_key` chooses among the tensors of a weight file: use `model.weights=FILE` with it"
         )
-    # Before time is spent on building.
+    # Read before the network is built, so that a bad file fails early.
     file = read_weights(spec.weights, spec.weights_key) if spec.weights else None
     arch, preprocessing = _architecture(zoo, f"{prefix}/{name}", spec)
     sha256, trained = None, True
@@ -125,15 +125,16 @@ def load_model(spec: ModelSpec) -> LoadedModel:
             model, name, source = zoo.fetch(arch)
             if arch.num_classes != (published := zoo.default_classes(name)):
                 notes.append(
-                    f"{source} has {counted(published, 'class')}: the {arch.num_classes} asked for start random"
+                    f"{source} has {counted(published, 'class')}: the new classifier of {arch.num_classes} starts with "
+                    "random weights"
                 )
                 trained = False
             if arch.in_chans != (channels := zoo.preprocessing(name, None).input_size[0]):
                 notes.append(channels_note(source, channels, arch.in_chans))
         else:
             model, source, trained = zoo.build(arch), "random", False
-        if not spec.weights:  # a file's were checked when they were loaded
-            check_numbers(model, source)
+        if not spec.weights:  # weights of a file were checked when they were loaded
+            check_finite(model, source)
     build = asdict(arch) | {"name": f"{prefix}/{name}"}
     return LoadedModel(
         model.eval(),
@@ -151,44 +152,44 @@ def load_model(spec: ModelSpec) -> LoadedModel:
 
 
 def published_weights(name: str) -> str:
-    """The network with the tag of the weights that ``load_model`` would fetch.
+    """The network's name with the tag of the weights that ``load_model`` would fetch.
 
     Raises:
-        SaqError: no such network, or nobody published any.
+        SaqError: there is no such network, or it has no published weights.
     """
     prefix, short, _ = resolve(name)
     architecture, _, tag = short.partition(".")
     tags = next((entry.tags for entry in catalogue.find(f"{prefix}/{architecture}")), ())
     if not tags:
-        raise unpublished(f"{prefix}/{short}")
+        raise no_published_weights(f"{prefix}/{short}")
     return f"{prefix}/{architecture}.{tag or tags[0]}".rstrip(".")
 
 
 def default_classes(name: str) -> int:
-    """How many classes the network has where none are asked for.
+    """The network's default number of classes.
 
     Raises:
-        UnknownModel: no network of that name.
+        UnknownModel: there is no network of that name.
     """
     prefix, short, _ = resolve(name)
     return ZOOS[prefix].default_classes(short)
 
 
-def check_named(name: str) -> None:
-    """Refuse what is no network's name; nothing is built.
+def check_model_name(name: str) -> None:
+    """Check that a network of that name exists, without building it.
 
     Raises:
-        UnknownModel: names near matches.
+        UnknownModel: there is none; the message suggests similar names.
     """
     resolve(name)
 
 
 def build_architecture(build: Mapping[str, Any]) -> nn.Module:
-    """The network of ``LoadedModel.build`` with random weights, in eval mode.
+    """Build the network of ``LoadedModel.build`` with random weights, in eval mode.
 
     Raises:
-        ConfigError: a key is missing or unknown, or the arguments do not suit the network.
-        UnknownModel: the installed libraries do not know it.
+        ConfigError: a key is missing or unknown, or the network does not accept the arguments.
+        UnknownModel: the installed libraries have no such network.
     """
     keys = {"name", "num_classes", "in_chans", "kwargs"}
     if wrong := keys ^ set(build):
@@ -203,7 +204,7 @@ def build_architecture(build: Mapping[str, Any]) -> nn.Module:
 def as_loaded(
     model: nn.Module, build: Mapping[str, Any], preprocessing: Preprocessing, source: str
 ) -> LoadedModel:
-    """A network that ``build`` describes and that is built already, as ``load_model`` gives it."""
+    """A network that was already built from ``build``, as ``load_model`` would return it."""
     prefix = resolve(build["name"], exact=True).prefix
     return LoadedModel(
         model,
@@ -218,7 +219,7 @@ def as_loaded(
 
 
 def _architecture(zoo: Zoo, name: str, spec: ModelSpec) -> tuple[Architecture, Preprocessing]:
-    """What to build for ``spec``, and what its images go through."""
+    """The architecture and the preprocessing of ``spec``."""
     check_arguments(name, spec.kwargs)
     kwargs = dict(spec.kwargs)
     short = name.partition("/")[2]
@@ -227,7 +228,7 @@ def _architecture(zoo: Zoo, name: str, spec: ModelSpec) -> tuple[Architecture, P
     if num_classes < 1:
         if spec.num_classes is not None:
             raise ConfigError(
-                f"{name} was asked for {counted(num_classes, 'class')}: `model.num_classes` must be at least 1"
+                f"{name} cannot have {counted(num_classes, 'class')}: `model.num_classes` must be at least 1"
             )
         raise UnsupportedModel(
             f"{name} has no classifier, it gives features: use `model.num_classes`, or choose another"
@@ -257,21 +258,21 @@ def _height_width(size: int | tuple[int, ...], in_chans: int) -> tuple[int, int]
 
 
 def _per_channel(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
-    """``values``, or their average for every channel if the image has another number of channels."""
+    """``values``, or their mean for every channel if the image has another number of channels."""
     return values if len(values) == in_chans else (sum(values) / len(values),) * in_chans
 
 
 def _from_file(
     zoo: Zoo, prefix: str, arch: Architecture, file: WeightFile, spec: ModelSpec, notes: list[str]
 ) -> tuple[nn.Module, Architecture, bool]:
-    """The network with the file's weights, and whether these are all that it has.
+    """The network with the file's weights, its architecture, and whether all its weights are trained.
 
-    The file decides the number of classes if the user does not.
+    The file determines the number of classes unless the user sets it.
     """
     name, source = f"{prefix}/{arch.name}", spec.weights.name if spec.weights else ""
     model = zoo.build(arch)
     own, misfits = model.state_dict().keys(), dict[int, WeightsMismatch]()
-    for candidate in fit_names(file.tensors, own, source):
+    for candidate in match_names(file.tensors, own, source):
         more: list[str] = []
         try:
             found = _from_state(zoo, name, arch, model, candidate.values, spec, more)
@@ -298,13 +299,13 @@ def _from_state(
     spec: ModelSpec,
     notes: list[str],
 ) -> tuple[nn.Module, Architecture, bool]:
-    """``model``, or one of as many classes as the weights ``state`` have, with these; what ``_from_file`` returns."""
+    """Load ``state`` into ``model``, rebuilt if ``state`` has another number of classes; returns as ``_from_file``."""
     source = spec.weights.name if spec.weights else ""
     heads = zoo.classifiers(model)
     head = state.get(f"{heads[0]}.weight") if heads else None
     if spec.num_classes is None and head is not None and len(head) != arch.num_classes:
         notes.append(
-            f"{name} has {counted(len(head), 'class')}, as {source} has, instead of {arch.num_classes}"
+            f"{name} has {counted(len(head), 'class')}, like {source}, instead of {arch.num_classes}"
         )
         arch = replace(arch, num_classes=len(head))
         model = zoo.build(arch)
@@ -313,9 +314,10 @@ def _from_state(
         own = model.state_dict()
         state = {k: own[k] if k.rpartition(".")[0] in heads and k in own else v for k, v in state.items()}
         notes.append(
-            f"{source} has another classifier: the {counted(arch.num_classes, 'class')} asked for start random"
+            f"{source} has another classifier: the new one of {counted(arch.num_classes, 'class')} starts with "
+            "random weights"
         )
-    state, note = to_channels(state, model.state_dict(), arch.in_chans, source)
+    state, note = adapt_channels(state, model.state_dict(), arch.in_chans, source)
     notes += [note] if note else []
     try:
         load_into(model, state, source, name=name, classifiers=heads)
@@ -329,7 +331,7 @@ def _from_state(
 
 @contextmanager
 def _building(name: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Turn what a library raises while building into one line."""
+    """Convert the exceptions of a library's builder to errors of one line."""
     try:
         yield
     except SaqError:

@@ -1,8 +1,8 @@
-"""Which network is meant by what a user calls it.
+"""Resolving a user's spelling of a network's name.
 
-Names are looked for as they are, in timm, then torchvision, then among the networks of the papers; a prefix says which
-library is meant. After that they are read as other programs and people write them: ``ResNet-18``, ``resnet_18``,
-``torchvision.models.resnet18``, ``hf_hub:timm/resnet18.a1_in1k``. What stays ambiguous is not guessed.
+The exact name is searched first, in timm, then torchvision, then among the networks of the papers; a prefix selects the
+library. Then common spellings are accepted: ``ResNet-18``, ``resnet_18``, ``torchvision.models.resnet18``,
+``hf_hub:timm/resnet18.a1_in1k``. Ambiguous names are refused, not guessed.
 """
 
 import difflib
@@ -22,13 +22,13 @@ _DOTTED = re.compile(r"(timm|torchvision|models|saq)(?:\.models)?[.:](.+)", re.I
 _FILES = (".safetensors", ".onnx", *PICKLES)
 
 
-class Named(NamedTuple):
-    """A network of a library.
+class ModelName(NamedTuple):
+    """The resolved name of a network.
 
     Attributes:
-        prefix: of the library.
-        name: that the library has for it, tag included.
-        note: what the user's name was taken for; empty where it is that name.
+        prefix: the library's prefix.
+        name: the library's name of the network, with the tag if there is one.
+        note: how the user's spelling was read; empty if it was exact.
     """
 
     prefix: str
@@ -36,51 +36,51 @@ class Named(NamedTuple):
     note: str = ""
 
 
-def resolve(asked: str, *, exact: bool = False) -> Named:
-    """The network that a user calls ``asked``; with ``exact`` that of just this name, as files have it.
+def resolve(spelling: str, *, exact: bool = False) -> ModelName:
+    """The network with the name ``spelling``; other spellings are accepted unless ``exact``, as for names in files.
 
     Raises:
-        UnknownModel: there is none, or several; names near ones, or what to give instead.
+        UnknownModel: there is none, or several; the message suggests similar names or a remedy.
     """
-    if (found := exactly(asked)) is not None:
+    if (found := find_exact(spelling)) is not None:
         return found
-    name = asked
+    name = spelling
     if not exact:
-        _refuse_files(asked)
-        name = _as_here(asked.strip().removesuffix("()"))
-        for prefix, short in _places(name):
-            if (same := _alike(ZOOS[prefix], short)) is not None:
-                return Named(prefix, same, f"{printable(asked, 100)} is read as {prefix}/{same}")
+        _refuse_files(spelling)
+        name = _with_prefix(spelling.strip().removesuffix("()"))
+        for prefix, short in _candidates(name):
+            if (same := _fuzzy_match(ZOOS[prefix], short)) is not None:
+                return ModelName(prefix, same, f"{printable(spelling, 100)} is read as {prefix}/{same}")
     prefix, slash, short = name.partition("/")
-    near = _near(short if slash else name, prefix if slash and prefix in ZOOS else None)
-    hint = f"near are {', '.join(near)}" if near else "nothing is near"
-    raise UnknownModel(f"no network is called {asked!r}: {hint}; `saq models PATTERN` lists them")
+    near = _similar(short if slash else name, prefix if slash and prefix in ZOOS else None)
+    hint = f"did you mean {', '.join(near)}?" if near else "no similar name"
+    raise UnknownModel(f"unknown model {spelling!r} ({hint}): `saq models PATTERN` lists names")
 
 
-def exactly(name: str) -> Named | None:
-    """The network of just that name; None if there is none."""
-    for prefix, short in _places(name):
-        if ZOOS[prefix].knows(short):
-            return Named(prefix, short)
+def find_exact(name: str) -> ModelName | None:
+    """The network with exactly that name; None if there is none."""
+    for prefix, short in _candidates(name):
+        if ZOOS[prefix].has_model(short):
+            return ModelName(prefix, short)
     return None
 
 
-def _places(name: str) -> list[tuple[str, str]]:
-    """Libraries to look in, and for what; without a prefix all of them, in order."""
+def _candidates(name: str) -> list[tuple[str, str]]:
+    """Pairs of library and name to try; all libraries in search order if ``name`` has no prefix."""
     prefix, slash, rest = name.partition("/")
     if slash and prefix in ZOOS:
         return [(prefix, rest)]
     return [(known, name) for known in ZOOS]
 
 
-def _as_here(name: str) -> str:
-    """``name`` with the prefix of a library, where another program's way to write it has one."""
+def _with_prefix(name: str) -> str:
+    """``name`` with the library's prefix, if a known spelling of another program contains the library."""
     if hub := _HUB.fullmatch(name):
         name = hub[1].partition("@")[0]
         if not name.lower().startswith("timm/"):
             raise UnknownModel(
-                f"{printable(hub[0], 200)} is a repository of the Hugging Face hub, of which saq knows those of timm/: "
-                "name the network, and give its weights with `model.weights=FILE`"
+                f"{printable(hub[0], 200)} is a repository of the Hugging Face hub outside timm/, which saq cannot "
+                "load: name the network, and give its weights with `model.weights=FILE`"
             )
     if dotted := _DOTTED.fullmatch(name):
         library = dotted[1].lower()
@@ -89,12 +89,12 @@ def _as_here(name: str) -> str:
     return f"{prefix.lower()}/{rest}" if slash and prefix.lower() in ZOOS else name
 
 
-def _alike(zoo: Zoo, name: str) -> str | None:
-    """The one network of ``zoo`` that is written as ``name`` but for case and separators; None if there is not one."""
-    if zoo.knows(name):
+def _fuzzy_match(zoo: Zoo, name: str) -> str | None:
+    """The only network of ``zoo`` that equals ``name`` up to case and separators; None if there is none or several."""
+    if zoo.has_model(name):
         return name
     networks = zoo.names()
-    for architecture, tag in _readings(name):
+    for architecture, tag in _interpretations(name):
         same = [network for network in networks if _key(network) == _key(architecture)]
         if len(same) != 1:
             continue
@@ -106,8 +106,8 @@ def _alike(zoo: Zoo, name: str) -> str | None:
     return None
 
 
-def _readings(name: str) -> Iterator[tuple[str, str]]:
-    """Architecture and tag: ``squeezenet1.1`` may be one word, ``resnet.resnet18`` a module and a function in it."""
+def _interpretations(name: str) -> Iterator[tuple[str, str]]:
+    """Pairs of architecture and tag: ``squeezenet1.1`` may be one name, ``resnet.resnet18`` a function in a module."""
     architecture, _, tag = name.partition(".")
     yield architecture, tag
     if tag:
@@ -120,23 +120,23 @@ def _key(name: str) -> str:
 
 
 def _refuse_files(name: str) -> None:
-    """Tell a file in the place of a network from an unknown one.
+    """Refuse a file in place of a network's name.
 
     Raises:
-        UnknownModel: says what to give instead.
+        UnknownModel: ``name`` is a file.
     """
     suffix = Path(name).suffix.lower()
     if suffix == ".onnx":
         raise UnknownModel(
-            f"{printable(name, 200)} is an ONNX file: name the PyTorch network that it was made from"
+            f"{printable(name, 200)} is an ONNX file: name the PyTorch network that it was exported from"
         )
     if suffix in _FILES or (name.strip() and len(name) < 200 and Path(name).is_file()):
         name = printable(name, 200)
-        raise UnknownModel(f"{name} is a file of weights: name its network, and use `model.weights={name}`")
+        raise UnknownModel(f"{name} is a weight file: name its network, and use `model.weights={name}`")
 
 
-def _near(name: str, prefix: str | None) -> list[str]:
-    """Up to five known names that look like ``name``, of one library where the user named it."""
+def _similar(name: str, prefix: str | None) -> list[str]:
+    """Up to five known names similar to ``name``, of the library ``prefix`` if given."""
     name = name.lower()
     architecture, dot, _ = name.partition(".")
     full: dict[str, str] = {}

@@ -1,64 +1,8 @@
-"""Networks that neither timm nor torchvision has: those of the papers, and some with public weights.
+"""Networks that neither timm nor torchvision has, with their sources.
 
-Depth of the residual networks for 32 x 32 images: three stages of n blocks with two convolutions each.
-
-ResNet-(6n+2) for 32 x 32 images, as in the paper that introduced it.
-
-Three stages of n basic blocks with 16, 32 and 64 channels, then a linear classifier. A shortcut that
-changes shape has no parameters (option A): it takes every second pixel and pads channels with zeros.
-
-Source: He et al., arXiv:1512.03385, section 4.2. Parameter names are those of the weights that circulate
-for it: ``conv1``, ``bn1``, ``layer{1,2,3}.{i}.{conv1,bn1,conv2,bn2}``, ``linear``.
-
-Pre-activation ResNet-(6n+2) for 32 x 32 images: the ResNet-20 of the SAQ paper.
-
-As ``resnet_cifar``, with batch norm and ReLU in front of each convolution. Where the shape changes, in the
-first block of stages 2 and 3, the shortcut is a 1 x 1 convolution without batch norm. In the first block of
-*each* stage the shortcut starts after the block's batch norm and ReLU, elsewhere it is the block's input.
-
-At 100 classes it has 40.8189 M MACs, the count behind the paper's 41798.6 / 674.6 / 392.1 M BOPs.
-
-Source: He et al., arXiv:1603.05027; Liu et al. (SAQ), arXiv:2111.12273.
-
-ResNet-(6n+2) "s" for 32 x 32 images: a variant with a wide stem, for which CIFAR-100 weights circulate.
-
-Differs from ``resnet_cifar``: the stem has 64 channels, stage 1 narrows them to 16; a ReLU stands behind each
-stage and not behind each block; a shortcut that changes shape is a 1 x 1 convolution with batch norm; the last
-feature map is averaged over 4 x 4 pixels, which leaves 64 x 2 x 2 features for the classifier.
-
-Source: the ``pretrained`` networks of github.com/karanchahal/distiller, whose parameter names these are.
-
-MobileNetV1 for images of 224 pixels, narrowed, as TensorFlow builds it: timm has it at full width only.
-
-A convolution and thirteen pairs of a depthwise and a pointwise convolution, each with batch norm (epsilon 0.001) and
-ReLU6; then the mean over all pixels and a linear classifier. Padding is TensorFlow's "same", one pixel more below
-and to the right where the stride is 2 and the side even.
-
-Source: Howard et al., arXiv:1704.04861, table 1. Parameter names are those of timm's ``mobilenetv1_100``.
-
-MobileNetV2 for 32 x 32 images: the variant that the SAQ paper measured on CIFAR-100.
-
-It differs from the ImageNet network in its strides (stem 1; stages 1, 1, 2, 2, 1, 2, 1), in ReLU instead of
-ReLU6, in the expanding 1 x 1 convolution that even the first block keeps, and in the shortcuts: every
-stride-1 block has one, a 1 x 1 convolution with batch norm where the width changes (four of them).
-
-At 100 classes it has 58 layers and 91.2701 M MACs, the count behind the paper's 93460.6 / 1508.9 / 877.1 M
-BOPs.
-
-Source: Sandler et al., arXiv:1801.04381; Liu et al. (SAQ), arXiv:2111.12273.
-
-A small vision transformer for 32 x 32 images, for which CIFAR-10 weights circulate.
-
-Patches of 4 x 4 pixels, a class token, six encoder layers of torch's own kind: 8 heads over 128 features, a hidden
-layer of 256 with ReLU, and normalization *behind* each addition. timm's transformers normalize in front, so these
-weights fit none of them.
-
-Source: ``vit_cifar10.pth`` of github.com/smmk47/CIFAR10-Classification, whose parameter names these are.
-
-Networks that neither timm nor torchvision has, those of the papers and some for which weights circulate.
-
-All but ``mobilenetv1_025`` take 32 x 32 images. They have no published weights under these names: train one, or load
-a file.
+These are the networks of the papers, and some with public weights. All but ``mobilenetv1_025`` take 32 x 32 images.
+They have no published weights under these names: train one, or load a file. The class docstrings describe each network
+and its source; ``NETWORKS`` lists them.
 """
 
 from collections.abc import Callable
@@ -71,7 +15,9 @@ from torch import Tensor, nn
 
 
 def blocks_per_stage(depth: int) -> int:
-    """n of a network with ``depth`` = 6n + 2 layers.
+    """Blocks per stage, n, of a residual network with ``depth`` = 6n + 2 layers.
+
+    The network has a stem, three stages of n blocks with two convolutions each, and a classifier.
 
     Raises:
         ValueError: depth is not 6n + 2.
@@ -105,6 +51,12 @@ class _BasicBlock(nn.Module):
 
 class ResNet(nn.Module):
     """ResNet of ``depth`` = 6n + 2 layers, 32 x 32 images to class scores.
+
+    Three stages of n basic blocks with 16, 32 and 64 channels, then a linear classifier. A shortcut that changes shape
+    has no parameters (option A): it takes every second pixel and pads channels with zeros.
+
+    Source: He et al., arXiv:1512.03385, section 4.2. Parameter names are those of the public weights:
+    ``conv1``, ``bn1``, ``layer{1,2,3}.{i}.{conv1,bn1,conv2,bn2}``, ``linear``.
 
     Raises:
         ValueError: depth is not 6n + 2.
@@ -162,6 +114,15 @@ class _PreActivationBlock(nn.Module):
 class PreResNet(nn.Module):
     """Pre-activation ResNet of ``depth`` = 6n + 2 layers, 32 x 32 images to class scores.
 
+    Like ``ResNet``, with batch norm and ReLU before each convolution. Where the shape changes, in the first block of
+    stages 2 and 3, the shortcut is a 1 x 1 convolution without batch norm. In the first block of *each* stage the
+    shortcut starts after the block's batch norm and ReLU; elsewhere it is the block's input.
+
+    At depth 20, the ResNet-20 of the SAQ paper, and 100 classes it has 40.8189 M MACs, the count behind the paper's
+    41798.6 / 674.6 / 392.1 M BOPs.
+
+    Source: He et al., arXiv:1603.05027; Liu et al. (SAQ), arXiv:2111.12273.
+
     Raises:
         ValueError: depth is not 6n + 2.
     """
@@ -193,7 +154,7 @@ def _pre_activation_stage(blocks: int, c_in: int, c_out: int, stride: int) -> nn
 
 
 class _WideStemBlock(nn.Module):
-    """conv-bn-relu-conv-bn + shortcut, no ReLU behind."""
+    """conv-bn-relu-conv-bn + shortcut, without a final ReLU."""
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
@@ -215,7 +176,14 @@ class _WideStemBlock(nn.Module):
 
 
 class ResNetS(nn.Module):
-    """ResNet "s" of ``depth`` = 6n + 2 layers, 32 x 32 images to class scores.
+    """ResNet "s" of ``depth`` = 6n + 2 layers, with a wide stem, 32 x 32 images to class scores.
+
+    Differs from ``ResNet``: the stem has 64 channels, stage 1 narrows them to 16; a ReLU follows each stage, not each
+    block; a shortcut that changes shape is a 1 x 1 convolution with batch norm; the last feature map is averaged over
+    4 x 4 pixels, which leaves 64 x 2 x 2 features for the classifier.
+
+    Source: the ``pretrained`` networks of github.com/karanchahal/distiller, with the same parameter names, for which
+    CIFAR-100 weights are public.
 
     Raises:
         ValueError: depth is not 6n + 2.
@@ -267,7 +235,15 @@ class _SeparableBlock(nn.Module):
 
 
 class MobileNetV1(nn.Module):
-    """MobileNetV1 of ``width`` times the channels of the paper, images to class scores."""
+    """MobileNetV1 with ``width`` times the channels of the paper, 224 x 224 images to class scores.
+
+    The network as TensorFlow builds it; timm has only the full width. A convolution and thirteen pairs of a depthwise
+    and a pointwise convolution, each with batch norm (epsilon 0.001) and ReLU6; then the mean over all pixels and a
+    linear classifier. Padding is TensorFlow's "same": one more pixel below and to the right if the stride is 2 and the
+    side even.
+
+    Source: Howard et al., arXiv:1704.04861, table 1. Parameter names are those of timm's ``mobilenetv1_100``.
+    """
 
     def __init__(self, width: float, num_classes: int, in_chans: int = 3) -> None:
         super().__init__()
@@ -292,7 +268,7 @@ class MobileNetV1(nn.Module):
 
 
 def _padded(x: Tensor, stride: int) -> Tensor:
-    """``x`` with TensorFlow's zeros for a convolution of 3 x 3."""
+    """``x`` with TensorFlow's zero padding for a 3 x 3 convolution."""
     sides = []
     for side in (x.shape[3], x.shape[2]):
         missing = 2 if stride == 1 or side % 2 else 1
@@ -339,7 +315,16 @@ class _InvertedResidual(nn.Module):
 
 
 class MobileNetV2Cifar(nn.Module):
-    """MobileNetV2, 32 x 32 images to class scores."""
+    """MobileNetV2 as the SAQ paper measured it on CIFAR-100, 32 x 32 images to class scores.
+
+    Differs from the ImageNet network: strides (stem 1; stages 1, 1, 2, 2, 1, 2, 1); ReLU instead of ReLU6; the first
+    block also has an expanding 1 x 1 convolution; every block of stride 1 has a shortcut, which is a 1 x 1 convolution
+    with batch norm where the width changes (four of them).
+
+    At 100 classes it has 58 layers and 91.2701 M MACs, the count behind the paper's 93460.6 / 1508.9 / 877.1 M BOPs.
+
+    Source: Sandler et al., arXiv:1801.04381; Liu et al. (SAQ), arXiv:2111.12273.
+    """
 
     def __init__(self, num_classes: int, in_chans: int = 3) -> None:
         super().__init__()
@@ -370,11 +355,19 @@ def _projection(c_in: int, c_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
 
 
-SIDE = 8  # patches
+SIDE = 8  # patches per side of the image
 
 
 class ViTCifar(nn.Module):
-    """Vision transformer with normalization behind additions, 32 x 32 images to class scores."""
+    """Small vision transformer with normalization after each addition, 32 x 32 images to class scores.
+
+    Patches of 4 x 4 pixels, a class token, six of torch's encoder layers: 8 heads over 128 features, a hidden layer of
+    256 with ReLU, and normalization *after* each addition. timm's transformers normalize before, so these weights fit
+    none of them.
+
+    Source: ``vit_cifar10.pth`` of github.com/smmk47/CIFAR10-Classification (public CIFAR-10 weights), with the same
+    parameter names.
+    """
 
     def __init__(
         self, num_classes: int, in_chans: int = 3, dim: int = 128, depth: int = 6, heads: int = 8
@@ -399,28 +392,25 @@ class ViTCifar(nn.Module):
 
 __all__ = ["NETWORKS", "NetworkEntry"]
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what the known ResNet weights were trained with
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of the public ResNet weights
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # of TensorFlow's MobileNets
-_CIFAR10 = (
-    (0.4914, 0.4822, 0.4465),
-    (0.2023, 0.1994, 0.2010),
-)  # what the known ViT weights were trained with
+_CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # of the public ViT weights
 _CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
-_CIFAR100_S = ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))  # what the known "s" weights were trained with
+_CIFAR100_S = ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))  # of the public "s" weights
 
 
 @dataclass(frozen=True)
 class NetworkEntry:
-    """How to build a network of ours, and what it expects of an image.
+    """Builder and preprocessing of a network in this file.
 
     Attributes:
-        build: called with ``num_classes`` and optionally ``in_chans`` (3); random weights.
-        num_classes: the classes of the paper's data set.
-        description: one line for a listing.
+        build: builder, called with ``num_classes`` and optionally ``in_chans`` (3); gives random weights.
+        num_classes: number of classes of the paper's data set.
+        description: one line.
         mean: per channel, of pixels scaled to 0..1.
-        std: likewise.
+        std: per channel, of pixels scaled to 0..1.
         input_size: (C, H, W).
-        crop_pct: side of the crop over the side that an image is scaled to.
+        crop_pct: side of the crop divided by the side of the scaled image.
     """
 
     build: Callable[..., nn.Module]
@@ -463,7 +453,7 @@ NETWORKS: dict[str, NetworkEntry] = {
         MobileNetV2Cifar, 100, "MobileNetV2 for CIFAR-100, the network of the SAQ paper", *_CIFAR100
     ),
     "vit_cifar": NetworkEntry(
-        ViTCifar, 10, "vision transformer for CIFAR-10, normalized behind additions", *_CIFAR10
+        ViTCifar, 10, "vision transformer for CIFAR-10, normalized after additions", *_CIFAR10
     ),
     "mobilenetv1_025": NetworkEntry(
         partial(MobileNetV1, 0.25),

@@ -1,7 +1,7 @@
-"""What an image goes through before a network sees it.
+"""Preprocessing of images: size, crop and normalization.
 
-It belongs to the weights, not to the data: the same picture scaled or normalized otherwise costs points of
-accuracy that no quantizer can win back. So it travels with the model, into the run directory and the export.
+Preprocessing belongs to the weights, not to the data: another scale or normalization costs points of accuracy that no
+quantizer can recover. It is stored with the model in the run directory and in exported files.
 """
 
 import math
@@ -23,10 +23,10 @@ class Preprocessing:
     Attributes:
         input_size: (C, H, W) that the network receives.
         mean: per channel, subtracted from pixels scaled to 0..1.
-        std: per channel, divides what is left.
-        interpolation: as Pillow names it.
-        crop_pct: side of the crop over the side that the image was scaled to; 1 crops nothing, and a few of
-            timm's networks see more than the whole image (1.15).
+        std: per channel, divides the result.
+        interpolation: Pillow's name of the filter.
+        crop_pct: side of the crop divided by the side of the scaled image; 1 crops nothing, and a few of timm's
+            networks pad the image (1.15).
         crop_mode: as in ``timm.data.create_transform``.
 
     Raises:
@@ -48,7 +48,7 @@ class Preprocessing:
         if not len(self.mean) == len(self.std) == self.input_size[0]:
             raise ConfigError(
                 f"mean has {counted(len(self.mean), 'number')} and std {len(self.std)}, the image has "
-                f"{counted(self.input_size[0], 'channel')}: give one number a channel"
+                f"{counted(self.input_size[0], 'channel')}: give one number per channel"
             )
         if not all(map(math.isfinite, self.mean)) or not all(0 < s < math.inf for s in self.std):
             raise ConfigError(
@@ -64,17 +64,17 @@ class Preprocessing:
                 raise ConfigError(f"{what} {value!r} is not known: choose from {', '.join(known)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them."""
+        """The fields as JSON values."""
         return {
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """What ``to_dict`` wrote.
+        """Read the result of ``to_dict``.
 
         Raises:
-            ConfigError: a key is missing or unknown, or a value is not of its kind.
+            ConfigError: a key is missing or unknown, or a value has the wrong type.
         """
         known = {field.name for field in fields(cls)}
         if wrong := known ^ set(values):
@@ -96,9 +96,9 @@ class Preprocessing:
             ) from error
 
 
-SMALL_IMAGES = 64  # pixels; up to here images are trained on whole, above on random crops
+SMALL_IMAGES = 64  # pixels; training uses whole images up to this side, random crops above
 
 
-def is_small(preprocessing: Preprocessing) -> bool:
-    """Whether images are small enough to be trained on whole, and many at a time."""
+def has_small_images(preprocessing: Preprocessing) -> bool:
+    """Whether images are at most ``SMALL_IMAGES`` pixels wide and high, which allows large batches of whole images."""
     return max(preprocessing.input_size[1:]) <= SMALL_IMAGES

@@ -1,10 +1,10 @@
-"""Building the network that a file describes, when the file may come from anyone.
+"""Rebuilding a network from the metadata of an untrusted file.
 
-A description names an architecture and its arguments. Names must be registered, arguments plain (``arguments``), so
-that building reads no other file, asks no server and runs no code of the file's. What remains is size: a few bytes
-could ask for a terabyte of weights. So the network is drawn first without memory, on PyTorch's meta device, and may
-not have more numbers than the file has; then one image without content is sent through, to see that the
-network takes images of the size that the file tells and gives a logit a class. Only then it is built.
+The metadata name an architecture and its arguments. Names must be registered and arguments plain (``arguments``), so
+that building reads no other file, contacts no server and runs no code of the file. The remaining risk is size: a few
+bytes could request a terabyte of weights. So the network is first built without memory, on PyTorch's meta device, and
+must not have more numbers than the file; then one empty image checks that the network accepts the file's image size
+and gives one logit per class. Only then is the network really built.
 """
 
 import threading
@@ -26,39 +26,43 @@ from saqcli.models.load import build_architecture
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.units import counted
 
-MOST_CLASSES = 2**24  # and channels
-MOST_SIDE = 4096  # of an image, in pixels
-MOST_SCALED = 4 * MOST_SIDE  # before the crop
-MOST_TRIED = 2**20  # pixels of an image that is really computed with
+MAX_CLASSES = 2**24  # and channels
+MAX_SIDE = 4096  # of an image, in pixels
+MAX_SCALED = 4 * MAX_SIDE  # of an image before the crop, in pixels
+MAX_TRIED = 2**20  # pixels of an image in a real forward pass
 CODES_A_BYTE = 4  # at 2 bits
-REBUILT = 4  # some networks make layers and replace them: timm's pruned ones have twice the numbers under way
+REBUILT = (
+    4  # some networks create layers and replace them: timm's pruned ones have twice the numbers while built
+)
 SPARE_TENSORS = 1000
 SPARE_NUMBERS = 2**20
-SCRATCH_NUMBERS = 2**27  # of tables that are computed and not saved, such as those of relative positions
+SCRATCH_NUMBERS = 2**27  # of tables that are computed and not saved, such as relative positions
+
+_TOO_LARGE = "it describes a larger network than its tensors belong to"
 
 
-def build_described(
+def rebuild_from_metadata(
     build: Mapping[str, Any], preprocessing: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> nn.Module:
-    """The network of ``build``, of random weights and in eval mode, that takes images of ``preprocessing``.
+    """Build the network of a file, with random weights and in eval mode.
 
     Args:
-        build: as ``build_architecture`` takes it.
-        preprocessing: as ``Preprocessing.to_dict`` gives it.
-        tensors: of the same file; the network is not larger.
+        build: arguments of ``build_architecture``.
+        preprocessing: result of ``Preprocessing.to_dict``; the network must accept such images.
+        tensors: tensors of the same file, which limit the size of the network.
 
     Raises:
-        SaqError: it asks for what a file may not, or contradicts itself; says which.
+        SaqError: the metadata are not allowed, or contradict each other or the tensors.
     """
-    channels, height, width = check_description(build, preprocessing).input_size
+    channels, height, width = check_build_metadata(build, preprocessing).input_size
     numbers = sum(x.numel() * (CODES_A_BYTE if x.dtype == torch.uint8 else 1) for x in tensors.values())
-    with _no_larger_than(len(tensors), numbers), torch.device("meta"):
-        answer = _draw(build, torch.empty(1, channels, height, width), numbers + SCRATCH_NUMBERS)
-    with _no_larger_than(len(tensors), numbers):
+    with _limited_size(len(tensors), numbers), torch.device("meta"):
+        shape = _build_on_meta(build, torch.empty(1, channels, height, width), numbers + SCRATCH_NUMBERS)
+    with _limited_size(len(tensors), numbers):
         model = build_architecture(build)
-    if answer is None and height * width <= MOST_TRIED:  # it cannot be drawn, so it is tried
-        answer = _answer(model, torch.zeros(1, channels, height, width)) or ()
-    if answer not in (None, (1, build["num_classes"])):
+    if shape is None and height * width <= MAX_TRIED:  # the meta device failed, so a real pass decides
+        shape = _output_shape(model, torch.zeros(1, channels, height, width)) or ()
+    if shape not in (None, (1, build["num_classes"])):
         raise CorruptArtifact(
             f"{build['name']} does not turn images of {channels} x {height} x {width} into {build['num_classes']} "
             "logits"
@@ -66,44 +70,44 @@ def build_described(
     return model
 
 
-def check_description(build: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> Preprocessing:
-    """The preprocessing, once both are known to be of the right kinds and of moderate sizes.
+def check_build_metadata(build: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> Preprocessing:
+    """Check the types and sizes of a file's metadata, and return its preprocessing.
 
     Raises:
-        SaqError: they are not.
+        SaqError: a type is wrong, a size is too large, or both contradict each other.
     """
     kinds = {"name": str, "num_classes": int, "in_chans": int, "kwargs": dict}
     for key, kind in kinds.items():
-        if type(build.get(key)) is not kind or (kind is int and not 1 <= build[key] <= MOST_CLASSES):
-            raise CorruptArtifact(f"its build has no {key} that could be meant")
+        if type(build.get(key)) is not kind or (kind is int and not 1 <= build[key] <= MAX_CLASSES):
+            raise CorruptArtifact(f"its build has no valid {key}")
     check_arguments(build["name"], build["kwargs"])
     images = Preprocessing.from_dict(preprocessing)
     channels, *sides = images.input_size
     if channels != build["in_chans"]:
         raise CorruptArtifact(
             f"its images have {counted(channels, 'channel')}, its network {build['in_chans']}: "
-            "they are not of one model"
+            "they do not belong to the same model"
         )
-    if max(sides) > MOST_SIDE or max(sides) / images.crop_pct > MOST_SCALED:
+    if max(sides) > MAX_SIDE or max(sides) / images.crop_pct > MAX_SCALED:
         raise CorruptArtifact(
             f"its images of {sides[0]} x {sides[1]} pixels, a crop of {images.crop_pct:g}, are larger than "
-            f"{MOST_SIDE} a side or {MOST_SCALED} before the crop"
+            f"{MAX_SIDE} pixels per side or {MAX_SCALED} before the crop"
         )
     return images
 
 
-def _draw(build: Mapping[str, Any], image: Tensor, most: int) -> tuple[int, ...] | None:
-    """The shape of what the network answers, on the device of the context; None if it cannot be drawn.
+def _build_on_meta(build: Mapping[str, Any], image: Tensor, most: int) -> tuple[int, ...] | None:
+    """The shape of the network's output on the device of the context; None if it cannot be built or run there.
 
-    Some networks compute with numbers while they are built or run, and the meta device has none. No tensor of the
-    building may have more than ``most`` numbers.
+    Some networks compute with values while they are built or run, which the meta device does not have. No tensor of
+    the building may have more than ``most`` numbers.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with _Scratch(most):
+            with _TensorLimit(most):
                 model = build_architecture(build)
-            return _answer(model, image)
+            return _output_shape(model, image)
     except CorruptArtifact:
         raise
     except SaqError:
@@ -111,20 +115,20 @@ def _draw(build: Mapping[str, Any], image: Tensor, most: int) -> tuple[int, ...]
 
 
 @torch.no_grad()
-def _answer(model: nn.Module, image: Tensor) -> tuple[int, ...] | None:
-    """The shape of the logits of one image; None if the network does not take it."""
+def _output_shape(model: nn.Module, image: Tensor) -> tuple[int, ...] | None:
+    """The shape of the logits of one image; None if the network does not accept it."""
     try:
         return tuple(model(image).shape)
-    except Exception:  # whatever a network of a library raises about its input
+    except Exception:  # a network may raise anything about its input
         return None
 
 
 @contextmanager
-def _no_larger_than(tensors: int, numbers: int) -> Iterator[None]:
-    """Within the context, building a network of clearly more tensors or numbers is stopped before they take memory.
+def _limited_size(tensors: int, numbers: int) -> Iterator[None]:
+    """Context that stops the building of a network with clearly more tensors or numbers, before they take memory.
 
     Raises:
-        CorruptArtifact: it is.
+        CorruptArtifact: the network is larger.
     """
     thread, seen = threading.get_ident(), {"tensors": 0, "parameters": 0, "buffers": 0}
     most_parameters, most_buffers = REBUILT * numbers + SPARE_NUMBERS, numbers + SCRATCH_NUMBERS
@@ -133,7 +137,7 @@ def _no_larger_than(tensors: int, numbers: int) -> Iterator[None]:
     def count(kind: str, value: Tensor | None) -> None:
         if (
             value is None or is_lazy(value) or threading.get_ident() != thread
-        ):  # another may build what it likes
+        ):  # other threads are not limited
             return
         seen["tensors"] += 1
         seen[kind] += value.numel()
@@ -142,7 +146,7 @@ def _no_larger_than(tensors: int, numbers: int) -> Iterator[None]:
             or seen["parameters"] > most_parameters
             or seen["buffers"] > most_buffers
         ):
-            raise CorruptArtifact("it asks for a larger network than its tensors can be of")
+            raise CorruptArtifact(_TOO_LARGE)
 
     handles = (
         hooks.register_module_parameter_registration_hook(lambda _, __, value: count("parameters", value)),
@@ -155,8 +159,8 @@ def _no_larger_than(tensors: int, numbers: int) -> Iterator[None]:
             handle.remove()
 
 
-class _Scratch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses to go on once a single tensor that is made under way has more than ``most`` numbers."""
+class _TensorLimit(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises ``CorruptArtifact`` when an operator returns a tensor with more than ``most`` numbers."""
 
     def __init__(self, most: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -165,9 +169,9 @@ class _Scratch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """The operator, then a look at what came out."""
+        """Run the operator and check the sizes of its results."""
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.numel() > self.most:
-                raise CorruptArtifact("it asks for a larger network than its tensors can be of")
+                raise CorruptArtifact(_TOO_LARGE)
         return result

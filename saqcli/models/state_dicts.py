@@ -1,16 +1,16 @@
-"""Which tensors of a checkpoint are the weights of a network, and what else it says: averages, prefixes, classes.
+"""Choosing the weights, and reading the class names, of a checkpoint.
 
-Training scripts save several sets of weights side by side (raw and averaged, student and teacher) under keys of their
-own, and wrappers put prefixes before the name of every parameter. The set is chosen by the first rule that applies:
+Training scripts save several sets of weights (raw and averaged, student and teacher) under different keys, and wrappers
+prefix the name of every parameter. The set is chosen by the first rule that applies:
 
-1. The key that was given: a dotted path of keys, which may end in a prefix of names.
-2. What timm's loader takes: ``state_dict_ema``, then ``model_ema``.
-3. Other averaged weights: a key with ``ema``, ``swa`` or ``averaged`` in it.
+1. The given key: a dotted path of keys, which may end in a prefix of parameter names.
+2. The keys of timm's loader: ``state_dict_ema``, then ``model_ema``.
+3. Other averaged weights: a key that contains ``ema``, ``swa`` or ``averaged``.
 4. Raw weights: ``state_dict``, ``model_state_dict``, ``model``, ``net``, ...
-5. The file itself where it holds nothing but tensors; else the one key that holds tensors.
+5. The file itself if it contains only tensors; otherwise the only key that contains tensors.
 
-Where a rule finds several sets the user has to choose. A prefix is removed only if the names do not fit the network as
-they are and every name of the network is there without it.
+If a rule finds several sets, the user has to choose. A prefix is removed only if the names do not match the network
+unchanged, and every name of the network is present without the prefix.
 """
 
 import json
@@ -26,7 +26,7 @@ from torch import Tensor
 from saqcli.errors import ConfigError
 from saqcli.serialization import printable
 
-TIMM = ("state_dict_ema", "model_ema")  # timm.models.load_state_dict takes these first, in this order
+TIMM = ("state_dict_ema", "model_ema")  # the first keys of timm.models.load_state_dict, in this order
 RAW = (
     *("state_dict", "model_state_dict", "model", "net", "model_state", "network", "module", "weights"),
     *("params", "parameters"),
@@ -36,11 +36,11 @@ CLASS_KEYS = {
     *("labels", "label_names", "label2id", "id2label"),
 }
 _AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?|polyak)(?![a-z])")
-_WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # the seams of CamelCase
+_WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # word boundaries of CamelCase
 _NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loops|^amp$", re.IGNORECASE)
-_NOT_NEEDED = (".num_batches_tracked", "._extra_state")  # endings of names that a file may lack
+_NOT_NEEDED = (".num_batches_tracked", "._extra_state")  # suffixes of names that may be missing in a file
 _DEEPEST = 5  # levels of keys that are searched
-_LISTED = 5  # names that a message lists before it counts
+_LISTED = 5  # names in a message before "and N more"
 _MOST_NAME = 300  # characters of a class name
 _MOST_CLASSES = 2**20
 
@@ -49,13 +49,13 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True)
 class StateDict:
-    """A set of tensors in a checkpoint, as chosen.
+    """The chosen set of tensors of a checkpoint.
 
     Attributes:
-        values: by name, as the file has them.
+        values: tensors by their names in the file.
         key: dotted path to them; empty for the file itself.
         others: keys of the other sets in the file.
-        notes: what was decided for the user, one line each.
+        notes: choices made for the user, one line each.
     """
 
     values: Mapping[Any, Any]
@@ -65,20 +65,20 @@ class StateDict:
 
 
 def choose(content: Mapping[Any, Any], key: str | None, source: str) -> StateDict:
-    """The weights in ``content`` by the rules above; what they hold is not checked.
+    """Choose the weights in ``content`` by the rules above; the tensors are not checked.
 
     Args:
-        content: of the file.
-        key: that was given, such as ``state_dict_ema``.
-        source: what errors call the file.
+        content: content of the file.
+        key: the given key, such as ``state_dict_ema``.
+        source: name of the file in errors.
 
     Raises:
-        ConfigError: no tensors under ``key``; or several sets of which none is known to be the weights.
+        ConfigError: there are no tensors under ``key``, or a rule finds several sets.
     """
     sets = dict(_sets(content))
     nested = [path for path in sets if path]
     if key is not None:
-        return _asked(content, key, nested, source)
+        return _at_key(content, key, nested, source)
     averaged = [] if _keeps_averages_in_state_dict(content) else list(filter(is_averaged, nested))
     rules: tuple[list[Path], ...] = (
         [path for name in TIMM for path in nested if path[0] == name][:1],
@@ -96,16 +96,16 @@ def choose(content: Mapping[Any, Any], key: str | None, source: str) -> StateDic
     (path,) = found
     if path and not is_averaged(path) and (unnamed := next(_unnamed_averages(content), None)):
         raise ConfigError(
-            f"weights {source} hold averaged weights without names under {_dotted(unnamed)!r}, beside those in "
+            f"weights {source} hold averaged weights without names under {_dotted(unnamed)!r}, and raw weights under "
             f"{_dotted(path)!r}: save the averaged state_dict(), or use `model.weights_key={_dotted(path)}` for "
-            "the others"
+            "the raw ones"
         )
     chosen = StateDict(
         sets.get(path, content), _dotted(path), tuple(_dotted(other) for other in nested if other != path)
     )
     kind = "averaged weights" if is_averaged(path) else "weights"
     if _never_updated(chosen.values):
-        kind += " (of no update: n_averaged is 0)"
+        kind += " (never updated: n_averaged is 0)"
     if chosen.others or (path and not set(path) <= set(RAW)):
         more = (
             f"; it also holds {_listed(chosen.others)}: `model.weights_key` chooses" if chosen.others else ""
@@ -114,15 +114,16 @@ def choose(content: Mapping[Any, Any], key: str | None, source: str) -> StateDic
     return chosen
 
 
-def fit_names(values: Mapping[str, Tensor], own: Collection[str], source: str) -> Iterator[StateDict]:
-    """``values`` under names that may be those of the network, ``own``; the first that loads is right.
+def match_names(values: Mapping[str, Tensor], own: Collection[str], source: str) -> Iterator[StateDict]:
+    """Candidates for ``values`` under the network's names, ``own``; the first one that loads is right.
 
-    If all names of the network are there behind one prefix, or none, that is the only answer; what lies outside of the
-    prefix (counters, losses, another copy of the network) is left out. Of several copies the averaged one is taken.
-    Otherwise layers may rename old parameters: the names as they are, then without the prefixes that all share.
+    If all names of the network are present under one prefix, or without one, this is the only candidate; tensors
+    outside of the prefix (counters, losses, another copy of the network) are dropped. Of several copies the averaged
+    one is chosen. Otherwise, since layers may rename old parameters, the candidates are the unchanged names, then the
+    names without each prefix that all of them share.
 
     Raises:
-        ConfigError: several copies, and it is not known which to take.
+        ConfigError: there are several copies, and no rule selects one.
     """
     copies = _prefixes(values, own)
     averaged = [prefix for prefix in copies if is_averaged(tuple(prefix.split(".")))]
@@ -147,7 +148,7 @@ def fit_names(values: Mapping[str, Tensor], own: Collection[str], source: str) -
 
 
 def _without_prefix(found: StateDict, prefix: str, source: str) -> StateDict:
-    """The tensors whose names start with ``prefix``, without it; the others are left out."""
+    """The tensors whose names start with ``prefix``, under names without it; the others are dropped."""
     values = {
         name.removeprefix(prefix): value for name, value in found.values.items() if name.startswith(prefix)
     }
@@ -161,19 +162,19 @@ def _without_prefix(found: StateDict, prefix: str, source: str) -> StateDict:
 
 
 def _shared_prefix(values: Mapping[str, Tensor]) -> str:
-    """The first component of every name, with its dot; empty where they differ. Counters of averages do not count."""
+    """The first component of all names, with its dot; empty if they differ. ``n_averaged`` is ignored."""
     heads = {name.partition(".")[::2] for name in values if name != "n_averaged"}
     first = {head for head, _ in heads}
     return f"{first.pop()}." if len(first) == 1 and all(rest for _, rest in heads) else ""
 
 
 def is_averaged(path: Path) -> bool:
-    """Whether a key of ``path`` says that what is under it is an average of weights."""
+    """Whether a key of ``path`` denotes averaged weights."""
     return any(_AVERAGED.search(_WORDS.sub("_", key).lower()) for key in path)
 
 
 def class_lists(content: Any, depth: int = 3) -> Iterator[tuple[str, ...]]:
-    """Lists of class names, by index, that a checkpoint or its metadata carries; the outermost first."""
+    """Lists of class names, by index, in a checkpoint or its metadata; the outermost first."""
     entries = vars(content) if isinstance(content, Namespace) else content
     if not isinstance(entries, Mapping):
         return
@@ -186,7 +187,7 @@ def class_lists(content: Any, depth: int = 3) -> Iterator[tuple[str, ...]]:
 
 
 def from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The metadata of a safetensors file with its JSON read, where it is JSON."""
+    """The metadata of a safetensors file, with JSON values parsed."""
     found: dict[str, Any] = {}
     for key, text in metadata.items():
         try:
@@ -197,7 +198,7 @@ def from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _class_names(value: Any) -> tuple[str, ...]:
-    """``value`` as names by index: a list of them, or a mapping from or to numbers; empty if it is neither."""
+    """Names by index from a list, or from a mapping between names and numbers; empty for anything else."""
     names: Any = value
     if isinstance(value, Mapping):
         if all(isinstance(number, int) for number in value.values()):  # class_to_idx
@@ -211,7 +212,7 @@ def _class_names(value: Any) -> tuple[str, ...]:
 
 
 def _sets(content: Mapping[Any, Any], path: Path = ()) -> Iterator[tuple[Path, Mapping[Any, Any]]]:
-    """Everything in ``content`` that holds tensors by name, by its path."""
+    """All mappings in ``content`` that contain tensors by name, with their paths."""
     if _is_set(content):
         yield path, content
     for key, value in content.items():
@@ -221,13 +222,13 @@ def _sets(content: Mapping[Any, Any], path: Path = ()) -> Iterator[tuple[Path, M
 
 
 def _never_updated(content: Mapping[Any, Any]) -> bool:
-    """Whether an average, as torch.optim.swa_utils keeps it, is still what the network started from."""
+    """Whether an average of torch.optim.swa_utils still equals the network's initial weights."""
     count = content.get("n_averaged")
     return isinstance(count, Tensor) and count.numel() == 1 and int(count) == 0
 
 
 def _unnamed_averages(content: Mapping[Any, Any], path: Path = ()) -> Iterator[Path]:
-    """Lists of averaged weights without names, as torch_ema and diffusers save them."""
+    """Paths of lists of averaged weights without names, as saved by torch_ema and diffusers."""
     for key, value in content.items():
         if not isinstance(key, str) or _NO_WEIGHTS.search(key):
             continue
@@ -246,12 +247,12 @@ def _is_set(content: Mapping[Any, Any]) -> bool:
     )
 
 
-def _asked(content: Mapping[Any, Any], key: str, nested: list[Path], source: str) -> StateDict:
-    """What the given key names."""
+def _at_key(content: Mapping[Any, Any], key: str, nested: list[Path], source: str) -> StateDict:
+    """The tensors under the given key."""
     key = key.strip().strip(".")
     found = _under(content, key)
     if not found:
-        with suppress(ConfigError):  # the prefix of names in the set that is taken by default
+        with suppress(ConfigError):  # the key may be a prefix of names in the default set
             found = _under(choose(content, None, source).values, key)
     if not found:
         known = (
@@ -264,7 +265,7 @@ def _asked(content: Mapping[Any, Any], key: str, nested: list[Path], source: str
 
 
 def _under(values: Mapping[Any, Any], key: str) -> Mapping[Any, Any]:
-    """The tensors that a dotted ``key`` leads to, through mappings and then prefixes of names; none if it does not."""
+    """The tensors at a dotted ``key`` of nested mappings, whose end may be a prefix of names; empty without any."""
     while key:
         names = [
             name for name, value in values.items() if isinstance(name, str) and isinstance(value, Mapping)
@@ -282,7 +283,7 @@ def _under(values: Mapping[Any, Any], key: str) -> Mapping[Any, Any]:
 
 
 def _prefixes(values: Mapping[str, Tensor], own: Collection[str]) -> list[str]:
-    """Every prefix under which ``values`` have all names of ``own``; the empty one if they fit as they are."""
+    """All prefixes under which ``values`` contain every name of ``own``; may include the empty prefix."""
     needed = [name for name in own if not name.endswith(_NOT_NEEDED)]
     anchor = max(needed, key=len, default="")
     found = [name.removesuffix(anchor) for name in values if name == anchor or name.endswith(f".{anchor}")]
@@ -290,7 +291,7 @@ def _prefixes(values: Mapping[str, Tensor], own: Collection[str]) -> list[str]:
 
 
 def _keeps_averages_in_state_dict(content: Mapping[Any, Any]) -> bool:
-    """Whether MMEngine wrote it, which swaps the two: ``ema_state_dict`` holds the raw weights."""
+    """Whether MMEngine wrote the file: it swaps the two, and ``ema_state_dict`` holds the raw weights."""
     meta = content.get("meta")
     return "message_hub" in content or (isinstance(meta, Mapping) and "mmengine_version" in meta)
 

@@ -1,13 +1,13 @@
-"""Weight files: read without running code, and loaded exactly.
+"""Weight files: read without running code, loaded strictly.
 
-A ``.pth`` file is a pickle, and a pickle may run anything. It is read by torch's restricted unpickler only,
-which knows tensors, plain containers and the ``Namespace`` of a script's options; there is no switch to trust a file.
-Which of its tensors are the weights is decided in ``state_dicts``; they must fit the network exactly, and be numbers.
+A ``.pth`` file is a pickle, and a pickle can run any code. It is read by torch's restricted unpickler only, which
+accepts tensors, plain containers and the ``Namespace`` of a script's options; there is no switch to trust a file.
+``state_dicts`` chooses the tensors that are the weights; they must match the network exactly, and be finite.
 
-What a pickle would do is read from its opcodes first, without doing any of it. torch's restricted unpickler calls
-nothing but what tensors are made of. Yet it can be kept busy for ever, or made to take all memory: by containers that
-hold each other twice, level over level (``a = (b, b)``, ``b = (c, c)``, ...), by containers that hold themselves, by
-``bytearray(10**12)``, by archives that unfold to more than they are. Files of weights have none of these.
+Before that, the pickle's opcodes are scanned without running them. torch's restricted unpickler calls only the
+constructors of tensors, but it can still run forever or exhaust the memory: through containers that contain each other
+twice, level by level (``a = (b, b)``, ``b = (c, c)``, ...), containers that contain themselves, ``bytearray(10**12)``,
+or archives that decompress to more than their size. Weight files have none of these.
 """
 
 import hashlib
@@ -35,25 +35,25 @@ from saqcli.models.state_dicts import choose, class_lists, from_metadata
 from saqcli.serialization import printable
 from saqcli.units import counted
 
-MOST_UNFOLDED = 2**24  # values of a pickle once every shared one is written out
-MOST_PICKLES = 5  # in a file: torch before 1.6 writes five, the tensors' bytes after them
+MAX_UNFOLDED = 2**24  # values of a pickle, with shared values counted at every use
+MAX_PICKLES = 5  # per file: torch before 1.6 writes five, followed by the tensors' bytes
 SPARE_BYTES = 2**20
 _REFUSED = {"builtins.bytearray", "__builtin__.bytearray", "_codecs.encode", "builtins.complex"}
 _APPENDING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
 
 
-# What damaged pickles and archives raise, those of a kind that torch does not write, and those with a password.
+# Exceptions raised by damaged pickles and archives, by formats that torch does not write, and by encrypted archives.
 _DAMAGED = (
     *(ValueError, IndexError, EOFError, OSError, MemoryError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error, struct.error, lzma.LZMAError),
 )
 
 
-class Strange(Exception):
-    """A file that no program for weights writes; the message says what is wrong, after "the file".
+class SuspiciousFile(Exception):
+    """A suspicious file, which no training program writes; the message continues "the file".
 
     Attributes:
-        called: what it names up to there.
+        called: globals that the pickle names before this point.
     """
 
     def __init__(self, message: str, called: Sequence[str] = ()) -> None:
@@ -63,43 +63,43 @@ class Strange(Exception):
 
 @dataclass
 class _Value:
-    """On the stack: how many values it holds, itself included, and whether it was taken from the memo."""
+    """A value on the stack: the number of values in it, itself included, and whether it came from the memo."""
 
     size: int = 1
     shared: bool = False
 
 
 def globals_of(path: Path) -> list[str]:
-    """Everything that the pickles of a file name in order to call it, as ``module.name``; what is damaged ends it.
+    """The globals that the pickles of a file name, as ``module.name``, up to the first damage.
 
     Raises:
-        Strange: reading it could take all time or memory.
+        SuspiciousFile: reading the file could run forever or exhaust the memory.
     """
     found: list[str] = []
     try:
         for file in _pickles(path):
             _walk(file, found)
-    except Strange as strange:
-        raise Strange(str(strange), found) from None
-    except _DAMAGED:  # or bytes that are no pickle any more; torch will say so
+    except SuspiciousFile as strange:
+        raise SuspiciousFile(str(strange), found) from None
+    except _DAMAGED:  # damage, or bytes after the last pickle; torch reports damage
         pass
     if refused := next((name for name in found if name in _REFUSED), None):
-        raise Strange(f"asks for {refused}", found)
+        raise SuspiciousFile(f"calls {refused}", found)
     return found
 
 
 def _pickles(path: Path) -> Iterator[IO[bytes]]:
-    """Every pickle of a file, at its beginning."""
+    """A stream at the beginning of each pickle of a file."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
             file.seek(0)
-            for _ in range(MOST_PICKLES):
+            for _ in range(MAX_PICKLES):
                 yield file
             return
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             if sum(entry.file_size for entry in entries) > path.stat().st_size + SPARE_BYTES:
-                raise Strange("unfolds to more than it is")
+                raise SuspiciousFile("decompresses to more than its size")
             for entry in entries:
                 if entry.filename.endswith(".pkl"):
                     with archive.open(entry) as inner:
@@ -107,8 +107,8 @@ def _pickles(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _walk(file: IO[bytes], found: list[str]) -> None:
-    """Follow one pickle to its end with sizes in the place of values; what it names goes to ``found``."""
-    stack: list[_Value | None] = []  # None is a mark
+    """Scan one pickle to its end with sizes instead of values; its globals are appended to ``found``."""
+    stack: list[_Value | None] = []  # None is a mark of the pickle protocol
     memo: dict[Any, _Value] = {}
     strings = ["", ""]
     for opcode, argument, _ in pickletools.genops(file):
@@ -130,17 +130,19 @@ def _walk(file: IO[bytes], found: list[str]) -> None:
             size = 1 + sum(value.size for value in taken)
             if name in _APPENDING and taken:
                 if taken[0].shared:
-                    raise Strange("holds a list or dictionary within itself, or fills one after its use")
+                    raise SuspiciousFile(
+                        "contains a list or dictionary that contains itself, or that is filled after its use"
+                    )
                 taken[0].size = size
                 stack.append(taken[0])
             else:
                 stack.extend(_Value(size) for _ in opcode.stack_after)
-            if size > MOST_UNFOLDED:
-                raise Strange("repeats itself without end")
+            if size > MAX_UNFOLDED:
+                raise SuspiciousFile("repeats its values endlessly")
 
 
 def _take(stack: list[_Value | None], kinds: list[str]) -> list[_Value]:
-    """Take from the stack what an opcode takes, from below."""
+    """Pop an opcode's operands from the stack, the lowest first."""
     taken: list[_Value] = []
     if "stackslice" in kinds:
         while (value := stack.pop()) is not None:
@@ -152,25 +154,25 @@ def _take(stack: list[_Value | None], kinds: list[str]) -> list[_Value]:
 
 
 PICKLES = (".pth", ".pt", ".th", ".bin", ".tar", ".ckpt")
-COLOURS = 3  # channels of the images that published weights read
-MOST_NAME = 1000  # characters of a tensor's name
-_NAMED = 5  # keys that a message lists before it counts
+COLOURS = 3  # image channels of published weights
+MAX_NAME = 1000  # characters of a tensor's name
+_NAMED = 5  # keys in a message before "and N more"
 _CODE = (
-    "weights {path} hold code ({code}) beside tensors: nothing was run; where you trust the file, convert it to "
-    ".safetensors, or save model.state_dict() alone"
+    "weights {path} hold code ({code}) in addition to tensors: nothing was run; if you trust the file, convert it to "
+    ".safetensors, or save only model.state_dict()"
 )
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """What was read from a weight file.
+    """The content of a weight file.
 
     Attributes:
-        tensors: by name as the file has them, on the CPU.
-        key: where in the file they are, dotted; empty for the file itself.
+        tensors: tensors by their names in the file, on the CPU.
+        key: their dotted key in the file; empty for the file itself.
         others: keys of other sets of tensors in the file.
-        class_lists: lists of class names by index that the file carries.
-        notes: what was decided for the user, one line each.
+        class_lists: lists of class names by index in the file.
+        notes: choices made for the user, one line each.
     """
 
     tensors: dict[str, Tensor]
@@ -181,12 +183,12 @@ class WeightFile:
 
 
 def read_weights(path: Path, key: str | None = None) -> WeightFile:
-    """The tensors of a weight file; of several sets those under ``key``, or those that ``state_dicts`` chooses.
+    """Read the tensors of a weight file; of several sets those under ``key``, or those that ``state_dicts`` chooses.
 
     Raises:
-        ConfigError: no such file, not a weight file by its name, or no such key in it.
-        CorruptArtifact: the file is empty, truncated, or holds something else than tensors by name.
-        UnsafeWeights: the file would have to run code to be read; none was run.
+        ConfigError: the file does not exist, its suffix is not that of a weight file, or it has no such key.
+        CorruptArtifact: the file is empty or truncated, or does not hold tensors by name.
+        UnsafeWeights: reading the file would require running its code; none was run.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -224,53 +226,56 @@ def load_into(
     name: str = "the network",
     classifiers: Sequence[str] = (),
 ) -> None:
-    """Load ``state`` into ``model``, every tensor in its place; ``num_batches_tracked`` may be absent.
+    """Load ``state`` into ``model`` strictly; only ``num_batches_tracked`` may be missing.
 
     Args:
-        model: changed in place; half loaded if this raises.
+        model: changed in place; partly loaded if this raises.
         state: tensors by parameter name.
-        source: what to call the weights in a message.
-        name: what to call the network in a message.
-        classifiers: names of the layers with one row a class, to tell a wrong number of classes as such.
+        source: name of the weights in messages.
+        name: name of the network in messages.
+        classifiers: names of the layers with one row per class, to report a wrong number of classes as such.
 
     Raises:
-        WeightsMismatch: a tensor is missing, left over or of another shape.
-        CorruptArtifact: one has numbers that are none, or a negative variance.
+        WeightsMismatch: a tensor is missing, unexpected or of another shape.
+        CorruptArtifact: a tensor is NaN or infinite, or a variance is negative.
     """
     own = model.state_dict()
     counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
     try:
-        model.load_state_dict(versioned(model, {**counters, **state}), strict=True)
-    except RuntimeError as error:  # torch is the judge: layers may rename old keys of their own
+        model.load_state_dict(with_versions(model, {**counters, **state}), strict=True)
+    except RuntimeError as error:  # torch decides, since layers may rename old keys
         raise WeightsMismatch(
             _misfit({**counters, **state}, own, source, name, classifiers, error)
         ) from error
-    check_numbers(model, source, state)
+    check_finite(model, source, state)
 
 
-def check_numbers(model: nn.Module, source: str, state: Mapping[str, Tensor] | None = None) -> None:
-    """Refuse weights that nothing can be computed with.
+def check_finite(model: nn.Module, source: str, state: Mapping[str, Tensor] | None = None) -> None:
+    """Refuse weights with invalid values.
 
     Args:
-        model: with the weights.
-        source: what messages call them.
-        state: as they were before they got the types of the network.
+        model: network with the weights.
+        source: name of the weights in messages.
+        state: the weights before their conversion to the network's data types.
 
     Raises:
-        CorruptArtifact: a parameter or running statistic is NaN or infinite, or a variance negative; says which.
+        CorruptArtifact: a parameter or running statistic is NaN or infinite, or a variance is negative.
     """
     if found := invalid_tensor(model, state):
         raise CorruptArtifact(
-            f"weights {source} cannot be used: {printable(found)}; give weights of finite numbers"
+            f"weights {source} cannot be used: {printable(found)}; give weights with finite values"
         )
 
 
-def to_channels(
+def adapt_channels(
     state: Mapping[str, Tensor], own: Mapping[str, Tensor], channels: int, source: str
 ) -> tuple[Mapping[str, Tensor], str]:
-    """``state`` with what reads colour images made to read images of ``channels``, as timm does it; and a note.
+    """Adapt the first convolution of ``state`` from colour images to images of ``channels``, as timm does.
 
-    Weights are summed over the colours for one channel, else repeated and scaled. The note is empty where none is.
+    For one channel the weights are summed over the colours, otherwise repeated and scaled.
+
+    Returns:
+        The state, and a note for the user; the note is empty if nothing was changed.
     """
     if channels == COLOURS:
         return state, ""
@@ -288,14 +293,14 @@ def to_channels(
 
 
 def channels_note(source: str, before: int, now: int) -> str:
-    """What to say of weights that were made to read images of another number of channels."""
+    """The note on weights that were adapted to another number of image channels."""
     how = "summed over its channels" if now == 1 else "repeated over the channels and scaled"
     return f"{source} reads images of {counted(before, 'channel')}: {how} to read {now}"
 
 
-def versioned(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` as modules of today's versions would have written it; torchvision's MNASNet asks for its version."""
-    known: dict[str, Tensor] = model.state_dict()  # it tells the version of every module beside its tensors
+def with_versions(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with the current version numbers of all modules, which torchvision's MNASNet requires."""
+    known: dict[str, Tensor] = model.state_dict()  # its _metadata holds the version of every module
     known.clear()
     known.update(state)
     return known
@@ -308,7 +313,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _read_safetensors(path: Path) -> tuple[Any, Any]:
-    """Tensors, and metadata."""
+    """The tensors and the metadata of a safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
@@ -320,17 +325,17 @@ def _read_safetensors(path: Path) -> tuple[Any, Any]:
 
 
 def _read_pickle(path: Path) -> tuple[Any, Any]:
-    """What the file holds, twice: its tensors and its description are one."""
+    """The content of a pickle, twice: as tensors and as metadata."""
     called: list[str] = []
     try:
         called = globals_of(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([Namespace]):
-            warnings.simplefilter("ignore")  # about how the file was pickled, which its reader cannot change
+            warnings.simplefilter("ignore")  # about the way the file was pickled
             content = torch.load(path, weights_only=True, map_location="cpu")
         return content, content
     except OSError:
         raise
-    except Strange as error:
+    except SuspiciousFile as error:
         if code := _code_of(error.called):
             raise UnsafeWeights(_CODE.format(path=path, code=code)) from None
         raise UnsafeWeights(
@@ -345,7 +350,7 @@ def _read_pickle(path: Path) -> tuple[Any, Any]:
 
 
 def _code_in(error: Exception) -> str:
-    """What a pickle wanted to call, by the restricted unpickler's refusal; empty if it is merely damaged."""
+    """The global that the restricted unpickler refused to call; empty if the file is only damaged."""
     if "TorchScript" in str(error):
         return "a TorchScript program"
     if not isinstance(error, pickle.UnpicklingError):
@@ -356,26 +361,26 @@ def _code_in(error: Exception) -> str:
 
 
 def _code_of(called: Sequence[str]) -> str:
-    """What a plain pickle of protocol 3 or later would call; torch's unpickler stops before it can tell."""
+    """The first unknown global of a pickle of protocol 3 or later, where torch's unpickler stops without naming it."""
     harmless = ("torch.", "collections.", "argparse.Namespace")
     strangers = [name for name in called if not name.startswith(harmless)]
     return printable("".join(strangers[:1]), 100)
 
 
 def _tensors(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
-    """``content``, once it is known to be dense tensors by name."""
+    """Check that ``content`` consists of dense tensors by name, and detach them."""
     for key, value in content.items():
-        if not isinstance(key, str) or len(key) > MOST_NAME:
+        if not isinstance(key, str) or len(key) > MAX_NAME:
             what = "a very long one" if isinstance(key, str) else f"a {type(key).__name__}"
             raise CorruptArtifact(f"weights {path} hold no tensors by name ({what}): save model.state_dict()")
         if not isinstance(value, Tensor):
             raise CorruptArtifact(
-                f"weights {path} hold a {type(value).__name__} under {printable(key, 100)!r}, where a tensor should "
-                "be: save model.state_dict()"
+                f"weights {path} hold a {type(value).__name__} instead of a tensor under {printable(key, 100)!r}: "
+                "save model.state_dict()"
             )
         if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
             raise CorruptArtifact(
-                f"weights {path} hold numbers that are sparse, quantized or elsewhere under {printable(key, 100)!r}: "
+                f"weights {path} hold a sparse, quantized or meta tensor under {printable(key, 100)!r}: "
                 "save the state_dict() of the dense float model"
             )
     return {key: value.detach() for key, value in content.items()}
@@ -389,17 +394,17 @@ def _misfit(
     classifiers: Sequence[str],
     error: RuntimeError,
 ) -> str:
-    """One line on how ``state`` differs from the network's ``own``."""
+    """One line on the differences between ``state`` and the network's state, ``own``."""
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     misshapen = [key for key in own if key in state and state[key].shape != own[key].shape]
     heads = {f"{layer}.{part}" for layer in classifiers for part in ("weight", "bias")}
     if misshapen and not missing and not unexpected and heads.issuperset(misshapen):
-        theirs, asked = len(state[misshapen[0]]), len(own[misshapen[0]])
+        theirs, wanted = len(state[misshapen[0]]), len(own[misshapen[0]])
         return (
-            f"{source} has {counted(theirs, 'class')}, {name} was asked for {asked}: remove `model.num_classes` "
+            f"{source} has {counted(theirs, 'class')}, {name} was built for {wanted}: remove `model.num_classes` "
             "and give data with the classes of the weights, or add `model.new_head=True` to train a classifier of "
-            f"{asked} (saq quantize, saq search)"
+            f"{wanted} (saq quantize, saq search)"
         )
     read = {
         (state[key].shape[1], own[key].shape[1])
@@ -407,24 +412,23 @@ def _misfit(
         if _differ_in_channels(state[key], own[key])
     }
     if len(read) == 1 and len(misshapen) == 1 and not missing and not unexpected:
-        theirs, asked = read.pop()
+        theirs, wanted = read.pop()
         return (
-            f"{source} reads images of {counted(theirs, 'channel')} ({misshapen[0]}), {name} was asked for {asked}: "
+            f"{source} reads images of {counted(theirs, 'channel')} ({misshapen[0]}), {name} was built for {wanted}: "
             f"use `model.in_chans={theirs}`"
         )
     shapes = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in misshapen]
     kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes))
     parts = [f"{len(keys)} {kind} ({_listed(keys)})" for kind, keys in kinds if keys]
     reason = ", ".join(parts) or printable(" ".join(str(error).split()))
-    return f"{source} does not fit {name}: {reason}; give its own weights, or name the network these are of"
+    return f"{source} does not fit {name}: {reason}; give weights of this network, or name the network of the weights"
 
 
 def _differ_in_channels(one: Tensor, other: Tensor) -> bool:
-    """Whether two weights of a convolution differ in what they read alone."""
-    return one.dim() == other.dim() == 4 and (one.shape[0], one.shape[2:]) == (
-        other.shape[0],
-        other.shape[2:],
-    )
+    """Whether two weights of a convolution differ only in their input channels."""
+    if not one.dim() == other.dim() == 4:
+        return False
+    return (one.shape[0], one.shape[2:]) == (other.shape[0], other.shape[2:])
 
 
 def _listed(keys: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from saqcli.data.splits import workers_of
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.export import ModelMetadata
 from saqcli.export.restore import rebuild_structure, restore
-from saqcli.models.preprocessing import Preprocessing, is_small
+from saqcli.models.preprocessing import Preprocessing, has_small_images
 from saqcli.pipelines.bits import check_bits, check_bits_source, given_policy
 from saqcli.pipelines.calibration import calibrate, describe, install_quantizers
 from saqcli.pipelines.checks import check_builds, check_model
@@ -216,7 +216,7 @@ def _images(
         split,
         preprocessing,
         batch_size=selection.data.eval_batch_size
-        or (SMALL_BATCH if is_small(preprocessing) else LARGE_BATCH),
+        or (SMALL_BATCH if has_small_images(preprocessing) else LARGE_BATCH),
         workers=workers_of(selection.data, preprocessing),
         device=device,
         seed=selection.seed,

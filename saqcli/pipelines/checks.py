@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from saqcli.config import DataSection, ModelSection, RunConfig
-from saqcli.data.datasets import check_there
-from saqcli.data.splits import named_data
+from saqcli.data.datasets import check_split_exists
+from saqcli.data.splits import data_path
 from saqcli.errors import ConfigError, Problems, SaqError
 from saqcli.export import STYLES
 from saqcli.models.arguments import check_arguments
-from saqcli.models.load import LoadedModel, check_named
+from saqcli.models.load import LoadedModel, check_model_name
 from saqcli.pipelines.bits import (
     budget_of,
     check_bits,
@@ -81,7 +81,7 @@ def _build(section: ModelSection) -> None:
 
 def _check_name(name: str) -> None:
     check_not_run(name)
-    check_named(name)
+    check_model_name(name)
 
 
 def _check_weights(weights: str) -> None:
@@ -108,10 +108,10 @@ def check_images(section: DataSection, *splits: Literal["train", "val"], files: 
     problems = Problems()
     if files:
         problems.attempt(check_files, section.class_order, section.class_map)
-    path = problems.attempt(named_data, section)
+    path = problems.attempt(data_path, section)
     if path is not None:
         for split in splits:
-            problems.attempt(check_there, path, split)
+            problems.attempt(check_split_exists, path, split)
     problems.check()
 
 

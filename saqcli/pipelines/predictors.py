@@ -14,7 +14,7 @@ from saqcli.export.model_metadata import ModelMetadata, read_onnx_metadata
 from saqcli.export.operators import frozen_copy
 from saqcli.export.restore import complete_class_names, restore, trained_classes
 from saqcli.models.preprocessing import Preprocessing
-from saqcli.models.rebuild import check_description
+from saqcli.models.rebuild import check_build_metadata
 from saqcli.pipelines.setup import classes_of, explain_unsupported, load_float
 from saqcli.pipelines.targets import EVALUATED, QUANTIZED, find_target, model_file, named_file
 from saqcli.progress import Progress
@@ -109,7 +109,7 @@ def _from_metadata(
     predict: Callable[[Tensor], Tensor], name: str, metadata: ModelMetadata, device: torch.device
 ) -> Predictor:
     try:
-        preprocessing = check_description(metadata.build, metadata.preprocessing)
+        preprocessing = check_build_metadata(metadata.build, metadata.preprocessing)
     except SaqError as error:
         raise CorruptArtifact(f"{name} has invalid metadata: {printable(str(error))}") from None
     classes = trained_classes(metadata, name)

@@ -22,7 +22,7 @@ from torch import Tensor
 from saqcli import distributed
 from saqcli.config import DataSection, ModelSection, ProxySection, RunConfig, SearchSection
 from saqcli.data.batches import Loader
-from saqcli.data.datasets import divide, some_classes, subset
+from saqcli.data.datasets import class_subset, divide, subset
 from saqcli.data.folders import find_images, find_split
 from saqcli.data.loaders import read_all
 from saqcli.data.splits import Images, validation_loader
@@ -33,8 +33,8 @@ from saqcli.progress import Progress
 from saqcli.random_state import random_state, seed_everything
 from saqcli.search import SearchImages
 from saqcli.serialization import named_path
+from saqcli.tasks.class_names import ORDERS
 from saqcli.tasks.classification import Meter
-from saqcli.tasks.labels import ORDERS
 from saqcli.training.loop import NO_MEMORY, Memory
 from saqcli.training.optimizer import in_float, search_training
 from saqcli.training.preflight import check_trains
@@ -51,7 +51,7 @@ def search_images(images: Images, section: SearchSection, progress: Progress) ->
     """
     split = images.train
     if section.classes is not None:
-        split = some_classes(split, section.classes, images.seed)
+        split = class_subset(split, section.classes, images.seed)
     if section.images is not None:
         split = subset(split, section.images, images.seed)
     held_out, training = divide(split, section.held_out, images.seed)

@@ -83,7 +83,7 @@ def quantize(
             if state is None:
                 if resume:
                     note_restart(run, progress.note)
-                prepared.images.bind_to(run)
+                prepared.images.record_or_check(run)
                 start_run(config, prepared, run, device, progress)
                 state = run.load_saved()
             run.end_search()
@@ -92,7 +92,7 @@ def quantize(
             model.to(device)
             images = distributed.together(lambda: open_run_images(config, metadata, device))
             if resumed:
-                images.bind_to(run)
+                images.record_or_check(run)
                 progress.note(resuming(run, resume_point(state, config.training.epochs)))
             best: Mapping[str, Tensor] | None = None
             if config.training.epochs:

@@ -20,7 +20,7 @@ import torch
 
 from saqcli import distributed
 from saqcli.config import RunConfig
-from saqcli.data.loaders import MOST_WORKERS, default_workers
+from saqcli.data.loaders import MAX_WORKERS, default_workers
 from saqcli.errors import ConfigError, DataError, Interrupted, RunDirectoryError
 from saqcli.machine import cores, resolve_device
 from saqcli.pipelines.quantize import quantize
@@ -235,7 +235,7 @@ def _default_workers(config: RunConfig, cores_then: int) -> int:
     before = random_state()
     here = default_workers(load_float(section, SILENT).preprocessing)
     set_random_state(before)
-    return min(MOST_WORKERS, cores_then) if here else 0
+    return min(MAX_WORKERS, cores_then) if here else 0
 
 
 @contextmanager

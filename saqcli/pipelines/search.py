@@ -84,7 +84,7 @@ def _search(
     with run.recorded():
         if resume:
             note_restart(run, progress.note)
-        request.images.bind_to(run)
+        request.images.record_or_check(run)
         results = save_search(run_search(config, request, None, run, progress), config, run)
         run.finish(results)
         run.end_search()
@@ -152,7 +152,7 @@ def choose_bits(
         return policy, Budget()
     request = distributed.together(lambda: request_search(config, network, images, progress))
     if config.search.proxy is not None:
-        request.images.bind_to(run, of="proxy ")
+        request.images.record_or_check(run, prefix="proxy ")
     found = run_search(config, request, statistics, run, progress)
     save_search(found, config, run)
     return found.policy, found.budget

@@ -24,7 +24,8 @@ from saqcli.quant.fold import make_plain
 from saqcli.quant.tracer import Trace, trace
 from saqcli.random_state import seed_everything
 from saqcli.serialization import named_path
-from saqcli.tasks.labels import ORDERS, Classes
+from saqcli.tasks.class_names import ORDERS
+from saqcli.tasks.labels import Classes
 from saqcli.units import counted
 
 
@@ -168,7 +169,7 @@ def training_images(
     section: DataSection, loaded: LoadedModel, device: torch.device, seed: int, progress: Progress
 ) -> Images:
     """The training images for a search of the network ``loaded``."""
-    return Images.training_alone(section, classes_of(loaded), loaded.preprocessing, device, seed, progress)
+    return Images.training_only(section, classes_of(loaded), loaded.preprocessing, device, seed, progress)
 
 
 def open_images(

@@ -11,7 +11,7 @@ from saqcli.config import ModelSection
 from saqcli.data.folders import VAL_FOLDERS
 from saqcli.errors import ConfigError, RunDirectoryError, UnknownModel
 from saqcli.models.libraries import ZOOS
-from saqcli.models.load import check_named
+from saqcli.models.load import check_model_name
 from saqcli.runs.directory import RunDirectory
 from saqcli.serialization import named_path, printable
 
@@ -232,7 +232,7 @@ def _check_name(text: str, path: Path, accepts: Sequence[Kind]) -> None:
         ConfigError: unknown, where they are not.
     """
     try:
-        check_named(text)
+        check_model_name(text)
     except UnknownModel as error:
         near = _near_runs(path)
         if "model" in accepts:
@@ -242,7 +242,7 @@ def _check_name(text: str, path: Path, accepts: Sequence[Kind]) -> None:
 
 def _known(name: str) -> bool:
     try:
-        check_named(name)
+        check_model_name(name)
     except UnknownModel:
         return False
     return True

@@ -1,8 +1,8 @@
-"""Files that people and tools write about classes: lists of them in the order of their labels, and maps from folders.
+"""Readers of class files: class lists, and maps from folders to classes.
 
-A class list (``data.class_order``, or a ``class_to_idx.json`` beside the folders) is one name a line, a JSON list, or
-a JSON object of names and indices. A class map (``data.class_map``) says for each folder which class it is: lines of
-two words, CSV, or a JSON object. Both are strict: a file is read as a whole or refused, with the first misfit.
+A class list (``data.class_order``, or a ``class_to_idx.json`` next to the folders) has one name per line, or is a JSON
+list, or a JSON object of names and indices. A class map (``data.class_map``) gives the class of each folder: lines of
+two words, CSV, or a JSON object. Reading is strict: the first error in a file refuses it.
 """
 
 import csv
@@ -15,8 +15,8 @@ from typing import Any
 from saqcli.errors import ConfigError
 from saqcli.serialization import named_path, printable, read_json, read_text
 
-# What torchvision's and Keras's users, timm's --class-map and annotation tools call such a file.
-FOUND = (
+# Usual names of such files: of torchvision's and Keras's users, timm's --class-map and annotation tools.
+CLASS_LIST_NAMES = (
     *("class_to_idx.json", "class_to_idx.txt", "class_to_idx.csv", "class_indices.json", "idx_to_class.json"),
     *("classes.json", "classes.txt", "class_names.json", "class_names.txt", "class_map.txt"),
 )
@@ -26,21 +26,21 @@ _SHOWN = 60  # characters of a name in a message
 
 
 def find_class_lists(places: Iterable[Path]) -> list[Path]:
-    """The class lists in ``places``, the nearest first."""
-    found = {place / name: None for place in places for name in FOUND}
+    """The class lists in ``places``, in their order."""
+    found = {place / name: None for place in places for name in CLASS_LIST_NAMES}
     return [path for path in found if path.is_file()]
 
 
 def read_class_list(path: Path, folders: Collection[str]) -> dict[str, int]:
-    """Class names and their indices, as ``path`` lists them.
+    """Read class names and their indices from ``path``.
 
     Args:
-        path: ``.json``: a list of names, or an object of names and indices, either way round. Otherwise text: a name a
-            line; a name and its index, either way round, if the lines as a whole are none of ``folders``.
+        path: ``.json``: a list of names, or an object of names and indices in either direction. Otherwise text: one
+            name per line, or a name and its index in either order unless a whole line is the name of a folder.
         folders: names of class folders.
 
     Raises:
-        ConfigError: no such file, or something else in it.
+        ConfigError: the file does not exist, or its content is invalid.
     """
     text = _read(path)
     if path.suffix.lower() == ".json":
@@ -49,25 +49,25 @@ def read_class_list(path: Path, folders: Collection[str]) -> dict[str, int]:
         lines = _lines(text, path)
         numbered = None if set(lines) & set(folders) else _numbered(lines)
         pairs = [(name, index) for index, name in enumerate(lines)] if numbered is None else numbered
-    _refuse_twice([name for name, _ in pairs], "name", path)
-    _refuse_twice([index for _, index in pairs], "index", path)
+    _check_unique([name for name, _ in pairs], "name", path)
+    _check_unique([index for _, index in pairs], "index", path)
     if wrong := [name for name, index in pairs if index < 0]:
         raise ConfigError(f"{path}: the index of {_shown(wrong[0])} is below 0")
     if not pairs:
-        raise ConfigError(f"{path} lists no classes: give a name a line, or a JSON list")
+        raise ConfigError(f"{path} lists no classes: give one name per line, or a JSON list")
     return dict(pairs)
 
 
 def read_class_map(path: Path, folders: Collection[str]) -> dict[str, str | int]:
-    """Folder to the class that it stands for: an index, or the name or synset of a class.
+    """Read the class of each folder from ``path``: an index, or the name or synset of a class.
 
     Args:
         path: ``.json``: an object. ``.csv``: two columns, with or without a header. Otherwise lines of a folder and a
-            class with a tab, a comma or a blank between them.
-        folders: names of class folders, which tell where a name that has blanks ends.
+            class, separated by a tab, a comma or a blank.
+        folders: names of class folders, used to find the end of a name that contains blanks.
 
     Raises:
-        ConfigError: no such file, or something else in it.
+        ConfigError: the file does not exist, or its content is invalid.
     """
     text = _read(path)
     if path.suffix.lower() == ".json":
@@ -76,23 +76,23 @@ def read_class_map(path: Path, folders: Collection[str]) -> dict[str, str | int]
             raise ConfigError(f'{path}: give a JSON object of folders and classes, {{"FOLDER": "CLASS"}}')
         pairs: list[tuple[str, str | int]] = list(tree.items())
     else:
-        rows = [_two(line, number, path, folders) for number, line in enumerate(_lines(text, path), 1)]
+        rows = [_split_line(line, number, path, folders) for number, line in enumerate(_lines(text, path), 1)]
         if rows and rows[0][0] not in folders and {word.lower() for word in rows[0]} <= _HEADER:
             del rows[0]
         pairs = [(folder, int(name) if _is_index(name) else name) for folder, name in rows]
-    _refuse_twice([folder for folder, _ in pairs], "folder", path)
+    _check_unique([folder for folder, _ in pairs], "folder", path)
     if not pairs:
         raise ConfigError(f"{path} maps no folder: give a line `FOLDER CLASS` for each")
     if wrong := [folder for folder, name in pairs if name == "" or (isinstance(name, int) and name < 0)]:
         raise ConfigError(
-            f"{path}: {_shown(wrong[0])} has no class: give a name, a synset or an index from 0 on"
+            f"{path}: {_shown(wrong[0])} has no class: give a name, a synset or an index counted from 0"
         )
     return dict(pairs)
 
 
 def _read(path: Path) -> str:
     if path.suffix.lower() in (".pkl", ".pickle", ".pt", ".pth"):
-        raise ConfigError(f"{path} may hold code, which saq does not run: write the same as JSON or text")
+        raise ConfigError(f"{path} may hold code, which saq does not run: give a JSON or text file")
     return read_text(named_path(str(path)), str(path)).removeprefix("\ufeff")
 
 
@@ -114,7 +114,7 @@ def _json_pairs(tree: Any, path: Path) -> list[tuple[str, int]]:
 
 
 def _numbered(lines: list[str]) -> list[tuple[str, int]] | None:
-    """Names and indices from 0 or 1 on, if every line has both in one and the same order; a header is passed over."""
+    """Names and indices, counted from 0 or 1, if every line has both in the same order; a header is skipped."""
     for pattern in (r"(?P<name>.+?)[\s,;:=]+(?P<index>\d+)", r"(?P<index>\d+)[\s,;:=]+(?P<name>.+)"):
         found = [re.fullmatch(pattern, line) for line in lines]
         if len(found) > 1 and found[0] is None and set(re.split(r"[\s,;]+", lines[0].lower())) <= _HEADER:
@@ -127,8 +127,8 @@ def _numbered(lines: list[str]) -> list[tuple[str, int]] | None:
     return None
 
 
-def _two(line: str, number: int, path: Path, folders: Collection[str]) -> tuple[str, str]:
-    """A line of a class map as folder and class."""
+def _split_line(line: str, number: int, path: Path, folders: Collection[str]) -> tuple[str, str]:
+    """Folder and class from a line of a class map."""
     if "\t" in line:
         words = [word.strip() for word in line.split("\t")]
     elif "," in line or '"' in line:
@@ -138,7 +138,7 @@ def _two(line: str, number: int, path: Path, folders: Collection[str]) -> tuple[
     else:
         words = line.split()
         if len(words) > 2:
-            words = _blanks(line, words, folders)
+            words = _split_at_blank(line, words, folders)
     if len(words) != 2 or "" in words:
         raise ConfigError(
             f"{path}: line {number} is not a folder and a class: put a tab or a comma between the two"
@@ -146,8 +146,8 @@ def _two(line: str, number: int, path: Path, folders: Collection[str]) -> tuple[
     return words[0], words[1]
 
 
-def _blanks(line: str, words: list[str], folders: Collection[str]) -> list[str]:
-    """Three words and more: the folder is one that is there, or all before a synset or an index."""
+def _split_at_blank(line: str, words: list[str], folders: Collection[str]) -> list[str]:
+    """Split three or more words: the folder is an existing one, or everything before a synset or an index."""
     splits = [[line[: match.start()], line[match.end() :]] for match in re.finditer(r"\s+", line)]
     there = [split for split in splits if split[0] in folders]
     if not there and (_SYNSET.fullmatch(words[-1]) or _is_index(words[-1])):
@@ -159,18 +159,18 @@ def _is_index(text: str) -> bool:
     return re.fullmatch(r"[0-9]{1,9}", text) is not None
 
 
-def _refuse_twice(values: list[Any], what: str, path: Path) -> None:
+def _check_unique(values: list[Any], kind: str, path: Path) -> None:
     twice = [value for value, count in Counter(values).items() if count > 1]
     if twice:
-        raise ConfigError(f"{path}: the {what} {_shown(twice[0])} stands there twice")
+        raise ConfigError(f"{path}: the {kind} {_shown(twice[0])} appears twice")
 
 
 def _shown(name: object) -> str:
     return printable(str(name), _SHOWN)
 
 
-def misfit(index: Mapping[str, int], count: int) -> str:
-    """Why a class list does not suit a network of ``count`` classes; empty if it does."""
+def mismatch(index: Mapping[str, int], count: int) -> str:
+    """Why a class list does not match a network with ``count`` classes; empty if it does."""
     if len(index) != count:
         return f"it lists {len(index)} classes, the model has {count}"
     wrong = [name for name, place in index.items() if place >= count]

@@ -58,7 +58,7 @@ def evaluate(
         for counts in distributed.interleaved(distributed.gathered([vars(meter) for meter in meters])):
             so_far.add(Meter(**counts))
     if not so_far.images:
-        raise DataError("not one image could be read: there is nothing to evaluate")
+        raise DataError("no image could be read: there is nothing to evaluate")
     return so_far.score()
 
 

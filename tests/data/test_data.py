@@ -69,13 +69,13 @@ def test_folder_without_classes_lists_its_contents(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is empty"):
         open_split(str(tmp_path), "val", num_classes=2)
     (tmp_path / "1.JPEG").touch()
-    with pytest.raises(DataError, match="holds 1 image but no class folders"):
+    with pytest.raises(DataError, match="has 1 image but no class folders"):
         open_split(str(tmp_path), "val", num_classes=2)
 
 
 def test_empty_class_folders_are_named(tmp_path: Path, make_classes: MakeClasses) -> None:
     make_classes(tmp_path, {"bird": 0, "cat": 0, "dog": 0})
-    with pytest.raises(DataError, match=r"3 folders \(bird, cat, dog\) and no image in any"):
+    with pytest.raises(DataError, match=r"3 folders \(bird, cat, dog\) but no image in them"):
         open_split(str(tmp_path), "val", num_classes=3)
     (tmp_path / "cat" / "1.png").touch()
     with pytest.raises(DataError, match="without an image: bird, dog;"):

@@ -41,31 +41,31 @@ class TestBrokenLinks:
         (folder / place).parent.mkdir(exist_ok=True)
         (folder / place).symlink_to("/nowhere/truck")
         with pytest.raises(
-            DataError, match=rf"{folder / place} is a link to nothing \(/nowhere/truck\): "
+            DataError, match=rf"{folder / place} is a broken link \(/nowhere/truck\): "
         ) as caught:
             open_split(str(folder), "train" if place == "train" else "val", num_classes=2, bad_images="skip")
         assert "\n" not in str(caught.value)
 
     def test_link_to_itself_is_named(self, folder: Path) -> None:
         (folder / "val" / "loop").symlink_to(folder / "val" / "loop")
-        with pytest.raises(DataError, match="loop is a link to nothing"):
+        with pytest.raises(DataError, match="loop is a broken link"):
             val(folder)
 
     def test_broken_data_root_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "data").symlink_to("nowhere")
-        with pytest.raises(DataError, match=r"data is a link to nothing \(nowhere\)"):
+        with pytest.raises(DataError, match=r"data is a broken link \(nowhere\)"):
             val(tmp_path / "data")
 
     def test_broken_synset_folder_is_named(self, tmp_path: Path, make_classes: MakeClasses) -> None:
         make_classes(tmp_path, {TENCH: 1})
         (tmp_path / GOLDFISH).symlink_to("/nowhere")
-        with pytest.raises(DataError, match=f"{GOLDFISH} is a link to nothing"):
+        with pytest.raises(DataError, match=f"{GOLDFISH} is a broken link"):
             val(tmp_path, 1000)
 
     def test_broken_image_is_named_or_counted(self, folder: Path) -> None:
         (folder / "val" / "cat" / "9.png").symlink_to("/nowhere/9.png")
         with pytest.raises(
-            DataError, match=r"cannot read .*9.png \(it is a link to nothing\).*`data.bad_images=skip`"
+            DataError, match=r"cannot read .*9.png \(it is a broken link\).*`data.bad_images=skip`"
         ):
             val(folder)
         split = val(folder, bad_images="skip")
@@ -124,7 +124,7 @@ class TestSplits:
             make_classes(tmp_path / name, {"cat": 1, "dog": 1})
         if len(list(tmp_path.iterdir())) < 2:
             pytest.skip("a file system without capitals")
-        with pytest.raises(DataError, match=rf"has .*{names[0]}/.*: rename the one that is meant to val/"):
+        with pytest.raises(DataError, match=rf"has .*{names[0]}/.*: rename the right one to val/"):
             val(tmp_path)
 
     def test_test_preferred_over_valid_is_noted(self, tmp_path: Path, make_classes: MakeClasses) -> None:
@@ -132,7 +132,7 @@ class TestSplits:
             make_classes(tmp_path / name, {"cat": 1, "dog": 1})
         split = val(tmp_path)
         assert split.name == str(tmp_path / "test")
-        assert "and not valid/" in split.notes[0]
+        assert "not valid/" in split.notes[0]
 
     def test_classes_may_be_named_like_splits(self, tmp_path: Path, make_classes: MakeClasses) -> None:
         make_classes(tmp_path, {"Bus": 1, "train": 2, "Test": 1})
@@ -178,7 +178,7 @@ class TestIgnoredFiles:
         assert split.images == 3
         assert "2 .gif files (such as" in split.notes[0]
         assert "1 .heic file (such" in split.notes[0]
-        assert "1 file without an ending" in split.notes[0]
+        assert "1 file without a suffix" in split.notes[0]
         assert "ignored: 1 image outside the class folders (loose.png)" in split.notes[1]
         assert "notes" not in " ".join(split.notes)
 
@@ -197,7 +197,7 @@ def test_commands_name_a_broken_class_folder(digits: Path, tmp_path: Path) -> No
     options = [MODEL, *float_options(digits, tmp_path)]
     refused = saq("eval", *options, "--quiet")
     assert refused.exit_code == 1
-    assert f"{tmp_path / '9'} is a link to nothing (/nowhere/9)" in last_error(refused)
+    assert f"{tmp_path / '9'} is a broken link (/nowhere/9)" in last_error(refused)
     (tmp_path / "9").unlink()
     (tmp_path / "9").symlink_to(digits / "few" / "val" / "9")
     images = len(list((digits / "few" / "val").rglob("*.png")))

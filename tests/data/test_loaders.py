@@ -154,7 +154,9 @@ def test_short_last_batch_is_kept_or_dropped(
 
 def test_oversized_batch_is_refused(split: Split, load: Load) -> None:
     assert len(load(split, training=True, batch_size=50)) == 1
-    with pytest.raises(DataError, match=r"has 12 images, not one batch of 50: use `data.batch_size=12`"):
+    with pytest.raises(
+        DataError, match=r"has 12 images, less than one batch of 50: use `data.batch_size=12`"
+    ):
         load(split, training=True, batch_size=50, drop_last=True)
 
 
@@ -225,7 +227,7 @@ class Fatal:
 
 @pytest.mark.slow  # torch polls every five seconds
 def test_dead_workers_are_reported_with_advice(load: Load) -> None:
-    with pytest.raises(DataError, match=r"the processes that read fatal died.* `data.workers=0`"):
+    with pytest.raises(DataError, match=r"the worker processes that read fatal died.* `data.workers=0`"):
         batches(load(Split("fatal", ImageSet(Fatal(), None, 2, "fatal"), ()), workers=1))
 
 
@@ -269,7 +271,7 @@ def test_grey_model_gets_grey_images(split: Split, load: Load) -> None:
 @pytest.mark.parametrize("label", [-1, 2])
 def test_label_out_of_range_is_refused(label: int, load: Load) -> None:
     source = [(Image.new("RGB", (32, 32)), label)]
-    with pytest.raises(DataError, match=f"set has the label {label}, the model classes 0 to 1"):
+    with pytest.raises(DataError, match=f"set has the label {label}, the model has classes 0 to 1"):
         batches(load(Split("set", ImageSet(source, None, 2, "set"), (), "skip")))
 
 

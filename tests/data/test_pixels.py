@@ -116,24 +116,24 @@ def test_floats_may_exceed_one_by_rounding() -> None:
 AMBIGUOUS: dict[str, tuple[bytes, str]] = {
     "more than 16 bits": (
         stored(GREY.astype(np.int32) * 70_000, "tiff"),
-        "reach 1.75e.07, so nobody can tell",
+        "is 1.75e.07, so the value of white",
     ),
-    "negative": (stored(GREY.astype(np.int32) - 100, "tiff"), "reach down to -100"),
-    "12 bits in 32": (stored(GREY.astype(np.int32) * 16, "tiff"), "reach 4000 of 65535"),
-    "12 bits in 16": (stored(GREY.astype(np.uint16) * 16, "tiff"), "reach 4000 of 65535"),
-    "8 bits in 16": (stored(GREY.astype(np.uint16), "png"), "reach 250 of 65535"),
-    "a mask": (stored((GREY > 9).astype(np.int32), "tiff"), "reach 1 of 255"),
-    "floats to 10": (stored(GREY.astype(np.float32) / 25, "tiff"), "reach 10 of 255"),
-    "floats to 1000": (stored(GREY.astype(np.float32) * 4, "tiff"), "reach 1000, so nobody can tell"),
-    "floats below zero": (stored(GREY.astype(np.float32) - 1, "tiff"), "reach down to -1"),
-    "small floats": (stored(GREY.astype(np.float32) / 25_000, "tiff"), "reach 0.01 of 1"),
+    "negative": (stored(GREY.astype(np.int32) - 100, "tiff"), "value is -100"),
+    "12 bits in 32": (stored(GREY.astype(np.int32) * 16, "tiff"), "largest value is 4000 of 65535"),
+    "12 bits in 16": (stored(GREY.astype(np.uint16) * 16, "tiff"), "largest value is 4000 of 65535"),
+    "8 bits in 16": (stored(GREY.astype(np.uint16), "png"), "largest value is 250 of 65535"),
+    "a mask": (stored((GREY > 9).astype(np.int32), "tiff"), "largest value is 1 of 255"),
+    "floats to 10": (stored(GREY.astype(np.float32) / 25, "tiff"), "largest value is 10 of 255"),
+    "floats to 1000": (stored(GREY.astype(np.float32) * 4, "tiff"), "is 1000, so the value of white"),
+    "floats below zero": (stored(GREY.astype(np.float32) - 1, "tiff"), "value is -1"),
+    "small floats": (stored(GREY.astype(np.float32) / 25_000, "tiff"), "largest value is 0.01 of 1"),
     "NaN": (stored(np.where(GREY > 9, np.nan, GREY).astype(np.float32), "tiff"), "NaN or infinite"),
     "signed 8 bits": (tiff(GREY, 8, 2), "signed"),
     "8 bits in 16-bit colours": (
         tiff(COLOUR.astype(np.uint16), 16, photometric=2),
         "16-bit colours are below 4096",
     ),
-    "floats in colour": (tiff(COLOUR.astype(np.float32), 32, 3, photometric=2), "kind of TIFF"),
+    "floats in colour": (tiff(COLOUR.astype(np.float32), 32, 3, photometric=2), "this kind of TIFF"),
 }
 
 

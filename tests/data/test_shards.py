@@ -16,7 +16,7 @@ pytest.importorskip("webdataset")
 
 from saqcli.data import archives as shards_module
 from saqcli.data.batches import Loader
-from saqcli.data.datasets import Split, divide, fingerprint, open_split, some_classes, subset
+from saqcli.data.datasets import Split, class_subset, divide, fingerprint, open_split, subset
 from saqcli.data.loaders import make_loader
 from saqcli.errors import DataError
 from saqcli.models.preprocessing import Preprocessing
@@ -74,7 +74,7 @@ def test_evaluation_visits_each_image_once(folder: Path, workers: int) -> None:
 def test_epoch_is_determined_by_seed_and_number(
     folder: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards_module, "MIXED", 6)
+    monkeypatch.setattr(shards_module, "SHUFFLE_BUFFER", 6)
     options: dict[str, Any] = {"training": True, "workers": workers, "drop_last": True, "batch_size": 4}
     loader = load(opened(folder, "train"), **options)
     first, second = seen(loader, 0), seen(loader, 1)
@@ -86,7 +86,7 @@ def test_epoch_is_determined_by_seed_and_number(
 
 
 def test_parts_are_disjoint_and_subsets_nested(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "TOGETHER", 2)
+    monkeypatch.setattr(shards_module, "IMAGES_PER_TURN", 2)
     split = opened(folder, "train")
     small, large, whole = (seen(load(subset(split, count, seed=3))) for count in (8, 15, 99))
     assert (len(small), len(large), sorted(whole)) == (8, 15, list(range(COUNT)))
@@ -96,13 +96,13 @@ def test_parts_are_disjoint_and_subsets_nested(folder: Path, monkeypatch: pytest
     held_out, rest = (seen(load(part)) for part in divide(subset(split, 20, seed=3), 0.3, seed=1))
     assert len(held_out) == 6
     assert Counter(held_out + rest) == Counter(seen(load(subset(split, 20, seed=3))))
-    with pytest.raises(DataError, match="is a stream, from which no images can be drawn"):
-        some_classes(split, 2, seed=0)
+    with pytest.raises(DataError, match="is a stream, which does not support drawing images"):
+        class_subset(split, 2, seed=0)
 
 
 def test_calibration_samples_across_shards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one class per file, calibration sees more than the first class."""
-    monkeypatch.setattr(shards_module, "TOGETHER", 2)
+    monkeypatch.setattr(shards_module, "IMAGES_PER_TURN", 2)
     file_of = [number for number, size in enumerate(SIZES) for _ in range(size)]
     for seed in range(3):
         drawn = subset(opened(folder, "train"), 9, seed)
@@ -147,7 +147,7 @@ def spoil(path: Path) -> None:
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such split": (
         lambda f: rewrite(f, lambda s: s.pop("validation")),
-        r"has the splits train, and not validation or val or test",
+        r"has the splits train, but not validation or val or test",
     ),
     "no info": (
         lambda f: (f / "_info.json").unlink(),
@@ -156,8 +156,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no json": (lambda f: (f / "_info.json").write_text("{"), "_info.json is not JSON"),
     "no object": (lambda f: (f / "_info.json").write_text("[]"), "has no splits"),
     "deep": (lambda f: (f / "_info.json").write_text("[" * 100_000), "is not JSON"),
-    "sum": (lambda f: rewrite(f, lambda s: s["validation"].update(num_samples=9)), "does not fit together"),
-    "kinds": (lambda f: rewrite(f, lambda s: s["validation"].update(filenames=[1])), "does not fit together"),
+    "sum": (lambda f: rewrite(f, lambda s: s["validation"].update(num_samples=9)), "is inconsistent"),
+    "kinds": (lambda f: rewrite(f, lambda s: s["validation"].update(filenames=[1])), "is inconsistent"),
     "labels": (lambda f: rewrite(f, lambda s: s["validation"].update(alt_label="x")), "labels under 'x'"),
     "outside": (
         lambda f: rewrite(f, lambda s: s["validation"]["filenames"].__setitem__(0, "../a.tar")),
@@ -192,7 +192,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "label": (
         lambda f: write_shard(f / "validation-0001.tar", [("a", {"png": b"", "cls": b"99"})]),
-        "has the label 99, the model classes 0 to 22",
+        "has the label 99, the model has classes 0 to 22",
     ),
     "bad image": (
         lambda f: write_shard(f / "validation-0001.tar", [("a", {"png": b"\x89PNG", "cls": b"9"})]),
@@ -287,7 +287,7 @@ def test_shard_labels_can_be_mapped_not_sorted(tmp_path: Path) -> None:
     assert [int(label) for _, labels in load(mapped) for label in labels] == [5, 7, 9]
     (tmp_path / "map.txt").write_text("0 5\n1 7\n")
     short = open_split(f"wds/{folder}", "val", num_classes=10, class_map=str(tmp_path / "map.txt"))
-    with pytest.raises(DataError, match=r"has the label 2, for which `data\.class_map` has no line"):
+    with pytest.raises(DataError, match=r"has the label 2, but `data\.class_map` has no line"):
         list(load(short))
-    with pytest.raises(DataError, match=r"numbers for labels and no class names.*remove `data.class_order`"):
+    with pytest.raises(DataError, match=r"numbers as labels and no class names.*remove `data.class_order`"):
         open_split(f"wds/{folder}", "val", num_classes=10, class_order="timm")

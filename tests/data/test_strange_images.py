@@ -106,7 +106,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a jpeg": (lambda path: path.write_bytes(encoded("jpeg")[:-200]), "truncated|Truncated"),
     "half a png": (lambda path: path.write_bytes(encoded("png")[:90]), "truncated|broken|unrecognized"),
     "huge": (lambda path: path.write_bytes(png_of_size(20_000, 20_000)), "exceeds limit"),
-    "a link to nothing": (lambda path: path.symlink_to("nowhere.png"), "it is a link to nothing"),
+    "a link to nothing": (lambda path: path.symlink_to("nowhere.png"), "it is a broken link"),
     "a pipe": (lambda path: os.mkfifo(path), "it is a pipe or a device"),
 }
 if os.name == "posix" and os.geteuid() != 0:  # root can read everything
@@ -196,7 +196,7 @@ def test_command_counts_skipped_images(digits: Path, tmp_path: Path) -> None:
 def test_image_deleted_during_run_is_reported(folder: Path, workers: int) -> None:
     strict, lenient = opened(folder), opened(folder, "skip")
     (folder / "val" / "dog" / "good.png").unlink()
-    with pytest.raises(DataError, match=r"good.png \(it was there when the run started\)"):
+    with pytest.raises(DataError, match=r"good.png \(it existed when the run started\)"):
         list(load(strict, workers))
     assert [int(label) for _, label in load(lenient, workers)] == [0, LEFT_OUT]
 
@@ -208,7 +208,7 @@ def test_misleading_folders_are_reported(folder: Path) -> None:
     (folder / "val" / "dog" / "far").symlink_to(folder / "val" / "cat")
     assert opened(folder).images == 5
     (folder / "val" / "cat" / "more.png" / "back").symlink_to(folder / "val" / "cat")
-    with pytest.raises(DataError, match="back is a link to a folder that it lies in: remove it"):
+    with pytest.raises(DataError, match="back is a link to one of its parent folders: remove it"):
         opened(folder)
     with pytest.raises(ConfigError, match="is not a path"):
         opened(Path("x" * 5000))
@@ -226,7 +226,7 @@ def test_killed_worker_is_reported_promptly(folder: Path, training: bool) -> Non
     started = time.monotonic()
     assert victim.pid is not None
     os.kill(victim.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"the processes that read .*val died.* `data.workers=0`"):
+    with pytest.raises(DataError, match=r"the worker processes that read .*val died.* `data.workers=0`"):
         list(batches)
     assert time.monotonic() - started < 60
 

@@ -17,7 +17,7 @@ KEPT: dict[str, Any] = json.loads((FOLDER / "published.json").read_text())
 
 
 def current(library: str) -> bool:
-    return KEPT[library]["version"] in (None, catalogue.installed(library))
+    return KEPT[library]["version"] in (None, catalogue.installed_version(library))
 
 
 def names(pattern: str | None) -> list[str]:
@@ -59,7 +59,7 @@ def test_input_size_is_that_of_the_tag() -> None:
 def test_stored_catalogue_matches_the_library(library: str) -> None:
     if not current(library):
         pytest.skip(f"another {library} is installed, which is asked itself")
-    found = catalogue.look_up(library)
+    found = catalogue.read_library(library)
     assert found == KEPT[library]["networks"]
     assert list(found) == list(KEPT[library]["networks"])
 
@@ -79,8 +79,8 @@ def test_other_library_version_is_queried(monkeypatch: pytest.MonkeyPatch) -> No
         "resnet18": KEPT["timm"]["networks"]["resnet18"],
         "new18": {"input_size": [3, 8, 8], "tags": {}},
     }
-    monkeypatch.setattr(catalogue, "installed", newer)
-    monkeypatch.setattr(catalogue, "look_up", {"timm": brand_new}.__getitem__)
+    monkeypatch.setattr(catalogue, "installed_version", newer)
+    monkeypatch.setattr(catalogue, "read_library", {"timm": brand_new}.__getitem__)
 
     known, new = catalogue.find("timm/*")
 

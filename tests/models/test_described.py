@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 from saqcli.errors import ConfigError, CorruptArtifact, SaqError
-from saqcli.models.arguments import MOST_NUMBER, RESERVED, check_arguments
+from saqcli.models.arguments import MAX_NUMBER, RESERVED, check_arguments
 from saqcli.models.load import ModelSpec, build_architecture, load_model
-from saqcli.models.rebuild import _no_larger_than, build_described, check_description
+from saqcli.models.rebuild import _limited_size, check_build_metadata, rebuild_from_metadata
 
 IMAGES = {
     "input_size": [3, 8, 8],
@@ -61,7 +61,7 @@ def test_reserved_arguments_are_always_refused(name: str) -> None:
         "a" * 201,
         float("nan"),
         float("-inf"),
-        MOST_NUMBER + 1,
+        MAX_NUMBER + 1,
         -(10**40),
         10**5000,
         [[[[[1]]]]],
@@ -92,7 +92,7 @@ def test_model_is_rebuilt_from_metadata(name: str) -> None:
     """The last one computes with numbers during construction and so cannot be built on meta."""
     build = RESNET | {"name": name}
     state = build_architecture(build).state_dict()
-    model = build_described(build, IMAGES | {"input_size": [3, 32, 32]}, state)
+    model = rebuild_from_metadata(build, IMAGES | {"input_size": [3, 32, 32]}, state)
 
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in state.items()}
     assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
@@ -111,21 +111,21 @@ def test_saq_and_timm_networks_pass_the_limit() -> None:
         with torch.device("meta"):
             state = build_architecture(build).state_dict()
         packed = {key: torch.empty(value.numel() // 4 + 1, dtype=torch.uint8) for key, value in state.items()}
-        build_described(build, IMAGES | {"input_size": [3, side, side]}, packed)
+        rebuild_from_metadata(build, IMAGES | {"input_size": [3, side, side]}, packed)
 
 
 @pytest.mark.parametrize("name", ["saq/resnet56", "timm/resnet18", "torchvision/regnet_x_400mf"])
 def test_oversized_network_is_stopped_while_built(name: str) -> None:
     few = {"a": torch.zeros(10)}
     with pytest.raises(SaqError) as refusal:
-        build_described(RESNET | {"name": name, "num_classes": 10**6}, IMAGES, few)
+        rebuild_from_metadata(RESNET | {"name": name, "num_classes": 10**6}, IMAGES, few)
     assert isinstance(refusal.value, CorruptArtifact)
     assert "a larger network" in str(refusal.value)
 
 
 def test_limit_is_removed_after_construction() -> None:
     with pytest.raises(CorruptArtifact):
-        build_described(RESNET | {"num_classes": 10**6}, IMAGES, {})
+        rebuild_from_metadata(RESNET | {"num_classes": 10**6}, IMAGES, {})
 
     assert not hooks._global_parameter_registration_hooks
     assert not hooks._global_buffer_registration_hooks
@@ -133,7 +133,7 @@ def test_limit_is_removed_after_construction() -> None:
 
 def test_limit_applies_to_one_thread_only() -> None:
     built: list[nn.Module] = []
-    with _no_larger_than(1, 1):
+    with _limited_size(1, 1):
         other = threading.Thread(target=lambda: built.append(nn.Linear(2000, 2000)))
         other.start()
         other.join()
@@ -162,4 +162,4 @@ def test_limit_applies_to_one_thread_only() -> None:
 )
 def test_contradictory_metadata_is_refused(build: dict[str, Any], images: dict[str, Any]) -> None:
     with pytest.raises(SaqError):
-        check_description(RESNET | build, IMAGES | images)
+        check_build_metadata(RESNET | build, IMAGES | images)

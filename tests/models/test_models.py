@@ -55,7 +55,7 @@ def test_name_lookup_order(asked: str, found: str) -> None:
         ("saq/preresnet21", "saq/preresnet20"),
         ("mobilenetv2_100d", "timm/mobilenetv2_100"),
         ("hub/resnet18", "timm/resnet18"),
-        ("", "nothing is near"),
+        ("", "no similar name"),
     ],
 )
 def test_unknown_name_suggests_similar_ones(asked: str, near: str) -> None:
@@ -108,7 +108,7 @@ def test_preprocessing_survives_json() -> None:
     [
         ({"colour": 1}, "colour is unknown"),
         ({"mean": None}, "mean"),
-        ({"mean": [0.5]}, "one number a channel"),
+        ({"mean": [0.5]}, "one number per channel"),
         ({"std": [1, 1, 0]}, "above 0"),
         ({"input_size": [3, 0, 224]}, "above 0"),
         ({"input_size": [224, 224]}, "cannot be read"),
@@ -172,10 +172,10 @@ def test_architecture_with_unknown_key_fails() -> None:
         (random("timm/resnet18", kwargs={"checkpoint_path": "x"}), "`model.weights`"),
         (random("timm/resnet18", kwargs={"num_classes": 3}), "`model.num_classes`"),
         (random("timm/resnet18", kwargs={"block_args": 5}), "`model.kwargs`"),
-        (random("torchvision/googlenet", in_chans=1), "under timm/"),
+        (random("torchvision/googlenet", in_chans=1), "use the network of timm/"),
         (random("saq/resnet20", num_classes=0), "at least 1"),
         (random("saq/resnet20", input_size=-4), "one side"),
-        (random("saq/resnet20", mean=(0.5,)), "one number a channel"),
+        (random("saq/resnet20", mean=(0.5,)), "one number per channel"),
     ],
 )
 def test_invalid_arguments_are_refused(spec: ModelSpec, said: str) -> None:
@@ -219,7 +219,7 @@ def test_num_classes_unlike_the_file_is_refused(tmp_path: Path) -> None:
         path := tmp_path / "w.safetensors",
     )
     message = refusal(ModelSpec("resnet18", weights=path, num_classes=100), WeightsMismatch)
-    assert message.startswith("w.safetensors has 10 classes, timm/resnet18 was asked for 100")
+    assert message.startswith("w.safetensors has 10 classes, timm/resnet18 was built for 100")
     assert "`model.new_head=True`" in message
 
 
@@ -264,7 +264,7 @@ def test_grey_weights_suggest_in_chans(tmp_path: Path) -> None:
     )
     message = refusal(ModelSpec("saq/resnet20", weights=path), WeightsMismatch)
     assert (
-        "reads images of 1 channel (conv1.weight), saq/resnet20 was asked for 3: use `model.in_chans=1`"
+        "reads images of 1 channel (conv1.weight), saq/resnet20 was built for 3: use `model.in_chans=1`"
         in message
     )
 
@@ -279,7 +279,9 @@ def test_new_head_is_randomly_initialized(name: str, tmp_path: Path) -> None:
     assert {key.rpartition(".")[0] for key in other} == set(loaded.classifiers)
     assert all(torch.equal(own[key], theirs[key]) for key in own.keys() - other)
     assert (loaded.num_classes, loaded.trained) == (7, False)
-    assert loaded.notes == ["w.safetensors has another classifier: the 7 classes asked for start random"]
+    assert loaded.notes == [
+        "w.safetensors has another classifier: the new one of 7 classes starts with random weights"
+    ]
     same = load_model(ModelSpec(name, weights=path, num_classes=12, new_head=True))
     assert same.trained
     assert torch.equal(same.model.state_dict()[next(iter(other))], theirs[next(iter(other))])
@@ -347,7 +349,7 @@ def test_cached_timm_weights_work_offline(monkeypatch: pytest.MonkeyPatch, tmp_p
     )
     assert torch.equal(loaded.model.fc.weight, original.model.fc.weight)
     other = load_model(ModelSpec("timm/test_resnet", num_classes=4))
-    assert "start random" in other.notes[0]
+    assert "with random weights" in other.notes[0]
     assert torch.equal(other.model.conv1[0].weight, original.model.conv1[0].weight)
 
 
@@ -363,7 +365,7 @@ def test_cached_torchvision_weights_work_offline(monkeypatch: pytest.MonkeyPatch
     assert loaded.weights_source == "SqueezeNet1_1_Weights.IMAGENET1K_V1"
     assert torch.equal(loaded.model.classifier[1].weight, original.classifier[1].weight)
     other = load_model(ModelSpec("torchvision/squeezenet1_1", num_classes=4))
-    assert "start random" in other.notes[0]
+    assert "with random weights" in other.notes[0]
     assert torch.equal(other.model.features[0].weight, original.features[0].weight)
     grey = load_model(ModelSpec("torchvision/squeezenet1_1", in_chans=1))
     assert torch.equal(grey.model.features[0].weight, original.features[0].weight.sum(1, keepdim=True))

@@ -46,13 +46,13 @@ def test_spelling_variants_are_resolved(asked: str) -> None:
 
 @pytest.mark.parametrize(("asked", "said"), [
     ("hf-hub:microsoft/resnet-18", "`model.weights=FILE`"),
-    ("microsoft/resnet-18", "near are timm/resnet18"),
-    ("hub/resnet18", "near are timm/resnet18"),
+    ("microsoft/resnet-18", "did you mean timm/resnet18"),
+    ("hub/resnet18", "did you mean timm/resnet18"),
     ("w.safetensors", "name its network, and use `model.weights=w.safetensors`"),
     ("folder/model_best.pth.tar", "`model.weights=folder/model_best.pth.tar`"),
     ("net.onnx", "is an ONNX file"),
-    ("", "nothing is near"),
-    ("-", "nothing is near"),
+    ("", "no similar name"),
+    ("-", "no similar name"),
 ])  # fmt: skip
 def test_invalid_name_error_gives_advice(asked: str, said: str) -> None:
     with pytest.raises(UnknownModel) as caught:

@@ -121,7 +121,7 @@ def test_uninitialized_average_is_noted(tmp_path: Path) -> None:
     """As torch.optim.swa_utils saves it before averaging starts."""
     never = swa() | {"n_averaged": torch.tensor(0)}
     loaded = load(tmp_path, {"model": RAW, "swa_model": never})
-    assert "averaged weights (of no update: n_averaged is 0) taken from 'swa_model'" in loaded.notes[0]
+    assert "averaged weights (never updated: n_averaged is 0) taken from 'swa_model'" in loaded.notes[0]
 
 
 @pytest.mark.parametrize("key", ["ema.shadow_params", "avg_model", "callbacks.EMA.ema_weights"])
@@ -131,7 +131,7 @@ def test_unnamed_averages_require_a_choice(key: str, tmp_path: Path) -> None:
     for part in reversed(key.split(".")):
         content = {part: content}
     with pytest.raises(
-        ConfigError, match=rf"under '{key}', beside those in 'model'.*`model.weights_key=model`"
+        ConfigError, match=rf"under '{key}', and raw weights under 'model'.*`model.weights_key=model`"
     ):
         load(tmp_path, {"model": RAW, **content})
     assert has(load(tmp_path, {"model": RAW, **content}, weights_key="model").model, RAW)

@@ -166,7 +166,7 @@ def test_long_name_lists_are_truncated() -> None:
 
 def test_wrong_num_classes_is_explained() -> None:
     message = mismatch(network(10).state_dict(), network(100), name="saq/tiny", classifiers=("3",))
-    assert message.startswith("w.pth has 10 classes, saq/tiny was asked for 100: remove `model.num_classes`")
+    assert message.startswith("w.pth has 10 classes, saq/tiny was built for 100: remove `model.num_classes`")
     assert "`model.new_head=True`" in message
 
 

@@ -14,7 +14,7 @@ from saqcli.models.load import build_architecture
 from saqcli.pipelines import rerun
 from tests.support.command_line import answer, last_error, saq
 
-DATA = "no images were named: give --data DIR"
+DATA = "no images given: use --data DIR"
 TINY = {"name": "saq/resnet20", "num_classes": 10, "in_chans": 3, "kwargs": {}}
 BITS = "no bits and no budget were given: give exactly one of --bits 4, --bops 34G"
 
@@ -53,7 +53,7 @@ def images(tmp_path: Path) -> Path:
             "--input-size abc --mean x --pin fc --set training.speed=1 --set foo --weights nosuch.pth",
             [
                 *(
-                    "near are timm/resnet18",
+                    "did you mean timm/resnet18",
                     "--bits and --bops or --size were given",
                     "--bits 9",
                     "'34' is not a",
@@ -75,9 +75,9 @@ def images(tmp_path: Path) -> Path:
             "search resnet18 --searcher samp --device cuda:9",
             [DATA, "no budget was given: use --budget 34G", "no searcher 'samp'", "--device cuda:9"],
         ),
-        ("search resnt18 --budget 500MB", [DATA, "near are", "use --size 500MB, or 500M"]),
+        ("search resnt18 --budget 500MB", [DATA, "did you mean", "use --size 500MB, or 500M"]),
         ("eval resnet18", [DATA]),
-        ("eval resnt18 --device cuda:9", ["near are timm/resnet18", DATA, "--device cuda:9"]),
+        ("eval resnt18 --device cuda:9", ["did you mean timm/resnet18", DATA, "--device cuda:9"]),
         (
             "eval resnet18 --bench --threads 0 --batch-sizes x --data nosuch",
             ["--batch-sizes x", "no folder nosuch"],
@@ -85,13 +85,16 @@ def images(tmp_path: Path) -> Path:
         ("analyze resnet18 --split test --grid 4", ["--split test", "give --bits 4", DATA, "--grid 4"]),
         (
             "analyze resnt18 --bits 9 --against nosuch",
-            ["near are", "--bits 9", "directory or file nosuch", DATA],
+            ["did you mean", "--bits 9", "directory or file nosuch", DATA],
         ),
         (
             "export nosuch --onnx x --style qqd --verify foo --data nosuch",
             ["directory or file nosuch", "--onnx x", "style 'qqd'", "--verify foo", "no folder nosuch"],
         ),
-        ("profile resnt18 --bits 9 --policy x.json", ["near are", "--bits 9", "give one of them", "x.json"]),
+        (
+            "profile resnt18 --bits 9 --policy x.json",
+            ["did you mean", "--bits 9", "give one of them", "x.json"],
+        ),
     ],
 )
 def test_all_problems_are_reported_together(

@@ -416,7 +416,7 @@ def test_table_names_the_verification_images(model: Path, few: Path, tmp_path: P
     assert "64 synthetic images: give --data DIR to verify on real images" in " ".join(made.split())
     assert (figures["verified_on"], figures["images_available"]) == ("synthetic images", None)
     difference = f"{figures['max_abs_diff']:.3g} (PyTorch in float32: {figures['pytorch_max_abs_diff']:.3g})"
-    assert f"largest difference of a logit: {difference}" in " ".join(made.split())
+    assert f"largest logit difference: {difference}" in " ".join(made.split())
 
 
 def test_flipped_code_is_explained() -> None:

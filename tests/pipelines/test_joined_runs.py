@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from saqcli import distributed
-from saqcli.data.batches import EvaluationShare, TrainingShare, order_of
+from saqcli.data.batches import EvaluationSampler, TrainingSampler, order_of
 from saqcli.data.datasets import open_split
 from saqcli.data.loaders import make_loader
 from saqcli.models.preprocessing import Preprocessing
@@ -346,7 +346,7 @@ def test_rank_slices_form_the_whole_batch(few: list[object]) -> None:
 
 @pytest.mark.parametrize(("images", "batch", "count"), [(100, 12, 3), (100, 100, 4), (7, 6, 2), (5, 6, 2)])
 def test_training_covers_every_image_once(images: int, batch: int, count: int) -> None:
-    shares = [TrainingShare(images, batch, rank, count, seed=1) for rank in range(count)]
+    shares = [TrainingSampler(images, batch, rank, count, seed=1) for rank in range(count)]
 
     read = [image for share in shares for image in share]
     assert len(read) == len(set(read)) == sum(map(len, shares)) == images // batch * batch
@@ -354,6 +354,6 @@ def test_training_covers_every_image_once(images: int, batch: int, count: int) -
 
 @pytest.mark.parametrize(("images", "batch", "count"), [(100, 12, 3), (10, 3, 4), (3, 8, 2)])
 def test_evaluation_covers_every_image_once(images: int, batch: int, count: int) -> None:
-    read = [list(EvaluationShare(range(images), batch, rank, count)) for rank in range(count)]
+    read = [list(EvaluationSampler(range(images), batch, rank, count)) for rank in range(count)]
 
     assert sorted(image for share in read for image in share) == list(range(images))

@@ -48,7 +48,7 @@ def test_evaluation_equals_the_image_folder(digits: Path, few: Path, workers: in
 def test_resume_within_an_epoch_is_byte_identical(
     digits: Path, few: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards_module, "MIXED", 16)
+    monkeypatch.setattr(shards_module, "SHUFFLE_BUFFER", 16)
     command = [
         "quantize",
         *options(digits, few, workers),

@@ -71,14 +71,14 @@ def test_run_keeps_its_weights_key(options: list[str], tmp_path: Path) -> None:
 def test_new_head_is_trained_and_reproducible(options: list[str], tmp_path: Path) -> None:
     torch.save({"model": Tiny(num_classes=5).state_dict()}, tmp_path / "w.pth.tar")
     refused = saq("quantize", *options, "--num-classes", 2, "--run-dir", tmp_path / "run", "--quiet")
-    assert "has 5 classes, saq/tiny was asked for 2" in last_error(refused)
+    assert "has 5 classes, saq/tiny was built for 2" in last_error(refused)
     assert "--new-head" in last_error(refused)
     head = ["--num-classes", "2", "--new-head"]
     untrained = saq("quantize", *options, *head, "--epochs", 0, "--run-dir", tmp_path / "run", "--quiet")
     assert "remove --epochs 0" in last_error(untrained)
     found = saq("quantize", *options, *head, "--epochs", 8, "--lr", 0.5, "--run-dir", tmp_path / "run")
     assert found.exit_code == 0, found.stderr
-    assert "another classifier: the 2 classes asked for start random" in found.stderr
+    assert "another classifier: the new one of 2 classes starts with random weights" in found.stderr
     results = json.loads((tmp_path / "run" / "manifest.json").read_text())["results"]
     assert results["top1"] == 100
     assert answer("rerun", tmp_path / "run")["identical"]

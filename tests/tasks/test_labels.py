@@ -11,7 +11,8 @@ from PIL import Image
 
 from saqcli.data.datasets import Split, check_fingerprint, check_same_classes, fingerprint, open_split
 from saqcli.errors import ConfigError, DataError
-from saqcli.tasks.labels import Classes, sort_classes
+from saqcli.tasks.class_names import sort_classes
+from saqcli.tasks.labels import Classes
 from tests.support.command_line import last_error, saq
 
 TENCH, GOLDFISH, GOLF_BALL, PARACHUTE = "n01440764", "n01443537", "n03445777", "n03888257"
@@ -88,7 +89,7 @@ class TestClassOrder:
                 r"in timm's order \(c1, c2, c10\), torchvision's order is c1, c10, c2: .*`data.class_order=torchv",
             ),
             (["ant", "Bee", "cat"], r"\(ant, Bee, cat\), torchvision's order is Bee, ant, cat"),
-            (["A", "a", "b"], r"timm does not tell A from a .* here A comes first"),
+            (["A", "a", "b"], r"timm does not distinguish A and a .* here A comes first"),
         ],
     )
     def test_differing_orders_are_noted(self, names: list[str], text: str, tmp_path: Path) -> None:
@@ -138,11 +139,11 @@ class TestClassLists:
         [
             ("dog\ncat\n", "lists 2 classes, the model has 3"),
             ("dog\ncat\nbee\n", r"does not name 1 class folder \(ant\): it has dog, cat, bee"),
-            ("dog\ncat\ndog\n", "the name dog stands there twice"),
+            ("dog\ncat\ndog\n", "the name dog appears twice"),
             ("dog\n\nant\n", "line 2 is blank"),
             ("", "lists no classes"),
             ({"dog": 0, "cat": 1, "ant": 3}, "the index of ant is 3, the model has 3 classes"),
-            ({"dog": 0, "cat": 1, "ant": 1}, "the index 1 stands there twice"),
+            ({"dog": 0, "cat": 1, "ant": 1}, "the index 1 appears twice"),
             ({"dog": 0, "cat": 1, "ant": -1}, "the index of ant is below 0"),
             ({"dog": 0, "cat": True, "ant": 2}, "give a JSON list of names"),
             ([1, 2, 3], "give a JSON list of names"),
@@ -271,7 +272,7 @@ class TestImageNet:
         ("names", "message"),
         [
             (["tench", "crane"], "crane can be n02012849 or n03126707 of ImageNet"),
-            (["tench", "golfball"], r"neither an ImageNet synset \(golfball\)"),
+            (["tench", "golfball"], r"nor its name \(golfball\)"),
             (["tench", TENCH], "two folders of one class: n01440764 and tench are both class 0"),
             (
                 ["truck", "deer"],
@@ -279,7 +280,7 @@ class TestImageNet:
             ),
             (
                 [TENCH, "n00480211"],
-                r"neither an ImageNet synset \(n00480211\)",
+                r"nor its name \(n00480211\)",
             ),  # volleyball the game, not the ball
         ],
     )
@@ -357,11 +358,11 @@ class TestClassMap:
             ("cat 3\ndog 1\n", "cat is class 3, the model has classes 0 to 2"),
             (
                 "catt zebra\ndog yak\nant emu\n",
-                r"no line for 1 class folder .* \(cat\), and catt is not a folder there",
+                r"no line for 1 class folder .* \(cat\), but names catt, which is not a folder there",
             ),
-            ("cat a\ncat b\n", "the folder cat stands there twice"),
+            ("cat a\ncat b\n", "the folder cat appears twice"),
             ("cat\n", "line 1 is not a folder and a class"),
-            ("cat 0\ndog yak\nant emu\n", "by index and others by name"),
+            ("cat 0\ndog yak\nant emu\n", r"by index \(0, 0\) and others by name"),
             ("", "maps no folder"),
         ],
     )

@@ -170,7 +170,7 @@ def test_model_names_are_not_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert find_target("resnet18", ANALYZED).kind == "model"
     with pytest.raises(SaqError, match="not quantized: quantize it with `saq quantize saq/resnet20`"):
         find_target("saq/resnet20", QUANTIZED)
-    with pytest.raises(SaqError, match=r"near are .*timm/resnet18"):
+    with pytest.raises(SaqError, match=r"did you mean .*timm/resnet18"):
         find_target("resnt18", EVALUATED)
 
 

@@ -80,7 +80,7 @@ def load_float(section: ModelSection, progress: Progress, *, new_head: bool = Fa
     if section.new_head and loaded.trained:
         loaded.notes.append(
             f"`model.new_head` changes nothing: {loaded.weights_source} has "
-            f"{counted(loaded.num_classes, 'class')}, as asked for, and its classifier is kept"
+            f"{counted(loaded.num_classes, 'class')}, as requested, and its classifier is kept"
         )
     for note in loaded.notes:
         progress.note(note)

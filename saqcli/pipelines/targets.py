@@ -104,9 +104,9 @@ def is_path(text: str) -> bool:
 def check_no_model_options(target: str, section: ModelSection) -> None:
     """Check that no model options are given for a file that contains its own model."""
     plain = ModelSection(name=section.name).model_dump()
-    given = [name.replace("_", "-") for name, value in section.model_dump().items() if value != plain[name]]
+    given = [f"`model.{name}`" for name, value in section.model_dump().items() if value != plain[name]]
     if given:
-        raise ConfigError(f"{target} has its own network and preprocessing: remove --{', --'.join(given)}")
+        raise ConfigError(f"{target} has its own network and preprocessing: remove {', '.join(given)}")
 
 
 def check_not_run(name: str) -> None:

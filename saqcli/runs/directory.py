@@ -242,9 +242,9 @@ class RunDirectory:
         except Interrupted:
             self._note_end("interrupted")
             raise
-        except KeyboardInterrupt as asked:
+        except KeyboardInterrupt as interrupt:
             self._note_end("interrupted")
-            raise self.interrupted(exit_code_of(asked)) from None
+            raise self.interrupted(exit_code_of(interrupt)) from None
         except CannotWrite as error:
             self._check_exists()
             self._note_end("failed")

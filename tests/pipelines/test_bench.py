@@ -274,7 +274,7 @@ class TestTargets:
         (copied / "artifacts" / "float.onnx").unlink()
         gone = saq("eval", copied, *QUICK)
         assert gone.exit_code == 1
-        assert "float.onnx is gone" in gone.stderr
+        assert "float.onnx is missing" in gone.stderr
 
     @pytest.mark.parametrize("name", ["attention", "residual", "tokens"])
     def test_float_pytorch_and_onnx_agree(self, name: str, tmp_path: Path) -> None:
@@ -385,10 +385,10 @@ def quantized_convolution() -> onnx.ModelProto:
         (["--bench", "--threads", "-1"], 1, "--threads -1: give whole numbers"),
         (["--bench", "--threads", "100000"], 1, "this machine has"),
         (["--bench", "--repeats", "0"], 2, "--repeats"),
-        (["--batch-sizes", "1"], 1, "give --bench"),
-        (["--threads", "1"], 1, "give --bench"),
-        (["--repeats", "3"], 1, "give --bench"),
-        (["--bench", "--batch-size", "8"], 1, "give --batch-sizes"),
+        (["--batch-sizes", "1"], 1, "requires --bench"),
+        (["--threads", "1"], 1, "requires --bench"),
+        (["--repeats", "3"], 1, "requires --bench"),
+        (["--bench", "--batch-size", "8"], 1, "use --batch-sizes"),
         (["--bench", "--device", "cuda"], 1, "runs on the CPU"),
     ],
 )

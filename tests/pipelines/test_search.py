@@ -372,7 +372,7 @@ def test_proxy_without_weights_is_trained_first(digits: Path, tmp_path: Path) ->
         *("--proxy", "input_size=16", "--run-dir", tmp_path / "run"),
     )
     assert result.exit_code == 0, result.stderr
-    assert "proxy: top-1" in result.stderr
+    assert "proxy: training top-1" in result.stderr
 
 
 # Refusals

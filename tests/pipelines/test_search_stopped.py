@@ -109,7 +109,7 @@ def three(digits: Path, tmp_path: Path) -> Path:
 
 
 def proxy_notes(text: str) -> list[str]:
-    return [line for line in text.splitlines() if "proxy: top-1" in line]
+    return [line for line in text.splitlines() if "proxy: training top-1" in line]
 
 
 def test_proxy_training_resumes_too(three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,7 @@ def test_every_requested_style_is_tried(images: Path, network: Any, tmp_path: Pa
 
     assert result.exit_code == 1
     assert "in style exact: style exact has no form of operator topk" in last_error(result)
-    assert last_error(result).endswith("alone, or another --style")
+    assert last_error(result).endswith("only, or another --style")
     assert not run.exists()
 
     found = answer("quantize", name, "--bits", 4, *options(images, run), *styles[:2])

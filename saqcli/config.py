@@ -52,7 +52,7 @@ SEARCH, EXPORT, RUN, GENERAL = "Search", "Export", "Run", "General"
 
 @dataclass(frozen=True)
 class Option:
-    """What the command line needs to know of a setting, beside its type, its bounds and its default.
+    """The command-line option of a setting, in addition to its type, bounds and default.
 
     Attributes:
         help: meaning; ``{choices}`` lists ``choices``. The default is appended.
@@ -99,10 +99,10 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """Which network, and how its images are prepared. None leaves the choice to the network.
+    """The network and the preparation of its images; None leaves a choice to the network.
 
-    ``weights_key`` chooses among several sets of tensors in ``weights``. With ``new_head`` the classifier starts random
-    where the file has another number of classes than ``num_classes``.
+    ``weights_key`` chooses one of several sets of tensors in ``weights``. With ``new_head`` the classifier starts with
+    random weights if the file has another number of classes than ``num_classes``.
     """
 
     panel = MODEL
@@ -176,13 +176,13 @@ class ModelSection(_Section):
 
 
 class DataSection(_Section):
-    """Which images, which classes they are of, and how they are fed.
+    """The images, their classes, and their loading.
 
-    ``class_order`` is ``timm``, ``torchvision`` or a file of class names; None takes what the checkpoint, a file beside
-    the folders, or the network's library says. ``class_map`` is a file from folders to classes. ``exif_transpose`` None
-    is as a quantized model was trained, and false for a float one. ``augmentation`` "auto" is ``cifar`` (pad 4, crop,
-    flip) up to 64 pixels and ``imagenet`` (random resized crop, flip) above. ``workers`` and ``eval_batch_size`` None
-    decide by image size.
+    ``class_order`` is ``timm``, ``torchvision`` or a file of class names; None takes the order of the checkpoint, of a
+    file in the data folder, or of the network's library. ``class_map`` is a file from folders to classes.
+    ``exif_transpose`` None is the setting of the quantized model, false for a float model. ``augmentation`` "auto" is
+    ``cifar`` (pad 4, crop, flip) up to 64 pixels and ``imagenet`` (random resized crop, flip) above. ``workers`` and
+    ``eval_batch_size`` None depend on the image size.
     """
 
     panel = DATA
@@ -243,11 +243,11 @@ class DataSection(_Section):
 
 
 class QuantizationSection(_Section):
-    """Which quantizers, and where the bits come from: ``bits``, a budget (``bops``, ``size`` in bytes), or ``policy``.
+    """The quantizers, and the source of the bits: ``bits``, a budget (``bops``, ``size`` in bytes), or ``policy``.
 
-    ``candidates`` are the widths of weights and inputs together, unless ``activation_candidates`` are given for the
-    inputs. ``pins`` narrow them by pattern of layer names: ``4``, ``3-6``, ``w4a8``; of several that match, the last.
-    ``correct_bias`` and ``recalibrate_bn`` take back what quantization moved on average, after calibration.
+    ``candidates`` are the widths of weights and inputs together, unless ``activation_candidates`` are set for the
+    inputs. ``pins`` restrict them by pattern of layer names: ``4``, ``3-6``, ``w4a8``; the last match decides.
+    ``correct_bias`` and ``recalibrate_bn`` compensate the mean shift by quantization after calibration.
     """
 
     panel = BITS
@@ -346,10 +346,11 @@ class QuantizationSection(_Section):
 
 
 class ProxySection(_Section):
-    """A small data set that is searched on in the place of the network's own, and the network built for it.
+    """A small proxy data set for the search, and the network built for it.
 
-    None takes what the network has; ``data`` None is the path of the data section, ``num_classes`` None is the number
-    of its class folders. ``epochs`` of training in floating point come first, None for one if the classifier is new.
+    None takes the value of the target network; ``data`` None is the path of the data section, ``num_classes`` None the
+    number of class folders. The network is first trained in floating point for ``epochs``; None is one epoch if the
+    classifier is new.
     """
 
     data: str | None = None
@@ -363,11 +364,11 @@ class ProxySection(_Section):
 
 
 class SearchSection(_Section):
-    """What a search looks at, and how it trains.
+    """The images of a search, and its training.
 
-    ``images`` of ``classes`` classes are drawn from the training split by seed, None for all. The share ``held_out`` of
-    them is not trained on; ``scoring_images`` of that compare configurations. ``epochs`` and ``rho`` None are the
-    searcher's own; ``options`` hold further keyword arguments, by searcher. ``pareto`` budgets make a front.
+    ``images`` of ``classes`` classes are drawn from the training split by seed, None for all. The share ``held_out`` is
+    not trained on; ``scoring_images`` of it compare configurations. ``epochs`` and ``rho`` None are the searcher's
+    own; ``options`` hold further keyword arguments by searcher. ``pareto`` is the number of budgets of a front.
     """
 
     panel = SEARCH
@@ -407,22 +408,22 @@ class SearchSection(_Section):
 
 
 class TrainingSection(_Section):
-    """How the quantized network is fine-tuned.
+    """Fine-tuning of the quantized network.
 
-    ``clip_lr_factor`` scales the learning rate of clipping levels; they have no weight decay unless
-    ``decay_clips``. ``sharpness_batch`` images share one perturbation. ``rho`` None takes the paper's radius
-    for the mean bit-width. ``minimizer`` holds further keyword arguments of the method.
+    ``clip_lr_factor`` scales the learning rate of clipping levels, which have weight decay only with ``decay_clips``.
+    ``sharpness_batch`` images share one perturbation. ``rho`` None is the paper's radius for the mean bit-width.
+    ``minimizer`` holds further keyword arguments of the method.
 
-    The ascent can be made cheaper: only every ``sam_interval``-th step, going on in between with ``sam_reuse`` times
-    what the last one added; on ``ascent_fraction`` of the images; in bfloat16.
+    Cheaper ascents: only at every ``sam_interval``-th step, adding ``sam_reuse`` times the last ascent in between; on
+    the share ``ascent_fraction`` of the images; in bfloat16.
 
-    ``micro_batch`` images are in one forward pass, None for all that share a perturbation. ``skip_steps`` in a row are
-    left out where the loss is no number, before training stops. ``clip_grad`` is the
-    largest joint norm of the gradients. ``ema_decay`` 0 is no averaging of weights. ``mixup`` and ``cutmix`` are the
-    alphas of their beta distributions, 0 for none.
+    ``micro_batch`` images are in one forward pass, None for all that share a perturbation. Up to ``skip_steps``
+    successive steps are skipped if the loss is NaN or infinite, then training stops. ``clip_grad`` is the largest joint
+    norm of the gradients. ``ema_decay`` 0 averages no weights. ``mixup`` and ``cutmix`` are the alphas of their beta
+    distributions, 0 for none.
 
-    ``keep`` says which state is exported: that of the ``last`` epoch, or the ``best`` one on the validation images, of
-    which the calibrated one is the first.
+    ``keep`` chooses the exported state: that of the ``last`` epoch, or the ``best`` one on the validation images, with
+    the calibrated state as the first candidate.
     """
 
     panel = TRAINING
@@ -522,7 +523,7 @@ class TrainingSection(_Section):
 
 
 class RunSection(_Section):
-    """Seed, device, whether only kernels that always give the same are used, and how often to save."""
+    """Seed, device, deterministic kernels, and the interval of checkpoints."""
 
     panel = RUN
 

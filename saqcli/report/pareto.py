@@ -123,9 +123,9 @@ def front_of(
 
     Args:
         problem: as for ``find_front``.
-        found: likewise.
-        count: likewise.
-        searcher: likewise.
+        found: as in ``find_front``.
+        count: as in ``find_front``.
+        searcher: as in ``find_front``.
         model: the network that was searched, in floating point.
         widths: as for ``find_front``.
     """

@@ -17,7 +17,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class LayerRow(BaseModel):
-    """What the picture of a policy needs of a layer; there is more beside it."""
+    """The figures of a layer that the picture of a policy needs; the file has more."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -54,7 +54,7 @@ class FrontTable(BaseModel):
 
 
 class SearchResults(BaseModel):
-    """What is shown of a search; there is more beside it."""
+    """The figures of a search that are shown; the file has more."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 

@@ -1,7 +1,7 @@
 """Image classification: losses, distillation, mixing, accuracy.
 
-All that the package knows of its task stands here and in ``labels.py``. Another task is a file beside this one with the
-same names: what a model must return, the loss of a batch, its sum over images, and the score of a model.
+Everything that is specific to the task is here and in the other files of this room. Another task would be a file with
+the same names: what a model must return, the loss of a batch, its sum over images, and the score of a model.
 """
 
 import math
@@ -62,7 +62,7 @@ def mixing(
 
 
 def best_class(logits: Tensor) -> Tensor:
-    """Index of the highest logit, (N, classes) to (N,); of shares likewise."""
+    """Index of the highest logit or share, (N, classes) to (N,)."""
     return logits.argmax(1)
 
 

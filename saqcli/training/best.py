@@ -1,4 +1,4 @@
-"""The best state of fine-tuning, kept beside the last one: by validation top-1, then loss.
+"""The best state of fine-tuning by validation score, and advice if the last one is worse.
 
 The calibrated state counts as epoch 0. The last state is exported, as in published protocols, unless
 ``training.keep`` is ``best``: that one is chosen by the images that it is then evaluated on.

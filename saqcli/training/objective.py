@@ -33,7 +33,7 @@ class Objective:
         mix: blends images and labels into images and shares.
         distillation: None to learn from the targets alone.
         autocast: mixed precision around the forward pass; quantizers stay in float32.
-        ascent_autocast: likewise in the pass of which only a direction is wanted; None for the same.
+        ascent_autocast: mixed precision of the first pass; None for that of ``autocast``.
         ascent_fraction: of the images that take part in that pass.
     """
 

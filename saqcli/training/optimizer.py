@@ -1,4 +1,4 @@
-"""From the training section of the settings to the parts that train: optimizer, schedule, minimizer, objective."""
+"""Optimizer, schedule, minimizer and objective from the settings."""
 
 import math
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def in_float(training: TrainingSection, batch_size: int, **changes: object) -> T
 
 
 def make_optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.Optimizer:
-    """timm's optimizer of that name; what quantizers learn has a group of its own."""
+    """timm's optimizer by name, with a separate group for the parameters of quantizers."""
     from timm.optim import create_optimizer_v2
 
     clips = [p for quantizer in quantizers_of(model) for p in quantizer.parameters()]

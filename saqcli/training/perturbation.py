@@ -1,4 +1,4 @@
-"""Where the loss rises fastest: the perturbations of sharpness-aware quantization.
+"""The perturbations of sharpness-aware quantization: steepest ascent of the loss.
 
 The perturbed set of SAQ (Case 3 of Liu et al., arXiv:2111.12273) is the *quantized* weight of every layer, and with it
 biases, norm parameters and activation clipping levels, under one joint norm:
@@ -8,7 +8,7 @@ biases, norm parameters and activation clipping levels, under one joint norm:
     T_p = s_p                         SAQ, SAM, Case 1
     T_p = |p| + eta * s_p             adaptive (ASAQ): quantized weights, clipping levels, norm scales
 
-``s_p`` is the standard deviation of the layer's float weight, 1 for everything that is no weight. With the
+``s_p`` is the standard deviation of the layer's float weight, 1 for everything else. With the
 paper's weight normalization every deviation is 1 and this is its Eq. 11; without it, the same rho means the
 same relative change in any network. ``unit="absolute"`` sets every s_p to 1.
 """
@@ -27,7 +27,7 @@ from saqcli.quant.products import QuantizedProduct
 
 TINY = 1e-12  # guards a gradient of zero
 RadiusUnit = Literal["deviation", "absolute"]
-Gradients = list[Tensor | None]  # None where a tensor took no part in the loss
+Gradients = list[Tensor | None]  # None for a tensor that the loss does not depend on
 Kind = Literal["weights", "latent_weights", "biases", "norms", "activation_clips", "weight_clips"]
 PERTURBED: tuple[Kind, ...] = (
     "weights",
@@ -40,7 +40,7 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 @dataclass(frozen=True)
 class Perturbation:
-    """What is added where: one tensor a layer for the quantized weights, one a parameter for the rest.
+    """The added tensors: one per layer for the quantized weights, one per other parameter.
 
     Attributes:
         weights: in the order of the layers, each with the shape of its layer's weight.

@@ -1,8 +1,8 @@
-"""Whether a network can be trained, found out with two images before hours are spent on what comes before.
+"""Check with two images, before the long phases, that a network can be trained.
 
-A network may answer otherwise in training than in evaluation: with auxiliary heads beside the class scores, or not at
-all. A single image can be too few: a batch norm over features of 1 x 1 finds no variance in it. Costs, calibration and
-export only need the evaluation.
+In training mode a network may return auxiliary heads in addition to the class scores, or fail. A single image can be
+too few, since a batch norm over features of 1 x 1 finds no variance in it. Costs, calibration and export need
+evaluation mode only.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from saqcli.tasks import classification
 from saqcli.training.objective import sizes
 from saqcli.units import counted
 
-Limits = Mapping[str, int | None]  # option to most images of a forward pass, the widest first
+Limits = Mapping[str, int | None]  # setting to the largest number of images in a forward pass, widest first
 
 
 class Least(NamedTuple):
@@ -41,18 +41,18 @@ def check_trains(
     images: int | None = None,
     limits: Limits | None = None,
 ) -> None:
-    """Run ``model`` in training on random images, as few as a step may have; nothing of it changes.
+    """Run ``model`` in training mode on the fewest random images that a step may have; the model stays unchanged.
 
     Args:
-        model: as it is trained.
-        name: what messages call it.
+        model: as it will be trained.
+        name: its name in messages.
         preprocessing: of its images.
         config: of the run.
-        images: that it is trained on, where that is known.
+        images: number of training images, if known.
         limits: of the images in a forward pass, below the batch; None for those of fine-tuning.
 
     Raises:
-        UnsupportedModel: it fails, or returns something else than class scores.
+        UnsupportedModel: it fails, or does not return class scores.
     """
     training = config.training
     if limits is None:
@@ -67,7 +67,7 @@ def check_trains(
 
 
 def _least(batch: int, images: int | None, limits: Limits, *, pairs: bool) -> Least:
-    """Of the forward passes over batches of ``batch`` images, of which there are ``images``; blended in ``pairs``."""
+    """The smallest forward pass over batches of ``batch`` of ``images`` images; with ``pairs`` they are mixed."""
     whole = min(batch, images or batch)
     found = max(whole // distributed.count(), 1)
     reason, remedy = f"`data.batch_size={batch}`", f"`data.batch_size={2 * distributed.count()}` or more"
@@ -83,10 +83,10 @@ def _least(batch: int, images: int | None, limits: Limits, *, pairs: bool) -> Le
 
 
 def _answer(model: nn.Module, name: str, preprocessing: Preprocessing, count: int, least: Least) -> object:
-    """What ``model`` returns in training for ``count`` images."""
+    """The output of ``model`` in training mode for ``count`` images."""
     try:
         return _tried(model, preprocessing, count)
-    except Exception as error:  # whatever a forward pass of somebody else's may raise
+    except Exception as error:  # any error of a foreign forward pass
         lines = str(error).strip().splitlines() or [type(error).__name__]
         problem = f"fails in training on {counted(count, 'image')}: {lines[0][:200]}"
         if count == 1 and _works(model, preprocessing, 2):
@@ -109,7 +109,7 @@ def _works(model: nn.Module, preprocessing: Preprocessing, count: int) -> bool:
 
 
 def _tried(model: nn.Module, preprocessing: Preprocessing, count: int) -> object:
-    """What ``model`` returns in training for ``count`` random images; it stays as it is."""
+    """The output of ``model`` in training mode for ``count`` random images; the model stays unchanged."""
     device = next(model.parameters()).device
     images = torch.randn(count, *preprocessing.input_size, generator=torch.Generator().manual_seed(0))
     before, mode = random_state(), model.training

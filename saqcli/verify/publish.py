@@ -35,7 +35,7 @@ def export_verified(
     available: int | None = None,
     true_size: int | None = None,
 ) -> Verdict:
-    """Write ``path`` in ``style``; it gets its name once it equals ``model``. The verdict is written beside it.
+    """Write ``path`` in ``style``; it is renamed into place once it matches ``model``, with its verdict.
 
     Args:
         model: quantized; on the CPU and in eval mode afterwards.
@@ -45,7 +45,7 @@ def export_verified(
         batches: images to compare on.
         count: of batches.
         progress: reports every batch.
-        runtimes: to verify with, beside ONNX Runtime.
+        runtimes: further runtimes to verify with, in addition to ONNX Runtime.
         verified_on: where the images are from, as a person named it.
         available: how many there are, of which ``batches`` may be a part; None where they are synthetic.
         true_size: of the model at its true bits, in bytes.

@@ -18,23 +18,23 @@ class Minimizer(Protocol):
     """Moves the weights once per call."""
 
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
-        """One update over all chunks; returns the mean loss at the unperturbed weights: both that follow."""
+        """``gradients`` and ``update`` over all chunks; returns the mean loss at the unperturbed weights."""
 
     def gradients(self, chunks: Sequence[Chunk]) -> Passes:
-        """All passes over the images; weights and own state are left as they are, gradients in the parameters."""
+        """All passes over the images: fills the gradients of the parameters, changes neither weights nor state."""
 
     def update(self, passes: Passes) -> Tensor:
-        """The step that these passes ask for, with their mean over all ranks; returns the mean loss.
+        """Update the weights by the mean of these passes over all ranks; returns the mean loss.
 
         Raises:
-            TrainingDiverged: it cannot be made, and nothing was changed.
+            TrainingDiverged: the loss or a gradient is NaN or infinite; nothing was changed.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What it carries from step to step beside the base optimizer's state; tensors and plain values."""
+        """State in addition to that of the base optimizer; tensors and plain values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what ``state_dict`` gave: the steps that follow are the same."""
+        """The inverse of ``state_dict``: the following steps are the same."""
 
 
 MINIMIZERS: dict[str, Callable[..., Minimizer]] = {

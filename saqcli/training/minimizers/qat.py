@@ -1,4 +1,4 @@
-"""Plain quantization-aware training: one pass, the base optimizer's step. What the others are compared with."""
+"""Plain quantization-aware training: one pass and the base optimizer's step; the baseline of the others."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -32,8 +32,8 @@ class QAT:
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing beside the base optimizer's."""
+        """Empty: there is no state but the base optimizer's."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to put back."""
+        """Does nothing."""

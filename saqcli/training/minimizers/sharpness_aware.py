@@ -1,66 +1,21 @@
 """Sharpness-aware minimizers: SAQ, ASAQ, SAM and Case 1.
 
-Between two ascents: reuse what the last one added to the gradient (LookSAM).
+Each step has two passes:
 
-At a step with an ascent, g is the gradient at the weights and g_s the one at the perturbed point. What g_s
-has beside g changes slowly, so it is kept and added, at its relative size, to the plain gradients until the
-next ascent:
-
-    g_v = g_s - (<g, g_s> / <g, g>) g                   the part of g_s that is orthogonal to g
-    g + reuse * ||g|| / ||g_v|| * g_v                   at the steps in between
-
-with norms over all trained parameters together. Source: Liu et al., arXiv:2203.02714, Algorithm 1, whose alpha
-is ``reuse`` (0.7 there). Differs from the paper: norms are joint and not layer by layer.
-
-What all sharpness-aware minimizers do, whatever they perturb and by which gradient.
-
-    pass 1    gradients at the quantized weights; they accumulate nowhere
-    ascent    the perturbation of radius rho that raises the loss most         see ``sharpness``
-    pass 2    gradients at the perturbed point, through the straight-through estimator; batch statistics frozen
+    pass 1    gradients at the quantized weights, which accumulate nowhere
+    ascent    the perturbation of radius rho that raises the loss most         see ``training.perturbation``
+    pass 2    gradients at the perturbed point, by the straight-through estimator; batch statistics frozen
     update    the base optimizer's step on the unperturbed weights
 
-Chunks of a batch and data-parallel shards each ascend on their own data, as sharpness-aware minimization prescribes
-(Foret et al., arXiv:2010.01412, section 4.1: m-sharpness).
+Every chunk of a batch and every process ascends on its own data, as sharpness-aware minimization prescribes (Foret et
+al., arXiv:2010.01412, section 4.1: m-sharpness). With an ``interval`` of k the ascent takes place at every k-th step,
+the first one included; the steps in between are plain, or reuse the last ascent (``LookAhead``).
 
-With an ``interval`` of k only every k-th step ascends, the first one included; the others are plain, or reuse
-what the last ascent added (``look_ahead``).
+    SAQ (Case 3)    L(Q(w) + e),   e = rho * normalize(dL/dQ at Q(w))
+    SAM (Case 2)    L(Q(w + e)),   e = rho * normalize(dL/dw at Q(w))
+    Case 1          L(Q(w) + e),   e = rho * normalize(dL/dw at Q(w)), by the straight-through estimator
 
-SAQ: perturb the quantized weights towards higher loss, then descend from there.
-
-    L(Q(w) + e),   e = rho * normalize(dL/dQ at Q(w))
-
-This is Case 3 of Liu et al. (arXiv:2111.12273, Eq. 10-11): the perturbation depends on the quantization noise, and
-nothing is lost in rounding.
-
-Differs from the paper: batch-norm statistics are updated in pass 1 only, as is usual for SAM; the released code updates
-them in both (``bn_second_pass="update"``).
-
-ASAQ: SAQ with a radius relative to the magnitude of each weight.
-
-    e_p = rho * T_p**2 g_p / ||T g||,   T_p = |p| + eta for quantized weights, clipping levels and norm scales, 1 else
-
-Source: Liu et al. (arXiv:2111.12273) name it and give no formula; this is ASAM (Kwon et al., arXiv:2102.11600) at Q(w).
-Differs from the released code: eta stands in the numerator too; ``numerator="p2"`` leaves it out as that code does.
-
-Plain SAM around a quantizer (Case 2): perturb the float weights, then quantize.
-
-    L(Q(w + e)),   e = rho * normalize(dL/dw at Q(w))
-
-Rounding swallows nearly all of e: a weight changes only if e carries it over the edge between two codes, and
-then it changes by a whole step (*perturbation diminishment*). The baseline that SAQ is compared with. All
-parameters ascend, clipping levels of weights included.
-
-Source: Foret et al., arXiv:2010.01412; Liu et al., arXiv:2111.12273, Eq. 9.
-
-Case 1: the perturbation is added to the quantized weights, but found as if there were no clipping.
-
-    L(Q(w) + e),   e = rho * normalize(dL/dw at Q(w)), through the straight-through estimator
-
-Weights that the quantizer clips have no gradient there and are left out of the ascent, so that its direction
-is not the one in which the loss at Q(w) rises fastest (*perturbation mismatch*). Where nothing is clipped it
-is SAQ, bit for bit.
-
-Source: the three cases of Liu et al. (SAQ, later version); kept to compare with.
+Source of the three cases: Liu et al. (SAQ), arXiv:2111.12273, Eq. 9-11 and a later version.
 """
 
 from collections.abc import Sequence
@@ -85,15 +40,24 @@ from saqcli.training.perturbation import (
     add_up,
 )
 
-ROUNDING = 1e-5  # g_v below this fraction of g_s is what rounding left of equal gradients
+ROUNDING = 1e-5  # relative to g_s; a smaller g_v is rounding error between equal gradients
 
 
 class LookAhead:
-    """Keeps the direction that the last ascent added.
+    """Reuses the last ascent in the steps until the next one (LookSAM).
+
+    At a step with an ascent, g is the gradient at the weights and g_s the one at the perturbed point. Their difference
+    changes slowly, so it is stored and added to the plain gradients at its relative size:
+
+        g_v = g_s - (<g, g_s> / <g, g>) g                   the part of g_s that is orthogonal to g
+        g + reuse * ||g|| / ||g_v|| * g_v                   at the steps in between
+
+    Norms are joint over all trained parameters. Source: Liu et al., arXiv:2203.02714, Algorithm 1, whose alpha is
+    ``reuse`` (0.7 there). Differs from the paper: norms are joint instead of per layer.
 
     Args:
-        parameters: all that are trained.
-        reuse: length of what is added, relative to the plain gradient.
+        parameters: the trained parameters.
+        reuse: length of the added vector relative to the plain gradient.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], reuse: float) -> None:
@@ -103,19 +67,19 @@ class LookAhead:
 
     @torch.no_grad()
     def remember(self, plain: Sequence[Tensor]) -> None:
-        """``plain`` is g of this rank, a tensor a parameter; g_s of all ranks stands in the parameters' ``grad``."""
+        """Store g_v: ``plain`` is g of this rank, one tensor per parameter; ``grad`` holds g_s of all ranks."""
         plain = [gradient.clone() for gradient in plain]
         distributed.average(plain)
         ascended = [_gradient(p) for p in self.parameters]
         ratio = _dot(plain, ascended) / _dot(plain, plain).clamp_min(torch.finfo(torch.float32).tiny)
-        beside = [g_s - ratio * g for g_s, g in zip(ascended, plain, strict=True)]
-        norm, whole = _dot(beside, beside).sqrt(), _dot(ascended, ascended).sqrt()
+        orthogonal = [g_s - ratio * g for g_s, g in zip(ascended, plain, strict=True)]
+        norm, whole = _dot(orthogonal, orthogonal).sqrt(), _dot(ascended, ascended).sqrt()
         scale = torch.where(norm > ROUNDING * whole, 1 / norm, torch.zeros_like(norm))
-        self._direction = [g * scale for g in beside]
+        self._direction = [g * scale for g in orthogonal]
 
     @torch.no_grad()
     def add(self) -> None:
-        """Add the kept direction to the gradients of a plain pass; nothing before the first ascent."""
+        """Add the stored direction to the gradients of a plain pass; nothing before the first ascent."""
         if self._direction is None:
             return
         plain = [_gradient(p) for p in self.parameters]
@@ -129,7 +93,7 @@ class LookAhead:
         return {"direction": self._direction}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what ``state_dict`` gave."""
+        """The inverse of ``state_dict``."""
         kept = state["direction"]
         if kept is not None:
             kept = [value.to(p.device) for value, p in zip(kept, self.parameters, strict=True)]
@@ -150,16 +114,16 @@ class SharpnessAware:
 
     Args:
         model: wrapped, quantizers installed.
-        base: the optimizer that moves the weights.
+        base: the optimizer that updates the weights.
         rho: perturbation radius.
         rho_unit: ``deviation`` (of each layer's weights) or ``absolute``.
-        perturb: which tensors ascend; None for what the method is known for.
-        bn_second_pass: whether pass 2 updates the running statistics of batch norms.
+        perturb: kinds of tensors that ascend; None for those of the method.
+        bn_second_pass: ``update`` lets pass 2 update the running statistics of batch norms.
         interval: ascend at every ``interval``-th step.
-        reuse: at the steps between, how much of the last ascent is added, see ``LookAhead``; 0 for nothing.
+        reuse: share of the last ascent added in the steps between, see ``LookAhead``; 0 for none.
 
     Raises:
-        ConfigError: a word that is not among an option's choices, or an interval below 1.
+        ConfigError: a value is not among the choices, or an interval is below 1.
     """
 
     perturbed_kinds: ClassVar[tuple[Kind, ...]] = PERTURBED
@@ -246,26 +210,36 @@ class SharpnessAware:
         return {"done": self.done, "look_ahead": self.look_ahead and self.look_ahead.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what ``state_dict`` gave."""
+        """The inverse of ``state_dict``."""
         self.done = state["done"]
         if self.look_ahead:
             self.look_ahead.load_state_dict(state["look_ahead"])
 
 
 class SAQ(SharpnessAware):
-    """Ascends along the gradient of the quantized weights, and perturbs the quantized weights."""
+    """Perturbs the quantized weights along the gradient of the quantized weights (Case 3).
+
+    The perturbation depends on the quantization noise, and rounding removes none of it. Source: Liu et al.,
+    arXiv:2111.12273, Eq. 10-11. Differs from the paper: batch-norm statistics are updated in pass 1 only, as is usual
+    for SAM; the released code updates them in both passes (``bn_second_pass="update"``).
+    """
 
 
 class ASAQ(SharpnessAware):
-    """SAQ, adaptive.
+    """SAQ with a radius relative to the magnitude of each weight.
+
+        e_p = rho * T_p**2 g_p / ||T g||,   T_p = |p| + eta for quantized weights, clipping levels, norm scales, else 1
+
+    Source: Liu et al. (arXiv:2111.12273) name it without a formula; this is ASAM (Kwon et al., arXiv:2102.11600) at
+    Q(w). Differs from the released code: eta is in the numerator too; ``numerator="p2"`` omits it as that code does.
 
     Args:
-        model: as for ``SharpnessAware``.
-        base: likewise.
-        rho: likewise.
+        model: as in ``SharpnessAware``.
+        base: as in ``SharpnessAware``.
+        rho: as in ``SharpnessAware``.
         eta: added to magnitudes, in deviations of the weight.
         numerator: ``t2`` or ``p2``, see above.
-        options: of ``SharpnessAware``.
+        options: further arguments of ``SharpnessAware``.
     """
 
     def __init__(
@@ -285,12 +259,21 @@ class ASAQ(SharpnessAware):
 
 
 class SAM(SharpnessAware):
-    """Ascends along the straight-through gradient of the float weights, and perturbs the float weights."""
+    """Perturbs the float weights along their straight-through gradient, then quantizes (Case 2).
+
+    Rounding removes nearly all of the perturbation: a weight changes only if it crosses the edge between two codes, and
+    then by a whole step (*perturbation diminishment*). All parameters ascend, clipping levels of weights included. The
+    baseline of SAQ. Source: Foret et al., arXiv:2010.01412; Liu et al., arXiv:2111.12273, Eq. 9.
+    """
 
     perturbed_kinds = ("latent_weights", "biases", "norms", "activation_clips", "weight_clips")
 
 
 class Case1(SharpnessAware):
-    """Ascends along the straight-through gradient of the float weights, and perturbs the quantized weights."""
+    """Perturbs the quantized weights along the straight-through gradient of the float weights.
+
+    Clipped weights have no such gradient and do not ascend, so the direction is not the steepest one at Q(w)
+    (*perturbation mismatch*). Without clipping it equals SAQ bit for bit. For comparison only.
+    """
 
     through_rounding = True

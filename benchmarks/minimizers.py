@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from saqcli.process_group import pick_device
 from saqcli.progress import SILENT
 from saqcli.serialization import replacing
 from saqcli.training.loop import score
-from saqcli.training.trainer import train
+from saqcli.training.trainer import Trainer
 
 # What is compared: settings of the training section.
 METHODS: dict[str, dict[str, Any]] = {
@@ -46,12 +47,37 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+class LastLoss:
+    """A training run that keeps nothing but the training loss of its last epoch."""
+
+    loss = 0.0
+
+    def offer(self, state: Callable[[], dict[str, Any]], **when: bool) -> None:
+        """Nothing is saved."""
+
+    def log(self, *, phase: str, loss: float, **values: Any) -> None:
+        """Keep the loss."""
+        if phase == "train":
+            self.loss = loss
+
+    def check_signal(self) -> None:
+        """Signals are raised as usual."""
+
+
 def run(config: RunConfig, prepared: "Prepared") -> tuple[dict[str, float], dict[str, Any]]:
     """Train from the calibrated state; figures and the state at the end."""
     model, images = prepared.network.model, prepared.images(config)
     model.load_state_dict(prepared.initial)
     start = time.perf_counter()
-    trained = train(model, images, config.training, prepared.network.loaded.num_classes)
+    trained = LastLoss()
+    Trainer(
+        model,
+        images.training(),
+        config.training.model_copy(update={"ema_decay": 0, "keep": "last"}),
+        num_classes=prepared.network.loaded.num_classes,
+        image_size=max(images.preprocessing.input_size[1:]),
+        run=trained,
+    ).fit()
     seconds = time.perf_counter() - start
     found = score(model, images.validation(), "", prepared.device, SILENT)
     figures = {"top1": found.top1, "loss": found.loss, "train_loss": trained.loss, "seconds": seconds}

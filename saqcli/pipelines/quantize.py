@@ -114,10 +114,7 @@ def quantize(
                         trainer.load_state_dict(state)
                     trainer.fit()
                 best, last = trainer.best, trainer.last
-                del (
-                    trainer,
-                    teacher,
-                )  # optimizer, average and loaders: not in memory during evaluation and export
+                del trainer, teacher  # frees optimizer, average and loaders before evaluation and export
                 name = f"{metadata.policy.model}, fine-tuned,"
                 result.score = score(model, images.validation(), "evaluating", device, progress, name)
                 result.note_training(best, last, config.training)

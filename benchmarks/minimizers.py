@@ -55,10 +55,10 @@ class LastLoss:
     def offer(self, state: Callable[[], dict[str, Any]], **when: bool) -> None:
         """Nothing is saved."""
 
-    def log(self, *, phase: str, loss: float, **values: Any) -> None:
+    def log(self, **values: Any) -> None:
         """Keep the loss."""
-        if phase == "train":
-            self.loss = loss
+        if values["phase"] == "train":
+            self.loss = values["loss"]
 
     def check_signal(self) -> None:
         """Signals are raised as usual."""

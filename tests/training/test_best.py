@@ -1,6 +1,5 @@
 """Fine-tuning that ends below its best: the best state is kept, reported, and exported on request."""
 
-import gc
 import json
 import shutil
 import weakref
@@ -151,7 +150,6 @@ def test_training_is_freed_before_final_evaluation(
             made.extend(map(weakref.ref, parts))
 
     def watched_score(*arguments: Any) -> Score:
-        gc.collect()
         alive.append(sum(reference() is not None for reference in made))
         return score(*arguments)
 

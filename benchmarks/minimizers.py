@@ -30,7 +30,7 @@ from saqcli.serialization import replacing
 from saqcli.training.loop import score
 from saqcli.training.trainer import Trainer
 
-# The compared methods: settings of the training section.
+# What is compared: settings of the training section.
 METHODS: dict[str, dict[str, Any]] = {
     "qat": {"method": "qat"},
     "sam": {"method": "sam"},
@@ -48,46 +48,45 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-class LastMetrics:
-    """A run that keeps the metrics of the last epoch, and saves nothing."""
+class LastLoss:
+    """A training run that keeps nothing but the training loss of its last epoch."""
 
-    def __init__(self) -> None:
-        self.metrics: dict[str, Any] = {}
+    loss = 0.0
 
-    def offer(self, state: Callable[[], Any], *, milestone: bool = False, failing: bool = False) -> None:
+    def offer(self, state: Callable[[], dict[str, Any]], **when: bool) -> None:
         """Nothing is saved."""
 
     def log(self, **values: Any) -> None:
-        """Keep the metrics."""
-        self.metrics = values
+        """Keep the loss."""
+        if values["phase"] == "train":
+            self.loss = values["loss"]
 
     def check_signal(self) -> None:
         """Signals are raised as usual."""
 
 
 def run(config: RunConfig, prepared: "Prepared") -> tuple[dict[str, float], dict[str, Any]]:
-    """Train from the calibrated state; returns the results and the final state."""
+    """Train from the calibrated state; figures and the state at the end."""
     model, images = prepared.network.model, prepared.images(config)
     model.load_state_dict(prepared.initial)
-    last = LastMetrics()
-    trainer = Trainer(
+    start = time.perf_counter()
+    trained = LastLoss()
+    Trainer(
         model,
         images.training(),
-        config.training,
+        config.training.model_copy(update={"ema_decay": 0, "keep": "last"}),
         num_classes=prepared.network.loaded.num_classes,
         image_size=max(images.preprocessing.input_size[1:]),
-        run=last,
-    )
-    start = time.perf_counter()
-    trainer.fit()
+        run=trained,
+    ).fit()
     seconds = time.perf_counter() - start
     found = score(model, images.validation(), "", prepared.device, SILENT)
-    figures = {"top1": found.top1, "loss": found.loss, "train_loss": last.metrics["loss"], "seconds": seconds}
+    figures = {"top1": found.top1, "loss": found.loss, "train_loss": trained.loss, "seconds": seconds}
     return figures, {name: value.clone() for name, value in model.state_dict().items()}
 
 
 class Prepared:
-    """A network calibrated at given bits, with its images."""
+    """A network, calibrated at given bits, and what it is trained with."""
 
     def __init__(self, wanted: argparse.Namespace, bits: str) -> None:
         self.options = {
@@ -115,7 +114,7 @@ class Prepared:
         return resolve(options=self.options | changes | {"run.seed": seed})
 
     def images(self, config: RunConfig) -> Images:
-        """The images with the data settings of ``config``."""
+        """Fed as ``config`` says."""
         opened = self._images
         return Images(
             opened.train, opened.val, opened.preprocessing, config.data, self.device, config.run.seed
@@ -123,14 +122,14 @@ class Prepared:
 
 
 def state_path(wanted: argparse.Namespace, bits: str, name: str, seed: int) -> Path:
-    """The path of a run's trained state."""
+    """Where the trained state of a run lies."""
     plain = re.sub(r"[^\w.]+", "_", name).strip("_")
     path: Path = wanted.out / f"{bits}-{plain}-{seed}.pt"
     return path
 
 
 def measure(wanted: argparse.Namespace) -> None:
-    """Run what is missing."""
+    """Run what has not been run yet."""
     results = wanted.out / "results.jsonl"
     done = {(r["bits"], r["name"], r["seed"]) for r in read(results)}
     chosen = wanted.methods.split(";") if wanted.methods else list(METHODS)

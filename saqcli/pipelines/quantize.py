@@ -94,7 +94,7 @@ def quantize(
             if resumed:
                 images.record_or_check(run)
                 progress.note(resuming(run, resume_point(state, config.training.epochs)))
-            best: Mapping[str, Tensor] | None = None
+            best_state: Mapping[str, Tensor] | None = None
             if config.training.epochs:
                 teacher = load_teacher(config, device, progress)
                 with TrainingSaving(run, config.run.checkpoint_minutes, state) as saving:
@@ -113,10 +113,12 @@ def quantize(
                     if "position" in state:
                         trainer.load_state_dict(state)
                     trainer.fit()
+                best, last = trainer.best, trainer.last
+                del trainer, teacher  # frees optimizer, average and loaders before evaluation and export
                 name = f"{metadata.policy.model}, fine-tuned,"
                 result.score = score(model, images.validation(), "evaluating", device, progress, name)
-                result.note_training(trainer.best, trainer.last, config.training)
-                best = trainer.best.model if trainer.best else None
+                result.note_training(best, last, config.training)
+                best_state = best.model if best else None
             else:
                 result.score = result.best_score = result.calibrated_score
                 result.best_epoch = 0
@@ -124,7 +126,7 @@ def quantize(
                 progress.note(result.advice)
             run.log(phase="quantized", **asdict(result.score), **result.best_figures())
             if distributed.first():
-                write_files(model, metadata, config, run, result, progress, best)
+                write_files(model, metadata, config, run, result, progress, best_state)
                 write_report(run.report_path, config, result.to_dict(run.path))
                 run.finish(result.to_dict(run.path))
             return result

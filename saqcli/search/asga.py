@@ -224,9 +224,9 @@ class Descent:
             snapshot.restore()
             self.recovery.shrink_micro_batch(images, note)
 
-        for attempt in retry_on_oom(shrink_micro_batch):
-            with attempt:
-                value, raised, norm, total = self._passes(parts(self.recovery.micro_batch), learned, weights)
+        value, raised, norm, total = retry_on_oom(
+            lambda: self._passes(parts(self.recovery.micro_batch), learned, weights), shrink_micro_batch
+        )
         for parameter, gradient in zip(learned, total, strict=True):
             parameter.grad = gradient
         average_gradients(

@@ -84,7 +84,7 @@ class SharpnessAwareCost:
         reference: a choice whose loss on the same images is subtracted; None for no subtraction.
 
     Attributes:
-        setbacks: holds the micro-batch size, reduced when memory runs out.
+        recovery: holds the micro-batch size, reduced when memory runs out.
     """
 
     def __init__(
@@ -139,12 +139,10 @@ class SharpnessAwareCost:
         """``passes`` over a batch, in micro-batches that fit in memory; a retry restores nothing (eval mode)."""
         problem, model = self.supernet.problem, self.supernet.model
         images, labels = images.to(problem.device), labels.to(problem.device)
-        for attempt in retry_on_oom(
-            lambda: self.recovery.shrink_micro_batch(len(labels), problem.progress.note)
-        ):
-            with attempt:
-                result = passes(micro_batches(model, images, labels, self.recovery.micro_batch))
-        return result
+        return retry_on_oom(
+            lambda: passes(micro_batches(model, images, labels, self.recovery.micro_batch)),
+            lambda: self.recovery.shrink_micro_batch(len(labels), problem.progress.note),
+        )
 
     def sharpness(self, choice: Sequence[int]) -> float:
         """Mean increase of the loss to the perturbed point, over the scoring images."""

@@ -1,7 +1,8 @@
 """Image classification: losses, distillation, mixing, accuracy.
 
 Everything that is specific to the task is here and in the other files of this room. Another task would be a file with
-the same names: what a model must return, the loss of a batch, its sum over images, and the score of a model.
+the same names: what a model must return, the loss of a batch, its sum over images, the largest loss of a model that
+learns, and the score of a model.
 """
 
 import math
@@ -33,6 +34,11 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
 def total_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of logits (N, classes) and labels (N,), summed over the images."""
     return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def largest_loss(classes: int) -> float:
+    """100 times the loss of guessing, ln(classes); no network that learns is near it."""
+    return 100.0 * math.log(max(classes, 2))
 
 
 def criterion(training: TrainingSection) -> Callable[[Tensor, Tensor], Tensor]:

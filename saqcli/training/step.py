@@ -9,9 +9,10 @@ In both cases weights, optimizer and running statistics are as before the step. 
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,11 @@ from saqcli import distributed
 from saqcli.errors import DeviceMemoryError, TrainingDiverged, out_of_memory
 from saqcli.random_state import random_state, set_random_state
 from saqcli.training.minimizers import Minimizer
+from saqcli.training.minimizers.base import Passes
 from saqcli.training.objective import Objective, Piece, as_chunks
 from saqcli.units import counted
 
+T = TypeVar("T")
 PATIENCE = 10  # skipped steps in a row before training stops
 SMALLEST = 2  # images of a micro-batch: a batch norm cannot use a single one
 
@@ -121,14 +124,7 @@ class Stepper:
             snapshot.restore()
             self.recovery.shrink_micro_batch(min(len(labels), self.sharpness_batch), self.note)
 
-        pieces: list[list[Piece]] = []
-        for attempt in retry_on_oom(shrink_micro_batch):
-            pieces = []  # of the attempt before, whose tensors must be freed
-            with attempt:
-                pieces = self.objective.pieces(
-                    self.model, images, labels, self.sharpness_batch, self.recovery.micro_batch
-                )
-                passes = self.minimizer.gradients(as_chunks(pieces))
+        pieces, passes = retry_on_oom(lambda: self._passes(images, labels), shrink_micro_batch)
         try:
             self.loss = float(self.minimizer.update(passes))
         except TrainingDiverged as error:
@@ -144,6 +140,13 @@ class Stepper:
             ) from None
         self.recovery.in_row = 0
         return [piece for chunk in pieces for piece in chunk]
+
+    def _passes(self, images: Tensor, labels: Tensor) -> tuple[list[list[Piece]], Passes]:
+        """All forward and backward passes of a step."""
+        pieces = self.objective.pieces(
+            self.model, images, labels, self.sharpness_batch, self.recovery.micro_batch
+        )
+        return pieces, self.minimizer.gradients(as_chunks(pieces))
 
 
 class Snapshot:
@@ -182,24 +185,28 @@ class Attempt:
         return self.out_of_memory
 
 
-def retry_on_oom(shrink: Callable[[], None]) -> Iterator[Attempt]:
-    """Attempts, until one fits in the memory of all ranks.
+def retry_on_oom(work: Callable[[], T], shrink: Callable[[], None]) -> T:
+    """The result of ``work`` in the first attempt that fits in the memory of all ranks.
 
     Args:
-        shrink: called between two attempts; undoes the changes of the failed one and reduces its size.
+        work: forward and backward passes. It is a function so that its tensors are freed when it fails.
+        shrink: called between two attempts, after the tensors of the failed one are freed, also on ranks where it
+            succeeded; undoes its changes and reduces its size.
 
     Example:
         >>> sizes = [64]
-        >>> for attempt in retry_on_oom(lambda: sizes.append(sizes[-1] // 2)):
-        ...     with attempt:
-        ...         if sizes[-1] > 20:
-        ...             raise MemoryError
-        >>> sizes
-        [64, 32, 16]
+        >>> def work():
+        ...     if sizes[-1] > 20:
+        ...         raise MemoryError
+        ...     return "done"
+        >>> retry_on_oom(work, lambda: sizes.append(sizes[-1] // 2)), sizes
+        ('done', [64, 32, 16])
     """
     while True:
-        attempt = Attempt()
-        yield attempt
+        attempt, results = Attempt(), list[T]()
+        with attempt:
+            results.append(work())
         if not distributed.any_of(attempt.out_of_memory):
-            return
+            return results[0]
+        results.clear()
         shrink()

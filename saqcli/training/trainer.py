@@ -17,7 +17,7 @@ from saqcli.errors import RunDirectoryError
 from saqcli.progress import SILENT, Progress, Task
 from saqcli.random_state import random_state, set_random_state
 from saqcli.runs.checkpoints import CheckpointFile
-from saqcli.tasks.classification import Meter, Score
+from saqcli.tasks.classification import Meter, Score, largest_loss
 from saqcli.training.best import Best
 from saqcli.training.loop import evaluate, train_epoch
 from saqcli.training.minimizers.base import check_epoch
@@ -295,7 +295,7 @@ class Trainer:
         with self.progress.task("evaluating", len(self.validation)) as task:
             interruptible = InterruptibleTask(task, self.run)
             score = evaluate(model, self.validation, interruptible, device=self._stepper.device, shared=True)
-        check_epoch(score.loss, self.num_classes)
+        check_epoch(score.loss, largest_loss(self.num_classes))
         if self.best is None or self.best.beaten_by(score):
             self.best = Best.of(self.epoch + 1, score, model.state_dict())
         self.last = score

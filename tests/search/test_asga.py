@@ -25,6 +25,7 @@ from saqcli.search.supernet import Supernet
 from saqcli.training.minimizers import Chunk, MicroBatch
 from saqcli.training.objective import micro_batches
 from tests.support import tiny
+from tests.support.steps import AttemptWatch, fail_elsewhere
 from tests.support.sweeps import sweep
 from tests.support.toys import (
     RIGHT,
@@ -406,6 +407,27 @@ def test_out_of_memory_step_equals_micro_batches(align: Any, training: bool, lat
     assert all(torch.equal(one, other) for one, other in zip(ends[0], ends[1], strict=True))
     if not training:
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ends[0], ends[2], strict=True))
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_failed_step_is_freed_before_shrinking(elsewhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    descent = Descent(ASGA(), branches())
+    watch, passes = AttemptWatch(monkeypatch), descent._passes
+
+    def watched_passes(*arguments: Any) -> Any:
+        found = passes(*arguments)
+        watch.add(found)
+        return found
+
+    monkeypatch.setattr(descent, "_passes", watched_passes)
+    if elsewhere:
+        fail_elsewhere(monkeypatch)
+    else:
+        descent.model.register_forward_hook(partial(runs_out_of_memory, 16))
+    images, labels = descent.problem.images.scoring[0]
+    descent.step(partial(micro_batches, descent.model, images, labels), len(labels))
+    assert watch.alive
+    assert not any(watch.alive)
 
 
 # The whole search.

@@ -49,6 +49,7 @@ from tests.support.searching import (
     traced_problem,
 )
 from tests.support.spaces import admitted, budget_within, every_cost, random_space, spaces, used
+from tests.support.steps import AttemptWatch, fail_elsewhere
 from tests.support.sweeps import examples, sweep
 from tests.support.toys import runs_out_of_memory
 
@@ -691,6 +692,19 @@ def test_out_of_memory_cost_uses_micro_batches(radius: float) -> None:
     cost.supernet.model.register_forward_hook(partial(runs_out_of_memory, 0))
     with pytest.raises(DeviceMemoryError, match="out of memory with 2 images at a time"):
         cost(choice, images, labels)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_failed_cost_is_freed_before_shrinking(elsewhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = sharp_cost_of("residual", 0.3)
+    watch = AttemptWatch(monkeypatch)
+    if elsewhere:
+        fail_elsewhere(monkeypatch)
+    else:
+        cost.supernet.model.register_forward_hook(partial(runs_out_of_memory, 5))
+    cost([0] * len(cost.supernet.problem.space.decisions), *cost.supernet.problem.images.scoring[0])
+    assert watch.alive
+    assert not any(watch.alive)
 
 
 @pytest.mark.parametrize("name", [*NORMED, "attention"])

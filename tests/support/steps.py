@@ -1,14 +1,19 @@
 """Minimizer steps on tiny networks: batches, chunks, and snapshots."""
 
 import inspect
+import weakref
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saqcli import distributed
 from saqcli.training.minimizers import MINIMIZERS, Chunk, MicroBatch, Minimizer
 from saqcli.training.minimizers.base import Loss
+from saqcli.training.objective import Piece
+from saqcli.training.step import Recovery
 from tests.support.networks import NETWORKS, images, quantize
 
 RHO = 0.3
@@ -69,3 +74,43 @@ def assert_bitwise_equal(one: list[tuple[str, Tensor]], other: list[tuple[str, T
     assert [name for name, _ in one] == [name for name, _ in other]
     different = [name for (name, a), (_, b) in zip(one, other, strict=True) if not torch.equal(a, b)]
     assert not different
+
+
+class AttemptWatch:
+    """Weak references to the pieces of every attempt, and to its ``results``.
+
+    Attributes:
+        alive: at each reduction of the micro-batch, how many of the attempt before are still referenced.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.alive: list[int] = []
+        self._seen: list[weakref.ref[Any]] = []
+        init, shrink = Piece.__init__, Recovery.shrink_micro_batch
+
+        def watched_init(piece: Piece, *arguments: Any) -> None:
+            self.add(piece)
+            init(piece, *arguments)
+
+        def watched_shrink(recovery: Recovery, *arguments: Any) -> None:
+            assert self._seen
+            self.alive.append(sum(reference() is not None for reference in self._seen))
+            self._seen.clear()
+            shrink(recovery, *arguments)
+
+        monkeypatch.setattr(Piece, "__init__", watched_init)
+        monkeypatch.setattr(Recovery, "shrink_micro_batch", watched_shrink)
+
+    def add(self, *results: Any) -> None:
+        """Watch them, and what they contain if they are sequences."""
+        for result in results:
+            if isinstance(result, tuple | list):
+                self.add(*result)
+            elif isinstance(result, Tensor | Piece):
+                self._seen.append(weakref.ref(result))
+
+
+def fail_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out on another rank in the first attempt."""
+    answers = iter([True])
+    monkeypatch.setattr(distributed, "any_of", lambda flag: flag or next(answers, False))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from saqcli.cli.tables import show_quantized
 from saqcli.config import TrainingSection
 from saqcli.export.restore import restore
 from saqcli.pipelines import analysis_inputs
+from saqcli.pipelines import quantize as quantizing
 from saqcli.progress import SILENT
 from saqcli.runs.checkpoints import CheckpointFile
 from saqcli.runs.directory import RunDirectory
 from saqcli.tasks.classification import Score, noise
 from saqcli.training.best import Best, advice
+from saqcli.training.trainer import Trainer
 from tests.support.command_line import answer, saq
 from tests.support.digits import MODEL, float_options
 
@@ -131,6 +134,33 @@ def test_calibration_is_exported_without_training(digits: Path, images: Path, tm
     assert found["top1"] == found["best_top1"] == found["calibrated_top1"]
     assert (found["best_epoch"], found["exported_epoch"], found["last_top1"]) == (0, 0, None)
     assert "|  | float | calibrated |\n" in (tmp_path / "report.md").read_text()
+
+
+def test_training_is_freed_before_final_evaluation(
+    digits: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    score = quantizing.score
+
+    class Watched(Trainer):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            parts = (self, self.optimizer, self.minimizer, self.average, self.validation, options["teacher"])
+            made.extend(map(weakref.ref, parts))
+
+    def watched_score(*arguments: Any) -> Score:
+        alive.append(sum(reference() is not None for reference in made))
+        return score(*arguments)
+
+    monkeypatch.setattr(quantizing, "Trainer", Watched)
+    monkeypatch.setattr(quantizing, "score", watched_score)
+    options = ("--bits", 4, "--epochs", 1, "--ema", 0.5, "--distill", "--workers", 0, "--no-export")
+
+    answer("quantize", MODEL, *float_options(digits, images), *options, "--run-dir", tmp_path)
+
+    assert len(made) == 6
+    assert alive == [0, 0, 0]
 
 
 def test_noise_is_a_standard_error() -> None:

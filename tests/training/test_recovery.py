@@ -3,6 +3,7 @@
 import gc
 import math
 import resource
+import weakref
 from typing import Any
 
 import pytest
@@ -15,10 +16,19 @@ from saqcli.progress import SILENT
 from saqcli.training.loop import evaluate, in_parts
 from saqcli.training.minimizers import MINIMIZERS
 from saqcli.training.objective import Objective
-from saqcli.training.step import Recovery, Stepper
+from saqcli.training.step import Recovery, Stepper, retry_on_oom
 from tests.support.joined import forks
 from tests.support.networks import NETWORKS, images, quantize, seeded
-from tests.support.steps import assert_bitwise_equal, batch, make, sgd, snapshot, trainable
+from tests.support.steps import (
+    AttemptWatch,
+    assert_bitwise_equal,
+    batch,
+    fail_elsewhere,
+    make,
+    sgd,
+    snapshot,
+    trainable,
+)
 
 OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -34,7 +44,7 @@ class Small(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.dropout(self.model(x))
         if len(x) > self.most:  # after batch norms and random state have changed
-            raise self.error
+            raise type(self.error)(*self.error.args)  # a new one: a kept traceback keeps frames alive
         return logits
 
 
@@ -67,6 +77,48 @@ def test_out_of_memory_step_equals_micro_batches(method: str) -> None:
         assert ["micro-batches of" in note for note in notes] == ([True, True] if micro is None else [])
 
     assert_bitwise_equal(*ends)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_attempt_is_freed_before_shrinking(elsewhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    shrunk: list[list[bool]] = []
+    if elsewhere:
+        fail_elsewhere(monkeypatch)
+
+    def work() -> list[Tensor]:
+        tensors = [torch.ones(3), torch.ones(4)]
+        made.extend(map(weakref.ref, tensors))
+        if not elsewhere and not shrunk:
+            raise torch.OutOfMemoryError(*OUT.args)
+        return tensors
+
+    results = retry_on_oom(work, lambda: shrunk.append([reference() is None for reference in made]))
+
+    assert shrunk == [[True, True]]
+    assert [reference() for reference in made[2:]] == results
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("method", MINIMIZERS)
+def test_failed_step_is_freed_before_shrinking(
+    method: str, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Small(trainable("conv_bn"), 99 if elsewhere else 4)
+    step, _ = stepper(model, sgd(model), method)
+    watch, gradients = AttemptWatch(monkeypatch), step.minimizer.gradients
+
+    def watched_gradients(chunks: Any) -> Any:
+        passes = gradients(chunks)
+        watch.add(passes)
+        return passes
+
+    monkeypatch.setattr(step.minimizer, "gradients", watched_gradients)
+    if elsewhere:
+        fail_elsewhere(monkeypatch)
+
+    assert step(*batch(16))
+    assert watch.alive == ([0] if elsewhere else [0, 0])
 
 
 def test_model_exceeding_memory_is_reported() -> None:

@@ -1,6 +1,7 @@
 """A trainer without a run directory: fitting, saving, resuming."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.config import TrainingSection
-from saqcli.errors import RunDirectoryError
-from saqcli.tasks.classification import Score
+from saqcli.errors import RunDirectoryError, TrainingDiverged
+from saqcli.tasks.classification import Score, largest_loss
+from saqcli.training import trainer as trainers
 from saqcli.training.trainer import NO_RUN, Trainer, TrainingRun
 from tests.support.networks import NETWORKS, quantize
 from tests.support.steps import assert_bitwise_equal, batch, snapshot
@@ -67,6 +69,19 @@ def test_fitting_needs_no_run() -> None:
     made = fitted()
 
     assert (made.epoch, made.step, made.best, made.last) == (2, 0, None, None)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 1.001 * largest_loss(5)])
+def test_absurd_validation_loss_stops_training(loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainers, "evaluate", lambda *_, **__: Score(16, loss))
+
+    with pytest.raises(TrainingDiverged, match="the validation loss has become"):
+        fitted(validation=VALIDATION)
+
+
+def test_largest_loss_is_a_multiple_of_guessing() -> None:
+    assert largest_loss(5) == 100 * math.log(5)
+    assert largest_loss(1) == largest_loss(2)
 
 
 def test_metrics_of_every_epoch_are_logged() -> None:

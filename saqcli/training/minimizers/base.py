@@ -32,8 +32,6 @@ from saqcli import distributed
 from saqcli.errors import TrainingDiverged, UnsupportedModel
 from saqcli.training.perturbation import Gradients, PerturbedSet, add_up
 
-LARGEST_LOSS = 100.0  # times ln(classes), the loss of guessing; no network that learns is near it
-
 
 def check_step(loss: Tensor, *norms: Tensor) -> None:
     """Check loss and gradients before the optimizer's step.
@@ -49,13 +47,13 @@ def check_step(loss: Tensor, *norms: Tensor) -> None:
         raise TrainingDiverged(f"{what} and cannot be descended: {_advice()}")
 
 
-def check_epoch(loss: float, classes: int) -> None:
+def check_epoch(loss: float, largest: float) -> None:
     """Check the validation loss after an epoch.
 
     Raises:
-        TrainingDiverged: it is not finite, or absurd.
+        TrainingDiverged: it is not finite, or above ``largest``.
     """
-    if not loss <= LARGEST_LOSS * math.log(max(classes, 2)):
+    if not loss <= largest:
         raise distributed.reported_once(
             TrainingDiverged(f"the validation loss has become {loss:g}: {_advice()}")
         )

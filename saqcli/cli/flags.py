@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple, get_origin
 
-from saqcli.cli.options import flag_of, unwrapped
+from saqcli.cli.options import SETTINGS, flag_of, unwrapped
 from saqcli.config import RunConfig
 
 _CALL = re.compile(r"`([a-z]+\([^`]*\))`")
@@ -131,12 +131,12 @@ def _typed(text: str, command: Command | None) -> str:
 def _flag(name: str, value: str | None, command: Command | None) -> str | None:
     """The flag of a setting or argument with its value; None if ``name`` is neither, or not accepted."""
     if name in ARGUMENTS:
-        option = ARGUMENTS[name]
-        if command is not None and option not in {*command.options, TORCHRUN}:
+        flag = ARGUMENTS[name]
+        if command is not None and flag not in {*command.options, TORCHRUN}:
             return None
         if name in SWITCHES:
-            return None if value == "False" else option
-        return option if value is None else f"{option} {value or QUOTES}"
+            return None if value == "False" else flag
+        return flag if value is None else f"{flag} {value or QUOTES}"
     kind = _kinds().get(".".join(name.split(".")[:2]))
     if kind is None:
         return None
@@ -149,13 +149,12 @@ def _flag(name: str, value: str | None, command: Command | None) -> str | None:
     if option is not None and value is None:
         return option
     if option is not None and kind is bool:
-        negative = option.replace("--", "--no-", 1)
         if value != "False":
             return option if value == "True" else f"{option} {value or QUOTES}"
-        if command is None or negative in command.options:
-            return negative
+        if SETTINGS[name].option.negative:
+            return option.replace("--", "--no-", 1)
     elif option is not None:
-        return f"{option} {_listed(str(value)) if kind is tuple else value or QUOTES}"
+        return f"{option} {(_listed(str(value)) if kind is tuple else value) or QUOTES}"
     if command is not None and "--set" not in command.options:
         return None
     return f"--set {name}" if value is None else f"--set {_assigned(name, value, kind)}"
@@ -163,7 +162,7 @@ def _flag(name: str, value: str | None, command: Command | None) -> str | None:
 
 def _listed(value: str) -> str:
     """``(2, 3)`` as ``2,3``."""
-    inner = value[1:-1] if value[:1] in ("(", "[") else value
+    inner = value[1:-1] if value[:1] in ("(", "[") and value[-1:] in (")", "]") else value
     return ",".join(part.strip(" '\"") for part in inner.split(",") if part.strip())
 
 

@@ -37,6 +37,7 @@ RERUN, DEMO = (command_of(verb, GROUP.commands[verb].params) for verb in ("rerun
         ("`data.class_map=(x)`", "--class-map (x)"),
         ("`data.class_map=True`", "--class-map True"),
         ("`data.class_map=`", "--class-map ''"),
+        ("`model.new_head=False`", "--set model.new_head=false"),
         ("`run_dir=`", "--run-dir ''"),
         ("`run_dir=True`", "--run-dir True"),
         ("`training.milestones=(30, 60)`", "--set 'training.milestones=[30,60]'"),

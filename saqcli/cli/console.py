@@ -218,7 +218,7 @@ class _Plain:
 
     def note(self, text: str) -> None:
         """Print one line."""
-        _print_line(text)
+        _print_line(as_flags(text))
 
 
 class _LiveTask:

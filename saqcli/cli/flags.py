@@ -115,12 +115,12 @@ def _command_line(call: str) -> str | None:
 def _typed(text: str, command: Command | None) -> str:
     """Names in backticks, separated by spaces, as typed.
 
-    Values of settings that the command does not accept become the command line of ``saq quantize`` or ``saq search``;
-    without a value such a setting is left unchanged.
+    If the command does not accept one of them, settings with values become the command line of ``saq quantize`` or
+    ``saq search``; a setting without a value is left unchanged.
     """
     tokens = list(_TOKEN.finditer(text))
     words = [_flag(found[1], found[2], command) for found in tokens]
-    if any(word is None and found[2] is not None for word, found in zip(words, tokens, strict=True)):
+    if None in words and any(found[2] is not None for found in tokens):
         elsewhere = [_flag(found[1], found[2], None) for found in tokens]
         if None not in elsewhere and any(found[1] not in ARGUMENTS for found in tokens):
             verb = "search" if any(found[1].startswith("search.") for found in tokens) else "quantize"

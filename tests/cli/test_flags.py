@@ -106,6 +106,7 @@ def test_calls_become_command_lines() -> None:
         ("`resume=True` `training.keep=best`", QUANTIZE, "--resume --set training.keep=best"),
         ("`search.epochs=2`", EVAL, "`saq search --epochs 2`"),
         ("`model.num_classes=2` `model.new_head=True`", EVAL, "`saq quantize --num-classes 2 --new-head`"),
+        ("`model.name` `model.weights=x`", RERUN, "`saq quantize MODEL --weights x`"),
         ("a lower `training.lr`", RERUN, "a lower `training.lr`"),
         ("`data.batch_size`", EVAL, "`data.batch_size`"),  # its --batch-size is another setting
         ("`resume=True`", DEMO, "`resume=True`"),

@@ -10,7 +10,6 @@ section. ``saqcli.cli.options`` makes the command line from these, help and comp
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -18,6 +17,19 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from saqcli.errors import ConfigError, Problems
+from saqcli.option import (
+    BITS,
+    DATA,
+    EFFICIENCY,
+    EXPORT,
+    GENERAL,
+    MODEL,
+    REGULARIZATION,
+    RUN,
+    SEARCH,
+    TRAINING,
+    Option,
+)
 from saqcli.serialization import Misfit, parse_object, printable, read_json, read_text, read_toml
 
 Positive = Annotated[int, Field(ge=1)]
@@ -45,40 +57,6 @@ def _count_or_all(value: Any) -> Any:
 CountOrAll = Annotated[int | Literal["all"], PlainValidator(_count_or_all)]
 
 DEFAULT_RECIPE = "quick"
-BITS, DATA, MODEL = "Bits", "Data", "Model"
-TRAINING, EFFICIENCY, REGULARIZATION = "Training", "Training efficiency", "Regularization"
-SEARCH, EXPORT, RUN, GENERAL = "Search", "Export", "Run", "General"
-
-
-@dataclass(frozen=True)
-class Option:
-    """The command-line option of a setting, in addition to its type, bounds and default.
-
-    Attributes:
-        help: meaning; ``{choices}`` lists ``choices``. The default is appended.
-        metavar: placeholder of the value; empty for booleans and literals, which need none.
-        default: effect of a missing option, where the field's default (or that of recipe ``quick``) does not say it.
-        panel: heading in the help; None for that of the section.
-        names: names without dashes, the main one first; empty for the field's name in kebab case.
-        choices: values and a remark on each, which may be empty; those of the tables of plugins, which a test compares.
-        parse: reader of the text, by its name in ``saqcli.cli.options.PARSERS``; None for a plain value.
-        least: smallest number accepted, where the type has no bound or another one.
-        file: whether the value is a path, which shells complete.
-        repeated: whether the option may be given several times.
-        negative: whether a boolean has a negative name too.
-    """
-
-    help: str
-    metavar: str = ""
-    default: str | None = None
-    panel: str | None = None
-    names: tuple[str, ...] = ()
-    choices: Mapping[str, str] | None = None
-    parse: Literal["numbers", "size", "widths", "assignments", "pins", "count or all"] | None = None
-    least: int | None = None
-    file: bool = False
-    repeated: bool = False
-    negative: bool = True
 
 
 def recipes() -> list[str]:
@@ -119,7 +97,7 @@ class ModelSection(_Section):
     weights_key: Annotated[
         str | None,
         Option(
-            "Key of the tensors to load, if --weights holds several sets: state_dict_ema, callbacks.ema",
+            "Key of the tensors to load, if `model.weights` holds several sets: state_dict_ema, callbacks.ema",
             "KEY",
             "averaged weights if present, as in timm",
         ),
@@ -129,7 +107,8 @@ class ModelSection(_Section):
     new_head: Annotated[
         bool,
         Option(
-            "Start with a random classifier if --weights has a different number of classes than --num-classes",
+            "Start with a random classifier if `model.weights` has a different number of classes than "
+            "`model.num_classes`",
             negative=False,
         ),
     ] = False
@@ -237,7 +216,7 @@ class DataSection(_Section):
         bool | None,
         Option(
             "Rotate images by their EXIF orientation",
-            default="as the run did, else --no-exif-transpose, as timm and torchvision do",
+            default="as the run did, else `data.exif_transpose=False`, as timm and torchvision do",
         ),
     ] = None
 
@@ -269,7 +248,8 @@ class QuantizationSection(_Section):
     size: Annotated[
         Text | None,
         Option(
-            "Budget of bytes: `5MB`, `4MiB`, or `w4a4` for that of 4 bits everywhere; alone or together with --bops",
+            "Budget of bytes: `5MB`, `4MiB`, or `w4a4` for that of 4 bits everywhere; alone or together with "
+            "`quantization.bops`",
             "BUDGET",
         ),
     ] = None
@@ -459,7 +439,7 @@ class TrainingSection(_Section):
     ] = None
     rho_unit: Annotated[
         Literal["deviation", "absolute"],
-        Option("Unit of --rho: standard deviations of each layer's weights, or none"),
+        Option("Unit of `training.rho`: standard deviations of each layer's weights, or none"),
     ] = "deviation"
     sharpness_batch: Annotated[Positive, Option("Images that share one perturbation", "N")] = 128
     sam_interval: Annotated[

@@ -8,7 +8,7 @@ import typer
 from saqcli.cli import options as o
 from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.cli.help import FILES, INSTRUMENTS, MEASURING
-from saqcli.config import DATA
+from saqcli.option import DATA
 
 
 def _flag(*names: str, help: str) -> typer.models.OptionInfo:

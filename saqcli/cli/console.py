@@ -20,6 +20,7 @@ from saqcli.cli.flags import as_flags, flags_in
 from saqcli.errors import ConfigError, Interrupted, SaqError, StoppedElsewhere, out_of_memory
 from saqcli.progress import SILENT, Progress, Task
 from saqcli.runs.interrupts import exit_code_of, raised_signals
+from saqcli.serialization import json_text
 from saqcli.units import format_duration, format_figure
 
 SECONDS_BETWEEN_LINES = 10.0  # of plain progress
@@ -38,8 +39,6 @@ def progress_for(*, json_output: bool, quiet: bool) -> Progress:
 
 def print_json(value: dict[str, Any]) -> None:
     """Print one JSON object on stdout."""
-    from saqcli.serialization import json_text  # imports pydantic, which --help does not need
-
     typer.echo(json_text(flags_in(value)))
 
 
@@ -54,13 +53,13 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
                 command(*args, **kwargs)
         except StoppedElsewhere as error:
             if not _rank():
-                _print_error(str(error))
+                _print_error(as_flags(str(error)))
             raise typer.Exit(error.exit_code) from None
         except Interrupted as interrupt:
-            _print_line(str(interrupt))
+            _print_line(as_flags(str(interrupt)))
             raise typer.Exit(interrupt.exit_code) from None
         except SaqError as error:
-            _print_error(str(error))
+            _print_error(as_flags(str(error)))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as interrupt:
             _print_line("Interrupted")
@@ -95,7 +94,7 @@ def _print_error(message: str) -> None:
 def _print_line(line: str) -> None:
     """Print one line on stderr."""
     try:
-        typer.echo(as_flags(line), err=True)
+        typer.echo(line, err=True)
     except OSError:
         _discard_stderr()
 
@@ -219,7 +218,7 @@ class _Plain:
 
     def note(self, text: str) -> None:
         """Print one line."""
-        _print_line(text)
+        _print_line(as_flags(text))
 
 
 class _LiveTask:

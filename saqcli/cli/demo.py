@@ -8,7 +8,7 @@ import typer
 
 from saqcli.cli import options as o
 from saqcli.cli.console import print_json, progress_for, reporting
-from saqcli.config import GENERAL
+from saqcli.option import GENERAL
 
 BUDGET = "80M"  # below the cost of uniform 3 bits: layers get 2, 3 or 4
 EPOCHS = 6

@@ -10,12 +10,12 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import PurePath
-from typing import Any
+from typing import Any, ClassVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from saqcli.config import (
+from saqcli.option import (
     BITS,
     DATA,
     EFFICIENCY,
@@ -53,7 +53,9 @@ class HelpCommand(TyperCommand):
 
 
 class HelpGroup(TyperGroup):
-    """The program with this help screen."""
+    """The program with this help screen, and a line on each of its commands."""
+
+    summaries: ClassVar[dict[str, str]] = {}
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help of the program."""
@@ -123,10 +125,9 @@ def _styled(text: str, **style: Any) -> str:
 
 def _sections(command: Any, ctx: Any) -> dict[str, list[Row]]:
     parameters = command.get_params(ctx)
-    commands = getattr(command, "commands", {})
     found = {
         "Arguments": [(argument(each), meaning(each)) for each in parameters if is_argument(each)],
-        "Commands": [(name, paragraphs(commands[name].help)[0].rstrip(".")) for name in commands],
+        "Commands": list(getattr(command, "summaries", {}).items()),
     }
     for panel, options in panels(parameters).items():
         found[panel] = [(_option(each), meaning(each)) for each in options]

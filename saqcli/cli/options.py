@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import typer
 
-from saqcli.config import DEFAULT_RECIPE, DataSection, ModelSection, Option, RunConfig, read_recipe
+from saqcli.config import DEFAULT_RECIPE, DataSection, ModelSection, RunConfig, read_recipe
 from saqcli.errors import ConfigError, Problems
+from saqcli.option import Option
 from saqcli.serialization import parse_object
 
 Section = TypeVar("Section", ModelSection, DataSection)
@@ -213,7 +214,7 @@ def _settings() -> Iterator[Setting]:
             continue
         quick = recipe.get(section, {})
         for key, annotation in get_type_hints(schema, include_extras=True).items():
-            kind, notes = _unwrapped(annotation)
+            kind, notes = unwrapped(annotation)
             for option in (note for note in notes if isinstance(note, Option)):
                 option = replace(option, panel=option.panel or schema.panel)
                 value = quick.get(key, schema.model_fields[key].default)
@@ -222,7 +223,7 @@ def _settings() -> Iterator[Setting]:
                 yield Setting(f"{section}.{key}".lstrip("."), option, *_typed(option, kind, notes), default)
 
 
-def _unwrapped(annotation: Any) -> tuple[Any, list[Any]]:
+def unwrapped(annotation: Any) -> tuple[Any, list[Any]]:
     """The type without ``Annotated`` and ``None``, and its annotations."""
     notes: list[Any] = []
     while True:

@@ -9,8 +9,9 @@ import typer
 from saqcli.cli import options as o
 from saqcli.cli import run_options as r
 from saqcli.cli.console import print_json, progress_for, reporting
-from saqcli.config import EFFICIENCY, RUN, ExportSection, RunConfig
+from saqcli.config import ExportSection, RunConfig
 from saqcli.errors import ConfigError
+from saqcli.option import EFFICIENCY, RUN
 
 # The settings of --efficient; measurements are in docs/reproduction.md.
 EFFICIENT: dict[str, Any] = {"training.ascent_fraction": 0.25}

@@ -8,8 +8,8 @@ import typer
 from saqcli.cli import options as o
 from saqcli.cli import run_options as r
 from saqcli.cli.console import print_json, progress_for, reporting
-from saqcli.config import RUN
 from saqcli.errors import NotReproduced
+from saqcli.option import RUN
 
 
 @reporting

@@ -8,8 +8,9 @@ import typer
 
 from saqcli.cli.console import print_json, progress_for
 from saqcli.cli.options import Given, folder_of_bits
-from saqcli.config import EXPORT, RUN, RunConfig, resolve_into
+from saqcli.config import RunConfig, resolve_into
 from saqcli.errors import ConfigError, RunDirectoryError
+from saqcli.option import EXPORT, RUN
 
 Config = Annotated[
     Path | None,

@@ -9,7 +9,8 @@ import typer
 from saqcli.cli import options as o
 from saqcli.cli import run_options as r
 from saqcli.cli.console import print_json, progress_for, reporting
-from saqcli.config import RUN, RunConfig
+from saqcli.config import RunConfig
+from saqcli.option import RUN
 
 
 @reporting

@@ -9,7 +9,6 @@ The original run is never written to.
 """
 
 import os
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -150,7 +149,7 @@ def rerun(
     if not resume or not there or new.manifest().status != "finished":
         changes = changes.absolute()
         then = manifest.circumstances[0] if manifest.circumstances else None
-        with _as_then(then, run_dir, new_dir, progress):
+        with _as_then(then, manifest.verb, run_dir, new_dir, progress):
             config = new.config() if resume and there else _restored(old, then)
             config = changes.applied(config)
             _check_there(config, run_dir)
@@ -239,7 +238,9 @@ def _default_workers(config: RunConfig, cores_then: int) -> int:
 
 
 @contextmanager
-def _as_then(then: Circumstances | None, run_dir: Path, new_dir: Path, progress: Progress) -> Iterator[None]:
+def _as_then(
+    then: Circumstances | None, verb: str, run_dir: Path, new_dir: Path, progress: Progress
+) -> Iterator[None]:
     """Within the context, work in the directory and with the number of threads of the run."""
     if then is None:
         progress.note(
@@ -252,11 +253,11 @@ def _as_then(then: Circumstances | None, run_dir: Path, new_dir: Path, progress:
             f"computing with {counted(then.threads, 'thread')} as in the run: another number changes bits"
         )
     if then.processes != distributed.count():
+        config, other = str(run_dir / "config.json"), f"{new_dir}-{then.processes}"
         progress.note(
-            f"the run used {counted(then.processes, 'process')} and this rerun uses 1, which changes bits: "
-            f"for identical bits start torchrun with `nproc_per_node={then.processes}`, "
-            f"`config={shlex.quote(str(run_dir / 'config.json'))}` and another `run_dir`, and compare with "
-            f"`rerun({str(run_dir)!r}, run_dir={str(new_dir)!r}, resume=True)`"
+            f"the run used {counted(then.processes, 'process')} and this rerun uses 1, which changes bits: for "
+            f"identical bits use `{verb}(nproc_per_node={then.processes}, config={config!r}, run_dir={other!r})`, "
+            f"and compare with `rerun({str(run_dir)!r}, run_dir={other!r}, resume=True)`"
         )
     there = Path(then.directory).is_dir() and os.access(then.directory, os.X_OK)
     if not there:

@@ -8,7 +8,7 @@ import pytest
 from typer.main import get_command
 
 from saqcli.cli import app
-from saqcli.cli.help import PANELS
+from saqcli.cli.help import PANELS, paragraphs
 from saqcli.cli.options import SETTINGS
 from saqcli.config import RunConfig
 from saqcli.errors import SaqError
@@ -126,6 +126,21 @@ def test_program_lists_its_commands(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert [line.split()[0] for line in lines if re.match(r"  [a-z]", line)] == list(COMMANDS)
     assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_summary_is_the_first_paragraph(name: str) -> None:
+    assert GROUP.summaries[name] == paragraphs(COMMANDS[name].help)[0].rstrip(".")
+
+
+def test_help_names_flags_of_its_command() -> None:
+    helps = {(name, each.name): each.help for name in COMMANDS for each in COMMANDS[name].params}
+
+    assert helps["quantize", "quantization__size"].endswith("together with --bops")
+    assert helps["search", "quantization__size"].endswith("together with --budget")
+    assert "else --no-exif-transpose, as" in helps["eval", "data__exif_transpose"]
+    settings = [text for text in helps.values() if re.search(r"`(model|data|quantization|training)\.", text)]
+    assert settings == [helps["quantize", "assign"], helps["search", "assign"]]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -154,7 +154,7 @@ def test_budgets_are_validated_everywhere(images: Path, tmp_path: Path) -> None:
 
 def test_demo_checks_budget_before_training(tmp_path: Path) -> None:
     for budget, code, says in (
-        ("500MB", 1, "use --size 500MB, or 500M"),
+        ("500MB", 1, "use `saq quantize --size 500MB`, or 500M"),
         ("5mJ", 1, "is an energy"),
         ("1M", 4, "reachable: 42.51 M"),
     ):

@@ -165,6 +165,19 @@ def test_modified_results_are_found_and_named(
     assert table.count("bit-identical") == 4
 
 
+def test_rerun_of_several_processes_names_the_commands(searched: Path, tmp_path: Path) -> None:
+    two, new = Path(shutil.copytree(searched, tmp_path / "two")), tmp_path / "new"
+    manifest = json.loads((two / "manifest.json").read_text())
+    manifest["circumstances"][0]["processes"] = 2
+    (two / "manifest.json").write_text(json.dumps(manifest))
+
+    notes = saq("rerun", two, "--run-dir", new).stderr
+
+    start = f"`torchrun --nproc-per-node 2 -m saqcli search --config {two}/config.json --run-dir {new}-2`"
+    assert start in notes
+    assert f"compare with `saq rerun {two} --run-dir {new}-2 --resume`" in notes
+
+
 def test_search_reruns_with_moved_images(searched: Path, tmp_path: Path) -> None:
     moved = shutil.move(searched.parent / "images", tmp_path / "images")
     try:

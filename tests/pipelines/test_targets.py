@@ -109,8 +109,8 @@ def test_non_model_files_give_advice(images: Path, tmp_path: Path, config: RunCo
     for path, says in (
         (run / "report.md", f"a file inside a run: give the run directory, {run}"),
         (run / "policy.json", f"a file inside a run: give the run directory, {run}"),
-        (tmp_path / "policy.json", f"give MODEL --policy {tmp_path / 'policy.json'}"),
-        (tmp_path / "weights.pth", f"give MODEL --weights {tmp_path / 'weights.pth'}"),
+        (tmp_path / "policy.json", f"MODEL --policy {tmp_path / 'policy.json'}"),
+        (tmp_path / "weights.pth", f"MODEL --weights {tmp_path / 'weights.pth'}"),
         (tmp_path / "notes.txt", "not a model file of saq"),
     ):
         for line in messages_of(images, path).values():

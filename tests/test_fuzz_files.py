@@ -411,7 +411,7 @@ def larger_than_its_storage() -> Call:
 WITHOUT_NUMBERS: dict[str, Callable[[], Any]] = {
     "damaged or foreign": larger_than_its_storage,
     "sparse": lambda: torch.eye(3).to_sparse(),
-    "or elsewhere": lambda: torch.ones(3, device="meta"),
+    "meta tensor": lambda: torch.ones(3, device="meta"),
 }
 
 

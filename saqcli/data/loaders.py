@@ -8,8 +8,8 @@ would keep the state of its generators, and a resumed run would differ from an u
 import os
 import warnings
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -91,9 +91,7 @@ def make_loader(
             seed=seed,
             share=(distributed.index(), distributed.count()) if divided else (0, 1),
         )
-    with warnings.catch_warnings():
-        # splits.py already notes if there are more workers than cores.
-        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+    with _any_number_of_workers():
         batches = create_loader(
             dataset,
             preprocessing.input_size,
@@ -143,8 +141,16 @@ def _start_workers(batches: weakref.ref[Any]) -> Any:
     The reference is weak, since the garbage collector cannot end the workers of a loader that refers to itself.
     """
     loader: Any = batches()
-    with blocked_signals() if loader.num_workers else nullcontext():
+    with _any_number_of_workers(), blocked_signals() if loader.num_workers else nullcontext():
         return type(loader)._get_iterator(loader)
+
+
+@contextmanager
+def _any_number_of_workers() -> Iterator[None]:
+    """Without torch's warning about more workers than cores, which ``splits.py`` notes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        yield
 
 
 def _init_worker(init: Callable[[int], None] | None, worker: int) -> None:

@@ -114,7 +114,11 @@ def test_synsets_start_at_zero_for_new_head(tmp_path: Path, make_classes: MakeCl
         (["cat", "dog"], 10, r"2 classes \(cat, dog\), the model 10: give `model.num_classes=2`"),
         (["ant", "cat", "dog"], 2, r"3 classes .*, the model 2: give `model.num_classes=3`"),
         (["cat", "dog"], 1000, r"the model 1000: .* data whose folders are ImageNet synsets"),
-        ([TENCH, "n99999999"], 1000, r"the model 1000: .* neither an ImageNet synset \(n99999999\)"),
+        (
+            [TENCH, "n99999999"],
+            1000,
+            r"the model 1000: .* neither an ImageNet synset nor its name \(n99999999\)",
+        ),
     ],
 )
 def test_class_count_mismatch_is_refused(

@@ -379,7 +379,7 @@ def quantized_convolution() -> onnx.ModelProto:
     [
         (["--bench", "--batch-sizes", "0"], 1, "--batch-sizes 0: give whole numbers of at least 1"),
         (["--bench", "--batch-sizes", "1,x"], 1, "--batch-sizes 1,x: give whole numbers"),
-        (["--bench", "--batch-sizes", ""], 1, "--batch-sizes : give whole numbers"),
+        (["--bench", "--batch-sizes", ""], 1, "--batch-sizes '': give whole numbers"),
         (["--bench", "--batch-sizes", "1.5"], 1, "whole numbers"),
         (["--bench", "--batch-sizes", "70000"], 1, "from 1 to 65536"),
         (["--bench", "--threads", "-1"], 1, "--threads -1: give whole numbers"),

@@ -201,8 +201,8 @@ def test_failed_verification_publishes_nothing(
 
     assert result.exit_code == 3
     message = last_error(result)
-    assert "model.onnx does not equal the model" in message
-    assert "nothing was written" in message
+    assert "model.onnx does not match the model" in message
+    assert "no file was written" in message
     assert "given the same codes, it differs before" in message
     assert not list(tmp_path.iterdir())
 
@@ -259,7 +259,7 @@ def test_unloadable_graph_is_not_published(
 
     assert result.exit_code == ExportMismatch.exit_code == 3
     assert says in last_error(result)
-    assert "nothing was written" in last_error(result)
+    assert "no file was written" in last_error(result)
     assert not list(tmp_path.iterdir())
 
 

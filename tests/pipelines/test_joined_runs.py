@@ -218,7 +218,7 @@ def test_unreadable_image_is_named_by_its_rank(few: list[object], digits: Path, 
 def test_common_errors_are_printed_once(few: list[object], tmp_path: Path) -> None:
     missing = [str(option).replace("float.safetensors", "nothing.safetensors") for option in few]
     for options, reason in (
-        ((*few, *RUNS, "--batch-size", 63), "--batch-size 63 is for all 2 processes together"),
+        ((*few, *RUNS, "--batch-size", 63), "--batch-size 63 is the total of 2 processes"),
         ((*missing, *RUNS), "nothing.safetensors"),
         ((*few, *RUNS, "--batch-size", 62, "--mixup", 0.2), "give a multiple of 4"),
         ((*few, *RUNS, "--method", "nope"), "there is no method"),

@@ -325,7 +325,9 @@ MODULES = (
     *(f"saqcli.pipelines.{name}" for name in ("quantize", "search", "analyze", "evaluate", "demo")),
     *(f"saqcli.report.{name}" for name in ("canvas", "front", "landscape", "pareto", "policy", "readings")),
     *("saqcli.verify.proof", "saqcli.verify.publish", "saqcli.verify.runtime"),
-    *(f"saqcli.cli.{name}" for name in ("quantize", "search", "analyze", "evaluate", "demo")),  # for the journal
+    *(
+        f"saqcli.cli.{name}" for name in ("quantize", "search", "analyze", "evaluate", "demo")
+    ),  # for the journal
     *("timm.utils", "onnxruntime", "onnxscript", "torch.onnx._internal.exporter._registration"),
     *(f"matplotlib.{name}" for name in ("figure", "backends.backend_agg", "backends.backend_svg")),
 )

@@ -1,4 +1,4 @@
-"""What the command line needs to know of a setting, and the headings of options in the help."""
+"""The command-line option of a setting, and the headings of options in the help."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ SEARCH, EXPORT, RUN, GENERAL = "Search", "Export", "Run", "General"
 
 @dataclass(frozen=True)
 class Option:
-    """What the command line needs to know of a setting, beside its type, its bounds and its default.
+    """The command-line option of a setting, in addition to its type, bounds and default.
 
     Attributes:
         help: meaning; ``{choices}`` lists ``choices``. The default is appended. Settings in backticks, here

@@ -28,6 +28,20 @@ def blocks_per_stage(depth: int) -> int:
     return blocks
 
 
+def _stage(
+    block: Callable[[int, int, int], nn.Module], blocks: int, c_in: int, c_out: int, stride: int
+) -> nn.Sequential:
+    """Blocks of ``c_out`` channels, the first from ``c_in`` channels with the stride."""
+    return nn.Sequential(block(c_in, c_out, stride), *(block(c_out, c_out, 1) for _ in range(blocks - 1)))
+
+
+def _initialize(network: nn.Module) -> None:
+    """Initialize convolutions as He et al. do."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
 class _BasicBlock(nn.Module):
     """relu(conv-bn-relu-conv-bn + shortcut)."""
 
@@ -67,13 +81,11 @@ class ResNet(nn.Module):
         blocks = blocks_per_stage(depth)
         self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _basic_stage(blocks, 16, 16, stride=1)
-        self.layer2 = _basic_stage(blocks, 16, 32, stride=2)
-        self.layer3 = _basic_stage(blocks, 32, 64, stride=2)
+        self.layer1 = _stage(_BasicBlock, blocks, 16, 16, stride=1)
+        self.layer2 = _stage(_BasicBlock, blocks, 16, 32, stride=2)
+        self.layer3 = _stage(_BasicBlock, blocks, 32, 64, stride=2)
         self.linear = nn.Linear(64, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to (N, num_classes)."""
@@ -81,12 +93,6 @@ class ResNet(nn.Module):
         x = self.layer3(self.layer2(self.layer1(x)))  # (N, 64, H / 4, W / 4)
         scores: Tensor = self.linear(x.mean((2, 3)))
         return scores
-
-
-def _basic_stage(blocks: int, c_in: int, c_out: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        _BasicBlock(c_in, c_out, stride), *(_BasicBlock(c_out, c_out, 1) for _ in range(blocks - 1))
-    )
 
 
 class _PreActivationBlock(nn.Module):
@@ -136,9 +142,7 @@ class PreResNet(nn.Module):
         self.layer3 = _pre_activation_stage(blocks, 32, 64, stride=2)
         self.bn = nn.BatchNorm2d(64)
         self.linear = nn.Linear(64, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to (N, num_classes)."""
@@ -194,9 +198,9 @@ class ResNetS(nn.Module):
         blocks = blocks_per_stage(depth)
         self.conv1 = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = _wide_stem_stage(blocks, 64, 16, stride=1)
-        self.layer2 = _wide_stem_stage(blocks, 16, 32, stride=2)
-        self.layer3 = _wide_stem_stage(blocks, 32, 64, stride=2)
+        self.layer1 = _stage(_WideStemBlock, blocks, 64, 16, stride=1)
+        self.layer2 = _stage(_WideStemBlock, blocks, 16, 32, stride=2)
+        self.layer3 = _stage(_WideStemBlock, blocks, 32, 64, stride=2)
         self.linear = nn.Linear(64 * 2 * 2, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -206,12 +210,6 @@ class ResNetS(nn.Module):
             x = F.relu(stage(x))
         scores: Tensor = self.linear(F.avg_pool2d(x, 4).flatten(1))
         return scores
-
-
-def _wide_stem_stage(blocks: int, c_in: int, c_out: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        _WideStemBlock(c_in, c_out, stride), *(_WideStemBlock(c_out, c_out, 1) for _ in range(blocks - 1))
-    )
 
 
 STAGES = ((64, 1, 1), (128, 2, 2), (256, 2, 2), (512, 6, 2), (1024, 2, 2))  # channels, blocks, first stride
@@ -339,9 +337,7 @@ class MobileNetV2Cifar(nn.Module):
         self.conv2 = nn.Conv2d(c_in, 1280, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(1280)
         self.linear = nn.Linear(1280, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to (N, num_classes)."""

@@ -263,6 +263,7 @@ class QuantizationSection(_Section):
             "Method that finds the bits under a budget: {choices}",
             "NAME",
             choices=_names("samq asga hawq sensitivity random error uniform"),
+            family="searchers",
         ),
     ] = "error"
     candidates: Annotated[Widths, Option("Bit-widths that a layer may have", "2,3,4", parse="widths")] = (
@@ -293,6 +294,7 @@ class QuantizationSection(_Section):
             "Quantizers of weights and inputs: {choices}",
             "NAME",
             choices=_names("clip lsq lsq_plus pact dorefa"),
+            family="quantizers",
         ),
     ] = "clip"
     weight_grid: Annotated[
@@ -414,6 +416,7 @@ class TrainingSection(_Section):
             "Training method: {choices}",
             "NAME",
             choices={"saq": "", "asaq": "adaptive radius", "sam": "", "case1": "", "qat": "no perturbation"},
+            family="minimizers",
         ),
     ] = "saq"
     epochs: Annotated[int, Field(ge=0), Option("Epochs of fine-tuning; 0 calibrates only", "N")] = 3

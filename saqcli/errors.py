@@ -43,6 +43,10 @@ class SaqError(Exception):
         return [self]
 
 
+class PluginWarning(UserWarning):
+    """A plugin of another package is broken and disabled; everything else works."""
+
+
 class ConfigError(SaqError):
     """An invalid setting, file or option."""
 

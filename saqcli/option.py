@@ -26,6 +26,7 @@ class Option:
         file: whether the value is a path, which shells complete.
         repeated: whether the option may be given several times.
         negative: whether a boolean has a negative name too.
+        family: family of plugins (``saqcli.plugins``) whose further names are choices as well.
     """
 
     help: str
@@ -39,3 +40,4 @@ class Option:
     file: bool = False
     repeated: bool = False
     negative: bool = True
+    family: str | None = None

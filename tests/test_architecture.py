@@ -37,6 +37,7 @@ BASE = {
     "finite",
     "machine",
     "option",
+    "plugins",
     "process_group",
     "progress",
     "random_state",

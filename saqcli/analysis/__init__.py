@@ -5,7 +5,7 @@ An instrument is a function of an analysis input, settings and a session; it ret
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings
 from saqcli.analysis.distributions import DistributionsReading, measure_distributions
@@ -15,6 +15,7 @@ from saqcli.analysis.hessian_trace import TraceReading, measure_trace
 from saqcli.analysis.landscape import LandscapeReading, measure_landscape
 from saqcli.analysis.loss_sharpness import SharpnessReading, measure_sharpness
 from saqcli.analysis.sensitivity import SensitivityReading, measure_sensitivity
+from saqcli.plugins import Plugins
 
 
 class Instrument(NamedTuple):
@@ -35,7 +36,12 @@ class Instrument(NamedTuple):
     resumable: bool = False
 
 
-INSTRUMENTS: dict[str, Instrument] = {
+def _problem(plugin: Any) -> str | None:
+    """Why ``plugin`` is no entry of the table, or None."""
+    return None if isinstance(plugin, Instrument) else f"it is a {type(plugin).__name__}, not an Instrument"
+
+
+_OURS = {
     "sharpness": Instrument(measure_sharpness, SharpnessReading, ("rho", "rho_unit")),
     "eigenvalue": Instrument(
         measure_eigenvalue, EigenvalueReading, ("seed", "starts", "tolerance", "iterations")
@@ -48,5 +54,6 @@ INSTRUMENTS: dict[str, Instrument] = {
         measure_landscape, LandscapeReading, ("seed", "grid", "span"), quick=False, resumable=True
     ),
 }
+INSTRUMENTS: Plugins[Instrument] = Plugins("instruments", "instrument", _OURS, _problem)
 
 __all__ = ["INSTRUMENTS", "AnalysisInput", "Instrument", "Reading", "Session", "Settings"]

@@ -9,6 +9,7 @@ import functools
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from io import StringIO
@@ -17,7 +18,7 @@ from typing import Any, ParamSpec
 import typer
 
 from saqcli.cli.flags import as_flags, flags_in
-from saqcli.errors import ConfigError, Interrupted, SaqError, StoppedElsewhere, out_of_memory
+from saqcli.errors import ConfigError, Interrupted, PluginWarning, SaqError, StoppedElsewhere, out_of_memory
 from saqcli.progress import SILENT, Progress, Task
 from saqcli.runs.interrupts import exit_code_of, raised_signals
 from saqcli.serialization import json_text
@@ -49,7 +50,11 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             _check_started(command.__name__)
-            with raised_signals(), redirect_stdout(StringIO()) if _rank() else nullcontext():
+            with (
+                raised_signals(),
+                _plugin_warnings(),
+                redirect_stdout(StringIO()) if _rank() else nullcontext(),
+            ):
                 command(*args, **kwargs)
         except StoppedElsewhere as error:
             if not _rank():
@@ -84,6 +89,24 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(1) from None
 
     return run
+
+
+@contextmanager
+def _plugin_warnings() -> Iterator[None]:
+    """Within the context a warning about a broken plugin is one line on stderr."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+        if issubclass(category, PluginWarning):
+            _print_line(f"warning: {message}")
+        else:
+            before(message, category, *args, **kwargs)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def _print_error(message: str) -> None:

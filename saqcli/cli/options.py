@@ -20,6 +20,7 @@ import typer
 from saqcli.config import DEFAULT_RECIPE, DataSection, ModelSection, RunConfig, read_recipe
 from saqcli.errors import ConfigError, Problems
 from saqcli.option import Option
+from saqcli.plugins import outside_names
 from saqcli.serialization import parse_object
 
 Section = TypeVar("Section", ModelSection, DataSection)
@@ -239,6 +240,8 @@ def unwrapped(annotation: Any) -> tuple[Any, list[Any]]:
 def _typed(option: Option, kind: Any, notes: list[Any]) -> tuple[type, dict[str, str], int | None]:
     """Type, choices and smallest number of an option."""
     choices = option.choices or dict.fromkeys(get_args(kind) if get_origin(kind) is Literal else (), "")
+    if option.family:
+        choices = {**choices, **dict.fromkeys(outside_names(option.family), "")}
     if option.file:
         return Path, {}, None
     if option.parse or kind not in (int, float, bool):

@@ -83,8 +83,7 @@ def make_searcher(config: RunConfig) -> Searcher:
         ConfigError: unknown searcher or unknown options.
     """
     name, section = config.quantization.searcher, config.search
-    if name not in SEARCHERS:
-        raise ConfigError(f"there is no searcher {name!r}: choose from {', '.join(SEARCHERS)}")
+    entry = SEARCHERS.find(name)
     unknown = set(section.options) - set(SEARCHERS)
     if unknown:
         raise ConfigError(
@@ -92,18 +91,18 @@ def make_searcher(config: RunConfig) -> Searcher:
         )
     options = dict(section.options.get(name, {}))
     if section.epochs is not None:
-        if not SEARCHERS[name].trains:
+        if not entry.trains:
             raise ConfigError(f"searcher {name} does not train: remove `search.epochs`")
         whole = section.epochs == int(section.epochs)
         options["epochs"] = int(section.epochs) if whole else section.epochs
     if section.rho is not None:
         options["rho"] = section.rho
-    known = list(inspect.signature(SEARCHERS[name].make).parameters)
+    known = list(inspect.signature(entry.make).parameters)
     for option in options:
         if option not in known:
             options_are = f"its options are {', '.join(known)}" if known else "it has no options"
             raise ConfigError(f"searcher {name} has no {option}: {options_are}")
-    return SEARCHERS[name].make(**options)
+    return entry.make(**options)
 
 
 def space_of(section: QuantizationSection, network: Network) -> SearchSpace:

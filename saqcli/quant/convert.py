@@ -100,9 +100,7 @@ class Scheme(BaseModel):
 
 
 def _family(name: str) -> Family:
-    if name not in QUANTIZERS:
-        raise ConfigError(f"there is no quantizer {name!r}: choose from {', '.join(QUANTIZERS)}")
-    return QUANTIZERS[name]
+    return QUANTIZERS.find(name)
 
 
 def wrap(model: nn.Module) -> dict[str, QuantizedLayer]:

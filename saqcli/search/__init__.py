@@ -7,8 +7,9 @@ the table below. The contract tests cover every entry of the table.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from saqcli.plugins import Plugins
 from saqcli.search.asga import ASGA
 from saqcli.search.baselines import ErrorKnapsack, RandomSearch, Uniform
 from saqcli.search.hawq import HAWQ
@@ -33,7 +34,12 @@ class Entry(NamedTuple):
     uses_images: bool = True
 
 
-SEARCHERS: dict[str, Entry] = {
+def _problem(plugin: Any) -> str | None:
+    """Why ``plugin`` is no entry of the table, or None."""
+    return None if isinstance(plugin, Entry) else f"it is a {type(plugin).__name__}, not an Entry"
+
+
+_OURS = {
     "samq": Entry(SAMQ, "controller rewarded by the sharpness-aware loss (arXiv:2111.12273)", trains=True),
     "asga": Entry(
         ASGA, "differentiable, sharpness-aware, for proxy data sets (arXiv:2505.04877)", trains=True
@@ -46,5 +52,6 @@ SEARCHERS: dict[str, Entry] = {
     ),
     "uniform": Entry(Uniform, "the same bits everywhere", uses_images=False),
 }
+SEARCHERS: Plugins[Entry] = Plugins("searchers", "searcher", _OURS, _problem)
 
 __all__ = ["SEARCHERS", "Entry", "SearchImages", "SearchProblem", "SearchResult", "Searcher"]

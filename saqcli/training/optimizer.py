@@ -111,8 +111,7 @@ def make_minimizer(
 ) -> Minimizer:
     """The method's minimizer, with the paper's radius where none is given, for images of ``side`` pixels."""
     options = dict(training.minimizer)
-    if training.method not in MINIMIZERS:
-        raise ConfigError(f"there is no method {training.method!r}: choose from {', '.join(MINIMIZERS)}")
+    make = MINIMIZERS.find(training.method)
     if training.method != "qat":
         options = {
             "rho": default_rho(model, side) if training.rho is None else training.rho,
@@ -122,7 +121,7 @@ def make_minimizer(
             **options,
         }
     try:
-        return MINIMIZERS[training.method](model, optimizer, **options)
+        return make(model, optimizer, **options)
     except TypeError as error:
         reason = str(error).rpartition("() ")[2]
         raise ConfigError(f"method {training.method} does not take these options: {reason}") from None

@@ -5,8 +5,9 @@ weight and an activation class derived from ``Quantizer``, and add a line to the
 over the table.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from saqcli.plugins import Plugins
 from saqcli.quant.quantizers.base import Quantizer, quantizers_of
 from saqcli.quant.quantizers.clip import ClipActivation, ClipWeight, NormalizedClipWeight
 from saqcli.quant.quantizers.dorefa import DorefaActivation, DorefaWeight, PactActivation, PactWeight
@@ -29,7 +30,12 @@ class Family(NamedTuple):
     normalized: type[Quantizer] | None = None
 
 
-QUANTIZERS: dict[str, Family] = {
+def _problem(plugin: Any) -> str | None:
+    """Why ``plugin`` is no entry of the table, or None."""
+    return None if isinstance(plugin, Family) else f"it is a {type(plugin).__name__}, not a Family"
+
+
+_OURS = {
     "clip": Family(
         ClipWeight,
         ClipActivation,
@@ -45,5 +51,6 @@ QUANTIZERS: dict[str, Family] = {
     ),
     "dorefa": Family(DorefaWeight, DorefaActivation, "tanh weights, nothing learned (arXiv:1606.06160)"),
 }
+QUANTIZERS: Plugins[Family] = Plugins("quantizers", "quantizer", _OURS, _problem)
 
 __all__ = ["QUANTIZERS", "Family", "Quantizer", "quantizers_of"]

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from saqcli.plugins import Plugins
 from saqcli.training.minimizers.base import Chunk, MicroBatch, Passes
 from saqcli.training.minimizers.qat import QAT
 from saqcli.training.minimizers.sharpness_aware import ASAQ, SAM, SAQ, Case1
@@ -37,12 +38,19 @@ class Minimizer(Protocol):
         """The inverse of ``state_dict``: the following steps are the same."""
 
 
-MINIMIZERS: dict[str, Callable[..., Minimizer]] = {
+def _problem(plugin: Any) -> str | None:
+    """Why ``plugin`` is no minimizer, or None."""
+    missing = [name for name in ("step", "gradients", "update", "state_dict") if not hasattr(plugin, name)]
+    return f"it has no {missing[0]}" if missing else None
+
+
+_OURS: dict[str, Callable[..., Minimizer]] = {
     "qat": QAT,
     "sam": SAM,
     "case1": Case1,
     "saq": SAQ,
     "asaq": ASAQ,
 }
+MINIMIZERS: Plugins[Callable[..., Minimizer]] = Plugins("minimizers", "method", _OURS, _problem)
 
 __all__ = ["MINIMIZERS", "Chunk", "MicroBatch", "Minimizer", "Passes"]

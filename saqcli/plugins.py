@@ -1,0 +1,136 @@
+"""Tables of plugins: ours, those of other packages' entry points, and those that a program adds.
+
+A family of plugins, such as the quantizers, is a table from names to plugins. A package adds one by an entry point of
+the group ``saqcli.FAMILY``:
+
+    [project.entry-points."saqcli.quantizers"]
+    apot = "my_package.apot:ENTRY"
+
+and a program by ``TABLE["apot"] = ENTRY``. Entry points are read and loaded at the first use of a table, so that names
+can be listed without importing anything. A plugin that cannot be imported, breaks the contract of its family or has the
+name of one of ours is left out of the table with one ``PluginWarning``; all others work.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+from saqcli.errors import ConfigError, PluginWarning
+
+T = TypeVar("T")
+
+
+@cache
+def entry_points_of(family: str) -> tuple[EntryPoint, ...]:
+    """The entry points of a family in all installed packages, by name; nothing is imported."""
+    return tuple(sorted(entry_points(group=f"saqcli.{family}"), key=lambda point: (point.name, point.value)))
+
+
+def outside_names(family: str) -> list[str]:
+    """Names of the plugins that other packages add to a family; some may turn out to be broken."""
+    return list(dict.fromkeys(point.name for point in entry_points_of(family)))
+
+
+class Plugins(MutableMapping[str, T]):
+    """The plugins of a family by name: ours in the order of their table, then others by name.
+
+    Args:
+        family: group of the entry points, ``saqcli.FAMILY``.
+        word: what a plugin is called in messages.
+        own: our plugins.
+        check: returns why an object breaks the contract of the family, or None.
+
+    Example:
+        >>> table = Plugins("examples", "example", {"one": 1}, lambda plugin: None)
+        >>> table["two"] = 2
+        >>> list(table)
+        ['one', 'two']
+    """
+
+    def __init__(
+        self, family: str, word: str, own: Mapping[str, T], check: Callable[[Any], str | None]
+    ) -> None:
+        self.family, self.word = family, word
+        self._own, self._check = tuple(own), check
+        self._plugins = dict(own)
+        self._broken: dict[str, str] = {}
+        self._loaded = False
+
+    @property
+    def broken(self) -> Mapping[str, str]:
+        """Plugins of other packages that are disabled, with the reason."""
+        self._load()
+        return dict(self._broken)
+
+    def find(self, name: str, setting: str | None = None) -> T:
+        """The plugin ``name``.
+
+        Args:
+            name: as the user typed it.
+            setting: that holds the name, for the message.
+
+        Raises:
+            ConfigError: there is none, or it is broken; the message lists the others.
+        """
+        if name in self:
+            return self[name]
+        of = f"`{setting}={name}`: " if setting else ""
+        if name in self._broken:
+            raise ConfigError(f"{of}{self._broken[name]}: mend or remove that package, or choose another")
+        raise ConfigError(f"{of}there is no {self.word} {name!r}: choose from {', '.join(self)}")
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._plugins:
+            self._load()
+        return self._plugins[name]
+
+    def __setitem__(self, name: str, plugin: T) -> None:
+        reason = self._check(plugin)
+        if reason:
+            raise ConfigError(
+                f"{self.word} {name!r} does not keep the contract of the {self.family}: {reason}"
+            )
+        self._plugins[name] = plugin
+
+    def __delitem__(self, name: str) -> None:
+        self._load()
+        del self._plugins[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self._load()
+        return iter(list(self._plugins))
+
+    def __len__(self) -> int:
+        self._load()
+        return len(self._plugins)
+
+    def _load(self) -> None:
+        """Load the plugins of other packages, once."""
+        if self._loaded:
+            return
+        self._loaded = True
+        for point in entry_points_of(self.family):
+            reason = self._add(point)
+            if reason:
+                package = f" of package {point.dist.name}" if point.dist else ""
+                self._broken[point.name] = f"{self.word} {point.name}{package} is disabled, {reason}"
+                warnings.warn(self._broken[point.name], PluginWarning, stacklevel=4)
+
+    def _add(self, point: EntryPoint) -> str | None:
+        """Add the plugin of an entry point; the reason if it is broken."""
+        if point.name in self._own:
+            return "since saq has one of that name"
+        if point.name in self._plugins:
+            return "since the name is taken already"
+        try:
+            plugin = point.load()
+            reason = self._check(plugin)
+        except Exception as error:  # code of another package may raise anything
+            text = " ".join(str(error).split())[:200]
+            return f"it cannot be loaded ({type(error).__name__}: {text})"
+        if reason:
+            return f"since it does not keep the contract: {reason}"
+        self._plugins[point.name] = plugin
+        return None

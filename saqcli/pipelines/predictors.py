@@ -15,10 +15,9 @@ from saqcli.export.operators import frozen_copy
 from saqcli.export.restore import complete_class_names, restore, trained_classes
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.models.rebuild import check_build_metadata
-from saqcli.pipelines.setup import classes_of, explain_unsupported, load_float
+from saqcli.pipelines.setup import classes_of, load_float, try_classifier
 from saqcli.pipelines.targets import EVALUATED, QUANTIZED, find_target, model_file, named_file
 from saqcli.progress import Progress
-from saqcli.quant.tracer import try_model
 from saqcli.serialization import printable
 from saqcli.tasks.labels import Classes
 from saqcli.units import counted
@@ -64,8 +63,7 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
     if path is not None:
         return open_onnx(path) if path.suffix == ".onnx" else open_safetensors(path, device)
     loaded = load_float(section, progress)
-    with explain_unsupported(loaded.name):
-        try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size))
+    try_classifier(loaded)
     return Predictor(
         loaded.model.to(device),
         loaded.name,

@@ -3,10 +3,10 @@
 import inspect
 import re
 
+from saqcli.api.targets import policy_file
 from saqcli.config import QuantizationSection, RunConfig
 from saqcli.errors import ConfigError, Problems
 from saqcli.pipelines.setup import Network
-from saqcli.pipelines.targets import policy_file
 from saqcli.quant.bits import BitConfig, LayerBits, parse_bits
 from saqcli.quant.cost import Budget
 from saqcli.quant.search_space import Candidates, Rule, SearchSpace, parse_rule, search_space

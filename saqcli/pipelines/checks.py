@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import nn
 
+from saqcli.api.targets import check_not_run
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.datasets import check_split_exists
 from saqcli.data.splits import data_path
@@ -33,7 +34,6 @@ from saqcli.pipelines.setup import (
     try_classifier,
     wrap_and_trace,
 )
-from saqcli.pipelines.targets import check_not_run
 from saqcli.process_group import pick_device, started_by_torchrun
 from saqcli.progress import SILENT
 from saqcli.serialization import named_path

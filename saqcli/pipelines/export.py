@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from saqcli.api.targets import QUANTIZED, find_target, named_file
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.splits import validation_loader
 from saqcli.errors import ConfigError, PolicyMismatch, Problems, SaqError, UnsupportedModel, out_of_memory
@@ -22,7 +23,6 @@ from saqcli.models.preprocessing import Preprocessing
 from saqcli.pipelines.calibration import provisional_model
 from saqcli.pipelines.checks import check_images, check_styles
 from saqcli.pipelines.setup import Network, open_run_images, open_trained
-from saqcli.pipelines.targets import QUANTIZED, find_target, named_file
 from saqcli.progress import SILENT, Progress
 from saqcli.random_state import random_state, set_random_state
 from saqcli.report.run_report import QuantizeResult

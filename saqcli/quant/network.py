@@ -40,6 +40,7 @@ def trace_network(
     name: str,
     classifiers: Iterable[str] = (),
     *,
+    pin_returned: bool = False,
     quantize_attention: bool = False,
 ) -> Network:
     """Trace a wrapped model on one sample, and prepare it for quantizers, in place.
@@ -49,6 +50,7 @@ def trace_network(
         example: one image (1, C, H, W), or another call with one sample.
         name: canonical name of the network.
         classifiers: names of layers that are pinned to 8 bits besides the first and the last one.
+        pin_returned: also pin all layers whose output the model returns.
         quantize_attention: products of two activations are quantized, and counted, too.
 
     Raises:
@@ -61,5 +63,7 @@ def trace_network(
     followed = {product.name: product.follows for product in traced.products if product.follows}
     products = followed if quantize_attention else {}
     convert.add_products(model, products)
+    if pin_returned:
+        classifiers = (*classifiers, *traced.returned)
     costs = cost_model(traced, classifiers, products=quantize_attention)
     return Network(model, name, traced, costs, products)

@@ -221,6 +221,7 @@ class Trace:
         products: of two activations, in order of first execution.
         routed: layers whose weight a parent multiplies with, by name of that parent.
         outputs: the model's output for the traced input.
+        inputs: shapes of the input tensors, for one sample.
         returned: layers whose output the model returns, unchanged or by carriers alone.
         other_bytes: bytes of everything except weights of layers: biases, norms, buffers, idle layers; 32-bit floats.
     """
@@ -230,6 +231,7 @@ class Trace:
     unquantized: dict[str, LayerTrace]
     routed: dict[str, list[str]]
     outputs: Any
+    inputs: list[tuple[int, ...]]
     returned: list[str]
     other_bytes: int = 0
     products: list[ProductTrace] = field(default_factory=list)
@@ -437,7 +439,10 @@ def trace(model: nn.Module, example: Tensor | Call) -> Trace:
     found = list(tracer.products.values())
     ends = [flow for tensor in tensors_in(output) if (flow := tracer.flows.get(tensor)) is not None]
     returned = list(dict.fromkeys(flow.producer for flow in ends if flow.producer is not None))
-    return Trace(tracer.layers, idle, tracer.unquantized, tracer.routed, output, returned, other, found)
+    shapes = [tuple(tensor.shape[1:]) for tensor in example.tensors]
+    return Trace(
+        tracer.layers, idle, tracer.unquantized, tracer.routed, output, shapes, returned, other, found
+    )
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Costs of any module at its bits: bit-operations and bytes, in total and layer by layer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,18 +78,10 @@ class Profile:
             share = f"{100 * row['bops'] / max(self.bops, 1):.1f} %"
             macs, bops = format_quantity(row["macs"], ""), format_quantity(row["bops"], "")
             rows.append((row["name"] or "(root)", row["kind"], str(bits), macs, bops, share))
-        widths = [max(len(row[column]) for row in rows) for column in range(6)]
-        lines = [
-            "  ".join(
-                text.ljust(width) if column < 3 else text.rjust(width)
-                for column, (text, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        lines += [
-            f"{each['name']} stays in floating point: {each['reason']}"
-            for each in unquantized(self.network.traced)
-        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(_aligned(row, widths)) for row in rows]
+        for each in unquantized(self.network.traced):
+            lines.append(f"{each['name']} stays in floating point: {each['reason']}")
         costs = self.network.costs
         weights, activations = mean_bits(
             self.policy.layers, {layer.name: layer.macs for layer in costs.layers}
@@ -99,6 +91,12 @@ class Profile:
             f"mean bits {weights:.2f} of weights and {activations:.2f} of inputs"
         )
         return "\n".join(line.rstrip() for line in lines)
+
+
+def _aligned(row: Iterable[str], widths: Iterable[int]) -> Iterator[str]:
+    """The cells of a row: three of words, then numbers."""
+    for column, (text, width) in enumerate(zip(row, widths, strict=True)):
+        yield text.ljust(width) if column < 3 else text.rjust(width)
 
 
 def profile(
@@ -160,7 +158,7 @@ def bops(
         >>> import saqcli as saq
         >>> net = saq.load_model("saq/resnet20", pretrained=False, num_classes=10)
         >>> saq.bops(net, "w4a4")
-        674619392
+        670081024
     """
     return profile(model, bits, example=example, inputs=inputs).bops
 

@@ -1,4 +1,4 @@
-"""ONNX files of quantized modules, proved to compute the same, and the check before training that they can be written."""
+"""ONNX files of quantized modules, proved to compute the same, and trial exports before training."""
 
 import copy
 import tempfile
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.api.batches import BatchReader, Calls, Inputs, class_scores
+from saqcli.api.files import metadata_of, opened
 from saqcli.api.info import info, quantization_of, unwrapped
-from saqcli.api.models import metadata_of, opened
 from saqcli.api.networks import float_network, install, observed, policy_of, prepare
 from saqcli.errors import ConfigError, PolicyMismatch, SaqError, UnsupportedModel, out_of_memory
 from saqcli.export import ModelMetadata
@@ -23,7 +23,7 @@ from saqcli.quant.convert import Scheme
 from saqcli.quant.network import Network
 from saqcli.quant.tracer import Trace
 from saqcli.verify.publish import export_verified, write_and_run
-from saqcli.verify.verdict import Verdict, synthetic_batches, verdict_path
+from saqcli.verify.verdict import SYNTHETIC, Verdict, synthetic_batches, verdict_path
 
 ELSEWHERE = ": choose another `style`"  # end of exporters' messages where another style may work
 TRIED_IMAGES = 3  # of a trial export; tracing uses 2, so that a fixed batch size in the graph is detected
@@ -92,7 +92,7 @@ def export_onnx(
         progress,
         runtimes,
         true_size=found.costs.size(metadata.policy),
-        **({} if verify is None else {"verified_on": "images of the caller"}),
+        verified_on=SYNTHETIC if verify is None else "images of the caller",
     )
 
 

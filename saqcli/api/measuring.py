@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from saqcli.analysis import INSTRUMENTS, AnalysisInput, Reading, Session, Settings
 from saqcli.api.batches import BatchReader, Inputs, class_scores
+from saqcli.api.files import opened
 from saqcli.api.info import bits_of, info, quantization_of, unwrapped
-from saqcli.api.models import opened
 from saqcli.errors import ConfigError, DataError, UnsupportedModel
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.calls import Call
@@ -88,7 +88,9 @@ def analyze(
     if not batches:
         raise DataError("the loader has no batches: give at least one")
     if class_scores(found.traced.outputs) is None:
-        raise UnsupportedModel(f"{about.name} returns no class scores (N, classes), which instruments measure")
+        raise UnsupportedModel(
+            f"{about.name} returns no class scores (N, classes), which instruments measure"
+        )
     layers = quantized_layers(module)
     ordered = {name: layers[name] for name in bits_of(module).layers}
     with in_eval_mode(module):
@@ -112,14 +114,18 @@ def _scores_and_labels(model: nn.Module, reader: BatchReader, batch: Any) -> tup
 def _image_and_labels(model: nn.Module, reader: BatchReader, batch: Any) -> tuple[Tensor, Tensor]:
     call = reader.call(batch)
     if len(call.args) != 1 or not isinstance(call.args[0], Tensor):
-        raise UnsupportedModel(f"{info(model).name} takes several inputs: instruments measure modules of one tensor")
+        raise UnsupportedModel(
+            f"{info(model).name} takes several inputs: instruments measure modules of one tensor"
+        )
     return call.args[0], _labels(reader, batch)
 
 
 def _labels(reader: BatchReader, batch: Any) -> Tensor:
     labels = None if isinstance(batch, Call) else reader.labels(batch)
     if labels is None:
-        raise DataError("a batch of the loader has no labels: give batches (images, labels), or a dictionary with both")
+        raise DataError(
+            "a batch of the loader has no labels: give batches (images, labels), or a dictionary with both"
+        )
     return labels
 
 

@@ -1,4 +1,4 @@
-"""From a module to a traced network, and from bits to installed quantizers: the steps that all of the library shares."""
+"""From a module to a traced network, and from bits to installed quantizers: what the library shares."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping

@@ -93,10 +93,10 @@ def search(
         UnsupportedModel: nothing to quantize, or the searcher needs class scores and the module returns others.
 
     Example:
-        >>> import torch, saqcli as saq
+        >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16),
         ...     torch.nn.ReLU(), torch.nn.Linear(16, 3))
-        >>> found = saq.search(net, "w4a4", [torch.rand(32, 8)])
+        >>> found = search(net, "w4a4", [torch.rand(32, 8)])
         >>> str(found.policy.layers["0"]), found.cost.bops <= found.budget.bops
         ('w8a8', True)
     """
@@ -146,7 +146,7 @@ def find_bits(
     bound = budget_of(budget, network)
     space.check_reachable(bound)
     entry = SEARCHERS.find(searcher, "searcher")
-    found = make_searcher(searcher, options or {})
+    found = searcher_with(searcher, options or {})
     images = NO_IMAGES
     if entry.uses_images:
         images = search_images(network, searcher, calls, seed)
@@ -186,7 +186,7 @@ def budget_of(budget: int | str | Budget, network: Network) -> Budget:
     return Budget(bops=parse_quantity(budget))
 
 
-def make_searcher(name: str, options: Mapping[str, Any]) -> Searcher:
+def searcher_with(name: str, options: Mapping[str, Any]) -> Searcher:
     """The searcher ``name`` with its options.
 
     Raises:

@@ -180,7 +180,7 @@ def _calibrated(
     chosen = given_policy(config.quantization, network)
     assert chosen is not None  # no budget was given
     model = install_quantizers(config, network, chosen, statistics, images, progress)
-    return model, describe(config, network, chosen, statistics, images)
+    return model, describe(model, images)
 
 
 @torch.no_grad()

@@ -8,18 +8,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from saqcli.api.models import open_float
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.datasets import Split
 from saqcli.data.splits import Images, open_named
 from saqcli.errors import UnsupportedModel
 from saqcli.export.model_metadata import ModelMetadata
 from saqcli.export.restore import complete_class_names, rebuild_structure, trained_classes
-from saqcli.models.load import LoadedModel, ModelSpec, load_model
+from saqcli.models.load import LoadedModel, ModelSpec
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.progress import SILENT, Progress
 from saqcli.quant import convert, network
 from saqcli.quant.bits import BitConfig
-from saqcli.quant.fold import make_plain
 from saqcli.quant.tracer import try_model
 from saqcli.random_state import seed_everything
 from saqcli.serialization import named_path
@@ -45,7 +45,7 @@ def load_float(section: ModelSection, progress: Progress, *, new_head: bool = Fa
 
     With ``new_head`` a weight file may have another number of classes: the classifier then starts random.
     """
-    loaded = load_model(
+    loaded = open_float(
         ModelSpec(
             name=section.name,
             weights=named_path(section.weights) if section.weights else None,
@@ -60,7 +60,6 @@ def load_float(section: ModelSection, progress: Progress, *, new_head: bool = Fa
             weights_key=section.weights_key,
         )
     )
-    loaded.notes += [f"{loaded.name}: {note}" for note in make_plain(loaded.model)]
     if section.new_head and loaded.trained:
         loaded.notes.append(
             f"`model.new_head` changes nothing: {loaded.weights_source} has "

@@ -1,6 +1,7 @@
 """Fine-tuning of a quantized module in one call, for those who need no loop of their own."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from saqcli.api.info import quantization_of
 from saqcli.config import TrainingSection
 from saqcli.errors import ConfigError, DataError, UnsupportedModel
 from saqcli.progress import SILENT, Progress
+from saqcli.quant.layer import in_eval_mode
 from saqcli.serialization import parse_object
 from saqcli.tasks.classification import Score
 from saqcli.training.trainer import Trainer
@@ -79,12 +81,13 @@ def finetune(
         num_classes=scores.shape[1],
         image_size=max(shapes[0][1:] or shapes[0]),
         validation=None if validation is None else _Labelled(validation, reader),
-        teacher=None if teacher is None else teacher.eval().requires_grad_(False),
+        teacher=teacher,
         criterion=loss,
         run=_Callback(on_epoch, validated=validation is not None),
         progress=progress,
     )
-    trainer.fit()
+    with nullcontext() if teacher is None else in_eval_mode(teacher):
+        trainer.fit()
     return trainer.last
 
 

@@ -9,13 +9,16 @@ from typing import Any
 from saqcli._version import __version__
 
 _PUBLIC = {
-    "ASAQ": "saqcli.training.minimizers",
+    "ASAQ": "saqcli.training.minimizers.sharpness_aware",
     "BitConfig": "saqcli.quant.bits",
     "Budget": "saqcli.quant.cost",
+    "FoundBits": "saqcli.api.searching",
     "LayerBits": "saqcli.quant.bits",
-    "QAT": "saqcli.training.minimizers",
-    "SAM": "saqcli.training.minimizers",
-    "SAQ": "saqcli.training.minimizers",
+    "ModelInfo": "saqcli.api.info",
+    "Profile": "saqcli.api.costs",
+    "QAT": "saqcli.training.minimizers.qat",
+    "SAM": "saqcli.training.minimizers.sharpness_aware",
+    "SAQ": "saqcli.training.minimizers.sharpness_aware",
     "SaqError": "saqcli.errors",
     "analyze": "saqcli.api.measuring",
     "bits": "saqcli.api.info:bits_of",
@@ -30,6 +33,7 @@ _PUBLIC = {
     "load_images": "saqcli.api.models",
     "load_model": "saqcli.api.models",
     "profile": "saqcli.api.costs",
+    "quantize": "saqcli.pipelines.quantize",
     "quantize_model": "saqcli.api.quantizing",
     "save": "saqcli.api.files",
     "search": "saqcli.api.searching",

@@ -18,6 +18,7 @@ from saqcli.errors import ConfigError, PolicyMismatch, Problems, SaqError, Unsup
 from saqcli.export import ModelMetadata
 from saqcli.export.restore import restore
 from saqcli.export.tracing import CANNOT_EXPORT, OPSET
+from saqcli.models.own import own_network, own_of
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.pipelines.calibration import provisional_model
 from saqcli.pipelines.checks import check_images, check_styles
@@ -72,6 +73,7 @@ def export(
     overwrite: bool,
     progress: Progress,
     runtimes: tuple[str, ...] = (),
+    builder: str | None = None,
 ) -> Export:
     """Export the model of a run directory or safetensors file to ONNX.
 
@@ -83,11 +85,13 @@ def export(
         overwrite: replace an existing ``path``.
         progress: reports the verification.
         runtimes: runtimes to verify with in addition to ONNX Runtime.
+        builder: name of the user's own network that the model was made from, if it was.
 
     Raises:
         ExportMismatch: the file does not equal the model; nothing is written to ``path``.
     """
     weights = check_export(source, path, style, data, runtimes)
+    own = None if builder is None else own_network(builder)
     for taken in (path, verdict_path(path)):
         if taken.exists() and not overwrite:
             raise ConfigError(
@@ -95,7 +99,7 @@ def export(
             )
     make_folder(path.parent)
     run = RunDirectory.open(source) if source.is_dir() else None
-    model, metadata = restore(weights)
+    model, metadata = restore(weights, own)
     preprocessing = Preprocessing.from_dict(metadata.preprocessing)
     about: dict[str, Any] = {
         "true_size": (run.manifest().results.get("size_bytes") if run else None) or weights.stat().st_size
@@ -165,6 +169,7 @@ def write_files(
         "verified_on": str(config.data.path),
         "available": images.val.images,
         "true_size": result.size,
+        "own": own_of(config.model.name),
     }
     export_verified(
         model, metadata, run.safetensors_path, "safetensors", batches, len(batches), progress, **about

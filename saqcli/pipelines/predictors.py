@@ -13,10 +13,18 @@ from saqcli.export.exact_form import ExactForm
 from saqcli.export.model_metadata import ModelMetadata, read_onnx_metadata
 from saqcli.export.operators import frozen_copy
 from saqcli.export.restore import complete_class_names, restore, trained_classes
+from saqcli.models.own import Builder, OwnNetwork, own_network
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.models.rebuild import check_build_metadata
 from saqcli.pipelines.setup import classes_of, explain_unsupported, load_float
-from saqcli.pipelines.targets import EVALUATED, QUANTIZED, find_target, model_file, named_file
+from saqcli.pipelines.targets import (
+    EVALUATED,
+    QUANTIZED,
+    find_target,
+    model_file,
+    named_builder,
+    named_file,
+)
 from saqcli.progress import Progress
 from saqcli.quant.tracer import try_model
 from saqcli.serialization import printable
@@ -48,7 +56,13 @@ class Predictor:
     metadata: ModelMetadata | None = None
 
 
-def open_target(target: str, section: ModelSection, device: torch.device, progress: Progress) -> Predictor:
+def open_target(
+    target: str,
+    section: ModelSection,
+    device: torch.device,
+    progress: Progress,
+    builder: str | None = None,
+) -> Predictor:
     """The predictor of ``target``.
 
     Args:
@@ -56,13 +70,15 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
         section: further options of a model name.
         device: device of PyTorch models; ONNX files run on the CPU.
         progress: receives notes.
+        builder: name of the user's own network that a run or file was made from.
 
     Raises:
         SaqError: unknown or damaged target.
     """
-    path = named_file(find_target(target, EVALUATED), section)
+    found = find_target(target, EVALUATED)
+    path, own = named_file(found, section), named_builder(found, builder)
     if path is not None:
-        return open_onnx(path) if path.suffix == ".onnx" else open_safetensors(path, device)
+        return open_onnx(path) if path.suffix == ".onnx" else open_safetensors(path, device, own)
     loaded = load_float(section, progress)
     with explain_unsupported(loaded.name):
         try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size))
@@ -76,9 +92,9 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
     )
 
 
-def open_safetensors(path: Path, device: torch.device) -> Predictor:
-    """The predictor of a ``.safetensors`` file of saq."""
-    model, metadata = restore(path)
+def open_safetensors(path: Path, device: torch.device, own: OwnNetwork | None = None) -> Predictor:
+    """The predictor of a ``.safetensors`` file of saq, made from the user's network ``own`` if it was."""
+    model, metadata = restore(path, own)
     return _from_metadata(model.to(device), str(path), metadata, device)
 
 
@@ -116,12 +132,13 @@ def _from_metadata(
     return Predictor(predict, name, classes.count, preprocessing, device, classes, metadata)
 
 
-def load(path: str | Path, *, exact: bool = False) -> nn.Module:
+def load(path: str | Path, *, exact: bool = False, builder: str | Builder | None = None) -> nn.Module:
     """The quantized model of a safetensors file or a finished run directory.
 
     Args:
         path: ``model.safetensors``, or a run directory of ``saq quantize``.
         exact: return the exact form, which ONNX files of style ``exact`` equal bit for bit.
+        builder: of a network of one's own: its name ``MODULE:NAME``, the function that builds it, or a float module.
 
     Returns:
         The model in eval mode on the CPU, bit-identical to the saved one. Its input is normalized images (N, C, H, W).
@@ -131,7 +148,8 @@ def load(path: str | Path, *, exact: bool = False) -> nn.Module:
     """
     target = find_target(str(path), QUANTIZED, "path")
     run = target.run
-    model, metadata = restore(model_file(run) if run else target.path or Path(path))
+    own = None if builder is None else own_network(builder)
+    model, metadata = restore(model_file(run) if run else target.path or Path(path), own)
     if not exact:
         return model
     example = torch.zeros(2, *Preprocessing.from_dict(metadata.preprocessing).input_size)

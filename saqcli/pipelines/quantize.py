@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from saqcli import distributed
 from saqcli.config import RunConfig
+from saqcli.models.own import own_of
 from saqcli.pipelines.calibration import calibrate, describe, install_quantizers
 from saqcli.pipelines.checks import check_quantize, check_trainable, network_for
 from saqcli.pipelines.export import check_exports, write_files
@@ -88,7 +89,7 @@ def quantize(
                 state = run.load_saved()
             run.end_search()
             result = QuantizeResult.unpack(state["outcome"])
-            model, metadata, result.policy = saved_model(state)
+            model, metadata, result.policy = saved_model(state, own_of(config.model.name))
             model.to(device)
             images = distributed.together(lambda: open_run_images(config, metadata, device))
             if resumed:

@@ -30,8 +30,8 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="Network: `resnet18` (timm first, then torchvision), `timm/NAME`, `torchvision/NAME` or `saq/NAME`; "
-        "`NAME.TAG` for weights other than the default. `saq models` lists them. `MODULE:NAME` is a network of your own, "
-        "such as `mypackage.nets:build`, imported from the current folder",
+        "`NAME.TAG` for weights other than the default. `saq models` lists them. `MODULE:NAME` is a network of your "
+        "own, such as `mypackage.nets:build`, imported from the current folder",
     ),
 ]
 Builder = Annotated[

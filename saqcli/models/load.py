@@ -1,10 +1,10 @@
 """Loading a float model with its preprocessing, by name.
 
 A name such as ``resnet18`` is searched in timm, then torchvision, then among the networks of the papers; a prefix
-(``timm/``, ``torchvision/``, ``saq/``) selects the library. ``MODULE:NAME`` is a network of the user's own: functions that
-take the user's spelling import it, those that take a file's names never do (``saqcli.models.own``). Weights come from a
-local file, from the library's published weights, or are random. ``LoadedModel.build`` holds all arguments that rebuild the
-network.
+(``timm/``, ``torchvision/``, ``saq/``) selects the library. ``MODULE:NAME`` is a network of the user's own: functions
+that take the user's spelling import it, those that take a file's names never do (``saqcli.models.own``). Weights come
+from a local file, from the library's published weights, or are random. ``LoadedModel.build`` holds all arguments that
+rebuild the network.
 """
 
 import re

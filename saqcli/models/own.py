@@ -336,16 +336,11 @@ def _describe(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}".splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, SyntaxError) and error.filename:
         return printable(f"SyntaxError: {error.msg} ({_shown(error.filename)}:{error.lineno})", 400)
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith("<") and "site-packages" not in frame.filename
-    ]
-    theirs = [frame for frame in frames if not Path(frame.filename).is_relative_to(Path(__file__).parents[1])]
-    theirs = [
-        frame for frame in theirs if not Path(frame.filename).is_relative_to(Path(inspect.__file__).parent)
-    ]
-    place = f" ({_shown(theirs[-1].filename)}:{theirs[-1].lineno})" if theirs else ""
+    frames = [each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith("<")]
+    outside = [each for each in frames if not Path(each.filename).is_relative_to(Path(__file__).parents[1])]
+    library = Path(inspect.__file__).parent, Path(torch.__file__).parents[1]
+    theirs = [each for each in outside if not any(Path(each.filename).is_relative_to(one) for one in library)]
+    place = f" ({_shown(last.filename)}:{last.lineno})" if (last := (theirs or outside or [None])[-1]) else ""
     return printable(f"{text}{place}", 400)
 
 

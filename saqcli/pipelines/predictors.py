@@ -13,7 +13,7 @@ from saqcli.export.exact_form import ExactForm
 from saqcli.export.model_metadata import ModelMetadata, read_onnx_metadata
 from saqcli.export.operators import frozen_copy
 from saqcli.export.restore import complete_class_names, restore, trained_classes
-from saqcli.models.own import Builder, OwnNetwork, own_network
+from saqcli.models.own import Builder, OwnNetwork, check_named, own_network
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.models.rebuild import check_build_metadata
 from saqcli.pipelines.setup import classes_of, explain_unsupported, load_float
@@ -78,7 +78,12 @@ def open_target(
     found = find_target(target, EVALUATED)
     path, own = named_file(found, section), named_builder(found, builder)
     if path is not None:
-        return open_onnx(path) if path.suffix == ".onnx" else open_safetensors(path, device, own)
+        predictor = open_onnx(path) if path.suffix == ".onnx" else open_safetensors(path, device, own)
+        if (
+            own is not None and predictor.metadata is not None
+        ):  # an ONNX file is not rebuilt, but must not contradict
+            check_named(predictor.metadata.build["name"], own, str(path))
+        return predictor
     loaded = load_float(section, progress)
     with explain_unsupported(loaded.name):
         try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size))

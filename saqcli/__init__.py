@@ -9,13 +9,31 @@ from typing import Any
 from saqcli._version import __version__
 
 _PUBLIC = {
+    "ASAQ": "saqcli.training.minimizers",
     "BitConfig": "saqcli.quant.bits",
     "Budget": "saqcli.quant.cost",
     "LayerBits": "saqcli.quant.bits",
+    "QAT": "saqcli.training.minimizers",
+    "SAM": "saqcli.training.minimizers",
+    "SAQ": "saqcli.training.minimizers",
     "SaqError": "saqcli.errors",
-    "load": "saqcli.pipelines.predictors",
-    "load_model": "saqcli.models.load",
-    "quantize": "saqcli.pipelines.quantize",
+    "analyze": "saqcli.api.measuring",
+    "bits": "saqcli.api.info:bits_of",
+    "bops": "saqcli.api.costs",
+    "calibrate": "saqcli.api.quantizing",
+    "check_export": "saqcli.api.exporting",
+    "evaluate": "saqcli.api.measuring",
+    "export_onnx": "saqcli.api.exporting",
+    "finetune": "saqcli.api.finetuning",
+    "info": "saqcli.api.info",
+    "load": "saqcli.api.files",
+    "load_images": "saqcli.api.models",
+    "load_model": "saqcli.api.models",
+    "profile": "saqcli.api.costs",
+    "quantize_model": "saqcli.api.quantizing",
+    "save": "saqcli.api.files",
+    "search": "saqcli.api.searching",
+    "summary": "saqcli.api.costs",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -24,4 +42,5 @@ __all__ = ["__version__", *_PUBLIC]
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'saqcli' has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name]), name)
+    module, _, attribute = _PUBLIC[name].partition(":")
+    return getattr(import_module(module), attribute or name)

@@ -340,7 +340,8 @@ def _describe(error: BaseException) -> str:
     outside = [each for each in frames if not Path(each.filename).is_relative_to(Path(__file__).parents[1])]
     library = Path(inspect.__file__).parent, Path(torch.__file__).parents[1]
     theirs = [each for each in outside if not any(Path(each.filename).is_relative_to(one) for one in library)]
-    place = f" ({_shown(last.filename)}:{last.lineno})" if (last := (theirs or outside or [None])[-1]) else ""
+    last = (theirs or outside)[-1:]
+    place = f" ({_shown(last[0].filename)}:{last[0].lineno})" if last else ""
     return printable(f"{text}{place}", 400)
 
 

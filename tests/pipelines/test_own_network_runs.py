@@ -9,6 +9,7 @@ from safetensors.torch import save
 
 import saqcli
 from saqcli.errors import BuilderError
+from saqcli.export.restore import restore
 from saqcli.export.safetensors import read_content, seal
 from saqcli.models.load import ModelSpec, load_model
 from saqcli.models.own import own_network
@@ -54,9 +55,10 @@ def test_all_commands_take_an_own_network(folder: Path) -> None:
     assert answer("quantize", *NETWORK, *DATA, *options)["model"] == NAME
     images = torch.randn(2, 3, 16, 16)
     model = saqcli.load("runs/a", builder=NAME)
-    fresh = own_network(NAME).source
-    assert torch.equal(model(images), saqcli.load("runs/a", builder=fresh(4))(images))
-    assert torch.equal(model(images), saqcli.load("runs/a", builder=fresh)(images))
+    own = own_network(NAME)
+    assert torch.equal(model(images), saqcli.load("runs/a", model=own.source(4))(images))
+    by_function, _ = restore(Path("runs/a/artifacts/model.safetensors"), own_network(own.source))
+    assert torch.equal(model(images), by_function(images))
 
 
 def test_nothing_that_a_file_names_is_imported(folder: Path, no_imports: None) -> None:
@@ -107,7 +109,10 @@ def test_other_builder_is_refused(folder: Path) -> None:
     nets.write_text(nets.read_text().replace("width=8", "width=4"))
     own = own_network(NAME).source.__globals__["Net"]
     with pytest.raises(saqcli.SaqError, match="its tensors are not those of"):
-        saqcli.load("runs/a", builder=lambda num_classes: own(num_classes, width=4))
+        restore(
+            Path("runs/a/artifacts/model.safetensors"),
+            own_network(lambda num_classes: own(num_classes, width=4)),
+        )
 
 
 def test_error_in_module_is_one_line(mynets: Path) -> None:

@@ -21,7 +21,8 @@ from saqcli.models import catalogue
 from saqcli.models.arguments import check_arguments
 from saqcli.models.libraries import ZOOS, Architecture, Zoo, no_published_weights
 from saqcli.models.names import ModelName, resolve
-from saqcli.models.own import OwnNetwork, check_named, own_network
+from saqcli.models.own import OwnNetwork as OwnNetwork
+from saqcli.models.own import check_named, own_network
 from saqcli.models.preprocessing import Preprocessing as Preprocessing
 from saqcli.models.state_dicts import match_names
 from saqcli.models.weights import (

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.api.exporting import TRIED_IMAGES, trial
-from saqcli.api.targets import QUANTIZED, find_target, named_file
+from saqcli.api.targets import QUANTIZED, find_target, named_builder, named_file
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.splits import validation_loader
 from saqcli.errors import ConfigError, Problems
 from saqcli.export import ModelMetadata
 from saqcli.export.restore import restore
 from saqcli.export.tracing import OPSET
-from saqcli.models.own import own_network, own_of
-from saqcli.models.preprocessing import Preprocessing
+from saqcli.models.load import OwnNetwork, Preprocessing
 from saqcli.pipelines.calibration import provisional_model
 from saqcli.pipelines.checks import check_images, check_styles
 from saqcli.pipelines.setup import Network, open_run_images, open_trained
@@ -88,7 +87,7 @@ def export(
         ExportMismatch: the file does not equal the model; nothing is written to ``path``.
     """
     weights = check_export(source, path, style, data, runtimes)
-    own = None if builder is None else own_network(builder)
+    own = named_builder(find_target(str(source), QUANTIZED), builder)
     for taken in (path, verdict_path(path)):
         if taken.exists() and not overwrite:
             raise ConfigError(
@@ -155,10 +154,12 @@ def write_files(
     result: QuantizeResult,
     progress: Progress,
     best: Mapping[str, Tensor] | None,
+    own: OwnNetwork | None,
 ) -> None:
     """Write the safetensors file and one ONNX file per style, each compared with ``model``; recorded in ``result``.
 
-    ``best`` is the best state of fine-tuning; it is saved too if it is clearly better than the exported one.
+    ``best`` is the best state of fine-tuning; it is saved too if it is clearly better than the exported one. ``own`` is the
+    user's own network, if ``model`` was made from one.
     """
     images = open_run_images(config, metadata, torch.device("cpu"))
     batches = images.validation(verify_limit(config.data.verify_images))
@@ -166,7 +167,7 @@ def write_files(
         "verified_on": str(config.data.path),
         "available": images.val.images,
         "true_size": result.size,
-        "own": own_of(config.model.name),
+        "own": own,
     }
     export_verified(
         model, metadata, run.safetensors_path, "safetensors", batches, len(batches), progress, **about

@@ -89,7 +89,8 @@ def quantize(
                 state = run.load_saved()
             run.end_search()
             result = QuantizeResult.unpack(state["outcome"])
-            model, metadata, result.policy = saved_model(state, own_of(config.model.name))
+            own = own_of(config.model.name)
+            model, metadata, result.policy = saved_model(state, own)
             model.to(device)
             images = distributed.together(lambda: open_run_images(config, metadata, device))
             if resumed:
@@ -127,7 +128,7 @@ def quantize(
                 progress.note(result.advice)
             run.log(phase="quantized", **asdict(result.score), **result.best_figures())
             if distributed.first():
-                write_files(model, metadata, config, run, result, progress, best_state)
+                write_files(model, metadata, config, run, result, progress, best_state, own)
                 write_report(run.report_path, config, result.to_dict(run.path))
                 run.finish(result.to_dict(run.path))
             return result

@@ -15,9 +15,7 @@ from saqcli.data.splits import Images, open_named
 from saqcli.errors import UnsupportedModel
 from saqcli.export.model_metadata import ModelMetadata
 from saqcli.export.restore import complete_class_names, rebuild_structure, trained_classes
-from saqcli.models.load import LoadedModel, ModelSpec
-from saqcli.models.own import OwnNetwork
-from saqcli.models.preprocessing import Preprocessing
+from saqcli.models.load import LoadedModel, ModelSpec, OwnNetwork, Preprocessing
 from saqcli.progress import SILENT, Progress
 from saqcli.quant import convert, network
 from saqcli.quant.bits import BitConfig

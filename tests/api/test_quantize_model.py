@@ -45,9 +45,7 @@ def test_given_module_stays_unchanged(name: str) -> None:
     saq.quantize_model(net, 4, calibration=loader(name))
 
     assert [type(module) for module in net.modules()] == kinds
-    for (key, value), (other, expected) in zip(
-        net.state_dict().items(), twin.state_dict().items(), strict=True
-    ):
+    for (key, value), (other, expected) in zip(net.state_dict().items(), twin.state_dict().items(), strict=True):
         assert key == other
         assert torch.equal(value, expected)
     assert torch.equal(outputs(net.float(), inputs_of(name)), outputs(twin.float(), inputs_of(name)))
@@ -125,9 +123,7 @@ def test_generators_are_read_once() -> None:
 
     expected = saq.quantize_model(build("hand_written"), 4, calibration=batches)
     found = saq.quantize_model(build("hand_written"), 4, calibration=stream())
-    assert torch.equal(
-        outputs(found, inputs_of("hand_written")), outputs(expected, inputs_of("hand_written"))
-    )
+    assert torch.equal(outputs(found, inputs_of("hand_written")), outputs(expected, inputs_of("hand_written")))
 
 
 def test_samples_limit_what_is_read() -> None:
@@ -187,9 +183,7 @@ def test_policy_round_trips() -> None:
 
 
 def test_pins_restrict_layers() -> None:
-    q = saq.quantize_model(
-        build("hand_written"), 4, pins={"left": "w2a8"}, calibration=loader("hand_written")
-    )
+    q = saq.quantize_model(build("hand_written"), 4, pins={"left": "w2a8"}, calibration=loader("hand_written"))
     assert str(saq.bits(q).layers["left"]) == "w2a8"
 
 
@@ -269,9 +263,7 @@ def refused(error: type[Exception], match: str, **changes: Any) -> None:
         ({"model": nn.ReLU()}, UnsupportedModel, "nothing to quantize"),
     ],
 )  # fmt: skip
-def test_bad_input_is_refused_in_one_line(
-    changes: dict[str, Any], error: type[Exception], match: str
-) -> None:
+def test_bad_input_is_refused_in_one_line(changes: dict[str, Any], error: type[Exception], match: str) -> None:
     refused(error, match, **changes)
 
 
@@ -293,11 +285,7 @@ def test_float_module_has_no_calibration() -> None:
 
 @pytest.mark.parametrize(
     ("name", "match"),
-    [
-        ("two_inputs", "takes 3x16x16, 4 for one sample"),
-        ("two_heads", "returns a dict"),
-        ("tied", "takes 12"),
-    ],
+    [("two_inputs", "takes 3x16x16, 4 for one sample"), ("two_heads", "returns a dict"), ("tied", "takes 12")],
 )
 def test_export_is_refused_before_calibration(name: str, match: str) -> None:
     class Unread:

@@ -83,7 +83,7 @@ def test_nothing_that_a_file_names_is_imported(folder: Path, no_imports: None) -
         ("rerun", "runs/evil"),
         ("quantize", "--resume", "--run-dir", "runs/evil"),
         ("quantize", "--config", "runs/evil/config.json", "--dry-run"),
-        ("search", "--config", "runs/evil/config.json", "--bits", "x", "--dry-run"),
+        ("search", "--config", "runs/evil/config.json", "--dry-run"),
     ):
         result = saq(verb, *arguments, "--quiet")
         assert result.exit_code == 1, (verb, arguments)

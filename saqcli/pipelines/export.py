@@ -158,8 +158,8 @@ def write_files(
 ) -> None:
     """Write the safetensors file and one ONNX file per style, each compared with ``model``; recorded in ``result``.
 
-    ``best`` is the best state of fine-tuning; it is saved too if it is clearly better than the exported one. ``own`` is the
-    user's own network, if ``model`` was made from one.
+    ``best`` is the best state of fine-tuning; it is saved too if it is clearly better than the exported one. ``own`` is
+    the user's own network, if ``model`` was made from one.
     """
     images = open_run_images(config, metadata, torch.device("cpu"))
     batches = images.validation(verify_limit(config.data.verify_images))

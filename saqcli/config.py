@@ -8,6 +8,7 @@ A setting stands here only: a field that is annotated with an ``Option`` is an o
 section. ``saqcli.cli.options`` makes the command line from these, help and completion included.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -16,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
-from saqcli.errors import ConfigError, Problems
+from saqcli.errors import BuilderError, ConfigError, Problems
 from saqcli.option import (
     BITS,
     DATA,
@@ -600,6 +601,41 @@ def resolve(
     return config
 
 
+_LIBRARIES = ("timm", "torchvision", "saq")  # ``timm:resnet18`` is a spelling of timm/resnet18
+_OWN = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
+
+
+def names_own_network(name: str) -> bool:
+    """Whether ``name`` is ``MODULE:NAME``, a network of the user's own; nothing is imported.
+
+    Example:
+        >>> [names_own_network(name) for name in ("mypackage.nets:build", "timm:resnet18", "nets.py:build", "resnet18")]
+        [True, False, False, False]
+    """
+    module = name.partition(":")[0]
+    return (
+        bool(_OWN.fullmatch(name))
+        and module.split(".")[0].lower() not in _LIBRARIES
+        and not module.endswith(".py")
+    )
+
+
+def _check_named(given: Mapping[str, Any], file: Path) -> None:
+    """Check that ``file`` alone does not name a network of the user's own.
+
+    Raises:
+        BuilderError: it does; importing it would run code because a file says so.
+    """
+    model = given.get("model")
+    name = model.get("name") if isinstance(model, dict) else None
+    if isinstance(name, str) and names_own_network(name):
+        name = printable(name, 200)
+        raise BuilderError(
+            f"{file} names the network {name} of a module outside saq, and names in files are never imported: "
+            f"if you know and trust this module, give it as `model.name` too: {name}"
+        )
+
+
 def resolve_into(
     problems: Problems,
     *,
@@ -628,6 +664,11 @@ def resolve_into(
         if value is not None:
             problems.attempt(_assign, tree, key, value)
     model = tree.setdefault("model", {})
+    if file and (options or {}).get("model.name") is None and "model.name" not in (assignments or {}):
+        before = len(problems.errors)
+        problems.attempt(_check_named, given, file)
+        if len(problems.errors) > before:
+            model["name"] = ""
     if not isinstance(model, dict) or "name" not in model:
         problems.add(
             ConfigError(

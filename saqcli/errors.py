@@ -2,7 +2,8 @@
 
     SaqError                      exit code 1
     ├── ConfigError               an invalid setting, file or option
-    │   └── SeveralProblems       several errors, found before anything was loaded
+    │   ├── SeveralProblems       several errors, found before anything was loaded
+    │   └── BuilderError          a network of the user's own that fails, or that the user did not name
     ├── UnknownModel              an unknown network; names similar ones
     ├── WeightsMismatch           weights that do not match the network
     ├── UnsafeWeights             a weight file that would run code when loaded
@@ -49,6 +50,10 @@ class PluginWarning(UserWarning):
 
 class ConfigError(SaqError):
     """An invalid setting, file or option."""
+
+
+class BuilderError(ConfigError):
+    """A network of the user's own whose code fails, or that a file needs and the user did not name."""
 
 
 class SeveralProblems(ConfigError):

@@ -22,6 +22,7 @@ from saqcli.export.restore import restore
 from saqcli.export.safetensors import SafetensorsExporter, read_content, rebuild
 from saqcli.machine import library_versions
 from saqcli.models.load import build_architecture
+from saqcli.models.own import own_network
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.quant import convert
 from saqcli.quant.calls import tensors_in
@@ -61,7 +62,12 @@ def save(model: nn.Module, path: str | Path) -> None:
 
 
 def load(
-    path: str | Path, *, model: nn.Module | None = None, example: Any = None, exact: bool = False
+    path: str | Path,
+    *,
+    model: nn.Module | None = None,
+    builder: str | None = None,
+    example: Any = None,
+    exact: bool = False,
 ) -> nn.Module:
     """The quantized module of a safetensors file or a finished run directory.
 
@@ -70,6 +76,8 @@ def load(
     Args:
         path: ``model.safetensors``, or a run directory of ``saq quantize``.
         model: a float module like the one that was quantized, for the file of a module of one's own; not changed.
+        builder: ``MODULE:NAME``, as ``load_model`` accepts it, for a file or run that was made from it; the module is
+            imported only if it is named here.
         example: inputs of ``model``, where the file does not tell the size of its images.
         exact: return the exact form, which ONNX files of style ``exact`` equal bit for bit.
 
@@ -78,12 +86,13 @@ def load(
 
     Raises:
         CorruptArtifact: the file is truncated, damaged, foreign, changed, or does not fit ``model``.
-        ConfigError: there is no such file, or it needs ``model``.
+        ConfigError: there is no such file, or it needs ``model`` or ``builder``.
     """
     file = _file_of(Path(path))
     if model is None:
-        loaded, metadata = restore(file)
-        plain = build_architecture(metadata.build)
+        own = None if builder is None else own_network(builder)
+        loaded, metadata = restore(file, own)
+        plain = build_architecture(metadata.build, own)
     else:
         metadata, tensors = read_content(file)
         plain = copied(unwrapped(model)).cpu()

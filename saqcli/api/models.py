@@ -39,7 +39,7 @@ def load_model(
 
     Args:
         name: ``resnet18`` (timm first, then torchvision), ``timm/NAME``, ``torchvision/NAME`` or ``saq/NAME``;
-            ``NAME.TAG`` for weights other than the default.
+            ``NAME.TAG`` for weights other than the default. ``MODULE:NAME`` imports a network of your own.
         weights: a local file of weights, ``.safetensors``, ``.pth``, ``.pt`` or ``.th``; no code of it is run.
         pretrained: load published weights if no file is given; otherwise weights are random.
         num_classes: rows of the classifier; another number than that of the weights starts a new one.

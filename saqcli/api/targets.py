@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from saqcli.config import ModelSection
+from saqcli.config import ModelSection, names_own_network
 from saqcli.data.folders import VAL_FOLDERS
 from saqcli.errors import ConfigError, RunDirectoryError, UnknownModel
 from saqcli.models.libraries import ZOOS
 from saqcli.models.load import check_model_name
+from saqcli.models.own import OwnNetwork, own_network, suggest_own
 from saqcli.runs.directory import RunDirectory
 from saqcli.serialization import named_path, printable
 
@@ -70,15 +71,19 @@ def find_target(text: str, accepts: Sequence[Kind], called: str = "TARGET") -> T
     if not text.strip():
         raise ConfigError(f"{called} is empty: give {wanted}")
     path = named_path(text)
-    if path.is_dir():
+    if names_own_network(text) and not path.exists():
+        target = Target(text, "model")
+        if "model" in accepts:
+            check_model_name(text)
+    elif path.is_dir():
         target = _folder(text, path, accepts)
     elif path.suffix in MODEL_FILES:
         target = Target(text, MODEL_FILES[path.suffix], path)
         if target.kind in accepts and not path.is_file():
             raise ConfigError(f"there is no file {path}{_near_runs(path)}")
-    elif path.is_file():
+    elif path.is_file() and path.suffix != ".py":
         raise ConfigError(_no_model(path, wanted))
-    elif is_path(text):
+    elif is_path(text) and not suggest_own(text):
         raise ConfigError(f"there is no run directory or file {printable(text, 200)}{_near_runs(path)}")
     else:
         _check_name(text, path, accepts)
@@ -137,6 +142,21 @@ def model_file(run: RunDirectory) -> Path:
     if not run.safetensors_path.is_file() or manifest.status == "clearing":
         raise RunDirectoryError(f"{run.path} holds no model: it {run.status_text()}, {run.next_step()}")
     return run.safetensors_path
+
+
+def named_builder(target: Target | None, builder: str | None) -> OwnNetwork | None:
+    """The network of one's own that ``builder`` names, for a run or file that was made from it; it is imported.
+
+    Raises:
+        ConfigError: the target is a model name, or ``builder`` names nothing that builds a network.
+    """
+    if builder is None or target is None:
+        return None
+    if target.kind == "model":
+        raise ConfigError(
+            f"`builder={builder}` belongs to a run or file, and {target.text} is a model name: remove it"
+        )
+    return own_network(builder)
 
 
 def named_file(target: Target, section: ModelSection) -> Path | None:

@@ -124,6 +124,7 @@ def analyze_command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the analysis in --out", rich_help_panel=FILES)
     ] = False,
+    builder: o.Builder = None,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -185,6 +186,7 @@ def analyze_command(
         device=given.get("run.device", "auto"),
         resume=resume,
         overwrite=overwrite,
+        builder=builder,
     )
     if problems.errors:
         problems.attempt(check_request, request)
@@ -206,4 +208,4 @@ def default_out(target: str, bits: str | None, policy: Path | None) -> Path:
     if path.suffix == ".safetensors":
         return Path("analysis") / path.stem
     wanted = policy.stem if policy else bits or "float"
-    return Path("analysis") / f"{path.name}-{o.folder_of_bits(wanted)}"
+    return Path("analysis") / f"{o.folder_of_model(path.name)}-{o.folder_of_bits(wanted)}"

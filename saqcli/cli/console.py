@@ -9,6 +9,7 @@ import functools
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
@@ -18,7 +19,15 @@ from typing import Any, ParamSpec
 import typer
 
 from saqcli.cli.flags import as_flags, flags_in
-from saqcli.errors import ConfigError, Interrupted, PluginWarning, SaqError, StoppedElsewhere, out_of_memory
+from saqcli.errors import (
+    BuilderError,
+    ConfigError,
+    Interrupted,
+    PluginWarning,
+    SaqError,
+    StoppedElsewhere,
+    out_of_memory,
+)
 from saqcli.progress import SILENT, Progress, Task
 from saqcli.runs.interrupts import exit_code_of, raised_signals
 from saqcli.serialization import json_text
@@ -64,6 +73,8 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
             _print_line(as_flags(str(interrupt)))
             raise typer.Exit(interrupt.exit_code) from None
         except SaqError as error:
+            if kwargs.get("verbose"):
+                _print_tracebacks(error)
             _print_error(as_flags(str(error)))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as interrupt:
@@ -112,6 +123,13 @@ def _plugin_warnings() -> Iterator[None]:
 def _print_error(message: str) -> None:
     who = f"process {_rank()}: " if _rank() else ""
     _print_line(f"error: {who}{' '.join(message.splitlines())}")
+
+
+def _print_tracebacks(error: SaqError) -> None:
+    """Print where the code of the user's own network failed."""
+    for part in error.parts:
+        if isinstance(part, BuilderError) and part.__cause__ is not None:
+            _print_line("".join(traceback.format_exception(part.__cause__)).rstrip())
 
 
 def _print_line(line: str) -> None:

@@ -55,6 +55,7 @@ def eval_command(
             rich_help_panel=SPEED,
         ),
     ] = None,
+    builder: o.Builder = None,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -79,7 +80,7 @@ def eval_command(
 
     section, images = given.model(target), given.data()
     if problems.errors:
-        problems.attempt(check_evaluation, target, section, images, device, needs_images=not bench)
+        problems.attempt(check_evaluation, target, section, images, device, builder, needs_images=not bench)
     problems.check()
     result = evaluate_target(
         target,
@@ -88,6 +89,7 @@ def eval_command(
         device=device,
         progress=progress_for(json_output=json_output, quiet=quiet),
         bench=settings,
+        builder=builder,
     ).to_dict()
     if json_output:
         print_json(result)

@@ -28,6 +28,7 @@ def export_command(
             "--verify", metavar="RUNTIME", help="Also verify with another runtime: openvino. May be repeated"
         ),
     ] = None,
+    builder: o.Builder = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists")] = False,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
@@ -51,6 +52,7 @@ def export_command(
         overwrite=overwrite,
         progress=progress_for(json_output=json_output, quiet=quiet),
         runtimes=tuple(verify or ()),
+        builder=builder,
     ).to_dict()
     if json_output:
         print_json(result)

@@ -19,7 +19,7 @@ import typer
 
 from saqcli.config import DEFAULT_RECIPE, DataSection, ModelSection, RunConfig, read_recipe
 from saqcli.errors import ConfigError, Problems
-from saqcli.option import Option
+from saqcli.option import MODEL, Option
 from saqcli.plugins import outside_names
 from saqcli.serialization import parse_object
 
@@ -30,7 +30,16 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="Network: `resnet18` (timm first, then torchvision), `timm/NAME`, `torchvision/NAME` or `saq/NAME`; "
-        "`NAME.TAG` for weights other than the default. `saq models` lists them",
+        "`NAME.TAG` for weights other than the default. `saq models` lists them. `MODULE:NAME` is a network of your "
+        "own, such as `mypackage.nets:build`, imported from the current folder",
+    ),
+]
+Builder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:NAME",
+        help="The network of your own that a run or file was made from; modules that files name are never imported",
+        rich_help_panel=MODEL,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else")]
@@ -383,3 +392,8 @@ def folder_of_bits(bits: str) -> str:
     """Bits or a budget as part of a folder name: ``w4a4`` for ``4``."""
     bits = "".join(bits.split()).lower()
     return f"w{bits}a{bits}" if bits.isdigit() else bits
+
+
+def folder_of_model(name: str) -> str:
+    """A model's name as part of a folder name: ``mypackage.nets.build`` for ``mypackage.nets:build``."""
+    return name.replace(":", ".")

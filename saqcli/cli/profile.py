@@ -31,6 +31,7 @@ def profile_command(
             "known",
         ),
     ],
+    builder: o.Builder = None,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -52,7 +53,7 @@ def profile_command(
     )
     attention = given.get("quantization.quantize_attention", False)
     if given.problems.errors:
-        given.problems.attempt(check_profile, section, bits, policy, attention)
+        given.problems.attempt(check_profile, section, bits, policy, attention, builder)
     given.problems.check()
     result = profile(
         section,
@@ -62,6 +63,7 @@ def profile_command(
         progress=progress_for(json_output=json_output, quiet=quiet),
         quantize_attention=attention,
         pretrained=section.pretrained if "model.pretrained" in given else False,
+        builder=builder,
     ).to_dict()
     if json_output:
         print_json(result)

@@ -30,6 +30,7 @@ def rerun_command(
     ] = None,
     resume: r.Resume = False,
     overwrite: r.Overwrite = False,
+    builder: o.Builder = None,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -49,6 +50,7 @@ def rerun_command(
         Overrides(given.get("data.path"), given.path("model.weights"), device, workers),
         resume=resume,
         overwrite=overwrite,
+        builder=builder,
         progress=progress_for(json_output=json_output, quiet=quiet),
     )
     if json_output:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from saqcli.cli.console import print_json, progress_for
-from saqcli.cli.options import Given, folder_of_bits
+from saqcli.cli.options import Given, folder_of_bits, folder_of_model
 from saqcli.config import RunConfig, resolve_into
 from saqcli.errors import ConfigError, RunDirectoryError
 from saqcli.option import EXPORT, RUN
@@ -113,7 +113,7 @@ def default_run_dir(config: RunConfig, *more: str) -> Path:
     wanted, name = config.quantization, config.model.name.split("/")[-1]
     policy = Path(wanted.policy or "float").name.removesuffix(".json")
     bits = wanted.bops or wanted.size or wanted.bits or policy
-    return Path("runs") / "-".join((name, folder_of_bits(bits), *more))
+    return Path("runs") / "-".join((folder_of_model(name), folder_of_bits(bits), *more))
 
 
 def dry_run(

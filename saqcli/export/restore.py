@@ -5,11 +5,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from saqcli.errors import ConfigError, CorruptArtifact, SaqError
+from saqcli.errors import BuilderError, ConfigError, CorruptArtifact, SaqError
 from saqcli.export.model_metadata import ModelMetadata, read_onnx_metadata
 from saqcli.export.safetensors import read_content, rebuild, restore_structure
 from saqcli.machine import library_versions
 from saqcli.models.load import LoadedModel, as_loaded, build_architecture
+from saqcli.models.own import OwnNetwork, check_named
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.models.rebuild import check_build_metadata, rebuild_from_metadata
 from saqcli.serialization import printable
@@ -48,10 +49,15 @@ def complete_class_names(metadata: ModelMetadata) -> ModelMetadata:
     )
 
 
-def restore(path: Path) -> tuple[nn.Module, ModelMetadata]:
+def restore(path: Path, own: OwnNetwork | None = None) -> tuple[nn.Module, ModelMetadata]:
     """The quantized model in a safetensors file, in eval mode on the CPU, and its metadata.
 
+    Args:
+        path: of the file.
+        own: the user's own network that the file was made from, if it was (``own_network``).
+
     Raises:
+        BuilderError: the file needs a network that the user did not name, or this network fails.
         CorruptArtifact: the file is truncated, damaged, foreign, of a newer version, changed, or its network cannot be
             built here; the message is one printable line.
     """
@@ -61,26 +67,30 @@ def restore(path: Path) -> tuple[nn.Module, ModelMetadata]:
     try:
         metadata, tensors = read_content(path)
         hint = _version_hint(metadata)
-        model = rebuild(_float_model(path, metadata, tensors), metadata, tensors, str(path))
+        model = rebuild(_float_model(path, metadata, tensors, own), metadata, tensors, str(path))
         return model, complete_class_names(metadata)
+    except BuilderError:
+        raise
     except SaqError as error:
         raise CorruptArtifact(printable(f"{error}") + printable(hint, 200)) from None
 
 
-def rebuild_structure(metadata: ModelMetadata) -> nn.Module:
+def rebuild_structure(metadata: ModelMetadata, own: OwnNetwork | None = None) -> nn.Module:
     """The network described by ``metadata`` with its quantizers; its tensors are not loaded."""
-    model = build_architecture(metadata.build)
+    model = build_architecture(metadata.build, own)
     restore_structure(model, metadata)
     return model
 
 
-def open_from_metadata(path: Path) -> tuple[LoadedModel, ModelMetadata]:
+def open_from_metadata(path: Path, own: OwnNetwork | None = None) -> tuple[LoadedModel, ModelMetadata]:
     """The network described in a file, with random weights and without quantizers, and its metadata.
 
     Args:
         path: a ``.safetensors`` or ``.onnx`` file written by saq.
+        own: as in ``restore``.
 
     Raises:
+        BuilderError: as in ``restore``.
         CorruptArtifact: the file is damaged or foreign, or its network cannot be built here.
     """
     if not path.is_file():
@@ -89,20 +99,28 @@ def open_from_metadata(path: Path) -> tuple[LoadedModel, ModelMetadata]:
         if path.suffix == ".onnx":
             metadata = read_onnx_metadata(path)
             check_build_metadata(metadata.build, metadata.preprocessing)
-            model = build_architecture(metadata.build)
+            check_named(metadata.build["name"], own, str(path))
+            model = build_architecture(metadata.build, own)
         else:
             metadata, tensors = read_content(path)
-            model = _float_model(path, metadata, tensors)
+            model = _float_model(path, metadata, tensors, own)
+    except BuilderError:
+        raise
     except SaqError as error:
         raise CorruptArtifact(printable(f"{error}")) from None
     preprocessing = Preprocessing.from_dict(metadata.preprocessing)
-    return as_loaded(model, metadata.build, preprocessing, path.name), metadata
+    return as_loaded(model, metadata.build, preprocessing, path.name, own), metadata
 
 
-def _float_model(path: Path, metadata: ModelMetadata, tensors: Mapping[str, Tensor]) -> nn.Module:
+def _float_model(
+    path: Path, metadata: ModelMetadata, tensors: Mapping[str, Tensor], own: OwnNetwork | None
+) -> nn.Module:
     """The network that ``metadata`` describes, with random weights."""
     try:
-        return rebuild_from_metadata(metadata.build, metadata.preprocessing, tensors)
+        check_named(str(metadata.build.get("name")), own, str(path))
+        return rebuild_from_metadata(metadata.build, metadata.preprocessing, tensors, own)
+    except BuilderError:
+        raise
     except SaqError as error:
         raise CorruptArtifact(f"{path} describes a model that cannot be built: {error}") from None
 

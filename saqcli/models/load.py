@@ -1,8 +1,10 @@
 """Loading a float model with its preprocessing, by name.
 
 A name such as ``resnet18`` is searched in timm, then torchvision, then among the networks of the papers; a prefix
-(``timm/``, ``torchvision/``, ``saq/``) selects the library. Weights come from a local file, from the library's
-published weights, or are random. ``LoadedModel.build`` holds all arguments that rebuild the network.
+(``timm/``, ``torchvision/``, ``saq/``) selects the library. ``MODULE:NAME`` is a network of the user's own: functions
+that take the user's spelling import it, those that take a file's names never do (``saqcli.models.own``). Weights come
+from a local file, from the library's published weights, or are random. ``LoadedModel.build`` holds all arguments that
+rebuild the network.
 """
 
 import re
@@ -18,7 +20,9 @@ from saqcli.errors import ConfigError, SaqError, UnsupportedModel, WeightsMismat
 from saqcli.models import catalogue
 from saqcli.models.arguments import check_arguments
 from saqcli.models.libraries import ZOOS, Architecture, Zoo, no_published_weights
-from saqcli.models.names import resolve
+from saqcli.models.names import ModelName, resolve
+from saqcli.models.own import OwnNetwork as OwnNetwork
+from saqcli.models.own import check_named, own_network
 from saqcli.models.preprocessing import Preprocessing as Preprocessing
 from saqcli.models.state_dicts import match_names
 from saqcli.models.weights import (
@@ -74,7 +78,8 @@ class LoadedModel:
         name: canonical, like ``timm/resnet18.a1_in1k`` or ``saq/resnet20``.
         num_classes: rows of the classifier.
         preprocessing: preprocessing of its images.
-        weights_source: name of the weight file, tag of the published weights, or ``random``.
+        weights_source: name of the weight file, tag of the published weights, ``random``, or that the user's builder
+            made them.
         weights_sha256: hash of the weight file; None without one.
         build: arguments of ``build_architecture``; JSON-serializable if the user's kwargs are.
         notes: choices made for the user, one line each.
@@ -106,20 +111,21 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         SaqError: the published weights are missing or not reachable.
         CorruptArtifact, UnsafeWeights, WeightsMismatch: see ``saqcli.models.weights``.
     """
-    prefix, name, note = resolve(spec.name)
-    zoo, notes = ZOOS[prefix], [note] if note else []
+    found = resolve(spec.name)
+    prefix, name, note = found
+    zoo, notes = _library(found), [note] if note else []
     if spec.weights_key is not None and not spec.weights:
         raise ConfigError(
             "`model.weights_key` chooses among the tensors of a weight file: use `model.weights=FILE` with it"
         )
     # Read before the network is built, so that a bad file fails early.
     file = read_weights(spec.weights, spec.weights_key) if spec.weights else None
-    arch, preprocessing = _architecture(zoo, f"{prefix}/{name}", spec)
+    arch, preprocessing = _architecture(zoo, found, spec)
     sha256, trained = None, True
-    with _building(f"{prefix}/{name}", arch.kwargs):
+    with _building(found.full, arch.kwargs):
         if spec.weights and file is not None:
             notes += file.notes
-            model, arch, trained = _from_file(zoo, prefix, arch, file, spec, notes)
+            model, arch, trained = _from_file(zoo, found.full, arch, file, spec, notes)
             source, sha256 = spec.weights.name, sha256_of(spec.weights)
         elif spec.pretrained:
             model, name, source = zoo.fetch(arch)
@@ -129,13 +135,15 @@ def load_model(spec: ModelSpec) -> LoadedModel:
                     "random weights"
                 )
                 trained = False
-            if arch.in_chans != (channels := zoo.preprocessing(name, None).input_size[0]):
+            if isinstance(zoo, OwnNetwork):
+                notes.append(f"{source}: give others with `model.weights=FILE`")
+            elif arch.in_chans != (channels := zoo.preprocessing(name, None).input_size[0]):
                 notes.append(channels_note(source, channels, arch.in_chans))
         else:
             model, source, trained = zoo.build(arch), "random", False
         if not spec.weights:  # weights of a file were checked when they were loaded
             check_finite(model, source)
-    build = asdict(arch) | {"name": f"{prefix}/{name}"}
+    build = asdict(arch) | {"name": ModelName(prefix, name).full}
     return LoadedModel(
         model.eval(),
         build["name"],
@@ -176,18 +184,24 @@ def default_classes(name: str) -> int:
 
 
 def check_model_name(name: str) -> None:
-    """Check that a network of that name exists, without building it.
+    """Check that a network of that name exists, without building it; a network of the user's own is imported.
 
     Raises:
         UnknownModel: there is none; the message suggests similar names.
+        BuilderError: the module of the user's own network fails when it is imported.
     """
-    resolve(name)
+    _library(resolve(name))
 
 
-def build_architecture(build: Mapping[str, Any]) -> nn.Module:
+def build_architecture(build: Mapping[str, Any], own: OwnNetwork | None = None) -> nn.Module:
     """Build the network of ``LoadedModel.build`` with random weights, in eval mode.
 
+    Args:
+        build: may come from a file.
+        own: the network that the user named, if any; ``build`` imports none by itself.
+
     Raises:
+        BuilderError: ``build`` names a network of the user's own that is not ``own``, or ``own`` fails.
         ConfigError: a key is missing or unknown, or the network does not accept the arguments.
         UnknownModel: the installed libraries have no such network.
     """
@@ -196,16 +210,20 @@ def build_architecture(build: Mapping[str, Any]) -> nn.Module:
         raise ConfigError(
             f"the architecture's {', '.join(sorted(wrong))} is missing or unknown: it needs {sorted(keys)}"
         )
-    found = resolve(build["name"], exact=True)
+    zoo, name = _library_of_file(build["name"], own)
     with _building(build["name"], build["kwargs"]):
-        return ZOOS[found.prefix].build(Architecture(**{**build, "name": found.name})).eval()
+        return zoo.build(Architecture(**{**build, "name": name})).eval()
 
 
 def as_loaded(
-    model: nn.Module, build: Mapping[str, Any], preprocessing: Preprocessing, source: str
+    model: nn.Module,
+    build: Mapping[str, Any],
+    preprocessing: Preprocessing,
+    source: str,
+    own: OwnNetwork | None = None,
 ) -> LoadedModel:
-    """A network that was already built from ``build``, as ``load_model`` would return it."""
-    prefix = resolve(build["name"], exact=True).prefix
+    """A network that was already built from ``build`` and ``own``, as ``load_model`` would return it."""
+    zoo, _ = _library_of_file(build["name"], own)
     return LoadedModel(
         model,
         build["name"],
@@ -214,22 +232,38 @@ def as_loaded(
         source,
         None,
         dict(build),
-        classifiers=ZOOS[prefix].classifiers(model),
+        classifiers=zoo.classifiers(model),
     )
 
 
-def _architecture(zoo: Zoo, name: str, spec: ModelSpec) -> tuple[Architecture, Preprocessing]:
+def _library(found: ModelName) -> Zoo:
+    """The library of a name that the user gave; a network of the user's own is imported."""
+    return ZOOS[found.prefix] if found.prefix else own_network(found.name)
+
+
+def _library_of_file(name: str, own: OwnNetwork | None) -> tuple[Zoo, str]:
+    """The library of a name in a file and its name there; ``own`` is what the user named, nothing else is imported."""
+    check_named(name, own)
+    if own is not None:
+        return own, name
+    found = resolve(name, exact=True)
+    return ZOOS[found.prefix], found.name
+
+
+def _architecture(zoo: Zoo, found: ModelName, spec: ModelSpec) -> tuple[Architecture, Preprocessing]:
     """The architecture and the preprocessing of ``spec``."""
+    name, short = found.full, found.name
     check_arguments(name, spec.kwargs)
     kwargs = dict(spec.kwargs)
-    short = name.partition("/")[2]
     in_chans = kwargs.pop("in_chans", None) or spec.in_chans or 3
     num_classes = zoo.default_classes(short) if spec.num_classes is None else spec.num_classes
-    if num_classes < 1:
-        if spec.num_classes is not None:
-            raise ConfigError(
-                f"{name} cannot have {counted(num_classes, 'class')}: `model.num_classes` must be at least 1"
-            )
+    if spec.num_classes is not None and num_classes < 1:
+        raise ConfigError(
+            f"{name} cannot have {counted(num_classes, 'class')}: `model.num_classes` must be at least 1"
+        )
+    if isinstance(zoo, OwnNetwork):
+        zoo.examine(Architecture(short, num_classes, in_chans, kwargs))
+    elif num_classes < 1:
         raise UnsupportedModel(
             f"{name} has no classifier, it gives features: use `model.num_classes`, or choose another"
         )
@@ -263,14 +297,13 @@ def _per_channel(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
 
 
 def _from_file(
-    zoo: Zoo, prefix: str, arch: Architecture, file: WeightFile, spec: ModelSpec, notes: list[str]
+    zoo: Zoo, name: str, arch: Architecture, file: WeightFile, spec: ModelSpec, notes: list[str]
 ) -> tuple[nn.Module, Architecture, bool]:
     """The network with the file's weights, its architecture, and whether all its weights are trained.
 
     The file determines the number of classes unless the user sets it.
     """
-    name, source = f"{prefix}/{arch.name}", spec.weights.name if spec.weights else ""
-    model = zoo.build(arch)
+    source, model = spec.weights.name if spec.weights else "", zoo.build(arch)
     own, misfits = model.state_dict().keys(), dict[int, WeightsMismatch]()
     for candidate in match_names(file.tensors, own, source):
         more: list[str] = []

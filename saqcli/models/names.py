@@ -2,7 +2,8 @@
 
 The exact name is searched first, in timm, then torchvision, then among the networks of the papers; a prefix selects the
 library. Then common spellings are accepted: ``ResNet-18``, ``resnet_18``, ``torchvision.models.resnet18``,
-``hf_hub:timm/resnet18.a1_in1k``. Ambiguous names are refused, not guessed.
+``hf_hub:timm/resnet18.a1_in1k``. Ambiguous names are refused, not guessed. ``mypackage.nets:build`` is a network of the
+user's own; nothing is imported here.
 """
 
 import difflib
@@ -11,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from saqcli.config import names_own_network
 from saqcli.errors import UnknownModel
 from saqcli.models import catalogue
 from saqcli.models.libraries import ZOOS, Zoo
+from saqcli.models.own import suggest_own
 from saqcli.models.weights import PICKLES
 from saqcli.serialization import printable
 
@@ -26,7 +29,7 @@ class ModelName(NamedTuple):
     """The resolved name of a network.
 
     Attributes:
-        prefix: the library's prefix.
+        prefix: the library's prefix; empty for a network of the user's own.
         name: the library's name of the network, with the tag if there is one.
         note: how the user's spelling was read; empty if it was exact.
     """
@@ -35,6 +38,11 @@ class ModelName(NamedTuple):
     name: str
     note: str = ""
 
+    @property
+    def full(self) -> str:
+        """The canonical name, such as ``timm/resnet18`` or ``mypackage.nets:build``."""
+        return f"{self.prefix}/{self.name}" if self.prefix else self.name
+
 
 def resolve(spelling: str, *, exact: bool = False) -> ModelName:
     """The network with the name ``spelling``; other spellings are accepted unless ``exact``, as for names in files.
@@ -42,19 +50,39 @@ def resolve(spelling: str, *, exact: bool = False) -> ModelName:
     Raises:
         UnknownModel: there is none, or several; the message suggests similar names or a remedy.
     """
+    plain = spelling.strip().removesuffix("()")
+    own = not exact and names_own_network(spelling)  # as it stands, since files are checked for that
+    if own and not spelling.startswith(
+        "models:"
+    ):  # ``models:resnet18`` is a spelling of torchvision/resnet18
+        return ModelName("", spelling)
+    suggestion = "" if exact else suggest_own(plain)
+    if suggestion and ".py" in plain:
+        raise _not_own(spelling, suggestion)
     if (found := find_exact(spelling)) is not None:
         return found
     name = spelling
     if not exact:
         _refuse_files(spelling)
-        name = _with_prefix(spelling.strip().removesuffix("()"))
+        name = _with_prefix(plain)
         for prefix, short in _candidates(name):
             if (same := _fuzzy_match(ZOOS[prefix], short)) is not None:
                 return ModelName(prefix, same, f"{printable(spelling, 100)} is read as {prefix}/{same}")
+    if own:
+        return ModelName("", spelling)
     prefix, slash, short = name.partition("/")
+    if suggestion:
+        raise _not_own(spelling, suggestion)
     near = _similar(short if slash else name, prefix if slash and prefix in ZOOS else None)
     hint = f"did you mean {', '.join(near)}?" if near else "no similar name"
     raise UnknownModel(f"unknown model {spelling!r} ({hint}): `saq models PATTERN` lists names")
+
+
+def _not_own(spelling: str, suggestion: str) -> UnknownModel:
+    return UnknownModel(
+        f"unknown model {printable(spelling, 200)!r}: a network of your own is named MODULE:NAME, as Python imports it "
+        f"from the current folder, such as {suggestion}"
+    )
 
 
 def find_exact(name: str) -> ModelName | None:

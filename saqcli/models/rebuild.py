@@ -1,7 +1,8 @@
 """Rebuilding a network from the metadata of an untrusted file.
 
 The metadata name an architecture and its arguments. Names must be registered and arguments plain (``arguments``), so
-that building reads no other file, contacts no server and runs no code of the file. The remaining risk is size: a few
+that building reads no other file, contacts no server and runs no code of the file; a network of the user's own is built
+only if the user names it (``own``). The remaining risk is size: a few
 bytes could request a terabyte of weights. So the network is first built without memory, on PyTorch's meta device, and
 must not have more numbers than the file; then one empty image checks that the network accepts the file's image size
 and gives one logit per class. Only then is the network really built.
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from saqcli.errors import CorruptArtifact, SaqError
 from saqcli.models.arguments import check_arguments
 from saqcli.models.load import build_architecture
+from saqcli.models.own import OwnNetwork
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.units import counted
 
@@ -42,7 +44,10 @@ _TOO_LARGE = "it describes a larger network than its tensors belong to"
 
 
 def rebuild_from_metadata(
-    build: Mapping[str, Any], preprocessing: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    build: Mapping[str, Any],
+    preprocessing: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    own: OwnNetwork | None = None,
 ) -> nn.Module:
     """Build the network of a file, with random weights and in eval mode.
 
@@ -50,6 +55,7 @@ def rebuild_from_metadata(
         build: arguments of ``build_architecture``.
         preprocessing: result of ``Preprocessing.to_dict``; the network must accept such images.
         tensors: tensors of the same file, which limit the size of the network.
+        own: the network that the user named, if any.
 
     Raises:
         SaqError: the metadata are not allowed, or contradict each other or the tensors.
@@ -57,9 +63,10 @@ def rebuild_from_metadata(
     channels, height, width = check_build_metadata(build, preprocessing).input_size
     numbers = sum(x.numel() * (CODES_A_BYTE if x.dtype == torch.uint8 else 1) for x in tensors.values())
     with _limited_size(len(tensors), numbers), torch.device("meta"):
-        shape = _build_on_meta(build, torch.empty(1, channels, height, width), numbers + SCRATCH_NUMBERS)
+        image = torch.empty(1, channels, height, width)
+        shape = _build_on_meta(build, image, numbers + SCRATCH_NUMBERS, own)
     with _limited_size(len(tensors), numbers):
-        model = build_architecture(build)
+        model = build_architecture(build, own)
     if shape is None and height * width <= MAX_TRIED:  # the meta device failed, so a real pass decides
         shape = _output_shape(model, torch.zeros(1, channels, height, width)) or ()
     if shape not in (None, (1, build["num_classes"])):
@@ -96,7 +103,9 @@ def check_build_metadata(build: Mapping[str, Any], preprocessing: Mapping[str, A
     return images
 
 
-def _build_on_meta(build: Mapping[str, Any], image: Tensor, most: int) -> tuple[int, ...] | None:
+def _build_on_meta(
+    build: Mapping[str, Any], image: Tensor, most: int, own: OwnNetwork | None
+) -> tuple[int, ...] | None:
     """The shape of the network's output on the device of the context; None if it cannot be built or run there.
 
     Some networks compute with values while they are built or run, which the meta device does not have. No tensor of
@@ -106,7 +115,7 @@ def _build_on_meta(build: Mapping[str, Any], image: Tensor, most: int) -> tuple[
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with _TensorLimit(most):
-                model = build_architecture(build)
+                model = build_architecture(build, own)
             return _output_shape(model, image)
     except CorruptArtifact:
         raise

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.analysis import AnalysisInput
-from saqcli.api.targets import ANALYZED, find_target, named_file
+from saqcli.api.targets import ANALYZED, find_target, named_builder, named_file
 from saqcli.config import DataSection, ModelSection, QuantizationSection, RunConfig, resolve
 from saqcli.data.loaders import calibration_loader, read_all
 from saqcli.data.splits import workers_of
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.export import ModelMetadata
 from saqcli.export.restore import rebuild_structure, restore
+from saqcli.models.own import OwnNetwork
 from saqcli.models.preprocessing import Preprocessing, has_small_images
 from saqcli.pipelines.bits import check_bits, check_bits_source, given_policy
 from saqcli.pipelines.calibration import calibrate, describe, install_quantizers
@@ -86,7 +87,13 @@ class OpenedModel:
         return max(Preprocessing.from_dict(self.metadata.preprocessing).input_size[1:])
 
 
-def check_target(target: str, section: ModelSection, bits: str | None, policy: Path | None) -> None:
+def check_target(
+    target: str,
+    section: ModelSection,
+    bits: str | None,
+    policy: Path | None,
+    builder: str | None = None,
+) -> None:
     """Check the target of an analysis before anything is loaded.
 
     Raises:
@@ -95,6 +102,7 @@ def check_target(target: str, section: ModelSection, bits: str | None, policy: P
     """
     problems, given = Problems(), bits is not None or policy is not None
     found = problems.attempt(find_target, target, ANALYZED)
+    problems.attempt(named_builder, found, builder)
     if found is not None and found.kind != "model":
         if given:
             problems.add(
@@ -127,6 +135,7 @@ def open_input(
     selection: ImageSelection,
     device: torch.device,
     progress: Progress,
+    builder: str | None = None,
 ) -> OpenedModel:
     """Open the model ``target`` and its images.
 
@@ -138,16 +147,17 @@ def open_input(
         selection: the images.
         device: device of model and images.
         progress: reports calibration and notes.
+        builder: name of the user's own network that a run or file was made from.
 
     Raises:
         SaqError: unknown or damaged target, or images that do not match it.
     """
     found, latent = find_target(target, ANALYZED), True
-    path = named_file(found, section)
+    path, own = named_file(found, section), named_builder(found, builder)
     if path is not None:
         run = found.run
-        model, metadata = restore(path)
-        trained = None if run is None else _with_latent_weights(model, metadata, run, progress)
+        model, metadata = restore(path, own)
+        trained = None if run is None else _with_latent_weights(model, metadata, run, progress, own)
         model, latent = trained or model, trained is not None
     else:
         model, metadata = _calibrated(section, bits, policy, selection, device, progress)
@@ -185,10 +195,10 @@ def _calibrated(
 
 @torch.no_grad()
 def _with_latent_weights(
-    model: nn.Module, metadata: ModelMetadata, run: RunDirectory, progress: Progress
+    model: nn.Module, metadata: ModelMetadata, run: RunDirectory, progress: Progress, own: OwnNetwork | None
 ) -> nn.Module | None:
     """The model of the run's checkpoint; None unless its quantized weights equal those of ``model``."""
-    trained = rebuild_structure(metadata)
+    trained = rebuild_structure(metadata, own)
     try:
         checkpoint = run.load_checkpoint() or {}
     except RunDirectoryError:

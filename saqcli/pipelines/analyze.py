@@ -232,6 +232,7 @@ class Request:
         device: ``auto``, ``cpu``, ``cuda``.
         resume: resume the analysis in ``out``.
         overwrite: replace the analysis in ``out``.
+        builder: name of the user's own network that runs or files were made from.
     """
 
     target: str
@@ -247,6 +248,7 @@ class Request:
     device: str = "auto"
     resume: bool = False
     overwrite: bool = False
+    builder: str | None = None
 
     @property
     def named(self) -> ModelSection:
@@ -318,7 +320,7 @@ def analyze(request: Request, progress: Progress = SILENT) -> Analysis:
     wanted = [(request.target, request.named, request.bits, request.policy)]
     if request.against is not None:
         wanted.append((request.against, ModelSection(name=request.against), None, None))
-    opened = [open_input(*one, request.selection, device, progress) for one in wanted]
+    opened = [open_input(*one, request.selection, device, progress, request.builder) for one in wanted]
     settings = _with_radius(request, opened[0])
     with _alone_in(request, progress):
         return _measure(request, opened, settings, progress)
@@ -386,7 +388,9 @@ def check_request(request: Request) -> None:
     if unknown or not request.instruments:
         named = unknown[0] if unknown else "none"
         problems.add(ConfigError(f"there is no instrument {named!r}: choose from {', '.join(INSTRUMENTS)}"))
-    problems.attempt(check_target, request.target, request.named, request.bits, request.policy)
+    problems.attempt(
+        check_target, request.target, request.named, request.bits, request.policy, request.builder
+    )
     if request.against is not None:
         problems.attempt(_check_against, request.against)
     problems.attempt(check_images, request.selection.data, request.selection.split)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli._version import __version__
-from saqcli.api.targets import EVALUATED, find_target, named_file
+from saqcli.api.targets import EVALUATED, find_target, named_builder, named_file
 from saqcli.config import ModelSection
 from saqcli.errors import ConfigError, RunDirectoryError, UnsupportedModel
 from saqcli.export import EXPORTERS, ModelMetadata
@@ -30,6 +30,7 @@ from saqcli.export.model_metadata import read_onnx_metadata
 from saqcli.export.restore import restore
 from saqcli.machine import cores, cpu_name, versions
 from saqcli.models.load import build_architecture
+from saqcli.models.own import OwnNetwork, check_named
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.pipelines.setup import load_float
 from saqcli.progress import Progress, Task
@@ -163,7 +164,9 @@ class Lineup:
             self.add_onnx(name, open_file(path))
 
 
-def open_lineup(target: str, section: ModelSection, folder: Path, progress: Progress) -> Lineup:
+def open_lineup(
+    target: str, section: ModelSection, folder: Path, progress: Progress, builder: str | None = None
+) -> Lineup:
     """Everything that can be measured for ``target``.
 
     Args:
@@ -171,17 +174,18 @@ def open_lineup(target: str, section: ModelSection, folder: Path, progress: Prog
         section: further options of a model name.
         folder: folder for temporary exports.
         progress: receives notes.
+        builder: name of the user's own network that a run or file was made from.
 
     Raises:
         SaqError: unknown or damaged target.
     """
     found = find_target(target, EVALUATED)
-    path = named_file(found, section)
+    path, own = named_file(found, section), named_builder(found, builder)
     if path is None:
         return _of_name(section, folder, progress)
     if path.suffix == ".onnx":
-        return _of_onnx(path, folder)
-    return _of_safetensors(path, found.run, folder)
+        return _of_onnx(path, folder, own)
+    return _of_safetensors(path, found.run, folder, own)
 
 
 def _of_name(section: ModelSection, folder: Path, progress: Progress) -> Lineup:
@@ -192,18 +196,19 @@ def _of_name(section: ModelSection, folder: Path, progress: Progress) -> Lineup:
     return lineup
 
 
-def _of_onnx(path: Path, folder: Path) -> Lineup:
+def _of_onnx(path: Path, folder: Path, own: OwnNetwork | None) -> Lineup:
     metadata = read_onnx_metadata(path)
     lineup = _from_metadata(metadata)
     lineup.notes.append(f"no {TORCH_QUANTIZED}: an ONNX file holds no PyTorch model")
-    _add_float(lineup, build_architecture(metadata.build), metadata.build, folder)
+    check_named(str(metadata.build.get("name")), own, str(path))
+    _add_float(lineup, build_architecture(metadata.build, own), metadata.build, folder)
     lineup.add_onnx(ONNX_QUANTIZED, open_file(path))
     return lineup
 
 
-def _of_safetensors(path: Path, run: RunDirectory | None, folder: Path) -> Lineup:
+def _of_safetensors(path: Path, run: RunDirectory | None, folder: Path, own: OwnNetwork | None) -> Lineup:
     files = _onnx_files(run) if run else []
-    model, metadata = restore(path)
+    model, metadata = restore(path, own)
     lineup = _from_metadata(metadata)
     plain = copy.deepcopy(model)
     convert.unwrap(plain)
@@ -373,7 +378,13 @@ class Bench:
         }
 
 
-def bench_target(target: str, section: ModelSection, settings: BenchSettings, progress: Progress) -> Bench:
+def bench_target(
+    target: str,
+    section: ModelSection,
+    settings: BenchSettings,
+    progress: Progress,
+    builder: str | None = None,
+) -> Bench:
     """Measure everything available for ``target``.
 
     Args:
@@ -381,13 +392,14 @@ def bench_target(target: str, section: ModelSection, settings: BenchSettings, pr
         section: further options of a model name.
         settings: batch sizes, threads and repeats.
         progress: reports every round.
+        builder: name of the user's own network that a run or file was made from.
 
     Raises:
         SaqError: the target cannot be used, or does not accept the requested batch sizes.
     """
     settings.check()
     with tempfile.TemporaryDirectory(prefix="saq-") as folder:
-        lineup = open_lineup(target, section, Path(folder), progress)
+        lineup = open_lineup(target, section, Path(folder), progress, builder)
         _check_batches(lineup, settings.batch_sizes)
         return measure(lineup, settings, progress)
 

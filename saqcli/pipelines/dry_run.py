@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saqcli.api.costs import measure
-from saqcli.config import ModelSection, RunConfig
+from saqcli.config import ModelSection, RunConfig, names_own_network
 from saqcli.data.datasets import Split
 from saqcli.data.splits import Images
 from saqcli.models.load import LoadedModel, default_classes, published_weights
@@ -116,7 +116,7 @@ def plan(
 
 def _load(section: ModelSection, progress: Progress) -> tuple[LoadedModel, str]:
     """The float model and the source of its weights; random weights stand in for published ones."""
-    if section.weights is not None or not section.pretrained:
+    if section.weights is not None or not section.pretrained or names_own_network(section.name):
         loaded = load_float(section, progress)
         return loaded, loaded.weights_source
     published = published_weights(section.name)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from saqcli import distributed
-from saqcli.api.targets import EVALUATED, find_target, named_file
+from saqcli.api.targets import EVALUATED, find_target, named_builder, named_file
 from saqcli.config import DataSection, ModelSection
 from saqcli.data.batches import Loader
 from saqcli.data.splits import open_named, validation_loader
@@ -64,6 +64,7 @@ def evaluate_target(
     device: str,
     progress: Progress,
     bench: BenchSettings | None = None,
+    builder: str | None = None,
 ) -> Evaluation:
     """Accuracy, speed, or both, of a model name, a run directory, a safetensors or an ONNX file.
 
@@ -74,33 +75,45 @@ def evaluate_target(
         device: device for the accuracy; the benchmark always runs on the CPU.
         progress: reports every batch and every round.
         bench: settings of the benchmark, if any.
+        builder: name of the user's own network that a run or file was made from.
 
     Raises:
         SaqError: the target or the data cannot be used.
     """
     if bench is None:
-        return _accuracy(target, section, data, device, progress)
+        return _accuracy(target, section, data, device, progress, builder)
     if started_by_torchrun():
         raise ConfigError("`bench` runs in one process: start it without torchrun")
     problems = Problems()
     problems.attempt(bench.check)
-    problems.attempt(check_evaluation, target, section, data, device, needs_images=False)
+    problems.attempt(check_evaluation, target, section, data, device, builder, needs_images=False)
     problems.check()
     if data.path is None:
-        return Evaluation(target, None, bench=bench_target(target, section, bench, progress))
-    found = _accuracy(target, section, data, device, progress)
-    return replace(found, bench=bench_target(target, section, bench, progress))
+        return Evaluation(target, None, bench=bench_target(target, section, bench, progress, builder))
+    found = _accuracy(target, section, data, device, progress, builder)
+    return replace(found, bench=bench_target(target, section, bench, progress, builder))
 
 
 def _accuracy(
-    target: str, section: ModelSection, data: DataSection, device: str, progress: Progress
+    target: str,
+    section: ModelSection,
+    data: DataSection,
+    device: str,
+    progress: Progress,
+    builder: str | None,
 ) -> Evaluation:
-    with process_group(device, lambda: check_evaluation(target, section, data, device)) as rank_device:
-        return _on(rank_device, target, section, data, progress if distributed.first() else SILENT)
+    with process_group(device, lambda: check_evaluation(target, section, data, device, builder)) as place:
+        return _on(place, target, section, data, progress if distributed.first() else SILENT, builder)
 
 
 def check_evaluation(
-    target: str, section: ModelSection, data: DataSection, device: str, *, needs_images: bool = True
+    target: str,
+    section: ModelSection,
+    data: DataSection,
+    device: str,
+    builder: str | None = None,
+    *,
+    needs_images: bool = True,
 ) -> None:
     """Check the arguments before anything is downloaded or loaded.
 
@@ -113,6 +126,7 @@ def check_evaluation(
         problems.attempt(check_model, section)
     elif found is not None:
         problems.attempt(named_file, found, section)
+    problems.attempt(named_builder, found, builder)
     if needs_images or data.path is not None:
         problems.attempt(check_images, data, "val")
     problems.attempt(check_device, device)
@@ -122,10 +136,17 @@ def check_evaluation(
 
 
 def _on(
-    device: torch.device, target: str, section: ModelSection, data: DataSection, progress: Progress
+    device: torch.device,
+    target: str,
+    section: ModelSection,
+    data: DataSection,
+    progress: Progress,
+    builder: str | None,
 ) -> Evaluation:
     """The evaluation on every rank's device, with its share of the images."""
-    predictor, loader, order = distributed.together(lambda: _opened(device, target, section, data, progress))
+    predictor, loader, order = distributed.together(
+        lambda: _opened(device, target, section, data, progress, builder)
+    )
     start = time.perf_counter()
     found = score(predictor.predict, loader, "evaluating", predictor.device, progress, predictor.name)
     speed = found.images / (time.perf_counter() - start)
@@ -133,10 +154,15 @@ def _on(
 
 
 def _opened(
-    device: torch.device, target: str, section: ModelSection, data: DataSection, progress: Progress
+    device: torch.device,
+    target: str,
+    section: ModelSection,
+    data: DataSection,
+    progress: Progress,
+    builder: str | None,
 ) -> tuple[Predictor, Loader, str]:
     """The predictor, its images, and how their folders were mapped to classes."""
-    predictor = open_target(target, section, device, progress)
+    predictor = open_target(target, section, device, progress, builder)
     if predictor.metadata is not None:
         data = with_trained_rotation(data, predictor.metadata, progress)
     split = open_named(data, "val", predictor.classes, progress)

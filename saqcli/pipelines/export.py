@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.api.exporting import TRIED_IMAGES, trial
-from saqcli.api.targets import QUANTIZED, find_target, named_file
+from saqcli.api.targets import QUANTIZED, find_target, named_builder, named_file
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.splits import validation_loader
 from saqcli.errors import ConfigError, Problems
 from saqcli.export import ModelMetadata
 from saqcli.export.restore import restore
 from saqcli.export.tracing import OPSET
-from saqcli.models.preprocessing import Preprocessing
+from saqcli.models.load import OwnNetwork, Preprocessing
 from saqcli.pipelines.calibration import provisional_model
 from saqcli.pipelines.checks import check_images, check_styles
 from saqcli.pipelines.setup import Network, open_run_images, open_trained
@@ -69,6 +69,7 @@ def export(
     overwrite: bool,
     progress: Progress,
     runtimes: tuple[str, ...] = (),
+    builder: str | None = None,
 ) -> Export:
     """Export the model of a run directory or safetensors file to ONNX.
 
@@ -80,11 +81,13 @@ def export(
         overwrite: replace an existing ``path``.
         progress: reports the verification.
         runtimes: runtimes to verify with in addition to ONNX Runtime.
+        builder: name of the user's own network that the model was made from, if it was.
 
     Raises:
         ExportMismatch: the file does not equal the model; nothing is written to ``path``.
     """
     weights = check_export(source, path, style, data, runtimes)
+    own = named_builder(find_target(str(source), QUANTIZED), builder)
     for taken in (path, verdict_path(path)):
         if taken.exists() and not overwrite:
             raise ConfigError(
@@ -92,7 +95,7 @@ def export(
             )
     make_folder(path.parent)
     run = RunDirectory.open(source) if source.is_dir() else None
-    model, metadata = restore(weights)
+    model, metadata = restore(weights, own)
     preprocessing = Preprocessing.from_dict(metadata.preprocessing)
     about: dict[str, Any] = {
         "true_size": (run.manifest().results.get("size_bytes") if run else None) or weights.stat().st_size
@@ -151,10 +154,12 @@ def write_files(
     result: QuantizeResult,
     progress: Progress,
     best: Mapping[str, Tensor] | None,
+    own: OwnNetwork | None,
 ) -> None:
     """Write the safetensors file and one ONNX file per style, each compared with ``model``; recorded in ``result``.
 
-    ``best`` is the best state of fine-tuning; it is saved too if it is clearly better than the exported one.
+    ``best`` is the best state of fine-tuning; it is saved too if it is clearly better than the exported one. ``own`` is
+    the user's own network, if ``model`` was made from one.
     """
     images = open_run_images(config, metadata, torch.device("cpu"))
     batches = images.validation(verify_limit(config.data.verify_images))
@@ -162,6 +167,7 @@ def write_files(
         "verified_on": str(config.data.path),
         "available": images.val.images,
         "true_size": result.size,
+        "own": own,
     }
     export_verified(
         model, metadata, run.safetensors_path, "safetensors", batches, len(batches), progress, **about

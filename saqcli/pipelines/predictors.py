@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saqcli.api.targets import EVALUATED, find_target, named_file
+from saqcli.api.targets import EVALUATED, find_target, named_builder, named_file
 from saqcli.config import ModelSection
 from saqcli.errors import ConfigError, CorruptArtifact, SaqError
 from saqcli.export.model_metadata import ModelMetadata, read_onnx_metadata
 from saqcli.export.restore import complete_class_names, restore, trained_classes
+from saqcli.models.own import OwnNetwork, check_named
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.models.rebuild import check_build_metadata
 from saqcli.pipelines.setup import classes_of, load_float, try_classifier
@@ -45,7 +46,13 @@ class Predictor:
     metadata: ModelMetadata | None = None
 
 
-def open_target(target: str, section: ModelSection, device: torch.device, progress: Progress) -> Predictor:
+def open_target(
+    target: str,
+    section: ModelSection,
+    device: torch.device,
+    progress: Progress,
+    builder: str | None = None,
+) -> Predictor:
     """The predictor of ``target``.
 
     Args:
@@ -53,13 +60,19 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
         section: further options of a model name.
         device: device of PyTorch models; ONNX files run on the CPU.
         progress: receives notes.
+        builder: name of the user's own network that a run or file was made from.
 
     Raises:
         SaqError: unknown or damaged target.
     """
-    path = named_file(find_target(target, EVALUATED), section)
+    found = find_target(target, EVALUATED)
+    path, own = named_file(found, section), named_builder(found, builder)
     if path is not None:
-        return open_onnx(path) if path.suffix == ".onnx" else open_safetensors(path, device)
+        predictor = open_onnx(path) if path.suffix == ".onnx" else open_safetensors(path, device, own)
+        if own is not None and predictor.metadata is not None:
+            # An ONNX file is not rebuilt, but must not contradict.
+            check_named(predictor.metadata.build["name"], own, str(path))
+        return predictor
     loaded = load_float(section, progress)
     try_classifier(loaded)
     return Predictor(
@@ -72,9 +85,9 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
     )
 
 
-def open_safetensors(path: Path, device: torch.device) -> Predictor:
-    """The predictor of a ``.safetensors`` file of saq."""
-    model, metadata = restore(path)
+def open_safetensors(path: Path, device: torch.device, own: OwnNetwork | None = None) -> Predictor:
+    """The predictor of a ``.safetensors`` file of saq, made from the user's network ``own`` if it was."""
+    model, metadata = restore(path, own)
     return _from_metadata(model.to(device), str(path), metadata, device)
 
 

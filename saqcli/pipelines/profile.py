@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from saqcli.api.costs import Profile, measure, space_of_candidates
-from saqcli.api.targets import EVALUATED, Target, check_no_model_options, find_target
+from saqcli.api.targets import EVALUATED, Target, check_no_model_options, find_target, named_builder
 from saqcli.config import ModelSection, QuantizationSection
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.export.restore import open_from_metadata
+from saqcli.models.own import OwnNetwork, check_named
 from saqcli.pipelines.bits import check_bits, float_policy, in_order, read_policy
 from saqcli.pipelines.checks import check_builds, check_model
 from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
@@ -16,7 +17,11 @@ from saqcli.runs.directory import RunDirectory
 
 
 def check_profile(
-    section: ModelSection, bits: str | None, policy: Path | None, quantize_attention: bool
+    section: ModelSection,
+    bits: str | None,
+    policy: Path | None,
+    quantize_attention: bool,
+    builder: str | None = None,
 ) -> Target:
     """Check the arguments before the network is built; returns the target ``section.name``.
 
@@ -25,6 +30,7 @@ def check_profile(
     """
     problems = Problems()
     target = problems.attempt(find_target, section.name, EVALUATED, "MODEL")
+    problems.attempt(named_builder, target, builder)
     if target is not None and target.kind == "model":
         problems.attempt(check_model, section)
     elif target is not None:
@@ -56,18 +62,20 @@ def profile(
     progress: Progress,
     quantize_attention: bool = False,
     pretrained: bool = False,
+    builder: str | None = None,
 ) -> Profile:
     """The costs of a network at ``bits``, under ``policy``, or by default in floating point.
 
     With ``quantize_attention`` products of two activations are counted too. ``section.name`` may also be a run
-    directory or a file of a quantized model, which has its own bits.
+    directory or a file of a quantized model, which has its own bits; ``builder`` names the user's own network that it
+    was made from, if it was.
 
     Raises:
         SaqError: unknown model, or a policy of another network.
     """
-    target = check_profile(section, bits, policy, quantize_attention)
+    target = check_profile(section, bits, policy, quantize_attention, builder)
     if target.kind != "model":
-        network, config = _quantized(target, progress)
+        network, config = _quantized(target, builder, progress)
         return measure(network, config, space_of_candidates(network, candidates))
     if not pretrained or section.weights is not None:  # costs do not depend on published weights
         section = section.model_copy(update={"pretrained": False})
@@ -81,24 +89,25 @@ def profile(
     return measure(network, config, space_of_candidates(network, candidates))
 
 
-def _quantized(target: Target, progress: Progress) -> tuple[Network, BitConfig]:
+def _quantized(target: Target, builder: str | None, progress: Progress) -> tuple[Network, BitConfig]:
     """The network and the bits of a run or a model file."""
-    path, run = target.path, target.run
+    path, run, own = target.path, target.run, named_builder(target, builder)
     if run is not None:
         if not run.safetensors_path.is_file():
-            return _of_settings(run, progress)
+            return _of_settings(run, own, progress)
         path = run.safetensors_path
     assert path is not None
-    loaded, metadata = open_from_metadata(path)
+    loaded, metadata = open_from_metadata(path, own)
     network = wrap_and_trace(loaded, quantize_attention=bool(metadata.products))
     return network, in_order(metadata.policy, network, str(path))
 
 
-def _of_settings(run: RunDirectory, progress: Progress) -> tuple[Network, BitConfig]:
+def _of_settings(run: RunDirectory, own: OwnNetwork | None, progress: Progress) -> tuple[Network, BitConfig]:
     """The network and the bits of a search or an unfinished run, built from its settings."""
     if not run.policy_path.is_file():
         raise RunDirectoryError(f"{run.path} has no bits yet: it {run.status_text()}, {run.next_step()}")
     config = run.config()
+    check_named(config.model.name, own, str(run.path))
     loaded = load_float(config.model.model_copy(update={"pretrained": False}), progress)
     network = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
     return network, read_policy(str(run.path), network)

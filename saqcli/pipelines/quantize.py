@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from saqcli import distributed
 from saqcli.config import RunConfig
+from saqcli.models.own import own_of
 from saqcli.pipelines.calibration import calibrate, describe, install_quantizers
 from saqcli.pipelines.checks import check_quantize, check_trainable, network_for
 from saqcli.pipelines.export import check_exports, write_files
@@ -88,7 +89,8 @@ def quantize(
                 state = run.load_saved()
             run.end_search()
             result = QuantizeResult.unpack(state["outcome"])
-            model, metadata, result.policy = saved_model(state)
+            own = own_of(config.model.name)
+            model, metadata, result.policy = saved_model(state, own)
             model.to(device)
             images = distributed.together(lambda: open_run_images(config, metadata, device))
             if resumed:
@@ -126,7 +128,7 @@ def quantize(
                 progress.note(result.advice)
             run.log(phase="quantized", **asdict(result.score), **result.best_figures())
             if distributed.first():
-                write_files(model, metadata, config, run, result, progress, best_state)
+                write_files(model, metadata, config, run, result, progress, best_state, own)
                 write_report(run.report_path, config, result.to_dict(run.path))
                 run.finish(result.to_dict(run.path))
             return result

@@ -23,6 +23,7 @@ from saqcli.config import RunConfig
 from saqcli.data.loaders import MAX_WORKERS, default_workers
 from saqcli.errors import ConfigError, DataError, Interrupted, RunDirectoryError
 from saqcli.machine import cores, resolve_device
+from saqcli.models.own import check_named, own_network
 from saqcli.pipelines.quantize import quantize
 from saqcli.pipelines.search import search
 from saqcli.pipelines.setup import load_float
@@ -120,6 +121,7 @@ def rerun(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = SILENT,
+    builder: str | None = None,
 ) -> Rerun:
     """Repeat the run in ``run_dir`` in ``new_dir`` and compare the two.
 
@@ -130,6 +132,7 @@ def rerun(
         resume: resume the run in ``new_dir``; a finished one is only compared.
         overwrite: replace the run in ``new_dir``.
         progress: reports all long steps.
+        builder: name of the user's own network that was quantized, if it was one; imported from the current folder.
 
     Raises:
         SaqError: anything the user can act on.
@@ -138,6 +141,9 @@ def rerun(
     old = RunDirectory.open(run_dir.resolve())
     manifest = old.manifest()
     _check_finished(RunDirectory.open(run_dir), manifest)
+    # Imported here, since the recorded working directory of the run must not choose the code.
+    own = None if builder is None else own_network(builder)
+    check_named(old.config().model.name, own, str(run_dir))
     beside = run_dir if run_dir.name == old.path.name else old.path
     new_dir = new_dir or beside.with_name(f"{beside.name}-rerun")
     new = RunDirectory(new_dir.resolve(), manifest.verb)

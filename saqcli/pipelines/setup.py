@@ -15,8 +15,7 @@ from saqcli.data.splits import Images, open_named
 from saqcli.errors import UnsupportedModel
 from saqcli.export.model_metadata import ModelMetadata
 from saqcli.export.restore import complete_class_names, rebuild_structure, trained_classes
-from saqcli.models.load import LoadedModel, ModelSpec
-from saqcli.models.preprocessing import Preprocessing
+from saqcli.models.load import LoadedModel, ModelSpec, OwnNetwork, Preprocessing
 from saqcli.progress import SILENT, Progress
 from saqcli.quant import convert, network
 from saqcli.quant.bits import BitConfig
@@ -172,14 +171,20 @@ def open_images(
     return Images.open(config, classes_of(loaded), loaded.preprocessing, device, progress)
 
 
-def saved_model(state: dict[str, Any]) -> tuple[nn.Module, ModelMetadata, BitConfig]:
+def saved_model(
+    state: dict[str, Any], own: OwnNetwork | None = None
+) -> tuple[nn.Module, ModelMetadata, BitConfig]:
     """The model in the checkpoint of a run, its metadata, and the bits of its layers.
+
+    Args:
+        state: the checkpoint.
+        own: the user's own network, if the run has one.
 
     Raises:
         SaqError: the model cannot be built by the installed libraries.
     """
     metadata = complete_class_names(ModelMetadata.model_validate_json(state["facts"]))
-    model = rebuild_structure(metadata)
+    model = rebuild_structure(metadata, own)
     model.load_state_dict(state["model"])
     return model, metadata, convert.active_bits(model, metadata.policy.model, metadata.policy.layers)
 

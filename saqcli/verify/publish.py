@@ -11,6 +11,7 @@ from saqcli.export import EXPORTERS, ModelMetadata
 from saqcli.export.containers import weight_storage
 from saqcli.export.restore import restore
 from saqcli.export.tracing import OPSET
+from saqcli.models.own import OwnNetwork
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.progress import Progress
 from saqcli.serialization import replacing, write_text
@@ -34,6 +35,7 @@ def export_verified(
     verified_on: str = SYNTHETIC,
     available: int | None = None,
     true_size: int | None = None,
+    own: OwnNetwork | None = None,
 ) -> Verdict:
     """Write ``path`` in ``style``; it is renamed into place once it matches ``model``, with its verdict.
 
@@ -49,6 +51,7 @@ def export_verified(
         verified_on: where the images are from, as a person named it.
         available: how many there are, of which ``batches`` may be a part; None where they are synthetic.
         true_size: of the model at its true bits, in bytes.
+        own: the user's own network that it was made from, if it was.
 
     Raises:
         UnsupportedModel: the style has no form of the model.
@@ -65,7 +68,7 @@ def export_verified(
                 storage = weight_storage(temporary)
                 verdict.size_note = storage.explain_size(true_size, style) if true_size else None
             else:
-                loaded, _ = restore(temporary)
+                loaded, _ = restore(temporary, own)
                 verdict = prove_tensors(loaded, model, batches, progress)
         except CorruptArtifact as error:
             reason = str(error).replace(str(temporary), path.name)

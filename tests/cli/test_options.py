@@ -48,12 +48,12 @@ ACCEPTED = {
     "--verify-images",
     "search": f"{BITS} {IMAGES} {NETWORK} {RUN} --epochs --lr --pareto --proxy --rho --scoring-images --search-classes "
     "--search-images",
-    "rerun": f"{GENERAL} --data --device --overwrite --resume --run-dir --weights --workers",
-    "eval": f"{IMAGES} {NETWORK} {GENERAL} --batch-sizes --bench --device --repeats --threads",
-    "export": f"{IMAGES} {GENERAL} --onnx --overwrite --style --verify --verify-images",
-    "profile": f"{GENERAL} --bits --candidates --in-chans --input-size --model-kwargs --no-pretrained "
+    "rerun": f"--builder {GENERAL} --data --device --overwrite --resume --run-dir --weights --workers",
+    "eval": f"--builder {IMAGES} {NETWORK} {GENERAL} --batch-sizes --bench --device --repeats --threads",
+    "export": f"--builder {IMAGES} {GENERAL} --onnx --overwrite --style --verify --verify-images",
+    "profile": f"--builder {GENERAL} --bits --candidates --in-chans --input-size --model-kwargs --no-pretrained "
     "--no-quantize-attention --num-classes --policy --pretrained --quantize-attention --weights --weights-key",
-    "analyze": f"{IMAGES} {NETWORK} {GENERAL} --against --all --bits --candidates --device --distributions "
+    "analyze": f"--builder {IMAGES} {NETWORK} {GENERAL} --against --all --bits --candidates --device --distributions "
     "--eigenvalue --flips --grid --hessian --images --iterations --landscape --out --overwrite --policy --resume --rho "
     "--rho-unit --samples --seed --sensitivity --sharpness --span --split --starts --trace",
     "models": "--json --verbose",

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from saqcli._version import __version__
 from saqcli.config import ModelSection
 from saqcli.errors import ConfigError, RunDirectoryError, UnsupportedModel
-from saqcli.export import EXPORTERS, ModelMetadata
+from saqcli.export import STYLES, ModelMetadata
 from saqcli.export.model_metadata import read_onnx_metadata
 from saqcli.export.restore import restore
 from saqcli.machine import cores, cpu_name, versions
@@ -40,6 +40,7 @@ from saqcli.runs.directory import RunDirectory
 from saqcli.verify.runtime import Kernels, OnnxFile, open_file, runner
 
 WARM_UP = 3  # untimed runs of each function
+STYLE = "qdq"  # of the ONNX files that are timed
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Lineup:
     def add_exported(self, name: str, model: nn.Module, path: Path, metadata: ModelMetadata) -> None:
         """Export a model to ``path`` and add the file, or a note if it cannot be exported."""
         try:
-            EXPORTERS["qdq"]().export(model, torch.zeros(2, *self.input_size), path, metadata)
+            STYLES[STYLE]().export(model, torch.zeros(2, *self.input_size), path, metadata)
         except UnsupportedModel as error:
             self.notes.append(f"no {name}: {error}")
         else:

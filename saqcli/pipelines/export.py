@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.splits import validation_loader
 from saqcli.errors import ConfigError, PolicyMismatch, Problems, SaqError, UnsupportedModel, out_of_memory
-from saqcli.export import ModelMetadata
+from saqcli.export import STYLES, ModelMetadata
 from saqcli.export.restore import restore
 from saqcli.export.tracing import CANNOT_EXPORT, OPSET
 from saqcli.models.preprocessing import Preprocessing
@@ -43,7 +43,7 @@ class Export:
 
     Attributes:
         path: of the file.
-        style: name in ``EXPORTERS``.
+        style: name in ``STYLES``.
         verdict: the comparison with the model.
     """
 
@@ -78,7 +78,7 @@ def export(
     Args:
         source: run directory or ``.safetensors`` file.
         path: of the file to write.
-        style: name in ``EXPORTERS``.
+        style: name in ``STYLES``.
         data: images to verify on; synthetic ones if no path is given.
         overwrite: replace an existing ``path``.
         progress: reports the verification.
@@ -196,8 +196,9 @@ def onnx_names(styles: Sequence[str]) -> dict[str, str]:
 def check_exports(config: RunConfig, network: Network, progress: Progress = SILENT) -> None:
     """Export a copy of ``network`` in every style of the run, and run it in ONNX Runtime.
 
-    Bits are the given ones, or under a budget the fewest that a search may choose; levels are provisional. The files
-    are temporary; the comparison with the model follows at the end of the run.
+    Bits are the given ones, or under a budget the fewest that a search may choose (the most, where these are the
+    style's ``tightest``); levels are provisional. The files are temporary; the comparison with the model follows at
+    the end of the run.
 
     Args:
         config: resolved.
@@ -228,7 +229,7 @@ def _try_export(style: str, config: RunConfig, network: Network) -> None:
     with tempfile.TemporaryDirectory(prefix="saq-") as folder:
         path = Path(folder) / "model.onnx"
         try:
-            most_bits = style == "trt"  # its containers may be too small for the most bits
+            most_bits = STYLES.find(style).tightest == "most"
             model, metadata = provisional_model(config, network, images, most_bits=most_bits)
             write_and_run(style, model, metadata, path, images)
         except (OSError, ConfigError, PolicyMismatch):

@@ -29,7 +29,7 @@ TABLES = {
     "QUANTIZERS": "quant/quantizers",
     "MINIMIZERS": "training/minimizers",
     "SEARCHERS": "search",
-    "EXPORTERS": "export",
+    "STYLES": "export",
     "INSTRUMENTS": "analysis",
 }
 

@@ -11,11 +11,16 @@ from torch import Tensor, nn
 
 from saqcli.errors import CorruptArtifact, UnsupportedModel
 from saqcli.export import EXPORTERS, STYLES, ModelMetadata
+from saqcli.export.containers import weight_storage
 from saqcli.export.model_metadata import read_onnx_metadata
 from saqcli.export.operators import frozen_copy
 from saqcli.export.safetensors import read_content
+from saqcli.export.style import CONTAINERS
 from saqcli.export.tracing import INPUT, OUTPUT
+from saqcli.progress import SILENT
+from saqcli.quant.convert import Scheme
 from saqcli.verify.hazards import hazards
+from saqcli.verify.proof import prove_graph
 from saqcli.verify.runtime import onnx_session
 from saqcli.verify.verdict import judge
 from tests.support.networks import ALL_BITS, CLASSES, NETWORKS, images, quantize, same_bits
@@ -80,7 +85,7 @@ def test_opset_is_21_and_no_paths_leak(name: str, style: str, folder: Path) -> N
     path = written(folder, style, network(name), f"{name}-auto")
     model = onnx.load(str(path))
 
-    others = {"qonnx.custom_op.general"} if style == "qonnx" else set()
+    others = set(STYLES[style].opsets)
     assert {entry.domain for entry in model.opset_import} == {"", *others}
     assert next(entry.version for entry in model.opset_import if not entry.domain) == 21
     assert model.ir_version == 10
@@ -130,7 +135,47 @@ def test_constants_are_all_used(name: str, style: str, folder: Path) -> None:
 def test_runtime_optimization_changes_nothing(name: str, style: str, folder: Path) -> None:
     found = hazards(onnx.load(str(written(folder, style, network(name), f"{name}-auto"))))
 
-    assert {hazard.code for hazard in found} <= set(EXPORTERS[style]().conditions)
+    assert {hazard.code for hazard in found} <= set(STYLES[style].conditions)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_declared_name_is_that_of_the_table(style: str) -> None:
+    assert STYLES[style].name == style
+    assert STYLES[style].name
+    assert STYLES[style].description
+
+
+@pytest.mark.parametrize(("name", "style"), EXPORTED)
+def test_weights_have_declared_containers(name: str, style: str, folder: Path) -> None:
+    found = weight_storage(written(folder, style, network(name), f"{name}-auto"))
+
+    assert {weight.container for weight in found.weights} <= set(STYLES[style].containers)
+    assert {weight.layer for weight in found.weights} == set(network(name).facts.policy.layers)
+
+
+@pytest.mark.parametrize("name", ["conv_bn", "attention"])
+@pytest.mark.parametrize("style", STYLES)
+def test_proof_accepts_every_layer(name: str, style: str, folder: Path) -> None:
+    """Of a file whose quantizers are found by what its style declares."""
+    quantized = network(name)
+    path = written(folder, style, quantized, f"{name}-auto")
+    batches = [(images(16, seed=6), torch.zeros(16, dtype=torch.long))]
+    verdict = prove_graph(path, quantized.model, style, batches, 1, SILENT)
+
+    assert not verdict.reasons()
+    assert verdict.bit_equal == STYLES[style].bit_equal
+    inputs = {layer for check in verdict.layerwise.layers for layer in check.layer.split(" ")}
+    assert inputs == set(quantized.facts.policy.layers)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_weights_beyond_the_containers_are_refused(style: str, tmp_path: Path) -> None:
+    quantized = quantize(NETWORKS["conv_bn"], same_bits(8), Scheme(weight_grid="paper"))
+    if max(CONTAINERS[each][2] for each in STYLES[style].containers) > 255:
+        export(quantized, style, tmp_path / "model.onnx")
+    else:
+        with pytest.raises(UnsupportedModel, match=f"style {style} has .*choose another `style`"):
+            export(quantized, style, tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
@@ -147,7 +192,7 @@ def test_deep_network_matches_the_model(name: str, style: str, optimized: bool, 
     ("bits", "style"),
     sweep(
         ((bits, style) for bits in ALL_BITS for style in STYLES),
-        lambda bits, style: bits == (8 if style in ("exact", "trt") else 2),
+        lambda bits, style: bits == (8 if style == "exact" or STYLES[style].tightest == "most" else 2),
     ),
 )
 def test_every_bit_width_matches_the_model(bits: int, style: str, folder: Path) -> None:

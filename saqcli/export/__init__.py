@@ -55,9 +55,18 @@ EXPORTERS: Mapping[str, Callable[[], Exporter]] = ChainMap[str, Any](
 )
 
 
+def exporter_of(kind: str) -> Exporter:
+    """The exporter of ``safetensors`` or of a style.
+
+    Raises:
+        ConfigError: there is no such style, or it is broken.
+    """
+    return SafetensorsExporter() if kind == "safetensors" else STYLES.find(kind)()
+
+
 def is_bit_equal(style: str) -> bool:
     """Whether the files of a style equal PyTorch bit for bit; False if its package is not installed."""
     return style in STYLES and STYLES[style].bit_equal
 
 
-__all__ = ["EXPORTERS", "STYLES", "Exporter", "ModelMetadata", "OnnxStyle", "is_bit_equal"]
+__all__ = ["EXPORTERS", "STYLES", "Exporter", "ModelMetadata", "OnnxStyle", "exporter_of", "is_bit_equal"]

@@ -54,9 +54,9 @@ BYTE_SPAN = 255  # difference between the ends of a full 8-bit range
 Lowering = Callable[[ir.Graph, ir.Node], ir.Value]
 
 
-def placeholders(graph: ir.Graph, kind: str) -> list[ir.Node]:
-    """The placeholders of one kind, in order."""
-    return [node for node in graph if node.domain == DOMAIN and node.op_type == kind]
+def placeholders(graph: ir.Graph, *kinds: str) -> list[ir.Node]:
+    """The placeholders of the given kinds, in order."""
+    return [node for node in graph if node.domain == DOMAIN and node.op_type in kinds]
 
 
 def lower(graph: ir.Graph, kind: str, how: Lowering) -> None:

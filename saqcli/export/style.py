@@ -29,6 +29,7 @@ from saqcli.errors import UnsupportedModel
 from saqcli.export import onnx_helpers, tracing
 from saqcli.export.model_metadata import ModelMetadata, properties
 from saqcli.export.operators import frozen_copy
+from saqcli.quant.bits import MAX_BITS, MIN_BITS
 
 # Containers of weights: bits per code, lowest and highest code. Unsigned ones have their zero in the middle; FLOAT
 # stores values instead of codes.
@@ -41,6 +42,10 @@ CONTAINERS = {
     "UINT16": (16, -(2**15), 2**15 - 1),
     "FLOAT": (32, -(2**24), 2**24),
 }
+INPUTS, WEIGHTS = (
+    ("QuantizeInput", "InputCodes"),
+    ("DequantizeWeight", "WeightCodes"),
+)  # kinds of placeholders
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class OnnxStyle:
         conditions: codes of hazards (``verify.hazards``) that its files may have; the verdict names them as conditions
             of use. Any other hazard makes a file invalid.
         quantizers: operators that quantize inputs, by name, and how codes are read from their outputs.
+        bits: fewest and most bits of weights and inputs that it expresses; others are refused.
         containers: types that it stores weights in, of ``CONTAINERS``. Weights that fit none are refused; the reason
             for a large file names them.
         opsets: operator sets beyond the standard one, by domain; files have their operators as functions.
@@ -103,6 +109,7 @@ class OnnxStyle:
     suffix: str = ".onnx"
     conditions: tuple[str, ...] = ()
     quantizers: Mapping[str, Reader] = {"QuantizeLinear": integer_codes}
+    bits: tuple[int, int] = (MIN_BITS, MAX_BITS)
     containers: tuple[str, ...] = ("INT4", "INT8", "UINT8", "INT16")
     opsets: Mapping[str, int] = {}
     tightest: Literal["fewest", "most"] = "fewest"
@@ -122,7 +129,7 @@ class OnnxStyle:
             UnsupportedModel: the model cannot be traced by ``torch.export``, or the style cannot express it.
         """
         model_graph = tracing.onnx_graph(self.form(frozen_copy(model), example), example)
-        self._check_containers(model_graph.graph)
+        self._check_limits(model_graph.graph)
         self.lower(model_graph)
         model_graph.opset_imports.update(self.opsets)
         tracing.save(model_graph, path, properties(metadata), metadata.saq_version)
@@ -163,16 +170,23 @@ class OnnxStyle:
         """Insert the nodes of a placeholder of a weight before it; return its values."""
         return onnx_helpers.weight(graph, node, *onnx_helpers.packed_safely(node))
 
-    def _check_containers(self, graph: ir.Graph) -> None:
-        """Refuse weights whose codes fit none of ``containers``."""
-        ranges = [CONTAINERS[each][1:] for each in self.containers]
-        for node in [
-            *onnx_helpers.placeholders(graph, "DequantizeWeight"),
-            *onnx_helpers.placeholders(graph, "WeightCodes"),
-        ]:
+    def _check_limits(self, graph: ir.Graph) -> None:
+        """Refuse bits outside ``bits``, and weights whose codes fit none of ``containers``."""
+        least, most = self.bits
+        for node in onnx_helpers.placeholders(graph, *INPUTS, *WEIGHTS):
+            bits = onnx_helpers.number(node, "bits")
+            if not least <= bits <= most:
+                raise UnsupportedModel(
+                    f"style {self.name} has {least if least == most else f'{least} to {most}'} bits only, and "
+                    f"{onnx_helpers.text(node, 'layer')} has {bits}: choose another `style`, or quantize to other bits"
+                )
+        for node in onnx_helpers.placeholders(graph, *WEIGHTS):
             codes = onnx_helpers.array_of(node.inputs[0])
             lowest, highest = int(codes.min(initial=0)), int(codes.max(initial=0))
-            if not any(least <= lowest and highest <= most for least, most in ranges):
+            if not any(
+                low <= lowest and highest <= high
+                for _, low, high in map(CONTAINERS.__getitem__, self.containers)
+            ):
                 raise UnsupportedModel(
                     f"style {self.name} has {' and '.join(self.containers)} weights only, and the codes of "
                     f"{onnx_helpers.text(node, 'layer')} reach {max(-lowest, highest)}: choose another `style`, or "
@@ -195,6 +209,9 @@ def declaration_problem(style: type[OnnxStyle]) -> str | None:
     unknown = [each for each in style.containers if each not in CONTAINERS]
     if unknown or not style.containers:
         return f"its containers are not some of {', '.join(CONTAINERS)}"
+    least, most = style.bits
+    if not MIN_BITS <= least <= most <= MAX_BITS:
+        return f"its bits are not two numbers from {MIN_BITS} to {MAX_BITS}"
     if style.tightest not in ("fewest", "most"):
         return "its tightest is neither fewest nor most"
     return None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.errors import CorruptArtifact, ExportMismatch, SaqError, UnsupportedModel, out_of_memory
-from saqcli.export import EXPORTERS, STYLES, Exporter, ModelMetadata, OnnxStyle
+from saqcli.export import STYLES, Exporter, ModelMetadata, OnnxStyle, exporter_of
 from saqcli.export.containers import weight_storage
 from saqcli.export.restore import restore
 from saqcli.export.tracing import OPSET
@@ -51,10 +51,11 @@ def export_verified(
         true_size: of the model at its true bits, in bytes.
 
     Raises:
+        ConfigError: there is no such style.
         UnsupportedModel: the style has no form of the model.
         ExportMismatch: they differ; nothing is left at ``path``.
     """
-    exporter = EXPORTERS[style]()
+    exporter = exporter_of(style)
     model = model.cpu().eval()
     example = torch.zeros(2, *Preprocessing.from_dict(facts.preprocessing).input_size)
     with replacing(path) as temporary:

@@ -56,8 +56,10 @@ def test_saq_quantize_writes_named_nodes(run: Path) -> None:
     nodes = {node.name: node.op_type for node in onnx.load(str(file)).graph.node}
     verdict = json.loads(file.with_suffix(".verdict.json").read_text())
 
-    assert nodes["conv1/weight/dequantize"] == nodes["conv1/input/dequantize"] == "DequantizeLinear"
-    assert nodes["conv1/input/quantize"] == "QuantizeLinear"
+    assert (
+        nodes["layer1.0.conv1/weight/dequantize"] == nodes["conv1.0/input/dequantize"] == "DequantizeLinear"
+    )
+    assert nodes["conv1.0/input/quantize"] == "QuantizeLinear"
     assert (verdict["style"], verdict["verified"], verdict["layers"] > 5) == ("named_nodes", True, True)
     assert len(verdict["per_layer"]) == verdict["layers"]
 

@@ -74,7 +74,7 @@ def test_saq_export_and_eval_take_it(run: Path, folders: tuple[Path, ...], tmp_p
     assert found["size_note"] is None or "Style named_nodes has UINT8 containers only" in found["size_note"]
 
     assert file.read_bytes() == (run / "artifacts" / "model.onnx").read_bytes()
-    done = run_saq("eval", file, *images)  # without the package
+    done = run_saq("eval", file, *images, folders=())  # without the package
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["images"] == 12
 

@@ -214,7 +214,7 @@ def _of_safetensors(path: Path, run: RunDirectory | None, folder: Path) -> Lineu
     for file in files:
         lineup.add_onnx(ONNX_QUANTIZED if len(files) == 1 else f"ONNX {file.name}", open_file(file))
     if not files:
-        lineup.notes.append(f"{ONNX_QUANTIZED} was exported for the measurement, in style qdq")
+        lineup.notes.append(f"{ONNX_QUANTIZED} was exported for the measurement, in style {STYLE}")
         lineup.add_exported(ONNX_QUANTIZED, model, folder / "quantized.onnx", metadata)
     return lineup
 

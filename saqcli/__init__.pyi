@@ -11,7 +11,6 @@ from saqcli.api.files import load as load
 from saqcli.api.files import save as save
 from saqcli.api.finetuning import finetune as finetune
 from saqcli.api.info import ModelInfo as ModelInfo
-from saqcli.api.info import bits_of as bits
 from saqcli.api.info import info as info
 from saqcli.api.measuring import analyze as analyze
 from saqcli.api.measuring import evaluate as evaluate
@@ -26,7 +25,7 @@ from saqcli.pipelines.quantize import quantize as quantize
 from saqcli.quant.bits import BitConfig as BitConfig
 from saqcli.quant.bits import LayerBits as LayerBits
 from saqcli.quant.cost import Budget as Budget
-from saqcli.training.minimizers.sharpness_aware import ASAQ as ASAQ
 from saqcli.training.minimizers.qat import QAT as QAT
+from saqcli.training.minimizers.sharpness_aware import ASAQ as ASAQ
 from saqcli.training.minimizers.sharpness_aware import SAM as SAM
 from saqcli.training.minimizers.sharpness_aware import SAQ as SAQ

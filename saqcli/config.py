@@ -548,6 +548,7 @@ class ExportSection(_Section):
                 "trt": "INT8 without zero points",
                 "qonnx": "IntQuant nodes",
             },
+            family="styles",
             names=("style",),
             repeated=True,
         ),

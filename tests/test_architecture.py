@@ -53,7 +53,7 @@ FAMILIES = {
     "search": {"problem", "knapsack", "separable", "supernet", "controller", "mixture"},
     "analysis": {"base"},
     "export": {
-        *("model_metadata", "onnx_helpers", "operators", "tracing", "containers", "integer_kernels"),
+        *("model_metadata", "onnx_helpers", "operators", "style", "tracing", "containers", "integer_kernels"),
         *("exact_form", "integers", "ordered", "restore", "safetensors"),
     },
     "quant/quantizers": {"base"},

@@ -8,6 +8,8 @@ import typer
 from saqcli.cli import options as o
 from saqcli.cli.console import print_json, progress_for, reporting
 
+STYLES = o.SETTINGS["export.styles"].choices
+
 
 @reporting
 @o.with_settings(*o.IMAGES, "data.verify_images")
@@ -19,7 +21,8 @@ def export_command(
         str,
         typer.Option(
             metavar="STYLE",
-            help=f"How quantizers are written: {o.listed(o.SETTINGS['export.styles'].choices)}",
+            help=f"How quantizers are written: {o.listed(STYLES)}",
+            autocompletion=lambda: list(STYLES),
         ),
     ] = "qdq",
     verify: Annotated[

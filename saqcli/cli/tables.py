@@ -261,8 +261,10 @@ def show_quantized(result: dict[str, Any]) -> None:
 
 def onnx_sentence(result: dict[str, Any]) -> str:
     """The comparison of a run's ONNX file with the model."""
+    from saqcli.export import is_bit_equal
+
     agreement = f"on {100 * result['onnx_argmax_agreement']:.2f} % of {images_of(result, 'onnx_images')}"
-    if result["onnx_style"] == "exact":
+    if is_bit_equal(result["onnx_style"]):
         return f"ONNX equals the model's exact form bit for bit; same top-1 class {agreement}"
     return (
         f"ONNX equals PyTorch layer by layer to {result['onnx_layers_error']:.1e}; same top-1 class as the model in "
@@ -295,6 +297,8 @@ def show_evaluation(result: dict[str, Any]) -> None:
 
 def show_export(result: dict[str, Any]) -> None:
     """Print the file and its verification."""
+    from saqcli.export import is_bit_equal
+
     console = Console()
     size = format_quantity(result["size_bytes"], "B")
     print_text(console, f"wrote {result['onnx']} ({size}, style {result['style']}, opset {result['opset']})")
@@ -313,7 +317,7 @@ def show_export(result: dict[str, Any]) -> None:
     table.add_row(
         "end to end", f"same top-1 class on {100 * result['argmax_agreement']:.2f} % of {count:,} images"
     )
-    if result["style"] == "exact":
+    if is_bit_equal(result["style"]):
         table.add_row("", "every logit equals PyTorch's exact form bit for bit")
     else:
         table.add_row("", f"(reference: float64; PyTorch float32: {100 * result['pytorch_agreement']:.2f} %)")

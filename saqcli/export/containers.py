@@ -6,10 +6,10 @@ ONNX has containers of 4, 8, 16 or 32 bits:
     up to 8 bits, codes in -128 ... 127  INT8     odd codes of 4 bits reach 15
     odd codes of 8 bits                  INT16    they reach 255
 
-All figures are read from the graph and therefore hold for every style and grid.
+Figures are read from the graph and therefore hold for every style and grid.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from saqcli.export import onnx_helpers
+from saqcli.export import STYLES, onnx_helpers
+from saqcli.export.style import CONTAINERS, OnnxStyle, widths
 from saqcli.units import format_quantity
 
-WIDTHS = (4, 8, 16, 32)  # of containers, in bits
+WIDTHS = widths(OnnxStyle)  # of the containers of most styles, in bits
 EXPLAINED_RATIO = 1.25  # of a file's size to that at the true bits, above which the size is explained
 LEAST_SHARE = 0.05  # of a file's size, for a cause or a remedy to be named
 _NAMED = 2  # most kinds of containers that a message names
@@ -46,10 +47,9 @@ class StoredWeight:
     width: int
     reach: int
 
-    @property
-    def least(self) -> int:
+    def least(self, among: Sequence[int]) -> int:
         """Container bits per code on a grid with zero, whose codes of b bits fit b bits."""
-        return min(width for width in WIDTHS if width >= self.bits)
+        return min((width for width in among if width >= self.bits), default=self.width)
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,13 @@ class WeightStorage:
         """Bytes of the codes at their true bits."""
         return sum(each.count * each.bits for each in self.weights) // 8
 
-    @property
-    def with_zero_grid(self) -> int:
-        """Approximate size of the file if all codes fitted their true bits, as on a grid with zero."""
-        saved = sum(each.count * (each.width - each.least) for each in self.weights if each.reach)
+    def with_zero_grid(self, among: Sequence[int] = WIDTHS) -> int:
+        """Approximate size of the file if all codes fitted their true bits, as on a grid with zero.
+
+        Args:
+            among: bits of the style's containers.
+        """
+        saved = sum(each.count * (each.width - each.least(among)) for each in self.weights if each.reach)
         return self.file_bytes - saved // 8
 
     def explain_size(self, true_size: int, style: str) -> str | None:
@@ -101,20 +104,28 @@ class WeightStorage:
             f"the ONNX file has {format_quantity(self.file_bytes, 'B')} where the true bits need "
             f"{format_quantity(true_size, 'B')}: {' and '.join(reasons)}"
         )
-        if style in FIXED:
-            text += f". Style {style} {FIXED[style]}"
+        own = widths(STYLES.find(style))
+        if len(own) == 1:
+            text += f". Style {style} has {_listed(STYLES.find(style))} only"
             narrower = any(each.width > 8 or (each.width == 8 and each.reach < 8) for each in wide)
-            return f"{text}: style qdq has smaller ones" if narrower else text
-        if self.file_bytes - self.with_zero_grid >= LEAST_SHARE * self.file_bytes:
-            smaller = format_quantity(self.with_zero_grid, "B")
+            smaller = next((name for name, each in STYLES.items() if widths(each)[0] < own[0]), None)
+            return f"{text}: style {smaller} has smaller ones" if narrower and smaller else text
+        shrunk = self.with_zero_grid(own)
+        if self.file_bytes - shrunk >= LEAST_SHARE * self.file_bytes:
             text += (
-                f". Quantized with `quantization.weight_grid=zero` it can shrink to about {smaller}: compare the "
-                "accuracy"
+                f". Quantized with `quantization.weight_grid=zero` it can shrink to about "
+                f"{format_quantity(shrunk, 'B')}: compare the accuracy"
             )
         return text
 
 
-FIXED = {"trt": "has INT8 containers only", "qonnx": "has float32 constants only"}  # whatever the bits
+def _listed(style: type[OnnxStyle]) -> str:
+    """The containers of a style in words."""
+    return (
+        "float32 constants"
+        if style.containers == ("FLOAT",)
+        else f"{' and '.join(style.containers)} containers"
+    )
 
 
 def _containers(wide: list[StoredWeight]) -> str:
@@ -138,7 +149,7 @@ def _containers(wide: list[StoredWeight]) -> str:
 
 
 def weight_storage(path: Path) -> WeightStorage:
-    """The stored weights of the ONNX file at ``path``, written by one of ``EXPORTERS``."""
+    """The stored weights of the ONNX file at ``path``, written in one of ``STYLES``."""
     graph = onnx.load(str(path)).graph
     constants = {each.name: each for each in graph.initializer}
     return WeightStorage(path.stat().st_size, tuple(_stored(graph, constants)))
@@ -167,7 +178,7 @@ def _stored(graph: Any, constants: dict[str, Any]) -> Iterator[StoredWeight]:
         reach = (
             0 if kind == "FLOAT" else int(np.abs(codes.astype(int) - _zeros(node, constants)).max(initial=0))
         )
-        width = 4 if kind.endswith("INT4") else 8 * codes.itemsize  # NumPy takes a byte for four bits
+        width = CONTAINERS[kind][0] if kind in CONTAINERS else 8 * codes.itemsize
         yield StoredWeight(
             annotations[onnx_helpers.LAYER],
             codes.size,

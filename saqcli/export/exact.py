@@ -11,37 +11,36 @@ integers or has a fixed order. Odd codes of the paper's grid whose halves fit 4 
 ``h``.
 """
 
-from pathlib import Path
-
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from torch import Tensor, nn
 
-from saqcli.export import onnx_helpers, tracing
+from saqcli.export import onnx_helpers
 from saqcli.export.exact_form import ExactForm
-from saqcli.export.model_metadata import ModelMetadata, properties
 from saqcli.export.onnx_helpers import quantized
-from saqcli.export.operators import frozen_copy
+from saqcli.export.style import OnnxStyle
 
 
-class ExactExporter:
+class ExactExporter(OnnxStyle):
     """Writes a graph that gives the same bits in any runtime with IEEE arithmetic."""
 
-    suffix = ".onnx"
-    conditions: tuple[str, ...] = ()
+    name, description = "exact", "equal to PyTorch bit for bit"
+    bit_equal = one_by_one = True
 
-    def export(self, model: nn.Module, example: Tensor, path: Path, metadata: ModelMetadata) -> None:
-        """Write ``path``, as ``QdqExporter.export`` does.
+    def form(self, frozen: nn.Module, example: Tensor) -> nn.Module:
+        """The exact form.
 
         Raises:
-            UnsupportedModel: the model cannot be traced, or has an operator without an exact form.
+            UnsupportedModel: an operator has no exact form.
         """
-        model_graph = tracing.onnx_graph(ExactForm(frozen_copy(model), example), example)
-        onnx_helpers.lower(model_graph.graph, "InputCodes", _input_codes)
-        _slice_codes(model_graph.graph)
-        onnx_helpers.lower(model_graph.graph, "WeightCodes", _weight_codes)
-        tracing.save(model_graph, path, properties(metadata), metadata.saq_version)
+        return ExactForm(frozen, example)
+
+    def lower(self, model: ir.Model) -> None:
+        """Replace the placeholders of codes, with steps applied after products."""
+        onnx_helpers.lower(model.graph, "InputCodes", _input_codes)
+        _slice_codes(model.graph)
+        onnx_helpers.lower(model.graph, "WeightCodes", _weight_codes)
 
 
 def _input_codes(graph: ir.Graph, node: ir.Node) -> ir.Value:

@@ -54,9 +54,9 @@ BYTE_SPAN = 255  # difference between the ends of a full 8-bit range
 Lowering = Callable[[ir.Graph, ir.Node], ir.Value]
 
 
-def placeholders(graph: ir.Graph, kind: str) -> list[ir.Node]:
-    """The placeholders of one kind, in order."""
-    return [node for node in graph if node.domain == DOMAIN and node.op_type == kind]
+def placeholders(graph: ir.Graph, *kinds: str) -> list[ir.Node]:
+    """The placeholders of the given kinds, in order."""
+    return [node for node in graph if node.domain == DOMAIN and node.op_type in kinds]
 
 
 def lower(graph: ir.Graph, kind: str, how: Lowering) -> None:
@@ -83,15 +83,20 @@ def annotate(new: ir.Node, node: ir.Node) -> None:
     """Annotate ``new``, in the metadata of the file, with layer, operand and true bits of a placeholder."""
     if node.domain == DOMAIN:
         operand = "input" if "Input" in node.op_type else "weight"
-        annotations = {LAYER: text(node, "layer"), OPERAND: operand, BITS: str(number(node, "bits"))}
-        new.meta[ANNOTATIONS] = annotations | ({COPY: "1"} if COPY in node.attributes else {})
+        facts = {LAYER: text(node, "layer"), OPERAND: operand, BITS: str(number(node, "bits"))}
+        new.meta[ANNOTATIONS] = facts | ({COPY: "1"} if COPY in node.attributes else {})
 
 
-def add_annotations(value: ir.Value, **annotations: str) -> None:
+def annotations(node: ir.Node) -> dict[str, str]:
+    """The annotations of a node that was inserted for a placeholder; empty for others."""
+    return dict(node.meta.get(ANNOTATIONS, {}))
+
+
+def add_annotations(value: ir.Value, **more: str) -> None:
     """Add annotations to the producer of ``value``."""
     node = value.producer()
     assert node is not None
-    node.meta[ANNOTATIONS] = node.meta.get(ANNOTATIONS, {}) | annotations
+    node.meta[ANNOTATIONS] = node.meta.get(ANNOTATIONS, {}) | more
 
 
 def merge_inputs(graph: ir.Graph) -> None:
@@ -232,6 +237,11 @@ def packed_safely(node: ir.Node) -> tuple[Any, ir.DataType]:
     dim = max(number(node, "dim"), 0) if "dim" in node.attributes else 0
     if dtype != ir.DataType.INT8 or not multiplied or not may_saturate(codes, dim):
         return codes, dtype
+    return packed_unsigned(codes)
+
+
+def packed_unsigned(codes: Any) -> tuple[Any, ir.DataType]:
+    """Weight codes in -128 ... 127 as UINT8 with zero point 128."""
     return (codes.astype(np.int16) + UINT8_ZERO).astype(np.uint8), ir.DataType.UINT8
 
 

@@ -14,63 +14,42 @@ Style ``qdq-vnni`` is the same file with INT8 weights, whose kernels are faster,
 VNNI or other than x86.
 """
 
-from pathlib import Path
-
 import onnx_ir as ir
-from torch import Tensor, nn
 
-from saqcli.export import onnx_helpers, tracing
+from saqcli.export import onnx_helpers
 from saqcli.export.integer_kernels import prepare_integer_kernels
-from saqcli.export.model_metadata import ModelMetadata, properties
 from saqcli.export.onnx_helpers import quantized
-from saqcli.export.operators import frozen_copy
+from saqcli.export.style import OnnxStyle
 
 
-class QdqExporter:
+class QdqExporter(OnnxStyle):
     """Writes a graph for ONNX Runtime and OpenVINO with the same results on every processor."""
 
-    suffix = ".onnx"
-    conditions: tuple[str, ...] = ()  # hazards that the verdict names as conditions of use
+    name, description = "qdq", "read by most runtimes"
     saturating = False  # whether sums of two products may exceed 16 bits
 
-    def export(self, model: nn.Module, example: Tensor, path: Path, metadata: ModelMetadata) -> None:
-        """Write ``path``.
-
-        Args:
-            model: quantized, in eval mode; not changed.
-            example: images (N, C, H, W) to trace with; the batch stays dynamic.
-            path: path of the file to write.
-            metadata: written to the file.
-
-        Raises:
-            UnsupportedModel: the model cannot be traced by ``torch.export``.
-        """
-        model_graph = tracing.onnx_graph(frozen_copy(model), example)
-        graph = model_graph.graph
+    def prepare(self, graph: ir.Graph) -> None:
+        """As in every style, and for integer kernels."""
         onnx_helpers.merge_inputs(graph)
         onnx_helpers.fold_norms(graph)
         prepare_integer_kernels(graph)
         onnx_helpers.split_bias(graph)
-        onnx_helpers.lower(graph, "QuantizeInput", self._quantize_input)
-        onnx_helpers.lower(graph, "DequantizeWeight", self._dequantize_weight)
-        tracing.save(model_graph, path, properties(metadata), metadata.saq_version)
 
-    def _quantize_input(self, graph: ir.Graph, node: ir.Node) -> ir.Value:
+    def quantize_input(self, graph: ir.Graph, node: ir.Node) -> ir.Value:
+        """QuantizeLinear and DequantizeLinear; UINT8 where two activations are multiplied."""
         unsigned = not self.saturating and onnx_helpers.quantizes_product(node)
         codes, step, zero = quantized(graph, node, unsigned=unsigned)
         return onnx_helpers.insert_before(graph, node, "DequantizeLinear", [codes, step, zero])
-
-    def _dequantize_weight(self, graph: ir.Graph, node: ir.Node) -> ir.Value:
-        codes = (
-            onnx_helpers.packed(onnx_helpers.array_of(node.inputs[0]))
-            if self.saturating
-            else onnx_helpers.packed_safely(node)
-        )
-        return onnx_helpers.weight(graph, node, *codes)
 
 
 class VnniExporter(QdqExporter):
     """Style ``qdq-vnni``: INT8 weights, even if their sums may saturate."""
 
+    name, description = "qdq-vnni", "with INT8 weights: faster, wrong on x86 without VNNI"
     conditions = ("H9",)
+    containers = ("INT4", "INT8", "INT16")
     saturating = True
+
+    def dequantize_weight(self, graph: ir.Graph, node: ir.Node) -> ir.Value:
+        """DequantizeLinear of codes in the smallest container."""
+        return onnx_helpers.weight(graph, node, *onnx_helpers.packed(onnx_helpers.array_of(node.inputs[0])))

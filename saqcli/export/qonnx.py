@@ -5,37 +5,43 @@ Runtime runs it too. Weights are floating-point constants in front of their quan
 paper's grid, odd codes ``2 h + 1`` in units of ``s``, is ``b`` bits at scale ``2 s`` with zero point -1/2.
 """
 
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import helper
-from torch import Tensor, nn
 
 from saqcli.export import onnx_helpers, tracing
-from saqcli.export.model_metadata import ModelMetadata, properties
-from saqcli.export.operators import frozen_copy
+from saqcli.export.style import OnnxStyle, Reader, scaled_values
 
 QONNX, INT_QUANT = "qonnx.custom_op.general", "IntQuant"
 
 
-class QonnxExporter:
+class QonnxExporter(OnnxStyle):
     """Writes a graph of IntQuant nodes."""
 
-    suffix = ".onnx"
-    conditions: tuple[str, ...] = ()
+    name, description = "qonnx", "IntQuant nodes"
+    quantizers: Mapping[str, Reader] = {INT_QUANT: scaled_values}
+    containers = ("FLOAT",)
+    opsets: Mapping[str, int] = {QONNX: 1}
 
-    def export(self, model: nn.Module, example: Tensor, path: Path, metadata: ModelMetadata) -> None:
-        """Write ``path``, as ``QdqExporter.export`` does."""
-        model_graph = tracing.onnx_graph(frozen_copy(model), example)
-        graph = model_graph.graph
-        onnx_helpers.lower(graph, "QuantizeInput", _quantize_input)
-        onnx_helpers.lower(graph, "DequantizeWeight", _quantize_weight)
-        model_graph.opset_imports[QONNX] = 1
+    def lower(self, model: ir.Model) -> None:
+        """Replace all placeholders by IntQuant, and add its function."""
+        super().lower(model)
         function = ir.serde.deserialize_function(_definition())
-        model_graph.functions[function.identifier()] = function
-        tracing.save(model_graph, path, properties(metadata), metadata.saq_version)
+        model.functions[function.identifier()] = function
+
+    def prepare(self, graph: ir.Graph) -> None:
+        """Change nothing: tools for QONNX merge and fold themselves."""
+
+    def quantize_input(self, graph: ir.Graph, node: ir.Node) -> ir.Value:
+        """IntQuant of the input."""
+        return _quantize_input(graph, node)
+
+    def dequantize_weight(self, graph: ir.Graph, node: ir.Node) -> ir.Value:
+        """IntQuant of a float constant."""
+        return _quantize_weight(graph, node)
 
 
 def _quantize_input(graph: ir.Graph, node: ir.Node) -> ir.Value:

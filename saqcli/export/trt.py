@@ -13,41 +13,33 @@ Verified in ONNX Runtime like every style; not tested with a TensorRT engine.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from torch import Tensor, nn
 
-from saqcli.errors import UnsupportedModel
-from saqcli.export import onnx_helpers, tracing
-from saqcli.export.model_metadata import ModelMetadata, properties
+from saqcli.export import onnx_helpers
 from saqcli.export.onnx_helpers import clip
-from saqcli.export.operators import frozen_copy
+from saqcli.export.style import OnnxStyle
 
 LOWEST, HIGHEST = -128, 127
 
 
-class TrtExporter:
+class TrtExporter(OnnxStyle):
     """Writes a graph of INT8 Q/DQ nodes without zero points."""
 
-    suffix = ".onnx"
-    conditions: tuple[str, ...] = ("H9",)  # TensorRT has no such kernels
+    name, description = "trt", "INT8 without zero points"
+    conditions = ("H9",)  # TensorRT has no such kernels
+    containers = ("INT8",)
+    tightest = "most"
 
-    def export(self, model: nn.Module, example: Tensor, path: Path, metadata: ModelMetadata) -> None:
-        """Write ``path``, as ``QdqExporter.export`` does.
+    def quantize_input(self, graph: ir.Graph, node: ir.Node) -> ir.Value:
+        """QuantizeLinear to INT8, of shifted values where the grid is not INT8."""
+        return _quantize_input(graph, node)
 
-        Raises:
-            UnsupportedModel: the model cannot be traced, or a weight has codes beyond INT8.
-        """
-        model_graph = tracing.onnx_graph(frozen_copy(model), example)
-        graph = model_graph.graph
-        onnx_helpers.merge_inputs(graph)
-        onnx_helpers.fold_norms(graph)
-        onnx_helpers.split_bias(graph)
-        onnx_helpers.lower(graph, "QuantizeInput", _quantize_input)
-        onnx_helpers.lower(graph, "DequantizeWeight", _dequantize_weight)
-        tracing.save(model_graph, path, properties(metadata), metadata.saq_version)
+    def dequantize_weight(self, graph: ir.Graph, node: ir.Node) -> ir.Value:
+        """DequantizeLinear of INT8 codes."""
+        codes = onnx_helpers.array_of(node.inputs[0]).astype(np.int8)
+        return onnx_helpers.weight(graph, node, codes, ir.DataType.INT8)
 
 
 def _quantize_input(graph: ir.Graph, node: ir.Node) -> ir.Value:
@@ -143,13 +135,3 @@ def _compensate(graph: ir.Graph, product: ir.Node, offset: np.ndarray) -> None:
     onnx_helpers.add_after(
         graph, product, onnx_helpers.constant(graph, name, sums.astype(np.float32).reshape(shape))
     )
-
-
-def _dequantize_weight(graph: ir.Graph, node: ir.Node) -> ir.Value:
-    codes = onnx_helpers.array_of(node.inputs[0])
-    if codes.dtype != np.int8:
-        raise UnsupportedModel(
-            f"style trt has INT8 weights only, and the codes of {onnx_helpers.text(node, 'layer')} reach "
-            f"{int(codes.max())}: choose another `style`, or quantize with `quantization.weight_grid=auto`"
-        )
-    return onnx_helpers.weight(graph, node, codes, ir.DataType.INT8)

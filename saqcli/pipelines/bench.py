@@ -25,7 +25,7 @@ from saqcli._version import __version__
 from saqcli.api.targets import EVALUATED, find_target, named_builder, named_file
 from saqcli.config import ModelSection
 from saqcli.errors import ConfigError, RunDirectoryError, UnsupportedModel
-from saqcli.export import EXPORTERS, ModelMetadata
+from saqcli.export import STYLES, ModelMetadata
 from saqcli.export.model_metadata import read_onnx_metadata
 from saqcli.export.restore import restore
 from saqcli.machine import cores, cpu_name, versions
@@ -41,6 +41,7 @@ from saqcli.runs.directory import RunDirectory
 from saqcli.verify.runtime import Kernels, OnnxFile, open_file, runner
 
 WARM_UP = 3  # untimed runs of each function
+STYLE = "qdq"  # of the ONNX files that are timed
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Lineup:
     def add_exported(self, name: str, model: nn.Module, path: Path, metadata: ModelMetadata) -> None:
         """Export a model to ``path`` and add the file, or a note if it cannot be exported."""
         try:
-            EXPORTERS["qdq"]().export(model, torch.zeros(2, *self.input_size), path, metadata)
+            STYLES[STYLE]().export(model, torch.zeros(2, *self.input_size), path, metadata)
         except UnsupportedModel as error:
             self.notes.append(f"no {name}: {error}")
         else:
@@ -218,7 +219,7 @@ def _of_safetensors(path: Path, run: RunDirectory | None, folder: Path, own: Own
     for file in files:
         lineup.add_onnx(ONNX_QUANTIZED if len(files) == 1 else f"ONNX {file.name}", open_file(file))
     if not files:
-        lineup.notes.append(f"{ONNX_QUANTIZED} was exported for the measurement, in style qdq")
+        lineup.notes.append(f"{ONNX_QUANTIZED} was exported for the measurement, in style {STYLE}")
         lineup.add_exported(ONNX_QUANTIZED, model, folder / "quantized.onnx", metadata)
     return lineup
 

@@ -132,11 +132,10 @@ def check_styles(styles: Sequence[str]) -> None:
     """Check the export styles.
 
     Raises:
-        ConfigError: unknown or duplicate style.
+        ConfigError: unknown, broken or duplicate style.
     """
     for style in styles:
-        if style not in STYLES:
-            raise ConfigError(f"there is no export style {style!r}: choose from {', '.join(STYLES)}")
+        STYLES.find(style)
         if styles.count(style) > 1:
             raise ConfigError(f"`style={style}` is given twice: one file is written per style")
 

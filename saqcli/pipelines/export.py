@@ -16,7 +16,7 @@ from saqcli.api.targets import QUANTIZED, find_target, named_builder, named_file
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.splits import validation_loader
 from saqcli.errors import ConfigError, Problems
-from saqcli.export import ModelMetadata
+from saqcli.export import STYLES, ModelMetadata
 from saqcli.export.restore import restore
 from saqcli.export.tracing import OPSET
 from saqcli.models.load import OwnNetwork, Preprocessing
@@ -40,7 +40,7 @@ class Export:
 
     Attributes:
         path: of the file.
-        style: name in ``EXPORTERS``.
+        style: name in ``STYLES``.
         verdict: the comparison with the model.
     """
 
@@ -76,7 +76,7 @@ def export(
     Args:
         source: run directory or ``.safetensors`` file.
         path: of the file to write.
-        style: name in ``EXPORTERS``.
+        style: name in ``STYLES``.
         data: images to verify on; synthetic ones if no path is given.
         overwrite: replace an existing ``path``.
         progress: reports the verification.
@@ -199,8 +199,9 @@ def onnx_names(styles: Sequence[str]) -> dict[str, str]:
 def check_exports(config: RunConfig, network: Network, progress: Progress = SILENT) -> None:
     """Export a copy of ``network`` in every style of the run, and run it in ONNX Runtime.
 
-    Bits are the given ones, or under a budget the fewest that a search may choose; levels are provisional. The files
-    are temporary; the comparison with the model follows at the end of the run.
+    Bits are the given ones, or under a budget the fewest that a search may choose (the most, where these are the
+    style's ``tightest``); levels are provisional. The files are temporary; the comparison with the model follows at
+    the end of the run.
 
     Args:
         config: resolved.
@@ -228,7 +229,7 @@ def check_exports(config: RunConfig, network: Network, progress: Progress = SILE
 def _try_export(style: str, config: RunConfig, network: Network) -> None:
     size = network.loaded.preprocessing.input_size
     images = torch.randn(TRIED_IMAGES, *size, generator=torch.Generator().manual_seed(0))
-    most_bits = style == "trt"  # its containers may be too small for the most bits
+    most_bits = STYLES.find(style).tightest == "most"
     trial(
         network.name, style, images, lambda: provisional_model(config, network, images, most_bits=most_bits)
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from saqcli.config import RunConfig, TrainingSection
+from saqcli.export import is_bit_equal
 from saqcli.quant.bits import BitConfig
 from saqcli.serialization import write_text
 from saqcli.tasks.classification import Score
@@ -230,7 +231,7 @@ def _onnx_summary(results: dict[str, Any]) -> str:
     count, available = results["onnx_images"], results["onnx_images_available"]
     images = counted(count, "image") + (f" (of {available})" if available and available > count else "")
     agreement = f"{100 * results['onnx_argmax_agreement']:.2f} % of {images}"
-    if results["onnx_style"] == "exact":
+    if is_bit_equal(results["onnx_style"]):
         lines = [
             f"The ONNX file equals the model's exact form bit for bit, and has its best class on {agreement}."
         ]

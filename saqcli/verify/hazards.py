@@ -69,7 +69,7 @@ def partition(found: Sequence[Hazard], accepted: Collection[str]) -> tuple[list[
 
     Args:
         found: from ``hazards``.
-        accepted: codes accepted by the style, ``Exporter.conditions``.
+        accepted: codes accepted by the style, ``OnnxStyle.conditions``.
     """
     return (
         [hazard for hazard in found if hazard.code not in accepted],

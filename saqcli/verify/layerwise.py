@@ -13,7 +13,7 @@ Each part keeps its quantizers on both sides, as in the whole graph, so changes 
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from saqcli.export import onnx_helpers
 from saqcli.export.integer_kernels import LARGEST_SHIFT, SAME_CODES
 from saqcli.export.operators import FrozenInput
+from saqcli.export.style import OnnxStyle, Reader
 from saqcli.quant.grid import Grid, codes_of
 
 LARGEST_ERROR = 1e-4  # of a tensor's largest magnitude; float32 sums of up to 10**5 products stay well below
@@ -37,7 +38,6 @@ HARMLESS = (
 LARGEST_FLOAT32_ERROR = 1e-2  # limit of the allowance for PyTorch's error
 PYTORCH_FACTOR = 4.0  # times PyTorch's float32 error is allowed; two runtimes round differently
 _FED = "fed_"
-_QUANTIZERS = ("QuantizeLinear", "IntQuant")
 
 
 @dataclass
@@ -189,10 +189,10 @@ def measure_float32_errors(
         return 0.0
 
 
-def cut_open(graph: Any, calls: dict[str, list[Call]]) -> list[Cut]:
-    """Replace the output of every activation quantizer by a graph input."""
+def cut_open(graph: Any, calls: dict[str, list[Call]], readers: Mapping[str, Reader]) -> list[Cut]:
+    """Replace the output of every activation quantizer, an operator of ``readers``, by a graph input."""
     constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
-    quantizers = [node for node in graph.node if _quantizes_input(node)]
+    quantizers = [node for node in graph.node if node.op_type in readers and _quantizes_input(node)]
     counts = Counter(_first_layer(node) for node in quantizers)
     matched = {layer: iter(_matching(layer, calls.get(layer, []), count)) for layer, count in counts.items()}
     cuts: list[Cut] = []
@@ -200,15 +200,12 @@ def cut_open(graph: Any, calls: dict[str, list[Call]]) -> list[Cut]:
     for node in quantizers:
         annotations = _annotations(node)
         name, call = annotations[onnx_helpers.LAYER], next(matched[_first_layer(node)])
-        cut = Cut(name, call, _source(node, name, made_by), node.output[0], f"{_FED}{len(cuts)}")
+        coding = readers[node.op_type](node, constants)
+        source, fed = _source(node, name, made_by), f"{_FED}{len(cuts)}"
+        cut = Cut(name, call, source, node.output[0], fed, coding.unit, coding.zero, coding.dtype)
         if onnx_helpers.PADS in annotations:
             pads = [int(pad) for pad in annotations[onnx_helpers.PADS].split(",")]
             cut.pads = list(zip(pads[: len(pads) // 2], pads[len(pads) // 2 :], strict=True))
-        if node.op_type == "QuantizeLinear":
-            zero = constants[node.input[2]]
-            cut.dtype, cut.zero = zero.dtype, float(annotations.get(onnx_helpers.ZERO, zero))
-        else:
-            cut.unit = float(constants[node.input[1]])
         cuts.append(cut)
     quantized = {name for cut in cuts for name in cut.layer.split(onnx_helpers.LAYER_SEPARATOR)}
     present = {
@@ -216,6 +213,8 @@ def cut_open(graph: Any, calls: dict[str, list[Call]]) -> list[Cut]:
         for node in graph.node
         for name in _annotations(node).get(onnx_helpers.LAYER, "").split(onnx_helpers.LAYER_SEPARATOR)
     }
+    if calls and not any(present):
+        raise Unmatched("no node of the graph is annotated with its layer")
     for name in calls:  # a layer with an unused output is not in the graph
         if name not in quantized and name in present:
             raise Unmatched(f"the graph does not quantize the input of {name}")
@@ -225,11 +224,7 @@ def cut_open(graph: Any, calls: dict[str, list[Call]]) -> list[Cut]:
 
 def _quantizes_input(node: Any) -> bool:
     annotations = _annotations(node)
-    return (
-        annotations.get(onnx_helpers.OPERAND) == "input"
-        and onnx_helpers.COPY not in annotations
-        and node.op_type in _QUANTIZERS
-    )
+    return annotations.get(onnx_helpers.OPERAND) == "input" and onnx_helpers.COPY not in annotations
 
 
 def _first_layer(node: Any) -> str:
@@ -404,13 +399,16 @@ class LayerwiseCheck:
 
 
 @torch.no_grad()
-def check_layers(path: Path, frozen: nn.Module, images: Tensor) -> LayerwiseCheck:
+def check_layers(
+    path: Path, frozen: nn.Module, images: Tensor, readers: Mapping[str, Reader] = OnnxStyle.quantizers
+) -> LayerwiseCheck:
     """Compare the graph at ``path`` with the frozen model it was exported from, layer by layer.
 
     Args:
-        path: file written by one of ``EXPORTERS``.
+        path: ONNX file.
         frozen: from ``frozen_copy``.
         images: (N, C, H, W); all activations of the batch are held in memory.
+        readers: ``quantizers`` of the style of the file.
     """
     with recorded(frozen) as calls:
         logits = frozen(images).numpy()
@@ -420,7 +418,7 @@ def check_layers(path: Path, frozen: nn.Module, images: Tensor) -> LayerwiseChec
     output = graph.output[0].name
     worst = 0.0
     try:
-        cuts = cut_open(graph, calls)
+        cuts = cut_open(graph, calls, readers)
         for level, setting in LEVELS.items():
             befores = {cut.before for cut in cuts if cut.before} if level == "unoptimized" else set()
             answers = run(model, images, cuts, befores | {output}, setting)

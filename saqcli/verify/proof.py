@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from saqcli._version import __version__
 from saqcli.errors import ConfigError, DataError
-from saqcli.export import EXPORTERS
-from saqcli.export.exact_form import ExactForm
+from saqcli.export import STYLES
 from saqcli.export.operators import frozen_copy
 from saqcli.progress import Progress
 from saqcli.quant import convert
@@ -40,20 +39,22 @@ def prove_graph(
     Args:
         path: path of the file.
         model: quantized, on the CPU, in eval mode.
-        style: style of the file.
+        style: name in ``STYLES``.
         batches: images for the end-to-end comparison; the first few are used for the layerwise comparison.
         count: number of batches.
         progress: reports every batch.
         runtimes: names in ``RUNTIMES`` of further runtimes for the end-to-end comparison.
     """
-    fatal, conditions = partition(hazards(onnx.load(str(path))), EXPORTERS[style]().conditions)
+    exporter = STYLES.find(style)()
+    fatal, conditions = partition(hazards(onnx.load(str(path))), exporter.conditions)
     if fatal:  # ONNX Runtime cannot run files with some of them
         return Verdict(0, 1.0, 0.0, 0.0, hazards=fatal)
     frozen = frozen_copy(model)
     first = _first_images(batches)
     others = {name: RUNTIMES[name](path) for name in runtimes}
-    runs = _sessions(path, one_by_one=style == "exact") | {PYTORCH: model}
-    reference = ExactForm(frozen, first[:2]).eval() if style == "exact" else _in_float64(model, first[:1])
+    runs = _sessions(path, one_by_one=exporter.one_by_one) | {PYTORCH: model}
+    form = exporter.form(frozen, first[:2]).eval() if exporter.bit_equal else None
+    reference = form if form is not None else _in_float64(model, first[:1])
     verdicts = compare(reference, runs | others, batches, count, progress)
     pytorch = verdicts.pop(PYTORCH)
     for each in verdicts.values():
@@ -61,9 +62,9 @@ def prove_graph(
         each.pytorch_max_abs_diff = pytorch.max_abs_diff
     verdict = worst([verdicts[name] for name in runs if name != PYTORCH])
     verdict.others, verdict.conditions = {name: verdicts[name] for name in others}, conditions
-    if isinstance(reference, ExactForm):
-        verdict.bit_equal, verdict.accumulators = True, reference.accumulators
-    verdict.layerwise = check_layers(path, frozen, first[:LAYERWISE_IMAGES])
+    if form is not None:
+        verdict.bit_equal, verdict.accumulators = True, getattr(form, "accumulators", ())
+    verdict.layerwise = check_layers(path, frozen, first[:LAYERWISE_IMAGES], exporter.quantizers)
     return verdict
 
 

@@ -6,8 +6,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from saqcli.errors import CorruptArtifact, ExportMismatch, UnsupportedModel
-from saqcli.export import EXPORTERS, ModelMetadata
+from saqcli.errors import CorruptArtifact, ExportMismatch, SaqError, UnsupportedModel, out_of_memory
+from saqcli.export import STYLES, Exporter, ModelMetadata, OnnxStyle, exporter_of
 from saqcli.export.containers import weight_storage
 from saqcli.export.restore import restore
 from saqcli.export.tracing import OPSET
@@ -43,7 +43,7 @@ def export_verified(
         model: quantized; on the CPU and in eval mode afterwards.
         facts: of the model.
         path: of the file.
-        style: name in ``EXPORTERS``.
+        style: name in ``STYLES``, or ``safetensors``.
         batches: images to compare on.
         count: of batches.
         progress: reports every batch.
@@ -54,16 +54,17 @@ def export_verified(
         own: the user's own network that it was made from, if it was.
 
     Raises:
+        ConfigError: there is no such style.
         UnsupportedModel: the style has no form of the model.
         ExportMismatch: they differ; nothing is left at ``path``.
     """
-    exporter = EXPORTERS[style]()
+    exporter = exporter_of(style)
     model = model.cpu().eval()
     example = torch.zeros(2, *Preprocessing.from_dict(facts.preprocessing).input_size)
     with replacing(path) as temporary:
-        exporter.export(model, example, temporary, facts)
+        _write(exporter, style, model, example, temporary, facts)
         try:
-            if exporter.suffix == ".onnx":
+            if isinstance(exporter, OnnxStyle):
                 verdict = prove_graph(temporary, model, style, batches, count, progress, runtimes)
                 storage = weight_storage(temporary)
                 verdict.size_note = storage.explain_size(true_size, style) if true_size else None
@@ -79,19 +80,42 @@ def export_verified(
             raise ExportMismatch(
                 f"{path.name} does not match the model ({'; '.join(reasons)}); no file was written"
             )
-    if exporter.suffix == ".onnx":
+    if isinstance(exporter, OnnxStyle):
         about = {"style": style, "opset": OPSET, "versions": versions(runtimes)}
         write_text(verdict_path(path), verdict_text(verdict, path, about))
     return verdict
 
 
+def _write(
+    exporter: Exporter, style: str, model: nn.Module, example: Tensor, path: Path, facts: ModelMetadata
+) -> None:
+    """Write ``path``; a style of another package may raise anything.
+
+    Raises:
+        UnsupportedModel: the style cannot write the model.
+    """
+    try:
+        exporter.export(model, example, path, facts)
+    except (SaqError, OSError):
+        raise
+    except Exception as error:
+        if out_of_memory(error) or not isinstance(exporter, OnnxStyle):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UnsupportedModel(
+            f"style {style} cannot write the model ({reason}): choose another `style`"
+        ) from error
+
+
 def write_and_run(style: str, model: nn.Module, facts: ModelMetadata, path: Path, images: Tensor) -> None:
-    """Write ``path`` and run it in ONNX Runtime on ``images`` (N, C, H, W); nothing is compared but shapes.
+    """Write ``path`` in one of ``STYLES`` and run it in ONNX Runtime on ``images`` (N, C, H, W).
+
+    Nothing is compared but shapes.
 
     Raises:
         UnsupportedModel: the runtime would change the graph, or answers in another shape.
     """
-    exporter = EXPORTERS[style]()
+    exporter = STYLES.find(style)()
     exporter.export(model, images[:2], path, facts)
     found, _ = partition(hazards(onnx.load(str(path))), exporter.conditions)
     if found:

@@ -75,6 +75,12 @@ def test_choices_are_those_of_the_tables(path: str) -> None:
     assert sorted(SETTINGS[path].choices) == sorted(TABLES[path])
 
 
+def test_remarks_on_styles_are_their_descriptions() -> None:
+    remarks = SETTINGS["export.styles"].option.choices
+
+    assert remarks == {name: STYLES[name].description for name in remarks or ()}
+
+
 def test_settings_know_their_flags() -> None:
     expected = {
         "training.lr": "--lr",

@@ -190,7 +190,7 @@ def test_failed_verification_exits_3_without_file(
             for layer in quantized_layers(model).values():
                 layer.latent_weight().data.neg_()
 
-    monkeypatch.setitem(export.EXPORTERS, "qdq", Broken)
+    monkeypatch.setitem(export.STYLES, "qdq", Broken)
 
     result = CliRunner().invoke(app, ["export", str(run), "--onnx", str(tmp_path / "broken.onnx")])
 

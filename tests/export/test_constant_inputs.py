@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saqcli.export import EXPORTERS
+from saqcli.export import EXPORTERS, STYLES
 from saqcli.export.model_metadata import ModelMetadata
 from saqcli.export.operators import frozen_copy
 from saqcli.quant.convert import Scheme, active_bits
@@ -53,7 +53,7 @@ def test_constant_input_layers_are_exported(style: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     EXPORTERS[style]().export(net, x[:2], path, facts)
 
-    check = check_layers(path, frozen_copy(net), x)
+    check = check_layers(path, frozen_copy(net), x, STYLES[style].quantizers)
 
     assert check.passed, (check.problem, check.wrong)
     assert {layer.layer for layer in check.layers} == set(quantized_layers(net))

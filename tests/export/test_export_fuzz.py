@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from saqcli.errors import UnsupportedModel
-from saqcli.export import EXPORTERS
+from saqcli.export import EXPORTERS, STYLES
 from saqcli.progress import SILENT
 from saqcli.verify.proof import prove_graph
 from tests.support.random_networks import random_network
@@ -44,7 +44,7 @@ def outcomes(seed: int, styles: Iterable[str], folder: Path) -> dict[str, str]:
             found[style] = "refused" if refused_by_design(style, seed) else f"refused: {error}"
         else:
             reasons = verdict.reasons()
-            if style == "exact" and verdict.max_abs_diff:
+            if STYLES[style].bit_equal and verdict.max_abs_diff:
                 reasons.append(f"not bit-equal: {verdict.max_abs_diff}")
             found[style] = "; ".join(reasons) or "proved"
     return found

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import onnx
@@ -11,14 +12,29 @@ from torch import Tensor, nn
 
 from saqcli.errors import CorruptArtifact, UnsupportedModel
 from saqcli.export import EXPORTERS, STYLES, ModelMetadata
+from saqcli.export.containers import weight_storage
 from saqcli.export.model_metadata import read_onnx_metadata
 from saqcli.export.operators import frozen_copy
 from saqcli.export.safetensors import read_content
+from saqcli.export.style import CONTAINERS
 from saqcli.export.tracing import INPUT, OUTPUT
+from saqcli.progress import SILENT
+from saqcli.quant.bits import LayerBits
+from saqcli.quant.convert import Scheme
 from saqcli.verify.hazards import hazards
+from saqcli.verify.proof import prove_graph
 from saqcli.verify.runtime import onnx_session
 from saqcli.verify.verdict import judge
-from tests.support.networks import ALL_BITS, CLASSES, NETWORKS, images, quantize, same_bits
+from tests.support.networks import (
+    ALL_BITS,
+    CLASSES,
+    NETWORKS,
+    Quantized,
+    images,
+    mixed_bits,
+    quantize,
+    same_bits,
+)
 from tests.support.onnx_files import GRIDS, answer, constants, export, graph_of, network, told, written
 from tests.support.sweeps import sweep
 from tests.support.tampering import TAMPERED
@@ -30,9 +46,25 @@ EXPORTED = sweep(
 )
 
 
+def within(bits: int, style: str) -> bool:
+    least, most = STYLES[style].bits
+    return least <= bits <= most
+
+
+def bits_for(style: str) -> Callable[[Iterable[str]], dict[str, LayerBits]]:
+    """Mixed bits, or if a style does not have all of them, its most."""
+    whole = style not in STYLES or all(within(bits, style) for bits in ALL_BITS)
+    return mixed_bits if whole else same_bits(STYLES[style].bits[1])
+
+
+def fitting(name: str, style: str) -> Quantized:
+    choose = bits_for(style)
+    return network(name) if choose is mixed_bits else quantize(NETWORKS[name], choose)
+
+
 @pytest.mark.parametrize("style", EXPORTERS)
 def test_metadata_matches_the_arguments(style: str, folder: Path) -> None:
-    quantized = network("conv_bn")
+    quantized = fitting("conv_bn", style)
     path = written(folder, style, quantized, "conv_bn-auto")
     onnx_file = path.suffix == ".onnx"
     found = read_onnx_metadata(path) if onnx_file else read_content(path).metadata
@@ -45,8 +77,8 @@ def test_repeated_export_is_byte_identical(
     style: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Also without a warning."""
-    one = written(folder, style, network("conv_bn"), "conv_bn-auto")
-    quantized, other = quantize(NETWORKS["conv_bn"]), tmp_path / "other"
+    one = written(folder, style, fitting("conv_bn", style), "conv_bn-auto")
+    quantized, other = quantize(NETWORKS["conv_bn"], bits_for(style)), tmp_path / "other"
     before = {name: value.clone() for name, value in quantized.model.state_dict().items()}
     expected = answer(quantized.model, images(4))
     capfd.readouterr()
@@ -77,10 +109,10 @@ def test_frozen_copy_is_bit_identical(name: str, grid: str) -> None:
 
 @pytest.mark.parametrize(("name", "style"), EXPORTED)
 def test_opset_is_21_and_no_paths_leak(name: str, style: str, folder: Path) -> None:
-    path = written(folder, style, network(name), f"{name}-auto")
+    path = written(folder, style, fitting(name, style), f"{name}-auto")
     model = onnx.load(str(path))
 
-    others = {"qonnx.custom_op.general"} if style == "qonnx" else set()
+    others = set(STYLES[style].opsets)
     assert {entry.domain for entry in model.opset_import} == {"", *others}
     assert next(entry.version for entry in model.opset_import if not entry.domain) == 21
     assert model.ir_version == 10
@@ -105,7 +137,7 @@ def test_metadata_is_plain_json(folder: Path) -> None:
 
 @pytest.mark.parametrize(("name", "style"), EXPORTED)
 def test_quantizer_nodes_state_layer_operand_bits(name: str, style: str, folder: Path) -> None:
-    quantized = network(name)
+    quantized = fitting(name, style)
     graph = graph_of(written(folder, style, quantized, f"{name}-auto"))
     policy = quantized.facts.policy.layers
     found: dict[str, dict[str, set[int]]] = {"input": {}, "weight": {}}
@@ -120,7 +152,7 @@ def test_quantizer_nodes_state_layer_operand_bits(name: str, style: str, folder:
 
 @pytest.mark.parametrize(("name", "style"), EXPORTED)
 def test_constants_are_all_used(name: str, style: str, folder: Path) -> None:
-    graph = graph_of(written(folder, style, network(name), f"{name}-auto"))
+    graph = graph_of(written(folder, style, fitting(name, style), f"{name}-auto"))
     used = {given for node in graph.node for given in node.input}
 
     assert set(constants(graph)) <= used
@@ -128,15 +160,65 @@ def test_constants_are_all_used(name: str, style: str, folder: Path) -> None:
 
 @pytest.mark.parametrize(("name", "style"), EXPORTED)
 def test_runtime_optimization_changes_nothing(name: str, style: str, folder: Path) -> None:
-    found = hazards(onnx.load(str(written(folder, style, network(name), f"{name}-auto"))))
+    found = hazards(onnx.load(str(written(folder, style, fitting(name, style), f"{name}-auto"))))
 
-    assert {hazard.code for hazard in found} <= set(EXPORTERS[style]().conditions)
+    assert {hazard.code for hazard in found} <= set(STYLES[style].conditions)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_declared_name_is_that_of_the_table(style: str) -> None:
+    assert STYLES[style].name == style
+    assert STYLES[style].name
+    assert STYLES[style].description
+
+
+@pytest.mark.parametrize(("name", "style"), EXPORTED)
+def test_weights_have_declared_containers(name: str, style: str, folder: Path) -> None:
+    found = weight_storage(written(folder, style, fitting(name, style), f"{name}-auto"))
+
+    assert {weight.container for weight in found.weights} <= set(STYLES[style].containers)
+    assert {weight.layer for weight in found.weights} == set(fitting(name, style).facts.policy.layers)
+
+
+@pytest.mark.parametrize("name", ["conv_bn", "attention"])
+@pytest.mark.parametrize("style", STYLES)
+def test_proof_accepts_every_layer(name: str, style: str, folder: Path) -> None:
+    """Of a file whose quantizers are found by what its style declares."""
+    quantized = fitting(name, style)
+    path = written(folder, style, quantized, f"{name}-auto")
+    batches = [(images(16, seed=6), torch.zeros(16, dtype=torch.long))]
+    verdict = prove_graph(path, quantized.model, style, batches, 1, SILENT)
+
+    assert not verdict.reasons()
+    assert verdict.bit_equal == STYLES[style].bit_equal
+    inputs = {layer for check in verdict.layerwise.layers for layer in check.layer.split(" ")}
+    assert inputs == set(quantized.facts.policy.layers)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_bits_beyond_the_limits_are_refused(
+    style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(STYLES[style], "bits", (5, 7))
+    quantized = quantize(NETWORKS["conv_bn"], same_bits(4))
+    with pytest.raises(UnsupportedModel, match=f"style {style} has 5 to 7 bits only, and 0 has 4: .*`style`"):
+        export(quantized, style, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("style", [style for style in STYLES if within(8, style)])
+def test_weights_beyond_the_containers_are_refused(style: str, tmp_path: Path) -> None:
+    quantized = quantize(NETWORKS["conv_bn"], same_bits(8), Scheme(weight_grid="paper"))
+    if max(CONTAINERS[each][2] for each in STYLES[style].containers) > 255:
+        export(quantized, style, tmp_path / "model.onnx")
+    else:
+        with pytest.raises(UnsupportedModel, match=f"style {style} has .*choose another `style`"):
+            export(quantized, style, tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
 @pytest.mark.parametrize(("name", "style"), EXPORTED)
 def test_deep_network_matches_the_model(name: str, style: str, optimized: bool, folder: Path) -> None:
-    quantized = network(name)
+    quantized = fitting(name, style)
     path = written(folder, style, quantized, f"{name}-auto")
     x = images(256, seed=6)
 
@@ -146,8 +228,8 @@ def test_deep_network_matches_the_model(name: str, style: str, optimized: bool, 
 @pytest.mark.parametrize(
     ("bits", "style"),
     sweep(
-        ((bits, style) for bits in ALL_BITS for style in STYLES),
-        lambda bits, style: bits == (8 if style in ("exact", "trt") else 2),
+        ((bits, style) for style in STYLES for bits in ALL_BITS if within(bits, style)),
+        lambda bits, style: bits == (8 if style == "exact" or STYLES[style].tightest == "most" else 2),
     ),
 )
 def test_every_bit_width_matches_the_model(bits: int, style: str, folder: Path) -> None:
@@ -162,7 +244,7 @@ def test_every_bit_width_matches_the_model(bits: int, style: str, folder: Path) 
 @pytest.mark.parametrize(("name", "style"), EXPORTED)
 def test_batch_size_is_dynamic(name: str, style: str, folder: Path) -> None:
     """Compares the median logit, since a code at a rounding edge may differ with another summation order."""
-    path = written(folder, style, network(name), f"{name}-auto")
+    path = written(folder, style, fitting(name, style), f"{name}-auto")
     run = onnx_session(path, optimized=True)
     x = images(7, seed=6)
     together = run(x)

@@ -9,7 +9,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from saqcli.export.operators import frozen_copy
-from saqcli.export.qonnx import INT_QUANT, QONNX
+from saqcli.export.qonnx import INT_QUANT, QONNX, QonnxExporter
 from saqcli.quant.convert import Scheme
 from saqcli.quant.quantizers import Quantizer
 from saqcli.verify.layerwise import check_layers
@@ -73,7 +73,8 @@ def test_nodes_hold_true_bits_and_weights(name: str, grid: str, quantizer: str, 
         mine = int_quant(weight, scale, zero, bits, given["signed"], given["narrow"])
         assert (np.abs(mine - truth) <= 1e-6 * np.abs(truth)).all()
     assert seen == set(layers)
-    assert check_layers(path, frozen_copy(quantized.model), images(8, seed=5)).passed
+    frozen = frozen_copy(quantized.model)
+    assert check_layers(path, frozen, images(8, seed=5), QonnxExporter.quantizers).passed
 
 
 @pytest.mark.parametrize("signed", [0, 1])

@@ -289,7 +289,7 @@ def test_exported_styles_have_no_hazards(case: str, style: str, bits: int, tmp_p
 
     assert hazards(onnx.load(str(path))) == []
     # Codes at rounding edges may differ; a rounded bias changes a hundred times as many.
-    assert differing(path, images(256, seed=3)) <= (0 if style == "exact" else 0.01)
+    assert differing(path, images(256, seed=3)) <= (0 if STYLES[style].bit_equal else 0.01)
 
 
 @pytest.mark.parametrize(

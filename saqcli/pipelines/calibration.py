@@ -51,6 +51,8 @@ def scheme_of(config: RunConfig) -> Scheme:
         granularity=wanted.granularity,
         weight_normalization=wanted.weight_normalization,
         clip_init=wanted.clip_init,
+        weight_quantizer=wanted.weight_quantizer,
+        activation_quantizer=wanted.activation_quantizer,
     )
 
 
@@ -84,7 +86,7 @@ def provisional_model(
     statistics = observe(model, [images])
     scheme = scheme_of(config)
     convert.install(model, scheme, policy, signs_of(statistics))
-    fit(model, statistics, "paper" if scheme.quantizer == "clip" else "error")  # the former is quicker
+    fit(model, statistics, "paper" if scheme.has_published_levels else "error")  # the former is quicker
     return model, describe(config, network, policy, statistics)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from saqcli.quant.clip_init import best_level
-from saqcli.quant.grid import codes_of, fake_quantize, full_precision
+from saqcli.quant.grid import fake_quantize, full_precision
 from saqcli.quant.quantizers.base import LevelQuantizer, Quantizer
 
 LEAST_DEVIATION = 1e-8  # for a constant weight
@@ -82,7 +82,7 @@ class NormalizedClipWeight(ClipWeight):
     def codes(self, x: Tensor) -> Tensor:
         """The codes of ``x`` minus its mean."""
         plain, centred = self.fold(x.detach().float())
-        return codes_of(centred, plain.step(), self.grid()).to(torch.int32)
+        return plain.codes(centred)
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:

@@ -360,7 +360,9 @@ class QuantizationSection(_Section):
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """JSON has the quantizers of single operands only if they are set."""
-        unused = {name for name in ("weight_quantizer", "activation_quantizer") if getattr(self, name) is None}
+        unused = {
+            name for name in ("weight_quantizer", "activation_quantizer") if getattr(self, name) is None
+        }
         return {key: value for key, value in handler(self).items() if key not in unused}
 
 

@@ -16,6 +16,7 @@ from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.splits import validation_loader
 from saqcli.errors import ConfigError, PolicyMismatch, Problems, SaqError, UnsupportedModel, out_of_memory
 from saqcli.export import ModelMetadata
+from saqcli.export.operators import NOT_UNIFORM
 from saqcli.export.restore import restore
 from saqcli.export.tracing import CANNOT_EXPORT, OPSET
 from saqcli.models.preprocessing import Preprocessing
@@ -237,11 +238,16 @@ def _try_export(style: str, config: RunConfig, network: Network) -> None:
             if out_of_memory(error):
                 raise MemoryError(str(error)) from error
             reason = str(error).replace(str(path), "the file")
-            traced = not reason.startswith(CANNOT_EXPORT)  # without a trace, no style can work
+            other = "another `style`"
+            if reason.startswith(CANNOT_EXPORT):  # without a trace, no style can work
+                other = "another network"
+            elif NOT_UNIFORM in reason:
+                reason = reason.partition(NOT_UNIFORM)[0] + NOT_UNIFORM
+                other = "another `quantization.weight_quantizer` or `quantization.activation_quantizer`"
             reason = reason.removeprefix(CANNOT_EXPORT).removesuffix(ELSEWHERE)
             if not isinstance(error, SaqError):
                 reason = f"{type(error).__name__}: {' '.join(reason.split())[:200]}"
             raise UnsupportedModel(
                 f"{network.name} cannot be exported to ONNX in style {style}: {reason}; use `export.styles=()` to "
-                f"write model.safetensors only, or another {'`style`' if traced else 'network'}"
+                f"write model.safetensors only, or {other}"
             ) from error

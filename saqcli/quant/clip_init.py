@@ -79,7 +79,9 @@ def _widest(x: Tensor, grid: AnyGrid, shape: tuple[int, ...]) -> Tensor:
     return torch.maximum(above, reduce_to(-x, shape, "amax") * (grid.highest / -grid.lowest))
 
 
-def _better(x: Tensor, grid: AnyGrid, level: Tensor, error: Tensor, proposal: Tensor) -> tuple[Tensor, Tensor]:
+def _better(
+    x: Tensor, grid: AnyGrid, level: Tensor, error: Tensor, proposal: Tensor
+) -> tuple[Tensor, Tensor]:
     """The level with the smaller error, channel by channel, and that error."""
     candidate = squared_error(x, proposal, grid)
     improves = candidate < error

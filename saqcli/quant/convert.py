@@ -79,8 +79,8 @@ class Scheme(BaseModel):
         Raises:
             ConfigError: names the option.
         """
-        weights, inputs = self._weights(), self._inputs()
-        name = self.names[0]
+        weights, name = self._weights(), self.names[0]
+        self._inputs()
         if self.weight_normalization and QUANTIZERS[name].normalized is None:
             able = ", ".join(name for name, entry in QUANTIZERS.items() if entry.normalized is not None)
             raise ConfigError(

@@ -24,8 +24,8 @@ With upstream gradient G and ``inside`` = 1 where x / step lies in [lowest, high
     dL/dx     = G * inside                                         straight through the rounding
     dL/dlevel = sum G * (Q(x) - inside * x) / level                the rounding residual inside, +-1 outside
 
-For the paper's grids these are its Eq. 6-8; on a table the second is the gradient of Li et al. (arXiv:1909.13144,
-Eq. 9), whose levels are a clipping level times a table too. The division ``x / step`` (not a multiplication by 1 / step) and the final
+For the paper's grids these are its Eq. 6-8; on a table the second is the gradient of the reparameterized clipping
+function of Li et al., arXiv:1909.13144. The division ``x / step`` (not a multiplication by 1 / step) and the final
 product are bit for bit those of ONNX Runtime's QuantizeLinear and DequantizeLinear.
 
 Packing. Codes are stored in exactly their bits: 4-bit weights take half a byte, 3-bit weights three eighths. A code is
@@ -94,7 +94,7 @@ class LevelTable:
     """A grid of any 2 to 256 levels.
 
     Attributes:
-        codes: the levels in units of the step, ascending, rounded to float32; the highest is positive, the lowest is not.
+        codes: the levels in units of the step, ascending, rounded to float32, from 0 or below to above 0.
 
     Raises:
         ConfigError: the codes are no such table.

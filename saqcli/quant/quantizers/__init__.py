@@ -39,7 +39,8 @@ def _problem(plugin: Any) -> str | None:
         return f"it is a {type(plugin).__name__}, not a QuantizerEntry"
     if plugin.weight is None and plugin.activation is None:
         return "it has neither a weight nor an activation class"
-    for kind in filter(None, (plugin.weight, plugin.normalized, plugin.activation)):
+    kinds: list[Any] = [plugin.weight, plugin.normalized, plugin.activation]
+    for kind in filter(None, kinds):
         if not (isinstance(kind, type) and issubclass(kind, Quantizer)):
             return f"{kind!r} is not derived from Quantizer"
         missing = sorted(kind.__abstractmethods__)

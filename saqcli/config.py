@@ -311,7 +311,7 @@ class QuantizationSection(_Section):
     weight_quantizer: Annotated[
         str | None,
         Option(
-            "Quantizer of the weights",
+            "Quantizer of the weights alone: {choices}",
             "NAME",
             "`quantization.quantizer`",
             choices=_QUANTIZERS,
@@ -321,7 +321,7 @@ class QuantizationSection(_Section):
     activation_quantizer: Annotated[
         str | None,
         Option(
-            "Quantizer of the layers' inputs",
+            "Quantizer of the layers' inputs alone: {choices}",
             "NAME",
             "`quantization.quantizer`",
             choices=_QUANTIZERS,

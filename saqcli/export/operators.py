@@ -23,7 +23,7 @@ from onnx.defs import OpSchema
 from onnxscript.values import Op, Opset
 from torch import Tensor, nn
 
-from saqcli.errors import UnsupportedModel
+from saqcli.errors import UnsupportedGrid
 from saqcli.quant.grid import Grid, codes_of
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.products import OPERANDS, operand_name, quantized_products
@@ -31,7 +31,6 @@ from saqcli.quant.quantizers import Quantizer, name_of
 
 DOMAIN = "saq"
 PER_TENSOR = -1  # instead of a dimension
-NOT_UNIFORM = "has a table of levels, and ONNX files need uniform grids"
 
 
 @torch.library.custom_op("saq::quantize_input", mutates_args=())
@@ -134,7 +133,9 @@ def _uniform_grid(quantizer: Quantizer) -> Grid:
     """The active grid; the placeholders express uniform ones only."""
     grid = quantizer.grid()
     if not isinstance(grid, Grid):
-        raise UnsupportedModel(f"quantizer {name_of(quantizer)} {NOT_UNIFORM}: use model.safetensors")
+        raise UnsupportedGrid(
+            f"quantizer {name_of(quantizer)} has a table of levels, and ONNX files need uniform grids"
+        )
     return grid
 
 
@@ -190,7 +191,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy of the quantized model whose quantizers are the operators above; its results are the same.
 
     Raises:
-        UnsupportedModel: a quantizer has a table of levels.
+        UnsupportedGrid: a quantizer has a table of levels.
     """
     frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for name, layer in quantized_layers(frozen).items():

@@ -14,9 +14,16 @@ from torch import Tensor, nn
 
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.splits import validation_loader
-from saqcli.errors import ConfigError, PolicyMismatch, Problems, SaqError, UnsupportedModel, out_of_memory
+from saqcli.errors import (
+    ConfigError,
+    PolicyMismatch,
+    Problems,
+    SaqError,
+    UnsupportedGrid,
+    UnsupportedModel,
+    out_of_memory,
+)
 from saqcli.export import ModelMetadata
-from saqcli.export.operators import NOT_UNIFORM
 from saqcli.export.restore import restore
 from saqcli.export.tracing import CANNOT_EXPORT, OPSET
 from saqcli.models.preprocessing import Preprocessing
@@ -241,9 +248,8 @@ def _try_export(style: str, config: RunConfig, network: Network) -> None:
             other = "another `style`"
             if reason.startswith(CANNOT_EXPORT):  # without a trace, no style can work
                 other = "another network"
-            elif NOT_UNIFORM in reason:
-                reason = reason.partition(NOT_UNIFORM)[0] + NOT_UNIFORM
-                other = "another `quantization.weight_quantizer` or `quantization.activation_quantizer`"
+            elif isinstance(error, UnsupportedGrid):
+                reason, other = error.reason, "another quantizer"
             reason = reason.removeprefix(CANNOT_EXPORT).removesuffix(ELSEWHERE)
             if not isinstance(error, SaqError):
                 reason = f"{type(error).__name__}: {' '.join(reason.split())[:200]}"

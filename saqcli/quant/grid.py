@@ -86,7 +86,7 @@ class Grid(NamedTuple):
         return (indices * self.stride + self.lowest).to(torch.int32)
 
 
-LEAST_GAP = 2.0**-16  # of neighboring entries, relative to the largest: keeps codes apart in float32
+LEAST_GAP = 2.0**-16  # of neighboring codes, relative to their magnitude: keeps them apart in float32
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,9 @@ class LevelTable:
         object.__setattr__(self, "codes", codes)
         if not 2 <= len(codes) <= 256 or not all(map(isfinite, codes)) or not codes[0] <= 0 < codes[-1]:
             raise ConfigError("a table of levels has 2 to 256 finite numbers, from 0 or below to above 0")
-        least = LEAST_GAP * max(-codes[0], codes[-1])
-        if any(high - low < least for low, high in pairwise(codes)):
+        if any(high - low <= LEAST_GAP * max(-low, high) for low, high in pairwise(codes)):
             raise ConfigError(
-                f"the levels of a table must ascend, each by at least {LEAST_GAP:.2g} of the largest magnitude"
+                f"the levels of a table must ascend, each by more than {LEAST_GAP:.2g} of its magnitude"
             )
 
     @property

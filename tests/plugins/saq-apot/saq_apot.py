@@ -6,8 +6,8 @@ magnitude bits B = bits - 1 is odd (r = 1, else 0):
     level = +-g * (p_1 + ... + p_n + q)     B = 2 n + r,   g such that the largest level is 1
     p_j in {0, 2**-j, 2**-(n + j), 2**-(2 n + r + j)}       q in {0, 2**-(2 n + 1)}, only if r = 1
 
-The sums are distinct, so that there are 2**B magnitudes and 2**bits - 1 levels, zero among them. The value of a level is
-the trained clipping level times it; gradients are those of ``fake_quantize``.
+The sums are distinct: there are 2**B magnitudes and 2**bits - 1 levels, zero among them. The value of a level is the
+trained clipping level times it; gradients are those of ``fake_quantize``.
 
 Source: Li et al., arXiv:1909.13144, section 2.2, with 2 bits for each power of two, and the authors' code, which lists
 the magnitudes for B = 2 to 6. Differs from it:

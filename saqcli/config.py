@@ -313,7 +313,7 @@ class QuantizationSection(_Section):
         Option(
             "Quantizer of the weights alone: {choices}",
             "NAME",
-            "`quantization.quantizer`",
+            "that of `quantization.quantizer`",
             choices=_QUANTIZERS,
             family="quantizers",
         ),
@@ -323,7 +323,7 @@ class QuantizationSection(_Section):
         Option(
             "Quantizer of the layers' inputs alone: {choices}",
             "NAME",
-            "`quantization.quantizer`",
+            "that of `quantization.quantizer`",
             choices=_QUANTIZERS,
             family="quantizers",
         ),

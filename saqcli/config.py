@@ -15,7 +15,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from saqcli.errors import BuilderError, ConfigError, Problems
 from saqcli.option import (
@@ -70,6 +78,9 @@ def recipes() -> list[str]:
 
 def _names(text: str) -> dict[str, str]:
     return dict.fromkeys(text.split(), "")
+
+
+_QUANTIZERS = _names("clip lsq lsq_plus pact dorefa")
 
 
 class _Section(BaseModel):
@@ -294,10 +305,30 @@ class QuantizationSection(_Section):
         Option(
             "Quantizers of weights and inputs: {choices}",
             "NAME",
-            choices=_names("clip lsq lsq_plus pact dorefa"),
+            choices=_QUANTIZERS,
             family="quantizers",
         ),
     ] = "clip"
+    weight_quantizer: Annotated[
+        str | None,
+        Option(
+            "Quantizer of the weights alone: {choices}",
+            "NAME",
+            "that of `quantization.quantizer`",
+            choices=_QUANTIZERS,
+            family="quantizers",
+        ),
+    ] = None
+    activation_quantizer: Annotated[
+        str | None,
+        Option(
+            "Quantizer of the layers' inputs alone: {choices}",
+            "NAME",
+            "that of `quantization.quantizer`",
+            choices=_QUANTIZERS,
+            family="quantizers",
+        ),
+    ] = None
     weight_grid: Annotated[
         Literal["auto", "paper", "zero"],
         Option(
@@ -326,6 +357,14 @@ class QuantizationSection(_Section):
     recalibrate_bn: Annotated[
         bool, Option("Adapt batch-norm statistics to the quantized layers after calibration")
     ] = True
+
+    @model_serializer(mode="wrap", when_used="json")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """JSON has the quantizers of single operands only if they are set."""
+        unused = {
+            name for name in ("weight_quantizer", "activation_quantizer") if getattr(self, name) is None
+        }
+        return {key: value for key, value in handler(self).items() if key not in unused}
 
 
 class ProxySection(_Section):

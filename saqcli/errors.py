@@ -9,6 +9,7 @@
     ├── UnsafeWeights             a weight file that would run code when loaded
     ├── DataError                 a data set that cannot be read as requested
     ├── UnsupportedModel          a network that cannot be wrapped or traced
+    │   └── UnsupportedGrid       a quantizer with levels that a kind of file cannot express
     ├── PolicyMismatch            a policy for another network
     ├── UnperturbedLayer          a quantized layer without influence on the loss
     ├── TrainingDiverged          the loss is NaN or infinite
@@ -120,6 +121,14 @@ class DataError(SaqError):
 
 class UnsupportedModel(SaqError):
     """A network that cannot be wrapped or traced."""
+
+
+class UnsupportedGrid(UnsupportedModel):
+    """A quantizer with levels that a kind of file cannot express; ``reason`` is the message without a remedy."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}: use model.safetensors, or another quantizer")
+        self.reason = reason
 
 
 class PolicyMismatch(SaqError):

@@ -50,7 +50,9 @@ def test_post_training_takes_ten_lines() -> None:
 
 
 def test_own_loop_improves_on_calibration(folder: Path) -> None:
-    found = [float(line[-1]) for line in map(PERCENT.findall, run(folder, "own_loop.py").splitlines()) if line]
+    found = [
+        float(line[-1]) for line in map(PERCENT.findall, run(folder, "own_loop.py").splitlines()) if line
+    ]
     assert len(found) == 5
     assert found[-1] > found[0]
 

@@ -4,10 +4,14 @@ Values are in units of the step, so that the levels are at the integer codes for
 latent ones if available; inputs are a sample of the values that reach the quantizer in the quantized model.
 """
 
+from typing import Any
+
 import torch
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings, observe_inputs
+from saqcli.quant.grid import Grid
 from saqcli.quant.quantizers import Quantizer
 
 BINS = 96  # per histogram
@@ -22,7 +26,8 @@ class Operand(Reading):
         values: number of values.
         lowest: least code.
         highest: greatest code.
-        stride: distance between neighboring codes.
+        stride: distance between neighboring codes; None on a table of levels.
+        table: the codes of such a grid, ascending, in steps; missing on a uniform grid.
         clipped: share of values beyond the outermost codes, 0 to 1.
         zero: share of values with code 0; 0 on a grid without zero.
         used: share of the codes that occur.
@@ -35,9 +40,9 @@ class Operand(Reading):
 
     bits: int
     values: int
-    lowest: int
-    highest: int
-    stride: int
+    lowest: int | float
+    highest: int | float
+    stride: int | None
     clipped: float
     zero: float
     used: float
@@ -46,6 +51,11 @@ class Operand(Reading):
     codes: list[float]
     edges: tuple[float, float]
     histogram: list[float]
+    table: list[float] | None = None
+
+    @model_serializer(mode="wrap", when_used="json")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "table" or value is not None}
 
 
 class LayerDistributions(Reading):
@@ -94,8 +104,7 @@ def _operand(quantizer: object, x: Tensor) -> Operand | None:
     quantizer, x = quantizer.fold(x.detach())  # in units of its step
     grid, step = quantizer.grid(), quantizer.step().double()
     codes = quantizer.codes(x)
-    index = ((codes - grid.lowest) // grid.stride).flatten().long()
-    counts = torch.bincount(index, minlength=grid.levels).double().cpu()
+    counts = torch.bincount(grid.indices(codes).flatten(), minlength=grid.levels).double().cpu()
     shares = counts / counts.sum()
     scaled = x.double() / step
     present = shares[shares > 0]
@@ -111,7 +120,7 @@ def _operand(quantizer: object, x: Tensor) -> Operand | None:
         values=x.numel(),
         lowest=grid.lowest,
         highest=grid.highest,
-        stride=grid.stride,
+        stride=grid.stride if isinstance(grid, Grid) else None,
         clipped=float(((scaled > grid.highest) | (scaled < grid.lowest)).double().mean()),
         zero=float((codes == 0).double().mean()),
         used=float((counts > 0).double().mean()),
@@ -120,4 +129,5 @@ def _operand(quantizer: object, x: Tensor) -> Operand | None:
         codes=shares.tolist(),
         edges=(float(first), float(last)),
         histogram=(histogram.double() / x.numel()).tolist(),
+        table=None if isinstance(grid, Grid) else list(grid.codes),
     )

@@ -28,7 +28,7 @@ class LayerFlips(Reading):
         bits: of its weights.
         flipped: number of weights whose code changes.
         share: flipped divided by weights, 0 to 1.
-        relative_size: mean of |e| divided by the gap between neighboring levels.
+        relative_size: mean of |e| divided by the gap between neighboring levels, the mean gap of a table.
         norm_ratio: ||Q(w + e) - Q(w)|| / ||e||; 0 if nothing is perturbed.
     """
 
@@ -109,7 +109,7 @@ class _LayerSums:
         codes = quantizer.codes(before), quantizer.codes(after)
         e = (after - before).double()
         moved = ((codes[1] - codes[0]) * step).double()
-        gap = step.abs() * quantizer.grid().stride
+        gap = step.abs() * quantizer.grid().gap
         self.sums = (
             float(before.numel()),
             float((codes[0] != codes[1]).sum()),

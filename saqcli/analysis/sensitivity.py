@@ -106,8 +106,8 @@ def at_bits(
     own = before[1]
     signed = own.grid().lowest < 0 if isinstance(own, Quantizer) else statistics.signed
     like = layer.latent_weight()
-    weight = analyzed.scheme.weight_quantizer(layer, [bits]).to(like)
-    inputs = analyzed.scheme.input_quantizer(layer, [bits], signed=signed).to(like)
+    weight = analyzed.scheme.new_weight_quantizer(layer, [bits]).to(like)
+    inputs = analyzed.scheme.new_input_quantizer(layer, [bits], signed=signed).to(like)
     weight.fit(layer.effective_weight().detach())
     inputs.fit(statistics.samples.to(like))
     try:

@@ -13,7 +13,14 @@ from saqcli.api.batches import BatchReader, Calls, Inputs, class_scores
 from saqcli.api.files import metadata_of, opened
 from saqcli.api.info import info, quantization_of, unwrapped
 from saqcli.api.networks import float_network, install, observed, policy_of, prepare
-from saqcli.errors import ConfigError, PolicyMismatch, SaqError, UnsupportedModel, out_of_memory
+from saqcli.errors import (
+    ConfigError,
+    PolicyMismatch,
+    SaqError,
+    UnsupportedGrid,
+    UnsupportedModel,
+    out_of_memory,
+)
 from saqcli.export import ModelMetadata
 from saqcli.export.tracing import CANNOT_EXPORT
 from saqcli.models.preprocessing import Preprocessing
@@ -170,13 +177,17 @@ def trial(name: str, style: str, images: Tensor, make: Callable[[], tuple[nn.Mod
             if out_of_memory(error):
                 raise MemoryError(str(error)) from error
             reason = str(error).replace(str(path), "the file")
-            traced = not reason.startswith(CANNOT_EXPORT)  # without a trace, no style can work
+            other = "another `style`"
+            if reason.startswith(CANNOT_EXPORT):  # without a trace, no style can work
+                other = "another network"
+            elif isinstance(error, UnsupportedGrid):
+                reason, other = error.reason, "another quantizer"
             reason = reason.removeprefix(CANNOT_EXPORT).removesuffix(ELSEWHERE)
             if not isinstance(error, SaqError):
                 reason = f"{type(error).__name__}: {' '.join(reason.split())[:200]}"
             raise UnsupportedModel(
                 f"{name} cannot be exported to ONNX in style {style}: {reason}; use `export.styles=()` to "
-                f"write model.safetensors only, or another {'`style`' if traced else 'network'}"
+                f"write model.safetensors only, or {other}"
             ) from error
 
 

@@ -23,10 +23,11 @@ from onnx.defs import OpSchema
 from onnxscript.values import Op, Opset
 from torch import Tensor, nn
 
+from saqcli.errors import UnsupportedGrid
 from saqcli.quant.grid import Grid, codes_of
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.products import OPERANDS, operand_name, quantized_products
-from saqcli.quant.quantizers import Quantizer
+from saqcli.quant.quantizers import Quantizer, name_of
 
 DOMAIN = "saq"
 PER_TENSOR = -1  # instead of a dimension
@@ -128,6 +129,16 @@ PLACEHOLDERS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
+def _uniform_grid(quantizer: Quantizer) -> Grid:
+    """The active grid; the placeholders express uniform ones only."""
+    grid = quantizer.grid()
+    if not isinstance(grid, Grid):
+        raise UnsupportedGrid(
+            f"quantizer {name_of(quantizer)} has a table of levels, and ONNX files need uniform grids"
+        )
+    return grid
+
+
 class FrozenInput(nn.Module):
     """Replaces the input quantizer, with its step frozen."""
 
@@ -135,7 +146,7 @@ class FrozenInput(nn.Module):
 
     def __init__(self, quantizer: Quantizer, layer: str) -> None:
         super().__init__()
-        self.grid, self.bits, self.layer = quantizer.grid(), quantizer.bits, layer
+        self.grid, self.bits, self.layer = _uniform_grid(quantizer), quantizer.bits, layer
         self.register_buffer("step", quantizer.step().detach().reshape(()).clone())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,8 +167,8 @@ class FrozenWeight(nn.Module):
     def __init__(self, quantizer: Quantizer, weight: Tensor, dim: int, layer: str) -> None:
         super().__init__()
         self.bits, self.layer = quantizer.bits, layer
+        container = torch.int8 if _uniform_grid(quantizer).highest <= 127 else torch.int16
         quantizer, weight = quantizer.fold(weight)
-        container = torch.int8 if quantizer.grid().highest <= 127 else torch.int16
         self.register_buffer("codes", quantizer.codes(weight).to(container))
         step = quantizer.step().detach()
         self.register_buffer("step", step.flatten().clone() if step.dim() else step.clone())
@@ -177,7 +188,11 @@ def label(layer: str) -> str:
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy of the quantized model whose quantizers are the operators above; its results are the same."""
+    """A copy of the quantized model whose quantizers are the operators above; its results are the same.
+
+    Raises:
+        UnsupportedGrid: a quantizer has a table of levels.
+    """
     frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for name, layer in quantized_layers(frozen).items():
         weights, inputs = layer.weight_quantizer, layer.input_quantizer

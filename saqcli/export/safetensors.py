@@ -47,7 +47,7 @@ from saqcli.quant.attention import supports_products
 from saqcli.quant.grid import pack, packed_bytes, unpack
 from saqcli.quant.layer import QuantizedLayer, quantized_layers, stores_codes
 from saqcli.quant.products import OPERANDS, operand_name, split_name
-from saqcli.quant.quantizers import Quantizer
+from saqcli.quant.quantizers import QUANTIZERS, Quantizer
 from saqcli.serialization import json_text, parse_json, printable
 from saqcli.units import counted
 
@@ -408,6 +408,11 @@ def restore_structure(model: nn.Module, metadata: ModelMetadata) -> None:
     Raises:
         SaqError: the metadata names layers that the architecture does not have.
     """
+    for quantizer in metadata.scheme.names:
+        if quantizer not in QUANTIZERS and quantizer not in QUANTIZERS.broken:
+            raise CorruptArtifact(
+                f"no installed package has its quantizer {quantizer!r}: install the one that has"
+            )
     modules = dict(model.named_modules())
     layers = convert.wrap(model)
     quantized = set(layers) & set(metadata.policy.layers)

@@ -53,6 +53,8 @@ def scheme_of(config: RunConfig) -> Scheme:
         granularity=wanted.granularity,
         weight_normalization=wanted.weight_normalization,
         clip_init=wanted.clip_init,
+        weight_quantizer=wanted.weight_quantizer,
+        activation_quantizer=wanted.activation_quantizer,
     )
 
 
@@ -84,7 +86,7 @@ def provisional_model(
         space = space_of(config.quantization, network)
         policy = space.config([-1 if most_bits else 0] * len(space.decisions))
     scheme = scheme_of(config)
-    if scheme.quantizer == "clip":
+    if scheme.has_published_levels:
         scheme = scheme.model_copy(update={"clip_init": "paper"})  # quicker
     model = install(copied, Call((images,)), scheme, policy, observe(copied.model, [images]))
     return model, metadata_of(model)

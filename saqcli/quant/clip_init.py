@@ -9,7 +9,7 @@ local minima, and without them it stays up to 9 % above the best.
 import torch
 from torch import Tensor
 
-from saqcli.quant.grid import Grid, codes_of, step_of
+from saqcli.quant.grid import TINY, AnyGrid, codes_of, step_of
 
 SCAN = tuple(0.88**k for k in range(28))  # fractions of the level that clips nothing: 1 down to 0.03
 FINER = (
@@ -21,7 +21,7 @@ FIXED_POINT_STEPS = 4
 EMPTY_FRACTION = 2.0**-26  # level of an all-zero channel, as a fraction of the tensor's largest magnitude
 
 
-def best_level(x: Tensor, grid: Grid, shape: tuple[int, ...] = ()) -> Tensor:
+def best_level(x: Tensor, grid: AnyGrid, shape: tuple[int, ...] = ()) -> Tensor:
     """The clipping level of least squared error.
 
     Args:
@@ -46,32 +46,32 @@ def best_level(x: Tensor, grid: Grid, shape: tuple[int, ...] = ()) -> Tensor:
     for _ in range(FIXED_POINT_STEPS):
         codes = codes_of(x, step_of(level, grid), grid)
         numerator, denominator = reduce_to(x * codes, shape, "sum"), reduce_to(codes * codes, shape, "sum")
-        proposal = torch.where(denominator > 0, numerator / denominator.clamp_min(1) * grid.highest, level)
+        proposal = torch.where(denominator > 0, numerator / denominator.clamp_min(TINY) * grid.highest, level)
         level, error = _better(x, grid, level, error, proposal.clamp_min(floor))
     return level
 
 
-def squared_error(x: Tensor, level: Tensor, grid: Grid) -> Tensor:
+def squared_error(x: Tensor, level: Tensor, grid: AnyGrid) -> Tensor:
     """Sum of squared errors of quantizing ``x``, in the shape of ``level``."""
     step = step_of(level, grid)
     return reduce_to((codes_of(x, step, grid) * step - x).square_(), tuple(level.shape), "sum")
 
 
-def noise_to_signal(x: Tensor, level: Tensor, grid: Grid) -> float:
+def noise_to_signal(x: Tensor, level: Tensor, grid: AnyGrid) -> float:
     """Squared error relative to the power of ``x``; 0 for an all-zero tensor."""
     x = x.detach().float()
     power = float(x.double().square().sum())
     return float(squared_error(x, level, grid).double().sum()) / power if power > 0 else 0.0
 
 
-def least_level(largest: float, grid: Grid) -> float:
+def least_level(largest: float, grid: AnyGrid) -> float:
     """The smallest level allowed for a channel: negligible compared with the others, and never 0."""
     if largest > 0:
         return max(largest * EMPTY_FRACTION, torch.finfo(torch.float32).tiny)
-    return 1.0 if grid.stride == 1 else EMPTY_FRACTION  # a grid without zero is near it only at a tiny step
+    return 1.0 if grid.has_zero else EMPTY_FRACTION  # a grid without zero is near it only at a tiny step
 
 
-def _widest(x: Tensor, grid: Grid, shape: tuple[int, ...]) -> Tensor:
+def _widest(x: Tensor, grid: AnyGrid, shape: tuple[int, ...]) -> Tensor:
     """The smallest level that clips nothing; a grid may reach further below zero than above."""
     above = reduce_to(x, shape, "amax")
     if grid.lowest == 0:
@@ -79,7 +79,9 @@ def _widest(x: Tensor, grid: Grid, shape: tuple[int, ...]) -> Tensor:
     return torch.maximum(above, reduce_to(-x, shape, "amax") * (grid.highest / -grid.lowest))
 
 
-def _better(x: Tensor, grid: Grid, level: Tensor, error: Tensor, proposal: Tensor) -> tuple[Tensor, Tensor]:
+def _better(
+    x: Tensor, grid: AnyGrid, level: Tensor, error: Tensor, proposal: Tensor
+) -> tuple[Tensor, Tensor]:
     """The level with the smaller error, channel by channel, and that error."""
     candidate = squared_error(x, proposal, grid)
     improves = candidate < error

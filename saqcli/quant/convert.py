@@ -9,18 +9,17 @@ unwrap    restores the float classes of the same modules
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from torch import nn
 
 from saqcli.errors import ConfigError, PolicyMismatch, UnsupportedModel
-from saqcli.quant import grid
 from saqcli.quant.attention import check_attention
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.calibration import ClipInit
 from saqcli.quant.fold import check_modules, make_plain
-from saqcli.quant.grid import WeightGrid
+from saqcli.quant.grid import AnyGrid, WeightGrid
 from saqcli.quant.layer import WRAPPED, QuantizedLayer, is_convolution, quantized_layers, stores_codes
 from saqcli.quant.products import (
     OPERANDS,
@@ -30,7 +29,8 @@ from saqcli.quant.products import (
     quantized_products,
     split_name,
 )
-from saqcli.quant.quantizers import QUANTIZERS, Family, Quantizer
+from saqcli.quant.quantizers import QUANTIZERS, Quantizer
+from saqcli.quant.quantizers.base import Granularity
 from saqcli.quant.routing import RoutedParent, routed_class
 from saqcli.quant.wrapping import reason_for_float, unwrap_layer, wrap_layer
 
@@ -39,40 +39,73 @@ class Scheme(BaseModel):
     """How a network is quantized, apart from the bits of each layer.
 
     Attributes:
-        quantizer: name in ``QUANTIZERS``.
+        quantizer: name in ``QUANTIZERS``, of weights and inputs.
         weight_grid: ``auto`` (the paper's up to 7 bits, int8 at 8), ``paper`` or ``zero``.
         granularity: one clipping level per output ``channel`` of a weight, or one per ``tensor``.
         weight_normalization: quantize the weights of convolutions in standard deviations from their mean (``clip``
             only).
         clip_init: initial levels by least squared ``error``, or as in the SAQ ``paper`` (``clip`` only).
+        weight_quantizer: name in ``QUANTIZERS``, of weights; None for ``quantizer``.
+        activation_quantizer: the same of inputs. JSON has both only if they are set.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     quantizer: str = "clip"
     weight_grid: WeightGrid = "auto"
-    granularity: Literal["channel", "tensor"] = "channel"
+    granularity: Granularity = "channel"
     weight_normalization: bool = False
     clip_init: ClipInit = "error"
+    weight_quantizer: str | None = None
+    activation_quantizer: str | None = None
+
+    @model_serializer(mode="wrap", when_used="json")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if value is not None}
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Names of the quantizers of weights and of inputs."""
+        return self.weight_quantizer or self.quantizer, self.activation_quantizer or self.quantizer
+
+    @property
+    def has_published_levels(self) -> bool:
+        """Whether initial levels as in the SAQ paper are defined for weights and inputs."""
+        return all(map(_is_published, (self._weights(), self._inputs())))
 
     def check(self) -> None:
-        """Refuse an unknown quantizer, and options that the quantizer does not support.
+        """Refuse an unknown quantizer, and options that the quantizers do not support.
 
         Raises:
             ConfigError: names the option.
         """
-        if _family(self.quantizer).normalized is not None:
-            return
-        able = ", ".join(name for name, family in QUANTIZERS.items() if family.normalized is not None)
-        if self.weight_normalization:
+        weights, name = self._weights(), self.names[0]
+        self._inputs()
+        if self.weight_normalization and QUANTIZERS[name].normalized is None:
+            able = ", ".join(name for name, entry in QUANTIZERS.items() if entry.normalized is not None)
             raise ConfigError(
-                f"quantizer {self.quantizer} has no weight normalization: choose {able}, or "
+                f"quantizer {name} has no weight normalization: choose {able}, or "
                 "`quantization.weight_normalization=False`"
             )
-        if self.clip_init == "paper":
-            raise ConfigError(
-                f"clip_init paper is not defined for quantizer {self.quantizer}: choose {able}, or clip_init error"
+        if self.clip_init == "paper" and not self.has_published_levels:
+            of = name if not _is_published(weights) else self.names[1]
+            able = ", ".join(
+                name
+                for name, entry in QUANTIZERS.items()
+                if _is_published(entry.weight) and _is_published(entry.activation)
             )
+            raise ConfigError(
+                f"clip_init paper is not defined for quantizer {of}: choose {able}, or clip_init error"
+            )
+        for setting, value, supported in (
+            ("weight_grid", self.weight_grid, weights.weight_grids),
+            ("granularity", self.granularity, weights.granularities),
+        ):
+            if value not in supported:
+                raise ConfigError(
+                    f"`quantization.{setting}={value}` is not defined for quantizer {name}: choose "
+                    f"{', '.join(supported)}, or another `quantization.weight_quantizer`"
+                )
 
     def level_shape(self, layer: QuantizedLayer) -> tuple[int, ...]:
         """Shape of one clipping level of the layer's weight; broadcasts against the weight."""
@@ -81,26 +114,55 @@ class Scheme(BaseModel):
             return ()
         return tuple(size if d == layer.channel_dim else 1 for d, size in enumerate(weight.shape))
 
-    def weight_quantizer(self, layer: QuantizedLayer, candidates: Iterable[int]) -> Quantizer:
+    def grid_of_weights(self, bits: int) -> AnyGrid:
+        """The grid of weights of ``bits``."""
+        return self._weights().weight_grid(bits, self.weight_grid)
+
+    def grid_of_inputs(self, bits: int, *, signed: bool) -> AnyGrid:
+        """The grid of the inputs of a layer."""
+        return self._inputs().activation_grid(bits, signed=signed)
+
+    def new_weight_quantizer(self, layer: QuantizedLayer, candidates: Iterable[int]) -> Quantizer:
         """A quantizer for the layer's weight, not yet fitted."""
         self.check()
-        family = _family(self.quantizer)
-        kind = family.weight
+        kind = self._weights()
         if self.weight_normalization and is_convolution(layer):
-            assert family.normalized is not None
-            kind = family.normalized
-        by_bits = {bits: grid.weights(bits, self.weight_grid) for bits in candidates}
+            normalized = QUANTIZERS[self.names[0]].normalized
+            assert normalized is not None
+            kind = normalized
+        by_bits = {bits: kind.weight_grid(bits, self.weight_grid) for bits in candidates}
         return kind(by_bits, self.level_shape(layer)).to(layer.latent_weight().device)
 
-    def input_quantizer(self, layer: QuantizedLayer, candidates: Iterable[int], *, signed: bool) -> Quantizer:
+    def new_input_quantizer(
+        self, layer: QuantizedLayer, candidates: Iterable[int], *, signed: bool
+    ) -> Quantizer:
         """A quantizer for the layer's input, not yet fitted."""
-        family = _family(self.quantizer)
-        by_bits = {bits: grid.activations(bits, signed=signed) for bits in candidates}
-        return family.activation(by_bits).to(layer.latent_weight().device)
+        by_bits = {bits: self.grid_of_inputs(bits, signed=signed) for bits in candidates}
+        return self._inputs()(by_bits).to(layer.latent_weight().device)
+
+    def _weights(self) -> type[Quantizer]:
+        name = self.names[0]
+        kind = QUANTIZERS.find(name).weight
+        if kind is None:
+            able = ", ".join(name for name, entry in QUANTIZERS.items() if entry.weight)
+            raise ConfigError(
+                f"quantizer {name} is for inputs only: choose `quantization.weight_quantizer` from {able}"
+            )
+        return kind
+
+    def _inputs(self) -> type[Quantizer]:
+        name = self.names[1]
+        kind = QUANTIZERS.find(name).activation
+        if kind is None:
+            able = ", ".join(name for name, entry in QUANTIZERS.items() if entry.activation)
+            raise ConfigError(
+                f"quantizer {name} is for weights only: choose `quantization.activation_quantizer` from {able}"
+            )
+        return kind
 
 
-def _family(name: str) -> Family:
-    return QUANTIZERS.find(name)
+def _is_published(kind: type[Quantizer] | None) -> bool:
+    return kind is not None and kind.fit_as_published is not Quantizer.fit_as_published
 
 
 def wrap(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -260,10 +322,10 @@ def install(
                 )
         elif bits.weight is not None:
             widths = {bits.weight, *(option.weight for option in more if option.weight)}
-            layer.weight_quantizer = scheme.weight_quantizer(layer, widths)
+            layer.weight_quantizer = scheme.new_weight_quantizer(layer, widths)
         if bits.activation is not None:
             widths = {bits.activation, *(option.activation for option in more if option.activation)}
-            layer.input_quantizer = scheme.input_quantizer(layer, widths, signed=signed[name])
+            layer.input_quantizer = scheme.new_input_quantizer(layer, widths, signed=signed[name])
             _install_followers(model, layer, scheme, widths, signed)
     apply(model, config)
 
@@ -275,7 +337,7 @@ def _install_followers(
         if any(product is follower for follower in layer.followers):
             for operand, attribute in OPERANDS.items():
                 negative = signed[operand_name(name, operand)]
-                setattr(product, attribute, scheme.input_quantizer(layer, widths, signed=negative))
+                setattr(product, attribute, scheme.new_input_quantizer(layer, widths, signed=negative))
 
 
 def apply(model: nn.Module, config: BitConfig) -> None:

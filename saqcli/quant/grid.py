@@ -1,7 +1,8 @@
-"""Integer grids, rounding onto them with gradients, and packed codes.
+"""Grids, rounding onto them with gradients, and packed codes.
 
 Grids. A grid is a finite set of codes, ``value = step * code``. The step comes from a clipping level, the value of the
-highest code: ``step = clipping_level / highest``. Two families for weights, one for activations:
+highest code: ``step = clipping_level / highest``. Codes of a uniform ``Grid`` are integers; those of a ``LevelTable``
+are any numbers, such as sums of powers of two. Two families of uniform grids for weights, one for activations:
 
     paper weights, b bits     -n, -n + 2, ..., n      n = 2**b - 1: 2**b levels, symmetric, without zero
     integer weights, b bits   -2**(b-1) ... 2**(b-1) - 1;   at 8 bits -127 ... 127
@@ -15,6 +16,7 @@ Rounding. ``fake_quantize`` is the one numerical kernel, with the gradients of t
     step  = |level| / highest
     code  = clamp(round(x / step), lowest, highest)               stride 1
     code  = 2 * clamp(round((x / step + n) / 2), 0, n) - n         stride 2, n = highest
+    code  = the entry nearest to x / step, the lower of two        table
     Q(x)  = code * step
 
 With upstream gradient G and ``inside`` = 1 where x / step lies in [lowest, highest]:
@@ -22,29 +24,32 @@ With upstream gradient G and ``inside`` = 1 where x / step lies in [lowest, high
     dL/dx     = G * inside                                         straight through the rounding
     dL/dlevel = sum G * (Q(x) - inside * x) / level                the rounding residual inside, +-1 outside
 
-For the paper's grids these are its Eq. 6-8. The division ``x / step`` (not a multiplication by 1 / step) and the final
+For the paper's grids these are its Eq. 6-8; on a table the second is the gradient of the reparameterized clipping
+function of Li et al., arXiv:1909.13144. The division ``x / step`` (not a multiplication by 1 / step) and the final
 product are bit for bit those of ONNX Runtime's QuantizeLinear and DequantizeLinear.
 
 Packing. Codes are stored in exactly their bits: 4-bit weights take half a byte, 3-bit weights three eighths. A code is
-stored as its index on the grid, ``(code - lowest) / stride``, most significant bit first, indices back to back, the
-last byte padded with zeros.
+stored as its index on the grid, ``(code - lowest) / stride`` or its place in the table, most significant bit first,
+indices back to back, the last byte padded with zeros.
 """
 
-from math import prod
+from dataclasses import dataclass
+from itertools import pairwise
+from math import isfinite, prod
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saqcli.errors import CorruptArtifact
+from saqcli.errors import ConfigError, CorruptArtifact
 from saqcli.units import counted
 
 WeightGrid = Literal["auto", "paper", "zero"]
 
 
 class Grid(NamedTuple):
-    """The codes of a grid: ``lowest, lowest + stride, ..., highest``."""
+    """A uniform grid, with the codes ``lowest, lowest + stride, ..., highest``."""
 
     lowest: int
     highest: int
@@ -54,6 +59,108 @@ class Grid(NamedTuple):
     def levels(self) -> int:
         """The number of codes."""
         return (self.highest - self.lowest) // self.stride + 1
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether 0 is a code."""
+        return self.stride == 1
+
+    @property
+    def gap(self) -> float:
+        """The distance between neighboring codes."""
+        return self.stride
+
+    def nearest(self, scaled: Tensor) -> Tensor:
+        """The codes nearest to ``scaled``, which is overwritten, in its dtype and shape; rounds half to even."""
+        if self.stride == 1:
+            return scaled.round_().clamp_(self.lowest, self.highest)
+        n = self.highest
+        return scaled.add_(n).div_(2).round_().clamp_(0, n).mul_(2).sub_(n)
+
+    def indices(self, codes: Tensor) -> Tensor:
+        """The index of each code, counted from the lowest; int64."""
+        return (codes.long() - self.lowest) // self.stride
+
+    def codes_at(self, indices: Tensor) -> Tensor:
+        """The codes at ``indices``; int32."""
+        return (indices * self.stride + self.lowest).to(torch.int32)
+
+
+LEAST_GAP = 2.0**-16  # of neighboring codes, relative to their magnitude: keeps them apart in float32
+
+
+@dataclass(frozen=True)
+class LevelTable:
+    """A grid of any 2 to 256 levels.
+
+    Attributes:
+        codes: the levels in units of the step, ascending, rounded to float32, from 0 or below to above 0.
+
+    Raises:
+        ConfigError: the codes are no such table.
+
+    Example:
+        >>> ternary = LevelTable((-1.0, 0.0, 1.0))
+        >>> fake_quantize(torch.tensor([-0.8, 0.1, 0.3]), torch.tensor(0.5), ternary)
+        tensor([-0.5000,  0.0000,  0.5000])
+    """
+
+    codes: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        codes = tuple(float(np.float32(code)) for code in self.codes)
+        object.__setattr__(self, "codes", codes)
+        if not 2 <= len(codes) <= 256 or not all(map(isfinite, codes)) or not codes[0] <= 0 < codes[-1]:
+            raise ConfigError("a table of levels has 2 to 256 finite numbers, from 0 or below to above 0")
+        if any(high - low <= LEAST_GAP * max(-low, high) for low, high in pairwise(codes)):
+            raise ConfigError(
+                f"the levels of a table must ascend, each by more than {LEAST_GAP:.2g} of its magnitude"
+            )
+
+    @property
+    def lowest(self) -> float:
+        """The lowest code."""
+        return self.codes[0]
+
+    @property
+    def highest(self) -> float:
+        """The highest code."""
+        return self.codes[-1]
+
+    @property
+    def levels(self) -> int:
+        """The number of codes."""
+        return len(self.codes)
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether 0 is a code."""
+        return 0.0 in self.codes
+
+    @property
+    def gap(self) -> float:
+        """The mean distance between neighboring codes."""
+        return (self.highest - self.lowest) / (self.levels - 1)
+
+    def nearest(self, scaled: Tensor) -> Tensor:
+        """The codes nearest to ``scaled``, in its dtype and shape; the lower of two. NaN stays NaN."""
+        table = self._table(scaled)
+        codes = table[torch.bucketize(scaled, (table[1:] + table[:-1]) / 2)]
+        return torch.where(scaled.isnan(), scaled, codes)
+
+    def indices(self, codes: Tensor) -> Tensor:
+        """The place of each code in the table; int64."""
+        return torch.searchsorted(self._table(codes), codes.contiguous())
+
+    def codes_at(self, indices: Tensor) -> Tensor:
+        """The codes at ``indices``; float32."""
+        return self._table(torch.empty(0, device=indices.device))[indices.long()]
+
+    def _table(self, like: Tensor) -> Tensor:
+        return torch.tensor(self.codes, dtype=like.dtype, device=like.device)
+
+
+AnyGrid = Grid | LevelTable
 
 
 def paper_weights(bits: int) -> Grid:
@@ -83,24 +190,21 @@ def activations(bits: int, *, signed: bool) -> Grid:
 TINY = 1e-12  # smallest clipping level, avoids 0 / 0; initial levels of empty channels are far above it
 
 
-def step_of(level: Tensor, grid: Grid) -> Tensor:
+def step_of(level: Tensor, grid: AnyGrid) -> Tensor:
     """The distance unit of the grid, in units of the tensor; shape of ``level``."""
     return level.abs().clamp_min(TINY) / grid.highest
 
 
-def codes_of(x: Tensor, step: Tensor, grid: Grid) -> Tensor:
-    """The codes of ``x``, integers in its dtype and shape; rounds half to even."""
-    if grid.stride == 1:
-        return (x / step).round_().clamp_(grid.lowest, grid.highest)
-    n = grid.highest
-    return (x / step).add_(n).div_(2).round_().clamp_(0, n).mul_(2).sub_(n)
+def codes_of(x: Tensor, step: Tensor, grid: AnyGrid) -> Tensor:
+    """The codes nearest to ``x``, in its dtype and shape: whole numbers on a uniform grid."""
+    return grid.nearest(x / step)
 
 
 class FakeQuantize(torch.autograd.Function):
     """Q(x) and its straight-through gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, level: Tensor, grid: Grid) -> Tensor:
+    def forward(ctx: Any, x: Tensor, level: Tensor, grid: AnyGrid) -> Tensor:
         """``x`` on the grid; ``level`` broadcasts against ``x``."""
         step = step_of(level, grid)
         quantized = codes_of(x, step, grid).mul_(step)
@@ -113,7 +217,7 @@ class FakeQuantize(torch.autograd.Function):
         """Gradients to ``x`` and to the clipping level, as in the module's docstring."""
         (grad,) = grads
         x, quantized, level = ctx.saved_tensors
-        grid: Grid = ctx.grid
+        grid: AnyGrid = ctx.grid
         bound = level.abs().clamp_min(TINY)
         inside = between(x.detach(), bound.detach() * (grid.lowest / grid.highest), bound.detach())
         grad_x = grad * inside if ctx.needs_input_grad[0] else None
@@ -135,7 +239,7 @@ def full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def fake_quantize(x: Tensor, level: Tensor, grid: Grid) -> Tensor:
+def fake_quantize(x: Tensor, level: Tensor, grid: AnyGrid) -> Tensor:
     """``x`` mapped onto the grid, differentiable in ``x`` and ``level``.
 
     Args:
@@ -150,9 +254,9 @@ def fake_quantize(x: Tensor, level: Tensor, grid: Grid) -> Tensor:
     return FakeQuantize.apply(full_precision(x), level, grid)  # type: ignore[no-any-return]
 
 
-def pack(codes: Tensor, grid: Grid, bits: int) -> Tensor:
-    """``codes``, integers of any shape, as ceil(numel * bits / 8) bytes, one dimension of uint8."""
-    index = ((codes.cpu().numpy().astype(np.int64).ravel() - grid.lowest) // grid.stride).astype(np.uint8)
+def pack(codes: Tensor, grid: AnyGrid, bits: int) -> Tensor:
+    """``codes``, of any shape, as ceil(numel * bits / 8) bytes, one dimension of uint8."""
+    index = grid.indices(codes.cpu()).numpy().ravel().astype(np.uint8)
     table = np.unpackbits(index[:, None], axis=1)[:, 8 - bits :]
     return torch.from_numpy(np.packbits(table.ravel()))
 
@@ -162,8 +266,8 @@ def packed_bytes(shape: tuple[int, ...], bits: int) -> int:
     return -(-prod(shape) * bits // 8)
 
 
-def unpack(packed: Tensor, grid: Grid, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The codes that ``pack`` stored, int32 in ``shape``.
+def unpack(packed: Tensor, grid: AnyGrid, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """The codes that ``pack`` stored, in ``shape``: int32 on a uniform grid, else float32.
 
     Raises:
         CorruptArtifact: a wrong number of bytes for the shape, an index outside the grid, or padding that is not zero.
@@ -180,4 +284,4 @@ def unpack(packed: Tensor, grid: Grid, bits: int, shape: tuple[int, ...]) -> Ten
     index = np.packbits(np.pad(table, ((0, 0), (8 - bits, 0))), axis=1).ravel().astype(np.int32)
     if count and int(index.max()) >= grid.levels:
         raise CorruptArtifact(f"code {int(index.max())} lies outside a grid of {grid.levels} levels")
-    return torch.from_numpy(index * grid.stride + grid.lowest).reshape(shape)
+    return grid.codes_at(torch.from_numpy(index)).reshape(shape)

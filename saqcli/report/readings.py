@@ -363,8 +363,11 @@ def _histogram_figure(title: tuple[str, str], panels: list[tuple[str, Operand]])
     return figure
 
 
-def _codes(operand: Operand) -> range:
-    return range(operand.lowest, operand.highest + 1, operand.stride)
+def _codes(operand: Operand) -> Sequence[float]:
+    if operand.table is not None:
+        return operand.table
+    assert operand.stride is not None
+    return range(int(operand.lowest), int(operand.highest) + 1, operand.stride)
 
 
 def _panel(ax: Any, name: str, operand: Operand) -> None:

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from saqcli import distributed
 from saqcli.progress import Task
-from saqcli.quant import grid as grids
 from saqcli.quant.clip_init import best_level, squared_error
-from saqcli.quant.grid import Grid
+from saqcli.quant.grid import AnyGrid
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.search_space import Decision, SearchSpace
 from saqcli.search.problem import SearchProblem
@@ -107,10 +106,10 @@ def measure_noise(problem: SearchProblem) -> dict[Key, Noise]:
                 layer, statistics = layers[name], problem.statistics[name]
                 weight, shape = layer.effective_weight().detach(), problem.scheme.level_shape(layer)
                 for bits in widths(decision, "weight"):
-                    grid = grids.weights(bits, problem.scheme.weight_grid)
+                    grid = problem.scheme.grid_of_weights(bits)
                     found[Key(name, "weight", bits)] = _noise(weight, grid, shape)
                 for bits in widths(decision, "activation"):
-                    grid = grids.activations(bits, signed=statistics.signed)
+                    grid = problem.scheme.grid_of_inputs(bits, signed=statistics.signed)
                     found[Key(name, "activation", bits)] = _noise(statistics.samples, grid)
             task.advance()
     return found
@@ -123,6 +122,6 @@ def relative_noise(problem: SearchProblem) -> Losses:
     return add_losses(problem.space, ratios.__getitem__)
 
 
-def _noise(x: Tensor, grid: Grid, shape: tuple[int, ...] = ()) -> Noise:
+def _noise(x: Tensor, grid: AnyGrid, shape: tuple[int, ...] = ()) -> Noise:
     error = squared_error(x.float(), best_level(x, grid, shape), grid).double().sum()
     return Noise(float(error) / x.numel(), float(x.double().square().mean()))

@@ -22,6 +22,8 @@ COMMANDS: Any = get_command(app).commands  # type: ignore[attr-defined]
 TABLES = {
     "quantization.searcher": SEARCHERS,
     "quantization.quantizer": QUANTIZERS,
+    "quantization.weight_quantizer": QUANTIZERS,
+    "quantization.activation_quantizer": QUANTIZERS,
     "training.method": MINIMIZERS,
     "export.styles": STYLES,
     "recipe": recipes(),
@@ -37,9 +39,10 @@ NETWORK = (
     "--weights-key"
 )
 BITS = (
-    "--activation-candidates --bops --budget --candidates --correct-bias --granularity --new-head --no-correct-bias "
-    "--no-quantize-attention --no-recalibrate-bn --no-weight-norm --pin --quantize-attention --quantizer "
-    "--recalibrate-bn --searcher --size --weight-grid --weight-norm"
+    "--activation-candidates --activation-quantizer --bops --budget --candidates --correct-bias --granularity "
+    "--new-head --no-correct-bias --no-quantize-attention --no-recalibrate-bn --no-weight-norm --pin "
+    "--quantize-attention --quantizer "
+    "--recalibrate-bn --searcher --size --weight-grid --weight-norm --weight-quantizer"
 )
 ACCEPTED = {
     "quantize": f"{BITS} {IMAGES} {NETWORK} {RUN} --ascent-fraction --bits --clip-grad --cutmix --distill --efficient "

@@ -12,10 +12,10 @@ import saqcli
 from saqcli.cli import app
 from saqcli.config import TrainingSection, recipes, resolve
 from saqcli.pipelines.calibration import scheme_of
-from saqcli.quant.convert import Scheme
 from saqcli.quant.quantizers import QUANTIZERS
 from saqcli.training.optimizer import check_training, make_optimizer, make_schedule
 from tests.support import tiny
+from tests.support.cases import scheme_with
 from tests.support.digits import MODEL, float_options
 
 QUICK = ("--set", "data.calibration_images=128", "--set", "data.verify_images=50")
@@ -135,7 +135,7 @@ def test_transformed_weights_resume_bit_identically(
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_quantizer_parameters_have_own_optimizer_group(name: str) -> None:
     net, x = tiny.build("conv_bn")
-    layers = tiny.quantized(net, x, scheme=Scheme(quantizer=name))
+    layers = tiny.quantized(net, x, scheme=scheme_with(name))
     training = TrainingSection(lr=0.1, clip_lr_factor=0.5, weight_decay=1e-3)
     optimizer = make_optimizer(net, training)
     learned = [

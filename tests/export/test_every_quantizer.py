@@ -10,10 +10,12 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saqcli.errors import UnsupportedModel
 from saqcli.export.operators import frozen_copy
 from saqcli.export.qdq import QdqExporter
 from saqcli.export.safetensors import SafetensorsExporter, read_content, rebuild
 from saqcli.quant.convert import Scheme
+from saqcli.quant.grid import Grid
 from saqcli.quant.layer import QuantizedLayer, quantized_layers
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer, quantizers_of
 from saqcli.training.minimizers import MINIMIZERS, MicroBatch
@@ -21,11 +23,12 @@ from saqcli.training.perturbation import PerturbedSet
 from saqcli.verify.layerwise import LARGEST_ERROR, check_layers
 from saqcli.verify.runtime import onnx_session
 from saqcli.verify.verdict import judge
+from tests.support.cases import scheme_with
 from tests.support.networks import NETWORKS, Quantized, images, quantize, same_bits
 from tests.support.sweeps import sweep
 
 STEPS = 3
-SCHEMES = {name: Scheme(quantizer=name) for name in QUANTIZERS} | {
+SCHEMES = {name: scheme_with(name) for name in QUANTIZERS} | {
     "published": Scheme(
         weight_grid="paper", granularity="tensor", weight_normalization=True, clip_init="paper"
     ),
@@ -102,6 +105,18 @@ def test_file_reloads_bit_identically(scheme: str, name: str, tmp_path: Path) ->
     assert torch.equal(answer(model, images(16)), answer(quantized.model, images(16)))
     assert all(torch.equal(value, state[key]) for key, value in quantized.model.state_dict().items())
     assert again.read_bytes() == path.read_bytes()
+
+
+@each_run
+def test_frozen_model_is_identical_or_refused(scheme: str, name: str) -> None:
+    quantized = trained(scheme, name)
+    uniform = all(isinstance(each.grid(), Grid) for each in quantizers_of(quantized.model))
+    if uniform:
+        frozen = frozen_copy(quantized.model)
+        assert torch.equal(answer(frozen, images(4)), answer(quantized.model, images(4)))
+    else:
+        with pytest.raises(UnsupportedModel, match=f"quantizer {scheme} has a table of levels"):
+            frozen_copy(quantized.model)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ from saqcli.quant.quantizers import QUANTIZERS, Quantizer
 from saqcli.quant.quantizers.clip import ClipWeight, NormalizedClipWeight
 from saqcli.quant.tracer import trace
 from tests.support import tiny
+from tests.support.cases import WEIGHT_GRIDS, scheme_with
 
-PLAIN = [name for name in QUANTIZERS if QUANTIZERS[name].normalized is None]
+PLAIN = [name for name, entry in QUANTIZERS.items() if entry.weight and entry.normalized is None]
+UNPUBLISHED = [name for name in QUANTIZERS if not scheme_with(name).has_published_levels]
 NORMALIZED = Scheme(weight_normalization=True)
 FOLDED = {
     "clip_normalized": NORMALIZED,
@@ -47,25 +49,53 @@ def test_weight_normalization_needs_convolutions(name: str) -> None:
         assert kinds[name] is (ClipWeight if linear else NormalizedClipWeight)
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_unsupported_options_are_refused(name: str) -> None:
-    for scheme in (
-        Scheme(quantizer=name, weight_normalization=True),
-        Scheme(quantizer=name, clip_init="paper"),
-    ):
-        with pytest.raises(ConfigError, match=f"quantizer {name}.*choose clip") as refusal:
-            scheme.check()
-        assert "\n" not in str(refusal.value)
-        net, x = tiny.build("conv_bn")
-        with pytest.raises(ConfigError):
-            tiny.quantized(net, x, scheme=scheme)
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        *((name, {"weight_normalization": True}) for name in PLAIN),
+        *((name, {"clip_init": "paper"}) for name in UNPUBLISHED),
+    ],
+)
+def test_unsupported_options_are_refused(name: str, option: dict[str, object]) -> None:
+    scheme = scheme_with(name).model_copy(update=option)
+    with pytest.raises(ConfigError, match=f"quantizer {name}.*choose clip") as refusal:
+        scheme.check()
+    assert "\n" not in str(refusal.value)
+    net, x = tiny.build("conv_bn")
+    with pytest.raises(ConfigError):
+        tiny.quantized(net, x, scheme=scheme)
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_supported_options_are_accepted(name: str) -> None:
-    Scheme(quantizer=name).check()
+    scheme = scheme_with(name)
+    scheme.check()
     if name not in PLAIN:
-        Scheme(quantizer=name, weight_normalization=True, clip_init="paper").check()
+        scheme.model_copy(update={"weight_normalization": True}).check()
+    if name not in UNPUBLISHED:
+        scheme.model_copy(update={"clip_init": "paper"}).check()
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize(
+    ("setting", "declared", "values"),
+    [
+        ("weight_grid", "weight_grids", WEIGHT_GRIDS),
+        ("granularity", "granularities", ("channel", "tensor")),
+    ],
+)
+def test_undeclared_grids_and_scopes_are_refused(
+    name: str, setting: str, declared: str, values: tuple[str, ...]
+) -> None:
+    scheme = scheme_with(name)
+    supported = getattr(QUANTIZERS[scheme.names[0]].weight, declared)
+    for value in values:
+        changed = scheme.model_copy(update={setting: value})
+        if value in supported:
+            changed.check()
+        else:
+            with pytest.raises(ConfigError, match=f"`quantization.{setting}={value}` is not defined"):
+                changed.check()
 
 
 def test_unknown_quantizer_is_refused() -> None:
@@ -73,10 +103,10 @@ def test_unknown_quantizer_is_refused() -> None:
         Scheme(quantizer="magic").check()
 
 
-@pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize("family", UNPUBLISHED)
 def test_paper_clip_init_is_refused_for_others(family: str) -> None:
     net, x = tiny.build("conv_bn")
-    tiny.quantized(net, x, scheme=Scheme(quantizer=family))
+    tiny.quantized(net, x, scheme=scheme_with(family))
     with pytest.raises(ConfigError, match="no initial levels of SAQ"):
         calibration.fit(net, {name: calibration.InputStatistics() for name in quantized_layers(net)}, "paper")
 
@@ -151,7 +181,7 @@ def test_size_is_independent_of_the_quantizer(name: str) -> None:
     convert.wrap(twin)
     costs = cost_model(trace(twin, x[:1]))
     net, x = tiny.build("conv_bn")
-    layers = tiny.quantized(net, x, bits=3, scheme=Scheme(quantizer=name), candidates=(2, 5))
+    layers = tiny.quantized(net, x, bits=3, scheme=scheme_with(name), candidates=(2, 5))
     own = [
         p for module in net.modules() if isinstance(module, Quantizer) for p in module.state_dict().values()
     ]

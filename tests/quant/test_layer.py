@@ -22,6 +22,7 @@ from saqcli.quant.routing import RoutedParent
 from saqcli.quant.tracer import trace
 from saqcli.quant.wrapping import unwrap_layer, wrap_layer
 from tests.support import tiny
+from tests.support.cases import scheme_with
 
 every_net = pytest.mark.parametrize("name", tiny.TINY)
 every_exact_net = pytest.mark.parametrize("name", tiny.EXACT)
@@ -105,7 +106,7 @@ def test_installing_quantizers_only_adds_keys(name: str) -> None:
 def test_installed_quantizers_change_the_output(name: str, quantizer: str) -> None:
     net, x = tiny.build(name)
     expected = run(net, x)
-    tiny.quantized(net, x, 3, convert.Scheme(quantizer=quantizer))
+    tiny.quantized(net, x, 3, scheme_with(quantizer))
     assert not torch.equal(run(net, x), expected)
 
 
@@ -208,7 +209,7 @@ def test_policy_of_another_network_is_refused() -> None:
 def test_unknown_quantizer_lists_the_known() -> None:
     layer = wrap_layer(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="clip"):
-        convert.Scheme(quantizer="magic").weight_quantizer(layer, [4])
+        convert.Scheme(quantizer="magic").new_weight_quantizer(layer, [4])
 
 
 @pytest.mark.parametrize(

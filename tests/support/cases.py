@@ -1,4 +1,4 @@
-"""Every quantizer of the table on every grid it supports."""
+"""Every quantizer of the table, those of other packages included, on every grid it supports."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from saqcli.quant import grid as grids
-from saqcli.quant.grid import Grid
+from saqcli.quant.convert import Scheme
+from saqcli.quant.grid import AnyGrid
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer
 from saqcli.quant.quantizers.dorefa import TanhWeight
 from saqcli.quant.quantizers.learned_step import LearnedStep
@@ -15,6 +15,14 @@ from tests.support.strategies import BITS
 
 ROWS = 3
 WEIGHT_GRIDS = ("paper", "zero", "auto")
+
+
+def scheme_with(name: str) -> Scheme:
+    """The quantizer ``name`` for the operands that it has, ``clip`` for another."""
+    entry = QUANTIZERS[name]
+    if entry.weight and entry.activation:
+        return Scheme(quantizer=name)
+    return Scheme(weight_quantizer=name) if entry.weight else Scheme(activation_quantizer=name)
 
 
 class Case(NamedTuple):
@@ -25,28 +33,32 @@ class Case(NamedTuple):
     channels: bool
 
     @property
+    def kind(self) -> type[Quantizer]:
+        """The class."""
+        entry = QUANTIZERS[self.family]
+        kind = entry.weight if self.operand in WEIGHT_GRIDS else entry.activation
+        assert kind is not None
+        return kind
+
+    @property
     def squeezes(self) -> bool:
-        """Whether weights go through tanh before rounding, so that the folded form differs."""
-        return self.family in ("pact", "dorefa") and self.operand in WEIGHT_GRIDS
+        """Whether weights are transformed before rounding, so that the folded form differs."""
+        return self.kind.fold is not Quantizer.fold
 
     @property
     def learns(self) -> bool:
         """Whether any parameter is trained."""
-        return not self.squeezes and self.family != "dorefa"
+        return bool(list(self.build(1.0).parameters()))
 
-    def grid(self, width: int) -> Grid:
+    def grid(self, width: int) -> AnyGrid:
         if self.operand in WEIGHT_GRIDS:
-            return grids.weights(width, self.operand)  # type: ignore[arg-type]
-        return grids.activations(width, signed=self.operand == "signed")
+            return self.kind.weight_grid(width, self.operand)  # type: ignore[arg-type]
+        return self.kind.activation_grid(width, signed=self.operand == "signed")
 
     def build(self, level: float, widths: tuple[int, ...] = tuple(BITS)) -> Quantizer:
         """Build it with all ``widths`` as candidates; with per-row levels these are level, 2 level, 3 level."""
-        family = QUANTIZERS[self.family]
         by_bits = {width: self.grid(width) for width in widths}
-        if self.operand in WEIGHT_GRIDS:
-            quantizer: Quantizer = family.weight(by_bits, (ROWS, 1) if self.channels else ())
-        else:
-            quantizer = family.activation(by_bits)
+        quantizer = self.kind(by_bits, (ROWS, 1) if self.channels else ())
         rows = torch.tensor([[1.0], [2.0], [3.0]]) if self.channels else torch.tensor(1.0)
         set_levels(quantizer, level * rows)
         return quantizer
@@ -54,7 +66,13 @@ class Case(NamedTuple):
 
 @torch.no_grad()
 def set_levels(quantizer: Quantizer, level: Tensor) -> None:
-    """Set the highest code of every candidate to the value ``level``, whatever the parameter's name."""
+    """Set the highest code of every candidate to the value ``level``, whatever the parameter's name.
+
+    A quantizer with parameters of other names is fitted to values up to the level.
+    """
+    if not (hasattr(quantizer, "clipping_level") or hasattr(quantizer, "step_size")):
+        quantizer.fit(level * torch.linspace(-1, 1, 255))
+        return
     for position, grid in enumerate(quantizer.grids.values()):
         if hasattr(quantizer, "clipping_level"):
             quantizer.clipping_level[position] = level
@@ -67,22 +85,23 @@ def set_levels(quantizer: Quantizer, level: Tensor) -> None:
 SHARED = {"lsq_plus": LearnedStep, "pact": TanhWeight}  # weights that another quantizer has too
 
 
-def _weights(family: str) -> list[tuple[str, bool]]:
+def _operands(family: str) -> list[tuple[str, bool]]:
     """Grids, and whether levels are per row: all for the first quantizer, the necessary ones for others."""
-    if family == "clip":
-        return [(grid, channels) for grid in WEIGHT_GRIDS for channels in (False, True)]
-    kind = QUANTIZERS[family].weight
-    if family in SHARED and not {"forward", "fit", "step", "codes"} & set(vars(kind)):
-        assert issubclass(kind, SHARED[family])
-        return [("paper", True)]
-    return [(grid, channels) for grid in ("paper", "zero") for channels in (False, True)]
+    entry = QUANTIZERS[family]
+    inputs = [("unsigned", False), ("signed", False)] if entry.activation else []
+    if entry.weight is None:
+        return inputs
+    kinds = entry.weight.weight_grids
+    if family != "clip":  # ``auto`` is one of the others, if there are others
+        kinds = tuple(kind for kind in kinds if kind != "auto") or kinds
+    scopes = [granularity == "channel" for granularity in entry.weight.granularities]
+    if family in SHARED and not {"forward", "fit", "step", "codes"} & set(vars(entry.weight)):
+        assert issubclass(entry.weight, SHARED[family])
+        return [("paper", True), *inputs]
+    return [*((kind, channels) for kind in kinds for channels in sorted(scopes)), *inputs]
 
 
-CASES = [
-    Case(family, operand, channels)
-    for family in QUANTIZERS
-    for operand, channels in (*_weights(family), ("unsigned", False), ("signed", False))
-]
+CASES = [Case(family, *operand) for family in QUANTIZERS for operand in _operands(family)]
 
 
 def name_of(case: Case) -> str:

@@ -16,7 +16,8 @@ def tried_once() -> None:
     def once(style: str, config: Any, network: Any) -> None:
         wanted = config.quantization
         entry = NETWORKS.get(config.model.name.partition("/")[2])  # a test may have replaced it
-        key = (style, config.model.model_dump_json(), wanted.quantizer, wanted.weight_grid, id(entry))
+        quantizers = wanted.quantizer, wanted.weight_quantizer, wanted.activation_quantizer
+        key = (style, config.model.model_dump_json(), *quantizers, wanted.weight_grid, id(entry))
         if key not in once.passed:  # type: ignore[attr-defined]
             trial(style, config, network)
             once.passed[key] = entry  # type: ignore[attr-defined]

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saqcli.errors import ConfigError
-from saqcli.quant.convert import Scheme
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers import QUANTIZERS
 from saqcli.training.minimizers import MINIMIZERS, MicroBatch
 from saqcli.training.objective import Objective, as_chunks
+from tests.support.cases import scheme_with
 from tests.support.networks import NETWORKS, quantize
 from tests.support.steps import (
     assert_bitwise_equal,
@@ -182,7 +182,7 @@ def test_four_micro_batches_equal_one_batch(method: str, network: str, quantizer
     hundredfold is allowed for the way through the network and three steps."""
     ends = []
     for size in (128, 32):
-        model = quantize(NETWORKS[network], scheme=Scheme(quantizer=quantizer)).model.double().train()
+        model = quantize(NETWORKS[network], scheme=scheme_with(quantizer)).model.double().train()
         minimizer = make(
             method,
             eval_norms(model),

@@ -11,24 +11,44 @@ that is stored as ``step * code`` must not be transformed again.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from saqcli.errors import ConfigError
 from saqcli.quant.clip_init import best_level
-from saqcli.quant.grid import Grid, codes_of, step_of
+from saqcli.quant.grid import AnyGrid, Grid, WeightGrid, activations, codes_of, step_of, weights
+
+Granularity = Literal["channel", "tensor"]
 
 
 class Quantizer(nn.Module, ABC):
     """Maps a tensor onto a finite grid; gradients pass straight through the rounding.
 
+    A class declares its grids: ``weight_grid`` and ``activation_grid`` are uniform unless it has its own.
+
     Attributes:
+        weight_grids: the values of ``quantization.weight_grid`` that a class for weights supports.
+        granularities: the values of ``quantization.granularity`` that it supports.
         candidates: bit-widths to choose from, ascending; a single one if precision is fixed.
         shape: shape of one clipping level or step; broadcasts against the tensor.
     """
 
-    def __init__(self, grids: Mapping[int, Grid], shape: tuple[int, ...] = ()) -> None:
+    weight_grids: ClassVar[tuple[WeightGrid, ...]] = ("auto", "paper", "zero")
+    granularities: ClassVar[tuple[Granularity, ...]] = ("channel", "tensor")
+
+    @classmethod
+    def weight_grid(cls, bits: int, kind: WeightGrid) -> AnyGrid:
+        """The grid of weights of ``bits``, 2 to 8: at most 2**bits codes; ``kind`` is in ``weight_grids``."""
+        return weights(bits, kind)
+
+    @classmethod
+    def activation_grid(cls, bits: int, *, signed: bool) -> AnyGrid:
+        """The grid of inputs: at most 2**bits codes, 0 among them, so that padding stays exact."""
+        return activations(bits, signed=signed)
+
+    def __init__(self, grids: Mapping[int, AnyGrid], shape: tuple[int, ...] = ()) -> None:
         """Create with ``grids`` by bit-width and the ``shape`` of one level, which broadcasts against the tensor."""
         super().__init__()
         self.grids = dict(sorted(grids.items()))
@@ -53,7 +73,7 @@ class Quantizer(nn.Module, ABC):
             )
         self._active = self.candidates.index(bits)
 
-    def grid(self) -> Grid:
+    def grid(self) -> AnyGrid:
         """The active codes."""
         return self.grids[self.bits]
 
@@ -79,8 +99,13 @@ class Quantizer(nn.Module, ABC):
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        """The codes of ``x``; in the plain form ``step() * codes(x)`` equals ``forward(x)``."""
-        return codes_of(x.detach().float(), self.step(), self.grid()).to(torch.int32)
+        """The codes of ``x``; in the plain form ``step() * codes(x)`` equals ``forward(x)``.
+
+        They are int32 on a uniform grid, else float32.
+        """
+        grid = self.grid()
+        codes = codes_of(x.detach().float(), self.step(), grid)
+        return codes.to(torch.int32) if isinstance(grid, Grid) else codes
 
     def fold(self, weight: Tensor) -> "tuple[Quantizer, Tensor]":
         """The plain form: a quantizer without a transformation, and the weight for it.
@@ -110,7 +135,7 @@ class LevelQuantizer(Quantizer):
     trained = True
     clipping_level: Tensor
 
-    def __init__(self, grids: Mapping[int, Grid], shape: tuple[int, ...] = ()) -> None:
+    def __init__(self, grids: Mapping[int, AnyGrid], shape: tuple[int, ...] = ()) -> None:
         super().__init__(grids, shape)
         levels = torch.ones(len(self.candidates), *shape)
         if self.trained:

@@ -19,11 +19,13 @@ Source: Liu et al., arXiv:2111.12273, section 3, and the released code, whose no
   difference, and running statistics and networks without batch norm keep working.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from saqcli.quant.clip_init import best_level
-from saqcli.quant.grid import codes_of, fake_quantize, full_precision
+from saqcli.quant.grid import fake_quantize, full_precision
 from saqcli.quant.quantizers.base import LevelQuantizer, Quantizer
 
 LEAST_DEVIATION = 1e-8  # for a constant weight
@@ -70,7 +72,13 @@ class ClipActivation(_Clip):
 
 
 class NormalizedClipWeight(ClipWeight):
-    """Weights in standard deviations from their mean; levels and ``step()`` have this unit until folded."""
+    """Weights in standard deviations from their mean; levels and ``step()`` have this unit until folded.
+
+    Attributes:
+        plain: class of the folded form.
+    """
+
+    plain: ClassVar[type[ClipWeight]] = ClipWeight
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` minus its mean, on the grid of level ``a * std(x)``."""
@@ -82,7 +90,7 @@ class NormalizedClipWeight(ClipWeight):
     def codes(self, x: Tensor) -> Tensor:
         """The codes of ``x`` minus its mean."""
         plain, centred = self.fold(x.detach().float())
-        return codes_of(centred, plain.step(), self.grid()).to(torch.int32)
+        return plain.codes(centred)
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
@@ -96,9 +104,9 @@ class NormalizedClipWeight(ClipWeight):
 
     @torch.no_grad()
     def fold(self, weight: Tensor) -> tuple[Quantizer, Tensor]:
-        """``ClipWeight`` with levels ``a * std``, and ``weight`` minus its mean."""
+        """``plain`` with levels ``a * std``, and ``weight`` minus its mean."""
         mean, deviation = _mean_and_deviation(weight)
-        plain = ClipWeight(self.grids, self.shape).to(self.clipping_level)
+        plain = self.plain(self.grids, self.shape).to(self.clipping_level)
         plain.clipping_level.copy_(self.clipping_level * deviation)
         plain.select(self.bits)
         return plain, weight - mean

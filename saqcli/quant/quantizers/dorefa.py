@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 
 from saqcli.quant.clip_init import least_level, reduce_to
-from saqcli.quant.grid import TINY, Grid, between, codes_of, fake_quantize, full_precision, step_of
+from saqcli.quant.grid import TINY, AnyGrid, between, codes_of, fake_quantize, full_precision, step_of
 from saqcli.quant.quantizers.base import LevelQuantizer, Quantizer
 
 
@@ -88,7 +88,7 @@ class TanhWeight(LevelQuantizer):
         squeezed, largest = _squeezed(x, self.shape), float(x.abs().max())
         for row, grid in zip(self.clipping_level, self.grids.values(), strict=True):
             codes = _codes(squeezed, grid)
-            power = reduce_to(codes * codes, self.shape, "sum").clamp_min(1)
+            power = reduce_to(codes * codes, self.shape, "sum").clamp_min(TINY)
             level = reduce_to(x * codes, self.shape, "sum") / power * grid.highest
             row.copy_(level.clamp_min(least_level(largest, grid)))
 
@@ -119,7 +119,7 @@ def _squeezed(w: Tensor, shape: tuple[int, ...]) -> Tensor:
     return squeezed / reduce_to(squeezed.detach().abs(), shape, "amax").clamp_min(TINY)
 
 
-def _codes(squeezed: Tensor, grid: Grid) -> Tensor:
+def _codes(squeezed: Tensor, grid: AnyGrid) -> Tensor:
     return codes_of(squeezed, step_of(squeezed.new_ones(()), grid), grid)
 
 
@@ -148,7 +148,7 @@ class _Pact(torch.autograd.Function):
     """Q(x) and the gradients in the module's docstring; ``level`` is positive."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, level: Tensor, grid: Grid) -> Tensor:
+    def forward(ctx: Any, x: Tensor, level: Tensor, grid: AnyGrid) -> Tensor:
         ctx.save_for_backward(x, level)
         ctx.grid = grid
         step = step_of(level, grid)

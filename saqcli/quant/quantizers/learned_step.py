@@ -53,7 +53,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.quant.clip_init import best_level
-from saqcli.quant.grid import TINY, Grid, between, fake_quantize, full_precision, step_of
+from saqcli.quant.grid import TINY, AnyGrid, Grid, between, fake_quantize, full_precision, step_of
 from saqcli.quant.quantizers.base import Quantizer
 
 
@@ -70,7 +70,7 @@ class _ScaleGradient(torch.autograd.Function):
         return grads[0] * ctx.factor, None
 
 
-def scale_gradient(parameter: Tensor, count: float, highest: int) -> Tensor:
+def scale_gradient(parameter: Tensor, count: float, highest: float) -> Tensor:
     """``parameter`` with its gradient scaled by 1 / sqrt(count * highest); ``count`` values share an element of it."""
     return _ScaleGradient.apply(parameter, max(1.0, count * highest) ** -0.5)  # type: ignore[no-any-return]
 
@@ -87,7 +87,7 @@ class LearnedStep(Quantizer):
         step_size: trainable, ``(len(candidates), *shape)``, in units of the tensor; its sign does not matter.
     """
 
-    def __init__(self, grids: Mapping[int, Grid], shape: tuple[int, ...] = ()) -> None:
+    def __init__(self, grids: Mapping[int, AnyGrid], shape: tuple[int, ...] = ()) -> None:
         super().__init__(grids, shape)
         highest = torch.tensor([float(grid.highest) for grid in self.grids.values()])
         self.step_size = nn.Parameter(1 / highest.view(-1, *(1,) * len(shape)).expand(-1, *shape).clone())
@@ -196,7 +196,7 @@ class LsqPlusActivation(Quantizer):
         offset: trainable, ``(len(candidates),)``: the value of the lowest code, before it is rounded to a code.
     """
 
-    def __init__(self, grids: Mapping[int, Grid], shape: tuple[int, ...] = ()) -> None:
+    def __init__(self, grids: Mapping[int, AnyGrid], shape: tuple[int, ...] = ()) -> None:
         """Create with ``grids`` by bit-width, which set the number of codes and the lowest code before fitting."""
         super().__init__(grids, shape)
         steps = torch.tensor([1 / grid.highest for grid in self.grids.values()])

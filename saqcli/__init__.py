@@ -9,9 +9,14 @@ from typing import Any
 from saqcli._version import __version__
 
 _PUBLIC = {
+    "ASAQ": "saqcli.training.minimizers",
     "BitConfig": "saqcli.quant.bits",
     "Budget": "saqcli.quant.cost",
     "LayerBits": "saqcli.quant.bits",
+    "Case1": "saqcli.training.minimizers",
+    "QAT": "saqcli.training.minimizers",
+    "SAM": "saqcli.training.minimizers",
+    "SAQ": "saqcli.training.minimizers",
     "SaqError": "saqcli.errors",
     "load": "saqcli.pipelines.predictors",
     "load_model": "saqcli.models.load",

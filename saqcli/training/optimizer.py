@@ -190,6 +190,10 @@ def check_training(config: RunConfig) -> None:
 
 
 def _check_reuse(training: TrainingSection) -> None:
+    if training.ascent_fraction < 1 and MINIMIZERS.find(training.method).wants_plain:
+        raise ConfigError(
+            f"method {training.method} compares gradients of the same images: remove `training.ascent_fraction`"
+        )
     if training.sam_reuse and (training.sam_interval == 1 or training.ascent_fraction < 1):
         raise ConfigError(
             "`training.sam_reuse` reuses the last perturbation in the steps between, and compares gradients of the "

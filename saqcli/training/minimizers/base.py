@@ -234,6 +234,8 @@ class Minimizer:
 
     Attributes:
         description: one phrase for lists of methods.
+        wants_plain: whether ``descend`` receives the gradients at the unperturbed weights. Since it compares them with
+            those at the perturbed point, both passes must see the same images: ``training.ascent_fraction`` is refused.
         ignored: settings above that may be given though they have no effect: a baseline accepts what others need.
         model: whose weights are trained; its float class, or wrapped by DistributedDataParallel or ``torch.compile``.
         base: the optimizer that updates the weights.
@@ -248,6 +250,7 @@ class Minimizer:
     """
 
     description: ClassVar[str] = ""
+    wants_plain: ClassVar[bool] = False
     ignored: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module, base: torch.optim.Optimizer) -> None:
@@ -313,7 +316,7 @@ class Minimizer:
         Called once per update, not in steps that are skipped, so that state belongs here.
 
         Args:
-            passes: ``plain`` holds the mean gradients at the unperturbed weights over all ranks.
+            passes: of all ranks; ``plain`` holds the gradients at the unperturbed weights, if ``ascend`` returned them.
         """
 
     def gradients(self, chunks: Sequence[Chunk]) -> Passes:

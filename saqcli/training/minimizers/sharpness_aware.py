@@ -127,8 +127,6 @@ class SharpnessAware(Minimizer):
     frozen parameters   not perturbed
     tied weights        one tensor with one perturbation, from the sum of the gradients of all uses
 
-    A subclass may set ``wants_plain``: ``descend`` then receives the gradients at the unperturbed weights.
-
     Args:
         model: wrapped, quantizers installed; SAM takes a float model too.
         base: the optimizer that updates the weights.
@@ -147,7 +145,6 @@ class SharpnessAware(Minimizer):
 
     perturbed_kinds: ClassVar[tuple[Kind, ...]] = PERTURBED
     through_rounding: ClassVar[bool] = False
-    wants_plain: ClassVar[bool] = False
     adaptive: Adaptive | None = None
 
     def __init__(

@@ -25,9 +25,9 @@ def gsam(
     loss, shifts = ascended(problem, **options)
     _, plain = problem.gradients()
     _, perturbed = problem.gradients(shifts)
-    g, g_p = (torch.cat([value.flatten() for value in all_.values()]) for all_ in (plain, perturbed))
-    share = (g @ g_p) / (g_p @ g_p)
-    return loss, {name: g_p - alpha * (plain[name] - share * g_p) for name, g_p in perturbed.items()}
+    g, g_p = (torch.cat([value.flatten() for value in each.values()]) for each in (plain, perturbed))
+    along = (g @ g_p) / (g_p @ g_p)
+    return loss, {name: value - alpha * (plain[name] - along * value) for name, value in perturbed.items()}
 
 
 class GSAM(SharpnessAware):

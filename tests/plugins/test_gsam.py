@@ -53,7 +53,9 @@ def test_command_line_trains_with_it(folder: Path, digits: Path, tmp_path: Path)
     )
     done = run_saq(*given, "--set", "training.minimizer.alpha=0.3", "--json", folders=(folder,))
     assert done.returncode == 0, done.stderr
-    assert "'alpha': 0.3" in str(json.loads((tmp_path / "run" / "run.json").read_text()))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["minimizer"] == {
+        "alpha": 0.3
+    }
 
 
 def test_wrong_options_are_one_line(folder: Path) -> None:

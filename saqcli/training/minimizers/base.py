@@ -298,7 +298,8 @@ class Minimizer:
             check_number("clip_grad", clip_grad, least=0)
         self.scale = _scale_of(scaler, self.trained)
         try:
-            passes = self.gradients(_as_chunks(closure, self.trained))
+            with torch.enable_grad():
+                passes = self.gradients(_as_chunks(closure, self.trained))
         finally:
             self.scale = 1.0
         return self.update(passes, clip_grad=clip_grad, scaler=scaler)
@@ -436,16 +437,7 @@ def _checked(closure: Closure, trained: Sequence[nn.Parameter]) -> Loss:
 
     def run(*, ascent: bool = False) -> Tensor:
         before = [_version(p) for p in trained]
-        try:
-            with torch.enable_grad():
-                loss: Any = closure()
-        except RuntimeError as error:
-            if "finished reduction" not in str(error):
-                raise
-            raise ConfigError(
-                "the closure calls a DistributedDataParallel module that the minimizer does not know: give the "
-                "minimizer that module, not the one within"
-            ) from None
+        loss: Any = closure()
         problem = None
         if not isinstance(loss, Tensor):
             problem = f"returned a {type(loss).__name__}"
@@ -474,7 +466,7 @@ def _version(parameter: nn.Parameter) -> tuple[int, int] | None:
 def _without_reducer(model: nn.Module) -> Iterator[None]:
     """Within the context DistributedDataParallel leaves gradients alone: ``average`` reduces them.
 
-    Its reducer waits for all parameters of a forward pass, and ``torch.autograd.grad`` never reports one.
+    Its reducer acts on ``backward`` alone, so not on pass 1, and would broadcast running statistics between passes.
     """
     with ExitStack() as stack:
         for module in model.modules():

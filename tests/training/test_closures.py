@@ -270,7 +270,10 @@ def test_overflow_in_first_pass_skips_the_step() -> None:
 
 def test_infinite_loss_is_not_a_matter_of_scale() -> None:
     model = trainable("conv_bn")
-    with pytest.raises(TrainingDiverged, match="the loss is inf"):
+    with pytest.raises(
+        TrainingDiverged,
+        match="the loss is inf and cannot be descended: no weight was changed; lower the learning rate",
+    ):
         saqcli.QAT(model, sgd(model)).step(
             lambda: closure_of(model, batch())() * torch.inf, scaler=torch.amp.GradScaler("cpu")
         )

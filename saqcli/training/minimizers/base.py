@@ -41,8 +41,14 @@ from saqcli.training.minimizers.reference import Problem
 from saqcli.training.options import check_number
 from saqcli.training.perturbation import Gradients, PerturbedSet, add_up, scaled
 
+RUN_ADVICE = (
+    "start again with a lower `training.lr`, or `training.rho`, and `overwrite=True`; checkpoints/ holds the last good "
+    "state"
+)
+LOOP_ADVICE = "no weight was changed; lower the learning rate or the radius"
 
-def check_step(loss: Tensor, *norms: Tensor) -> None:
+
+def check_step(loss: Tensor, *norms: Tensor, advice: str = RUN_ADVICE) -> None:
     """Check loss and gradients before the optimizer's step.
 
     Raises:
@@ -53,7 +59,7 @@ def check_step(loss: Tensor, *norms: Tensor) -> None:
         what = f"the loss is {values[0]:g}"
         if math.isfinite(values[0]):
             what += " but its gradient is not finite"
-        raise TrainingDiverged(f"{what} and cannot be descended: {_advice()}")
+        raise TrainingDiverged(f"{what} and cannot be descended: {advice}")
 
 
 def check_epoch(loss: float, largest: float) -> None:
@@ -64,7 +70,7 @@ def check_epoch(loss: float, largest: float) -> None:
     """
     if not loss <= largest:
         raise distributed.reported_once(
-            TrainingDiverged(f"the validation loss has become {loss:g}: {_advice()}")
+            TrainingDiverged(f"the validation loss has become {loss:g}: {RUN_ADVICE}")
         )
 
 
@@ -79,13 +85,6 @@ def check_score(loss: float, images: int, name: str) -> None:
             f"the loss of {name} is {'NaN' if math.isnan(loss) else 'infinite'} on {images} images: its numbers "
             "overflow; check its weights, `model.mean`, `model.std` and `model.input_size`"
         )
-
-
-def _advice() -> str:
-    return (
-        "start again with a lower `training.lr`, or `training.rho`, and `overwrite=True`; checkpoints/ holds the last "
-        "good state"
-    )
 
 
 class Loss(Protocol):
@@ -302,7 +301,7 @@ class Minimizer:
                 passes = self.gradients(_as_chunks(closure, self.trained))
         finally:
             self.scale = 1.0
-        return self.update(passes, clip_grad=clip_grad, scaler=scaler)
+        return self.update(passes, clip_grad=clip_grad, scaler=scaler, advice=LOOP_ADVICE)
 
     def ascend(self, chunk: Chunk) -> Ascent | None:
         """Pass 1 over a chunk: where its pass 2 takes place; None for a plain pass at the weights.
@@ -350,24 +349,35 @@ class Minimizer:
         return Passes(torch.stack(losses).sum(), norms, known, ascended)
 
     def update(
-        self, passes: Passes, *, clip_grad: float | None = None, scaler: Scaler | None = None
+        self,
+        passes: Passes,
+        *,
+        clip_grad: float | None = None,
+        scaler: Scaler | None = None,
+        advice: str = RUN_ADVICE,
     ) -> Tensor:
         """Update the weights by the mean of these passes over all ranks; returns the mean loss.
+
+        Args:
+            passes: from ``gradients``.
+            clip_grad: as in ``step``.
+            scaler: as in ``step``.
+            advice: what to do if the loss is not finite, for the message.
 
         Raises:
             TrainingDiverged: the loss or a gradient is NaN or infinite; nothing was changed.
         """
         passes = average(self.model, self.trained, passes)
-        if (
-            scaler is not None
-            and scaler.is_enabled()
-            and not _unscale(self.base, self.trained, passes, scaler)
-        ):
-            scaler.step(self.base)  # does nothing
-            scaler.update()
-            return passes.loss
+        if scaler is not None and scaler.is_enabled():
+            check_step(passes.loss, advice=advice)
+            if not _unscale(self.base, self.trained, passes, scaler):
+                scaler.step(self.base)  # does nothing
+                scaler.update()
+                return passes.loss
         given = [p.grad for p in self.trained if p.grad is not None]
-        check_step(passes.loss, *passes.norms, *([nn.utils.get_total_norm(given)] if given else []))
+        check_step(
+            passes.loss, *passes.norms, *([nn.utils.get_total_norm(given)] if given else []), advice=advice
+        )
         plain = [gradient.clone() for gradient in passes.plain]
         distributed.average(plain)
         self.descend(passes._replace(plain=plain))
@@ -485,12 +495,7 @@ def _scale_of(scaler: Scaler | None, trained: Sequence[nn.Parameter]) -> float:
 def _unscale(
     base: torch.optim.Optimizer, trained: Sequence[nn.Parameter], passes: Passes, scaler: Scaler
 ) -> bool:
-    """Divide the gradients by the scale; whether they and the norms of pass 1 are finite.
-
-    Raises:
-        TrainingDiverged: the loss is not finite, whatever the scale.
-    """
-    check_step(passes.loss)
+    """Divide the gradients by the scale; whether they and the norms of pass 1 are finite."""
     given = [p.grad for p in trained if p.grad is not None]
     if given and not all(math.isfinite(norm.item()) for norm in passes.norms):
         given[0].fill_(

@@ -223,8 +223,7 @@ class Minimizer:
     """Moves the weights once per step, by a base optimizer; without an ascent, plain training.
 
     To write one, override ``ascend``, ``descend`` or both, and set ``description`` and ``reference``. Further settings
-    are keyword arguments of the constructor: ``training.minimizer`` and ``--set training.minimizer.NAME=VALUE`` pass
-    them, and the constructor checks them. Arguments named ``rho``, ``rho_unit``, ``interval`` and ``reuse`` receive the
+    are keyword arguments of the constructor, which checks them; the table ``training.minimizer`` passes them. Arguments named ``rho``, ``rho_unit``, ``interval`` and ``reuse`` receive the
     settings ``training.rho``, ``rho_unit``, ``sam_interval`` and ``sam_reuse``.
 
     A minimizer with a radius must equal plain training bit for bit at ``rho=0``. It must not touch the random numbers,

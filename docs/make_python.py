@@ -85,7 +85,12 @@ def _markdown(text: str) -> Iterator[str]:
             yield line[4:]
         elif section in ("Returns", "Yields"):
             yield body.replace("``", "`")
-        elif section and (item := ITEM.match(body)) and line.startswith("    ") and not line.startswith("     "):
+        elif (
+            section
+            and (item := ITEM.match(body))
+            and line.startswith("    ")
+            and not line.startswith("     ")
+        ):
             if open_item:
                 yield open_item
             open_item = f"- `{item[1]}`: {item[2]}".replace("``", "`")

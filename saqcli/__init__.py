@@ -9,16 +9,17 @@ from typing import Any
 from saqcli._version import __version__
 
 _PUBLIC = {
-    "ASAQ": "saqcli.training.minimizers.sharpness_aware",
+    "ASAQ": "saqcli.training.minimizers",
     "BitConfig": "saqcli.quant.bits",
     "Budget": "saqcli.quant.cost",
+    "Case1": "saqcli.training.minimizers",
     "FoundBits": "saqcli.api.searching",
     "LayerBits": "saqcli.quant.bits",
     "ModelInfo": "saqcli.api.info",
     "Profile": "saqcli.api.costs",
-    "QAT": "saqcli.training.minimizers.qat",
-    "SAM": "saqcli.training.minimizers.sharpness_aware",
-    "SAQ": "saqcli.training.minimizers.sharpness_aware",
+    "QAT": "saqcli.training.minimizers",
+    "SAM": "saqcli.training.minimizers",
+    "SAQ": "saqcli.training.minimizers",
     "SaqError": "saqcli.errors",
     "analyze": "saqcli.api.measuring",
     "bits": "saqcli.api.info:bits_of",

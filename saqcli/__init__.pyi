@@ -25,7 +25,8 @@ from saqcli.pipelines.quantize import quantize as quantize
 from saqcli.quant.bits import BitConfig as BitConfig
 from saqcli.quant.bits import LayerBits as LayerBits
 from saqcli.quant.cost import Budget as Budget
-from saqcli.training.minimizers.qat import QAT as QAT
-from saqcli.training.minimizers.sharpness_aware import ASAQ as ASAQ
-from saqcli.training.minimizers.sharpness_aware import SAM as SAM
-from saqcli.training.minimizers.sharpness_aware import SAQ as SAQ
+from saqcli.training.minimizers import ASAQ as ASAQ
+from saqcli.training.minimizers import QAT as QAT
+from saqcli.training.minimizers import SAM as SAM
+from saqcli.training.minimizers import SAQ as SAQ
+from saqcli.training.minimizers import Case1 as Case1

@@ -53,6 +53,8 @@ def quantize_model(
     candidates: Iterable[int] = WIDTHS,
     pins: Mapping[str, str] | None = None,
     quantizer: str = "clip",
+    weight_quantizer: str | None = None,
+    activation_quantizer: str | None = None,
     weight_grid: Literal["auto", "paper", "zero"] = "auto",
     granularity: Literal["channel", "tensor"] = "channel",
     weight_normalization: bool = False,
@@ -85,7 +87,9 @@ def quantize_model(
         search: further keyword arguments of ``saqcli.search``.
         candidates: bit-widths that a search may give to a layer.
         pins: bits by pattern of layer names: ``{"layer4.*": "8", "*.conv1": "3-6", "fc": "w8a4"}``.
-        quantizer: by name.
+        quantizer: of weights and inputs, by its name in ``saqcli.quant.quantizers.QUANTIZERS``.
+        weight_quantizer: of weights, in the place of ``quantizer``.
+        activation_quantizer: of inputs, in the place of ``quantizer``.
         weight_grid: levels of weights: ``paper`` (none at zero), ``zero``, or ``auto``: paper up to 7 bits, int8 at 8.
         granularity: one clipping level of a weight per output ``channel``, or per ``tensor``.
         weight_normalization: quantize the weights of convolutions in standard deviations from their mean.
@@ -122,6 +126,8 @@ def quantize_model(
         raise ConfigError(f"{found}: give exactly one of `bits`, `policy` and `budget`")
     scheme = Scheme(
         quantizer=quantizer,
+        weight_quantizer=weight_quantizer,
+        activation_quantizer=activation_quantizer,
         weight_grid=weight_grid,
         granularity=granularity,
         weight_normalization=weight_normalization,

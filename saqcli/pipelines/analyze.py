@@ -45,7 +45,7 @@ from saqcli.serialization import (
     remove_unfinished,
     write_text,
 )
-from saqcli.training.optimizer import default_rho
+from saqcli.training.perturbation import default_rho
 
 AGAINST = "against"  # folder of the second model
 

@@ -13,16 +13,14 @@ from saqcli import distributed
 from saqcli.config import RunConfig, TrainingSection
 from saqcli.errors import ConfigError, Problems
 from saqcli.models.preprocessing import SMALL_IMAGES
-from saqcli.quant.layer import quantized_layers
+from saqcli.quant.convert import wrap
 from saqcli.quant.quantizers import quantizers_of
 from saqcli.tasks import classification
 from saqcli.training.minimizers import MINIMIZERS, Minimizer
 from saqcli.training.objective import Objective
+from saqcli.training.options import accepted
+from saqcli.training.perturbation import default_rho
 from saqcli.units import counted
-
-# Liu et al. (arXiv:2111.12273), section 5: radius by bit-width, for images of 32 and of 224 pixels.
-SMALL_IMAGE_RHO = {2: 0.4, 3: 0.7, 4: 0.9}
-LARGE_IMAGE_RHO = {2: 0.15, 3: 0.15, 4: 0.3}
 
 
 def search_training(config: RunConfig) -> TrainingSection:
@@ -110,21 +108,32 @@ def make_minimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, training: TrainingSection, side: int
 ) -> Minimizer:
     """The method's minimizer, with the paper's radius where none is given, for images of ``side`` pixels."""
-    options = dict(training.minimizer)
     make = MINIMIZERS.find(training.method)
-    if training.method != "qat":
-        options = {
-            "rho": default_rho(model, side) if training.rho is None else training.rho,
-            "rho_unit": training.rho_unit,
-            "interval": training.sam_interval,
-            "reuse": training.sam_reuse,
-            **options,
-        }
-    try:
-        return make(model, optimizer, **options)
-    except TypeError as error:
-        reason = str(error).rpartition("() ")[2]
-        raise ConfigError(f"method {training.method} does not take these options: {reason}") from None
+    taken, needed = accepted(make)
+    rho = default_rho(model, side) if training.rho is None else training.rho
+    settings = {
+        "rho": (rho, training.rho is not None, "training.rho"),
+        "rho_unit": (training.rho_unit, training.rho_unit != "deviation", "training.rho_unit"),
+        "interval": (training.sam_interval, training.sam_interval != 1, "training.sam_interval"),
+        "reuse": (training.sam_reuse, training.sam_reuse != 0, "training.sam_reuse"),
+    }
+    options = {name: value for name, (value, _, _) in settings.items() if name in taken}
+    unknown = [
+        f"`{setting}`"
+        for name, (_, given, setting) in settings.items()
+        if given and name not in taken and name not in make.ignored
+    ]
+    unknown += [f"`training.minimizer.{name}`" for name in training.minimizer if name not in taken]
+    options |= training.minimizer
+    missing = [f"`training.minimizer.{name}`" for name in needed if name not in options]
+    if unknown:
+        raise ConfigError(
+            f"method {training.method} does not take {', '.join(unknown)}: "
+            + (f"it takes {', '.join(taken)}" if taken else "it takes no options")
+        )
+    if missing:
+        raise ConfigError(f"method {training.method} needs {', '.join(missing)}: give a value")
+    return make(model, optimizer, **options)
 
 
 def make_objective(
@@ -168,7 +177,8 @@ def check_training(config: RunConfig) -> None:
         ConfigError: names all of them.
     """
     training, problems = config.training, Problems()
-    model = nn.Linear(1, 1)
+    model = nn.Sequential(nn.Linear(1, 1))
+    wrap(model)
     problems.attempt(make_optimizer, model, training)
     plain = training.model_copy(update={"optimizer": "sgd"})
     problems.attempt(make_minimizer, model, make_optimizer(model, plain), training, side=SMALL_IMAGES)
@@ -180,6 +190,10 @@ def check_training(config: RunConfig) -> None:
 
 
 def _check_reuse(training: TrainingSection) -> None:
+    if training.ascent_fraction < 1 and MINIMIZERS.find(training.method).wants_plain:
+        raise ConfigError(
+            f"method {training.method} compares gradients of the same images: remove `training.ascent_fraction`"
+        )
     if training.sam_reuse and (training.sam_interval == 1 or training.ascent_fraction < 1):
         raise ConfigError(
             "`training.sam_reuse` reuses the last perturbation in the steps between, and compares gradients of the "
@@ -194,14 +208,6 @@ def _check_mixing(training: TrainingSection, batch_size: int) -> None:
             f"`data.batch_size={batch_size}` cannot be mixed: images are blended in pairs, in each of "
             f"{counted(distributed.count(), 'process')}, give a multiple of {pairs}"
         )
-
-
-def default_rho(model: nn.Module, side: int) -> float:
-    """The paper's radius for the mean bit-width of the free layers' weights and images of ``side`` pixels."""
-    widths = [layer.bits.weight or 8 for layer in quantized_layers(model).values()]
-    free = [bits for bits in widths if bits < 8] or [8]
-    nearest = min(4, max(2, round(sum(free) / len(free))))
-    return (SMALL_IMAGE_RHO if side <= SMALL_IMAGES else LARGE_IMAGE_RHO)[nearest]
 
 
 class CosineRates:

@@ -1,5 +1,6 @@
 """Checks of the options of minimizers and searchers; each error is one clear line."""
 
+import inspect
 import math
 
 from saqcli.errors import ConfigError
@@ -27,3 +28,34 @@ def check_flag(option: str, value: object) -> None:
     """Refuse what is neither true nor false; any word would count as true."""
     if not isinstance(value, bool):
         raise ConfigError(f"{option} {value!r} is neither: give true or false")
+
+
+def accepted(plugin: type, given: int = 2) -> tuple[list[str], list[str]]:
+    """The options of a class, and those of them without a default.
+
+    A constructor that passes ``**options`` on takes those of the next class as well.
+
+    Args:
+        plugin: the class.
+        given: number of positional arguments that are no options.
+
+    Example:
+        >>> class Base:
+        ...     def __init__(self, model, base, *, rho, unit="deviation"): ...
+        >>> class Derived(Base):
+        ...     def __init__(self, model, base, *, alpha=0.2, **options): ...
+        >>> accepted(Derived)
+        (['alpha', 'rho', 'unit'], ['rho'])
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for owner in plugin.__mro__:
+        if "__init__" not in vars(owner):
+            continue
+        parameters = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1 + given :]
+        passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        for parameter in parameters:
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                found.setdefault(parameter.name, parameter)
+        if not passes_on:
+            break
+    return list(found), [name for name, parameter in found.items() if parameter.default is parameter.empty]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.errors import UnperturbedLayer
+from saqcli.models.preprocessing import SMALL_IMAGES
 from saqcli.quant.layer import QuantizedLayer, perturbed, quantized_layers, zero_ports
 from saqcli.quant.products import QuantizedProduct
 
@@ -35,6 +36,9 @@ PERTURBED: tuple[Kind, ...] = (
     "norms",
     "activation_clips",
 )  # as in the released SAQ code
+# Liu et al. (arXiv:2111.12273), section 5: radius by bit-width, for images of 32 and of 224 pixels.
+SMALL_IMAGE_RHO = {2: 0.4, 3: 0.7, 4: 0.9}
+LARGE_IMAGE_RHO = {2: 0.15, 3: 0.15, 4: 0.3}
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -67,11 +71,11 @@ class Adaptive:
 
 
 class _Member(NamedTuple):
-    """A parameter that is perturbed in place; ``layer`` is set where it is that layer's latent weight."""
+    """A parameter that is perturbed in place; ``weight`` returns the weight whose deviation is its unit."""
 
     parameter: nn.Parameter
     scales: bool  # it multiplies, so that a relative radius makes sense: not biases and shifts
-    layer: QuantizedLayer | None = None
+    weight: Callable[[], Tensor] | None = None
 
 
 class PerturbedSet:
@@ -82,9 +86,16 @@ class PerturbedSet:
         parameters: biases, norms, clipping levels and latent weights that are perturbed in place.
     """
 
-    def __init__(self, model: nn.Module, kinds: Sequence[Kind] = PERTURBED) -> None:
-        """Collect the kinds named in ``kinds``; a parameter that is frozen stays out."""
-        self.layers = list(quantized_layers(model).values()) if "weights" in kinds else []
+    def __init__(self, model: nn.Module, kinds: Sequence[Kind] = PERTURBED, *, frozen: bool = True) -> None:
+        """Collect the kinds named in ``kinds``; a parameter that is frozen stays out.
+
+        Args:
+            model: wrapped, quantizers installed; a float model has norms, biases and ``latent_weights`` only.
+            kinds: what the ascent moves.
+            frozen: whether it moves the quantized weights of layers whose float weight is frozen.
+        """
+        layers = quantized_layers(model).values() if "weights" in kinds else ()
+        self.layers = [layer for layer in layers if frozen or layer.latent_weight().requires_grad]
         self._members = list(_members(model, set(kinds)))
         self.parameters = [member.parameter for member in self._members]
 
@@ -94,6 +105,7 @@ class PerturbedSet:
         *,
         through_rounding: bool = False,
         also: Sequence[nn.Parameter] = (),
+        scale: float = 1.0,
     ) -> tuple[Tensor, Gradients]:
         """The loss and its gradients to the quantized weights, then to the parameters; none accumulates anywhere.
 
@@ -101,6 +113,7 @@ class PerturbedSet:
             loss: runs the forward pass.
             through_rounding: take dL/dw, zero where w is clipped, in the place of dL/dQ(w) (Case 1).
             also: further parameters, whose gradients come last.
+            scale: factor of the backward pass, by which the gradients are divided again.
 
         Raises:
             UnperturbedLayer: not one quantized layer, or no member at all, takes part in the loss.
@@ -110,7 +123,10 @@ class PerturbedSet:
             value = loss()
         weights = [layer.latent_weight() for layer in self.layers] if through_rounding else ports
         members = [*weights, *self.parameters]
-        gradients = torch.autograd.grad(value, [*members, *also], allow_unused=True) if members else ()
+        wanted = [*members, *also]
+        gradients = torch.autograd.grad(scaled(value, scale), wanted, allow_unused=True) if members else ()
+        if scale != 1.0:
+            gradients = tuple(None if g is None else g / scale for g in gradients)
         if all(gradient is None for gradient in gradients[: len(ports) or len(members)]):
             what = "quantized layer" if self.layers else "tensor of the perturbed kinds"
             raise UnperturbedLayer(f"no {what} takes part in the loss: there is nothing to perturb")
@@ -164,9 +180,11 @@ class PerturbedSet:
     @torch.no_grad()
     def _scales(self, unit: RadiusUnit, adaptive: Adaptive | None) -> list[Tensor | None]:
         """T_p for every member of the set; None stands for 1."""
-        weights = [_scale(layer, layer.quantized_weight, unit, adaptive) for layer in self.layers]
+        weights = [
+            _scale(layer.effective_weight, layer.quantized_weight, unit, adaptive) for layer in self.layers
+        ]
         return weights + [
-            _scale(member.layer, member.parameter.detach, unit, adaptive if member.scales else None)
+            _scale(member.weight, member.parameter.detach, unit, adaptive if member.scales else None)
             for member in self._members
         ]
 
@@ -195,50 +213,94 @@ def add_up(sums: Gradients, gradients: Gradients, factor: float = 1.0) -> Gradie
     return [a if b is None else b if a is None else a + b for a, b in zip(sums, gradients, strict=True)]
 
 
+def scaled(loss: Tensor, scale: float) -> Tensor:
+    """``scale * loss``, in float32 at least; the loss itself for 1."""
+    return loss if scale == 1.0 else loss * torch.tensor(scale, device=loss.device)
+
+
 def _square(g: Tensor) -> Tensor:
     """Sum of squares, in float32 at least."""
     return (g if g.dtype == torch.float64 else g.float()).square().sum()
 
 
 def _scale(
-    layer: QuantizedLayer | None, value: Callable[[], Tensor], unit: RadiusUnit, adaptive: Adaptive | None
+    weight: Callable[[], Tensor] | None,
+    value: Callable[[], Tensor],
+    unit: RadiusUnit,
+    adaptive: Adaptive | None,
 ) -> Tensor | None:
-    deviation = None if layer is None or unit == "absolute" else _deviation(layer)
+    deviation = None if weight is None or unit == "absolute" else _deviation(weight)
     if adaptive is None:
         return deviation
     return value().abs() + adaptive.eta * (1.0 if deviation is None else deviation)
 
 
-def _deviation(layer: QuantizedLayer) -> Tensor:
+def _deviation(weight: Callable[[], Tensor]) -> Tensor:
     """Of the weight; a single number has none and gives its magnitude."""
     with torch.no_grad():
-        weight = layer.effective_weight()
-        return weight.std() if weight.numel() > 1 else weight.abs().sum()
+        value = weight()
+        return value.std() if value.numel() > 1 else value.abs().sum()
 
 
 def _members(model: nn.Module, kinds: set[Kind]) -> Iterator[_Member]:
     """Parameters of the asked kinds, each once, in order of registration."""
     seen: set[int] = set()
+    in_float = not quantized_layers(model)
     for module in model.modules():
-        chosen: list[tuple[nn.Parameter | None, bool, QuantizedLayer | None]] = []
-        if isinstance(module, QuantizedProduct) and "activation_clips" in kinds:
-            chosen += [
-                (p, name.rpartition(".")[2] != "offset", None) for name, p in module.named_parameters()
-            ]
-        if isinstance(module, _NORMS) and "norms" in kinds:
-            chosen += [(module.weight, True, None), (module.bias, False, None)]
-        if isinstance(module, QuantizedLayer):
-            if "latent_weights" in kinds:
-                chosen.append((module.latent_weight(), True, module))
-            if "biases" in kinds:
-                chosen += [(module._parameters.get(name), False, None) for name in ("bias", "in_proj_bias")]
-            for kind, quantizer in (
-                ("activation_clips", module.input_quantizer),
-                ("weight_clips", module.weight_quantizer),
-            ):
-                if kind in kinds:  # levels and steps multiply; an offset shifts
-                    chosen += [(p, name != "offset", None) for name, p in quantizer.named_parameters()]
-        for parameter, scales, layer in chosen:
-            if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield _Member(parameter, scales, layer)
+        chosen = _float_candidates(module, kinds) if in_float else _candidates(module, kinds)
+        for member in chosen:
+            if member.parameter.requires_grad and id(member.parameter) not in seen:
+                seen.add(id(member.parameter))
+                yield member
+
+
+def _candidates(module: nn.Module, kinds: set[Kind]) -> Iterator[_Member]:
+    """Parameters of a module of a quantized network."""
+    if isinstance(module, QuantizedProduct) and "activation_clips" in kinds:
+        yield from _levels(module)
+    if isinstance(module, _NORMS) and "norms" in kinds:
+        yield from _present((module.weight, True), (module.bias, False))
+    if isinstance(module, QuantizedLayer):
+        if "latent_weights" in kinds:
+            yield _Member(module.latent_weight(), True, module.effective_weight)
+        if "biases" in kinds:
+            yield from _present(*((module._parameters.get(name), False) for name in ("bias", "in_proj_bias")))
+        if "activation_clips" in kinds:
+            yield from _levels(module.input_quantizer)
+        if "weight_clips" in kinds:
+            yield from _levels(module.weight_quantizer)
+
+
+def _float_candidates(module: nn.Module, kinds: set[Kind]) -> Iterator[_Member]:
+    """Parameters of a module of a network without quantizers: of norms, biases, and all others as weights."""
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        if isinstance(module, _NORMS):
+            kind: Kind = "norms"
+        else:
+            kind = "biases" if name.endswith("bias") else "latent_weights"
+        if kind in kinds:
+            weight = parameter.detach if kind == "latent_weights" else None
+            yield _Member(parameter, not name.endswith("bias"), weight)
+
+
+def _present(*parameters: tuple[nn.Parameter | None, bool]) -> Iterator[_Member]:
+    """Those that are not None; with each, whether it multiplies."""
+    for parameter, multiplies in parameters:
+        if parameter is not None:
+            yield _Member(parameter, multiplies)
+
+
+def _levels(quantizer: nn.Module) -> Iterator[_Member]:
+    """What a quantizer learns: levels and steps multiply; an offset shifts."""
+    for name, parameter in quantizer.named_parameters():
+        yield _Member(parameter, name.rpartition(".")[2] != "offset")
+
+
+def default_rho(model: nn.Module, side: int) -> float:
+    """The paper's radius for the mean bit-width of the free layers' weights and images of ``side`` pixels."""
+    widths = [layer.bits.weight or 8 for layer in quantized_layers(model).values()]
+    free = [bits for bits in widths if bits < 8] or [8]
+    nearest = min(4, max(2, round(sum(free) / len(free))))
+    return (SMALL_IMAGE_RHO if side <= SMALL_IMAGES else LARGE_IMAGE_RHO)[nearest]

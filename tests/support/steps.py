@@ -1,6 +1,5 @@
 """Minimizer steps on tiny networks: batches, chunks, and snapshots."""
 
-import inspect
 import weakref
 from typing import Any
 
@@ -13,6 +12,7 @@ from saqcli import distributed
 from saqcli.training.minimizers import MINIMIZERS, Chunk, MicroBatch, Minimizer
 from saqcli.training.minimizers.base import Loss
 from saqcli.training.objective import Piece
+from saqcli.training.options import accepted
 from saqcli.training.step import Recovery
 from tests.support.networks import NETWORKS, images, quantize
 
@@ -52,13 +52,16 @@ def still(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.0)
 
 
+def taken(method: str, **options: Any) -> dict[str, Any]:
+    """Those of the options that the method takes."""
+    return {name: value for name, value in options.items() if name in accepted(MINIMIZERS[method])[0]}
+
+
 def make(
     method: str, model: nn.Module, base: torch.optim.Optimizer, rho: float = RHO, **options: Any
 ) -> Minimizer:
     """Any minimizer of the table, with a radius where it has one."""
-    if "rho" in inspect.signature(MINIMIZERS[method]).parameters:
-        options["rho"] = rho
-    return MINIMIZERS[method](model, base, **options)
+    return MINIMIZERS[method](model, base, **taken(method, rho=rho), **options)
 
 
 def snapshot(model: nn.Module, base: torch.optim.Optimizer | None = None) -> list[tuple[str, Tensor]]:

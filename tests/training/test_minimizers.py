@@ -1,7 +1,7 @@
-"""Minimizers: limiting cases, an independent reference, and side effects."""
+"""The contract of minimizers: limiting cases, an independent reference, and side effects."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from itertools import product
 from typing import Any
@@ -18,6 +18,7 @@ from saqcli.quant.convert import Scheme
 from saqcli.quant.layer import quantized_layers
 from saqcli.training.minimizers import MINIMIZERS, Chunk, Minimizer
 from saqcli.training.minimizers.qat import QAT
+from saqcli.training.minimizers.reference import Problem, Shifts
 from saqcli.training.minimizers.sharpness_aware import SAQ
 from saqcli.training.perturbation import PERTURBED, Kind, PerturbedSet, RadiusUnit
 from tests.support.networks import NETWORKS, TwoHeads, images, quantize, seeded
@@ -33,6 +34,7 @@ from tests.support.steps import (
     sgd,
     snapshot,
     still,
+    taken,
     trainable,
 )
 from tests.support.sweeps import sweep
@@ -61,75 +63,48 @@ def twin_quantize(x: Tensor, level: Tensor, bits: int, kind: str) -> Tensor:
     return level * (u + (torch.round(u * n) / n - u).detach())
 
 
-def twin_loss(p: dict[str, Tensor], e: dict[str, Tensor], data: Batch, kinds: dict[str, Any]) -> Tensor:
-    """Loss at ``p + e``; ``Qw`` and ``Qv``, the quantized weights, are perturbed after quantization."""
+def twin_loss(p: dict[str, Tensor], e: Shifts, data: Batch, kinds: dict[str, Any]) -> Tensor:
+    """Loss at ``p + e``; ``Q(w)`` and ``Q(v)``, the quantized weights, are perturbed after quantization."""
     p = {name: value + e[name] if name in e else value for name, value in p.items()}
     x = twin_quantize(data[0], p["conv_a"], 4, "integer")
-    x = F.conv2d(x, twin_quantize(p["w"], p["w_a"], *kinds["w"]) + e["Qw"], p["b"])
+    x = F.conv2d(x, twin_quantize(p["w"], p["w_a"], *kinds["w"]) + e.get("Q(w)", 0), p["b"])
     mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
-    kinds["seen"] = (mean.detach(), (variance * x.numel() / 3 / (x.numel() / 3 - 1)).detach())
+    kinds["seen"].append((mean.detach(), (variance * x.numel() / 3 / (x.numel() / 3 - 1)).detach()))
     shape = (1, -1, 1, 1)
     x = (x - mean.view(shape)) / (variance.view(shape) + 1e-5).sqrt() * p["g"].view(shape) + p["s"].view(
         shape
     )
     x = twin_quantize(torch.relu(x).flatten(1), p["linear_a"], 3, "unsigned")
-    logits = x @ (twin_quantize(p["v"], p["v_a"], *kinds["v"]) + e["Qv"]).T + p["c"]
+    logits = x @ (twin_quantize(p["v"], p["v_a"], *kinds["v"]) + e.get("Q(v)", 0)).T + p["c"]
     return -torch.log_softmax(logits, 1)[torch.arange(len(x)), data[1]].mean()
 
 
+TWIN_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("w", "v"), "latent_weights"),
+    **dict.fromkeys(("b", "c"), "biases"),
+    **dict.fromkeys(("g", "s"), "norms"),
+    **dict.fromkeys(("conv_a", "linear_a"), "activation_clips"),
+    **dict.fromkeys(("w_a", "v_a"), "weight_clips"),
+}  # type: ignore[dict-item]
+
+
+def twin_problem(p: dict[str, Tensor], data: Batch, kinds: dict[str, Any]) -> Problem:
+    quantized = {name: twin_quantize(p[name], p[f"{name}_a"], *kinds[name]).detach() for name in "wv"}
+    scales = frozenset(p) - {"b", "c", "s"}
+    return Problem(p, TWIN_KINDS, scales, quantized, lambda shifts: twin_loss(p, shifts, data, kinds))
+
+
 def twin_step(
-    p: dict[str, Tensor],
-    buffers: dict[str, Tensor],
-    data: Batch,
-    unit: RadiusUnit,
-    kinds: dict[str, Any],
-    method: str = "saq",
-) -> Tensor:
-    """One in-place update."""
-    small = ["b", "g", "s", "c", "conv_a", "linear_a"]
-    moved = [*small, "w", "v", "w_a", "v_a"] if method == "sam" else small
-    zero = {name: torch.zeros_like(p[name]) for name in moved}
-    zero |= {"Qw": torch.zeros_like(p["w"]), "Qv": torch.zeros_like(p["v"])}
-    for value in zero.values():
-        value.requires_grad_(True)
-    first = twin_loss(p, zero, data, kinds)
-    g = dict(zip(zero, torch.autograd.grad(first, list(zero.values()), retain_graph=True), strict=True))
-    if method == "case1":
-        g["Qw"], g["Qv"] = torch.autograd.grad(first, [p["w"], p["v"]])
-    if method == "sam":
-        del g["Qw"], g["Qv"]
-    for name, value in zip(("mean", "var"), kinds["seen"], strict=True):
+    p: dict[str, Tensor], buffers: dict[str, Tensor], kinds: dict[str, Any], gradients: Mapping[str, Tensor]
+) -> None:
+    """One in-place update by SGD; statistics are those of the first pass."""
+    for name, value in zip(("mean", "var"), kinds["seen"][0], strict=True):
         buffers[name] = 0.9 * buffers[name] + 0.1 * value
-    scale = twin_scales(p, unit, kinds, adaptive=method == "asaq")
-    norm = sum((scale.get(name, 1.0) * g[name]).square().sum() for name in g) ** 0.5
-    e = {name: torch.zeros_like(value) for name, value in zero.items()}
-    e |= {name: RHO * scale.get(name, 1.0) ** 2 * g[name] / norm for name in g}
-    gradients = torch.autograd.grad(twin_loss(p, e, data, kinds), list(p.values()))
-    for (name, value), gradient in zip(p.items(), gradients, strict=True):
-        gradient = gradient + 0.01 * value.detach()
+    for name, value in p.items():
+        gradient = gradients[name] + 0.01 * value.detach()
         velocity = 0.9 * buffers[name] + gradient if name in buffers else gradient
         buffers[name] = velocity
         p[name] = (value.detach() - 0.05 * (gradient + 0.9 * velocity)).requires_grad_(True)
-    return first.detach()
-
-
-def twin_scales(
-    p: dict[str, Tensor], unit: RadiusUnit, kinds: dict[str, Any], *, adaptive: bool
-) -> dict[str, Any]:
-    """T of every tensor where it is not 1."""
-    scale: dict[str, Any] = {}
-    for name in ("w", "v"):
-        weight = p[name].detach()
-        deviation = 1.0
-        if unit == "deviation":
-            deviation = float(((weight - weight.mean()).square().sum() / (weight.numel() - 1)).sqrt())
-        scale[name] = scale[f"Q{name}"] = deviation
-        if adaptive:
-            quantized = twin_quantize(weight, p[f"{name}_a"].detach(), *kinds[name])
-            scale[f"Q{name}"] = quantized.abs() + 0.01 * deviation
-    if adaptive:
-        scale |= {name: p[name].detach().abs() + 0.01 for name in ("g", "conv_a", "linear_a")}
-    return scale
 
 
 def twin_model(grid: str) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
@@ -169,8 +144,8 @@ def twin_model(grid: str) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]
 
 @pytest.mark.parametrize("grid", ["auto", "paper", "zero"])
 @pytest.mark.parametrize("unit", ["deviation", "absolute"])
-@pytest.mark.parametrize("method", [name for name in MINIMIZERS if name != "qat"])
-def test_every_method_matches_its_formulas(method: str, unit: RadiusUnit, grid: str) -> None:
+@pytest.mark.parametrize("method", MINIMIZERS)
+def test_every_method_matches_its_reference(method: str, unit: RadiusUnit, grid: str) -> None:
     model, members, kinds = twin_model(grid)
     p = {name: value.detach().clone() for name, value in members.items()}
     for name in ("w_a", "v_a", "conv_a", "linear_a"):
@@ -179,12 +154,15 @@ def test_every_method_matches_its_formulas(method: str, unit: RadiusUnit, grid: 
         value.requires_grad_(True)
     buffers = {"mean": torch.zeros(3).double(), "var": torch.ones(3).double()}
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01)
-    minimizer = MINIMIZERS[method](model, base, rho=RHO, rho_unit=unit)
+    options = taken(method, rho=RHO, rho_unit=unit)
+    minimizer, state = MINIMIZERS[method](model, base, **options), dict[str, Any]()
 
     for step in range(5):
         x, labels = batch(16, seed=step)
         data = (x.double(), labels)
-        expected = twin_step(p, buffers, data, unit, kinds, method)
+        kinds["seen"] = []
+        expected, gradients = minimizer.reference(twin_problem(p, data, kinds), state, **options)
+        twin_step(p, buffers, kinds, gradients)
         loss = minimizer.step(one_chunk(loss_of(model, data)))
         assert abs(loss - expected) < 1e-10
 
@@ -201,7 +179,7 @@ def test_every_method_matches_its_formulas(method: str, unit: RadiusUnit, grid: 
 @pytest.mark.parametrize(
     ("method", "network"),
     sweep(
-        product((name for name in MINIMIZERS if name != "qat"), NETWORKS),
+        product((name for name in MINIMIZERS if taken(name, rho=0.0)), NETWORKS),
         lambda method, network: network == (network if method == "saq" else "conv_bn"),
     ),
 )
@@ -553,9 +531,14 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
+def strategies(method: str) -> list[str]:
+    """Those whose options the method takes."""
+    return [name for name, options in STRATEGIES.items() if taken(method, **options) == options]
+
+
 @pytest.mark.parametrize(
     ("method", "strategy"),
-    [("qat", "full"), *((method, name) for method in MINIMIZERS if method != "qat" for name in STRATEGIES)],
+    [(method, name) for method in MINIMIZERS for name in strategies(method)],
 )
 def test_saved_state_resumes_bit_identically(method: str, strategy: str) -> None:
     """Saved after three steps, within an interval."""

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from saqcli.config import TrainingSection
+from saqcli.quant.convert import wrap
 from saqcli.training.minimizers.sharpness_aware import SharpnessAware
 from saqcli.training.optimizer import make_minimizer, make_optimizer
 
@@ -25,7 +26,8 @@ def test_gradients_are_clipped(optimizer: str) -> None:
 @pytest.mark.parametrize("options", [{"rho": 0.6}, {"minimizer": {"rho": 0.6}}])
 def test_radius_is_the_configured_one(options: dict[str, float]) -> None:
     training = TrainingSection(ascent_fraction=0.25, **options)  # type: ignore[arg-type]
-    model = nn.Linear(1, 1)
+    model = nn.Sequential(nn.Linear(1, 1))
+    wrap(model)
     minimizer = make_minimizer(model, make_optimizer(model, training), training, side=32)
 
     assert isinstance(minimizer, SharpnessAware)

@@ -19,6 +19,7 @@ from saqcli.training.minimizers.sharpness_aware import SAQ
 from saqcli.training.objective import Objective
 from saqcli.training.step import Recovery, Stepper
 from tests.support.networks import CLASSES, NETWORKS, images, quantize, seeded
+from tests.support.steps import taken
 
 CPU = torch.device("cpu")
 
@@ -153,7 +154,7 @@ def test_empty_evaluation_is_refused(data: list[tuple[Tensor, Tensor]]) -> None:
 def test_epoch_metrics_are_unperturbed(method: str) -> None:
     model = quantize(NETWORKS["token_mlp"]).model
     still = torch.optim.SGD(model.parameters(), lr=0.0)
-    minimizer = QAT(model, still) if method == "qat" else MINIMIZERS[method](model, still, rho=0.5)
+    minimizer = MINIMIZERS[method](model, still, **taken(method, rho=0.5))
     task = Watch()
     score = one_epoch(model, minimizer, batches(3), task=task)
     expected = evaluate(model.eval(), batches(3), Watch(), device=CPU)
@@ -255,7 +256,7 @@ def test_interrupted_epoch_resumes_bit_identically(method: str, stopped_at: int)
     def start() -> tuple[nn.Module, torch.optim.Optimizer, object]:
         model = quantize(network).model
         base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        return model, base, QAT(model, base) if method == "qat" else MINIMIZERS[method](model, base, rho=0.1)
+        return model, base, MINIMIZERS[method](model, base, **taken(method, rho=0.1))
 
     model, base, minimizer = start()
     torch.manual_seed(5)

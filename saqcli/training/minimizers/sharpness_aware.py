@@ -18,26 +18,35 @@ the first one included; the steps in between are plain, or reuse the last ascent
 Source of the three cases: Liu et al. (SAQ), arXiv:2111.12273, Eq. 9-11 and a later version.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from saqcli import distributed
 from saqcli.errors import ConfigError
-from saqcli.quant.layer import frozen_batch_stats
-from saqcli.training.minimizers.base import Chunk, Passes, accumulate, agree, gradients_of
+from saqcli.models.preprocessing import SMALL_IMAGES
+from saqcli.quant.layer import frozen_batch_stats, quantized_layers
+from saqcli.training.minimizers import reference
+from saqcli.training.minimizers.base import (
+    Ascent,
+    Chunk,
+    Minimizer,
+    Passes,
+    gradients_of,
+    inner,
+    orthogonal_part,
+)
 from saqcli.training.options import check_choice, check_count, check_number
 from saqcli.training.perturbation import (
     PERTURBED,
     Adaptive,
-    Gradients,
     Kind,
+    Perturbation,
     PerturbedSet,
     RadiusUnit,
-    add_up,
+    default_rho,
 )
 
 ROUNDING = 1e-5  # relative to g_s; a smaller g_v is rounding error between equal gradients
@@ -67,13 +76,10 @@ class LookAhead:
 
     @torch.no_grad()
     def remember(self, plain: Sequence[Tensor]) -> None:
-        """Store g_v: ``plain`` is g of this rank, one tensor per parameter; ``grad`` holds g_s of all ranks."""
-        plain = [gradient.clone() for gradient in plain]
-        distributed.average(plain)
+        """Store g_v: ``plain`` is g, one tensor per parameter; ``grad`` holds g_s, both the means over all ranks."""
         ascended = [_gradient(p) for p in self.parameters]
-        ratio = _dot(plain, ascended) / _dot(plain, plain).clamp_min(torch.finfo(torch.float32).tiny)
-        orthogonal = [g_s - ratio * g for g_s, g in zip(ascended, plain, strict=True)]
-        norm, whole = _dot(orthogonal, orthogonal).sqrt(), _dot(ascended, ascended).sqrt()
+        orthogonal = orthogonal_part(ascended, plain)
+        norm, whole = inner(orthogonal, orthogonal).sqrt(), inner(ascended, ascended).sqrt()
         scale = torch.where(norm > ROUNDING * whole, 1 / norm, torch.zeros_like(norm))
         self._direction = [g * scale for g in orthogonal]
 
@@ -83,7 +89,7 @@ class LookAhead:
         if self._direction is None:
             return
         plain = [_gradient(p) for p in self.parameters]
-        length = self.reuse * _dot(plain, plain).sqrt()
+        length = self.reuse * inner(plain, plain).sqrt()
         for parameter, direction in zip(self.parameters, self._direction, strict=True):
             if parameter.grad is not None:
                 parameter.grad.add_(direction * length)
@@ -104,18 +110,28 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    """Inner product over all tensors."""
-    return torch.stack([(a * b).sum() for a, b in zip(one, other, strict=True)]).sum()
-
-
-class SharpnessAware:
+class SharpnessAware(Minimizer):
     """Descends on the loss at a perturbed point.
 
+    What the perturbation is computed on:
+
+    ranks               each rank's own images; gradients of pass 2 are averaged (m-sharpness)
+    micro-batches       all of a chunk share one; ``step([closure, ...])`` is one chunk
+    chunks              each has its own; ``step([[closure], ...])``
+    autocast            gradients in float32, of a forward pass in lower precision; quantizers compute in float32
+    GradScaler          gradients divided by the scale
+    gradient clipping   acts on the gradients of pass 2; the ascent is not clipped
+    weight decay        belongs to the base optimizer: the perturbation does not see it
+    batch norms         batch statistics in both passes; running statistics are those of pass 1
+    dropout             each pass draws its own mask, as in other implementations of SAM
+    frozen parameters   not perturbed
+    tied weights        one tensor with one perturbation, from the sum of the gradients of all uses
+
     Args:
-        model: wrapped, quantizers installed.
+        model: wrapped, quantizers installed; SAM takes a float model too.
         base: the optimizer that updates the weights.
-        rho: perturbation radius.
+        rho: perturbation radius; None for the paper's radius for the mean bit-width of the weights, on images larger
+            than 64 pixels (0.15 for 2 and 3 bits, 0.3 from 4 bits on).
         rho_unit: ``deviation`` (of each layer's weights) or ``absolute``.
         perturb: kinds of tensors that ascend; None for those of the method.
         bn_second_pass: ``update`` lets pass 2 update the running statistics of batch norms.
@@ -123,7 +139,8 @@ class SharpnessAware:
         reuse: share of the last ascent added in the steps between, see ``LookAhead``; 0 for none.
 
     Raises:
-        ConfigError: a value is not among the choices, or an interval is below 1.
+        ConfigError: a value is not among the choices, an interval is below 1, or the method perturbs quantized weights
+            and the model has none.
     """
 
     perturbed_kinds: ClassVar[tuple[Kind, ...]] = PERTURBED
@@ -135,19 +152,19 @@ class SharpnessAware:
         model: nn.Module,
         base: torch.optim.Optimizer,
         *,
-        rho: float,
+        rho: float | None = None,
         rho_unit: RadiusUnit = "deviation",
         perturb: Sequence[Kind] | None = None,
         bn_second_pass: Literal["freeze", "update"] = "freeze",
         interval: int = 1,
         reuse: float = 0.0,
     ) -> None:
-        check_number("rho", rho, least=0)
+        super().__init__(model, base)
+        if rho is not None:
+            check_number("rho", rho, least=0)
         check_number("reuse", reuse, least=0)
         check_count("interval", interval)
-        self.model = model
-        self.base = base
-        self.rho = rho
+        self.rho = default_rho(model, SMALL_IMAGES + 1) if rho is None else rho
         self.rho_unit: RadiusUnit = rho_unit
         check_choice("bn_second_pass", bn_second_pass, ("freeze", "update"))
         check_choice("rho_unit", rho_unit, get_args(RadiusUnit))
@@ -156,54 +173,43 @@ class SharpnessAware:
         if isinstance(perturb, str):
             raise ConfigError(f"perturb {perturb!r} is one word: give a list, such as [{perturb!r}]")
         self.freeze = bn_second_pass == "freeze"
-        self.set = PerturbedSet(model, self.perturbed_kinds if perturb is None else perturb)
+        kinds = self.perturbed_kinds if perturb is None else perturb
+        if "weights" in kinds and not quantized_layers(model):
+            raise ConfigError(
+                f"{type(self).__name__} perturbs quantized weights and the model has none: quantize it first, or use "
+                "SAM, which perturbs float weights"
+            )
+        self.set = PerturbedSet(model, kinds, frozen=False)
         self.interval = interval
         self.done = 0  # steps so far
-        trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad]
-        self.look_ahead = LookAhead(trained, reuse) if reuse and interval > 1 else None
+        self.look_ahead = LookAhead(self.trained, reuse) if reuse and interval > 1 else None
 
-    def step(self, chunks: Sequence[Chunk]) -> Tensor:
-        """One update; every chunk is perturbed by its own gradient."""
-        return self.update(self.gradients(chunks))
-
-    def gradients(self, chunks: Sequence[Chunk]) -> Passes:
-        """Both passes over every chunk, or the plain one between two ascents; gradients are left in the parameters.
-
-        After an ascent these are the gradients at the perturbed points; those at the weights are returned where the
-        look-ahead needs them.
-        """
-        self.base.zero_grad()
+    def ascend(self, chunk: Chunk) -> Ascent | None:
+        """The chunk is perturbed by its own gradient; None between two ascents."""
         if self.done % self.interval:
-            return Passes(torch.stack([accumulate(chunk) for chunk in chunks]).sum(), [], [])
-        losses, norms = [], []
-        also = self.look_ahead.parameters if self.look_ahead else []
-        plain: Gradients = []
-        for chunk in chunks:
-            share = sum(micro_batch.share for micro_batch in chunk)
-            loss, gradients = gradients_of(
-                chunk, self.set, ascent=True, through_rounding=self.through_rounding, also=also
-            )
-            members = len(gradients) - len(also)
-            plain = add_up(plain, gradients[members:], share)
-            perturbation = self.set.ascent(gradients[:members], self.rho, self.rho_unit, self.adaptive)
-            stats = frozen_batch_stats(self.model) if self.freeze else nullcontext()
-            with self.set.applied(perturbation), stats:
-                perturbed_loss = accumulate(chunk)
-            losses.append(loss * share)
-            norms += [perturbation.norm, perturbed_loss]
-        known = [torch.zeros_like(p) if g is None else g for p, g in zip(also, plain, strict=True)]
-        return Passes(torch.stack(losses).sum(), norms, known, ascended=True)
+            return None
+        also = self.trained if self.look_ahead or self.wants_plain else []
+        loss, gradients = gradients_of(
+            chunk, self.set, ascent=True, through_rounding=self.through_rounding, also=also, scale=self.scale
+        )
+        members = len(gradients) - len(also)
+        perturbation = self.set.ascent(gradients[:members], self.rho, self.rho_unit, self.adaptive)
+        return Ascent(loss, self._at(perturbation), [perturbation.norm], gradients[members:])
 
-    def update(self, passes: Passes) -> Tensor:
-        """The base optimizer's step; between two ascents with what the last one added, if that is reused."""
-        passes = agree(self.model, self.base, passes)
+    @contextmanager
+    def _at(self, perturbation: Perturbation) -> Iterator[None]:
+        """The model at the perturbed point."""
+        stats = frozen_batch_stats(self.model) if self.freeze else nullcontext()
+        with self.set.applied(perturbation), stats:
+            yield
+
+    def descend(self, passes: Passes) -> None:
+        """Between two ascents, adds what the last one added, if that is reused."""
         if self.look_ahead and passes.ascended:
             self.look_ahead.remember(passes.plain)
         elif self.look_ahead:
             self.look_ahead.add()
-        self.base.step()
         self.done += 1
-        return passes.loss
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the interval, and the direction that is reused."""
@@ -224,6 +230,9 @@ class SAQ(SharpnessAware):
     for SAM; the released code updates them in both passes (``bn_second_pass="update"``).
     """
 
+    description = "perturbs quantized weights"
+    reference = staticmethod(reference.saq)
+
 
 class ASAQ(SharpnessAware):
     """SAQ with a radius relative to the magnitude of each weight.
@@ -242,12 +251,15 @@ class ASAQ(SharpnessAware):
         options: further arguments of ``SharpnessAware``.
     """
 
+    description = "perturbs quantized weights relative to their magnitudes"
+    reference = staticmethod(reference.asaq)
+
     def __init__(
         self,
         model: nn.Module,
         base: torch.optim.Optimizer,
         *,
-        rho: float,
+        rho: float | None = None,
         eta: float = 0.01,
         numerator: Literal["t2", "p2"] = "t2",
         **options: Any,
@@ -263,9 +275,12 @@ class SAM(SharpnessAware):
 
     Rounding removes nearly all of the perturbation: a weight changes only if it crosses the edge between two codes, and
     then by a whole step (*perturbation diminishment*). All parameters ascend, clipping levels of weights included. The
-    baseline of SAQ. Source: Foret et al., arXiv:2010.01412; Liu et al., arXiv:2111.12273, Eq. 9.
+    baseline of SAQ. On a float model it is SAM: all trained weights, biases and norms ascend. Source: Foret et al.,
+    arXiv:2010.01412; Liu et al., arXiv:2111.12273, Eq. 9.
     """
 
+    description = "perturbs float weights before quantization"
+    reference = staticmethod(reference.sam)
     perturbed_kinds = ("latent_weights", "biases", "norms", "activation_clips", "weight_clips")
 
 
@@ -276,4 +291,6 @@ class Case1(SharpnessAware):
     (*perturbation mismatch*). Without clipping it equals SAQ bit for bit. For comparison only.
     """
 
+    description = "perturbs quantized weights along the gradients of float weights; for comparison"
+    reference = staticmethod(reference.case1)
     through_rounding = True

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import nn
 from saqcli import distributed
 from saqcli.config import RunConfig
 from saqcli.data.splits import Images
+from saqcli.errors import SaqError
 from saqcli.pipelines.bits import budget_of, make_searcher, space_of
 from saqcli.pipelines.calibration import CalibrationCorrection, calibrate, scheme_of
 from saqcli.pipelines.profile import layer_rows
@@ -113,6 +114,23 @@ class FoundBits:
         }
 
 
+def _check_choice(searcher: str, choice: Sequence[int], problem: SearchProblem) -> None:
+    """Check what a searcher returned: the budget is never exceeded.
+
+    Raises:
+        SaqError: the choice is not one of the space, or exceeds the budget.
+    """
+    space = problem.space
+    options = [len(decision.options) for decision in space.decisions]
+    if len(choice) != len(options) or not all(0 <= c < n for c, n in zip(choice, options, strict=True)):
+        raise SaqError(f"searcher {searcher} returned no configuration of {space.model}: choose another")
+    if not problem.budget.admits(space.cost(choice)):
+        raise SaqError(
+            f"searcher {searcher} returned a configuration that costs {problem.budget.shares(space.cost(choice))}: "
+            "choose another"
+        )
+
+
 def request_search(
     config: RunConfig, network: Network, images: Images | None, progress: Progress
 ) -> SearchRequest:
@@ -204,6 +222,7 @@ def find_bits(config: RunConfig, bound: BoundSearch, memory: Memory) -> FoundBit
     result = searcher.search(problem)
     choice = distributed.from_first(lambda: result.choice)  # the ranks may have different processors
     seconds = time.perf_counter() - start
+    _check_choice(config.quantization.searcher, choice, problem)
     found = FoundBits(config.quantization.searcher, seconds, replace(result, choice=choice), bound)
     problem.progress.note(f"searcher {found.searcher}: {problem.budget.shares(found.cost)}, {seconds:.0f} s")
     return found

@@ -171,6 +171,22 @@ class SearchSpace:
         """Cost of the most expensive configuration."""
         return self.costs.cost(self.config([len(decision.options) - 1 for decision in self.decisions]))
 
+    def cheaper(self, choice: Sequence[int], budget: Budget) -> list[list[int]]:
+        """Every choice that differs in one decision, costs less of an exceeded bound, and no more of any bound.
+
+        Empty if the choice is within the budget, or if nothing is cheaper.
+        """
+        cost = self.cost(choice)
+        exceeded = [index for index, bound in budget.bounds() if cost[index] > bound]
+        found = []
+        for number, decision in enumerate(self.decisions):
+            now = decision.costs[choice[number]]
+            for option, then in enumerate(decision.costs):
+                no_more = all(then[index] <= now[index] for index, _ in budget.bounds())
+                if no_more and any(then[index] < now[index] for index in exceeded):
+                    found.append([*choice[:number], option, *choice[number + 1 :]])
+        return found
+
     def nearest(self, bits: LayerBits) -> list[int]:
         """The choice whose options are nearest to ``bits``."""
 

@@ -7,7 +7,9 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from saqcli.analysis import INSTRUMENTS
 from saqcli.cli import app, options
+from saqcli.cli.analyze import OURS
 from saqcli.cli.options import SETTINGS, Given, adapted, flag_of, listed, with_settings
 from saqcli.config import DataSection, RunConfig, recipes
 from saqcli.errors import SaqError
@@ -55,7 +57,7 @@ ACCEPTED = {
     "--no-quantize-attention --num-classes --policy --pretrained --quantize-attention --weights --weights-key",
     "analyze": f"{IMAGES} {NETWORK} {GENERAL} --against --all --bits --candidates --device --distributions "
     "--eigenvalue --flips --grid --hessian --images --iterations --landscape --out --overwrite --policy --resume --rho "
-    "--rho-unit --samples --seed --sensitivity --sharpness --span --split --starts --trace",
+    "--rho-unit --samples --seed --sensitivity --set --sharpness --span --split --starts --trace",
     "models": "--json --verbose",
     "demo": f"{GENERAL} --bops --budget --epochs --run-dir --seed",
 }
@@ -73,6 +75,13 @@ def test_commands_accept_these_options(name: str) -> None:
 @pytest.mark.parametrize("path", TABLES)
 def test_choices_are_those_of_the_tables(path: str) -> None:
     assert sorted(SETTINGS[path].choices) == sorted(TABLES[path])
+
+
+def test_instruments_have_the_help_of_their_table() -> None:
+    described = {name: instrument.description for name, instrument in INSTRUMENTS.items()}
+    helped = {each.opts[0][2:]: each.help for each in COMMANDS["analyze"].params}
+
+    assert described == OURS == {name: helped[name] for name in described}
 
 
 def test_settings_know_their_flags() -> None:

@@ -50,7 +50,7 @@ class Instrument(NamedTuple):
         resumable: whether it passes unfinished readings to the session and can resume from them.
         description: one line for the help.
         schema: type of its settings: ``Settings``, or a class derived from it with settings of its own, all of which
-            have defaults; ``saq analyze --set NAME.KEY=VALUE`` sets them.
+            have defaults; on the command line ``NAME.KEY=VALUE`` sets them.
         paint: draws the readings of one model or of two, each with the model's name, measured on images such as "500
             training images"; returns figures by name, which is that of the instrument or starts with it and ``_``.
             None for no picture (those of our instruments are in ``saqcli.report.readings``).
@@ -107,7 +107,7 @@ _OURS = {
         measure_sharpness,
         SharpnessReading,
         ("rho", "rho_unit"),
-        description="Rise of the loss within radius --rho",
+        description="Rise of the loss within radius `training.rho`",
     ),
     "eigenvalue": Instrument(
         measure_eigenvalue,
@@ -139,7 +139,7 @@ _OURS = {
         SensitivityReading,
         ("seed", "candidates"),
         quick=False,
-        description="Loss and top-1 with one layer at a time at each of --candidates",
+        description="Loss and top-1 with one layer at a time at each of `quantization.candidates`",
     ),
     "landscape": Instrument(
         measure_landscape,

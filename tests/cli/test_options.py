@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from saqcli.analysis import INSTRUMENTS
 from saqcli.cli import app, options
 from saqcli.cli.analyze import OURS
+from saqcli.cli.flags import as_flags, command_of
 from saqcli.cli.options import SETTINGS, Given, adapted, flag_of, listed, with_settings
 from saqcli.config import DataSection, RunConfig, recipes
 from saqcli.errors import SaqError
@@ -78,7 +79,8 @@ def test_choices_are_those_of_the_tables(path: str) -> None:
 
 
 def test_instruments_have_the_help_of_their_table() -> None:
-    described = {name: instrument.description for name, instrument in INSTRUMENTS.items()}
+    analyze = command_of("analyze", COMMANDS["analyze"].params)
+    described = {name: as_flags(entry.description, analyze) for name, entry in INSTRUMENTS.items()}
     helped = {each.opts[0][2:]: each.help for each in COMMANDS["analyze"].params}
 
     assert described == OURS == {name: helped[name] for name in described}

@@ -14,7 +14,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from saqcli.errors import ConfigError, Problems
 from saqcli.option import (
@@ -253,6 +261,16 @@ class QuantizationSection(_Section):
             "BUDGET",
         ),
     ] = None
+    cost: Annotated[
+        str | None,
+        Option(
+            "Cost model whose unit `quantization.bops` counts: {choices}",
+            "NAME",
+            "bops",
+            choices=_names("bops"),
+            family="costs",
+        ),
+    ] = None
     policy: Annotated[
         str | None,
         Option("Bits of every layer: a policy.json, or a run that holds one", "FILE|RUN", file=True),
@@ -325,6 +343,12 @@ class QuantizationSection(_Section):
     recalibrate_bn: Annotated[
         bool, Option("Adapt batch-norm statistics to the quantized layers after calibration")
     ] = True
+
+    @model_serializer(mode="wrap", when_used="json")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """JSON has the cost model only if it is set."""
+        unused = {name for name in ("cost",) if getattr(self, name) is None}
+        return {key: value for key, value in handler(self).items() if key not in unused}
 
 
 class ProxySection(_Section):

@@ -52,8 +52,9 @@ class Instrument(NamedTuple):
         schema: type of its settings: ``Settings``, or a class derived from it with settings of its own, all of which
             have defaults; on the command line ``NAME.KEY=VALUE`` sets them.
         paint: draws the readings of one model or of two, each with the model's name, measured on images such as "500
-            training images"; returns figures by name, which is that of the instrument or starts with it and ``_``.
-            None for no picture (those of our instruments are in ``saqcli.report.readings``).
+            training images"; returns figures by name, which is that of the instrument or starts with it and ``_``. The
+            title says what is drawn, with the instrument's name, and on which images, unless it shows "Weights". None
+            for no picture (those of our instruments are in ``saqcli.report.readings``).
         table: figures by title for the terminal, from the reading as in JSON; None prints its plain numbers.
     """
 

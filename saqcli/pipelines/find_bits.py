@@ -98,15 +98,19 @@ class FoundBits:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in ``search.json``; accuracies in percent."""
         score = self.result.score(self.result.choice) if self.result.score else None
+        costs, other = self.bound.problem.space.costs, {}
+        if costs.unit != self.bound.network.costs.unit:
+            other = {"cost": self.cost.bops, "cost_unit": costs.unit, "budget_cost": self.budget.bops}
         return {
             "model": self.policy.model,
             "searcher": self.searcher,
             "policy": self.policy.model_dump()["layers"],
             "layers": layer_rows(self.bound.network, self.policy),
-            "bops": self.cost.bops,
+            "bops": costs.bops(self.policy),
             "size_bytes": self.cost.size,
-            "budget_bops": self.budget.bops,
+            "budget_bops": self.budget.bit_operations,
             "budget_bytes": self.budget.size,
+            **other,
             "seconds": round(self.seconds, 1),
             "scoring_top1": score.top1 if score else None,
             "scoring_loss": score.loss if score else None,

@@ -204,7 +204,7 @@ class SearchSpace:
         floor, ceiling = self.floor, self.ceiling
         notes = [
             f"{self.model}: {counted(len(self.decisions), 'decision')}, reachable {format_quantity(floor.bops)} to "
-            f"{format_quantity(ceiling.bops, 'BOPs')} and {format_quantity(floor.size)} to "
+            f"{format_quantity(ceiling.bops, self.costs.unit)} and {format_quantity(floor.size)} to "
             f"{format_quantity(ceiling.size, 'B')}; the budget is {budget}"
         ]
         if budget.admits(ceiling):
@@ -221,7 +221,7 @@ class SearchSpace:
         if budget.admits(floor):
             return
         for index, bound in budget.bounds():
-            unit = UNITS[index]
+            unit = (self.costs.unit, UNITS[1])[index]
             if floor[index] > bound:
                 fewest = min((o.weight or 8 for d in self.decisions for o in d.options), default=MIN_BITS)
                 raise InfeasibleBudget(
@@ -260,7 +260,7 @@ def search_space(
         if len(options) == 1:
             fixed |= {layer.name: options[0] for layer in members}
             continue
-        paid = [_sum(layer.cost(bits) for layer in members) for bits in options]
+        paid = [_sum(costs.layer_cost(layer, bits) for layer in members) for bits in options]
         order = sorted(range(len(options)), key=lambda i, paid=paid: paid[i])  # type: ignore[misc]
         decisions.append(
             Decision(tuple(members), tuple(options[i] for i in order), tuple(paid[i] for i in order))

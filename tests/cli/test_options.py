@@ -16,6 +16,7 @@ from saqcli.config import DataSection, RunConfig, recipes
 from saqcli.errors import SaqError
 from saqcli.export import STYLES
 from saqcli.pipelines import quantize
+from saqcli.quant.costs import COSTS
 from saqcli.quant.quantizers import QUANTIZERS
 from saqcli.search import SEARCHERS
 from saqcli.training.minimizers import MINIMIZERS
@@ -24,6 +25,7 @@ from tests.support.command_line import answer, last_error, saq
 COMMANDS: Any = get_command(app).commands  # type: ignore[attr-defined]
 TABLES = {
     "quantization.searcher": SEARCHERS,
+    "quantization.cost": COSTS,
     "quantization.quantizer": QUANTIZERS,
     "training.method": MINIMIZERS,
     "export.styles": STYLES,
@@ -40,9 +42,9 @@ NETWORK = (
     "--weights-key"
 )
 BITS = (
-    "--activation-candidates --bops --budget --candidates --correct-bias --granularity --new-head --no-correct-bias "
-    "--no-quantize-attention --no-recalibrate-bn --no-weight-norm --pin --quantize-attention --quantizer "
-    "--recalibrate-bn --searcher --size --weight-grid --weight-norm"
+    "--activation-candidates --bops --budget --candidates --correct-bias --cost --granularity --new-head "
+    "--no-correct-bias --no-quantize-attention --no-recalibrate-bn --no-weight-norm --pin --quantize-attention "
+    "--quantizer --recalibrate-bn --searcher --size --weight-grid --weight-norm"
 )
 ACCEPTED = {
     "quantize": f"{BITS} {IMAGES} {NETWORK} {RUN} --ascent-fraction --bits --clip-grad --cutmix --distill --efficient "

@@ -76,7 +76,11 @@ def paint_sparsity(readings: list[tuple[str, SparsityReading]], images: str = ""
     shares = [
         (name, {layer.name: 100 * layer.zeros for layer in reading.layers}) for name, reading in readings
     ]
-    return {"sparsity": bars_by_layer(shares, "weights that are zero, in % of the layer's", "Sparsity")}
+    return {
+        "sparsity": bars_by_layer(
+            shares, "weights that are zero, in % of the layer's", "Weights at zero: sparsity"
+        )
+    }
 
 
 def sparsity_table(reading: dict[str, Any]) -> dict[str, str]:

@@ -4,6 +4,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Collection
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.cli.help import FILES, INSTRUMENTS, MEASURING
 from saqcli.errors import ConfigError
 from saqcli.option import DATA
-from saqcli.plugins import outside_names
+from saqcli.plugins import entry_points_of, outside_names
 
 # Our instruments and their help, as in the table of instruments, which a test compares; importing that needs torch.
 OURS = {
@@ -34,6 +35,16 @@ def _flag(*names: str, help: str) -> typer.models.OptionInfo:
     return option
 
 
+def _described(point: EntryPoint) -> str:
+    """What the package of an instrument says of itself, which is known without importing it."""
+    if point.dist is None:
+        return "Instrument of another package"
+    about = point.dist.metadata
+    return f"Instrument of package {point.dist.name}" + (
+        f": {about['Summary']}" if "Summary" in about else ""
+    )
+
+
 def with_instruments(command: Callable[..., None]) -> Callable[..., None]:
     """Add a flag for every instrument to a command, which receives the names of the given ones as ``requested``.
 
@@ -50,9 +61,9 @@ def with_instruments(command: Callable[..., None]) -> Callable[..., None]:
     taken |= {
         name for setting in o.SETTINGS.values() for name in (setting.flag[2:], f"no-{setting.flag[2:]}")
     }
-    for name in outside_names("instruments"):
-        if re.fullmatch("[a-z][a-z0-9_-]*", name) and name.replace("_", "-") not in taken:
-            flags[name] = _flag(f"--{name.replace('_', '-')}", help="Instrument of another package")
+    for point in entry_points_of("instruments"):
+        if re.fullmatch("[a-z][a-z0-9_-]*", point.name) and point.name.replace("_", "-") not in taken:
+            flags.setdefault(point.name, _flag(f"--{point.name.replace('_', '-')}", help=_described(point)))
     parameters = {
         name: inspect.Parameter(
             f"measure_{name.replace('-', '_')}",

@@ -62,7 +62,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     install(folder, "saq-good", {"searchers": "twice = good_module:ENTRY\nother = good_module:ENTRY"})
     install(folder, "saq-second", {"searchers": "twice = second_module:ENTRY"})
     broken = dict.fromkeys(FAMILIES, "crash = no_such_module:ENTRY")
-    broken["searchers"] += "\nwrong = good_module:WORD\nsamq = good_module:ENTRY"
+    broken["searchers"] += "\nwrong = good_module:WORD\nsamq = good_module:ENTRY\na/b = good_module:ENTRY"
     install(folder, "saq-broken", broken)
     done = run_python(SCRIPT, folders=(folder,))
     assert done.returncode == 0, done.stderr
@@ -71,7 +71,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_help_lists_other_packages(found: Any) -> None:
     shown = " ".join(found["help"][1].split())
-    assert "random, error, uniform, crash, other, twice or wrong" in shown
+    assert "random, error, uniform, a/b, crash, other, twice or wrong" in shown
     assert "--crash" in found["analyze help"][1]
     assert found["help"][2] == ""
 
@@ -91,6 +91,8 @@ def test_broken_plugins_are_a_line_each(found: Any) -> None:
     lines = stderr.splitlines()
     assert code == 1
     assert lines[:-1] == [
+        "warning: searcher a/b of package saq-broken is disabled, since its name is not made of letters, digits, - "
+        "and _",
         "warning: searcher crash of package saq-broken is disabled, it cannot be loaded (ModuleNotFoundError: No "
         "module named 'no_such_module')",
         "warning: searcher samq of package saq-broken is disabled, since saq has one of that name",

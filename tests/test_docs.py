@@ -84,7 +84,7 @@ def entries_of(table: str) -> list[str]:
     """The keys of a table, read from its source, since importing the exporters takes seconds."""
     source = ast.parse(text_of(ROOT / "saqcli" / TABLES[table] / "__init__.py"))
     for node in source.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_OURS":
+        if isinstance(node, ast.Assign | ast.AnnAssign) and ast.unparse(node).startswith("_OURS"):
             assert isinstance(node.value, ast.Dict)
             return [ast.literal_eval(key) for key in node.value.keys if key is not None]
     raise AssertionError(f"{table} is not where it was")

@@ -265,6 +265,16 @@ class QuantizationSection(_Section):
             "BUDGET",
         ),
     ] = None
+    cost: Annotated[
+        str | None,
+        Option(
+            "Cost model whose unit `quantization.bops` counts: {choices}",
+            "NAME",
+            "bops",
+            choices=_names("bops"),
+            family="costs",
+        ),
+    ] = None
     policy: Annotated[
         str | None,
         Option("Bits of every layer: a policy.json, or a run that holds one", "FILE|RUN", file=True),
@@ -360,10 +370,9 @@ class QuantizationSection(_Section):
 
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """JSON has the quantizers of single operands only if they are set."""
-        unused = {
-            name for name in ("weight_quantizer", "activation_quantizer") if getattr(self, name) is None
-        }
+        """JSON has the cost model, and the quantizers of single operands, only if they are set."""
+        optional = ("cost", "weight_quantizer", "activation_quantizer")
+        unused = {name for name in optional if getattr(self, name) is None}
         return {key: value for key, value in handler(self).items() if key not in unused}
 
 

@@ -11,6 +11,7 @@ can be listed without importing anything. A plugin that cannot be imported, brea
 name of one of ours is left out of the table with one ``PluginWarning``; all others work.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import cache
@@ -120,6 +121,10 @@ class Plugins(MutableMapping[str, T]):
 
     def _add(self, point: EntryPoint) -> str | None:
         """Add the plugin of an entry point; the reason if it is broken."""
+        if not re.fullmatch(
+            "[A-Za-z0-9][A-Za-z0-9_-]*", point.name
+        ):  # it is part of flags, settings and file names
+            return "since its name is not made of letters, digits, - and _"
         if point.name in self._own:
             return "since saq has one of that name"
         if point.name in self._plugins:

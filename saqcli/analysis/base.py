@@ -63,7 +63,7 @@ class Reading(BaseModel):
 
 
 class Settings(BaseModel):
-    """Settings of all instruments; each uses some of them.
+    """Settings that instruments share; each uses some of them, and may add its own in a derived class.
 
     Attributes:
         seed: random seed of vectors and directions.

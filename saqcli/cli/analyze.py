@@ -1,19 +1,86 @@
 """``saq analyze``."""
 
+import functools
+import inspect
+import re
+from collections.abc import Callable, Collection
+from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from saqcli.cli import options as o
 from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.cli.help import FILES, INSTRUMENTS, MEASURING
+from saqcli.errors import ConfigError
 from saqcli.option import DATA
+from saqcli.plugins import entry_points_of, outside_names
+
+# Our instruments and their help, as in the table of instruments, which a test compares; importing that needs torch.
+OURS = {
+    "sharpness": "Rise of the loss within radius --rho",
+    "eigenvalue": "Largest eigenvalue of the Hessian",
+    "flips": "Share of the weights whose code changes in Case 2",
+    "distributions": "Weights and inputs compared with their grids",
+    "trace": "Trace of every layer's Hessian block",
+    "sensitivity": "Loss and top-1 with one layer at a time at each of --candidates",
+    "landscape": "Loss over a plane through the quantized weights",
+}
+ALIASES = {"eigenvalue": ("--hessian",)}
 
 
 def _flag(*names: str, help: str) -> typer.models.OptionInfo:
     option: typer.models.OptionInfo = typer.Option(*names, help=help, rich_help_panel=INSTRUMENTS)
     return option
+
+
+def _described(point: EntryPoint) -> str:
+    """What the package of an instrument says of itself, which is known without importing it."""
+    if point.dist is None:
+        return "Instrument of another package"
+    about = point.dist.metadata
+    return f"Instrument of package {point.dist.name}" + (
+        f": {about['Summary']}" if "Summary" in about else ""
+    )
+
+
+def with_instruments(command: Callable[..., None]) -> Callable[..., None]:
+    """Add a flag for every instrument to a command, which receives the names of the given ones as ``requested``.
+
+    Instruments of other packages are added by their names alone, without importing them. One with the name of another
+    option has no flag.
+    """
+    declared = [
+        each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for each in inspect.signature(command).parameters.values()
+        if each.name != "requested"
+    ]
+    flags = {name: _flag(f"--{name}", *ALIASES.get(name, ()), help=text) for name, text in OURS.items()}
+    taken = {*OURS, "all", "help", *(each.name.replace("_", "-") for each in declared)}
+    taken |= {
+        name for setting in o.SETTINGS.values() for name in (setting.flag[2:], f"no-{setting.flag[2:]}")
+    }
+    for point in entry_points_of("instruments"):
+        if re.fullmatch("[a-z][a-z0-9_-]*", point.name) and point.name.replace("_", "-") not in taken:
+            flags.setdefault(point.name, _flag(f"--{point.name.replace('_', '-')}", help=_described(point)))
+    parameters = {
+        name: inspect.Parameter(
+            f"measure_{name.replace('-', '_')}",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[bool, flag],
+        )
+        for name, flag in flags.items()
+    }
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        given = [name for name, parameter in parameters.items() if values.pop(parameter.name)]
+        command(requested=given, **values)
+
+    run.__signature__ = inspect.Signature([*parameters.values(), *declared])  # type: ignore[attr-defined]
+    return run
 
 
 @reporting
@@ -24,8 +91,10 @@ def _flag(*names: str, help: str) -> typer.models.OptionInfo:
     o.adapted("quantization.candidates", help="Bit-widths of the sensitivity", panel=MEASURING),
     o.adapted("run.seed", help="Random seed of images, directions and random vectors", panel=MEASURING),
 )
+@with_instruments
 def analyze_command(
     given: o.Given,
+    requested: Collection[str],
     target: Annotated[
         str,
         typer.Argument(
@@ -37,25 +106,13 @@ def analyze_command(
         str | None,
         typer.Option(metavar="TARGET", help="Second run directory or .safetensors file, to compare with"),
     ] = None,
-    sharpness: Annotated[bool, _flag("--sharpness", help="Rise of the loss within radius --rho")] = False,
-    eigenvalue: Annotated[
-        bool, _flag("--eigenvalue", "--hessian", help="Largest eigenvalue of the Hessian")
-    ] = False,
-    flips: Annotated[
-        bool, _flag("--flips", help="Share of the weights whose code changes in Case 2")
-    ] = False,
-    distributions: Annotated[
-        bool, _flag("--distributions", help="Weights and inputs compared with their grids")
-    ] = False,
-    trace: Annotated[bool, _flag("--trace", help="Trace of every layer's Hessian block")] = False,
-    sensitivity: Annotated[
-        bool, _flag("--sensitivity", help="Loss and top-1 with one layer at a time at each of --candidates")
-    ] = False,
-    landscape: Annotated[
-        bool, _flag("--landscape", help="Loss over a plane through the quantized weights")
-    ] = False,
     everything: Annotated[
-        bool, _flag("--all", help="All instruments; without any of these options the first four run")
+        bool,
+        _flag(
+            "--all",
+            help="All instruments; without any of these options the first four run"
+            + (", and quick ones of other packages" if outside_names("instruments") else ""),
+        ),
     ] = False,
     images: Annotated[
         int,
@@ -110,6 +167,15 @@ def analyze_command(
             rich_help_panel=MEASURING,
         ),
     ] = None,
+    assign: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME.KEY=VALUE",
+            help="A setting of an instrument of another package. May be repeated",
+            rich_help_panel=MEASURING,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -137,7 +203,6 @@ def analyze_command(
     """
     from saqcli.analysis import INSTRUMENTS as TABLE
     from saqcli.analysis import Settings
-    from saqcli.errors import ConfigError
     from saqcli.pipelines.analysis_inputs import ImageSelection
     from saqcli.pipelines.analyze import Request, analyze, check_request
     from saqcli.serialization import parse_object
@@ -147,18 +212,12 @@ def analyze_command(
     if split not in ("train", "val"):
         problems.add(ConfigError(f"--split {split} is not known: choose train or val"))
         split = "train"
-    requested = {
-        "sharpness": sharpness,
-        "eigenvalue": eigenvalue,
-        "flips": flips,
-        "distributions": distributions,
-        "trace": trace,
-        "sensitivity": sensitivity,
-        "landscape": landscape,
-    }
-    chosen = tuple(name for name in TABLE if everything or requested[name]) or tuple(
-        name for name, instrument in TABLE.items() if instrument.quick
+    chosen = (
+        tuple(TABLE)
+        if everything
+        else tuple(dict.fromkeys((*(n for n in TABLE if n in requested), *requested)))
     )
+    chosen = chosen or tuple(name for name, instrument in TABLE.items() if instrument.quick)
     rho, seed = given.get("training.rho"), given.get("run.seed", 0)
     wanted = {
         "seed": seed,
@@ -178,6 +237,7 @@ def analyze_command(
         instruments=chosen,
         out=out or default_out(target, bits, policy),
         settings=problems.attempt(parse_object, Settings, settings, "options") or Settings(),
+        options=problems.attempt(parse_options, assign or []) or {},
         rho=rho,
         against=against,
         section=given.model(target),
@@ -198,6 +258,22 @@ def analyze_command(
     from saqcli.cli.readings import show_analysis
 
     show_analysis(result)
+
+
+def parse_options(texts: list[str]) -> dict[str, dict[str, Any]]:
+    """``NAME.KEY=VALUE`` texts as values by name of the instrument and key.
+
+    Raises:
+        ConfigError: a text of another form.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        path, equals, value = text.partition("=")
+        name, dot, key = path.strip().partition(".")
+        if not equals or not dot or not name or not key:
+            raise ConfigError(f"`assignments={text}`: give NAME.KEY=VALUE with the name of an instrument")
+        found.setdefault(name, {})[key] = o.literal(value.strip())
+    return found
 
 
 def default_out(target: str, bits: str | None, policy: Path | None) -> Path:

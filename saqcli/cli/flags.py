@@ -155,8 +155,8 @@ def _flag(name: str, value: str | None, command: Command | None) -> str | None:
             return option.replace("--", "--no-", 1)
     elif option is not None:
         return f"{option} {(_listed(str(value)) if kind is tuple else value) or QUOTES}"
-    if command is not None and "--set" not in command.options:
-        return None
+    if command is not None and ("--set" not in command.options or command.verb == "analyze"):
+        return None  # --set of saq analyze is for instruments
     return f"--set {name}" if value is None else f"--set {_assigned(name, value, kind)}"
 
 

@@ -338,11 +338,12 @@ def parse_assignments(text: str, setting: str) -> dict[str, Any]:
             raise ConfigError(
                 f"`{setting}={text}`: give NAME=VALUE pairs separated by commas, such as pad_type=same"
             )
-        values[key.strip()] = _literal(value.strip())
+        values[key.strip()] = literal(value.strip())
     return values
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
+    """A number, a boolean, a list or, if it is none of these, the text itself."""
     try:
         return tomllib.loads(f"value = {text.lower() if text.lower() in ('true', 'false') else text}")[
             "value"

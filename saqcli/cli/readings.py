@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from saqcli.analysis import INSTRUMENTS
 from saqcli.cli.tables import print_table, print_text
 from saqcli.pipelines.analysis_inputs import images_of
 from saqcli.report.canvas import titles
@@ -53,8 +54,19 @@ def _rows(model: dict[str, Any], split: str) -> dict[str, str]:
         f"top-1 on {on}": format_figure(model["top1"], ".2f", " %"),
     }
     for name, reading in model["instruments"].items():
-        rows |= _FIGURES.get(name, _nothing)(reading)
+        rows |= _figures(name, reading)
     return rows
+
+
+def _figures(name: str, reading: dict[str, Any]) -> dict[str, str]:
+    """Figures of a reading by title; the plain numbers of an instrument that declares no table."""
+    if name in _FIGURES:
+        return _FIGURES[name](reading)
+    table = INSTRUMENTS[name].table
+    if table is not None:
+        return table(reading)
+    numbers = {key: value for key, value in reading.items() if type(value) in (int, float)}
+    return {f"{name}, {key.replace('_', ' ')}": format_figure(value) for key, value in numbers.items()}
 
 
 def _nothing(reading: dict[str, Any]) -> dict[str, str]:
@@ -119,6 +131,7 @@ _FIGURES: dict[str, Callable[[dict[str, Any]], dict[str, str]]] = {
     "trace": _trace,
     "flips": _flips,
     "distributions": _distributions,
+    "sensitivity": _nothing,
     "landscape": _landscape,
 }
 

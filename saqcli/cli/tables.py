@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -353,7 +354,11 @@ def show_searched(result: dict[str, Any]) -> None:
         _show_front(result["front"])
     console = Console()
     cost = Cost(result["bops"], result["size_bytes"])
-    shares = Budget(result["budget_bops"], result["budget_bytes"]).shares(cost)
+    budget = Budget(result["budget_bops"], result["budget_bytes"])
+    if "cost" in result:
+        budget = replace(budget, bops=result["budget_cost"], unit=result["cost_unit"])
+        cost = cost._replace(bops=result["cost"])
+    shares = budget.shares(cost)
     print_text(console, f"\nsearcher {result['searcher']}: {shares}, {result['seconds']:.0f} s")
     if result["scoring_top1"] is not None:
         print_text(

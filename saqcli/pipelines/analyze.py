@@ -14,7 +14,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +48,7 @@ from saqcli.serialization import (
 from saqcli.training.perturbation import default_rho
 
 AGAINST = "against"  # folder of the second model
+Options = Mapping[str, Mapping[str, Any]]  # settings of an instrument's own, by its name
 
 
 class SubjectMetadata(BaseModel):
@@ -125,9 +126,15 @@ def subject_metadata(opened: OpenedModel, selection: ImageSelection) -> SubjectM
 class AnalysisFolder:
     """The analysis files of one model."""
 
-    def __init__(self, path: Path, metadata: SubjectMetadata, settings: Settings) -> None:
+    def __init__(
+        self, path: Path, metadata: SubjectMetadata, settings: Settings, options: Options | None = None
+    ) -> None:
         self.path, self.metadata = path, metadata
-        self._settings = settings.model_dump(mode="json")
+        self._settings, self._options = settings, options or {}
+
+    def settings_of(self, name: str) -> Settings:
+        """The settings of an instrument: the shared ones and its own."""
+        return INSTRUMENTS[name].settings_with(self._settings, self._options.get(name, {}), name)
 
     def path_of(self, name: str) -> Path:
         """The path of an instrument's reading."""
@@ -141,7 +148,7 @@ class AnalysisFolder:
             instrument=name,
             finished=reading.finished,
             subject=self.metadata,
-            settings=self._settings_of(name),
+            settings=self._depends_on(name),
             reading=tree,
             sha256=_sha256(tree),
         )
@@ -181,12 +188,14 @@ class AnalysisFolder:
             )
         return reading
 
-    def _settings_of(self, name: str) -> dict[str, Any]:
-        return {key: self._settings[key] for key in INSTRUMENTS[name].settings}
+    def _depends_on(self, name: str) -> dict[str, Any]:
+        """The settings that a reading depends on, as JSON values."""
+        instrument, settings = INSTRUMENTS[name], self.settings_of(name).model_dump(mode="json")
+        return {key: settings[key] for key in dict.fromkeys((*instrument.settings, *instrument.own))}
 
     def _difference(self, file: AnalysisFile) -> str | None:
         """The first difference between the file and this analysis."""
-        now = self._settings_of(file.instrument) if file.instrument in INSTRUMENTS else {}
+        now = self._depends_on(file.instrument) if file.instrument in INSTRUMENTS else {}
         if file.subject.sha256 != self.metadata.sha256:
             return f"another model, {printable(file.subject.target, 100)}"
         if file.subject.images_sha256 != self.metadata.images_sha256:
@@ -223,7 +232,8 @@ class Request:
         selection: the images.
         instruments: names in ``INSTRUMENTS``.
         out: folder of the results.
-        settings: settings of the instruments.
+        settings: settings that instruments share.
+        options: settings of an instrument's own, by its name.
         rho: radius; None for the default of training.
         against: a second quantized model to compare with.
         section: options of a float model.
@@ -240,6 +250,7 @@ class Request:
     instruments: tuple[str, ...]
     out: Path
     settings: Settings = field(default_factory=Settings)
+    options: Options = field(default_factory=dict)
     rho: float | None = None
     against: str | None = None
     section: ModelSection | None = None
@@ -355,7 +366,7 @@ def _alone_in(request: Request, progress: Progress) -> Iterator[None]:
 def _measure(request: Request, opened: list[OpenedModel], settings: Settings, progress: Progress) -> Analysis:
     """The part of ``analyze`` that needs the lock."""
     folders = [
-        AnalysisFolder(path, subject_metadata(one, request.selection), settings)
+        AnalysisFolder(path, subject_metadata(one, request.selection), settings, request.options)
         for path, one in zip(request.folders, opened, strict=True)
     ]
     there = [
@@ -363,7 +374,7 @@ def _measure(request: Request, opened: list[OpenedModel], settings: Settings, pr
         for folder in folders
     ]
     measured = [
-        Measured(folder.metadata, _measure_all(one, folder, settings, earlier, progress))
+        Measured(folder.metadata, _measure_all(one, folder, earlier, progress))
         for one, folder, earlier in zip(opened, folders, there, strict=True)
     ]
     files = [folder.path_of(name) for folder in folders for name in request.instruments]
@@ -384,10 +395,10 @@ def check_request(request: Request) -> None:
         SaqError: all problems in one message.
     """
     problems = Problems()
-    unknown = [name for name in request.instruments if name not in INSTRUMENTS]
-    if unknown or not request.instruments:
-        named = unknown[0] if unknown else "none"
-        problems.add(ConfigError(f"there is no instrument {named!r}: choose from {', '.join(INSTRUMENTS)}"))
+    for name in request.instruments or ("none",):
+        problems.attempt(INSTRUMENTS.find, name)
+    for name, options in request.options.items():
+        problems.attempt(_check_options, request, name, options)
     problems.attempt(
         check_target, request.target, request.named, request.bits, request.policy, request.builder
     )
@@ -407,6 +418,15 @@ def check_request(request: Request) -> None:
         )
     problems.attempt(check_device, request.device)
     problems.check()
+
+
+def _check_options(request: Request, name: str, options: Mapping[str, Any]) -> None:
+    """Check the settings of an instrument's own."""
+    instrument = INSTRUMENTS.find(name)
+    if name not in request.instruments:
+        given = ", ".join(f"`assignments={name}.{key}={value}`" for key, value in options.items())
+        raise ConfigError(f"{given}: {name} is not measured: choose it too, or remove this")
+    instrument.settings_with(request.settings, options, name)
 
 
 def _check_against(against: str) -> None:
@@ -439,7 +459,6 @@ def _with_radius(request: Request, first: OpenedModel) -> Settings:
 def _measure_all(
     opened: OpenedModel,
     folder: AnalysisFolder,
-    settings: Settings,
     earlier: dict[str, Reading | None],
     progress: Progress,
 ) -> dict[str, Reading]:
@@ -451,9 +470,9 @@ def _measure_all(
             continue
         session = Session(progress, before)
         if INSTRUMENTS[name].resumable:
-            readings[name] = _measure_resumable(name, opened, folder, settings, session)
+            readings[name] = _measure_resumable(name, opened, folder, session)
         else:
-            readings[name] = INSTRUMENTS[name].measure(opened.subject, settings, session)
+            readings[name] = INSTRUMENTS[name].measure(opened.subject, folder.settings_of(name), session)
         _check_finite(name, readings[name], opened.target)
         folder.save(name, readings[name])
     return readings
@@ -481,9 +500,7 @@ def _check_finite(name: str, reading: Reading, target: str) -> None:
         )
 
 
-def _measure_resumable(
-    name: str, opened: OpenedModel, folder: AnalysisFolder, settings: Settings, session: Session
-) -> Reading:
+def _measure_resumable(name: str, opened: OpenedModel, folder: AnalysisFolder, session: Session) -> Reading:
     """Run an instrument that saves periodically, and on a signal."""
     saved_at = time.monotonic()
     with deferred_interrupts() as stop:
@@ -497,7 +514,7 @@ def _measure_resumable(
                 raise Stopped(stop.signal)
 
         session = Session(session.progress, session.earlier, keep)
-        return INSTRUMENTS[name].measure(opened.subject, settings, session)
+        return INSTRUMENTS[name].measure(opened.subject, folder.settings_of(name), session)
 
 
 def _interrupted(request: Request, exit_code: int) -> Interrupted:

@@ -1,6 +1,7 @@
 """Given bits, a given policy, or a budget with its searcher and search space."""
 
 import re
+from dataclasses import replace
 
 from saqcli.api.searching import searcher_with
 from saqcli.api.targets import policy_file
@@ -8,7 +9,8 @@ from saqcli.config import QuantizationSection, RunConfig
 from saqcli.errors import ConfigError, Problems
 from saqcli.pipelines.setup import Network
 from saqcli.quant.bits import BitConfig, LayerBits, parse_bits
-from saqcli.quant.cost import Budget
+from saqcli.quant.cost import Budget, CostModel
+from saqcli.quant.costs import COSTS
 from saqcli.quant.search_space import Candidates, Rule, SearchSpace, parse_rule, search_space
 from saqcli.search import SEARCHERS, Searcher
 from saqcli.serialization import parse_json, read_text
@@ -36,6 +38,8 @@ def check_bits(section: QuantizationSection, *, files: bool = True) -> None:
         problems.attempt(parse_bits, section.bits)
     for text, quantity in BUDGETS:
         problems.attempt(_check_budget, getattr(section, text), quantity)
+    if section.cost is not None:
+        problems.attempt(COSTS.find, section.cost, "quantization.cost")
     for pattern, text in section.pins.items():
         problems.attempt(parse_rule, text, pattern)
     if section.policy is not None and section.pins:
@@ -89,6 +93,11 @@ def make_searcher(config: RunConfig) -> Searcher:
         raise ConfigError(
             f"search.options.{sorted(unknown)[0]} belongs to no searcher: choose from {', '.join(SEARCHERS)}"
         )
+    if section.pareto and config.quantization.cost not in (None, "bops"):
+        raise ConfigError(
+            f"`search.pareto={section.pareto}` counts bit-operations: remove it, or "
+            f"`quantization.cost={config.quantization.cost}`"
+        )
     options = dict(section.options.get(name, {}))
     if section.epochs is not None:
         if not entry.trains:
@@ -111,7 +120,19 @@ def space_of(section: QuantizationSection, network: Network) -> SearchSpace:
         tuple(sorted(set(section.candidates))),
         None if activations is None else tuple(sorted(set(activations))),
     )
-    return search_space(network.name, network.costs, candidates, _rules(section))
+    return search_space(network.name, costs_of(section, network), candidates, _rules(section))
+
+
+def costs_of(section: QuantizationSection, network: Network) -> CostModel:
+    """The network's costs, counted by the cost model of the settings.
+
+    Raises:
+        ConfigError: there is no such cost model.
+    """
+    if section.cost is None:
+        return network.costs
+    entry = COSTS.find(section.cost, "quantization.cost")
+    return replace(network.costs, price=entry.cost, unit=entry.unit)
 
 
 def _rules(section: QuantizationSection) -> dict[str, Rule]:
@@ -122,15 +143,17 @@ def _rules(section: QuantizationSection) -> dict[str, Rule]:
 def budget_of(section: QuantizationSection, network: Network) -> Budget:
     """The budget: ``34G``, ``5MB``, or ``w4a4`` for the cost of uniform 4 bits in this network."""
 
+    costs = costs_of(section, network)
+
     def bound(text: str | None, quantity: Quantity) -> int | None:
         if text is None:
             return None
         if UNIFORM_BUDGET.fullmatch(text.strip()):
-            cost = network.costs.cost(network.costs.uniform(network.name, parse_bits(text)))
+            cost = costs.cost(costs.uniform(network.name, parse_bits(text)))
             return cost.bops if quantity == "bops" else cost.size
         return parse_quantity(text, quantity)
 
-    return Budget(bops=bound(section.bops, "bops"), size=bound(section.size, "size"))
+    return Budget(bops=bound(section.bops, "bops"), size=bound(section.size, "size"), unit=costs.unit)
 
 
 def given_policy(section: QuantizationSection, network: Network) -> BitConfig | None:

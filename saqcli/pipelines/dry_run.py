@@ -93,7 +93,7 @@ def plan(
         check_same_settings(run, config)
     policy = given_policy(section, network) if space is None else space.config(largest_uniform(space, budget))
     assert policy is not None
-    profile = measure(network, policy, space or space_of(section, network))
+    profile = measure(network, policy, space_of(section.model_copy(update={"cost": None}), network))
     return {
         "verb": verb,
         "run_dir": str(run_dir),
@@ -106,7 +106,7 @@ def plan(
         "bits": _bits(config),
         "searcher": section.searcher if searches else None,
         "decisions": len(space.decisions) if space is not None else 0,
-        "budget_bops": budget.bops,
+        "budget_bops": budget.bit_operations,
         "budget_bytes": budget.size,
         "steps_per_epoch": len(images.training()) if images is not None and verb == "quantize" else None,
         "writes": [str(run_dir / name) for name in _written(config, verb, searches=searches)],

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from saqcli import distributed
 from saqcli.api.costs import layer_rows
 from saqcli.config import RunConfig
 from saqcli.data.splits import Images
+from saqcli.errors import SaqError
 from saqcli.pipelines.bits import budget_of, make_searcher, space_of
 from saqcli.pipelines.calibration import CalibrationCorrection, calibrate, scheme_of
 from saqcli.pipelines.proxy import open_proxy, search_images
@@ -97,20 +98,41 @@ class FoundBits:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in ``search.json``; accuracies in percent."""
         score = self.result.score(self.result.choice) if self.result.score else None
+        costs, other = self.bound.problem.space.costs, {}
+        if costs.unit != self.bound.network.costs.unit:
+            other = {"cost": self.cost.bops, "cost_unit": costs.unit, "budget_cost": self.budget.bops}
         return {
             "model": self.policy.model,
             "searcher": self.searcher,
             "policy": self.policy.model_dump()["layers"],
             "layers": layer_rows(self.bound.network, self.policy),
-            "bops": self.cost.bops,
+            "bops": costs.bops(self.policy),
             "size_bytes": self.cost.size,
-            "budget_bops": self.budget.bops,
+            "budget_bops": self.budget.bit_operations,
             "budget_bytes": self.budget.size,
+            **other,
             "seconds": round(self.seconds, 1),
             "scoring_top1": score.top1 if score else None,
             "scoring_loss": score.loss if score else None,
             "scored": len(self.result.scored),
         }
+
+
+def _check_choice(searcher: str, choice: Sequence[int], problem: SearchProblem) -> None:
+    """Check what a searcher returned: the budget is never exceeded.
+
+    Raises:
+        SaqError: the choice is not one of the space, or exceeds the budget.
+    """
+    space = problem.space
+    options = [len(decision.options) for decision in space.decisions]
+    if len(choice) != len(options) or not all(0 <= c < n for c, n in zip(choice, options, strict=True)):
+        raise SaqError(f"searcher {searcher} returned no configuration of {space.model}: choose another")
+    if not problem.budget.admits(space.cost(choice)):
+        raise SaqError(
+            f"searcher {searcher} returned a configuration that costs {problem.budget.shares(space.cost(choice))}: "
+            "choose another"
+        )
 
 
 def request_search(
@@ -204,6 +226,7 @@ def find_bits(config: RunConfig, bound: BoundSearch, memory: Memory) -> FoundBit
     result = searcher.search(problem)
     choice = distributed.from_first(lambda: result.choice)  # the ranks may have different processors
     seconds = time.perf_counter() - start
+    _check_choice(config.quantization.searcher, choice, problem)
     found = FoundBits(config.quantization.searcher, seconds, replace(result, choice=choice), bound)
     problem.progress.note(f"searcher {found.searcher}: {problem.budget.shares(found.cost)}, {seconds:.0f} s")
     return found

@@ -168,7 +168,7 @@ def start_run(
         calibrated,
         network.costs.bops(policy),
         network.costs.float_bops,
-        budget.bops,
+        budget.bit_operations,
         network.costs.size(policy),
         network.costs.float_size,
         policy,

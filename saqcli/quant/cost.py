@@ -9,8 +9,8 @@ pooling, additions and activations are free; an operand in floating point counts
 have 8 bits. This is the counter of Liu et al. (arXiv:2111.12273), to the last digit.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class Cost(NamedTuple):
     """The cost of a configuration.
 
     Attributes:
-        bops: bit-operations for one image.
+        bops: bit-operations for one image; in a search under another cost model, what that counts.
         size: bytes.
     """
 
@@ -80,9 +80,8 @@ class LayerCost:
         steps = 4 * self.channels if bits.weight else 0
         return ceil(self.weight_count * (bits.weight or FLOAT_BITS) / 8) + steps
 
-    def cost(self, bits: LayerBits) -> Cost:
-        """Bit-operations and bytes at ``bits``."""
-        return Cost(self.bops(bits), self.size(bits))
+
+Price = Callable[[LayerCost, LayerBits], int]  # of a layer at bits, for one image
 
 
 @dataclass(frozen=True)
@@ -93,11 +92,15 @@ class CostModel:
         layers: the quantized layers.
         unquantized: modules that multiply but are not quantized; counted at 32 bits.
         other_bytes: bytes of everything except weights of layers.
+        price: what a search counts in the place of bit-operations.
+        unit: of the price.
     """
 
     layers: tuple[LayerCost, ...]
     unquantized: tuple[LayerTrace, ...] = ()
     other_bytes: int = 0
+    price: Price = LayerCost.bops
+    unit: str = UNITS[0]
 
     @property
     def macs(self) -> int:
@@ -122,17 +125,25 @@ class CostModel:
         return {layer.name: layer.pinned for layer in self.layers}
 
     def bops(self, config: BitConfig) -> int:
-        """Bit-operations under ``config``."""
-        return self.cost(config).bops
+        """Bit-operations under ``config``, whatever the price."""
+        return replace(self, price=LayerCost.bops).cost(config).bops
 
     def size(self, config: BitConfig) -> int:
         """Bytes under ``config``."""
         return self.cost(config).size
 
+    def layer_cost(self, layer: LayerCost, bits: LayerBits) -> Cost:
+        """Price and bytes of a layer at ``bits``."""
+        return Cost(self.price(layer, bits), layer.size(bits))
+
     def cost(self, config: BitConfig) -> Cost:
-        """Bit-operations and bytes under ``config``."""
-        costs = [layer.cost(config.layers[layer.name]) for layer in self.layers]
-        fixed = sum(layer.macs for layer in self.unquantized) * FLOAT_BITS**2
+        """Price, by default bit-operations, and bytes under ``config``."""
+        costs = [self.layer_cost(layer, config.layers[layer.name]) for layer in self.layers]
+        in_float = LayerBits(weight=None, activation=None)
+        fixed = sum(
+            self.price(LayerCost(layer.name, layer.kind, layer.macs, 0, layer.name, None), in_float)
+            for layer in self.unquantized
+        )
         return Cost(
             fixed + sum(cost.bops for cost in costs), self.other_bytes + sum(cost.size for cost in costs)
         )
@@ -147,12 +158,24 @@ class Budget:
     """Upper bounds of a cost; None means unbounded.
 
     Attributes:
-        bops: bit-operations for one image.
+        bops: bit-operations for one image, or another cost, counted in ``unit``.
         size: bytes.
+        unit: of ``bops``.
     """
 
     bops: int | None = None
     size: int | None = None
+    unit: str = UNITS[0]
+
+    @property
+    def bit_operations(self) -> int | None:
+        """The bound of bit-operations; None without one, or if another cost is bounded."""
+        return self.bops if self.unit == UNITS[0] else None
+
+    @property
+    def units(self) -> tuple[str, str]:
+        """Units of the two parts of a cost."""
+        return self.unit, UNITS[1]
 
     def bounds(self) -> list[tuple[int, int]]:
         """Index into a ``Cost`` and value of every bound."""
@@ -172,12 +195,12 @@ class Budget:
         return ", ".join(
             format_quantity(part, unit)
             + (f" ({100 * part / bounds[index]:.1f} % of the budget)" if index in bounds else "")
-            for index, (part, unit) in enumerate(zip(cost, UNITS, strict=True))
+            for index, (part, unit) in enumerate(zip(cost, self.units, strict=True))
         )
 
     def __str__(self) -> str:
         """As in ``34 GBOPs and 5 MB``."""
-        return " and ".join(format_quantity(bound, UNITS[index]) for index, bound in self.bounds())
+        return " and ".join(format_quantity(bound, self.units[index]) for index, bound in self.bounds())
 
 
 def least_use(bound: int) -> int:

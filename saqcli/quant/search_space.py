@@ -171,6 +171,22 @@ class SearchSpace:
         """Cost of the most expensive configuration."""
         return self.costs.cost(self.config([len(decision.options) - 1 for decision in self.decisions]))
 
+    def cheaper(self, choice: Sequence[int], budget: Budget) -> list[list[int]]:
+        """Every choice that differs in one decision, costs less of an exceeded bound, and no more of any bound.
+
+        Empty if the choice is within the budget, or if nothing is cheaper.
+        """
+        cost = self.cost(choice)
+        exceeded = [index for index, bound in budget.bounds() if cost[index] > bound]
+        found = []
+        for number, decision in enumerate(self.decisions):
+            now = decision.costs[choice[number]]
+            for option, then in enumerate(decision.costs):
+                no_more = all(then[index] <= now[index] for index, _ in budget.bounds())
+                if no_more and any(then[index] < now[index] for index in exceeded):
+                    found.append([*choice[:number], option, *choice[number + 1 :]])
+        return found
+
     def nearest(self, bits: LayerBits) -> list[int]:
         """The choice whose options are nearest to ``bits``."""
 
@@ -188,7 +204,7 @@ class SearchSpace:
         floor, ceiling = self.floor, self.ceiling
         notes = [
             f"{self.model}: {counted(len(self.decisions), 'decision')}, reachable {format_quantity(floor.bops)} to "
-            f"{format_quantity(ceiling.bops, 'BOPs')} and {format_quantity(floor.size)} to "
+            f"{format_quantity(ceiling.bops, self.costs.unit)} and {format_quantity(floor.size)} to "
             f"{format_quantity(ceiling.size, 'B')}; the budget is {budget}"
         ]
         if budget.admits(ceiling):
@@ -205,7 +221,7 @@ class SearchSpace:
         if budget.admits(floor):
             return
         for index, bound in budget.bounds():
-            unit = UNITS[index]
+            unit = (self.costs.unit, UNITS[1])[index]
             if floor[index] > bound:
                 fewest = min((o.weight or 8 for d in self.decisions for o in d.options), default=MIN_BITS)
                 raise InfeasibleBudget(
@@ -244,7 +260,7 @@ def search_space(
         if len(options) == 1:
             fixed |= {layer.name: options[0] for layer in members}
             continue
-        paid = [_sum(layer.cost(bits) for layer in members) for bits in options]
+        paid = [_sum(costs.layer_cost(layer, bits) for layer in members) for bits in options]
         order = sorted(range(len(options)), key=lambda i, paid=paid: paid[i])  # type: ignore[misc]
         decisions.append(
             Decision(tuple(members), tuple(options[i] for i in order), tuple(paid[i] for i in order))

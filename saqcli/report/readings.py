@@ -2,7 +2,7 @@
 
 A painter takes the readings of one model, or of two to be compared, each with the model's name, and the images of the
 readings ("500 training images", or "" if unknown); it returns figures by name. To add one, write it in this file and
-add it to the table ``PAINTERS``.
+add it to the table ``PAINTERS``. An instrument of another package brings its own (``Instrument.paint``).
 
 Eigenvalues, traces and flips are bars and dots, one row per layer in execution order, with two models side by side.
 Sensitivity is two heat maps: the changes of loss and accuracy when a single layer has other bits. Distributions of
@@ -10,13 +10,14 @@ weights and inputs on their grids are small multiples, one panel per layer.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from saqcli.analysis import INSTRUMENTS, Painter, Reading
 from saqcli.analysis.distributions import DistributionsReading, Operand
 from saqcli.analysis.eigenvalue import EigenvalueReading
 from saqcli.analysis.flips import FlipsReading
@@ -40,8 +41,6 @@ from saqcli.units import with_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from saqcli.analysis import Reading
 
 ROW, PAIR = 0.2, 0.3  # inches per layer, for one model and for two
 MOST_TICKS = 6
@@ -418,7 +417,24 @@ def _panel(ax: Any, name: str, operand: Operand) -> None:
     ax.spines["left"].set_visible(False)
 
 
-Painter = Callable[[list[tuple[str, Any]], str], "dict[str, Figure]"]
+def bars_by_layer(values: list[tuple[str, dict[str, float]]], axis: str, title: str) -> "Figure":
+    """Bars, one row per layer; two models side by side.
+
+    Args:
+        values: of every layer by name, with the model's name, for one model or two.
+        axis: label of the values, with their unit.
+        title: below the model's name.
+    """
+    rows = _rows([list(layers) for _, layers in values])
+    figure = new_figure(6.6, 1.9 + _height(rows, len(values)))
+    ax: Any = figure.subplots()
+    _bars(ax, rows, [layers for _, layers in values], [name for name, _ in values])
+    ax.set_xlabel(axis)
+    _name_rows(ax, rows)
+    _title(figure, values, title)
+    put_legend(figure, ax.get_legend_handles_labels()[0])
+    return figure
+
 
 PAINTERS: dict[str, Painter] = {
     "eigenvalue": paint_eigenvalue,
@@ -430,9 +446,12 @@ PAINTERS: dict[str, Painter] = {
 }
 
 
-def draw(
-    instrument: str, readings: "list[tuple[str, Reading]]", folder: Path, images: str = ""
-) -> list[Path]:
+def painter_of(instrument: str) -> Painter | None:
+    """The painter of an instrument in ``INSTRUMENTS``; None if it has no plot."""
+    return INSTRUMENTS[instrument].paint or PAINTERS.get(instrument)
+
+
+def draw(instrument: str, readings: list[tuple[str, Reading]], folder: Path, images: str = "") -> list[Path]:
     """Draw the readings of an instrument to files.
 
     Args:
@@ -444,8 +463,9 @@ def draw(
     Returns:
         Paths of the files written; empty for an instrument without a plot.
     """
-    if instrument not in PAINTERS:
+    painter = painter_of(instrument)
+    if painter is None:
         return []
     with style():
-        figures = PAINTERS[instrument](readings, images)
+        figures = painter(readings, images)
         return [path for name, figure in figures.items() for path in save(figure, folder / name)]

@@ -112,7 +112,7 @@ def write_search(
     kept["configurations"] = [
         {
             "choice": list(s.choice),
-            "bops": s.cost.bops,
+            "bops": costs.bops(problem.config(s.choice)),
             "size_bytes": s.cost.size,
             "top1": s.top1,
             "loss": s.loss,

@@ -1,9 +1,34 @@
 """Searchers, one file each: from a budget to a bit configuration.
 
-A searcher receives a wrapped copy of the model with its input statistics, the search space and its costs, the budget,
-images, an optimizer and a memory, and returns a configuration within the budget. To add one, write
-``saqcli/search/NAME.py`` with a class that has ``search`` and takes its options as keyword arguments, and add it to
-the table below. The contract tests cover every entry of the table.
+To add one, write ``saqcli/search/NAME.py`` with a class that has ``search`` and takes its options as keyword arguments,
+and add it to the table below. Another package writes the same class and an entry point:
+
+    [project.entry-points."saqcli.searchers"]
+    greedy = "my_package.greedy:ENTRY"          # ENTRY = SearcherEntry(Greedy, "one line about it")
+
+A searcher receives a ``SearchProblem``: a wrapped copy of the model with its input statistics, the search space and its
+costs, the budget, images, an optimizer and a memory. It returns a ``SearchResult``. The contract, which the tests in
+``tests/search/test_searchers.py`` check over the table:
+
+- The configuration is within the budget. If the budget admits the most bits in every layer, these are the result.
+- ``SearchSpace.check_reachable`` comes first: it refuses a budget below the smallest reachable cost.
+- ``propose`` returns at least one configuration for any reachable budget, each within it.
+- Equal problems with equal seeds give equal results, whatever the state of torch's global random numbers.
+- What it scores, it reports: ``scored`` holds the scores, and ``score`` gives the same ones again.
+- One that takes longer than minutes offers its state to the memory after every step, and resumes from there.
+- Invalid options raise ``ConfigError`` (``saqcli.training.options`` has the checks). ``search.epochs`` and
+  ``search.rho`` arrive as the options ``epochs`` and ``rho``, all others from ``search.options.NAME.OPTION``.
+- Optional: a searcher whose entry says ``fills_budget`` uses at least ``BUDGET_USE`` of a bound (``quant.cost``)
+  wherever the space has such a configuration.
+
+Everything in ``__all__`` is public. Beside the contract these are:
+
+- configurations: ``best_choice`` (exact knapsack), ``Sampler`` (random ones that use the budget);
+  ``SearchSpace.cheaper`` (one layer at fewer bits), ``cost``, ``config`` and ``nearest``;
+- losses that add up over layers: ``measure_noise`` and ``relative_noise`` (quantization errors), ``add_losses``,
+  ``sums_over_batches`` (over the images, on all ranks, resumable);
+- scores: ``Scorer`` (accuracy and loss of a configuration as fine-tuning would start from it), ``score_all``, ``rank``;
+- networks: ``Supernet`` (computes at any configuration), ``remaining_batches`` (an epoch, resumed).
 """
 
 from collections.abc import Callable
@@ -13,12 +38,22 @@ from saqcli.plugins import Plugins
 from saqcli.search.asga import ASGA
 from saqcli.search.baselines import ErrorKnapsack, RandomSearch, Uniform
 from saqcli.search.hawq import HAWQ
-from saqcli.search.problem import Searcher, SearchImages, SearchProblem, SearchResult
+from saqcli.search.knapsack import Sampler, best_choice
+from saqcli.search.problem import (
+    Scored,
+    Searcher,
+    SearchImages,
+    SearchProblem,
+    SearchResult,
+    remaining_batches,
+)
 from saqcli.search.samq import SAMQ
 from saqcli.search.sensitivity import Sensitivity
+from saqcli.search.separable import Key, add_losses, measure_noise, relative_noise, sums_over_batches
+from saqcli.search.supernet import Scorer, Supernet, rank, score_all
 
 
-class Entry(NamedTuple):
+class SearcherEntry(NamedTuple):
     """A searcher in the table.
 
     Attributes:
@@ -26,32 +61,73 @@ class Entry(NamedTuple):
         description: one line for lists of searchers.
         trains: whether it trains weights; if so, its length is counted in epochs.
         uses_images: whether it needs images.
+        fills_budget: promises to use at least ``BUDGET_USE`` of a bound wherever the space has such a configuration.
     """
 
     make: Callable[..., Searcher]
     description: str
     trains: bool = False
     uses_images: bool = True
+    fills_budget: bool = False
 
 
 def _problem(plugin: Any) -> str | None:
     """Why ``plugin`` is no entry of the table, or None."""
-    return None if isinstance(plugin, Entry) else f"it is a {type(plugin).__name__}, not an Entry"
+    if not isinstance(plugin, SearcherEntry):
+        return f"it is a {type(plugin).__name__}, not a SearcherEntry"
+    return None if callable(plugin.make) else "its `make` cannot be called"
 
 
 _OURS = {
-    "samq": Entry(SAMQ, "controller rewarded by the sharpness-aware loss (arXiv:2111.12273)", trains=True),
-    "asga": Entry(
-        ASGA, "differentiable, sharpness-aware, for proxy data sets (arXiv:2505.04877)", trains=True
+    "samq": SearcherEntry(
+        SAMQ,
+        "controller rewarded by the sharpness-aware loss (arXiv:2111.12273)",
+        trains=True,
+        fills_budget=True,
     ),
-    "hawq": Entry(HAWQ, "Hessian traces times quantization errors, exact knapsack (arXiv:1911.03852)"),
-    "sensitivity": Entry(Sensitivity, "loss with one layer quantized at a time, exact knapsack"),
-    "random": Entry(RandomSearch, "best of several random configurations"),
-    "error": Entry(
-        ErrorKnapsack, "relative quantization errors, exact knapsack; takes seconds", uses_images=False
+    "asga": SearcherEntry(
+        ASGA,
+        "differentiable, sharpness-aware, for proxy data sets (arXiv:2505.04877)",
+        trains=True,
+        fills_budget=True,
     ),
-    "uniform": Entry(Uniform, "the same bits everywhere", uses_images=False),
+    "hawq": SearcherEntry(
+        HAWQ,
+        "Hessian traces times quantization errors, exact knapsack (arXiv:1911.03852)",
+        fills_budget=True,
+    ),
+    "sensitivity": SearcherEntry(
+        Sensitivity, "loss with one layer quantized at a time, exact knapsack", fills_budget=True
+    ),
+    "random": SearcherEntry(RandomSearch, "best of several random configurations", fills_budget=True),
+    "error": SearcherEntry(
+        ErrorKnapsack,
+        "relative quantization errors, exact knapsack; takes seconds",
+        uses_images=False,
+        fills_budget=True,
+    ),
+    "uniform": SearcherEntry(Uniform, "the same bits everywhere", uses_images=False),
 }
-SEARCHERS: Plugins[Entry] = Plugins("searchers", "searcher", _OURS, _problem)
+SEARCHERS: Plugins[SearcherEntry] = Plugins("searchers", "searcher", _OURS, _problem)
 
-__all__ = ["SEARCHERS", "Entry", "SearchImages", "SearchProblem", "SearchResult", "Searcher"]
+__all__ = [
+    "SEARCHERS",
+    "Key",
+    "Sampler",
+    "Scored",
+    "Scorer",
+    "SearchImages",
+    "SearchProblem",
+    "SearchResult",
+    "Searcher",
+    "SearcherEntry",
+    "Supernet",
+    "add_losses",
+    "best_choice",
+    "measure_noise",
+    "rank",
+    "relative_noise",
+    "remaining_batches",
+    "score_all",
+    "sums_over_batches",
+]

@@ -309,7 +309,7 @@ class Descent:
         problem.progress.note(
             f"search epoch {epoch + 1} of {self.settings.epochs:g}: loss {sum(losses) / len(losses):.4f}, "
             f"gap {sum(gaps) / len(gaps):.4f} (at most {max(gaps):.4f}), entropy {self.mixtures.entropy():.3f}, "
-            f"the current choice costs {format_quantity(problem.space.cost(choice).bops, 'BOPs')}"
+            f"the current choice costs {format_quantity(problem.space.cost(choice).bops, problem.space.costs.unit)}"
         )
 
     def _state(self, epoch: int, phase: int, index: int) -> dict[str, Any]:

@@ -89,8 +89,9 @@ class SearchResult:
     """The result of a search.
 
     Attributes:
-        choice: the best configuration found, within the budget.
-        propose: configurations of the same search for other budgets, without further training.
+        choice: the best configuration found, within the budget: one option index per decision.
+        propose: configurations of the same search for other budgets, at least one for a reachable budget and all
+            within it, without further training.
         score: scores a configuration, calibrated; None if the search scored nothing.
         scored: every configuration that was scored.
     """

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,25 +22,10 @@ from saqcli.analysis.sensitivity import measure_sensitivity
 from saqcli.progress import SILENT
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.quantizers import Quantizer
+from saqcli.report.readings import draw
 from saqcli.training.loop import evaluate
-from tests.support.networks import CLASSES, NETWORKS, images, quantize, same_bits
-
-COUNT = 24
-Bits = Callable[[Any], dict[str, LayerBits]]
-
-
-def subject_of(
-    name: str = "conv_bn", bits: Bits | None = None, batch: int = 7, dtype: torch.dtype = torch.float64
-) -> AnalysisInput:
-    """A quantized network and images labelled with its own answers, so that its loss is that of a trained network."""
-    made = quantize(NETWORKS[name], bits) if bits else quantize(NETWORKS[name])
-    model = made.model.to(dtype).eval()
-    pictures = images(COUNT, seed=5).to(dtype)
-    with torch.no_grad():
-        labels = model(pictures).argmax(1)
-        labels[::6] = (labels[::6] + 1) % CLASSES  # and a few misclassified
-    batches = list(zip(pictures.split(batch), labels.split(batch), strict=True))
-    return AnalysisInput(model, made.layers, batches, made.facts.scheme)
+from tests.support.analyzed import COUNT, subject_of
+from tests.support.networks import NETWORKS, quantize, same_bits
 
 
 def state_of(subject: AnalysisInput) -> dict[str, Tensor]:
@@ -450,25 +436,53 @@ class TestLandscape:
         assert rest.model_dump_json() == whole.model_dump_json()
 
 
+FEW = Settings(grid=3, samples=2, iterations=3, candidates=(4,))
+
+
 @pytest.mark.parametrize("name", INSTRUMENTS)
 @pytest.mark.parametrize("network", ["residual", "attention"])
 class TestEveryInstrument:
     def test_reading_is_json_and_model_unchanged(self, name: str, network: str) -> None:
         subject = subject_of(network, dtype=torch.float32)
         before = state_of(subject)
-        settings = Settings(grid=3, samples=2, iterations=3, candidates=(4,))
+        instrument = INSTRUMENTS[name]
+        settings = instrument.settings_with(FEW, {})
 
-        readings = [INSTRUMENTS[name].measure(subject, settings, Session()) for _ in range(2)]
+        readings = [instrument.measure(subject, settings, Session()) for _ in range(2)]
 
-        kind = INSTRUMENTS[name].reading
+        kind = instrument.reading
         assert isinstance(readings[0], kind)
         assert kind.model_validate_json(readings[0].model_dump_json()) == readings[0]
         assert readings[0] == readings[1]  # deterministic
         assert same_state(subject, before)
         assert not subject.model.training
 
-    def test_declares_its_settings(self, name: str, network: str) -> None:
-        assert set(INSTRUMENTS[name].settings) <= set(Settings.model_fields)
+    def test_depends_on_its_declared_settings_alone(self, name: str, network: str) -> None:
+        instrument, subject = INSTRUMENTS[name], subject_of(network, dtype=torch.float32)
+        other = {
+            "seed": 1,
+            "rho": 0.9,
+            "samples": 3,
+            "iterations": 2,
+            "candidates": (5,),
+            "grid": 5,
+            "span": 2.0,
+        }
+        undeclared = {key: value for key, value in other.items() if key not in instrument.settings}
+        changed = instrument.settings_with(FEW.model_copy(update=undeclared), {})
+
+        first = instrument.measure(subject, instrument.settings_with(FEW, {}), Session())
+
+        assert instrument.measure(subject, changed, Session()) == first
+
+    def test_pictures_carry_its_name(self, name: str, network: str, tmp_path: Path) -> None:
+        instrument, subject = INSTRUMENTS[name], subject_of(network, dtype=torch.float32)
+        reading = instrument.measure(subject, instrument.settings_with(FEW, {}), Session())
+
+        drawn = draw(name, [("one", reading), ("another", reading)], tmp_path, "24 images")
+
+        assert sorted(drawn) == sorted(tmp_path.iterdir())
+        assert all(path.stem == name or path.stem.startswith(f"{name}_") for path in drawn)
 
 
 def test_float_layers_are_measured() -> None:
@@ -477,8 +491,10 @@ def test_float_layers_are_measured() -> None:
     layer = subject.layers[first]
     layer.weight_quantizer, layer.input_quantizer = nn.Identity(), nn.Identity()
 
-    settings = Settings(grid=3, samples=2, iterations=2, candidates=(4,))
-    readings = {name: INSTRUMENTS[name].measure(subject, settings, Session()) for name in INSTRUMENTS}
+    readings = {
+        name: instrument.measure(subject, instrument.settings_with(FEW, {}), Session())
+        for name, instrument in INSTRUMENTS.items()
+    }
 
     assert readings["distributions"].layers[0].weights is None  # type: ignore[attr-defined]
     assert first not in [entry.name for entry in readings["flips"].layers]  # type: ignore[attr-defined]

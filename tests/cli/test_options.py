@@ -7,12 +7,16 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from saqcli.analysis import INSTRUMENTS
 from saqcli.cli import app, options
+from saqcli.cli.analyze import OURS
+from saqcli.cli.flags import as_flags, command_of
 from saqcli.cli.options import SETTINGS, Given, adapted, flag_of, listed, with_settings
 from saqcli.config import DataSection, RunConfig, recipes
 from saqcli.errors import SaqError
 from saqcli.export import STYLES
 from saqcli.pipelines import quantize
+from saqcli.quant.costs import COSTS
 from saqcli.quant.quantizers import QUANTIZERS
 from saqcli.search import SEARCHERS
 from saqcli.training.minimizers import MINIMIZERS
@@ -21,6 +25,7 @@ from tests.support.command_line import answer, last_error, saq
 COMMANDS: Any = get_command(app).commands  # type: ignore[attr-defined]
 TABLES = {
     "quantization.searcher": SEARCHERS,
+    "quantization.cost": COSTS,
     "quantization.quantizer": QUANTIZERS,
     "quantization.weight_quantizer": QUANTIZERS,
     "quantization.activation_quantizer": QUANTIZERS,
@@ -39,10 +44,10 @@ NETWORK = (
     "--weights-key"
 )
 BITS = (
-    "--activation-candidates --activation-quantizer --bops --budget --candidates --correct-bias --granularity "
-    "--new-head --no-correct-bias --no-quantize-attention --no-recalibrate-bn --no-weight-norm --pin "
-    "--quantize-attention --quantizer "
-    "--recalibrate-bn --searcher --size --weight-grid --weight-norm --weight-quantizer"
+    "--activation-candidates --activation-quantizer --bops --budget --candidates --correct-bias --cost "
+    "--granularity --new-head --no-correct-bias --no-quantize-attention --no-recalibrate-bn "
+    "--no-weight-norm --pin --quantize-attention --quantizer --recalibrate-bn --searcher --size "
+    "--weight-grid --weight-norm --weight-quantizer"
 )
 ACCEPTED = {
     "quantize": f"{BITS} {IMAGES} {NETWORK} {RUN} --ascent-fraction --bits --clip-grad --cutmix --distill --efficient "
@@ -58,7 +63,7 @@ ACCEPTED = {
     "--no-quantize-attention --num-classes --policy --pretrained --quantize-attention --weights --weights-key",
     "analyze": f"--builder {IMAGES} {NETWORK} {GENERAL} --against --all --bits --candidates --device --distributions "
     "--eigenvalue --flips --grid --hessian --images --iterations --landscape --out --overwrite --policy --resume --rho "
-    "--rho-unit --samples --seed --sensitivity --sharpness --span --split --starts --trace",
+    "--rho-unit --samples --seed --sensitivity --set --sharpness --span --split --starts --trace",
     "models": "--json --verbose",
     "demo": f"{GENERAL} --bops --budget --epochs --run-dir --seed",
 }
@@ -82,6 +87,14 @@ def test_remarks_on_styles_are_their_descriptions() -> None:
     remarks = SETTINGS["export.styles"].option.choices
 
     assert remarks == {name: STYLES[name].description for name in remarks or ()}
+
+
+def test_instruments_have_the_help_of_their_table() -> None:
+    analyze = command_of("analyze", COMMANDS["analyze"].params)
+    described = {name: as_flags(entry.description, analyze) for name, entry in INSTRUMENTS.items()}
+    helped = {each.opts[0][2:]: each.help for each in COMMANDS["analyze"].params}
+
+    assert described == OURS == {name: helped[name] for name in described}
 
 
 def test_settings_know_their_flags() -> None:

@@ -73,7 +73,8 @@ def test_every_searcher_meets_the_budget(
     assert found["model"] == MODEL
     assert found["budget_bops"] == UNIFORM[4]
     assert found["budget_bytes"] is None
-    assert 0.985 * UNIFORM[4] <= found["bops"] <= UNIFORM[4]
+    assert found["bops"] <= UNIFORM[4]
+    assert found["bops"] >= 0.985 * UNIFORM[4] or not SEARCHERS[method].fills_budget
     assert found["bops"] == sum(layer["bops"] for layer in found["layers"])
     scored = method in ("samq", "random")
     assert (found["scoring_top1"] is not None) == (found["scoring_loss"] is not None)

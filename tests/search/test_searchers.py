@@ -278,8 +278,8 @@ def test_result_meets_the_budget(method: str, part: int) -> None:
 @each_part
 @each_searcher
 def test_98_5_percent_is_used_where_possible(method: str, part: int) -> None:
-    if method == "uniform":
-        pytest.skip("has the same bits everywhere, whatever is left over")
+    if not SEARCHERS[method].fills_budget:
+        pytest.skip("does not promise it")
     wherever = 0
     for seed in cases(method, part=part):
         asked, costs = problem(seed), costs_of(seed)
@@ -337,7 +337,7 @@ def test_other_budgets_are_met(method: str, part: int) -> None:
             for choice in proposed:
                 cost = asked.space.cost(choice)
                 assert other.admits(cost), (seed, kind)
-                if method != "uniform" and (admitted(costs, other) & used(costs, other)).any():
+                if SEARCHERS[method].fills_budget and (admitted(costs, other) & used(costs, other)).any():
                     assert other.used_by(cost), (seed, kind)
 
 
@@ -423,8 +423,9 @@ def test_traced_networks_meet_their_budget(network: str, method: str) -> None:
     asked = tiny_problem(network)  # 4 bits everywhere would use it all
     cost = asked.space.cost(search(method, asked).choice)
 
-    assert 1000 * cost.bops >= 985 * asked.budget.bops  # type: ignore[operator]
     assert asked.budget.admits(cost)
+    if SEARCHERS[method].fills_budget:
+        assert 1000 * cost.bops >= 985 * asked.budget.bops  # type: ignore[operator]
 
 
 # One searcher each.

@@ -24,9 +24,9 @@ from saqcli.pipelines.proxy import search_images
 from saqcli.pipelines.search import prepare_search
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT
-from saqcli.search.knapsack import Sampler
-from saqcli.search.problem import SearchProblem
-from saqcli.search.supernet import Supernet
+from saqcli.searchers.knapsack import Sampler
+from saqcli.searchers.problem import SearchProblem
+from saqcli.searchers.supernet import Supernet
 from saqcli.serialization import make_folder, replacing
 
 SIZES = (256, 512, 1024, 2048, 4096)

@@ -21,7 +21,7 @@ ROOMS = (
     "report",
     "verify",
     "analysis",
-    "search",
+    "searchers",
     "training",
     "export",
     "data",
@@ -50,7 +50,7 @@ MOST_FILES = 20  # in one folder
 # Plugins of a family do not import each other; these files are shared.
 FAMILIES = {
     "training/minimizers": {"base", "reference"},
-    "search": {"problem", "knapsack", "separable", "supernet", "controller", "mixture"},
+    "searchers": {"problem", "knapsack", "separable", "supernet", "controller", "mixture"},
     "analysis": {"base"},
     "export": {
         *("model_metadata", "onnx_helpers", "operators", "style", "tracing", "containers", "integer_kernels"),

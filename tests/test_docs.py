@@ -28,7 +28,7 @@ SETUP = ("pip install . && saq demo", 'pip install ".[test]" && pytest')
 TABLES = {
     "QUANTIZERS": "quant/quantizers",
     "MINIMIZERS": "training/minimizers",
-    "SEARCHERS": "search",
+    "SEARCHERS": "searchers",
     "STYLES": "export",
     "INSTRUMENTS": "analysis",
 }

@@ -84,7 +84,7 @@ def quantize_model(
         inputs: from a batch to a tensor, a tuple or a dictionary of the module's arguments.
         samples: calibration samples that are read.
         searcher: of a budget, by name; those that need labelled images take them from ``calibration``.
-        search: further keyword arguments of ``saqcli.search``.
+        search: further keyword arguments of ``saqcli.searchers``.
         candidates: bit-widths that a search may give to a layer.
         pins: bits by pattern of layer names: ``{"layer4.*": "8", "*.conv1": "3-6", "fc": "w8a4"}``.
         quantizer: of weights and inputs, by its name in ``saqcli.quant.quantizers.QUANTIZERS``.

@@ -21,8 +21,8 @@ from saqcli.quant.correction import Corrections
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.network import Network
 from saqcli.quant.search_space import Candidates, parse_rule, search_space
-from saqcli.search import SEARCHERS, Searcher, SearchImages, SearchProblem, SearchResult
-from saqcli.search.problem import NO_IMAGES, Batch
+from saqcli.searchers import SEARCHERS, Searcher, SearchImages, SearchProblem, SearchResult
+from saqcli.searchers.problem import NO_IMAGES, Batch
 from saqcli.training.optimizer import make_optimizer
 from saqcli.units import parse_quantity
 
@@ -74,7 +74,7 @@ def search(
         data: any iterable of batches, as the calibration of ``quantize_model``.
         example: as in ``quantize_model``.
         inputs: as in ``quantize_model``.
-        searcher: name in ``saqcli.search.SEARCHERS``.
+        searcher: name in ``saqcli.searchers.SEARCHERS``.
         options: further keyword arguments of the searcher, such as ``{"epochs": 2}``.
         candidates: bit-widths that a layer may have.
         activation_candidates: bit-widths of inputs, chosen apart from those of weights; None for the same bits.
@@ -93,10 +93,10 @@ def search(
         UnsupportedModel: nothing to quantize, or the searcher needs class scores and the module returns others.
 
     Example:
-        >>> import torch
+        >>> import torch, saqcli as saq
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16),
         ...     torch.nn.ReLU(), torch.nn.Linear(16, 3))
-        >>> found = search(net, "w4a4", [torch.rand(32, 8)])
+        >>> found = saq.search(net, "w4a4", [torch.rand(32, 8)])
         >>> str(found.policy.layers["0"]), found.cost.bops <= found.budget.bops
         ('w8a8', True)
     """

@@ -12,7 +12,7 @@ from saqcli.quant.bits import BitConfig, LayerBits, parse_bits
 from saqcli.quant.cost import Budget, CostModel
 from saqcli.quant.costs import COSTS
 from saqcli.quant.search_space import Candidates, Rule, SearchSpace, parse_rule, search_space
-from saqcli.search import SEARCHERS, Searcher
+from saqcli.searchers import SEARCHERS, Searcher
 from saqcli.serialization import parse_json, read_text
 from saqcli.units import SETTINGS, Quantity, parse_quantity
 

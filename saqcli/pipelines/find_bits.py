@@ -23,8 +23,8 @@ from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.search_space import SearchSpace
-from saqcli.search import SEARCHERS, SearchImages, SearchProblem, SearchResult
-from saqcli.search.problem import NO_IMAGES
+from saqcli.searchers import SEARCHERS, SearchImages, SearchProblem, SearchResult
+from saqcli.searchers.problem import NO_IMAGES
 from saqcli.training.loop import Memory
 from saqcli.training.optimizer import make_optimizer, search_training
 from saqcli.training.preflight import check_trains

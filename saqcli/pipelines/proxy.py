@@ -31,7 +31,7 @@ from saqcli.pipelines.bits import float_policy
 from saqcli.pipelines.setup import Network, load_float, training_images, wrap_and_trace
 from saqcli.progress import Progress
 from saqcli.random_state import random_state, seed_everything
-from saqcli.search import SearchImages
+from saqcli.searchers import SearchImages
 from saqcli.serialization import named_path
 from saqcli.tasks.class_names import ORDERS
 from saqcli.tasks.classification import Meter

@@ -25,8 +25,8 @@ from saqcli.progress import SILENT
 from saqcli.quant.bits import LayerBits, mean_bits
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.search_space import SearchSpace
-from saqcli.search.problem import Scored, ScoreOf, SearchProblem, SearchResult
-from saqcli.search.supernet import Scorer
+from saqcli.searchers.problem import Scored, ScoreOf, SearchProblem, SearchResult
+from saqcli.searchers.supernet import Scorer
 from saqcli.serialization import write_text
 from saqcli.training.loop import evaluate
 

@@ -10,7 +10,7 @@ from saqcli.report.front import draw_front
 from saqcli.report.pareto import Front, to_table, write_front
 from saqcli.report.policy import draw_policy
 from saqcli.runs.directory import RunDirectory
-from saqcli.search.problem import SearchProblem, SearchResult
+from saqcli.searchers.problem import SearchProblem, SearchResult
 from saqcli.serialization import json_text, write_text
 
 Count = Annotated[int, Field(ge=0)]

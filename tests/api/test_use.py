@@ -9,9 +9,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import saqcli as saq
-from saqcli.api.searching import search
 from saqcli.errors import ConfigError, DataError, UnsupportedModel
-from saqcli.search import SEARCHERS
+from saqcli.searchers import SEARCHERS
 from tests.support.modules import CLASSES, HandWritten, build, inputs_of, labels_of
 
 FAST: dict[str, dict[str, Any]] = {"samq": {"epochs": 1}, "asga": {"epochs": 1}, "random": {"draws": 4}}
@@ -76,7 +75,7 @@ def test_evaluate_needs_labels_and_scores(trained: nn.Module) -> None:
 @pytest.mark.parametrize("searcher", SEARCHERS)
 def test_every_searcher_searches_own_modules(searcher: str, trained: nn.Module) -> None:
     before = {name: value.clone() for name, value in trained.state_dict().items()}
-    found = search(trained, "w4a4", batches(), searcher=searcher, options=FAST.get(searcher))
+    found = saq.search(trained, "w4a4", batches(), searcher=searcher, options=FAST.get(searcher))
 
     assert found.cost.bops <= found.budget.bops
     assert saq.bops(trained, example=images()[0]) > found.cost.bops
@@ -86,24 +85,24 @@ def test_every_searcher_searches_own_modules(searcher: str, trained: nn.Module) 
 
 
 def test_budget_and_search_agree(trained: nn.Module) -> None:
-    found = search(trained, "w4a4", batches(), searcher="sensitivity")
+    found = saq.search(trained, "w4a4", batches(), searcher="sensitivity")
     q = saq.quantize_model(trained, budget="w4a4", searcher="sensitivity", calibration=batches())
     assert saq.bits(q) == found.policy
 
 
 @pytest.mark.parametrize("name", ["two_inputs", "two_heads", "tied"])
 def test_error_searcher_needs_no_scores(name: str) -> None:
-    found = search(build(name), "w4a4", [inputs_of(name)])
+    found = saq.search(build(name), "w4a4", [inputs_of(name)])
     assert found.cost.bops <= found.budget.bops
 
 
 def test_searchers_say_what_they_need(trained: nn.Module) -> None:
     with pytest.raises(DataError, match="needs labelled images"):
-        search(trained, "w4a4", [images()[0]], searcher="sensitivity")
+        saq.search(trained, "w4a4", [images()[0]], searcher="sensitivity")
     with pytest.raises(UnsupportedModel, match="compares class scores"):
-        search(build("two_heads"), "w4a4", batches(), searcher="sensitivity")
+        saq.search(build("two_heads"), "w4a4", batches(), searcher="sensitivity")
     with pytest.raises(ConfigError, match="has no draws"):
-        search(trained, "w4a4", batches(), options={"draws": 3})
+        saq.search(trained, "w4a4", batches(), options={"draws": 3})
 
 
 def test_finetune_improves_with_callbacks(trained: nn.Module) -> None:

@@ -18,7 +18,7 @@ from saqcli.export import STYLES
 from saqcli.pipelines import quantize
 from saqcli.quant.costs import COSTS
 from saqcli.quant.quantizers import QUANTIZERS
-from saqcli.search import SEARCHERS
+from saqcli.searchers import SEARCHERS
 from saqcli.training.minimizers import MINIMIZERS
 from tests.support.command_line import answer, last_error, saq
 

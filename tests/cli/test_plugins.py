@@ -11,8 +11,8 @@ from tests.support.plugins import run_python
 
 FAMILIES = ("searchers", "instruments", "quantizers", "minimizers", "styles")
 MODULE = """
-from saqcli.search import SearcherEntry
-from saqcli.search.baselines import Uniform
+from saqcli.searchers import SearcherEntry
+from saqcli.searchers.baselines import Uniform
 ENTRY, WORD = SearcherEntry(Uniform, "of another package"), "uniform"
 """
 RUN = ("--data", "tests", "--no-pretrained", "--run-dir", "no/such")

@@ -18,7 +18,7 @@ from saqcli.data.datasets import open_split
 from saqcli.data.loaders import make_loader
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.runs.checkpoints import CheckpointFile
-from saqcli.search.samq import AlternatingSearch
+from saqcli.searchers.samq import AlternatingSearch
 from saqcli.training import trainer
 from tests.support.command_line import answer
 from tests.support.digits import MODEL, float_options

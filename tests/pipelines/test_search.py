@@ -16,7 +16,7 @@ from saqcli.pipelines.bits import given_policy
 from saqcli.pipelines.calibration import calibrate, install_quantizers
 from saqcli.pipelines.quantize import prepare
 from saqcli.progress import SILENT
-from saqcli.search import SEARCHERS
+from saqcli.searchers import SEARCHERS
 from saqcli.tasks.classification import Score
 from saqcli.training.loop import score
 from tests.support.command_line import answer, last_error, saq

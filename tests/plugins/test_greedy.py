@@ -12,7 +12,7 @@ IMAGES = ("--search-images", 96, "--scoring-images", 24, "--batch-size", 32, "--
 FEW = ("--candidates", "3,4,8", "--pin", "layer[12].*=4")
 RESUME = """
 from saqcli.errors import Interrupted
-from saqcli.search import SEARCHERS
+from saqcli.searchers import SEARCHERS
 from tests.support.searching import Stopping, fresh, tiny_problem
 
 problem = tiny_problem("conv_bn", rules={"*": "2-8"})
@@ -47,7 +47,7 @@ def folders() -> tuple[Path, ...]:
 
 def test_keeps_the_contract_of_searchers(folders: tuple[Path, ...]) -> None:
     done = run_tests(
-        "tests/search/test_searchers.py", "tests/pipelines/test_search.py", "-k", "greedy", folders=folders
+        "tests/searchers/test_searchers.py", "tests/pipelines/test_search.py", "-k", "greedy", folders=folders
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

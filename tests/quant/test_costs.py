@@ -14,7 +14,7 @@ from saqcli.quant.bits import LayerBits
 from saqcli.quant.cost import Budget, CostModel, LayerCost
 from saqcli.quant.costs import COSTS, CostEntry
 from saqcli.quant.search_space import Candidates, search_space
-from saqcli.search import best_choice
+from saqcli.searchers import best_choice
 from tests.support.command_line import answer, last_error, saq
 from tests.support.digits import MODEL, float_options
 from tests.support.spaces import random_space

@@ -37,7 +37,7 @@ from saqcli.report.pareto import (
     uniform_names,
     write_front,
 )
-from saqcli.search.problem import Scored, SearchImages, SearchProblem, SearchResult
+from saqcli.searchers.problem import Scored, SearchImages, SearchProblem, SearchResult
 from saqcli.serialization import parse_json
 from tests.support.tiny import build
 

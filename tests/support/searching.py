@@ -19,7 +19,7 @@ from saqcli.quant.cost import Budget, cost_model
 from saqcli.quant.search_space import Candidates, SearchSpace, parse_rule, search_space
 from saqcli.quant.tracer import trace
 from saqcli.random_state import random_state, set_random_state
-from saqcli.search import SearchImages, SearchProblem
+from saqcli.searchers import SearchImages, SearchProblem
 from tests.support import tiny
 from tests.support.spaces import budget_within, random_space
 

@@ -20,8 +20,8 @@ from saqcli.quant.cost import Budget, cost_model
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.search_space import Candidates, parse_rule, search_space
 from saqcli.quant.tracer import trace
-from saqcli.search.problem import Batch, Scored, SearchImages, SearchProblem
-from saqcli.search.supernet import Scorer
+from saqcli.searchers.problem import Batch, Scored, SearchImages, SearchProblem
+from saqcli.searchers.supernet import Scorer
 
 FACTORS = (0.6, 0.03, 2.0)  # factors of the branches, in execution order
 RIGHT = [1, 0, 2]  # the optimum under a budget for one of each option

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from saqcli import distributed
 from saqcli.errors import Interrupted
 from saqcli.progress import SILENT, Task
-from saqcli.search.hawq import HAWQ
-from saqcli.search.sensitivity import Sensitivity
-from saqcli.search.separable import sums_over_batches
+from saqcli.searchers.hawq import HAWQ
+from saqcli.searchers.sensitivity import Sensitivity
+from saqcli.searchers.separable import sums_over_batches
 from saqcli.tasks.classification import Meter
 from saqcli.training.loop import evaluate
 from saqcli.training.objective import Objective

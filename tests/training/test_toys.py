@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from saqcli.quant.cost import Cost
-from saqcli.search import SEARCHERS
-from saqcli.search.problem import Scored, SearchProblem, SearchResult
-from saqcli.search.supernet import most_accurate
+from saqcli.searchers import SEARCHERS
+from saqcli.searchers.problem import Scored, SearchProblem, SearchResult
+from saqcli.searchers.supernet import most_accurate
 from tests.support.sweeps import sweep
 from tests.support.toys import RIGHT, branches
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from saqcli.quant.cost import Budget
 from saqcli.quant.search_space import SearchSpace
-from saqcli.search import Scorer, SearcherEntry, SearchProblem, SearchResult, relative_noise
+from saqcli.searchers import Scorer, SearcherEntry, SearchProblem, SearchResult, relative_noise
 from saqcli.training.options import check_choice
 
 Price = Callable[[Sequence[int]], float]

@@ -18,10 +18,10 @@ from saqcli.quant.cost import Budget
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers.base import Quantizer, quantizers_of
 from saqcli.quant.search_space import Candidates
-from saqcli.search.asga import ASGA, Descent
-from saqcli.search.mixture import Mixture, Mixtures
-from saqcli.search.problem import SearchProblem, SearchResult
-from saqcli.search.supernet import Supernet
+from saqcli.searchers.asga import ASGA, Descent
+from saqcli.searchers.mixture import Mixture, Mixtures
+from saqcli.searchers.problem import SearchProblem, SearchResult
+from saqcli.searchers.supernet import Supernet
 from saqcli.training.minimizers import Chunk, MicroBatch
 from saqcli.training.objective import micro_batches
 from tests.support import tiny

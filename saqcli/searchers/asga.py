@@ -45,10 +45,10 @@ from torch import Tensor, nn
 from saqcli import distributed
 from saqcli.errors import ConfigError, TrainingDiverged
 from saqcli.quant.layer import frozen_batch_stats
-from saqcli.search.knapsack import best_choice, untrained_choice
-from saqcli.search.mixture import Mixtures
-from saqcli.search.problem import Batches, SearchProblem, SearchResult, remaining_batches
-from saqcli.search.supernet import Scorer, Supernet
+from saqcli.searchers.knapsack import best_choice, untrained_choice
+from saqcli.searchers.mixture import Mixtures
+from saqcli.searchers.problem import Batches, SearchProblem, SearchResult, remaining_batches
+from saqcli.searchers.supernet import Scorer, Supernet
 from saqcli.training.minimizers import Chunk
 from saqcli.training.minimizers.base import average_gradients, check_step, gradients_of, running_statistics
 from saqcli.training.objective import cut, micro_batches

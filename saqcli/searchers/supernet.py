@@ -23,7 +23,7 @@ from saqcli import distributed
 from saqcli.progress import SILENT
 from saqcli.quant import calibration, convert
 from saqcli.quant.layer import QuantizedLayer, quantized_layers
-from saqcli.search.problem import Batch, Scored, SearchProblem
+from saqcli.searchers.problem import Batch, Scored, SearchProblem
 from saqcli.training.loop import evaluate
 from saqcli.training.minimizers.base import running_statistics
 

@@ -22,9 +22,9 @@ from saqcli.quant.bits import LayerBits
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.cost import Budget, CostModel, LayerCost
 from saqcli.quant.search_space import Candidates, SearchSpace, search_space
-from saqcli.search import SEARCHERS, SearchProblem, SearchResult
-from saqcli.search.baselines import relative_noise
-from saqcli.search.knapsack import Resource, best_choice, solve_knapsack
+from saqcli.searchers import SEARCHERS, SearchProblem, SearchResult
+from saqcli.searchers.baselines import relative_noise
+from saqcli.searchers.knapsack import Resource, best_choice, solve_knapsack
 from saqcli.units import format_quantity
 from tests.support.searching import fresh, problem_of, random_problem, search_images, tiny_problem
 from tests.support.spaces import admitted, budget_within, every_cost, every_loss, spaces, used

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from saqcli.progress import Task
 from saqcli.quant.layer import QuantizedLayer, perturbed, quantized_layers, zero_ports
-from saqcli.search.knapsack import best_choice
-from saqcli.search.problem import Batch, SearchProblem, SearchResult
-from saqcli.search.separable import OPERANDS, Losses, Operand, add_losses, measure_noise, sums_over_batches
+from saqcli.searchers.knapsack import best_choice
+from saqcli.searchers.problem import Batch, SearchProblem, SearchResult
+from saqcli.searchers.separable import OPERANDS, Losses, Operand, add_losses, measure_noise, sums_over_batches
 from saqcli.tasks import classification
 from saqcli.training.hessian import HessianProduct, twice_differentiable
 from saqcli.training.options import check_count

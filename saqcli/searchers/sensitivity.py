@@ -28,10 +28,10 @@ from saqcli.progress import Task
 from saqcli.quant import convert
 from saqcli.quant.layer import QuantizedLayer, quantized_layers
 from saqcli.quant.products import QuantizedProduct, quantized_products
-from saqcli.search.knapsack import best_choice
-from saqcli.search.problem import Batch, SearchProblem, SearchResult
-from saqcli.search.separable import Losses, sums_over_batches
-from saqcli.search.supernet import Supernet
+from saqcli.searchers.knapsack import best_choice
+from saqcli.searchers.problem import Batch, SearchProblem, SearchResult
+from saqcli.searchers.separable import Losses, sums_over_batches
+from saqcli.searchers.supernet import Supernet
 from saqcli.tasks import classification
 
 

@@ -16,7 +16,7 @@ from saqcli.quant.clip_init import best_level, squared_error
 from saqcli.quant.grid import AnyGrid
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.search_space import Decision, SearchSpace
-from saqcli.search.problem import SearchProblem
+from saqcli.searchers.problem import SearchProblem
 
 
 def sums_over_batches(

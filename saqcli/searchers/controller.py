@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from saqcli.quant.cost import Budget
 from saqcli.quant.search_space import SearchSpace
-from saqcli.search.knapsack import best_choice, in_window
+from saqcli.searchers.knapsack import best_choice, in_window
 
 HIDDEN = 64
 DRAWS_PER_ROUND = 64  # sequences per round

@@ -27,7 +27,7 @@ from saqcli.quant.cost import Budget
 from saqcli.quant.products import OPERANDS
 from saqcli.quant.quantizers.base import Quantizer
 from saqcli.quant.search_space import Decision
-from saqcli.search.supernet import Supernet
+from saqcli.searchers.supernet import Supernet
 
 MIN_SHARE = 0.01  # widths below it are skipped: they change little and take as long as others
 

@@ -15,10 +15,10 @@ import torch
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.cost import Budget
 from saqcli.quant.search_space import SearchSpace
-from saqcli.search.knapsack import FRONT_DRAWS, Sampler, best_choice
-from saqcli.search.problem import SearchProblem, SearchResult
-from saqcli.search.separable import relative_noise
-from saqcli.search.supernet import Scorer, score_all
+from saqcli.searchers.knapsack import FRONT_DRAWS, Sampler, best_choice
+from saqcli.searchers.problem import SearchProblem, SearchResult
+from saqcli.searchers.separable import relative_noise
+from saqcli.searchers.supernet import Scorer, score_all
 from saqcli.training.options import check_count
 
 

@@ -31,8 +31,8 @@ from torch import Tensor
 from saqcli.errors import InfeasibleBudget
 from saqcli.quant.cost import USE_MIDDLE, Budget, least_use
 from saqcli.quant.search_space import SearchSpace
-from saqcli.search.problem import SearchProblem, SearchResult
-from saqcli.search.separable import Losses
+from saqcli.searchers.problem import SearchProblem, SearchResult
+from saqcli.searchers.separable import Losses
 
 MAX_REJECTED = 20  # solutions beyond a bound, within the tolerance, before the bounds are tightened
 FRONT_DRAWS = 4  # configurations proposed per budget of a front

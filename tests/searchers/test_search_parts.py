@@ -26,14 +26,14 @@ from saqcli.quant.correction import Corrections, correct
 from saqcli.quant.cost import BUDGET_USE, Budget, CostModel, LayerCost
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.search_space import Candidates, SearchSpace, search_space
-from saqcli.search import SEARCHERS, SearchProblem, SearchResult
-from saqcli.search.controller import Controller, Reinforce
-from saqcli.search.hawq import HAWQ
-from saqcli.search.knapsack import Sampler, budget_logits, in_window
-from saqcli.search.samq import SharpnessAwareCost
-from saqcli.search.sensitivity import Sensitivity
-from saqcli.search.separable import Key, measure_noise
-from saqcli.search.supernet import Scorer, Supernet, SwitchableNorm, layers_before_norms
+from saqcli.searchers import SEARCHERS, SearchProblem, SearchResult
+from saqcli.searchers.controller import Controller, Reinforce
+from saqcli.searchers.hawq import HAWQ
+from saqcli.searchers.knapsack import Sampler, budget_logits, in_window
+from saqcli.searchers.samq import SharpnessAwareCost
+from saqcli.searchers.sensitivity import Sensitivity
+from saqcli.searchers.separable import Key, measure_noise
+from saqcli.searchers.supernet import Scorer, Supernet, SwitchableNorm, layers_before_norms
 from saqcli.training.loop import evaluate
 from saqcli.training.minimizers.sharpness_aware import SAQ
 from saqcli.training.objective import micro_batches

@@ -47,8 +47,8 @@ from torch import Tensor
 from saqcli import distributed
 from saqcli.errors import ConfigError
 from saqcli.quant.cost import USE_MIDDLE, Budget
-from saqcli.search.controller import ROUNDS, Baseline, Controller, Reinforce, draw_within
-from saqcli.search.knapsack import (
+from saqcli.searchers.controller import ROUNDS, Baseline, Controller, Reinforce, draw_within
+from saqcli.searchers.knapsack import (
     FRONT_DRAWS,
     best_choice,
     budget_logits,
@@ -56,9 +56,9 @@ from saqcli.search.knapsack import (
     informed_logits,
     untrained_choice,
 )
-from saqcli.search.problem import SearchProblem, SearchResult, remaining_batches
-from saqcli.search.separable import relative_noise
-from saqcli.search.supernet import Scorer, Supernet, most_accurate, score_all
+from saqcli.searchers.problem import SearchProblem, SearchResult, remaining_batches
+from saqcli.searchers.separable import relative_noise
+from saqcli.searchers.supernet import Scorer, Supernet, most_accurate, score_all
 from saqcli.tasks import classification
 from saqcli.training.minimizers import Chunk
 from saqcli.training.minimizers.base import gradients_of

@@ -1,6 +1,6 @@
 """Searchers, one file each: from a budget to a bit configuration.
 
-To add one, write ``saqcli/search/NAME.py`` with a class that has ``search`` and takes its options as keyword arguments,
+To add one, write ``saqcli/searchers/NAME.py`` with a class that has ``search`` and takes its options as keyword arguments,
 and add it to the table below. Another package writes the same class and an entry point:
 
     [project.entry-points."saqcli.searchers"]
@@ -8,7 +8,7 @@ and add it to the table below. Another package writes the same class and an entr
 
 A searcher receives a ``SearchProblem``: a wrapped copy of the model with its input statistics, the search space and its
 costs, the budget, images, an optimizer and a memory. It returns a ``SearchResult``. The contract, which the tests in
-``tests/search/test_searchers.py`` check over the table:
+``tests/searchers/test_searchers.py`` check over the table:
 
 - The configuration is within the budget. If the budget admits the most bits in every layer, these are the result.
 - ``SearchSpace.check_reachable`` comes first: it refuses a budget below the smallest reachable cost.
@@ -35,11 +35,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from saqcli.plugins import Plugins
-from saqcli.search.asga import ASGA
-from saqcli.search.baselines import ErrorKnapsack, RandomSearch, Uniform
-from saqcli.search.hawq import HAWQ
-from saqcli.search.knapsack import Sampler, best_choice
-from saqcli.search.problem import (
+from saqcli.searchers.asga import ASGA
+from saqcli.searchers.baselines import ErrorKnapsack, RandomSearch, Uniform
+from saqcli.searchers.hawq import HAWQ
+from saqcli.searchers.knapsack import Sampler, best_choice
+from saqcli.searchers.problem import (
     Scored,
     Searcher,
     SearchImages,
@@ -47,10 +47,10 @@ from saqcli.search.problem import (
     SearchResult,
     remaining_batches,
 )
-from saqcli.search.samq import SAMQ
-from saqcli.search.sensitivity import Sensitivity
-from saqcli.search.separable import Key, add_losses, measure_noise, relative_noise, sums_over_batches
-from saqcli.search.supernet import Scorer, Supernet, rank, score_all
+from saqcli.searchers.samq import SAMQ
+from saqcli.searchers.sensitivity import Sensitivity
+from saqcli.searchers.separable import Key, add_losses, measure_noise, relative_noise, sums_over_batches
+from saqcli.searchers.supernet import Scorer, Supernet, rank, score_all
 
 
 class SearcherEntry(NamedTuple):

@@ -223,8 +223,9 @@ class Minimizer:
     """Moves the weights once per step, by a base optimizer; without an ascent, plain training.
 
     To write one, override ``ascend``, ``descend`` or both, and set ``description`` and ``reference``. Further settings
-    are keyword arguments of the constructor, which checks them; the table ``training.minimizer`` passes them. Arguments named ``rho``, ``rho_unit``, ``interval`` and ``reuse`` receive the
-    settings ``training.rho``, ``rho_unit``, ``sam_interval`` and ``sam_reuse``.
+    are keyword arguments of the constructor, which checks them; the table ``training.minimizer`` passes them. Arguments
+    named ``rho``, ``rho_unit``, ``interval`` and ``reuse`` receive the settings ``training.rho``, ``rho_unit``,
+    ``sam_interval`` and ``sam_reuse``.
 
     A minimizer with a radius must equal plain training bit for bit at ``rho=0``. It must not touch the random numbers,
     the running statistics (beyond one update per step) or ``requires_grad``, and its state must be tensors and plain

@@ -16,9 +16,10 @@ from saqcli.data.splits import Images
 from saqcli.models.load import LoadedModel, default_classes, published_weights
 from saqcli.pipelines.bits import budget_of, given_policy, space_of
 from saqcli.pipelines.checks import check_quantize, check_search, network_for
-from saqcli.pipelines.export import check_exports, onnx_names
+from saqcli.pipelines.export import onnx_names
 from saqcli.pipelines.find_bits import request_search
 from saqcli.pipelines.setup import Network, load_float, open_images, training_images, wrap_and_trace
+from saqcli.pipelines.trial_export import check_exports
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
 from saqcli.runs.directory import RunDirectory

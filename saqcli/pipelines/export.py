@@ -1,7 +1,4 @@
-"""``saq export``: ONNX files, compared with the model before publication.
-
-``check_exports`` makes a trial export before training, on random images.
-"""
+"""``saq export``: ONNX files, compared with the model before publication."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,20 +8,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from saqcli.api.exporting import TRIED_IMAGES, trial
 from saqcli.api.targets import QUANTIZED, find_target, named_builder, named_file
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.splits import validation_loader
 from saqcli.errors import ConfigError, Problems
-from saqcli.export import STYLES, ModelMetadata
+from saqcli.export import ModelMetadata
 from saqcli.export.restore import restore
 from saqcli.export.tracing import OPSET
 from saqcli.models.load import OwnNetwork, Preprocessing
-from saqcli.pipelines.calibration import provisional_model
 from saqcli.pipelines.checks import check_images, check_styles
-from saqcli.pipelines.setup import Network, open_run_images, open_trained
-from saqcli.progress import SILENT, Progress
-from saqcli.random_state import random_state, set_random_state
+from saqcli.pipelines.setup import open_run_images, open_trained
+from saqcli.progress import Progress
 from saqcli.report.run_report import QuantizeResult
 from saqcli.runs.directory import RunDirectory
 from saqcli.serialization import make_folder
@@ -194,42 +188,3 @@ def write_files(
 def onnx_names(styles: Sequence[str]) -> dict[str, str]:
     """Style to the stem of a run's ONNX file: ``model`` for the first, ``model-STYLE`` for the others."""
     return {style: f"model-{style}" if index else "model" for index, style in enumerate(styles)}
-
-
-def check_exports(config: RunConfig, network: Network, progress: Progress = SILENT) -> None:
-    """Export a copy of ``network`` in every style of the run, and run it in ONNX Runtime.
-
-    Bits are the given ones, or under a budget the fewest that a search may choose (the most, where these are the
-    style's ``tightest``); levels are provisional. The files are temporary; the comparison with the model follows at
-    the end of the run.
-
-    Args:
-        config: resolved.
-        network: wrapped and traced, on the CPU, without quantizers; not changed.
-        progress: reports every style.
-
-    Raises:
-        UnsupportedModel: a style cannot express the network; the message gives reason and remedy.
-    """
-    styles = config.export.styles
-    if not styles:
-        return
-    before = random_state()
-    try:
-        with progress.task("trying the export", len(styles)) as task:
-            for style in styles:
-                _try_export(style, config, network)
-                task.advance()
-    except OSError as error:  # about the temporary files, which the run does not need
-        progress.note(f"no trial export before training: {error}")
-    finally:
-        set_random_state(before)
-
-
-def _try_export(style: str, config: RunConfig, network: Network) -> None:
-    size = network.loaded.preprocessing.input_size
-    images = torch.randn(TRIED_IMAGES, *size, generator=torch.Generator().manual_seed(0))
-    most_bits = STYLES.find(style).tightest == "most"
-    trial(
-        network.name, style, images, lambda: provisional_model(config, network, images, most_bits=most_bits)
-    )

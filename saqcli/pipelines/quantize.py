@@ -22,7 +22,7 @@ from saqcli.config import RunConfig
 from saqcli.models.own import own_of
 from saqcli.pipelines.calibration import calibrate, describe, install_quantizers
 from saqcli.pipelines.checks import check_quantize, check_trainable, network_for
-from saqcli.pipelines.export import check_exports, write_files
+from saqcli.pipelines.export import write_files
 from saqcli.pipelines.search import choose_bits
 from saqcli.pipelines.setup import (
     Prepared,
@@ -32,6 +32,7 @@ from saqcli.pipelines.setup import (
     open_run_images,
     saved_model,
 )
+from saqcli.pipelines.trial_export import check_exports
 from saqcli.process_group import process_group
 from saqcli.progress import SILENT, Progress
 from saqcli.report.run_report import QuantizeResult, write_report

@@ -1,6 +1,6 @@
 """Searchers, one file each: from a budget to a bit configuration.
 
-To add one, write ``saqcli/searchers/NAME.py`` with a class that has ``search`` and takes its options as keyword arguments,
+To add one, write ``saqcli/searchers/NAME.py`` with a class that has ``search``, its options keyword arguments,
 and add it to the table below. Another package writes the same class and an entry point:
 
     [project.entry-points."saqcli.searchers"]

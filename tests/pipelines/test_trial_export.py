@@ -12,12 +12,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saqcli.api import exporting
 from saqcli.config import resolve
 from saqcli.errors import UnsupportedModel
 from saqcli.export.qdq import QdqExporter
 from saqcli.models.networks import NETWORKS, NetworkEntry
-from saqcli.pipelines import export as exporting
 from saqcli.pipelines import quantize as quantizing
+from saqcli.pipelines import trial_export
 from saqcli.pipelines.setup import load_float, wrap_and_trace
 from saqcli.progress import SILENT
 from saqcli.verify import publish
@@ -239,7 +240,7 @@ def test_shared_weight_use_is_exported(images: Path, network: Any, tmp_path: Pat
 def tried(make: Callable[[], nn.Module], network: Any, **settings: Any) -> None:
     given = {"model.name": network(make), "model.pretrained": False, "quantization.bits": "4", **settings}
     config = resolve(options=given)
-    exporting.check_exports(config, wrap_and_trace(load_float(config.model, SILENT)))
+    trial_export.check_exports(config, wrap_and_trace(load_float(config.model, SILENT)))
 
 
 def test_trial_keeps_random_state(network: Any) -> None:
@@ -275,7 +276,6 @@ def test_trial_is_skipped_on_full_disk(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(exporting.tempfile, "TemporaryDirectory", full)
-    monkeypatch.setattr(exporting._try_export, "passed", {}, raising=False)
     result = saq("quantize", network(Plain), "--bits", 4, *options(images, tmp_path / "run"))
 
     assert result.exit_code == 0

@@ -32,6 +32,9 @@ class Progress(Protocol):
 class _Silent:
     """Ignores all reports."""
 
+    def __repr__(self) -> str:
+        return "SILENT"
+
     def advance(self, steps: int = 1, *, images: int = 0, **figures: float) -> None:
         """Does nothing."""
 

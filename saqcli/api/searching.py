@@ -4,7 +4,7 @@ import inspect
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -18,13 +18,16 @@ from saqcli.quant.bits import BitConfig, parse_bits
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.convert import Scheme
 from saqcli.quant.correction import Corrections
-from saqcli.quant.cost import Budget, Cost
+from saqcli.quant.cost import Budget, Cost, CostModel
+from saqcli.quant.costs import COSTS
 from saqcli.quant.network import Network
 from saqcli.quant.search_space import Candidates, parse_rule, search_space
 from saqcli.searchers import SEARCHERS, Searcher, SearchImages, SearchProblem, SearchResult
 from saqcli.searchers.problem import NO_IMAGES, Batch
 from saqcli.training.optimizer import make_optimizer
-from saqcli.units import parse_quantity
+from saqcli.units import Quantity, parse_quantity
+
+UNIFORM_BUDGET = re.compile(r"w\d+a\d+", re.IGNORECASE)  # a budget given as the cost of uniform bits
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def search(
     candidates: Iterable[int] = WIDTHS,
     activation_candidates: Iterable[int] | None = None,
     pins: Mapping[str, str] | None = None,
+    cost: str | None = None,
     scheme: Scheme | None = None,
     quantize_attention: bool = False,
     lr: float = 0.01,
@@ -79,6 +83,7 @@ def search(
         candidates: bit-widths that a layer may have.
         activation_candidates: bit-widths of inputs, chosen apart from those of weights; None for the same bits.
         pins: as in ``quantize_model``.
+        cost: cost model that counts the budget, by its name in ``saqcli.quant.costs.COSTS``; None for bit-operations.
         scheme: the quantizers to search with.
         quantize_attention: also quantize and count products of activations.
         lr: learning rate of the weights, for searchers that train.
@@ -114,6 +119,7 @@ def search(
         candidates=candidates,
         activation_candidates=activation_candidates,
         pins=pins,
+        cost=cost,
         lr=lr,
         seed=seed,
         progress=progress,
@@ -132,6 +138,7 @@ def find_bits(
     candidates: Iterable[int] = WIDTHS,
     activation_candidates: Iterable[int] | None = None,
     pins: Mapping[str, str] | None = None,
+    cost: str | None = None,
     lr: float = 0.01,
     seed: int = 0,
     progress: Progress = SILENT,
@@ -142,8 +149,9 @@ def find_bits(
         None if activation_candidates is None else tuple(sorted(set(activation_candidates))),
     )
     rules = {pattern: parse_rule(str(text), pattern) for pattern, text in (pins or {}).items()}
-    space = search_space(network.name, network.costs, widths, rules)
-    bound = budget_of(budget, network)
+    costs = priced(network.costs, cost)
+    space = search_space(network.name, costs, widths, rules)
+    bound = budget_of(budget, network.name, costs)
     space.check_reachable(bound)
     entry = SEARCHERS.find(searcher, "searcher")
     found = searcher_with(searcher, options or {})
@@ -169,7 +177,19 @@ def find_bits(
     return FoundBits(policy, space.cost(result.choice), bound, result)
 
 
-def budget_of(budget: int | str | Budget, network: Network) -> Budget:
+def priced(costs: CostModel, cost: str | None) -> CostModel:
+    """``costs``, counted by the cost model of this name; None for bit-operations.
+
+    Raises:
+        ConfigError: there is no such cost model.
+    """
+    if cost is None:
+        return costs
+    entry = COSTS.find(cost, "quantization.cost")
+    return replace(costs, price=entry.cost, unit=entry.unit)
+
+
+def budget_of(budget: int | str | Budget, name: str, costs: CostModel) -> Budget:
     """``34G``, a number of bit-operations, or ``w4a4`` for the cost of uniform 4 bits, as a ``Budget``.
 
     Raises:
@@ -177,13 +197,20 @@ def budget_of(budget: int | str | Budget, network: Network) -> Budget:
     """
     if isinstance(budget, Budget):
         return budget
-    if isinstance(budget, int):
-        return Budget(bops=budget)
-    if re.fullmatch(r"w\d+a\d+", budget.strip(), re.IGNORECASE):
-        return Budget(
-            bops=network.costs.bops(network.costs.uniform(network.name, parse_bits(budget, "budget")))
-        )
-    return Budget(bops=parse_quantity(budget))
+    bops = budget if isinstance(budget, int) else bound_of(budget, "bops", name, costs)
+    return Budget(bops=bops, unit=costs.unit)
+
+
+def bound_of(text: str, quantity: Quantity, name: str, costs: CostModel) -> int:
+    """``34G``, ``5MB``, or ``w4a4`` for the cost of uniform 4 bits, as a number.
+
+    Raises:
+        ConfigError: no such quantity.
+    """
+    if UNIFORM_BUDGET.fullmatch(text.strip()):
+        cost = costs.cost(costs.uniform(name, parse_bits(text, "budget")))
+        return cost.bops if quantity == "bops" else cost.size
+    return parse_quantity(text, quantity)
 
 
 def searcher_with(name: str, options: Mapping[str, Any]) -> Searcher:

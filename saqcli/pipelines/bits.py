@@ -1,9 +1,8 @@
 """Given bits, a given policy, or a budget with its searcher and search space."""
 
-import re
-from dataclasses import replace
+from typing import get_args
 
-from saqcli.api.searching import searcher_with
+from saqcli.api.searching import UNIFORM_BUDGET, bound_of, priced, searcher_with
 from saqcli.api.targets import policy_file
 from saqcli.config import QuantizationSection, RunConfig
 from saqcli.errors import ConfigError, Problems
@@ -20,7 +19,6 @@ BUDGETS: tuple[tuple[str, Quantity], ...] = (
     ("bops", "bops"),
     ("size", "size"),
 )  # setting and quantity
-UNIFORM_BUDGET = re.compile(r"w\d+a\d+", re.IGNORECASE)  # a budget given as the cost of uniform bits
 
 
 def check_bits(section: QuantizationSection, *, files: bool = True) -> None:
@@ -129,10 +127,7 @@ def costs_of(section: QuantizationSection, network: Network) -> CostModel:
     Raises:
         ConfigError: there is no such cost model.
     """
-    if section.cost is None:
-        return network.costs
-    entry = COSTS.find(section.cost, "quantization.cost")
-    return replace(network.costs, price=entry.cost, unit=entry.unit)
+    return priced(network.costs, section.cost)
 
 
 def _rules(section: QuantizationSection) -> dict[str, Rule]:
@@ -144,16 +139,11 @@ def budget_of(section: QuantizationSection, network: Network) -> Budget:
     """The budget: ``34G``, ``5MB``, or ``w4a4`` for the cost of uniform 4 bits in this network."""
 
     costs = costs_of(section, network)
-
-    def bound(text: str | None, quantity: Quantity) -> int | None:
-        if text is None:
-            return None
-        if UNIFORM_BUDGET.fullmatch(text.strip()):
-            cost = costs.cost(costs.uniform(network.name, parse_bits(text)))
-            return cost.bops if quantity == "bops" else cost.size
-        return parse_quantity(text, quantity)
-
-    return Budget(bops=bound(section.bops, "bops"), size=bound(section.size, "size"), unit=costs.unit)
+    bops, size = (
+        None if text is None else bound_of(text, quantity, network.name, costs)
+        for text, quantity in zip((section.bops, section.size), get_args(Quantity), strict=True)
+    )
+    return Budget(bops=bops, size=size, unit=costs.unit)
 
 
 def given_policy(section: QuantizationSection, network: Network) -> BitConfig | None:

@@ -9,13 +9,35 @@ from typing import Any
 from saqcli._version import __version__
 
 _PUBLIC = {
+    "ASAQ": "saqcli.training.minimizers.sharpness_aware",
     "BitConfig": "saqcli.quant.bits",
     "Budget": "saqcli.quant.cost",
+    "FoundBits": "saqcli.api.searching",
     "LayerBits": "saqcli.quant.bits",
+    "ModelInfo": "saqcli.api.info",
+    "Profile": "saqcli.api.costs",
+    "QAT": "saqcli.training.minimizers.qat",
+    "SAM": "saqcli.training.minimizers.sharpness_aware",
+    "SAQ": "saqcli.training.minimizers.sharpness_aware",
     "SaqError": "saqcli.errors",
-    "load": "saqcli.pipelines.predictors",
-    "load_model": "saqcli.models.load",
+    "analyze": "saqcli.api.measuring",
+    "bits": "saqcli.api.info:bits_of",
+    "bops": "saqcli.api.costs",
+    "calibrate": "saqcli.api.quantizing",
+    "check_export": "saqcli.api.exporting",
+    "evaluate": "saqcli.api.measuring",
+    "export_onnx": "saqcli.api.exporting",
+    "finetune": "saqcli.api.finetuning",
+    "info": "saqcli.api.info",
+    "load": "saqcli.api.files",
+    "load_images": "saqcli.api.models",
+    "load_model": "saqcli.api.models",
+    "profile": "saqcli.api.costs",
     "quantize": "saqcli.pipelines.quantize",
+    "quantize_model": "saqcli.api.quantizing",
+    "save": "saqcli.api.files",
+    "search": "saqcli.api.searching",
+    "summary": "saqcli.api.costs",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -24,4 +46,5 @@ __all__ = ["__version__", *_PUBLIC]
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'saqcli' has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name]), name)
+    module, _, attribute = _PUBLIC[name].partition(":")
+    return getattr(import_module(module), attribute or name)

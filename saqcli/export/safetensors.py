@@ -246,10 +246,10 @@ class SafetensorsExporter:
         convert.fold(model)
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         for name, (layer, quantizer) in _coded_layers(model).items():
-            del state[f"{name}.{layer.weight_name}"]
+            del state[_key(name, layer.weight_name)]
             codes = quantizer.codes(layer.latent_weight())
-            state[f"{name}.codes"] = pack(codes, quantizer.grid(), quantizer.bits)
-            state[f"{name}.step"] = quantizer.step().detach().cpu().flatten()
+            state[_key(name, "codes")] = pack(codes, quantizer.grid(), quantizer.bits)
+            state[_key(name, "step")] = quantizer.step().detach().cpu().flatten()
         for tied in _tied_weights(model):
             del state[tied]
         tensors = {name: value.clone() for name, value in state.items()}  # the library refuses shared memory
@@ -294,7 +294,7 @@ def rebuild(
         _check_fit(_expected(model), tensors, metadata.policy.model)
         state = dict(tensors)
         for name, (layer, quantizer) in _coded_layers(model).items():
-            state[f"{name}.{layer.weight_name}"] = _weight(state, name, layer, quantizer)
+            state[_key(name, layer.weight_name)] = _weight(state, name, layer, quantizer)
         for tied, weight in _tied_weights(model).items():
             state[tied] = state[weight]
         complete = model.state_dict()  # keeps the versions of modules, which some of them check
@@ -318,10 +318,15 @@ def _tied_weights(model: nn.Module) -> dict[str, str]:
     """Names of weights shared with another layer, with the name under which the weight is stored."""
     coded = {layer: name for name, (layer, _) in _coded_layers(model).items()}
     return {
-        f"{name}.{layer.weight_name}": f"{coded[layer.tied_to[0]]}.{layer.tied_to[0].weight_name}"
+        _key(name, layer.weight_name): _key(coded[layer.tied_to[0]], layer.tied_to[0].weight_name)
         for name, layer in quantized_layers(model).items()
         if layer.tied_to and layer.tied_to[0] in coded
     }
+
+
+def _key(layer: str, name: str) -> str:
+    """The key of a layer's tensor; a network may itself be a layer, without a name."""
+    return f"{layer}.{name}" if layer else name
 
 
 def _coded_layers(model: nn.Module) -> dict[str, tuple[QuantizedLayer, Quantizer]]:
@@ -337,9 +342,9 @@ def _expected(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]
     """Shape and type of every tensor in a file of ``model``."""
     expected = {name: (tuple(value.shape), value.dtype) for name, value in model.state_dict().items()}
     for name, (layer, quantizer) in _coded_layers(model).items():
-        shape, _ = expected.pop(f"{name}.{layer.weight_name}")
-        expected[f"{name}.codes"] = (packed_bytes(shape, quantizer.bits),), torch.uint8
-        expected[f"{name}.step"] = (quantizer.step().numel(),), torch.float32
+        shape, _ = expected.pop(_key(name, layer.weight_name))
+        expected[_key(name, "codes")] = (packed_bytes(shape, quantizer.bits),), torch.uint8
+        expected[_key(name, "step")] = (quantizer.step().numel(),), torch.float32
     for tied in _tied_weights(model):
         del expected[tied]
     return expected
@@ -371,8 +376,8 @@ def _kind(shape: tuple[int, ...], dtype: torch.dtype) -> str:
 
 def _weight(state: dict[str, Tensor], name: str, layer: QuantizedLayer, quantizer: Quantizer) -> Tensor:
     """``step * code`` of one layer; both are removed from ``state``."""
-    prefix = f"{name}.weight_quantizer."
-    packed, step = state.pop(f"{name}.codes"), state.pop(f"{name}.step")
+    prefix = _key(name, "weight_quantizer.")
+    packed, step = state.pop(_key(name, "codes")), state.pop(_key(name, "step"))
     quantizer.load_state_dict(
         {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.analysis import AnalysisInput
+from saqcli.api.targets import ANALYZED, find_target, named_file
 from saqcli.config import DataSection, ModelSection, QuantizationSection, RunConfig, resolve
 from saqcli.data.loaders import calibration_loader, read_all
 from saqcli.data.splits import workers_of
@@ -27,7 +28,6 @@ from saqcli.pipelines.calibration import calibrate, describe, install_quantizers
 from saqcli.pipelines.checks import check_builds, check_model
 from saqcli.pipelines.quantize import prepare
 from saqcli.pipelines.setup import open_trained
-from saqcli.pipelines.targets import ANALYZED, find_target, named_file
 from saqcli.progress import Progress
 from saqcli.quant.layer import quantized_layers
 from saqcli.runs.directory import RunDirectory
@@ -180,7 +180,7 @@ def _calibrated(
     chosen = given_policy(config.quantization, network)
     assert chosen is not None  # no budget was given
     model = install_quantizers(config, network, chosen, statistics, images, progress)
-    return model, describe(config, network, chosen, statistics, images)
+    return model, describe(model, images)
 
 
 @torch.no_grad()

@@ -24,11 +24,11 @@ from pydantic import BaseModel, ConfigDict
 
 from saqcli._version import __version__
 from saqcli.analysis import INSTRUMENTS, Reading, Session, Settings
+from saqcli.api.targets import QUANTIZED, find_target, named_file
 from saqcli.config import ModelSection
 from saqcli.errors import CannotWrite, ConfigError, Interrupted, Problems, RunDirectoryError
 from saqcli.pipelines.analysis_inputs import ImageSelection, OpenedModel, check_target, images_of, open_input
 from saqcli.pipelines.checks import check_device, check_images
-from saqcli.pipelines.targets import QUANTIZED, find_target, named_file
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
 from saqcli.report.canvas import model_names

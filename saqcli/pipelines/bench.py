@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli._version import __version__
+from saqcli.api.targets import EVALUATED, find_target, named_file
 from saqcli.config import ModelSection
 from saqcli.errors import ConfigError, RunDirectoryError, UnsupportedModel
 from saqcli.export import EXPORTERS, ModelMetadata
@@ -31,7 +32,6 @@ from saqcli.machine import cores, cpu_name, versions
 from saqcli.models.load import build_architecture
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.pipelines.setup import load_float
-from saqcli.pipelines.targets import EVALUATED, find_target, named_file
 from saqcli.progress import Progress, Task
 from saqcli.quant import convert
 from saqcli.quant.bits import MAX_BITS, BitConfig

@@ -1,12 +1,12 @@
 """Given bits, a given policy, or a budget with its searcher and search space."""
 
-import inspect
 import re
 
+from saqcli.api.searching import searcher_with
+from saqcli.api.targets import policy_file
 from saqcli.config import QuantizationSection, RunConfig
 from saqcli.errors import ConfigError, Problems
 from saqcli.pipelines.setup import Network
-from saqcli.pipelines.targets import policy_file
 from saqcli.quant.bits import BitConfig, LayerBits, parse_bits
 from saqcli.quant.cost import Budget
 from saqcli.quant.search_space import Candidates, Rule, SearchSpace, parse_rule, search_space
@@ -97,12 +97,7 @@ def make_searcher(config: RunConfig) -> Searcher:
         options["epochs"] = int(section.epochs) if whole else section.epochs
     if section.rho is not None:
         options["rho"] = section.rho
-    known = list(inspect.signature(entry.make).parameters)
-    for option in options:
-        if option not in known:
-            options_are = f"its options are {', '.join(known)}" if known else "it has no options"
-            raise ConfigError(f"searcher {name} has no {option}: {options_are}")
-    return entry.make(**options)
+    return searcher_with(name, options)
 
 
 def space_of(section: QuantizationSection, network: Network) -> SearchSpace:

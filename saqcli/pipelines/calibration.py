@@ -2,22 +2,24 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from saqcli import distributed
-from saqcli._version import __version__
+from saqcli.api.batches import device_of
+from saqcli.api.files import metadata_of
+from saqcli.api.networks import install, random_image
 from saqcli.config import RunConfig
 from saqcli.data.batches import Loader
 from saqcli.data.splits import Images
 from saqcli.export import ModelMetadata
-from saqcli.machine import library_versions
 from saqcli.pipelines.bits import given_policy, space_of
 from saqcli.pipelines.setup import Network
 from saqcli.progress import Progress
-from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig
-from saqcli.quant.calibration import InputStatistics, fit, observe, reestimate_batch_norms
+from saqcli.quant.calibration import InputStatistics, observe, reestimate_batch_norms
+from saqcli.quant.calls import Call
 from saqcli.quant.convert import Scheme
 from saqcli.quant.correction import Corrections
 from saqcli.training.minimizers.base import running_statistics
@@ -65,8 +67,8 @@ def install_quantizers(
     progress: Progress,
 ) -> nn.Module:
     """Install and fit the quantizers of every layer at the policy's bits, then apply the corrections."""
-    convert.install(network.model, scheme_of(config), policy, signs_of(statistics))
-    fit(network.model, statistics, config.quantization.clip_init)
+    example = random_image(network.loaded.preprocessing.input_size, device_of(network.model))
+    install(network, example, scheme_of(config), policy, statistics)
     CalibrationCorrection(config, network.model, images, progress)()
     return network.model
 
@@ -78,54 +80,27 @@ def provisional_model(
 
     It has the given bits; under a budget, the fewest that a search may choose, or the most with ``most_bits``.
     """
-    model = copy.deepcopy(network.model).eval()
+    copied = replace(network, model=copy.deepcopy(network.model).eval())
     policy = given_policy(config.quantization, network)
     if policy is None:
         space = space_of(config.quantization, network)
         policy = space.config([-1 if most_bits else 0] * len(space.decisions))
-    statistics = observe(model, [images])
     scheme = scheme_of(config)
-    convert.install(model, scheme, policy, signs_of(statistics))
-    fit(model, statistics, "paper" if scheme.has_published_levels else "error")  # the former is quicker
-    return model, describe(config, network, policy, statistics)
+    if scheme.has_published_levels:
+        scheme = scheme.model_copy(update={"clip_init": "paper"})  # quicker
+    model = install(copied, Call((images,)), scheme, policy, observe(copied.model, [images]))
+    return model, metadata_of(model)
 
 
-def signs_of(statistics: Mapping[str, InputStatistics]) -> dict[str, bool]:
-    """Whether the input of each layer is signed, by layer name."""
-    return {name: of_layer.signed for name, of_layer in statistics.items()}
-
-
-def describe(
-    config: RunConfig,
-    network: Network,
-    policy: BitConfig,
-    statistics: Mapping[str, InputStatistics],
-    images: Images | None = None,
-) -> ModelMetadata:
-    """The metadata of exported files; without ``images``, no classes."""
-    loaded = network.loaded
-    metadata = ModelMetadata(
-        saq_version=__version__,
-        versions=library_versions(),
-        build=loaded.build,
-        preprocessing=loaded.preprocessing.to_dict(),
-        policy=policy,
-        scheme=scheme_of(config),
-        signed=signs_of(statistics),
-        routed=network.traced.routed,
-        products=network.products,
-        source=loaded.weights_source,
-        source_sha256=loaded.weights_sha256,
-    )
-    if images is None:
-        return metadata
+def describe(model: nn.Module, images: Images) -> ModelMetadata:
+    """The metadata of exported files of a quantized model, with the classes of its training images."""
     classes = {
         "class_names": images.train.class_names,
         "folders": dict(images.train.folders),
         "class_order": images.train.class_order,
         "exif_transpose": bool(images.section.exif_transpose),
     }
-    return metadata.model_copy(update=classes)
+    return metadata_of(model).model_copy(update=classes)
 
 
 class CalibrationCorrection:

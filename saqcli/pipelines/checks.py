@@ -7,9 +7,9 @@ typing error in ``training.method``. An existing run directory is checked after 
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import nn
 
+from saqcli.api.targets import check_not_run
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.datasets import check_split_exists
 from saqcli.data.splits import data_path
@@ -27,11 +27,15 @@ from saqcli.pipelines.bits import (
 )
 from saqcli.pipelines.calibration import scheme_of
 from saqcli.pipelines.proxy import proxy_data
-from saqcli.pipelines.setup import Network, Prepared, explain_unsupported, load_float, wrap_and_trace
-from saqcli.pipelines.targets import check_not_run
+from saqcli.pipelines.setup import (
+    Network,
+    Prepared,
+    load_float,
+    try_classifier,
+    wrap_and_trace,
+)
 from saqcli.process_group import pick_device, started_by_torchrun
 from saqcli.progress import SILENT
-from saqcli.quant.tracer import try_model
 from saqcli.serialization import named_path
 from saqcli.tasks.labels import check_files
 from saqcli.training.optimizer import check_training, make_optimizer, search_training
@@ -75,8 +79,7 @@ def _build(section: ModelSection) -> None:
         return  # reported by check_model
     without = {"pretrained": False, "weights": None, "weights_key": None}
     loaded = load_float(section.model_copy(update=without), SILENT)
-    with explain_unsupported(loaded.name):
-        try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size))
+    try_classifier(loaded)
 
 
 def _check_name(name: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from saqcli.api.costs import measure
 from saqcli.config import ModelSection, RunConfig
 from saqcli.data.datasets import Split
 from saqcli.data.splits import Images
@@ -17,7 +18,6 @@ from saqcli.pipelines.bits import budget_of, given_policy, space_of
 from saqcli.pipelines.checks import check_quantize, check_search, network_for
 from saqcli.pipelines.export import check_exports, onnx_names
 from saqcli.pipelines.find_bits import request_search
-from saqcli.pipelines.profile import measure
 from saqcli.pipelines.setup import Network, load_float, open_images, training_images, wrap_and_trace
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress

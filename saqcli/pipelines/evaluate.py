@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from saqcli import distributed
+from saqcli.api.targets import EVALUATED, find_target, named_file
 from saqcli.config import DataSection, ModelSection
 from saqcli.data.batches import Loader
 from saqcli.data.splits import open_named, validation_loader
@@ -15,7 +16,6 @@ from saqcli.pipelines.bench import Bench, BenchSettings, bench_target
 from saqcli.pipelines.checks import check_builds, check_device, check_images, check_model
 from saqcli.pipelines.predictors import Predictor, open_target
 from saqcli.pipelines.setup import with_trained_rotation
-from saqcli.pipelines.targets import EVALUATED, find_target, named_file
 from saqcli.process_group import process_group, started_by_torchrun
 from saqcli.progress import SILENT, Progress
 from saqcli.tasks.classification import Score

@@ -3,7 +3,6 @@
 ``check_exports`` makes a trial export before training, on random images.
 """
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,25 +11,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from saqcli.api.exporting import TRIED_IMAGES, trial
+from saqcli.api.targets import QUANTIZED, find_target, named_file
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.splits import validation_loader
-from saqcli.errors import (
-    ConfigError,
-    PolicyMismatch,
-    Problems,
-    SaqError,
-    UnsupportedGrid,
-    UnsupportedModel,
-    out_of_memory,
-)
+from saqcli.errors import ConfigError, Problems
 from saqcli.export import ModelMetadata
 from saqcli.export.restore import restore
-from saqcli.export.tracing import CANNOT_EXPORT, OPSET
+from saqcli.export.tracing import OPSET
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.pipelines.calibration import provisional_model
 from saqcli.pipelines.checks import check_images, check_styles
 from saqcli.pipelines.setup import Network, open_run_images, open_trained
-from saqcli.pipelines.targets import QUANTIZED, find_target, named_file
 from saqcli.progress import SILENT, Progress
 from saqcli.random_state import random_state, set_random_state
 from saqcli.report.run_report import QuantizeResult
@@ -38,11 +30,8 @@ from saqcli.runs.directory import RunDirectory
 from saqcli.serialization import make_folder
 from saqcli.training.loop import Batches
 from saqcli.verify.proof import RUNTIMES
-from saqcli.verify.publish import export_verified, write_and_run
+from saqcli.verify.publish import export_verified
 from saqcli.verify.verdict import Verdict, synthetic_batches, verdict_path
-
-ELSEWHERE = ": choose another `style`"  # end of exporters' messages where another style may work
-TRIED_IMAGES = 3  # of a trial export; tracing uses 2, so that a fixed batch size in the graph is detected
 
 
 @dataclass(frozen=True)
@@ -233,27 +222,7 @@ def check_exports(config: RunConfig, network: Network, progress: Progress = SILE
 def _try_export(style: str, config: RunConfig, network: Network) -> None:
     size = network.loaded.preprocessing.input_size
     images = torch.randn(TRIED_IMAGES, *size, generator=torch.Generator().manual_seed(0))
-    with tempfile.TemporaryDirectory(prefix="saq-") as folder:
-        path = Path(folder) / "model.onnx"
-        try:
-            most_bits = style == "trt"  # its containers may be too small for the most bits
-            model, metadata = provisional_model(config, network, images, most_bits=most_bits)
-            write_and_run(style, model, metadata, path, images)
-        except (OSError, ConfigError, PolicyMismatch):
-            raise
-        except Exception as error:  # a foreign forward pass or graph may raise any exception
-            if out_of_memory(error):
-                raise MemoryError(str(error)) from error
-            reason = str(error).replace(str(path), "the file")
-            other = "another `style`"
-            if reason.startswith(CANNOT_EXPORT):  # without a trace, no style can work
-                other = "another network"
-            elif isinstance(error, UnsupportedGrid):
-                reason, other = error.reason, "another quantizer"
-            reason = reason.removeprefix(CANNOT_EXPORT).removesuffix(ELSEWHERE)
-            if not isinstance(error, SaqError):
-                reason = f"{type(error).__name__}: {' '.join(reason.split())[:200]}"
-            raise UnsupportedModel(
-                f"{network.name} cannot be exported to ONNX in style {style}: {reason}; use `export.styles=()` to "
-                f"write model.safetensors only, or {other}"
-            ) from error
+    most_bits = style == "trt"  # its containers may be too small for the most bits
+    trial(
+        network.name, style, images, lambda: provisional_model(config, network, images, most_bits=most_bits)
+    )

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from saqcli import distributed
+from saqcli.api.costs import layer_rows
 from saqcli.config import RunConfig
 from saqcli.data.splits import Images
 from saqcli.pipelines.bits import budget_of, make_searcher, space_of
 from saqcli.pipelines.calibration import CalibrationCorrection, calibrate, scheme_of
-from saqcli.pipelines.profile import layer_rows
 from saqcli.pipelines.proxy import open_proxy, search_images
 from saqcli.pipelines.setup import Network
 from saqcli.process_group import pick_device

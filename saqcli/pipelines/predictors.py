@@ -5,20 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from saqcli.api.targets import EVALUATED, find_target, named_file
 from saqcli.config import ModelSection
 from saqcli.errors import ConfigError, CorruptArtifact, SaqError
-from saqcli.export.exact_form import ExactForm
 from saqcli.export.model_metadata import ModelMetadata, read_onnx_metadata
-from saqcli.export.operators import frozen_copy
 from saqcli.export.restore import complete_class_names, restore, trained_classes
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.models.rebuild import check_build_metadata
-from saqcli.pipelines.setup import classes_of, explain_unsupported, load_float
-from saqcli.pipelines.targets import EVALUATED, QUANTIZED, find_target, model_file, named_file
+from saqcli.pipelines.setup import classes_of, load_float, try_classifier
 from saqcli.progress import Progress
-from saqcli.quant.tracer import try_model
 from saqcli.serialization import printable
 from saqcli.tasks.labels import Classes
 from saqcli.units import counted
@@ -64,8 +61,7 @@ def open_target(target: str, section: ModelSection, device: torch.device, progre
     if path is not None:
         return open_onnx(path) if path.suffix == ".onnx" else open_safetensors(path, device)
     loaded = load_float(section, progress)
-    with explain_unsupported(loaded.name):
-        try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size))
+    try_classifier(loaded)
     return Predictor(
         loaded.model.to(device),
         loaded.name,
@@ -114,25 +110,3 @@ def _from_metadata(
         raise CorruptArtifact(f"{name} has invalid metadata: {printable(str(error))}") from None
     classes = trained_classes(metadata, name)
     return Predictor(predict, name, classes.count, preprocessing, device, classes, metadata)
-
-
-def load(path: str | Path, *, exact: bool = False) -> nn.Module:
-    """The quantized model of a safetensors file or a finished run directory.
-
-    Args:
-        path: ``model.safetensors``, or a run directory of ``saq quantize``.
-        exact: return the exact form, which ONNX files of style ``exact`` equal bit for bit.
-
-    Returns:
-        The model in eval mode on the CPU, bit-identical to the saved one. Its input is normalized images (N, C, H, W).
-
-    Raises:
-        SaqError: unknown or damaged path.
-    """
-    target = find_target(str(path), QUANTIZED, "path")
-    run = target.run
-    model, metadata = restore(model_file(run) if run else target.path or Path(path))
-    if not exact:
-        return model
-    example = torch.zeros(2, *Preprocessing.from_dict(metadata.preprocessing).input_size)
-    return ExactForm(frozen_copy(model), example).eval()

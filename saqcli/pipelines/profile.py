@@ -1,120 +1,18 @@
 """``saq profile``: costs of a network at given bits, layer by layer."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from saqcli.api.costs import Profile, measure, space_of_candidates
+from saqcli.api.targets import EVALUATED, Target, check_no_model_options, find_target
 from saqcli.config import ModelSection, QuantizationSection
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.export.restore import open_from_metadata
 from saqcli.pipelines.bits import check_bits, float_policy, in_order, read_policy
 from saqcli.pipelines.checks import check_builds, check_model
 from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
-from saqcli.pipelines.targets import EVALUATED, Target, check_no_model_options, find_target
 from saqcli.progress import Progress
-from saqcli.quant.bits import FLOAT_BITS, BitConfig, parse_bits
-from saqcli.quant.cost import Cost
-from saqcli.quant.search_space import Candidates, SearchSpace, search_space
-from saqcli.quant.tracer import FUNCTIONAL, Trace
+from saqcli.quant.bits import BitConfig, parse_bits
 from saqcli.runs.directory import RunDirectory
-
-NEVER_RUNS = "does not run in evaluation"
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Costs of a network under one bit configuration.
-
-    Attributes:
-        network: the traced network.
-        policy: the bits.
-        floor: cost with every free layer at the fewest bits.
-        ceiling: cost with every free layer at the most bits.
-    """
-
-    network: Network
-    policy: BitConfig
-    floor: Cost
-    ceiling: Cost
-
-    @property
-    def bops(self) -> int:
-        """Bit-operations per image."""
-        return self.network.costs.bops(self.policy)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as in JSON."""
-        costs, traced = self.network.costs, self.network.traced
-        return {
-            "model": self.network.name,
-            "input_size": list(self.network.loaded.preprocessing.input_size),
-            "num_classes": self.network.loaded.num_classes,
-            "macs": costs.macs,
-            "bops": self.bops,
-            "float_bops": costs.float_bops,
-            "floor_bops": self.floor.bops,
-            "ceiling_bops": self.ceiling.bops,
-            "floor_size_bytes": self.floor.size,
-            "ceiling_size_bytes": self.ceiling.size,
-            "size_bytes": costs.size(self.policy),
-            "float_size_bytes": costs.float_size,
-            "layers": layer_rows(self.network, self.policy),
-            "products": product_rows(self.network, self.policy),
-            "unquantized": unquantized(traced),
-        }
-
-
-def layer_rows(network: Network, policy: BitConfig) -> list[dict[str, Any]]:
-    """Every layer with its bits and costs under ``policy``, in execution order."""
-    parents = {name: parent for parent, names in network.traced.routed.items() for name in names}
-    return [
-        {
-            "name": layer.name,
-            "kind": layer.kind,
-            "macs": layer.macs,
-            "weight_bits": policy.layers[layer.name].weight,
-            "activation_bits": policy.layers[layer.name].activation,
-            "bops": layer.layer_bops(policy.layers[layer.name]),
-            "pinned": layer.pinned is not None,
-            "group": layer.group,
-            "norm": network.traced.layers[layer.name].norm,
-            "multiplied_in": parents.get(layer.name),
-        }
-        for layer in network.costs.layers
-    ]
-
-
-def product_rows(network: Network, policy: BitConfig) -> list[dict[str, Any]]:
-    """Every product of two activations, with the bits of the layer it follows; None if it is not quantized."""
-    rows = []
-    for product in network.traced.products:
-        followed = network.products.get(product.name)
-        bits = policy.layers[followed].activation if followed else None
-        counted = product.macs * (bits or FLOAT_BITS) ** 2 if followed else None
-        rows.append(
-            {
-                "name": product.name,
-                "macs": product.macs,
-                "follows": product.follows,
-                "bits": bits,
-                "bops": counted,
-            }
-        )
-    return rows
-
-
-def unquantized(traced: Trace) -> list[dict[str, Any]]:
-    """The modules that stay in floating point, with reasons and MACs."""
-    multiplying = [
-        {"name": layer.name, "kind": layer.kind, "macs": layer.macs, "reason": layer.reason}
-        for layer in traced.unquantized.values()
-    ]
-    reported = {layer.reason for layer in traced.unquantized.values()}
-    return multiplying + [
-        {"name": name, "kind": None, "macs": 0, "reason": NEVER_RUNS}
-        for name in traced.idle
-        if FUNCTIONAL.format(name) not in reported
-    ]
 
 
 def check_profile(
@@ -170,7 +68,7 @@ def profile(
     target = check_profile(section, bits, policy, quantize_attention)
     if target.kind != "model":
         network, config = _quantized(target, progress)
-        return measure(network, config, search_space(network.name, network.costs, Candidates(candidates)))
+        return measure(network, config, space_of_candidates(network, candidates))
     if not pretrained or section.weights is not None:  # costs do not depend on published weights
         section = section.model_copy(update={"pretrained": False})
     network = wrap_and_trace(load_float(section, progress), quantize_attention=quantize_attention)
@@ -180,7 +78,7 @@ def profile(
         config = network.costs.uniform(network.name, parse_bits(bits))
     else:
         config = float_policy(network)
-    return measure(network, config, search_space(network.name, network.costs, Candidates(candidates)))
+    return measure(network, config, space_of_candidates(network, candidates))
 
 
 def _quantized(target: Target, progress: Progress) -> tuple[Network, BitConfig]:
@@ -204,8 +102,3 @@ def _of_settings(run: RunDirectory, progress: Progress) -> tuple[Network, BitCon
     loaded = load_float(config.model.model_copy(update={"pretrained": False}), progress)
     network = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
     return network, read_policy(str(run.path), network)
-
-
-def measure(network: Network, policy: BitConfig, space: SearchSpace) -> Profile:
-    """The costs of a traced network under ``policy``, and the reachable costs in ``space``."""
-    return Profile(network, policy, space.floor, space.ceiling)

@@ -172,7 +172,7 @@ def start_run(
         policy,
         budget_bytes=budget.size,
     )
-    metadata = describe(config, network, policy, statistics, images)
+    metadata = describe(model, images)
     run.log(phase="float", **asdict(float_score))
     run.log(phase="calibrated", **asdict(calibrated))
     run.save_checkpoint(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from saqcli import distributed
+from saqcli.api.targets import find_target
 from saqcli.config import RunConfig
 from saqcli.data.loaders import MAX_WORKERS, default_workers
 from saqcli.errors import ConfigError, DataError, Interrupted, RunDirectoryError
@@ -25,7 +26,6 @@ from saqcli.machine import cores, resolve_device
 from saqcli.pipelines.quantize import quantize
 from saqcli.pipelines.search import search
 from saqcli.pipelines.setup import load_float
-from saqcli.pipelines.targets import find_target
 from saqcli.progress import SILENT, Progress
 from saqcli.random_state import random_state, set_random_state, torch_threads
 from saqcli.report.comparison import Difference, Record, compare, explain_diff, versions_differ

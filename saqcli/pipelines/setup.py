@@ -2,58 +2,42 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
+from saqcli.api.models import open_float
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.datasets import Split
 from saqcli.data.splits import Images, open_named
 from saqcli.errors import UnsupportedModel
 from saqcli.export.model_metadata import ModelMetadata
 from saqcli.export.restore import complete_class_names, rebuild_structure, trained_classes
-from saqcli.models.load import LoadedModel, ModelSpec, load_model
+from saqcli.models.load import LoadedModel, ModelSpec
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.progress import SILENT, Progress
-from saqcli.quant import convert
+from saqcli.quant import convert, network
 from saqcli.quant.bits import BitConfig
-from saqcli.quant.cost import CostModel, cost_model
-from saqcli.quant.fold import make_plain
-from saqcli.quant.tracer import Trace, trace
+from saqcli.quant.tracer import try_model
 from saqcli.random_state import seed_everything
 from saqcli.serialization import named_path
 from saqcli.tasks.class_names import ORDERS
+from saqcli.tasks.classification import check_output
 from saqcli.tasks.labels import Classes
 from saqcli.units import counted
 
 
-@dataclass(frozen=True)
-class Network:
-    """A float model with wrapped layers that still compute in floating point.
+@dataclass(frozen=True, kw_only=True)
+class Network(network.Network):
+    """A network that was loaded by its name.
 
     Attributes:
         loaded: the model (wrapped in place) and its origin.
-        traced: the traced forward pass.
-        costs: costs of its layers.
-        products: quantized products of activations, and the layers whose input bits they share.
     """
 
     loaded: LoadedModel
-    traced: Trace
-    costs: CostModel
-    products: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def model(self) -> nn.Module:
-        """The wrapped model."""
-        return self.loaded.model
-
-    @property
-    def name(self) -> str:
-        """The model's canonical name."""
-        return self.loaded.name
 
 
 def load_float(section: ModelSection, progress: Progress, *, new_head: bool = False) -> LoadedModel:
@@ -61,7 +45,7 @@ def load_float(section: ModelSection, progress: Progress, *, new_head: bool = Fa
 
     With ``new_head`` a weight file may have another number of classes: the classifier then starts random.
     """
-    loaded = load_model(
+    loaded = open_float(
         ModelSpec(
             name=section.name,
             weights=named_path(section.weights) if section.weights else None,
@@ -76,7 +60,6 @@ def load_float(section: ModelSection, progress: Progress, *, new_head: bool = Fa
             weights_key=section.weights_key,
         )
     )
-    loaded.notes += [f"{loaded.name}: {note}" for note in make_plain(loaded.model)]
     if section.new_head and loaded.trained:
         loaded.notes.append(
             f"`model.new_head` changes nothing: {loaded.weights_source} has "
@@ -95,19 +78,19 @@ def wrap_and_trace(loaded: LoadedModel, *, quantize_attention: bool = False) -> 
     Raises:
         UnsupportedModel: it has nothing to quantize, or does not give class scores for such an image.
     """
-    convert.wrap(loaded.model)
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(1, *loaded.preprocessing.input_size, generator=generator)
+    convert.wrap(loaded.model)
     with explain_unsupported(loaded.name):
-        traced = trace(loaded.model, example)
-    convert.leave_float(loaded.model, traced.idle)
-    for parent, children in traced.routed.items():
-        convert.route(loaded.model, [parent], children)
-    followed = {product.name: product.follows for product in traced.products if product.follows}
-    products = followed if quantize_attention else {}
-    convert.add_products(loaded.model, products)
-    costs = cost_model(traced, loaded.classifiers, products=quantize_attention)
-    return Network(loaded, traced, costs, products)
+        found = network.trace_network(
+            loaded.model,
+            example,
+            loaded.name,
+            loaded.classifiers,
+            quantize_attention=quantize_attention,
+        )
+        check_output(found.traced.outputs, 1)
+    return Network(**vars(found), loaded=loaded)
 
 
 @contextmanager
@@ -120,6 +103,16 @@ def explain_unsupported(name: str) -> Iterator[None]:
         if "dtype" in str(error):
             remedy = "convert the whole network with .float(), since layers are quantized in float32"
         raise UnsupportedModel(f"{name}: {error}; {remedy}") from error
+
+
+def try_classifier(loaded: LoadedModel) -> None:
+    """Run the float model on one empty image.
+
+    Raises:
+        UnsupportedModel: it fails, or returns no class scores.
+    """
+    with explain_unsupported(loaded.name):
+        check_output(try_model(loaded.model, torch.zeros(1, *loaded.preprocessing.input_size)), 1)
 
 
 def classes_of(loaded: LoadedModel) -> Classes:

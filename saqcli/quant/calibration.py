@@ -7,12 +7,13 @@ bit-width. Weights need no data: they are fitted tensor by tensor.
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from saqcli.errors import UnsupportedModel
+from saqcli.quant.calls import Call, tensors_in
 from saqcli.quant.layer import in_eval_mode, is_convolution, quantized_layers
 from saqcli.quant.products import OPERANDS, QuantizedProduct, operand_name, quantized_products
 from saqcli.quant.quantizers import Quantizer
@@ -93,6 +94,20 @@ def _observed(model: nn.Module, seed: int) -> Iterator[dict[str, InputStatistics
             setattr(*place, before[name])
 
 
+@contextmanager
+def in_floating_point(model: nn.Module) -> Iterator[None]:
+    """Within the context every layer, and every product of activations, computes without its quantizers."""
+    modules: list[Any] = [*quantized_layers(model).values(), *quantized_products(model).values()]
+    kept = [(module, module.weight_quantizer, module.input_quantizer) for module in modules]
+    try:
+        for module, _, _ in kept:
+            module.weight_quantizer, module.input_quantizer = nn.Identity(), nn.Identity()
+        yield
+    finally:
+        for module, weights, inputs in kept:
+            module.weight_quantizer, module.input_quantizer = weights, inputs
+
+
 def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Module and attribute of every activation quantizer: inputs of layers, operands of products."""
     places: dict[str, tuple[nn.Module, str]] = {
@@ -105,24 +120,25 @@ def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 @torch.no_grad()
-def observe(model: nn.Module, batches: Iterable[Tensor], seed: int = 0) -> dict[str, InputStatistics]:
+def observe(model: nn.Module, batches: Iterable[Tensor | Call], seed: int = 0) -> dict[str, InputStatistics]:
     """Run ``batches`` through the float model in eval mode and record the input statistics of every quantized layer,
     and those of the operands of every product to be quantized.
 
     Args:
         model: wrapped; its mode is restored.
-        batches: images, (N, C, H, W), on the model's device.
+        batches: images, (N, C, H, W), or other calls, on the model's device.
         seed: for drawing sample values.
 
     Raises:
-        UnsupportedModel: an input, or a class score, is NaN or infinite.
+        UnsupportedModel: the input of a layer, or an output, is NaN or infinite.
     """
     training = model.training
     model.eval()
     try:
         with _observed(model, seed) as statistics:
-            for images in batches:
-                _check_finite(model(images), "the class scores are")
+            for batch in batches:
+                for output in tensors_in(Call.of(batch).run(model)):
+                    _check_finite(output, "the class scores are" if output.dim() == 2 else "the outputs are")
     finally:
         model.train(training)
     return statistics
@@ -151,7 +167,7 @@ def fit(model: nn.Module, statistics: Mapping[str, InputStatistics], clip_init: 
 
 
 @torch.no_grad()
-def reestimate_batch_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def reestimate_batch_norms(model: nn.Module, batches: Iterable[Tensor | Call]) -> None:
     """Re-estimate the running statistics of every batch norm as means over ``batches``; all else stays in eval mode.
 
     Weight normalization removes the mean of every weight. This shifts the output of a convolution considerably where
@@ -159,7 +175,7 @@ def reestimate_batch_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
     Args:
         model: quantized; its mode is restored.
-        batches: images, (N, C, H, W), on the model's device.
+        batches: images, (N, C, H, W), or other calls, on the model's device.
     """
     norms = [
         module
@@ -175,8 +191,8 @@ def reestimate_batch_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
                 norm.reset_running_stats()
                 norm.momentum = None  # a plain mean over all batches
                 norm.train()
-            for images in batches:
-                model(images)
+            for batch in batches:
+                Call.of(batch).run(model)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

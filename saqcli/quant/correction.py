@@ -28,19 +28,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saqcli.quant.calibration import in_floating_point
+from saqcli.quant.calls import Call
 from saqcli.quant.layer import QuantizedLayer, in_eval_mode, quantized_layers
-from saqcli.quant.products import quantized_products
 from saqcli.quant.routing import WeightRecorder
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
-def correct(model: nn.Module, batches: Iterable[Tensor], *, biases: bool, norms: bool) -> None:
+def correct(model: nn.Module, batches: Iterable[Tensor | Call], *, biases: bool, norms: bool) -> None:
     """Correct the mean shifts of quantization, in place; weights and levels stay unchanged.
 
     Args:
         model: quantized, levels fitted; its mode is restored.
-        batches: images, (N, C, H, W), on the model's device.
+        batches: images, (N, C, H, W), or other calls, on the model's device.
         biases: correct the bias of every layer; without a bias, the mean of a batch norm that follows directly.
         norms: correct mean and variance of every batch norm.
     """
@@ -64,21 +65,21 @@ class Corrections:
         self._in_float: list[_Pass] = []  # one per batch
 
     @torch.no_grad()
-    def __call__(self, batches: Iterable[Tensor]) -> None:
+    def __call__(self, batches: Iterable[Tensor | Call]) -> None:
         """Correct the model at its active bits; ``batches`` must be the same in every call."""
         model = self.model
         for tensor, before in self._uncorrected:
             tensor.copy_(before)
         places = _Places(model, biases=self.biases, norms=self.norms)
         with in_eval_mode(model):
-            for index, images in enumerate(batches):
+            for index, batch in enumerate(map(Call.of, batches)):
                 if index == len(self._in_float):
-                    with _in_float(model), _Pass(places) as in_float:
-                        model(images)
+                    with in_floating_point(model), _Pass(places) as in_float:
+                        batch.run(model)
                     self._in_float.append(in_float)
                 with places.restored_statistics(), _Pass(places, self._in_float[index]):
-                    model(images)
-                places.add_batch(len(images))
+                    batch.run(model)
+                places.add_batch(batch.count)
             places.apply()
 
 
@@ -91,20 +92,6 @@ def _correctable(model: nn.Module) -> Iterator[Tensor]:
     for norm in norms:
         if norm.running_mean is not None:
             yield from (norm.running_mean, norm.running_var)
-
-
-@contextmanager
-def _in_float(model: nn.Module) -> Iterator[None]:
-    """Within the context every layer, and every product of activations, computes without its quantizers."""
-    modules: list[Any] = [*quantized_layers(model).values(), *quantized_products(model).values()]
-    kept = [(module, module.weight_quantizer, module.input_quantizer) for module in modules]
-    try:
-        for module, _, _ in kept:
-            module.weight_quantizer, module.input_quantizer = nn.Identity(), nn.Identity()
-        yield
-    finally:
-        for module, weights, inputs in kept:
-            module.weight_quantizer, module.input_quantizer = weights, inputs
 
 
 @dataclass

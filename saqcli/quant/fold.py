@@ -115,6 +115,8 @@ def fold(module: nn.Module) -> bool:
     hooks.sort(key=lambda hook: not isinstance(hook, BasePruningMethod))
     names = list(any_module.parametrizations) if parametrize.is_parametrized(module) else []
     found = False
+    if names:
+        _separate_class(module)
     with in_eval_mode(module):  # reading a weight does not change it there
         for hook in hooks:
             for kind, remove, tensor in _HOOKS:
@@ -130,6 +132,13 @@ def fold(module: nn.Module) -> bool:
             delattr(module, name)
             module.register_parameter(name, nn.Parameter(value, trained))
     return found or bool(names)
+
+
+def _separate_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own: copies of a module share it, and removal changes the class."""
+    kind = type(module)
+    members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(kind.__name__, kind.__bases__, members)
 
 
 def _remove_load_hook(module: nn.Module) -> None:

@@ -20,15 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from saqcli.errors import UnsupportedModel
 from saqcli.quant import products
 from saqcli.quant.attention import supports_products
+from saqcli.quant.calls import Call, tensors_in
 from saqcli.quant.layer import TRANSPOSED, WRAPPED, QuantizedLayer, quantized_layers
 from saqcli.quant.routing import WEIGHT_OPERATORS, WeightRecorder
 from saqcli.quant.wrapping import reason_for_float
-from saqcli.tasks import classification
 
 _ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub__", "__isub__"}
 _CONCATENATIONS = {"cat", "concat", "concatenate", "hstack"}
@@ -222,6 +221,8 @@ class Trace:
         products: of two activations, in order of first execution.
         routed: layers whose weight a parent multiplies with, by name of that parent.
         outputs: the model's output for the traced input.
+        inputs: shapes of the input tensors, for one sample.
+        returned: layers whose output the model returns, unchanged or by carriers alone.
         other_bytes: bytes of everything except weights of layers: biases, norms, buffers, idle layers; 32-bit floats.
     """
 
@@ -229,7 +230,9 @@ class Trace:
     idle: list[str]
     unquantized: dict[str, LayerTrace]
     routed: dict[str, list[str]]
-    outputs: Tensor
+    outputs: Any
+    inputs: list[tuple[int, ...]]
+    returned: list[str]
     other_bytes: int = 0
     products: list[ProductTrace] = field(default_factory=list)
 
@@ -276,10 +279,7 @@ class _Tracer(WeightRecorder):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        inputs, outputs = (
-            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-            for tree in ((args, kwargs), output)
-        )
+        inputs, outputs = tensors_in((args, kwargs)), tensors_in(output)
         if not outputs and name != "__setitem__":
             return output
         self.flows.count_readers(name, inputs, outputs)
@@ -403,16 +403,17 @@ def _recurrent(module: nn.RNNBase, x: Tensor) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def trace(model: nn.Module, example: Tensor) -> Trace:
+def trace(model: nn.Module, example: Tensor | Call) -> Trace:
     """Run ``model`` once in eval mode and record its quantized layers.
 
     Args:
         model: wrapped, no quantizers installed; its mode is restored.
-        example: one image, (1, C, H, W).
+        example: one image, (1, C, H, W), or another call with one sample.
 
     Raises:
-        UnsupportedModel: the forward pass fails, or its output is not a (1, classes) tensor.
+        UnsupportedModel: the forward pass fails, or uses no convolution and no linear layer.
     """
+    example = Call.of(example)
     tracer = _Tracer(model)
     handles: list[Any] = []
     for name, module in model.named_modules():
@@ -420,7 +421,8 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         handles.append(module.register_forward_hook(lambda m, x, _, name=name: tracer.leave(name, m, x)))
     try:
         with tracer:
-            tracer.flows.set(example, Flow(None, is_image=True))
+            for tensor in example.tensors:
+                tracer.flows.set(tensor, Flow(None, is_image=True))
             output = try_model(model, example)
     finally:
         for handle in handles:
@@ -435,26 +437,27 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     numbers += [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     other = sum(4 * tensor.numel() for tensor in numbers)
     found = list(tracer.products.values())
-    return Trace(tracer.layers, idle, tracer.unquantized, tracer.routed, output, other, found)
+    ends = [flow for tensor in tensors_in(output) if (flow := tracer.flows.get(tensor)) is not None]
+    returned = list(dict.fromkeys(flow.producer for flow in ends if flow.producer is not None))
+    shapes = [tuple(tensor.shape[1:]) for tensor in example.tensors]
+    return Trace(
+        tracer.layers, idle, tracer.unquantized, tracer.routed, output, shapes, returned, other, found
+    )
 
 
 @torch.no_grad()
-def try_model(model: nn.Module, example: Tensor) -> Tensor:
-    """The output of ``model`` for one image (1, C, H, W) in eval mode; its mode is restored.
+def try_model(model: nn.Module, example: Tensor | Call) -> Any:
+    """The output of ``model`` for one image (1, C, H, W), or another call, in eval mode; its mode is restored.
 
     Raises:
-        UnsupportedModel: the forward pass fails, or its output is not a (1, classes) tensor.
+        UnsupportedModel: the forward pass fails.
     """
-    training = model.training
+    training, example = model.training, Call.of(example)
     try:
-        output = model.eval()(example)
+        output = example.run(model.eval())
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        shape = "x".join(map(str, example.shape[1:]))
-        raise UnsupportedModel(f"the model does not run on an image of {shape}: {reason}") from error
+        raise UnsupportedModel(f"the model does not run on {example.text}: {reason}") from error
     finally:
         model.train(training)
-    if kind := classification.unfit(output, len(example)):
-        raise UnsupportedModel(f"the model returns a {kind} instead of {classification.OUTPUT}, (1, classes)")
-    scores: Tensor = output
-    return scores
+    return output

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from saqcli import distributed
 from saqcli.config import TrainingSection
+from saqcli.errors import UnsupportedModel
 
 OUTPUT = "class scores"  # of a model, (N, classes)
 
@@ -24,6 +25,16 @@ def unfit(output: Any, images: int) -> str | None:
     if not isinstance(output, Tensor):
         return type(output).__name__
     return None if output.dim() == 2 and len(output) == images else f"tensor of {tuple(output.shape)}"
+
+
+def check_output(output: Any, images: int) -> None:
+    """Check what a model returned for ``images`` images.
+
+    Raises:
+        UnsupportedModel: these are no class scores.
+    """
+    if kind := unfit(output, images):
+        raise UnsupportedModel(f"the model returns a {kind} instead of {OUTPUT}, ({images}, classes)")
 
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:

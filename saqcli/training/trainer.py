@@ -5,7 +5,7 @@ the random states; resuming draws the same images again, passes over those done,
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -105,6 +105,7 @@ class Trainer:
         validation: batches to evaluate on after every epoch; None for no evaluation.
         initial: score of the model before training, the first candidate for the best state.
         teacher: float model in eval mode, for distillation.
+        criterion: logits (N, classes) and targets to a mean loss; None for that of the settings.
         run: where state and metrics are kept.
         title: of an epoch, in front of its number.
         progress: reports every step.
@@ -142,6 +143,7 @@ class Trainer:
         validation: SizedBatches | None = None,
         initial: Score | None = None,
         teacher: nn.Module | None = None,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
         run: TrainingRun = NO_RUN,
         title: str = "epoch",
         progress: Progress = SILENT,
@@ -156,6 +158,8 @@ class Trainer:
         self.average = Average(model, training.ema_decay) if training.ema_decay else None
         self.recovery = Recovery(training.micro_batch, patience=training.skip_steps)
         objective = make_objective(training, device, num_classes, teacher)
+        if criterion is not None:
+            objective = replace(objective, criterion=criterion)
         self._stepper = Stepper(
             model, self.minimizer, objective, training.sharpness_batch, self.recovery, progress.note
         )

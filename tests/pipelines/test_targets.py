@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from saqcli.api.targets import ANALYZED, EVALUATED, QUANTIZED, find_target, is_path, policy_file
 from saqcli.config import RunConfig, resolve
 from saqcli.errors import SaqError
-from saqcli.pipelines.targets import ANALYZED, EVALUATED, QUANTIZED, find_target, is_path, policy_file
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.runs.directory import RunDirectory
 from tests.support.command_line import answer, last_error, saq

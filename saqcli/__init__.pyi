@@ -1,0 +1,32 @@
+"""Types of the public names, which the package loads on first use."""
+
+from saqcli._version import __version__ as __version__
+from saqcli.api.costs import Profile as Profile
+from saqcli.api.costs import bops as bops
+from saqcli.api.costs import profile as profile
+from saqcli.api.costs import summary as summary
+from saqcli.api.exporting import check_export as check_export
+from saqcli.api.exporting import export_onnx as export_onnx
+from saqcli.api.files import load as load
+from saqcli.api.files import save as save
+from saqcli.api.finetuning import finetune as finetune
+from saqcli.api.info import ModelInfo as ModelInfo
+from saqcli.api.info import bits_of as bits
+from saqcli.api.info import info as info
+from saqcli.api.measuring import analyze as analyze
+from saqcli.api.measuring import evaluate as evaluate
+from saqcli.api.models import load_images as load_images
+from saqcli.api.models import load_model as load_model
+from saqcli.api.quantizing import calibrate as calibrate
+from saqcli.api.quantizing import quantize_model as quantize_model
+from saqcli.api.searching import FoundBits as FoundBits
+from saqcli.api.searching import search as search
+from saqcli.errors import SaqError as SaqError
+from saqcli.pipelines.quantize import quantize as quantize
+from saqcli.quant.bits import BitConfig as BitConfig
+from saqcli.quant.bits import LayerBits as LayerBits
+from saqcli.quant.cost import Budget as Budget
+from saqcli.training.minimizers.sharpness_aware import ASAQ as ASAQ
+from saqcli.training.minimizers.qat import QAT as QAT
+from saqcli.training.minimizers.sharpness_aware import SAM as SAM
+from saqcli.training.minimizers.sharpness_aware import SAQ as SAQ

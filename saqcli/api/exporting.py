@@ -1,0 +1,228 @@
+"""ONNX files of quantized modules, proved to compute the same, and trial exports before training."""
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saqcli.api.batches import BatchReader, Calls, Inputs, class_scores
+from saqcli.api.files import metadata_of, opened
+from saqcli.api.info import info, quantization_of, unwrapped
+from saqcli.api.networks import float_network, install, observed, policy_of, prepare
+from saqcli.errors import (
+    ConfigError,
+    PolicyMismatch,
+    SaqError,
+    UnsupportedGrid,
+    UnsupportedModel,
+    out_of_memory,
+)
+from saqcli.export import ModelMetadata
+from saqcli.export.tracing import CANNOT_EXPORT
+from saqcli.models.preprocessing import Preprocessing
+from saqcli.progress import SILENT, Progress
+from saqcli.quant.calls import Call
+from saqcli.quant.convert import Scheme
+from saqcli.quant.network import Network
+from saqcli.quant.tracer import Trace
+from saqcli.verify.publish import export_verified, write_and_run
+from saqcli.verify.verdict import SYNTHETIC, Verdict, synthetic_batches, verdict_path
+
+ELSEWHERE = ": choose another `style`"  # end of exporters' messages where another style may work
+TRIED_IMAGES = 3  # of a trial export; tracing uses 2, so that a fixed batch size in the graph is detected
+TRIED_BITS = "w4a4"
+
+
+def export_onnx(
+    model: nn.Module | str | Path,
+    path: str | Path,
+    style: str = "qdq",
+    *,
+    verify: Iterable[Any] | None = None,
+    inputs: Inputs | None = None,
+    runtimes: tuple[str, ...] = (),
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Verdict:
+    """Write a quantized module to an ONNX file that provably computes the same.
+
+    The file is run in ONNX Runtime, end to end and layer by layer, and gets its name once it matches the module. The
+    verdict stands beside it, in ``NAME.verdict.json``.
+
+    Args:
+        model: from ``quantize_model`` or ``load``, from one image tensor to class scores (N, classes); or the path of a
+            safetensors file or run directory. Not changed.
+        path: of the file, ending with ``.onnx``.
+        style: name in ``saqcli.export.STYLES``.
+        verify: any iterable of batches to compare on; synthetic images by default.
+        inputs: from a batch to the module's argument.
+        runtimes: further runtimes to compare with, such as ``openvino``.
+        overwrite: replace an existing file.
+        progress: reports every batch.
+
+    Raises:
+        ConfigError: the module is not quantized, the file exists, or there is no such style or runtime.
+        UnsupportedModel: the module takes or returns something else, or the style has no form of it.
+        ExportMismatch: the file does not equal the module; nothing is written.
+
+    Example:
+        >>> import saqcli as saq, tempfile, pathlib
+        >>> net = saq.load_model("saq/resnet20", pretrained=False, num_classes=10)
+        >>> q = saq.quantize_model(net, "w4a4")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saq.export_onnx(q, pathlib.Path(folder) / "net.onnx").verified
+        True
+    """
+    module, about, found = quantization_of(opened(model))
+    path = Path(path)
+    check_signature(about.name, found.traced)
+    if path.suffix != ".onnx":
+        raise ConfigError(f"`path={path}` does not end with .onnx: give a file name like model.onnx")
+    for taken in (path, verdict_path(path)):
+        if taken.exists() and not overwrite:
+            raise ConfigError(
+                f"{taken} already exists: use `overwrite=True` to replace it, or another `path`"
+            )
+    metadata = metadata_of(module)
+    batches = _batches(module, verify, inputs, metadata)
+    return export_verified(
+        copy.deepcopy(module),
+        metadata,
+        path,
+        style,
+        batches,
+        len(batches),
+        progress,
+        runtimes,
+        true_size=found.costs.size(metadata.policy),
+        verified_on=SYNTHETIC if verify is None else "images of the caller",
+    )
+
+
+def check_export(
+    model: nn.Module,
+    style: str = "qdq",
+    *,
+    example: Any = None,
+    inputs: Inputs | None = None,
+    scheme: Scheme | None = None,
+) -> None:
+    """Check, before any training, that a module can be exported: write a trial file and run it.
+
+    Args:
+        model: a float module, tried at 4 bits, or a quantized one; not changed.
+        style: as in ``export_onnx``.
+        example: inputs of a float module, as in ``quantize_model``.
+        inputs: as in ``quantize_model``.
+        scheme: quantizers of a float module.
+
+    Raises:
+        UnsupportedModel: it cannot be exported; the message gives reason and remedy.
+    """
+    model = unwrapped(model)
+    about = info(model)
+    if about.quantization is None:
+        ready = prepare(model, None, example, inputs, None)
+        network = float_network(ready.model, ready.example)
+        try_export(network, ready.example, scheme or Scheme(), style)
+        return
+    check_signature(about.name, about.quantization.traced)
+    images = _random_images(about.quantization.traced)
+    trial(about.name, style, images, lambda: (copy.deepcopy(model).cpu().eval(), metadata_of(model)))
+
+
+def try_export(network: Network, example: Call, scheme: Scheme, style: str) -> None:
+    """Export a copy of a network, traced and not yet quantized, at 4 bits with provisional levels.
+
+    Raises:
+        UnsupportedModel: it cannot be exported.
+    """
+    check_signature(network.name, network.traced)
+    images = _random_images(network.traced)
+
+    def provisional() -> tuple[nn.Module, ModelMetadata]:
+        model = copy.deepcopy(network.model).cpu().eval()
+        copied = Network(model, network.name, network.traced, network.costs, network.products)
+        statistics = observed(model, [Call((images,))], 0, SILENT)
+        install(copied, example, scheme, policy_of(copied, bits=TRIED_BITS), statistics)
+        return model, metadata_of(model)
+
+    trial(network.name, style, images, provisional)
+
+
+def trial(name: str, style: str, images: Tensor, make: Callable[[], tuple[nn.Module, ModelMetadata]]) -> None:
+    """Write a temporary file of a quantized model in ``style`` and run it in ONNX Runtime; nothing is compared.
+
+    Args:
+        name: of the network, for messages.
+        style: the style.
+        images: (N, C, H, W) to run on.
+        make: returns the model, on the CPU and in eval mode, and its metadata.
+
+    Raises:
+        UnsupportedModel: the style cannot express the network; the message gives reason and remedy.
+    """
+    with tempfile.TemporaryDirectory(prefix="saq-") as folder:
+        path = Path(folder) / "model.onnx"
+        try:
+            model, metadata = make()
+            write_and_run(style, model, metadata, path, images)
+        except (OSError, ConfigError, PolicyMismatch):
+            raise
+        except Exception as error:  # a foreign forward pass or graph may raise any exception
+            if out_of_memory(error):
+                raise MemoryError(str(error)) from error
+            reason = str(error).replace(str(path), "the file")
+            other = "another `style`"
+            if reason.startswith(CANNOT_EXPORT):  # without a trace, no style can work
+                other = "another network"
+            elif isinstance(error, UnsupportedGrid):
+                reason, other = error.reason, "another quantizer"
+            reason = reason.removeprefix(CANNOT_EXPORT).removesuffix(ELSEWHERE)
+            if not isinstance(error, SaqError):
+                reason = f"{type(error).__name__}: {' '.join(reason.split())[:200]}"
+            raise UnsupportedModel(
+                f"{name} cannot be exported to ONNX in style {style}: {reason}; use `export.styles=()` to "
+                f"write model.safetensors only, or {other}"
+            ) from error
+
+
+def check_signature(name: str, traced: Trace) -> None:
+    """Check that a module maps one image tensor to class scores, as exported files do.
+
+    Raises:
+        UnsupportedModel: it takes or returns something else.
+    """
+    if len(traced.inputs) != 1 or len(traced.inputs[0]) != 3:
+        shapes = ", ".join("x".join(map(str, shape)) or "()" for shape in traced.inputs) or "no tensor"
+        raise UnsupportedModel(
+            f"{name} takes {shapes} for one sample: ONNX files of saq take one image tensor (N, C, H, W); save "
+            "the module with saqcli.save, or export a part of it that does"
+        )
+    if class_scores(traced.outputs) is None:
+        kind = type(traced.outputs).__name__
+        if isinstance(traced.outputs, Tensor):
+            kind = f"tensor of {tuple(traced.outputs.shape)}"
+        raise UnsupportedModel(
+            f"{name} returns a {kind}: ONNX files of saq return class scores (N, classes); save the module with "
+            "saqcli.save, or export a part of it that does"
+        )
+
+
+def _random_images(traced: Trace) -> Tensor:
+    size = traced.inputs[0]
+    return torch.randn(TRIED_IMAGES, *size, generator=torch.Generator().manual_seed(0))
+
+
+def _batches(
+    model: nn.Module, loader: Iterable[Any] | None, inputs: Inputs | None, metadata: ModelMetadata
+) -> list[tuple[Tensor, Tensor]]:
+    """Images on the CPU, with labels of 0 where they have none."""
+    if loader is None:
+        return synthetic_batches(Preprocessing.from_dict(metadata.preprocessing))
+    images = [call.tensors[0].cpu() for call in Calls(loader, BatchReader(model, inputs))]
+    return [(batch, torch.zeros(len(batch), dtype=torch.long)) for batch in images]

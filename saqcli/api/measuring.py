@@ -1,0 +1,137 @@
+"""Measurements of any module: accuracy on labelled batches, and the instruments of ``saq analyze``."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saqcli.analysis import INSTRUMENTS, AnalysisInput, Reading, Session, Settings
+from saqcli.api.batches import BatchReader, Inputs, class_scores
+from saqcli.api.files import opened
+from saqcli.api.info import bits_of, info, quantization_of, unwrapped
+from saqcli.errors import ConfigError, DataError, UnsupportedModel
+from saqcli.progress import SILENT, Progress
+from saqcli.quant.calls import Call
+from saqcli.quant.layer import in_eval_mode, quantized_layers
+from saqcli.serialization import parse_object
+from saqcli.tasks.classification import Meter, Score
+
+
+def evaluate(
+    model: nn.Module | str | Path,
+    data: Iterable[Any],
+    *,
+    inputs: Inputs | None = None,
+    progress: Progress = SILENT,
+) -> Score:
+    """Accuracy and loss of a module that returns class scores (N, classes), in eval mode.
+
+    Args:
+        model: float or quantized; or a model name, a safetensors file or a run directory. Its mode is restored.
+        data: any iterable of batches with labels; images with a label below 0 are left out.
+        inputs: from a batch to the module's arguments.
+        progress: reports every batch.
+
+    Returns:
+        Top-1 and top-5 in percent, and the mean cross-entropy.
+
+    Raises:
+        DataError: no batches, or one without labels.
+        UnsupportedModel: the module returns something else than class scores.
+    """
+    module, meter = unwrapped(opened(model)), Meter()
+    reader = BatchReader(module, inputs)
+    with in_eval_mode(module), torch.inference_mode(), progress.task("evaluating", _length(data)) as task:
+        for batch in data:
+            meter.update(*_scores_and_labels(module, reader, batch))
+            so_far = meter.score()
+            task.advance(images=so_far.images, loss=so_far.loss, top1=so_far.top1)
+    if not meter.images:
+        raise DataError("the loader has no labelled images: give batches (images, labels)")
+    return meter.score()
+
+
+def analyze(
+    model: nn.Module | str | Path,
+    data: Iterable[Any],
+    instruments: Iterable[str] = ("sharpness",),
+    *,
+    inputs: Inputs | None = None,
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Reading]:
+    """Readings of instruments on a quantized module that returns class scores.
+
+    Args:
+        model: from ``quantize_model`` or ``load``, or the path of one; restored bit for bit.
+        data: any iterable of labelled batches, which are held in memory; the module takes one tensor.
+        instruments: names in ``saqcli.analysis.INSTRUMENTS``.
+        inputs: from a batch to the module's argument.
+        settings: of the instruments, such as ``{"rho": 0.1}``; see ``saqcli.analysis.Settings``.
+        progress: reports all measurements.
+
+    Returns:
+        A reading for every instrument; ``to_dict`` of it gives plain values.
+
+    Raises:
+        ConfigError: the module is not quantized, or there is no such instrument or setting.
+        DataError: a batch without labels.
+        UnsupportedModel: the module does not map one tensor to class scores.
+    """
+    module, about, found = quantization_of(opened(model))
+    chosen = {name: INSTRUMENTS.find(name) for name in instruments}
+    wanted = parse_object(Settings, dict(settings or {}), "`settings`", ConfigError)
+    reader = BatchReader(module, inputs)
+    batches = [_image_and_labels(module, reader, batch) for batch in data]
+    if not batches:
+        raise DataError("the loader has no batches: give at least one")
+    if class_scores(found.traced.outputs) is None:
+        raise UnsupportedModel(
+            f"{about.name} returns no class scores (N, classes), which instruments measure"
+        )
+    layers = quantized_layers(module)
+    ordered = {name: layers[name] for name in bits_of(module).layers}
+    with in_eval_mode(module):
+        subject = AnalysisInput(module, ordered, batches, found.scheme)
+        return {name: each.measure(subject, wanted, Session(progress)) for name, each in chosen.items()}
+
+
+def _scores_and_labels(model: nn.Module, reader: BatchReader, batch: Any) -> tuple[Tensor, Tensor]:
+    labels = _labels(reader, batch)
+    output = reader.call(batch).run(model)
+    scores = class_scores(output)
+    if scores is None or len(scores) != len(labels):
+        kind = f"tensor of {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise UnsupportedModel(
+            f"{info(model).name} returns a {kind} for {len(labels)} labels instead of class scores (N, classes): "
+            "compute its score in a loop of your own"
+        )
+    return scores, labels
+
+
+def _image_and_labels(model: nn.Module, reader: BatchReader, batch: Any) -> tuple[Tensor, Tensor]:
+    call = reader.call(batch)
+    if len(call.args) != 1 or not isinstance(call.args[0], Tensor):
+        raise UnsupportedModel(
+            f"{info(model).name} takes several inputs: instruments measure modules of one tensor"
+        )
+    return call.args[0], _labels(reader, batch)
+
+
+def _labels(reader: BatchReader, batch: Any) -> Tensor:
+    labels = None if isinstance(batch, Call) else reader.labels(batch)
+    if labels is None:
+        raise DataError(
+            "a batch of the loader has no labels: give batches (images, labels), or a dictionary with both"
+        )
+    return labels
+
+
+def _length(data: Iterable[Any]) -> int:
+    """Number of batches; 0 if unknown."""
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except TypeError:
+        return 0

@@ -1,0 +1,205 @@
+"""From a module to a traced network, and from bits to installed quantizers: what the library shares."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saqcli.api.batches import BatchReader, Calls, Inputs, device_of
+from saqcli.api.info import Quantization, attach, info, unwrapped
+from saqcli.errors import ConfigError, UnsupportedModel
+from saqcli.progress import Progress
+from saqcli.quant import calibration as fitting
+from saqcli.quant import convert
+from saqcli.quant.bits import BitConfig, LayerBits, parse_bits
+from saqcli.quant.calls import Call
+from saqcli.quant.convert import Scheme
+from saqcli.quant.layer import quantized_layers
+from saqcli.quant.network import Network, trace_network
+from saqcli.quant.search_space import Candidates, parse_rule, search_space
+from saqcli.serialization import parse_json, read_text
+
+CALIBRATION_SAMPLES = 512  # by default
+Policy = BitConfig | Mapping[str, Any] | str | Path
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A float module on its way to quantizers.
+
+    Attributes:
+        model: a copy of it, or itself.
+        example: one call of it.
+        calls: calls on calibration data; on the example alone if there are none.
+    """
+
+    model: nn.Module
+    example: Call
+    calls: Calls
+
+
+def float_network(model: nn.Module, example: Call, *, quantize_attention: bool = False) -> Network:
+    """Wrap and trace a float module, in place; layers whose outputs it returns are pinned, like the first one.
+
+    Raises:
+        UnsupportedModel: it has nothing to quantize, or does not run on ``example``.
+    """
+    about = info(model)
+    convert.wrap(model)
+    return trace_network(
+        model,
+        example.first(),
+        about.name,
+        about.classifiers,
+        pin_returned=about.build is None,
+        quantize_attention=quantize_attention,
+    )
+
+
+def observed(
+    model: nn.Module, calls: Iterable[Call], seed: int, progress: Progress, total: int = 0
+) -> dict[str, fitting.InputStatistics]:
+    """Input statistics of all layers on ``calls``."""
+    return fitting.observe(model, reported("calibrating", calls, progress, total), seed)
+
+
+def install(
+    network: Network,
+    example: Call,
+    scheme: Scheme,
+    policy: BitConfig,
+    statistics: Mapping[str, fitting.InputStatistics],
+) -> nn.Module:
+    """Install and fit the quantizers of every layer at the policy's bits, and record them in the module's ``info``."""
+    signed = signs_of(statistics)
+    convert.install(network.model, scheme, policy, signed)
+    fitting.fit(network.model, statistics, scheme.clip_init)
+    found = Quantization(scheme, example.first(), network.traced, network.costs, signed, network.products)
+    attach(network.model, replace(info(network.model), quantization=found))
+    return network.model
+
+
+def signs_of(statistics: Mapping[str, fitting.InputStatistics]) -> dict[str, bool]:
+    """Whether the input of each layer is signed, by layer name."""
+    return {name: of_layer.signed for name, of_layer in statistics.items()}
+
+
+def policy_of(
+    network: Network,
+    *,
+    bits: int | str | None = None,
+    policy: Policy | None = None,
+    pins: Mapping[str, str] | None = None,
+) -> BitConfig:
+    """The given bits of every layer, in execution order.
+
+    Raises:
+        ConfigError: invalid bits, pins that match no layer, or an unreadable policy.
+        PolicyMismatch: the policy is that of another network.
+    """
+    if policy is not None:
+        names = [layer.name for layer in network.costs.layers]
+        given = _read_policy(policy, network.name)
+        given.check_fits(network.name, names)
+        return given.model_copy(update={"layers": {name: given.layers[name] for name in names}})
+    wanted = parse_bits(str(bits), "bits")
+    assert wanted.weight is not None
+    assert wanted.activation is not None
+    rules = {pattern: parse_rule(str(text), pattern) for pattern, text in (pins or {}).items()}
+    only = Candidates((wanted.weight,), (wanted.activation,))
+    return search_space(network.name, network.costs, only, rules).config([])
+
+
+def _read_policy(policy: Policy, name: str) -> BitConfig:
+    if isinstance(policy, BitConfig):
+        return policy
+    if isinstance(policy, str | Path):
+        return parse_json(BitConfig, read_text(Path(policy), f"the policy {policy}"), str(policy))
+    layers = {
+        layer: bits if isinstance(bits, LayerBits) else parse_bits(str(bits), f"policy[{layer!r}]")
+        for layer, bits in policy.items()
+    }
+    return BitConfig(model=name, layers=layers)
+
+
+def prepare(
+    model: nn.Module,
+    loader: Iterable[Any] | None,
+    example: Any,
+    inputs: Inputs | None,
+    samples: int | None,
+    *,
+    inplace: bool = False,
+) -> Prepared:
+    """Copy a float module, and find out how it is called.
+
+    Raises:
+        UnsupportedModel: it is quantized already, or cannot be copied.
+        ConfigError: nothing tells the inputs of the module.
+        DataError: the loader is empty, or its batches do not hold the module's arguments.
+    """
+    model = unwrapped(model)
+    if quantized_layers(model):
+        raise UnsupportedModel("this module is quantized already: give the float one, or use calibrate")
+    if not inplace:
+        model = copied(model)
+    reader = BatchReader(model, inputs, len(example) if isinstance(example, tuple) else None)
+    calls = None if loader is None else Calls(loader, reader, samples)
+    call = example_of(model, reader, example, calls)
+    return Prepared(model, call, calls or Calls([call], reader))
+
+
+def example_of(model: nn.Module, reader: BatchReader, example: Any, calls: Calls | None) -> Call:
+    """The call to trace a module with: given, the first one of a loader, or an image of its preprocessing.
+
+    Raises:
+        ConfigError: nothing tells the inputs of the module.
+    """
+    if example is not None:
+        return reader.call(example)
+    if calls is not None:
+        return next(iter(calls))
+    preprocessing = info(model).preprocessing
+    if preprocessing is None:
+        raise ConfigError(
+            f"the inputs of {info(model).name} are unknown: give `example`, inputs of it, or a loader"
+        )
+    return random_image(preprocessing.input_size, device_of(model))
+
+
+def random_image(size: tuple[int, ...], device: Any) -> Call:
+    """A call with one random image of ``size``, always the same."""
+    image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+    return Call((image.to(device),))
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a module, also where it holds weights that hooks have computed (``weight_norm``, pruning).
+
+    Raises:
+        UnsupportedModel: an attribute of the module cannot be copied.
+    """
+    computed = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    try:
+        return copy.deepcopy(model, dict[int, Any](computed))
+    except Exception as error:  # attributes of foreign modules raise anything
+        raise UnsupportedModel(
+            f"{info(model).name} cannot be copied ({type(error).__name__}: {error}): give `inplace=True`"
+        ) from error
+
+
+def reported(title: str, calls: Iterable[Call], progress: Progress, total: int = 0) -> Iterator[Call]:
+    """``calls``, reported to ``progress``."""
+    with progress.task(title, total) as task:
+        for call in calls:
+            yield call
+            task.advance(images=call.count)

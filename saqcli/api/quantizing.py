@@ -1,0 +1,209 @@
+"""Quantizing any module: bits, quantizers, calibration, corrections.
+
+prepare             a copy of the module, and one call of it
+float_network       wrapped and traced on that call
+policy              given, uniform, or found by a searcher under a budget
+install             quantizers, fitted to calibration data
+correct             means and variances of batch norms, biases
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import nn
+
+from saqcli.api.batches import BatchReader, Calls, Inputs
+from saqcli.api.exporting import try_export
+from saqcli.api.info import attach, bits_of, quantization_of
+from saqcli.api.networks import (
+    CALIBRATION_SAMPLES,
+    Policy,
+    float_network,
+    install,
+    observed,
+    policy_of,
+    prepare,
+    reported,
+    signs_of,
+)
+from saqcli.api.searching import find_bits
+from saqcli.config import WIDTHS
+from saqcli.errors import ConfigError
+from saqcli.progress import SILENT, Progress
+from saqcli.quant import calibration as fitting
+from saqcli.quant import convert
+from saqcli.quant.convert import Scheme
+from saqcli.quant.correction import correct
+from saqcli.quant.cost import Budget
+
+
+def quantize_model(
+    model: nn.Module,
+    bits: int | str | None = None,
+    *,
+    policy: Policy | None = None,
+    budget: int | str | Budget | None = None,
+    calibration: Iterable[Any] | None = None,
+    example: Any = None,
+    inputs: Inputs | None = None,
+    samples: int = CALIBRATION_SAMPLES,
+    searcher: str = "error",
+    search: Mapping[str, Any] | None = None,
+    candidates: Iterable[int] = WIDTHS,
+    pins: Mapping[str, str] | None = None,
+    quantizer: str = "clip",
+    weight_quantizer: str | None = None,
+    activation_quantizer: str | None = None,
+    weight_grid: Literal["auto", "paper", "zero"] = "auto",
+    granularity: Literal["channel", "tensor"] = "channel",
+    weight_normalization: bool = False,
+    quantize_attention: bool = False,
+    recalibrate_bn: bool = True,
+    correct_bias: bool = False,
+    export: str | None = None,
+    inplace: bool = False,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> nn.Module:
+    """A quantized copy of ``model``: every convolution and linear layer computes with quantized weights and inputs.
+
+    The copy is an ordinary module: it trains, moves, saves and copies as the float one. Give ``bits``, ``policy`` or
+    ``budget``. First layers and classifiers keep 8 bits unless ``policy`` or ``pins`` say otherwise.
+
+    Args:
+        model: any float module that runs on its inputs; on any device, in any mode.
+        bits: of weights and inputs, 2 to 8: ``4``, or ``"w4a8"``.
+        policy: bits of every layer: a ``BitConfig``, its dictionary of layers, or a ``policy.json``.
+        budget: bit-operations for one sample (``"34G"``, ``500_000_000``, ``"w4a4"`` for the cost of uniform 4 bits),
+            or a ``Budget``.
+        calibration: any iterable of batches: tensors, tuples or dictionaries, with or without labels; see
+            ``saqcli.api.batches``. Without it, levels are fitted to ``example`` alone.
+        example: inputs to trace the module with; by default the first batch of ``calibration``, or an image of the
+            size of the network's preprocessing.
+        inputs: from a batch to a tensor, a tuple or a dictionary of the module's arguments.
+        samples: calibration samples that are read.
+        searcher: of a budget, by name; those that need labelled images take them from ``calibration``.
+        search: further keyword arguments of ``saqcli.search``.
+        candidates: bit-widths that a search may give to a layer.
+        pins: bits by pattern of layer names: ``{"layer4.*": "8", "*.conv1": "3-6", "fc": "w8a4"}``.
+        quantizer: of weights and inputs, by name.
+        weight_quantizer: of weights alone; None for ``quantizer``.
+        activation_quantizer: of inputs alone.
+        weight_grid: levels of weights: ``paper`` (none at zero), ``zero``, or ``auto``: paper up to 7 bits, int8 at 8.
+        granularity: one clipping level of a weight per output ``channel``, or per ``tensor``.
+        weight_normalization: quantize the weights of convolutions in standard deviations from their mean.
+        quantize_attention: also quantize products of activations.
+        recalibrate_bn: adapt the running statistics of batch norms to the quantized layers.
+        correct_bias: restore the mean output of every layer.
+        export: style of ONNX files that the module must be exportable in; checked before calibration.
+        inplace: quantize ``model`` itself, which is returned; otherwise it is left unchanged.
+        seed: random seed of sample values and of the searcher.
+        progress: reports calibration and search.
+
+    Returns:
+        The quantized module, in the mode and on the device of ``model``.
+
+    Raises:
+        ConfigError: none or several of bits, policy and budget; an unknown name; invalid bits.
+        DataError: the loader is empty, or its batches do not hold the module's arguments.
+        UnsupportedModel: nothing to quantize, the module does not run, or it cannot be exported as ``export`` asks.
+        PolicyMismatch: the policy is that of another network.
+        InfeasibleBudget: the budget is below the smallest reachable cost.
+
+    Example:
+        >>> import torch, saqcli as saq
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3),
+        ...     torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 10))
+        >>> q = saq.quantize_model(net, "w4a4", calibration=[torch.rand(8, 3, 16, 16)])
+        >>> q(torch.rand(2, 3, 16, 16)).shape, saq.bops(q) < saq.bops(net, example=torch.rand(1, 3, 16, 16))
+        (torch.Size([2, 10]), True)
+    """
+    given = {"bits": bits, "policy": policy, "budget": budget}
+    named = [f"`{name}`" for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        found = f"{' and '.join(named)} were given" if named else "no bits and no budget were given"
+        raise ConfigError(f"{found}: give exactly one of `bits`, `policy` and `budget`")
+    scheme = Scheme(
+        quantizer=quantizer,
+        weight_grid=weight_grid,
+        granularity=granularity,
+        weight_normalization=weight_normalization,
+        weight_quantizer=weight_quantizer,
+        activation_quantizer=activation_quantizer,
+    )
+    scheme.check()
+    ready = prepare(model, calibration, example, inputs, samples, inplace=inplace)
+    modes = {module: module.training for module in ready.model.modules()}
+    network = float_network(ready.model, ready.example, quantize_attention=quantize_attention)
+    if export is not None:
+        try_export(network, ready.example, scheme, export)
+    statistics = observed(network.model, ready.calls, seed, progress)
+    if budget is not None:
+        chosen = find_bits(
+            network,
+            budget,
+            None if calibration is None else ready.calls,
+            statistics,
+            scheme,
+            searcher=searcher,
+            candidates=candidates,
+            pins=pins,
+            seed=seed,
+            progress=progress,
+            **(search or {}),
+        ).policy
+    else:
+        chosen = policy_of(network, bits=bits, policy=policy, pins=pins)
+    install(network, ready.example, scheme, chosen, statistics)
+    if recalibrate_bn or correct_bias:
+        calls = reported("correcting means", ready.calls, progress)
+        correct(network.model, calls, biases=correct_bias, norms=recalibrate_bn)
+    for module, training in modes.items():
+        module.training = training
+    return network.model
+
+
+def calibrate(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    *,
+    inputs: Inputs | None = None,
+    samples: int = CALIBRATION_SAMPLES,
+    recalibrate_bn: bool = True,
+    correct_bias: bool = False,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> None:
+    """Fit all levels, steps and offsets of a quantized module anew, in place; bits and weights stay.
+
+    For a module that was quantized with an example alone, or whose data or weights have changed.
+
+    Args:
+        model: from ``quantize_model`` or ``load``.
+        calibration: as in ``quantize_model``.
+        inputs: as in ``quantize_model``.
+        samples: as in ``quantize_model``.
+        recalibrate_bn: as in ``quantize_model``.
+        correct_bias: as in ``quantize_model``.
+        seed: random seed of sample values.
+        progress: reports the calibration.
+
+    Raises:
+        ConfigError: the module is not quantized.
+        DataError: the loader is empty, or its batches do not hold the module's arguments.
+        UnsupportedModel: the input of a layer is NaN or infinite.
+    """
+    model, about, found = quantization_of(model)
+    policy = bits_of(model)
+    calls = Calls(calibration, BatchReader(model, inputs), samples)
+    with fitting.in_floating_point(model):
+        statistics = observed(model, calls, seed, progress)
+    signed = signs_of(statistics)
+    convert.install(model, found.scheme, policy, signed)
+    fitting.fit(model, statistics, found.scheme.clip_init)
+    attach(model, replace(about, quantization=replace(found, signed=signed)))
+    if recalibrate_bn or correct_bias:
+        correct(
+            model, reported("correcting means", calls, progress), biases=correct_bias, norms=recalibrate_bn
+        )

@@ -1,0 +1,268 @@
+"""Bits under a budget for any module: a searcher on batches of one's own."""
+
+import inspect
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from saqcli.api.batches import Calls, Inputs, class_scores
+from saqcli.api.networks import CALIBRATION_SAMPLES, copied, float_network, observed, prepare
+from saqcli.config import WIDTHS, TrainingSection
+from saqcli.errors import ConfigError, DataError, UnsupportedModel
+from saqcli.progress import SILENT, Progress
+from saqcli.quant.bits import BitConfig, parse_bits
+from saqcli.quant.calibration import InputStatistics
+from saqcli.quant.convert import Scheme
+from saqcli.quant.correction import Corrections
+from saqcli.quant.cost import Budget, Cost
+from saqcli.quant.network import Network
+from saqcli.quant.search_space import Candidates, parse_rule, search_space
+from saqcli.search import SEARCHERS, Searcher, SearchImages, SearchProblem, SearchResult
+from saqcli.search.problem import NO_IMAGES, Batch
+from saqcli.training.optimizer import make_optimizer
+from saqcli.units import parse_quantity
+
+
+@dataclass(frozen=True)
+class FoundBits:
+    """The result of a search.
+
+    Attributes:
+        policy: the bits of every layer.
+        cost: bit-operations and bytes of the policy.
+        budget: of the search.
+        result: what the searcher returned: further proposals and scores.
+    """
+
+    policy: BitConfig
+    cost: Cost
+    budget: Budget
+    result: SearchResult
+
+
+def search(
+    model: nn.Module,
+    budget: int | str | Budget,
+    data: Iterable[Any] | None = None,
+    *,
+    example: Any = None,
+    inputs: Inputs | None = None,
+    searcher: str = "error",
+    options: Mapping[str, Any] | None = None,
+    candidates: Iterable[int] = WIDTHS,
+    activation_candidates: Iterable[int] | None = None,
+    pins: Mapping[str, str] | None = None,
+    scheme: Scheme | None = None,
+    quantize_attention: bool = False,
+    lr: float = 0.01,
+    samples: int = 4096,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> FoundBits:
+    """Bits for every layer of a float module under a budget; the module is left unchanged.
+
+    Searchers that need images take labelled ones from ``data``, of which they hold ``samples`` in memory: every second
+    one is trained on, and the others compare configurations.
+
+    Args:
+        model: any float module; with a searcher that needs images, from one tensor to class scores (N, classes).
+        budget: as in ``quantize_model``.
+        data: any iterable of batches, as the calibration of ``quantize_model``.
+        example: as in ``quantize_model``.
+        inputs: as in ``quantize_model``.
+        searcher: name in ``saqcli.search.SEARCHERS``.
+        options: further keyword arguments of the searcher, such as ``{"epochs": 2}``.
+        candidates: bit-widths that a layer may have.
+        activation_candidates: bit-widths of inputs, chosen apart from those of weights; None for the same bits.
+        pins: as in ``quantize_model``.
+        scheme: the quantizers to search with.
+        quantize_attention: also quantize and count products of activations.
+        lr: learning rate of the weights, for searchers that train.
+        samples: most samples that are read.
+        seed: random seed.
+        progress: reports calibration and search.
+
+    Raises:
+        InfeasibleBudget: the budget is below the smallest reachable cost; the message names the range.
+        ConfigError: an unknown searcher, or options that it does not take.
+        DataError: the searcher needs labelled images, and ``data`` has none.
+        UnsupportedModel: nothing to quantize, or the searcher needs class scores and the module returns others.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16),
+        ...     torch.nn.ReLU(), torch.nn.Linear(16, 3))
+        >>> found = search(net, "w4a4", [torch.rand(32, 8)])
+        >>> str(found.policy.layers["0"]), found.cost.bops <= found.budget.bops
+        ('w8a8', True)
+    """
+    ready = prepare(model, data, example, inputs, samples)
+    network = float_network(ready.model, ready.example, quantize_attention=quantize_attention)
+    statistics = observed(network.model, ready.calls.limited(CALIBRATION_SAMPLES), seed, progress)
+    return find_bits(
+        network,
+        budget,
+        None if data is None else ready.calls,
+        statistics,
+        scheme or Scheme(),
+        searcher=searcher,
+        options=options,
+        candidates=candidates,
+        activation_candidates=activation_candidates,
+        pins=pins,
+        lr=lr,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def find_bits(
+    network: Network,
+    budget: int | str | Budget,
+    calls: Calls | None,
+    statistics: Mapping[str, InputStatistics],
+    scheme: Scheme,
+    *,
+    searcher: str = "error",
+    options: Mapping[str, Any] | None = None,
+    candidates: Iterable[int] = WIDTHS,
+    activation_candidates: Iterable[int] | None = None,
+    pins: Mapping[str, str] | None = None,
+    lr: float = 0.01,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> FoundBits:
+    """As ``search``, for a network that is traced and calibrated; its model is not changed."""
+    widths = Candidates(
+        tuple(sorted(set(candidates))),
+        None if activation_candidates is None else tuple(sorted(set(activation_candidates))),
+    )
+    rules = {pattern: parse_rule(str(text), pattern) for pattern, text in (pins or {}).items()}
+    space = search_space(network.name, network.costs, widths, rules)
+    bound = budget_of(budget, network)
+    space.check_reachable(bound)
+    entry = SEARCHERS.find(searcher, "searcher")
+    found = searcher_with(searcher, options or {})
+    images = NO_IMAGES
+    if entry.uses_images:
+        images = search_images(network, searcher, calls, seed)
+    training = TrainingSection(optimizer="sgd", lr=lr, weight_decay=1e-4)
+    model = copied(network.model)
+    problem = SearchProblem(
+        model=model,
+        space=space,
+        budget=bound,
+        scheme=scheme,
+        statistics=statistics,
+        images=images,
+        optimizer=lambda trained: make_optimizer(trained, training),
+        seed=seed,
+        progress=progress,
+        corrections=lambda fitted: _corrections(fitted, calls),
+    )
+    result = found.search(problem)
+    policy = space.config(result.choice)
+    return FoundBits(policy, space.cost(result.choice), bound, result)
+
+
+def budget_of(budget: int | str | Budget, network: Network) -> Budget:
+    """``34G``, a number of bit-operations, or ``w4a4`` for the cost of uniform 4 bits, as a ``Budget``.
+
+    Raises:
+        ConfigError: no such quantity.
+    """
+    if isinstance(budget, Budget):
+        return budget
+    if isinstance(budget, int):
+        return Budget(bops=budget)
+    if re.fullmatch(r"w\d+a\d+", budget.strip(), re.IGNORECASE):
+        return Budget(
+            bops=network.costs.bops(network.costs.uniform(network.name, parse_bits(budget, "budget")))
+        )
+    return Budget(bops=parse_quantity(budget))
+
+
+def searcher_with(name: str, options: Mapping[str, Any]) -> Searcher:
+    """The searcher ``name`` with its options.
+
+    Raises:
+        ConfigError: unknown searcher, or options that it does not take.
+    """
+    make = SEARCHERS.find(name).make
+    known = list(inspect.signature(make).parameters)
+    for option in options:
+        if option not in known:
+            options_are = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise ConfigError(f"searcher {name} has no {option}: {options_are}")
+    return make(**options)
+
+
+def search_images(network: Network, searcher: str, calls: Calls | None, seed: int) -> SearchImages:
+    """Labelled batches for a searcher; every second image is trained on, the others compare configurations.
+
+    Raises:
+        DataError: there are no labelled images.
+        UnsupportedModel: the module does not map one tensor to class scores.
+    """
+    if class_scores(network.traced.outputs) is None:
+        kind = type(network.traced.outputs).__name__
+        raise UnsupportedModel(
+            f"searcher {searcher} compares class scores (N, classes), and {network.name} returns a {kind}: choose "
+            "error or uniform, which need none"
+        )
+    batches = [] if calls is None else list(calls.labelled())
+    if not batches:
+        raise DataError(f"searcher {searcher} needs labelled images: give batches (images, labels)")
+    trained, held_out = (
+        [part for batch in batches if (part := _every_second(batch, start))] for start in (0, 1)
+    )
+    if not held_out:
+        raise DataError(f"searcher {searcher} needs two labelled images at least: give more")
+    return SearchImages(
+        training=ShuffledBatches(trained, seed),
+        held_out=ShuffledBatches(held_out, seed),
+        scoring=held_out,
+        whole=ShuffledBatches(batches, seed),
+    )
+
+
+class ShuffledBatches:
+    """Batches in memory, in another order every epoch."""
+
+    def __init__(self, batches: Sequence[Batch], seed: int) -> None:
+        self._batches, self._seed, self._epoch = batches, seed, 0
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = list(range(len(self._batches)))
+        random.Random(f"{self._seed} {self._epoch}").shuffle(order)
+        return (self._batches[index] for index in order)
+
+    @property
+    def images(self) -> int:
+        """Images of one epoch."""
+        return sum(len(labels) for _, labels in self._batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Select the epoch of the next pass."""
+        self._epoch = epoch
+
+
+def _every_second(batch: Batch, start: int) -> Batch | None:
+    images, labels = batch
+    return (images[start::2], labels[start::2]) if len(labels) > start else None
+
+
+def _corrections(model: nn.Module, calls: Calls | None) -> Callable[[], None]:
+    """Corrections of batch norms at the current bits, as ``quantize_model`` makes them."""
+    if calls is None:
+        return lambda: None
+    corrections = Corrections(model, biases=False, norms=True)
+    kept = list(calls.limited(CALIBRATION_SAMPLES))
+    return lambda: corrections(kept)

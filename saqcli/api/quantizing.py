@@ -84,7 +84,7 @@ def quantize_model(
         inputs: from a batch to a tensor, a tuple or a dictionary of the module's arguments.
         samples: calibration samples that are read.
         searcher: of a budget, by name; those that need labelled images take them from ``calibration``.
-        search: further keyword arguments of ``saqcli.searchers``.
+        search: further keyword arguments of ``saqcli.search``.
         candidates: bit-widths that a search may give to a layer.
         pins: bits by pattern of layer names: ``{"layer4.*": "8", "*.conv1": "3-6", "fc": "w8a4"}``.
         quantizer: of weights and inputs, by its name in ``saqcli.quant.quantizers.QUANTIZERS``.
@@ -131,6 +131,8 @@ def quantize_model(
         weight_grid=weight_grid,
         granularity=granularity,
         weight_normalization=weight_normalization,
+        weight_quantizer=weight_quantizer,
+        activation_quantizer=activation_quantizer,
     )
     scheme.check()
     ready = prepare(model, calibration, example, inputs, samples, inplace=inplace)

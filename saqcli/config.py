@@ -262,15 +262,14 @@ class QuantizationSection(_Section):
         ),
     ] = None
     cost: Annotated[
-        str | None,
+        str,
         Option(
             "Cost model whose unit `quantization.bops` counts: {choices}",
             "NAME",
-            "bops",
             choices=_names("bops"),
             family="costs",
         ),
-    ] = None
+    ] = "bops"
     policy: Annotated[
         str | None,
         Option("Bits of every layer: a policy.json, or a run that holds one", "FILE|RUN", file=True),
@@ -346,8 +345,8 @@ class QuantizationSection(_Section):
 
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """JSON has the cost model only if it is set."""
-        unused = {name for name in ("cost",) if getattr(self, name) is None}
+        """JSON has the cost model only if it is another than that of bit-operations."""
+        unused = {"cost"} if self.cost == "bops" else set()
         return {key: value for key, value in handler(self).items() if key not in unused}
 
 

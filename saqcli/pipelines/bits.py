@@ -38,8 +38,7 @@ def check_bits(section: QuantizationSection, *, files: bool = True) -> None:
         problems.attempt(parse_bits, section.bits)
     for text, quantity in BUDGETS:
         problems.attempt(_check_budget, getattr(section, text), quantity)
-    if section.cost is not None:
-        problems.attempt(COSTS.find, section.cost, "quantization.cost")
+    problems.attempt(COSTS.find, section.cost, "quantization.cost")
     for pattern, text in section.pins.items():
         problems.attempt(parse_rule, text, pattern)
     if section.policy is not None and section.pins:
@@ -93,7 +92,7 @@ def make_searcher(config: RunConfig) -> Searcher:
         raise ConfigError(
             f"search.options.{sorted(unknown)[0]} belongs to no searcher: choose from {', '.join(SEARCHERS)}"
         )
-    if section.pareto and config.quantization.cost not in (None, "bops"):
+    if section.pareto and config.quantization.cost != "bops":
         raise ConfigError(
             f"`search.pareto={section.pareto}` counts bit-operations: remove it, or "
             f"`quantization.cost={config.quantization.cost}`"
@@ -134,7 +133,7 @@ def costs_of(section: QuantizationSection, network: Network) -> CostModel:
     Raises:
         ConfigError: there is no such cost model.
     """
-    if section.cost is None:
+    if section.cost == "bops":
         return network.costs
     entry = COSTS.find(section.cost, "quantization.cost")
     return replace(network.costs, price=entry.cost, unit=entry.unit)

@@ -266,15 +266,14 @@ class QuantizationSection(_Section):
         ),
     ] = None
     cost: Annotated[
-        str | None,
+        str,
         Option(
             "Cost model whose unit `quantization.bops` counts: {choices}",
             "NAME",
-            "bops",
             choices=_names("bops"),
             family="costs",
         ),
-    ] = None
+    ] = "bops"
     policy: Annotated[
         str | None,
         Option("Bits of every layer: a policy.json, or a run that holds one", "FILE|RUN", file=True),
@@ -371,8 +370,8 @@ class QuantizationSection(_Section):
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """JSON has the cost model, and the quantizers of single operands, only if they are set."""
-        optional = ("cost", "weight_quantizer", "activation_quantizer")
-        unused = {name for name in optional if getattr(self, name) is None}
+        defaults = {"cost": "bops", "weight_quantizer": None, "activation_quantizer": None}
+        unused = {name for name, default in defaults.items() if getattr(self, name) == default}
         return {key: value for key, value in handler(self).items() if key not in unused}
 
 

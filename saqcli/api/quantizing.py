@@ -131,8 +131,6 @@ def quantize_model(
         weight_grid=weight_grid,
         granularity=granularity,
         weight_normalization=weight_normalization,
-        weight_quantizer=weight_quantizer,
-        activation_quantizer=activation_quantizer,
     )
     scheme.check()
     ready = prepare(model, calibration, example, inputs, samples, inplace=inplace)

@@ -59,7 +59,7 @@ def search(
     candidates: Iterable[int] = WIDTHS,
     activation_candidates: Iterable[int] | None = None,
     pins: Mapping[str, str] | None = None,
-    cost: str | None = None,
+    cost: str = "bops",
     scheme: Scheme | None = None,
     quantize_attention: bool = False,
     lr: float = 0.01,
@@ -83,7 +83,7 @@ def search(
         candidates: bit-widths that a layer may have.
         activation_candidates: bit-widths of inputs, chosen apart from those of weights; None for the same bits.
         pins: as in ``quantize_model``.
-        cost: cost model that counts the budget, by its name in ``saqcli.quant.costs.COSTS``; None for bit-operations.
+        cost: cost model that counts the budget, by its name in ``saqcli.quant.costs.COSTS``.
         scheme: the quantizers to search with.
         quantize_attention: also quantize and count products of activations.
         lr: learning rate of the weights, for searchers that train.
@@ -138,7 +138,7 @@ def find_bits(
     candidates: Iterable[int] = WIDTHS,
     activation_candidates: Iterable[int] | None = None,
     pins: Mapping[str, str] | None = None,
-    cost: str | None = None,
+    cost: str = "bops",
     lr: float = 0.01,
     seed: int = 0,
     progress: Progress = SILENT,
@@ -177,14 +177,12 @@ def find_bits(
     return FoundBits(policy, space.cost(result.choice), bound, result)
 
 
-def priced(costs: CostModel, cost: str | None) -> CostModel:
-    """``costs``, counted by the cost model of this name; None for bit-operations.
+def priced(costs: CostModel, cost: str) -> CostModel:
+    """``costs``, counted by the cost model of this name.
 
     Raises:
         ConfigError: there is no such cost model.
     """
-    if cost is None:
-        return costs
     entry = COSTS.find(cost, "quantization.cost")
     return replace(costs, price=entry.cost, unit=entry.unit)
 

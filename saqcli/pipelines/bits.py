@@ -36,8 +36,7 @@ def check_bits(section: QuantizationSection, *, files: bool = True) -> None:
         problems.attempt(parse_bits, section.bits)
     for text, quantity in BUDGETS:
         problems.attempt(_check_budget, getattr(section, text), quantity)
-    if section.cost is not None:
-        problems.attempt(COSTS.find, section.cost, "quantization.cost")
+    problems.attempt(COSTS.find, section.cost, "quantization.cost")
     for pattern, text in section.pins.items():
         problems.attempt(parse_rule, text, pattern)
     if section.policy is not None and section.pins:
@@ -91,7 +90,7 @@ def make_searcher(config: RunConfig) -> Searcher:
         raise ConfigError(
             f"search.options.{sorted(unknown)[0]} belongs to no searcher: choose from {', '.join(SEARCHERS)}"
         )
-    if section.pareto and config.quantization.cost not in (None, "bops"):
+    if section.pareto and config.quantization.cost != "bops":
         raise ConfigError(
             f"`search.pareto={section.pareto}` counts bit-operations: remove it, or "
             f"`quantization.cost={config.quantization.cost}`"

@@ -94,7 +94,7 @@ def plan(
         check_same_settings(run, config)
     policy = given_policy(section, network) if space is None else space.config(largest_uniform(space, budget))
     assert policy is not None
-    profile = measure(network, policy, space_of(section.model_copy(update={"cost": None}), network))
+    profile = measure(network, policy, space_of(section.model_copy(update={"cost": "bops"}), network))
     return {
         "verb": verb,
         "run_dir": str(run_dir),

@@ -10,11 +10,12 @@ from torch import nn
 
 from saqcli._version import __version__
 from saqcli.api.batches import class_scores
-from saqcli.api.info import ModelInfo, Quantization, attach, bits_of, quantization_of, unwrapped
+from saqcli.api.info import ModelInfo, Quantization, attach, bits_of, class_of, quantization_of, unwrapped
 from saqcli.api.models import load_model
 from saqcli.api.networks import copied, float_network, prepare
 from saqcli.api.targets import EVALUATED, QUANTIZED, find_target, model_file
-from saqcli.errors import ExportMismatch
+from saqcli.config import names_own_network
+from saqcli.errors import ExportMismatch, SaqError
 from saqcli.export.exact_form import ExactForm
 from saqcli.export.model_metadata import ModelMetadata
 from saqcli.export.operators import frozen_copy
@@ -25,7 +26,7 @@ from saqcli.models.load import build_architecture
 from saqcli.models.own import own_network
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.quant import convert
-from saqcli.quant.calls import tensors_in
+from saqcli.quant.calls import Call, tensors_in
 from saqcli.serialization import replacing
 
 
@@ -33,7 +34,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     """Write a quantized module to a safetensors file: packed codes, steps, metadata.
 
     The file is read back first, and gets its name once the module in it returns the same bits as ``model``. The file of
-    a module of one's own names its class, and ``load`` needs such a module.
+    a module of one's own names its class, and ``load`` needs such a module; so does that of a library's network which
+    was changed after it was loaded.
 
     Args:
         model: from ``quantize_model`` or ``load``; not changed.
@@ -44,21 +46,41 @@ def save(model: nn.Module, path: str | Path) -> None:
         ExportMismatch: the module in the file differs; nothing is written.
         CannotWrite: the disk is full, or the folder missing or read-only.
     """
-    metadata, path = metadata_of(model), Path(path)
-    quantized = quantization_of(model)[2]
-    model = copy.deepcopy(unwrapped(model)).cpu().eval()
-    example = quantized.example.to(torch.device("cpu"))
+    path, (inner, about, found) = Path(path), quantization_of(model)
+    inner = copy.deepcopy(inner).cpu().eval()
+    if about.build is not None and not _builds_again(inner, about, found):
+        attach(inner, replace(about, name=class_of(inner), build=None))
+    metadata, example = metadata_of(inner), found.example.to(torch.device("cpu"))
     with replacing(path) as temporary:
-        SafetensorsExporter().export(model, example.tensors[0], temporary, metadata)
-        plain = copy.deepcopy(model)
+        SafetensorsExporter().export(inner, example.tensors[0], temporary, metadata)
+        plain = copy.deepcopy(inner)
         convert.unwrap(plain)
         loaded = rebuild(plain, metadata, read_content(temporary).tensors, str(path))
-        with torch.inference_mode():
-            expected, found = tensors_in(example.run(model)), tensors_in(example.run(loaded))
-        if not all(map(torch.equal, expected, found)):
+        if not same_outputs(inner, loaded, example):
             raise ExportMismatch(
                 f"the module in {path} returns other numbers than the one saved; no file was written"
             )
+
+
+def _builds_again(model: nn.Module, about: ModelInfo, found: Quantization) -> bool:
+    """Whether the network of the module's name is still the same: it may have been changed since it was loaded."""
+    if names_own_network(str((about.build or {}).get("name"))):
+        return True  # only the user builds it
+    plain = copy.deepcopy(model)
+    convert.unwrap(plain)
+    try:
+        again = build_architecture(about.build or {})
+        again.load_state_dict(plain.state_dict())
+    except (SaqError, RuntimeError):
+        return False
+    return same_outputs(plain, again, found.example.to(torch.device("cpu")))
+
+
+def same_outputs(one: nn.Module, other: nn.Module, call: Call) -> bool:
+    """Whether two modules in eval mode return the same bits for a call."""
+    with torch.inference_mode():
+        outputs = tensors_in(call.run(one)), tensors_in(call.run(other))
+    return len(outputs[0]) == len(outputs[1]) and all(map(torch.equal, *outputs))
 
 
 def load(
@@ -97,7 +119,7 @@ def load(
         metadata, tensors = read_content(file)
         plain = copied(unwrapped(model)).cpu()
         loaded = rebuild(copy.deepcopy(plain), metadata, tensors, str(file))
-    loaded = _described(loaded, plain, metadata, example)
+    loaded = _described(loaded, plain, metadata, example, named=model is None)
     if not exact:
         return loaded
     return ExactForm(frozen_copy(loaded), torch.zeros(2, *metadata.preprocessing["input_size"])).eval()
@@ -129,9 +151,11 @@ def metadata_of(model: nn.Module) -> ModelMetadata:
     shapes, scores = found.traced.inputs, class_scores(found.traced.outputs)
     image = shapes[0] if len(shapes) == 1 and len(shapes[0]) == 3 else None
     preprocessing = about.preprocessing or (None if image is None else as_given(image))
-    build = about.build or {
-        "name": about.name,
-        "num_classes": 0 if scores is None else scores.shape[1],
+    classes = 0 if scores is None else scores.shape[1]
+    named = about.build is not None and about.build["num_classes"] == classes
+    build = (named and about.build) or {
+        "name": about.name if about.build is None else class_of(model),
+        "num_classes": classes,
         "in_chans": 0 if image is None else image[0],
         "kwargs": {},
     }
@@ -140,14 +164,14 @@ def metadata_of(model: nn.Module) -> ModelMetadata:
         versions=library_versions(),
         build=dict(build),
         preprocessing={} if preprocessing is None else preprocessing.to_dict(),
-        policy=bits_of(model),
+        policy=bits_of(model).model_copy(update={"model": build["name"]}),
         scheme=found.scheme,
         signed=dict(found.signed),
         routed=found.traced.routed,
         products=dict(found.products),
-        class_names=about.class_names,
-        folders=dict(about.folders),
-        class_order=about.class_order,
+        class_names=about.class_names if len(about.class_names) == classes else (),
+        folders=dict(about.folders) if named or about.build is None else {},
+        class_order=about.class_order if named or about.build is None else "",
         exif_transpose=about.exif_transpose,
         source=about.source,
         source_sha256=about.source_sha256,
@@ -160,14 +184,19 @@ def as_given(size: tuple[int, ...]) -> Preprocessing:
     return Preprocessing((channels, height, width), (0.0,) * channels, (1.0,) * channels, "bilinear", 1.0)
 
 
-def _described(loaded: nn.Module, plain: nn.Module, metadata: ModelMetadata, example: Any) -> nn.Module:
-    """``loaded`` with its information; ``plain`` is a float module like it, which is traced."""
+def _described(
+    loaded: nn.Module, plain: nn.Module, metadata: ModelMetadata, example: Any, *, named: bool
+) -> nn.Module:
+    """``loaded`` with its information; ``plain`` is a float module like it, which is traced.
+
+    It is ``named`` if its name, not the caller, builds it.
+    """
     preprocessing = Preprocessing.from_dict(metadata.preprocessing) if metadata.preprocessing else None
     about = ModelInfo(
         metadata.policy.model,
         preprocessing,
         metadata.class_names,
-        metadata.build,
+        metadata.build if named else None,
         metadata.source,
         metadata.source_sha256,
         folders=metadata.folders,

@@ -49,6 +49,38 @@ def test_named_network_loads_by_its_name(tmp_path: Path) -> None:
     assert saq.bops(loaded) == saq.bops(q)
 
 
+class Louder(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x.relu()
+
+
+def changed(how: str) -> nn.Module:
+    """A network of a library, changed after it was loaded."""
+    torch.manual_seed(3)
+    net: Any = saq.load_model("timm/resnet10t", pretrained=False, num_classes=4, input_size=32)
+    if how == "head":
+        net.fc = nn.Linear(net.fc.in_features, 7)
+    elif how == "width":
+        net.fc = nn.Sequential(nn.Linear(net.fc.in_features, 5), nn.ReLU(), nn.Linear(5, 4))
+    else:
+        first = next(name for name, module in net.named_modules() if isinstance(module, nn.ReLU))
+        net.set_submodule(first, Louder())
+    return net  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", ["head", "width", "activation"])
+def test_changed_network_does_not_pass_for_the_library_s(how: str, tmp_path: Path) -> None:
+    image = torch.randn(2, 3, 32, 32)
+    q = saq.quantize_model(changed(how), 4, calibration=[image])
+    saq.save(q, tmp_path / "net.safetensors")
+
+    with pytest.raises(saq.SaqError, match=r"timm\.models\.resnet:ResNet"):
+        saq.load(tmp_path / "net.safetensors")
+    loaded = saq.load(tmp_path / "net.safetensors", model=changed(how))
+    assert torch.equal(outputs(loaded, (image,)), outputs(q.eval(), (image,)))
+    assert saq.export_onnx(q, tmp_path / "net.onnx").verified
+
+
 def test_loading_leaves_the_given_module_unchanged(tmp_path: Path) -> None:
     saq.save(quantized("hand_written"), tmp_path / "net.safetensors")
     net, twin = build("hand_written", 5), build("hand_written", 5)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from saqcli._version import __version__
-from saqcli.api.batches import class_scores
+from saqcli.api.batches import Inputs, class_scores
 from saqcli.api.info import ModelInfo, Quantization, attach, bits_of, class_of, quantization_of, unwrapped
 from saqcli.api.models import load_model
 from saqcli.api.networks import copied, float_network, prepare
@@ -89,6 +89,7 @@ def load(
     model: nn.Module | None = None,
     builder: str | None = None,
     example: Any = None,
+    inputs: Inputs | None = None,
     exact: bool = False,
 ) -> nn.Module:
     """The quantized module of a safetensors file or a finished run directory.
@@ -101,6 +102,7 @@ def load(
         builder: ``MODULE:NAME``, as ``load_model`` accepts it, for a file or run that was made from it; the module is
             imported only if it is named here.
         example: inputs of ``model``, where the file does not tell the size of its images.
+        inputs: from ``example`` to the module's arguments, as in ``quantize_model``.
         exact: return the exact form, which ONNX files of style ``exact`` equal bit for bit.
 
     Returns:
@@ -119,7 +121,7 @@ def load(
         metadata, tensors = read_content(file)
         plain = copied(unwrapped(model)).cpu()
         loaded = rebuild(copy.deepcopy(plain), metadata, tensors, str(file))
-    loaded = _described(loaded, plain, metadata, example, named=model is None)
+    loaded = _described(loaded, plain, metadata, example, inputs, named=model is None)
     if not exact:
         return loaded
     return ExactForm(frozen_copy(loaded), torch.zeros(2, *metadata.preprocessing["input_size"])).eval()
@@ -185,7 +187,13 @@ def as_given(size: tuple[int, ...]) -> Preprocessing:
 
 
 def _described(
-    loaded: nn.Module, plain: nn.Module, metadata: ModelMetadata, example: Any, *, named: bool
+    loaded: nn.Module,
+    plain: nn.Module,
+    metadata: ModelMetadata,
+    example: Any,
+    inputs: Inputs | None,
+    *,
+    named: bool,
 ) -> nn.Module:
     """``loaded`` with its information; ``plain`` is a float module like it, which is traced.
 
@@ -204,7 +212,7 @@ def _described(
         exif_transpose=metadata.exif_transpose,
     )
     attach(plain, about)
-    ready = prepare(plain, None, example, None, None, inplace=True)
+    ready = prepare(plain, None, example, inputs, None, inplace=True)
     network = float_network(ready.model, ready.example, quantize_attention=bool(metadata.products))
     found = Quantization(
         metadata.scheme,
@@ -213,6 +221,7 @@ def _described(
         network.costs,
         metadata.signed,
         metadata.products,
+        ready.arguments,
     )
     attach(loaded, replace(about, quantization=found))
     return loaded

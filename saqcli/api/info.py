@@ -34,6 +34,7 @@ class Quantization:
         costs: costs of its layers.
         signed: whether the input of each layer has negative values.
         products: quantized products of activations, and the layers whose input bits they share.
+        arguments: how many arguments its batches start with; None for those that the forward requires.
     """
 
     scheme: Scheme
@@ -42,6 +43,7 @@ class Quantization:
     costs: CostModel
     signed: Mapping[str, bool]
     products: Mapping[str, str]
+    arguments: int | None = None
 
     def network(self, model: nn.Module, name: str) -> Network:
         """The network of ``model`` as it was traced."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saqcli.api.batches import BatchReader, Calls, Inputs, device_of
+from saqcli.api.batches import BatchReader, Calls, Inputs, device_of, example_arguments
 from saqcli.api.info import Quantization, attach, info, unwrapped
 from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.progress import Progress
@@ -35,11 +35,13 @@ class Prepared:
         model: a copy of it, or itself.
         example: one call of it.
         calls: calls on calibration data; on the example alone if there are none.
+        arguments: how many arguments the example gave; None if it does not tell.
     """
 
     model: nn.Module
     example: Call
     calls: Calls
+    arguments: int | None = None
 
 
 def float_network(model: nn.Module, example: Call, *, quantize_attention: bool = False) -> Network:
@@ -73,12 +75,15 @@ def install(
     scheme: Scheme,
     policy: BitConfig,
     statistics: Mapping[str, fitting.InputStatistics],
+    arguments: int | None = None,
 ) -> nn.Module:
     """Install and fit the quantizers of every layer at the policy's bits, and record them in the module's ``info``."""
     signed = signs_of(statistics)
     convert.install(network.model, scheme, policy, signed)
     fitting.fit(network.model, statistics, scheme.clip_init)
-    found = Quantization(scheme, example.first(), network.traced, network.costs, signed, network.products)
+    found = Quantization(
+        scheme, example.first(), network.traced, network.costs, signed, network.products, arguments
+    )
     attach(network.model, replace(info(network.model), quantization=found))
     return network.model
 
@@ -147,10 +152,11 @@ def prepare(
         raise UnsupportedModel("this module is quantized already: give the float one, or use calibrate")
     if not inplace:
         model = copied(model)
-    reader = BatchReader(model, inputs, len(example) if isinstance(example, tuple) else None)
+    arguments = example_arguments(model, example)
+    reader = BatchReader(model, inputs, arguments, torch.float32)  # which a module in half precision becomes
     calls = None if loader is None else Calls(loader, reader, samples)
     call = example_of(model, reader, example, calls)
-    return Prepared(model, call, calls or Calls([call], reader))
+    return Prepared(model, call, calls or Calls([call], reader), arguments)
 
 
 def example_of(model: nn.Module, reader: BatchReader, example: Any, calls: Calls | None) -> Call:

@@ -155,7 +155,7 @@ def quantize_model(
         ).policy
     else:
         chosen = policy_of(network, bits=bits, policy=policy, pins=pins)
-    install(network, ready.example, scheme, chosen, statistics)
+    install(network, ready.example, scheme, chosen, statistics, ready.arguments)
     if recalibrate_bn or correct_bias:
         calls = reported("correcting means", ready.calls, progress)
         correct(network.model, calls, biases=correct_bias, norms=recalibrate_bn)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.analysis import INSTRUMENTS, AnalysisInput, Reading, Session, Settings
-from saqcli.api.batches import BatchReader, Inputs, class_scores
+from saqcli.api.batches import BatchReader, Inputs, class_labels, class_scores
 from saqcli.api.files import opened
 from saqcli.api.info import bits_of, info, quantization_of, unwrapped
 from saqcli.errors import ConfigError, DataError, UnsupportedModel
@@ -30,7 +30,7 @@ def evaluate(
 
     Args:
         model: float or quantized; or a model name, a safetensors file or a run directory. Its mode is restored.
-        data: any iterable of batches with labels; images with a label below 0 are left out.
+        data: any iterable of batches with labels, integers (N,); images with a label below 0 are left out.
         inputs: from a batch to the module's arguments.
         progress: reports every batch.
 
@@ -38,12 +38,12 @@ def evaluate(
         Top-1 and top-5 in percent, and the mean cross-entropy.
 
     Raises:
-        DataError: no batches, or one without labels.
+        DataError: no batches, or one whose labels are missing or no classes.
         UnsupportedModel: the module returns something else than class scores.
     """
     module, meter = unwrapped(opened(model)), Meter()
     reader = BatchReader(module, inputs)
-    with in_eval_mode(module), torch.inference_mode(), progress.task("evaluating", _length(data)) as task:
+    with in_eval_mode(module), torch.no_grad(), progress.task("evaluating", _length(data)) as task:
         for batch in data:
             meter.update(*_scores_and_labels(module, reader, batch))
             so_far = meter.score()
@@ -77,20 +77,21 @@ def analyze(
 
     Raises:
         ConfigError: the module is not quantized, or there is no such instrument or setting.
-        DataError: a batch without labels.
+        DataError: a batch whose labels are missing or no classes.
         UnsupportedModel: the module does not map one tensor to class scores.
     """
     module, about, found = quantization_of(opened(model))
     chosen = {name: INSTRUMENTS.find(name) for name in instruments}
     wanted = parse_object(Settings, dict(settings or {}), "`settings`", ConfigError)
     reader = BatchReader(module, inputs)
-    batches = [_image_and_labels(module, reader, batch) for batch in data]
-    if not batches:
-        raise DataError("the loader has no batches: give at least one")
-    if class_scores(found.traced.outputs) is None:
+    scores = class_scores(found.traced.outputs)
+    if scores is None:
         raise UnsupportedModel(
             f"{about.name} returns no class scores (N, classes), which instruments measure"
         )
+    batches = [_image_and_labels(module, reader, batch, scores.shape[1]) for batch in data]
+    if not batches:
+        raise DataError("the loader has no batches: give at least one")
     layers = quantized_layers(module)
     ordered = {name: layers[name] for name in bits_of(module).layers}
     with in_eval_mode(module):
@@ -102,22 +103,25 @@ def _scores_and_labels(model: nn.Module, reader: BatchReader, batch: Any) -> tup
     labels = _labels(reader, batch)
     output = reader.call(batch).run(model)
     scores = class_scores(output)
-    if scores is None or len(scores) != len(labels):
+    count = len(labels) if labels.dim() else 0
+    if scores is None or len(scores) != count:
         kind = f"tensor of {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise UnsupportedModel(
-            f"{info(model).name} returns a {kind} for {len(labels)} labels instead of class scores (N, classes): "
+            f"{info(model).name} returns a {kind} for {count} labels instead of class scores (N, classes): "
             "compute its score in a loop of your own"
         )
-    return scores, labels
+    return scores, class_labels(labels, scores.shape[1], count, skipped=True)
 
 
-def _image_and_labels(model: nn.Module, reader: BatchReader, batch: Any) -> tuple[Tensor, Tensor]:
+def _image_and_labels(
+    model: nn.Module, reader: BatchReader, batch: Any, classes: int
+) -> tuple[Tensor, Tensor]:
     call = reader.call(batch)
     if len(call.args) != 1 or not isinstance(call.args[0], Tensor):
         raise UnsupportedModel(
             f"{info(model).name} takes several inputs: instruments measure modules of one tensor"
         )
-    return call.args[0], _labels(reader, batch)
+    return call.args[0], class_labels(_labels(reader, batch), classes, call.count)
 
 
 def _labels(reader: BatchReader, batch: Any) -> Tensor:

@@ -230,21 +230,20 @@ def search_images(network: Network, searcher: str, calls: Calls | None, seed: in
     """Labelled batches for a searcher; every second image is trained on, the others compare configurations.
 
     Raises:
-        DataError: there are no labelled images.
+        DataError: there are no labelled images, or labels are no classes.
         UnsupportedModel: the module does not map one tensor to class scores.
     """
-    if class_scores(network.traced.outputs) is None:
+    scores = class_scores(network.traced.outputs)
+    if scores is None:
         kind = type(network.traced.outputs).__name__
         raise UnsupportedModel(
             f"searcher {searcher} compares class scores (N, classes), and {network.name} returns a {kind}: choose "
             "error or uniform, which need none"
         )
-    batches = [] if calls is None else list(calls.labelled())
+    batches = [] if calls is None else list(calls.labelled(scores.shape[1]))
     if not batches:
         raise DataError(f"searcher {searcher} needs labelled images: give batches (images, labels)")
-    trained, held_out = (
-        [part for batch in batches if (part := _every_second(batch, start))] for start in (0, 1)
-    )
+    trained, held_out = _every_second(batches, 0), _every_second(batches, 1)
     if not held_out:
         raise DataError(f"searcher {searcher} needs two labelled images at least: give more")
     return SearchImages(
@@ -279,9 +278,14 @@ class ShuffledBatches:
         self._epoch = epoch
 
 
-def _every_second(batch: Batch, start: int) -> Batch | None:
-    images, labels = batch
-    return (images[start::2], labels[start::2]) if len(labels) > start else None
+def _every_second(batches: Sequence[Batch], start: int) -> list[Batch]:
+    """Every second image of all batches, from image ``start`` on."""
+    parts = []
+    for images, labels in batches:
+        if len(labels) > start:
+            parts.append((images[start::2], labels[start::2]))
+        start = (start + len(labels)) % 2
+    return parts
 
 
 def _corrections(model: nn.Module, calls: Calls | None) -> Callable[[], None]:

@@ -43,7 +43,7 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def total_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits (N, classes) and labels (N,), summed over the images."""
+    """Cross-entropy of logits (N, classes) and labels (N,) or shares (N, classes), summed over the images."""
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
@@ -89,9 +89,9 @@ class Score:
 
     Attributes:
         images: how many were counted; unreadable ones (label below 0) are not.
-        loss: mean cross-entropy.
-        top1: percent.
-        top5: percent; equals 100 with five classes or fewer.
+        loss: mean cross-entropy, or mean of the loss that was trained with where the caller gave one.
+        top1: percent; NaN where labels are no classes, such as shares or the targets of a regression.
+        top5: percent; equals 100 with five classes or fewer; NaN with ``top1``.
         skipped: unreadable images left out.
     """
 
@@ -103,17 +103,17 @@ class Score:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """The larger, the better: by top-1, then by loss."""
-        return self.top1, -self.loss
+        """The larger, the better: by top-1, if there is one, then by loss."""
+        return 0.0 if math.isnan(self.top1) else self.top1, -self.loss
 
 
 class Meter:
     """Sums over batches; ``score()`` divides at the end."""
 
     def __init__(
-        self, images: int = 0, skipped: int = 0, loss: float = 0.0, right1: int = 0, right5: int = 0
+        self, images: int = 0, skipped: int = 0, loss: float = 0.0, right1: float = 0, right5: float = 0
     ) -> None:
-        """``vars(meter)`` gives the arguments that make an equal one."""
+        """``vars(meter)`` gives the arguments that make an equal one; ``right1`` and ``right5`` are integers or NaN."""
         self.images, self.skipped = images, skipped
         self.loss = loss
         self.right1, self.right5 = right1, right5
@@ -123,18 +123,28 @@ class Meter:
         self.images = self.skipped = self.right1 = self.right5 = 0
         self.loss = 0.0
 
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Count one batch: logits (N, classes), labels (N,)."""
-        readable = labels >= 0
-        if not readable.all():
+    def update(self, logits: Tensor, labels: Tensor, loss: Tensor | None = None) -> None:
+        """Count one batch.
+
+        Args:
+            logits: (N, classes).
+            labels: classes (N,), integers; otherwise shares (N, classes) or other targets, which have no accuracy.
+            loss: mean over the batch; None for cross-entropy.
+        """
+        ranked = labels.dim() == 1 and not labels.is_floating_point()
+        readable = labels >= 0 if ranked else None
+        if readable is not None and not readable.all():
             self.skipped += int((~readable).sum())
             logits, labels = logits[readable], labels[readable]
         if not len(labels):
             return
         logits = logits.float()
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         self.images += len(labels)
-        self.loss += float(total_loss(logits, labels))
+        self.loss += float(total_loss(logits, labels)) if loss is None else float(loss) * len(labels)
+        if not ranked:
+            self.right1 = self.right5 = math.nan
+            return
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         self.right1 += int(best[:, 0].sum())
         self.right5 += int(best.sum())
 
@@ -149,7 +159,9 @@ class Meter:
     def over_ranks(self) -> "Meter":
         """What all ranks have counted."""
         images, skipped, loss, right1, right5 = distributed.totals(*vars(self).values())
-        return Meter(int(images), int(skipped), loss, int(right1), int(right5))
+        if not math.isnan(right1):
+            right1, right5 = int(right1), int(right5)
+        return Meter(int(images), int(skipped), loss, right1, right5)
 
     def score(self) -> Score:
         """Means over everything counted so far."""
@@ -173,8 +185,30 @@ class Distillation:
     weight: float = 0.5
     temperature: float = 1.0
 
+    def answers(self, images: Tensor) -> Tensor:
+        """The teacher's logits for ``images``, (N, classes).
+
+        Raises:
+            UnsupportedModel: it returns something else.
+        """
+        found = self.teacher(images)
+        if kind := unfit(found, len(images)):
+            raise UnsupportedModel(
+                f"the teacher returns a {kind} instead of {OUTPUT}, ({len(images)}, classes)"
+            )
+        return found
+
     def distance(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean Kullback-Leibler divergence from the teacher's logits ``targets``, (N, classes) both, times T**2."""
+        """Mean Kullback-Leibler divergence from the teacher's logits ``targets``, (N, classes) both, times T**2.
+
+        Raises:
+            UnsupportedModel: the teacher has other classes.
+        """
+        if logits.shape != targets.shape:
+            raise UnsupportedModel(
+                f"the teacher returns {targets.shape[1]} class scores and the model {logits.shape[1]}: give a "
+                "teacher of the same classes"
+            )
         student, teacher = (F.log_softmax(x.float() / self.temperature, dim=1) for x in (logits, targets))
         return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * self.temperature**2
 

@@ -25,6 +25,7 @@ def evaluate(
     device: torch.device,
     keep: list[Tensor] | None = None,
     shared: bool = False,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Score:
     """Accuracy and loss of ``predict``.
 
@@ -36,6 +37,7 @@ def evaluate(
         keep: filled with the best class of every counted image, in order.
         shared: all ranks call this, and each looks at its part of the batches. Every rank gets the score of all, bit
             for bit what one process would find (of shards but for the order in which losses are added).
+        criterion: mean loss of logits and labels on ``device``; None for cross-entropy.
 
     Raises:
         DataError: not one readable image.
@@ -43,12 +45,16 @@ def evaluate(
     """
     meters: list[Meter] = []
     so_far = Meter()
-    with torch.inference_mode():
+    with (
+        torch.no_grad()
+    ):  # not in inference mode: a module may keep tensors of this pass, and train with them
         for images, labels in distributed.share(batches) if shared else batches:
-            logits = in_parts(predict, images.to(device, non_blocking=True)).cpu()
-            labels = labels.cpu()
+            logits, loss = in_parts(predict, images.to(device, non_blocking=True)), None
+            if criterion is not None:
+                loss = criterion(logits.float(), labels.to(logits.device))
+            logits, labels = logits.cpu(), labels.cpu()
             meters.append(Meter())
-            meters[-1].update(logits, labels)
+            meters[-1].update(logits, labels, loss)
             so_far.add(meters[-1])
             if keep is not None:
                 keep.append(best_class(logits[labels >= 0]))
@@ -145,7 +151,7 @@ def train_epoch(
         except TrainingDiverged as error:
             raise TrainingDiverged(f"step {index + 1} of this epoch: {error}") from None
         for piece in pieces:
-            meter.update(*piece.counted())
+            meter.update(*piece.counted(), piece.reported)
         so_far = meter.score()
         task.advance(images=len(labels), loss=so_far.loss, top1=so_far.top1)
         after_step(index + 1)

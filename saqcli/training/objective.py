@@ -35,6 +35,7 @@ class Objective:
         autocast: mixed precision around the forward pass; quantizers stay in float32.
         ascent_autocast: mixed precision of the first pass; None for that of ``autocast``.
         ascent_fraction: of the images that take part in that pass.
+        reported: report the criterion as the loss of an epoch, in the place of cross-entropy.
     """
 
     criterion: Callable[[Tensor, Tensor], Tensor]
@@ -43,6 +44,7 @@ class Objective:
     autocast: Precision = nullcontext
     ascent_autocast: Precision | None = None
     ascent_fraction: float = 1.0
+    reported: bool = False
 
     def pieces(
         self, model: nn.Module, images: Tensor, labels: Tensor, chunk: int, micro_batch: int | None = None
@@ -65,7 +67,7 @@ class Objective:
         if self.distillation is not None:
             with torch.no_grad(), self.autocast():
                 parts = torch.split(images, micro_batch or chunk)
-                tensors.append(torch.cat([self.distillation.teacher(part) for part in parts]))
+                tensors.append(torch.cat([self.distillation.answers(part) for part in parts]))
         return [
             [Piece(model, self, *part) for part in cut(tensors_of_chunk, micro_batch or chunk)]
             for tensors_of_chunk in cut(tensors, chunk)
@@ -85,7 +87,11 @@ def micro_batches(model: nn.Module, images: Tensor, labels: Tensor, most: int | 
 
 
 class Piece:
-    """The loss of one micro-batch, as a function that keeps the logits of its first call."""
+    """The loss of one micro-batch, as a function that keeps the logits of its first call.
+
+    Attributes:
+        reported: mean criterion of that call, if it is to be reported.
+    """
 
     def __init__(
         self,
@@ -100,6 +106,7 @@ class Piece:
         self.objective = objective
         self.images, self.labels, self.targets, self.answers = images, labels, targets, answers
         self._logits: Tensor | None = None
+        self.reported: Tensor | None = None
 
     def __call__(self, *, ascent: bool = False) -> Tensor:
         """Mean loss of the images, or in the ascent of the part of them that takes part in it."""
@@ -111,9 +118,10 @@ class Piece:
         with precision():
             logits = self.model(self.images[:count])
         logits = logits.float()
+        loss = wanted.criterion(logits, self.targets[:count])
         if self._logits is None:
             self._logits = logits.detach()
-        loss = wanted.criterion(logits, self.targets[:count])
+            self.reported = loss.detach() if wanted.reported else None
         if wanted.distillation is None or self.answers is None:
             return loss
         distance = wanted.distillation.distance(logits, self.answers[:count])

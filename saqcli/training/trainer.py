@@ -4,6 +4,8 @@ The images of an epoch depend on (seed, epoch) alone. A checkpoint within an epo
 the random states; resuming draws the same images again, passes over those done, and continues.
 """
 
+import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -105,7 +107,8 @@ class Trainer:
         validation: batches to evaluate on after every epoch; None for no evaluation.
         initial: score of the model before training, the first candidate for the best state.
         teacher: float model in eval mode, for distillation.
-        criterion: logits (N, classes) and targets to a mean loss; None for that of the settings.
+        criterion: logits (N, classes) and targets to a mean loss, which is reported as well; None for that of the
+            settings.
         run: where state and metrics are kept.
         title: of an epoch, in front of its number.
         progress: reports every step.
@@ -158,8 +161,9 @@ class Trainer:
         self.average = Average(model, training.ema_decay) if training.ema_decay else None
         self.recovery = Recovery(training.micro_batch, patience=training.skip_steps)
         objective = make_objective(training, device, num_classes, teacher)
+        self._criterion = criterion
         if criterion is not None:
-            objective = replace(objective, criterion=criterion)
+            objective = replace(objective, criterion=criterion, reported=True)
         self._stepper = Stepper(
             model, self.minimizer, objective, training.sharpness_batch, self.recovery, progress.note
         )
@@ -298,8 +302,16 @@ class Trainer:
         model = self.average.module if self.average else self.model.eval()
         with self.progress.task("evaluating", len(self.validation)) as task:
             interruptible = InterruptibleTask(task, self.run)
-            score = evaluate(model, self.validation, interruptible, device=self._stepper.device, shared=True)
-        check_epoch(score.loss, largest_loss(self.num_classes))
+            score = evaluate(
+                model,
+                self.validation,
+                interruptible,
+                device=self._stepper.device,
+                shared=True,
+                criterion=self._criterion,
+            )
+        largest = largest_loss(self.num_classes) if self._criterion is None else sys.float_info.max
+        check_epoch(score.loss, largest)
         if self.best is None or self.best.beaten_by(score):
             self.best = Best.of(self.epoch + 1, score, model.state_dict())
         self.last = score
@@ -313,8 +325,12 @@ class Trainer:
             return
         self.run.log(phase="val", epoch=epoch, **asdict(validated))
         self.progress.note(
-            f"epoch {epoch}: loss {format_figure(trained.loss, '.3f')}, training {trained.top1:.2f} %, "
-            f"validation {validated.top1:.2f} %"
+            f"epoch {epoch}: loss {format_figure(trained.loss, '.3f')}, "
+            + (
+                f"validation {format_figure(validated.loss, '.3f')}"
+                if math.isnan(validated.top1)
+                else f"training {trained.top1:.2f} %, validation {validated.top1:.2f} %"
+            )
             + (f", {counted(skipped, 'step')} skipped" if skipped else "")
         )
 

@@ -80,7 +80,7 @@ def quantize_model(
         calibration: any iterable of batches: tensors, tuples or dictionaries, with or without labels; see
             ``saqcli.api.batches``. Without it, levels are fitted to ``example`` alone.
         example: inputs to trace the module with; by default the first batch of ``calibration``, or an image of the
-            size of the network's preprocessing.
+            size of the network's preprocessing. A tuple or list holds all arguments of the forward, optional ones too.
         inputs: from a batch to a tensor, a tuple or a dictionary of the module's arguments.
         samples: calibration samples that are read.
         searcher: of a budget, by name; those that need labelled images take them from ``calibration``.

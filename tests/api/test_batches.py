@@ -32,7 +32,9 @@ def quantized(net: nn.Module | None = None, **options: Any) -> nn.Module:
 def test_batches_take_the_type_of_the_module(of_module: torch.dtype, of_batch: torch.dtype) -> None:
     net = small().to(of_module)
     assert saq.evaluate(net, [(X.to(of_batch), Y)]).images == 8
-    assert saq.evaluate(saq.quantize_model(net, 4, calibration=[X.to(of_batch)]), [(X.to(of_batch), Y)]).images
+    assert saq.evaluate(
+        saq.quantize_model(net, 4, calibration=[X.to(of_batch)]), [(X.to(of_batch), Y)]
+    ).images
 
 
 def test_images_of_bytes_are_refused() -> None:

@@ -1,5 +1,6 @@
 """Search, fine-tuning, evaluation and analysis of modules and loaders of one's own."""
 
+import math
 from typing import Any
 
 import pytest
@@ -140,6 +141,105 @@ def test_finetune_learns_from_a_teacher(trained: nn.Module) -> None:
     assert not torch.equal(one(x), other(x))
     assert not torch.equal(one(x), q(x))
     assert all(parameter.requires_grad for parameter in trained.parameters())
+
+
+def test_own_loss_is_the_loss_of_every_figure(trained: nn.Module) -> None:
+    def loss(scores: Tensor, labels: Tensor) -> Tensor:
+        return F.multi_margin_loss(scores, labels)
+
+    q, epochs = saq.quantize_model(trained, 3, calibration=batches()), list[dict[str, Any]]()
+    score = saq.finetune(
+        q, batches(), epochs=1, loss=loss, validation=batches(seed=1), on_epoch=epochs.append, lr=1e-9
+    )
+
+    assert score is not None
+    x, y = images(seed=1)
+    with torch.no_grad():
+        assert score.loss == pytest.approx(float(loss(q(x), y)), rel=1e-4)
+    assert epochs[0]["val_loss"] == score.loss
+    assert score.top1 == saq.evaluate(q, batches(seed=1)).top1
+    assert epochs[0]["loss"] < 0.5 * score.images  # a mean, not a sum
+
+
+def square(scores: Tensor, targets: Tensor) -> Tensor:
+    return F.mse_loss(scores[:, 0], targets)
+
+
+TARGETS: dict[str, tuple[Any, Any]] = {
+    "several classes": (
+        lambda y: F.one_hot(y, CLASSES) | F.one_hot((y + 1) % CLASSES, CLASSES),
+        lambda scores, targets: F.binary_cross_entropy_with_logits(scores, targets.float()),
+    ),
+    "numbers": (lambda y: y / CLASSES, square),
+    "shares": (lambda y: F.one_hot(y, CLASSES).double(), None),
+}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_targets_that_are_no_classes_have_no_accuracy(kind: str, trained: nn.Module) -> None:
+    targets, loss = TARGETS[kind]
+    data = [(x, targets(y)) for x, y in batches()]
+    q, epochs = saq.quantize_model(trained, 3, calibration=batches()), list[dict[str, Any]]()
+    score = saq.finetune(q, data, epochs=2, loss=loss, validation=data, on_epoch=epochs.append)
+
+    assert score is not None
+    assert math.isnan(score.top1)
+    assert math.isnan(score.top5)
+    assert {each[name] for each in epochs for name in ("top1", "top5", "val_top1", "val_top5")} == {None}
+    assert epochs[-1]["val_loss"] == score.loss
+    x, y = (torch.cat(part) for part in zip(*data, strict=True))
+    with torch.no_grad():
+        assert score.loss == pytest.approx(float((loss or F.cross_entropy)(q(x), y.float())), rel=1e-4)
+
+
+def test_best_epoch_without_accuracy_has_least_loss(trained: nn.Module) -> None:
+    data = [(x, y / CLASSES) for x, y in batches()]
+    q, epochs = saq.quantize_model(trained, 3, calibration=batches()), list[dict[str, Any]]()
+    saq.finetune(
+        q,
+        data,
+        epochs=3,
+        lr=0.3,
+        loss=square,
+        validation=data,
+        on_epoch=epochs.append,
+        settings={"keep": "best"},
+    )
+    x, y = (torch.cat(part) for part in zip(*data, strict=True))
+    with torch.no_grad():
+        found = float(square(q.eval()(x), y))
+    assert found == pytest.approx(min(each["val_loss"] for each in epochs), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "match"),
+    [
+        (lambda scores, labels: None, "returns a NoneType"),
+        (lambda scores, labels: F.cross_entropy(scores, labels, reduction="none"), r"a tensor of \(16,\)"),
+        (lambda scores, labels: F.cross_entropy(scores.detach(), labels), "without a gradient"),
+        (lambda scores, labels: scores.mean().item(), "returns a float"),
+    ],
+)
+def test_loss_that_cannot_be_descended_is_refused(loss: Any, match: str, trained: nn.Module) -> None:
+    q = saq.quantize_model(trained, 3, calibration=batches())
+    with pytest.raises(ConfigError, match=match) as caught:
+        saq.finetune(q, batches(), loss=loss)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_teacher_of_other_classes_is_refused(trained: nn.Module) -> None:
+    q = saq.quantize_model(trained, 3, calibration=batches())
+    other = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 7))
+    with pytest.raises(UnsupportedModel, match="teacher returns 7 class scores and the model 5"):
+        saq.finetune(q, batches(), teacher=other)
+    with pytest.raises(UnsupportedModel, match="teacher returns a dict"):
+        saq.finetune(q, batches(), teacher=build("two_heads"))
+
+
+def test_labels_of_own_loss_have_a_row_each(trained: nn.Module) -> None:
+    q = saq.quantize_model(trained, 3, calibration=batches())
+    with pytest.raises(DataError, match=r"16 images and labels of \(3,\)"):
+        saq.finetune(q, [(x, y[:3] / 2) for x, y in batches()], loss=square)
 
 
 def test_finetune_refuses_what_it_cannot_train() -> None:

@@ -182,8 +182,8 @@ def test_calibrate_fits_anew() -> None:
 
 def test_calibrating_again_changes_nothing() -> None:
     batches = loader("hand_written")
-    expected = saq.quantize_model(build("hand_written"), 3, calibration=batches)
-    q = saq.quantize_model(build("hand_written"), 3, example=inputs_of("hand_written", seed=9))
+    expected = saq.quantize_model(build("hand_written").eval(), 3, calibration=batches)
+    q = saq.quantize_model(build("hand_written").eval(), 3, example=inputs_of("hand_written", seed=9))
     for _ in range(2):
         saq.calibrate(q, batches)
         assert torch.equal(

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import saqcli as saq
 from saqcli.errors import ConfigError, CorruptArtifact, ExportMismatch, UnsupportedModel
 from saqcli.export import safetensors as files
+from tests.support.command_line import last_error
+from tests.support.command_line import saq as command
 from tests.support.modules import MODULES, HandWritten, build, inputs_of, labels_of, scores_of
 
 each_module = pytest.mark.parametrize("name", MODULES)
@@ -76,6 +78,9 @@ def test_changed_network_does_not_pass_for_the_library_s(how: str, tmp_path: Pat
 
     with pytest.raises(saq.SaqError, match=r"timm\.models\.resnet:ResNet"):
         saq.load(tmp_path / "net.safetensors")
+    assert "which no name builds" in last_error(
+        command("eval", tmp_path / "net.safetensors", "--data", tmp_path)
+    )
     loaded = saq.load(tmp_path / "net.safetensors", model=changed(how))
     assert torch.equal(outputs(loaded, (image,)), outputs(q.eval(), (image,)))
     assert saq.export_onnx(q, tmp_path / "net.onnx").verified

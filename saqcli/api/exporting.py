@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saqcli.api.batches import BatchReader, Calls, Inputs, class_scores
+from saqcli.api.batches import BatchReader, Calls, Inputs
 from saqcli.api.files import metadata_of, opened
 from saqcli.api.info import info, quantization_of, unwrapped
-from saqcli.api.networks import float_network, install, observed, policy_of, prepare
+from saqcli.api.networks import check_signature, float_network, install, observed, policy_of, prepare
 from saqcli.errors import (
     ConfigError,
     PolicyMismatch,
@@ -29,6 +29,7 @@ from saqcli.quant.calls import Call
 from saqcli.quant.convert import Scheme
 from saqcli.quant.network import Network
 from saqcli.quant.tracer import Trace
+from saqcli.serialization import named_path
 from saqcli.verify.publish import export_verified, write_and_run
 from saqcli.verify.verdict import SYNTHETIC, Verdict, synthetic_batches, verdict_path
 
@@ -78,7 +79,7 @@ def export_onnx(
         True
     """
     module, about, found = quantization_of(opened(model))
-    path = Path(path)
+    path = named_path(str(path))
     check_signature(about.name, found.traced)
     if path.suffix != ".onnx":
         raise ConfigError(f"`path={path}` does not end with .onnx: give a file name like model.onnx")
@@ -189,28 +190,6 @@ def trial(name: str, style: str, images: Tensor, make: Callable[[], tuple[nn.Mod
                 f"{name} cannot be exported to ONNX in style {style}: {reason}; use `export.styles=()` to "
                 f"write model.safetensors only, or {other}"
             ) from error
-
-
-def check_signature(name: str, traced: Trace) -> None:
-    """Check that a module maps one image tensor to class scores, as exported files do.
-
-    Raises:
-        UnsupportedModel: it takes or returns something else.
-    """
-    if len(traced.inputs) != 1 or len(traced.inputs[0]) != 3:
-        shapes = ", ".join("x".join(map(str, shape)) or "()" for shape in traced.inputs) or "no tensor"
-        raise UnsupportedModel(
-            f"{name} takes {shapes} for one sample: ONNX files of saq take one image tensor (N, C, H, W); save "
-            "the module with saqcli.save, or export a part of it that does"
-        )
-    if class_scores(traced.outputs) is None:
-        kind = type(traced.outputs).__name__
-        if isinstance(traced.outputs, Tensor):
-            kind = f"tensor of {tuple(traced.outputs.shape)}"
-        raise UnsupportedModel(
-            f"{name} returns a {kind}: ONNX files of saq return class scores (N, classes); save the module with "
-            "saqcli.save, or export a part of it that does"
-        )
 
 
 def _random_images(traced: Trace) -> Tensor:

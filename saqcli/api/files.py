@@ -12,10 +12,10 @@ from saqcli._version import __version__
 from saqcli.api.batches import Inputs, class_scores
 from saqcli.api.info import ModelInfo, Quantization, attach, bits_of, class_of, quantization_of, unwrapped
 from saqcli.api.models import load_model
-from saqcli.api.networks import copied, float_network, prepare
+from saqcli.api.networks import check_signature, copied, float_network, prepare
 from saqcli.api.targets import EVALUATED, QUANTIZED, find_target, model_file
 from saqcli.config import names_own_network
-from saqcli.errors import ExportMismatch, SaqError
+from saqcli.errors import ConfigError, ExportMismatch, SaqError
 from saqcli.export.exact_form import ExactForm
 from saqcli.export.model_metadata import ModelMetadata
 from saqcli.export.operators import frozen_copy
@@ -27,7 +27,7 @@ from saqcli.models.own import own_network
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.quant import convert
 from saqcli.quant.calls import Call, tensors_in
-from saqcli.serialization import replacing
+from saqcli.serialization import named_path, replacing
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -42,11 +42,15 @@ def save(model: nn.Module, path: str | Path) -> None:
         path: of the file; its folder must exist.
 
     Raises:
-        ConfigError: the module is not quantized.
-        ExportMismatch: the module in the file differs; nothing is written.
+        ConfigError: the module is not quantized, or ``path`` has another suffix.
+        ExportMismatch: the module in the file differs, or returns no tensor to compare; nothing is written.
         CannotWrite: the disk is full, or the folder missing or read-only.
     """
-    path, (inner, about, found) = Path(path), quantization_of(model)
+    path, (inner, about, found) = named_path(str(path)), quantization_of(model)
+    if path.suffix != ".safetensors":
+        raise ConfigError(
+            f"`path={path}` does not end with .safetensors: give a file name like net.safetensors"
+        )
     inner = copy.deepcopy(inner).cpu().eval()
     if about.build is not None and not _builds_again(inner, about, found):
         attach(inner, replace(about, name=class_of(inner), build=None))
@@ -79,8 +83,8 @@ def _builds_again(model: nn.Module, about: ModelInfo, found: Quantization) -> bo
 def same_outputs(one: nn.Module, other: nn.Module, call: Call) -> bool:
     """Whether two modules in eval mode return the same bits for a call."""
     with torch.inference_mode():
-        outputs = tensors_in(call.run(one)), tensors_in(call.run(other))
-    return len(outputs[0]) == len(outputs[1]) and all(map(torch.equal, *outputs))
+        found, expected = tensors_in(call.run(one)), tensors_in(call.run(other))
+    return bool(found) and len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 def load(
@@ -112,7 +116,8 @@ def load(
         CorruptArtifact: the file is truncated, damaged, foreign, changed, or does not fit ``model``.
         ConfigError: there is no such file, or it needs ``model`` or ``builder``.
     """
-    file = _file_of(Path(path))
+    file = _file_of(named_path(str(path)))
+    _check_source(file, model, builder)
     if model is None:
         own = None if builder is None else own_network(builder)
         loaded, metadata = restore(file, own)
@@ -124,7 +129,35 @@ def load(
     loaded = _described(loaded, plain, metadata, example, inputs, named=model is None)
     if not exact:
         return loaded
+    check_signature(metadata.policy.model, quantization_of(loaded)[2].traced)
     return ExactForm(frozen_copy(loaded), torch.zeros(2, *metadata.preprocessing["input_size"])).eval()
+
+
+def _check_source(file: Path, model: nn.Module | None, builder: str | None) -> None:
+    """Check that a module is given where ``file`` needs one, and that it is of the class that was saved.
+
+    Raises:
+        ConfigError: it is missing, of another class, or given twice.
+    """
+    if model is not None and builder is not None:
+        raise ConfigError("`model` and `builder` both give the network: give one of them")
+    name = str(read_content(file).metadata.build.get("name"))
+    if ":" not in name or builder is not None:
+        return
+    if model is None:
+        importable = (
+            f", or `builder={name}` if that is importable and you trust it" if names_own_network(name) else ""
+        )
+        raise ConfigError(
+            f"{file} was saved from a module of {name}, which no library builds: give `model`, a float module like "
+            f"it{importable}"
+        )
+    kinds = [kind.__qualname__ for kind in type(unwrapped(model)).__mro__]
+    called = name.partition(":")[2]
+    if called[:1].isupper() and called not in kinds:
+        raise ConfigError(
+            f"{file} was saved from a module of {name}, and `model` is a {kinds[0]}: give a module of that class"
+        )
 
 
 def opened(model: nn.Module | str | Path) -> nn.Module:
@@ -152,9 +185,13 @@ def metadata_of(model: nn.Module) -> ModelMetadata:
     model, about, found = quantization_of(model)
     shapes, scores = found.traced.inputs, class_scores(found.traced.outputs)
     image = shapes[0] if len(shapes) == 1 and len(shapes[0]) == 3 else None
-    preprocessing = about.preprocessing or (None if image is None else as_given(image))
+    preprocessing = None if image is None else _preprocessing_of(about.preprocessing, image)
     classes = 0 if scores is None else scores.shape[1]
-    named = about.build is not None and about.build["num_classes"] == classes
+    named = (
+        about.build is not None
+        and about.build["num_classes"] == classes
+        and about.build["in_chans"] == (image or (0,))[0]
+    )
     build = (named and about.build) or {
         "name": about.name if about.build is None else class_of(model),
         "num_classes": classes,
@@ -178,6 +215,14 @@ def metadata_of(model: nn.Module) -> ModelMetadata:
         source=about.source,
         source_sha256=about.source_sha256,
     )
+
+
+def _preprocessing_of(known: Preprocessing | None, size: tuple[int, ...]) -> Preprocessing:
+    """The preprocessing of images of ``size`` (C, H, W), the one that a module was traced with."""
+    if known is None or known.input_size[0] != size[0]:
+        return as_given(size)
+    channels, height, width = size
+    return replace(known, input_size=(channels, height, width))
 
 
 def as_given(size: tuple[int, ...]) -> Preprocessing:
@@ -221,7 +266,7 @@ def _described(
         network.costs,
         metadata.signed,
         metadata.products,
-        ready.arguments,
+        arguments=ready.arguments,
     )
     attach(loaded, replace(about, quantization=found))
     return loaded

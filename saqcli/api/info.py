@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from saqcli.errors import ConfigError
 from saqcli.models.load import LoadedModel
@@ -34,6 +34,8 @@ class Quantization:
         costs: costs of its layers.
         signed: whether the input of each layer has negative values.
         products: quantized products of activations, and the layers whose input bits they share.
+        corrected: biases and running statistics before and after the corrections of calibration, by name; None for a
+            module from a file, where those before are unknown.
         arguments: how many arguments its batches start with; None for those that the forward requires.
     """
 
@@ -43,6 +45,7 @@ class Quantization:
     costs: CostModel
     signed: Mapping[str, bool]
     products: Mapping[str, str]
+    corrected: Mapping[str, tuple[Tensor, Tensor]] | None = None
     arguments: int | None = None
 
     def network(self, model: nn.Module, name: str) -> Network:

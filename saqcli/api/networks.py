@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saqcli.api.batches import BatchReader, Calls, Inputs, device_of, example_arguments
+from saqcli.api.batches import BatchReader, Calls, Inputs, class_scores, device_of, example_arguments
 from saqcli.api.info import Quantization, attach, info, unwrapped
 from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.progress import Progress
@@ -18,9 +18,12 @@ from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig, LayerBits, parse_bits
 from saqcli.quant.calls import Call
 from saqcli.quant.convert import Scheme
+from saqcli.quant.correction import correct, correctable
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.network import Network, trace_network
+from saqcli.quant.quantizers import Quantizer
 from saqcli.quant.search_space import Candidates, parse_rule, search_space
+from saqcli.quant.tracer import Trace
 from saqcli.serialization import parse_json, read_text
 
 CALIBRATION_SAMPLES = 512  # by default
@@ -82,10 +85,73 @@ def install(
     convert.install(network.model, scheme, policy, signed)
     fitting.fit(network.model, statistics, scheme.clip_init)
     found = Quantization(
-        scheme, example.first(), network.traced, network.costs, signed, network.products, arguments
+        scheme,
+        example.first(),
+        network.traced,
+        network.costs,
+        signed,
+        network.products,
+        arguments=arguments,
     )
     attach(network.model, replace(info(network.model), quantization=found))
     return network.model
+
+
+def refit(model: nn.Module, policy: BitConfig, statistics: Mapping[str, fitting.InputStatistics]) -> None:
+    """Fit the installed quantizers of a model to other statistics; their parameters stay the same objects."""
+    about = info(model)
+    assert about.quantization is not None
+    found, signed = about.quantization, signs_of(statistics)
+    places = [
+        (module, name) for module in model.modules() for name in ("weight_quantizer", "input_quantizer")
+    ]
+    before = [getattr(module, name, None) for module, name in places]
+    convert.install(model, found.scheme, policy, signed)
+    fitting.fit(model, statistics, found.scheme.clip_init)
+    for (module, name), old in zip(places, before, strict=True):
+        new = getattr(module, name, None)
+        if isinstance(old, Quantizer) and isinstance(new, Quantizer) and old is not new:
+            old.load_state_dict(new.state_dict())
+            old.grids = new.grids
+            setattr(module, name, old)
+    attach(model, replace(about, quantization=replace(found, signed=signed)))
+
+
+def correct_means(
+    model: nn.Module, calls: Iterable[Call], *, biases: bool, norms: bool, progress: Progress
+) -> None:
+    """Correct biases and running statistics of a quantized model, and record what they were before in its ``info``."""
+    about = info(model)
+    assert about.quantization is not None
+    places = _correctable(model)
+    before = {name: value.detach().clone() for name, value in places.items()}
+    if biases or norms:
+        correct(model, reported("correcting means", calls, progress), biases=biases, norms=norms)
+    corrected = {name: (before[name], value.detach().clone()) for name, value in places.items()}
+    attach(model, replace(about, quantization=replace(about.quantization, corrected=corrected)))
+
+
+@torch.no_grad()
+def restore_means(model: nn.Module) -> bool:
+    """Undo the corrections of calibration; returns False, and changes nothing, if that is impossible.
+
+    It is possible if they are known, and neither biases nor running statistics were changed since.
+    """
+    about, places = info(model), _correctable(model)
+    corrected = about.quantization.corrected if about.quantization else None
+    if corrected is None or not all(
+        torch.equal(places[name], after.to(places[name])) for name, (_, after) in corrected.items()
+    ):
+        return False
+    for name, (before, _) in corrected.items():
+        places[name].copy_(before)
+    return True
+
+
+def _correctable(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that corrections change, by name."""
+    names = {id(value): name for name, value in (*model.named_parameters(), *model.named_buffers())}
+    return {names[id(value)]: value for value in correctable(model)}
 
 
 def signs_of(statistics: Mapping[str, fitting.InputStatistics]) -> dict[str, bool]:
@@ -201,6 +267,28 @@ def copied(model: nn.Module) -> nn.Module:
         raise UnsupportedModel(
             f"{info(model).name} cannot be copied ({type(error).__name__}: {error}): give `inplace=True`"
         ) from error
+
+
+def check_signature(name: str, traced: Trace) -> None:
+    """Check that a module maps one image tensor to class scores, as exported files do.
+
+    Raises:
+        UnsupportedModel: it takes or returns something else.
+    """
+    if len(traced.inputs) != 1 or len(traced.inputs[0]) != 3:
+        shapes = ", ".join("x".join(map(str, shape)) or "()" for shape in traced.inputs) or "no tensor"
+        raise UnsupportedModel(
+            f"{name} takes {shapes} for one sample: ONNX files of saq take one image tensor (N, C, H, W); save "
+            "the module with saqcli.save, or export a part of it that does"
+        )
+    if class_scores(traced.outputs) is None:
+        kind = type(traced.outputs).__name__
+        if isinstance(traced.outputs, Tensor):
+            kind = f"tensor of {tuple(traced.outputs.shape)}"
+        raise UnsupportedModel(
+            f"{name} returns a {kind}: ONNX files of saq return class scores (N, classes); save the module with "
+            "saqcli.save, or export a part of it that does"
+        )
 
 
 def reported(title: str, calls: Iterable[Call], progress: Progress, total: int = 0) -> Iterator[Call]:

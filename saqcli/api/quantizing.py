@@ -8,24 +8,24 @@ correct             means and variances of batch norms, biases
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
 
 from saqcli.api.batches import BatchReader, Calls, Inputs
 from saqcli.api.exporting import try_export
-from saqcli.api.info import attach, bits_of, quantization_of
+from saqcli.api.info import bits_of, quantization_of
 from saqcli.api.networks import (
     CALIBRATION_SAMPLES,
     Policy,
+    correct_means,
     float_network,
     install,
     observed,
     policy_of,
     prepare,
-    reported,
-    signs_of,
+    refit,
+    restore_means,
 )
 from saqcli.api.searching import find_bits
 from saqcli.config import WIDTHS
@@ -34,7 +34,6 @@ from saqcli.progress import SILENT, Progress
 from saqcli.quant import calibration as fitting
 from saqcli.quant import convert
 from saqcli.quant.convert import Scheme
-from saqcli.quant.correction import correct
 from saqcli.quant.cost import Budget
 
 
@@ -136,29 +135,31 @@ def quantize_model(
     ready = prepare(model, calibration, example, inputs, samples, inplace=inplace)
     modes = {module: module.training for module in ready.model.modules()}
     network = float_network(ready.model, ready.example, quantize_attention=quantize_attention)
-    if export is not None:
-        try_export(network, ready.example, scheme, export)
-    statistics = observed(network.model, ready.calls, seed, progress)
-    if budget is not None:
-        chosen = find_bits(
-            network,
-            budget,
-            None if calibration is None else ready.calls,
-            statistics,
-            scheme,
-            searcher=searcher,
-            candidates=candidates,
-            pins=pins,
-            seed=seed,
-            progress=progress,
-            **(search or {}),
-        ).policy
-    else:
-        chosen = policy_of(network, bits=bits, policy=policy, pins=pins)
+    try:
+        chosen = None if budget is not None else policy_of(network, bits=bits, policy=policy, pins=pins)
+        if export is not None:
+            try_export(network, ready.example, scheme, export)
+        statistics = observed(network.model, ready.calls, seed, progress)
+        if chosen is None:
+            assert budget is not None
+            chosen = find_bits(
+                network,
+                budget,
+                None if calibration is None else ready.calls,
+                statistics,
+                scheme,
+                searcher=searcher,
+                candidates=candidates,
+                pins=pins,
+                seed=seed,
+                progress=progress,
+                **(search or {}),
+            ).policy
+    except BaseException:
+        convert.unwrap(network.model)  # matters in place
+        raise
     install(network, ready.example, scheme, chosen, statistics, ready.arguments)
-    if recalibrate_bn or correct_bias:
-        calls = reported("correcting means", ready.calls, progress)
-        correct(network.model, calls, biases=correct_bias, norms=recalibrate_bn)
+    correct_means(network.model, ready.calls, biases=correct_bias, norms=recalibrate_bn, progress=progress)
     for module, training in modes.items():
         module.training = training
     return network.model
@@ -170,40 +171,44 @@ def calibrate(
     *,
     inputs: Inputs | None = None,
     samples: int = CALIBRATION_SAMPLES,
-    recalibrate_bn: bool = True,
+    recalibrate_bn: bool | None = None,
     correct_bias: bool = False,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> None:
     """Fit all levels, steps and offsets of a quantized module anew, in place; bits and weights stay.
 
-    For a module that was quantized with an example alone, or whose data or weights have changed.
+    For a module that was quantized with an example alone, or whose data have changed. The result is what
+    ``quantize_model`` gives with these data. After training the fit gives up what the levels have learned.
 
     Args:
         model: from ``quantize_model`` or ``load``.
         calibration: as in ``quantize_model``.
         inputs: as in ``quantize_model``.
         samples: as in ``quantize_model``.
-        recalibrate_bn: as in ``quantize_model``.
-        correct_bias: as in ``quantize_model``.
+        recalibrate_bn: as in ``quantize_model``; None for wherever that is possible: not after training, and not for a
+            module from a file, since the float network that it compares with is gone.
+        correct_bias: as in ``quantize_model``, where that is possible.
         seed: random seed of sample values.
         progress: reports the calibration.
 
     Raises:
-        ConfigError: the module is not quantized.
+        ConfigError: the module is not quantized, or corrections are impossible.
         DataError: the loader is empty, or its batches do not hold the module's arguments.
         UnsupportedModel: the input of a layer is NaN or infinite.
     """
-    model, about, found = quantization_of(model)
+    model = quantization_of(model)[0]
     policy = bits_of(model)
     calls = Calls(calibration, BatchReader(model, inputs), samples)
+    in_float = restore_means(model)
+    if not in_float and (recalibrate_bn or correct_bias):
+        raise ConfigError(
+            "means are corrected by comparison with the float network, which training has replaced and files do not "
+            "hold: remove `recalibrate_bn` and `correct_bias`"
+        )
     with fitting.in_floating_point(model):
         statistics = observed(model, calls, seed, progress)
-    signed = signs_of(statistics)
-    convert.install(model, found.scheme, policy, signed)
-    fitting.fit(model, statistics, found.scheme.clip_init)
-    attach(model, replace(about, quantization=replace(found, signed=signed)))
-    if recalibrate_bn or correct_bias:
-        correct(
-            model, reported("correcting means", calls, progress), biases=correct_bias, norms=recalibrate_bn
-        )
+    refit(model, policy, statistics)
+    if in_float:
+        norms = recalibrate_bn is not False
+        correct_means(model, calls, biases=correct_bias, norms=norms, progress=progress)

@@ -268,6 +268,11 @@ def check_named(name: str, own: OwnNetwork | None, source: str = "it") -> None:
         BuilderError: the file needs a network that the user did not name, or the user named another.
     """
     given = own.name if own is not None else None
+    if given is None and ":" in name and not names_own_network(name):
+        raise BuilderError(
+            f"{source} was saved from a module of {printable(name, 200)}, which no name builds: load it in Python with "
+            "`saqcli.load(path, model=...)`, given a float module like it"
+        )
     if given in ("", name) or (given is None and not names_own_network(name)):
         return
     name = printable(name, 200)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from saqcli import distributed
 from saqcli.api.batches import device_of
 from saqcli.api.files import metadata_of
-from saqcli.api.networks import install, random_image
+from saqcli.api.networks import install, observed, random_image, reported
 from saqcli.config import RunConfig
 from saqcli.data.batches import Loader
 from saqcli.data.splits import Images
@@ -30,18 +30,15 @@ def calibrate(
 ) -> dict[str, InputStatistics]:
     """Input statistics of all layers on calibration images, computed by the first rank."""
     return distributed.from_first(
-        lambda: observe(
-            network.model, _reported("calibrating", images.calibration(), progress), config.run.seed
+        lambda: observed(
+            network.model, _calls(loader := images.calibration()), config.run.seed, progress, len(loader)
         )
     )
 
 
-def _reported(title: str, loader: Loader, progress: Progress) -> Iterator[Tensor]:
-    """Batches of images, reported to ``progress``."""
-    with progress.task(title, len(loader)) as task:
-        for batch, _ in loader:
-            yield batch
-            task.advance(images=len(batch))
+def _calls(loader: Loader) -> Iterator[Call]:
+    """The images of a loader as calls."""
+    return (Call((batch,)) for batch, _ in loader)
 
 
 def scheme_of(config: RunConfig) -> Scheme:
@@ -125,7 +122,7 @@ class CalibrationCorrection:
         self._correct: Corrections | None = None
         if wanted.correct_bias or wanted.recalibrate_bn:
             self._correct = Corrections(model, biases=wanted.correct_bias, norms=wanted.recalibrate_bn)
-        self._kept: dict[str, list[Tensor]] = {}
+        self._kept: dict[str, list[Call]] = {}
 
     def __call__(self) -> None:
         """Correct the model at its current bits."""
@@ -147,11 +144,12 @@ class CalibrationCorrection:
         loader.set_epoch(0)
         return loader
 
-    def _batches(self, title: str, loader: Callable[[], Loader]) -> Iterable[Tensor]:
+    def _batches(self, title: str, make: Callable[[], Loader]) -> Iterable[Call]:
         """The images of a loader, or the kept ones."""
         if title in self._kept:
             return self._kept[title]
-        batches = _reported(title, loader(), self._progress)
+        loader = make()
+        batches = reported(title, _calls(loader), self._progress, len(loader))
         if not self._keep:
             return batches
         return self._kept.setdefault(title, list(batches))

@@ -132,15 +132,10 @@ def observe(model: nn.Module, batches: Iterable[Tensor | Call], seed: int = 0) -
     Raises:
         UnsupportedModel: the input of a layer, or an output, is NaN or infinite.
     """
-    training = model.training
-    model.eval()
-    try:
-        with _observed(model, seed) as statistics:
-            for batch in batches:
-                for output in tensors_in(Call.of(batch).run(model)):
-                    _check_finite(output, "the class scores are" if output.dim() == 2 else "the outputs are")
-    finally:
-        model.train(training)
+    with in_eval_mode(model), _observed(model, seed) as statistics:
+        for batch in batches:
+            for output in tensors_in(Call.of(batch).run(model)):
+                _check_finite(output, "the class scores are" if output.dim() == 2 else "the outputs are")
     return statistics
 
 

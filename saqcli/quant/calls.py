@@ -5,7 +5,7 @@ runs a model on a batch accepts a ``Call`` in place of the tensor.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -37,8 +37,16 @@ class Call:
 
     @property
     def count(self) -> int:
-        """Size of the batch: of the first dimension of the first tensor; 0 without one."""
+        """Size of the batch: length of the first argument if that is a list of tensors, else of dimension 0 of the
+        first tensor; 0 without one.
+        """
+        first = self._first_argument()
+        if _is_list(first):
+            return len(first)
         return next((len(tensor) for tensor in self.tensors if tensor.dim()), 0)
+
+    def _first_argument(self) -> Any:
+        return next(iter((*self.args, *self.kwargs.values())), None)
 
     @property
     def text(self) -> str:
@@ -63,11 +71,39 @@ class Call:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def first(self) -> "Call":
-        """The call with the first sample alone: tensors of the size of the batch are cut to one row."""
+        """The call with a copy of the first sample alone.
+
+        The batch is dimension 0 of tensors, or a list of samples: whatever has its size is cut to one.
+        """
         count = self.count
-        return self.map(lambda tensor: tensor[:1] if tensor.dim() and len(tensor) == count else tensor)
+
+        def cut(value: Any) -> Any:
+            return value[:1] if _is_list(value) and len(value) == count else value
+
+        call = self
+        if _is_list(self._first_argument()):
+            call = Call(tuple(map(cut, self.args)), {name: cut(value) for name, value in self.kwargs.items()})
+            return call.map(torch.clone)
+        return call.map(
+            lambda tensor: (tensor[:1] if tensor.dim() and len(tensor) == count else tensor).clone()
+        )
+
+
+def _is_list(value: Any) -> bool:
+    """Whether ``value`` is a list or tuple of tensors."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(each, Tensor) for each in value)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in nested tuples, lists, dictionaries and dataclasses registered with PyTorch."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    """All tensors in nested tuples, lists, dictionaries and dataclasses."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, each.name) for each in fields(value)]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    found = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, Mapping) or (is_dataclass(leaf) and not isinstance(leaf, type)):
+            found += tensors_in(leaf)
+    return found

@@ -61,7 +61,7 @@ class Corrections:
 
     def __init__(self, model: nn.Module, *, biases: bool, norms: bool) -> None:
         self.model, self.biases, self.norms = model, biases, norms
-        self._uncorrected = [(tensor, tensor.detach().clone()) for tensor in _correctable(model)]
+        self._uncorrected = [(tensor, tensor.detach().clone()) for tensor in correctable(model)]
         self._in_float: list[_Pass] = []  # one per batch
 
     @torch.no_grad()
@@ -83,7 +83,7 @@ class Corrections:
             places.apply()
 
 
-def _correctable(model: nn.Module) -> Iterator[Tensor]:
+def correctable(model: nn.Module) -> Iterator[Tensor]:
     """The tensors that a correction may change: biases of layers, running statistics of batch norms."""
     for layer in quantized_layers(model).values():
         if (bias := _bias(layer)) is not None:

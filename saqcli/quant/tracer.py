@@ -222,7 +222,7 @@ class Trace:
         routed: layers whose weight a parent multiplies with, by name of that parent.
         outputs: the model's output for the traced input.
         inputs: shapes of the input tensors, for one sample.
-        returned: layers whose output the model returns, unchanged or by carriers alone.
+        returned: the last layer on the way to each returned tensor.
         other_bytes: bytes of everything except weights of layers: biases, norms, buffers, idle layers; 32-bit floats.
     """
 
@@ -438,7 +438,7 @@ def trace(model: nn.Module, example: Tensor | Call) -> Trace:
     other = sum(4 * tensor.numel() for tensor in numbers)
     found = list(tracer.products.values())
     ends = [flow for tensor in tensors_in(output) if (flow := tracer.flows.get(tensor)) is not None]
-    returned = list(dict.fromkeys(flow.producer for flow in ends if flow.producer is not None))
+    returned = list(dict.fromkeys(flow.nearest for flow in ends if flow.nearest is not None))
     shapes = [tuple(tensor.shape[1:]) for tensor in example.tensors]
     return Trace(
         tracer.layers, idle, tracer.unquantized, tracer.routed, output, shapes, returned, other, found

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 import saqcli as saq
 from saqcli.errors import ConfigError, CorruptArtifact, ExportMismatch, UnsupportedModel
 from saqcli.export import safetensors as files
-from tests.support.modules import MODULES, HandWritten, build, inputs_of, labels_of, scores_of, small
+from tests.support.command_line import last_error
+from tests.support.command_line import saq as command
+from tests.support.modules import MODULES, HandWritten, build, inputs_of, labels_of, scores_of
 
 each_module = pytest.mark.parametrize("name", MODULES)
 
@@ -76,9 +78,52 @@ def test_changed_network_does_not_pass_for_the_library_s(how: str, tmp_path: Pat
 
     with pytest.raises(saq.SaqError, match=r"timm\.models\.resnet:ResNet"):
         saq.load(tmp_path / "net.safetensors")
+    assert "which no name builds" in last_error(
+        command("eval", tmp_path / "net.safetensors", "--data", tmp_path)
+    )
     loaded = saq.load(tmp_path / "net.safetensors", model=changed(how))
     assert torch.equal(outputs(loaded, (image,)), outputs(q.eval(), (image,)))
     assert saq.export_onnx(q, tmp_path / "net.onnx").verified
+
+
+@pytest.mark.parametrize("side", [24, 48])
+def test_costs_are_those_of_the_traced_size(side: int, tmp_path: Path) -> None:
+    net = saq.load_model("timm/resnet10t", pretrained=False, num_classes=4)
+    image = torch.randn(2, 3, side, side)
+    q = saq.quantize_model(net, 4, calibration=[image])
+    saq.save(q, tmp_path / "net.safetensors")
+    loaded = saq.load(tmp_path / "net.safetensors")
+
+    assert saq.bops(loaded) == saq.bops(q)
+    assert saq.info(loaded).preprocessing.input_size == (3, side, side)
+    assert saq.export_onnx(q, tmp_path / "net.onnx", verify=[image]).verified
+
+
+def test_load_names_what_it_needs(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    saq.save(quantized("hand_written"), path)
+    with pytest.raises(ConfigError, match="give `model`, a float module like it"):
+        saq.load(path)
+    with pytest.raises(ConfigError, match="give one of them"):
+        saq.load(path, model=build("hand_written"), builder="nets:build")
+    with pytest.raises(ConfigError, match="and `model` is a Tied"):
+        saq.load(path, model=build("tied"))
+
+
+def test_save_needs_the_suffix(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"does not end with \.safetensors"):
+        saq.save(quantized("hand_written"), tmp_path / "net.pt")
+
+
+def test_module_without_tensors_is_not_saved(tmp_path: Path) -> None:
+    class Opaque(HandWritten):
+        def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+            scores = super().forward(x)
+            return lambda: scores
+
+    q = saq.quantize_model(Opaque(), 4, calibration=list(inputs_of("hand_written")))
+    with pytest.raises(ExportMismatch):
+        saq.save(q, tmp_path / "net.safetensors")
 
 
 def test_loading_leaves_the_given_module_unchanged(tmp_path: Path) -> None:
@@ -100,8 +145,14 @@ def test_file_of_own_module_names_its_class(tmp_path: Path) -> None:
 
 def test_another_module_is_refused(tmp_path: Path) -> None:
     saq.save(quantized("hand_written"), tmp_path / "net.safetensors")
+
+    class Wider(HandWritten):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(8, 9)
+
     with pytest.raises(CorruptArtifact):
-        saq.load(tmp_path / "net.safetensors", model=small())
+        saq.load(tmp_path / "net.safetensors", model=Wider())
 
 
 def test_file_that_differs_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """Quantization of modules of one's own: bits, calibration, training, what stays unchanged, what is refused."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,7 +14,17 @@ import saqcli as saq
 from saqcli.errors import ConfigError, DataError, InfeasibleBudget, PolicyMismatch, UnsupportedModel
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers import quantizers_of
-from tests.support.modules import CLASSES, MODULES, HandWritten, build, inputs_of, labels_of, scores_of, small
+from tests.support.modules import (
+    CLASSES,
+    MODULES,
+    HandWritten,
+    TwoHeads,
+    build,
+    inputs_of,
+    labels_of,
+    scores_of,
+    small,
+)
 
 each_module = pytest.mark.parametrize("name", MODULES)
 
@@ -169,6 +180,90 @@ def test_calibrate_fits_anew() -> None:
     assert torch.equal(outputs(q, inputs_of("hand_written")), outputs(expected, inputs_of("hand_written")))
 
 
+def test_calibrating_again_changes_nothing() -> None:
+    batches = loader("hand_written")
+    expected = saq.quantize_model(build("hand_written").eval(), 3, calibration=batches)
+    q = saq.quantize_model(build("hand_written").eval(), 3, example=inputs_of("hand_written", seed=9))
+    for _ in range(2):
+        saq.calibrate(q, batches)
+        assert torch.equal(
+            outputs(q, inputs_of("hand_written")), outputs(expected, inputs_of("hand_written"))
+        )
+
+
+def test_calibrate_keeps_parameters_and_modes() -> None:
+    q = saq.quantize_model(build("hand_written"), 3, calibration=loader("hand_written")).train()
+    q.norm.eval()
+    before = [(id(p), p.requires_grad) for p in q.parameters()]
+    saq.calibrate(q, loader("hand_written", 3))
+
+    assert [(id(p), p.requires_grad) for p in q.parameters()] == before
+    assert q.training
+    assert not q.norm.training
+
+
+def test_calibrate_after_training_corrects_nothing() -> None:
+    q = saq.quantize_model(build("hand_written"), 3, calibration=loader("hand_written")).train()
+    *inputs, labels = loader("hand_written", 1)[0]
+    minimizer = saq.QAT(q, torch.optim.SGD(q.parameters(), 0.05))
+    minimizer.step(lambda: F.cross_entropy(q(*inputs), labels))
+    before = q.norm.running_mean.clone()
+    saq.calibrate(q, loader("hand_written"))
+
+    assert torch.equal(q.norm.running_mean, before)
+    with pytest.raises(ConfigError, match="which training has replaced"):
+        saq.calibrate(q, loader("hand_written"), recalibrate_bn=True)
+
+
+@dataclass
+class Found:
+    scores: Tensor
+    box: Tensor
+
+
+HEADS: dict[str, Callable[[TwoHeads, Tensor], Any]] = {
+    "dictionary": lambda net, x: {"scores": net.scores(x), "box": net.box(x)},
+    "tuple": lambda net, x: (net.scores(x), net.box(x)),
+    "dataclass": lambda net, x: Found(net.scores(x), net.box(x)),
+    "changed": lambda net, x: (net.scores(x).log_softmax(1), net.box(x)[:, :3].sigmoid()),
+}
+
+
+@pytest.mark.parametrize("form", HEADS)
+def test_returned_heads_keep_eight_bits(form: str) -> None:
+    class Net(TwoHeads):
+        def forward(self, x: Tensor) -> Any:
+            x = F.relu(self.inner(F.relu(self.conv(x)))).mean((2, 3))
+            return HEADS[form](self, x)
+
+    q = saq.quantize_model(Net(), 4, calibration=loader("two_heads"))
+    assert [str(bits) for bits in saq.bits(q).layers.values()] == ["w8a8", "w4a4", "w8a8", "w8a8"]
+
+
+def test_lists_of_images_are_one_argument() -> None:
+    class Detector(HandWritten):
+        def forward(self, images: list[Tensor]) -> list[Tensor]:  # type: ignore[override]
+            return [super(Detector, self).forward(image[None])[0] for image in images]
+
+    photos = [torch.randn(3, 16, 20), torch.randn(3, 24, 16)]
+    q = saq.quantize_model(Detector(), 4, calibration=[(photos, labels_of(2))])
+
+    assert len(q(photos)) == 2
+    assert saq.bops(q) == saq.bops(HandWritten(), 4, example=photos[0][None])
+
+
+@pytest.mark.parametrize("changes", [{"bits": 9}, {"bits": None, "budget": 10}, {"pins": {"x": "4"}}])
+def test_failure_in_place_leaves_a_float_module(changes: dict[str, Any]) -> None:
+    net = build("hand_written")
+    expected = outputs(net, inputs_of("hand_written"))
+    with pytest.raises(saq.SaqError):
+        saq.quantize_model(net, **({"bits": 4} | changes), calibration=loader("hand_written"), inplace=True)
+
+    assert not quantized_layers(net)
+    assert torch.equal(outputs(net, inputs_of("hand_written")), expected)
+    assert saq.quantize_model(net, 4, calibration=loader("hand_written"), inplace=True) is net
+
+
 def test_policy_gives_every_layer_its_bits() -> None:
     net = build("hand_written")
     layers = {"stem": "w8a8", "left": "w2a4", "right": 3, "head": 8}
@@ -198,14 +293,6 @@ def test_budget_is_met() -> None:
     most = saq.bops(net, "w5a5", example=inputs_of("hand_written"))
     q = saq.quantize_model(net, budget=most, calibration=loader("hand_written"))
     assert saq.bops(q) <= most
-
-
-def test_returned_layers_keep_eight_bits() -> None:
-    q = saq.quantize_model(build("two_heads"), 4, calibration=loader("two_heads"))
-    bits = saq.bits(q).layers
-
-    assert str(bits["scores"]) == str(bits["box"]) == "w8a8"
-    assert str(bits["inner"]) == "w4a4"
 
 
 def test_quantized_modules_copy_and_move() -> None:

@@ -18,6 +18,7 @@ from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.cost import Budget, Cost, CostModel, LayerCost, cost_model
 from saqcli.quant.search_space import Candidates, SearchSpace, search_space
 from saqcli.quant.tracer import Trace, trace
+from saqcli.tasks.classification import check_output
 from tests.support import tiny
 from tests.support.golden import FLOAT, GOLDEN, MACS, Golden
 
@@ -324,7 +325,7 @@ def test_non_logit_output_is_refused(output: object) -> None:
             return output(self.net(x))  # type: ignore[operator]
 
     with pytest.raises(UnsupportedModel, match="class scores"):
-        traced(Strange(), (3, 4, 4))
+        check_output(traced(Strange(), (3, 4, 4)).outputs, 1)
 
 
 # Pins, budget, size

@@ -172,7 +172,7 @@ class Calls:
         return Calls(self.loader, self.reader, samples)
 
     def labelled(self, classes: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels of all batches that have labels, where the module takes one tensor.
+        """Images and labels of all batches that have labels, where the module takes one tensor; as ``labelled_images``.
 
         Raises:
             DataError: labels are no classes.
@@ -180,7 +180,9 @@ class Calls:
         for batch, call in self._pairs():
             labels = self.reader.labels(batch)
             if labels is not None and len(call.tensors) == 1:
-                yield call.tensors[0], class_labels(labels, classes, call.count)
+                images, labels = labelled_images(call.tensors[0], labels, classes)
+                if len(labels):
+                    yield images, labels
 
     def _pairs(self) -> Iterator[tuple[Any, Call]]:
         seen = 0
@@ -229,6 +231,17 @@ def class_labels(
         f"the labels of a batch are {dtype} of {shape}, which are no classes: give integers ({count},), from 0 to "
         f"{classes - 1}{other}"
     )
+
+
+def labelled_images(images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Images and their classes; unreadable images, with a label below 0, are left out.
+
+    Raises:
+        DataError: labels are no classes.
+    """
+    labels = class_labels(labels, classes, len(images), skipped=True)
+    readable = labels >= 0
+    return (images, labels) if readable.all() else (images[readable], labels[readable])
 
 
 def class_scores(output: Any) -> Tensor | None:

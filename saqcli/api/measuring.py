@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.analysis import INSTRUMENTS, AnalysisInput, Reading, Session, Settings
-from saqcli.api.batches import BatchReader, Inputs, class_labels, class_scores
+from saqcli.api.batches import BatchReader, Inputs, class_labels, class_scores, labelled_images
 from saqcli.api.files import opened
 from saqcli.api.info import bits_of, info, quantization_of, unwrapped
 from saqcli.errors import ConfigError, DataError, UnsupportedModel
@@ -89,9 +89,10 @@ def analyze(
         raise UnsupportedModel(
             f"{about.name} returns no class scores (N, classes), which instruments measure"
         )
-    batches = [_image_and_labels(module, reader, batch, scores.shape[1]) for batch in data]
+    pairs = [_image_and_labels(module, reader, batch, scores.shape[1]) for batch in data]
+    batches = [(images, labels) for images, labels in pairs if len(labels)]
     if not batches:
-        raise DataError("the loader has no batches: give at least one")
+        raise DataError("the loader has no labelled images: give at least one batch")
     layers = quantized_layers(module)
     ordered = {name: layers[name] for name in bits_of(module).layers}
     with in_eval_mode(module):
@@ -121,7 +122,7 @@ def _image_and_labels(
         raise UnsupportedModel(
             f"{info(model).name} takes several inputs: instruments measure modules of one tensor"
         )
-    return call.args[0], class_labels(_labels(reader, batch), classes, call.count)
+    return labelled_images(call.args[0], _labels(reader, batch), classes)
 
 
 def _labels(reader: BatchReader, batch: Any) -> Tensor:

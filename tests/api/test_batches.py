@@ -98,6 +98,17 @@ def test_evaluate_refuses_shares_and_skips_unread_images() -> None:
     assert (score.images, score.skipped) == (5, 3)
 
 
+def test_unread_images_are_left_out_of_measurements() -> None:
+    q, unread = quantized(), torch.cat([Y[:6], torch.tensor([-1, -1])])
+    some, rest = [(X[:6], Y[:6])], [(X, unread), (X, torch.full_like(Y, -1))]
+    assert saq.analyze(q, rest)["sharpness"].to_dict() == saq.analyze(q, some)["sharpness"].to_dict()
+    one, other = (
+        saq.search(build("hand_written"), "w4a4", data, example=X, searcher="sensitivity", samples=6)
+        for data in (some, rest)
+    )
+    assert other.cost.bops <= one.budget.bops
+
+
 # Modules that keep something, streams
 
 

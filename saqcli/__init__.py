@@ -48,4 +48,12 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'saqcli' has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")
-    return getattr(import_module(module), attribute or name)
+    value = getattr(import_module(module), attribute or name)
+    if module.startswith("saqcli.api.") and not isinstance(value, type):
+        value = import_module("saqcli.api.messages").with_parameters(value)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from saqcli.api.arguments import widths_of
 from saqcli.api.batches import Inputs, class_scores
 from saqcli.api.info import bits_of, info, unwrapped
 from saqcli.api.networks import Policy, float_network, policy_of, prepare
@@ -13,7 +14,7 @@ from saqcli.config import WIDTHS
 from saqcli.quant.bits import FLOAT_BITS, BitConfig, LayerBits, mean_bits
 from saqcli.quant.cost import Cost
 from saqcli.quant.network import Network
-from saqcli.quant.search_space import Candidates, SearchSpace, search_space
+from saqcli.quant.search_space import SearchSpace, search_space
 from saqcli.quant.tracer import FUNCTIONAL, Trace
 from saqcli.units import format_quantity
 
@@ -177,7 +178,7 @@ def measure(network: Network, policy: BitConfig, space: SearchSpace) -> Profile:
 
 def space_of_candidates(network: Network, candidates: Iterable[int]) -> SearchSpace:
     """The search space of a network with these bit-widths in every free layer."""
-    return search_space(network.name, network.costs, Candidates(tuple(sorted(set(candidates)))))
+    return search_space(network.name, network.costs, widths_of(candidates))
 
 
 def layer_rows(network: Network, policy: BitConfig) -> list[dict[str, Any]]:

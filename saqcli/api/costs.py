@@ -11,6 +11,7 @@ from saqcli.api.batches import Inputs, class_scores
 from saqcli.api.info import bits_of, info, unwrapped
 from saqcli.api.networks import Policy, float_network, policy_of, prepare
 from saqcli.config import WIDTHS
+from saqcli.errors import ConfigError
 from saqcli.quant.bits import FLOAT_BITS, BitConfig, LayerBits, mean_bits
 from saqcli.quant.cost import Cost
 from saqcli.quant.network import Network
@@ -125,6 +126,8 @@ def profile(
         ConfigError: the inputs of the module are unknown, or both bits and a policy are given.
         UnsupportedModel: nothing to quantize, or the module does not run.
     """
+    if bits is not None and policy is not None:
+        raise ConfigError("`bits` and `policy` were given: give one of them")
     model = unwrapped(model)
     about = info(model)
     if about.quantization is not None:

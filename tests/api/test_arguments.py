@@ -95,6 +95,11 @@ def test_pins_with_a_policy_are_refused() -> None:
     assert "remove `pins`" in message(lambda: quantize(policy=policy, pins={"left": "8"}))
 
 
+def test_costs_take_bits_or_a_policy() -> None:
+    policy = saq.bits(quantize(bits=4))
+    assert "`policy`" in message(lambda: saq.profile(build(NAME), 4, policy=policy, example=inputs_of(NAME)))
+
+
 def test_public_names_are_listed() -> None:
     assert set(saq.__all__) <= set(dir(saq))
 

@@ -22,7 +22,7 @@ _PUBLIC = {
     "SAQ": "saqcli.training.minimizers",
     "SaqError": "saqcli.errors",
     "analyze": "saqcli.api.measuring",
-    "bits": "saqcli.api.info:bits_of",
+    "bits": "saqcli.api.info",
     "bops": "saqcli.api.costs",
     "calibrate": "saqcli.api.quantizing",
     "check_export": "saqcli.api.exporting",
@@ -47,9 +47,8 @@ __all__ = ["__version__", *_PUBLIC]
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'saqcli' has no attribute {name!r}")
-    module, _, attribute = _PUBLIC[name].partition(":")
-    value = getattr(import_module(module), attribute or name)
-    if module.startswith("saqcli.api.") and not isinstance(value, type):
+    value = getattr(import_module(_PUBLIC[name]), name)
+    if _PUBLIC[name].startswith("saqcli.api.") and not isinstance(value, type):
         value = import_module("saqcli.api.messages").with_parameters(value)
     globals()[name] = value
     return value

@@ -162,3 +162,6 @@ def bits_of(model: nn.Module) -> BitConfig:
     """
     model, about, found = quantization_of(model)
     return active_bits(model, about.name, [layer.name for layer in found.costs.layers])
+
+
+bits = bits_of  # the public name, which is that of a parameter in most functions

@@ -18,7 +18,7 @@ from saqcli.units import parse_quantity
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_SETTING = re.compile(r"`((?:[a-z]+\.)?[a-z_]+)(?:=([^`]*))?`")
+_SETTING = re.compile(r"`((?:[a-z]+\.){0,2}[a-z_]+)(?:=([^`]*))?`")
 _COMMAND = re.compile(r"`(quantize|search|evaluate|export|analyze|report|reproduce)\(([^`]*)\)`")
 _PLAIN = re.compile(r"[A-Z]+|True|False|None|[\d.]+|\(.*\)|\{.*\}")  # values that need no quotes
 
@@ -101,10 +101,13 @@ def _parameter(setting: str, value: str | None, taken: Collection[str]) -> str |
     if setting == "data.batch_size" and "batch_size" not in taken:
         return "batch size" if value is None else f"a batch size of {value}"
     function, name = PARAMETERS.get(setting, ("", ""))
-    if section == "training" and name not in taken:
+    if section.startswith("training") and name not in taken:
         holder = next((each for each in ("settings", "options", "search") if each in taken), None)
         if holder:
-            return f'`{holder}={{"{key}": {_python(key, value)}}}`'
+            given = _python(key, value)
+            for part in reversed(setting.split(".")[1:]):
+                given = f'{{"{part}": {given}}}'
+            return f"`{holder}={given}`"
     if not name:
         # Runs have settings that functions have not.
         return f"`{setting}{'' if value is None else f'={value}'}` of the command line" if section else None

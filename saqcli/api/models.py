@@ -115,9 +115,11 @@ def load_images(
         seed: random seed.
 
     Raises:
-        ConfigError: the preprocessing of ``model`` is unknown.
+        ConfigError: the preprocessing of ``model`` is unknown, or there is no such split.
         DataError: the folder cannot be read with the classes of the model.
     """
+    if split not in ("train", "val"):
+        raise ConfigError(f"`split={split}` is not a split: give train or val")
     about = info(model)
     if about.preprocessing is None:
         raise ConfigError(

@@ -171,7 +171,7 @@ def find_bits(
     if entry.uses_images:
         images = search_images(network, searcher, calls, seed)
     given = {"optimizer": "sgd", "lr": lr, "weight_decay": 1e-4}
-    training = parse_object(TrainingSection, given, "`search`", ConfigError)
+    training = parse_object(TrainingSection, given, "the search", ConfigError)
     model = copied(network.model)
     problem = SearchProblem(
         model=model,

@@ -153,6 +153,12 @@ def test_names_do_not_pass_for_modules(function: str) -> None:
     assert "`model` is a str, not a module" in text
 
 
+def test_unknown_splits_are_refused(tmp_path: Path) -> None:
+    net = saq.load_model("saq/resnet8s", num_classes=4, pretrained=False)
+    split: Any = "x"
+    assert "give train or val" in message(lambda: saq.load_images(net, tmp_path, split))
+
+
 def test_learning_rate_of_search_is_checked() -> None:
     assert "lr" in message(lambda: search(lr=-1))
 
@@ -227,6 +233,7 @@ def test_advice_of_runs_is_left_out() -> None:
     ("text", "expected"),
     [
         ("remove `training.ascent_fraction`", 'remove `settings={"ascent_fraction": ...}`'),
+        ("method saq takes no `training.minimizer.x`", 'method saq takes no `settings={"minimizer": {"x": ...}}`'),
         ("or `training.optimizer=sgd`", 'or `settings={"optimizer": "sgd"}`'),
         ("a smaller `data.batch_size`", "a smaller batch size"),
         ("use `data.bad_images=skip`", "use `data.bad_images=skip` of the command line"),

@@ -22,7 +22,7 @@ _PUBLIC = {
     "SAQ": "saqcli.training.minimizers",
     "SaqError": "saqcli.errors",
     "analyze": "saqcli.api.measuring",
-    "bits": "saqcli.api.info:bits_of",
+    "bits": "saqcli.api.info",
     "bops": "saqcli.api.costs",
     "calibrate": "saqcli.api.quantizing",
     "check_export": "saqcli.api.exporting",
@@ -47,5 +47,12 @@ __all__ = ["__version__", *_PUBLIC]
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'saqcli' has no attribute {name!r}")
-    module, _, attribute = _PUBLIC[name].partition(":")
-    return getattr(import_module(module), attribute or name)
+    value = getattr(import_module(_PUBLIC[name]), name)
+    if _PUBLIC[name].startswith("saqcli.api.") and not isinstance(value, type):
+        value = import_module("saqcli.api.messages").with_parameters(value)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -11,6 +11,7 @@ from saqcli.api.files import load as load
 from saqcli.api.files import save as save
 from saqcli.api.finetuning import finetune as finetune
 from saqcli.api.info import ModelInfo as ModelInfo
+from saqcli.api.info import bits as bits
 from saqcli.api.info import info as info
 from saqcli.api.measuring import analyze as analyze
 from saqcli.api.measuring import evaluate as evaluate

@@ -171,6 +171,9 @@ class TestTablesAndSettings:
                 f"{file} {name}"
             )
 
+    def test_python_reference_matches_docstrings(self) -> None:
+        assert text_of(DOCS / "python.md") == script("make_python").page(), "run python docs/make_python.py"
+
     def test_file_tree_matches_docstrings(self) -> None:
         make_tree = script("make_tree")
         assert text_of(DOCS / "architecture.md") == make_tree.page(), "run python docs/make_tree.py"

@@ -27,6 +27,7 @@ score = saq.evaluate(q, loader)
 top1: float = score.top1
 found = saq.search(net, saq.Budget(bops=10**9), loader, searcher="error")
 policy: saq.BitConfig = found.policy
+policy = saq.bits(q)
 verified: bool = saq.export_onnx(q, "net.onnx", style="qdq", verify=loader).verified
 saq.save(q, "net.safetensors")
 loaded: nn.Module = saq.load("net.safetensors")
@@ -39,6 +40,7 @@ MISTAKES = {
     "saq.bops(3)": 'incompatible type "int"',
     "saq.quantize_model(net, bit=4)": 'Unexpected keyword argument "bit"',
     "x: str = saq.bops(q)": "Incompatible types in assignment",
+    "saq.bits(q).x": '"BitConfig" has no attribute "x"',
     "saq.quantise_model(net)": 'has no attribute "quantise_model"',
 }
 

@@ -6,14 +6,16 @@ from typing import Any
 
 from torch import nn
 
+from saqcli.api.arguments import widths_of
 from saqcli.api.batches import Inputs, class_scores
 from saqcli.api.info import bits_of, info, unwrapped
 from saqcli.api.networks import Policy, float_network, policy_of, prepare
 from saqcli.config import WIDTHS
+from saqcli.errors import ConfigError
 from saqcli.quant.bits import FLOAT_BITS, BitConfig, LayerBits, mean_bits
 from saqcli.quant.cost import Cost
 from saqcli.quant.network import Network
-from saqcli.quant.search_space import Candidates, SearchSpace, search_space
+from saqcli.quant.search_space import SearchSpace, search_space
 from saqcli.quant.tracer import FUNCTIONAL, Trace
 from saqcli.units import format_quantity
 
@@ -124,6 +126,8 @@ def profile(
         ConfigError: the inputs of the module are unknown, or both bits and a policy are given.
         UnsupportedModel: nothing to quantize, or the module does not run.
     """
+    if bits is not None and policy is not None:
+        raise ConfigError("`bits` and `policy` were given: give one of them")
     model = unwrapped(model)
     about = info(model)
     if about.quantization is not None:
@@ -177,7 +181,7 @@ def measure(network: Network, policy: BitConfig, space: SearchSpace) -> Profile:
 
 def space_of_candidates(network: Network, candidates: Iterable[int]) -> SearchSpace:
     """The search space of a network with these bit-widths in every free layer."""
-    return search_space(network.name, network.costs, Candidates(tuple(sorted(set(candidates)))))
+    return search_space(network.name, network.costs, widths_of(candidates))
 
 
 def layer_rows(network: Network, policy: BitConfig) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saqcli.api.arguments import scheme_of
 from saqcli.api.batches import BatchReader, Calls, Inputs
 from saqcli.api.files import metadata_of, opened
 from saqcli.api.info import info, quantization_of, unwrapped
@@ -27,9 +28,12 @@ from saqcli.models.preprocessing import Preprocessing
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.calls import Call
 from saqcli.quant.convert import Scheme
+from saqcli.quant.grid import WeightGrid
 from saqcli.quant.network import Network
+from saqcli.quant.quantizers.base import Granularity
 from saqcli.quant.tracer import Trace
 from saqcli.serialization import named_path
+from saqcli.verify.proof import check_runtime
 from saqcli.verify.publish import export_verified, write_and_run
 from saqcli.verify.verdict import SYNTHETIC, Verdict, synthetic_batches, verdict_path
 
@@ -45,7 +49,7 @@ def export_onnx(
     *,
     verify: Iterable[Any] | None = None,
     inputs: Inputs | None = None,
-    runtimes: tuple[str, ...] = (),
+    runtimes: str | Iterable[str] = (),
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Verdict:
@@ -61,7 +65,7 @@ def export_onnx(
         style: name in ``saqcli.export.STYLES``.
         verify: any iterable of batches to compare on; synthetic images by default.
         inputs: from a batch to the module's argument.
-        runtimes: further runtimes to compare with, such as ``openvino``.
+        runtimes: further runtimes to compare with: ``openvino``.
         overwrite: replace an existing file.
         progress: reports every batch.
 
@@ -79,7 +83,9 @@ def export_onnx(
         True
     """
     module, about, found = quantization_of(opened(model))
-    path = named_path(str(path))
+    path, named = named_path(str(path)), (runtimes,) if isinstance(runtimes, str) else tuple(runtimes)
+    for runtime in named:
+        check_runtime(runtime)
     check_signature(about.name, found.traced)
     if path.suffix != ".onnx":
         raise ConfigError(f"`path={path}` does not end with .onnx: give a file name like model.onnx")
@@ -98,7 +104,7 @@ def export_onnx(
         batches,
         len(batches),
         progress,
-        runtimes,
+        named,
         true_size=found.costs.size(metadata.policy),
         verified_on=SYNTHETIC if verify is None else "images of the caller",
     )
@@ -110,7 +116,12 @@ def check_export(
     *,
     example: Any = None,
     inputs: Inputs | None = None,
-    scheme: Scheme | None = None,
+    quantizer: str = "clip",
+    weight_quantizer: str | None = None,
+    activation_quantizer: str | None = None,
+    weight_grid: WeightGrid = "auto",
+    granularity: Granularity = "channel",
+    weight_normalization: bool = False,
 ) -> None:
     """Check, before any training, that a module can be exported: write a trial file and run it.
 
@@ -119,17 +130,26 @@ def check_export(
         style: as in ``export_onnx``.
         example: inputs of a float module, as in ``quantize_model``.
         inputs: as in ``quantize_model``.
-        scheme: quantizers of a float module.
+        quantizer: of a float module, as in ``quantize_model``, like the next five.
+        weight_quantizer: of weights.
+        activation_quantizer: of inputs.
+        weight_grid: levels of weights.
+        granularity: of clipping levels.
+        weight_normalization: of the weights of convolutions.
 
     Raises:
+        ConfigError: an unknown name or value.
         UnsupportedModel: it cannot be exported; the message gives reason and remedy.
     """
     model = unwrapped(model)
     about = info(model)
     if about.quantization is None:
+        scheme = scheme_of(
+            quantizer, weight_quantizer, activation_quantizer, weight_grid, granularity, weight_normalization
+        )
         ready = prepare(model, None, example, inputs, None)
         network = float_network(ready.model, ready.example)
-        try_export(network, ready.example, scheme or Scheme(), style)
+        try_export(network, ready.example, scheme, style)
         return
     check_signature(about.name, about.quantization.traced)
     images = _random_images(about.quantization.traced)

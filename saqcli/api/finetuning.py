@@ -79,6 +79,8 @@ def finetune(
         )
     given = {"epochs": epochs, "method": method, "lr": lr, "rho": rho, **(settings or {})}
     training = parse_object(TrainingSection, given, "`settings`", ConfigError)
+    if not training.epochs:
+        raise ConfigError("`epochs=0` trains nothing: give 1 or more, or omit the call")
     reader = BatchReader(module, inputs)
     mixed = bool(training.mixup or training.cutmix)
     classes = scores.shape[1]

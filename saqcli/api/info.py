@@ -103,7 +103,15 @@ def attach(model: nn.Module, about: ModelInfo) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile`` and data-parallel wrappers."""
+    """The module inside ``torch.compile`` and data-parallel wrappers.
+
+    Raises:
+        ConfigError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"`model` is a {type(model).__name__}, not a module: give an nn.Module, such as saqcli.load_model returns"
+        )
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -159,3 +167,6 @@ def bits_of(model: nn.Module) -> BitConfig:
     """
     model, about, found = quantization_of(model)
     return active_bits(model, about.name, [layer.name for layer in found.costs.layers])
+
+
+bits = bits_of  # the public name, which is that of a parameter in most functions

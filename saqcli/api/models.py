@@ -1,5 +1,6 @@
 """Float modules by name, and images for them."""
 
+import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from torch import nn
 
 from saqcli.api.batches import device_of
 from saqcli.api.info import ModelInfo, attach, info
+from saqcli.api.messages import as_parameters
 from saqcli.config import DataSection
 from saqcli.data.splits import open_named, validation_loader
 from saqcli.errors import ConfigError
@@ -78,7 +80,7 @@ def load_model(
     )
     loaded = open_float(spec)
     for note in loaded.notes:
-        progress.note(note)
+        progress.note(as_parameters(note, inspect.signature(load_model).parameters))
     return loaded.model
 
 
@@ -113,9 +115,11 @@ def load_images(
         seed: random seed.
 
     Raises:
-        ConfigError: the preprocessing of ``model`` is unknown.
+        ConfigError: the preprocessing of ``model`` is unknown, or there is no such split.
         DataError: the folder cannot be read with the classes of the model.
     """
+    if split not in ("train", "val"):
+        raise ConfigError(f"`split={split}` is not a split: give train or val")
     about = info(model)
     if about.preprocessing is None:
         raise ConfigError(

@@ -173,6 +173,8 @@ def policy_of(
         PolicyMismatch: the policy is that of another network.
     """
     if policy is not None:
+        if pins:
+            raise ConfigError("`policy` gives the bits of every layer: edit it, and remove `pins`")
         names = [layer.name for layer in network.costs.layers]
         given = _read_policy(policy, network.name)
         given.check_fits(network.name, names)

@@ -8,10 +8,11 @@ correct             means and variances of batch norms, biases
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
+from saqcli.api.arguments import scheme_of
 from saqcli.api.batches import BatchReader, Calls, Inputs
 from saqcli.api.exporting import try_export
 from saqcli.api.info import bits_of, quantization_of
@@ -27,14 +28,15 @@ from saqcli.api.networks import (
     refit,
     restore_means,
 )
-from saqcli.api.searching import find_bits
+from saqcli.api.searching import find_bits, search_options
 from saqcli.config import WIDTHS
 from saqcli.errors import ConfigError
 from saqcli.progress import SILENT, Progress
 from saqcli.quant import calibration as fitting
 from saqcli.quant import convert
-from saqcli.quant.convert import Scheme
 from saqcli.quant.cost import Budget
+from saqcli.quant.grid import WeightGrid
+from saqcli.quant.quantizers.base import Granularity
 
 
 def quantize_model(
@@ -54,8 +56,8 @@ def quantize_model(
     quantizer: str = "clip",
     weight_quantizer: str | None = None,
     activation_quantizer: str | None = None,
-    weight_grid: Literal["auto", "paper", "zero"] = "auto",
-    granularity: Literal["channel", "tensor"] = "channel",
+    weight_grid: WeightGrid = "auto",
+    granularity: Granularity = "channel",
     weight_normalization: bool = False,
     quantize_attention: bool = False,
     recalibrate_bn: bool = True,
@@ -83,9 +85,11 @@ def quantize_model(
         inputs: from a batch to a tensor, a tuple or a dictionary of the module's arguments.
         samples: calibration samples that are read.
         searcher: of a budget, by name; those that need labelled images take them from ``calibration``.
-        search: further keyword arguments of ``saqcli.search``.
+        search: keyword arguments that only ``saqcli.search`` has: ``options``, ``activation_candidates``, ``cost`` and
+            ``lr``.
         candidates: bit-widths that a search may give to a layer.
-        pins: bits by pattern of layer names: ``{"layer4.*": "8", "*.conv1": "3-6", "fc": "w8a4"}``.
+        pins: bits by pattern of layer names: ``{"layer4.*": "8", "*.conv1": "3-6", "fc": "w8a4"}``; not with
+            ``policy``.
         quantizer: of weights and inputs, by its name in ``saqcli.quant.quantizers.QUANTIZERS``.
         weight_quantizer: of weights, in the place of ``quantizer``.
         activation_quantizer: of inputs, in the place of ``quantizer``.
@@ -123,15 +127,10 @@ def quantize_model(
     if len(named) != 1:
         found = f"{' and '.join(named)} were given" if named else "no bits and no budget were given"
         raise ConfigError(f"{found}: give exactly one of `bits`, `policy` and `budget`")
-    scheme = Scheme(
-        quantizer=quantizer,
-        weight_quantizer=weight_quantizer,
-        activation_quantizer=activation_quantizer,
-        weight_grid=weight_grid,
-        granularity=granularity,
-        weight_normalization=weight_normalization,
+    options = search_options(search or {})
+    scheme = scheme_of(
+        quantizer, weight_quantizer, activation_quantizer, weight_grid, granularity, weight_normalization
     )
-    scheme.check()
     ready = prepare(model, calibration, example, inputs, samples, inplace=inplace)
     modes = {module: module.training for module in ready.model.modules()}
     network = float_network(ready.model, ready.example, quantize_attention=quantize_attention)
@@ -153,7 +152,7 @@ def quantize_model(
                 pins=pins,
                 seed=seed,
                 progress=progress,
-                **(search or {}),
+                **options,
             ).policy
     except BaseException:
         convert.unwrap(network.model)  # matters in place

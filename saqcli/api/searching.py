@@ -2,32 +2,34 @@
 
 import inspect
 import random
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from saqcli.api.arguments import scheme_of, widths_of
 from saqcli.api.batches import Calls, Inputs, class_scores
+from saqcli.api.budgets import budget_of, priced
 from saqcli.api.networks import CALIBRATION_SAMPLES, copied, float_network, observed, prepare
 from saqcli.config import WIDTHS, TrainingSection
 from saqcli.errors import ConfigError, DataError, UnsupportedModel
 from saqcli.progress import SILENT, Progress
-from saqcli.quant.bits import BitConfig, parse_bits
+from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.convert import Scheme
 from saqcli.quant.correction import Corrections
-from saqcli.quant.cost import Budget, Cost, CostModel
-from saqcli.quant.costs import COSTS
+from saqcli.quant.cost import Budget, Cost
+from saqcli.quant.grid import WeightGrid
 from saqcli.quant.network import Network
-from saqcli.quant.search_space import Candidates, parse_rule, search_space
+from saqcli.quant.quantizers.base import Granularity
+from saqcli.quant.search_space import parse_rule, search_space
 from saqcli.searchers import SEARCHERS, Searcher, SearchImages, SearchProblem, SearchResult
 from saqcli.searchers.problem import NO_IMAGES, Batch
+from saqcli.serialization import parse_object
 from saqcli.training.optimizer import make_optimizer
-from saqcli.units import Quantity, parse_quantity
 
-UNIFORM_BUDGET = re.compile(r"w\d+a\d+", re.IGNORECASE)  # a budget given as the cost of uniform bits
+ONLY_SEARCH = ("options", "activation_candidates", "cost", "lr")  # keywords that quantize_model has not
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,12 @@ def search(
     activation_candidates: Iterable[int] | None = None,
     pins: Mapping[str, str] | None = None,
     cost: str = "bops",
-    scheme: Scheme | None = None,
+    quantizer: str = "clip",
+    weight_quantizer: str | None = None,
+    activation_quantizer: str | None = None,
+    weight_grid: WeightGrid = "auto",
+    granularity: Granularity = "channel",
+    weight_normalization: bool = False,
     quantize_attention: bool = False,
     lr: float = 0.01,
     samples: int = 4096,
@@ -84,7 +91,12 @@ def search(
         activation_candidates: bit-widths of inputs, chosen apart from those of weights; None for the same bits.
         pins: as in ``quantize_model``.
         cost: cost model that counts the budget, by its name in ``saqcli.quant.costs.COSTS``.
-        scheme: the quantizers to search with.
+        quantizer: as in ``quantize_model``, like the next five.
+        weight_quantizer: of weights.
+        activation_quantizer: of inputs.
+        weight_grid: levels of weights.
+        granularity: of clipping levels.
+        weight_normalization: of the weights of convolutions.
         quantize_attention: also quantize and count products of activations.
         lr: learning rate of the weights, for searchers that train.
         samples: most samples that are read.
@@ -93,7 +105,7 @@ def search(
 
     Raises:
         InfeasibleBudget: the budget is below the smallest reachable cost; the message names the range.
-        ConfigError: an unknown searcher, or options that it does not take.
+        ConfigError: no budget, an unknown name, or options that the searcher does not take.
         DataError: the searcher needs labelled images, and ``data`` has none.
         UnsupportedModel: nothing to quantize, or the searcher needs class scores and the module returns others.
 
@@ -105,6 +117,9 @@ def search(
         >>> str(found.policy.layers["0"]), found.cost.bops <= found.budget.bops
         ('w8a8', True)
     """
+    scheme = scheme_of(
+        quantizer, weight_quantizer, activation_quantizer, weight_grid, granularity, weight_normalization
+    )
     ready = prepare(model, data, example, inputs, samples)
     network = float_network(ready.model, ready.example, quantize_attention=quantize_attention)
     statistics = observed(network.model, ready.calls.limited(CALIBRATION_SAMPLES), seed, progress)
@@ -113,7 +128,7 @@ def search(
         budget,
         None if data is None else ready.calls,
         statistics,
-        scheme or Scheme(),
+        scheme,
         searcher=searcher,
         options=options,
         candidates=candidates,
@@ -144,10 +159,7 @@ def find_bits(
     progress: Progress = SILENT,
 ) -> FoundBits:
     """As ``search``, for a network that is traced and calibrated; its model is not changed."""
-    widths = Candidates(
-        tuple(sorted(set(candidates))),
-        None if activation_candidates is None else tuple(sorted(set(activation_candidates))),
-    )
+    widths = widths_of(candidates, activation_candidates)
     rules = {pattern: parse_rule(str(text), pattern) for pattern, text in (pins or {}).items()}
     costs = priced(network.costs, cost)
     space = search_space(network.name, costs, widths, rules)
@@ -158,7 +170,8 @@ def find_bits(
     images = NO_IMAGES
     if entry.uses_images:
         images = search_images(network, searcher, calls, seed)
-    training = TrainingSection(optimizer="sgd", lr=lr, weight_decay=1e-4)
+    given = {"optimizer": "sgd", "lr": lr, "weight_decay": 1e-4}
+    training = parse_object(TrainingSection, given, "the search", ConfigError)
     model = copied(network.model)
     problem = SearchProblem(
         model=model,
@@ -177,38 +190,19 @@ def find_bits(
     return FoundBits(policy, space.cost(result.choice), bound, result)
 
 
-def priced(costs: CostModel, cost: str) -> CostModel:
-    """``costs``, counted by the cost model of this name.
+def search_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of ``find_bits`` that ``quantize_model`` passes on.
 
     Raises:
-        ConfigError: there is no such cost model.
+        ConfigError: a keyword that it takes itself, or none of ``search``.
     """
-    entry = COSTS.find(cost, "quantization.cost")
-    return replace(costs, price=entry.cost, unit=entry.unit)
-
-
-def budget_of(budget: int | str | Budget, name: str, costs: CostModel) -> Budget:
-    """``34G``, a number of bit-operations, or ``w4a4`` for the cost of uniform 4 bits, as a ``Budget``.
-
-    Raises:
-        ConfigError: no such quantity.
-    """
-    if isinstance(budget, Budget):
-        return budget
-    bops = budget if isinstance(budget, int) else bound_of(budget, "bops", name, costs)
-    return Budget(bops=bops, unit=costs.unit)
-
-
-def bound_of(text: str, quantity: Quantity, name: str, costs: CostModel) -> int:
-    """``34G``, ``5MB``, or ``w4a4`` for the cost of uniform 4 bits, as a number.
-
-    Raises:
-        ConfigError: no such quantity.
-    """
-    if UNIFORM_BUDGET.fullmatch(text.strip()):
-        cost = costs.cost(costs.uniform(name, parse_bits(text, "budget")))
-        return cost.bops if quantity == "bops" else cost.size
-    return parse_quantity(text, quantity)
+    for name in given:
+        if name not in ONLY_SEARCH:
+            raise ConfigError(
+                f"`search` takes no {name!r}: it takes {', '.join(ONLY_SEARCH)}; give anything else to quantize_model "
+                "itself"
+            )
+    return dict(given)
 
 
 def searcher_with(name: str, options: Mapping[str, Any]) -> Searcher:

@@ -2,7 +2,8 @@
 
 from typing import get_args
 
-from saqcli.api.searching import UNIFORM_BUDGET, bound_of, priced, searcher_with
+from saqcli.api.budgets import UNIFORM_BUDGET, bound_of, priced
+from saqcli.api.searching import searcher_with
 from saqcli.api.targets import policy_file
 from saqcli.config import QuantizationSection, RunConfig
 from saqcli.errors import ConfigError, Problems

@@ -23,7 +23,7 @@ from saqcli.report.run_report import QuantizeResult
 from saqcli.runs.directory import RunDirectory
 from saqcli.serialization import make_folder
 from saqcli.training.loop import Batches
-from saqcli.verify.proof import RUNTIMES
+from saqcli.verify.proof import check_runtime
 from saqcli.verify.publish import export_verified
 from saqcli.verify.verdict import Verdict, synthetic_batches, verdict_path
 
@@ -122,10 +122,7 @@ def check_export(
     file = problems.attempt(named_file, target, ModelSection(name=str(source))) if target else None
     problems.attempt(check_styles, (style,))
     for runtime in runtimes:
-        if runtime not in RUNTIMES:
-            problems.add(
-                ConfigError(f"`runtimes={runtime}` is not a known runtime: choose {', '.join(RUNTIMES)}")
-            )
+        problems.attempt(check_runtime, runtime)
     if path.suffix != ".onnx":
         problems.add(ConfigError(f"`path={path}` does not end with .onnx: give a file name like model.onnx"))
     if data.path is not None:

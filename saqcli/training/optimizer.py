@@ -96,7 +96,8 @@ def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingSection, s
             updates_per_epoch=steps,
         )
     except (AssertionError, ValueError) as error:
-        raise ConfigError(f"timm has no schedule {training.schedule!r}, or not so: {error}") from None
+        reason = f": {error}" if str(error) else f" over {counted(training.epochs, 'epoch')}"
+        raise ConfigError(f"timm has no schedule {training.schedule!r}, or not so{reason}") from None
     if schedule is None:
         raise ConfigError(
             f"training.schedule {training.schedule!r} moves nothing: give constant, cosine or step"

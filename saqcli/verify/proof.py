@@ -139,4 +139,14 @@ def _openvino(path: Path) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(compiled([images.numpy()])[compiled.output(0)].copy())
 
 
+def check_runtime(name: str) -> None:
+    """Refuse an unknown runtime.
+
+    Raises:
+        ConfigError: names the others.
+    """
+    if name not in RUNTIMES:
+        raise ConfigError(f"`runtimes={name}` is not a known runtime: choose {', '.join(RUNTIMES)}")
+
+
 RUNTIMES: dict[str, Callable[[Path], Callable[[Tensor], Tensor]]] = {"openvino": _openvino}

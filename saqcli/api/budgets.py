@@ -1,0 +1,72 @@
+"""Budgets as they are given: numbers, quantities with units, and the cost of uniform bits."""
+
+import operator
+import re
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from saqcli.errors import ConfigError
+from saqcli.quant.bits import parse_bits
+from saqcli.quant.cost import Budget, CostModel
+from saqcli.quant.costs import COSTS
+from saqcli.units import Quantity, parse_quantity
+
+UNIFORM_BUDGET = re.compile(r"w\d+a\d+", re.IGNORECASE)  # a budget given as the cost of uniform bits
+BUDGETS = 'give bit-operations such as 500_000_000, "34G" or "w4a4", or a saqcli.Budget'
+
+
+def priced(costs: CostModel, cost: str) -> CostModel:
+    """``costs``, counted by the cost model of this name.
+
+    Raises:
+        ConfigError: there is no such cost model.
+    """
+    entry = COSTS.find(cost, "quantization.cost")
+    return replace(costs, price=entry.cost, unit=entry.unit)
+
+
+def budget_of(budget: int | str | Budget, name: str, costs: CostModel) -> Budget:
+    """``34G``, a number of bit-operations, or ``w4a4`` for the cost of uniform 4 bits, as a ``Budget``.
+
+    Raises:
+        ConfigError: no such quantity.
+    """
+    if isinstance(budget, Budget):
+        bops, size = _whole(budget.bops), _whole(budget.size)
+        if bops is None and size is None:
+            raise ConfigError("`budget=saqcli.Budget()` bounds nothing: give it `bops`, `size` or both")
+        return Budget(bops, size, costs.unit)
+    if isinstance(budget, str):
+        return Budget(bops=bound_of(budget, "bops", name, costs), unit=costs.unit)
+    if budget is None:
+        raise ConfigError(f"`budget=None` bounds nothing: {BUDGETS}")
+    return Budget(bops=_whole(budget), unit=costs.unit)
+
+
+def _whole(bound: Any) -> int | None:
+    """A bound as an int; floats that are whole numbers are, such as ``34e9``.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if bound is None:
+        return None
+    if isinstance(bound, float) and bound.is_integer():
+        return int(bound)
+    if not isinstance(bound, bool):
+        with suppress(TypeError):
+            return operator.index(bound)
+    raise ConfigError(f"a bound of `budget` is {bound!r}, which is not a whole number: {BUDGETS}")
+
+
+def bound_of(text: str, quantity: Quantity, name: str, costs: CostModel) -> int:
+    """``34G``, ``5MB``, or ``w4a4`` for the cost of uniform 4 bits, as a number.
+
+    Raises:
+        ConfigError: no such quantity.
+    """
+    if UNIFORM_BUDGET.fullmatch(text.strip()):
+        cost = costs.cost(costs.uniform(name, parse_bits(text, "budget")))
+        return cost.bops if quantity == "bops" else cost.size
+    return parse_quantity(text, quantity)

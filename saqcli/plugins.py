@@ -8,17 +8,19 @@ the group ``saqcli.FAMILY``:
 
 and a program by ``TABLE["apot"] = ENTRY``. Entry points are read and loaded at the first use of a table, so that names
 can be listed without importing anything. A plugin that cannot be imported, breaks the contract of its family or has the
-name of one of ours is left out of the table with one ``PluginWarning``; all others work.
+name of one of ours is left out of the table with one ``PluginWarning``; all others work. One that fails while it works
+is named by a ``PluginError`` (``Plugins.blamed``); what ours raise is passed on as it is.
 """
 
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
-from saqcli.errors import ConfigError, PluginWarning
+from saqcli.errors import ConfigError, PluginError, PluginWarning, SaqError, out_of_memory
 
 T = TypeVar("T")
 
@@ -54,9 +56,10 @@ class Plugins(MutableMapping[str, T]):
         self, family: str, word: str, own: Mapping[str, T], check: Callable[[Any], str | None]
     ) -> None:
         self.family, self.word = family, word
-        self._own, self._check = tuple(own), check
+        self._own, self._check = dict(own), check
         self._plugins = dict(own)
         self._broken: dict[str, str] = {}
+        self._packages: dict[str, str] = {}
         self._loaded = False
 
     @property
@@ -82,6 +85,32 @@ class Plugins(MutableMapping[str, T]):
             raise ConfigError(f"{of}{self._broken[name]}: mend or remove that package, or choose another")
         raise ConfigError(f"{of}there is no {self.word} {name!r}: choose from {', '.join(self)}")
 
+    def is_ours(self, name: str) -> bool:
+        """Whether the plugin ``name`` is one of saq's."""
+        return name in self._own and self._plugins[name] is self._own[name]
+
+    def failure(self, name: str, reason: str) -> PluginError:
+        """The error that the plugin ``name`` failed for ``reason``."""
+        package = self._packages.get(name)
+        of, remedy = (f" of package {package}", "mend or remove that package") if package else ("", "mend it")
+        return PluginError(f"{self.word} {name}{of} failed ({reason}): {remedy}, or choose another")
+
+    @contextmanager
+    def blamed(self, name: str) -> Iterator[None]:
+        """Within the context the plugin ``name`` works, and is named if it fails and is not one of ours.
+
+        Raises:
+            PluginError: in the place of any error that is neither a ``SaqError`` nor for want of memory.
+        """
+        try:
+            yield
+        except SaqError:
+            raise
+        except (Exception, SystemExit) as error:  # code of another package may raise anything
+            if self.is_ours(name) or out_of_memory(error):
+                raise
+            raise self.failure(name, _described(error)) from error
+
     def __getitem__(self, name: str) -> T:
         if name not in self._plugins:
             self._load()
@@ -94,6 +123,7 @@ class Plugins(MutableMapping[str, T]):
                 f"{self.word} {name!r} does not keep the contract of the {self.family}: {reason}"
             )
         self._plugins[name] = plugin
+        self._packages.pop(name, None)
 
     def __delitem__(self, name: str) -> None:
         self._load()
@@ -133,9 +163,16 @@ class Plugins(MutableMapping[str, T]):
             plugin = point.load()
             reason = self._check(plugin)
         except Exception as error:  # code of another package may raise anything
-            text = " ".join(str(error).split())[:200]
-            return f"it cannot be loaded ({type(error).__name__}: {text})"
+            return f"it cannot be loaded ({_described(error)})"
         if reason:
             return f"since it does not keep the contract: {reason}"
         self._plugins[point.name] = plugin
+        if point.dist:
+            self._packages[point.name] = point.dist.name
         return None
+
+
+def _described(error: BaseException) -> str:
+    """Type and text of an error, on one line."""
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

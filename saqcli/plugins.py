@@ -93,6 +93,7 @@ class Plugins(MutableMapping[str, T]):
         """The error that the plugin ``name`` failed for ``reason``."""
         package = self._packages.get(name)
         of, remedy = (f" of package {package}", "mend or remove that package") if package else ("", "mend it")
+        remedy = "report this" if self.is_ours(name) else remedy
         return PluginError(f"{self.word} {name}{of} failed ({reason}): {remedy}, or choose another")
 
     @contextmanager
@@ -162,7 +163,7 @@ class Plugins(MutableMapping[str, T]):
         try:
             plugin = point.load()
             reason = self._check(plugin)
-        except Exception as error:  # code of another package may raise anything
+        except (Exception, SystemExit) as error:  # code of another package may raise anything
             return f"it cannot be loaded ({_described(error)})"
         if reason:
             return f"since it does not keep the contract: {reason}"

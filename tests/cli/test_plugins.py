@@ -15,6 +15,7 @@ from saqcli.searchers import SearcherEntry
 from saqcli.searchers.baselines import Uniform
 ENTRY, WORD = SearcherEntry(Uniform, "of another package"), "uniform"
 """
+EXITS = "import sys\nsys.exit('no licence')"
 RUN = ("--data", "tests", "--no-pretrained", "--run-dir", "no/such")
 COMMANDS: dict[str, tuple[object, ...]] = {
     "profile": ("profile", "saq/resnet20", "--bits", 4, "--no-pretrained"),
@@ -63,6 +64,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     install(folder, "saq-second", {"searchers": "twice = second_module:ENTRY"})
     broken = dict.fromkeys(FAMILIES, "crash = no_such_module:ENTRY")
     broken["searchers"] += "\nwrong = good_module:WORD\nsamq = good_module:ENTRY\na/b = good_module:ENTRY"
+    (folder / "exits_module.py").write_text(EXITS)
+    broken["searchers"] += "\nexits = exits_module:ENTRY"
     install(folder, "saq-broken", broken)
     done = run_python(SCRIPT, folders=(folder,))
     assert done.returncode == 0, done.stderr
@@ -71,13 +74,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_help_lists_other_packages(found: Any) -> None:
     shown = " ".join(found["help"][1].split())
-    assert "random, error, uniform, a/b, crash, other, twice or wrong" in shown
+    assert "random, error, uniform, a/b, crash, exits, other, twice or wrong" in shown
     assert "--crash" in found["analyze help"][1]
     assert found["help"][2] == ""
 
 
 def test_completion_lists_other_packages(found: Any) -> None:
-    assert found["saq search --searcher "][-4:] == ["crash", "other", "twice", "wrong"]
+    assert found["saq search --searcher "][-5:] == ["crash", "exits", "other", "twice", "wrong"]
     assert found["saq quantize --method c"] == ["case1", "crash"]
 
 
@@ -95,6 +98,7 @@ def test_broken_plugins_are_a_line_each(found: Any) -> None:
         "and _",
         "warning: searcher crash of package saq-broken is disabled, it cannot be loaded (ModuleNotFoundError: No "
         "module named 'no_such_module')",
+        "warning: searcher exits of package saq-broken is disabled, it cannot be loaded (SystemExit: no licence)",
         "warning: searcher samq of package saq-broken is disabled, since saq has one of that name",
         "warning: searcher twice of package saq-second is disabled, since the name is taken already",
         "warning: searcher wrong of package saq-broken is disabled, since it does not keep the contract: it is a str, "

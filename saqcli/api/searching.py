@@ -19,10 +19,10 @@ from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.convert import Scheme
 from saqcli.quant.correction import Corrections
 from saqcli.quant.cost import Budget, Cost, CostModel
-from saqcli.quant.costs import COSTS
+from saqcli.quant.costs import COSTS, price_of
 from saqcli.quant.network import Network
 from saqcli.quant.search_space import Candidates, parse_rule, search_space
-from saqcli.searchers import SEARCHERS, Searcher, SearchImages, SearchProblem, SearchResult
+from saqcli.searchers import SEARCHERS, Searcher, SearchImages, SearchProblem, SearchResult, run
 from saqcli.searchers.problem import NO_IMAGES, Batch
 from saqcli.training.optimizer import make_optimizer
 from saqcli.units import Quantity, parse_quantity
@@ -172,7 +172,7 @@ def find_bits(
         progress=progress,
         corrections=lambda fitted: _corrections(fitted, calls),
     )
-    result = found.search(problem)
+    result = run(searcher, found, problem)
     policy = space.config(result.choice)
     return FoundBits(policy, space.cost(result.choice), bound, result)
 
@@ -182,9 +182,10 @@ def priced(costs: CostModel, cost: str) -> CostModel:
 
     Raises:
         ConfigError: there is no such cost model.
+        PluginError: one of another package is not as documented.
     """
-    entry = COSTS.find(cost, "quantization.cost")
-    return replace(costs, price=entry.cost, unit=entry.unit)
+    price = price_of(cost, costs.layers)
+    return replace(costs, price=price, unit=COSTS[cost].unit)
 
 
 def budget_of(budget: int | str | Budget, name: str, costs: CostModel) -> Budget:
@@ -223,7 +224,8 @@ def searcher_with(name: str, options: Mapping[str, Any]) -> Searcher:
         if option not in known:
             options_are = f"its options are {', '.join(known)}" if known else "it has no options"
             raise ConfigError(f"searcher {name} has no {option}: {options_are}")
-    return make(**options)
+    with SEARCHERS.blamed(name):
+        return make(**options)
 
 
 def search_images(network: Network, searcher: str, calls: Calls | None, seed: int) -> SearchImages:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import saqcli as saq
 from saqcli.analysis import INSTRUMENTS, AnalysisInput, Instrument, Reading, Session, Settings
-from saqcli.errors import ConfigError, PluginError
+from saqcli.errors import ConfigError, InfeasibleBudget, PluginError
+from saqcli.searchers import SEARCHERS, SearcherEntry, SearchProblem, SearchResult
 from tests.support.modules import HandWritten, inputs_of, labels_of
 from tests.support.plugins import plugin_folder, run_python
 
@@ -107,3 +108,60 @@ def test_failing_instruments_are_named(
 def test_settings_of_other_instruments_are_refused(quantized: nn.Module) -> None:
     with pytest.raises(ConfigError, match=r"`settings=magic`: no such instrument is measured"):
         saq.analyze(quantized, batches(), ["flips"], settings={"magic": {"x": 1}})
+
+
+def raises(problem: SearchProblem) -> Any:
+    """Fail."""
+    raise ValueError("boom")
+
+
+def exceeds(problem: SearchProblem) -> SearchResult:
+    """The most bits everywhere, whatever the budget."""
+    return SearchResult([len(each.options) - 1 for each in problem.space.decisions], lambda budget: [])
+
+
+def proposes_nothing(problem: SearchProblem) -> SearchResult:
+    """The fewest bits everywhere, and proposals that fail."""
+    return SearchResult([0] * len(problem.space.decisions), raises)  # type: ignore[arg-type]
+
+
+def refuses(problem: SearchProblem) -> Any:
+    """Refuse, as documented."""
+    raise InfeasibleBudget("too little")
+
+
+def search_with(search: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The result of a searcher named ``mine``."""
+    searcher = type("Mine", (), {"search": staticmethod(search)})
+    monkeypatch.setitem(SEARCHERS, "mine", SearcherEntry(searcher, "a test", uses_images=False))
+    return saq.search(HandWritten().eval(), "w4a4", batches(), searcher="mine")
+
+
+@pytest.mark.parametrize(
+    ("search", "says"),
+    [
+        (raises, r"searcher mine failed \(ValueError: boom\): mend it, or choose another"),
+        (lambda problem: None, r"searcher mine failed \(it returned a NoneType, not a SearchResult\)"),
+        (exceeds, r"searcher mine failed \(it returned a configuration that costs .* of the budget"),
+        (lambda problem: SearchResult([99], list), r"it returned no configuration of .*HandWritten"),
+    ],
+)
+def test_failing_searchers_are_named(search: Any, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PluginError, match=says):
+        search_with(search, monkeypatch)
+
+
+def test_proposals_of_searchers_are_watched_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = search_with(proposes_nothing, monkeypatch)
+    with pytest.raises(PluginError, match=r"searcher mine failed \(ValueError: boom\)"):
+        found.result.propose(found.budget)
+
+
+def test_errors_with_a_message_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InfeasibleBudget, match="too little"):
+        search_with(refuses, monkeypatch)
+
+
+def test_our_own_plugins_keep_their_errors() -> None:
+    with pytest.raises(ValueError, match="boom"), SEARCHERS.blamed("error"):
+        raise ValueError("boom")

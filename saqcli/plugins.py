@@ -44,6 +44,7 @@ class Plugins(MutableMapping[str, T]):
         word: what a plugin is called in messages.
         own: our plugins.
         check: returns why an object breaks the contract of the family, or None.
+        named: whether plugins have an attribute ``name``, which must be their name in the table.
 
     Example:
         >>> table = Plugins("examples", "example", {"one": 1}, lambda plugin: None)
@@ -53,10 +54,16 @@ class Plugins(MutableMapping[str, T]):
     """
 
     def __init__(
-        self, family: str, word: str, own: Mapping[str, T], check: Callable[[Any], str | None]
+        self,
+        family: str,
+        word: str,
+        own: Mapping[str, T],
+        check: Callable[[Any], str | None],
+        *,
+        named: bool = False,
     ) -> None:
         self.family, self.word = family, word
-        self._own, self._check = dict(own), check
+        self._own, self._check, self._named = dict(own), check, named
         self._plugins = dict(own)
         self._broken: dict[str, str] = {}
         self._packages: dict[str, str] = {}
@@ -118,7 +125,7 @@ class Plugins(MutableMapping[str, T]):
         return self._plugins[name]
 
     def __setitem__(self, name: str, plugin: T) -> None:
-        reason = self._check(plugin)
+        reason = _wrong_name(name) or self._problem(name, plugin)
         if reason:
             raise ConfigError(
                 f"{self.word} {name!r} does not keep the contract of the {self.family}: {reason}"
@@ -138,6 +145,13 @@ class Plugins(MutableMapping[str, T]):
         self._load()
         return len(self._plugins)
 
+    def _problem(self, name: str, plugin: Any) -> str | None:
+        """Why ``plugin`` breaks the contract under ``name``, or None."""
+        reason = self._check(plugin)
+        if reason is None and self._named and plugin.name != name:
+            return f"its name is {plugin.name!r}, not {name!r}"
+        return reason
+
     def _load(self) -> None:
         """Load the plugins of other packages, once."""
         if self._loaded:
@@ -152,17 +166,15 @@ class Plugins(MutableMapping[str, T]):
 
     def _add(self, point: EntryPoint) -> str | None:
         """Add the plugin of an entry point; the reason if it is broken."""
-        if not re.fullmatch(
-            "[A-Za-z0-9][A-Za-z0-9_-]*", point.name
-        ):  # it is part of flags, settings and file names
-            return "since its name is not made of letters, digits, - and _"
+        if reason := _wrong_name(point.name):
+            return f"since {reason}"
         if point.name in self._own:
             return "since saq has one of that name"
         if point.name in self._plugins:
             return "since the name is taken already"
         try:
             plugin = point.load()
-            reason = self._check(plugin)
+            reason = self._problem(point.name, plugin)
         except (Exception, SystemExit) as error:  # code of another package may raise anything
             return f"it cannot be loaded ({_described(error)})"
         if reason:
@@ -171,6 +183,13 @@ class Plugins(MutableMapping[str, T]):
         if point.dist:
             self._packages[point.name] = point.dist.name
         return None
+
+
+def _wrong_name(name: str) -> str | None:
+    """Why ``name`` cannot be part of flags, settings and file names, or None."""
+    if re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        return None
+    return "its name is not made of letters, digits, - and _"
 
 
 def _described(error: BaseException) -> str:

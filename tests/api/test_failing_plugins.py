@@ -10,7 +10,9 @@ from torch import Tensor, nn
 import saqcli as saq
 from saqcli.analysis import INSTRUMENTS, AnalysisInput, Instrument, Reading, Session, Settings
 from saqcli.errors import ConfigError, InfeasibleBudget, PluginError
+from saqcli.export import STYLES, OnnxStyle
 from saqcli.searchers import SEARCHERS, SearcherEntry, SearchProblem, SearchResult
+from saqcli.training.minimizers import MINIMIZERS, SAM
 from tests.support.modules import HandWritten, inputs_of, labels_of
 from tests.support.plugins import plugin_folder, run_python
 
@@ -165,3 +167,23 @@ def test_errors_with_a_message_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_our_own_plugins_keep_their_errors() -> None:
     with pytest.raises(ValueError, match="boom"), SEARCHERS.blamed("error"):
         raise ValueError("boom")
+
+
+class Mine(OnnxStyle):
+    """A style."""
+
+    name, description = "mine", "a test"
+
+
+def test_names_of_added_plugins_are_checked() -> None:
+    with pytest.raises(ConfigError, match="its name is not made of letters, digits, - and _"):
+        MINIMIZERS["bad name/.."] = SAM
+    with pytest.raises(ConfigError, match="its name is 'mine', not 'other'"):
+        STYLES["other"] = Mine
+
+
+def test_programs_may_replace_our_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MINIMIZERS, "saq", SAM)
+    assert not MINIMIZERS.is_ours("saq")
+    monkeypatch.setitem(STYLES, "mine", Mine)
+    assert "mine" in STYLES

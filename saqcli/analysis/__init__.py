@@ -51,7 +51,8 @@ class Instrument(NamedTuple):
         settings: names of the shared settings that its reading depends on.
         quick: whether it runs by default.
         resumable: whether it passes unfinished readings to the session and can resume from them.
-        description: one line for the help.
+        description: one line. The help of ``saq analyze`` imports no plugin: for one of another package it shows the
+            ``Summary`` of that package (``description`` in its ``pyproject.toml``) instead.
         schema: type of its settings: ``Settings``, or a class derived from it with settings of its own, all of which
             have defaults; on the command line ``NAME.KEY=VALUE`` sets them.
         paint: draws the readings of one model or of two, each with the model's name, measured on images such as "500

@@ -6,14 +6,27 @@ from typing import Any
 
 import pytest
 
-from tests.support.digits import MODEL
-from tests.support.plugins import run_python
+from tests.support.digits import MODEL, float_options
+from tests.support.plugins import run_python, run_saq
 
 FAMILIES = ("searchers", "instruments", "quantizers", "minimizers", "styles")
 MODULE = """
 from saqcli.searchers import SearcherEntry
 from saqcli.searchers.baselines import Uniform
 ENTRY, WORD = SearcherEntry(Uniform, "of another package"), "uniform"
+"""
+FAILING = """
+from saqcli.analysis import Instrument, Reading
+from saqcli.searchers import SearcherEntry
+
+class Boom:
+    def search(self, problem):
+        raise ValueError("boom")
+
+def measure(analyzed, settings, session):
+    raise ValueError("boom")
+
+SEARCHER, INSTRUMENT = SearcherEntry(Boom, "fails", uses_images=False), Instrument(measure, Reading)
 """
 EXITS = "import sys\nsys.exit('no licence')"
 RUN = ("--data", "tests", "--no-pretrained", "--run-dir", "no/such")
@@ -122,6 +135,26 @@ def test_asking_for_a_broken_plugin_is_one_error(command: str, says: str, found:
     code, _, stderr = found[command]
     assert code == 1
     assert says in stderr.splitlines()[-1]
+
+
+def test_failing_plugins_are_named(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "failing_module.py").write_text(FAILING)
+    points = {
+        "searchers": "boom = failing_module:SEARCHER",
+        "instruments": "boom = failing_module:INSTRUMENT",
+    }
+    install(tmp_path, "saq-boom", points)
+    network = (MODEL, *float_options(digits, digits / "few"), "--workers", 0)
+    search = ("search", *network, "--budget", "w4a4", "--searcher", "boom", "--run-dir", tmp_path / "run")
+    analyze = ("analyze", *network, "--bits", 4, "--images", 20, "--boom", "--out", tmp_path / "out")
+    for word, command in (("searcher", search), ("instrument", analyze)):
+        done = run_saq(*command, folders=(tmp_path,))
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == (
+            f"error: {word} boom of package saq-boom failed (ValueError: boom): mend or remove that package, or "
+            "choose another"
+        )
+    assert "raise ValueError" in run_saq(*search, "--overwrite", "--verbose", folders=(tmp_path,)).stderr
 
 
 def test_first_of_two_packages_keeps_the_name(found: Any) -> None:

@@ -12,6 +12,7 @@
     │   └── UnsupportedGrid       a quantizer with levels that a kind of file cannot express
     ├── PolicyMismatch            a policy for another network
     ├── UnperturbedLayer          a quantized layer without influence on the loss
+    ├── PluginError               a plugin of another package that fails or breaks its contract
     ├── TrainingDiverged          the loss is NaN or infinite
     ├── DeviceMemoryError         out of memory, on a GPU or the machine
     ├── RunDirectoryError         a run directory that is in use, foreign or damaged
@@ -137,6 +138,10 @@ class PolicyMismatch(SaqError):
 
 class UnperturbedLayer(SaqError):
     """A quantized layer without influence on the loss."""
+
+
+class PluginError(SaqError):
+    """A plugin of another package that fails, or breaks the contract of its family."""
 
 
 class TrainingDiverged(SaqError):

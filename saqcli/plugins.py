@@ -8,17 +8,19 @@ the group ``saqcli.FAMILY``:
 
 and a program by ``TABLE["apot"] = ENTRY``. Entry points are read and loaded at the first use of a table, so that names
 can be listed without importing anything. A plugin that cannot be imported, breaks the contract of its family or has the
-name of one of ours is left out of the table with one ``PluginWarning``; all others work.
+name of one of ours is left out of the table with one ``PluginWarning``; all others work. One that fails while it works
+is named by a ``PluginError`` (``Plugins.blamed``); what ours raise is passed on as it is.
 """
 
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
-from saqcli.errors import ConfigError, PluginWarning
+from saqcli.errors import ConfigError, PluginError, PluginWarning, SaqError, out_of_memory
 
 T = TypeVar("T")
 
@@ -42,6 +44,7 @@ class Plugins(MutableMapping[str, T]):
         word: what a plugin is called in messages.
         own: our plugins.
         check: returns why an object breaks the contract of the family, or None.
+        named: whether plugins have an attribute ``name``, which must be their name in the table.
 
     Example:
         >>> table = Plugins("examples", "example", {"one": 1}, lambda plugin: None)
@@ -51,12 +54,19 @@ class Plugins(MutableMapping[str, T]):
     """
 
     def __init__(
-        self, family: str, word: str, own: Mapping[str, T], check: Callable[[Any], str | None]
+        self,
+        family: str,
+        word: str,
+        own: Mapping[str, T],
+        check: Callable[[Any], str | None],
+        *,
+        named: bool = False,
     ) -> None:
         self.family, self.word = family, word
-        self._own, self._check = tuple(own), check
+        self._own, self._check, self._named = dict(own), check, named
         self._plugins = dict(own)
         self._broken: dict[str, str] = {}
+        self._packages: dict[str, str] = {}
         self._loaded = False
 
     @property
@@ -82,18 +92,46 @@ class Plugins(MutableMapping[str, T]):
             raise ConfigError(f"{of}{self._broken[name]}: mend or remove that package, or choose another")
         raise ConfigError(f"{of}there is no {self.word} {name!r}: choose from {', '.join(self)}")
 
+    def is_ours(self, name: str) -> bool:
+        """Whether the plugin ``name`` is one of saq's."""
+        return name in self._own and self._plugins[name] is self._own[name]
+
+    def failure(self, name: str, reason: str) -> PluginError:
+        """The error that the plugin ``name`` failed for ``reason``."""
+        package = self._packages.get(name)
+        of, remedy = (f" of package {package}", "mend or remove that package") if package else ("", "mend it")
+        remedy = "report this" if self.is_ours(name) else remedy
+        return PluginError(f"{self.word} {name}{of} failed ({reason}): {remedy}, or choose another")
+
+    @contextmanager
+    def blamed(self, name: str) -> Iterator[None]:
+        """Within the context the plugin ``name`` works, and is named if it fails and is not one of ours.
+
+        Raises:
+            PluginError: in the place of any error that is neither a ``SaqError`` nor for want of memory.
+        """
+        try:
+            yield
+        except SaqError:
+            raise
+        except (Exception, SystemExit) as error:  # code of another package may raise anything
+            if self.is_ours(name) or out_of_memory(error):
+                raise
+            raise self.failure(name, _described(error)) from error
+
     def __getitem__(self, name: str) -> T:
         if name not in self._plugins:
             self._load()
         return self._plugins[name]
 
     def __setitem__(self, name: str, plugin: T) -> None:
-        reason = self._check(plugin)
+        reason = _wrong_name(name) or self._problem(name, plugin)
         if reason:
             raise ConfigError(
                 f"{self.word} {name!r} does not keep the contract of the {self.family}: {reason}"
             )
         self._plugins[name] = plugin
+        self._packages.pop(name, None)
 
     def __delitem__(self, name: str) -> None:
         self._load()
@@ -106,6 +144,13 @@ class Plugins(MutableMapping[str, T]):
     def __len__(self) -> int:
         self._load()
         return len(self._plugins)
+
+    def _problem(self, name: str, plugin: Any) -> str | None:
+        """Why ``plugin`` breaks the contract under ``name``, or None."""
+        reason = self._check(plugin)
+        if reason is None and self._named and plugin.name != name:
+            return f"its name is {plugin.name!r}, not {name!r}"
+        return reason
 
     def _load(self) -> None:
         """Load the plugins of other packages, once."""
@@ -121,21 +166,33 @@ class Plugins(MutableMapping[str, T]):
 
     def _add(self, point: EntryPoint) -> str | None:
         """Add the plugin of an entry point; the reason if it is broken."""
-        if not re.fullmatch(
-            "[A-Za-z0-9][A-Za-z0-9_-]*", point.name
-        ):  # it is part of flags, settings and file names
-            return "since its name is not made of letters, digits, - and _"
+        if reason := _wrong_name(point.name):
+            return f"since {reason}"
         if point.name in self._own:
             return "since saq has one of that name"
         if point.name in self._plugins:
             return "since the name is taken already"
         try:
             plugin = point.load()
-            reason = self._check(plugin)
-        except Exception as error:  # code of another package may raise anything
-            text = " ".join(str(error).split())[:200]
-            return f"it cannot be loaded ({type(error).__name__}: {text})"
+            reason = self._problem(point.name, plugin)
+        except (Exception, SystemExit) as error:  # code of another package may raise anything
+            return f"it cannot be loaded ({_described(error)})"
         if reason:
             return f"since it does not keep the contract: {reason}"
         self._plugins[point.name] = plugin
+        if point.dist:
+            self._packages[point.name] = point.dist.name
         return None
+
+
+def _wrong_name(name: str) -> str | None:
+    """Why ``name`` cannot be part of flags, settings and file names, or None."""
+    if re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        return None
+    return "its name is not made of letters, digits, - and _"
+
+
+def _described(error: BaseException) -> str:
+    """Type and text of an error, on one line."""
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

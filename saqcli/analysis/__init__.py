@@ -8,7 +8,7 @@ An instrument is a function of an analysis input, settings and a session; it ret
 
 The contract, which the tests in ``tests/analysis/test_instruments.py`` check over the table:
 
-- Whatever is changed in the model is restored bit for bit, and the model stays in eval mode.
+- Whatever is changed in the model is restored bit for bit, and the model stays in eval mode; ``measure`` compares.
 - The reading is equal for equal settings, images and seed. Figures that may be NaN or infinite are None in it.
 - It names, in ``settings``, all shared settings that it depends on: a finished reading is kept as long as these, the
   instrument's own settings, the model and the images are the same.
@@ -20,6 +20,9 @@ pictures in ``saqcli.report.canvas``, and ``saqcli.report.readings.bars_by_layer
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
 
 from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings
 from saqcli.analysis.distributions import DistributionsReading, measure_distributions
@@ -48,7 +51,8 @@ class Instrument(NamedTuple):
         settings: names of the shared settings that its reading depends on.
         quick: whether it runs by default.
         resumable: whether it passes unfinished readings to the session and can resume from them.
-        description: one line for the help.
+        description: one line. The help of ``saq analyze`` imports no plugin: for one of another package it shows the
+            ``Summary`` of that package (``description`` in its ``pyproject.toml``) instead.
         schema: type of its settings: ``Settings``, or a class derived from it with settings of its own, all of which
             have defaults; on the command line ``NAME.KEY=VALUE`` sets them.
         paint: draws the readings of one model or of two, each with the model's name, measured on images such as "500
@@ -73,8 +77,10 @@ class Instrument(NamedTuple):
         """Names of the settings that no other instrument has."""
         return [name for name in self.schema.model_fields if name not in Settings.model_fields]
 
-    def settings_with(self, shared: Settings, options: Mapping[str, Any], name: str = "") -> Settings:
-        """Its settings: the shared ones, and ``options`` for its own; ``name`` of the instrument for the message.
+    def settings_with(
+        self, shared: Settings, options: Mapping[str, Any], name: str = "", setting: str = "assignments"
+    ) -> Settings:
+        """Its settings: the shared ones, and ``options`` for its own; the others are for the message.
 
         Raises:
             ConfigError: an option that it does not have, or an invalid value.
@@ -84,7 +90,7 @@ class Instrument(NamedTuple):
                 known = (
                     f"its settings are {', '.join(self.own)}" if self.own else "it has no settings of its own"
                 )
-                raise ConfigError(f"`assignments={name}.{key}={value}`: {name} has no {key}: {known}")
+                raise ConfigError(f"`{setting}={name}.{key}={value}`: {name} has no {key}: {known}")
         return parse_object(self.schema, {**shared.model_dump(), **options}, f"settings of {name}")
 
 
@@ -153,4 +159,61 @@ _OURS = {
 }
 INSTRUMENTS: Plugins[Instrument] = Plugins("instruments", "instrument", _OURS, _problem)
 
-__all__ = ["INSTRUMENTS", "AnalysisInput", "Instrument", "Painter", "Reading", "Session", "Settings"]
+
+def measure(name: str, subject: AnalysisInput, settings: Settings, session: Session) -> Reading:
+    """The reading of the instrument ``name``; one of another package is watched.
+
+    Raises:
+        PluginError: an instrument of another package failed, changed the model or returned something else than its
+            reading.
+    """
+    instrument = INSTRUMENTS[name]
+    if INSTRUMENTS.is_ours(name):
+        return instrument.measure(subject, settings, session)
+    before = {key: value.detach().clone() for key, value in _tensors(subject.model).items()}
+    try:
+        with INSTRUMENTS.blamed(name):
+            reading = instrument.measure(subject, settings, session)
+    finally:
+        changed = _restore(subject.model, before)
+    if changed:
+        raise INSTRUMENTS.failure(name, f"it changed {changed} of the model, which was restored")
+    if not isinstance(reading, instrument.reading):
+        wanted, got = instrument.reading.__name__, type(reading).__name__
+        raise INSTRUMENTS.failure(name, f"it returned a {got}, not a {wanted}")
+    return reading
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _restore(model: nn.Module, before: Mapping[str, Tensor]) -> str | None:
+    """Bring the tensors of ``model`` back to ``before``, and it to eval mode; what had been changed, or None."""
+    after = _tensors(model)
+    changed = [key for key in before.keys() & after.keys() if not _same_bits(after[key], before[key])]
+    for key in changed:
+        after[key].data = before[key]
+    changed += before.keys() ^ after.keys()
+    if any(module.training for module in model.modules()):
+        model.eval()
+        changed.append("training mode")
+    return min(changed, default=None)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(*(each.detach().reshape(-1).view(torch.uint8) for each in (one, other)))
+
+
+__all__ = [
+    "INSTRUMENTS",
+    "AnalysisInput",
+    "Instrument",
+    "Painter",
+    "Reading",
+    "Session",
+    "Settings",
+    "measure",
+]

@@ -9,7 +9,7 @@ from typing import Any
 from saqcli.errors import ConfigError
 from saqcli.quant.bits import parse_bits
 from saqcli.quant.cost import Budget, CostModel
-from saqcli.quant.costs import COSTS
+from saqcli.quant.costs import COSTS, price_of
 from saqcli.units import Quantity, parse_quantity
 
 UNIFORM_BUDGET = re.compile(r"w\d+a\d+", re.IGNORECASE)  # a budget given as the cost of uniform bits
@@ -21,9 +21,10 @@ def priced(costs: CostModel, cost: str) -> CostModel:
 
     Raises:
         ConfigError: there is no such cost model.
+        PluginError: one of another package is not as documented.
     """
-    entry = COSTS.find(cost, "quantization.cost")
-    return replace(costs, price=entry.cost, unit=entry.unit)
+    price = price_of(cost, costs.layers)
+    return replace(costs, price=price, unit=COSTS[cost].unit)
 
 
 def budget_of(budget: int | str | Budget, name: str, costs: CostModel) -> Budget:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saqcli.analysis import INSTRUMENTS, AnalysisInput, Reading, Session, Settings
+from saqcli.analysis import INSTRUMENTS, AnalysisInput, Reading, Session, Settings, measure
 from saqcli.api.batches import BatchReader, Inputs, class_labels, class_scores, labelled_images
 from saqcli.api.files import opened
 from saqcli.api.info import bits_of, info, quantization_of, unwrapped
@@ -69,7 +69,8 @@ def analyze(
         data: any iterable of labelled batches, which are held in memory; the module takes one tensor.
         instruments: names in ``saqcli.analysis.INSTRUMENTS``.
         inputs: from a batch to the module's argument.
-        settings: of the instruments, such as ``{"rho": 0.1}``; see ``saqcli.analysis.Settings``.
+        settings: of the instruments, such as ``{"rho": 0.1}``; see ``saqcli.analysis.Settings``. Those that one
+            instrument alone has are under its name: ``{"sparsity": {"threshold": 0.1}}``.
         progress: reports all measurements.
 
     Returns:
@@ -79,10 +80,10 @@ def analyze(
         ConfigError: the module is not quantized, or there is no such instrument or setting.
         DataError: a batch whose labels are missing or no classes.
         UnsupportedModel: the module does not map one tensor to class scores.
+        PluginError: an instrument of another package failed or changed the module, which is restored.
     """
     module, about, found = quantization_of(opened(model))
-    chosen = {name: INSTRUMENTS.find(name) for name in instruments}
-    wanted = parse_object(Settings, dict(settings or {}), "`settings`", ConfigError)
+    wanted = _settings_of(list(instruments), settings or {})
     reader = BatchReader(module, inputs)
     scores = class_scores(found.traced.outputs)
     if scores is None:
@@ -97,7 +98,23 @@ def analyze(
     ordered = {name: layers[name] for name in bits_of(module).layers}
     with in_eval_mode(module):
         subject = AnalysisInput(module, ordered, batches, found.scheme)
-        return {name: each.measure(subject, wanted, Session(progress)) for name, each in chosen.items()}
+        return {name: measure(name, subject, each, Session(progress)) for name, each in wanted.items()}
+
+
+def _settings_of(instruments: list[str], settings: Mapping[str, Any]) -> dict[str, Settings]:
+    """The settings of every instrument: the shared ones, and its own, which are a mapping under its name."""
+    chosen = {name: INSTRUMENTS.find(name) for name in instruments}
+    own = {name: value for name, value in settings.items() if isinstance(value, Mapping)}
+    for name in own:
+        if name not in chosen:
+            raise ConfigError(
+                f"`settings={name}`: no such instrument is measured: choose it too, or remove this"
+            )
+    common = {name: value for name, value in settings.items() if name not in own}
+    shared = parse_object(Settings, common, "`settings`", ConfigError)
+    return {
+        name: each.settings_with(shared, own.get(name, {}), name, "settings") for name, each in chosen.items()
+    }
 
 
 def _scores_and_labels(model: nn.Module, reader: BatchReader, batch: Any) -> tuple[Tensor, Tensor]:

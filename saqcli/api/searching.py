@@ -24,7 +24,7 @@ from saqcli.quant.grid import WeightGrid
 from saqcli.quant.network import Network
 from saqcli.quant.quantizers.base import Granularity
 from saqcli.quant.search_space import parse_rule, search_space
-from saqcli.searchers import SEARCHERS, Searcher, SearchImages, SearchProblem, SearchResult
+from saqcli.searchers import SEARCHERS, Searcher, SearchImages, SearchProblem, SearchResult, run
 from saqcli.searchers.problem import NO_IMAGES, Batch
 from saqcli.serialization import parse_object
 from saqcli.training.optimizer import make_optimizer
@@ -185,7 +185,7 @@ def find_bits(
         progress=progress,
         corrections=lambda fitted: _corrections(fitted, calls),
     )
-    result = found.search(problem)
+    result = run(searcher, found, problem)
     policy = space.config(result.choice)
     return FoundBits(policy, space.cost(result.choice), bound, result)
 
@@ -217,7 +217,8 @@ def searcher_with(name: str, options: Mapping[str, Any]) -> Searcher:
         if option not in known:
             options_are = f"its options are {', '.join(known)}" if known else "it has no options"
             raise ConfigError(f"searcher {name} has no {option}: {options_are}")
-    return make(**options)
+    with SEARCHERS.blamed(name):
+        return make(**options)
 
 
 def search_images(network: Network, searcher: str, calls: Calls | None, seed: int) -> SearchImages:

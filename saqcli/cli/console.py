@@ -23,6 +23,7 @@ from saqcli.errors import (
     BuilderError,
     ConfigError,
     Interrupted,
+    PluginError,
     PluginWarning,
     SaqError,
     StoppedElsewhere,
@@ -126,9 +127,9 @@ def _print_error(message: str) -> None:
 
 
 def _print_tracebacks(error: SaqError) -> None:
-    """Print where the code of the user's own network failed."""
+    """Print where the code of the user's own network or of another package failed."""
     for part in error.parts:
-        if isinstance(part, BuilderError) and part.__cause__ is not None:
+        if isinstance(part, BuilderError | PluginError) and part.__cause__ is not None:
             _print_line("".join(traceback.format_exception(part.__cause__)).rstrip())
 
 

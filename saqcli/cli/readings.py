@@ -64,7 +64,8 @@ def _figures(name: str, reading: dict[str, Any]) -> dict[str, str]:
         return _FIGURES[name](reading)
     table = INSTRUMENTS[name].table
     if table is not None:
-        return table(reading)
+        with INSTRUMENTS.blamed(name):
+            return dict(table(reading))
     numbers = {key: value for key, value in reading.items() if type(value) in (int, float)}
     return {f"{name}, {key.replace('_', ' ')}": format_figure(value) for key, value in numbers.items()}
 

@@ -48,7 +48,7 @@ _OURS = {
     "trt": TrtExporter,
     "qonnx": QonnxExporter,
 }
-STYLES: Plugins[type[OnnxStyle]] = Plugins("styles", "export style", _OURS, _problem)
+STYLES: Plugins[type[OnnxStyle]] = Plugins("styles", "export style", _OURS, _problem, named=True)
 # All kinds of files; what is no style is a format of its own.
 EXPORTERS: Mapping[str, Callable[[], Exporter]] = ChainMap[str, Any](
     {"safetensors": SafetensorsExporter}, STYLES

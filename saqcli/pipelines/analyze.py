@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from saqcli._version import __version__
-from saqcli.analysis import INSTRUMENTS, Reading, Session, Settings
+from saqcli.analysis import INSTRUMENTS, Reading, Session, Settings, measure
 from saqcli.api.targets import QUANTIZED, find_target, named_file
 from saqcli.config import ModelSection
 from saqcli.errors import CannotWrite, ConfigError, Interrupted, Problems, RunDirectoryError
@@ -472,7 +472,7 @@ def _measure_all(
         if INSTRUMENTS[name].resumable:
             readings[name] = _measure_resumable(name, opened, folder, session)
         else:
-            readings[name] = INSTRUMENTS[name].measure(opened.subject, folder.settings_of(name), session)
+            readings[name] = measure(name, opened.subject, folder.settings_of(name), session)
         _check_finite(name, readings[name], opened.target)
         folder.save(name, readings[name])
     return readings
@@ -514,7 +514,7 @@ def _measure_resumable(name: str, opened: OpenedModel, folder: AnalysisFolder, s
                 raise Stopped(stop.signal)
 
         session = Session(session.progress, session.earlier, keep)
-        return INSTRUMENTS[name].measure(opened.subject, folder.settings_of(name), session)
+        return measure(name, opened.subject, folder.settings_of(name), session)
 
 
 def _interrupted(request: Request, exit_code: int) -> Interrupted:

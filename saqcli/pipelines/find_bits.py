@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -12,7 +12,6 @@ from saqcli import distributed
 from saqcli.api.costs import layer_rows
 from saqcli.config import RunConfig
 from saqcli.data.splits import Images
-from saqcli.errors import SaqError
 from saqcli.pipelines.bits import budget_of, make_searcher, space_of
 from saqcli.pipelines.calibration import CalibrationCorrection, calibrate, scheme_of
 from saqcli.pipelines.proxy import open_proxy, search_images
@@ -23,7 +22,7 @@ from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.search_space import SearchSpace
-from saqcli.searchers import SEARCHERS, SearchImages, SearchProblem, SearchResult
+from saqcli.searchers import SEARCHERS, SearchImages, SearchProblem, SearchResult, run
 from saqcli.searchers.problem import NO_IMAGES
 from saqcli.training.loop import Memory
 from saqcli.training.optimizer import make_optimizer, search_training
@@ -118,23 +117,6 @@ class FoundBits:
         }
 
 
-def _check_choice(searcher: str, choice: Sequence[int], problem: SearchProblem) -> None:
-    """Check what a searcher returned: the budget is never exceeded.
-
-    Raises:
-        SaqError: the choice is not one of the space, or exceeds the budget.
-    """
-    space = problem.space
-    options = [len(decision.options) for decision in space.decisions]
-    if len(choice) != len(options) or not all(0 <= c < n for c, n in zip(choice, options, strict=True)):
-        raise SaqError(f"searcher {searcher} returned no configuration of {space.model}: choose another")
-    if not problem.budget.admits(space.cost(choice)):
-        raise SaqError(
-            f"searcher {searcher} returned a configuration that costs {problem.budget.shares(space.cost(choice))}: "
-            "choose another"
-        )
-
-
 def request_search(
     config: RunConfig, network: Network, images: Images | None, progress: Progress
 ) -> SearchRequest:
@@ -220,13 +202,13 @@ def find_bits(config: RunConfig, bound: BoundSearch, memory: Memory) -> FoundBit
 
     Raises:
         Interrupted: a signal asked to stop.
+        PluginError: a searcher of another package failed.
     """
     searcher, problem = make_searcher(config), replace(bound.problem, memory=memory)
     start = time.perf_counter()
-    result = searcher.search(problem)
+    result = run(config.quantization.searcher, searcher, problem)
     choice = distributed.from_first(lambda: result.choice)  # the ranks may have different processors
     seconds = time.perf_counter() - start
-    _check_choice(config.quantization.searcher, choice, problem)
     found = FoundBits(config.quantization.searcher, seconds, replace(result, choice=choice), bound)
     problem.progress.note(f"searcher {found.searcher}: {problem.budget.shares(found.cost)}, {seconds:.0f} s")
     return found

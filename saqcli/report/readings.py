@@ -467,5 +467,6 @@ def draw(instrument: str, readings: list[tuple[str, Reading]], folder: Path, ima
     if painter is None:
         return []
     with style():
-        figures = painter(readings, images)
+        with INSTRUMENTS.blamed(instrument):
+            figures = dict(painter(readings, images))
         return [path for name, figure in figures.items() for path in save(figure, folder / name)]

@@ -32,6 +32,7 @@ Everything in ``__all__`` is public. Beside the contract these are:
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from saqcli.plugins import Plugins
@@ -110,6 +111,42 @@ _OURS = {
 }
 SEARCHERS: Plugins[SearcherEntry] = Plugins("searchers", "searcher", _OURS, _problem)
 
+
+def run(name: str, searcher: Searcher, problem: SearchProblem) -> SearchResult:
+    """What the searcher ``name`` finds, checked; one of another package is also named if its result fails later.
+
+    Raises:
+        PluginError: a searcher of another package failed, or one returned something else than a ``SearchResult`` with a
+            configuration of the space within the budget.
+    """
+    blamed = SEARCHERS.blamed
+    with blamed(name):
+        result = searcher.search(problem)
+        reason = _wrong_result(result, problem)
+    if reason:
+        raise SEARCHERS.failure(name, f"it returned {reason}")
+    if SEARCHERS.is_ours(name):
+        return result
+    score = None if result.score is None else blamed(name)(result.score)
+    return replace(result, propose=blamed(name)(result.propose), score=score)
+
+
+def _wrong_result(result: Any, problem: SearchProblem) -> str | None:
+    """What a searcher returned instead of a result; None if it is one."""
+    space = problem.space
+    if not isinstance(result, SearchResult):
+        return f"a {type(result).__name__}, not a SearchResult"
+    options = [len(decision.options) for decision in space.decisions]
+    if len(result.choice) != len(options) or not all(
+        0 <= c < n for c, n in zip(result.choice, options, strict=True)
+    ):
+        return f"no configuration of {space.model}"
+    cost = space.cost(result.choice)
+    return (
+        None if problem.budget.admits(cost) else f"a configuration that costs {problem.budget.shares(cost)}"
+    )
+
+
 __all__ = [
     "SEARCHERS",
     "Key",
@@ -128,6 +165,7 @@ __all__ = [
     "rank",
     "relative_noise",
     "remaining_batches",
+    "run",
     "score_all",
     "sums_over_batches",
 ]

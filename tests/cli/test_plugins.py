@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.digits import MODEL
-from tests.support.plugins import run_python
+from tests.support.digits import MODEL, float_options
+from tests.support.plugins import run_python, run_saq
 
 FAMILIES = ("searchers", "instruments", "quantizers", "minimizers", "styles")
 MODULE = """
@@ -15,6 +15,20 @@ from saqcli.searchers import SearcherEntry
 from saqcli.searchers.baselines import Uniform
 ENTRY, WORD = SearcherEntry(Uniform, "of another package"), "uniform"
 """
+FAILING = """
+from saqcli.analysis import Instrument, Reading
+from saqcli.searchers import SearcherEntry
+
+class Boom:
+    def search(self, problem):
+        raise ValueError("boom")
+
+def measure(analyzed, settings, session):
+    raise ValueError("boom")
+
+SEARCHER, INSTRUMENT = SearcherEntry(Boom, "fails", uses_images=False), Instrument(measure, Reading)
+"""
+EXITS = "import sys\nsys.exit('no licence')"
 RUN = ("--data", "tests", "--no-pretrained", "--run-dir", "no/such")
 COMMANDS: dict[str, tuple[object, ...]] = {
     "profile": ("profile", "saq/resnet20", "--bits", 4, "--no-pretrained"),
@@ -63,6 +77,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     install(folder, "saq-second", {"searchers": "twice = second_module:ENTRY"})
     broken = dict.fromkeys(FAMILIES, "crash = no_such_module:ENTRY")
     broken["searchers"] += "\nwrong = good_module:WORD\nsamq = good_module:ENTRY\na/b = good_module:ENTRY"
+    (folder / "exits_module.py").write_text(EXITS)
+    broken["searchers"] += "\nexits = exits_module:ENTRY"
     install(folder, "saq-broken", broken)
     done = run_python(SCRIPT, folders=(folder,))
     assert done.returncode == 0, done.stderr
@@ -71,13 +87,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_help_lists_other_packages(found: Any) -> None:
     shown = " ".join(found["help"][1].split())
-    assert "random, error, uniform, a/b, crash, other, twice or wrong" in shown
+    assert "random, error, uniform, a/b, crash, exits, other, twice or wrong" in shown
     assert "--crash" in found["analyze help"][1]
     assert found["help"][2] == ""
 
 
 def test_completion_lists_other_packages(found: Any) -> None:
-    assert found["saq search --searcher "][-4:] == ["crash", "other", "twice", "wrong"]
+    assert found["saq search --searcher "][-5:] == ["crash", "exits", "other", "twice", "wrong"]
     assert found["saq quantize --method c"] == ["case1", "crash"]
 
 
@@ -95,6 +111,7 @@ def test_broken_plugins_are_a_line_each(found: Any) -> None:
         "and _",
         "warning: searcher crash of package saq-broken is disabled, it cannot be loaded (ModuleNotFoundError: No "
         "module named 'no_such_module')",
+        "warning: searcher exits of package saq-broken is disabled, it cannot be loaded (SystemExit: no licence)",
         "warning: searcher samq of package saq-broken is disabled, since saq has one of that name",
         "warning: searcher twice of package saq-second is disabled, since the name is taken already",
         "warning: searcher wrong of package saq-broken is disabled, since it does not keep the contract: it is a str, "
@@ -118,6 +135,26 @@ def test_asking_for_a_broken_plugin_is_one_error(command: str, says: str, found:
     code, _, stderr = found[command]
     assert code == 1
     assert says in stderr.splitlines()[-1]
+
+
+def test_failing_plugins_are_named(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "failing_module.py").write_text(FAILING)
+    points = {
+        "searchers": "boom = failing_module:SEARCHER",
+        "instruments": "boom = failing_module:INSTRUMENT",
+    }
+    install(tmp_path, "saq-boom", points)
+    network = (MODEL, *float_options(digits, digits / "few"), "--workers", 0)
+    search = ("search", *network, "--budget", "w4a4", "--searcher", "boom", "--run-dir", tmp_path / "run")
+    analyze = ("analyze", *network, "--bits", 4, "--images", 20, "--boom", "--out", tmp_path / "out")
+    for word, command in (("searcher", search), ("instrument", analyze)):
+        done = run_saq(*command, folders=(tmp_path,))
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == (
+            f"error: {word} boom of package saq-boom failed (ValueError: boom): mend or remove that package, or "
+            "choose another"
+        )
+    assert "raise ValueError" in run_saq(*search, "--overwrite", "--verbose", folders=(tmp_path,)).stderr
 
 
 def test_first_of_two_packages_keeps_the_name(found: Any) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from saqcli.errors import ConfigError, InfeasibleBudget
+from saqcli.api.searching import priced
+from saqcli.errors import ConfigError, InfeasibleBudget, PluginError
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.cost import Budget, CostModel, LayerCost
 from saqcli.quant.costs import COSTS, CostEntry
@@ -67,6 +69,31 @@ def test_search_counts_the_given_cost() -> None:
         space.check_reachable(Budget(bops=10, unit=costs.unit))
     assert str(budget) == "20 Kcycles"
     assert budget.bit_operations is None
+
+
+def crashing(layer: LayerCost, bits: LayerBits) -> int:
+    """No cost at all."""
+    raise ValueError("boom")
+
+
+@pytest.mark.parametrize(
+    ("price", "says"),
+    [
+        (crashing, r"ValueError: boom"),
+        (
+            lambda layer, bits: 0.5 * layer.bops(bits),
+            r"layer a at w2a2 costs 2000\.0, which is no whole number",
+        ),
+        (lambda layer, bits: layer.macs * -1, r"costs -1000, which is no whole number from 0 on"),
+        (lambda layer, bits: 99 - (bits.weight or 32), r"layer a costs 97 at w2a2 and less, 96, at w3a2"),
+        (lambda layer, bits: 99 - (bits.activation or 32), r"layer a costs 97 at w2a2 and less, 96, at w2a3"),
+    ],
+)
+def test_wrong_costs_are_refused(price: Any, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COSTS, "mine", CostEntry(price, "cycles"))
+    costs = CostModel((LayerCost("a", "Linear", 1000, 1000, "a", None),))
+    with pytest.raises(PluginError, match=rf"cost model mine failed \(.*{says}"):
+        priced(costs, "mine")
 
 
 def test_unit_of_bit_operations_is_reserved() -> None:

@@ -240,6 +240,24 @@ def test_frozen_parameters_are_not_perturbed() -> None:
     assert not frozen & {id(p) for p in minimizer.set.parameters}
 
 
+def test_parameters_outside_the_optimizer_are_perturbed() -> None:
+    """As those in it; their gradients do not accumulate."""
+    model = trainable("conv_bn")
+    part = torch.optim.SGD(model.get_submodule("0").parameters(), lr=0.0)
+    minimizer, found = saqcli.SAQ(model, part, rho=RHO), list[Perturbation]()
+    gradients = []
+    with recorded(found):
+        for _ in range(2):
+            minimizer.step(closure_of(model, batch()))
+            gradients.append([(n, p.grad.clone()) for n, p in model.named_parameters() if p.grad is not None])
+    (whole,) = perturbations(lambda model: closure_of(model, batch()), network="conv_bn")
+
+    assert_bitwise_equal(
+        [(str(i), e) for i, e in enumerate((*found[0].weights, *found[0].parameters))], whole
+    )
+    assert_bitwise_equal(*gradients)
+
+
 class Tied(nn.Module):
     """One weight in two layers."""
 

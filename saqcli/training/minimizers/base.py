@@ -269,7 +269,7 @@ class Minimizer:
         return [p for group in self.base.param_groups for p in group["params"] if p.requires_grad]
 
     def step(self, closure: Work, *, clip_grad: float | None = None, scaler: Scaler | None = None) -> Tensor:
-        """One update; gradients in the parameters are cleared first.
+        """One update; gradients in all parameters of the model are cleared first.
 
         Args:
             closure: runs the forward pass and returns the mean loss, a scalar tensor; it does not call ``backward``,
@@ -325,6 +325,7 @@ class Minimizer:
         After an ascent the gradients are those at the perturbed points.
         """
         self.base.zero_grad()
+        self.model.zero_grad()  # those outside the optimizer too
         losses: list[Tensor] = []
         norms: list[Tensor] = []
         plain: Gradients = []

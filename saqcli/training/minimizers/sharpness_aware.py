@@ -125,6 +125,7 @@ class SharpnessAware(Minimizer):
     batch norms         batch statistics in both passes; running statistics are those of pass 1
     dropout             each pass draws its own mask, as in other implementations of SAM
     frozen parameters   not perturbed
+    outside the base    parameters that the base optimizer does not update are perturbed unless frozen
     tied weights        one tensor with one perturbation, from the sum of the gradients of all uses
 
     Args:

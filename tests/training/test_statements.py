@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import saqcli
 from saqcli import distributed
+from saqcli.errors import ConfigError
 from saqcli.quant.layer import QuantizedLayer, quantized_layers
 from saqcli.quant.quantizers import quantizers_of
 from saqcli.training.minimizers import SharpnessAware
@@ -238,6 +239,23 @@ def test_frozen_parameters_are_not_perturbed() -> None:
     assert ports == [[False, True, True]] * 2
     frozen = {id(p) for p in (*layers["0"].parameters(), *model.get_submodule("1").parameters())}
     assert not frozen & {id(p) for p in minimizer.set.parameters}
+
+
+@pytest.mark.parametrize("options", [{}, {"interval": 2, "reuse": 0.5}])
+@pytest.mark.parametrize("first", [True, False])
+def test_freezing_later_needs_a_new_minimizer(first: bool, options: dict[str, Any]) -> None:
+    model = trainable("conv_bn")
+    layer = model.get_submodule("0").requires_grad_(first)
+    base = sgd(model)
+    minimizer = saqcli.SAQ(model, base, rho=RHO, **options)
+    minimizer.step(closure_of(model, batch()))
+    layer.requires_grad_(not first)
+    before = snapshot(model, base)
+
+    with pytest.raises(ConfigError, match="make the minimizer anew"):
+        minimizer.step(closure_of(model, batch()))
+    assert_bitwise_equal(snapshot(model, base), before)
+    saqcli.SAQ(model, base, rho=RHO, **options).step(closure_of(model, batch()))
 
 
 def test_parameters_outside_the_optimizer_are_perturbed() -> None:

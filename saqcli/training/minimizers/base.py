@@ -284,7 +284,8 @@ class Minimizer:
             The mean loss at the unperturbed weights, detached; over all ranks if there are several.
 
         Raises:
-            ConfigError: a closure called ``backward``, or did not return a scalar with a graph.
+            ConfigError: a closure called ``backward``, or did not return a scalar with a graph; or parameters were
+                frozen or unfrozen since a minimizer with an ascent was made.
             TrainingDiverged: the loss or a gradient is NaN or infinite; no weight was changed.
 
         Example:

@@ -124,7 +124,7 @@ class SharpnessAware(Minimizer):
     weight decay        belongs to the base optimizer: the perturbation does not see it
     batch norms         batch statistics in both passes; running statistics are those of pass 1
     dropout             each pass draws its own mask, as in other implementations of SAM
-    frozen parameters   not perturbed
+    frozen parameters   not perturbed; after freezing or unfreezing, make the minimizer anew
     outside the base    parameters that the base optimizer does not update are perturbed unless frozen
     tied weights        one tensor with one perturbation, from the sum of the gradients of all uses
 
@@ -184,6 +184,26 @@ class SharpnessAware(Minimizer):
         self.interval = interval
         self.done = 0  # steps so far
         self.look_ahead = LookAhead(self.trained, reuse) if reuse and interval > 1 else None
+        self._trainable = self._now_trainable()
+
+    def gradients(self, chunks: Sequence[Chunk]) -> Passes:
+        """As in ``Minimizer``.
+
+        Raises:
+            ConfigError: other parameters require gradients than when the minimizer was made.
+        """
+        now, then = self._now_trainable(), self._trainable
+        if len(now) != len(then) or any(p is not other for p, other in zip(now, then, strict=True)):
+            raise ConfigError(
+                "other parameters require gradients than when the minimizer was made, and it perturbs those of then: "
+                "after freezing, unfreezing or replacing parameters, make the minimizer anew over the same optimizer"
+            )
+        return super().gradients(chunks)
+
+    def _now_trainable(self) -> list[nn.Parameter]:
+        """What can ascend, and what a stored direction is for."""
+        kept = self.trained if self.look_ahead else []
+        return [*(p for p in self.model.parameters() if p.requires_grad), *kept]
 
     def ascend(self, chunk: Chunk) -> Ascent | None:
         """The chunk is perturbed by its own gradient; None between two ascents."""

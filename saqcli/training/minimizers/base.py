@@ -289,8 +289,10 @@ class Minimizer:
                 a perturbation of its own; ``MicroBatch(closure, share)`` takes the place of a closure where weights
                 differ: closures without a share share equally what is left of 1.
             clip_grad: largest joint norm of the gradients that the base optimizer receives; pass 1 is not clipped.
-            scaler: ``torch.amp.GradScaler``; its ``scale``, ``unscale_``, ``step`` and ``update`` are called here. If a
-                gradient overflows in either pass the step is skipped and the scale lowered.
+            scaler: ``torch.amp.GradScaler``; its ``scale``, ``unscale_``, ``step`` and ``update`` are called here, and
+                the closure returns the loss unscaled: scaled there too, it would be scaled twice, unnoticed. If
+                gradients overflow in either pass the step is skipped and the scale lowered; an infinite loss at the
+                unperturbed weights is no matter of scale and raises.
 
         Returns:
             The mean loss at the unperturbed weights, detached; over all ranks if there are several.

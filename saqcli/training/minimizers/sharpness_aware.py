@@ -118,15 +118,16 @@ class SharpnessAware(Minimizer):
     ranks               each rank's own images; gradients of pass 2 are averaged (m-sharpness)
     micro-batches       all of a chunk share one; ``step([closure, ...])`` is one chunk
     chunks              each has its own; ``step([[closure], ...])``
-    autocast            gradients in float32, of a forward pass in lower precision; quantizers compute in float32
-    GradScaler          gradients divided by the scale
+    autocast            gradients in float32, of a forward pass in lower precision; quantizers compute in float32;
+                        parameters in bfloat16 are perturbed in bfloat16
+    GradScaler          gradients divided by the scale; skipped if gradients overflow, raises if the loss of pass 1 does
     gradient clipping   acts on the gradients of pass 2; the ascent is not clipped
     weight decay        belongs to the base optimizer: the perturbation does not see it
-    batch norms         batch statistics in both passes; running statistics are those of pass 1
+    batch norms         batch statistics in both passes; running statistics, also of instance norms, are those of pass 1
     dropout             each pass draws its own mask, as in other implementations of SAM
     frozen parameters   not perturbed; after freezing or unfreezing, make the minimizer anew
     outside the base    parameters that the base optimizer does not update are perturbed unless frozen
-    tied weights        one tensor with one perturbation, from the sum of the gradients of all uses
+    tied weights        one tensor with one perturbation, from the sum of the gradients of all uses in quantized layers
 
     Args:
         model: wrapped, quantizers installed; SAM takes a float model too.

@@ -137,7 +137,10 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_batch_stats(model: nn.Module) -> Iterator[None]:
-    """Within the context batch norms normalize as before but do not update their running statistics."""
+    """Within the context batch and instance norms normalize as before but do not update their running statistics.
+
+    Instance norms update whatever statistics they hold, so these are taken away; they do not normalize by them.
+    """
     norms = [
         module
         for module in model.modules()
@@ -145,10 +148,21 @@ def frozen_batch_stats(model: nn.Module) -> Iterator[None]:
         and module.training
         and module.track_running_stats
     ]
+    kept = [
+        (module, module.running_mean, module.running_var)
+        for module in model.modules()
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm)
+        and module.training
+        and module.track_running_stats
+    ]
     try:
         for norm in norms:
             norm.track_running_stats = False
+        for instance_norm, _, _ in kept:
+            instance_norm.running_mean = instance_norm.running_var = None
         yield
     finally:
         for norm in norms:
             norm.track_running_stats = True
+        for instance_norm, mean, variance in kept:
+            instance_norm.running_mean, instance_norm.running_var = mean, variance

@@ -16,7 +16,7 @@ import saqcli
 from saqcli import distributed
 from saqcli.errors import ConfigError, TrainingDiverged
 from saqcli.quant.layer import quantized_layers
-from saqcli.training.minimizers import MINIMIZERS
+from saqcli.training.minimizers import MINIMIZERS, MicroBatch
 from tests.support.joined import ranks_run
 from tests.support.networks import NETWORKS
 from tests.support.steps import (
@@ -126,6 +126,37 @@ def test_wrong_closures_are_refused(method: str, change: Callable[[Tensor], Any]
 def test_wrong_work_is_refused(work: Any) -> None:
     model = trainable("conv_bn")
     with pytest.raises(ConfigError, match="a step takes a closure that returns the loss"):
+        saqcli.SAQ(model, sgd(model)).step(work)
+
+
+@pytest.mark.parametrize("method", ["qat", "saq"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_shares_of_micro_batches_count(method: str, nested: bool) -> None:
+    """A quarter and three quarters of the images are the whole batch; closures share what is left."""
+    data = batch(16)
+    parts = [(data[0][part], data[1][part]) for part in (slice(4), slice(4, 16))]
+    ends = []
+    for shares in (None, (0.25, 0.75), (0.25, None)):
+        model = trainable("token_mlp")
+        base = sgd(model)
+        work: list[Any] = [closure_of(model, data)]
+        if shares:
+            closures = [closure_of(model, part) for part in parts]
+            work = [c if s is None else MicroBatch(c, s) for c, s in zip(closures, shares, strict=True)]
+        loss = make(method, model, base).step([work] if nested else work)
+        ends.append([*snapshot(model), ("loss", loss)])
+
+    assert_bitwise_equal(*ends[1:])
+    for (name, a), (_, b) in zip(*ends[:2], strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5), name
+
+
+@pytest.mark.parametrize("shares", [(4, 12), (0.5, 0.25), (1.5, -0.5), (1.0, None), (float("nan"), 0.5)])
+def test_shares_must_sum_to_one(shares: tuple[float, float | None]) -> None:
+    model = trainable("token_mlp")
+    closure = closure_of(model, batch())
+    work = [closure if share is None else MicroBatch(closure, share) for share in shares]
+    with pytest.raises(ConfigError, match=f"micro-batches have the shares {shares[0]:g}.*1 in all"):
         saqcli.SAQ(model, sgd(model)).step(work)
 
 

@@ -12,13 +12,14 @@ from torch.nn import functional as F
 
 import saqcli
 from saqcli import distributed
+from saqcli.errors import ConfigError
 from saqcli.quant.layer import QuantizedLayer, quantized_layers
 from saqcli.quant.quantizers import quantizers_of
 from saqcli.training.minimizers import SharpnessAware
 from saqcli.training.perturbation import Perturbation, PerturbedSet
 from tests.support import tiny
 from tests.support.joined import ranks_run
-from tests.support.networks import quantize
+from tests.support.networks import NETWORKS, quantize
 from tests.support.steps import RHO, Batch, assert_bitwise_equal, batch, sgd, snapshot, still, trainable
 
 Named = list[tuple[str, Tensor]]
@@ -125,6 +126,16 @@ def test_autocast_leaves_perturbations_in_float32() -> None:
     assert {e.dtype for e in (*found[0].weights, *found[0].parameters, found[0].norm)} == {torch.float32}
 
 
+def test_bfloat16_parameters_are_perturbed_in_bfloat16() -> None:
+    model = NETWORKS["token_mlp"]().bfloat16()
+    found: list[Perturbation] = []
+    with recorded(found):
+        saqcli.SAM(model, still(model), rho=RHO).step(
+            lambda: F.cross_entropy(model(batch()[0].bfloat16()).float(), batch()[1])
+        )
+    assert {e.dtype for e in found[0].parameters} == {torch.bfloat16}
+
+
 def test_scale_does_not_reach_the_perturbation() -> None:
     (scaled,) = perturbations(
         lambda model: closure_of(model, batch()), scaler=torch.amp.GradScaler("cpu", init_scale=2.0**20)
@@ -181,6 +192,17 @@ def test_batch_statistics_are_those_of_each_pass() -> None:
         assert torch.equal(output, expected.detach())
     assert not torch.equal(outputs[0][0], outputs[1][0])
     assert_bitwise_equal(snapshot(norm), snapshot(plain.get_submodule("1")))
+
+
+def test_instance_statistics_update_once_a_step() -> None:
+    norm = nn.InstanceNorm2d(4, track_running_stats=True)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.Flatten(), nn.Linear(144, 5))
+    model = quantize(lambda: net).model.train()
+    plain = copy.deepcopy(model)
+    saqcli.SAQ(model, still(model), rho=RHO).step(closure_of(model, batch()))
+    saqcli.QAT(plain, still(plain)).step(closure_of(plain, batch()))
+
+    assert_bitwise_equal(snapshot(model), snapshot(plain))
 
 
 def with_dropout() -> tuple[nn.Module, list[Tensor]]:
@@ -240,6 +262,41 @@ def test_frozen_parameters_are_not_perturbed() -> None:
     assert not frozen & {id(p) for p in minimizer.set.parameters}
 
 
+@pytest.mark.parametrize("options", [{}, {"interval": 2, "reuse": 0.5}])
+@pytest.mark.parametrize("first", [True, False])
+def test_freezing_later_needs_a_new_minimizer(first: bool, options: dict[str, Any]) -> None:
+    model = trainable("conv_bn")
+    layer = model.get_submodule("0").requires_grad_(first)
+    base = sgd(model)
+    minimizer = saqcli.SAQ(model, base, rho=RHO, **options)
+    minimizer.step(closure_of(model, batch()))
+    layer.requires_grad_(not first)
+    before = snapshot(model, base)
+
+    with pytest.raises(ConfigError, match="make the minimizer anew"):
+        minimizer.step(closure_of(model, batch()))
+    assert_bitwise_equal(snapshot(model, base), before)
+    saqcli.SAQ(model, base, rho=RHO, **options).step(closure_of(model, batch()))
+
+
+def test_parameters_outside_the_optimizer_are_perturbed() -> None:
+    """As those in it; their gradients do not accumulate."""
+    model = trainable("conv_bn")
+    part = torch.optim.SGD(model.get_submodule("0").parameters(), lr=0.0)
+    minimizer, found = saqcli.SAQ(model, part, rho=RHO), list[Perturbation]()
+    gradients = []
+    with recorded(found):
+        for _ in range(2):
+            minimizer.step(closure_of(model, batch()))
+            gradients.append([(n, p.grad.clone()) for n, p in model.named_parameters() if p.grad is not None])
+    (whole,) = perturbations(lambda model: closure_of(model, batch()), network="conv_bn")
+
+    assert_bitwise_equal(
+        [(str(i), e) for i, e in enumerate((*found[0].weights, *found[0].parameters))], whole
+    )
+    assert_bitwise_equal(*gradients)
+
+
 class Tied(nn.Module):
     """One weight in two layers."""
 
@@ -250,6 +307,20 @@ class Tied(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.head(self.two(torch.relu(self.one(x.flatten(1)[:, :8]))))
+        return output
+
+
+class TiedToEmbedding(nn.Module):
+    """One weight in a linear layer and an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.head, self.table = nn.Linear(8, 8), nn.Linear(8, 5), nn.Embedding(8, 8)
+        self.table.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.one(x.flatten(1)[:, :8]))
+        output: Tensor = self.head(hidden + self.table(torch.arange(len(x)) % 8))
         return output
 
 
@@ -274,6 +345,25 @@ def test_tied_weights_have_one_perturbation() -> None:
     assert torch.equal(perturbed, plain + one)
     assert one.any()
     assert not two.any()
+
+
+def test_uses_outside_quantized_layers_are_not_perturbed() -> None:
+    """An embedding that shares the weight of a linear layer looks up the float weight."""
+    net = TiedToEmbedding()
+    tiny.quantized(net, batch()[0], 3)
+    net.train()
+    seen: list[Tensor] = []
+    net.table.register_forward_hook(lambda m, inputs, output: seen.append(output.detach().clone()))
+    quantized: list[Tensor] = []
+
+    def closure() -> Tensor:
+        quantized.append(net.one.quantized_weight().detach())  # type: ignore[operator]
+        return closure_of(net, batch())()
+
+    seen.clear()
+    saqcli.SAQ(net, still(net), rho=RHO).step(closure)
+    assert torch.equal(*seen)
+    assert not torch.equal(*quantized)
 
 
 # SAM and the others state the same.

@@ -26,6 +26,7 @@ memory could no longer notify the others (``docs/decisions/0016-one-all-reduce-a
 it runs both passes under ``no_sync``.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -87,6 +88,9 @@ def check_score(loss: float, images: int, name: str) -> None:
         )
 
 
+TOLERANCE = 1e-5  # of the sum of shares, for rounding
+
+
 class Loss(Protocol):
     """Runs the forward pass on a micro-batch."""
 
@@ -102,17 +106,24 @@ class MicroBatch(NamedTuple):
     """Images of one forward pass.
 
     Attributes:
-        loss: their mean loss.
-        share: of the step's images; the shares of a step sum to 1.
+        loss: their mean loss; a closure as of ``Minimizer.step``, with or without ``ascent``.
+        share: of the step's images, above 0; the shares of a step sum to 1.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> minimizer = Minimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> parts = [(torch.ones(3, 2), 0.75), (torch.ones(1, 2), 0.25)]
+        >>> loss = minimizer.step([MicroBatch(lambda x=x: model(x).mean(), share) for x, share in parts])
     """
 
-    loss: Loss
+    loss: Callable[..., Tensor]
     share: float
 
 
 Chunk = Sequence[MicroBatch]
 Closure = Callable[[], Tensor]  # runs the forward pass and returns the mean loss
-Work = Closure | Sequence[Closure] | Sequence[Sequence[Closure] | Chunk]
+Part = Closure | MicroBatch
+Work = Part | Sequence[Part] | Sequence[Sequence[Part]]
 
 
 def accumulate(micro_batches: Iterable[MicroBatch], scale: float = 1.0) -> Tensor:
@@ -269,22 +280,26 @@ class Minimizer:
         return [p for group in self.base.param_groups for p in group["params"] if p.requires_grad]
 
     def step(self, closure: Work, *, clip_grad: float | None = None, scaler: Scaler | None = None) -> Tensor:
-        """One update; gradients in the parameters are cleared first.
+        """One update; gradients in all parameters of the model are cleared first.
 
         Args:
             closure: runs the forward pass and returns the mean loss, a scalar tensor; it does not call ``backward``,
                 and is called once per pass. A list of closures are micro-batches of equal weight: their gradients add
                 up, and they share one perturbation. A list of lists are chunks of such micro-batches, each chunk with
-                a perturbation of its own; ``MicroBatch`` takes the place of a closure where weights differ.
+                a perturbation of its own; ``MicroBatch(closure, share)`` takes the place of a closure where weights
+                differ: closures without a share share equally what is left of 1.
             clip_grad: largest joint norm of the gradients that the base optimizer receives; pass 1 is not clipped.
-            scaler: ``torch.amp.GradScaler``; its ``scale``, ``unscale_``, ``step`` and ``update`` are called here. If a
-                gradient overflows in either pass the step is skipped and the scale lowered.
+            scaler: ``torch.amp.GradScaler``; its ``scale``, ``unscale_``, ``step`` and ``update`` are called here, and
+                the closure returns the loss unscaled: scaled there too, it would be scaled twice, unnoticed. If
+                gradients overflow in either pass the step is skipped and the scale lowered; an infinite loss at the
+                unperturbed weights is no matter of scale and raises.
 
         Returns:
             The mean loss at the unperturbed weights, detached; over all ranks if there are several.
 
         Raises:
-            ConfigError: a closure called ``backward``, or did not return a scalar with a graph.
+            ConfigError: a closure called ``backward``, or did not return a scalar with a graph; shares do not sum
+                to 1; or parameters were frozen or unfrozen since a minimizer with an ascent was made.
             TrainingDiverged: the loss or a gradient is NaN or infinite; no weight was changed.
 
         Example:
@@ -325,6 +340,7 @@ class Minimizer:
         After an ascent the gradients are those at the perturbed points.
         """
         self.base.zero_grad()
+        self.model.zero_grad()  # those outside the optimizer too
         losses: list[Tensor] = []
         norms: list[Tensor] = []
         plain: Gradients = []
@@ -418,10 +434,12 @@ def _as_chunks(work: Work, trained: Sequence[nn.Parameter]) -> list[Chunk]:
     """The closures of a step as chunks; those without a weight share what is left equally.
 
     Raises:
-        ConfigError: there is none, or something else is given.
+        ConfigError: there is none, something else is given, or the shares do not sum to 1.
     """
-    items: Any = [work] if callable(work) else work
-    nested = isinstance(items, list | tuple) and all(isinstance(i, list | tuple) and i for i in items)
+    items: Any = [work] if callable(work) or isinstance(work, MicroBatch) else work
+    nested = isinstance(items, list | tuple) and all(
+        isinstance(i, list | tuple) and not isinstance(i, MicroBatch) and i for i in items
+    )
     chunks: Any = items if nested else [items]
     try:
         closures = [closure for chunk in chunks for closure in chunk]
@@ -432,22 +450,46 @@ def _as_chunks(work: Work, trained: Sequence[nn.Parameter]) -> list[Chunk]:
             "a step takes a closure that returns the loss, or a list of closures, such as "
             "`lambda: criterion(model(x), y)`"
         )
-    share = 1 / len(closures)
+    share = _share_left(closures)
     return [
         [
-            item if isinstance(item, MicroBatch) else MicroBatch(_checked(item, trained), share)
+            MicroBatch(_checked(item.loss, trained), item.share)
+            if isinstance(item, MicroBatch)
+            else MicroBatch(_checked(item, trained), share)
             for item in chunk
         ]
         for chunk in chunks
     ]
 
 
-def _checked(closure: Closure, trained: Sequence[nn.Parameter]) -> Loss:
+def _share_left(closures: Sequence[Any]) -> float:
+    """The share of a closure that has none of its own."""
+    shares = [closure.share for closure in closures if isinstance(closure, MicroBatch)]
+    left, others = 1 - sum(shares), len(closures) - len(shares)
+    if min(shares, default=1) <= 0 or not (left > TOLERANCE if others else abs(left) <= TOLERANCE):
+        given = ", ".join(f"{float(each):g}" for each in shares)
+        raise ConfigError(
+            f"micro-batches have the shares {given}: give each the part of the step's images that it holds, above 0 "
+            "and 1 in all"
+        )
+    return left / others if others else 0.0
+
+
+def _takes_ascent(loss: Callable[..., Tensor]) -> bool:
+    try:
+        found = inspect.signature(loss).parameters.values()
+    except ValueError:  # written in C
+        return False
+    return any(each.name == "ascent" or each.kind is each.VAR_KEYWORD for each in found)
+
+
+def _checked(closure: Callable[..., Tensor], trained: Sequence[nn.Parameter]) -> Loss:
     """A closure of the user as a ``Loss``, whose result is checked."""
+    takes_ascent = _takes_ascent(closure)
 
     def run(*, ascent: bool = False) -> Tensor:
         before = [_version(p) for p in trained]
-        loss: Any = closure()
+        loss: Any = closure(ascent=ascent) if takes_ascent else closure()
         problem = None
         if not isinstance(loss, Tensor):
             problem = f"returned a {type(loss).__name__}"

@@ -118,14 +118,16 @@ class SharpnessAware(Minimizer):
     ranks               each rank's own images; gradients of pass 2 are averaged (m-sharpness)
     micro-batches       all of a chunk share one; ``step([closure, ...])`` is one chunk
     chunks              each has its own; ``step([[closure], ...])``
-    autocast            gradients in float32, of a forward pass in lower precision; quantizers compute in float32
-    GradScaler          gradients divided by the scale
+    autocast            gradients in float32, of a forward pass in lower precision; quantizers compute in float32;
+                        parameters in bfloat16 are perturbed in bfloat16
+    GradScaler          gradients divided by the scale; skipped if gradients overflow, raises if the loss of pass 1 does
     gradient clipping   acts on the gradients of pass 2; the ascent is not clipped
     weight decay        belongs to the base optimizer: the perturbation does not see it
-    batch norms         batch statistics in both passes; running statistics are those of pass 1
+    batch norms         batch statistics in both passes; running statistics, also of instance norms, are those of pass 1
     dropout             each pass draws its own mask, as in other implementations of SAM
-    frozen parameters   not perturbed
-    tied weights        one tensor with one perturbation, from the sum of the gradients of all uses
+    frozen parameters   not perturbed; after freezing or unfreezing, make the minimizer anew
+    outside the base    parameters that the base optimizer does not update are perturbed unless frozen
+    tied weights        one tensor with one perturbation, from the sum of the gradients of all uses in quantized layers
 
     Args:
         model: wrapped, quantizers installed; SAM takes a float model too.
@@ -183,6 +185,26 @@ class SharpnessAware(Minimizer):
         self.interval = interval
         self.done = 0  # steps so far
         self.look_ahead = LookAhead(self.trained, reuse) if reuse and interval > 1 else None
+        self._trainable = self._now_trainable()
+
+    def gradients(self, chunks: Sequence[Chunk]) -> Passes:
+        """As in ``Minimizer``.
+
+        Raises:
+            ConfigError: other parameters require gradients than when the minimizer was made.
+        """
+        now, then = self._now_trainable(), self._trainable
+        if len(now) != len(then) or any(p is not other for p, other in zip(now, then, strict=True)):
+            raise ConfigError(
+                "other parameters require gradients than when the minimizer was made, and it perturbs those of then: "
+                "after freezing, unfreezing or replacing parameters, make the minimizer anew over the same optimizer"
+            )
+        return super().gradients(chunks)
+
+    def _now_trainable(self) -> list[nn.Parameter]:
+        """What can ascend, and what a stored direction is for."""
+        kept = self.trained if self.look_ahead else []
+        return [*(p for p in self.model.parameters() if p.requires_grad), *kept]
 
     def ascend(self, chunk: Chunk) -> Ascent | None:
         """The chunk is perturbed by its own gradient; None between two ascents."""

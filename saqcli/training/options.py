@@ -2,6 +2,10 @@
 
 import inspect
 import math
+from numbers import Real
+from typing import cast
+
+from torch import Tensor
 
 from saqcli.errors import ConfigError
 
@@ -16,6 +20,16 @@ def check_number(option: str, value: object, least: float) -> None:
     """Refuse what is no finite number, or below ``least``."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
         raise ConfigError(f"{option} {value!r} is not possible: give a number from {least} on")
+
+
+def plain_number(option: str, value: object, least: float) -> float:
+    """``value`` as a number of Python, also from numpy or a tensor of one element; refused as in ``check_number``."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    elif not isinstance(value, int | float) and isinstance(value, Real):
+        value = float(value)
+    check_number(option, value, least)
+    return cast(float, value)
 
 
 def check_count(option: str, value: object, least: int = 1) -> None:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -194,6 +195,39 @@ def test_default_radius_is_the_papers(weight: int, rho: float) -> None:
     bits = LayerBits(weight=weight, activation=4)
     model = quantize(NETWORKS["conv_bn"], lambda layers: dict.fromkeys(layers, bits)).model
     assert saqcli.SAQ(model, sgd(model)).rho == rho
+
+
+@pytest.mark.parametrize(
+    "rho", [np.float32(0.25), np.float64(0.25), torch.tensor(0.25), torch.tensor([0.25])]
+)
+def test_radius_is_any_number(rho: Any) -> None:
+    model = trainable("token_mlp")
+    found = saqcli.SAQ(model, sgd(model), rho=rho).rho
+    assert found == 0.25
+    assert isinstance(found, float)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"rho": "0.1"}, "rho '0.1' is not possible"),
+        ({"rho": True}, "rho True is not possible"),
+        ({"rho": torch.tensor([0.1, 0.2])}, "rho tensor.* is not possible"),
+        ({"rho": np.float32("nan")}, "rho nan is not possible"),
+        ({"rho_unit": "absolute"}, "give `rho` with an absolute unit"),
+        ({"perturb": []}, "perturb is empty"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any], says: str) -> None:
+    model = trainable("token_mlp")
+    with pytest.raises(ConfigError, match=says):
+        saqcli.SAQ(model, sgd(model), **options)
+
+
+def test_optimizers_with_closures_are_refused() -> None:
+    model = trainable("token_mlp")
+    with pytest.raises(ConfigError, match="LBFGS calls a closure in its step"):
+        saqcli.QAT(model, torch.optim.LBFGS(model.parameters()))
 
 
 # Models without quantizers.

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from saqcli import distributed
 from saqcli.errors import ConfigError, TrainingDiverged, UnsupportedModel
 from saqcli.training.minimizers.reference import Problem
-from saqcli.training.options import check_number
+from saqcli.training.options import plain_number
 from saqcli.training.perturbation import Gradients, PerturbedSet, add_up, scaled
 
 RUN_ADVICE = (
@@ -256,7 +256,7 @@ class Minimizer:
         base: over parameters of ``model``.
 
     Raises:
-        ConfigError: no parameter of ``base`` belongs to ``model``.
+        ConfigError: no parameter of ``base`` belongs to ``model``, or its step needs a closure.
     """
 
     description: ClassVar[str] = ""
@@ -264,6 +264,12 @@ class Minimizer:
     ignored: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module, base: torch.optim.Optimizer) -> None:
+        closure = inspect.signature(type(base).step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ConfigError(
+                f"{type(base).__name__} calls a closure in its step, and a minimizer updates from gradients alone: use "
+                "an optimizer such as SGD or AdamW"
+            )
         self.model = model
         self.base = base
         self.scale = 1.0
@@ -309,7 +315,7 @@ class Minimizer:
             False
         """
         if clip_grad is not None:
-            check_number("clip_grad", clip_grad, least=0)
+            clip_grad = plain_number("clip_grad", clip_grad, least=0)
         self.scale = _scale_of(scaler, self.trained)
         try:
             with torch.enable_grad():

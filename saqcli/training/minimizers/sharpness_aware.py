@@ -38,7 +38,7 @@ from saqcli.training.minimizers.base import (
     inner,
     orthogonal_part,
 )
-from saqcli.training.options import check_choice, check_count, check_number
+from saqcli.training.options import check_choice, check_count, plain_number
 from saqcli.training.perturbation import (
     PERTURBED,
     Adaptive,
@@ -133,7 +133,7 @@ class SharpnessAware(Minimizer):
         model: wrapped, quantizers installed; SAM takes a float model too.
         base: the optimizer that updates the weights.
         rho: perturbation radius; None for the paper's radius for the mean bit-width of the weights, on images larger
-            than 64 pixels (0.15 for 2 and 3 bits, 0.3 from 4 bits on).
+            than 64 pixels (0.15 for 2 and 3 bits, 0.3 from 4 bits on), which is in deviations.
         rho_unit: ``deviation`` (of each layer's weights) or ``absolute``.
         perturb: kinds of tensors that ascend; None for those of the method.
         bn_second_pass: ``update`` lets pass 2 update the running statistics of batch norms.
@@ -141,8 +141,8 @@ class SharpnessAware(Minimizer):
         reuse: share of the last ascent added in the steps between, see ``LookAhead``; 0 for none.
 
     Raises:
-        ConfigError: a value is not among the choices, an interval is below 1, or the method perturbs quantized weights
-            and the model has none.
+        ConfigError: a value is not among the choices, ``perturb`` is empty, an absolute radius is not given, an
+            interval is below 1, or the method perturbs quantized weights and the model has none.
     """
 
     perturbed_kinds: ClassVar[tuple[Kind, ...]] = PERTURBED
@@ -163,17 +163,23 @@ class SharpnessAware(Minimizer):
     ) -> None:
         super().__init__(model, base)
         if rho is not None:
-            check_number("rho", rho, least=0)
-        check_number("reuse", reuse, least=0)
+            rho = plain_number("rho", rho, least=0)
+        reuse = plain_number("reuse", reuse, least=0)
         check_count("interval", interval)
+        check_choice("rho_unit", rho_unit, get_args(RadiusUnit))
+        if rho is None and rho_unit == "absolute":
+            raise ConfigError(
+                "the paper's radius is in deviations of the weights: give `rho` with an absolute unit"
+            )
         self.rho = default_rho(model, SMALL_IMAGES + 1) if rho is None else rho
         self.rho_unit: RadiusUnit = rho_unit
         check_choice("bn_second_pass", bn_second_pass, ("freeze", "update"))
-        check_choice("rho_unit", rho_unit, get_args(RadiusUnit))
         for kind in [perturb] if isinstance(perturb, str) else perturb or ():
             check_choice("perturb", kind, get_args(Kind))
         if isinstance(perturb, str):
             raise ConfigError(f"perturb {perturb!r} is one word: give a list, such as [{perturb!r}]")
+        if perturb is not None and not perturb:
+            raise ConfigError("perturb is empty: name what ascends, None for the method's kinds, or use QAT")
         self.freeze = bn_second_pass == "freeze"
         kinds = self.perturbed_kinds if perturb is None else perturb
         if "weights" in kinds and not quantized_layers(model):
@@ -287,7 +293,7 @@ class ASAQ(SharpnessAware):
         **options: Any,
     ) -> None:
         check_choice("numerator", numerator, ("t2", "p2"))
-        check_number("eta", eta, least=0)
+        eta = plain_number("eta", eta, least=0)
         super().__init__(model, base, rho=rho, **options)
         self.adaptive = Adaptive(eta, numerator)
 

@@ -103,7 +103,7 @@ def test_resume_can_export_the_best(degraded_run: tuple[Path, Any], images: Path
     for directory in (before, run):  # both states have their latent weights
         opened = RunDirectory.open(directory)
         model, facts = restore(opened.safetensors_path)
-        assert analysis_inputs._with_latent_weights(model, facts, opened, SILENT) is not None
+        assert analysis_inputs._with_latent_weights(model, facts, opened, SILENT, None) is not None
     refused = saq("quantize", "--run-dir", run, "--resume", "--lr", 0.1)
     assert "started with other settings (training.lr: 0.5 -> 0.1)" in refused.stderr
 

@@ -75,9 +75,9 @@ def _stages(name: str, record: Record) -> None:
     import torch
     from torch.nn import functional as F
 
+    from saqcli.api.costs import unquantized
     from saqcli.config import ModelSection
     from saqcli.export import ModelMetadata
-    from saqcli.pipelines.profile import unquantized
     from saqcli.pipelines.setup import load_float, wrap_and_trace
     from saqcli.progress import SILENT
     from saqcli.quant import convert

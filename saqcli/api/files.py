@@ -15,7 +15,7 @@ from saqcli.api.models import load_model
 from saqcli.api.networks import check_signature, copied, float_network, prepare
 from saqcli.api.targets import EVALUATED, QUANTIZED, find_target, model_file
 from saqcli.config import names_own_network
-from saqcli.errors import ConfigError, ExportMismatch, SaqError
+from saqcli.errors import BuilderError, ConfigError, ExportMismatch, SaqError
 from saqcli.export.exact_form import ExactForm
 from saqcli.export.model_metadata import ModelMetadata
 from saqcli.export.operators import frozen_copy
@@ -23,7 +23,7 @@ from saqcli.export.restore import restore
 from saqcli.export.safetensors import SafetensorsExporter, read_content, rebuild
 from saqcli.machine import library_versions
 from saqcli.models.load import build_architecture
-from saqcli.models.own import own_network
+from saqcli.models.own import is_class_name, own_network
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.quant import convert
 from saqcli.quant.calls import Call, tensors_in
@@ -114,7 +114,8 @@ def load(
 
     Raises:
         CorruptArtifact: the file is truncated, damaged, foreign, changed, or does not fit ``model``.
-        ConfigError: there is no such file, or it needs ``model`` or ``builder``.
+        BuilderError: the file needs ``model`` or ``builder``.
+        ConfigError: there is no such file, or ``model`` is of another class.
     """
     file = _file_of(named_path(str(path)))
     _check_source(file, model, builder)
@@ -137,18 +138,21 @@ def _check_source(file: Path, model: nn.Module | None, builder: str | None) -> N
     """Check that a module is given where ``file`` needs one, and that it is of the class that was saved.
 
     Raises:
-        ConfigError: it is missing, of another class, or given twice.
+        BuilderError: it is missing.
+        ConfigError: it is of another class, or given twice.
     """
     if model is not None and builder is not None:
         raise ConfigError("`model` and `builder` both give the network: give one of them")
     name = str(read_content(file).metadata.build.get("name"))
-    if ":" not in name or builder is not None:
+    if builder is not None or not is_class_name(name):
         return
     if model is None:
         importable = (
-            f", or `builder={name}` if that is importable and you trust it" if names_own_network(name) else ""
+            f", or use `builder={name}` if that is importable and you trust it"
+            if names_own_network(name)
+            else ""
         )
-        raise ConfigError(
+        raise BuilderError(
             f"{file} was saved from a module of {name}, which no library builds: give `model`, a float module like "
             f"it{importable}"
         )

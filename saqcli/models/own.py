@@ -268,7 +268,7 @@ def check_named(name: str, own: OwnNetwork | None, source: str = "it") -> None:
         BuilderError: the file needs a network that the user did not name, or the user named another.
     """
     given = own.name if own is not None else None
-    if given is None and ":" in name and not names_own_network(name):
+    if given is None and is_class_name(name) and not names_own_network(name):
         raise BuilderError(
             f"{source} was saved from a module of {printable(name, 200)}, which no name builds: load it in Python with "
             "`saqcli.load(path, model=...)`, given a float module like it"
@@ -283,6 +283,11 @@ def check_named(name: str, own: OwnNetwork | None, source: str = "it") -> None:
         )
     remedy = f"use `builder={name}`" if names_own_network(name) else "remove `builder`"
     raise BuilderError(f"{source} was made from the network {name}, not from {given}: {remedy}")
+
+
+def is_class_name(name: str) -> bool:
+    """Whether ``name``, in a file, is that of a class or of a network of one's own: ``MODULE:NAME``."""
+    return re.fullmatch(r"[\w.]+:[\w.<>]+", name) is not None
 
 
 def suggest_own(spelling: str) -> str:

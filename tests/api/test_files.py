@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import saqcli as saq
-from saqcli.errors import ConfigError, CorruptArtifact, ExportMismatch, UnsupportedModel
+from saqcli.errors import BuilderError, ConfigError, CorruptArtifact, ExportMismatch, UnsupportedModel
 from saqcli.export import safetensors as files
 from tests.support.command_line import last_error
 from tests.support.command_line import saq as command
@@ -102,7 +102,7 @@ def test_costs_are_those_of_the_traced_size(side: int, tmp_path: Path) -> None:
 def test_load_names_what_it_needs(tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     saq.save(quantized("hand_written"), path)
-    with pytest.raises(ConfigError, match="give `model`, a float module like it"):
+    with pytest.raises(BuilderError, match="give `model`, a float module like it"):
         saq.load(path)
     with pytest.raises(ConfigError, match="give one of them"):
         saq.load(path, model=build("hand_written"), builder="nets:build")

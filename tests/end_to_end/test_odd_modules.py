@@ -14,6 +14,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 
 import saqcli
+from saqcli.api.costs import unquantized
 from saqcli.config import ModelSection
 from saqcli.errors import UnsupportedModel
 from saqcli.export import EXPORTERS, ModelMetadata
@@ -22,7 +23,6 @@ from saqcli.export.safetensors import restore_structure
 from saqcli.models import networks
 from saqcli.models.load import ModelSpec, build_architecture, load_model
 from saqcli.models.networks import NetworkEntry
-from saqcli.pipelines.profile import unquantized
 from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
 from saqcli.progress import SILENT
 from saqcli.quant import calibration, convert

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saqcli.api.costs import unquantized
 from saqcli.config import ModelSection
 from saqcli.export import ModelMetadata
-from saqcli.pipelines.profile import unquantized
 from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
 from saqcli.progress import SILENT
 from saqcli.quant import convert

@@ -101,6 +101,7 @@ def test_run_is_evaluated_as_trained(run: Path, digits: Path, folders: tuple[Pat
     assert (wanted["weight_quantizer"], wanted["activation_quantizer"]) == ("apot", "lsq")
 
 
+@pytest.mark.slow
 def test_analysis_shows_the_levels(
     run: Path, digits: Path, folders: tuple[Path, ...], tmp_path: Path
 ) -> None:
@@ -113,6 +114,7 @@ def test_analysis_shows_the_levels(
     assert "table" not in layers["conv1"]  # 8 bits
 
 
+@pytest.mark.slow
 def test_search_uses_the_levels(digits: Path, folders: tuple[Path, ...], tmp_path: Path) -> None:
     options = (*QUANTIZERS, "--searcher", "error", "--bops", "w3a3", *FEW[:2], "--run-dir", tmp_path / "run")
     done = run_saq(
@@ -122,6 +124,7 @@ def test_search_uses_the_levels(digits: Path, folders: tuple[Path, ...], tmp_pat
     assert json.loads(done.stdout)["policy"]["layer1.0.conv1"]["weight"] in range(2, 9)
 
 
+@pytest.mark.slow
 def test_onnx_is_refused_before_training(
     run: Path, digits: Path, folders: tuple[Path, ...], tmp_path: Path
 ) -> None:
@@ -146,6 +149,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 def test_wrong_choices_give_one_line(folders: tuple[Path, ...]) -> None:
     code = f"""
 from tests.support.command_line import last_error, saq
@@ -159,6 +163,7 @@ for wrong in {list(WRONG)}:
         assert says in line
 
 
+@pytest.mark.slow
 def test_without_the_package_files_name_it(run: Path) -> None:
     done = run_saq("eval", run, "--data", "tests", folders=())
     assert done.returncode == 1

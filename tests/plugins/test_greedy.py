@@ -58,6 +58,7 @@ def test_search_resumes_after_an_interruption(folders: tuple[Path, ...]) -> None
     assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_saq_search_takes_its_options(folders: tuple[Path, ...], digits: Path, tmp_path: Path) -> None:
     network = (MODEL, *float_options(digits, digits / "few"), *IMAGES, *FEW)
     options = ("--set", "search.options.greedy.by=loss", "--run-dir", tmp_path / "run", "--json")

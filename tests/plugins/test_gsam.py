@@ -58,6 +58,7 @@ def test_command_line_trains_with_it(folder: Path, digits: Path, tmp_path: Path)
     }
 
 
+@pytest.mark.slow
 def test_wrong_options_are_one_line(folder: Path) -> None:
     program = f"""
 from tests.support.command_line import last_error, saq

@@ -79,6 +79,7 @@ def test_saq_export_and_eval_take_it(run: Path, folders: tuple[Path, ...], tmp_p
     assert json.loads(done.stdout)["images"] == 12
 
 
+@pytest.mark.slow
 def test_codes_beyond_uint8_are_refused_early(run: Path, folders: tuple[Path, ...], tmp_path: Path) -> None:
     options = ("--epochs", 0, "--bits", "w8a8", "--weight-grid", "paper", "--style", "named_nodes")
     data = ("--data", run.parent / "images", "--workers", 0, "--run-dir", tmp_path / "run", "--quiet")
@@ -90,6 +91,7 @@ def test_codes_beyond_uint8_are_refused_early(run: Path, folders: tuple[Path, ..
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_broken_style_disables_itself_only(folders: tuple[Path, ...], tmp_path: Path) -> None:
     package = tmp_path / "packages"
     about = package / "broken-1.0.dist-info"

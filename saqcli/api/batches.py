@@ -93,6 +93,19 @@ class BatchReader:
             found = batch[place] if len(batch) > place else None
         return found.to(device_of(self._model)) if isinstance(found, Tensor) else None
 
+    def known_labels(self, batch: Any) -> Tensor:
+        """As ``labels``.
+
+        Raises:
+            DataError: there are none.
+        """
+        labels = None if isinstance(batch, Call) else self.labels(batch)
+        if labels is None:
+            raise DataError(
+                "a batch of the loader has no labels: give batches (images, labels), or a dictionary with both"
+            )
+        return labels
+
     def _of_sequence(self, batch: Sequence[Any]) -> Call:
         if _nested(batch):
             first, names = batch[0], self._takes.names

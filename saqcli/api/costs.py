@@ -9,7 +9,7 @@ from torch import nn
 from saqcli.api.arguments import widths_of
 from saqcli.api.batches import Inputs, class_scores
 from saqcli.api.info import bits_of, info, unwrapped
-from saqcli.api.networks import Policy, float_network, policy_of, prepare
+from saqcli.api.networks import Policy, float_network, float_policy, policy_of, prepare
 from saqcli.config import WIDTHS
 from saqcli.errors import ConfigError
 from saqcli.quant.bits import FLOAT_BITS, BitConfig, LayerBits, mean_bits
@@ -136,10 +136,7 @@ def profile(
         ready = prepare(model, None, example, inputs, None)
         network = float_network(ready.model, ready.example, quantize_attention=quantize_attention)
         if bits is None and policy is None:
-            unquantized = LayerBits(weight=None, activation=None)
-            config = BitConfig(
-                model=network.name, layers={layer.name: unquantized for layer in network.costs.layers}
-            )
+            config = float_policy(network)
         else:
             config = policy_of(network, bits=bits, policy=policy)
     return measure(network, config, space_of_candidates(network, candidates))

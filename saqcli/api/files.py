@@ -19,7 +19,7 @@ from saqcli.errors import BuilderError, ConfigError, ExportMismatch, SaqError
 from saqcli.export.exact_form import ExactForm
 from saqcli.export.model_metadata import ModelMetadata
 from saqcli.export.operators import frozen_copy
-from saqcli.export.restore import restore
+from saqcli.export.restore import restored
 from saqcli.export.safetensors import SafetensorsExporter, read_content, rebuild
 from saqcli.machine import library_versions
 from saqcli.models.load import build_architecture
@@ -118,13 +118,14 @@ def load(
         ConfigError: there is no such file, or ``model`` is of another class.
     """
     file = _file_of(named_path(str(path)))
-    _check_source(file, model, builder)
+    content = read_content(file)
+    _check_source(file, str(content.metadata.build.get("name")), model, builder)
     if model is None:
         own = None if builder is None else own_network(builder)
-        loaded, metadata = restore(file, own)
+        loaded, metadata = restored(content, file, own)
         plain = build_architecture(metadata.build, own)
     else:
-        metadata, tensors = read_content(file)
+        metadata, tensors = content
         plain = copied(unwrapped(model)).cpu()
         loaded = rebuild(copy.deepcopy(plain), metadata, tensors, str(file))
     loaded = _described(loaded, plain, metadata, example, inputs, named=model is None)
@@ -134,8 +135,8 @@ def load(
     return ExactForm(frozen_copy(loaded), torch.zeros(2, *metadata.preprocessing["input_size"])).eval()
 
 
-def _check_source(file: Path, model: nn.Module | None, builder: str | None) -> None:
-    """Check that a module is given where ``file`` needs one, and that it is of the class that was saved.
+def _check_source(file: Path, name: str, model: nn.Module | None, builder: str | None) -> None:
+    """Check that a module is given where ``file``, saved from ``name``, needs one, and that it is of that class.
 
     Raises:
         BuilderError: it is missing.
@@ -143,7 +144,6 @@ def _check_source(file: Path, model: nn.Module | None, builder: str | None) -> N
     """
     if model is not None and builder is not None:
         raise ConfigError("`model` and `builder` both give the network: give one of them")
-    name = str(read_content(file).metadata.build.get("name"))
     if builder is not None or not is_class_name(name):
         return
     if model is None:

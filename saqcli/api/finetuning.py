@@ -129,11 +129,7 @@ class _Labelled:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self._data:
-            labels = self._reader.labels(batch)
-            if labels is None:
-                raise DataError(
-                    "a batch of the loader has no labels: give batches (images, labels), or a dictionary with both"
-                )
+            labels = self._reader.known_labels(batch)
             images = self._reader.call(batch).tensors[0]
             yield images, self._check(labels, len(images))
 

@@ -13,10 +13,9 @@ from saqcli.api.files import opened
 from saqcli.api.info import bits_of, info, quantization_of, unwrapped
 from saqcli.errors import ConfigError, DataError, UnsupportedModel
 from saqcli.progress import SILENT, Progress
-from saqcli.quant.calls import Call
 from saqcli.quant.layer import in_eval_mode, quantized_layers
 from saqcli.serialization import parse_object
-from saqcli.tasks.classification import Meter, Score
+from saqcli.tasks.classification import Meter, Score, unfit
 
 
 def evaluate(
@@ -118,17 +117,15 @@ def _settings_of(instruments: list[str], settings: Mapping[str, Any]) -> dict[st
 
 
 def _scores_and_labels(model: nn.Module, reader: BatchReader, batch: Any) -> tuple[Tensor, Tensor]:
-    labels = _labels(reader, batch)
+    labels = reader.known_labels(batch)
     output = reader.call(batch).run(model)
-    scores = class_scores(output)
     count = len(labels) if labels.dim() else 0
-    if scores is None or len(scores) != count:
-        kind = f"tensor of {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    if kind := unfit(output, count):
         raise UnsupportedModel(
             f"{info(model).name} returns a {kind} for {count} labels instead of class scores (N, classes): "
             "compute its score in a loop of your own"
         )
-    return scores, class_labels(labels, scores.shape[1], count, skipped=True)
+    return output, class_labels(labels, output.shape[1], count, skipped=True)
 
 
 def _image_and_labels(
@@ -139,16 +136,7 @@ def _image_and_labels(
         raise UnsupportedModel(
             f"{info(model).name} takes several inputs: instruments measure modules of one tensor"
         )
-    return labelled_images(call.args[0], _labels(reader, batch), classes)
-
-
-def _labels(reader: BatchReader, batch: Any) -> Tensor:
-    labels = None if isinstance(batch, Call) else reader.labels(batch)
-    if labels is None:
-        raise DataError(
-            "a batch of the loader has no labels: give batches (images, labels), or a dictionary with both"
-        )
-    return labels
+    return labelled_images(call.args[0], reader.known_labels(batch), classes)
 
 
 def _length(data: Iterable[Any]) -> int:

@@ -22,9 +22,10 @@ from saqcli.quant.correction import correct, correctable
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.network import Network, trace_network
 from saqcli.quant.quantizers import Quantizer
-from saqcli.quant.search_space import Candidates, parse_rule, search_space
+from saqcli.quant.search_space import Candidates, parse_rules, search_space
 from saqcli.quant.tracer import Trace
 from saqcli.serialization import parse_json, read_text
+from saqcli.tasks.classification import unfit
 
 CALIBRATION_SAMPLES = 512  # by default
 Policy = BitConfig | Mapping[str, Any] | str | Path
@@ -175,16 +176,37 @@ def policy_of(
     if policy is not None:
         if pins:
             raise ConfigError("`policy` gives the bits of every layer: edit it, and remove `pins`")
-        names = [layer.name for layer in network.costs.layers]
-        given = _read_policy(policy, network.name)
-        given.check_fits(network.name, names)
-        return given.model_copy(update={"layers": {name: given.layers[name] for name in names}})
-    wanted = parse_bits(str(bits), "bits")
-    assert wanted.weight is not None
-    assert wanted.activation is not None
-    rules = {pattern: parse_rule(str(text), pattern) for pattern, text in (pins or {}).items()}
-    only = Candidates((wanted.weight,), (wanted.activation,))
-    return search_space(network.name, network.costs, only, rules).config([])
+        return in_order(_read_policy(policy, network.name), network)
+    return uniform_policy(network, parse_bits(str(bits), "bits"), pins or {})
+
+
+def uniform_policy(network: Network, bits: LayerBits, pins: Mapping[str, str]) -> BitConfig:
+    """``bits`` in every layer that no pin restricts.
+
+    Raises:
+        ConfigError: pins that match no layer, or leave a layer without options.
+    """
+    assert bits.weight is not None
+    assert bits.activation is not None
+    only = Candidates((bits.weight,), (bits.activation,))
+    return search_space(network.name, network.costs, only, parse_rules(pins)).config([])
+
+
+def float_policy(network: Network) -> BitConfig:
+    """Every layer in floating point."""
+    unquantized = LayerBits(weight=None, activation=None)
+    return BitConfig(model=network.name, layers={layer.name: unquantized for layer in network.costs.layers})
+
+
+def in_order(policy: BitConfig, network: Network, source: str = "the policy") -> BitConfig:
+    """``policy`` in the execution order of the network's layers.
+
+    Raises:
+        PolicyMismatch: for another network; ``source`` is the name of the policy in the message.
+    """
+    names = [layer.name for layer in network.costs.layers]
+    policy.check_fits(network.name, names, source)
+    return policy.model_copy(update={"layers": {name: policy.layers[name] for name in names}})
 
 
 def _read_policy(policy: Policy, name: str) -> BitConfig:
@@ -284,12 +306,9 @@ def check_signature(name: str, traced: Trace) -> None:
             "the module with saqcli.save, or export a part of it that does"
         )
     if class_scores(traced.outputs) is None:
-        kind = type(traced.outputs).__name__
-        if isinstance(traced.outputs, Tensor):
-            kind = f"tensor of {tuple(traced.outputs.shape)}"
         raise UnsupportedModel(
-            f"{name} returns a {kind}: ONNX files of saq return class scores (N, classes); save the module with "
-            "saqcli.save, or export a part of it that does"
+            f"{name} returns a {unfit(traced.outputs, 1)}: ONNX files of saq return class scores (N, classes); save "
+            "the module with saqcli.save, or export a part of it that does"
         )
 
 

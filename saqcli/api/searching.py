@@ -23,7 +23,7 @@ from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.grid import WeightGrid
 from saqcli.quant.network import Network
 from saqcli.quant.quantizers.base import Granularity
-from saqcli.quant.search_space import parse_rule, search_space
+from saqcli.quant.search_space import parse_rules, search_space
 from saqcli.searchers import SEARCHERS, Searcher, SearchImages, SearchProblem, SearchResult, run
 from saqcli.searchers.problem import NO_IMAGES, Batch
 from saqcli.serialization import parse_object
@@ -160,9 +160,8 @@ def find_bits(
 ) -> FoundBits:
     """As ``search``, for a network that is traced and calibrated; its model is not changed."""
     widths = widths_of(candidates, activation_candidates)
-    rules = {pattern: parse_rule(str(text), pattern) for pattern, text in (pins or {}).items()}
     costs = priced(network.costs, cost)
-    space = search_space(network.name, costs, widths, rules)
+    space = search_space(network.name, costs, widths, parse_rules(pins or {}))
     bound = budget_of(budget, network.name, costs)
     space.check_reachable(bound)
     entry = SEARCHERS.find(searcher, "searcher")

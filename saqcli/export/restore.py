@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from saqcli.errors import BuilderError, ConfigError, CorruptArtifact, SaqError
 from saqcli.export.model_metadata import ModelMetadata, read_onnx_metadata
-from saqcli.export.safetensors import read_content, rebuild, restore_structure
+from saqcli.export.safetensors import Content, read_content, rebuild, restore_structure
 from saqcli.machine import library_versions
 from saqcli.models.load import LoadedModel, as_loaded, build_architecture
 from saqcli.models.own import OwnNetwork, check_named
@@ -63,16 +63,23 @@ def restore(path: Path, own: OwnNetwork | None = None) -> tuple[nn.Module, Model
     """
     if not path.is_file():
         raise ConfigError(f"there is no file {path}")
-    hint = ""
     try:
-        metadata, tensors = read_content(path)
-        hint = _version_hint(metadata)
+        content = read_content(path)
+    except SaqError as error:
+        raise CorruptArtifact(printable(f"{error}")) from None
+    return restored(content, path, own)
+
+
+def restored(content: Content, path: Path, own: OwnNetwork | None = None) -> tuple[nn.Module, ModelMetadata]:
+    """As ``restore``, from the content that was read from ``path``."""
+    metadata, tensors = content
+    try:
         model = rebuild(_float_model(path, metadata, tensors, own), metadata, tensors, str(path))
         return model, complete_class_names(metadata)
     except BuilderError:
         raise
     except SaqError as error:
-        raise CorruptArtifact(printable(f"{error}") + printable(hint, 200)) from None
+        raise CorruptArtifact(printable(f"{error}") + printable(_version_hint(metadata), 200)) from None
 
 
 def rebuild_structure(metadata: ModelMetadata, own: OwnNetwork | None = None) -> nn.Module:

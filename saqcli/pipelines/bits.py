@@ -3,15 +3,16 @@
 from typing import get_args
 
 from saqcli.api.budgets import UNIFORM_BUDGET, bound_of, priced
+from saqcli.api.networks import in_order, uniform_policy
 from saqcli.api.searching import searcher_with
 from saqcli.api.targets import policy_file
 from saqcli.config import QuantizationSection, RunConfig
 from saqcli.errors import ConfigError, Problems
 from saqcli.pipelines.setup import Network
-from saqcli.quant.bits import BitConfig, LayerBits, parse_bits
+from saqcli.quant.bits import BitConfig, parse_bits
 from saqcli.quant.cost import Budget, CostModel
 from saqcli.quant.costs import COSTS
-from saqcli.quant.search_space import Candidates, Rule, SearchSpace, parse_rule, search_space
+from saqcli.quant.search_space import Candidates, SearchSpace, parse_rule, parse_rules, search_space
 from saqcli.searchers import SEARCHERS, Searcher
 from saqcli.serialization import parse_json, read_text
 from saqcli.units import SETTINGS, Quantity, parse_quantity
@@ -118,7 +119,7 @@ def space_of(section: QuantizationSection, network: Network) -> SearchSpace:
         tuple(sorted(set(section.candidates))),
         None if activations is None else tuple(sorted(set(activations))),
     )
-    return search_space(network.name, costs_of(section, network), candidates, _rules(section))
+    return search_space(network.name, costs_of(section, network), candidates, parse_rules(section.pins))
 
 
 def costs_of(section: QuantizationSection, network: Network) -> CostModel:
@@ -128,11 +129,6 @@ def costs_of(section: QuantizationSection, network: Network) -> CostModel:
         ConfigError: there is no such cost model.
     """
     return priced(network.costs, section.cost)
-
-
-def _rules(section: QuantizationSection) -> dict[str, Rule]:
-    """The pins, by pattern."""
-    return {pattern: parse_rule(text, pattern) for pattern, text in section.pins.items()}
 
 
 def budget_of(section: QuantizationSection, network: Network) -> Budget:
@@ -156,11 +152,7 @@ def given_policy(section: QuantizationSection, network: Network) -> BitConfig | 
     if section.policy is not None:
         return read_policy(section.policy, network)
     if section.bits is not None:
-        bits = parse_bits(section.bits)
-        assert bits.weight is not None
-        assert bits.activation is not None
-        only = Candidates((bits.weight,), (bits.activation,))
-        return search_space(network.name, network.costs, only, _rules(section)).config([])
+        return uniform_policy(network, parse_bits(section.bits), section.pins)
     return None
 
 
@@ -175,23 +167,6 @@ def read_policy(text: str, network: Network) -> BitConfig:
     return in_order(_parse_policy(text), network, f"the policy {text}")
 
 
-def in_order(policy: BitConfig, network: Network, source: str) -> BitConfig:
-    """``policy`` in the execution order of the network's layers.
-
-    Raises:
-        PolicyMismatch: for another network; ``source`` is the name of the policy in the message.
-    """
-    names = [layer.name for layer in network.costs.layers]
-    policy.check_fits(network.name, names, source)
-    return policy.model_copy(update={"layers": {name: policy.layers[name] for name in names}})
-
-
 def _parse_policy(text: str) -> BitConfig:
     path = policy_file(text)
     return parse_json(BitConfig, read_text(path, f"`quantization.policy={path}`"), str(path))
-
-
-def float_policy(network: Network) -> BitConfig:
-    """Every layer in floating point."""
-    unquantized = LayerBits(weight=None, activation=None)
-    return BitConfig(model=network.name, layers={layer.name: unquantized for layer in network.costs.layers})

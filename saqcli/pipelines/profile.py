@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from saqcli.api.costs import Profile, measure, space_of_candidates
+from saqcli.api.networks import float_policy, in_order
 from saqcli.api.targets import EVALUATED, Target, check_no_model_options, find_target, named_builder
 from saqcli.config import ModelSection, QuantizationSection
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.export.restore import open_from_metadata
 from saqcli.models.own import OwnNetwork, check_named
-from saqcli.pipelines.bits import check_bits, float_policy, in_order, read_policy
+from saqcli.pipelines.bits import check_bits, read_policy
 from saqcli.pipelines.checks import check_builds, check_model
 from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
 from saqcli.progress import Progress

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from saqcli import distributed
+from saqcli.api.networks import float_policy
 from saqcli.config import DataSection, ModelSection, ProxySection, RunConfig, SearchSection
 from saqcli.data.batches import Loader
 from saqcli.data.datasets import class_subset, divide, subset
@@ -27,7 +28,6 @@ from saqcli.data.folders import find_images, find_split
 from saqcli.data.loaders import read_all
 from saqcli.data.splits import Images, validation_loader
 from saqcli.errors import PolicyMismatch
-from saqcli.pipelines.bits import float_policy
 from saqcli.pipelines.setup import Network, load_float, training_images, wrap_and_trace
 from saqcli.progress import Progress
 from saqcli.random_state import random_state, seed_everything

@@ -9,7 +9,7 @@ unwrap    restores the float classes of the same modules
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from torch import nn
@@ -71,7 +71,7 @@ class Scheme(BaseModel):
     @property
     def has_published_levels(self) -> bool:
         """Whether initial levels as in the SAQ paper are defined for weights and inputs."""
-        return all(map(_is_published, (self._weights(), self._inputs())))
+        return all(map(_is_published, (self._kind("weight"), self._kind("activation"))))
 
     def check(self) -> None:
         """Refuse an unknown quantizer, and options that the quantizers do not support.
@@ -79,8 +79,8 @@ class Scheme(BaseModel):
         Raises:
             ConfigError: names the option.
         """
-        weights, name = self._weights(), self.names[0]
-        self._inputs()
+        weights, name = self._kind("weight"), self.names[0]
+        self._kind("activation")
         if self.weight_normalization and QUANTIZERS[name].normalized is None:
             able = ", ".join(name for name, entry in QUANTIZERS.items() if entry.normalized is not None)
             raise ConfigError(
@@ -116,16 +116,16 @@ class Scheme(BaseModel):
 
     def grid_of_weights(self, bits: int) -> AnyGrid:
         """The grid of weights of ``bits``."""
-        return self._weights().weight_grid(bits, self.weight_grid)
+        return self._kind("weight").weight_grid(bits, self.weight_grid)
 
     def grid_of_inputs(self, bits: int, *, signed: bool) -> AnyGrid:
         """The grid of the inputs of a layer."""
-        return self._inputs().activation_grid(bits, signed=signed)
+        return self._kind("activation").activation_grid(bits, signed=signed)
 
     def new_weight_quantizer(self, layer: QuantizedLayer, candidates: Iterable[int]) -> Quantizer:
         """A quantizer for the layer's weight, not yet fitted."""
         self.check()
-        kind = self._weights()
+        kind = self._kind("weight")
         if self.weight_normalization and is_convolution(layer):
             normalized = QUANTIZERS[self.names[0]].normalized
             assert normalized is not None
@@ -138,25 +138,16 @@ class Scheme(BaseModel):
     ) -> Quantizer:
         """A quantizer for the layer's input, not yet fitted."""
         by_bits = {bits: self.grid_of_inputs(bits, signed=signed) for bits in candidates}
-        return self._inputs()(by_bits).to(layer.latent_weight().device)
+        return self._kind("activation")(by_bits).to(layer.latent_weight().device)
 
-    def _weights(self) -> type[Quantizer]:
-        name = self.names[0]
-        kind = QUANTIZERS.find(name).weight
+    def _kind(self, operand: Literal["weight", "activation"]) -> type[Quantizer]:
+        """The quantizer of weights or of inputs."""
+        name, other = (self.names[0], "inputs") if operand == "weight" else (self.names[1], "weights")
+        kind: type[Quantizer] | None = getattr(QUANTIZERS.find(name), operand)
         if kind is None:
-            able = ", ".join(name for name, entry in QUANTIZERS.items() if entry.weight)
+            able = ", ".join(name for name, entry in QUANTIZERS.items() if getattr(entry, operand))
             raise ConfigError(
-                f"quantizer {name} is for inputs only: choose `quantization.weight_quantizer` from {able}"
-            )
-        return kind
-
-    def _inputs(self) -> type[Quantizer]:
-        name = self.names[1]
-        kind = QUANTIZERS.find(name).activation
-        if kind is None:
-            able = ", ".join(name for name, entry in QUANTIZERS.items() if entry.activation)
-            raise ConfigError(
-                f"quantizer {name} is for weights only: choose `quantization.activation_quantizer` from {able}"
+                f"quantizer {name} is for {other} only: choose `quantization.{operand}_quantizer` from {able}"
             )
         return kind
 

@@ -96,6 +96,15 @@ def parse_rule(text: str, pattern: str = "...") -> Rule:
     return Rule(text, weights, activations)
 
 
+def parse_rules(pins: Mapping[str, str]) -> dict[str, Rule]:
+    """The rules of ``pins``, by pattern of layer names.
+
+    Raises:
+        ConfigError: as ``parse_rule``.
+    """
+    return {pattern: parse_rule(str(text), pattern) for pattern, text in pins.items()}
+
+
 @dataclass(frozen=True)
 class Decision:
     """One choice: the bits of a group of layers.

@@ -1,0 +1,197 @@
+"""The C kernels: built with the system's compiler on first use, kept for later processes, called on CPU tensors.
+
+``quantize.c`` stands beside this file. Its library is kept in the user's cache folder under a name that depends on the
+source, the flags and the instruction set, so that machines may share the folder.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("quantize.c")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-shared", "-fPIC")
+THREADED = ("-fopenmp",)  # left out where the compiler has none
+COMPILERS = ("cc", "gcc", "clang")
+LONGEST_BUILD = 120  # seconds; takes one
+SUMS = 3  # as in the source
+Codes = tuple[int, int, int]  # lowest, highest, stride
+_NAMES = {torch.float32: "float", torch.float64: "double"}
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Layout(NamedTuple):
+    """A dense tensor seen as (outer, channels, inner), in the order of its memory; a channel has its own level."""
+
+    outer: int
+    channels: int
+    inner: int
+
+
+class NativeKernels:
+    """The loaded library; methods take CPU tensors for which ``layout_of`` returned a layout."""
+
+    def __init__(self, path: Path) -> None:
+        """Load it.
+
+        Raises:
+            OSError: it is not a library for this machine.
+            AttributeError: it lacks a function.
+        """
+        library = ctypes.CDLL(str(path))
+        pointer, size, number, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_double, ctypes.c_int
+        self._forward, self._backward = {}, {}
+        for dtype, name in _NAMES.items():
+            forward, backward = library[f"forward_{name}"], library[f"backward_{name}"]
+            forward.argtypes = [pointer] * 4 + [size] * 3 + [number] * 2 + [integer] * 2
+            backward.argtypes = [pointer] * 6 + [size] * 3 + [number] * 2 + [integer] * 3
+            forward.restype, backward.restype = None, integer
+            self._forward[dtype], self._backward[dtype] = forward, backward
+
+    def forward(self, x: Tensor, level: Tensor, offset: Tensor | None = None, *, codes: Codes) -> Tensor:
+        """``x`` on the grid, in its memory format.
+
+        Args:
+            x: any dense tensor.
+            level: clipping level; with an offset the step, positive.
+            offset: value of the lowest code before rounding, or None.
+            codes: lowest, highest, stride; with an offset counted from the lowest.
+        """
+        out = torch.empty_like(x)
+        self._forward[x.dtype](
+            x.data_ptr(),
+            out.data_ptr(),
+            level.data_ptr(),
+            None if offset is None else offset.data_ptr(),
+            *_layout(x, level),  # type: ignore[misc]
+            *codes,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def backward(
+        self, grad: Tensor, x: Tensor, level: Tensor, offset: Tensor | None = None, *, codes: Codes, kind: int
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient to ``x``, and the sums ``RESIDUAL``, ``UNDER`` and ``OVER``, (3, *level.shape).
+
+        Args:
+            grad: upstream gradient, in the shape of ``x``.
+            x: the rest as in ``forward``.
+            level: as there.
+            offset: as there.
+            codes: as there.
+            kind: which sums are needed: ``CLIP``, ``PACT`` or ``OFFSET``; others are 0.
+
+        Raises:
+            MemoryError: none is left for the partial sums.
+        """
+        grad_x = torch.empty_like(x)
+        if grad.dtype != x.dtype or grad.stride() != x.stride():
+            grad = torch.empty_like(x).copy_(grad)
+        sums = torch.empty((SUMS, *level.shape), dtype=x.dtype)
+        failed = self._backward[x.dtype](
+            grad.data_ptr(),
+            x.data_ptr(),
+            grad_x.data_ptr(),
+            level.data_ptr(),
+            None if offset is None else offset.data_ptr(),
+            sums.data_ptr(),
+            *_layout(x, level),  # type: ignore[misc]
+            *codes,
+            kind,
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError("no memory is left for the partial sums of a quantizer's gradient")
+        return grad_x, sums
+
+
+def layout_of(x: Tensor, level: Tensor) -> Layout | None:
+    """How the kernels see ``x``; None if they cannot: another device or dtype, gaps, or levels along two dimensions."""
+    plain = type(x) in _PLAIN and type(level) in _PLAIN and x.device.type == level.device.type == "cpu"
+    if not (plain and x.dtype == level.dtype and x.dtype in _NAMES and x.numel() and level.is_contiguous()):
+        return None
+    if level.ndim > x.ndim or not (x.is_contiguous() or _dense(x)):
+        return None
+    return _layout(x, level)
+
+
+def _layout(x: Tensor, level: Tensor) -> Layout | None:
+    count = level.numel()
+    if count == 1:
+        return Layout(1, 1, x.numel())
+    for size, own, stride in zip(
+        reversed(level.shape), reversed(x.shape), reversed(x.stride()), strict=False
+    ):
+        if size == count == own:
+            return Layout(x.numel() // (count * stride), count, stride)
+    return None
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether ``x`` fills its memory without gaps, in any order of dimensions."""
+    filled = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1:
+            if stride != filled:
+                return False
+            filled *= size
+    return True
+
+
+@cache
+def load() -> NativeKernels | str:
+    """The kernels, built if they are not yet; else why not, in one line. Asked once a process."""
+    compiler = shlex.split(os.environ.get("CC", "")) or [found for found in map(shutil.which, COMPILERS) if found][:1]
+    if not compiler:
+        return "no C compiler is installed"
+    try:
+        folder = cache_folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = folder / f"{_key(compiler)}.so"
+        if not path.is_file():
+            _build(compiler, path)
+        return NativeKernels(path)
+    except subprocess.CalledProcessError as error:
+        return f"the C compiler failed: {' '.join(error.stderr.split())[:200] or error}"
+    except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
+        return f"the C kernels could not be built: {error}"
+
+
+def cache_folder() -> Path:
+    """Where built kernels are kept: ``$XDG_CACHE_HOME/saq/kernels``, else below ``~/.cache``."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    return (Path(given) if given else Path.home() / ".cache") / "saq" / "kernels"
+
+
+def _key(compiler: list[str]) -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    instructions = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
+    parts = (*compiler, *FLAGS, *THREADED, platform.platform(), platform.processor(), instructions)
+    return hashlib.sha256(SOURCE.read_bytes() + "\n".join(parts).encode()).hexdigest()[:24]
+
+
+def _build(compiler: list[str], path: Path) -> None:
+    """Compile under another name and rename, since several processes may build at once."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        for threaded in (THREADED, ()):
+            command = [*compiler, *FLAGS, *threaded, "-o", str(made), str(SOURCE), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_BUILD, check=False)
+            if done.returncode == 0:
+                break
+        done.check_returncode()
+        made.replace(path)

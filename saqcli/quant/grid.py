@@ -228,7 +228,12 @@ class FakeQuantize(torch.autograd.Function):
         to_x, to_level = ctx.needs_input_grad[:2]
         if ctx.kernels and not torch.is_grad_enabled():
             grad_x, sums = ctx.kernels.backward(grad, x, level, codes=grid, kind=CLIP)
-            return grad_x if to_x else None, _signed(sums[RESIDUAL], bound, level) if to_level else None, None, None
+            return (
+                grad_x if to_x else None,
+                _signed(sums[RESIDUAL], bound, level) if to_level else None,
+                None,
+                None,
+            )
         inside = between(x.detach(), bound.detach() * (grid.lowest / grid.highest), bound.detach())
         grad_x = grad * inside if to_x else None
         grad_level = None

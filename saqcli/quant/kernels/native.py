@@ -12,7 +12,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +22,15 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("quantize.c")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-shared", "-fPIC")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-shared",
+    "-fPIC",
+)
 THREADED = ("-fopenmp",)  # left out where the compiler has none
 COMPILERS = ("cc", "gcc", "clang")
 LONGEST_BUILD = 120  # seconds; takes one
@@ -152,26 +162,28 @@ def _dense(x: Tensor) -> bool:
 @cache
 def load() -> NativeKernels | str:
     """The kernels, built if they are not yet; else why not, in one line. Asked once a process."""
-    compiler = shlex.split(os.environ.get("CC", "")) or [found for found in map(shutil.which, COMPILERS) if found][:1]
+    found = (compiler for compiler in map(shutil.which, COMPILERS) if compiler)
+    compiler = shlex.split(os.environ.get("CC", "")) or list(islice(found, 1))
     if not compiler:
-        return "no C compiler is installed"
+        return "no C compiler was found"
+    path = cache_folder() / f"{_key(compiler)}.so"
     try:
-        folder = cache_folder()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = folder / f"{_key(compiler)}.so"
-        if not path.is_file():
-            _build(compiler, path)
-        return NativeKernels(path)
+        if path.is_file():
+            return NativeKernels(path)
+    except (OSError, AttributeError):
+        pass  # damaged: built again
+    try:
+        return _built(compiler, path)
     except subprocess.CalledProcessError as error:
-        return f"the C compiler failed: {' '.join(error.stderr.split())[:200] or error}"
+        return f"the C compiler failed ({' '.join(error.stderr.split())[:200] or error})"
     except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
-        return f"the C kernels could not be built: {error}"
+        return f"the C kernels could not be built ({error})"
 
 
 def cache_folder() -> Path:
     """Where built kernels are kept: ``$XDG_CACHE_HOME/saq/kernels``, else below ``~/.cache``."""
     given = os.environ.get("XDG_CACHE_HOME")
-    return (Path(given) if given else Path.home() / ".cache") / "saq" / "kernels"
+    return (Path(given) if given else Path("~/.cache").expanduser()) / "saq" / "kernels"
 
 
 def _key(compiler: list[str]) -> str:
@@ -184,9 +196,9 @@ def _key(compiler: list[str]) -> str:
     return hashlib.sha256(SOURCE.read_bytes() + "\n".join(parts).encode()).hexdigest()[:24]
 
 
-def _build(compiler: list[str], path: Path) -> None:
-    """Compile under another name and rename, since several processes may build at once."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+def _built(compiler: list[str], path: Path) -> NativeKernels:
+    """Compile, and keep the library at ``path`` if that is possible; renamed, since several processes may build."""
+    with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / path.name
         for threaded in (THREADED, ()):
             command = [*compiler, *FLAGS, *threaded, "-o", str(made), str(SOURCE), "-lm"]
@@ -194,4 +206,9 @@ def _build(compiler: list[str], path: Path) -> None:
             if done.returncode == 0:
                 break
         done.check_returncode()
-        made.replace(path)
+        with suppress(OSError):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            copy = path.with_suffix(f".{os.getpid()}")
+            shutil.copy(made, copy)
+            copy.replace(path)
+        return NativeKernels(path if path.is_file() else made)

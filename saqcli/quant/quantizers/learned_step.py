@@ -264,7 +264,9 @@ class _Asymmetric(torch.autograd.Function):
         wanted = (offset / step).round()
         if ctx.kernels and not torch.is_grad_enabled():
             codes = Grid(0, top, 1)
-            grad_x, (residual, under, over) = ctx.kernels.backward(grad, x, step, offset, codes=codes, kind=OFFSET)
+            grad_x, (residual, under, over) = ctx.kernels.backward(
+                grad, x, step, offset, codes=codes, kind=OFFSET
+            )
         else:
             quantized = saved[0] if saved else _Asymmetric.apply(x, step, offset, top, "eager")
             low, high = step * lowest, step * (lowest + top)

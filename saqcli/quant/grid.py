@@ -44,7 +44,8 @@ import torch
 from torch import Tensor
 
 from saqcli.errors import ConfigError, CorruptArtifact
-from saqcli.quant.kernels.choice import CLIP, RESIDUAL, KernelKind, kernels_for
+from saqcli.quant.kernels.choice import KernelKind, kernels_for
+from saqcli.quant.kernels.layout import CLIP, RESIDUAL
 from saqcli.units import counted
 
 WeightGrid = Literal["auto", "paper", "zero"]

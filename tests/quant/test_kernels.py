@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -281,12 +280,12 @@ def test_networks_compile_in_one_graph(quantizer: str) -> None:
 
 
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A process that has not built anything yet, with an empty cache."""
     monkeypatch.setattr(native, "load", cache(native.load.__wrapped__))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    yield tmp_path
+    return tmp_path
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from saqcli.quant.kernels import native
+from saqcli.quant.kernels import compiled, native
+from saqcli.quant.kernels.layout import Kernels, suits
 
 KernelKind = Literal["eager", "fused"]
-CLIP, PACT, OFFSET = range(3)  # what the gradient of the level is made of, as in quantize.c
-RESIDUAL, UNDER, OVER = range(3)  # sums over the tensor, as there
 
 
-def kernels_for(kind: KernelKind, x: Tensor, level: Tensor) -> native.NativeKernels | None:
+def fused_kernels(device: str) -> Kernels | str:
+    """Those of a type of device, built on first use; or why there are none, in one line."""
+    return native.load() if device == "cpu" else compiled.load(device)
+
+
+def kernels_for(kind: KernelKind, x: Tensor, level: Tensor) -> Kernels | None:
     """The kernels that quantize ``x``; None for torch's operations, also where ``torch.compile`` fuses these."""
-    if kind == "eager" or torch.compiler.is_compiling() or native.layout_of(x, level) is None:
+    if kind == "eager" or torch.compiler.is_compiling() or not suits(x, level):
         return None
-    loaded = native.load()
-    return None if isinstance(loaded, str) else loaded
+    found = fused_kernels(x.device.type)
+    return None if isinstance(found, str) else found

@@ -16,10 +16,11 @@ from contextlib import suppress
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from saqcli.quant.kernels.layout import Codes, in_layout_of, layout_of
 
 SOURCE = Path(__file__).with_name("quantize.c")
 FLAGS = (
@@ -35,21 +36,11 @@ THREADED = ("-fopenmp",)  # left out where the compiler has none
 COMPILERS = ("cc", "gcc", "clang")
 LONGEST_BUILD = 120  # seconds; takes one
 SUMS = 3  # as in the source
-Codes = tuple[int, int, int]  # lowest, highest, stride
 _NAMES = {torch.float32: "float", torch.float64: "double"}
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-class Layout(NamedTuple):
-    """A dense tensor seen as (outer, channels, inner), in the order of its memory; a channel has its own level."""
-
-    outer: int
-    channels: int
-    inner: int
 
 
 class NativeKernels:
-    """The loaded library; methods take CPU tensors for which ``layout_of`` returned a layout."""
+    """The loaded library; methods take CPU tensors."""
 
     def __init__(self, path: Path) -> None:
         """Load it.
@@ -69,21 +60,14 @@ class NativeKernels:
             self._forward[dtype], self._backward[dtype] = forward, backward
 
     def forward(self, x: Tensor, level: Tensor, offset: Tensor | None = None, *, codes: Codes) -> Tensor:
-        """``x`` on the grid, in its memory format.
-
-        Args:
-            x: any dense tensor.
-            level: clipping level; with an offset the step, positive.
-            offset: value of the lowest code before rounding, or None.
-            codes: lowest, highest, stride; with an offset counted from the lowest.
-        """
+        """``x`` on the grid, as in ``Kernels``."""
         out = torch.empty_like(x)
         self._forward[x.dtype](
             x.data_ptr(),
             out.data_ptr(),
             level.data_ptr(),
             None if offset is None else offset.data_ptr(),
-            *_layout(x, level),  # type: ignore[misc]
+            *layout_of(x, level),  # type: ignore[misc]
             *codes,
             torch.get_num_threads(),
         )
@@ -92,22 +76,12 @@ class NativeKernels:
     def backward(
         self, grad: Tensor, x: Tensor, level: Tensor, offset: Tensor | None = None, *, codes: Codes, kind: int
     ) -> tuple[Tensor, Tensor]:
-        """The gradient to ``x``, and the sums ``RESIDUAL``, ``UNDER`` and ``OVER``, (3, *level.shape).
-
-        Args:
-            grad: upstream gradient, in the shape of ``x``.
-            x: the rest as in ``forward``.
-            level: as there.
-            offset: as there.
-            codes: as there.
-            kind: which sums are needed: ``CLIP``, ``PACT`` or ``OFFSET``; others are 0.
+        """The gradient to ``x`` and the sums, as in ``Kernels``.
 
         Raises:
             MemoryError: none is left for the partial sums.
         """
-        grad_x = torch.empty_like(x)
-        if grad.dtype != x.dtype or grad.stride() != x.stride():
-            grad = torch.empty_like(x).copy_(grad)
+        grad, grad_x = in_layout_of(x, grad), torch.empty_like(x)
         sums = torch.empty((SUMS, *level.shape), dtype=x.dtype)
         failed = self._backward[x.dtype](
             grad.data_ptr(),
@@ -116,7 +90,7 @@ class NativeKernels:
             level.data_ptr(),
             None if offset is None else offset.data_ptr(),
             sums.data_ptr(),
-            *_layout(x, level),  # type: ignore[misc]
+            *layout_of(x, level),  # type: ignore[misc]
             *codes,
             kind,
             torch.get_num_threads(),
@@ -124,39 +98,6 @@ class NativeKernels:
         if failed:
             raise MemoryError("no memory is left for the partial sums of a quantizer's gradient")
         return grad_x, sums
-
-
-def layout_of(x: Tensor, level: Tensor) -> Layout | None:
-    """How the kernels see ``x``; None if they cannot: another device or dtype, gaps, or levels along two dimensions."""
-    plain = type(x) in _PLAIN and type(level) in _PLAIN and x.device.type == level.device.type == "cpu"
-    if not (plain and x.dtype == level.dtype and x.dtype in _NAMES and x.numel() and level.is_contiguous()):
-        return None
-    if level.ndim > x.ndim or not (x.is_contiguous() or _dense(x)):
-        return None
-    return _layout(x, level)
-
-
-def _layout(x: Tensor, level: Tensor) -> Layout | None:
-    count = level.numel()
-    if count == 1:
-        return Layout(1, 1, x.numel())
-    for size, own, stride in zip(
-        reversed(level.shape), reversed(x.shape), reversed(x.stride()), strict=False
-    ):
-        if size == count == own:
-            return Layout(x.numel() // (count * stride), count, stride)
-    return None
-
-
-def _dense(x: Tensor) -> bool:
-    """Whether ``x`` fills its memory without gaps, in any order of dimensions."""
-    filled = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size != 1:
-            if stride != filled:
-                return False
-            filled *= size
-    return True
 
 
 @cache

@@ -1,7 +1,7 @@
 """Layers that round their quantized input again in the backward pass in the place of keeping it.
 
-A layer saves its input for the gradient of its weight. The tensor in front of the quantizer is kept anyway, for the
-quantizer's own gradient and often by the activation function that computed it, so that the quantized tensor need not be.
+A layer saves its input for the gradient of its weight. The tensor in front of the quantizer is kept anyway: for the
+quantizer's own gradient, and often by the activation function that computed it. So the quantized one need not be.
 """
 
 from contextlib import AbstractContextManager, nullcontext

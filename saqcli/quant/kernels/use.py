@@ -4,8 +4,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from saqcli.quant.kernels import native
-from saqcli.quant.kernels.choice import KernelKind
+from saqcli.quant.kernels.choice import KernelKind, fused_kernels
 from saqcli.quant.quantizers.base import quantizers_of
 
 
@@ -33,9 +32,10 @@ def use_kernels(model: nn.Module, kind: KernelKind) -> KernelChoice:
     """
     choice = KernelChoice(kind)
     if kind == "fused":
-        loaded = native.load()
-        if isinstance(loaded, str):
-            choice = KernelChoice("eager", f"quantizers run as separate operations: {loaded}")
+        devices = {level.device.type for one in quantizers_of(model) for level in one.state_dict().values()}
+        reasons = [found for found in map(fused_kernels, sorted(devices)) if isinstance(found, str)]
+        if reasons:
+            choice = KernelChoice("eager", f"quantizers run as separate operations: {reasons[0]}")
     for quantizer in quantizers_of(model):
         quantizer.kernel = choice.kind
     return choice

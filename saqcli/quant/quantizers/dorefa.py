@@ -52,7 +52,8 @@ from torch import Tensor
 
 from saqcli.quant.clip_init import least_level, reduce_to
 from saqcli.quant.grid import TINY, AnyGrid, Grid, between, codes_of, fake_quantize, full_precision, step_of
-from saqcli.quant.kernels.choice import OVER, PACT, UNDER, KernelKind, kernels_for
+from saqcli.quant.kernels.choice import KernelKind, kernels_for
+from saqcli.quant.kernels.layout import OVER, PACT, UNDER
 from saqcli.quant.quantizers.base import LevelQuantizer, Quantizer
 
 

@@ -55,7 +55,8 @@ from torch import Tensor, nn
 
 from saqcli.quant.clip_init import best_level
 from saqcli.quant.grid import TINY, AnyGrid, Grid, between, fake_quantize, full_precision, step_of
-from saqcli.quant.kernels.choice import OFFSET, KernelKind, kernels_for
+from saqcli.quant.kernels.choice import KernelKind, kernels_for
+from saqcli.quant.kernels.layout import OFFSET
 from saqcli.quant.quantizers.base import Quantizer
 
 

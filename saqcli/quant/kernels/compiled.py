@@ -23,9 +23,7 @@ class CompiledKernels:
         from torch._inductor import config
 
         exact = hasattr(config, "eager_numerics") and hasattr(config.eager_numerics, "division_rounding")
-        options = (
-            {"eager_numerics.division_rounding": True} if exact else {}
-        )  # else GPUs divide approximately
+        options: Any = {"eager_numerics.division_rounding": True} if exact else {}  # else GPUs approximate
         self._forward: Any = torch.compile(_forward, dynamic=True, options=options)
         self._backward: Any = torch.compile(_backward, dynamic=True, options=options)
 
@@ -106,10 +104,11 @@ def _levels(level: Tensor | None, layout: Layout | None) -> Tensor | None:
 
 
 def _seen(x: Tensor, layout: Layout | None) -> Tensor:
+    """``x`` in its layout; not a view, since compiled functions are guarded by the shape of what is viewed."""
     assert layout is not None
-    if layout.channels == 1:
-        return x.as_strided((x.numel(),), (1,))
-    return x.as_strided(layout, (layout.channels * layout.inner, layout.inner, 1))
+    shape: tuple[int, ...] = (x.numel(),) if layout.channels == 1 else tuple(layout)
+    stride = (layout.channels * layout.inner, layout.inner, 1)[-len(shape) :]
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape, stride)
 
 
 @cache

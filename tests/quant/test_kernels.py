@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from saqcli.quant.convert import Scheme
 from saqcli.quant.grid import Grid, LevelTable, fake_quantize
-from saqcli.quant.kernels import native
+from saqcli.quant.kernels import compiled, native
+from saqcli.quant.kernels.layout import CLIP, OFFSET
 from saqcli.quant.kernels.use import use_kernels
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers import Quantizer, quantizers_of
@@ -274,6 +275,39 @@ def test_networks_compile_in_one_graph(quantizer: str) -> None:
     for (name, one), (_, two) in zip(net.named_parameters(), compiled.named_parameters(), strict=True):
         scale = float(one.grad.abs().max()) if one.grad is not None else 0.0
         torch.testing.assert_close(two.grad, one.grad, rtol=1e-3, atol=1e-4 * scale, msg=name)
+
+
+# Other devices
+
+
+@built
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_kernels_equal_the_native_ones() -> None:
+    """On the CPU, in the place of a GPU; one compilation serves all sizes."""
+    kernels, native_kernels = compiled.load("cpu"), native.load()
+    assert not isinstance(kernels, str)
+    assert not isinstance(native_kernels, str)
+    graphs = []
+    for sizes in ((5, 4, 6), (7, 9, 10), (11, 13, 14), (17, 18, 19)):
+        for shape, codes, kind, offset in (
+            ((), (0, 15, 1), CLIP, None),
+            ((), (-7, 7, 2), CLIP, None),
+            ((), (0, 15, 1), OFFSET, torch.tensor(-0.3)),
+            ((sizes[0], 1, 1), (-127, 127, 1), CLIP, None),
+        ):
+            x, grad = torch.randn(sizes), torch.randn(sizes)
+            level = torch.rand(shape).add_(0.5) / (15 if kind == OFFSET else 1)
+            outputs = [one.forward(x, level, offset, codes=codes) for one in (kernels, native_kernels)]
+            assert same_bits(*outputs)
+            (to_x, sums), (expected, of_native) = (
+                one.backward(grad, x, level, offset, codes=codes, kind=kind)
+                for one in (kernels, native_kernels)
+            )
+            assert same_bits(to_x, expected)
+            torch.testing.assert_close(sums, of_native, rtol=1e-4, atol=1e-3)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[1]
 
 
 # Building

@@ -4,12 +4,13 @@ What is fastest depends on network and machine, so it is measured: before the fi
 images, without an update. What is chosen changes the last bits of results, so it is part of a run's state: a resumed
 run, all ranks and a rerun compute in the same way.
 
+    kernels          one fused kernel for each quantizer, if the machine has a compiler
     memory format    channels_last where that makes the passes faster
     precision        bfloat16 likewise, if ``training.precision`` is ``auto``
     compiled         the whole network by ``torch.compile``, if the steps ahead repay the time that it takes
 
-Compiled graphs are made for the sizes of whole batches; other batches, such as a short last one, are computed as the
-network is written. A network that cannot be compiled is computed as written.
+Compiled graphs are made for the sizes of whole batches; in training, other batches, such as a short last one, are
+computed as the network is written, and in evaluation padded. A network that cannot be compiled is computed as written.
 """
 
 import math
@@ -24,14 +25,18 @@ from torch import Tensor, nn
 from saqcli import distributed
 from saqcli.config import TrainingSection
 from saqcli.errors import out_of_memory
+from saqcli.quant.kernels.choice import KernelKind
+from saqcli.quant.kernels.use import use_kernels
 from saqcli.quant.layer import quantized_layers
 from saqcli.training.memory import Attempt
 
 MemoryFormat = Literal["contiguous", "channels_last"]
 Precision = Literal["float32", "bfloat16"]
-LEAST_SECONDS = 120.0  # of all steps: below it nothing is measured, let alone compiled
+LEAST_STEPS = 100  # below it nothing is measured
+LEAST_SECONDS = 120.0  # of all steps: below it nothing is changed
 FASTER = 0.95  # of the time before: a smaller gain is noise
 GAIN = 0.3  # share of a step's time that compiling is expected to save
+EVALUATION = 0.2  # of the time of a step: a batch of evaluation
 SECONDS_A_LAYER = 3.0  # to compile, for lack of a measurement of this network
 ROUNDS = 3  # of which the first, which warms up and compiles, does not count
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -45,21 +50,25 @@ class Execution:
         compiled: the network was put through ``torch.compile``.
         memory_format: of images and convolution weights.
         precision: of the forward pass; quantizers compute in float32.
+        kernels: of quantizers that are not compiled with the network, such as those of weights.
         sizes: images of the forward passes that are compiled.
+        evaluates: evaluation is compiled too.
     """
 
     compiled: bool = False
     memory_format: MemoryFormat = "contiguous"
     precision: Precision = "float32"
+    kernels: KernelKind = "eager"
     sizes: tuple[int, ...] = ()
+    evaluates: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in a checkpoint."""
         return asdict(self) | {"sizes": list(self.sizes)}
 
     def recorded(self) -> dict[str, Any]:
-        """What a manifest records: all but the sizes, which follow from the settings."""
-        return {name: value for name, value in asdict(self).items() if name != "sizes"}
+        """What a manifest records."""
+        return {name: value for name, value in asdict(self).items() if name not in ("sizes", "evaluates")}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Execution":
@@ -69,6 +78,7 @@ class Execution:
     def __str__(self) -> str:
         """Such as ``compiled, channels_last, bfloat16``; ``as written`` where nothing was changed."""
         words = ["compiled"] if self.compiled else []
+        words += ["with fused kernels"] if self.kernels == "fused" else []
         words += [value for value in (self.memory_format, self.precision) if value not in _PLAIN]
         return ", ".join(words) or "as written"
 
@@ -90,21 +100,49 @@ class Engine:
         self.model, self._note = model, note
         self.execution = Execution()
         self._compiled: Callable[[Tensor], Tensor] | None = None
+        self._most = 0  # images of a batch of evaluation
+        self._told = False  # that there are no fused kernels
 
     def set(self, execution: Execution) -> None:
         """Compute in this way from now on."""
         if execution.memory_format != self.execution.memory_format:
             self._lay_out(execution.memory_format)
+        if isinstance(self.model, nn.Module) and execution.kernels != self.execution.kernels:
+            kernels = use_kernels(self.model, execution.kernels)
+            if kernels.reason is not None and not self._told:
+                self._note(kernels.reason)
+                self._told = True
+            execution = replace(execution, kernels=kernels.kind)
         if execution.compiled and self._compiled is None:
             self._compiled = torch.compile(self.model, dynamic=False)
         self.execution = execution
 
     def __call__(self, images: Tensor) -> Tensor:
         """The outputs for images (N, C, H, W)."""
-        if images.dim() == 4:
-            images = images.contiguous(memory_format=_FORMATS[self.execution.memory_format])
+        images = self._laid_out(images)
         if not self.execution.compiled or len(images) not in self.execution.sizes:
             return self.model(images)
+        return self._run_compiled(images)
+
+    def evaluate(self, images: Tensor) -> Tensor:
+        """The outputs for images (N, C, H, W) of one pass over evaluation images, whose first batch is the largest."""
+        images = self._laid_out(images)
+        if not self.execution.compiled or not self.execution.evaluates:
+            return self.model(images)
+        self._most = max(self._most, len(images))
+        missing = self._most - len(images)
+        padded = torch.cat([images, images[-1:].expand(missing, *images.shape[1:])]) if missing else images
+        attempt, outputs = Attempt(), list[Tensor]()
+        with attempt:
+            outputs.append(self._run_compiled(padded)[: len(images)])
+        return self.model(images) if attempt.out_of_memory else outputs[0]
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        if images.dim() != 4:
+            return images
+        return images.contiguous(memory_format=_FORMATS[self.execution.memory_format])
+
+    def _run_compiled(self, images: Tensor) -> Tensor:
         assert self._compiled is not None
         try:
             return self._compiled(images)
@@ -112,9 +150,9 @@ class Engine:
             if out_of_memory(error):
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        outputs: Tensor = self.model(images)  # raises if it was the network that failed
+        outputs = self.model(images)  # raises if it was the network that failed
         self._note(f"the network cannot be compiled and is computed as written: {reason}")
-        self.execution = replace(self.execution, compiled=False, sizes=())
+        self.execution = replace(self.execution, compiled=False, sizes=(), evaluates=False)
         return outputs
 
     def restore(self) -> None:
@@ -141,6 +179,7 @@ def choose(
     trial: Trial,
     sizes: tuple[int, ...],
     steps: int,
+    evaluations: int,
     model: nn.Module,
     note: Callable[[str], None],
 ) -> Execution:
@@ -151,6 +190,7 @@ def choose(
         trial: computes a step's passes.
         sizes: images of the forward passes of a whole batch.
         steps: steps ahead.
+        evaluations: batches to evaluate ahead.
         model: the model; its size decides whether compiling is worth a try.
         note: receives a line if anything but the plain way was chosen, or compiling failed.
     """
@@ -158,25 +198,31 @@ def choose(
         memory_format="channels_last" if training.memory_format == "channels_last" else "contiguous",
         precision="bfloat16" if training.precision == "bfloat16" else "float32",
     )
-    compiled = replace(plain, compiled=True, sizes=sizes)
+    compiled = replace(plain, compiled=True, kernels="fused", sizes=sizes, evaluates=evaluations > 0)
     open_choices = "auto" in (training.memory_format, training.precision, training.compile)
-    if not open_choices:
+    if not open_choices or steps < LEAST_STEPS:
         return compiled if training.compile == "on" else plain
     seconds = _Clock(trial)
     if not LEAST_SECONDS <= steps * seconds(plain) < math.inf:
         return compiled if training.compile == "on" else plain
     found = plain
+    if training.compile != "off":
+        found = seconds.faster(replace(found, kernels="fused"), found)
     if training.memory_format == "auto":
         found = seconds.faster(replace(found, memory_format="channels_last"), found)
     if training.precision == "auto":
         found = seconds.faster(replace(found, precision="bfloat16"), found)
-    compiled = replace(found, compiled=True, sizes=sizes)
+    cost = SECONDS_A_LAYER * len(quantized_layers(model))
+    compiled = replace(
+        found,
+        compiled=True,
+        sizes=sizes,
+        evaluates=evaluations > 0 and evaluations * seconds(found) * EVALUATION * GAIN > cost,
+    )
     if training.compile == "on":
         found = compiled
-    elif training.compile == "auto":
-        cost = SECONDS_A_LAYER * len(quantized_layers(model))
-        if distributed.from_first(lambda: steps * seconds(found) * GAIN > 2 * cost):
-            found = seconds.faster(compiled, found)
+    elif training.compile == "auto" and steps * seconds(found) * GAIN > 2 * cost:
+        found = seconds.faster(compiled, found)
     if found != Execution():
         note(
             f"training is computed {found}: {seconds(found):.2f} s for the passes of a step, {seconds(plain):.2f} s as "

@@ -11,12 +11,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from saqcli import distributed
 from saqcli.config import TrainingSection
 from saqcli.errors import RunDirectoryError
 from saqcli.progress import SILENT, Progress, Task
+from saqcli.quant.layer import weight_owners, weights_given
 from saqcli.random_state import random_state, set_random_state
 from saqcli.runs.checkpoints import CheckpointFile
 from saqcli.tasks.classification import Meter, Score, largest_loss
@@ -281,11 +283,13 @@ class Trainer:
 
     def _choose(self, images: Tensor, labels: Tensor) -> Execution:
         stepper = self._stepper
+        epochs = self.training.epochs - self.epoch
         return choose(
             self.training,
             stepper.trial(images, labels),
             stepper.sizes(images, labels),
-            self.training.epochs * len(self.batches) - self._steps - self.step,
+            epochs * len(self.batches) - self.step,
+            epochs * len(self.validation) if self.validation is not None else 0,
             self.model,
             self.progress.note,
         )
@@ -322,11 +326,15 @@ class Trainer:
         """Score of the model, or of its average, on the validation images; the best state is kept."""
         if self.validation is None:
             return None
-        model = self.average.module if self.average else self.model.eval()
-        with self.progress.task("evaluating", len(self.validation)) as task:
+        model, predict = self._evaluated()
+        with (
+            self.progress.task("evaluating", len(self.validation)) as task,
+            torch.no_grad(),
+            weights_given(weight_owners(model)),
+        ):
             interruptible = InterruptibleTask(task, self.run)
             score = evaluate(
-                model,
+                predict,
                 self.validation,
                 interruptible,
                 device=self._stepper.device,
@@ -339,6 +347,12 @@ class Trainer:
             self.best = Best.of(self.epoch + 1, score, model.state_dict())
         self.last = score
         return score
+
+    def _evaluated(self) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+        """The model that is evaluated, in eval mode, and what calls it."""
+        if self.average:
+            return self.average.module, self.average.module
+        return self.model.eval(), self._stepper.engine.evaluate
 
     def _log(self, trained: Score, validated: Score | None, learning_rate: float) -> None:
         """Record the metrics of the epoch, and note the main ones."""

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from saqcli.config import TrainingSection
+from saqcli.quant.kernels.use import KernelChoice
 from saqcli.quant.layer import quantized_layers
+from saqcli.quant.quantizers import quantizers_of
 from saqcli.training import execution
 from saqcli.training.execution import Engine, Execution, choose
 from saqcli.training.trainer import Trainer
@@ -20,7 +22,9 @@ from tests.support.steps import assert_bitwise_equal
 
 PLAIN = Execution()
 LAST = replace(PLAIN, memory_format="channels_last")
-COMPILED = replace(PLAIN, compiled=True, sizes=(16,))
+FUSED = replace(PLAIN, kernels="fused")
+BOTH = replace(LAST, kernels="fused")
+COMPILED = replace(FUSED, compiled=True, evaluates=True, sizes=(16,))
 METHODS: dict[str, dict[str, Any]] = {
     "qat": {"method": "qat"},
     "saq": {},
@@ -75,6 +79,7 @@ def close(one: nn.Module, other: nn.Module) -> bool:
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_after_the_first_compile_nothing(compiler: Counter, method: str) -> None:
     subject, counts = trainer(**METHODS[method]), list[int]()
+    subject.validation = None
     inner = subject._stepper.minimizer.update
     subject._stepper.minimizer.update = lambda passes: (counts.append(compiler.graphs), inner(passes))[1]  # type: ignore[method-assign]
     subject.fit()
@@ -85,12 +90,13 @@ def test_steps_after_the_first_compile_nothing(compiler: Counter, method: str) -
 
 
 def test_both_passes_share_a_graph(compiler: Counter) -> None:
-    trainer().fit()
-    passes = compiler.graphs
-    torch._dynamo.reset()
-    trainer(method="qat").fit()
+    graphs = []
+    for method in ("saq", "qat"):
+        torch._dynamo.reset()
+        trainer(method=method).fit()
+        graphs.append(compiler.graphs)
 
-    assert compiler.graphs == 2 * passes
+    assert graphs[1] == 2 * graphs[0]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -134,14 +140,15 @@ def test_uncompilable_networks_train_as_written(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(execution.torch, "compile", fail)
     notes: list[str] = []
-    subject, eager = trainer(), trainer(compile="off")
+    subject, fused = trainer(), trainer()
     subject._stepper.engine._note = notes.append
+    fused._stepper.choose = lambda *_: FUSED
     subject.fit()
-    eager.fit()
+    fused.fit()
 
     assert notes == ["the network cannot be compiled and is computed as written: no compiler"]
-    assert not subject.execution.compiled
-    assert_bitwise_equal(weights(subject.model), weights(eager.model))
+    assert subject.execution == fused.execution
+    assert_bitwise_equal(weights(subject.model), weights(fused.model))
 
 
 def test_errors_of_the_network_are_its_own() -> None:
@@ -170,7 +177,43 @@ def test_generated_code_trains_and_resumes() -> None:
     assert_bitwise_equal(weights(whole.model), weights(resumed.model))
 
 
-# Memory formats.
+@pytest.mark.parametrize("last", [16, 5])
+def test_compiled_evaluation_equals_eager(compiler: Counter, last: int) -> None:
+    """A short last batch is padded: nothing is compiled for it."""
+    model = quantize(NETWORKS["conv_bn"]).model.eval()
+    engine = Engine(model)
+    engine.set(COMPILED)
+    with torch.no_grad():
+        for batch, _ in data(3, last):
+            assert torch.allclose(engine.evaluate(batch), model(batch), atol=1e-6)
+
+    assert compiler.graphs == 1
+
+
+# Memory formats and kernels.
+
+
+def test_no_compiler_leaves_quantizers_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "use_kernels", lambda *_: KernelChoice("eager", "no compiler"))
+    notes: list[str] = []
+    engine = Engine(quantize(NETWORKS["conv_bn"]).model, notes.append)
+    engine.set(FUSED)
+    engine.set(replace(BOTH, compiled=True))
+
+    assert engine.execution == replace(LAST, compiled=True)
+    assert notes == ["no compiler"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fused_kernels_equal_eager_training(method: str) -> None:
+    fused, eager = (trainer(compile="off", **METHODS[method]) for _ in range(2))
+    fused._stepper.choose = lambda *_: FUSED
+    fused.fit()
+    eager.fit()
+
+    assert fused.execution == FUSED
+    assert {quantizer.kernel for quantizer in quantizers_of(fused.model)} == {"eager"}  # restored
+    assert close(fused.model, eager.model)
 
 
 def test_weights_are_laid_out_as_before_at_the_end() -> None:
@@ -209,20 +252,20 @@ class Timed:
 
 def chosen(timed: Timed, steps: int, **settings: Any) -> Execution:
     model = quantize(NETWORKS["conv_bn"]).model
-    return choose(TrainingSection(**settings), timed, (16,), steps, model, lambda _: None)
+    return choose(TrainingSection(**settings), timed, (16,), steps, steps, model, lambda _: None)
 
 
 def seconds_of(wanted: Execution) -> float:
     spared = 0.1 * (wanted.memory_format == "channels_last") + 0.2 * (wanted.precision == "bfloat16")
-    return 1.0 - spared - 0.4 * wanted.compiled
+    return 1.0 - spared - 0.1 * (wanted.kernels == "fused") - 0.4 * wanted.compiled
 
 
 @pytest.mark.parametrize(
     ("steps", "settings", "expected"),
     [
         (100, {}, PLAIN),
+        (10_000, {}, replace(COMPILED, memory_format="channels_last")),
         (130, {"compile": "off"}, LAST),
-        (10_000, {}, replace(LAST, compiled=True, sizes=(16,))),
         (10_000, {"compile": "off"}, LAST),
         (10_000, {"memory_format": "contiguous"}, COMPILED),
         (10_000, {"memory_format": "contiguous", "compile": "off"}, PLAIN),
@@ -242,7 +285,7 @@ def test_slower_ways_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = Timed(monkeypatch, lambda wanted: 1.0 if wanted == PLAIN else 0.97)
 
     assert chosen(timed, 10_000, precision="auto") == PLAIN
-    assert len({*timed.tried}) == 4
+    assert len({*timed.tried}) == 5
 
 
 def test_trials_leave_everything_as_it_was() -> None:

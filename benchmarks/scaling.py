@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from common import append, read
-from step_time import stepper
+from step_time import configuration, make_trainer, stepper, variant_of
 
 from saqcli import distributed
 from saqcli.config import ModelSection
@@ -43,11 +43,8 @@ METHODS = ("qat", "saq")
 
 def measured_step(model: str, method: str, batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
     """Median seconds of a step of this process together with the others, and its peak memory."""
-    loaded = load_float(ModelSection(name=model, pretrained=False), SILENT)
-    generator = torch.Generator().manual_seed(distributed.index())
-    images = torch.randn(batch, *loaded.preprocessing.input_size, generator=generator).to(device)
-    labels = torch.randint(0, loaded.num_classes, (batch,), generator=generator).to(device)
-    step = stepper(model, method, images, labels, bits=4)
+    variant = variant_of(method)
+    step = stepper(make_trainer(configuration(model, variant), batch, device, variant))
     step()
     seconds = []
     for _ in range(rounds):

@@ -3,8 +3,8 @@
     python benchmarks/step_time.py [--model saq/resnet20] [--batch-size 128] [--quick] [--json]
     python benchmarks/step_time.py --variants qat_eager,qat_compiled
 
-A variant is ``METHOD`` (the settings that ``saq quantize`` trains with by default) or ``METHOD_MODE``, a few settings of
-the training section. The trainer of the product makes its step. All variants take turns on one batch, so that other
+A variant is ``METHOD`` (the settings that ``saq quantize`` trains with by default) or ``METHOD_MODE``, a few settings
+of the training section. The trainer of the product makes its step. All variants take turns on one batch, so that other
 work on the machine disturbs all of them; the figure of a variant is its fastest round.
 
 Peak memory is that of one step above weights, optimizer and images, as torch's allocator counts it.
@@ -193,7 +193,7 @@ def measure(names: list[str], wanted: argparse.Namespace) -> dict[str, Any]:
     device = pick_device(wanted.device)
     steps: dict[str, Step] = {}
     result: dict[str, Any] = dict.fromkeys(names)
-    warm_up, errors, ran_as = dict[str, float](), dict[str, str](), dict[str, Any]()
+    warm_up, errors = dict[str, float](), dict[str, str]()
     for name in names:
         variant = variant_of(name)
         start = time.perf_counter()

@@ -1,8 +1,8 @@
 """The step of a peer's fake-quantized network beside the float and the QAT step of saq, in one process, in turns.
 
-Every script of this folder turns the same float network into that of one peer and hands it to ``main``. Optimizer, loss
-and loop are saq's for all of them, eager, so that only the quantizers differ. The result is one JSON object; a peer that
-does not run gives its reason in the place of seconds.
+Every script of this folder turns the same float network into that of one peer and hands it to ``main``. Optimizer,
+loss and loop are saq's for all of them, eager, so that only the quantizers differ. The result is one JSON object; a
+peer that does not run gives its reason in the place of seconds.
 """
 
 import argparse

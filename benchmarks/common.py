@@ -77,6 +77,11 @@ def instruction_sets() -> list[str]:
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 
 
+def show(wanted: argparse.Namespace, found: Any, text: str) -> None:
+    """Print ``found`` as JSON if the options ask for it, else ``text``."""
+    print(json_text(found) if wanted.json else text)
+
+
 def add_timing(options: argparse.ArgumentParser) -> None:
     """The options of a script that times steps."""
     options.add_argument("--model", default="saq/resnet20")

@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import Step, add_json, add_timing, facts, in_turns, peak_megabytes, plain_parser
+from common import Step, add_json, add_timing, facts, in_turns, peak_megabytes, plain_parser, show
 from torch import Tensor
 
 from saqcli.api.networks import install
@@ -33,7 +33,6 @@ from saqcli.progress import SILENT
 from saqcli.quant.bits import parse_bits
 from saqcli.quant.calibration import observe
 from saqcli.quant.calls import Call
-from saqcli.serialization import json_text
 from saqcli.training.optimizer import in_float
 from saqcli.training.trainer import Trainer
 
@@ -214,7 +213,11 @@ def measure(names: list[str], wanted: argparse.Namespace) -> dict[str, Any]:
     return {
         **result,
         "median": {name: median(values) for name, values in times.items()},
-        "peak_mb": {name: round(peak_megabytes(step, device), 1) for name, step in steps.items()},
+        "peak_mb": {
+            name: round(peak_megabytes(step, device), 1)
+            for name, step in steps.items()
+            if not wanted.quick or name.startswith(("float", "qat"))
+        },
         "warm_up": warm_up,
         "errors": errors,
         "variants": names,
@@ -245,15 +248,15 @@ def main() -> None:
     names = wanted.variants.split(",") if wanted.variants else QUICK if wanted.quick else [*QUICK, *FULL]
     warnings.simplefilter("ignore")
     found = measure(names, wanted)
-    if wanted.json:
-        print(json_text(found))
-        return
-    print(f"{wanted.model}, batch {wanted.batch_size}, {found['device']}, {found['threads']} threads")
+    lines = [f"{wanted.model}, batch {wanted.batch_size}, {found['device']}, {found['threads']} threads"]
     for name in names:
         if name in found["errors"]:
-            print(f"{name:28s} {found['errors'][name]}")
+            lines.append(f"{name:28s} {found['errors'][name]}")
             continue
-        print(f"{name:28s} {1000 * found[name]:8.1f} ms {found['peak_mb'][name]:8.1f} MB above the weights")
+        peak = found["peak_mb"].get(name)
+        memory = "" if peak is None else f" {peak:8.1f} MB above the weights"
+        lines.append(f"{name:28s} {1000 * found[name]:8.1f} ms{memory}")
+    show(wanted, found, "\n".join(lines))
 
 
 if __name__ == "__main__":

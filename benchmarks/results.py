@@ -67,6 +67,9 @@ def steps_section(result: Result) -> str:
             ),
         ),
     ]
+    defaults = [f"{method} {result['ran_as'][method]}" for method in methods if method in result["ran_as"]]
+    if defaults:
+        parts.insert(2, f"By default ran: {'; '.join(defaults)}.")
     if result["errors"]:
         parts.append("\n".join(f"- `{name}` did not run: {why}" for name, why in result["errors"].items()))
     return "\n\n".join(parts) + "\n"

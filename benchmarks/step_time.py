@@ -25,7 +25,7 @@ from torch import Tensor
 
 from saqcli.api.networks import install
 from saqcli.cli.quantize import EFFICIENT
-from saqcli.config import ModelSection, RunConfig, TrainingSection, resolve
+from saqcli.config import ModelSection, RunConfig, resolve
 from saqcli.pipelines.calibration import scheme_of
 from saqcli.pipelines.setup import load_float, wrap_and_trace
 from saqcli.process_group import pick_device
@@ -67,7 +67,8 @@ METHODS = {
     "lsq_plus": Variant({"training.method": "qat", "quantization.quantizer": "lsq_plus"}),
     "pact": Variant({"training.method": "qat", "quantization.quantizer": "pact"}),
 }
-EAGER = {"training.compile": "off", "training.memory_format": "contiguous", "training.precision": "float32"}
+WAYS = ("compile", "memory_format", "precision")
+EAGER = dict(zip((f"training.{name}" for name in WAYS), ("off", "contiguous", "float32"), strict=True))
 COMPILED = {**EAGER, "training.compile": "on"}
 CHANNELS_LAST = {"training.memory_format": "channels_last"}
 BF16 = {"training.precision": "bfloat16"}
@@ -93,21 +94,31 @@ FULL = """
 """.split()
 
 
+def split(name: str) -> tuple[str, str]:
+    """Method and mode of a variant; no mode for the settings by default.
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+    for method in sorted(METHODS, key=len, reverse=True):
+        mode = name.removeprefix(method).removeprefix("_")
+        if name in (method, f"{method}_{mode}") and mode in ("", *MODES):
+            return method, mode
+    raise ValueError(
+        f"{name} is no variant: give METHOD or METHOD_MODE; methods are {', '.join(METHODS)}, "
+        f"modes {', '.join(MODES)}"
+    )
+
+
 def variant_of(name: str) -> Variant:
     """The variant with this name.
 
     Raises:
         ValueError: there is none.
     """
-    for method in sorted(METHODS, key=len, reverse=True):
-        mode = name.removeprefix(method).removeprefix("_")
-        if name in (method, f"{method}_{mode}") and mode in ("", *MODES):
-            found = METHODS[method]
-            return Variant(found.settings | MODES.get(mode, {}), found.quantized, found.repeats)
-    raise ValueError(
-        f"{name} is no variant: give METHOD or METHOD_MODE; methods are {', '.join(METHODS)}, "
-        f"modes {', '.join(MODES)}"
-    )
+    method, mode = split(name)
+    found = METHODS[method]
+    return Variant(found.settings | MODES.get(mode, {}), found.quantized, found.repeats)
 
 
 class OneBatch:
@@ -138,25 +149,16 @@ def configuration(model: str, variant: Variant, side: int | None = None, bits: s
         "model.input_size": side,
         "quantization.bits": bits,
     }
-    return resolve(options=options | _known(variant.settings))
-
-
-def _known(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that this version has."""
-    return {k: v for k, v in settings.items() if k.rpartition(".")[2] not in OUTSIDE}
-
-
-OUTSIDE = {"compile", "memory_format"} - set(TrainingSection.model_fields)
+    return resolve(options=options | variant.settings)
 
 
 def make_trainer(config: RunConfig, batch_size: int, device: torch.device, variant: Variant) -> Trainer:
     """The trainer of a network with random weights on one batch; without quantizers it takes plain steps."""
-    quantized = variant.quantized
     loaded = load_float(config.model, SILENT)
     shape = loaded.preprocessing.input_size
     batches = random_batch(batch_size, shape, loaded.num_classes, device)
     training, model = config.training, loaded.model
-    if quantized:
+    if variant.quantized:
         network = wrap_and_trace(loaded)
         assert config.quantization.bits is not None
         policy = network.costs.uniform(network.name, parse_bits(config.quantization.bits))
@@ -166,13 +168,6 @@ def make_trainer(config: RunConfig, batch_size: int, device: torch.device, varia
     else:
         training = in_float(training, batch_size)
     model.to(device).train()
-    if "memory_format" in OUTSIDE and variant.settings.get("training.memory_format") == "channels_last":
-        for p in model.parameters():
-            if p.dim() == 4:
-                p.data = p.data.to(memory_format=torch.channels_last)
-        batches.batch = (batches.batch[0].to(memory_format=torch.channels_last), batches.batch[1])
-    if "compile" in OUTSIDE and variant.settings.get("training.compile") == "on":
-        model.compile()
     return Trainer(model, batches, training, num_classes=loaded.num_classes, image_size=max(shape[1:]))
 
 
@@ -187,39 +182,83 @@ def stepper(trainer: Trainer) -> Step:
     return lambda: trainer._stepper(images, labels)
 
 
-def measure(names: list[str], wanted: argparse.Namespace) -> dict[str, Any]:
-    """Fastest seconds of every variant, None where one does not run; and what is known of each."""
-    device = pick_device(wanted.device)
-    steps: dict[str, Step] = {}
-    result: dict[str, Any] = dict.fromkeys(names)
-    warm_up, errors = dict[str, float](), dict[str, str]()
-    for name in names:
-        variant = variant_of(name)
-        start = time.perf_counter()
+class Suite:
+    """Variants that are ready to be timed.
+
+    Attributes:
+        steps: by variant.
+        ran_as: how every variant computes: compiled, memory format and precision.
+        same_as: variants that compute as another one of ``steps``, such as the default one, and are not timed again.
+        warm_up: seconds until each was ready.
+        errors: why a variant does not run.
+    """
+
+    def __init__(self, wanted: argparse.Namespace, device: torch.device) -> None:
+        self.wanted, self.device = wanted, device
+        self.steps: dict[str, Step] = {}
+        self.ran_as, self.same_as, self.errors = dict[str, str](), dict[str, str](), dict[str, str]()
+        self.warm_up: dict[str, float] = {}
+        self._ways: dict[tuple[str, Way], str] = {}
+
+    def add(self, name: str) -> None:
+        """Make and warm up a variant."""
+        method, mode = split(name)
+        known = self._ways.get((method, way_of(MODES[mode]))) if mode else None
+        if known is not None:
+            self.same_as[name], self.ran_as[name] = known, self.ran_as[known]
+            return
+        variant, start = variant_of(name), time.perf_counter()
         try:
-            config = configuration(wanted.model, variant, wanted.side, wanted.bits)
-            trainer = make_trainer(config, wanted.batch_size, device, variant)
+            config = configuration(self.wanted.model, variant, self.wanted.side, self.wanted.bits)
+            trainer = make_trainer(config, self.wanted.batch_size, self.device, variant)
             step = stepper(trainer)
             for _ in range(WARM_UP * variant.repeats):
                 step()
         except Exception as error:  # a variant that does not run must not stop the others
-            errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            continue
-        steps[name], warm_up[name] = step, round(time.perf_counter() - start, 2)
-        print(f"{name}: ready after {warm_up[name]:.1f} s", file=sys.stderr)
-    repeats = {name: variant_of(name).repeats for name in steps}
-    times = in_turns(steps, wanted.rounds, wanted.clock, repeats)
-    result |= {name: min(values) for name, values in times.items()}
+            self.errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return
+        ran = trainer.execution
+        assert ran is not None
+        self.ran_as[name] = str(ran)
+        self._ways.setdefault((method, (ran.compiled, ran.memory_format, ran.precision)), name)
+        self.steps[name], self.warm_up[name] = step, round(time.perf_counter() - start, 2)
+        print(f"{name}: {ran}, ready after {self.warm_up[name]:.1f} s", file=sys.stderr)
+
+    def filled(self, values: dict[str, Any]) -> dict[str, Any]:
+        """``values`` with those of the variants that compute as another one."""
+        return values | {name: values[as_] for name, as_ in self.same_as.items() if as_ in values}
+
+
+Way = tuple[bool, str, str]  # compiled, memory format, precision
+
+
+def way_of(mode: dict[str, Any]) -> Way:
+    """How a mode computes."""
+    compiled, memory_format, precision = (mode[f"training.{name}"] for name in WAYS)
+    return compiled == "on", memory_format, precision
+
+
+def measure(names: list[str], wanted: argparse.Namespace) -> dict[str, Any]:
+    """Fastest seconds of every variant, None where one does not run; and what is known of each."""
+    device = pick_device(wanted.device)
+    suite = Suite(wanted, device)
+    for name in names:
+        suite.add(name)
+    repeats = {name: variant_of(name).repeats for name in suite.steps}
+    times = in_turns(suite.steps, wanted.rounds, wanted.clock, repeats)
+    peaks = {
+        name: round(peak_megabytes(step, device), 1)
+        for name, step in suite.steps.items()
+        if not wanted.quick or name.startswith(("float", "qat"))
+    }
     return {
-        **result,
-        "median": {name: median(values) for name, values in times.items()},
-        "peak_mb": {
-            name: round(peak_megabytes(step, device), 1)
-            for name, step in steps.items()
-            if not wanted.quick or name.startswith(("float", "qat"))
-        },
-        "warm_up": warm_up,
-        "errors": errors,
+        **dict.fromkeys(names),
+        **suite.filled({name: min(values) for name, values in times.items()}),
+        "median": suite.filled({name: median(values) for name, values in times.items()}),
+        "peak_mb": suite.filled(peaks),
+        "ran_as": suite.ran_as,
+        "warm_up": suite.warm_up,
+        "errors": suite.errors,
         "variants": names,
         "model": wanted.model,
         "batch_size": wanted.batch_size,
@@ -255,7 +294,7 @@ def main() -> None:
             continue
         peak = found["peak_mb"].get(name)
         memory = "" if peak is None else f" {peak:8.1f} MB above the weights"
-        lines.append(f"{name:28s} {1000 * found[name]:8.1f} ms{memory}")
+        lines.append(f"{name:28s} {1000 * found[name]:8.1f} ms{memory:34s}   {found['ran_as'][name]}")
     show(wanted, found, "\n".join(lines))
 
 

@@ -19,7 +19,8 @@ def quantized(model: nn.Module, images: Tensor) -> nn.Module:
     exported = torch.export.export(model.train(), (images,)).module()
     prepared: nn.Module = prepare_qat_pt2e(exported, XNNPACKQuantizer().set_global(config))
     allow_exported_model_train_eval(prepared)
-    return prepared.train()
+    prepared.train()  # returns nothing
+    return prepared
 
 
 if __name__ == "__main__":

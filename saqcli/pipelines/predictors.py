@@ -20,6 +20,7 @@ from saqcli.pipelines.setup import classes_of, load_float, try_classifier
 from saqcli.progress import Progress
 from saqcli.serialization import printable
 from saqcli.tasks.labels import Classes
+from saqcli.training.execution import Engine, Execution
 from saqcli.units import counted
 from saqcli.verify.runtime import onnx_session
 
@@ -156,36 +157,24 @@ def with_memory_format(predictor: Predictor, requested: str, progress: Progress)
     network = predictor.predict
     if not isinstance(network, nn.Module):
         return predictor
-    large = max(predictor.preprocessing.input_size[1:]) > LARGEST_CONTIGUOUS_SIDE
-    if requested == "contiguous" or (
-        requested == "auto" and not (large and predictor.device.type == "cpu" and _convolutions(network))
-    ):
+    pays = (
+        predictor.device.type == "cpu"
+        and max(predictor.preprocessing.input_size[1:]) > LARGEST_CONTIGUOUS_SIDE
+        and any(isinstance(module, nn.Conv2d | nn.ConvTranspose2d) for module in network.modules())
+    )
+    if requested == "contiguous" or (requested == "auto" and not pays):
         return predictor
-    _lay_out(network, torch.channels_last)
+    engine = Engine(network)
+    engine.set(Execution(memory_format="channels_last"))
     if (problem := _problem(network.eval(), predictor)) is None:
         return replace(predictor, memory_format="channels_last")
     if requested == "channels_last":
         raise UnsupportedModel(
             f"{predictor.name} fails in channels_last ({problem}): remove `memory_format=channels_last`"
         )
-    _lay_out(network, torch.contiguous_format)
+    engine.restore()
     progress.note(f"{predictor.name} fails in channels_last, its tensors stay contiguous: {problem}")
     return predictor
-
-
-def _convolutions(network: nn.Module) -> list[nn.Parameter]:
-    """The weights of 2-D convolutions."""
-    found = [
-        module._parameters["weight"]
-        for module in network.modules()
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
-    ]
-    return [weight for weight in found if weight is not None]
-
-
-def _lay_out(network: nn.Module, memory_format: torch.memory_format) -> None:
-    for weight in _convolutions(network):
-        weight.data = weight.data.contiguous(memory_format=memory_format)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, parser, read
+from common import add_json, append, parser, read, show
 
 from saqcli.cli.options import parse_assignments, parse_numbers
 from saqcli.config import RunConfig, resolve
@@ -110,18 +110,23 @@ def together(scores: dict[str, list[float]]) -> float:
     return sum(images * top1 for images, top1, _ in scores.values()) / sum(s[0] for s in scores.values())
 
 
-def table(lines: list[dict[str, Any]]) -> None:
-    """Print top-1 over all images, one row per variant, after the float accuracies."""
+def table(lines: list[dict[str, Any]]) -> str:
+    """Top-1 over all images, one row per variant, after the float accuracies."""
+    text = []
     for model in dict.fromkeys(line["model"] for line in lines):
         own = [line for line in lines if line["model"] == model]
         widths = sorted({line["bits"] for line in own if line["bits"]}, reverse=True)
         in_float = next(line["scores"] for line in own if not line["bits"])
-        print(f"\n{model}: float {together(in_float):.2f}", {k: round(v[1], 2) for k, v in in_float.items()})
-        print(f"| variant | {' | '.join(f'{width} bits' for width in widths)} |\n|--{'|--' * len(widths)}|")
+        each = {k: round(v[1], 2) for k, v in in_float.items()}
+        text += [f"\n{model}: float {together(in_float):.2f} {each}"]
+        text += [
+            f"| variant | {' | '.join(f'{width} bits' for width in widths)} |\n|--{'|--' * len(widths)}|"
+        ]
         for name in dict.fromkeys(line["variant"] for line in own if line["bits"]):
             found = {line["bits"]: together(line["scores"]) for line in own if line["variant"] == name}
             cells = [f"{found[w]:.2f}" if w in found else "" for w in widths]
-            print(f"| {name} | {' | '.join(cells)} |")
+            text.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(text)
 
 
 def main() -> None:
@@ -135,12 +140,21 @@ def main() -> None:
     options.add_argument("--variants", help="names, separated by semicolons; all of them by default")
     options.add_argument("--out", type=Path, required=True)
     options.add_argument("--table", action="store_true")
+    options.add_argument("--quick", action="store_true", help="the default and the plain variant at 4 bits")
+    add_json(options)
     wanted = options.parse_args()
+    if wanted.quick:
+        wanted.variants, wanted.bits = "plain;bias, bn", "4"
     wanted.out.mkdir(parents=True, exist_ok=True)
     path = wanted.out / "calibration.jsonl"
-    if wanted.table:
-        table(read(path))
-        return
+    if not wanted.table:
+        measure_missing(wanted, path)
+    if wanted.table or wanted.json:
+        show(wanted, {"results": read(path)}, table(read(path)))
+
+
+def measure_missing(wanted: Any, path: Path) -> None:
+    """Measure what has no line in the file at ``path``."""
     done = {(line["model"], line["variant"], line["bits"]) for line in read(path)}
     bench = Bench(wanted)
     names = wanted.variants.split(";") if wanted.variants else list(VARIANTS)

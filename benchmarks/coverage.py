@@ -340,7 +340,7 @@ def run_all(names: list[str], out: Path, jobs: int, seconds: float, gibibytes: f
     """Run all networks without a complete record, ``jobs`` at a time."""
     waiting = [name for name in names if not _ended(_record(out, name))]
     running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
-    print(f"{len(names)} networks, {len(waiting)} to run", flush=True)
+    print(f"{len(names)} networks, {len(waiting)} to run", file=sys.stderr)
     while waiting or running:
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
@@ -357,7 +357,7 @@ def run_all(names: list[str], out: Path, jobs: int, seconds: float, gibibytes: f
             if not _ended(_record(out, name)):
                 _stop(process, _record(out, name), "died")
             del running[name]
-            print(_line(out, name), flush=True)
+            print(_line(out, name), file=sys.stderr)
 
 
 def _record(out: Path, name: str) -> Path:
@@ -480,6 +480,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--gibibytes", type=float, default=10)
     parser.add_argument("--table", action="store_true", help="write the results into docs and package")
+    parser.add_argument("--quick", action="store_true", help="the five smallest networks")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -489,9 +491,12 @@ def main() -> None:
     if args.table:
         write_tables(args.out)
         return
-    names = args.models or smallest()
+    names = args.models or smallest()[: 5 if args.quick else None]
     run_all(names, args.out, args.jobs, args.seconds, args.gibibytes)
     bad = [facts for name in names if failure(facts := json.loads(_record(args.out, name).read_text()))]
+    if args.json:
+        print(json.dumps({"records": [json.loads(_record(args.out, name).read_text()) for name in names]}))
+        return
     print(f"{len(names) - len(bad)} of {len(names)} went through everything")
 
 

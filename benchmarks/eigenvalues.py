@@ -8,13 +8,14 @@ All states are measured on the same training images. Use the same model, weights
 """
 
 import torch
-from common import append, read
+from common import add_json, append, read
 from minimizers import METHODS, Prepared, arguments, state_path
 
 from saqcli.analysis import INSTRUMENTS, AnalysisInput, Session, Settings
 from saqcli.data.loaders import calibration_loader, read_all
 from saqcli.progress import SILENT
 from saqcli.quant.layer import quantized_layers
+from saqcli.serialization import json_text
 
 
 def main() -> None:
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--starts", type=int, default=1)
     parser.add_argument("--tolerance", type=float, default=1e-3)
+    add_json(parser)
     wanted = parser.parse_args()
     results = wanted.out / "eigenvalues.jsonl"
     done = {(r["bits"], r["name"], r["seed"]) for r in read(results)}
@@ -53,6 +55,8 @@ def main() -> None:
                 reading = INSTRUMENTS["eigenvalue"].measure(subject, settings, Session())
                 line = {"bits": bits, "name": name, "seed": seed, "images": subject.images}
                 append(results, line | reading.to_dict())
+    if wanted.json:
+        print(json_text({"eigenvalues": read(results)}))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 All methods start from the same calibrated network. Every (bits, method, seed) is one line of
 ``results/results.jsonl``; existing lines are not run again, so the script can be interrupted and restarted. The trained
 states are saved in the same folder, for ``saq analyze`` and ``eigenvalues.py``. ``--table`` only prints the existing
-results as Markdown.
+results as Markdown, ``--json`` prints them as JSON. ``--quick`` runs QAT and SAQ once, at 4 bits.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, parser, read, spread
+from common import add_json, append, parser, read, show, spread
 
 from saqcli.config import RunConfig, resolve
 from saqcli.data.splits import Images
@@ -194,11 +194,16 @@ def main() -> None:
     """Measure, or print the table."""
     options = arguments(__doc__)
     options.add_argument("--table", action="store_true")
+    options.add_argument("--quick", action="store_true")
+    add_json(options)
     wanted = options.parse_args()
+    if wanted.quick:
+        wanted.bits, wanted.seeds, wanted.methods = "4", 1, "qat;saq"
     if not wanted.table:
         wanted.out.mkdir(parents=True, exist_ok=True)
         measure(wanted)
-    print(table(read(wanted.out / "results.jsonl"), read(wanted.out / "eigenvalues.jsonl")))
+    lines, eigenvalues = read(wanted.out / "results.jsonl"), read(wanted.out / "eigenvalues.jsonl")
+    show(wanted, {"results": lines, "eigenvalues": eigenvalues}, table(lines, eigenvalues))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import copy
 from pathlib import Path
 
 import torch
-from common import parser
+from common import add_json, parser, show
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,7 +38,11 @@ def main() -> None:
     options.add_argument("--budget", default="w3a3")
     options.add_argument("--out", type=Path, required=True)
     options.add_argument("--configurations", type=int, default=40)
+    options.add_argument("--quick", action="store_true", help="8 configurations")
+    add_json(options)
     wanted = options.parse_args()
+    if wanted.quick:
+        wanted.configurations = 8
     config = resolve(
         options={
             "model.name": wanted.model,
@@ -66,14 +70,19 @@ def main() -> None:
     rows = (cached(wanted.out, supernet, choice) for choice in choices)
     losses, right = (torch.stack(each) for each in zip(*rows, strict=True))
     count = losses.shape[1]
-    print(f"{len(choices)} configurations, {count} held-out images")
-    print(
-        "| images | top-1 with top-1 on all | loss with loss on all | loss with top-1 on all |\n|--|--|--|--|"
-    )
+    table = [
+        f"{len(choices)} configurations, {count} held-out images",
+        "| images | top-1 with top-1 on all | loss with loss on all | loss with top-1 on all |",
+        "|--|--|--|--|",
+    ]
+    correlations = {}
     for size in (*(size for size in SIZES if size < count), count):
         pairs = ((right, right), (losses, losses), (losses, -right))
         found = [spearmanr(some[:, :size].mean(1), every.mean(1)).statistic for some, every in pairs]
-        print(f"| {size} | " + " | ".join(f"{value:.3f}" for value in found) + " |")
+        table.append(f"| {size} | " + " | ".join(f"{value:.3f}" for value in found) + " |")
+        correlations[str(size)] = dict(zip(("top1", "loss", "loss_top1"), map(float, found), strict=True))
+    result = {"configurations": len(choices), "images": count, "correlations": correlations}
+    show(wanted, result, "\n".join(table))
 
 
 def cached(out: Path, supernet: Supernet, choice: list[int]) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ is printed for ``--processes``, where the all-reduce of n processes takes 2 (n -
 docs/scaling.md). These hours are computed, not measured.
 """
 
-import argparse
 import math
 import statistics
 import time
@@ -25,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, read
-from step_time import stepper
+from common import add_json, append, plain_parser, read
+from step_time import configuration, make_trainer, stepper, variant_of
 
 from saqcli import distributed
 from saqcli.config import ModelSection
@@ -35,7 +34,7 @@ from saqcli.data.loaders import make_loader
 from saqcli.pipelines.setup import load_float
 from saqcli.process_group import process_group
 from saqcli.progress import SILENT
-from saqcli.serialization import make_folder
+from saqcli.serialization import json_text, make_folder
 
 IMAGENET = 1_281_167  # images of its training split
 METHODS = ("qat", "saq")
@@ -43,11 +42,8 @@ METHODS = ("qat", "saq")
 
 def measured_step(model: str, method: str, batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
     """Median seconds of a step of this process together with the others, and its peak memory."""
-    loaded = load_float(ModelSection(name=model, pretrained=False), SILENT)
-    generator = torch.Generator().manual_seed(distributed.index())
-    images = torch.randn(batch, *loaded.preprocessing.input_size, generator=generator).to(device)
-    labels = torch.randint(0, loaded.num_classes, (batch,), generator=generator).to(device)
-    step = stepper(model, method, images, labels, bits=4)
+    variant = variant_of(method)
+    step = stepper(make_trainer(configuration(model, variant), batch, device, variant))
     step()
     seconds = []
     for _ in range(rounds):
@@ -109,6 +105,7 @@ class Records:
         record = {**key, **measure()}
         if distributed.first():
             append(self.path, record)
+        self.known.append(record)
         return record
 
 
@@ -137,9 +134,7 @@ class Plan:
 
 def main() -> None:
     """Measure, then compute."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", default="resnet18,resnet50,mobilenetv2_100,vit_base_patch16_224")
     parser.add_argument("--batch-size", type=int, default=16, help="images per process and step")
@@ -152,7 +147,11 @@ def main() -> None:
     parser.add_argument(
         "--loading", type=float, default=math.inf, help="images/s that are loaded for a process"
     )
+    parser.add_argument("--quick", action="store_true", help="ResNet-18 alone, one round")
+    add_json(parser)
     wanted = parser.parse_args()
+    if wanted.quick:
+        wanted.models, wanted.rounds = "resnet18", 1
     make_folder(wanted.out)
     records = Records(wanted.out / "records.jsonl")
     plan = Plan(wanted.batch_size, wanted.epochs, wanted.bandwidth * 1e9, wanted.loading)
@@ -170,8 +169,10 @@ def main() -> None:
                 found = records.get(measure, **key, device=device.type)
                 step = found["seconds"] - (reduced["seconds"] if distributed.count() > 1 else 0.0)
                 hours = [f"{count}: {plan.hours(step, reduced['bytes'], count):.1f}" for count in counts]
-                if distributed.first():
+                if distributed.first() and not wanted.json:
                     print(f"{model} {method}, {plan.epochs} epochs, hours by processes: {', '.join(hours)}")
+        if wanted.json and distributed.first():
+            print(json_text({"records": records.known}))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 Every search and every fine-tuning is one line of ``results/results.jsonl``; existing lines are not run again, so the
 script can be interrupted and restarted. Equal policies are trained once. The cost of a search is given in epochs of
 plain QAT on all training images, timed by ``--time``; on a CPU both are processor time, which depends little on other
-work on the machine. ``--table`` prints the existing results as Markdown.
+work on the machine. ``--table`` prints the existing results as Markdown, and ``--json`` as JSON. ``--quick``
+compares two searchers at one budget, with one fine-tuning each.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, parser, read, spread
+from common import add_json, append, parser, read, show, spread
 from torch import nn
 
 from saqcli.config import RunConfig, resolve
@@ -267,12 +268,17 @@ def main() -> None:
     options.add_argument("--search-only", action="store_true")
     options.add_argument("--time", action="store_true", help="only time an epoch of plain QAT")
     options.add_argument("--table", action="store_true")
+    options.add_argument("--quick", action="store_true")
+    add_json(options)
     wanted = options.parse_args()
-    if wanted.table:
-        print(table(read(wanted.out / "results.jsonl")))
-        return
-    wanted.out.mkdir(parents=True, exist_ok=True)
-    measure(wanted)
+    if wanted.quick:
+        wanted.budgets, wanted.searchers, wanted.seeds = "w4a4", "uniform;error", 1
+    if not wanted.table:
+        wanted.out.mkdir(parents=True, exist_ok=True)
+        measure(wanted)
+    if wanted.table or wanted.json:
+        lines = read(wanted.out / "results.jsonl")
+        show(wanted, {"results": lines}, table(lines))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ ROOMS = (
 )
 BASE = {
     "_version",
+    "allocator",
     "config",
     "distributed",
     "errors",

@@ -1,21 +1,59 @@
-"""The scripts in ``benchmarks/`` import the package as it is."""
+"""The scripts in ``benchmarks/`` import the package as it is, and their page of results is what they make of it."""
 
+import json
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-SCRIPTS = sorted(FOLDER.glob("*.py"))
+SCRIPTS = sorted([*FOLDER.glob("*.py"), *FOLDER.glob("peers/*.py")])
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_benchmark_can_be_imported(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def own_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Scripts import each other by name; afterwards these names are free for others."""
+    monkeypatch.syspath_prepend(str(FOLDER / "peers"))
     monkeypatch.syspath_prepend(str(FOLDER))
-    try:
-        runpy.run_path(str(script), run_name="imported")
-    finally:
-        for name, module in list(sys.modules.items()):  # of other scripts, whose names others may want
-            if Path(getattr(module, "__file__", None) or "/").parent == FOLDER:
-                del sys.modules[name]
+    yield
+    for name, module in list(sys.modules.items()):
+        if FOLDER in Path(getattr(module, "__file__", None) or "/").parents:
+            del sys.modules[name]
+
+
+def script(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(FOLDER / name), run_name="imported")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_benchmark_can_be_imported(path: Path) -> None:
+    runpy.run_path(str(path), run_name="imported")
+
+
+def test_step_time_prints_one_object(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["float", "qat_eager", "saq_norms_eager", "lsq_bf16"]
+    asked = f"--model saq/resnet20 --batch-size 2 --rounds 1 --quick --json --variants {','.join(names)}"
+    monkeypatch.setattr(sys, "argv", ["step_time.py", *asked.split()])
+    script("step_time.py")["main"]()
+    found = json.loads(capsys.readouterr().out)
+    assert not found["errors"]
+    assert all(found[name] > 0 for name in names)
+    assert found["peak_mb"]["qat_eager"] > 0 and found["peak_mb"]["float"] > 0
+    assert {"date", "cpu", "isa", "threads", "torch", "command", "side"} <= found.keys()
+
+
+def test_every_named_variant_exists() -> None:
+    steps = script("step_time.py")
+    for name in (*steps["QUICK"], *steps["FULL"]):
+        steps["variant_of"](name)
+    with pytest.raises(ValueError, match="saq_norms_eagerly is no variant"):
+        steps["variant_of"]("saq_norms_eagerly")
+
+
+def test_results_page_is_current() -> None:
+    assert script("results.py")["page"]() == (FOLDER / "RESULTS.md").read_text(encoding="utf-8")

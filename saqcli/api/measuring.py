@@ -13,7 +13,7 @@ from saqcli.api.files import opened
 from saqcli.api.info import bits_of, info, quantization_of, unwrapped
 from saqcli.errors import ConfigError, DataError, UnsupportedModel
 from saqcli.progress import SILENT, Progress
-from saqcli.quant.layer import in_eval_mode, quantized_layers
+from saqcli.quant.layer import in_eval_mode, quantized_layers, weight_owners, weights_given
 from saqcli.serialization import parse_object
 from saqcli.tasks.classification import Meter, Score, unfit
 
@@ -42,7 +42,12 @@ def evaluate(
     """
     module, meter = unwrapped(opened(model)), Meter()
     reader = BatchReader(module, inputs)
-    with in_eval_mode(module), torch.no_grad(), progress.task("evaluating", _length(data)) as task:
+    with (
+        in_eval_mode(module),
+        torch.no_grad(),
+        weights_given(weight_owners(module)),
+        progress.task("evaluating", _length(data)) as task,
+    ):
         for batch in data:
             meter.update(*_scores_and_labels(module, reader, batch))
             so_far = meter.score()

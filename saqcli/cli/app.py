@@ -11,6 +11,7 @@ import typer
 import typer.main
 
 from saqcli._version import __version__
+from saqcli.allocator import keep_freed_memory
 from saqcli.cli.help import HelpCommand, HelpGroup
 
 COMMANDS = {  # names and the first sentence of the help
@@ -100,11 +101,13 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line, with telemetry and unneeded files of libraries disabled before they are imported.
+    """Run the command line, with the allocator set, and telemetry and unneeded files of libraries disabled.
 
-    ONNX Runtime sends usage data, and keeps a device id and a database in the home folder. PyTorch creates a cache
-    folder for compiled code, which saq does not use, unless it is given an existing one.
+    All of it comes before libraries are imported. ONNX Runtime sends usage data, and keeps a device id and a database
+    in the home folder. PyTorch creates a cache folder for compiled code, which saq does not use, unless it is given an
+    existing one.
     """
+    keep_freed_memory()
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     app()

@@ -28,7 +28,7 @@ SWITCHES = {"overwrite", "resume", "bench"}  # arguments that are booleans
 ARGUMENTS = {
     name: f"--{name.replace('_', '-')}"
     for name in (
-        *(*SWITCHES, "run_dir", "out", "recipe", "config", "nproc_per_node", "builder"),
+        *(*SWITCHES, "run_dir", "out", "recipe", "config", "nproc_per_node", "builder", "memory_format"),
         *("bits", "policy", "style", "against", "grid", "batch_sizes", "threads", "repeats"),
     )
 } | {"path": "--onnx", "runtimes": "--verify", "assignments": "--set"}

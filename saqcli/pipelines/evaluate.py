@@ -14,7 +14,7 @@ from saqcli.data.splits import open_named, validation_loader
 from saqcli.errors import ConfigError, Problems
 from saqcli.pipelines.bench import Bench, BenchSettings, bench_target
 from saqcli.pipelines.checks import check_builds, check_device, check_images, check_model
-from saqcli.pipelines.predictors import Predictor, open_target
+from saqcli.pipelines.predictors import Predictor, check_memory_format, open_target, with_memory_format
 from saqcli.pipelines.setup import with_trained_rotation
 from saqcli.process_group import process_group, started_by_torchrun
 from saqcli.progress import SILENT, Progress
@@ -30,6 +30,7 @@ class Evaluation:
         target: the evaluated target.
         score: accuracy and loss; None for a benchmark without images.
         images_per_second: throughput, including reading the images.
+        memory_format: of the convolutions, which the last bits of the loss depend on; None in ONNX Runtime.
         bench: the benchmark; None if not requested.
         class_order: how folders were mapped to classes, see ``Numbering``; None without images.
     """
@@ -37,6 +38,7 @@ class Evaluation:
     target: str
     score: Score | None
     images_per_second: float | None = None
+    memory_format: str | None = None
     bench: Bench | None = None
     class_order: str | None = None
 
@@ -51,6 +53,7 @@ class Evaluation:
             "images": score and score.images,
             "skipped": score and score.skipped,
             "images_per_second": self.images_per_second,
+            "memory_format": self.memory_format,
             "class_order": self.class_order,
             "bench": self.bench and self.bench.to_dict(),
         }
@@ -65,6 +68,7 @@ def evaluate_target(
     progress: Progress,
     bench: BenchSettings | None = None,
     builder: str | None = None,
+    memory_format: str = "auto",
 ) -> Evaluation:
     """Accuracy, speed, or both, of a model name, a run directory, a safetensors or an ONNX file.
 
@@ -76,21 +80,24 @@ def evaluate_target(
         progress: reports every batch and every round.
         bench: settings of the benchmark, if any.
         builder: name of the user's own network that a run or file was made from.
+        memory_format: for the accuracy, see ``with_memory_format``.
 
     Raises:
         SaqError: the target or the data cannot be used.
     """
     if bench is None:
-        return _accuracy(target, section, data, device, progress, builder)
+        return _accuracy(target, section, data, device, progress, builder, memory_format)
     if started_by_torchrun():
         raise ConfigError("`bench` runs in one process: start it without torchrun")
     problems = Problems()
     problems.attempt(bench.check)
-    problems.attempt(check_evaluation, target, section, data, device, builder, needs_images=False)
+    problems.attempt(
+        check_evaluation, target, section, data, device, builder, memory_format, needs_images=False
+    )
     problems.check()
     if data.path is None:
         return Evaluation(target, None, bench=bench_target(target, section, bench, progress, builder))
-    found = _accuracy(target, section, data, device, progress, builder)
+    found = _accuracy(target, section, data, device, progress, builder, memory_format)
     return replace(found, bench=bench_target(target, section, bench, progress, builder))
 
 
@@ -101,9 +108,13 @@ def _accuracy(
     device: str,
     progress: Progress,
     builder: str | None,
+    memory_format: str,
 ) -> Evaluation:
-    with process_group(device, lambda: check_evaluation(target, section, data, device, builder)) as place:
-        return _on(place, target, section, data, progress if distributed.first() else SILENT, builder)
+    with process_group(
+        device, lambda: check_evaluation(target, section, data, device, builder, memory_format)
+    ) as place:
+        shown = progress if distributed.first() else SILENT
+        return _on(place, target, section, data, shown, builder, memory_format)
 
 
 def check_evaluation(
@@ -112,6 +123,7 @@ def check_evaluation(
     data: DataSection,
     device: str,
     builder: str | None = None,
+    memory_format: str = "auto",
     *,
     needs_images: bool = True,
 ) -> None:
@@ -127,6 +139,7 @@ def check_evaluation(
     elif found is not None:
         problems.attempt(named_file, found, section)
     problems.attempt(named_builder, found, builder)
+    problems.attempt(check_memory_format, memory_format, target)
     if needs_images or data.path is not None:
         problems.attempt(check_images, data, "val")
     problems.attempt(check_device, device)
@@ -142,15 +155,16 @@ def _on(
     data: DataSection,
     progress: Progress,
     builder: str | None,
+    memory_format: str,
 ) -> Evaluation:
     """The evaluation on every rank's device, with its share of the images."""
     predictor, loader, order = distributed.together(
-        lambda: _opened(device, target, section, data, progress, builder)
+        lambda: _opened(device, target, section, data, progress, builder, memory_format)
     )
     start = time.perf_counter()
     found = score(predictor.predict, loader, "evaluating", predictor.device, progress, predictor.name)
     speed = found.images / (time.perf_counter() - start)
-    return Evaluation(predictor.name, found, speed, class_order=order)
+    return Evaluation(predictor.name, found, speed, predictor.memory_format, class_order=order)
 
 
 def _opened(
@@ -160,9 +174,11 @@ def _opened(
     data: DataSection,
     progress: Progress,
     builder: str | None,
+    memory_format: str,
 ) -> tuple[Predictor, Loader, str]:
     """The predictor, its images, and how their folders were mapped to classes."""
-    predictor = open_target(target, section, device, progress, builder)
+    opened = open_target(target, section, device, progress, builder)
+    predictor = with_memory_format(opened, memory_format, progress)
     if predictor.metadata is not None:
         data = with_trained_rotation(data, predictor.metadata, progress)
     split = open_named(data, "val", predictor.classes, progress)

@@ -1,15 +1,16 @@
 """Predictors: model names, runs and files as functions from images to logits."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saqcli.api.targets import EVALUATED, find_target, named_builder, named_file
 from saqcli.config import ModelSection
-from saqcli.errors import ConfigError, CorruptArtifact, SaqError
+from saqcli.errors import ConfigError, CorruptArtifact, SaqError, UnsupportedModel, out_of_memory
 from saqcli.export.model_metadata import ModelMetadata, read_onnx_metadata
 from saqcli.export.restore import complete_class_names, restore, trained_classes
 from saqcli.models.own import OwnNetwork, check_named
@@ -19,8 +20,14 @@ from saqcli.pipelines.setup import classes_of, load_float, try_classifier
 from saqcli.progress import Progress
 from saqcli.serialization import printable
 from saqcli.tasks.labels import Classes
+from saqcli.training.execution import Engine, Execution
 from saqcli.units import counted
 from saqcli.verify.runtime import onnx_session
+
+MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
+LARGEST_CONTIGUOUS_SIDE = (
+    64  # pixels; evaluations of smaller images are short, and repeat the figures of their runs
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Predictor:
         device: device of its images.
         metadata: metadata of the file; None for a float model.
         classes: classes of the logits.
+        memory_format: of convolution weights; None in ONNX Runtime.
     """
 
     predict: Callable[[Tensor], Tensor]
@@ -44,6 +52,7 @@ class Predictor:
     device: torch.device
     classes: Classes
     metadata: ModelMetadata | None = None
+    memory_format: Literal["contiguous", "channels_last"] | None = "contiguous"
 
 
 def open_target(
@@ -111,7 +120,73 @@ def open_onnx(path: Path, *, optimized: bool = True) -> Predictor:
             )
         return logits
 
-    return _from_metadata(predict, str(path), metadata, torch.device("cpu"))
+    found = _from_metadata(predict, str(path), metadata, torch.device("cpu"))
+    return replace(found, memory_format=None)
+
+
+def check_memory_format(requested: str, target: str) -> None:
+    """Check a memory format before anything is loaded.
+
+    Raises:
+        ConfigError: there is no such format, or it is requested for an ONNX file.
+    """
+    if requested not in MEMORY_FORMATS:
+        raise ConfigError(
+            f"`memory_format={requested}`: there is no such memory format, use {', '.join(MEMORY_FORMATS)}"
+        )
+    if requested != "auto" and Path(target).suffix == ".onnx":
+        raise ConfigError(
+            f"`memory_format={requested}` applies to PyTorch, and {target} runs in ONNX Runtime: remove it"
+        )
+
+
+def with_memory_format(predictor: Predictor, requested: str, progress: Progress) -> Predictor:
+    """The predictor with its network in a memory format; images follow the first convolution's weights.
+
+    A rule, not a timing, decides ``auto``, since the last bits of logits depend on it: channels_last on a CPU for
+    images of more than 64 pixels.
+
+    Args:
+        predictor: changed in place, unless its network fails in that format.
+        requested: ``auto``, ``contiguous`` or ``channels_last``.
+        progress: receives a note if the network fails.
+
+    Raises:
+        UnsupportedModel: channels_last is requested, and the network fails in it.
+    """
+    network = predictor.predict
+    if not isinstance(network, nn.Module):
+        return predictor
+    pays = (
+        predictor.device.type == "cpu"
+        and max(predictor.preprocessing.input_size[1:]) > LARGEST_CONTIGUOUS_SIDE
+        and any(isinstance(module, nn.Conv2d | nn.ConvTranspose2d) for module in network.modules())
+    )
+    if requested == "contiguous" or (requested == "auto" and not pays):
+        return predictor
+    engine = Engine(network)
+    engine.set(Execution(memory_format="channels_last"))
+    if (problem := _problem(network.eval(), predictor)) is None:
+        return replace(predictor, memory_format="channels_last")
+    if requested == "channels_last":
+        raise UnsupportedModel(
+            f"{predictor.name} fails in channels_last ({problem}): remove `memory_format=channels_last`"
+        )
+    engine.restore()
+    progress.note(f"{predictor.name} fails in channels_last, its tensors stay contiguous: {problem}")
+    return predictor
+
+
+@torch.no_grad()
+def _problem(network: nn.Module, predictor: Predictor) -> str | None:
+    """Why the network fails on two images, in one line, else None: it may view a tensor as only contiguous ones can."""
+    try:
+        network(torch.zeros(2, *predictor.preprocessing.input_size, device=predictor.device))
+    except Exception as error:  # a network may raise anything
+        if out_of_memory(error):
+            raise
+        return printable((str(error).strip().splitlines() or [type(error).__name__])[0])
+    return None
 
 
 def _from_metadata(

@@ -147,10 +147,11 @@ def weights_given(layers: Sequence[QuantizedLayer]) -> Iterator[None]:
     """Within the context ``layers``, see ``weight_owners``, compute with weights that are quantized once, at its start.
 
     Under autograd every given weight is a leaf, see ``back_propagate``. What Q(w) is computed from must not change.
+    What fills the ports is added at every use, as without given weights.
     """
     with weights_taken(layers):
         for layer in layers:
-            value = layer.quantized_weight()
+            value = layer.weight_quantizer(layer.effective_weight())
             layer.given_from = value if value.requires_grad else None
             layer.given_weight = value.detach().requires_grad_(value.requires_grad)
         yield

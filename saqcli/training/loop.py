@@ -10,6 +10,7 @@ from saqcli import distributed
 from saqcli.data.batches import Loader
 from saqcli.errors import DataError, DeviceMemoryError, TrainingDiverged
 from saqcli.progress import Progress, Task
+from saqcli.quant.layer import weight_owners, weights_given
 from saqcli.tasks.classification import Meter, Score, best_class
 from saqcli.training.memory import Attempt
 from saqcli.training.minimizers.base import check_score
@@ -31,7 +32,8 @@ def evaluate(
     """Accuracy and loss of ``predict``.
 
     Args:
-        predict: images (N, C, H, W) to logits (N, classes); a model in eval mode, or an ONNX session.
+        predict: images (N, C, H, W) to logits (N, classes); a model in eval mode, whose weights are quantized once for
+            all batches, or an ONNX session.
         batches: deterministic.
         task: reports every batch.
         device: of the images that ``predict`` gets.
@@ -46,9 +48,9 @@ def evaluate(
     """
     meters: list[Meter] = []
     so_far = Meter()
-    with (
-        torch.no_grad()
-    ):  # not in inference mode: a module may keep tensors of this pass, and train with them
+    layers = weight_owners(predict) if isinstance(predict, nn.Module) else []
+    # Not in inference mode: a module may keep tensors of this pass, and train with them. It would not be faster.
+    with torch.no_grad(), weights_given(layers):
         for images, labels in distributed.share(batches) if shared else batches:
             logits, loss = in_parts(predict, images.to(device, non_blocking=True)), None
             if criterion is not None:

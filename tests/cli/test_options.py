@@ -57,7 +57,8 @@ ACCEPTED = {
     "search": f"{BITS} {IMAGES} {NETWORK} {RUN} --epochs --lr --pareto --proxy --rho --scoring-images --search-classes "
     "--search-images",
     "rerun": f"--builder {GENERAL} --data --device --overwrite --resume --run-dir --weights --workers",
-    "eval": f"--builder {IMAGES} {NETWORK} {GENERAL} --batch-sizes --bench --device --repeats --threads",
+    "eval": f"--builder {IMAGES} {NETWORK} {GENERAL} --batch-sizes --bench --device --memory-format "
+    "--repeats --threads",
     "export": f"--builder {IMAGES} {GENERAL} --onnx --overwrite --style --verify --verify-images",
     "profile": f"--builder {GENERAL} --bits --candidates --in-chans --input-size --model-kwargs --no-pretrained "
     "--no-quantize-attention --num-classes --policy --pretrained --quantize-attention --weights --weights-key",

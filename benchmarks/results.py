@@ -1,0 +1,166 @@
+"""Write RESULTS.md from the result files in ``results/``, what ``--json`` printed.
+
+    python benchmarks/step_time.py --json > benchmarks/results/step_time-resnet20.json
+    python benchmarks/results.py
+
+A step is given as a ratio first, since only ratios can be compared between machines.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from step_time import METHODS, MODES
+
+FOLDER = Path(__file__).parent
+PAGE = FOLDER / "RESULTS.md"
+DEFAULT = "default"
+Result = dict[str, Any]
+
+HEAD = """# Results
+
+Written by `python benchmarks/results.py` from the files in [results](results): edit neither by hand.
+[README.md](README.md) says how to run the scripts. A cell of a step is its time relative to the float step *of the same
+mode*, with milliseconds in brackets; the figure is the fastest of the rounds, in which all variants take turns. Memory
+is the peak of one step above weights, optimizer and images.
+"""
+# (title, largest ratio wanted, what is divided by what)
+GOALS = (
+    ("QAT / float", 1.10, "qat", "float"),
+    ("SAQ / QAT", 1.6, "saq", "qat"),
+    ("`--efficient` / QAT", 1.2, "efficient", "qat"),
+)
+GOAL_OF_MEMORY = 1.15
+
+
+def page() -> str:
+    """The text of RESULTS.md."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("results/*.json"))]
+    steps = [r for r in found if r["benchmark"] == "step_time"]
+    peers = [r for r in found if r["benchmark"].startswith("peers/")]
+    others = [r for r in found if r not in steps and r not in peers]
+    sections = [HEAD, *map(steps_section, steps)]
+    if peers:
+        sections.append(peers_section(peers))
+    sections += [f"## {result['benchmark']}\n\n{origin(result)}\n" for result in others]
+    return "\n".join(sections)
+
+
+def steps_section(result: Result) -> str:
+    """Times, goals and memory of one run of ``step_time.py``."""
+    modes = [mode for mode in (DEFAULT, *MODES) if any(key(m, mode) in result for m in METHODS)]
+    methods = [method for method in METHODS if any(key(method, mode) in result for mode in modes)]
+    parts = [
+        f"## {result['model']}, {result['side']} pixels, batch {result['batch_size']}, {result['bits']} bits",
+        origin(result),
+        table(
+            ["step, relative to float", *modes],
+            ([method, *(cell(result, method, mode) for mode in modes)] for method in methods),
+        ),
+        table(["goal", "at most", *modes], goals(result, modes)),
+        table(
+            ["peak memory, MB", *modes],
+            (
+                [method, *(number(result["peak_mb"].get(key(method, mode)), ".0f") for mode in modes)]
+                for method in methods
+            ),
+        ),
+    ]
+    defaults = [f"{method} {result['ran_as'][method]}" for method in methods if method in result["ran_as"]]
+    if defaults:
+        parts.insert(2, f"By default ran: {'; '.join(defaults)}.")
+    if result["errors"]:
+        parts.append("\n".join(f"- `{name}` did not run: {why}" for name, why in result["errors"].items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def peers_section(results: Sequence[Result]) -> str:
+    """Every peer beside the steps of its own run."""
+    first = results[0]
+    rows = []
+    for result in results:
+        peer = result["reason"] or ratio(result, "peer", "float_eager")
+        peak = result["peak_mb"]
+        rows.append(
+            [
+                f"{result['name']} {result['version']}",
+                result["bits"],
+                peer,
+                ratio(result, "qat_eager", "float_eager"),
+                number(peak.get("peer"), ".0f"),
+                number(peak["qat_eager"], ".0f"),
+                result["date"],
+            ]
+        )
+    head = "peer, bits, step / float, QAT of saq / float, MB, MB of saq, date".split(", ")
+    title = f"## Peers: {first['model']}, {first['side']} pixels, batch {first['batch_size']}, eager"
+    return f"{title}\n\n{origin(first)}\n\n{table(head, rows)}\n"
+
+
+def origin(result: Result) -> str:
+    """Command, date and machine of a result."""
+    versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "torchvision", "timm"))
+    threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
+    where = f"{result['cpu']} ({', '.join(result['isa'])}), {threads}, {result['clock']} clock"
+    return f"`{result['command']}`, {result['date']}. {where}; {versions}."
+
+
+def key(method: str, mode: str) -> str:
+    """The variant's name."""
+    return method if mode == DEFAULT else f"{method}_{mode}"
+
+
+def cell(result: Result, method: str, mode: str) -> str:
+    """A variant's time relative to float; empty if it was not measured."""
+    return ratio(result, key(method, mode), key("float", mode))
+
+
+def ratio(result: Result, name: str, base: str) -> str:
+    """``ratio (milliseconds)``, without the ratio where the base was not measured."""
+    seconds, of = result.get(name), result.get(base)
+    if seconds is None:
+        return ""
+    milliseconds = f"{1000 * seconds:.0f} ms"
+    return f"{seconds / of:.2f} ({milliseconds})" if of else milliseconds
+
+
+def goals(result: Result, modes: Sequence[str]) -> list[list[str]]:
+    """The measured ratios for which there is a goal; in bold where it is met."""
+    rows = []
+    for title, most, name, base in GOALS:
+        pairs = [(result.get(key(name, mode)), result.get(key(base, mode))) for mode in modes]
+        rows.append([title, f"{most:.2f}", *(reached(*pair, most) for pair in pairs)])
+    peak = result["peak_mb"]
+    pairs = [(peak.get(key("qat", mode)), peak.get(key("float", mode))) for mode in modes]
+    title = "memory of QAT / float"
+    return [*rows, [title, f"{GOAL_OF_MEMORY:.2f}", *(reached(*pair, GOAL_OF_MEMORY) for pair in pairs)]]
+
+
+def reached(value: float | None, base: float | None, most: float) -> str:
+    """The ratio, in bold where it is at most ``most``."""
+    if value is None or not base:
+        return ""
+    text = f"{value / base:.2f}"
+    return f"**{text}**" if float(text) <= most else text
+
+
+def number(value: float | None, form: str) -> str:
+    """``value`` as text; empty for None."""
+    return "" if value is None else format(value, form)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    lines.insert(1, "|--" * len(head) + "|")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""One pass of evaluation: every weight is quantized once, whatever the number of batches."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import saqcli
+from saqcli.progress import SILENT
+from saqcli.quant.layer import perturbed, weight_owners
+from saqcli.tasks.classification import Meter, Score
+from saqcli.training.loop import evaluate
+from tests.support import tiny
+
+CPU = torch.device("cpu")
+
+
+def batches(images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (part, torch.randint(tiny.CLASSES, (len(part),), generator=generator))
+        for part in images.repeat(3, 1, 1, 1).tensor_split(3)
+    ]
+
+
+def score(net: nn.Module, data: list[tuple[Tensor, Tensor]]) -> Score:
+    with SILENT.task("", 0) as task:
+        return evaluate(net, data, task, device=CPU)
+
+
+def score_batch_by_batch(net: nn.Module, data: list[tuple[Tensor, Tensor]]) -> Score:
+    meter = Meter()
+    with torch.no_grad():
+        for images, labels in data:
+            meter.update(net(images), labels)
+    return meter.score()
+
+
+@pytest.mark.parametrize("name", ["conv_bn", "residual", "mlp"])
+def test_weights_are_quantized_once(name: str) -> None:
+    net, x = tiny.build(name)
+    tiny.quantized(net, x)
+    data, owners, calls = batches(x), weight_owners(net.eval()), Counter[int]()
+    expected = score_batch_by_batch(net, data)
+    for index, layer in enumerate(owners):
+        layer.weight_quantizer.register_forward_hook(lambda *_, index=index: calls.update([index]))
+
+    assert score(net, data) == expected
+    assert calls == Counter(range(len(owners)))
+    assert saqcli.evaluate(net, data) == expected
+    assert calls == Counter([*range(len(owners))] * 2)
+
+
+def test_perturbed_model_is_evaluated_as_before() -> None:
+    net, x = tiny.build("conv_bn")
+    layers = list(tiny.quantized(net, x).values())
+    data = batches(x)
+    net.eval()
+    noise = [0.1 * torch.randn_like(layer.latent_weight()) for layer in layers]
+
+    with perturbed(layers, noise):
+        assert score(net, data) == score_batch_by_batch(net, data) != score(net, data[:1])
+
+
+def test_weights_are_quantized_again_after_errors() -> None:
+    net, x = tiny.build("conv_bn")
+    tiny.quantized(net, x)
+    with pytest.raises(RuntimeError):
+        score(net.eval(), [(x[:, :1], torch.zeros(len(x), dtype=torch.long))])
+
+    assert all(layer.given_weight is None for layer in weight_owners(net))

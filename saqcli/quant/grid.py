@@ -225,28 +225,19 @@ class FakeQuantize(torch.autograd.Function):
         (grad,) = grads
         x, level, *saved = ctx.saved_tensors
         grid: AnyGrid = ctx.grid
-        bound = level.abs().clamp_min(TINY)
         to_x, to_level = ctx.needs_input_grad[:2]
         if ctx.kernels and not torch.is_grad_enabled():
             grad_x, sums = ctx.kernels.backward(grad, x, level, codes=grid, kind=CLIP)
-            return (
-                grad_x if to_x else None,
-                _signed(sums[RESIDUAL], bound, level) if to_level else None,
-                None,
-                None,
-            )
+            return grad_x if to_x else None, sums[RESIDUAL] if to_level else None, None, None
+        bound = level.abs().clamp_min(TINY)
         inside = between(x.detach(), bound.detach() * (grid.lowest / grid.highest), bound.detach())
         grad_x = grad * inside if to_x else None
         grad_level = None
         if to_level:
             quantized = saved[0] if saved else FakeQuantize.apply(x, level, grid, "eager")
             residual = quantized.addcmul(x, inside, value=-1).mul_(grad)
-            grad_level = _signed(residual.sum_to_size(level.shape), bound, level)
+            grad_level = residual.sum_to_size(level.shape) / bound * torch.where(level < 0, -1, 1)
         return grad_x, grad_level, None, None
-
-
-def _signed(total: Tensor, bound: Tensor, level: Tensor) -> Tensor:
-    return total / bound * torch.where(level < 0, -1, 1)
 
 
 def between(x: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:

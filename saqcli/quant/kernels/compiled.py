@@ -92,6 +92,7 @@ def _backward(
         q = _rounded(x, step, lowest, highest, stride)
         terms = (q - x * inside) * grad if kind == CLIP else passed * (q - x)
         residual = terms.sum(axes, keepdim=level.ndim > 0)
+        residual = residual / high * torch.where(level < 0, -1, 1) if kind == CLIP else residual
     if kind != CLIP:
         under = (grad * (x < low)).sum(axes, keepdim=level.ndim > 0)
         over = (grad * (x >= high if kind == PACT else x > high)).sum(axes, keepdim=level.ndim > 0)

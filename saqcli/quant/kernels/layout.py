@@ -37,7 +37,8 @@ class Kernels(Protocol):
             level: as there.
             offset: as there.
             codes: as there.
-            kind: which sums are needed: ``CLIP``, ``PACT`` or ``OFFSET``; others are 0.
+            kind: which sums are needed: ``CLIP``, ``PACT`` or ``OFFSET``; others are 0. With ``CLIP`` the first is the
+                gradient of the level itself.
         """
         ...
 

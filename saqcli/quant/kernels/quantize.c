@@ -117,7 +117,7 @@ void NAME(forward)(const T *x, T *out, const T *level, const T *offset, long out
     }
 }
 
-/* ``sums`` is (SUMS, channels). Returns 0, or 1 if memory is exhausted. */
+/* ``sums`` is (SUMS, channels); its first row is the gradient of the level if ``kind`` is CLIP. Returns 0, or 1 if memory is exhausted. */
 int NAME(backward)(const T *grad, const T *x, T *grad_x, const T *level, const T *offset, T *sums, long outer,
                    long channels, long inner, double lowest, double highest, int stride, int kind, int threads) {
     long blocks = (inner + BLOCK - 1) / BLOCK, tasks = outer * channels * blocks;
@@ -141,6 +141,8 @@ int NAME(backward)(const T *grad, const T *x, T *grad_x, const T *level, const T
                 for (long b = 0; b < blocks; b++) sum += totals[((o * channels + channel) * blocks + b) * SUMS + s];
             sums[s * channels + channel] = (T)sum;
         }
+    for (long channel = 0; channel < channels && kind == CLIP; channel++)
+        sums[channel] = sums[channel] / NAME(range_of)(level[channel], lowest, highest).high * (level[channel] < 0 ? -1 : 1);
     free(totals);
     return 0;
 }

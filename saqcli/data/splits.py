@@ -1,7 +1,8 @@
 """Training and validation images of a network, with their loaders."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -9,7 +10,9 @@ import torch
 from saqcli import distributed
 from saqcli.config import DataSection, RunConfig
 from saqcli.data.batches import Loader
+from saqcli.data.cache import ImageCache, Limit
 from saqcli.data.datasets import Split, check_fingerprint, check_same_classes, fingerprint, open_split
+from saqcli.data.images import ImageSet
 from saqcli.data.loaders import calibration_loader, check_shared, default_workers, make_loader
 from saqcli.errors import ConfigError
 from saqcli.machine import cores
@@ -48,7 +51,10 @@ class Images:
             DataError: the splits cannot be used with this network.
         """
         notes: dict[str, None] = {}
-        train, val = (_open(config.data, split, classes, notes) for split in ("train", "val"))
+        limit = Limit.for_kind(config.data.cache, distributed.count())
+        train, val = (
+            _open(config.data, split, classes, notes, progress, limit) for split in ("train", "val")
+        )
         check_same_classes(train, val)
         check_shared(train, config.data.batch_size)
         _report(notes, progress)
@@ -93,6 +99,8 @@ class Images:
     def record_or_check(self, run: RunDirectory, prefix: str = "") -> None:
         """Record the images' fingerprints in a run's manifest, or compare them with those recorded, on all ranks.
 
+        A cache on disk is kept in the run's folder from here on.
+
         Args:
             run: the run with the manifest.
             prefix: prefix of the splits' names in the manifest, for data other than the run's main data.
@@ -100,6 +108,9 @@ class Images:
         Raises:
             DataError: the images differ from the recorded ones, or between ranks.
         """
+        for split in (self.train, self.val):
+            if split.cache is not None:
+                split.cache.folder = run.path / "cache" / prefix.strip()
         known = distributed.from_first(lambda: run.manifest().images)
         names = (f"{prefix}train", f"{prefix}val")
         recorded = {name.removeprefix(prefix): line for name, line in known.items() if name in names}
@@ -160,13 +171,19 @@ def open_named(
 ) -> Split:
     """Open one split of the data; choices made for the user are noted on ``progress``."""
     notes: dict[str, None] = {}
-    opened = _open(section, split, classes, notes)
+    limit = Limit.for_kind(section.cache, distributed.count())
+    opened = _open(section, split, classes, notes, progress, limit)
     _report(notes, progress)
     return opened
 
 
 def _open(
-    section: DataSection, split: Literal["train", "val"], classes: Classes | int, notes: dict[str, None]
+    section: DataSection,
+    split: Literal["train", "val"],
+    classes: Classes | int,
+    notes: dict[str, None],
+    progress: Progress,
+    limit: Limit,
 ) -> Split:
     opened = open_split(
         data_path(section),
@@ -182,7 +199,11 @@ def _open(
         notes[
             f"`data.workers={section.workers}` exceeds the {cores()} cores of this process and may be slower"
         ] = None
-    return opened
+    if not isinstance(opened.dataset, ImageSet):
+        return opened
+    identity = partial(fingerprint, opened)
+    cache = ImageCache(split, opened.dataset, section.cache, limit, identity, progress.note)
+    return replace(opened, cache=cache)
 
 
 def _report(notes: Iterable[str], progress: Progress) -> None:

@@ -45,6 +45,7 @@ Decoded = tuple[
 # Of the free memory, the most that is filled; the rest is left to the network, whose training needs more.
 SHARES = {"auto": 1 / 4, "disk": 1 / 4, "memory": 3 / 4}
 UNKNOWN_MEMORY = 2**32  # bytes taken as free where the system does not say
+WHY_NOT_KEPT = "a stream, random resized crops, or too large for the free memory"
 VERSION = 1
 HEADER = 4096  # bytes
 NOT_READ, UNREADABLE = -1, -2  # in the place of a slot
@@ -114,8 +115,9 @@ class Pixels:
             size = max(self._room + self._end - self._next, count)
             self._room, self._next = 0, self._slots
             self._end = self._add(torch.empty((size, *self.shape), dtype=torch.uint8))
-        first, segment = next(each for each in reversed(self._segments) if each[0] <= self._next)
-        segment[self._next - first : self._next - first + count] = pixels[readable]
+        if count:
+            first, segment = next(each for each in reversed(self._segments) if each[0] <= self._next)
+            segment[self._next - first : self._next - first + count] = pixels[readable]
         slots = torch.full_like(places, UNREADABLE)
         slots[readable] = torch.arange(self._next, self._next + count)
         self._next += count

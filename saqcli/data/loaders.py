@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saqcli import distributed
 from saqcli.data.batches import Loader, TrainingSampler
+from saqcli.data.cache import View
 from saqcli.data.cached_batches import CachedBatches
 from saqcli.data.datasets import Split, sharded, subset
 from saqcli.data.images import ImageSet, ImageStream, Unreadable
@@ -113,9 +114,7 @@ def make_loader(
             _distribute(batches.batch_sampler, split, batch_size, seed)
     else:
         dataset.source.set_loader_cfg(num_workers=workers)
-    view = None
-    if split.cache is not None and isinstance(dataset, ImageSet):
-        view = split.cache.view(dataset, preprocessing, augmentation)
+    view = view_of(split, dataset, preprocessing, augmentation)
     if view is not None:
         batches = CachedBatches(batches, view, device, augmented=augmentation == "cifar")
     loader = Loader(batches, preprocessing, name=split.name, device=device, seed=seed, limit=limit)
@@ -125,6 +124,15 @@ def make_loader(
             f"use `data.batch_size={max(1, split.images)}` or less, or more data"
         )
     return loader
+
+
+def view_of(
+    split: Split, images: ImageSet | ImageStream, preprocessing: Preprocessing, augmentation: Augmentation
+) -> View | None:
+    """The ``images`` of a split in its cache; None if they are read in every epoch."""
+    if split.cache is None or isinstance(images, ImageStream):
+        return None
+    return split.cache.view(images, preprocessing, augmentation)
 
 
 def _distribute(batches: Any, split: Split, batch_size: int, seed: int) -> None:

@@ -1,5 +1,6 @@
 """Training and validation images of a network, with their loaders."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,16 +11,24 @@ import torch
 from saqcli import distributed
 from saqcli.config import DataSection, RunConfig
 from saqcli.data.batches import Loader
-from saqcli.data.cache import ImageCache, Limit
+from saqcli.data.cache import WHY_NOT_KEPT, ImageCache, Limit
 from saqcli.data.datasets import Split, check_fingerprint, check_same_classes, fingerprint, open_split
 from saqcli.data.images import ImageSet
-from saqcli.data.loaders import calibration_loader, check_shared, default_workers, make_loader
+from saqcli.data.loaders import (
+    calibration_loader,
+    check_shared,
+    default_workers,
+    make_loader,
+    view_of,
+)
+from saqcli.data.transforms import Augmentation
 from saqcli.errors import ConfigError
 from saqcli.machine import cores
 from saqcli.models.preprocessing import Preprocessing, has_small_images
 from saqcli.progress import SILENT, Progress
 from saqcli.runs.directory import RunDirectory
 from saqcli.tasks.labels import Classes
+from saqcli.units import counted, format_quantity
 
 CALIBRATION_BATCH = 64
 
@@ -58,7 +67,9 @@ class Images:
         check_same_classes(train, val)
         check_shared(train, config.data.batch_size)
         _report(notes, progress)
-        return cls(train, val, preprocessing, config.data, device, config.run.seed)
+        images = cls(train, val, preprocessing, config.data, device, config.run.seed)
+        images._reserve(progress, train, val)
+        return images
 
     @classmethod
     def training_only(
@@ -78,7 +89,24 @@ class Images:
         """
         split = open_named(section, "train", classes, progress)
         check_shared(split, section.batch_size)
-        return cls(split, split, preprocessing, section, device, seed)
+        images = cls(split, split, preprocessing, section, device, seed)
+        images._reserve(progress, split)
+        return images
+
+    def _reserve(self, progress: Progress, *splits: Split) -> None:
+        """Decide which images are kept in memory, and note it; those of a file are decided when it is opened."""
+        if self.section.cache not in ("auto", "memory"):
+            return
+        kept = 0
+        for split in splits:
+            augmentation = self._augmentation if split is self.train else "none"
+            if view_of(split, split.dataset, self.preprocessing, augmentation) is not None:
+                kept += split.images
+            elif self.section.cache == "memory":
+                progress.note(f"`data.cache=memory`: {split.name} is read in every epoch ({WHY_NOT_KEPT})")
+        if kept:
+            size = format_quantity(kept * math.prod(self.preprocessing.input_size), "B")
+            progress.note(f"{counted(kept, 'image')} stay in memory once they are read, {size}")
 
     def fingerprints(self) -> dict[str, str]:
         """The fingerprints of ``train`` and ``val``, which the run records."""
@@ -128,15 +156,12 @@ class Images:
 
         Each rank gets its slice of every batch, or the whole batch if not ``shared``.
         """
-        wanted = self.section.augmentation
         return make_loader(
             self.train,
             self.preprocessing,
             batch_size=self.section.batch_size,
             training=True,
-            augmentation=("cifar" if has_small_images(self.preprocessing) else "imagenet")
-            if wanted == "auto"
-            else wanted,
+            augmentation=self._augmentation,
             workers=workers_of(self.section, self.preprocessing),
             device=self.device,
             seed=self.seed,
@@ -145,6 +170,14 @@ class Images:
             crop_scale=self.section.crop_scale,
             shared=shared,
         )
+
+    @property
+    def _augmentation(self) -> Augmentation:
+        """The augmentation of training images."""
+        wanted = self.section.augmentation
+        if wanted == "auto":
+            return "cifar" if has_small_images(self.preprocessing) else "imagenet"
+        return wanted
 
     def calibration(self) -> Loader:
         """A loader of a few training images in their evaluation view."""

@@ -106,7 +106,8 @@ def test_cached_epochs_are_bit_identical(
 ) -> None:
     kept = with_cache(split, tmp_path / "cache" if on_disk else None)
     straight, cached = load(split, preprocessing, **options), load(kept, preprocessing, **options)
-    assert is_cached(cached) and not is_cached(straight)
+    assert is_cached(cached)
+    assert not is_cached(straight)
     for number in (0, 1, 1, 4):
         check_equal(epoch(cached, number), epoch(straight, number))
 
@@ -182,7 +183,8 @@ def test_memory_limit_is_kept(split: Split) -> None:
     assert not is_cached(load(kept))
     assert is_cached(load(kept, limit=17))
     assert is_cached(load(kept, limit=17))  # the same images again
-    assert kept.cache is not None and kept.cache._limit.taken == 17 * BYTES
+    assert kept.cache is not None
+    assert kept.cache._limit.taken == 17 * BYTES
     assert not is_cached(load(kept, training=True, augmentation="cifar"))
     assert is_cached(load(with_cache(split, limit=18 * BYTES)))
 

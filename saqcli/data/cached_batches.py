@@ -1,4 +1,4 @@
-"""Batches of images from a cache, in the place of torch's loader and with the same random numbers.
+"""Batches from a cache, with the random numbers of torch's loader.
 
 A pass takes the order of its images, and reads only those that the cache does not hold yet, by the loader's worker
 processes. Order and augmentation follow from the numbers that torch's loader and its workers would draw, so that a run

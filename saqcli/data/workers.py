@@ -1,4 +1,4 @@
-"""Starting the worker processes of torch's loaders, so that signals and warnings do not reach the user through them."""
+"""Starting the worker processes of torch's loaders: their signals and warnings."""
 
 import warnings
 import weakref

@@ -302,7 +302,7 @@ class RunDirectory:
         return f"quantize to its bits with `quantize({model!r}, policy={str(self.path)!r})`"
 
     def keep_config(self, config: RunConfig) -> None:
-        """Update ``config.json`` of a resumed run, which may change ``training.keep`` only."""
+        """Update ``config.json`` of a resumed run, which may change a few (see ``resume``)."""
         if distributed.first() and self.config() != config:
             write_text(self.path / "config.json", config.to_json())
 

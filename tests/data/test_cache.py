@@ -27,6 +27,7 @@ from saqcli.data.transforms import crop_and_flip, normalized
 from saqcli.errors import DataError
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.progress import Progress
+from saqcli.runs.resume import first_difference, with_free_settings
 
 MakeClasses = Callable[[Path, Mapping[str, int]], Path]
 
@@ -319,3 +320,9 @@ def test_kept_images_are_noted_once(
     progress: Progress = Notes()  # type: ignore[assignment]
     Images.open(resolve(options=fixed | settings), 2, PLAIN, CPU, progress)
     assert [line for line in progress.lines if "memory" in line] == expected  # type: ignore[attr-defined]
+
+
+def test_resumed_run_may_change_the_cache() -> None:
+    one, other = (resolve(options={"model.name": "x", "data.cache": kind}) for kind in ("auto", "off"))
+    assert first_difference(one, other) == "data.cache: auto -> off"
+    assert first_difference(with_free_settings(one, other), other) is None

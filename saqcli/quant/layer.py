@@ -5,8 +5,13 @@ Wrapping swaps a module's ``__class__`` for a subclass created at run time. The 
 old name; every forward that reads ``self.weight``, timm's or torch's, computes with Q(w). No list of layer types is
 needed.
 
-The *port* serves sharpness-aware training: ``quantized_weight()`` returns ``Q(w) + perturbation`` while a perturbation
-is set. A zero leaf in the port collects dL/dQ(w), bit for bit the gradient that ``retain_grad`` on Q(w) would give.
+While a weight is *given*, ``quantized_weight()`` returns it in the place of Q(w): the weights of a step, or of an
+evaluation, are quantized once and serve all of its passes. A given weight is a leaf that collects dL/dQ(w); a perturbed
+pass is given Q(w) + e. To autograd, and to a compiler, all passes of a step look the same.
+
+Outside a step the *port* serves the same purpose: ``quantized_weight()`` returns ``Q(w) + perturbation`` while a
+perturbation is set. A zero leaf in the port collects dL/dQ(w), bit for bit the gradient that ``retain_grad`` on Q(w)
+would give.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.quant.bits import LayerBits
+from saqcli.quant.kernels.saved import rounded_again
 from saqcli.quant.products import QuantizedProduct
 from saqcli.quant.quantizers.base import Quantizer
 
@@ -34,6 +40,8 @@ class QuantizedLayer(nn.Module):
         weight_quantizer: identity until ``convert.install`` sets a ``Quantizer``.
         input_quantizer: the same for the layer's input.
         perturbation: the port; None, or a tensor in the shape of ``effective_weight``.
+        given_weight: serves as Q(w) while it is set; None, or a tensor in the shape of ``effective_weight``.
+        given_from: Q(w) with its graph, from which ``given_weight`` was detached; None where none is needed.
         routed: a parent reads ``weight`` and multiplies with it (see ``routing``).
         tied_to: the first layer with the same Parameter, the only one to quantize it, in a tuple; empty for that layer.
         followers: products of activations that have the bits of this layer's input (see ``products``).
@@ -46,6 +54,8 @@ class QuantizedLayer(nn.Module):
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
     perturbation: Tensor | None
+    given_weight: Tensor | None
+    given_from: Tensor | None
     routed: bool
     tied_to: "tuple[QuantizedLayer, ...]"  # in a tuple, so that it is not a child
     followers: "tuple[QuantizedProduct, ...]"
@@ -62,10 +72,12 @@ class QuantizedLayer(nn.Module):
         return self.latent_weight()
 
     def quantized_weight(self) -> Tensor:
-        """Q(w), or Q(w) + perturbation while the port is filled; the same for all layers that share the weight."""
+        """Q(w), or the given weight, plus what fills the port; the same for all layers that share the weight."""
         if self.tied_to:
             return self.tied_to[0].quantized_weight()
-        quantized: Tensor = self.weight_quantizer(self.effective_weight())
+        quantized = self.given_weight
+        if quantized is None:
+            quantized = self.weight_quantizer(self.effective_weight())
         return quantized if self.perturbation is None else quantized + self.perturbation
 
     @property
@@ -87,7 +99,9 @@ class QuantizedLayer(nn.Module):
         """The forward of the float class on a quantized input."""
         if self.original_dtype is not None:
             input = input.float()
-        output: Tensor = super().forward(self.input_quantizer(input), *args, **kwargs)
+        quantized = self.input_quantizer(input)
+        with rounded_again(quantized):
+            output: Tensor = super().forward(quantized, *args, **kwargs)
         return output if self.original_dtype is None else output.to(self.original_dtype)
 
 
@@ -123,6 +137,80 @@ def perturbed(layers: Sequence[QuantizedLayer], perturbations: Sequence[Tensor])
             layer.perturbation = None
 
 
+def weight_owners(model: nn.Module) -> list[QuantizedLayer]:
+    """The layers that quantize a weight: of those that share one, the first."""
+    return [layer for layer in quantized_layers(model).values() if not layer.tied_to]
+
+
+@contextmanager
+def weights_given(layers: Sequence[QuantizedLayer]) -> Iterator[None]:
+    """Within the context ``layers``, see ``weight_owners``, compute with weights that are quantized once, at its start.
+
+    Under autograd every given weight is a leaf, see ``back_propagate``. What Q(w) is computed from must not change.
+    """
+    with weights_taken(layers):
+        for layer in layers:
+            value = layer.quantized_weight()
+            layer.given_from = value if value.requires_grad else None
+            layer.given_weight = value.detach().requires_grad_(value.requires_grad)
+        yield
+
+
+@contextmanager
+def weights_taken(layers: Sequence[QuantizedLayer]) -> Iterator[None]:
+    """Within the context ``layers`` quantize their weights at every use; afterwards given weights serve again."""
+    before = [(layer, layer.given_weight, layer.given_from) for layer in layers]
+    try:
+        for layer in layers:
+            layer.given_weight = layer.given_from = None
+        yield
+    finally:
+        for layer, given, origin in before:
+            layer.given_weight, layer.given_from = given, origin
+
+
+@contextmanager
+def weights_constant(layers: Iterable[QuantizedLayer]) -> Iterator[None]:
+    """Within the context the given weights of ``layers`` collect no gradients."""
+    before = [(layer, layer.given_weight) for layer in layers]
+    try:
+        for layer, given in before:
+            layer.given_weight = None if given is None else given.detach()
+        yield
+    finally:
+        for layer, given in before:
+            layer.given_weight = given
+
+
+def back_propagate(layers: Iterable[QuantizedLayer]) -> None:
+    """Pass the gradients that given weights collected on to the parameters that these were computed from."""
+    origins, gradients = [], []
+    for layer in layers:
+        given, origin = layer.given_weight, layer.given_from
+        if given is not None and given.grad is not None and origin is not None:
+            origins.append(origin)
+            gradients.append(given.grad)
+            given.grad = None
+    if origins:
+        torch.autograd.backward(origins, gradients, retain_graph=True)
+
+
+@contextmanager
+def moved(layers: Sequence[QuantizedLayer], steps: Sequence[Tensor]) -> Iterator[None]:
+    """Within the context every layer computes with its weight, given or not, plus a step."""
+    before = [(layer, layer.given_weight) for layer in layers]
+    try:
+        for (layer, given), step in zip(before, steps, strict=True):
+            if given is None:
+                layer.perturbation = step
+            else:
+                layer.given_weight = (given.detach() + step).requires_grad_(given.requires_grad)
+        yield
+    finally:
+        for layer, given in before:
+            layer.perturbation, layer.given_weight = None, given
+
+
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Within the context ``model`` is in eval mode; afterwards every module has its own mode again."""
@@ -135,34 +223,22 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+
 @contextmanager
 def frozen_batch_stats(model: nn.Module) -> Iterator[None]:
-    """Within the context batch and instance norms normalize as before but do not update their running statistics.
-
-    Instance norms update whatever statistics they hold, so these are taken away; they do not normalize by them.
-    """
-    norms = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and module.training
-        and module.track_running_stats
-    ]
+    """Within the context batch and instance norms compute as before; at its end running statistics are restored."""
     kept = [
-        (module, module.running_mean, module.running_var)
+        (buffer, buffer.clone())
         for module in model.modules()
-        if isinstance(module, nn.modules.instancenorm._InstanceNorm)
-        and module.training
-        and module.track_running_stats
+        if isinstance(module, _NORMS) and module.training and module.track_running_stats
+        for buffer in module._buffers.values()
+        if buffer is not None
     ]
     try:
-        for norm in norms:
-            norm.track_running_stats = False
-        for instance_norm, _, _ in kept:
-            instance_norm.running_mean = instance_norm.running_var = None
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
-        for instance_norm, mean, variance in kept:
-            instance_norm.running_mean, instance_norm.running_var = mean, variance
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)

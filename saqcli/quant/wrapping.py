@@ -60,6 +60,8 @@ _ATTRIBUTES = (  # set by wrapping
         "weight_quantizer",
         "input_quantizer",
         "perturbation",
+        "given_weight",
+        "given_from",
         "routed",
         "tied_to",
         "followers",
@@ -106,7 +108,7 @@ def wrap_layer(module: nn.Module) -> QuantizedLayer:
     module.input_quantizer = nn.Identity()
     module.__class__ = quantized_class(type(module))
     assert isinstance(module, QuantizedLayer)
-    module.perturbation = None
+    module.perturbation = module.given_weight = module.given_from = None
     module.routed, module.tied_to, module.followers = False, (), ()
     module.original_dtype = None if dtype == torch.float32 else dtype
     return module

@@ -14,7 +14,7 @@ same relative change in any network. ``unit="absolute"`` sets every s_p to 1.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -23,7 +23,17 @@ from torch import Tensor, nn
 
 from saqcli.errors import UnperturbedLayer
 from saqcli.models.preprocessing import SMALL_IMAGES
-from saqcli.quant.layer import QuantizedLayer, perturbed, quantized_layers, zero_ports
+from saqcli.quant.layer import (
+    QuantizedLayer,
+    moved,
+    perturbed,
+    quantized_layers,
+    weight_owners,
+    weights_constant,
+    weights_given,
+    weights_taken,
+    zero_ports,
+)
 from saqcli.quant.products import QuantizedProduct
 
 TINY = 1e-12  # guards a gradient of zero
@@ -98,6 +108,11 @@ class PerturbedSet:
         self.layers = [layer for layer in layers if frozen or layer.latent_weight().requires_grad]
         self._members = list(_members(model, set(kinds)))
         self.parameters = [member.parameter for member in self._members]
+        self._owners = weight_owners(model)
+        self._unmoved = [layer for layer in self._owners if layer not in set(self.layers)]
+        moved_ones = {id(parameter) for parameter in self.parameters}
+        self._others = [parameter for parameter in model.parameters() if id(parameter) not in moved_ones]
+        self._moves_origins = not {"latent_weights", "weight_clips"}.isdisjoint(kinds)  # of quantized weights
 
     def gradients(
         self,
@@ -118,9 +133,15 @@ class PerturbedSet:
         Raises:
             UnperturbedLayer: not one quantized layer, or no member at all, takes part in the loss.
         """
-        ports = zero_ports(self.layers)
-        with perturbed(self.layers, ports), torch.enable_grad():
-            value = loss()
+        through_origins = through_rounding or bool(also) or self._moves_origins
+        with (
+            weights_taken(self._owners) if through_origins else weights_constant(self._unmoved),
+            nullcontext() if through_origins else _frozen(self._others),
+            torch.enable_grad(),
+        ):
+            ports, unserved = _ports(self.layers)
+            with perturbed(list(unserved), list(unserved.values())):
+                value = loss()
         weights = [layer.latent_weight() for layer in self.layers] if through_rounding else ports
         members = [*weights, *self.parameters]
         wanted = [*members, *also]
@@ -196,12 +217,42 @@ class PerturbedSet:
             with torch.no_grad():
                 for parameter, step in zip(self.parameters, perturbation.parameters, strict=True):
                     parameter.add_(step)
-            with perturbed(self.layers, perturbation.weights):
+            anew = self._moves_origins and any(layer.given_weight is not None for layer in self._owners)
+            with (
+                weights_given(self._owners) if anew else nullcontext(),
+                moved(self.layers, perturbation.weights),
+            ):
                 yield
         finally:
             with torch.no_grad():
                 for parameter, value in zip(self.parameters, before, strict=True):
                     parameter.copy_(value)
+
+
+@contextmanager
+def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within the context ``parameters`` have no gradients, and none is computed for them."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _ports(layers: Sequence[QuantizedLayer]) -> tuple[list[Tensor], dict[QuantizedLayer, Tensor]]:
+    """The leaf that collects dL/dQ(w), for every layer; and the leaves that still must be set as perturbations.
+
+    Given weights are leaves by themselves.
+    """
+    unserved = [
+        layer for layer in layers if layer.given_weight is None or not layer.given_weight.requires_grad
+    ]
+    zeros = dict(zip(unserved, zero_ports(unserved), strict=True))
+    ports = [zeros.get(layer, layer.given_weight) for layer in layers]
+    return [port for port in ports if port is not None], zeros
 
 
 def add_up(sums: Gradients, gradients: Gradients, factor: float = 1.0) -> Gradients:

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from saqcli import distributed
 from saqcli.errors import ConfigError, TrainingDiverged, UnsupportedModel
+from saqcli.quant.layer import QuantizedLayer, back_propagate, weight_owners, weights_given
 from saqcli.training.minimizers.reference import Problem
 from saqcli.training.options import plain_number
 from saqcli.training.perturbation import Gradients, PerturbedSet, add_up, scaled
@@ -126,17 +127,21 @@ Part = Closure | MicroBatch
 Work = Part | Sequence[Part] | Sequence[Sequence[Part]]
 
 
-def accumulate(micro_batches: Iterable[MicroBatch], scale: float = 1.0) -> Tensor:
+def accumulate(
+    micro_batches: Iterable[MicroBatch], layers: Iterable[QuantizedLayer] = (), scale: float = 1.0
+) -> Tensor:
     """Back-propagate the micro-batches one after the other, into ``.grad``; returns their part of the step's loss.
 
     Args:
         micro_batches: images and their losses.
+        layers: whose weights are given; the gradients that these collect are passed on.
         scale: factor of the gradients, against underflow in float16; not of the returned loss.
     """
     losses = []
     for micro_batch in micro_batches:
         loss = micro_batch.loss() * micro_batch.share
         scaled(loss, scale).backward()  # type: ignore[no-untyped-call]
+        back_propagate(layers)
         losses.append(loss.detach())
     return torch.stack(losses).sum()
 
@@ -327,7 +332,8 @@ class Minimizer:
     def ascend(self, chunk: Chunk) -> Ascent | None:
         """Pass 1 over a chunk: where its pass 2 takes place; None for a plain pass at the weights.
 
-        Runs on the images of this rank. Gradients must not be left in the parameters: see ``gradients_of``.
+        Runs on the images of this rank. Gradients must not be left in the parameters: see ``gradients_of``. Quantized
+        weights are leaves (``layer.weights_given``): gradients of what they are computed from come from it, too.
         """
         return None
 
@@ -343,7 +349,7 @@ class Minimizer:
     def gradients(self, chunks: Sequence[Chunk]) -> Passes:
         """All passes over the images: fills the gradients of the parameters, changes neither weights nor state.
 
-        After an ascent the gradients are those at the perturbed points.
+        After an ascent the gradients are those at the perturbed points. Weights are quantized once for all passes.
         """
         self.base.zero_grad()
         self.model.zero_grad()  # those outside the optimizer too
@@ -351,14 +357,15 @@ class Minimizer:
         norms: list[Tensor] = []
         plain: Gradients = []
         ascended = False
-        with _without_reducer(self.model):
+        owners = weight_owners(self.model)
+        with _without_reducer(self.model), weights_given(owners):
             for chunk in chunks:
                 ascent = self.ascend(chunk)
                 if ascent is None:
-                    losses.append(accumulate(chunk, self.scale))
+                    losses.append(accumulate(chunk, owners, self.scale))
                     continue
                 with ascent.point:
-                    perturbed_loss = accumulate(chunk, self.scale)
+                    perturbed_loss = accumulate(chunk, owners, self.scale)
                 ascended = True
                 share = sum(micro_batch.share for micro_batch in chunk)
                 losses.append(ascent.loss * share)

@@ -136,9 +136,7 @@ class Images:
         Raises:
             DataError: the images differ from the recorded ones, or between ranks.
         """
-        for split in (self.train, self.val):
-            if split.cache is not None:
-                split.cache.folder = run.path / "cache" / prefix.strip()
+        self.cache_in(run, prefix)
         known = distributed.from_first(lambda: run.manifest().images)
         names = (f"{prefix}train", f"{prefix}val")
         recorded = {name.removeprefix(prefix): line for name, line in known.items() if name in names}
@@ -150,6 +148,12 @@ class Images:
         distributed.together(lambda: self.check_fingerprints(of_first, "the first process sees"))
         more = {} if prefix else {"class_order": self.train.class_order}
         run.note_images(known | {f"{prefix}{name}": line for name, line in now.items()}, **more)
+
+    def cache_in(self, run: RunDirectory, prefix: str = "") -> None:
+        """Keep a cache on disk in the run's folder from here on; see ``record_or_check``."""
+        for split in (self.train, self.val):
+            if split.cache is not None:
+                split.cache.folder = run.path / "cache" / prefix.strip()
 
     def training(self, limit: int | None = None, *, shared: bool = True) -> Loader:
         """A loader of shuffled, augmented images, ``limit`` at most; call ``set_epoch`` before each pass.

@@ -173,7 +173,7 @@ class DataSection(_Section):
     file in the data folder, or of the network's library. ``class_map`` is a file from folders to classes.
     ``exif_transpose`` None is the setting of the quantized model, false for a float model. ``augmentation`` "auto" is
     ``cifar`` (pad 4, crop, flip) up to 64 pixels and ``imagenet`` (random resized crop, flip) above. ``workers`` and
-    ``eval_batch_size`` None depend on the image size.
+    ``eval_batch_size`` None depend on the image size. ``cache`` does not change results.
     """
 
     panel = DATA
@@ -195,6 +195,13 @@ class DataSection(_Section):
         Annotated[int, Field(ge=0)] | None,
         Option("Processes that read images", "N", "none up to 64 pixels, else one per core, at most 8"),
     ] = None
+    cache: Annotated[
+        Literal["auto", "memory", "disk", "off"],
+        Option(
+            "Where images are kept once read: in memory if they fill at most a quarter of the free memory (auto) or "
+            "three quarters (memory), in a file in the run directory (disk), nowhere (off); results are the same"
+        ),
+    ] = "auto"
     augmentation: Literal["auto", "imagenet", "cifar", "none"] = "auto"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     calibration_images: Positive = 512

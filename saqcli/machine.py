@@ -25,6 +25,21 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def free_memory() -> int | None:
+    """Bytes of memory that this process may still take, within the limit of its control group; None if unknown."""
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text("ascii").splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError):
+        return None
+    try:
+        group = Path("/sys/fs/cgroup")
+        most, used = ((group / f"memory.{name}").read_text("ascii") for name in ("max", "current"))
+        return min(free, max(0, int(most) - int(used)))
+    except (OSError, ValueError):  # no group, or one without a limit
+        return free
+
+
 def resolve_device(requested: str) -> str:
     """The device for the setting ``run.device``: ``auto`` is the GPU if there is one."""
     import torch

@@ -22,7 +22,9 @@ from torch.utils.data import Sampler
 
 from saqcli import distributed
 from saqcli.data.archives import Shards
+from saqcli.data.transforms import normalized
 from saqcli.errors import DataError
+from saqcli.models.preprocessing import Preprocessing
 from saqcli.random_state import seed_everything, seeds_of
 
 
@@ -90,15 +92,26 @@ class Loader:
     """
 
     def __init__(
-        self, batches: Any, *, name: str, device: torch.device, seed: int, limit: int | None
+        self,
+        batches: Any,
+        preprocessing: Preprocessing,
+        *,
+        name: str,
+        device: torch.device,
+        seed: int,
+        limit: int | None,
     ) -> None:
-        """``batches`` is timm's loader; ``limit`` ends a pass after that many images."""
+        """``batches`` are torch's loader, or cached; images of 8 bits are normalized by ``preprocessing`` here.
+
+        ``limit`` ends a pass after that many images.
+        """
         self.name = name
+        self._preprocessing = preprocessing
         self._batches = batches
         self._device = device
         self._seed = seed
         self._limit = limit
-        self._inner: Any = getattr(batches, "loader", batches)  # the DataLoader within timm's prefetcher
+        self._inner: Any = getattr(batches, "loader", batches)  # the DataLoader whose batches are cached
         size: int = self._inner.batch_size
         available = len(self._inner.dataset) if self._streamed else len(self._inner.sampler)
         most = available if limit is None else min(available, limit)
@@ -132,7 +145,10 @@ class Loader:
                 if left is not None:
                     images, labels = images[:left], labels[:left]
                     left -= len(labels)
-                yield images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+                images, labels = (each.to(self._device, non_blocking=True) for each in (images, labels))
+                if images.dtype == torch.uint8:
+                    images = normalized(images, self._preprocessing)
+                yield images, labels
                 if left == 0:
                     return
         except DataError as error:

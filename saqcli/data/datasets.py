@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from saqcli.data.archives import Shards, read_split
+from saqcli.data.cache import ImageCache
 from saqcli.data.folders import SplitName, find_images, find_split, is_split_name
 from saqcli.data.images import ImageSet, ImageStream
 from saqcli.errors import DataError
@@ -53,6 +54,7 @@ class Split:
         folders: labels of the class folders, or of the classes of the data set; empty if unknown.
         class_order: source of the labels, see ``Numbering``.
         notes: choices made for the user, and ignored files, one line each.
+        cache: keeps decoded images, for all subsets; None to read them in every epoch.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Split:
     folders: Mapping[str, int] = field(default_factory=dict)
     class_order: str = "data set"
     notes: tuple[str, ...] = ()
+    cache: ImageCache | None = None
 
     @property
     def images(self) -> int:

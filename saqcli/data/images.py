@@ -261,6 +261,14 @@ class ImageSet(Dataset[tuple[Tensor | Image.Image, int]]):
         labels = None if self.labels is None else [self.labels[index] for index in indices]
         return replace(self, source=_Picked(self.source, indices), labels=labels)
 
+    def places(self) -> tuple[Source, Sequence[int]]:
+        """The source from which the images were picked, and the place in it of each."""
+        source: Source = self.source
+        places: Sequence[int] = range(len(source))
+        while isinstance(source, _Picked):
+            places, source = [source.indices[place] for place in places], source.source
+        return source, places
+
 
 @dataclass(frozen=True)
 class _Picked:

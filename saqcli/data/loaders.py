@@ -1,17 +1,13 @@
-"""Reproducible loaders, made with timm's loader.
+"""Reproducible loaders, made with timm's loader, or from a cache of decoded images.
 
 The order of an epoch does not depend on the number of worker processes; the augmentation does, since each worker has
-its own generators. Worker processes of a training loader live for one epoch only (timm keeps them): a persistent worker
-would keep the state of its generators, and a resumed run would differ from an uninterrupted one.
+its own generators. Neither depends on the cache. Worker processes of a training loader live for one epoch only (timm
+keeps them): a persistent worker would keep the state of its generators, and a resumed run would differ from an
+uninterrupted one.
 """
 
 import os
-import warnings
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +15,15 @@ from torch import Tensor
 
 from saqcli import distributed
 from saqcli.data.batches import Loader, TrainingSampler
+from saqcli.data.cache import View
+from saqcli.data.cached_batches import CachedBatches
 from saqcli.data.datasets import Split, sharded, subset
 from saqcli.data.images import ImageSet, ImageStream, Unreadable
 from saqcli.data.transforms import CROP_SCALE, Augmentation, image_transform
+from saqcli.data.workers import any_number_of_workers, prepare_workers
 from saqcli.errors import ConfigError, DataError
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.progress import Progress
-from saqcli.runs.interrupts import blocked_signals, outlive_one_signal
 from saqcli.units import counted
 
 CALIBRATION_IMAGES = 512
@@ -91,7 +89,7 @@ def make_loader(
             seed=seed,
             share=(distributed.index(), distributed.count()) if divided else (0, 1),
         )
-    with _any_number_of_workers():
+    with any_number_of_workers():
         batches = create_loader(
             dataset,
             preprocessing.input_size,
@@ -102,12 +100,10 @@ def make_loader(
             num_workers=workers,
             pin_memory=on_device,
             device=device,
-            use_prefetcher=on_device,
+            use_prefetcher=False,
             persistent_workers=not training,
         )
-    inner = getattr(batches, "loader", batches)  # the DataLoader within timm's prefetcher
-    inner.worker_init_fn = partial(_init_worker, inner.worker_init_fn)
-    inner._get_iterator = partial(_start_workers, weakref.ref(inner))
+    prepare_workers(batches)
     dataset.transform = image_transform(
         preprocessing, augmentation=augmentation, normalize=not on_device, crop_scale=crop_scale
     )
@@ -118,7 +114,10 @@ def make_loader(
             _distribute(batches.batch_sampler, split, batch_size, seed)
     else:
         dataset.source.set_loader_cfg(num_workers=workers)
-    loader = Loader(batches, name=split.name, device=device, seed=seed, limit=limit)
+    view = view_of(split, dataset, preprocessing, augmentation)
+    if view is not None:
+        batches = CachedBatches(batches, view, device, augmented=augmentation == "cifar")
+    loader = Loader(batches, preprocessing, name=split.name, device=device, seed=seed, limit=limit)
     if len(loader) == 0 and exact:
         raise DataError(
             f"{split.name} has {counted(split.images, 'image')}, less than one batch of {batch_size}: "
@@ -127,37 +126,21 @@ def make_loader(
     return loader
 
 
+def view_of(
+    split: Split, images: ImageSet | ImageStream, preprocessing: Preprocessing, augmentation: Augmentation
+) -> View | None:
+    """The ``images`` of a split in its cache; None if they are read in every epoch."""
+    if split.cache is None or isinstance(images, ImageStream):
+        return None
+    return split.cache.view(images, preprocessing, augmentation)
+
+
 def _distribute(batches: Any, split: Split, batch_size: int, seed: int) -> None:
     """Make a batch sampler yield only this rank's slice of every batch."""
     batches.sampler = TrainingSampler(
         split.images, batch_size, distributed.index(), distributed.count(), seed
     )
     batches.batch_size, batches.drop_last = batch_size // distributed.count(), True
-
-
-def _start_workers(batches: weakref.ref[Any]) -> Any:
-    """Start a pass of torch's loader, with signals held back while it starts its worker processes.
-
-    The reference is weak, since the garbage collector cannot end the workers of a loader that refers to itself.
-    """
-    loader: Any = batches()
-    with _any_number_of_workers(), blocked_signals() if loader.num_workers else nullcontext():
-        return type(loader)._get_iterator(loader)
-
-
-@contextmanager
-def _any_number_of_workers() -> Iterator[None]:
-    """Without torch's warning about more workers than cores, which ``splits.py`` notes."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        yield
-
-
-def _init_worker(init: Callable[[int], None] | None, worker: int) -> None:
-    """Ignore the first signal in a worker process, then run timm's initialization ``init``."""
-    outlive_one_signal()
-    if init is not None:
-        init(worker)
 
 
 def check_shared(split: Split, batch_size: int) -> None:

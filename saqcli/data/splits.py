@@ -1,7 +1,9 @@
 """Training and validation images of a network, with their loaders."""
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -9,14 +11,24 @@ import torch
 from saqcli import distributed
 from saqcli.config import DataSection, RunConfig
 from saqcli.data.batches import Loader
+from saqcli.data.cache import WHY_NOT_KEPT, ImageCache, Limit
 from saqcli.data.datasets import Split, check_fingerprint, check_same_classes, fingerprint, open_split
-from saqcli.data.loaders import calibration_loader, check_shared, default_workers, make_loader
+from saqcli.data.images import ImageSet
+from saqcli.data.loaders import (
+    calibration_loader,
+    check_shared,
+    default_workers,
+    make_loader,
+    view_of,
+)
+from saqcli.data.transforms import Augmentation
 from saqcli.errors import ConfigError
 from saqcli.machine import cores
 from saqcli.models.preprocessing import Preprocessing, has_small_images
 from saqcli.progress import SILENT, Progress
 from saqcli.runs.directory import RunDirectory
 from saqcli.tasks.labels import Classes
+from saqcli.units import counted, format_quantity
 
 CALIBRATION_BATCH = 64
 
@@ -48,11 +60,16 @@ class Images:
             DataError: the splits cannot be used with this network.
         """
         notes: dict[str, None] = {}
-        train, val = (_open(config.data, split, classes, notes) for split in ("train", "val"))
+        limit = Limit.for_kind(config.data.cache, distributed.count())
+        train, val = (
+            _open(config.data, split, classes, notes, progress, limit) for split in ("train", "val")
+        )
         check_same_classes(train, val)
         check_shared(train, config.data.batch_size)
         _report(notes, progress)
-        return cls(train, val, preprocessing, config.data, device, config.run.seed)
+        images = cls(train, val, preprocessing, config.data, device, config.run.seed)
+        images._reserve(progress, train, val)
+        return images
 
     @classmethod
     def training_only(
@@ -72,7 +89,24 @@ class Images:
         """
         split = open_named(section, "train", classes, progress)
         check_shared(split, section.batch_size)
-        return cls(split, split, preprocessing, section, device, seed)
+        images = cls(split, split, preprocessing, section, device, seed)
+        images._reserve(progress, split)
+        return images
+
+    def _reserve(self, progress: Progress, *splits: Split) -> None:
+        """Decide which images are kept in memory, and note it; those of a file are decided when it is opened."""
+        if self.section.cache not in ("auto", "memory"):
+            return
+        kept = 0
+        for split in splits:
+            augmentation = self._augmentation if split is self.train else "none"
+            if view_of(split, split.dataset, self.preprocessing, augmentation) is not None:
+                kept += split.images
+            elif self.section.cache == "memory":
+                progress.note(f"`data.cache=memory`: {split.name} is read in every epoch ({WHY_NOT_KEPT})")
+        if kept:
+            size = format_quantity(kept * math.prod(self.preprocessing.input_size), "B")
+            progress.note(f"{counted(kept, 'image')} stay in memory once they are read, {size}")
 
     def fingerprints(self) -> dict[str, str]:
         """The fingerprints of ``train`` and ``val``, which the run records."""
@@ -93,6 +127,8 @@ class Images:
     def record_or_check(self, run: RunDirectory, prefix: str = "") -> None:
         """Record the images' fingerprints in a run's manifest, or compare them with those recorded, on all ranks.
 
+        A cache on disk is kept in the run's folder from here on.
+
         Args:
             run: the run with the manifest.
             prefix: prefix of the splits' names in the manifest, for data other than the run's main data.
@@ -100,6 +136,7 @@ class Images:
         Raises:
             DataError: the images differ from the recorded ones, or between ranks.
         """
+        self.cache_in(run, prefix)
         known = distributed.from_first(lambda: run.manifest().images)
         names = (f"{prefix}train", f"{prefix}val")
         recorded = {name.removeprefix(prefix): line for name, line in known.items() if name in names}
@@ -112,20 +149,23 @@ class Images:
         more = {} if prefix else {"class_order": self.train.class_order}
         run.note_images(known | {f"{prefix}{name}": line for name, line in now.items()}, **more)
 
+    def cache_in(self, run: RunDirectory, prefix: str = "") -> None:
+        """Keep a cache on disk in the run's folder from here on; see ``record_or_check``."""
+        for split in (self.train, self.val):
+            if split.cache is not None:
+                split.cache.folder = run.path / "cache" / prefix.strip()
+
     def training(self, limit: int | None = None, *, shared: bool = True) -> Loader:
         """A loader of shuffled, augmented images, ``limit`` at most; call ``set_epoch`` before each pass.
 
         Each rank gets its slice of every batch, or the whole batch if not ``shared``.
         """
-        wanted = self.section.augmentation
         return make_loader(
             self.train,
             self.preprocessing,
             batch_size=self.section.batch_size,
             training=True,
-            augmentation=("cifar" if has_small_images(self.preprocessing) else "imagenet")
-            if wanted == "auto"
-            else wanted,
+            augmentation=self._augmentation,
             workers=workers_of(self.section, self.preprocessing),
             device=self.device,
             seed=self.seed,
@@ -134,6 +174,14 @@ class Images:
             crop_scale=self.section.crop_scale,
             shared=shared,
         )
+
+    @property
+    def _augmentation(self) -> Augmentation:
+        """The augmentation of training images."""
+        wanted = self.section.augmentation
+        if wanted == "auto":
+            return "cifar" if has_small_images(self.preprocessing) else "imagenet"
+        return wanted
 
     def calibration(self) -> Loader:
         """A loader of a few training images in their evaluation view."""
@@ -160,13 +208,19 @@ def open_named(
 ) -> Split:
     """Open one split of the data; choices made for the user are noted on ``progress``."""
     notes: dict[str, None] = {}
-    opened = _open(section, split, classes, notes)
+    limit = Limit.for_kind(section.cache, distributed.count())
+    opened = _open(section, split, classes, notes, progress, limit)
     _report(notes, progress)
     return opened
 
 
 def _open(
-    section: DataSection, split: Literal["train", "val"], classes: Classes | int, notes: dict[str, None]
+    section: DataSection,
+    split: Literal["train", "val"],
+    classes: Classes | int,
+    notes: dict[str, None],
+    progress: Progress,
+    limit: Limit,
 ) -> Split:
     opened = open_split(
         data_path(section),
@@ -182,7 +236,11 @@ def _open(
         notes[
             f"`data.workers={section.workers}` exceeds the {cores()} cores of this process and may be slower"
         ] = None
-    return opened
+    if not isinstance(opened.dataset, ImageSet):
+        return opened
+    identity = partial(fingerprint, opened)
+    cache = ImageCache(split, opened.dataset, section.cache, limit, identity, progress.note)
+    return replace(opened, cache=cache)
 
 
 def _report(notes: Iterable[str], progress: Progress) -> None:

@@ -6,10 +6,12 @@ for CIFAR is composed of torchvision's transforms.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from saqcli.errors import ConfigError
 from saqcli.models.preprocessing import Preprocessing
@@ -91,10 +93,8 @@ class _EvaluationView:
 
 def _cifar_transform(preprocessing: Preprocessing, *, normalize: bool) -> ImageTransform:
     """Pad, crop at random, flip; images of another size are first scaled to the network's."""
-    from timm.data.transforms import str_to_interp_mode
     from torchvision import transforms
 
-    size = preprocessing.input_size[1:]
     to_tensor = (
         [transforms.ToTensor(), transforms.Normalize(preprocessing.mean, preprocessing.std)]
         if normalize
@@ -102,10 +102,81 @@ def _cifar_transform(preprocessing: Preprocessing, *, normalize: bool) -> ImageT
     )
     transform: ImageTransform = transforms.Compose(
         [
-            transforms.Resize(size, str_to_interp_mode(preprocessing.interpolation)),
-            transforms.RandomCrop(size, padding=CIFAR_PADDING),
+            _scale(preprocessing),
+            transforms.RandomCrop(preprocessing.input_size[1:], padding=CIFAR_PADDING),
             transforms.RandomHorizontalFlip(),
             *to_tensor,
         ]
     )
     return transform
+
+
+def _scale(preprocessing: Preprocessing) -> Any:
+    """Scaling of an image to the network's size."""
+    from timm.data.transforms import str_to_interp_mode
+    from torchvision import transforms
+
+    return transforms.Resize(preprocessing.input_size[1:], str_to_interp_mode(preprocessing.interpolation))
+
+
+def fixed_transform(preprocessing: Preprocessing, augmentation: Augmentation) -> ImageTransform | None:
+    """The part of a transform before its first random number, to uint8 (C, H, W); None for ``imagenet``.
+
+    The rest is ``crop_and_flip`` for ``cifar``, nothing for ``none``, and ``normalized``.
+    """
+    from torchvision import transforms
+
+    if augmentation == "imagenet":
+        return None  # its crops have any size
+    if augmentation == "none":
+        return image_transform(preprocessing, normalize=False)
+    transform: ImageTransform = transforms.Compose([_scale(preprocessing), transforms.PILToTensor()])
+    return transform
+
+
+def normalized(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Images (N, C, H, W) of uint8 as float32, bit for bit what torchvision makes of each image on a CPU."""
+    white, mean, std = (
+        torch.tensor(values, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+        for values in (
+            (255.0,),
+            preprocessing.mean,
+            preprocessing.std,
+        )  # CUDA multiplies by the inverse of a number
+    )
+    return images.to(torch.float32).div_(white).sub_(mean).div_(std)
+
+
+def crop_and_flip(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """The augmentation ``cifar`` of a batch (N, C, H, W) of any type.
+
+    It draws the numbers that torchvision draws for one image after another: two places of the crop and the flip. So
+    cached images are augmented as those of a loader without a cache.
+
+    Args:
+        images: on any device.
+        generator: on the CPU; None for the global one.
+    """
+    height, width = images.shape[2:]
+    top, left, flip = _draws(len(images), generator)
+    padded = pad(images, 4 * (CIFAR_PADDING,))
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+    top, left, flip = (each.to(images.device) for each in (top, left, flip))
+    cut = windows[torch.arange(len(images), device=images.device), :, top, left]
+    return torch.where(flip[:, None, None, None], cut.flip(3), cut)
+
+
+def _draws(images: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Top and left of each crop, and whether it is flipped: ``randint(9)``, ``randint(9)``, ``rand(1) < 0.5``.
+
+    Each of the three takes one number of 32 bits from torch's generator on the CPU: its remainder, or its lowest 24
+    bits. A draw of 64 bits takes two, the upper half first.
+    """
+    pairs = torch.empty(3 * images // 2, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    numbers = torch.stack([pairs >> 32, pairs], dim=1).flatten() & 0xFFFFFFFF
+    if images % 2:
+        last = torch.rand(1, generator=generator) * 2**24
+        numbers = torch.cat([numbers, last.to(torch.int64)])
+    top, left, flip = numbers.view(images, 3).unbind(1)
+    places = 2 * CIFAR_PADDING + 1
+    return top % places, left % places, (flip & 0xFFFFFF) < 2**23

@@ -181,6 +181,7 @@ def _opened(
     predictor = with_memory_format(opened, memory_format, progress)
     if predictor.metadata is not None:
         data = with_trained_rotation(data, predictor.metadata, progress)
+    data = data.model_copy(update={"cache": "off"})  # images are read once
     split = open_named(data, "val", predictor.classes, progress)
     loader = validation_loader(split, predictor.preprocessing, data, predictor.device)
     return predictor, loader, split.class_order

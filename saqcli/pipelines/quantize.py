@@ -94,6 +94,7 @@ def quantize(
             model, metadata, result.policy = saved_model(state, own)
             model.to(device)
             images = distributed.together(lambda: open_run_images(config, metadata, device))
+            images.cache_in(run)
             if resumed:
                 images.record_or_check(run)
                 progress.note(resuming(run, resume_point(state, config.training.epochs)))

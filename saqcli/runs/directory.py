@@ -8,6 +8,7 @@ metrics.jsonl     one object per line, appended during the run, restored from th
 checkpoints/      last.ckpt: model, optimizer, random state, position in the epoch; search.ckpt: an unfinished search,
                   proxy.ckpt: training of the proxy network; *.previous.ckpt: the last valid one before each;
                   best.safetensors: the best state, if it was clearly better than the exported one
+cache/            decoded images with ``data.cache=disk``; may be removed at any time
 artifacts/        model.safetensors, model.onnx, model-STYLE.onnx of further styles, their verdicts
 report.md         summary of the results
 .lock             the process that is using the directory
@@ -156,7 +157,7 @@ class RunDirectory:
     def _open(self, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
         """The part of ``start`` that needs the lock."""
         there, now = self._check_usable(resume=resume, overwrite=overwrite), circumstances(config.run.device)
-        for folder in ("", "checkpoints", "artifacts"):
+        for folder in ("", "checkpoints", "artifacts", "cache", "cache/proxy"):
             remove_unfinished(self.path / folder)
         if not (there and resume):
             if (self.path / "manifest.json").is_file():
@@ -302,7 +303,7 @@ class RunDirectory:
         return f"quantize to its bits with `quantize({model!r}, policy={str(self.path)!r})`"
 
     def keep_config(self, config: RunConfig) -> None:
-        """Update ``config.json`` of a resumed run, which may change ``training.keep`` only."""
+        """Update ``config.json`` of a resumed run, which may change a few (see ``resume``)."""
         if distributed.first() and self.config() != config:
             write_text(self.path / "config.json", config.to_json())
 
@@ -404,7 +405,7 @@ class RunDirectory:
 
     def _clear(self) -> None:
         """Remove the files of a run, and nothing else."""
-        for name in ("checkpoints", "artifacts"):
+        for name in ("checkpoints", "artifacts", "cache"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)

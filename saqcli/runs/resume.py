@@ -50,7 +50,7 @@ def check_same_settings(run: RunDirectory, config: RunConfig) -> None:
         ConfigError: names the first setting that differs.
     """
     there = (run.path / "config.json").is_file()
-    difference = first_difference(with_same_keep(run.config(), config), config) if there else None
+    difference = first_difference(with_free_settings(run.config(), config), config) if there else None
     if difference:
         raise ConfigError(
             f"{run.path} was started with other settings ({difference}): give the same ones with `resume=True`, "
@@ -58,10 +58,14 @@ def check_same_settings(run: RunDirectory, config: RunConfig) -> None:
         )
 
 
-def with_same_keep(one: RunConfig, other: RunConfig) -> RunConfig:
-    """``one`` with the ``training.keep`` of ``other``; a resumed run may change it, as checkpoints hold both states."""
+def with_free_settings(one: RunConfig, other: RunConfig) -> RunConfig:
+    """``one`` with the settings of ``other`` that a resumed run may change.
+
+    These are ``training.keep``, as checkpoints hold both states, and ``data.cache``, which changes no result.
+    """
     training = one.training.model_copy(update={"keep": other.training.keep})
-    return one.model_copy(update={"training": training})
+    data = one.data.model_copy(update={"cache": other.data.cache})
+    return one.model_copy(update={"training": training, "data": data})
 
 
 def first_difference(one: RunConfig, other: RunConfig) -> str | None:

@@ -50,12 +50,12 @@ BITS = (
     "--weight-grid --weight-norm --weight-quantizer"
 )
 ACCEPTED = {
-    "quantize": f"{BITS} {IMAGES} {NETWORK} {RUN} --ascent-fraction --bits --clip-grad --cutmix --distill --efficient "
-    "--ema --epochs --export --label-smoothing --lr --method --micro-batch --mixup --no-export "
+    "quantize": f"{BITS} {IMAGES} {NETWORK} {RUN} --ascent-fraction --bits --cache --clip-grad --cutmix "
+    "--distill --efficient --ema --epochs --export --label-smoothing --lr --method --micro-batch --mixup --no-export "
     "--optimizer --policy --precision --rho --rho-unit --sam-interval --sam-reuse --sharpness-batch --style "
     "--verify-images",
-    "search": f"{BITS} {IMAGES} {NETWORK} {RUN} --epochs --lr --pareto --proxy --rho --scoring-images --search-classes "
-    "--search-images",
+    "search": f"{BITS} {IMAGES} {NETWORK} {RUN} --cache --epochs --lr --pareto --proxy --rho --scoring-images "
+    "--search-classes --search-images",
     "rerun": f"--builder {GENERAL} --data --device --overwrite --resume --run-dir --weights --workers",
     "eval": f"--builder {IMAGES} {NETWORK} {GENERAL} --batch-sizes --bench --device --memory-format "
     "--repeats --threads",

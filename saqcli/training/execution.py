@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from saqcli import distributed
 from saqcli.config import TrainingSection
-from saqcli.errors import out_of_memory
+from saqcli.errors import SaqError, UnsupportedModel, out_of_memory
 from saqcli.quant.kernels.choice import KernelKind
 from saqcli.quant.kernels.use import use_kernels
 from saqcli.quant.layer import quantized_layers
@@ -199,10 +199,12 @@ def choose(
         precision="bfloat16" if training.precision == "bfloat16" else "float32",
     )
     compiled = replace(plain, compiled=True, kernels="fused", sizes=sizes, evaluates=evaluations > 0)
+    if training.memory_format == "channels_last":
+        _check(trial, plain)
     open_choices = "auto" in (training.memory_format, training.precision, training.compile)
     if not open_choices or steps < LEAST_STEPS:
         return compiled if training.compile == "on" else plain
-    seconds = _Clock(trial)
+    seconds = _Clock(trial, plain)
     if not LEAST_SECONDS <= steps * seconds(plain) < math.inf:
         return compiled if training.compile == "on" else plain
     found = plain
@@ -231,11 +233,29 @@ def choose(
     return found
 
 
+def _check(trial: Trial, execution: Execution) -> None:
+    """Check that the network can be computed in channels_last, as requested.
+
+    Raises:
+        UnsupportedModel: it cannot, though it can be computed as written.
+    """
+    try:
+        trial(execution)
+    except Exception as error:
+        if out_of_memory(error) or isinstance(error, SaqError):
+            raise
+        trial(Execution())  # raises if it was the network that failed
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UnsupportedModel(
+            f"the network fails in channels_last ({reason}): use `training.memory_format=contiguous`"
+        ) from None
+
+
 class _Clock:
     """Seconds of a step's passes, each way measured once; the same on all ranks."""
 
-    def __init__(self, trial: Trial) -> None:
-        self._trial = trial
+    def __init__(self, trial: Trial, plain: Execution) -> None:
+        self._trial, self._plain = trial, plain
         self._seconds: dict[Execution, float] = {}
 
     def __call__(self, execution: Execution) -> float:
@@ -246,11 +266,16 @@ class _Clock:
         return self._seconds[execution]
 
     def _measure(self, execution: Execution) -> float:
-        """Infinity if memory runs out, or the network cannot be compiled."""
+        """Infinity if memory runs out, or the network cannot be computed in this way."""
         start = time.perf_counter()
         attempt, computed = Attempt(), execution
-        with attempt:
-            computed = self._trial(execution)
+        try:
+            with attempt:
+                computed = self._trial(execution)
+        except Exception:  # of any kind: a network may view a tensor as only contiguous ones can be
+            if execution == self._plain:
+                raise
+            return math.inf
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return math.inf if attempt.out_of_memory or computed != execution else time.perf_counter() - start

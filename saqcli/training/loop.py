@@ -10,6 +10,7 @@ from saqcli import distributed
 from saqcli.data.batches import Loader
 from saqcli.errors import DataError, DeviceMemoryError, TrainingDiverged
 from saqcli.progress import Progress, Task
+from saqcli.quant.kernels.use import fused_on_cpu
 from saqcli.quant.layer import weight_owners, weights_given
 from saqcli.tasks.classification import Meter, Score, best_class
 from saqcli.training.memory import Attempt
@@ -48,9 +49,9 @@ def evaluate(
     """
     meters: list[Meter] = []
     so_far = Meter()
-    layers = weight_owners(predict) if isinstance(predict, nn.Module) else []
+    model = predict if isinstance(predict, nn.Module) else nn.Module()
     # Not in inference mode: a module may keep tensors of this pass, and train with them. It would not be faster.
-    with torch.no_grad(), weights_given(layers):
+    with torch.no_grad(), fused_on_cpu(model), weights_given(weight_owners(model)):
         for images, labels in distributed.share(batches) if shared else batches:
             logits, loss = in_parts(predict, images.to(device, non_blocking=True)), None
             if criterion is not None:

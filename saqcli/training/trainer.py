@@ -18,6 +18,7 @@ from saqcli import distributed
 from saqcli.config import TrainingSection
 from saqcli.errors import RunDirectoryError
 from saqcli.progress import SILENT, Progress, Task
+from saqcli.quant.kernels.use import fused_on_cpu
 from saqcli.quant.layer import weight_owners, weights_given
 from saqcli.random_state import random_state, set_random_state
 from saqcli.runs.checkpoints import CheckpointFile
@@ -330,6 +331,7 @@ class Trainer:
         with (
             self.progress.task("evaluating", len(self.validation)) as task,
             torch.no_grad(),
+            fused_on_cpu(model),
             weights_given(weight_owners(model)),
         ):
             interruptible = InterruptibleTask(task, self.run)

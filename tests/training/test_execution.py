@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from saqcli.config import TrainingSection
+from saqcli.errors import UnsupportedModel
 from saqcli.quant.kernels.use import KernelChoice
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers import quantizers_of
@@ -231,6 +232,36 @@ def test_weights_are_laid_out_as_before_at_the_end() -> None:
     assert subject.best is not None
     assert all(value.is_contiguous() for value in subject.best.model.values())
     assert close(subject.model, plain.model)
+
+
+class Viewing(nn.Module):
+    """A layer that views a tensor as only a contiguous one can be viewed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1).view(x.shape)
+
+
+def viewing(**settings: Any) -> Trainer:
+    subject = trainer(compile="off", **settings)
+    assert isinstance(subject.model, nn.Sequential)
+    subject.model.insert(1, Viewing())
+    return subject
+
+
+def test_networks_that_need_contiguous_tensors_are_refused() -> None:
+    with pytest.raises(
+        UnsupportedModel, match=r"fails in channels_last \(view size .*memory_format=contiguous"
+    ):
+        viewing(memory_format="channels_last").fit()
+
+
+def test_networks_that_need_contiguous_tensors_keep_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "LEAST_STEPS", 1)
+    monkeypatch.setattr(execution, "LEAST_SECONDS", 0.0)
+    subject = viewing()
+    subject.fit()
+
+    assert subject.execution.memory_format == "contiguous"
 
 
 # The choice.

@@ -1,5 +1,7 @@
 """Setting the kernel of all quantizers of a model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import nn
@@ -39,3 +41,19 @@ def use_kernels(model: nn.Module, kind: KernelKind) -> KernelChoice:
     for quantizer in quantizers_of(model):
         quantizer.kernel = choice.kind
     return choice
+
+
+@contextmanager
+def fused_on_cpu(model: nn.Module) -> Iterator[None]:
+    """Within the context quantizers on a CPU use fused kernels, whose outputs are the same; afterwards their own again.
+
+    Elsewhere the kernels take seconds to build, so that a few batches do not repay them.
+    """
+    before = [(quantizer, quantizer.kernel) for quantizer in quantizers_of(model)]
+    try:
+        if all(level.device.type == "cpu" for one, _ in before for level in one.state_dict().values()):
+            use_kernels(model, "fused")
+        yield
+    finally:
+        for quantizer, kernel in before:
+            quantizer.kernel = kernel

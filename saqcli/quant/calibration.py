@@ -157,7 +157,7 @@ def fit(model: nn.Module, statistics: Mapping[str, InputStatistics], clip_init: 
     for name, (module, attribute) in _places(model).items():
         quantizer = getattr(module, attribute)
         if isinstance(module, QuantizedProduct) and isinstance(quantizer, Quantizer):
-            device = next(quantizer.parameters()).device
+            device = next(iter(quantizer.state_dict().values())).device
             _start(quantizer, statistics[name].samples.to(device), clip_init, linear=False)
 
 

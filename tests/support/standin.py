@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 aten = torch.ops.aten
 DEVICE = torch.device("lazy")
@@ -121,42 +120,59 @@ def standin() -> Iterator[torch.device]:
 
 
 def _is_standin(device: Any) -> bool:
-    return device is not None and torch.device(device).type == DEVICE.type
+    return device is not None and torch.device(device) == DEVICE
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The operation on the data behind stand-ins; the results are on the device of CUDA's."""
-    flat, spec = tree_flatten((args, kwargs))
+    """The operation on the data behind stand-ins; the results are where CUDA would have them."""
+    flat = _leaves(args) + _leaves(tuple(kwargs.values()))
     ours = [x for x in flat if isinstance(x, Standin)]
-    theirs = [x for x in flat if isinstance(x, Tensor) and not isinstance(x, Standin)]
-    on_device = bool(ours)
+    device = kwargs.get("device")
     if func is aten.copy_.default:
         on_device = isinstance(args[0], Standin)
-    elif "device" in kwargs and kwargs["device"] is not None:
-        on_device = _is_standin(kwargs["device"])
-        kwargs_device = kwargs["device"]
-        flat = [CPU if x is kwargs_device else x for x in flat]
+    else:
+        on_device = bool(ours) if device is None else torch.device(device) == DEVICE
     if not ours and not on_device:
         return func(*args, **kwargs)
-    if ours and theirs:
+    if theirs := [x for x in flat if isinstance(x, Tensor) and not isinstance(x, Standin)]:
         _check(func, args, theirs)
     if on_device and any(isinstance(x, torch.Generator) and x.device == CPU for x in flat):
         raise MixedDevices(f"{func} draws numbers for the device from a generator of the CPU")
-    plain_args, plain_kwargs = tree_unflatten([x.inner if isinstance(x, Standin) else x for x in flat], spec)
-    result = func(*plain_args, **plain_kwargs)
-    if torch.Tag.inplace_view in func.tags and ours:  # squeeze_ and others, of which the stand-in's own shape must know
+    inner_kwargs = {name: _inner(x) for name, x in kwargs.items()}
+    if on_device and device is not None:
+        inner_kwargs["device"] = CPU
+    result = func(*map(_inner, args), **inner_kwargs)
+    if (
+        torch.Tag.inplace_view in func.tags
+    ):  # squeeze_ and others, of which the stand-in's own shape must know
         with no_dispatch():
             args[0].data = Standin(args[0].inner)
-    known = {id(x.inner): x for x in ours}
+    return _placed(result, {id(x.inner): x for x in ours}, on_device)
 
-    def placed(x: Any) -> Any:
-        if not isinstance(x, Tensor) or isinstance(x, Standin):
-            return x
-        if id(x) in known:
-            return known[id(x)]
-        return Standin(x) if on_device else x
 
-    return tree_map(placed, result)
+def _leaves(x: Any) -> list[Any]:
+    """What stands in nested lists and tuples."""
+    if not isinstance(x, list | tuple):
+        return [x]
+    return [leaf for each in x for leaf in _leaves(each)]
+
+
+def _inner(x: Any) -> Any:
+    """The data behind stand-ins."""
+    if isinstance(x, Standin):
+        return x.inner
+    return type(x)(map(_inner, x)) if isinstance(x, list | tuple) else x
+
+
+def _placed(x: Any, known: dict[int, Standin], on_device: bool) -> Any:
+    """Results as stand-ins: those that were given, or new ones."""
+    if isinstance(x, list | tuple):
+        return type(x)(_placed(each, known, on_device) for each in x)
+    if not isinstance(x, Tensor) or isinstance(x, Standin):
+        return x
+    if id(x) in known:
+        return known[id(x)]
+    return Standin(x) if on_device else x
 
 
 def _check(func: Any, args: Any, theirs: list[Tensor]) -> None:

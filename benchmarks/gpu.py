@@ -72,7 +72,7 @@ def device_of(wanted: argparse.Namespace) -> Any:
 
 
 def serve(requests: Any, wanted: argparse.Namespace) -> None:
-    """Answer the requests of a pipe: ``("plan", parts)``, ``("run", name)`` for the outcome of an item, or ``("end", None)``."""
+    """Answer the requests of a pipe: ``("plan", parts)``, ``("run", name)``, or ``("end", None)``."""
     import torch
     from gpu_checks import Place
 

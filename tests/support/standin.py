@@ -27,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 DEVICE = torch.device("lazy")
 CPU = torch.device("cpu")
+_PLAIN = torch.Generator  # which ``standin`` replaces
+_AWAY: set[int] = set()  # generators of the stand-in: below Python their class is lost
 
 _COPIES = {aten._to_copy.default, aten.copy_.default}
 _INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
@@ -98,6 +100,8 @@ class _Generator(torch.Generator):
     def __new__(cls, device: Any = CPU) -> "_Generator":
         made = super().__new__(cls, CPU if _is_standin(device) else device)
         made.place = torch.device(device)
+        if _is_standin(device):
+            _AWAY.add(made._cdata)
         return made
 
     @property
@@ -108,14 +112,15 @@ class _Generator(torch.Generator):
 @contextmanager
 def standin() -> Iterator[torch.device]:
     """Within the context there is the device, which is returned."""
-    before, generator = torch.__future__.get_overwrite_module_params_on_conversion(), torch.Generator
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # ``.data`` of a stand-in cannot be set
     torch.Generator = _Generator  # type: ignore[misc]
     try:
         with _Constants(), _Mode():
             yield DEVICE
     finally:
-        torch.Generator = generator  # type: ignore[misc]
+        _AWAY.clear()
+        torch.Generator = _PLAIN  # type: ignore[misc]
         torch.__future__.set_overwrite_module_params_on_conversion(before)
 
 
@@ -136,7 +141,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     if theirs := [x for x in flat if isinstance(x, Tensor) and not isinstance(x, Standin)]:
         _check(func, args, theirs)
-    if on_device and any(isinstance(x, torch.Generator) and x.device == CPU for x in flat):
+    if on_device and any(isinstance(x, _PLAIN) and x._cdata not in _AWAY for x in flat):
         raise MixedDevices(f"{func} draws numbers for the device from a generator of the CPU")
     inner_kwargs = {name: _inner(x) for name, x in kwargs.items()}
     if on_device and device is not None:

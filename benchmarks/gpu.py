@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import threading
@@ -62,10 +63,13 @@ def items(part: str, wanted: argparse.Namespace) -> list[dict[str, Item]]:
 
 
 def device_of(wanted: argparse.Namespace) -> Any:
-    """The device that is asked for."""
+    """The device that is asked for, a GPU with its index."""
+    import torch
+
     from saqcli.process_group import pick_device
 
-    return pick_device(wanted.device)
+    device = pick_device(wanted.device)
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 # The processes that work.
@@ -73,6 +77,9 @@ def device_of(wanted: argparse.Namespace) -> Any:
 
 def serve(requests: Any, wanted: argparse.Namespace) -> None:
     """Answer the requests of a pipe: ``("plan", parts)``, ``("run", name)``, or ``("end", None)``."""
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # deterministic kernels need it from the start
     import torch
     from gpu_checks import Place
 

@@ -57,7 +57,7 @@ class Place(NamedTuple):
     """Where a check runs.
 
     Attributes:
-        device: to check.
+        device: to check; a GPU with its index.
         quick: sizes for a CPU.
     """
 
@@ -70,6 +70,7 @@ class Place(NamedTuple):
         return self.device.type == "cuda"
 
 
+CPU = Place(torch.device("cpu"))
 Check = Callable[[Place], Figures]
 
 
@@ -304,7 +305,7 @@ def check_minimizer(name: str, place: Place) -> Figures:
             ours, theirs = quantized(), quantized().to(place.device)
             start = on_cpu(ours.to(dtype).state_dict())
             with full_float32():
-                here = _steps(name, ours, batches(Place(torch.device("cpu"))), dtype, **options)
+                here = _steps(name, ours, batches(CPU), dtype, **options)
                 there = _steps(name, theirs, batches(place), dtype, **options)
             apart = difference(there["state"], here["state"], start)
             require(apart <= most, f"in {dtype} the updates differ by {apart:g}")
@@ -359,11 +360,11 @@ def trainer(place: Place, run: Any = None, number: int = 4, count: int = 32, **s
     model = quantized().to(place.device)
     return Trainer(
         model,
-        batches(place, number, count),
+        batches(CPU, number, count),  # as loaders give them
         TrainingSection(**chosen),
         num_classes=CLASSES,
         image_size=SIDE,
-        validation=batches(place, 1),
+        validation=batches(CPU, 1),
         teacher=network().to(place.device),
         run=StopAt() if run is None else run,
     )
@@ -579,7 +580,7 @@ def main() -> None:
     """What torchrun starts: joins its group, then ``check_ranks``."""
     device = torch.device(sys.argv[1])
     if device.type == "cuda":
-        torch.cuda.set_device(0)
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     check_ranks(Place(device))
 

@@ -16,7 +16,7 @@ from tests.support.standin import DEVICE, MixedDevices, Standin, standin
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 CPU = Place(torch.device("cpu"))
-GPU = Place(torch.device("cuda"), quick=True)
+GPU = Place(torch.device("cuda", 0))
 AWAY = Place(DEVICE)
 # Those that take seconds and say most; the stand-in compares with the CPU, and the CPU runs all in ``gpu.py``.
 SOON = {

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import threading
@@ -172,7 +173,8 @@ class Worker:
             with suppress(OSError):
                 self._pipe.send(("end", None))
             self._process.join(0 if hangs else 10)
-            self._process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # and what it started
             self._process.join()
             self._process = None
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.gpu_checks import Place, checks
+from saqcli import process_group
+from tests.end_to_end.golden_runs import records
+from tests.end_to_end.test_goldens import differences
 from tests.support.standin import DEVICE, MixedDevices, Standin, standin
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
@@ -117,6 +121,21 @@ def test_standin_differentiates_as_the_cpu(away: Callable[[Tensor], Tensor]) -> 
     assert weight.grad is not None
     assert there.grad is not None
     assert torch.equal(there.grad.cpu(), weight.grad)
+
+
+@pytest.mark.slow
+def test_commands_compute_on_the_standin_as_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["saq"])
+    found = []
+    for folder, context in (("cpu", nullcontext(torch.device("cpu"))), ("standin", standin())):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        with context as device:
+            monkeypatch.setattr(process_group, "pick_device", lambda _, device=device: device)
+            found.append(records())
+    assert differences(*found) == []
 
 
 # The script.

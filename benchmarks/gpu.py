@@ -222,14 +222,14 @@ class Schedule:
         self._waiting = {
             name: seconds if estimated else 1.0 for name, seconds in group.items() if name not in results.done
         }
-        self._results, self._end = results, end
+        self._results, self._end, self._estimated = results, end, estimated
         self._lock, self._ratios = threading.Lock(), list[float]()
 
     def take(self) -> tuple[str, float] | None:
         """The first item that fits, and its seconds; None if there is none."""
         with self._lock:
             left = self._end - time.monotonic()
-            ratio = max(1.0, statistics.median(self._ratios)) if self._ratios else 1.0
+            ratio = max(1.0, statistics.median(self._ratios or [1.0])) if self._estimated else 1.0
             fitting = next(((n, s) for n, s in self._waiting.items() if ratio * s <= left), None)
             if fitting is not None:
                 del self._waiting[fitting[0]]
@@ -239,7 +239,7 @@ class Schedule:
         """Run items until none fits."""
         while (item := self.take()) is not None:
             name, seconds = item
-            limit = min(self._end - time.monotonic(), max(120.0, 4 * seconds))
+            limit = min(self._end - time.monotonic(), max(120.0, 4 * seconds) if self._estimated else 600.0)
             found = worker.run(name, limit)
             with self._lock:
                 self._ratios.append(found["seconds"] / seconds)

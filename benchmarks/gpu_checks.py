@@ -407,7 +407,9 @@ def check_resume(place: Place) -> Figures:
     with deterministic(), tempfile.TemporaryDirectory() as folder:
         whole, path = trained(place), Path(folder) / "state.ckpt"
         torch.manual_seed(0)
-        first = trainer(place, StopAt(7))  # two epochs of four steps, with two offers at the end of each
+        first = trainer(
+            place, StopAt(8)
+        )  # in the second epoch, after a step whose ascent the next one reuses
         try:
             first.fit()
         except Stop:

@@ -7,6 +7,7 @@ bit-width. Weights need no data: they are fitted tensor by tensor.
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -157,7 +158,7 @@ def fit(model: nn.Module, statistics: Mapping[str, InputStatistics], clip_init: 
     for name, (module, attribute) in _places(model).items():
         quantizer = getattr(module, attribute)
         if isinstance(module, QuantizedProduct) and isinstance(quantizer, Quantizer):
-            device = next(quantizer.parameters()).device
+            device = next(chain(quantizer.parameters(), quantizer.buffers(), model.parameters())).device
             _start(quantizer, statistics[name].samples.to(device), clip_init, linear=False)
 
 

@@ -82,7 +82,7 @@ def network(way: str) -> tuple[nn.Module, Tensor]:
 
 
 def quantized(
-    net: nn.Module, x: Tensor, bits: int, more: tuple[int, ...] = ()
+    net: nn.Module, x: Tensor, bits: int, more: tuple[int, ...] = (), quantizer: str = "clip"
 ) -> tuple[Trace, CostModel, dict[str, Any]]:
     """Quantize ``net`` with its products, as the pipelines do."""
     convert.wrap(net)
@@ -97,7 +97,8 @@ def quantized(
     )
     wider = [LayerBits(weight=width, activation=width) for width in more]
     options = {name: wider for name in config.layers}  # noqa: C420
-    convert.install(net, Scheme(), config, {name: s.signed for name, s in statistics.items()}, options)
+    signed = {name: s.signed for name, s in statistics.items()}
+    convert.install(net, Scheme(quantizer=quantizer), config, signed, options)
     calibration.fit(net, statistics)
     return found, costs, statistics
 
@@ -355,6 +356,14 @@ def test_activation_clips_include_products() -> None:
     assert own <= {id(p) for p in kinds.parameters}
     _, gradients = kinds.gradients(lambda: net(x).square().sum())
     assert all(g is not None and bool(g.any()) for g in gradients)
+
+
+def test_products_take_quantizers_that_learn_nothing() -> None:
+    net, x = network("fused")
+    before = net(x)
+    quantized(net, x, 8, quantizer="dorefa")
+    assert not any(list(product.parameters()) for product in quantized_products(net).values())
+    assert torch.allclose(net(x), before, atol=0.1 * float(before.detach().abs().max()))
 
 
 def test_layer_with_own_products_keeps_them_float() -> None:

@@ -43,7 +43,7 @@ def page() -> str:
     sections = [HEAD, *map(steps_section, steps)]
     if peers:
         sections.append(peers_section(peers))
-    sections += [f"## {result['benchmark']}\n\n{origin(result)}\n" for result in others]
+    sections += map(other_section, others)
     return "\n".join(sections)
 
 
@@ -98,11 +98,25 @@ def peers_section(results: Sequence[Result]) -> str:
     return f"{title}\n\n{origin(first)}\n\n{table(head, rows)}\n"
 
 
+def other_section(result: Result) -> str:
+    """The figures of any other script: every object of numbers is a column."""
+    columns = {
+        name: values
+        for name, values in result.items()
+        if isinstance(values, dict) and values and all(isinstance(v, int | float) for v in values.values())
+    }
+    rows = list(dict.fromkeys(row for values in columns.values() for row in values))
+    cells = [[row, *(number(values.get(row), ".3g") for values in columns.values())] for row in rows]
+    title = ", ".join(str(result[name]) for name in ("benchmark", "model") if name in result)
+    head = ["", *(name.replace("_", " ") for name in columns)]
+    return f"## {title}\n\n{origin(result)}\n\n{table(head, cells)}\n"
+
+
 def origin(result: Result) -> str:
     """Command, date and machine of a result."""
     versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "torchvision", "timm"))
     threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
-    where = f"{result['cpu']} ({', '.join(result['isa'])}), {threads}, {result['clock']} clock"
+    where = f"{result['cpu']} ({', '.join(result['isa'])}), {threads}, {result.get('clock', 'wall')} clock"
     return f"`{result['command']}`, {result['date']}. {where}; {versions}."
 
 

@@ -452,6 +452,9 @@ class TrainingSection(_Section):
     norm of the gradients. ``ema_decay`` 0 averages no weights. ``mixup`` and ``cutmix`` are the alphas of their beta
     distributions, 0 for none.
 
+    ``compile``, ``memory_format`` and ``precision`` say how passes are computed (see ``training.execution``). Where
+    they are ``auto``, steps are timed at the start of runs of minutes.
+
     ``keep`` chooses the exported state: that of the ``last`` epoch, or the ``best`` one on the validation images, with
     the calibrated state as the first candidate.
     """
@@ -546,9 +549,20 @@ class TrainingSection(_Section):
     distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
     distill_temperature: Rate = 1.0
     precision: Annotated[
-        Literal["float32", "bfloat16"],
-        Option("Precision of the forward pass; quantizers stay in float32", panel=EFFICIENCY),
+        Literal["float32", "bfloat16", "auto"],
+        Option(
+            "Precision of the forward pass, `auto` is the faster; quantizers stay in float32",
+            panel=EFFICIENCY,
+        ),
     ] = "float32"
+    compile: Annotated[
+        Literal["auto", "on", "off"],
+        Option("Compile the training step; `auto` where the steps ahead repay it", panel=EFFICIENCY),
+    ] = "auto"
+    memory_format: Annotated[
+        Literal["auto", "contiguous", "channels_last"],
+        Option("Order of images and convolution weights in memory; `auto` is the faster", panel=EFFICIENCY),
+    ] = "auto"
     keep: Literal["last", "best"] = "last"
     minimizer: dict[str, Any] = {}
 

@@ -116,6 +116,7 @@ def quantize(
                     if "position" in state:
                         trainer.load_state_dict(state)
                     trainer.fit()
+                run.note_training(**trainer.execution.recorded())
                 best, last = trainer.best, trainer.last
                 del trainer, teacher  # frees optimizer, average and loaders before evaluation and export
                 name = f"{metadata.policy.model}, fine-tuned,"

@@ -31,13 +31,16 @@ from saqcli.progress import SILENT, Progress
 from saqcli.random_state import random_state, set_random_state, torch_threads
 from saqcli.report.comparison import Difference, Record, compare, explain_diff, versions_differ
 from saqcli.runs.directory import RunDirectory
-from saqcli.runs.manifest import Circumstances, RunManifest
+from saqcli.runs.manifest import Circumstances, RunManifest, computed
 from saqcli.runs.resume import first_difference
 from saqcli.serialization import parse_object, printable
 from saqcli.units import counted
 
 VERBS: dict[str, Callable[..., Any]] = {"quantize": quantize, "search": search}
-MAY_DIFFER = ("data.path", "data.workers", "model.weights", "quantization.policy", "run.device")
+MAY_DIFFER = (
+    *("data.path", "data.workers", "model.weights", "quantization.policy", "run.device"),
+    *("training.compile", "training.memory_format", "training.precision"),
+)
 NAMED_SETS = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")  # prefixes of timm's data sets
 
 
@@ -222,6 +225,17 @@ def _restored(run: RunDirectory, then: Circumstances | None) -> RunConfig:
     config, changes = run.config(), dict[str, Any]()
     if config.quantization.policy is not None:
         changes["quantization.policy"] = str(run.policy_path)
+    way = computed(run.manifest().circumstances)
+    chosen = {
+        "compile": "on" if way.compiled else "off",
+        "memory_format": way.memory_format,
+        "precision": way.precision,
+    }
+    changes |= {
+        f"training.{name}": value
+        for name, value in chosen.items()
+        if getattr(config.training, name) == "auto"
+    }
     if then is None:
         return _with(config, changes)
     device = then.device.partition(" ")[0]

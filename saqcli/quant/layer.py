@@ -166,6 +166,19 @@ def weights_taken(layers: Sequence[QuantizedLayer]) -> Iterator[None]:
             layer.given_weight, layer.given_from = given, origin
 
 
+@contextmanager
+def weights_constant(layers: Iterable[QuantizedLayer]) -> Iterator[None]:
+    """Within the context the given weights of ``layers`` collect no gradients."""
+    before = [(layer, layer.given_weight) for layer in layers]
+    try:
+        for layer, given in before:
+            layer.given_weight = None if given is None else given.detach()
+        yield
+    finally:
+        for layer, given in before:
+            layer.given_weight = given
+
+
 def back_propagate(layers: Iterable[QuantizedLayer]) -> None:
     """Pass the gradients that given weights collected on to the parameters that these were computed from."""
     origins, gradients = [], []
@@ -212,7 +225,7 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
 
 @contextmanager
 def frozen_batch_stats(model: nn.Module) -> Iterator[None]:
-    """Within the context batch and instance norms compute as before; at its end their running statistics are restored."""
+    """Within the context batch and instance norms compute as before; at its end running statistics are restored."""
     kept = [
         (buffer, buffer.clone())
         for module in model.modules()

@@ -20,7 +20,7 @@ from saqcli.export.safetensors import Content, read_content
 from saqcli.models.weights import sha256_of
 from saqcli.quant.bits import BitConfig
 from saqcli.runs.directory import RunDirectory
-from saqcli.runs.manifest import RunManifest
+from saqcli.runs.manifest import RunManifest, computed
 from saqcli.serialization import json_text, parse_json, printable
 from saqcli.units import counted
 
@@ -324,7 +324,10 @@ def _circumstances(before: Record, after: Record) -> list[str]:
     found = [
         f"the run in {record.run.path} was resumed under other circumstances (see its manifest.json)"
         for record in (before, after)
-        if len({c.model_copy(update={"directory": ""}) for c in record.manifest.circumstances}) > 1
+        if len(
+            {c.model_copy(update={"directory": "", "training": None}) for c in record.manifest.circumstances}
+        )
+        > 1
     ]
     if not before.manifest.circumstances:
         return [*found, f"threads, processor and device of {before.run.path} are not recorded"]
@@ -333,6 +336,9 @@ def _circumstances(before: Record, after: Record) -> list[str]:
         pair = getattr(then, field), getattr(now, field)
         if pair[0] != pair[1]:
             found.append(f"different {name}: {pair[0]} then, {pair[1]} now")
+    ways = computed(before.manifest.circumstances), computed(after.manifest.circumstances)
+    if ways[0] != ways[1]:
+        found.append(f"training was computed differently: {ways[0]} then, {ways[1]} now")
     return found
 
 

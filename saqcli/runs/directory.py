@@ -30,7 +30,7 @@ from saqcli.models.weights import sha256_of
 from saqcli.runs.checkpoints import CheckpointFile
 from saqcli.runs.interrupts import StopRequest, blocked_signals, exit_code_of
 from saqcli.runs.locks import Lock, Owner
-from saqcli.runs.manifest import Circumstances, RunManifest, circumstances
+from saqcli.runs.manifest import Circumstances, Computed, RunManifest, circumstances
 from saqcli.serialization import (
     cannot_write,
     json_text,
@@ -168,7 +168,8 @@ class RunDirectory:
             self._write_manifest(now, "running")
         else:
             before = self.manifest().circumstances
-            self._update(status="running", circumstances=before + [now] * (not before or before[-1] != now))
+            same = bool(before) and before[-1].model_copy(update={"training": None}) == now
+            self._update(status="running", circumstances=before + [now] * (not same))
         for name in ("checkpoints", "artifacts")[: 1 if self.verb == "search" else 2]:
             make_folder(self.path / name)
 
@@ -308,6 +309,13 @@ class RunDirectory:
     def note_images(self, fingerprints: dict[str, str], **more: str) -> None:
         """Record the fingerprints of the images, and ``more`` manifest fields about them."""
         self._update(images=fingerprints, **more)
+
+    def note_training(self, **computed: Any) -> None:
+        """Record how training is computed; the fields of ``Computed``."""
+        if distributed.first():
+            *earlier, now = self.manifest().circumstances
+            now = now.model_copy(update={"training": Computed(**computed)})
+            self._update(circumstances=[*earlier, now])
 
     def finish(self, results: dict[str, Any]) -> None:
         """Record the results, the hashes of all artifacts, and the status ``finished``."""

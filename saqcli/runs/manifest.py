@@ -6,6 +6,7 @@ of summation, the processor selects the kernels. ``saq rerun`` restores what it 
 
 import os
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -21,6 +22,29 @@ def _below_artifacts(name: str) -> str:
     return name
 
 
+class Computed(BaseModel):
+    """How the passes of training were computed (see ``training.execution``).
+
+    Attributes:
+        compiled: the network was put through ``torch.compile``.
+        memory_format: of images and convolution weights.
+        precision: of the forward pass.
+        kernels: of the quantizers, where the network was not compiled.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    compiled: bool = False
+    memory_format: str = "contiguous"
+    precision: str = "float32"
+    kernels: str = "eager"
+
+    def __str__(self) -> str:
+        """Such as ``compiled, channels_last, float32, eager quantizers``."""
+        how = "compiled" if self.compiled else "not compiled"
+        return f"{how}, {self.memory_format}, {self.precision}, {self.kernels} quantizers"
+
+
 class Circumstances(BaseModel):
     """Where and how a process computed.
 
@@ -32,6 +56,7 @@ class Circumstances(BaseModel):
         cores: logical processors available to the process; they set the default number of loader workers.
         threads: number of PyTorch threads.
         processes: number of ranks.
+        training: how training was computed; None before it, and without it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +68,7 @@ class Circumstances(BaseModel):
     cores: Annotated[int, Field(ge=1)]
     threads: Annotated[int, Field(ge=1, le=1024)]
     processes: Annotated[int, Field(ge=1)]
+    training: Computed | None = None
 
 
 class RunManifest(BaseModel):
@@ -75,6 +101,11 @@ class RunManifest(BaseModel):
     class_order: str = ""
     artifacts: dict[Annotated[str, AfterValidator(_below_artifacts)], str] = {}
     results: dict[str, Any] = {}
+
+
+def computed(circumstances: Sequence[Circumstances]) -> Computed:
+    """How training was computed in the end; as the network is written where that is not recorded."""
+    return next((each.training for each in reversed(circumstances) if each.training), Computed())
 
 
 def circumstances(device: str) -> Circumstances:

@@ -49,13 +49,14 @@ from saqcli.searchers.knapsack import best_choice, untrained_choice
 from saqcli.searchers.mixture import Mixtures
 from saqcli.searchers.problem import Batches, SearchProblem, SearchResult, remaining_batches
 from saqcli.searchers.supernet import Scorer, Supernet
+from saqcli.training.memory import retry_on_oom
 from saqcli.training.minimizers import Chunk
 from saqcli.training.minimizers.base import average_gradients, check_step, gradients_of, running_statistics
 from saqcli.training.objective import cut, micro_batches
 from saqcli.training.optimizer import CosineRates
 from saqcli.training.options import check_choice, check_count, check_flag, check_number
 from saqcli.training.perturbation import Gradients, Perturbation, PerturbedSet, RadiusUnit, add_up
-from saqcli.training.step import Recovery, Snapshot, retry_on_oom
+from saqcli.training.step import Recovery, Snapshot
 from saqcli.units import format_quantity
 
 Align = Literal["sagm", "none"]

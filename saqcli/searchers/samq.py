@@ -60,6 +60,7 @@ from saqcli.searchers.problem import SearchProblem, SearchResult, remaining_batc
 from saqcli.searchers.separable import relative_noise
 from saqcli.searchers.supernet import Scorer, Supernet, most_accurate, score_all
 from saqcli.tasks import classification
+from saqcli.training.memory import retry_on_oom
 from saqcli.training.minimizers import Chunk
 from saqcli.training.minimizers.base import gradients_of
 from saqcli.training.minimizers.sharpness_aware import SAQ
@@ -67,7 +68,7 @@ from saqcli.training.objective import Objective, micro_batches
 from saqcli.training.optimizer import CosineRates
 from saqcli.training.options import check_choice, check_count, check_flag, check_number
 from saqcli.training.perturbation import PerturbedSet, RadiusUnit
-from saqcli.training.step import Recovery, Stepper, retry_on_oom
+from saqcli.training.step import Recovery, Stepper
 
 T = TypeVar("T")
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from saqcli.config import TrainingSection
@@ -35,7 +36,11 @@ class Best:
     @classmethod
     def of(cls, epoch: int, score: Score, model: Mapping[str, Tensor]) -> "Best":
         """With a copy of ``model``, the tensors of a model that is trained further."""
-        return cls(epoch, score, {name: value.detach().cpu().clone() for name, value in model.items()})
+        copies = {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, value in model.items()
+        }
+        return cls(epoch, score, copies)
 
     def pack(self) -> dict[str, Any]:
         """Plain values and tensors that a checkpoint can hold."""

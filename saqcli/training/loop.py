@@ -11,8 +11,9 @@ from saqcli.data.batches import Loader
 from saqcli.errors import DataError, DeviceMemoryError, TrainingDiverged
 from saqcli.progress import Progress, Task
 from saqcli.tasks.classification import Meter, Score, best_class
+from saqcli.training.memory import Attempt
 from saqcli.training.minimizers.base import check_score
-from saqcli.training.step import Attempt, Stepper
+from saqcli.training.step import Stepper
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, C, H, W) and labels (N,)
 

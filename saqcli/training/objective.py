@@ -47,7 +47,12 @@ class Objective:
     reported: bool = False
 
     def pieces(
-        self, model: nn.Module, images: Tensor, labels: Tensor, chunk: int, micro_batch: int | None = None
+        self,
+        model: Callable[[Tensor], Tensor],
+        images: Tensor,
+        labels: Tensor,
+        chunk: int,
+        micro_batch: int | None = None,
     ) -> list[list["Piece"]]:
         """A batch cut into chunks of at most ``chunk`` images, and these into micro-batches.
 
@@ -95,7 +100,7 @@ class Piece:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Callable[[Tensor], Tensor],
         objective: Objective,
         images: Tensor,
         labels: Tensor,
@@ -113,7 +118,7 @@ class Piece:
         wanted = self.objective
         count, precision = len(self.labels), wanted.autocast
         if ascent:
-            count = min(count, max(2, round(wanted.ascent_fraction * count)))  # a batch norm needs two
+            count = self._ascending()
             precision = wanted.ascent_autocast or precision
         with precision():
             logits = self.model(self.images[:count])
@@ -126,6 +131,14 @@ class Piece:
             return loss
         distance = wanted.distillation.distance(logits, self.answers[:count])
         return torch.lerp(loss, distance, wanted.distillation.weight)
+
+    def _ascending(self) -> int:
+        count = len(self.labels)
+        return min(count, max(2, round(self.objective.ascent_fraction * count)))  # a batch norm needs two
+
+    def sizes(self) -> set[int]:
+        """Images of its forward passes."""
+        return {len(self.labels), self._ascending()}
 
     def counted(self) -> tuple[Tensor, Tensor]:
         """Logits of the first call, at the unperturbed weights, and their labels.

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -37,6 +36,8 @@ def in_float(training: TrainingSection, batch_size: int, **changes: object) -> T
         "sharpness_batch": batch_size,
         "micro_batch": None,
         "ema_decay": 0.0,
+        "compile": "off",
+        "memory_format": "contiguous",
     }
     return training.model_copy(update=plain | changes)
 
@@ -145,14 +146,15 @@ def make_objective(
 ) -> Objective:
     """What is minimized: cross-entropy, with the mixing, smoothing and distillation that the settings ask for.
 
+    The precision of the passes is that of the step's ``Execution``.
+
     Args:
         training: the settings.
         device: of the model.
         num_classes: logits of the model.
         teacher: the float model, where it is to be learned from.
     """
-    autocast = partial(_autocast, training.precision, device)
-    ascent = None if training.ascent_precision == "same" else partial(_autocast, "bfloat16", device)
+    half = partial(torch.autocast, device.type, dtype=torch.bfloat16)
     return Objective(
         criterion=classification.criterion(training),
         mix=classification.mixing(training, num_classes),
@@ -161,14 +163,9 @@ def make_objective(
         )
         if teacher
         else None,
-        autocast=autocast,
-        ascent_autocast=ascent,
+        ascent_autocast=None if training.ascent_precision == "same" else half,
         ascent_fraction=training.ascent_fraction,
     )
-
-
-def _autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
 def check_training(config: RunConfig) -> None:

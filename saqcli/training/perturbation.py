@@ -29,6 +29,7 @@ from saqcli.quant.layer import (
     perturbed,
     quantized_layers,
     weight_owners,
+    weights_constant,
     weights_given,
     weights_taken,
     zero_ports,
@@ -108,6 +109,9 @@ class PerturbedSet:
         self._members = list(_members(model, set(kinds)))
         self.parameters = [member.parameter for member in self._members]
         self._owners = weight_owners(model)
+        self._unmoved = [layer for layer in self._owners if layer not in set(self.layers)]
+        moved_ones = {id(parameter) for parameter in self.parameters}
+        self._others = [parameter for parameter in model.parameters() if id(parameter) not in moved_ones]
         self._moves_origins = not {"latent_weights", "weight_clips"}.isdisjoint(kinds)  # of quantized weights
 
     def gradients(
@@ -130,7 +134,11 @@ class PerturbedSet:
             UnperturbedLayer: not one quantized layer, or no member at all, takes part in the loss.
         """
         through_origins = through_rounding or bool(also) or self._moves_origins
-        with weights_taken(self._owners) if through_origins else nullcontext(), torch.enable_grad():
+        with (
+            weights_taken(self._owners) if through_origins else weights_constant(self._unmoved),
+            nullcontext() if through_origins else _frozen(self._others),
+            torch.enable_grad(),
+        ):
             ports, unserved = _ports(self.layers)
             with perturbed(list(unserved), list(unserved.values())):
                 value = loss()
@@ -221,6 +229,19 @@ class PerturbedSet:
                     parameter.copy_(value)
 
 
+@contextmanager
+def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within the context ``parameters`` have no gradients, and none is computed for them."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 def _ports(layers: Sequence[QuantizedLayer]) -> tuple[list[Tensor], dict[QuantizedLayer, Tensor]]:
     """The leaf that collects dL/dQ(w), for every layer; and the leaves that still must be set as perturbations.
 
@@ -230,7 +251,7 @@ def _ports(layers: Sequence[QuantizedLayer]) -> tuple[list[Tensor], dict[Quantiz
         layer for layer in layers if layer.given_weight is None or not layer.given_weight.requires_grad
     ]
     zeros = dict(zip(unserved, zero_ports(unserved), strict=True))
-    ports = [zeros[layer] if layer in zeros else layer.given_weight for layer in layers]
+    ports = [zeros.get(layer, layer.given_weight) for layer in layers]
     return [port for port in ports if port is not None], zeros
 
 

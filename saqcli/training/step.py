@@ -10,9 +10,8 @@ In both cases weights, optimizer and running statistics are as before the step. 
 import gc
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import TracebackType
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +19,13 @@ from torch import Tensor, nn
 from saqcli import distributed
 from saqcli.errors import DeviceMemoryError, TrainingDiverged, out_of_memory
 from saqcli.random_state import random_state, set_random_state
+from saqcli.training.execution import Engine, Execution, Trial
+from saqcli.training.memory import retry_on_oom
 from saqcli.training.minimizers import Minimizer
 from saqcli.training.minimizers.base import Passes
 from saqcli.training.objective import Objective, Piece, as_chunks
 from saqcli.units import counted
 
-T = TypeVar("T")
 PATIENCE = 10  # skipped steps in a row before training stops
 SMALLEST = 2  # images of a micro-batch: a batch norm cannot use a single one
 
@@ -87,6 +87,9 @@ class Stepper:
     Attributes:
         device: of the model.
         loss: of the last step, at the unperturbed weights.
+        engine: calls the model.
+        execution: how passes are computed; None before the first step.
+        choose: decides on it from the images and labels of the first step; None to compute as written.
 
     Args:
         model: wrapped, quantizers installed, in training mode.
@@ -110,6 +113,55 @@ class Stepper:
         self.sharpness_batch, self.recovery, self.note = sharpness_batch, recovery, note
         self.device = next(model.parameters()).device
         self.loss = math.nan
+        self.engine = Engine(model, note)
+        self._autocast = objective.autocast
+        self._teacher: Engine | None = None
+        if objective.distillation is not None:
+            self._teacher = Engine(objective.distillation.teacher, note)
+            distillation = replace(objective.distillation, teacher=self._teacher)
+            self.objective = replace(objective, distillation=distillation)
+        self.execution: Execution | None = None
+        self.choose: Callable[[Tensor, Tensor], Execution] | None = None
+
+    def compute(self, execution: Execution) -> None:
+        """Compute in this way from now on."""
+        self.execution = execution
+        self.engine.set(execution)
+        if self._teacher is not None:
+            self._teacher.set(execution)
+        half = partial(torch.autocast, self.device.type, dtype=torch.bfloat16)
+        autocast = half if execution.precision == "bfloat16" else self._autocast
+        self.objective = replace(self.objective, autocast=autocast)
+
+    def restore(self) -> None:
+        """Lay out weights as they were."""
+        self.engine.restore()
+        if self._teacher is not None:
+            self._teacher.restore()
+
+    def trial(self, images: Tensor, labels: Tensor) -> Trial:
+        """Passes of a step on these images that leave everything as it was."""
+
+        def run(execution: Execution) -> Execution:
+            snapshot = Snapshot(self.model)
+            self.compute(execution)
+            try:
+                self._passes(images, labels)
+            finally:
+                snapshot.restore()
+                self.model.zero_grad()
+            return self.engine.execution
+
+        return run
+
+    def sizes(self, images: Tensor, labels: Tensor) -> tuple[int, ...]:
+        """Images of the forward passes of a step on these images."""
+        before = random_state()
+        pieces = self.objective.pieces(
+            self.engine, images, labels, self.sharpness_batch, self.recovery.micro_batch
+        )
+        set_random_state(before)
+        return tuple(sorted({size for chunk in pieces for piece in chunk for size in piece.sizes()}))
 
     def __call__(self, images: Tensor, labels: Tensor) -> list[Piece]:
         """One step on images (N, C, H, W) and labels (N,); its pieces, or none if it was skipped.
@@ -118,6 +170,8 @@ class Stepper:
             TrainingDiverged: too many steps in a row were skipped.
             DeviceMemoryError: not even the smallest micro-batch fits.
         """
+        if self.execution is None:
+            self.compute(Execution() if self.choose is None else self.choose(images, labels))
         snapshot = Snapshot(self.model)
 
         def shrink_micro_batch() -> None:
@@ -139,12 +193,13 @@ class Stepper:
                 "`data.batch_size`, or `training.optimizer=sgd`"
             ) from None
         self.recovery.in_row = 0
+        self.execution = self.engine.execution  # a network that cannot be compiled is computed as written
         return [piece for chunk in pieces for piece in chunk]
 
     def _passes(self, images: Tensor, labels: Tensor) -> tuple[list[list[Piece]], Passes]:
         """All forward and backward passes of a step."""
         pieces = self.objective.pieces(
-            self.model, images, labels, self.sharpness_batch, self.recovery.micro_batch
+            self.engine, images, labels, self.sharpness_batch, self.recovery.micro_batch
         )
         return pieces, self.minimizer.gradients(as_chunks(pieces))
 
@@ -163,50 +218,3 @@ class Snapshot:
             buffer.copy_(value)
         if random:
             set_random_state(self._random)
-
-
-class Attempt:
-    """A context that ends quietly if memory runs out in it.
-
-    Attributes:
-        out_of_memory: whether it did.
-    """
-
-    out_of_memory = False
-
-    def __enter__(self) -> None:
-        """Begin."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        """Whether to suppress ``error``."""
-        self.out_of_memory = isinstance(error, RuntimeError | MemoryError) and out_of_memory(error)
-        return self.out_of_memory
-
-
-def retry_on_oom(work: Callable[[], T], shrink: Callable[[], None]) -> T:
-    """The result of ``work`` in the first attempt that fits in the memory of all ranks.
-
-    Args:
-        work: forward and backward passes. It is a function so that its tensors are freed when it fails.
-        shrink: called between two attempts, after the tensors of the failed one are freed, also on ranks where it
-            succeeded; undoes its changes and reduces its size.
-
-    Example:
-        >>> sizes = [64]
-        >>> def work():
-        ...     if sizes[-1] > 20:
-        ...         raise MemoryError
-        ...     return "done"
-        >>> retry_on_oom(work, lambda: sizes.append(sizes[-1] // 2)), sizes
-        ('done', [64, 32, 16])
-    """
-    while True:
-        attempt, results = Attempt(), list[T]()
-        with attempt:
-            results.append(work())
-        if not distributed.any_of(attempt.out_of_memory):
-            return results[0]
-        results.clear()
-        shrink()

@@ -21,6 +21,7 @@ from saqcli.random_state import random_state, set_random_state
 from saqcli.runs.checkpoints import CheckpointFile
 from saqcli.tasks.classification import Meter, Score, largest_loss
 from saqcli.training.best import Best
+from saqcli.training.execution import Execution, choose
 from saqcli.training.loop import evaluate, train_epoch
 from saqcli.training.minimizers.base import check_epoch
 from saqcli.training.optimizer import make_minimizer, make_objective, make_optimizer, make_schedule
@@ -167,6 +168,7 @@ class Trainer:
         self._stepper = Stepper(
             model, self.minimizer, objective, training.sharpness_batch, self.recovery, progress.note
         )
+        self._stepper.choose = self._choose
         self.epoch, self.step = 0, 0
         self.best = None if initial is None else Best.of(0, initial, model.state_dict())
         self.last: Score | None = None
@@ -204,6 +206,7 @@ class Trainer:
             validated = self._evaluate()
             self._log(trained, validated, learning_rate)
             self._end_epoch()
+        self._stepper.restore()
         if self.average:
             self.model.load_state_dict(self.average.state_dict())
         if self.training.keep == "best" and self.best is not None:
@@ -220,6 +223,8 @@ class Trainer:
             "position": {"epoch": self.epoch, "step": self.step},
             "ranks": distributed.gathered({"random": random_state(), "meter": dict(vars(self._meter))}),
         }
+        if self._stepper.execution is not None:
+            state["execution"] = self._stepper.execution.to_dict()
         if self.best is not None:
             state["best"] = self.best.pack()
         if self.last is not None:
@@ -236,6 +241,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if "minimizer" in state:
             self.minimizer.load_state_dict(state["minimizer"])
+        if "execution" in state:
+            self._stepper.compute(Execution.from_dict(state["execution"]))
         if self.average:
             self.average.load_state_dict(state["average"])
         vars(self.recovery).update(state.get("setbacks", {}))
@@ -271,6 +278,22 @@ class Trainer:
         if state is None:
             raise RunDirectoryError(f"there is no checkpoint {path}")
         self.load_state_dict(state)
+
+    def _choose(self, images: Tensor, labels: Tensor) -> Execution:
+        stepper = self._stepper
+        return choose(
+            self.training,
+            stepper.trial(images, labels),
+            stepper.sizes(images, labels),
+            self.training.epochs * len(self.batches) - self._steps - self.step,
+            self.model,
+            self.progress.note,
+        )
+
+    @property
+    def execution(self) -> Execution:
+        """How passes are computed; as written before the first step."""
+        return self._stepper.execution or Execution()
 
     @property
     def _steps(self) -> int:

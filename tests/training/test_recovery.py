@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from saqcli.errors import DeviceMemoryError, TrainingDiverged
 from saqcli.progress import SILENT
 from saqcli.training.loop import evaluate, in_parts
+from saqcli.training.memory import retry_on_oom
 from saqcli.training.minimizers import MINIMIZERS
 from saqcli.training.objective import Objective
-from saqcli.training.step import Recovery, Stepper, retry_on_oom
+from saqcli.training.step import Recovery, Stepper
 from tests.support.joined import forks
 from tests.support.networks import NETWORKS, images, quantize, seeded
 from tests.support.steps import (

@@ -173,7 +173,10 @@ def make_trainer(
         found = observe(model.eval(), [example.args[0]])
         install(network, example, scheme_of(config), policy, found)
     else:
-        training = in_float(training, batch_size)
+        ways = {
+            name: getattr(training, name) for name in WAYS
+        }  # the float steps of a search are always eager
+        training = in_float(training, batch_size, **ways)
     model.to(device).train()
     return Trainer(
         model,

@@ -51,7 +51,10 @@ def add_json(options: argparse.ArgumentParser) -> None:
 
 
 def facts(benchmark: str) -> dict[str, Any]:
-    """What a result depends on beside its settings: command, date, processor, threads, versions."""
+    """What a result depends on beside its settings: command, date, processor, threads, versions.
+
+    ``load`` is the average of the last minute: this script's own threads, and other work on the machine.
+    """
     arguments = [text for text in sys.argv[1:] if text != "--json"]
     return {
         "benchmark": benchmark,
@@ -60,6 +63,7 @@ def facts(benchmark: str) -> dict[str, Any]:
         "cpu": cpu_name(),
         "isa": instruction_sets(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         **library_versions(),
     }
 

@@ -116,7 +116,10 @@ def origin(result: Result) -> str:
     """Command, date and machine of a result."""
     versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "torchvision", "timm"))
     threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
-    where = f"{result['cpu']} ({', '.join(result['isa'])}), {threads}, {result.get('clock', 'wall')} clock"
+    load = f", load average {result['load']}" if result.get("load") is not None else ""
+    where = (
+        f"{result['cpu']} ({', '.join(result['isa'])}), {threads}, {result.get('clock', 'wall')} clock{load}"
+    )
     return f"`{result['command']}`, {result['date']}. {where}; {versions}."
 
 

@@ -34,6 +34,7 @@ indices back to back, the last byte padded with zeros.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from math import isfinite, prod
 from typing import Any, Literal, NamedTuple
@@ -43,6 +44,8 @@ import torch
 from torch import Tensor
 
 from saqcli.errors import ConfigError, CorruptArtifact
+from saqcli.quant.kernels.choice import KernelKind, kernels_for
+from saqcli.quant.kernels.layout import CLIP, RESIDUAL
 from saqcli.units import counted
 
 WeightGrid = Literal["auto", "paper", "zero"]
@@ -201,35 +204,55 @@ def codes_of(x: Tensor, step: Tensor, grid: AnyGrid) -> Tensor:
 
 
 class FakeQuantize(torch.autograd.Function):
-    """Q(x) and its straight-through gradients."""
+    """Q(x) and its straight-through gradients; with fused kernels the backward pass rounds again and saves nothing."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, level: Tensor, grid: AnyGrid) -> Tensor:
+    def forward(ctx: Any, x: Tensor, level: Tensor, grid: AnyGrid, kind: KernelKind) -> Tensor:
         """``x`` on the grid; ``level`` broadcasts against ``x``."""
+        ctx.grid, ctx.kernels = grid, kernels_for(kind, x, level) if isinstance(grid, Grid) else None
+        if ctx.kernels:
+            ctx.save_for_backward(x, level)
+            ctx.requantize = partial(ctx.kernels.forward, codes=grid)
+            return ctx.requantize(x, level)  # type: ignore[no-any-return]
         step = step_of(level, grid)
         quantized = codes_of(x, step, grid).mul_(step)
-        ctx.save_for_backward(x, quantized, level)
-        ctx.grid = grid
+        ctx.save_for_backward(x, level, quantized)
         return quantized
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """Gradients to ``x`` and to the clipping level, as in the module's docstring."""
         (grad,) = grads
-        x, quantized, level = ctx.saved_tensors
+        x, level, *saved = ctx.saved_tensors
         grid: AnyGrid = ctx.grid
         bound = level.abs().clamp_min(TINY)
+        to_x, to_level = ctx.needs_input_grad[:2]
+        if ctx.kernels and not torch.is_grad_enabled():
+            grad_x, sums = ctx.kernels.backward(grad, x, level, codes=grid, kind=CLIP)
+            return (
+                grad_x if to_x else None,
+                _signed(sums[RESIDUAL], bound, level) if to_level else None,
+                None,
+                None,
+            )
         inside = between(x.detach(), bound.detach() * (grid.lowest / grid.highest), bound.detach())
-        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        grad_x = grad * inside if to_x else None
         grad_level = None
-        if ctx.needs_input_grad[1]:
+        if to_level:
+            quantized = saved[0] if saved else FakeQuantize.apply(x, level, grid, "eager")
             residual = quantized.addcmul(x, inside, value=-1).mul_(grad)
-            grad_level = residual.sum_to_size(level.shape) / bound * torch.where(level < 0, -1, 1)
-        return grad_x, grad_level, None
+            grad_level = _signed(residual.sum_to_size(level.shape), bound, level)
+        return grad_x, grad_level, None, None
+
+
+def _signed(total: Tensor, bound: Tensor, level: Tensor) -> Tensor:
+    return total / bound * torch.where(level < 0, -1, 1)
 
 
 def between(x: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     """1 where x lies in the closed range, else 0, in the dtype of x: four times as fast on a CPU as booleans."""
+    if torch.compiler.is_compiling():
+        return ((x <= highest) & (x >= lowest)).to(x.dtype)
     inside = torch.le(x, highest, out=torch.empty_like(x))
     return inside.mul_(torch.ge(x, lowest, out=torch.empty_like(x)))
 
@@ -239,19 +262,20 @@ def full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def fake_quantize(x: Tensor, level: Tensor, grid: AnyGrid) -> Tensor:
+def fake_quantize(x: Tensor, level: Tensor, grid: AnyGrid, kind: KernelKind = "eager") -> Tensor:
     """``x`` mapped onto the grid, differentiable in ``x`` and ``level``.
 
     Args:
         x: any shape; computed in at least float32, also under autocast.
         level: clipping level, the value of the highest code; shape broadcasts against ``x``.
         grid: the codes.
+        kind: which kernel; a table of levels has one of torch's operations only.
 
     Example:
         >>> fake_quantize(torch.tensor([-0.2, 0.3, 0.9]), torch.tensor(0.75), Grid(0, 3, 1))
         tensor([0.0000, 0.2500, 0.7500])
     """
-    return FakeQuantize.apply(full_precision(x), level, grid)  # type: ignore[no-any-return]
+    return FakeQuantize.apply(full_precision(x), level, grid, kind)  # type: ignore[no-any-return]
 
 
 def pack(codes: Tensor, grid: AnyGrid, bits: int) -> Tensor:

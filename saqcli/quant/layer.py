@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.quant.bits import LayerBits
+from saqcli.quant.kernels.saved import rounded_again
 from saqcli.quant.products import QuantizedProduct
 from saqcli.quant.quantizers.base import Quantizer
 
@@ -98,7 +99,9 @@ class QuantizedLayer(nn.Module):
         """The forward of the float class on a quantized input."""
         if self.original_dtype is not None:
             input = input.float()
-        output: Tensor = super().forward(self.input_quantizer(input), *args, **kwargs)
+        quantized = self.input_quantizer(input)
+        with rounded_again(quantized):
+            output: Tensor = super().forward(quantized, *args, **kwargs)
         return output if self.original_dtype is None else output.to(self.original_dtype)
 
 

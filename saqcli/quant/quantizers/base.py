@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from saqcli.errors import ConfigError
 from saqcli.quant.clip_init import best_level
 from saqcli.quant.grid import AnyGrid, Grid, WeightGrid, activations, codes_of, step_of, weights
+from saqcli.quant.kernels.choice import KernelKind
 
 Granularity = Literal["channel", "tensor"]
 
@@ -31,12 +32,14 @@ class Quantizer(nn.Module, ABC):
     Attributes:
         weight_grids: the values of ``quantization.weight_grid`` that a class for weights supports.
         granularities: the values of ``quantization.granularity`` that it supports.
+        kernel: which kernel computes it (``kernels.use.use_kernels``); a plain attribute, in no state dict.
         candidates: bit-widths to choose from, ascending; a single one if precision is fixed.
         shape: shape of one clipping level or step; broadcasts against the tensor.
     """
 
     weight_grids: ClassVar[tuple[WeightGrid, ...]] = ("auto", "paper", "zero")
     granularities: ClassVar[tuple[Granularity, ...]] = ("channel", "tensor")
+    kernel: KernelKind = "eager"
 
     @classmethod
     def weight_grid(cls, bits: int, kind: WeightGrid) -> AnyGrid:

@@ -36,7 +36,7 @@ PUBLISHED_FRACTION = 0.8  # of the largest magnitude, for other layers, as in th
 class _Clip(LevelQuantizer):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` clamped to the clipping level and rounded onto the grid."""
-        return fake_quantize(x, self.level(), self.grid())
+        return fake_quantize(x, self.level(), self.grid(), self.kernel)
 
     @torch.no_grad()
     def fit_as_published(self, x: Tensor, *, linear: bool) -> None:
@@ -84,7 +84,7 @@ class NormalizedClipWeight(ClipWeight):
         """``x`` minus its mean, on the grid of level ``a * std(x)``."""
         x = full_precision(x)
         mean, deviation = _mean_and_deviation(x)
-        return fake_quantize(x - mean, self.level() * deviation, self.grid())
+        return fake_quantize(x - mean, self.level() * deviation, self.grid(), self.kernel)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:

@@ -44,13 +44,16 @@ In inputs of PACT:
 - The paper's inputs are never signed.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saqcli.quant.clip_init import least_level, reduce_to
-from saqcli.quant.grid import TINY, AnyGrid, between, codes_of, fake_quantize, full_precision, step_of
+from saqcli.quant.grid import TINY, AnyGrid, Grid, between, codes_of, fake_quantize, full_precision, step_of
+from saqcli.quant.kernels.choice import KernelKind, kernels_for
+from saqcli.quant.kernels.layout import OVER, PACT, UNDER
 from saqcli.quant.quantizers.base import LevelQuantizer, Quantizer
 
 
@@ -61,7 +64,7 @@ class FixedLevel(LevelQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` clamped to the level and rounded onto the grid."""
-        return fake_quantize(x, self.level(), self.grid())
+        return fake_quantize(x, self.level(), self.grid(), self.kernel)
 
 
 class TanhWeight(LevelQuantizer):
@@ -141,24 +144,30 @@ class PactActivation(LevelQuantizer):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` clamped to the level and rounded onto the grid."""
         level = self.level().abs().clamp_min(TINY)
-        return _Pact.apply(full_precision(x), level, self.grid())  # type: ignore[no-any-return]
+        return _Pact.apply(full_precision(x), level, self.grid(), self.kernel)  # type: ignore[no-any-return]
 
 
 class _Pact(torch.autograd.Function):
     """Q(x) and the gradients in the module's docstring; ``level`` is positive."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, level: Tensor, grid: AnyGrid) -> Tensor:
+    def forward(ctx: Any, x: Tensor, level: Tensor, grid: AnyGrid, kind: KernelKind) -> Tensor:
         ctx.save_for_backward(x, level)
-        ctx.grid = grid
+        ctx.grid, ctx.kernels = grid, kernels_for(kind, x, level) if isinstance(grid, Grid) else None
+        if ctx.kernels:
+            ctx.requantize = partial(ctx.kernels.forward, codes=grid)
+            return ctx.requantize(x, level)  # type: ignore[no-any-return]
         step = step_of(level, grid)
         return codes_of(x, step, grid).mul_(step)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grads
         x, level = ctx.saved_tensors
         lowest = ctx.grid.lowest / ctx.grid.highest  # in units of the level
+        if ctx.kernels and not torch.is_grad_enabled():
+            grad_x, sums = ctx.kernels.backward(grad, x, level, codes=ctx.grid, kind=PACT)
+            return grad_x, sums[OVER] + sums[UNDER] * lowest, None, None
         low = level * lowest
         grad_level = (grad * (x >= level)).sum() + (grad * (x < low)).sum() * lowest
-        return grad * between(x.detach(), low, level), grad_level, None
+        return grad * between(x.detach(), low, level), grad_level, None, None

@@ -47,6 +47,7 @@ Source: Bhalgat et al., arXiv:2004.09576, Eq. 4-8. Differs from the paper:
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ from torch import Tensor, nn
 
 from saqcli.quant.clip_init import best_level
 from saqcli.quant.grid import TINY, AnyGrid, Grid, between, fake_quantize, full_precision, step_of
+from saqcli.quant.kernels.choice import KernelKind, kernels_for
+from saqcli.quant.kernels.layout import OFFSET
 from saqcli.quant.quantizers.base import Quantizer
 
 
@@ -103,7 +106,8 @@ class LearnedStep(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid of the active step."""
         grid, level = self.grid(), self.level()
-        return fake_quantize(x, scale_gradient(level, self.values_per_step(x), grid.highest), grid)
+        scaled = scale_gradient(level, self.values_per_step(x), grid.highest)
+        return fake_quantize(x, scaled, grid, self.kernel)
 
     def values_per_step(self, x: Tensor) -> float:
         """Number of values of ``x`` that share a step."""
@@ -223,7 +227,7 @@ class LsqPlusActivation(Quantizer):
         x = full_precision(x)
         step = scale_gradient(self.step(), values_per_image(x), self.top)
         offset = scale_gradient(self.offset[self._active], values_per_image(x), self.top)
-        return _Asymmetric.apply(x, step, offset, self.top)  # type: ignore[no-any-return]
+        return _Asymmetric.apply(x, step, offset, self.top, self.kernel)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
@@ -241,26 +245,39 @@ class _Asymmetric(torch.autograd.Function):
     """Q(x) and the gradients in the module's docstring, without g; ``step`` is positive, both are scalars."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor, top: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor, top: int, kind: KernelKind) -> Tensor:
+        ctx.top, ctx.kernels = top, kernels_for(kind, x, step)
+        if ctx.kernels:
+            ctx.save_for_backward(x, step, offset)
+            ctx.requantize = partial(ctx.kernels.forward, codes=Grid(0, top, 1))
+            return ctx.requantize(x, step, offset)  # type: ignore[no-any-return]
         lowest = _lowest(step, offset, top)
         quantized = (x / step).round_().clamp_(lowest, lowest + top).mul_(step)
-        ctx.save_for_backward(x, quantized, step, offset)
-        ctx.top = top
+        ctx.save_for_backward(x, step, offset, quantized)
         return quantized
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         (grad,) = grads
-        x, quantized, step, offset = ctx.saved_tensors
+        x, step, offset, *saved = ctx.saved_tensors
         top: int = ctx.top
         lowest = _lowest(step, offset, top)
         wanted = (offset / step).round()
-        low, high = step * lowest, step * (lowest + top)
-        below, above, inside = x < low, x > high, between(x.detach(), low, high)
-        under, over = (grad * below).sum(), (grad * above).sum()
+        if ctx.kernels and not torch.is_grad_enabled():
+            codes = Grid(0, top, 1)
+            grad_x, (residual, under, over) = ctx.kernels.backward(
+                grad, x, step, offset, codes=codes, kind=OFFSET
+            )
+        else:
+            quantized = saved[0] if saved else _Asymmetric.apply(x, step, offset, top, "eager")
+            low, high = step * lowest, step * (lowest + top)
+            below, above, inside = x < low, x > high, between(x.detach(), low, high)
+            under, over = (grad * below).sum(), (grad * above).sum()
+            residual = (grad * inside * (quantized - x)).sum()
+            grad_x = grad * inside
         ends = torch.where(wanted == lowest, over * top, under * lowest + over * (lowest + top))
-        grad_step = (grad * inside * (quantized - x)).sum() / step + ends
+        grad_step = residual / step + ends
         outside = under + over
         # Descent moves against the gradient: an offset clamped at zero needs a positive one to move back.
         stuck = ((wanted > 0) & (outside < 0)) | ((wanted < -top) & (outside > 0))
-        return grad * inside, grad_step, torch.where(stuck, 0, outside), None
+        return grad_x, grad_step, torch.where(stuck, 0, outside), None, None

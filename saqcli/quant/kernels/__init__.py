@@ -1,0 +1,1 @@
+"""Quantizers in one pass over memory, forward and backward; which kernel a model uses."""

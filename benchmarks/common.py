@@ -8,6 +8,7 @@ import json
 import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -59,6 +60,7 @@ def facts(benchmark: str) -> dict[str, Any]:
     return {
         "benchmark": benchmark,
         "command": " ".join(["python", f"benchmarks/{benchmark}.py", *arguments]),
+        "commit": commit(),
         "date": datetime.now().date().isoformat(),
         "cpu": cpu_name(),
         "isa": instruction_sets(),
@@ -66,6 +68,15 @@ def facts(benchmark: str) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         **library_versions(),
     }
+
+
+def commit() -> str | None:
+    """The commit that is checked out; None outside a repository."""
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def instruction_sets() -> list[str]:

@@ -120,7 +120,8 @@ def origin(result: Result) -> str:
     where = (
         f"{result['cpu']} ({', '.join(result['isa'])}), {threads}, {result.get('clock', 'wall')} clock{load}"
     )
-    return f"`{result['command']}`, {result['date']}. {where}; {versions}."
+    at = f" at {result['commit']}" if result.get("commit") else ""
+    return f"`{result['command']}`, {result['date']}{at}. {where}; {versions}."
 
 
 def key(method: str, mode: str) -> str:

@@ -144,15 +144,26 @@ def ratio(result: Result, name: str, base: str) -> str:
 
 
 def goals(result: Result, modes: Sequence[str]) -> list[list[str]]:
-    """The measured ratios for which there is a goal; in bold where it is met."""
+    """The measured ratios for which there is a goal, in bold where it is met; empty where two ways differ."""
     rows = []
     for title, most, name, base in GOALS:
-        pairs = [(result.get(key(name, mode)), result.get(key(base, mode))) for mode in modes]
+        pairs = [
+            (result.get(key(name, mode)), result.get(key(base, mode)))
+            if comparable(result, key(name, mode), key(base, mode))
+            else (None, None)
+            for mode in modes
+        ]
         rows.append([title, f"{most:.2f}", *(reached(*pair, most) for pair in pairs)])
     peak = result["peak_mb"]
     pairs = [(peak.get(key("qat", mode)), peak.get(key("float", mode))) for mode in modes]
     title = "memory of QAT / float"
     return [*rows, [title, f"{GOAL_OF_MEMORY:.2f}", *(reached(*pair, GOAL_OF_MEMORY) for pair in pairs)]]
+
+
+def comparable(result: Result, name: str, base: str) -> bool:
+    """Whether both compute in the same way; the defaults choose by timing, each for itself."""
+    ran_as = result["ran_as"]
+    return ran_as.get(name) == ran_as.get(base)
 
 
 def reached(value: float | None, base: float | None, most: float) -> str:

@@ -155,7 +155,12 @@ def goals(result: Result, modes: Sequence[str]) -> list[list[str]]:
         ]
         rows.append([title, f"{most:.2f}", *(reached(*pair, most) for pair in pairs)])
     peak = result["peak_mb"]
-    pairs = [(peak.get(key("qat", mode)), peak.get(key("float", mode))) for mode in modes]
+    pairs = [
+        (peak.get(key("qat", mode)), peak.get(key("float", mode)))
+        if comparable(result, key("qat", mode), key("float", mode))
+        else (None, None)
+        for mode in modes
+    ]
     title = "memory of QAT / float"
     return [*rows, [title, f"{GOAL_OF_MEMORY:.2f}", *(reached(*pair, GOAL_OF_MEMORY) for pair in pairs)]]
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -51,17 +52,31 @@ def add_json(options: argparse.ArgumentParser) -> None:
 
 
 def facts(benchmark: str) -> dict[str, Any]:
-    """What a result depends on beside its settings: command, date, processor, threads, versions."""
+    """What a result depends on beside its settings: command, date, processor, threads, versions.
+
+    ``load`` is the average of the last minute: this script's own threads, and other work on the machine.
+    """
     arguments = [text for text in sys.argv[1:] if text != "--json"]
     return {
         "benchmark": benchmark,
         "command": " ".join(["python", f"benchmarks/{benchmark}.py", *arguments]),
+        "commit": commit(),
         "date": datetime.now().date().isoformat(),
         "cpu": cpu_name(),
         "isa": instruction_sets(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         **library_versions(),
     }
+
+
+def commit() -> str | None:
+    """The commit that is checked out; None outside a repository."""
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def instruction_sets() -> list[str]:

@@ -43,7 +43,7 @@ def page() -> str:
     sections = [HEAD, *map(steps_section, steps)]
     if peers:
         sections.append(peers_section(peers))
-    sections += [f"## {result['benchmark']}\n\n{origin(result)}\n" for result in others]
+    sections += map(other_section, others)
     return "\n".join(sections)
 
 
@@ -98,12 +98,30 @@ def peers_section(results: Sequence[Result]) -> str:
     return f"{title}\n\n{origin(first)}\n\n{table(head, rows)}\n"
 
 
+def other_section(result: Result) -> str:
+    """The figures of any other script: every object of numbers is a column."""
+    columns = {
+        name: values
+        for name, values in result.items()
+        if isinstance(values, dict) and values and all(isinstance(v, int | float) for v in values.values())
+    }
+    rows = list(dict.fromkeys(row for values in columns.values() for row in values))
+    cells = [[row, *(number(values.get(row), ".3g") for values in columns.values())] for row in rows]
+    title = ", ".join(str(result[name]) for name in ("benchmark", "model") if name in result)
+    head = ["", *(name.replace("_", " ") for name in columns)]
+    return f"## {title}\n\n{origin(result)}\n\n{table(head, cells)}\n"
+
+
 def origin(result: Result) -> str:
     """Command, date and machine of a result."""
     versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "torchvision", "timm"))
     threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
-    where = f"{result['cpu']} ({', '.join(result['isa'])}), {threads}, {result['clock']} clock"
-    return f"`{result['command']}`, {result['date']}. {where}; {versions}."
+    load = f", load average {result['load']}" if result.get("load") is not None else ""
+    where = (
+        f"{result['cpu']} ({', '.join(result['isa'])}), {threads}, {result.get('clock', 'wall')} clock{load}"
+    )
+    at = f" at {result['commit']}" if result.get("commit") else ""
+    return f"`{result['command']}`, {result['date']}{at}. {where}; {versions}."
 
 
 def key(method: str, mode: str) -> str:
@@ -126,15 +144,31 @@ def ratio(result: Result, name: str, base: str) -> str:
 
 
 def goals(result: Result, modes: Sequence[str]) -> list[list[str]]:
-    """The measured ratios for which there is a goal; in bold where it is met."""
+    """The measured ratios for which there is a goal, in bold where it is met; empty where two ways differ."""
     rows = []
     for title, most, name, base in GOALS:
-        pairs = [(result.get(key(name, mode)), result.get(key(base, mode))) for mode in modes]
+        pairs = [
+            (result.get(key(name, mode)), result.get(key(base, mode)))
+            if comparable(result, key(name, mode), key(base, mode))
+            else (None, None)
+            for mode in modes
+        ]
         rows.append([title, f"{most:.2f}", *(reached(*pair, most) for pair in pairs)])
     peak = result["peak_mb"]
-    pairs = [(peak.get(key("qat", mode)), peak.get(key("float", mode))) for mode in modes]
+    pairs = [
+        (peak.get(key("qat", mode)), peak.get(key("float", mode)))
+        if comparable(result, key("qat", mode), key("float", mode))
+        else (None, None)
+        for mode in modes
+    ]
     title = "memory of QAT / float"
     return [*rows, [title, f"{GOAL_OF_MEMORY:.2f}", *(reached(*pair, GOAL_OF_MEMORY) for pair in pairs)]]
+
+
+def comparable(result: Result, name: str, base: str) -> bool:
+    """Whether both compute in the same way; the defaults choose by timing, each for itself."""
+    ran_as = result["ran_as"]
+    return ran_as.get(name) == ran_as.get(base)
 
 
 def reached(value: float | None, base: float | None, most: float) -> str:

@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -29,7 +30,7 @@ from saqcli.config import ModelSection, RunConfig, resolve
 from saqcli.pipelines.calibration import scheme_of
 from saqcli.pipelines.setup import load_float, wrap_and_trace
 from saqcli.process_group import pick_device
-from saqcli.progress import SILENT
+from saqcli.progress import SILENT, Progress, Task
 from saqcli.quant.bits import parse_bits
 from saqcli.quant.calibration import observe
 from saqcli.quant.calls import Call
@@ -152,7 +153,13 @@ def configuration(model: str, variant: Variant, side: int | None = None, bits: s
     return resolve(options=options | variant.settings)
 
 
-def make_trainer(config: RunConfig, batch_size: int, device: torch.device, variant: Variant) -> Trainer:
+def make_trainer(
+    config: RunConfig,
+    batch_size: int,
+    device: torch.device,
+    variant: Variant,
+    progress: Progress = SILENT,
+) -> Trainer:
     """The trainer of a network with random weights on one batch; without quantizers it takes plain steps."""
     loaded = load_float(config.model, SILENT)
     shape = loaded.preprocessing.input_size
@@ -166,9 +173,19 @@ def make_trainer(config: RunConfig, batch_size: int, device: torch.device, varia
         found = observe(model.eval(), [example.args[0]])
         install(network, example, scheme_of(config), policy, found)
     else:
-        training = in_float(training, batch_size)
+        ways = {
+            name: getattr(training, name) for name in WAYS
+        }  # the float steps of a search are always eager
+        training = in_float(training, batch_size, **ways)
     model.to(device).train()
-    return Trainer(model, batches, training, num_classes=loaded.num_classes, image_size=max(shape[1:]))
+    return Trainer(
+        model,
+        batches,
+        training,
+        num_classes=loaded.num_classes,
+        image_size=max(shape[1:]),
+        progress=progress,
+    )
 
 
 def side_of(model: str) -> int:
@@ -191,6 +208,7 @@ class Suite:
         same_as: variants that compute as another one of ``steps``, such as the default one, and are not timed again.
         warm_up: seconds until each was ready.
         errors: why a variant does not run.
+        notes: what training noted, by variant.
     """
 
     def __init__(self, wanted: argparse.Namespace, device: torch.device) -> None:
@@ -198,6 +216,7 @@ class Suite:
         self.steps: dict[str, Step] = {}
         self.ran_as, self.same_as, self.errors = dict[str, str](), dict[str, str](), dict[str, str]()
         self.warm_up: dict[str, float] = {}
+        self.notes: dict[str, list[str]] = {}
         self._ways: dict[tuple[str, Way], str] = {}
 
     def add(self, name: str) -> None:
@@ -207,16 +226,18 @@ class Suite:
         if known is not None:
             self.same_as[name], self.ran_as[name] = known, self.ran_as[known]
             return
-        variant, start = variant_of(name), time.perf_counter()
+        variant, notes, start = variant_of(name), Notes(), time.perf_counter()
         try:
             config = configuration(self.wanted.model, variant, self.wanted.side, self.wanted.bits)
-            trainer = make_trainer(config, self.wanted.batch_size, self.device, variant)
+            trainer = make_trainer(config, self.wanted.batch_size, self.device, variant, notes)
             step = stepper(trainer)
             for _ in range(WARM_UP * variant.repeats):
                 step()
         except Exception as error:  # a variant that does not run must not stop the others
             self.errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             return
+        if notes.lines:
+            self.notes[name] = notes.lines
         ran = trainer.execution
         assert ran is not None
         self.ran_as[name] = str(ran)
@@ -227,6 +248,21 @@ class Suite:
     def filled(self, values: dict[str, Any]) -> dict[str, Any]:
         """``values`` with those of the variants that compute as another one."""
         return values | {name: values[as_] for name, as_ in self.same_as.items() if as_ in values}
+
+
+class Notes:
+    """Progress of which only the notes are kept, such as why a network is not compiled."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def task(self, title: str, total: int) -> AbstractContextManager[Task]:
+        """A task that ignores all reports."""
+        return SILENT.task(title, total)
+
+    def note(self, text: str) -> None:
+        """Keep ``text``."""
+        self.lines.append(text)
 
 
 Way = tuple[bool, str, str]  # compiled, memory format, precision
@@ -259,6 +295,7 @@ def measure(names: list[str], wanted: argparse.Namespace) -> dict[str, Any]:
         "ran_as": suite.ran_as,
         "warm_up": suite.warm_up,
         "errors": suite.errors,
+        "notes": suite.notes,
         "variants": names,
         "model": wanted.model,
         "batch_size": wanted.batch_size,

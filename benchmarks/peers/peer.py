@@ -9,6 +9,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -102,7 +103,8 @@ def main(name: str, package: str, bits: str, quantize: Quantize) -> None:
     add_timing(options)
     wanted = options.parse_args()
     warnings.simplefilter("ignore")
-    found = measure(quantize, wanted)
+    with redirect_stdout(sys.stderr):  # peers report their progress
+        found = measure(quantize, wanted)
     about = {"name": name, "version": version(package), "bits": bits}
     print(json_text({**found, **about, **facts(f"peers/{Path(sys.argv[0]).stem}")}))
 

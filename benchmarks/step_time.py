@@ -24,6 +24,7 @@ import torch
 from common import Step, add_json, add_timing, facts, in_turns, peak_megabytes, plain_parser, show
 from torch import Tensor
 
+from saqcli.allocator import keep_freed_memory
 from saqcli.api.networks import install
 from saqcli.cli.quantize import EFFICIENT
 from saqcli.config import ModelSection, RunConfig, resolve
@@ -71,10 +72,14 @@ METHODS = {
 WAYS = ("compile", "memory_format", "precision")
 EAGER = dict(zip((f"training.{name}" for name in WAYS), ("off", "contiguous", "float32"), strict=True))
 COMPILED = {**EAGER, "training.compile": "on"}
+KERNELS = {**EAGER, "training.compile": "kernels"}
 CHANNELS_LAST = {"training.memory_format": "channels_last"}
 BF16 = {"training.precision": "bfloat16"}
 MODES: dict[str, dict[str, Any]] = {
     "eager": EAGER,
+    "kernels": KERNELS,
+    "kernels_channels_last": KERNELS | CHANNELS_LAST,
+    "kernels_bf16": KERNELS | BF16,
     "channels_last": EAGER | CHANNELS_LAST,
     "bf16": EAGER | BF16,
     "bf16_channels_last": EAGER | BF16 | CHANNELS_LAST,
@@ -85,11 +90,13 @@ MODES: dict[str, dict[str, Any]] = {
 QUICK = """
     float qat saq efficient
     float_eager qat_eager saq_eager efficient_eager float_compiled qat_compiled saq_compiled
+    qat_kernels saq_kernels efficient_kernels
     float_bf16 qat_bf16 float_channels_last qat_channels_last
 """.split()
 FULL = """
     saq_bf16 saq_channels_last float_bf16_channels_last qat_bf16_channels_last
     efficient_compiled float_compiled_bf16 qat_compiled_bf16
+    lsq_kernels lsq_plus_kernels saq_norms_kernels qat_kernels_channels_last qat_kernels_bf16
     saq_norms_eager saq_interval_5_eager saq_ascent_bf16_eager lsq_eager lsq_plus_eager pact_eager
     lsq_plus_compiled saq_norms_compiled
 """.split()
@@ -204,7 +211,7 @@ class Suite:
 
     Attributes:
         steps: by variant.
-        ran_as: how every variant computes: compiled, memory format and precision.
+        ran_as: how every variant computes: compiled, kernels, memory format and precision.
         same_as: variants that compute as another one of ``steps``, such as the default one, and are not timed again.
         warm_up: seconds until each was ready.
         errors: why a variant does not run.
@@ -239,9 +246,8 @@ class Suite:
         if notes.lines:
             self.notes[name] = notes.lines
         ran = trainer.execution
-        assert ran is not None
         self.ran_as[name] = str(ran)
-        self._ways.setdefault((method, (ran.compiled, ran.memory_format, ran.precision)), name)
+        self._ways.setdefault((method, (ran.compiled, ran.kernels, ran.memory_format, ran.precision)), name)
         self.steps[name], self.warm_up[name] = step, round(time.perf_counter() - start, 2)
         print(f"{name}: {ran}, ready after {self.warm_up[name]:.1f} s", file=sys.stderr)
 
@@ -265,13 +271,14 @@ class Notes:
         self.lines.append(text)
 
 
-Way = tuple[bool, str, str]  # compiled, memory format, precision
+Way = tuple[bool, str, str, str]  # compiled, kernels, memory format, precision
 
 
 def way_of(mode: dict[str, Any]) -> Way:
     """How a mode computes."""
     compiled, memory_format, precision = (mode[f"training.{name}"] for name in WAYS)
-    return compiled == "on", memory_format, precision
+    kernels = "eager" if compiled == "off" else "fused"
+    return compiled == "on", kernels, memory_format, precision
 
 
 def measure(names: list[str], wanted: argparse.Namespace) -> dict[str, Any]:
@@ -321,6 +328,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure and print."""
     wanted = arguments()
+    keep_freed_memory()  # as the command line does
     names = wanted.variants.split(",") if wanted.variants else QUICK if wanted.quick else [*QUICK, *FULL]
     warnings.simplefilter("ignore")
     found = measure(names, wanted)

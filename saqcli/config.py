@@ -563,8 +563,11 @@ class TrainingSection(_Section):
         ),
     ] = "float32"
     compile: Annotated[
-        Literal["auto", "on", "off"],
-        Option("Compile the training step; `auto` where the steps ahead repay it", panel=EFFICIENCY),
+        Literal["auto", "on", "kernels", "off"],
+        Option(
+            "Compile the training step, or only the kernels of quantizers; `auto` where the steps ahead repay it",
+            panel=EFFICIENCY,
+        ),
     ] = "auto"
     memory_format: Annotated[
         Literal["auto", "contiguous", "channels_last"],

@@ -227,7 +227,7 @@ def _restored(run: RunDirectory, then: Circumstances | None) -> RunConfig:
         changes["quantization.policy"] = str(run.policy_path)
     way = computed(run.manifest().circumstances)
     chosen = {
-        "compile": "on" if way.compiled else "off",
+        "compile": "on" if way.compiled else "kernels" if way.kernels == "fused" else "off",
         "memory_format": way.memory_format,
         "precision": way.precision,
     }

@@ -197,6 +197,7 @@ def choose(
     plain = Execution(
         memory_format="channels_last" if training.memory_format == "channels_last" else "contiguous",
         precision="bfloat16" if training.precision == "bfloat16" else "float32",
+        kernels="fused" if training.compile == "kernels" else "eager",
     )
     compiled = replace(plain, compiled=True, kernels="fused", sizes=sizes, evaluates=evaluations > 0)
     if training.memory_format == "channels_last":
@@ -208,7 +209,7 @@ def choose(
     if not LEAST_SECONDS <= steps * seconds(plain) < math.inf:
         return compiled if training.compile == "on" else plain
     found = plain
-    if training.compile != "off":
+    if training.compile in ("auto", "on"):
         found = seconds.faster(replace(found, kernels="fused"), found)
     if training.memory_format == "auto":
         found = seconds.faster(replace(found, memory_format="channels_last"), found)

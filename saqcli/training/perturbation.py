@@ -110,8 +110,6 @@ class PerturbedSet:
         self.parameters = [member.parameter for member in self._members]
         self._owners = weight_owners(model)
         self._unmoved = [layer for layer in self._owners if layer not in set(self.layers)]
-        moved_ones = {id(parameter) for parameter in self.parameters}
-        self._others = [parameter for parameter in model.parameters() if id(parameter) not in moved_ones]
         self._moves_origins = not {"latent_weights", "weight_clips"}.isdisjoint(kinds)  # of quantized weights
 
     def gradients(
@@ -136,7 +134,6 @@ class PerturbedSet:
         through_origins = through_rounding or bool(also) or self._moves_origins
         with (
             weights_taken(self._owners) if through_origins else weights_constant(self._unmoved),
-            nullcontext() if through_origins else _frozen(self._others),
             torch.enable_grad(),
         ):
             ports, unserved = _ports(self.layers)
@@ -227,19 +224,6 @@ class PerturbedSet:
             with torch.no_grad():
                 for parameter, value in zip(self.parameters, before, strict=True):
                     parameter.copy_(value)
-
-
-@contextmanager
-def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within the context ``parameters`` have no gradients, and none is computed for them."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _ports(layers: Sequence[QuantizedLayer]) -> tuple[list[Tensor], dict[QuantizedLayer, Tensor]]:

@@ -301,6 +301,8 @@ def seconds_of(wanted: Execution) -> float:
         (10_000, {"memory_format": "contiguous"}, COMPILED),
         (10_000, {"memory_format": "contiguous", "compile": "off"}, PLAIN),
         (1, {"compile": "on"}, COMPILED),
+        (1, {"compile": "kernels"}, FUSED),
+        (10_000, {"compile": "kernels"}, BOTH),
         (1, {"memory_format": "channels_last"}, LAST),
         (1, {"precision": "bfloat16"}, replace(PLAIN, precision="bfloat16")),
         (10_000, {"precision": "auto", "compile": "off"}, replace(LAST, precision="bfloat16")),

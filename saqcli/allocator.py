@@ -29,7 +29,7 @@ def keep_freed_memory() -> bool:
         addresses = {ctypes.cast(library.malloc, ctypes.c_void_p).value for library in (program, glibc)}
         if not hasattr(glibc, "gnu_get_libc_version") or len(addresses) > 1:
             return False
-        # Not the threshold of mmap: versions before 2.35 accept at most 32 MiB.
+        # Not the threshold of mmap, which mallopt(3) limits to 32 MiB: activations are larger.
         return bool(glibc.mallopt(_M_MMAP_MAX, 0)) and bool(glibc.mallopt(_M_TRIM_THRESHOLD, -1))
     except (ImportError, OSError, AttributeError, TypeError):
         return False

@@ -3,6 +3,8 @@
 import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from saqcli._version import __version__
@@ -25,19 +27,45 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def free_memory() -> int | None:
-    """Bytes of memory that this process may still take, within the limit of its control group; None if unknown."""
+def free_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes of memory that this process may still take, within the limits of its control groups; None if unknown."""
     try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text("ascii").splitlines())
+        fields = dict(line.split(":") for line in (proc / "meminfo").read_text("ascii").splitlines())
         free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, ValueError, KeyError):
         return None
+    return min([free, *_left_in_groups(proc, groups)])
+
+
+def _left_in_groups(proc: Path, groups: Path) -> Iterator[int]:
+    """Bytes up to the limit of each control group around this process; pages of files count as free.
+
+    Source: Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst of Linux.
+    """
     try:
-        group = Path("/sys/fs/cgroup")
-        most, used = ((group / f"memory.{name}").read_text("ascii") for name in ("max", "current"))
-        return min(free, max(0, int(most) - int(used)))
-    except (OSError, ValueError):  # no group, or one without a limit
-        return free
+        lines = (proc / "self" / "cgroup").read_text("utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controller, path = line.split(":", 2)
+        if controller == "":
+            root, names = groups, ("memory.max", "memory.current", "inactive_file")
+        elif controller == "memory":
+            root, names = (
+                groups / "memory",
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            )
+        else:
+            continue
+        most, used, cached = names
+        group = root / path.lstrip("/")  # a container may see its own group as the root
+        for folder in (group, *group.parents)[: len(group.parts) - len(root.parts) + 1]:
+            with suppress(OSError, ValueError, KeyError):  # not there, or no limit
+                limit, taken = (int((folder / name).read_text("ascii")) for name in (most, used))
+                counts = dict(
+                    each.split() for each in (folder / "memory.stat").read_text("ascii").splitlines()
+                )
+                yield max(0, limit - taken + int(counts[cached]))
 
 
 def resolve_device(requested: str) -> str:

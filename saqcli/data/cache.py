@@ -67,8 +67,8 @@ class Limit:
     @classmethod
     def for_kind(cls, kind: CacheKind, processes: int) -> "Limit":
         """A share of the memory that is free now, divided among the processes of this machine."""
-        free = free_memory() or UNKNOWN_MEMORY
-        return cls(SHARES.get(kind, 0) * free / processes)
+        free = free_memory()
+        return cls(SHARES.get(kind, 0) * (UNKNOWN_MEMORY if free is None else free) / processes)
 
     def take(self, amount: int) -> bool:
         """Reserve ``amount`` bytes; False, and no change, if they exceed the limit."""
@@ -290,7 +290,7 @@ class ImageCache:
             "exif_transpose": images.exif_transpose,
             "unreadable": images.unreadable,
             "classes": images.num_classes,
-            "relabel": sorted((images.relabel or {}).items()),
+            "relabel": zlib.crc32(json.dumps(sorted((images.relabel or {}).items())).encode()),
         }
         header = json.loads(json.dumps(header))
         count = len(images)
@@ -322,7 +322,9 @@ def _write(path: Path, header: dict[str, Any], batches: Iterable[Decoded]) -> No
             file.write(content)
             checksum = zlib.crc32(content, checksum)
         file.seek(0)
-        file.write(json.dumps(header | {"crc32": checksum}).encode().ljust(HEADER - 1) + b"\n")
+        line = json.dumps(header | {"crc32": checksum}).encode().ljust(HEADER - 1) + b"\n"
+        assert len(line) == HEADER, line
+        file.write(line)
 
 
 def _is_valid(path: Path, header: dict[str, Any], size: int) -> bool:

@@ -142,10 +142,19 @@ def check_evaluation(
     problems.attempt(check_memory_format, memory_format, target)
     if needs_images or data.path is not None:
         problems.attempt(check_images, data, "val")
+    elif memory_format != "auto":
+        problems.attempt(_refuse_memory_format, memory_format)
     problems.attempt(check_device, device)
     if found is not None and found.kind == "model":
         check_builds(problems, section)
     problems.check()
+
+
+def _refuse_memory_format(memory_format: str) -> None:
+    raise ConfigError(
+        f"`memory_format={memory_format}` applies to the accuracy, and `bench` measures networks as they are built: "
+        "remove it, or use `data.path=DIR`"
+    )
 
 
 def _on(

@@ -87,15 +87,14 @@ def quantize(
                     note_restart(run, progress.note)
                 prepared.images.record_or_check(run)
                 start_run(config, prepared, run, device, progress)
-                state = run.load_saved()
+                images, state = prepared.images, run.load_saved()
             run.end_search()
             result = QuantizeResult.unpack(state["outcome"])
             own = own_of(config.model.name)
             model, metadata, result.policy = saved_model(state, own)
             model.to(device)
-            images = distributed.together(lambda: open_run_images(config, metadata, device))
-            images.cache_in(run)
             if resumed:
+                images = distributed.together(lambda: open_run_images(config, metadata, device, progress))
                 images.record_or_check(run)
                 progress.note(resuming(run, resume_point(state, config.training.epochs)))
             best_state: Mapping[str, Tensor] | None = None

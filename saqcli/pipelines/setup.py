@@ -189,7 +189,9 @@ def saved_model(
     return model, metadata, convert.active_bits(model, metadata.policy.model, metadata.policy.layers)
 
 
-def open_run_images(config: RunConfig, metadata: ModelMetadata, device: torch.device) -> Images:
+def open_run_images(
+    config: RunConfig, metadata: ModelMetadata, device: torch.device, progress: Progress = SILENT
+) -> Images:
     """The images of a run, with the labels that it started with.
 
     The files that map folders to classes may be missing; if present, they must agree with the run.
@@ -202,4 +204,4 @@ def open_run_images(config: RunConfig, metadata: ModelMetadata, device: torch.de
     }
     if gone and metadata.folders:
         config = config.model_copy(update={"data": config.data.model_copy(update=gone)})
-    return Images.open(config, trained_classes(metadata, "the run"), preprocessing, device)
+    return Images.open(config, trained_classes(metadata, "the run"), preprocessing, device, progress)

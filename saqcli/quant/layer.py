@@ -152,6 +152,8 @@ def weights_given(layers: Sequence[QuantizedLayer]) -> Iterator[None]:
     with weights_taken(layers):
         for layer in layers:
             value = layer.weight_quantizer(layer.effective_weight())
+            if isinstance(value, nn.Parameter):  # without a quantizer; the layer would register it once more
+                value = value.view_as(value)
             layer.given_from = value if value.requires_grad else None
             layer.given_weight = value.detach().requires_grad_(value.requires_grad)
         yield

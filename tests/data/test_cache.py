@@ -283,6 +283,23 @@ def test_file_of_other_images_is_made_again(split: Split, tmp_path: Path) -> Non
     assert len(notes) == 2
 
 
+def test_file_of_many_relabelled_classes(split: Split, tmp_path: Path) -> None:
+    """Their numbers would not fit into the header."""
+    dataset = replace(split.dataset, num_classes=1000, relabel={label: 999 - label for label in range(1000)})
+    many, notes = replace(split, dataset=dataset), []
+    for _ in range(2):
+        cached = with_cache(many, tmp_path / "cache", note=notes.append)
+        check_equal(epoch(load(cached), 0), epoch(load(many), 0))
+    assert notes == []
+
+
+def test_no_free_memory_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caches, "free_memory", lambda: 0)
+    assert not Limit.for_kind("auto", 1).take(1)
+    monkeypatch.setattr(caches, "free_memory", lambda: None)
+    assert Limit.for_kind("auto", 1).most == caches.UNKNOWN_MEMORY // 4
+
+
 def test_failed_file_leaves_nothing(split: Split, tmp_path: Path) -> None:
     Path(split.dataset.source[9][0]).write_bytes(b"")
     with pytest.raises(DataError, match="cannot read"):

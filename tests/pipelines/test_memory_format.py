@@ -128,3 +128,10 @@ def test_memory_format_that_cannot_be_used(
 
     assert result.exit_code == 1
     assert message in last_error(result)
+
+
+def test_memory_format_without_images() -> None:
+    result = saq("eval", MODEL, "--bench", "--memory-format", "channels_last")
+
+    assert result.exit_code == 1
+    assert "--memory-format channels_last applies to the accuracy" in last_error(result)

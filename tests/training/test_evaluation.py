@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import saqcli
 from saqcli.progress import SILENT
-from saqcli.quant.layer import perturbed, weight_owners
+from saqcli.quant import convert
+from saqcli.quant.layer import back_propagate, perturbed, weight_owners, weights_given
 from saqcli.tasks.classification import Meter, Score
 from saqcli.training.loop import evaluate
 from tests.support import tiny
@@ -70,3 +71,18 @@ def test_weights_are_quantized_again_after_errors() -> None:
         score(net.eval(), [(x[:, :1], torch.zeros(len(x), dtype=torch.long))])
 
     assert all(layer.given_weight is None for layer in weight_owners(net))
+
+
+def test_given_weights_are_never_registered() -> None:
+    """Before quantizers are installed, Q(w) is the Parameter itself."""
+    net, x = tiny.build("residual")
+    convert.wrap(net)
+    parameters, layers = dict(net.named_parameters()), weight_owners(net)
+    with torch.no_grad(), weights_given(layers):
+        pass
+    with weights_given(layers):
+        assert dict(net.named_parameters()).keys() == parameters.keys()
+        net(x).sum().backward()
+        back_propagate(layers)
+    assert all(parameter.grad is not None for parameter in parameters.values())
+    assert all("given_from" not in layer._parameters for layer in layers)

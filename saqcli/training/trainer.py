@@ -186,6 +186,19 @@ class Trainer:
             DeviceMemoryError: out of memory, however small the micro-batches.
             Interrupted: a signal asked to stop; the state is saved.
         """
+        if self._stepper.execution is not None:
+            self._stepper.compute(self._stepper.execution)
+        try:
+            self._epochs()
+        finally:
+            self._stepper.restore()
+        if self.average:
+            self.model.load_state_dict(self.average.state_dict())
+        if self.training.keep == "best" and self.best is not None:
+            self.model.load_state_dict(self.best.model)
+
+    def _epochs(self) -> None:
+        """The remaining ones."""
         while self.epoch < self.training.epochs:
             learning_rate = self._begin_epoch()
             name = f"{self.title} {self.epoch + 1} of {self.training.epochs}"
@@ -209,11 +222,6 @@ class Trainer:
             validated = self._evaluate()
             self._log(trained, validated, learning_rate)
             self._end_epoch()
-        self._stepper.restore()
-        if self.average:
-            self.model.load_state_dict(self.average.state_dict())
-        if self.training.keep == "best" and self.best is not None:
-            self.model.load_state_dict(self.best.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training is resumed from: tensors and plain values. All ranks call this together."""
@@ -246,6 +254,9 @@ class Trainer:
             self.minimizer.load_state_dict(state["minimizer"])
         if "execution" in state:
             self._stepper.compute(Execution.from_dict(state["execution"]))
+        elif any(state["position"].values()):  # of a version that computed as written
+            half = self.training.precision == "bfloat16"
+            self._stepper.compute(Execution(precision="bfloat16" if half else "float32"))
         if self.average:
             self.average.load_state_dict(state["average"])
         vars(self.recovery).update(state.get("setbacks", {}))
@@ -290,7 +301,7 @@ class Trainer:
             stepper.trial(images, labels),
             stepper.sizes(images, labels),
             epochs * len(self.batches) - self.step,
-            epochs * len(self.validation) if self.validation is not None else 0,
+            self.validation is not None and self.average is None,
             self.model,
             self.progress.note,
         )

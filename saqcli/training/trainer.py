@@ -19,7 +19,7 @@ from saqcli.config import TrainingSection
 from saqcli.errors import RunDirectoryError
 from saqcli.progress import SILENT, Progress, Task
 from saqcli.quant.kernels.use import fused_on_cpu
-from saqcli.quant.layer import weight_owners, weights_given
+from saqcli.quant.layer import quantized_once
 from saqcli.random_state import random_state, set_random_state
 from saqcli.runs.checkpoints import CheckpointFile
 from saqcli.tasks.classification import Meter, Score, largest_loss
@@ -343,7 +343,7 @@ class Trainer:
             self.progress.task("evaluating", len(self.validation)) as task,
             torch.no_grad(),
             fused_on_cpu(model),
-            weights_given(weight_owners(model)),
+            quantized_once(model),
         ):
             interruptible = InterruptibleTask(task, self.run)
             score = evaluate(

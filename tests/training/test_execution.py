@@ -242,6 +242,16 @@ def test_compiled_evaluation_equals_eager(compiler: Counter, last: int) -> None:
     assert compiler.graphs == 1
 
 
+def test_many_networks_compile_in_one_process(compiler: Counter) -> None:
+    """More than dynamo's limit for one function, above which it stops compiling silently."""
+    for width in range(1, 11):
+        engine = Engine(nn.Sequential(nn.Linear(3, width)))
+        engine.set(COMPILED)
+        engine(torch.ones(16, 3))
+
+    assert compiler.graphs == 10
+
+
 # Memory formats and kernels.
 
 

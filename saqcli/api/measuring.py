@@ -14,7 +14,7 @@ from saqcli.api.info import bits_of, info, quantization_of, unwrapped
 from saqcli.errors import ConfigError, DataError, UnsupportedModel
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.kernels.use import fused_on_cpu
-from saqcli.quant.layer import in_eval_mode, quantized_layers, weight_owners, weights_given
+from saqcli.quant.layer import in_eval_mode, quantized_layers, quantized_once
 from saqcli.serialization import parse_object
 from saqcli.tasks.classification import Meter, Score, unfit
 
@@ -47,7 +47,7 @@ def evaluate(
         in_eval_mode(module),
         torch.no_grad(),
         fused_on_cpu(module),
-        weights_given(weight_owners(module)),
+        quantized_once(module),
         progress.task("evaluating", _length(data)) as task,
     ):
         for batch in data:

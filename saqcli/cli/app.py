@@ -104,8 +104,8 @@ def main() -> None:
     """Run the command line, with the allocator set, and telemetry and unneeded files of libraries disabled.
 
     All of it comes before libraries are imported. ONNX Runtime sends usage data, and keeps a device id and a database
-    in the home folder. PyTorch creates a cache folder for compiled code, which saq does not use, unless it is given an
-    existing one.
+    in the home folder. PyTorch creates a cache folder for compiled code on import, unless it is given an existing one;
+    what is compiled is kept in its default folder (``quant.kernels.compiled``).
     """
     keep_freed_memory()
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

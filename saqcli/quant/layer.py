@@ -160,6 +160,16 @@ def weights_given(layers: Sequence[QuantizedLayer]) -> Iterator[None]:
 
 
 @contextmanager
+def quantized_once(model: nn.Module) -> Iterator[None]:
+    """Within the context, of an evaluation, ``model`` computes with weights that are quantized once.
+
+    Those that are given already stay: evaluations in two threads leave no weights behind.
+    """
+    with weights_given([layer for layer in weight_owners(model) if layer.given_weight is None]):
+        yield
+
+
+@contextmanager
 def weights_taken(layers: Sequence[QuantizedLayer]) -> Iterator[None]:
     """Within the context ``layers`` quantize their weights at every use; afterwards given weights serve again."""
     before = [(layer, layer.given_weight, layer.given_from) for layer in layers]

@@ -26,6 +26,7 @@ from saqcli import distributed
 from saqcli.config import TrainingSection
 from saqcli.errors import SaqError, UnsupportedModel, out_of_memory
 from saqcli.quant.kernels.choice import KernelKind
+from saqcli.quant.kernels.compiled import prepare_compiler
 from saqcli.quant.kernels.use import use_kernels
 from saqcli.quant.layer import quantized_layers
 from saqcli.training.memory import Attempt
@@ -36,9 +37,11 @@ LEAST_STEPS = 100  # below it nothing is measured
 LEAST_SECONDS = 120.0  # of all steps: below it nothing is changed
 FASTER = 0.95  # of the time before: a smaller gain is noise
 GAIN = 0.3  # share of a step's time that compiling is expected to save
-EVALUATION = 0.2  # of the time of a step: a batch of evaluation
 SECONDS_A_LAYER = 3.0  # to compile, for lack of a measurement of this network
 ROUNDS = 3  # of which the first, which warms up and compiles, does not count
+MOST_GRAPHS = (
+    1000  # of one function, such as the forward pass of all blocks of a network, or of several networks
+)
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -102,6 +105,7 @@ class Engine:
         self._compiled: Callable[[Tensor], Tensor] | None = None
         self._most = 0  # images of a batch of evaluation
         self._told = False  # that there are no fused kernels
+        self._laid: list[nn.Parameter] = []  # weights whose format was changed
 
     def set(self, execution: Execution) -> None:
         """Compute in this way from now on."""
@@ -114,6 +118,7 @@ class Engine:
                 self._told = True
             execution = replace(execution, kernels=kernels.kind)
         if execution.compiled and self._compiled is None:
+            prepare_compiler()
             self._compiled = torch.compile(self.model, dynamic=False)
         self.execution = execution
 
@@ -138,14 +143,17 @@ class Engine:
         return self.model(images) if attempt.out_of_memory else outputs[0]
 
     def _laid_out(self, images: Tensor) -> Tensor:
-        if images.dim() != 4:
-            return images
-        return images.contiguous(memory_format=_FORMATS[self.execution.memory_format])
+        if images.dim() != 4 or self.execution.memory_format == "contiguous":
+            return images  # as they are given
+        return images.contiguous(memory_format=torch.channels_last)
 
     def _run_compiled(self, images: Tensor) -> Tensor:
         assert self._compiled is not None
+        from torch._dynamo import config
+
         try:
-            return self._compiled(images)
+            with config.patch(recompile_limit=MOST_GRAPHS, accumulated_recompile_limit=MOST_GRAPHS):
+                return self._compiled(images)
         except Exception as error:  # the compiler may raise anything
             if out_of_memory(error):
                 raise
@@ -161,10 +169,16 @@ class Engine:
 
     def _lay_out(self, memory_format: MemoryFormat) -> None:
         """Lay out the weights of 2-D convolutions anew; other weights, and clipping levels, stay as they are."""
-        for module in self.model.modules() if isinstance(self.model, nn.Module) else ():
-            weight = module._parameters.get("weight")
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and weight is not None:
-                weight.data = weight.data.contiguous(memory_format=_FORMATS[memory_format])
+        if memory_format == "channels_last":
+            modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
+            found = [
+                module._parameters.get("weight")
+                for module in modules
+                if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
+            ]
+            self._laid = [weight for weight in found if weight is not None and weight.is_contiguous()]
+        for weight in self._laid:
+            weight.data = weight.data.contiguous(memory_format=_FORMATS[memory_format])
 
 
 class Trial(Protocol):
@@ -179,7 +193,7 @@ def choose(
     trial: Trial,
     sizes: tuple[int, ...],
     steps: int,
-    evaluations: int,
+    evaluates: bool,
     model: nn.Module,
     note: Callable[[str], None],
 ) -> Execution:
@@ -190,7 +204,7 @@ def choose(
         trial: computes a step's passes.
         sizes: images of the forward passes of a whole batch.
         steps: steps ahead.
-        evaluations: batches to evaluate ahead.
+        evaluates: whether the model is evaluated after epochs.
         model: the model; its size decides whether compiling is worth a try.
         note: receives a line if anything but the plain way was chosen, or compiling failed.
     """
@@ -199,15 +213,15 @@ def choose(
         precision="bfloat16" if training.precision == "bfloat16" else "float32",
         kernels="fused" if training.compile == "kernels" else "eager",
     )
-    compiled = replace(plain, compiled=True, kernels="fused", sizes=sizes, evaluates=evaluations > 0)
+    compiled = replace(plain, compiled=True, kernels="fused", sizes=sizes, evaluates=evaluates)
     if training.memory_format == "channels_last":
         _check(trial, plain)
     open_choices = "auto" in (training.memory_format, training.precision, training.compile)
     if not open_choices or steps < LEAST_STEPS:
-        return compiled if training.compile == "on" else plain
+        return _as_computed(trial, compiled, note) if training.compile == "on" else plain
     seconds = _Clock(trial, plain)
     if not LEAST_SECONDS <= steps * seconds(plain) < math.inf:
-        return compiled if training.compile == "on" else plain
+        return _as_computed(trial, compiled, note) if training.compile == "on" else plain
     found = plain
     if training.compile in ("auto", "on"):
         found = seconds.faster(replace(found, kernels="fused"), found)
@@ -216,14 +230,9 @@ def choose(
     if training.precision == "auto":
         found = seconds.faster(replace(found, precision="bfloat16"), found)
     cost = SECONDS_A_LAYER * len(quantized_layers(model))
-    compiled = replace(
-        found,
-        compiled=True,
-        sizes=sizes,
-        evaluates=evaluations > 0 and evaluations * seconds(found) * EVALUATION * GAIN > cost,
-    )
+    compiled = replace(compiled, memory_format=found.memory_format, precision=found.precision)
     if training.compile == "on":
-        found = compiled
+        found = _as_computed(trial, compiled, note)
     elif training.compile == "auto" and steps * seconds(found) * GAIN > 2 * cost:
         found = seconds.faster(compiled, found)
     if found != Execution():
@@ -243,13 +252,33 @@ def _check(trial: Trial, execution: Execution) -> None:
     try:
         trial(execution)
     except Exception as error:
-        if out_of_memory(error) or isinstance(error, SaqError):
+        if out_of_memory(error):
+            return  # the step itself takes smaller parts
+        if isinstance(error, SaqError):
             raise
         trial(Execution())  # raises if it was the network that failed
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UnsupportedModel(
             f"the network fails in channels_last ({reason}): use `training.memory_format=contiguous`"
         ) from None
+
+
+def _as_computed(trial: Trial, execution: Execution, note: Callable[[str], None]) -> Execution:
+    """``execution``, if the network can be compiled on all ranks; else the same, as written.
+
+    It is tried first: a network that fails halfway through has drawn random numbers and updated statistics.
+    """
+    attempt, compiled = Attempt(), True
+    try:
+        with attempt:
+            compiled = trial(execution).compiled
+    except Exception as error:  # the compiler may raise anything, also in the backward pass
+        compiled = False
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        note(f"the network cannot be compiled and is computed as written: {reason}")
+    if distributed.any_of(not compiled):
+        return replace(execution, compiled=False, sizes=(), evaluates=False)
+    return execution
 
 
 class _Clock:

@@ -11,7 +11,7 @@ from saqcli.data.batches import Loader
 from saqcli.errors import DataError, DeviceMemoryError, TrainingDiverged
 from saqcli.progress import Progress, Task
 from saqcli.quant.kernels.use import fused_on_cpu
-from saqcli.quant.layer import weight_owners, weights_given
+from saqcli.quant.layer import quantized_once
 from saqcli.tasks.classification import Meter, Score, best_class
 from saqcli.training.memory import Attempt
 from saqcli.training.minimizers.base import check_score
@@ -51,7 +51,7 @@ def evaluate(
     so_far = Meter()
     model = predict if isinstance(predict, nn.Module) else nn.Module()
     # Not in inference mode: a module may keep tensors of this pass, and train with them. It would not be faster.
-    with torch.no_grad(), fused_on_cpu(model), weights_given(weight_owners(model)):
+    with torch.no_grad(), fused_on_cpu(model), quantized_once(model):
         for images, labels in distributed.share(batches) if shared else batches:
             logits, loss = in_parts(predict, images.to(device, non_blocking=True)), None
             if criterion is not None:

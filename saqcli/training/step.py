@@ -124,9 +124,9 @@ class Stepper:
         self.choose: Callable[[Tensor, Tensor], Execution] | None = None
 
     def compute(self, execution: Execution) -> None:
-        """Compute in this way from now on."""
-        self.execution = execution
+        """Compute in this way from now on, as far as the machine allows it."""
         self.engine.set(execution)
+        self.execution = self.engine.execution
         if self._teacher is not None:
             self._teacher.set(execution)
         half = partial(torch.autocast, self.device.type, dtype=torch.bfloat16)
@@ -177,8 +177,11 @@ class Stepper:
         def shrink_micro_batch() -> None:
             snapshot.restore()
             self.recovery.shrink_micro_batch(min(len(labels), self.sharpness_batch), self.note)
+            if self.engine.execution.compiled:
+                self.compute(replace(self.engine.execution, sizes=self.sizes(images, labels)))
 
         pieces, passes = retry_on_oom(lambda: self._passes(images, labels), shrink_micro_batch)
+        self.execution = self.engine.execution  # a network that cannot be compiled is computed as written
         try:
             self.loss = float(self.minimizer.update(passes))
         except TrainingDiverged as error:
@@ -193,7 +196,6 @@ class Stepper:
                 "`data.batch_size`, or `training.optimizer=sgd`"
             ) from None
         self.recovery.in_row = 0
-        self.execution = self.engine.execution  # a network that cannot be compiled is computed as written
         return [piece for chunk in pieces for piece in chunk]
 
     def _passes(self, images: Tensor, labels: Tensor) -> tuple[list[list[Piece]], Passes]:

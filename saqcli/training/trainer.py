@@ -19,7 +19,7 @@ from saqcli.config import TrainingSection
 from saqcli.errors import RunDirectoryError
 from saqcli.progress import SILENT, Progress, Task
 from saqcli.quant.kernels.use import fused_on_cpu
-from saqcli.quant.layer import weight_owners, weights_given
+from saqcli.quant.layer import quantized_once
 from saqcli.random_state import random_state, set_random_state
 from saqcli.runs.checkpoints import CheckpointFile
 from saqcli.tasks.classification import Meter, Score, largest_loss
@@ -171,7 +171,6 @@ class Trainer:
         self._stepper = Stepper(
             model, self.minimizer, objective, training.sharpness_batch, self.recovery, progress.note
         )
-        self._stepper.choose = self._choose
         self.epoch, self.step = 0, 0
         self.best = None if initial is None else Best.of(0, initial, model.state_dict())
         self.last: Score | None = None
@@ -186,6 +185,21 @@ class Trainer:
             DeviceMemoryError: out of memory, however small the micro-batches.
             Interrupted: a signal asked to stop; the state is saved.
         """
+        if self._stepper.execution is not None:
+            self._stepper.compute(self._stepper.execution)
+        self._stepper.choose = self._choose
+        try:
+            self._epochs()
+        finally:
+            self._stepper.choose = None  # the two would refer to each other
+            self._stepper.restore()
+        if self.average:
+            self.model.load_state_dict(self.average.state_dict())
+        if self.training.keep == "best" and self.best is not None:
+            self.model.load_state_dict(self.best.model)
+
+    def _epochs(self) -> None:
+        """The remaining ones."""
         while self.epoch < self.training.epochs:
             learning_rate = self._begin_epoch()
             name = f"{self.title} {self.epoch + 1} of {self.training.epochs}"
@@ -209,11 +223,6 @@ class Trainer:
             validated = self._evaluate()
             self._log(trained, validated, learning_rate)
             self._end_epoch()
-        self._stepper.restore()
-        if self.average:
-            self.model.load_state_dict(self.average.state_dict())
-        if self.training.keep == "best" and self.best is not None:
-            self.model.load_state_dict(self.best.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training is resumed from: tensors and plain values. All ranks call this together."""
@@ -246,6 +255,9 @@ class Trainer:
             self.minimizer.load_state_dict(state["minimizer"])
         if "execution" in state:
             self._stepper.compute(Execution.from_dict(state["execution"]))
+        elif any(state["position"].values()):  # of a version that computed as written
+            half = self.training.precision == "bfloat16"
+            self._stepper.compute(Execution(precision="bfloat16" if half else "float32"))
         if self.average:
             self.average.load_state_dict(state["average"])
         vars(self.recovery).update(state.get("setbacks", {}))
@@ -290,7 +302,7 @@ class Trainer:
             stepper.trial(images, labels),
             stepper.sizes(images, labels),
             epochs * len(self.batches) - self.step,
-            epochs * len(self.validation) if self.validation is not None else 0,
+            self.validation is not None and self.average is None,
             self.model,
             self.progress.note,
         )
@@ -332,7 +344,7 @@ class Trainer:
             self.progress.task("evaluating", len(self.validation)) as task,
             torch.no_grad(),
             fused_on_cpu(model),
-            weights_given(weight_owners(model)),
+            quantized_once(model),
         ):
             interruptible = InterruptibleTask(task, self.run)
             score = evaluate(

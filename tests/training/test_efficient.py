@@ -210,7 +210,7 @@ def test_chunk_shares_one_perturbation() -> None:
     def watched(loss: Any) -> Any:
         def run(*, ascent: bool = False) -> Tensor:
             if not ascent:
-                seen.append([layer.perturbation for layer in layers.values()])  # type: ignore[misc]
+                seen.append([layer.quantized_weight().detach() for layer in layers.values()])
             value: Tensor = loss(ascent=ascent)
             return value
 

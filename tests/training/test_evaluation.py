@@ -1,6 +1,7 @@
 """One pass of evaluation: every weight is quantized once, whatever the number of batches."""
 
 from collections import Counter
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -9,10 +10,20 @@ from torch import Tensor, nn
 import saqcli
 from saqcli.progress import SILENT
 from saqcli.quant import convert
-from saqcli.quant.layer import back_propagate, perturbed, weight_owners, weights_given
+from saqcli.quant.kernels.use import fused_on_cpu
+from saqcli.quant.layer import (
+    back_propagate,
+    perturbed,
+    quantized_layers,
+    quantized_once,
+    weight_owners,
+    weights_given,
+)
+from saqcli.quant.quantizers import quantizers_of
 from saqcli.tasks.classification import Meter, Score
 from saqcli.training.loop import evaluate
 from tests.support import tiny
+from tests.support.networks import NETWORKS, quantize
 
 CPU = torch.device("cpu")
 
@@ -86,3 +97,16 @@ def test_given_weights_are_never_registered() -> None:
         back_propagate(layers)
     assert all(parameter.grad is not None for parameter in parameters.values())
     assert all("given_from" not in layer._parameters for layer in layers)
+
+
+def test_overlapping_evaluations_leave_nothing_behind() -> None:
+    model = quantize(NETWORKS["conv_bn"]).model.eval()
+    first, second = ExitStack(), ExitStack()
+    for stack in (first, second):  # as in two threads
+        stack.enter_context(fused_on_cpu(model))
+        stack.enter_context(quantized_once(model))
+    first.close()
+    second.close()
+
+    assert all(layer.given_weight is None for layer in quantized_layers(model).values())
+    assert {quantizer.kernel for quantizer in quantizers_of(model)} == {"eager"}

@@ -132,6 +132,57 @@ def test_compiled_run_resumes_bitwise(compiler: Counter) -> None:
     assert_bitwise_equal(weights(whole.model), weights(resumed.model))
 
 
+def test_older_checkpoints_stay_as_written(compiler: Counter) -> None:
+    whole, states = trainer(compile="off", precision="bfloat16"), list[Any]()
+    whole.run = Keeping(states)
+    whole.fit()
+    resumed = trainer(precision="bfloat16")
+    resumed.load_state_dict({key: value for key, value in states[2].items() if key != "execution"})
+    resumed.fit()
+
+    assert resumed.execution == replace(PLAIN, precision="bfloat16")
+    assert_bitwise_equal(weights(whole.model), weights(resumed.model))
+
+
+def test_interrupted_training_restores_and_continues(compiler: Counter) -> None:
+    whole, subject = (trainer(memory_format="channels_last") for _ in range(2))
+    whole.fit()
+    advance = subject._stepper.minimizer.update
+    subject._stepper.minimizer.update = _fail  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        subject.fit()
+    kernels = {quantizer.kernel for quantizer in quantizers_of(subject.model)}
+    laid_out = all(value.is_contiguous() for value in subject.model.state_dict().values())
+    subject._stepper.minimizer.update = advance  # type: ignore[method-assign]
+    graphs = compiler.graphs
+    subject.fit()
+
+    assert laid_out
+    assert kernels == {"eager"}
+    assert subject.execution == whole.execution
+    assert compiler.graphs == graphs
+
+
+def _fail(*_: Any) -> Tensor:
+    raise KeyboardInterrupt
+
+
+def test_smaller_micro_batches_are_compiled_too(compiler: Counter) -> None:
+    subject = trainer()
+    inner, failed = subject._stepper._passes, list[int]()
+
+    def passes(*given: Tensor) -> Any:
+        if subject._stepper.recovery.micro_batch is None and len(failed) < 2:  # the trial, then the step
+            failed.append(1)
+            raise MemoryError
+        return inner(*given)
+
+    subject._stepper._passes = passes  # type: ignore[method-assign]
+    subject.fit()
+
+    assert subject.execution == replace(COMPILED, sizes=(8,))
+
+
 def test_uncompilable_networks_train_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(model: nn.Module, **_: Any) -> Callable[[Tensor], Tensor]:
         def call(x: Tensor) -> Tensor:
@@ -189,6 +240,16 @@ def test_compiled_evaluation_equals_eager(compiler: Counter, last: int) -> None:
             assert torch.allclose(engine.evaluate(batch), model(batch), atol=1e-6)
 
     assert compiler.graphs == 1
+
+
+def test_many_networks_compile_in_one_process(compiler: Counter) -> None:
+    """More than dynamo's limit for one function, above which it stops compiling silently."""
+    for width in range(1, 11):
+        engine = Engine(nn.Sequential(nn.Linear(3, width)))
+        engine.set(COMPILED)
+        engine(torch.ones(16, 3))
+
+    assert compiler.graphs == 10
 
 
 # Memory formats and kernels.
@@ -283,7 +344,7 @@ class Timed:
 
 def chosen(timed: Timed, steps: int, **settings: Any) -> Execution:
     model = quantize(NETWORKS["conv_bn"]).model
-    return choose(TrainingSection(**settings), timed, (16,), steps, steps, model, lambda _: None)
+    return choose(TrainingSection(**settings), timed, (16,), steps, True, model, lambda _: None)
 
 
 def seconds_of(wanted: Execution) -> float:
@@ -312,6 +373,25 @@ def test_fastest_way_is_chosen(
     monkeypatch: pytest.MonkeyPatch, steps: int, settings: dict[str, Any], expected: Execution
 ) -> None:
     assert chosen(Timed(monkeypatch, seconds_of), steps, **settings) == expected
+
+
+@pytest.mark.parametrize("seconds", [seconds_of, lambda wanted: 1.0 - 0.6 * wanted.compiled])
+def test_recorded_way_gives_the_same_again(
+    monkeypatch: pytest.MonkeyPatch, seconds: Callable[[Execution], float]
+) -> None:
+    first = chosen(Timed(monkeypatch, seconds), 10_000, precision="auto")
+    found = first.recorded()
+    assert found.pop("compiled")
+    assert found.pop("kernels") == "fused"
+
+    assert chosen(Timed(monkeypatch, seconds), 10_000, compile="on", **found) == first
+
+
+def test_lack_of_memory_refuses_no_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Execution) -> float:
+        raise MemoryError
+
+    assert chosen(Timed(monkeypatch, full), 1, memory_format="channels_last") == LAST
 
 
 def test_slower_ways_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

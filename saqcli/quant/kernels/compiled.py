@@ -4,6 +4,9 @@ A tensor is seen as one dimension, or as (outer, channels, inner) where channels
 sizes, and the grid is a tensor, so that a few compilations serve all layers. Inductor keeps them for later processes.
 """
 
+import logging
+import os
+import tempfile
 from functools import cache
 from typing import Any
 
@@ -20,6 +23,7 @@ class CompiledKernels:
 
     def __init__(self) -> None:
         """Compiles nothing before the first call; imports the compiler, which takes seconds."""
+        prepare_compiler()
         from torch._inductor import config
 
         exact = hasattr(config, "eager_numerics") and hasattr(config.eager_numerics, "division_rounding")
@@ -44,6 +48,17 @@ class CompiledKernels:
         given = (_levels(level, layout), _levels(offset, layout), ends, codes[2], kind)
         sums = self._backward(_seen(grad, layout), _seen(x, layout), *given, _seen(grad_x, layout))
         return grad_x, sums.reshape(-1, *level.shape)
+
+
+def prepare_compiler() -> None:
+    """Settings of this process before the first ``torch.compile``.
+
+    Compiled code goes where PyTorch keeps it by default: ``cli.app.main`` names the temporary folder itself, so that no
+    other is made on import. The warning that there is no GPU is turned off.
+    """
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") == tempfile.gettempdir():
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _range(level: Tensor, offset: Tensor | None, ends: Tensor) -> tuple[Tensor, ...]:

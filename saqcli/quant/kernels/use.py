@@ -49,11 +49,12 @@ def fused_on_cpu(model: nn.Module) -> Iterator[None]:
 
     Elsewhere the kernels take seconds to build, so that a few batches do not repay them.
     """
-    before = [(quantizer, quantizer.kernel) for quantizer in quantizers_of(model)]
+    quantizers = list(quantizers_of(model))
+    eager = [quantizer for quantizer in quantizers if quantizer.kernel == "eager"]
     try:
-        if all(level.device.type == "cpu" for one, _ in before for level in one.state_dict().values()):
+        if all(level.device.type == "cpu" for one in quantizers for level in one.state_dict().values()):
             use_kernels(model, "fused")
         yield
     finally:
-        for quantizer, kernel in before:
-            quantizer.kernel = kernel
+        for quantizer in eager:
+            quantizer.kernel = "eager"

@@ -340,6 +340,7 @@ def main() -> None:
     """Measure and print."""
     wanted = arguments()
     keep_freed_memory()  # as the command line does
+    torch._dynamo.config.recompile_limit = 64  # of all variants together; the rest would silently run eager
     names = wanted.variants.split(",") if wanted.variants else QUICK if wanted.quick else [*QUICK, *FULL]
     warnings.simplefilter("ignore")
     found = measure(names, wanted)

@@ -770,7 +770,7 @@ def checks(place: Place) -> dict[str, Check]:
     styles = ("qdq",) if place.quick else STYLES
     found |= {f"export {style}": partial(check_export, style) for style in styles}
     if place.device.type in ("cpu", "cuda"):
-        found["resume kernels"] = partial(check_resume, compile="kernels")
+        found["kernels resume"] = partial(check_resume, compile="kernels")
         found["compile saq"] = partial(check_compile, "saq", "default")
     if not place.quick:
         found["compile on"] = partial(check_setting, "on")

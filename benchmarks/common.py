@@ -128,11 +128,19 @@ def in_turns(
     for _ in range(rounds):
         for name, step in steps.items():
             count = (repeats or {}).get(name, 1)
+            synchronize()
             start = now()
             for _ in range(count):
                 step()
+            synchronize()
             times[name].append((now() - start) / count)
     return times
+
+
+def synchronize() -> None:
+    """Wait for what runs on a GPU, if one was used: its kernels are only begun when a call returns."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def peak_megabytes(step: Step, device: torch.device) -> float:

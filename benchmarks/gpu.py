@@ -42,6 +42,7 @@ WORKERS = {"checks": 6, "times": 1, "training": 8}  # on a GPU; one on a CPU
 SLOW = {
     "compile": 60.0,
     "graphs": 60.0,
+    "kernels": 60.0,
     "torchrun": 25.0,
     "memory": 25.0,
     "quantizer": 10.0,

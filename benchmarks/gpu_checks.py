@@ -31,6 +31,7 @@ from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer
 from saqcli.random_state import deterministic
 from saqcli.searchers import SEARCHERS
+from saqcli.training.execution import Execution
 from saqcli.training.minimizers import MINIMIZERS, Minimizer
 from saqcli.training.options import accepted
 from saqcli.training.step import Recovery
@@ -402,25 +403,25 @@ def check_determinism(place: Place) -> Figures:
     return figures
 
 
-def check_resume(place: Place) -> Figures:
+def check_resume(place: Place, **settings: Any) -> Figures:
     """A training that stops within an epoch and resumes from a file equals one that does not, bit for bit."""
     with deterministic(), tempfile.TemporaryDirectory() as folder:
-        whole, path = trained(place), Path(folder) / "state.ckpt"
+        whole, path = trained(place, **settings), Path(folder) / "state.ckpt"
         torch.manual_seed(0)
-        first = trainer(
-            place, StopAt(8)
-        )  # in the second epoch, after a step whose ascent the next one reuses
+        # In the second epoch, after a step whose ascent the next one reuses.
+        first = trainer(place, StopAt(8), **settings)
         try:
             first.fit()
         except Stop:
             first.save(path)
         torch.manual_seed(1)
-        second = trainer(place)
+        second = trainer(place, **settings)
         second.load(path)
         second.fit()
         apart = unequal(whole, on_cpu(second.model.state_dict()))
     require(not apart, f"the resumed run differs in {len(apart)} tensors, such as {apart[:1]}")
-    return {"stopped_at": {"epoch": first.epoch, "step": first.step}}
+    require(second.execution == first.execution, f"resumed {second.execution}, begun {first.execution}")
+    return {"ran_as": str(first.execution), "stopped_at": {"epoch": first.epoch, "step": first.step}}
 
 
 # Precision.
@@ -715,6 +716,34 @@ def check_compile(name: str, mode: str, place: Place) -> Figures:
     return {"losses_apart": apart, "graphs": graphs[-1]}
 
 
+def check_setting(kind: str, place: Place) -> Figures:
+    """Training with ``training.compile``: computed as asked for, two runs equal, the loss near that of ``off``.
+
+    Devices for which there is no compiler compute as with ``off``, and say so.
+    """
+    losses: dict[str, list[float]] = {}
+    states: dict[str, list[dict[str, Tensor]]] = {}
+    ran = Execution()
+    for setting in ("off", kind):
+        states[setting] = []
+        for _ in range(2):
+            run = StopAt()
+            torch.manual_seed(0)
+            with deterministic():
+                made = trainer(place, run, compile=setting, memory_format="contiguous")
+                made.fit()
+            losses[setting] = run.losses
+            states[setting].append(on_cpu(made.model.state_dict()))
+            ran = made.execution
+    known = place.device.type in ("cpu", "cuda")
+    require((ran.kernels == "fused") == known, f"quantizers are computed with {ran.kernels} kernels")
+    require(ran.compiled == (kind == "on"), f"{kind} was computed {ran}")
+    require(not unequal(*states[kind]), f"two runs that are computed {ran} differ")
+    apart = max(abs(a / b - 1) for a, b in zip(losses[kind], losses["off"], strict=True))
+    require(apart < (0.1 if known else 1e-9), f"losses differ by {100 * apart:.1f} %: {losses}")
+    return {"ran_as": str(ran), "losses_apart": apart}
+
+
 # The table.
 
 
@@ -728,6 +757,7 @@ def checks(place: Place) -> dict[str, Check]:
         "trainer": check_trainer,
         "determinism": check_determinism,
         "resume": check_resume,
+        "kernels": partial(check_setting, "kernels"),
         "memory": check_memory,
         "ranks": check_ranks,
     }
@@ -740,8 +770,11 @@ def checks(place: Place) -> dict[str, Check]:
     styles = ("qdq",) if place.quick else STYLES
     found |= {f"export {style}": partial(check_export, style) for style in styles}
     if place.device.type in ("cpu", "cuda"):
+        found["kernels resume"] = partial(check_resume, compile="kernels")
         found["compile saq"] = partial(check_compile, "saq", "default")
     if not place.quick:
+        found["compile on"] = partial(check_setting, "on")
+        found["compile on resume"] = partial(check_resume, compile="on")
         found["compile qat"] = partial(check_compile, "qat", "default")
         found["torchrun"] = check_torchrun
     if place.cuda:

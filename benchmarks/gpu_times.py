@@ -4,6 +4,7 @@ A kernel moves what it must: forward reads and writes a tensor; forward and back
 gradient once, and write two tensors. ``share`` is these bytes over the time, relative to the bandwidth of ``clone``.
 """
 
+import copy
 import importlib.util
 import json
 import subprocess
@@ -18,13 +19,14 @@ from gpu_checks import Check, CheckFailed, Figures, Place
 from torch import Tensor
 from torch.nn import functional as F
 
+from saqcli.quant.kernels.use import use_kernels
 from saqcli.quant.quantizers import QUANTIZERS
 
 FORWARD, BOTH = 2, 5  # tensors that are read or written
 EAGER = "float,qat,saq,efficient," + ",".join(
     f"{method}_{mode}" for mode in ("eager", "channels_last", "bf16") for method in ("float", "qat", "saq")
 )
-COMPILED = "float_compiled,qat_compiled,saq_compiled"
+COMPILED = "float_compiled,qat_compiled,saq_compiled,float_eager,qat_kernels,saq_kernels"
 
 
 def fastest(work: Callable[[], object], place: Place, rounds: int = 20) -> float:
@@ -54,9 +56,12 @@ def measure_kernel(name: str, place: Place) -> Figures:
     assert kind is not None
     quantizer = kind({4: kind.activation_grid(4, signed=False)}).to(place.device)
     quantizer.fit(x[:, :64])
+    fused = copy.deepcopy(quantizer)
+    ran = use_kernels(fused, "fused")
     one, zero = torch.ones(1, device=place.device), torch.zeros(1, device=place.device)
     kernels: dict[str, Callable[[Tensor], Tensor]] = {
         "saq": quantizer,
+        "saq_fused": fused,
         "relu": F.relu,
         "torch_fixed": lambda x: torch.fake_quantize_per_tensor_affine(x, 1 / 15, 0, 0, 15),
         "torch_learned": lambda x: torch._fake_quantize_learnable_per_tensor_affine(
@@ -67,7 +72,12 @@ def measure_kernel(name: str, place: Place) -> Figures:
         kernels["saq_compiled"] = torch.compile(quantizer)
     size = x.numel() * x.element_size()
     bandwidth = FORWARD * size / fastest(lambda: x.clone(), place)
-    figures: Figures = {"bytes": size, "bandwidth_of_clone": bandwidth}
+    figures: Figures = {
+        "bytes": size,
+        "bandwidth_of_clone": bandwidth,
+        "kernels": ran.kind,
+        "why": ran.reason,
+    }
     for label, kernel in kernels.items():
         leaf = x.clone().requires_grad_()
 

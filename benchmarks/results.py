@@ -16,6 +16,7 @@ from step_time import METHODS, MODES
 FOLDER = Path(__file__).parent
 PAGE = FOLDER / "RESULTS.md"
 DEFAULT = "default"
+FUSED = "with fused kernels"  # in ``ran_as``
 Result = dict[str, Any]
 
 HEAD = """# Results
@@ -23,7 +24,9 @@ HEAD = """# Results
 Written by `python benchmarks/results.py` from the files in [results](results): edit neither by hand.
 [README.md](README.md) says how to run the scripts. A cell of a step is its time relative to the float step *of the same
 mode*, with milliseconds in brackets; the figure is the fastest of the rounds, in which all variants take turns. Memory
-is the peak of one step above weights, optimizer and images.
+is the peak of one step above weights, optimizer and images. In `kernels` the network is eager and every quantizer one
+fused kernel: float is the eager step there, and the goals for eager steps are judged there. Goals that are met are in
+bold; none is shown where two steps were computed in different ways.
 """
 # (title, largest ratio wanted, what is divided by what)
 GOALS = (
@@ -129,9 +132,16 @@ def key(method: str, mode: str) -> str:
     return method if mode == DEFAULT else f"{method}_{mode}"
 
 
+def base_of(method: str, mode: str) -> str:
+    """The variant of ``method`` that those of ``mode`` are relative to: without quantizers there is nothing to fuse."""
+    if method != "float" or not mode.startswith("kernels"):
+        return key(method, mode)
+    return key(method, mode.removeprefix("kernels").removeprefix("_") or "eager")
+
+
 def cell(result: Result, method: str, mode: str) -> str:
     """A variant's time relative to float; empty if it was not measured."""
-    return ratio(result, key(method, mode), key("float", mode))
+    return ratio(result, key(method, mode), base_of("float", mode))
 
 
 def ratio(result: Result, name: str, base: str) -> str:
@@ -145,30 +155,29 @@ def ratio(result: Result, name: str, base: str) -> str:
 
 def goals(result: Result, modes: Sequence[str]) -> list[list[str]]:
     """The measured ratios for which there is a goal, in bold where it is met; empty where two ways differ."""
-    rows = []
-    for title, most, name, base in GOALS:
-        pairs = [
-            (result.get(key(name, mode)), result.get(key(base, mode)))
-            if comparable(result, key(name, mode), key(base, mode))
-            else (None, None)
-            for mode in modes
-        ]
-        rows.append([title, f"{most:.2f}", *(reached(*pair, most) for pair in pairs)])
     peak = result["peak_mb"]
-    pairs = [
-        (peak.get(key("qat", mode)), peak.get(key("float", mode)))
-        if comparable(result, key("qat", mode), key("float", mode))
-        else (None, None)
-        for mode in modes
-    ]
-    title = "memory of QAT / float"
-    return [*rows, [title, f"{GOAL_OF_MEMORY:.2f}", *(reached(*pair, GOAL_OF_MEMORY) for pair in pairs)]]
+    wanted = [(result, *goal) for goal in GOALS]
+    wanted.append((peak, "memory of QAT / float", GOAL_OF_MEMORY, "qat", "float"))
+    rows = []
+    for values, title, most, name, base in wanted:
+        pairs = [(key(name, mode), base_of(base, mode)) for mode in modes]
+        cells = [
+            reached(values.get(one), values.get(other), most) if comparable(result, one, other) else ""
+            for one, other in pairs
+        ]
+        rows.append([title, f"{most:.2f}", *cells])
+    return rows
 
 
 def comparable(result: Result, name: str, base: str) -> bool:
-    """Whether both compute in the same way; the defaults choose by timing, each for itself."""
-    ran_as = result["ran_as"]
-    return ran_as.get(name) == ran_as.get(base)
+    """Whether both compute in the same way; the defaults choose by timing, each for itself.
+
+    A float step has no quantizers, so that it does not matter which kernels these have.
+    """
+    ways = [result["ran_as"].get(one) for one in (name, base)]
+    if base.startswith("float") and None not in ways:
+        ways = [{*way.split(", ")} - {FUSED, "as written"} for way in ways]
+    return bool(ways[0] == ways[1])
 
 
 def reached(value: float | None, base: float | None, most: float) -> str:

@@ -21,7 +21,17 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import Step, add_json, add_timing, facts, in_turns, peak_megabytes, plain_parser, show
+from common import (
+    Step,
+    add_json,
+    add_timing,
+    facts,
+    in_turns,
+    peak_megabytes,
+    plain_parser,
+    show,
+    synchronize,
+)
 from torch import Tensor
 
 from saqcli.allocator import keep_freed_memory
@@ -89,12 +99,12 @@ MODES: dict[str, dict[str, Any]] = {
 }
 QUICK = """
     float qat saq efficient
-    float_eager qat_eager saq_eager efficient_eager float_compiled qat_compiled saq_compiled
-    qat_kernels saq_kernels efficient_kernels
-    float_bf16 qat_bf16 float_channels_last qat_channels_last
+    float_eager qat_eager qat_kernels saq_kernels efficient_kernels
+    float_compiled qat_compiled saq_compiled float_bf16 qat_bf16
 """.split()
 FULL = """
-    saq_bf16 saq_channels_last float_bf16_channels_last qat_bf16_channels_last
+    saq_eager efficient_eager float_channels_last qat_channels_last saq_channels_last saq_bf16
+    float_bf16_channels_last qat_bf16_channels_last
     efficient_compiled float_compiled_bf16 qat_compiled_bf16
     lsq_kernels lsq_plus_kernels saq_norms_kernels qat_kernels_channels_last qat_kernels_bf16
     saq_norms_eager saq_interval_5_eager saq_ascent_bf16_eager lsq_eager lsq_plus_eager pact_eager
@@ -240,6 +250,7 @@ class Suite:
             step = stepper(trainer)
             for _ in range(WARM_UP * variant.repeats):
                 step()
+            synchronize()
         except Exception as error:  # a variant that does not run must not stop the others
             self.errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             return
@@ -329,6 +340,7 @@ def main() -> None:
     """Measure and print."""
     wanted = arguments()
     keep_freed_memory()  # as the command line does
+    torch._dynamo.config.recompile_limit = 64  # of all variants together; the rest would silently run eager
     names = wanted.variants.split(",") if wanted.variants else QUICK if wanted.quick else [*QUICK, *FULL]
     warnings.simplefilter("ignore")
     found = measure(names, wanted)

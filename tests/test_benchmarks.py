@@ -57,3 +57,31 @@ def test_every_named_variant_exists() -> None:
 
 def test_results_page_is_current() -> None:
     assert script("results.py")["page"]() == (FOLDER / "RESULTS.md").read_text(encoding="utf-8")
+
+
+def test_goals_with_kernels_are_relative_to_eager_float() -> None:
+    seconds = {
+        "float_eager": 1.0,
+        "qat_eager": 1.3,
+        "qat_kernels": 1.05,
+        "float": 0.9,
+        "qat": 0.99,
+        "saq": 1.8,
+    }
+    ran_as = {
+        "float_eager": "as written",
+        "qat_eager": "as written",
+        "qat_kernels": "with fused kernels",
+        "float": "channels_last",
+        "qat": "with fused kernels, channels_last",
+        "saq": "channels_last",
+    }
+    modes = ["default", "eager", "kernels"]
+    results = script("results.py")
+    rows = results["goals"](
+        {**seconds, "ran_as": ran_as, "peak_mb": {"float_eager": 100, "qat_kernels": 110}}, modes
+    )
+    assert rows[0][2:] == ["**1.10**", "1.30", "**1.05**"]
+    assert rows[1][2:] == ["", "", ""]  # SAQ and QAT by default computed in different ways
+    assert rows[-1][2:] == ["", "", "**1.10**"]
+    assert results["cell"](seconds, "qat", "kernels") == "1.05 (1050 ms)"

@@ -34,7 +34,6 @@ indices back to back, the last byte padded with zeros.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from math import isfinite, prod
 from typing import Any, Literal, NamedTuple
@@ -44,7 +43,7 @@ import torch
 from torch import Tensor
 
 from saqcli.errors import ConfigError, CorruptArtifact
-from saqcli.quant.kernels.choice import KernelKind, kernels_for
+from saqcli.quant.kernels.choice import KernelKind, backward_kernels_for, kernels_for
 from saqcli.quant.kernels.layout import CLIP, RESIDUAL
 from saqcli.units import counted
 
@@ -209,11 +208,11 @@ class FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, level: Tensor, grid: AnyGrid, kind: KernelKind) -> Tensor:
         """``x`` on the grid; ``level`` broadcasts against ``x``."""
-        ctx.grid, ctx.kernels = grid, kernels_for(kind, x, level) if isinstance(grid, Grid) else None
-        if ctx.kernels:
+        ctx.grid, ctx.kind = grid, kind
+        if isinstance(grid, Grid) and (kernels := kernels_for(kind, x, level)):
             ctx.save_for_backward(x, level)
-            ctx.requantize = partial(ctx.kernels.forward, codes=grid)
-            return ctx.requantize(x, level)  # type: ignore[no-any-return]
+            ctx.requantize = lambda x, level: fake_quantize(x, level, grid, kind)
+            return kernels.forward(x, level, codes=grid)
         step = step_of(level, grid)
         quantized = codes_of(x, step, grid).mul_(step)
         ctx.save_for_backward(x, level, quantized)
@@ -226,9 +225,10 @@ class FakeQuantize(torch.autograd.Function):
         x, level, *saved = ctx.saved_tensors
         grid: AnyGrid = ctx.grid
         to_x, to_level = ctx.needs_input_grad[:2]
-        if ctx.kernels and not torch.is_grad_enabled():
-            grad_x, sums = ctx.kernels.backward(grad, x, level, codes=grid, kind=CLIP)
-            return grad_x if to_x else None, sums[RESIDUAL] if to_level else None, None, None
+        kernels = None if saved else backward_kernels_for(ctx.kind, x, level)
+        if kernels and isinstance(grid, Grid):
+            to_all, sums = kernels.backward(grad, x, level, codes=grid, kind=CLIP)
+            return to_all if to_x else None, sums[RESIDUAL] if to_level else None, None, None
         bound = level.abs().clamp_min(TINY)
         inside = between(x.detach(), bound.detach() * (grid.lowest / grid.highest), bound.detach())
         grad_x = grad * inside if to_x else None

@@ -2,7 +2,9 @@
 
 import copy
 import io
+import os
 import pickle
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from saqcli.quant.convert import Scheme
 from saqcli.quant.grid import Grid, LevelTable, fake_quantize
@@ -249,6 +253,78 @@ def test_inputs_modified_afterwards_are_an_error() -> None:
         output.sum().backward()
 
 
+class Doubling(nn.Linear):
+    """Writes over its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(2))
+
+
+class Doubled(nn.Linear):
+    """The same without."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 2)
+
+
+@built
+def test_layers_that_write_over_their_input_differentiate() -> None:
+    x, nets = torch.randn(4, 12), []
+    for kind in (Doubling, Doubled):
+        net = nn.Sequential(nn.ReLU(), kind(12, 3))
+        tiny.quantized(net, x.clone(), 4)
+        use_kernels(net, "fused")
+        nets.append(net)
+    nets[1].load_state_dict(nets[0].state_dict())
+    leaves = [x.clone().requires_grad_() for _ in nets]
+    for net, leaf in zip(nets, leaves, strict=True):
+        net(leaf).square().sum().backward()
+    one, two = ([leaf.grad, *(p.grad for p in n.parameters())] for n, leaf in zip(nets, leaves, strict=True))
+    assert all(map(torch.equal, one, two))
+
+
+def _spread(x: Tensor) -> Tensor:
+    return x.detach().repeat_interleave(2, -1) if x.ndim == 4 else x.detach()
+
+
+HOOKS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "checkpoint": lambda net, x: checkpoint(net, x, use_reentrant=False),
+    "reentrant checkpoint": lambda net, x: checkpoint(net, x, use_reentrant=True),
+    "another layout": lambda net, x: _hooked(net, x, lambda y: y.detach().contiguous(), lambda y: y),
+    "gaps": lambda net, x: _hooked(net, x, _spread, lambda y: y[..., ::2] if y.ndim == 4 else y),
+    "forbidden": lambda net, x: _forbidden(net, x),
+}
+
+
+def _hooked(net: nn.Module, x: Tensor, *hooks: Callable[[Tensor], Tensor]) -> Tensor:
+    with saved_tensors_hooks(*hooks):
+        output: Tensor = net(x)
+    return output
+
+
+def _forbidden(net: nn.Module, x: Tensor) -> Tensor:
+    with disable_saved_tensors_hooks("none here"):
+        output: Tensor = net(x)
+    return output
+
+
+@built
+@pytest.mark.parametrize("quantizer", ["clip", "lsq_plus", "pact"])
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_of_saved_tensors_are_respected(name: str, quantizer: str) -> None:
+    net, x = quantized(quantizer, "conv_bn")
+    net.eval()  # a checkpoint computes statistics twice
+    found = []
+    for kind in ("eager", "fused"):
+        use_kernels(net, kind)  # type: ignore[arg-type]
+        net.zero_grad()
+        leaf = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        HOOKS[name](net, leaf).square().sum().backward()
+        found.append([leaf.grad, *(p.grad for n, p in net.named_parameters() if "quantizer" not in n)])
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
 @built
 def test_copies_keep_the_kernel_and_keys_stay() -> None:
     net, _ = quantized("lsq_plus")
@@ -328,6 +404,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         ({"PATH": "/nowhere"}, "no C compiler was found"),
         ({"CC": "/nowhere/cc"}, "the C kernels could not be built"),
         ({"CC": "false"}, "the C compiler failed"),
+        ({"CC": "cc 'x"}, "the variable CC is no command"),
     ],
 )
 def test_without_a_compiler_operations_are_separate(
@@ -359,13 +436,51 @@ def test_built_kernels_are_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @built
-def test_damaged_kernels_are_built_again(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_kernels_are_built_again(fresh: Path) -> None:
     compiler = str(native.shutil.which("cc") or native.shutil.which("gcc") or native.shutil.which("clang"))
-    path = native.cache_folder() / f"{native._key([compiler])}.so"
-    path.parent.mkdir(parents=True)
+    path = fresh / "saq" / "kernels" / f"{native._key([compiler])}.so"
+    path.parent.mkdir(mode=0o700, parents=True)
     path.write_bytes(b"torn")
     assert isinstance(native.load(), native.NativeKernels)
     assert path.stat().st_size > 1000
+
+
+def kept_file() -> Path:
+    """Of built kernels, which are asked for again."""
+    assert isinstance(native.load(), native.NativeKernels)
+    native.load.cache_clear()
+    folder = native.cache_folder()
+    assert folder is not None
+    (path,) = folder.iterdir()
+    return path
+
+
+@built
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners of files")
+@pytest.mark.parametrize("of", ["file", "folder"])
+def test_kernels_that_others_may_write_are_not_loaded(of: str, fresh: Path) -> None:
+    path = kept_file()
+    (path if of == "file" else path.parent).chmod(0o777)
+    assert not native._own(path)
+    assert isinstance(native.load(), native.NativeKernels)
+    assert native._own(path) == (of == "file")  # built again; the folder stays as it is
+
+
+@built
+def test_compilers_may_refuse_flags(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = fresh / "cc"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-march*|*-fopenmp*) exit 1; esac\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert isinstance(native.load(), native.NativeKernels)
+
+
+@built
+def test_without_a_home_kernels_are_not_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where a user has none
+    assert native.cache_folder() is None
+    assert isinstance(native.load(), native.NativeKernels)
 
 
 @built

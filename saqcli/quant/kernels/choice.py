@@ -22,3 +22,11 @@ def kernels_for(kind: KernelKind, x: Tensor, level: Tensor) -> Kernels | None:
         return None
     found = fused_kernels(x.device.type)
     return None if isinstance(found, str) else found
+
+
+def backward_kernels_for(kind: KernelKind, x: Tensor, level: Tensor) -> Kernels | None:
+    """Those of a backward pass; None for torch's operations, also where gradients are differentiated.
+
+    ``x`` is asked about again: what autograd saved may come back in another layout or class, by hooks or a compiler.
+    """
+    return None if torch.is_grad_enabled() else kernels_for(kind, x, level)

@@ -25,14 +25,13 @@ from saqcli.quant.kernels.layout import Codes, in_layout_of, layout_of
 SOURCE = Path(__file__).with_name("quantize.c")
 FLAGS = (
     "-O3",
-    "-march=native",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=off",
     "-shared",
     "-fPIC",
 )
-THREADED = ("-fopenmp",)  # left out where the compiler has none
+OPTIONAL = ("-march=native", "-fopenmp")  # left out where the compiler refuses them
 COMPILERS = ("cc", "gcc", "clang")
 LONGEST_BUILD = 120  # seconds; takes one
 SUMS = 3  # as in the source
@@ -50,7 +49,7 @@ class NativeKernels:
             AttributeError: it lacks a function.
         """
         library = ctypes.CDLL(str(path))
-        pointer, size, number, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_double, ctypes.c_int
+        pointer, size, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
         self._forward, self._backward = {}, {}
         for dtype, name in _NAMES.items():
             forward, backward = library[f"forward_{name}"], library[f"backward_{name}"]
@@ -103,13 +102,18 @@ class NativeKernels:
 @cache
 def load() -> NativeKernels | str:
     """The kernels, built if they are not yet; else why not, in one line. Asked once a process."""
-    found = (compiler for compiler in map(shutil.which, COMPILERS) if compiler)
-    compiler = shlex.split(os.environ.get("CC", "")) or list(islice(found, 1))
+    try:
+        compiler = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        return f"the variable CC is no command ({error})"
+    if not compiler:
+        compiler = list(islice(filter(None, map(shutil.which, COMPILERS)), 1))
     if not compiler:
         return "no C compiler was found"
-    path = cache_folder() / f"{_key(compiler)}.so"
+    folder = cache_folder()
+    path = folder and folder / f"{_key(compiler)}.so"
     try:
-        if path.is_file():
+        if path and _own(path):
             return NativeKernels(path)
     except (OSError, AttributeError):
         pass  # damaged: built again
@@ -121,10 +125,18 @@ def load() -> NativeKernels | str:
         return f"the C kernels could not be built ({error})"
 
 
-def cache_folder() -> Path:
-    """Where built kernels are kept: ``$XDG_CACHE_HOME/saq/kernels``, else below ``~/.cache``."""
-    given = os.environ.get("XDG_CACHE_HOME")
-    return (Path(given) if given else Path("~/.cache").expanduser()) / "saq" / "kernels"
+def cache_folder() -> Path | None:
+    """Where built kernels are kept: ``$XDG_CACHE_HOME/saq/kernels``, else below ``~/.cache``; None without a home."""
+    given = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")
+    return next((Path(base) / "saq" / "kernels" for base in given if os.path.isabs(base)), None)
+
+
+def _own(path: Path) -> bool:
+    """Whether the file is there and nobody else can have written it: loading a library is running it."""
+    if not path.is_file() or not hasattr(os, "geteuid"):
+        return path.is_file()
+    found = [each.stat() for each in (path, path.parent)]
+    return all(each.st_uid in (0, os.geteuid()) and not each.st_mode & 0o022 for each in found)
 
 
 def _key(compiler: list[str]) -> str:
@@ -133,23 +145,36 @@ def _key(compiler: list[str]) -> str:
     except OSError:
         text = ""
     instructions = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
-    parts = (*compiler, *FLAGS, *THREADED, platform.platform(), platform.processor(), instructions)
+    parts = (*compiler, *FLAGS, *OPTIONAL, platform.platform(), platform.processor(), instructions)
     return hashlib.sha256(SOURCE.read_bytes() + "\n".join(parts).encode()).hexdigest()[:24]
 
 
-def _built(compiler: list[str], path: Path) -> NativeKernels:
-    """Compile, and keep the library at ``path`` if that is possible; renamed, since several processes may build."""
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / path.name
-        for threaded in (THREADED, ()):
-            command = [*compiler, *FLAGS, *threaded, "-o", str(made), str(SOURCE), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_BUILD, check=False)
+def _built(compiler: list[str], path: Path | None) -> NativeKernels:
+    """Compile, and keep the library at ``path`` if that is possible."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        made = Path(folder) / "kernels.so"
+        for optional in (OPTIONAL, OPTIONAL[:1], OPTIONAL[1:], ()):
+            command = [*compiler, *FLAGS, *optional, "-o", str(made), str(SOURCE), "-lm"]
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=LONGEST_BUILD, check=False
+            )
             if done.returncode == 0:
                 break
         done.check_returncode()
-        with suppress(OSError):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            copy = path.with_suffix(f".{os.getpid()}")
-            shutil.copy(made, copy)
-            copy.replace(path)
-        return NativeKernels(path if path.is_file() else made)
+        with suppress(OSError, AttributeError):
+            if path and _keep(made, path):
+                return NativeKernels(path)
+        return NativeKernels(made)  # without room in the cache, or where nothing there may be executed
+
+
+def _keep(made: Path, path: Path) -> bool:
+    """Copy ``made`` to ``path``, renamed, since several processes may build; whether it may be loaded from there."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    copy = path.with_name(f"{path.stem}.{made.parent.name}")  # as unique as the temporary folder
+    try:
+        shutil.copyfile(made, copy)
+        copy.chmod(0o700)
+        copy.replace(path)
+    finally:
+        copy.unlink(missing_ok=True)
+    return _own(path)

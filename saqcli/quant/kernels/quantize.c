@@ -11,6 +11,7 @@
 #ifndef T
 
 #include <math.h>
+#include <stdint.h>
 #include <stdlib.h>
 
 enum { BLOCK = 4096, LANES = 16, SUMS = 3 };
@@ -61,15 +62,15 @@ static inline T NAME(quantized)(T x, NAME(range) r, int stride) {
 }
 
 static inline __attribute__((always_inline)) void NAME(forward_block)(
-    const T *restrict x, T *restrict out, long n, NAME(range) r, int stride) {
-    for (long i = 0; i < n; i++) out[i] = NAME(quantized)(x[i], r, stride);
+    const T *restrict x, T *restrict out, int64_t n, NAME(range) r, int stride) {
+    for (int64_t i = 0; i < n; i++) out[i] = NAME(quantized)(x[i], r, stride);
 }
 
 /* LANES elements or fewer: the gradient of each, and its terms of the sums. */
 static inline __attribute__((always_inline)) void NAME(backward_lanes)(
-    const T *restrict grad, const T *restrict x, T *restrict grad_x, long n, NAME(range) r, int stride, int kind,
+    const T *restrict grad, const T *restrict x, T *restrict grad_x, int64_t n, NAME(range) r, int stride, int kind,
     T sums[SUMS][LANES]) {
-    for (long j = 0; j < n; j++) {
+    for (int64_t j = 0; j < n; j++) {
         T inside = (x[j] <= r.high ? (T)1 : 0) * (x[j] >= r.low ? (T)1 : 0);
         T under = x[j] < r.low ? (T)1 : 0;
         T over = (kind == PACT ? x[j] >= r.high : x[j] > r.high) ? (T)1 : 0;
@@ -85,10 +86,10 @@ static inline __attribute__((always_inline)) void NAME(backward_lanes)(
 }
 
 static inline __attribute__((always_inline)) void NAME(backward_block)(
-    const T *restrict grad, const T *restrict x, T *restrict grad_x, long n, NAME(range) r, int stride, int kind,
+    const T *restrict grad, const T *restrict x, T *restrict grad_x, int64_t n, NAME(range) r, int stride, int kind,
     double totals[SUMS]) {
     T sums[SUMS][LANES] = {{0}};
-    long i = 0;
+    int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
         NAME(backward_lanes)(grad + i, x + i, grad_x + i, LANES, r, stride, kind, sums);
     NAME(backward_lanes)(grad + i, x + i, grad_x + i, n - i, r, stride, kind, sums);
@@ -96,19 +97,19 @@ static inline __attribute__((always_inline)) void NAME(backward_block)(
         for (int j = 0; j < LANES; j++) totals[s] += sums[s][j];
 }
 
-static NAME(range) NAME(range_at)(const T *level, const T *offset, long channel, double lowest, double highest) {
+static NAME(range) NAME(range_at)(const T *level, const T *offset, int64_t channel, double lowest, double highest) {
     return offset ? NAME(range_with_offset)(level[channel], offset[channel], highest)
                   : NAME(range_of)(level[channel], lowest, highest);
 }
 
 /* With an offset, ``level`` is the step and ``highest`` the highest code counted from the lowest. */
-void NAME(forward)(const T *x, T *out, const T *level, const T *offset, long outer, long channels, long inner,
+void NAME(forward)(const T *x, T *out, const T *level, const T *offset, int64_t outer, int64_t channels, int64_t inner,
                    double lowest, double highest, int stride, int threads) {
-    long blocks = (inner + BLOCK - 1) / BLOCK, tasks = outer * channels * blocks;
+    int64_t blocks = (inner + BLOCK - 1) / BLOCK, tasks = outer * channels * blocks;
 #pragma omp parallel for num_threads(threads) if (outer * channels * inner > 8 * BLOCK)
-    for (long task = 0; task < tasks; task++) {
-        long row = task / blocks, start = task % blocks * BLOCK;
-        long n = inner - start < BLOCK ? inner - start : BLOCK;
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t row = task / blocks, start = task % blocks * BLOCK;
+        int64_t n = inner - start < BLOCK ? inner - start : BLOCK;
         NAME(range) r = NAME(range_at)(level, offset, row % channels, lowest, highest);
         const T *from = x + row * inner + start;
         T *to = out + row * inner + start;
@@ -117,16 +118,17 @@ void NAME(forward)(const T *x, T *out, const T *level, const T *offset, long out
     }
 }
 
-/* ``sums`` is (SUMS, channels); its first row is the gradient of the level if ``kind`` is CLIP. Returns 0, or 1 if memory is exhausted. */
-int NAME(backward)(const T *grad, const T *x, T *grad_x, const T *level, const T *offset, T *sums, long outer,
-                   long channels, long inner, double lowest, double highest, int stride, int kind, int threads) {
-    long blocks = (inner + BLOCK - 1) / BLOCK, tasks = outer * channels * blocks;
+/* ``sums`` is (SUMS, channels); its first row is the gradient of the level if ``kind`` is CLIP. Returns 0, or 1 if memory is
+   exhausted. */
+int NAME(backward)(const T *grad, const T *x, T *grad_x, const T *level, const T *offset, T *sums, int64_t outer,
+                   int64_t channels, int64_t inner, double lowest, double highest, int stride, int kind, int threads) {
+    int64_t blocks = (inner + BLOCK - 1) / BLOCK, tasks = outer * channels * blocks;
     double *totals = calloc(tasks ? tasks : 1, SUMS * sizeof(double));
     if (!totals) return 1;
 #pragma omp parallel for num_threads(threads) if (outer * channels * inner > 8 * BLOCK)
-    for (long task = 0; task < tasks; task++) {
-        long row = task / blocks, start = task % blocks * BLOCK;
-        long n = inner - start < BLOCK ? inner - start : BLOCK, at = row * inner + start;
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t row = task / blocks, start = task % blocks * BLOCK;
+        int64_t n = inner - start < BLOCK ? inner - start : BLOCK, at = row * inner + start;
         NAME(range) r = NAME(range_at)(level, offset, row % channels, lowest, highest);
         double *total = totals + task * SUMS;
         if (kind == PACT) NAME(backward_block)(grad + at, x + at, grad_x + at, n, r, 1, PACT, total);
@@ -134,14 +136,14 @@ int NAME(backward)(const T *grad, const T *x, T *grad_x, const T *level, const T
         else if (stride == 1) NAME(backward_block)(grad + at, x + at, grad_x + at, n, r, 1, CLIP, total);
         else NAME(backward_block)(grad + at, x + at, grad_x + at, n, r, 2, CLIP, total);
     }
-    for (long channel = 0; channel < channels; channel++)
+    for (int64_t channel = 0; channel < channels; channel++)
         for (int s = 0; s < SUMS; s++) {
             double sum = 0;
-            for (long o = 0; o < outer; o++)
-                for (long b = 0; b < blocks; b++) sum += totals[((o * channels + channel) * blocks + b) * SUMS + s];
+            for (int64_t o = 0; o < outer; o++)
+                for (int64_t b = 0; b < blocks; b++) sum += totals[((o * channels + channel) * blocks + b) * SUMS + s];
             sums[s * channels + channel] = (T)sum;
         }
-    for (long channel = 0; channel < channels && kind == CLIP; channel++)
+    for (int64_t channel = 0; channel < channels && kind == CLIP; channel++)
         sums[channel] = sums[channel] / NAME(range_of)(level[channel], lowest, highest).high * (level[channel] < 0 ? -1 : 1);
     free(totals);
     return 0;

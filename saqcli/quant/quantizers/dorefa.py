@@ -44,7 +44,6 @@ In inputs of PACT:
 - The paper's inputs are never signed.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +51,7 @@ from torch import Tensor
 
 from saqcli.quant.clip_init import least_level, reduce_to
 from saqcli.quant.grid import TINY, AnyGrid, Grid, between, codes_of, fake_quantize, full_precision, step_of
-from saqcli.quant.kernels.choice import KernelKind, kernels_for
+from saqcli.quant.kernels.choice import KernelKind, backward_kernels_for, kernels_for
 from saqcli.quant.kernels.layout import OVER, PACT, UNDER
 from saqcli.quant.quantizers.base import LevelQuantizer, Quantizer
 
@@ -153,10 +152,10 @@ class _Pact(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, level: Tensor, grid: AnyGrid, kind: KernelKind) -> Tensor:
         ctx.save_for_backward(x, level)
-        ctx.grid, ctx.kernels = grid, kernels_for(kind, x, level) if isinstance(grid, Grid) else None
-        if ctx.kernels:
-            ctx.requantize = partial(ctx.kernels.forward, codes=grid)
-            return ctx.requantize(x, level)  # type: ignore[no-any-return]
+        ctx.grid, ctx.kind = grid, kind if isinstance(grid, Grid) else "eager"
+        if isinstance(grid, Grid) and (kernels := kernels_for(kind, x, level)):
+            ctx.requantize = lambda x, level: _Pact.apply(x, level, grid, kind)
+            return kernels.forward(x, level, codes=grid)
         step = step_of(level, grid)
         return codes_of(x, step, grid).mul_(step)
 
@@ -165,8 +164,8 @@ class _Pact(torch.autograd.Function):
         (grad,) = grads
         x, level = ctx.saved_tensors
         lowest = ctx.grid.lowest / ctx.grid.highest  # in units of the level
-        if ctx.kernels and not torch.is_grad_enabled():
-            grad_x, sums = ctx.kernels.backward(grad, x, level, codes=ctx.grid, kind=PACT)
+        if kernels := backward_kernels_for(ctx.kind, x, level):
+            grad_x, sums = kernels.backward(grad, x, level, codes=ctx.grid, kind=PACT)
             return grad_x, sums[OVER] + sums[UNDER] * lowest, None, None
         low = level * lowest
         grad_level = (grad * (x >= level)).sum() + (grad * (x < low)).sum() * lowest

@@ -47,7 +47,6 @@ Source: Bhalgat et al., arXiv:2004.09576, Eq. 4-8. Differs from the paper:
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ from torch import Tensor, nn
 
 from saqcli.quant.clip_init import best_level
 from saqcli.quant.grid import TINY, AnyGrid, Grid, between, fake_quantize, full_precision, step_of
-from saqcli.quant.kernels.choice import KernelKind, kernels_for
+from saqcli.quant.kernels.choice import KernelKind, backward_kernels_for, kernels_for
 from saqcli.quant.kernels.layout import OFFSET
 from saqcli.quant.quantizers.base import Quantizer
 
@@ -246,11 +245,11 @@ class _Asymmetric(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor, top: int, kind: KernelKind) -> Tensor:
-        ctx.top, ctx.kernels = top, kernels_for(kind, x, step)
-        if ctx.kernels:
+        ctx.top, ctx.kind = top, kind
+        if kernels := kernels_for(kind, x, step):
             ctx.save_for_backward(x, step, offset)
-            ctx.requantize = partial(ctx.kernels.forward, codes=Grid(0, top, 1))
-            return ctx.requantize(x, step, offset)  # type: ignore[no-any-return]
+            ctx.requantize = lambda x, step, offset: _Asymmetric.apply(x, step, offset, top, kind)
+            return kernels.forward(x, step, offset, codes=Grid(0, top, 1))
         lowest = _lowest(step, offset, top)
         quantized = (x / step).round_().clamp_(lowest, lowest + top).mul_(step)
         ctx.save_for_backward(x, step, offset, quantized)
@@ -263,9 +262,9 @@ class _Asymmetric(torch.autograd.Function):
         top: int = ctx.top
         lowest = _lowest(step, offset, top)
         wanted = (offset / step).round()
-        if ctx.kernels and not torch.is_grad_enabled():
+        if not saved and (kernels := backward_kernels_for(ctx.kind, x, step)):
             codes = Grid(0, top, 1)
-            grad_x, (residual, under, over) = ctx.kernels.backward(
+            grad_x, (residual, under, over) = kernels.backward(
                 grad, x, step, offset, codes=codes, kind=OFFSET
             )
         else:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -171,6 +172,7 @@ class Trainer:
         self._stepper = Stepper(
             model, self.minimizer, objective, training.sharpness_batch, self.recovery, progress.note
         )
+        self._stepper.choose = _weakly(self._choose)
         self.epoch, self.step = 0, 0
         self.best = None if initial is None else Best.of(0, initial, model.state_dict())
         self.last: Score | None = None
@@ -187,11 +189,9 @@ class Trainer:
         """
         if self._stepper.execution is not None:
             self._stepper.compute(self._stepper.execution)
-        self._stepper.choose = self._choose
         try:
             self._epochs()
         finally:
-            self._stepper.choose = None  # the two would refer to each other
             self._stepper.restore()
         if self.average:
             self.model.load_state_dict(self.average.state_dict())
@@ -396,6 +396,18 @@ class Trainer:
         """The random numbers of the step that training is resumed at."""
         if self._random is not None:
             set_random_state(self._random)
+
+
+def _weakly(choose: Callable[[Tensor, Tensor], Execution]) -> Callable[[Tensor, Tensor], Execution]:
+    """A method as a function that does not keep its object: a trainer is freed when its last user leaves it."""
+    method = WeakMethod(choose)
+
+    def call(images: Tensor, labels: Tensor) -> Execution:
+        bound = method()
+        assert bound is not None
+        return bound(images, labels)
+
+    return call
 
 
 class Average:

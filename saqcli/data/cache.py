@@ -35,7 +35,7 @@ from saqcli.data.images import LEFT_OUT, ImageSet, Unreadable
 from saqcli.data.transforms import Augmentation, ImageTransform, fixed_transform
 from saqcli.machine import free_memory
 from saqcli.models.preprocessing import Preprocessing
-from saqcli.serialization import make_folder, replacing
+from saqcli.serialization import json_text, make_folder, replacing
 
 CacheKind = Literal["auto", "memory", "disk", "off"]
 Decoded = tuple[
@@ -290,9 +290,9 @@ class ImageCache:
             "exif_transpose": images.exif_transpose,
             "unreadable": images.unreadable,
             "classes": images.num_classes,
-            "relabel": zlib.crc32(json.dumps(sorted((images.relabel or {}).items())).encode()),
+            "relabel": zlib.crc32(json_text(sorted((images.relabel or {}).items())).encode()),
         }
-        header = json.loads(json.dumps(header))
+        header = json.loads(json_text(header))
         count = len(images)
         if not path.is_file() or not _is_valid(path, header, count * (math.prod(pixels.shape) + 9)):
             if path.is_file():
@@ -322,7 +322,7 @@ def _write(path: Path, header: dict[str, Any], batches: Iterable[Decoded]) -> No
             file.write(content)
             checksum = zlib.crc32(content, checksum)
         file.seek(0)
-        line = json.dumps(header | {"crc32": checksum}).encode().ljust(HEADER - 1) + b"\n"
+        line = json_text(header | {"crc32": checksum}).encode().ljust(HEADER - 1) + b"\n"
         assert len(line) == HEADER, line
         file.write(line)
 

@@ -135,7 +135,10 @@ def test_proxy_training_resumes_too(three: Path, tmp_path: Path, monkeypatch: py
             last = position
         told += stopped.stderr
     with monkeypatch.context() as patch:  # where training is finished
-        patch.setattr(trainer, "make_objective", lambda *_: signal.raise_signal(signal.SIGTERM))
+        make = trainer.make_objective
+        patch.setattr(
+            trainer, "make_objective", lambda *given: (signal.raise_signal(signal.SIGTERM), make(*given))[1]
+        )
         stopped = saq(*again)
     assert stopped.exit_code == 143, stopped.stderr
 

@@ -217,6 +217,16 @@ class StoppedElsewhere(SaqError):
         self.exit_code = exit_code
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of the message of ``error``, or the name of its class if it has none.
+
+    Example:
+        >>> first_line(ValueError("too large")), first_line(ValueError())
+        ('too large', 'ValueError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` is an out-of-memory error of Python, torch (GPU or CPU) or ONNX Runtime."""
     words = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saqcli.api.targets import EVALUATED, find_target, named_builder, named_file
 from saqcli.config import ModelSection
-from saqcli.errors import ConfigError, CorruptArtifact, SaqError, UnsupportedModel, out_of_memory
+from saqcli.errors import ConfigError, CorruptArtifact, SaqError, UnsupportedModel, first_line, out_of_memory
 from saqcli.export.model_metadata import ModelMetadata, read_onnx_metadata
 from saqcli.export.restore import complete_class_names, restore, trained_classes
 from saqcli.models.own import OwnNetwork, check_named
@@ -185,7 +185,7 @@ def _problem(network: nn.Module, predictor: Predictor) -> str | None:
     except Exception as error:  # a network may raise anything
         if out_of_memory(error):
             raise
-        return printable((str(error).strip().splitlines() or [type(error).__name__])[0])
+        return printable(first_line(error))
     return None
 
 

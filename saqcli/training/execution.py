@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from saqcli import distributed
 from saqcli.config import TrainingSection
-from saqcli.errors import SaqError, UnsupportedModel, out_of_memory
+from saqcli.errors import SaqError, UnsupportedModel, first_line, out_of_memory
 from saqcli.quant.kernels.choice import KernelKind
 from saqcli.quant.kernels.compiled import prepare_compiler
 from saqcli.quant.kernels.use import use_kernels
@@ -39,9 +39,7 @@ FASTER = 0.95  # of the time before: a smaller gain is noise
 GAIN = 0.3  # share of a step's time that compiling is expected to save
 SECONDS_A_LAYER = 3.0  # to compile, for lack of a measurement of this network
 ROUNDS = 3  # of which the first, which warms up and compiles, does not count
-MOST_GRAPHS = (
-    1000  # of one function, such as the forward pass of all blocks of a network, or of several networks
-)
+MOST_GRAPHS = 1000  # of one function, such as the forward pass of the blocks of several networks
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -157,7 +155,7 @@ class Engine:
         except Exception as error:  # the compiler may raise anything
             if out_of_memory(error):
                 raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            reason = first_line(error)[:200]
         outputs = self.model(images)  # raises if it was the network that failed
         self._note(f"the network cannot be compiled and is computed as written: {reason}")
         self.execution = replace(self.execution, compiled=False, sizes=(), evaluates=False)
@@ -216,11 +214,9 @@ def choose(
     compiled = replace(plain, compiled=True, kernels="fused", sizes=sizes, evaluates=evaluates)
     if training.memory_format == "channels_last":
         _check(trial, plain)
-    open_choices = "auto" in (training.memory_format, training.precision, training.compile)
-    if not open_choices or steps < LEAST_STEPS:
-        return _as_computed(trial, compiled, note) if training.compile == "on" else plain
     seconds = _Clock(trial, plain)
-    if not LEAST_SECONDS <= steps * seconds(plain) < math.inf:
+    is_open = "auto" in (training.memory_format, training.precision, training.compile)
+    if not (is_open and steps >= LEAST_STEPS and LEAST_SECONDS <= steps * seconds(plain) < math.inf):
         return _as_computed(trial, compiled, note) if training.compile == "on" else plain
     found = plain
     if training.compile in ("auto", "on"):
@@ -257,7 +253,7 @@ def _check(trial: Trial, execution: Execution) -> None:
         if isinstance(error, SaqError):
             raise
         trial(Execution())  # raises if it was the network that failed
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)[:200]
         raise UnsupportedModel(
             f"the network fails in channels_last ({reason}): use `training.memory_format=contiguous`"
         ) from None
@@ -274,7 +270,7 @@ def _as_computed(trial: Trial, execution: Execution, note: Callable[[str], None]
             compiled = trial(execution).compiled
     except Exception as error:  # the compiler may raise anything, also in the backward pass
         compiled = False
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)[:200]
         note(f"the network cannot be compiled and is computed as written: {reason}")
     if distributed.any_of(not compiled):
         return replace(execution, compiled=False, sizes=(), evaluates=False)

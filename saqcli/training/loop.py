@@ -29,12 +29,12 @@ def evaluate(
     keep: list[Tensor] | None = None,
     shared: bool = False,
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    model: nn.Module | None = None,
 ) -> Score:
     """Accuracy and loss of ``predict``.
 
     Args:
-        predict: images (N, C, H, W) to logits (N, classes); a model in eval mode, whose weights are quantized once for
-            all batches, or an ONNX session.
+        predict: images (N, C, H, W) to logits (N, classes); a model in eval mode, an ``Engine`` or an ONNX session.
         batches: deterministic.
         task: reports every batch.
         device: of the images that ``predict`` gets.
@@ -42,6 +42,7 @@ def evaluate(
         shared: all ranks call this, and each looks at its part of the batches. Every rank gets the score of all, bit
             for bit what one process would find (of shards but for the order in which losses are added).
         criterion: mean loss of logits and labels on ``device``; None for cross-entropy.
+        model: what ``predict`` computes with, if it is no module itself; weights are quantized once for all batches.
 
     Raises:
         DataError: not one readable image.
@@ -49,7 +50,8 @@ def evaluate(
     """
     meters: list[Meter] = []
     so_far = Meter()
-    model = predict if isinstance(predict, nn.Module) else nn.Module()
+    if model is None:
+        model = predict if isinstance(predict, nn.Module) else nn.Module()
     # Not in inference mode: a module may keep tensors of this pass, and train with them. It would not be faster.
     with torch.no_grad(), fused_on_cpu(model), quantized_once(model):
         for images, labels in distributed.share(batches) if shared else batches:

@@ -109,7 +109,8 @@ class PerturbedSet:
         self._members = list(_members(model, set(kinds)))
         self.parameters = [member.parameter for member in self._members]
         self._owners = weight_owners(model)
-        self._unmoved = [layer for layer in self._owners if layer not in set(self.layers)]
+        perturbed_layers = set(self.layers)
+        self._unmoved = [layer for layer in self._owners if layer not in perturbed_layers]
         self._moves_origins = not {"latent_weights", "weight_clips"}.isdisjoint(kinds)  # of quantized weights
 
     def gradients(

@@ -13,7 +13,7 @@ from torch import nn
 
 from saqcli import distributed
 from saqcli.config import RunConfig
-from saqcli.errors import UnsupportedModel
+from saqcli.errors import UnsupportedModel, first_line
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.quant.layer import frozen_batch_stats
 from saqcli.random_state import random_state, set_random_state
@@ -87,8 +87,7 @@ def _answer(model: nn.Module, name: str, preprocessing: Preprocessing, count: in
     try:
         return _tried(model, preprocessing, count)
     except Exception as error:  # any error of a foreign forward pass
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        problem = f"fails in training on {counted(count, 'image')}: {lines[0][:200]}"
+        problem = f"fails in training on {counted(count, 'image')}: {first_line(error)[:200]}"
         if count == 1 and _works(model, preprocessing, 2):
             _refuse(
                 name,

@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakMethod
 
-import torch
 from torch import Tensor, nn
 
 from saqcli import distributed
 from saqcli.config import TrainingSection
 from saqcli.errors import RunDirectoryError
 from saqcli.progress import SILENT, Progress, Task
-from saqcli.quant.kernels.use import fused_on_cpu
-from saqcli.quant.layer import quantized_once
 from saqcli.random_state import random_state, set_random_state
 from saqcli.runs.checkpoints import CheckpointFile
 from saqcli.tasks.classification import Meter, Score, largest_loss
@@ -340,12 +337,7 @@ class Trainer:
         if self.validation is None:
             return None
         model, predict = self._evaluated()
-        with (
-            self.progress.task("evaluating", len(self.validation)) as task,
-            torch.no_grad(),
-            fused_on_cpu(model),
-            quantized_once(model),
-        ):
+        with self.progress.task("evaluating", len(self.validation)) as task:
             interruptible = InterruptibleTask(task, self.run)
             score = evaluate(
                 predict,
@@ -354,6 +346,7 @@ class Trainer:
                 device=self._stepper.device,
                 shared=True,
                 criterion=self._criterion,
+                model=model,
             )
         largest = largest_loss(self.num_classes) if self._criterion is None else sys.float_info.max
         check_epoch(score.loss, largest)

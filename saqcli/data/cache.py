@@ -147,7 +147,8 @@ class Pixels:
         """The pixels in ``slots``, and ``blank`` for unreadable images: uint8 (N, C, H, W)."""
         if len(self._segments) == 1 and int(slots.min()) >= 0:
             return self._segments[0][1].index_select(0, slots)
-        found = blank.new_empty((len(slots), *self.shape))  # strides of a clone may differ, and convolutions then too
+        # Strides of a clone may differ, and with them the order of sums in convolutions.
+        found = blank.new_empty((len(slots), *self.shape))
         found[:] = blank
         for first, segment in self._segments:
             here = ((slots >= first) & (slots < first + len(segment))).nonzero()[:, 0]

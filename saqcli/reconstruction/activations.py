@@ -1,8 +1,8 @@
-"""What a block is fitted on: its inputs behind the quantized blocks before it, and the float network's inputs and outputs.
+"""What a block is fitted on: its inputs in the quantized and in the float network, and the float block's outputs.
 
 As long as they fit in memory, all of them are kept, and a step to the next block runs that one block only. Otherwise
-they are computed again from the last inputs that were kept, those of an earlier block or the images themselves, whenever
-rows of them are asked for.
+they are computed again whenever rows of them are asked for, from the last inputs that were kept: those of an earlier
+block, or the images themselves.
 
 The bits are the same either way. Results may depend on the number of images that are computed together, on strides and
 on the alignment in memory, so all passes take the same ``CHUNK`` images together, as contiguous tensors of their own.
@@ -85,8 +85,12 @@ def samples_of(calls: Iterable[Tensor | Call]) -> Rows:
         )
         call = first.map(lambda tensor: next(joined))
     except RuntimeError as error:
-        raise UnsupportedModel("the calibration images have different sizes: give images of one size") from error
-    rows: Rows = call.args[0] if len(call.args) == 1 and not call.kwargs and len(call.tensors) == 1 else Samples(call)
+        raise UnsupportedModel(
+            "the calibration images have different sizes: give images of one size"
+        ) from error
+    rows: Rows = (
+        call.args[0] if len(call.args) == 1 and not call.kwargs and len(call.tensors) == 1 else Samples(call)
+    )
     ranks = distributed.count()
     if ranks == 1 or len(rows) < ranks:
         return rows
@@ -168,7 +172,7 @@ class Activations:
         return len(self._inputs)
 
     def at(self, index: int) -> BlockData:
-        """The activations around block ``index``; all blocks before it are fitted, none is asked for after a later one."""
+        """The activations around block ``index``, in rising order; all blocks before it are fitted."""
         first = self._around(index, torch.arange(min(CHUNK, self.count)))
         held = [each for each in first if isinstance(each, Tensor)]
         size = sum(each.element_size() * each.numel() for each in held) // min(CHUNK, self.count) * self.count
@@ -299,16 +303,18 @@ def _chosen(parts: Sequence[Any], rows: Tensor) -> Any:
     if parts[0] is None:
         return None
     if isinstance(parts[0], Call):
-        whole = samples_of_parts(parts)
+        whole = _joined(parts)
         return whole[rows]
     return torch.cat(list(parts))[rows.to(parts[0].device)]
 
 
-def samples_of_parts(parts: Sequence[Call]) -> Samples:
+def _joined(parts: Sequence[Call]) -> Samples:
     """Calls of some images each as the call of all."""
     count = parts[0].count
     joined = iter(
-        torch.cat([part.tensors[place] for part in parts]) if tensor.dim() and len(tensor) == count else tensor
+        torch.cat([part.tensors[place] for part in parts])
+        if tensor.dim() and len(tensor) == count
+        else tensor
         for place, tensor in enumerate(parts[0].tensors)
     )
     return Samples(parts[0].map(lambda tensor: next(joined)))

@@ -1,0 +1,1 @@
+"""Post-training reconstruction: a quantized network is fitted to its float network on unlabelled images."""

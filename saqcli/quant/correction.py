@@ -86,7 +86,7 @@ class Corrections:
 def correctable(model: nn.Module) -> Iterator[Tensor]:
     """The tensors that a correction may change: biases of layers, running statistics of batch norms."""
     for layer in quantized_layers(model).values():
-        if (bias := _bias(layer)) is not None:
+        if (bias := bias_of(layer)) is not None:
             yield bias
     norms: list[Any] = [module for module in model.modules() if isinstance(module, BatchNorm)]
     for norm in norms:
@@ -123,7 +123,7 @@ class _Places:
     def __init__(self, model: nn.Module, *, biases: bool, norms: bool) -> None:
         layers = quantized_layers(model).values()
         self.biases = {
-            layer: (bias, _Average()) for layer in layers if biases and (bias := _bias(layer)) is not None
+            layer: (bias, _Average()) for layer in layers if biases and (bias := bias_of(layer)) is not None
         }
         self.without_bias = biases and not norms
         self.all_norms = norms
@@ -166,7 +166,7 @@ class _Places:
         norm.running_mean.copy_(mean_q - (mean_f - norm.running_mean) * after / before)
 
 
-def _bias(layer: QuantizedLayer) -> Tensor | None:
+def bias_of(layer: QuantizedLayer) -> Tensor | None:
     """The layer's bias, if it is a parameter."""
     return layer._parameters.get("in_proj_bias" if layer.weight_name == "in_proj_weight" else "bias")
 
@@ -241,7 +241,7 @@ class _Pass(Interception):
     def layer_output(self, layer: QuantizedLayer, output: Tensor, channels: int) -> Tensor:
         """Measure, and correct, the output of a layer."""
         if layer not in self.places.biases:
-            if self.in_float is None and self.places.without_bias and _bias(layer) is None:
+            if self.in_float is None and self.places.without_bias and bias_of(layer) is None:
                 self._unbiased.append(weakref.ref(output))
             return output
         bias, shift = self.places.biases[layer]

@@ -1,34 +1,33 @@
 """Closed-form compensation: a scale and an offset per channel, by least squares against the float network.
 
-Rounding shifts the outputs of a layer, and it scales them: clipping and correlated errors make them too small, noise of
-the inputs too large. Most of both is undone, channel by channel, by
+Rounding moves the mean of a layer's output and changes its scale: clipping makes it smaller, noise of the inputs larger.
+Both are undone, channel by channel, with neither labels nor gradients, in seconds:
 
-    y <- a y + b        a, b = argmin  E (a y + b - t)^2 + ridge (a - 1)^2          t: the float network's output
-                        a = (cov(y, t) + ridge) / (var(y) + ridge),  b = E t - a E y
+    y <- a y + b        minimizes  E (a y + b - t)^2 + ridge (a - 1)^2            t: what the float network has there
 
-without labels, without gradients, in seconds. The graph gains no operator, since a and b go where numbers are anyway:
+    a     = (cov(y, t) + ridge) / (var(y) + ridge)                                 within 1 / LARGEST ... LARGEST
+    b     = E t - a E y
+    ridge = E (y - t)^2 / (images * SPREAD^2)       the posterior mean of a, if a ~ N(1, SPREAD^2) and an image is one
+                                                    measurement: few images change little
 
-    a norm                            y is its output: its weight times a, its bias times a plus b
-    a layer, not directly before one  its weight's level of that channel and its latent weight times a, so that all codes
-                                      stay; its bias times a plus b; without a bias a alone, by E (a y - t)^2
+The graph gains no operator, since a and b are folded into numbers that it has (decision 0028):
 
-Where the output of such a place is one operand of an addition, the last layer of a residual branch, t is the float sum
-minus the other operand: a branch also makes up for what its shortcut lost.
+    a norm with weight and bias     y is its output: weight <- a weight, bias <- a bias + b
+    a layer not read by such a norm the latent weight and its level of that channel times a, so that every code stays, and
+                                    bias <- a bias + b; without a bias a alone, from moments about zero
 
-Places follow the order of execution: every measurement includes earlier corrections. Batches are read once; each
-place is corrected by all that was measured there so far.
+Where the output of a place is read by one addition only, as that of the last layer or norm of a residual branch, t is
+the float network's sum minus the other operand: the branch also makes up for what the shortcut has lost.
 
-    ridge = E (y - t)^2 / (images * SPREAD^2)        the posterior mean of a ~ N(1, SPREAD^2), one measurement an image
+Places follow the order of execution. Within a batch every measurement includes the corrections of earlier places by all
+that was measured there so far. On these measurements no place's error rises; if the error of the network's output does,
+the network stays as it was.
 
-Source: QwT-v2, arXiv:2505.20932, section 3, whose affine follows whole blocks; here it lies before each activation
-function, where it can be folded, and the ridge pulls it towards doing nothing.
+Source: QwT-v2, arXiv:2505.20932, section 3, whose affine follows a whole block and costs an operator. Here it lies
+before the activation function, where it can be folded.
 """
 
-import copy
-import math
-import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,27 +36,30 @@ from torch import Tensor, nn
 
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.calls import Call, tensors_in
-from saqcli.quant.correction import Interception, per_channel
-from saqcli.quant.layer import QuantizedLayer, in_eval_mode, quantized_layers, stores_codes
-from saqcli.quant.quantizers import Quantizer
+from saqcli.quant.correction import Interception, bias_of, per_channel
+from saqcli.quant.layer import QuantizedLayer, in_eval_mode, quantized_layers
+from saqcli.reconstruction.rescaling import can_rescale, rescale
 
 SPREAD = 0.25  # prior deviation of a scale from 1
 LARGEST = 2.0  # scale; the smallest is its inverse
-AFFINE_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
-_ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
+LEAST_VARIANCE = 1e-9  # of a channel, relative to the float network's, below which its scale stays
+LEAST_POWER = 1e-20  # of an output, avoids 0 / 0
+ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True)
-class Compensated:
-    """A place that was compensated.
+class Compensation:
+    """What a compensation has changed.
 
     Attributes:
-        name: of the layer or norm.
-        before: mean squared error of its output, or of the sum it goes into, without any compensation.
-        after: the same afterwards.
+        places: layers and norms that were corrected, in order of execution; none if the network stays as it was.
+        before: mean squared error of the network's output on the calibration data, relative to the variance of the
+            float network's.
+        after: the same with the corrections; never above ``before``.
     """
 
-    name: str
+    places: tuple[str, ...]
     before: float
     after: float
 
@@ -69,258 +71,331 @@ def compensate(
     calls: Iterable[Tensor | Call],
     *,
     progress: Progress = SILENT,
-) -> list[Compensated]:
-    """Correct scale and mean of every channel of a quantized network, in place; no code of a weight changes.
-
-    If the outputs of the network would be further from the float network's on ``calls``, it stays as it was.
+) -> Compensation:
+    """Correct scale and mean of every channel of a quantized network, in place; all codes of weights stay.
 
     Args:
         model: quantized, levels fitted; its mode is restored.
-        float_model: the same modules in floating point, wrapped or not.
-        calls: batches of images, or other calls, on the model's device; read twice.
+        float_model: a copy of it in floating point, wrapped, with the original weights and statistics.
+        calls: images, (N, C, H, W), or other calls, on the model's device; kept in memory.
         progress: reports the batches.
-
-    Returns:
-        The places in order of execution; none if the network stays as it was.
     """
     batches = [Call.of(call) for call in calls]
-    places = Places(model, float_model)
-    with in_eval_mode(model), in_eval_mode(float_model), progress.task("compensating", len(batches)) as task:
-        for batch in batches:
-            places.measure(batch)
-            task.advance(images=batch.count)
-        before = copy.deepcopy(model.state_dict())
-        places.apply()
-    return [Compensated(p.name, float("nan"), float("nan")) for p in places.ordered]
+    places = _Places(model, float_model)
+    before, after = _OutputError(), _OutputError()
+    with in_eval_mode(model), in_eval_mode(float_model):
+        with progress.task("compensating", 2 * len(batches)) as task:
+            for batch in batches:
+                before.add(batch.run(model), places.measure(batch))
+                task.advance(images=batch.count)
+            kept = places.apply()
+            for batch in batches:
+                after.add(batch.run(model), batch.run(float_model))
+                task.advance(images=batch.count)
+    if not after.relative() < before.relative():
+        for tensor, value in kept:
+            tensor.copy_(value)
+        return Compensation((), before.relative(), before.relative())
+    return Compensation(tuple(places.found), before.relative(), after.relative())
+
+
+class _OutputError:
+    """The mean squared error of a network's output over batches."""
+
+    def __init__(self) -> None:
+        self.error = self.total = self.squares = 0.0
+        self.count = 0
+
+    def add(self, output: Any, target: Any) -> None:
+        """Add one batch; tensors that are no floating-point numbers do not count."""
+        for one, other in zip(tensors_in(output), tensors_in(target), strict=True):
+            if one.is_floating_point():
+                self.error += float((one - other).double().square().sum())
+                self.total += float(other.double().sum())
+                self.squares += float(other.double().square().sum())
+                self.count += other.numel()
+
+    def relative(self) -> float:
+        """The error relative to the variance of the target."""
+        count = max(1, self.count)
+        variance = self.squares / count - (self.total / count) ** 2
+        return self.error / count / max(variance, LEAST_POWER)
 
 
 @dataclass
 class Moments:
-    """Means, variances and covariance of a quantized (q) and a float (f) tensor over all batches so far, by channel.
+    """Moments of a tensor (y) and its target (t) over all values so far, per channel, float64 (C,).
 
-    All are float64, (C,); q2, f2 and qf are sums of products of deviations from the means.
+    Attributes:
+        count: values of a channel.
+        images: so far.
+        y: mean.
+        t: mean.
+        yy: sum of squared deviations from the mean.
+        tt: the same of the target.
+        yt: sum of products of deviations.
     """
 
-    count: float = 0.0
+    count: int = 0
     images: int = 0
-    q: Any = 0.0
-    f: Any = 0.0
-    q2: Any = 0.0
-    f2: Any = 0.0
-    qf: Any = 0.0
+    y: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    t: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    yy: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    tt: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    yt: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
-    def add(self, q: Tensor, f: Tensor, channels: int, images: int) -> None:
-        """Add one batch; ``q`` and ``f`` have one shape."""
-        dims = [d for d in range(q.dim()) if d != channels % q.dim()]
-        count = q.numel() / q.shape[channels]
-        mean_q, mean_f = q.mean(dims, keepdim=True), f.mean(dims, keepdim=True)
-        q, f = q - mean_q, f - mean_f
-        new_q, new_f = mean_q.flatten().double(), mean_f.flatten().double()
-        moved_q, moved_f = new_q - self.q, new_f - self.f
-        weight = self.count * count / (self.count + count)
-        self.q2 = self.q2 + q.square().sum(dims).double() + weight * moved_q * moved_q
-        self.f2 = self.f2 + f.square().sum(dims).double() + weight * moved_f * moved_f
-        self.qf = self.qf + (q * f).sum(dims).double() + weight * moved_q * moved_f
-        self.count, self.images = self.count + count, self.images + images
-        self.q = self.q + moved_q * (count / self.count)
-        self.f = self.f + moved_f * (count / self.count)
+    def add(self, y: Tensor, t: Tensor, channels: int, images: int) -> None:
+        """Add one batch of a tensor and its target, of one shape.
 
-    def solve(self, *, scale: bool, offset: bool) -> tuple[Tensor, Tensor]:
-        """Scale and offset of every channel, float64."""
-        q2, f2, qf = (each / self.count for each in (self.q2, self.f2, self.qf))
-        if not offset:  # moments about zero
-            q2, f2, qf = q2 + self.q**2, f2 + self.f**2, qf + self.q * self.f
-        if scale:
-            ridge = (q2 - 2 * qf + f2).clamp_min(0) / (max(1, self.images) * SPREAD**2)
-            a = (qf + ridge) / (q2 + ridge)
-            a = torch.where(q2 > f2 * 1e-9, a.nan_to_num(1.0), 1.0).clamp(1 / LARGEST, LARGEST)
-        else:
-            a = torch.ones_like(q2)
-        return a, self.f - a * self.q if offset else torch.zeros_like(a)
+        Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+        """
+        dims = [d for d in range(y.dim()) if d != channels % y.dim()]
+        count = y.numel() // y.shape[channels]
+        if not count:
+            return
+        y_mean, t_mean = _mean(y, dims), _mean(t, dims)
+        y, t = y - y_mean, t - t_mean
+        y_moved = y_mean.flatten().double().to(self.y) - self.y
+        t_moved = t_mean.flatten().double() - self.t
+        total = self.count + count
+        weight = self.count * count / total
+        self.yy = self.yy + _sum(y * y, dims) + weight * y_moved * y_moved
+        self.tt = self.tt + _sum(t * t, dims) + weight * t_moved * t_moved
+        self.yt = self.yt + _sum(y * t, dims) + weight * y_moved * t_moved
+        self.y = self.y + y_moved * (count / total)
+        self.t = self.t + t_moved * (count / total)
+        self.count, self.images = total, self.images + images
 
-    def error(self, a: Tensor | float = 1.0, b: Tensor | float = 0.0) -> Tensor:
-        """E (a q + b - f)^2."""
-        spread = (a * a * self.q2 - 2 * a * self.qf + self.f2) / self.count
-        return spread + (a * self.q + b - self.f) ** 2
+    def affine(self, *, scale: bool = True, offset: bool = True) -> tuple[Tensor, Tensor]:
+        """Scale and offset of every channel; see the module's docstring.
+
+        Args:
+            scale: whether a scale is possible; else it is 1.
+            offset: whether an offset is possible; else it is 0.
+        """
+        one = torch.ones_like(self.yy)
+        if not scale:
+            return one, self.t - self.y if offset else torch.zeros_like(one)
+        about = 0 if offset else 1  # moments about the mean or about zero
+        yy, tt, yt = (
+            sums / self.count + about * mean
+            for sums, mean in ((self.yy, self.y**2), (self.tt, self.t**2), (self.yt, self.y * self.t))
+        )
+        ridge = (yy - 2 * yt + tt).clamp_min(0) / (max(1, self.images) * SPREAD**2)
+        a = ((yt + ridge) / (yy + ridge)).clamp(1 / LARGEST, LARGEST)
+        a = torch.where(yy > tt * LEAST_VARIANCE, a, one)
+        return a, self.t - a * self.y if offset else torch.zeros_like(a)
+
+    def error(self, a: Tensor, b: Tensor) -> Tensor:
+        """E (a y + b - t)^2 of every channel."""
+        spread = (a * a * self.yy - 2 * a * self.yt + self.tt) / self.count
+        return spread + (a * self.y + b - self.t) ** 2
+
+
+def _mean(x: Tensor, dims: Sequence[int]) -> Tensor:
+    return x.mean(dims, keepdim=True) if dims else x
+
+
+def _sum(x: Tensor, dims: Sequence[int]) -> Tensor:
+    return (x.sum(dims) if dims else x).double()
 
 
 @dataclass
-class Place:
-    """A layer or norm whose output can be corrected.
+class _Place:
+    """A layer or norm whose output is corrected."""
+
+    module: Any
+    channels: int
+    scale: bool
+    offset: bool
+    moments: Moments = field(default_factory=Moments)
+
+    def fit(self, y: Tensor, target: Tensor, images: int) -> Tensor:
+        """Measure ``y``, and correct it by all that was measured so far."""
+        self.moments.add(y, target, self.channels, images)
+        a, b = self.affine()
+        return y * per_channel(a.to(y), y, self.channels) + per_channel(b.to(y), y, self.channels)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        return self.moments.affine(scale=self.scale, offset=self.offset)
+
+    def tensors(self) -> list[Tensor]:
+        """All that folding may change."""
+        module = self.module
+        if not isinstance(module, QuantizedLayer):
+            return [module.weight, module.bias]
+        bias = bias_of(module)
+        quantizer = module.weight_quantizer
+        levels = [*quantizer.parameters(), *quantizer.buffers()]
+        return [module.latent_weight(), *levels, *([] if bias is None else [bias])]
+
+    def apply(self) -> None:
+        """Fold the correction."""
+        a, b = self.affine()
+        module = self.module
+        if not isinstance(module, QuantizedLayer):
+            module.weight.copy_(module.weight.double() * a)
+            module.bias.copy_(module.bias.double() * a + b)
+            return
+        if self.scale:
+            rescale(module, a)
+        if (bias := bias_of(module)) is not None:
+            bias.copy_(bias.double() * a + b)
+
+
+class _Places:
+    """All places of a network, found in its passes.
 
     Attributes:
-        name: qualified name.
-        module: of the quantized network.
-        channels: dimension of the channels of its output.
-        scale: whether its channels can be scaled.
-        offset: whether they can be shifted.
-        moments: so far.
-        summed: whether its error is measured at the addition that its output goes into.
+        found: by name, in order of execution.
     """
-
-    name: str
-    module: Any
-    scale: bool = True
-    offset: bool = True
-    channels: int = 1
-    moments: Moments = field(default_factory=Moments)
-    summed: bool = False
-
-    def correction(self) -> tuple[Tensor, Tensor]:
-        return self.moments.solve(scale=self.scale, offset=self.offset)
-
-
-class Places:
-    """All places of a network."""
-
-    sums = True
-    all_norms = True
 
     def __init__(self, model: nn.Module, float_model: nn.Module) -> None:
         self.model, self.float_model = model, float_model
-        self.norms = {
-            name: module
+        uses: dict[int, int] = {}
+        for _, parameter in model.named_parameters(remove_duplicate=False):
+            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+        self._shared = {key for key, count in uses.items() if count > 1}
+        self.norms = [
+            name
             for name, module in model.named_modules()
-            if isinstance(module, AFFINE_NORMS) and module.weight is not None and module.bias is not None
-        }
-        self.layers = quantized_layers(model)
-        self.by_name: dict[str, Place] = {}
-        self.ordered: list[Place] = []
+            if isinstance(module, NORMS)
+            and module.weight is not None
+            and module.bias is not None
+            and not self._shared & {id(module.weight), id(module.bias)}
+        ]
+        self.found: dict[str, _Place] = {}
 
-    def measure(self, batch: Call) -> None:
-        with _FloatPass(self) as in_float:
-            batch.run(self.float_model)
-        with _QuantizedPass(self, in_float, batch.count):
+    def measure(self, batch: Call) -> Any:
+        """Measure all places on one batch; returns the output of the float network."""
+        with _FloatPass(self.float_model, self.norms) as in_float:
+            output = batch.run(self.float_model)
+        with _CorrectedPass(self, in_float, batch.count):
             batch.run(self.model)
-
-    def apply(self) -> None:
-        for place in self.by_name.values():
-            a, b = place.correction()
-            module = place.module
-            if isinstance(module, QuantizedLayer):
-                fold_into_layer(module, a, b if place.offset else None)
-            else:
-                module.bias.copy_(module.bias.double() * a + b)
-                module.weight.copy_(module.weight.double() * a)
-        self.ordered = list(self.by_name.values())
-
-
-class _FloatPass(Interception):
-    def __init__(self, places: Places) -> None:
-        names = {id(m): n for n, m in places.float_model.named_modules()}
-        norms = [places.float_model.get_submodule(n) for n in places.norms]
-        super().__init__(norms)
-        self.names = names
-        self.sums = places.sums
-        self.all_norms = places.all_norms
-        self.found: dict[str, list[tuple[Tensor, int]]] = {}
-        self.by_id: dict[int, str] = {}  # outputs of places, alive in found
-        self.covered: set[str] = set()  # layers directly before a norm
-        self.summed: dict[str, Tensor] = {}
-        self.reads: dict[str, int] = {}
-
-    def operator(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if getattr(func, "__name__", "") == "__get__":
-            return func(*args, **kwargs)
-        places = [self.by_id[id(t)] for t in tensors_in((args, kwargs)) if id(t) in self.by_id]
-        for name in places:
-            self.reads[name] = self.reads.get(name, 0) + 1
-        keep = [self.found[n][-1] for n in places]
-        for n in places:  # an operator in place must not change what was kept
-            pass
-        output = func(*args, **kwargs)
-        if places and self.sums and func.__name__ in _ADDITIONS and isinstance(output, Tensor):
-            last = max(places, key=lambda n: list(self.found).index(n))
-            self.summed[last] = output.clone()
         return output
+
+    def place(self, name: str, module: Any, channels: int) -> _Place:
+        """The place of a layer or norm."""
+        if name not in self.found:
+            scale = offset = True
+            if isinstance(module, QuantizedLayer):
+                bias = bias_of(module)
+                scale = id(module.latent_weight()) not in self._shared and can_rescale(module)
+                offset = bias is not None and id(bias) not in self._shared
+            self.found[name] = _Place(module, channels, scale, offset)
+        return self.found[name]
+
+    def apply(self) -> list[tuple[Tensor, Tensor]]:
+        """Fold all corrections; returns all tensors that may have changed, with their values before."""
+        places = [place for place in self.found.values() if place.moments.count]
+        kept = [(tensor, tensor.clone()) for place in places for tensor in place.tensors()]
+        for place in places:
+            place.apply()
+        return kept
+
+
+class _Named(Interception):
+    """A pass that names its layers and norms."""
+
+    def __init__(self, model: nn.Module, norms: Iterable[str]) -> None:
+        super().__init__([model.get_submodule(name) for name in norms])
+        self._names = {module: name for name, module in model.named_modules()}
 
     def layer_output(self, layer: QuantizedLayer, output: Tensor, channels: int) -> Tensor:
-        self._seen(layer, output, channels)
+        """Hand on the output of a layer, but parts of an attention's projection."""
+        if output.shape[channels] != layer.latent_weight().shape[layer.channel_dim]:
+            return output
+        return self.output(self._names[layer], layer, output, channels)
+
+    def norm_output(self, norm: Any, y: Tensor) -> Tensor:
+        """Hand on the output of a norm over one dimension of channels."""
+        if isinstance(norm, nn.LayerNorm) and norm.weight.dim() > 1:
+            return y
+        return self.output(self._names[norm], norm, y, -1 if isinstance(norm, nn.LayerNorm) else 1)
+
+    def output(self, name: str, module: nn.Module, y: Tensor, channels: int) -> Tensor:
+        """Called with the output of every place; what it returns is used in the place of ``y``."""
+        raise NotImplementedError
+
+
+class _FloatPass(_Named):
+    """Keeps the outputs of one pass in floating point.
+
+    Attributes:
+        outputs: of every layer and norm, one per call.
+        sums: the sum that the only output of a place is read by, where it is read by nothing else.
+        before_norm: layers whose output a norm reads.
+    """
+
+    def __init__(self, model: nn.Module, norms: Iterable[str]) -> None:
+        super().__init__(model, norms)
+        self.outputs: dict[str, list[Tensor]] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.before_norm: set[str] = set()
+        self._made: dict[int, str] = {}  # outputs by id
+        self._alive: list[Tensor] = []  # ids of dead tensors would be reused
+        self._reads: dict[str, int] = {}
+
+    def operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the operator; count what it reads, and keep what it adds."""
+        name = getattr(func, "__name__", "")
+        read = [] if name == "__get__" else [self._made.get(id(x)) for x in tensors_in((args, kwargs))]
+        places = [place for place in read if place is not None]
+        for place in places:
+            self._reads[place] = self._reads.get(place, 0) + 1
+        output = func(*args, **kwargs)
+        if places and name in ADDITIONS and kwargs.get("alpha", 1) == 1:
+            last = max(places, key=list(self.outputs).index)
+            self.sums[last] = output.clone()
         return output
+
+    def summed(self, name: str) -> Tensor | None:
+        """The sum that the output of a place goes into and nowhere else."""
+        once = self._reads.get(name) == 1 and len(self.outputs[name]) == 1
+        return self.sums.get(name) if once else None
 
     def norm_input(self, norm: Any, x: Tensor) -> None:
-        name = self.by_id.get(id(x))
-        if name is not None:
-            self.covered.add(name)
+        """Note the layer before a norm."""
+        if (name := self._made.get(id(x))) is not None:
+            self.before_norm.add(name)
 
-    def norm_output(self, norm: Any, y: Tensor) -> Tensor:
-        self._seen(norm, y, 1 if not isinstance(norm, nn.LayerNorm) else -1)
+    def output(self, name: str, module: nn.Module, y: Tensor, channels: int) -> Tensor:
+        """Keep a copy, since operators in place may follow."""
+        self.outputs.setdefault(name, []).append(y.clone())
+        self._made[id(y)] = name
+        self._alive.append(y)
         return y
 
-    def _seen(self, module: nn.Module, y: Tensor, channels: int) -> None:
-        name = self.names[id(module)]
-        self.found.setdefault(name, []).append((y.clone(), channels))
-        self.alive = getattr(self, "alive", [])
-        self.alive.append(y)
-        self.by_id[id(y)] = name
 
+class _CorrectedPass(_Named):
+    """Measures and corrects the outputs of one pass of the quantized network."""
 
-class _QuantizedPass(Interception):
-    def __init__(self, places: Places, in_float: _FloatPass, images: int) -> None:
-        super().__init__(places.norms.values())
-        self.places, self.in_float, self.images = places, in_float, images
-        self.names = {id(m): n for n, m in places.model.named_modules()}
-        self.calls: dict[str, int] = {}
-        self.pending: dict[int, Place] = {}
-        self.alive: list[Tensor] = []
+    def __init__(self, places: _Places, in_float: _FloatPass, images: int) -> None:
+        super().__init__(places.model, places.norms)
+        self._places, self._in_float, self._images = places, in_float, images
+        self._calls: dict[str, int] = {}
+        self._waiting: dict[int, tuple[_Place, Tensor, Tensor]] = {}  # for their addition, by id of the output
 
-    def operator(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if self.pending and getattr(func, "__name__", "") in _ADDITIONS:
-            ts = tensors_in((args, kwargs))
-            for t in ts:
-                place = self.pending.pop(id(t), None)
+    def operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the operator; correct what waited for this addition first."""
+        if self._waiting and getattr(func, "__name__", "") in ADDITIONS:
+            operands = tensors_in((args, kwargs))
+            for x in operands:
+                place, y, total = self._waiting.pop(id(x), (None, x, x))
                 if place is not None:
-                    other = next(x for x in ts if x is not t)
-                    target = self.in_float.summed[place.name] - other
-                    t.copy_(self.fit(place, t, target))
+                    other = next((each for each in operands if each is not y), 0)
+                    y.copy_(place.fit(y, total - other, self._images))
         return func(*args, **kwargs)
 
-    def fit(self, place: Place, y: Tensor, target: Tensor) -> Tensor:
-        place.moments.add(y, target, place.channels, self.images)
-        a, b = (per_channel(e.to(y.dtype), y, place.channels) for e in place.correction())
-        return y * a + b
-
-    def layer_output(self, layer: QuantizedLayer, output: Tensor, channels: int) -> Tensor:
-        name = self.names[id(layer)]
-        if name in self.in_float.covered:
-            return output
-        return self._seen(name, layer, output, channels)
-
-    def norm_output(self, norm: Any, y: Tensor) -> Tensor:
-        return self._seen(self.names[id(norm)], norm, y, 1 if not isinstance(norm, nn.LayerNorm) else -1)
-
-    def _seen(self, name: str, module: Any, y: Tensor, channels: int) -> Tensor:
-        place = self.places.by_name.get(name)
-        if place is None:
-            place = self.places.by_name[name] = Place(name, module, channels=channels)
-            if isinstance(module, QuantizedLayer):
-                place.scale = can_scale(module)
-                place.offset = bias_of(module) is not None
-        k = self.calls[name] = self.calls.get(name, -1) + 1
-        target = self.in_float.found[name][k][0]
-        if name in self.in_float.summed and self.in_float.reads[name] == 1:
-            place.summed = True
-            self.pending[id(y)] = place
-            self.alive.append(y)
+    def output(self, name: str, module: nn.Module, y: Tensor, channels: int) -> Tensor:
+        """Correct the output of a place, or let it wait for its addition."""
+        if name in self._in_float.before_norm:
             return y
-        return self.fit(place, y, target)
-
-
-def bias_of(layer: QuantizedLayer) -> Tensor | None:
-    return layer._parameters.get("in_proj_bias" if layer.weight_name == "in_proj_weight" else "bias")
-
-
-def can_scale(layer: QuantizedLayer) -> bool:
-    return True
-
-
-def fold_into_layer(layer: QuantizedLayer, a: Tensor, b: Tensor | None) -> None:
-    w = layer.latent_weight()
-    a = a.float()
-    shape = [-1 if d == layer.channel_dim else 1 for d in range(w.dim())]
-    q = layer.weight_quantizer
-    q.clipping_level.mul_(a.view(shape))
-    w.mul_(a.view(shape))
-    bias = bias_of(layer)
-    if bias is not None:
-        bias.mul_(a).add_(b)
+        index = self._calls[name] = self._calls.get(name, -1) + 1
+        target = self._in_float.outputs[name][index]
+        place = self._places.place(name, module, channels)
+        total = self._in_float.summed(name)
+        if total is not None and total.shape == y.shape:
+            self._waiting[id(y)] = place, y, total
+            return y
+        return place.fit(y, target, self._images)

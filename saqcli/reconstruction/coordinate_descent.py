@@ -269,8 +269,8 @@ def descend(
     for start in (codes, problem.float_weight / step):
         best, steps = start, step
         for _ in range(sweeps):
-            best = _sweep(problem, best, steps, grid)
-            steps = _best_step(problem, best, steps, shared=shared)
+            best = sweep(problem, best, steps, grid)
+            steps = best_step(problem, best, steps, shared=shared)
         found.append((best, steps))
     (codes, step), (other, other_step) = found
     better = problem.objective(other, other_step) < problem.objective(codes, step)
@@ -281,7 +281,7 @@ def descend(
     return torch.where(better, other, codes), torch.where(better, other_step, step)
 
 
-def _sweep(problem: Problem, codes: Tensor, step: Tensor, grid: AnyGrid) -> Tensor:
+def sweep(problem: Problem, codes: Tensor, step: Tensor, grid: AnyGrid) -> Tensor:
     """Every code once, those of the largest diagonals first."""
     codes = codes.clone()
     diagonal = problem.h.diagonal(dim1=1, dim2=2)  # (groups, d)
@@ -295,7 +295,7 @@ def _sweep(problem: Problem, codes: Tensor, step: Tensor, grid: AnyGrid) -> Tens
     return codes
 
 
-def _best_step(problem: Problem, codes: Tensor, step: Tensor, *, shared: bool) -> Tensor:
+def best_step(problem: Problem, codes: Tensor, step: Tensor, *, shared: bool) -> Tensor:
     """The step of least error with the codes held; the old one where that is not positive."""
     curved = torch.einsum("gci,gij,gcj->gc", codes, problem.h, codes)
     linear = (codes * problem.r).sum(2)

@@ -20,6 +20,8 @@ class Reconstruction:
     Attributes:
         iterations: of each block; with 0 nothing changes.
         batch_size: images of an iteration.
+        most_values: most values that the inputs of a block's layers have together in an iteration; a block with more
+            takes fewer images, since each has many positions then.
         drop: probability that a value of the block's input is the float network's instead of the quantized prefix's, as
             in QDrop (arXiv:2203.05740).
         drop_inputs: probability that a value of the input of a layer within the block is not quantized, as in QDrop.
@@ -43,6 +45,7 @@ class Reconstruction:
 
     iterations: int = 500
     batch_size: int = 32
+    most_values: int = 3_000_000
     drop: float = 0.5
     drop_inputs: float = 0.0
     rounding: Rounding = "straight"
@@ -59,6 +62,7 @@ class Reconstruction:
     def __post_init__(self) -> None:
         check_count("iterations", self.iterations, 0)
         check_count("batch_size", self.batch_size)
+        check_count("most_values", self.most_values)
         check_choice("rounding", self.rounding, ("straight", "soft"))
         check_choice("weighting", self.weighting, ("none", "fisher"))
         for name in ("drop", "drop_inputs", "warm_up"):

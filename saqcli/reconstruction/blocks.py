@@ -17,7 +17,7 @@ scripted operators, is taken apart at modules that pass one tensor (``chains``),
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from saqcli.errors import UnsupportedModel, out_of_memory
 from saqcli.quant.calls import Call, tensors_in
-from saqcli.quant.layer import QuantizedLayer, in_eval_mode, quantized_layers
+from saqcli.quant.layer import in_eval_mode, quantized_layers
 from saqcli.quant.products import quantized_products
 from saqcli.reconstruction.chains import chain_of
 from saqcli.reconstruction.cuts import Part, parts_of
@@ -201,8 +201,9 @@ def _names(parts: Iterable[Any]) -> list[str]:
 def _name(layers: Sequence[str]) -> str:
     if len(layers) == 1:
         return layers[0] or "model"
-    common = ".".join(commonprefix([name.split(".") for name in layers]))
-    return common or _ends(layers)
+    levels = zip(*(name.split(".") for name in layers), strict=False)
+    common = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
+    return ".".join(common) or _ends(layers)
 
 
 def _ends(layers: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ are computed anew in every part that reads them.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from saqcli.reconstruction.tape import Tape
 
@@ -122,7 +123,7 @@ def parts_of(tape: Tape, larger: Tape, same: Mapping[str, str]) -> list[Part]:
             cuts[position] = live[0]
     bounds = [0, *cuts, len(flow.dependent)]
     pieces = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         operators = flow.with_constants(flow.dependent[start:stop])
         keeps = start in cuts and stop in cuts and tape.shapes[cuts[start]] == tape.shapes[cuts[stop]]
         pieces.append(_Piece(start, stop, _layers(tape, operators), keeps))

@@ -189,7 +189,9 @@ def _check_calibration(config: RunConfig, *, files: bool) -> None:
     problems.attempt(check_unlabelled, named_path(str(section.calibration)))
     searches = problems.attempt(searches_on_labels, config)
     if section.path is not None:
-        splits: list[Literal["train", "val"]] = ["train", "val"] if searches or config.training.epochs else ["val"]
+        splits: list[Literal["train", "val"]] = (
+            ["train", "val"] if searches or config.training.epochs else ["val"]
+        )
         problems.attempt(check_images, section, *splits, files=files)
     elif searches:
         problems.add(_needs_labels(config))

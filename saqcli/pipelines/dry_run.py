@@ -136,7 +136,9 @@ def _images(
     config: RunConfig, loaded: LoadedModel, verb: str, device: Any, progress: Progress
 ) -> Images | None:
     """The images of the run; None if none are given yet, or if a search uses a proxy's."""
-    if (config.data.path is None and config.data.calibration is None) or (verb == "search" and config.search.proxy is not None):
+    if (config.data.path is None and config.data.calibration is None) or (
+        verb == "search" and config.search.proxy is not None
+    ):
         return None
     if verb == "search":
         return training_images(config.data, loaded, device, config.run.seed, progress)

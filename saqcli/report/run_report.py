@@ -124,7 +124,9 @@ class QuantizeResult:
         if best is not None:
             self.best_epoch, self.best_score = best.epoch, best.score
             self.exported_epoch = best.epoch if training.keep == "best" else training.epochs
-        before = NOUNS[([row["stage"] for row in self.stages if row["stage"] != "fine-tuned"] or ["calibrated"])[-1]]
+        before = NOUNS[
+            ([row["stage"] for row in self.stages if row["stage"] != "fine-tuned"] or ["calibrated"])[-1]
+        ]
         self.advice = advice(self.start, last, best, training, before)
 
     def best_figures(self) -> dict[str, Any]:
@@ -149,9 +151,7 @@ class QuantizeResult:
             "float_top1": _known(self.float_score.top1),
             "float_top5": _known(self.float_score.top5),
             "calibrated_top1": _known(self.calibrated_score.top1),
-            "stages": [
-                {**row, "seconds": _rounded(self.seconds.get(row["stage"]))} for row in self.stages
-            ],
+            "stages": [{**row, "seconds": _rounded(self.seconds.get(row["stage"]))} for row in self.stages],
             "epochs": self.epochs,
             "last_top1": self.last_score and self.last_score.top1,
             "best_epoch": self.best_epoch,

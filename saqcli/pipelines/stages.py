@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from saqcli import distributed
 from saqcli.config import RunConfig
+from saqcli.data.images import ImageSet
 from saqcli.data.splits import Images
 from saqcli.pipelines.setup import load_seeded, wrap_and_trace
 from saqcli.progress import SILENT, Progress
@@ -41,8 +42,8 @@ class Measured(NamedTuple):
 
     Attributes:
         score: accuracy and loss, NaN without labels.
-        agreement: percent of the images with the best class of the float network; None where that is unknown, in runs
-            of earlier versions.
+        agreement: percent of the images with the best class of the float network; None where that is unknown: in runs
+            of earlier versions, and of streamed images on several ranks.
     """
 
     score: Score
@@ -68,8 +69,10 @@ class Scorer:
     float_classes: Tensor | None = None
 
     def of_float(self, model: nn.Module) -> Score:
-        """The score of the float network, whose best classes are kept."""
-        found, self.float_classes = self._score(model, "evaluating float", self.name)
+        """The score of the float network, whose best classes are kept if images come in the same order again."""
+        found, classes = self._score(model, "evaluating float", self.name)
+        ordered = isinstance(self.images.val.dataset, ImageSet) or distributed.count() == 1
+        self.float_classes = classes if ordered else None
         return found
 
     def of(self, model: nn.Module, stage: str, title: str | None = None) -> Measured:

@@ -33,6 +33,7 @@ from saqcli.option import (
     EXPORT,
     GENERAL,
     MODEL,
+    RECONSTRUCTION,
     REGULARIZATION,
     RUN,
     SEARCH,
@@ -186,6 +187,15 @@ class DataSection(_Section):
             names=("data",),
         ),
     ] = None
+    calibration: Annotated[
+        str | None,
+        Option(
+            "Images without labels to calibrate on: a folder of any depth, a tar, or a list file with one path a line. "
+            "With it, `data.path` is needed only to train and to measure accuracy",
+            "PATH",
+            "training images",
+        ),
+    ] = None
     batch_size: Annotated[Positive, Option("Images per training step", "N")] = 128
     eval_batch_size: Annotated[
         Positive | None,
@@ -238,6 +248,13 @@ class DataSection(_Section):
             default="as the run did, else `data.exif_transpose=False`, as timm and torchvision do",
         ),
     ] = None
+
+    @model_serializer(mode="wrap", when_used="json")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """JSON has the images for calibration only if they are set."""
+        return {
+            key: value for key, value in handler(self).items() if key != "calibration" or value is not None
+        }
 
 
 class QuantizationSection(_Section):
@@ -367,6 +384,14 @@ class QuantizationSection(_Section):
         bool,
         Option("Also quantize and count the products of attention (queries, keys, probabilities, values)"),
     ] = False
+    compensate: Annotated[
+        bool,
+        Option(
+            "After calibration, correct a scale and an offset per channel by least squares against the float network; "
+            "takes seconds and no labels",
+            panel=RECONSTRUCTION,
+        ),
+    ] = False
     correct_bias: Annotated[
         bool, Option("Bias correction: restore each layer's float output mean after calibration")
     ] = False
@@ -377,7 +402,12 @@ class QuantizationSection(_Section):
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """JSON has the cost model, and the quantizers of single operands, only if they are set."""
-        defaults = {"cost": "bops", "weight_quantizer": None, "activation_quantizer": None}
+        defaults = {
+            "cost": "bops",
+            "weight_quantizer": None,
+            "activation_quantizer": None,
+            "compensate": False,
+        }
         unused = {name for name, default in defaults.items() if getattr(self, name) == default}
         return {key: value for key, value in handler(self).items() if key not in unused}
 
@@ -442,6 +472,42 @@ class SearchSection(_Section):
         ),
     ] = None
     options: dict[str, dict[str, Any]] = {}
+
+
+class ReconstructionSection(_Section):
+    """Reconstruction: blocks of the network are fitted to those of the float network, without labels.
+
+    The other settings are those of ``saqcli.reconstruction.options.Reconstruction``, which explains them.
+    """
+
+    panel = RECONSTRUCTION
+
+    enabled: Annotated[
+        bool,
+        Option(
+            "Before fine-tuning, fit every block of the network to its float block on the calibration images; takes "
+            "minutes and no labels",
+            names=("reconstruct",),
+        ),
+    ] = False
+    iterations: Annotated[
+        int,
+        Field(ge=0),
+        Option("Iterations of `reconstruction.enabled` on each block; 0 changes nothing", "N"),
+    ] = 500
+    batch_size: Positive = 32
+    drop: Annotated[float, Field(ge=0, le=1)] = 0.5
+    drop_inputs: Annotated[float, Field(ge=0, le=1)] = 0.0
+    rounding: Literal["straight", "soft"] = "straight"
+    weight_lr: NotNegative = 0.006
+    rounding_lr: NotNegative = 0.01
+    weight_level_lr: NotNegative = 0.003
+    input_level_lr: NotNegative = 0.003
+    bias_lr: NotNegative = 0.0
+    regularization: NotNegative = 0.01
+    warm_up: Annotated[float, Field(ge=0, le=1)] = 0.2
+    weighting: Literal["none", "fisher"] = "none"
+    noise_radius: NotNegative = 0.0
 
 
 class TrainingSection(_Section):
@@ -639,9 +705,16 @@ class RunConfig(_Section):
     data: DataSection = Field(default_factory=DataSection)
     quantization: QuantizationSection = Field(default_factory=QuantizationSection)
     search: SearchSection = Field(default_factory=SearchSection)
+    reconstruction: ReconstructionSection = Field(default_factory=ReconstructionSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
     export: ExportSection = Field(default_factory=ExportSection)
     run: RunSection = Field(default_factory=RunSection)
+
+    @model_serializer(mode="wrap", when_used="json")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """JSON has the section of reconstruction only if it is used."""
+        used = self.reconstruction != ReconstructionSection()
+        return {key: value for key, value in handler(self).items() if key != "reconstruction" or used}
 
     def to_json(self) -> str:
         """The text of ``config.json``."""
@@ -735,6 +808,8 @@ def resolve_into(
     for key, value in (options or {}).items():
         if value is not None:
             problems.attempt(_assign, tree, key, value)
+    if not (recipe or given.get("recipe")):
+        _train_on_labels_only(tree, [given, assignments or {}, options or {}])
     model = tree.setdefault("model", {})
     if file and (options or {}).get("model.name") is None and "model.name" not in (assignments or {}):
         before = len(problems.errors)
@@ -749,6 +824,20 @@ def resolve_into(
         )
         tree["model"] = {**(model if isinstance(model, dict) else {}), "name": ""}
     return _checked(problems, tree, str(file) if file else "configuration")
+
+
+def _train_on_labels_only(tree: dict[str, Any], given: Sequence[Mapping[str, Any]]) -> None:
+    """Set ``training.epochs`` to 0 where images for calibration are the only ones, unless the user gives epochs."""
+    data, training = tree.get("data"), tree.get("training")
+    if not isinstance(data, dict) or not isinstance(training, dict):
+        return
+    if data.get("calibration") is None or data.get("path") is not None:
+        return
+    for one in given:
+        section = one.get("training")
+        if one.get("training.epochs") is not None or (isinstance(section, Mapping) and "epochs" in section):
+            return
+    training["epochs"] = 0
 
 
 def _checked(problems: Problems, tree: dict[str, Any], source: str) -> RunConfig | None:

@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.calls import Call, tensors_in
 from saqcli.quant.correction import Interception, bias_of, per_channel
-from saqcli.quant.layer import QuantizedLayer, in_eval_mode, quantized_layers
+from saqcli.quant.layer import QuantizedLayer, in_eval_mode
 from saqcli.reconstruction.rescaling import can_rescale, rescale
 
 SPREAD = 0.25  # prior deviation of a scale from 1
@@ -85,15 +85,14 @@ def compensate(
     batches = [Call.of(call) for call in calls]
     places = _Places(model, float_model)
     before, after = _OutputError(), _OutputError()
-    with in_eval_mode(model), in_eval_mode(float_model):
-        with progress.task("compensating", 2 * len(batches)) as task:
-            for batch in batches:
-                before.add(batch.run(model), places.measure(batch))
-                task.advance(images=batch.count)
-            kept = places.apply()
-            for batch in batches:
-                after.add(batch.run(model), batch.run(float_model))
-                task.advance(images=batch.count)
+    with in_eval_mode(model), in_eval_mode(float_model), progress.task("compensating", 2 * len(batches)) as task:
+        for batch in batches:
+            before.add(batch.run(model), places.measure(batch))
+            task.advance(images=batch.count)
+        kept = places.apply()
+        for batch in batches:
+            after.add(batch.run(model), batch.run(float_model))
+            task.advance(images=batch.count)
     if not after.relative() < before.relative():
         for tensor, value in kept:
             tensor.copy_(value)

@@ -99,13 +99,20 @@ class TrainingSaving(PeriodicSaving):
             raise stopped(self.run, self.stop.exit_code)
 
 
+_WORK: dict[Stage, str] = {
+    "proxy": "the fit of the proxy",
+    "search": "the search",
+    "reconstruction": "the reconstruction",
+}
+
+
 class SearchMemory(PeriodicSaving):
-    """The memory of a search: one file for each stage.
+    """The memory of a search or a reconstruction: one file for each stage.
 
     Args:
         run: the run directory.
         minutes: time between two saves.
-        note: receives a line when the search resumes, or if the newest state is damaged.
+        note: receives a line when it resumes, or if the newest state is damaged.
         stage: stage of the search.
     """
 
@@ -130,10 +137,8 @@ class SearchMemory(PeriodicSaving):
         kept = distributed.from_first(lambda: self._file.load(self._note))
         if kept is None:
             return None
-        if self._stage == "search" or not self.run.search_states["search"].exists():
-            self._note(
-                resuming(self.run, "the search" if self._stage == "search" else "the fit of the proxy")
-            )
+        if self._stage != "proxy" or not self.run.search_states["search"].exists():
+            self._note(resuming(self.run, _WORK[self._stage]))
         randoms = kept["ranks"]
         self._random = randoms[distributed.index()] if len(randoms) == distributed.count() else None
         state: dict[str, Any] = kept["search"]

@@ -18,7 +18,9 @@ from saqcli.export import STYLES
 from saqcli.models.arguments import check_arguments
 from saqcli.models.load import LoadedModel, check_model_name
 from saqcli.pipelines.bits import (
+    accuracy_bound,
     budget_of,
+    check_accuracy,
     check_bits,
     check_bits_source,
     given_policy,
@@ -159,6 +161,7 @@ def check_quantize(config: RunConfig, *, images: bool = False, files: bool = Tru
         problems.attempt(check_images, proxy_data(config), "train", files=files)
     problems.attempt(check_bits_source, config.quantization)
     problems.attempt(check_bits, config.quantization, files=files)
+    problems.attempt(check_accuracy, config)
     problems.attempt(make_searcher, config)
     problems.attempt(scheme_of(config).check)
     problems.attempt(check_training, config)
@@ -190,15 +193,21 @@ def check_search(config: RunConfig, *, images: bool = True, files: bool = True) 
     data = config.data if config.search.proxy is None else proxy_data(config)
     if images or data.path is not None:
         problems.attempt(check_images, data, "train", files=files)
+        if section.min_top1 is not None and config.search.proxy is None:
+            problems.attempt(check_images, data, "val", files=files)
     if section.bits is not None or section.policy is not None:
         problems.add(
             ConfigError("`quantization.bits` and `quantization.policy` leave nothing to search: remove them")
         )
-    elif section.bops is None and section.size is None:
+    elif section.bops is None and section.size is None and accuracy_bound(section) is None:
         problems.add(
-            ConfigError("no budget was given: use `quantization.bops=34G`, `quantization.size=5MB`, or both")
+            ConfigError(
+                "no budget was given: use `quantization.bops=34G`, `quantization.size=5MB`, "
+                "`quantization.max_drop=1`, or several"
+            )
         )
     problems.attempt(check_bits, section, files=False)
+    problems.attempt(check_accuracy, config)
     problems.attempt(make_searcher, config)
     problems.attempt(scheme_of(config).check)
     problems.attempt(make_optimizer, nn.Linear(1, 1, device="meta"), search_training(config))

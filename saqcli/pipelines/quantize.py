@@ -160,7 +160,7 @@ def start_run(
     validation, name = images.validation(), network.name
     float_score = score(network.model, validation, "evaluating float", device, progress, name)
     statistics = calibrate(network, images, config, progress)
-    policy, budget = choose_bits(config, prepared, statistics, run, progress)
+    policy, budget, accuracy = choose_bits(config, prepared, statistics, run, progress, float_score.top1)
     model = install_quantizers(config, network, policy, statistics, images, progress)
     calibrated = score(model, validation, "evaluating calibrated", device, progress, f"{name}, calibrated,")
     progress.note(f"float {float_score.top1:.2f} %, calibrated {calibrated.top1:.2f} % top-1")
@@ -175,6 +175,7 @@ def start_run(
         network.costs.float_size,
         policy,
         budget_bytes=budget.size,
+        accuracy=accuracy,
     )
     metadata = describe(model, images)
     run.log(phase="float", **asdict(float_score))

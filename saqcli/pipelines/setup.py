@@ -164,6 +164,15 @@ def training_images(
     return Images.training_only(section, classes_of(loaded), loaded.preprocessing, device, seed, progress)
 
 
+def images_of_search(
+    config: RunConfig, loaded: LoadedModel, device: torch.device, progress: Progress
+) -> Images:
+    """The training images; the validation images too where a least top-1 is compared with the float network's."""
+    if config.quantization.min_top1 is not None:
+        return open_images(config, loaded, device, progress)
+    return training_images(config.data, loaded, device, config.run.seed, progress)
+
+
 def open_images(
     config: RunConfig, loaded: LoadedModel, device: torch.device, progress: Progress = SILENT
 ) -> Images:

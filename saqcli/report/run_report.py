@@ -11,6 +11,7 @@ from typing import Any
 from saqcli.config import RunConfig, TrainingSection
 from saqcli.export import is_bit_equal
 from saqcli.quant.bits import BitConfig
+from saqcli.report.accuracy import accuracy_lines
 from saqcli.serialization import write_text
 from saqcli.tasks.classification import Score
 from saqcli.training.best import Best, advice
@@ -47,6 +48,7 @@ class QuantizeResult:
         best_score: of the best state.
         exported_epoch: epoch of the exported state.
         advice: recommended changes, if fine-tuning ended below calibration or below its best epoch.
+        accuracy: the budget of accuracy and what became of it, as in ``search.json``; None without one.
     """
 
     model: str
@@ -68,6 +70,7 @@ class QuantizeResult:
     best_score: Score | None = None
     exported_epoch: int = 0
     advice: str | None = None
+    accuracy: dict[str, Any] | None = None
 
     def note_training(self, best: Best | None, last: Score | None, training: TrainingSection) -> None:
         """Record the best and last state of fine-tuning, and the advice that follows."""
@@ -114,7 +117,13 @@ class QuantizeResult:
             **{f"onnx_{name}": onnx.get(name) for name in ONNX_FIGURES},
             "policy": self.policy.model_dump()["layers"],
             "artifacts": self.artifacts,
+            **({} if self.accuracy is None else {"accuracy": self.accuracy | self._validated()}),
         }
+
+    def _validated(self) -> dict[str, Any]:
+        """The validation accuracy beside a budget of accuracy."""
+        in_float, now = self.float_score.top1, self.score.top1
+        return {"validation_float_top1": in_float, "validation_top1": now, "validation_drop": in_float - now}
 
     def pack(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -166,13 +175,18 @@ def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
     rows[2][exported] += share
     table = "\n".join(f"| {' | '.join(row)} |" for row in (["", *names], ["--"] * (1 + len(names)), *rows))
     note = f"\nNote: {results['advice']}.\n" if results["advice"] else ""
+    accuracy = (
+        "".join(f"\n{line[0].upper()}{line[1:]}.\n" for line in accuracy_lines(results["accuracy"]))
+        if results.get("accuracy")
+        else ""
+    )
     again = f"saq rerun {shlex.quote(results['run_dir'])}"
     return f"""# {results["model"]}, quantized
 
 {table}
 {note}
 Evaluated on {counted(results["images"], "image")}. BOPs are reduced {results["bops_reduction"]:.1f} times.
-
+{accuracy}
 {_onnx_summary(results)}
 
 {_training_summary(config)}, seed {config.run.seed}, recipe {config.recipe}. Run it again, and compare, with

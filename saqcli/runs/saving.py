@@ -12,6 +12,12 @@ from saqcli.runs.directory import RunDirectory, Stage, stop_if_asked, stopped
 from saqcli.runs.interrupts import deferred_interrupts
 from saqcli.runs.resume import resuming
 
+RESUMED: dict[Stage, str] = {
+    "proxy": "the fit of the proxy",
+    "search": "the search",
+    "accuracy": "the measurements of accuracy",
+}
+
 
 class PeriodicSaving(ABC):
     """Saves every few minutes, at milestones, and when a signal asks to stop.
@@ -130,10 +136,8 @@ class SearchMemory(PeriodicSaving):
         kept = distributed.from_first(lambda: self._file.load(self._note))
         if kept is None:
             return None
-        if self._stage == "search" or not self.run.search_states["search"].exists():
-            self._note(
-                resuming(self.run, "the search" if self._stage == "search" else "the fit of the proxy")
-            )
+        if self._stage != "proxy" or not self.run.search_states["search"].exists():
+            self._note(resuming(self.run, RESUMED[self._stage]))
         randoms = kept["ranks"]
         self._random = randoms[distributed.index()] if len(randoms) == distributed.count() else None
         state: dict[str, Any] = kept["search"]

@@ -186,6 +186,15 @@ class DataSection(_Section):
             names=("data",),
         ),
     ] = None
+    calibration: Annotated[
+        str | None,
+        Option(
+            "Images without labels to calibrate on: a folder of any depth, a tar, or a list file with one path a line. "
+            "With it, `data.path` is needed only to train and to measure accuracy",
+            "PATH",
+            "training images",
+        ),
+    ] = None
     batch_size: Annotated[Positive, Option("Images per training step", "N")] = 128
     eval_batch_size: Annotated[
         Positive | None,
@@ -238,6 +247,13 @@ class DataSection(_Section):
             default="as the run did, else `data.exif_transpose=False`, as timm and torchvision do",
         ),
     ] = None
+
+    @model_serializer(mode="wrap", when_used="json")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """JSON has the images for calibration only if they are set."""
+        return {
+            key: value for key, value in handler(self).items() if key != "calibration" or value is not None
+        }
 
 
 class QuantizationSection(_Section):
@@ -382,6 +398,13 @@ class QuantizationSection(_Section):
         bool,
         Option("Also quantize and count the products of attention (queries, keys, probabilities, values)"),
     ] = False
+    compensate: Annotated[
+        bool,
+        Option(
+            "After calibration, correct every block by least squares against the float network, with a scale and an "
+            "offset per channel; takes seconds and no labels"
+        ),
+    ] = False
     correct_bias: Annotated[
         bool, Option("Bias correction: restore each layer's float output mean after calibration")
     ] = False
@@ -392,8 +415,14 @@ class QuantizationSection(_Section):
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """JSON has the cost model, budgets of accuracy, and the quantizers of single operands, only if they are set."""
-        defaults: dict[str, Any] = {"cost": "bops", "max_drop": None, "min_top1": None}
-        defaults |= {"weight_quantizer": None, "activation_quantizer": None}
+        defaults: dict[str, Any] = {
+            "cost": "bops",
+            "max_drop": None,
+            "min_top1": None,
+            "weight_quantizer": None,
+            "activation_quantizer": None,
+            "compensate": False,
+        }
         unused = {name for name, default in defaults.items() if getattr(self, name) == default}
         return {key: value for key, value in handler(self).items() if key not in unused}
 
@@ -753,6 +782,8 @@ def resolve_into(
     for key, value in (options or {}).items():
         if value is not None:
             problems.attempt(_assign, tree, key, value)
+    if not (recipe or given.get("recipe")):
+        _train_on_labels_only(tree, [given, assignments or {}, options or {}])
     model = tree.setdefault("model", {})
     if file and (options or {}).get("model.name") is None and "model.name" not in (assignments or {}):
         before = len(problems.errors)
@@ -767,6 +798,20 @@ def resolve_into(
         )
         tree["model"] = {**(model if isinstance(model, dict) else {}), "name": ""}
     return _checked(problems, tree, str(file) if file else "configuration")
+
+
+def _train_on_labels_only(tree: dict[str, Any], given: Sequence[Mapping[str, Any]]) -> None:
+    """Set ``training.epochs`` to 0 where images for calibration are the only ones, unless the user gives epochs."""
+    data, training = tree.get("data"), tree.get("training")
+    if not isinstance(data, dict) or not isinstance(training, dict):
+        return
+    if data.get("calibration") is None or data.get("path") is not None:
+        return
+    for one in given:
+        section = one.get("training")
+        if one.get("training.epochs") is not None or (isinstance(section, Mapping) and "epochs" in section):
+            return
+    training["epochs"] = 0
 
 
 def _checked(problems: Problems, tree: dict[str, Any], source: str) -> RunConfig | None:

@@ -189,17 +189,21 @@ class Interrupted(SaqError):
         resume: the command that resumes the work, in backticks.
         exit_code: 128 plus the signal number; that of Ctrl-C by default.
         saved: whether there is progress to resume from.
+        export: the command that exports the model as it is, in backticks, if there is one.
     """
 
     exit_code = 130
 
-    def __init__(self, resume: str, exit_code: int = exit_code, *, saved: bool = True) -> None:
+    def __init__(
+        self, resume: str, exit_code: int = exit_code, *, saved: bool = True, export: str = ""
+    ) -> None:
         message = (
             "Interrupted; progress saved. Resume"
             if saved
             else "Interrupted before anything was saved. Start again"
         )
-        super().__init__(f"{message} with {resume}")
+        instead = f", or export the model as it is with {export}" if export else ""
+        super().__init__(f"{message} with {resume}{instead}")
         self.exit_code, self.saved = exit_code, saved
 
 

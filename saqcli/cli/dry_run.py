@@ -14,6 +14,10 @@ from saqcli.units import counted, format_quantity
 NAMED = 5  # classes or layers listed by name
 PINNED_BITS = 8  # default of layers that read the image, and of classifiers
 SUBJECT = 11  # columns
+COMPARED = {  # without labels
+    "held out": "no labels: compared with the float network on {} held out from calibration",
+    "calibration": "no labels: compared with the float network on the calibration images, {}",
+}
 
 
 def show_plan(plan: dict[str, Any]) -> None:
@@ -35,6 +39,7 @@ def show_plan(plan: dict[str, Any]) -> None:
         "bits": _bits(plan),
         "reachable": [reachable],
         "search": _search(plan),
+        "stages": _stages(plan),
         "training": _training(plan) if plan["verb"] == "quantize" else [],
         "run": [f"{plan['run_dir']}, {'resumed' if plan['resume'] else 'new'}"],
         "writes": [files],
@@ -44,7 +49,7 @@ def show_plan(plan: dict[str, Any]) -> None:
         for index, line in enumerate(lines):
             _print("" if index else subject, line, console)
     if plan["data"] is None:
-        print_text(console, f"\nMissing: `saq {plan['verb']}` requires --data DIR.")
+        print_text(console, f"\nMissing: `saq {plan['verb']}` requires --data DIR or --calibration PATH.")
 
 
 def _print(subject: str, line: str, console: Console) -> None:
@@ -69,6 +74,9 @@ def _data(plan: dict[str, Any]) -> list[str]:
         names = split["classes"]
         classes = f" in {counted(len(names), 'class')}: {_some(names)}" if names else ""
         lines.append(f"{split['name']}: {counted(split['images'], 'image')}{classes}")
+    if plan["scored_on"] in COMPARED:
+        held = counted(plan["scored_images"], "image")
+        lines.append(COMPARED[plan["scored_on"]].format(held))
     return lines
 
 
@@ -130,16 +138,23 @@ def _accuracy(plan: dict[str, Any]) -> list[str]:
         return []
     text = f"accuracy is measured on held-out images, for about {accuracy['measurements']} configurations at most"
     if accuracy["trials"]:
-        epochs = counted(plan["config"]["training"]["epochs"], "epoch")
-        text += f", then in up to {counted(accuracy['trials'], 'trial fine-tuning')} of {epochs} each (`search.trials`)"
+        stages = " and ".join(plan["stages"][1:])
+        text += f", then in up to {counted(accuracy['trials'], 'trial')}, each {stages} (`search.trials`)"
     return [text]
+
+
+def _stages(plan: dict[str, Any]) -> list[str]:
+    """The stages of the run, if there are more than calibration and fine-tuning."""
+    stages = [stage for stage in plan["stages"] if stage not in ("calibrated", "fine-tuned")]
+    return [", ".join(plan["stages"])] if stages else []
 
 
 def _training(plan: dict[str, Any]) -> list[str]:
     """The method, length and optimizer of training."""
     training, data = plan["config"]["training"], plan["config"]["data"]
     if not training["epochs"]:
-        return ["none: calibration only"]
+        stages = [stage for stage in plan["stages"] if stage != "calibrated"]
+        return ["none: calibration only" if not stages else "none"]
     steps = plan["steps_per_epoch"]
     length = counted(training["epochs"], "epoch")
     if steps is not None:

@@ -15,6 +15,11 @@ from saqcli.option import RUN
 @reporting
 @o.with_settings(
     o.adapted("data.path", help="Where the same images are now, if they were moved"),
+    o.adapted(
+        "data.calibration",
+        help="Where the same images for calibration are now, if they were moved",
+        default="that of the run",
+    ),
     "data.workers",
     o.adapted("model.weights", help="Where the same float weights are now, if they were moved"),
     o.adapted("run.device", default="that of the run"),
@@ -47,7 +52,13 @@ def rerun_command(
     found = rerun(
         run,
         run_dir,
-        Overrides(given.get("data.path"), given.path("model.weights"), device, workers),
+        Overrides(
+            given.get("data.path"),
+            given.get("data.calibration"),
+            given.path("model.weights"),
+            device,
+            workers,
+        ),
         resume=resume,
         overwrite=overwrite,
         builder=builder,

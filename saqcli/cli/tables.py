@@ -226,7 +226,7 @@ def times_fewer(result: dict[str, Any], cost: str) -> str:
 
 def show_quantized(result: dict[str, Any]) -> None:
     """Print the accuracies and costs before and after, the budget, and the files written."""
-    from saqcli.report.run_report import results_table
+    from saqcli.report.run_report import has_labels, results_table, scored_images, stages_table
 
     console = Console()
     columns, rows, exported = results_table(result)
@@ -235,13 +235,18 @@ def show_quantized(result: dict[str, Any]) -> None:
         ("", *columns),
         [
             [
-                Text(cell, style="bold" if (row[0], place) == ("top-1", exported) else "")
+                Text(cell, style="bold" if (number, place) == (0, exported) else "")
                 for place, cell in enumerate(row)
             ]
-            for row in rows
+            for number, row in enumerate(rows)
         ],
-        title=f"{result['model']} on {counted(result['images'], 'image')}",
+        title=f"{result['model']} on {scored_images(result)}",
     )
+    if not has_labels(result):
+        print_text(console, "no labels: agreement with the float network in place of accuracy")
+    print_text(console, "")
+    names, stages = stages_table(result)
+    print_table(console, names, stages)
     if result["advice"]:
         print_text(console, f"\nnote: {result['advice']}")
     reduction = f"{result['bops_reduction']:.1f}x fewer BOPs than float"

@@ -26,6 +26,7 @@ from saqcli.data.archives import Shards, read_split
 from saqcli.data.cache import ImageCache
 from saqcli.data.folders import SplitName, find_images, find_split, is_split_name
 from saqcli.data.images import ImageSet, ImageStream
+from saqcli.data.unlabelled import LooseFiles, TarMembers, find_unlabelled
 from saqcli.errors import DataError
 from saqcli.serialization import named_path, some
 from saqcli.tasks.class_lists import find_class_lists, read_class_map
@@ -110,6 +111,26 @@ def open_split(
         opened = _open_folder(named_path(data), split, classes, class_order, class_map, dead_images=skipped)
     dataset = replace(opened.dataset, exif_transpose=exif_transpose)
     return replace(opened, dataset=dataset, bad_images=bad_images)
+
+
+def open_unlabelled(
+    path: str, classes: Classes, *, bad_images: BadImages = "refuse", exif_transpose: bool = False
+) -> Split:
+    """Open images without labels: a folder, a tar or a list file (see ``unlabelled``).
+
+    Args:
+        path: of the folder or file.
+        classes: of the network, whose names the split has.
+        bad_images: see ``Split``.
+        exif_transpose: rotate images by their EXIF orientation.
+
+    Raises:
+        DataError: there are no images, or ``path`` cannot be read.
+    """
+    source, notes = find_unlabelled(named_path(path), dead_images=bad_images != "refuse")
+    name = str(named_path(path))
+    dataset = ImageSet(source, None, classes.count, name, exif_transpose=exif_transpose)
+    return Split(name, dataset, classes.names, bad_images, class_order="", notes=notes)
 
 
 def _open_folder(
@@ -429,6 +450,9 @@ def _lines(split: Split) -> Iterator[str]:
             yield f"{part.file}\0{part.images}\0{part.start}\0{part.stop}"
         return
     dataset = split.dataset
+    if isinstance(dataset, ImageSet) and isinstance(dataset.source, LooseFiles | TarMembers):
+        yield from dataset.source.lines()
+        return
     if isinstance(dataset, ImageSet) and isinstance(dataset.source, list):
         folder = os.path.join(split.name, "")  # the split's name is its folder
         for file, label in dataset.source:

@@ -112,7 +112,7 @@ def _holds_classes(folder: Path) -> bool:
     """Whether a folder contains folders and no images, so that it is a split and not a class of that name."""
     entries = [entry for entry in _list(folder) if not entry.name.startswith(".")]
     folders = [entry.name for entry in entries if _is_folder(entry)]
-    return bool(folders) and not any(_is_image(entry.name) for entry in entries if entry.name not in folders)
+    return bool(folders) and not any(is_image(entry.name) for entry in entries if entry.name not in folders)
 
 
 def find_images(folder: Path, *, dead_images: bool = False) -> Listing:
@@ -130,10 +130,10 @@ def find_images(folder: Path, *, dead_images: bool = False) -> Listing:
     """
     entries = [entry for entry in _list(folder) if not entry.name.startswith(".")]
     for entry in entries:
-        if not (dead_images and _is_image(entry.name)):
+        if not (dead_images and is_image(entry.name)):
             _refuse_dead_link(entry)
     classes = _sort_names([entry.name for entry in entries if _is_folder(entry)])
-    loose = [entry.name for entry in entries if _is_image(entry.name) and entry.name not in classes]
+    loose = [entry.name for entry in entries if is_image(entry.name) and entry.name not in classes]
     if not classes:
         raise DataError(
             f"{folder} {_describe(loose, entries)}: give a folder that holds one folder per class"
@@ -169,6 +169,30 @@ def find_images(folder: Path, *, dead_images: bool = False) -> Listing:
     return Listing(images, tuple(notes))
 
 
+def find_loose_images(folder: Path, *, dead_images: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The image files below ``folder`` at any depth, whose folders mean nothing, and notes about ignored files.
+
+    Args:
+        folder: an existing folder.
+        dead_images: also list broken links with the suffix of an image.
+
+    Returns:
+        Names relative to ``folder``, in natural order, and the notes.
+
+    Raises:
+        DataError: there is no image, a broken link, or an unreadable folder.
+    """
+    passed_over, prefix = dict[str, list[str]](), os.path.join(folder, "")
+    found = _image_files(folder, set(), passed_over, dead_images)
+    names = sorted((path.removeprefix(prefix) for path in found), key=natural_key)
+    others, known = _describe_passed_over(passed_over), ", ".join(IMAGE_EXTENSIONS)
+    if not names:
+        seen = f", but {others}" if others else ""
+        raise DataError(f"{folder} holds no image{seen}: give a folder with {known} files")
+    notes = (f"{folder}: ignored: {others}; images are {known} files",) if others else ()
+    return tuple(names), notes
+
+
 def _image_files(
     folder: Path, above: Set[tuple[int, int]], passed_over: dict[str, list[str]], dead_images: bool
 ) -> Iterator[str]:
@@ -186,11 +210,11 @@ def _image_files(
     for entry in _list(folder):
         if entry.name.startswith("."):
             continue
-        if not (dead_images and _is_image(entry.name)):
+        if not (dead_images and is_image(entry.name)):
             _refuse_dead_link(entry)
         if _is_folder(entry):
             yield from _image_files(Path(entry.path), above | {identity}, passed_over, dead_images)
-        elif _is_image(entry.name):
+        elif is_image(entry.name):
             yield entry.path
         elif (ending := os.path.splitext(entry.name)[1].lower()) in _OTHER_IMAGES:
             passed_over.setdefault(ending, []).append(entry.path)
@@ -209,7 +233,8 @@ def _describe_passed_over(files: Mapping[str, Sequence[str]]) -> str:
     return ", ".join(texts)
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file of this name is read as an image."""
     return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
@@ -222,7 +247,7 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
     except OSError as error:
-        if _is_image(entry.name):
+        if is_image(entry.name):
             return False  # reading the image will report the reason
         raise _cannot_list(Path(entry.path), error) from error
 
@@ -236,7 +261,7 @@ def _refuse_dead_link(entry: "os.DirEntry[str]") -> None:
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             return
-        if _is_image(entry.name):
+        if is_image(entry.name):
             raise DataError(
                 f"cannot read {entry.path} (it is a broken link): replace or remove it, or use `data.bad_images=skip`"
             ) from None

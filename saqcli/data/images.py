@@ -243,7 +243,8 @@ class ImageSet(Dataset[tuple[Tensor | Image.Image, int]]):
                 image = decode(item, self.mode, exif_transpose=self.exif_transpose)
             except _DAMAGE as error:
                 if self.unreadable == "refuse":
-                    what = item if isinstance(item, str) else f"image {place} of {self.name}"
+                    unnamed = f"image {place} of {self.name}"
+                    what = item if isinstance(item, str) else getattr(item, "name", unnamed)
                     raise _unreadable(what, error) from error
                 continue
             return self._transformed(image), check_label(label, self.num_classes, self.name, self.relabel)

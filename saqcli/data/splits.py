@@ -1,4 +1,9 @@
-"""Training and validation images of a network, with their loaders."""
+"""Training, validation and calibration images of a network, with their loaders.
+
+Calibration images are training images, unless ``data.calibration`` gives others, which have no labels. Then a run needs
+no training images, if nothing is trained, and without ``data.path`` no labels at all: its quantized network is compared
+with the float one on images that are held out from calibration, or, if there are few, on the calibration images.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -12,7 +17,15 @@ from saqcli import distributed
 from saqcli.config import DataSection, RunConfig
 from saqcli.data.batches import Loader
 from saqcli.data.cache import WHY_NOT_KEPT, ImageCache, Limit
-from saqcli.data.datasets import Split, check_fingerprint, check_same_classes, fingerprint, open_split
+from saqcli.data.datasets import (
+    Split,
+    check_fingerprint,
+    check_same_classes,
+    divide,
+    fingerprint,
+    open_split,
+    open_unlabelled,
+)
 from saqcli.data.images import ImageSet
 from saqcli.data.loaders import (
     calibration_loader,
@@ -31,11 +44,28 @@ from saqcli.tasks.labels import Classes
 from saqcli.units import counted, format_quantity
 
 CALIBRATION_BATCH = 64
+HELD_OUT_SHARE, MOST_HELD_OUT = 1 / 4, 512  # of unlabelled images, to compare with the float network on
+FEWEST_TO_HOLD_OUT = 64  # unlabelled images
+
+ScoredOn = Literal["validation", "held out", "calibration"]
 
 
 @dataclass(frozen=True)
 class Images:
-    """Training and validation images of a network, with their loaders."""
+    """Images of a network, with their loaders.
+
+    Attributes:
+        train: training images; those for calibration if nothing is trained.
+        val: images that the network is scored on.
+        preprocessing: of the network.
+        section: the settings.
+        device: of the batches.
+        seed: of the run.
+        unlabelled: all images of ``data.calibration``; None if training images serve for calibration.
+        calibrating: those of them that serve for calibration; None for ``train``.
+        trains: whether ``train`` has labels.
+        scored_on: what ``val`` is: validation images with labels, or unlabelled images.
+    """
 
     train: Split
     val: Split
@@ -43,6 +73,10 @@ class Images:
     section: DataSection
     device: torch.device
     seed: int
+    unlabelled: Split | None = None
+    calibrating: Split | None = None
+    trains: bool = True
+    scored_on: ScoredOn = "validation"
 
     @classmethod
     def open(
@@ -52,13 +86,25 @@ class Images:
         preprocessing: Preprocessing,
         device: torch.device,
         progress: Progress = SILENT,
+        *,
+        trains: bool = True,
     ) -> "Images":
-        """Open both splits of the data; their classes must agree.
+        """Open both splits of the data, whose classes must agree, and the images for calibration.
+
+        Args:
+            config: of the run.
+            classes: of the network.
+            preprocessing: of the network.
+            device: of the batches.
+            progress: receives notes.
+            trains: whether labelled training images are needed in addition to ``data.calibration``.
 
         Raises:
-            ConfigError: ``data.path`` is not set.
+            ConfigError: neither ``data.path`` nor ``data.calibration`` is set.
             DataError: the splits cannot be used with this network.
         """
+        if config.data.calibration is not None:
+            return cls._open_unlabelled(config, classes, preprocessing, device, progress, trains=trains)
         notes: dict[str, None] = {}
         limit = Limit.for_kind(config.data.cache, distributed.count())
         train, val = (
@@ -69,6 +115,47 @@ class Images:
         _report(notes, progress)
         images = cls(train, val, preprocessing, config.data, device, config.run.seed)
         images._reserve(progress, train, val)
+        return images
+
+    @classmethod
+    def _open_unlabelled(
+        cls,
+        config: RunConfig,
+        classes: Classes | int,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        progress: Progress,
+        *,
+        trains: bool,
+    ) -> "Images":
+        """The images of ``open`` with ``data.calibration``."""
+        section, seed, notes = config.data, config.run.seed, dict[str, None]()
+        limit = Limit.for_kind(section.cache, distributed.count())
+        unlabelled = _open_calibration(section, classes, notes, progress, limit)
+        if section.path is None:
+            held_out, calibrating, scored_on = _hold_out(unlabelled, seed)
+            train, val, kept = calibrating, held_out, []
+        else:
+            calibrating, scored_on = unlabelled, "validation"
+            val = _open(section, "val", classes, notes, progress, limit)
+            train = replace(
+                unlabelled,
+                class_names=val.class_names,
+                folders=val.folders,
+                class_order=val.class_order,
+            )
+            kept = [val]
+            if trains:
+                train = _open(section, "train", classes, notes, progress, limit)
+                check_same_classes(train, val)
+                check_shared(train, section.batch_size)
+                kept.append(train)
+        _report(notes, progress)
+        trains = trains and section.path is not None
+        images = cls(
+            *(train, val, preprocessing, section, device, seed, unlabelled, calibrating, trains, scored_on)
+        )
+        images._reserve(progress, *kept)  # of unlabelled images, those that are used
         return images
 
     @classmethod
@@ -83,10 +170,28 @@ class Images:
     ) -> "Images":
         """Open the training split, also in place of the validation split: for a search, which must not use the latter.
 
+        Without ``data.path``, the images of ``data.calibration`` are both.
+
         Raises:
-            ConfigError: ``data.path`` is not set.
+            ConfigError: neither ``data.path`` nor ``data.calibration`` is set.
             DataError: the split cannot be used with this network.
         """
+        if section.calibration is not None:
+            notes: dict[str, None] = {}
+            limit = Limit.for_kind(section.cache, distributed.count())
+            unlabelled = _open_calibration(section, classes, notes, progress, limit)
+            split, trains = unlabelled, section.path is not None
+            if trains:
+                split = _open(section, "train", classes, notes, progress, limit)
+                check_shared(split, section.batch_size)
+            _report(notes, progress)
+            scored_on: ScoredOn = "validation" if trains else "calibration"
+            images = cls(
+                *(split, split, preprocessing, section, device, seed),
+                *(unlabelled, unlabelled, trains, scored_on),
+            )
+            images._reserve(progress, *([split] if trains else []))
+            return images
         split = open_named(section, "train", classes, progress)
         check_shared(split, section.batch_size)
         images = cls(split, split, preprocessing, section, device, seed)
@@ -108,9 +213,26 @@ class Images:
             size = format_quantity(kept * math.prod(self.preprocessing.input_size), "B")
             progress.note(f"{counted(kept, 'image')} stay in memory once they are read, {size}")
 
+    @property
+    def labelled(self) -> bool:
+        """Whether ``val`` has labels, so that accuracy can be measured."""
+        return self.scored_on == "validation"
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The data sets by their names in the run: ``train`` and ``val`` if they have labels, ``calibration``."""
+        found = {"train": self.train} if self.trains else {}
+        found |= {"val": self.val} if self.labelled else {}
+        return found | ({"calibration": self.unlabelled} if self.unlabelled is not None else {})
+
+    @property
+    def data_of_scores(self) -> str:
+        """The folder or file of ``val``, as it was given."""
+        return str(self.section.path if self.labelled else self.section.calibration)
+
     def fingerprints(self) -> dict[str, str]:
-        """The fingerprints of ``train`` and ``val``, which the run records."""
-        return {"train": fingerprint(self.train), "val": fingerprint(self.val)}
+        """The fingerprints of ``splits``, which the run records."""
+        return {name: fingerprint(split) for name, split in self.splits.items()}
 
     def check_fingerprints(
         self, recorded: Mapping[str, str], expected_by: str = "the run started with"
@@ -120,9 +242,10 @@ class Images:
         Raises:
             DataError: a split has another fingerprint.
         """
-        for name, split, called in (("train", self.train, "training"), ("val", self.val, "validation")):
+        called = {"train": "training", "val": "validation", "calibration": "calibration"}
+        for name, split in self.splits.items():
             if name in recorded:
-                check_fingerprint(recorded[name], split, called, expected_by)
+                check_fingerprint(recorded[name], split, called[name], expected_by)
 
     def record_or_check(self, run: RunDirectory, prefix: str = "") -> None:
         """Record the images' fingerprints in a run's manifest, or compare them with those recorded, on all ranks.
@@ -138,7 +261,7 @@ class Images:
         """
         self.cache_in(run, prefix)
         known = distributed.from_first(lambda: run.manifest().images)
-        names = (f"{prefix}train", f"{prefix}val")
+        names = [f"{prefix}{name}" for name in ("train", "val", "calibration")]
         recorded = {name.removeprefix(prefix): line for name, line in known.items() if name in names}
         if recorded:
             distributed.together(lambda: self.check_fingerprints(recorded))
@@ -151,8 +274,8 @@ class Images:
 
     def cache_in(self, run: RunDirectory, prefix: str = "") -> None:
         """Keep a cache on disk in the run's folder from here on; see ``record_or_check``."""
-        for split in (self.train, self.val):
-            if split.cache is not None:
+        for split in (self.train, self.val, self.unlabelled):
+            if split is not None and split.cache is not None:
                 split.cache.folder = run.path / "cache" / prefix.strip()
 
     def training(self, limit: int | None = None, *, shared: bool = True) -> Loader:
@@ -184,9 +307,9 @@ class Images:
         return wanted
 
     def calibration(self) -> Loader:
-        """A loader of a few training images in their evaluation view."""
+        """A loader of a few calibration images in their evaluation view."""
         return calibration_loader(
-            self.train,
+            self.train if self.calibrating is None else self.calibrating,
             self.preprocessing,
             batch_size=CALIBRATION_BATCH,
             workers=workers_of(self.section, self.preprocessing),
@@ -231,6 +354,48 @@ def _open(
         class_map=section.class_map,
         exif_transpose=bool(section.exif_transpose),
     )
+    return _cached(opened, split, section, notes, progress, limit)
+
+
+def _open_calibration(
+    section: DataSection,
+    classes: Classes | int,
+    notes: dict[str, None],
+    progress: Progress,
+    limit: Limit,
+) -> Split:
+    """The images of ``data.calibration``."""
+    assert section.calibration is not None
+    opened = open_unlabelled(
+        section.calibration,
+        Classes(classes) if isinstance(classes, int) else classes,
+        bad_images=section.bad_images,
+        exif_transpose=bool(section.exif_transpose),
+    )
+    return _cached(opened, "calibration", section, notes, progress, limit)
+
+
+def _hold_out(unlabelled: Split, seed: int) -> tuple[Split, Split, ScoredOn]:
+    """Images to compare networks on, images for calibration, and what the former are.
+
+    They are a quarter of the images, at most ``MOST_HELD_OUT``; of few images, all serve for both.
+    """
+    if unlabelled.images < FEWEST_TO_HOLD_OUT:
+        return unlabelled, unlabelled, "calibration"
+    count = min(round(HELD_OUT_SHARE * unlabelled.images), MOST_HELD_OUT)
+    held_out, rest = divide(unlabelled, count / unlabelled.images, seed)
+    return held_out, rest, "held out"
+
+
+def _cached(
+    opened: Split,
+    name: str,
+    section: DataSection,
+    notes: dict[str, None],
+    progress: Progress,
+    limit: Limit,
+) -> Split:
+    """``opened`` with a cache, and its notes among the ``notes``."""
     notes |= dict.fromkeys(opened.notes)
     if (section.workers or 0) > cores():
         notes[
@@ -239,7 +404,7 @@ def _open(
     if not isinstance(opened.dataset, ImageSet):
         return opened
     identity = partial(fingerprint, opened)
-    cache = ImageCache(split, opened.dataset, section.cache, limit, identity, progress.note)
+    cache = ImageCache(name, opened.dataset, section.cache, limit, identity, progress.note)
     return replace(opened, cache=cache)
 
 

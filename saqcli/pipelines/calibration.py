@@ -1,27 +1,33 @@
-"""Calibration: observe layer inputs, install and fit quantizers, correct statistics."""
+"""Calibration: observe layer inputs, install and fit quantizers, correct statistics.
+
+Before a long run, a copy of the network with provisional levels is exported in every style of the run, on random images.
+"""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from saqcli import distributed
 from saqcli.api.batches import device_of
+from saqcli.api.exporting import TRIED_IMAGES, trial
 from saqcli.api.files import metadata_of
 from saqcli.api.networks import install, observed, random_image, reported
 from saqcli.config import RunConfig
 from saqcli.data.batches import Loader
 from saqcli.data.splits import Images
-from saqcli.export import ModelMetadata
+from saqcli.export import STYLES, ModelMetadata
 from saqcli.pipelines.bits import given_policy, space_of
 from saqcli.pipelines.setup import Network
-from saqcli.progress import Progress
+from saqcli.progress import SILENT, Progress
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibration import InputStatistics, observe, reestimate_batch_norms
 from saqcli.quant.calls import Call
 from saqcli.quant.convert import Scheme
 from saqcli.quant.correction import Corrections
+from saqcli.random_state import random_state, set_random_state
 from saqcli.training.minimizers.base import running_statistics
 
 
@@ -87,6 +93,45 @@ def provisional_model(
         scheme = scheme.model_copy(update={"clip_init": "paper"})  # quicker
     model = install(copied, Call((images,)), scheme, policy, observe(copied.model, [images]))
     return model, metadata_of(model)
+
+
+def check_exports(config: RunConfig, network: Network, progress: Progress = SILENT) -> None:
+    """Export a copy of ``network`` in every style of the run, and run it in ONNX Runtime.
+
+    Bits are the given ones, or under a budget the fewest that a search may choose (the most, where these are the
+    style's ``tightest``); levels are provisional. The files are temporary; the comparison with the model follows at
+    the end of the run.
+
+    Args:
+        config: resolved.
+        network: wrapped and traced, on the CPU, without quantizers; not changed.
+        progress: reports every style.
+
+    Raises:
+        UnsupportedModel: a style cannot express the network; the message gives reason and remedy.
+    """
+    styles = config.export.styles
+    if not styles:
+        return
+    before = random_state()
+    try:
+        with progress.task("trying the export", len(styles)) as task:
+            for style in styles:
+                _try_export(style, config, network)
+                task.advance()
+    except OSError as error:  # about the temporary files, which the run does not need
+        progress.note(f"no trial export before training: {error}")
+    finally:
+        set_random_state(before)
+
+
+def _try_export(style: str, config: RunConfig, network: Network) -> None:
+    size = network.loaded.preprocessing.input_size
+    images = torch.randn(TRIED_IMAGES, *size, generator=torch.Generator().manual_seed(0))
+    most_bits = STYLES.find(style).tightest == "most"
+    trial(
+        network.name, style, images, lambda: provisional_model(config, network, images, most_bits=most_bits)
+    )
 
 
 def describe(model: nn.Module, images: Images) -> ModelMetadata:

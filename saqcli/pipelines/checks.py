@@ -13,6 +13,7 @@ from saqcli.api.targets import check_not_run
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.datasets import check_split_exists
 from saqcli.data.splits import data_path
+from saqcli.data.unlabelled import check_unlabelled
 from saqcli.errors import ConfigError, Problems, SaqError
 from saqcli.export import STYLES
 from saqcli.models.arguments import check_arguments
@@ -33,11 +34,13 @@ from saqcli.pipelines.setup import (
     Network,
     Prepared,
     load_float,
+    searches_on_labels,
     try_classifier,
     wrap_and_trace,
 )
 from saqcli.process_group import pick_device, started_by_torchrun
 from saqcli.progress import SILENT
+from saqcli.searchers import SEARCHERS
 from saqcli.serialization import named_path
 from saqcli.tasks.labels import check_files
 from saqcli.training.optimizer import check_training, make_optimizer, search_training
@@ -155,7 +158,9 @@ def check_quantize(config: RunConfig, *, images: bool = False, files: bool = Tru
     """
     problems = Problems()
     problems.attempt(check_model, config.model, files=files)
-    if images or config.data.path is not None:
+    if config.data.calibration is not None:
+        problems.attempt(_check_calibration, config, files=files)
+    elif images or config.data.path is not None:
         problems.attempt(check_images, config.data, "train", "val", files=files)
     if config.search.proxy is not None:
         problems.attempt(check_images, proxy_data(config), "train", files=files)
@@ -177,6 +182,50 @@ def check_quantize(config: RunConfig, *, images: bool = False, files: bool = Tru
     problems.check()
 
 
+def _check_calibration(config: RunConfig, *, files: bool) -> None:
+    """Check the images of a run with ``data.calibration``.
+
+    Raises:
+        SaqError: all problems in one message: no such images, or labelled ones are missing that the run needs.
+    """
+    problems, section = Problems(), config.data
+    problems.attempt(check_unlabelled, named_path(str(section.calibration)))
+    searches = problems.attempt(searches_on_labels, config)
+    if section.path is not None:
+        splits: list[Literal["train", "val"]] = (
+            ["train", "val"] if searches or config.training.epochs else ["val"]
+        )
+        problems.attempt(check_images, section, *splits, files=files)
+    elif searches:
+        problems.add(_needs_labels(config))
+    if section.path is None and config.training.epochs:
+        problems.add(
+            ConfigError(
+                f"`training.epochs={config.training.epochs}` needs labels, and `data.calibration` has none: use "
+                "`training.epochs=0`, or `data.path=DIR` with train/ and val/"
+            )
+        )
+    problems.check()
+
+
+def _needs_labels(config: RunConfig) -> ConfigError:
+    """The error about a search on unlabelled images."""
+    if accuracy_bound(config.quantization) is not None:
+        return ConfigError(
+            "a budget of accuracy is measured on labelled training images, and `data.calibration` has none; agreement "
+            "with the float network is not accuracy: use `data.path=DIR` with train/ and val/"
+        )
+    if config.search.pareto and not SEARCHERS.find(config.quantization.searcher).uses_images:
+        what = f"`search.pareto={config.search.pareto}` scores"
+    else:
+        what = f"`quantization.searcher={config.quantization.searcher}` searches"
+    free = " or ".join(name for name, entry in SEARCHERS.items() if not entry.uses_images)
+    return ConfigError(
+        f"{what} on labelled images, and `data.calibration` has none: use `data.path=DIR` with train/, or "
+        f"`quantization.searcher=NAME` with {free}, without a front"
+    )
+
+
 def check_search(config: RunConfig, *, images: bool = True, files: bool = True) -> None:
     """Check the settings of ``saq search`` before anything is loaded.
 
@@ -191,7 +240,11 @@ def check_search(config: RunConfig, *, images: bool = True, files: bool = True) 
     section, problems = config.quantization, Problems()
     problems.attempt(check_model, config.model, files=files and config.search.proxy is None)
     data = config.data if config.search.proxy is None else proxy_data(config)
-    if images or data.path is not None:
+    if data.calibration is not None:
+        problems.attempt(check_unlabelled, named_path(data.calibration))
+        if data.path is None and problems.attempt(searches_on_labels, config):
+            problems.add(_needs_labels(config))
+    if data.path is not None or (images and data.calibration is None):
         problems.attempt(check_images, data, "train", files=files)
         if section.min_top1 is not None and config.search.proxy is None:
             problems.attempt(check_images, data, "val", files=files)

@@ -15,11 +15,12 @@ from saqcli.data.datasets import Split
 from saqcli.data.splits import Images
 from saqcli.models.load import LoadedModel, default_classes, published_weights
 from saqcli.pipelines.bits import accuracy_bound, budget_of, given_policy, space_of
+from saqcli.pipelines.calibration import check_exports
 from saqcli.pipelines.checks import check_quantize, check_search, network_for
 from saqcli.pipelines.export import onnx_names
 from saqcli.pipelines.find_bits import request_search
 from saqcli.pipelines.setup import Network, images_of_search, load_float, open_images, wrap_and_trace
-from saqcli.pipelines.trial_export import check_exports
+from saqcli.pipelines.stages import planned_stages
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
 from saqcli.runs.directory import RunDirectory
@@ -94,6 +95,7 @@ def plan(
     run = RunDirectory(run_dir, verb)
     if resume := should_resume(run, resume=resume, overwrite=overwrite):
         check_same_settings(run, config)
+    trains = verb == "quantize" and images is not None and images.trains
     policy = given_policy(section, network) if space is None else space.config(largest_uniform(space, budget))
     assert policy is not None
     profile = measure(network, policy, space_of(section.model_copy(update={"cost": "bops"}), network))
@@ -116,7 +118,10 @@ def plan(
             if bound is None or space is None
             else {"accuracy": _accuracy(config, len(ladder(space, budget).budgets), verb)}
         ),
-        "steps_per_epoch": len(images.training()) if images is not None and verb == "quantize" else None,
+        "steps_per_epoch": len(images.training()) if trains and images is not None else None,
+        "stages": planned_stages(config) if verb == "quantize" else [],
+        "scored_on": None if images is None else images.scored_on,
+        "scored_images": None if images is None else images.val.images,
         "writes": [str(run_dir / name) for name in _written(config, verb, searches=searches)],
         "profile": profile.to_dict(),
     }
@@ -128,7 +133,7 @@ def _accuracy(config: RunConfig, rungs: int, verb: str) -> dict[str, Any]:
         "max_drop": config.quantization.max_drop,
         "min_top1": config.quantization.min_top1,
         "measurements": most_measured(rungs),
-        "trials": config.search.trials if verb == "quantize" and config.training.epochs else 0,
+        "trials": config.search.trials if verb == "quantize" and planned_stages(config)[1:] else 0,
     }
 
 
@@ -148,7 +153,9 @@ def _images(
     config: RunConfig, loaded: LoadedModel, verb: str, device: Any, progress: Progress
 ) -> Images | None:
     """The images of the run; None if none are given yet, or if a search uses a proxy's."""
-    if config.data.path is None or (verb == "search" and config.search.proxy is not None):
+    if (config.data.path is None and config.data.calibration is None) or (
+        verb == "search" and config.search.proxy is not None
+    ):
         return None
     if verb == "search":
         return images_of_search(config, loaded, device, progress)
@@ -167,7 +174,7 @@ def _check_search(config: RunConfig, network: Network, images: Images | None) ->
 
 def _described(images: Images | None, proxy: Images | None, verb: str) -> dict[str, Any] | None:
     """Every split of the run; None if no images are given."""
-    splits = {} if images is None else {"train": images.train, "val": images.val}
+    splits = {} if images is None else images.splits
     if verb == "search":
         splits.pop("val", None)  # equal to the training split
     if proxy is not None:

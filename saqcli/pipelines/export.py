@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from saqcli.api.targets import QUANTIZED, find_target, named_builder, named_file
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.splits import validation_loader
-from saqcli.errors import ConfigError, Problems
+from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.export import ModelMetadata
 from saqcli.export.restore import restore
 from saqcli.export.tracing import OPSET
 from saqcli.models.load import OwnNetwork, Preprocessing
+from saqcli.models.own import check_named
 from saqcli.pipelines.checks import check_images, check_styles
-from saqcli.pipelines.setup import open_run_images, open_trained
+from saqcli.pipelines.setup import open_run_images, open_trained, saved_model
 from saqcli.progress import Progress
 from saqcli.report.run_report import QuantizeResult
 from saqcli.runs.directory import RunDirectory
@@ -81,6 +82,7 @@ def export(
         ExportMismatch: the file does not equal the model; nothing is written to ``path``.
     """
     weights = check_export(source, path, style, data, runtimes)
+    stopped = RunDirectory.open(source) if weights is None else None
     own = named_builder(find_target(str(source), QUANTIZED), builder)
     for taken in (path, verdict_path(path)):
         if taken.exists() and not overwrite:
@@ -89,11 +91,14 @@ def export(
             )
     make_folder(path.parent)
     run = RunDirectory.open(source) if source.is_dir() else None
-    model, metadata = restore(weights, own)
+    if stopped is not None:
+        model, metadata, size = stopped_model(stopped, own, progress)
+    else:
+        assert weights is not None
+        model, metadata = restore(weights, own)
+        size = (run.manifest().results.get("size_bytes") if run else None) or weights.stat().st_size
     preprocessing = Preprocessing.from_dict(metadata.preprocessing)
-    about: dict[str, Any] = {
-        "true_size": (run.manifest().results.get("size_bytes") if run else None) or weights.stat().st_size
-    }
+    about: dict[str, Any] = {"true_size": size}
     if data.path is None:
         made = synthetic_batches(preprocessing)
         batches: Batches = made
@@ -111,15 +116,18 @@ def export(
 
 def check_export(
     source: Path, path: Path, style: str, data: DataSection, runtimes: tuple[str, ...] = ()
-) -> Path:
-    """Check the arguments and return the safetensors file to export.
+) -> Path | None:
+    """Check the arguments and return the safetensors file to export; None for the checkpoint of a run that was stopped.
 
     Raises:
         SaqError: all problems in one message.
     """
     problems = Problems()
     target = problems.attempt(find_target, str(source), QUANTIZED, "RUN")
-    file = problems.attempt(named_file, target, ModelSection(name=str(source))) if target else None
+    stopped = target is not None and target.run is not None and is_stopped(target.run)
+    file = None
+    if target is not None and not stopped:
+        file = problems.attempt(named_file, target, ModelSection(name=str(source)))
     problems.attempt(check_styles, (style,))
     for runtime in runtimes:
         problems.attempt(check_runtime, runtime)
@@ -128,8 +136,38 @@ def check_export(
     if data.path is not None:
         problems.attempt(check_images, data, "val")
     problems.check()
-    assert file is not None
     return file
+
+
+def is_stopped(run: RunDirectory) -> bool:
+    """Whether a quantization ended before its files were written, and left a checkpoint with a model."""
+    return (
+        run.verb == "quantize"
+        and not run.safetensors_path.is_file()
+        and run.checkpoint_path.is_file()
+        and run.manifest().status in ("interrupted", "failed")
+    )
+
+
+def stopped_model(
+    run: RunDirectory, own: OwnNetwork | None, progress: Progress
+) -> tuple[nn.Module, ModelMetadata, int]:
+    """The model in the checkpoint of a run that was stopped, its metadata, and its size in bytes; notes its stage.
+
+    Raises:
+        SaqError: no checkpoint is valid, or its model cannot be built.
+    """
+    state = run.load_checkpoint(progress.note)
+    if state is None:
+        raise RunDirectoryError(f"{run.path} holds no model: {run.next_step()}")
+    if own is None:
+        check_named(run.config().model.name, own, str(run.path))
+    model, metadata, _ = saved_model(state, own)
+    outcome = QuantizeResult.unpack(state["outcome"])
+    stage = outcome.stages[-1]["stage"] if outcome.stages else "calibrated"
+    trained = ", partly fine-tuned," if "position" in state else ""
+    progress.note(f"{run.path} {run.status_text()}: its {stage}{trained} model is exported")
+    return model.eval(), metadata, outcome.size
 
 
 def verify_limit(wanted: int | Literal["all"]) -> int | None:
@@ -155,7 +193,7 @@ def write_files(
     images = open_run_images(config, metadata, torch.device("cpu"))
     batches = images.validation(verify_limit(config.data.verify_images))
     about: dict[str, Any] = {
-        "verified_on": str(config.data.path),
+        "verified_on": images.data_of_scores,
         "available": images.val.images,
         "true_size": result.size,
         "own": own,

@@ -2,7 +2,8 @@
 
     load        float model, images
     bits        given, or searched under the budget
-    calibrate   clipping levels and signs from training images
+    calibrate   clipping levels and signs from training images, or images without labels
+    stages      compensation and reconstruction, without labels (see ``stages``)
     train       sharpness-aware, with checkpoints
     export      safetensors and ONNX, each compared with the model
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from saqcli import distributed
 from saqcli.config import RunConfig
 from saqcli.models.own import own_of
-from saqcli.pipelines.calibration import calibrate, describe, install_quantizers
+from saqcli.pipelines.calibration import calibrate, check_exports, describe, install_quantizers
 from saqcli.pipelines.checks import check_quantize, check_trainable, network_for
 from saqcli.pipelines.export import write_files
 from saqcli.pipelines.search import choose_bits
@@ -32,14 +33,13 @@ from saqcli.pipelines.setup import (
     open_run_images,
     saved_model,
 )
-from saqcli.pipelines.trial_export import check_exports
+from saqcli.pipelines.stages import Measured, Scorer, climb, described, end_stage, log_stage, timed
 from saqcli.process_group import process_group
 from saqcli.progress import SILENT, Progress
-from saqcli.report.run_report import QuantizeResult, write_report
+from saqcli.report.run_report import NOUNS, QuantizeResult, write_report
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.resume import check_same_settings, note_restart, resuming, should_resume
 from saqcli.runs.saving import TrainingSaving
-from saqcli.training.loop import score
 from saqcli.training.trainer import Trainer
 
 
@@ -97,6 +97,9 @@ def quantize(
                 images = distributed.together(lambda: open_run_images(config, metadata, device, progress))
                 images.record_or_check(run)
                 progress.note(resuming(run, resume_point(state, config.training.epochs)))
+            scorer = Scorer(images, device, metadata.policy.model, progress, state.get("float_classes"))
+            if "position" not in state:
+                state = climb(config, run, state, model, result, scorer)
             best_state: Mapping[str, Tensor] | None = None
             if config.training.epochs:
                 teacher = load_teacher(config, device, progress)
@@ -108,27 +111,32 @@ def quantize(
                         num_classes=int(metadata.build["num_classes"]),
                         image_size=max(images.preprocessing.input_size[1:]),
                         validation=images.validation(),
-                        initial=result.calibrated_score,
+                        initial=result.start,
                         teacher=teacher,
                         run=saving,
                         progress=progress,
                     )
                     if "position" in state:
                         trainer.load_state_dict(state)
-                    trainer.fit()
+                    with timed(run, "fine-tuned"):
+                        trainer.fit()
                 run.note_training(**trainer.execution.recorded())
                 best, last = trainer.best, trainer.last
                 del trainer, teacher  # frees optimizer, average and loaders before evaluation and export
-                name = f"{metadata.policy.model}, fine-tuned,"
-                result.score = score(model, images.validation(), "evaluating", device, progress, name)
+                measured = scorer.of(model, "fine-tuned", "evaluating")
+                result.score = measured.score
+                row = result.add_stage("fine-tuned", *measured)
+                progress.note(described(row, distributed.from_first(run.manifest).seconds.get("fine-tuned")))
                 result.note_training(best, last, config.training)
                 best_state = best.model if best else None
             else:
-                result.score = result.best_score = result.calibrated_score
+                result.score = result.best_score = result.start
                 result.best_epoch = 0
+                measured = Measured(result.score, result.stages[-1]["agreement"] if result.stages else None)
             if result.advice:
                 progress.note(result.advice)
-            run.log(phase="quantized", **asdict(result.score), **result.best_figures())
+            log_stage(run, "quantized", measured, **result.best_figures())
+            result.seconds = distributed.from_first(run.manifest).seconds
             if distributed.first():
                 write_files(model, metadata, config, run, result, progress, best_state, own)
                 write_report(run.report_path, config, result.to_dict(run.path))
@@ -157,15 +165,17 @@ def start_run(
 ) -> None:
     """Score the float model, choose bits, calibrate, score again, and save the first checkpoint."""
     network, images = prepared
-    validation, name = images.validation(), network.name
-    float_score = score(network.model, validation, "evaluating float", device, progress, name)
-    statistics = calibrate(network, images, config, progress)
+    scorer = Scorer(images, device, network.name, progress)
+    float_score = scorer.of_float(network.model)
+    with timed(run, "calibrated"):
+        statistics = calibrate(network, images, config, progress)
     policy, budget, accuracy = choose_bits(config, prepared, statistics, run, progress, float_score.top1)
-    model = install_quantizers(config, network, policy, statistics, images, progress)
-    calibrated = score(model, validation, "evaluating calibrated", device, progress, f"{name}, calibrated,")
-    progress.note(f"float {float_score.top1:.2f} %, calibrated {calibrated.top1:.2f} % top-1")
+    with timed(run, "calibrated"):
+        model = install_quantizers(config, network, policy, statistics, images, progress)
+    measured = scorer.of(model, "calibrated")
+    calibrated = measured.score
     result = QuantizeResult(
-        name,
+        network.name,
         float_score,
         calibrated,
         network.costs.bops(policy),
@@ -176,19 +186,28 @@ def start_run(
         policy,
         budget_bytes=budget.size,
         accuracy=accuracy,
+        scored_on=images.scored_on,
     )
-    metadata = describe(model, images)
+    if images.labelled:
+        progress.note(f"float: {float_score.top1:.2f} % top-1")
     run.log(phase="float", **asdict(float_score))
-    run.log(phase="calibrated", **asdict(calibrated))
+    end_stage("calibrated", measured, result, run, progress)
+    metadata = describe(model, images)
     run.save_checkpoint(
-        {"facts": metadata.model_dump_json(), "outcome": result.pack(), "model": model.state_dict()}
+        {
+            "facts": metadata.model_dump_json(),
+            "outcome": result.pack(),
+            "model": model.state_dict(),
+            "float_classes": scorer.float_classes,
+        }
     )
 
 
 def resume_point(state: dict[str, Any], epochs: int) -> str:
     """The position of a checkpoint as text; counts epochs from 1 and completed steps."""
     if "position" not in state:
-        return "after calibration"
+        stages = state["outcome"].get("stages") or [{"stage": "calibrated"}]
+        return f"after {NOUNS[stages[-1]['stage']]}"
     epoch, step = state["position"]["epoch"], state["position"]["step"]
     return f"at epoch {epoch + 1}, step {step}" if epoch < epochs else f"after epoch {epoch}"
 

@@ -38,7 +38,7 @@ from saqcli.units import counted
 
 VERBS: dict[str, Callable[..., Any]] = {"quantize": quantize, "search": search}
 MAY_DIFFER = (
-    *("data.path", "data.workers", "model.weights", "quantization.policy", "run.device"),
+    *("data.path", "data.calibration", "data.workers", "model.weights", "quantization.policy", "run.device"),
     *("training.compile", "training.memory_format", "training.precision"),
 )
 NAMED_SETS = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")  # prefixes of timm's data sets
@@ -50,12 +50,14 @@ class Overrides:
 
     Attributes:
         data: path of the images.
+        calibration: path of the images for calibration.
         weights: path of the float weights.
         device: device.
         workers: number of loader workers.
     """
 
     data: str | None = None
+    calibration: str | None = None
     weights: Path | None = None
     device: str | None = None
     workers: int | None = None
@@ -65,12 +67,14 @@ class Overrides:
         data, weights = self.data, self.weights
         if data is not None and not _is_named(data):
             data = str(Path(data).expanduser().absolute())
-        return replace(self, data=data, weights=weights and weights.expanduser().absolute())
+        calibration = self.calibration and str(Path(self.calibration).expanduser().absolute())
+        weights = weights and weights.expanduser().absolute()
+        return replace(self, data=data, calibration=calibration, weights=weights)
 
     def applied(self, config: RunConfig) -> RunConfig:
         """``config`` with these settings."""
         weights = self.weights and str(self.weights)
-        given = {"data.path": self.data, "data.workers": self.workers, "model.weights": weights}
+        given = {"data.path": self.data, "data.calibration": self.calibration, "data.workers": self.workers, "model.weights": weights}
         given["run.device"] = self.device
         return _with(config, {key: value for key, value in given.items() if value is not None})
 
@@ -212,6 +216,12 @@ def _check_there(config: RunConfig, run_dir: Path) -> None:
     if data is not None and not _is_named(data) and not Path(data).expanduser().is_dir():
         raise DataError(
             f"the images of {run_dir} are no longer in {Path(data).absolute()}: give their new place as `data.path=DIR`"
+        )
+    calibration = config.data.calibration
+    if calibration is not None and not Path(calibration).expanduser().exists():
+        raise DataError(
+            f"the calibration images of {run_dir} are no longer in {Path(calibration).absolute()}: give their new place "
+            "as `data.calibration=PATH`"
         )
     if weights is not None and not Path(weights).is_file():
         raise ConfigError(

@@ -21,6 +21,7 @@ from saqcli.quant import convert, network
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.tracer import try_model
 from saqcli.random_state import seed_everything
+from saqcli.searchers import SEARCHERS
 from saqcli.serialization import named_path
 from saqcli.tasks.class_names import ORDERS
 from saqcli.tasks.classification import check_output
@@ -177,7 +178,30 @@ def open_images(
     config: RunConfig, loaded: LoadedModel, device: torch.device, progress: Progress = SILENT
 ) -> Images:
     """The images for the network ``loaded``."""
-    return Images.open(config, classes_of(loaded), loaded.preprocessing, device, progress)
+    return Images.open(
+        config, classes_of(loaded), loaded.preprocessing, device, progress, trains=needs_labels(config)
+    )
+
+
+def needs_labels(config: RunConfig) -> bool:
+    """Whether a run needs labelled training images: to fine-tune, or to search on."""
+    return bool(config.training.epochs) or searches_on_labels(config)
+
+
+def searches_on_labels(config: RunConfig) -> bool:
+    """Whether a run searches on labelled training images; a proxy brings its own.
+
+    Raises:
+        ConfigError: there is no such searcher.
+    """
+    section = config.quantization
+    if config.search.proxy is not None:
+        return False
+    if section.max_drop is not None or section.min_top1 is not None:
+        return True
+    if section.bops is None and section.size is None:
+        return False
+    return SEARCHERS.find(section.searcher).uses_images or config.search.pareto > 0
 
 
 def saved_model(
@@ -213,4 +237,5 @@ def open_run_images(
     }
     if gone and metadata.folders:
         config = config.model_copy(update={"data": config.data.model_copy(update=gone)})
-    return Images.open(config, trained_classes(metadata, "the run"), preprocessing, device, progress)
+    classes, trains = trained_classes(metadata, "the run"), needs_labels(config)
+    return Images.open(config, classes, preprocessing, device, progress, trains=trains)

@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ class Corrections:
 def correctable(model: nn.Module) -> Iterator[Tensor]:
     """The tensors that a correction may change: biases of layers, running statistics of batch norms."""
     for layer in quantized_layers(model).values():
-        if (bias := _bias(layer)) is not None:
+        if (bias := bias_of(layer)) is not None:
             yield bias
     norms: list[Any] = [module for module in model.modules() if isinstance(module, BatchNorm)]
     for norm in norms:
@@ -123,7 +123,7 @@ class _Places:
     def __init__(self, model: nn.Module, *, biases: bool, norms: bool) -> None:
         layers = quantized_layers(model).values()
         self.biases = {
-            layer: (bias, _Average()) for layer in layers if biases and (bias := _bias(layer)) is not None
+            layer: (bias, _Average()) for layer in layers if biases and (bias := bias_of(layer)) is not None
         }
         self.without_bias = biases and not norms
         self.all_norms = norms
@@ -166,28 +166,50 @@ class _Places:
         norm.running_mean.copy_(mean_q - (mean_f - norm.running_mean) * after / before)
 
 
-def _bias(layer: QuantizedLayer) -> Tensor | None:
+def bias_of(layer: QuantizedLayer) -> Tensor | None:
     """The layer's bias, if it is a parameter."""
     return layer._parameters.get("in_proj_bias" if layer.weight_name == "in_proj_weight" else "bias")
 
 
-class _Pass(WeightRecorder):
-    """One pass over one batch: it measures, and with ``in_float`` to compare with it also corrects."""
+class Interception(WeightRecorder):
+    """A pass that hands the output of every layer, and what goes into and out of norms, to its methods in turn.
 
-    def __init__(self, places: _Places, in_float: "_Pass | None" = None) -> None:
+    Args:
+        norms: the norms to watch.
+    """
+
+    def __init__(self, norms: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.places, self.in_float = places, in_float
-        self.outputs: dict[nn.Module, list[Tensor]] = {}
-        self.inputs: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
-        # norms directly after a layer without bias, found in floating point
-        self.mean_only: set[nn.Module] = set() if in_float is None else in_float.mean_only
-        self._unbiased: list[weakref.ref[Tensor]] = []
+        self._norms = list(norms)
         self._handles: list[Any] = []
 
-    def __enter__(self) -> "_Pass":
-        self._handles = [norm.register_forward_pre_hook(self._before_norm) for norm in self.places.norms]
-        super().__enter__()
-        return self
+    def layer_output(self, layer: QuantizedLayer, output: Tensor, channels: int) -> Tensor:
+        """Called with every product of a layer's weight; what it returns is used in the place of ``output``.
+
+        Args:
+            layer: the layer.
+            output: the result of the operator.
+            channels: its dimension of channels, which may count from the end.
+        """
+        return output
+
+    def norm_input(self, norm: Any, x: Tensor) -> None:
+        """Called before every norm."""
+
+    def norm_output(self, norm: Any, y: Tensor) -> Tensor:
+        """Called after every norm; what it returns is used in the place of ``y``."""
+        return y
+
+    def operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs every operator."""
+        return func(*args, **kwargs)
+
+    def __enter__(self) -> Self:
+        for norm in self._norms:
+            before = norm.register_forward_pre_hook(lambda norm, given: self.norm_input(norm, given[0]))
+            after = norm.register_forward_hook(lambda norm, _, output: self.norm_output(norm, output))
+            self._handles += [before, after]
+        return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
@@ -197,18 +219,32 @@ class _Pass(WeightRecorder):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operator; measure, and correct, the output of a layer."""
+        """Run the operator; hand the output of a layer on."""
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
+        output = self.operator(func, args, kwargs)
         layer = self.owner(func, args, kwargs)
-        if layer is None:
-            return output
+        return output if layer is None else self.layer_output(layer, output, -1 if func is F.linear else 1)
+
+
+class _Pass(Interception):
+    """One pass over one batch: it measures, and with ``in_float`` to compare with it also corrects."""
+
+    def __init__(self, places: _Places, in_float: "_Pass | None" = None) -> None:
+        super().__init__(places.norms)
+        self.places, self.in_float = places, in_float
+        self.outputs: dict[nn.Module, list[Tensor]] = {}
+        self.inputs: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+        # norms directly after a layer without bias, found in floating point
+        self.mean_only: set[nn.Module] = set() if in_float is None else in_float.mean_only
+        self._unbiased: list[weakref.ref[Tensor]] = []
+
+    def layer_output(self, layer: QuantizedLayer, output: Tensor, channels: int) -> Tensor:
+        """Measure, and correct, the output of a layer."""
         if layer not in self.places.biases:
-            if self.in_float is None and self.places.without_bias and _bias(layer) is None:
+            if self.in_float is None and self.places.without_bias and bias_of(layer) is None:
                 self._unbiased.append(weakref.ref(output))
             return output
         bias, shift = self.places.biases[layer]
-        channels = -1 if func is F.linear else 1
         if output.shape[channels] != len(bias):  # one part of an attention's projection
             return output
         mean, _ = _moments(output, channels)
@@ -218,10 +254,10 @@ class _Pass(WeightRecorder):
             return output
         moved = self.in_float.outputs[layer][len(seen) - 1] - mean
         shift.current.append(moved)
-        return output + moved.view([-1 if d == channels % output.dim() else 1 for d in range(output.dim())])
+        return output + per_channel(moved, output, channels)
 
-    def _before_norm(self, norm: Any, inputs: tuple[Any, ...]) -> None:
-        x = inputs[0]
+    def norm_input(self, norm: Any, x: Tensor) -> None:
+        """Measure the input of a norm, and correct its statistics."""
         if self.in_float is None and any(output() is x for output in self._unbiased):
             self.mean_only.add(norm)
         if not self.places.all_norms and norm not in self.mean_only:
@@ -234,6 +270,11 @@ class _Pass(WeightRecorder):
             measured = torch.stack([moment for pair in pairs for moment in pair])
             self.places.norms[norm].current.append(measured)
             self.places.correct_norm(norm, measured)
+
+
+def per_channel(values: Tensor, like: Tensor, channels: int) -> Tensor:
+    """``values``, one per channel, in a shape that broadcasts against ``like``."""
+    return values.view([-1 if d == channels % like.dim() else 1 for d in range(like.dim())])
 
 
 def _moments(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:

@@ -154,8 +154,8 @@ def first_difference(one: object, other: object, place: str = "") -> str | None:
 
 
 def _without_best(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics without the keys that earlier versions lack; they follow from the other lines."""
-    return {key: value for key, value in line.items() if key not in ("best_epoch", "best_top1")}
+    """A line of metrics without the keys that earlier versions lack; they follow from the other lines and the model."""
+    return {key: value for key, value in line.items() if key not in ("best_epoch", "best_top1", "agreement")}
 
 
 def _texts_differ(one: Any, other: Any, name: str) -> str | None:
@@ -170,6 +170,7 @@ def _texts_differ(one: Any, other: Any, name: str) -> str | None:
     if one is None or other is None:
         return f"it exists in the {'first' if other is None else 'second'} run only"
     if name == "figures":  # versions of saq may record different keys
+        one, other = (_without_seconds(tree) for tree in (one, other))
         one, other = (
             {key: tree[key] for key in tree if key in one and key in other} for tree in (one, other)
         )
@@ -178,6 +179,15 @@ def _texts_differ(one: Any, other: Any, name: str) -> str | None:
 
 def _without_varying(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if key not in VARYING}
+
+
+def _without_seconds(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of a run without the time of each stage."""
+    stages = tree.get("stages")
+    if not isinstance(stages, list):
+        return dict(tree)
+    rows = [_without_varying(row) if isinstance(row, dict) else row for row in stages]
+    return {**tree, "stages": rows}
 
 
 def _weights_differ(one: Record, other: Record) -> str | None:

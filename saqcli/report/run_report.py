@@ -3,6 +3,7 @@
 A checkpoint keeps the results during the run; ``report.md`` summarizes them in the run directory.
 """
 
+import math
 import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from saqcli.report.accuracy import accuracy_lines
 from saqcli.serialization import write_text
 from saqcli.tasks.classification import Score
 from saqcli.training.best import Best, advice
-from saqcli.units import counted, format_quantity
+from saqcli.units import counted, format_duration, format_quantity
 
 # Figures of the verdict on an ONNX file, and its size.
 ONNX_FIGURES = (
@@ -23,10 +24,24 @@ ONNX_FIGURES = (
     *("pytorch_max_abs_diff", "layers_error", "explanation"),
 )
 
+NOUNS = {  # of the stages
+    "calibrated": "calibration",
+    "compensated": "compensation",
+    "reconstructed": "reconstruction",
+    "fine-tuned": "fine-tuning",
+}
+SCORED_ON = {  # what the networks were scored on, in words
+    "validation": "{}",
+    "held out": "{} held out from calibration",
+    "calibration": "{}, the same as for calibration",
+}
+
 
 @dataclass
 class QuantizeResult:
     """The results of ``saq quantize``; the figures of the report.
+
+    Without labels, top-1, top-5 and loss of all scores are NaN, None in ``to_dict``.
 
     Attributes:
         model: canonical name.
@@ -47,8 +62,12 @@ class QuantizeResult:
         best_epoch: epoch of the best state, 0 for the calibrated one; None if unknown.
         best_score: of the best state.
         exported_epoch: epoch of the exported state.
-        advice: recommended changes, if fine-tuning ended below calibration or below its best epoch.
+        advice: recommended changes, if fine-tuning ended below its start or below its best epoch.
         accuracy: the budget of accuracy and what became of it, as in ``search.json``; None without one.
+        stages: of the ladder, those done: ``stage``, ``top1``, ``top5``, ``loss``, ``agreement``.
+        scored_on: what the scores are of, see ``data.splits.Images``.
+        untrained_score: before fine-tuning, after the last stage without labels.
+        seconds: of each stage, over all processes.
     """
 
     model: str
@@ -71,6 +90,35 @@ class QuantizeResult:
     exported_epoch: int = 0
     advice: str | None = None
     accuracy: dict[str, Any] | None = None
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    scored_on: str = "validation"
+    untrained_score: Score | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add_stage(self, stage: str, score: Score, agreement: float | None) -> dict[str, Any]:
+        """Record the end of a stage; returns its figures.
+
+        Args:
+            stage: its name.
+            score: of the model after it.
+            agreement: percent of the images with the best class of the float model; None if unknown.
+        """
+        row = {
+            "stage": stage,
+            "top1": _known(score.top1),
+            "top5": _known(score.top5),
+            "loss": _known(score.loss),
+            "agreement": agreement,
+        }
+        self.stages.append(row)
+        if stage != "fine-tuned":
+            self.untrained_score = score
+        return row
+
+    @property
+    def start(self) -> Score:
+        """The score that fine-tuning starts from."""
+        return self.untrained_score or self.calibrated_score
 
     def note_training(self, best: Best | None, last: Score | None, training: TrainingSection) -> None:
         """Record the best and last state of fine-tuning, and the advice that follows."""
@@ -79,7 +127,10 @@ class QuantizeResult:
         if best is not None:
             self.best_epoch, self.best_score = best.epoch, best.score
             self.exported_epoch = best.epoch if training.keep == "best" else training.epochs
-        self.advice = advice(self.calibrated_score, last, best, training)
+        before = NOUNS[
+            ([row["stage"] for row in self.stages if row["stage"] != "fine-tuned"] or ["calibrated"])[-1]
+        ]
+        self.advice = advice(self.start, last, best, training, before)
 
     def best_figures(self) -> dict[str, Any]:
         """The best state of fine-tuning, for the metrics; empty without fine-tuning."""
@@ -93,18 +144,21 @@ class QuantizeResult:
         return {
             "run_dir": str(run_dir),
             "model": self.model,
-            "top1": self.score.top1,
-            "top5": self.score.top5,
-            "loss": self.score.loss,
+            "top1": _known(self.score.top1),
+            "top5": _known(self.score.top5),
+            "loss": _known(self.score.loss),
+            "agreement": self.stages[-1]["agreement"] if self.stages else None,
             "images": self.score.images,
             "skipped": self.score.skipped,
-            "float_top1": self.float_score.top1,
-            "float_top5": self.float_score.top5,
-            "calibrated_top1": self.calibrated_score.top1,
+            "scored_on": self.scored_on,
+            "float_top1": _known(self.float_score.top1),
+            "float_top5": _known(self.float_score.top5),
+            "calibrated_top1": _known(self.calibrated_score.top1),
+            "stages": [{**row, "seconds": _rounded(self.seconds.get(row["stage"]))} for row in self.stages],
             "epochs": self.epochs,
             "last_top1": self.last_score and self.last_score.top1,
             "best_epoch": self.best_epoch,
-            "best_top1": self.best_score and self.best_score.top1,
+            "best_top1": self.best_score and _known(self.best_score.top1),
             "exported_epoch": self.exported_epoch,
             "advice": self.advice,
             "bops": self.bops,
@@ -128,17 +182,29 @@ class QuantizeResult:
     def pack(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         packed = asdict(self)
-        del packed["onnx"]  # unknown until the end of the run
+        del packed["onnx"], packed["seconds"]  # unknown until the end of the run; in the manifest
         packed["policy"] = self.policy.to_json()
         return packed
 
     @classmethod
     def unpack(cls, packed: dict[str, Any]) -> "QuantizeResult":
         """Inverse of ``pack``."""
-        names = ("float_score", "calibrated_score", "score", "last_score", "best_score")
+        names = (
+            *("float_score", "calibrated_score", "score", "last_score", "best_score"),
+            "untrained_score",
+        )
         scores = {name: Score(**packed[name]) for name in names if packed.get(name)}
         known = {name: value for name, value in packed.items() if name in cls.__dataclass_fields__}
         return cls(**{**known, **scores, "policy": BitConfig.model_validate_json(packed["policy"])})
+
+
+def _known(figure: float) -> float | None:
+    """``figure``, None where it is NaN because there are no labels."""
+    return None if math.isnan(figure) else figure
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 1)
 
 
 def write_report(path: Path, config: RunConfig, results: dict[str, Any]) -> None:
@@ -152,15 +218,31 @@ def write_report(path: Path, config: RunConfig, results: dict[str, Any]) -> None
     write_text(path, report_markdown(config, results))
 
 
-def quantized_states(results: dict[str, Any]) -> dict[str, tuple[float, bool]]:
-    """Title to top-1 in percent and whether it is exported: calibrated, after the last epoch, and the best state."""
+def quantized_states(results: dict[str, Any]) -> dict[str, tuple[float | None, bool]]:
+    """Title to figure in percent and whether it is exported: every stage, the last epoch, and the best state.
+
+    The figure is the top-1, or without labels the agreement with the float network.
+    """
     last, best, epochs = results["last_top1"], results["best_top1"], results["epochs"]
-    states = {"calibrated": (results["calibrated_top1"], epochs == 0)}
+    key = "top1" if has_labels(results) else "agreement"
+    rows = [row for row in results["stages"] if row["stage"] != "fine-tuned"]
+    rows = rows or [{"stage": "calibrated", "top1": results["calibrated_top1"]}]
+    states = {row["stage"]: (row[key], epochs == 0 and row is rows[-1]) for row in rows}
     if last is not None:
         states[f"last (epoch {epochs})"] = (last, results["exported_epoch"] == epochs)
     if epochs and best is not None:
         states[f"best (epoch {results['best_epoch']})"] = (best, results["exported_epoch"] != epochs)
     return states
+
+
+def has_labels(results: dict[str, Any]) -> bool:
+    """Whether a run measured accuracy; otherwise it measured agreement with the float network."""
+    return results["top1"] is not None
+
+
+def scored_images(results: dict[str, Any]) -> str:
+    """``128 images held out from calibration``: what the figures of a run are of."""
+    return SCORED_ON[results["scored_on"]].format(counted(results["images"], "image"))
 
 
 def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
@@ -172,8 +254,7 @@ def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
         for name, bits in results["policy"].items()
     )
     names, rows, exported = results_table(results)
-    rows[2][exported] += share
-    table = "\n".join(f"| {' | '.join(row)} |" for row in (["", *names], ["--"] * (1 + len(names)), *rows))
+    next(row for row in rows if row[0] == "BOPs")[exported] += share
     note = f"\nNote: {results['advice']}.\n" if results["advice"] else ""
     accuracy = (
         "".join(f"\n{line[0].upper()}{line[1:]}.\n" for line in accuracy_lines(results["accuracy"]))
@@ -181,15 +262,26 @@ def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
         else ""
     )
     again = f"saq rerun {shlex.quote(results['run_dir'])}"
+    if has_labels(results):
+        on = f"Evaluated on {scored_images(results)}."
+    else:
+        on = (
+            f"Agreement with the float network, on {scored_images(results)}: the share with the same best class. There "
+            "were no labels, so accuracy was not measured."
+        )
     return f"""# {results["model"]}, quantized
 
-{table}
+{_markdown_table(["", *names], rows)}
 {note}
-Evaluated on {counted(results["images"], "image")}. BOPs are reduced {results["bops_reduction"]:.1f} times.
+{on} BOPs are reduced {results["bops_reduction"]:.1f} times.
 {accuracy}
+## Stages
+
+{_markdown_table(*stages_table(results, seconds=False))}
+
 {_onnx_summary(results)}
 
-{_training_summary(config)}, seed {config.run.seed}, recipe {config.recipe}. Run it again, and compare, with
+{_training_summary(config, results)}, seed {config.run.seed}, recipe {config.recipe}. Run it again, and compare, with
 `{again}`.
 
 ## Bits
@@ -200,6 +292,37 @@ Evaluated on {counted(results["images"], "image")}. BOPs are reduced {results["b
 """
 
 
+def _markdown_table(names: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (names, ["--"] * len(names), *rows))
+
+
+def stages_table(results: dict[str, Any], *, seconds: bool = True) -> tuple[list[str], list[list[str]]]:
+    """The ladder: a row for every stage that ran.
+
+    Args:
+        results: as for ``report_markdown``.
+        seconds: whether to show the time of each, which differs from run to run.
+
+    Returns:
+        Names of the columns, and the rows.
+    """
+    names = ["stage", *(["top-1"] if has_labels(results) else []), "agrees with float"]
+    rows = []
+    for stage in results["stages"]:
+        row = [stage["stage"]]
+        if has_labels(results):
+            row.append(_percent(stage["top1"]))
+        row.append(_percent(stage["agreement"]))
+        if seconds:
+            row.append("" if stage["seconds"] is None else format_duration(stage["seconds"]))
+        rows.append(row)
+    return [*names, *(["time"] if seconds else [])], rows
+
+
+def _percent(figure: float | None) -> str:
+    return "" if figure is None else f"{figure:.2f} %"
+
+
 def results_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], int]:
     """The figures of a run side by side.
 
@@ -207,22 +330,23 @@ def results_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], 
         results: as for ``report_markdown``.
 
     Returns:
-        Names of the columns after the first, the rows (top-1, top-5, BOPs, size, ONNX file), and the index in a row of
-        the exported state, the only quantized state with all figures.
+        Names of the columns after the first, the rows (top-1 and top-5, or without labels the agreement with the float
+        network; BOPs, size, ONNX file), and the index in a row of the exported state, the only quantized state with all
+        figures.
     """
     states = quantized_states(results)
     exported = 2 + [taken for _, taken in states.values()].index(True)
-    rows = [
-        [
-            "top-1",
-            *(f"{top1:.2f} %" for top1 in (results["float_top1"], *(top1 for top1, _ in states.values()))),
-        ]
-    ]
-    for title, before, after in (
-        ("top-5", f"{results['float_top5']:.2f} %", f"{results['top5']:.2f} %"),
+    figures = [_percent(figure) for figure, _ in states.values()]
+    pairs = [
         ("BOPs", format_quantity(results["float_bops"]), format_quantity(results["bops"])),
         ("size", *(format_quantity(results[f"{key}size_bytes"], "B") for key in ("float_", ""))),
-    ):
+    ]
+    if has_labels(results):
+        rows = [["top-1", _percent(results["float_top1"]), *figures]]
+        pairs.insert(0, ("top-5", _percent(results["float_top5"]), _percent(results["top5"])))
+    else:
+        rows = [["agrees with float", "", *figures]]
+    for title, before, after in pairs:
         rows.append([title, before, *(after if taken else "" for _, taken in states.values())])
     if results["onnx_size_bytes"] is not None:
         rows.append(["ONNX file", *("" for _ in range(1 + len(states)))])
@@ -230,11 +354,12 @@ def results_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], 
     return ["float", *states], rows, exported
 
 
-def _training_summary(config: RunConfig) -> str:
+def _training_summary(config: RunConfig, results: dict[str, Any]) -> str:
     """The method and settings of training."""
     training = config.training
+    stages = [row["stage"] for row in results["stages"] if row["stage"] != "fine-tuned"] or ["calibrated"]
     if not training.epochs:
-        return "Calibrated, not fine-tuned"
+        return f"{', '.join(stages).capitalize()}, not fine-tuned"
     return f"Method {training.method}, {counted(training.epochs, 'epoch')}, learning rate {training.lr:g}"
 
 

@@ -7,7 +7,7 @@ search.json       the results of a search; its plots are policy.png, policy.svg 
 metrics.jsonl     one object per line, appended during the run, restored from the checkpoint on resume
 checkpoints/      last.ckpt: model, optimizer, random state, position in the epoch; search.ckpt: an unfinished search,
                   proxy.ckpt: training of the proxy network; accuracy.ckpt: unfinished measurements of accuracy;
-                  *.previous.ckpt: the last valid one before each;
+                  reconstruction.ckpt: an unfinished one; *.previous.ckpt: the last valid one before each;
                   best.safetensors: the best state, if it was clearly better than the exported one
 cache/            decoded images with ``data.cache=disk``; may be removed at any time
 artifacts/        model.safetensors, model.onnx, model-STYLE.onnx of further styles, their verdicts
@@ -77,7 +77,8 @@ class Metrics:
         write_text(self.path, text)
 
 
-Stage = Literal["proxy", "search", "accuracy"]  # training the proxy network; searching; keeping accuracy
+# Training the proxy network; searching; keeping accuracy; fitting blocks.
+Stage = Literal["proxy", "search", "accuracy", "reconstruction"]
 _FILES = [  # other than manifest.json
     *("config.json", "policy.json", "metrics.jsonl", "report.md", "search.json"),
     *("policy.png", "policy.svg", "pareto.json", "pareto.csv", "pareto.png", "pareto.svg"),
@@ -265,7 +266,10 @@ class RunDirectory:
 
     def interrupted(self, exit_code: int) -> Interrupted:
         """The error to raise after signal ``exit_code - 128``."""
-        return Interrupted(self._resume_command(), exit_code, saved=self.saved())
+        export = ""
+        if self.verb == "quantize" and self._checkpoint.exists():
+            export = f"`export({str(self.path)!r}, path='model.onnx')`"
+        return Interrupted(self._resume_command(), exit_code, saved=self.saved(), export=export)
 
     def saved(self) -> bool:
         """Whether there is a checkpoint or a search state to resume from."""
@@ -318,6 +322,13 @@ class RunDirectory:
             *earlier, now = self.manifest().circumstances
             now = now.model_copy(update={"training": Computed(**computed)})
             self._update(circumstances=[*earlier, now])
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Add to the time of a stage; errors are suppressed, since an interruption may be on its way."""
+        with suppress(SaqError):
+            if distributed.first():
+                known = self.manifest().seconds
+                self._update(seconds=known | {stage: known.get(stage, 0.0) + seconds})
 
     def finish(self, results: dict[str, Any]) -> None:
         """Record the results, the hashes of all artifacts, and the status ``finished``."""
@@ -379,9 +390,16 @@ class RunDirectory:
 
     def end_search(self) -> None:
         """Delete the states of a finished search."""
+        self._end("proxy", "search")
+
+    def end_reconstruction(self) -> None:
+        """Delete the state of a finished reconstruction."""
+        self._end("reconstruction")
+
+    def _end(self, *stages: Stage) -> None:
         if distributed.first():
-            for state in self.search_states.values():
-                state.remove()
+            for stage in stages:
+                self.search_states[stage].remove()
 
     def save(self, file: CheckpointFile, state: dict[str, Any]) -> None:
         """Replace one of the ``search_states``; called by the first rank, raises as ``save_checkpoint``."""

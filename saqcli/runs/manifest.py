@@ -86,6 +86,7 @@ class RunManifest(BaseModel):
         class_order: how folders were mapped to classes: ``timm``, ``torchvision``, ``imagenet``, or a file name.
         artifacts: relative path to SHA-256.
         results: the figures that the command printed.
+        seconds: of each stage of a quantization so far, over all processes that worked on it.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -101,6 +102,7 @@ class RunManifest(BaseModel):
     class_order: str = ""
     artifacts: dict[Annotated[str, AfterValidator(_below_artifacts)], str] = {}
     results: dict[str, Any] = {}
+    seconds: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
 
 
 def computed(circumstances: Sequence[Circumstances]) -> Computed:

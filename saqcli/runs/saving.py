@@ -12,12 +12,6 @@ from saqcli.runs.directory import RunDirectory, Stage, stop_if_asked, stopped
 from saqcli.runs.interrupts import deferred_interrupts
 from saqcli.runs.resume import resuming
 
-RESUMED: dict[Stage, str] = {
-    "proxy": "the fit of the proxy",
-    "search": "the search",
-    "accuracy": "the measurements of accuracy",
-}
-
 
 class PeriodicSaving(ABC):
     """Saves every few minutes, at milestones, and when a signal asks to stop.
@@ -105,13 +99,21 @@ class TrainingSaving(PeriodicSaving):
             raise stopped(self.run, self.stop.exit_code)
 
 
+_WORK: dict[Stage, str] = {
+    "proxy": "the fit of the proxy",
+    "search": "the search",
+    "accuracy": "the measurements of accuracy",
+    "reconstruction": "the reconstruction",
+}
+
+
 class SearchMemory(PeriodicSaving):
-    """The memory of a search: one file for each stage.
+    """The memory of a search or a reconstruction: one file for each stage.
 
     Args:
         run: the run directory.
         minutes: time between two saves.
-        note: receives a line when the search resumes, or if the newest state is damaged.
+        note: receives a line when it resumes, or if the newest state is damaged.
         stage: stage of the search.
     """
 
@@ -137,7 +139,7 @@ class SearchMemory(PeriodicSaving):
         if kept is None:
             return None
         if self._stage != "proxy" or not self.run.search_states["search"].exists():
-            self._note(resuming(self.run, RESUMED[self._stage]))
+            self._note(resuming(self.run, _WORK[self._stage]))
         randoms = kept["ranks"]
         self._random = randoms[distributed.index()] if len(randoms) == distributed.count() else None
         state: dict[str, Any] = kept["search"]

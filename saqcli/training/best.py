@@ -15,6 +15,13 @@ from saqcli.config import TrainingSection
 from saqcli.tasks.classification import Score, noise
 
 
+_STATES = {
+    "calibration": "calibrated",
+    "compensation": "compensated",
+    "reconstruction": "reconstructed",
+}
+
+
 @dataclass
 class Best:
     """The best state so far.
@@ -52,23 +59,31 @@ class Best:
         return cls(packed["epoch"], Score(**packed["score"]), packed["model"])
 
 
-def advice(calibrated: Score, last: Score | None, best: Best | None, training: TrainingSection) -> str | None:
-    """What to change if fine-tuning ended below calibration, or below its best epoch, by more than noise.
+def advice(
+    calibrated: Score,
+    last: Score | None,
+    best: Best | None,
+    training: TrainingSection,
+    before: str = "calibration",
+) -> str | None:
+    """What to change if fine-tuning ended below its start, or below its best epoch, by more than noise.
 
     Args:
         calibrated: before fine-tuning.
         last: after the last epoch; None without fine-tuning.
         best: of all states.
         training: the settings.
+        before: what preceded fine-tuning: ``calibration``, ``compensation`` or ``reconstruction``.
     """
     if last is None:
         return None
     keep_best = training.keep == "best"
     if calibrated.top1 - last.top1 > noise(calibrated, last):
         lower = f"a lower `training.lr` than {training.lr:g}, more training images, more `training.epochs`"
+        state = _STATES[before]
         text = (
-            f"fine-tuning ended below calibration (top-1 {last.top1:.2f} % after epoch {training.epochs}, "
-            f"{calibrated.top1:.2f} % calibrated): try {lower}, or `training.epochs=0` for the calibrated model"
+            f"fine-tuning ended below {before} (top-1 {last.top1:.2f} % after epoch {training.epochs}, "
+            f"{calibrated.top1:.2f} % {state}): try {lower}, or `training.epochs=0` for the {state} model"
         )
     elif best is not None and best.score.top1 - last.top1 > noise(best.score, last):
         text = (
@@ -79,7 +94,7 @@ def advice(calibrated: Score, last: Score | None, best: Best | None, training: T
         return None
     if best is None or best.epoch == training.epochs:
         return text
-    what = f"the state of epoch {best.epoch}" if best.epoch else "the calibrated state"
+    what = f"the state of epoch {best.epoch}" if best.epoch else f"the {_STATES[before]} state"
     if keep_best:
         return f"{text}; {what} is exported"
     return f"{text}; `resume=True` `training.keep=best` exports {what}, kept as checkpoints/best.safetensors"

@@ -38,7 +38,7 @@ def evaluate(
         batches: deterministic.
         task: reports every batch.
         device: of the images that ``predict`` gets.
-        keep: filled with the best class of every counted image, in order.
+        keep: filled with the best class of every counted image, in order; with ``shared``, those of all ranks.
         shared: all ranks call this, and each looks at its part of the batches. Every rank gets the score of all, bit
             for bit what one process would find (of shards but for the order in which losses are added).
         criterion: mean loss of logits and labels on ``device``; None for cross-entropy.
@@ -69,6 +69,8 @@ def evaluate(
         so_far = Meter()
         for counts in distributed.interleaved(distributed.gathered([vars(meter) for meter in meters])):
             so_far.add(Meter(**counts))
+        if keep is not None:
+            keep[:] = distributed.interleaved(distributed.gathered(keep))
     if not so_far.images:
         raise DataError("no image could be read: there is nothing to evaluate")
     return so_far.score()
@@ -81,6 +83,7 @@ def score(
     device: torch.device,
     progress: Progress,
     name: str = "the model",
+    keep: list[Tensor] | None = None,
 ) -> Score:
     """Accuracy and loss of ``predict``, by all ranks together; as ``evaluate``.
 
@@ -91,6 +94,7 @@ def score(
         device: of the images that ``predict`` gets.
         progress: reports every batch.
         name: of the model, for messages.
+        keep: as for ``evaluate``.
 
     Raises:
         UnsupportedModel: the loss is NaN or infinite.
@@ -98,7 +102,7 @@ def score(
     if isinstance(predict, nn.Module):
         predict.eval()
     with progress.task(title, len(loader) // distributed.count()) as task:
-        found = evaluate(predict, loader, task, device=device, shared=True)
+        found = evaluate(predict, loader, task, device=device, keep=keep, shared=True)
     check_score(found.loss, found.images, name)
     return found
 

@@ -12,7 +12,7 @@ import pytest
 
 from saqcli.analysis import INSTRUMENTS, AnalysisInput
 from saqcli.analysis.landscape import LandscapeReading
-from saqcli.pipelines import trial_export
+from saqcli.pipelines import calibration
 from saqcli.report.readings import draw
 from saqcli.runs.checkpoints import CheckpointFile
 from saqcli.tasks.classification import Score
@@ -369,7 +369,7 @@ def test_unexportable_network_can_be_analyzed(
     def refuse(*_: object) -> None:
         raise AssertionError("an export was tried")
 
-    monkeypatch.setattr(trial_export, "_try_export", refuse)
+    monkeypatch.setattr(calibration, "_try_export", refuse)
     options = ("--bits", 4, "--distributions", "--images", 20, "--out", tmp_path / "out", "--quiet")
     result = saq("analyze", MODEL, *float_options(digits, digits / "few"), *options)
     assert result.exit_code == 0, result.stderr

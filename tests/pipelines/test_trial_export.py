@@ -18,7 +18,7 @@ from saqcli.errors import UnsupportedModel
 from saqcli.export.qdq import QdqExporter
 from saqcli.models.networks import NETWORKS, NetworkEntry
 from saqcli.pipelines import quantize as quantizing
-from saqcli.pipelines import trial_export
+from saqcli.pipelines import calibration
 from saqcli.pipelines.setup import load_float, wrap_and_trace
 from saqcli.progress import SILENT
 from saqcli.verify import publish
@@ -240,7 +240,7 @@ def test_shared_weight_use_is_exported(images: Path, network: Any, tmp_path: Pat
 def tried(make: Callable[[], nn.Module], network: Any, **settings: Any) -> None:
     given = {"model.name": network(make), "model.pretrained": False, "quantization.bits": "4", **settings}
     config = resolve(options=given)
-    trial_export.check_exports(config, wrap_and_trace(load_float(config.model, SILENT)))
+    calibration.check_exports(config, wrap_and_trace(load_float(config.model, SILENT)))
 
 
 def test_trial_keeps_random_state(network: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from saqcli.api.batches import device_of
 from saqcli.config import RunConfig
 from saqcli.data.splits import Images
-from saqcli.pipelines.accuracy.trials import FineTuning
+from saqcli.pipelines.accuracy.trials import Trials, trial_stages
 from saqcli.pipelines.bits import accuracy_bound
 from saqcli.pipelines.find_bits import FoundBits
 from saqcli.pipelines.setup import Network
@@ -30,7 +30,7 @@ from saqcli.searchers.accuracy import Accuracy, AccuracyBound, Met, keep_accurac
 from saqcli.training.loop import Memory, evaluate, score
 from saqcli.units import counted, format_quantity
 
-CALIBRATED, FINE_TUNED = "calibrated", "fine-tuned"
+CALIBRATED = "calibrated"  # before the stages that only trials take
 
 
 def keep(
@@ -48,7 +48,7 @@ def keep(
         found: by a searcher, on the network itself.
         run: keeps what was measured.
         progress: reports every measurement.
-        images: of the run that fine-tunes; None if calibrated accuracy decides alone.
+        images: of a run that goes on from here; None if calibrated accuracy decides alone.
         float_top1: percent, of the float network on the validation images; only used by ``min_top1``.
 
     Raises:
@@ -104,7 +104,7 @@ def _asked(bound: AccuracyBound, drop: float, float_top1: float, images: int) ->
 
 
 def scorer_of(found: FoundBits) -> Scorer:
-    """Measures a configuration by the method of the run, apart from fine-tuning; knows what the search has measured."""
+    """Measures a configuration as fine-tuning would start from it; knows what the search has measured."""
     network = found.bound.search_network
     scorer = Scorer(replace(found.bound.problem, model=network.model))
     scorer.scored.update({one.choice: one for one in found.result.scored})
@@ -118,7 +118,7 @@ class Measurements:
         config: resolved.
         found: by the searcher.
         memory: keeps what was measured.
-        images: of the run that fine-tunes, or None.
+        images: of the run, if it has further stages; or None.
     """
 
     def __init__(self, config: RunConfig, found: FoundBits, memory: Memory, images: Images | None) -> None:
@@ -129,10 +129,12 @@ class Measurements:
         for choice, top1, loss in state.get("tried", []):
             cost = found.bound.problem.space.cost(choice)
             self._tried[tuple(choice)] = Scored(tuple(choice), cost, top1, loss)
-        self._trials = config.search.trials if config.training.epochs and images is not None else 0
-        self._fine_tuning = None
-        if self._trials and images is not None:
-            self._fine_tuning = FineTuning(config, found.bound, images, state.get("training"))
+        stages = trial_stages(config) if images is not None else []
+        self._method, self._count = (
+            stages[-1] if stages else CALIBRATED,
+            config.search.trials if stages else 0,
+        )
+        self._trials = images and Trials(config, found.bound, images, state.get("training"))
 
     def keep(self, least: float) -> tuple[Met, str]:
         """The configuration for a top-1 of ``least`` percent, and how it was measured."""
@@ -148,9 +150,9 @@ class Measurements:
             problem.progress,
         )
         met, tried = keep_by_trials(
-            problem.space, asked, met, result.propose, self._calibrated, self._trial, least, self._trials
+            problem.space, asked, met, result.propose, self._calibrated, self._trial, least, self._count
         )
-        return met, FINE_TUNED if tried else CALIBRATED
+        return met, self._method if tried else CALIBRATED
 
     def _calibrated(self, choice: Sequence[int]) -> Scored:
         scored = self.scorer(choice)
@@ -158,14 +160,14 @@ class Measurements:
         return scored
 
     def _trial(self, choice: Sequence[int]) -> Scored:
-        assert self._fine_tuning is not None
+        assert self._trials is not None
         key = tuple(choice)
         if key not in self._tried:
             number, progress = len(self._tried) + 1, self.found.bound.problem.progress
-            self._tried[key] = scored = self._fine_tuning(key, number, self.memory, self._state)
+            self._tried[key] = scored = self._trials(key, number, self.memory, self._state)
             progress.note(
-                f"trial {number} of at most {self._trials}: "
-                f"{format_quantity(scored.cost.bops, self.found.budget.unit)}, fine-tuned {scored.top1:.2f} % on "
+                f"trial {number} of at most {self._count}: "
+                f"{format_quantity(scored.cost.bops, self.found.budget.unit)}, {self._method} {scored.top1:.2f} % on "
                 "held-out images"
             )
             self.memory.offer(self._state, milestone=True)

@@ -1,0 +1,190 @@
+"""The ladder of ``saq quantize``: calibrated, compensated, reconstructed, fine-tuned.
+
+Each stage starts from the model that the one before left, and ends with a score, a checkpoint and a line for the reader,
+who may stop there. The stages before fine-tuning need no labels: they compare the quantized network with the float one on
+calibration images. An interrupted stage resumes bit-identically: compensation, which takes seconds, from its start,
+reconstruction in the block where it stopped.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from saqcli import distributed
+from saqcli.config import RunConfig
+from saqcli.data.splits import Images
+from saqcli.pipelines.setup import load_seeded, wrap_and_trace
+from saqcli.progress import SILENT, Progress
+from saqcli.quant.calls import Call
+from saqcli.report.run_report import QuantizeResult
+from saqcli.runs.directory import RunDirectory
+from saqcli.tasks.classification import Score
+from saqcli.training.loop import score
+
+
+Stage = Callable[[RunConfig, RunDirectory, nn.Module, "Scorer"], dict[str, Any]]  # returns figures for the metrics
+
+
+class Measured(NamedTuple):
+    """A model's score on the images of a run.
+
+    Attributes:
+        score: accuracy and loss, NaN without labels.
+        agreement: percent of the images with the best class of the float network; None where that is unknown, in runs
+            of earlier versions.
+    """
+
+    score: Score
+    agreement: float | None
+
+
+@dataclass
+class Scorer:
+    """Scores models on the images of a run, and compares them with the float network.
+
+    Attributes:
+        images: of the run.
+        device: of the models.
+        name: of the network, for messages.
+        progress: reports every batch.
+        float_classes: best class of the float network for every readable image, in order, (N,); None if unknown.
+    """
+
+    images: Images
+    device: torch.device
+    name: str
+    progress: Progress
+    float_classes: Tensor | None = None
+
+    def of_float(self, model: nn.Module) -> Score:
+        """The score of the float network, whose best classes are kept."""
+        found, self.float_classes = self._score(model, "evaluating float", self.name)
+        return found
+
+    def of(self, model: nn.Module, stage: str, title: str | None = None) -> Measured:
+        """The score of the model after a stage.
+
+        Args:
+            model: quantized.
+            stage: its name, for messages.
+            title: of the task; None names the stage.
+        """
+        found, classes = self._score(model, title or f"evaluating {stage}", f"{self.name}, {stage},")
+        if self.float_classes is None or len(classes) != len(self.float_classes):
+            return Measured(found, None)
+        same = int((classes == self.float_classes).sum())
+        return Measured(found, 100 * same / len(classes))
+
+    def _score(self, model: nn.Module, title: str, name: str) -> tuple[Score, Tensor]:
+        classes: list[Tensor] = []
+        found = score(
+            model, self.images.validation(), title, self.device, self.progress, name, keep=classes
+        )
+        if not self.images.labelled:
+            found = replace(found, loss=math.nan, top1=math.nan, top5=math.nan)
+        return found, torch.cat(classes).to(torch.int32)
+
+
+class CalibrationCalls:
+    """The calibration images of a run as calls, the same at every pass."""
+
+    def __init__(self, images: Images) -> None:
+        self._loader = images.calibration()
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Call]:
+        return (Call((batch,)) for batch, _ in self._loader)
+
+
+def float_network(config: RunConfig, device: torch.device) -> nn.Module:
+    """The float network of a run with its original weights and statistics, wrapped as the quantized one is."""
+    loaded = load_seeded(config, SILENT)
+    network = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
+    return network.model.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def timed(run: RunDirectory, stage: str) -> Iterator[None]:
+    """Add the time in the context to that of a stage, which the manifest keeps over interruptions."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        run.add_seconds(stage, time.perf_counter() - start)
+
+
+def described(row: Mapping[str, Any], seconds: float | None = None) -> str:
+    """``reconstructed 90.97 % top-1, agrees with float on 95.20 %``: the end of a stage in words."""
+    figures = [] if row["top1"] is None else [f"{row['top1']:.2f} % top-1"]
+    if row["agreement"] is not None:
+        figures.append(f"agrees with float on {row['agreement']:.2f} %")
+    took = "" if seconds is None else f", {seconds:.0f} s"
+    return f"{row['stage']}: {', '.join(figures)}{took}"
+
+
+def end_stage(
+    stage: str, measured: Measured, result: QuantizeResult, run: RunDirectory, progress: Progress, **more: Any
+) -> None:
+    """Record the end of a stage without labels in the results and the metrics, and note it."""
+    row = result.add_stage(stage, *measured)
+    log_stage(run, stage, measured, **more)
+    progress.note(described(row, distributed.from_first(run.manifest).seconds.get(stage)))
+
+
+def log_stage(run: RunDirectory, phase: str, measured: Measured, **more: Any) -> None:
+    """Append the figures of a stage to the metrics."""
+    known = {} if measured.agreement is None else {"agreement": measured.agreement}
+    run.log(phase=phase, **asdict(measured.score), **known, **more)
+
+
+def wanted_stages(config: RunConfig) -> dict[str, Stage]:
+    """The stages without labels that a run takes after calibration, in their order."""
+    found: dict[str, Stage] = {}
+    return found
+
+
+def planned_stages(config: RunConfig) -> list[str]:
+    """The names of all stages of a run, in their order."""
+    return ["calibrated", *wanted_stages(config), *(["fine-tuned"] if config.training.epochs else [])]
+
+
+def climb(
+    config: RunConfig,
+    run: RunDirectory,
+    state: dict[str, Any],
+    model: nn.Module,
+    result: QuantizeResult,
+    scorer: Scorer,
+) -> dict[str, Any]:
+    """Take the stages without labels that are asked for and not done; the checkpoint of the run after them.
+
+    Args:
+        config: of the run.
+        run: keeps a checkpoint after every stage.
+        state: the checkpoint that ``model`` and ``result`` are of.
+        model: calibrated, changed in place.
+        result: receives a row for every stage.
+        scorer: of the run.
+
+    Raises:
+        Interrupted: a signal asked to stop; the state is saved.
+    """
+    done = [row["stage"] for row in result.stages]
+    for stage, work in wanted_stages(config).items():
+        if stage in done:
+            continue
+        with timed(run, stage):
+            more = work(config, run, model, scorer)
+        end_stage(stage, scorer.of(model, stage), result, run, scorer.progress, **more)
+        state = {**state, "outcome": result.pack(), "model": model.state_dict()}
+        run.save_checkpoint(state)
+    run.end_reconstruction()
+    return state

@@ -175,7 +175,8 @@ def ladder(space: SearchSpace, asked: Budget) -> Ladder:
 
 def middle(space: SearchSpace) -> Budget:
     """The budget of a search without one, of which only the proposals for other budgets are used."""
-    return Budget(bops=round(math.sqrt(space.floor.bops * space.ceiling.bops)), unit=space.costs.unit)
+    least, most = space.floor.bops, space.ceiling.bops
+    return Budget(bops=max(round(math.sqrt(least) * math.sqrt(most)), least), unit=space.costs.unit)
 
 
 class Rungs:

@@ -124,7 +124,7 @@ def test_trials_measure_fine_tuned_accuracy(network: list[object], tmp_path: Pat
         (("--max-drop", 1, "--bits", 4), "give exactly one of"),
         (("--max-drop", 1, "--policy", "none.json"), "give exactly one of"),
         (("--max-drop", -1), "max-drop"),
-        (("--min-top1", 170), "min_top1"),
+        (("--min-top1", 170), "100"),
         (("--max-drop", 1, "--set", "search.proxy={}"), "search.proxy"),
         (("--max-drop", 1, "--no-pretrained"), "trained float network"),
     ],

@@ -130,11 +130,11 @@ class Measurements:
             cost = found.bound.problem.space.cost(choice)
             self._tried[tuple(choice)] = Scored(tuple(choice), cost, top1, loss)
         stages = trial_stages(config) if images is not None else []
-        self._method, self._count = (
-            stages[-1] if stages else CALIBRATED,
-            config.search.trials if stages else 0,
-        )
-        self._trials = images and Trials(config, found.bound, images, state.get("training"))
+        self._method = stages[-1] if stages else CALIBRATED
+        self._count = config.search.trials if stages else 0
+        self._trials = None
+        if images is not None and self._count:
+            self._trials = Trials(config, found.bound, images, state.get("training"))
 
     def keep(self, least: float) -> tuple[Met, str]:
         """The configuration for a top-1 of ``least`` percent, and how it was measured."""

@@ -9,6 +9,7 @@ beginning.
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from saqcli import distributed
 from saqcli.config import RunConfig
 from saqcli.data.splits import Images
+from saqcli.errors import TrainingDiverged
 from saqcli.pipelines.calibration import install_quantizers
 from saqcli.pipelines.find_bits import BoundSearch
 from saqcli.pipelines.stages import CalibrationCalls, planned_stages
@@ -61,8 +63,9 @@ class Trials:
             memory: keeps the state of training.
             kept: what the memory keeps besides.
 
+        One whose training diverges has an accuracy of 0.
+
         Raises:
-            TrainingDiverged: the loss is NaN or infinite.
             Interrupted: a signal asked to stop.
         """
         problem, network = self.bound.problem, self.bound.search_network
@@ -81,7 +84,11 @@ class Trials:
             trainer = self._trainer(model, in_float, run, number)
             if interrupted is not None:
                 trainer.load_state_dict(interrupted["trainer"])
-            trainer.fit()
+            try:
+                trainer.fit()
+            except TrainingDiverged as error:
+                problem.progress.note(f"trial {number} failed: {error}")
+                return Scored(tuple(choice), problem.space.cost(choice), 0.0, math.inf)
         with SILENT.task("", 0) as task:
             score = evaluate(model.eval(), problem.images.scoring, task, device=problem.device, shared=True)
         return Scored(tuple(choice), problem.space.cost(choice), score.top1, score.loss)

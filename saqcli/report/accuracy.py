@@ -37,7 +37,9 @@ def _asked(accuracy: dict[str, Any]) -> str:
 
 
 def _validation_is_worse(accuracy: dict[str, Any]) -> bool:
-    return accuracy.get("validation_drop", -100.0) > max(accuracy["allowed_drop"], accuracy["held_out_drop"])
+    if "validation_drop" not in accuracy:
+        return False
+    return bool(accuracy["validation_drop"] > max(accuracy["allowed_drop"], accuracy["held_out_drop"]))
 
 
 def missed_line(accuracy: dict[str, Any]) -> str | None:

@@ -260,6 +260,8 @@ class DataSection(_Section):
 class QuantizationSection(_Section):
     """The quantizers, and the source of the bits: ``bits``, a budget (``bops``, ``size`` in bytes), or ``policy``.
 
+    A budget may also be one of accuracy (``max_drop`` or ``min_top1``), alone or with the others.
+
     ``candidates`` are the widths of weights and inputs together, unless ``activation_candidates`` are set for the
     inputs. ``pins`` restrict them by pattern of layer names: ``4``, ``3-6``, ``w4a8``; the last match decides.
     ``correct_bias`` and ``recalibrate_bn`` compensate the mean shift by quantization after calibration.
@@ -288,6 +290,19 @@ class QuantizationSection(_Section):
             "`quantization.bops`",
             "BUDGET",
         ),
+    ] = None
+    max_drop: Annotated[
+        Annotated[float, Field(ge=0, lt=100)] | None,
+        Option(
+            "Budget of accuracy: the most points of top-1 that may be lost; alone for the fewest bit-operations, or "
+            "together with `quantization.bops` or `quantization.size`",
+            "POINTS",
+            least=0,
+        ),
+    ] = None
+    min_top1: Annotated[
+        Annotated[float, Field(gt=0, le=100)] | None,
+        Option("The same as the least top-1 in percent", "PERCENT", names=("min-top1",), least=0),
     ] = None
     cost: Annotated[
         str,
@@ -401,9 +416,11 @@ class QuantizationSection(_Section):
 
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """JSON has the cost model, and the quantizers of single operands, only if they are set."""
-        defaults = {
+        """JSON has the cost model, budgets of accuracy, and the quantizers of single operands, only if they are set."""
+        defaults: dict[str, Any] = {
             "cost": "bops",
+            "max_drop": None,
+            "min_top1": None,
             "weight_quantizer": None,
             "activation_quantizer": None,
             "compensate": False,
@@ -436,6 +453,7 @@ class SearchSection(_Section):
     ``images`` of ``classes`` classes are drawn from the training split by seed, None for all. The share ``held_out`` is
     not trained on; ``scoring_images`` of it compare configurations. ``epochs`` and ``rho`` None are the searcher's
     own; ``options`` hold further keyword arguments by searcher. ``pareto`` is the number of budgets of a front.
+    ``trials`` is the most fine-tunings that an accuracy budget of ``saq quantize`` is tried with.
     """
 
     panel = SEARCH
@@ -463,6 +481,7 @@ class SearchSection(_Section):
         Field(ge=0),
         Option("Also search at N budgets, for a table and a picture of accuracy over cost", "N"),
     ] = 0
+    trials: Annotated[int, Field(ge=0, le=10)] = 3
     proxy: Annotated[
         ProxySection | None,
         Option(

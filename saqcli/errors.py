@@ -19,7 +19,7 @@
     │   └── CannotWrite           a full disk, a read-only or missing folder
     ├── CorruptArtifact           a file that is truncated, modified or foreign
     ├── ExportMismatch            exit code 3: an artifact that does not equal the model
-    ├── InfeasibleBudget          exit code 4: the budget is below the smallest reachable cost
+    ├── InfeasibleBudget          exit code 4: a budget of cost or accuracy that nothing meets
     ├── NotReproduced             exit code 3: a rerun with a different result
     ├── Interrupted               exit code 130: stopped by the user, progress saved
     └── StoppedElsewhere          another process of the same run failed and reported why
@@ -171,7 +171,7 @@ class ExportMismatch(SaqError):
 
 
 class InfeasibleBudget(SaqError):
-    """The budget is below the smallest reachable cost."""
+    """A budget that nothing meets: below the smallest reachable cost, or of more accuracy than was found."""
 
     exit_code = 4
 

@@ -1,7 +1,7 @@
 """From a module to a traced network, and from bits to installed quantizers: what the library shares."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig, LayerBits, parse_bits
 from saqcli.quant.calls import Call
 from saqcli.quant.convert import Scheme
-from saqcli.quant.correction import correct, correctable
+from saqcli.quant.correction import Corrections, correct, correctable
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.network import Network, trace_network
 from saqcli.quant.quantizers import Quantizer
@@ -318,3 +318,12 @@ def reported(title: str, calls: Iterable[Call], progress: Progress, total: int =
         for call in calls:
             yield call
             task.advance(images=call.count)
+
+
+def corrections_at(model: nn.Module, calls: Calls | None) -> Callable[[], None]:
+    """Corrections of batch norms at the current bits, as ``quantize_model`` makes them."""
+    if calls is None:
+        return lambda: None
+    corrections = Corrections(model, biases=False, norms=True)
+    kept = list(calls.limited(CALIBRATION_SAMPLES))
+    return lambda: corrections(kept)

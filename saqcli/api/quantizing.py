@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from saqcli.api.accuracy import wanted_accuracy
 from saqcli.api.arguments import scheme_of
 from saqcli.api.batches import BatchReader, Calls, Inputs
 from saqcli.api.exporting import try_export
@@ -45,6 +46,8 @@ def quantize_model(
     *,
     policy: Policy | None = None,
     budget: int | str | Budget | None = None,
+    max_drop: float | None = None,
+    min_top1: float | None = None,
     calibration: Iterable[Any] | None = None,
     example: Any = None,
     inputs: Inputs | None = None,
@@ -78,6 +81,10 @@ def quantize_model(
         policy: bits of every layer: a ``BitConfig``, its dictionary of layers, or a ``policy.json``.
         budget: bit-operations for one sample (``"34G"``, ``500_000_000``, ``"w4a4"`` for the cost of uniform 4 bits),
             or a ``Budget``.
+        max_drop: budget of accuracy: most points of top-1 that may be lost, measured calibrated on every second of the
+            labelled samples of ``calibration``; alone for the fewest bit-operations, or together with ``budget``. If it
+            cannot be met, the most accurate configuration is used (``saqcli.search`` tells).
+        min_top1: the same as the least top-1 in percent.
         calibration: any iterable of batches: tensors, tuples or dictionaries, with or without labels; see
             ``saqcli.api.batches``. Without it, levels are fitted to ``example`` alone.
         example: inputs to trace the module with; by default the first batch of ``calibration``, or an image of the
@@ -122,11 +129,13 @@ def quantize_model(
         >>> q(torch.rand(2, 3, 16, 16)).shape, saq.bops(q) < saq.bops(net, example=torch.rand(1, 3, 16, 16))
         (torch.Size([2, 10]), True)
     """
-    given = {"bits": bits, "policy": policy, "budget": budget}
+    searches = budget is not None or max_drop is not None or min_top1 is not None
+    given = {"bits": bits, "policy": policy, "budget": True if searches else None}
     named = [f"`{name}`" for name, value in given.items() if value is not None]
     if len(named) != 1:
         found = f"{' and '.join(named)} were given" if named else "no bits and no budget were given"
         raise ConfigError(f"{found}: give exactly one of `bits`, `policy` and `budget`")
+    accuracy = wanted_accuracy(budget, max_drop, min_top1) if searches else None
     options = search_options(search or {})
     scheme = scheme_of(
         quantizer, weight_quantizer, activation_quantizer, weight_grid, granularity, weight_normalization
@@ -135,18 +144,18 @@ def quantize_model(
     modes = {module: module.training for module in ready.model.modules()}
     network = float_network(ready.model, ready.example, quantize_attention=quantize_attention)
     try:
-        chosen = None if budget is not None else policy_of(network, bits=bits, policy=policy, pins=pins)
+        chosen = None if searches else policy_of(network, bits=bits, policy=policy, pins=pins)
         if export is not None:
             try_export(network, ready.example, scheme, export)
         statistics = observed(network.model, ready.calls, seed, progress)
         if chosen is None:
-            assert budget is not None
             chosen = find_bits(
                 network,
                 budget,
                 None if calibration is None else ready.calls,
                 statistics,
                 scheme,
+                accuracy=accuracy,
                 searcher=searcher,
                 candidates=candidates,
                 pins=pins,

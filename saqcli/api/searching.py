@@ -2,23 +2,23 @@
 
 import inspect
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from saqcli.api.accuracy import Accuracy, AccuracyBound, keep, middle, wanted_accuracy
 from saqcli.api.arguments import scheme_of, widths_of
 from saqcli.api.batches import Calls, Inputs, class_scores
 from saqcli.api.budgets import budget_of, priced
-from saqcli.api.networks import CALIBRATION_SAMPLES, copied, float_network, observed, prepare
+from saqcli.api.networks import CALIBRATION_SAMPLES, copied, corrections_at, float_network, observed, prepare
 from saqcli.config import WIDTHS, TrainingSection
 from saqcli.errors import ConfigError, DataError, UnsupportedModel
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.convert import Scheme
-from saqcli.quant.correction import Corrections
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.grid import WeightGrid
 from saqcli.quant.network import Network
@@ -39,21 +39,25 @@ class FoundBits:
     Attributes:
         policy: the bits of every layer.
         cost: bit-operations and bytes of the policy.
-        budget: of the search.
+        budget: of the search; without bounds if accuracy alone is bounded.
         result: what the searcher returned: further proposals and scores.
+        accuracy: the bound of accuracy and what became of it (``accuracy.result.met``); None without one.
     """
 
     policy: BitConfig
     cost: Cost
     budget: Budget
     result: SearchResult
+    accuracy: Accuracy | None = None
 
 
 def search(
     model: nn.Module,
-    budget: int | str | Budget,
+    budget: int | str | Budget | None = None,
     data: Iterable[Any] | None = None,
     *,
+    max_drop: float | None = None,
+    min_top1: float | None = None,
     example: Any = None,
     inputs: Inputs | None = None,
     searcher: str = "error",
@@ -77,12 +81,15 @@ def search(
     """Bits for every layer of a float module under a budget; the module is left unchanged.
 
     Searchers that need images take labelled ones from ``data``, of which they hold ``samples`` in memory: every second
-    one is trained on, and the others compare configurations.
+    one is trained on, and the others compare configurations. A bound of accuracy is measured on these others,
+    calibrated; if it cannot be met, the most accurate configuration is returned, and ``accuracy`` says what is missing.
 
     Args:
         model: any float module; with a searcher that needs images, from one tensor to class scores (N, classes).
-        budget: as in ``quantize_model``.
+        budget: as in ``quantize_model``; None for a bound of accuracy alone, with the fewest bit-operations.
         data: any iterable of batches, as the calibration of ``quantize_model``.
+        max_drop: most points of top-1 that may be lost.
+        min_top1: the same as the least top-1 in percent.
         example: as in ``quantize_model``.
         inputs: as in ``quantize_model``.
         searcher: name in ``saqcli.searchers.SEARCHERS``.
@@ -120,6 +127,7 @@ def search(
     scheme = scheme_of(
         quantizer, weight_quantizer, activation_quantizer, weight_grid, granularity, weight_normalization
     )
+    accuracy = wanted_accuracy(budget, max_drop, min_top1)
     ready = prepare(model, data, example, inputs, samples)
     network = float_network(ready.model, ready.example, quantize_attention=quantize_attention)
     statistics = observed(network.model, ready.calls.limited(CALIBRATION_SAMPLES), seed, progress)
@@ -129,6 +137,7 @@ def search(
         None if data is None else ready.calls,
         statistics,
         scheme,
+        accuracy=accuracy,
         searcher=searcher,
         options=options,
         candidates=candidates,
@@ -143,11 +152,12 @@ def search(
 
 def find_bits(
     network: Network,
-    budget: int | str | Budget,
+    budget: int | str | Budget | None,
     calls: Calls | None,
     statistics: Mapping[str, InputStatistics],
     scheme: Scheme,
     *,
+    accuracy: AccuracyBound | None = None,
     searcher: str = "error",
     options: Mapping[str, Any] | None = None,
     candidates: Iterable[int] = WIDTHS,
@@ -162,12 +172,13 @@ def find_bits(
     widths = widths_of(candidates, activation_candidates)
     costs = priced(network.costs, cost)
     space = search_space(network.name, costs, widths, parse_rules(pins or {}))
-    bound = budget_of(budget, network.name, costs)
-    space.check_reachable(bound)
+    asked = Budget(unit=costs.unit) if budget is None else budget_of(budget, network.name, costs)
+    space.check_reachable(asked)
+    bound = asked if asked.bounds() else middle(space)
     entry = SEARCHERS.find(searcher, "searcher")
     found = searcher_with(searcher, options or {})
     images = NO_IMAGES
-    if entry.uses_images:
+    if entry.uses_images or accuracy is not None:
         images = search_images(network, searcher, calls, seed)
     given = {"optimizer": "sgd", "lr": lr, "weight_decay": 1e-4}
     training = parse_object(TrainingSection, given, "the search", ConfigError)
@@ -182,11 +193,14 @@ def find_bits(
         optimizer=lambda trained: make_optimizer(trained, training),
         seed=seed,
         progress=progress,
-        corrections=lambda fitted: _corrections(fitted, calls),
+        corrections=lambda fitted: corrections_at(fitted, calls),
     )
     result = run(searcher, found, problem)
+    kept = None
+    if accuracy is not None:
+        result, kept = keep(accuracy, asked, replace(problem, model=network.model), result)
     policy = space.config(result.choice)
-    return FoundBits(policy, space.cost(result.choice), bound, result)
+    return FoundBits(policy, space.cost(result.choice), asked, result, kept)
 
 
 def search_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,12 +294,3 @@ def _every_second(batches: Sequence[Batch], start: int) -> list[Batch]:
             parts.append((images[start::2], labels[start::2]))
         start = (start + len(labels)) % 2
     return parts
-
-
-def _corrections(model: nn.Module, calls: Calls | None) -> Callable[[], None]:
-    """Corrections of batch norms at the current bits, as ``quantize_model`` makes them."""
-    if calls is None:
-        return lambda: None
-    corrections = Corrections(model, biases=False, norms=True)
-    kept = list(calls.limited(CALIBRATION_SAMPLES))
-    return lambda: corrections(kept)

@@ -107,6 +107,8 @@ def _bits(plan: dict[str, Any]) -> list[str]:
         bounds = ((plan["budget_bops"], "BOPs"), (plan["budget_bytes"], "B"))
         wanted = " and ".join(format_quantity(bound, unit) for bound, unit in bounds if bound is not None)
         lines = [f"{plan['bits']}: at most {wanted}", f"largest uniform bits that fit: {uniform}, {cost}"]
+    elif plan.get("accuracy"):
+        lines = [f"{plan['bits']}: the fewest bit-operations; at most {uniform}, {cost}"]
     if kept:
         lines.append(f"pinned to {PINNED_BITS} bits (input layers and classifiers): {_some(kept)}")
     return lines
@@ -126,6 +128,18 @@ def _search(plan: dict[str, Any]) -> list[str]:
         text += f", {counted(config['search']['epochs'], 'epoch')}"
     if config["search"]["pareto"]:
         text += f"; Pareto front at {counted(config['search']['pareto'], 'budget')}"
+    return [text, *_accuracy(plan)]
+
+
+def _accuracy(plan: dict[str, Any]) -> list[str]:
+    """How often accuracy is measured for a budget of it."""
+    accuracy = plan.get("accuracy")
+    if not accuracy:
+        return []
+    text = f"accuracy is measured on held-out images, for about {accuracy['measurements']} configurations at most"
+    if accuracy["trials"]:
+        stages = " and ".join(plan["stages"][1:])
+        text += f", then in up to {counted(accuracy['trials'], 'trial')}, each {stages} (`search.trials`)"
     return [text]
 
 

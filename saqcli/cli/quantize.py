@@ -86,10 +86,11 @@ def quantize_command(
     result = quantize(resolved, target, resume=resume, overwrite=overwrite, progress=progress).to_dict(target)
     if json_output:
         print_json(result)
-        return
-    from saqcli.cli.tables import show_quantized
+    else:
+        from saqcli.cli.tables import show_quantized
 
-    show_quantized(result)
+        show_quantized(result)
+    r.check_accuracy(result)
 
 
 def _choose_styles(given: o.Given, export: bool | None) -> None:

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from saqcli.cli.console import print_json, progress_for
 from saqcli.cli.options import Given, folder_of_bits, folder_of_model
 from saqcli.config import RunConfig, resolve_into
-from saqcli.errors import ConfigError, RunDirectoryError
+from saqcli.errors import ConfigError, InfeasibleBudget, RunDirectoryError
 from saqcli.option import EXPORT, RUN
 
 Config = Annotated[
@@ -112,8 +112,27 @@ def default_run_dir(config: RunConfig, *more: str) -> Path:
     """``runs/resnet18-w4a4``: the network's name, its bits or budget, and ``more``."""
     wanted, name = config.quantization, config.model.name.split("/")[-1]
     policy = Path(wanted.policy or "float").name.removesuffix(".json")
-    bits = wanted.bops or wanted.size or wanted.bits or policy
+    given = [wanted.bops or wanted.size]
+    given += [
+        f"{name}{value:g}"
+        for name, value in (("drop", wanted.max_drop), ("top", wanted.min_top1))
+        if value is not None
+    ]
+    bits = "-".join(filter(None, given)) or wanted.bits or policy
     return Path("runs") / "-".join((folder_of_model(name), folder_of_bits(bits), *more))
+
+
+def check_accuracy(result: dict[str, Any]) -> None:
+    """Report a budget of accuracy that the finished run misses, by its exit code.
+
+    Raises:
+        InfeasibleBudget: says by how much; the run and its files are kept.
+    """
+    from saqcli.report.accuracy import missed_line
+
+    missed = missed_line(result["accuracy"]) if result.get("accuracy") else None
+    if missed is not None:
+        raise InfeasibleBudget(f"{missed} (the run is finished, in {result['run_dir']})")
 
 
 def dry_run(

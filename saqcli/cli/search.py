@@ -75,10 +75,11 @@ def search_command(
     )
     if json_output:
         print_json(result)
-        return
-    from saqcli.cli.tables import show_searched
+    else:
+        from saqcli.cli.tables import show_searched
 
-    show_searched(result)
+        show_searched(result)
+    r.check_accuracy(result)
 
 
 def _check(config: RunConfig, *, dry_run: bool) -> None:

@@ -261,8 +261,17 @@ def show_quantized(result: dict[str, Any]) -> None:
     for note in ("onnx_explanation", "onnx_size_note"):
         if result[note]:
             print_text(console, upper_first(result[note]))
+    _show_accuracy(result, console)
     for path in result["artifacts"].values():
         print_text(console, f"wrote {path}")
+
+
+def _show_accuracy(result: dict[str, Any], console: Console) -> None:
+    """Print what became of a budget of accuracy, if there was one."""
+    from saqcli.report.accuracy import accuracy_lines
+
+    for line in accuracy_lines(result["accuracy"]) if result.get("accuracy") else ():
+        print_text(console, line)
 
 
 def onnx_sentence(result: dict[str, Any]) -> str:
@@ -370,6 +379,7 @@ def show_searched(result: dict[str, Any]) -> None:
             console,
             f"top-1 {result['scoring_top1']:.2f} % on held-out training images (calibrated, not fine-tuned)",
         )
+    _show_accuracy(result, console)
     for path in result["artifacts"].values():
         print_text(console, f"wrote {path}")
 

@@ -14,6 +14,7 @@ from saqcli.quant.cost import Budget, CostModel
 from saqcli.quant.costs import COSTS
 from saqcli.quant.search_space import Candidates, SearchSpace, parse_rule, parse_rules, search_space
 from saqcli.searchers import SEARCHERS, Searcher
+from saqcli.searchers.accuracy import AccuracyBound, middle
 from saqcli.serialization import parse_json, read_text
 from saqcli.units import SETTINGS, Quantity, parse_quantity
 
@@ -21,6 +22,10 @@ BUDGETS: tuple[tuple[str, Quantity], ...] = (
     ("bops", "bops"),
     ("size", "size"),
 )  # setting and quantity
+BUDGET_WAYS = (  # of cost, and of accuracy; both may be given
+    "`quantization.bops` or `quantization.size`",
+    "`quantization.max_drop` or `quantization.min_top1`",
+)
 
 
 def check_bits(section: QuantizationSection, *, files: bool = True) -> None:
@@ -60,22 +65,24 @@ def _check_budget(text: str | None, quantity: Quantity) -> None:
 
 
 def check_bits_source(section: QuantizationSection) -> None:
-    """Check that exactly one of bits, budget and policy is given.
+    """Check that exactly one of bits, budget and policy is given; a budget of cost, of accuracy, or of both.
 
     Raises:
         ConfigError: none or more than one.
     """
+    cost, accuracy = BUDGET_WAYS
     ways = {
         "`quantization.bits`": section.bits is not None,
-        "`quantization.bops` or `quantization.size`": section.bops is not None or section.size is not None,
+        cost: section.bops is not None or section.size is not None,
+        accuracy: accuracy_bound(section) is not None,
         "`quantization.policy`": section.policy is not None,
     }
     given = [name for name, there in ways.items() if there]
-    if len(given) != 1:
+    if set(given) != set(BUDGET_WAYS) and len(given) != 1:
         found = f"{' and '.join(given)} were given" if given else "no bits and no budget were given"
         raise ConfigError(
             f"{found}: give exactly one of `quantization.bits=4`, `quantization.bops=34G` "
-            "(or `quantization.size=5MB`, or both), `quantization.policy=FILE`"
+            "(or `quantization.size=5MB`, `quantization.max_drop=1`, or several), `quantization.policy=FILE`"
         )
 
 
@@ -132,7 +139,7 @@ def costs_of(section: QuantizationSection, network: Network) -> CostModel:
 
 
 def budget_of(section: QuantizationSection, network: Network) -> Budget:
-    """The budget: ``34G``, ``5MB``, or ``w4a4`` for the cost of uniform 4 bits in this network."""
+    """The budget of cost: ``34G``, ``5MB``, or ``w4a4`` for the cost of uniform 4 bits in this network."""
 
     costs = costs_of(section, network)
     bops, size = (
@@ -140,6 +147,66 @@ def budget_of(section: QuantizationSection, network: Network) -> Budget:
         for text, quantity in zip((section.bops, section.size), get_args(Quantity), strict=True)
     )
     return Budget(bops=bops, size=size, unit=costs.unit)
+
+
+def search_budget(
+    section: QuantizationSection, network: Network, space: SearchSpace
+) -> tuple[Budget, Budget]:
+    """The budget that was asked for, without bounds if accuracy alone is, and the budget to search under."""
+    asked = budget_of(section, network)
+    return asked, asked if asked.bounds() else middle(space)
+
+
+def accuracy_bound(section: QuantizationSection) -> AccuracyBound | None:
+    """The budget of accuracy, or None."""
+    if section.max_drop is None and section.min_top1 is None:
+        return None
+    return AccuracyBound(section.max_drop, section.min_top1)
+
+
+def check_accuracy(config: RunConfig) -> None:
+    """Check that a budget of accuracy, if there is one, can be measured.
+
+    Raises:
+        ConfigError: two bounds, or a network whose accuracy in floating point says nothing.
+    """
+    section, problems = config.quantization, Problems()
+    if accuracy_bound(section) is None:
+        return
+    if section.max_drop is not None and section.min_top1 is not None:
+        problems.add(
+            ConfigError(
+                "`quantization.max_drop` and `quantization.min_top1` bound the same accuracy: remove one of them"
+            )
+        )
+    if config.search.proxy is not None:
+        problems.add(
+            ConfigError(
+                "a budget of accuracy is one of the network itself, and `search.proxy` measures another: remove "
+                "`search.proxy`, or `quantization.max_drop` and `quantization.min_top1`"
+            )
+        )
+    if config.model.new_head:
+        problems.add(
+            ConfigError(
+                "a budget of accuracy compares with the float network, whose classifier is random with "
+                "`model.new_head`: use a budget such as `quantization.bops=34G`"
+            )
+        )
+    problems.check()
+
+
+def check_compares(network: Network) -> None:
+    """Check that the float network is trained, so that a drop of its accuracy means something.
+
+    Raises:
+        ConfigError: its weights, or those of its classifier, are random.
+    """
+    if not network.loaded.trained:
+        raise ConfigError(
+            f"a budget of accuracy needs a trained float network, but weights of {network.name}, or of its "
+            "classifier, are random: use `model.weights=FILE` with all weights"
+        )
 
 
 def given_policy(section: QuantizationSection, network: Network) -> BitConfig | None:

@@ -19,7 +19,9 @@ from saqcli.export import STYLES
 from saqcli.models.arguments import check_arguments
 from saqcli.models.load import LoadedModel, check_model_name
 from saqcli.pipelines.bits import (
+    accuracy_bound,
     budget_of,
+    check_accuracy,
     check_bits,
     check_bits_source,
     given_policy,
@@ -164,6 +166,7 @@ def check_quantize(config: RunConfig, *, images: bool = False, files: bool = Tru
         problems.attempt(check_images, proxy_data(config), "train", files=files)
     problems.attempt(check_bits_source, config.quantization)
     problems.attempt(check_bits, config.quantization, files=files)
+    problems.attempt(check_accuracy, config)
     problems.attempt(make_searcher, config)
     problems.attempt(scheme_of(config).check)
     problems.attempt(check_training, config)
@@ -207,6 +210,11 @@ def _check_calibration(config: RunConfig, *, files: bool) -> None:
 
 def _needs_labels(config: RunConfig) -> ConfigError:
     """The error about a search on unlabelled images."""
+    if accuracy_bound(config.quantization) is not None:
+        return ConfigError(
+            "a budget of accuracy is measured on labelled training images, and `data.calibration` has none; agreement "
+            "with the float network is not accuracy: use `data.path=DIR` with train/ and val/"
+        )
     if config.search.pareto and not SEARCHERS.find(config.quantization.searcher).uses_images:
         what = f"`search.pareto={config.search.pareto}` scores"
     else:
@@ -238,15 +246,21 @@ def check_search(config: RunConfig, *, images: bool = True, files: bool = True) 
             problems.add(_needs_labels(config))
     if data.path is not None or (images and data.calibration is None):
         problems.attempt(check_images, data, "train", files=files)
+        if section.min_top1 is not None and config.search.proxy is None:
+            problems.attempt(check_images, data, "val", files=files)
     if section.bits is not None or section.policy is not None:
         problems.add(
             ConfigError("`quantization.bits` and `quantization.policy` leave nothing to search: remove them")
         )
-    elif section.bops is None and section.size is None:
+    elif section.bops is None and section.size is None and accuracy_bound(section) is None:
         problems.add(
-            ConfigError("no budget was given: use `quantization.bops=34G`, `quantization.size=5MB`, or both")
+            ConfigError(
+                "no budget was given: use `quantization.bops=34G`, `quantization.size=5MB`, "
+                "`quantization.max_drop=1`, or several"
+            )
         )
     problems.attempt(check_bits, section, files=False)
+    problems.attempt(check_accuracy, config)
     problems.attempt(make_searcher, config)
     problems.attempt(scheme_of(config).check)
     problems.attempt(make_optimizer, nn.Linear(1, 1, device="meta"), search_training(config))

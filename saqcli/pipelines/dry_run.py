@@ -14,17 +14,18 @@ from saqcli.config import ModelSection, RunConfig, names_own_network
 from saqcli.data.datasets import Split
 from saqcli.data.splits import Images
 from saqcli.models.load import LoadedModel, default_classes, published_weights
-from saqcli.pipelines.bits import budget_of, given_policy, space_of
+from saqcli.pipelines.bits import accuracy_bound, budget_of, given_policy, space_of
 from saqcli.pipelines.calibration import check_exports
 from saqcli.pipelines.checks import check_quantize, check_search, network_for
 from saqcli.pipelines.export import onnx_names
 from saqcli.pipelines.find_bits import request_search
-from saqcli.pipelines.setup import Network, load_float, open_images, training_images, wrap_and_trace
+from saqcli.pipelines.setup import Network, images_of_search, load_float, open_images, wrap_and_trace
 from saqcli.pipelines.stages import planned_stages
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.resume import check_same_settings, should_resume
+from saqcli.searchers.accuracy import ladder, most_measured
 from saqcli.searchers.baselines import largest_uniform
 from saqcli.serialization import check_can_write
 from saqcli.training.preflight import check_trains
@@ -81,8 +82,9 @@ def plan(
         check_exports(config, network, progress)
     network.model.to(device)
     budget = budget_of(section, network)
-    searches = verb == "search" or bool(budget.bounds())
-    space = space_of(section, network) if budget.bounds() else None
+    bound = accuracy_bound(section)
+    searches = verb == "search" or bool(budget.bounds()) or bound is not None
+    space = space_of(section, network) if budget.bounds() or bound is not None else None
     if space is not None:
         space.check_reachable(budget)
     proxy = _check_search(config, network, images) if searches else None
@@ -111,12 +113,27 @@ def plan(
         "decisions": len(space.decisions) if space is not None else 0,
         "budget_bops": budget.bit_operations,
         "budget_bytes": budget.size,
+        **(
+            {}
+            if bound is None or space is None
+            else {"accuracy": _accuracy(config, len(ladder(space, budget).budgets), verb)}
+        ),
         "steps_per_epoch": len(images.training()) if trains and images is not None else None,
         "stages": planned_stages(config) if verb == "quantize" else [],
         "scored_on": images.scored_on if images is not None and verb == "quantize" else None,
         "scored_images": images.val.images if images is not None and verb == "quantize" else None,
         "writes": [str(run_dir / name) for name in _written(config, verb, searches=searches)],
         "profile": profile.to_dict(),
+    }
+
+
+def _accuracy(config: RunConfig, rungs: int, verb: str) -> dict[str, Any]:
+    """The budget of accuracy, and the most measurements that a ladder of ``rungs`` takes, but for what noise adds."""
+    return {
+        "max_drop": config.quantization.max_drop,
+        "min_top1": config.quantization.min_top1,
+        "measurements": most_measured(rungs),
+        "trials": config.search.trials if verb == "quantize" and planned_stages(config)[1:] else 0,
     }
 
 
@@ -141,7 +158,7 @@ def _images(
     ):
         return None
     if verb == "search":
-        return training_images(config.data, loaded, device, config.run.seed, progress)
+        return images_of_search(config, loaded, device, progress)
     return open_images(config, loaded, device, progress)
 
 
@@ -178,6 +195,8 @@ def _bits(config: RunConfig) -> str:
         "policy": section.policy,
         "bops": section.bops,
         "size": section.size,
+        "max_drop": None if section.max_drop is None else f"{section.max_drop:g}",
+        "min_top1": None if section.min_top1 is None else f"{section.min_top1:g}",
     }
     words = [(setting, value) for setting, value in given.items() if value is not None]
     words += [("pins", f"{pattern}={bits}") for pattern, bits in section.pins.items()]

@@ -12,7 +12,7 @@ from saqcli import distributed
 from saqcli.api.costs import layer_rows
 from saqcli.config import RunConfig
 from saqcli.data.splits import Images
-from saqcli.pipelines.bits import budget_of, make_searcher, space_of
+from saqcli.pipelines.bits import accuracy_bound, check_compares, make_searcher, search_budget, space_of
 from saqcli.pipelines.calibration import CalibrationCorrection, calibrate, scheme_of
 from saqcli.pipelines.proxy import open_proxy, search_images
 from saqcli.pipelines.setup import Network
@@ -23,6 +23,7 @@ from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.search_space import SearchSpace
 from saqcli.searchers import SEARCHERS, SearchImages, SearchProblem, SearchResult, run
+from saqcli.searchers.accuracy import Accuracy
 from saqcli.searchers.problem import NO_IMAGES
 from saqcli.training.loop import Memory
 from saqcli.training.optimizer import make_optimizer, search_training
@@ -34,7 +35,8 @@ class SearchRequest(NamedTuple):
 
     Attributes:
         space: the bit options.
-        budget: the budget to meet.
+        budget: the budget of the search.
+        asked: the budget that was asked for, the same unless it bounds accuracy alone.
         network: the target network of the policy.
         search_network: the network that is searched: the target network, or the proxy's.
         images: images of ``search_network``.
@@ -43,6 +45,7 @@ class SearchRequest(NamedTuple):
 
     space: SearchSpace
     budget: Budget
+    asked: Budget
     network: Network
     search_network: Network
     images: Images
@@ -54,11 +57,13 @@ class BoundSearch(NamedTuple):
 
     Attributes:
         problem: the problem, not yet given a memory.
+        asked: the budget that was asked for.
         network: the target network of the policy.
         search_network: the network that is searched: the target network, or the proxy's.
     """
 
     problem: SearchProblem
+    asked: Budget
     network: Network
     search_network: Network
 
@@ -72,12 +77,14 @@ class FoundBits:
         seconds: duration of the search since it was last resumed.
         result: what the searcher returned.
         bound: the search that was run.
+        accuracy: what became of the budget of accuracy; None without one.
     """
 
     searcher: str
     seconds: float
     result: SearchResult
     bound: BoundSearch
+    accuracy: Accuracy | None = None
 
     @property
     def policy(self) -> BitConfig:
@@ -91,8 +98,8 @@ class FoundBits:
 
     @property
     def budget(self) -> Budget:
-        """The budget of the search."""
-        return self.bound.problem.budget
+        """The budget that was asked for."""
+        return self.bound.asked
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in ``search.json``; accuracies in percent."""
@@ -114,6 +121,7 @@ class FoundBits:
             "scoring_top1": score.top1 if score else None,
             "scoring_loss": score.loss if score else None,
             "scored": len(self.result.scored),
+            **({} if self.accuracy is None else {"accuracy": self.accuracy.to_dict()}),
         }
 
 
@@ -132,10 +140,14 @@ def request_search(
         SaqError: the budget is below the smallest reachable cost, the images do not suffice, or the optimizer is
             invalid.
     """
-    space, budget = space_of(config.quantization, network), budget_of(config.quantization, network)
-    for line in space.outlook(budget):
+    space = space_of(config.quantization, network)
+    asked, budget = search_budget(config.quantization, network, space)
+    for line in space.outlook(asked):
         progress.note(line)
-    space.check_reachable(budget)
+    space.check_reachable(asked)
+    accuracy = accuracy_bound(config.quantization)
+    if accuracy is not None:
+        check_compares(network)
     training = search_training(config)
     make_optimizer(nn.Linear(1, 1), training)  # raises now, not after the calibration
     search_network = network
@@ -143,10 +155,11 @@ def request_search(
         search_network, images = open_proxy(config, network, pick_device(config.run.device), progress)
     assert images is not None
     uses_images = SEARCHERS[config.quantization.searcher].uses_images or config.search.pareto > 0
+    uses_images = uses_images or accuracy is not None
     parts = search_images(images, config.search, progress) if uses_images else NO_IMAGES
     if SEARCHERS[config.quantization.searcher].trains:
         _check_trains(search_network, config, getattr(parts.training, "images", 0) * distributed.count())
-    return SearchRequest(space, budget, network, search_network, images, parts)
+    return SearchRequest(space, budget, asked, network, search_network, images, parts)
 
 
 def _check_trains(search_network: Network, config: RunConfig, images: int) -> None:
@@ -194,7 +207,7 @@ def bind_search(
         progress=progress,
         corrections=lambda model: CalibrationCorrection(config, model, request.images, SILENT, keep=True),
     )
-    return BoundSearch(problem, request.network, search_network)
+    return BoundSearch(problem, request.asked, request.network, search_network)
 
 
 def find_bits(config: RunConfig, bound: BoundSearch, memory: Memory) -> FoundBits:
@@ -210,5 +223,6 @@ def find_bits(config: RunConfig, bound: BoundSearch, memory: Memory) -> FoundBit
     choice = distributed.from_first(lambda: result.choice)  # the ranks may have different processors
     seconds = time.perf_counter() - start
     found = FoundBits(config.quantization.searcher, seconds, replace(result, choice=choice), bound)
-    problem.progress.note(f"searcher {found.searcher}: {problem.budget.shares(found.cost)}, {seconds:.0f} s")
+    if bound.asked.bounds():
+        problem.progress.note(f"searcher {found.searcher}: {bound.asked.shares(found.cost)}, {seconds:.0f} s")
     return found

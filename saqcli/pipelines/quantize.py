@@ -169,7 +169,7 @@ def start_run(
     float_score = scorer.of_float(network.model)
     with timed(run, "calibrated"):
         statistics = calibrate(network, images, config, progress)
-    policy, budget = choose_bits(config, prepared, statistics, run, progress)
+    policy, budget, accuracy = choose_bits(config, prepared, statistics, run, progress, float_score.top1)
     with timed(run, "calibrated"):
         model = install_quantizers(config, network, policy, statistics, images, progress)
     measured = scorer.of(model, "calibrated")
@@ -185,6 +185,7 @@ def start_run(
         network.costs.float_size,
         policy,
         budget_bytes=budget.size,
+        accuracy=accuracy,
         scored_on=images.scored_on,
     )
     if images.labelled:

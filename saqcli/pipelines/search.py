@@ -3,6 +3,7 @@
 load        the target network of the policy; with a proxy, also the proxy's network, which is trained on its images
 calibrate   input statistics of all layers
 search      on parts of the training images; an interrupted search resumes bit-identically
+accuracy    under a budget of accuracy: configurations of the search's front, measured on held-out images
 write       policy.json, search.json, plots
 """
 
@@ -15,23 +16,30 @@ import torch
 from saqcli import distributed
 from saqcli.config import RunConfig
 from saqcli.data.splits import Images
-from saqcli.errors import RunDirectoryError
+from saqcli.pipelines.accuracy.keep import keep, top1_in_float
 from saqcli.pipelines.bits import given_policy
 from saqcli.pipelines.checks import check_search
 from saqcli.pipelines.find_bits import FoundBits, SearchRequest, bind_search, find_bits, request_search
 from saqcli.pipelines.proxy import fit_proxy
-from saqcli.pipelines.setup import Network, Prepared, load_float, load_seeded, training_images, wrap_and_trace
+from saqcli.pipelines.setup import (
+    Network,
+    Prepared,
+    images_of_search,
+    load_float,
+    load_seeded,
+    wrap_and_trace,
+)
 from saqcli.process_group import process_group
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.cost import Budget
 from saqcli.report.pareto import front_of
-from saqcli.report.search_report import SearchResults, write_search
+from saqcli.report.search_report import check_results, write_search
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.resume import check_same_settings, note_restart, should_resume
 from saqcli.runs.saving import SearchMemory
-from saqcli.serialization import parse_object, write_text
+from saqcli.serialization import write_text
 
 
 def search(
@@ -76,7 +84,7 @@ def _search(
         distributed.from_first(lambda: check_same_settings(run, config))
         done = distributed.from_first(run.manifest)
         if done.status == "finished":
-            parse_object(SearchResults, done.results, f"{run_dir}/manifest.json, results", RunDirectoryError)
+            check_results(done.results, f"{run_dir}/manifest.json, results")
             return done.results
     prepared = distributed.together(lambda: prepare_search(config, device, progress))
     request = distributed.together(lambda: request_search(config, *prepared, progress))
@@ -85,7 +93,9 @@ def _search(
         if resume:
             note_restart(run, progress.note)
         request.images.record_or_check(run)
-        results = save_search(run_search(config, request, None, run, progress), config, run)
+        float_top1 = top1_in_float(config, request.network, request.images, progress)
+        found = run_search(config, request, None, run, progress, float_top1=float_top1)
+        results = save_search(found, config, run)
         run.finish(results)
         run.end_search()
     return results
@@ -97,8 +107,11 @@ def run_search(
     statistics: Mapping[str, InputStatistics] | None,
     run: RunDirectory,
     progress: Progress,
+    *,
+    fine_tunes: bool = False,
+    float_top1: float | None = None,
 ) -> FoundBits:
-    """Run the searcher; a signal interrupts it once its state is saved.
+    """Run the searcher, and keep the accuracy that was asked for; a signal interrupts both once their state is saved.
 
     Args:
         config: resolved.
@@ -106,6 +119,8 @@ def run_search(
         statistics: input statistics of the target network, if known already.
         run: stores the state of the search.
         progress: reports all long steps.
+        fine_tunes: whether the run fine-tunes what is found, so that trials of that may decide.
+        float_top1: percent, of the float network on the validation images; needed by ``min_top1`` only.
 
     Raises:
         Interrupted: a signal asked to stop.
@@ -117,7 +132,8 @@ def run_search(
             fit_proxy(request.search_network, request.images, config, progress, memory)
     bound = bind_search(config, request, statistics, progress)
     with SearchMemory(run, minutes, progress.note) as memory:
-        return find_bits(config, bound, memory)
+        found = find_bits(config, bound, memory)
+    return keep(config, found, run, progress, request.images if fine_tunes else None, float_top1)
 
 
 def prepare_search(
@@ -130,7 +146,7 @@ def prepare_search(
         network = wrap_and_trace(load_float(section, SILENT), quantize_attention=attention)
         return network, None
     loaded = load_seeded(config, progress)
-    images = training_images(config.data, loaded, device, config.run.seed, progress)
+    images = images_of_search(config, loaded, device, progress)
     network = wrap_and_trace(loaded, quantize_attention=attention)
     network.model.to(device)
     return network, images
@@ -142,20 +158,24 @@ def choose_bits(
     statistics: Mapping[str, InputStatistics],
     run: RunDirectory,
     progress: Progress,
-) -> tuple[BitConfig, Budget]:
-    """The given policy, or the one that the searcher finds under the budget; saved in the run."""
+    float_top1: float,
+) -> tuple[BitConfig, Budget, dict[str, Any] | None]:
+    """The given policy, or the one that is found under the budget, with what became of its bound of accuracy.
+
+    The policy is saved in the run. ``float_top1`` is that of the float network on the validation images, in percent.
+    """
     network, images = prepared
     policy = given_policy(config.quantization, network)
     if policy is not None:
         if distributed.first():
             write_text(run.policy_path, policy.to_json())
-        return policy, Budget()
+        return policy, Budget(), None
     request = distributed.together(lambda: request_search(config, network, images, progress))
     if config.search.proxy is not None:
         request.images.record_or_check(run, prefix="proxy ")
-    found = run_search(config, request, statistics, run, progress)
+    found = run_search(config, request, statistics, run, progress, fine_tunes=True, float_top1=float_top1)
     save_search(found, config, run)
-    return found.policy, found.budget
+    return found.policy, found.budget, found.accuracy and found.accuracy.to_dict()
 
 
 def save_search(found: FoundBits, config: RunConfig, run: RunDirectory) -> dict[str, Any]:

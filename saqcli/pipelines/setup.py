@@ -165,6 +165,15 @@ def training_images(
     return Images.training_only(section, classes_of(loaded), loaded.preprocessing, device, seed, progress)
 
 
+def images_of_search(
+    config: RunConfig, loaded: LoadedModel, device: torch.device, progress: Progress
+) -> Images:
+    """The training images; the validation images too where a least top-1 is compared with the float network's."""
+    if config.quantization.min_top1 is not None:
+        return open_images(config, loaded, device, progress)
+    return training_images(config.data, loaded, device, config.run.seed, progress)
+
+
 def open_images(
     config: RunConfig, loaded: LoadedModel, device: torch.device, progress: Progress = SILENT
 ) -> Images:
@@ -186,7 +195,11 @@ def searches_on_labels(config: RunConfig) -> bool:
         ConfigError: there is no such searcher.
     """
     section = config.quantization
-    if (section.bops is None and section.size is None) or config.search.proxy is not None:
+    if config.search.proxy is not None:
+        return False
+    if section.max_drop is not None or section.min_top1 is not None:
+        return True
+    if section.bops is None and section.size is None:
         return False
     return SEARCHERS.find(section.searcher).uses_images or config.search.pareto > 0
 

@@ -209,14 +209,14 @@ class SearchSpace:
         ]
 
     def outlook(self, budget: Budget) -> list[str]:
-        """Notes for a person: what can be reached, and whether the budget leaves anything to search."""
+        """Notes for a person: what can be reached, and whether the budget, if any, leaves anything to search."""
         floor, ceiling = self.floor, self.ceiling
         notes = [
             f"{self.model}: {counted(len(self.decisions), 'decision')}, reachable {format_quantity(floor.bops)} to "
             f"{format_quantity(ceiling.bops, self.costs.unit)} and {format_quantity(floor.size)} to "
-            f"{format_quantity(ceiling.size, 'B')}; the budget is {budget}"
+            f"{format_quantity(ceiling.size, 'B')}" + (f"; the budget is {budget}" if budget.bounds() else "")
         ]
-        if budget.admits(ceiling):
+        if budget.bounds() and budget.admits(ceiling):
             notes.append("the budget allows the most bits in every layer: there is nothing to search")
         return notes
 

@@ -12,6 +12,7 @@ from typing import Any
 from saqcli.config import RunConfig, TrainingSection
 from saqcli.export import is_bit_equal
 from saqcli.quant.bits import BitConfig
+from saqcli.report.accuracy import accuracy_lines
 from saqcli.serialization import write_text
 from saqcli.tasks.classification import Score
 from saqcli.training.best import Best, advice
@@ -62,6 +63,7 @@ class QuantizeResult:
         best_score: of the best state.
         exported_epoch: epoch of the exported state.
         advice: recommended changes, if fine-tuning ended below its start or below its best epoch.
+        accuracy: the budget of accuracy and what became of it, as in ``search.json``; None without one.
         stages: of the ladder, those done: ``stage``, ``top1``, ``top5``, ``loss``, ``agreement``.
         scored_on: what the scores are of, see ``data.splits.Images``.
         untrained_score: before fine-tuning, after the last stage without labels.
@@ -87,6 +89,7 @@ class QuantizeResult:
     best_score: Score | None = None
     exported_epoch: int = 0
     advice: str | None = None
+    accuracy: dict[str, Any] | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
     scored_on: str = "validation"
     untrained_score: Score | None = None
@@ -168,7 +171,13 @@ class QuantizeResult:
             **{f"onnx_{name}": onnx.get(name) for name in ONNX_FIGURES},
             "policy": self.policy.model_dump()["layers"],
             "artifacts": self.artifacts,
+            **({} if self.accuracy is None else {"accuracy": self.accuracy | self._validated()}),
         }
+
+    def _validated(self) -> dict[str, Any]:
+        """The validation accuracy beside a budget of accuracy."""
+        in_float, now = self.float_score.top1, self.score.top1
+        return {"validation_float_top1": in_float, "validation_top1": now, "validation_drop": in_float - now}
 
     def pack(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -247,6 +256,11 @@ def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
     names, rows, exported = results_table(results)
     next(row for row in rows if row[0] == "BOPs")[exported] += share
     note = f"\nNote: {results['advice']}.\n" if results["advice"] else ""
+    accuracy = (
+        "".join(f"\n{line[0].upper()}{line[1:]}.\n" for line in accuracy_lines(results["accuracy"]))
+        if results.get("accuracy")
+        else ""
+    )
     again = f"saq rerun {shlex.quote(results['run_dir'])}"
     if has_labels(results):
         on = f"Evaluated on {scored_images(results)}."
@@ -260,7 +274,7 @@ def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
 {_markdown_table(["", *names], rows)}
 {note}
 {on} BOPs are reduced {results["bops_reduction"]:.1f} times.
-
+{accuracy}
 ## Stages
 
 {_markdown_table(*stages_table(results, seconds=False))}

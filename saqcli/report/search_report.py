@@ -5,13 +5,14 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from saqcli._version import __version__
+from saqcli.errors import RunDirectoryError
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.report.front import draw_front
 from saqcli.report.pareto import Front, to_table, write_front
 from saqcli.report.policy import draw_policy
 from saqcli.runs.directory import RunDirectory
 from saqcli.searchers.problem import SearchProblem, SearchResult
-from saqcli.serialization import json_text, write_text
+from saqcli.serialization import json_text, parse_object, write_text
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -53,6 +54,39 @@ class FrontTable(BaseModel):
     points: list[FrontRow]
 
 
+class PriceRow(BaseModel):
+    """The shadow price of an accuracy bound, in one unit of cost."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    unit: str
+    per_point: Count
+    per_percent: float
+
+
+class AccuracyRow(BaseModel):
+    """A budget of accuracy and what became of it; see ``saqcli.searchers.accuracy.Accuracy``."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    max_drop: float | None
+    min_top1: float | None
+    allowed_drop: float
+    held_out_images: Count
+    held_out_float_top1: float
+    held_out_top1: float
+    held_out_drop: float
+    method: str
+    met: bool
+    measured: Count
+    cost_unit: str
+    budget_cost: Count | None
+    budget_bytes: Count | None
+    needed_cost: Count | None
+    needed_bytes: Count | None
+    shadow_price: list[PriceRow]
+
+
 class SearchResults(BaseModel):
     """The figures of a search that are shown; the file has more."""
 
@@ -69,6 +103,7 @@ class SearchResults(BaseModel):
     seconds: float
     scoring_top1: float | None
     front: FrontTable | None = None
+    accuracy: AccuracyRow | None = None
     artifacts: dict[str, str]
 
     @model_validator(mode="after")
@@ -76,6 +111,15 @@ class SearchResults(BaseModel):
         if {row.name for row in self.layers} != set(self.policy):
             raise ValueError("policy and layers are not of one network")
         return self
+
+
+def check_results(results: Any, where: str) -> None:
+    """Check the results of a finished search, which ``where`` holds.
+
+    Raises:
+        RunDirectoryError: they are not as this version writes them.
+    """
+    parse_object(SearchResults, results, where, RunDirectoryError)
 
 
 def write_search(

@@ -6,9 +6,9 @@ policy.json       the bits of every layer
 search.json       the results of a search; its plots are policy.png, policy.svg and pareto.*
 metrics.jsonl     one object per line, appended during the run, restored from the checkpoint on resume
 checkpoints/      last.ckpt: model, optimizer, random state, position in the epoch; search.ckpt: an unfinished search,
-                  proxy.ckpt: training of the proxy network, reconstruction.ckpt: an unfinished reconstruction;
-                  *.previous.ckpt: the last valid one before each; best.safetensors: the best state, if it was clearly
-                  better than the exported one
+                  proxy.ckpt: training of the proxy network; accuracy.ckpt: unfinished measurements of accuracy;
+                  reconstruction.ckpt: an unfinished reconstruction; *.previous.ckpt: the last valid one before each;
+                  best.safetensors: the best state, if it was clearly better than the exported one
 cache/            decoded images with ``data.cache=disk``; may be removed at any time
 artifacts/        model.safetensors, model.onnx, model-STYLE.onnx of further styles, their verdicts
 report.md         summary of the results
@@ -77,7 +77,8 @@ class Metrics:
         write_text(self.path, text)
 
 
-Stage = Literal["proxy", "search", "reconstruction"]  # training the proxy network; searching; fitting blocks
+# Training the proxy network; searching; keeping accuracy; fitting blocks.
+Stage = Literal["proxy", "search", "accuracy", "reconstruction"]
 _FILES = [  # other than manifest.json
     *("config.json", "policy.json", "metrics.jsonl", "report.md", "search.json"),
     *("policy.png", "policy.svg", "pareto.json", "pareto.csv", "pareto.png", "pareto.svg"),

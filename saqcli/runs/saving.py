@@ -102,6 +102,7 @@ class TrainingSaving(PeriodicSaving):
 _WORK: dict[Stage, str] = {
     "proxy": "the fit of the proxy",
     "search": "the search",
+    "accuracy": "the measurements of accuracy",
     "reconstruction": "the reconstruction",
 }
 

@@ -45,7 +45,7 @@ NETWORK = (
 )
 BITS = (
     "--activation-candidates --activation-quantizer --bops --budget --candidates --correct-bias --cost "
-    "--granularity --new-head --no-correct-bias --no-quantize-attention --no-recalibrate-bn "
+    "--granularity --max-drop --min-top1 --new-head --no-correct-bias --no-quantize-attention --no-recalibrate-bn "
     "--no-weight-norm --pin --quantize-attention --quantizer --recalibrate-bn --searcher --size "
     "--weight-grid --weight-norm --weight-quantizer"
 )

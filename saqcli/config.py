@@ -362,7 +362,8 @@ class QuantizationSection(_Section):
             names=("weight-norm",),
         ),
     ] = False
-    clip_init: Literal["error", "paper"] = "error"
+    clip_init: Literal["error", "output", "paper"] = "error"
+    error_power: Annotated[float, Field(ge=1, le=4)] = 2.0
     quantize_attention: Annotated[
         bool,
         Option("Also quantize and count the products of attention (queries, keys, probabilities, values)"),
@@ -376,8 +377,13 @@ class QuantizationSection(_Section):
 
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """JSON has the cost model, and the quantizers of single operands, only if they are set."""
-        defaults = {"cost": "bops", "weight_quantizer": None, "activation_quantizer": None}
+        """JSON has the settings below only if they are set."""
+        defaults = {
+            "cost": "bops",
+            "weight_quantizer": None,
+            "activation_quantizer": None,
+            "error_power": 2.0,
+        }
         unused = {name for name, default in defaults.items() if getattr(self, name) == default}
         return {key: value for key, value in handler(self).items() if key not in unused}
 

@@ -2,8 +2,8 @@
 
 The true bit-width is an input of the node. The file contains the operator as a function of standard operators, so ONNX
 Runtime runs it too. Weights are floating-point constants in front of their quantizer, as the format requires. The
-paper's grid, odd codes ``2 h + 1`` in units of ``s``, is ``b`` bits at scale ``2 s`` with zero point -1/2; an asymmetric
-range is unsigned, with a zero point of each channel.
+paper's grid, odd codes ``2 h + 1`` in units of ``s``, is ``b`` bits at scale ``2 s`` with zero point -1/2; an
+asymmetric range is unsigned, with a zero point of each channel.
 """
 
 from collections.abc import Mapping

@@ -6,11 +6,11 @@ Weights have a step s and a lowest code l per output channel or per tensor, the 
 
     dL/dx  = G * inside                                 straight through the rounding
     dL/ds  = g * sum G * [ inside * (round(x / s) - x / s) + below * l + above * (l + top) ]
-    g      = 1 / sqrt(N * top)                          N values share the step: of a weight, or of the input for an image
+    g      = 1 / sqrt(N * top)                          N values share the step: weights, or inputs of an image
 
-A signed grid has as many codes below zero as above. A channel whose weights reach further on one side, or an input such
-as that of GELU, wastes codes on it; here every channel's range follows its values. ``value = step * code`` as on every
-grid, and the codes of weights of up to 7 bits fit INT8 without a zero point.
+A signed grid has as many codes below zero as above. A channel whose weights reach further on one side, or an input
+such as that of GELU, wastes codes on it; here every channel's range follows its values. A value is the step times its
+code, as on every grid, and the codes of weights of up to 7 bits fit INT8 without a zero point.
 
 The search for s and l (``clip_init.best_ranges``) begins at the signed grid, so that the error is never above its. The
 lowest code is an integer and not trained. ``lsq_plus``, in comparison, has asymmetric inputs alone, and trains their

@@ -80,7 +80,7 @@ def _names(text: str) -> dict[str, str]:
     return dict.fromkeys(text.split(), "")
 
 
-_QUANTIZERS = _names("clip lsq lsq_plus pact dorefa")
+_QUANTIZERS = _names("clip lsq lsq_plus asymmetric pact dorefa")
 
 
 class _Section(BaseModel):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saqcli.errors import ConfigError
 from saqcli.quant import grid as grids
-from saqcli.quant.grid import Grid, LevelTable, ShiftedGrid
+from saqcli.quant.grid import LevelTable, ShiftedGrid
 from saqcli.quant.quantizers import Quantizer, quantizers_of
 from tests.support.cases import CASES, ROWS, Case, bounds, each, plain_of, values_of
 from tests.support.strategies import BITS, bits, levels, tensors

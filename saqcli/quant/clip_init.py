@@ -5,10 +5,9 @@ large errors more, so that ranges are wider.
 
 Levels: a coarse scan downwards from the level that clips nothing finds the basin, two finer scans around the best level
 find its minimum, and a few fixed-point steps finish: with the codes q held, the best step at p = 2 is <x, q> / <q, q>
-(Lloyd, 1982), and at another p the same with weights |e|**(p - 2) (iteratively reweighted least squares). The finer
-scans are needed: from 5 bits on the error has many local minima, and without them it stays up to 9 % above the best.
-Every proposal is kept only where it lowers the error. At p other than 2 the level for p = 2 is a proposal too, so that
-the result is never worse than it.
+(Lloyd, 1982), and at another p the same with weights |e|**(p - 2) (``refined_step``). The finer scans are needed: from 5
+bits on the error has many local minima, and without them it stays up to 9 % above the best. Every proposal is kept only
+where it lowers the error. At p other than 2 the level for p = 2 is a proposal too, so that the result is never worse.
 
 Ranges: a step and the lowest of consecutive codes, 0 among them. Coarse scans take fractions of the smallest and of the
 largest value for the two ends, finer ones move the step and the lowest code, and the same fixed-point steps finish.
@@ -69,8 +68,8 @@ def refined_step(
 ) -> Tensor:
     """The step that fits fixed ``codes`` better than ``step``, in ``shape``; NaN where all codes are 0.
 
-    At p = 2 it is the best one. At another p it is one step of iteratively reweighted least squares, which may
-    overshoot from p = 3 on: keep it only where it lowers the error.
+    At p = 2 it is the best one. At another p it is a step of iteratively reweighted least squares, above 2 shortened by
+    1 / (p - 1), which makes it Newton's; keep it only where it lowers the error.
     """
     weighted = codes
     if power != SQUARED:
@@ -78,7 +77,8 @@ def refined_step(
         largest = reduce_to(error, shape, "amax").clamp_min(torch.finfo(x.dtype).tiny)
         weighted = codes * (error / largest).clamp_min_(1e-6).pow_(power - 2)
     numerator, denominator = reduce_to(x * weighted, shape, "sum"), reduce_to(codes * weighted, shape, "sum")
-    return torch.where(denominator > 0, numerator / denominator.clamp_min(TINY), torch.nan)
+    found = torch.where(denominator > 0, numerator / denominator.clamp_min(TINY), torch.nan)
+    return found if power <= SQUARED else step + (found - step) / (power - 1)
 
 
 def error_at(x: Tensor, level: Tensor, grid: AnyGrid, power: float = SQUARED) -> Tensor:

@@ -7,7 +7,8 @@ Levels: a coarse scan downwards from the level that clips nothing finds the basi
 find its minimum, and a few fixed-point steps finish: with the codes q held, the best step at p = 2 is <x, q> / <q, q>
 (Lloyd, 1982), and at another p the same with weights |e|**(p - 2) (``refined_step``). The finer scans are needed: from
 5 bits on the error has many local minima, and without them it stays up to 9 % above the best. Every proposal is kept
-only where it lowers the error. At p other than 2 the level for p = 2 is a proposal too, so that the result is never worse.
+only where it lowers the error. At p other than 2 the level for p = 2 is a proposal too, so that the result is never
+worse.
 
 Ranges: a step and the lowest of consecutive codes, 0 among them. Coarse scans take fractions of the smallest and of the
 largest value for the two ends, finer ones move the step and the lowest code, and the same fixed-point steps finish.

@@ -271,7 +271,7 @@ def test_output_starts_differ_and_fall_back() -> None:
     [
         (nn.Conv2d(8, 4, 7), (3, 8, 300, 9)),
         (nn.Conv2d(8192, 2, 3, dilation=2), (2, 8192, 6, 7)),
-        (nn.Conv1d(4, 4, 3), (40, 4, 70000)),
+        (nn.Conv1d(4, 4, 3), (5, 4, 30000)),
         (nn.Linear(64, 5), (2, 900, 64)),
         (nn.Linear(64, 5), (2, 30, 30, 64)),
         (nn.Linear(64, 5), (300, 64)),

@@ -81,7 +81,7 @@ def _names(text: str) -> dict[str, str]:
     return dict.fromkeys(text.split(), "")
 
 
-_QUANTIZERS = _names("clip lsq lsq_plus pact dorefa")
+_QUANTIZERS = _names("clip lsq lsq_plus asymmetric pact dorefa")
 
 
 class _Section(BaseModel):
@@ -394,7 +394,8 @@ class QuantizationSection(_Section):
             names=("weight-norm",),
         ),
     ] = False
-    clip_init: Literal["error", "paper"] = "error"
+    clip_init: Literal["error", "output", "paper"] = "error"
+    error_power: Annotated[float, Field(ge=1, le=4)] = 2.0
     quantize_attention: Annotated[
         bool,
         Option("Also quantize and count the products of attention (queries, keys, probabilities, values)"),
@@ -416,13 +417,14 @@ class QuantizationSection(_Section):
 
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """JSON has the cost model, budgets of accuracy, and the quantizers of single operands, only if they are set."""
+        """JSON has the settings below only if they are set."""
         defaults: dict[str, Any] = {
             "cost": "bops",
             "max_drop": None,
             "min_top1": None,
             "weight_quantizer": None,
             "activation_quantizer": None,
+            "error_power": 2.0,
             "compensate": False,
         }
         unused = {name for name, default in defaults.items() if getattr(self, name) == default}

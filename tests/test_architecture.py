@@ -58,7 +58,7 @@ FAMILIES = {
         *("model_metadata", "onnx_helpers", "operators", "style", "tracing", "containers", "integer_kernels"),
         *("exact_form", "integers", "ordered", "restore", "safetensors"),
     },
-    "quant/quantizers": {"base"},
+    "quant/quantizers": {"base", "ranges"},
 }
 
 

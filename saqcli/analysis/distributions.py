@@ -11,7 +11,7 @@ from pydantic import SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from saqcli.analysis.base import AnalysisInput, Reading, Session, Settings, observe_inputs
-from saqcli.quant.grid import Grid
+from saqcli.quant.grid import Grid, ShiftedGrid
 from saqcli.quant.quantizers import Quantizer
 
 BINS = 96  # per histogram
@@ -104,23 +104,24 @@ def _operand(quantizer: object, x: Tensor) -> Operand | None:
     quantizer, x = quantizer.fold(x.detach())  # in units of its step
     grid, step = quantizer.grid(), quantizer.step().double()
     codes = quantizer.codes(x)
-    counts = torch.bincount(grid.indices(codes).flatten(), minlength=grid.levels).double().cpu()
+    hull = grid.hull if isinstance(grid, ShiftedGrid) else grid
+    counts = torch.bincount(hull.indices(codes).flatten(), minlength=hull.levels).double().cpu()
     shares = counts / counts.sum()
     scaled = x.double() / step
     present = shares[shares > 0]
     power = float(x.double().square().sum())
     error = float((codes * step - x.double()).square().sum())
-    reach = HISTOGRAM_MARGIN * (grid.highest - grid.lowest)
-    first, last = grid.lowest - reach, grid.highest + reach
-    if grid.lowest == 0:
+    reach = HISTOGRAM_MARGIN * (hull.highest - hull.lowest)
+    first, last = hull.lowest - reach, hull.highest + reach
+    if hull.lowest == 0:
         first = -0.5  # no values below 0
     histogram = torch.histc(scaled.clamp(first, last).float().cpu(), BINS, first, last)
     return Operand(
         bits=quantizer.bits,
         values=x.numel(),
-        lowest=grid.lowest,
-        highest=grid.highest,
-        stride=grid.stride if isinstance(grid, Grid) else None,
+        lowest=hull.lowest,
+        highest=hull.highest,
+        stride=hull.stride if isinstance(hull, Grid) else None,
         clipped=float(((scaled > grid.highest) | (scaled < grid.lowest)).double().mean()),
         zero=float((codes == 0).double().mean()),
         used=float((counts > 0).double().mean()),
@@ -129,5 +130,5 @@ def _operand(quantizer: object, x: Tensor) -> Operand | None:
         codes=shares.tolist(),
         edges=(float(first), float(last)),
         histogram=(histogram.double() / x.numel()).tolist(),
-        table=None if isinstance(grid, Grid) else list(grid.codes),
+        table=None if isinstance(hull, Grid) else list(hull.codes),
     )

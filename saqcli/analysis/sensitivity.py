@@ -104,7 +104,7 @@ def at_bits(
     owner = layer.tied_to[0] if layer.tied_to else layer  # the layer that quantizes the weight
     before: tuple[nn.Module, nn.Module] = owner.weight_quantizer, layer.input_quantizer
     own = before[1]
-    signed = own.grid().lowest < 0 if isinstance(own, Quantizer) else statistics.signed
+    signed = bool(own.grid().lowest < 0) if isinstance(own, Quantizer) else statistics.signed
     like = layer.latent_weight()
     weight = analyzed.scheme.new_weight_quantizer(layer, [bits]).to(like)
     inputs = analyzed.scheme.new_input_quantizer(layer, [bits], signed=signed).to(like)

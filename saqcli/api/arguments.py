@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 from saqcli.errors import ConfigError
 from saqcli.quant.bits import MAX_BITS, MIN_BITS
+from saqcli.quant.calibration import ClipInit
+from saqcli.quant.clip_init import SQUARED
 from saqcli.quant.convert import Scheme
 from saqcli.quant.grid import WeightGrid
 from saqcli.quant.quantizers.base import Granularity
@@ -18,6 +20,8 @@ def scheme_of(
     weight_grid: WeightGrid,
     granularity: Granularity,
     weight_normalization: bool,
+    clip_init: ClipInit = "error",
+    error_power: float = SQUARED,
 ) -> Scheme:
     """The quantizers that the keywords of a public function name.
 
@@ -31,6 +35,8 @@ def scheme_of(
         "weight_grid": weight_grid,
         "granularity": granularity,
         "weight_normalization": weight_normalization,
+        "clip_init": clip_init,
+        "error_power": error_power,
     }
     scheme = parse_object(Scheme, given, "the quantizers", ConfigError)
     scheme.check()

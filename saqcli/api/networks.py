@@ -67,10 +67,17 @@ def float_network(model: nn.Module, example: Call, *, quantize_attention: bool =
 
 
 def observed(
-    model: nn.Module, calls: Iterable[Call], seed: int, progress: Progress, total: int = 0
+    model: nn.Module,
+    calls: Iterable[Call],
+    seed: int,
+    progress: Progress,
+    total: int = 0,
+    *,
+    scheme: Scheme | None = None,
 ) -> dict[str, fitting.InputStatistics]:
-    """Input statistics of all layers on ``calls``."""
-    return fitting.observe(model, reported("calibrating", calls, progress, total), seed)
+    """Input statistics of all layers on ``calls``, with all that the quantizers of ``scheme`` need to start."""
+    keep = scheme is not None and scheme.clip_init == "output"
+    return fitting.observe(model, reported("calibrating", calls, progress, total), seed, keep=keep)
 
 
 def install(

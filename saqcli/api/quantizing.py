@@ -35,6 +35,7 @@ from saqcli.errors import ConfigError
 from saqcli.progress import SILENT, Progress
 from saqcli.quant import calibration as fitting
 from saqcli.quant import convert
+from saqcli.quant.calibration import ClipInit
 from saqcli.quant.cost import Budget
 from saqcli.quant.grid import WeightGrid
 from saqcli.quant.quantizers.base import Granularity
@@ -62,6 +63,8 @@ def quantize_model(
     weight_grid: WeightGrid = "auto",
     granularity: Granularity = "channel",
     weight_normalization: bool = False,
+    clip_init: ClipInit = "error",
+    error_power: float = 2.0,
     quantize_attention: bool = False,
     recalibrate_bn: bool = True,
     correct_bias: bool = False,
@@ -103,6 +106,9 @@ def quantize_model(
         weight_grid: levels of weights: ``paper`` (none at zero), ``zero``, or ``auto``: paper up to 7 bits, int8 at 8.
         granularity: one clipping level of a weight per output ``channel``, or per ``tensor``.
         weight_normalization: quantize the weights of convolutions in standard deviations from their mean.
+        clip_init: levels start at the least quantization ``error``, at the least error of each layer's ``output``, or
+            as in the SAQ ``paper``.
+        error_power: exponent p of the quantization error, the sum of |e|**p, 1 to 4.
         quantize_attention: also quantize products of activations.
         recalibrate_bn: adapt the running statistics of batch norms to the quantized layers.
         correct_bias: restore the mean output of every layer.
@@ -138,7 +144,14 @@ def quantize_model(
     accuracy = wanted_accuracy(budget, max_drop, min_top1) if searches else None
     options = search_options(search or {})
     scheme = scheme_of(
-        quantizer, weight_quantizer, activation_quantizer, weight_grid, granularity, weight_normalization
+        quantizer,
+        weight_quantizer,
+        activation_quantizer,
+        weight_grid,
+        granularity,
+        weight_normalization,
+        clip_init,
+        error_power,
     )
     ready = prepare(model, calibration, example, inputs, samples, inplace=inplace)
     modes = {module: module.training for module in ready.model.modules()}
@@ -147,7 +160,7 @@ def quantize_model(
         chosen = None if searches else policy_of(network, bits=bits, policy=policy, pins=pins)
         if export is not None:
             try_export(network, ready.example, scheme, export)
-        statistics = observed(network.model, ready.calls, seed, progress)
+        statistics = observed(network.model, ready.calls, seed, progress, scheme=scheme)
         if chosen is None:
             chosen = find_bits(
                 network,
@@ -205,7 +218,7 @@ def calibrate(
         DataError: the loader is empty, or its batches do not hold the module's arguments.
         UnsupportedModel: the input of a layer is NaN or infinite.
     """
-    model = quantization_of(model)[0]
+    model, _, quantization = quantization_of(model)
     policy = bits_of(model)
     calls = Calls(calibration, BatchReader(model, inputs), samples)
     in_float = restore_means(model)
@@ -215,7 +228,7 @@ def calibrate(
             "hold: remove `recalibrate_bn` and `correct_bias`"
         )
     with fitting.in_floating_point(model):
-        statistics = observed(model, calls, seed, progress)
+        statistics = observed(model, calls, seed, progress, scheme=quantization.scheme)
     refit(model, policy, statistics)
     if in_float:
         norms = recalibrate_bn is not False

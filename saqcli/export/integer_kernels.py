@@ -89,9 +89,8 @@ def _round_bias(graph: ir.Graph, node: ir.Node) -> None:
     source = node.inputs[0].producer() if node.inputs[0] is not None else None
     if weight is None or source is None or source.op_type != "QuantizeInput" or not _full(source):
         return
-    if onnx_helpers.array_of(weight.inputs[0]).dtype != np.int8 or onnx_helpers.fits_int4(
-        onnx_helpers.array_of(weight.inputs[0])
-    ):
+    codes = onnx_helpers.array_of(weight.inputs[0])
+    if codes.dtype != np.int8 or onnx_helpers.fits_int4(codes) or onnx_helpers.needs_zero_points(weight):
         return
     reader = _quantizer_after(node.outputs[0])
     bias = onnx_helpers.array_of(node.inputs[2]) if len(node.inputs) > 2 else None

@@ -26,6 +26,7 @@ from saqcli.quant.products import split_name
 HIGHEST_INPUT = 255  # of an 8-bit activation, shifted to unsigned if signed
 INT16_MIN, INT16_MAX = -(2**15), 2**15 - 1
 UINT8_ZERO = 128  # zero point of a weight stored as UINT8
+UINT4_SPAN = 15  # difference between the ends of a 4-bit container
 
 
 def may_saturate(codes: Any, dim: int) -> bool:
@@ -231,13 +232,43 @@ def packed(codes: Any) -> tuple[Any, ir.DataType]:
 
 
 def packed_safely(node: ir.Node) -> tuple[Any, ir.DataType]:
-    """As ``packed``, but in UINT8 if sums of two products with 8-bit codes may exceed 16 bits (hazard H9)."""
+    """As ``packed``, but in UINT8 if sums of two products with 8-bit codes may exceed 16 bits (hazard H9).
+
+    Codes of asymmetric ranges that fit 4 bits only with zero points are UINT4.
+    """
     codes, dtype = packed(array_of(node.inputs[0]))
+    if needs_zero_points(node):
+        return (codes + _along(zero_points(node), node)).astype(ml_dtypes.uint4), ir.DataType.UINT4
     multiplied = any(_has_codes(product) and product.op_type != "ConvTranspose" for product in products(node))
     dim = max(number(node, "dim"), 0) if "dim" in node.attributes else 0
     if dtype != ir.DataType.INT8 or not multiplied or not may_saturate(codes, dim):
         return codes, dtype
     return packed_unsigned(codes)
+
+
+def needs_zero_points(node: ir.Node) -> bool:
+    """Whether the codes of a weight placeholder fit 4 bits with a zero point of each channel, and not without."""
+    if "shifted" not in node.attributes or not number(node, "shifted"):
+        return False
+    codes = array_of(node.inputs[0]).astype(np.int16)
+    if not codes.size or fits_int4(codes):
+        return False
+    return bool((codes + _along(zero_points(node), node)).max() <= UINT4_SPAN)
+
+
+def zero_points(node: ir.Node) -> Any:
+    """What code 0 of a weight placeholder is stored as, in the shape of its step, so that no code is below 0."""
+    codes, dim = array_of(node.inputs[0]).astype(np.int16), number(node, "dim")
+    others = tuple(
+        d for d in range(codes.ndim) if d != dim
+    )  # all of them where the step is that of the tensor
+    return -codes.min(axis=others, initial=0)
+
+
+def _along(values: Any, node: ir.Node) -> Any:
+    """``values`` of each channel of a weight placeholder, or of all, shaped to add to its codes."""
+    codes, dim = array_of(node.inputs[0]), number(node, "dim")
+    return values if dim == PER_TENSOR else values.reshape([-1 if d == dim else 1 for d in range(codes.ndim)])
 
 
 def packed_unsigned(codes: Any) -> tuple[Any, ir.DataType]:
@@ -290,11 +321,20 @@ def shaped_step(node: ir.Node) -> Any:
 
 
 def dequantized(graph: ir.Graph, node: ir.Node, codes: Any, dtype: ir.DataType, step: Any) -> ir.Value:
-    """DequantizeLinear of the constant codes of a weight placeholder, with ``step``; UINT8 codes are offset by 128."""
+    """DequantizeLinear of the constant codes of a weight placeholder, with ``step``.
+
+    UINT8 codes are offset by 128, UINT4 codes by the zero points of the channels.
+    """
     layer = text(node, "layer")
+    zero = None
+    if dtype == ir.DataType.UINT4:
+        zero = zero_points(node).astype(ml_dtypes.uint4)
+        step = np.broadcast_to(step, zero.shape).copy()
     inputs = [constant(graph, f"{layer}.codes", codes, dtype), constant(graph, f"{layer}.step", step)]
     if dtype == ir.DataType.UINT8:
         inputs.append(constant(graph, f"{layer}.zero", np.full(np.shape(step), UINT8_ZERO, np.uint8)))
+    if zero is not None:
+        inputs.append(constant(graph, f"{layer}.zero", zero, dtype))
     axis = {} if np.ndim(step) == 0 else {"axis": number(node, "dim")}
     return insert_before(graph, node, "DequantizeLinear", inputs, **axis)
 

@@ -24,7 +24,7 @@ from onnxscript.values import Op, Opset
 from torch import Tensor, nn
 
 from saqcli.errors import UnsupportedGrid
-from saqcli.quant.grid import Grid, codes_of
+from saqcli.quant.grid import Grid, ShiftedGrid, codes_of
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.products import OPERANDS, operand_name, quantized_products
 from saqcli.quant.quantizers import Quantizer, name_of
@@ -46,8 +46,11 @@ def input_codes(x: Tensor, step: Tensor, lowest: int, highest: int, bits: int, l
 
 
 @torch.library.custom_op("saq::dequantize_weight", mutates_args=())
-def dequantize_weight(codes: Tensor, step: Tensor, dim: int, bits: int, layer: str) -> Tensor:
-    """Integer ``codes`` times ``step``, a scalar or one per slice along ``dim``."""
+def dequantize_weight(codes: Tensor, step: Tensor, dim: int, bits: int, shifted: bool, layer: str) -> Tensor:
+    """Integer ``codes`` times ``step``, a scalar or one per slice along ``dim``.
+
+    ``shifted`` says that the codes of a slice lie in some range of 2**bits integers, 0 among them.
+    """
     return codes.float() * along(step, dim, codes.dim())
 
 
@@ -64,7 +67,7 @@ def _(x: Tensor, step: Tensor, lowest: int, highest: int, bits: int, layer: str)
 
 
 @dequantize_weight.register_fake
-def _(codes: Tensor, step: Tensor, dim: int, bits: int, layer: str) -> Tensor:
+def _(codes: Tensor, step: Tensor, dim: int, bits: int, shifted: bool, layer: str) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
 
 
@@ -100,7 +103,7 @@ def _placeholder(name: str, inputs: tuple[str, ...], ints: tuple[str, ...]) -> O
 _GRID = ("lowest", "highest", "bits")
 _QUANTIZE_INPUT = _placeholder("QuantizeInput", ("x", "step"), _GRID)
 _INPUT_CODES = _placeholder("InputCodes", ("x", "step"), _GRID)
-_DEQUANTIZE_WEIGHT = _placeholder("DequantizeWeight", ("codes", "step"), ("dim", "bits"))
+_DEQUANTIZE_WEIGHT = _placeholder("DequantizeWeight", ("codes", "step"), ("dim", "bits", "shifted"))
 _WEIGHT_CODES = _placeholder("WeightCodes", ("codes",), ("bits",))
 
 
@@ -113,8 +116,8 @@ def _input_codes(x: Any, step: Any, lowest: int, highest: int, bits: int, layer:
     return _INPUT_CODES(x, step, lowest=lowest, highest=highest, bits=bits, layer=layer)
 
 
-def _dequantize_weight(codes: Any, step: Any, dim: int, bits: int, layer: str) -> Any:
-    return _DEQUANTIZE_WEIGHT(codes, step, dim=dim, bits=bits, layer=layer)
+def _dequantize_weight(codes: Any, step: Any, dim: int, bits: int, shifted: bool, layer: str) -> Any:
+    return _DEQUANTIZE_WEIGHT(codes, step, dim=dim, bits=bits, shifted=int(shifted), layer=layer)
 
 
 def _weight_codes(codes: Any, bits: int, layer: str) -> Any:
@@ -129,9 +132,11 @@ PLACEHOLDERS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-def _uniform_grid(quantizer: Quantizer) -> Grid:
-    """The active grid; the placeholders express uniform ones only."""
+def _integer_grid(quantizer: Quantizer) -> Grid:
+    """The active grid, or that of the codes of all channels; the placeholders express integer codes only."""
     grid = quantizer.grid()
+    if isinstance(grid, ShiftedGrid):
+        return grid.hull
     if not isinstance(grid, Grid):
         raise UnsupportedGrid(
             f"quantizer {name_of(quantizer)} has a table of levels, and ONNX files need uniform grids"
@@ -146,7 +151,7 @@ class FrozenInput(nn.Module):
 
     def __init__(self, quantizer: Quantizer, layer: str) -> None:
         super().__init__()
-        self.grid, self.bits, self.layer = _uniform_grid(quantizer), quantizer.bits, layer
+        self.grid, self.bits, self.layer = _integer_grid(quantizer), quantizer.bits, layer
         self.register_buffer("step", quantizer.step().detach().reshape(()).clone())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,7 +172,9 @@ class FrozenWeight(nn.Module):
     def __init__(self, quantizer: Quantizer, weight: Tensor, dim: int, layer: str) -> None:
         super().__init__()
         self.bits, self.layer = quantizer.bits, layer
-        container = torch.int8 if _uniform_grid(quantizer).highest <= 127 else torch.int16
+        grid, hull = quantizer.grid(), _integer_grid(quantizer)
+        self.shifted = isinstance(grid, ShiftedGrid) and grid.levels == 2**self.bits
+        container = torch.int8 if hull.lowest >= -128 and hull.highest <= 127 else torch.int16
         quantizer, weight = quantizer.fold(weight)
         self.register_buffer("codes", quantizer.codes(weight).to(container))
         step = quantizer.step().detach()
@@ -177,7 +184,7 @@ class FrozenWeight(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """The dequantized weight."""
         result: Tensor = torch.ops.saq.dequantize_weight(
-            self.codes, self.step, self.dim, self.bits, self.layer
+            self.codes, self.step, self.dim, self.bits, self.shifted, self.layer
         )
         return result
 

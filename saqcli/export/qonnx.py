@@ -2,7 +2,8 @@
 
 The true bit-width is an input of the node. The file contains the operator as a function of standard operators, so ONNX
 Runtime runs it too. Weights are floating-point constants in front of their quantizer, as the format requires. The
-paper's grid, odd codes ``2 h + 1`` in units of ``s``, is ``b`` bits at scale ``2 s`` with zero point -1/2.
+paper's grid, odd codes ``2 h + 1`` in units of ``s``, is ``b`` bits at scale ``2 s`` with zero point -1/2; an
+asymmetric range is unsigned, with a zero point of each channel.
 """
 
 from collections.abc import Mapping
@@ -59,6 +60,11 @@ def _quantize_weight(graph: ir.Graph, node: ir.Node) -> ir.Value:
     step = onnx_helpers.shaped_step(node)
     weight = onnx_helpers.constant(graph, f"{layer}.weight", codes.astype(np.float32) * step)
     highest = 2 ** (bits - 1) - 1
+    if onnx_helpers.number(node, "shifted"):
+        scale = onnx_helpers.constant(graph, f"{layer}.scale", step)
+        zero = onnx_helpers.zero_points(node).astype(np.float32).reshape(np.shape(step))
+        point = onnx_helpers.constant(graph, f"{layer}.zero_point", zero)
+        return _node(graph, node, [weight, scale, point], bits, signed=False, narrow=False)
     if codes.size and (codes % 2 == 1).all() and int(np.abs(codes.astype(int)).max()) <= 2**bits - 1:
         scale = onnx_helpers.constant(graph, f"{layer}.scale", np.float32(2) * step)
         return _int_quant(graph, node, weight, scale, -highest - 1, highest, -0.5)
@@ -75,17 +81,19 @@ def _int_quant(
     bits = (highest - lowest).bit_length()
     signed = highest == 2 ** (bits - 1) - 1
     point = zero if signed else float(-lowest)
-    inputs = [
-        x,
-        scale,
-        onnx_helpers.constant(graph, f"zero_point_{point:g}", np.float32(point)),
-        onnx_helpers.constant(graph, f"bits_{bits}", np.float32(bits)),
-    ]
+    constant = onnx_helpers.constant(graph, f"zero_point_{point:g}", np.float32(point))
+    return _node(graph, node, [x, scale, constant], bits, signed=signed, narrow=lowest == -highest)
+
+
+def _node(
+    graph: ir.Graph, node: ir.Node, inputs: list[ir.Value], bits: int, *, signed: bool, narrow: bool
+) -> ir.Value:
+    """IntQuant of a tensor with its scale and zero point."""
     new = ir.node(
         INT_QUANT,
-        inputs,
+        [*inputs, onnx_helpers.constant(graph, f"bits_{bits}", np.float32(bits))],
         domain=QONNX,
-        attributes={"signed": int(signed), "narrow": int(lowest == -highest), "rounding_mode": "ROUND"},
+        attributes={"signed": int(signed), "narrow": int(narrow), "rounding_mode": "ROUND"},
     )
     onnx_helpers.annotate(new, node)
     graph.insert_before(node, new)

@@ -31,8 +31,8 @@ from saqcli.export.model_metadata import ModelMetadata, properties
 from saqcli.export.operators import frozen_copy
 from saqcli.quant.bits import MAX_BITS, MIN_BITS
 
-# Containers of weights: bits per code, lowest and highest code. Unsigned ones have their zero in the middle; FLOAT
-# stores values instead of codes.
+# Containers of weights: bits per code, lowest and highest code. Unsigned ones have their zero in the middle, or, of an
+# asymmetric range, at zero points of the channels; FLOAT stores values instead of codes.
 CONTAINERS = {
     "INT4": (4, -8, 7),
     "UINT4": (4, -8, 7),
@@ -110,7 +110,7 @@ class OnnxStyle:
     conditions: tuple[str, ...] = ()
     quantizers: Mapping[str, Reader] = {"QuantizeLinear": integer_codes}
     bits: tuple[int, int] = (MIN_BITS, MAX_BITS)
-    containers: tuple[str, ...] = ("INT4", "INT8", "UINT8", "INT16")
+    containers: tuple[str, ...] = ("INT4", "UINT4", "INT8", "UINT8", "INT16")
     opsets: Mapping[str, int] = {}
     tightest: Literal["fewest", "most"] = "fewest"
     bit_equal: bool = False

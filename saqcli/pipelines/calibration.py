@@ -37,7 +37,12 @@ def calibrate(
     """Input statistics of all layers on calibration images, computed by the first rank."""
     return distributed.from_first(
         lambda: observed(
-            network.model, _calls(loader := images.calibration()), config.run.seed, progress, len(loader)
+            network.model,
+            _calls(loader := images.calibration()),
+            config.run.seed,
+            progress,
+            len(loader),
+            scheme=scheme_of(config),
         )
     )
 
@@ -58,6 +63,7 @@ def scheme_of(config: RunConfig) -> Scheme:
         clip_init=wanted.clip_init,
         weight_quantizer=wanted.weight_quantizer,
         activation_quantizer=wanted.activation_quantizer,
+        error_power=wanted.error_power,
     )
 
 

@@ -1,7 +1,8 @@
 """Layer inputs on calibration images: range, sign and sample values.
 
 They determine the clipping levels of the activations, whether a quantizer must be signed, and the error of each
-bit-width. Weights need no data: they are fitted tensor by tensor.
+bit-width. Weights need no data, unless the start of every layer is chosen by the error of its output (``starts``): then
+parts of a few images' inputs are kept whole, as the layer reads them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,12 +16,16 @@ from torch import Tensor, nn
 
 from saqcli.errors import UnsupportedModel
 from saqcli.quant.calls import Call, tensors_in
-from saqcli.quant.layer import in_eval_mode, is_convolution, quantized_layers
+from saqcli.quant.layer import QuantizedLayer, in_eval_mode, is_convolution, quantized_layers
 from saqcli.quant.products import OPERANDS, QuantizedProduct, operand_name, quantized_products
 from saqcli.quant.quantizers import Quantizer
+from saqcli.quant.starts import choose_starts
 
 SAMPLES_PER_BATCH = 8192  # values kept of each layer's input; 8 batches determine a level to 1 %
-ClipInit = Literal["error", "paper"]
+ClipInit = Literal["error", "output", "paper"]
+KEPT_IMAGES = 16  # of every layer, whose inputs are kept whole for the error of its output
+KEPT_PER_BATCH = 4
+KEPT_VALUES = 2**15  # at most, of an image: a window from its middle
 
 
 @dataclass
@@ -31,11 +36,13 @@ class InputStatistics:
         lowest: smallest value.
         highest: largest value.
         samples: values drawn uniformly from every batch, one dimension.
+        inputs: if they are kept, windows of the inputs of a few images, each (n, ...) as the layer reads them.
     """
 
     lowest: float = float("inf")
     highest: float = float("-inf")
     _drawn: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
 
     @property
     def signed(self) -> bool:
@@ -57,18 +64,49 @@ class InputStatistics:
             flat = flat[index.to(flat.device)]
         self._drawn.append(flat.cpu())
 
+    def keep(self, x: Tensor, kernel: tuple[int, ...] | None) -> None:
+        """Keep windows of the first images of a batch, (N, ...), while fewer than ``KEPT_IMAGES`` are there.
+
+        Args:
+            x: input of the layer.
+            kernel: sizes that a convolution reads along the last dimensions of ``x``; None for a linear layer, whose
+                channels are the last dimension.
+        """
+        count = min(KEPT_PER_BATCH, KEPT_IMAGES - sum(map(len, self.inputs)))
+        if count > 0 and x.dim() > 1 + len(kernel or ()):
+            self.inputs.append(_window(x.detach().float()[:count], kernel).cpu().clone())
+
+
+def _window(x: Tensor, kernel: tuple[int, ...] | None) -> Tensor:
+    """All channels of ``x``, and of its other dimensions a window from the middle with about ``KEPT_VALUES`` values."""
+    end = x.dim() if kernel else x.dim() - 1
+    start = end - len(kernel) if kernel else 1
+    for d, least in zip(range(start, end), kernel or (1,) * (end - start), strict=True):
+        excess = x[0].numel() / KEPT_VALUES
+        if excess > 1:
+            size = min(x.shape[d], max(least, int(x.shape[d] / excess ** (1 / (end - d)))))
+            x = x.narrow(d, (x.shape[d] - size) // 2, size)
+    return x
+
 
 class _Observer(nn.Module):
     """Takes the place of the input quantizer, records its input and returns it unchanged."""
 
-    def __init__(self, name: str, statistics: InputStatistics, generator: torch.Generator) -> None:
+    def __init__(
+        self, name: str, statistics: InputStatistics, generator: torch.Generator, layer: nn.Module | None
+    ) -> None:
+        """Inputs of ``layer`` are kept whole as well, if it is one that is called itself."""
         super().__init__()
         self.name, self.statistics, self.generator = name, statistics, generator
+        self.keeps = isinstance(layer, QuantizedLayer) and _called_itself(layer)
+        self.kernel = _kernel(layer) if self.keeps else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Record ``x`` and return it."""
         _check_finite(x, f"the input of layer {self.name} is")
         self.statistics.update(x, self.generator)
+        if self.keeps:
+            self.statistics.keep(x, self.kernel)
         return x
 
 
@@ -81,18 +119,31 @@ def _check_finite(x: Tensor, what: str) -> None:
 
 
 @contextmanager
-def _observed(model: nn.Module, seed: int) -> Iterator[dict[str, InputStatistics]]:
+def _observed(model: nn.Module, seed: int, keep: bool) -> Iterator[dict[str, InputStatistics]]:
     generator = torch.Generator().manual_seed(seed)
     places = _places(model)
     statistics = {name: InputStatistics() for name in places}
     before = {name: getattr(*place) for name, place in places.items()}
     try:
         for name, place in places.items():
-            setattr(*place, _Observer(name, statistics[name], generator))
+            layer = place[0] if keep else None
+            setattr(*place, _Observer(name, statistics[name], generator, layer))
         yield statistics
     finally:
         for name, place in places.items():
             setattr(*place, before[name])
+
+
+def _called_itself(layer: QuantizedLayer) -> bool:
+    """Whether a convolution or linear layer computes its output; a parent may use a routed one in any way."""
+    return not layer.routed and (is_convolution(layer) or issubclass(layer.float_class, nn.Linear))
+
+
+def _kernel(layer: Any) -> tuple[int, ...] | None:
+    """The sizes that a convolution reads along each dimension of its input; None for other layers."""
+    if not is_convolution(layer):
+        return None
+    return tuple((size - 1) * gap + 1 for size, gap in zip(layer.kernel_size, layer.dilation, strict=True))
 
 
 @contextmanager
@@ -121,7 +172,9 @@ def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 @torch.no_grad()
-def observe(model: nn.Module, batches: Iterable[Tensor | Call], seed: int = 0) -> dict[str, InputStatistics]:
+def observe(
+    model: nn.Module, batches: Iterable[Tensor | Call], seed: int = 0, *, keep: bool = False
+) -> dict[str, InputStatistics]:
     """Run ``batches`` through the float model in eval mode and record the input statistics of every quantized layer,
     and those of the operands of every product to be quantized.
 
@@ -129,11 +182,12 @@ def observe(model: nn.Module, batches: Iterable[Tensor | Call], seed: int = 0) -
         model: wrapped; its mode is restored.
         batches: images, (N, C, H, W), or other calls, on the model's device.
         seed: for drawing sample values.
+        keep: whether to keep inputs of a few images whole, as ``clip_init`` as ``output`` needs them.
 
     Raises:
         UnsupportedModel: the input of a layer, or an output, is NaN or infinite.
     """
-    with in_eval_mode(model), _observed(model, seed) as statistics:
+    with in_eval_mode(model), _observed(model, seed, keep) as statistics:
         for batch in batches:
             for output in tensors_in(Call.of(batch).run(model)):
                 _check_finite(output, "the class scores are" if output.dim() == 2 else "the outputs are")
@@ -146,7 +200,9 @@ def fit(model: nn.Module, statistics: Mapping[str, InputStatistics], clip_init: 
     Args:
         model: with quantizers installed.
         statistics: by layer and by operand of a product, from ``observe``.
-        clip_init: least squared ``error``, or as in the SAQ ``paper``.
+        clip_init: least quantization ``error``, least error of each layer's ``output``, or as in the SAQ ``paper``.
+            For ``output`` the statistics need the inputs that ``observe`` keeps; layers without them start at the least
+            quantization error.
     """
     for name, layer in quantized_layers(model).items():
         linear = not is_convolution(layer)
@@ -160,6 +216,9 @@ def fit(model: nn.Module, statistics: Mapping[str, InputStatistics], clip_init: 
         if isinstance(module, QuantizedProduct) and isinstance(quantizer, Quantizer):
             device = next(chain(quantizer.parameters(), quantizer.buffers(), model.parameters())).device
             _start(quantizer, statistics[name].samples.to(device), clip_init, linear=False)
+    if clip_init == "output":
+        for name, layer in quantized_layers(model).items():
+            choose_starts(layer, statistics[name].samples, statistics[name].inputs)
 
 
 @torch.no_grad()

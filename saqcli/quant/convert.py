@@ -9,15 +9,16 @@ unwrap    restores the float classes of the same modules
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import nn
 
 from saqcli.errors import ConfigError, PolicyMismatch, UnsupportedModel
 from saqcli.quant.attention import check_attention
 from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.calibration import ClipInit
+from saqcli.quant.clip_init import SQUARED
 from saqcli.quant.fold import check_modules, make_plain
 from saqcli.quant.grid import AnyGrid, WeightGrid
 from saqcli.quant.layer import WRAPPED, QuantizedLayer, is_convolution, quantized_layers, stores_codes
@@ -34,6 +35,8 @@ from saqcli.quant.quantizers.base import Granularity
 from saqcli.quant.routing import RoutedParent, routed_class
 from saqcli.quant.wrapping import reason_for_float, unwrap_layer, wrap_layer
 
+ErrorPower = Annotated[float, Field(ge=1, le=4)]
+
 
 class Scheme(BaseModel):
     """How a network is quantized, apart from the bits of each layer.
@@ -44,9 +47,12 @@ class Scheme(BaseModel):
         granularity: one clipping level per output ``channel`` of a weight, or one per ``tensor``.
         weight_normalization: quantize the weights of convolutions in standard deviations from their mean (``clip``
             only).
-        clip_init: initial levels by least squared ``error``, or as in the SAQ ``paper`` (``clip`` only).
+        clip_init: initial levels by least quantization ``error``, by least error of each layer's ``output`` on
+            calibration images, or as in the SAQ ``paper`` (``clip`` only).
         weight_quantizer: name in ``QUANTIZERS``, of weights; None for ``quantizer``.
-        activation_quantizer: the same of inputs. JSON has both only if they are set.
+        activation_quantizer: the same of inputs.
+        error_power: exponent p of the quantization error, sum |e|**p. JSON has this and the two before only if they
+            are set.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,10 +64,16 @@ class Scheme(BaseModel):
     clip_init: ClipInit = "error"
     weight_quantizer: str | None = None
     activation_quantizer: str | None = None
+    error_power: ErrorPower = SQUARED
 
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if value is not None}
+        defaults = {"weight_quantizer": None, "activation_quantizer": None, "error_power": SQUARED}
+        return {
+            key: value
+            for key, value in handler(self).items()
+            if key not in defaults or value != defaults[key]
+        }
 
     @property
     def names(self) -> tuple[str, str]:
@@ -131,14 +143,18 @@ class Scheme(BaseModel):
             assert normalized is not None
             kind = normalized
         by_bits = {bits: kind.weight_grid(bits, self.weight_grid) for bits in candidates}
-        return kind(by_bits, self.level_shape(layer)).to(layer.latent_weight().device)
+        return self._ready(kind(by_bits, self.level_shape(layer)), layer)
 
     def new_input_quantizer(
         self, layer: QuantizedLayer, candidates: Iterable[int], *, signed: bool
     ) -> Quantizer:
         """A quantizer for the layer's input, not yet fitted."""
         by_bits = {bits: self.grid_of_inputs(bits, signed=signed) for bits in candidates}
-        return self._kind("activation")(by_bits).to(layer.latent_weight().device)
+        return self._ready(self._kind("activation")(by_bits), layer)
+
+    def _ready(self, quantizer: Quantizer, layer: QuantizedLayer) -> Quantizer:
+        quantizer.error_power = self.error_power
+        return quantizer.to(layer.latent_weight().device)
 
     def _kind(self, operand: Literal["weight", "activation"]) -> type[Quantizer]:
         """The quantizer of weights or of inputs."""

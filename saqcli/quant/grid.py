@@ -7,6 +7,7 @@ are any numbers, such as sums of powers of two. Two families of uniform grids fo
     paper weights, b bits     -n, -n + 2, ..., n      n = 2**b - 1: 2**b levels, symmetric, without zero
     integer weights, b bits   -2**(b-1) ... 2**(b-1) - 1;   at 8 bits -127 ... 127
     activations               0 ... 2**b - 1, or -2**(b-1) ... 2**(b-1) - 1 where the input is signed
+    shifted weights, b bits   l ... l + 2**b - 1 with -2**b < l <= 0, one l per channel (``ShiftedGrid``)
 
 The paper's weights (Liu et al., arXiv:2111.12273, Eq. 1 and 3-5) are ``a * (2 D - 1)`` with D in {0, 1/n, ..., 1}; in
 units of ``a / n`` these are exactly the odd integers above, so that they can be stored as integers with zero point 0.
@@ -162,7 +163,57 @@ class LevelTable:
         return torch.tensor(self.codes, dtype=like.dtype, device=like.device)
 
 
-AnyGrid = Grid | LevelTable
+@dataclass(frozen=True, eq=False)
+class ShiftedGrid:
+    """Consecutive codes, 0 among them, from a lowest one of each channel.
+
+    Attributes:
+        lowest: the lowest code of each channel, whole numbers; broadcasts against the tensor.
+        top: the highest code, counted from the lowest.
+    """
+
+    lowest: Tensor
+    top: int
+
+    @property
+    def highest(self) -> Tensor:
+        """The highest code of each channel."""
+        return self.lowest + self.top
+
+    @property
+    def levels(self) -> int:
+        """The number of codes of a channel."""
+        return self.top + 1
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether 0 is a code."""
+        return True
+
+    @property
+    def gap(self) -> float:
+        """The distance between neighboring codes."""
+        return 1.0
+
+    @property
+    def hull(self) -> Grid:
+        """The smallest uniform grid with the codes of all channels."""
+        return Grid(int(self.lowest.min()), int(self.highest.max()), 1)
+
+    def nearest(self, scaled: Tensor) -> Tensor:
+        """The codes nearest to ``scaled``, which is overwritten, in its dtype and shape; rounds half to even."""
+        return scaled.round_().clamp_(self.lowest, self.highest)
+
+    def indices(self, codes: Tensor) -> Tensor:
+        """The index of each code, counted from the lowest of its channel; int64."""
+        return codes.long() - self.lowest.to(codes.device).long()
+
+    def codes_at(self, indices: Tensor) -> Tensor:
+        """The codes at ``indices``, which broadcast against ``lowest``; int32."""
+        return (indices + self.lowest.to(indices.device)).to(torch.int32)
+
+
+AnyGrid = Grid | LevelTable | ShiftedGrid
 
 
 def paper_weights(bits: int) -> Grid:
@@ -282,7 +333,7 @@ def packed_bytes(shape: tuple[int, ...], bits: int) -> int:
 
 
 def unpack(packed: Tensor, grid: AnyGrid, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The codes that ``pack`` stored, in ``shape``: int32 on a uniform grid, else float32.
+    """The codes that ``pack`` stored, in ``shape``: float32 on a table of levels, else int32.
 
     Raises:
         CorruptArtifact: a wrong number of bytes for the shape, an index outside the grid, or padding that is not zero.
@@ -299,4 +350,4 @@ def unpack(packed: Tensor, grid: AnyGrid, bits: int, shape: tuple[int, ...]) -> 
     index = np.packbits(np.pad(table, ((0, 0), (8 - bits, 0))), axis=1).ravel().astype(np.int32)
     if count and int(index.max()) >= grid.levels:
         raise CorruptArtifact(f"code {int(index.max())} lies outside a grid of {grid.levels} levels")
-    return grid.codes_at(torch.from_numpy(index)).reshape(shape)
+    return grid.codes_at(torch.from_numpy(index).reshape(shape))

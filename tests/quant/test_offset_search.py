@@ -6,8 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saqcli.quant import grid as grids
-from saqcli.quant.clip_init import best_level, squared_error
-from saqcli.quant.quantizers.learned_step import _error, best_range
+from saqcli.quant.clip_init import best_level, best_range, range_error, squared_error
 from tests.support.strategies import BITS
 
 SLACK = 1.02  # both searches end in a local minimum
@@ -35,7 +34,7 @@ def test_no_worse_than_signed_or_unsigned_grid(shape: str, width: int) -> None:
     for signed in (False, True):
         grid = grids.activations(width, signed=signed)
         other = float(squared_error(x, best_level(x, grid), grid))
-        assert _error(x, step, lowest, top) <= SLACK * other + 1e-9
+        assert range_error(x, step, lowest, top) <= SLACK * other + 1e-9
 
 
 @pytest.mark.parametrize("width", [2, 4])
@@ -44,8 +43,10 @@ def test_no_worse_than_exhaustive_search(shape: str, width: int) -> None:
     x, top = sample(shape), 2**width - 1
     step, lowest = best_range(x, top)
     widest = float(x.max() - x.min()) / top
-    best = min(_error(x, widest * k / 100, code, top) for k in range(10, 121, 2) for code in range(-top, 1))
-    assert _error(x, step, lowest, top) <= SLACK * best
+    best = min(
+        range_error(x, widest * k / 100, code, top) for k in range(10, 121, 2) for code in range(-top, 1)
+    )
+    assert range_error(x, step, lowest, top) <= SLACK * best
 
 
 @pytest.mark.parametrize("width", BITS)

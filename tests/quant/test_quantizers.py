@@ -9,9 +9,9 @@ from torch import Tensor
 
 from saqcli.errors import ConfigError
 from saqcli.quant import grid as grids
-from saqcli.quant.grid import Grid, LevelTable
+from saqcli.quant.grid import LevelTable, ShiftedGrid
 from saqcli.quant.quantizers import Quantizer, quantizers_of
-from tests.support.cases import CASES, ROWS, Case, bounds, each, plain_of
+from tests.support.cases import CASES, ROWS, Case, bounds, each, plain_of, values_of
 from tests.support.strategies import BITS, bits, levels, tensors
 
 FLOAT64_EPS = torch.finfo(torch.float64).eps
@@ -104,10 +104,9 @@ def test_values_go_to_the_nearest_level(case: Case, x: Tensor, level: float, wid
     quantizer = plain_of(quantizer, x)
     low, high = bounds(quantizer)
     x = torch.minimum(torch.maximum(x, low), high)
-    grid = quantizer.grid()
     with torch.no_grad():
         error = (quantizer(x) - x).abs()
-        every = quantizer.step()[..., None] * grid.codes_at(torch.arange(grid.levels))
+        every = values_of(quantizer)
     least = (x[..., None] - every).abs().amin(-1)
     # x / step and code * step are rounded once each: relative to the level, an eps apiece, doubled for safety.
     assert (error <= least + 4 * FLOAT64_EPS * torch.maximum(high, -low)).all()
@@ -141,7 +140,7 @@ def test_codes_are_on_the_grid(case: Case, x: Tensor, level: float, width: int) 
     quantizer = case.build(level)
     quantizer.select(width)
     codes, grid = quantizer.codes(x), quantizer.grid()
-    assert codes.dtype == (torch.int32 if isinstance(grid, Grid) else torch.float32)
+    assert codes.dtype == (torch.float32 if isinstance(grid, LevelTable) else torch.int32)
     assert ((codes >= grid.lowest) & (codes <= grid.highest)).all()
     assert torch.equal(grid.codes_at(grid.indices(codes)), codes)
 
@@ -184,6 +183,8 @@ def test_arithmetic_matches_onnx(case: Case, x: Tensor, level: float, width: int
     if isinstance(grid, LevelTable):
         table = np.array(grid.codes, np.float32)
         codes = table[np.searchsorted((table[1:] + table[:-1]) / 2, scaled)]
+    elif isinstance(grid, ShiftedGrid):
+        codes = np.clip(np.rint(scaled), grid.lowest.numpy(), grid.highest.numpy())
     elif grid.stride == 1:
         codes = np.clip(np.rint(scaled), grid.lowest, grid.highest)
     else:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saqcli.quant.convert import Scheme
-from saqcli.quant.grid import AnyGrid
+from saqcli.quant.grid import AnyGrid, ShiftedGrid
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer
 from saqcli.quant.quantizers.dorefa import TanhWeight
 from saqcli.quant.quantizers.learned_step import LearnedStep
@@ -80,6 +80,9 @@ def set_levels(quantizer: Quantizer, level: Tensor) -> None:
             quantizer.step_size[position] = level / grid.highest  # type: ignore[index, operator]
         if hasattr(quantizer, "offset"):
             quantizer.offset[position] = level / grid.highest * grid.lowest  # type: ignore[index, operator]
+        if hasattr(quantizer, "lowest_code") and level.numel() == ROWS:  # rows differ, up to both extremes
+            lowest = torch.tensor([grid.lowest, 0, 1 - grid.levels], dtype=torch.int16)
+            quantizer.lowest_code[position] = lowest.view_as(level)  # type: ignore[index, operator]
 
 
 SHARED = {"lsq_plus": LearnedStep, "pact": TanhWeight}  # weights that another quantizer has too
@@ -116,6 +119,14 @@ def plain_of(quantizer: Quantizer, x: Tensor) -> Quantizer:
     """Its folded form, or itself where it transforms nothing."""
     with torch.no_grad():
         return quantizer.fold(x)[0]
+
+
+def values_of(quantizer: Quantizer) -> Tensor:
+    """All values of the active grid, along a last dimension after those of a level."""
+    step, grid = quantizer.step().detach()[..., None], quantizer.grid()
+    if isinstance(grid, ShiftedGrid):
+        grid = ShiftedGrid(grid.lowest[..., None], grid.top)
+    return step * grid.codes_at(torch.arange(grid.levels))
 
 
 def bounds(quantizer: Quantizer) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from saqcli.plugins import Plugins
-from saqcli.quant.grid import AnyGrid, Grid, LevelTable
+from saqcli.quant.grid import AnyGrid, Grid, LevelTable, ShiftedGrid
+from saqcli.quant.quantizers.asymmetric import AsymmetricActivation, AsymmetricWeight
 from saqcli.quant.quantizers.base import LevelQuantizer, Quantizer, quantizers_of
 from saqcli.quant.quantizers.clip import ClipActivation, ClipWeight, NormalizedClipWeight
 from saqcli.quant.quantizers.dorefa import DorefaActivation, DorefaWeight, PactActivation, PactWeight
@@ -74,6 +75,11 @@ _OURS = {
     "lsq_plus": QuantizerEntry(
         "learned step, inputs with a learned offset (arXiv:2004.09576)", LsqPlusWeight, LsqPlusActivation
     ),
+    "asymmetric": QuantizerEntry(
+        "learned step, ranges from a lowest code of each channel (arXiv:1712.05877)",
+        AsymmetricWeight,
+        AsymmetricActivation,
+    ),
     "pact": QuantizerEntry(
         "tanh weights, inputs clipped where learned (arXiv:1805.06085)", PactWeight, PactActivation
     ),
@@ -105,6 +111,7 @@ __all__ = [
     "NormalizedClipWeight",
     "Quantizer",
     "QuantizerEntry",
+    "ShiftedGrid",
     "name_of",
     "quantizers_of",
 ]

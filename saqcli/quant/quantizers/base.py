@@ -10,15 +10,15 @@ that is stored as ``step * code`` must not be transformed again.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from saqcli.errors import ConfigError
-from saqcli.quant.clip_init import best_level
-from saqcli.quant.grid import AnyGrid, Grid, WeightGrid, activations, codes_of, step_of, weights
+from saqcli.quant.clip_init import SQUARED, best_level
+from saqcli.quant.grid import AnyGrid, LevelTable, WeightGrid, activations, codes_of, step_of, weights
 from saqcli.quant.kernels.choice import KernelKind
 
 Granularity = Literal["channel", "tensor"]
@@ -33,6 +33,7 @@ class Quantizer(nn.Module, ABC):
         weight_grids: the values of ``quantization.weight_grid`` that a class for weights supports.
         granularities: the values of ``quantization.granularity`` that it supports.
         kernel: which kernel computes it (``kernels.use.use_kernels``); a plain attribute, in no state dict.
+        error_power: exponent p of the error, sum |e|**p, that ``fit`` minimizes; a plain attribute as well.
         candidates: bit-widths to choose from, ascending; a single one if precision is fixed.
         shape: shape of one clipping level or step; broadcasts against the tensor.
     """
@@ -40,6 +41,7 @@ class Quantizer(nn.Module, ABC):
     weight_grids: ClassVar[tuple[WeightGrid, ...]] = ("auto", "paper", "zero")
     granularities: ClassVar[tuple[Granularity, ...]] = ("channel", "tensor")
     kernel: KernelKind = "eager"
+    error_power: float = SQUARED
 
     @classmethod
     def weight_grid(cls, bits: int, kind: WeightGrid) -> AnyGrid:
@@ -92,6 +94,10 @@ class Quantizer(nn.Module, ABC):
     def fit(self, x: Tensor) -> None:
         """Fit the parameters of all candidates to ``x``."""
 
+    def fits(self) -> tuple[Callable[[Tensor], None], ...]:
+        """The ways to fit it, among which ``clip_init`` as ``output`` chooses: ``fit``, and others of its own."""
+        return (self.fit,)
+
     def fit_as_published(self, x: Tensor, *, linear: bool) -> None:
         """Set the parameters of all candidates as in the SAQ paper; ``linear``: the layer is not a convolution.
 
@@ -104,11 +110,11 @@ class Quantizer(nn.Module, ABC):
     def codes(self, x: Tensor) -> Tensor:
         """The codes of ``x``; in the plain form ``step() * codes(x)`` equals ``forward(x)``.
 
-        They are int32 on a uniform grid, else float32.
+        They are float32 on a table of levels, else int32.
         """
         grid = self.grid()
         codes = codes_of(x.detach().float(), self.step(), grid)
-        return codes.to(torch.int32) if isinstance(grid, Grid) else codes
+        return codes if isinstance(grid, LevelTable) else codes.to(torch.int32)
 
     def fold(self, weight: Tensor) -> "tuple[Quantizer, Tensor]":
         """The plain form: a quantizer without a transformation, and the weight for it.
@@ -156,9 +162,9 @@ class LevelQuantizer(Quantizer):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Levels of least squared error on ``x``, for every candidate."""
+        """Levels of least error on ``x``, for every candidate."""
         for row, grid in zip(self.clipping_level, self.grids.values(), strict=True):
-            row.copy_(best_level(x, grid, self.shape))
+            row.copy_(best_level(x, grid, self.shape, self.error_power))
 
 
 def quantizers_of(model: nn.Module) -> Iterator[Quantizer]:

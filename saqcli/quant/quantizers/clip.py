@@ -94,10 +94,10 @@ class NormalizedClipWeight(ClipWeight):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Levels of least squared error on the centred weight."""
+        """Levels of least error on the centred weight."""
         mean, deviation = _mean_and_deviation(x)
         for row, grid in zip(self.clipping_level, self.grids.values(), strict=True):
-            row.copy_(best_level(x - mean, grid, self.shape) / deviation)
+            row.copy_(best_level(x - mean, grid, self.shape, self.error_power) / deviation)
 
     def _published_level(self, x: Tensor) -> float:
         return PUBLISHED_LEVEL

@@ -49,7 +49,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saqcli.quant.clip_init import least_level, reduce_to
+from saqcli.quant.clip_init import FIXED_POINT_STEPS, SQUARED, least_level, reduce_to, refined_step
 from saqcli.quant.grid import TINY, AnyGrid, Grid, between, codes_of, fake_quantize, full_precision, step_of
 from saqcli.quant.kernels.choice import KernelKind, backward_kernels_for, kernels_for
 from saqcli.quant.kernels.layout import OVER, PACT, UNDER
@@ -85,7 +85,10 @@ class TanhWeight(LevelQuantizer):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Fit the factor of every candidate by least squares: <x, q> / <q, q> with the codes q."""
+        """Fit the factor of every candidate by least squares: <x, q> / <q, q> with the codes q.
+
+        With another ``error_power``, reweighted least squares follow, kept where they lower the error.
+        """
         x = x.detach().float()
         squeezed, largest = _squeezed(x, self.shape), float(x.abs().max())
         for row, grid in zip(self.clipping_level, self.grids.values(), strict=True):
@@ -93,6 +96,8 @@ class TanhWeight(LevelQuantizer):
             power = reduce_to(codes * codes, self.shape, "sum").clamp_min(TINY)
             level = reduce_to(x * codes, self.shape, "sum") / power * grid.highest
             row.copy_(level.clamp_min(least_level(largest, grid)))
+            if self.error_power != SQUARED:
+                row.copy_(_refined(x, codes, row / grid.highest, self.shape, self.error_power) * grid.highest)
 
     @torch.no_grad()
     def fold(self, weight: Tensor) -> tuple[Quantizer, Tensor]:
@@ -123,6 +128,21 @@ def _squeezed(w: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _codes(squeezed: Tensor, grid: AnyGrid) -> Tensor:
     return codes_of(squeezed, step_of(squeezed.new_ones(()), grid), grid)
+
+
+def _refined(x: Tensor, codes: Tensor, step: Tensor, shape: tuple[int, ...], power: float) -> Tensor:
+    """The step of least sum |x - step * code|**power, from one that is good at 2."""
+
+    def error(step: Tensor) -> Tensor:
+        return reduce_to((x - codes * step).abs_().pow_(power), shape, "sum")
+
+    least = error(step)
+    for _ in range(FIXED_POINT_STEPS):
+        proposal = refined_step(x, codes, step, shape, power)
+        found = error(proposal)
+        improves = (found < least) & (proposal > 0)
+        step, least = torch.where(improves, proposal, step), torch.where(improves, found, least)
+    return step
 
 
 class DorefaWeight(TanhWeight):

@@ -34,9 +34,8 @@ and the codes run from ``lowest`` to ``lowest + top``, ``top = 2**bits - 1``:
 Where ``round(o / s)`` is clamped, the ends are fixed codes: they add ``below * lowest + above * (lowest + top)`` to
 dL/ds instead, and dL/do is zero unless a descent step would move o back.
 
-Step and lowest code start at the least squared error: a coarse scan takes fractions of the smallest and of the largest
-value for the two ends; finer scans of the step, with the lowest code and its neighbours, and a few fixed-point steps
-finish. With the codes held, the best step is <x, q> / <q, q> (Lloyd, 1982).
+Step and lowest code start at the least squared error (``clip_init.best_range``); rounding and gradients are computed in
+``ranges``.
 
 Source: Bhalgat et al., arXiv:2004.09576, Eq. 4-8. Differs from the paper:
 
@@ -47,39 +46,14 @@ Source: Bhalgat et al., arXiv:2004.09576, Eq. 4-8. Differs from the paper:
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saqcli.quant.clip_init import best_level
-from saqcli.quant.grid import TINY, AnyGrid, Grid, between, fake_quantize, full_precision, step_of
-from saqcli.quant.kernels.choice import KernelKind, backward_kernels_for, kernels_for
-from saqcli.quant.kernels.layout import OFFSET
+from saqcli.quant.clip_init import best_level, best_range
+from saqcli.quant.grid import TINY, AnyGrid, Grid, fake_quantize, full_precision, step_of
 from saqcli.quant.quantizers.base import Quantizer
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.factor, None
-
-
-def scale_gradient(parameter: Tensor, count: float, highest: float) -> Tensor:
-    """``parameter`` with its gradient scaled by 1 / sqrt(count * highest); ``count`` values share an element of it."""
-    return _ScaleGradient.apply(parameter, max(1.0, count * highest) ** -0.5)  # type: ignore[no-any-return]
-
-
-def values_per_image(x: Tensor) -> float:
-    """Number of values of ``x``, (N, ...), per image: the batch size must not change a gradient."""
-    return x.numel() / max(1, len(x))
+from saqcli.quant.quantizers.ranges import lowest_code, round_to_range, scale_gradient, values_per_image
 
 
 class LearnedStep(Quantizer):
@@ -105,7 +79,7 @@ class LearnedStep(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid of the active step."""
         grid, level = self.grid(), self.level()
-        scaled = scale_gradient(level, self.values_per_step(x), grid.highest)
+        scaled = scale_gradient(level, self.values_per_step(x), float(grid.highest))
         return fake_quantize(x, scaled, grid, self.kernel)
 
     def values_per_step(self, x: Tensor) -> float:
@@ -114,9 +88,9 @@ class LearnedStep(Quantizer):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Steps of least squared error on ``x``, for every candidate."""
+        """Steps of least error on ``x``, for every candidate."""
         for row, grid in zip(self.step_size, self.grids.values(), strict=True):
-            row.copy_(best_level(x, grid, self.shape) / grid.highest)
+            row.copy_(best_level(x, grid, self.shape, self.error_power) / grid.highest)
 
 
 class LsqWeight(LearnedStep):
@@ -129,62 +103,6 @@ class LsqActivation(LearnedStep):
     def values_per_step(self, x: Tensor) -> float:
         """Number of values per image, as in the paper."""
         return values_per_image(x)
-
-
-FRACTIONS = tuple(0.8**k for k in range(16))  # of either end: 1 down to 0.035
-FINER = (0.8 ** (1 / 5), 0.8 ** (1 / 25))  # ratios of the finer scans of the step
-FINER_STEPS = 4
-FIXED_POINT_STEPS = 4
-COARSE_SAMPLES = 8192  # enough to find the basin
-
-
-@torch.no_grad()
-def best_range(x: Tensor, top: int) -> tuple[float, int]:
-    """The step and the lowest of ``top + 1`` consecutive codes with the least squared error on ``x``.
-
-    Args:
-        x: values to represent, float32, any shape.
-        top: number of codes minus one.
-
-    Returns:
-        ``(step, lowest)``, the step positive, ``-top <= lowest <= 0``.
-    """
-    x = x.flatten()
-    low, high = min(0.0, float(x.min())), max(0.0, float(x.max()))
-    if low == high:
-        return 1.0 / top, 0
-    few = x[:: -(-x.numel() // COARSE_SAMPLES)]
-    scanned = []
-    for below in (low * fraction for fraction in (FRACTIONS if low < 0 else (1.0,))):
-        for above in (high * fraction for fraction in (FRACTIONS if high > 0 else (1.0,))):
-            step = (above - below) / top
-            scanned.append((step, _code(below / step, top)))
-    best = min(scanned, key=lambda one: _error(few, one[0], one[1], top))
-    error = _error(x, best[0], best[1], top)
-    for ratio in FINER:
-        step, lowest = best
-        for code in sorted({_code(code, top) for code in (lowest - 1, lowest, lowest + 1)}):
-            for k in range(-FINER_STEPS, FINER_STEPS + 1):
-                found = _error(x, step * ratio**k, code, top)
-                if found < error:
-                    best, error = (step * ratio**k, code), found
-    for _ in range(FIXED_POINT_STEPS):
-        step, lowest = best
-        codes = (x / step).round_().clamp_(lowest, lowest + top)
-        power, product = float(codes.square().sum()), float((x * codes).sum())
-        if power > 0 and product > 0 and _error(x, product / power, lowest, top) < error:
-            best = product / power, lowest
-            error = _error(x, product / power, lowest, top)
-    return best
-
-
-def _code(value: float, top: int) -> int:
-    return min(0, max(-top, round(value)))
-
-
-def _error(x: Tensor, step: float, lowest: int, top: int) -> float:
-    """Sum of squared errors."""
-    return float(((x / step).round_().clamp_(lowest, lowest + top).mul_(step) - x).square_().sum())
 
 
 class LsqPlusWeight(LearnedStep):
@@ -218,7 +136,7 @@ class LsqPlusActivation(Quantizer):
 
     def grid(self) -> Grid:
         """The active codes, which follow from step and offset."""
-        lowest = int(_lowest(self.step(), self.offset[self._active], self.top))
+        lowest = int(lowest_code(self.step(), self.offset[self._active], self.top))
         return Grid(lowest, lowest + self.top, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -226,57 +144,11 @@ class LsqPlusActivation(Quantizer):
         x = full_precision(x)
         step = scale_gradient(self.step(), values_per_image(x), self.top)
         offset = scale_gradient(self.offset[self._active], values_per_image(x), self.top)
-        return _Asymmetric.apply(x, step, offset, self.top, self.kernel)  # type: ignore[no-any-return]
+        return round_to_range(x, step, offset, self.top, self.kernel)
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Step and offset of least squared error on ``x``, for every candidate."""
+        """Step and offset of least error on ``x``, for every candidate."""
         for k, grid in enumerate(self.grids.values()):
-            step, lowest = best_range(x.detach().float(), grid.levels - 1)
+            step, lowest = best_range(x.detach().float(), grid.levels - 1, self.error_power)
             self.step_size[k], self.offset[k] = step, lowest * step
-
-
-def _lowest(step: Tensor, offset: Tensor, top: int) -> Tensor:
-    return (offset / step).round().clamp(-top, 0)
-
-
-class _Asymmetric(torch.autograd.Function):
-    """Q(x) and the gradients in the module's docstring, without g; ``step`` is positive, both are scalars."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor, top: int, kind: KernelKind) -> Tensor:
-        ctx.top, ctx.kind = top, kind
-        if kernels := kernels_for(kind, x, step):
-            ctx.save_for_backward(x, step, offset)
-            ctx.requantize = lambda x, step, offset: _Asymmetric.apply(x, step, offset, top, kind)
-            return kernels.forward(x, step, offset, codes=Grid(0, top, 1))
-        lowest = _lowest(step, offset, top)
-        quantized = (x / step).round_().clamp_(lowest, lowest + top).mul_(step)
-        ctx.save_for_backward(x, step, offset, quantized)
-        return quantized
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        (grad,) = grads
-        x, step, offset, *saved = ctx.saved_tensors
-        top: int = ctx.top
-        lowest = _lowest(step, offset, top)
-        wanted = (offset / step).round()
-        if not saved and (kernels := backward_kernels_for(ctx.kind, x, step)):
-            codes = Grid(0, top, 1)
-            grad_x, (residual, under, over) = kernels.backward(
-                grad, x, step, offset, codes=codes, kind=OFFSET
-            )
-        else:
-            quantized = saved[0] if saved else _Asymmetric.apply(x, step, offset, top, "eager")
-            low, high = step * lowest, step * (lowest + top)
-            below, above, inside = x < low, x > high, between(x.detach(), low, high)
-            under, over = (grad * below).sum(), (grad * above).sum()
-            residual = (grad * inside * (quantized - x)).sum()
-            grad_x = grad * inside
-        ends = torch.where(wanted == lowest, over * top, under * lowest + over * (lowest + top))
-        grad_step = residual / step + ends
-        outside = under + over
-        # Descent moves against the gradient: an offset clamped at zero needs a positive one to move back.
-        stuck = ((wanted > 0) & (outside < 0)) | ((wanted < -top) & (outside > 0))
-        return grad_x, grad_step, torch.where(stuck, 0, outside), None, None

@@ -22,6 +22,7 @@ ROOMS = (
     "verify",
     "analysis",
     "searchers",
+    "reconstruction",
     "training",
     "export",
     "data",

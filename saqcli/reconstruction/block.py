@@ -1,0 +1,388 @@
+"""One block of a quantized network learns the output of the same block of the float network.
+
+The target is the float block's output on float inputs, so that a block also makes up for the errors of those before it.
+In each iteration a batch of images is drawn, every value of the block's input is the quantized prefix's or, with
+probability ``drop``, the float network's, and one step of Adam lowers
+
+    sum (block(x) - target)^2 * weight / sum (target - mean of target)^2          over the batch
+
+in the rounding of weights, the levels of weights and inputs, and, if wanted, the biases. The mixture of inputs, and the
+random omission of the quantizers within the block, are those of QDrop (Wei et al., arXiv:2203.05740).
+
+With ``noise_radius`` each step minimizes the error at the worst input near the given one: one step of ascent, of
+``noise_radius`` times the norm of the noise x - x_float of that image, in the direction of the gradient. This is
+sharpness-aware minimization (Foret et al., arXiv:2010.01412) with the noise of the prefix in the place of that of
+weights.
+
+A block that does not become better on all calibration images is put back as it was, bit for bit.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from saqcli import distributed
+from saqcli.quant.kernels.use import fused_on_cpu
+from saqcli.quant.layer import QuantizedLayer, in_eval_mode, quantized_layers, weights_given
+from saqcli.quant.products import OPERANDS, QuantizedProduct, quantized_products
+from saqcli.quant.quantizers.base import Quantizer
+from saqcli.reconstruction.adam import RelativeAdam, Trained
+from saqcli.reconstruction.blocks import Block
+from saqcli.reconstruction.options import Reconstruction
+from saqcli.reconstruction.rounding import LearnedRounding, learned_rounding
+from saqcli.training.loop import NO_MEMORY, Memory
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+LEAST_POWER = 1e-20  # of a target or a gradient, avoids 0 / 0
+
+
+class Activations(Protocol):
+    """A tensor (N, ...), or what gives its rows: activations that are kept or recomputed."""
+
+    def __len__(self) -> int:
+        """Number of rows, one per image."""
+
+    def __getitem__(self, index: Tensor) -> Any:
+        """The rows at ``index``, int64 (n,): a tensor, or a call for the first block of several inputs."""
+
+
+class BlockError(NamedTuple):
+    """The mean squared error of a block's output on the calibration images, relative to the target's variance.
+
+    Attributes:
+        name: of the block.
+        before: as it was found.
+        after: as it was left; never above ``before``.
+    """
+
+    name: str
+    before: float
+    after: float
+
+
+def fit_block(
+    block: Block,
+    model: nn.Module,
+    inputs: Activations,
+    float_inputs: Activations,
+    targets: Activations,
+    options: Reconstruction,
+    generator: torch.Generator,
+    memory: Memory = NO_MEMORY,
+    *,
+    weights: Activations | None = None,
+) -> BlockError:
+    """Fit one block, in place; a block that does not become better stays as it was, bit for bit.
+
+    With several ranks each gives the activations of its own images, and all end with the same bits.
+
+    Args:
+        block: the part of ``model`` to fit.
+        model: quantized and calibrated; its mode is restored.
+        inputs: of the block, (N, ...), from the quantized blocks before it.
+        float_inputs: the same from the float network; the same object where nothing before the block is quantized.
+        targets: outputs of the float block on ``float_inputs``.
+        options: see ``Reconstruction``.
+        generator: draws images and dropped values; on the CPU.
+        memory: holds the state of this block alone, see ``BlockFit.state_dict``.
+        weights: of the squared errors, in the shape of ``targets`` or broadcasting against it; None for equal ones.
+
+    Raises:
+        Interrupted: a signal asked to stop; the state is saved.
+    """
+    with in_eval_mode(model), fused_on_cpu(model):
+        layers = _layers(block, model)
+        before, power = _error(block, model, layers, inputs, targets, options.batch_size)
+        if not options.iterations or not layers:
+            return BlockError(block.name, before / power, before / power)
+        fit = BlockFit(block, model, inputs, float_inputs, targets, options, generator, power, weights)
+        if (state := memory.load()) is not None:
+            fit.load_state_dict(state)
+        fit.run(memory)
+        after, _ = _error(block, model, layers, inputs, targets, options.batch_size)
+        if not after < before:
+            fit.undo()
+            after = before
+        return BlockError(block.name, before / power, after / power)
+
+
+class BlockFit:
+    """The iterations of one block; can be saved and continued between any two of them.
+
+    Args:
+        power: mean square of the targets about their mean, over all ranks.
+        others: as for ``fit_block``.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        model: nn.Module,
+        inputs: Activations,
+        float_inputs: Activations,
+        targets: Activations,
+        options: Reconstruction,
+        generator: torch.Generator,
+        power: float,
+        weights: Activations | None = None,
+    ) -> None:
+        self.block, self.model, self.options, self.generator = block, model, options, generator
+        self._inputs, self._float_inputs, self._targets, self._weights = (
+            inputs,
+            float_inputs,
+            targets,
+            weights,
+        )
+        self._power = power
+        self._noisy = inputs is not float_inputs and (options.drop > 0 or options.noise_radius > 0)
+        self._layers = _layers(block, model)
+        self._roundings: list[LearnedRounding] = []
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._order: list[int] = []
+        self._done = 0
+        self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self.optimizer = RelativeAdam(list(self._trained()))
+
+    def _trained(self) -> Iterator[Trained]:
+        options = self.options
+        for layer in self._layers:
+            if _owns_weight(layer, self._layers, self.model):
+                rounding = learned_rounding(layer, options)
+                self._roundings.append(rounding)
+                self._keep(layer.latent_weight())
+                yield from rounding.trained
+                yield from self._levels(layer.weight_quantizer, options.weight_level_lr)
+            yield from self._levels(layer.input_quantizer, options.input_level_lr)
+        products = quantized_products(self.model)
+        for name in self.block.layers:
+            if name in products:
+                for attribute in OPERANDS.values():
+                    yield from self._levels(getattr(products[name], attribute), options.input_level_lr)
+        if options.bias_lr:
+            yield from self._biases()
+
+    def _levels(self, quantizer: nn.Module, rate: float) -> Iterator[Trained]:
+        if isinstance(quantizer, Quantizer) and rate:
+            for level in quantizer.parameters():
+                self._keep(level)
+                yield Trained(level, level.detach().abs().clone(), rate)
+
+    def _biases(self) -> Iterator[Trained]:
+        for bias, unit in _shifts(self.block, self.model, self._inputs, self._layers):
+            self._keep(bias)
+            yield Trained(bias, unit, self.options.bias_lr)
+
+    def _keep(self, tensor: Tensor) -> None:
+        self._kept.append((tensor, tensor.detach().clone()))
+
+    def run(self, memory: Memory = NO_MEMORY) -> None:
+        """All iterations that are left; the layers are ordinary ones again afterwards, also after errors."""
+        options = self.options
+        try:
+            for parameter, _ in self._flags:
+                parameter.requires_grad_(False)
+            for one in self.optimizer.trained:
+                one.value.requires_grad_(True)
+            with _dropping(self.block, self.model, options.drop_inputs, self.generator):
+                while self._done < options.iterations:
+                    self._step()
+                    self._done += 1
+                    memory.offer(self.state_dict)
+            for rounding in self._roundings:
+                rounding.fix()
+        finally:
+            for layer in self._layers:
+                layer.given_weight = None
+            for parameter, flag in self._flags:
+                parameter.requires_grad_(flag)
+                parameter.grad = None
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put everything back as it was before the first iteration."""
+        for tensor, before in self._kept:
+            tensor.copy_(before)
+
+    def _step(self) -> None:
+        options = self.options
+        index = self._draw()
+        x, target = _laid_out(self._inputs[index]), self._targets[index]
+        weight = None if self._weights is None else self._weights[index]
+        if self._noisy and isinstance(x, Tensor):
+            x = self._mixed(x, _laid_out(self._float_inputs[index]), target, weight)
+        loss = self._error(x, target, weight)
+        done = self._done / options.iterations
+        if done >= options.warm_up:
+            progress = (done - options.warm_up) / max(1 - options.warm_up, LEAST_POWER)
+            terms = [term for one in self._roundings if (term := one.regularizer(progress)) is not None]
+            if terms:
+                loss = loss + options.regularization * torch.stack(terms).mean()
+        torch.autograd.backward(loss)
+        distributed.average(one.value.grad for one in self.optimizer.trained if one.value.grad is not None)
+        self.optimizer.step(0.5 * (1 + math.cos(math.pi * done)))
+
+    def _mixed(self, x: Tensor, in_float: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        """The input of an iteration: partly the float network's, then moved to the worst one within the radius."""
+        options = self.options
+        radius = _norm(x - in_float) * options.noise_radius
+        if options.drop:
+            x = torch.where(_chosen(x, options.drop, self.generator), in_float, x)
+        if not options.noise_radius:
+            return x
+        x = x.detach().clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(self._error(x, target, weight), x)
+        return (x + gradient * (radius / _norm(gradient).clamp_min(LEAST_POWER))).detach()
+
+    def _error(self, x: Any, target: Tensor, weight: Tensor | None) -> Tensor:
+        for rounding in self._roundings:
+            rounding.prepare()
+        error = (self.block(self.model, x) - target).square()
+        return (error if weight is None else error * weight).mean() / self._power
+
+    def _draw(self) -> Tensor:
+        """The next images, in a new order after each pass over all of them."""
+        count = min(len(self._inputs), max(1, self.options.batch_size // distributed.count()))
+        if len(self._order) < count:
+            self._order = torch.randperm(len(self._inputs), generator=self.generator).tolist()
+        index, self._order = self._order[:count], self._order[count:]
+        return torch.tensor(index)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state between two iterations."""
+        return {
+            "block": self.block.name,
+            "done": self._done,
+            "values": [one.value.detach() for one in self.optimizer.trained],
+            "optimizer": self.optimizer.state_dict(),
+            "order": list(self._order),
+            "generator": self.generator.get_state(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict()``; the model has to be as it was before the first iteration."""
+        self._done = int(state["done"])
+        for one, value in zip(self.optimizer.trained, state["values"], strict=True):
+            one.value.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._order = list(state["order"])
+        self.generator.set_state(state["generator"])
+
+
+def _layers(block: Block, model: nn.Module) -> list[QuantizedLayer]:
+    """The quantized layers of the block."""
+    layers = quantized_layers(model)
+    return [layers[name] for name in block.layers if name in layers]
+
+
+def _owns_weight(layer: QuantizedLayer, layers: Sequence[QuantizedLayer], model: nn.Module) -> bool:
+    """Whether the block may change the weight: it is quantized, and no layer of another block computes with it."""
+    if layer.tied_to or not isinstance(layer.weight_quantizer, Quantizer):
+        return False
+    sharing = [other for other in quantized_layers(model).values() if layer in other.tied_to]
+    return all(other in layers for other in sharing)
+
+
+@torch.no_grad()
+def _error(
+    block: Block,
+    model: nn.Module,
+    layers: Sequence[QuantizedLayer],
+    inputs: Activations,
+    targets: Activations,
+    batch: int,
+) -> tuple[float, float]:
+    """The mean squared error of the block, and the mean square of its targets about their mean, over all ranks."""
+    error = count = total = squares = 0.0
+    with weights_given([layer for layer in layers if not layer.tied_to and layer.given_weight is None]):
+        for start in range(0, len(inputs), batch):
+            index = torch.arange(start, min(start + batch, len(inputs)))
+            target = targets[index]
+            error += float((block(model, _laid_out(inputs[index])) - target).double().square().sum())
+            total += float(target.double().sum())
+            squares += float(target.double().square().sum())
+            count += target.numel()
+    error, total, squares, count = distributed.totals(error, total, squares, count)
+    return error / count, max(squares / count - (total / count) ** 2, LEAST_POWER)
+
+
+@contextmanager
+def _dropping(block: Block, model: nn.Module, share: float, generator: torch.Generator) -> Iterator[None]:
+    """Within the context input quantizers of the block leave a random share of the values as they are."""
+    if not share:
+        yield
+        return
+    modules: dict[str, Any] = {**quantized_layers(model), **quantized_products(model)}
+    places = [
+        (modules[name], attribute)
+        for name in block.layers
+        for attribute in (
+            OPERANDS.values() if isinstance(modules[name], QuantizedProduct) else ["input_quantizer"]
+        )
+    ]
+    before = [getattr(*place) for place in places]
+    try:
+        for place, quantizer in zip(places, before, strict=True):
+            setattr(*place, _Dropping(quantizer, share, generator))
+        yield
+    finally:
+        for place, quantizer in zip(places, before, strict=True):
+            setattr(*place, quantizer)
+
+
+class _Dropping(nn.Module):
+    """A quantizer of inputs that leaves a random share of the values as they are."""
+
+    def __init__(self, quantizer: nn.Module, share: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.quantizer, self.share, self.generator = quantizer, share, generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``, most of it quantized."""
+        return torch.where(_chosen(x, self.share, self.generator), x, self.quantizer(x))
+
+
+def _chosen(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """A random mask in the shape of ``x``, true with probability ``share``."""
+    return (torch.rand(x.shape, generator=generator) < share).to(x.device)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """The norm of each image's values, broadcasting against ``x``."""
+    return x.detach().flatten(1).norm(dim=1).view(-1, *(1,) * (x.dim() - 1))
+
+
+def _laid_out(x: Any) -> Any:
+    """Images with channels last, which convolutions compute faster; other inputs as they are."""
+    return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x
+
+
+@torch.no_grad()
+def _shifts(
+    block: Block, model: nn.Module, inputs: Activations, layers: Sequence[QuantizedLayer]
+) -> list[tuple[Tensor, Tensor]]:
+    """Biases of layers and shifts of batch norms in the block, with the scale of what each is added to."""
+    norms: list[Any] = []
+    outputs: dict[QuantizedLayer, Any] = {}
+    modules = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    # a pass may be recorded, so that hooks only take notes
+    handles = [norm.register_forward_pre_hook(lambda norm, given: norms.append(norm)) for norm in modules]
+    handles += [
+        layer.register_forward_hook(lambda *call: outputs.update({call[0]: call[2]})) for layer in layers
+    ]
+    try:
+        block(model, inputs[torch.arange(min(len(inputs), 8))])
+    finally:
+        for handle in handles:
+            handle.remove()
+    scales = [(norm.bias, norm.weight) for norm in norms]
+    found = [(bias, scale.detach().abs().clone()) for bias, scale in scales if bias is not None]
+    for layer, output in outputs.items():
+        bias = layer._parameters.get("bias")
+        if bias is not None and isinstance(output, Tensor):
+            found.append((bias, output.std().clamp_min(LEAST_POWER)))
+    return found

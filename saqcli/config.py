@@ -367,6 +367,9 @@ class QuantizationSection(_Section):
         bool,
         Option("Also quantize and count the products of attention (queries, keys, probabilities, values)"),
     ] = False
+    balance_norms: Annotated[
+        bool, Option("Give the channels of layer norms similar ranges by ratios that the next layers undo")
+    ] = False
     correct_bias: Annotated[
         bool, Option("Bias correction: restore each layer's float output mean after calibration")
     ] = False
@@ -376,8 +379,10 @@ class QuantizationSection(_Section):
 
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """JSON has the cost model, and the quantizers of single operands, only if they are set."""
-        defaults = {"cost": "bops", "weight_quantizer": None, "activation_quantizer": None}
+        """JSON has the cost model, the quantizers of single operands and balanced norms only if they are set."""
+        defaults = {
+            "cost": "bops", "weight_quantizer": None, "activation_quantizer": None, "balance_norms": False
+        }  # fmt: skip
         unused = {name for name, default in defaults.items() if getattr(self, name) == default}
         return {key: value for key, value in handler(self).items() if key not in unused}
 

@@ -3,6 +3,7 @@
 prepare             a copy of the module, and one call of it
 float_network       wrapped and traced on that call
 policy              given, uniform, or found by a searcher under a budget
+balance_norms       on request: channels of similar ranges behind layer norms
 install             quantizers, fitted to calibration data
 correct             means and variances of batch norms, biases
 """
@@ -37,6 +38,7 @@ from saqcli.quant import convert
 from saqcli.quant.cost import Budget
 from saqcli.quant.grid import WeightGrid
 from saqcli.quant.quantizers.base import Granularity
+from saqcli.reconstruction.norms import balance_norms as balanced
 
 
 def quantize_model(
@@ -60,6 +62,7 @@ def quantize_model(
     granularity: Granularity = "channel",
     weight_normalization: bool = False,
     quantize_attention: bool = False,
+    balance_norms: bool = False,
     recalibrate_bn: bool = True,
     correct_bias: bool = False,
     export: str | None = None,
@@ -97,6 +100,8 @@ def quantize_model(
         granularity: one clipping level of a weight per output ``channel``, or per ``tensor``.
         weight_normalization: quantize the weights of convolutions in standard deviations from their mean.
         quantize_attention: also quantize products of activations.
+        balance_norms: give the channels of layer norms similar ranges by ratios that the next layers undo; the float
+            network stays the same to rounding.
         recalibrate_bn: adapt the running statistics of batch norms to the quantized layers.
         correct_bias: restore the mean output of every layer.
         export: style of ONNX files that the module must be exportable in; checked before calibration.
@@ -154,6 +159,10 @@ def quantize_model(
                 progress=progress,
                 **options,
             ).policy
+        if balance_norms:
+            folded = balanced(network.model, ready.calls, chosen, scheme, seed=seed, progress=progress)
+            if any(each.folded for each in folded):
+                statistics = observed(network.model, ready.calls, seed, progress)
     except BaseException:
         convert.unwrap(network.model)  # matters in place
         raise

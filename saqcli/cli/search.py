@@ -16,7 +16,10 @@ from saqcli.option import RUN
 @reporting
 @o.with_settings(
     *("quantization", "data", "model", "search", "recipe", "run"),
-    without=["quantization.bits", "quantization.policy", "data.eval_batch_size", "data.verify_images"],
+    without=[
+        *("quantization.bits", "quantization.policy", "quantization.balance_norms"),
+        *("data.eval_batch_size", "data.verify_images"),
+    ],
 )
 def search_command(
     given: o.Given,

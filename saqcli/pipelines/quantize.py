@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from saqcli import distributed
 from saqcli.config import RunConfig
 from saqcli.models.own import own_of
-from saqcli.pipelines.calibration import calibrate, describe, install_quantizers
+from saqcli.pipelines.calibration import balance, calibrate, describe, install_quantizers
 from saqcli.pipelines.checks import check_quantize, check_trainable, network_for
 from saqcli.pipelines.export import write_files
 from saqcli.pipelines.search import choose_bits
@@ -161,6 +161,8 @@ def start_run(
     float_score = score(network.model, validation, "evaluating float", device, progress, name)
     statistics = calibrate(network, images, config, progress)
     policy, budget = choose_bits(config, prepared, statistics, run, progress)
+    if balance(network, images, config, policy, progress):
+        statistics = calibrate(network, images, config, progress)
     model = install_quantizers(config, network, policy, statistics, images, progress)
     calibrated = score(model, validation, "evaluating calibrated", device, progress, f"{name}, calibrated,")
     progress.note(f"float {float_score.top1:.2f} %, calibrated {calibrated.top1:.2f} % top-1")

@@ -10,8 +10,9 @@ grids, in units of the step, n nonzero codes on a side:
 
 ``log2`` has powers of two, with a sign where the input is signed. ``adaptive`` takes, for every input, the grid with the
 least squared error on calibration values among the uniform ones with any zero point of a list, powers of two and split
-grids; the plain uniform grid is among them, so its error is never above that of ``clip`` on these values. The level is
-trained as in ``clip`` (``grid.fake_quantize``); the choice stays.
+grids. Uniform grids run on integer kernels, tables of levels do not: one is taken only if it has less than 0.9 of the
+error of the best uniform grid. The plain uniform grid is among them, so the error is never above that of ``clip`` on these
+values. The level is trained as in ``clip`` (``grid.fake_quantize``); the choice stays.
 
 Sources: log2 grids of probabilities, Lin et al., arXiv:2111.13824, section 4.3; codes of other bases, AdaLog,
 arXiv:2407.12951, Eq. 5-8; split ranges, PTQ4ViT, arXiv:2111.12293, section 3.2. Differs from them:
@@ -34,6 +35,7 @@ from saqcli.quant.quantizers.base import LevelQuantizer
 
 OCTAVES = 14  # most that powers of two span at one code an octave; smaller levels would be next to zero
 DENSE_OCTAVES = 10  # with several codes an octave
+LEAST_GAIN = 0.9  # of the error of the best uniform grid, below which a table is taken
 FEW_SAMPLES = 4096  # enough to tell grids apart; the level of the best is then fitted to all values
 
 
@@ -83,6 +85,10 @@ def family(bits: int, *, signed: bool) -> tuple[AnyGrid, ...]:
     return (uniform, *(each for each in ranges if each != uniform), *powers, *splits)
 
 
+def _is_uniform(grid: AnyGrid) -> bool:
+    return isinstance(grid, Grid)
+
+
 class Log2Activation(LevelQuantizer):
     """Inputs of a layer on powers of two, with one level."""
 
@@ -126,11 +132,15 @@ class AdaptiveActivation(LevelQuantizer):
         x = x.detach().float()
         few = x.flatten()[:: -(-x.numel() // FEW_SAMPLES)]
         for row, grids in enumerate(self._families):
-            errors = [float(squared_error(few, best_level(few, grid), grid)) for grid in grids]
-            best = min(range(len(grids)), key=errors.__getitem__)
-            fitted = {index: best_level(x, grids[index]) for index in {0, best}}
-            best = min(fitted, key=lambda index: (float(squared_error(x, fitted[index], grids[index])), index))
-            self.clipping_level[row] = fitted[best]
+            weighted = [
+                float(squared_error(few, best_level(few, grid), grid)) * (LEAST_GAIN if _is_uniform(grid) else 1)
+                for grid in grids
+            ]
+            best = min(range(len(grids)), key=weighted.__getitem__)
+            levels = {index: best_level(x, grids[index]) for index in (0, best)}
+            errors = {index: float(squared_error(x, level, grids[index])) for index, level in levels.items()}
+            best = best if errors[best] < errors[0] else 0
+            self.clipping_level[row] = levels[best]
             self.choice[row] = best
         self._chosen = self.choice.tolist()
 

@@ -73,16 +73,16 @@ def family(bits: int, *, signed: bool) -> tuple[AnyGrid, ...]:
     Files hold the index of a grid: the order must stay.
     """
     uniform: AnyGrid = activations(bits, signed=signed)
-    powers = [powers_of_two(bits, signed=signed, density=density) for density in (1, 2)]
+    powers: list[AnyGrid] = [powers_of_two(bits, signed=signed, density=density) for density in (1, 2)]
     if not signed:
         points = sorted({1, *(2**k for k in (1, 2) if 2**k < 2 ** (bits - 1))})
-        return (uniform, *powers, *(split_at_a_point(bits, point) for point in points))
+        return tuple(dict.fromkeys([uniform, *powers, *(split_at_a_point(bits, point) for point in points)]))
     top = 2**bits - 1
     zeros = sorted({max(1, round(top * k / 8)) for k in range(1, 8)} | {2**k for k in range(bits - 1)})
     ranges = [Grid(-zero, top - zero, 1) for zero in zeros]
     parts = [2 ** (bits - k) for k in (1, 2) if bits - k >= 1]
     splits = [split_at_zero(bits, below, 2.0**-k) for below in parts for k in (1, 2, 3, 4)]
-    return (uniform, *(each for each in ranges if each != uniform), *powers, *splits)
+    return tuple(dict.fromkeys([uniform, *ranges, *powers, *splits]))
 
 
 def _is_uniform(grid: AnyGrid) -> bool:

@@ -408,6 +408,9 @@ class QuantizationSection(_Section):
             panel=RECONSTRUCTION,
         ),
     ] = False
+    balance_norms: Annotated[
+        bool, Option("Give the channels of layer norms similar ranges by ratios that the next layers undo")
+    ] = False
     correct_bias: Annotated[
         bool, Option("Bias correction: restore each layer's float output mean after calibration")
     ] = False
@@ -425,6 +428,7 @@ class QuantizationSection(_Section):
             "weight_quantizer": None,
             "activation_quantizer": None,
             "error_power": 2.0,
+            "balance_norms": False,
             "compensate": False,
         }
         unused = {name for name, default in defaults.items() if getattr(self, name) == default}

@@ -3,6 +3,7 @@
 prepare             a copy of the module, and one call of it
 float_network       wrapped and traced on that call
 policy              given, uniform, or found by a searcher under a budget
+balance_norms       on request: channels of similar ranges behind layer norms
 install             quantizers, fitted to calibration data
 correct             means and variances of batch norms, biases
 """
@@ -39,6 +40,7 @@ from saqcli.quant.calibration import ClipInit
 from saqcli.quant.cost import Budget
 from saqcli.quant.grid import WeightGrid
 from saqcli.quant.quantizers.base import Granularity
+from saqcli.reconstruction.norms import balance_norms as balanced
 
 
 def quantize_model(
@@ -66,6 +68,7 @@ def quantize_model(
     clip_init: ClipInit = "error",
     error_power: float = 2.0,
     quantize_attention: bool = False,
+    balance_norms: bool = False,
     recalibrate_bn: bool = True,
     correct_bias: bool = False,
     export: str | None = None,
@@ -110,6 +113,8 @@ def quantize_model(
             as in the SAQ ``paper``.
         error_power: exponent p of the quantization error, the sum of |e|**p, 1 to 4.
         quantize_attention: also quantize products of activations.
+        balance_norms: give the channels of layer norms similar ranges by ratios that the next layers undo; the float
+            network stays the same to rounding.
         recalibrate_bn: adapt the running statistics of batch norms to the quantized layers.
         correct_bias: restore the mean output of every layer.
         export: style of ONNX files that the module must be exportable in; checked before calibration.
@@ -176,6 +181,10 @@ def quantize_model(
                 progress=progress,
                 **options,
             ).policy
+        if balance_norms:
+            folded = balanced(network.model, ready.calls, chosen, scheme, seed=seed, progress=progress)
+            if any(each.folded for each in folded):
+                statistics = observed(network.model, ready.calls, seed, progress)
     except BaseException:
         convert.unwrap(network.model)  # matters in place
         raise

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from saqcli.export import onnx_helpers
 from saqcli.export.exact_form import ExactForm
 from saqcli.export.onnx_helpers import quantized
-from saqcli.export.style import OnnxStyle
+from saqcli.export.style import TABLES, OnnxStyle
 
 
 class ExactExporter(OnnxStyle):
     """Writes a graph that gives the same bits in any runtime with IEEE arithmetic."""
 
     name, description = "exact", "equal to PyTorch bit for bit"
-    bit_equal = one_by_one = True
+    bit_equal = one_by_one = tables = True
 
     def form(self, frozen: nn.Module, example: Tensor) -> nn.Module:
         """The exact form.
@@ -39,6 +39,7 @@ class ExactExporter(OnnxStyle):
     def lower(self, model: ir.Model) -> None:
         """Replace the placeholders of codes, with steps applied after products."""
         onnx_helpers.lower(model.graph, "InputCodes", _input_codes)
+        onnx_helpers.lower(model.graph, TABLES, onnx_helpers.on_levels)
         _slice_codes(model.graph)
         onnx_helpers.lower(model.graph, "WeightCodes", _weight_codes)
 

@@ -367,6 +367,12 @@ def _quantize_input(r: _Rewriting, target: Any, given: dict[str, Any]) -> Intege
     return Integers(numbers, given["step"].double(), None, lowest, highest, bits, layer)
 
 
+def _input_on_levels(r: _Rewriting, target: Any, given: dict[str, Any]) -> fx.Node:
+    """Values on a table of levels: a division, comparisons and a look-up, the same in every runtime."""
+    tensors = (r.as_float(given["x"]), r.as_node(given["step"]), r.as_node(given["levels"]))
+    return r.graph.call_function(target, (*tensors, given["bits"], given["layer"]))
+
+
 def _dequantize_weight(r: _Rewriting, target: Any, given: dict[str, Any]) -> Integers:
     codes, step = given["codes"], given["step"]
     scale = operators.along(step, given["dim"], codes.dim()).double()
@@ -415,7 +421,7 @@ def _float_product(r: _Rewriting, target: Any, x: Any, weight: Any, bias: Any) -
     if target != aten.linear.default:
         name = weight.layer if isinstance(weight, Integers) else "one"
         raise UnsupportedModel(
-            f"style exact needs weights and inputs of every convolution quantized, and {name} is not: "
+            f"style exact needs weights and inputs of every convolution on uniform grids, and {name} is not: "
             "choose another `style`"
         )
     transposed = r.graph.call_function(aten.transpose.int, (r.as_float(weight), -2, -1))
@@ -440,6 +446,7 @@ def _batch_norm(r: _Rewriting, target: Any, given: dict[str, Any]) -> tuple[Any,
 
 HANDLERS: dict[Any, Callable[[_Rewriting, Any, dict[str, Any]], Any]] = {
     saq.quantize_input.default: _quantize_input,
+    saq.input_on_levels.default: _input_on_levels,
     saq.dequantize_weight.default: _dequantize_weight,
     aten._native_batch_norm_legit_no_training.default: _batch_norm,
     **dict.fromkeys(

@@ -46,6 +46,7 @@ def may_saturate(codes: Any, dim: int) -> bool:
 
 LAYER, OPERAND, BITS = "saq.layer", "saq.operand", "saq.bits"  # annotations of a node
 ZERO, PADS = "saq.zero", "saq.pads"  # code of zero and padding, in styles that shift codes
+LEVELS = "saq.levels"  # number of levels of a table, at the node that holds their indices
 LAYER_SEPARATOR = " "
 COPY = "saq.copy"  # marks an additional quantizer, which changes nothing
 MULTIPLIERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -388,6 +389,44 @@ def quantized(
     clipped = clip(graph, node, x, lowest, highest) if highest - lowest < BYTE_SPAN else x
     offset = constant(graph, f"{name}.zero", zero)
     return insert_before(graph, node, "QuantizeLinear", [clipped, step, offset]), step, offset
+
+
+def on_levels(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    """The values of a placeholder of an input on a table of levels, in standard operators.
+
+    A binary search over the edges between levels, one Gather, Greater and Where for each bit, gives the index of the
+    nearest level, a Gather its value: comparisons and look-ups of float32 numbers, which are exact in every runtime.
+    The last Where holds the indices; it alone has the annotations of a quantizer.
+    """
+    x, step, levels = node.inputs
+    assert x is not None
+    unit, codes = array_of(step), array_of(levels).astype(np.float32)
+    name = f"{text(node, 'layer')}.input"
+    rounds = max(1, int(len(codes) - 1).bit_length())
+    edges = np.full(2**rounds, np.inf, np.float32)
+    edges[1 : len(codes)] = (codes[1:] + codes[:-1]) / np.float32(2)  # edges[i]: between levels i - 1 and i
+    table = constant(graph, f"{name}.edges", edges)
+
+    def number_of(value: int) -> ir.Value:
+        return constant(graph, f"{name}.index", np.int64(value))
+
+    scaled = insert_before(graph, node, "Div", [x, step])
+    index: ir.Value = number_of(0)
+    inner = [scaled]
+    for bit in reversed(range(rounds)):
+        first = bit == rounds - 1
+        further = number_of(2**bit) if first else insert_before(graph, node, "Add", [index, number_of(2**bit)])
+        edge = insert_before(graph, node, "Gather", [table, further])
+        above = insert_before(graph, node, "Greater", [scaled, edge])
+        index = insert_before(graph, node, "Where", [above, further, index])
+        inner += [edge, above, index] if first else [further, edge, above, index]
+    for value in inner[:-1]:
+        producer = value.producer()
+        assert producer is not None
+        del producer.meta[ANNOTATIONS][OPERAND]
+    add_annotations(index, **{LEVELS: str(len(codes))})
+    values = constant(graph, f"{name}.levels", codes * unit.astype(np.float32))
+    return insert_before(graph, node, "Gather", [values, index])
 
 
 def clip(graph: ir.Graph, node: ir.Node, x: ir.Value, lowest: int, highest: int) -> ir.Value:

@@ -2,6 +2,7 @@
 
     saq::quantize_input(x, step)         x on its grid                        saq.QuantizeInput
     saq::input_codes(x, step)            the codes of x, as float32           saq.InputCodes
+    saq::input_on_levels(x, step, levels) x on a table of levels             saq.InputOnLevels
     saq::dequantize_weight(codes, step)  step times code                      saq.DequantizeWeight
     saq::weight_codes(codes)             the codes of a weight, as float32    saq.WeightCodes
 
@@ -24,7 +25,7 @@ from onnxscript.values import Op, Opset
 from torch import Tensor, nn
 
 from saqcli.errors import UnsupportedGrid
-from saqcli.quant.grid import Grid, ShiftedGrid, codes_of
+from saqcli.quant.grid import Grid, LevelTable, ShiftedGrid, codes_of
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.products import OPERANDS, operand_name, quantized_products
 from saqcli.quant.quantizers import Quantizer, name_of
@@ -45,6 +46,12 @@ def input_codes(x: Tensor, step: Tensor, lowest: int, highest: int, bits: int, l
     return codes_of(x, step, Grid(lowest, highest, 1))
 
 
+@torch.library.custom_op("saq::input_on_levels", mutates_args=())
+def input_on_levels(x: Tensor, step: Tensor, levels: Tensor, bits: int, layer: str) -> Tensor:
+    """``x`` on the ascending ``levels`` times ``step``, a scalar."""
+    return codes_of(x, step, LevelTable(tuple(levels.tolist()))) * step
+
+
 @torch.library.custom_op("saq::dequantize_weight", mutates_args=())
 def dequantize_weight(codes: Tensor, step: Tensor, dim: int, bits: int, shifted: bool, layer: str) -> Tensor:
     """Integer ``codes`` times ``step``, a scalar or one per slice along ``dim``.
@@ -63,6 +70,11 @@ def weight_codes(codes: Tensor, bits: int, layer: str) -> Tensor:
 @quantize_input.register_fake
 @input_codes.register_fake
 def _(x: Tensor, step: Tensor, lowest: int, highest: int, bits: int, layer: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+@input_on_levels.register_fake
+def _(x: Tensor, step: Tensor, levels: Tensor, bits: int, layer: str) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -103,6 +115,7 @@ def _placeholder(name: str, inputs: tuple[str, ...], ints: tuple[str, ...]) -> O
 _GRID = ("lowest", "highest", "bits")
 _QUANTIZE_INPUT = _placeholder("QuantizeInput", ("x", "step"), _GRID)
 _INPUT_CODES = _placeholder("InputCodes", ("x", "step"), _GRID)
+_INPUT_ON_LEVELS = _placeholder("InputOnLevels", ("x", "step", "levels"), ("bits",))
 _DEQUANTIZE_WEIGHT = _placeholder("DequantizeWeight", ("codes", "step"), ("dim", "bits", "shifted"))
 _WEIGHT_CODES = _placeholder("WeightCodes", ("codes",), ("bits",))
 
@@ -116,6 +129,10 @@ def _input_codes(x: Any, step: Any, lowest: int, highest: int, bits: int, layer:
     return _INPUT_CODES(x, step, lowest=lowest, highest=highest, bits=bits, layer=layer)
 
 
+def _input_on_levels(x: Any, step: Any, levels: Any, bits: int, layer: str) -> Any:
+    return _INPUT_ON_LEVELS(x, step, levels, bits=bits, layer=layer)
+
+
 def _dequantize_weight(codes: Any, step: Any, dim: int, bits: int, shifted: bool, layer: str) -> Any:
     return _DEQUANTIZE_WEIGHT(codes, step, dim=dim, bits=bits, shifted=int(shifted), layer=layer)
 
@@ -127,36 +144,55 @@ def _weight_codes(codes: Any, bits: int, layer: str) -> Any:
 PLACEHOLDERS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.saq.quantize_input.default: _quantize_input,
     torch.ops.saq.input_codes.default: _input_codes,
+    torch.ops.saq.input_on_levels.default: _input_on_levels,
     torch.ops.saq.dequantize_weight.default: _dequantize_weight,
     torch.ops.saq.weight_codes.default: _weight_codes,
 }
 
 
 def _integer_grid(quantizer: Quantizer) -> Grid:
-    """The active grid, or that of the codes of all channels; the placeholders express integer codes only."""
+    """The active grid of a weight, or that of the codes of all channels; the placeholders express integers only."""
     grid = quantizer.grid()
     if isinstance(grid, ShiftedGrid):
         return grid.hull
     if not isinstance(grid, Grid):
         raise UnsupportedGrid(
-            f"quantizer {name_of(quantizer)} has a table of levels, and ONNX files need uniform grids"
+            f"quantizer {name_of(quantizer)} has a table of levels for weights, and ONNX files need uniform grids"
         )
     return grid
 
 
 class FrozenInput(nn.Module):
-    """Replaces the input quantizer, with its step frozen."""
+    """Replaces the input quantizer, with its step frozen.
+
+    Attributes:
+        grid: the codes.
+        bits: width of the codes.
+        layer: name of the layer.
+        step: a scalar.
+        levels: codes of a table of levels, else empty.
+    """
 
     step: Tensor
+    levels: Tensor
 
     def __init__(self, quantizer: Quantizer, layer: str) -> None:
         super().__init__()
-        self.grid, self.bits, self.layer = _integer_grid(quantizer), quantizer.bits, layer
+        grid = quantizer.grid()
+        self.grid = grid if isinstance(grid, LevelTable) else _integer_grid(quantizer)
+        self.bits, self.layer = quantizer.bits, layer
         self.register_buffer("step", quantizer.step().detach().reshape(()).clone())
+        codes = self.grid.codes if isinstance(self.grid, LevelTable) else ()
+        self.register_buffer("levels", torch.tensor(codes, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid."""
         grid = self.grid
+        if isinstance(grid, LevelTable):
+            on_levels: Tensor = torch.ops.saq.input_on_levels(
+                x, self.step, self.levels, self.bits, self.layer
+            )
+            return on_levels
         result: Tensor = torch.ops.saq.quantize_input(
             x, self.step, grid.lowest, grid.highest, self.bits, self.layer
         )
@@ -198,7 +234,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy of the quantized model whose quantizers are the operators above; its results are the same.
 
     Raises:
-        UnsupportedGrid: a quantizer has a table of levels.
+        UnsupportedGrid: the quantizer of a weight has a table of levels.
     """
     frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for name, layer in quantized_layers(frozen).items():

@@ -26,6 +26,7 @@ class QdqExporter(OnnxStyle):
     """Writes a graph for ONNX Runtime and OpenVINO with the same results on every processor."""
 
     name, description = "qdq", "read by most runtimes"
+    tables = True
     saturating = False  # whether sums of two products may exceed 16 bits
 
     def prepare(self, graph: ir.Graph) -> None:

@@ -46,6 +46,7 @@ INPUTS, WEIGHTS = (
     ("QuantizeInput", "InputCodes"),
     ("DequantizeWeight", "WeightCodes"),
 )  # kinds of placeholders
+TABLES = "InputOnLevels"  # the kind of inputs on tables of levels
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,11 @@ def scaled_values(node: Any, constants: Mapping[str, Any]) -> Coding:
     return Coding(unit=float(constants[node.input[1]]))
 
 
+def table_indices(node: Any, constants: Mapping[str, Any]) -> Coding:
+    """The coding of the last Where of ``onnx_helpers.on_levels``: indices of levels."""
+    return Coding(dtype=np.int64)
+
+
 class OnnxStyle:
     """Writes a quantized model as ONNX, and declares what is true of its files.
 
@@ -94,6 +100,7 @@ class OnnxStyle:
             of use. Any other hazard makes a file invalid.
         quantizers: operators that quantize inputs, by name, and how codes are read from their outputs.
         bits: fewest and most bits of weights and inputs that it expresses; others are refused.
+        tables: whether it writes inputs on tables of levels, in standard operators; else they are refused.
         containers: types that it stores weights in, of ``CONTAINERS``. Weights that fit none are refused; the reason
             for a large file names them.
         opsets: operator sets beyond the standard one, by domain; files have their operators as functions.
@@ -108,7 +115,8 @@ class OnnxStyle:
     description: str = ""
     suffix: str = ".onnx"
     conditions: tuple[str, ...] = ()
-    quantizers: Mapping[str, Reader] = {"QuantizeLinear": integer_codes}
+    quantizers: Mapping[str, Reader] = {"QuantizeLinear": integer_codes, "Where": table_indices}
+    tables: bool = False
     bits: tuple[int, int] = (MIN_BITS, MAX_BITS)
     containers: tuple[str, ...] = ("INT4", "UINT4", "INT8", "UINT8", "INT16")
     opsets: Mapping[str, int] = {}
@@ -153,6 +161,7 @@ class OnnxStyle:
         """
         self.prepare(model.graph)
         onnx_helpers.lower(model.graph, "QuantizeInput", self.quantize_input)
+        onnx_helpers.lower(model.graph, TABLES, onnx_helpers.on_levels)
         onnx_helpers.lower(model.graph, "DequantizeWeight", self.dequantize_weight)
 
     def prepare(self, graph: ir.Graph) -> None:
@@ -172,8 +181,15 @@ class OnnxStyle:
 
     def _check_limits(self, graph: ir.Graph) -> None:
         """Refuse bits outside ``bits``, and weights whose codes fit none of ``containers``."""
+        for node in onnx_helpers.placeholders(graph, TABLES):
+            if not self.tables:
+                raise UnsupportedModel(
+                    f"style {self.name} has uniform grids only, and the input of {onnx_helpers.text(node, 'layer')} has "
+                    "a table of levels: choose `style=qdq` or `style=exact`, or another "
+                    "`quantization.activation_quantizer`"
+                )
         least, most = self.bits
-        for node in onnx_helpers.placeholders(graph, *INPUTS, *WEIGHTS):
+        for node in onnx_helpers.placeholders(graph, *INPUTS, *WEIGHTS, TABLES):
             bits = onnx_helpers.number(node, "bits")
             if not least <= bits <= most:
                 raise UnsupportedModel(

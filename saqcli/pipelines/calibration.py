@@ -28,6 +28,7 @@ from saqcli.quant.calls import Call
 from saqcli.quant.convert import Scheme
 from saqcli.quant.correction import Corrections
 from saqcli.random_state import random_state, set_random_state
+from saqcli.reconstruction.norms import balance_norms
 from saqcli.training.minimizers.base import running_statistics
 
 
@@ -45,6 +46,37 @@ def calibrate(
             scheme=scheme_of(config),
         )
     )
+
+
+def balance(
+    network: Network, images: Images, config: RunConfig, policy: BitConfig, progress: Progress
+) -> bool:
+    """Balance the norms of the float network, if the settings say so, alike on every rank.
+
+    Returns:
+        Whether any was, so that the statistics of inputs must be taken anew.
+    """
+    if not config.quantization.balance_norms:
+        return False
+    model = network.model
+    folded = distributed.from_first(lambda: _balanced(model, images, config, policy, progress))
+    parameters = dict(model.named_parameters())
+    for name, value in folded.items():
+        parameters[name].data.copy_(value)
+    return bool(folded)
+
+
+def _balanced(
+    model: nn.Module, images: Images, config: RunConfig, policy: BitConfig, progress: Progress
+) -> dict[str, Tensor]:
+    """The parameters that balancing has changed, by name."""
+    found = balance_norms(
+        model, _calls(images.calibration()), policy, scheme_of(config), seed=config.run.seed, progress=progress
+    )
+    changed = tuple(f"{name}." for each in found if each.folded for name in (each.norm, *each.layers))
+    return {
+        name: value.detach().cpu() for name, value in model.named_parameters() if name.startswith(changed)
+    }
 
 
 def _calls(loader: Loader) -> Iterator[Call]:

@@ -147,9 +147,13 @@ class LevelTable:
 
     def nearest(self, scaled: Tensor) -> Tensor:
         """The codes nearest to ``scaled``, in its dtype and shape; the lower of two. NaN stays NaN."""
-        table = self._table(scaled)
-        codes = table[torch.bucketize(scaled, (table[1:] + table[:-1]) / 2)]
+        codes = self._table(scaled)[torch.bucketize(scaled.contiguous(), self.edges(scaled))]
         return torch.where(scaled.isnan(), scaled, codes)
+
+    def edges(self, like: Tensor) -> Tensor:
+        """The numbers halfway between neighboring codes, in the dtype and on the device of ``like``."""
+        table = self._table(like)
+        return (table[1:] + table[:-1]) / 2
 
     def indices(self, codes: Tensor) -> Tensor:
         """The place of each code in the table; int64."""

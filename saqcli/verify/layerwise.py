@@ -16,6 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from saqcli.export import onnx_helpers
 from saqcli.export.integer_kernels import LARGEST_SHIFT, SAME_CODES
 from saqcli.export.operators import FrozenInput
 from saqcli.export.style import OnnxStyle, Reader
-from saqcli.quant.grid import Grid, codes_of
+from saqcli.quant.grid import AnyGrid, LevelTable, codes_of
 
 LARGEST_ERROR = 1e-4  # of a tensor's largest magnitude; float32 sums of up to 10**5 products stay well below
 HARMLESS = (
@@ -46,7 +47,7 @@ class Call:
 
     Attributes:
         x: a copy of its input, since later layers may write into it.
-        codes: codes of ``x``, in float32.
+        codes: codes of ``x``, in float32; on a table of levels, their indices.
         step: step of the quantizer.
         grid: grid of the quantizer.
         float32_error: difference of ``x`` from the float64 result for the same codes of earlier layers, relative to
@@ -56,13 +57,13 @@ class Call:
     x: Any
     codes: Any
     step: float
-    grid: Grid
+    grid: AnyGrid
     float32_error: float = 0.0
 
     @property
     def allowed(self) -> float:
         """The error explained by rounding, or too small to matter, relative to the largest magnitude."""
-        harmless = HARMLESS * self.step / self.magnitude if self.magnitude else 0.0
+        harmless = HARMLESS * self.step * self._least_gap / self.magnitude if self.magnitude else 0.0
         return max(LARGEST_ERROR, min(PYTORCH_FACTOR * self.float32_error, LARGEST_FLOAT32_ERROR), harmless)
 
     @property
@@ -72,7 +73,29 @@ class Call:
 
     def limited(self, values: Any) -> Any:
         """``values`` limited to the range where codes change; beyond it a Clip or ReLU may be merged."""
-        return np.clip(values, self.step * (self.grid.lowest + 0.5), self.step * (self.grid.highest - 0.5))
+        grid = self.grid
+        if isinstance(grid, LevelTable):
+            ends = (grid.codes[0] + grid.codes[1]) / 2, (grid.codes[-2] + grid.codes[-1]) / 2
+        else:
+            ends = grid.lowest + 0.5, grid.highest - 0.5
+        return np.clip(values, self.step * ends[0], self.step * ends[1])
+
+    def edges(self, one: Any, other: Any) -> Any:
+        """The values halfway between two arrays of codes."""
+        one, other = one.astype(np.float64), other.astype(np.float64)
+        if isinstance(self.grid, LevelTable):
+            table = np.array(self.grid.codes)
+            one, other = (
+                table[each.astype(np.int64).clip(0, len(table) - 1)] for each in (one, other)
+            )
+        return (one + other) / 2 * self.step
+
+    @property
+    def _least_gap(self) -> float:
+        """The least distance between neighboring codes."""
+        if isinstance(self.grid, LevelTable):
+            return min(high - low for low, high in pairwise(self.grid.codes))
+        return 1.0
 
 
 @dataclass
@@ -126,7 +149,7 @@ class Cut:
         differs = found != truth
         where = np.flatnonzero(differs)
         apart = np.abs(found.flat[where] - truth.flat[where])
-        edge = (found.flat[where].astype(np.float64) + truth.flat[where]) / 2 * call.step
+        edge = call.edges(found.flat[where], truth.flat[where])
         off = np.abs(x.flat[where] - edge)
         allowed = call.allowed * call.magnitude
         wrong = int(((apart > 1) | (off > allowed)).sum())
@@ -149,7 +172,10 @@ def recorded(frozen: nn.Module) -> Iterator[dict[str, list[Call]]]:
     def record(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         assert isinstance(module, FrozenInput)
         (x,) = inputs
-        codes = codes_of(x, module.step, module.grid).numpy()
+        codes = codes_of(x, module.step, module.grid)
+        if isinstance(module.grid, LevelTable):
+            codes = module.grid.indices(codes).float()
+        codes = codes.numpy()
         calls[module.layer].append(Call(x.numpy().copy(), codes, float(module.step), module.grid))
 
     handles = [
@@ -178,7 +204,10 @@ def measure_float32_errors(
         call = calls[module.layer][done[module.layer]]
         done[module.layer] += 1
         call.float32_error = relative(call.limited(inputs[0].numpy()), call.limited(call.x))
-        return torch.from_numpy(call.codes).double() * module.step
+        codes = torch.from_numpy(call.codes)
+        if isinstance(module.grid, LevelTable):
+            codes = module.grid.codes_at(codes)
+        return codes.double() * module.step
 
     for module in double.modules():
         if isinstance(module, FrozenInput):

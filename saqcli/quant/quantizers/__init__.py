@@ -15,6 +15,7 @@ from saqcli.quant.quantizers.base import LevelQuantizer, Quantizer, quantizers_o
 from saqcli.quant.quantizers.clip import ClipActivation, ClipWeight, NormalizedClipWeight
 from saqcli.quant.quantizers.dorefa import DorefaActivation, DorefaWeight, PactActivation, PactWeight
 from saqcli.quant.quantizers.learned_step import LsqActivation, LsqPlusActivation, LsqPlusWeight, LsqWeight
+from saqcli.quant.quantizers.levels import AdaptiveActivation, Log2Activation
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,10 @@ _OURS = {
     ),
     "dorefa": QuantizerEntry(
         "tanh weights, nothing learned (arXiv:1606.06160)", DorefaWeight, DorefaActivation
+    ),
+    "log2": QuantizerEntry("inputs on powers of two (arXiv:2111.13824)", activation=Log2Activation),
+    "adaptive": QuantizerEntry(
+        "inputs on the best of uniform, split and log2 levels", activation=AdaptiveActivation
     ),
 }
 QUANTIZERS: Plugins[QuantizerEntry] = Plugins("quantizers", "quantizer", _OURS, _problem)

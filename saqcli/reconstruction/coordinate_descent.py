@@ -47,6 +47,8 @@ from saqcli.reconstruction.second_moments import (
 
 SWEEPS = 4
 DAMPING = 0.01  # of the mean diagonal
+PART = 64  # codes that see each other's changes at once
+LEAST_DIAGONAL = 1e-30  # for a group without input
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -170,7 +172,6 @@ def _measured(
     """The moments of one layer's operands; None if it runs differently in the two networks."""
     layer, twin = quantized_layers(model)[name], quantized_layers(float_model)[name]
     moments, generator = SecondMoments(), torch.Generator().manual_seed(0)
-    share = min(1.0, batch_size / max(1, len(inputs)))  # of the rows, for one batch
     for start in range(0, len(inputs), batch_size):
         index = torch.arange(start, min(start + batch_size, len(inputs)))
         with Operands(layer) as quantized:
@@ -183,7 +184,7 @@ def _measured(
             if one[0].shape != other[0].shape:
                 return None
             count = count_patches(layer, one)
-            wanted = round(rows_wanted(layer) * share * len(index) / batch_size / len(quantized.calls))
+            wanted = round(rows_wanted(layer) * len(index) / len(inputs) / len(quantized.calls))
             chosen = torch.randperm(count, generator=generator)[: max(1, wanted)].sort().values
             moments.add(patches(layer, one, chosen), patches(layer, other, chosen))
     moments.average()
@@ -237,7 +238,7 @@ class Problem:
     def of(cls, float_weight: Tensor, moments: SecondMoments, *, offset: bool) -> "Problem":
         """The problem of a layer; see the module's docstring."""
         about = moments.centered() if offset else moments
-        diagonal = about.quantized.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
+        diagonal = about.quantized.diagonal(dim1=1, dim2=2).mean(1).clamp_min(LEAST_DIAGONAL)
         unit = torch.eye(about.quantized.shape[1], dtype=diagonal.dtype, device=diagonal.device)
         damping = DAMPING * diagonal.view(-1, 1, 1) * unit
         return cls(
@@ -245,6 +246,11 @@ class Problem:
             torch.einsum("gij,gcj->gci", about.mixed + damping, float_weight),
             float_weight,
         )
+
+    def in_order(self, order: Tensor) -> "Problem":
+        """The same problem with the inputs of every group in ``order``, (groups, d)."""
+        h = _along(_along(self.h, order, 1), order, 2)
+        return Problem(h, _along(self.r, order, 2), _along(self.float_weight, order, 2))
 
     def objective(self, codes: Tensor, step: Tensor) -> Tensor:
         """J without its constant, (groups, channels)."""
@@ -265,13 +271,15 @@ def descend(
         sweeps: over all codes.
         shared: whether all channels have one step.
     """
+    order = problem.h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
+    ordered = problem.in_order(order)
     found = []
     for start in (codes, problem.float_weight / step):
-        best, steps = start, step
+        best, steps = _along(start, order, 2), step
         for _ in range(sweeps):
-            best = _sweep(problem, best, steps, grid)
-            steps = _best_step(problem, best, steps, shared=shared)
-        found.append((best, steps))
+            best = sweep(ordered, best, steps, grid)
+            steps = best_step(ordered, best, steps, shared=shared)
+        found.append((_along(best, order.argsort(dim=1), 2), steps))
     (codes, step), (other, other_step) = found
     better = problem.objective(other, other_step) < problem.objective(codes, step)
     if shared:
@@ -281,21 +289,30 @@ def descend(
     return torch.where(better, other, codes), torch.where(better, other_step, step)
 
 
-def _sweep(problem: Problem, codes: Tensor, step: Tensor, grid: AnyGrid) -> Tensor:
-    """Every code once, those of the largest diagonals first."""
+def _along(x: Tensor, order: Tensor, dim: int) -> Tensor:
+    """``x``, (groups, ., .), with the positions of one dimension in the order (groups, d) of its group."""
+    index = order.unsqueeze(3 - dim).expand_as(x)
+    return x.gather(dim, index)
+
+
+def sweep(problem: Problem, codes: Tensor, step: Tensor, grid: AnyGrid) -> Tensor:
+    """Every code once, in order. What the codes of a part change elsewhere is added up in one product (as in GPTQ)."""
     codes = codes.clone()
     diagonal = problem.h.diagonal(dim1=1, dim2=2)  # (groups, d)
-    rest = problem.r / step - torch.einsum("gij,gcj->gci", problem.h, codes)
-    groups = torch.arange(len(codes), device=codes.device)
-    for place in diagonal.argsort(dim=1, descending=True).unbind(1):  # (groups,)
-        old = codes[groups, :, place]  # (groups, channels)
-        new = grid.nearest(old + rest[groups, :, place] / diagonal[groups, place].unsqueeze(1))
-        codes[groups, :, place] = new
-        rest -= (new - old).unsqueeze(2) * problem.h[groups, place].unsqueeze(1)
+    rest = problem.r / step - codes @ problem.h
+    for start in range(0, codes.shape[2], PART):
+        part = slice(start, min(start + PART, codes.shape[2]))
+        near, h, before = rest[:, :, part].clone(), problem.h[:, part, part], codes[:, :, part].clone()
+        for i in range(near.shape[2]):
+            old = codes[:, :, start + i].clone()  # (groups, channels)
+            new = grid.nearest(old + near[:, :, i] / diagonal[:, start + i].unsqueeze(1))
+            codes[:, :, start + i] = new
+            near -= (new - old).unsqueeze(2) * h[:, i].unsqueeze(1)
+        rest -= (codes[:, :, part] - before) @ problem.h[:, part]
     return codes
 
 
-def _best_step(problem: Problem, codes: Tensor, step: Tensor, *, shared: bool) -> Tensor:
+def best_step(problem: Problem, codes: Tensor, step: Tensor, *, shared: bool) -> Tensor:
     """The step of least error with the codes held; the old one where that is not positive."""
     curved = torch.einsum("gci,gij,gcj->gc", codes, problem.h, codes)
     linear = (codes * problem.r).sum(2)
@@ -327,7 +344,9 @@ def _equal_means(
 ) -> None:
     """Give the output of a layer, or of the batch norm that reads it, its float mean; undo earlier corrections of it."""
     groups = len(moments.mean)
-    quantized = layer.weight_quantizer(layer.effective_weight()).double().reshape(groups, -1, moments.mean.shape[1])
+    quantized = (
+        layer.weight_quantizer(layer.effective_weight()).double().reshape(groups, -1, moments.mean.shape[1])
+    )
     in_float = twin.effective_weight().double().reshape(quantized.shape)
     moved = torch.einsum("gci,gi->gc", quantized, moments.mean)
     moved = (moved - torch.einsum("gci,gi->gc", in_float, moments.float_mean)).flatten()

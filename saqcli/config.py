@@ -521,6 +521,7 @@ class ReconstructionSection(_Section):
         Option("Iterations of `reconstruction.enabled` on each block; 0 changes nothing", "N"),
     ] = 500
     batch_size: Positive = 32
+    most_values: Positive = 3_000_000
     drop: Annotated[float, Field(ge=0, le=1)] = 0.5
     drop_inputs: Annotated[float, Field(ge=0, le=1)] = 0.0
     rounding: Literal["straight", "soft"] = "straight"
@@ -533,6 +534,7 @@ class ReconstructionSection(_Section):
     warm_up: Annotated[float, Field(ge=0, le=1)] = 0.2
     weighting: Literal["none", "fisher"] = "none"
     noise_radius: NotNegative = 0.0
+    form: Literal["gradient", "descent"] = "gradient"
 
 
 class TrainingSection(_Section):

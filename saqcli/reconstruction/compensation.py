@@ -1,6 +1,6 @@
 """Closed-form compensation: a scale and an offset per channel, by least squares against the float network.
 
-Rounding moves the mean of a layer's output and changes its scale: clipping makes it smaller, noise of the inputs larger.
+Rounding moves the mean of a layer's output and changes its scale: clipping makes it smaller, noisy inputs larger.
 Both are undone, channel by channel, with neither labels nor gradients, in seconds:
 
     y <- a y + b        minimizes  E (a y + b - t)^2 + ridge (a - 1)^2            t: what the float network has there
@@ -12,9 +12,9 @@ Both are undone, channel by channel, with neither labels nor gradients, in secon
 
 The graph gains no operator, since a and b are folded into numbers that it has (decision 0028):
 
-    a norm with weight and bias     y is its output: weight <- a weight, bias <- a bias + b
-    a layer not read by such a norm the latent weight and its level of that channel times a, so that every code stays, and
-                                    bias <- a bias + b; without a bias a alone, from moments about zero
+    a norm with weight and bias      y is its output: weight <- a weight, bias <- a bias + b
+    a layer that no such norm reads  the latent weight and its level of that channel times a, so that every code stays,
+                                     and bias <- a bias + b; without a bias a alone, from moments about zero
 
 Where the output of a place is read by one addition only, as that of the last layer or norm of a residual branch, t is
 the float network's sum minus the other operand: the branch also makes up for what the shortcut has lost.
@@ -85,7 +85,11 @@ def compensate(
     batches = [Call.of(call) for call in calls]
     places = _Places(model, float_model)
     before, after = _OutputError(), _OutputError()
-    with in_eval_mode(model), in_eval_mode(float_model), progress.task("compensating", 2 * len(batches)) as task:
+    with (
+        in_eval_mode(model),
+        in_eval_mode(float_model),
+        progress.task("compensating", 2 * len(batches)) as task,
+    ):
         for batch in batches:
             before.add(batch.run(model), places.measure(batch))
             task.advance(images=batch.count)

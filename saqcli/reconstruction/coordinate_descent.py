@@ -13,12 +13,12 @@ No step raises J. A first sweep from the float weights, w / s, in the place of c
 before it, as GPTQ does; of its result and that of the sweeps from the nearest codes each channel keeps the better one.
 
 The target is the float network's output on its own input, so that a layer makes up for the errors before it. Where an
-offset can be folded, into the layer's bias or the running mean of the batch norm that reads its output, moments are about
-the means, and the offset makes the means equal. H and C get a diagonal of ``DAMPING`` times the mean of H's, which pulls
-towards the float weight what few images leave open.
+offset can be folded, into the layer's bias or the running mean of the batch norm that reads its output, moments are
+about the means, and the offset makes the means equal. H and C get a diagonal of ``DAMPING`` times the mean of H's,
+which pulls towards the float weight what few images leave open.
 
-Source: COMQ, arXiv:2403.07134, for codes and steps; GPTQ, arXiv:2210.17323, for the first sweep and the damping; GPTAQ,
-arXiv:2504.02692, for the target. Written anew: the latter two solve with the inverse of H and visit each weight once.
+Source: COMQ, arXiv:2403.07134, for codes and steps; GPTQ, arXiv:2210.17323, for the first sweep and the damping;
+GPTAQ, arXiv:2504.02692, for the target. The latter two solve with the inverse of H and visit each weight once.
 """
 
 from collections.abc import Mapping
@@ -28,12 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saqcli import distributed
 from saqcli.quant.calls import Call
 from saqcli.quant.correction import Interception, bias_of
 from saqcli.quant.grid import AnyGrid
 from saqcli.quant.layer import QuantizedLayer, in_eval_mode, quantized_layers
 from saqcli.quant.quantizers.base import Quantizer
-from saqcli.reconstruction.block import Activations, BlockError, relative_error
+from saqcli.reconstruction.block import LEAST_POWER, Activations, BlockError
 from saqcli.reconstruction.blocks import Block
 from saqcli.reconstruction.rounding import SoftRounding
 from saqcli.reconstruction.second_moments import (
@@ -110,7 +111,7 @@ def descend_block(
 
 
 def can_descend(layer: QuantizedLayer, model: nn.Module) -> bool:
-    """Whether the codes of a layer can be chosen: no other layer has its weight, and its codes are those of w / step."""
+    """Whether a layer's codes can be chosen: no other layer has its weight, and they are those of w / step."""
     sharing = [each for each in quantized_layers(model).values() if layer in each.tied_to]
     return has_patches(layer) and not layer.tied_to and not sharing and SoftRounding.suits(layer)
 
@@ -146,6 +147,22 @@ class _Followers(Interception):
         self.order.append(self._names[norm])
         if name is not None:
             self.found[name] = self._names[norm]
+
+
+def relative_error(
+    block: Block, model: nn.Module, inputs: Activations, targets: Activations, batch_size: int
+) -> float:
+    """The mean squared error of a block's output, relative to the variance of its targets, over all ranks."""
+    error = total = squares = count = 0.0
+    for start in range(0, len(inputs), batch_size):
+        index = torch.arange(start, min(start + batch_size, len(inputs)))
+        target = targets[index]
+        error += float((block(model, inputs[index]) - target).double().square().sum())
+        total += float(target.double().sum())
+        squares += float(target.double().square().sum())
+        count += target.numel()
+    error, total, squares, count = distributed.totals(error, total, squares, count)
+    return error / count / max(squares / count - (total / count) ** 2, LEAST_POWER)
 
 
 def _tensors(layer: QuantizedLayer, norm: Any) -> list[Tensor]:
@@ -342,7 +359,7 @@ def _harden(layer: QuantizedLayer, codes: Tensor, ratio: Tensor, *, shared: bool
 def _equal_means(
     layer: QuantizedLayer, twin: QuantizedLayer, norm: Any, float_norm: Any, moments: SecondMoments
 ) -> None:
-    """Give the output of a layer, or of the batch norm that reads it, its float mean; undo earlier corrections of it."""
+    """Give the output of a layer, or of the batch norm that reads it, its float mean, and undo earlier corrections."""
     groups = len(moments.mean)
     quantized = (
         layer.weight_quantizer(layer.effective_weight()).double().reshape(groups, -1, moments.mean.shape[1])

@@ -38,9 +38,9 @@ class Reconstruction:
         warm_up: share of the iterations before that term starts.
         weighting: ``none`` weights all errors equally; ``fisher`` by the squared gradients of the loss, as BRECQ
             (arXiv:2102.05426).
-        form: ``gradient`` trains by backward passes; ``descent`` chooses the codes of weights in closed form, layer by
-            layer, by coordinate descent (``coordinate_descent``): seconds, and of these settings only ``iterations``, up
-            to four sweeps, and ``batch_size`` matter.
+        form: ``gradient`` trains by backward passes; ``descent`` chooses the codes of weights layer by layer, by
+            coordinate descent (``coordinate_descent``): quick, and of these settings only ``iterations``, up to four
+            sweeps, and ``batch_size`` matter.
         noise_radius: radius of sharpness-aware reconstruction, relative to the noise of the block's input; 0 for none.
 
     Raises:

@@ -55,9 +55,10 @@ ACCEPTED = {
     "--mixup --no-balance-norms --no-export "
     "--optimizer --policy --precision --rho --rho-unit --sam-interval --sam-reuse --sharpness-batch --style "
     "--verify-images --calibration --compensate --no-compensate --reconstruct --no-reconstruct --iterations",
-    "search": f"{BITS} {IMAGES} {NETWORK} {RUN} --cache --calibration --epochs --lr --pareto --proxy --rho --scoring-images "
-    "--search-classes --search-images",
-    "rerun": f"--builder {GENERAL} --calibration --data --device --overwrite --resume --run-dir --weights --workers",
+    "search": f"{BITS} {IMAGES} {NETWORK} {RUN} --cache --calibration --epochs --lr --pareto --proxy --rho "
+    "--scoring-images --search-classes --search-images",
+    "rerun": f"--builder {GENERAL} --calibration --data --device --overwrite --resume --run-dir --weights "
+    "--workers",
     "eval": f"--builder {IMAGES} {NETWORK} {GENERAL} --batch-sizes --bench --device --memory-format "
     "--repeats --threads",
     "export": f"--builder {IMAGES} {GENERAL} --onnx --overwrite --style --verify --verify-images",

@@ -162,7 +162,7 @@ def single(path: Path) -> Path:
         (empty, "holds no image: give a folder with .jpg"),
         (no_images, "holds no image, but 1 .heic file"),
         (text(b""), "names no image"),
-        (text(b"\xff\x00\xfe"), "is not a text file"),
+        (text(b"PK\x00\x00\x00\x00"), "is not a text file"),
         (text(b"\n.\n"), "line 2 names a folder"),
         (compressed, "is compressed, and its images cannot be read in place"),
         (truncated, "is truncated|cannot be read"),

@@ -17,7 +17,7 @@ from tests.support.command_line import answer, last_error, last_line, saq
 from tests.support.image_folders import noise
 
 NET = (
-    *("saq/resnet8s", "--no-pretrained", "--num-classes", 3, "--input-size", 16, "--mean", "0.5,0.5,0.5"),
+    *("saq/resnet8s", "--no-pretrained", "--num-classes", 3, "--input-size", 32, "--mean", "0.5,0.5,0.5"),
     *("--std", "0.25,0.25,0.25", "--workers", 0),
 )
 STAGES = ("--recipe", "minutes", "--compensate", "--iterations", 2, "--bits", 3, "--no-export")

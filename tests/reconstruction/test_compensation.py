@@ -207,3 +207,51 @@ def test_exports_are_proved(tmp_path: Path, style: str) -> None:
     saqcli.save(model, tmp_path / "net.safetensors")
     again = saqcli.load(tmp_path / "net.safetensors", model=HandWritten())
     assert torch.equal(again(data[0]), model.eval()(data[0]))
+
+
+class NormAct(nn.BatchNorm2d):
+    """A batch norm and an activation function in one module, as timm's ``BatchNormAct2d``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+@torch.no_grad()
+def test_norm_with_activation_is_fitted_before_it() -> None:
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5)]
+    apart = nn.Sequential(*parts).eval()
+    joined = nn.Sequential(parts[0], NormAct(8), parts[3], parts[4]).eval()
+    joined[1].load_state_dict(parts[1].state_dict())
+    x = torch.randn(32, 3, 8, 8)
+    found = []
+    for net in (apart, copy.deepcopy(joined)):
+        in_float = copy.deepcopy(net)
+        wrap(in_float)
+        tiny.quantized(net, x, 3)
+        assert compensate(net, in_float, [x]).places == ("1", "4" if net is apart else "3")
+        found.append(net[1].weight)
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], torch.ones(8))
+
+
+@torch.no_grad()
+def test_added_constant_is_no_branch() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two((self.one(x) + 3.0).relu())
+
+    torch.manual_seed(0)
+    net, x = Shifted(), torch.randn(64, 6)
+    in_float = copy.deepcopy(net)
+    wrap(in_float)
+    tiny.quantized(net, x, 3)
+    t, y = in_float.one(x), net.one(x)
+    before = net.one.bias.clone()
+    compensate(net, in_float, [x])
+    a, b = least_squares(y.double(), t.double(), 64)
+    torch.testing.assert_close(net.one.bias, (before * a + b).float(), rtol=1e-4, atol=1e-5)

@@ -22,6 +22,8 @@ from saqcli.reconstruction.coordinate_descent import (
     norms_after,
     sweep,
 )
+from saqcli.reconstruction.options import Reconstruction
+from saqcli.reconstruction.reconstruct import reconstruct
 from saqcli.reconstruction.second_moments import Operands, SecondMoments, count_patches, patches
 from tests.support import tiny
 
@@ -229,3 +231,21 @@ def test_layers_that_share_a_weight_are_left() -> None:
     tiny.quantized(net, x)
     layers = quantized_layers(net)
     assert not any(can_descend(layer, net) for layer in layers.values())
+
+
+def test_reconstruction_by_descent_lowers_errors() -> None:
+    net, _ = tiny.build("residual")
+    x = tiny.images(tiny.TINY["residual"]()[1], 24)
+    in_float = copy.deepcopy(net)
+    wrap(in_float)
+    tiny.quantized(net, x, 2)
+    kept = {name: value.clone() for name, value in net.state_dict().items()}
+    nothing = reconstruct(net, in_float, [x], Reconstruction(iterations=0, form="descent"))
+    assert all(error.before == error.after for error in nothing)
+    assert all(torch.equal(value, kept[name]) for name, value in net.state_dict().items())
+    wanted = in_float(x).detach()
+    before = (net(x) - wanted).square().mean()
+    found = reconstruct(net, in_float, [x], Reconstruction(form="descent"))
+    assert all(error.after <= error.before for error in found)
+    assert any(error.after < error.before for error in found)
+    assert (net(x) - wanted).square().mean() < before

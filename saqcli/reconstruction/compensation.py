@@ -191,11 +191,6 @@ class Moments:
         a = torch.where(yy > tt * LEAST_VARIANCE, a, one)
         return a, self.t - a * self.y if offset else torch.zeros_like(a)
 
-    def error(self, a: Tensor, b: Tensor) -> Tensor:
-        """E (a y + b - t)^2 of every channel."""
-        spread = (a * a * self.yy - 2 * a * self.yt + self.tt) / self.count
-        return spread + (a * self.y + b - self.t) ** 2
-
 
 def _mean(x: Tensor, dims: Sequence[int]) -> Tensor:
     return x.mean(dims, keepdim=True) if dims else x

@@ -34,7 +34,12 @@ from saqcli.reconstruction.adam import RelativeAdam, Trained
 from saqcli.reconstruction.blocks import Block
 from saqcli.reconstruction.options import Reconstruction
 from saqcli.reconstruction.probe import probe
-from saqcli.reconstruction.rounding import LearnedRounding, learned_rounding
+from saqcli.reconstruction.rounding import (
+    LEAST_WEIGHTS,
+    LearnedRounding,
+    learned_rounding,
+    weights_per_level,
+)
 from saqcli.training.loop import NO_MEMORY, Memory
 
 LEAST_IMAGES = 4  # of an iteration, however many values they have
@@ -102,6 +107,8 @@ def fit_block(
         if not options.iterations or not found.layers:
             return BlockError(block.name, before / power, before / power)
         fit = BlockFit(block, model, inputs, float_inputs, targets, options, generator, power, weights)
+        if not fit.optimizer.trained:
+            return BlockError(block.name, before / power, before / power)
         if (state := memory.load()) is not None:
             fit.load_state_dict(state)
         fit.run(memory)
@@ -159,7 +166,8 @@ class BlockFit:
                 self._roundings.append(rounding)
                 self._keep(layer.latent_weight())
                 yield from rounding.trained
-                yield from self._levels(layer.weight_quantizer, options.weight_level_lr)
+                if weights_per_level(layer) >= LEAST_WEIGHTS:
+                    yield from self._levels(layer.weight_quantizer, options.weight_level_lr)
             yield from self._levels(layer.input_quantizer, options.input_level_lr)
         products = quantized_products(self.model)
         for name in self.block.layers:
@@ -298,12 +306,13 @@ def _error(
     layers: Sequence[QuantizedLayer],
     inputs: Activations,
     targets: Activations,
+    batch_size: int = MEASURED,
 ) -> tuple[float, float]:
     """The mean squared error of the block, and the mean square of its targets about their mean, over all ranks."""
     error = count = total = squares = 0.0
     with weights_given([layer for layer in layers if not layer.tied_to and layer.given_weight is None]):
-        for start in range(0, len(inputs), MEASURED):
-            index = torch.arange(start, min(start + MEASURED, len(inputs)))
+        for start in range(0, len(inputs), batch_size):
+            index = torch.arange(start, min(start + batch_size, len(inputs)))
             target = targets[index]
             error += float((block(model, _laid_out(inputs[index])) - target).double().square().sum())
             total += float(target.double().sum())

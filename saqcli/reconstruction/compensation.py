@@ -27,7 +27,7 @@ Source: QwT-v2, arXiv:2505.20932, section 3, whose affine follows a whole block 
 before the activation function, where it can be folded.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -191,17 +191,12 @@ class Moments:
         a = torch.where(yy > tt * LEAST_VARIANCE, a, one)
         return a, self.t - a * self.y if offset else torch.zeros_like(a)
 
-    def error(self, a: Tensor, b: Tensor) -> Tensor:
-        """E (a y + b - t)^2 of every channel."""
-        spread = (a * a * self.yy - 2 * a * self.yt + self.tt) / self.count
-        return spread + (a * self.y + b - self.t) ** 2
 
-
-def _mean(x: Tensor, dims: Sequence[int]) -> Tensor:
+def _mean(x: Tensor, dims: list[int]) -> Tensor:
     return x.mean(dims, keepdim=True) if dims else x
 
 
-def _sum(x: Tensor, dims: Sequence[int]) -> Tensor:
+def _sum(x: Tensor, dims: list[int]) -> Tensor:
     return (x.sum(dims) if dims else x).double()
 
 
@@ -222,6 +217,7 @@ class _Place:
         return y * per_channel(a.to(y), y, self.channels) + per_channel(b.to(y), y, self.channels)
 
     def affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and offset by all that was measured so far."""
         return self.moments.affine(scale=self.scale, offset=self.offset)
 
     def tensors(self) -> list[Tensor]:
@@ -341,7 +337,8 @@ class _Named(Interception):
 
 def _groups(layer: QuantizedLayer) -> int:
     """By how much a layer has more output channels than its weight: grouped transposed convolutions."""
-    return getattr(layer, "groups", 1) if layer.channel_dim else 1
+    groups: int = getattr(layer, "groups", 1)
+    return groups if layer.channel_dim else 1
 
 
 class _FloatPass(_Named):

@@ -60,8 +60,7 @@ def test_moments_over_batches_equal_least_squares(offset: bool) -> None:
     wanted = least_squares(columns(y, 1), columns(t, 1), 30, offset=offset)
     torch.testing.assert_close((a, b), wanted)
     error = columns(y, 1) * a + b - columns(t, 1)
-    torch.testing.assert_close(moments.error(a, b), error.square().mean(0))
-    assert (moments.error(a, b) <= moments.error(torch.ones(5), torch.zeros(5))).all()
+    assert (error.square().mean(0) <= columns(y - t, 1).square().mean(0)).all()
 
 
 def test_constant_channel_keeps_its_scale() -> None:

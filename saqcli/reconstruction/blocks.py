@@ -101,7 +101,8 @@ def find_blocks(model: nn.Module, example: Tensor | Call) -> list[Block]:
             "reconstruction needs inputs with the images along dimension 0 of a tensor: this model takes lists"
         )
     example = example.map(torch.detach)
-    try_model(model, example)
+    with in_eval_mode(model):
+        try_model(model, example)
     layers = [*quantized_layers(model), *quantized_products(model)]
     notes: list[str] = []
     for find in (_recorded_blocks, _chained_blocks):

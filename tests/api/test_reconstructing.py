@@ -64,7 +64,8 @@ def test_reconstructed_modules_are_saved_and_trained(tmp_path: Any) -> None:
     saq.reconstruct(q, BATCHES, iterations=5, float_model=build("hand_written"))
     saq.save(q, tmp_path / "net.safetensors")
 
-    loaded = saq.load(tmp_path / "net.safetensors", model=build("hand_written", seed=5))
+    loaded = saq.load(tmp_path / "net.safetensors", model=build("hand_written", seed=5)).eval()
+    q.eval()
 
     assert torch.equal(loaded(X), q(X))
     assert all(torch.equal(one, other) for one, other in zip(codes(loaded), codes(q), strict=True))

@@ -85,9 +85,7 @@ class Call:
         one, other = one.astype(np.float64), other.astype(np.float64)
         if isinstance(self.grid, LevelTable):
             table = np.array(self.grid.codes)
-            one, other = (
-                table[each.astype(np.int64).clip(0, len(table) - 1)] for each in (one, other)
-            )
+            one, other = (table[each.astype(np.int64).clip(0, len(table) - 1)] for each in (one, other))
         return (one + other) / 2 * self.step
 
     @property

@@ -17,7 +17,7 @@ from saqcli.export.safetensors import SafetensorsExporter, read_content, rebuild
 from saqcli.quant.convert import Scheme
 from saqcli.quant.grid import Grid
 from saqcli.quant.layer import QuantizedLayer, quantized_layers
-from saqcli.quant.quantizers import QUANTIZERS, Quantizer
+from saqcli.quant.quantizers import QUANTIZERS, Quantizer, quantizers_of
 from saqcli.training.minimizers import MINIMIZERS, MicroBatch
 from saqcli.training.perturbation import PerturbedSet
 from saqcli.verify.layerwise import LARGEST_ERROR, check_layers

@@ -102,7 +102,7 @@ class BalancedNorm:
     Attributes:
         norm: its name.
         layers: names of the layers that read it.
-        before: squared error of their outputs with the norm as it was, relative to the power of the outputs.
+        before: squared error of their outputs with the norm as it was, relative to their variance.
         after: the same with the folded ratios; equal to ``before`` if nothing was folded.
         folded: whether ratios were folded.
         reason: why not.
@@ -447,14 +447,15 @@ def _error(
     policy: BitConfig,
     scheme: Scheme,
 ) -> float:
-    """Squared error of the layers' outputs with quantized weights and inputs, relative to the power of W y."""
+    """Squared error of the layers' outputs with quantized weights and inputs, relative to their variance."""
     moved, total = (rows - offset) / ratio, 0.0
     few = moved[:: -(-moved.numel() // VALUES)]
     for name, layer in layers.items():
         bits = policy.layers[name]
         assert bits.activation is not None
         weight = layer.latent_weight().detach()[:: -(-len(layer.latent_weight()) // OUTPUTS)]
-        power = float(F.linear(rows, _taps(weight)).double().square().sum())
+        outputs = F.linear(rows, _taps(weight)).double()
+        variance = float((outputs - outputs.mean(0)).square().sum())  # no offset changes it
         weight = weight * ratio.view(1, -1, *(1,) * (weight.dim() - 2))
         quantized = weight
         if bits.weight is not None:
@@ -463,7 +464,7 @@ def _error(
         inputs = scheme.new_input_quantizer(layer, (bits.activation,), signed=signed)
         inputs.fit(few)
         difference = F.linear(inputs(moved), _taps(quantized)) - F.linear(moved, _taps(weight))
-        total += float(difference.double().square().sum()) / power if power > 0 else 0.0
+        total += float(difference.double().square().sum()) / variance if variance > 0 else 0.0
     return total / max(1, len(layers))
 
 

@@ -381,7 +381,8 @@ def balance_norms(
     batches = list(islice(calls, BATCHES))
     if not batches:
         return []
-    layers, results = quantized_layers(model), []
+    layers = quantized_layers(model)
+    results: list[BalancedNorm] = []
     found = find_norms(model, batches[0].first())
     read = {name: layers[name] for each in found if not each.reason for name in each.layers[:1]}
     with in_eval_mode(model), _collecting(read, seed) as collected:

@@ -173,8 +173,7 @@ def recorded(frozen: nn.Module) -> Iterator[dict[str, list[Call]]]:
         codes = codes_of(x, module.step, module.grid)
         if isinstance(module.grid, LevelTable):
             codes = module.grid.indices(codes).float()
-        codes = codes.numpy()
-        calls[module.layer].append(Call(x.numpy().copy(), codes, float(module.step), module.grid))
+        calls[module.layer].append(Call(x.numpy().copy(), codes.numpy(), float(module.step), module.grid))
 
     handles = [
         module.register_forward_hook(record) for module in frozen.modules() if isinstance(module, FrozenInput)

@@ -159,7 +159,7 @@ def test_error_is_that_of_a_layer_in_float64() -> None:
     truth = F.linear(rows[0].double(), layer.latent_weight().double(), layer.bias.double())
     variance = (truth - truth.mean(0)).square().sum()
     policy = uniform_policy(network, LayerBits(weight=4, activation=4), {})
-    report = {each.norm: each for each in balance_norms(network.model, [Call((x,))], policy, Scheme())}
+    report = {each.norm: each for each in balance_norms(network.model, [Call((x,))] * 8, policy, Scheme())}
     rows.clear()
     network.model(x)
     weights = Scheme().new_weight_quantizer(layer, (4,))
@@ -168,7 +168,7 @@ def test_error_is_that_of_a_layer_in_float64() -> None:
     inputs.fit(rows[0])
     found = F.linear(inputs(rows[0]).double(), weights(layer.latent_weight()).double(), layer.bias.double())
     error = float((found - truth).square().sum() / variance)
-    assert report["blocks.0.norm2"].after == pytest.approx(error, rel=0.15)
+    assert report["blocks.0.norm2"].after == pytest.approx(error, rel=0.2)
 
 
 def test_quantized_network_is_nearer_to_float() -> None:

@@ -81,7 +81,7 @@ def _names(text: str) -> dict[str, str]:
     return dict.fromkeys(text.split(), "")
 
 
-_QUANTIZERS = _names("clip lsq lsq_plus asymmetric pact dorefa")
+_QUANTIZERS = _names("clip lsq lsq_plus asymmetric pact dorefa log2 adaptive")
 
 
 class _Section(BaseModel):

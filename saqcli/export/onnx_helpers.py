@@ -415,7 +415,9 @@ def on_levels(graph: ir.Graph, node: ir.Node) -> ir.Value:
     inner = [scaled]
     for bit in reversed(range(rounds)):
         first = bit == rounds - 1
-        further = number_of(2**bit) if first else insert_before(graph, node, "Add", [index, number_of(2**bit)])
+        further = (
+            number_of(2**bit) if first else insert_before(graph, node, "Add", [index, number_of(2**bit)])
+        )
         edge = insert_before(graph, node, "Gather", [table, further])
         above = insert_before(graph, node, "Greater", [scaled, edge])
         index = insert_before(graph, node, "Where", [above, further, index])

@@ -184,8 +184,8 @@ class OnnxStyle:
         for node in onnx_helpers.placeholders(graph, TABLES):
             if not self.tables:
                 raise UnsupportedModel(
-                    f"style {self.name} has uniform grids only, and the input of {onnx_helpers.text(node, 'layer')} has "
-                    "a table of levels: choose `style=qdq` or `style=exact`, or another "
+                    f"style {self.name} has uniform grids only, and the input of {onnx_helpers.text(node, 'layer')} "
+                    "has a table of levels: choose `style=qdq` or `style=exact`, or another "
                     "`quantization.activation_quantizer`"
                 )
         least, most = self.bits

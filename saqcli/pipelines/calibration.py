@@ -71,7 +71,12 @@ def _balanced(
 ) -> dict[str, Tensor]:
     """The parameters that balancing has changed, by name."""
     found = balance_norms(
-        model, _calls(images.calibration()), policy, scheme_of(config), seed=config.run.seed, progress=progress
+        model,
+        _calls(images.calibration()),
+        policy,
+        scheme_of(config),
+        seed=config.run.seed,
+        progress=progress,
     )
     changed = tuple(f"{name}." for each in found if each.folded for name in (each.norm, *each.layers))
     return {

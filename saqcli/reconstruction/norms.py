@@ -27,7 +27,7 @@ offsets everywhere, and norms of plain vision transformers only. Measuring candi
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice, product
 from typing import Any
 
@@ -41,7 +41,14 @@ from saqcli.progress import SILENT, Progress
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calls import Call, tensors_in
 from saqcli.quant.convert import Scheme
-from saqcli.quant.layer import TRANSPOSED, QuantizedLayer, in_eval_mode, is_convolution, quantized_layers, stores_codes
+from saqcli.quant.layer import (
+    TRANSPOSED,
+    QuantizedLayer,
+    in_eval_mode,
+    is_convolution,
+    quantized_layers,
+    stores_codes,
+)
 from saqcli.quant.products import operands_first
 from saqcli.quant.quantizers import Quantizer
 from saqcli.quant.routing import WEIGHT_OPERATORS
@@ -53,7 +60,16 @@ _LAYOUT = set(
     "narrow chunk split unbind expand movedim moveaxis swapaxes swapdims pad dropout identity to float detach "
     "pixel_unshuffle".split()
 )
-_SHAPES = {"new_zeros", "new_ones", "new_empty", "new_full", "zeros_like", "ones_like", "empty_like", "full_like"}
+_SHAPES = {
+    "new_zeros",
+    "new_ones",
+    "new_empty",
+    "new_full",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+}
 ROWS, BATCHES = 64, 8  # rows of an input that are kept of a batch, and batches: enough for ranges to 5 %
 OUTPUTS = 256  # most output channels that errors are measured on
 VALUES = 16384  # most values that a level is fitted to while candidates are compared
@@ -86,7 +102,7 @@ class BalancedNorm:
     Attributes:
         norm: its name.
         layers: names of the layers that read it.
-        before: squared error of their outputs with the norm as it was, relative to the power of the outputs.
+        before: squared error of their outputs with the norm as it was, relative to their variance.
         after: the same with the folded ratios; equal to ``before`` if nothing was folded.
         folded: whether ratios were folded.
         reason: why not.
@@ -365,7 +381,8 @@ def balance_norms(
     batches = list(islice(calls, BATCHES))
     if not batches:
         return []
-    layers, results = quantized_layers(model), []
+    layers = quantized_layers(model)
+    results: list[BalancedNorm] = []
     found = find_norms(model, batches[0].first())
     read = {name: layers[name] for each in found if not each.reason for name in each.layers[:1]}
     with in_eval_mode(model), _collecting(read, seed) as collected:
@@ -431,31 +448,39 @@ def _error(
     policy: BitConfig,
     scheme: Scheme,
 ) -> float:
-    """Squared error of the layers' outputs with quantized weights and inputs, relative to the outputs' power."""
+    """Squared error of the layers' outputs with quantized weights and inputs, relative to their variance."""
     moved, total = (rows - offset) / ratio, 0.0
+    few = moved[:: -(-moved.numel() // VALUES)]
     for name, layer in layers.items():
         bits = policy.layers[name]
         assert bits.activation is not None
         weight = layer.latent_weight().detach()[:: -(-len(layer.latent_weight()) // OUTPUTS)]
+        outputs = F.linear(rows, _taps(weight)).double()
+        variance = float((outputs - outputs.mean(0)).square().sum())  # no offset changes it
         weight = weight * ratio.view(1, -1, *(1,) * (weight.dim() - 2))
         quantized = weight
         if bits.weight is not None:
             quantized = _fitted(scheme.new_weight_quantizer(layer, (bits.weight,)), weight)(weight)
         signed = bool((moved < 0).any())
         inputs = scheme.new_input_quantizer(layer, (bits.activation,), signed=signed)
-        inputs.fit(moved.flatten()[:: -(-moved.numel() // VALUES)])
-        # A convolution's rows are single positions: every tap of the kernel multiplies them.
-        taps, exact = (each.flatten(2).movedim(2, 0).flatten(0, 1) if each.dim() > 2 else each for each in (quantized, weight))
-        truth = F.linear(moved, exact)
-        difference = F.linear(inputs(moved), taps) - truth
-        power = float(truth.double().square().sum())
-        total += float(difference.double().square().sum()) / power if power > 0 else 0.0
+        inputs.fit(few)
+        difference = F.linear(inputs(moved), _taps(quantized)) - F.linear(moved, _taps(weight))
+        total += float(difference.double().square().sum()) / variance if variance > 0 else 0.0
     return total / max(1, len(layers))
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """A weight as a matrix; of a convolution, every tap of the kernel, since rows are single positions."""
+    return weight.flatten(2).movedim(2, 0).flatten(0, 1) if weight.dim() > 2 else weight
 
 
 def _fitted(quantizer: Quantizer, weight: Tensor) -> Quantizer:
     """A quantizer of the same kind for some rows of the weight, fitted to them."""
-    shape = tuple(size if level > 1 else 1 for size, level in zip(weight.shape, quantizer.shape, strict=True)) if quantizer.shape else ()
+    shape = (
+        tuple(size if level > 1 else 1 for size, level in zip(weight.shape, quantizer.shape, strict=True))
+        if quantizer.shape
+        else ()
+    )
     same = type(quantizer)(quantizer.grids, shape).to(weight.device)
     same.fit(weight)
     return same

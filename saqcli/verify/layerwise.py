@@ -85,9 +85,7 @@ class Call:
         one, other = one.astype(np.float64), other.astype(np.float64)
         if isinstance(self.grid, LevelTable):
             table = np.array(self.grid.codes)
-            one, other = (
-                table[each.astype(np.int64).clip(0, len(table) - 1)] for each in (one, other)
-            )
+            one, other = (table[each.astype(np.int64).clip(0, len(table) - 1)] for each in (one, other))
         return (one + other) / 2 * self.step
 
     @property
@@ -175,8 +173,7 @@ def recorded(frozen: nn.Module) -> Iterator[dict[str, list[Call]]]:
         codes = codes_of(x, module.step, module.grid)
         if isinstance(module.grid, LevelTable):
             codes = module.grid.indices(codes).float()
-        codes = codes.numpy()
-        calls[module.layer].append(Call(x.numpy().copy(), codes, float(module.step), module.grid))
+        calls[module.layer].append(Call(x.numpy().copy(), codes.numpy(), float(module.step), module.grid))
 
     handles = [
         module.register_forward_hook(record) for module in frozen.modules() if isinstance(module, FrozenInput)

@@ -50,7 +50,8 @@ BITS = (
     "--weight-grid --weight-norm --weight-quantizer"
 )
 ACCEPTED = {
-    "quantize": f"{BITS} {IMAGES} {NETWORK} {RUN} --ascent-fraction --balance-norms --bits --cache --clip-grad --compile --cutmix "
+    "quantize": f"{BITS} {IMAGES} {NETWORK} {RUN} --ascent-fraction --balance-norms --bits --cache --clip-grad "
+    "--compile --cutmix "
     "--distill --efficient --ema --epochs --export --label-smoothing --lr --memory-format --method --micro-batch "
     "--mixup --no-balance-norms --no-export "
     "--optimizer --policy --precision --rho --rho-unit --sam-interval --sam-reuse --sharpness-batch --style "

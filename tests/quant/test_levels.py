@@ -58,6 +58,7 @@ def test_tables_are_those_of_the_docstring() -> None:
     assert split_at_zero(3, 4, 0.25).codes == (-1, -0.75, -0.5, -0.25, 0, 1, 2, 3)
 
 
+@torch.no_grad()
 def test_choice_has_the_least_error_by_brute_force() -> None:
     x = probabilities()[:4096]
     quantizer = fitted(x, 4)
@@ -72,6 +73,7 @@ def test_choice_has_the_least_error_by_brute_force() -> None:
     ids=["uniform", "offset", "softmax"],
 )
 @pytest.mark.parametrize("bits", [3, 4, 8])
+@torch.no_grad()
 def test_tables_are_taken_only_where_they_gain(values: Tensor, kind: type, bits: int) -> None:
     quantizer, plain = fitted(values, bits), activations(bits, signed=bool((values < 0).any()))
     error = float((quantizer(values) - values).square().sum())
@@ -79,6 +81,7 @@ def test_tables_are_taken_only_where_they_gain(values: Tensor, kind: type, bits:
     assert error <= float(squared_error(values, best_level(values, plain), plain)) * (1 + 1e-6)
 
 
+@torch.no_grad()
 def test_gelu_needs_fewer_negative_codes() -> None:
     x = torch.nn.functional.gelu(torch.randn(20_000, generator=torch.Generator().manual_seed(0)))
     quantizer, plain = fitted(x, 4), activations(4, signed=True)
@@ -114,7 +117,9 @@ def test_tables_are_exported_and_proved(style: str, tmp_path: Path) -> None:
     assert verdict.verified
     assert style != "exact" or verdict.max_abs_diff == 0.0
     graph = onnx.load(str(path)).graph
-    marked = [node for node in graph.node if any(each.key == onnx_helpers.LEVELS for each in node.metadata_props)]
+    marked = [
+        node for node in graph.node if any(each.key == onnx_helpers.LEVELS for each in node.metadata_props)
+    ]
     assert len(marked) >= 3  # q, k and v of the projection, operands of both products, the others
     assert {node.op_type for node in marked} == {"Where"}
     if style == "qdq":
@@ -129,7 +134,9 @@ def test_search_in_the_graph_is_the_nearest_level() -> None:
 
     table, step = powers_of_two(4, signed=True, density=2), np.float32(0.3)
     edges = table.edges(torch.zeros(1)).numpy() * step
-    x = np.concatenate([np.nextafter(edges, side) for side in np.float32([-9, 9])] + [edges, np.float32([-9, 0, 9])])
+    x = np.concatenate(
+        [np.nextafter(edges, side) for side in np.float32([-9, 9])] + [edges, np.float32([-9, 0, 9])]
+    )
     images_in = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([len(x)]))
     graph = ir.Graph([images_in], [], nodes=[], opset_imports={"": 21}, name="g")
     constants = [

@@ -1,18 +1,18 @@
 """Quantizers of inputs whose levels are not equally far apart: powers of two, and the best of a family of grids.
 
-The distribution of an attention's probabilities has most of its mass near zero and a tail up to 1; GELU and SiLU have a
-short negative and a long positive side. Equal distances spend their codes where there are few values. Three kinds of
+The probabilities of attention have most of their mass near zero and a tail up to 1; GELU and SiLU have a short
+negative and a long positive side. Equal distances spend their codes where there are few values. Three kinds of
 grids, in units of the step, n nonzero codes on a side:
 
     powers of two        0, 2**(-(n - 1) / r), ..., 2**(-1 / r), 1     r codes an octave
     split at a point     0, c / h, ..., c - c / h, c, c + 1, ..., c + h - 1     h = 2**(bits - 1): fine up to c
     split at zero        -m d, ..., -d, 0, 1, ..., p                            m + p + 1 = 2**bits, d < 1
 
-``log2`` has powers of two, with a sign where the input is signed. ``adaptive`` takes, for every input, the grid with the
-least squared error on calibration values among the uniform ones with any zero point of a list, powers of two and split
+``log2`` has powers of two, with a sign where the input is signed. ``adaptive`` takes, for every input, the grid with
+the least squared error on calibration values among uniform ones with any zero point of a list, powers of two and split
 grids. Uniform grids run on integer kernels, tables of levels do not: one is taken only if it has less than 0.9 of the
-error of the best uniform grid. The plain uniform grid is among them, so the error is never above that of ``clip`` on these
-values. The level is trained as in ``clip`` (``grid.fake_quantize``); the choice stays.
+error of the best uniform grid. The plain uniform grid is among them, so the error is never above that of ``clip`` on
+these values. The level is trained as in ``clip`` (``grid.fake_quantize``); the choice stays.
 
 Sources: log2 grids of probabilities, Lin et al., arXiv:2111.13824, section 4.3; codes of other bases, AdaLog,
 arXiv:2407.12951, Eq. 5-8; split ranges, PTQ4ViT, arXiv:2111.12293, section 3.2. Differs from them:
@@ -23,7 +23,7 @@ arXiv:2407.12951, Eq. 5-8; split ranges, PTQ4ViT, arXiv:2111.12293, section 3.2.
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -51,7 +51,9 @@ def powers_of_two(bits: int, *, signed: bool, density: int = 1) -> LevelTable:
     count = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
     octave = density * (1 if count <= OCTAVES + 1 else -(-(count - 1) // DENSE_OCTAVES))
     positive = [2.0 ** (-k / octave) for k in reversed(range(count))]
-    return LevelTable((*(-each for each in reversed(positive)), 0.0, *positive) if signed else (0.0, *positive))
+    return LevelTable(
+        (*(-each for each in reversed(positive)), 0.0, *positive) if signed else (0.0, *positive)
+    )
 
 
 def split_at_a_point(bits: int, point: int) -> LevelTable:
@@ -66,7 +68,7 @@ def split_at_zero(bits: int, below: int, step: float) -> LevelTable:
     return LevelTable((*(-step * k for k in range(below, 0, -1)), *map(float, range(above + 1))))
 
 
-@lru_cache(maxsize=None)
+@cache
 def family(bits: int, *, signed: bool) -> tuple[AnyGrid, ...]:
     """The grids that ``adaptive`` chooses from; the first one is the uniform grid of the other quantizers.
 
@@ -133,7 +135,8 @@ class AdaptiveActivation(LevelQuantizer):
         few = x.flatten()[:: -(-x.numel() // FEW_SAMPLES)]
         for row, grids in enumerate(self._families):
             weighted = [
-                float(squared_error(few, best_level(few, grid), grid)) * (LEAST_GAIN if _is_uniform(grid) else 1)
+                float(squared_error(few, best_level(few, grid), grid))
+                * (LEAST_GAIN if _is_uniform(grid) else 1)
                 for grid in grids
             ]
             best = min(range(len(grids)), key=weighted.__getitem__)

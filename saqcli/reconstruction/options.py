@@ -14,8 +14,8 @@ Weighting = Literal["none", "fisher"]
 class Reconstruction:
     """How the blocks of a quantized network are fitted to those of its float network.
 
-    Learning rates are relative, so that one value suits every layer: a rate of 0.006 moves a weight by at most about
-    0.6 % of its step in one iteration. They fall to zero along half a cosine.
+    Learning rates are relative, so that one value suits every layer: a rate of 0.015 moves a weight by at most about
+    1.5 % of its step in one iteration. They fall to zero along half a cosine.
 
     Attributes:
         iterations: of each block; with 0 nothing changes.
@@ -43,18 +43,18 @@ class Reconstruction:
         ConfigError: a value that is not possible.
     """
 
-    iterations: int = 500
-    batch_size: int = 32
-    most_values: int = 3_000_000
+    iterations: int = 150
+    batch_size: int = 48
+    most_values: int = 2_500_000
     drop: float = 0.5
     drop_inputs: float = 0.0
     rounding: Rounding = "straight"
-    weight_lr: float = 0.006
-    rounding_lr: float = 0.01
-    weight_level_lr: float = 0.003
+    weight_lr: float = 0.015
+    rounding_lr: float = 0.05
+    weight_level_lr: float = 0.004
     input_level_lr: float = 0.003
     bias_lr: float = 0.0
-    regularization: float = 0.01
+    regularization: float = 0.1
     warm_up: float = 0.2
     weighting: Weighting = "none"
     noise_radius: float = 0.0

@@ -20,8 +20,8 @@ class Reconstruction:
     Attributes:
         iterations: of each block; with 0 nothing changes.
         batch_size: images of an iteration.
-        most_values: most values that the inputs of a block's layers have together in an iteration; a block with more
-            takes fewer images, since each has many positions then.
+        most_values: most values that the inputs and outputs of a block's layers have together in an iteration; a block
+            with more takes fewer images, since each has many positions then.
         drop: probability that a value of the block's input is the float network's instead of the quantized prefix's, as
             in QDrop (arXiv:2203.05740).
         drop_inputs: probability that a value of the input of a layer within the block is not quantized, as in QDrop.
@@ -31,8 +31,7 @@ class Reconstruction:
         rounding_lr: learning rate of ``soft`` rounding, in its logits.
         weight_level_lr: learning rate of the levels of weights, relative to these; 0 keeps them.
         input_level_lr: the same for the levels of inputs.
-        bias_lr: learning rate of biases and of the shifts of batch norms, relative to the scale of the output; 0 keeps
-            them.
+        bias_lr: learning rate of the layers' biases, relative to the scale of the output; 0 keeps them.
         regularization: weight of the term that drives ``soft`` rounding to a decision.
         warm_up: share of the iterations before that term starts.
         weighting: ``none`` weights all errors equally; ``fisher`` by the squared gradients of the loss, as BRECQ
@@ -45,7 +44,7 @@ class Reconstruction:
 
     iterations: int = 150
     batch_size: int = 48
-    most_values: int = 2_500_000
+    most_values: int = 4_000_000
     drop: float = 0.5
     drop_inputs: float = 0.0
     rounding: Rounding = "straight"

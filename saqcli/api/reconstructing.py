@@ -30,7 +30,7 @@ def reconstruct(
     model: nn.Module,
     calibration: Iterable[Any],
     *,
-    iterations: int = 500,
+    iterations: int = 150,
     float_model: nn.Module | None = None,
     inputs: Inputs | None = None,
     samples: int = SAMPLES,

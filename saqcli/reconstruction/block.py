@@ -184,7 +184,7 @@ class BlockFit:
                 yield Trained(level, level.detach().abs().clone(), rate)
 
     def _biases(self) -> Iterator[Trained]:
-        for bias, scale in self._probe.shifts:
+        for bias, scale in self._probe.biases:
             self._keep(bias)
             yield Trained(bias, scale, self.options.bias_lr)
 

@@ -15,14 +15,14 @@ Form = Literal["gradient", "descent"]
 class Reconstruction:
     """How the blocks of a quantized network are fitted to those of its float network.
 
-    Learning rates are relative, so that one value suits every layer: a rate of 0.006 moves a weight by at most about
-    0.6 % of its step in one iteration. They fall to zero along half a cosine.
+    Learning rates are relative, so that one value suits every layer: a rate of 0.015 moves a weight by at most about
+    1.5 % of its step in one iteration. They fall to zero along half a cosine.
 
     Attributes:
         iterations: of each block; with 0 nothing changes.
         batch_size: images of an iteration.
-        most_values: most values that the inputs of a block's layers have together in an iteration; a block with more
-            takes fewer images, since each has many positions then.
+        most_values: most values that the inputs and outputs of a block's layers have together in an iteration; a block
+            with more takes fewer images, since each has many positions then.
         drop: probability that a value of the block's input is the float network's instead of the quantized prefix's, as
             in QDrop (arXiv:2203.05740).
         drop_inputs: probability that a value of the input of a layer within the block is not quantized, as in QDrop.
@@ -32,8 +32,7 @@ class Reconstruction:
         rounding_lr: learning rate of ``soft`` rounding, in its logits.
         weight_level_lr: learning rate of the levels of weights, relative to these; 0 keeps them.
         input_level_lr: the same for the levels of inputs.
-        bias_lr: learning rate of biases and of the shifts of batch norms, relative to the scale of the output; 0 keeps
-            them.
+        bias_lr: learning rate of the layers' biases, relative to the scale of the output; 0 keeps them.
         regularization: weight of the term that drives ``soft`` rounding to a decision.
         warm_up: share of the iterations before that term starts.
         weighting: ``none`` weights all errors equally; ``fisher`` by the squared gradients of the loss, as BRECQ
@@ -47,18 +46,18 @@ class Reconstruction:
         ConfigError: a value that is not possible.
     """
 
-    iterations: int = 500
-    batch_size: int = 32
-    most_values: int = 3_000_000
+    iterations: int = 150
+    batch_size: int = 48
+    most_values: int = 4_000_000
     drop: float = 0.5
     drop_inputs: float = 0.0
     rounding: Rounding = "straight"
-    weight_lr: float = 0.006
-    rounding_lr: float = 0.01
-    weight_level_lr: float = 0.003
+    weight_lr: float = 0.015
+    rounding_lr: float = 0.05
+    weight_level_lr: float = 0.004
     input_level_lr: float = 0.003
     bias_lr: float = 0.0
-    regularization: float = 0.01
+    regularization: float = 0.1
     warm_up: float = 0.2
     weighting: Weighting = "none"
     noise_radius: float = 0.0

@@ -1,4 +1,4 @@
-"""What a block holds, found by running it once: its layers, the sizes of their inputs, biases and shifts of norms."""
+"""What a block holds, found by running it once: its layers, the sizes of their inputs, the scales of their outputs."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from saqcli.quant.layer import QuantizedLayer, quantized_layers
 from saqcli.reconstruction.blocks import Block
 
-BatchNorm = nn.modules.batchnorm._BatchNorm
 PROBED = 4  # images
 LEAST_SCALE = 1e-20  # of an output that is constant
 
@@ -20,13 +19,13 @@ class Probe:
 
     Attributes:
         layers: its quantized layers, in order.
-        values: of one image in the inputs of all layers together.
-        shifts: biases of layers and shifts of batch norms, each with the scale of what it is added to.
+        values: of one image in the inputs and outputs of all layers together.
+        biases: of the layers, each with the scale of what it is added to.
     """
 
     layers: list[QuantizedLayer]
     values: int = 0
-    shifts: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+    biases: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -34,33 +33,26 @@ def probe(block: Block, model: nn.Module, inputs: Any) -> Probe:
     """Run ``block`` on the first of ``inputs``."""
     named = quantized_layers(model)
     found = Probe([named[name] for name in block.layers if name in named])
-    norms: list[Any] = []
     outputs: dict[QuantizedLayer, Any] = {}
-    seen: list[Any] = []
+    seen = 0
 
     def note(layer: QuantizedLayer, given: Any, output: Any) -> None:
-        seen.append(given[0] if given else None)
+        nonlocal seen
+        seen += sum(x.numel() for x in (*given, output) if isinstance(x, Tensor))
         outputs[layer] = output
 
-    # hooks only take notes: the first pass of a block is recorded with all that happens in it
-    handles: list[Any] = [
-        module.register_forward_pre_hook(lambda norm, given: norms.append(norm))
-        for module in model.modules()
-        if isinstance(module, BatchNorm)
-    ]
-    handles += [layer.register_forward_hook(note) for layer in found.layers]
     count = min(len(inputs), PROBED)
+    few = inputs[torch.arange(count)]
+    block(model, few)  # the first pass with this number of images is recorded, with all that happens in it
+    handles = [layer.register_forward_hook(note) for layer in found.layers]
     try:
-        block(model, inputs[torch.arange(count)])
+        block(model, few)
     finally:
         for handle in handles:
             handle.remove()
-    found.values = sum(x.numel() for x in seen if isinstance(x, Tensor)) // max(1, count)
-    for norm in norms:
-        if norm.bias is not None:
-            found.shifts.append((norm.bias, norm.weight.detach().abs().clone()))
+    found.values = seen // max(1, count)
     for layer, output in outputs.items():
         bias = layer._parameters.get("bias")
         if bias is not None and isinstance(output, Tensor):
-            found.shifts.append((bias, output.std().clamp_min(LEAST_SCALE)))
+            found.biases.append((bias, output.std().clamp_min(LEAST_SCALE)))
     return found

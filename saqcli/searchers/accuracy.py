@@ -162,6 +162,8 @@ def ladder(space: SearchSpace, asked: Budget) -> Ladder:
             unit: min(max(round(bound * BUDGET_USE**-power), space.floor[unit]), space.ceiling[unit])
             for unit, bound in bounds.items()
         }
+        if not power:
+            held = bounds  # exact, whatever its size
         return Budget(held.get(0), held.get(1), asked.unit)
 
     below, above = [], []

@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "saqcli"
 BLOCK = re.compile(r"(<!-- tree -->\n).*?(<!-- end of tree -->\n)", re.DOTALL)
 # From top to bottom, as imports point; tests/test_architecture.py holds the same order.
 ROOMS = (
-    *("cli", "pipelines", "api", "report", "verify", "analysis", "searchers", "training", "export"),
-    *("data", "runs", "models", "quant", "tasks"),
+    *("cli", "pipelines", "api", "report", "verify", "analysis", "searchers", "reconstruction"),
+    *("training", "export", "data", "runs", "models", "quant", "tasks"),
 )
 NAMES = 26  # columns
 

@@ -19,6 +19,8 @@ from saqcli.api.models import load_images as load_images
 from saqcli.api.models import load_model as load_model
 from saqcli.api.quantizing import calibrate as calibrate
 from saqcli.api.quantizing import quantize_model as quantize_model
+from saqcli.api.reconstructing import compensate as compensate
+from saqcli.api.reconstructing import reconstruct as reconstruct
 from saqcli.api.searching import FoundBits as FoundBits
 from saqcli.api.searching import search as search
 from saqcli.errors import SaqError as SaqError

@@ -33,6 +33,7 @@ from saqcli.option import (
     EXPORT,
     GENERAL,
     MODEL,
+    RECONSTRUCTION,
     REGULARIZATION,
     RUN,
     SEARCH,
@@ -401,8 +402,9 @@ class QuantizationSection(_Section):
     compensate: Annotated[
         bool,
         Option(
-            "After calibration, correct every block by least squares against the float network, with a scale and an "
-            "offset per channel; takes seconds and no labels"
+            "After calibration, correct a scale and an offset per channel by least squares against the float network; "
+            "takes seconds and no labels",
+            panel=RECONSTRUCTION,
         ),
     ] = False
     correct_bias: Annotated[
@@ -489,6 +491,44 @@ class SearchSection(_Section):
         ),
     ] = None
     options: dict[str, dict[str, Any]] = {}
+
+
+class ReconstructionSection(_Section):
+    """Reconstruction: blocks of the network are fitted to those of the float network, without labels.
+
+    The other settings are those of ``saqcli.reconstruction.options.Reconstruction``, which explains them.
+    """
+
+    panel = RECONSTRUCTION
+
+    enabled: Annotated[
+        bool,
+        Option(
+            "Before fine-tuning, fit every block of the network to its float block on the calibration images; takes "
+            "minutes and no labels",
+            names=("reconstruct",),
+        ),
+    ] = False
+    iterations: Annotated[
+        int,
+        Field(ge=0),
+        Option("Iterations of `reconstruction.enabled` on each block; 0 changes nothing", "N"),
+    ] = 500
+    batch_size: Positive = 32
+    most_values: Positive = 3_000_000
+    drop: Annotated[float, Field(ge=0, le=1)] = 0.5
+    drop_inputs: Annotated[float, Field(ge=0, le=1)] = 0.0
+    rounding: Literal["straight", "soft"] = "straight"
+    weight_lr: NotNegative = 0.006
+    rounding_lr: NotNegative = 0.01
+    weight_level_lr: NotNegative = 0.003
+    input_level_lr: NotNegative = 0.003
+    bias_lr: NotNegative = 0.0
+    regularization: NotNegative = 0.01
+    warm_up: Annotated[float, Field(ge=0, le=1)] = 0.2
+    weighting: Literal["none", "fisher"] = "none"
+    noise_radius: NotNegative = 0.0
+    form: Literal["gradient", "descent"] = "gradient"
 
 
 class TrainingSection(_Section):
@@ -686,9 +726,16 @@ class RunConfig(_Section):
     data: DataSection = Field(default_factory=DataSection)
     quantization: QuantizationSection = Field(default_factory=QuantizationSection)
     search: SearchSection = Field(default_factory=SearchSection)
+    reconstruction: ReconstructionSection = Field(default_factory=ReconstructionSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
     export: ExportSection = Field(default_factory=ExportSection)
     run: RunSection = Field(default_factory=RunSection)
+
+    @model_serializer(mode="wrap", when_used="json")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """JSON has the section of reconstruction only if it is used."""
+        used = self.reconstruction != ReconstructionSection()
+        return {key: value for key, value in handler(self).items() if key != "reconstruction" or used}
 
     def to_json(self) -> str:
         """The text of ``config.json``."""

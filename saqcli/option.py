@@ -6,6 +6,7 @@ from typing import Literal
 
 BITS, DATA, MODEL = "Bits", "Data", "Model"
 TRAINING, EFFICIENCY, REGULARIZATION = "Training", "Training efficiency", "Regularization"
+RECONSTRUCTION = "Reconstruction"
 SEARCH, EXPORT, RUN, GENERAL = "Search", "Export", "Run", "General"
 
 

@@ -22,6 +22,7 @@ from saqcli.option import (
     EXPORT,
     GENERAL,
     MODEL,
+    RECONSTRUCTION,
     REGULARIZATION,
     RUN,
     SEARCH,
@@ -33,7 +34,8 @@ WIDEST = 110  # longest line
 STACKED = 60  # width below which help is printed under the names
 INSTRUMENTS, MEASURING, SPEED, FILES = "Instruments", "Measurement", "Speed", "Files"
 PANELS = (  # headings, the most used first
-    *(INSTRUMENTS, MEASURING, BITS, DATA, MODEL, TRAINING, EFFICIENCY, REGULARIZATION, SEARCH, SPEED),
+    *(INSTRUMENTS, MEASURING, BITS, DATA, MODEL, RECONSTRUCTION, TRAINING, EFFICIENCY, REGULARIZATION),
+    *(SEARCH, SPEED),
     *(EXPORT, FILES, RUN, GENERAL),
 )
 

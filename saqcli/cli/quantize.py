@@ -19,7 +19,7 @@ EFFICIENT: dict[str, Any] = {"training.ascent_fraction": 0.25}
 
 @reporting
 @o.with_settings(
-    *("quantization", "data", "model", "training", "export", "recipe", "run"),
+    *("quantization", "data", "model", "reconstruction", "training", "export", "recipe", "run"),
     without=["data.eval_batch_size"],
 )
 def quantize_command(
@@ -52,6 +52,8 @@ def quantize_command(
     """Quantize a pretrained network to given bits or under a budget, fine-tune it, export it, and check the
     result.
 
+    Example: `saq quantize resnet18 --bits 4 --recipe minutes --calibration photos`
+
     Example: `saq quantize resnet18 --bops 34G --data imagenet`
     """
     given.update({} if model is None else {"model.name": model})
@@ -63,6 +65,9 @@ def quantize_command(
     resumed = ("quantize", run_dir) if resume and run_dir else None
     check = partial(_check, dry_run=dry_run)
     resolved = r.resolved(given, config, assign, resumed, check)
+    if "reconstruction.iterations" in given and not resolved.reconstruction.enabled:
+        iterations = given["reconstruction.iterations"]
+        raise ConfigError(f"--iterations {iterations} has no effect without --reconstruct: add it")
     target = run_dir or r.default_run_dir(resolved)
     progress = progress_for(json_output=json_output, quiet=quiet)
     if dry_run:

@@ -134,7 +134,7 @@ class Images:
         unlabelled = _open_calibration(section, classes, notes, progress, limit)
         if section.path is None:
             held_out, calibrating, scored_on = _hold_out(unlabelled, seed)
-            train, val, kept = calibrating, held_out, []
+            train, val, kept = calibrating, held_out, list[Split]()
         else:
             calibrating, scored_on = unlabelled, "validation"
             val = _open(section, "val", classes, notes, progress, limit)

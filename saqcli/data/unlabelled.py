@@ -126,7 +126,10 @@ def _members(path: Path) -> TarMembers:
                 (
                     (member.name, member.offset_data, member.size)
                     for member in archive
-                    if member.isreg() and not member.issparse() and is_image(member.name) and _shown(member.name)
+                    if member.isreg()
+                    and not member.issparse()
+                    and is_image(member.name)
+                    and _shown(member.name)
                 ),
                 key=lambda each: natural_key(each[0]),
             )
@@ -175,4 +178,3 @@ def _listed(path: Path, *, dead_images: bool) -> LooseFiles:
     if not names:
         raise DataError(f"{path} names no image: {GIVE}")
     return LooseFiles(str(root), tuple(names))
-

@@ -1,6 +1,6 @@
 """Calibration: observe layer inputs, install and fit quantizers, correct statistics.
 
-Before a long run, a copy of the network with provisional levels is exported in every style of the run, on random images.
+Before a long run, a copy of the network with provisional levels is exported in every style of the run.
 """
 
 import copy

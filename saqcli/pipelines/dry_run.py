@@ -120,8 +120,8 @@ def plan(
         ),
         "steps_per_epoch": len(images.training()) if trains and images is not None else None,
         "stages": planned_stages(config) if verb == "quantize" else [],
-        "scored_on": None if images is None else images.scored_on,
-        "scored_images": None if images is None else images.val.images,
+        "scored_on": images.scored_on if images is not None and verb == "quantize" else None,
+        "scored_images": images.val.images if images is not None and verb == "quantize" else None,
         "writes": [str(run_dir / name) for name in _written(config, verb, searches=searches)],
         "profile": profile.to_dict(),
     }

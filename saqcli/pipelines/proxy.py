@@ -97,7 +97,12 @@ def proxy_data(config: RunConfig) -> DataSection:
     """The data section with the proxy's path, if any, and without the files about the target's classes."""
     proxy = config.search.proxy or ProxySection()
     order = config.data.class_order if config.data.class_order in ORDERS else None
-    changes = {"path": proxy.data or config.data.path, "class_order": order, "class_map": None, "calibration": None}
+    changes = {
+        "path": proxy.data or config.data.path,
+        "class_order": order,
+        "class_map": None,
+        "calibration": None,
+    }
     return config.data.model_copy(update=changes)
 
 

@@ -74,7 +74,12 @@ class Overrides:
     def applied(self, config: RunConfig) -> RunConfig:
         """``config`` with these settings."""
         weights = self.weights and str(self.weights)
-        given = {"data.path": self.data, "data.calibration": self.calibration, "data.workers": self.workers, "model.weights": weights}
+        given = {
+            "data.path": self.data,
+            "data.calibration": self.calibration,
+            "data.workers": self.workers,
+            "model.weights": weights,
+        }
         given["run.device"] = self.device
         return _with(config, {key: value for key, value in given.items() if value is not None})
 
@@ -220,8 +225,8 @@ def _check_there(config: RunConfig, run_dir: Path) -> None:
     calibration = config.data.calibration
     if calibration is not None and not Path(calibration).expanduser().exists():
         raise DataError(
-            f"the calibration images of {run_dir} are no longer in {Path(calibration).absolute()}: give their new place "
-            "as `data.calibration=PATH`"
+            f"the calibration images of {run_dir} are no longer in {Path(calibration).absolute()}: give their new "
+            "place as `data.calibration=PATH`"
         )
     if weights is not None and not Path(weights).is_file():
         raise ConfigError(

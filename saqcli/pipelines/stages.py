@@ -1,9 +1,9 @@
 """The ladder of ``saq quantize``: calibrated, compensated, reconstructed, fine-tuned.
 
-Each stage starts from the model that the one before left, and ends with a score, a checkpoint and a line for the reader,
-who may stop there. The stages before fine-tuning need no labels: they compare the quantized network with the float one on
-calibration images. An interrupted stage resumes bit-identically: compensation, which takes seconds, from its start,
-reconstruction in the block where it stopped.
+Each stage starts from the model that the one before left, and ends with a score, a checkpoint and a line for the
+reader, who may stop there. The stages before fine-tuning need no labels: they compare the quantized network with the
+float one on calibration images. An interrupted stage resumes bit-identically: compensation, which takes seconds, from
+its start, reconstruction in the block where it stopped.
 """
 
 import math
@@ -18,17 +18,23 @@ from torch import Tensor, nn
 
 from saqcli import distributed
 from saqcli.config import RunConfig
+from saqcli.data.images import ImageSet
 from saqcli.data.splits import Images
 from saqcli.pipelines.setup import load_seeded, wrap_and_trace
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.calls import Call
+from saqcli.reconstruction.compensation import Compensation, compensate
+from saqcli.reconstruction.options import Reconstruction
+from saqcli.reconstruction.reconstruct import reconstruct
 from saqcli.report.run_report import QuantizeResult
 from saqcli.runs.directory import RunDirectory
+from saqcli.runs.saving import SearchMemory
 from saqcli.tasks.classification import Score
 from saqcli.training.loop import score
 
-
-Stage = Callable[[RunConfig, RunDirectory, nn.Module, "Scorer"], dict[str, Any]]  # returns figures for the metrics
+Stage = Callable[
+    [RunConfig, RunDirectory, nn.Module, "Scorer"], dict[str, Any]
+]  # returns figures for the metrics
 
 
 class Measured(NamedTuple):
@@ -36,8 +42,8 @@ class Measured(NamedTuple):
 
     Attributes:
         score: accuracy and loss, NaN without labels.
-        agreement: percent of the images with the best class of the float network; None where that is unknown, in runs
-            of earlier versions.
+        agreement: percent of the images with the best class of the float network; None where that is unknown: in runs
+            of earlier versions, and of streamed images on several ranks.
     """
 
     score: Score
@@ -63,8 +69,10 @@ class Scorer:
     float_classes: Tensor | None = None
 
     def of_float(self, model: nn.Module) -> Score:
-        """The score of the float network, whose best classes are kept."""
-        found, self.float_classes = self._score(model, "evaluating float", self.name)
+        """The score of the float network, whose best classes are kept if images come in the same order again."""
+        found, classes = self._score(model, "evaluating float", self.name)
+        ordered = isinstance(self.images.val.dataset, ImageSet) or distributed.count() == 1
+        self.float_classes = classes if ordered else None
         return found
 
     def of(self, model: nn.Module, stage: str, title: str | None = None) -> Measured:
@@ -83,9 +91,7 @@ class Scorer:
 
     def _score(self, model: nn.Module, title: str, name: str) -> tuple[Score, Tensor]:
         classes: list[Tensor] = []
-        found = score(
-            model, self.images.validation(), title, self.device, self.progress, name, keep=classes
-        )
+        found = score(model, self.images.validation(), title, self.device, self.progress, name, keep=classes)
         if not self.images.labelled:
             found = replace(found, loss=math.nan, top1=math.nan, top5=math.nan)
         return found, torch.cat(classes).to(torch.int32)
@@ -148,7 +154,42 @@ def log_stage(run: RunDirectory, phase: str, measured: Measured, **more: Any) ->
 def wanted_stages(config: RunConfig) -> dict[str, Stage]:
     """The stages without labels that a run takes after calibration, in their order."""
     found: dict[str, Stage] = {}
+    if config.quantization.compensate:
+        found["compensated"] = _compensate
+    if config.reconstruction.enabled:
+        found["reconstructed"] = _reconstruct
     return found
+
+
+def _compensate(config: RunConfig, run: RunDirectory, model: nn.Module, scorer: Scorer) -> dict[str, Any]:
+    """Compensate in closed form, on the first rank; the error of the network's output before and after."""
+
+    def compensated() -> tuple[Compensation, dict[str, Tensor]]:
+        reference = float_network(config, scorer.device)
+        found = compensate(model, reference, CalibrationCalls(scorer.images), progress=scorer.progress)
+        return found, {name: value.cpu() for name, value in model.state_dict().items()}
+
+    found, tensors = distributed.from_first(compensated)
+    model.load_state_dict(tensors)
+    return {"places": len(found.places), "before": found.before, "after": found.after}
+
+
+def _reconstruct(config: RunConfig, run: RunDirectory, model: nn.Module, scorer: Scorer) -> dict[str, Any]:
+    """Reconstruct block by block, resumed in the block where it stopped; the error of every block before and after."""
+    options = config.reconstruction.model_dump()
+    del options["enabled"]
+    reference = float_network(config, scorer.device)
+    with SearchMemory(run, config.run.checkpoint_minutes, scorer.progress.note, "reconstruction") as memory:
+        blocks = reconstruct(
+            model,
+            reference,
+            CalibrationCalls(scorer.images),
+            Reconstruction(**options),
+            seed=config.run.seed,
+            memory=memory,
+            progress=scorer.progress,
+        )
+    return {"blocks": [block._asdict() for block in blocks]}
 
 
 def planned_stages(config: RunConfig) -> list[str]:

@@ -33,10 +33,17 @@ from saqcli.quant.quantizers.base import Quantizer
 from saqcli.reconstruction.adam import RelativeAdam, Trained
 from saqcli.reconstruction.blocks import Block
 from saqcli.reconstruction.options import Reconstruction
-from saqcli.reconstruction.rounding import LearnedRounding, learned_rounding
+from saqcli.reconstruction.probe import probe
+from saqcli.reconstruction.rounding import (
+    LEAST_WEIGHTS,
+    LearnedRounding,
+    learned_rounding,
+    weights_per_level,
+)
 from saqcli.training.loop import NO_MEMORY, Memory
 
-BatchNorm = nn.modules.batchnorm._BatchNorm
+LEAST_IMAGES = 4  # of an iteration, however many values they have
+MEASURED = 16  # images of a pass that measures the error
 LEAST_POWER = 1e-20  # of a target or a gradient, avoids 0 / 0
 
 
@@ -95,15 +102,17 @@ def fit_block(
         Interrupted: a signal asked to stop; the state is saved.
     """
     with in_eval_mode(model), fused_on_cpu(model):
-        layers = _layers(block, model)
-        before, power = _error(block, model, layers, inputs, targets, options.batch_size)
-        if not options.iterations or not layers:
+        found = probe(block, model, inputs)
+        before, power = _error(block, model, found.layers, inputs, targets)
+        if not options.iterations or not found.layers:
             return BlockError(block.name, before / power, before / power)
         fit = BlockFit(block, model, inputs, float_inputs, targets, options, generator, power, weights)
+        if not fit.optimizer.trained:
+            return BlockError(block.name, before / power, before / power)
         if (state := memory.load()) is not None:
             fit.load_state_dict(state)
         fit.run(memory)
-        after, _ = _error(block, model, layers, inputs, targets, options.batch_size)
+        after, _ = _error(block, model, found.layers, inputs, targets)
         if not after < before:
             fit.undo()
             after = before
@@ -139,7 +148,9 @@ class BlockFit:
         )
         self._power = power
         self._noisy = inputs is not float_inputs and (options.drop > 0 or options.noise_radius > 0)
-        self._layers = _layers(block, model)
+        self._probe = probe(block, model, inputs)
+        self._layers = self._probe.layers
+        self.batch_size = self._batch_size()
         self._roundings: list[LearnedRounding] = []
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._order: list[int] = []
@@ -155,7 +166,8 @@ class BlockFit:
                 self._roundings.append(rounding)
                 self._keep(layer.latent_weight())
                 yield from rounding.trained
-                yield from self._levels(layer.weight_quantizer, options.weight_level_lr)
+                if weights_per_level(layer) >= LEAST_WEIGHTS:
+                    yield from self._levels(layer.weight_quantizer, options.weight_level_lr)
             yield from self._levels(layer.input_quantizer, options.input_level_lr)
         products = quantized_products(self.model)
         for name in self.block.layers:
@@ -172,9 +184,9 @@ class BlockFit:
                 yield Trained(level, level.detach().abs().clone(), rate)
 
     def _biases(self) -> Iterator[Trained]:
-        for bias, unit in _shifts(self.block, self.model, self._inputs, self._layers):
+        for bias, scale in self._probe.shifts:
             self._keep(bias)
-            yield Trained(bias, unit, self.options.bias_lr)
+            yield Trained(bias, scale, self.options.bias_lr)
 
     def _keep(self, tensor: Tensor) -> None:
         self._kept.append((tensor, tensor.detach().clone()))
@@ -243,9 +255,15 @@ class BlockFit:
         error = (self.block(self.model, x) - target).square()
         return (error if weight is None else error * weight).mean() / self._power
 
+    def _batch_size(self) -> int:
+        """Images of an iteration on this rank."""
+        options = self.options
+        most = max(LEAST_IMAGES, options.most_values // max(1, self._probe.values))
+        return min(len(self._inputs), max(1, min(options.batch_size, most) // distributed.count()))
+
     def _draw(self) -> Tensor:
         """The next images, in a new order after each pass over all of them."""
-        count = min(len(self._inputs), max(1, self.options.batch_size // distributed.count()))
+        count = self.batch_size
         if len(self._order) < count:
             self._order = torch.randperm(len(self._inputs), generator=self.generator).tolist()
         index, self._order = self._order[:count], self._order[count:]
@@ -273,12 +291,6 @@ class BlockFit:
         self.generator.set_state(state["generator"])
 
 
-def _layers(block: Block, model: nn.Module) -> list[QuantizedLayer]:
-    """The quantized layers of the block."""
-    layers = quantized_layers(model)
-    return [layers[name] for name in block.layers if name in layers]
-
-
 def _owns_weight(layer: QuantizedLayer, layers: Sequence[QuantizedLayer], model: nn.Module) -> bool:
     """Whether the block may change the weight: it is quantized, and no layer of another block computes with it."""
     if layer.tied_to or not isinstance(layer.weight_quantizer, Quantizer):
@@ -294,13 +306,13 @@ def _error(
     layers: Sequence[QuantizedLayer],
     inputs: Activations,
     targets: Activations,
-    batch: int,
+    batch_size: int = MEASURED,
 ) -> tuple[float, float]:
     """The mean squared error of the block, and the mean square of its targets about their mean, over all ranks."""
     error = count = total = squares = 0.0
     with weights_given([layer for layer in layers if not layer.tied_to and layer.given_weight is None]):
-        for start in range(0, len(inputs), batch):
-            index = torch.arange(start, min(start + batch, len(inputs)))
+        for start in range(0, len(inputs), batch_size):
+            index = torch.arange(start, min(start + batch_size, len(inputs)))
             target = targets[index]
             error += float((block(model, _laid_out(inputs[index])) - target).double().square().sum())
             total += float(target.double().sum())
@@ -359,30 +371,3 @@ def _norm(x: Tensor) -> Tensor:
 def _laid_out(x: Any) -> Any:
     """Images with channels last, which convolutions compute faster; other inputs as they are."""
     return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x
-
-
-@torch.no_grad()
-def _shifts(
-    block: Block, model: nn.Module, inputs: Activations, layers: Sequence[QuantizedLayer]
-) -> list[tuple[Tensor, Tensor]]:
-    """Biases of layers and shifts of batch norms in the block, with the scale of what each is added to."""
-    norms: list[Any] = []
-    outputs: dict[QuantizedLayer, Any] = {}
-    modules = [module for module in model.modules() if isinstance(module, BatchNorm)]
-    # a pass may be recorded, so that hooks only take notes
-    handles = [norm.register_forward_pre_hook(lambda norm, given: norms.append(norm)) for norm in modules]
-    handles += [
-        layer.register_forward_hook(lambda *call: outputs.update({call[0]: call[2]})) for layer in layers
-    ]
-    try:
-        block(model, inputs[torch.arange(min(len(inputs), 8))])
-    finally:
-        for handle in handles:
-            handle.remove()
-    scales = [(norm.bias, norm.weight) for norm in norms]
-    found = [(bias, scale.detach().abs().clone()) for bias, scale in scales if bias is not None]
-    for layer, output in outputs.items():
-        bias = layer._parameters.get("bias")
-        if bias is not None and isinstance(output, Tensor):
-            found.append((bias, output.std().clamp_min(LEAST_POWER)))
-    return found

@@ -1,7 +1,9 @@
 """The rounding of one layer's weight, learned in a reconstruction and fixed at its end.
 
 ``StraightRounding`` trains the latent weight itself, with gradients straight through the rounding: a weight may move by
-several codes, and any quantizer can be trained like this.
+several codes, and any quantizer can be trained like this. Weights come to rest at the bounds between two codes and go
+back and forth (Nagel et al., arXiv:2203.11086). Many weights of a channel average that out; the nine of a depthwise
+convolution do not, and its error rises. Where fewer than ``LEAST_WEIGHTS`` share a level, both are kept.
 
 ``SoftRounding`` chooses between the two codes next to each weight (AdaRound: Nagel et al., arXiv:2004.10568, Eq. 21 to
 24), here on every uniform grid, lowest, lowest + stride, ..., highest:
@@ -32,6 +34,7 @@ from saqcli.reconstruction.options import Reconstruction
 
 LOW, HIGH = -0.1, 1.1  # range that the sigmoid is stretched to, so that 0 and 1 are reached
 FIRST_BETA, LAST_BETA = 20.0, 2.0
+LEAST_WEIGHTS = 32  # that share a level, for straight-through training
 LEAST_SHARE = 0.01  # of a gap, from either code at the start: keeps the gradient of the sigmoid
 
 
@@ -62,7 +65,9 @@ class StraightRounding:
 
     def __init__(self, layer: QuantizedLayer, rate: float) -> None:
         weight = layer.latent_weight()
-        self.trained = [Trained(weight, _gap(layer), rate)] if rate else []
+        self.trained = (
+            [Trained(weight, _gap(layer), rate)] if rate and weights_per_level(layer) >= LEAST_WEIGHTS else []
+        )
 
     def prepare(self) -> None:
         """Nothing: the layer quantizes its weight in every pass."""
@@ -117,6 +122,13 @@ class SoftRounding:
         """Make the latent weight the chosen codes times the step."""
         self._layer.given_weight = None
         self._layer.latent_weight().copy_(self.codes() * self._quantizer.step())
+
+
+def weights_per_level(layer: QuantizedLayer) -> float:
+    """How many weights of the layer share a level."""
+    quantizer = layer.weight_quantizer
+    assert isinstance(quantizer, Quantizer)
+    return layer.latent_weight().numel() / math.prod(quantizer.shape)
 
 
 def lower_codes(scaled: Tensor, grid: Grid) -> Tensor:

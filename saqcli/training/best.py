@@ -14,7 +14,6 @@ from torch import Tensor
 from saqcli.config import TrainingSection
 from saqcli.tasks.classification import Score, noise
 
-
 _STATES = {
     "calibration": "calibrated",
     "compensation": "compensated",

@@ -54,10 +54,11 @@ ACCEPTED = {
     "--distill --efficient --ema --epochs --export --label-smoothing --lr --memory-format --method --micro-batch "
     "--mixup --no-export "
     "--optimizer --policy --precision --rho --rho-unit --sam-interval --sam-reuse --sharpness-batch --style "
-    "--verify-images",
-    "search": f"{BITS} {IMAGES} {NETWORK} {RUN} --cache --epochs --lr --pareto --proxy --rho --scoring-images "
-    "--search-classes --search-images",
-    "rerun": f"--builder {GENERAL} --data --device --overwrite --resume --run-dir --weights --workers",
+    "--verify-images --calibration --compensate --no-compensate --reconstruct --no-reconstruct --iterations",
+    "search": f"{BITS} {IMAGES} {NETWORK} {RUN} --cache --calibration --epochs --lr --pareto --proxy --rho "
+    "--scoring-images --search-classes --search-images",
+    "rerun": f"--builder {GENERAL} --calibration --data --device --overwrite --resume --run-dir --weights "
+    "--workers",
     "eval": f"--builder {IMAGES} {NETWORK} {GENERAL} --batch-sizes --bench --device --memory-format "
     "--repeats --threads",
     "export": f"--builder {IMAGES} {GENERAL} --onnx --overwrite --style --verify --verify-images",

@@ -17,8 +17,8 @@ from saqcli.config import resolve
 from saqcli.errors import UnsupportedModel
 from saqcli.export.qdq import QdqExporter
 from saqcli.models.networks import NETWORKS, NetworkEntry
-from saqcli.pipelines import quantize as quantizing
 from saqcli.pipelines import calibration
+from saqcli.pipelines import quantize as quantizing
 from saqcli.pipelines.setup import load_float, wrap_and_trace
 from saqcli.progress import SILENT
 from saqcli.verify import publish

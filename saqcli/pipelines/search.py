@@ -175,7 +175,7 @@ def choose_bits(
         request.images.record_or_check(run, prefix="proxy ")
     found = run_search(config, request, statistics, run, progress, fine_tunes=True, float_top1=float_top1)
     save_search(found, config, run)
-    return found.policy, found.budget, found.accuracy and found.accuracy.to_dict()
+    return found.policy, found.budget, None if found.accuracy is None else found.accuracy.to_dict()
 
 
 def save_search(found: FoundBits, config: RunConfig, run: RunDirectory) -> dict[str, Any]:

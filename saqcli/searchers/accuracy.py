@@ -162,9 +162,12 @@ def ladder(space: SearchSpace, asked: Budget) -> Ladder:
             unit: min(max(round(bound * BUDGET_USE**-power), space.floor[unit]), space.ceiling[unit])
             for unit, bound in bounds.items()
         }
+        if not power:
+            held = bounds  # exact, whatever its size
         return Budget(held.get(0), held.get(1), asked.unit)
 
-    below, above = [], []
+    below: list[Budget] = []
+    above: list[Budget] = []
     for found, direction, end in ((below, -1, space.floor), (above, 1, space.ceiling)):
         last = budget(0)
         while any((last.bops, last.size)[unit] != end[unit] for unit in bounds):
@@ -424,4 +427,4 @@ def _slope(points: Sequence[tuple[float, float]]) -> float:
         return 0.0
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
     spread = sum((x - mean_x) ** 2 for x, _ in points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+    return float(sum((x - mean_x) * (y - mean_y) for x, y in points) / spread)

@@ -17,7 +17,12 @@ from saqcli.option import RUN
 @o.with_settings(
     *("quantization", "data", "model", "search", "recipe", "run"),
     without=[
-        *("quantization.bits", "quantization.policy", "quantization.balance_norms", "quantization.compensate"),
+        *(
+            "quantization.bits",
+            "quantization.policy",
+            "quantization.balance_norms",
+            "quantization.compensate",
+        ),
         *("data.eval_batch_size", "data.verify_images"),
     ],
 )

@@ -21,6 +21,8 @@ q = saq.quantize_model(net, "w4a4", calibration=loader)
 minimizer = saq.SAQ(q, torch.optim.SGD(q.parameters(), 0.01), rho=0.3)
 for images, labels in loader:
     loss: Tensor = minimizer.step(lambda: F.cross_entropy(q(images), labels))
+error: float = max(block.after for block in saq.reconstruct(q, loader, iterations=1))
+places: tuple[str, ...] = saq.compensate(q, loader, float_model=net).places
 cost: int = saq.bops(q)
 text: str = saq.summary(q)
 score = saq.evaluate(q, loader)

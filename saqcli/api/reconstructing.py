@@ -1,7 +1,7 @@
 """Better quantized modules from unlabelled data: closed-form compensation, and reconstruction block by block.
 
-Both compare the module with its float network. ``quantize_model`` leaves the float weights in the module, and notes what
-its corrections changed, so that the float network can be computed from the module until its weights change.
+Both compare the module with its float network. ``quantize_model`` leaves the float weights in the module and notes what
+its corrections changed, so that the float network is known until the weights change.
 """
 
 from collections.abc import Iterable
@@ -151,8 +151,8 @@ def _float_network(module: nn.Module) -> nn.Module:
     made = copied(module)
     if not restore_means(made):
         raise ConfigError(
-            f"{info(module).name} is compared with its float network, whose weights are no longer in it after training, "
-            "compensation or reconstruction, nor in a file: give `float_model`, the float module"
+            f"{info(module).name} is compared with its float network, and training, compensation and reconstruction "
+            "replace those weights, and files do not hold them: give `float_model`, the float module"
         )
     return loop.without_quantizers(made)
 

@@ -172,7 +172,7 @@ def bias_of(layer: QuantizedLayer) -> Tensor | None:
 
 
 class Interception(WeightRecorder):
-    """A pass that hands the output of every layer, and what goes into and out of norms, to its methods in turn.
+    """A pass that hands the output of every layer, and the input of norms, to its methods in turn.
 
     Args:
         norms: the norms to watch.
@@ -196,19 +196,14 @@ class Interception(WeightRecorder):
     def norm_input(self, norm: Any, x: Tensor) -> None:
         """Called before every norm."""
 
-    def norm_output(self, norm: Any, y: Tensor) -> Tensor:
-        """Called after every norm; what it returns is used in the place of ``y``."""
-        return y
-
     def operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs every operator."""
         return func(*args, **kwargs)
 
     def __enter__(self) -> Self:
         for norm in self._norms:
-            before = norm.register_forward_pre_hook(lambda norm, given: self.norm_input(norm, given[0]))
-            after = norm.register_forward_hook(lambda norm, _, output: self.norm_output(norm, output))
-            self._handles += [before, after]
+            hook = norm.register_forward_pre_hook(lambda norm, given: self.norm_input(norm, given[0]))
+            self._handles.append(hook)
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:

@@ -322,16 +322,6 @@ def _error(
     return error / count, max(squares / count - (total / count) ** 2, LEAST_POWER)
 
 
-def relative_error(
-    block: Block, model: nn.Module, inputs: Activations, targets: Activations, batch_size: int = MEASURED
-) -> float:
-    """The mean squared error of a block's output, relative to the variance of its targets, over all ranks."""
-    layers = quantized_layers(model)
-    own = [layers[name] for name in block.layers if name in layers]
-    error, power = _error(block, model, own, inputs, targets, batch_size)
-    return error / power
-
-
 @contextmanager
 def _dropping(block: Block, model: nn.Module, share: float, generator: torch.Generator) -> Iterator[None]:
     """Within the context input quantizers of the block leave a random share of the values as they are."""

@@ -27,6 +27,7 @@ from saqcli.errors import UnsupportedModel, out_of_memory
 from saqcli.quant.calls import Call, tensors_in
 from saqcli.quant.layer import in_eval_mode, quantized_layers
 from saqcli.quant.products import quantized_products
+from saqcli.quant.tracer import try_model
 from saqcli.reconstruction.chains import chain_of
 from saqcli.reconstruction.cuts import Part, parts_of
 from saqcli.reconstruction.tape import Tapes
@@ -100,8 +101,10 @@ def find_blocks(model: nn.Module, example: Tensor | Call) -> list[Block]:
             "reconstruction needs inputs with the images along dimension 0 of a tensor: this model takes lists"
         )
     example = example.map(torch.detach)
+    with in_eval_mode(model):
+        try_model(model, example)
     layers = [*quantized_layers(model), *quantized_products(model)]
-    notes = []
+    notes: list[str] = []
     for find in (_recorded_blocks, _chained_blocks):
         try:
             blocks = find(model, example)
@@ -135,11 +138,11 @@ def _whole(model: nn.Module, x: Tensor | Call) -> Tensor:
 
 def _recorded_blocks(model: nn.Module, example: Call) -> list[Block]:
     """Blocks between the single tensors of a recorded pass."""
-    tapes = Tapes(model, example)
+    tapes = Tapes(example)
     parts = parts_of(tapes.of(model, 2), tapes.of(model, 3), _same_block(model))
     return [
-        Block(name, part.layers, _PartRunner(tapes, part, index == 0))
-        for index, (name, part) in enumerate(zip(_names(parts), parts, strict=True))
+        Block(name, part.layers, _PartRunner(tapes, part))
+        for name, part in zip(_names(parts), parts, strict=True)
     ]
 
 
@@ -149,17 +152,13 @@ class _PartRunner:
 
     tapes: Tapes
     part: Part
-    first: bool
 
     def __call__(self, model: nn.Module, x: Tensor | Call) -> Tensor:
-        tensors = Call.of(x).tensors if self.first else [x]
-        assert all(isinstance(tensor, Tensor) for tensor in tensors)
-        size = Call.of(x).count
-        tape = self.tapes.of(model, size)
-        part = self.part
+        call, part = Call.of(x), self.part
+        tape = self.tapes.of(model, call.count)
         given = {
             value: tensor.clone() if value in part.changed else tensor
-            for value, tensor in zip(part.inputs, tensors, strict=True)
+            for value, tensor in zip(part.inputs, call.tensors, strict=True)
         }
         modules = [
             module

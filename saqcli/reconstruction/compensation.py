@@ -1,6 +1,6 @@
 """Closed-form compensation: a scale and an offset per channel, by least squares against the float network.
 
-Rounding moves the mean of a layer's output and changes its scale: clipping makes it smaller, noise of the inputs larger.
+Rounding moves the mean of a layer's output and changes its scale: clipping makes it smaller, noisy inputs larger.
 Both are undone, channel by channel, with neither labels nor gradients, in seconds:
 
     y <- a y + b        minimizes  E (a y + b - t)^2 + ridge (a - 1)^2            t: what the float network has there
@@ -12,9 +12,9 @@ Both are undone, channel by channel, with neither labels nor gradients, in secon
 
 The graph gains no operator, since a and b are folded into numbers that it has (decision 0028):
 
-    a norm with weight and bias     y is its output: weight <- a weight, bias <- a bias + b
-    a layer not read by such a norm the latent weight and its level of that channel times a, so that every code stays, and
-                                    bias <- a bias + b; without a bias a alone, from moments about zero
+    a norm with weight and bias      y is its output: weight <- a weight, bias <- a bias + b
+    a layer that no such norm reads  the latent weight and its level of that channel times a, so that every code stays,
+                                     and bias <- a bias + b; without a bias a alone, from moments about zero
 
 Where the output of a place is read by one addition only, as that of the last layer or norm of a residual branch, t is
 the float network's sum minus the other operand: the branch also makes up for what the shortcut has lost.
@@ -33,11 +33,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.calls import Call, tensors_in
 from saqcli.quant.correction import Interception, bias_of, per_channel
-from saqcli.quant.layer import QuantizedLayer, in_eval_mode, quantized_layers
+from saqcli.quant.layer import QuantizedLayer, in_eval_mode
 from saqcli.reconstruction.rescaling import can_rescale, rescale
 
 SPREAD = 0.25  # prior deviation of a scale from 1
@@ -45,6 +46,7 @@ LARGEST = 2.0  # scale; the smallest is its inverse
 LEAST_VARIANCE = 1e-9  # of a channel, relative to the float network's, below which its scale stays
 LEAST_POWER = 1e-20  # of an output, avoids 0 / 0
 ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
+NORM_FUNCTIONS = (F.batch_norm, F.layer_norm, F.group_norm)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -83,15 +85,18 @@ def compensate(
     batches = [Call.of(call) for call in calls]
     places = _Places(model, float_model)
     before, after = _OutputError(), _OutputError()
-    with in_eval_mode(model), in_eval_mode(float_model):
-        with progress.task("compensating", 2 * len(batches)) as task:
-            for batch in batches:
-                before.add(batch.run(model), places.measure(batch))
-                task.advance(images=batch.count)
-            kept = places.apply()
-            for batch in batches:
-                after.add(batch.run(model), batch.run(float_model))
-                task.advance(images=batch.count)
+    with (
+        in_eval_mode(model),
+        in_eval_mode(float_model),
+        progress.task("compensating", 2 * len(batches)) as task,
+    ):
+        for batch in batches:
+            before.add(batch.run(model), places.measure(batch))
+            task.advance(images=batch.count)
+        kept = places.apply()
+        for batch in batches:
+            after.add(batch.run(model), batch.run(float_model))
+            task.advance(images=batch.count)
     if not after.relative() < before.relative():
         for tensor, value in kept:
             tensor.copy_(value)
@@ -155,7 +160,7 @@ class Moments:
             return
         y_mean, t_mean = _mean(y, dims), _mean(t, dims)
         y, t = y - y_mean, t - t_mean
-        y_moved = y_mean.flatten().double().to(self.y) - self.y
+        y_moved = y_mean.flatten().double() - self.y
         t_moved = t_mean.flatten().double() - self.t
         total = self.count + count
         weight = self.count * count / total
@@ -280,7 +285,8 @@ class _Places:
             scale = offset = True
             if isinstance(module, QuantizedLayer):
                 bias = bias_of(module)
-                scale = id(module.latent_weight()) not in self._shared and can_rescale(module)
+                free = id(module.latent_weight()) not in self._shared and _groups(module) == 1
+                scale = free and can_rescale(module)
                 offset = bias is not None and id(bias) not in self._shared
             self.found[name] = _Place(module, channels, scale, offset)
         return self.found[name]
@@ -295,27 +301,47 @@ class _Places:
 
 
 class _Named(Interception):
-    """A pass that names its layers and norms."""
+    """A pass that names its layers and norms.
+
+    Norms are recognised by the weight that their function gets, since modules may do more (timm's ``BatchNormAct2d``
+    computes an activation function too, and ``LayerNorm2d`` permutes).
+    """
 
     def __init__(self, model: nn.Module, norms: Iterable[str]) -> None:
-        super().__init__([model.get_submodule(name) for name in norms])
+        super().__init__(())
         self._names = {module: name for name, module in model.named_modules()}
+        found: list[Any] = [model.get_submodule(name) for name in norms]
+        self._by_weight = {id(norm.weight): norm for norm in found}
+
+    def operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the operator; hand on the output of a norm."""
+        operands = tensors_in((args, kwargs)) if func in NORM_FUNCTIONS else []
+        norm = next((self._by_weight[id(x)] for x in operands if id(x) in self._by_weight), None)
+        if norm is not None:
+            self.norm_input(norm, operands[0])
+        y = self.other_operator(func, args, kwargs)
+        if norm is None or norm.weight.dim() > 1:
+            return y
+        return self.output(self._names[norm], norm, y, -1 if func is F.layer_norm else 1)
+
+    def other_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs every operator."""
+        return func(*args, **kwargs)
 
     def layer_output(self, layer: QuantizedLayer, output: Tensor, channels: int) -> Tensor:
         """Hand on the output of a layer, but parts of an attention's projection."""
-        if output.shape[channels] != layer.latent_weight().shape[layer.channel_dim]:
+        if output.shape[channels] != layer.latent_weight().shape[layer.channel_dim] * _groups(layer):
             return output
         return self.output(self._names[layer], layer, output, channels)
-
-    def norm_output(self, norm: Any, y: Tensor) -> Tensor:
-        """Hand on the output of a norm over one dimension of channels."""
-        if isinstance(norm, nn.LayerNorm) and norm.weight.dim() > 1:
-            return y
-        return self.output(self._names[norm], norm, y, -1 if isinstance(norm, nn.LayerNorm) else 1)
 
     def output(self, name: str, module: nn.Module, y: Tensor, channels: int) -> Tensor:
         """Called with the output of every place; what it returns is used in the place of ``y``."""
         raise NotImplementedError
+
+
+def _groups(layer: QuantizedLayer) -> int:
+    """By how much a layer has more output channels than its weight: grouped transposed convolutions."""
+    return getattr(layer, "groups", 1) if layer.channel_dim else 1
 
 
 class _FloatPass(_Named):
@@ -336,7 +362,7 @@ class _FloatPass(_Named):
         self._alive: list[Tensor] = []  # ids of dead tensors would be reused
         self._reads: dict[str, int] = {}
 
-    def operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def other_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the operator; count what it reads, and keep what it adds."""
         name = getattr(func, "__name__", "")
         read = [] if name == "__get__" else [self._made.get(id(x)) for x in tensors_in((args, kwargs))]
@@ -344,7 +370,7 @@ class _FloatPass(_Named):
         for place in places:
             self._reads[place] = self._reads.get(place, 0) + 1
         output = func(*args, **kwargs)
-        if places and name in ADDITIONS and kwargs.get("alpha", 1) == 1:
+        if places and name in ADDITIONS and len(read) == 2 and kwargs.get("alpha", 1) == 1:
             last = max(places, key=list(self.outputs).index)
             self.sums[last] = output.clone()
         return output
@@ -374,16 +400,18 @@ class _CorrectedPass(_Named):
         super().__init__(places.model, places.norms)
         self._places, self._in_float, self._images = places, in_float, images
         self._calls: dict[str, int] = {}
-        self._waiting: dict[int, tuple[_Place, Tensor, Tensor]] = {}  # for their addition, by id of the output
+        self._waiting: dict[
+            int, tuple[_Place, Tensor, Tensor]
+        ] = {}  # for their addition, by id of the output
 
-    def operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def other_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the operator; correct what waited for this addition first."""
         if self._waiting and getattr(func, "__name__", "") in ADDITIONS:
             operands = tensors_in((args, kwargs))
             for x in operands:
                 place, y, total = self._waiting.pop(id(x), (None, x, x))
                 if place is not None:
-                    other = next((each for each in operands if each is not y), 0)
+                    other = next(each for each in operands if each is not y)
                     y.copy_(place.fit(y, total - other, self._images))
         return func(*args, **kwargs)
 

@@ -13,12 +13,12 @@ No step raises J. A first sweep from the float weights, w / s, in the place of c
 before it, as GPTQ does; of its result and that of the sweeps from the nearest codes each channel keeps the better one.
 
 The target is the float network's output on its own input, so that a layer makes up for the errors before it. Where an
-offset can be folded, into the layer's bias or the running mean of the batch norm that reads its output, moments are about
-the means, and the offset makes the means equal. H and C get a diagonal of ``DAMPING`` times the mean of H's, which pulls
-towards the float weight what few images leave open.
+offset can be folded, into the layer's bias or the running mean of the batch norm that reads its output, moments are
+about the means, and the offset makes the means equal. H and C get a diagonal of ``DAMPING`` times the mean of H's,
+which pulls towards the float weight what few images leave open.
 
-Source: COMQ, arXiv:2403.07134, for codes and steps; GPTQ, arXiv:2210.17323, for the first sweep and the damping; GPTAQ,
-arXiv:2504.02692, for the target. Written anew: the latter two solve with the inverse of H and visit each weight once.
+Source: COMQ, arXiv:2403.07134, for codes and steps; GPTQ, arXiv:2210.17323, for the first sweep and the damping;
+GPTAQ, arXiv:2504.02692, for the target. The latter two solve with the inverse of H and visit each weight once.
 """
 
 from collections.abc import Mapping
@@ -28,12 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saqcli import distributed
 from saqcli.quant.calls import Call
 from saqcli.quant.correction import Interception, bias_of
 from saqcli.quant.grid import AnyGrid
 from saqcli.quant.layer import QuantizedLayer, in_eval_mode, quantized_layers
 from saqcli.quant.quantizers.base import Quantizer
-from saqcli.reconstruction.block import Activations, BlockError, relative_error
+from saqcli.reconstruction.block import LEAST_POWER, Activations, BlockError
 from saqcli.reconstruction.blocks import Block
 from saqcli.reconstruction.rounding import SoftRounding
 from saqcli.reconstruction.second_moments import (
@@ -47,6 +48,8 @@ from saqcli.reconstruction.second_moments import (
 
 SWEEPS = 4
 DAMPING = 0.01  # of the mean diagonal
+PART = 64  # codes that see each other's changes at once
+LEAST_DIAGONAL = 1e-30  # for a group without input
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -108,7 +111,7 @@ def descend_block(
 
 
 def can_descend(layer: QuantizedLayer, model: nn.Module) -> bool:
-    """Whether the codes of a layer can be chosen: no other layer has its weight, and its codes are those of w / step."""
+    """Whether a layer's codes can be chosen: no other layer has its weight, and they are those of w / step."""
     sharing = [each for each in quantized_layers(model).values() if layer in each.tied_to]
     return has_patches(layer) and not layer.tied_to and not sharing and SoftRounding.suits(layer)
 
@@ -146,6 +149,22 @@ class _Followers(Interception):
             self.found[name] = self._names[norm]
 
 
+def relative_error(
+    block: Block, model: nn.Module, inputs: Activations, targets: Activations, batch_size: int
+) -> float:
+    """The mean squared error of a block's output, relative to the variance of its targets, over all ranks."""
+    error = total = squares = count = 0.0
+    for start in range(0, len(inputs), batch_size):
+        index = torch.arange(start, min(start + batch_size, len(inputs)))
+        target = targets[index]
+        error += float((block(model, inputs[index]) - target).double().square().sum())
+        total += float(target.double().sum())
+        squares += float(target.double().square().sum())
+        count += target.numel()
+    error, total, squares, count = distributed.totals(error, total, squares, count)
+    return error / count / max(squares / count - (total / count) ** 2, LEAST_POWER)
+
+
 def _tensors(layer: QuantizedLayer, norm: Any) -> list[Tensor]:
     """All that the descent of one layer may change."""
     quantizer, bias = layer.weight_quantizer, bias_of(layer)
@@ -170,7 +189,6 @@ def _measured(
     """The moments of one layer's operands; None if it runs differently in the two networks."""
     layer, twin = quantized_layers(model)[name], quantized_layers(float_model)[name]
     moments, generator = SecondMoments(), torch.Generator().manual_seed(0)
-    share = min(1.0, batch_size / max(1, len(inputs)))  # of the rows, for one batch
     for start in range(0, len(inputs), batch_size):
         index = torch.arange(start, min(start + batch_size, len(inputs)))
         with Operands(layer) as quantized:
@@ -183,7 +201,7 @@ def _measured(
             if one[0].shape != other[0].shape:
                 return None
             count = count_patches(layer, one)
-            wanted = round(rows_wanted(layer) * share * len(index) / batch_size / len(quantized.calls))
+            wanted = round(rows_wanted(layer) * len(index) / len(inputs) / len(quantized.calls))
             chosen = torch.randperm(count, generator=generator)[: max(1, wanted)].sort().values
             moments.add(patches(layer, one, chosen), patches(layer, other, chosen))
     moments.average()
@@ -237,7 +255,7 @@ class Problem:
     def of(cls, float_weight: Tensor, moments: SecondMoments, *, offset: bool) -> "Problem":
         """The problem of a layer; see the module's docstring."""
         about = moments.centered() if offset else moments
-        diagonal = about.quantized.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
+        diagonal = about.quantized.diagonal(dim1=1, dim2=2).mean(1).clamp_min(LEAST_DIAGONAL)
         unit = torch.eye(about.quantized.shape[1], dtype=diagonal.dtype, device=diagonal.device)
         damping = DAMPING * diagonal.view(-1, 1, 1) * unit
         return cls(
@@ -245,6 +263,11 @@ class Problem:
             torch.einsum("gij,gcj->gci", about.mixed + damping, float_weight),
             float_weight,
         )
+
+    def in_order(self, order: Tensor) -> "Problem":
+        """The same problem with the inputs of every group in ``order``, (groups, d)."""
+        h = _along(_along(self.h, order, 1), order, 2)
+        return Problem(h, _along(self.r, order, 2), _along(self.float_weight, order, 2))
 
     def objective(self, codes: Tensor, step: Tensor) -> Tensor:
         """J without its constant, (groups, channels)."""
@@ -265,13 +288,15 @@ def descend(
         sweeps: over all codes.
         shared: whether all channels have one step.
     """
+    order = problem.h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
+    ordered = problem.in_order(order)
     found = []
     for start in (codes, problem.float_weight / step):
-        best, steps = start, step
+        best, steps = _along(start, order, 2), step
         for _ in range(sweeps):
-            best = _sweep(problem, best, steps, grid)
-            steps = _best_step(problem, best, steps, shared=shared)
-        found.append((best, steps))
+            best = sweep(ordered, best, steps, grid)
+            steps = best_step(ordered, best, steps, shared=shared)
+        found.append((_along(best, order.argsort(dim=1), 2), steps))
     (codes, step), (other, other_step) = found
     better = problem.objective(other, other_step) < problem.objective(codes, step)
     if shared:
@@ -281,21 +306,30 @@ def descend(
     return torch.where(better, other, codes), torch.where(better, other_step, step)
 
 
-def _sweep(problem: Problem, codes: Tensor, step: Tensor, grid: AnyGrid) -> Tensor:
-    """Every code once, those of the largest diagonals first."""
+def _along(x: Tensor, order: Tensor, dim: int) -> Tensor:
+    """``x``, (groups, ., .), with the positions of one dimension in the order (groups, d) of its group."""
+    index = order.unsqueeze(3 - dim).expand_as(x)
+    return x.gather(dim, index)
+
+
+def sweep(problem: Problem, codes: Tensor, step: Tensor, grid: AnyGrid) -> Tensor:
+    """Every code once, in order. What the codes of a part change elsewhere is added up in one product (as in GPTQ)."""
     codes = codes.clone()
     diagonal = problem.h.diagonal(dim1=1, dim2=2)  # (groups, d)
-    rest = problem.r / step - torch.einsum("gij,gcj->gci", problem.h, codes)
-    groups = torch.arange(len(codes), device=codes.device)
-    for place in diagonal.argsort(dim=1, descending=True).unbind(1):  # (groups,)
-        old = codes[groups, :, place]  # (groups, channels)
-        new = grid.nearest(old + rest[groups, :, place] / diagonal[groups, place].unsqueeze(1))
-        codes[groups, :, place] = new
-        rest -= (new - old).unsqueeze(2) * problem.h[groups, place].unsqueeze(1)
+    rest = problem.r / step - codes @ problem.h
+    for start in range(0, codes.shape[2], PART):
+        part = slice(start, min(start + PART, codes.shape[2]))
+        near, h, before = rest[:, :, part].clone(), problem.h[:, part, part], codes[:, :, part].clone()
+        for i in range(near.shape[2]):
+            old = codes[:, :, start + i].clone()  # (groups, channels)
+            new = grid.nearest(old + near[:, :, i] / diagonal[:, start + i].unsqueeze(1))
+            codes[:, :, start + i] = new
+            near -= (new - old).unsqueeze(2) * h[:, i].unsqueeze(1)
+        rest -= (codes[:, :, part] - before) @ problem.h[:, part]
     return codes
 
 
-def _best_step(problem: Problem, codes: Tensor, step: Tensor, *, shared: bool) -> Tensor:
+def best_step(problem: Problem, codes: Tensor, step: Tensor, *, shared: bool) -> Tensor:
     """The step of least error with the codes held; the old one where that is not positive."""
     curved = torch.einsum("gci,gij,gcj->gc", codes, problem.h, codes)
     linear = (codes * problem.r).sum(2)
@@ -325,9 +359,11 @@ def _harden(layer: QuantizedLayer, codes: Tensor, ratio: Tensor, *, shared: bool
 def _equal_means(
     layer: QuantizedLayer, twin: QuantizedLayer, norm: Any, float_norm: Any, moments: SecondMoments
 ) -> None:
-    """Give the output of a layer, or of the batch norm that reads it, its float mean; undo earlier corrections of it."""
+    """Give the output of a layer, or of the batch norm that reads it, its float mean, and undo earlier corrections."""
     groups = len(moments.mean)
-    quantized = layer.weight_quantizer(layer.effective_weight()).double().reshape(groups, -1, moments.mean.shape[1])
+    quantized = (
+        layer.weight_quantizer(layer.effective_weight()).double().reshape(groups, -1, moments.mean.shape[1])
+    )
     in_float = twin.effective_weight().double().reshape(quantized.shape)
     moved = torch.einsum("gci,gi->gc", quantized, moments.mean)
     moved = (moved - torch.einsum("gci,gi->gc", in_float, moments.float_mean)).flatten()

@@ -8,6 +8,7 @@ from saqcli.training.options import check_choice, check_count, check_number
 
 Rounding = Literal["straight", "soft"]
 Weighting = Literal["none", "fisher"]
+Form = Literal["gradient", "descent"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Reconstruction:
         warm_up: share of the iterations before that term starts.
         weighting: ``none`` weights all errors equally; ``fisher`` by the squared gradients of the loss, as BRECQ
             (arXiv:2102.05426).
+        form: ``gradient`` trains by backward passes; ``descent`` chooses the codes of weights layer by layer, by
+            coordinate descent (``coordinate_descent``): quick, and of these settings only ``iterations``, up to four
+            sweeps, and ``batch_size`` matter.
         noise_radius: radius of sharpness-aware reconstruction, relative to the noise of the block's input; 0 for none.
 
     Raises:
@@ -57,12 +61,14 @@ class Reconstruction:
     warm_up: float = 0.2
     weighting: Weighting = "none"
     noise_radius: float = 0.0
+    form: Form = "gradient"
 
     def __post_init__(self) -> None:
         check_count("iterations", self.iterations, 0)
         check_count("batch_size", self.batch_size)
         check_count("most_values", self.most_values)
         check_choice("rounding", self.rounding, ("straight", "soft"))
+        check_choice("form", self.form, ("gradient", "descent"))
         check_choice("weighting", self.weighting, ("none", "fisher"))
         for name in ("drop", "drop_inputs", "warm_up"):
             value = getattr(self, name)

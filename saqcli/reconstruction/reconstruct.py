@@ -24,6 +24,7 @@ from saqcli.random_state import seeds_of
 from saqcli.reconstruction.activations import Activations, samples_of
 from saqcli.reconstruction.block import BlockError, fit_block
 from saqcli.reconstruction.blocks import find_blocks
+from saqcli.reconstruction.coordinate_descent import SWEEPS, descend_block, norms_after
 from saqcli.reconstruction.options import Reconstruction
 from saqcli.training.loop import NO_MEMORY, Memory
 
@@ -73,6 +74,7 @@ def reconstruct(
     for note in dict.fromkeys(f"{block.name}: {block.note}" for block in blocks if block.note):
         progress.note(note)
     run = _Run(model, memory, [block.name for block in blocks])
+    norms = norms_after(float_model, Call.of(images[torch.arange(min(2, len(images)))]))
     with in_eval_mode(model), in_eval_mode(float_model), fused_on_cpu(model):
         activations = Activations(
             model,
@@ -86,7 +88,23 @@ def reconstruct(
         for index in range(len(run.done), len(blocks)):
             block, data = blocks[index], activations.at(index)
             generator = torch.Generator().manual_seed(seeds_of(seed, index)[2] % 2**63)
-            with progress.task(block.name, options.iterations) as task:
+            descends = options.form == "descent"
+            with progress.task(block.name, 1 if descends else options.iterations) as task:
+                if descends:
+                    error = descend_block(
+                        block,
+                        model,
+                        float_model,
+                        data.inputs,
+                        data.float_inputs,
+                        data.targets,
+                        norms,
+                        batch_size=options.batch_size,
+                        sweeps=min(options.iterations, SWEEPS),
+                    )
+                    task.advance(images=len(data.inputs), before=error.before, after=error.after)
+                    run.finish(error)
+                    continue
                 error = fit_block(
                     block,
                     model,

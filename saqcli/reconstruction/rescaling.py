@@ -53,7 +53,10 @@ def rescale(layer: QuantizedLayer, factors: Tensor) -> bool:
     codes, wanted = quantizer.codes(weight), quantizer(weight).double() * factors
     for level in tensors[1:]:
         level.copy_(level.double() * factors)
-    for scaled in ((weight.double() * factors).to(weight), before[0]):  # before[0]: codes may not depend on the scale
+    for scaled in (
+        (weight.double() * factors).to(weight),
+        before[0],
+    ):  # before[0]: codes may not depend on the scale
         moved = quantizer.codes(scaled) != codes
         weight.copy_(torch.where(moved, (quantizer.step() * codes).to(weight), scaled))
         quantized = quantizer(weight).double()

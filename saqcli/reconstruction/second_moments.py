@@ -1,7 +1,7 @@
 """Second moments of a layer's operands: all that the squared error of its output depends on.
 
-A layer multiplies patches x of its input by its weight: the pixels under a convolution's kernel, or the input of a linear
-layer. With patches x behind the quantized network and f in the float one, at the same positions of the same images,
+A layer multiplies patches x of its input by its weight: the pixels under a convolution's kernel, or the input of a
+linear layer. With patches x in the quantized network and f in the float one, at the same positions of the same images,
 
     E (q x - w f)^2 = q H q' - 2 q C w' + const        H = E x x', C = E x f'
 

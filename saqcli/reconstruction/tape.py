@@ -28,7 +28,7 @@ from saqcli.quant.calls import Call, tensors_in
 from saqcli.quant.layer import QuantizedLayer, in_eval_mode, quantized_layers, weights_taken
 from saqcli.quant.products import OPERANDS, quantized_products
 
-SIZES_KEPT = 4  # tapes of as many batch sizes are kept
+SIZES_KEPT = 8  # tapes of as many batch sizes are kept
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def _tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _opaque(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
     """The modules that are one operator each, with the quantized layers and products in them, by name."""
-    layers = {**quantized_layers(model), **quantized_products(model)}
+    layers: dict[str, nn.Module] = {**quantized_layers(model), **quantized_products(model)}
     found: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
     for name, module in layers.items():
         inside = tuple(
@@ -327,16 +327,11 @@ def record(model: nn.Module, call: Call) -> Tape:
 class Tapes:
     """The tapes of a model for every batch size, recorded when they are needed."""
 
-    def __init__(self, model: nn.Module, example: Call) -> None:
-        """``example`` gives the inputs of one sample, which are repeated for larger batches.
-
-        Raises:
-            UnsupportedModel: the pass differs between batch sizes.
-        """
+    def __init__(self, example: Call) -> None:
+        """The samples of ``example`` are repeated for larger batches."""
         self._count = example.count
         self._example = example.map(torch.detach)
         self._tapes: dict[int, Tape] = {}
-        self.first = self.of(model, 2)
 
     def call(self, size: int) -> Call:
         """The example with ``size`` samples."""

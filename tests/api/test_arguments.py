@@ -138,6 +138,8 @@ TAKING_MODULES: dict[str, Callable[[Any], Any]] = {
     "search": lambda net: saq.search(net, "34G"),
     "check_export": saq.check_export,
     "finetune": lambda net: saq.finetune(net, batches()),
+    "reconstruct": lambda net: saq.reconstruct(net, batches()),
+    "compensate": lambda net: saq.compensate(net, batches()),
     "profile": saq.profile,
     "bops": saq.bops,
     "summary": saq.summary,

@@ -14,8 +14,7 @@ With ``noise_radius`` each step minimizes the error at the worst input near the 
 sharpness-aware minimization (Foret et al., arXiv:2010.01412) with the noise of the prefix in the place of that of
 weights.
 
-A block that does not become better on all calibration images is put back as it was, bit for bit. If some of its weights
-are few, as in depthwise convolutions, it is tried once more with these fixed (see ``rounding``).
+A block that does not become better on all calibration images is put back as it was, bit for bit.
 """
 
 import math
@@ -35,7 +34,12 @@ from saqcli.reconstruction.adam import RelativeAdam, Trained
 from saqcli.reconstruction.blocks import Block
 from saqcli.reconstruction.options import Reconstruction
 from saqcli.reconstruction.probe import probe
-from saqcli.reconstruction.rounding import LearnedRounding, has_few_weights, learned_rounding
+from saqcli.reconstruction.rounding import (
+    LEAST_WEIGHTS,
+    LearnedRounding,
+    learned_rounding,
+    weights_per_level,
+)
 from saqcli.training.loop import NO_MEMORY, Memory
 
 LEAST_IMAGES = 4  # of an iteration, however many values they have
@@ -102,28 +106,17 @@ def fit_block(
         before, power = _error(block, model, found.layers, inputs, targets)
         if not options.iterations or not found.layers:
             return BlockError(block.name, before / power, before / power)
-        few = [layer for layer in found.layers if has_few_weights(layer)]
-        given = (block, model, inputs, float_inputs, targets, options, generator, power, weights)
-        after = _attempt(BlockFit(*given), memory, found.layers, before)
-        if (
-            after == before and few
-        ):  # shorter than the first attempt, and repeated if the run is interrupted in it
-            after = _attempt(BlockFit(*given, fixed=few), NO_MEMORY, found.layers, before)
+        fit = BlockFit(block, model, inputs, float_inputs, targets, options, generator, power, weights)
+        if not fit.optimizer.trained:
+            return BlockError(block.name, before / power, before / power)
+        if (state := memory.load()) is not None:
+            fit.load_state_dict(state)
+        fit.run(memory)
+        after, _ = _error(block, model, found.layers, inputs, targets)
+        if not after < before:
+            fit.undo()
+            after = before
         return BlockError(block.name, before / power, after / power)
-
-
-def _attempt(fit: "BlockFit", memory: Memory, layers: Sequence[QuantizedLayer], before: float) -> float:
-    """Run ``fit``, and undo it unless the error falls below ``before``; the error that is left."""
-    if not fit.optimizer.trained:
-        return before
-    if (state := memory.load()) is not None:
-        fit.load_state_dict(state)
-    fit.run(memory)
-    after = fit.error(layers)
-    if after < before:
-        return after
-    fit.undo()
-    return before
 
 
 class BlockFit:
@@ -131,7 +124,6 @@ class BlockFit:
 
     Args:
         power: mean square of the targets about their mean, over all ranks.
-        fixed: layers whose weights are kept, with their levels.
         others: as for ``fit_block``.
     """
 
@@ -146,9 +138,7 @@ class BlockFit:
         generator: torch.Generator,
         power: float,
         weights: Activations | None = None,
-        fixed: Sequence[QuantizedLayer] = (),
     ) -> None:
-        self._fixed = fixed
         self.block, self.model, self.options, self.generator = block, model, options, generator
         self._inputs, self._float_inputs, self._targets, self._weights = (
             inputs,
@@ -171,12 +161,13 @@ class BlockFit:
     def _trained(self) -> Iterator[Trained]:
         options = self.options
         for layer in self._layers:
-            if layer not in self._fixed and _owns_weight(layer, self._layers, self.model):
+            if _owns_weight(layer, self._layers, self.model):
                 rounding = learned_rounding(layer, options)
                 self._roundings.append(rounding)
                 self._keep(layer.latent_weight())
                 yield from rounding.trained
-                yield from self._levels(layer.weight_quantizer, options.weight_level_lr)
+                if weights_per_level(layer) >= LEAST_WEIGHTS:
+                    yield from self._levels(layer.weight_quantizer, options.weight_level_lr)
             yield from self._levels(layer.input_quantizer, options.input_level_lr)
         products = quantized_products(self.model)
         for name in self.block.layers:
@@ -221,10 +212,6 @@ class BlockFit:
             for parameter, flag in self._flags:
                 parameter.requires_grad_(flag)
                 parameter.grad = None
-
-    def error(self, layers: Sequence[QuantizedLayer]) -> float:
-        """The mean squared error of the block as it is."""
-        return _error(self.block, self.model, layers, self._inputs, self._targets)[0]
 
     @torch.no_grad()
     def undo(self) -> None:

@@ -3,8 +3,7 @@
 ``StraightRounding`` trains the latent weight itself, with gradients straight through the rounding: a weight may move by
 several codes, and any quantizer can be trained like this. Weights come to rest at the bounds between two codes and go
 back and forth (Nagel et al., arXiv:2203.11086). Many weights of a channel average that out; the nine of a depthwise
-convolution may not, and its error may rise. Then weights are kept, with their levels, where fewer than
-``LEAST_WEIGHTS`` share one (see ``block``).
+convolution do not, and its error rises. Where fewer than ``LEAST_WEIGHTS`` share a level, both are kept.
 
 ``SoftRounding`` chooses between the two codes next to each weight (AdaRound: Nagel et al., arXiv:2004.10568, Eq. 21 to
 24), here on every uniform grid, lowest, lowest + stride, ..., highest:
@@ -66,7 +65,9 @@ class StraightRounding:
 
     def __init__(self, layer: QuantizedLayer, rate: float) -> None:
         weight = layer.latent_weight()
-        self.trained = [Trained(weight, _gap(layer), rate)] if rate else []
+        self.trained = (
+            [Trained(weight, _gap(layer), rate)] if rate and weights_per_level(layer) >= LEAST_WEIGHTS else []
+        )
 
     def prepare(self) -> None:
         """Nothing: the layer quantizes its weight in every pass."""
@@ -123,12 +124,11 @@ class SoftRounding:
         self._layer.latent_weight().copy_(self.codes() * self._quantizer.step())
 
 
-def has_few_weights(layer: QuantizedLayer) -> bool:
-    """Whether fewer than ``LEAST_WEIGHTS`` weights share a level."""
+def weights_per_level(layer: QuantizedLayer) -> float:
+    """How many weights of the layer share a level."""
     quantizer = layer.weight_quantizer
-    if not isinstance(quantizer, Quantizer):
-        return False
-    return layer.latent_weight().numel() < LEAST_WEIGHTS * math.prod(quantizer.shape)
+    assert isinstance(quantizer, Quantizer)
+    return layer.latent_weight().numel() / math.prod(quantizer.shape)
 
 
 def lower_codes(scaled: Tensor, grid: Grid) -> Tensor:

@@ -141,7 +141,7 @@ def test_training_is_freed_before_final_evaluation(
 ) -> None:
     made: list[weakref.ref[Any]] = []
     alive: list[int] = []
-    score = quantizing.score
+    score = stages.score
 
     class Watched(Trainer):
         def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -149,12 +149,12 @@ def test_training_is_freed_before_final_evaluation(
             parts = (self, self.optimizer, self.minimizer, self.average, self.validation, options["teacher"])
             made.extend(map(weakref.ref, parts))
 
-    def watched_score(*arguments: Any) -> Score:
+    def watched_score(*arguments: Any, **options: Any) -> Score:
         alive.append(sum(reference() is not None for reference in made))
-        return score(*arguments)
+        return score(*arguments, **options)
 
     monkeypatch.setattr(quantizing, "Trainer", Watched)
-    monkeypatch.setattr(quantizing, "score", watched_score)
+    monkeypatch.setattr(stages, "score", watched_score)
     options = ("--bits", 4, "--epochs", 1, "--ema", 0.5, "--distill", "--workers", 0, "--no-export")
 
     answer("quantize", MODEL, *float_options(digits, images), *options, "--run-dir", tmp_path)

@@ -12,7 +12,7 @@ import torch
 from saqcli.cli.tables import show_quantized
 from saqcli.config import TrainingSection
 from saqcli.export.restore import restore
-from saqcli.pipelines import analysis_inputs
+from saqcli.pipelines import analysis_inputs, stages
 from saqcli.pipelines import quantize as quantizing
 from saqcli.progress import SILENT
 from saqcli.runs.checkpoints import CheckpointFile

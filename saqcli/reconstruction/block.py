@@ -365,7 +365,8 @@ def _chosen(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
 
 def _norm(x: Tensor) -> Tensor:
     """The norm of each image's values, broadcasting against ``x``."""
-    return x.detach().flatten(1).norm(dim=1).view(-1, *(1,) * (x.dim() - 1))
+    norms: Tensor = x.detach().flatten(1).norm(dim=1)
+    return norms.view(-1, *(1,) * (x.dim() - 1))
 
 
 def _laid_out(x: Any) -> Any:

@@ -87,9 +87,10 @@ class SoftRounding:
     def suits(layer: QuantizedLayer) -> bool:
         """Whether the weight's codes are those of the latent weight on a uniform grid, without a transformation."""
         quantizer = layer.weight_quantizer
+        if not isinstance(quantizer, LevelQuantizer | LearnedStep):
+            return False
         plain = type(quantizer).fold is Quantizer.fold and type(quantizer).codes is Quantizer.codes
-        known = isinstance(quantizer, LevelQuantizer | LearnedStep)
-        return known and plain and stores_codes(layer) and isinstance(quantizer.grid(), Grid)
+        return plain and stores_codes(layer) and isinstance(quantizer.grid(), Grid)
 
     def __init__(self, layer: QuantizedLayer, rate: float) -> None:
         quantizer = layer.weight_quantizer
@@ -158,11 +159,12 @@ def _gap(layer: QuantizedLayer) -> Tensor:
     quantizer = layer.weight_quantizer
     assert isinstance(quantizer, Quantizer)
     if type(quantizer).fold is not Quantizer.fold:  # its step has another unit than the weight
-        values = quantizer(layer.effective_weight())
+        values: Tensor = quantizer(layer.effective_weight())
         levels = quantizer.grid().levels
         return (values.max() - values.min()) / (levels - 1)
-    gap = quantizer.step() * quantizer.grid().gap
+    gap: Tensor = quantizer.step() * quantizer.grid().gap
     if stores_codes(layer):
         return gap
     latent, derived = layer.latent_weight(), layer.effective_weight()
-    return gap.mean() * latent.norm() / derived.norm().clamp_min(torch.finfo(derived.dtype).tiny)
+    size: Tensor = latent.norm() / derived.norm().clamp_min(torch.finfo(derived.dtype).tiny)
+    return gap.mean() * size

@@ -69,7 +69,8 @@ def test_zero_iterations_change_no_bit() -> None:
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_error_never_rises_for_any_quantizer(quantizer: str, rounding: str) -> None:
     options = Reconstruction(iterations=25, batch_size=16, rounding=rounding, weight_lr=0.02, rounding_lr=0.1)
-    _, errors = reconstructed(options, quantizer=quantizer)
+    operand = "quantizer" if QUANTIZERS.find(quantizer).weight else "activation_quantizer"
+    _, errors = reconstructed(options, **{operand: quantizer})
     assert len(errors) == 3
     assert all(error.after <= error.before for error in errors)
     assert any(error.after < error.before for error in errors)

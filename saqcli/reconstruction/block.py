@@ -45,6 +45,7 @@ from saqcli.training.loop import NO_MEMORY, Memory
 
 LEAST_IMAGES = 4  # of an iteration, however many values they have
 MEASURED = 16  # images of a pass that measures the error
+LEAST_CHANNELS = 16  # of strided convolutions of one pixel, with channels last; overruns were seen below 8
 LEAST_POWER = 1e-20  # of a target or a gradient, avoids 0 / 0
 
 
@@ -212,10 +213,10 @@ class BlockFit:
     def _step(self) -> None:
         options = self.options
         index = self._draw()
-        x, target = _laid_out(self._inputs[index]), self._targets[index]
+        x, target = _laid_out(self._inputs[index], self._layers), self._targets[index]
         weight = None if self._weights is None else self._weights[index]
         if self._noisy and isinstance(x, Tensor):
-            x = self._mixed(x, _laid_out(self._float_inputs[index]), target, weight)
+            x = self._mixed(x, _laid_out(self._float_inputs[index], self._layers), target, weight)
         loss = self._error(x, target, weight)
         done = self._done / options.iterations
         if done >= options.warm_up:
@@ -299,7 +300,7 @@ def measured(block: Block, model: nn.Module, inputs: Rows, targets: Rows) -> tup
         for start in range(0, len(inputs), MEASURED):
             index = torch.arange(start, min(start + MEASURED, len(inputs)))
             target = targets[index]
-            error += float((block(model, _laid_out(inputs[index])) - target).double().square().sum())
+            error += float((block(model, _laid_out(inputs[index], layers)) - target).double().square().sum())
             total += float(target.double().sum())
             squares += float(target.double().square().sum())
             count += target.numel()
@@ -354,6 +355,17 @@ def _norm(x: Tensor) -> Tensor:
     return norms.view(-1, *(1,) * (x.dim() - 1))
 
 
-def _laid_out(x: Any) -> Any:
-    """Images with channels last, which convolutions compute faster; other inputs as they are."""
-    return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x
+def _laid_out(x: Any, layers: Sequence[QuantizedLayer]) -> Any:
+    """Images with channels last, which convolutions compute faster; other inputs as they are.
+
+    Not where ``layers`` have a strided convolution of one pixel with few channels: on a CPU, torch 2.15 writes beyond
+    the memory of the gradient of its weight.
+    """
+    plain = not isinstance(x, Tensor) or x.dim() != 4 or any(map(_overruns, layers))
+    return x if plain else x.contiguous(memory_format=torch.channels_last)
+
+
+def _overruns(layer: QuantizedLayer) -> bool:
+    channels, *kernel = layer.latent_weight().shape[1:]
+    stride = getattr(layer, "stride", (1,))
+    return bool(kernel) and max(kernel) == 1 and max(stride) > 1 and channels < LEAST_CHANNELS

@@ -39,8 +39,16 @@ def codes(model: nn.Module) -> list[torch.Tensor]:
     return [layer.weight_quantizer.codes(layer.latent_weight()) for layer in layers]
 
 
-@pytest.mark.parametrize("style", ["qdq", "qonnx", "exact", "trt"])
-@pytest.mark.parametrize("form", FORMS)
+def cases() -> list[Any]:
+    """Every form in every style; the strictest style, and all of one form, without ``slow``."""
+    return [
+        pytest.param(form, style, marks=[] if form == "straight" or style == "exact" else pytest.mark.slow)
+        for form in FORMS
+        for style in ("qdq", "qonnx", "exact", "trt")
+    ]
+
+
+@pytest.mark.parametrize(("form", "style"), cases())
 def test_every_style_is_proved(tmp_path: Path, form: str, style: str) -> None:
     verdict = saq.export_onnx(fitted(form), tmp_path / "net.onnx", style)
     assert verdict.verified

@@ -99,6 +99,21 @@ def test_useless_iterations_are_undone_bitwise() -> None:
     assert same(quantized, calibrated)
 
 
+def test_strided_points_of_few_channels_are_not_laid_out() -> None:
+    """With channels last, torch's gradient of such a weight writes beyond its memory on a CPU."""
+    for channels, stride, laid_out in ((6, 2, False), (6, 1, True), (16, 2, True)):
+        net = nn.Sequential(nn.Conv2d(channels, 8, 1, stride), nn.Flatten(), nn.LazyLinear(3))
+        x = torch.randn(4, channels, 8, 8)
+        net(x)
+        seen: list[bool] = []
+        quantized = saq.quantize_model(net, 4, calibration=[x])
+        quantized[0].register_forward_pre_hook(  # type: ignore[union-attr, operator]
+            lambda _, given, seen=seen: seen.append(given[0].is_contiguous(memory_format=torch.channels_last))
+        )
+        saq.reconstruct(quantized, [x], iterations=1)
+        assert any(seen) is laid_out
+
+
 def test_gradients_and_flags_are_left_as_before() -> None:
     quantized, _ = reconstructed(FEW)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in quantized.parameters())

@@ -20,7 +20,7 @@ A block that does not become better on all calibration images is put back as it 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from saqcli.quant.kernels.use import fused_on_cpu
 from saqcli.quant.layer import QuantizedLayer, in_eval_mode, quantized_layers, weights_given
 from saqcli.quant.products import OPERANDS, QuantizedProduct, quantized_products
 from saqcli.quant.quantizers.base import Quantizer
+from saqcli.reconstruction.activations import Rows
 from saqcli.reconstruction.adam import RelativeAdam, Trained
 from saqcli.reconstruction.blocks import Block
 from saqcli.reconstruction.options import Reconstruction
@@ -44,17 +45,8 @@ from saqcli.training.loop import NO_MEMORY, Memory
 
 LEAST_IMAGES = 4  # of an iteration, however many values they have
 MEASURED = 16  # images of a pass that measures the error
+LEAST_CHANNELS = 16  # of strided convolutions of one pixel, with channels last; overruns were seen below 8
 LEAST_POWER = 1e-20  # of a target or a gradient, avoids 0 / 0
-
-
-class Activations(Protocol):
-    """A tensor (N, ...), or what gives its rows: activations that are kept or recomputed."""
-
-    def __len__(self) -> int:
-        """Number of rows, one per image."""
-
-    def __getitem__(self, index: Tensor) -> Any:
-        """The rows at ``index``, int64 (n,): a tensor, or a call for the first block of several inputs."""
 
 
 class BlockError(NamedTuple):
@@ -74,14 +66,14 @@ class BlockError(NamedTuple):
 def fit_block(
     block: Block,
     model: nn.Module,
-    inputs: Activations,
-    float_inputs: Activations,
-    targets: Activations,
+    inputs: Rows,
+    float_inputs: Rows,
+    targets: Rows,
     options: Reconstruction,
     generator: torch.Generator,
     memory: Memory = NO_MEMORY,
     *,
-    weights: Activations | None = None,
+    weights: Rows | None = None,
 ) -> BlockError:
     """Fit one block, in place; a block that does not become better stays as it was, bit for bit.
 
@@ -102,9 +94,8 @@ def fit_block(
         Interrupted: a signal asked to stop; the state is saved.
     """
     with in_eval_mode(model), fused_on_cpu(model):
-        found = probe(block, model, inputs)
-        before, power = _error(block, model, found.layers, inputs, targets)
-        if not options.iterations or not found.layers:
+        before, power = measured(block, model, inputs, targets)
+        if not options.iterations:
             return BlockError(block.name, before / power, before / power)
         fit = BlockFit(block, model, inputs, float_inputs, targets, options, generator, power, weights)
         if not fit.optimizer.trained:
@@ -112,7 +103,7 @@ def fit_block(
         if (state := memory.load()) is not None:
             fit.load_state_dict(state)
         fit.run(memory)
-        after, _ = _error(block, model, found.layers, inputs, targets)
+        after, _ = measured(block, model, inputs, targets)
         if not after < before:
             fit.undo()
             after = before
@@ -131,13 +122,13 @@ class BlockFit:
         self,
         block: Block,
         model: nn.Module,
-        inputs: Activations,
-        float_inputs: Activations,
-        targets: Activations,
+        inputs: Rows,
+        float_inputs: Rows,
+        targets: Rows,
         options: Reconstruction,
         generator: torch.Generator,
         power: float,
-        weights: Activations | None = None,
+        weights: Rows | None = None,
     ) -> None:
         self.block, self.model, self.options, self.generator = block, model, options, generator
         self._inputs, self._float_inputs, self._targets, self._weights = (
@@ -222,10 +213,10 @@ class BlockFit:
     def _step(self) -> None:
         options = self.options
         index = self._draw()
-        x, target = _laid_out(self._inputs[index]), self._targets[index]
+        x, target = _laid_out(self._inputs[index], self._layers), self._targets[index]
         weight = None if self._weights is None else self._weights[index]
         if self._noisy and isinstance(x, Tensor):
-            x = self._mixed(x, _laid_out(self._float_inputs[index]), target, weight)
+            x = self._mixed(x, _laid_out(self._float_inputs[index], self._layers), target, weight)
         loss = self._error(x, target, weight)
         done = self._done / options.iterations
         if done >= options.warm_up:
@@ -300,21 +291,16 @@ def _owns_weight(layer: QuantizedLayer, layers: Sequence[QuantizedLayer], model:
 
 
 @torch.no_grad()
-def _error(
-    block: Block,
-    model: nn.Module,
-    layers: Sequence[QuantizedLayer],
-    inputs: Activations,
-    targets: Activations,
-    batch_size: int = MEASURED,
-) -> tuple[float, float]:
-    """The mean squared error of the block, and the mean square of its targets about their mean, over all ranks."""
+def measured(block: Block, model: nn.Module, inputs: Rows, targets: Rows) -> tuple[float, float]:
+    """The mean squared error of a block, and the mean square of its targets about their mean, over all ranks."""
+    named = quantized_layers(model)
+    layers = [named[name] for name in block.layers if name in named]
     error = count = total = squares = 0.0
     with weights_given([layer for layer in layers if not layer.tied_to and layer.given_weight is None]):
-        for start in range(0, len(inputs), batch_size):
-            index = torch.arange(start, min(start + batch_size, len(inputs)))
+        for start in range(0, len(inputs), MEASURED):
+            index = torch.arange(start, min(start + MEASURED, len(inputs)))
             target = targets[index]
-            error += float((block(model, _laid_out(inputs[index])) - target).double().square().sum())
+            error += float((block(model, _laid_out(inputs[index], layers)) - target).double().square().sum())
             total += float(target.double().sum())
             squares += float(target.double().square().sum())
             count += target.numel()
@@ -369,6 +355,17 @@ def _norm(x: Tensor) -> Tensor:
     return norms.view(-1, *(1,) * (x.dim() - 1))
 
 
-def _laid_out(x: Any) -> Any:
-    """Images with channels last, which convolutions compute faster; other inputs as they are."""
-    return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x
+def _laid_out(x: Any, layers: Sequence[QuantizedLayer]) -> Any:
+    """Images with channels last, which convolutions compute faster; other inputs as they are.
+
+    Not where ``layers`` have a strided convolution of one pixel with few channels: on a CPU, torch 2.15 writes beyond
+    the memory of the gradient of its weight.
+    """
+    plain = not isinstance(x, Tensor) or x.dim() != 4 or any(map(_overruns, layers))
+    return x if plain else x.contiguous(memory_format=torch.channels_last)
+
+
+def _overruns(layer: QuantizedLayer) -> bool:
+    channels, *kernel = layer.latent_weight().shape[1:]
+    stride = getattr(layer, "stride", (1,))
+    return bool(kernel) and max(kernel) == 1 and max(stride) > 1 and channels < LEAST_CHANNELS

@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saqcli import distributed
 from saqcli.quant.calls import Call
 from saqcli.quant.correction import Interception, bias_of
 from saqcli.quant.grid import AnyGrid
 from saqcli.quant.layer import QuantizedLayer, in_eval_mode, quantized_layers
 from saqcli.quant.quantizers.base import Quantizer
-from saqcli.reconstruction.block import LEAST_POWER, Activations, BlockError
+from saqcli.reconstruction.activations import Rows
+from saqcli.reconstruction.block import BlockError, measured
 from saqcli.reconstruction.blocks import Block
 from saqcli.reconstruction.rounding import SoftRounding
 from saqcli.reconstruction.second_moments import (
@@ -59,9 +59,9 @@ def descend_block(
     block: Block,
     model: nn.Module,
     float_model: nn.Module,
-    inputs: Activations,
-    float_inputs: Activations,
-    targets: Activations,
+    inputs: Rows,
+    float_inputs: Rows,
+    targets: Rows,
     norms: Mapping[str, str],
     *,
     batch_size: int = 32,
@@ -83,9 +83,9 @@ def descend_block(
         sweeps: over all codes of a layer; with 0 nothing changes.
     """
     with in_eval_mode(model), in_eval_mode(float_model):
-        before = after = relative_error(block, model, inputs, targets, batch_size)
+        before, power = measured(block, model, inputs, targets)
         if not sweeps:
-            return BlockError(block.name, before, before)
+            return BlockError(block.name, before / power, before / power)
         layers, in_float = quantized_layers(model), quantized_layers(float_model)
         kept: list[tuple[Tensor, Tensor]] = []
         for name in block.layers:
@@ -102,12 +102,12 @@ def descend_block(
             chosen = descend_layer(layer, twin.effective_weight(), moments, offset=offset, sweeps=sweeps)
             if chosen and offset:
                 _equal_means(layer, twin, norm, float_norm, moments)
-        after = relative_error(block, model, inputs, targets, batch_size)
+        after, _ = measured(block, model, inputs, targets)
         if not after < before:
             for tensor, value in reversed(kept):
                 tensor.copy_(value)
             after = before
-    return BlockError(block.name, before, after)
+    return BlockError(block.name, before / power, after / power)
 
 
 def can_descend(layer: QuantizedLayer, model: nn.Module) -> bool:
@@ -149,22 +149,6 @@ class _Followers(Interception):
             self.found[name] = self._names[norm]
 
 
-def relative_error(
-    block: Block, model: nn.Module, inputs: Activations, targets: Activations, batch_size: int
-) -> float:
-    """The mean squared error of a block's output, relative to the variance of its targets, over all ranks."""
-    error = total = squares = count = 0.0
-    for start in range(0, len(inputs), batch_size):
-        index = torch.arange(start, min(start + batch_size, len(inputs)))
-        target = targets[index]
-        error += float((block(model, inputs[index]) - target).double().square().sum())
-        total += float(target.double().sum())
-        squares += float(target.double().square().sum())
-        count += target.numel()
-    error, total, squares, count = distributed.totals(error, total, squares, count)
-    return error / count / max(squares / count - (total / count) ** 2, LEAST_POWER)
-
-
 def _tensors(layer: QuantizedLayer, norm: Any) -> list[Tensor]:
     """All that the descent of one layer may change."""
     quantizer, bias = layer.weight_quantizer, bias_of(layer)
@@ -182,8 +166,8 @@ def _measured(
     model: nn.Module,
     float_model: nn.Module,
     name: str,
-    inputs: Activations,
-    float_inputs: Activations,
+    inputs: Rows,
+    float_inputs: Rows,
     batch_size: int,
 ) -> SecondMoments | None:
     """The moments of one layer's operands; None if it runs differently in the two networks."""

@@ -124,9 +124,9 @@ def parts_of(tape: Tape, larger: Tape, same: Mapping[str, str]) -> list[Part]:
     bounds = [0, *cuts, len(flow.dependent)]
     pieces = []
     for start, stop in pairwise(bounds):
-        operators = flow.with_constants(flow.dependent[start:stop])
+        layers = _layers(tape, flow.with_constants(flow.dependent[start:stop]))
         keeps = start in cuts and stop in cuts and tape.shapes[cuts[start]] == tape.shapes[cuts[stop]]
-        pieces.append(_Piece(start, stop, _layers(tape, operators), keeps))
+        pieces.append(_Piece(start, stop, layers, keeps))
     parts = []
     for start, stop in grouped(_merged(pieces, same)):
         operators = tuple(flow.with_constants(flow.dependent[start:stop]))

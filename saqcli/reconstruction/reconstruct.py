@@ -74,7 +74,8 @@ def reconstruct(
     for note in dict.fromkeys(f"{block.name}: {block.note}" for block in blocks if block.note):
         progress.note(note)
     run = _Run(model, memory, [block.name for block in blocks])
-    norms = norms_after(float_model, Call.of(images[torch.arange(min(2, len(images)))]))
+    descends = options.form == "descent"
+    norms = norms_after(float_model, Call.of(images[torch.arange(min(2, len(images)))])) if descends else {}
     with in_eval_mode(model), in_eval_mode(float_model), fused_on_cpu(model):
         activations = Activations(
             model,
@@ -88,7 +89,6 @@ def reconstruct(
         for index in range(len(run.done), len(blocks)):
             block, data = blocks[index], activations.at(index)
             generator = torch.Generator().manual_seed(seeds_of(seed, index)[2] % 2**63)
-            descends = options.form == "descent"
             with progress.task(block.name, 1 if descends else options.iterations) as task:
                 if descends:
                     error = descend_block(
@@ -102,20 +102,19 @@ def reconstruct(
                         batch_size=options.batch_size,
                         sweeps=min(options.iterations, SWEEPS),
                     )
-                    task.advance(images=len(data.inputs), before=error.before, after=error.after)
-                    run.finish(error)
-                    continue
-                error = fit_block(
-                    block,
-                    model,
-                    data.inputs,
-                    data.float_inputs,
-                    data.targets,
-                    options,
-                    generator,
-                    run.of_block(task, options),
-                    weights=data.weights,
-                )
+                    task.advance(images=len(data.inputs))
+                else:
+                    error = fit_block(
+                        block,
+                        model,
+                        data.inputs,
+                        data.float_inputs,
+                        data.targets,
+                        options,
+                        generator,
+                        run.of_block(task, options),
+                        weights=data.weights,
+                    )
                 task.advance(0, before=error.before, after=error.after)
             run.finish(error)
     return run.done

@@ -30,6 +30,8 @@ from saqcli.quant.products import OPERANDS, quantized_products
 
 SIZES_KEPT = 8  # tapes of as many batch sizes are kept
 
+_memory_of: Callable[[torch.UntypedStorage], StorageWeakRef] = StorageWeakRef  # its constructor has no types
+
 
 @dataclass(frozen=True)
 class Value:
@@ -97,7 +99,7 @@ class Operator:
         reads: values among the operands.
         makes: the value of every tensor in the result.
         writes: values that it changes in place, all views of the same memory included.
-        layers: quantized layers and products that it computes with.
+        layers: quantized layers and products that it computes with, in order of execution.
     """
 
     run: Callable[..., Any]
@@ -244,7 +246,7 @@ class _Recorder(TorchFunctionMode):
     def _value(self, tensor: Tensor) -> int:
         if tensor not in self._values:
             self._values[tensor] = len(self.tape.shapes)
-            self._memory.append(StorageWeakRef(tensor.untyped_storage()))
+            self._memory.append(_memory_of(tensor.untyped_storage()))
             self.tape.shapes.append(tensor.shape)
             self.tape.floating.append(tensor.is_floating_point())
         found: int = self._values[tensor]
@@ -252,7 +254,7 @@ class _Recorder(TorchFunctionMode):
 
     def _views(self, tensor: Tensor) -> list[int]:
         """All values in the memory of ``tensor``."""
-        memory = StorageWeakRef(tensor.untyped_storage())
+        memory = _memory_of(tensor.untyped_storage())
         return [value for value, each in enumerate(self._memory) if each.cdata == memory.cdata]
 
 
@@ -285,9 +287,11 @@ def record(model: nn.Module, call: Call) -> Tape:
     layers = quantized_layers(model)
     handles: list[Any] = []
     running: list[Any] = []  # contexts of the modules in execution
+    order: dict[str, int] = {}  # of the first call of each layer and product
 
     def enter(name: str, inside: tuple[str, ...]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            order.setdefault(inside[0], len(order))
             context = recorder.recorded(CalledModule(name), args, kwargs, inside)
             running.append((context, context.__enter__()))
 
@@ -300,6 +304,7 @@ def record(model: nn.Module, call: Call) -> Tape:
 
     def reading(name: str, layer: QuantizedLayer) -> Callable[[], Tensor]:
         def read() -> Tensor:
+            order.setdefault(name, len(order))
             with recorder.recorded(ReadWeight(name), (), {}, (name,)) as results:
                 results.append(type(layer).quantized_weight(layer))
             weight: Tensor = results[0]
@@ -321,6 +326,8 @@ def record(model: nn.Module, call: Call) -> Tape:
             handle.remove()
         for layer in layers.values():
             vars(layer).pop("quantized_weight", None)
+    for operator in recorder.tape.operators:
+        operator.layers = tuple(sorted(operator.layers, key=lambda name: order.get(name, len(order))))
     return recorder.tape
 
 

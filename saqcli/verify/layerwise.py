@@ -75,7 +75,7 @@ class Call:
         """``values`` limited to the range where codes change; beyond it a Clip or ReLU may be merged."""
         grid = self.grid
         if isinstance(grid, LevelTable):
-            ends = (grid.codes[0] + grid.codes[1]) / 2, (grid.codes[-2] + grid.codes[-1]) / 2
+            ends: tuple[Any, Any] = (grid.codes[0] + grid.codes[1]) / 2, (grid.codes[-2] + grid.codes[-1]) / 2
         else:
             ends = grid.lowest + 0.5, grid.highest - 0.5
         return np.clip(values, self.step * ends[0], self.step * ends[1])

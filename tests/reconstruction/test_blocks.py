@@ -103,6 +103,20 @@ class Packed(nn.Module):
         return self.head(x[:, 0])
 
 
+class Attention(nn.Module):
+    """torch's attention, a layer with another one and products in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.mixing = nn.Linear(12, 16), nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x)
+        x = x + self.mixing(x, x, x, need_weights=False)[0]
+        return self.head(x.mean(1))
+
+
 class LayersFirst(nn.Module):
     """Tensors between the layers have the batch in dimension 1."""
 
@@ -132,6 +146,7 @@ OWN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "dense": (Dense, IMAGE),
     "repeated": (Repeated, (12,)),
     "packed": (Packed, IMAGE),
+    "attention": (Attention, (7, 12)),
     "layers_first": (LayersFirst, (12,)),
 }
 EXPECTED = {
@@ -146,13 +161,20 @@ EXPECTED = {
     "dense": [("layers.0", "layers.1", "layers.2", "layers.3"), ("transition",), ("head",)],
     "repeated": [("stem",), ("twice", "between"), ("head",)],
     "packed": [("patch",), ("qkv", "products.0", "products.1", "out"), ("head",)],
+    "attention": [
+        ("patch",),
+        ("mixing", "mixing.products.0", "mixing.products.1", "mixing.out_proj"),
+        ("head",),
+    ],
     "layers_first": [("one",), ("two",), ("head",)],
 }
 
 
 def quantized(name: str) -> tuple[nn.Module, Call]:
     model, call = own(name)
-    q = saqcli.quantize_model(model, 3, calibration=[call], example=call, quantize_attention=name == "packed")
+    q = saqcli.quantize_model(
+        model, 3, calibration=[call], example=call, quantize_attention=name in ("packed", "attention")
+    )
     return q, call
 
 

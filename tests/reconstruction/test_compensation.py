@@ -1,20 +1,17 @@
 """Closed-form compensation, compared with a slow reference that corrects one place after the other."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import saqcli
 from saqcli.quant.convert import Scheme, wrap
 from saqcli.quant.layer import quantized_layers
 from saqcli.reconstruction.compensation import LARGEST, SPREAD, Moments, compensate
 from saqcli.reconstruction.rescaling import can_rescale, rescale
 from tests.support import tiny
-from tests.support.modules import HandWritten
 
 
 def pair(name: str, bits: int = 3) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -192,20 +189,6 @@ def test_layers_without_scale_are_refused(scheme: Scheme) -> None:
     assert not can_rescale(layer)
     assert not rescale(layer, torch.full((8,), 1.5))
     assert all(torch.equal(value, kept[key]) for key, value in net.state_dict().items())
-
-
-@pytest.mark.parametrize("style", ["qdq", "qonnx", "exact", "trt"])
-def test_exports_are_proved(tmp_path: Path, style: str) -> None:
-    torch.manual_seed(0)
-    data = [torch.randn(8, 3, 16, 16)]
-    net = HandWritten()
-    model = saqcli.quantize_model(net, 4, calibration=data, recalibrate_bn=False)
-    found = saqcli.compensate(model, data)
-    assert found.places
-    saqcli.export_onnx(model, tmp_path / "net.onnx", style)
-    saqcli.save(model, tmp_path / "net.safetensors")
-    again = saqcli.load(tmp_path / "net.safetensors", model=HandWritten())
-    assert torch.equal(again(data[0]), model.eval()(data[0]))
 
 
 class NormAct(nn.BatchNorm2d):

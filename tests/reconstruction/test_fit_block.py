@@ -69,7 +69,8 @@ def test_zero_iterations_change_no_bit() -> None:
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_error_never_rises_for_any_quantizer(quantizer: str, rounding: str) -> None:
     options = Reconstruction(iterations=25, batch_size=16, rounding=rounding, weight_lr=0.02, rounding_lr=0.1)
-    _, errors = reconstructed(options, quantizer=quantizer)
+    operand = "quantizer" if QUANTIZERS.find(quantizer).weight else "activation_quantizer"
+    _, errors = reconstructed(options, **{operand: quantizer})
     assert len(errors) == 3
     assert all(error.after <= error.before for error in errors)
     assert any(error.after < error.before for error in errors)
@@ -96,6 +97,21 @@ def test_useless_iterations_are_undone_bitwise() -> None:
     quantized, errors = reconstructed(harmful)
     assert all(error.before == error.after for error in errors)
     assert same(quantized, calibrated)
+
+
+def test_strided_points_of_few_channels_are_not_laid_out() -> None:
+    """With channels last, torch's gradient of such a weight writes beyond its memory on a CPU."""
+    for channels, stride, laid_out in ((6, 2, False), (6, 1, True), (16, 2, True)):
+        net = nn.Sequential(nn.Conv2d(channels, 8, 1, stride), nn.Flatten(), nn.LazyLinear(3))
+        x = torch.randn(4, channels, 8, 8)
+        net(x)
+        seen: list[bool] = []
+        quantized = saq.quantize_model(net, 4, calibration=[x])
+        quantized[0].register_forward_pre_hook(  # type: ignore[union-attr, operator]
+            lambda _, given, seen=seen: seen.append(given[0].is_contiguous(memory_format=torch.channels_last))
+        )
+        saq.reconstruct(quantized, [x], iterations=1)
+        assert any(seen) is laid_out
 
 
 def test_gradients_and_flags_are_left_as_before() -> None:

@@ -223,6 +223,7 @@ def on_a_rank(count: int) -> tuple[list[tuple[str, float, float]], dict[str, Ten
     return [tuple(error) for error in errors], bits_of(model)
 
 
+@pytest.mark.slow
 def test_ranks_share_images() -> None:
     one, other = ranks_run(2, on_a_rank, 19)
 

@@ -41,11 +41,11 @@ from saqcli.reconstruction.rounding import (
     learned_rounding,
     weights_per_level,
 )
+from saqcli.training.execution import overruns
 from saqcli.training.loop import NO_MEMORY, Memory
 
 LEAST_IMAGES = 4  # of an iteration, however many values they have
 MEASURED = 16  # images of a pass that measures the error
-LEAST_CHANNELS = 16  # of strided convolutions of one pixel, with channels last; overruns were seen below 8
 LEAST_POWER = 1e-20  # of a target or a gradient, avoids 0 / 0
 
 
@@ -361,11 +361,5 @@ def _laid_out(x: Any, layers: Sequence[QuantizedLayer]) -> Any:
     Not where ``layers`` have a strided convolution of one pixel with few channels: on a CPU, torch 2.15 writes beyond
     the memory of the gradient of its weight.
     """
-    plain = not isinstance(x, Tensor) or x.dim() != 4 or any(map(_overruns, layers))
+    plain = not isinstance(x, Tensor) or x.dim() != 4 or any(map(overruns, layers))
     return x if plain else x.contiguous(memory_format=torch.channels_last)
-
-
-def _overruns(layer: QuantizedLayer) -> bool:
-    channels, *kernel = layer.latent_weight().shape[1:]
-    stride = getattr(layer, "stride", (1,))
-    return bool(kernel) and max(kernel) == 1 and max(stride) > 1 and channels < LEAST_CHANNELS

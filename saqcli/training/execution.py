@@ -28,7 +28,7 @@ from saqcli.errors import SaqError, UnsupportedModel, first_line, out_of_memory
 from saqcli.quant.kernels.choice import KernelKind
 from saqcli.quant.kernels.compiled import prepare_compiler
 from saqcli.quant.kernels.use import use_kernels
-from saqcli.quant.layer import quantized_layers
+from saqcli.quant.layer import QuantizedLayer, quantized_layers
 from saqcli.training.memory import Attempt
 
 MemoryFormat = Literal["contiguous", "channels_last"]
@@ -40,6 +40,7 @@ GAIN = 0.3  # share of a step's time that compiling is expected to save
 SECONDS_A_LAYER = 3.0  # to compile, for lack of a measurement of this network
 ROUNDS = 3  # of which the first, which warms up and compiles, does not count
 MOST_GRAPHS = 1000  # of one function, such as the forward pass of the blocks of several networks
+LEAST_CHANNELS = 16  # see ``overruns``, which was seen below 8
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -179,6 +180,17 @@ class Engine:
             weight.data = weight.data.contiguous(memory_format=_FORMATS[memory_format])
 
 
+def overruns(layer: QuantizedLayer) -> bool:
+    """Whether the gradient of the weight may not be computed in channels_last.
+
+    On a CPU, torch 2.15 writes beyond its memory where a convolution of one pixel has a stride and few channels.
+    """
+    weight = layer.latent_weight()
+    channels, *kernel = weight.shape[1:]
+    strided = max(getattr(layer, "stride", (1,))) > 1
+    return weight.device.type == "cpu" and set(kernel) == {1} and strided and channels < LEAST_CHANNELS
+
+
 class Trial(Protocol):
     """Computes the passes of a step, and leaves everything as it was."""
 
@@ -205,6 +217,9 @@ def choose(
         evaluates: whether the model is evaluated after epochs.
         model: the model; its size decides whether compiling is worth a try.
         note: receives a line if anything but the plain way was chosen, or compiling failed.
+
+    Raises:
+        UnsupportedModel: the network cannot be computed in the memory format that the settings ask for.
     """
     plain = Execution(
         memory_format="channels_last" if training.memory_format == "channels_last" else "contiguous",
@@ -212,7 +227,13 @@ def choose(
         kernels="fused" if training.compile == "kernels" else "eager",
     )
     compiled = replace(plain, compiled=True, kernels="fused", sizes=sizes, evaluates=evaluates)
+    unsafe = next((name for name, layer in quantized_layers(model).items() if overruns(layer)), None)
     if training.memory_format == "channels_last":
+        if unsafe is not None:
+            raise UnsupportedModel(
+                f"{unsafe} is a strided convolution of one pixel with few channels, whose gradient torch gets "
+                "wrong in channels_last on a CPU: use `training.memory_format=contiguous`"
+            )
         _check(trial, plain)
     seconds = _Clock(trial, plain)
     is_open = "auto" in (training.memory_format, training.precision, training.compile)
@@ -221,7 +242,7 @@ def choose(
     found = plain
     if training.compile in ("auto", "on"):
         found = seconds.faster(replace(found, kernels="fused"), found)
-    if training.memory_format == "auto":
+    if training.memory_format == "auto" and unsafe is None:
         found = seconds.faster(replace(found, memory_format="channels_last"), found)
     if training.precision == "auto":
         found = seconds.faster(replace(found, precision="bfloat16"), found)

@@ -16,7 +16,7 @@ from saqcli.quant.kernels.use import KernelChoice
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers import quantizers_of
 from saqcli.training import execution
-from saqcli.training.execution import Engine, Execution, choose
+from saqcli.training.execution import Engine, Execution, choose, overruns
 from saqcli.training.trainer import Trainer
 from tests.support.networks import CLASSES, NETWORKS, images, quantize, seeded
 from tests.support.steps import assert_bitwise_equal
@@ -392,6 +392,20 @@ def test_lack_of_memory_refuses_no_format(monkeypatch: pytest.MonkeyPatch) -> No
         raise MemoryError
 
     assert chosen(Timed(monkeypatch, full), 1, memory_format="channels_last") == LAST
+
+
+def test_convolutions_that_overrun_memory_stay_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1, stride=2), nn.Conv2d(8, 8, 1))
+    model = quantize(lambda: network).model
+
+    def chosen(steps: int, **settings: Any) -> Execution:
+        timed = Timed(monkeypatch, seconds_of)
+        return choose(TrainingSection(**settings), timed, (16,), steps, True, model, lambda _: None)
+
+    assert [overruns(layer) for layer in quantized_layers(model).values()] == [False, True, False]
+    assert chosen(10_000).memory_format == "contiguous"
+    with pytest.raises(UnsupportedModel, match=r"^1 is a strided convolution .*memory_format=contiguous"):
+        chosen(1, memory_format="channels_last")
 
 
 def test_slower_ways_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

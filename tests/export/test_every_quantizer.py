@@ -38,7 +38,8 @@ RUNS = [
     *((scheme, name) for scheme in SCHEMES for name in ("conv_bn", "token_mlp")),
     *((scheme, "standardized") for scheme in ("lsq_plus", "dorefa", "normalized")),
 ]
-# An export takes seconds: every quantizer once, more where operators differ. ``clip`` is in test_exporters, tables in test_levels.
+# An export takes seconds: every quantizer once, more where operators differ. ``clip`` is in test_exporters, tables
+# are in test_levels.
 GRAPHS = [
     ("lsq", "conv_bn"),
     ("lsq_plus", "conv_bn"),

@@ -145,7 +145,8 @@ WRONG = {
     "--quantizer apot": "quantizer apot is for weights only: choose --activation-quantizer from clip, lsq",
     "--activation-quantizer apot": "quantizer apot is for weights only: choose --activation-quantizer from clip, lsq",
     "--weight-quantizer apot --weight-grid zero": "--weight-grid zero is not defined for quantizer apot: choose auto",
-    "--weight-quantizer apo": "no quantizer 'apo': choose from clip, lsq, lsq_plus, asymmetric, pact, dorefa, log2, adaptive, apot",
+    "--weight-quantizer apo": "no quantizer 'apo': choose from clip, lsq, lsq_plus, asymmetric, pact, dorefa, log2, "
+    "adaptive, apot",
 }
 
 

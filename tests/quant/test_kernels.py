@@ -149,7 +149,7 @@ def test_bfloat16_gives_the_same_float32(case: Case) -> None:
 @built
 @each([case for case in CASES if not isinstance(case.grid(4), LevelTable)])
 def test_level_gradients_have_a_fixed_order(case: Case) -> None:
-    """Two runs are bit-identical, whatever the number of threads; on tables of levels torch adds, with any order."""
+    """Two runs are bit-identical, whatever the number of threads; on tables torch itself adds."""
     _, fused = both(case.build(1.0))
     x, threads = torch.randn(ROWS, 30_000), torch.get_num_threads()
     found = []

@@ -7,7 +7,8 @@ TensorRT quantizes to signed integers around zero. A grid with codes in -128 ...
     x -- Pad -- Sub(o) -- Q(INT8) -- DQ -- Conv(no padding) -- Add(bias + sum of weights * o)
 
 This is the same function, since padding with zeros comes before the subtraction of the offset. Weights are INT8 per
-output channel. Codes of the paper's grid at 8 bits reach 255 and do not fit INT8.
+output channel; INT4 is not used. Codes of asymmetric ranges hold their shift, from -15 to 15 at 4 bits and -127 to 127
+at 7, and fit INT8 with zero point 0. Codes of the paper's grid at 8 bits reach 255 and do not fit INT8.
 
 Verified in ONNX Runtime like every style; not tested with a TensorRT engine.
 """

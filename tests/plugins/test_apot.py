@@ -131,7 +131,7 @@ def test_onnx_is_refused_before_training(
     options = (*QUANTIZERS, "--bits", 3, *FEW, "--run-dir", tmp_path / "run")
     trial = run_saq("quantize", MODEL, *float_options(digits, digits / "few"), *options, folders=folders)
     export = run_saq("export", run, "--onnx", tmp_path / "model.onnx", folders=folders)
-    reason = "quantizer apot has a table of levels, and ONNX files need uniform grids"
+    reason = "quantizer apot has a table of levels for weights, and ONNX files need uniform grids"
     for done, remedy in (
         (trial, "; use --no-export to write model.safetensors only, or another quantizer"),
         (export, ": use model.safetensors, or another quantizer"),
@@ -145,7 +145,8 @@ WRONG = {
     "--quantizer apot": "quantizer apot is for weights only: choose --activation-quantizer from clip, lsq",
     "--activation-quantizer apot": "quantizer apot is for weights only: choose --activation-quantizer from clip, lsq",
     "--weight-quantizer apot --weight-grid zero": "--weight-grid zero is not defined for quantizer apot: choose auto",
-    "--weight-quantizer apo": "no quantizer 'apo': choose from clip, lsq, lsq_plus, asymmetric, pact, dorefa, apot",
+    "--weight-quantizer apo": "no quantizer 'apo': choose from clip, lsq, lsq_plus, asymmetric, pact, dorefa, log2, "
+    "adaptive, apot",
 }
 
 

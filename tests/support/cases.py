@@ -12,6 +12,7 @@ from saqcli.quant.quantizers import QUANTIZERS, Quantizer
 from saqcli.quant.quantizers.dorefa import TanhWeight
 from saqcli.quant.quantizers.learned_step import LearnedStep
 from tests.support.strategies import BITS
+from tests.support.sweeps import sweep
 
 ROWS = 3
 WEIGHT_GRIDS = ("paper", "zero", "auto")
@@ -111,8 +112,18 @@ def name_of(case: Case) -> str:
     return f"{case.family}-{case.operand}{'-channels' if case.channels else ''}"
 
 
+def _stands_for_others(case: Case) -> bool:
+    """Whether it is the one of its class that every run tests; of ``clip`` all are."""
+    alike = [each for each in CASES if each.kind is case.kind]
+    preferred = [each for each in alike if each.channels or each.operand == "signed"]
+    return case.family == "clip" or case == (preferred or alike)[0]
+
+
 def each(cases: list[Case]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", cases, ids=name_of)
+    """A test for each of ``cases``; other grids and scopes of a class that is tested on one are slow."""
+    return pytest.mark.parametrize(
+        "case", sweep([(case,) for case in cases], _stands_for_others), ids=[name_of(case) for case in cases]
+    )
 
 
 def plain_of(quantizer: Quantizer, x: Tensor) -> Quantizer:

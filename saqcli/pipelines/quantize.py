@@ -33,7 +33,16 @@ from saqcli.pipelines.setup import (
     open_run_images,
     saved_model,
 )
-from saqcli.pipelines.stages import Measured, Scorer, climb, described, end_stage, log_stage, timed
+from saqcli.pipelines.stages import (
+    Measured,
+    Scorer,
+    climb,
+    described,
+    end_stage,
+    log_stage,
+    tensors_before,
+    timed,
+)
 from saqcli.process_group import process_group
 from saqcli.progress import SILENT, Progress
 from saqcli.report.run_report import NOUNS, QuantizeResult, write_report
@@ -173,6 +182,7 @@ def start_run(
     with timed(run, "calibrated"):
         if balance(network, images, config, policy, progress):
             statistics = calibrate(network, images, config, progress)
+        kept = tensors_before(config, network.model)
         model = install_quantizers(config, network, policy, statistics, images, progress)
     measured = scorer.of(model, "calibrated")
     calibrated = measured.score
@@ -201,6 +211,7 @@ def start_run(
             "outcome": result.pack(),
             "model": model.state_dict(),
             "float_classes": scorer.float_classes,
+            **kept,
         }
     )
 

@@ -20,21 +20,19 @@ from saqcli import distributed
 from saqcli.config import RunConfig
 from saqcli.data.images import ImageSet
 from saqcli.data.splits import Images
-from saqcli.pipelines.setup import load_seeded, wrap_and_trace
-from saqcli.progress import SILENT, Progress
+from saqcli.progress import Progress
 from saqcli.quant.calls import Call
 from saqcli.reconstruction.compensation import Compensation, compensate
 from saqcli.reconstruction.options import Reconstruction
-from saqcli.reconstruction.reconstruct import reconstruct
+from saqcli.reconstruction.reconstruct import reconstruct, without_quantizers
 from saqcli.report.run_report import QuantizeResult
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.saving import SearchMemory
 from saqcli.tasks.classification import Score
 from saqcli.training.loop import score
 
-Stage = Callable[
-    [RunConfig, RunDirectory, nn.Module, "Scorer"], dict[str, Any]
-]  # returns figures for the metrics
+# From the settings, the run, the quantized model and its float network to figures for the metrics.
+Stage = Callable[[RunConfig, RunDirectory, nn.Module, nn.Module, "Scorer"], dict[str, Any]]
 
 
 class Measured(NamedTuple):
@@ -110,11 +108,11 @@ class CalibrationCalls:
         return (Call((batch,)) for batch, _ in self._loader)
 
 
-def float_network(config: RunConfig, device: torch.device) -> nn.Module:
-    """The float network of a run with its original weights and statistics, wrapped as the quantized one is."""
-    loaded = load_seeded(config, SILENT)
-    network = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
-    return network.model.to(device).eval().requires_grad_(False)
+def float_network(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The float network of a quantized one: the same modules without quantizers, with the weights of before."""
+    network = without_quantizers(model)
+    network.load_state_dict(tensors)
+    return network
 
 
 @contextmanager
@@ -161,12 +159,13 @@ def wanted_stages(config: RunConfig) -> dict[str, Stage]:
     return found
 
 
-def _compensate(config: RunConfig, run: RunDirectory, model: nn.Module, scorer: Scorer) -> dict[str, Any]:
+def _compensate(
+    config: RunConfig, run: RunDirectory, model: nn.Module, in_float: nn.Module, scorer: Scorer
+) -> dict[str, Any]:
     """Compensate in closed form, on the first rank; the error of the network's output before and after."""
 
     def compensated() -> tuple[Compensation, dict[str, Tensor]]:
-        reference = float_network(config, scorer.device)
-        found = compensate(model, reference, CalibrationCalls(scorer.images), progress=scorer.progress)
+        found = compensate(model, in_float, CalibrationCalls(scorer.images), progress=scorer.progress)
         return found, {name: value.cpu() for name, value in model.state_dict().items()}
 
     found, tensors = distributed.from_first(compensated)
@@ -174,15 +173,16 @@ def _compensate(config: RunConfig, run: RunDirectory, model: nn.Module, scorer: 
     return {"places": len(found.places), "before": found.before, "after": found.after}
 
 
-def _reconstruct(config: RunConfig, run: RunDirectory, model: nn.Module, scorer: Scorer) -> dict[str, Any]:
+def _reconstruct(
+    config: RunConfig, run: RunDirectory, model: nn.Module, in_float: nn.Module, scorer: Scorer
+) -> dict[str, Any]:
     """Reconstruct block by block, resumed in the block where it stopped; the error of every block before and after."""
     options = config.reconstruction.model_dump()
     del options["enabled"]
-    reference = float_network(config, scorer.device)
     with SearchMemory(run, config.run.checkpoint_minutes, scorer.progress.note, "reconstruction") as memory:
         blocks = reconstruct(
             model,
-            reference,
+            in_float,
             CalibrationCalls(scorer.images),
             Reconstruction(**options),
             seed=config.run.seed,
@@ -190,6 +190,17 @@ def _reconstruct(config: RunConfig, run: RunDirectory, model: nn.Module, scorer:
             progress=scorer.progress,
         )
     return {"blocks": [block._asdict() for block in blocks]}
+
+
+def tensors_before(config: RunConfig, model: nn.Module) -> dict[str, Any]:
+    """What the stages without labels need of the float network, for the checkpoint; nothing if there are none.
+
+    Weights are kept and not read again: those of a network without trained weights exist only once, and balanced norms
+    differ from those of the file.
+    """
+    if not wanted_stages(config):
+        return {}
+    return {"float": {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}}
 
 
 def planned_stages(config: RunConfig) -> list[str]:
@@ -219,13 +230,17 @@ def climb(
         Interrupted: a signal asked to stop; the state is saved.
     """
     done = [row["stage"] for row in result.stages]
-    for stage, work in wanted_stages(config).items():
+    wanted = wanted_stages(config)
+    last = next(reversed(wanted), None)
+    for stage, work in wanted.items():
         if stage in done:
             continue
         with timed(run, stage):
-            more = work(config, run, model, scorer)
+            more = work(config, run, model, float_network(model, state["float"]), scorer)
         end_stage(stage, scorer.of(model, stage), result, run, scorer.progress, **more)
         state = {**state, "outcome": result.pack(), "model": model.state_dict()}
+        if stage == last:
+            del state["float"]  # nothing after this compares with it
         run.save_checkpoint(state)
     run.end_reconstruction()
     return state

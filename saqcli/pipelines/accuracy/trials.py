@@ -22,6 +22,7 @@ from saqcli.pipelines.calibration import quantized
 from saqcli.pipelines.find_bits import BoundSearch
 from saqcli.pipelines.stages import planned_stages, wanted_stages
 from saqcli.progress import SILENT
+from saqcli.report.run_report import NOUNS
 from saqcli.searchers import Scored
 from saqcli.training.loop import Memory, evaluate
 from saqcli.training.trainer import Trainer
@@ -76,7 +77,7 @@ class Trials:
         if interrupted is not None:
             stages = stages[stages.index(interrupted["stage"]) :]
         for stage in stages:
-            problem.progress.note(f"trial {number}: {stage}, on the way")
+            problem.progress.note(f"trial {number}: {NOUNS[stage]}")
             state = interrupted["state"] if interrupted is not None else None
             own = _TrialMemory(memory, kept, {"choice": list(choice), "stage": stage}, state)
             interrupted = None

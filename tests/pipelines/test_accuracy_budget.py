@@ -76,6 +76,14 @@ def test_unreachable_accuracy_is_kept_with_exit_code(network: list[object], tmp_
     assert "drop of top-1: asked at most 0.50 points, held-out " in result.stdout
 
 
+def test_more_than_float_is_said(network: list[object], tmp_path: Path) -> None:
+    options = (*network, *SMALL, *CALIBRATION, "--pin", "*=2", "--min-top1", 100)
+    result = saq("search", *options, "--run-dir", tmp_path / "run")
+    assert result.exit_code == 4
+    assert "the float network itself is " in last_error(result)
+    assert (tmp_path / "run" / "policy.json").is_file()
+
+
 def test_tight_budget_says_what_accuracy_needs(network: list[object], tmp_path: Path) -> None:
     options = (*("search", *network, *SMALL, *CALIBRATION, "--budget", "w2a2"), "--max-drop", 8)
     result = saq(*options, "--run-dir", tmp_path / "run", "--json")

@@ -519,18 +519,18 @@ class ReconstructionSection(_Section):
         int,
         Field(ge=0),
         Option("Iterations of `reconstruction.enabled` on each block; 0 changes nothing", "N"),
-    ] = 500
-    batch_size: Positive = 32
-    most_values: Positive = 3_000_000
+    ] = 150
+    batch_size: Positive = 48
+    most_values: Positive = 4_000_000
     drop: Annotated[float, Field(ge=0, le=1)] = 0.5
     drop_inputs: Annotated[float, Field(ge=0, le=1)] = 0.0
     rounding: Literal["straight", "soft"] = "straight"
-    weight_lr: NotNegative = 0.006
-    rounding_lr: NotNegative = 0.01
-    weight_level_lr: NotNegative = 0.003
+    weight_lr: NotNegative = 0.015
+    rounding_lr: NotNegative = 0.05
+    weight_level_lr: NotNegative = 0.004
     input_level_lr: NotNegative = 0.003
     bias_lr: NotNegative = 0.0
-    regularization: NotNegative = 0.01
+    regularization: NotNegative = 0.1
     warm_up: Annotated[float, Field(ge=0, le=1)] = 0.2
     weighting: Literal["none", "fisher"] = "none"
     noise_radius: NotNegative = 0.0

@@ -122,9 +122,22 @@ def quantized(
         images: of the run.
         progress: reports all batches.
     """
-    if balance(network, images, config, policy, progress):
-        statistics = calibrate(network, images, config, progress)
+    statistics = balanced(config, network, policy, statistics, images, progress)
     return install_quantizers(config, network, policy, statistics, images, progress)
+
+
+def balanced(
+    config: RunConfig,
+    network: Network,
+    policy: BitConfig,
+    statistics: Mapping[str, InputStatistics],
+    images: Images,
+    progress: Progress,
+) -> Mapping[str, InputStatistics]:
+    """Balance the norms of ``network``, if the settings say so; the statistics of its inputs after that."""
+    if balance(network, images, config, policy, progress):
+        return calibrate(network, images, config, progress)
+    return statistics
 
 
 def install_quantizers(

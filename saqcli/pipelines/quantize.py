@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from saqcli import distributed
 from saqcli.config import RunConfig
 from saqcli.models.own import own_of
-from saqcli.pipelines.calibration import calibrate, check_exports, describe, quantized
+from saqcli.pipelines.calibration import balanced, calibrate, check_exports, describe, install_quantizers
 from saqcli.pipelines.checks import check_quantize, check_trainable, network_for
 from saqcli.pipelines.export import write_files
 from saqcli.pipelines.search import choose_bits
@@ -33,7 +33,16 @@ from saqcli.pipelines.setup import (
     open_run_images,
     saved_model,
 )
-from saqcli.pipelines.stages import Measured, Scorer, climb, described, end_stage, log_stage, timed
+from saqcli.pipelines.stages import (
+    Measured,
+    Scorer,
+    climb,
+    described,
+    end_stage,
+    log_stage,
+    tensors_before,
+    timed,
+)
 from saqcli.process_group import process_group
 from saqcli.progress import SILENT, Progress
 from saqcli.report.run_report import NOUNS, QuantizeResult, write_report
@@ -171,7 +180,9 @@ def start_run(
         statistics = calibrate(network, images, config, progress)
     policy, budget, accuracy = choose_bits(config, prepared, statistics, run, progress, float_score.top1)
     with timed(run, "calibrated"):
-        model = quantized(config, network, policy, statistics, images, progress)
+        statistics = balanced(config, network, policy, statistics, images, progress)
+        kept = tensors_before(config, network.model)
+        model = install_quantizers(config, network, policy, statistics, images, progress)
     measured = scorer.of(model, "calibrated")
     calibrated = measured.score
     result = QuantizeResult(
@@ -199,6 +210,7 @@ def start_run(
             "outcome": result.pack(),
             "model": model.state_dict(),
             "float_classes": scorer.float_classes,
+            **kept,
         }
     )
 

@@ -20,12 +20,11 @@ from saqcli import distributed
 from saqcli.config import RunConfig
 from saqcli.data.images import ImageSet
 from saqcli.data.splits import Images
-from saqcli.pipelines.setup import load_seeded, wrap_and_trace
-from saqcli.progress import SILENT, Progress
+from saqcli.progress import Progress
 from saqcli.quant.calls import Call
 from saqcli.reconstruction.compensation import Compensation, compensate
 from saqcli.reconstruction.options import Reconstruction
-from saqcli.reconstruction.reconstruct import reconstruct
+from saqcli.reconstruction.reconstruct import reconstruct, without_quantizers
 from saqcli.report.run_report import QuantizeResult
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.saving import SearchMemory
@@ -109,11 +108,11 @@ class CalibrationCalls:
         return (Call((batch,)) for batch, _ in self._loader)
 
 
-def float_network(config: RunConfig, device: torch.device) -> nn.Module:
-    """The float network of a run with its original weights and statistics, wrapped as the quantized one is."""
-    loaded = load_seeded(config, SILENT)
-    network = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
-    return network.model.to(device).eval().requires_grad_(False)
+def float_network(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The float network of a quantized one: the same modules without quantizers, with the weights of before."""
+    network = without_quantizers(model)
+    network.load_state_dict(tensors)
+    return network
 
 
 @contextmanager
@@ -201,6 +200,17 @@ def _reconstruct(
     return {"blocks": [block._asdict() for block in blocks]}
 
 
+def tensors_before(config: RunConfig, model: nn.Module) -> dict[str, Any]:
+    """What the stages without labels need of the float network, for the checkpoint; nothing if there are none.
+
+    Weights are kept and not read again: those of a network without trained weights exist only once, and balanced norms
+    differ from those of the file.
+    """
+    if not wanted_stages(config):
+        return {}
+    return {"float": {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}}
+
+
 def planned_stages(config: RunConfig) -> list[str]:
     """The names of all stages of a run, in their order."""
     return ["calibrated", *wanted_stages(config), *(["fine-tuned"] if config.training.epochs else [])]
@@ -228,15 +238,18 @@ def climb(
         Interrupted: a signal asked to stop; the state is saved.
     """
     done = [row["stage"] for row in result.stages]
-    for stage, work in wanted_stages(config).items():
+    wanted = wanted_stages(config)
+    last = next(reversed(wanted), None)
+    for stage, work in wanted.items():
         if stage in done:
             continue
         minutes, progress = config.run.checkpoint_minutes, scorer.progress
         with timed(run, stage), SearchMemory(run, minutes, progress.note, "reconstruction") as memory:
-            in_float = float_network(config, scorer.device)
-            more = work(config, model, in_float, scorer.images, memory, progress)
+            more = work(config, model, float_network(model, state["float"]), scorer.images, memory, progress)
         end_stage(stage, scorer.of(model, stage), result, run, scorer.progress, **more)
         state = {**state, "outcome": result.pack(), "model": model.state_dict()}
+        if stage == last:
+            del state["float"]  # nothing after this compares with it
         run.save_checkpoint(state)
     run.end_reconstruction()
     return state

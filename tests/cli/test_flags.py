@@ -148,7 +148,7 @@ def test_every_flag_of_the_table_exists() -> None:
 
 
 def test_the_running_command_is_taken() -> None:
-    text = "no budget was given: use --budget 34G, --size 5MB, or both"
+    text = "no budget was given: use --budget 34G, --size 5MB, --max-drop 1, or several"
 
     assert text in last_error(saq("search", "saq/resnet20", "--data", "."))
     assert as_flags("`quantization.bops`") == "--bops"  # none is running any more

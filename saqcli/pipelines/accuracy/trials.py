@@ -18,7 +18,7 @@ from torch import nn
 from saqcli.config import RunConfig
 from saqcli.data.splits import Images
 from saqcli.errors import TrainingDiverged
-from saqcli.pipelines.calibration import quantized
+from saqcli.pipelines.calibration import balanced, install_quantizers
 from saqcli.pipelines.find_bits import BoundSearch
 from saqcli.pipelines.stages import planned_stages, wanted_stages
 from saqcli.progress import SILENT
@@ -65,11 +65,11 @@ class Trials:
             Interrupted: a signal asked to stop.
         """
         problem, network = self.bound.problem, self.bound.search_network
-        in_float = copy.deepcopy(network.model).eval().requires_grad_(False)
+        config, policy = self.config, problem.config(choice)
         copied = replace(network, model=copy.deepcopy(network.model))
-        model = quantized(
-            self.config, copied, problem.config(choice), problem.statistics, self.images, SILENT
-        )
+        statistics = balanced(config, copied, policy, problem.statistics, self.images, SILENT)
+        in_float = copy.deepcopy(copied.model).eval().requires_grad_(False)
+        model = install_quantizers(config, copied, policy, statistics, self.images, SILENT)
         stages = trial_stages(self.config)
         interrupted, self._interrupted = self._interrupted, None
         if interrupted is not None and interrupted["choice"] != list(choice):

@@ -104,6 +104,42 @@ def scheme_of(config: RunConfig) -> Scheme:
     )
 
 
+def quantized(
+    config: RunConfig,
+    network: Network,
+    policy: BitConfig,
+    statistics: Mapping[str, InputStatistics],
+    images: Images,
+    progress: Progress,
+) -> nn.Module:
+    """The network at the policy's bits, as the first stage of a run leaves it; changed in place.
+
+    Args:
+        config: resolved.
+        network: wrapped and traced, without quantizers.
+        policy: bits of every layer.
+        statistics: of its inputs; taken anew if the settings have norms balanced.
+        images: of the run.
+        progress: reports all batches.
+    """
+    statistics = balanced(config, network, policy, statistics, images, progress)
+    return install_quantizers(config, network, policy, statistics, images, progress)
+
+
+def balanced(
+    config: RunConfig,
+    network: Network,
+    policy: BitConfig,
+    statistics: Mapping[str, InputStatistics],
+    images: Images,
+    progress: Progress,
+) -> Mapping[str, InputStatistics]:
+    """Balance the norms of ``network``, if the settings say so; the statistics of its inputs after that."""
+    if balance(network, images, config, policy, progress):
+        return calibrate(network, images, config, progress)
+    return statistics
+
+
 def install_quantizers(
     config: RunConfig,
     network: Network,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from saqcli import distributed
 from saqcli.config import RunConfig
 from saqcli.models.own import own_of
-from saqcli.pipelines.calibration import balance, calibrate, check_exports, describe, install_quantizers
+from saqcli.pipelines.calibration import balanced, calibrate, check_exports, describe, install_quantizers
 from saqcli.pipelines.checks import check_quantize, check_trainable, network_for
 from saqcli.pipelines.export import write_files
 from saqcli.pipelines.search import choose_bits
@@ -180,8 +180,7 @@ def start_run(
         statistics = calibrate(network, images, config, progress)
     policy, budget, accuracy = choose_bits(config, prepared, statistics, run, progress, float_score.top1)
     with timed(run, "calibrated"):
-        if balance(network, images, config, policy, progress):
-            statistics = calibrate(network, images, config, progress)
+        statistics = balanced(config, network, policy, statistics, images, progress)
         kept = tensors_before(config, network.model)
         model = install_quantizers(config, network, policy, statistics, images, progress)
     measured = scorer.of(model, "calibrated")

@@ -133,7 +133,7 @@ def run_search(
     bound = bind_search(config, request, statistics, progress)
     with SearchMemory(run, minutes, progress.note) as memory:
         found = find_bits(config, bound, memory)
-    return keep(config, found, run, progress, request.images if fine_tunes else None, float_top1)
+    return keep(config, found, run, progress, request.images, float_top1, fine_tunes=fine_tunes)
 
 
 def prepare_search(

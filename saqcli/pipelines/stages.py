@@ -29,10 +29,10 @@ from saqcli.report.run_report import QuantizeResult
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.saving import SearchMemory
 from saqcli.tasks.classification import Score
-from saqcli.training.loop import score
+from saqcli.training.loop import Memory, score
 
-# From the settings, the run, the quantized model and its float network to figures for the metrics.
-Stage = Callable[[RunConfig, RunDirectory, nn.Module, nn.Module, "Scorer"], dict[str, Any]]
+# From settings, model, float network, images, memory and progress to figures for the metrics; changes the model.
+Stage = Callable[[RunConfig, nn.Module, nn.Module, Images, Memory, Progress], dict[str, Any]]
 
 
 class Measured(NamedTuple):
@@ -160,12 +160,17 @@ def wanted_stages(config: RunConfig) -> dict[str, Stage]:
 
 
 def _compensate(
-    config: RunConfig, run: RunDirectory, model: nn.Module, in_float: nn.Module, scorer: Scorer
+    config: RunConfig,
+    model: nn.Module,
+    in_float: nn.Module,
+    images: Images,
+    memory: Memory,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Compensate in closed form, on the first rank; the error of the network's output before and after."""
 
     def compensated() -> tuple[Compensation, dict[str, Tensor]]:
-        found = compensate(model, in_float, CalibrationCalls(scorer.images), progress=scorer.progress)
+        found = compensate(model, in_float, CalibrationCalls(images), progress=progress)
         return found, {name: value.cpu() for name, value in model.state_dict().items()}
 
     found, tensors = distributed.from_first(compensated)
@@ -174,21 +179,24 @@ def _compensate(
 
 
 def _reconstruct(
-    config: RunConfig, run: RunDirectory, model: nn.Module, in_float: nn.Module, scorer: Scorer
+    config: RunConfig,
+    model: nn.Module,
+    in_float: nn.Module,
+    images: Images,
+    memory: Memory,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Reconstruct block by block, resumed in the block where it stopped; the error of every block before and after."""
-    options = config.reconstruction.model_dump()
-    del options["enabled"]
-    with SearchMemory(run, config.run.checkpoint_minutes, scorer.progress.note, "reconstruction") as memory:
-        blocks = reconstruct(
-            model,
-            in_float,
-            CalibrationCalls(scorer.images),
-            Reconstruction(**options),
-            seed=config.run.seed,
-            memory=memory,
-            progress=scorer.progress,
-        )
+    options = config.reconstruction.model_dump(exclude={"enabled"})
+    blocks = reconstruct(
+        model,
+        in_float,
+        CalibrationCalls(images),
+        Reconstruction(**options),
+        seed=config.run.seed,
+        memory=memory,
+        progress=progress,
+    )
     return {"blocks": [block._asdict() for block in blocks]}
 
 
@@ -235,8 +243,9 @@ def climb(
     for stage, work in wanted.items():
         if stage in done:
             continue
-        with timed(run, stage):
-            more = work(config, run, model, float_network(model, state["float"]), scorer)
+        minutes, progress = config.run.checkpoint_minutes, scorer.progress
+        with timed(run, stage), SearchMemory(run, minutes, progress.note, "reconstruction") as memory:
+            more = work(config, model, float_network(model, state["float"]), scorer.images, memory, progress)
         end_stage(stage, scorer.of(model, stage), result, run, scorer.progress, **more)
         state = {**state, "outcome": result.pack(), "model": model.state_dict()}
         if stage == last:

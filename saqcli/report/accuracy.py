@@ -55,6 +55,8 @@ def missed_line(accuracy: dict[str, Any]) -> str | None:
     within = " and ".join(format_quantity(bound, unit) for bound, unit in bounds.values())
     found = f"the best configuration found{f' within {within}' if within else ''} loses {drop:.2f} points"
     line = f"no configuration meets the bound of accuracy: {found}, {drop - allowed:.2f} more than asked"
+    if accuracy["needed_cost"] is None and allowed < 0:
+        return f"{line}; it is kept: the float network itself is {-allowed:.2f} points below the bound, ask for less"
     if accuracy["needed_cost"] is None:
         return (
             f"{line}; no other budget helps, the most bits lose too much: allow a larger drop"

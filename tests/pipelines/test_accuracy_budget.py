@@ -1,11 +1,14 @@
 """Accuracy as a budget of ``saq search`` and ``saq quantize``, on handwritten digits."""
 
 import json
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from saqcli.runs.saving import SearchMemory
 from tests.support.command_line import answer, last_error, last_line, saq
 from tests.support.digits import MODEL, float_options
 from tests.support.processes import figures, stop_at
@@ -35,9 +38,15 @@ def search(network: list[object], run: Path, *options: object) -> dict[str, Any]
     return answer("search", *network, *SMALL, *CALIBRATION, *options, "--run-dir", run)
 
 
-def test_search_meets_a_drop_with_fewer_bits(network: list[object], tmp_path: Path) -> None:
-    found = search(network, tmp_path / "run", "--max-drop", 8)
+@pytest.fixture(scope="module")
+def within_8(network: list[object], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """A search for a drop of 8 points, and its run."""
+    run = tmp_path_factory.mktemp("within_8") / "run"
+    return search(network, run, "--max-drop", 8), run
 
+
+def test_search_meets_a_drop_with_fewer_bits(within_8: tuple[dict[str, Any], Path]) -> None:
+    found, run = within_8
     accuracy = found["accuracy"]
     assert accuracy["met"]
     assert accuracy["held_out_drop"] <= accuracy["allowed_drop"] == accuracy["max_drop"] == 8
@@ -45,16 +54,13 @@ def test_search_meets_a_drop_with_fewer_bits(network: list[object], tmp_path: Pa
     assert accuracy["needed_cost"] == found["bops"]
     assert found["budget_bops"] is None
     assert found["scored"] == accuracy["measured"]
-    kept = json.loads((tmp_path / "run" / "search.json").read_text())
+    kept = json.loads((run / "search.json").read_text())
     good = [
         one["bops"] for one in kept["configurations"] if one["top1"] >= accuracy["held_out_float_top1"] - 8
     ]
     assert found["bops"] == min(good)
     assert found["scoring_top1"] == accuracy["held_out_top1"]
-    assert not (tmp_path / "run" / "checkpoints" / "accuracy.ckpt").exists()
-
-    loose = search(network, tmp_path / "loose", "--max-drop", 99)
-    assert loose["bops"] < found["bops"]  # the fewest bits
+    assert not (run / "checkpoints" / "accuracy.ckpt").exists()
 
 
 def test_unreachable_accuracy_is_kept_with_exit_code(network: list[object], tmp_path: Path) -> None:
@@ -70,6 +76,14 @@ def test_unreachable_accuracy_is_kept_with_exit_code(network: list[object], tmp_
     assert "drop of top-1: asked at most 0.50 points, held-out " in result.stdout
 
 
+def test_more_than_float_is_said(network: list[object], tmp_path: Path) -> None:
+    options = (*network, *SMALL, *CALIBRATION, "--pin", "*=2", "--min-top1", 100)
+    result = saq("search", *options, "--run-dir", tmp_path / "run")
+    assert result.exit_code == 4
+    assert "the float network itself is " in last_error(result)
+    assert (tmp_path / "run" / "policy.json").is_file()
+
+
 def test_tight_budget_says_what_accuracy_needs(network: list[object], tmp_path: Path) -> None:
     options = (*("search", *network, *SMALL, *CALIBRATION, "--budget", "w2a2"), "--max-drop", 8)
     result = saq(*options, "--run-dir", tmp_path / "run", "--json")
@@ -80,18 +94,14 @@ def test_tight_budget_says_what_accuracy_needs(network: list[object], tmp_path: 
     assert found["accuracy"]["needed_cost"] > found["budget_bops"]
     assert " % more)" in last_error(result)
 
-    met = search(network, tmp_path / "met", "--budget", "w8a8", "--max-drop", 8)
-    assert met["accuracy"]["met"]
-    plain = search(network, tmp_path / "plain", "--budget", "w8a8")
-    assert met["policy"] == plain["policy"]
-    assert "accuracy" not in plain
-
 
 def test_interrupted_measurements_resume_to_the_same(
-    network: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    network: list[object],
+    within_8: tuple[dict[str, Any], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = (*("--max-drop", 8), "--set", "run.checkpoint_minutes=1e-6")
-    whole = search(network, tmp_path / "whole", *options)
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_at(patch, "accuracy", None)
@@ -101,8 +111,8 @@ def test_interrupted_measurements_resume_to_the_same(
     assert (run / "checkpoints" / "accuracy.ckpt").exists()
 
     answer("search", "--run-dir", run, "--resume")
-    assert figures(run) == figures(tmp_path / "whole")
-    assert whole["accuracy"]["measured"] > 2
+    assert figures(run) == figures(within_8[1])
+    assert within_8[0]["accuracy"]["measured"] > 2
 
 
 def test_quantize_reports_validation_beside_the_bound(network: list[object], tmp_path: Path) -> None:
@@ -116,13 +126,60 @@ def test_quantize_reports_validation_beside_the_bound(network: list[object], tmp
     assert f"validation {accuracy['validation_drop']:.2f}" in report
 
 
-def test_trials_measure_fine_tuned_accuracy(network: list[object], tmp_path: Path) -> None:
-    options = (*QUICK, "--max-drop", 2, "--epochs", 1, "--set", "search.trials=2", "--method", "qat")
-    found = answer("quantize", *network, *options, "--run-dir", tmp_path / "run")
-    calibrated = search(network, tmp_path / "search", "--max-drop", 2)
-    assert found["bops"] <= calibrated["bops"]
-    assert found["accuracy"]["method"] in ("calibrated", "fine-tuned")
-    assert found["epochs"] == 1
+def test_interrupted_trials_resume_to_the_same(
+    network: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (
+        *(
+            "quantize",
+            *network,
+            *QUICK,
+            "--candidates",
+            "2,8",
+            "--max-drop",
+            2,
+            "--epochs",
+            1,
+            "--method",
+            "qat",
+        ),
+        *("--compensate", "--reconstruct", "--iterations", 1, "--set", "search.trials=2"),
+    )
+    whole = answer(*options, "--run-dir", tmp_path / "whole")
+    assert whole["accuracy"]["method"] in ("calibrated", "fine-tuned")
+    run = tmp_path / "run"
+    for number, stage in ((1, "reconstructed"), (2, "fine-tuned")):
+        with monkeypatch.context() as patch:
+            seen = stop_in_trial(patch, number, stage)
+            stopped = saq(*options, "--run-dir", run, "--quiet", *(("--resume",) if number > 1 else ()))
+        assert stopped.exit_code == 130, stopped.stderr
+        assert seen[-1] == (number, stage)
+
+    resumed = answer(*options, "--run-dir", run, "--resume")
+    assert figures(run) == figures(tmp_path / "whole")
+    assert resumed["accuracy"] == whole["accuracy"]
+    assert (run / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def stop_in_trial(monkeypatch: pytest.MonkeyPatch, number: int, stage: str) -> list[tuple[int, str]]:
+    """Let the run of this process get a signal in a stage of a trial, after its first step.
+
+    Returns:
+        Filled with the trials and stages up to there.
+    """
+    offer = SearchMemory.offer
+    seen: list[tuple[int, str]] = []
+
+    def stopping(self: SearchMemory, state: Callable[[], dict[str, Any]], **when: bool) -> None:
+        kept = state()
+        if "trial" in kept and "tried" in kept:
+            seen.append((len(kept["tried"]) + 1, kept["trial"]["stage"]))
+            if seen[-2:] == [(number, stage)] * 2:
+                signal.raise_signal(signal.SIGINT)
+        offer(self, state, **when)
+
+    monkeypatch.setattr(SearchMemory, "offer", stopping)
+    return seen
 
 
 # Errors and plans

@@ -9,16 +9,20 @@ An interrupted measurement is repeated from its beginning, with the configuratio
 the same ones are proposed again, and lead to the same result bit for bit.
 """
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+from torch import nn
 
 from saqcli.api.batches import device_of
 from saqcli.config import RunConfig
 from saqcli.data.splits import Images
 from saqcli.pipelines.accuracy.trials import Trials, trial_stages
 from saqcli.pipelines.bits import accuracy_bound
+from saqcli.pipelines.calibration import quantized
 from saqcli.pipelines.find_bits import FoundBits
 from saqcli.pipelines.setup import Network
 from saqcli.progress import SILENT, Progress
@@ -38,8 +42,10 @@ def keep(
     found: FoundBits,
     run: RunDirectory,
     progress: Progress,
-    images: Images | None = None,
+    images: Images,
     float_top1: float | None = None,
+    *,
+    fine_tunes: bool = False,
 ) -> FoundBits:
     """What ``found`` becomes under the budget of accuracy; itself without one.
 
@@ -48,8 +54,10 @@ def keep(
         found: by a searcher, on the network itself.
         run: keeps what was measured.
         progress: reports every measurement.
-        images: of a run that goes on from here; None if calibrated accuracy decides alone.
+        images: of the run.
         float_top1: percent, of the float network on the validation images; only used by ``min_top1``.
+        fine_tunes: whether the run goes on from here, so that trials of its stages may decide; else calibrated
+            accuracy decides alone.
 
     Raises:
         Interrupted: a signal asked to stop.
@@ -66,7 +74,7 @@ def keep(
     drop = bound.drop(in_float.top1 if float_top1 is None else float_top1)
     progress.note(_asked(bound, drop, in_float.top1, in_float.images))
     with SearchMemory(run, config.run.checkpoint_minutes, progress.note, "accuracy") as memory:
-        measurements = Measurements(config, found, memory, images)
+        measurements = Measurements(config, found, memory, images, fine_tunes=fine_tunes)
         met, method = measurements.keep(in_float.top1 - drop)
     accuracy = Accuracy(bound, drop, in_float.top1, in_float.images, method, found.budget, met)
     kept = met.kept
@@ -103,10 +111,17 @@ def _asked(bound: AccuracyBound, drop: float, float_top1: float, images: int) ->
     return f"accuracy: {bound} was asked for{as_drop}; float {float_top1:.2f} % on {counted(images, 'held-out image')}"
 
 
-def scorer_of(found: FoundBits) -> Scorer:
-    """Measures a configuration as fine-tuning would start from it; knows what the search has measured."""
-    network = found.bound.search_network
-    scorer = Scorer(replace(found.bound.problem, model=network.model))
+def scorer_of(config: RunConfig, found: FoundBits, images: Images) -> Scorer:
+    """Measures a configuration as the first stage of a run leaves it; knows what the search has measured so."""
+    network, problem = found.bound.search_network, found.bound.problem
+    if config.quantization.balance_norms:  # which depends on the configuration, and searchers leave out
+
+        def at(choice: Sequence[int]) -> nn.Module:
+            copied = replace(network, model=copy.deepcopy(network.model))
+            return quantized(config, copied, problem.config(choice), problem.statistics, images, SILENT)
+
+        return Scorer(problem, at)
+    scorer = Scorer(replace(problem, model=network.model))
     scorer.scored.update({one.choice: one for one in found.result.scored})
     return scorer
 
@@ -118,23 +133,28 @@ class Measurements:
         config: resolved.
         found: by the searcher.
         memory: keeps what was measured.
-        images: of the run, if it has further stages; or None.
+        images: of the run.
+        fine_tunes: whether the run has its further stages after this.
     """
 
-    def __init__(self, config: RunConfig, found: FoundBits, memory: Memory, images: Images | None) -> None:
-        self.found, self.memory, self.scorer = found, memory, scorer_of(found)
+    def __init__(
+        self, config: RunConfig, found: FoundBits, memory: Memory, images: Images, *, fine_tunes: bool
+    ) -> None:
+        self.found, self.memory, self.scorer = found, memory, scorer_of(config, found, images)
+        self._known = list(self.scorer.scored.values())
         state: Mapping[str, Any] = memory.load() or {}
         self.scorer.load_state_dict(state.get("calibrated", {"configurations": []}))
         self._tried: dict[tuple[int, ...], Scored] = {}
         for choice, top1, loss in state.get("tried", []):
             cost = found.bound.problem.space.cost(choice)
             self._tried[tuple(choice)] = Scored(tuple(choice), cost, top1, loss)
-        stages = trial_stages(config) if images is not None else []
+        stages = trial_stages(config) if fine_tunes else []
         self._method = stages[-1] if stages else CALIBRATED
         self._count = config.search.trials if stages else 0
-        self._trials = None
-        if images is not None and self._count:
-            self._trials = Trials(config, found.bound, images, state.get("training"))
+        self._trials: Trials | None = None
+        self._interrupted: dict[str, Any] | None = state.get("trial")
+        if self._count:
+            self._trials = Trials(config, found.bound, images, self._interrupted)
 
     def keep(self, least: float) -> tuple[Met, str]:
         """The configuration for a top-1 of ``least`` percent, and how it was measured."""
@@ -146,7 +166,7 @@ class Measurements:
             result.propose,
             self._calibrated,
             least,
-            result.scored,
+            self._known,
             problem.progress,
         )
         met, tried = keep_by_trials(
@@ -164,6 +184,7 @@ class Measurements:
         key = tuple(choice)
         if key not in self._tried:
             number, progress = len(self._tried) + 1, self.found.bound.problem.progress
+            self._interrupted = None  # the trial has it now
             self._tried[key] = scored = self._trials(key, number, self.memory, self._state)
             progress.note(
                 f"trial {number} of at most {self._count}: "
@@ -175,4 +196,5 @@ class Measurements:
 
     def _state(self) -> dict[str, Any]:
         tried = [[list(one.choice), one.top1, one.loss] for one in self._tried.values()]
-        return {"calibrated": self.scorer.state_dict(), "tried": tried}
+        state = {"calibrated": self.scorer.state_dict(), "tried": tried}
+        return state if self._interrupted is None else {**state, "trial": self._interrupted}

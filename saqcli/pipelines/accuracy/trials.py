@@ -1,11 +1,10 @@
 """Trials: the accuracy of a configuration after all stages of the run, on images that it was not trained on.
 
-A trial takes the stages that the run takes after calibration: compensation, reconstruction, fine-tuning. It trains on
-those training images that the search does not hold out: half of them by default, so that it takes half of the time of a
-fine-tuning, and is rather less accurate than what the run ends with.
+A trial takes the stages that the run takes, by the same functions: calibration, compensation, reconstruction,
+fine-tuning. It trains on those training images that the search does not hold out: half of them by default, so that it
+takes half of the time of a fine-tuning, and is rather less accurate than what the run ends with.
 
-An interrupted trial resumes at its last step of fine-tuning, bit-identically; one that was interrupted before, from its
-beginning.
+An interrupted trial resumes bit-identically: in the block or the step where it stopped.
 """
 
 import copy
@@ -14,19 +13,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from saqcli import distributed
 from saqcli.config import RunConfig
 from saqcli.data.splits import Images
 from saqcli.errors import TrainingDiverged
-from saqcli.pipelines.calibration import install_quantizers
+from saqcli.pipelines.calibration import balanced, install_quantizers
 from saqcli.pipelines.find_bits import BoundSearch
-from saqcli.pipelines.stages import CalibrationCalls, planned_stages
+from saqcli.pipelines.stages import planned_stages, wanted_stages
 from saqcli.progress import SILENT
-from saqcli.reconstruction.compensation import compensate
-from saqcli.reconstruction.options import Reconstruction
-from saqcli.reconstruction.reconstruct import reconstruct
+from saqcli.report.run_report import NOUNS
 from saqcli.searchers import Scored
 from saqcli.training.loop import Memory, evaluate
 from saqcli.training.trainer import Trainer
@@ -46,7 +42,7 @@ class Trials:
         config: resolved.
         bound: the search whose configurations these are.
         images: of the run.
-        state: of an interrupted trial, or None.
+        state: of an interrupted trial, as ``_TrialMemory`` saves it, or None.
     """
 
     def __init__(
@@ -60,7 +56,7 @@ class Trials:
         Args:
             choice: one option index per decision.
             number: of the trial, for its title.
-            memory: keeps the state of training.
+            memory: keeps the state of the trial.
             kept: what the memory keeps besides.
 
         One whose training diverges has an accuracy of 0.
@@ -69,23 +65,24 @@ class Trials:
             Interrupted: a signal asked to stop.
         """
         problem, network = self.bound.problem, self.bound.search_network
-        in_float = copy.deepcopy(network.model).eval().requires_grad_(False)
+        config, policy = self.config, problem.config(choice)
         copied = replace(network, model=copy.deepcopy(network.model))
-        model = install_quantizers(
-            self.config, copied, problem.config(choice), problem.statistics, self.images, SILENT
-        )
+        statistics = balanced(config, copied, policy, problem.statistics, self.images, SILENT)
+        in_float = copy.deepcopy(copied.model).eval().requires_grad_(False)
+        model = install_quantizers(config, copied, policy, statistics, self.images, SILENT)
+        stages = trial_stages(self.config)
         interrupted, self._interrupted = self._interrupted, None
         if interrupted is not None and interrupted["choice"] != list(choice):
             interrupted = None
-        if interrupted is None:
-            self._without_labels(model, in_float, _Paused(memory, kept), number)
-        if self.config.training.epochs:
-            run = _TrialRun(choice, memory, kept)
-            trainer = self._trainer(model, in_float, run, number)
-            if interrupted is not None:
-                trainer.load_state_dict(interrupted["trainer"])
+        if interrupted is not None:
+            stages = stages[stages.index(interrupted["stage"]) :]
+        for stage in stages:
+            problem.progress.note(f"trial {number}: {NOUNS[stage]}")
+            state = interrupted["state"] if interrupted is not None else None
+            own = _TrialMemory(memory, kept, {"choice": list(choice), "stage": stage}, state)
+            interrupted = None
             try:
-                trainer.fit()
+                self._take(stage, model, in_float, own, number)
             except TrainingDiverged as error:
                 problem.progress.note(f"trial {number} failed: {error}")
                 return Scored(tuple(choice), problem.space.cost(choice), 0.0, math.inf)
@@ -93,75 +90,62 @@ class Trials:
             score = evaluate(model.eval(), problem.images.scoring, task, device=problem.device, shared=True)
         return Scored(tuple(choice), problem.space.cost(choice), score.top1, score.loss)
 
-    def _without_labels(self, model: nn.Module, in_float: nn.Module, memory: Memory, number: int) -> None:
-        """Compensate and reconstruct, as far as the run does."""
-        calls, progress = CalibrationCalls(self.images), self.bound.problem.progress
-        if self.config.quantization.compensate:
-
-            def compensated() -> dict[str, Tensor]:
-                compensate(model, in_float, calls, progress=SILENT)
-                return {name: value.cpu() for name, value in model.state_dict().items()}
-
-            model.load_state_dict(distributed.from_first(compensated))
-        if self.config.reconstruction.enabled:
-            options = self.config.reconstruction.model_dump(exclude={"enabled"})
-            progress.note(f"trial {number}: reconstructing")
-            reconstruct(
-                model,
-                in_float,
-                calls,
-                Reconstruction(**options),
-                seed=self.config.run.seed,
-                memory=memory,
-                progress=progress,
-            )
-
-    def _trainer(self, model: nn.Module, in_float: nn.Module, run: "_TrialRun", number: int) -> Trainer:
-        """Trains a trial; validation images stay unseen, so that the last state counts."""
-        problem, network = self.bound.problem, self.bound.search_network
-        return Trainer(
+    def _take(
+        self, stage: str, model: nn.Module, in_float: nn.Module, memory: "_TrialMemory", number: int
+    ) -> None:
+        """Take one stage; validation images stay unseen, so that of a fine-tuning the last state counts."""
+        problem = self.bound.problem
+        without_labels = wanted_stages(self.config).get(stage)
+        if without_labels is not None:
+            without_labels(self.config, model, in_float, self.images, memory, problem.progress)
+            return
+        trainer = Trainer(
             model,
             problem.images.training,
             self.config.training.model_copy(update={"keep": "last"}),
-            num_classes=network.loaded.num_classes,
+            num_classes=self.bound.search_network.loaded.num_classes,
             image_size=max(self.images.preprocessing.input_size[1:]),
             teacher=in_float if self.config.training.distill else None,
-            run=run,
+            run=memory,
             title=f"trial {number}, epoch",
             progress=problem.progress,
         )
+        state = memory.load()
+        if state is not None:
+            trainer.load_state_dict(state)
+        trainer.fit()
 
 
-class _Paused:
-    """The memory of a reconstruction within a trial: saves what was measured before, and stops on signals."""
+class _TrialMemory:
+    """The state of one stage of a trial, within that of the measurements; nothing else of its training is recorded.
 
-    def __init__(self, memory: Memory, kept: State) -> None:
-        self._memory, self._kept = memory, kept
+    Args:
+        memory: of the measurements.
+        kept: what it keeps besides.
+        position: choice and stage of the trial.
+        state: of the stage when it was interrupted, or None.
+    """
 
-    def load(self) -> None:
-        """Nothing: the reconstruction starts from its beginning."""
+    def __init__(
+        self, memory: Memory, kept: State, position: dict[str, Any], state: dict[str, Any] | None
+    ) -> None:
+        self._memory, self._kept, self._position, self._state = memory, kept, position, state
 
-    def offer(self, state: State, *, milestone: bool = False, failing: bool = False) -> None:
-        """Offer what was measured before; see ``Memory.offer``."""
-        self._memory.offer(self._kept, failing=failing)
-
-    def restore_random(self) -> None:
-        """Nothing to restore."""
-
-
-class _TrialRun:
-    """Saves the state of a trial in the memory of the measurements."""
-
-    def __init__(self, choice: Sequence[int], memory: Memory, kept: State) -> None:
-        self._choice, self._memory, self._kept = list(choice), memory, kept
+    def load(self) -> dict[str, Any] | None:
+        """The state of the stage when it was interrupted, or None."""
+        return self._state
 
     def offer(self, state: State, *, milestone: bool = False, failing: bool = False) -> None:
         """Offer the state to the memory, see ``Memory.offer``."""
 
         def everything() -> dict[str, Any]:
-            return {**self._kept(), "training": {"choice": self._choice, "trainer": state()}}
+            return {**self._kept(), "trial": {**self._position, "state": state()}}
 
         self._memory.offer(everything, milestone=milestone, failing=failing)
+
+    def restore_random(self) -> None:
+        """Restore the random numbers of the saved state."""
+        self._memory.restore_random()
 
     def log(self, **values: Any) -> None:
         """Nothing: the trial's result is noted."""

@@ -180,9 +180,9 @@ def start_run(
         statistics = calibrate(network, images, config, progress)
     policy, budget, accuracy = choose_bits(config, prepared, statistics, run, progress, float_score.top1)
     with timed(run, "calibrated"):
-        statistics = balanced(config, network, policy, statistics, images, progress)
+        fitted = balanced(config, network, policy, statistics, images, progress)
         kept = tensors_before(config, network.model)
-        model = install_quantizers(config, network, policy, statistics, images, progress)
+        model = install_quantizers(config, network, policy, fitted, images, progress)
     measured = scorer.of(model, "calibrated")
     calibrated = measured.score
     result = QuantizeResult(

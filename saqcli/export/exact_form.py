@@ -421,8 +421,8 @@ def _float_product(r: _Rewriting, target: Any, x: Any, weight: Any, bias: Any) -
     if target != aten.linear.default:
         name = weight.layer if isinstance(weight, Integers) else "one"
         raise UnsupportedModel(
-            f"style exact needs weights and inputs of every convolution on uniform grids, and {name} is not: "
-            "choose another `style`"
+            f"style exact needs every convolution quantized, its weights and inputs on uniform grids, and {name} is "
+            "not: choose another `style`"
         )
     transposed = r.graph.call_function(aten.transpose.int, (r.as_float(weight), -2, -1))
     result = r.graph.call_function(ORDERED["matmul"], (r.as_float(x), transposed))

@@ -54,7 +54,7 @@ def shifted(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.fixture(scope="module", params=[8, 3])
+@pytest.fixture(scope="module", params=[pytest.param(8, marks=pytest.mark.slow), 3])
 def measured(request: pytest.FixtureRequest) -> tuple[AnalysisInput, Any]:
     """The network and the oracle's Hessian."""
     torch.manual_seed(0)

@@ -126,6 +126,7 @@ def test_quantize_reports_validation_beside_the_bound(network: list[object], tmp
     assert f"validation {accuracy['validation_drop']:.2f}" in report
 
 
+@pytest.mark.slow  # reconstruction and bisection are each interrupted in a test of their own
 def test_interrupted_trials_resume_to_the_same(
     network: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

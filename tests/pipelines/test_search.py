@@ -232,7 +232,11 @@ def calibrated(run: Path) -> Score:
         ("samq", ("--epochs", 1, *sets(**{"search.options.samq.warmup": 0, "search.options.samq.draws": 2}))),
         ("random", ("--correct-bias", *sets(**{"search.options.random.draws": 2}))),
         ("asga", ("--epochs", 1, "--no-recalibrate-bn")),
-        ("random", ("--weight-norm", "--no-recalibrate-bn", *sets(**{"search.options.random.draws": 2}))),
+        pytest.param(
+            "random",
+            ("--weight-norm", "--no-recalibrate-bn", *sets(**{"search.options.random.draws": 2})),
+            marks=pytest.mark.slow,
+        ),
         ("error", ()),
     ],
 )

@@ -70,6 +70,7 @@ def test_saq_search_takes_its_options(folders: tuple[Path, ...], digits: Path, t
     assert found["scored"] > 1
 
 
+@pytest.mark.slow  # saq search with it is tested above
 def test_saq_quantize_searches_with_it(folders: tuple[Path, ...], digits: Path, tmp_path: Path) -> None:
     network = (MODEL, *float_options(digits, digits / "few"), *IMAGES[4:])
     options = ("--epochs", 0, "--no-export", "--run-dir", tmp_path / "run", "--json")

@@ -64,6 +64,7 @@ def test_saq_quantize_writes_named_nodes(run: Path) -> None:
     assert len(verdict["per_layer"]) == verdict["layers"]
 
 
+@pytest.mark.slow  # saq quantize exports with it above
 def test_saq_export_and_eval_take_it(run: Path, folders: tuple[Path, ...], tmp_path: Path) -> None:
     file, images = tmp_path / "model.onnx", ("--data", run.parent / "images", "--workers", 0, "--json")
     given = ("--onnx", file, "--style", "named_nodes", *images)

@@ -170,7 +170,7 @@ def test_other_styles_refuse_tables(style: str, tmp_path: Path) -> None:
 
 
 def test_exact_refuses_tables_of_convolutions(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match="inputs of every convolution on uniform grids"):
+    with pytest.raises(UnsupportedModel, match="its weights and inputs on uniform grids"):
         saqcli.export_onnx(quantized("conv_bn", "log2"), tmp_path / "model.onnx", style="exact")
 
 

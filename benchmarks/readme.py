@@ -27,7 +27,9 @@ def row(run: Path) -> list[str]:
     training = config["training"]
     bits, bops = config["quantization"]["bits"], config["quantization"]["bops"]
     setting = f"`--bits {bits}`" if bits else f"`--bops {bops}`"
-    if training["epochs"] == 0:
+    if config.get("reconstruction", {}).get("enabled"):
+        setting += " `--recipe minutes`, no labels"
+    elif training["epochs"] == 0:
         setting += ", calibrated only"
     else:
         setting += f" `--method {training['method']} --epochs {training['epochs']}`"

@@ -39,7 +39,7 @@ def calibrate(
     return distributed.from_first(
         lambda: observed(
             network.model,
-            _calls(loader := images.calibration()),
+            calls_of(loader := images.calibration()),
             config.run.seed,
             progress,
             len(loader),
@@ -48,31 +48,13 @@ def calibrate(
     )
 
 
-def balance(
-    network: Network, images: Images, config: RunConfig, policy: BitConfig, progress: Progress
-) -> bool:
-    """Balance the norms of the float network, if the settings say so, alike on every rank.
-
-    Returns:
-        Whether any was, so that the statistics of inputs must be taken anew.
-    """
-    if not config.quantization.balance_norms:
-        return False
-    model = network.model
-    folded = distributed.from_first(lambda: _balanced(model, images, config, policy, progress))
-    parameters = dict(model.named_parameters())
-    for name, value in folded.items():
-        parameters[name].data.copy_(value)
-    return bool(folded)
-
-
-def _balanced(
+def _folded(
     model: nn.Module, images: Images, config: RunConfig, policy: BitConfig, progress: Progress
 ) -> dict[str, Tensor]:
-    """The parameters that balancing has changed, by name."""
+    """Balance the norms of ``model``; the parameters that this has changed, by name."""
     found = balance_norms(
         model,
-        _calls(images.calibration()),
+        calls_of(images.calibration()),
         policy,
         scheme_of(config),
         seed=config.run.seed,
@@ -84,7 +66,7 @@ def _balanced(
     }
 
 
-def _calls(loader: Loader) -> Iterator[Call]:
+def calls_of(loader: Loader) -> Iterator[Call]:
     """The images of a loader as calls."""
     return (Call((batch,)) for batch, _ in loader)
 
@@ -134,10 +116,18 @@ def balanced(
     images: Images,
     progress: Progress,
 ) -> Mapping[str, InputStatistics]:
-    """Balance the norms of ``network``, if the settings say so; the statistics of its inputs after that."""
-    if balance(network, images, config, policy, progress):
-        return calibrate(network, images, config, progress)
-    return statistics
+    """Balance the norms of ``network``, if the settings say so; the statistics of its inputs after that.
+
+    Every rank gets the parameters that the first one finds.
+    """
+    if not config.quantization.balance_norms:
+        return statistics
+    model = network.model
+    folded = distributed.from_first(lambda: _folded(model, images, config, policy, progress))
+    parameters = dict(model.named_parameters())
+    for name, value in folded.items():
+        parameters[name].data.copy_(value)
+    return calibrate(network, images, config, progress) if folded else statistics
 
 
 def install_quantizers(
@@ -273,7 +263,7 @@ class CalibrationCorrection:
         if title in self._kept:
             return self._kept[title]
         loader = make()
-        batches = reported(title, _calls(loader), self._progress, len(loader))
+        batches = reported(title, calls_of(loader), self._progress, len(loader))
         if not self._keep:
             return batches
         return self._kept.setdefault(title, list(batches))

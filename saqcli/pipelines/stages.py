@@ -20,6 +20,7 @@ from saqcli import distributed
 from saqcli.config import RunConfig
 from saqcli.data.images import ImageSet
 from saqcli.data.splits import Images
+from saqcli.pipelines.calibration import calls_of
 from saqcli.progress import Progress
 from saqcli.quant.calls import Call
 from saqcli.reconstruction.compensation import Compensation, compensate
@@ -105,7 +106,7 @@ class CalibrationCalls:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Call]:
-        return (Call((batch,)) for batch, _ in self._loader)
+        return calls_of(self._loader)
 
 
 def float_network(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

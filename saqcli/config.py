@@ -1,8 +1,8 @@
 """All settings of a run, in one strict object; ``config.json`` holds it, resolved.
 
-Settings come from five places, later ones win: the defaults here, a recipe (``saqcli/recipes/NAME.toml``), a
-configuration file, assignments (``section.key=value``), and the options of the command. Running the resulting
-``config.json`` again gives the same run. Unknown keys are errors.
+Settings come from six places, later ones win: the defaults here, a recipe (``saqcli/recipes/NAME.toml``), a target
+(``saqcli/targets/NAME.toml``), a configuration file, assignments (``section.key=value``), and the options of the
+command. Running the resulting ``config.json`` again gives the same run. Unknown keys are errors.
 
 A setting stands here only: a field that is annotated with an ``Option`` is an option of the commands that take its
 section. ``saqcli.cli.options`` makes the command line from these, help and completion included.
@@ -260,7 +260,8 @@ class DataSection(_Section):
 class QuantizationSection(_Section):
     """The quantizers, and the source of the bits: ``bits``, a budget (``bops``, ``size`` in bytes), or ``policy``.
 
-    A budget may also be one of accuracy (``max_drop`` or ``min_top1``), alone or with the others.
+    A budget may also be one of accuracy (``max_drop`` or ``min_top1``), alone or with the others. ``target`` is a name in
+    the table of targets (``saqcli.target``), or a file.
 
     ``candidates`` are the widths of weights and inputs together, unless ``activation_candidates`` are set for the
     inputs. ``pins`` restrict them by pattern of layer names: ``4``, ``3-6``, ``w4a8``; the last match decides.
@@ -269,6 +270,16 @@ class QuantizationSection(_Section):
 
     panel = BITS
 
+    target: Annotated[
+        str,
+        Option(
+            "Where the network will run: what is quantized besides layers, which bits are allowed, how files are written: "
+            "{choices}, or a file NAME.toml",
+            "NAME|FILE",
+            choices=_names("paper ort-cpu openvino tensorrt qonnx int8-generic armv8-xnnpack"),
+            family="targets",
+        ),
+    ] = "paper"
     bits: Annotated[
         Text | None,
         Option(
@@ -422,6 +433,7 @@ class QuantizationSection(_Section):
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """JSON has the settings below only if they are set."""
         defaults: dict[str, Any] = {
+            "target": "paper",
             "cost": "bops",
             "max_drop": None,
             "min_top1": None,
@@ -757,6 +769,8 @@ def resolve(
 ) -> RunConfig:
     """The configuration that defaults, recipe, file, assignments and options make together.
 
+    Settings of the target come between those of the recipe and of the file.
+
     Args:
         recipe: name of a recipe; None takes the file's, or ``quick``.
         file: TOML or JSON.
@@ -828,6 +842,7 @@ def resolve_into(
     base = problems.attempt(read_recipe, name, "" if recipe else where)
     name = name if base is not None else DEFAULT_RECIPE
     _merge(tree, read_recipe(name) if base is None else base)
+    _merge(tree, problems.attempt(_defaults_of_target, given, assignments or {}, options or {}) or {})
     _merge(tree, given)
     tree["recipe"] = name
     for key, text in (assignments or {}).items():
@@ -851,6 +866,24 @@ def resolve_into(
         )
         tree["model"] = {**(model if isinstance(model, dict) else {}), "name": ""}
     return _checked(problems, tree, str(file) if file else "configuration")
+
+
+def _defaults_of_target(*given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the target that file, assignments or options name; later ones win.
+
+    Raises:
+        ConfigError: there is no such target.
+    """
+    name: Any = None
+    for one in given:
+        section = one.get("quantization")
+        named = section.get("target") if isinstance(section, Mapping) else one.get("quantization.target")
+        name = name if named is None else named
+    if not isinstance(name, str):
+        return {}
+    from saqcli.target import find_deployment
+
+    return find_deployment(name).settings
 
 
 def _train_on_labels_only(tree: dict[str, Any], given: Sequence[Mapping[str, Any]]) -> None:

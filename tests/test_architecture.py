@@ -45,6 +45,7 @@ BASE = {
     "progress",
     "random_state",
     "serialization",
+    "target",
     "units",
 }
 MOST_IMPORTS = 20  # of ours in one file

@@ -11,6 +11,7 @@ from saqcli.quant.grid import WeightGrid
 from saqcli.quant.quantizers.base import Granularity
 from saqcli.quant.search_space import Candidates
 from saqcli.serialization import parse_object
+from saqcli.target import Target
 
 
 def scheme_of(
@@ -22,11 +23,12 @@ def scheme_of(
     weight_normalization: bool,
     clip_init: ClipInit = "error",
     error_power: float = SQUARED,
+    target: Target | None = None,
 ) -> Scheme:
     """The quantizers that the keywords of a public function name.
 
     Raises:
-        ConfigError: an unknown quantizer or value, or options that the quantizers do not support.
+        ConfigError: an unknown quantizer or value, or options that the quantizers or the target do not support.
     """
     given = {
         "quantizer": quantizer,
@@ -38,8 +40,12 @@ def scheme_of(
         "clip_init": clip_init,
         "error_power": error_power,
     }
+    if target is not None:
+        given["target"] = target.name
     scheme = parse_object(Scheme, given, "the quantizers", ConfigError)
     scheme.check()
+    if target is not None:
+        target.check_scheme(scheme)
     return scheme
 
 

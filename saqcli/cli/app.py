@@ -27,6 +27,7 @@ COMMANDS = {  # names and the first sentence of the help
     "analyze": "Analyze a quantized model: sharpness, Hessian, flips, distributions, sensitivity, loss landscape",
     "models": "List the networks that can be quantized; on a terminal with parameters, input size and published "
     "weights",
+    "targets": "List the targets: runtimes and devices, and what they run in integers",
     "demo": "Run the whole pipeline offline on 1,797 handwritten digits: train in float, search bits, quantize, "
     "export, check",
 }

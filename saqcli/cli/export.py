@@ -12,19 +12,27 @@ STYLES = o.SETTINGS["export.styles"].choices
 
 
 @reporting
-@o.with_settings(*o.IMAGES, "data.verify_images")
+@o.with_settings(
+    *o.IMAGES,
+    "data.verify_images",
+    o.adapted(
+        "quantization.target",
+        help="Where the file will run: {choices}, or a file NAME.toml; refused if it cannot run the model",
+        default="that of the run",
+    ),
+)
 def export_command(
     given: o.Given,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a model.safetensors")],
     onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="File to write")],
     style: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="STYLE",
-            help=f"How quantizers are written: {o.listed(STYLES)}",
+            help=f"How quantizers are written: {o.listed(STYLES)} [default: the first that the target reads, else qdq]",
             autocompletion=lambda: list(STYLES),
         ),
-    ] = "qdq",
+    ] = None,
     verify: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,9 +51,9 @@ def export_command(
     """
     from saqcli.pipelines.export import check_export, export
 
-    images = given.data()
+    images, target = given.data(), given.get("quantization.target")
     if given.problems.errors:
-        given.problems.attempt(check_export, run, onnx, style, images, tuple(verify or ()))
+        given.problems.attempt(check_export, run, onnx, style, images, tuple(verify or ()), target)
     given.problems.check()
     result = export(
         run,
@@ -56,6 +64,7 @@ def export_command(
         progress=progress_for(json_output=json_output, quiet=quiet),
         runtimes=tuple(verify or ()),
         builder=builder,
+        target=target,
     ).to_dict()
     if json_output:
         print_json(result)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from saqcli.cli.flags import as_flags
 from saqcli.quant.bits import LayerBits, mean_bits
+from saqcli.target import Operand, Target
 from saqcli.units import counted, format_figure, format_quantity
 
 if TYPE_CHECKING:
@@ -217,6 +218,60 @@ def show_profile(result: dict[str, Any]) -> None:
         f"reachable budgets: {format_quantity(result['floor_bops'], 'BOPs')} to "
         f"{format_quantity(result['ceiling_bops'], 'BOPs')}",
     )
+
+
+def show_targets(targets: Sequence[Target]) -> None:
+    """Print a line for every target."""
+    console = Console()
+    rows = [
+        [each.name, ", ".join(each.styles) or "any", ", ".join(each.junctions) or "none"] for each in targets
+    ]
+    print_table(console, ("target", "styles", "also quantized"), rows, left=(0, 1, 2))
+    for each in targets:
+        print_text(console, f"{each.name}: {each.description}")
+    print_text(console, "\nsaq targets NAME shows one in full; --target NAME quantizes for it.")
+
+
+def show_target(target: Target) -> None:
+    """Print all that is known of one target."""
+    console = Console()
+    print_text(console, f"{target.name}: {target.description}\n")
+    scopes = f"per {' or '.join(target.weights.granularity)}"
+    rows = [
+        ["styles of files", ", ".join(target.styles) or "any"],
+        ["weights", f"{_widths(target.weights)}, {scopes}"],
+        ["inputs", f"{_widths(target.inputs)}, per tensor"],
+        ["also quantized", _junctions(target)],
+        ["biases", "32-bit integers" if target.bias == "int32" else "floating point"],
+        ["run as one", "; ".join(target.fused) or "unknown"],
+        *(
+            [f"default of {section}.{key}", str(value)]
+            for section, values in target.settings.items()
+            for key, value in values.items()
+        ),
+    ]
+    for label, value in rows:
+        print_text(console, f"{label}: {value}")
+    for note in target.notes:
+        print_text(console, f"note: {note}")
+
+
+def _widths(operand: Operand) -> str:
+    """Widths of an operand: those in integer kernels, and the rest."""
+    others = [width for width in operand.bits if width not in operand.integer]
+    texts = []
+    if operand.integer:
+        texts.append(f"{', '.join(map(str, operand.integer))} bits in integer kernels")
+    if others:
+        texts.append(f"{', '.join(map(str, others))} bits computed in floating point")
+    return "; ".join(texts) + ("" if operand.float else "; never left in floating point")
+
+
+def _junctions(target: Target) -> str:
+    if not target.junctions:
+        return "nothing"
+    counted = "counted" if target.count_junctions else "not counted"
+    return f"{', '.join(target.junctions)} at {target.junction_bits} bits, {counted} as bit-operations"
 
 
 def times_fewer(result: dict[str, Any], cost: str) -> str:

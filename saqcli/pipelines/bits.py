@@ -10,12 +10,14 @@ from saqcli.config import QuantizationSection, RunConfig
 from saqcli.errors import ConfigError, Problems
 from saqcli.pipelines.setup import Network
 from saqcli.quant.bits import BitConfig, parse_bits
+from saqcli.quant.convert import Scheme
 from saqcli.quant.cost import Budget, CostModel
 from saqcli.quant.costs import COSTS
 from saqcli.quant.search_space import Candidates, SearchSpace, parse_rule, parse_rules, search_space
 from saqcli.searchers import SEARCHERS, Searcher
 from saqcli.searchers.accuracy import AccuracyBound, middle
 from saqcli.serialization import parse_json, read_text
+from saqcli.target import find_deployment
 from saqcli.units import SETTINGS, Quantity, parse_quantity
 
 BUDGETS: tuple[tuple[str, Quantity], ...] = (
@@ -121,10 +123,11 @@ def space_of(section: QuantizationSection, network: Network) -> SearchSpace:
     Raises:
         ConfigError: pins that match no layer, or leave a layer without options.
     """
-    activations = section.activation_candidates
+    target, activations = find_deployment(section.target), section.activation_candidates
+    weights = target.candidates(tuple(sorted(set(section.candidates))), "weights")
     candidates = Candidates(
-        tuple(sorted(set(section.candidates))),
-        None if activations is None else tuple(sorted(set(activations))),
+        target.candidates(weights, "inputs") if activations is None else weights,
+        None if activations is None else target.candidates(tuple(sorted(set(activations))), "inputs"),
     )
     return search_space(network.name, costs_of(section, network), candidates, parse_rules(section.pins))
 
@@ -214,13 +217,31 @@ def given_policy(section: QuantizationSection, network: Network) -> BitConfig | 
 
     Raises:
         ConfigError: none or more than one of bits, budget and policy.
+        UnsupportedModel: the target cannot run the bits of a layer.
     """
     check_bits_source(section)
+    policy = None
     if section.policy is not None:
-        return read_policy(section.policy, network)
-    if section.bits is not None:
-        return uniform_policy(network, parse_bits(section.bits), section.pins)
-    return None
+        policy = read_policy(section.policy, network)
+    elif section.bits is not None:
+        policy = uniform_policy(network, parse_bits(section.bits), section.pins)
+    if policy is not None:
+        find_deployment(section.target).check_policy(policy.layers)
+    return policy
+
+
+def check_target(config: RunConfig, scheme: Scheme) -> None:
+    """Check quantizers and styles against the target, before a network is loaded.
+
+    Raises:
+        SaqError: all problems in one message.
+    """
+    problems = Problems()
+    target = problems.attempt(find_deployment, config.quantization.target)
+    if target is not None:
+        problems.attempt(target.check_scheme, scheme)
+        problems.attempt(target.check_styles, config.export.styles)
+    problems.check()
 
 
 def read_policy(text: str, network: Network) -> BitConfig:

@@ -29,6 +29,7 @@ from saqcli.quant.convert import Scheme
 from saqcli.quant.correction import Corrections
 from saqcli.random_state import random_state, set_random_state
 from saqcli.reconstruction.norms import balance_norms
+from saqcli.target import find_deployment
 from saqcli.training.minimizers.base import running_statistics
 
 
@@ -83,6 +84,7 @@ def scheme_of(config: RunConfig) -> Scheme:
         weight_quantizer=wanted.weight_quantizer,
         activation_quantizer=wanted.activation_quantizer,
         error_power=wanted.error_power,
+        target=find_deployment(wanted.target).name,
     )
 
 

@@ -23,6 +23,7 @@ from saqcli.progress import Progress
 from saqcli.report.run_report import QuantizeResult
 from saqcli.runs.directory import RunDirectory
 from saqcli.serialization import make_folder
+from saqcli.target import TARGETS, find_deployment
 from saqcli.training.loop import Batches
 from saqcli.verify.proof import check_runtime
 from saqcli.verify.publish import export_verified
@@ -59,29 +60,32 @@ def export(
     source: Path,
     path: Path,
     *,
-    style: str,
+    style: str | None,
     data: DataSection,
     overwrite: bool,
     progress: Progress,
     runtimes: tuple[str, ...] = (),
     builder: str | None = None,
+    target: str | None = None,
 ) -> Export:
     """Export the model of a run directory or safetensors file to ONNX.
 
     Args:
         source: run directory or ``.safetensors`` file.
         path: of the file to write.
-        style: name in ``STYLES``.
+        style: name in ``STYLES``; None for the first that the target reads, else ``qdq``.
         data: images to verify on; synthetic ones if no path is given.
         overwrite: replace an existing ``path``.
         progress: reports the verification.
         runtimes: runtimes to verify with in addition to ONNX Runtime.
         builder: name of the user's own network that the model was made from, if it was.
+        target: name or file of the target; None for that of the model.
 
     Raises:
+        UnsupportedModel: the target cannot run the model.
         ExportMismatch: the file does not equal the model; nothing is written to ``path``.
     """
-    weights = check_export(source, path, style, data, runtimes)
+    weights = check_export(source, path, style, data, runtimes, target)
     stopped = RunDirectory.open(source) if weights is None else None
     own = named_builder(find_target(str(source), QUANTIZED), builder)
     for taken in (path, verdict_path(path)):
@@ -97,6 +101,7 @@ def export(
         assert weights is not None
         model, metadata = restore(weights, own)
         size = (run.manifest().results.get("size_bytes") if run else None) or weights.stat().st_size
+    style = style_for(metadata, model, style, target)
     preprocessing = Preprocessing.from_dict(metadata.preprocessing)
     about: dict[str, Any] = {"true_size": size}
     if data.path is None:
@@ -114,8 +119,39 @@ def export(
     return Export(path, style, verdict)
 
 
+def style_for(metadata: ModelMetadata, model: nn.Module, style: str | None, target: str | None) -> str:
+    """The style that a model is written in for its target.
+
+    Args:
+        metadata: of the model.
+        model: quantized.
+        style: as the user gives it, or None.
+        target: name or file of the target; None for that of the model.
+
+    Raises:
+        ConfigError: the target does not read the style.
+        UnsupportedModel: the target cannot run the model; the message names the reason.
+    """
+    name = metadata.scheme.target if target is None else target
+    if target is None and name not in TARGETS:  # the user's own file, or another package's: the run knows the styles
+        return style or "qdq"
+    deployment = find_deployment(name)
+    if style is not None:
+        deployment.check_styles((style,))
+    if target is not None:
+        deployment.check_scheme(metadata.scheme)
+        deployment.check_policy(metadata.policy.layers)
+        deployment.check_junctions(metadata.policy.model, kinds_of(model))
+    return style or (deployment.styles or ("qdq",))[0]
+
+
 def check_export(
-    source: Path, path: Path, style: str, data: DataSection, runtimes: tuple[str, ...] = ()
+    source: Path,
+    path: Path,
+    style: str | None,
+    data: DataSection,
+    runtimes: tuple[str, ...] = (),
+    target: str | None = None,
 ) -> Path | None:
     """Check the arguments and return the safetensors file to export; None for the checkpoint of a run that was stopped.
 
@@ -128,7 +164,10 @@ def check_export(
     file = None
     if target is not None and not stopped:
         file = problems.attempt(named_file, target, ModelSection(name=str(source)))
-    problems.attempt(check_styles, (style,))
+    if style is not None:
+        problems.attempt(check_styles, (style,))
+    if target is not None:
+        problems.attempt(find_deployment, target)
     for runtime in runtimes:
         problems.attempt(check_runtime, runtime)
     if path.suffix != ".onnx":

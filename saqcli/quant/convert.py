@@ -34,6 +34,7 @@ from saqcli.quant.quantizers import QUANTIZERS, Quantizer
 from saqcli.quant.quantizers.base import Granularity
 from saqcli.quant.routing import RoutedParent, routed_class
 from saqcli.quant.wrapping import reason_for_float, unwrap_layer, wrap_layer
+from saqcli.target import PAPER
 
 ErrorPower = Annotated[float, Field(ge=1, le=4)]
 
@@ -51,8 +52,9 @@ class Scheme(BaseModel):
             calibration images, or as in the SAQ ``paper`` (``clip`` only).
         weight_quantizer: name in ``QUANTIZERS``, of weights; None for ``quantizer``.
         activation_quantizer: the same of inputs.
-        error_power: exponent p of the quantization error, sum |e|**p. JSON has this and the two before only if they
-            are set.
+        error_power: exponent p of the quantization error, sum |e|**p.
+        target: name of the target that it was chosen for (``saqcli.target``). JSON has this and the three before only
+            if they are set.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,10 +67,16 @@ class Scheme(BaseModel):
     weight_quantizer: str | None = None
     activation_quantizer: str | None = None
     error_power: ErrorPower = SQUARED
+    target: str = PAPER
 
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        defaults = {"weight_quantizer": None, "activation_quantizer": None, "error_power": SQUARED}
+        defaults = {
+            "weight_quantizer": None,
+            "activation_quantizer": None,
+            "error_power": SQUARED,
+            "target": PAPER,
+        }
         return {
             key: value
             for key, value in handler(self).items()

@@ -1,0 +1,295 @@
+"""Targets: what a runtime or a device can run in integers, known before calibration and training.
+
+Which operators are quantized besides weights and inputs of layers, at which widths, and how a file is written is a
+property of the place where a network will run. Found out at export it comes too late: the quantizers of an addition
+have to be calibrated, and trained, like all others. A target is a small TOML file, of the package
+(``saqcli/targets/NAME.toml``), of a user, or the entry point ``saqcli.targets`` of another package. Target ``paper``
+adds and forbids nothing: bits, costs and files are those of the publications.
+
+The table ``[settings]`` of a target are defaults that fit it; they lie between the recipe and what the user gives.
+What the target cannot run is refused with the layer and the reason.
+"""
+
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Annotated, Any, Literal, Protocol, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from saqcli.errors import ConfigError, UnsupportedModel
+from saqcli.plugins import Plugins
+from saqcli.serialization import named_path, parse_object, printable, read_text, read_toml
+
+PAPER = "paper"
+BitWidth = Annotated[int, Field(ge=2, le=8)]
+Line = Annotated[str, Field(min_length=1, max_length=400, pattern=r"^[^\n\r]*$")]
+Kind = Literal["add", "concat", "mul", "pool", "sigmoid", "hardswish", "softmax"]
+_MOST_BYTES = 2**16
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Operand(_Part):
+    """What a target can do with one operand of its layers.
+
+    Attributes:
+        bits: widths that it runs, in any kind of kernel.
+        integer: those that it runs in integer kernels.
+        float: whether single layers may have it in floating point.
+        asymmetric: whether its zero may lie anywhere in the range.
+    """
+
+    bits: Annotated[tuple[BitWidth, ...], Field(min_length=1)] = (2, 3, 4, 5, 6, 7, 8)
+    integer: tuple[BitWidth, ...] = ()
+    float: bool = True
+    asymmetric: bool = True
+
+
+class Weights(Operand):
+    """Weights of layers.
+
+    Attributes:
+        granularity: scopes of a step, as in ``quantization.granularity``.
+        grids: levels, as in ``quantization.weight_grid``.
+    """
+
+    granularity: tuple[Literal["channel", "tensor"], ...] = ("channel", "tensor")
+    grids: tuple[Literal["auto", "paper", "zero"], ...] = ("auto", "paper", "zero")
+
+
+class Inputs(Operand):
+    """Inputs of layers, and operands of junctions.
+
+    Attributes:
+        tables: whether they may lie on a table of levels instead of a uniform grid.
+    """
+
+    tables: bool = True
+
+
+class Target(_Part):
+    """A runtime or a device, as far as quantization has to know it.
+
+    Attributes:
+        format: version of this schema.
+        name: as in the table of targets.
+        description: one line.
+        styles: ONNX styles that it reads, the preferred one first; empty for any.
+        junctions: kinds of operators besides layers whose operands are quantized.
+        junction_bits: width of these operands.
+        count_junctions: whether they count as bit-operations.
+        weights: what it can do with weights.
+        inputs: what it can do with inputs.
+        bias: container of biases; ``int32`` are multiples of input step times weight step.
+        fused: neighbours that run as one operator, for people.
+        notes: what else a person should know, for people.
+        settings: defaults for this target, by section and key.
+    """
+
+    format: Literal[1] = 1
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    description: Line
+    styles: tuple[str, ...] = ()
+    junctions: tuple[Kind, ...] = ()
+    junction_bits: BitWidth = 8
+    count_junctions: bool = False
+    weights: Weights = Weights()
+    inputs: Inputs = Inputs()
+    bias: Literal["float", "int32"] = "float"
+    fused: tuple[Line, ...] = ()
+    notes: tuple[Line, ...] = ()
+    settings: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _check_settings(self) -> Self:
+        for section, values in self.settings.items():
+            for key in values:
+                if (section, key) in (("quantization", "target"), ("model", "name")):
+                    raise ValueError(f"settings.{section}.{key} is not for a target to choose")
+        return self
+
+    def runs_in_integers(self, bits: "_LayerBits") -> bool:
+        """Whether a layer of ``bits`` runs in an integer kernel."""
+        return bits.weight in self.weights.integer and bits.activation in self.inputs.integer
+
+    def candidates(self, widths: tuple[int, ...], operand: Literal["weights", "inputs"]) -> tuple[int, ...]:
+        """Those of ``widths`` that the target runs.
+
+        Raises:
+            ConfigError: it runs none of them.
+        """
+        able = getattr(self, operand).bits
+        kept = tuple(width for width in widths if width in able)
+        if not kept:
+            raise ConfigError(
+                f"target {self.name} runs {operand} of {_listed(able)} bits, and the candidates are {_listed(widths)}: "
+                "choose among the former, or another `quantization.target`"
+            )
+        return kept
+
+    def check_styles(self, styles: tuple[str, ...]) -> None:
+        """Refuse files that the target does not read.
+
+        Raises:
+            ConfigError: names the style.
+        """
+        for style in styles:
+            if self.styles and style not in self.styles:
+                raise ConfigError(
+                    f"target {self.name} reads files of style {_listed(self.styles)}, not {style}: choose one of these, "
+                    "or another `quantization.target`"
+                )
+
+    def check_scheme(self, scheme: "_Scheme") -> None:
+        """Refuse quantizers that the target cannot express.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+        for setting, value, able in (
+            ("granularity", scheme.granularity, self.weights.granularity),
+            ("weight_grid", scheme.weight_grid, self.weights.grids),
+        ):
+            if value not in able:
+                raise ConfigError(
+                    f"target {self.name} has no `quantization.{setting}={value}`: choose {_listed(able)}, or another "
+                    "`quantization.target`"
+                )
+        weights, inputs = scheme.names
+        for setting, name, operand in (
+            ("weight_quantizer", weights, self.weights),
+            ("activation_quantizer", inputs, self.inputs),
+        ):
+            if name in ("asymmetric", "lsq_plus") and not operand.asymmetric:
+                raise ConfigError(
+                    f"target {self.name} has symmetric grids only, and `quantization.{setting}={name}` is asymmetric: "
+                    "choose another quantizer, or another `quantization.target`"
+                )
+        if inputs in ("log2", "adaptive") and not self.inputs.tables:
+            raise ConfigError(
+                f"target {self.name} has uniform grids only, and `quantization.activation_quantizer={inputs}` has "
+                "levels of its own: choose another quantizer, or another `quantization.target`"
+            )
+
+    def check_policy(self, layers: Mapping[str, "_LayerBits"]) -> None:
+        """Refuse bits that the target cannot run.
+
+        Raises:
+            UnsupportedModel: names the layer and the reason.
+        """
+        for name, bits in layers.items():
+            for what, width, operand in (
+                ("weights", bits.weight, self.weights),
+                ("inputs", bits.activation, self.inputs),
+            ):
+                if width is None and not operand.float:
+                    raise UnsupportedModel(
+                        f"target {self.name} runs no layer with {what} in floating point, as {name} has: give it "
+                        f"{_listed(operand.bits)} bits, or choose another `quantization.target`"
+                    )
+                if width is not None and width not in operand.bits:
+                    raise UnsupportedModel(
+                        f"target {self.name} runs {what} of {_listed(operand.bits)} bits, and {name} has {width}: "
+                        "change its bits, or choose another `quantization.target`"
+                    )
+
+    def check_junctions(self, model: str, kinds: frozenset[str]) -> None:
+        """Refuse a quantized model without the quantizers that the target's integer kernels need.
+
+        Args:
+            model: its name.
+            kinds: of its junctions that are quantized, or that it does not have.
+
+        Raises:
+            UnsupportedModel: names the kinds.
+        """
+        missing = [kind for kind in self.junctions if kind not in kinds]
+        if missing:
+            raise UnsupportedModel(
+                f"target {self.name} quantizes the operands of {_listed(tuple(missing))}, and {model} was quantized "
+                f"without: quantize it with `quantization.target={self.name}`"
+            )
+
+
+class _LayerBits(Protocol):
+    """Bits of a layer; None is floating point."""
+
+    @property
+    def weight(self) -> int | None: ...
+    @property
+    def activation(self) -> int | None: ...
+
+
+class _Scheme(Protocol):
+    """The choice of quantizers."""
+
+    @property
+    def granularity(self) -> str: ...
+    @property
+    def weight_grid(self) -> str: ...
+    @property
+    def names(self) -> tuple[str, str]: ...
+
+
+def _listed(values: tuple[Any, ...]) -> str:
+    words = [str(value) for value in values]
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def parse_target(text: str, source: str, name: str) -> Target:
+    """The target that a TOML text describes.
+
+    Args:
+        text: of the file.
+        source: of the text, for messages.
+        name: of the target; the file does not repeat it.
+
+    Raises:
+        ConfigError: not TOML, an unknown key, a value of the wrong kind.
+    """
+    tree = read_toml(text, source)
+    if "name" in tree:
+        raise ConfigError(f"{source}: name is that of the file: remove it")
+    return parse_object(Target, {**tree, "name": name}, source)
+
+
+def _ours() -> dict[str, Target]:
+    folder = files("saqcli") / "targets"
+    texts = {entry.name: entry for entry in folder.iterdir() if entry.name.endswith(".toml")}
+    names = sorted((name.removesuffix(".toml") for name in texts), key=lambda name: (name != PAPER, name))
+    return {
+        name: parse_target(texts[f"{name}.toml"].read_text(encoding="utf-8"), f"target {name}", name)
+        for name in names
+    }
+
+
+def _problem(plugin: Any) -> str | None:
+    """Why ``plugin`` is no target, or None."""
+    return None if isinstance(plugin, Target) else f"it is a {type(plugin).__name__}, not a Target"
+
+
+TARGETS: Plugins[Target] = Plugins("targets", "target", _ours(), _problem, named=True)
+
+
+def is_file(text: str) -> bool:
+    """Whether ``text`` names a file with a target, not one of the table."""
+    return text.endswith(".toml")
+
+
+def find_deployment(text: str, setting: str = "quantization.target") -> Target:
+    """The target ``text``, a name in the table or a file ``NAME.toml``; messages name the ``setting`` that holds it.
+
+    Raises:
+        ConfigError: there is none, or its file cannot be read.
+
+    Example:
+        >>> find_deployment("ort-cpu").styles[0]
+        'ort'
+    """
+    if not is_file(text):
+        return TARGETS.find(text, setting)
+    path = named_path(text)
+    content = read_text(path, f"`{setting}={printable(text, 200)}`", most=_MOST_BYTES)
+    return parse_target(content, str(path), path.stem)

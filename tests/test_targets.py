@@ -1,0 +1,132 @@
+"""Targets: their files, what they refuse, and the settings that they bring."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saqcli.config import resolve
+from saqcli.errors import ConfigError, UnsupportedModel
+from saqcli.export import STYLES
+from saqcli.quant.bits import LayerBits
+from saqcli.quant.convert import Scheme
+from saqcli.target import PAPER, TARGETS, Target, find_deployment, parse_target
+from tests.support.command_line import answer, last_error, saq
+
+MODEL = ("saq/resnet20", "--no-pretrained", "--num-classes", "10")
+
+
+def bits(weight: int | None, activation: int | None) -> LayerBits:
+    return LayerBits(weight=weight, activation=activation)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_own_targets_are_consistent(target: Target) -> None:
+    assert set(target.styles) <= set(STYLES)
+    assert set(target.weights.integer) <= set(target.weights.bits)
+    assert set(target.inputs.integer) <= set(target.inputs.bits)
+    config = resolve(options={"model.name": "saq/resnet20", "quantization.target": target.name})
+    target.check_styles(config.export.styles)
+    target.check_scheme(Scheme(weight_grid=config.quantization.weight_grid))
+
+
+def test_paper_adds_and_refuses_nothing() -> None:
+    paper = TARGETS[PAPER]
+    assert paper == Target(name=PAPER, description=paper.description, notes=paper.notes)
+    paper.check_styles(tuple(STYLES))
+    paper.check_policy({"fc": bits(None, None), "conv1": bits(2, 7)})
+    assert not paper.junctions
+    assert resolve(options={"model.name": "x", "quantization.target": PAPER}) == resolve(
+        options={"model.name": "x"}
+    )
+
+
+def test_settings_of_a_target_lie_below_the_users(tmp_path: Path) -> None:
+    named = {"model.name": "x", "quantization.target": "ort-cpu"}
+    assert resolve(options=named).quantization.weight_grid == "zero"
+    assert resolve(options=named | {"quantization.weight_grid": "auto"}).quantization.weight_grid == "auto"
+    file = tmp_path / "run.toml"
+    file.write_text('[quantization]\ntarget = "ort-cpu"\nweight_grid = "paper"\n')
+    assert resolve(file=file, options={"model.name": "x"}).quantization.weight_grid == "paper"
+    assert resolve(file=file, options={"model.name": "x"}).export.styles == TARGETS["ort-cpu"].styles[:1]
+
+
+def test_config_names_a_target_only_if_given() -> None:
+    assert "target" not in resolve(options={"model.name": "x"}).to_json()
+    assert '"target": "qonnx"' in resolve(options={"model.name": "x", "quantization.target": "qonnx"}).to_json()
+    assert "target" not in Scheme().model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ({"conv1": bits(8, 8), "layer1": bits(4, 8)}, "weights of 8 bits, and layer1 has 4"),
+        ({"conv1": bits(8, 2)}, "inputs of 8 bits, and conv1 has 2"),
+        ({"fc": bits(None, 8)}, "no layer with weights in floating point, as fc has"),
+    ],
+)
+def test_policies_are_refused_by_layer(layers: dict[str, LayerBits], words: str) -> None:
+    with pytest.raises(UnsupportedModel, match=words):
+        TARGETS["int8-generic"].check_policy(layers)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        ({"weight_grid": "paper"}, "weight_grid=paper"),
+        ({"weight_quantizer": "asymmetric", "weight_grid": "auto"}, "weight_quantizer=asymmetric"),
+        ({"activation_quantizer": "log2", "weight_grid": "zero"}, "uniform grids only"),
+    ],
+)
+def test_schemes_are_refused_by_setting(scheme: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        TARGETS["ort-cpu"].check_scheme(Scheme(**scheme))
+
+
+def test_candidates_are_those_of_the_target() -> None:
+    target = parse_target('description = "x"\n[weights]\nbits = [4, 8]\n', "x.toml", "x")
+    assert target.candidates((2, 3, 4, 8), "weights") == (4, 8)
+    assert target.candidates((2, 3), "inputs") == (2, 3)
+    with pytest.raises(ConfigError, match="4 or 8 bits, and the candidates are 2 or 3"):
+        target.candidates((2, 3), "weights")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "description"),
+        ('description = "x"\nname = "y"\n', "name is that of the file"),
+        ('description = "x"\nspeed = 3\n', "unknown key 'speed'"),
+        ('description = "x"\njunctions = ["convolve"]\n', "junctions"),
+        ('description = "x"\nformat = 2\n', "format"),
+        ('description = "x"\n[weights]\nbits = []\n', "weights.bits"),
+        ('description = "x"\n[settings.quantization]\ntarget = "paper"\n', "not for a target to choose"),
+        ("description = ", "TOML"),
+    ],
+)
+def test_files_of_targets_are_strict(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        find_deployment(str(file))
+
+
+def test_own_target_works_from_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "chip.toml"
+    file.write_text('description = "a chip"\nstyles = ["qonnx"]\n[inputs]\nbits = [4, 8]\n')
+    plan = answer(
+        "quantize", *MODEL, "--bits", "4", "--target", str(file), "--style", "qonnx", "--dry-run"
+    )
+    assert plan["config"]["quantization"]["target"] == str(file)
+    wrong_bits = ("quantize", *MODEL, "--bits", "w4a3", "--target", file, "--style", "qonnx", "--dry-run")
+    assert "inputs of 4 or 8 bits, and layer1.0.conv1 has 3" in last_error(saq(*wrong_bits))
+    wrong_style = ("quantize", *MODEL, "--bits", "4", "--target", file, "--dry-run")
+    assert "style qonnx, not qdq" in last_error(saq(*wrong_style))
+
+
+def test_listing_shows_every_target() -> None:
+    lines = saq("targets").stdout
+    assert all(name in lines for name in TARGETS)
+    assert answer("targets")["targets"][0]["name"] == PAPER
+    assert answer("targets", "qonnx")["styles"] == ["qonnx"]
+    assert "TARGET" in last_error(saq("targets", "nothing"))

@@ -19,6 +19,7 @@ from saqcli.pipelines import quantize
 from saqcli.quant.costs import COSTS
 from saqcli.quant.quantizers import QUANTIZERS
 from saqcli.searchers import SEARCHERS
+from saqcli.target import TARGETS
 from saqcli.training.minimizers import MINIMIZERS
 from tests.support.command_line import answer, last_error, saq
 
@@ -26,6 +27,7 @@ COMMANDS: Any = get_command(app).commands  # type: ignore[attr-defined]
 TABLES = {
     "quantization.searcher": SEARCHERS,
     "quantization.cost": COSTS,
+    "quantization.target": TARGETS,
     "quantization.quantizer": QUANTIZERS,
     "quantization.weight_quantizer": QUANTIZERS,
     "quantization.activation_quantizer": QUANTIZERS,
@@ -45,7 +47,7 @@ NETWORK = (
 )
 BITS = (
     "--activation-candidates --activation-quantizer --bops --budget --candidates --correct-bias --cost "
-    "--granularity --max-drop --min-top1 --new-head --no-correct-bias --no-quantize-attention --no-recalibrate-bn "
+    "--granularity --max-drop --min-top1 --target --new-head --no-correct-bias --no-quantize-attention --no-recalibrate-bn "
     "--no-weight-norm --pin --quantize-attention --quantizer --recalibrate-bn --searcher --size "
     "--weight-grid --weight-norm --weight-quantizer"
 )
@@ -62,13 +64,14 @@ ACCEPTED = {
     "--workers",
     "eval": f"--builder {IMAGES} {NETWORK} {GENERAL} --batch-sizes --bench --device --memory-format "
     "--repeats --threads",
-    "export": f"--builder {IMAGES} {GENERAL} --onnx --overwrite --style --verify --verify-images",
+    "export": f"--builder {IMAGES} {GENERAL} --onnx --overwrite --style --target --verify --verify-images",
     "profile": f"--builder {GENERAL} --bits --candidates --in-chans --input-size --model-kwargs --no-pretrained "
     "--no-quantize-attention --num-classes --policy --pretrained --quantize-attention --weights --weights-key",
     "analyze": f"--builder {IMAGES} {NETWORK} {GENERAL} --against --all --bits --candidates --device --distributions "
     "--eigenvalue --flips --grid --hessian --images --iterations --landscape --out --overwrite --policy --resume --rho "
     "--rho-unit --samples --seed --sensitivity --set --sharpness --span --split --starts --trace",
     "models": "--json --verbose",
+    "targets": "--json --verbose",
     "demo": f"{GENERAL} --bops --budget --epochs --run-dir --seed",
 }
 

@@ -260,8 +260,8 @@ class DataSection(_Section):
 class QuantizationSection(_Section):
     """The quantizers, and the source of the bits: ``bits``, a budget (``bops``, ``size`` in bytes), or ``policy``.
 
-    A budget may also be one of accuracy (``max_drop`` or ``min_top1``), alone or with the others. ``target`` is a name in
-    the table of targets (``saqcli.target``), or a file.
+    A budget may also be one of accuracy (``max_drop`` or ``min_top1``), alone or with the others. ``target`` is a name
+    in the table of targets (``saqcli.target``), or a file.
 
     ``candidates`` are the widths of weights and inputs together, unless ``activation_candidates`` are set for the
     inputs. ``pins`` restrict them by pattern of layer names: ``4``, ``3-6``, ``w4a8``; the last match decides.
@@ -273,8 +273,8 @@ class QuantizationSection(_Section):
     target: Annotated[
         str,
         Option(
-            "Where the network will run: what is quantized besides layers, which bits are allowed, how files are written: "
-            "{choices}, or a file NAME.toml",
+            "Where the network will run, which decides what is quantized besides layers, the allowed bits and the style "
+            "of files: {choices}, or a file NAME.toml",
             "NAME|FILE",
             choices=_names("paper ort-cpu openvino tensorrt qonnx int8-generic armv8-xnnpack"),
             family="targets",

@@ -12,6 +12,7 @@ What the target cannot run is refused with the layer and the reason.
 
 from collections.abc import Mapping
 from importlib.resources import files
+from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -23,7 +24,20 @@ from saqcli.serialization import named_path, parse_object, printable, read_text,
 PAPER = "paper"
 BitWidth = Annotated[int, Field(ge=2, le=8)]
 Line = Annotated[str, Field(min_length=1, max_length=400, pattern=r"^[^\n\r]*$")]
-Kind = Literal["add", "concat", "mul", "pool", "sigmoid", "hardswish", "softmax"]
+Kind = Literal[  # the keys of ``quant.junctions.kinds.KINDS``
+    "add",
+    "mul",
+    "concat",
+    "concat_shared",
+    "pool",
+    "sigmoid",
+    "hardsigmoid",
+    "silu",
+    "hardswish",
+    "gelu",
+    "tanh",
+    "leaky_relu",
+]
 _MOST_BYTES = 2**16
 
 
@@ -138,8 +152,8 @@ class Target(_Part):
         for style in styles:
             if self.styles and style not in self.styles:
                 raise ConfigError(
-                    f"target {self.name} reads files of style {_listed(self.styles)}, not {style}: choose one of these, "
-                    "or another `quantization.target`"
+                    f"target {self.name} reads files of style {_listed(self.styles)}, not {style}: choose one of "
+                    "these, or another `quantization.target`"
                 )
 
     def check_scheme(self, scheme: "_Scheme") -> None:
@@ -200,7 +214,7 @@ class Target(_Part):
 
         Args:
             model: its name.
-            kinds: of its junctions that are quantized, or that it does not have.
+            kinds: of junctions that were quantized.
 
         Raises:
             UnsupportedModel: names the kinds.
@@ -293,3 +307,14 @@ def find_deployment(text: str, setting: str = "quantization.target") -> Target:
     path = named_path(text)
     content = read_text(path, f"`{setting}={printable(text, 200)}`", most=_MOST_BYTES)
     return parse_target(content, str(path), path.stem)
+
+
+def deployment_of(target: str | Path | Target | None) -> Target:
+    """The target that a public function is given; ``paper`` if it is None.
+
+    Raises:
+        ConfigError: there is no such target.
+    """
+    if isinstance(target, Target):
+        return target
+    return TARGETS[PAPER] if target is None else find_deployment(str(target), "target")

@@ -1,7 +1,7 @@
 """Targets: their files, what they refuse, and the settings that they bring."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -10,7 +10,8 @@ from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.export import STYLES
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
-from saqcli.target import PAPER, TARGETS, Target, find_deployment, parse_target
+from saqcli.quant.junctions.kinds import KINDS
+from saqcli.target import PAPER, TARGETS, Kind, Target, find_deployment, parse_target
 from tests.support.command_line import answer, last_error, saq
 
 MODEL = ("saq/resnet20", "--no-pretrained", "--num-classes", "10")
@@ -28,6 +29,10 @@ def test_own_targets_are_consistent(target: Target) -> None:
     config = resolve(options={"model.name": "saq/resnet20", "quantization.target": target.name})
     target.check_styles(config.export.styles)
     target.check_scheme(Scheme(weight_grid=config.quantization.weight_grid))
+
+
+def test_kinds_of_junctions_are_those_that_exist() -> None:
+    assert set(get_args(Kind)) == set(KINDS)
 
 
 def test_paper_adds_and_refuses_nothing() -> None:
@@ -53,7 +58,9 @@ def test_settings_of_a_target_lie_below_the_users(tmp_path: Path) -> None:
 
 def test_config_names_a_target_only_if_given() -> None:
     assert "target" not in resolve(options={"model.name": "x"}).to_json()
-    assert '"target": "qonnx"' in resolve(options={"model.name": "x", "quantization.target": "qonnx"}).to_json()
+    assert (
+        '"target": "qonnx"' in resolve(options={"model.name": "x", "quantization.target": "qonnx"}).to_json()
+    )
     assert "target" not in Scheme().model_dump_json()
 
 
@@ -114,9 +121,7 @@ def test_files_of_targets_are_strict(tmp_path: Path, text: str, words: str) -> N
 def test_own_target_works_from_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "chip.toml"
     file.write_text('description = "a chip"\nstyles = ["qonnx"]\n[inputs]\nbits = [4, 8]\n')
-    plan = answer(
-        "quantize", *MODEL, "--bits", "4", "--target", str(file), "--style", "qonnx", "--dry-run"
-    )
+    plan = answer("quantize", *MODEL, "--bits", "4", "--target", str(file), "--style", "qonnx", "--dry-run")
     assert plan["config"]["quantization"]["target"] == str(file)
     wrong_bits = ("quantize", *MODEL, "--bits", "w4a3", "--target", file, "--style", "qonnx", "--dry-run")
     assert "inputs of 4 or 8 bits, and layer1.0.conv1 has 3" in last_error(saq(*wrong_bits))

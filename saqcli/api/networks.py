@@ -20,6 +20,7 @@ from saqcli.quant.calls import Call
 from saqcli.quant.convert import Scheme
 from saqcli.quant.correction import Corrections, correct, correctable
 from saqcli.quant.junctions.places import Place
+from saqcli.quant.junctions.quantized import JUNCTION_BITS
 from saqcli.quant.junctions.sharing import activation_places
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.network import Network, trace_network
@@ -51,7 +52,12 @@ class Prepared:
 
 
 def float_network(
-    model: nn.Module, example: Call, *, quantize_attention: bool = False, junctions: Iterable[str] = ()
+    model: nn.Module,
+    example: Call,
+    *,
+    quantize_attention: bool = False,
+    junctions: Iterable[str] = (),
+    junction_bits: int = JUNCTION_BITS,
 ) -> Network:
     """Wrap and trace a float module, in place; layers whose outputs it returns are pinned, like the first one.
 
@@ -69,6 +75,7 @@ def float_network(
         pin_returned=about.build is None,
         quantize_attention=quantize_attention,
         junctions=junctions,
+        junction_bits=junction_bits,
     )
 
 

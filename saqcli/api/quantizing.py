@@ -41,6 +41,7 @@ from saqcli.quant.cost import Budget
 from saqcli.quant.grid import WeightGrid
 from saqcli.quant.quantizers.base import Granularity
 from saqcli.reconstruction.norms import balance_norms as balanced
+from saqcli.target import Target, deployment_of
 
 
 def quantize_model(
@@ -68,6 +69,7 @@ def quantize_model(
     clip_init: ClipInit = "error",
     error_power: float = 2.0,
     quantize_attention: bool = False,
+    target: str | Target | None = None,
     junctions: Iterable[str] = (),
     balance_norms: bool = False,
     recalibrate_bn: bool = True,
@@ -114,6 +116,8 @@ def quantize_model(
             as in the SAQ ``paper``.
         error_power: exponent p of the quantization error, the sum of |e|**p, 1 to 4.
         quantize_attention: also quantize products of activations.
+        target: where the module will run: a name in ``saqcli.target.TARGETS``, a file of one, or a ``Target``. It adds
+            the operators whose operands are quantized, and refuses what it cannot run.
         junctions: kinds of further operators whose operands are quantized, to 8 bits, such as ``("add", "pool")``: the
             keys of ``saqcli.quant.junctions.kinds.KINDS``. With any, all readers of a tensor share its quantizer.
         balance_norms: give the channels of layer norms similar ranges by ratios that the next layers undo; the float
@@ -150,7 +154,9 @@ def quantize_model(
         found = f"{' and '.join(named)} were given" if named else "no bits and no budget were given"
         raise ConfigError(f"{found}: give exactly one of `bits`, `policy` and `budget`")
     accuracy = wanted_accuracy(budget, max_drop, min_top1) if searches else None
-    options = search_options(search or {})
+    options, place = search_options(search or {}), deployment_of(target)
+    if junctions and place.junctions:
+        raise ConfigError(f"`junctions` are those of target {place.name}: remove `junctions`, or `target`")
     scheme = scheme_of(
         quantizer,
         weight_quantizer,
@@ -160,14 +166,24 @@ def quantize_model(
         weight_normalization,
         clip_init,
         error_power,
+        place,
     )
+    if export is not None:
+        place.check_styles((export,))
+    widths = tuple(sorted(set(candidates)))
     ready = prepare(model, calibration, example, inputs, samples, inplace=inplace)
     modes = {module: module.training for module in ready.model.modules()}
     network = float_network(
-        ready.model, ready.example, quantize_attention=quantize_attention, junctions=junctions
+        ready.model,
+        ready.example,
+        quantize_attention=quantize_attention,
+        junctions=place.junctions or junctions,
+        junction_bits=place.junction_bits,
     )
     try:
         chosen = None if searches else policy_of(network, bits=bits, policy=policy, pins=pins)
+        if chosen is not None:
+            place.check_policy(chosen.layers)
         if export is not None:
             try_export(network, ready.example, scheme, export)
         statistics = observed(network.model, ready.calls, seed, progress, scheme=scheme)
@@ -180,7 +196,7 @@ def quantize_model(
                 scheme,
                 accuracy=accuracy,
                 searcher=searcher,
-                candidates=candidates,
+                candidates=place.candidates(place.candidates(widths, "weights"), "inputs"),
                 pins=pins,
                 seed=seed,
                 progress=progress,

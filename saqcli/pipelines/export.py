@@ -101,7 +101,7 @@ def export(
         assert weights is not None
         model, metadata = restore(weights, own)
         size = (run.manifest().results.get("size_bytes") if run else None) or weights.stat().st_size
-    style = style_for(metadata, model, style, target)
+    style = style_for(metadata, style, target)
     preprocessing = Preprocessing.from_dict(metadata.preprocessing)
     about: dict[str, Any] = {"true_size": size}
     if data.path is None:
@@ -119,12 +119,11 @@ def export(
     return Export(path, style, verdict)
 
 
-def style_for(metadata: ModelMetadata, model: nn.Module, style: str | None, target: str | None) -> str:
+def style_for(metadata: ModelMetadata, style: str | None, target: str | None) -> str:
     """The style that a model is written in for its target.
 
     Args:
         metadata: of the model.
-        model: quantized.
         style: as the user gives it, or None.
         target: name or file of the target; None for that of the model.
 
@@ -133,7 +132,9 @@ def style_for(metadata: ModelMetadata, model: nn.Module, style: str | None, targ
         UnsupportedModel: the target cannot run the model; the message names the reason.
     """
     name = metadata.scheme.target if target is None else target
-    if target is None and name not in TARGETS:  # the user's own file, or another package's: the run knows the styles
+    if (
+        target is None and name not in TARGETS
+    ):  # the user's own file, or another package's: the run knows the styles
         return style or "qdq"
     deployment = find_deployment(name)
     if style is not None:
@@ -141,7 +142,10 @@ def style_for(metadata: ModelMetadata, model: nn.Module, style: str | None, targ
     if target is not None:
         deployment.check_scheme(metadata.scheme)
         deployment.check_policy(metadata.policy.layers)
-        deployment.check_junctions(metadata.policy.model, kinds_of(model))
+        before = TARGETS.get(metadata.scheme.target)
+        operators = metadata.junctions.operators.values() if metadata.junctions else ()
+        kinds = {each.kind for each in operators} | set(before.junctions if before else ())
+        deployment.check_junctions(metadata.policy.model, frozenset(kinds))
     return style or (deployment.styles or ("qdq",))[0]
 
 
@@ -159,11 +163,11 @@ def check_export(
         SaqError: all problems in one message.
     """
     problems = Problems()
-    target = problems.attempt(find_target, str(source), QUANTIZED, "RUN")
-    stopped = target is not None and target.run is not None and is_stopped(target.run)
+    found = problems.attempt(find_target, str(source), QUANTIZED, "RUN")
+    stopped = found is not None and found.run is not None and is_stopped(found.run)
     file = None
-    if target is not None and not stopped:
-        file = problems.attempt(named_file, target, ModelSection(name=str(source)))
+    if found is not None and not stopped:
+        file = problems.attempt(named_file, found, ModelSection(name=str(source)))
     if style is not None:
         problems.attempt(check_styles, (style,))
     if target is not None:

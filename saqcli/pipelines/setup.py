@@ -23,6 +23,7 @@ from saqcli.quant.tracer import try_model
 from saqcli.random_state import seed_everything
 from saqcli.searchers import SEARCHERS
 from saqcli.serialization import named_path
+from saqcli.target import PAPER, find_deployment
 from saqcli.tasks.class_names import ORDERS
 from saqcli.tasks.classification import check_output
 from saqcli.tasks.labels import Classes
@@ -70,15 +71,17 @@ def load_float(section: ModelSection, progress: Progress, *, new_head: bool = Fa
     return loaded
 
 
-def wrap_and_trace(loaded: LoadedModel, *, quantize_attention: bool = False) -> Network:
+def wrap_and_trace(loaded: LoadedModel, *, quantize_attention: bool = False, target: str = PAPER) -> Network:
     """Wrap the model in place and trace it with one random image of its input size.
 
-    With ``quantize_attention`` products of two activations are quantized, and counted, too.
+    With ``quantize_attention`` products of two activations are quantized, and counted, too. ``target``, a name or a
+    file, decides which other operators are quantized.
 
     Raises:
+        ConfigError: there is no such target.
         UnsupportedModel: it has nothing to quantize, or does not give class scores for such an image.
     """
-    generator = torch.Generator().manual_seed(0)
+    place, generator = find_deployment(target), torch.Generator().manual_seed(0)
     example = torch.randn(1, *loaded.preprocessing.input_size, generator=generator)
     convert.wrap(loaded.model)
     with explain_unsupported(loaded.name):
@@ -88,6 +91,8 @@ def wrap_and_trace(loaded: LoadedModel, *, quantize_attention: bool = False) -> 
             loaded.name,
             loaded.classifiers,
             quantize_attention=quantize_attention,
+            junctions=place.junctions,
+            junction_bits=place.junction_bits,
         )
         check_output(found.traced.outputs, 1)
     return Network(**vars(found), loaded=loaded)

@@ -47,8 +47,8 @@ NETWORK = (
 )
 BITS = (
     "--activation-candidates --activation-quantizer --bops --budget --candidates --correct-bias --cost "
-    "--granularity --max-drop --min-top1 --target --new-head --no-correct-bias --no-quantize-attention --no-recalibrate-bn "
-    "--no-weight-norm --pin --quantize-attention --quantizer --recalibrate-bn --searcher --size "
+    "--granularity --max-drop --min-top1 --new-head --no-correct-bias --no-quantize-attention --no-recalibrate-bn "
+    "--target --no-weight-norm --pin --quantize-attention --quantizer --recalibrate-bn --searcher --size "
     "--weight-grid --weight-norm --weight-quantizer"
 )
 ACCEPTED = {

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saqcli.config import resolve
-from saqcli.pipelines.bits import budget_of, space_of
-from saqcli.pipelines.calibration import calibrate, scheme_of
+from saqcli.pipelines.bits import budget_of, scheme_of, space_of
+from saqcli.pipelines.calibration import calibrate
 from saqcli.pipelines.proxy import search_images
 from saqcli.pipelines.search import prepare_search
 from saqcli.process_group import pick_device

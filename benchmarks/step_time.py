@@ -38,7 +38,7 @@ from saqcli.allocator import keep_freed_memory
 from saqcli.api.networks import install
 from saqcli.cli.quantize import EFFICIENT
 from saqcli.config import ModelSection, RunConfig, resolve
-from saqcli.pipelines.calibration import scheme_of
+from saqcli.pipelines.bits import scheme_of
 from saqcli.pipelines.setup import load_float, wrap_and_trace
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress, Task

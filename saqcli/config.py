@@ -273,8 +273,8 @@ class QuantizationSection(_Section):
     target: Annotated[
         str,
         Option(
-            "Where the network will run, which decides what is quantized besides layers, the allowed bits and the style "
-            "of files: {choices}, or a file NAME.toml",
+            "Where the network will run, which decides what is quantized besides layers, which bits are allowed, and "
+            "how files are written: {choices}, or a file NAME.toml",
             "NAME|FILE",
             choices=_names("paper ort-cpu openvino tensorrt qonnx int8-generic armv8-xnnpack"),
             family="targets",

@@ -4,10 +4,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
+from torch import nn
 
+import saqcli
+from saqcli.api.files import metadata_of
 from saqcli.config import resolve
 from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.export import STYLES
+from saqcli.pipelines.export import style_for
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.quant.junctions.kinds import KINDS
@@ -135,3 +140,51 @@ def test_listing_shows_every_target() -> None:
     assert answer("targets")["targets"][0]["name"] == PAPER
     assert answer("targets", "qonnx")["styles"] == ["qonnx"]
     assert "TARGET" in last_error(saq("targets", "nothing"))
+
+
+def small_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
+
+
+def test_library_quantizes_for_a_target() -> None:
+    images = [torch.rand(4, 3, 8, 8)]
+    quantized = saqcli.quantize_model(small_net(), 8, target="openvino", calibration=images)
+    assert [name for name, _ in quantized.named_modules() if name.endswith("junctions.0")] == [
+        "3.junctions.0"
+    ]
+    found = saqcli.info(quantized).quantization
+    assert found is not None
+    assert found.scheme.target == "openvino"
+    plain = saqcli.quantize_model(small_net(), 8, calibration=images)
+    assert saqcli.bops(quantized) == saqcli.bops(plain)
+    with pytest.raises(UnsupportedModel, match="2 has 4"):
+        saqcli.quantize_model(small_net(), 4, target="int8-generic", calibration=images)
+    with pytest.raises(ConfigError, match="remove `junctions`, or `target`"):
+        saqcli.quantize_model(small_net(), 8, target="openvino", junctions=("add",), calibration=images)
+    with pytest.raises(ConfigError, match="style trt, not qdq"):
+        saqcli.quantize_model(small_net(), 8, target="tensorrt", export="qdq", calibration=images)
+
+
+def test_export_refuses_runs_without_the_targets_quantizers(tmp_path: Path) -> None:
+    images, path = [torch.rand(4, 3, 8, 8)], tmp_path / "net.safetensors"
+    net = saqcli.quantize_model(small_net(), 8, calibration=images, weight_grid="zero")
+    metadata = metadata_of(net)
+    with pytest.raises(
+        UnsupportedModel, match=r"operands of add, concat or pool.*quantization.target=openvino"
+    ):
+        style_for(metadata, None, "openvino")
+    assert style_for(metadata, None, None) == "qdq"
+    net = saqcli.quantize_model(small_net(), 8, calibration=images, weight_grid="zero", target="openvino")
+    saqcli.save(net, path)
+    metadata = metadata_of(saqcli.load(path, model=small_net()))
+    assert style_for(metadata, None, None) == style_for(metadata, None, "openvino") == "qdq"
+    assert style_for(metadata, None, "tensorrt") == "trt"
+    with pytest.raises(ConfigError, match="style trt, not qdq"):
+        style_for(metadata, "qdq", "tensorrt")

@@ -230,6 +230,22 @@ def given_policy(section: QuantizationSection, network: Network) -> BitConfig | 
     return policy
 
 
+def scheme_of(config: RunConfig) -> Scheme:
+    """The quantizers of the configuration."""
+    wanted = config.quantization
+    return Scheme(
+        quantizer=wanted.quantizer,
+        weight_grid=wanted.weight_grid,
+        granularity=wanted.granularity,
+        weight_normalization=wanted.weight_normalization,
+        clip_init=wanted.clip_init,
+        weight_quantizer=wanted.weight_quantizer,
+        activation_quantizer=wanted.activation_quantizer,
+        error_power=wanted.error_power,
+        target=find_deployment(wanted.target).name,
+    )
+
+
 def check_target(config: RunConfig, scheme: Scheme) -> None:
     """Check quantizers and styles against the target, before a network is loaded.
 

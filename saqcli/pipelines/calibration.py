@@ -19,17 +19,15 @@ from saqcli.config import RunConfig
 from saqcli.data.batches import Loader
 from saqcli.data.splits import Images
 from saqcli.export import STYLES, ModelMetadata
-from saqcli.pipelines.bits import given_policy, space_of
+from saqcli.pipelines.bits import given_policy, scheme_of, space_of
 from saqcli.pipelines.setup import Network
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibration import InputStatistics, observe, reestimate_batch_norms
 from saqcli.quant.calls import Call
-from saqcli.quant.convert import Scheme
 from saqcli.quant.correction import Corrections
 from saqcli.random_state import random_state, set_random_state
 from saqcli.reconstruction.norms import balance_norms
-from saqcli.target import find_deployment
 from saqcli.training.minimizers.base import running_statistics
 
 
@@ -70,22 +68,6 @@ def _folded(
 def calls_of(loader: Loader) -> Iterator[Call]:
     """The images of a loader as calls."""
     return (Call((batch,)) for batch, _ in loader)
-
-
-def scheme_of(config: RunConfig) -> Scheme:
-    """The quantizers of the configuration."""
-    wanted = config.quantization
-    return Scheme(
-        quantizer=wanted.quantizer,
-        weight_grid=wanted.weight_grid,
-        granularity=wanted.granularity,
-        weight_normalization=wanted.weight_normalization,
-        clip_init=wanted.clip_init,
-        weight_quantizer=wanted.weight_quantizer,
-        activation_quantizer=wanted.activation_quantizer,
-        error_power=wanted.error_power,
-        target=find_deployment(wanted.target).name,
-    )
 
 
 def quantized(

@@ -27,9 +27,9 @@ from saqcli.pipelines.bits import (
     check_target,
     given_policy,
     make_searcher,
+    scheme_of,
     space_of,
 )
-from saqcli.pipelines.calibration import scheme_of
 from saqcli.pipelines.proxy import proxy_data
 from saqcli.pipelines.setup import (
     Network,

@@ -12,8 +12,15 @@ from saqcli import distributed
 from saqcli.api.costs import layer_rows
 from saqcli.config import RunConfig
 from saqcli.data.splits import Images
-from saqcli.pipelines.bits import accuracy_bound, check_compares, make_searcher, search_budget, space_of
-from saqcli.pipelines.calibration import CalibrationCorrection, calibrate, scheme_of
+from saqcli.pipelines.bits import (
+    accuracy_bound,
+    check_compares,
+    make_searcher,
+    scheme_of,
+    search_budget,
+    space_of,
+)
+from saqcli.pipelines.calibration import CalibrationCorrection, calibrate
 from saqcli.pipelines.proxy import open_proxy, search_images
 from saqcli.pipelines.setup import Network
 from saqcli.process_group import pick_device

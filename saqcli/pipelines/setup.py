@@ -27,7 +27,6 @@ from saqcli.target import PAPER, find_deployment
 from saqcli.tasks.class_names import ORDERS
 from saqcli.tasks.classification import check_output
 from saqcli.tasks.labels import Classes
-from saqcli.units import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +63,7 @@ def load_float(section: ModelSection, progress: Progress, *, new_head: bool = Fa
     if section.new_head and loaded.trained:
         loaded.notes.append(
             f"`model.new_head` changes nothing: {loaded.weights_source} has "
-            f"{counted(loaded.num_classes, 'class')}, as requested, and its classifier is kept"
+            f"{loaded.num_classes} classes, as requested, and its classifier is kept"
         )
     for note in loaded.notes:
         progress.note(note)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import saqcli
 from saqcli.cli import app
 from saqcli.config import TrainingSection, recipes, resolve
-from saqcli.pipelines.calibration import scheme_of
+from saqcli.pipelines.bits import scheme_of
 from saqcli.quant.quantizers import QUANTIZERS
 from saqcli.training.optimizer import check_training, make_optimizer, make_schedule
 from tests.support import tiny

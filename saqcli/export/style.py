@@ -109,6 +109,9 @@ class OnnxStyle:
         bit_equal: whether the logits of a file must equal those of ``form`` bit for bit, in float32. The other styles
             are compared with the model in float64, within the limits of ``verify.verdict``.
         one_by_one: whether the proof also runs every image alone.
+        deployed: whether ``form`` differs from the model by more than rounding errors, as with biases on a grid. The
+            proof then compares a file with ``form``, which keeps the frozen quantizers, and the verdict says how many
+            codes of ``form`` differ from those of the model.
     """
 
     name: str = ""
@@ -123,6 +126,7 @@ class OnnxStyle:
     tightest: Literal["fewest", "most"] = "fewest"
     bit_equal: bool = False
     one_by_one: bool = False
+    deployed: bool = False
 
     def export(self, model: nn.Module, example: Tensor, path: Path, metadata: ModelMetadata) -> None:
         """Write ``path``.

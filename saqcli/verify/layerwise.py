@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.export import onnx_helpers
-from saqcli.export.integer_kernels import LARGEST_SHIFT, SAME_CODES
+from saqcli.export.integer_graph import MOVES_CODES
+from saqcli.export.integer_kernels import LARGEST_SHIFT
 from saqcli.export.operators import FrozenInput
 from saqcli.export.style import OnnxStyle, Reader
 from saqcli.quant.grid import AnyGrid, LevelTable, codes_of
@@ -280,7 +281,7 @@ def _source(node: Any, layer: str, made_by: dict[str, Any]) -> str | None:
         node = made_by.get(name)
         if node is None or _annotations(node).get(onnx_helpers.LAYER) != layer:
             break
-    while node is not None and node.op_type in SAME_CODES:
+    while node is not None and node.op_type in MOVES_CODES:
         node = made_by.get(node.input[0])
     return None if node is not None and onnx_helpers.COPY in _annotations(node) else name
 

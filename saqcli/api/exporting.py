@@ -167,7 +167,9 @@ def try_export(network: Network, example: Call, scheme: Scheme, style: str) -> N
 
     def provisional() -> tuple[nn.Module, ModelMetadata]:
         model = copy.deepcopy(network.model).cpu().eval()
-        copied = Network(model, network.name, network.traced, network.costs, network.products)
+        copied = Network(
+            model, network.name, network.traced, network.costs, network.products, network.junctions
+        )
         statistics = observed(model, [Call((images,))], 0, SILENT)
         install(copied, example, scheme, policy_of(copied, bits=TRIED_BITS), statistics)
         return model, metadata_of(model)

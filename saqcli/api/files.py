@@ -17,7 +17,7 @@ from saqcli.api.targets import EVALUATED, QUANTIZED, find_target, model_file
 from saqcli.config import names_own_network
 from saqcli.errors import BuilderError, ConfigError, ExportMismatch, SaqError
 from saqcli.export.exact_form import ExactForm
-from saqcli.export.model_metadata import ModelMetadata
+from saqcli.export.model_metadata import JUNCTIONS_SINCE, ModelMetadata
 from saqcli.export.operators import frozen_copy
 from saqcli.export.restore import restored
 from saqcli.export.safetensors import SafetensorsExporter, read_content, rebuild
@@ -203,6 +203,7 @@ def metadata_of(model: nn.Module) -> ModelMetadata:
         "kwargs": {},
     }
     return ModelMetadata(
+        schema_version=1 if found.junctions is None else JUNCTIONS_SINCE,
         saq_version=__version__,
         versions=library_versions(),
         build=dict(build),
@@ -212,6 +213,7 @@ def metadata_of(model: nn.Module) -> ModelMetadata:
         signed=dict(found.signed),
         routed=found.traced.routed,
         products=dict(found.products),
+        junctions=found.junctions,
         class_names=about.class_names if len(about.class_names) == classes else (),
         folders=dict(about.folders) if named or about.build is None else {},
         class_order=about.class_order if named or about.build is None else "",
@@ -271,6 +273,7 @@ def _described(
         metadata.signed,
         metadata.products,
         arguments=ready.arguments,
+        junctions=metadata.junctions,
     )
     attach(loaded, replace(about, quantization=found))
     return loaded

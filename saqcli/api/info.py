@@ -17,6 +17,7 @@ from saqcli.quant.bits import BitConfig
 from saqcli.quant.calls import Call
 from saqcli.quant.convert import Scheme, active_bits
 from saqcli.quant.cost import CostModel
+from saqcli.quant.junctions.sharing import Junctions
 from saqcli.quant.network import Network
 from saqcli.quant.tracer import Trace
 
@@ -34,6 +35,7 @@ class Quantization:
         costs: costs of its layers.
         signed: whether the input of each layer has negative values.
         products: quantized products of activations, and the layers whose input bits they share.
+        junctions: quantized junctions; None without any.
         corrected: biases and running statistics before and after the corrections of calibration, by name; None for a
             module from a file, where those before are unknown.
         arguments: how many arguments its batches start with; None for those that the forward requires.
@@ -47,10 +49,11 @@ class Quantization:
     products: Mapping[str, str]
     corrected: Mapping[str, tuple[Tensor, Tensor]] | None = None
     arguments: int | None = None
+    junctions: Junctions | None = None
 
     def network(self, model: nn.Module, name: str) -> Network:
         """The network of ``model`` as it was traced."""
-        return Network(model, name, self.traced, self.costs, dict(self.products))
+        return Network(model, name, self.traced, self.costs, dict(self.products), self.junctions)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from saqcli.quant.bits import BitConfig, LayerBits, parse_bits
 from saqcli.quant.calls import Call
 from saqcli.quant.convert import Scheme
 from saqcli.quant.correction import Corrections, correct, correctable
+from saqcli.quant.junctions.places import Place
+from saqcli.quant.junctions.sharing import activation_places
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.network import Network, trace_network
 from saqcli.quant.quantizers import Quantizer
@@ -48,10 +50,13 @@ class Prepared:
     arguments: int | None = None
 
 
-def float_network(model: nn.Module, example: Call, *, quantize_attention: bool = False) -> Network:
+def float_network(
+    model: nn.Module, example: Call, *, quantize_attention: bool = False, junctions: Iterable[str] = ()
+) -> Network:
     """Wrap and trace a float module, in place; layers whose outputs it returns are pinned, like the first one.
 
     Raises:
+        ConfigError: there is no such kind of junctions.
         UnsupportedModel: it has nothing to quantize, or does not run on ``example``.
     """
     about = info(model)
@@ -63,6 +68,7 @@ def float_network(model: nn.Module, example: Call, *, quantize_attention: bool =
         about.classifiers,
         pin_returned=about.build is None,
         quantize_attention=quantize_attention,
+        junctions=junctions,
     )
 
 
@@ -100,6 +106,7 @@ def install(
         signed,
         network.products,
         arguments=arguments,
+        junctions=network.junctions,
     )
     attach(network.model, replace(info(network.model), quantization=found))
     return network.model
@@ -111,17 +118,18 @@ def refit(model: nn.Module, policy: BitConfig, statistics: Mapping[str, fitting.
     assert about.quantization is not None
     found, signed = about.quantization, signs_of(statistics)
     places = [
-        (module, name) for module in model.modules() for name in ("weight_quantizer", "input_quantizer")
+        *(Place(layer, "weight_quantizer") for layer in quantized_layers(model).values()),
+        *activation_places(model).values(),
     ]
-    before = [getattr(module, name, None) for module, name in places]
+    before = [place.quantizer for place in places]
     convert.install(model, found.scheme, policy, signed)
     fitting.fit(model, statistics, found.scheme.clip_init)
-    for (module, name), old in zip(places, before, strict=True):
-        new = getattr(module, name, None)
+    for place, old in zip(places, before, strict=True):
+        new = place.quantizer
         if isinstance(old, Quantizer) and isinstance(new, Quantizer) and old is not new:
             old.load_state_dict(new.state_dict())
             old.grids = new.grids
-            setattr(module, name, old)
+            place.put(old)
     attach(model, replace(about, quantization=replace(found, signed=signed)))
 
 

@@ -68,6 +68,7 @@ def quantize_model(
     clip_init: ClipInit = "error",
     error_power: float = 2.0,
     quantize_attention: bool = False,
+    junctions: Iterable[str] = (),
     balance_norms: bool = False,
     recalibrate_bn: bool = True,
     correct_bias: bool = False,
@@ -113,6 +114,8 @@ def quantize_model(
             as in the SAQ ``paper``.
         error_power: exponent p of the quantization error, the sum of |e|**p, 1 to 4.
         quantize_attention: also quantize products of activations.
+        junctions: kinds of further operators whose operands are quantized, to 8 bits, such as ``("add", "pool")``: the
+            keys of ``saqcli.quant.junctions.kinds.KINDS``. With any, all readers of a tensor share its quantizer.
         balance_norms: give the channels of layer norms similar ranges by ratios that the next layers undo; the float
             network stays the same to rounding.
         recalibrate_bn: adapt the running statistics of batch norms to the quantized layers.
@@ -160,7 +163,9 @@ def quantize_model(
     )
     ready = prepare(model, calibration, example, inputs, samples, inplace=inplace)
     modes = {module: module.training for module in ready.model.modules()}
-    network = float_network(ready.model, ready.example, quantize_attention=quantize_attention)
+    network = float_network(
+        ready.model, ready.example, quantize_attention=quantize_attention, junctions=junctions
+    )
     try:
         chosen = None if searches else policy_of(network, bits=bits, policy=policy, pins=pins)
         if export is not None:

@@ -9,16 +9,18 @@ from typing import Any, Literal, Self
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, Message
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import from_json
 
 from saqcli._version import __version__
 from saqcli.errors import CorruptArtifact
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.convert import Scheme
+from saqcli.quant.junctions.sharing import Junctions
 from saqcli.serialization import json_text, parse_json, printable
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # the newest
+JUNCTIONS_SINCE: Literal[2] = 2  # metadata without junctions has version 1
 
 
 class ModelMetadata(BaseModel):
@@ -35,6 +37,7 @@ class ModelMetadata(BaseModel):
         signed: whether a layer's input has negative values, by layer.
         routed: parents that multiply with their children's weights, and those children.
         products: quantized products of activations, and the layers whose input bits they have.
+        junctions: quantized junctions; None without any, and then JSON does not have it.
         class_names: names of all logits, by index; empty if unknown. Files of earlier versions may have only those of
             the training folders.
         folders: class folders of the training data and their labels; empty if unknown.
@@ -46,7 +49,7 @@ class ModelMetadata(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 1
     saq_version: str
     versions: dict[str, str] = {}
     build: dict[str, Any]
@@ -56,12 +59,23 @@ class ModelMetadata(BaseModel):
     signed: dict[str, bool]
     routed: dict[str, list[str]]
     products: dict[str, str] = {}
+    junctions: Junctions | None = None
     class_names: tuple[str, ...] = ()
     folders: dict[str, int] = {}
     class_order: str = ""
     exif_transpose: bool = False
     source: str = ""
     source_sha256: str | None = None
+
+    @model_serializer(mode="wrap", when_used="json")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "junctions" or value is not None}
+
+    @model_validator(mode="after")
+    def _check_version(self) -> Self:
+        if (self.junctions is not None) != (self.schema_version == JUNCTIONS_SINCE):
+            raise ValueError(f"junctions belong to version {JUNCTIONS_SINCE} of the description")
+        return self
 
     @model_validator(mode="after")
     def _check_signs(self) -> Self:

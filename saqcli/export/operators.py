@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from saqcli.errors import UnsupportedGrid
 from saqcli.quant.grid import Grid, LevelTable, ShiftedGrid, codes_of
+from saqcli.quant.junctions.sharing import activation_places
 from saqcli.quant.layer import quantized_layers
-from saqcli.quant.products import OPERANDS, operand_name, quantized_products
 from saqcli.quant.quantizers import Quantizer, name_of
 
 DOMAIN = "saq"
@@ -238,16 +238,16 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     """
     frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for name, layer in quantized_layers(frozen).items():
-        weights, inputs = layer.weight_quantizer, layer.input_quantizer
+        weights = layer.weight_quantizer
         if isinstance(weights, Quantizer):
             layer.weight_quantizer = FrozenWeight(
                 weights, layer.effective_weight(), layer.channel_dim, label(name)
             )
-        if isinstance(inputs, Quantizer):
-            layer.input_quantizer = FrozenInput(inputs, label(name))
-    for name, product in quantized_products(frozen).items():
-        for operand, attribute in OPERANDS.items():
-            quantizer = getattr(product, attribute)
-            if isinstance(quantizer, Quantizer):
-                setattr(product, attribute, FrozenInput(quantizer, label(operand_name(name, operand))))
+    inputs: dict[Quantizer, FrozenInput] = {}  # one for all readers of a tensor, under the name of the first
+    for name, place in activation_places(frozen).items():
+        quantizer = place.quantizer
+        if isinstance(quantizer, Quantizer):
+            if quantizer not in inputs:
+                inputs[quantizer] = FrozenInput(quantizer, label(name))
+            place.put(inputs[quantizer])
     return frozen

@@ -2,7 +2,8 @@
 
     NAME.codes       weight codes, packed into exactly their bits (see ``quant.grid``)
     NAME.step        step per output channel, or a single one; value = step * code
-    other tensors    under their names in the model's state: biases, norms, clipping levels, unquantized weights
+    other tensors    under their names in the model's state: biases, norms, clipping levels, unquantized weights;
+                     those of a quantizer that several readers of a tensor share are there once
 
 Weight quantizers are saved and loaded in their plain form (``convert.fold``). Loading builds the float architecture,
 wraps it, and sets the float weights to ``step * code``. Quantizing these gives the same codes, so the loaded model
@@ -43,8 +44,10 @@ from saqcli.errors import CorruptArtifact, SaqError
 from saqcli.export.model_metadata import ModelMetadata, check_schema
 from saqcli.finite import invalid_tensor
 from saqcli.quant import convert
-from saqcli.quant.attention import supports_products
+from saqcli.quant.attention import supports_junctions, supports_products
 from saqcli.quant.grid import pack, packed_bytes, unpack
+from saqcli.quant.junctions.quantized import split_name as split_junction
+from saqcli.quant.junctions.sharing import Junctions
 from saqcli.quant.layer import QuantizedLayer, quantized_layers, stores_codes
 from saqcli.quant.products import OPERANDS, operand_name, split_name
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer
@@ -250,8 +253,8 @@ class SafetensorsExporter:
             codes = quantizer.codes(layer.latent_weight())
             state[_key(name, "codes")] = pack(codes, quantizer.grid(), quantizer.bits)
             state[_key(name, "step")] = quantizer.step().detach().cpu().flatten()
-        for tied in _tied_weights(model):
-            del state[tied]
+        for repeated in (*_tied_weights(model), *_shared_levels(model)):
+            del state[repeated]
         tensors = {name: value.clone() for name, value in state.items()}  # the library refuses shared memory
         # not ``save_file``: a full disk must raise OSError
         path.write_bytes(save(tensors, metadata=seal(metadata, tensors)))
@@ -295,8 +298,8 @@ def rebuild(
         state = dict(tensors)
         for name, (layer, quantizer) in _coded_layers(model).items():
             state[_key(name, layer.weight_name)] = _weight(state, name, layer, quantizer)
-        for tied, weight in _tied_weights(model).items():
-            state[tied] = state[weight]
+        for repeated, kept in (_tied_weights(model) | _shared_levels(model)).items():
+            state[repeated] = state[kept]
         complete = model.state_dict()  # keeps the versions of modules, which some of them check
         complete.update(state)
         model.load_state_dict(complete)
@@ -324,6 +327,16 @@ def _tied_weights(model: nn.Module) -> dict[str, str]:
     }
 
 
+def _shared_levels(model: nn.Module) -> dict[str, str]:
+    """Names of tensors of a quantizer at its second and later places, with the name under which each is stored."""
+    first: dict[Quantizer, str] = {}
+    found: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Quantizer) and (kept := first.setdefault(module, name)) != name:
+            found |= {f"{name}.{key}": f"{kept}.{key}" for key in module.state_dict()}
+    return found
+
+
 def _key(layer: str, name: str) -> str:
     """The key of a layer's tensor; a network may itself be a layer, without a name."""
     return f"{layer}.{name}" if layer else name
@@ -345,8 +358,8 @@ def _expected(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]
         shape, _ = expected.pop(_key(name, layer.weight_name))
         expected[_key(name, "codes")] = (packed_bytes(shape, quantizer.bits),), torch.uint8
         expected[_key(name, "step")] = (quantizer.step().numel(),), torch.float32
-    for tied in _tied_weights(model):
-        del expected[tied]
+    for repeated in (*_tied_weights(model), *_shared_levels(model)):
+        del expected[repeated]
     return expected
 
 
@@ -429,4 +442,25 @@ def restore_structure(model: nn.Module, metadata: ModelMetadata) -> None:
         if not supported or index is None or followed not in quantized or not known_signs:
             raise CorruptArtifact(f"it has no product {product} that could follow {followed}")
     convert.add_products(model, metadata.products)
+    if metadata.junctions is not None:
+        _check_junctions(metadata.junctions, metadata.signed, modules, quantized)
+        convert.add_junctions(model, metadata.junctions)
     convert.install(model, metadata.scheme, metadata.policy, metadata.signed)
+
+
+def _check_junctions(
+    junctions: Junctions, signed: Mapping[str, bool], modules: Mapping[str, nn.Module], layers: set[str]
+) -> None:
+    """Refuse junctions that the architecture, whose ``modules`` and quantized ``layers`` these are, cannot have."""
+    readers = set(layers)
+    for name, operands in junctions.operators.items():
+        owner, index = split_junction(name)
+        names = [f"{name}.{k}" for k in range(len(operands.positions))]
+        known = index is not None and owner in modules and supports_junctions(modules[owner])
+        ascending = list(operands.positions) == sorted({k for k in operands.positions if k >= 0})
+        if not known or not names or not ascending or not set(names) <= set(signed):
+            raise CorruptArtifact(f"it has no junction {name}")
+        readers.update(names)
+    unknown = [name for name in (*junctions.tensors, *junctions.tensors.values()) if name not in readers]
+    if unknown:
+        raise CorruptArtifact(f"it has no {unknown[0]} that reads a tensor")

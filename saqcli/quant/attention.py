@@ -47,7 +47,7 @@ class QuantizedStandardized(QuantizedLayer):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Pad as in the float layer, then convolve with the quantized standardized weight."""
         layer: Any = self
-        x = self.input_quantizer(input)
+        x = self.quantized_input(input)
         if getattr(layer, "same_pad", False):
             from timm.layers import pad_same
 
@@ -112,11 +112,11 @@ class QuantizedAttention(QuantizedLayer):
         layer: Any = self
         weight = self.quantized_weight()
         if same:
-            x = self.input_quantizer(query)
+            x = self.quantized_input(query)
             return F.linear(x, record_weight(weight, self), layer.in_proj_bias).chunk(3, dim=-1)
         biases = (None,) * 3 if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)
         return tuple(
-            F.linear(self.input_quantizer(x), record_weight(w, self), b)
+            F.linear(self.quantized_input(x), record_weight(w, self), b)
             for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True)
         )
 
@@ -129,6 +129,11 @@ def supports_products(module: nn.Module) -> bool:
     """
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     return isinstance(module, QuantizedAttention) or not isinstance(module, (QuantizedLayer, *containers))
+
+
+def supports_junctions(module: nn.Module) -> bool:
+    """Whether operators in the forward of ``module`` itself can be redirected: not those of layers."""
+    return supports_products(module) and not isinstance(module, QuantizedLayer)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from saqcli.errors import UnsupportedModel
 from saqcli.quant.calls import Call, tensors_in
+from saqcli.quant.junctions.places import Place
+from saqcli.quant.junctions.sharing import activation_places, owners, without_requantization
 from saqcli.quant.layer import QuantizedLayer, in_eval_mode, is_convolution, quantized_layers
-from saqcli.quant.products import OPERANDS, QuantizedProduct, operand_name, quantized_products
+from saqcli.quant.products import QuantizedProduct
 from saqcli.quant.quantizers import Quantizer
 from saqcli.quant.starts import choose_starts
 
@@ -121,17 +123,17 @@ def _check_finite(x: Tensor, what: str) -> None:
 @contextmanager
 def _observed(model: nn.Module, seed: int, keep: bool) -> Iterator[dict[str, InputStatistics]]:
     generator = torch.Generator().manual_seed(seed)
-    places = _places(model)
+    places = activation_places(model)
     statistics = {name: InputStatistics() for name in places}
-    before = {name: getattr(*place) for name, place in places.items()}
+    before = {name: place.quantizer for name, place in places.items()}
     try:
         for name, place in places.items():
-            layer = place[0] if keep else None
-            setattr(*place, _Observer(name, statistics[name], generator, layer))
+            layer = place.holder if keep else None
+            place.put(_Observer(name, statistics[name], generator, layer))
         yield statistics
     finally:
         for name, place in places.items():
-            setattr(*place, before[name])
+            place.put(before[name])
 
 
 def _called_itself(layer: QuantizedLayer) -> bool:
@@ -148,27 +150,17 @@ def _kernel(layer: Any) -> tuple[int, ...] | None:
 
 @contextmanager
 def in_floating_point(model: nn.Module) -> Iterator[None]:
-    """Within the context every layer, and every product of activations, computes without its quantizers."""
-    modules: list[Any] = [*quantized_layers(model).values(), *quantized_products(model).values()]
-    kept = [(module, module.weight_quantizer, module.input_quantizer) for module in modules]
+    """Within the context every layer, product of activations and junction computes without its quantizers."""
+    layers = quantized_layers(model).values()
+    places = [*(Place(layer, "weight_quantizer") for layer in layers), *activation_places(model).values()]
+    kept = [(place, place.quantizer) for place in places]
     try:
-        for module, _, _ in kept:
-            module.weight_quantizer, module.input_quantizer = nn.Identity(), nn.Identity()
+        for place, _ in kept:
+            place.put(nn.Identity())
         yield
     finally:
-        for module, weights, inputs in kept:
-            module.weight_quantizer, module.input_quantizer = weights, inputs
-
-
-def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Module and attribute of every activation quantizer: inputs of layers, operands of products."""
-    places: dict[str, tuple[nn.Module, str]] = {
-        name: (layer, "input_quantizer") for name, layer in quantized_layers(model).items()
-    }
-    for name, product in quantized_products(model).items():
-        for operand, attribute in OPERANDS.items():
-            places[operand_name(name, operand)] = product, attribute
-    return places
+        for place, quantizer in kept:
+            place.put(quantizer)
 
 
 @torch.no_grad()
@@ -176,7 +168,7 @@ def observe(
     model: nn.Module, batches: Iterable[Tensor | Call], seed: int = 0, *, keep: bool = False
 ) -> dict[str, InputStatistics]:
     """Run ``batches`` through the float model in eval mode and record the input statistics of every quantized layer,
-    and those of the operands of every product to be quantized.
+    and those of the operands of every product and junction to be quantized.
 
     Args:
         model: wrapped; its mode is restored.
@@ -187,7 +179,7 @@ def observe(
     Raises:
         UnsupportedModel: the input of a layer, or an output, is NaN or infinite.
     """
-    with in_eval_mode(model), _observed(model, seed, keep) as statistics:
+    with in_eval_mode(model), without_requantization(model), _observed(model, seed, keep) as statistics:
         for batch in batches:
             for output in tensors_in(Call.of(batch).run(model)):
                 _check_finite(output, "the class scores are" if output.dim() == 2 else "the outputs are")
@@ -199,26 +191,36 @@ def fit(model: nn.Module, statistics: Mapping[str, InputStatistics], clip_init: 
 
     Args:
         model: with quantizers installed.
-        statistics: by layer and by operand of a product, from ``observe``.
+        statistics: by layer and by operand of a product or junction, from ``observe``.
         clip_init: least quantization ``error``, least error of each layer's ``output``, or as in the SAQ ``paper``.
             For ``output`` the statistics need the inputs that ``observe`` keeps; layers without them start at the least
             quantization error.
     """
+    shared = owners(model)
+    samples = {name: [statistics[name].samples] for name in activation_places(model)}
+    for name, owner in shared.items():
+        samples[owner] += samples.pop(name)
     for name, layer in quantized_layers(model).items():
         linear = not is_convolution(layer)
         if isinstance(layer.weight_quantizer, Quantizer):
             _start(layer.weight_quantizer, layer.effective_weight().detach(), clip_init, linear)
-        if isinstance(layer.input_quantizer, Quantizer):
-            samples = statistics[name].samples.to(layer.latent_weight().device)
-            _start(layer.input_quantizer, samples, clip_init, linear)
-    for name, (module, attribute) in _places(model).items():
-        quantizer = getattr(module, attribute)
-        if isinstance(module, QuantizedProduct) and isinstance(quantizer, Quantizer):
-            device = next(chain(quantizer.parameters(), quantizer.buffers(), model.parameters())).device
-            _start(quantizer, statistics[name].samples.to(device), clip_init, linear=False)
+        if isinstance(layer.input_quantizer, Quantizer) and name not in shared:
+            drawn = torch.cat(samples[name]).to(layer.latent_weight().device)
+            _start(layer.input_quantizer, drawn, clip_init, linear)
+    for name, place in activation_places(model).items():
+        quantizer = place.quantizer
+        if isinstance(place.holder, QuantizedLayer) or name in shared or not isinstance(quantizer, Quantizer):
+            continue
+        device = next(chain(quantizer.parameters(), quantizer.buffers(), model.parameters())).device
+        start = clip_init if isinstance(place.holder, QuantizedProduct) else "error"
+        _start(quantizer, torch.cat(samples[name]).to(device), start, linear=False)
     if clip_init == "output":
-        for name, layer in quantized_layers(model).items():
-            choose_starts(layer, statistics[name].samples, statistics[name].inputs)
+        with without_requantization(model):
+            for name, layer in quantized_layers(model).items():
+                if name in shared:
+                    choose_starts(layer, None, statistics[name].inputs)
+                else:
+                    choose_starts(layer, torch.cat(samples[name]), statistics[name].inputs)
 
 
 @torch.no_grad()

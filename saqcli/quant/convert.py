@@ -21,6 +21,9 @@ from saqcli.quant.calibration import ClipInit
 from saqcli.quant.clip_init import SQUARED
 from saqcli.quant.fold import check_modules, make_plain
 from saqcli.quant.grid import AnyGrid, WeightGrid
+from saqcli.quant.junctions.quantized import QuantizedJunction, junctions_of, quantized_junctions
+from saqcli.quant.junctions.quantized import split_name as split_junction
+from saqcli.quant.junctions.sharing import Junctions, common_signs, share_quantizers
 from saqcli.quant.layer import WRAPPED, QuantizedLayer, is_convolution, quantized_layers, stores_codes
 from saqcli.quant.products import (
     OPERANDS,
@@ -32,7 +35,7 @@ from saqcli.quant.products import (
 )
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer
 from saqcli.quant.quantizers.base import Granularity
-from saqcli.quant.routing import RoutedParent, routed_class
+from saqcli.quant.routing import RoutedParent, routed_class, tell_no_route, tell_route
 from saqcli.quant.wrapping import reason_for_float, unwrap_layer, wrap_layer
 
 ErrorPower = Annotated[float, Field(ge=1, le=4)]
@@ -152,6 +155,14 @@ class Scheme(BaseModel):
         by_bits = {bits: self.grid_of_inputs(bits, signed=signed) for bits in candidates}
         return self._ready(self._kind("activation")(by_bits), layer)
 
+    def new_operand_quantizer(
+        self, model: nn.Module, candidates: Iterable[int], *, signed: bool
+    ) -> Quantizer:
+        """A quantizer for an operand of a junction of ``model``, not yet fitted."""
+        return self.new_input_quantizer(
+            next(iter(quantized_layers(model).values())), candidates, signed=signed
+        )
+
     def _ready(self, quantizer: Quantizer, layer: QuantizedLayer) -> Quantizer:
         quantizer.error_power = self.error_power
         return quantizer.to(layer.latent_weight().device)
@@ -217,6 +228,9 @@ def unwrap(model: nn.Module) -> None:
     for module in model.modules():
         if products_of(module) is not None:
             del module.products
+        if junctions_of(module) is not None:
+            del module.junctions
+        tell_no_route(module)
         if isinstance(module, RoutedParent):
             module.__class__ = module.float_class  # type: ignore[assignment]
         _allow_fused_path(module)
@@ -284,6 +298,35 @@ def add_products(model: nn.Module, products: Mapping[str, str]) -> None:
             owner.__class__ = routed_class(type(owner))
 
 
+def add_junctions(model: nn.Module, junctions: Junctions) -> None:
+    """Add the quantized junctions of a wrapped model, and note which readers read the same tensor.
+
+    Raises:
+        UnsupportedModel: an owner already has another attribute ``junctions``.
+    """
+    for name, operands in junctions.operators.items():
+        owner_name, index = split_junction(name)
+        owner = model.get_submodule(owner_name)
+        if not hasattr(owner, "junctions"):
+            owner.junctions = nn.ModuleDict()
+        owned = junctions_of(owner)
+        if owned is None:
+            raise UnsupportedModel(
+                f"{owner_name} already has an attribute junctions: its operands cannot be quantized"
+            )
+        junction = QuantizedJunction(operands.kind, operands.positions, junctions.bits)
+        owned[str(index)] = junction
+        junction.tensors_read = tuple(junctions.tensors.get(each, "") for each in junction.places(name))
+        if not isinstance(owner, RoutedParent):
+            owner.__class__ = routed_class(type(owner))
+    for name, layer in quantized_layers(model).items():
+        layer.tensor_read = junctions.tensors.get(name, "")
+    for owner in [module for module in model.modules() if junctions_of(module) is not None]:
+        for module in owner.modules():
+            if module is not owner and not isinstance(module, QuantizedJunction):
+                tell_route(module)
+
+
 def route(model: nn.Module, parents: Iterable[str], layers: Iterable[str]) -> None:
     """Make ``parents`` quantize the inputs of ``layers``, whose weights they use in their own forward."""
     for name in parents:
@@ -317,6 +360,7 @@ def install(
     """
     layers = quantized_layers(model)
     config.check_fits(config.model, list(layers))
+    signed = common_signs(model, signed)
     for name, layer in layers.items():
         bits = config.layers[name]
         more = list((options or {}).get(name, ()))
@@ -334,6 +378,10 @@ def install(
             widths = {bits.activation, *(option.activation for option in more if option.activation)}
             layer.input_quantizer = scheme.new_input_quantizer(layer, widths, signed=signed[name])
             _install_followers(model, layer, scheme, widths, signed)
+    for name, junction in quantized_junctions(model).items():
+        for operand, place in junction.places(name).items():
+            place.put(scheme.new_operand_quantizer(model, {junction.bits}, signed=signed[operand]))
+    share_quantizers(model)
     apply(model, config)
 
 

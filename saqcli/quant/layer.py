@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.quant.bits import LayerBits
+from saqcli.quant.junctions.places import Place
 from saqcli.quant.kernels.saved import rounded_again
 from saqcli.quant.products import QuantizedProduct
 from saqcli.quant.quantizers.base import Quantizer
@@ -45,6 +46,8 @@ class QuantizedLayer(nn.Module):
         routed: a parent reads ``weight`` and multiplies with it (see ``routing``).
         tied_to: the first layer with the same Parameter, the only one to quantize it, in a tuple; empty for that layer.
         followers: products of activations that have the bits of this layer's input (see ``products``).
+        tensor_read: the first reader of the tensor that is its input (see ``junctions``); empty if it is the only one.
+        requantizes: places of quantizers that its input passes first.
         original_dtype: dtype of a float layer that is not float32, else None; the quantized layer computes in float32
             and returns this dtype.
     """
@@ -59,6 +62,8 @@ class QuantizedLayer(nn.Module):
     routed: bool
     tied_to: "tuple[QuantizedLayer, ...]"  # in a tuple, so that it is not a child
     followers: "tuple[QuantizedProduct, ...]"
+    tensor_read: str
+    requantizes: tuple[Place, ...]
     original_dtype: torch.dtype | None
 
     def latent_weight(self) -> nn.Parameter:
@@ -80,6 +85,13 @@ class QuantizedLayer(nn.Module):
             quantized = self.weight_quantizer(self.effective_weight())
         return quantized if self.perturbation is None else quantized + self.perturbation
 
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """``x`` on the grid of the input, by way of the grid of the tensor that other readers share."""
+        for place in self.requantizes:
+            x = place.quantizer(x)
+        quantized: Tensor = self.input_quantizer(x)
+        return quantized
+
     @property
     def bits(self) -> LayerBits:
         """The active bit-widths; None for an operand in floating point."""
@@ -99,7 +111,7 @@ class QuantizedLayer(nn.Module):
         """The forward of the float class on a quantized input."""
         if self.original_dtype is not None:
             input = input.float()
-        quantized = self.input_quantizer(input)
+        quantized = self.quantized_input(input)
         with rounded_again(quantized):
             output: Tensor = super().forward(quantized, *args, **kwargs)
         return output if self.original_dtype is None else output.to(self.original_dtype)

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from saqcli.quant import convert
 from saqcli.quant.calls import Call
 from saqcli.quant.cost import CostModel, cost_model
+from saqcli.quant.junctions.kinds import check_kinds, chosen_kind
+from saqcli.quant.junctions.quantized import JUNCTION_BITS
+from saqcli.quant.junctions.sharing import JunctionOperands, Junctions
+from saqcli.quant.junctions.tensors import first_readers
 from saqcli.quant.tracer import Trace, trace
 
 
@@ -25,6 +29,7 @@ class Network:
         traced: the traced forward pass.
         costs: costs of its layers.
         products: quantized products of activations, and the layers whose input bits they share.
+        junctions: quantized junctions; None without any.
     """
 
     model: nn.Module
@@ -32,6 +37,7 @@ class Network:
     traced: Trace
     costs: CostModel
     products: dict[str, str] = field(default_factory=dict)
+    junctions: Junctions | None = None
 
 
 def trace_network(
@@ -42,6 +48,8 @@ def trace_network(
     *,
     pin_returned: bool = False,
     quantize_attention: bool = False,
+    junctions: Iterable[str] = (),
+    junction_bits: int = JUNCTION_BITS,
 ) -> Network:
     """Trace a wrapped model on one sample, and prepare it for quantizers, in place.
 
@@ -52,10 +60,15 @@ def trace_network(
         classifiers: names of layers that are pinned to 8 bits besides the first and the last one.
         pin_returned: also pin all layers whose output the model returns.
         quantize_attention: products of two activations are quantized, and counted, too.
+        junctions: kinds of operators whose operands are quantized too (``junctions.kinds.KINDS``); with any, every
+            tensor has one quantizer for all that read it.
+        junction_bits: of these operands.
 
     Raises:
+        ConfigError: there is no such kind.
         UnsupportedModel: it does not run on the sample, or with none of its layers.
     """
+    kinds = check_kinds(junctions)
     traced = trace(model, example)
     convert.leave_float(model, traced.idle)
     for parent, children in traced.routed.items():
@@ -63,7 +76,21 @@ def trace_network(
     followed = {product.name: product.follows for product in traced.products if product.follows}
     products = followed if quantize_attention else {}
     convert.add_products(model, products)
+    found = quantized_among(traced, kinds, junction_bits) if kinds else None
+    if found is not None:
+        convert.add_junctions(model, found)
     if pin_returned:
         classifiers = (*classifiers, *traced.returned)
     costs = cost_model(traced, classifiers, products=quantize_attention)
-    return Network(model, name, traced, costs, products)
+    return Network(model, name, traced, costs, products, found)
+
+
+def quantized_among(traced: Trace, kinds: frozenset[str], bits: int = JUNCTION_BITS) -> Junctions:
+    """The junctions of ``kinds``, and the readers of every tensor."""
+    operators = {
+        junction.name: JunctionOperands(kind=junction.kind, positions=junction.positions)
+        for junction in traced.junctions
+        if chosen_kind(junction.kind, kinds)
+    }
+    tensors = first_readers(traced.junctions, traced.reads, kinds)
+    return Junctions(bits=bits, operators=operators, tensors=tensors)

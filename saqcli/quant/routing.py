@@ -5,10 +5,15 @@ A few networks (timm's beit, eva and swin_v2 attention, torchvision's Swin) neve
 layer each weight was read from, and quantizes the other operand when that tensor reaches a linear or convolution
 operator. The traced pass (``tracer``) finds the parents that need a route.
 
-The same modules, and others, multiply activations with each other; where those products are to be quantized, the route
-redirects them through ``products``.
+The same modules, and others, multiply activations with each other, add and concatenate them; where such products and
+junctions are to be quantized, the route redirects them through ``products`` and ``junctions``.
+
+Junctions are numbered within the forward of their owner itself. So the modules that it calls tell the route when they
+start and end, by hooks (``tell_route``).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +23,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from saqcli.quant import products
+from saqcli.quant.junctions.kinds import kind_of
+from saqcli.quant.junctions.quantized import Joins, junctions_of
 
 if TYPE_CHECKING:
     from saqcli.quant.layer import QuantizedLayer
@@ -37,15 +44,67 @@ _active: ContextVar["WeightRecorder | None"] = ContextVar("saq_weight_recorder",
 
 
 def record_weight(weight: Tensor, layer: "QuantizedLayer") -> Tensor:
-    """``weight``, recorded as that of ``layer`` by the innermost active recorder."""
+    """``weight``, recorded as that of ``layer`` by the innermost active recorder, and by those around it if that has
+    junctions.
+    """
     recorder = _active.get()
-    if recorder is not None:
+    while recorder is not None:
         recorder.record(weight, layer)
+        recorder = recorder.outer if recorder.passes_on else None
     return weight
 
 
+@contextmanager
+def within_module() -> Iterator[None]:
+    """Within the context operators are not those of the forward of a routed parent."""
+    route = _active.get()
+    if not isinstance(route, Route):
+        yield
+        return
+    route.inside += 1
+    try:
+        yield
+    finally:
+        route.inside -= 1
+
+
+def _entered(module: nn.Module, args: Any) -> None:
+    route = _active.get()
+    if isinstance(route, Route):
+        route.inside += 1
+
+
+def _left(module: nn.Module, args: Any, output: Any) -> None:
+    route = _active.get()
+    if isinstance(route, Route):
+        route.inside -= 1
+
+
+def tell_route(module: nn.Module) -> None:
+    """Have ``module`` tell the route of the parent that calls it when it starts and ends; once is enough."""
+    if _entered not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_entered)
+        module.register_forward_hook(_left, always_call=True)
+
+
+def tell_no_route(module: nn.Module) -> None:
+    """Undo ``tell_route``."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (_entered, _left)]:
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+
+
 class WeightRecorder(TorchFunctionMode):
-    """Records the layer of every weight tensor that is read while it is active."""
+    """Records the layer of every weight tensor that is read while it is active.
+
+    Attributes:
+        outer: the recorder that was active before.
+        passes_on: whether that one records the weights too.
+    """
+
+    outer: "WeightRecorder | None" = None
+    passes_on = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,6 +122,7 @@ class WeightRecorder(TorchFunctionMode):
         return next((layer for tensor, layer in reversed(self._recorded) if tensor is weight), None)
 
     def __enter__(self) -> Self:
+        self.outer = _active.get()
         self._token = _active.set(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -70,16 +130,24 @@ class WeightRecorder(TorchFunctionMode):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
         _active.reset(self._token)
+        self.outer = None
         self._recorded.clear()
 
 
 class Route(WeightRecorder):
-    """Quantizes the operands that a parent multiplies: inputs of routed layers, and both operands of its products."""
+    """Quantizes the operands that a parent joins: inputs of routed layers, operands of its products and junctions.
 
-    def __init__(self, owned: nn.ModuleDict | None = None) -> None:
-        """``owned`` are the products of the parent, by position in its forward."""
+    Attributes:
+        inside: modules that the parent has called and that are still running.
+    """
+
+    def __init__(self, owned: nn.ModuleDict | None = None, joined: nn.ModuleDict | None = None) -> None:
+        """``owned`` are the products, ``joined`` the junctions of the parent, by position in its forward."""
         super().__init__()
         self._multiply = None if owned is None else products.Multiplications(owned)
+        self._join = None if joined is None else Joins(joined)
+        self.passes_on = joined is not None
+        self.inside = 0
 
     @property
     def attention_weights(self) -> Tensor | None:
@@ -87,8 +155,8 @@ class Route(WeightRecorder):
         return None if self._multiply is None else self._multiply.attention_weights
 
     def record(self, weight: Tensor, layer: "QuantizedLayer") -> None:
-        """Record routed layers only: the others quantize their input in their own forward."""
-        if layer.routed:
+        """Record the routed layers of the parent only: the others quantize their input in their own forward."""
+        if layer.routed and _active.get() is self:
             super().record(weight, layer)
 
     def __torch_function__(
@@ -98,10 +166,12 @@ class Route(WeightRecorder):
         kwargs = kwargs or {}
         if self._multiply is not None and func in products.OPERATORS:
             return self._multiply(func, args, kwargs, owned=_active.get() is self)
+        if self._join is not None and not self.inside and _active.get() is self and kind_of(func):
+            return self._join(func, args, kwargs)
         layer = self.owner(func, args, kwargs)
         if layer is not None:
             args, kwargs = products.operands_first(args, kwargs, ("weight",))
-            args = (layer.input_quantizer(args[0]), *args[1:])
+            args = (layer.quantized_input(args[0]), *args[1:])
         return func(*args, **kwargs)
 
 
@@ -112,7 +182,7 @@ class RoutedParent(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the float class under a ``Route``."""
-        with Route(products.products_of(self)):
+        with Route(products.products_of(self), junctions_of(self)):
             return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -26,12 +26,12 @@ POWERS = (2.0, 2.4)  # exponents that are tried beside that of the scheme
 
 
 @torch.no_grad()
-def choose_starts(layer: QuantizedLayer, samples: Tensor, inputs: Sequence[Tensor]) -> None:
+def choose_starts(layer: QuantizedLayer, samples: Tensor | None, inputs: Sequence[Tensor]) -> None:
     """Fit the quantizers of ``layer`` for the least error of its output, each bit-width on its own.
 
     Args:
         layer: with fitted quantizers; those of a weight that it shares with another layer are left unchanged.
-        samples: values of its input, to fit the input quantizer to.
+        samples: values of its input, to fit the input quantizer to; None to leave that as it is.
         inputs: of the layer, each (n, ...); nothing is changed if there are none.
     """
     if not inputs:
@@ -54,7 +54,7 @@ def choose_starts(layer: QuantizedLayer, samples: Tensor, inputs: Sequence[Tenso
         if isinstance(weights, Quantizer) and not layer.tied_to:
             x = layer.effective_weight().detach()
             _choose(weights, x, lambda: error("weight_quantizer", weights))
-        if isinstance(own, Quantizer):
+        if isinstance(own, Quantizer) and samples is not None:
             _choose(own, samples.to(device), lambda: error("input_quantizer", own))
     finally:
         layer.weight_quantizer, layer.input_quantizer = weights, own

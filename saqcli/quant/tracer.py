@@ -12,6 +12,7 @@ such tensors are added or concatenated, their layers *meet*.
               ties nothing, since the branch also reads its tensor; nor do dense connections. Layers with the same
               weight are a group too.
     products  of two activations, as in attention, and the layer that makes their first operand
+    junctions additions, concatenations, pools, gates, and which of them and of the layers read the same tensor
 """
 
 from collections.abc import Sequence
@@ -23,8 +24,10 @@ from torch import Tensor, nn
 
 from saqcli.errors import UnsupportedModel
 from saqcli.quant import products
-from saqcli.quant.attention import supports_products
+from saqcli.quant.attention import supports_junctions, supports_products
 from saqcli.quant.calls import Call, tensors_in
+from saqcli.quant.junctions.kinds import Joined, dependent, kind_of, taken_apart
+from saqcli.quant.junctions.tensors import JunctionTrace, Tensors
 from saqcli.quant.layer import TRANSPOSED, WRAPPED, QuantizedLayer, quantized_layers
 from saqcli.quant.routing import WEIGHT_OPERATORS, WeightRecorder
 from saqcli.quant.wrapping import reason_for_float
@@ -219,6 +222,8 @@ class Trace:
         idle: wrapped layers that never ran (auxiliary heads); they stay in floating point.
         unquantized: modules that multiply with the weight of no quantized layer (conditional convolutions), by name.
         products: of two activations, in order of first execution.
+        junctions: of all kinds, in order of first execution.
+        reads: tensors, by number, that each layer and each operand of a junction reads, in order of execution.
         routed: layers whose weight a parent multiplies with, by name of that parent.
         outputs: the model's output for the traced input.
         inputs: shapes of the input tensors, for one sample.
@@ -235,6 +240,8 @@ class Trace:
     returned: list[str]
     other_bytes: int = 0
     products: list[ProductTrace] = field(default_factory=list)
+    junctions: list[JunctionTrace] = field(default_factory=list)
+    reads: dict[str, set[int]] = field(default_factory=dict)
 
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -246,11 +253,19 @@ FUNCTIONAL = "multiplies with the weight of {} in a way that cannot be followed"
 
 @dataclass
 class _Running:
-    """A module in execution, and the number of products computed since it started, submodules included."""
+    """A module in execution.
+
+    Attributes:
+        name: its name.
+        module: itself.
+        products: computed since it started, submodules included.
+        joins: calls of operators that have a kind, without submodules.
+    """
 
     name: str
     module: nn.Module
     products: int = 0
+    joins: int = 0
 
 
 class _Tracer(WeightRecorder):
@@ -263,6 +278,9 @@ class _Tracer(WeightRecorder):
         self.unquantized: dict[str, LayerTrace] = {}
         self.routed: dict[str, list[str]] = {}
         self.products: dict[tuple[str, int], ProductTrace] = {}
+        self.junctions: dict[tuple[str, int], JunctionTrace | None] = {}  # None if its calls differ
+        self.reads: dict[str, set[int]] = {}
+        self.tensors = Tensors()
         self.flows = Flows()
         self.running: list[_Running] = []
 
@@ -277,9 +295,15 @@ class _Tracer(WeightRecorder):
     ) -> Any:
         """Run the operator and record its multiplications and flows."""
         kwargs = kwargs or {}
+        kind = kind_of(func)
+        joined = None if kind is None else taken_apart(func, args, kwargs)
+        numbers = [] if joined is None else self._tensors_of(joined)  # before a write
         output = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         inputs, outputs = tensors_in((args, kwargs)), tensors_in(output)
+        self.tensors.follow(func, args, kwargs, inputs, outputs)
+        if kind is not None and joined is not None:
+            self._joined(kind, joined, numbers, output)
         if not outputs and name != "__setitem__":
             return output
         self.flows.count_readers(name, inputs, outputs)
@@ -296,6 +320,26 @@ class _Tracer(WeightRecorder):
             self.flows.propagate(name, inputs, outputs)
         return output
 
+    def _tensors_of(self, joined: Joined) -> list[int]:
+        return [self.tensors.number(x) if isinstance(x, Tensor) else 0 for x in joined.operands]
+
+    def _joined(self, kind: str, joined: Joined, numbers: list[int], output: Any) -> None:
+        """Record a call of an operator that has a kind, if modules can be redirected through a junction."""
+        running = self.running[-1]
+        if not supports_junctions(running.module):
+            return
+        key = running.name, running.joins
+        running.joins += 1
+        positions = dependent(kind, joined, output, self.flows.depends)
+        entry = self.junctions.setdefault(key, JunctionTrace(*key, kind, positions))
+        if entry is None or not positions or (entry.kind, entry.positions) != (kind, positions):
+            self.junctions[key] = None
+            return
+        entry.numbers += output.numel()
+        entry.results.add(self.tensors.number(output))
+        for name, position in zip(entry.operands, positions, strict=True):
+            self.reads.setdefault(name, set()).add(numbers[position])
+
     def _multiplied(self, layer: QuantizedLayer, x: Tensor, weight: Tensor, output: Tensor) -> None:
         name = self.names[id(layer)]
         entry = self.layers.get(name)
@@ -309,6 +353,7 @@ class _Tracer(WeightRecorder):
             self.layers[name] = entry
         entry.macs += _macs(weight, x, output, transposed=issubclass(layer.float_class, TRANSPOSED))
         entry.calls += 1
+        self.reads.setdefault(name, set()).add(self.tensors.number(x))
         entry.input_is_signed |= bool((x < 0).any())
         flow = self.flows.get(x)
         entry.reads_image |= flow is not None and flow.is_image
@@ -441,7 +486,17 @@ def trace(model: nn.Module, example: Tensor | Call) -> Trace:
     returned = list(dict.fromkeys(flow.nearest for flow in ends if flow.nearest is not None))
     shapes = [tuple(tensor.shape[1:]) for tensor in example.tensors]
     return Trace(
-        tracer.layers, idle, tracer.unquantized, tracer.routed, output, shapes, returned, other, found
+        tracer.layers,
+        idle,
+        tracer.unquantized,
+        tracer.routed,
+        output,
+        shapes,
+        returned,
+        other,
+        found,
+        [junction for junction in tracer.junctions.values() if junction is not None],
+        tracer.reads,
     )
 
 

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.quant.layer import FLOATS, QuantizedLayer
-from saqcli.quant.routing import record_weight
+from saqcli.quant.routing import record_weight, within_module
 
 
 def _read_weight(layer: QuantizedLayer) -> Tensor:
     try:
-        weight = layer.quantized_weight()
+        with within_module():
+            weight = layer.quantized_weight()
     except AttributeError as error:  # nn.Module would return the float weight for a missing attribute
         raise RuntimeError(f"quantized weight of {layer.float_class.__name__}: {error}") from error
     return record_weight(weight, layer)
@@ -65,6 +66,8 @@ _ATTRIBUTES = (  # set by wrapping
         "routed",
         "tied_to",
         "followers",
+        "tensor_read",
+        "requantizes",
         "original_dtype",
     ),
 )
@@ -76,6 +79,7 @@ _RESERVED = (
         "latent_weight",
         "effective_weight",
         "quantized_weight",
+        "quantized_input",
         "bits",
         "channel_dim",
     ),
@@ -110,6 +114,7 @@ def wrap_layer(module: nn.Module) -> QuantizedLayer:
     assert isinstance(module, QuantizedLayer)
     module.perturbation = module.given_weight = module.given_from = None
     module.routed, module.tied_to, module.followers = False, (), ()
+    module.tensor_read, module.requantizes = "", ()
     module.original_dtype = None if dtype == torch.float32 else dtype
     return module
 

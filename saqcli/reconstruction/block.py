@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from saqcli import distributed
+from saqcli.quant.junctions.sharing import activation_places, places_of
 from saqcli.quant.kernels.use import fused_on_cpu
 from saqcli.quant.layer import QuantizedLayer, in_eval_mode, quantized_layers, weights_given
-from saqcli.quant.products import OPERANDS, QuantizedProduct, quantized_products
 from saqcli.quant.quantizers.base import Quantizer
 from saqcli.reconstruction.activations import Rows
 from saqcli.reconstruction.adam import RelativeAdam, Trained
@@ -151,6 +151,7 @@ class BlockFit:
 
     def _trained(self) -> Iterator[Trained]:
         options = self.options
+        own = _own_quantizers(self.block, self.model)
         for layer in self._layers:
             if _owns_weight(layer, self._layers, self.model):
                 rounding = learned_rounding(layer, options)
@@ -159,12 +160,11 @@ class BlockFit:
                 yield from rounding.trained
                 if weights_per_level(layer) >= LEAST_WEIGHTS:
                     yield from self._levels(layer.weight_quantizer, options.weight_level_lr)
-            yield from self._levels(layer.input_quantizer, options.input_level_lr)
-        products = quantized_products(self.model)
-        for name in self.block.layers:
-            if name in products:
-                for attribute in OPERANDS.values():
-                    yield from self._levels(getattr(products[name], attribute), options.input_level_lr)
+            if layer.input_quantizer in own:
+                own.remove(layer.input_quantizer)
+                yield from self._levels(layer.input_quantizer, options.input_level_lr)
+        for quantizer in own:
+            yield from self._levels(quantizer, options.input_level_lr)
         if options.bias_lr:
             yield from self._biases()
 
@@ -290,6 +290,23 @@ def _owns_weight(layer: QuantizedLayer, layers: Sequence[QuantizedLayer], model:
     return all(other in layers for other in sharing)
 
 
+def _own_quantizers(block: Block, model: nn.Module) -> list[Quantizer]:
+    """The quantizers of activations in a block, each once; not those that another block shares, which stay."""
+    inside = {name for part in block.layers for name in places_of(part, model.get_submodule(part))}
+    found: list[Quantizer] = []
+    shared: set[int] = set()
+    for name, place in activation_places(model).items():
+        if isinstance(place.quantizer, Quantizer) and name not in inside:
+            shared.add(id(place.quantizer))
+    for part in block.layers:
+        for place in places_of(part, model.get_submodule(part)).values():
+            quantizer = place.quantizer
+            if isinstance(quantizer, Quantizer) and id(quantizer) not in shared:
+                shared.add(id(quantizer))
+                found.append(quantizer)
+    return found
+
+
 @torch.no_grad()
 def measured(block: Block, model: nn.Module, inputs: Rows, targets: Rows) -> tuple[float, float]:
     """The mean squared error of a block, and the mean square of its targets about their mean, over all ranks."""
@@ -314,22 +331,19 @@ def _dropping(block: Block, model: nn.Module, share: float, generator: torch.Gen
     if not share:
         yield
         return
-    modules: dict[str, Any] = {**quantized_layers(model), **quantized_products(model)}
     places = [
-        (modules[name], attribute)
+        place
         for name in block.layers
-        for attribute in (
-            OPERANDS.values() if isinstance(modules[name], QuantizedProduct) else ["input_quantizer"]
-        )
+        for place in places_of(name, model.get_submodule(name)).values()
     ]
-    before = [getattr(*place) for place in places]
+    before = [place.quantizer for place in places]
     try:
         for place, quantizer in zip(places, before, strict=True):
-            setattr(*place, _Dropping(quantizer, share, generator))
+            place.put(_Dropping(quantizer, share, generator))
         yield
     finally:
         for place, quantizer in zip(places, before, strict=True):
-            setattr(*place, quantizer)
+            place.put(quantizer)
 
 
 class _Dropping(nn.Module):

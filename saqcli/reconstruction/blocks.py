@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from saqcli.errors import UnsupportedModel, out_of_memory
 from saqcli.quant.calls import Call, tensors_in
+from saqcli.quant.junctions.sharing import quantized_joins
 from saqcli.quant.layer import in_eval_mode, quantized_layers
-from saqcli.quant.products import quantized_products
 from saqcli.quant.tracer import try_model
 from saqcli.reconstruction.chains import chain_of
 from saqcli.reconstruction.cuts import Part, parts_of
@@ -43,7 +43,7 @@ class Block:
 
     Attributes:
         name: the common part of its layers' names, or the first and the last one.
-        layers: its quantized layers and products, in order of execution.
+        layers: its quantized layers, products and junctions, in order of execution.
         run: computes its output from its input.
         note: what is special about it, in one line, or empty.
     """
@@ -103,7 +103,7 @@ def find_blocks(model: nn.Module, example: Tensor | Call) -> list[Block]:
     example = example.map(torch.detach)
     with in_eval_mode(model):
         try_model(model, example)
-    layers = [*quantized_layers(model), *quantized_products(model)]
+    layers = [*quantized_layers(model), *quantized_joins(model)]
     notes: list[str] = []
     for find in (_recorded_blocks, _chained_blocks):
         try:
@@ -187,7 +187,7 @@ def _same_block(model: nn.Module) -> dict[str, str]:
     layers = quantized_layers(model)
     names = {layer: name for name, layer in layers.items()}
     found = {name: names[layer.tied_to[0]] if layer.tied_to else name for name, layer in layers.items()}
-    return found | {name: name for name in quantized_products(model)}
+    return found | {name: name for name in quantized_joins(model)}
 
 
 def _names(parts: Iterable[Any]) -> list[str]:
@@ -217,7 +217,7 @@ def _check(model: nn.Module, blocks: Sequence[Block], example: Call) -> None:
         UnsupportedModel: a layer is in no block or in two, or an output differs in one bit.
     """
     placed = [name for block in blocks for name in block.layers]
-    if sorted(placed) != sorted({*quantized_layers(model), *quantized_products(model)}):
+    if sorted(placed) != sorted({*quantized_layers(model), *quantized_joins(model)}):
         raise UnsupportedModel("a quantized layer is in no block or in several")
     count = example.count
     index = torch.arange(5) % count

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from saqcli.errors import UnsupportedModel
 from saqcli.quant.calls import Call
+from saqcli.quant.junctions.sharing import quantized_joins
 from saqcli.quant.layer import in_eval_mode, quantized_layers
-from saqcli.quant.products import quantized_products
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Chain:
 
     Attributes:
         modules: their names.
-        layers: quantized layers and products in them.
+        layers: quantized layers, products and junctions in them.
     """
 
     modules: tuple[str, ...]
@@ -101,7 +101,7 @@ def _calls(model: nn.Module, example: Call) -> tuple[list[_Called], Any]:
 
 
 def _parts(model: nn.Module, names: Sequence[str], same: Mapping[str, str]) -> list[Chain]:
-    placed = [*quantized_layers(model), *quantized_products(model)]
+    placed = [*quantized_layers(model), *quantized_joins(model)]
     groups: list[tuple[list[str], list[str]]] = []
     for name in names:
         inside = [layer for layer in placed if layer == name or layer.startswith(f"{name}.")]

@@ -22,7 +22,7 @@ class Part:
         inputs: values that it is given.
         outputs: values that it gives.
         changed: inputs whose memory it writes to.
-        layers: quantized layers and products, in order of execution.
+        layers: quantized layers, products and junctions, in order of execution.
     """
 
     operators: tuple[int, ...]

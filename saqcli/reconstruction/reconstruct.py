@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from saqcli.errors import CorruptArtifact
 from saqcli.progress import SILENT, Progress, Task
 from saqcli.quant.calls import Call
+from saqcli.quant.junctions.sharing import activation_places
 from saqcli.quant.kernels.use import fused_on_cpu
 from saqcli.quant.layer import in_eval_mode, quantized_layers
-from saqcli.quant.products import quantized_products
 from saqcli.random_state import seeds_of
 from saqcli.reconstruction.activations import Activations, samples_of
 from saqcli.reconstruction.block import BlockError, fit_block
@@ -32,8 +32,10 @@ from saqcli.training.loop import NO_MEMORY, Memory
 def without_quantizers(model: nn.Module) -> nn.Module:
     """A copy of a quantized network that computes in floating point, with its present weights and statistics."""
     made = copy.deepcopy(model)
-    for module in (*quantized_layers(made).values(), *quantized_products(made).values()):
-        module.weight_quantizer, module.input_quantizer = nn.Identity(), nn.Identity()
+    for layer in quantized_layers(made).values():
+        layer.weight_quantizer = nn.Identity()
+    for place in activation_places(made).values():
+        place.put(nn.Identity())
     return made.eval().requires_grad_(False)
 
 

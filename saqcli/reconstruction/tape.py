@@ -25,8 +25,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from saqcli.errors import UnsupportedModel
 from saqcli.quant.calls import Call, tensors_in
+from saqcli.quant.junctions.quantized import QuantizedJunction
+from saqcli.quant.junctions.sharing import quantized_joins
 from saqcli.quant.layer import QuantizedLayer, in_eval_mode, quantized_layers, weights_taken
-from saqcli.quant.products import OPERANDS, quantized_products
+from saqcli.quant.products import OPERANDS
 
 SIZES_KEPT = 8  # tapes of as many batch sizes are kept
 
@@ -99,7 +101,7 @@ class Operator:
         reads: values among the operands.
         makes: the value of every tensor in the result.
         writes: values that it changes in place, all views of the same memory included.
-        layers: quantized layers and products that it computes with, in order of execution.
+        layers: quantized layers, products and junctions that it computes with, in order of execution.
     """
 
     run: Callable[..., Any]
@@ -263,15 +265,15 @@ def _tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _opaque(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
-    """The modules that are one operator each, with the quantized layers and products in them, by name."""
-    layers: dict[str, nn.Module] = {**quantized_layers(model), **quantized_products(model)}
+    """The modules that are one operator each, with the quantized layers, products and junctions in them, by name."""
+    layers: dict[str, nn.Module] = {**quantized_layers(model), **quantized_joins(model)}
     found: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
     for name, module in layers.items():
         inside = tuple(
             f"{name}.{each}".strip(".") for each, m in module.named_modules() if m in layers.values()
         )
         found[name] = module, inside
-        for attribute in OPERANDS.values():
+        for attribute in () if isinstance(module, QuantizedJunction) else OPERANDS.values():
             found[f"{name}.{attribute}".lstrip(".")] = getattr(module, attribute), (name,)
     return found
 
@@ -287,7 +289,7 @@ def record(model: nn.Module, call: Call) -> Tape:
     layers = quantized_layers(model)
     handles: list[Any] = []
     running: list[Any] = []  # contexts of the modules in execution
-    order: dict[str, int] = {}  # of the first call of each layer and product
+    order: dict[str, int] = {}  # of the first call of each of them
 
     def enter(name: str, inside: tuple[str, ...]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from saqcli.errors import UnperturbedLayer
 from saqcli.models.preprocessing import SMALL_IMAGES
+from saqcli.quant.junctions.quantized import QuantizedJunction
 from saqcli.quant.layer import (
     QuantizedLayer,
     moved,
@@ -292,7 +293,7 @@ def _members(model: nn.Module, kinds: set[Kind]) -> Iterator[_Member]:
 
 def _candidates(module: nn.Module, kinds: set[Kind]) -> Iterator[_Member]:
     """Parameters of a module of a quantized network."""
-    if isinstance(module, QuantizedProduct) and "activation_clips" in kinds:
+    if isinstance(module, QuantizedProduct | QuantizedJunction) and "activation_clips" in kinds:
         yield from _levels(module)
     if isinstance(module, _NORMS) and "norms" in kinds:
         yield from _present((module.weight, True), (module.bias, False))

@@ -116,10 +116,6 @@ class _Norms(TorchFunctionMode):
     ) -> Any:
         """Run the operator, and note who reads layers' outputs."""
         kwargs = kwargs or {}
-        given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-        for name in {self.outputs[id(each)] for each in given if id(each) in self.outputs}:
-            if getattr(func, "__name__", "") != "__get__":
-                self.readers[name] += 1
         if func is F.batch_norm and args and id(args[0]) in self.outputs:
             names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
             all_of = dict(zip(names, args, strict=False)) | kwargs
@@ -131,7 +127,11 @@ class _Norms(TorchFunctionMode):
                     all_of.get("bias"),
                     float(all_of.get("eps", 1e-5)),
                 )
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if isinstance(output, Tensor | tuple | list):  # not its shape or type
+            given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+            self.readers.update({self.outputs[id(each)] for each in given if id(each) in self.outputs})
+        return output
 
 
 @torch.no_grad()

@@ -176,13 +176,7 @@ def _move(graph: ir.Graph, node: ir.Node) -> None:
     for index, value in places:
         same = next((each for each in consumers(value) if _same_grid(each, node)), None)
         if same is None:
-            same = ir.Node(
-                node.domain,
-                node.op_type,
-                [value, node.inputs[1]],
-                [*node.attributes.values(), ir.AttrInt64(onnx_helpers.COPY, 1)],
-            )
-            same.outputs[0].type, same.outputs[0].shape = value.type, value.shape
+            same = _copy(node, value)
             graph.insert_after(value.producer(), same)
             producer.replace_input_with(index, same.outputs[0])
             _move(graph, same)
@@ -205,6 +199,38 @@ def _same_grid(one: ir.Node, other: ir.Node) -> bool:
         and float(array_of(one.inputs[1])) == float(array_of(other.inputs[1]))
         and all(number(one, name) == number(other, name) for name in ("lowest", "highest"))
     )
+
+
+def close_moves(graph: ir.Graph) -> None:
+    """Quantize tensors once more that were only moved since, for each operator that reads them.
+
+    ONNX Runtime does the same for most operators, but not for all, and other runtimes do not.
+    """
+    for node in [node for node in graph if node.op_type in MOVES_CODES and not node.domain]:
+        value = node.outputs[0]
+        source = source_of(value)
+        readers = [each for each in consumers(value) if each.op_type not in (*MOVES_CODES, _QUANTIZER)]
+        if source is None or not readers or len(node.outputs) != 1 or node.op_type == "Pad":
+            continue
+        copy = _copy(source, value)
+        graph.insert_after(node, copy)
+        for reader in readers:
+            for index, each in enumerate(list(reader.inputs)):
+                if each is value:
+                    reader.replace_input_with(index, copy.outputs[0])
+
+
+def _copy(node: ir.Node, value: ir.Value) -> ir.Node:
+    """A copy of a quantizer for another tensor."""
+    kept = [each for name, each in node.attributes.items() if name != onnx_helpers.COPY]
+    copy = ir.Node(
+        node.domain,
+        node.op_type,
+        [value, node.inputs[1]],
+        [*kept, ir.AttrInt64(onnx_helpers.COPY, 1)],
+    )
+    copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
+    return copy
 
 
 def narrow_ranges(graph: ir.Graph) -> None:
@@ -305,6 +331,7 @@ ARRANGEMENT: tuple[Step, ...] = (
     use_global_pools,
     use_gemms,
     move_quantizers,
+    close_moves,
     narrow_ranges,
     mark_sources,
     round_biases,
@@ -327,7 +354,9 @@ def pad_codes(graph: ir.Graph) -> None:
             continue
         codes = ir.node("Pad", [source.inputs[0], pad.inputs[1], source.inputs[2]])
         codes.outputs[0].type = source.inputs[0].type if source.inputs[0] is not None else None
-        _replace(graph, pad, [codes, ir.node("DequantizeLinear", [codes.outputs[0], *source.inputs[1:]])])
+        values = ir.node("DequantizeLinear", [codes.outputs[0], *source.inputs[1:]])
+        values.meta.update(source.meta)
+        _replace(graph, pad, [codes, values])
 
 
 def limits(node: ir.Node) -> tuple[int, int]:

@@ -108,8 +108,8 @@ def merge_inputs(graph: ir.Graph) -> None:
         grid = tuple(number(node, name) for name in ("lowest", "highest", "bits"))
         first = kept.setdefault((node.inputs[0], float(array_of(node.inputs[1])), *grid), node)
         if first is not node:
-            names = LAYER_SEPARATOR.join([text(first, "layer"), text(node, "layer")])
-            first.attributes["layer"] = ir.AttrString("layer", names)
+            names = dict.fromkeys(f"{text(first, 'layer')} {text(node, 'layer')}".split(LAYER_SEPARATOR))
+            first.attributes["layer"] = ir.AttrString("layer", LAYER_SEPARATOR.join(names))
             node.outputs[0].replace_all_uses_with(first.outputs[0])
             graph.remove(node, safe=True)
 

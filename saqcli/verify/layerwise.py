@@ -283,7 +283,8 @@ def _source(node: Any, layer: str, made_by: dict[str, Any]) -> str | None:
             break
     while node is not None and node.op_type in MOVES_CODES:
         node = made_by.get(node.input[0])
-    return None if node is not None and onnx_helpers.COPY in _annotations(node) else name
+    known = {} if node is None else _annotations(node)
+    return None if onnx_helpers.COPY in known or known.get(onnx_helpers.LAYER) == layer else name
 
 
 def _annotations(node: Any) -> dict[str, str]:

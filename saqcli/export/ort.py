@@ -37,8 +37,9 @@ INT8_ZERO, UINT8_ZERO = 0, onnx_helpers.UINT8_ZERO
 
 def clipped_codes(node: Any, constants: Mapping[str, Any]) -> Coding:
     """The coding of a Clip of integers behind QuantizeLinear; code 0 is in its annotations."""
-    (zero,) = [entry.value for entry in node.metadata_props if entry.key == onnx_helpers.ZERO]
-    return Coding(zero=float(zero), dtype=constants[node.input[1]].dtype)
+    (zero,) = (float(entry.value) for entry in node.metadata_props if entry.key == onnx_helpers.ZERO)
+    least, most = (constants[name] for name in node.input[1:])
+    return Coding(zero=zero, dtype=least.dtype, limits=(float(least) - zero, float(most) - zero))
 
 
 class OrtExporter(OnnxStyle):
@@ -74,9 +75,9 @@ class OrtExporter(OnnxStyle):
         name, zero = f"{text(node, 'layer')}.input", -lowest
         if integer_graph.ANOTHER in node.attributes:
             axis = min(1, len(x.shape) - 1) if x.shape is not None else 0
-            shape = x.shape
+            known = x
             x = insert_before(graph, node, "Concat", [x], axis=axis)
-            x.shape = shape
+            x.type, x.shape = known.type, known.shape
         offset = constant(graph, f"{name}.zero", np.uint8(zero))
         codes = insert_before(graph, node, "QuantizeLinear", [x, step, offset])
         least, most = integer_graph.limits(node)

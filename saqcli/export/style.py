@@ -57,11 +57,13 @@ class Coding:
         unit: value of a difference of one code; 1 for integers.
         zero: what code 0 is stored as.
         dtype: NumPy type of the output; float32 for values, which have no zero.
+        limits: the least and the largest code that the operator returns, where that is not the whole grid.
     """
 
     unit: float = 1.0
     zero: float = 0.0
     dtype: Any = np.float32
+    limits: tuple[float, float] | None = None
 
 
 Reader = Callable[[Any, Mapping[str, Any]], Coding]

@@ -13,8 +13,8 @@ from saqcli.analysis import INSTRUMENTS
 from saqcli.cli.tables import print_table, print_text
 from saqcli.pipelines.analysis_inputs import images_of
 from saqcli.report.canvas import titles
-from saqcli.verify.kernels import Operator, summary
 from saqcli.units import counted, format_figure, format_quantity, with_error
+from saqcli.verify.kernels import Operator, summary
 
 MARGIN = 4  # columns between the cells of a row
 MOST_LAYERS = 5  # listed on a line; the files hold all

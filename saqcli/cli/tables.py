@@ -347,7 +347,9 @@ def show_export(result: dict[str, Any]) -> None:
     if "moved_codes" in result:
         moved = result["moved_codes"]
         farthest = f", by at most {moved['largest']}" if moved["differing"] else ""
-        table.add_row("biases in integers", f"{moved['differing']:,} of {moved['codes']:,} codes moved{farthest}")
+        table.add_row(
+            "biases in integers", f"{moved['differing']:,} of {moved['codes']:,} codes moved{farthest}"
+        )
     if result["largest_accumulator"] is not None:
         largest = f"at most {result['largest_accumulator']:,} (exact in float32 up to 16,777,216)"
         table.add_row("accumulators", largest)

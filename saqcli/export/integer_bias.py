@@ -185,7 +185,10 @@ def _round(layer: QuantizedLayer, weights: FrozenWeight, input_step: float, norm
         scale, folded = norm.scale(), norm.fold(before)
         shape = (-1, *(1,) * (codes.ndim - 1))
         codes[(codes == LOWEST) & (scale < 0).reshape(shape)] = LOWEST + 1  # in place, in the model
-        codes, step = codes * np.sign(scale).astype(int).reshape(shape), np.where(scale == 0, 1, np.abs(scale)) * step
+        codes, step = (
+            codes * np.sign(scale).astype(int).reshape(shape),
+            np.where(scale == 0, 1, np.abs(scale)) * step,
+        )
     found = grid_bias(folded.astype(np.float32), codes, input_step, step)
     if found is not None:
         moved = np.divide(found.values - folded, scale, out=np.zeros(len(codes)), where=scale != 0)

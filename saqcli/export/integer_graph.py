@@ -28,7 +28,10 @@ MOVES_CODES = (
     *("Concat", "Flatten", "MaxPool", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Transpose"),
     "Unsqueeze",
 )
-LEAST, MOST = "least", "most"  # attributes of an input placeholder: range of codes that can occur, if narrower
+LEAST, MOST = (
+    "least",
+    "most",
+)  # attributes of an input placeholder: range of codes that can occur, if narrower
 WITHIN, ANOTHER = "within", "another"  # attributes: its input has codes of the same grid, or of another one
 _QUANTIZER = "QuantizeInput"
 
@@ -43,7 +46,9 @@ def absorb_pads(graph: ir.Graph) -> None:
         (convolution,) = readers
         half = len(amounts) // 2
         before, after = amounts[:half], amounts[half:]
-        unpadded = "auto_pad" in convolution.attributes and convolution.attributes["auto_pad"].as_string() not in (
+        unpadded = "auto_pad" in convolution.attributes and convolution.attributes[
+            "auto_pad"
+        ].as_string() not in (
             "NOTSET",
             "VALID",
         )
@@ -100,7 +105,7 @@ def _replace(graph: ir.Graph, node: ir.Node, new: list[ir.Node]) -> None:
 
 
 def use_static_shapes(graph: ir.Graph) -> None:
-    """Give every Reshape that keeps the batch a constant shape: computed ones hide from a runtime that codes only move."""
+    """Give every Reshape that keeps the batch a constant shape: computed ones hide that codes only move."""
     for node in [node for node in graph if node.op_type == "Reshape"]:
         x, output = node.inputs[0], node.outputs[0]
         if x is None or x.shape is None or output.shape is None or array_of(node.inputs[1]) is not None:
@@ -109,7 +114,9 @@ def use_static_shapes(graph: ir.Graph) -> None:
         if len(after) < 2 or not before or isinstance(after[0], int) or before[0] != after[0]:
             continue
         if all(isinstance(size, int) for size in after[1:]):
-            onnx_helpers.set_constant(graph, node, 1, np.array([-1, *after[1:]], np.int64), f"{output.name}.shape")
+            onnx_helpers.set_constant(
+                graph, node, 1, np.array([-1, *after[1:]], np.int64), f"{output.name}.shape"
+            )
 
 
 def use_gemms(graph: ir.Graph) -> None:
@@ -117,10 +124,18 @@ def use_gemms(graph: ir.Graph) -> None:
     for product in [node for node in graph if node.op_type == "MatMul"]:
         x, weight = product.inputs[0], onnx_helpers.weight_of(product)
         transpose = product.inputs[1].producer() if product.inputs[1] is not None else None
-        if x is None or x.shape is None or weight is None or transpose is None or transpose.op_type != "Transpose":
+        if (
+            x is None
+            or x.shape is None
+            or weight is None
+            or transpose is None
+            or transpose.op_type != "Transpose"
+        ):
             continue
         sizes = list(x.shape)
-        if transpose.inputs[0] is not weight.outputs[0] or not all(isinstance(size, int) for size in sizes[1:]):
+        if transpose.inputs[0] is not weight.outputs[0] or not all(
+            isinstance(size, int) for size in sizes[1:]
+        ):
             continue
         outputs = len(array_of(weight.inputs[0]))
         bias = _added_vector(product, outputs)
@@ -243,7 +258,7 @@ def narrow_ranges(graph: ir.Graph) -> None:
             x = node.inputs[0]
             limit = x.producer() if x is not None else None
             bounds = None if limit is None or len(consumers(x)) != 1 else _bounds(limit)
-            if bounds is None:
+            if limit is None or bounds is None:
                 break
             below, above = (np.round(np.float32(bound) / step) for bound in bounds)
             # applied to values limited already, so a later bound wins
@@ -269,7 +284,10 @@ def _bounds(node: ir.Node) -> tuple[float, float] | None:
     if any(there and end is None for there, end in zip(given, ends, strict=True)):
         return None
     ends += [None] * (2 - len(ends))
-    least, most = -np.inf if ends[0] is None else float(ends[0]), np.inf if ends[1] is None else float(ends[1])
+    least, most = (
+        -np.inf if ends[0] is None else float(ends[0]),
+        np.inf if ends[1] is None else float(ends[1]),
+    )
     return (least, most) if least <= most else None
 
 
@@ -293,7 +311,9 @@ def round_biases(graph: ir.Graph) -> None:
             onnx_helpers.constant(graph, f"{layer}.bias_step", found.unit),
         ]
         axis = {"axis": 0} if found.unit.ndim else {}
-        node.replace_input_with(2, onnx_helpers.insert_before(graph, node, "DequantizeLinear", inputs, **axis))
+        node.replace_input_with(
+            2, onnx_helpers.insert_before(graph, node, "DequantizeLinear", inputs, **axis)
+        )
 
 
 def source_of(value: ir.Value | None) -> ir.Node | None:
@@ -361,7 +381,11 @@ def pad_codes(graph: ir.Graph) -> None:
 
 def limits(node: ir.Node) -> tuple[int, int]:
     """The least and the largest code that an input placeholder can have."""
-    return (number(node, LEAST), number(node, MOST)) if LEAST in node.attributes else (
-        number(node, "lowest"),
-        number(node, "highest"),
+    return (
+        (number(node, LEAST), number(node, MOST))
+        if LEAST in node.attributes
+        else (
+            number(node, "lowest"),
+            number(node, "highest"),
+        )
     )

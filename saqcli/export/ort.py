@@ -5,19 +5,20 @@
     bias (INT32, in units of the accumulator) -- DQ --'
 
 ONNX Runtime fuses such a pattern into an integer kernel under conditions that the rewritten graph meets
-(``integer_graph``): all operands come from DequantizeLinear, the result has one reader, which is a quantizer; activations
-are UINT8, also signed ones (zero point 128); the step of a bias is the product of the steps of input and weight; the
-weight of a Gemm has a zero point. Which layers do run on integers depends on the quantizers of the network: a target
-puts them on the operands of additions, pools and other junctions, and ``saq eval FILE --bench`` lists what is left.
+(``integer_graph``): all operands come from DequantizeLinear, the result has one reader, which is a quantizer;
+activations are UINT8, also signed ones (zero point 128); the step of a bias is the product of the steps of input and
+weight; the weight of a Gemm has a zero point. Which layers do run on integers depends on the quantizers of the network:
+a target puts them on the operands of additions, pools and other junctions, and ``saq eval FILE --bench`` lists what is
+left.
 
 Codes below 8 bits are limited by a Clip of integers behind the quantizer, so that the convolution before it still ends
 in codes. Where a tensor is quantized a second time, to fewer bits, a concatenation of this one tensor carries it from
 grid to grid: ONNX Runtime looks every code up in a table of 256.
 
 Weights of up to 4 bits are stored in 4 bits and turned into INT8 by operators on constants, which the runtime evaluates
-once, when it opens the file. 8-bit weights whose sums of two products could exceed 16 bits are UINT8, which is slower on
-x86 and correct everywhere (``onnx_helpers``); with 7-bit weights no sum can, and all are INT8. Style ``ort-vnni`` has
-INT8 always.
+once, when it opens the file. 8-bit weights whose sums of two products could exceed 16 bits are UINT8, which is slower
+on x86 and correct everywhere (``onnx_helpers``); with 7-bit weights no sum can, and all are INT8. Style ``ort-vnni``
+has INT8 always.
 """
 
 from collections.abc import Mapping
@@ -31,8 +32,7 @@ from torch import Tensor, nn
 from saqcli.export import integer_bias, integer_graph, onnx_helpers
 from saqcli.export.onnx_helpers import BYTE_SPAN, UINT4_SPAN, array_of, constant, insert_before, number, text
 from saqcli.export.style import Coding, OnnxStyle, integer_codes
-
-INT8_ZERO, UINT8_ZERO = 0, onnx_helpers.UINT8_ZERO
+from saqcli.export.tracing import ANNOTATIONS
 
 
 def clipped_codes(node: Any, constants: Mapping[str, Any]) -> Coding:
@@ -47,7 +47,7 @@ class OrtExporter(OnnxStyle):
 
     name, description = "ort", "integers from input to logits in ONNX Runtime"
     quantizers = {"QuantizeLinear": integer_codes, "Clip": clipped_codes}  # noqa: RUF012 - a declaration
-    containers = ("INT4", "UINT4", "INT8", "UINT8")
+    containers: tuple[str, ...] = ("INT4", "UINT4", "INT8", "UINT8")
     deployed = True
     saturating = False  # whether sums of two products may exceed 16 bits
 
@@ -70,7 +70,7 @@ class OrtExporter(OnnxStyle):
     def quantize_input(self, graph: ir.Graph, node: ir.Node) -> ir.Value:
         """QuantizeLinear to UINT8, a Clip of the codes where not all of them can occur, and DequantizeLinear."""
         x, step = node.inputs
-        lowest, highest = number(node, "lowest"), number(node, "highest")
+        lowest = number(node, "lowest")
         assert x is not None
         name, zero = f"{text(node, 'layer')}.input", -lowest
         if integer_graph.ANOTHER in node.attributes:
@@ -85,7 +85,7 @@ class OrtExporter(OnnxStyle):
         if not all_codes and integer_graph.WITHIN not in node.attributes:
             inner = codes.producer()
             assert inner is not None
-            del inner.meta[onnx_helpers.ANNOTATIONS][onnx_helpers.OPERAND]  # the Clip is the quantizer
+            del inner.meta[ANNOTATIONS][onnx_helpers.OPERAND]  # the Clip is the quantizer
             ends = [
                 constant(graph, f"{name}.{end}", np.uint8(code + zero))
                 for end, code in (("least", least), ("most", most))
@@ -100,12 +100,12 @@ class OrtExporter(OnnxStyle):
         dim = number(node, "dim")
         unpacked = _unpacked(graph, node, codes)
         if unpacked is not None:
-            stored, zero = unpacked, np.int8(INT8_ZERO)
+            stored, zero = unpacked, np.array(0, np.int8)
         elif self.saturating or not onnx_helpers.may_saturate(codes, max(dim, 0)):
-            stored, zero = self._stored(graph, node, codes.astype(np.int8)), np.int8(INT8_ZERO)
+            stored, zero = self._stored(graph, node, codes.astype(np.int8)), np.array(0, np.int8)
         else:
             stored = self._stored(graph, node, onnx_helpers.packed_unsigned(codes)[0])
-            zero = np.uint8(UINT8_ZERO)
+            zero = np.array(onnx_helpers.UINT8_ZERO, np.uint8)
         inputs = [
             stored,
             constant(graph, f"{text(node, 'layer')}.step", step),

@@ -156,9 +156,7 @@ class Lineup:
         path = file.path
         opener = lambda threads: runner(path, threads)  # noqa: E731 - as in add_torch
         size = path.stat().st_size
-        self.targets.append(
-            BenchTarget(name, ONNX, size, opener, file.kernels, file.batch, file.operators)
-        )
+        self.targets.append(BenchTarget(name, ONNX, size, opener, file.kernels, file.batch, file.operators))
 
     def add_exported(self, name: str, model: nn.Module, path: Path, metadata: ModelMetadata) -> None:
         """Export a model to ``path`` and add the file, or a note if it cannot be exported."""

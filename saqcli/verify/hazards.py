@@ -192,7 +192,7 @@ def _saturates(graph: _Graph, node: Any, weight: str) -> bool:
 
 
 def _requantizes(graph: _Graph, node: Any) -> bool:
-    """Whether a quantizer follows a pair of another grid, and is dequantized next, as DoubleQDQPairsRemover looks for."""
+    """Whether a quantizer follows a pair of another grid, and is dequantized next: for DoubleQDQPairsRemover."""
     before, after = graph.producers.get(node.input[0]), graph.readers[node.output[0]]
     if before is None or before.op_type != "DequantizeLinear" or len(graph.readers[node.input[0]]) != 1:
         return False

@@ -1,7 +1,7 @@
-"""Operators of a file as ONNX Runtime runs them: which compute on integers, and where codes pass through floating point.
+"""Operators of a file as ONNX Runtime runs them: which compute on integers, and where codes become values in between.
 
-They are those of the graph that ONNX Runtime saves after its optimizations. Their names are still those of the operators
-that they were fused from, by which they are assigned to the layers of the file.
+They are those of the graph that ONNX Runtime saves after its optimizations. Their names are still those of the
+operators that they were fused from, by which they are assigned to the layers of the file.
 """
 
 import re
@@ -15,7 +15,18 @@ _FLOAT_RESULT = ("DequantizeLinear", "MatMulIntegerToFloat", "ConvIntegerToFloat
 _QGEMM_INPUTS = 9  # of a QGemm that returns codes; with fewer it returns values
 # Shapes are computed by them, and values moved; what matters is the arithmetic.
 _NO_ARITHMETIC = {
-    *("Shape", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Concat", "Slice", "Split", "Gather"),
+    *(
+        "Shape",
+        "Reshape",
+        "Flatten",
+        "Squeeze",
+        "Unsqueeze",
+        "Transpose",
+        "Concat",
+        "Slice",
+        "Split",
+        "Gather",
+    ),
     *("Cast", "Expand", "Identity", "Constant", "ConstantOfShape", "Pad", "ReorderInput", "ReorderOutput"),
 }
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -146,6 +157,8 @@ def summary(operators: tuple[Operator, ...]) -> Iterator[str]:
     if kinds:
         yield f"on integers: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}"
     for trips, text in ((True, "between codes, in floating point"), (False, "in floating point")):
-        rest = [f"{each.kind} {each.place}" for each in operators if not each.integer and each.round_trip is trips]
+        rest = [
+            f"{each.kind} {each.place}" for each in operators if not each.integer and each.round_trip is trips
+        ]
         if rest:
             yield f"{text}: {', '.join(rest)}"

@@ -53,8 +53,8 @@ class Call:
         grid: grid of the quantizer.
         float32_error: difference of ``x`` from the float64 result for the same codes of earlier layers, relative to
             the largest magnitude.
-        limits: the least and the largest code that can occur, where a ReLU or Clip before the quantizer leaves a part of
-            the grid.
+        limits: the least and the largest code that can occur, where a ReLU or Clip before the quantizer leaves a part
+            of the grid.
     """
 
     x: Any

@@ -103,7 +103,7 @@ class Cut:
     Attributes:
         layer: layer in its annotations.
         call: the call in PyTorch.
-        before: name of the tensor that is quantized; None if copies of the quantizer precede it.
+        before: name of the tensor that is quantized; None if copies of the quantizer, or another one, precede it.
         after: name of the tensor that is cut: codes, or quantized values.
         fed: name of the graph input that replaces it.
         unit: value of a difference of one code in ``after``.
@@ -282,7 +282,8 @@ def _source(node: Any, layer: str, made_by: dict[str, Any]) -> str | None:
             break
     while node is not None and node.op_type in SAME_CODES:
         node = made_by.get(node.input[0])
-    return None if node is not None and onnx_helpers.COPY in _annotations(node) else name
+    quantized = node is not None and _annotations(node).get(onnx_helpers.OPERAND) == "input"
+    return None if quantized else name
 
 
 def _annotations(node: Any) -> dict[str, str]:

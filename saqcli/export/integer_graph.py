@@ -196,6 +196,8 @@ def _move(graph: ir.Graph, node: ir.Node) -> None:
             producer.replace_input_with(index, same.outputs[0])
             _move(graph, same)
         else:
+            graph.remove(same)  # it may stand behind the operator
+            graph.insert_after(value.producer(), same)
             producer.replace_input_with(index, same.outputs[0])
 
 
@@ -360,6 +362,8 @@ ARRANGEMENT: tuple[Step, ...] = (
 
 def arrange(graph: ir.Graph) -> None:
     """All of the above, in place, after norms were folded and quantizers of the same tensor merged."""
+    for position, node in enumerate(placeholders(graph, _QUANTIZER)):
+        node.attributes[onnx_helpers.ORDER] = ir.AttrInt64(onnx_helpers.ORDER, position)
     for step in ARRANGEMENT:
         step(graph)
 

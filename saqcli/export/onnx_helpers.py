@@ -48,6 +48,7 @@ LAYER, OPERAND, BITS = "saq.layer", "saq.operand", "saq.bits"  # annotations of 
 ZERO, PADS = "saq.zero", "saq.pads"  # code of zero and padding, in styles that shift codes
 LEVELS = "saq.levels"  # number of levels of a table, at the node that holds their indices
 LAYER_SEPARATOR = " "
+ORDER = "saq.order"  # position of a quantizer in the traced network, where a style moves quantizers
 COPY = "saq.copy"  # marks an additional quantizer, which changes nothing
 MULTIPLIERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _CONVOLUTIONS = ("Conv", "ConvTranspose")

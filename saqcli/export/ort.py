@@ -92,6 +92,7 @@ class OrtExporter(OnnxStyle):
             ]
             codes = insert_before(graph, node, "Clip", [codes, *ends])
             onnx_helpers.add_annotations(codes, **{onnx_helpers.ZERO: str(zero)})
+        onnx_helpers.add_annotations(codes, **{onnx_helpers.ORDER: str(number(node, onnx_helpers.ORDER))})
         return insert_before(graph, node, "DequantizeLinear", [codes, step, offset])
 
     def dequantize_weight(self, graph: ir.Graph, node: ir.Node) -> ir.Value:
@@ -142,15 +143,17 @@ def _unpacked(graph: ir.Graph, node: ir.Node, codes: Any) -> ir.Value | None:
     if onnx_helpers.fits_int4(codes):
         stored = constant(graph, f"{layer}.codes", codes.astype(ml_dtypes.int4), ir.DataType.INT4)
         return cast(stored, ir.DataType.INT8)
-    halves = (codes.astype(np.int32) - 1) // 2
-    if codes.size and (codes % 2 == 1).all() and onnx_helpers.fits_int4(halves):
-        stored = constant(graph, f"{layer}.codes", halves.astype(ml_dtypes.int4), ir.DataType.INT4)
-        doubled = insert_before(
-            graph, node, "Mul", [cast(stored, ir.DataType.INT32), constant(graph, "two", np.int32(2))]
-        )
-        odd = insert_before(graph, node, "Add", [doubled, constant(graph, "one", np.int32(1))])
-        return cast(odd, ir.DataType.INT8)
     others = tuple(range(1, codes.ndim))
+    empty = (codes == 0).all(axis=others, keepdims=True)  # channels that a norm switched off
+    halves = np.where(empty, 0, (codes.astype(np.int32) - 1) // 2)
+    if codes.size and ((codes % 2 == 1) | empty).all() and onnx_helpers.fits_int4(halves):
+        stored = constant(graph, f"{layer}.codes", halves.astype(ml_dtypes.int4), ir.DataType.INT4)
+        two, one = (np.where(empty, 0, value).astype(np.int32) for value in (2, 1))
+        doubled = insert_before(
+            graph, node, "Mul", [cast(stored, ir.DataType.INT32), constant(graph, f"{layer}.two", two)]
+        )
+        odd = insert_before(graph, node, "Add", [doubled, constant(graph, f"{layer}.one", one)])
+        return cast(odd, ir.DataType.INT8)
     low = codes.astype(np.int32).min(axis=others, keepdims=True, initial=0)
     if number(node, "dim") == 0 and (codes - low).max(initial=0) <= UINT4_SPAN:
         stored = constant(graph, f"{layer}.codes", (codes - low).astype(ml_dtypes.uint4), ir.DataType.UINT4)

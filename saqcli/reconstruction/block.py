@@ -331,11 +331,7 @@ def _dropping(block: Block, model: nn.Module, share: float, generator: torch.Gen
     if not share:
         yield
         return
-    places = [
-        place
-        for name in block.layers
-        for place in places_of(name, model.get_submodule(name)).values()
-    ]
+    places = [place for name in block.layers for place in places_of(name, model.get_submodule(name)).values()]
     before = [place.quantizer for place in places]
     try:
         for place, quantizer in zip(places, before, strict=True):

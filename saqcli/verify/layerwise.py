@@ -108,7 +108,7 @@ class Cut:
     Attributes:
         layer: layer in its annotations.
         call: the call in PyTorch.
-        before: name of the tensor that is quantized; None if copies of the quantizer precede it.
+        before: name of the tensor that is quantized; None if copies of the quantizer, or another one, precede it.
         after: name of the tensor that is cut: codes, or quantized values.
         fed: name of the graph input that replaces it.
         unit: value of a difference of one code in ``after``.
@@ -283,6 +283,7 @@ def cut_open(graph: Any, calls: dict[str, list[Call]], readers: Mapping[str, Rea
     """Replace the output of every activation quantizer, an operator of ``readers``, by a graph input."""
     constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
     quantizers = [node for node in graph.node if node.op_type in readers and _quantizes_input(node)]
+    quantizers.sort(key=lambda node: int(_annotations(node).get(onnx_helpers.ORDER, -1)))
     counts = Counter(_first_layer(node) for node in quantizers)
     matched = {layer: iter(_matching(layer, calls.get(layer, []), count)) for layer, count in counts.items()}
     cuts: list[Cut] = []
@@ -347,8 +348,8 @@ def _source(node: Any, layer: str, made_by: dict[str, Any]) -> str | None:
             break
     while node is not None and node.op_type in MOVES_CODES:
         node = made_by.get(node.input[0])
-    known = {} if node is None else _annotations(node)
-    return None if onnx_helpers.COPY in known or known.get(onnx_helpers.LAYER) == layer else name
+    quantized = node is not None and _annotations(node).get(onnx_helpers.OPERAND) == "input"
+    return None if quantized else name
 
 
 def _annotations(node: Any) -> dict[str, str]:

@@ -28,6 +28,7 @@ HIGHEST_INPUT = 255  # of a code of an input, counted from its zero point
 LOWEST = -128  # code of a weight without a negative counterpart
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 KINDS = (*CONVOLUTIONS, nn.Linear)
+SMALLEST = 1e-30  # step that a channel without weights may get, far above where float32 loses bits
 FREE = 2.0**20  # units of a bias in a channel whose weights are all zero: its unit can be chosen
 
 
@@ -65,7 +66,7 @@ def grid_bias(bias: Any, weights: Any, input_step: Any, weight_step: Any) -> Gri
     sums = np.abs(np.asarray(weights, np.int64)).reshape(len(weights), -1).sum(1)
     if step.ndim:
         chosen = np.abs(np.asarray(bias, np.float64)) / FREE / float(x_step)
-        step = np.where((sums == 0) & (chosen > 0), chosen, step).astype(np.float32)
+        step = np.where((sums == 0) & (chosen > SMALLEST), chosen, step).astype(np.float32)
     unit = (x_step * step).astype(np.float32)
     if not np.all(unit > 0):
         return None

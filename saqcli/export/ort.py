@@ -8,8 +8,8 @@ ONNX Runtime fuses such a pattern into an integer kernel under conditions that t
 (``integer_graph``): all operands come from DequantizeLinear, the result has one reader, which is a quantizer;
 activations are UINT8, also signed ones (zero point 128); the step of a bias is the product of the steps of input and
 weight; the weight of a Gemm has a zero point. Which layers do run on integers depends on the quantizers of the network:
-a target puts them on the operands of additions, pools and other junctions, and ``saq eval FILE --bench`` lists what is
-left.
+a target puts them on the operands of additions, pools and other junctions, and the benchmark of ``saq eval`` lists what
+is left.
 
 Codes below 8 bits are limited by a Clip of integers behind the quantizer, so that the convolution before it still ends
 in codes. Where a tensor is quantized a second time, to fewer bits, a concatenation of this one tensor carries it from

@@ -5,7 +5,7 @@ operators that they were fused from, by which they are assigned to the layers of
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,7 @@ def list_operators(original: Any, optimized: Any) -> tuple[Operator, ...]:
     constants = {each.name for each in optimized.initializer}
     codes, after_codes = _flows(optimized, constants)
     to_codes = _reaching_quantizers(optimized)
+    ahead = _known_ahead(optimized, readers)
     found = []
     for node in optimized.node:
         inputs = [name for name in node.input if name and name not in constants]
@@ -74,11 +75,11 @@ def list_operators(original: Any, optimized: Any) -> tuple[Operator, ...]:
         if not inputs or kind in _NO_ARITHMETIC:
             continue
         integer = any(name in codes for name in inputs) and kind not in (QUANTIZE, DEQUANTIZE)
-        name = re.sub(r"_token_\d+$", "", node.name)
+        name = _original_name(node)
         between = not integer and any(name in after_codes for name in inputs) and node.output[0] in to_codes
         if kind in (QUANTIZE, DEQUANTIZE) and not between:
             continue  # at the ends of the network
-        found.append(Operator(layers.get(name, ""), readers.get(name, ""), kind, integer, between))
+        found.append(Operator(layers.get(name, ""), ahead.get(node.output[0], ""), kind, integer, between))
     return tuple(found)
 
 
@@ -140,12 +141,36 @@ def _next_layers(graph: Any) -> dict[str, str]:
         known = _annotations(node)
         own = known.get(onnx_helpers.LAYER, "") if known.get(onnx_helpers.OPERAND) == "input" else ""
         following = own or next((ahead[name] for name in node.output if name in ahead), "")
-        if not own:
-            found[node.name] = following
+        found[node.name] = following
         for name in node.input:
             if following:
                 ahead[name] = following
     return found
+
+
+def _original_name(node: Any) -> str:
+    """The name of the operator that an optimized one was made from."""
+    return re.sub(r"_token_\d+$", "", node.name)
+
+
+def _known_ahead(graph: Any, readers: Mapping[str, str]) -> dict[str, str]:
+    """The layer or junction that reads every tensor of the optimized graph next, directly or later.
+
+    Args:
+        graph: the optimized graph.
+        readers: the same for operators of the file, by name; the optimizer adds others.
+    """
+    ahead: dict[str, str] = {}
+    for node in reversed(graph.node):
+        known = readers.get(_original_name(node)) or next(
+            (ahead[name] for name in node.output if name in ahead), ""
+        )
+        for name in node.output:
+            ahead.setdefault(name, known)
+        for name in node.input:
+            if known:
+                ahead[name] = known
+    return ahead
 
 
 def summary(operators: tuple[Operator, ...]) -> Iterator[str]:

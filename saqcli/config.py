@@ -723,6 +723,8 @@ class ExportSection(_Section):
                 "exact": "equal to PyTorch bit for bit",
                 "trt": "INT8 without zero points",
                 "qonnx": "IntQuant nodes",
+                "ort": "integers from input to logits in ONNX Runtime",
+                "ort-vnni": "as ort with INT8 weights: faster, wrong on x86 without VNNI",
             },
             family="styles",
             names=("style",),

@@ -57,6 +57,7 @@ FAMILIES = {
     "analysis": {"base"},
     "export": {
         *("model_metadata", "onnx_helpers", "operators", "style", "tracing", "containers", "integer_kernels"),
+        *("integer_bias", "integer_graph"),
         *("exact_form", "integers", "ordered", "restore", "safetensors"),
     },
     "quant/quantizers": {"base", "ranges"},

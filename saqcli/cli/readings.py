@@ -14,6 +14,7 @@ from saqcli.cli.tables import print_table, print_text
 from saqcli.pipelines.analysis_inputs import images_of
 from saqcli.report.canvas import titles
 from saqcli.units import counted, format_figure, format_quantity, with_error
+from saqcli.verify.kernels import Operator, summary
 
 MARGIN = 4  # columns between the cells of a row
 MOST_LAYERS = 5  # listed on a line; the files hold all
@@ -181,6 +182,9 @@ def show_bench(bench: dict[str, Any]) -> None:
         f"Medians of {counted(bench['repeats'], 'run')} (interleaved); spread is the interquartile range.",
     )
     print_text(console, f"Relative is the throughput relative to {bench['baseline']}.")
+    for name, operators in bench["operators"].items():
+        for line in summary(tuple(Operator(**each) for each in operators)):
+            print_text(console, f"{name} {line}.")
     for note in bench["notes"]:
         print_text(console, f"{note[0].upper()}{note[1:]}.")
     if bench["few_bits"]:

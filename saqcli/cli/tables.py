@@ -399,6 +399,12 @@ def show_export(result: dict[str, Any]) -> None:
     flipped = f"{result['flipped_codes']:,} differ by rounding at an edge, 0 wrong"
     table.add_row("", f"{counted(result['codes'], 'code')}: {flipped}")
     table.add_row("", f"largest error: {result['layers_error']:.1e} of a layer's range")
+    if "moved_codes" in result:
+        moved = result["moved_codes"]
+        farthest = f", by at most {moved['largest']}" if moved["differing"] else ""
+        table.add_row(
+            "biases in integers", f"{moved['differing']:,} of {moved['codes']:,} codes moved{farthest}"
+        )
     if result["largest_accumulator"] is not None:
         largest = f"at most {result['largest_accumulator']:,} (exact in float32 up to 16,777,216)"
         table.add_row("accumulators", largest)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from saqcli.export.exact import ExactExporter
 from saqcli.export.model_metadata import ModelMetadata
+from saqcli.export.ort import OrtExporter, OrtVnniExporter
 from saqcli.export.qdq import QdqExporter, VnniExporter
 from saqcli.export.qonnx import QonnxExporter
 from saqcli.export.safetensors import SafetensorsExporter
@@ -47,6 +48,8 @@ _OURS = {
     "exact": ExactExporter,
     "trt": TrtExporter,
     "qonnx": QonnxExporter,
+    "ort": OrtExporter,
+    "ort-vnni": OrtVnniExporter,
 }
 STYLES: Plugins[type[OnnxStyle]] = Plugins("styles", "export style", _OURS, _problem, named=True)
 # All kinds of files; what is no style is a format of its own.

@@ -367,6 +367,14 @@ def _quantize_input(r: _Rewriting, target: Any, given: dict[str, Any]) -> Intege
     return Integers(numbers, given["step"].double(), None, lowest, highest, bits, layer)
 
 
+def _copy(r: _Rewriting, target: Any, given: dict[str, Any]) -> Any:
+    """A tensor that is written over by another one of its shape, as by the result of a junction in place."""
+    whole, source = (each.meta["val"] for each in r.current.args[:2])  # type: ignore[union-attr]
+    if whole.dtype != source.dtype or str(whole.shape) != str(source.shape):
+        raise UnsupportedModel("style exact has no form of a copy to another shape: choose another `style`")
+    return given["src"]
+
+
 def _input_on_levels(r: _Rewriting, target: Any, given: dict[str, Any]) -> fx.Node:
     """Values on a table of levels: a division, comparisons and a look-up, the same in every runtime."""
     tensors = (r.as_float(given["x"]), r.as_node(given["step"]), r.as_node(given["levels"]))
@@ -447,6 +455,7 @@ def _batch_norm(r: _Rewriting, target: Any, given: dict[str, Any]) -> tuple[Any,
 HANDLERS: dict[Any, Callable[[_Rewriting, Any, dict[str, Any]], Any]] = {
     saq.quantize_input.default: _quantize_input,
     saq.input_on_levels.default: _input_on_levels,
+    aten.copy.default: _copy,
     saq.dequantize_weight.default: _dequantize_weight,
     aten._native_batch_norm_legit_no_training.default: _batch_norm,
     **dict.fromkeys(

@@ -48,6 +48,7 @@ LAYER, OPERAND, BITS = "saq.layer", "saq.operand", "saq.bits"  # annotations of 
 ZERO, PADS = "saq.zero", "saq.pads"  # code of zero and padding, in styles that shift codes
 LEVELS = "saq.levels"  # number of levels of a table, at the node that holds their indices
 LAYER_SEPARATOR = " "
+ORDER = "saq.order"  # position of a quantizer in the traced network, where a style moves quantizers
 COPY = "saq.copy"  # marks an additional quantizer, which changes nothing
 MULTIPLIERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
@@ -108,8 +109,8 @@ def merge_inputs(graph: ir.Graph) -> None:
         grid = tuple(number(node, name) for name in ("lowest", "highest", "bits"))
         first = kept.setdefault((node.inputs[0], float(array_of(node.inputs[1])), *grid), node)
         if first is not node:
-            names = LAYER_SEPARATOR.join([text(first, "layer"), text(node, "layer")])
-            first.attributes["layer"] = ir.AttrString("layer", names)
+            names = dict.fromkeys(f"{text(first, 'layer')} {text(node, 'layer')}".split(LAYER_SEPARATOR))
+            first.attributes["layer"] = ir.AttrString("layer", LAYER_SEPARATOR.join(names))
             node.outputs[0].replace_all_uses_with(first.outputs[0])
             graph.remove(node, safe=True)
 
@@ -163,12 +164,16 @@ def consumers(value: ir.Value) -> list[ir.Node]:
     return [use.node for use in value.uses()]
 
 
-def fold_norms(graph: ir.Graph) -> None:
+def fold_norms(graph: ir.Graph, *, keep_containers: bool = True) -> None:
     """Fold every batch norm after a quantized convolution into its bias and its weight's steps.
 
     Codes stay on their grid. A negative gain flips the sign of a channel's codes, gain zero sets them to zero. A norm
     is not folded if another node reads the convolution, if the weight has another reader, or if a code without a
     negative counterpart would change sign.
+
+    Args:
+        graph: with placeholders.
+        keep_containers: also leave norms whose folding would move the code -8 to 8, out of a 4-bit container.
     """
     for norm in [node for node in graph if node.op_type == "BatchNormalization"]:
         convolution = norm.inputs[0].producer() if norm.inputs[0] is not None else None
@@ -178,14 +183,16 @@ def fold_norms(graph: ir.Graph) -> None:
         only_reader = len(consumers(convolution.outputs[0])) == 1 and convolution.outputs[0].name != OUTPUT
         if weight is None or not only_reader or len(consumers(weight.outputs[0])) != 1:
             continue
-        if _fold(graph, norm, convolution, weight):
+        if _fold(graph, norm, convolution, weight, keep_containers=keep_containers):
             norm.outputs[0].replace_all_uses_with(convolution.outputs[0], replace_graph_outputs=True)
             if norm.outputs[0].name == OUTPUT:
                 norm.outputs[0].name, convolution.outputs[0].name = f"{OUTPUT}_of_norm", OUTPUT
             graph.remove(norm, safe=True)
 
 
-def _fold(graph: ir.Graph, norm: ir.Node, convolution: ir.Node, weight: ir.Node) -> bool:
+def _fold(
+    graph: ir.Graph, norm: ir.Node, convolution: ir.Node, weight: ir.Node, *, keep_containers: bool
+) -> bool:
     constants = [array_of(value) for value in norm.inputs[1:5]]
     codes, step = array_of(weight.inputs[0]), array_of(weight.inputs[1])
     bias = array_of(convolution.inputs[2]) if len(convolution.inputs) > 2 else np.zeros(())
@@ -198,9 +205,9 @@ def _fold(graph: ir.Graph, norm: ir.Node, convolution: ir.Node, weight: ir.Node)
     if codes.shape[dim] != len(gain):  # groups of a transposed convolution share their steps
         return False
     sign = np.sign(gain).astype(codes.dtype).reshape([-1 if d == dim else 1 for d in range(codes.ndim)])
-    if (codes[np.broadcast_to(sign < 0, codes.shape)] == np.iinfo(codes.dtype).min).any() or _leaves_int4(
-        codes, sign
-    ):
+    if (codes[np.broadcast_to(sign < 0, codes.shape)] == np.iinfo(codes.dtype).min).any():
+        return False
+    if keep_containers and _leaves_int4(codes, sign):
         return False
     scale = np.where(gain == 0, 1.0, np.abs(gain)) * step.astype(np.float64)
     shift = (bias.astype(np.float64) - mean) * gain + offset

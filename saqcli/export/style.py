@@ -57,11 +57,13 @@ class Coding:
         unit: value of a difference of one code; 1 for integers.
         zero: what code 0 is stored as.
         dtype: NumPy type of the output; float32 for values, which have no zero.
+        limits: the least and the largest code that the operator returns, where that is not the whole grid.
     """
 
     unit: float = 1.0
     zero: float = 0.0
     dtype: Any = np.float32
+    limits: tuple[float, float] | None = None
 
 
 Reader = Callable[[Any, Mapping[str, Any]], Coding]
@@ -109,6 +111,9 @@ class OnnxStyle:
         bit_equal: whether the logits of a file must equal those of ``form`` bit for bit, in float32. The other styles
             are compared with the model in float64, within the limits of ``verify.verdict``.
         one_by_one: whether the proof also runs every image alone.
+        deployed: whether ``form`` differs from the model by more than rounding errors, as with biases on a grid. The
+            proof then compares a file with ``form``, which keeps the frozen quantizers, and the verdict says how many
+            codes of ``form`` differ from those of the model.
     """
 
     name: str = ""
@@ -123,6 +128,7 @@ class OnnxStyle:
     tightest: Literal["fewest", "most"] = "fewest"
     bit_equal: bool = False
     one_by_one: bool = False
+    deployed: bool = False
 
     def export(self, model: nn.Module, example: Tensor, path: Path, metadata: ModelMetadata) -> None:
         """Write ``path``.

@@ -38,6 +38,7 @@ from saqcli.quant import convert
 from saqcli.quant.bits import MAX_BITS, BitConfig
 from saqcli.random_state import torch_threads
 from saqcli.runs.directory import RunDirectory
+from saqcli.verify.kernels import Operator
 from saqcli.verify.runtime import Kernels, OnnxFile, open_file, runner
 
 WARM_UP = 3  # untimed runs of each function
@@ -115,6 +116,7 @@ class BenchTarget:
             number of threads.
         kernels: matrix kernels of ONNX Runtime; None for PyTorch.
         batch: the only accepted batch size; None if any is accepted.
+        operators: as ONNX Runtime runs them; empty for PyTorch.
     """
 
     name: str
@@ -123,6 +125,7 @@ class BenchTarget:
     open: Callable[[int], Callable[[Tensor], Tensor]]
     kernels: Kernels | None = None
     batch: int | None = None
+    operators: tuple[Operator, ...] = ()
 
 
 @dataclass
@@ -153,7 +156,7 @@ class Lineup:
         path = file.path
         opener = lambda threads: runner(path, threads)  # noqa: E731 - as in add_torch
         size = path.stat().st_size
-        self.targets.append(BenchTarget(name, ONNX, size, opener, file.kernels, file.batch))
+        self.targets.append(BenchTarget(name, ONNX, size, opener, file.kernels, file.batch, file.operators))
 
     def add_exported(self, name: str, model: nn.Module, path: Path, metadata: ModelMetadata) -> None:
         """Export a model to ``path`` and add the file, or a note if it cannot be exported."""
@@ -351,6 +354,7 @@ class Bench:
         few_bits: whether a layer has fewer than 8 bits.
         rows: by threads, batch size and target.
         notes: missing targets with reasons, one line each.
+        operators: of every quantized ONNX file, as ONNX Runtime runs them, by target.
     """
 
     model: str
@@ -361,6 +365,7 @@ class Bench:
     few_bits: bool
     rows: list[Row]
     notes: list[str]
+    operators: dict[str, tuple[Operator, ...]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in JSON."""
@@ -376,6 +381,7 @@ class Bench:
             "few_bits": self.few_bits,
             "rows": [asdict(row) for row in self.rows],
             "notes": self.notes,
+            "operators": {name: [asdict(each) for each in found] for name, found in self.operators.items()},
         }
 
 
@@ -432,8 +438,12 @@ def measure(lineup: Lineup, settings: BenchSettings, progress: Progress) -> Benc
                         _row(target, size, count, timings[target.name], timings[baseline])
                         for target in lineup.targets
                     ]
+    operators = {
+        each.name: each.operators for each in lineup.targets if each.operators and each.name != ONNX_FLOAT
+    }
     return Bench(
-        lineup.model, lineup.input_size, settings, threads, baseline, lineup.few_bits, rows, lineup.notes
+        *(lineup.model, lineup.input_size, settings, threads, baseline, lineup.few_bits, rows, lineup.notes),
+        operators,
     )
 
 

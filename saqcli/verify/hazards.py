@@ -7,6 +7,7 @@
     H4   ReLU before a signed or shifted 4- or 2-bit quantizer is removed
     H5   2-bit weights with quantized activations give an invalid graph
     H8   the alpha of a Gemm between quantized tensors, if not 1, is lost
+    H10  a tensor that is quantized, dequantized, and quantized again on another grid: one of the pairs is removed
     H9   8-bit inputs times INT8 weights (or activations) whose sums of two products exceed 16 bits: wrong on x86
          processors without VNNI
 
@@ -41,7 +42,7 @@ class Hazard:
     """A pattern that an optimization would change.
 
     Attributes:
-        code: H1 to H9.
+        code: H1 to H10.
         node: name of the node.
         text: the effect.
     """
@@ -105,6 +106,15 @@ class _Graph:
         """Whether DequantizeLinear produces a tensor, possibly through transposes."""
         return self.dequantizer(name)[0] is not None
 
+    def unpacked(self, name: str) -> bool:
+        """Whether a tensor consists of constants of 4 bits, unpacked by operators that a runtime evaluates once."""
+        node = self.producers.get(name)
+        while node is not None and node.op_type in ("Cast", "Add", "Mul"):
+            if node.input[0] in self.constants:
+                return self.constants[node.input[0]].data_type in _FOUR
+            node = self.producers.get(node.input[0])
+        return False
+
     def quantized_next(self, name: str) -> bool:
         """Whether a tensor is quantized next, possibly after ReLUs and Clips."""
         for node in self.readers[name]:
@@ -166,6 +176,8 @@ def _saturates(graph: _Graph, node: Any, weight: str) -> bool:
     dequantizer, transposed = graph.dequantizer(weight)
     if dequantizer is None:
         return False
+    if graph.unpacked(dequantizer.input[0]):
+        return False
     if dequantizer.input[0] not in graph.constants:  # an activation, which may have any code
         zero = graph.constants.get(dequantizer.input[2]) if len(dequantizer.input) > 2 else None
         return zero is not None and zero.data_type == onnx.TensorProto.INT8
@@ -179,8 +191,27 @@ def _saturates(graph: _Graph, node: Any, weight: str) -> bool:
     return may_saturate(codes, codes.ndim - 1 if by_rows == transposed else codes.ndim - 2)
 
 
+def _requantizes(graph: _Graph, node: Any) -> bool:
+    """Whether a quantizer follows a pair of another grid, and is dequantized next: for DoubleQDQPairsRemover."""
+    before, after = graph.producers.get(node.input[0]), graph.readers[node.output[0]]
+    if before is None or before.op_type != "DequantizeLinear" or len(graph.readers[node.input[0]]) != 1:
+        return False
+    first = graph.producers.get(before.input[0])
+    if first is None or first.op_type != "QuantizeLinear" or not after:
+        return False
+    if any(each.op_type != "DequantizeLinear" for each in after) or len(graph.readers[before.input[0]]) != 1:
+        return False
+    grids = [[graph.constants.get(name) for name in each.input[1:3]] for each in (first, node)]
+    if any(value is None for grid in grids for value in grid):
+        return False
+    one, other = ([onnx.numpy_helper.to_array(value) for value in grid] for grid in grids)
+    return any((a.dtype, a.tolist()) != (b.dtype, b.tolist()) for a, b in zip(one, other, strict=True))
+
+
 def _quantizer_hazards(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:
     zero = graph.constants[node.input[2]]
+    if _requantizes(graph, node):
+        yield "H10", "it and the quantizer before it would become one, with the codes of neither"
     if zero.data_type not in (*_FOUR, *_TWO):
         return
     maker = graph.producers.get(node.input[0])

@@ -13,7 +13,7 @@ Each part keeps its quantizers on both sides, as in the whole graph, so changes 
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.export import onnx_helpers
-from saqcli.export.integer_kernels import LARGEST_SHIFT, SAME_CODES
+from saqcli.export.integer_graph import MOVES_CODES
+from saqcli.export.integer_kernels import LARGEST_SHIFT
 from saqcli.export.operators import FrozenInput
 from saqcli.export.style import OnnxStyle, Reader
 from saqcli.quant.grid import AnyGrid, LevelTable, codes_of
@@ -52,6 +53,8 @@ class Call:
         grid: grid of the quantizer.
         float32_error: difference of ``x`` from the float64 result for the same codes of earlier layers, relative to
             the largest magnitude.
+        limits: the least and the largest code that can occur, where a ReLU or Clip before the quantizer leaves a part
+            of the grid.
     """
 
     x: Any
@@ -59,6 +62,7 @@ class Call:
     step: float
     grid: AnyGrid
     float32_error: float = 0.0
+    limits: tuple[float, float] | None = None
 
     @property
     def allowed(self) -> float:
@@ -77,7 +81,8 @@ class Call:
         if isinstance(grid, LevelTable):
             ends: tuple[Any, Any] = (grid.codes[0] + grid.codes[1]) / 2, (grid.codes[-2] + grid.codes[-1]) / 2
         else:
-            ends = grid.lowest + 0.5, grid.highest - 0.5
+            least, most = self.limits or (grid.lowest, grid.highest)
+            ends = least + 0.5, max(most - 0.5, least + 0.5)
         return np.clip(values, self.step * ends[0], self.step * ends[1])
 
     def edges(self, one: Any, other: Any) -> Any:
@@ -103,7 +108,7 @@ class Cut:
     Attributes:
         layer: layer in its annotations.
         call: the call in PyTorch.
-        before: name of the tensor that is quantized; None if copies of the quantizer precede it.
+        before: name of the tensor that is quantized; None if copies of the quantizer, or another one, precede it.
         after: name of the tensor that is cut: codes, or quantized values.
         fed: name of the graph input that replaces it.
         unit: value of a difference of one code in ``after``.
@@ -185,6 +190,39 @@ def recorded(frozen: nn.Module) -> Iterator[dict[str, list[Call]]]:
             handle.remove()
 
 
+@contextmanager
+def fed(
+    model: nn.Module, calls: Mapping[str, list[Call]], see: Callable[[Call, FrozenInput, Tensor], None]
+) -> Iterator[None]:
+    """Within the context every activation quantizer returns the codes of its recorded call, whatever its input is.
+
+    Args:
+        model: a copy of the model of ``calls``, of any type.
+        calls: from ``recorded``.
+        see: is given each call, the quantizer and its input in ``model``.
+    """
+    done: dict[str, int] = defaultdict(int)
+
+    def feed(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
+        assert isinstance(module, FrozenInput)
+        call = calls[module.layer][done[module.layer]]
+        done[module.layer] += 1
+        see(call, module, inputs[0])
+        codes = torch.from_numpy(call.codes)
+        if isinstance(module.grid, LevelTable):
+            codes = module.grid.codes_at(codes)
+        return codes.to(inputs[0].dtype) * module.step
+
+    handles = [
+        module.register_forward_hook(feed) for module in model.modules() if isinstance(module, FrozenInput)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def measure_float32_errors(
     frozen: nn.Module, images: Tensor, calls: dict[str, list[Call]], logits: Any
 ) -> float:
@@ -194,31 +232,58 @@ def measure_float32_errors(
         The error of the logits, (N, classes).
     """
     double = copy.deepcopy(frozen).double()
-    done: dict[str, int] = defaultdict(int)
 
-    def feed(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
-        assert isinstance(module, FrozenInput)
-        call = calls[module.layer][done[module.layer]]
-        done[module.layer] += 1
-        call.float32_error = relative(call.limited(inputs[0].numpy()), call.limited(call.x))
-        codes = torch.from_numpy(call.codes)
-        if isinstance(module.grid, LevelTable):
-            codes = module.grid.codes_at(codes)
-        return codes.double() * module.step
+    def see(call: Call, _: FrozenInput, x: Tensor) -> None:
+        call.float32_error = relative(call.limited(x.numpy()), call.limited(call.x))
 
-    for module in double.modules():
-        if isinstance(module, FrozenInput):
-            module.register_forward_hook(feed)
     try:
-        return relative(double(images.double()).numpy(), logits)
+        with fed(double, calls, see):
+            return relative(double(images.double()).numpy(), logits)
     except RuntimeError:  # its forward creates or requires float32
         return 0.0
+
+
+@dataclass
+class MovedCodes:
+    """Codes of the model that a file is compared with, where they differ from those of the trained model.
+
+    Attributes:
+        codes: number of codes.
+        differing: number of codes that differ, each layer on the same codes of earlier layers.
+        largest: largest difference.
+    """
+
+    codes: int = 0
+    differing: int = 0
+    largest: int = 0
+
+
+@torch.no_grad()
+def moved_codes(frozen: nn.Module, form: nn.Module, images: Tensor) -> MovedCodes:
+    """Compare the codes of ``form``, which has the same quantizers, with those of the trained model, layer by layer."""
+    found = MovedCodes()
+
+    def see(call: Call, module: FrozenInput, x: Tensor) -> None:
+        codes = codes_of(x, module.step, module.grid)
+        if isinstance(module.grid, LevelTable):
+            codes = module.grid.indices(codes).float()
+        apart = np.abs(codes.numpy() - call.codes)
+        found.codes += apart.size
+        found.differing += int((apart > 0).sum())
+        found.largest = max(found.largest, int(apart.max(initial=0)))
+
+    with recorded(frozen) as calls:
+        frozen(images)
+    with fed(form, calls, see):
+        form(images)
+    return found
 
 
 def cut_open(graph: Any, calls: dict[str, list[Call]], readers: Mapping[str, Reader]) -> list[Cut]:
     """Replace the output of every activation quantizer, an operator of ``readers``, by a graph input."""
     constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
     quantizers = [node for node in graph.node if node.op_type in readers and _quantizes_input(node)]
+    quantizers.sort(key=lambda node: int(_annotations(node).get(onnx_helpers.ORDER, -1)))
     counts = Counter(_first_layer(node) for node in quantizers)
     matched = {layer: iter(_matching(layer, calls.get(layer, []), count)) for layer, count in counts.items()}
     cuts: list[Cut] = []
@@ -228,6 +293,7 @@ def cut_open(graph: Any, calls: dict[str, list[Call]], readers: Mapping[str, Rea
         name, call = annotations[onnx_helpers.LAYER], next(matched[_first_layer(node)])
         coding = readers[node.op_type](node, constants)
         source, fed = _source(node, name, made_by), f"{_FED}{len(cuts)}"
+        call.limits = coding.limits
         cut = Cut(name, call, source, node.output[0], fed, coding.unit, coding.zero, coding.dtype)
         if onnx_helpers.PADS in annotations:
             pads = [int(pad) for pad in annotations[onnx_helpers.PADS].split(",")]
@@ -280,9 +346,10 @@ def _source(node: Any, layer: str, made_by: dict[str, Any]) -> str | None:
         node = made_by.get(name)
         if node is None or _annotations(node).get(onnx_helpers.LAYER) != layer:
             break
-    while node is not None and node.op_type in SAME_CODES:
+    while node is not None and node.op_type in MOVES_CODES:
         node = made_by.get(node.input[0])
-    return None if node is not None and onnx_helpers.COPY in _annotations(node) else name
+    quantized = node is not None and _annotations(node).get(onnx_helpers.OPERAND) == "input"
+    return None if quantized else name
 
 
 def _annotations(node: Any) -> dict[str, str]:

@@ -17,7 +17,7 @@ from saqcli.progress import Progress
 from saqcli.quant import convert
 from saqcli.training.loop import Batches
 from saqcli.verify.hazards import hazards, partition
-from saqcli.verify.layerwise import check_layers
+from saqcli.verify.layerwise import check_layers, moved_codes
 from saqcli.verify.runtime import onnx_session
 from saqcli.verify.verdict import Verdict, compare, worst
 
@@ -52,6 +52,9 @@ def prove_graph(
     frozen = frozen_copy(model)
     first = _first_images(batches)
     others = {name: RUNTIMES[name](path) for name in runtimes}
+    deployed = exporter.form(frozen_copy(model), first[:2]).eval() if exporter.deployed else None
+    if deployed is not None:
+        model = deployed
     runs = _sessions(path, one_by_one=exporter.one_by_one) | {PYTORCH: model}
     form = exporter.form(frozen, first[:2]).eval() if exporter.bit_equal else None
     reference = form if form is not None else _in_float64(model, first[:1])
@@ -64,7 +67,10 @@ def prove_graph(
     verdict.others, verdict.conditions = {name: verdicts[name] for name in others}, conditions
     if form is not None:
         verdict.bit_equal, verdict.accumulators = True, getattr(form, "accumulators", ())
-    verdict.layerwise = check_layers(path, frozen, first[:LAYERWISE_IMAGES], exporter.quantizers)
+    few = first[:LAYERWISE_IMAGES]
+    verdict.layerwise = check_layers(path, frozen if deployed is None else deployed, few, exporter.quantizers)
+    if deployed is not None:
+        verdict.moved = moved_codes(frozen, deployed, few)
     return verdict
 
 

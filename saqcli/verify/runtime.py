@@ -17,6 +17,7 @@ from torch import Tensor
 from saqcli.errors import CorruptArtifact
 from saqcli.export.model_metadata import read_onnx
 from saqcli.serialization import printable
+from saqcli.verify.kernels import Operator, list_operators
 
 # Operators that multiply with weights, of the standard and of ONNX Runtime.
 INTEGER_KERNELS = {
@@ -63,11 +64,13 @@ class OnnxFile:
         path: path of the file.
         batch: fixed batch size; None if dynamic.
         kernels: kernel counts of the optimized graph.
+        operators: of the optimized graph, with their layers.
     """
 
     path: Path
     batch: int | None
     kernels: Kernels
+    operators: tuple[Operator, ...] = ()
 
 
 def open_file(path: Path) -> OnnxFile:
@@ -81,8 +84,9 @@ def open_file(path: Path) -> OnnxFile:
         optimized = Path(folder) / "optimized.onnx"
         session = _session(path, 1, optimized)
         batch = session.get_inputs()[0].shape[0]
-        kernels = count_kernels(onnx.load(str(optimized), load_external_data=False).graph)
-    return OnnxFile(path, batch if isinstance(batch, int) else None, kernels)
+        graph = onnx.load(str(optimized), load_external_data=False).graph
+    operators = list_operators(onnx.load(str(path), load_external_data=False).graph, graph)
+    return OnnxFile(path, batch if isinstance(batch, int) else None, count_kernels(graph), operators)
 
 
 def count_kernels(graph: Any) -> Kernels:

@@ -20,7 +20,7 @@ The result has figures, reasons, and a JSON file next to the exported file.
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from saqcli.serialization import json_text
 from saqcli.training.loop import Batches
 from saqcli.units import counted
 from saqcli.verify.hazards import Hazard
-from saqcli.verify.layerwise import LARGEST_ERROR, LayerwiseCheck
+from saqcli.verify.layerwise import LARGEST_ERROR, LayerwiseCheck, MovedCodes
 
 SYNTHETIC = "synthetic images"  # their name in a verdict
 IMAGES = 64
@@ -97,6 +97,8 @@ class Verdict:
         conditions: hazards accepted by the style, which restrict where the file may run.
         accumulators: largest sums of the layers of an exact graph.
         bit_equal: whether logits must be equal to the last bit.
+        moved: codes by which the deployed form that the file is compared with differs from the trained model; None if
+            it is the trained model.
         others: end-to-end comparison for the requested runtimes, by name; ``bit_equal`` does not apply.
     """
 
@@ -117,6 +119,7 @@ class Verdict:
     conditions: list[Hazard] = field(default_factory=list)
     accumulators: tuple[Accumulator, ...] = ()
     bit_equal: bool = False
+    moved: MovedCodes | None = None
     others: "dict[str, Verdict]" = field(default_factory=dict)
 
     @property
@@ -185,6 +188,7 @@ class Verdict:
             },
             "conditions": list(dict.fromkeys(f"{each.code}: {each.text}" for each in self.conditions)),
             "split_layers": [each.layer for each in self.accumulators if each.parts > 1],
+            **({"moved_codes": asdict(self.moved)} if self.moved is not None else {}),
             "size_note": self.size_note,
             "explanation": self.explanation,
         }

@@ -243,6 +243,24 @@ def test_h5_2_bit_weights_give_invalid_graph() -> None:
             skip()
 
 
+def requantized(between: str) -> onnx.ModelProto:
+    """A tensor on two grids, one after the other, with an operator between the quantizers that changes nothing."""
+    hand = Hand([8, 6, 6])
+    x = hand.quantized("x", 0.03, np.uint8(128))
+    return hand.model(
+        hand.quantized(hand.add(between, [x], axis=1) if between else x, 0.071, np.uint8(100))
+    )
+
+
+def test_h10_second_of_two_grids_is_lost() -> None:
+    assert codes_of(requantized("")) == ["H10"]
+    assert codes_of(requantized("Concat")) == []
+    assert changed(requantized("Concat"), [8, 6, 6]) == 0
+    if changed(requantized(""), [8, 6, 6]) == 0:
+        skip()
+
+
+
 def test_h8_gemm_loses_its_factor() -> None:
     def build(alpha: float) -> onnx.ModelProto:
         hand = Hand([24])

@@ -109,6 +109,8 @@ class OnnxStyle:
         bit_equal: whether the logits of a file must equal those of ``form`` bit for bit, in float32. The other styles
             are compared with the model in float64, within the limits of ``verify.verdict``.
         one_by_one: whether the proof also runs every image alone.
+        equals_twin: whether the proof fails if a file differs from its twin (``verify.twin``); otherwise the verdict
+            reports it.
     """
 
     name: str = ""
@@ -123,6 +125,7 @@ class OnnxStyle:
     tightest: Literal["fewest", "most"] = "fewest"
     bit_equal: bool = False
     one_by_one: bool = False
+    equals_twin: bool = False
 
     def export(self, model: nn.Module, example: Tensor, path: Path, metadata: ModelMetadata) -> None:
         """Write ``path``.

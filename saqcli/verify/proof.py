@@ -19,6 +19,7 @@ from saqcli.training.loop import Batches
 from saqcli.verify.hazards import hazards, partition
 from saqcli.verify.layerwise import check_layers
 from saqcli.verify.runtime import onnx_session
+from saqcli.verify.twin.check import check_twin
 from saqcli.verify.verdict import Verdict, compare, worst
 
 PYTORCH = "pytorch"
@@ -65,6 +66,9 @@ def prove_graph(
     if form is not None:
         verdict.bit_equal, verdict.accumulators = True, getattr(form, "accumulators", ())
     verdict.layerwise = check_layers(path, frozen, first[:LAYERWISE_IMAGES], exporter.quantizers)
+    if not exporter.bit_equal:
+        verdict.twin = check_twin(path, frozen, first[:LAYERWISE_IMAGES], exporter)
+        verdict.equals_twin = exporter.equals_twin
     return verdict
 
 

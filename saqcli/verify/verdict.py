@@ -35,6 +35,7 @@ from saqcli.training.loop import Batches
 from saqcli.units import counted
 from saqcli.verify.hazards import Hazard
 from saqcli.verify.layerwise import LARGEST_ERROR, LayerwiseCheck
+from saqcli.verify.twin.check import TwinCheck
 
 SYNTHETIC = "synthetic images"  # their name in a verdict
 IMAGES = 64
@@ -98,6 +99,8 @@ class Verdict:
         accumulators: largest sums of the layers of an exact graph.
         bit_equal: whether logits must be equal to the last bit.
         others: end-to-end comparison for the requested runtimes, by name; ``bit_equal`` does not apply.
+        twin: comparison with the twin; None if the file computes nothing on codes.
+        equals_twin: whether the file must equal the twin.
     """
 
     images: int
@@ -118,6 +121,8 @@ class Verdict:
     accumulators: tuple[Accumulator, ...] = ()
     bit_equal: bool = False
     others: "dict[str, Verdict]" = field(default_factory=dict)
+    twin: TwinCheck | None = None
+    equals_twin: bool = False
 
     @property
     def verified(self) -> bool:
@@ -146,6 +151,8 @@ class Verdict:
             reasons += [f"in {name} {reason}" for reason in verdict.reasons()]
         if self.layerwise is not None and not self.layerwise.passed:
             reasons.append(self.layerwise.problem or _differing_layers(self.layerwise))
+        if self.equals_twin and self.twin is not None and self.twin.equal is False:
+            reasons.append(_unlike_twin(self.twin))
         return reasons
 
     @property
@@ -185,6 +192,7 @@ class Verdict:
             },
             "conditions": list(dict.fromkeys(f"{each.code}: {each.text}" for each in self.conditions)),
             "split_layers": [each.layer for each in self.accumulators if each.parts > 1],
+            "twin": self.twin.figures() if self.twin is not None else None,
             "size_note": self.size_note,
             "explanation": self.explanation,
         }
@@ -196,6 +204,13 @@ def _differing_layers(check: LayerwiseCheck) -> str:
         return f"logits computed from the same codes differ by {check.logits_error:.2g} of their range"
     more = f" and {counted(len(names) - NAMED, 'more layer')}" if len(names) > NAMED else ""
     return f"given the same codes, it differs before {', '.join(names[:NAMED])}{more}"
+
+
+def _unlike_twin(check: TwinCheck) -> str:
+    if not check.unlike:
+        return f"its logits differ from its twin's by up to {check.max_abs_diff:.3g}"
+    more = f" and {len(check.unlike) - NAMED} more" if len(check.unlike) > NAMED else ""
+    return f"operators on codes differ from the twin's: {', '.join(check.unlike[:NAMED])}{more}"
 
 
 def verdict_path(path: Path) -> Path:
@@ -240,6 +255,8 @@ def verdict_text(verdict: Verdict, path: Path, about: dict[str, Any]) -> str:
         "conditions_at": [hazard.node for hazard in verdict.conditions],
         "per_layer": layers,
     }
+    if verdict.twin is not None:
+        tree["twin"] = verdict.twin.figures() | {"per_layer": verdict.twin.per_layer()}
     return json_text(tree, indent=1) + "\n"
 
 

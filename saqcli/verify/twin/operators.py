@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from saqcli.machine import cpu_flags
 from saqcli.verify.twin import products
 from saqcli.verify.twin.graph import Node
 from saqcli.verify.twin.rounding import fma, logistic, quantize, requantize
@@ -29,6 +30,20 @@ class Machine:
 
     fused: bool = True
     saturates: bool = False
+
+    @classmethod
+    def here(cls, flags: frozenset[str] | None = None) -> "Machine | None":
+        """This processor; None if it is not a known x86 processor, whose kernels have other roundings.
+
+        Args:
+            flags: from ``cpu_flags``, which is the default.
+        """
+        flags = cpu_flags() if flags is None else flags
+        if "sse4_1" not in flags:
+            return None
+        fused = {"avx2", "fma"} <= flags
+        vnni = bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
+        return cls(fused, saturates=fused and not vnni)
 
 
 @dataclass(frozen=True)

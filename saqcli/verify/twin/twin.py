@@ -99,7 +99,8 @@ class Twin:
             if not node.more_outputs and node.output in fixed:
                 values[node.output] = fixed[node.output]
             else:
-                outputs = self.evaluate(node, [self._value(values, name) for name in node.inputs])
+                inputs = [self._value(values, name) for name in node.inputs]
+                outputs = evaluate_node(graph, node, inputs, self.machine)
                 values.update(zip((node.output, *node.more_outputs), outputs, strict=False))
             for name in node.inputs:
                 left[name] -= 1
@@ -108,17 +109,6 @@ class Twin:
         found = {name: self._restored(name, values[final]) for name, final in wanted.items() if final in values}
         found[graph.output] = values[graph.output]
         return found
-
-    def evaluate(self, node: Node, values: list[Any]) -> list[Any]:
-        """The outputs of one operator."""
-        if node.op == QUANTIZE:
-            return [quantize_linear(self.graph, node, values)]
-        if node.op == DEQUANTIZE:
-            return [dequantize_linear(self.graph, node, values)]
-        operator = OPERATORS.get(node.op)
-        if operator is not None:
-            return [operator(node, values, self.machine)]
-        return evaluate(self.graph, node, values)
 
     def _value(self, values: dict[str, Any], name: str) -> Any:
         if not name:
@@ -140,3 +130,23 @@ class Twin:
         if self._final(name) in self.graph.shifted:
             return (value.astype(np.int16) - 128).astype(np.int8)
         return value
+
+
+def evaluate_node(graph: Graph, node: Node, values: list[Any], machine: Machine) -> list[Any]:
+    """The outputs of one operator of ``graph``.
+
+    Args:
+        graph: the graph, for constants.
+        node: the operator.
+        values: its inputs; None for an absent one.
+        machine: what of the processor changes results.
+
+    Raises:
+        UnsupportedModel: the operator is unknown.
+    """
+    if node.op == QUANTIZE:
+        return [quantize_linear(graph, node, values)]
+    if node.op == DEQUANTIZE:
+        return [dequantize_linear(graph, node, values)]
+    operator = OPERATORS.get(node.op)
+    return [operator(node, values, machine)] if operator is not None else evaluate(graph, node, values)

@@ -368,12 +368,19 @@ def _twin_rows(twin: dict[str, Any] | None) -> list[tuple[str, str]]:
     operators = counted(twin["operators"], "operator")
     if not twin["equal"]:
         unlike = ", ".join(twin["unlike"][:3]) or f"logits, by up to {twin['max_abs_diff']:.3g}"
-        return [("on codes", f"{operators}; other than ONNX Runtime's arithmetic as known to saq: {escape(unlike)}")]
+        return [
+            (
+                "on codes",
+                f"{operators}; other than ONNX Runtime's arithmetic as known to saq: {escape(unlike)}",
+            )
+        ]
     rows = [("on codes", f"{operators}, each bit by bit as predicted from the file")]
     if twin["codes"]:
         share = 100 * twin["differing_codes"] / twin["codes"]
         farthest = f", by at most {twin['largest_code_difference']}" if twin["differing_codes"] else ""
-        rows.append(("", f"{share:.2g} % of {counted(twin['codes'], 'code')} differ from PyTorch's{farthest}"))
+        rows.append(
+            ("", f"{share:.2g} % of {counted(twin['codes'], 'code')} differ from PyTorch's{farthest}")
+        )
     if twin["saturating"]:
         rows.append(("", f"{counted(len(twin['saturating']), 'operator')} may saturate on x86 without VNNI"))
     return rows

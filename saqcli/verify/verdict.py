@@ -33,7 +33,7 @@ from saqcli.progress import Progress
 from saqcli.serialization import json_text
 from saqcli.training.loop import Batches
 from saqcli.units import counted
-from saqcli.verify.hazards import Hazard
+from saqcli.verify.hazards import Hazard, summaries
 from saqcli.verify.layerwise import LARGEST_ERROR, LayerwiseCheck
 from saqcli.verify.twin.check import TwinCheck
 
@@ -131,7 +131,7 @@ class Verdict:
 
     def reasons(self) -> list[str]:
         """Why the file is not verified, one line each."""
-        reasons = [*self.problems, *(f"hazard {hazard}" for hazard in self.hazards)]
+        reasons = [*self.problems, *(f"hazard {line}" for line in summaries(self.hazards))]
         if self.bit_equal and self.max_abs_diff != 0:
             reasons.append(f"logits differ by up to {self.max_abs_diff:.3g} but must be equal")
         different = round((1 - self.argmax_agreement) * self.images)
@@ -151,6 +151,8 @@ class Verdict:
             reasons += [f"in {name} {reason}" for reason in verdict.reasons()]
         if self.layerwise is not None and not self.layerwise.passed:
             reasons.append(self.layerwise.problem or _differing_layers(self.layerwise))
+            if self.twin is not None and self.twin.saturated:
+                reasons.append(_saturated(self.twin))
         if self.equals_twin and self.twin is not None and self.twin.equal is False:
             reasons.append(_unlike_twin(self.twin))
         return reasons
@@ -190,7 +192,7 @@ class Verdict:
                 name: {"argmax_agreement": other.argmax_agreement, "max_abs_diff": other.max_abs_diff}
                 for name, other in self.others.items()
             },
-            "conditions": list(dict.fromkeys(f"{each.code}: {each.text}" for each in self.conditions)),
+            "conditions": summaries(self.conditions),
             "split_layers": [each.layer for each in self.accumulators if each.parts > 1],
             "twin": self.twin.figures() if self.twin is not None else None,
             "size_note": self.size_note,
@@ -204,6 +206,16 @@ def _differing_layers(check: LayerwiseCheck) -> str:
         return f"logits computed from the same codes differ by {check.logits_error:.2g} of their range"
     more = f" and {counted(len(names) - NAMED, 'more layer')}" if len(names) > NAMED else ""
     return f"given the same codes, it differs before {', '.join(names[:NAMED])}{more}"
+
+
+def _saturated(check: TwinCheck) -> str:
+    """Why a layer with INT8 weights is wrong on this processor."""
+    operators = counted(len(check.saturating), "operator")
+    same = ", which its twin predicts bit by bit" if check.equal else ""
+    return (
+        f"products of {operators} saturate on this processor, which has no VNNI{same}: use style qdq, or weights of "
+        "7 bits on a grid with zero"
+    )
 
 
 def _unlike_twin(check: TwinCheck) -> str:

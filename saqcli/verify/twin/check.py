@@ -62,6 +62,7 @@ class TwinCheck:
         floating: operators in floating point whose last bits depend on an order of summation.
         max_abs_diff: largest difference of a logit between file and twin.
         saturating: operators whose products may saturate on x86 processors without VNNI.
+        saturates: whether this is such a processor.
         layers: codes of twin and model.
         skipped: why nothing was compared, or None.
     """
@@ -72,15 +73,21 @@ class TwinCheck:
     floating: tuple[str, ...] = ()
     max_abs_diff: float = 0.0
     saturating: tuple[str, ...] = ()
+    saturates: bool = False
     layers: tuple[LayerCodes, ...] = ()
     skipped: str | None = None
 
     @property
     def equal(self) -> bool | None:
-        """Whether file and twin have the same bits, operator by operator and, where certain, end to end; None if skipped."""
+        """Whether all operators have the same bits and, where that is certain, the logits; None if skipped."""
         if self.skipped is not None:
             return None
         return not self.unlike and (self.max_abs_diff == 0 or bool(self.floating))
+
+    @property
+    def saturated(self) -> bool:
+        """Whether products may have saturated here."""
+        return self.saturates and bool(self.saturating)
 
     @property
     def codes(self) -> int:
@@ -140,7 +147,7 @@ class _Optimized:
 def check_twin(
     path: Path, frozen: nn.Module, images: Tensor, style: OnnxStyle, machine: Machine | None = None
 ) -> TwinCheck | None:
-    """Compare the file at ``path`` with its twin, and the twin with the frozen model; None if it computes nothing on codes.
+    """Compare the file at ``path`` with its twin, and the twin with the frozen model.
 
     Args:
         path: ONNX file.
@@ -148,6 +155,9 @@ def check_twin(
         images: (N, C, H, W).
         style: style of the file.
         machine: processor; this one by default.
+
+    Returns:
+        The comparison; None if the file computes nothing on codes.
     """
     machine = machine or Machine.here()
     try:
@@ -170,6 +180,7 @@ def check_twin(
         floating=twin.uncertain,
         max_abs_diff=float(np.abs(logits - answer).max(initial=0.0)),
         saturating=twin.saturating,
+        saturates=machine.saturates,
         layers=tuple(each for cut in cuts if (each := _layer(cut, found.get(cut.after))) is not None),
     )
 
@@ -229,7 +240,9 @@ def _optimized(path: Path, folder: Path, images: Any) -> _Optimized:
     """The graph that the runtime makes of a file, run on ``images``."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # no processor's layouts yet
+    options.graph_optimization_level = (
+        ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    )  # no processor's layouts yet
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     with translated_errors(path):
         ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -193,7 +193,7 @@ class Graph:
         return readers[0] if len(readers) == 1 and name != self.output else None
 
     def scale(self, node: Node) -> Scale | None:
-        """The parameters of a QuantizeLinear or DequantizeLinear, or None if they are not constant or not 8-bit-like."""
+        """The parameters of a QuantizeLinear or DequantizeLinear; None if they are not constant, or by blocks."""
         step = self.constants.get(node.input(1))
         if step is None or step.dtype != np.float32 or node.attribute("block_size", 0):
             return None

@@ -54,7 +54,7 @@ def _remove_identities(graph: Graph) -> None:
 
 
 def _fold_weight_moves(graph: Graph) -> None:
-    """Move a Transpose, Reshape or Flatten of a dequantized weight into the weight (``constant_folding.cc``, ``transpose_optimizer``)."""
+    """Rearrange dequantized weights where they are stored (``constant_folding.cc``, ``transpose_optimizer``)."""
     for node in [each for each in graph.nodes if each.op in ("Transpose", "Reshape", "Flatten")]:
         source = graph.producers.get(node.inputs[0])
         if source is None or source.op != DEQUANTIZE or source.inputs[0] not in graph.constants:
@@ -126,7 +126,10 @@ def _intersection(one: Scale, other: Scale) -> Scale:
     lowest, highest = (0, 255) if one.kind == UINT8 else (-128, 127)
     f = np.float32
     ends = [
-        (f(lowest - each.zero.item()) * f(each.step.item()), f(highest - each.zero.item()) * f(each.step.item()))
+        (
+            f(lowest - each.zero.item()) * f(each.step.item()),
+            f(highest - each.zero.item()) * f(each.step.item()),
+        )
         for each in (one, other)
     ]
     low, high = max(ends[0][0], ends[1][0]), min(ends[0][1], ends[1][1])
@@ -165,7 +168,9 @@ def _move_dequantizers_down(graph: Graph) -> None:
         if _movable(graph, node) is None or node.inputs[0] in graph.constants:
             continue
         reader = graph.only_reader(node.output)
-        while reader is not None and reader.op in _MOVES and reader.inputs[0] and reader.output != graph.output:
+        while (
+            reader is not None and reader.op in _MOVES and reader.inputs[0] and reader.output != graph.output
+        ):
             targets = [each for each in graph.readers(reader.output) if each.op != QUANTIZE]
             if not targets:
                 break
@@ -198,7 +203,9 @@ def _insert_pair(graph: Graph, tensor: str, readers: list[Node], like: Node) -> 
     for reader in dict.fromkeys(readers):
         output = graph.fresh(tensor)
         at += 1
-        graph.nodes.insert(at, Node(DEQUANTIZE, [codes, *like.inputs[1:]], output, dict(like.attributes), output))
+        graph.nodes.insert(
+            at, Node(DEQUANTIZE, [codes, *like.inputs[1:]], output, dict(like.attributes), output)
+        )
         reader.inputs = [output if name == tensor else name for name in reader.inputs]
     graph.reindex()
 
@@ -311,9 +318,9 @@ class _Selection:
         self.valid = all(graph.scale(each) is not None for each in self.inputs)
         last = node
         follower = graph.only_reader(node.output)
-        if follower is not None and follower.op in ("Relu", "Clip"):
-            if graph.only_reader(follower.output) is not None:
-                self.clip = last = follower
+        limits = follower is not None and follower.op in ("Relu", "Clip")
+        if follower is not None and limits and graph.only_reader(follower.output) is not None:
+            self.clip = last = follower
         readers = graph.readers(last.output)
         found = [each for each in readers if each.op == QUANTIZE]
         self.any_quantizer = bool(found)
@@ -324,7 +331,8 @@ class _Selection:
 
     def _redundant(self) -> bool:
         """``IsClipMadeRedundantByQ`` of ``qdq_util.cc``."""
-        assert self.clip is not None and self.quantizer is not None
+        assert self.clip is not None
+        assert self.quantizer is not None
         scale = self.graph.scale(self.quantizer)
         ends = _ends(scale) if scale is not None else None
         if scale is None or ends is None or scale.step.ndim:
@@ -408,11 +416,13 @@ def _matmul(graph: Graph, node: Node) -> None:
 
 
 def _gemm(graph: Graph, node: Node) -> None:
-    """``GemmNodeGroupSelector``: with or without a quantizer after it."""
+    """``GemmNodeGroupSelector``: with or without a quantizer after it; the operands have zero points (measured)."""
     found = _Selection(graph, node)
     if not (found.valid and found.complete and len(found.inputs) >= 2):
         return
     if found.any_quantizer and found.quantizer is None:
+        return
+    if not all(each.input(2) for each in found.inputs[:2]):
         return
     kinds = [found.kind(index) for index in range(len(found.inputs))]
     if kinds[0] not in _BYTES or kinds[1] not in _BYTES or (kinds[0] == INT8 != kinds[1]):
@@ -464,7 +474,8 @@ def _keeps_codes(graph: Graph, node: Node) -> None:
     if graph.producers.get(node.inputs[0]) is not found.inputs[0]:
         return
     before, after = graph.scale(found.inputs[0]), graph.scale(found.quantizer)
-    assert before is not None and after is not None
+    assert before is not None
+    assert after is not None
     if before.equals(after) and found.inputs[0].input(2) and found.quantizer.input(2):
         found.become(node.op, [found.inputs[0].inputs[0], *node.inputs[1:]])
 

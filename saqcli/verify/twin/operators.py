@@ -88,12 +88,18 @@ def _triple(values: list[Any], first: int) -> tuple[Any, Grid]:
 
 
 def _result(values: list[Any], first: int, dtype: Any) -> Grid:
-    return _grid(values[first], values[first + 1], dtype if values[first + 1] is None else values[first + 1].dtype)
+    return _grid(
+        values[first], values[first + 1], dtype if values[first + 1] is None else values[first + 1].dtype
+    )
 
 
 def _along(values: Any, rank: int, dim: int) -> Any:
     """One value a channel, broadcast along ``dim`` of a tensor; one value for all as it is."""
-    return values.reshape(-1) if values.size == 1 else values.reshape([-1 if d == dim else 1 for d in range(rank)])
+    return (
+        values.reshape(-1)
+        if values.size == 1
+        else values.reshape([-1 if d == dim else 1 for d in range(rank)])
+    )
 
 
 def convolution(node: Node, values: list[Any], machine: Machine) -> Any:
@@ -202,10 +208,7 @@ def add(node: Node, values: list[Any], machine: Machine) -> Any:
     zero = np.float32(result.one_zero)
     if machine.fused:
         fixed = np.float32(zero - fma(ratio_a, zero_a, ratio_b * zero_b))
-        if one_row:
-            total = fma(f, ratio_a, fma(g, ratio_b, fixed))
-        else:
-            total = fma(f, ratio_a, fma(g, ratio_b, fixed))
+        total = fma(f, ratio_a, fma(g, ratio_b, fixed))
     else:
         fixed = np.float32(zero - np.float32(ratio_a * zero_a + ratio_b * zero_b))
         total = (fixed + g * ratio_b) + f * ratio_a if one_row else (fixed + f * ratio_a) + g * ratio_b

@@ -60,7 +60,9 @@ def convolve(x: Any, weight: Any, windows: Windows, groups: int) -> Any:
 def padded_input(x: Tensor, windows: Windows, value: float = 0.0) -> Tensor:
     """``x``, (N, C, ...), with the padding of its windows."""
     pairs = list(zip(windows.before, windows.after, strict=True))
-    return F.pad(x, [each for pair in reversed(pairs) for each in pair], value=value) if any(windows.pads) else x
+    return (
+        F.pad(x, [each for pair in reversed(pairs) for each in pair], value=value) if any(windows.pads) else x
+    )
 
 
 def multiply(a: Any, b: Any) -> Any:
@@ -142,6 +144,8 @@ def convolution_columns(codes: Any, zero: int, windows: Windows) -> Any:
     """
     padded = padded_input(torch.from_numpy(codes.astype(np.float32)), windows, float(zero))
     unfolded = F.unfold(padded, windows.kernel, dilation=windows.dilations, stride=windows.strides)
-    by_position = unfolded.reshape(len(codes), codes.shape[1], -1, unfolded.shape[-1])  # (N, C, positions, pixels)
+    by_position = unfolded.reshape(
+        len(codes), codes.shape[1], -1, unfolded.shape[-1]
+    )  # (N, C, positions, pixels)
     ordered = by_position.permute(0, 3, 2, 1).reshape(-1, unfolded.shape[1])
     return ordered.numpy().astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Float32 arithmetic with the roundings of ONNX Runtime's kernels: fused multiply-add, quantization, logistic function."""
+"""Float32 arithmetic with the roundings of ONNX Runtime's kernels."""
 
 from typing import Any
 
@@ -6,7 +6,13 @@ import numpy as np
 
 # Coefficients of the rational approximation in ``onnxruntime/core/mlas/lib/logistic.cpp``, from Eigen: odd powers of
 # x in the numerator and even powers in the denominator, highest first.
-_NUMERATOR = (4.37031012579801e-11, 1.15627324459942e-07, 6.08574864600143e-05, 8.51377133304701e-03, 2.48287947061529e-01)
+_NUMERATOR = (
+    4.37031012579801e-11,
+    1.15627324459942e-07,
+    6.08574864600143e-05,
+    8.51377133304701e-03,
+    2.48287947061529e-01,
+)
 _DENOMINATOR = (
     *(6.10247389755681e-13, 5.76102136993427e-09, 6.29106785017040e-06, 1.70198817374094e-03),
     *(1.16817656904453e-01, 9.93151921023180e-01),
@@ -28,7 +34,9 @@ def fma(a: Any, b: Any, c: Any) -> Any:
     bits = np.atleast_1d(total).view(np.int64)
     even = (bits & 1) == 0
     toward = np.where(np.atleast_1d(error) > 0, np.inf, -np.inf)
-    odd = np.where((np.atleast_1d(error) != 0) & even, np.nextafter(np.atleast_1d(total), toward), bits.view(np.float64))
+    odd = np.where(
+        (np.atleast_1d(error) != 0) & even, np.nextafter(np.atleast_1d(total), toward), bits.view(np.float64)
+    )
     return odd.astype(np.float32).reshape(np.shape(total))
 
 

@@ -1,7 +1,8 @@
 """The twin of a Q/DQ file: what ONNX Runtime computes from it on an x86 CPU, in numpy and PyTorch.
 
 Operators between DequantizeLinear and QuantizeLinear are computed on codes, with the sums, roundings and limits of the
-runtime's kernels (``groups``, ``operators``). If nothing else is in the file, the logits have the bits of the runtime's.
+runtime's kernels (``groups``, ``operators``). If nothing else is in the file, its logits have the
+same bits.
 Operators that stay in floating point are computed as such; those whose last bits depend on an order of summation are
 named in ``uncertain``.
 """
@@ -106,7 +107,9 @@ class Twin:
                 left[name] -= 1
                 if not left[name] and name not in keep:
                     values.pop(name, None)
-        found = {name: self._restored(name, values[final]) for name, final in wanted.items() if final in values}
+        found = {
+            name: self._restored(name, values[final]) for name, final in wanted.items() if final in values
+        }
         found[graph.output] = values[graph.output]
         return found
 

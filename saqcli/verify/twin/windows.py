@@ -53,7 +53,9 @@ def windows_of(node: Node, size: tuple[int, ...], kernel: tuple[int, ...] | None
     """The windows of a convolution (``kernel`` from its weight) or pooling on an input of ``size``."""
     rank = len(size)
     kernel_shape = [int(each) for each in (kernel or node.attribute("kernel_shape", []))]
-    strides, dilations = ([int(n) for n in node.attribute(name, [1] * rank)] for name in ("strides", "dilations"))
+    strides, dilations = (
+        [int(n) for n in node.attribute(name, [1] * rank)] for name in ("strides", "dilations")
+    )
     before, after = _padding(node, size, kernel_shape, strides, dilations)
     spans = [size[d] + before[d] + after[d] - dilations[d] * (kernel_shape[d] - 1) - 1 for d in range(rank)]
     count = [span // stride + 1 for span, stride in zip(spans, strides, strict=True)]

@@ -345,7 +345,7 @@ class _Selection:
             return False
         step = np.float32(scale.step.item())
         low, high = (float(np.rint(np.float32(limit / step))) + zero for limit in limits)
-        return low <= ends[0] and high >= ends[1]
+        return bool(low <= ends[0] and high >= ends[1])
 
     def kind(self, index: int) -> int:
         """The type of the codes of an input."""

@@ -143,7 +143,10 @@ def convolution_columns(codes: Any, zero: int, windows: Windows) -> Any:
         windows: of the convolution on ``codes``.
     """
     padded = padded_input(torch.from_numpy(codes.astype(np.float32)), windows, float(zero))
-    unfolded = F.unfold(padded, windows.kernel, dilation=windows.dilations, stride=windows.strides)
+    kernel, dilations, strides = (
+        tuple(each) for each in (windows.kernel, windows.dilations, windows.strides)
+    )
+    unfolded = F.unfold(padded, kernel, dilation=dilations, stride=strides)
     by_position = unfolded.reshape(
         len(codes), codes.shape[1], -1, unfolded.shape[-1]
     )  # (N, C, positions, pixels)

@@ -3,7 +3,7 @@
 At default optimization ONNX Runtime replaces DequantizeLinear -> operator -> QuantizeLinear by one operator on codes.
 The functions below repeat its decisions on a ``Graph``, in its order, each named after the source that decides:
 files of ``onnxruntime/core/optimizer`` as of version 1.32, on x86. Rewritings that change no value are left out.
-``verify.twin.proof`` compares the resulting operators with those of the runtime's own optimized graph.
+``verify.twin.check`` compares the resulting operators with those of the runtime's own optimized graph.
 """
 
 from collections.abc import Callable

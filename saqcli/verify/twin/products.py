@@ -121,17 +121,18 @@ def saturation_error(columns: Any, weight: Any) -> Any:
     Returns:
         (rows, outputs), int32.
     """
-    error = np.zeros((len(columns), len(weight)), np.int32)
+    error = np.zeros((len(weight), len(columns)), np.int32)
     risky = saturating_pairs(weight)
-    pairs = _paired(np.asarray(weight, np.int32))
+    pairs = _paired(np.asarray(weight, np.int32))[..., None]
     odd = columns.shape[1] % 2
-    inputs = np.pad(columns, ((0, 0), (0, odd))).astype(np.int32).reshape(len(columns), -1, 2)
+    by_pair = np.pad(columns, ((0, 0), (0, odd))).T.astype(np.int32, order="C")  # (K, rows)
+    first, second = by_pair[0::2], by_pair[1::2]
     for output in np.flatnonzero(risky.any(1)):
         where = np.flatnonzero(risky[output])
         for part in np.array_split(where, max(1, len(where) * len(columns) // _MOST_ELEMENTS)):
-            sums = (inputs[:, part] * pairs[output, part]).sum(-1)
-            error[:, output] += (np.clip(sums, _LOW, _HIGH) - sums).sum(1, dtype=np.int32)
-    return error
+            sums = first[part] * pairs[output, part, 0] + second[part] * pairs[output, part, 1]
+            error[output] += (np.clip(sums, _LOW, _HIGH) - sums).sum(0, dtype=np.int32)
+    return error.T
 
 
 def convolution_columns(codes: Any, zero: int, windows: Windows) -> Any:

@@ -20,6 +20,16 @@ def cpu_name() -> str:
     return " ".join(found[1].split()) if found else platform.processor() or platform.machine()
 
 
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """Instruction sets of the processor, as Linux names them on x86 (``avx2``, ``avx512_vnni``); empty if unknown."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return frozenset()
+    found = re.search(r"^flags\s*:\s*(\S.*)$", text, re.MULTILINE)
+    return frozenset(found[1].split()) if found else frozenset()
+
+
 def cores() -> int:
     """Number of logical processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):

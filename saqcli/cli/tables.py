@@ -405,6 +405,8 @@ def show_export(result: dict[str, Any]) -> None:
         table.add_row(
             "biases in integers", f"{moved['differing']:,} of {moved['codes']:,} codes moved{farthest}"
         )
+    for title, line in _twin_rows(result["twin"]):
+        table.add_row(title, line)
     if result["largest_accumulator"] is not None:
         largest = f"at most {result['largest_accumulator']:,} (exact in float32 up to 16,777,216)"
         table.add_row("accumulators", largest)
@@ -418,6 +420,31 @@ def show_export(result: dict[str, Any]) -> None:
         if result[note]:
             print_text(console, upper_first(result[note]))
     print_text(console, f"verdict in {result['verdict']}")
+
+
+def _twin_rows(twin: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What the comparison of a file with its twin found, for two columns."""
+    if twin is None or twin["skipped"]:
+        return []
+    operators = counted(twin["operators"], "operator")
+    if not twin["equal"]:
+        unlike = ", ".join(twin["unlike"][:3]) or f"logits, by up to {twin['max_abs_diff']:.3g}"
+        return [
+            (
+                "on codes",
+                f"{operators}; other than ONNX Runtime's arithmetic as known to saq: {escape(unlike)}",
+            )
+        ]
+    rows = [("on codes", f"{operators}, each bit by bit as predicted from the file")]
+    if twin["codes"]:
+        share = 100 * twin["differing_codes"] / twin["codes"]
+        farthest = f", by at most {twin['largest_code_difference']}" if twin["differing_codes"] else ""
+        rows.append(
+            ("", f"{share:.2g} % of {counted(twin['codes'], 'code')} differ from PyTorch's{farthest}")
+        )
+    if twin["saturating"]:
+        rows.append(("", f"{counted(len(twin['saturating']), 'operator')} may saturate on x86 without VNNI"))
+    return rows
 
 
 def show_searched(result: dict[str, Any]) -> None:

@@ -114,6 +114,8 @@ class OnnxStyle:
         deployed: whether ``form`` differs from the model by more than rounding errors, as with biases on a grid. The
             proof then compares a file with ``form``, which keeps the frozen quantizers, and the verdict says how many
             codes of ``form`` differ from those of the model.
+        equals_twin: whether the proof fails if a file differs from its twin (``verify.twin``); otherwise the verdict
+            reports it.
     """
 
     name: str = ""
@@ -129,6 +131,7 @@ class OnnxStyle:
     bit_equal: bool = False
     one_by_one: bool = False
     deployed: bool = False
+    equals_twin: bool = False
 
     def export(self, model: nn.Module, example: Tensor, path: Path, metadata: ModelMetadata) -> None:
         """Write ``path``.

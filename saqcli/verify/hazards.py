@@ -24,7 +24,8 @@ from typing import Any
 
 import onnx
 
-from saqcli.export.onnx_helpers import may_saturate
+from saqcli.export.onnx_helpers import LAYER, may_saturate
+from saqcli.units import counted
 
 _FOUR, _TWO = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4), (onnx.TensorProto.INT2, onnx.TensorProto.UINT2)
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -33,8 +34,10 @@ _BIASED = ("Conv", "ConvTranspose", "Gemm")
 
 SATURATION = (
     "wrong on x86 processors without VNNI, where ONNX Runtime and OpenVINO saturate sums of two 8-bit products at 16 "
-    "bits; correct with VNNI, and in ONNX Runtime with session.x64quantprecision=1"
+    "bits; correct with VNNI, and in ONNX Runtime with session.x64quantprecision=1. No sum saturates with UINT8 "
+    "weights (style qdq), nor with weights of 7 bits on a grid with zero (`quantization.weight_grid=zero`) or of 6 bits"
 )
+NAMED = 3  # most layers that a message names
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Hazard:
 
     Attributes:
         code: H1 to H10.
-        node: name of the node.
+        node: layer, if the file names it, otherwise name of the node.
         text: the effect.
     """
 
@@ -59,10 +62,24 @@ def hazards(model: onnx.ModelProto) -> list[Hazard]:
     """All hazards of a graph, in order."""
     graph = _Graph(model)
     return [
-        Hazard(code, node.name or node.output[0], text)
+        Hazard(code, graph.place(node), text)
         for node in model.graph.node
         for code, text in _node_hazards(graph, node)
     ]
+
+
+def summaries(found: Sequence[Hazard]) -> list[str]:
+    """One line for each kind of hazard, with the first places where it is: ``H9 at conv1 and fc: wrong on ...``."""
+    places: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for hazard in found:
+        places[hazard.code, hazard.text].append(hazard.node)
+    return [f"{code} at {_listed(nodes)}: {text}" for (code, text), nodes in places.items()]
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) <= NAMED:
+        return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return f"{', '.join(names[:NAMED])} and {counted(len(names) - NAMED, 'more layer')}"
 
 
 def partition(found: Sequence[Hazard], accepted: Collection[str]) -> tuple[list[Hazard], list[Hazard]]:
@@ -94,6 +111,13 @@ class _Graph:
             inferred = model.graph
         known = [*inferred.value_info, *inferred.input, *inferred.output]
         self.ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in known}
+
+    def place(self, node: Any) -> str:
+        """The layer of a node, from its annotations or those of its weight; the name of the node if there are none."""
+        weight = self.dequantizer(node.input[1])[0] if len(node.input) > 1 else None
+        constant = weight is not None and weight.input[0] in self.constants
+        layer = _layer(node) or (_layer(weight) if constant else "")
+        return layer or str(node.name or node.output[0])
 
     def dequantizer(self, name: str) -> tuple[Any, bool]:
         """The DequantizeLinear that produces a tensor, and whether an odd number of transposes lies in between."""
@@ -132,6 +156,10 @@ class _Graph:
                 return int(self.constants[node.input[0]].data_type)
             node = self.producers.get(node.input[0])
         return None
+
+
+def _layer(node: Any) -> str:
+    return next((str(entry.value) for entry in node.metadata_props if entry.key == LAYER), "")
 
 
 def _node_hazards(graph: _Graph, node: Any) -> Iterator[tuple[str, str]]:

@@ -19,6 +19,7 @@ from saqcli.training.loop import Batches
 from saqcli.verify.hazards import hazards, partition
 from saqcli.verify.layerwise import check_layers, moved_codes
 from saqcli.verify.runtime import onnx_session
+from saqcli.verify.twin.check import check_twin
 from saqcli.verify.verdict import Verdict, compare, worst
 
 PYTORCH = "pytorch"
@@ -71,6 +72,9 @@ def prove_graph(
     verdict.layerwise = check_layers(path, frozen if deployed is None else deployed, few, exporter.quantizers)
     if deployed is not None:
         verdict.moved = moved_codes(frozen, deployed, few)
+    if not exporter.bit_equal:
+        verdict.twin = check_twin(path, frozen, few, exporter)
+        verdict.equals_twin = exporter.equals_twin
     return verdict
 
 

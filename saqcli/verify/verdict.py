@@ -33,8 +33,9 @@ from saqcli.progress import Progress
 from saqcli.serialization import json_text
 from saqcli.training.loop import Batches
 from saqcli.units import counted
-from saqcli.verify.hazards import Hazard
+from saqcli.verify.hazards import Hazard, summaries
 from saqcli.verify.layerwise import LARGEST_ERROR, LayerwiseCheck, MovedCodes
+from saqcli.verify.twin.check import TwinCheck
 
 SYNTHETIC = "synthetic images"  # their name in a verdict
 IMAGES = 64
@@ -100,6 +101,8 @@ class Verdict:
         moved: codes by which the deployed form that the file is compared with differs from the trained model; None if
             it is the trained model.
         others: end-to-end comparison for the requested runtimes, by name; ``bit_equal`` does not apply.
+        twin: comparison with the twin; None if the file computes nothing on codes.
+        equals_twin: whether the file must equal the twin.
     """
 
     images: int
@@ -121,6 +124,8 @@ class Verdict:
     bit_equal: bool = False
     moved: MovedCodes | None = None
     others: "dict[str, Verdict]" = field(default_factory=dict)
+    twin: TwinCheck | None = None
+    equals_twin: bool = False
 
     @property
     def verified(self) -> bool:
@@ -129,7 +134,7 @@ class Verdict:
 
     def reasons(self) -> list[str]:
         """Why the file is not verified, one line each."""
-        reasons = [*self.problems, *(f"hazard {hazard}" for hazard in self.hazards)]
+        reasons = [*self.problems, *(f"hazard {line}" for line in summaries(self.hazards))]
         if self.bit_equal and self.max_abs_diff != 0:
             reasons.append(f"logits differ by up to {self.max_abs_diff:.3g} but must be equal")
         different = round((1 - self.argmax_agreement) * self.images)
@@ -149,6 +154,10 @@ class Verdict:
             reasons += [f"in {name} {reason}" for reason in verdict.reasons()]
         if self.layerwise is not None and not self.layerwise.passed:
             reasons.append(self.layerwise.problem or _differing_layers(self.layerwise))
+            if self.twin is not None and self.twin.saturated:
+                reasons.append(_saturated(self.twin))
+        if self.equals_twin and self.twin is not None and self.twin.equal is False:
+            reasons.append(_unlike_twin(self.twin))
         return reasons
 
     @property
@@ -186,9 +195,10 @@ class Verdict:
                 name: {"argmax_agreement": other.argmax_agreement, "max_abs_diff": other.max_abs_diff}
                 for name, other in self.others.items()
             },
-            "conditions": list(dict.fromkeys(f"{each.code}: {each.text}" for each in self.conditions)),
+            "conditions": summaries(self.conditions),
             "split_layers": [each.layer for each in self.accumulators if each.parts > 1],
             **({"moved_codes": asdict(self.moved)} if self.moved is not None else {}),
+            "twin": self.twin.figures() if self.twin is not None else None,
             "size_note": self.size_note,
             "explanation": self.explanation,
         }
@@ -200,6 +210,23 @@ def _differing_layers(check: LayerwiseCheck) -> str:
         return f"logits computed from the same codes differ by {check.logits_error:.2g} of their range"
     more = f" and {counted(len(names) - NAMED, 'more layer')}" if len(names) > NAMED else ""
     return f"given the same codes, it differs before {', '.join(names[:NAMED])}{more}"
+
+
+def _saturated(check: TwinCheck) -> str:
+    """Why a layer with INT8 weights is wrong on this processor."""
+    operators = counted(len(check.saturating), "operator")
+    same = ", which its twin predicts bit by bit" if check.equal else ""
+    return (
+        f"products of {operators} saturate on this processor, which has no VNNI{same}: use style qdq, or weights of "
+        "7 bits on a grid with zero"
+    )
+
+
+def _unlike_twin(check: TwinCheck) -> str:
+    if not check.unlike:
+        return f"its logits differ from its twin's by up to {check.max_abs_diff:.3g}"
+    more = f" and {len(check.unlike) - NAMED} more" if len(check.unlike) > NAMED else ""
+    return f"operators on codes differ from the twin's: {', '.join(check.unlike[:NAMED])}{more}"
 
 
 def verdict_path(path: Path) -> Path:
@@ -244,6 +271,8 @@ def verdict_text(verdict: Verdict, path: Path, about: dict[str, Any]) -> str:
         "conditions_at": [hazard.node for hazard in verdict.conditions],
         "per_layer": layers,
     }
+    if verdict.twin is not None:
+        tree["twin"] = verdict.twin.figures() | {"per_layer": verdict.twin.per_layer()}
     return json_text(tree, indent=1) + "\n"
 
 

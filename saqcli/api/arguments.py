@@ -22,6 +22,7 @@ def scheme_of(
     weight_normalization: bool,
     clip_init: ClipInit = "error",
     error_power: float = SQUARED,
+    short_steps: int | None = None,
 ) -> Scheme:
     """The quantizers that the keywords of a public function name.
 
@@ -37,6 +38,7 @@ def scheme_of(
         "weight_normalization": weight_normalization,
         "clip_init": clip_init,
         "error_power": error_power,
+        "short_steps": short_steps,
     }
     scheme = parse_object(Scheme, given, "the quantizers", ConfigError)
     scheme.check()

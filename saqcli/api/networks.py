@@ -48,7 +48,9 @@ class Prepared:
     arguments: int | None = None
 
 
-def float_network(model: nn.Module, example: Call, *, quantize_attention: bool = False) -> Network:
+def float_network(
+    model: nn.Module, example: Call, *, quantize_attention: bool = False, fold_norms: bool = False
+) -> Network:
     """Wrap and trace a float module, in place; layers whose outputs it returns are pinned, like the first one.
 
     Raises:
@@ -63,6 +65,7 @@ def float_network(model: nn.Module, example: Call, *, quantize_attention: bool =
         about.classifiers,
         pin_returned=about.build is None,
         quantize_attention=quantize_attention,
+        fold_norms=fold_norms,
     )
 
 

@@ -67,6 +67,7 @@ def quantize_model(
     weight_normalization: bool = False,
     clip_init: ClipInit = "error",
     error_power: float = 2.0,
+    short_steps: int | None = None,
     quantize_attention: bool = False,
     balance_norms: bool = False,
     recalibrate_bn: bool = True,
@@ -112,6 +113,8 @@ def quantize_model(
         clip_init: levels start at the least quantization ``error``, at the least error of each layer's ``output``, or
             as in the SAQ ``paper``.
         error_power: exponent p of the quantization error, the sum of |e|**p, 1 to 4.
+        short_steps: most significant bits of every step, 1 to 8, so that sums are exact in float32 and files of style
+            ``qdq`` equal PyTorch to the last bit; batch norms are folded into the layers before them.
         quantize_attention: also quantize products of activations.
         balance_norms: give the channels of layer norms similar ranges by ratios that the next layers undo; the float
             network stays the same to rounding.
@@ -157,10 +160,16 @@ def quantize_model(
         weight_normalization,
         clip_init,
         error_power,
+        short_steps,
     )
     ready = prepare(model, calibration, example, inputs, samples, inplace=inplace)
     modes = {module: module.training for module in ready.model.modules()}
-    network = float_network(ready.model, ready.example, quantize_attention=quantize_attention)
+    network = float_network(
+        ready.model,
+        ready.example,
+        quantize_attention=quantize_attention,
+        fold_norms=short_steps is not None,
+    )
     try:
         chosen = None if searches else policy_of(network, bits=bits, policy=policy, pins=pins)
         if export is not None:

@@ -9,7 +9,13 @@ from typing import Any, Literal, Self
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, Message
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import from_json
 
 from saqcli._version import __version__
@@ -35,6 +41,8 @@ class ModelMetadata(BaseModel):
         signed: whether a layer's input has negative values, by layer.
         routed: parents that multiply with their children's weights, and those children.
         products: quantized products of activations, and the layers whose input bits they have.
+        absorbed: batch norms folded into layers before quantization, and these layers; JSON has it only where there are
+            some.
         class_names: names of all logits, by index; empty if unknown. Files of earlier versions may have only those of
             the training folders.
         folders: class folders of the training data and their labels; empty if unknown.
@@ -56,12 +64,17 @@ class ModelMetadata(BaseModel):
     signed: dict[str, bool]
     routed: dict[str, list[str]]
     products: dict[str, str] = {}
+    absorbed: dict[str, str] = {}
     class_names: tuple[str, ...] = ()
     folders: dict[str, int] = {}
     class_order: str = ""
     exif_transpose: bool = False
     source: str = ""
     source_sha256: str | None = None
+
+    @model_serializer(mode="wrap", when_used="json")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "absorbed" or value}
 
     @model_validator(mode="after")
     def _check_signs(self) -> Self:

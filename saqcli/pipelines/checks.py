@@ -281,7 +281,12 @@ def network_for(config: RunConfig, loaded: LoadedModel) -> Network:
             f"`training.distill` needs a trained float model, but weights of {loaded.name}, or of its classifier, "
             "are random: use `model.weights=FILE` with all weights, or remove `training.distill`"
         )
-    network = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
+    section = config.quantization
+    network = wrap_and_trace(
+        loaded,
+        quantize_attention=section.quantize_attention,
+        fold_norms=section.short_steps is not None,
+    )
     if given_policy(config.quantization, network) is None:
         space_of(config.quantization, network).check_reachable(budget_of(config.quantization, network))
     return network

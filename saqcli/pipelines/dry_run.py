@@ -76,7 +76,11 @@ def plan(
     images = _images(config, loaded, verb, device, progress)
     section = config.quantization
     if verb == "search":
-        network = wrap_and_trace(loaded, quantize_attention=section.quantize_attention)
+        network = wrap_and_trace(
+            loaded,
+            quantize_attention=section.quantize_attention,
+            fold_norms=section.short_steps is not None,
+        )
     else:
         network = network_for(config, loaded)
         check_exports(config, network, progress)

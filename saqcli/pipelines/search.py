@@ -140,14 +140,16 @@ def prepare_search(
     config: RunConfig, device: torch.device, progress: Progress
 ) -> tuple[Network, Images | None]:
     """The network and its training images; with a proxy, neither images nor published weights are needed."""
-    attention = config.quantization.quantize_attention
+    attention, fold = config.quantization.quantize_attention, config.quantization.short_steps is not None
     if config.search.proxy is not None:
         section = config.model.model_copy(update={"pretrained": False})
-        network = wrap_and_trace(load_float(section, SILENT), quantize_attention=attention)
+        network = wrap_and_trace(
+            load_float(section, SILENT), quantize_attention=attention, fold_norms=fold
+        )
         return network, None
     loaded = load_seeded(config, progress)
     images = images_of_search(config, loaded, device, progress)
-    network = wrap_and_trace(loaded, quantize_attention=attention)
+    network = wrap_and_trace(loaded, quantize_attention=attention, fold_norms=fold)
     network.model.to(device)
     return network, images
 

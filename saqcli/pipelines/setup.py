@@ -70,10 +70,13 @@ def load_float(section: ModelSection, progress: Progress, *, new_head: bool = Fa
     return loaded
 
 
-def wrap_and_trace(loaded: LoadedModel, *, quantize_attention: bool = False) -> Network:
+def wrap_and_trace(
+    loaded: LoadedModel, *, quantize_attention: bool = False, fold_norms: bool = False
+) -> Network:
     """Wrap the model in place and trace it with one random image of its input size.
 
-    With ``quantize_attention`` products of two activations are quantized, and counted, too.
+    With ``quantize_attention`` products of two activations are quantized, and counted, too. With ``fold_norms`` batch
+    norms are folded into the layers in front of them.
 
     Raises:
         UnsupportedModel: it has nothing to quantize, or does not give class scores for such an image.
@@ -88,6 +91,7 @@ def wrap_and_trace(loaded: LoadedModel, *, quantize_attention: bool = False) -> 
             loaded.name,
             loaded.classifiers,
             quantize_attention=quantize_attention,
+            fold_norms=fold_norms,
         )
         check_output(found.traced.outputs, 1)
     return Network(**vars(found), loaded=loaded)

@@ -33,9 +33,12 @@ from saqcli.quant.products import (
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer
 from saqcli.quant.quantizers.base import Granularity
 from saqcli.quant.routing import RoutedParent, routed_class
+from saqcli.quant.short_steps.absorb import absorbed_norms as absorbed_norms
+from saqcli.quant.short_steps.rounding import MOST_BITS
 from saqcli.quant.wrapping import reason_for_float, unwrap_layer, wrap_layer
 
 ErrorPower = Annotated[float, Field(ge=1, le=4)]
+ShortSteps = Annotated[int, Field(ge=1, le=MOST_BITS)]
 
 
 class Scheme(BaseModel):
@@ -53,6 +56,8 @@ class Scheme(BaseModel):
         activation_quantizer: the same of inputs.
         error_power: exponent p of the quantization error, sum |e|**p. JSON has this and the two before only if they
             are set.
+        short_steps: most significant bits of every step, with norms folded into weights, so that sums are exact in
+            float32 (``short_steps``); None for all bits, and then not in JSON.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,10 +70,16 @@ class Scheme(BaseModel):
     weight_quantizer: str | None = None
     activation_quantizer: str | None = None
     error_power: ErrorPower = SQUARED
+    short_steps: ShortSteps | None = None
 
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        defaults = {"weight_quantizer": None, "activation_quantizer": None, "error_power": SQUARED}
+        defaults = {
+            "weight_quantizer": None,
+            "activation_quantizer": None,
+            "error_power": SQUARED,
+            "short_steps": None,
+        }
         return {
             key: value
             for key, value in handler(self).items()
@@ -318,6 +329,7 @@ def install(
     layers = quantized_layers(model)
     config.check_fits(config.model, list(layers))
     for name, layer in layers.items():
+        layer.short_steps = scheme.short_steps
         bits = config.layers[name]
         more = list((options or {}).get(name, ()))
         if bits.weight is not None and layer.tied_to:
@@ -367,6 +379,8 @@ def set_bits(layer: QuantizedLayer, bits: LayerBits) -> None:
     if bits.activation is not None:
         for product in layer.followers:
             product.select(bits.activation)
+    if layer.short_steps is not None:
+        layer.allot_step_bits()
 
 
 def fold(model: nn.Module) -> None:

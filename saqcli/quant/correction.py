@@ -32,6 +32,7 @@ from saqcli.quant.calibration import in_floating_point
 from saqcli.quant.calls import Call
 from saqcli.quant.layer import QuantizedLayer, in_eval_mode, quantized_layers
 from saqcli.quant.routing import WeightRecorder
+from saqcli.quant.short_steps.absorb import absorbed_norms
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -43,7 +44,7 @@ def correct(model: nn.Module, batches: Iterable[Tensor | Call], *, biases: bool,
         model: quantized, levels fitted; its mode is restored.
         batches: images, (N, C, H, W), or other calls, on the model's device.
         biases: correct the bias of every layer; without a bias, the mean of a batch norm that follows directly.
-        norms: correct mean and variance of every batch norm.
+        norms: correct mean and variance of every batch norm; of one that a layer has absorbed the mean, by its bias.
     """
     Corrections(model, biases=biases, norms=norms)(batches)
 
@@ -121,9 +122,11 @@ class _Places:
     """The places that can be corrected, and the shifts measured so far."""
 
     def __init__(self, model: nn.Module, *, biases: bool, norms: bool) -> None:
-        layers = quantized_layers(model).values()
+        absorbed = set(absorbed_norms(model).values())
         self.biases = {
-            layer: (bias, _Average()) for layer in layers if biases and (bias := bias_of(layer)) is not None
+            layer: (bias, _Average())
+            for name, layer in quantized_layers(model).items()
+            if (biases or (norms and name in absorbed)) and (bias := bias_of(layer)) is not None
         }
         self.without_bias = biases and not norms
         self.all_norms = norms

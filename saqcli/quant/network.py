@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from saqcli.quant import convert
 from saqcli.quant.calls import Call
 from saqcli.quant.cost import CostModel, cost_model
+from saqcli.quant.short_steps.absorb import absorb_norms
 from saqcli.quant.tracer import Trace, trace
 
 
@@ -42,6 +43,7 @@ def trace_network(
     *,
     pin_returned: bool = False,
     quantize_attention: bool = False,
+    fold_norms: bool = False,
 ) -> Network:
     """Trace a wrapped model on one sample, and prepare it for quantizers, in place.
 
@@ -52,10 +54,13 @@ def trace_network(
         classifiers: names of layers that are pinned to 8 bits besides the first and the last one.
         pin_returned: also pin all layers whose output the model returns.
         quantize_attention: products of two activations are quantized, and counted, too.
+        fold_norms: batch norms are folded into the layers in front of them first, for exact sums.
 
     Raises:
         UnsupportedModel: it does not run on the sample, or with none of its layers.
     """
+    if fold_norms:
+        absorb_norms(model, example)
     traced = trace(model, example)
     convert.leave_float(model, traced.idle)
     for parent, children in traced.routed.items():

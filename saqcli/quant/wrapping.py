@@ -17,6 +17,15 @@ def _read_weight(layer: QuantizedLayer) -> Tensor:
     return record_weight(weight, layer)
 
 
+def _read_bias(layer: QuantizedLayer) -> Any:
+    if "bias" in layer._parameters:
+        return layer.quantized_bias()
+    found = next((each for each in (vars(layer), layer._buffers, layer._modules) if "bias" in each), None)
+    if found is None:
+        raise AttributeError(f"{layer.float_class.__name__} has no attribute bias")
+    return found["bias"]
+
+
 _classes: dict[type[nn.Module], type[QuantizedLayer]] = {}  # cache: one class per float class
 
 
@@ -32,6 +41,8 @@ def _make_class(float_class: type[nn.Module]) -> type[QuantizedLayer]:
     members: dict[str, Any] = {"float_class": float_class, "__module__": __name__, "__reduce_ex__": _reduce}
     if mixin is QuantizedLayer:
         members["weight"] = property(_read_weight)
+        if not hasattr(float_class, "bias"):
+            members["bias"] = property(_read_bias)
     return type(f"Quantized{float_class.__name__}", (mixin, float_class), members)
 
 
@@ -66,6 +77,7 @@ _ATTRIBUTES = (  # set by wrapping
         "tied_to",
         "followers",
         "original_dtype",
+        "short_steps",
     ),
 )
 _RESERVED = (
@@ -76,6 +88,9 @@ _RESERVED = (
         "latent_weight",
         "effective_weight",
         "quantized_weight",
+        "quantized_bias",
+        "unit_of_sums",
+        "allot_step_bits",
         "bits",
         "channel_dim",
     ),
@@ -110,6 +125,7 @@ def wrap_layer(module: nn.Module) -> QuantizedLayer:
     assert isinstance(module, QuantizedLayer)
     module.perturbation = module.given_weight = module.given_from = None
     module.routed, module.tied_to, module.followers = False, (), ()
+    module.short_steps = None
     module.original_dtype = None if dtype == torch.float32 else dtype
     return module
 

@@ -20,6 +20,7 @@ from saqcli.errors import ConfigError
 from saqcli.quant.clip_init import SQUARED, best_level
 from saqcli.quant.grid import AnyGrid, LevelTable, WeightGrid, activations, codes_of, step_of, weights
 from saqcli.quant.kernels.choice import KernelKind
+from saqcli.quant.short_steps.rounding import short_level, span
 
 Granularity = Literal["channel", "tensor"]
 
@@ -34,6 +35,8 @@ class Quantizer(nn.Module, ABC):
         granularities: the values of ``quantization.granularity`` that it supports.
         kernel: which kernel computes it (``kernels.use.use_kernels``); a plain attribute, in no state dict.
         error_power: exponent p of the error, sum |e|**p, that ``fit`` minimizes; a plain attribute as well.
+        step_bits: significant bits that the active step is rounded to, for exact sums (``short_steps``); None for all.
+            A plain attribute, set together with the bits.
         candidates: bit-widths to choose from, ascending; a single one if precision is fixed.
         shape: shape of one clipping level or step; broadcasts against the tensor.
     """
@@ -42,6 +45,7 @@ class Quantizer(nn.Module, ABC):
     granularities: ClassVar[tuple[Granularity, ...]] = ("channel", "tensor")
     kernel: KernelKind = "eager"
     error_power: float = SQUARED
+    step_bits: int | None = None
 
     @classmethod
     def weight_grid(cls, bits: int, kind: WeightGrid) -> AnyGrid:
@@ -81,6 +85,10 @@ class Quantizer(nn.Module, ABC):
     def grid(self) -> AnyGrid:
         """The active codes."""
         return self.grids[self.bits]
+
+    def largest_code(self) -> float:
+        """The largest magnitude of an active code, in units of the power of two that divides all codes."""
+        return span(self.grids[self.bits])
 
     @abstractmethod
     def step(self) -> Tensor:
@@ -154,7 +162,11 @@ class LevelQuantizer(Quantizer):
 
     def level(self) -> Tensor:
         """The active clipping level, differentiable, in ``shape``."""
-        return self.clipping_level[self._active]
+        return self.shortened(self.clipping_level[self._active])
+
+    def shortened(self, level: Tensor) -> Tensor:
+        """``level`` with a step of ``step_bits`` significant bits."""
+        return short_level(level, self.grid().highest, self.step_bits)  # type: ignore[arg-type]
 
     def step(self) -> Tensor:
         """The active step: the clipping level divided by the highest code."""

@@ -109,6 +109,9 @@ class OnnxStyle:
         bit_equal: whether the logits of a file must equal those of ``form`` bit for bit, in float32. The other styles
             are compared with the model in float64, within the limits of ``verify.verdict``.
         one_by_one: whether the proof also runs every image alone.
+        exact_sums: whether it keeps sums of short steps exact; the proof then looks for places that are not
+            (``verify.exactness``), and without any requires the logits of PyTorch bit for bit.
+        short_steps: whether the model that is being written has short steps; set by ``export``.
     """
 
     name: str = ""
@@ -123,6 +126,8 @@ class OnnxStyle:
     tightest: Literal["fewest", "most"] = "fewest"
     bit_equal: bool = False
     one_by_one: bool = False
+    exact_sums: bool = False
+    short_steps: bool = False
 
     def export(self, model: nn.Module, example: Tensor, path: Path, metadata: ModelMetadata) -> None:
         """Write ``path``.
@@ -136,6 +141,7 @@ class OnnxStyle:
         Raises:
             UnsupportedModel: the model cannot be traced by ``torch.export``, or the style cannot express it.
         """
+        self.short_steps = metadata.scheme.short_steps is not None
         model_graph = tracing.onnx_graph(self.form(frozen_copy(model), example), example)
         self._check_limits(model_graph.graph)
         self.lower(model_graph)

@@ -13,9 +13,12 @@ from saqcli._version import __version__
 from saqcli.errors import ConfigError, DataError
 from saqcli.export import STYLES
 from saqcli.export.operators import frozen_copy
+from saqcli.export.style import OnnxStyle
 from saqcli.progress import Progress
 from saqcli.quant import convert
+from saqcli.quant.layer import quantized_layers
 from saqcli.training.loop import Batches
+from saqcli.verify.exactness import Inexact, inexact_places
 from saqcli.verify.hazards import hazards, partition
 from saqcli.verify.layerwise import check_layers
 from saqcli.verify.runtime import onnx_session
@@ -52,9 +55,11 @@ def prove_graph(
     frozen = frozen_copy(model)
     first = _first_images(batches)
     others = {name: RUNTIMES[name](path) for name in runtimes}
-    runs = _sessions(path, one_by_one=exporter.one_by_one) | {PYTORCH: model}
+    inexact = _inexact_places(path, model, exporter)
+    exact = inexact is not None and not inexact
+    runs = _sessions(path, one_by_one=exporter.one_by_one or exact) | {PYTORCH: model}
     form = exporter.form(frozen, first[:2]).eval() if exporter.bit_equal else None
-    reference = form if form is not None else _in_float64(model, first[:1])
+    reference = form if form is not None else model if exact else _in_float64(model, first[:1])
     verdicts = compare(reference, runs | others, batches, count, progress)
     pytorch = verdicts.pop(PYTORCH)
     for each in verdicts.values():
@@ -64,8 +69,16 @@ def prove_graph(
     verdict.others, verdict.conditions = {name: verdicts[name] for name in others}, conditions
     if form is not None:
         verdict.bit_equal, verdict.accumulators = True, getattr(form, "accumulators", ())
+    verdict.inexact, verdict.bit_equal = inexact, verdict.bit_equal or exact
     verdict.layerwise = check_layers(path, frozen, first[:LAYERWISE_IMAGES], exporter.quantizers)
     return verdict
+
+
+def _inexact_places(path: Path, model: nn.Module, style: OnnxStyle) -> tuple[Inexact, ...] | None:
+    """Where a file with short steps is not exact by construction; None for files that do not claim to be."""
+    if not style.exact_sums or all(layer.short_steps is None for layer in quantized_layers(model).values()):
+        return None
+    return tuple(inexact_places(onnx.load(str(path))))
 
 
 def _first_images(batches: Batches) -> Tensor:

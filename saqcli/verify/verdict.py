@@ -33,6 +33,7 @@ from saqcli.progress import Progress
 from saqcli.serialization import json_text
 from saqcli.training.loop import Batches
 from saqcli.units import counted
+from saqcli.verify.exactness import Inexact
 from saqcli.verify.hazards import Hazard
 from saqcli.verify.layerwise import LARGEST_ERROR, LayerwiseCheck
 
@@ -97,6 +98,8 @@ class Verdict:
         conditions: hazards accepted by the style, which restrict where the file may run.
         accumulators: largest sums of the layers of an exact graph.
         bit_equal: whether logits must be equal to the last bit.
+        inexact: places that keep a file with short steps from being exact by construction, none if it is; None for
+            other files.
         others: end-to-end comparison for the requested runtimes, by name; ``bit_equal`` does not apply.
     """
 
@@ -117,6 +120,7 @@ class Verdict:
     conditions: list[Hazard] = field(default_factory=list)
     accumulators: tuple[Accumulator, ...] = ()
     bit_equal: bool = False
+    inexact: tuple[Inexact, ...] | None = None
     others: "dict[str, Verdict]" = field(default_factory=dict)
 
     @property
@@ -187,7 +191,12 @@ class Verdict:
             "split_layers": [each.layer for each in self.accumulators if each.parts > 1],
             "size_note": self.size_note,
             "explanation": self.explanation,
-        }
+        } | ({} if self.inexact is None else self._exactness())
+
+    def _exactness(self) -> dict[str, Any]:
+        """Whether a file with short steps is exact by construction, and where it is not."""
+        places = [{"layer": each.layer, "node": each.node, "reason": each.reason} for each in self.inexact or ()]
+        return {"exact_by_construction": not places, "inexact": places}
 
 
 def _differing_layers(check: LayerwiseCheck) -> str:

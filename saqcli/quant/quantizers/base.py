@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.errors import ConfigError
-from saqcli.quant.clip_init import SQUARED, best_level
+from saqcli.quant.clip_init import SQUARED, best_level, reduce_to
 from saqcli.quant.grid import AnyGrid, LevelTable, WeightGrid, activations, codes_of, step_of, weights
 from saqcli.quant.kernels.choice import KernelKind
-from saqcli.quant.short_steps.rounding import short_level, span
+from saqcli.quant.short_steps.rounding import neighbours, short_level, span
 
 Granularity = Literal["channel", "tensor"]
 
@@ -101,6 +101,29 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def fit(self, x: Tensor) -> None:
         """Fit the parameters of all candidates to ``x``."""
+
+    @torch.no_grad()
+    def settle(self, x: Tensor) -> None:
+        """Move the active steps, fitted to ``x``, to the better one of their two short neighbours.
+
+        Nearest is not best: a step that is too small clips, which costs more than rounding.
+        """
+        bits, (name, *_) = self.step_bits, dict(self.named_parameters()) | dict(self.named_buffers())
+        if bits is None:
+            return
+        row = getattr(self, name)[self._active]
+        fitted = row.clone()
+        try:
+            self.step_bits = None
+            step = self.step()
+        finally:
+            self.step_bits = bits
+        best, least = fitted, torch.full_like(fitted, torch.inf)
+        for short in neighbours(step, bits):
+            row.copy_(fitted * (short / step))
+            error = reduce_to((self(x) - x).abs_().pow_(self.error_power), self.shape, "sum")
+            best, least = torch.where(error < least, row, best), torch.minimum(error, least)
+        row.copy_(best)
 
     def fits(self) -> tuple[Callable[[Tensor], None], ...]:
         """The ways to fit it, among which ``clip_init`` as ``output`` chooses: ``fit``, and others of its own."""

@@ -12,6 +12,9 @@ blocking no longer matter, and every kernel with IEEE arithmetic gives the same 
 weights are, at most those that were asked for. Where not even powers of two fit, the layer has these; whether its sums
 are exact then depends on its weights (``verify.exactness``).
 
+Steps of channels stay within ``SPREAD`` bits of the largest: channels whose weights are almost zero, which trained
+networks have, would otherwise have units so small that a bias or another branch has too many of them.
+
 Rounding is straight through: the gradient of a step is that of the rounded one.
 """
 
@@ -26,7 +29,8 @@ from saqcli.quant.grid import AnyGrid, LevelTable, ShiftedGrid
 
 MOST_BITS = 8  # of a step; a level, the step times a code of 8 bits, stays exact
 SIGNIFICANT = 24  # bits of a float32 number
-LEAST_STEP = 2.0**-39  # just above ``grid.TINY``, to which kernels limit levels
+LEAST_STEP = 2.0**-30  # of the largest step; ``grid.TINY``, to which kernels limit levels, is still far below others
+SPREAD = 8  # bits between the steps of channels
 
 
 def short_step(step: Tensor, bits: int | None) -> Tensor:
@@ -48,10 +52,23 @@ def short_level(level: Tensor, highest: float, bits: int | None) -> Tensor:
 
 
 def rounded(step: Tensor, bits: int) -> Tensor:
-    """The numbers with ``bits`` significant bits nearest to ``step``, from ``LEAST_STEP`` on."""
-    step = step.clamp_min(LEAST_STEP)
+    """The numbers with ``bits`` significant bits nearest to ``step``; none is far below the largest of them."""
+    largest = step.amax().clamp_min(LEAST_STEP)
+    least = largest / torch.frexp(largest).mantissa * 2.0 ** -(SPREAD + 1)  # powers of two, exactly
+    step = torch.maximum(step, least)
     whole = torch.frexp(step).mantissa * 2.0**bits
-    return whole.round() * (step / whole)  # the quotient is a power of two, exactly
+    return whole.round() * (step / whole)
+
+
+def neighbours(step: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The numbers with ``bits`` significant bits around ``step``, positive: not above it, and the next one.
+
+    Example:
+        >>> neighbours(torch.tensor(0.3), 2)
+        (tensor(0.2500), tensor(0.3750))
+    """
+    whole = torch.frexp(step).mantissa * 2.0**bits
+    return whole.floor() * (step / whole), (whole.floor() + 1) * (step / whole)
 
 
 class _Rounded(torch.autograd.Function):

@@ -74,7 +74,7 @@ def _is_product(value: ir.Value) -> bool:
     if producer is None:
         return False
     if producer.op_type == "Add":
-        return any(each is not None and onnx_helpers.array_of(each) is not None for each in producer.inputs) and any(
-            each is not None and _is_product(each) for each in producer.inputs
-        )
+        return any(
+            each is not None and onnx_helpers.array_of(each) is not None for each in producer.inputs
+        ) and any(each is not None and _is_product(each) for each in producer.inputs)
     return producer.op_type in _PRODUCTS

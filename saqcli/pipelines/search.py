@@ -143,9 +143,7 @@ def prepare_search(
     attention, fold = config.quantization.quantize_attention, config.quantization.short_steps is not None
     if config.search.proxy is not None:
         section = config.model.model_copy(update={"pretrained": False})
-        network = wrap_and_trace(
-            load_float(section, SILENT), quantize_attention=attention, fold_norms=fold
-        )
+        network = wrap_and_trace(load_float(section, SILENT), quantize_attention=attention, fold_norms=fold)
         return network, None
     loaded = load_seeded(config, progress)
     images = images_of_search(config, loaded, device, progress)

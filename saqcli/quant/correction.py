@@ -21,6 +21,7 @@ Source: bias correction is that of Nagel et al., arXiv:1906.04721, section 4.2, 
 for batch norms is ours.
 """
 
+import copy
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -79,16 +80,26 @@ class Corrections:
         for tensor, before in self._uncorrected:
             tensor.copy_(before)
         places = _Places(model, biases=self.biases, norms=self.norms)
+        calls = map(Call.of, batches)
+        if places.scaled:  # are measured twice
+            calls = iter(kept := list(calls))
         with in_eval_mode(model):
-            for index, batch in enumerate(map(Call.of, batches)):
-                if index == len(self._in_float):
-                    with in_floating_point(model), _Pass(places) as in_float:
-                        batch.run(model)
-                    self._in_float.append(in_float)
-                with places.restored_statistics(), _Pass(places, self._in_float[index]):
-                    batch.run(model)
-                places.add_batch(batch.count)
+            self._measure(places, calls)
             places.apply()
+            if places.scaled:
+                means = places.of_scaled()
+                self._measure(means, kept)
+                means.apply()
+
+    def _measure(self, places: "_Places", calls: Iterable[Call]) -> None:
+        for index, batch in enumerate(calls):
+            if index == len(self._in_float):
+                with in_floating_point(self.model), _Pass(places) as in_float:
+                    batch.run(self.model)
+                self._in_float.append(in_float)
+            with places.restored_statistics(), _Pass(places, self._in_float[index]):
+                batch.run(self.model)
+            places.add_batch(batch.count)
 
 
 def correctable(model: nn.Module) -> Iterator[Tensor]:
@@ -152,6 +163,14 @@ class _Places:
             if isinstance(module, BatchNorm) and module.running_mean is not None and (norms or biases)
         }
 
+    def of_scaled(self) -> "_Places":
+        """The biases of the layers that were scaled: short steps are not exactly what the scales ask for."""
+        found = copy.copy(self)
+        found.biases = {layer: (self.biases[layer][0], _Average()) for layer in self.scaled}
+        found.norms, found.scaled = {}, set()
+        found.without_bias = found.all_norms = False
+        return found
+
     @contextmanager
     def restored_statistics(self) -> Iterator[None]:
         """Restore the running statistics on exit; a pass corrects them for its own batch."""
@@ -174,6 +193,7 @@ class _Places:
             if layer in self.scaled:
                 factors, moved = moved
                 rescale(layer, factors)
+                layer.weight_quantizer.settle(layer.effective_weight())  # type: ignore[operator]
                 bias.mul_(factors)
             bias.add_(moved)
         for norm, moments in self.norms.items():

@@ -309,7 +309,9 @@ class _Walk:
         low = x.low + (bias.clip(max=0) if along else min(bias[0], 0))
         high = x.high + (bias.clip(min=0) if along else max(bias[1], 0))
         if x.unit is None:
-            return replace(x, low=low, high=high, axis=None) if not x.product else _unknown(x.layer, low, high)
+            return (
+                replace(x, low=low, high=high, axis=None) if not x.product else _unknown(x.layer, low, high)
+            )
         return self._sum(node, x.layer, low, high, np.minimum(x.unit, units if along else units.min()), axis)
 
     def _mul(self, node: Any) -> _Values:
@@ -333,7 +335,9 @@ class _Walk:
         found = replace(x, low=np.float64(ends[0]), high=np.float64(ends[1]), codes=False)
         if x.unit is not None and abs(np.frexp(scale)[0]) == 0.5:
             return replace(found, unit=x.unit * abs(scale))
-        return replace(found, unit=None, product=not divide)  # rounded once; a runtime may fuse multiply and add
+        return replace(
+            found, unit=None, product=not divide
+        )  # rounded once; a runtime may fuse multiply and add
 
     def _reducesum(self, node: Any) -> _Values:
         x, count = self._of(node.input[0]).whole(), self._ratio(node)
@@ -352,7 +356,9 @@ class _Walk:
             return _unknown(x.layer, x.low, x.high)
         if x.unit is None or count is None:
             self._report(node, x.layer, "a mean of values that were rounded")
-        elif np.frexp(count)[0] != 0.5 or (node.op_type == "AveragePool" and any(_attribute(node, "pads") or ())):
+        elif np.frexp(count)[0] != 0.5 or (
+            node.op_type == "AveragePool" and any(_attribute(node, "pads") or ())
+        ):
             self._report(node, x.layer, "a mean whose number of values is no power of two")
         else:
             sums = self._sum(node, x.layer, x.low * count, x.high * count, x.unit, None)
@@ -419,7 +425,9 @@ class _Walk:
         inputs = [self.known[name] for name in node.input if name in self.known]
         layer = next((each.layer for each in inputs if each.layer), "")
         if all(each.settled for each in inputs):
-            self._report(node, layer, f"{what or f'{node.op_type} after it'} is rounded in other ways elsewhere")
+            self._report(
+                node, layer, f"{what or f'{node.op_type} after it'} is rounded in other ways elsewhere"
+            )
         return _unknown(layer)
 
 

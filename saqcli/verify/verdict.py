@@ -195,7 +195,9 @@ class Verdict:
 
     def _exactness(self) -> dict[str, Any]:
         """Whether a file with short steps is exact by construction, and where it is not."""
-        places = [{"layer": each.layer, "node": each.node, "reason": each.reason} for each in self.inexact or ()]
+        places = [
+            {"layer": each.layer, "node": each.node, "reason": each.reason} for each in self.inexact or ()
+        ]
         return {"exact_by_construction": not places, "inexact": places}
 
 

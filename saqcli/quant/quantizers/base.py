@@ -108,10 +108,11 @@ class Quantizer(nn.Module, ABC):
 
         Nearest is not best: a step that is too small clips, which costs more than rounding.
         """
-        bits, (name, *_) = self.step_bits, dict(self.named_parameters()) | dict(self.named_buffers())
-        if bits is None:
+        bits = self.step_bits
+        scales = [name for name in ("clipping_level", "step_size") if hasattr(self, name)]
+        if bits is None or not scales:
             return
-        row = getattr(self, name)[self._active]
+        row = getattr(self, scales[0])[self._active]
         fitted = row.clone()
         try:
             self.step_bits = None

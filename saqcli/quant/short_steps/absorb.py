@@ -146,6 +146,8 @@ def replace_norms(model: nn.Module, absorbed: Mapping[str, str]) -> None:
             norm = model.get_submodule(name)
         except AttributeError:
             norm = None
+        if isinstance(norm, AbsorbedNorm) and norm.layer == layer in layers:
+            continue
         if not isinstance(norm, BatchNorm) or layer not in layers:
             raise UnsupportedModel(f"it has no norm {name} that {layer} could absorb")
         _ensure_bias(layers[layer])

@@ -29,7 +29,9 @@ from saqcli.quant.grid import AnyGrid, LevelTable, ShiftedGrid
 
 MOST_BITS = 8  # of a step; a level, the step times a code of 8 bits, stays exact
 SIGNIFICANT = 24  # bits of a float32 number
-LEAST_STEP = 2.0**-30  # of the largest step; ``grid.TINY``, to which kernels limit levels, is still far below others
+LEAST_STEP = (
+    2.0**-30
+)  # of the largest step; ``grid.TINY``, to which kernels limit levels, is still far below others
 SPREAD = 8  # bits between the steps of channels
 
 

@@ -56,7 +56,7 @@ FAMILIES = {
     "analysis": {"base"},
     "export": {
         *("model_metadata", "onnx_helpers", "operators", "style", "tracing", "containers", "integer_kernels"),
-        *("exact_form", "integers", "ordered", "restore", "safetensors"),
+        *("exact_form", "exact_sums", "integers", "ordered", "restore", "safetensors"),
     },
     "quant/quantizers": {"base", "ranges"},
 }

@@ -1,6 +1,6 @@
 """What keeps a graph of a model with short steps exact in every runtime.
 
-Sums of products are exact whoever computes them (``quant.short_steps``). Three things are not, and are written otherwise:
+Sums of products are exact whoever computes them (``quant.short_steps``). Three things are not, and are changed:
 
     means          runtimes divide by the number of values or multiply by its reciprocal: ReduceSum and Div
     additions      of two branches may need more than 24 bits. A single addition is rounded to the same number
@@ -19,7 +19,7 @@ _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def divide_sums(graph: ir.Graph) -> None:
-    """Write means over positions as ReduceSum and Div: runtimes divide by the number of values, or multiply by 1 / n."""
+    """Write means over positions as ReduceSum and Div."""
     for node in [node for node in graph if node.op_type in ("GlobalAveragePool", "ReduceMean")]:
         x, output = node.inputs[0], node.outputs[0]
         shape = None if x is None else x.shape

@@ -80,15 +80,15 @@ class Corrections:
         for tensor, before in self._uncorrected:
             tensor.copy_(before)
         places = _Places(model, biases=self.biases, norms=self.norms)
-        calls = map(Call.of, batches)
-        if places.scaled:  # are measured twice
-            calls = iter(kept := list(calls))
+        calls: Iterable[Call] = map(Call.of, batches)
+        if places.scaled:  # measured twice
+            calls = list(calls)
         with in_eval_mode(model):
             self._measure(places, calls)
             places.apply()
             if places.scaled:
                 means = places.of_scaled()
-                self._measure(means, kept)
+                self._measure(means, calls)
                 means.apply()
 
     def _measure(self, places: "_Places", calls: Iterable[Call]) -> None:

@@ -26,7 +26,7 @@ from saqcli.quant.grid import LevelTable
 from saqcli.quant.kernels.saved import rounded_again
 from saqcli.quant.products import QuantizedProduct
 from saqcli.quant.quantizers.base import Quantizer
-from saqcli.quant.short_steps.rounding import RoundedBias, bits_that_fit
+from saqcli.quant.short_steps.rounding import bits_that_fit, rounded_bias
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -91,11 +91,11 @@ class QuantizedLayer(nn.Module):
         unit = None if bias is None or self.short_steps is None else self.unit_of_sums()
         if bias is None or unit is None:
             return bias
-        return RoundedBias.apply(bias, unit.repeat(len(bias) // len(unit)))  # type: ignore[no-any-return]
+        return rounded_bias(bias, unit.repeat(len(bias) // len(unit)))
 
     @torch.no_grad()
     def unit_of_sums(self) -> Tensor | None:
-        """The steps of weights times that of the input, (channels,) or (1,); None where one of them has no uniform grid.
+        """The steps of weights times that of the input, (channels,) or (1,); None where a grid is not uniform.
 
         Groups of a transposed convolution share their channels' steps.
         """

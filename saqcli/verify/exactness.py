@@ -1,15 +1,15 @@
 """Exact by construction: the places of a graph where float32 arithmetic may depend on who computes it.
 
-With short steps (``quant.short_steps``) every value between a quantizer and the next is a whole number of small powers of
+With short steps (``quant.short_steps``) every value between a quantizer and the next is a whole number of some power of
 two. Here each tensor of an exported graph gets
 
     unit        a power of two that divides all of its values, by channel
     low, high   bounds of its values, from the codes of its quantizers and the weights of its layers
 
 and a sum is exact, in any order and with any fused operations, if no partial sum can exceed 2**24 units. The worst case
-is taken: all positive products, or all negative ones. A value without a unit is *settled* if it comes from exact ones by
-single IEEE operations, such as the division of a quantizer: it has the same bits everywhere too, and may be rounded to
-codes, but not summed.
+is taken: all positive products, or all negative ones. A value without a unit is *settled* if it comes from exact ones
+by single IEEE operations, such as the division of a quantizer: it has the same bits everywhere too, and may be rounded
+to codes, but not summed.
 
 A graph without any such place gives the same bits in every runtime that computes float32 as IEEE 754 says and does not
 replace a division by a product. Runtimes that do (OpenVINO's quantizers) may round a value on the edge between two
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (the types of 4-bit arrays)
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import numpy_helper
@@ -385,7 +385,7 @@ class _Walk:
             if any(each is None for name, each in zip(node.input[1:], fixed, strict=True) if name):
                 return self._join(node)
             pair = [float(np.reshape(each, ())) if each is not None else None for each in fixed]
-            least, most = (pair + [None, None])[:2]
+            least, most = [*pair, None, None][:2]
             least, most = (None, least) if node.op_type == "Min" else (least, most)
             for end in (least, most):
                 if end and x.unit is not None:

@@ -9,8 +9,8 @@ Sums on the grid of short steps would leave it by the multiplication. So the fac
 rest into the bias, and nothing is left of the norm but an activation that it may contain (timm's ``BatchNormAct2d``).
 The float network computes the same, to rounding.
 
-A norm is absorbed if it reads the output of a layer that runs itself, and nothing else reads that output. Norms in front
-of a layer (DenseNet, pre-activation networks) and layers that share their weight stay as they are.
+A norm is absorbed if it reads the output of a layer that runs itself, and nothing else reads that output. Norms in
+front of a layer (DenseNet, pre-activation networks) and norms of layers that share their weight stay as they are.
 
 Source: Jacob et al., arXiv:1712.05877, section 3.2. There batch statistics keep being computed in training; here they
 are those of the pretrained network from then on.
@@ -118,13 +118,12 @@ def absorb_norms(model: nn.Module, example: Tensor | Call) -> dict[str, str]:
             handle.remove()
     returned = {readers.outputs.get(id(each)) for each in tensors_in(output)}
     chosen = {}
-    for name, made_by in readers.found.items():
-        layer = made_by[0]
-        alone = len(made_by) == 1 and layer and readers.readers.get(layer) == 1 and readers.calls[layer] == 1
-        if alone and layer not in returned and _fits(norms[name], layers[layer], layers.values()):
-            chosen[name] = layer
-    for name, layer in chosen.items():
-        _fold(norms[name], layers[layer])
+    for name, (made, *more) in readers.found.items():
+        alone = made and not more and readers.readers.get(made) == 1 and readers.calls[made] == 1
+        if alone and made not in returned and _fits(norms[name], layers[made], layers.values()):
+            chosen[name] = made
+    for name, made in chosen.items():
+        _fold(norms[name], layers[made])
     replace_norms(model, chosen)
     return chosen
 

@@ -2,8 +2,10 @@
 
 Q(w) = step * code: with the steps of a channel times a, and the latent weight times a, the code of every weight stays
 what it was, and Q(w) is a times what it was. Levels, steps and offsets of a quantizer all have the unit of the tensor,
-and are scaled alike. Short steps are rounded anew afterwards, which may move codes. Some quantizers do not take their codes from w / step (``dorefa``), or share statistics between
+and are scaled alike. Some quantizers do not take their codes from w / step (``dorefa``), or share statistics between
 channels (weight normalization): whether a layer can be scaled, and how, is therefore tried, not looked up.
+
+Short steps are rounded anew afterwards: then codes may move, and the factors are met to that rounding.
 """
 
 import torch

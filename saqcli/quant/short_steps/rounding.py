@@ -42,7 +42,7 @@ def short_step(step: Tensor, bits: int | None) -> Tensor:
         >>> short_step(torch.tensor([0.1, 0.3, 1.0]), 2)
         tensor([0.0938, 0.2500, 1.0000])
     """
-    return step if bits is None else _Rounded.apply(step, bits)  # type: ignore[no-any-return]
+    return step if bits is None else _Rounded.apply(step, bits)
 
 
 def short_level(level: Tensor, highest: float, bits: int | None) -> Tensor:
@@ -50,7 +50,7 @@ def short_level(level: Tensor, highest: float, bits: int | None) -> Tensor:
 
     The sign is kept. With a whole ``highest`` of up to 8 bits the division gives the rounded step exactly.
     """
-    return level if bits is None else _RoundedLevel.apply(level, highest, bits)  # type: ignore[no-any-return]
+    return level if bits is None else _RoundedLevel.apply(level, highest, bits)
 
 
 def rounded(step: Tensor, bits: int) -> Tensor:
@@ -94,12 +94,14 @@ class _RoundedLevel(torch.autograd.Function):
         return grads[0], None, None
 
 
-class RoundedBias(torch.autograd.Function):
-    """A bias on the grid of its layer's sums, with the gradient of the bias itself."""
+def rounded_bias(bias: Tensor, unit: Tensor) -> Tensor:
+    """``bias``, (channels,), rounded to multiples of ``unit``, in the same shape; straight through."""
+    return _RoundedBias.apply(bias, unit)  # type: ignore[no-any-return]
 
+
+class _RoundedBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bias: Tensor, unit: Tensor) -> Tensor:
-        """``bias``, (channels,), rounded to multiples of ``unit``, of the same shape or a scalar."""
         return (bias / unit).round_().mul_(unit)
 
     @staticmethod
@@ -130,16 +132,16 @@ def lowest_bit(value: float) -> float:
 
 
 def bits_that_fit(weights: float, inputs: float, fan_in: int, most: int) -> tuple[int, int]:
-    """Significant bits of the steps of a layer's weights and of its input, 1 to ``most`` each, with which sums are exact.
+    """Significant bits of the steps of a layer's weights and of its input with which sums are exact.
 
     Args:
         weights: largest code of a weight.
         inputs: largest code of the input.
         fan_in: products of a sum.
-        most: bits that were asked for.
+        most: bits that were asked for, of each of them.
 
     Returns:
-        As many as fit, evenly, the odd one to the weights; (1, 1) if nothing fits.
+        As many as fit, at least 1, evenly, the odd one to the weights; (1, 1) if nothing fits.
 
     Example:
         >>> bits_that_fit(15, 15, 576, most=8), bits_that_fit(127, 255, 64, most=8)

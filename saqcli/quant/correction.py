@@ -193,7 +193,6 @@ class _Places:
             if layer in self.scaled:
                 factors, moved = moved
                 rescale(layer, factors)
-                layer.weight_quantizer.settle(layer.effective_weight())  # type: ignore[operator]
                 bias.mul_(factors)
             bias.add_(moved)
         for norm, moments in self.norms.items():

@@ -44,9 +44,12 @@ def rescale(layer: QuantizedLayer, factors: Tensor) -> bool:
     if isinstance(quantizer, Quantizer) and quantizer.step_bits is not None:
         bits, quantizer.step_bits = quantizer.step_bits, None
         try:
-            return rescale(layer, factors)
+            possible = rescale(layer, factors)
         finally:
             quantizer.step_bits = bits
+        if possible:
+            quantizer.settle(weight.detach())
+        return possible
     shape = [-1 if d == layer.channel_dim else 1 for d in range(weight.dim())]
     factors = factors.double().view(shape)
     if not stores_codes(layer):
